@@ -1,0 +1,52 @@
+"""Learned sparse attention for vision transformers at the edge: sparsify, export, measure, run.
+
+One function per verb, imported when first used, so that a part of the package needs only that part's dependencies.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.config import SparsityConfig as SparsityConfig
+    from sparsifiner_edge.errors import SparsifinerError as SparsifinerError
+    from sparsifiner_edge.evaluate.cosine import evaluate_student as evaluate_student
+    from sparsifiner_edge.export.bundle import export_bundle as export_bundle
+    from sparsifiner_edge.profiles.latency import profile_bundle as profile_bundle
+    from sparsifiner_edge.runtime import open_session as open_session
+    from sparsifiner_edge.sparse.student import load_student as load_student
+    from sparsifiner_edge.sparse.student import sparsify as sparsify
+
+_HOMES = {
+    "SparsityConfig": "config",
+    "SparsifinerError": "errors",
+    "evaluate_student": "evaluate.cosine",
+    "export_bundle": "export.bundle",
+    "load_student": "sparse.student",
+    "open_session": "runtime",
+    "profile_bundle": "profiles.latency",
+    "sparsify": "sparse.student",
+}
+_EXTRAS = {"sparse.student": "train", "export.bundle": "train,cpu", "evaluate.cosine": "train,cpu"}
+_OPTIONAL = ("torch", "timm", "safetensors", "onnxscript", "onnxruntime", "PIL")
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    except ModuleNotFoundError as error:
+        if home not in _EXTRAS or error.name not in _OPTIONAL:
+            raise
+        from sparsifiner_edge.errors import MissingExtraError
+
+        raise MissingExtraError(str(error.name), _EXTRAS[home]) from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,3 @@
+from sparsifiner_edge.cli.main import main
+
+main()

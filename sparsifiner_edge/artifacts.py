@@ -1,0 +1,210 @@
+"""Folders and files that pass between steps: written whole or not at all, and checked when read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.errors import ArtifactError
+
+STUDENT_SCHEMA = 1
+BUNDLE_SCHEMA = 1
+STUDENT_FILE = "config.json"
+BUNDLE_FILE = "manifest.json"
+_KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path, schema: int) -> dict[str, Any]:
+    """Read a JSON object that carries `schema_version`.
+
+    Raises:
+        ArtifactError: missing, not JSON, or of a newer schema than `schema`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist.", "Check the path.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}.", "Make it again, or restore it.") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise ArtifactError(f"{path} has no schema_version.", "It was not written by sparsifiner-edge.")
+    if version > schema:
+        raise ArtifactError(
+            f"{path} has schema {version}; this version reads up to {schema}.", "Upgrade: pip install -U sparsifiner-edge"
+        )
+    return dict(content)
+
+
+def dump_json(content: Any) -> str:
+    """JSON text as every file of ours is written; NaN and infinity are refused."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def kind_of(folder: Path) -> str | None:
+    """ "student", "bundle", or None for a folder that is neither."""
+    for kind, name in _KIND_FILES.items():
+        with contextlib.suppress(ArtifactError):
+            if read_json(folder / name, schema=1 << 30).get("kind") == kind:
+                return kind
+    return None
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM after the block, so that a swap of two folders is never cut in half."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    previous = {s: signal.signal(s, lambda number, _frame: held.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for number in held:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def _io_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArtifactError(f"{path} cannot be written: {reason}.", "Free space or choose another place.") from error
+
+
+def require_replaceable(folder: Path, kind: str) -> None:
+    """Refuse an output folder that holds something we did not write.
+
+    Raises:
+        ArtifactError: it is a file, or a non-empty folder that is not a `kind` of ours.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ArtifactError(f"{folder} is not a folder.", "Choose another output.")
+    if folder.is_dir() and any(folder.iterdir()) and kind_of(folder) != kind:
+        raise ArtifactError(
+            f"{folder} exists and is not a {kind} of ours; it is left untouched.", "Choose another output folder."
+        )
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, kind: str) -> Iterator[Path]:
+    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it vanishes.
+
+    Raises:
+        ArtifactError: `target` is not replaceable (see `require_replaceable`), or the disk refuses.
+    """
+    require_replaceable(target, kind)
+    with _io_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with _io_errors(target):
+            scratch.chmod(0o777 & ~_umask())
+            yield scratch
+            _sync(scratch)
+            with _signals_held():
+                _swap(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / "old")
+    try:
+        scratch.rename(target)
+    except OSError:
+        (old / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with _io_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+
+
+def seal_bundle(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest.json` with the SHA-256 of every other file in `folder`."""
+    files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    content = {"schema_version": BUNDLE_SCHEMA, "kind": "bundle", **manifest, "files": files}
+    (folder / BUNDLE_FILE).write_text(dump_json(content), encoding="utf-8")
+
+
+def open_bundle(folder: Path) -> dict[str, Any]:
+    """Manifest of a bundle whose files all match their hashes.
+
+    Raises:
+        ArtifactError: not a bundle, newer schema, a file missing, altered, or outside the folder.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
+    manifest = read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)
+    files = manifest.get("files")
+    if manifest.get("kind") != "bundle" or not isinstance(files, dict) or "model.onnx" not in files:
+        raise ArtifactError(f"{folder / BUNDLE_FILE} is not a bundle's manifest.", "Export the bundle again.")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing.", "Export the bundle again.")
+        if sha256(path) != expected:
+            raise ArtifactError(f"{path} does not match its SHA-256 in the manifest.", "Export the bundle again.")
+    return manifest
+
+
+def bundle_hash(folder: Path) -> str:
+    """SHA-256 of the manifest: names the bundle and, through it, every file in it."""
+    return sha256(folder / BUNDLE_FILE)

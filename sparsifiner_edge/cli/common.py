@@ -1,0 +1,67 @@
+"""Options, consoles and prints that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sparsifiner_edge.artifacts import dump_json
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+err_console = Console(stderr=True)
+"""For progress and remarks: standard output carries results alone."""
+
+
+def json_option(command: Command) -> Command:
+    """`--json`: print one JSON document on standard output instead of a table."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")(command)
+
+
+def output_option(what: str, required: bool = True) -> Callable[[Command], Command]:
+    """`-o/--output FOLDER`."""
+    return click.option("-o", "--output", type=click.Path(path_type=Path), required=required, help=what)
+
+
+def weights_option(command: Command) -> Command:
+    """`--weights FILE`."""
+    return click.option(
+        "--weights",
+        type=click.Path(path_type=Path),
+        help="Weights with timm's key names (.safetensors or .pth); without it, timm downloads them.",
+    )(command)
+
+
+def progress() -> Progress:
+    """A progress bar with the time left, on standard error."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err_console,
+        transient=True,
+        disable=not err_console.is_terminal,
+    )
+
+
+def print_json(content: Any) -> None:
+    """One JSON document on standard output."""
+    click.echo(dump_json(content), nl=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on standard output: first column left, the others right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if Console().is_terminal else 120).print(table)

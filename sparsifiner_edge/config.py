@@ -1,0 +1,163 @@
+"""SparsityConfig: what is sparse in a student, and the sizes that follow for a given number of patches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sparsifiner_edge.errors import ConfigError
+
+PRESETS = ("edge",)
+
+
+def _require(condition: bool, what: str, fix: str) -> None:
+    if not condition:
+        raise ConfigError(what, fix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The sizes of one sparse layer over `patches` patch tokens.
+
+    Attributes:
+        keys: K, patch keys read by each tile.
+        tiles: T, runs of `tile` consecutive patches, the last one ragged.
+        cell: tokens per background cell (0: no background).
+        cells: R, number of cells that result.
+    """
+
+    patches: int
+    keys: int
+    tiles: int
+    cell: int
+    cells: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityConfig:
+    """What a student's attention layers do.
+
+    Attributes:
+        preset: "edge": tile-shared key lists, probe predictor and background cells.
+        keep: share of the patch keys that each tile of queries reads, in (0, 1]; 1 means dense.
+        tile: consecutive queries that share one key list.
+        probe: consecutive queries whose mean asks the predictor; divides `tile`.
+        channels: low-rank width c of the predictor, at most the head dimension.
+        cells: background cells R that stand for the keys not selected; 0 for none.
+        value_power: weight, in the selection, of how far a key's value lies from its cell's mean.
+        dense_layers: indices of layers that keep plain attention.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    preset: str = "edge"
+    keep: float = 0.25
+    tile: int = 16
+    probe: int = 4
+    channels: int = 16
+    cells: int = 16
+    value_power: float = 2.0
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.preset in PRESETS, f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
+        _require(
+            isinstance(self.keep, (int, float)) and 0 < self.keep <= 1,
+            f"keep is {self.keep!r}, outside (0, 1].",
+            "Give the share of keys to read, such as 0.25; 1 means dense.",
+        )
+        for name, least in (("tile", 1), ("probe", 1), ("channels", 1), ("cells", 0)):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int) and not isinstance(value, bool) and value >= least,
+                f"{name} is {value!r}.",
+                f"Give a whole number of at least {least}.",
+            )
+        _require(
+            isinstance(self.value_power, (int, float)) and 0 <= self.value_power < math.inf,
+            f"value_power is {self.value_power!r}.",
+            "Give a finite number of at least 0.",
+        )
+        _require(
+            self.tile % self.probe == 0,
+            f"tile {self.tile} is not a multiple of probe {self.probe}.",
+            "Choose a probe that divides the tile, such as 4 and 16.",
+        )
+        _require(
+            all(isinstance(i, int) and i >= 0 for i in self.dense_layers)
+            and len(set(self.dense_layers)) == len(self.dense_layers),
+            f"dense layers are {self.dense_layers!r}.",
+            "Give distinct layer indices from 0, such as 0,1.",
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """True when nothing is left out: plain attention in every layer."""
+        return self.keep == 1
+
+    def sparse_layers(self, depth: int) -> tuple[int, ...]:
+        """Indices of the sparse layers in a model of `depth` layers.
+
+        Raises:
+            ConfigError: a dense layer's index does not exist.
+        """
+        _require(
+            all(i < depth for i in self.dense_layers),
+            f"dense layer {max(self.dense_layers, default=0)} does not exist: the model has {depth} layers.",
+            f"Give indices from 0 to {depth - 1}.",
+        )
+        return () if self.is_dense else tuple(i for i in range(depth) if i not in self.dense_layers)
+
+    def layout(self, patches: int) -> Layout:
+        """Sizes for `patches` patch tokens.
+
+        Raises:
+            ConfigError: tile or cells exceed the number of patches.
+        """
+        _require(
+            self.tile <= patches,
+            f"tile {self.tile} exceeds the {patches} patches of this image size.",
+            "Choose a smaller tile or a larger image.",
+        )
+        _require(
+            self.cells <= patches,
+            f"{self.cells} cells exceed the {patches} patches of this image size.",
+            "Choose fewer cells or a larger image.",
+        )
+        cell = math.ceil(patches / self.cells) if self.cells else 0
+        return Layout(
+            patches=patches,
+            # Rounded first: 0.1 * 1370 is 137.00000000000003 in binary and must not become 138.
+            keys=min(math.ceil(round(self.keep * patches, 9)), patches),
+            tiles=math.ceil(patches / self.tile),
+            cell=cell,
+            cells=math.ceil(patches / cell) if cell else 0,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return dataclasses.asdict(self) | {"dense_layers": list(self.dense_layers)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SparsityConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a field is unknown or out of range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        _require(not unknown, f"unknown sparsity field {unknown}.", f"Known fields: {', '.join(sorted(known))}.")
+        values = dict(fields)
+        dense = values.get("dense_layers", ())
+        _require(isinstance(dense, (list, tuple)), f"dense_layers is {dense!r}.", "Give a list of layer indices.")
+        values["dense_layers"] = tuple(dense)
+        return cls(**values)
+
+
+def default_cells(patches: int) -> int:
+    """Background cells that suit `patches` patches: their square root, at most 25 (docs/selection.md)."""
+    return min(25, max(1, round(math.sqrt(patches))))

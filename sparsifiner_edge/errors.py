@@ -1,0 +1,62 @@
+"""The exceptions of this package: each says what happened, which value, and what to do.
+
+The command line prints the message alone and exits with `exit_code`: 2 for unusable input, 1 for a gate that failed.
+"""
+
+from __future__ import annotations
+
+
+class SparsifinerError(Exception):
+    """Base of every error a user can cause or meet.
+
+    Args:
+        what: one sentence with the offending value in it.
+        fix: what to do about it; printed on its own line.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        self.what = what
+        self.fix = fix
+        super().__init__(f"{what}\n  {fix}" if fix else what)
+
+
+class ConfigError(SparsifinerError):
+    """A setting is out of range or does not fit the model."""
+
+
+class UnsupportedModelError(SparsifinerError):
+    """A model is unknown, or its architecture cannot be made sparse; the message lists the reasons."""
+
+
+class WeightsError(SparsifinerError):
+    """A weights file is corrupt or belongs to another architecture."""
+
+
+class ArtifactError(SparsifinerError):
+    """A student, bundle or result is corrupt, altered, of a newer schema, or not ours."""
+
+
+class PictureError(SparsifinerError):
+    """A picture or a folder of pictures cannot be read."""
+
+
+class MissingExtraError(SparsifinerError):
+    """An optional dependency is not installed; the message holds the pip command."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed, and this command needs it.",
+            f'Install it: pip install "sparsifiner-edge[{extra}]"',
+        )
+
+
+class BackendError(SparsifinerError):
+    """A backend is unavailable, or refused the model or the input."""
+
+
+class GateError(SparsifinerError):
+    """A numerical or accuracy gate failed; nothing was written."""
+
+    exit_code = 1

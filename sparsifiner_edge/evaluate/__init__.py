@@ -1,0 +1,1 @@
+"""Accuracy of a student or bundle, measured against its dense teacher."""

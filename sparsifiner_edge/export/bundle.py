@@ -1,0 +1,171 @@
+"""`export_bundle`: student or dense model -> bundle folder."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models.vision_transformer import VisionTransformer
+
+from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable, seal_bundle
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.costs import ModelShape, summary
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.export.check import Check, check_export
+from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
+from sparsifiner_edge.ops.schema import DOMAIN, VERSION
+from sparsifiner_edge.sparse.models import preprocessing
+from sparsifiner_edge.sparse.student import Student, load_dense, load_student
+
+TOLERANCE = 1e-3
+"""Greatest end-to-end difference from torch in fp32, relative to an output's range. Looser than the operators' own:
+where two scores are equal to the last bit, another order of sums may choose another key."""
+
+
+def export_bundle(
+    source: str | Path,
+    output: str | Path,
+    *,
+    weights: str | Path | None = None,
+    img_size: int | None = None,
+    precision: str = "fp32",
+    batch: int | str = 1,
+    tokens: bool = False,
+) -> Path:
+    """Export a student folder, or a timm model as the dense baseline, to a bundle folder.
+
+    Args:
+        source: student folder, or timm's name of a model.
+        output: folder to write; an earlier bundle there is replaced.
+        weights: for a timm model: .safetensors or .pth file; None lets timm download them.
+        img_size: pixels along a side; None takes the student's or model's own.
+        precision: "fp32".
+        batch: a fixed batch size, or "dynamic".
+        tokens: also give a classifier's tokens; a model without classifier always gives them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        GateError: the file disagrees with torch; nothing is written.
+        SparsifinerError: unusable input; nothing is written.
+    """
+    target = Path(output)
+    require_replaceable(target, "bundle")
+    size_of_batch = parse_batch(batch)
+    if precision != "fp32":
+        raise ConfigError(f"precision is {precision!r}.", "Choose fp32.")
+    student = _load(source, weights, img_size)
+    deployed = DeployedModel(student.model, tokens)
+    model = export_graph(deployed, student.img_size, size_of_batch, deployed.output_names)
+    batches = (1, 3) if size_of_batch is None else (size_of_batch,)
+    check, golden = check_export(model, deployed, student.img_size, batches, TOLERANCE)
+    labels = class_labels(student.model)
+    set_metadata(model, _metadata(student, deployed, labels))
+    with new_folder(target, "bundle") as folder:
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+        np.savez_compressed(folder / "golden.npz", **cast(Any, golden))
+        if labels:
+            (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        seal_bundle(folder, _manifest(student, deployed, model, check, precision))
+    return target
+
+
+def parse_batch(batch: int | str) -> Batch:
+    """1, "1" or "dynamic" -> 1, 1 or None.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if batch == "dynamic":
+        return None
+    if not str(batch).isdigit() or int(batch) < 1:
+        raise ConfigError(f"batch is {batch!r}.", 'Give a whole number of at least 1, or "dynamic".')
+    return int(batch)
+
+
+def _load(source: str | Path, weights: str | Path | None, img_size: int | None) -> Student:
+    folder = Path(source)
+    if not folder.is_dir():
+        return load_dense(str(source), Path(weights) if weights else None, img_size)
+    if kind_of(folder) != "student":
+        raise ConfigError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+    if weights:
+        raise ConfigError("--weights does not go with a student.", "A student has its own weights; leave it out.")
+    return load_student(folder, img_size)
+
+
+def class_labels(model: VisionTransformer) -> list[str]:
+    """One label per class: ImageNet's where timm knows the set, else class_0, class_1, ...; none without classifier."""
+    subset = infer_imagenet_subset(model) if model.num_classes else None
+    if subset:
+        info = ImageNetInfo(subset)
+        return [str(info.index_to_description(i)) for i in range(model.num_classes)]
+    return [f"class_{i}" for i in range(model.num_classes)]
+
+
+def model_shape(model: VisionTransformer) -> ModelShape:
+    """The sizes that decide a model's costs."""
+    vit = cast(Any, model)
+    return ModelShape(
+        depth=len(vit.blocks),
+        heads=vit.blocks[0].attn.num_heads,
+        width=vit.embed_dim,
+        hidden=vit.blocks[0].mlp.fc1.out_features,
+        prefix=vit.num_prefix_tokens,
+        patches=vit.patch_embed.num_patches,
+        patch=vit.patch_embed.patch_size[0],
+    )
+
+
+def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> dict[str, str]:
+    config: dict[str, Any] = student.model.pretrained_cfg or {}
+    entries = {
+        "name": student.name,
+        "version": version("sparsifiner-edge"),
+        "licence": str(config.get("license") or "see the weights' source"),
+        "classes": "\n".join(labels),
+    }
+    # GStreamer's onnxinference asks for a tensor id under each output's name.
+    return entries | {name: f"sparsifiner-edge-{name}" for name in deployed.output_names}
+
+
+def _manifest(
+    student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, precision: str
+) -> dict[str, Any]:
+    pre = preprocessing(student.model)
+    sparse = bool(student.sparsity.sparse_layers(len(student.model.blocks)))
+    shape = model_shape(student.model)
+    return {
+        "name": student.name,
+        "precision": precision,
+        "ops": {f"{DOMAIN}::{f.name}": VERSION for f in model.functions},
+        "inputs": [_tensor(v) | {"layout": "NHWC", "range": [0, 255], "colour": "RGB"} for v in model.graph.input],
+        "outputs": [_tensor(v) for v in model.graph.output],
+        "preprocessing": {
+            "resize": "centre square, bicubic",
+            "size": student.img_size,
+            "folded": {"mean": list(pre.mean), "std": list(pre.std), "scale": "1/255"},
+        },
+        "sparsity": student.sparsity.to_dict() if sparse else None,
+        "costs": summary(shape, student.sparsity),
+        "dense_costs": summary(shape, SparsityConfig(keep=1)),
+        "tolerances": dict.fromkeys(deployed.output_names, TOLERANCE),
+        "check": check.to_dict(),
+        "provenance": dict(student.provenance),
+        "tools": {
+            name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")
+        },
+    }
+
+
+def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    shape: list[int | str] = [d.dim_value if d.HasField("dim_value") else DYNAMIC for d in tensor.shape.dim]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    return {"name": value.name, "dtype": str(dtype), "shape": shape}

@@ -1,0 +1,49 @@
+"""The module that is exported: camera pixels in, named outputs out."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from sparsifiner_edge.sparse.models import Preprocessing, preprocessing
+
+
+class DeployedModel(nn.Module):
+    """A vision transformer that takes uint8 RGB images [B,H,W,3]; normalisation is folded into the patch embedding.
+
+    Attributes:
+        output_names: "logits" and "features" for a classifier, "tokens" too where asked; else "features" and "tokens".
+    """
+
+    def __init__(self, model: VisionTransformer, tokens: bool = False) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().float()
+        fold_normalisation(self.model, preprocessing(model))
+        classifier = model.num_classes > 0
+        self.output_names = ["logits", "features"] if classifier else ["features", "tokens"]
+        if classifier and tokens:
+            self.output_names.append("tokens")
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [B,H,W,3] -> the outputs, in the order of `output_names`."""
+        tokens = self.model.forward_features(image.float().permute(0, 3, 1, 2))
+        outputs = {"tokens": tokens, "features": self.model.forward_head(tokens, pre_logits=True)}
+        if "logits" in self.output_names:
+            outputs["logits"] = self.model.forward_head(tokens)
+        return tuple(outputs[name] for name in self.output_names)
+
+
+@torch.no_grad()
+def fold_normalisation(model: VisionTransformer, pre: Preprocessing) -> None:
+    """Let the patch embedding take pixels 0 to 255: its kernel has no padding, so the change is exact."""
+    projection = cast(Any, model.patch_embed.proj)
+    weight = projection.weight.double()
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (pre.mean, pre.std))
+    shift = (weight * mean / std).sum((1, 2, 3))
+    bias = -shift if projection.bias is None else projection.bias.double() - shift
+    projection.weight.copy_(weight / (255 * std))
+    projection.bias = nn.Parameter(bias.float())

@@ -1,0 +1,137 @@
+"""From a module to an ONNX file: nodes of the domain `sparsifiner`, their bodies, metadata, and structural checks."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
+from sparsifiner_edge.ops.schema import DOMAIN, TOPK_LIMIT, VERSION
+from sparsifiner_edge.sparse.attention import SparseAttention
+
+IR_VERSION = 10
+"""The newest that ONNX Runtime 1.21 and GStreamer 1.26's onnxinference load."""
+DYNAMIC = "batch"
+Batch = int | None
+"""A fixed batch size, or None for a dynamic one."""
+
+
+def export_graph(module: nn.Module, image_size: int, batch: Batch, outputs: list[str]) -> onnx.ModelProto:
+    """Export a module that takes `image` uint8 [B,S,S,3].
+
+    Raises:
+        ConfigError: more keys than TensorRT's TopK takes.
+        GateError: the file holds something a runtime would choke on.
+    """
+    _check_keys(module)
+    # Traced with two images where the batch is dynamic: one would be taken for a constant.
+    example = torch.zeros(batch or 2, image_size, image_size, 3, dtype=torch.uint8)
+    shapes = {"image": {0: torch.export.Dim(DYNAMIC)}} if batch is None else None
+    with warnings.catch_warnings(), torch.no_grad():
+        # Deprecations inside torch's exporter concern its own calls.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            module,
+            (example,),
+            input_names=["image"],
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise GateError("torch exported nothing.", "Report this with the model's name.")
+    model = program.model_proto
+    _tidy(model)
+    add_bodies(model)
+    check_structure(model)
+    return model
+
+
+def _check_keys(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if isinstance(layer, SparseAttention) and layer.layout.keys > TOPK_LIMIT:
+            raise ConfigError(
+                f"{name} reads {layer.layout.keys} keys per tile; TensorRT's TopK takes at most {TOPK_LIMIT}.",
+                "Choose a smaller --keep or image size.",
+            )
+
+
+def _tidy(model: onnx.ModelProto) -> None:
+    """Drop what only the exporter needs: traces in node metadata, intermediate shapes."""
+    model.ir_version = min(model.ir_version, IR_VERSION)
+    model.producer_name = "sparsifiner-edge"
+    model.graph.name = "sparsifiner_edge"
+    model.graph.doc_string = ""
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in [*model.graph.value_info, *model.graph.initializer, *model.graph.input, *model.graph.output]:
+        del value.metadata_props[:]
+
+
+def add_bodies(model: onnx.ModelProto) -> None:
+    """Append the body of every operator of the domain that the graph uses, and import the domain."""
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    for name in sorted({node.op_type for node in nodes}):
+        structures = {_structure(node) for node in nodes if node.op_type == name}
+        if len(structures) > 1:
+            raise GateError(f"{name} is used with {len(structures)} structures in one file.", "Use one per model.")
+        model.functions.append(function_body(name, structures.pop()))
+    for entry in [e for e in model.opset_import if e.domain == DOMAIN]:
+        model.opset_import.remove(entry)
+    if nodes:
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+
+
+def _structure(node: onnx.NodeProto) -> Structure:
+    values: Mapping[str, Any] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    return Structure(
+        prefix=values.get("num_prefix", 0) > 0,
+        cells=values.get("cell", 0) > 0,
+        prefix_keys=bool(values.get("prefix_keys", 1)),
+    )
+
+
+def check_structure(model: onnx.ModelProto) -> None:
+    """Refuse what old or small runtimes cannot load.
+
+    Raises:
+        GateError: operator set or IR too new, a foreign domain, or a scatter.
+    """
+    problems = []
+    for entry in model.opset_import:
+        if entry.domain == "" and entry.version > 20:
+            problems.append(f"operator set {entry.version} is newer than 20")
+        if entry.domain not in ("", DOMAIN):
+            problems.append(f"domain {entry.domain!r}")
+    if model.ir_version > IR_VERSION:
+        problems.append(f"IR version {model.ir_version} is newer than {IR_VERSION}")
+    problems += [f"a {node.op_type} node ({node.name})" for node in _all_nodes(model) if "Scatter" in node.op_type]
+    if next(iter(model.graph.node)).op_type != "Cast":
+        problems.append(f"first node {model.graph.node[0].op_type}, not Cast")
+    if problems:
+        raise GateError(f"The exported file holds {'; '.join(problems)}.", "Report this with the model's name.")
+
+
+def _all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    yield from model.graph.node
+    for function in model.functions:
+        yield from function.node
+
+
+def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:
+    """Replace the file's metadata_props."""
+    del model.metadata_props[:]
+    for key, value in entries.items():
+        model.metadata_props.add(key=key, value=value)

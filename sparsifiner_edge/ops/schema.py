@@ -1,0 +1,208 @@
+"""Schemas of the operators: types, shapes, limits, tolerances. Bodies, test matrix and documentation follow from here.
+
+Symbols: B batch, N tokens, C channels, H heads, d = C / H, P = N - num_prefix patches, T = ceil(P / tile) tiles,
+K keys, c predictor channels. `qkv` is after bias, qk-norm and RoPE; its last axis is q|k|v, each H x d.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Union
+
+DOMAIN = "sparsifiner"
+VERSION = 1
+TOPK_LIMIT = 3840
+"""TensorRT's TopK layer accepts no larger K (TensorRT operator documentation, TopK)."""
+DEVIATION_FLOOR = 1e-6
+"""Least value deviation that enters the logarithm in KeySelect: keeps cells of equal values finite."""
+
+AttributeValue = Union[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """An input or output: its name, allowed element types, axes by symbol, and meaning."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    axes: tuple[str, ...]
+    doc: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """An attribute: its type, least value, the values that tests visit, and meaning."""
+
+    name: str
+    type: type[int] | type[float]
+    minimum: float
+    tested: tuple[AttributeValue, ...]
+    doc: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """One operator of the domain.
+
+    Attributes:
+        tolerances: greatest difference from the reference per element type, relative to the range of the output
+            (for KeySelect: absolute, of selection scores).
+        doc: the computation, in mathematical notation.
+    """
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    attributes: tuple[Attribute, ...]
+    output: Tensor
+    tolerances: Mapping[str, float]
+    doc: str
+
+    def refusals(self, attributes: Mapping[str, AttributeValue], shapes: Sequence[Sequence[int]]) -> list[str]:
+        """Reasons why these attributes and input shapes are not allowed; empty when they are."""
+        reasons = _attribute_refusals(self, attributes)
+        if reasons:
+            return reasons
+        if len(shapes) != len(self.inputs):
+            return [f"{self.name} takes {len(self.inputs)} inputs, got {len(shapes)}"]
+        for tensor, shape in zip(self.inputs, shapes):
+            if len(shape) != len(tensor.axes):
+                reasons.append(f"{tensor.name} must have axes {list(tensor.axes)}, got shape {list(shape)}")
+        return reasons or _size_refusals(self, dict(attributes), shapes)
+
+
+_FLOATS = ("float32", "float16", "bfloat16")
+_QKV = Tensor("qkv", _FLOATS, ("B", "N", "3C"), "queries, keys and values of every head, q|k|v along the last axis")
+_HEADS = Attribute("num_heads", int, 1, (1, 3), "H, number of heads")
+_PREFIX = Attribute("num_prefix", int, 0, (1, 0, 5), "leading tokens that are no patches: class, distillation, registers")
+_TILE = Attribute("tile", int, 1, (16, 8, 64), "consecutive patch queries that share one key list")
+_CELL = Attribute("cell", int, 0, (55, 0, 7), "consecutive patches summarised by one background cell; 0: no cells")
+_SCALE = Attribute("scale", float, 0.0, (0.125,), "factor of the logits, normally d ** -0.5")
+_INDICES = Tensor(
+    "indices", ("int32",), ("B", "H", "T", "K"), "patch keys read by each tile, counted from 0, strictly ascending"
+)
+
+KEY_SELECT = Operator(
+    name="KeySelect",
+    inputs=(
+        _QKV,
+        Tensor("proj_q", _FLOATS, ("H", "d", "c"), "low-rank projection of mean probe queries"),
+        Tensor("proj_k", _FLOATS, ("H", "d", "c"), "low-rank projection of keys"),
+    ),
+    attributes=(
+        _HEADS,
+        _PREFIX,
+        Attribute("probe", int, 1, (4, 1, 8), "consecutive patch queries whose mean asks; divides tile"),
+        _TILE,
+        _CELL,
+        Attribute("keys", int, 1, (5, 1, 40), "K, keys selected by each head and tile; at most P"),
+        _SCALE,
+        Attribute("value_power", float, 0.0, (2.0, 0.0), "weight of the value deviation in the score; 0: not used"),
+    ),
+    output=_INDICES,
+    tolerances={"float32": 1e-4, "float16": 1e-4, "bfloat16": 1e-4},
+    doc=(
+        "For every probe g: a_g = mean over its real patches of q, times proj_q. For every patch key j: b_j = k_j proj_k.\n"
+        "l[g, j] = log_softmax over j of (scale a_g . b_j). For a tile t:\n"
+        "score[t, j] = max over its probes of l[g, j] + value_power log max(|v_j - m_j|, 1e-6), where m_j is the mean\n"
+        "value of the cell of j (0 without cells). The K highest scores win, ties go to the lower index, NaN counts as\n"
+        "-inf. Scores are computed in float32 whatever the element type: float16 probabilities underflow into ties."
+    ),
+)
+
+SPARSE_ATTENTION = Operator(
+    name="SparseAttention",
+    inputs=(_QKV, _INDICES),
+    attributes=(
+        _HEADS,
+        _PREFIX,
+        _TILE,
+        _CELL,
+        _SCALE,
+        Attribute(
+            "prefix_keys",
+            int,
+            0,
+            (1, 0),
+            "1: every patch query attends to the prefix, and indices count patches from 0; "
+            "0: only where listed, indices count all tokens, tile is 1 and cell 0",
+        ),
+    ),
+    output=Tensor("output", _FLOATS, ("B", "N", "C"), "attention output, heads concatenated"),
+    tolerances={"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2},
+    doc=(
+        "Prefix queries attend to all N tokens. A patch query of tile t attends to the prefix, to the K patches in\n"
+        "indices[t], and to one entry per cell r that stands for the n patches of r which t did not select: their mean\n"
+        "key, their mean value, and a logit raised by log n. A fully selected cell drops out. Softmax in float32."
+    ),
+)
+
+DENSE_ATTENTION = Operator(
+    name="DenseAttention",
+    inputs=(_QKV,),
+    attributes=(_HEADS, _SCALE),
+    output=SPARSE_ATTENTION.output,
+    tolerances=SPARSE_ATTENTION.tolerances,
+    doc="softmax(scale q k^T) v per head, over all N tokens. Softmax in float32.",
+)
+
+OPERATORS = {op.name: op for op in (KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION)}
+
+
+def _attribute_refusals(op: Operator, attributes: Mapping[str, AttributeValue]) -> list[str]:
+    known = {a.name: a for a in op.attributes}
+    reasons = [f"{op.name} has no attribute {name!r}" for name in attributes if name not in known]
+    for name, attribute in known.items():
+        value = attributes.get(name)
+        if value is None:
+            reasons.append(f"{op.name} needs the attribute {name!r}")
+        elif attribute.type is int and not isinstance(value, int):
+            reasons.append(f"{name} must be a whole number, got {value!r}")
+        elif not value >= attribute.minimum or not math.isfinite(value):
+            reasons.append(f"{name} must be finite and at least {attribute.minimum:g}, got {value!r}")
+    return reasons
+
+
+def _size_refusals(op: Operator, a: dict[str, AttributeValue], shapes: Sequence[Sequence[int]]) -> list[str]:
+    _, tokens, packed = shapes[0]
+    heads, prefix = int(a["num_heads"]), int(a.get("num_prefix", 0))
+    if packed % (3 * heads):
+        return [f"qkv's last axis {packed} is not a multiple of 3 x num_heads = {3 * heads}"]
+    if tokens <= prefix:
+        return [f"{tokens} tokens leave no patch after {prefix} prefix tokens"]
+    if op.name == "KeySelect":
+        return _select_refusals(a, shapes, tokens - prefix, packed // (3 * heads))
+    if op.name == "SparseAttention":
+        return _attention_refusals(a, shapes, tokens, tokens - prefix)
+    return []
+
+
+def _select_refusals(
+    a: dict[str, AttributeValue], shapes: Sequence[Sequence[int]], patches: int, width: int
+) -> list[str]:
+    reasons = []
+    if a["tile"] % a["probe"]:
+        reasons.append(f"tile {a['tile']} is not a multiple of probe {a['probe']}")
+    if a["keys"] > patches:
+        reasons.append(f"keys {a['keys']} exceed the {patches} patches")
+    for name, shape in zip(("proj_q", "proj_k"), shapes[1:]):
+        if tuple(shape[:2]) != (a["num_heads"], width) or shape[2] != shapes[1][2] or shape[2] < 1:
+            reasons.append(f"{name} must have shape [{a['num_heads']}, {width}, c], got {list(shape)}")
+    return reasons
+
+
+def _attention_refusals(
+    a: dict[str, AttributeValue], shapes: Sequence[Sequence[int]], tokens: int, patches: int
+) -> list[str]:
+    tiles = math.ceil(patches / a["tile"])
+    reasons = []
+    if a["prefix_keys"] not in (0, 1):
+        reasons.append(f"prefix_keys must be 0 or 1, got {a['prefix_keys']}")
+    if a["prefix_keys"] == 0 and (a["tile"] != 1 or a["cell"] != 0):
+        reasons.append("prefix_keys 0 goes with tile 1 and cell 0")
+    if tuple(shapes[1][:3]) != (shapes[0][0], a["num_heads"], tiles):
+        reasons.append(f"indices must have shape [{shapes[0][0]}, {a['num_heads']}, {tiles}, K], got {list(shapes[1])}")
+    elif not 1 <= shapes[1][3] <= (patches if a["prefix_keys"] else tokens):
+        reasons.append(f"indices list {shapes[1][3]} keys of {patches} patches")
+    return reasons

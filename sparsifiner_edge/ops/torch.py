@@ -1,0 +1,226 @@
+"""The operators in PyTorch: differentiable, batched, and exported as single nodes of the domain `sparsifiner`.
+
+Shapes and symbols are those of `schema.py`. Under `torch.onnx.export` each operator becomes one bare node; `bodies.py`
+gives the exported file the function body that runs it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, VERSION
+
+
+def _node(
+    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], dtype: torch.dtype, shape: list[Any]
+) -> Tensor:
+    node: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{name}", inputs, attributes, dtype=dtype, shape=shape, version=VERSION
+    )
+    return node
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B,N,3C] -> q, k, v, each [B,H,N,d]."""
+    batch, tokens, packed = qkv.shape
+    q, k, v = qkv.view(batch, tokens, 3, num_heads, packed // (3 * num_heads)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _runs(x: Tensor, run: int) -> Tensor:
+    """x [...,P,d] -> [...,ceil(P/run),run,d], the last run filled with zeros."""
+    count = math.ceil(x.shape[-2] / run)
+    return F.pad(x, (0, 0, 0, count * run - x.shape[-2])).unflatten(-2, (count, run))
+
+
+def run_sizes(length: int, run: int, device: torch.device) -> Tensor:
+    """Number of real rows in each run: float32 [ceil(length/run)]."""
+    starts = torch.arange(0, length, run, device=device)
+    return (length - starts).clamp(max=run).float()
+
+
+def run_means(x: Tensor, run: int) -> Tensor:
+    """Means over runs of consecutive rows: x [...,P,d] -> [...,ceil(P/run),d]."""
+    return _runs(x, run).sum(-2) / run_sizes(x.shape[-2], run, x.device)[:, None].to(x.dtype)
+
+
+def probe_logits(q: Tensor, k: Tensor, proj_q: Tensor, proj_k: Tensor, *, probe: int, scale: float) -> Tensor:
+    """Predictor logits: patch q, k [B,H,P,d] -> [B,H,ceil(P/probe),P], in float32 and differentiable."""
+    with torch.autocast(q.device.type, enabled=False):
+        asking = run_means(q.float(), probe) @ proj_q.float()
+        return scale * asking @ (k.float() @ proj_k.float()).transpose(-1, -2)
+
+
+def value_deviation(v: Tensor, cell: int) -> Tensor:
+    """|v_j - mean value of its cell| (of v_j alone where cell is 0): patch v [B,H,P,d] -> float32 [B,H,P]."""
+    v = v.float()
+    if cell:
+        v = v - run_means(v, cell).repeat_interleave(cell, -2)[..., : v.shape[-2], :]
+    return v.norm(dim=-1).clamp_min(DEVIATION_FLOOR)
+
+
+@torch.no_grad()
+def key_scores(
+    qkv: Tensor,
+    proj_q: Tensor,
+    proj_k: Tensor,
+    *,
+    num_heads: int,
+    num_prefix: int,
+    probe: int,
+    tile: int,
+    cell: int,
+    scale: float,
+    value_power: float,
+) -> Tensor:
+    """Selection scores of KeySelect: float32 [B,H,T,P]."""
+    q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
+    scores = probe_logits(q, k, proj_q, proj_k, probe=probe, scale=scale).log_softmax(-1)
+    per_tile = tile // probe
+    missing = -scores.shape[2] % per_tile
+    scores = F.pad(scores, (0, 0, 0, missing), value=-math.inf).unflatten(2, (-1, per_tile)).amax(3)
+    if value_power:
+        scores = scores + value_power * value_deviation(v, cell).log()[:, :, None]
+    return scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def top_keys(scores: Tensor, keys: int) -> Tensor:
+    """Indices int32 [...,K] of the highest scores, ties to the lower index, ascending.
+
+    `torch.topk` promises no order of ties, so only its K-th value is used: all above it win, then the first equal ones.
+    """
+    threshold = scores.topk(keys, dim=-1).values[..., -1:]
+    above, equal = scores > threshold, scores == threshold
+    wanted = keys - above.sum(-1, keepdim=True)
+    winners = above | (equal & (equal.cumsum(-1) <= wanted))
+    return winners.nonzero()[:, -1].view(*scores.shape[:-1], keys).to(torch.int32)
+
+
+def key_select(
+    qkv: Tensor,
+    proj_q: Tensor,
+    proj_k: Tensor,
+    *,
+    num_heads: int,
+    num_prefix: int,
+    probe: int,
+    tile: int,
+    cell: int,
+    keys: int,
+    scale: float,
+    value_power: float,
+) -> Tensor:
+    """KeySelect: indices int32 [B,H,T,K]. No gradient flows through the choice."""
+    if torch.onnx.is_in_onnx_export():
+        attributes = {
+            "num_heads": num_heads,
+            "num_prefix": num_prefix,
+            "probe": probe,
+            "tile": tile,
+            "cell": cell,
+            "keys": keys,
+            "scale": scale,
+            "value_power": value_power,
+        }
+        tiles = math.ceil((qkv.shape[1] - num_prefix) / tile)
+        shape = [qkv.shape[0], num_heads, tiles, keys]
+        return _node("KeySelect", (qkv, proj_q, proj_k), attributes, torch.int32, shape)
+    scores = key_scores(
+        qkv,
+        proj_q,
+        proj_k,
+        num_heads=num_heads,
+        num_prefix=num_prefix,
+        probe=probe,
+        tile=tile,
+        cell=cell,
+        scale=scale,
+        value_power=value_power,
+    )
+    return top_keys(scores, keys)
+
+
+def sparse_attention(
+    qkv: Tensor,
+    indices: Tensor,
+    *,
+    num_heads: int,
+    num_prefix: int,
+    tile: int,
+    cell: int,
+    scale: float,
+    prefix_keys: int = 1,
+) -> Tensor:
+    """SparseAttention: [B,N,C], differentiable in qkv."""
+    batch, tokens, packed = qkv.shape
+    if torch.onnx.is_in_onnx_export():
+        attributes = {
+            "num_heads": num_heads,
+            "num_prefix": num_prefix,
+            "tile": tile,
+            "cell": cell,
+            "scale": scale,
+            "prefix_keys": prefix_keys,
+        }
+        shape = [batch, tokens, packed // 3]
+        return _node("SparseAttention", (qkv, indices), attributes, qkv.dtype, shape)
+    q, k, v = split_heads(qkv, num_heads)
+    prefix_rows = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, scale=scale)
+    patch_rows = _tile_attention(q[:, :, num_prefix:], k, v, indices, num_prefix * prefix_keys, tile, cell, scale)
+    return torch.cat([prefix_rows, patch_rows], 2).transpose(1, 2).reshape(batch, tokens, packed // 3)
+
+
+def _tile_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, first: int, tile: int, cell: int, scale: float
+) -> Tensor:
+    """Patch queries q [B,H,P,d] over prefix (rows before `first`), listed keys and cells -> [B,H,P,d].
+
+    The mean of what a tile did not select is found from what it did: with l the logits, m selected of the s keys in a
+    cell and n = s - m, mean over the rest = mean of the cell - (sum of selected - m * mean of the cell) / n. So neither
+    keys nor values are averaged again per tile; on the value side the same identity lowers the selected keys' weights.
+    """
+    tiles = _runs(q, tile)
+    listed = indices.long()[..., None]
+    keys = torch.take_along_dim(k[:, :, None, first:], listed, 3)
+    values = torch.take_along_dim(v[:, :, None, first:], listed, 3)
+    shared_keys, shared_values = k[:, :, None, :first], v[:, :, None, :first]
+    logits = [_logits(tiles, shared_keys, scale), _logits(tiles, keys, scale)]
+    if cell:
+        sizes = run_sizes(k.shape[2] - first, cell, q.device)
+        cell_keys, cell_values = (run_means(x[:, :, first:].float(), cell)[:, :, None] for x in (k, v))
+        member = F.one_hot(indices.long() // cell, len(sizes)).float()
+        selected = member.sum(3)[:, :, :, None]
+        rest = sizes - selected
+        safe = rest.clamp_min(1)
+        whole = _logits(tiles.float(), cell_keys, scale)
+        mean = whole - (logits[1] @ member - selected * whole) / safe
+        logits.append((mean + safe.log()).masked_fill(rest == 0, -math.inf))
+    weights = torch.cat(logits, -1).softmax(-1).split([x.shape[-1] for x in logits], -1)
+    own = weights[1]
+    out = 0
+    if cell:
+        share = weights[2] / safe
+        own = own - share @ member.transpose(-1, -2)
+        out = ((share * sizes) @ cell_values).to(v.dtype)
+    out = out + weights[0].to(v.dtype) @ shared_values + own.to(v.dtype) @ values
+    return out.flatten(2, 3)[:, :, : q.shape[2]]
+
+
+def _logits(tiles: Tensor, keys: Tensor, scale: float) -> Tensor:
+    return (scale * tiles @ keys.transpose(-1, -2)).float()
+
+
+def dense_attention(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:
+    """DenseAttention: [B,N,C]."""
+    batch, tokens, packed = qkv.shape
+    if torch.onnx.is_in_onnx_export():
+        shape = [batch, tokens, packed // 3]
+        return _node("DenseAttention", (qkv,), {"num_heads": num_heads, "scale": scale}, qkv.dtype, shape)
+    q, k, v = split_heads(qkv, num_heads)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).reshape(batch, tokens, packed // 3)

@@ -1,0 +1,70 @@
+"""Pictures from files and folders, as uint8 arrays of the size a model takes."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsifiner_edge.errors import MissingExtraError, PictureError
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+Picture = npt.NDArray[np.uint8]
+
+
+def list_pictures(source: Path) -> list[Path]:
+    """The picture `source` itself, or every picture below the folder `source`, sorted by path.
+
+    Raises:
+        PictureError: it does not exist or holds no picture.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise PictureError(f"{source} does not exist.", "Give a picture or a folder of pictures.")
+    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not found:
+        raise PictureError(f"{source} holds no picture.", f"Known endings: {', '.join(sorted(SUFFIXES))}.")
+    return found
+
+
+def load_picture(path: Path, size: int) -> Picture:
+    """Centre square of a picture, resized bicubically: uint8 RGB [size, size, 3].
+
+    Raises:
+        PictureError: the file is missing, truncated, no picture, or absurdly large.
+    """
+    image_module = _pillow()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", image_module.DecompressionBombWarning)
+            with image_module.open(path) as image:
+                image.draft("RGB", (size, size))
+                square = _centre_square(image).convert("RGB")
+                return np.array(square.resize((size, size), image_module.Resampling.BICUBIC))
+    # Pillow's decoders raise many kinds of error on damaged files; none of them is worth a traceback.
+    except Exception as error:
+        raise PictureError(f"{path} cannot be read as a picture: {error}.", "Replace or remove it.") from error
+
+
+def load_batch(paths: list[Path], size: int) -> Picture:
+    """Pictures stacked: uint8 [len(paths), size, size, 3]."""
+    return np.stack([load_picture(path, size) for path in paths])
+
+
+def _centre_square(image: Any) -> Any:
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("pillow", "cpu") from error
+    return Image

@@ -1,0 +1,137 @@
+"""Percentiles, ratios and their intervals. Pure functions of the samples; times in, times out, whatever the unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.results import unavailable
+
+CONFIDENCE = 0.95
+MARGIN = 0.01
+"""Ratios within 1 +- MARGIN are never called a difference: two processes of one model differ by that much."""
+MIN_ROUNDS = 8
+"""Fewer rounds than this bear no bootstrap."""
+
+Samples = Sequence[float] | np.ndarray[Any, Any]
+
+
+def percentile(samples: Samples, share: float) -> float:
+    """Quantile of `samples` at `share` in [0, 1], linear between neighbours (NumPy's default)."""
+    return float(np.quantile(np.asarray(samples, dtype=np.float64), share))
+
+
+def effective_size(series: Samples) -> int:
+    """How many independent samples tell as much about the mean as this series, which may be correlated in time.
+
+    Geyer's initial positive sequence (Statistical Science 7, 1992): autocorrelations are summed in pairs until a pair
+    is not positive. Between 1 and len(series).
+    """
+    values = np.asarray(series, dtype=np.float64)
+    count = len(values)
+    centred = values - values.mean()
+    variance = float(centred @ centred)
+    if count < 4 or variance == 0:
+        return count
+    spectrum = np.fft.rfft(centred, n=2 * count)
+    correlation = np.fft.irfft(np.abs(spectrum) ** 2)[:count] / variance
+    pairs = correlation[0 : count - count % 2 : 2] + correlation[1::2]
+    stop = int(np.argmax(pairs <= 0)) if (pairs <= 0).any() else len(pairs)
+    inflation = max(1.0, 2 * float(pairs[:stop].sum()) - 1)
+    return max(1, int(count / inflation))
+
+
+def _binomial_cdf(trials: int, share: float) -> np.ndarray[Any, Any]:
+    """P(X <= k), k = 0..trials, of Binomial(trials, share); by logarithms, so that many trials do not underflow."""
+    k = np.arange(trials)
+    steps = np.log((trials - k) / (k + 1)) + math.log(share / (1 - share))
+    logs = trials * math.log1p(-share) + np.concatenate([[0.0], np.cumsum(steps)])
+    return np.asarray(np.cumsum(np.exp(logs)))
+
+
+def quantile_interval(samples: Samples, share: float) -> tuple[float | None, float | None]:
+    """95 % interval of a quantile from order statistics, which needs no assumption about the distribution.
+
+    The number of samples below the quantile is binomial; correlation in time shrinks the number of trials.
+
+    Returns:
+        Low and high; None for a side on which the samples are too few to bound the quantile.
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    trials = effective_size(values <= np.quantile(values, share))
+    cdf = _binomial_cdf(trials, share)
+    tail = (1 - CONFIDENCE) / 2
+    below = int(np.searchsorted(cdf, tail, side="right"))  # rank l: P(X < l) <= tail
+    above = int(np.searchsorted(cdf, 1 - tail, side="left")) + 1  # rank u: P(X >= u) <= tail
+    ordered = np.sort(values)
+    scale = len(values) / trials
+    low = float(ordered[max(0, math.floor(below * scale) - 1)]) if below >= 1 else None
+    high = float(ordered[min(len(values) - 1, math.ceil(above * scale) - 1)]) if above <= trials else None
+    return low, high
+
+
+def mean_interval(samples: Samples) -> tuple[float, float]:
+    """95 % interval of the mean: normal, with the standard error of the effective number of samples."""
+    values = np.asarray(samples, dtype=np.float64)
+    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    error = 1.96 * spread / math.sqrt(effective_size(values))
+    return float(values.mean()) - error, float(values.mean()) + error
+
+
+def estimate(value: float, low: float | None, high: float | None, method: str) -> dict[str, Any]:
+    """A value with its interval, as results hold it."""
+    few = unavailable("too few samples to bound it on this side")
+    return {
+        "value": value,
+        "low": few if low is None else low,
+        "high": few if high is None else high,
+        "confidence": CONFIDENCE,
+        "interval": method,
+    }
+
+
+def summarise(latency_ms: Samples) -> dict[str, Any]:
+    """p50, p90, p99 and mean of the latency in ms, and the throughput in queries per second, with intervals."""
+    order = "order statistics, effective sample size"
+    latency: dict[str, Any] = {
+        name: estimate(percentile(latency_ms, share), *quantile_interval(latency_ms, share), order)
+        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+    }
+    mean = float(np.mean(latency_ms))
+    low, high = mean_interval(latency_ms)
+    normal = "normal, effective sample size"
+    latency["mean"] = estimate(mean, low, high, normal)
+    fastest = 1000 / low if low > 0 else None
+    return {"latency_ms": latency, "throughput_per_s": estimate(1000 / mean, 1000 / high, fastest, normal)}
+
+
+def round_ratios(subject: Sequence[Samples], against: Sequence[Samples]) -> np.ndarray[Any, Any]:
+    """Per round, against's median over the subject's: above 1 where the subject is faster."""
+    return np.array([np.median(b) / np.median(a) for a, b in zip(subject, against, strict=True)])
+
+
+def ratio_interval(ratios: Samples, seed: int = 0, draws: int = 2000) -> tuple[float | None, float | None]:
+    """95 % interval of the median of paired ratios, by a bootstrap over rounds.
+
+    A round holds a block of either side, run back to back: what slows the machine for longer than a round slows both,
+    and cancels. None, None below `MIN_ROUNDS` rounds.
+    """
+    values = np.asarray(ratios, dtype=np.float64)
+    if len(values) < MIN_ROUNDS:
+        return None, None
+    picks = np.random.default_rng(seed).integers(0, len(values), size=(draws, len(values)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.median(values[picks], axis=1), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def judge(low: float | None, high: float | None) -> str:
+    """ "faster" or "slower" when the whole interval of the ratio lies outside 1 +- `MARGIN`; else no difference."""
+    if low is not None and low > 1 + MARGIN:
+        return "faster"
+    if high is not None and high < 1 - MARGIN:
+        return "slower"
+    return "no difference shown"

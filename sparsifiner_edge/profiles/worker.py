@@ -1,0 +1,173 @@
+"""The measured process: `python -m sparsifiner_edge.profiles.worker`, one JSON request and one JSON reply per line.
+
+    {"op": "load", "bundle": ..., "backend": ..., "threads": ...}   -> times, input and memory of loading
+    {"op": "block", "queries": n, "rewarm": m}                      -> latency_ms of n queries, after m unrecorded ones
+    {"op": "memory"}                                                -> resident memory now and at its peak
+    {"op": "describe"}                                              -> Session.description (costs memory: ask last)
+    {"op": "close"}                                                 -> leaves; so does the end of standard input
+
+A reply is {"ok": ...} or {"error": {"what": ..., "fix": ...}}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.errors import BackendError, SparsifinerError
+from sparsifiner_edge.results import unavailable
+from sparsifiner_edge.runtime import Session, TensorSpec, open_session
+from sparsifiner_edge.runtime.open import load_backend
+from sparsifiner_edge.runtime.session import Array
+
+SEED = 0
+
+
+def read_memory(process: Path = Path("/proc/self")) -> dict[str, Any]:
+    """Resident set now, its peak, and the proportional share (pages divided among the processes that map them).
+
+    Args:
+        process: a process's folder in procfs.
+
+    Returns:
+        `rss_bytes`, `peak_rss_bytes`, `pss_bytes`; each an int, or why it is unavailable.
+    """
+    report: dict[str, Any] = {}
+    for key, file, field in (
+        ("rss_bytes", "status", "VmRSS"),
+        ("peak_rss_bytes", "status", "VmHWM"),
+        ("pss_bytes", "smaps_rollup", "Pss"),
+    ):
+        try:
+            text = (process / file).read_text(encoding="ascii", errors="replace")
+        except OSError as error:
+            report[key] = unavailable(f"{process / file}: {error.strerror}")
+            continue
+        match = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+        report[key] = int(match[1]) * 1024 if match else unavailable(f"{process / file} has no {field}")
+    return report
+
+
+def fixed_inputs(specs: list[TensorSpec], seed: int = SEED) -> dict[str, Array]:
+    """One random array per input, the same on every call: uint8 over its range, floats in [0, 1), a dynamic batch as 1.
+
+    Raises:
+        BackendError: an input of another type, or dynamic beyond its first axis.
+    """
+    random = np.random.default_rng(seed)
+    arrays: dict[str, Array] = {}
+    for spec in specs:
+        shape = [1 if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(spec.shape)]
+        sizes = [size for size in shape if isinstance(size, int)]
+        kind = np.dtype(spec.dtype)
+        if len(sizes) != len(shape) or (kind != np.uint8 and kind.kind != "f"):
+            raise BackendError(
+                f"Input {spec.name!r} ({spec}) cannot be made up for a measurement.",
+                "Export with uint8 or float inputs, dynamic in the batch alone.",
+            )
+        arrays[spec.name] = (
+            random.integers(0, 256, sizes, dtype=np.uint8) if kind == np.uint8 else random.random(sizes).astype(kind)
+        )
+    return arrays
+
+
+class _Worker:
+    """One session and its one input."""
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.inputs: dict[str, Array] = {}
+
+    def load(self, bundle: str, backend: str, threads: int | None) -> dict[str, Any]:
+        start = time.perf_counter_ns()
+        version = load_backend(backend)
+        import_ms = _since(start)
+        before = read_memory()["rss_bytes"]
+        self.session = open_session(bundle, backend, threads)
+        loaded = read_memory()["rss_bytes"]
+        self.inputs = fixed_inputs(self.session.inputs)
+        start = time.perf_counter_ns()
+        self.session.infer(self.inputs)
+        first_ms = _since(start)
+        return {
+            "backend_version": version,
+            "input_shapes": {name: list(value.shape) for name, value in self.inputs.items()},
+            "import_ms": import_ms,
+            "load_ms": self.session.load_ms,
+            "first_inference_ms": first_ms,
+            "rss_before_load_bytes": before,
+            "rss_after_load_bytes": loaded,
+            "rss_after_first_inference_bytes": read_memory()["rss_bytes"],
+        }
+
+    def block(self, queries: int, rewarm: int) -> dict[str, Any]:
+        session, inputs, clock = self._loaded(), self.inputs, time.perf_counter_ns
+        for _ in range(rewarm):
+            session.infer(inputs)
+        times = []
+        gc.disable()  # A collection inside one query would be Python's, not the model's.
+        try:
+            for _ in range(queries):
+                start = clock()
+                session.infer(inputs)
+                times.append(clock() - start)
+        finally:
+            gc.enable()
+        return {"latency_ms": [ns / 1e6 for ns in times]}
+
+    def memory(self) -> dict[str, Any]:
+        return read_memory()
+
+    def describe(self) -> dict[str, Any]:
+        return self._loaded().description
+
+    def _loaded(self) -> Session:
+        if self.session is None:
+            raise BackendError("The worker has no session.", "Send load first.")
+        return self.session
+
+
+def _since(start: int) -> float:
+    return (time.perf_counter_ns() - start) / 1e6
+
+
+def _answer(operations: dict[str, Callable[..., dict[str, Any]]], request: dict[str, Any]) -> dict[str, Any]:
+    arguments = {name: value for name, value in request.items() if name != "op"}
+    try:
+        return {"ok": operations[request["op"]](**arguments)}
+    except SparsifinerError as error:
+        return {"error": {"what": error.what, "fix": error.fix}}
+
+
+def main() -> None:
+    """Serve requests until `close` or the end of standard input."""
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # From here on whatever a library prints goes to standard error, and none can read our requests.
+    os.dup2(2, 1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    worker = _Worker()
+    operations: dict[str, Callable[..., dict[str, Any]]]
+    operations = {"load": worker.load, "block": worker.block, "memory": worker.memory, "describe": worker.describe}
+    for line in iter(requests.readline, ""):
+        request = json.loads(line)
+        if request["op"] == "close":
+            break
+        replies.write(json.dumps(_answer(operations, request)) + "\n")
+        replies.flush()
+    if worker.session is not None:
+        worker.session.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""From a bundle and a backend's name to a session."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.results import available_cores
+from sparsifiner_edge.runtime.session import Session
+
+BACKENDS = {"onnxruntime": "sparsifiner_edge.runtime.ort"}
+"""Backend's name -> module that has `load_backend()` and `open_model(folder, manifest, threads)`."""
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a name that is no backend.
+
+    Raises:
+        BackendError: lists the backends of this version.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"Unknown backend {backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
+
+
+def load_backend(backend: str) -> str:
+    """Import the backend's package, so that opening a session afterwards does not pay for it; returns its version.
+
+    Raises:
+        BackendError: no such backend, or its package is broken.
+        MissingExtraError: its package is not installed.
+    """
+    check_backend(backend)
+    module = importlib.import_module(BACKENDS[backend])
+    return str(module.load_backend().__version__)
+
+
+def open_session(bundle: str | Path, backend: str = "onnxruntime", threads: int | None = None) -> Session:
+    """Open a bundle whose hashes match, ready to run.
+
+    Args:
+        bundle: a folder made by `sparsifiner-edge export`.
+        backend: one of `BACKENDS`.
+        threads: threads inside one operator; None takes the cores that this process may run on.
+
+    Raises:
+        ArtifactError: not a bundle, altered, or of a newer schema.
+        BackendError: no such backend, `threads` below 1, or the backend refuses the model.
+        MissingExtraError: the backend's package is not installed.
+    """
+    check_backend(backend)
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads is {threads}.", "Give at least 1, or leave it out to use every core allowed.")
+    folder = Path(bundle)
+    manifest = open_bundle(folder)
+    module = importlib.import_module(BACKENDS[backend])
+    session: Session = module.open_model(folder, manifest, threads or available_cores())
+    return session

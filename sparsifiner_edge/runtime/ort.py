@@ -1,0 +1,167 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs
+
+_PROVIDER = "CPUExecutionProvider"
+_ERRORS_ONLY = 3
+_TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
+
+
+def load_backend() -> Any:
+    """The module `onnxruntime`.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        BackendError: it is installed and cannot be imported.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise BackendError(f"onnxruntime lacks the module {error.name}.", "Reinstall onnxruntime.") from error
+        raise MissingExtraError("onnxruntime", "cpu") from error
+    except ImportError as error:
+        raise BackendError(f"onnxruntime cannot be imported: {error}.", "Reinstall onnxruntime.") from error
+    return onnxruntime
+
+
+def open_model(folder: Path, manifest: Mapping[str, Any], threads: int) -> OrtSession:
+    """Load `model.onnx` of a checked bundle; see `open_session`."""
+    return OrtSession(folder / "model.onnx", manifest.get("precision"), threads)
+
+
+class OrtSession:
+    """A `Session` on ONNX Runtime's CPU provider.
+
+    Args:
+        model: the ONNX file.
+        precision: the bundle's own word for it; None derives it from the weights.
+        threads: threads inside one operator.
+
+    Raises:
+        BackendError: ONNX Runtime refuses the model.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+
+    backend = "onnxruntime"
+
+    def __init__(self, model: Path, precision: str | None, threads: int) -> None:
+        ort = load_backend()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        start = time.perf_counter_ns()
+        try:
+            session = ort.InferenceSession(str(model), options, providers=[_PROVIDER])
+        except Exception as error:  # ONNX Runtime's errors share no base but Exception.
+            raise BackendError(f"ONNX Runtime refuses {model}: {_line(error)}", "Export the bundle again.") from error
+        self.load_ms = (time.perf_counter_ns() - start) / 1e6
+        self.inputs = [_spec(node) for node in session.get_inputs()]
+        self.outputs = [_spec(node) for node in session.get_outputs()]
+        self._session: Any = session
+        self._model = model
+        self._precision = precision
+        self._threads = threads
+        self._version = str(ort.__version__)
+        self._provider = str(session.get_providers()[0])
+
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """See `Session.description`."""
+        kernels, precision = _inspect(self._model)
+        return {
+            "backend": self.backend,
+            "version": self._version,
+            "provider": self._provider,
+            "device": "CPU",
+            "precision": self._precision or precision,
+            "kernels": kernels,
+            "threads": self._threads,
+        }
+
+    def validate(self, inputs: Mapping[str, Array]) -> None:
+        """See `Session.validate`."""
+        validate_inputs(self.inputs, inputs)
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Session.infer`."""
+        if self._session is None:
+            raise BackendError(f"The session of {self._model} is closed.", "Open it again.")
+        self.validate(inputs)
+        names = [spec.name for spec in self.outputs]
+        try:
+            outputs = self._session.run(names, {name: np.ascontiguousarray(value) for name, value in inputs.items()})
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in {self._model}: {_line(error)}", "Export it again.") from error
+        return dict(zip(names, outputs, strict=True))
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._session = None
+
+    def __enter__(self) -> OrtSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _spec(node: Any) -> TensorSpec:
+    """From ONNX Runtime's "tensor(uint8)"."""
+    element = str(node.type).removeprefix("tensor(").removesuffix(")")
+    dtype = _TYPES.get(element, element)
+    try:
+        np.dtype(dtype)
+    except TypeError as error:
+        raise BackendError(
+            f"{node.name!r} has type {node.type}, which NumPy lacks.", "Export it with another type."
+        ) from error
+    return TensorSpec(str(node.name), dtype, tuple(node.shape))
+
+
+def _inspect(model: Path) -> tuple[str, str]:
+    """Which kernels run the `sparsifiner` operators of a model, and the type that most of its weights have."""
+    import onnx
+
+    content = onnx.load(str(model), load_external_data=False)
+    domains = {node.domain for node in _nodes(content.graph.node)}
+    for function in content.functions:
+        domains |= {node.domain for node in _nodes(function.node)}
+    kernels = "function bodies" if "sparsifiner" in domains else "none (standard operators)"
+    sizes: dict[int, int] = {}
+    for tensor in content.graph.initializer:
+        sizes[tensor.data_type] = sizes.get(tensor.data_type, 0) + int(np.prod(tensor.dims, dtype=np.int64))
+    names: dict[int, str] = {
+        onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.DOUBLE: "fp64",
+        onnx.TensorProto.BFLOAT16: "bf16", onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8",
+    }  # fmt: skip
+    weights = {kind: size for kind, size in sizes.items() if kind in names}
+    return kernels, names[max(weights, key=lambda kind: weights[kind])] if weights else "unknown (no weights)"
+
+
+def _nodes(nodes: Iterable[Any]) -> Iterable[Any]:
+    """Every node, those of subgraphs (If, Loop) included."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes(graph.node)

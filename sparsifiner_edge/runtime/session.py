@@ -1,0 +1,132 @@
+"""What every backend offers, and the one check of inputs that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from sparsifiner_edge.errors import BackendError
+
+Array = np.ndarray[Any, Any]
+
+
+class TensorSpec(NamedTuple):
+    """An input or output of a model.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: NumPy's name of the element type, such as "uint8".
+        shape: one entry per axis: a size, or the name of a dynamic axis such as "batch", or None for an unnamed one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {_shape_text(self.shape)}"
+
+
+class Session(Protocol):
+    """A bundle, loaded and ready to run. A context manager: leaving the block closes it."""
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend, as given to `open_session`."""
+
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        """Every input, in the model's order."""
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        """Every output, in the model's order."""
+
+    @property
+    def load_ms(self) -> float:
+        """Milliseconds that the backend took to make the session; hashing and reading the manifest excluded."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What really runs: `backend`, `version`, `provider`, `device`, `precision`, `kernels` and `threads`.
+
+        Found on first use, from the model file: that costs time and memory, so ask after measuring either.
+        `kernels` is "function bodies" or "none (standard operators)".
+        """
+
+    def validate(self, inputs: Mapping[str, Array]) -> None:
+        """Check names, types and shapes.
+
+        Raises:
+            BackendError: names the input, what it got and what it expected.
+        """
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the model once.
+
+        Args:
+            inputs: one array per entry of `inputs`, of its type and shape.
+
+        Returns:
+            One array per entry of `outputs`.
+
+        Raises:
+            BackendError: `validate` refuses the inputs, the backend fails, or the session is closed.
+        """
+
+    def close(self) -> None:
+        """Release the model. Closing twice is harmless."""
+
+    def __enter__(self) -> Session: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def validate_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> None:
+    """Check arrays against `specs`: names, types, ranks, sizes, and that axes of one name have one size.
+
+    Raises:
+        BackendError: names the input, what it got and what it expected.
+    """
+    expected = ", ".join(f"{spec.name} ({spec})" for spec in specs)
+    names = {spec.name for spec in specs}
+    for name in inputs:
+        if name not in names:
+            raise BackendError(f"Unknown input {name!r}.", f"The model's inputs: {expected}.")
+    bound: dict[str, int] = {}
+    for spec in specs:
+        if spec.name not in inputs:
+            raise BackendError(f"Input {spec.name!r} is missing.", f"The model's inputs: {expected}.")
+        _validate_one(spec, inputs[spec.name], bound)
+
+
+def _validate_one(spec: TensorSpec, value: object, bound: dict[str, int]) -> None:
+    if not isinstance(value, np.ndarray):
+        raise BackendError(f"Input {spec.name!r} got {type(value).__name__}.", f"Expected a NumPy array: {spec}.")
+    if value.dtype != np.dtype(spec.dtype):
+        raise BackendError(
+            f"Input {spec.name!r} got type {value.dtype}.", f"Expected {spec.dtype}: {spec}. Convert it first."
+        )
+    if value.ndim != len(spec.shape):
+        raise BackendError(
+            f"Input {spec.name!r} got {value.ndim} axes: {_shape_text(value.shape)}.",
+            f"Expected {len(spec.shape)}: {spec}.",
+        )
+    for axis, (size, wanted) in enumerate(zip(value.shape, spec.shape, strict=True)):
+        if isinstance(wanted, str):
+            wanted = bound.setdefault(wanted, size)  # noqa: PLW2901
+        if size == 0 or (wanted is not None and size != wanted):
+            need = f"{wanted} there" if size else "at least 1 there"
+            raise BackendError(
+                f"Input {spec.name!r} got {size} on axis {axis}: {_shape_text(value.shape)}.",
+                f"Expected {need}: {spec}.",
+            )
+
+
+def _shape_text(shape: Sequence[int | str | None]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

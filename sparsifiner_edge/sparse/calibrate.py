@@ -1,0 +1,174 @@
+"""Projections of the predictor: from the weights alone, or better from a few pictures.
+
+Both ways find, per head, the rank-c matrices that best preserve probe-query . key products: with moments
+M_q = E[a a^T] of probe means and M_k = E[(k - mean)(k - mean)^T] of keys (a constant shift of all keys changes no
+ranking), the singular vectors of M_q^1/2 M_k^1/2. A short gradient descent then lowers the Kullback-Leibler divergence
+between the true and the predicted choice on the same pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.sparse.attention import SparseAttention
+
+PASSES = 2
+STEPS_PER_PICTURE = 8
+PROBES_PER_STEP = 96
+LEARNING_RATE = 0.06
+"""Relative to the mean absolute entry of a projection."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass
+class _Moments:
+    queries: Tensor
+    keys: Tensor
+
+
+def sparse_layers(model: nn.Module) -> list[SparseAttention]:
+    """The sparse attention modules of a model, first layer first."""
+    return [m for m in model.modules() if isinstance(m, SparseAttention)]
+
+
+@torch.no_grad()
+def calibrate_from_weights(model: nn.Module) -> None:
+    """Set the projections from the weights, as if the normalised input of each layer were white noise."""
+    for block in _sparse_blocks(model):
+        attention, norm = block.attn, block.norm1
+        weight = attention.qkv.weight.double() * norm.weight.double()
+        heads = weight.unflatten(0, (3, attention.num_heads, attention.head_dim))
+        offset = attention.qkv(norm.bias[None]).double().unflatten(-1, (3, attention.num_heads, attention.head_dim))[0]
+        queries = heads[0] @ heads[0].mT + offset[0][:, :, None] * offset[0][:, None, :]
+        _set_from_moments(attention, _Moments(queries, heads[1] @ heads[1].mT))
+
+
+def calibrate_from_pictures(
+    model: nn.Module, pictures: Sequence[Tensor], progress: Progress | None = None, seed: int = 0
+) -> None:
+    """Set the projections from pictures [1,3,H,W], normalised as the model expects.
+
+    The layers attend densely meanwhile, so that each sees what its teacher sees. One picture is held at a time.
+    """
+    layers = sparse_layers(model)
+    total = len(pictures) * (1 + PASSES)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    moments: dict[SparseAttention, _Moments] = {}
+    for picture in pictures:
+        for attention, qkv in _dense_pass(model, picture):
+            _add_moments(moments, attention, qkv)
+        step()
+    for attention in layers:
+        _set_from_moments(attention, moments[attention])
+    learners = {a: _Learner(a, PASSES * len(pictures) * STEPS_PER_PICTURE) for a in layers}
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(PASSES):
+        for number in torch.randperm(len(pictures), generator=generator).tolist():
+            for attention, qkv in _dense_pass(model, pictures[number]):
+                learners[attention].learn(qkv, generator)
+            step()
+
+
+def _sparse_blocks(model: nn.Module) -> Iterator[Any]:
+    return (b for b in model.modules() if isinstance(getattr(b, "attn", None), SparseAttention))
+
+
+def _dense_pass(model: nn.Module, picture: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:
+    """Run a model with dense attention and yield each sparse layer with its qkv [1,N,3C]."""
+    seen: list[tuple[SparseAttention, Tensor]] = []
+
+    def dense(attention: SparseAttention) -> Callable[[Tensor], Tensor]:
+        def attend(qkv: Tensor) -> Tensor:
+            seen.append((attention, qkv))
+            return ops.dense_attention(qkv, num_heads=attention.num_heads, scale=attention.scale)
+
+        return attend
+
+    layers = sparse_layers(model)
+    try:
+        for attention in layers:
+            attention.attend = dense(attention)  # type: ignore[method-assign]
+        with torch.no_grad():
+            model(picture)
+    finally:
+        for attention in layers:
+            attention.__dict__.pop("attend", None)
+    return seen
+
+
+def _patch_heads(attention: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x[:, :, attention.num_prefix :] for x in ops.split_heads(qkv, attention.num_heads))
+    return q, k, v
+
+
+def _add_moments(moments: dict[SparseAttention, _Moments], attention: SparseAttention, qkv: Tensor) -> None:
+    q, k, _ = _patch_heads(attention, qkv)
+    probes = ops.run_means(q.double(), attention.sparsity.probe)[0]
+    keys = k[0].double()
+    keys = keys - keys.mean(1, keepdim=True)
+    new = _Moments(probes.mT @ probes / probes.shape[1], keys.mT @ keys / keys.shape[1])
+    old = moments.get(attention)
+    moments[attention] = new if old is None else _Moments(old.queries + new.queries, old.keys + new.keys)
+
+
+def _set_from_moments(attention: SparseAttention, moments: _Moments) -> None:
+    """Best rank-c factors of the bilinear form q . k under the two moments (truncated SVD after whitening)."""
+    root_q, unroot_q = _roots(moments.queries)
+    root_k, unroot_k = _roots(moments.keys)
+    left, values, right = torch.linalg.svd(root_q @ root_k)
+    channels = attention.sparsity.channels
+    share = values[:, None, :channels].sqrt()
+    with torch.no_grad():
+        attention.select.proj_q.copy_(unroot_q @ left[:, :, :channels] * share)
+        attention.select.proj_k.copy_(unroot_k @ right.mT[:, :, :channels] * share)
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of symmetric matrices [H,d,d] and its inverse, with a floor under tiny eigenvalues."""
+    values, vectors = torch.linalg.eigh(moment)
+    values = values.clamp_min(values.amax(-1, keepdim=True) * 1e-9 + 1e-30)
+    return (vectors * values.sqrt()[:, None]) @ vectors.mT, (vectors * values.rsqrt()[:, None]) @ vectors.mT
+
+
+class _Learner:
+    """Gradient descent on one layer's projections."""
+
+    def __init__(self, attention: SparseAttention, steps: int) -> None:
+        self.attention = attention
+        self.weights = [attention.select.proj_q, attention.select.proj_k]
+        rate = LEARNING_RATE * self.weights[0].detach().abs().mean().item()
+        self.optimiser = torch.optim.Adam(self.weights, lr=rate)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, steps)
+
+    def learn(self, qkv: Tensor, generator: torch.Generator) -> None:
+        """A few steps on one picture, each on other probes."""
+        attention = self.attention
+        q, k, v = _patch_heads(attention, qkv)
+        bonus = attention.sparsity.value_power / 2 * ops.value_deviation(v, attention.layout.cell).log()[:, :, None]
+        probes = ops.run_means(q, attention.sparsity.probe)
+        for _ in range(STEPS_PER_PICTURE):
+            some = torch.randperm(probes.shape[2], generator=generator)[:PROBES_PER_STEP].to(probes.device)
+            asking = probes[:, :, some]
+            with torch.enable_grad():
+                true = (attention.scale * asking @ k.mT + bonus).log_softmax(-1)
+                guess = ops.probe_logits(asking, k, self.weights[0], self.weights[1], probe=1, scale=attention.scale)
+                loss = F.kl_div((guess + bonus).log_softmax(-1), true, reduction="sum", log_target=True)
+                (loss / asking.shape[2]).backward()
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            self.schedule.step()

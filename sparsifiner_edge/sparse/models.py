@@ -1,0 +1,165 @@
+"""Dense vision transformers of timm, from a name and weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsError
+
+State = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of a picture: x = (pixel / 255 - mean) / std per RGB channel, after a bicubic resize."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """The preprocessing that timm records for a model."""
+    data = resolve_model_data_config(model)
+    return Preprocessing(tuple(data["mean"]), tuple(data["std"]))
+
+
+def normalise(images: Tensor, pre: Preprocessing) -> Tensor:
+    """uint8 [B,H,W,3] -> float32 [B,3,H,W]."""
+    mean, std = torch.tensor(pre.mean), torch.tensor(pre.std)
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def read_weights(path: Path) -> State:
+    """Tensors of a .safetensors or .pth file; pickles are read with `weights_only=True`.
+
+    Raises:
+        WeightsError: missing, truncated, corrupt, or without tensors.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist.", "Give a .safetensors or .pth file.")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load and safetensors raise many kinds of error on damaged files.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} cannot be read as weights: {reason}", "Download or make it again.") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors by name.", "Give a state dict with timm's key names.")
+    return tensors
+
+
+def create(name: str, img_size: int | None = None, num_classes: int | None = None) -> VisionTransformer:
+    """A VisionTransformer of timm with random weights, in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: timm has no such model, or it is no VisionTransformer.
+        ConfigError: the image size is no multiple of the patch size.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"))
+        hint = f"Did you mean {', '.join(close)}?" if close else "Names: python -c 'import timm; print(timm.list_models())'"
+        raise UnsupportedModelError(f"timm has no model {name!r}.", hint)
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        model = timm.create_model(name, pretrained=False, **options)
+        if img_size is not None and isinstance(model, VisionTransformer):
+            _check_size(name, img_size, model.patch_embed.patch_size)
+            model = timm.create_model(name, pretrained=False, img_size=img_size, **options)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
+    if not isinstance(model, VisionTransformer):
+        raise UnsupportedModelError(
+            f"{name!r} is a {type(model).__name__}, not a VisionTransformer.", "Choose a ViT, DeiT or DINOv2 of timm."
+        )
+    if img_size is None:
+        _check_size(name, model.patch_embed.img_size[0], model.patch_embed.patch_size)
+    return model.eval()
+
+
+def _check_size(name: str, size: int, patch: tuple[int, int]) -> None:
+    side = patch[0]
+    if size < side or size % side:
+        near = max(round(size / side), 1) * side
+        raise ConfigError(
+            f"image size {size} is not a multiple of the patch size {side} of {name}.", f"Use {near}, for instance."
+        )
+
+
+def load_model(name: str, weights: Path | None = None, img_size: int | None = None) -> VisionTransformer:
+    """A pretrained model of timm, in evaluation mode.
+
+    Args:
+        name: timm's name, such as "vit_small_patch14_dinov2.lvd142m".
+        weights: file with timm's key names; None lets timm download its own.
+        img_size: pixels along a side; the position embedding is resampled as timm does.
+
+    Raises:
+        UnsupportedModelError, ConfigError: see `create`.
+        WeightsError: unreadable, of another architecture, or not to be downloaded.
+    """
+    if weights is None:
+        return _download(name, img_size)
+    state = read_weights(weights)
+    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+    model = create(name, img_size, classes)
+    load_state(model, state, str(weights))
+    return model
+
+
+def load_state(model: VisionTransformer, state: State, source: str) -> None:
+    """Load tensors into a model; the position embedding is resampled where sizes differ.
+
+    Raises:
+        WeightsError: a tensor is missing, left over, or of another shape.
+    """
+    expected = model.state_dict()
+    refused = f"{source} does not fit this model"
+    fix = "Give weights of the same architecture, with timm's key names."
+    try:
+        filtered = cast(State, checkpoint_filter_fn(dict(state), model))
+    except (RuntimeError, KeyError, ValueError, AttributeError, IndexError, AssertionError) as error:
+        raise WeightsError(f"{refused}: {error}.", fix) from error
+    missing, extra = sorted(expected.keys() - filtered.keys()), sorted(filtered.keys() - expected.keys())
+    if missing or extra:
+        raise WeightsError(f"{refused}: missing {_some(missing)}; left over {_some(extra)}.", fix)
+    for key, tensor in filtered.items():
+        if tensor.shape != expected[key].shape:
+            raise WeightsError(
+                f"{refused}: {key} has shape {list(tensor.shape)}, the model has {list(expected[key].shape)}.", fix
+            )
+    model.load_state_dict(filtered)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if keys else "nothing"
+
+
+def _download(name: str, img_size: int | None) -> VisionTransformer:
+    create(name, img_size)
+    options = {} if img_size is None else {"img_size": img_size}
+    try:
+        return cast(VisionTransformer, timm.create_model(name, pretrained=True, **options)).eval()
+    # The hub clients raise their own kinds of error; all mean that no weights arrived.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"The weights of {name!r} could not be downloaded: {reason}", "Connect, or give a file with --weights."
+        ) from error

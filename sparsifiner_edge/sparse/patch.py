@@ -1,0 +1,124 @@
+"""In-place patch of timm's VisionTransformer: sparse attention, and patch tokens along the Hilbert curve between ends."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from timm.layers.attention import Attention
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.sparse.attention import make_dense, make_sparse
+from sparsifiner_edge.sparse.order import hilbert_order, inverse
+
+
+class SparseViTMixin:
+    """Modifications of timm's VisionTransformer.
+
+    - `_pos_embed`: afterwards the patch tokens are laid along the curve; all blocks are indifferent to order.
+    - `forward_features`, `forward_intermediates`: patch tokens are returned in raster order, as timm returns them.
+    - `sparsity`: the SparsityConfig; `token_order`, `raster_order`: int64 [P] permutations.
+    """
+
+    sparsity: SparsityConfig
+    num_prefix_tokens: int
+    token_order: Tensor
+    raster_order: Tensor
+
+    def _permuted(self, x: Tensor, order: Tensor) -> Tensor:
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat([prefix, patches.index_select(1, order)], 1)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return self._permuted(super()._pos_embed(x), self.token_order)  # type: ignore[misc]
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images [B,3,H,W] -> tokens [B,N,C] after the final norm: prefix, then patches in raster order."""
+        tokens = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
+        return self._permuted(tokens, self.raster_order)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **options: Any) -> Any:
+        """As timm's, with patches in raster order; `output_dict` is not supported."""
+        if options.get("output_dict"):
+            raise ConfigError("forward_intermediates of a sparse model takes no output_dict.", "Leave it out.")
+        result = super().forward_intermediates(x, *args, output_fmt="NLC", **options)  # type: ignore[misc]
+        grid = cast(Any, self).patch_embed.grid_size if output_fmt == "NCHW" else None
+        if options.get("intermediates_only"):
+            return [self._raster(item, grid) for item in result]
+        final, items = result
+        return self._permuted(final, self.raster_order), [self._raster(item, grid) for item in items]
+
+    def _raster(self, item: Any, grid: tuple[int, int] | None) -> Any:
+        """One intermediate, patches [B,P,C] or (patches, prefix): raster order, as a map [B,C,h,w] if `grid`."""
+        if isinstance(item, tuple):
+            return self._raster(item[0], grid), item[1]
+        item = item.index_select(1, self.raster_order)
+        return item.transpose(1, 2).unflatten(2, grid).contiguous() if grid else item
+
+
+def support_refusals(model: nn.Module) -> list[str]:
+    """Reasons why a model cannot be made sparse; empty when it can."""
+    if isinstance(model, SparseViTMixin):
+        return ["it is sparse already"]
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        return [f"it is a {type(model).__name__}; supported are timm's VisionTransformer (ViT, DeiT, DINOv2)"]
+    checks = [
+        (type(model.patch_embed) is PatchEmbed, f"patch embedding {type(model.patch_embed).__name__}"),
+        (not model.dynamic_img_size, "dynamic image size (the token order is fixed): create it with img_size"),
+        (isinstance(model.patch_drop, nn.Identity), "patch dropout"),
+    ]
+    reasons = [reason for fine, reason in checks if not fine]
+    for number, block in enumerate(model.blocks):
+        reasons += [f"layer {number}: {reason}" for reason in _block_refusals(block)]
+    return reasons
+
+
+def _block_refusals(block: nn.Module) -> list[str]:
+    attention = getattr(block, "attn", None)
+    if type(attention) is not Attention:
+        return [f"{type(block).__name__} with {type(attention).__name__} in place of timm's Attention"]
+    dropout = attention.attn_drop.p
+    return [f"attention dropout {dropout}"] if dropout else []
+
+
+def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
+    """Make a timm model sparse, in place; projections are zero until calibrated or loaded.
+
+    Args:
+        model: a VisionTransformer of timm with a fixed image size.
+        sparsity: what is sparse; with nothing sparse the model is left untouched.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: with every reason.
+        ConfigError: tile, cells or dense layers do not fit this model.
+    """
+    reasons = support_refusals(model)
+    if reasons:
+        raise UnsupportedModelError(
+            f"This model cannot be made sparse: {'; '.join(reasons)}.", "Choose a ViT, DeiT or DINOv2 of timm."
+        )
+    vit = cast(Any, model)
+    grid = cast("tuple[int, int]", tuple(vit.patch_embed.grid_size))
+    sparse_layers = sparsity.sparse_layers(len(vit.blocks))
+    if not sparse_layers:
+        return model
+    layout = sparsity.layout(grid[0] * grid[1])
+    order = hilbert_order(*grid)
+    for number, block in enumerate(vit.blocks):
+        if number in sparse_layers:
+            make_sparse(block.attn, sparsity, layout, vit.num_prefix_tokens)
+        else:
+            make_dense(block.attn)
+    vit.register_buffer("token_order", torch.from_numpy(order), persistent=False)
+    vit.register_buffer("raster_order", torch.from_numpy(inverse(order)), persistent=False)
+    vit.sparsity = sparsity
+    vit.__class__ = type(f"Sparse{type(model).__name__}", (SparseViTMixin, type(model)), {})
+    return model

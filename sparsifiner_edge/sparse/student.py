@@ -1,0 +1,210 @@
+"""Students: sparse models as folders. `sparsify` makes one, `load_student` reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from sparsifiner_edge.artifacts import (
+    STUDENT_FILE,
+    STUDENT_SCHEMA,
+    dump_json,
+    new_folder,
+    read_json,
+    require_replaceable,
+    sha256,
+)
+from sparsifiner_edge.config import SparsityConfig, default_cells
+from sparsifiner_edge.errors import ArtifactError, UnsupportedModelError
+from sparsifiner_edge.pictures import list_pictures, load_picture
+from sparsifiner_edge.sparse.calibrate import (
+    Progress,
+    calibrate_from_pictures,
+    calibrate_from_weights,
+    sparse_layers,
+)
+from sparsifiner_edge.sparse.models import create, load_model, load_state, normalise, preprocessing, read_weights
+from sparsifiner_edge.sparse.patch import make_model_sparse, support_refusals
+
+WEIGHTS_FILE = "model.safetensors"
+MAX_CALIBRATION_PICTURES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A model and what it takes to make it again.
+
+    Attributes:
+        model: in evaluation mode; sparse unless the config is dense.
+        name: timm's name.
+        sparsity: what is sparse.
+        provenance: where weights and projections came from.
+    """
+
+    model: VisionTransformer
+    name: str
+    sparsity: SparsityConfig
+    provenance: Mapping[str, Any]
+
+    @property
+    def img_size(self) -> int:
+        """Pixels along a side."""
+        return int(self.model.patch_embed.img_size[0])
+
+
+def make_student(
+    name: str, model: VisionTransformer, sparsity: SparsityConfig, provenance: Mapping[str, Any] | None = None
+) -> Student:
+    """Make `model` sparse in place, with projections from its weights.
+
+    Raises:
+        UnsupportedModelError, ConfigError: see `make_model_sparse`.
+    """
+    make_model_sparse(model, sparsity)
+    calibrate_from_weights(model)
+    return Student(model.eval(), name, sparsity, dict(provenance or {}))
+
+
+def calibrate_student(
+    student: Student, folder: Path, progress: Progress | None = None, size: int | None = None
+) -> Student:
+    """Learn the predictor from at most 32 pictures below `folder`, evenly taken.
+
+    Raises:
+        PictureError: no pictures, or one of those taken cannot be read.
+    """
+    paths = list_pictures(folder)
+    stride = max(1, len(paths) // MAX_CALIBRATION_PICTURES)
+    taken = paths[::stride][:MAX_CALIBRATION_PICTURES]
+    pre = preprocessing(student.model)
+    pictures = [normalise(torch.from_numpy(load_picture(p, size or student.img_size))[None], pre) for p in taken]
+    calibrate_from_pictures(student.model, pictures, progress)
+    how = {"from": "pictures", "pictures": len(taken), "files": [p.name for p in taken]}
+    return dataclasses.replace(student, provenance={**student.provenance, "calibration": how})
+
+
+def sparsify(
+    model: str,
+    output: str | Path,
+    *,
+    weights: str | Path | None = None,
+    img_size: int | None = None,
+    preset: str = "edge",
+    keep: float = 0.25,
+    tile: int = 16,
+    probe: int = 4,
+    channels: int = 16,
+    cells: int | None = None,
+    dense_layers: tuple[int, ...] = (),
+    calibrate: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Make a pretrained model sparse and write it as a student folder.
+
+    Args:
+        model: timm's name.
+        output: folder to write; an earlier student there is replaced.
+        weights: .safetensors or .pth with timm's key names; None lets timm download them.
+        img_size: pixels along a side; None takes the model's own.
+        cells: background cells; None takes `default_cells`.
+        calibrate: folder of pictures to learn the predictor from; None takes the weights alone.
+        progress: called with (done, total) pictures.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SparsifinerError: see `errors.py`; nothing is written then.
+    """
+    target = Path(output)
+    require_replaceable(target, "student")
+    # Settings are checked before the weights are read: a typing mistake should not cost minutes.
+    settings = SparsityConfig(preset, keep, tile, probe, channels, cells or 0, dense_layers=dense_layers)
+    vit = load_model(model, Path(weights) if weights else None, img_size)
+    patches = int(vit.patch_embed.num_patches)
+    sparsity = dataclasses.replace(settings, cells=default_cells(patches) if cells is None else cells)
+    provenance = {
+        "weights": {"file": Path(weights).name, "sha256": sha256(Path(weights))} if weights else {"from": "timm hub"},
+        "calibration": {"from": "weights"},
+        "tools": {name: version(name) for name in ("sparsifiner-edge", "timm", "torch")},
+    }
+    student = make_student(model, vit, sparsity, provenance)
+    if calibrate is not None and sparse_layers(vit):
+        student = calibrate_student(student, Path(calibrate), progress)
+    return save_student(student, target)
+
+
+def save_student(student: Student, output: Path) -> Path:
+    """Write a student folder, whole or not at all."""
+    state: dict[str, Tensor] = {k: v.contiguous() for k, v in student.model.state_dict().items()}
+    config = {
+        "schema_version": STUDENT_SCHEMA,
+        "kind": "student",
+        "model": student.name,
+        "img_size": student.img_size,
+        "num_classes": student.model.num_classes,
+        "sparsity": student.sparsity.to_dict(),
+        "provenance": dict(student.provenance),
+    }
+    with new_folder(output, "student") as folder:
+        # A file's own writes, not a memory map: a full disk is then an error and not a crash.
+        (folder / WEIGHTS_FILE).write_bytes(safetensors.torch.save(state))
+        config["weights_sha256"] = sha256(folder / WEIGHTS_FILE)
+        (folder / STUDENT_FILE).write_text(dump_json(config), encoding="utf-8")
+    return output
+
+
+def load_student(folder: str | Path, img_size: int | None = None) -> Student:
+    """Read a student folder, optionally at another image size.
+
+    Raises:
+        ArtifactError: no student, corrupt, altered, or of a newer schema.
+        SparsifinerError: its settings do not fit.
+    """
+    folder = Path(folder)
+    config = read_json(folder / STUDENT_FILE, STUDENT_SCHEMA)
+    name, size, classes = _typed(config, folder, "model", str), _typed(config, folder, "img_size", int), None
+    classes = _typed(config, folder, "num_classes", int)
+    sparsity = SparsityConfig.from_dict(_typed(config, folder, "sparsity", dict))
+    if config.get("kind") != "student":
+        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+    state = read_weights(folder / WEIGHTS_FILE)
+    if sha256(folder / WEIGHTS_FILE) != config.get("weights_sha256"):
+        raise ArtifactError(f"{folder / WEIGHTS_FILE} does not match its SHA-256.", "Make the student again.")
+    model = create(name, img_size or size, classes)
+    make_model_sparse(model, sparsity)
+    load_state(model, state, str(folder / WEIGHTS_FILE))
+    return Student(model, name, sparsity, _typed(config, folder, "provenance", dict))
+
+
+def load_dense(name: str, weights: Path | None = None, img_size: int | None = None) -> Student:
+    """A timm model as the dense baseline: plain attention, untouched.
+
+    Raises:
+        UnsupportedModelError: it could not be made sparse, so it is no baseline for anything here.
+    """
+    model = load_model(name, weights, img_size)
+    reasons = support_refusals(model)
+    if reasons:
+        raise UnsupportedModelError(f"{name!r} is not supported: {'; '.join(reasons)}.", "Choose a ViT, DeiT or DINOv2.")
+    source = {"file": weights.name, "sha256": sha256(weights)} if weights else {"from": "timm hub"}
+    return Student(model, name, SparsityConfig(keep=1), {"weights": source})
+
+
+def _typed(config: dict[str, Any], folder: Path, key: str, kind: type) -> Any:
+    value = config.get(key)
+    if not isinstance(value, kind):
+        shown = json.dumps(value)
+        raise ArtifactError(
+            f"{folder / STUDENT_FILE}: {key} is {shown}, not {kind.__name__}.", "Make the student again."
+        )
+    return value

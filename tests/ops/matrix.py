@@ -1,0 +1,168 @@
+"""The test matrix of the operators, derived from their schemas, and runners of each implementation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import helper
+
+from sparsifiner_edge.ops import reference
+from sparsifiner_edge.ops import torch as torch_ops
+from sparsifiner_edge.ops.bodies import Structure, function_body
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION, Operator
+
+PATCHES = (130, 37, 64, 1)
+BATCHES = (1, 2)
+HEAD_DIM, CHANNELS = 8, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the matrix."""
+
+    op: Operator
+    attributes: dict[str, Any]
+    patches: int
+    batch: int
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        values = "-".join(f"{k}{v:g}" for k, v in self.attributes.items() if k != "scale")
+        return f"{self.op.name}-P{self.patches}-B{self.batch}-{self.dtype}-{values}"
+
+    def inputs(self, seed: int = 0) -> list[np.ndarray]:
+        """Random inputs: keys and values with a common offset and a few outliers, as in real models."""
+        rng = np.random.default_rng(seed)
+        heads, prefix = self.attributes["num_heads"], self.attributes.get("num_prefix", 0)
+        tokens = self.patches + prefix
+        qkv = rng.normal(size=(self.batch, tokens, 3, heads, HEAD_DIM)) + rng.normal(size=(3, heads, HEAD_DIM))
+        qkv[:, :: max(tokens // 5, 1)] *= 3
+        packed = qkv.reshape(self.batch, tokens, -1).astype(self.dtype)
+        if self.op.name == "KeySelect":
+            return [packed, *(rng.normal(size=(heads, HEAD_DIM, CHANNELS)).astype(self.dtype) for _ in range(2))]
+        if self.op.name == "SparseAttention":
+            return [packed, self._lists(rng, heads, tokens)]
+        return [packed]
+
+    def _lists(self, rng: np.random.Generator, heads: int, tokens: int) -> np.ndarray:
+        tiles = math.ceil(self.patches / self.attributes["tile"])
+        keys = self.patches if self.attributes["prefix_keys"] else tokens
+        count = {0: keys, 1: 1, 2: max(keys // 4, 1)}[int(rng.integers(3))]
+        choose = [rng.permutation(keys)[:count] for _ in range(self.batch * heads * tiles)]
+        return np.sort(np.stack(choose), -1).reshape(self.batch, heads, tiles, count).astype(np.int32)
+
+
+def cases(op_name: str, full: bool = False, dtype: str = "float32") -> list[Case]:
+    """Allowed points: the schema's tested values all combined, or (default) one departure at a time from the first."""
+    op = OPERATORS[op_name]
+    options = [a.tested for a in op.attributes] + [PATCHES, BATCHES]
+    points: Iterator[tuple[Any, ...]] = itertools.product(*options) if full else iter(_one_departure(options))
+    names = [a.name for a in op.attributes]
+    made = [Case(op, dict(zip(names, p)), *p[-2:], dtype=dtype) for p in points]
+    return [case for case in made if allowed(case)]
+
+
+def _one_departure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    base = [o[0] for o in options]
+    points = [tuple(base)]
+    for axis, values in enumerate(options):
+        points += [tuple([*base[:axis], value, *base[axis + 1 :]]) for value in values[1:]]
+    # prefix_keys 0 is only allowed with tile 1 and cell 0, which no single departure reaches.
+    return points
+
+
+def allowed(case: Case) -> bool:
+    """Whether the schema accepts the case."""
+    if "keys" in case.attributes and case.attributes["keys"] > case.patches:
+        return False
+    if case.attributes.get("prefix_keys", 1) == 0 and (case.attributes["tile"] != 1 or case.attributes["cell"]):
+        return False
+    return not case.op.refusals(case.attributes, [x.shape for x in case.inputs()])
+
+
+def run_reference(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
+    """The NumPy reference."""
+    return getattr(reference, _snake(case.op.name))(*inputs, **case.attributes)
+
+
+def run_torch(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
+    """The PyTorch implementation."""
+    function: Callable[..., torch.Tensor] = getattr(torch_ops, _snake(case.op.name))
+    return function(*(torch.from_numpy(x) for x in inputs), **case.attributes).numpy()
+
+
+def run_body(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
+    """The function body, in ONNX Runtime, from a file with dynamic batch."""
+    session = onnxruntime.InferenceSession(
+        body_model(case, inputs).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [t.name for t in case.op.inputs]
+    return session.run(None, dict(zip(names, inputs)))[0]
+
+
+def body_model(case: Case, inputs: list[np.ndarray]) -> onnx.ModelProto:
+    """A model of one node and its body."""
+    structure = Structure(
+        prefix=case.attributes.get("num_prefix", 0) > 0,
+        cells=case.attributes.get("cell", 0) > 0,
+        prefix_keys=bool(case.attributes.get("prefix_keys", 1)),
+    )
+    node = helper.make_node(
+        case.op.name, [t.name for t in case.op.inputs], [case.op.output.name], domain=DOMAIN, **case.attributes
+    )
+    types = [helper.np_dtype_to_tensor_dtype(x.dtype) for x in inputs]
+    values = [
+        helper.make_tensor_value_info(t.name, kind, ["batch" if axis == "B" else n for axis, n in zip(t.axes, x.shape)])
+        for t, x, kind in zip(case.op.inputs, inputs, types)
+    ]
+    out_type = onnx.TensorProto.INT32 if "int32" in case.op.output.dtypes else types[0]
+    output = helper.make_tensor_value_info(case.op.output.name, out_type, None)
+    graph = helper.make_graph([node], "one_node", values, [output])
+    return helper.make_model(
+        graph,
+        functions=[function_body(case.op.name, structure)],
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=10,
+    )
+
+
+def check(case: Case, inputs: list[np.ndarray], got: np.ndarray) -> None:
+    """Hold `got` against the reference by the schema's rule; failures name the worst element."""
+    tolerance = case.op.tolerances[case.dtype]
+    if case.op.name == "KeySelect":
+        check_selection(case, inputs, got, tolerance)
+        return
+    expected = run_reference(case, inputs)
+    assert got.shape == expected.shape
+    assert np.isfinite(got).all(), f"{case}: not finite at {np.argwhere(~np.isfinite(got))[0]}"
+    error = np.abs(got.astype(np.float64) - expected) / np.ptp(expected)
+    worst = np.unravel_index(error.argmax(), error.shape)
+    assert error.max() <= tolerance, f"{case}: {got[worst]} for {expected[worst]} at {worst}, error {error.max():.2e}"
+
+
+def check_selection(case: Case, inputs: list[np.ndarray], got: np.ndarray, tolerance: float) -> None:
+    """Ascending, within range, and every selected score at least the K-th of the reference, less the tolerance."""
+    settings = {k: v for k, v in case.attributes.items() if k != "keys"}
+    scores = reference.key_scores(*inputs, **settings)
+    keys = case.attributes["keys"]
+    assert got.dtype == np.int32
+    assert got.shape == (*scores.shape[:-1], keys)
+    assert (np.diff(got, axis=-1) > 0).all()
+    assert got.min() >= 0
+    assert got.max() < case.patches
+    threshold = np.sort(scores, -1)[..., -keys, None]
+    chosen = np.take_along_axis(scores, got.astype(np.int64), -1)
+    worst = (threshold - chosen).max()
+    assert worst <= tolerance, f"{case}: a selected score lies {worst:.2e} below the K-th"
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

@@ -1,0 +1,114 @@
+import json
+import re
+
+import pytest
+
+from sparsifiner_edge import results
+from sparsifiner_edge.errors import ArtifactError
+
+SUBJECT = {"path": "bundle", "sha256": "0" * 64}
+
+
+def a_result(**changes):
+    return (
+        results.new_result(
+            "profile", [SUBJECT], {"clock": "perf_counter"}, {"latency_ms": [1.0, 2.5]}, {"mean_ms": 1.75}
+        )
+        | changes
+    )
+
+
+def test_a_result_survives_the_disk(tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    result = a_result()
+    results.write_result(path, result)
+    assert results.read_result(path) == result
+    assert result["schema_version"] == 1
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", result["created"])
+
+
+@pytest.mark.parametrize("field", sorted({*results._FIELDS}))
+def test_a_missing_or_mistyped_field_is_named(tmp_path, field):
+    path = tmp_path / "r.json"
+    content = a_result()
+    path.write_text(json.dumps({k: v for k, v in content.items() if k != field}))
+    with pytest.raises(ArtifactError, match=f"field {field} is missing"):
+        results.read_result(path)
+    path.write_text(json.dumps(content | {field: 3}))
+    with pytest.raises(ArtifactError, match=f"field {field} is of type int"):
+        results.read_result(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "guess"}, "kind is 'guess'"),
+        ({"created": "yesterday"}, "created is 'yesterday'"),
+        ({"subjects": []}, "subjects is empty"),
+        ({"subjects": ["a"]}, r"subjects\[0\] is of type str"),
+        ({"subjects": [{"path": "a"}]}, r"subjects\[0\].sha256 is missing"),
+        ({"machine": {}}, "machine.cpu_model is missing"),
+        ({"environment": {"python": "3"}}, "environment.packages is missing"),
+        ({"samples": {"latency_ms": [1.0, None]}}, r"samples.latency_ms\[1\] is null"),
+        ({"statistics": {"mean_ms": float("nan")}}, "cannot be JSON"),
+        ({"method": {"path": object()}}, "cannot be JSON"),
+    ],
+)
+def test_what_does_not_fit_the_schema_is_not_written(tmp_path, changes, message):
+    with pytest.raises(ArtifactError, match=message):
+        results.write_result(tmp_path / "r.json", a_result(**changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_newer_schema_is_refused(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(a_result(schema_version=2)))
+    with pytest.raises(ArtifactError, match=r"schema 2; this version reads up to 1"):
+        results.read_result(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "r.json"
+    results.write_result(path, a_result())
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        results.read_result(path)
+
+
+def made_up(root, files):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return results.machine(root)
+
+
+def test_a_board_is_recognised_from_its_tree(tmp_path):
+    found = made_up(
+        tmp_path,
+        {
+            "proc/cpuinfo": "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd42\n",
+            "proc/meminfo": "MemTotal:        7800000 kB\nMemFree: 1 kB\n",
+            "proc/device-tree/model": "NVIDIA Jetson Orin Nano\0",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "schedutil\n",
+            "etc/os-release": 'NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 22.04.4 LTS"\n',
+        },
+    )
+    assert found["cpu_model"] == "implementer 0x41, part 0xd42"
+    assert found["memory_bytes"] == 7800000 * 1024
+    assert found["board"] == "NVIDIA Jetson Orin Nano"
+    assert found["governor"] == "schedutil"
+    assert found["os"] == "Ubuntu 22.04.4 LTS"
+
+
+def test_what_a_machine_does_not_say_has_a_reason(tmp_path):
+    found = made_up(tmp_path, {})
+    for name in ("cpu_model", "memory_bytes", "governor", "board"):
+        assert found[name]["unavailable"]
+
+
+def test_thread_variables_are_recorded_and_others_are_not(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("SOME_TOKEN", "hidden")
+    variables = results.environment()["variables"]
+    assert variables["OMP_NUM_THREADS"] == "1"
+    assert "SOME_TOKEN" not in variables

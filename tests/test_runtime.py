@@ -1,0 +1,233 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+
+from sparsifiner_edge.artifacts import BUNDLE_FILE, seal_bundle
+from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError
+from sparsifiner_edge.runtime import TensorSpec, check_golden, open_session
+from sparsifiner_edge.runtime.session import validate_inputs
+from tests.tiny import make_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("runtime") / "tiny", depth=2)
+
+
+def image(batch=1, size=4):
+    return np.random.default_rng(5).integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+
+
+def reseal(folder):
+    manifest = json.loads((folder / BUNDLE_FILE).read_text())
+    (folder / BUNDLE_FILE).unlink()
+    seal_bundle(folder, {k: v for k, v in manifest.items() if k != "files"})
+
+
+def test_outputs_agree_with_numpy(bundle):
+    weights = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(bundle / "model.onnx").graph.initializer
+    }
+    pictures = image(3)
+    tokens = pictures.reshape(3, -1, 3).astype(np.float32)
+    expected = (tokens @ weights["embed"] @ weights["w0"] @ weights["w1"]).mean(axis=1)
+    with open_session(bundle) as session:
+        features = session.infer({"image": pictures})["features"]
+        strided = session.infer({"image": np.repeat(pictures, 2, axis=0)[::2]})["features"]
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(strided, features)
+
+
+def test_a_session_says_what_really_runs(tmp_path, bundle):
+    with open_session(bundle, threads=1) as session:
+        assert session.backend == "onnxruntime"
+        assert session.inputs == [TensorSpec("image", "uint8", ("batch", 4, 4, 3))]
+        assert session.outputs == [TensorSpec("features", "float32", ("batch", 8))]
+        assert session.load_ms > 0
+        described = session.description
+    assert described["provider"] == "CPUExecutionProvider"
+    assert described["kernels"] == "none (standard operators)"
+    assert (described["precision"], described["threads"]) == ("fp32", 1)
+    with open_session(make_bundle(tmp_path / "f", function=True)) as session:
+        assert session.description["kernels"] == "function bodies"
+        assert session.description["threads"] == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(np.float32, "fp32"), (np.float16, "fp16")])
+def test_precision_comes_from_the_weights_when_the_manifest_is_silent(tmp_path, dtype, precision):
+    folder = make_bundle(tmp_path / "b", dtype=dtype, precision=None, tolerances={"features": 1e-2})
+    with open_session(folder) as session:
+        assert session.description["precision"] == precision
+        assert session.outputs[0].dtype == np.dtype(dtype).name
+        check_golden(session, folder)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "got", "expected"),
+    [
+        ({}, "'image' is missing", r"image \(uint8 \[batch, 4, 4, 3\]\)"),
+        ({"image": image(), "mask": image()}, "Unknown input 'mask'", "image"),
+        ({"image": image().tolist()}, "'image' got list", "NumPy array"),
+        ({"image": image().astype(np.float32)}, "'image' got type float32", "Expected uint8"),
+        ({"image": image()[0]}, "'image' got 3 axes", "Expected 4"),
+        ({"image": image(size=5)}, "'image' got 5 on axis 1", "Expected 4 there"),
+        ({"image": image()[:0]}, "'image' got 0 on axis 0", "at least 1"),
+    ],
+)
+def test_unfit_inputs_are_named(bundle, inputs, got, expected):
+    with open_session(bundle) as session:
+        for check in (session.validate, session.infer):
+            with pytest.raises(BackendError, match=got) as caught:
+                check(inputs)
+            caught.match(expected)
+
+
+def test_axes_of_one_name_have_one_size():
+    specs = [TensorSpec("a", "float32", ("batch", None)), TensorSpec("b", "float32", ("batch", None))]
+    ones = np.ones((2, 3), np.float32)
+    validate_inputs(specs, {"a": ones, "b": np.ones((2, 7), np.float32)})
+    with pytest.raises(BackendError, match="'b' got 3 on axis 0"):
+        validate_inputs(specs, {"a": ones, "b": np.ones((3, 3), np.float32)})
+
+
+def test_a_closed_session_refuses(bundle):
+    session = open_session(bundle)
+    session.close()
+    session.close()
+    with pytest.raises(BackendError, match="closed"):
+        session.infer({"image": image()})
+
+
+def test_a_failure_inside_the_model_is_a_message(tmp_path):
+    folder = make_bundle(tmp_path / "b")
+    model = onnx.load(folder / "model.onnx")
+    shape = next(t for t in model.graph.initializer if t.name == "shape")
+    shape.CopyFrom(onnx.numpy_helper.from_array(np.array([0, -1, 5], np.int64), "shape"))  # 48 values, not in fives
+    del model.graph.node[2:]
+    model.graph.node.append(onnx.helper.make_node("ReduceMean", ["pixels", "axes"], ["features"], keepdims=0))
+    onnx.save(model, folder / "model.onnx")
+    reseal(folder)
+    with open_session(folder) as session, pytest.raises(BackendError, match="ONNX Runtime failed"):
+        session.infer({"image": image()})
+
+
+def test_an_unknown_backend_lists_the_known(bundle):
+    with pytest.raises(BackendError, match=r"'openvino'.*\n.*onnxruntime"):
+        open_session(bundle, backend="openvino")
+
+
+def test_no_threads_is_refused(bundle):
+    with pytest.raises(BackendError, match="threads is 0"):
+        open_session(bundle, threads=0)
+
+
+def test_an_altered_bundle_is_refused(tmp_path):
+    folder = make_bundle(tmp_path / "b")
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"model.onnx does not match its SHA-256"):
+        open_session(folder)
+
+
+def test_a_newer_bundle_is_refused(tmp_path):
+    folder = make_bundle(tmp_path / "b")
+    manifest = json.loads((folder / BUNDLE_FILE).read_text())
+    (folder / BUNDLE_FILE).write_text(json.dumps(manifest | {"schema_version": 99}))
+    with pytest.raises(ArtifactError, match="schema 99"):
+        open_session(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", None])
+def test_a_corrupt_model_is_a_message(tmp_path, content):
+    folder = make_bundle(tmp_path / "b")
+    model = folder / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-50] if content is None else content)
+    reseal(folder)
+    with pytest.raises(BackendError, match=r"ONNX Runtime refuses .*model.onnx"):
+        open_session(folder)
+
+
+def test_golden_reports_the_difference(bundle):
+    with open_session(bundle) as session:
+        report = check_golden(session, bundle)
+    assert report["features"]["range_relative_error"] <= report["features"]["tolerance"] == 1e-5
+
+
+def spoil_golden(folder, spoil):
+    with np.load(folder / "golden.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    arrays["output.features"] = spoil(arrays["output.features"].copy())
+    np.savez(folder / "golden.npz", **arrays)
+    reseal(folder)
+    return arrays["output.features"]
+
+
+def test_golden_names_the_worst_element(tmp_path):
+    folder = make_bundle(tmp_path / "b")
+
+    def spoil(features):
+        features[0, 3] += 0.01 * np.ptp(features)
+        return features
+
+    spoil_golden(folder, spoil)
+    with open_session(folder) as session, pytest.raises(GateError, match=r"'features' differs .*worst at \[0, 3\]"):
+        check_golden(session, folder)
+
+
+def test_golden_error_is_relative_to_the_range(tmp_path):
+    folder = make_bundle(tmp_path / "b", tolerances={"features": 0.5})
+    shifted = spoil_golden(folder, lambda features: features + np.float32(0.25) * np.ptp(features))
+    with open_session(folder) as session:
+        report = check_golden(session, folder)["features"]
+    assert report["range_relative_error"] == pytest.approx(0.25, rel=1e-4)
+    assert report["max_abs_difference"] == pytest.approx(0.25 * np.ptp(shifted), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(lambda f: f * np.nan, "differs from golden by nan"), (lambda f: f[:, :-1], "has shape")]
+)
+def test_golden_refuses_nan_and_another_shape(tmp_path, spoil, message):
+    folder = make_bundle(tmp_path / "b")
+    spoil_golden(folder, spoil)
+    with open_session(folder) as session, pytest.raises(GateError, match=message):
+        check_golden(session, folder)
+
+
+def test_golden_without_tolerance_or_file_is_refused(tmp_path):
+    folder = make_bundle(tmp_path / "b", tolerances={})
+    with open_session(folder) as session:
+        with pytest.raises(ArtifactError, match="no tolerance for output 'features'"):
+            check_golden(session, folder)
+        (folder / "golden.npz").write_bytes(b"PK\x03\x04 cut")
+        reseal(folder)
+        with pytest.raises(ArtifactError, match=r"golden.npz cannot be read"):
+            check_golden(session, folder)
+
+
+def in_fresh_python(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_importing_runtime_loads_no_backend_and_no_torch():
+    code = "import sys, sparsifiner_edge.runtime, sparsifiner_edge.profiles; print(*sys.modules)"
+    loaded = {name.split(".")[0] for name in in_fresh_python(code).stdout.split()}
+    assert "sparsifiner_edge" in loaded
+    assert not loaded & {"onnxruntime", "onnx", "torch", "timm"}
+
+
+def test_a_missing_onnxruntime_gives_the_pip_command(bundle):
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from sparsifiner_edge.runtime import open_session\n"
+        "try: open_session(sys.argv[1])\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    printed = in_fresh_python(code, str(bundle)).stdout
+    assert printed.startswith(MissingExtraError.__name__)
+    assert 'pip install "sparsifiner-edge[cpu]"' in printed
