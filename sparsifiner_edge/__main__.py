@@ -1,3 +1,5 @@
+"""`python -m sparsifiner_edge`."""
+
 from sparsifiner_edge.cli.main import main
 
 main()

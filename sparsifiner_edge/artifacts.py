@@ -49,7 +49,8 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
         raise ArtifactError(f"{path} has no schema_version.", "It was not written by sparsifiner-edge.")
     if version > schema:
         raise ArtifactError(
-            f"{path} has schema {version}; this version reads up to {schema}.", "Upgrade: pip install -U sparsifiner-edge"
+            f"{path} has schema {version}; this version reads up to {schema}.",
+            "Upgrade: pip install -U sparsifiner-edge",
         )
     return dict(content)
 
@@ -75,14 +76,16 @@ def _signals_held() -> Iterator[None]:
         yield
         return
     held: list[int] = []
-    previous = {s: signal.signal(s, lambda number, _frame: held.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        s: signal.signal(s, lambda number, _frame: held.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    for number in held:
-        signal.raise_signal(number)
+    for arrived in held:
+        signal.raise_signal(arrived)
 
 
 @contextlib.contextmanager
@@ -168,11 +171,10 @@ def write_text(path: Path, text: str) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            Path(name).chmod(0o666 & ~_umask())
+            Path(name).replace(path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+            Path(name).unlink(missing_ok=True)
 
 
 def seal_bundle(folder: Path, manifest: dict[str, Any]) -> None:

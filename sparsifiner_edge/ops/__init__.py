@@ -1,1 +1,1 @@
-"""Operators of the ONNX domain `sparsifiner`: one schema, one NumPy reference, and implementations checked against it."""
+"""Operators of the ONNX domain `sparsifiner`: a schema, a NumPy reference, implementations checked against it."""

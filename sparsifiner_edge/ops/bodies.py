@@ -298,12 +298,18 @@ def _shared(prefix: bool, cells: bool) -> str:
         has_rest = Greater (rest, f0)
         cell_logits = Where (has_rest, cell_raised, f_inf)"""
     if prefix and cells:
-        lines += cell_shift.replace("CELLS_FROM", "a_num_prefix") + """
+        lines += (
+            cell_shift.replace("CELLS_FROM", "a_num_prefix")
+            + """
         prefix_logits = Slice (shared_logits, c0, a_num_prefix, c4)
         logits = Concat <axis = -1> (prefix_logits, cell_logits, listed_logits)"""
+        )
     elif cells:
-        lines += cell_shift.replace("CELLS_FROM", "c0") + """
+        lines += (
+            cell_shift.replace("CELLS_FROM", "c0")
+            + """
         logits = Concat <axis = -1> (cell_logits, listed_logits)"""
+        )
     else:
         lines += """
         logits = Concat <axis = -1> (shared_logits, listed_logits)"""

@@ -31,7 +31,7 @@ def _softmax(logits: Array) -> Array:
 
 def _merge_heads(heads: Array) -> Array:
     batch, _, tokens, _ = heads.shape
-    return heads.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+    return np.asarray(heads.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
 
 
 def run_means(x: Array, run: int) -> Array:

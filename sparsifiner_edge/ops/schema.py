@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Union
 
 DOMAIN = "sparsifiner"
 VERSION = 1
@@ -18,7 +17,7 @@ TOPK_LIMIT = 3840
 DEVIATION_FLOOR = 1e-6
 """Least value deviation that enters the logarithm in KeySelect: keeps cells of equal values finite."""
 
-AttributeValue = Union[int, float]
+AttributeValue = int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Operator:
             return reasons
         if len(shapes) != len(self.inputs):
             return [f"{self.name} takes {len(self.inputs)} inputs, got {len(shapes)}"]
-        for tensor, shape in zip(self.inputs, shapes):
+        for tensor, shape in zip(self.inputs, shapes, strict=True):
             if len(shape) != len(tensor.axes):
                 reasons.append(f"{tensor.name} must have axes {list(tensor.axes)}, got shape {list(shape)}")
         return reasons or _size_refusals(self, dict(attributes), shapes)
@@ -75,9 +74,9 @@ class Operator:
 _FLOATS = ("float32", "float16", "bfloat16")
 _QKV = Tensor("qkv", _FLOATS, ("B", "N", "3C"), "queries, keys and values of every head, q|k|v along the last axis")
 _HEADS = Attribute("num_heads", int, 1, (1, 3), "H, number of heads")
-_PREFIX = Attribute("num_prefix", int, 0, (1, 0, 5), "leading tokens that are no patches: class, distillation, registers")
+_PREFIX = Attribute("num_prefix", int, 0, (1, 0, 5), "leading tokens: class, distillation, registers")
 _TILE = Attribute("tile", int, 1, (16, 8, 64), "consecutive patch queries that share one key list")
-_CELL = Attribute("cell", int, 0, (55, 0, 7), "consecutive patches summarised by one background cell; 0: no cells")
+_CELL = Attribute("cell", int, 0, (55, 0, 7), "consecutive patches that make one background cell; 0: none")
 _SCALE = Attribute("scale", float, 0.0, (0.125,), "factor of the logits, normally d ** -0.5")
 _INDICES = Tensor(
     "indices", ("int32",), ("B", "H", "T", "K"), "patch keys read by each tile, counted from 0, strictly ascending"
@@ -103,10 +102,10 @@ KEY_SELECT = Operator(
     output=_INDICES,
     tolerances={"float32": 1e-4, "float16": 1e-4, "bfloat16": 1e-4},
     doc=(
-        "For every probe g: a_g = mean over its real patches of q, times proj_q. For every patch key j: b_j = k_j proj_k.\n"
+        "For every probe g: a_g = (mean of q over its real patches) proj_q. For every patch key j: b_j = k_j proj_k.\n"
         "l[g, j] = log_softmax over j of (scale a_g . b_j). For a tile t:\n"
         "score[t, j] = max over its probes of l[g, j] + value_power log max(|v_j - m_j|, 1e-6), where m_j is the mean\n"
-        "value of the cell of j (0 without cells). The K highest scores win, ties go to the lower index, NaN counts as\n"
+        "value of the cell of j (0 without cells). The K highest scores win, ties go to the lower index, NaN is\n"
         "-inf. Scores are computed in float32 whatever the element type: float16 probabilities underflow into ties."
     ),
 )
@@ -133,8 +132,8 @@ SPARSE_ATTENTION = Operator(
     tolerances={"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2},
     doc=(
         "Prefix queries attend to all N tokens. A patch query of tile t attends to the prefix, to the K patches in\n"
-        "indices[t], and to one entry per cell r that stands for the n patches of r which t did not select: their mean\n"
-        "key, their mean value, and a logit raised by log n. A fully selected cell drops out. Softmax in float32."
+        "indices[t], and to one entry per cell r that stands for the n patches of r that t did not select: mean\n"
+        "key, mean value, and a logit raised by log n. A fully selected cell drops out. Softmax in float32."
     ),
 )
 
@@ -186,7 +185,7 @@ def _select_refusals(
         reasons.append(f"tile {a['tile']} is not a multiple of probe {a['probe']}")
     if a["keys"] > patches:
         reasons.append(f"keys {a['keys']} exceed the {patches} patches")
-    for name, shape in zip(("proj_q", "proj_k"), shapes[1:]):
+    for name, shape in zip(("proj_q", "proj_k"), shapes[1:], strict=True):
         if tuple(shape[:2]) != (a["num_heads"], width) or shape[2] != shapes[1][2] or shape[2] < 1:
             reasons.append(f"{name} must have shape [{a['num_heads']}, {width}, c], got {list(shape)}")
     return reasons

@@ -35,7 +35,8 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def _runs(x: Tensor, run: int) -> Tensor:
     """x [...,P,d] -> [...,ceil(P/run),run,d], the last run filled with zeros."""
     count = math.ceil(x.shape[-2] / run)
-    return F.pad(x, (0, 0, 0, count * run - x.shape[-2])).unflatten(-2, (count, run))
+    padded = F.pad(x, (0, 0, 0, count * run - x.shape[-2]))
+    return padded.reshape(*x.shape[:-2], count, run, x.shape[-1])
 
 
 def run_sizes(length: int, run: int, device: torch.device) -> Tensor:
@@ -46,14 +47,16 @@ def run_sizes(length: int, run: int, device: torch.device) -> Tensor:
 
 def run_means(x: Tensor, run: int) -> Tensor:
     """Means over runs of consecutive rows: x [...,P,d] -> [...,ceil(P/run),d]."""
-    return _runs(x, run).sum(-2) / run_sizes(x.shape[-2], run, x.device)[:, None].to(x.dtype)
+    sizes = run_sizes(x.shape[-2], run, x.device)[:, None].to(x.dtype)
+    return _runs(x, run).sum(-2) / sizes
 
 
 def probe_logits(q: Tensor, k: Tensor, proj_q: Tensor, proj_k: Tensor, *, probe: int, scale: float) -> Tensor:
     """Predictor logits: patch q, k [B,H,P,d] -> [B,H,ceil(P/probe),P], in float32 and differentiable."""
     with torch.autocast(q.device.type, enabled=False):
-        asking = run_means(q.float(), probe) @ proj_q.float()
-        return scale * asking @ (k.float() @ proj_k.float()).transpose(-1, -2)
+        asking = scale * run_means(q.float(), probe) @ proj_q.float()
+        answering: Tensor = k.float() @ proj_k.float()
+        return asking.matmul(answering.transpose(-1, -2))
 
 
 def value_deviation(v: Tensor, cell: int) -> Tensor:
@@ -61,7 +64,8 @@ def value_deviation(v: Tensor, cell: int) -> Tensor:
     v = v.float()
     if cell:
         v = v - run_means(v, cell).repeat_interleave(cell, -2)[..., : v.shape[-2], :]
-    return v.norm(dim=-1).clamp_min(DEVIATION_FLOOR)
+    distance: Tensor = torch.linalg.vector_norm(v, dim=-1)
+    return distance.clamp_min(DEVIATION_FLOOR)
 
 
 @torch.no_grad()
@@ -80,7 +84,7 @@ def key_scores(
 ) -> Tensor:
     """Selection scores of KeySelect: float32 [B,H,T,P]."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
-    scores = probe_logits(q, k, proj_q, proj_k, probe=probe, scale=scale).log_softmax(-1)
+    scores: Tensor = probe_logits(q, k, proj_q, proj_k, probe=probe, scale=scale).log_softmax(-1)
     per_tile = tile // probe
     missing = -scores.shape[2] % per_tile
     scores = F.pad(scores, (0, 0, 0, missing), value=-math.inf).unflatten(2, (-1, per_tile)).amax(3)
@@ -202,17 +206,18 @@ def _tile_attention(
         logits.append((mean + safe.log()).masked_fill(rest == 0, -math.inf))
     weights = torch.cat(logits, -1).softmax(-1).split([x.shape[-1] for x in logits], -1)
     own = weights[1]
-    out = 0
+    out: Tensor = weights[0].to(v.dtype) @ shared_values
     if cell:
         share = weights[2] / safe
         own = own - share @ member.transpose(-1, -2)
-        out = ((share * sizes) @ cell_values).to(v.dtype)
-    out = out + weights[0].to(v.dtype) @ shared_values + own.to(v.dtype) @ values
+        out = out + ((share * sizes) @ cell_values).to(v.dtype)
+    out = out + own.to(v.dtype) @ values
     return out.flatten(2, 3)[:, :, : q.shape[2]]
 
 
 def _logits(tiles: Tensor, keys: Tensor, scale: float) -> Tensor:
-    return (scale * tiles @ keys.transpose(-1, -2)).float()
+    logits: Tensor = scale * tiles @ keys.transpose(-1, -2)
+    return logits.float()
 
 
 def dense_attention(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:

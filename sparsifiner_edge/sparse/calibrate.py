@@ -102,7 +102,7 @@ def _dense_pass(model: nn.Module, picture: Tensor) -> Iterable[tuple[SparseAtten
     layers = sparse_layers(model)
     try:
         for attention in layers:
-            attention.attend = dense(attention)  # type: ignore[method-assign]
+            attention.attend = dense(attention)  # type: ignore[method-assign,assignment]
         with torch.no_grad():
             model(picture)
     finally:

@@ -74,8 +74,12 @@ def create(name: str, img_size: int | None = None, num_classes: int | None = Non
         ConfigError: the image size is no multiple of the patch size.
     """
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"))
-        hint = f"Did you mean {', '.join(close)}?" if close else "Names: python -c 'import timm; print(timm.list_models())'"
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"))
+        hint = (
+            f"Did you mean {', '.join(close)}?"
+            if close
+            else "Names: python -c 'import timm; print(timm.list_models())'"
+        )
         raise UnsupportedModelError(f"timm has no model {name!r}.", hint)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:

@@ -1,4 +1,4 @@
-"""In-place patch of timm's VisionTransformer: sparse attention, and patch tokens along the Hilbert curve between ends."""
+"""In-place patch of timm's VisionTransformer: sparse attention over patch tokens laid along the Hilbert curve."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def support_refusals(model: nn.Module) -> list[str]:
         (isinstance(model.patch_drop, nn.Identity), "patch dropout"),
     ]
     reasons = [reason for fine, reason in checks if not fine]
-    for number, block in enumerate(model.blocks):
+    for number, block in enumerate(cast(Any, model).blocks):
         reasons += [f"layer {number}: {reason}" for reason in _block_refusals(block)]
     return reasons
 
@@ -82,7 +82,7 @@ def _block_refusals(block: nn.Module) -> list[str]:
     attention = getattr(block, "attn", None)
     if type(attention) is not Attention:
         return [f"{type(block).__name__} with {type(attention).__name__} in place of timm's Attention"]
-    dropout = attention.attn_drop.p
+    dropout = cast(Any, attention).attn_drop.p
     return [f"attention dropout {dropout}"] if dropout else []
 
 

@@ -195,9 +195,19 @@ def load_dense(name: str, weights: Path | None = None, img_size: int | None = No
     model = load_model(name, weights, img_size)
     reasons = support_refusals(model)
     if reasons:
-        raise UnsupportedModelError(f"{name!r} is not supported: {'; '.join(reasons)}.", "Choose a ViT, DeiT or DINOv2.")
+        raise UnsupportedModelError(
+            f"{name!r} is not supported: {'; '.join(reasons)}.", "Choose a ViT, DeiT or DINOv2."
+        )
     source = {"file": weights.name, "sha256": sha256(weights)} if weights else {"from": "timm hub"}
     return Student(model, name, SparsityConfig(keep=1), {"weights": source})
+
+
+def dense_twin(student: Student) -> Student:
+    """The student's own weights in timm's untouched model: its teacher, as long as nothing was trained."""
+    model = create(student.name, student.img_size, student.model.num_classes)
+    state = {k: v for k, v in student.model.state_dict().items() if ".attn.select." not in k}
+    model.load_state_dict(state)
+    return Student(model, student.name, SparsityConfig(keep=1), student.provenance)
 
 
 def _typed(config: dict[str, Any], folder: Path, key: str, kind: type) -> Any:

@@ -66,7 +66,7 @@ def cases(op_name: str, full: bool = False, dtype: str = "float32") -> list[Case
     options = [a.tested for a in op.attributes] + [PATCHES, BATCHES]
     points: Iterator[tuple[Any, ...]] = itertools.product(*options) if full else iter(_one_departure(options))
     names = [a.name for a in op.attributes]
-    made = [Case(op, dict(zip(names, p)), *p[-2:], dtype=dtype) for p in points]
+    made = [Case(op, dict(zip(names, p, strict=False)), *p[-2:], dtype=dtype) for p in points]
     return [case for case in made if allowed(case)]
 
 
@@ -74,7 +74,7 @@ def _one_departure(options: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     base = [o[0] for o in options]
     points = [tuple(base)]
     for axis, values in enumerate(options):
-        points += [tuple([*base[:axis], value, *base[axis + 1 :]]) for value in values[1:]]
+        points += [(*base[:axis], value, *base[axis + 1 :]) for value in values[1:]]
     # prefix_keys 0 is only allowed with tile 1 and cell 0, which no single departure reaches.
     return points
 
@@ -105,7 +105,7 @@ def run_body(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
         body_model(case, inputs).SerializeToString(), providers=["CPUExecutionProvider"]
     )
     names = [t.name for t in case.op.inputs]
-    return session.run(None, dict(zip(names, inputs)))[0]
+    return session.run(None, dict(zip(names, inputs, strict=True)))[0]
 
 
 def body_model(case: Case, inputs: list[np.ndarray]) -> onnx.ModelProto:
@@ -120,8 +120,10 @@ def body_model(case: Case, inputs: list[np.ndarray]) -> onnx.ModelProto:
     )
     types = [helper.np_dtype_to_tensor_dtype(x.dtype) for x in inputs]
     values = [
-        helper.make_tensor_value_info(t.name, kind, ["batch" if axis == "B" else n for axis, n in zip(t.axes, x.shape)])
-        for t, x, kind in zip(case.op.inputs, inputs, types)
+        helper.make_tensor_value_info(
+            t.name, kind, ["batch" if axis == "B" else n for axis, n in zip(t.axes, x.shape, strict=True)]
+        )
+        for t, x, kind in zip(case.op.inputs, inputs, types, strict=True)
     ]
     out_type = onnx.TensorProto.INT32 if "int32" in case.op.output.dtypes else types[0]
     output = helper.make_tensor_value_info(case.op.output.name, out_type, None)

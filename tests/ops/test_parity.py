@@ -105,6 +105,6 @@ def test_batch_rows_are_independent(name: str) -> None:
     inputs = case.inputs()
     both = run_torch(case, inputs)
     for row in range(2):
-        alone = [x[row : row + 1] if t.axes[0] == "B" else x for t, x in zip(case.op.inputs, inputs)]
+        alone = [x[row : row + 1] if t.axes[0] == "B" else x for t, x in zip(case.op.inputs, inputs, strict=True)]
         got = run_torch(dataclasses.replace(case, batch=1), alone)
         np.testing.assert_allclose(got, both[row : row + 1], atol=1e-5)

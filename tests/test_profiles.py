@@ -1,0 +1,351 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.artifacts import bundle_hash
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.profiles import profile_bundle, stats
+from sparsifiner_edge.profiles.client import start_worker
+from sparsifiner_edge.profiles.worker import fixed_inputs, read_memory
+from sparsifiner_edge.results import check_result
+from sparsifiner_edge.runtime import TensorSpec
+from tests.tiny import make_bundle
+
+MB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """`slow` has eight times the MatMuls of `fast`, and little else in it costs time."""
+    folder = tmp_path_factory.mktemp("profiles")
+    return {
+        "fast": make_bundle(folder / "fast", depth=2, width=256, size=16),
+        "slow": make_bundle(folder / "slow", depth=16, width=256, size=16, function=True),
+    }
+
+
+def correlated(random, count, memory=0.9):
+    """A stationary AR(1) series, standard normal at each moment."""
+    noise = random.normal(size=count) * np.sqrt(1 - memory**2)
+    series = np.empty(count)
+    series[0] = random.normal()
+    for i in range(1, count):
+        series[i] = memory * series[i - 1] + noise[i]
+    return series
+
+
+def coverage(interval, truth, draw, trials=400):
+    def holds(low, high):
+        return (low is None or low <= truth) and (high is None or truth <= high)
+
+    return np.mean([holds(*interval(draw())) for _ in range(trials)])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("count", [64, 1000])
+def test_quantile_intervals_cover_the_truth_of_a_skewed_distribution(share, count):
+    random = np.random.default_rng(3)
+    rate = coverage(
+        lambda x: stats.quantile_interval(x, share), -np.log1p(-share), lambda: random.exponential(size=count)
+    )
+    assert rate >= 0.93
+
+
+def test_intervals_cover_the_truth_of_correlated_samples():
+    random = np.random.default_rng(4)
+    assert coverage(lambda x: stats.quantile_interval(x, 0.5), 0.0, lambda: correlated(random, 1000)) >= 0.9
+    assert coverage(stats.mean_interval, 0.0, lambda: correlated(random, 1000)) >= 0.9
+    # The correction is what does it.
+    assert coverage(lambda x: stats.mean_interval(random.permutation(x)), 0.0, lambda: correlated(random, 1000)) < 0.6
+
+
+def test_intervals_are_no_wider_than_they_need_be():
+    random = np.random.default_rng(5)
+    widths = [np.subtract(*stats.mean_interval(random.normal(size=1000))[::-1]) for _ in range(200)]
+    assert np.mean(widths) == pytest.approx(2 * 1.96 / np.sqrt(1000), rel=0.2)
+    low, high = stats.quantile_interval(random.permutation(10001), 0.5)
+    assert 4880 < low < 4960  # Exactly 5000 -+ 1.96 * 50 for independent samples.
+    assert 5040 < high < 5120
+
+
+def test_too_few_samples_do_not_bound_p99_from_above():
+    low, high = stats.quantile_interval(np.random.default_rng(0).random(64), 0.99)
+    assert low is not None
+    assert high is None
+    p99 = stats.summarise(np.random.default_rng(0).random(64))["latency_ms"]["p99"]
+    assert "too few" in p99["high"]["unavailable"]
+
+
+def test_the_number_of_independent_samples_is_found():
+    random = np.random.default_rng(6)
+    assert stats.effective_size(np.ones(10)) == 10
+    assert 800 <= stats.effective_size(random.normal(size=1000)) <= 1000
+    # AR(1) with memory m: count (1 - m) / (1 + m).
+    assert stats.effective_size(correlated(random, 20000)) == pytest.approx(20000 * 0.1 / 1.9, rel=0.3)
+
+
+def test_summary_of_known_samples():
+    summary = stats.summarise(np.arange(1.0, 102.0))
+    assert summary["latency_ms"]["p50"]["value"] == 51
+    assert summary["latency_ms"]["p90"]["value"] == 91
+    assert summary["latency_ms"]["mean"]["value"] == 51
+    throughput = summary["throughput_per_s"]
+    assert throughput["value"] == pytest.approx(1000 / 51)
+    assert throughput["low"] < throughput["value"] < throughput["high"]
+
+
+def paired_rounds(random, true_ratio, rounds=40):
+    """Blocks of ten queries; the whole machine drifts by up to half, slowly, and every query has noise of its own."""
+    drift = np.exp(0.5 * correlated(random, rounds, 0.95))
+
+    def side(scale):
+        return [scale * d * random.lognormal(0, 0.1, 10) for d in drift]
+
+    return stats.round_ratios(side(1.0), side(true_ratio))
+
+
+def test_ratio_interval_covers_the_truth_although_the_machine_drifts():
+    random = np.random.default_rng(7)
+    assert coverage(stats.ratio_interval, 1.5, lambda: paired_rounds(random, 1.5)) >= 0.92
+
+
+def test_equal_bundles_seldom_get_a_verdict_and_different_ones_do():
+    random = np.random.default_rng(8)
+
+    def share_of_verdicts(true_ratio, verdict):
+        found = [stats.judge(*stats.ratio_interval(paired_rounds(random, true_ratio))) for _ in range(300)]
+        return np.mean([v == verdict for v in found])
+
+    assert share_of_verdicts(1.0, "no difference shown") >= 0.97
+    assert share_of_verdicts(1.2, "faster") >= 0.95
+    assert share_of_verdicts(1 / 1.2, "slower") >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((1.02, 1.05), "faster"),
+        ((1.005, 1.05), "no difference shown"),
+        ((0.9, 0.98), "slower"),
+        ((0.9, 0.995), "no difference shown"),
+        ((0.9, 1.1), "no difference shown"),
+        ((None, None), "no difference shown"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval_beyond_one_percent(interval, verdict):
+    assert stats.judge(*interval) == verdict
+
+
+def test_few_rounds_bear_no_interval_and_the_seed_fixes_it():
+    ratios = np.random.default_rng(9).lognormal(0.3, 0.1, 30)
+    assert stats.ratio_interval(ratios[: stats.MIN_ROUNDS - 1]) == (None, None)
+    assert stats.ratio_interval(ratios, seed=1) == stats.ratio_interval(ratios, seed=1)
+
+
+def test_a_profile_is_a_whole_result(bundles):
+    stages = []
+    result = profile_bundle(bundles["fast"], seconds=0.3, threads=1, progress=lambda *seen: stages.append(seen))
+    check_result(result, "it")
+    assert result["kind"] == "profile"
+    assert result["subjects"][0]["sha256"] == bundle_hash(bundles["fast"])
+    latency = result["samples"]["subject"]["latency_ms"]
+    figures = result["statistics"]["subject"]
+    assert sum(latency) >= 300
+    assert len(latency) == figures["queries"] >= 64
+    assert figures["latency_ms"]["p50"]["value"] == pytest.approx(np.median(latency))
+    assert figures["throughput_per_s"]["value"] == pytest.approx(1000 / np.mean(latency))
+    assert min(figures["load_ms"], figures["first_inference_ms"], figures["import_ms"]) > 0
+    assert result["method"]["runtime"]["subject"]["threads"] == 1
+    assert result["method"]["input"]["shapes"] == {"image": [1, 16, 16, 3]}
+    assert {stage for stage, _, _ in stages} == {"loading fast", "warming up subject", "measuring"}
+    assert all(0 <= done <= planned for _, done, planned in stages)
+
+
+def test_the_faster_bundle_is_found_faster(bundles):
+    result = profile_bundle(bundles["fast"], against=bundles["slow"], seconds=1.0, threads=1)
+    comparison = result["statistics"]["comparison"]
+    assert result["kind"] == "comparison"
+    assert comparison["verdict"] == "faster"
+    # Eight times the MatMuls, beside a little that is the same in both.
+    assert 3 < comparison["ratio"]["low"] <= comparison["ratio"]["value"] <= comparison["ratio"]["high"] < 12
+    assert comparison["sentence"].startswith("fast is faster than slow")
+    order = result["method"]["first_in_round"]
+    assert order.count("subject") == order.count("against") == comparison["rounds"] / 2
+    kernels = {role: runtime["kernels"] for role, runtime in result["method"]["runtime"].items()}
+    assert kernels == {"subject": "none (standard operators)", "against": "function bodies"}
+
+
+def test_a_bundle_is_not_faster_than_itself(bundles):
+    comparisons = [
+        profile_bundle(bundles["fast"], against=bundles["fast"], seconds=0.4, threads=1, seed=seed)["statistics"][
+            "comparison"
+        ]
+        for seed in range(3)
+    ]
+    # A 95 % interval may miss once in a while; twice in three would be a fault.
+    assert sum(c["verdict"] == "no difference shown" for c in comparisons) >= 2
+    assert all(0.5 < c["ratio"]["value"] < 2 for c in comparisons)
+
+
+def test_peak_memory_holds_the_weights(tmp_path, bundles):
+    heavy = make_bundle(tmp_path / "heavy", ballast_mb=200)
+    peak = {}
+    for name, folder in (("light", bundles["fast"]), ("heavy", heavy)):
+        figures = profile_bundle(folder, seconds=0.1, threads=1)["statistics"]["subject"]
+        assert figures["peak_rss_bytes"] >= figures["rss_after_load_bytes"] >= figures["rss_before_load_bytes"]
+        assert 0 < figures["pss_bytes"] <= figures["rss_bytes"]
+        peak[name] = figures["peak_rss_bytes"]
+    # Once the weights, at most the file beside them while it is read.
+    assert 190 * MB < peak["heavy"] - peak["light"] < 450 * MB
+
+
+def test_memory_of_a_known_allocation():
+    code = (
+        "from sparsifiner_edge.profiles.worker import read_memory\nimport json\n"
+        "before = read_memory()\nblock = b'x' * (400 << 20)\nheld = read_memory()\ndel block\n"
+        "print(json.dumps([before, held, read_memory()]))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    before, held, after = json.loads(output)
+    for key in ("rss_bytes", "pss_bytes", "peak_rss_bytes"):
+        assert held[key] - before[key] == pytest.approx(400 * MB, rel=0.05)
+    assert after["rss_bytes"] < before["rss_bytes"] + 40 * MB
+    assert after["peak_rss_bytes"] == pytest.approx(held["rss_bytes"], rel=0.05)  # The kernel counts in batches.
+
+
+def test_unreadable_memory_has_a_reason(tmp_path):
+    (tmp_path / "status").write_text("Name: x\nVmRSS:\t 12 kB\n")
+    report = read_memory(tmp_path)
+    assert report["rss_bytes"] == 12 * 1024
+    assert "no VmHWM" in report["peak_rss_bytes"]["unavailable"]
+    assert "smaps_rollup" in report["pss_bytes"]["unavailable"]
+
+
+def test_inputs_are_the_same_every_time_and_fill_their_range():
+    specs = [TensorSpec("image", "uint8", ("batch", 32, 32, 3)), TensorSpec("x", "float16", (2, 5))]
+    first, second = fixed_inputs(specs), fixed_inputs(specs)
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+    assert first["image"].shape == (1, 32, 32, 3)
+    assert first["x"].dtype == np.float16
+    assert (first["image"].min(), first["image"].max()) == (0, 255)
+
+
+@pytest.mark.parametrize("spec", [TensorSpec("a", "uint8", (1, "height", 3)), TensorSpec("a", "int64", (1, 3))])
+def test_inputs_that_cannot_be_made_up_are_refused(spec):
+    with pytest.raises(BackendError, match="'a'"):
+        fixed_inputs([spec])
+
+
+def test_a_dead_worker_is_reported_with_what_it_wrote(bundles):
+    with start_worker() as worker:
+        request = {"bundle": str(bundles["fast"]), "backend": "onnxruntime", "threads": 1}
+        assert worker.ask("load", 60, **request)["load_ms"] > 0
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(BackendError, match=r"measuring process died .*exit status -9"):
+            worker.ask("block", 60, queries=10, rewarm=0)
+    with start_worker() as worker, pytest.raises(BackendError, match=r"(?s)died during 'nonsense'.*KeyError"):
+        worker.ask("nonsense", 60)
+
+
+def test_a_hung_worker_is_killed(bundles):
+    with start_worker() as worker:
+        worker.ask("load", 60, bundle=str(bundles["fast"]), backend="onnxruntime", threads=1)
+        os.kill(worker.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(BackendError, match="gave no reply to 'memory' within 1 s"):
+            worker.ask("memory", 1)
+        assert time.monotonic() - start < 30
+    assert not Path(f"/proc/{worker.pid}").exists()
+
+
+def test_an_error_in_the_worker_keeps_its_message(tmp_path):
+    with start_worker() as worker:
+        with pytest.raises(BackendError, match="no session"):
+            worker.ask("block", 60, queries=1, rewarm=0)
+        with pytest.raises(BackendError, match=r"not a folder"):
+            worker.ask("load", 60, bundle=str(tmp_path / "none"), backend="onnxruntime", threads=1)
+        assert worker.ask("memory", 60)["peak_rss_bytes"] > 10 * MB  # It lives on.
+
+
+def test_prints_of_libraries_do_not_reach_the_replies():
+    code = (
+        "import os, sparsifiner_edge.profiles.worker as w\n"
+        "answer = w._answer\n"
+        "def noisy(*a):\n    print('noise', flush=True); os.write(1, b'more noise\\n'); return answer(*a)\n"
+        "w._answer = noisy\nw.main()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], input='{"op": "memory"}\n', capture_output=True, text=True, check=True
+    )
+    assert list(json.loads(run.stdout)) == ["ok"]
+    assert "noise" in run.stderr
+    assert "more noise" in run.stderr
+
+
+def test_a_worker_ends_with_its_parent(bundles):
+    code = (
+        "import sys, time\nfrom sparsifiner_edge.profiles.client import start_worker\n"
+        "with start_worker() as worker:\n"
+        "    worker.ask('memory', 60)\n    print(worker.pid, flush=True)\n    time.sleep(600)"
+    )
+    for number in (signal.SIGKILL, signal.SIGINT):
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as parent:
+            pid = int(parent.stdout.readline())
+            parent.send_signal(number)
+            parent.wait(30)
+        deadline = time.monotonic() + 30
+        while running(pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not running(pid)
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_users_file_does_not_take_a_librarys_place(tmp_path, monkeypatch, bundles):
+    (tmp_path / "onnxruntime.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    assert profile_bundle(os.path.relpath(bundles["fast"]), seconds=0.05, min_queries=1)["kind"] == "profile"
+
+
+def test_few_queries_are_said_to_be_few(bundles):
+    result = profile_bundle(bundles["slow"], seconds=0.01, min_queries=100_000, max_seconds=0.2, threads=1)
+    assert "100000 queries" in result["method"]["cut_short"]
+    assert 1 <= result["statistics"]["subject"]["queries"] < 100_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"backend": "abacus"}, BackendError, "'abacus'"),
+        ({"rules": "slow"}, ConfigError, "rules is 'slow'"),
+        ({"seconds": 0}, ConfigError, "seconds is 0"),
+        ({"min_queries": 0}, ConfigError, "min_queries is 0"),
+        ({"against": "nowhere"}, ArtifactError, "nowhere is not a folder"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(bundles, changes, error, message):
+    with pytest.raises(error, match=message):
+        profile_bundle(bundles["fast"], **changes)
+
+
+def test_measuring_needs_no_torch():
+    code = (
+        "import sys\nfor name in ('torch', 'timm', 'onnx'): sys.modules[name] = None\n"
+        "import sparsifiner_edge.profiles.worker, sparsifiner_edge.profiles.latency"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
