@@ -94,9 +94,9 @@ def wait_for(condition, seconds=60):
 
 def test_an_interrupt_ends_the_workers_and_writes_nothing(tmp_path, bundles):
     path = tmp_path / "result.json"
+    arguments = [bundles["fast"], "--against", bundles["slow"], "--seconds", "300", "-o", str(path)]
     with subprocess.Popen(
-        [sys.executable, "-m", "sparsifiner_edge", "profile", bundles["fast"]]
-        + ["--against", bundles["slow"], "--seconds", "300", "-o", str(path)],
+        [sys.executable, "-m", "sparsifiner_edge", "profile", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

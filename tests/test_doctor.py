@@ -51,6 +51,14 @@ def test_tables_are_for_people():
         assert text in run.stdout
 
 
+def test_the_tables_hold_pip_commands_with_their_brackets(tmp_path):
+    distribution(tmp_path, "sparsifiner-edge", "0.0.1", ['no-such-package; extra == "gpu"'])
+    before = f"sys.path.insert(0, {str(tmp_path)!r}); sys.modules['onnxruntime'] = None"
+    printed = command(before=before).stdout
+    assert 'pip install "sparsifiner-edge[gpu]"' in printed
+    assert "sparsifiner-edge[cpu]" in printed
+
+
 def test_a_bare_environment_is_enough():
     heavy = "('onnxruntime', 'torch', 'timm', 'PIL', 'matplotlib', 'safetensors')"
     run = command("--json", before=f"sys.modules.update(dict.fromkeys({heavy}))")
@@ -72,7 +80,6 @@ def test_two_packages_of_one_module_are_a_warning(tmp_path, monkeypatch):
     assert doctor.examine()["warnings"] == []
     distribution(tmp_path, "onnxruntime-gpu")
     monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
     (warning,) = doctor.examine()["warnings"]
     assert "onnxruntime and onnxruntime-gpu are both installed" in warning
 
@@ -87,7 +94,6 @@ def test_extras_come_from_the_metadata(tmp_path, monkeypatch):
     )
     distribution(tmp_path, "sparsifiner-edge", "0.0.1", requires)
     monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
     extras = doctor.examine()["extras"]
     assert set(extras) == {"cpu", "demo"}
     assert list(extras["cpu"]["packages"]) == ["numpy", "no-such-package"]
@@ -101,7 +107,6 @@ def test_extras_come_from_the_metadata(tmp_path, monkeypatch):
 def test_an_installed_tensorrt_is_seen_without_importing_it(tmp_path, monkeypatch):
     distribution(tmp_path, "tensorrt", "10.9")
     monkeypatch.syspath_prepend(str(tmp_path))
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
     entry = doctor.examine()["backends"]["tensorrt"]
     assert not entry["available"]
     assert entry["version"] == "10.9"

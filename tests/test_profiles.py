@@ -111,18 +111,29 @@ def paired_rounds(random, true_ratio, rounds=40):
     return stats.round_ratios(side(1.0), side(true_ratio))
 
 
+def ratio_interval(ratios):
+    return stats.quantile_interval(ratios, 0.5)
+
+
+def busy_ratios(random, rounds=20):
+    """What another program on the machine does to equal bundles: for some rounds in a row, one of them takes twice."""
+    return np.exp(np.log(2) * np.sign(correlated(random, rounds, 0.5)) * (random.random(rounds) < 0.7))
+
+
 def test_ratio_interval_covers_the_truth_although_the_machine_drifts():
     random = np.random.default_rng(7)
-    assert coverage(stats.ratio_interval, 1.5, lambda: paired_rounds(random, 1.5)) >= 0.92
+    assert coverage(ratio_interval, 1.5, lambda: paired_rounds(random, 1.5)) >= 0.92
 
 
 def test_equal_bundles_seldom_get_a_verdict_and_different_ones_do():
     random = np.random.default_rng(8)
 
     def share_of_verdicts(true_ratio, verdict):
-        found = [stats.judge(*stats.ratio_interval(paired_rounds(random, true_ratio))) for _ in range(300)]
+        found = [stats.judge(*ratio_interval(paired_rounds(random, true_ratio))) for _ in range(300)]
         return np.mean([v == verdict for v in found])
 
+    busy = [stats.judge(*ratio_interval(busy_ratios(random))) for _ in range(1000)]
+    assert np.mean([v == "no difference shown" for v in busy]) >= 0.95
     assert share_of_verdicts(1.0, "no difference shown") >= 0.97
     assert share_of_verdicts(1.2, "faster") >= 0.95
     assert share_of_verdicts(1 / 1.2, "slower") >= 0.95
@@ -143,10 +154,8 @@ def test_a_verdict_needs_the_whole_interval_beyond_one_percent(interval, verdict
     assert stats.judge(*interval) == verdict
 
 
-def test_few_rounds_bear_no_interval_and_the_seed_fixes_it():
-    ratios = np.random.default_rng(9).lognormal(0.3, 0.1, 30)
-    assert stats.ratio_interval(ratios[: stats.MIN_ROUNDS - 1]) == (None, None)
-    assert stats.ratio_interval(ratios, seed=1) == stats.ratio_interval(ratios, seed=1)
+def test_few_rounds_bear_no_interval():
+    assert stats.quantile_interval([1.5, 1.6, 1.4, 1.5, 1.55], 0.5) == (None, None)
 
 
 def test_a_profile_is_a_whole_result(bundles):

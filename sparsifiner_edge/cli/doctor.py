@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from sparsifiner_edge import doctor
 from sparsifiner_edge.cli.common import json_option, print_json, print_table
@@ -31,7 +32,7 @@ def _text(value: Any) -> str:
 
 def _backend_rows(findings: dict[str, Any]) -> list[list[str]]:
     rows = [
-        [name, "yes" if entry["available"] else "no", _text(entry["version"]), entry["reason"]]
+        [name, "yes" if entry["available"] else "no", _text(entry["version"]), escape(entry["reason"])]
         for name, entry in findings["backends"].items()
     ]
     library = findings["native_library"]
@@ -42,7 +43,12 @@ def _extra_rows(extras: dict[str, Any]) -> list[list[str]]:
     if "unavailable" in extras:
         return [["", "", "", extras["unavailable"]]]
     return [
-        [extra if number == 0 else "", package, _text(version), "" if entry["complete"] or number else entry["install"]]
+        [
+            extra if number == 0 else "",
+            package,
+            _text(version),
+            "" if entry["complete"] or number else escape(entry["install"]),
+        ]
         for extra, entry in extras.items()
         for number, (package, version) in enumerate(entry["packages"].items())
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from sparsifiner_edge.cli.common import json_option, output_option, print_json, print_table, progress
 
@@ -62,7 +63,7 @@ def _print(result: dict[str, Any]) -> None:
     described = [result["method"]["runtime"][role] for role in roles]
     for what in ("backend", "device", "kernels", "precision", "threads"):
         rows.append([what, *(_described(description, what) for description in described)])
-    print_table("Single stream, value (95 % interval)", ["", *names], rows)
+    print_table("Single stream, value (95 % interval)", ["", *map(escape, names)], rows)
     for role, name in zip(roles, names, strict=True):
         if not result["method"]["warm_up"][role]["settled"]:
             click.echo(f"{name}: latency did not settle in warm-up; the machine is busy or its clock varies.")

@@ -14,7 +14,7 @@ import onnx.parser
 
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, OPERATORS, VERSION
 
-OPSET = 18
+OPSET = 20
 _END = "9223372036854775807"
 
 
@@ -34,7 +34,7 @@ class Structure:
 
 
 def function_body(name: str, structure: Structure | None = None) -> onnx.FunctionProto:
-    """The function that a model file carries for operator `name`, in opset 18 operators.
+    """The function that a model file carries for operator `name`, in opset 20 operators.
 
     Raises:
         KeyError: no such operator.
@@ -52,6 +52,9 @@ def function_body(name: str, structure: Structure | None = None) -> onnx.Functio
     function = onnx.parser.parse_function(text)
     function.doc_string = f"{DOMAIN}::{name} version {VERSION}. {op.doc}"
     _drop_unused(function)
+    # ONNX Runtime 1.21 names fused nodes after the first of them and refuses a file in which two bear one name.
+    for node in function.node:
+        node.name = f"{name}/{node.output[0]}"
     return function
 
 
@@ -177,7 +180,7 @@ def _key_select(structure: Structure) -> str:
         scores_raw = Add (best, bonus)
         broken = IsNaN (scores_raw)
         scores = Where (broken, f_inf, scores_raw)
-        top, top_index = TopK <axis = -1, largest = 1, sorted = 1> (scores, a_keys)
+        top, top_index = TopK <axis = -1, largest = 1, sorted = 0> (scores, a_keys)
         found = Cast <to = 6> (top_index)
         indices, order = TopK <axis = -1, largest = 0, sorted = 1> (found, a_keys)
 """

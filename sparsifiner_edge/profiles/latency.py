@@ -28,6 +28,7 @@ _WARM_UP_S = 5.0
 _WINDOW_MS = 100.0
 _WINDOWS = 3
 _BLOCK_MS = 200.0
+_MIN_BLOCKS = 20
 # After the other process ran, its threads still spin for some milliseconds and the caches hold its data.
 _REWARM_MS = 20.0
 
@@ -79,7 +80,7 @@ def profile_bundle(
         seconds: least time measured per bundle.
         min_queries: least number of queries per bundle.
         max_seconds: most time spent per bundle, even when `min_queries` is not reached; at least twice `seconds`.
-        seed: of the order and of the bootstrap.
+        seed: of the order.
         progress: called now and then.
 
     Returns:
@@ -111,7 +112,7 @@ def profile_bundle(
     samples = {side.role: {"latency_ms": _latency(side)} for side in sides}
     figures: dict[str, Any] = {side.role: _figures(side, memory[side.role]) for side in sides}
     if len(sides) == 2:
-        figures["comparison"] = _compare(sides, [subject["name"] for subject in subjects], settings.seed)
+        figures["comparison"] = _compare(sides, [subject["name"] for subject in subjects])
     method = _method(settings, sides, order, descriptions)
     return new_result("comparison" if against is not None else "profile", subjects, method, samples, figures)
 
@@ -174,7 +175,7 @@ def _warm_up(role: str, worker: Worker, load: dict[str, Any], clock: _Clock) -> 
 
 def _measure(sides: list[_Side], settings: _Rules, clock: _Clock) -> list[str]:
     """Fill every side's `blocks`; returns the order within each round, such as ["subject", "against"]."""
-    block_ms = min(_BLOCK_MS, settings.seconds * 1000 / 20)
+    block_ms = min(_BLOCK_MS, settings.seconds * 1000 / _MIN_BLOCKS)
     sizes = {side.role: max(1, round(block_ms / side.query_ms)) for side in sides}
     random = np.random.default_rng(settings.seed)
     order: list[str] = []
@@ -205,7 +206,7 @@ def _expected_s(side: _Side, settings: _Rules, rewarm_share: float) -> float:
 def _enough(side: _Side, wall_s: float, settings: _Rules) -> bool:
     latency = _latency(side)
     done = sum(latency) / 1000 >= settings.seconds and len(latency) >= settings.min_queries
-    return done or wall_s >= settings.max_seconds
+    return (done and len(side.blocks) >= _MIN_BLOCKS) or wall_s >= settings.max_seconds
 
 
 def _latency(side: _Side) -> list[float]:
@@ -218,14 +219,14 @@ def _figures(side: _Side, memory: dict[str, Any]) -> dict[str, Any]:
     return stats.summarise(latency) | {"queries": len(latency)} | once | memory
 
 
-def _compare(sides: list[_Side], names: list[str], seed: int) -> dict[str, Any]:
+def _compare(sides: list[_Side], names: list[str]) -> dict[str, Any]:
     subject, against = sides
     ratios = stats.round_ratios(subject.blocks, against.blocks)
-    low, high = stats.ratio_interval(ratios, seed)
+    low, high = stats.quantile_interval(ratios, 0.5)
     ratio = float(np.median(ratios))
     verdict = stats.judge(low, high)
     return {
-        "ratio": stats.estimate(ratio, low, high, "bootstrap over rounds, paired"),
+        "ratio": stats.estimate(ratio, low, high, "order statistics of paired rounds, effective sample size"),
         "rounds": len(ratios),
         "verdict": verdict,
         "sentence": _sentence(verdict, names, ratio, low, high),
@@ -235,7 +236,7 @@ def _compare(sides: list[_Side], names: list[str], seed: int) -> dict[str, Any]:
 def _sentence(verdict: str, names: list[str], ratio: float, low: float | None, high: float | None) -> str:
     subject, against = names if names[0] != names[1] else (f"{names[0]} (first)", f"{names[1]} (second)")
     if low is None or high is None:
-        return f"No difference shown between {subject} and {against}: too few rounds for an interval; measure longer."
+        return f"No difference shown between {subject} and {against}: too few independent rounds; measure longer."
     interval = f"95 % interval {low:.3f} to {high:.3f}"
     if verdict == "no difference shown":
         return f"No difference shown between {subject} and {against}: ratio {ratio:.3f}, {interval}, not beyond +-1 %."

@@ -13,8 +13,6 @@ from sparsifiner_edge.results import unavailable
 CONFIDENCE = 0.95
 MARGIN = 0.01
 """Ratios within 1 +- MARGIN are never called a difference: two processes of one model differ by that much."""
-MIN_ROUNDS = 8
-"""Fewer rounds than this bear no bootstrap."""
 
 Samples = Sequence[float] | np.ndarray[Any, Any]
 
@@ -109,23 +107,14 @@ def summarise(latency_ms: Samples) -> dict[str, Any]:
 
 
 def round_ratios(subject: Sequence[Samples], against: Sequence[Samples]) -> np.ndarray[Any, Any]:
-    """Per round, against's median over the subject's: above 1 where the subject is faster."""
-    return np.array([np.median(b) / np.median(a) for a, b in zip(subject, against, strict=True)])
-
-
-def ratio_interval(ratios: Samples, seed: int = 0, draws: int = 2000) -> tuple[float | None, float | None]:
-    """95 % interval of the median of paired ratios, by a bootstrap over rounds.
+    """Per round, against's median over the subject's: above 1 where the subject is faster.
 
     A round holds a block of either side, run back to back: what slows the machine for longer than a round slows both,
-    and cancels. None, None below `MIN_ROUNDS` rounds.
+    and cancels. The ratio of two bundles is the median over rounds; its interval is `quantile_interval(ratios, 0.5)`.
+    A bootstrap over rounds was tried: beside another program on the machine, when ratios fall on either side of 1 in
+    runs, it missed the truth for equal bundles four times as often as its 95 % allow; order statistics did not.
     """
-    values = np.asarray(ratios, dtype=np.float64)
-    if len(values) < MIN_ROUNDS:
-        return None, None
-    picks = np.random.default_rng(seed).integers(0, len(values), size=(draws, len(values)))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.median(values[picks], axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+    return np.array([np.median(b) / np.median(a) for a, b in zip(subject, against, strict=True)])
 
 
 def judge(low: float | None, high: float | None) -> str:
