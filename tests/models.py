@@ -1,0 +1,39 @@
+"""Small real models of timm, with random weights that attend to something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.sparse.student import Student, make_student
+
+TINY = "test_vit"
+"""10 x 10 patches of 16 px, 64 wide, 2 heads of 32, 6 layers, a class token."""
+TINY_CONFIG = SparsityConfig(keep=0.2, cells=4, channels=8)
+
+
+def vit(name: str = TINY, seed: int = 0, **options: Any) -> VisionTransformer:
+    """A timm model; queries and keys are scaled up, since fresh weights attend to everything alike."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, pretrained=False, **options).eval()
+    with torch.no_grad():
+        for block in getattr(model, "blocks", []):
+            if hasattr(block, "attn") and hasattr(block.attn, "qkv"):
+                block.attn.qkv.weight[: 2 * block.attn.qkv.weight.shape[0] // 3] *= 8
+    return model
+
+
+def student(name: str = TINY, sparsity: SparsityConfig = TINY_CONFIG, **options: Any) -> Student:
+    """A sparse model with projections from its weights."""
+    return make_student(name, vit(name, **options), sparsity)
+
+
+def images(model: VisionTransformer, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    """Random float images [batch,3,S,S]."""
+    generator = torch.Generator().manual_seed(seed)
+    side = model.patch_embed.img_size[0]
+    return torch.randn(batch, 3, side, side, generator=generator)

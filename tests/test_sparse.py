@@ -1,0 +1,248 @@
+"""The in-place patch of timm's models, calibration, and students on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.functional import cosine_similarity
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.sparse.attention import DenseAttention, SparseAttention
+from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, sparse_layers
+from sparsifiner_edge.sparse.patch import make_model_sparse, support_refusals
+from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, load_student, save_student
+from tests.models import TINY_CONFIG, images, student, vit
+
+FULL = SparsityConfig(keep=0.999, cells=4, channels=8)
+"""So little left out that the result is nearly dense, through the sparse path."""
+SUPPORTED = {
+    "test_vit": {},
+    "test_vit2": {},
+    "test_vit3": {},
+    "deit_tiny_patch16_224": {"img_size": 96},
+    "deit_tiny_distilled_patch16_224": {"img_size": 96},
+    "deit3_small_patch16_224": {"img_size": 96},
+    "vit_small_patch14_dinov2": {"img_size": 98},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 98},
+    "vit_medium_patch16_gap_240": {"img_size": 96},
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_nearly_everything_kept_gives_nearly_the_dense_model(name: str) -> None:
+    dense = vit(name, **SUPPORTED[name])
+    x = images(dense)
+    with torch.no_grad():
+        expected, expected_head = dense.forward_features(x), dense(x)
+        made = student(name, FULL, **SUPPORTED[name])
+        got, head = made.model.forward_features(x), made.model(x)
+    assert len(sparse_layers(made.model)) == len(made.model.blocks)
+    assert cosine_similarity(got, expected, dim=-1).min() > 0.999
+    torch.testing.assert_close(head, expected_head, atol=0.05, rtol=0.05)
+
+
+def test_prefix_counts_follow_the_architecture() -> None:
+    found = {name: student(name, FULL, **SUPPORTED[name]).model for name in SUPPORTED}
+    counts = {name: {layer.num_prefix for layer in sparse_layers(model)} for name, model in found.items()}
+    assert counts["deit_tiny_distilled_patch16_224"] == {2}
+    assert counts["vit_small_patch14_reg4_dinov2"] == {5}
+    assert counts["vit_medium_patch16_gap_240"] == {0}
+
+
+def test_weights_and_object_stay_the_same() -> None:
+    dense = vit()
+    before = {key: value.data_ptr() for key, value in dense.state_dict().items()}
+    made = make_model_sparse(dense, TINY_CONFIG)
+    assert made is dense
+    after = {key: value.data_ptr() for key, value in made.state_dict().items()}
+    assert {key: after[key] for key in before} == before
+    added = {key.split(".", 2)[2] for key in after.keys() - before.keys()}
+    assert added == {"attn.select.proj_q", "attn.select.proj_k"}
+
+
+def test_every_way_out_of_the_model_is_in_raster_order() -> None:
+    dense, made = vit(), student(sparsity=FULL).model
+    x = images(dense)
+    with torch.no_grad():
+        for options in ({}, {"norm": True}, {"output_fmt": "NLC"}, {"return_prefix_tokens": True}):
+            final, maps = dense.forward_intermediates(x, indices=[2, 5], **options)
+            got_final, got_maps = made.forward_intermediates(x, indices=[2, 5], **options)
+            assert cosine_similarity(got_final, final, dim=-1).min() > 0.999
+            for got, expected in zip(got_maps, maps, strict=True):
+                first = (got, expected) if isinstance(got, torch.Tensor) else (got[0], expected[0])
+                assert first[0].shape == first[1].shape
+                assert cosine_similarity(*first, dim=-1 if first[0].ndim == 3 else 1).min() > 0.999
+        only = made.get_intermediate_layers(x, n=1, reshape=True)
+        assert cosine_similarity(only[0], dense.get_intermediate_layers(x, n=1, reshape=True)[0], dim=1).min() > 0.999
+
+
+def test_dense_layers_stay_dense() -> None:
+    made = student(sparsity=dataclasses.replace(TINY_CONFIG, dense_layers=(0, 3)))
+    kinds = [type(block.attn) for block in made.model.blocks]
+    assert [kind is DenseAttention for kind in kinds] == [True, False, False, True, False, False]
+    assert all(kind in (DenseAttention, SparseAttention) for kind in kinds)
+
+
+def test_keep_one_leaves_the_model_untouched() -> None:
+    dense = vit()
+    kind = type(dense)
+    made = make_model_sparse(dense, SparsityConfig(keep=1))
+    assert type(made) is kind
+    assert not sparse_layers(made)
+
+
+def test_gradients_reach_the_backbone_through_sparse_attention() -> None:
+    made = student().model
+    made(images(made, 1)).square().mean().backward()
+    for block in made.blocks:
+        assert block.attn.qkv.weight.grad is not None
+        assert block.attn.qkv.weight.grad.abs().sum() > 0
+
+
+def test_gradient_of_sparse_attention_is_that_of_its_formula() -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 21, 12, dtype=torch.float64, requires_grad=True)
+    lists = torch.tensor([[[0, 3, 9], [1, 2, 19], [4, 7, 8]]], dtype=torch.int32)[:, None].expand(1, 2, 3, 3)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return ops.sparse_attention(x, lists, num_heads=2, num_prefix=1, tile=8, cell=7, scale=0.5)
+
+    # The operator sums in float32 inside; the step is chosen for that.
+    assert torch.autograd.gradcheck(attend, (qkv,), eps=1e-2, atol=2e-2, rtol=1e-2, nondet_tol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: timm.create_model("resnet18"), "it is a ResNet"),
+        (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "it is a SwinTransformer"),
+        (lambda: timm.create_model("test_vit", dynamic_img_size=True), "dynamic image size"),
+        (lambda: timm.create_model("test_vit", attn_drop_rate=0.1), "layer 5: attention dropout 0.1"),
+        (lambda: timm.create_model("test_vit", patch_drop_rate=0.5), "patch dropout"),
+        (lambda: timm.create_model("vit_small_patch16_18x2_224"), "ParallelThingsBlock"),
+        (lambda: timm.create_model("vit_small_resnet26d_224"), "HybridEmbed"),
+        (lambda: timm.create_model("vit_small_patch16_dinov3"), "it is a Eva"),
+        (lambda: student().model, "sparse already"),
+    ],
+)
+def test_anything_else_is_refused_with_the_reason(model: Any, reason: str) -> None:
+    made = model()
+    assert any(reason in r for r in support_refusals(made)), support_refusals(made)
+    with pytest.raises(UnsupportedModelError, match=reason.replace("(", r"\(")):
+        make_model_sparse(made, TINY_CONFIG)
+
+
+def test_attention_masks_are_refused() -> None:
+    made = student().model
+    with pytest.raises(ConfigError, match="attention mask"):
+        made.forward_features(images(made), attn_mask=torch.ones(1))
+
+
+def test_pictures_teach_the_predictor_more_than_the_weights_do() -> None:
+    made = student()
+    pictures = [images(made.model, 1, seed) for seed in range(4)]
+    held_out = images(made.model, 1, seed=99)
+
+    def recall() -> float:
+        """Share of the keys chosen with full-width products that the low-rank predictor finds too."""
+        shares = []
+        for layer in sparse_layers(made.model):
+            qkv = layer.packed(seen[layer])
+            eye = torch.eye(layer.head_dim).expand(layer.num_heads, -1, -1)
+            settings = {
+                "num_heads": layer.num_heads, "num_prefix": 1, "probe": 4, "tile": 16, "cell": layer.layout.cell,
+                "keys": layer.layout.keys, "scale": layer.scale, "value_power": 0.0,
+            }  # fmt: skip
+            best = ops.key_select(qkv, eye, eye, **settings)
+            found = ops.key_select(qkv, layer.select.proj_q, layer.select.proj_k, **settings)
+            hits = (best[..., :, None] == found[..., None, :]).any(-1).float().mean()
+            shares.append(hits.item())
+        return float(np.mean(shares))
+
+    seen: dict[SparseAttention, torch.Tensor] = {}
+    for layer in sparse_layers(made.model):
+        layer.register_forward_pre_hook(lambda module, args: seen.update({module: args[0]}))
+    with torch.no_grad():
+        made.model(held_out)
+        before = recall()
+        calls: list[tuple[int, int]] = []
+        with torch.enable_grad():
+            calibrate_from_pictures(made.model, pictures, progress=lambda *c: calls.append(c))
+        made.model(held_out)
+        after = recall()
+    assert after > before + 0.02, (before, after)
+    assert calls[-1] == (12, 12)
+    assert all("attend" not in layer.__dict__ for layer in sparse_layers(made.model))
+
+
+def test_student_survives_the_disk(tmp_path: Path) -> None:
+    made = student()
+    save_student(made, tmp_path / "student")
+    again = load_student(tmp_path / "student")
+    x = images(made.model)
+    assert again.sparsity == made.sparsity
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(x), made.model(x), rtol=0, atol=0)
+    save_student(again, tmp_path / "student")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student"]
+
+
+def test_student_at_another_resolution(tmp_path: Path) -> None:
+    save_student(student(sparsity=FULL), tmp_path / "student")
+    larger = load_student(tmp_path / "student", img_size=208)
+    assert larger.model.patch_embed.num_patches == 169
+    assert sparse_layers(larger.model)[0].layout.patches == 169
+    with torch.no_grad():
+        x = images(larger.model)
+        got, expected = larger.model.forward_features(x), dense_twin(larger).model.forward_features(x)
+    assert cosine_similarity(got, expected, dim=-1).min() > 0.999
+
+
+def test_an_altered_student_is_refused(tmp_path: Path) -> None:
+    save_student(student(), tmp_path / "student")
+    path = tmp_path / "student" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ArtifactError, match="SHA-256"):
+        load_student(tmp_path / "student")
+
+
+def test_calibration_is_recorded_and_repeatable(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    first, second = (calibrate_student(student(), tmp_path) for _ in range(2))
+    assert first.provenance["calibration"]["files"] == ["0.png", "1.png", "2.png"]
+    for a, b in zip(sparse_layers(first.model), sparse_layers(second.model), strict=True):
+        assert torch.equal(a.select.proj_q, b.select.proj_q)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0.001, 1), st.integers(1, 5000), st.integers(0, 50), st.sampled_from([1, 4, 8, 16]))
+def test_layout_covers_every_patch(keep: float, patches: int, cells: int, tile: int) -> None:
+    config = SparsityConfig(keep=keep, tile=tile, probe=1, cells=cells)
+    if tile > patches or cells > patches:
+        with pytest.raises(ConfigError, match="exceed"):
+            config.layout(patches)
+        return
+    layout = config.layout(patches)
+    assert 1 <= layout.keys <= patches
+    assert layout.keys >= keep * patches - 1e-6
+    assert layout.keys - 1 < keep * patches + 1e-6
+    assert (layout.tiles - 1) * tile < patches <= layout.tiles * tile
+    assert layout.cells <= cells
+    if cells:
+        assert (layout.cells - 1) * layout.cell < patches <= layout.cells * layout.cell
+    assert SparsityConfig.from_dict(config.to_dict()) == config
