@@ -19,7 +19,7 @@ TINY_CONFIG = SparsityConfig(keep=0.2, cells=4, channels=8)
 def vit(name: str = TINY, seed: int = 0, **options: Any) -> VisionTransformer:
     """A timm model; queries and keys are scaled up, since fresh weights attend to everything alike."""
     torch.manual_seed(seed)
-    model = timm.create_model(name, pretrained=False, **options).eval()
+    model = timm.create_model(name, pretrained=False, dynamic_img_size=False, **options).eval()
     with torch.no_grad():
         for block in getattr(model, "blocks", []):
             if hasattr(block, "attn") and hasattr(block.attn, "qkv"):

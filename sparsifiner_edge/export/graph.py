@@ -68,7 +68,10 @@ def _check_keys(module: nn.Module) -> None:
 
 
 def _tidy(model: onnx.ModelProto) -> None:
-    """Drop what only the exporter needs: traces in node metadata, intermediate shapes."""
+    """Drop what only the exporter needs, and put the Cast of the image first: with a dynamic batch a Shape precedes it."""
+    cast = next(n for n in model.graph.node if n.op_type == "Cast" and n.input[0] == "image")
+    model.graph.node.remove(cast)
+    model.graph.node.insert(0, cast)
     model.ir_version = min(model.ir_version, IR_VERSION)
     model.producer_name = "sparsifiner-edge"
     model.graph.name = "sparsifiner_edge"

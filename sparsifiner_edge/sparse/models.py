@@ -83,19 +83,19 @@ def create(name: str, img_size: int | None = None, num_classes: int | None = Non
         raise UnsupportedModelError(f"timm has no model {name!r}.", hint)
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        model = timm.create_model(name, pretrained=False, **options)
-        if img_size is not None and isinstance(model, VisionTransformer):
-            _check_size(name, img_size, model.patch_embed.patch_size)
-            model = timm.create_model(name, pretrained=False, img_size=img_size, **options)
+        # On the meta device nothing is allocated: it only tells what the model is.
+        with torch.device("meta"):
+            kind = timm.create_model(name, pretrained=False)
+        if isinstance(kind, VisionTransformer):
+            size = img_size or kind.patch_embed.img_size[0]
+            _check_size(name, size, kind.patch_embed.patch_size)
+            options |= {"img_size": size, "dynamic_img_size": False}
+            return timm.create_model(name, pretrained=False, **options).eval()
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
-    if not isinstance(model, VisionTransformer):
-        raise UnsupportedModelError(
-            f"{name!r} is a {type(model).__name__}, not a VisionTransformer.", "Choose a ViT, DeiT or DINOv2 of timm."
-        )
-    if img_size is None:
-        _check_size(name, model.patch_embed.img_size[0], model.patch_embed.patch_size)
-    return model.eval()
+    raise UnsupportedModelError(
+        f"{name!r} is a {type(kind).__name__}, not a VisionTransformer.", "Choose a ViT, DeiT or DINOv2 of timm."
+    )
 
 
 def _check_size(name: str, size: int, patch: tuple[int, int]) -> None:
@@ -157,10 +157,10 @@ def _some(keys: list[str]) -> str:
 
 
 def _download(name: str, img_size: int | None) -> VisionTransformer:
-    create(name, img_size)
-    options = {} if img_size is None else {"img_size": img_size}
+    size = create(name, img_size).patch_embed.img_size[0]
     try:
-        return cast(VisionTransformer, timm.create_model(name, pretrained=True, **options)).eval()
+        model = timm.create_model(name, pretrained=True, img_size=size, dynamic_img_size=False)
+        return cast(VisionTransformer, model).eval()
     # The hub clients raise their own kinds of error; all mean that no weights arrived.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

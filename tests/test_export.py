@@ -1,0 +1,280 @@
+"""Exported files: structure, agreement with torch, batches, metadata, and the oldest runtime they must load in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.check import check_export, count_differing, golden_image
+from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
+from sparsifiner_edge.runtime import check_golden, open_session
+from sparsifiner_edge.sparse.models import normalise, preprocessing
+from sparsifiner_edge.sparse.student import save_student
+from tests.models import TINY_CONFIG, student, vit
+
+OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"
+"""Made by `make test` (target .dev)."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_student(student(), tmp_path_factory.mktemp("student") / "student")
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path) -> Path:
+    return export_bundle(folder, folder.parent / "bundle", tokens=True)
+
+
+@pytest.fixture(scope="module")
+def dense(folder: Path) -> Path:
+    weights = folder.parent / "dense.safetensors"
+    save_file(vit().state_dict(), weights)
+    return export_bundle("test_vit", folder.parent / "dense", weights=weights, tokens=True)
+
+
+def model_of(bundle: Path) -> onnx.ModelProto:
+    return onnx.load(bundle / "model.onnx")
+
+
+def tensor_shapes(model: onnx.ModelProto, image: np.ndarray) -> dict[str, tuple[int, ...]]:
+    """Shapes of every tensor that a run of the inlined model makes."""
+    inlined = onnx.inliner.inline_local_functions(model)
+    known = {o.name for o in inlined.graph.output}
+    for node in inlined.graph.node:
+        for name in node.output:
+            if name and name not in known:
+                inlined.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(inlined.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    values = session.run(None, {"image": image})
+    return {o.name: np.shape(v) for o, v in zip(session.get_outputs(), values, strict=True)}
+
+
+def two_token_axes(shapes: dict[str, tuple[int, ...]], patches: int, widths: set[int]) -> list[str]:
+    """Tensors with two axes of at least `patches` that are no channel widths."""
+    return [n for n, s in shapes.items() if sum(size >= patches and size not in widths for size in s) >= 2]
+
+
+def test_no_tensor_of_a_sparse_layer_has_two_token_axes(bundle: Path, dense: Path) -> None:
+    # 100 patches, 101 tokens; channel widths 64, 192, 256, none of them a number of tokens. The image has pixels.
+    widths = {160, 192, 256}
+    image = golden_image(160)
+    assert two_token_axes(tensor_shapes(model_of(bundle), image), 100, widths) == []
+    assert len(two_token_axes(tensor_shapes(model_of(dense), image), 100, widths)) >= 6
+
+
+def test_nodes_bodies_and_versions(bundle: Path, dense: Path) -> None:
+    model = model_of(bundle)
+    kinds = [n.op_type for n in model.graph.node if n.domain == "sparsifiner"]
+    assert kinds.count("KeySelect") == kinds.count("SparseAttention") == 6
+    assert {f.name for f in model.functions} == {"KeySelect", "SparseAttention"}
+    assert model.graph.node[0].op_type == "Cast"
+    assert model.ir_version <= 10
+    assert {(e.domain, e.version) for e in model.opset_import} == {("", 20), ("sparsifiner", 1)}
+    onnx.checker.check_model(model, full_check=True)
+    assert not [n for n in model_of(dense).graph.node if n.domain]
+    assert not model_of(dense).functions
+
+
+def test_manifest_and_metadata(bundle: Path) -> None:
+    manifest = open_bundle(bundle)
+    assert set(manifest["files"]) == {"model.onnx", "golden.npz", "labels.txt"}
+    assert manifest["inputs"] == [
+        {"name": "image", "dtype": "uint8", "shape": [1, 160, 160, 3], "layout": "NHWC", "range": [0, 255],
+         "colour": "RGB"}
+    ]  # fmt: skip
+    assert [(o["name"], o["shape"]) for o in manifest["outputs"]] == [
+        ("logits", [1, 1000]), ("features", [1, 64]), ("tokens", [1, 101, 64])
+    ]  # fmt: skip
+    assert manifest["sparsity"]["keep"] == 0.2
+    assert manifest["costs"]["attention_macs"] < 0.3 * manifest["dense_costs"]["attention_macs"]
+    metadata = {e.key: e.value for e in model_of(bundle).metadata_props}
+    assert {"name", "version", "licence", "classes", "logits", "features", "tokens"} <= set(metadata)
+    assert len((bundle / "labels.txt").read_text().splitlines()) == 1000
+    json.dumps(manifest, allow_nan=False)
+
+
+def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path, folder: Path) -> None:
+    made = student().model
+    image = golden_image(160, seed=5)
+    with torch.no_grad():
+        expected = made(normalise(torch.from_numpy(image), preprocessing(made))).numpy()
+    with open_session(bundle) as session:
+        assert session.description["kernels"] == "function bodies"
+        got = session.infer({"image": image})["logits"]
+        check_golden(session, bundle)
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.ptp(expected))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_dynamic_batch_runs_at_any_size(folder: Path, tmp_path: Path, sparse: bool) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_file(vit().state_dict(), weights)
+    source, options = (folder, {}) if sparse else ("test_vit", {"weights": weights})
+    made = export_bundle(source, tmp_path / "b", batch="dynamic", **options)
+    manifest = open_bundle(made)
+    assert manifest["inputs"][0]["shape"] == ["batch", 160, 160, 3]
+    assert manifest["check"]["batches_run"] == [1, 3]
+    images = golden_image(160, 5)
+    with open_session(made) as session:
+        together = session.infer({"image": images})["logits"]
+        alone = [session.infer({"image": images[i : i + 1]})["logits"] for i in range(5)]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
+
+
+def test_fixed_batch_of_two(folder: Path, tmp_path: Path) -> None:
+    made = export_bundle(folder, tmp_path / "b", batch=2)
+    assert open_bundle(made)["outputs"][0]["shape"] == [2, 1000]
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity", "options"),
+    [
+        ("test_vit2", TINY_CONFIG, {}),
+        ("test_vit3", SparsityConfig(keep=0.2, cells=0, channels=8), {}),
+        ("deit_tiny_distilled_patch16_224", SparsityConfig(keep=0.3, cells=3, dense_layers=(0, 1)), {"img_size": 96}),
+        ("vit_small_patch14_reg4_dinov2", SparsityConfig(keep=0.3, cells=5), {"img_size": 98}),
+        ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, cells=5), {"img_size": 96}),
+    ],
+)
+def test_architectures(name: str, sparsity: SparsityConfig, options: dict[str, Any], tmp_path: Path) -> None:
+    made = save_student(student(name, sparsity, **options), tmp_path / "s")
+    manifest = open_bundle(export_bundle(made, tmp_path / "b"))
+    expected = {"sparsifiner::KeySelect", "sparsifiner::SparseAttention"}
+    assert set(manifest["ops"]) == expected | ({"sparsifiner::DenseAttention"} if sparsity.dense_layers else set())
+    assert all(o["least_row_cosine"] >= 0.9999 for o in manifest["check"]["outputs"].values())
+
+
+def test_keep_one_is_the_plain_dense_bundle(tmp_path: Path) -> None:
+    made = save_student(student(sparsity=SparsityConfig(keep=1)), tmp_path / "s")
+    manifest = open_bundle(export_bundle(made, tmp_path / "b"))
+    assert manifest["ops"] == {}
+    assert manifest["sparsity"] is None
+
+
+def test_a_wrong_file_fails_and_says_where(folder: Path) -> None:
+    made = student()
+    deployed = DeployedModel(made.model)
+    model = export_graph(deployed, 160, 1, deployed.output_names)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("pos_embed"):
+            wrong = onnx.numpy_helper.to_array(tensor) + 0.5
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wrong.astype(np.float32), tensor.name))
+            break
+    else:
+        pytest.fail("no such tensor")
+    with pytest.raises(GateError, match=r"Output 'logits' at batch 1 .* at \[0, \d+\] .* instead of .*% of the"):
+        check_export(model, deployed, 160, (1,), 1e-3)
+
+
+def test_a_wrong_body_fails(folder: Path) -> None:
+    deployed = DeployedModel(student().model)
+    model = export_graph(deployed, 160, 1, deployed.output_names)
+    del model.functions[:]
+    add_bodies(model)
+    body = next(f for f in model.functions if f.name == "SparseAttention")
+    node = next(n for n in body.node if n.op_type == "Log" and n.output[0] == "log_rest")
+    node.op_type = "Neg"
+    with pytest.raises(GateError, match="differs from torch"):
+        check_export(model, deployed, 160, (1,), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "ir_version", 11), "IR version 11"),
+        (lambda m: setattr(m.opset_import[0], "version", 21), "operator set 21"),
+        (lambda m: m.opset_import.add(domain="com.microsoft", version=1), "com.microsoft"),
+        (lambda m: m.functions[0].node.add(op_type="ScatterND", output=["x"]), "ScatterND"),
+        (lambda m: m.graph.node.insert(0, onnx.helper.make_node("Identity", ["image"], ["y"])), "first node Identity"),
+    ],
+)
+def test_structure_that_runtimes_refuse(bundle: Path, change: Any, message: str) -> None:
+    model = model_of(bundle)
+    check_structure(model)
+    change(model)
+    with pytest.raises(GateError, match=message):
+        check_structure(model)
+
+
+def test_more_keys_than_topk_takes(tmp_path: Path) -> None:
+    made = student("test_vit", SparsityConfig(keep=0.9, cells=4, channels=8), img_size=1056)
+    assert made.model.blocks[0].attn.layout.keys > 3840
+    folder = save_student(made, tmp_path / "s")
+    with pytest.raises(ConfigError, match=r"blocks.0.attn reads 3921 keys .* at most 3840"):
+        export_bundle(folder, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"batch": "many"}, "batch is 'many'"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"weights": "w.safetensors"}, "does not go with a student"),
+        ({"img_size": 161}, "not a multiple of the patch size 16"),
+    ],
+)
+def test_refusals(folder: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_bundle(folder, tmp_path / "b", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="left untouched"):
+        export_bundle(folder, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_count_differing() -> None:
+    a, b = np.array([[[1, 2, 3], [4, 5, 6]]]), np.array([[[1, 2, 9], [6, 5, 4]]])
+    assert count_differing(a, b) == 1
+
+
+@pytest.mark.skipif(not OLD_RUNTIME.is_dir(), reason=f"{OLD_RUNTIME} is made by `make test`")
+def test_onnx_runtime_1_21_runs_every_structure(bundle: Path, dense: Path, tmp_path: Path) -> None:
+    made = {"sparse": bundle, "dense": dense}
+    for name, sparsity, options in (
+        ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, cells=0), {"img_size": 96}),
+        ("test_vit", SparsityConfig(keep=0.3, cells=5, channels=8, dense_layers=(1,)), {}),
+    ):
+        folder = save_student(student(name, sparsity, **options), tmp_path / f"s_{name}")
+        made[name] = export_bundle(folder, tmp_path / name, batch="dynamic")
+    script = (
+        "import sys, numpy as np, onnxruntime as ort\n"
+        "assert ort.__version__.startswith('1.21'), ort.__version__\n"
+        "for folder in sys.argv[1:]:\n"
+        "    golden = np.load(folder + '/golden.npz')\n"
+        "    session = ort.InferenceSession(folder + '/model.onnx', providers=['CPUExecutionProvider'])\n"
+        "    names = [o.name for o in session.get_outputs()]\n"
+        "    for name, got in zip(names, session.run(names, {'image': golden['input.image']})):\n"
+        "        wanted = golden['output.' + name]\n"
+        "        assert np.abs(got - wanted).max() <= 1e-3 * np.ptp(wanted), (folder, name)\n"
+    )
+    command = [sys.executable, "-c", script, *map(str, made.values())]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(OLD_RUNTIME)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
