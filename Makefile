@@ -45,4 +45,7 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# The oldest runtime that exported files must load in, beside the current one; a test runs them in it.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/onnxruntime-1.21 'onnxruntime==1.21.*'
+	# The base install alone: tests import everything in it that must not need more.
+	$(PYTHON) -m venv $(VENV)/bare
+	$(VENV)/bare/bin/python -m pip install --quiet --editable .
 	@touch $@ $(VENV)/.demo

@@ -19,6 +19,7 @@ from sparsifiner_edge.errors import ArtifactError
 STUDENT_SCHEMA = 1
 BUNDLE_SCHEMA = 1
 STUDENT_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
 BUNDLE_FILE = "manifest.json"
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE}
 
@@ -57,15 +58,35 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
 
 def dump_json(content: Any) -> str:
     """JSON text as every file of ours is written; NaN and infinity are refused."""
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Names of files may hold bytes that are no UTF-8; a backslash escape is how JSON writes those.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def field(content: dict[str, Any], origin: Path, name: str, kind: type) -> Any:
+    """The entry `name` (dotted where nested) of what was read from `origin`.
+
+    Raises:
+        ArtifactError: it is missing or of another type.
+    """
+    value: Any = content
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        shown = json.dumps(value)[:60]
+        raise ArtifactError(f"{origin}: {name} is {shown}, not {kind.__name__}.", "Make it again, or restore it.")
+    return value
 
 
 def kind_of(folder: Path) -> str | None:
-    """ "student", "bundle", or None for a folder that is neither."""
+    """ "student", "bundle", or None for a folder that is neither.
+
+    Raises:
+        ArtifactError: the file that would say so cannot be read.
+    """
     for kind, name in _KIND_FILES.items():
-        with contextlib.suppress(ArtifactError):
-            if read_json(folder / name, schema=1 << 30).get("kind") == kind:
-                return kind
+        if (folder / name).is_file() and read_json(folder / name, schema=1 << 30).get("kind") == kind:
+            return kind
     return None
 
 
@@ -101,14 +122,33 @@ def require_replaceable(folder: Path, kind: str) -> None:
     """Refuse an output folder that holds something we did not write.
 
     Raises:
-        ArtifactError: it is a file, or a non-empty folder that is not a `kind` of ours.
+        ArtifactError: it is a file, the current folder, or holds anything but one `kind` of ours.
     """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ArtifactError(f"{folder} is not a folder.", "Choose another output.")
-    if folder.is_dir() and any(folder.iterdir()) and kind_of(folder) != kind:
-        raise ArtifactError(
-            f"{folder} exists and is not a {kind} of ours; it is left untouched.", "Choose another output folder."
-        )
+    if folder.name in ("", ".."):
+        raise ArtifactError(f"{folder} names no folder of its own.", "Name a folder to write.")
+    with _io_errors(folder):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise ArtifactError(f"{folder} is not a folder.", "Choose another output.")
+        if not folder.exists() or not any(folder.iterdir()):
+            return
+        present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+    ours = _own_files(folder, kind)
+    fix = "It is left untouched; choose another output folder."
+    if not ours:
+        raise ArtifactError(f"{folder} exists and is not a {kind} of ours.", fix)
+    if present - ours:
+        raise ArtifactError(f"{folder} also holds {min(present - ours)}, which is not ours.", fix)
+
+
+def _own_files(folder: Path, kind: str) -> set[str]:
+    """The files that we wrote into a folder of this kind; none if it is of another kind, or damaged."""
+    with contextlib.suppress(ArtifactError):
+        if kind_of(folder) == kind == "student":
+            return {STUDENT_FILE, WEIGHTS_FILE}
+        if kind_of(folder) == kind == "bundle":
+            manifest = read_json(folder / BUNDLE_FILE, schema=1 << 30)
+            return {BUNDLE_FILE, *field(manifest, folder / BUNDLE_FILE, "files", dict)}
+    return set()
 
 
 @contextlib.contextmanager
@@ -119,18 +159,21 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
         ArtifactError: `target` is not replaceable (see `require_replaceable`), or the disk refuses.
     """
     require_replaceable(target, kind)
-    with _io_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch: Path | None = None
     try:
         with _io_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _signals_held():
+                scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             scratch.chmod(0o777 & ~_umask())
             yield scratch
             _sync(scratch)
             with _signals_held():
                 _swap(scratch, target)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with _signals_held():
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _swap(scratch: Path, target: Path) -> None:
@@ -138,12 +181,13 @@ def _swap(scratch: Path, target: Path) -> None:
         scratch.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / "old")
     try:
-        scratch.rename(target)
-    except OSError:
-        (old / "old").rename(target)
-        raise
+        target.rename(old / "old")
+        try:
+            scratch.rename(target)
+        except OSError:
+            (old / "old").rename(target)
+            raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -162,12 +206,19 @@ def _sync(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with _io_errors(path):
+    """Write a text file whole or not at all; bytes in names that are no UTF-8 become backslash escapes.
+
+    Raises:
+        ArtifactError: `path` is a folder or a device, or the disk refuses.
+    """
+    with _io_errors(path), _signals_held():
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            raise ArtifactError(f"{path} is not a file.", "Give a file's name.")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -198,7 +249,7 @@ def open_bundle(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder / BUNDLE_FILE} is not a bundle's manifest.", "Export the bundle again.")
     for name, expected in files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
             raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
         if not path.is_file():
             raise ArtifactError(f"{path} is missing.", "Export the bundle again.")

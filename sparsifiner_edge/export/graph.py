@@ -68,7 +68,7 @@ def _check_keys(module: nn.Module) -> None:
 
 
 def _tidy(model: onnx.ModelProto) -> None:
-    """Drop what only the exporter needs, and put the Cast of the image first: with a dynamic batch a Shape precedes it."""
+    """Drop what only the exporter needs; put the Cast of the image first: a dynamic batch has a Shape before it."""
     cast = next(n for n in model.graph.node if n.op_type == "Cast" and n.input[0] == "image")
     model.graph.node.remove(cast)
     model.graph.node.insert(0, cast)

@@ -1,0 +1,112 @@
+"""Evaluation against the dense teacher, explanation, and running on stills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from sparsifiner_edge.camera.stills import run_pictures
+from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.evaluate.cosine import evaluate_student
+from sparsifiner_edge.evaluate.explain import draw, explain
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.results import check_result
+from sparsifiner_edge.sparse.student import save_student
+from tests.models import student, vit
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A student, its bundle, its dense teacher as weights and as bundle, and four pictures."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    weights = folder / "w.safetensors"
+    save_file(vit().state_dict(), weights)
+    (folder / "pictures").mkdir()
+    for number, image in enumerate(golden_image(200, 4)):
+        Image.fromarray(image).save(folder / "pictures" / f"{number}.png")
+    return {
+        "student": save_student(student(), folder / "student"),
+        "bundle": export_bundle(folder / "student", folder / "bundle", tokens=True),
+        "dense": export_bundle("test_vit", folder / "dense", weights=weights, tokens=True),
+        "weights": weights,
+        "pictures": folder / "pictures",
+    }
+
+
+def means(result: dict[str, Any]) -> dict[str, float]:
+    check_result(result, "test")
+    return {name: found["mean"]["value"] for name, found in result["statistics"].items()}
+
+
+def test_student_and_bundle_agree_however_the_teacher_is_given(made: dict[str, Path]) -> None:
+    results = [
+        evaluate_student(made["student"], made["pictures"]),
+        evaluate_student(made["student"], made["pictures"], against="test_vit", weights=made["weights"]),
+        evaluate_student(made["bundle"], made["pictures"], against="test_vit", weights=made["weights"]),
+        evaluate_student(made["bundle"], made["pictures"], against=made["dense"]),
+    ]
+    for result in results:
+        assert result["statistics"]["patches_cosine"]["pictures"] == 4
+        assert means(result) == pytest.approx(means(results[0]), abs=1e-3)
+    assert 0.5 < means(results[0])["patches_cosine"] < 0.99999
+    assert results[3]["method"]["runtime"]["subject"]["kernels"] == "function bodies"
+    assert results[3]["method"]["runtime"]["teacher"]["kernels"] == "none (standard operators)"
+
+
+def test_a_model_against_itself_is_one(made: dict[str, Path]) -> None:
+    result = evaluate_student(made["dense"], made["pictures"], against="test_vit", weights=made["weights"])
+    assert means(result) == pytest.approx({"features_cosine": 1, "patches_cosine": 1}, abs=1e-6)
+
+
+def test_what_cannot_be_compared(made: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="--against MODEL"):
+        evaluate_student(made["bundle"], made["pictures"])
+    with pytest.raises(ConfigError, match="neither a student nor a bundle"):
+        evaluate_student(made["pictures"], made["pictures"])
+    with pytest.raises(ConfigError, match="metric is 'bleu'"):
+        evaluate_student(made["student"], made["pictures"], metric="bleu")
+    with pytest.raises(PictureError, match="does not exist"):
+        evaluate_student(made["student"], made["pictures"] / "none")
+
+
+def test_explanation_maps(made: dict[str, Path], tmp_path: Path) -> None:
+    one = student()
+    image = golden_image(160)[0]
+    found = explain(one, image, [(0, 0), (5, 7)], layer=3)
+    layout = one.sparsity.layout(100)
+    for explanation in found:
+        assert explanation.tile[explanation.query] == 1
+        assert explanation.tile.sum() in (16, 4)
+        assert explanation.selected.sum() == pytest.approx(layout.keys)
+        assert 0 < explanation.attention.sum() < 1
+    draw(one, made["pictures"] / "0.png", 3, tmp_path / "picture.png")
+    assert np.asarray(Image.open(tmp_path / "picture.png")).std() > 10
+    with pytest.raises(ConfigError, match="Layer 9 is not sparse"):
+        explain(one, image, [(0, 0)], layer=9)
+    with pytest.raises(ConfigError, match=r"Query \(10, 0\) lies outside"):
+        explain(one, image, [(10, 0)], layer=3)
+
+
+def test_stills(made: dict[str, Path], tmp_path: Path) -> None:
+    records = list(run_pictures(made["bundle"], made["pictures"]))
+    assert [Path(r["source"]).name for r in records] == ["0.png", "1.png", "2.png", "3.png"]
+    for record in records:
+        top = record["top"]
+        assert len(top) == 5
+        assert [t["probability"] for t in top] == sorted((t["probability"] for t in top), reverse=True)
+        assert record["infer_ms"] > 0
+    bad = tmp_path / "pictures"
+    bad.mkdir()
+    (bad / "a.png").write_bytes(b"no picture")
+    (bad / "b.png").write_bytes((made["pictures"] / "1.png").read_bytes())
+    first, second = run_pictures(made["bundle"], bad)
+    assert "cannot be read" in first["error"]
+    assert second["top"] == records[1]["top"]
+    with pytest.raises(PictureError, match="cannot be read"):
+        list(run_pictures(made["bundle"], bad / "a.png"))

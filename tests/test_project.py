@@ -1,0 +1,107 @@
+"""The project itself: links, a base install that stays light, public names, and no trace of what must not be there."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsifiner_edge
+from sparsifiner_edge.cli.main import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+BARE = ROOT / ".venv" / "bare" / "bin" / "python"
+LIGHT = ("runtime", "profiles", "camera", "costs", "results", "metrics", "artifacts", "config", "errors", "pictures")
+
+
+@pytest.mark.parametrize("name", ["export", "runtime", "profiles"])
+def test_links_at_the_root(name: str) -> None:
+    link = ROOT / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("sparsifiner_edge") / name
+    assert link.is_dir()
+
+
+def test_no_code_goes_through_the_links() -> None:
+    for path in (ROOT / "sparsifiner_edge").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (export|runtime|profiles)\b", path.read_text(), re.MULTILINE), path
+
+
+def test_public_names() -> None:
+    assert set(sparsifiner_edge.__all__) == {
+        "SparsifinerError", "SparsityConfig", "evaluate_student", "export_bundle", "load_student", "open_session",
+        "profile_bundle", "sparsify",
+    }  # fmt: skip
+    for name in sparsifiner_edge.__all__:
+        assert callable(getattr(sparsifiner_edge, name))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = sparsifiner_edge.nonsense
+
+
+def test_every_module_imports() -> None:
+    for module in pkgutil.walk_packages(sparsifiner_edge.__path__, "sparsifiner_edge."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+@pytest.mark.skipif(not BARE.exists(), reason=f"{BARE} is made by `make test`")
+def test_base_install_without_extras() -> None:
+    modules = [f"sparsifiner_edge.{name}" for name in LIGHT]
+    modules += [f"sparsifiner_edge.cli.{name}" for name in COMMANDS]
+    script = f"import importlib\nfor m in {modules!r}: importlib.import_module(m)"
+    done = subprocess.run([BARE, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not BARE.exists(), reason=f"{BARE} is made by `make test`")
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["sparsify", "vit_tiny_patch16_224", "-o", "x"], "train"),
+        (["export", "vit_tiny_patch16_224", "-o", "x"], "train,cpu"),
+        (["evaluate", "x", "--data", "."], "train,cpu"),
+        (["demo", "-o", "x"], "demo"),
+    ],
+)
+def test_a_missing_extra_names_its_pip_command(arguments: list[str], extra: str, tmp_path: Path) -> None:
+    command = [BARE, "-m", "sparsifiner_edge", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f'pip install "sparsifiner-edge[{extra}]"' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_doctor_in_the_base_install() -> None:
+    if not BARE.exists():
+        pytest.skip(f"{BARE} is made by `make test`")
+    for arguments in (["--help"], ["doctor", "--json"], *([name, "--help"] for name in COMMANDS)):
+        done = subprocess.run(
+            [BARE, "-m", "sparsifiner_edge", *arguments], capture_output=True, text=True, check=False
+        )  # fmt: skip
+        assert done.returncode == 0, (arguments, done.stderr)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom sparsifiner_edge.cli.main import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'timm', 'onnxruntime', 'rich'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_requirements_are_ranges() -> None:
+    wanted = importlib.metadata.requires("sparsifiner-edge") or []
+    assert len(wanted) > 10
+    assert all("==" not in requirement.partition(";")[0] for requirement in wanted)
+    base = {re.split(r"[^\w-]", r)[0] for r in wanted if "extra ==" not in r}
+    assert base == {"click", "numpy", "onnx", "rich"}

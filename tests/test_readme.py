@@ -1,0 +1,77 @@
+"""Every block of the README runs, in the order in which a reader meets them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+from sparsifiner_edge import material
+from sparsifiner_edge.results import read_result
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the weights and pictures that the blocks name."""
+    folder = tmp_path_factory.mktemp("readme")
+    safetensors.numpy.save_file(material.dinov2_state(), folder / "dinov2.safetensors")
+    (folder / "pictures").mkdir()
+    for path in material.calibration_pictures()[:4]:
+        shutil.copy(path, folder / "pictures")
+    return folder
+
+
+def run(command: list[str], cwd: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_blocks_are_those_that_are_run_here() -> None:
+    assert [kind for kind, _ in BLOCKS] == ["sh", "sh", "sh", "python"]
+
+
+def test_make_demo(tmp_path: Path) -> None:
+    assert BLOCKS[0][1].strip() == "make demo"
+    # The environment of this very run serves: `make demo` itself would install into .venv, which CI has just done.
+    command = [
+        "make",
+        "-o",
+        f"{ROOT}/.venv/.demo",
+        "demo",
+        f"DEMO={tmp_path / 'demo'}",
+        f"BIN={Path(sys.executable).parent}",
+    ]
+    out = run(command, ROOT)
+    assert "patch cosine" in out or "patch" in out
+    result = read_result(tmp_path / "demo" / "result.json")
+    found = list(result["statistics"].values())
+    assert found[0]["patches_cosine"] >= 0.988
+    assert found[1]["patches_cosine"] >= 0.978
+    for size in (224, 518):
+        assert (tmp_path / "demo" / f"attention_{size}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_make_test() -> None:
+    assert BLOCKS[1][1].strip() == "make test"
+    # It is what runs this test; here only that make would run pytest.
+    assert "-m pytest" in run(["make", "--dry-run", "test"], ROOT)
+
+
+def test_shell_then_python(place: Path) -> None:
+    run(["bash", "-euc", BLOCKS[2][1]], place)
+    assert read_result(place / "result.json")["kind"] == "comparison"
+    assert len((place / "features.jsonl").read_text().splitlines()) == 4
+    assert "function bodies" in run([sys.executable, "-c", BLOCKS[3][1]], place)
