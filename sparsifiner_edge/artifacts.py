@@ -188,8 +188,11 @@ def _swap(scratch: Path, target: Path) -> None:
         except OSError:
             (old / "old").rename(target)
             raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        with contextlib.suppress(OSError):  # Only when empty: were the way back refused too, it holds the earlier one.
+            old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -205,16 +208,26 @@ def _sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def require_file_path(path: Path) -> None:
+    """Refuse an output file that is a folder or a device.
+
+    Raises:
+        ArtifactError: it is.
+    """
+    with _io_errors(path):
+        if path.exists() and not path.is_file():
+            raise ArtifactError(f"{path} is a folder or a device.", "Give a file's name.")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; bytes in names that are no UTF-8 become backslash escapes.
 
     Raises:
         ArtifactError: `path` is a folder or a device, or the disk refuses.
     """
+    require_file_path(path)
     with _io_errors(path), _signals_held():
         path = path.resolve()
-        if path.exists() and not path.is_file():
-            raise ArtifactError(f"{path} is not a file.", "Give a file's name.")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:

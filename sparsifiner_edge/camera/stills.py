@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsifiner_edge.artifacts import open_bundle
-from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.artifacts import field, open_bundle
+from sparsifiner_edge.errors import ArtifactError, ConfigError, PictureError
 from sparsifiner_edge.pictures import list_pictures, load_picture
 from sparsifiner_edge.runtime import Session, open_session
 
@@ -35,8 +35,8 @@ def run_pictures(
     """
     folder, pictures = Path(bundle), list_pictures(Path(source))
     manifest = open_bundle(folder)
-    size = int(manifest["preprocessing"]["size"])
-    labels = _labels(folder)
+    size = field(manifest, folder, "preprocessing.size", int)
+    labels = _labels(folder, manifest)
     with open_session(folder, backend, threads) as session:
         if session.inputs[0].shape[0] not in (1, "batch"):
             raise ConfigError(
@@ -51,9 +51,11 @@ def run_pictures(
                 yield {"source": str(path), "error": error.what}
 
 
-def _labels(folder: Path) -> list[str]:
-    path = folder / "labels.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def _labels(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Labels of a bundle that has them; a file that its manifest does not name is none of the bundle's."""
+    if "labels.txt" not in manifest["files"]:
+        return []
+    return (folder / "labels.txt").read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _record(session: Session, path: Path, size: int, labels: list[str]) -> dict[str, Any]:
@@ -65,11 +67,14 @@ def _record(session: Session, path: Path, size: int, labels: list[str]) -> dict[
     record = {"source": str(path), "preprocess_ms": (ready - start) / 1e6, "infer_ms": (done - ready) / 1e6}
     if "logits" in outputs:
         return record | {"top": _top(outputs["logits"][0], labels)}
-    return record | {"features": [round(float(x), 6) for x in outputs["features"][0]]}
+    if "features" in outputs:
+        return record | {"features": [round(float(x), 6) for x in outputs["features"][0]]}
+    raise ArtifactError(f"The bundle gives {', '.join(outputs)}; needed are logits or features.", "Export it again.")
 
 
 def _top(logits: Array, labels: list[str]) -> list[dict[str, Any]]:
     weights = np.exp(logits.astype(np.float64) - logits.max())
     probabilities = weights / weights.sum()
     best = np.argsort(-probabilities, kind="stable")[:TOP]
-    return [{"class": int(i), "label": labels[i], "probability": float(probabilities[i])} for i in best]
+    names = labels if len(labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
+    return [{"class": int(i), "label": names[i], "probability": float(probabilities[i])} for i in best]

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from sparsifiner_edge.artifacts import require_file_path
 from sparsifiner_edge.cli.common import json_option, output_option, print_json, print_table, progress, weights_option
 
 
@@ -34,6 +35,8 @@ def command(
     import sparsifiner_edge
     from sparsifiner_edge.results import write_result
 
+    if output is not None:
+        require_file_path(output)
     with progress() as bar:
         task = bar.add_task("pictures", total=None)
         result = sparsifiner_edge.evaluate_student(

@@ -13,7 +13,7 @@ from sparsifiner_edge.cli.common import err_console, json_option, output_option,
 @click.command()
 @click.argument("source", metavar="STUDENT|MODEL")
 @weights_option
-@click.option("--img-size", type=int, help="Pixels along a side; by default the student's or model's own.")
+@click.option("--img-size", type=click.IntRange(min=1), help="Pixels along a side; by default the source's own.")
 @click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the weights.")
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
 @click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")

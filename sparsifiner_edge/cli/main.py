@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -21,6 +25,9 @@ COMMANDS = {
     "demo": "The whole way on real weights and photographs, dense beside sparse.",
     "doctor": "Say what is installed, what works, and what to do about the rest.",
 }
+
+CLOSED_PIPE = 141
+"""Exit code when the reader of standard output went away, as a shell would report it."""
 
 
 class LazyGroup(click.Group):
@@ -38,6 +45,13 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a reader such as `head` that went away ends it quietly."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise click.exceptions.Exit(CLOSED_PIPE) from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """List the commands without importing them."""
         with formatter.section("Commands"):
@@ -50,31 +64,80 @@ def cli() -> None:
     """Sparse attention for vision transformers at the edge: sparsify, export, measure, run."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a gate failed, 2 wrong usage or unusable input, 130 interrupted."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    0 done, 1 a gate failed, 2 wrong usage or unusable input, 128 + n ended by signal n (130: Ctrl-C).
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # Libraries' warnings are for developers; `python -W default` shows them.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Names of files may hold what a terminal cannot show.
+    received = _unwind_on_signals()
     try:
         code = cli.main(args=arguments, prog_name="sparsifiner-edge", standalone_mode=False)
-        sys.stdout.flush()
-    except click.exceptions.Abort:
-        _fail("interrupted; nothing half-written was left.", 130)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was left.", 130)
-    except click.ClickException as error:
+    except BaseException as error:
+        # First, because libraries turn what a signal raises into errors of their own.
+        code = _interrupted(received[0]) if received else _explained(error)
+    sys.exit(_flushed(code if isinstance(code, int) else 0))
+
+
+def _unwind_on_signals() -> list[int]:
+    """Let Ctrl-C, termination and a closed terminal unwind the stack, so that temporary folders vanish.
+
+    Returns:
+        A list that takes the numbers of the signals received.
+    """
+    received: list[int] = []
+
+    def unwind(number: int, _frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # As nohup leaves it.
+            signal.signal(number, unwind)
+    return received
+
+
+def _interrupted(number: int) -> int:
+    _say("interrupted; nothing half-written was left.")
+    return 128 + number
+
+
+def _explained(error: BaseException) -> int:
+    """Print one message for an error that a user can cause, and return the exit code; raise any other again."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    if isinstance(error, click.ClickException):
         error.show()
-        sys.exit(error.exit_code)
-    except SparsifinerError as error:
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        _fail(f"{error.filename or 'the output'}: {error.strerror}.\n  Free space or choose another place.", 2)
+        return error.exit_code
+    if isinstance(error, SparsifinerError):
+        _say(str(error))
+        return error.exit_code
+    if isinstance(error, OSError):
+        _say(f"{error.filename or 'the output'}: {error.strerror or error}.\n  Check the path and the space there.")
+    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        _say("out of memory.\n  Choose a smaller image, batch or model, or close other programs.")
     else:
-        sys.exit(code if isinstance(code, int) else 0)
+        raise error
+    return 2
 
 
-def _fail(message: str, code: int) -> None:
+def _flushed(code: int) -> int:
+    """Flush standard output now, where a failure still can be told; afterwards Python would print a traceback."""
+    if sys.stdout is None:
+        return code
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return CLOSED_PIPE
+        if code == 0:
+            return _explained(error)
+    return code
+
+
+def _say(message: str) -> None:
     click.echo(f"error: {message}", err=True)
-    sys.exit(code)

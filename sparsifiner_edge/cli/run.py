@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from sparsifiner_edge.artifacts import write_text
+from sparsifiner_edge.artifacts import require_file_path, write_text
 
 
 @click.command()
@@ -21,6 +21,8 @@ def command(*, bundle: Path, source: Path, backend: str, threads: int | None, ou
     """Run BUNDLE on a picture or on every picture of a folder; one JSON line each."""
     from sparsifiner_edge.camera.stills import run_pictures
 
+    if output is not None:
+        require_file_path(output)
     lines, failed = [], 0
     for record in run_pictures(bundle, source, backend, threads):
         failed += "error" in record

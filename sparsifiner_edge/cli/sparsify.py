@@ -18,7 +18,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
         ConfigError: not a list of indices.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdigit() for part in parts):
+    if not all((part.isascii() and part.isdigit()) for part in parts):
         raise ConfigError(f"dense layers are {text!r}.", "Give layer indices separated by commas, such as 0,1.")
     return tuple(int(part) for part in parts)
 
@@ -26,7 +26,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 @click.command()
 @click.argument("model")
 @weights_option
-@click.option("--img-size", type=int, help="Pixels along a side; by default the model's own.")
+@click.option("--img-size", type=click.IntRange(min=1), help="Pixels along a side; by default the model's own.")
 @click.option("--preset", type=click.Choice(PRESETS), default="edge", show_default=True, help="Kind of sparsity.")
 @click.option("--keep", type=float, default=0.25, show_default=True, help="Share of keys each tile reads; 1 is dense.")
 @click.option("--tile", type=int, default=16, show_default=True, help="Consecutive queries that share one key list.")

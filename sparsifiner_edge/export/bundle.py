@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable, seal_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export.check import Check, check_export
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
@@ -84,9 +84,10 @@ def parse_batch(batch: int | str) -> Batch:
     """
     if batch == "dynamic":
         return None
-    if not str(batch).isdigit() or int(batch) < 1:
-        raise ConfigError(f"batch is {batch!r}.", 'Give a whole number of at least 1, or "dynamic".')
-    return int(batch)
+    text = str(batch)
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) > 0):
+        raise ConfigError(f"batch is {batch!r}.", 'Give a whole number from 1 to 99999, or "dynamic".')
+    return int(text)
 
 
 def _load(source: str | Path, weights: str | Path | None, img_size: int | None) -> Student:
@@ -94,7 +95,7 @@ def _load(source: str | Path, weights: str | Path | None, img_size: int | None) 
     if not folder.is_dir():
         return load_dense(str(source), Path(weights) if weights else None, img_size)
     if kind_of(folder) != "student":
-        raise ConfigError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
     if weights:
         raise ConfigError("--weights does not go with a student.", "A student has its own weights; leave it out.")
     return load_student(folder, img_size)

@@ -105,6 +105,37 @@ def key_select(
     return top_keys(scores, keys)
 
 
+def landmark_scores(
+    qkv: Array,
+    proj_q: Array,
+    bias_q: Array,
+    proj_k: Array,
+    bias_k: Array,
+    down: Array,
+    up: Array,
+    *,
+    num_heads: int,
+    scale: float,
+    top_coefficients: int,
+    basis_threshold: float,
+) -> Array:
+    """Selection scores [B,H,N-1,N] of LandmarkKeySelect."""
+    q, k, _ = split_heads(qkv, num_heads)
+    asking = q[:, :, 1:] @ proj_q.astype(np.float64).T + bias_q
+    landmarks = (k @ proj_k.astype(np.float64).T + bias_k).swapaxes(-1, -2) @ down.astype(np.float64)
+    coefficients = _softmax(scale * asking @ landmarks)
+    least = np.sort(coefficients, -1)[..., -top_coefficients, None]
+    coefficients = np.where(coefficients >= least, coefficients, 0)
+    basis = np.abs(up.astype(np.float64))
+    scores = coefficients @ np.where(basis > basis_threshold, basis, 0).T
+    return np.where(np.isnan(scores), -np.inf, scores)
+
+
+def landmark_key_select(qkv: Array, *weights: Array, keys: int, **settings: Any) -> Array:
+    """LandmarkKeySelect: indices int32 [B,H,N-1,K]; inputs and settings as in `landmark_scores`."""
+    return top_keys(landmark_scores(qkv, *weights, **settings), keys)
+
+
 def sparse_attention(
     qkv: Array,
     indices: Array,

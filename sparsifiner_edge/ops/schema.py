@@ -110,6 +110,35 @@ KEY_SELECT = Operator(
     ),
 )
 
+LANDMARK_KEY_SELECT = Operator(
+    name="LandmarkKeySelect",
+    inputs=(
+        _QKV,
+        Tensor("proj_q", _FLOATS, ("c", "d"), "channel reduction of queries, shared by the heads"),
+        Tensor("bias_q", _FLOATS, ("c",), "its bias"),
+        Tensor("proj_k", _FLOATS, ("c", "d"), "channel reduction of keys, shared by the heads"),
+        Tensor("bias_k", _FLOATS, ("c",), "its bias"),
+        Tensor("down", _FLOATS, ("N", "L"), "tokens to L landmarks"),
+        Tensor("up", _FLOATS, ("N", "L"), "landmarks back to tokens: the basis of connectivity"),
+    ),
+    attributes=(
+        _HEADS,
+        Attribute("keys", int, 1, (5, 1, 40), "K, keys selected for each query; at most N"),
+        _SCALE,
+        Attribute("top_coefficients", int, 1, (3, 1, 12), "coefficients kept for each query; at most L"),
+        Attribute("basis_threshold", float, 0.0, (0.02, 0.0), "entries of |up| up to this count as 0"),
+    ),
+    output=Tensor("indices", ("int32",), ("B", "H", "N-1", "K"), "keys of each patch query, from 0 = the class token"),
+    tolerances={"float32": 1e-5, "float16": 1e-5, "bfloat16": 1e-5},
+    doc=(
+        "The published predictor (Sparsifiner, CVPR 2023, section 3.2, with the steps of its code at inference). One\n"
+        "class token. a = q proj_q^T + bias_q, b = k proj_k^T + bias_k, z = softmax over landmarks of\n"
+        "(scale a . (b^T down)) for every query but the class token's. Coefficients below the top_coefficients-th\n"
+        "largest are dropped. score = z basis^T, basis = |up| where it exceeds basis_threshold, else 0. The K highest\n"
+        "scores win, ties go to the lower index, NaN is -inf. Neither class token nor query itself is forced in."
+    ),
+)
+
 SPARSE_ATTENTION = Operator(
     name="SparseAttention",
     inputs=(_QKV, _INDICES),
@@ -146,7 +175,7 @@ DENSE_ATTENTION = Operator(
     doc="softmax(scale q k^T) v per head, over all N tokens. Softmax in float32.",
 )
 
-OPERATORS = {op.name: op for op in (KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION)}
+OPERATORS = {op.name: op for op in (KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION)}
 
 
 def _attribute_refusals(op: Operator, attributes: Mapping[str, AttributeValue]) -> list[str]:
@@ -172,6 +201,8 @@ def _size_refusals(op: Operator, a: dict[str, AttributeValue], shapes: Sequence[
         return [f"{tokens} tokens leave no patch after {prefix} prefix tokens"]
     if op.name == "KeySelect":
         return _select_refusals(a, shapes, tokens - prefix, packed // (3 * heads))
+    if op.name == "LandmarkKeySelect":
+        return _landmark_refusals(a, shapes, tokens, packed // (3 * heads))
     if op.name == "SparseAttention":
         return _attention_refusals(a, shapes, tokens, tokens - prefix)
     return []
@@ -188,6 +219,32 @@ def _select_refusals(
     for name, shape in zip(("proj_q", "proj_k"), shapes[1:], strict=True):
         if tuple(shape[:2]) != (a["num_heads"], width) or shape[2] != shapes[1][2] or shape[2] < 1:
             reasons.append(f"{name} must have shape [{a['num_heads']}, {width}, c], got {list(shape)}")
+    return reasons
+
+
+def _landmark_refusals(
+    a: dict[str, AttributeValue], shapes: Sequence[Sequence[int]], tokens: int, width: int
+) -> list[str]:
+    channels, landmarks = shapes[1][0], shapes[5][1]
+    expected = (
+        (channels, width),
+        (channels,),
+        (channels, width),
+        (channels,),
+        (tokens, landmarks),
+        (tokens, landmarks),
+    )
+    reasons = [
+        f"{tensor.name} must have shape {list(wanted)}, got {list(shape)}"
+        for tensor, wanted, shape in zip(LANDMARK_KEY_SELECT.inputs[1:], expected, shapes[1:], strict=True)
+        if tuple(shape) != wanted
+    ]
+    if a["keys"] > tokens:
+        reasons.append(f"keys {a['keys']} exceed the {tokens} tokens")
+    if a["top_coefficients"] > landmarks:
+        reasons.append(f"top_coefficients {a['top_coefficients']} exceed the {landmarks} landmarks")
+    if tokens < 2:
+        reasons.append("a class token alone leaves no query")
     return reasons
 
 

@@ -149,6 +149,82 @@ def key_select(
     return top_keys(scores, keys)
 
 
+def landmark_coefficients(
+    q: Tensor, k: Tensor, proj_q: Tensor, bias_q: Tensor, proj_k: Tensor, bias_k: Tensor, down: Tensor, scale: float
+) -> Tensor:
+    """Coefficients of patch queries over landmarks: q, k [B,H,N,d] -> float32 [B,H,N-1,L], differentiable."""
+    with torch.autocast(q.device.type, enabled=False):
+        asking = F.linear(q[:, :, 1:].float(), proj_q.float(), bias_q.float())
+        landmarks = F.linear(k.float(), proj_k.float(), bias_k.float()).transpose(-1, -2) @ down.float()
+        return torch.softmax(scale * asking @ landmarks, -1)
+
+
+def landmark_attention(
+    q: Tensor,
+    k: Tensor,
+    proj_q: Tensor,
+    bias_q: Tensor,
+    proj_k: Tensor,
+    bias_k: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """The training-time form of the published predictor: signed, unthresholded, differentiable [B,H,N-1,N].
+
+    It is held against the teacher's attention rows (Sparsifiner, section 3.3); inference uses `landmark_key_select`.
+    """
+    coefficients = landmark_coefficients(q, k, proj_q, bias_q, proj_k, bias_k, down, scale)
+    return coefficients @ up.float().transpose(0, 1)
+
+
+@torch.no_grad()
+def landmark_scores(
+    qkv: Tensor,
+    proj_q: Tensor,
+    bias_q: Tensor,
+    proj_k: Tensor,
+    bias_k: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    num_heads: int,
+    scale: float,
+    top_coefficients: int,
+    basis_threshold: float,
+) -> Tensor:
+    """Selection scores of LandmarkKeySelect: float32 [B,H,N-1,N]."""
+    q, k, _ = split_heads(qkv, num_heads)
+    coefficients = landmark_coefficients(q, k, proj_q, bias_q, proj_k, bias_k, down, scale)
+    least = coefficients.topk(top_coefficients, dim=-1).values[..., -1:]
+    basis = F.threshold(up.float().abs(), basis_threshold, 0.0)
+    scores: Tensor = coefficients.masked_fill(coefficients < least, 0) @ basis.transpose(0, 1)
+    return scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def landmark_key_select(
+    qkv: Tensor,
+    *weights: Tensor,
+    num_heads: int,
+    keys: int,
+    scale: float,
+    top_coefficients: int,
+    basis_threshold: float,
+) -> Tensor:
+    """LandmarkKeySelect: indices int32 [B,H,N-1,K]; `weights` are its inputs after qkv, in the schema's order."""
+    settings = {
+        "num_heads": num_heads,
+        "scale": scale,
+        "top_coefficients": top_coefficients,
+        "basis_threshold": basis_threshold,
+    }
+    if torch.onnx.is_in_onnx_export():
+        shape = [qkv.shape[0], num_heads, qkv.shape[1] - 1, keys]
+        return _node("LandmarkKeySelect", (qkv, *weights), {**settings, "keys": keys}, torch.int32, shape)
+    return top_keys(landmark_scores(qkv, *weights, **settings), keys)  # type: ignore[arg-type]
+
+
 def sparse_attention(
     qkv: Tensor,
     indices: Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,6 +54,11 @@ def read_weights(path: Path) -> State:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is damaged, or a pickle that holds more than tensors; nothing in it was run.",
+            "Give a state dict, best as .safetensors.",
+        ) from error
     # torch.load and safetensors raise many kinds of error on damaged files.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -87,7 +93,7 @@ def create(name: str, img_size: int | None = None, num_classes: int | None = Non
         with torch.device("meta"):
             kind = timm.create_model(name, pretrained=False)
         if isinstance(kind, VisionTransformer):
-            size = img_size or kind.patch_embed.img_size[0]
+            size = kind.patch_embed.img_size[0] if img_size is None else img_size
             _check_size(name, size, kind.patch_embed.patch_size)
             options |= {"img_size": size, "dynamic_img_size": False}
             return timm.create_model(name, pretrained=False, **options).eval()
@@ -122,7 +128,8 @@ def load_model(name: str, weights: Path | None = None, img_size: int | None = No
     if weights is None:
         return _download(name, img_size)
     state = read_weights(weights)
-    classes = state["head.weight"].shape[0] if "head.weight" in state else 0
+    head = state.get("head.weight")
+    classes = 0 if head is None or head.ndim == 0 else len(head)
     model = create(name, img_size, classes)
     load_state(model, state, str(weights))
     return model
@@ -139,7 +146,8 @@ def load_state(model: VisionTransformer, state: State, source: str) -> None:
     fix = "Give weights of the same architecture, with timm's key names."
     try:
         filtered = cast(State, checkpoint_filter_fn(dict(state), model))
-    except (RuntimeError, KeyError, ValueError, AttributeError, IndexError, AssertionError) as error:
+    # timm takes tensors of any shape apart here; each way to fail means that they are another model's.
+    except Exception as error:
         raise WeightsError(f"{refused}: {error}.", fix) from error
     missing, extra = sorted(expected.keys() - filtered.keys()), sorted(filtered.keys() - expected.keys())
     if missing or extra:
@@ -149,6 +157,8 @@ def load_state(model: VisionTransformer, state: State, source: str) -> None:
             raise WeightsError(
                 f"{refused}: {key} has shape {list(tensor.shape)}, the model has {list(expected[key].shape)}.", fix
             )
+        if not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"{source}: {key} holds NaN or infinity.", "Download or make it again.")
     model.load_state_dict(filtered)
 
 

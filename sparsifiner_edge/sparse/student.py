@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,9 @@ from torch import Tensor
 from sparsifiner_edge.artifacts import (
     STUDENT_FILE,
     STUDENT_SCHEMA,
+    WEIGHTS_FILE,
     dump_json,
+    field,
     new_folder,
     read_json,
     require_replaceable,
@@ -35,7 +36,6 @@ from sparsifiner_edge.sparse.calibrate import (
 from sparsifiner_edge.sparse.models import create, load_model, load_state, normalise, preprocessing, read_weights
 from sparsifiner_edge.sparse.patch import make_model_sparse, support_refusals
 
-WEIGHTS_FILE = "model.safetensors"
 MAX_CALIBRATION_PICTURES = 32
 
 
@@ -171,19 +171,22 @@ def load_student(folder: str | Path, img_size: int | None = None) -> Student:
         SparsifinerError: its settings do not fit.
     """
     folder = Path(folder)
-    config = read_json(folder / STUDENT_FILE, STUDENT_SCHEMA)
-    name, size, classes = _typed(config, folder, "model", str), _typed(config, folder, "img_size", int), None
-    classes = _typed(config, folder, "num_classes", int)
-    sparsity = SparsityConfig.from_dict(_typed(config, folder, "sparsity", dict))
+    origin = folder / STUDENT_FILE
+    config = read_json(origin, STUDENT_SCHEMA)
     if config.get("kind") != "student":
         raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
-    state = read_weights(folder / WEIGHTS_FILE)
+    name, size = field(config, origin, "model", str), field(config, origin, "img_size", int)
+    classes, provenance = field(config, origin, "num_classes", int), field(config, origin, "provenance", dict)
+    sparsity = SparsityConfig.from_dict(field(config, origin, "sparsity", dict))
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ArtifactError(f"{folder / WEIGHTS_FILE} is missing.", "Make the student again.")
     if sha256(folder / WEIGHTS_FILE) != config.get("weights_sha256"):
         raise ArtifactError(f"{folder / WEIGHTS_FILE} does not match its SHA-256.", "Make the student again.")
-    model = create(name, img_size or size, classes)
+    state = read_weights(folder / WEIGHTS_FILE)
+    model = create(name, size if img_size is None else img_size, classes)
     make_model_sparse(model, sparsity)
     load_state(model, state, str(folder / WEIGHTS_FILE))
-    return Student(model, name, sparsity, _typed(config, folder, "provenance", dict))
+    return Student(model, name, sparsity, provenance)
 
 
 def load_dense(name: str, weights: Path | None = None, img_size: int | None = None) -> Student:
@@ -208,13 +211,3 @@ def dense_twin(student: Student) -> Student:
     state = {k: v for k, v in student.model.state_dict().items() if ".attn.select." not in k}
     model.load_state_dict(state)
     return Student(model, student.name, SparsityConfig(keep=1), student.provenance)
-
-
-def _typed(config: dict[str, Any], folder: Path, key: str, kind: type) -> Any:
-    value = config.get(key)
-    if not isinstance(value, kind):
-        shown = json.dumps(value)
-        raise ArtifactError(
-            f"{folder / STUDENT_FILE}: {key} is {shown}, not {kind.__name__}.", "Make the student again."
-        )
-    return value

@@ -21,7 +21,7 @@ from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION, Operator
 
 PATCHES = (130, 37, 64, 1)
 BATCHES = (1, 2)
-HEAD_DIM, CHANNELS = 8, 4
+HEAD_DIM, CHANNELS, LANDMARKS = 8, 4, 12
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Case:
     def inputs(self, seed: int = 0) -> list[np.ndarray]:
         """Random inputs: keys and values with a common offset and a few outliers, as in real models."""
         rng = np.random.default_rng(seed)
-        heads, prefix = self.attributes["num_heads"], self.attributes.get("num_prefix", 0)
+        heads, prefix = self.attributes["num_heads"], self.prefix
         tokens = self.patches + prefix
         qkv = rng.normal(size=(self.batch, tokens, 3, heads, HEAD_DIM)) + rng.normal(size=(3, heads, HEAD_DIM))
         qkv[:, :: max(tokens // 5, 1)] *= 3
@@ -50,7 +50,18 @@ class Case:
             return [packed, *(rng.normal(size=(heads, HEAD_DIM, CHANNELS)).astype(self.dtype) for _ in range(2))]
         if self.op.name == "SparseAttention":
             return [packed, self._lists(rng, heads, tokens)]
+        if self.op.name == "LandmarkKeySelect":
+            shapes = [(CHANNELS, HEAD_DIM), (CHANNELS,)] * 2 + [(tokens, LANDMARKS)] * 2
+            # The published basis is drawn with deviation .02, so that its threshold of .02 drops two thirds.
+            scales = [1, 1, 1, 1, 0.3, 0.02]
+            weights = [s * rng.normal(size=shape) for s, shape in zip(scales, shapes, strict=True)]
+            return [packed, *(w.astype(self.dtype) for w in weights)]
         return [packed]
+
+    @property
+    def prefix(self) -> int:
+        """Leading tokens that are no patches; the published predictor has one."""
+        return 1 if self.op.name == "LandmarkKeySelect" else int(self.attributes.get("num_prefix", 0))
 
     def _lists(self, rng: np.random.Generator, heads: int, tokens: int) -> np.ndarray:
         tiles = math.ceil(self.patches / self.attributes["tile"])
@@ -139,7 +150,7 @@ def body_model(case: Case, inputs: list[np.ndarray]) -> onnx.ModelProto:
 def check(case: Case, inputs: list[np.ndarray], got: np.ndarray) -> None:
     """Hold `got` against the reference by the schema's rule; failures name the worst element."""
     tolerance = case.op.tolerances[case.dtype]
-    if case.op.name == "KeySelect":
+    if case.op.name.endswith("KeySelect"):
         check_selection(case, inputs, got, tolerance)
         return
     expected = run_reference(case, inputs)
@@ -153,13 +164,14 @@ def check(case: Case, inputs: list[np.ndarray], got: np.ndarray) -> None:
 def check_selection(case: Case, inputs: list[np.ndarray], got: np.ndarray, tolerance: float) -> None:
     """Ascending, within range, and every selected score at least the K-th of the reference, less the tolerance."""
     settings = {k: v for k, v in case.attributes.items() if k != "keys"}
-    scores = reference.key_scores(*inputs, **settings)
+    landmarks = case.op.name == "LandmarkKeySelect"
+    scores = (reference.landmark_scores if landmarks else reference.key_scores)(*inputs, **settings)
     keys = case.attributes["keys"]
     assert got.dtype == np.int32
     assert got.shape == (*scores.shape[:-1], keys)
     assert (np.diff(got, axis=-1) > 0).all()
     assert got.min() >= 0
-    assert got.max() < case.patches
+    assert got.max() < scores.shape[-1]
     threshold = np.sort(scores, -1)[..., -keys, None]
     chosen = np.take_along_axis(scores, got.astype(np.int64), -1)
     worst = (threshold - chosen).max()

@@ -1,0 +1,60 @@
+"""ONNX function bodies: the operators in standard operators, so that any runtime can run an exported file.
+
+A body takes every size from `Shape`, gathers rows of a flattened [B H P, d] and holds no mask and no scatter. A file
+holds one body per operator, so structure that attributes decide (prefix or none, cells or none) is fixed per file by
+`Structure`; every number stays an attribute of the node.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+
+from sparsifiner_edge.ops.bodies import attention, select
+from sparsifiner_edge.ops.bodies.common import CONSTANTS, Structure
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
+
+OPSET = 20
+_BODIES = {
+    "KeySelect": select.key_select,
+    "LandmarkKeySelect": select.landmark_key_select,
+    "SparseAttention": attention.sparse_attention,
+    "DenseAttention": attention.dense_attention,
+}
+
+
+def function_body(name: str, structure: Structure | None = None) -> onnx.FunctionProto:
+    """The function that a model file carries for operator `name`, in opset 20 operators.
+
+    Raises:
+        KeyError: no such operator.
+    """
+    op, structure = OPERATORS[name], structure or Structure()
+    lines = _BODIES[name](structure)
+    attributes = ", ".join(a.name for a in op.attributes)
+    inputs = ", ".join(t.name for t in op.inputs)
+    text = (
+        f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n'
+        f"{name} <{attributes}> ({inputs}) => ({op.output.name}) {{\n{CONSTANTS}{lines}}}"
+    )
+    function = onnx.parser.parse_function(text)
+    function.doc_string = f"{DOMAIN}::{name} version {VERSION}. {op.doc}"
+    _drop_unused(function)
+    # ONNX Runtime 1.21 names fused nodes after the first of them and refuses a file in which two bear one name.
+    for node in function.node:
+        node.name = f"{name}/{node.output[0]}"
+    return function
+
+
+def _drop_unused(function: onnx.FunctionProto) -> None:
+    """Remove nodes whose outputs nobody reads, so that shared preludes cost nothing."""
+    while True:
+        read = {i for node in function.node for i in node.input} | set(function.output)
+        unused = [node for node in function.node if not read.intersection(node.output)]
+        if not unused:
+            return
+        for node in unused:
+            function.node.remove(node)
+
+
+__all__ = ["OPSET", "Structure", "function_body"]

@@ -1,0 +1,204 @@
+"""Bodies of SparseAttention and DenseAttention."""
+
+from __future__ import annotations
+
+from sparsifiner_edge.ops.bodies.common import SPLIT, Structure, attribute, mean, runs
+
+
+def sparse_attention(structure: Structure) -> str:
+    """Lines of SparseAttention; see the schema."""
+    ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "tile", "cell"))
+    shared = structure.prefix and structure.prefix_keys
+    first = "a_num_prefix" if shared else "c0"
+    parts = [
+        f"""{ints}{attribute("scale", "float")}
+        rows = Identity (qkv){SPLIT}
+        scale = CastLike (a_scale, qkv)
+        q_scaled = Mul (q, scale)
+        q_patch = Slice (q_scaled, {"a_num_prefix" if structure.prefix else "c0"}, c_end, c2)
+        queries = Shape <start = 2, end = 3> (q_patch)
+        k_patch = Slice (k, {first}, c_end, c2)
+        v_patch = Slice (v, {first}, c_end, c2)
+        patches = Shape <start = 2, end = 3> (k_patch){runs("q_patch", "a_tile", "queries", "tile")}""",
+        _SELECTED,
+        _CELLS if structure.cells else "",
+        _shared(shared, structure.cells),
+        """
+        out_rows = Concat <axis = 2> (prefix_out, patch_out)"""
+        if structure.prefix
+        else """
+        out_rows = Identity (patch_out)""",
+        _PREFIX_ROWS if structure.prefix else "",
+    ]
+    # The prefix rows come before the concatenation that reads them.
+    body = "".join([*parts[:4], parts[5], parts[4]])
+    return f"""{body}
+        out_tokens = Transpose <perm = [0, 2, 1, 3]> (out_rows)
+        merge = Constant <value_ints: ints = [0, 0, -1]> ()
+        output = Reshape (out_tokens, merge)
+"""
+
+
+_SELECTED = """
+        flat = Concat <axis = 0> (c_1, d)
+        k_flat = Reshape (k_patch, flat)
+        v_flat = Reshape (v_patch, flat)
+        lists = Cast <to = 7> (indices)
+        list_shape = Shape (lists)
+        groups = Slice (list_shape, c0, c2, c0)
+        group_count = ReduceProd <keepdims = 0> (groups)
+        group_range = Range (i0, group_count, i1)
+        group_start = Mul (group_range, patches)
+        group_shape = Concat <axis = 0> (groups, c1, c1)
+        group_offset = Reshape (group_start, group_shape)
+        flat_index = Add (lists, group_offset)
+        k_listed = Gather <axis = 0> (k_flat, flat_index)
+        v_listed = Gather <axis = 0> (v_flat, flat_index)
+        k_listed_t = Transpose <perm = [0, 1, 2, 4, 3]> (k_listed)
+        listed_typed = MatMul (tile_runs, k_listed_t)
+        listed_logits = Cast <to = 1> (listed_typed)
+        listed_count = Shape <start = 4, end = 5> (listed_logits)"""
+
+_CELLS = f"""
+        k_single = Cast <to = 1> (k_patch)
+        v_single = Cast <to = 1> (v_patch){runs("k_single", "a_cell", "patches", "kc")}{mean("kc")}
+        vc_padded = Pad (v_single, kc_pads)
+        vc_runs = Reshape (vc_padded, kc_shape)
+        vc_sum = ReduceSum <keepdims = 0> (vc_runs, c3)
+        vc_mean = Div (vc_sum, kc_size)
+        cell_sizes = Squeeze (kc_size, c1)
+        list_cell = Div (lists, a_cell)
+        list_cell_open = Unsqueeze (list_cell, c4)
+        is_member = Equal (list_cell_open, kc_range)
+        member = Cast <to = 1> (is_member)
+        selected = ReduceSum <keepdims = 0> (member, c3)
+        selected_open = Unsqueeze (selected, c3)
+        rest = Sub (cell_sizes, selected_open)
+        safe = Max (rest, f1)
+        selected_logits = MatMul (listed_logits, member)"""
+
+
+def _shared(prefix: bool, cells: bool) -> str:
+    """Attention over what all tiles share (prefix, cells) and over each tile's list -> `patch_out` [B,H,P,d]."""
+    keys, values = [], []
+    if prefix:
+        keys.append("k_prefix")
+        values.append("v_prefix")
+    if cells:
+        keys.append("k_cells")
+        values.append("v_cells")
+    lines = ""
+    if prefix:
+        lines += """
+        k_prefix = Slice (k, c0, a_num_prefix, c2)
+        v_prefix = Slice (v, c0, a_num_prefix, c2)"""
+    if cells:
+        lines += """
+        k_cells = CastLike (kc_mean, qkv)
+        v_cells = CastLike (vc_mean, qkv)"""
+    if not keys:
+        return f"""
+        weights = Softmax <axis = -1> (listed_logits)
+        own = CastLike (weights, qkv)
+        tiles_out = MatMul (own, v_listed){_CROP}"""
+    lines += f"""
+        k_shared = Concat <axis = 2> ({", ".join(keys)})
+        v_shared = Concat <axis = 2> ({", ".join(values)})
+        k_shared_t = Transpose <perm = [0, 1, 3, 2]> (k_shared)
+        shared_typed = MatMul (tile_padded, k_shared_t)
+        shared_single = Cast <to = 1> (shared_typed)
+        shared_count = Shape <start = 2, end = 3> (k_shared)
+        shared_shape = Concat <axis = 0> (c0, c0, c_1, a_tile, shared_count)
+        shared_logits = Reshape (shared_single, shared_shape)"""
+    cell_shift = """
+        cell_whole = Slice (shared_logits, CELLS_FROM, c_end, c4)
+        selected_share = Mul (selected_open, cell_whole)
+        excess = Sub (selected_logits, selected_share)
+        excess_mean = Div (excess, safe)
+        cell_rest = Sub (cell_whole, excess_mean)
+        log_rest = Log (safe)
+        cell_raised = Add (cell_rest, log_rest)
+        has_rest = Greater (rest, f0)
+        cell_logits = Where (has_rest, cell_raised, f_inf)"""
+    if prefix and cells:
+        lines += (
+            cell_shift.replace("CELLS_FROM", "a_num_prefix")
+            + """
+        prefix_logits = Slice (shared_logits, c0, a_num_prefix, c4)
+        logits = Concat <axis = -1> (prefix_logits, cell_logits, listed_logits)"""
+        )
+    elif cells:
+        lines += (
+            cell_shift.replace("CELLS_FROM", "c0")
+            + """
+        logits = Concat <axis = -1> (cell_logits, listed_logits)"""
+        )
+    else:
+        lines += """
+        logits = Concat <axis = -1> (shared_logits, listed_logits)"""
+    lines += """
+        weights = Softmax <axis = -1> (logits)
+        shared_raw = Slice (weights, c0, shared_count, c4)
+        listed_raw = Slice (weights, shared_count, c_end, c4)"""
+    if cells:
+        lines += f"""
+        cell_weights = Slice (weights, {"a_num_prefix" if prefix else "c0"}, shared_count, c4)
+        cell_share = Div (cell_weights, safe)
+        cell_full = Mul (cell_share, cell_sizes)
+        member_t = Transpose <perm = [0, 1, 2, 4, 3]> (member)
+        listed_less = MatMul (cell_share, member_t)
+        listed_weights = Sub (listed_raw, listed_less)"""
+        lines += (
+            """
+        prefix_weights = Slice (weights, c0, a_num_prefix, c4)
+        shared_weights = Concat <axis = -1> (prefix_weights, cell_full)"""
+            if prefix
+            else """
+        shared_weights = Identity (cell_full)"""
+        )
+    else:
+        lines += """
+        listed_weights = Identity (listed_raw)
+        shared_weights = Identity (shared_raw)"""
+    return f"""{lines}
+        own = CastLike (listed_weights, qkv)
+        listed_out = MatMul (own, v_listed)
+        shared_cast = CastLike (shared_weights, qkv)
+        shared_flat = Concat <axis = 0> (c0, c0, c_1, shared_count)
+        shared_rows = Reshape (shared_cast, shared_flat)
+        shared_matrix = MatMul (shared_rows, v_shared)
+        shared_out = Reshape (shared_matrix, tile_shape)
+        tiles_out = Add (listed_out, shared_out){_CROP}"""
+
+
+_CROP = """
+        crop_shape = Concat <axis = 0> (c0, c0, c_1, d)
+        patch_rows = Reshape (tiles_out, crop_shape)
+        patch_out = Slice (patch_rows, c0, queries, c2)"""
+
+_PREFIX_ROWS = """
+        q_prefix = Slice (q_scaled, c0, a_num_prefix, c2)
+        k_all_t = Transpose <perm = [0, 1, 3, 2]> (k)
+        prefix_typed = MatMul (q_prefix, k_all_t)
+        prefix_single = Cast <to = 1> (prefix_typed)
+        prefix_soft = Softmax <axis = -1> (prefix_single)
+        prefix_cast = CastLike (prefix_soft, qkv)
+        prefix_out = MatMul (prefix_cast, v)"""
+
+
+def dense_attention(_: Structure) -> str:
+    """Lines of DenseAttention; see the schema."""
+    return f"""{attribute("num_heads")}{attribute("scale", "float")}
+        rows = Identity (qkv){SPLIT}
+        scale = CastLike (a_scale, qkv)
+        q_scaled = Mul (q, scale)
+        k_t = Transpose <perm = [0, 2, 3, 1]> (k_rows)
+        typed = MatMul (q_scaled, k_t)
+        logits = Cast <to = 1> (typed)
+        weights = Softmax <axis = -1> (logits)
+        own = CastLike (weights, qkv)
+        out = MatMul (own, v)
+        out_tokens = Transpose <perm = [0, 2, 1, 3]> (out)
+        merge = Constant <value_ints: ints = [0, 0, -1]> ()
+        output = Reshape (out_tokens, merge)
+"""

@@ -1,0 +1,100 @@
+"""Bodies of KeySelect and LandmarkKeySelect."""
+
+from __future__ import annotations
+
+from sparsifiner_edge.ops.bodies.common import SPLIT, Structure, attribute, mean, runs
+from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
+
+
+def key_select(structure: Structure) -> str:
+    """Lines of KeySelect; see the schema."""
+    center = runs("v", "a_cell", "patches", "cell") + mean("cell") if structure.cells else ""
+    deviation = (
+        """
+        cell_center = Unsqueeze (cell_mean, c3)
+        apart_runs = Sub (cell_runs, cell_center)
+        flat_shape = Concat <axis = 0> (c0, c0, c_1, d)
+        apart_padded = Reshape (apart_runs, flat_shape)
+        apart = Slice (apart_padded, c0, patches, c2)"""
+        if structure.cells
+        else """
+        apart = Identity (v)"""
+    )
+    ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "probe", "tile", "cell", "keys"))
+    return f"""{ints}{attribute("scale", "float")}{attribute("value_power", "float")}
+        single = Cast <to = 1> (qkv)
+        rows = Slice (single, a_num_prefix, c_end, c1){SPLIT}
+        patches = Shape <start = 2, end = 3> (q){runs("q", "a_probe", "patches", "probe")}{mean("probe")}
+        proj_q_f = Cast <to = 1> (proj_q)
+        proj_k_f = Cast <to = 1> (proj_k)
+        asking = MatMul (probe_mean, proj_q_f)
+        asking_scaled = Mul (asking, a_scale)
+        answering = MatMul (k, proj_k_f)
+        answering_t = Transpose <perm = [0, 1, 3, 2]> (answering)
+        logits = MatMul (asking_scaled, answering_t)
+        log_weights = LogSoftmax <axis = -1> (logits)
+        per_tile = Div (a_tile, a_probe)
+        tiles_up = Add (probe_count, per_tile)
+        tiles_less = Sub (tiles_up, c1)
+        tiles = Div (tiles_less, per_tile)
+        tiles_full = Mul (tiles, per_tile)
+        tiles_extra = Sub (tiles_full, probe_count)
+        tile_pads = Concat <axis = 0> (c0, c0, c0, c0, c0, c0, tiles_extra, c0)
+        log_weights_padded = Pad (log_weights, tile_pads, f_inf)
+        tile_shape = Concat <axis = 0> (c0, c0, c_1, per_tile, patches)
+        by_tile = Reshape (log_weights_padded, tile_shape)
+        best = ReduceMax <keepdims = 0> (by_tile, c3){center}{deviation}
+        squares = Mul (apart, apart)
+        distance = ReduceSum <keepdims = 0> (squares, c3)
+        floor = Constant <value_float: float = {DEVIATION_FLOOR**2}> ()
+        distance_floored = Max (distance, floor)
+        log_distance = Log (distance_floored)
+        half = Constant <value_float: float = 0.5> ()
+        power = Mul (a_value_power, half)
+        bonus_flat = Mul (log_distance, power)
+        bonus = Unsqueeze (bonus_flat, c2)
+        scores_raw = Add (best, bonus)
+        broken = IsNaN (scores_raw)
+        scores = Where (broken, f_inf, scores_raw){_TOP}"""
+
+
+def landmark_key_select(_: Structure) -> str:
+    """Lines of LandmarkKeySelect; see the schema."""
+    ints = "".join(attribute(a) for a in ("num_heads", "keys", "top_coefficients"))
+    casts = "".join(
+        f"""
+        {name}_f = Cast <to = 1> ({name})"""
+        for name in ("proj_q", "bias_q", "proj_k", "bias_k", "down", "up")
+    )
+    return f"""{ints}{attribute("scale", "float")}{attribute("basis_threshold", "float")}
+        rows = Cast <to = 1> (qkv){SPLIT}{casts}
+        q_patch = Slice (q, c1, c_end, c2)
+        proj_q_t = Transpose <perm = [1, 0]> (proj_q_f)
+        asking_bare = MatMul (q_patch, proj_q_t)
+        asking = Add (asking_bare, bias_q_f)
+        asking_scaled = Mul (asking, a_scale)
+        proj_k_t = Transpose <perm = [1, 0]> (proj_k_f)
+        answering_bare = MatMul (k, proj_k_t)
+        answering = Add (answering_bare, bias_k_f)
+        answering_t = Transpose <perm = [0, 1, 3, 2]> (answering)
+        landmarks = MatMul (answering_t, down_f)
+        logits = MatMul (asking_scaled, landmarks)
+        coefficients = Softmax <axis = -1> (logits)
+        largest, largest_index = TopK <axis = -1, largest = 1, sorted = 1> (coefficients, a_top_coefficients)
+        least = ReduceMin <keepdims = 1> (largest, c_1)
+        dropped = Less (coefficients, least)
+        kept = Where (dropped, f0, coefficients)
+        up_size = Abs (up_f)
+        up_counts = Greater (up_size, a_basis_threshold)
+        basis = Where (up_counts, up_size, f0)
+        basis_t = Transpose <perm = [1, 0]> (basis)
+        scores_raw = MatMul (kept, basis_t)
+        broken = IsNaN (scores_raw)
+        scores = Where (broken, f_inf, scores_raw){_TOP}"""
+
+
+_TOP = """
+        top, top_index = TopK <axis = -1, largest = 1, sorted = 0> (scores, a_keys)
+        found = Cast <to = 6> (top_index)
+        indices, order = TopK <axis = -1, largest = 0, sorted = 1> (found, a_keys)
+"""

@@ -1,0 +1,61 @@
+"""The command line as tests call it: in a process of its own, or in this one where a process would tell no more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from sparsifiner_edge.cli.main import main
+
+PROGRAM = [sys.executable, "-m", "sparsifiner_edge"]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def process(*arguments: Any, **options: Any) -> Outcome:
+    """Run the command line in a process of its own."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | options.pop("env", {})
+    done = subprocess.run(
+        [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, **options
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Outcome:
+    """Run the command line in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert isinstance(caught.value.code, int)
+    return Outcome(caught.value.code, captured.out, captured.err)
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str | None]:
+    """Everything below a folder, hidden entries too: contents of files, targets of links, None for folders."""
+    return {
+        str(p.relative_to(folder)): str(p.readlink()) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }
+
+
+def assert_refused(outcome: Outcome, *texts: str, out: str = "") -> None:
+    """Exit code 2, nothing but a message with `texts` and with what to do, and that on standard error."""
+    assert outcome.code == 2, outcome
+    assert outcome.out == out
+    assert "Traceback" not in outcome.err
+    for text in texts:
+        assert text in " ".join(outcome.err.split()), outcome.err
+    message = outcome.err.strip().splitlines()
+    # Ours say what to do on a second line; click's name the option and end with what it takes.
+    assert message[0].startswith("error: ") or message[0].startswith("Usage: ")
+    assert len(message) >= 2, outcome.err

@@ -1,0 +1,73 @@
+"""What several test files share: weights, pictures, a student and a bundle of the smallest timm model, made once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# torch and the like are imported where they are used: some tests run without them.
+
+
+@pytest.fixture(autouse=True)
+def handlers_restored() -> Iterator[None]:
+    """The command line, called in this process, takes the signals over."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of 10 classes."""
+    import safetensors.torch
+
+    from tests.models import vit
+
+    path = tmp_path_factory.mktemp("weights") / "classifier.safetensors"
+    safetensors.torch.save_file(vit(num_classes=10).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def feature_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without classifier."""
+    import safetensors.torch
+
+    from tests.models import vit
+
+    path = tmp_path_factory.mktemp("weights") / "features.safetensors"
+    safetensors.torch.save_file(vit(num_classes=0).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three small pictures."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (60 + number, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"picture{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Path:
+    from sparsifiner_edge.sparse.student import sparsify
+    from tests.models import TINY
+
+    return sparsify(TINY, tmp_path_factory.mktemp("student") / "student", weights=tiny_weights, cells=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> Path:
+    from sparsifiner_edge.export.bundle import export_bundle
+
+    return export_bundle(tiny_student, tmp_path_factory.mktemp("bundle") / "bundle")

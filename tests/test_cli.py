@@ -1,0 +1,224 @@
+"""The command line as users meet it: help, the whole way on the smallest real model, what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.cli.main import COMMANDS
+from sparsifiner_edge.results import read_result
+from tests.commands import PROGRAM, Outcome, call, process
+from tests.models import TINY
+from tests.tiny import make_bundle
+
+HEAVY = {"torch", "timm", "numpy", "onnx", "onnxruntime", "PIL", "safetensors", "matplotlib"}
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """Top-level modules loaded when the command line leaves."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr))\n"
+        "from sparsifiner_edge.cli.main import main\n"
+        "main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_is_light(arguments: list[str]) -> None:
+    # `export --help` and the like may load what a command file needs at its top, but no library of models or arrays.
+    allowed = set() if len(arguments) == 1 or arguments[0] != "doctor" else {"numpy", "onnx"}
+    loaded = modules_after(*arguments)
+    assert "sparsifiner_edge" in loaded
+    assert not loaded & (HEAVY - allowed)
+
+
+def test_group_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = call(capsys, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    for name in COMMANDS:
+        assert f"  {name} " in outcome.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = call(capsys, name, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"sparsifiner-edge {name}" in outcome.out
+    options = outcome.out.partition("Options:")[2].splitlines()
+    starts = [number for number, line in enumerate(options) if line.startswith("  -")]
+    for start, end in zip(starts, [*starts[1:], len(options)], strict=True):
+        assert len(" ".join(options[start:end]).split()) > 2, options[start]
+
+
+def test_version() -> None:
+    script = Path(sys.executable).with_name("sparsifiner-edge")
+    printed = subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout
+    assert printed == f"sparsifiner-edge, version {version('sparsifiner-edge')}\n"
+    assert process("--version").out == printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Usage: sparsifiner-edge"),
+        (["sparsifie"], "No such command 'sparsifie'"),
+        (["sparsify", TINY], "Missing option '-o'"),
+        (["export"], "Missing argument 'STUDENT|MODEL'"),
+        (["export", TINY, "-o", "b", "--colour"], "No such option"),
+        (["evaluate", "s", "--data", "d", "--metric", "beauty"], "Invalid value for '--metric': 'beauty' is not"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = call(capsys, *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert message in outcome.err
+    assert "--help" in outcome.err
+
+
+def succeeded(outcome: Outcome) -> str:
+    """Standard output of a run that has nothing to remark."""
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out
+    return outcome.out
+
+
+def test_a_classifier_the_whole_way(tmp_path: Path, tiny_weights: Path, pictures: Path) -> None:
+    """Every command in a process of its own: each needs nothing but the folder that the one before wrote."""
+    student, bundle, dense, result = (tmp_path / name for name in ("student", "bundle", "dense", "result.json"))
+    settings = ["--keep", "0.2", "--cells", "4", "--calibrate", pictures]
+    out = succeeded(process("sparsify", TINY, "--weights", tiny_weights, *settings, "-o", student))
+    assert f"{student}: student written" in out
+    assert {p.name for p in student.iterdir()} == {"config.json", "model.safetensors"}
+
+    found = json.loads(succeeded(process("evaluate", student, "--data", pictures, "--json")))
+    assert 0.5 < found["statistics"]["patches_cosine"]["mean"]["value"] <= 1
+    assert len(found["samples"]["features_cosine"]) == 3
+
+    manifest = json.loads(succeeded(process("export", student, "--tokens", "--json", "-o", bundle)))
+    assert manifest == open_bundle(bundle)
+    assert [output["name"] for output in manifest["outputs"]] == ["logits", "features", "tokens"]
+    out = succeeded(process("export", TINY, "--weights", tiny_weights, "-o", dense))
+    assert "none: plain dense attention" in out
+    assert open_bundle(dense)["sparsity"] is None
+
+    measured = json.loads(
+        succeeded(process("profile", bundle, "--against", dense, "--seconds", "0.3", "--json", "-o", result))
+    )
+    assert measured == read_result(result)
+    assert measured["statistics"]["comparison"]["ratio"]["value"] > 0
+
+    records = [json.loads(line) for line in succeeded(process("run", bundle, "--source", pictures)).splitlines()]
+    assert [Path(record["source"]).name for record in records] == [f"picture{i}.png" for i in range(3)]
+    for record in records:
+        assert [top["label"] for top in record["top"]] == [f"class_{top['class']}" for top in record["top"]]
+        assert 0 < sum(top["probability"] for top in record["top"]) <= 1
+
+
+def test_a_feature_model_the_whole_way(
+    tmp_path: Path, feature_weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, bundle, lines = tmp_path / "student", tmp_path / "bundle", tmp_path / "lines.jsonl"
+    teacher = ["--against", TINY, "--weights", feature_weights]
+    succeeded(call(capsys, "sparsify", TINY, "--weights", feature_weights, "--img-size", 192, "-o", student))
+    out = succeeded(call(capsys, "export", student, "--batch", "dynamic", "-o", bundle))
+    assert "KeySelect" in out
+    assert [output["name"] for output in open_bundle(bundle)["outputs"]] == ["features", "tokens"]
+    out = succeeded(call(capsys, "evaluate", bundle, *teacher, "--data", pictures))
+    for text in ("features", "patches", "3 pictures", "function bodies"):
+        assert text in out
+    outcome = call(capsys, "run", bundle, "--source", pictures / "picture0.png", "--output", lines)
+    assert outcome == Outcome(0, "", "")
+    assert len(json.loads(lines.read_text())["features"]) == 64
+
+
+def test_keep_one_is_the_dense_student(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    succeeded(call(capsys, "sparsify", TINY, "--weights", tiny_weights, "--keep", 1, "-o", tmp_path / "s"))
+    succeeded(call(capsys, "export", tmp_path / "s", "-o", tmp_path / "b"))
+    assert open_bundle(tmp_path / "b")["ops"] == {}
+
+
+def test_outputs_are_replaced_and_repeatable(
+    tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "s"
+    sparsify = ["sparsify", TINY, "--weights", tiny_weights, "-o", folder]
+    succeeded(call(capsys, *sparsify))
+    first = (folder / "model.safetensors").read_bytes()
+    succeeded(call(capsys, *sparsify, "--keep", "0.5"))
+    assert json.loads((folder / "config.json").read_text())["sparsity"]["keep"] == 0.5
+    succeeded(call(capsys, *sparsify))
+    assert (folder / "model.safetensors").read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_result_can_be_written_beside_the_table(
+    tmp_path: Path, tiny_student: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "new" / "evaluation.json"
+    out = succeeded(call(capsys, "evaluate", tiny_student, "--data", pictures, "-o", path))
+    assert "patches" in out
+    assert read_result(path)["kind"] == "evaluation"
+
+
+def test_names_that_are_no_utf_8(tmp_path: Path, tiny_bundle: Path, pictures: Path) -> None:
+    odd = tmp_path / "caf\udce9"
+    odd.mkdir()
+    (odd / "été.png").write_bytes((pictures / "picture0.png").read_bytes())
+    run = process("run", tiny_bundle, "--source", odd, env={"PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"})
+    assert json.loads(succeeded(run))["source"] == str(odd / "été.png")
+    assert process("run", tiny_bundle, "--source", odd, "--output", tmp_path / "lines").code == 0
+    assert json.loads((tmp_path / "lines").read_text("utf-8"))["source"] == str(odd / "été.png")
+
+
+def many_pictures(folder: Path, picture: Path, count: int) -> Path:
+    for number in range(count):
+        (folder / f"{number:04}.png").write_bytes(picture.read_bytes())
+    return folder
+
+
+def test_a_reader_that_leaves_ends_the_run_quietly(tmp_path: Path, pictures: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4})
+    source = many_pictures(tmp_path, pictures / "picture0.png", 50)
+    with subprocess.Popen(
+        [*PROGRAM, "run", bundle, "--source", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert json.loads(run.stdout.readline())["features"]
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 141
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "{bundle}", "--source", "{pictures}"]])
+def test_standard_output_on_a_full_disk(arguments: list[str], tmp_path: Path, pictures: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4})
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [*PROGRAM, *(a.format(bundle=bundle, pictures=pictures) for a in arguments)],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: the output: No space left on device.")
+    assert "Traceback" not in run.stderr
+    assert "Exception" not in run.stderr
+
+
+def test_no_standard_output_at_all(tmp_path: Path, pictures: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4})
+    line = '"$@" >&-'
+    done = subprocess.run(
+        ["sh", "-c", line, "sh", *PROGRAM, "run", bundle, "--source", pictures],
+        stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
