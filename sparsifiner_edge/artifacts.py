@@ -92,13 +92,15 @@ def kind_of(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM after the block, so that a swap of two folders is never cut in half."""
+    """Deliver SIGINT, SIGTERM and SIGHUP after the block, so that a swap of two folders is never cut in half."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
     previous = {
-        s: signal.signal(s, lambda number, _frame: held.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+        s: signal.signal(s, lambda number, _frame: held.append(number))
+        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(s) not in (signal.SIG_IGN, None)
     }
     try:
         yield
@@ -269,6 +271,18 @@ def open_bundle(folder: Path) -> dict[str, Any]:
         if sha256(path) != expected:
             raise ArtifactError(f"{path} does not match its SHA-256 in the manifest.", "Export the bundle again.")
     return manifest
+
+
+def picture_size(manifest: dict[str, Any], folder: Path) -> int:
+    """Pixels along a side that the bundle in `folder` takes.
+
+    Raises:
+        ArtifactError: the manifest does not say.
+    """
+    size: int = field(manifest, folder, "preprocessing.size", int)
+    if size < 1:
+        raise ArtifactError(f"{folder}: preprocessing.size is {size}.", "Export the bundle again.")
+    return size
 
 
 def bundle_hash(folder: Path) -> str:

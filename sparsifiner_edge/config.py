@@ -9,7 +9,11 @@ from typing import Any
 
 from sparsifiner_edge.errors import ConfigError
 
-PRESETS = ("edge",)
+PRESETS: dict[str, dict[str, Any]] = {
+    "edge": {},
+    "paper": {"tile": 1, "probe": 1, "cells": 0, "value_power": 0.0},
+}
+"""Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
 
 
 def _require(condition: bool, what: str, fix: str) -> None:
@@ -22,7 +26,7 @@ class Layout:
     """The sizes of one sparse layer over `patches` patch tokens.
 
     Attributes:
-        keys: K, patch keys read by each tile.
+        keys: K, keys read by each tile: patch keys, in the preset "paper" any tokens.
         tiles: T, runs of `tile` consecutive patches, the last one ragged.
         cell: tokens per background cell (0: no background).
         cells: R, number of cells that result.
@@ -40,7 +44,8 @@ class SparsityConfig:
     """What a student's attention layers do.
 
     Attributes:
-        preset: "edge": tile-shared key lists, probe predictor and background cells.
+        preset: "edge": tile-shared key lists, probe predictor and background cells. "paper": the published method
+            (Sparsifiner, CVPR 2023), one list per query and nothing else.
         keep: share of the patch keys that each tile of queries reads, in (0, 1]; 1 means dense.
         tile: consecutive queries that share one key list.
         probe: consecutive queries whose mean asks the predictor; divides `tile`.
@@ -48,6 +53,8 @@ class SparsityConfig:
         cells: background cells R that stand for the keys not selected; 0 for none.
         value_power: weight, in the selection, of how far a key's value lies from its cell's mean.
         dense_layers: indices of layers that keep plain attention.
+        landmark_factor: preset "paper": tokens per landmark, n // factor landmarks.
+        top_coefficients, basis_threshold: preset "paper": coefficients kept per query, entries of the basis that count.
 
     Raises:
         ConfigError: a value is out of range.
@@ -61,6 +68,9 @@ class SparsityConfig:
     cells: int = 16
     value_power: float = 2.0
     dense_layers: tuple[int, ...] = ()
+    landmark_factor: int = 6
+    top_coefficients: int = 8
+    basis_threshold: float = 0.02
 
     def __post_init__(self) -> None:
         _require(self.preset in PRESETS, f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
@@ -69,18 +79,27 @@ class SparsityConfig:
             f"keep is {self.keep!r}, outside (0, 1].",
             "Give the share of keys to read, such as 0.25; 1 means dense.",
         )
-        for name, least in (("tile", 1), ("probe", 1), ("channels", 1), ("cells", 0)):
+        counts = {"tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1}
+        for name, least in counts.items():
             value = getattr(self, name)
             _require(
                 isinstance(value, int) and not isinstance(value, bool) and value >= least,
                 f"{name} is {value!r}.",
                 f"Give a whole number of at least {least}.",
             )
-        _require(
-            isinstance(self.value_power, (int, float)) and 0 <= self.value_power < math.inf,
-            f"value_power is {self.value_power!r}.",
-            "Give a finite number of at least 0.",
-        )
+        for name in ("value_power", "basis_threshold"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, (int, float)) and 0 <= value < math.inf,
+                f"{name} is {value!r}.",
+                "Give a finite number of at least 0.",
+            )
+        for name, value in PRESETS[self.preset].items():
+            _require(
+                getattr(self, name) == value,
+                f"{name} is {getattr(self, name)}, but the preset {self.preset!r} has {value}.",
+                "Leave it out, or choose another preset.",
+            )
         _require(
             self.tile % self.probe == 0,
             f"tile {self.tile} is not a multiple of probe {self.probe}.",
@@ -111,8 +130,8 @@ class SparsityConfig:
         )
         return () if self.is_dense else tuple(i for i in range(depth) if i not in self.dense_layers)
 
-    def layout(self, patches: int) -> Layout:
-        """Sizes for `patches` patch tokens.
+    def layout(self, patches: int, prefix: int = 1) -> Layout:
+        """Sizes for `patches` patch tokens after `prefix` others.
 
         Raises:
             ConfigError: tile or cells exceed the number of patches.
@@ -128,10 +147,11 @@ class SparsityConfig:
             "Choose fewer cells or a larger image.",
         )
         cell = math.ceil(patches / self.cells) if self.cells else 0
+        choices = patches + prefix if self.preset == "paper" else patches
         return Layout(
             patches=patches,
             # Rounded first: 0.1 * 1370 is 137.00000000000003 in binary and must not become 138.
-            keys=min(math.ceil(round(self.keep * patches, 9)), patches),
+            keys=min(math.ceil(round(self.keep * choices, 9)), choices),
             tiles=math.ceil(patches / self.tile),
             cell=cell,
             cells=math.ceil(patches / cell) if cell else 0,
@@ -140,6 +160,17 @@ class SparsityConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         return dataclasses.asdict(self) | {"dense_layers": list(self.dense_layers)}
+
+    @classmethod
+    def for_preset(cls, preset: str, **settings: Any) -> SparsityConfig:
+        """The defaults of a preset, with those `settings` that are not None.
+
+        Raises:
+            ConfigError: no such preset, or a value is out of range or does not go with it.
+        """
+        _require(preset in PRESETS, f"preset is {preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
+        given = {name: value for name, value in settings.items() if value is not None}
+        return cls(**{"preset": preset, **PRESETS[preset], **given})
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SparsityConfig:

@@ -1,11 +1,16 @@
-"""Multiply-accumulates (MACs) of a model per layer and kind, from its shape and SparsityConfig alone."""
+"""Multiply-accumulates (MACs) and bytes of a model per layer and kind, from its shape and SparsityConfig alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 
-from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.config import Layout, SparsityConfig
+from sparsifiner_edge.errors import ConfigError
+
+FLOAT = 4
+"""Bytes of an element; half or quarter them for fp16 or int8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +33,14 @@ class ModelShape:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCosts:
-    """MACs of one layer at batch 1.
+    """MACs of one layer at batch 1, and the bytes that each part moves at least once in fp32.
 
     Attributes:
-        projections: qkv and output projection. predictor: KeySelect. attention: logits and weighted sums over
-            prefix and listed keys. cells: the same over background cells. mlp: both linear layers.
+        projections: qkv and output projection. predictor: the choice of keys. attention: logits and weighted sums over
+            prefix and listed keys (the "MHSA" of published tables is this and the predictor). cells: the same over
+            background cells. mlp: both linear layers.
+        projections_bytes, predictor_bytes, attention_bytes, cells_bytes, mlp_bytes: weights and activations read or
+            written by code that keeps no score matrix; keys and values that a tile gathers count each time.
     """
 
     projections: int
@@ -40,36 +48,110 @@ class LayerCosts:
     attention: int
     cells: int
     mlp: int
+    projections_bytes: int
+    predictor_bytes: int
+    attention_bytes: int
+    cells_bytes: int
+    mlp_bytes: int
 
-    @property
-    def total(self) -> int:
-        """Sum of all kinds."""
-        return sum(dataclasses.astuple(self))
+
+KINDS = ("projections", "predictor", "attention", "cells", "mlp")
 
 
-def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]:
-    """MACs of every layer, first to last."""
+def layer_costs(shape: ModelShape, sparsity: SparsityConfig, patches: Sequence[int] | None = None) -> list[LayerCosts]:
+    """Costs of every layer, first to last.
+
+    Args:
+        patches: patch tokens that the attention of each layer sees, where tokens are pruned; None: all, everywhere.
+
+    Raises:
+        ConfigError: `patches` does not have one entry per layer.
+    """
+    counts = list(patches) if patches is not None else [shape.patches] * shape.depth
+    if len(counts) != shape.depth:
+        raise ConfigError(f"{len(counts)} patch counts for {shape.depth} layers.", "Give one per layer.")
     sparse = set(sparsity.sparse_layers(shape.depth))
-    return [_layer(shape, sparsity if number in sparse else None) for number in range(shape.depth)]
+    return [
+        _layer(dataclasses.replace(shape, patches=count), sparsity if number in sparse else None)
+        for number, count in enumerate(counts)
+    ]
+
+
+def pruned_patches(shape: ModelShape, keep: Mapping[int, float]) -> list[int]:
+    """Patches that the attention of each layer sees when the layers in `keep` pass on that share of theirs.
+
+    Pruning comes after a layer's attention, so the next layer is the first to see fewer.
+    """
+    counts, left = [], shape.patches
+    for layer in range(shape.depth):
+        counts.append(left)
+        left = math.ceil(round(keep.get(layer, 1.0) * left, 9))
+    return counts
 
 
 def _layer(shape: ModelShape, sparsity: SparsityConfig | None) -> LayerCosts:
-    tokens, width, patches = shape.prefix + shape.patches, shape.width, shape.patches
-    projections, mlp = 4 * tokens * width * width, 2 * tokens * width * shape.hidden
+    tokens, width = shape.prefix + shape.patches, shape.width
+    fixed = {
+        "projections": 4 * tokens * width * width,
+        "projections_bytes": FLOAT * (4 * width * width + 6 * tokens * width),
+        "mlp": 2 * tokens * width * shape.hidden,
+        "mlp_bytes": FLOAT * (2 * width * shape.hidden + 2 * tokens * (width + shape.hidden)),
+    }
     if sparsity is None:
-        return LayerCosts(projections, 0, 2 * tokens * tokens * width, 0, mlp)
-    layout = sparsity.layout(patches)
+        dense = {"attention": 2 * tokens * tokens * width, "attention_bytes": FLOAT * 4 * tokens * width}
+        return LayerCosts(**fixed, **dense, predictor=0, predictor_bytes=0, cells=0, cells_bytes=0)
+    layout = sparsity.layout(shape.patches, shape.prefix)
+    predictor = _landmarks if sparsity.preset == "paper" else _probes
+    return LayerCosts(**fixed, **predictor(shape, sparsity), **_attention(shape, sparsity, layout))
+
+
+def _attention(shape: ModelShape, sparsity: SparsityConfig, layout: Layout) -> dict[str, int]:
+    tokens, width, patches = shape.prefix + shape.patches, shape.width, shape.patches
+    read = layout.keys if sparsity.preset == "paper" else layout.keys + shape.prefix
+    gathered = shape.prefix * tokens + layout.tiles * read
+    return {
+        "attention": 2 * width * (shape.prefix * tokens + patches * read),
+        "attention_bytes": FLOAT * 2 * width * (tokens + gathered),
+        "cells": 2 * width * patches * layout.cells,
+        "cells_bytes": FLOAT * 2 * width * (patches + layout.cells) if layout.cells else 0,
+    }
+
+
+def _probes(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
+    """Per head d c for each probe and key, then c for each pair; the value deviation is d for each key."""
+    patches, width, channels = shape.patches, shape.width, sparsity.channels
     probes = math.ceil(patches / sparsity.probe)
-    # Per head d * c for each probe and key, then c for each pair; the value deviation is d for each key.
-    predictor = sparsity.channels * (width * (probes + patches) + shape.heads * probes * patches)
-    predictor += width * patches if sparsity.value_power else 0
-    attention = 2 * width * (shape.prefix * tokens + patches * (shape.prefix + layout.keys))
-    return LayerCosts(projections, predictor, attention, 2 * width * patches * layout.cells, mlp)
+    layout = sparsity.layout(patches, shape.prefix)
+    deviation = width * patches if sparsity.value_power else 0
+    lists = shape.heads * layout.tiles * layout.keys
+    return {
+        "predictor": channels * (width * (probes + patches) + shape.heads * probes * patches) + deviation,
+        "predictor_bytes": FLOAT * ((3 if deviation else 2) * width * patches + 2 * width * channels + lists),
+    }
+
+
+def _landmarks(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
+    """Channel reduction of q and k, keys to landmarks, coefficients, and scores from the coefficients that are kept."""
+    tokens, width, channels = shape.prefix + shape.patches, shape.width, sparsity.channels
+    landmarks = tokens // sparsity.landmark_factor
+    per_head = tokens * landmarks * channels + shape.patches * landmarks * channels
+    per_head += shape.patches * tokens * min(sparsity.top_coefficients, landmarks)
+    lists = shape.heads * shape.patches * sparsity.layout(shape.patches, shape.prefix).keys
+    return {
+        "predictor": 2 * tokens * width * channels + shape.heads * per_head,
+        "predictor_bytes": FLOAT * (2 * width * tokens + 2 * landmarks * tokens + lists),
+    }
+
+
+def attention_core(costs: Sequence[LayerCosts]) -> int:
+    """MACs of logits and weighted sums over all layers, without predictor: what published tables count, less theirs."""
+    return sum(c.attention + c.cells for c in costs)
 
 
 def summary(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
-    """MACs per kind over all layers, `embedding` and `total` included, as a manifest holds them."""
+    """Totals per kind over all layers, as a manifest holds them: `<kind>_macs`, `<kind>_bytes`, totals."""
     layers = layer_costs(shape, sparsity)
-    kinds = {f.name: sum(getattr(c, f.name) for c in layers) for f in dataclasses.fields(LayerCosts)}
-    kinds["embedding"] = shape.patches * 3 * shape.patch * shape.patch * shape.width
-    return {f"{kind}_macs": count for kind, count in kinds.items()} | {"total_macs": sum(kinds.values())}
+    macs = {f"{kind}_macs": sum(getattr(c, kind) for c in layers) for kind in KINDS}
+    macs["embedding_macs"] = shape.patches * 3 * shape.patch * shape.patch * shape.width
+    moved = {f"{kind}_bytes": sum(getattr(c, f"{kind}_bytes") for c in layers) for kind in KINDS}
+    return {**macs, "total_macs": sum(macs.values()), **moved, "total_bytes": sum(moved.values())}

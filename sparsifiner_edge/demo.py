@@ -73,7 +73,7 @@ def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> dict[str
 
 
 def _require_ours(output: Path) -> None:
-    if not output.exists():
+    if not output.exists() and not output.is_symlink():
         return
     ours = {RESULT, "calibration", "dinov2_vits14.safetensors"}
     if not output.is_dir() or (any(output.iterdir()) and not ours & {p.name for p in output.iterdir()}):

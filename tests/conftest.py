@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def handlers_restored() -> Iterator[None]:
-    """The command line, called in this process, takes the signals over."""
+    """The command line, called in this process, takes signals and lost exceptions over."""
+    hook = sys.unraisablehook
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
+    sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -282,7 +282,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        (["--batch", "0"], ["batch is '0'", "at least 1", "dynamic"]),
+        (["--batch", "0"], ["batch is '0'", "from 1 to", "dynamic"]),
         (["--batch=-1"], ["batch is '-1'"]),
         (["--batch", "abc"], ["batch is 'abc'"]),
         (["--batch", "1.5"], ["batch is '1.5'"]),
@@ -550,14 +550,16 @@ def test_an_output_that_is_not_ours_is_left_alone(
 
 
 @pytest.mark.parametrize("output", [".", "..", "", "thesis.txt/student", "x" * 300])
-def test_outputs_that_are_no_place(output: str, tiny_weights: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_outputs_that_are_no_place(
+    output: str, tiny_weights: Path, tmp_path: Path, monkeypatch: Any, capsys: Capsys
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     Path("thesis.txt").write_text("mine")
     if output == ".":
         Path("thesis.txt").unlink()
     before = snapshot(tmp_path)
-    outcome = process("sparsify", TINY, "--weights", tiny_weights, "-o", output)
+    outcome = call(capsys, "sparsify", TINY, "--weights", tiny_weights, "-o", output)
     assert_refused(outcome, output[:40])
     assert snapshot(tmp_path) == before
 
@@ -640,8 +642,7 @@ def kilobytes(folder: Path) -> int:
 
 
 @needs_mounts
-@pytest.mark.parametrize("earlier", [False, True])
-@pytest.mark.parametrize("command", ["sparsify", "export"])
+@pytest.mark.parametrize(("command", "earlier"), [("sparsify", False), ("sparsify", True), ("export", True)])
 def test_a_full_disk_leaves_what_was_there(
     command: str, earlier: bool, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, tmp_path: Path
 ) -> None:
@@ -718,7 +719,7 @@ def importing(pid: int) -> bool:
     return "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
 
 
-@pytest.mark.parametrize("moment", ["importing", "working", "working too", "writing"])
+@pytest.mark.parametrize("moment", ["importing", "working", "writing"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["sparsify", "export"])
 def test_a_signal_at_any_moment(
@@ -740,7 +741,7 @@ def test_a_signal_at_any_moment(
         assert wait_for(lambda: importing(run.pid), run)
         if moment == "writing":
             wait_for(lambda: scratch_folders(target), run)
-        elif moment.startswith("working"):
+        elif moment == "working":
             time.sleep(random.uniform(0.5, 3.5 if command == "sparsify" else 7))  # The moment is the point.
         run.send_signal(number)
         out, remarks = run.communicate(timeout=120)

@@ -92,7 +92,9 @@ def succeeded(outcome: Outcome) -> str:
     return outcome.out
 
 
-def test_a_classifier_the_whole_way(tmp_path: Path, tiny_weights: Path, pictures: Path) -> None:
+def test_a_classifier_the_whole_way(
+    tmp_path: Path, tiny_weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every command in a process of its own: each needs nothing but the folder that the one before wrote."""
     student, bundle, dense, result = (tmp_path / name for name in ("student", "bundle", "dense", "result.json"))
     settings = ["--keep", "0.2", "--cells", "4", "--calibrate", pictures]
@@ -107,7 +109,7 @@ def test_a_classifier_the_whole_way(tmp_path: Path, tiny_weights: Path, pictures
     manifest = json.loads(succeeded(process("export", student, "--tokens", "--json", "-o", bundle)))
     assert manifest == open_bundle(bundle)
     assert [output["name"] for output in manifest["outputs"]] == ["logits", "features", "tokens"]
-    out = succeeded(process("export", TINY, "--weights", tiny_weights, "-o", dense))
+    out = succeeded(call(capsys, "export", TINY, "--weights", tiny_weights, "-o", dense))
     assert "none: plain dense attention" in out
     assert open_bundle(dense)["sparsity"] is None
 

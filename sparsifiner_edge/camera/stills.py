@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsifiner_edge.artifacts import field, open_bundle
+from sparsifiner_edge.artifacts import open_bundle, picture_size
 from sparsifiner_edge.errors import ArtifactError, ConfigError, PictureError
 from sparsifiner_edge.pictures import list_pictures, load_picture
 from sparsifiner_edge.runtime import Session, open_session
@@ -35,7 +35,7 @@ def run_pictures(
     """
     folder, pictures = Path(bundle), list_pictures(Path(source))
     manifest = open_bundle(folder)
-    size = field(manifest, folder, "preprocessing.size", int)
+    size = picture_size(manifest, folder)
     labels = _labels(folder, manifest)
     with open_session(folder, backend, threads) as session:
         if session.inputs[0].shape[0] not in (1, "batch"):

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ COMMANDS = {
     "doctor": "Say what is installed, what works, and what to do about the rest.",
 }
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLOSED_PIPE = 141
 """Exit code when the reader of standard output went away, as a shell would report it."""
 
@@ -64,6 +66,10 @@ def cli() -> None:
     """Sparse attention for vision transformers at the edge: sparsify, export, measure, run."""
 
 
+class Interrupted(BaseException):
+    """A signal asks to leave. No KeyboardInterrupt: Python remembers one that passed `exec`, and kills itself later."""
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
@@ -75,7 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # Names of files may hold what a terminal cannot show.
     received = _unwind_on_signals()
     try:
-        code = cli.main(args=arguments, prog_name="sparsifiner-edge", standalone_mode=False)
+        try:
+            code = cli.main(args=arguments, prog_name="sparsifiner-edge", standalone_mode=False)
+        finally:
+            for number in _SIGNALS:  # All is done or cleaned up; Python's own exit should not be torn.
+                signal.signal(number, signal.SIG_IGN)
     except BaseException as error:
         # First, because libraries turn what a signal raises into errors of their own.
         code = _interrupted(received[0]) if received else _explained(error)
@@ -89,18 +99,29 @@ def _unwind_on_signals() -> list[int]:
         A list that takes the numbers of the signals received.
     """
     received: list[int] = []
+    show = sys.unraisablehook
 
     def unwind(number: int, _frame: object) -> None:
         received.append(number)
-        raise KeyboardInterrupt
+        raise Interrupted
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    def once_more(lost: sys.UnraisableHookArgs) -> None:
+        """Python drops what is raised in some callbacks, those of its imports among them: send it again, soon."""
+        if received and isinstance(lost.exc_value, Interrupted):
+            threading.Timer(0.05, os.kill, (os.getpid(), received[-1])).start()
+        else:
+            show(lost)
+
+    sys.unraisablehook = once_more
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # As nohup leaves it.
             signal.signal(number, unwind)
     return received
 
 
 def _interrupted(number: int) -> int:
+    if sys.stderr.isatty():
+        click.echo(err=True)  # Ends the line in which the terminal shows ^C.
     _say("interrupted; nothing half-written was left.")
     return 128 + number
 

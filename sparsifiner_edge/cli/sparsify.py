@@ -27,11 +27,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
 @click.argument("model")
 @weights_option
 @click.option("--img-size", type=click.IntRange(min=1), help="Pixels along a side; by default the model's own.")
-@click.option("--preset", type=click.Choice(PRESETS), default="edge", show_default=True, help="Kind of sparsity.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="edge", show_default=True, help="Kind of sparsity.")
 @click.option("--keep", type=float, default=0.25, show_default=True, help="Share of keys each tile reads; 1 is dense.")
-@click.option("--tile", type=int, default=16, show_default=True, help="Consecutive queries that share one key list.")
-@click.option("--probe", type=int, default=4, show_default=True, help="Queries averaged to ask the predictor.")
-@click.option("--channels", type=int, default=16, show_default=True, help="Low-rank width of the predictor.")
+@click.option("--tile", type=int, help="Consecutive queries that share one key list (edge: 16).")
+@click.option("--probe", type=int, help="Queries averaged to ask the predictor (edge: 4).")
+@click.option("--channels", type=int, help="Low-rank width of the predictor (edge: 16).")
 @click.option("--cells", type=int, help="Background cells; by default the square root of the patches, at most 25.")
 @click.option("--dense-layers", default="", help="Layers that stay dense, such as 0,1.")
 @click.option("--calibrate", type=click.Path(path_type=Path), help="Folder of pictures to learn the predictor from.")
@@ -43,9 +43,9 @@ def command(
     img_size: int | None,
     preset: str,
     keep: float,
-    tile: int,
-    probe: int,
-    channels: int,
+    tile: int | None,
+    probe: int | None,
+    channels: int | None,
     cells: int | None,
     dense_layers: str,
     calibrate: Path | None,

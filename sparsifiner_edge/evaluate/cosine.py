@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sparsifiner_edge.artifacts import STUDENT_FILE, bundle_hash, field, kind_of, open_bundle, sha256
+from sparsifiner_edge.artifacts import STUDENT_FILE, bundle_hash, field, kind_of, open_bundle, picture_size, sha256
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.pictures import list_pictures, load_batch
@@ -182,6 +182,6 @@ def _bundle(folder: Path, backend: str) -> Iterator[Extractor]:
             return session.infer({"image": image})
 
         about = {"path": str(folder), "sha256": bundle_hash(folder), "name": field(manifest, folder, "name", str)}
-        size = field(manifest, folder, "preprocessing.size", int)
+        size = picture_size(manifest, folder)
         prefix = field(manifest, folder, "tokens.prefix", int)
         yield Extractor(extract, size, prefix, about, session.description)

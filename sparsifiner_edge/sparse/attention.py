@@ -30,6 +30,27 @@ class KeySelector(nn.Module):
         self.proj_k = nn.Parameter(torch.zeros(num_heads, head_dim, channels))
 
 
+class LandmarkSelector(nn.Module):
+    """The published predictor's parameters (Sparsifiner, section 3.2); tied to the number of tokens.
+
+    Attributes:
+        proj_q, proj_k: [c, d] with biases [c], shared by the heads. down, up: [N, L], class token included.
+    """
+
+    def __init__(self, head_dim: int, channels: int, tokens: int, landmarks: int) -> None:
+        super().__init__()
+        self.proj_q = nn.Parameter(torch.zeros(channels, head_dim))
+        self.bias_q = nn.Parameter(torch.zeros(channels))
+        self.proj_k = nn.Parameter(torch.zeros(channels, head_dim))
+        self.bias_k = nn.Parameter(torch.zeros(channels))
+        self.down = nn.Parameter(torch.zeros(tokens, landmarks))
+        self.up = nn.Parameter(torch.zeros(tokens, landmarks))
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The inputs of LandmarkKeySelect after qkv, in the schema's order."""
+        return self.proj_q, self.bias_q, self.proj_k, self.bias_k, self.down, self.up
+
+
 class _PackedAttention(Attention):  # type: ignore[misc]  # timm carries no types
     """What both attention modules share.
 
@@ -76,17 +97,18 @@ class SparseAttention(_PackedAttention):
         sparsity, layout, num_prefix: what is sparse, the sizes that follow, and the tokens that are no patches.
     """
 
-    select: KeySelector
+    select: nn.Module
     sparsity: SparsityConfig
     layout: Layout
     num_prefix: int
 
     def indices(self, qkv: Tensor) -> Tensor:
         """Patch keys that each head and tile reads: int32 [B,H,T,K]."""
+        select = cast(KeySelector, self.select)
         return ops.key_select(
             qkv,
-            self.select.proj_q,
-            self.select.proj_k,
+            select.proj_q,
+            select.proj_k,
             num_heads=self.num_heads,
             num_prefix=self.num_prefix,
             probe=self.sparsity.probe,
@@ -110,6 +132,36 @@ class SparseAttention(_PackedAttention):
         )
 
 
+class LandmarkAttention(SparseAttention):
+    """The published method: one list per query over all tokens, class token included; no cells."""
+
+    def indices(self, qkv: Tensor) -> Tensor:
+        """Tokens that each head and patch query reads: int32 [B,H,N-1,K]."""
+        return ops.landmark_key_select(
+            qkv,
+            *cast(LandmarkSelector, self.select).inputs(),
+            num_heads=self.num_heads,
+            keys=self.layout.keys,
+            # The published code scales by the number of heads, not by the head dimension.
+            scale=self.num_heads**-0.5,
+            top_coefficients=self.sparsity.top_coefficients,
+            basis_threshold=self.sparsity.basis_threshold,
+        )
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """qkv [B,N,3C] -> [B,N,C]."""
+        return ops.sparse_attention(
+            qkv,
+            self.indices(qkv),
+            num_heads=self.num_heads,
+            num_prefix=self.num_prefix,
+            tile=1,
+            cell=0,
+            scale=self.scale,
+            prefix_keys=0,
+        )
+
+
 def make_dense(attention: Attention) -> None:
     """Turn a timm attention, in place, into `DenseAttention`."""
     attention.__class__ = DenseAttention
@@ -117,6 +169,18 @@ def make_dense(attention: Attention) -> None:
 
 def make_sparse(attention: Attention, sparsity: SparsityConfig, layout: Layout, num_prefix: int) -> None:
     """Turn a timm attention, in place, into `SparseAttention` with zero projections (see `calibrate.py`)."""
-    attention.__class__ = SparseAttention
-    attention.select = KeySelector(attention.num_heads, attention.head_dim, sparsity.channels)
+    if sparsity.preset == "paper":
+        tokens = layout.patches + num_prefix
+        landmarks = tokens // sparsity.landmark_factor
+        if num_prefix != 1 or not 1 <= sparsity.top_coefficients <= landmarks:
+            raise ConfigError(
+                f"Preset 'paper' needs one class token and {sparsity.top_coefficients} landmarks; this model has "
+                f"{num_prefix} prefix tokens and {landmarks} landmarks.",
+                "Use the preset edge, or a larger image.",
+            )
+        attention.__class__ = LandmarkAttention
+        attention.select = LandmarkSelector(attention.head_dim, sparsity.channels, tokens, landmarks)
+    else:
+        attention.__class__ = SparseAttention
+        attention.select = KeySelector(attention.num_heads, attention.head_dim, sparsity.channels)
     attention.sparsity, attention.layout, attention.num_prefix = sparsity, layout, num_prefix

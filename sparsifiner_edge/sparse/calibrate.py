@@ -4,20 +4,25 @@ Both ways find, per head, the rank-c matrices that best preserve probe-query . k
 M_q = E[a a^T] of probe means and M_k = E[(k - mean)(k - mean)^T] of keys (a constant shift of all keys changes no
 ranking), the singular vectors of M_q^1/2 M_k^1/2. A short gradient descent then lowers the Kullback-Leibler divergence
 between the true and the predicted choice on the same pictures.
+
+The preset "paper" shares its projections between the heads and starts from pooled landmarks: runs of the Hilbert curve,
+each read and written as one, so that it is of use before training too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.attention import SparseAttention
+from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, SparseAttention
+from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
 PASSES = 2
 STEPS_PER_PICTURE = 8
@@ -75,11 +80,12 @@ def calibrate_from_pictures(
         step()
     for attention in layers:
         _set_from_moments(attention, moments[attention])
+    layers = [layer for layer in layers if isinstance(layer.select, KeySelector)]
     learners = {a: _Learner(a, PASSES * len(pictures) * STEPS_PER_PICTURE) for a in layers}
     generator = torch.Generator().manual_seed(seed)
     for _ in range(PASSES):
         for number in torch.randperm(len(pictures), generator=generator).tolist():
-            for attention, qkv in _dense_pass(model, pictures[number]):
+            for attention, qkv in _dense_pass(model, pictures[number]) if learners else ():
                 learners[attention].learn(qkv, generator)
             step()
 
@@ -128,14 +134,39 @@ def _add_moments(moments: dict[SparseAttention, _Moments], attention: SparseAtte
 
 def _set_from_moments(attention: SparseAttention, moments: _Moments) -> None:
     """Best rank-c factors of the bilinear form q . k under the two moments (truncated SVD after whitening)."""
+    if isinstance(attention.select, LandmarkSelector):
+        _set_landmarks(attention, attention.select, moments)
+        return
     root_q, unroot_q = _roots(moments.queries)
     root_k, unroot_k = _roots(moments.keys)
     left, values, right = torch.linalg.svd(root_q @ root_k)
     channels = attention.sparsity.channels
     share = values[:, None, :channels].sqrt()
+    select = cast(KeySelector, attention.select)
     with torch.no_grad():
-        attention.select.proj_q.copy_(unroot_q @ left[:, :, :channels] * share)
-        attention.select.proj_k.copy_(unroot_k @ right.mT[:, :, :channels] * share)
+        select.proj_q.copy_(unroot_q @ left[:, :, :channels] * share)
+        select.proj_k.copy_(unroot_k @ right.mT[:, :, :channels] * share)
+
+
+@torch.no_grad()
+def _set_landmarks(attention: SparseAttention, select: LandmarkSelector, moments: _Moments) -> None:
+    """Pooled start: shared projections from the heads' mean moments, landmarks from runs of the curve."""
+    root_q, unroot_q = _roots(moments.queries.mean(0, keepdim=True))
+    root_k, unroot_k = _roots(moments.keys.mean(0, keepdim=True))
+    left, values, right = torch.linalg.svd(root_q @ root_k)
+    channels = attention.sparsity.channels
+    # The operator scales by the number of heads; the attention it stands for, by the head dimension.
+    share = values[:, None, :channels].sqrt() * (attention.scale * attention.num_heads**0.5) ** 0.5
+    select.proj_q.copy_((unroot_q @ left[:, :, :channels] * share)[0].mT)
+    select.proj_k.copy_((unroot_k @ right.mT[:, :, :channels] * share)[0].mT)
+    patches, landmarks = attention.layout.patches, select.down.shape[1]
+    side = math.isqrt(patches)
+    grid = (side, side) if side * side == patches else (1, patches)
+    place = torch.from_numpy(inverse(hilbert_order(*grid)))
+    member = F.one_hot(place * landmarks // patches, landmarks).float()
+    select.down.copy_(F.pad(member / member.sum(0), (0, 0, 1, 0)))
+    # The class token belongs to every landmark: every query reads it, as trained predictors do.
+    select.up.copy_(F.pad(member, (0, 0, 1, 0), value=1.0))
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +181,8 @@ class _Learner:
 
     def __init__(self, attention: SparseAttention, steps: int) -> None:
         self.attention = attention
-        self.weights = [attention.select.proj_q, attention.select.proj_k]
+        select = cast(KeySelector, attention.select)
+        self.weights = [select.proj_q, select.proj_k]
         rate = LEARNING_RATE * self.weights[0].detach().abs().mean().item()
         self.optimiser = torch.optim.Adam(self.weights, lr=rate)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, steps)

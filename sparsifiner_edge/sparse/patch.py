@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from timm.layers.attention import Attention
 from timm.layers.patch_embed import PatchEmbed
@@ -61,6 +63,11 @@ class SparseViTMixin:
         return item.transpose(1, 2).unflatten(2, grid).contiguous() if grid else item
 
 
+def token_order(sparsity: SparsityConfig, grid: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """Raster indices in the order of the tokens: the Hilbert curve; the published method knows raster order alone."""
+    return np.arange(grid[0] * grid[1]) if sparsity.preset == "paper" else hilbert_order(*grid)
+
+
 def support_refusals(model: nn.Module) -> list[str]:
     """Reasons why a model cannot be made sparse; empty when it can."""
     if isinstance(model, SparseViTMixin):
@@ -110,8 +117,8 @@ def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
     sparse_layers = sparsity.sparse_layers(len(vit.blocks))
     if not sparse_layers:
         return model
-    layout = sparsity.layout(grid[0] * grid[1])
-    order = hilbert_order(*grid)
+    layout = sparsity.layout(grid[0] * grid[1], vit.num_prefix_tokens)
+    order = token_order(sparsity, grid)
     for number, block in enumerate(vit.blocks):
         if number in sparse_layers:
             make_sparse(block.attn, sparsity, layout, vit.num_prefix_tokens)

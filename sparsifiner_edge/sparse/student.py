@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -100,9 +100,9 @@ def sparsify(
     img_size: int | None = None,
     preset: str = "edge",
     keep: float = 0.25,
-    tile: int = 16,
-    probe: int = 4,
-    channels: int = 16,
+    tile: int | None = None,
+    probe: int | None = None,
+    channels: int | None = None,
     cells: int | None = None,
     dense_layers: tuple[int, ...] = (),
     calibrate: str | Path | None = None,
@@ -115,7 +115,8 @@ def sparsify(
         output: folder to write; an earlier student there is replaced.
         weights: .safetensors or .pth with timm's key names; None lets timm download them.
         img_size: pixels along a side; None takes the model's own.
-        cells: background cells; None takes `default_cells`.
+        preset, keep, tile, probe, channels, cells, dense_layers: see `SparsityConfig`. None takes the preset's own;
+            for cells that is `default_cells`, for the paper's channels half the head dimension.
         calibrate: folder of pictures to learn the predictor from; None takes the weights alone.
         progress: called with (done, total) pictures.
 
@@ -128,10 +129,12 @@ def sparsify(
     target = Path(output)
     require_replaceable(target, "student")
     # Settings are checked before the weights are read: a typing mistake should not cost minutes.
-    settings = SparsityConfig(preset, keep, tile, probe, channels, cells or 0, dense_layers=dense_layers)
+    given = {"keep": keep, "tile": tile, "probe": probe, "channels": channels, "cells": cells}
+    settings = SparsityConfig.for_preset(preset, dense_layers=dense_layers, **given)
+    if calibrate is not None:
+        list_pictures(Path(calibrate))
     vit = load_model(model, Path(weights) if weights else None, img_size)
-    patches = int(vit.patch_embed.num_patches)
-    sparsity = dataclasses.replace(settings, cells=default_cells(patches) if cells is None else cells)
+    sparsity = _fitted(settings, vit, cells is None, channels is None)
     provenance = {
         "weights": {"file": Path(weights).name, "sha256": sha256(Path(weights))} if weights else {"from": "timm hub"},
         "calibration": {"from": "weights"},
@@ -141,6 +144,14 @@ def sparsify(
     if calibrate is not None and sparse_layers(vit):
         student = calibrate_student(student, Path(calibrate), progress)
     return save_student(student, target)
+
+
+def _fitted(settings: SparsityConfig, vit: VisionTransformer, cells: bool, channels: bool) -> SparsityConfig:
+    """Settings with the defaults that follow from the model: `cells` and `channels` say which were not given."""
+    if settings.preset == "paper":
+        half = int(cast(Any, vit).blocks[0].attn.head_dim) // 2
+        return dataclasses.replace(settings, channels=half) if channels else settings
+    return dataclasses.replace(settings, cells=default_cells(int(vit.patch_embed.num_patches))) if cells else settings
 
 
 def save_student(student: Student, output: Path) -> Path:

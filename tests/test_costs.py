@@ -1,0 +1,88 @@
+"""Costs reproduce the published counts (Sparsifiner, CVPR 2023, tables 1 and 2), and count what runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.costs import ModelShape, attention_core, layer_costs, pruned_patches, summary
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.export.bundle import model_shape
+from sparsifiner_edge.sparse.patch import make_model_sparse
+from tests.models import images, vit
+
+DEIT_S = ModelShape(depth=12, heads=6, width=384, hidden=1536, prefix=1, patches=196, patch=16)
+LV_S = ModelShape(depth=16, heads=6, width=384, hidden=1152, prefix=1, patches=196, patch=16)
+DENSE = SparsityConfig(keep=1)
+PUBLISHED_PREDICTOR = 6.12e6
+"""MACs per layer that fit the published rows; their own counter is not published."""
+TABLE_1 = {
+    0.9: 396.8, 0.8: 360.6, 0.7: 324.6, 0.6: 290.3, 0.5: 254.2, 0.4: 218.0, 0.3: 183.6, 0.2: 147.5, 0.1: 111.4,
+    0.05: 93.3, 0.01: 78.9,
+}  # fmt: skip
+STAGES = {3: 0.7, 6: 0.7, 9: 0.7}
+
+
+def paper(keep: float) -> SparsityConfig:
+    return SparsityConfig.for_preset("paper", keep=keep, channels=32)
+
+
+def test_dense_is_exact() -> None:
+    assert attention_core(layer_costs(DEIT_S, DENSE)) == 12 * 2 * 197 * 197 * 384
+    assert attention_core(layer_costs(LV_S, DENSE)) / 1e6 == pytest.approx(476.9, rel=1e-4)
+
+
+@pytest.mark.parametrize("keep", TABLE_1)
+def test_every_row_of_the_first_table(keep: float) -> None:
+    core = attention_core(layer_costs(DEIT_S, paper(keep)))
+    assert (core + 12 * PUBLISHED_PREDICTOR) / 1e6 == pytest.approx(TABLE_1[keep], rel=0.005)
+
+
+@pytest.mark.parametrize(("rate", "published"), [(0.7, 193.1), (0.5, 149.1)])
+def test_token_pruned_dense_rows(rate: float, published: float) -> None:
+    counts = pruned_patches(DEIT_S, dict.fromkeys(STAGES, rate))
+    if rate == 0.7:
+        assert counts == [196] * 4 + [138] * 3 + [97] * 3 + [68] * 2
+    core = attention_core(layer_costs(DEIT_S, DENSE, counts))
+    assert core / 1e6 == pytest.approx(published, rel=0.005)
+
+
+def test_published_predictor_lies_within_our_count() -> None:
+    ours = layer_costs(DEIT_S, paper(0.25))[0].predictor
+    assert 0.5 * PUBLISHED_PREDICTOR < ours < 2 * PUBLISHED_PREDICTOR
+
+
+@pytest.mark.parametrize("sparsity", [DENSE, SparsityConfig(keep=0.3, cells=4, channels=8)])
+def test_total_is_what_torch_counts(sparsity: SparsityConfig) -> None:
+    dense = vit()
+    shape = model_shape(dense)
+    for block in dense.blocks:
+        block.attn.fused_attn = False  # torch counts no fused attention on a CPU
+    model = make_model_sparse(dense, sparsity)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images(dense, 1))
+    macs = summary(shape, sparsity)["total_macs"] + shape.width * 1000  # the classifier is no layer
+    # torch counts padded rows of the last tile and the sums of selected logits per cell as well.
+    assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=0.03)
+
+
+@given(st.floats(0.02, 0.9), st.integers(20, 3000), st.integers(0, 20))
+def test_less_kept_costs_less(keep: float, patches: int, cells: int) -> None:
+    shape = ModelShape(depth=2, heads=6, width=384, hidden=1536, prefix=1, patches=patches, patch=14)
+    less, more = (
+        sum(summary(shape, SparsityConfig(keep=k, cells=cells))[f"{kind}_macs"] for kind in ("attention", "cells"))
+        for k in (keep, min(1.0, keep + 0.1))
+    )
+    assert less < more or keep + 0.1 >= 1
+    figures = summary(shape, SparsityConfig(keep=keep, cells=cells))
+    assert figures["total_macs"] == sum(v for k, v in figures.items() if k.endswith("_macs") and k != "total_macs")
+    assert all(v >= 0 for v in figures.values())
+
+
+def test_one_patch_count_per_layer() -> None:
+    with pytest.raises(ConfigError, match="3 patch counts for 12 layers"):
+        layer_costs(DEIT_S, DENSE, [196, 100, 50])
