@@ -1,0 +1,281 @@
+"""What `fidelity.py` measures: DINOv2 ViT-S/14 at one image size, its teacher's tokens, ways to vary the student."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsifiner_edge import material
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.pictures import load_picture
+from sparsifiner_edge.sparse import calibrate
+from sparsifiner_edge.sparse.attention import KeySelector, SparseAttention
+from sparsifiner_edge.sparse.models import load_model, normalise, preprocessing
+from sparsifiner_edge.sparse.order import hilbert_order, inverse
+from sparsifiner_edge.sparse.student import dense_twin, make_student
+
+Chooser = Callable[[SparseAttention, Tensor], Tensor]
+"""Another way to choose keys: (layer, qkv [1,N,3C]) -> indices int32 [1,H,T,K]."""
+
+
+def weights_file() -> Path:
+    """DINOv2 ViT-S/14 in timm's key names, unpacked once per machine."""
+    path = Path(tempfile.gettempdir()) / "sparsifiner-edge-dinov2-vits14.safetensors"
+    if not path.exists():
+        scratch = path.with_suffix(".part")
+        scratch.write_bytes(safetensors.numpy.save(material.dinov2_state()))
+        scratch.rename(path)
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity:
+    """Agreement with the dense teacher over the eight photographs.
+
+    Attributes:
+        features, patches: cosine per photograph. errors: relative error of the attention output per layer, on the
+            teacher's own activations, mean over photographs.
+    """
+
+    features: list[float]
+    patches: list[float]
+    errors: list[float]
+
+
+class Subject:
+    """A student whose settings can be changed in place; projections are kept per way of finding them."""
+
+    def __init__(self, size: int, preset: str = "edge") -> None:
+        self.size, self.preset = size, preset
+        model = load_model(material.DINOV2, weights_file(), size)
+        start = SparsityConfig.for_preset(preset, keep=0.5, channels=32 if preset == "paper" else None)
+        self.student = make_student(material.DINOV2, model, start)
+        self.model: Any = self.student.model
+        self.layers = calibrate.sparse_layers(self.model)
+        self.patches = int(model.patch_embed.num_patches)
+        pre = preprocessing(self.model)
+        self.photographs, self.calibration = (
+            [normalise(torch.from_numpy(load_picture(path, size))[None], pre) for path in paths]
+            for paths in (material.photographs(), material.calibration_pictures())
+        )
+        teacher = dense_twin(self.student).model
+        with torch.no_grad():
+            self.teacher = [teacher.forward_features(x) for x in self.photographs]
+        self._projections: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
+
+    def reorder(self, order: np.ndarray) -> None:
+        """Lay patch tokens along another curve."""
+        self.model.token_order = torch.from_numpy(order)
+        self.model.raster_order = torch.from_numpy(inverse(order))
+        self._projections.clear()
+
+    def configure(self, sparsity: SparsityConfig, source: str = "descent", keeps: list[float] | None = None) -> None:
+        """Set what is sparse, per layer where `keeps` is given, and projections found from `source`.
+
+        Args:
+            source: "weights", "moments" (whitened singular vectors from pictures), or "descent" (then refined).
+        """
+        for layer in self.layers:
+            self._set(layer, sparsity)
+        key = (source, sparsity.channels, sparsity.probe, sparsity.value_power > 0, sparsity.cells > 0)
+        if key not in self._projections:
+            self._projections[key] = self._find(source)
+        for number, layer in enumerate(self.layers):
+            layer.select.load_state_dict(self._projections[key][number])
+            if keeps:
+                self._set(layer, dataclasses.replace(sparsity, keep=keeps[number]))
+
+    def _set(self, layer: SparseAttention, sparsity: SparsityConfig) -> None:
+        layer.sparsity, layer.layout = sparsity, sparsity.layout(self.patches)
+        if isinstance(layer.select, KeySelector) and layer.select.proj_q.shape[-1] != sparsity.channels:
+            layer.select = KeySelector(layer.num_heads, layer.head_dim, sparsity.channels)
+
+    def _find(self, source: str) -> list[dict[str, Tensor]]:
+        if source == "weights":
+            calibrate.calibrate_from_weights(self.model)
+        elif source == "exact":
+            for layer in self.layers:
+                eye = torch.eye(layer.head_dim).expand(layer.num_heads, -1, -1)
+                layer.select.load_state_dict({"proj_q": eye, "proj_k": eye})
+        else:
+            passes, calibrate.PASSES = calibrate.PASSES, 0 if source == "moments" else calibrate.PASSES
+            calibrate.calibrate_from_pictures(self.model, self.calibration)
+            calibrate.PASSES = passes
+        return [{k: v.clone() for k, v in layer.select.state_dict().items()} for layer in self.layers]
+
+    @torch.no_grad()
+    def measure(self, choose: Chooser | None = None, attend: Any = None, errors: bool = True) -> Fidelity:
+        """Run the photographs; `choose` and `attend` stand in for the layers' own selection and attention."""
+        for layer in self.layers:
+            if choose:
+                layer.indices = lambda qkv, layer=layer: choose(layer, qkv)
+            if attend:
+                layer.attend = lambda qkv, layer=layer: attend(layer, qkv)
+        try:
+            cosines = [
+                F.cosine_similarity(self.model.forward_features(x), t, dim=-1)[0]
+                for x, t in zip(self.photographs, self.teacher, strict=True)
+            ]
+            found = self._layer_errors() if errors else []
+        finally:
+            for layer in self.layers:
+                layer.__dict__.pop("indices", None)
+                layer.__dict__.pop("attend", None)
+        return Fidelity([float(c[0]) for c in cosines], [float(c[1:].mean()) for c in cosines], found)
+
+    def _layer_errors(self) -> list[float]:
+        totals = np.zeros(len(self.layers))
+        changed = [layer.__dict__.pop("attend", None) for layer in self.layers]
+        for picture in self.photographs:
+            seen = list(calibrate._dense_pass(self.model, picture))
+            for number, (layer, qkv) in enumerate(seen):
+                dense = ops.dense_attention(qkv, num_heads=layer.num_heads, scale=layer.scale)
+                ours = changed[number](qkv) if changed[number] else layer.attend(qkv)
+                totals[number] += float((ours - dense).norm() / dense.norm())
+        return list(totals / len(self.photographs))
+
+
+def heads_of(layer: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Patch q, k, v [1,H,P,d]."""
+    q, k, v = (x[:, :, layer.num_prefix :] for x in ops.split_heads(qkv, layer.num_heads))
+    return q, k, v
+
+
+def from_scores(layer: SparseAttention, scores: Tensor) -> Tensor:
+    """Top keys of scores [1,H,T,P]."""
+    return ops.top_keys(scores, layer.layout.keys)
+
+
+def random_keys(layer: SparseAttention, _: Tensor) -> Tensor:
+    """Keys drawn at random for each head and tile."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, layer.num_heads, layer.layout.tiles, layer.layout.patches)
+    return from_scores(layer, torch.rand(shape, generator=generator))
+
+
+def local_window(model: Any) -> Chooser:
+    """The keys nearest to the tile's centre, the same for every image and head."""
+    width = model.patch_embed.grid_size[1]
+
+    def choose(layer: SparseAttention, _: Tensor) -> Tensor:
+        place = torch.stack([model.token_order // width, model.token_order % width], -1).float()
+        centres = ops.run_means(place, layer.sparsity.tile)
+        scores = -torch.cdist(centres, place)
+        return from_scores(layer, scores.expand(1, layer.num_heads, -1, -1))
+
+    return choose
+
+
+def true_attention(power: float | None) -> Chooser:
+    """Oracle: every query asks, at full width; the tile takes the maximum (None) or a power mean of probabilities."""
+
+    def choose(layer: SparseAttention, qkv: Tensor) -> Tensor:
+        q, k, v = heads_of(layer, qkv)
+        return from_scores(layer, _aggregate(layer, layer.scale * q @ k.mT, v, 1, power))
+
+    return choose
+
+
+def aggregated(power: float) -> Chooser:
+    """The probes' own logits, aggregated over the tile by a power mean of probabilities."""
+
+    def choose(layer: SparseAttention, qkv: Tensor) -> Tensor:
+        q, k, v = heads_of(layer, qkv)
+        select, probe = layer.select, layer.sparsity.probe
+        logits = ops.probe_logits(q, k, select.proj_q, select.proj_k, probe=probe, scale=layer.scale)
+        return from_scores(layer, _aggregate(layer, logits, v, probe, power))
+
+    return choose
+
+
+def _aggregate(layer: SparseAttention, logits: Tensor, v: Tensor, probe: int, power: float | None) -> Tensor:
+    scores = logits.log_softmax(-1)
+    per_tile = layer.sparsity.tile // probe
+    padded = F.pad(scores, (0, 0, 0, -scores.shape[2] % per_tile), value=-math.inf).unflatten(2, (-1, per_tile))
+    best = padded.amax(3) if power is None else (power * padded).logsumexp(3) / power
+    deviation = ops.value_deviation(v, layer.layout.cell).log()[:, :, None]
+    return best + layer.sparsity.value_power * deviation
+
+
+def reused(stride: int) -> Chooser:
+    """Only every `stride`-th layer chooses; the layers after it read the same keys."""
+    lists: dict[str, Tensor] = {}
+    count = 0
+
+    def choose(layer: SparseAttention, qkv: Tensor) -> Tensor:
+        nonlocal count
+        if count % stride == 0:
+            lists["last"] = SparseAttention.indices(layer, qkv)
+        count += 1
+        return lists["last"]
+
+    return choose
+
+
+def cell_means(over: str, temperature: float = 1.0) -> Callable[[SparseAttention, Tensor], Tensor]:
+    """Attention whose cells average all their tokens (over="all") or those not selected, logits over a temperature."""
+
+    def attend(layer: SparseAttention, qkv: Tensor) -> Tensor:
+        q, k, v = heads_of(layer, qkv)
+        layout, tile = layer.layout, layer.sparsity.tile
+        mask = torch.zeros(1, layer.num_heads, layout.tiles, layout.patches)
+        mask.scatter_(3, layer.indices(qkv).long(), 1.0)
+        logits = (layer.scale * q @ k.mT).masked_fill(
+            mask.repeat_interleave(tile, 2)[:, :, : q.shape[2]] == 0, -math.inf
+        )
+        member = F.one_hot(torch.arange(layout.patches) // layout.cell, layout.cells).float()
+        rest = (1 - mask) @ member
+        weights = (torch.ones_like(mask) if over == "all" else 1 - mask)[..., None] * member
+        weights = weights / weights.sum(3, keepdim=True).clamp_min(1)
+        keys, values = (torch.einsum("bhtpr,bhpd->bhtrd", weights, x) for x in (k, v))
+        tiles = ops._runs(q, tile)
+        cells = layer.scale * tiles @ keys.mT / temperature + rest.log()[:, :, :, None]
+        cells = cells.flatten(2, 3)[:, :, : q.shape[2]]
+        full_k, full_v = (x[:, :, : layer.num_prefix] for x in ops.split_heads(qkv, layer.num_heads)[1:])
+        parts = [layer.scale * q @ full_k.mT, logits, cells]
+        shares = torch.cat(parts, -1).softmax(-1).split([p.shape[-1] for p in parts], -1)
+        spread = ops._runs(shares[2], tile) @ values
+        out = shares[0] @ full_v + shares[1] @ v + spread.flatten(2, 3)[:, :, : q.shape[2]]
+        all_q, all_k, all_v = ops.split_heads(qkv, layer.num_heads)
+        prefix = F.scaled_dot_product_attention(all_q[:, :, : layer.num_prefix], all_k, all_v, scale=layer.scale)
+        return torch.cat([prefix, out], 2).transpose(1, 2).flatten(2)
+
+    return attend
+
+
+def tile_squares(height: int, width: int, side: int = 4) -> np.ndarray:
+    """Squares of side x side in raster order, raster within each: exact squares but at ragged edges."""
+    y, x = np.divmod(np.arange(height * width), width)
+    return np.lexsort((x, y, x // side, y // side))
+
+
+def raster(height: int, width: int) -> np.ndarray:
+    """Row by row."""
+    return np.arange(height * width)
+
+
+def serpentine_strips(height: int, width: int, side: int = 4) -> np.ndarray:
+    """Strips of `side` rows, walked column by column, forth and back: runs are near squares on any grid."""
+    strips = max(1, round(height / side))
+    edges = np.linspace(0, height, strips + 1).round().astype(int)
+    path = []
+    for number in range(strips):
+        rows = np.arange(edges[number], edges[number + 1])
+        columns = range(width) if number % 2 == 0 else range(width - 1, -1, -1)
+        for step, column in enumerate(columns):
+            path += [row * width + column for row in (rows if step % 2 == 0 else rows[::-1])]
+    return np.array(path)
+
+
+ORDERS = {"Hilbert": hilbert_order, "squares 4 x 4": tile_squares, "strips of 4": serpentine_strips, "raster": raster}
