@@ -73,7 +73,7 @@ class SparsityConfig:
     basis_threshold: float = 0.02
 
     def __post_init__(self) -> None:
-        _require(self.preset in PRESETS, f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
+        _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
         _require(
             isinstance(self.keep, (int, float)) and 0 < self.keep <= 1,
             f"keep is {self.keep!r}, outside (0, 1].",

@@ -23,7 +23,8 @@ class Outcome(NamedTuple):
 
 def process(*arguments: Any, **options: Any) -> Outcome:
     """Run the command line in a process of its own."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | options.pop("env", {})
+    # One thread: on a busy machine those of torch wait for one another longer than the small models take.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | options.pop("env", {})
     done = subprocess.run(
         [*PROGRAM, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, **options
     )

@@ -753,7 +753,8 @@ def test_a_signal_at_any_moment(
         assert command == "sparsify" or open_bundle(target)
     else:
         assert run.returncode == 128 + number, remarks
-        assert remarks.strip() == "error: interrupted; nothing half-written was left."
+        # Before it, NumPy may say that its import was cut short.
+        assert remarks.endswith("error: interrupted; nothing half-written was left.\n")
         assert out == ""
         assert snapshot(target) == before
 

@@ -14,6 +14,7 @@ import pytest
 
 import sparsifiner_edge
 from sparsifiner_edge.cli.main import COMMANDS
+from sparsifiner_edge.ops.document import operators_markdown
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / ".venv" / "bare" / "bin" / "python"
@@ -105,3 +106,7 @@ def test_requirements_are_ranges() -> None:
     assert all("==" not in requirement.partition(";")[0] for requirement in wanted)
     base = {re.split(r"[^\w-]", r)[0] for r in wanted if "extra ==" not in r}
     assert base == {"click", "numpy", "onnx", "rich"}
+
+
+def test_the_operators_page_is_that_of_the_schema() -> None:
+    assert (ROOT / "docs" / "operators.md").read_text(encoding="utf-8") == operators_markdown()

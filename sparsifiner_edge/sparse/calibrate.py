@@ -2,8 +2,9 @@
 
 Both ways find, per head, the rank-c matrices that best preserve probe-query . key products: with moments
 M_q = E[a a^T] of probe means and M_k = E[(k - mean)(k - mean)^T] of keys (a constant shift of all keys changes no
-ranking), the singular vectors of M_q^1/2 M_k^1/2. A short gradient descent then lowers the Kullback-Leibler divergence
-between the true and the predicted choice on the same pictures.
+ranking), the singular vectors of M_q^1/2 M_k^1/2. A short gradient descent on the same pictures then lowers the
+Kullback-Leibler divergence from what the queries of a probe want, to what the predictor answers for their mean. What
+they want is the maximum of their attention: a key that one of them needs must be read for all.
 
 The preset "paper" shares its projections between the heads and starts from pooled landmarks: runs of the Hilbert curve,
 each read and written as one, so that it is of use before training too.
@@ -26,7 +27,7 @@ from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
 PASSES = 2
 STEPS_PER_PICTURE = 8
-PROBES_PER_STEP = 96
+PROBES_PER_STEP = 64
 LEARNING_RATE = 0.06
 """Relative to the mean absolute entry of a projection."""
 
@@ -192,12 +193,16 @@ class _Learner:
         attention = self.attention
         q, k, v = _patch_heads(attention, qkv)
         bonus = attention.sparsity.value_power / 2 * ops.value_deviation(v, attention.layout.cell).log()[:, :, None]
-        probes = ops.run_means(q, attention.sparsity.probe)
+        # A ragged last probe is left out: its filling would want keys too.
+        runs = q[:, :, : q.shape[2] // attention.sparsity.probe * attention.sparsity.probe]
+        runs = runs.unflatten(2, (-1, attention.sparsity.probe))
         for _ in range(STEPS_PER_PICTURE):
-            some = torch.randperm(probes.shape[2], generator=generator)[:PROBES_PER_STEP].to(probes.device)
-            asking = probes[:, :, some]
+            some = torch.randperm(runs.shape[2], generator=generator)[:PROBES_PER_STEP].to(runs.device)
+            queries = runs[:, :, some]
+            asking = queries.mean(3)
+            wanted = (attention.scale * queries @ k[:, :, None].mT).log_softmax(-1).amax(3)
+            true = (wanted + bonus).log_softmax(-1)
             with torch.enable_grad():
-                true = (attention.scale * asking @ k.mT + bonus).log_softmax(-1)
                 guess = ops.probe_logits(asking, k, self.weights[0], self.weights[1], probe=1, scale=attention.scale)
                 loss = F.kl_div((guess + bonus).log_softmax(-1), true, reduction="sum", log_target=True)
                 (loss / asking.shape[2]).backward()

@@ -1,0 +1,49 @@
+"""`docs/operators.md`, written from the schemas: `python -m sparsifiner_edge.ops.document > docs/operators.md`."""
+
+from __future__ import annotations
+
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT, VERSION, Operator
+
+_HEAD = f"""# Operators
+
+ONNX domain `{DOMAIN}`, version {VERSION}, frozen: a change of meaning makes a new version.
+
+A file that uses these operators carries a function body of standard operators (operator set 20) for each, so any ONNX
+runtime can run it; a runtime in which a native library is registered runs that instead. Each operator has one output,
+and no optional inputs or outputs. `B` batch, `N` tokens, `C` channels, `H` heads, `d = C / H`, `P = N - num_prefix`
+patches, `T = ceil(P / tile)` tiles, `K` keys, `c` predictor channels, `L` landmarks. `qkv` is after bias, qk-norm and
+rotary embedding; its last axis is q, k, v, each H x d.
+
+- **Ragged ends.** The last probe, tile and cell may be short: only real tokens enter means, softmax, maxima and counts.
+- **Indices** are strictly ascending; ties go to the lower index; NaN counts as -inf. Given other indices a kernel
+  returns unspecified values but never touches memory outside its tensors.
+- **Limit.** K at most {TOPK_LIMIT}, which is what TensorRT's TopK takes; export checks it.
+- **Agreement.** Attention outputs lie within the tolerance below, relative to the range of the output. A selection
+  agrees when every selected score is at least the reference's K-th score less the tolerance. Each backend repeats itself
+  bit for bit.
+
+This page is written from `sparsifiner_edge/ops/schema.py` (`python -m sparsifiner_edge.ops.document`).
+"""
+
+
+def operators_markdown() -> str:
+    """The page, one section per operator."""
+    return "\n".join([_HEAD, *(_section(op) for op in OPERATORS.values())])
+
+
+def _section(op: Operator) -> str:
+    inputs = "\n".join(f"| `{t.name}` | {', '.join(t.dtypes)} | [{', '.join(t.axes)}] | {t.doc} |" for t in op.inputs)
+    attributes = "\n".join(f"| `{a.name}` | {a.type.__name__} | {a.minimum:g} | {a.doc} |" for a in op.attributes)
+    tolerances = ", ".join(f"{dtype} {value:g}" for dtype, value in op.tolerances.items())
+    output = op.output
+    return (
+        f"## {op.name}\n\n{op.doc}\n\n"
+        f"| input | types | shape | |\n| --- | --- | --- | --- |\n{inputs}\n\n"
+        f"| attribute | type | least | |\n| --- | --- | --- | --- |\n{attributes}\n\n"
+        f"Output `{output.name}` ({', '.join(output.dtypes)}) [{', '.join(output.axes)}]: {output.doc}. "
+        f"Tolerance: {tolerances}.\n"
+    )
+
+
+if __name__ == "__main__":
+    print(operators_markdown(), end="")
