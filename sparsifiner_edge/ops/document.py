@@ -1,4 +1,4 @@
-"""`docs/operators.md`, written from the schemas: `python -m sparsifiner_edge.ops.document > docs/operators.md`."""
+"""`docs/operators.md` from the schemas: `python -m sparsifiner_edge.ops.document > docs/operators.md`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _HEAD = f"""# Operators
 
 ONNX domain `{DOMAIN}`, version {VERSION}, frozen: a change of meaning makes a new version.
 
-A file that uses these operators carries a function body of standard operators (operator set 20) for each, so any ONNX
-runtime can run it; a runtime in which a native library is registered runs that instead. Each operator has one output,
-and no optional inputs or outputs. `B` batch, `N` tokens, `C` channels, `H` heads, `d = C / H`, `P = N - num_prefix`
+A file that uses these operators carries a function body of standard operators (operator set 20) for each, so any
+ONNX runtime can run it; a runtime in which a native library is registered runs that instead. Each operator has one
+output, and no optional inputs or outputs. `B` batch, `N` tokens, `C` channels, `H` heads, `d = C / H`, `P = N - num_prefix`
 patches, `T = ceil(P / tile)` tiles, `K` keys, `c` predictor channels, `L` landmarks. `qkv` is after bias, qk-norm and
 rotary embedding; its last axis is q, k, v, each H x d.
 
@@ -19,8 +19,8 @@ rotary embedding; its last axis is q, k, v, each H x d.
   returns unspecified values but never touches memory outside its tensors.
 - **Limit.** K at most {TOPK_LIMIT}, which is what TensorRT's TopK takes; export checks it.
 - **Agreement.** Attention outputs lie within the tolerance below, relative to the range of the output. A selection
-  agrees when every selected score is at least the reference's K-th score less the tolerance. Each backend repeats itself
-  bit for bit.
+  agrees when every selected score is at least the reference's K-th score less the tolerance. Each backend repeats
+  itself bit for bit.
 
 This page is written from `sparsifiner_edge/ops/schema.py` (`python -m sparsifiner_edge.ops.document`).
 """

@@ -22,10 +22,6 @@ class KeySelector(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, channels: int) -> None:
         super().__init__()
-        if channels > head_dim:
-            raise ConfigError(
-                f"channels {channels} exceed the head dimension {head_dim}.", f"Give at most {head_dim} channels."
-            )
         self.proj_q = nn.Parameter(torch.zeros(num_heads, head_dim, channels))
         self.proj_k = nn.Parameter(torch.zeros(num_heads, head_dim, channels))
 
@@ -169,6 +165,11 @@ def make_dense(attention: Attention) -> None:
 
 def make_sparse(attention: Attention, sparsity: SparsityConfig, layout: Layout, num_prefix: int) -> None:
     """Turn a timm attention, in place, into `SparseAttention` with zero projections (see `calibrate.py`)."""
+    if sparsity.channels > attention.head_dim:
+        raise ConfigError(
+            f"channels {sparsity.channels} exceed the head dimension {attention.head_dim}.",
+            f"Give at most {attention.head_dim} channels.",
+        )
     if sparsity.preset == "paper":
         tokens = layout.patches + num_prefix
         landmarks = tokens // sparsity.landmark_factor

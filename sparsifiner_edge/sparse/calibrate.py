@@ -27,7 +27,7 @@ from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
 PASSES = 2
 STEPS_PER_PICTURE = 8
-PROBES_PER_STEP = 64
+QUERIES_PER_STEP = 256
 LEARNING_RATE = 0.06
 """Relative to the mean absolute entry of a projection."""
 
@@ -197,10 +197,12 @@ class _Learner:
         runs = q[:, :, : q.shape[2] // attention.sparsity.probe * attention.sparsity.probe]
         runs = runs.unflatten(2, (-1, attention.sparsity.probe))
         for _ in range(STEPS_PER_PICTURE):
-            some = torch.randperm(runs.shape[2], generator=generator)[:PROBES_PER_STEP].to(runs.device)
+            few = QUERIES_PER_STEP // attention.sparsity.probe
+            some = torch.randperm(runs.shape[2], generator=generator)[:few].to(runs.device)
             queries = runs[:, :, some]
             asking = queries.mean(3)
-            wanted = (attention.scale * queries @ k[:, :, None].mT).log_softmax(-1).amax(3)
+            each = (attention.scale * queries.flatten(2, 3) @ k.mT).log_softmax(-1)
+            wanted = each.unflatten(2, queries.shape[2:4]).amax(3)
             true = (wanted + bonus).log_softmax(-1)
             with torch.enable_grad():
                 guess = ops.probe_logits(asking, k, self.weights[0], self.weights[1], probe=1, scale=attention.scale)
