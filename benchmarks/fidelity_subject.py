@@ -72,6 +72,7 @@ class Subject:
         teacher = dense_twin(self.student).model
         with torch.no_grad():
             self.teacher = [teacher.forward_features(x) for x in self.photographs]
+        self._small: Subject | None = None
         self._projections: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
 
     def reorder(self, order: np.ndarray) -> None:
@@ -84,13 +85,14 @@ class Subject:
         """Set what is sparse, per layer where `keeps` is given, and projections found from `source`.
 
         Args:
-            source: "weights", "moments" (whitened singular vectors from pictures), or "descent" (then refined).
+            source: "weights", "moments" (whitened singular vectors from pictures), "descent" (then refined), both at
+                224 px at most; "at size" (descent at this size); or "exact" (all channels).
         """
         for layer in self.layers:
             self._set(layer, sparsity)
         key = (source, sparsity.channels, sparsity.probe, sparsity.value_power > 0, sparsity.cells > 0)
         if key not in self._projections:
-            self._projections[key] = self._find(source)
+            self._projections[key] = self._find(source, sparsity)
         for number, layer in enumerate(self.layers):
             layer.select.load_state_dict(self._projections[key][number])
             if keeps:
@@ -101,7 +103,11 @@ class Subject:
         if isinstance(layer.select, KeySelector) and layer.select.proj_q.shape[-1] != sparsity.channels:
             layer.select = KeySelector(layer.num_heads, layer.head_dim, sparsity.channels)
 
-    def _find(self, source: str) -> list[dict[str, Tensor]]:
+    def _find(self, source: str, sparsity: SparsityConfig) -> list[dict[str, Tensor]]:
+        if source in ("moments", "descent") and self.size > 224 and self.preset == "edge":
+            self._small = self._small or Subject(224)
+            self._small.configure(dataclasses.replace(sparsity, cells=min(sparsity.cells, 16)), source)
+            return [layer.select.state_dict() for layer in self._small.layers]
         if source == "weights":
             calibrate.calibrate_from_weights(self.model)
         elif source == "exact":

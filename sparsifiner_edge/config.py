@@ -63,8 +63,8 @@ class SparsityConfig:
     preset: str = "edge"
     keep: float = 0.25
     tile: int = 16
-    probe: int = 4
-    channels: int = 16
+    probe: int = 8
+    channels: int = 24
     cells: int = 16
     value_power: float = 2.0
     dense_layers: tuple[int, ...] = ()

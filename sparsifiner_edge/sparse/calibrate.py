@@ -27,7 +27,7 @@ from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
 PASSES = 2
 STEPS_PER_PICTURE = 8
-QUERIES_PER_STEP = 256
+QUERIES_PER_STEP = 128
 LEARNING_RATE = 0.06
 """Relative to the mean absolute entry of a projection."""
 
