@@ -57,7 +57,7 @@ def command(
 
 def _print(result: dict[str, Any]) -> None:
     roles = [subject["role"] for subject in result["subjects"]]
-    names = [subject["name"] for subject in result["subjects"]]
+    names = [Path(subject["path"]).name for subject in result["subjects"]]
     figures = [result["statistics"][role] for role in roles]
     rows = [[label, *(_cell(figure, *path) for figure in figures)] for label, path in _ROWS]
     described = [result["method"]["runtime"][role] for role in roles]

@@ -112,7 +112,7 @@ def profile_bundle(
     samples = {side.role: {"latency_ms": _latency(side)} for side in sides}
     figures: dict[str, Any] = {side.role: _figures(side, memory[side.role]) for side in sides}
     if len(sides) == 2:
-        figures["comparison"] = _compare(sides, [subject["name"] for subject in subjects])
+        figures["comparison"] = _compare(sides, _names(subjects))
     method = _method(settings, sides, order, descriptions)
     return new_result("comparison" if against is not None else "profile", subjects, method, samples, figures)
 
@@ -233,8 +233,17 @@ def _compare(sides: list[_Side], names: list[str]) -> dict[str, Any]:
     }
 
 
+def _names(subjects: list[dict[str, Any]]) -> list[str]:
+    """Two names that differ: the models', else the folders', else by place."""
+    for key in ("name", "path"):
+        names = [Path(subject[key]).name for subject in subjects]
+        if names[0] != names[1]:
+            return names
+    return [f"{names[0]} (first)", f"{names[1]} (second)"]
+
+
 def _sentence(verdict: str, names: list[str], ratio: float, low: float | None, high: float | None) -> str:
-    subject, against = names if names[0] != names[1] else (f"{names[0]} (first)", f"{names[1]} (second)")
+    subject, against = names
     if low is None or high is None:
         return f"No difference shown between {subject} and {against}: too few independent rounds; measure longer."
     interval = f"95 % interval {low:.3f} to {high:.3f}"
