@@ -1,7 +1,8 @@
 """Fidelity of untrained students: what to select, and what to do with the rest.
 
     python benchmarks/fidelity.py                      the defaults at 224 and 518 px, beside what is required
-    python benchmarks/fidelity.py --all [-o FOLDER]    every variant, at 224, 518 and 1036 px: table, picture, JSON
+    python benchmarks/fidelity.py --all [-o FOLDER]    every variant, at 224, 518 and 1036 px: table, picture, JSON;
+                                                       begun again with the same FOLDER, it goes on where it was
 
 Cosine to dense DINOv2 ViT-S/14 over eight photographs, calibrated on other pictures (`sparsifiner_edge.material`).
 "keys" is the share of all keys that a query reads, background included; "MACs" counts predictor, attention and cells
@@ -12,6 +13,7 @@ over the layers.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,7 @@ CELLS = {224: 16, 518: 25, 1036: 49}
 REQUIRED = {(224, 0.25, 16): 0.993, (224, 0.10, 16): 0.975, (518, 0.10, 25): 0.987, (518, 0.05, 49): 0.980}
 """Patch cosine that this project aims at, by size, keep and cells."""
 ALL_SIZES = (224, 518, 1036)
+PAPER = "paper preset, pooled start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,9 @@ DEFAULT = Variant("default", "edge", sizes=ALL_SIZES)
 def variants() -> list[Variant]:
     """Every variant that was tried."""
     rows = [DEFAULT]
+    # The required settings that are not a size's default.
+    rows += [Variant("default", "keep 0.1", {"keep": 0.1}, sizes=(224,))]
+    rows += [Variant("default", "keep 0.05, 49 cells", {"keep": 0.05, "cells": 49}, sizes=(518,))]
     rows += [
         Variant("keep", f"keep {k}", {"keep": k}, sizes=ALL_SIZES if k < 0.2 else (224, 518))
         for k in (0.5, 0.25, 0.1, 0.05)
@@ -183,7 +189,7 @@ def paper_preset(size: int) -> dict[str, Any]:
     costs = layer_costs(shape, sparsity)
     return {
         "group": "baselines",
-        "name": "paper preset, pooled start",
+        "name": PAPER,
         "size": size,
         "sparsity": sparsity.to_dict(),
         "projections": "moments",
@@ -211,22 +217,31 @@ def defaults() -> list[dict[str, Any]]:
     return rows
 
 
-def everything() -> list[dict[str, Any]]:
-    """Every variant at its sizes, one subject per size and order."""
-    rows = defaults()
-    for size in ALL_SIZES:
+def everything(sizes: tuple[int, ...], kept: Path | None) -> list[dict[str, Any]]:
+    """Every variant at its sizes; rows already in the file `kept` are not run again, new ones are added to it."""
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept and kept.exists() else []
+    done = {(row["size"], row["group"], row["name"]) for row in rows}
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        show([row])
+        if kept:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    for size in sizes:
         for order in ORDERS:
             chosen = [v for v in variants() if size in v.sizes and v.order == order]
+            chosen = [v for v in chosen if (size, v.group, v.name) not in done]
             if not chosen:
                 continue
             subject = Subject(size)
             subject.reorder(ORDERS[order](*subject.model.patch_embed.grid_size))
             for variant in chosen:
-                rows.append(run(variant, subject))
-                show([rows[-1]])
-        if size < 1000:
-            rows += [paper_preset(size), merged_tokens(size)]
-            show(rows[-2:])
+                add(run(variant, subject))
+        if size < 1000 and (size, "baselines", PAPER) not in done:
+            add(paper_preset(size))
+            add(merged_tokens(size))
     return rows
 
 
@@ -313,12 +328,15 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @click.command()
 @click.option("--all", "every", is_flag=True, help="Every variant; about half an hour on two cores.")
+@click.option("--size", "sizes", type=int, multiple=True, help="Image sizes, with --all; by default all three.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for fidelity.json and fidelity.png.")
-def main(every: bool, output: Path | None) -> None:
-    rows = everything() if every else defaults()
-    table(rows)
+def main(every: bool, sizes: tuple[int, ...], output: Path | None) -> None:
     if output:
         output.mkdir(parents=True, exist_ok=True)
+    kept = output / "fidelity.rows.jsonl" if output else None
+    rows = everything(sizes or ALL_SIZES, kept) if every else defaults()
+    table(rows)
+    if output:
         write_result(output / "fidelity.json", result(rows))
         picture(rows, output / "fidelity.png")
 

@@ -29,6 +29,10 @@ Chooser = Callable[[SparseAttention, Tensor], Tensor]
 """Another way to choose keys: (layer, qkv [1,N,3C]) -> indices int32 [1,H,T,K]."""
 
 
+ERROR_PICTURES = 3
+"""Photographs that the errors per layer are found on."""
+
+
 def weights_file() -> Path:
     """DINOv2 ViT-S/14 in timm's key names, unpacked once per machine."""
     path = Path(tempfile.gettempdir()) / "sparsifiner-edge-dinov2-vits14.safetensors"
@@ -45,7 +49,7 @@ class Fidelity:
 
     Attributes:
         features, patches: cosine per photograph. errors: relative error of the attention output per layer, on the
-            teacher's own activations, mean over photographs.
+            teacher's own activations, mean over the first three photographs.
     """
 
     features: list[float]
@@ -143,13 +147,13 @@ class Subject:
     def _layer_errors(self) -> list[float]:
         totals = np.zeros(len(self.layers))
         changed = [layer.__dict__.pop("attend", None) for layer in self.layers]
-        for picture in self.photographs:
+        for picture in self.photographs[:ERROR_PICTURES]:
             seen = list(calibrate._dense_pass(self.model, picture))
             for number, (layer, qkv) in enumerate(seen):
                 dense = ops.dense_attention(qkv, num_heads=layer.num_heads, scale=layer.scale)
                 ours = changed[number](qkv) if changed[number] else layer.attend(qkv)
                 totals[number] += float((ours - dense).norm() / dense.norm())
-        return list(totals / len(self.photographs))
+        return list(totals / len(self.photographs[:ERROR_PICTURES]))
 
 
 def heads_of(layer: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,131 @@
+"""Preset "paper": the published method, exactly, through the same path as ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.ops import reference
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, sparse_layers
+from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
+from tests.models import images, student, vit
+
+PAPER = SparsityConfig.for_preset("paper", keep=0.25, channels=16)
+HEADS, TOKENS, WIDTH, CHANNELS, LANDMARKS = 6, 197, 64, 32, 32
+
+
+def random_inputs(seed: int) -> tuple[torch.Tensor, ...]:
+    """qkv and weights of DeiT-S's size, drawn as the published code initialises them, but livelier."""
+    torch.manual_seed(seed)
+    reduce = [torch.nn.Linear(WIDTH, CHANNELS) for _ in range(2)]
+    weights = [p.detach() for layer in reduce for p in (layer.weight, layer.bias)]
+    down, up = 0.3 * torch.randn(TOKENS, LANDMARKS), 0.02 * torch.randn(TOKENS, LANDMARKS)
+    return (2 * torch.randn(1, TOKENS, 3 * HEADS * WIDTH), *weights, down, up)
+
+
+def published_mask(inputs: tuple[torch.Tensor, ...], keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and mask [1,H,N-1,N] by the published steps, one at a time, with masks as published."""
+    qkv, proj_q, bias_q, proj_k, bias_k, down, up = inputs
+    q, k, _ = qkv.view(1, TOKENS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
+    cheap = F.linear(q, proj_q, bias_q) @ (F.linear(k, proj_k, bias_k).transpose(-1, -2) @ down) * HEADS**-0.5
+    coefficients = cheap[:, :, 1:].softmax(-1)
+    best, where = coefficients.topk(8)
+    coefficients = torch.zeros_like(coefficients).scatter(-1, where, best)
+    scores = coefficients @ F.threshold(up.abs(), 0.02, 0.0).T
+    return scores, torch.zeros_like(scores).scatter(-1, scores.topk(keys).indices, 1.0)
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.25, 0.1, 0.05, 0.01])
+def test_lists_are_the_published_ones_where_scores_decide(keep: float) -> None:
+    keys = PAPER.layout(196).keys if keep == 0.25 else SparsityConfig.for_preset("paper", keep=keep).layout(196).keys
+    settings = {"num_heads": HEADS, "scale": HEADS**-0.5, "top_coefficients": 8, "basis_threshold": 0.02}
+    inputs = random_inputs(int(100 * keep))
+    scores, mask = published_mask(inputs, keys)
+    ordered = scores.sort(-1, descending=True).values
+    decided = ordered[..., keys - 1] - ordered[..., keys] > 1e-6
+    # The published basis is sparse: with many keys kept, zero scores tie in most rows.
+    assert decided.float().mean() > (0.05 if keep > 0.4 else 0.9)
+    arrays = [x.numpy() for x in inputs]
+    for lists in (
+        ops.landmark_key_select(*inputs, keys=keys, **settings),
+        torch.from_numpy(reference.landmark_key_select(*arrays, keys=keys, **settings)),
+    ):
+        ours = torch.zeros_like(scores).scatter(-1, lists.long(), 1.0)
+        assert bool((ours == mask).all(-1)[decided].all())
+
+
+def test_training_form_is_signed_unthresholded_and_differentiable() -> None:
+    qkv, *weights, up = (x.requires_grad_() for x in random_inputs(0))
+    q, k, _ = ops.split_heads(qkv, HEADS)
+    rows = ops.landmark_attention(q, k, *weights, up, scale=HEADS**-0.5)
+    assert rows.shape == (1, HEADS, TOKENS - 1, TOKENS)
+    assert (rows < 0).any()
+    coefficients = ops.landmark_coefficients(q, k, *weights, scale=HEADS**-0.5)
+    torch.testing.assert_close(coefficients.sum(-1), torch.ones(1, HEADS, TOKENS - 1))
+    torch.testing.assert_close(rows, coefficients @ up.T)
+    rows.square().sum().backward()
+    assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in (*weights, up))
+
+
+def test_attention_reads_listed_tokens_alone() -> None:
+    """Against the masked softmax of the paper, class token's row dense and its column not forced in."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 26, 3 * 2 * 8)
+    lists = torch.stack([torch.randperm(26)[:5].sort().values for _ in range(2 * 2 * 25)]).view(2, 2, 25, 5).int()
+    out = ops.sparse_attention(
+        qkv, lists, num_heads=2, num_prefix=1, tile=1, cell=0, scale=0.3, prefix_keys=0
+    )  # fmt: skip
+    mask = torch.zeros(2, 2, 25, 26).scatter(-1, lists.long(), 1.0)
+    mask = torch.cat([torch.ones(2, 2, 1, 26), mask], 2).bool()
+    q, k, v = ops.split_heads(qkv, 2)
+    weights = (0.3 * q @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1)
+    torch.testing.assert_close(out, (weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_from_student_to_bundle(tmp_path: Path) -> None:
+    made = student(sparsity=PAPER)
+    layer = sparse_layers(made.model)[0]
+    assert layer.select.down.shape == (101, 101 // 6)
+    assert layer.layout.keys == 26  # of 101 tokens, class token included
+    calibrate_from_pictures(made.model, [images(made.model, 1)])
+    folder = save_student(made, tmp_path / "s")
+    again = load_student(folder)
+    x = images(made.model)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(x), made.model(x), rtol=0, atol=0)
+        dense = dense_twin(made).model.forward_features(x)
+        assert F.cosine_similarity(made.model.forward_features(x), dense, dim=-1).mean() > 0.7
+    manifest = open_bundle(export_bundle(folder, tmp_path / "b", batch="dynamic"))
+    assert set(manifest["ops"]) == {"sparsifiner::LandmarkKeySelect", "sparsifiner::SparseAttention"}
+    assert manifest["sparsity"]["preset"] == "paper"
+    assert manifest["check"]["selected_indices"] == 4 * 6 * 2 * 100 * 26
+    assert manifest["costs"]["predictor_macs"] > 0
+
+
+def test_pooled_start_reads_the_class_token_everywhere() -> None:
+    made = student(sparsity=PAPER)
+    layer = sparse_layers(made.model)[2]
+    lists = layer.indices(torch.randn(1, 101, 192))
+    assert bool((lists[..., 0] == 0).all())
+    assert np.isclose(float(layer.select.down.detach().sum(0)[0]), 1.0)
+
+
+def test_what_does_not_go_with_the_paper() -> None:
+    with pytest.raises(ConfigError, match="cells is 4, but the preset 'paper' has 0"):
+        SparsityConfig.for_preset("paper", cells=4)
+    with pytest.raises(ConfigError, match="needs one class token"):
+        student("deit_tiny_distilled_patch16_224", PAPER)
+    with pytest.raises(ConfigError, match="landmarks"):
+        student("test_vit", PAPER, img_size=96)
+    with pytest.raises(ConfigError, match="preset is 'none'"):
+        SparsityConfig.for_preset("none")
+    assert type(vit()).__name__ == "VisionTransformer"
