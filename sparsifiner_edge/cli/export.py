@@ -44,7 +44,11 @@ def command(
     check = manifest["check"]
     for name, found in check["outputs"].items():
         error, least = found["error_relative_to_range"], found["least_row_cosine"]
-        click.echo(f"{name}: differs from torch by {error:.1e} of its range, least cosine {least:.7f}")
+        equal = found["error_with_equal_selection"]
+        click.echo(
+            f"{name}: differs from torch by {error:.1e} of its range ({equal:.1e} with the same keys), "
+            f"least cosine {least:.7f}"
+        )
     if check["selected_indices"]:
         click.echo(f"selected keys: {check['differing_indices']} of {check['selected_indices']} differ from torch")
     ops = ", ".join(manifest["ops"]) or "none: plain dense attention in standard operators"
