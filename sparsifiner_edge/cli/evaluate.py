@@ -48,12 +48,12 @@ def command(
             backend=backend,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    if output is not None:
-        write_result(output, result)
     if as_json:
         print_json(result)
-        return
-    print_evaluation(result)
+    else:
+        print_evaluation(result)
+    if output is not None:  # Last: a full disk should not cost the reader the figures.
+        write_result(output, result)
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

@@ -47,12 +47,12 @@ def command(
         result = profile_bundle(
             bundle, backend, against=against, rules=rules, threads=threads, seconds=seconds, progress=show
         )
-    if output is not None:
-        write_result(output, result)
     if as_json:
         print_json(result)
     else:
         _print(result)
+    if output is not None:  # Last: a full disk should not cost the reader the figures.
+        write_result(output, result)
 
 
 def _print(result: dict[str, Any]) -> None:
