@@ -46,6 +46,8 @@ def main(img_size: int, keep: float, cells: int, seconds: float, output: Path | 
         sparse = export_bundle(student, folder / "sparse")
         dense = export_bundle(material.DINOV2, folder / "dense", **options)
         result = profile_bundle(sparse, against=dense, seconds=seconds)
+        for subject in result["subjects"]:
+            subject["path"] = Path(subject["path"]).name  # the folder is gone when this is read
         result["statistics"]["operators"] = {b.name: operator_times(b, img_size) for b in (sparse, dense)}
     click.echo(result["statistics"]["comparison"]["sentence"])
     for bundle, times in result["statistics"]["operators"].items():
