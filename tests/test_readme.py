@@ -55,7 +55,8 @@ def test_make_demo(tmp_path: Path) -> None:
         f"BIN={Path(sys.executable).parent}",
     ]
     out = run(command, ROOT)
-    assert "patch cosine" in out or "patch" in out
+    assert "518 px, keep 0.10, 25 cells" in out
+    assert "Kernels: function bodies." in out
     result = read_result(tmp_path / "demo" / "result.json")
     found = list(result["statistics"].values())
     assert found[0]["patches_cosine"] >= 0.988

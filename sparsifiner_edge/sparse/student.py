@@ -80,7 +80,7 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
     """Learn the predictor from at most 32 pictures below `folder`, evenly taken.
 
     The preset "edge" learns at no more than 16 patches a side and keeps what it learnt at any size: that is faster, and
-    on held-out photographs better than learning at the larger size (benchmarks/results/fidelity).
+    no worse on held-out photographs than learning at the larger size (benchmarks/results/fidelity, row "at size").
 
     Raises:
         PictureError: no pictures, or one of those taken cannot be read.

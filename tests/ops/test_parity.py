@@ -76,7 +76,6 @@ def test_ties_go_to_the_lower_index_and_nan_loses(run: Any) -> None:
     qkv[:, prefix + 100, 2 * width :] = np.nan
     got = run(poisoned, [qkv, proj_q, proj_k])
     np.testing.assert_array_equal(got, run_reference(poisoned, [qkv, proj_q, proj_k]))
-    assert got.max() < 55 or got.min() >= 0
     assert not np.isin(got, np.arange(55, 110)).any()
 
 

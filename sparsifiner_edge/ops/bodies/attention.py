@@ -80,13 +80,22 @@ _CELLS = f"""
 
 def _shared(prefix: bool, cells: bool) -> str:
     """Attention over what all tiles share (prefix, cells) and over each tile's list -> `patch_out` [B,H,P,d]."""
-    keys, values = [], []
-    if prefix:
-        keys.append("k_prefix")
-        values.append("v_prefix")
-    if cells:
-        keys.append("k_cells")
-        values.append("v_cells")
+    if not prefix and not cells:
+        return f"""
+        weights = Softmax <axis = -1> (listed_logits)
+        own = CastLike (weights, qkv)
+        tiles_out = MatMul (own, v_listed){_CROP}"""
+    lines = _shared_logits(prefix, cells) + _all_logits(prefix, cells)
+    lines += """
+        weights = Softmax <axis = -1> (logits)
+        shared_raw = Slice (weights, c0, shared_count, c4)
+        listed_raw = Slice (weights, shared_count, c_end, c4)"""
+    return lines + _weights(prefix, cells) + _WEIGHTED + _CROP
+
+
+def _shared_logits(prefix: bool, cells: bool) -> str:
+    """Keys and values of prefix and cells, `k_shared`, `v_shared` [B,H,S,d], and `shared_logits` [B,H,T,tile,S]."""
+    present = [name for name, there in (("prefix", prefix), ("cells", cells)) if there]
     lines = ""
     if prefix:
         lines += """
@@ -96,22 +105,24 @@ def _shared(prefix: bool, cells: bool) -> str:
         lines += """
         k_cells = CastLike (kc_mean, qkv)
         v_cells = CastLike (vc_mean, qkv)"""
-    if not keys:
-        return f"""
-        weights = Softmax <axis = -1> (listed_logits)
-        own = CastLike (weights, qkv)
-        tiles_out = MatMul (own, v_listed){_CROP}"""
-    lines += f"""
-        k_shared = Concat <axis = 2> ({", ".join(keys)})
-        v_shared = Concat <axis = 2> ({", ".join(values)})
+    return f"""{lines}
+        k_shared = Concat <axis = 2> ({", ".join(f"k_{name}" for name in present)})
+        v_shared = Concat <axis = 2> ({", ".join(f"v_{name}" for name in present)})
         k_shared_t = Transpose <perm = [0, 1, 3, 2]> (k_shared)
         shared_typed = MatMul (tile_padded, k_shared_t)
         shared_single = Cast <to = 1> (shared_typed)
         shared_count = Shape <start = 2, end = 3> (k_shared)
         shared_shape = Concat <axis = 0> (c0, c0, c_1, a_tile, shared_count)
         shared_logits = Reshape (shared_single, shared_shape)"""
-    cell_shift = """
-        cell_whole = Slice (shared_logits, CELLS_FROM, c_end, c4)
+
+
+def _all_logits(prefix: bool, cells: bool) -> str:
+    """`logits` of prefix, cells and list, in this order; those of cells moved to the mean of what is not selected."""
+    if not cells:
+        return """
+        logits = Concat <axis = -1> (shared_logits, listed_logits)"""
+    lines = f"""
+        cell_whole = Slice (shared_logits, {_cells_from(prefix)}, c_end, c4)
         selected_share = Mul (selected_open, cell_whole)
         excess = Sub (selected_logits, selected_share)
         excess_mean = Div (excess, safe)
@@ -120,47 +131,40 @@ def _shared(prefix: bool, cells: bool) -> str:
         cell_raised = Add (cell_rest, log_rest)
         has_rest = Greater (rest, f0)
         cell_logits = Where (has_rest, cell_raised, f_inf)"""
-    if prefix and cells:
-        lines += (
-            cell_shift.replace("CELLS_FROM", "a_num_prefix")
-            + """
+    if not prefix:
+        return f"""{lines}
+        logits = Concat <axis = -1> (cell_logits, listed_logits)"""
+    return f"""{lines}
         prefix_logits = Slice (shared_logits, c0, a_num_prefix, c4)
         logits = Concat <axis = -1> (prefix_logits, cell_logits, listed_logits)"""
-        )
-    elif cells:
-        lines += (
-            cell_shift.replace("CELLS_FROM", "c0")
-            + """
-        logits = Concat <axis = -1> (cell_logits, listed_logits)"""
-        )
-    else:
-        lines += """
-        logits = Concat <axis = -1> (shared_logits, listed_logits)"""
-    lines += """
-        weights = Softmax <axis = -1> (logits)
-        shared_raw = Slice (weights, c0, shared_count, c4)
-        listed_raw = Slice (weights, shared_count, c_end, c4)"""
-    if cells:
-        lines += f"""
-        cell_weights = Slice (weights, {"a_num_prefix" if prefix else "c0"}, shared_count, c4)
+
+
+def _weights(prefix: bool, cells: bool) -> str:
+    """`listed_weights` and `shared_weights`; what a cell gives to its mean is taken from its selected keys again."""
+    if not cells:
+        return """
+        listed_weights = Identity (listed_raw)
+        shared_weights = Identity (shared_raw)"""
+    lines = f"""
+        cell_weights = Slice (weights, {_cells_from(prefix)}, shared_count, c4)
         cell_share = Div (cell_weights, safe)
         cell_full = Mul (cell_share, cell_sizes)
         member_t = Transpose <perm = [0, 1, 2, 4, 3]> (member)
         listed_less = MatMul (cell_share, member_t)
         listed_weights = Sub (listed_raw, listed_less)"""
-        lines += (
-            """
+    if not prefix:
+        return f"""{lines}
+        shared_weights = Identity (cell_full)"""
+    return f"""{lines}
         prefix_weights = Slice (weights, c0, a_num_prefix, c4)
         shared_weights = Concat <axis = -1> (prefix_weights, cell_full)"""
-            if prefix
-            else """
-        shared_weights = Identity (cell_full)"""
-        )
-    else:
-        lines += """
-        listed_weights = Identity (listed_raw)
-        shared_weights = Identity (shared_raw)"""
-    return f"""{lines}
+
+
+def _cells_from(prefix: bool) -> str:
+    return "a_num_prefix" if prefix else "c0"
+
+
+_WEIGHTED = """
         own = CastLike (listed_weights, qkv)
         listed_out = MatMul (own, v_listed)
         shared_cast = CastLike (shared_weights, qkv)
@@ -168,8 +172,7 @@ def _shared(prefix: bool, cells: bool) -> str:
         shared_rows = Reshape (shared_cast, shared_flat)
         shared_matrix = MatMul (shared_rows, v_shared)
         shared_out = Reshape (shared_matrix, tile_shape)
-        tiles_out = Add (listed_out, shared_out){_CROP}"""
-
+        tiles_out = Add (listed_out, shared_out)"""
 
 _CROP = """
         crop_shape = Concat <axis = 0> (c0, c0, c_1, d)
