@@ -61,7 +61,9 @@ def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> dict[str
     output.mkdir(parents=True, exist_ok=True)
     weights = output / "dinov2_vits14.safetensors"
     progress("unpacking weights", 0)
-    weights.write_bytes(safetensors.numpy.save(material.dinov2_state()))
+    part = weights.with_suffix(".part")
+    part.write_bytes(safetensors.numpy.save(material.dinov2_state()))
+    part.rename(weights)
     pictures = output / "calibration"
     _gather(material.calibration_pictures(), pictures)
     rows: dict[str, dict[str, Any]] = {}
