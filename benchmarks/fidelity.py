@@ -85,6 +85,11 @@ def variants() -> list[Variant]:
         Variant("keep", f"keep {k}", {"keep": k}, sizes=ALL_SIZES if k < 0.2 else (224, 518))
         for k in (0.5, 0.25, 0.1, 0.05)
     ]
+    # At most 9 % of the keys in all, dealt between listed keys and cells.
+    rows += [
+        Variant("budget 9 %", f"keep {k}, {c} cells", {"keep": k, "cells": c}, sizes=(518,))
+        for k, c in ((0.07, 25), (0.0625, 36), (0.04, 64))
+    ]
     rows += [Variant("order", name, order=name) for name in ORDERS if name != "Hilbert"]
     rows += [Variant("probe", f"probe {p}", {"probe": p}) for p in (2, 4, 16)]
     rows += [Variant("tile", f"tile {t}", {"tile": t}, sizes=ALL_SIZES if t == 64 else (224, 518)) for t in (8, 32, 64)]
@@ -95,7 +100,10 @@ def variants() -> list[Variant]:
     rows += [Variant("channels", "all 64 channels", {"channels": 64}, "exact")]
     rows += [Variant("projections", f"from {s}", source=s) for s in ("weights", "moments", "at size")]
     rows += [Variant("value power", f"power {p:g}", {"value_power": p}) for p in (0.0, 1.0, 3.0)]
-    rows += [Variant("cells", f"{c} cells", {"cells": c}) for c in (0, 4, 9, 16, 25, 49, 100)]
+    rows += [
+        Variant("cells", f"{c} cells", {"cells": c}, sizes=ALL_SIZES if c in (0, 25, 100) else (224, 518))
+        for c in (0, 4, 9, 16, 25, 49, 100)
+    ]
     rows += [
         Variant("cells", "mean over all tokens", measure=lambda s: s.measure(attend=cell_means("all"))),
         Variant("cells", "temperature 1.2", measure=lambda s: s.measure(attend=cell_means("rest", 1.2))),
@@ -106,8 +114,8 @@ def variants() -> list[Variant]:
         Variant("layers", "every 2nd layer chooses", measure=lambda s: s.measure(reused(2), errors=False)),
         Variant("bounds", "oracle, maximum", {"channels": 64}, "exact", lambda s: s.measure(true_attention(None))),
         Variant("bounds", "oracle, mean", {"channels": 64}, "exact", lambda s: s.measure(true_attention(1.0))),
-        Variant("baselines", "local window", measure=lambda s: s.measure(local_window(s.model))),
-        Variant("baselines", "random keys", measure=lambda s: s.measure(random_keys)),
+        Variant("baselines", "local window", measure=lambda s: s.measure(local_window(s.model)), sizes=ALL_SIZES),
+        Variant("baselines", "random keys", measure=lambda s: s.measure(random_keys), sizes=ALL_SIZES),
         Variant(
             "baselines", "local window, no cells", {"cells": 0}, measure=lambda s: s.measure(local_window(s.model))
         ),
@@ -239,7 +247,7 @@ def everything(sizes: tuple[int, ...], kept: Path | None) -> list[dict[str, Any]
             subject.reorder(ORDERS[order](*subject.model.patch_embed.grid_size))
             for variant in chosen:
                 add(run(variant, subject))
-        if size < 1000 and (size, "baselines", PAPER) not in done:
+        if (size, "baselines", PAPER) not in done:
             add(paper_preset(size))
             add(merged_tokens(size))
     return rows

@@ -26,7 +26,7 @@ from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
 from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.sparse.models import normalise, preprocessing
-from sparsifiner_edge.sparse.student import save_student
+from sparsifiner_edge.sparse.student import save_student, sparsify
 from tests.models import TINY_CONFIG, student, vit
 
 OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"
@@ -154,6 +154,9 @@ def test_fixed_batch_of_two(folder: Path, tmp_path: Path) -> None:
         ("deit_tiny_distilled_patch16_224", SparsityConfig(keep=0.3, cells=3, dense_layers=(0, 1)), {"img_size": 96}),
         ("vit_small_patch14_reg4_dinov2", SparsityConfig(keep=0.3, cells=5), {"img_size": 98}),
         ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, cells=5), {"img_size": 96}),
+        ("vit_small_patch16_dinov3", SparsityConfig(keep=0.3, cells=5, dense_layers=(1,)), {"img_size": 96}),
+        ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, cells=5), {"img_size": 98}),
+        ("vit_small_patch16_rope_mixed_224", SparsityConfig(keep=0.3, cells=5), {"img_size": 96}),
     ],
 )
 def test_architectures(name: str, sparsity: SparsityConfig, options: dict[str, Any], tmp_path: Path) -> None:
@@ -162,6 +165,17 @@ def test_architectures(name: str, sparsity: SparsityConfig, options: dict[str, A
     expected = {"sparsifiner::KeySelect", "sparsifiner::SparseAttention"}
     assert set(manifest["ops"]) == expected | ({"sparsifiner::DenseAttention"} if sparsity.dense_layers else set())
     assert all(o["least_row_cosine"] >= 0.9999 for o in manifest["check"]["outputs"].values())
+
+
+def test_a_model_with_rotary_embeddings_at_another_size_and_batch(tmp_path: Path) -> None:
+    name, weights = "vit_small_patch16_dinov3", tmp_path / "w.safetensors"
+    save_file(vit(name, img_size=64).state_dict(), weights)
+    made = sparsify(name, tmp_path / "s", weights=weights, img_size=96, keep=0.3)
+    sparse = open_bundle(export_bundle(made, tmp_path / "b", batch="dynamic"))
+    dense = open_bundle(export_bundle(name, tmp_path / "d", weights=weights, img_size=96))
+    assert sparse["tokens"] == dense["tokens"] == {"prefix": 5, "grid": [6, 6]}
+    assert sparse["check"]["batches_run"] == [1, 3]
+    assert dense["ops"] == {}
 
 
 def test_keep_one_is_the_plain_dense_bundle(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.models.eva import Eva
 from torch.nn.functional import cosine_similarity
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import DenseAttention, SparseAttention
-from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, sparse_layers
+from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.patch import make_model_sparse, support_refusals
 from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, load_student, save_student
 from tests.models import TINY_CONFIG, images, student, vit
@@ -36,6 +37,11 @@ SUPPORTED = {
     "vit_small_patch14_dinov2": {"img_size": 98},
     "vit_small_patch14_reg4_dinov2": {"img_size": 98},
     "vit_medium_patch16_gap_240": {"img_size": 96},
+    "vit_small_patch16_dinov3": {"img_size": 96},
+    "eva02_tiny_patch14_224": {"img_size": 98},
+    "vit_medium_patch16_rope_reg1_gap_256": {"img_size": 96},
+    "vit_small_patch16_rope_mixed_224": {"img_size": 96},
+    "eva_giant_patch14_224": {"img_size": 98, "embed_dim": 64, "depth": 2, "num_heads": 2},
 }
 
 
@@ -50,6 +56,64 @@ def test_nearly_everything_kept_gives_nearly_the_dense_model(name: str) -> None:
     assert len(sparse_layers(made.model)) == len(made.model.blocks)
     assert cosine_similarity(got, expected, dim=-1).min() > 0.999
     torch.testing.assert_close(head, expected_head, atol=0.05, rtol=0.05)
+
+
+EVA = {
+    "separate biases": {"qkv_bias": True},
+    "three projections": {"qkv_fused": False},
+    "no bias": {"qkv_bias": False},
+    "qk-norm, inner norm, gate": {"qk_norm": True, "scale_attn_inner": True, "scale_mlp": True},
+    "half rotation, no class token": {"rope_rotate_half": True, "class_token": False, "global_pool": "avg"},
+    "tables per layer and head": {"rope_type": "mixed", "attn_type": "rope"},
+    "no RoPE": {"use_rot_pos_emb": False},
+}
+
+
+def eva(**options: Any) -> Eva:
+    """A small Eva with random weights and biases, 8 x 8 patches."""
+    torch.manual_seed(0)
+    shape = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = Eva(**{**shape, "use_rot_pos_emb": True, **options}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+@pytest.mark.parametrize("options", EVA.values(), ids=EVA)
+def test_every_way_that_timm_stores_and_turns_queries_is_the_same_attention(options: dict[str, Any]) -> None:
+    dense, made = eva(**options), eva(**options)
+    layout = FULL.layout(64, 1)
+    make_model_sparse(made, dataclasses.replace(FULL, keep=0.999, cells=0))
+    for layer in sparse_layers(made):
+        # Everything listed: sparse attention is then dense attention, and only packing could differ.
+        layer.layout = dataclasses.replace(layout, keys=64, cell=0)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(made.forward_features(x), dense.forward_features(x), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(made(x), dense(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", EVA.values(), ids=EVA)
+def test_projections_from_the_weights_suit_white_noise(options: dict[str, Any]) -> None:
+    model = eva(**options)
+    make_model_sparse(model, dataclasses.replace(FULL, channels=8))
+    calibrate_from_weights(model)
+    rope = None if model.rope is None else model._pos_embed(torch.zeros(1, 64, 64))[1]
+    torch.manual_seed(1)
+    for number, block in enumerate(model.blocks):
+        noise = torch.randn(64, 64 + block.attn.num_prefix, 64) * block.norm1.weight + block.norm1.bias
+        table = rope[number] if rope is not None and rope.ndim == 4 else rope
+        with torch.no_grad():
+            q, k, _ = ops.split_heads(block.attn.packed(noise, table), 2)
+        q, k = (x[:, :, block.attn.num_prefix :].transpose(0, 1).flatten(1, 2).double() for x in (q, k))
+        k = k - k.mean(1, keepdim=True)
+        root_q, root_k = (torch.linalg.cholesky(x.mT @ x / x.shape[1]).mT for x in (q, k))
+        select = block.attn.select
+        kept = select.proj_q.double() @ select.proj_k.double().mT
+        error = (root_q @ (torch.eye(32) - kept) @ root_k.mT).square().sum((1, 2))
+        least = torch.linalg.svdvals(root_q @ root_k.mT)[:, 8:].square().sum(1)
+        assert (error < 1.1 * least).all(), (number, error / least)
 
 
 def test_prefix_counts_follow_the_architecture() -> None:
@@ -89,9 +153,9 @@ def test_every_way_out_of_the_model_is_in_raster_order() -> None:
 
 def test_dense_layers_stay_dense() -> None:
     made = student(sparsity=dataclasses.replace(TINY_CONFIG, dense_layers=(0, 3)))
-    kinds = [type(block.attn) for block in made.model.blocks]
-    assert [kind is DenseAttention for kind in kinds] == [True, False, False, True, False, False]
-    assert all(kind in (DenseAttention, SparseAttention) for kind in kinds)
+    kinds = [block.attn for block in made.model.blocks]
+    assert [isinstance(kind, DenseAttention) for kind in kinds] == [True, False, False, True, False, False]
+    assert [isinstance(kind, SparseAttention) for kind in kinds] == [False, True, True, False, True, True]
 
 
 def test_keep_one_leaves_the_model_untouched() -> None:
@@ -130,12 +194,16 @@ def test_gradient_of_sparse_attention_is_that_of_its_formula() -> None:
         (lambda: timm.create_model("test_vit", dynamic_img_size=True), "dynamic image size"),
         (
             lambda: timm.create_model("test_vit", dynamic_img_size=False, attn_drop_rate=0.1),
-            "layer 5: attention dropout 0.1",
+            "layer 0, 1, 2, 3, 4, 5: attention dropout 0.1",
         ),
         (lambda: timm.create_model("test_vit", dynamic_img_size=False, patch_drop_rate=0.5), "patch dropout"),
         (lambda: timm.create_model("vit_small_patch16_18x2_224"), "ParallelThingsBlock"),
         (lambda: timm.create_model("vit_small_resnet26d_224"), "HybridEmbed"),
-        (lambda: timm.create_model("vit_small_patch16_dinov3"), "it is a Eva"),
+        (lambda: timm.create_model("vit_small_patch16_dinov3"), "dynamic image size"),
+        (lambda: eva(use_post_norm=True), "EvaBlockPostNorm normalises after attention"),
+        (lambda: timm.create_model("vit_base_patch16_rpn_224", depth=1, dynamic_img_size=False), "ResPostBlock"),
+        (lambda: eva(attn_type="rope", qkv_fused=False, num_kv_heads=1), "grouped-query attention, 2 query heads"),
+        (lambda: eva(patch_drop_rate=0.5), "patch dropout"),
         (lambda: student().model, "sparse already"),
     ],
 )

@@ -48,12 +48,17 @@ def explain(student: Student, image: Array, queries: list[tuple[int, int]], laye
     if not isinstance(attention, SparseAttention):
         raise ConfigError(f"Layer {layer} is not sparse.", "Choose another layer.")
     seen: list[Tensor] = []
-    handle = attention.qkv.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+
+    def attend(qkv: Tensor) -> Tensor:
+        seen.append(qkv)
+        return type(attention).attend(attention, qkv)
+
     try:
+        attention.attend = attend  # type: ignore[method-assign]
         model(normalise(torch.from_numpy(image)[None], preprocessing(model)))
     finally:
-        handle.remove()
-    qkv = attention.packed(seen[0])
+        attention.__dict__.pop("attend", None)
+    (qkv,) = seen
     q, k, _ = ops.split_heads(qkv, attention.num_heads)
     weights = (attention.scale * q[0] @ k[0].mT).softmax(-1).mean(0)[:, attention.num_prefix :]
     lists = attention.indices(qkv)[0]

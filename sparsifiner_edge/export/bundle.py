@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import onnx
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable, seal_bundle
 from sparsifiner_edge.config import SparsityConfig
@@ -19,7 +19,7 @@ from sparsifiner_edge.export.check import FREE_TOLERANCE, TOLERANCE, Check, chec
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
-from sparsifiner_edge.sparse.models import preprocessing
+from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import Student, load_dense, load_student
 
 
@@ -97,7 +97,7 @@ def _load(source: str | Path, weights: str | Path | None, img_size: int | None) 
     return load_student(folder, img_size)
 
 
-def class_labels(model: VisionTransformer) -> list[str]:
+def class_labels(model: Backbone) -> list[str]:
     """One label per class: ImageNet's where timm knows the set, else class_0, class_1, ...; none without classifier."""
     subset = infer_imagenet_subset(model) if model.num_classes else None
     if subset:
@@ -106,14 +106,16 @@ def class_labels(model: VisionTransformer) -> list[str]:
     return [f"class_{i}" for i in range(model.num_classes)]
 
 
-def model_shape(model: VisionTransformer) -> ModelShape:
+def model_shape(model: Backbone) -> ModelShape:
     """The sizes that decide a model's costs."""
     vit = cast(Any, model)
+    linear = [x for x in vit.blocks[0].mlp.modules() if isinstance(x, nn.Linear)]
     return ModelShape(
         depth=len(vit.blocks),
         heads=vit.blocks[0].attn.num_heads,
         width=vit.embed_dim,
-        hidden=vit.blocks[0].mlp.fc1.out_features,
+        # A gated MLP has three matrices: it counts as one and a half times as wide.
+        hidden=round(sum(x.weight.numel() for x in linear) / (2 * vit.embed_dim)),
         prefix=vit.num_prefix_tokens,
         patches=vit.patch_embed.num_patches,
         patch=vit.patch_embed.patch_size[0],

@@ -6,10 +6,9 @@ import copy
 from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner_edge.sparse.models import Preprocessing, preprocessing
+from sparsifiner_edge.sparse.models import Backbone, Preprocessing, preprocessing
 
 
 class DeployedModel(nn.Module):
@@ -19,7 +18,7 @@ class DeployedModel(nn.Module):
         output_names: "logits" and "features" for a classifier, "tokens" too where asked; else "features" and "tokens".
     """
 
-    def __init__(self, model: VisionTransformer, tokens: bool = False) -> None:
+    def __init__(self, model: Backbone, tokens: bool = False) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval().float()
         fold_normalisation(self.model, preprocessing(model))
@@ -39,7 +38,7 @@ class DeployedModel(nn.Module):
 
 
 @torch.no_grad()
-def fold_normalisation(model: VisionTransformer, pre: Preprocessing) -> None:
+def fold_normalisation(model: Backbone, pre: Preprocessing) -> None:
     """Let the patch embedding take pixels 0 to 255: its kernel has no padding, so the change is exact."""
     projection = cast(Any, model.patch_embed.proj)
     weight = projection.weight.double()

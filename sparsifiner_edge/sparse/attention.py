@@ -1,11 +1,13 @@
-"""Attention modules that take the place of timm's `Attention`, in the same object and with the same weights."""
+"""Attention modules that take the place of timm's, in the same object and with the same weights."""
 
 from __future__ import annotations
 
-from typing import cast
+import functools
+from typing import Any, cast
 
 import torch
-from timm.layers.attention import Attention
+import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from sparsifiner_edge.config import Layout, SparsityConfig
@@ -47,11 +49,29 @@ class LandmarkSelector(nn.Module):
         return self.proj_q, self.bias_q, self.proj_k, self.bias_k, self.down, self.up
 
 
-class _PackedAttention(Attention):  # type: ignore[misc]  # timm carries no types
-    """What both attention modules share.
+def qkv_projection(attention: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight [3C,D] and bias [3C] (None: without) that make q, k and v, however timm stores them."""
+    if attention.qkv is not None:
+        apart = getattr(attention, "q_bias", None)
+        separate = None if apart is None else torch.cat([apart, attention.k_bias, attention.v_bias])
+        return attention.qkv.weight, attention.qkv.bias if separate is None else separate
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [torch.zeros_like(x.weight[:, 0]) if x.bias is None else x.bias for x in parts]
+    return torch.cat([x.weight for x in parts]), torch.cat(biases)
 
-    Modifications of timm's `Attention`:
-        - q, k and v stay packed as [B,N,3C] after bias and qk-norm, which is what the operators read.
+
+def rotated(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary position embedding: heads [...,P,H,d] with a table [P,2d], or [H,P,2d] where heads differ (sin | cos)."""
+    table = rope.transpose(0, 1) if rope.ndim == 3 else rope[:, None]
+    out: Tensor = apply_rot_embed_cat(x, table, half=attention.rotate_half)
+    return out.type_as(x)
+
+
+class PackedAttention(nn.Module):
+    """What both kinds of attention share, mixed into the class that timm gave the object.
+
+    Modifications of timm's `Attention`, `AttentionRope` and `EvaAttention`:
+        - q, k and v stay packed as [B,N,3C] after bias, qk-norm and RoPE, which is what the operators read.
         - attention masks are refused.
     """
 
@@ -59,33 +79,50 @@ class _PackedAttention(Attention):  # type: ignore[misc]  # timm carries no type
         """qkv [B,N,3C] -> [B,N,C]."""
         raise NotImplementedError
 
-    def packed(self, x: Tensor) -> Tensor:
-        """x [B,N,D] -> qkv [B,N,3C], after bias and qk-norm."""
-        qkv = cast(Tensor, self.qkv(x))
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-            return qkv
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        return torch.stack([self.q_norm(q), self.k_norm(k), v], 2).flatten(2)
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B,N,D] -> q, k, v [B,N,H,d], after bias and qk-norm, before RoPE."""
+        mine = cast(Any, self)
+        q, k, v = self.projected(x).unflatten(-1, (3, mine.num_heads, mine.head_dim)).unbind(2)
+        return mine.q_norm(q), mine.k_norm(k), v
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def projected(self, x: Tensor) -> Tensor:
+        """x [B,N,D] -> qkv [B,N,3C], after bias."""
+        return F.linear(x, *qkv_projection(self))
+
+    def packed(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """x [B,N,D] and a table for the patches -> qkv [B,N,3C], after bias, qk-norm and RoPE."""
+        mine = cast(Any, self)
+        if rope is None and isinstance(mine.q_norm, nn.Identity) and isinstance(mine.k_norm, nn.Identity):
+            return self.projected(x)
+        q, k, v = self.heads(x)
+        if rope is not None:
+            prefix = mine.num_prefix_tokens
+            q, k = (torch.cat([y[:, :prefix], rotated(self, y[:, prefix:], rope)], 1) for y in (q, k))
+        return torch.stack([q, k, v], 2).flatten(2)
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """x [B,N,D] -> [B,N,D]."""
         if attn_mask is not None or is_causal:
             raise ConfigError("Sparse attention takes no attention mask.", "Call the model without attn_mask.")
-        out = self.norm(self.attend(self.packed(x)))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return cast(Tensor, self.proj_drop(self.proj(out)))
+        mine = cast(Any, self)
+        out = mine.norm(self.attend(self.packed(x, rope)))
+        if mine.gate is not None:
+            out = out * mine.gate(x).sigmoid()
+        return cast(Tensor, mine.proj_drop(mine.proj(out)))
 
 
-class DenseAttention(_PackedAttention):
+class DenseAttention(PackedAttention):
     """Plain attention as one operator: the dense layers of a student that has sparse ones."""
 
     def attend(self, qkv: Tensor) -> Tensor:
         """qkv [B,N,3C] -> [B,N,C]."""
-        return ops.dense_attention(qkv, num_heads=self.num_heads, scale=self.scale)
+        mine = cast(Any, self)
+        return ops.dense_attention(qkv, num_heads=mine.num_heads, scale=mine.scale)
 
 
-class SparseAttention(_PackedAttention):
+class SparseAttention(PackedAttention):
     """KeySelect and SparseAttention over the layer's own q, k and v.
 
     Attributes:
@@ -93,6 +130,9 @@ class SparseAttention(_PackedAttention):
         sparsity, layout, num_prefix: what is sparse, the sizes that follow, and the tokens that are no patches.
     """
 
+    num_heads: int
+    head_dim: int
+    scale: float
     select: nn.Module
     sparsity: SparsityConfig
     layout: Layout
@@ -158,13 +198,19 @@ class LandmarkAttention(SparseAttention):
         )
 
 
-def make_dense(attention: Attention) -> None:
-    """Turn a timm attention, in place, into `DenseAttention`."""
-    attention.__class__ = DenseAttention
+@functools.cache
+def _mixed(kind: Any, timm_kind: Any) -> Any:
+    """The class of an attention object of timm that has become `kind`."""
+    return type(kind.__name__, (kind, timm_kind), {"__doc__": kind.__doc__})
 
 
-def make_sparse(attention: Attention, sparsity: SparsityConfig, layout: Layout, num_prefix: int) -> None:
-    """Turn a timm attention, in place, into `SparseAttention` with zero projections (see `calibrate.py`)."""
+def make_dense(attention: Any) -> None:
+    """Turn an attention of timm, in place, into `DenseAttention`."""
+    attention.__class__ = _mixed(DenseAttention, attention.__class__)
+
+
+def make_sparse(attention: Any, sparsity: SparsityConfig, layout: Layout, num_prefix: int) -> None:
+    """Turn an attention of timm, in place, into `SparseAttention`; projections are zero (see `calibrate.py`)."""
     if sparsity.channels > attention.head_dim:
         raise ConfigError(
             f"channels {sparsity.channels} exceed the head dimension {attention.head_dim}.",
@@ -179,9 +225,9 @@ def make_sparse(attention: Attention, sparsity: SparsityConfig, layout: Layout, 
                 f"{num_prefix} prefix tokens and {landmarks} landmarks.",
                 "Use the preset edge, or a larger image.",
             )
-        attention.__class__ = LandmarkAttention
+        attention.__class__ = _mixed(LandmarkAttention, attention.__class__)
         attention.select = LandmarkSelector(attention.head_dim, sparsity.channels, tokens, landmarks)
     else:
-        attention.__class__ = SparseAttention
+        attention.__class__ = _mixed(SparseAttention, attention.__class__)
         attention.select = KeySelector(attention.num_heads, attention.head_dim, sparsity.channels)
     attention.sparsity, attention.layout, attention.num_prefix = sparsity, layout, num_prefix

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, SparseAttention
+from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, SparseAttention, rotated
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
 PASSES = 2
@@ -48,13 +48,40 @@ def sparse_layers(model: nn.Module) -> list[SparseAttention]:
 @torch.no_grad()
 def calibrate_from_weights(model: nn.Module) -> None:
     """Set the projections from the weights, as if the normalised input of each layer were white noise."""
-    for block in _sparse_blocks(model):
-        attention, norm = block.attn, block.norm1
-        weight = attention.qkv.weight.double() * norm.weight.double()
-        heads = weight.unflatten(0, (3, attention.num_heads, attention.head_dim))
-        offset = attention.qkv(norm.bias[None]).double().unflatten(-1, (3, attention.num_heads, attention.head_dim))[0]
-        queries = heads[0] @ heads[0].mT + offset[0][:, :, None] * offset[0][:, None, :]
-        _set_from_moments(attention, _Moments(queries, heads[1] @ heads[1].mT))
+    tables = _rotary_tables(model)
+    for number, block in enumerate(cast(Any, model).blocks):
+        attention = block.attn
+        if not isinstance(attention, SparseAttention):
+            continue
+        # Any orthogonal basis and its negative has white noise's moments; a random one is fair to qk-norm, too.
+        width = len(block.norm1.weight)
+        noise = torch.randn(width, width, generator=torch.Generator().manual_seed(number))
+        basis = torch.linalg.qr(noise)[0] * width**0.5
+        q, k, _ = attention.heads(torch.cat([basis, -basis])[None] * block.norm1.weight + block.norm1.bias)
+        queries, keys = (x[0].transpose(0, 1).double() for x in (q, k))
+        if tables is not None:
+            table = tables[number] if tables.ndim == 4 else tables
+            queries, keys = (_at_all_positions(attention, x, table) for x in (queries, keys))
+        keys = keys - keys.mean(1, keepdim=True)
+        _set_from_moments(attention, _Moments(*(x.mT @ x / x.shape[1] for x in (queries, keys))))
+
+
+def _rotary_tables(model: Any) -> Tensor | None:
+    """The model's table of rotary embeddings, patches in the order of its tokens; None without."""
+    if getattr(model, "rope", None) is None:
+        return None
+    tokens = torch.zeros(1, model.patch_embed.num_patches, model.embed_dim)
+    table: Tensor = model._pos_embed(tokens)[1]
+    return table
+
+
+def _at_all_positions(attention: SparseAttention, x: Tensor, table: Tensor, positions: int = 256) -> Tensor:
+    """Vectors [H,n,d] with the moments of x, turned by RoPE to evenly taken positions: [H,m,d]."""
+    some = table[..., :: max(1, table.shape[-2] // positions), :].double()
+    mean = x.mean(1, keepdim=True)
+    spread = _roots((x - mean).mT @ (x - mean) / x.shape[1])[0] * x.shape[2] ** 0.5
+    few = torch.cat([mean + spread, mean - spread], 1).transpose(0, 1)
+    return rotated(attention, few[:, None].expand(-1, some.shape[-2], -1, -1), some).flatten(0, 1).transpose(0, 1)
 
 
 def calibrate_from_pictures(
@@ -89,10 +116,6 @@ def calibrate_from_pictures(
             for attention, qkv in _dense_pass(model, pictures[number]) if learners else ():
                 learners[attention].learn(qkv, generator)
             step()
-
-
-def _sparse_blocks(model: nn.Module) -> Iterator[Any]:
-    return (b for b in model.modules() if isinstance(getattr(b, "attn", None), SparseAttention))
 
 
 def _dense_pass(model: nn.Module, picture: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:

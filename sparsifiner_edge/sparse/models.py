@@ -6,19 +6,23 @@ import dataclasses
 import difflib
 import pickle
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import safetensors
 import safetensors.torch
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models import eva, vision_transformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsError
 
 State = dict[str, Tensor]
+Backbone: TypeAlias = VisionTransformer | Eva
+"""What can be made sparse: timm's plain vision transformers, the latter with rotary position embeddings too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +76,11 @@ def read_weights(path: Path) -> State:
     return tensors
 
 
-def create(name: str, img_size: int | None = None, num_classes: int | None = None) -> VisionTransformer:
-    """A VisionTransformer of timm with random weights, in evaluation mode.
+def create(name: str, img_size: int | None = None, num_classes: int | None = None) -> Backbone:
+    """A vision transformer of timm with random weights, in evaluation mode.
 
     Raises:
-        UnsupportedModelError: timm has no such model, or it is no VisionTransformer.
+        UnsupportedModelError: timm has no such model, or it is no VisionTransformer or Eva.
         ConfigError: the image size is no multiple of the patch size.
     """
     if not timm.is_model(name):
@@ -92,7 +96,7 @@ def create(name: str, img_size: int | None = None, num_classes: int | None = Non
         # On the meta device nothing is allocated: it only tells what the model is.
         with torch.device("meta"):
             kind = timm.create_model(name, pretrained=False)
-        if isinstance(kind, VisionTransformer):
+        if isinstance(kind, (VisionTransformer, Eva)):
             size = kind.patch_embed.img_size[0] if img_size is None else img_size
             _check_size(name, size, kind.patch_embed.patch_size)
             options |= {"img_size": size, "dynamic_img_size": False}
@@ -100,7 +104,8 @@ def create(name: str, img_size: int | None = None, num_classes: int | None = Non
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
     raise UnsupportedModelError(
-        f"{name!r} is a {type(kind).__name__}, not a VisionTransformer.", "Choose a ViT, DeiT or DINOv2 of timm."
+        f"{name!r} is a {type(kind).__name__}, not a VisionTransformer or Eva.",
+        "Choose a ViT, DeiT, DINOv2, DINOv3 or EVA-02 of timm.",
     )
 
 
@@ -113,7 +118,7 @@ def _check_size(name: str, size: int, patch: tuple[int, int]) -> None:
         )
 
 
-def load_model(name: str, weights: Path | None = None, img_size: int | None = None) -> VisionTransformer:
+def load_model(name: str, weights: Path | None = None, img_size: int | None = None) -> Backbone:
     """A pretrained model of timm, in evaluation mode.
 
     Args:
@@ -135,7 +140,7 @@ def load_model(name: str, weights: Path | None = None, img_size: int | None = No
     return model
 
 
-def load_state(model: VisionTransformer, state: State, source: str) -> None:
+def load_state(model: Backbone, state: State, source: str) -> None:
     """Load tensors into a model; the position embedding is resampled where sizes differ.
 
     Raises:
@@ -144,8 +149,9 @@ def load_state(model: VisionTransformer, state: State, source: str) -> None:
     expected = model.state_dict()
     refused = f"{source} does not fit this model"
     fix = "Give weights of the same architecture, with timm's key names."
+    convert = (eva if isinstance(model, Eva) else vision_transformer).checkpoint_filter_fn
     try:
-        filtered = cast(State, checkpoint_filter_fn(dict(state), model))
+        filtered = cast(State, convert(dict(state), model))
     # timm takes tensors of any shape apart here; each way to fail means that they are another model's.
     except Exception as error:
         raise WeightsError(f"{refused}: {error}.", fix) from error
@@ -166,11 +172,11 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if keys else "nothing"
 
 
-def _download(name: str, img_size: int | None) -> VisionTransformer:
+def _download(name: str, img_size: int | None) -> Backbone:
     size = create(name, img_size).patch_embed.img_size[0]
     try:
         model = timm.create_model(name, pretrained=True, img_size=size, dynamic_img_size=False)
-        return cast(VisionTransformer, model).eval()
+        return cast(Backbone, model).eval()
     # The hub clients raise their own kinds of error; all mean that no weights arrived.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""In-place patch of timm's VisionTransformer: sparse attention over patch tokens laid along the Hilbert curve."""
+"""In-place patch of timm's VisionTransformer and Eva: sparse attention, patch tokens laid along the Hilbert curve."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from timm.layers.attention import Attention
+from timm.layers.attention import Attention, AttentionRope
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig
@@ -18,11 +19,14 @@ from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.sparse.attention import make_dense, make_sparse
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
+SUPPORTED = "timm's VisionTransformer (ViT, DeiT, DINOv2) and Eva (EVA-02, DINOv3, ViT with RoPE)"
+
 
 class SparseViTMixin:
-    """Modifications of timm's VisionTransformer.
+    """Modifications of timm's VisionTransformer and Eva.
 
-    - `_pos_embed`: afterwards the patch tokens are laid along the curve; all blocks are indifferent to order.
+    - `_pos_embed`: afterwards the patch tokens are laid along the curve, and with them the tables of rotary embeddings;
+      all blocks are indifferent to order.
     - `forward_features`, `forward_intermediates`: patch tokens are returned in raster order, as timm returns them.
     - `sparsity`: the SparsityConfig; `token_order`, `raster_order`: int64 [P] permutations.
     """
@@ -36,8 +40,14 @@ class SparseViTMixin:
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         return torch.cat([prefix, patches.index_select(1, order)], 1)
 
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        return self._permuted(super()._pos_embed(x), self.token_order)  # type: ignore[misc]
+    def _pos_embed(self, x: Tensor) -> Any:
+        placed = super()._pos_embed(x)  # type: ignore[misc]
+        if not isinstance(placed, tuple):
+            return self._permuted(placed, self.token_order)
+        tokens, rope = placed
+        return self._permuted(tokens, self.token_order), None if rope is None else rope.index_select(
+            -2, self.token_order
+        )
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B,3,H,W] -> tokens [B,N,C] after the final norm: prefix, then patches in raster order."""
@@ -72,24 +82,30 @@ def support_refusals(model: nn.Module) -> list[str]:
     """Reasons why a model cannot be made sparse; empty when it can."""
     if isinstance(model, SparseViTMixin):
         return ["it is sparse already"]
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        return [f"it is a {type(model).__name__}; supported are timm's VisionTransformer (ViT, DeiT, DINOv2)"]
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva):
+        return [f"it is a {type(model).__name__}; supported are {SUPPORTED}"]
     checks = [
         (type(model.patch_embed) is PatchEmbed, f"patch embedding {type(model.patch_embed).__name__}"),
         (not model.dynamic_img_size, "dynamic image size (the token order is fixed): create it with img_size"),
-        (isinstance(model.patch_drop, nn.Identity), "patch dropout"),
+        (model.patch_drop is None or isinstance(model.patch_drop, nn.Identity), "patch dropout"),
     ]
     reasons = [reason for fine, reason in checks if not fine]
+    layers: dict[str, list[int]] = {}
     for number, block in enumerate(cast(Any, model).blocks):
-        reasons += [f"layer {number}: {reason}" for reason in _block_refusals(block)]
-    return reasons
+        for reason in _block_refusals(block):
+            layers.setdefault(reason, []).append(number)
+    return reasons + [f"layer {', '.join(map(str, numbers))}: {reason}" for reason, numbers in layers.items()]
 
 
 def _block_refusals(block: nn.Module) -> list[str]:
-    attention = getattr(block, "attn", None)
-    if type(attention) is not Attention:
+    attention: Any = getattr(block, "attn", None)
+    if type(attention) not in (Attention, AttentionRope, EvaAttention):
         return [f"{type(block).__name__} with {type(attention).__name__} in place of timm's Attention"]
-    dropout = cast(Any, attention).attn_drop.p
+    if getattr(attention, "num_kv_groups", 1) > 1:
+        return [f"grouped-query attention, {attention.num_kv_groups} query heads to a key head"]
+    if isinstance(block, (ResPostBlock, EvaBlockPostNorm)):
+        return [f"{type(block).__name__} normalises after attention"]
+    dropout = attention.attn_drop.p
     return [f"attention dropout {dropout}"] if dropout else []
 
 
@@ -97,7 +113,7 @@ def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
     """Make a timm model sparse, in place; projections are zero until calibrated or loaded.
 
     Args:
-        model: a VisionTransformer of timm with a fixed image size.
+        model: a VisionTransformer or Eva of timm with a fixed image size.
         sparsity: what is sparse; with nothing sparse the model is left untouched.
 
     Returns:
@@ -110,7 +126,7 @@ def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
     reasons = support_refusals(model)
     if reasons:
         raise UnsupportedModelError(
-            f"This model cannot be made sparse: {'; '.join(reasons)}.", "Choose a ViT, DeiT or DINOv2 of timm."
+            f"This model cannot be made sparse: {'; '.join(reasons)}.", f"Choose one of {SUPPORTED}."
         )
     vit = cast(Any, model)
     grid = cast("tuple[int, int]", tuple(vit.patch_embed.grid_size))

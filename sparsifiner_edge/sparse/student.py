@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from sparsifiner_edge.artifacts import (
@@ -33,8 +32,16 @@ from sparsifiner_edge.sparse.calibrate import (
     calibrate_from_weights,
     sparse_layers,
 )
-from sparsifiner_edge.sparse.models import create, load_model, load_state, normalise, preprocessing, read_weights
-from sparsifiner_edge.sparse.patch import make_model_sparse, support_refusals
+from sparsifiner_edge.sparse.models import (
+    Backbone,
+    create,
+    load_model,
+    load_state,
+    normalise,
+    preprocessing,
+    read_weights,
+)
+from sparsifiner_edge.sparse.patch import SUPPORTED, make_model_sparse, support_refusals
 
 MAX_CALIBRATION_PICTURES = 32
 CALIBRATION_SIDE = 16
@@ -52,7 +59,7 @@ class Student:
         provenance: where weights and projections came from.
     """
 
-    model: VisionTransformer
+    model: Backbone
     name: str
     sparsity: SparsityConfig
     provenance: Mapping[str, Any]
@@ -64,7 +71,7 @@ class Student:
 
 
 def make_student(
-    name: str, model: VisionTransformer, sparsity: SparsityConfig, provenance: Mapping[str, Any] | None = None
+    name: str, model: Backbone, sparsity: SparsityConfig, provenance: Mapping[str, Any] | None = None
 ) -> Student:
     """Make `model` sparse in place, with projections from its weights.
 
@@ -171,7 +178,7 @@ def sparsify(
     return save_student(student, target)
 
 
-def _fitted(settings: SparsityConfig, vit: VisionTransformer, cells: bool, channels: bool) -> SparsityConfig:
+def _fitted(settings: SparsityConfig, vit: Backbone, cells: bool, channels: bool) -> SparsityConfig:
     """Settings with the defaults that follow from the model: `cells` and `channels` say which were not given."""
     if settings.preset == "paper":
         half = int(cast(Any, vit).blocks[0].attn.head_dim) // 2
@@ -234,9 +241,7 @@ def load_dense(name: str, weights: Path | None = None, img_size: int | None = No
     model = load_model(name, weights, img_size)
     reasons = support_refusals(model)
     if reasons:
-        raise UnsupportedModelError(
-            f"{name!r} is not supported: {'; '.join(reasons)}.", "Choose a ViT, DeiT or DINOv2."
-        )
+        raise UnsupportedModelError(f"{name!r} is not supported: {'; '.join(reasons)}.", f"Choose one of {SUPPORTED}.")
     source = {"file": weights.name, "sha256": sha256(weights)} if weights else {"from": "timm hub"}
     return Student(model, name, SparsityConfig(keep=1), {"weights": source})
 
