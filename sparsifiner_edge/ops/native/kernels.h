@@ -1,0 +1,72 @@
+// The operators' kernels, free of ONNX Runtime: plain float32 buffers in, plain buffers out.
+//
+// Shapes and symbols are those of ops/schema.py; ops/reference.py is the specification. Indices outside a tensor are
+// clamped into it: whatever they say, no kernel touches memory that is not its own.
+
+#ifndef SPARSIFINER_KERNELS_H_
+#define SPARSIFINER_KERNELS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sparsifiner {
+
+// Runs fn(data, i) for i in [0, count), in any order and on any threads; returns when all are done.
+struct Parallel {
+  virtual ~Parallel() = default;
+  virtual void For(size_t count, void (*fn)(void* data, size_t i), void* data) const = 0;
+};
+
+// Sizes of packed queries, keys and values: qkv [batch, tokens, 3 * heads * width].
+struct Packed {
+  const float* qkv;
+  size_t batch;
+  size_t tokens;
+  size_t heads;
+  size_t width;  // d, channels of a head
+  float scale;
+
+  size_t Row() const { return 3 * heads * width; }
+  const float* Queries(size_t b, size_t h) const { return qkv + b * tokens * Row() + h * width; }
+  const float* Keys(size_t b, size_t h) const { return Queries(b, h) + heads * width; }
+  const float* Values(size_t b, size_t h) const { return Queries(b, h) + 2 * heads * width; }
+};
+
+struct SparseSettings {
+  size_t prefix;       // leading tokens that are no patches
+  size_t prefix_keys;  // of them, how many every patch query reads (prefix or 0)
+  size_t tile;
+  size_t cell;  // 0: no background cells
+  size_t keys;  // K
+};
+
+struct SelectSettings {
+  size_t prefix;
+  size_t probe;
+  size_t tile;
+  size_t cell;
+  size_t keys;
+  size_t channels;  // c
+  float value_power;
+};
+
+// softmax(scale q k^T) v: output [batch, tokens, heads * width].
+void DenseAttention(const Packed& in, float* output, const Parallel& parallel);
+
+// indices [batch, heads, tiles, keys] -> output [batch, tokens, heads * width].
+void SparseAttention(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
+                     const Parallel& parallel);
+
+// proj_q, proj_k [heads, width, channels] -> indices [batch, heads, tiles, keys], ascending.
+void KeySelect(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
+               int32_t* indices, const Parallel& parallel);
+
+// Name of the instruction set that the kernels run on, such as "AVX3".
+const char* TargetName();
+
+// Lets the kernels use no better instruction set than the one named. False: no such name, or not on this machine.
+bool LimitTarget(const char* name);
+
+}  // namespace sparsifiner
+
+#endif  // SPARSIFINER_KERNELS_H_

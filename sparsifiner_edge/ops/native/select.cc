@@ -1,0 +1,434 @@
+// KeySelect (ops/schema.py): low-rank probe scores of all keys, then the K best of each tile.
+//
+//   keys   [P][d] --Transpose16, proj_k--> answers [P/16][c][16]     lanes are keys
+//   probes [G][d] (means of queries) --proj_q--> asking [G][c]
+//   asking x answers --> logits [16 probes][P] --> log-softmax, maximum of a tile's probes, value bonus --> scores [P]
+//   scores --BestKeys--> indices, ascending: the K-th value by narrowing a bracket, never a sort
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "select.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+
+#include "hwy/contrib/math/math-inl.h"
+#include "hwy/highway.h"
+#include "kernels-inl.h"
+#include "kernels.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sparsifiner {
+namespace HWY_NAMESPACE {
+
+constexpr float kDeviationFloor = 1e-6f;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The K best of a row, without sorting.
+
+// Order-preserving map from floats (no NaN) to integers, and back.
+HWY_INLINE int32_t Ordered(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(bits)) : bits;
+}
+HWY_INLINE float Unordered(int32_t place) {
+  const int32_t bits = place < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(place)) : place;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+HWY_INLINE size_t CountAbove(const float* HWY_RESTRICT row, size_t padded, float pivot) {
+  const D d;
+  const V p = hn::Set(d, pivot);
+  size_t count = 0;
+  for (size_t j = 0; j < padded; j += kLanes) count += hn::CountTrue(d, hn::Gt(hn::Load(d, row + j), p));
+  return count;
+}
+
+// The K-th largest of row[0, padded); entries that are no keys are NaN, which no comparison takes. `guess` is any pivot;
+// a good one saves passes. scratch: `padded` + 16 floats.
+HWY_INLINE float KthLargest(const float* HWY_RESTRICT row, size_t padded, size_t keys, float low, float high,
+                            float guess, float* HWY_RESTRICT scratch) {
+  // Invariant: more than keys - 1 entries lie above `low` (exclusive), fewer than `keys` above `high`.
+  const D d;
+  size_t above_low = CountAbove(row, padded, low);
+  if (above_low < keys) return low;
+  size_t above_high = 0;
+  constexpr size_t kFew = 64;
+  float pivot = guess;
+  for (int step = 0; above_low - above_high > kFew; ++step) {
+    const int64_t from = Ordered(low), to = Ordered(high);
+    if (to - from <= 1) return high;
+    if (!(pivot > low && pivot < high)) pivot = Unordered(static_cast<int32_t>(from + (to - from) / 2));
+    const size_t count = CountAbove(row, padded, pivot);
+    if (count >= keys) {
+      low = pivot;
+      above_low = count;
+    } else {
+      high = pivot;
+      above_high = count;
+    }
+    // Where scores spread evenly between the bounds, the next pivot hits; every third step halves, come what may.
+    const float share = static_cast<float>(above_low - keys) / static_cast<float>(above_low - above_high);
+    pivot = step % 3 == 2 ? low : low + share * (high - low);
+  }
+  size_t some = 0;
+  for (size_t j = 0; j < padded; j += kLanes) {
+    const V x = hn::Load(d, row + j);
+    const auto inside = hn::And(hn::Gt(x, hn::Set(d, low)), hn::Le(x, hn::Set(d, high)));
+    if (!hn::AllFalse(d, inside)) some += hn::CompressStore(x, inside, d, scratch + some);
+  }
+  // Among these few, as many as lie above a candidate decide its rank.
+  const size_t rank = keys - above_high;
+  std::nth_element(scratch, scratch + (rank - 1), scratch + some, [](float a, float b) { return a > b; });
+  return scratch[rank - 1];
+}
+
+// Indices of the `keys` largest of row[0, padded), ties to the lower index, ascending. list: `keys` entries.
+// scratch: `padded` + 32 floats.
+HWY_INLINE float BestKeys(const float* HWY_RESTRICT row, size_t padded, size_t keys, float low, float high, float guess,
+                          float* HWY_RESTRICT scratch, int32_t* HWY_RESTRICT list) {
+  const D d;
+  const hn::RebindToSigned<D> di;
+  const float least = KthLargest(row, padded, keys, low, high, guess, scratch);
+  const V threshold = hn::Set(d, least);
+  size_t equal = keys - CountAbove(row, padded, least);
+  int32_t* HWY_RESTRICT found = reinterpret_cast<int32_t*>(scratch);
+  size_t count = 0;
+  for (size_t j = 0; j < padded; j += kLanes) {
+    const V x = hn::Load(d, row + j);
+    const auto wins = hn::Ge(x, threshold);
+    if (hn::AllFalse(d, wins)) continue;
+    const size_t ties = hn::CountTrue(d, hn::Eq(x, threshold));
+    if (ties <= equal) {
+      equal -= ties;
+      count += hn::CompressStore(hn::Iota(di, static_cast<int32_t>(j)), hn::RebindMask(di, wins), di, found + count);
+    } else {
+      for (size_t i = j; i < j + kLanes; ++i) {
+        const bool tie = row[i] == least;
+        if (row[i] > least || (tie && equal > 0)) {
+          equal -= tie;
+          found[count++] = static_cast<int32_t>(i);
+        }
+      }
+    }
+  }
+  std::memcpy(list, found, keys * sizeof(int32_t));
+  return least;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct SelectJob {
+  Packed in;
+  SelectSettings settings;
+  int32_t* indices;
+  size_t patches, padded, probes, tiles, stride, cells;
+  size_t lane_blocks;   // of 16 channels of proj_q
+  size_t asking_stride;
+  float* proj_k;        // [heads][c][stride]: transposed
+  float* proj_q;        // [heads][lane_blocks][d][16], with scale and log2(e)
+  float* answers;       // [batch * heads][padded / 16][c][16]
+  float* bonus;         // [batch * heads][padded]; NaN where there is no key
+  float* cell_values;   // [batch * heads][cells][stride]
+  const float *given_q, *given_k;
+};
+
+void PackProjections(const SelectJob& job) {
+  const size_t d = job.in.width, c = job.settings.channels;
+  for (size_t h = 0; h < job.in.heads; ++h) {
+    for (size_t k = 0; k < d; ++k) {
+      for (size_t j = 0; j < c; ++j) {
+        job.proj_k[(h * c + j) * job.stride + k] = job.given_k[(h * d + k) * c + j];
+      }
+      for (size_t j = 0; j < job.lane_blocks * kQueries; ++j) {
+        job.proj_q[((h * job.lane_blocks + j / kQueries) * d + k) * kQueries + j % kQueries] =
+            j < c ? job.in.scale * kLog2e * job.given_q[(h * d + k) * c + j] : 0.0f;
+      }
+    }
+  }
+}
+
+HWY_NOINLINE void ValueMeans(void* data, size_t item) {
+  const SelectJob& job = *static_cast<const SelectJob*>(data);
+  const Packed& in = job.in;
+  const float* rows = in.Values(item / in.heads, item % in.heads) + job.settings.prefix * in.Row();
+  CellMeans(rows, in.Row(), job.patches, job.settings.cell, in.width, job.stride,
+            job.cell_values + item * job.cells * job.stride);
+}
+
+// value_power * log2(distance of each of 16 values from its cell's mean).
+HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, const float* values, size_t begin, size_t valid,
+                      float* HWY_RESTRICT bonus) {
+  const D d;
+  HWY_ALIGN float squares[kQueries];
+  for (size_t i = 0; i < kQueries; ++i) {
+    if (i >= valid) {
+      squares[i] = std::numeric_limits<float>::quiet_NaN();
+      continue;
+    }
+    const float* value = values + i * job.in.Row();
+    const float* mean = job.cells == 0 ? nullptr
+                                       : job.cell_values + (batch_head * job.cells + (begin + i) / job.settings.cell) *
+                                                               job.stride;
+    V sum = hn::Zero(d);
+    for (size_t c = 0; c < job.in.width; c += kLanes) {
+      const size_t some = std::min(kLanes, job.in.width - c);
+      V x = some == kLanes ? hn::LoadU(d, value + c) : hn::LoadN(d, value + c, some);
+      if (mean != nullptr) x = hn::Sub(x, hn::Load(d, mean + c));
+      sum = hn::MulAdd(x, x, sum);
+    }
+    squares[i] = hn::ReduceSum(d, sum);
+  }
+  const V floor = hn::Set(d, kDeviationFloor * kDeviationFloor);
+  for (size_t v = 0; v < kQueries; v += kLanes) {
+    const V square = hn::Load(d, squares + v);
+    // Max might turn NaN into the floor, so NaN is put back.
+    const V safe = hn::Max(square, floor);
+    const V log = hn::Mul(hn::Log(d, safe), hn::Set(d, 0.5f * kLog2e * job.settings.value_power));
+    hn::Store(hn::IfThenElse(hn::IsNaN(square), square, log), d, bonus + v);
+  }
+}
+
+// 16 keys: projected to answers, and the bonus of their values.
+HWY_NOINLINE void AnswerBlock(void* data, size_t item) {
+  const SelectJob& job = *static_cast<const SelectJob*>(data);
+  const Packed& in = job.in;
+  const size_t blocks = job.padded / kQueries;
+  const size_t block = item % blocks, batch_head = item / blocks;
+  const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
+  const size_t begin = block * kQueries, valid = std::min(kQueries, job.patches - begin);
+  const size_t c = job.settings.channels, row = in.Row(), first = job.settings.prefix + begin;
+  float* turned = static_cast<float*>(OwnScratch().Reserve(in.width * kQueries * sizeof(float)));
+  const float* keys = in.Keys(batch, head) + first * row;
+  const float* rows[kQueries];
+  for (size_t i = 0; i < kQueries; ++i) rows[i] = keys + (i < valid ? i : 0) * row;
+  Transpose16(rows, in.width, 1.0f, turned);
+  Scores(turned, job.proj_k + head * c * job.stride, job.stride, in.width, c,
+         job.answers + (batch_head * blocks + block) * c * kQueries);
+  float* bonus = job.bonus + batch_head * job.padded + begin;
+  if (job.settings.value_power > 0) {
+    Bonus(job, batch_head, in.Values(batch, head) + first * row, begin, valid, bonus);
+  } else {
+    for (size_t i = 0; i < kQueries; ++i) bonus[i] = i < valid ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+constexpr size_t kProbes = 16;
+
+// Mean queries of up to 16 probes from `probe` on, projected: asking [16][asking_stride].
+HWY_INLINE void Ask(const SelectJob& job, size_t batch, size_t head, size_t probe, size_t count,
+                    float* HWY_RESTRICT means, float* HWY_RESTRICT wide, float* HWY_RESTRICT asking) {
+  const Packed& in = job.in;
+  const size_t c = job.settings.channels, run = job.settings.probe;
+  const size_t begin = probe * run, end = std::min(begin + count * run, job.patches);
+  CellMeans(in.Queries(batch, head) + (job.settings.prefix + begin) * in.Row(), in.Row(), end - begin, run, in.width,
+            job.stride, means);
+  for (size_t b = 0; b < job.lane_blocks; ++b) {
+    Scores(job.proj_q + (head * job.lane_blocks + b) * in.width * kQueries, means, job.stride, in.width, count, wide);
+    const size_t some = std::min(kQueries, c - b * kQueries);
+    for (size_t g = 0; g < count; ++g) {
+      std::memcpy(asking + g * job.asking_stride + b * kQueries, wide + g * kQueries, some * sizeof(float));
+    }
+  }
+}
+
+// logits[g][padded] of `count` probes, and the log2-sum-exp2 of each row.
+HWY_INLINE void ProbeLogits(const SelectJob& job, size_t batch_head, const float* asking, size_t count, bool normalise,
+                            float* HWY_RESTRICT wide, float* HWY_RESTRICT logits, float* HWY_RESTRICT log_sums) {
+  const D d;
+  const size_t c = job.settings.channels, blocks = job.padded / kQueries;
+  const float* answers = job.answers + batch_head * blocks * c * kQueries;
+  HWY_ALIGN float highest[kProbes * kQueries];
+  for (size_t g = 0; g < count * kQueries; g += kLanes) hn::Store(hn::Set(d, kLowest), d, highest + g);
+  for (size_t block = 0; block < blocks; ++block) {
+    const size_t valid = std::min(kQueries, job.patches - block * kQueries);
+    Scores(answers + block * c * kQueries, asking, job.asking_stride, c, count, wide);
+    for (size_t g = 0; g < count; ++g) {
+      for (size_t v = 0; v < kQueries; v += kLanes) {
+        V x = hn::Load(d, wide + g * kQueries + v);
+        if (valid < kQueries) {
+          const auto real = hn::Lt(hn::Iota(d, static_cast<float>(v)), hn::Set(d, static_cast<float>(valid)));
+          x = hn::IfThenElse(real, x, hn::Set(d, kLowest));
+        }
+        hn::Store(x, d, logits + g * job.padded + block * kQueries + v);
+        float* top = highest + g * kQueries + v;
+        hn::Store(hn::Max(hn::Load(d, top), x), d, top);
+      }
+    }
+  }
+  for (size_t g = 0; g < count; ++g) {
+    log_sums[g] = 0.0f;
+    if (!normalise) continue;
+    float top = kLowest;
+    for (size_t i = 0; i < kQueries; ++i) top = std::max(top, highest[g * kQueries + i]);
+    const V t = hn::Set(d, top);
+    V even = hn::Zero(d), odd = hn::Zero(d);
+    const float* row = logits + g * job.padded;
+    size_t j = 0;
+    for (; j + 2 * kLanes <= job.padded; j += 2 * kLanes) {
+      even = hn::Add(even, Exp2(hn::Sub(hn::Load(d, row + j), t)));
+      odd = hn::Add(odd, Exp2(hn::Sub(hn::Load(d, row + j + kLanes), t)));
+    }
+    if (j < job.padded) even = hn::Add(even, Exp2(hn::Sub(hn::Load(d, row + j), t)));
+    log_sums[g] = top + std::log2(hn::ReduceSum(d, hn::Add(even, odd)));
+  }
+}
+
+struct Range {
+  float low, high;
+};
+
+// best[j] = max(best[j] if `more`, logits of `count` probes less their sums), on the last call with the bonus: scores.
+// Entries that are no keys become NaN, NaN scores of keys the lowest float. Returns the scores' range.
+HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float* logits, const float* log_sums,
+                            size_t count, bool more, bool last, float* HWY_RESTRICT best) {
+  const D d;
+  const float* bonus = job.bonus + batch_head * job.padded;
+  V low = hn::Set(d, std::numeric_limits<float>::infinity()), high = hn::Set(d, kLowest);
+  for (size_t j = 0; j < job.padded; j += kLanes) {
+    V x = hn::Sub(hn::Load(d, logits + j), hn::Set(d, log_sums[0]));
+    for (size_t g = 1; g < count; ++g) {
+      x = hn::Max(x, hn::Sub(hn::Load(d, logits + g * job.padded + j), hn::Set(d, log_sums[g])));
+    }
+    if (more) x = hn::Max(x, hn::Load(d, best + j));
+    if (last) {
+      x = hn::Add(x, hn::Load(d, bonus + j));
+      x = hn::IfThenElse(hn::IsNaN(x), hn::Set(d, kLowest), x);
+      high = hn::Max(high, x);
+      if (j + kLanes <= job.patches) {
+        low = hn::Min(low, x);
+      } else {
+        const auto real = hn::Lt(hn::Iota(d, static_cast<float>(j)), hn::Set(d, static_cast<float>(job.patches)));
+        low = hn::Min(low, hn::IfThenElse(real, x, low));
+        x = hn::IfThenElse(real, x, hn::NaN(d));
+      }
+    }
+    hn::Store(x, d, best + j);
+  }
+  return {hn::ReduceMin(d, low), hn::ReduceMax(d, high)};
+}
+
+// Tiles whose probes are asked together.
+HWY_INLINE size_t GroupTiles(const SelectSettings& s) {
+  return std::max<size_t>(1, kProbes / (s.tile / s.probe));
+}
+
+HWY_NOINLINE void SelectGroup(void* data, size_t item) {
+  const SelectJob& job = *static_cast<const SelectJob*>(data);
+  const Packed& in = job.in;
+  const SelectSettings& s = job.settings;
+  const size_t group_tiles = GroupTiles(s), groups = (job.tiles + group_tiles - 1) / group_tiles;
+  const size_t group = item % groups, batch_head = item / groups;
+  const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
+  const size_t per_tile = s.tile / s.probe;
+
+  float *means = nullptr, *wide = nullptr, *asking = nullptr, *logits = nullptr, *best = nullptr, *rest = nullptr;
+  void* base = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    Layout layout(base);
+    means = layout.Take<float>(kProbes * job.stride);
+    wide = layout.Take<float>(kProbes * kQueries);
+    asking = layout.Take<float>(kProbes * job.asking_stride);
+    logits = layout.Take<float>(kProbes * job.padded);
+    best = layout.Take<float>(job.padded);
+    rest = layout.Take<float>(job.padded + 32);
+    if (pass == 0) base = OwnScratch().Reserve(layout.used());
+  }
+  float log_sums[kProbes];
+  const size_t first = group * group_tiles, end = std::min(first + group_tiles, job.tiles);
+  const auto choose = [&](size_t tile, Range range, float guess) {
+    // `low` must lie below every score that counts: the float before the lowest.
+    const float low = range.low == kLowest ? kLowest : Unordered(Ordered(range.low) - 1);
+    return BestKeys(best, job.padded, s.keys, low, range.high, guess, rest,
+                    job.indices + (batch_head * job.tiles + tile) * s.keys);
+  };
+  float guess = std::numeric_limits<float>::quiet_NaN();
+  if (per_tile <= kProbes) {
+    const size_t probe = first * per_tile, count = std::min(end * per_tile, job.probes) - probe;
+    Ask(job, batch, head, probe, count, means, wide, asking);
+    ProbeLogits(job, batch_head, asking, count, per_tile > 1, wide, logits, log_sums);
+    for (size_t tile = first; tile < end; ++tile) {
+      const size_t mine = (tile - first) * per_tile, some = std::min(per_tile, count - mine);
+      const Range range =
+          TileScores(job, batch_head, logits + mine * job.padded, log_sums + mine, some, false, true, best);
+      guess = choose(tile, range, guess);
+    }
+    return;
+  }
+  const size_t probe_end = std::min((first + 1) * per_tile, job.probes);
+  Range range{};
+  for (size_t probe = first * per_tile; probe < probe_end; probe += kProbes) {
+    const size_t count = std::min(kProbes, probe_end - probe);
+    Ask(job, batch, head, probe, count, means, wide, asking);
+    ProbeLogits(job, batch_head, asking, count, true, wide, logits, log_sums);
+    range = TileScores(job, batch_head, logits, log_sums, count, probe != first * per_tile,
+                       probe + kProbes >= probe_end, best);
+  }
+  choose(first, range, guess);
+}
+
+void KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
+                     int32_t* indices, const Parallel& parallel) {
+  SelectJob job{};
+  job.in = in;
+  job.settings = settings;
+  job.indices = indices;
+  job.given_q = proj_q;
+  job.given_k = proj_k;
+  job.patches = in.tokens - settings.prefix;
+  job.padded = RoundUp(job.patches, kQueries);
+  job.probes = (job.patches + settings.probe - 1) / settings.probe;
+  job.tiles = (job.patches + settings.tile - 1) / settings.tile;
+  job.cells = settings.cell ? (job.patches + settings.cell - 1) / settings.cell : 0;
+  job.stride = PackedWidth(in.width);
+  job.lane_blocks = (settings.channels + kQueries - 1) / kQueries;
+  job.asking_stride = job.lane_blocks * kQueries;
+  const size_t heads = in.batch * in.heads, blocks = job.padded / kQueries;
+  void* base = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    Layout layout(base);
+    job.proj_k = layout.Take<float>(in.heads * settings.channels * job.stride);
+    job.proj_q = layout.Take<float>(in.heads * job.lane_blocks * in.width * kQueries);
+    job.answers = layout.Take<float>(heads * job.padded * settings.channels);
+    job.bonus = layout.Take<float>(heads * job.padded);
+    job.cell_values = layout.Take<float>(heads * job.cells * job.stride);
+    if (pass == 0) base = SharedScratch().Reserve(layout.used());
+  }
+  PackProjections(job);
+  if (job.cells != 0 && settings.value_power > 0) parallel.For(heads, ValueMeans, &job);
+  parallel.For(heads * blocks, AnswerBlock, &job);
+  const size_t group_tiles = GroupTiles(settings);
+  parallel.For(heads * ((job.tiles + group_tiles - 1) / group_tiles), SelectGroup, &job);
+}
+
+const char* TargetNameTarget() { return hwy::TargetName(HWY_TARGET); }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sparsifiner
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace sparsifiner {
+
+HWY_EXPORT(KeySelectTarget);
+HWY_EXPORT(TargetNameTarget);
+
+void KeySelect(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
+               int32_t* indices, const Parallel& parallel) {
+  HWY_DYNAMIC_DISPATCH(KeySelectTarget)(in, proj_q, proj_k, settings, indices, parallel);
+}
+
+const char* TargetName() { return HWY_DYNAMIC_DISPATCH(TargetNameTarget)(); }
+
+bool LimitTarget(const char* name) {
+  for (int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    if (std::strcmp(hwy::TargetName(target), name) != 0) continue;
+    // Better targets have lower bits.
+    hwy::SetSupportedTargetsForTest(hwy::SupportedTargets() & ~(target - 1));
+    return true;
+  }
+  return false;
+}
+
+}  // namespace sparsifiner
+#endif
