@@ -243,36 +243,14 @@ HWY_INLINE void GatherScores(const float* qt, const float* keys, const uint32_t*
   }
 }
 
-// A tile of at most 16 queries [begin, begin + valid) with one list.
-HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, size_t begin, size_t valid,
-                             const List& list, bool placed, uint32_t* places, float* gathered,
-                             float* partial, uint16_t* owner, uint32_t* number, float* qt, float* scores, float* sums) {
-  const Packed& in = job.in;
+// Softmax of a tile over listed keys and cells. On entry logits, on exit weights: scores [count][16], cells [R][16];
+// shares [16]: what makes them sum to 1. sums: scratch [R][16].
+HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* owner, const uint32_t* number,
+                            float* HWY_RESTRICT scores, float* HWY_RESTRICT cells, float* HWY_RESTRICT sums,
+                            float* HWY_RESTRICT shares) {
   const SparseSettings& s = job.settings;
   const D d;
-  const size_t width = in.width, stride = job.stride, row = in.Row();
-  const size_t count = list.count, rows = count + job.cells;
-  const float* query_rows[kQueries];
-  QueryRows(in.Queries(batch, head) + begin * row, row, valid, query_rows);
-  Transpose16(query_rows, width, in.scale * kLog2e, qt);
-  if (!placed) {
-    for (size_t j = 0; j < count; ++j) places[j] = static_cast<uint32_t>(list.At(j) * row);
-    for (size_t j = count; j < count + kPlacesAhead; ++j) places[j] = places[count - 1];
-    std::memset(number, 0, job.cells * sizeof(uint32_t));
-    for (size_t j = 0; j < s.keys && job.cells != 0; ++j) {
-      owner[j] = job.cell_of[list.At(j + s.prefix_keys) - s.prefix_keys];
-      ++number[owner[j]];
-    }
-  }
-  GatherScores(qt, in.Keys(batch, head), places, count, width, stride, gathered, scores);
-  const size_t of_head = (batch * in.heads + head) * job.cells * stride;
-  float* cells = scores + count * kQueries;
-  if (job.cells != 0) {
-    Scores(qt, job.cell_keys + of_head, stride, width, job.cells, cells);
-    RestOfCells(job, owner, s.keys, scores + s.prefix_keys * kQueries, number, sums, cells);
-  }
-
-  HWY_ALIGN float shares[kQueries];
+  const size_t rows = count + job.cells;
   for (size_t v = 0; v < kQueries; v += kLanes) {
     V top = hn::Load(d, scores + v);
     for (size_t j = 1; j < rows; ++j) top = hn::Max(top, hn::Load(d, scores + j * kQueries + v));
@@ -293,14 +271,58 @@ HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, si
       total = hn::Add(total, weight);
       hn::Store(weight, d, scores + j * kQueries + v);
     }
-    for (size_t j = s.prefix_keys; j < count; ++j) {
+    V other = hn::Zero(d);
+    const auto weigh = [&](size_t j, V* sum) {
       const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
-      total = hn::Add(total, weight);
+      *sum = hn::Add(*sum, weight);
       const V back = job.cells ? hn::Load(d, sums + owner[j - s.prefix_keys] * kQueries + v) : hn::Zero(d);
       hn::Store(hn::Sub(weight, back), d, scores + j * kQueries + v);
+    };
+    size_t j = s.prefix_keys;
+    for (; j + 2 <= count; j += 2) {
+      weigh(j, &total);
+      weigh(j + 1, &other);
     }
+    if (j < count) weigh(j, &other);
+    total = hn::Add(total, other);
     hn::Store(hn::Div(hn::Set(d, 1.0f), total), d, shares + v);
   }
+}
+
+// A tile of at most 16 queries [begin, begin + valid) with one list.
+HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, size_t begin, size_t valid,
+                             const List& list, bool placed, uint32_t* places, float* gathered,
+                             float* partial, uint16_t* owner, uint32_t* number, float* qt, float* scores, float* sums) {
+  const Packed& in = job.in;
+  const SparseSettings& s = job.settings;
+  const size_t width = in.width, stride = job.stride, row = in.Row();
+  const size_t count = list.count;
+  const float* query_rows[kQueries];
+  QueryRows(in.Queries(batch, head) + begin * row, row, valid, query_rows);
+  Transpose16(query_rows, width, in.scale * kLog2e, qt);
+  if (!placed) {
+    for (size_t j = 0; j < count; ++j) places[j] = static_cast<uint32_t>(list.At(j) * row);
+    for (size_t j = count; j < count + kPlacesAhead; ++j) places[j] = places[count - 1];
+    std::memset(number, 0, job.cells * sizeof(uint32_t));
+    size_t start = 0;  // of a run of keys in one cell
+    for (size_t j = 0; j < s.keys && job.cells != 0; ++j) {
+      owner[j] = job.cell_of[list.At(j + s.prefix_keys) - s.prefix_keys];
+      if (owner[j] == owner[start]) continue;
+      number[owner[start]] += static_cast<uint32_t>(j - start);
+      start = j;
+    }
+    if (job.cells != 0) number[owner[start]] += static_cast<uint32_t>(s.keys - start);
+  }
+  GatherScores(qt, in.Keys(batch, head), places, count, width, stride, gathered, scores);
+  const size_t of_head = (batch * in.heads + head) * job.cells * stride;
+  float* cells = scores + count * kQueries;
+  if (job.cells != 0) {
+    Scores(qt, job.cell_keys + of_head, stride, width, job.cells, cells);
+    RestOfCells(job, owner, s.keys, scores + s.prefix_keys * kQueries, number, sums, cells);
+  }
+
+  HWY_ALIGN float shares[kQueries];
+  WeighTile(job, count, owner, number, scores, cells, sums, shares);
   float* output = job.output + ((batch * in.tokens + begin) * in.heads + head) * width;
   const Weighted background{cells, job.cell_values + of_head, job.cells, nullptr};
   const float* values = in.Values(batch, head);

@@ -44,16 +44,14 @@ HWY_INLINE size_t CountAbove(const float* HWY_RESTRICT row, size_t padded, float
   return count;
 }
 
-// The K-th largest of row[0, padded); entries that are no keys are NaN, which no comparison takes. `guess` is any pivot;
-// a good one saves passes. scratch: `padded` + 16 floats.
-HWY_INLINE float KthLargest(const float* HWY_RESTRICT row, size_t padded, size_t keys, float low, float high,
-                            float guess, float* HWY_RESTRICT scratch) {
-  // Invariant: more than keys - 1 entries lie above `low` (exclusive), fewer than `keys` above `high`.
+// The K-th largest of row[0, padded), of which `patches` are keys and lie in (low, high]; the others are NaN, which no
+// comparison takes. `guess` is any pivot; a good one saves passes. scratch: `padded` + 32 floats.
+HWY_INLINE float KthLargest(const float* HWY_RESTRICT row, size_t padded, size_t patches, size_t keys, float low,
+                            float high, float guess, float* HWY_RESTRICT scratch) {
+  // Invariant: at least `keys` entries lie above `low`, fewer above `high`.
   const D d;
-  size_t above_low = CountAbove(row, padded, low);
-  if (above_low < keys) return low;
-  size_t above_high = 0;
   constexpr size_t kFew = 64;
+  size_t above_low = patches, above_high = 0;
   float pivot = guess;
   for (int step = 0; above_low - above_high > kFew; ++step) {
     const int64_t from = Ordered(low), to = Ordered(high);
@@ -71,44 +69,53 @@ HWY_INLINE float KthLargest(const float* HWY_RESTRICT row, size_t padded, size_t
     const float share = static_cast<float>(above_low - keys) / static_cast<float>(above_low - above_high);
     pivot = step % 3 == 2 ? low : low + share * (high - low);
   }
-  size_t some = 0;
+  size_t few = 0;
+  const V after = hn::Set(d, low), until = hn::Set(d, high);
   for (size_t j = 0; j < padded; j += kLanes) {
     const V x = hn::Load(d, row + j);
-    const auto inside = hn::And(hn::Gt(x, hn::Set(d, low)), hn::Le(x, hn::Set(d, high)));
-    if (!hn::AllFalse(d, inside)) some += hn::CompressStore(x, inside, d, scratch + some);
+    few += hn::CompressStore(x, hn::And(hn::Gt(x, after), hn::Le(x, until)), d, scratch + few);
   }
-  // Among these few, as many as lie above a candidate decide its rank.
+  for (size_t j = few; j < RoundUp(few, kLanes); ++j) scratch[j] = kLowest;
+  // Among these few, the one that `rank` - 1 exceed, or as many as equal it.
   const size_t rank = keys - above_high;
-  std::nth_element(scratch, scratch + (rank - 1), scratch + some, [](float a, float b) { return a > b; });
-  return scratch[rank - 1];
+  for (size_t i = 0; i < few; ++i) {
+    const V x = hn::Set(d, scratch[i]);
+    size_t above = 0, level = 0;
+    for (size_t j = 0; j < few; j += kLanes) {
+      const V other = hn::Load(d, scratch + j);
+      above += hn::CountTrue(d, hn::Gt(other, x));
+      level += hn::CountTrue(d, hn::Eq(other, x));
+    }
+    if (above < rank && rank <= above + level) return scratch[i];
+  }
+  return high;
 }
 
 // Indices of the `keys` largest of row[0, padded), ties to the lower index, ascending. list: `keys` entries.
 // scratch: `padded` + 32 floats.
-HWY_INLINE float BestKeys(const float* HWY_RESTRICT row, size_t padded, size_t keys, float low, float high, float guess,
-                          float* HWY_RESTRICT scratch, int32_t* HWY_RESTRICT list) {
+HWY_INLINE float BestKeys(const float* HWY_RESTRICT row, size_t padded, size_t patches, size_t keys, float low,
+                          float high, float guess, float* HWY_RESTRICT scratch, int32_t* HWY_RESTRICT list) {
   const D d;
   const hn::RebindToSigned<D> di;
-  const float least = KthLargest(row, padded, keys, low, high, guess, scratch);
+  // Scores of minus infinity lie above no bound: then all that are finite win, and the first others.
+  const bool endless = low == kLowest && CountAbove(row, padded, low) < keys;
+  const size_t counted = low == kLowest ? CountAbove(row, padded, low) : patches;
+  const float least = endless ? kLowest : KthLargest(row, padded, counted, keys, low, high, guess, scratch);
   const V threshold = hn::Set(d, least);
-  size_t equal = keys - CountAbove(row, padded, least);
   int32_t* HWY_RESTRICT found = reinterpret_cast<int32_t*>(scratch);
   size_t count = 0;
   for (size_t j = 0; j < padded; j += kLanes) {
-    const V x = hn::Load(d, row + j);
-    const auto wins = hn::Ge(x, threshold);
-    if (hn::AllFalse(d, wins)) continue;
-    const size_t ties = hn::CountTrue(d, hn::Eq(x, threshold));
-    if (ties <= equal) {
-      equal -= ties;
-      count += hn::CompressStore(hn::Iota(di, static_cast<int32_t>(j)), hn::RebindMask(di, wins), di, found + count);
-    } else {
-      for (size_t i = j; i < j + kLanes; ++i) {
-        const bool tie = row[i] == least;
-        if (row[i] > least || (tie && equal > 0)) {
-          equal -= tie;
-          found[count++] = static_cast<int32_t>(i);
-        }
+    const auto wins = hn::RebindMask(di, hn::Ge(hn::Load(d, row + j), threshold));
+    count += hn::CompressStore(hn::Iota(di, static_cast<int32_t>(j)), wins, di, found + count);
+  }
+  if (count > keys) {
+    // More equal the threshold than there is room for: the last of them lose.
+    size_t losers = count - keys, kept = count;
+    for (size_t i = count; i-- > 0 && losers > 0;) {
+      if (row[found[i]] == least) {
+        std::memmove(found + i, found + i + 1, (kept - i - 1) * sizeof(int32_t));
+        --kept;
+        --losers;
       }
     }
   }
@@ -339,7 +346,7 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item) {
   const auto choose = [&](size_t tile, Range range, float guess) {
     // `low` must lie below every score that counts: the float before the lowest.
     const float low = range.low == kLowest ? kLowest : Unordered(Ordered(range.low) - 1);
-    return BestKeys(best, job.padded, s.keys, low, range.high, guess, rest,
+    return BestKeys(best, job.padded, job.patches, s.keys, low, range.high, guess, rest,
                     job.indices + (batch_head * job.tiles + tile) * s.keys);
   };
   float guess = std::numeric_limits<float>::quiet_NaN();
