@@ -108,7 +108,10 @@ def main(models: tuple[str, ...], output: Path | None) -> None:
     table(rows)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        method = {"weights": "random, seed 0; queries and keys scaled to logits of standard deviation 3", "check": "export gate, one random picture"}
+        method = {
+            "weights": "random, seed 0; q, k scaled to logits of deviation 3",
+            "check": "export gate, one random picture",
+        }
         statistics = {
             row["name"]: {k: row["costs"][k] for k in COSTS} | {"dense_total_macs": row["dense_costs"]["total_macs"]}
             for row in rows

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.results import environment, machine, package_version, unavailable
 from sparsifiner_edge.runtime.ort import load_backend
 
@@ -21,19 +22,29 @@ def examine() -> dict[str, Any]:
     """Look at this installation.
 
     Returns:
-        `native_library` (None) and `native_library_reason`; `backends`: per name `available`, `reason` and `version`;
-        `extras`: per extra its `packages` (name to version or why not), `complete` and the `install` command, or
+        `native_library` (path or None) and `native_library_reason`; `backends`: per name `available`, `reason` and
+        `version`; `extras`: per extra its `packages` (name to version or why not), `complete` and the `install` command, or
         `unavailable`; `warnings`; `machine` and `environment` as in results.
     """
     return {
-        "native_library": None,
-        "native_library_reason": "this version has none: sparse operators run as ONNX function bodies",
+        **_native_library(),
         "backends": {"onnxruntime": _onnxruntime()} | {name: _tensorrt(package) for name, package in _TENSORRT.items()},
         "extras": _extras(),
         "warnings": _warnings(),
         "machine": machine(),
         "environment": environment(),
     }
+
+
+def _native_library() -> dict[str, Any]:
+    path = native.library_path()
+    if path is None:
+        return {"native_library": None, "native_library_reason": native.why_missing()}
+    try:
+        reason = f"loads, and uses {native.target()}"
+    except (OSError, ValueError) as error:
+        return {"native_library": None, "native_library_reason": f"cannot be used: {error}"}
+    return {"native_library": str(path), "native_library_reason": reason}
 
 
 def _onnxruntime() -> dict[str, Any]:

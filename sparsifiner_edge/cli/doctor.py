@@ -36,7 +36,7 @@ def _backend_rows(findings: dict[str, Any]) -> list[list[str]]:
         for name, entry in findings["backends"].items()
     ]
     library = findings["native_library"]
-    return [*rows, ["native library", "yes" if library else "no", "", library or findings["native_library_reason"]]]
+    return [*rows, ["native library", "yes" if library else "no", "", escape(findings["native_library_reason"])]]
 
 
 def _extra_rows(extras: dict[str, Any]) -> list[list[str]]:

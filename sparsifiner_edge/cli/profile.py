@@ -17,6 +17,8 @@ from sparsifiner_edge.cli.common import json_option, output_option, print_json, 
 @click.option("--against", type=click.Path(path_type=Path), help="Another bundle: measure the ratio of the two.")
 @click.option("--rules", default="quick", show_default=True, help="How long and how often: quick.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; by default the cores this process may use.")
+@click.option("--kernels", default="auto", show_default=True,
+              help="auto, native or portable: what runs the sparse operators.")  # fmt: skip
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True,
               help="Least time measured per bundle.")  # fmt: skip
 @json_option
@@ -28,6 +30,7 @@ def command(
     against: Path | None,
     rules: str,
     threads: int | None,
+    kernels: str,
     seconds: float,
     as_json: bool,
     output: Path | None,
@@ -45,7 +48,14 @@ def command(
             bar.update(task, description=stage, completed=int(done), total=max(1, int(planned)))
 
         result = profile_bundle(
-            bundle, backend, against=against, rules=rules, threads=threads, seconds=seconds, progress=show
+            bundle,
+            backend,
+            against=against,
+            rules=rules,
+            threads=threads,
+            kernels=kernels,
+            seconds=seconds,
+            progress=show,
         )
     if as_json:
         print_json(result)

@@ -16,7 +16,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.client import Worker, start_worker
 from sparsifiner_edge.results import bundle_subject, new_result
-from sparsifiner_edge.runtime.open import check_backend
+from sparsifiner_edge.runtime.open import check_backend, check_kernels
 
 RULES = ("quick",)
 Progress = Callable[[str, float, float], None]
@@ -59,6 +59,7 @@ def profile_bundle(
     against: str | Path | None = None,
     rules: str = "quick",
     threads: int | None = None,
+    kernels: str = "auto",
     seconds: float = 10.0,
     min_queries: int = 64,
     max_seconds: float = 60.0,
@@ -77,6 +78,7 @@ def profile_bundle(
         against: the bundle to compare with.
         rules: "quick", the only set so far; the numbers below are its own.
         threads: threads inside one operator; None takes the cores that this process may run on.
+        kernels: one of `sparsifiner_edge.runtime.KERNELS`, for both bundles.
         seconds: least time measured per bundle.
         min_queries: least number of queries per bundle.
         max_seconds: most time spent per bundle, even when `min_queries` is not reached; at least twice `seconds`.
@@ -95,6 +97,7 @@ def profile_bundle(
     """
     settings = _checked(_Rules(rules, seconds, min_queries, max_seconds, seed))
     check_backend(backend)
+    check_kernels(kernels)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     subjects = [{"role": role} | bundle_subject(path, open_bundle(path)) for role, path in folders.items()]
     clock = _Clock(progress or (lambda *_: None), settings, len(folders))
@@ -103,7 +106,7 @@ def profile_bundle(
         for role, path in folders.items():
             worker = stack.enter_context(start_worker())
             clock.tell(f"loading {path.name}")
-            request = {"bundle": str(path.resolve()), "backend": backend, "threads": threads}
+            request = {"bundle": str(path.resolve()), "backend": backend, "threads": threads, "kernels": kernels}
             load = worker.ask("load", _LOAD_TIMEOUT_S, **request)
             sides.append(_warm_up(role, worker, load, clock))
         order = _measure(sides, settings, clock)

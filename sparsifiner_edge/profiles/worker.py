@@ -1,6 +1,7 @@
 """The measured process: `python -m sparsifiner_edge.profiles.worker`, one JSON request and one JSON reply per line.
 
-    {"op": "load", "bundle": ..., "backend": ..., "threads": ...}   -> times, input and memory of loading
+    {"op": "load", "bundle": ..., "backend": ..., "threads": ..., "kernels": ...}
+                                                                    -> times, input and memory of loading
     {"op": "block", "queries": n, "rewarm": m}                      -> latency_ms of n queries, after m unrecorded ones
     {"op": "memory"}                                                -> resident memory now and at its peak
     {"op": "describe"}                                              -> Session.description (costs memory: ask last)
@@ -86,12 +87,12 @@ class _Worker:
         self.session: Session | None = None
         self.inputs: dict[str, Array] = {}
 
-    def load(self, bundle: str, backend: str, threads: int | None) -> dict[str, Any]:
+    def load(self, bundle: str, backend: str, threads: int | None, kernels: str = "auto") -> dict[str, Any]:
         start = time.perf_counter_ns()
         version = load_backend(backend)
         import_ms = _since(start)
         before = read_memory()["rss_bytes"]
-        self.session = open_session(bundle, backend, threads)
+        self.session = open_session(bundle, backend, threads, kernels)
         loaded = read_memory()["rss_bytes"]
         self.inputs = fixed_inputs(self.session.inputs)
         start = time.perf_counter_ns()

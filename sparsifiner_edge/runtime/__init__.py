@@ -1,7 +1,7 @@
 """Running a bundle: one `Session` protocol, one file per backend. Importing this loads no backend."""
 
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.open import BACKENDS, open_session
+from sparsifiner_edge.runtime.open import BACKENDS, KERNELS, open_session
 from sparsifiner_edge.runtime.session import Session, TensorSpec
 
-__all__ = ["BACKENDS", "Session", "TensorSpec", "check_golden", "open_session"]
+__all__ = ["BACKENDS", "KERNELS", "Session", "TensorSpec", "check_golden", "open_session"]

@@ -11,7 +11,9 @@ from sparsifiner_edge.results import available_cores
 from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {"onnxruntime": "sparsifiner_edge.runtime.ort"}
-"""Backend's name -> module that has `load_backend()` and `open_model(folder, manifest, threads)`."""
+"""Backend's name -> module that has `load_backend()` and `open_model(folder, manifest, threads, kernels)`."""
+KERNELS = ("auto", "native", "portable")
+"""What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
 
 
 def check_backend(backend: str) -> None:
@@ -22,6 +24,16 @@ def check_backend(backend: str) -> None:
     """
     if backend not in BACKENDS:
         raise BackendError(f"Unknown backend {backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
+
+
+def check_kernels(kernels: str) -> None:
+    """Refuse a name that is no choice of kernels.
+
+    Raises:
+        BackendError: lists the choices.
+    """
+    if kernels not in KERNELS:
+        raise BackendError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNELS)}.")
 
 
 def load_backend(backend: str) -> str:
@@ -36,24 +48,28 @@ def load_backend(backend: str) -> str:
     return str(module.load_backend().__version__)
 
 
-def open_session(bundle: str | Path, backend: str = "onnxruntime", threads: int | None = None) -> Session:
+def open_session(
+    bundle: str | Path, backend: str = "onnxruntime", threads: int | None = None, kernels: str = "auto"
+) -> Session:
     """Open a bundle whose hashes match, ready to run.
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
         backend: one of `BACKENDS`.
         threads: threads inside one operator; None takes the cores that this process may run on.
+        kernels: one of `KERNELS`; the session's `description` says what runs.
 
     Raises:
         ArtifactError: not a bundle, altered, or of a newer schema.
-        BackendError: no such backend, `threads` below 1, or the backend refuses the model.
+        BackendError: no such backend or kernels, `threads` below 1, or the backend refuses the model.
         MissingExtraError: the backend's package is not installed.
     """
     check_backend(backend)
     if threads is not None and threads < 1:
         raise BackendError(f"threads is {threads}.", "Give at least 1, or leave it out to use every core allowed.")
+    check_kernels(kernels)
     folder = Path(bundle)
     manifest = open_bundle(folder)
     module = importlib.import_module(BACKENDS[backend])
-    session: Session = module.open_model(folder, manifest, threads or available_cores())
+    session: Session = module.open_model(folder, manifest, threads or available_cores(), kernels)
     return session

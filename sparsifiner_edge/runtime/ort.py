@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs
 
 _PROVIDER = "CPUExecutionProvider"
@@ -37,9 +38,26 @@ def load_backend() -> Any:
     return onnxruntime
 
 
-def open_model(folder: Path, manifest: Mapping[str, Any], threads: int) -> OrtSession:
+def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, kernels: str) -> OrtSession:
     """Load `model.onnx` of a checked bundle; see `open_session`."""
-    return OrtSession(folder / "model.onnx", manifest.get("precision"), threads)
+    return OrtSession(folder / "model.onnx", manifest.get("precision"), threads, kernels)
+
+
+def native_library(kernels: str) -> Path | None:
+    """The library to register for a choice of kernels (`open.KERNELS`).
+
+    Raises:
+        BackendError: "native" where there is none, or the variable `SPARSIFINER_TARGET` names no instruction set.
+    """
+    path = None if kernels == "portable" else native.library_path()
+    if path is None and kernels == "native":
+        raise BackendError(f"The native library is {native.why_missing()}.", "Or choose the portable kernels.")
+    try:
+        if path is not None:
+            native.target()
+    except (OSError, ValueError) as error:
+        raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
+    return path
 
 
 class OrtSession:
@@ -49,6 +67,7 @@ class OrtSession:
         model: the ONNX file.
         precision: the bundle's own word for it; None derives it from the weights.
         threads: threads inside one operator.
+        kernels: see `open_session`.
 
     Raises:
         BackendError: ONNX Runtime refuses the model.
@@ -57,14 +76,17 @@ class OrtSession:
 
     backend = "onnxruntime"
 
-    def __init__(self, model: Path, precision: str | None, threads: int) -> None:
+    def __init__(self, model: Path, precision: str | None, threads: int, kernels: str = "auto") -> None:
         ort = load_backend()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
+        self._native = native_library(kernels)
         start = time.perf_counter_ns()
         try:
+            if self._native is not None:
+                options.register_custom_ops_library(str(self._native))
             session = ort.InferenceSession(str(model), options, providers=[_PROVIDER])
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
             raise BackendError(f"ONNX Runtime refuses {model}: {_line(error)}", "Export the bundle again.") from error
@@ -81,14 +103,14 @@ class OrtSession:
     @functools.cached_property
     def description(self) -> dict[str, Any]:
         """See `Session.description`."""
-        kernels, precision = _inspect(self._model)
+        operators, precision = _inspect(self._model)
         return {
             "backend": self.backend,
             "version": self._version,
             "provider": self._provider,
             "device": "CPU",
             "precision": self._precision or precision,
-            "kernels": kernels,
+            "kernels": _kernels(operators, self._native is not None),
             "threads": self._threads,
         }
 
@@ -138,15 +160,25 @@ def _spec(node: Any) -> TensorSpec:
     return TensorSpec(str(node.name), dtype, tuple(node.shape))
 
 
-def _inspect(model: Path) -> tuple[str, str]:
-    """Which kernels run the `sparsifiner` operators of a model, and the type that most of its weights have."""
+def _kernels(operators: set[str], native_library: bool) -> str:
+    """What runs the `sparsifiner` operators of a model."""
+    native_ones = sorted(operators & set(native.OPERATORS)) if native_library else []
+    bodies = sorted(operators - set(native_ones))
+    if not operators:
+        return "none (standard operators)"
+    if not native_ones:
+        return "function bodies"
+    rest = f"; function bodies: {', '.join(bodies)}" if bodies else ""
+    return f"native, {native.target()}{rest}"
+
+
+def _inspect(model: Path) -> tuple[set[str], str]:
+    """The `sparsifiner` operators of a model, and the type that most of its weights have."""
     import onnx
 
     content = onnx.load(str(model), load_external_data=False)
-    domains = {node.domain for node in _nodes(content.graph.node)}
-    for function in content.functions:
-        domains |= {node.domain for node in _nodes(function.node)}
-    kernels = "function bodies" if "sparsifiner" in domains else "none (standard operators)"
+    graphs = [content.graph.node, *(function.node for function in content.functions)]
+    operators = {node.op_type for nodes in graphs for node in _nodes(nodes) if node.domain == "sparsifiner"}
     sizes: dict[int, int] = {}
     for tensor in content.graph.initializer:
         sizes[tensor.data_type] = sizes.get(tensor.data_type, 0) + int(np.prod(tensor.dims, dtype=np.int64))
@@ -155,7 +187,7 @@ def _inspect(model: Path) -> tuple[str, str]:
         onnx.TensorProto.BFLOAT16: "bf16", onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8",
     }  # fmt: skip
     weights = {kind: size for kind, size in sizes.items() if kind in names}
-    return kernels, names[max(weights, key=lambda kind: weights[kind])] if weights else "unknown (no weights)"
+    return operators, names[max(weights, key=lambda kind: weights[kind])] if weights else "unknown (no weights)"
 
 
 def _nodes(nodes: Iterable[Any]) -> Iterable[Any]:

@@ -54,7 +54,7 @@ class Session(Protocol):
         """What really runs: `backend`, `version`, `provider`, `device`, `precision`, `kernels` and `threads`.
 
         Found on first use, from the model file: that costs time and memory, so ask after measuring either.
-        `kernels` is "function bodies" or "none (standard operators)".
+        `kernels` is "native, <instruction set>", "function bodies" or "none (standard operators)".
         """
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
