@@ -23,8 +23,8 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `native_library` (path or None) and `native_library_reason`; `backends`: per name `available`, `reason` and
-        `version`; `extras`: per extra its `packages` (name to version or why not), `complete` and the `install` command, or
-        `unavailable`; `warnings`; `machine` and `environment` as in results.
+        `version`; `extras`: per extra its `packages` (name to version or why not), `complete` and the `install`
+        command, or `unavailable`; `warnings`; `machine` and `environment` as in results.
     """
     return {
         **_native_library(),

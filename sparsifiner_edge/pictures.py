@@ -31,6 +31,11 @@ def list_pictures(source: Path) -> list[Path]:
     return found
 
 
+def evenly(paths: list[Path], most: int) -> list[Path]:
+    """At most `most` of the paths, evenly taken."""
+    return paths[:: max(1, len(paths) // most)][:most]
+
+
 def load_picture(path: Path, size: int) -> Picture:
     """Centre square of a picture, resized bicubically: uint8 RGB [size, size, 3].
 

@@ -7,14 +7,19 @@ from pathlib import Path
 import click
 
 from sparsifiner_edge.artifacts import open_bundle
-from sparsifiner_edge.cli.common import err_console, json_option, output_option, print_json, weights_option
+from sparsifiner_edge.cli.common import json_option, output_option, print_json, progress, weights_option
 
 
 @click.command()
 @click.argument("source", metavar="STUDENT|MODEL")
 @weights_option
 @click.option("--img-size", type=click.IntRange(min=1), help="Pixels along a side; by default the source's own.")
-@click.option("--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the weights.")
+@click.option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True,
+              help="Of the linear layers; attention stays in fp32.")  # fmt: skip
+@click.option("--calibrate", type=click.Path(path_type=Path), help="For int8: a folder of pictures to calibrate with.")
+@click.option("--recipe", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
+              help="For int8: what will run it.")  # fmt: skip
+@click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
 @click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")
 @json_option
@@ -27,15 +32,33 @@ def command(
     precision: str,
     batch: str,
     tokens: bool,
+    calibrate: Path | None,
+    recipe: str,
+    measure: bool,
     as_json: bool,
     output: Path,
 ) -> None:
     """Export a student folder, or timm's MODEL as the dense baseline, to ONNX; the file is run and held to torch."""
     import sparsifiner_edge
 
-    with err_console.status("exporting and checking"):
+    with progress() as bar:
+        task = bar.add_task("exporting and checking", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, description="int8: finding layers that hurt", completed=done, total=total)
+
         folder = sparsifiner_edge.export_bundle(
-            source, output, weights=weights, img_size=img_size, precision=precision, batch=batch, tokens=tokens
+            source,
+            output,
+            weights=weights,
+            img_size=img_size,
+            precision=precision,
+            batch=batch,
+            tokens=tokens,
+            calibrate=calibrate,
+            recipe=recipe,
+            measure=measure,
+            progress=show,
         )
     manifest = open_bundle(folder)
     if as_json:
@@ -51,6 +74,16 @@ def command(
         )
     if check["selected_indices"]:
         click.echo(f"selected keys: {check['differing_indices']} of {check['selected_indices']} differ from torch")
+    if "quantisation" in manifest:
+        found = manifest["quantisation"]
+        least = min(found["cosines"].values())
+        click.echo(f"int8: {found['quantised']} linear layers, {len(found['kept'])} left in fp32, cosine {least:.4f}")
+    for choice in manifest.get("measured", {}).get("choices", ()):
+        kept = "kept dense" if choice["kept_dense"] else "sparse"
+        click.echo(
+            f"layers {choice['layers'][0]} to {choice['layers'][-1]}: sparse attention {choice['sparse_ms']:.2f} ms, "
+            f"dense {choice['dense_ms']:.2f} ms: {kept}"
+        )
     ops = ", ".join(manifest["ops"]) or "none: plain dense attention in standard operators"
     click.echo(f"custom operators (with bodies in standard operators): {ops}")
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")

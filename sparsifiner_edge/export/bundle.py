@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +17,19 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export.check import FREE_TOLERANCE, TOLERANCE, Check, check_export
+from sparsifiner_edge.export.choose import keep_dense_where_slower
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
+from sparsifiner_edge.export.quantise import RECIPES, Progress, quantise, run_file
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
+from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
-from sparsifiner_edge.sparse.student import Student, load_dense, load_student
+from sparsifiner_edge.sparse.student import MAX_CALIBRATION_PICTURES, Student, load_dense, load_student
+
+PRECISIONS = ("fp32", "int8")
+INT8_TOLERANCE = 5e-2
+"""Greatest difference of a session's outputs from the golden ones, relative to their range: int8 products of different
+processors round, and select, differently."""
 
 
 def export_bundle(
@@ -32,6 +41,10 @@ def export_bundle(
     precision: str = "fp32",
     batch: int | str = 1,
     tokens: bool = False,
+    calibrate: str | Path | None = None,
+    recipe: str = "cpu",
+    measure: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Export a student folder, or a timm model as the dense baseline, to a bundle folder.
 
@@ -40,27 +53,39 @@ def export_bundle(
         output: folder to write; an earlier bundle there is replaced.
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels along a side; None takes the student's or model's own.
-        precision: "fp32".
+        precision: "fp32", or "int8" for the linear layers; attention stays in float32.
         batch: a fixed batch size, or "dynamic".
         tokens: also give a classifier's tokens; a model without classifier always gives them.
+        calibrate: for int8: a folder of pictures like those that the model will see; at most 32 are used.
+        recipe: for int8: one of `quantise.RECIPES`.
+        measure: keep dense the layers where sparse attention is slower on this machine; the manifest says which.
+        progress: for int8: called with (done, total) steps.
 
     Returns:
         The folder.
 
     Raises:
-        GateError: the file disagrees with torch; nothing is written.
+        GateError: the file disagrees with torch, or int8 with float32; nothing is written.
         SparsifinerError: unusable input; nothing is written.
     """
     target = Path(output)
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
-    if precision != "fp32":
-        raise ConfigError(f"precision is {precision!r}.", "Choose fp32.")
+    pictures = _calibration(precision, calibrate, recipe)
     student = _load(source, weights, img_size)
+    measured = None
+    if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
+        student, measured = _measured(student)
     deployed = DeployedModel(student.model, tokens)
     model = export_graph(deployed, student.img_size, size_of_batch, deployed.output_names)
     batches = (1, 3) if size_of_batch is None else (size_of_batch,)
     check, golden = check_export(model, deployed, student.img_size, batches)
+    quantised = None
+    if precision == "int8":
+        images = [np.repeat(load_picture(p, student.img_size)[None], size_of_batch or 1, 0) for p in pictures]
+        quantised = quantise(model, images, recipe, progress)
+        model = quantised.model
+        golden |= {f"output.{name}": x for name, x in run_file(model, golden["input.image"]).items()}
     labels = class_labels(student.model)
     set_metadata(model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
@@ -68,8 +93,37 @@ def export_bundle(
         np.savez_compressed(folder / "golden.npz", **cast(Any, golden))
         if labels:
             (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        seal_bundle(folder, _manifest(student, deployed, model, check, precision))
+        manifest = _manifest(student, deployed, model, check, precision)
+        if quantised is not None:
+            manifest["tolerances"] = dict.fromkeys(deployed.output_names, INT8_TOLERANCE)
+            manifest["quantisation"] = quantised.to_dict()
+        if measured is not None:
+            manifest["measured"] = measured
+        seal_bundle(folder, manifest)
     return target
+
+
+def _calibration(precision: str, calibrate: str | Path | None, recipe: str) -> list[Path]:
+    """Pictures for int8; none for fp32."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe is {recipe!r}.", f"Choose one of: {', '.join(RECIPES)}.")
+    if precision == "fp32":
+        if calibrate is not None:
+            raise ConfigError("Pictures to calibrate with go with int8.", "Leave them out, or choose --precision int8.")
+        return []
+    if calibrate is None:
+        raise ConfigError("int8 needs pictures to calibrate with.", "Give a folder of them with --calibrate.")
+    return evenly(list_pictures(Path(calibrate)), MAX_CALIBRATION_PICTURES)
+
+
+def _measured(student: Student) -> tuple[Student, dict[str, Any]]:
+    """The student with layers kept dense where that is faster here, and what was measured."""
+    measured = keep_dense_where_slower(student.model)
+    kept = {number for choice in measured["choices"] if choice["kept_dense"] for number in choice["layers"]}
+    dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
+    return dataclasses.replace(student, sparsity=dataclasses.replace(student.sparsity, dense_layers=dense)), measured
 
 
 def parse_batch(batch: int | str) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from sparsifiner_edge.errors import GateError, MissingExtraError
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.metrics import Agreement, agreement
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 
@@ -35,8 +38,9 @@ class Check:
     Attributes:
         agreements: per output, each side choosing its own keys.
         equal: per output, torch reading the keys that the file chose.
-        indices, differing: selected keys in all layers, and how many of them differ from torch's.
+        indices, differing: selected keys in all layers and runs, and how many of them differ from torch's.
         batches: batch sizes that were run.
+        kernels: what ran the operators: "portable", and "native" where the library was built.
     """
 
     agreements: Mapping[str, Agreement]
@@ -44,6 +48,7 @@ class Check:
     indices: int
     differing: int
     batches: tuple[int, ...]
+    kernels: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -60,6 +65,7 @@ class Check:
             "selected_indices": self.indices,
             "differing_indices": self.differing,
             "batches_run": list(self.batches),
+            "kernels_run": list(self.kernels),
         }
 
 
@@ -96,24 +102,27 @@ def check_export(
     Raises:
         GateError: an output is beyond tolerance; names output, worst element and share of elements.
     """
-    session = _session(model)
-    names = [o.name for o in session.get_outputs()]
+    sparse = any(node.domain == DOMAIN for node in model.graph.node)
+    libraries = [None, native.library_path()] if sparse and native.library_path() else [None]
+    sessions = [_session(model, library) for library in libraries]
+    names = [o.name for o in sessions[0].get_outputs()]
     free: dict[str, Agreement] = {}
     equal: dict[str, Agreement] = {}
     golden: dict[str, Array] = {}
     indices = differing = 0
     for number, batch in enumerate(batches):
         image = golden_image(size, batch, seed=number)
-        results = dict(zip(names, session.run(None, {"image": image}), strict=True))
-        lists = [results[name] for name in _selection_names(model)]
-        expected, _ = _run_torch(deployed, image, lists)
-        _compare(equal, results, expected, TOLERANCE, batch)
         expected, chosen = _run_torch(deployed, image)
-        _compare(free, results, expected, FREE_TOLERANCE if lists else TOLERANCE, batch)
-        indices += sum(x.size for x in chosen)
-        differing += sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
         golden = golden or {"input.image": image, **{f"output.{k}": v for k, v in expected.items()}}
-    return Check(free, equal, indices, differing, tuple(batches)), golden
+        for session in sessions:
+            results = dict(zip(names, session.run(None, {"image": image}), strict=True))
+            lists = [results[name] for name in _selection_names(model)]
+            _compare(equal, results, _run_torch(deployed, image, lists)[0], TOLERANCE, batch)
+            _compare(free, results, expected, FREE_TOLERANCE if lists else TOLERANCE, batch)
+            indices += sum(x.size for x in chosen)
+            differing += sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
+    kernels = ("portable", "native")[: len(sessions)]
+    return Check(free, equal, indices, differing, tuple(batches), kernels), golden
 
 
 def _compare(
@@ -152,8 +161,8 @@ def _selection_names(model: onnx.ModelProto) -> list[str]:
     return [node.output[0] for node in model.graph.node if node.op_type.endswith("KeySelect")]
 
 
-def _session(model: onnx.ModelProto) -> Any:
-    """A session whose selections are outputs too."""
+def _session(model: onnx.ModelProto, library: Path | None = None) -> Any:
+    """A session whose selections are outputs too, on the kernels of a library or on function bodies."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -164,6 +173,8 @@ def _session(model: onnx.ModelProto) -> Any:
         probed.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -6,13 +6,15 @@ import copy
 from typing import Any, cast
 
 import torch
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from sparsifiner_edge.sparse.models import Backbone, Preprocessing, preprocessing
 
 
 class DeployedModel(nn.Module):
-    """A vision transformer that takes uint8 RGB images [B,H,W,3]; normalisation is folded into the patch embedding.
+    """A vision transformer that takes uint8 RGB images [B,H,W,3]; normalisation is folded into the patch embedding,
+    layer scale into the linear layers before it.
 
     Attributes:
         output_names: "logits" and "features" for a classifier, "tokens" too where asked; else "features" and "tokens".
@@ -22,6 +24,7 @@ class DeployedModel(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model).eval().float()
         fold_normalisation(self.model, preprocessing(model))
+        fold_layer_scale(self.model)
         classifier = model.num_classes > 0
         self.eval()
         self.output_names = ["logits", "features"] if classifier else ["features", "tokens"]
@@ -35,6 +38,24 @@ class DeployedModel(nn.Module):
         if "logits" in self.output_names:
             outputs["logits"] = self.model.forward_head(tokens)
         return tuple(outputs[name] for name in self.output_names)
+
+
+@torch.no_grad()
+def fold_layer_scale(model: Backbone) -> None:
+    """Multiply what a block adds to its input into the linear layer that makes it: one pass over the tokens less."""
+    for block in cast(Any, model).blocks:
+        for last, name, parameter in ((block.attn.proj, "ls1", "gamma_1"), (block.mlp.fc2, "ls2", "gamma_2")):
+            scale = getattr(block, name, None)
+            gamma = scale.gamma if isinstance(scale, LayerScale) else getattr(block, parameter, None)
+            if gamma is None:
+                continue
+            last.weight.mul_(gamma[:, None])
+            if last.bias is not None:
+                last.bias.mul_(gamma)
+            if isinstance(scale, LayerScale):
+                setattr(block, name, nn.Identity())
+            else:
+                setattr(block, parameter, None)
 
 
 @torch.no_grad()

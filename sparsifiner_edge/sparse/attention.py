@@ -209,6 +209,12 @@ def make_dense(attention: Any) -> None:
     attention.__class__ = _mixed(DenseAttention, attention.__class__)
 
 
+def make_dense_again(attention: Any) -> None:
+    """Turn a sparse attention, in place, into `DenseAttention`: its predictor is dropped."""
+    del attention.select
+    attention.__class__ = _mixed(DenseAttention, type(attention).__bases__[1])
+
+
 def make_sparse(attention: Any, sparsity: SparsityConfig, layout: Layout, num_prefix: int) -> None:
     """Turn an attention of timm, in place, into `SparseAttention`; projections are zero (see `calibrate.py`)."""
     if sparsity.channels > attention.head_dim:

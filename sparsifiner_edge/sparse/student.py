@@ -25,7 +25,7 @@ from sparsifiner_edge.artifacts import (
 )
 from sparsifiner_edge.config import SparsityConfig, default_cells
 from sparsifiner_edge.errors import ArtifactError, UnsupportedModelError
-from sparsifiner_edge.pictures import list_pictures, load_picture
+from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
 from sparsifiner_edge.sparse.calibrate import (
     Progress,
     calibrate_from_pictures,
@@ -92,9 +92,7 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
     Raises:
         PictureError: no pictures, or one of those taken cannot be read.
     """
-    paths = list_pictures(folder)
-    stride = max(1, len(paths) // MAX_CALIBRATION_PICTURES)
-    taken = paths[::stride][:MAX_CALIBRATION_PICTURES]
+    taken = evenly(list_pictures(folder), MAX_CALIBRATION_PICTURES)
     teacher = calibration_twin(student)
     pre, size = preprocessing(student.model), teacher.img_size
     pictures = [normalise(torch.from_numpy(load_picture(p, size))[None], pre) for p in taken]

@@ -1,0 +1,119 @@
+"""Where sparse attention pays on this machine: measured, operator by operator, before a file is written."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from sparsifiner_edge.errors import MissingExtraError
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
+from sparsifiner_edge.ops.schema import DOMAIN, VERSION
+from sparsifiner_edge.sparse.attention import SparseAttention, make_dense_again
+from sparsifiner_edge.sparse.calibrate import sparse_layers
+
+IR_VERSION = 10
+ROUNDS, RUNS = 7, 5
+MARGIN = 1.0
+"""Sparse attention stays where it takes at most this share of dense attention's time."""
+
+
+def keep_dense_where_slower(model: Any) -> dict[str, Any]:
+    """Turn sparse layers of a model, in place, into dense ones where sparse attention is slower on this machine.
+
+    Both run on the kernels that a session would use here, with the layer's own sizes, selection and cells included, one
+    picture at a time, in turn; medians decide. Layers of equal sizes are measured once.
+
+    Returns:
+        What was measured and chosen, JSON-ready: per kind of layer `sparse_ms`, `dense_ms`, `layers`, `kept_dense`.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[int, SparseAttention]]] = {}
+    for number, block in enumerate(model.blocks):
+        layer = block.attn
+        if isinstance(layer, SparseAttention):
+            key = (layer.num_heads, layer.head_dim, layer.num_prefix, layer.layout, layer.sparsity)
+            groups.setdefault(key, []).append((number, layer))
+    choices = []
+    for members in groups.values():
+        sparse, dense = _measure(members[0][1])
+        slower = sparse > MARGIN * dense
+        for _, layer in members if slower else ():
+            make_dense_again(layer)
+        choices.append(
+            {
+                "layers": [number for number, _ in members],
+                "sparse_ms": sparse,
+                "dense_ms": dense,
+                "kept_dense": slower,
+            }
+        )
+    kernels = f"native, {native.target()}" if native.library_path() else "function bodies"
+    return {"kernels": kernels, "choices": choices, "sparse_layers_left": len(sparse_layers(model))}
+
+
+def _measure(layer: SparseAttention) -> tuple[float, float]:
+    """Median milliseconds of a layer's selection and sparse attention, and of dense attention."""
+    layout, sparsity = layer.layout, layer.sparsity
+    random = np.random.default_rng(0)
+    heads, width = layer.num_heads, layer.head_dim
+    tokens = layout.patches + layer.num_prefix
+    qkv = random.normal(size=(1, tokens, 3 * heads * width)).astype(np.float32)
+    inputs: dict[str, Any] = {"qkv": qkv}
+    shared: dict[str, Any] = {"num_heads": heads, "scale": layer.scale}
+    settings: dict[str, Any]
+    if sparsity.preset == "paper":
+        names = ["proj_q", "bias_q", "proj_k", "bias_k", "down", "up"]
+        inputs |= dict(zip(names, (x.detach().numpy() for x in layer.select.inputs()), strict=True))  # type: ignore[operator]
+        choose = helper.make_node(
+            "LandmarkKeySelect", ["qkv", *names], ["lists"], domain=DOMAIN, num_heads=heads, keys=layout.keys,
+            scale=heads**-0.5, top_coefficients=sparsity.top_coefficients, basis_threshold=sparsity.basis_threshold,
+        )  # fmt: skip
+        settings = {"tile": 1, "cell": 0, "prefix_keys": 0}
+    else:
+        inputs |= {n: random.normal(size=(heads, width, sparsity.channels)).astype(np.float32) for n in ("a", "b")}
+        choose = helper.make_node(
+            "KeySelect", ["qkv", "a", "b"], ["lists"], domain=DOMAIN, num_prefix=layer.num_prefix, probe=sparsity.probe,
+            tile=sparsity.tile, cell=layout.cell, keys=layout.keys, value_power=sparsity.value_power, **shared,
+        )  # fmt: skip
+        settings = {"tile": sparsity.tile, "cell": layout.cell, "prefix_keys": 1}
+    settings |= {"num_prefix": layer.num_prefix, **shared}
+    attend = helper.make_node("SparseAttention", ["qkv", "lists"], ["output"], domain=DOMAIN, **settings)
+    dense = helper.make_node("DenseAttention", ["qkv"], ["output"], domain=DOMAIN, **shared)
+    structure = Structure(layer.num_prefix > 0, settings["cell"] > 0, bool(settings["prefix_keys"]))
+    runs = [_runner([choose, attend], inputs, structure), _runner([dense], {"qkv": qkv}, structure)]
+    times: list[list[float]] = [[], []]
+    for _ in range(ROUNDS):
+        for run, taken in zip(runs, times, strict=True):
+            run()  # the other's threads may still spin
+            for _ in range(RUNS):
+                start = time.perf_counter_ns()
+                run()
+                taken.append((time.perf_counter_ns() - start) / 1e6)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _runner(nodes: list[onnx.NodeProto], inputs: dict[str, Any], structure: Structure) -> Callable[[], Any]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "cpu") from error
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in inputs.items()]
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, None)
+    model = helper.make_model(
+        helper.make_graph(nodes, "layer", values, [output]),
+        functions=[function_body(node.op_type, structure) for node in nodes],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=IR_VERSION,
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if native.library_path() is not None:
+        options.register_custom_ops_library(str(native.library_path()))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, inputs)

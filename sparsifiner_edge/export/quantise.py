@@ -1,0 +1,259 @@
+"""int8 linear layers: an exported float32 file becomes one with QDQ nodes around its matrix products.
+
+Quantisation itself is ONNX Runtime's static quantiser (MinMax: the outliers of DINO's activations carry
+information, and percentiles lose them). Attention, normalisation and everything else stay in float32. Layers that hurt
+are found by measuring and stay in float32 too; pictures that were not calibrated on decide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.metrics import cosine
+from sparsifiner_edge.ops import native
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]
+RECIPES = ("cpu", "tensorrt")
+"""cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0."""
+LEAST_COSINE = 0.99
+"""Gate: mean cosine of every output's rows to the float32 file, over pictures that were not calibrated on."""
+GOAL_COSINE = 0.997
+"""Below this, the layers that hurt most are put back to float32, one after the other."""
+MAX_FLOAT_SHARE = 0.25
+"""Share of the linear layers that may be put back."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """A quantised file and what was found.
+
+    Attributes:
+        model: the file.
+        cosines: per output, mean row cosine to the float32 file over held-out pictures.
+        quantised, kept: linear layers in int8; names of those left in float32.
+        calibrated, held_out: numbers of pictures.
+    """
+
+    model: onnx.ModelProto
+    recipe: str
+    cosines: dict[str, float]
+    quantised: int
+    kept: tuple[str, ...]
+    calibrated: int
+    held_out: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        return {**fields, "kept": list(self.kept), "method": "static QDQ, MinMax, weights per channel"}
+
+
+def quantise(
+    model: onnx.ModelProto, images: Sequence[Array], recipe: str = "cpu", progress: Progress | None = None
+) -> Quantised:
+    """Quantise the linear layers of an exported float32 file.
+
+    Args:
+        model: left as it is.
+        images: uint8 [1,S,S,3]; every third is held out and decides, if there are at least three.
+        recipe: one of `RECIPES`.
+        progress: called with (done, total) steps.
+
+    Raises:
+        ConfigError: no such recipe, or no pictures.
+        GateError: an output is further from the float32 file than `LEAST_COSINE` allows, whatever is put back.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe is {recipe!r}.", f"Choose one of: {', '.join(RECIPES)}.")
+    if not images:
+        raise ConfigError("There are no pictures to calibrate with.", "Give a folder of pictures with --calibrate.")
+    held_out = list(images[2::3]) or list(images)
+    calibrated = [x for number, x in enumerate(images) if number % 3 != 2] if len(images) > 2 else list(images)
+    source, layers = _prepared(model)
+    full = _quantise_all(source, layers, calibrated, recipe)
+    wanted = _run(source, held_out)
+    steps = len(layers) + 2
+
+    def found(kept: Sequence[str]) -> dict[str, float]:
+        return _cosines(_run(_restored(full, source, kept), held_out), wanted)
+
+    def step(done: int) -> None:
+        if progress:
+            progress(done, steps)
+
+    step(1)
+    kept: list[str] = []
+    cosines = found(kept)
+    if min(cosines.values()) < GOAL_COSINE:
+        harm = {}
+        for number, name in enumerate(layers):
+            harm[name] = min(found([other for other in layers if other != name]).values())
+            step(2 + number)
+        for name in sorted(harm, key=lambda layer: harm[layer])[: int(MAX_FLOAT_SHARE * len(layers))]:
+            kept.append(name)
+            cosines = found(kept)
+            if min(cosines.values()) >= GOAL_COSINE:
+                break
+    step(steps)
+    worst = min(cosines, key=lambda output: cosines[output])
+    if cosines[worst] < LEAST_COSINE:
+        raise GateError(
+            f"Output {worst!r} of the int8 file has cosine {cosines[worst]:.4f} to float32, allowed {LEAST_COSINE}, "
+            f"with {len(kept)} of {len(layers)} linear layers left in float32.",
+            "Calibrate with more pictures like those it will see, or export fp32.",
+        )
+    done = _restored(full, source, kept)
+    return Quantised(done, recipe, cosines, len(layers) - len(kept), tuple(kept), len(calibrated), len(held_out))
+
+
+def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """A copy whose biases have shape [1,1,N], and the names of its linear layers.
+
+    ONNX Runtime turns MatMul and a bias of shape [N] into Gemm, with which its int8 product does not fuse.
+    """
+    source = onnx.ModelProto()
+    source.CopyFrom(model)
+    weights = {tensor.name: tensor for tensor in source.graph.initializer}
+    linear = {n.output[0]: n.name for n in source.graph.node if n.op_type == "MatMul" and n.input[1] in weights}
+    for node in source.graph.node:
+        if node.op_type == "Add" and any(name in linear for name in node.input):
+            for name in node.input:
+                if name in weights and len(weights[name].dims) == 1:
+                    bias = numpy_helper.to_array(weights[name])
+                    weights[name].CopyFrom(numpy_helper.from_array(bias[None, None], name))
+    stated = [value for value in source.graph.value_info if value.name not in weights]
+    del source.graph.value_info[:]
+    source.graph.value_info.extend(stated)
+    return source, list(linear.values())
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The quantiser advises preprocessing, on the root logger, that exported files have no need of."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _quantise_all(source: onnx.ModelProto, layers: list[str], images: Sequence[Array], recipe: str) -> onnx.ModelProto:
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime carries no types
+        def __init__(self) -> None:
+            self.left = iter(images)
+
+        def get_next(self) -> dict[str, Array] | None:
+            image = next(self.left, None)
+            return None if image is None else {"image": image}
+
+    symmetric = recipe == "tensorrt"
+    with tempfile.TemporaryDirectory() as folder, _quietly():
+        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        onnx.save(source, str(before))
+        quantize_static(
+            str(before),
+            str(after),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=layers,
+            per_channel=True,
+            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={
+                "ActivationSymmetric": symmetric,
+                "WeightSymmetric": True,
+                # A product that gives float32 loses less and runs faster than one that is quantised again.
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            },
+        )
+        return onnx.load(str(after))
+
+
+def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:
+    """The quantised file with the layers `kept` as they are in the source."""
+    model = onnx.ModelProto()
+    model.CopyFrom(full)
+    original = {node.name: node for node in source.graph.node if node.name in set(kept)}
+    weights = {tensor.name: tensor for tensor in source.graph.initializer}
+    present = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.name in original:
+            del node.input[:]
+            node.input.extend(original[node.name].input)
+            weight = node.input[1]
+            if weight not in present:
+                model.graph.initializer.append(weights[weight])
+                present.add(weight)
+    _drop_unused(model.graph)
+    return model
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove QDQ nodes whose results nobody reads, and initialisers that no node reads."""
+    outputs = {output.name for output in graph.output}
+    while True:
+        read = outputs | {name for node in graph.node for name in node.input}
+        unread = [
+            node
+            for node in graph.node
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not read.intersection(node.output)
+        ]
+        if not unread:
+            break
+        for node in unread:
+            graph.node.remove(node)
+    left = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(left)
+
+
+def _run(model: onnx.ModelProto, images: Sequence[Array]) -> dict[str, list[Array]]:
+    """Outputs of an exported file per picture, by native kernels where there are some."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    library = native.library_path()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    results: dict[str, list[Array]] = {name: [] for name in names}
+    for image in images:
+        for name, value in zip(names, session.run(names, {"image": image}), strict=True):
+            results[name].append(value)
+    return results
+
+
+def run_file(model: onnx.ModelProto, image: Array) -> dict[str, Array]:
+    """Outputs of an exported file for one input."""
+    return {name: values[0] for name, values in _run(model, [image]).items()}
+
+
+def _cosines(got: dict[str, list[Array]], wanted: dict[str, list[Array]]) -> dict[str, float]:
+    pairs = {name: zip(got[name], wanted[name], strict=True) for name in wanted}
+    return {name: float(np.mean([cosine(a, b).mean() for a, b in rows])) for name, rows in pairs.items()}
