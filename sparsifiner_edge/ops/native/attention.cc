@@ -128,7 +128,7 @@ HWY_NOINLINE void DenseGroup(void* data, size_t item) {
       PackRow(in.Values(batch, head) + (start + j) * row, width, stride, values + j * stride);
     }
     for (size_t t = 0; t < tiles; ++t) {
-      Scores(qt + t * width * kQueries, keys, stride, width, count, scores);
+      Scores<true>(qt + t * width * kQueries, keys, stride, width, count, scores);
       float* highest = state + 2 * t * kQueries;
       float* total = highest + kQueries;
       HWY_ALIGN float carry[kQueries];
@@ -233,13 +233,14 @@ HWY_INLINE void GatherScores(const float* qt, const float* keys, const uint32_t*
   if (width == 64) {
     for (; j + kKeyBlock <= count; j += kKeyBlock) {
       Gather(keys, places + j, kKeyBlock, 64, 64, gathered);
-      ScoreBlock<kKeyBlock, true>(qt, gathered, 64, 64, scores + j * kQueries, keys, places + j + kKeyBlock);
+      ScoreBlock<kKeyBlock, true>(qt, gathered, 64, 64, scores + j * kQueries, kQueries, keys,
+                                  places + j + kKeyBlock);
     }
   }
   for (; j < count; j += kKeyBlock) {
     const size_t some = std::min(kKeyBlock, count - j);
     Gather(keys, places + j, some, width, stride, gathered);
-    Scores(qt, gathered, stride, width, some, scores + j * kQueries);
+    Scores<true>(qt, gathered, stride, width, some, scores + j * kQueries);
   }
 }
 
@@ -289,6 +290,21 @@ HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* 
   }
 }
 
+// Which cell each listed key lies in, and how many of each cell's keys are listed. number: [4][R], of which the first row
+// is the result: counting in turn spares each addition the wait for the one before.
+HWY_INLINE void CountListed(const SparseJob& job, const List& list, size_t count, uint16_t* HWY_RESTRICT owner,
+                            uint32_t* HWY_RESTRICT number) {
+  const uint32_t most = static_cast<uint32_t>(list.limit - 1);
+  std::memset(number, 0, 4 * job.cells * sizeof(uint32_t));
+  for (size_t j = 0; j < count; ++j) {
+    owner[j] = job.cell_of[std::min(static_cast<uint32_t>(list.patches[j]), most)];
+    ++number[j % 4 * job.cells + owner[j]];
+  }
+  for (size_t r = 0; r < job.cells; ++r) {
+    number[r] += number[job.cells + r] + number[2 * job.cells + r] + number[3 * job.cells + r];
+  }
+}
+
 // A tile of at most 16 queries [begin, begin + valid) with one list.
 HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, size_t begin, size_t valid,
                              const List& list, bool placed, uint32_t* places, float* gathered,
@@ -301,23 +317,20 @@ HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, si
   QueryRows(in.Queries(batch, head) + begin * row, row, valid, query_rows);
   Transpose16(query_rows, width, in.scale * kLog2e, qt);
   if (!placed) {
-    for (size_t j = 0; j < count; ++j) places[j] = static_cast<uint32_t>(list.At(j) * row);
-    for (size_t j = count; j < count + kPlacesAhead; ++j) places[j] = places[count - 1];
-    std::memset(number, 0, job.cells * sizeof(uint32_t));
-    size_t start = 0;  // of a run of keys in one cell
-    for (size_t j = 0; j < s.keys && job.cells != 0; ++j) {
-      owner[j] = job.cell_of[list.At(j + s.prefix_keys) - s.prefix_keys];
-      if (owner[j] == owner[start]) continue;
-      number[owner[start]] += static_cast<uint32_t>(j - start);
-      start = j;
+    const uint32_t first = static_cast<uint32_t>(list.prefix), most = static_cast<uint32_t>(list.limit - 1);
+    const uint32_t step = static_cast<uint32_t>(row);
+    for (uint32_t j = 0; j < first; ++j) places[j] = j * step;
+    for (size_t j = 0; j < s.keys; ++j) {
+      places[first + j] = (first + std::min(static_cast<uint32_t>(list.patches[j]), most)) * step;
     }
-    if (job.cells != 0) number[owner[start]] += static_cast<uint32_t>(s.keys - start);
+    std::fill(places + count, places + count + kPlacesAhead, places[count - 1]);
+    if (job.cells != 0) CountListed(job, list, s.keys, owner, number);
   }
   GatherScores(qt, in.Keys(batch, head), places, count, width, stride, gathered, scores);
   const size_t of_head = (batch * in.heads + head) * job.cells * stride;
   float* cells = scores + count * kQueries;
   if (job.cells != 0) {
-    Scores(qt, job.cell_keys + of_head, stride, width, job.cells, cells);
+    Scores<true>(qt, job.cell_keys + of_head, stride, width, job.cells, cells);
     RestOfCells(job, owner, s.keys, scores + s.prefix_keys * kQueries, number, sums, cells);
   }
 
@@ -367,11 +380,11 @@ HWY_NOINLINE void SparseItem(void* data, size_t item) {
     gathered = layout.Take<float>(kChunk * job.stride);
     partial = layout.Take<float>(kQueries * job.stride);
     qt = layout.Take<float>(in.width * kQueries);
-    scores = layout.Take<float>(std::max((count + job.cells) * kQueries, in.tokens));
+    scores = layout.Take<float>(std::max((count + job.cells + kPaddedRows) * kQueries, in.tokens));
     sums = layout.Take<float>(job.cells * kQueries);
     owner = layout.Take<uint16_t>(s.keys);
     places = layout.Take<uint32_t>(count + kPlacesAhead);
-    number = layout.Take<uint32_t>(job.cells);
+    number = layout.Take<uint32_t>(4 * job.cells);
     if (pass == 0) base = OwnScratch().Reserve(layout.used());
   }
   const auto query = [&](size_t token) { return in.Queries(batch, head) + token * in.Row(); };
@@ -416,7 +429,7 @@ void SparseAttentionTarget(const Packed& in, const int32_t* indices, const Spars
     void* base = nullptr;
     for (int pass = 0; pass < 2; ++pass) {
       Layout layout(base);
-      keys = layout.Take<float>(in.batch * in.heads * job.cells * job.stride);
+      keys = layout.Take<float>((in.batch * in.heads * job.cells + kPaddedRows) * job.stride);
       values = layout.Take<float>(in.batch * in.heads * job.cells * job.stride);
       logs = layout.Take<float>(settings.cell + 1);
       cell_of = layout.Take<uint16_t>(job.patches);

@@ -44,6 +44,7 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // Keys that are scored, and queries and channel vectors that are accumulated, at a time: what fits the registers.
 constexpr size_t kKeyBlock = kLanes == 16 ? 16 : 4;
+constexpr size_t kPaddedRows = 4;  // that a padded number of rows may exceed the real one by, and more
 constexpr size_t kQueryBlock = kLanes == 8 ? 4 : 8;
 constexpr size_t kChannelBlock = 2;
 
@@ -113,11 +114,11 @@ HWY_INLINE void Transpose16(const float* const* rows, size_t width, float factor
   }
 }
 
-// scores[j][16] = keys[j] . qt for `kKeys` packed rows of `stride` floats. kFetch: meanwhile the rows at base + ahead[j],
+// scores[j * out_stride + i] = keys[j] . query i for `kKeys` packed rows of `stride` floats. kFetch: meanwhile the rows at base + ahead[j],
 // that are gathered next, are brought into the first-level cache, one line of 16 floats at a time.
 template <size_t kKeys, bool kFetch>
 HWY_INLINE void ScoreBlock(const float* HWY_RESTRICT qt, const float* HWY_RESTRICT keys, size_t stride, size_t width,
-                           float* HWY_RESTRICT scores, const float* base, const uint32_t* ahead) {
+                           float* HWY_RESTRICT scores, size_t out_stride, const float* base, const uint32_t* ahead) {
   const D d;
   V sum[kKeys][kVectors];
 #pragma GCC unroll 16
@@ -140,38 +141,42 @@ HWY_INLINE void ScoreBlock(const float* HWY_RESTRICT qt, const float* HWY_RESTRI
 #pragma GCC unroll 16
   for (size_t j = 0; j < kKeys; ++j) {
 #pragma GCC unroll 4
-    for (size_t v = 0; v < kVectors; ++v) hn::Store(sum[j][v], d, scores + j * kQueries + v * kLanes);
+    for (size_t v = 0; v < kVectors; ++v) hn::Store(sum[j][v], d, scores + j * out_stride + v * kLanes);
   }
 }
 
 // The same for any number of rows. A constant stride lets the compiler use displacements in place of pointers.
-template <size_t kStride>
+// kPadded: rows up to the next multiple of 4 may be read, and scores written: single rows waste most of the registers.
+template <size_t kStride, bool kPadded>
 HWY_INLINE void ScoreRows(const float* HWY_RESTRICT qt, const float* HWY_RESTRICT keys, size_t stride, size_t width,
-                          size_t rows, float* HWY_RESTRICT scores) {
+                          size_t rows, float* HWY_RESTRICT scores, size_t out_stride) {
   if constexpr (kStride != 0) stride = kStride;
+  if constexpr (kPadded) rows = RoundUp(rows, 4);
   size_t j = 0;
   const auto block = [&](auto size) {
     constexpr size_t kSize = decltype(size)::value;
-    ScoreBlock<kSize, false>(qt, keys + j * stride, stride, width, scores + j * kQueries, nullptr, nullptr);
+    ScoreBlock<kSize, false>(qt, keys + j * stride, stride, width, scores + j * out_stride, out_stride, nullptr, nullptr);
     j += kSize;
   };
   while (j + kKeyBlock <= rows) block(std::integral_constant<size_t, kKeyBlock>());
+  if (kKeyBlock > 12 && j + 12 <= rows) block(std::integral_constant<size_t, 12>());
   if (kKeyBlock > 8 && j + 8 <= rows) block(std::integral_constant<size_t, 8>());
   if (kKeyBlock > 4 && j + 4 <= rows) block(std::integral_constant<size_t, 4>());
   while (j < rows) block(std::integral_constant<size_t, 1>());
 }
 
-static HWY_NOINLINE void Scores(const float* qt, const float* keys, size_t stride, size_t width, size_t rows,
-                                float* scores) {
+template <bool kPadded>
+HWY_NOINLINE void Scores(const float* qt, const float* keys, size_t stride, size_t width, size_t rows,
+                                float* scores, size_t out_stride = kQueries) {
   switch (stride) {
     case 16:
-      return ScoreRows<16>(qt, keys, stride, width, rows, scores);
+      return ScoreRows<16, kPadded>(qt, keys, stride, width, rows, scores, out_stride);
     case 32:
-      return ScoreRows<32>(qt, keys, stride, width, rows, scores);
+      return ScoreRows<32, kPadded>(qt, keys, stride, width, rows, scores, out_stride);
     case 64:
-      return ScoreRows<64>(qt, keys, stride, width, rows, scores);
+      return ScoreRows<64, kPadded>(qt, keys, stride, width, rows, scores, out_stride);
     default:
-      return ScoreRows<0>(qt, keys, stride, width, rows, scores);
+      return ScoreRows<0, kPadded>(qt, keys, stride, width, rows, scores, out_stride);
   }
 }
 

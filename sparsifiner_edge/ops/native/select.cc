@@ -129,14 +129,14 @@ struct SelectJob {
   Packed in;
   SelectSettings settings;
   int32_t* indices;
-  size_t patches, padded, probes, tiles, stride, cells;
+  size_t patches, padded, probes, tiles, stride;
+  size_t cell_run, runs;  // keys whose bonus is found together, and how many such runs there are
   size_t lane_blocks;   // of 16 channels of proj_q
   size_t asking_stride;
   float* proj_k;        // [heads][c][stride]: transposed
   float* proj_q;        // [heads][lane_blocks][d][16], with scale and log2(e)
   float* answers;       // [batch * heads][padded / 16][c][16]
-  float* bonus;         // [batch * heads][padded]; NaN where there is no key
-  float* cell_values;   // [batch * heads][cells][stride]
+  float* bonus;         // [batch * heads][padded]
   const float *given_q, *given_k;
 };
 
@@ -155,68 +155,75 @@ void PackProjections(const SelectJob& job) {
   }
 }
 
-HWY_NOINLINE void ValueMeans(void* data, size_t item) {
-  const SelectJob& job = *static_cast<const SelectJob*>(data);
+// One cell (or 64 keys where there are none): value_power * log2(distance of each value from the cell's mean value).
+HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell) {
   const Packed& in = job.in;
-  const float* rows = in.Values(item / in.heads, item % in.heads) + job.settings.prefix * in.Row();
-  CellMeans(rows, in.Row(), job.patches, job.settings.cell, in.width, job.stride,
-            job.cell_values + item * job.cells * job.stride);
-}
-
-// value_power * log2(distance of each of 16 values from its cell's mean).
-HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, const float* values, size_t begin, size_t valid,
-                      float* HWY_RESTRICT bonus) {
   const D d;
-  HWY_ALIGN float squares[kQueries];
-  for (size_t i = 0; i < kQueries; ++i) {
-    if (i >= valid) {
-      squares[i] = std::numeric_limits<float>::quiet_NaN();
-      continue;
-    }
-    const float* value = values + i * job.in.Row();
-    const float* mean = job.cells == 0 ? nullptr
-                                       : job.cell_values + (batch_head * job.cells + (begin + i) / job.settings.cell) *
-                                                               job.stride;
+  const size_t run = job.cell_run, begin = cell * run, end = std::min(begin + run, job.patches);
+  const float* values = in.Values(batch_head / in.heads, batch_head % in.heads) +
+                        (job.settings.prefix + begin) * in.Row();
+  float* bonus = job.bonus + batch_head * job.padded;
+  if (job.settings.value_power == 0) {
+    std::fill(bonus + begin, bonus + end, 0.0f);
+    return;
+  }
+  float *mean = nullptr, *squares = nullptr;
+  void* base = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    Layout layout(base);
+    mean = layout.Take<float>(job.stride);
+    squares = layout.Take<float>(run + kQueries);
+    if (pass == 0) base = OwnScratch().Reserve(layout.used());
+  }
+  if (job.settings.cell != 0) {
+    CellMeans(values, in.Row(), end - begin, run, in.width, job.stride, mean);
+  } else {
+    std::memset(mean, 0, job.stride * sizeof(float));
+  }
+  for (size_t i = 0; i < end - begin; ++i) {
+    const float* value = values + i * in.Row();
     V sum = hn::Zero(d);
-    for (size_t c = 0; c < job.in.width; c += kLanes) {
-      const size_t some = std::min(kLanes, job.in.width - c);
-      V x = some == kLanes ? hn::LoadU(d, value + c) : hn::LoadN(d, value + c, some);
-      if (mean != nullptr) x = hn::Sub(x, hn::Load(d, mean + c));
+    for (size_t c = 0; c < in.width; c += kLanes) {
+      const size_t some = std::min(kLanes, in.width - c);
+      const V x = hn::Sub(some == kLanes ? hn::LoadU(d, value + c) : hn::LoadN(d, value + c, some),
+                          hn::Load(d, mean + c));
       sum = hn::MulAdd(x, x, sum);
     }
     squares[i] = hn::ReduceSum(d, sum);
   }
   const V floor = hn::Set(d, kDeviationFloor * kDeviationFloor);
-  for (size_t v = 0; v < kQueries; v += kLanes) {
-    const V square = hn::Load(d, squares + v);
+  for (size_t i = 0; i < end - begin; i += kLanes) {
+    const V square = hn::Load(d, squares + i);
     // Max might turn NaN into the floor, so NaN is put back.
-    const V safe = hn::Max(square, floor);
-    const V log = hn::Mul(hn::Log(d, safe), hn::Set(d, 0.5f * kLog2e * job.settings.value_power));
-    hn::Store(hn::IfThenElse(hn::IsNaN(square), square, log), d, bonus + v);
+    const V log = hn::Mul(hn::Log(d, hn::Max(square, floor)), hn::Set(d, 0.5f * kLog2e * job.settings.value_power));
+    hn::StoreN(hn::IfThenElse(hn::IsNaN(square), square, log), d, bonus + begin + i, std::min(kLanes, end - begin - i));
   }
 }
 
-// 16 keys: projected to answers, and the bonus of their values.
-HWY_NOINLINE void AnswerBlock(void* data, size_t item) {
-  const SelectJob& job = *static_cast<const SelectJob*>(data);
+// 16 keys: projected to answers.
+HWY_INLINE void Answer(const SelectJob& job, size_t batch_head, size_t block) {
   const Packed& in = job.in;
-  const size_t blocks = job.padded / kQueries;
-  const size_t block = item % blocks, batch_head = item / blocks;
   const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
   const size_t begin = block * kQueries, valid = std::min(kQueries, job.patches - begin);
-  const size_t c = job.settings.channels, row = in.Row(), first = job.settings.prefix + begin;
+  const size_t c = job.settings.channels, row = in.Row();
   float* turned = static_cast<float*>(OwnScratch().Reserve(in.width * kQueries * sizeof(float)));
-  const float* keys = in.Keys(batch, head) + first * row;
+  const float* keys = in.Keys(batch, head) + (job.settings.prefix + begin) * row;
   const float* rows[kQueries];
   for (size_t i = 0; i < kQueries; ++i) rows[i] = keys + (i < valid ? i : 0) * row;
   Transpose16(rows, in.width, 1.0f, turned);
-  Scores(turned, job.proj_k + head * c * job.stride, job.stride, in.width, c,
-         job.answers + (batch_head * blocks + block) * c * kQueries);
-  float* bonus = job.bonus + batch_head * job.padded + begin;
-  if (job.settings.value_power > 0) {
-    Bonus(job, batch_head, in.Values(batch, head) + first * row, begin, valid, bonus);
+  Scores<false>(turned, job.proj_k + head * c * job.stride, job.stride, in.width, c,
+                job.answers + (batch_head * (job.padded / kQueries) + block) * c * kQueries);
+}
+
+// What all tiles of a head share: a block of answers, or a cell's bonus.
+HWY_NOINLINE void PrepareItem(void* data, size_t item) {
+  const SelectJob& job = *static_cast<const SelectJob*>(data);
+  const size_t blocks = job.padded / kQueries, units = blocks + job.runs;
+  const size_t unit = item % units, batch_head = item / units;
+  if (unit < blocks) {
+    Answer(job, batch_head, unit);
   } else {
-    for (size_t i = 0; i < kQueries; ++i) bonus[i] = i < valid ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+    Bonus(job, batch_head, unit - blocks);
   }
 }
 
@@ -231,7 +238,7 @@ HWY_INLINE void Ask(const SelectJob& job, size_t batch, size_t head, size_t prob
   CellMeans(in.Queries(batch, head) + (job.settings.prefix + begin) * in.Row(), in.Row(), end - begin, run, in.width,
             job.stride, means);
   for (size_t b = 0; b < job.lane_blocks; ++b) {
-    Scores(job.proj_q + (head * job.lane_blocks + b) * in.width * kQueries, means, job.stride, in.width, count, wide);
+    Scores<true>(job.proj_q + (head * job.lane_blocks + b) * in.width * kQueries, means, job.stride, in.width, count, wide);
     const size_t some = std::min(kQueries, c - b * kQueries);
     for (size_t g = 0; g < count; ++g) {
       std::memcpy(asking + g * job.asking_stride + b * kQueries, wide + g * kQueries, some * sizeof(float));
@@ -241,36 +248,24 @@ HWY_INLINE void Ask(const SelectJob& job, size_t batch, size_t head, size_t prob
 
 // logits[g][padded] of `count` probes, and the log2-sum-exp2 of each row.
 HWY_INLINE void ProbeLogits(const SelectJob& job, size_t batch_head, const float* asking, size_t count, bool normalise,
-                            float* HWY_RESTRICT wide, float* HWY_RESTRICT logits, float* HWY_RESTRICT log_sums) {
+                            float* HWY_RESTRICT logits, float* HWY_RESTRICT log_sums) {
   const D d;
   const size_t c = job.settings.channels, blocks = job.padded / kQueries;
   const float* answers = job.answers + batch_head * blocks * c * kQueries;
-  HWY_ALIGN float highest[kProbes * kQueries];
-  for (size_t g = 0; g < count * kQueries; g += kLanes) hn::Store(hn::Set(d, kLowest), d, highest + g);
   for (size_t block = 0; block < blocks; ++block) {
-    const size_t valid = std::min(kQueries, job.patches - block * kQueries);
-    Scores(answers + block * c * kQueries, asking, job.asking_stride, c, count, wide);
-    for (size_t g = 0; g < count; ++g) {
-      for (size_t v = 0; v < kQueries; v += kLanes) {
-        V x = hn::Load(d, wide + g * kQueries + v);
-        if (valid < kQueries) {
-          const auto real = hn::Lt(hn::Iota(d, static_cast<float>(v)), hn::Set(d, static_cast<float>(valid)));
-          x = hn::IfThenElse(real, x, hn::Set(d, kLowest));
-        }
-        hn::Store(x, d, logits + g * job.padded + block * kQueries + v);
-        float* top = highest + g * kQueries + v;
-        hn::Store(hn::Max(hn::Load(d, top), x), d, top);
-      }
-    }
+    Scores<true>(answers + block * c * kQueries, asking, job.asking_stride, c, count, logits + block * kQueries,
+                 job.padded);
   }
   for (size_t g = 0; g < count; ++g) {
+    float* HWY_RESTRICT row = logits + g * job.padded;
+    std::fill(row + job.patches, row + job.padded, kLowest);
     log_sums[g] = 0.0f;
     if (!normalise) continue;
-    float top = kLowest;
-    for (size_t i = 0; i < kQueries; ++i) top = std::max(top, highest[g * kQueries + i]);
+    V highest = hn::Load(d, row);
+    for (size_t j = kLanes; j < job.padded; j += kLanes) highest = hn::Max(highest, hn::Load(d, row + j));
+    const float top = hn::ReduceMax(d, highest);
     const V t = hn::Set(d, top);
     V even = hn::Zero(d), odd = hn::Zero(d);
-    const float* row = logits + g * job.padded;
     size_t j = 0;
     for (; j + 2 * kLanes <= job.padded; j += 2 * kLanes) {
       even = hn::Add(even, Exp2(hn::Sub(hn::Load(d, row + j), t)));
@@ -301,12 +296,13 @@ HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float
     if (last) {
       x = hn::Add(x, hn::Load(d, bonus + j));
       x = hn::IfThenElse(hn::IsNaN(x), hn::Set(d, kLowest), x);
-      high = hn::Max(high, x);
       if (j + kLanes <= job.patches) {
         low = hn::Min(low, x);
+        high = hn::Max(high, x);
       } else {
         const auto real = hn::Lt(hn::Iota(d, static_cast<float>(j)), hn::Set(d, static_cast<float>(job.patches)));
         low = hn::Min(low, hn::IfThenElse(real, x, low));
+        high = hn::Max(high, hn::IfThenElse(real, x, high));
         x = hn::IfThenElse(real, x, hn::NaN(d));
       }
     }
@@ -353,7 +349,7 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item) {
   if (per_tile <= kProbes) {
     const size_t probe = first * per_tile, count = std::min(end * per_tile, job.probes) - probe;
     Ask(job, batch, head, probe, count, means, wide, asking);
-    ProbeLogits(job, batch_head, asking, count, per_tile > 1, wide, logits, log_sums);
+    ProbeLogits(job, batch_head, asking, count, per_tile > 1, logits, log_sums);
     for (size_t tile = first; tile < end; ++tile) {
       const size_t mine = (tile - first) * per_tile, some = std::min(per_tile, count - mine);
       const Range range =
@@ -367,7 +363,7 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item) {
   for (size_t probe = first * per_tile; probe < probe_end; probe += kProbes) {
     const size_t count = std::min(kProbes, probe_end - probe);
     Ask(job, batch, head, probe, count, means, wide, asking);
-    ProbeLogits(job, batch_head, asking, count, true, wide, logits, log_sums);
+    ProbeLogits(job, batch_head, asking, count, true, logits, log_sums);
     range = TileScores(job, batch_head, logits, log_sums, count, probe != first * per_tile,
                        probe + kProbes >= probe_end, best);
   }
@@ -386,7 +382,8 @@ void KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k,
   job.padded = RoundUp(job.patches, kQueries);
   job.probes = (job.patches + settings.probe - 1) / settings.probe;
   job.tiles = (job.patches + settings.tile - 1) / settings.tile;
-  job.cells = settings.cell ? (job.patches + settings.cell - 1) / settings.cell : 0;
+  job.cell_run = settings.cell ? settings.cell : 64;
+  job.runs = (job.patches + job.cell_run - 1) / job.cell_run;
   job.stride = PackedWidth(in.width);
   job.lane_blocks = (settings.channels + kQueries - 1) / kQueries;
   job.asking_stride = job.lane_blocks * kQueries;
@@ -398,12 +395,10 @@ void KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k,
     job.proj_q = layout.Take<float>(in.heads * job.lane_blocks * in.width * kQueries);
     job.answers = layout.Take<float>(heads * job.padded * settings.channels);
     job.bonus = layout.Take<float>(heads * job.padded);
-    job.cell_values = layout.Take<float>(heads * job.cells * job.stride);
     if (pass == 0) base = SharedScratch().Reserve(layout.used());
   }
   PackProjections(job);
-  if (job.cells != 0 && settings.value_power > 0) parallel.For(heads, ValueMeans, &job);
-  parallel.For(heads * blocks, AnswerBlock, &job);
+  parallel.For(heads * (blocks + job.runs), PrepareItem, &job);
   const size_t group_tiles = GroupTiles(settings);
   parallel.For(heads * ((job.tiles + group_tiles - 1) / group_tiles), SelectGroup, &job);
 }

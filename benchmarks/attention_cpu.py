@@ -1,0 +1,221 @@
+"""Attention operators on this CPU: ours against the fastest dense ones there are, in float32, one picture at a time.
+
+    python benchmarks/attention_cpu.py [--tokens 1370:25 ...] [--threads N] [-o FOLDER]
+
+H = 6 heads of 64, one class token, tiles of 16, probes of 8, 24 channels: the shapes of a ViT-S and this project's
+defaults. Rivals: ONNX Runtime's fused MultiHeadAttention (given q, k and v apart, which costs it nothing here),
+OpenVINO's scaled_dot_product_attention, and the MatMul, Softmax, MatMul that exporters write. "both" is KeySelect and
+SparseAttention in one graph, background cells included. GFLOP/s count what the operator needs; their share is of a
+float32 matrix product of 1024 x 1024 in ONNX Runtime, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from cpu_engines import Run, gemm_peak, openvino_run, ort_session, ratio, time_in_turn
+from onnx import TensorProto, helper
+
+from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.bodies import OPSET
+from sparsifiner_edge.ops.schema import DOMAIN, VERSION
+from sparsifiner_edge.results import available_cores, new_result, write_result
+
+HEADS, WIDTH, TILE, PROBE, CHANNELS, SCALE = 6, 64, 16, 8, 24, 0.125
+KEEPS = (0.25, 0.10, 0.05)
+SIZES = ("257:16", "577:24", "1025:25", "1370:25", "2305:49", "4097:64", "5477:49", "9217:96")
+"""Tokens and cells."""
+FUSED, OPENVINO, PLAIN, DENSE = "ORT MultiHeadAttention", "OpenVINO SDPA", "ORT MatMul/Softmax/MatMul", "ours, dense"
+REQUIRED = {
+    ("both", 1370, 0.25): (2.3, 3.0), ("both", 1370, 0.10): (3.8, 5.0), ("both", 1370, 0.05): (4.5, 6.5),
+    ("both", 4097, 0.10): (4.0, 6.0), ("both", 4097, 0.05): (5.0, 8.0),
+}  # fmt: skip
+"""Speed over the faster of MultiHeadAttention and OpenVINO: required, aimed at."""
+
+
+def model(nodes: list[Any], inputs: dict[str, np.ndarray], output: int = TensorProto.FLOAT) -> bytes:
+    """A model whose last node's result is its output."""
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in inputs.items() if x.dtype != np.int32
+    ]
+    values += [
+        helper.make_tensor_value_info(n, TensorProto.INT32, x.shape) for n, x in inputs.items() if x.dtype == np.int32
+    ]
+    out = helper.make_tensor_value_info(nodes[-1].output[0], output, None)
+    opsets = [("", OPSET), (DOMAIN, VERSION), ("com.microsoft", 1)]
+    return helper.make_model(
+        helper.make_graph(nodes, "operator", values, [out]),
+        opset_imports=[helper.make_opsetid(*pair) for pair in opsets],
+        ir_version=10,
+    ).SerializeToString()
+
+
+def runner(nodes: list[Any], inputs: dict[str, np.ndarray], threads: int, output: int = TensorProto.FLOAT) -> Run:
+    session = ort_session(model(nodes, inputs, output), threads)
+    return lambda: session.run(None, inputs)
+
+
+def rivals(qkv: np.ndarray, threads: int) -> dict[str, Run]:
+    """Dense attention as others do it, from q, k and v apart."""
+    tokens, channels = qkv.shape[1], qkv.shape[2] // 3
+    q, k, v = (np.ascontiguousarray(x) for x in np.split(qkv, 3, -1))
+    fused = helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["o"], domain="com.microsoft", num_heads=HEADS)
+    made = {FUSED: runner([fused], {"q": q, "k": k, "v": v}, threads)}
+    shape = np.array([1, tokens, HEADS, WIDTH], np.int64)
+    nodes = []
+    for name, order in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3])):
+        nodes += [
+            helper.make_node("Reshape", [name, "shape"], [f"{name}r"]),
+            helper.make_node("Transpose", [f"{name}r"], [f"{name}h"], perm=order),
+        ]
+    nodes = [
+        helper.make_node("Constant", [], ["shape"], value=helper.make_tensor("s", TensorProto.INT64, [4], shape)),
+        *nodes,
+    ]
+    nodes += [
+        helper.make_node("MatMul", ["qh", "kh"], ["l"]),
+        helper.make_node("Constant", [], ["scale"], value_float=SCALE),
+        helper.make_node("Mul", ["l", "scale"], ["ls"]),
+        helper.make_node("Softmax", ["ls"], ["p"], axis=-1),
+        helper.make_node("MatMul", ["p", "vh"], ["oh"]),
+        helper.make_node("Transpose", ["oh"], ["o"], perm=[0, 2, 1, 3]),
+    ]
+    if tokens < 5000:  # its score matrices alone take gigabytes beyond that
+        made[PLAIN] = runner(nodes, {"q": q, "k": k, "v": v}, threads)
+    import openvino
+    import openvino.opset13 as ops
+
+    given = [ops.parameter([1, tokens, channels], np.float32) for _ in range(3)]
+    heads = [ops.transpose(ops.reshape(x, [1, tokens, HEADS, WIDTH], False), [0, 2, 1, 3]) for x in given]
+    attended = ops.transpose(ops.scaled_dot_product_attention(*heads, causal=False), [0, 2, 1, 3])
+    whole = openvino.Model([ops.reshape(attended, [1, tokens, channels], False)], given)
+    made[OPENVINO] = openvino_run(whole, [q, k, v], threads, "f32")
+    return made
+
+
+def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dict[str, float]]:
+    """Our operators, and the GFLOP that attention needs in each."""
+    tokens = qkv.shape[1]
+    patches, channels = tokens - 1, HEADS * WIDTH
+    cell = math.ceil(patches / cells)
+    rng = np.random.default_rng(1)
+    projections = {n: rng.normal(size=(HEADS, WIDTH, CHANNELS)).astype(np.float32) for n in ("pq", "pk")}
+    shared = {"domain": DOMAIN, "num_heads": HEADS, "scale": SCALE}
+    runs = {DENSE: runner([helper.make_node("DenseAttention", ["qkv"], ["o"], **shared)], {"qkv": qkv}, threads)}
+    work = {DENSE: 4 * tokens * tokens * channels / 1e9}
+    for keep in KEEPS:
+        keys = math.ceil(round(keep * patches, 9))
+        select = helper.make_node(
+            "KeySelect", ["qkv", "pq", "pk"], ["i"], num_prefix=1, probe=PROBE, tile=TILE, cell=cell, keys=keys,
+            value_power=2.0, **shared,
+        )  # fmt: skip
+        attend = helper.make_node(
+            "SparseAttention", ["qkv", "i"], ["o"], num_prefix=1, tile=TILE, cell=cell, prefix_keys=1, **shared
+        )
+        inputs = {"qkv": qkv, **projections}
+        runs[f"select {keep:g}"] = runner([select], inputs, threads, TensorProto.INT32)
+        lists = runs[f"select {keep:g}"]()[0]
+        runs[f"attend {keep:g}"] = runner([attend], {"qkv": qkv, "i": lists}, threads)
+        runs[f"both {keep:g}"] = runner([select, attend], inputs, threads)
+        work[f"attend {keep:g}"] = 4 * (patches * (1 + keys + cells) + tokens) * channels / 1e9
+    return runs, work
+
+
+def measure(tokens: int, cells: int, threads: int, rounds: int, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Samples and figures for one number of tokens."""
+    qkv = np.random.default_rng(0).normal(size=(1, tokens, 3 * HEADS * WIDTH)).astype(np.float32)
+    runs, work = ours(qkv, cells, threads)
+    runs |= rivals(qkv, threads)
+    runs["gemm"], work["gemm"] = gemm_peak(threads)
+    burst = 8 if tokens < 2000 else 3 if tokens < 5000 else 1
+    times = time_in_turn(runs, rounds, burst, lambda what: tell(f"{tokens} tokens, {what}"))
+    medians = {name: float(np.median(x)) for name, x in times.items()}
+    best = min((FUSED, OPENVINO), key=lambda name: medians[name])
+    peak = work["gemm"] / medians["gemm"]
+    figures = {
+        name: {
+            "median_ms": medians[name],
+            "times_faster_than_best_dense": ratio(times[best], times[name]),
+            **({"gflops": 1e3 * work[name] / medians[name], "share_of_gemm": work[name] / medians[name] / peak}
+               if name in work else {}),
+        }
+        for name in runs
+    }  # fmt: skip
+    figures[DENSE]["times_faster_than_fused"] = ratio(times[FUSED], times[DENSE])
+    return {n: x.tolist() for n, x in times.items()}, {"cells": cells, "best_dense": best, "operators": figures}
+
+
+def show(statistics: dict[str, Any]) -> None:
+    """One table per number of tokens."""
+    for tokens, found in statistics.items():
+        rows = []
+        for name, figure in found["operators"].items():
+            speed = figure["times_faster_than_best_dense"]
+            kind, _, keep = name.partition(" ")
+            wanted = REQUIRED.get((kind, int(tokens), float(keep))) if kind == "both" else None
+            low, high = (x if isinstance(x, float) else math.nan for x in (speed["low"], speed["high"]))
+            rows.append(
+                [
+                    name,
+                    f"{figure['median_ms']:.2f}",
+                    f"{speed['value']:.2f} ({low:.2f} to {high:.2f})",
+                    f"{wanted[0]:g} / {wanted[1]:g}" if wanted else "",
+                    f"{figure['gflops']:.0f}" if "gflops" in figure else "",
+                    f"{figure['share_of_gemm']:.0%}" if "gflops" in figure else "",
+                ]
+            )
+        columns = ["", "ms", f"times {found['best_dense']}", "required / aim", "GFLOP/s", "of gemm"]
+        print_table(f"{tokens} tokens, {found['cells']} cells", columns, rows)
+
+
+def picture(statistics: dict[str, Any], path: Path) -> None:
+    """Times faster than the best dense operator, against tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axis = figure.subplots()
+    tokens = [int(t) for t in statistics]
+    names = [DENSE, *(f"both {k:g}" for k in KEEPS)]
+    for name, mark in zip(names, "sov^", strict=True):
+        values = [statistics[str(t)]["operators"][name]["times_faster_than_best_dense"]["value"] for t in tokens]
+        label = name if name == DENSE else f"ours, keep {name.split()[1]}, selection and cells included"
+        axis.plot(tokens, values, f"-{mark}", label=label)
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set(xscale="log", xlabel="tokens", ylabel="times faster than the best dense operator", xticks=tokens)
+    axis.set_xticklabels([str(t) for t in tokens])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=90)
+
+
+@click.command()
+@click.option("--tokens", "sizes", multiple=True, default=SIZES, help="TOKENS:CELLS; may be repeated.")
+@click.option("--threads", type=int, default=available_cores())
+@click.option("--rounds", type=int, default=11, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for attention_cpu.json and .png.")
+def main(sizes: tuple[str, ...], threads: int, rounds: int, output: Path | None) -> None:
+    samples, statistics = {}, {}
+    with err_console.status("") as status:
+        for size in sizes:
+            tokens, cells = map(int, size.split(":"))
+            found = measure(tokens, cells, threads, rounds, status.update)
+            samples[str(tokens)], statistics[str(tokens)] = found
+    show(statistics)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        method = {"threads": threads, "rounds": rounds, "kernels": native.target(), "heads": HEADS, "width": WIDTH}
+        result = new_result(
+            "comparison", [{"path": "operators", "sha256": "random inputs"}], method, samples, statistics
+        )
+        write_result(output / "attention_cpu.json", result)
+        picture(statistics, output / "attention_cpu.png")
+
+
+if __name__ == "__main__":
+    main()

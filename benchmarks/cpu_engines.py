@@ -1,0 +1,96 @@
+"""The engines that `attention_cpu.py` and `model_cpu.py` measure, and fair timing of several in one process.
+
+Each engine is used in bursts with a pause before: threads of the one before may still spin for some milliseconds.
+Rounds go through all engines in an order drawn anew; ratios are between medians of a round, intervals are order
+statistics over rounds.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.profiles import stats
+
+Run = Callable[[], Any]
+PAUSE_S = 0.05
+
+
+def ort_session(model: bytes | str, threads: int, kernels: bool = True) -> Any:
+    """An ONNX Runtime session with our kernels registered (or not)."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if kernels:
+        path = native.library_path()
+        if path is None:
+            raise SystemExit(f"the native library is {native.why_missing()}")
+        options.register_custom_ops_library(str(path))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def openvino_run(model: Any, inputs: Mapping[str, np.ndarray] | list[np.ndarray], threads: int, precision: str) -> Run:
+    """A model, or the path of an ONNX file, compiled by OpenVINO for the CPU. precision: "f32" or "bf16"."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    request = compiled.create_infer_request()
+    return lambda: request.infer(inputs)
+
+
+def time_in_turn(
+    runs: Mapping[str, Run], rounds: int, burst: int, tell: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """Milliseconds [rounds, burst] of each engine."""
+    order = list(runs)
+    draw = random.Random(0)
+    taken: dict[str, list[list[float]]] = {name: [] for name in runs}
+    for name in order:
+        runs[name]()
+    for number in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            tell(f"round {number + 1} of {rounds}: {name}")
+            time.sleep(PAUSE_S)
+            runs[name]()
+            row = []
+            for _ in range(burst):
+                start = time.perf_counter_ns()
+                runs[name]()
+                row.append((time.perf_counter_ns() - start) / 1e6)
+            taken[name].append(row)
+    return {name: np.array(rows) for name, rows in taken.items()}
+
+
+def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, Any]:
+    """How many times faster `fast` is: median over rounds of the ratio of their medians, with its interval."""
+    ratios = stats.round_ratios(list(fast), list(slow))
+    return stats.estimate(float(np.median(ratios)), *stats.quantile_interval(ratios, 0.5), "order statistics of rounds")
+
+
+def gemm_peak(threads: int, size: int = 1024) -> tuple[Run, float]:
+    """A float32 matrix product in ONNX Runtime, and its GFLOP."""
+    kind = onnx.TensorProto.FLOAT
+    a, b, c = (onnx.helper.make_tensor_value_info(n, kind, [size, size]) for n in "abc")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["a", "b"], ["c"])], "gemm", [a, b], [c])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session = ort_session(model.SerializeToString(), threads, kernels=False)
+    rng = np.random.default_rng(0)
+    feed = {name: rng.normal(size=(size, size)).astype(np.float32) for name in "ab"}
+    return (lambda: session.run(None, feed)), 2 * size**3 / 1e9
+
+
+def weights_file() -> Path:
+    """DINOv2 ViT-S/14 in timm's key names."""
+    from fidelity_subject import weights_file as file
+
+    return file()
