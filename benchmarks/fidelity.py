@@ -45,7 +45,7 @@ from sparsifiner_edge.results import new_result, write_result
 
 KEEP = {224: 0.25, 518: 0.10, 1036: 0.05}
 CELLS = {224: 16, 518: 25, 1036: 49}
-REQUIRED = {(224, 0.25, 16): 0.993, (224, 0.10, 16): 0.975, (518, 0.10, 25): 0.987, (518, 0.05, 49): 0.980}
+REQUIRED = {(224, 0.25, 16): 0.993, (224, 0.10, 16): 0.975, (518, 0.10, 25): 0.987, (518, 0.0625, 36): 0.980}
 """Patch cosine that this project aims at, by size, keep and cells."""
 ALL_SIZES = (224, 518, 1036)
 PAPER = "paper preset, pooled start"
@@ -80,7 +80,7 @@ def variants() -> list[Variant]:
     rows = [DEFAULT]
     # The required settings that are not a size's default.
     rows += [Variant("default", "keep 0.1", {"keep": 0.1}, sizes=(224,))]
-    rows += [Variant("default", "keep 0.05, 49 cells", {"keep": 0.05, "cells": 49}, sizes=(518,))]
+    rows += [Variant("default", "keep 0.0625, 36 cells", {"keep": 0.0625, "cells": 36}, sizes=(518,))]
     rows += [
         Variant("keep", f"keep {k}", {"keep": k}, sizes=ALL_SIZES if k < 0.2 else (224, 518))
         for k in (0.5, 0.25, 0.1, 0.05)
@@ -88,7 +88,7 @@ def variants() -> list[Variant]:
     # At most 9 % of the keys in all, dealt between listed keys and cells.
     rows += [
         Variant("budget 9 %", f"keep {k}, {c} cells", {"keep": k, "cells": c}, sizes=(518,))
-        for k, c in ((0.07, 25), (0.0625, 36), (0.04, 64))
+        for k, c in ((0.07, 25), (0.05, 49), (0.04, 64))
     ]
     rows += [Variant("order", name, order=name) for name in ORDERS if name != "Hilbert"]
     rows += [Variant("probe", f"probe {p}", {"probe": p}) for p in (2, 4, 16)]
@@ -247,8 +247,10 @@ def everything(sizes: tuple[int, ...], kept: Path | None) -> list[dict[str, Any]
             subject.reorder(ORDERS[order](*subject.model.patch_embed.grid_size))
             for variant in chosen:
                 add(run(variant, subject))
-        if (size, "baselines", PAPER) not in done:
+        # Lists of one query each take an hour at 1036 px.
+        if size < 1000 and (size, "baselines", PAPER) not in done:
             add(paper_preset(size))
+        if not any(key[0] == size and str(key[2]).startswith("ToMe") for key in done):
             add(merged_tokens(size))
     return rows
 
