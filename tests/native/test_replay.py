@@ -1,0 +1,140 @@
+"""The kernels built apart: with address and undefined-behaviour sanitizers, and for AArch64, emulated."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.ops.schema import OPERATORS
+from tests.native.test_kernels import PAPER, SETS
+from tests.ops import matrix
+from tests.ops.matrix import Case, cases, check
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "sparsifiner_edge" / "ops" / "native"
+OPS = {"DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2}
+DISABLED = re.findall(r'"(HWY_DISABLED_TARGETS=[^"]*)"', (SOURCES / "CMakeLists.txt").read_text())[0]
+AARCH64 = Path("/opt/sparsifiner-aarch64")
+"""Highway for AArch64, unpacked by `make aarch64`."""
+
+
+def build(compiler: str, output: Path, *options: str) -> Path:
+    files = [SOURCES / "attention.cc", SOURCES / "select.cc", HERE / "replay.cc"]
+    command = [compiler, "-std=c++17", f"-I{SOURCES}", f"-D{DISABLED}", *map(str, files), *options, "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def record(case: Case, inputs: list[np.ndarray]) -> bytes:
+    a, qkv = case.attributes, inputs[0]
+    heads, sparse = a["num_heads"], case.op.name == "SparseAttention"
+    prefix = a.get("num_prefix", 0)
+    keys = inputs[1].shape[-1] if sparse else a.get("keys", 0)
+    channels = inputs[1].shape[-1] if case.op.name == "KeySelect" else 0
+    header = struct.pack(
+        "<12q2f", OPS[case.op.name], qkv.shape[0], qkv.shape[1], heads, qkv.shape[2] // (3 * heads), prefix,
+        prefix * a.get("prefix_keys", 0), a.get("tile", 0), a.get("probe", 0), a.get("cell", 0), keys, channels,
+        a["scale"], a.get("value_power", 0.0),
+    )  # fmt: skip
+    return header + b"".join(np.ascontiguousarray(x).tobytes() for x in inputs)
+
+
+def replay(command: list[str], made: list[tuple[Case, list[np.ndarray]]]) -> list[np.ndarray]:
+    stream = b"".join(record(case, inputs) for case, inputs in made)
+    done = subprocess.run(command, input=stream, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    results, place = [], 0
+    for case, inputs in made:
+        batch, tokens, packed = inputs[0].shape
+        select = case.op.name == "KeySelect"
+        shape: tuple[int, ...] = (batch, tokens, packed // 3)
+        if select:
+            tiles = math.ceil(case.patches / case.attributes["tile"])
+            shape = (batch, case.attributes["num_heads"], tiles, case.attributes["keys"])
+        count = math.prod(shape)
+        kind = np.int32 if select else np.float32
+        results.append(np.frombuffer(done.stdout, kind, count, place).reshape(shape))
+        place += 4 * count
+    assert place == len(done.stdout)
+    return results
+
+
+def matrix_cases() -> list[tuple[Case, list[np.ndarray]]]:
+    made = []
+    for matrix.HEAD_DIM in (8, 64, 20):
+        for name in OPS:
+            chosen = cases(name) + (PAPER if name == "SparseAttention" else [])
+            made += [(case, case.inputs(seed)) for seed, case in enumerate(chosen)]
+    matrix.HEAD_DIM = 8
+    return made
+
+
+def agree(command: list[str]) -> None:
+    made = matrix_cases()
+    for (case, inputs), got in zip(made, replay(command, made), strict=True):
+        check(case, inputs, got)
+
+
+@pytest.fixture(scope="module")
+def sanitised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-lhwy")
+    return build("g++", tmp_path_factory.mktemp("sanitised") / "replay", *options)
+
+
+@pytest.mark.parametrize("target", SETS)
+def test_the_matrix_under_sanitizers(sanitised: Path, target: str) -> None:
+    agree([str(sanitised), target])
+
+
+@pytest.mark.parametrize("target", SETS)
+def test_fuzzed_shapes_and_indices_under_sanitizers(sanitised: Path, target: str) -> None:
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(150):
+        matrix.HEAD_DIM = int(rng.choice([1, 3, 8, 16, 17, 33, 64, 80]))
+        patches, prefix, heads = int(rng.integers(1, 90)), int(rng.integers(0, 4)), int(rng.integers(1, 4))
+        probe = int(rng.choice([1, 2, 3, 8]))
+        tile = probe * int(rng.integers(1, 25))
+        shared = {"num_heads": heads, "num_prefix": prefix, "scale": float(rng.choice([0.0, 0.2, 1e3]))}
+        shared |= {"tile": tile, "cell": int(rng.integers(0, 60))}
+        matrix.CHANNELS = int(rng.integers(1, 40))
+        keys = int(rng.integers(1, patches + 1))
+        select = Case(
+            OPERATORS["KeySelect"], {**shared, "probe": probe, "keys": keys, "value_power": 2.0}, patches, 1
+        )  # fmt: skip
+        spoiled = select.inputs(1)
+        for x in spoiled:  # not even numbers
+            x.flat[:: max(1, x.size // 7)] = rng.choice([np.nan, np.inf, -np.inf, 3e38, 1e-42])
+        attend = Case(OPERATORS["SparseAttention"], {**shared, "prefix_keys": 1}, patches, 1)
+        lists = rng.integers(-(2**31), 2**31, (1, heads, math.ceil(patches / tile), keys)).astype(np.int32)
+        lists[..., ::2] %= patches
+        dense = Case(OPERATORS["DenseAttention"], {"num_heads": heads, "scale": 0.2}, patches + prefix, 1)
+        made += [(select, spoiled), (attend, [spoiled[0], lists]), (dense, [spoiled[0]])]
+    matrix.HEAD_DIM, matrix.CHANNELS = 8, 4
+    for (case, _), got in zip(made, replay([str(sanitised), target], made), strict=True):
+        if case.op.name == "KeySelect":
+            assert (np.diff(got, axis=-1) > 0).all()
+            assert got.min() >= 0
+            assert got.max() < case.patches
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64") and AARCH64.is_dir()),
+    reason="no AArch64 compiler, emulator or Highway: `make aarch64` installs them (root, Debian)",
+)
+def test_the_matrix_on_aarch64(tmp_path: Path) -> None:
+    library = AARCH64 / "usr/lib/aarch64-linux-gnu"
+    binary = build(
+        "aarch64-linux-gnu-g++", tmp_path / "replay", "-O2", f"-I{AARCH64 / 'usr/include'}", f"-L{library}", "-lhwy"
+    )  # fmt: skip
+    emulator: list[Any] = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-E", f"LD_LIBRARY_PATH={library}"]
+    agree([*emulator, str(binary)])
