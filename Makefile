@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench aarch64 clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsifiner-edge demo -o $(DEMO)
@@ -21,8 +21,19 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/portable_cpu.py
+	$(BIN)/python benchmarks/attention_cpu.py
+	$(BIN)/python benchmarks/model_cpu.py
 	$(BIN)/python benchmarks/fidelity.py
+
+# For the kernels' tests on AArch64: cross compiler, emulator, and Highway unpacked here. Root on Debian or Ubuntu.
+ARM := $(CURDIR)/$(VENV)/aarch64
+APT_ARM := apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Dir::State::Lists=$(ARM)/lists
+aarch64: $(VENV)/.dev
+	apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user
+	mkdir -p $(ARM)/lists/partial
+	$(APT_ARM) update
+	cd $(ARM) && $(APT_ARM) -o APT::Sandbox::User=root download libhwy-dev libhwy1t64
+	cd $(ARM) && for package in *.deb; do dpkg -x $$package .; done
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -36,12 +47,23 @@ $(VENV)/bin/python:
 	  || { echo "Python lacks the module venv: install it (Debian, Ubuntu: sudo apt-get install python3-venv)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
+# What the native kernels are built from. Where it cannot be installed the package works too, only slower.
+$(VENV)/.native: | $(VENV)/bin/python
+	@if [ -e /usr/include/hwy/highway.h ] && [ -e /usr/include/onnxruntime/onnxruntime_cxx_api.h ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq g++ libhwy-dev libonnxruntime-dev; \
+	else \
+	  echo "Native kernels are left out, the portable path is slower. To build them (Debian, Ubuntu), and then again:"; \
+	  echo "  sudo apt-get install g++ libhwy-dev libonnxruntime-dev && make clean"; \
+	fi
+	@touch $@
+
 # Where the package index serves CUDA builds of torch, this downloads some gigabytes once.
-$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.demo: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.dev: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# The oldest runtime that exported files must load in, beside the current one; a test runs them in it.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/onnxruntime-1.21 'onnxruntime==1.21.*'

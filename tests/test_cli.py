@@ -136,7 +136,7 @@ def test_a_feature_model_the_whole_way(
     assert "KeySelect" in out
     assert [output["name"] for output in open_bundle(bundle)["outputs"]] == ["features", "tokens"]
     out = succeeded(call(capsys, "evaluate", bundle, *teacher, "--data", pictures))
-    for text in ("features", "patches", "3 pictures", "function bodies"):
+    for text in ("features", "patches", "3 pictures", "native"):
         assert text in out
     outcome = call(capsys, "run", bundle, "--source", pictures / "picture0.png", "--output", lines)
     assert outcome == Outcome(0, "", "")

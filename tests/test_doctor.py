@@ -6,6 +6,7 @@ import sys
 import onnxruntime
 
 from sparsifiner_edge import doctor
+from sparsifiner_edge.ops import native
 
 
 def command(*arguments, before=""):
@@ -32,8 +33,8 @@ def test_json_holds_every_backend():
     run = command("--json")
     assert (run.returncode, run.stderr) == (0, "")
     found = json.loads(run.stdout)
-    assert found["native_library"] is None
-    assert isinstance(found["native_library_reason"], str)
+    assert found["native_library"].endswith(".so")
+    assert "loads, and uses" in found["native_library_reason"]
     assert set(found["backends"]) == {"onnxruntime", "tensorrt", "tensorrt-rtx"}
     ready = found["backends"]["onnxruntime"]
     assert ready["available"]
@@ -67,6 +68,13 @@ def test_a_bare_environment_is_enough():
     assert not missing["available"]
     assert 'pip install "sparsifiner-edge[cpu]"' in missing["reason"]
     assert missing["version"]["unavailable"]
+
+
+def test_a_missing_native_library_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(native, "_FILE", "no-such.so")
+    found = doctor.examine()
+    assert found["native_library"] is None
+    assert "libhwy-dev libonnxruntime-dev" in found["native_library_reason"]
 
 
 def test_an_onnxruntime_that_does_not_import_is_said(tmp_path):

@@ -20,10 +20,12 @@ from safetensors.torch import save_file
 from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
+from sparsifiner_edge.export import choose
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import check_export, count_differing, golden_image
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.student import save_student, sparsify
@@ -118,11 +120,62 @@ def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path, folder: Path) -> 
     image = golden_image(160, seed=5)
     with torch.no_grad():
         expected = made(normalise(torch.from_numpy(image), preprocessing(made))).numpy()
-    with open_session(bundle) as session:
-        assert session.description["kernels"] == "function bodies"
-        got = session.infer({"image": image})["logits"]
-        check_golden(session, bundle)
-    np.testing.assert_allclose(got, expected, atol=1e-4 * np.ptp(expected))
+    for kernels, said in (("portable", "function bodies"), ("native", f"native, {native.target()}")):
+        with open_session(bundle, kernels=kernels) as session:
+            assert session.description["kernels"] == said
+            got = session.infer({"image": image})["logits"]
+            check_golden(session, bundle)
+        np.testing.assert_allclose(got, expected, atol=1e-4 * np.ptp(expected))
+
+
+def test_the_check_runs_both_kernels_on_the_folded_model(bundle: Path, dense: Path) -> None:
+    assert open_bundle(bundle)["check"]["kernels_run"] == ["portable", "native"]
+    assert open_bundle(dense)["check"]["kernels_run"] == ["portable"]
+
+
+def test_layer_scale_is_folded(tmp_path: Path) -> None:
+    for name, size in (("deit3_small_patch16_224", 96), ("vit_small_patch16_dinov3", 96)):
+        made = student(name, SparsityConfig(keep=0.3, cells=4), img_size=size)
+        with torch.no_grad():
+            for key, value in made.model.named_parameters():
+                if "gamma" in key:
+                    value.copy_(torch.rand_like(value) + 0.5)
+        bundle = export_bundle(
+            save_student(made, tmp_path / name), tmp_path / f"{name}.b"
+        )  # held to the unfolded model
+        model = model_of(bundle)
+        assert not [t.name for t in model.graph.initializer if "gamma" in t.name]
+        image = golden_image(size, seed=3)
+        with torch.no_grad():
+            expected = made.model(normalise(torch.from_numpy(image), preprocessing(made.model))).numpy()
+        with open_session(bundle) as session:
+            got = session.infer({"image": image})[session.outputs[0].name]
+        assert np.abs(got - expected).max() < 0.02 * np.ptp(expected)
+
+
+def test_dense_layers_are_kept_where_sparse_ones_are_slower(folder: Path, tmp_path: Path) -> None:
+    manifest = open_bundle(export_bundle(folder, tmp_path / "b", measure=True))
+    (choice,) = manifest["measured"]["choices"]
+    assert choice["layers"] == [0, 1, 2, 3, 4, 5]
+    assert choice["kept_dense"] == (choice["sparse_ms"] > choice["dense_ms"])
+    wanted = {"sparsifiner::DenseAttention"}
+    if not choice["kept_dense"]:
+        wanted = {"sparsifiner::KeySelect", "sparsifiner::SparseAttention"}
+    assert set(manifest["ops"]) == wanted
+    assert (manifest["sparsity"] is None) == choice["kept_dense"]
+
+
+def test_layers_that_turn_dense_compute_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, options in (("test_vit", {}), ("vit_small_patch16_dinov3", {"img_size": 96})):
+        made = student(name, SparsityConfig(keep=0.2, cells=4, channels=8), **options).model
+        monkeypatch.setattr(choose, "_measure", lambda layer: (2.0, 1.0))
+        found = choose.keep_dense_where_slower(made)
+        assert found["sparse_layers_left"] == 0
+        assert all(choice["kept_dense"] for choice in found["choices"])
+        plain = vit(name, **options)
+        x = torch.randn(1, 3, *plain.patch_embed.img_size)
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), plain(x), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("sparse", [True, False])

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from sparsifiner_edge import material
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.results import read_result
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +57,7 @@ def test_make_demo(tmp_path: Path) -> None:
     ]
     out = run(command, ROOT)
     assert "518 px, keep 0.10, 25 cells" in out
-    assert "Kernels: function bodies." in out
+    assert f"Kernels: native, {native.target()}." in out
     result = read_result(tmp_path / "demo" / "result.json")
     found = list(result["statistics"].values())
     assert found[0]["patches_cosine"] >= 0.988
@@ -75,4 +76,4 @@ def test_shell_then_python(place: Path) -> None:
     run(["bash", "-euc", BLOCKS[2][1]], place)
     assert read_result(place / "result.json")["kind"] == "comparison"
     assert len((place / "features.jsonl").read_text().splitlines()) == 4
-    assert "function bodies" in run([sys.executable, "-c", BLOCKS[3][1]], place)
+    assert f"native, {native.target()}" in run([sys.executable, "-c", BLOCKS[3][1]], place)

@@ -9,6 +9,7 @@ import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, seal_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import TensorSpec, check_golden, open_session
 from sparsifiner_edge.runtime.session import validate_inputs
 from tests.tiny import make_bundle
@@ -43,6 +44,19 @@ def test_outputs_agree_with_numpy(bundle):
     np.testing.assert_array_equal(strided, features)
 
 
+def test_kernels_are_chosen(tmp_path, bundle, monkeypatch):
+    with pytest.raises(BackendError, match=r"kernels is 'fast'.*auto, native, portable"):
+        open_session(bundle, kernels="fast")
+    for kernels in ("auto", "native", "portable"):
+        with open_session(bundle, kernels=kernels) as session:
+            assert session.infer({"image": image(1)})["features"].shape == (1, 8)
+    monkeypatch.setattr(native, "_FILE", "no-such.so")
+    with open_session(bundle) as session:
+        assert session.description["kernels"] == "none (standard operators)"
+    with pytest.raises(BackendError, match=r"The native library is not built: install .* portable kernels"):
+        open_session(bundle, kernels="native")
+
+
 def test_a_session_says_what_really_runs(tmp_path, bundle):
     with open_session(bundle, threads=1) as session:
         assert session.backend == "onnxruntime"
@@ -54,7 +68,7 @@ def test_a_session_says_what_really_runs(tmp_path, bundle):
     assert described["kernels"] == "none (standard operators)"
     assert (described["precision"], described["threads"]) == ("fp32", 1)
     with open_session(make_bundle(tmp_path / "f", function=True)) as session:
-        assert session.description["kernels"] == "function bodies"
+        assert session.description["kernels"] == "function bodies"  # an operator that the library has not
         assert session.description["threads"] == len(os.sched_getaffinity(0))
 
 

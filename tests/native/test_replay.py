@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "sparsifiner_edge" / "ops" / "native"
 OPS = {"DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2}
 DISABLED = re.findall(r'"(HWY_DISABLED_TARGETS=[^"]*)"', (SOURCES / "CMakeLists.txt").read_text())[0]
-AARCH64 = Path("/opt/sparsifiner-aarch64")
+AARCH64 = Path(sys.prefix) / "aarch64"
 """Highway for AArch64, unpacked by `make aarch64`."""
 
 
 def build(compiler: str, output: Path, *options: str) -> Path:
-    files = [SOURCES / "attention.cc", SOURCES / "select.cc", HERE / "replay.cc"]
+    files = [*(SOURCES / f"{name}.cc" for name in ("dense", "select", "sparse")), HERE / "replay.cc"]
     command = [compiler, "-std=c++17", f"-I{SOURCES}", f"-D{DISABLED}", *map(str, files), *options, "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -114,6 +114,11 @@ HWY_INLINE void Transpose16(const float* const* rows, size_t width, float factor
   }
 }
 
+// Pointers to up to 16 rows of queries; missing ones repeat the first, whose results nobody stores.
+HWY_INLINE void QueryRows(const float* first, size_t row, size_t valid, const float** rows) {
+  for (size_t i = 0; i < kQueries; ++i) rows[i] = first + (i < valid ? i : 0) * row;
+}
+
 // scores[j * out_stride + i] = keys[j] . query i for `kKeys` packed rows of `stride` floats. kFetch: meanwhile the rows at base + ahead[j],
 // that are gathered next, are brought into the first-level cache, one line of 16 floats at a time.
 template <size_t kKeys, bool kFetch>

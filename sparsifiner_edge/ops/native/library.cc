@@ -62,6 +62,7 @@ Packed Pack(const Ort::ConstValue& qkv, size_t heads, size_t prefix, float scale
           "qkv must have shape [B, N, 3 * num_heads * d], got " + Text(shape));
   Require(shape[1] > static_cast<int64_t>(prefix), "qkv of shape " + Text(shape) + " leaves no patch after " +
                                                        std::to_string(prefix) + " prefix tokens");
+  Require(shape[1] * shape[2] < (int64_t{1} << 32), "qkv of shape " + Text(shape) + " is too large for 32-bit places");
   return {qkv.GetTensorData<float>(),        static_cast<size_t>(shape[0]), static_cast<size_t>(shape[1]), heads,
           static_cast<size_t>(shape[2]) / (3 * heads), scale};
 }

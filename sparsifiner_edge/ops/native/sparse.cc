@@ -1,7 +1,8 @@
-// DenseAttention and SparseAttention (ops/schema.py).
+// SparseAttention (ops/schema.py): each tile of queries attends to the prefix, to its listed keys, and to background
+// cells that stand for what it did not list.
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "attention.cc"
+#define HWY_TARGET_INCLUDE "sparse.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
 #include "hwy/highway.h"
@@ -11,11 +12,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
-
-// Pointers to up to 16 rows of queries; missing ones repeat the first, whose results nobody stores.
-HWY_INLINE void QueryRows(const float* first, size_t row, size_t valid, const float** rows) {
-  for (size_t i = 0; i < kQueries; ++i) rows[i] = first + (i < valid ? i : 0) * row;
-}
 
 // Tokens of a list: prefix first, then the patches listed, clamped to those that exist.
 struct List {
@@ -76,98 +72,7 @@ HWY_NOINLINE void AttendOne(const float* query, const float* keys, const float* 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Dense: tiles of 16 queries share chunks of packed keys and values, softmax is carried from chunk to chunk.
-
-constexpr size_t kDenseTiles = 8;
-constexpr size_t kDenseKeys = 64;
-
-struct DenseJob {
-  Packed in;
-  float* output;
-  size_t groups;  // of kDenseTiles tiles, per head
-};
-
-HWY_NOINLINE void DenseGroup(void* data, size_t item) {
-  const DenseJob& job = *static_cast<const DenseJob*>(data);
-  const Packed& in = job.in;
-  const D d;
-  const size_t group = item % job.groups, head = item / job.groups % in.heads, batch = item / job.groups / in.heads;
-  const size_t begin = group * kDenseTiles * kQueries;
-  const size_t queries = std::min(in.tokens - begin, kDenseTiles * kQueries);
-  const size_t tiles = (queries + kQueries - 1) / kQueries;
-  const size_t width = in.width, stride = PackedWidth(width), row = in.Row();
-  const float* q = in.Queries(batch, head) + begin * row;
-  float* output = job.output + ((batch * in.tokens + begin) * in.heads + head) * width;
-
-  float *qt = nullptr, *keys = nullptr, *values = nullptr, *scores = nullptr, *sums = nullptr, *state = nullptr;
-  void* base = nullptr;
-  for (int pass = 0; pass < 2; ++pass) {
-    Layout layout(base);
-    qt = layout.Take<float>(tiles * width * kQueries);
-    keys = layout.Take<float>(kDenseKeys * stride);
-    values = layout.Take<float>(kDenseKeys * stride);
-    scores = layout.Take<float>(kDenseKeys * kQueries);
-    sums = layout.Take<float>(tiles * kQueries * stride);
-    state = layout.Take<float>(tiles * 2 * kQueries);
-    if (pass == 0) base = OwnScratch().Reserve(layout.used());
-  }
-  for (size_t t = 0; t < tiles; ++t) {
-    const float* rows[kQueries];
-    QueryRows(q + t * kQueries * row, row, std::min(kQueries, queries - t * kQueries), rows);
-    Transpose16(rows, width, in.scale * kLog2e, qt + t * width * kQueries);
-    for (size_t v = 0; v < kQueries; v += kLanes) {
-      hn::Store(hn::Set(d, kLowest), d, state + 2 * t * kQueries + v);
-      hn::Store(hn::Zero(d), d, state + (2 * t + 1) * kQueries + v);
-    }
-  }
-  std::memset(sums, 0, tiles * kQueries * stride * sizeof(float));
-  for (size_t start = 0; start < in.tokens; start += kDenseKeys) {
-    const size_t count = std::min(kDenseKeys, in.tokens - start);
-    for (size_t j = 0; j < count; ++j) {
-      PackRow(in.Keys(batch, head) + (start + j) * row, width, stride, keys + j * stride);
-      PackRow(in.Values(batch, head) + (start + j) * row, width, stride, values + j * stride);
-    }
-    for (size_t t = 0; t < tiles; ++t) {
-      Scores<true>(qt + t * width * kQueries, keys, stride, width, count, scores);
-      float* highest = state + 2 * t * kQueries;
-      float* total = highest + kQueries;
-      HWY_ALIGN float carry[kQueries];
-      for (size_t v = 0; v < kQueries; v += kLanes) {
-        const V old = hn::Load(d, highest + v);
-        V top = old;
-        for (size_t j = 0; j < count; ++j) top = hn::Max(top, hn::Load(d, scores + j * kQueries + v));
-        V sum = hn::Zero(d);
-        for (size_t j = 0; j < count; ++j) {
-          const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
-          hn::Store(weight, d, scores + j * kQueries + v);
-          sum = hn::Add(sum, weight);
-        }
-        const V factor = Exp2(hn::Sub(old, top));
-        hn::Store(factor, d, carry + v);
-        hn::Store(top, d, highest + v);
-        hn::Store(hn::MulAdd(hn::Load(d, total + v), factor, sum), d, total + v);
-      }
-      const Weighted part{scores, values, count, nullptr};
-      float* sum = sums + t * kQueries * stride;
-      Accumulate<true, true>(&part, 1, stride, sum, carry, nullptr, kQueries, stride, sum, stride);
-    }
-  }
-  for (size_t i = 0; i < queries; ++i) {
-    const float* sum = sums + i * stride;
-    const float share = 1.0f / state[(2 * (i / kQueries) + 1) * kQueries + i % kQueries];
-    float* to = output + i * in.heads * width;
-    for (size_t c = 0; c < width; ++c) to[c] = share * sum[c];
-  }
-}
-
-void DenseAttentionTarget(const Packed& in, float* output, const Parallel& parallel) {
-  const size_t per_group = kDenseTiles * kQueries;
-  DenseJob job{in, output, (in.tokens + per_group - 1) / per_group};
-  parallel.For(in.batch * in.heads * job.groups, DenseGroup, &job);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Sparse.
+// Tiles: 16 queries, one list.
 
 struct SparseJob {
   Packed in;
@@ -305,61 +210,93 @@ HWY_INLINE void CountListed(const SparseJob& job, const List& list, size_t count
   }
 }
 
-// A tile of at most 16 queries [begin, begin + valid) with one list.
-HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, size_t begin, size_t valid,
-                             const List& list, bool placed, uint32_t* places, float* gathered,
-                             float* partial, uint16_t* owner, uint32_t* number, float* qt, float* scores, float* sums) {
-  const Packed& in = job.in;
-  const SparseSettings& s = job.settings;
-  const size_t width = in.width, stride = job.stride, row = in.Row();
-  const size_t count = list.count;
-  const float* query_rows[kQueries];
-  QueryRows(in.Queries(batch, head) + begin * row, row, valid, query_rows);
-  Transpose16(query_rows, width, in.scale * kLog2e, qt);
-  if (!placed) {
-    const uint32_t first = static_cast<uint32_t>(list.prefix), most = static_cast<uint32_t>(list.limit - 1);
-    const uint32_t step = static_cast<uint32_t>(row);
-    for (uint32_t j = 0; j < first; ++j) places[j] = j * step;
-    for (size_t j = 0; j < s.keys; ++j) {
-      places[first + j] = (first + std::min(static_cast<uint32_t>(list.patches[j]), most)) * step;
-    }
-    std::fill(places + count, places + count + kPlacesAhead, places[count - 1]);
-    if (job.cells != 0) CountListed(job, list, s.keys, owner, number);
-  }
-  GatherScores(qt, in.Keys(batch, head), places, count, width, stride, gathered, scores);
-  const size_t of_head = (batch * in.heads + head) * job.cells * stride;
-  float* cells = scores + count * kQueries;
-  if (job.cells != 0) {
-    Scores<true>(qt, job.cell_keys + of_head, stride, width, job.cells, cells);
-    RestOfCells(job, owner, s.keys, scores + s.prefix_keys * kQueries, number, sums, cells);
-  }
+// What a thread needs for one tile.
+struct Work {
+  float *gathered, *partial, *qt, *scores, *sums;
+  uint16_t* owner;
+  uint32_t *number, *places;
+};
 
-  HWY_ALIGN float shares[kQueries];
-  WeighTile(job, count, owner, number, scores, cells, sums, shares);
-  float* output = job.output + ((batch * in.tokens + begin) * in.heads + head) * width;
-  const Weighted background{cells, job.cell_values + of_head, job.cells, nullptr};
-  const float* values = in.Values(batch, head);
+HWY_INLINE Work TakeWork(const SparseJob& job, size_t count) {
+  Work work{};
+  void* base = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    Layout layout(base);
+    work.gathered = layout.Take<float>(kChunk * job.stride);
+    work.partial = layout.Take<float>(kQueries * job.stride);
+    work.qt = layout.Take<float>(job.in.width * kQueries);
+    work.scores = layout.Take<float>(std::max((count + job.cells + kPaddedRows) * kQueries, job.in.tokens));
+    work.sums = layout.Take<float>(job.cells * kQueries);
+    work.owner = layout.Take<uint16_t>(job.settings.keys);
+    work.places = layout.Take<uint32_t>(count + kPlacesAhead);
+    work.number = layout.Take<uint32_t>(4 * job.cells);
+    if (pass == 0) base = OwnScratch().Reserve(layout.used());
+  }
+  return work;
+}
+
+// Where the rows of a list lie, as floats from the first token's row; which cells its keys lie in.
+HWY_INLINE void PlaceList(const SparseJob& job, const List& list, const Work& work) {
+  const uint32_t first = static_cast<uint32_t>(list.prefix), most = static_cast<uint32_t>(list.limit - 1);
+  const uint32_t step = static_cast<uint32_t>(job.in.Row());
+  for (uint32_t j = 0; j < first; ++j) work.places[j] = j * step;
+  for (size_t j = 0; j < job.settings.keys; ++j) {
+    work.places[first + j] = (first + std::min(static_cast<uint32_t>(list.patches[j]), most)) * step;
+  }
+  std::fill(work.places + list.count, work.places + list.count + kPlacesAhead, work.places[list.count - 1]);
+  if (job.cells != 0) CountListed(job, list, job.settings.keys, work.owner, work.number);
+}
+
+// output = weights x values of the list and of the cells, a chunk of the list at a time.
+HWY_INLINE void SumValues(const SparseJob& job, const float* values, const Weighted& background, const float* shares,
+                          size_t count, size_t valid, const Work& work, float* output) {
+  const size_t width = job.in.width, stride = job.stride;
   const bool in_place = width % kLanes == 0;
   const size_t chunks = (count + kChunk - 1) / kChunk, chunk = (count + chunks - 1) / chunks;
   for (size_t start = 0; start < count; start += chunk) {
     const size_t some = std::min(chunk, count - start);
-    if (!in_place) Gather(values, places + start, some, width, stride, gathered);
-    const Weighted parts[2] = {
-        {scores + start * kQueries, in_place ? values : gathered, some, in_place ? places + start : nullptr}, background};
+    const uint32_t* places = work.places + start;
+    if (!in_place) Gather(values, places, some, width, stride, work.gathered);
+    const Weighted parts[2] = {{work.scores + start * kQueries, in_place ? values : work.gathered, some,
+                                in_place ? places : nullptr},
+                               background};
     const bool last = start + some == count;
     const size_t number_of_parts = last && job.cells != 0 ? 2 : 1;
-    float* to = last ? output : partial;
-    const size_t to_stride = last ? in.heads * width : stride;
+    float* to = last ? output : work.partial;
+    const size_t to_stride = last ? job.in.heads * width : stride;
     const float* factor = last ? shares : nullptr;
-    const size_t rows_out = last ? valid : kQueries, columns = last ? width : stride;
+    const size_t rows = last ? valid : kQueries, columns = last ? width : stride;
     if (start == 0) {
-      Accumulate<false, false>(parts, number_of_parts, stride, nullptr, nullptr, factor, rows_out, columns, to,
-                               to_stride);
+      Accumulate<false, false>(parts, number_of_parts, stride, nullptr, nullptr, factor, rows, columns, to, to_stride);
     } else {
-      Accumulate<true, false>(parts, number_of_parts, stride, partial, nullptr, factor, rows_out, columns, to,
+      Accumulate<true, false>(parts, number_of_parts, stride, work.partial, nullptr, factor, rows, columns, to,
                               to_stride);
     }
   }
+}
+
+// A tile of at most 16 queries [begin, begin + valid) with one list, which is placed already unless `fresh`.
+HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, size_t begin, size_t valid,
+                             const List& list, bool fresh, const Work& work) {
+  const Packed& in = job.in;
+  const SparseSettings& s = job.settings;
+  const size_t width = in.width, stride = job.stride, count = list.count;
+  const float* query_rows[kQueries];
+  QueryRows(in.Queries(batch, head) + begin * in.Row(), in.Row(), valid, query_rows);
+  Transpose16(query_rows, width, in.scale * kLog2e, work.qt);
+  if (fresh) PlaceList(job, list, work);
+  GatherScores(work.qt, in.Keys(batch, head), work.places, count, width, stride, work.gathered, work.scores);
+  const size_t of_head = (batch * in.heads + head) * job.cells * stride;
+  float* cells = work.scores + count * kQueries;
+  if (job.cells != 0) {
+    Scores<true>(work.qt, job.cell_keys + of_head, stride, width, job.cells, cells);
+    RestOfCells(job, work.owner, s.keys, work.scores + s.prefix_keys * kQueries, work.number, work.sums, cells);
+  }
+  HWY_ALIGN float shares[kQueries];
+  WeighTile(job, count, work.owner, work.number, work.scores, cells, work.sums, shares);
+  const Weighted background{cells, job.cell_values + of_head, job.cells, nullptr};
+  SumValues(job, in.Values(batch, head), background, shares, count, valid, work,
+            job.output + ((batch * in.tokens + begin) * in.heads + head) * width);
 }
 
 HWY_NOINLINE void SparseItem(void* data, size_t item) {
@@ -370,23 +307,7 @@ HWY_NOINLINE void SparseItem(void* data, size_t item) {
   const size_t unit = item % units, head = item / units % in.heads, batch = item / units / in.heads;
   const size_t count = s.prefix_keys + s.keys;
   const bool prefix_row = unit >= job.tiles;
-
-  float *gathered = nullptr, *partial = nullptr, *qt = nullptr, *scores = nullptr, *sums = nullptr;
-  uint16_t* owner = nullptr;
-  uint32_t *number = nullptr, *places = nullptr;
-  void* base = nullptr;
-  for (int pass = 0; pass < 2; ++pass) {
-    Layout layout(base);
-    gathered = layout.Take<float>(kChunk * job.stride);
-    partial = layout.Take<float>(kQueries * job.stride);
-    qt = layout.Take<float>(in.width * kQueries);
-    scores = layout.Take<float>(std::max((count + job.cells + kPaddedRows) * kQueries, in.tokens));
-    sums = layout.Take<float>(job.cells * kQueries);
-    owner = layout.Take<uint16_t>(s.keys);
-    places = layout.Take<uint32_t>(count + kPlacesAhead);
-    number = layout.Take<uint32_t>(4 * job.cells);
-    if (pass == 0) base = OwnScratch().Reserve(layout.used());
-  }
+  const Work work = TakeWork(job, count);
   const auto query = [&](size_t token) { return in.Queries(batch, head) + token * in.Row(); };
   const auto result = [&](size_t token) {
     return job.output + ((batch * in.tokens + token) * in.heads + head) * in.width;
@@ -394,7 +315,7 @@ HWY_NOINLINE void SparseItem(void* data, size_t item) {
   if (prefix_row) {
     const size_t token = unit - job.tiles;
     AttendOne(query(token), in.Keys(batch, head), in.Values(batch, head), in.Row(), nullptr, in.tokens, in.scale,
-              in.width, scores, result(token));
+              in.width, work.scores, result(token));
     return;
   }
   const int32_t* patches = job.indices + ((batch * in.heads + head) * job.tiles + unit) * s.keys;
@@ -402,13 +323,12 @@ HWY_NOINLINE void SparseItem(void* data, size_t item) {
   if (s.tile == 1 && job.cells == 0) {
     const size_t token = s.prefix + unit;
     AttendOne(query(token), in.Keys(batch, head), in.Values(batch, head), in.Row(), &list, count, in.scale, in.width,
-              scores, result(token));
+              work.scores, result(token));
     return;
   }
   const size_t begin = s.prefix + unit * s.tile, end = std::min(begin + s.tile, in.tokens);
   for (size_t some = begin; some < end; some += kQueries) {
-    AttendTile(job, batch, head, some, std::min(kQueries, end - some), list, some != begin,
-               places, gathered, partial, owner, number, qt, scores, sums);
+    AttendTile(job, batch, head, some, std::min(kQueries, end - some), list, some == begin, work);
   }
 }
 
@@ -420,8 +340,9 @@ void SparseAttentionTarget(const Packed& in, const int32_t* indices, const Spars
   job.indices = indices;
   job.output = output;
   job.patches = in.tokens - settings.prefix;
+  job.settings.cell = std::min(settings.cell, job.patches);
   job.tiles = (job.patches + settings.tile - 1) / settings.tile;
-  job.cells = settings.cell ? (job.patches + settings.cell - 1) / settings.cell : 0;
+  job.cells = settings.cell ? (job.patches + job.settings.cell - 1) / job.settings.cell : 0;
   job.stride = PackedWidth(in.width);
   if (job.cells != 0) {
     float *keys = nullptr, *values = nullptr, *logs = nullptr;
@@ -431,13 +352,13 @@ void SparseAttentionTarget(const Packed& in, const int32_t* indices, const Spars
       Layout layout(base);
       keys = layout.Take<float>((in.batch * in.heads * job.cells + kPaddedRows) * job.stride);
       values = layout.Take<float>(in.batch * in.heads * job.cells * job.stride);
-      logs = layout.Take<float>(settings.cell + 1);
+      logs = layout.Take<float>(job.settings.cell + 1);
       cell_of = layout.Take<uint16_t>(job.patches);
       if (pass == 0) base = SharedScratch().Reserve(layout.used());
     }
     logs[0] = kLowest;
-    for (size_t n = 1; n <= settings.cell; ++n) logs[n] = std::log2(static_cast<float>(n));
-    for (size_t j = 0; j < job.patches; ++j) cell_of[j] = static_cast<uint16_t>(j / settings.cell);
+    for (size_t n = 1; n <= job.settings.cell; ++n) logs[n] = std::log2(static_cast<float>(n));
+    for (size_t j = 0; j < job.patches; ++j) cell_of[j] = static_cast<uint16_t>(j / job.settings.cell);
     job.cell_keys = keys;
     job.cell_values = values;
     job.logs = logs;
@@ -454,12 +375,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace sparsifiner {
 
-HWY_EXPORT(DenseAttentionTarget);
 HWY_EXPORT(SparseAttentionTarget);
-
-void DenseAttention(const Packed& in, float* output, const Parallel& parallel) {
-  HWY_DYNAMIC_DISPATCH(DenseAttentionTarget)(in, output, parallel);
-}
 
 void SparseAttention(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
                      const Parallel& parallel) {

@@ -1,0 +1,121 @@
+// The K best of a row of scores, without sorting; compiled once per instruction set.
+
+#if defined(SPARSIFINER_BEST_KEYS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SPARSIFINER_BEST_KEYS_INL_H_
+#undef SPARSIFINER_BEST_KEYS_INL_H_
+#else
+#define SPARSIFINER_BEST_KEYS_INL_H_
+#endif
+
+#include "hwy/highway.h"
+#include "kernels-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sparsifiner {
+namespace HWY_NAMESPACE {
+
+// Order-preserving map from floats (no NaN) to integers, and back.
+HWY_INLINE int32_t Ordered(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(bits)) : bits;
+}
+HWY_INLINE float Unordered(int32_t place) {
+  const int32_t bits = place < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(place)) : place;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+HWY_INLINE size_t CountAbove(const float* HWY_RESTRICT row, size_t padded, float pivot) {
+  const D d;
+  const V p = hn::Set(d, pivot);
+  size_t count = 0;
+  for (size_t j = 0; j < padded; j += kLanes) count += hn::CountTrue(d, hn::Gt(hn::Load(d, row + j), p));
+  return count;
+}
+
+// The K-th largest of row[0, padded), of which `patches` are keys and lie in (low, high]; the others are NaN, which no
+// comparison takes. `guess` is any pivot; a good one saves passes. scratch: `padded` + 32 floats.
+HWY_INLINE float KthLargest(const float* HWY_RESTRICT row, size_t padded, size_t patches, size_t keys, float low,
+                            float high, float guess, float* HWY_RESTRICT scratch) {
+  // Invariant: at least `keys` entries lie above `low`, fewer above `high`.
+  const D d;
+  constexpr size_t kFew = 64;
+  size_t above_low = patches, above_high = 0;
+  float pivot = guess;
+  for (int step = 0; above_low - above_high > kFew; ++step) {
+    const int64_t from = Ordered(low), to = Ordered(high);
+    if (to - from <= 1) return high;
+    if (!(pivot > low && pivot < high)) pivot = Unordered(static_cast<int32_t>(from + (to - from) / 2));
+    const size_t count = CountAbove(row, padded, pivot);
+    if (count >= keys) {
+      low = pivot;
+      above_low = count;
+    } else {
+      high = pivot;
+      above_high = count;
+    }
+    // Where scores spread evenly between the bounds, the next pivot hits; every third step halves, come what may.
+    const float share = static_cast<float>(above_low - keys) / static_cast<float>(above_low - above_high);
+    pivot = step % 3 == 2 ? low : low + share * (high - low);
+  }
+  size_t few = 0;
+  const V after = hn::Set(d, low), until = hn::Set(d, high);
+  for (size_t j = 0; j < padded; j += kLanes) {
+    const V x = hn::Load(d, row + j);
+    few += hn::CompressStore(x, hn::And(hn::Gt(x, after), hn::Le(x, until)), d, scratch + few);
+  }
+  for (size_t j = few; j < RoundUp(few, kLanes); ++j) scratch[j] = kLowest;
+  // Among these few, the one that `rank` - 1 exceed, or as many as equal it.
+  const size_t rank = keys - above_high;
+  for (size_t i = 0; i < few; ++i) {
+    const V x = hn::Set(d, scratch[i]);
+    size_t above = 0, level = 0;
+    for (size_t j = 0; j < few; j += kLanes) {
+      const V other = hn::Load(d, scratch + j);
+      above += hn::CountTrue(d, hn::Gt(other, x));
+      level += hn::CountTrue(d, hn::Eq(other, x));
+    }
+    if (above < rank && rank <= above + level) return scratch[i];
+  }
+  return high;
+}
+
+// Indices of the `keys` largest of row[0, padded), ties to the lower index, ascending. list: `keys` entries.
+// scratch: `padded` + 32 floats.
+HWY_INLINE float BestKeys(const float* HWY_RESTRICT row, size_t padded, size_t patches, size_t keys, float low,
+                          float high, float guess, float* HWY_RESTRICT scratch, int32_t* HWY_RESTRICT list) {
+  const D d;
+  const hn::RebindToSigned<D> di;
+  // Scores of minus infinity lie above no bound: then all that are finite win, and the first others.
+  const bool endless = low == kLowest && CountAbove(row, padded, low) < keys;
+  const size_t counted = low == kLowest ? CountAbove(row, padded, low) : patches;
+  const float least = endless ? kLowest : KthLargest(row, padded, counted, keys, low, high, guess, scratch);
+  const V threshold = hn::Set(d, least);
+  int32_t* HWY_RESTRICT found = reinterpret_cast<int32_t*>(scratch);
+  size_t count = 0;
+  for (size_t j = 0; j < padded; j += kLanes) {
+    const auto wins = hn::RebindMask(di, hn::Ge(hn::Load(d, row + j), threshold));
+    count += hn::CompressStore(hn::Iota(di, static_cast<int32_t>(j)), wins, di, found + count);
+  }
+  if (count > keys) {
+    // More equal the threshold than there is room for: the last of them lose.
+    size_t losers = count - keys, kept = count;
+    for (size_t i = count; i-- > 0 && losers > 0;) {
+      if (row[found[i]] == least) {
+        std::memmove(found + i, found + i + 1, (kept - i - 1) * sizeof(int32_t));
+        --kept;
+        --losers;
+      }
+    }
+  }
+  std::memcpy(list, found, keys * sizeof(int32_t));
+  return least;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sparsifiner
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,0 +1,118 @@
+// DenseAttention (ops/schema.py): tiles of 16 queries share chunks of packed keys and values; softmax is carried from
+// chunk to chunk, so that no score matrix is larger than one tile's of one chunk.
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "dense.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+
+#include "hwy/highway.h"
+#include "kernels-inl.h"
+#include "kernels.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sparsifiner {
+namespace HWY_NAMESPACE {
+
+constexpr size_t kDenseTiles = 8;
+constexpr size_t kDenseKeys = 64;
+
+struct DenseJob {
+  Packed in;
+  float* output;
+  size_t groups;  // of kDenseTiles tiles, per head
+};
+
+HWY_NOINLINE void DenseGroup(void* data, size_t item) {
+  const DenseJob& job = *static_cast<const DenseJob*>(data);
+  const Packed& in = job.in;
+  const D d;
+  const size_t group = item % job.groups, head = item / job.groups % in.heads, batch = item / job.groups / in.heads;
+  const size_t begin = group * kDenseTiles * kQueries;
+  const size_t queries = std::min(in.tokens - begin, kDenseTiles * kQueries);
+  const size_t tiles = (queries + kQueries - 1) / kQueries;
+  const size_t width = in.width, stride = PackedWidth(width), row = in.Row();
+  const float* q = in.Queries(batch, head) + begin * row;
+  float* output = job.output + ((batch * in.tokens + begin) * in.heads + head) * width;
+
+  float *qt = nullptr, *keys = nullptr, *values = nullptr, *scores = nullptr, *sums = nullptr, *state = nullptr;
+  void* base = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    Layout layout(base);
+    qt = layout.Take<float>(tiles * width * kQueries);
+    keys = layout.Take<float>(kDenseKeys * stride);
+    values = layout.Take<float>(kDenseKeys * stride);
+    scores = layout.Take<float>(kDenseKeys * kQueries);
+    sums = layout.Take<float>(tiles * kQueries * stride);
+    state = layout.Take<float>(tiles * 2 * kQueries);
+    if (pass == 0) base = OwnScratch().Reserve(layout.used());
+  }
+  for (size_t t = 0; t < tiles; ++t) {
+    const float* rows[kQueries];
+    QueryRows(q + t * kQueries * row, row, std::min(kQueries, queries - t * kQueries), rows);
+    Transpose16(rows, width, in.scale * kLog2e, qt + t * width * kQueries);
+    for (size_t v = 0; v < kQueries; v += kLanes) {
+      hn::Store(hn::Set(d, kLowest), d, state + 2 * t * kQueries + v);
+      hn::Store(hn::Zero(d), d, state + (2 * t + 1) * kQueries + v);
+    }
+  }
+  std::memset(sums, 0, tiles * kQueries * stride * sizeof(float));
+  for (size_t start = 0; start < in.tokens; start += kDenseKeys) {
+    const size_t count = std::min(kDenseKeys, in.tokens - start);
+    for (size_t j = 0; j < count; ++j) {
+      PackRow(in.Keys(batch, head) + (start + j) * row, width, stride, keys + j * stride);
+      PackRow(in.Values(batch, head) + (start + j) * row, width, stride, values + j * stride);
+    }
+    for (size_t t = 0; t < tiles; ++t) {
+      Scores<true>(qt + t * width * kQueries, keys, stride, width, count, scores);
+      float* highest = state + 2 * t * kQueries;
+      float* total = highest + kQueries;
+      HWY_ALIGN float carry[kQueries];
+      for (size_t v = 0; v < kQueries; v += kLanes) {
+        const V old = hn::Load(d, highest + v);
+        V top = old;
+        for (size_t j = 0; j < count; ++j) top = hn::Max(top, hn::Load(d, scores + j * kQueries + v));
+        V sum = hn::Zero(d);
+        for (size_t j = 0; j < count; ++j) {
+          const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
+          hn::Store(weight, d, scores + j * kQueries + v);
+          sum = hn::Add(sum, weight);
+        }
+        const V factor = Exp2(hn::Sub(old, top));
+        hn::Store(factor, d, carry + v);
+        hn::Store(top, d, highest + v);
+        hn::Store(hn::MulAdd(hn::Load(d, total + v), factor, sum), d, total + v);
+      }
+      const Weighted part{scores, values, count, nullptr};
+      float* sum = sums + t * kQueries * stride;
+      Accumulate<true, true>(&part, 1, stride, sum, carry, nullptr, kQueries, stride, sum, stride);
+    }
+  }
+  for (size_t i = 0; i < queries; ++i) {
+    const float* sum = sums + i * stride;
+    const float share = 1.0f / state[(2 * (i / kQueries) + 1) * kQueries + i % kQueries];
+    float* to = output + i * in.heads * width;
+    for (size_t c = 0; c < width; ++c) to[c] = share * sum[c];
+  }
+}
+
+void DenseAttentionTarget(const Packed& in, float* output, const Parallel& parallel) {
+  const size_t per_group = kDenseTiles * kQueries;
+  DenseJob job{in, output, (in.tokens + per_group - 1) / per_group};
+  parallel.For(in.batch * in.heads * job.groups, DenseGroup, &job);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sparsifiner
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace sparsifiner {
+
+HWY_EXPORT(DenseAttentionTarget);
+
+void DenseAttention(const Packed& in, float* output, const Parallel& parallel) {
+  HWY_DYNAMIC_DISPATCH(DenseAttentionTarget)(in, output, parallel);
+}
+
+}  // namespace sparsifiner
+#endif

@@ -1,0 +1,129 @@
+"""int8 exports: what is quantised, how far it is from float32, and what happens when it is too far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.export import quantise as module
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.quantise import RECIPES, quantise, run_file
+from sparsifiner_edge.metrics import cosine
+from sparsifiner_edge.runtime import check_golden, open_session
+from sparsifiner_edge.sparse.student import save_student
+from tests.models import student, vit
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int8")
+    (folder / "pictures").mkdir()
+    for number in range(6):
+        Image.fromarray(golden_image(160, seed=10 + number)[0]).save(folder / "pictures" / f"{number}.png")
+    save_student(student(), folder / "student")
+    save_file(vit().state_dict(), folder / "w.safetensors")
+    export_bundle(folder / "student", folder / "fp32", tokens=True)
+    return folder
+
+
+def int8(place: Path, name: str, source: str | Path, **options: Any) -> Path:
+    return export_bundle(
+        source, place / name, precision="int8", calibrate=place / "pictures", tokens=True, **options
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_every_linear_layer_and_nothing_else_is_int8(place: Path, recipe: str, sparse: bool) -> None:
+    source, options = (place / "student", {}) if sparse else ("test_vit", {"weights": place / "w.safetensors"})
+    made = int8(place, f"{recipe}-{sparse}", source, recipe=recipe, **options)
+    manifest = open_bundle(made)
+    found = manifest["quantisation"]
+    assert (found["recipe"], found["calibrated"], found["held_out"]) == (recipe, 4, 2)
+    assert found["quantised"] + len(found["kept"]) == 4 * 6 + 1  # qkv, proj, fc1, fc2 and the head
+    assert min(found["cosines"].values()) >= module.LEAST_COSINE
+    model = onnx.load(made / "model.onnx")
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("QuantizeLinear") == found["quantised"]
+    assert kinds.count("DequantizeLinear") == 2 * found["quantised"]
+    assert (kinds.count("SparseAttention") == 6) == sparse
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    zero_points = [node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    wanted = onnx.TensorProto.UINT8 if recipe == "cpu" else onnx.TensorProto.INT8
+    assert {types[name] for name in zero_points} == {wanted}
+    if recipe == "tensorrt":
+        values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        assert all(int(values[name]) == 0 for name in zero_points)
+    scales = [t for t in model.graph.initializer if t.name.endswith("_scale") and len(t.dims) == 1]
+    assert len(scales) >= found["quantised"]  # one per channel of each weight
+    with open_session(made) as session:
+        assert session.description["precision"] == "int8"
+        check_golden(session, made)
+
+
+def test_it_is_smaller_and_close_on_a_new_picture(place: Path) -> None:
+    made = int8(place, "close", place / "student")
+    image = golden_image(160, seed=99)
+    outputs = [run_file(onnx.load(p / "model.onnx"), image)["tokens"] for p in (place / "fp32", made)]
+    assert cosine(*outputs).mean() > 0.98
+    sizes = [(p / "model.onnx").stat().st_size for p in (place / "fp32", made)]
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_layers_that_hurt_stay_in_float32(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.load(place / "fp32" / "model.onnx")
+    images = [golden_image(160, seed=20 + n) for n in range(6)]
+    monkeypatch.setattr(module, "GOAL_COSINE", 1.1)
+    steps: list[tuple[int, int]] = []
+    found = quantise(model, images, progress=lambda *step: steps.append(step))
+    assert len(found.kept) == int(module.MAX_FLOAT_SHARE * 25)
+    assert steps[-1] == (27, 27)
+    kept = {node.name: node for node in found.model.graph.node if node.name in found.kept}
+    weights = {t.name: t.data_type for t in found.model.graph.initializer}
+    assert all(weights[node.input[1]] == onnx.TensorProto.FLOAT for node in kept.values())
+    onnx.checker.check_model(found.model)
+    all_int8 = quantise(model, images) if monkeypatch.undo() is None else None
+    assert all_int8 is not None
+    assert min(found.cosines.values()) >= min(all_int8.cosines.values())
+
+
+def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_COSINE", 1.1)
+    with pytest.raises(GateError, match=r"int8 file has cosine 0\.\d+ to float32, allowed 1.1, with \d+ of 25"):
+        int8(place, "refused", place / "student")
+    assert not (place / "refused").exists()
+
+
+def test_batches(place: Path) -> None:
+    for batch in (2, "dynamic"):
+        made = int8(place, f"batch-{batch}", place / "student", batch=batch)
+        with open_session(made) as session:
+            got = session.infer({"image": golden_image(160, 2)})
+        assert got["logits"].shape == (2, 1000)
+        assert np.isfinite(got["tokens"]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int8"}, "int8 needs pictures"),
+        ({"precision": "fp32", "calibrate": "pictures"}, "go with int8"),
+        ({"precision": "int8", "recipe": "gpu"}, "recipe is 'gpu'"),
+        ({"precision": "int4"}, "precision is 'int4'"),
+    ],
+)
+def test_refusals(place: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_bundle(place / "student", place / "x", **options)
+    with pytest.raises(ConfigError, match="no pictures"):
+        quantise(onnx.load(place / "fp32" / "model.onnx"), [])
+    assert not (place / "x").exists()
