@@ -49,7 +49,7 @@ REQUIRED = {
 """Speed over the best dense engine in fp32, or at any precision: required, aimed at."""
 
 
-def build(name: str, size: int, keep: float, cells: int, folder: Path, tell: Any) -> dict[str, Path]:
+def build(name: str, size: int, keep: float, cells: int, folder: Path, dense_int8: bool, tell: Any) -> dict[str, Path]:
     """Bundles: ours and dense, fp32 and int8."""
     weights = weights_file()
     if name != material.DINOV2:
@@ -71,6 +71,8 @@ def build(name: str, size: int, keep: float, cells: int, folder: Path, tell: Any
     ):
         for precision in ("fp32", "int8"):
             label = kind.replace("fp32", precision)
+            if label == "ONNX Runtime int8" and not dense_int8:
+                continue
             tell(f"export {label}")
             more = {"precision": precision, "calibrate": pictures} if precision == "int8" else {}
             made[label] = export_bundle(source, folder / label.replace(" ", "-"), **options, **more)
@@ -83,11 +85,13 @@ def engines(bundles: dict[str, Path], name: str, size: int, threads: int) -> dic
     for label, bundle in bundles.items():
         session = ort_session(str(bundle / "model.onnx"), threads)
         runs[label] = lambda session=session: session.run(None, {"image": image})
-    dense, dense8 = (str(bundles[f"ONNX Runtime {p}"] / "model.onnx") for p in ("fp32", "int8"))
+    dense = str(bundles["ONNX Runtime fp32"] / "model.onnx")
     runs["OpenVINO fp32"] = openvino_run(dense, {"image": image}, threads, "f32")
     runs["OpenVINO bf16"] = openvino_run(dense, {"image": image}, threads, "bf16")
-    runs["OpenVINO int8, rest fp32"] = openvino_run(dense8, {"image": image}, threads, "f32")
-    runs["OpenVINO int8, rest bf16"] = openvino_run(dense8, {"image": image}, threads, "bf16")
+    if "ONNX Runtime int8" in bundles:
+        dense8 = str(bundles["ONNX Runtime int8"] / "model.onnx")
+        runs["OpenVINO int8, rest fp32"] = openvino_run(dense8, {"image": image}, threads, "f32")
+        runs["OpenVINO int8, rest bf16"] = openvino_run(dense8, {"image": image}, threads, "bf16")
     torch.set_num_threads(threads)
     model = load_model(name, weights_file(), size) if name == material.DINOV2 else create(name, size, 0)
     tensor = torch.from_numpy(image).float().permute(0, 3, 1, 2)
@@ -150,10 +154,10 @@ def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any
     }
 
 
-def measure(case: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(case: str, threads: int, rounds: int, dense_int8: bool, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     name, size, keep, cells = case.split(":")
     with tempfile.TemporaryDirectory() as scratch:
-        bundles = build(name, int(size), float(keep), int(cells), Path(scratch), tell)
+        bundles = build(name, int(size), float(keep), int(cells), Path(scratch), dense_int8, tell)
         memory = peak_memory(bundles, int(size), threads)
         times = time_in_turn(engines(bundles, name, int(size), threads), rounds, 2 if int(size) < 1000 else 1, tell)
         manifests = {label: read_json(bundle / "manifest.json", 1) for label, bundle in bundles.items()}
@@ -214,13 +218,14 @@ def picture(statistics: dict[str, Any], path: Path) -> None:
 @click.option("--case", "cases", multiple=True, default=CASES, help="MODEL:SIZE:KEEP:CELLS; may be repeated.")
 @click.option("--threads", type=int, default=available_cores())
 @click.option("--rounds", type=int, default=9, show_default=True)
+@click.option("--dense-int8/--no-dense-int8", default=True, help="Leave out dense int8: at 1036 px it takes minutes.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for model_cpu.json and .png.")
-def main(cases: tuple[str, ...], threads: int, rounds: int, output: Path | None) -> None:
+def main(cases: tuple[str, ...], threads: int, rounds: int, dense_int8: bool, output: Path | None) -> None:
     samples, statistics = {}, {}
     for case in cases:
         with err_console.status("") as status:
             samples[case], statistics[case] = measure(
-                case, threads, rounds, lambda w, c=case: status.update(f"{c}: {w}")
+                case, threads, rounds, dense_int8, lambda w, c=case: status.update(f"{c}: {w}")
             )
         show(case, statistics[case])
         if output:  # after every case: they take minutes

@@ -87,8 +87,9 @@ def quantise(
     wanted = _run(source, held_out)
     steps = len(layers) + 2
 
-    def found(kept: Sequence[str]) -> dict[str, float]:
-        return _cosines(_run(_restored(full, source, kept), held_out), wanted)
+    def found(kept: Sequence[str], pictures: int = len(held_out)) -> dict[str, float]:
+        got = _run(_restored(full, source, kept), held_out[:pictures])
+        return _cosines(got, {name: values[:pictures] for name, values in wanted.items()})
 
     def step(done: int) -> None:
         if progress:
@@ -100,7 +101,8 @@ def quantise(
     if min(cosines.values()) < GOAL_COSINE:
         harm = {}
         for number, name in enumerate(layers):
-            harm[name] = min(found([other for other in layers if other != name]).values())
+            # One picture ranks the layers; all that are held out decide how many of them are put back.
+            harm[name] = min(found([other for other in layers if other != name], 1).values())
             step(2 + number)
         for name in sorted(harm, key=lambda layer: harm[layer])[: int(MAX_FLOAT_SHARE * len(layers))]:
             kept.append(name)
@@ -169,9 +171,10 @@ def _quantise_all(source: onnx.ModelProto, layers: list[str], images: Sequence[A
             return None if image is None else {"image": image}
 
     symmetric = recipe == "tensorrt"
+    hidden = _hidden(source, layers)
     with tempfile.TemporaryDirectory() as folder, _quietly():
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
-        onnx.save(source, str(before))
+        onnx.save(hidden, str(before))
         quantize_static(
             str(before),
             str(after),
@@ -190,7 +193,34 @@ def _quantise_all(source: onnx.ModelProto, layers: list[str], images: Sequence[A
                 "OpTypesToExcludeOutputQuantization": ["MatMul"],
             },
         )
-        return onnx.load(str(after))
+        return _shown(onnx.load(str(after)))
+
+
+_PRODUCT = "...ij,...jk->...ik"
+
+
+def _hidden(source: onnx.ModelProto, layers: list[str]) -> onnx.ModelProto:
+    """A copy in which products of activations are no MatMul.
+
+    The quantiser watches every MatMul, and keeps what it watches until the end of a run: the score matrices of all
+    dense layers at once.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(source)
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.name not in layers:
+            node.op_type = "Einsum"
+            node.attribute.append(onnx.helper.make_attribute("equation", _PRODUCT))
+    return model
+
+
+def _shown(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The inverse of `_hidden`, in place."""
+    for node in model.graph.node:
+        if node.op_type == "Einsum" and node.attribute[0].s.decode() == _PRODUCT:
+            node.op_type = "MatMul"
+            del node.attribute[:]
+    return model
 
 
 def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str]) -> onnx.ModelProto:

@@ -13,7 +13,7 @@ HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
 
-constexpr size_t kDenseTiles = 8;
+constexpr size_t kDenseTiles = 16;
 constexpr size_t kDenseKeys = 64;
 
 struct DenseJob {
