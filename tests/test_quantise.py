@@ -49,7 +49,7 @@ def test_every_linear_layer_and_nothing_else_is_int8(place: Path, recipe: str, s
     manifest = open_bundle(made)
     found = manifest["quantisation"]
     assert (found["recipe"], found["calibrated"], found["held_out"]) == (recipe, 4, 2)
-    assert found["quantised"] + len(found["kept"]) == 4 * 6 + 1  # qkv, proj, fc1, fc2 and the head
+    assert found["quantised"] + len(found["kept"]) == 4 * 6  # qkv, proj, fc1 and fc2; the head stays
     assert min(found["cosines"].values()) >= module.LEAST_COSINE
     model = onnx.load(made / "model.onnx")
     kinds = [node.op_type for node in model.graph.node]
@@ -76,7 +76,7 @@ def test_it_is_smaller_and_close_on_a_new_picture(place: Path) -> None:
     outputs = [run_file(onnx.load(p / "model.onnx"), image)["tokens"] for p in (place / "fp32", made)]
     assert cosine(*outputs).mean() > 0.98
     sizes = [(p / "model.onnx").stat().st_size for p in (place / "fp32", made)]
-    assert sizes[1] < 0.5 * sizes[0]
+    assert sizes[1] < 0.6 * sizes[0]  # the head and the patch embedding stay
 
 
 def test_layers_that_hurt_stay_in_float32(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +85,8 @@ def test_layers_that_hurt_stay_in_float32(place: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "GOAL_COSINE", 1.1)
     steps: list[tuple[int, int]] = []
     found = quantise(model, images, progress=lambda *step: steps.append(step))
-    assert len(found.kept) == int(module.MAX_FLOAT_SHARE * 25)
-    assert steps[-1] == (27, 27)
+    assert len(found.kept) == int(module.MAX_FLOAT_SHARE * 24)
+    assert steps[-1] == (26, 26)
     kept = {node.name: node for node in found.model.graph.node if node.name in found.kept}
     weights = {t.name: t.data_type for t in found.model.graph.initializer}
     assert all(weights[node.input[1]] == onnx.TensorProto.FLOAT for node in kept.values())
@@ -98,7 +98,7 @@ def test_layers_that_hurt_stay_in_float32(place: Path, monkeypatch: pytest.Monke
 
 def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST_COSINE", 1.1)
-    with pytest.raises(GateError, match=r"int8 file has cosine 0\.\d+ to float32, allowed 1.1, with \d+ of 25"):
+    with pytest.raises(GateError, match=r"int8 file has cosine 0\.\d+ to float32, allowed 1.1, with \d+ of 24"):
         int8(place, "refused", place / "student")
     assert not (place / "refused").exists()
 
