@@ -112,6 +112,8 @@ def _calibration(precision: str, calibrate: str | Path | None, recipe: str) -> l
     if precision == "fp32":
         if calibrate is not None:
             raise ConfigError("Pictures to calibrate with go with int8.", "Leave them out, or choose --precision int8.")
+        if recipe != RECIPES[0]:
+            raise ConfigError(f"recipe {recipe!r} goes with int8.", "Leave it out, or choose --precision int8.")
         return []
     if calibrate is None:
         raise ConfigError("int8 needs pictures to calibrate with.", "Give a folder of them with --calibrate.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,12 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from sparsifiner_edge.errors import GateError, MissingExtraError
+from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import Agreement, agreement
-from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.runtime.ort import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 
@@ -103,8 +103,8 @@ def check_export(
         GateError: an output is beyond tolerance; names output, worst element and share of elements.
     """
     sparse = any(node.domain == DOMAIN for node in model.graph.node)
-    libraries = [None, native.library_path()] if sparse and native.library_path() else [None]
-    sessions = [_session(model, library) for library in libraries]
+    kernels = ("portable", "native") if sparse and native_library("auto") else ("portable",)
+    sessions = [_session(model, kind) for kind in kernels]
     names = [o.name for o in sessions[0].get_outputs()]
     free: dict[str, Agreement] = {}
     equal: dict[str, Agreement] = {}
@@ -121,7 +121,6 @@ def check_export(
             _compare(free, results, expected, FREE_TOLERANCE if lists else TOLERANCE, batch)
             indices += sum(x.size for x in chosen)
             differing += sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
-    kernels = ("portable", "native")[: len(sessions)]
     return Check(free, equal, indices, differing, tuple(batches), kernels), golden
 
 
@@ -161,21 +160,13 @@ def _selection_names(model: onnx.ModelProto) -> list[str]:
     return [node.output[0] for node in model.graph.node if node.op_type.endswith("KeySelect")]
 
 
-def _session(model: onnx.ModelProto, library: Path | None = None) -> Any:
-    """A session whose selections are outputs too, on the kernels of a library or on function bodies."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "cpu") from error
+def _session(model: onnx.ModelProto, kernels: str) -> Any:
+    """A session whose selections are outputs too."""
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
     for name in _selection_names(model):
         probed.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    return onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return file_session(probed, kernels)
 
 
 @torch.no_grad()

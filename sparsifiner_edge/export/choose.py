@@ -11,17 +11,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from sparsifiner_edge.errors import MissingExtraError
+from sparsifiner_edge.export.graph import IR_VERSION
+from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
+from sparsifiner_edge.runtime.ort import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense_again
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 
-IR_VERSION = 10
 ROUNDS, RUNS = 7, 5
-MARGIN = 1.0
-"""Sparse attention stays where it takes at most this share of dense attention's time."""
 
 
 def keep_dense_where_slower(model: Any) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def keep_dense_where_slower(model: Any) -> dict[str, Any]:
     choices = []
     for members in groups.values():
         sparse, dense = _measure(members[0][1])
-        slower = sparse > MARGIN * dense
+        slower = sparse > dense
         for _, layer in members if slower else ():
             make_dense_again(layer)
         choices.append(
@@ -53,7 +52,7 @@ def keep_dense_where_slower(model: Any) -> dict[str, Any]:
                 "kept_dense": slower,
             }
         )
-    kernels = f"native, {native.target()}" if native.library_path() else "function bodies"
+    kernels = f"native, {native.target()}" if native_library("auto") else "function bodies"
     return {"kernels": kernels, "choices": choices, "sparse_layers_left": len(sparse_layers(model))}
 
 
@@ -99,10 +98,6 @@ def _measure(layer: SparseAttention) -> tuple[float, float]:
 
 
 def _runner(nodes: list[onnx.NodeProto], inputs: dict[str, Any], structure: Structure) -> Callable[[], Any]:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "cpu") from error
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in inputs.items()]
     output = helper.make_tensor_value_info("output", TensorProto.FLOAT, None)
     model = helper.make_model(
@@ -111,9 +106,5 @@ def _runner(nodes: list[onnx.NodeProto], inputs: dict[str, Any], structure: Stru
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=IR_VERSION,
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if native.library_path() is not None:
-        options.register_custom_ops_library(str(native.library_path()))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = file_session(model)
     return lambda: session.run(None, inputs)

@@ -21,8 +21,8 @@ import onnx
 from onnx import numpy_helper
 
 from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import cosine
-from sparsifiner_edge.ops import native
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -263,14 +263,7 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 
 def _run(model: onnx.ModelProto, images: Sequence[Array]) -> dict[str, list[Array]]:
     """Outputs of an exported file per picture, by native kernels where there are some."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    library = native.library_path()
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = file_session(model)
     names = [output.name for output in session.get_outputs()]
     results: dict[str, list[Array]] = {name: [] for name in names}
     for image in images:

@@ -84,9 +84,15 @@ class OrtSession:
         options.log_severity_level = _ERRORS_ONLY
         self._native = native_library(kernels)
         start = time.perf_counter_ns()
-        try:
-            if self._native is not None:
+        if self._native is not None:
+            try:
                 options.register_custom_ops_library(str(self._native))
+            except Exception as error:  # Such as an ONNX Runtime older than the library's interface.
+                raise BackendError(
+                    f"ONNX Runtime {ort.__version__} refuses the native library: {_line(error)}",
+                    "Upgrade onnxruntime, or choose the portable kernels.",
+                ) from error
+        try:
             session = ort.InferenceSession(str(model), options, providers=[_PROVIDER])
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
             raise BackendError(f"ONNX Runtime refuses {model}: {_line(error)}", "Export the bundle again.") from error

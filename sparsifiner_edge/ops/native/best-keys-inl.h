@@ -89,9 +89,8 @@ HWY_INLINE float BestKeys(const float* HWY_RESTRICT row, size_t padded, size_t p
   const D d;
   const hn::RebindToSigned<D> di;
   // Scores of minus infinity lie above no bound: then all that are finite win, and the first others.
-  const bool endless = low == kLowest && CountAbove(row, padded, low) < keys;
   const size_t counted = low == kLowest ? CountAbove(row, padded, low) : patches;
-  const float least = endless ? kLowest : KthLargest(row, padded, counted, keys, low, high, guess, scratch);
+  const float least = counted < keys ? kLowest : KthLargest(row, padded, counted, keys, low, high, guess, scratch);
   const V threshold = hn::Set(d, least);
   int32_t* HWY_RESTRICT found = reinterpret_cast<int32_t*>(scratch);
   size_t count = 0;

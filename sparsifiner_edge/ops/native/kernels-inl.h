@@ -44,7 +44,7 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // Keys that are scored, and queries and channel vectors that are accumulated, at a time: what fits the registers.
 constexpr size_t kKeyBlock = kLanes == 16 ? 16 : 4;
-constexpr size_t kPaddedRows = 4;  // that a padded number of rows may exceed the real one by, and more
+constexpr size_t kPaddedRows = 4;  // room for the rows that a padded number exceeds the real one by
 constexpr size_t kQueryBlock = kLanes == 8 ? 4 : 8;
 constexpr size_t kChannelBlock = 2;
 
@@ -119,8 +119,8 @@ HWY_INLINE void QueryRows(const float* first, size_t row, size_t valid, const fl
   for (size_t i = 0; i < kQueries; ++i) rows[i] = first + (i < valid ? i : 0) * row;
 }
 
-// scores[j * out_stride + i] = keys[j] . query i for `kKeys` packed rows of `stride` floats. kFetch: meanwhile the rows at base + ahead[j],
-// that are gathered next, are brought into the first-level cache, one line of 16 floats at a time.
+// scores[j * out_stride + i] = keys[j] . query i for `kKeys` packed rows of `stride` floats. kFetch: meanwhile the rows at
+// base + ahead[j], that are gathered next, are brought into the first-level cache, one line of 16 floats at a time.
 template <size_t kKeys, bool kFetch>
 HWY_INLINE void ScoreBlock(const float* HWY_RESTRICT qt, const float* HWY_RESTRICT keys, size_t stride, size_t width,
                            float* HWY_RESTRICT scores, size_t out_stride, const float* base, const uint32_t* ahead) {
@@ -171,8 +171,8 @@ HWY_INLINE void ScoreRows(const float* HWY_RESTRICT qt, const float* HWY_RESTRIC
 }
 
 template <bool kPadded>
-HWY_NOINLINE void Scores(const float* qt, const float* keys, size_t stride, size_t width, size_t rows,
-                                float* scores, size_t out_stride = kQueries) {
+HWY_NOINLINE void Scores(const float* qt, const float* keys, size_t stride, size_t width, size_t rows, float* scores,
+                         size_t out_stride = kQueries) {
   switch (stride) {
     case 16:
       return ScoreRows<16, kPadded>(qt, keys, stride, width, rows, scores, out_stride);

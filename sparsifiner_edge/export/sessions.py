@@ -1,0 +1,30 @@
+"""ONNX Runtime sessions on exported files that are still in memory: for the check, for int8, for `--measure`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+
+from sparsifiner_edge.runtime.ort import load_backend, native_library
+
+_ERRORS_ONLY = 3
+
+
+def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
+    """A session on the CPU.
+
+    Args:
+        kernels: one of `sparsifiner_edge.runtime.KERNELS`.
+
+    Raises:
+        MissingExtraError: ONNX Runtime is not installed.
+        BackendError: the native library is missing or cannot be used.
+    """
+    ort = load_backend()
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    library = native_library(kernels)
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
