@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,10 +86,3 @@ def gemm_peak(threads: int, size: int = 1024) -> tuple[Run, float]:
     rng = np.random.default_rng(0)
     feed = {name: rng.normal(size=(size, size)).astype(np.float32) for name in "ab"}
     return (lambda: session.run(None, feed)), 2 * size**3 / 1e9
-
-
-def weights_file() -> Path:
-    """DINOv2 ViT-S/14 in timm's key names."""
-    from fidelity_subject import weights_file as file
-
-    return file()

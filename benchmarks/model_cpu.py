@@ -20,7 +20,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from cpu_engines import Run, openvino_run, ort_session, ratio, time_in_turn, weights_file
+from cpu_engines import Run, openvino_run, ort_session, ratio, time_in_turn
+from fidelity_subject import weights_file
 from safetensors.torch import save_file
 
 from sparsifiner_edge import material
