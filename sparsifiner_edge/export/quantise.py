@@ -62,7 +62,11 @@ class Quantised:
 
 
 def quantise(
-    model: onnx.ModelProto, images: Sequence[Array], recipe: str = "cpu", progress: Progress | None = None
+    model: onnx.ModelProto,
+    images: Sequence[Array],
+    recipe: str = "cpu",
+    progress: Progress | None = None,
+    goal: float = GOAL_COSINE,
 ) -> Quantised:
     """Quantise the linear layers of an exported float32 file.
 
@@ -71,6 +75,7 @@ def quantise(
         images: uint8 [1,S,S,3]; every third is held out and decides, if there are at least three.
         recipe: one of `RECIPES`.
         progress: called with (done, total) steps.
+        goal: cosine of the outputs below which layers are put back to float32.
 
     Raises:
         ConfigError: no such recipe, or no pictures.
@@ -98,7 +103,7 @@ def quantise(
     step(1)
     kept: list[str] = []
     cosines = found(kept)
-    if min(cosines.values()) < GOAL_COSINE:
+    if min(cosines.values()) < goal:
         harm = {}
         for number, name in enumerate(layers):
             # One picture ranks the layers; all that are held out decide how many of them are put back.
@@ -107,7 +112,7 @@ def quantise(
         for name in sorted(harm, key=lambda layer: harm[layer])[: int(MAX_FLOAT_SHARE * len(layers))]:
             kept.append(name)
             cosines = found(kept)
-            if min(cosines.values()) >= GOAL_COSINE:
+            if min(cosines.values()) >= goal:
                 break
     step(steps)
     worst = min(cosines, key=lambda output: cosines[output])

@@ -74,26 +74,55 @@ HWY_NOINLINE void AttendOne(const float* query, const float* keys, const float* 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles: 16 queries, one list.
 
+// Tokens from which a head's keys and values are packed first. In qkv its rows lie far apart, most of them on pages of
+// their own, and every tile reads its list anew; a short image is read through before packing would pay.
+constexpr size_t kPackFrom = 2048;
+
 struct SparseJob {
   Packed in;
   SparseSettings settings;
   const int32_t* indices;
   float* output;
   size_t patches, tiles, cells, stride;
-  const float* cell_keys;    // [batch * heads][cells][stride]
-  const float* cell_values;  // the same
+  size_t run, runs;    // patches packed together, a cell's where there are cells
+  size_t row;            // floats between a head's keys, and its values
+  float* packed_keys;    // [batch * heads][tokens][stride], or null: read where they are
+  float* packed_values;  // the same
+  float* cell_keys;    // [batch * heads][cells][stride]
+  float* cell_values;  // the same
   const float* logs;         // log2 of 0..cell; of 0: the lowest float
   const uint16_t* cell_of;   // [patches]
 };
 
-HWY_NOINLINE void MeansOfHead(void* data, size_t item) {
+HWY_INLINE const float* KeysOf(const SparseJob& job, size_t batch, size_t head) {
+  if (job.packed_keys == nullptr) return job.in.Keys(batch, head);
+  return job.packed_keys + (batch * job.in.heads + head) * job.in.tokens * job.stride;
+}
+
+HWY_INLINE const float* ValuesOf(const SparseJob& job, size_t batch, size_t head) {
+  if (job.packed_values == nullptr) return job.in.Values(batch, head);
+  return job.packed_values + (batch * job.in.heads + head) * job.in.tokens * job.stride;
+}
+
+// One run of a head's keys or values: packed where they shall be, and their mean where there are cells.
+HWY_NOINLINE void PrepareRun(void* data, size_t item) {
   const SparseJob& job = *static_cast<const SparseJob*>(data);
   const Packed& in = job.in;
-  const size_t which = item % 2, head = item / 2 % in.heads, batch = item / 2 / in.heads;
+  const size_t run = item % job.runs, which = item / job.runs % 2, batch_head = item / job.runs / 2;
+  const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
   const float* rows = which ? in.Values(batch, head) : in.Keys(batch, head);
-  const float* means = which ? job.cell_values : job.cell_keys;
-  CellMeans(rows + job.settings.prefix * in.Row(), in.Row(), job.patches, job.settings.cell, in.width, job.stride,
-            const_cast<float*>(means) + (batch * in.heads + head) * job.cells * job.stride);
+  const size_t begin = job.settings.prefix + run * job.run, end = std::min(begin + job.run, in.tokens);
+  if (job.packed_keys != nullptr) {
+    float* packed = (which ? job.packed_values : job.packed_keys) + batch_head * in.tokens * job.stride;
+    for (size_t j = run ? begin : 0; j < end; ++j) {
+      PackRow(rows + j * in.Row(), in.width, job.stride, packed + j * job.stride);
+    }
+    rows = packed;
+  }
+  if (job.cells == 0) return;
+  float* means = (which ? job.cell_values : job.cell_keys) + (batch_head * job.cells + run) * job.stride;
+  const size_t width = job.packed_keys == nullptr ? in.width : job.stride;
+  CellMeans(rows + begin * job.row, job.row, end - begin, job.run, width, job.stride, means);
 }
 
 // Logits of the cells, less what was selected. selected: [count][16] logits of the listed keys; cells: [R][16], on entry
@@ -238,7 +267,7 @@ HWY_INLINE Work TakeWork(const SparseJob& job, size_t count) {
 // Where the rows of a list lie, as floats from the first token's row; which cells its keys lie in.
 HWY_INLINE void PlaceList(const SparseJob& job, const List& list, const Work& work) {
   const uint32_t first = static_cast<uint32_t>(list.prefix), most = static_cast<uint32_t>(list.limit - 1);
-  const uint32_t step = static_cast<uint32_t>(job.in.Row());
+  const uint32_t step = static_cast<uint32_t>(job.row);
   for (uint32_t j = 0; j < first; ++j) work.places[j] = j * step;
   for (size_t j = 0; j < job.settings.keys; ++j) {
     work.places[first + j] = (first + std::min(static_cast<uint32_t>(list.patches[j]), most)) * step;
@@ -251,15 +280,11 @@ HWY_INLINE void PlaceList(const SparseJob& job, const List& list, const Work& wo
 HWY_INLINE void SumValues(const SparseJob& job, const float* values, const Weighted& background, const float* shares,
                           size_t count, size_t valid, const Work& work, float* output) {
   const size_t width = job.in.width, stride = job.stride;
-  const bool in_place = width % kLanes == 0;
   const size_t chunks = (count + kChunk - 1) / kChunk, chunk = (count + chunks - 1) / chunks;
   for (size_t start = 0; start < count; start += chunk) {
     const size_t some = std::min(chunk, count - start);
     const uint32_t* places = work.places + start;
-    if (!in_place) Gather(values, places, some, width, stride, work.gathered);
-    const Weighted parts[2] = {{work.scores + start * kQueries, in_place ? values : work.gathered, some,
-                                in_place ? places : nullptr},
-                               background};
+    const Weighted parts[2] = {{work.scores + start * kQueries, values, some, places}, background};
     const bool last = start + some == count;
     const size_t number_of_parts = last && job.cells != 0 ? 2 : 1;
     float* to = last ? output : work.partial;
@@ -285,7 +310,7 @@ HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, si
   QueryRows(in.Queries(batch, head) + begin * in.Row(), in.Row(), valid, query_rows);
   Transpose16(query_rows, width, in.scale * kLog2e, work.qt);
   if (fresh) PlaceList(job, list, work);
-  GatherScores(work.qt, in.Keys(batch, head), work.places, count, width, stride, work.gathered, work.scores);
+  GatherScores(work.qt, KeysOf(job, batch, head), work.places, count, width, stride, work.gathered, work.scores);
   const size_t of_head = (batch * in.heads + head) * job.cells * stride;
   float* cells = work.scores + count * kQueries;
   if (job.cells != 0) {
@@ -295,7 +320,7 @@ HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, si
   HWY_ALIGN float shares[kQueries];
   WeighTile(job, count, work.owner, work.number, work.scores, cells, work.sums, shares);
   const Weighted background{cells, job.cell_values + of_head, job.cells, nullptr};
-  SumValues(job, in.Values(batch, head), background, shares, count, valid, work,
+  SumValues(job, ValuesOf(job, batch, head), background, shares, count, valid, work,
             job.output + ((batch * in.tokens + begin) * in.heads + head) * width);
 }
 
@@ -307,6 +332,7 @@ HWY_NOINLINE void SparseItem(void* data, size_t item) {
   const size_t unit = item % units, head = item / units % in.heads, batch = item / units / in.heads;
   const size_t count = s.prefix_keys + s.keys;
   const bool prefix_row = unit >= job.tiles;
+  const float *keys = KeysOf(job, batch, head), *values = ValuesOf(job, batch, head);
   const Work work = TakeWork(job, count);
   const auto query = [&](size_t token) { return in.Queries(batch, head) + token * in.Row(); };
   const auto result = [&](size_t token) {
@@ -314,16 +340,15 @@ HWY_NOINLINE void SparseItem(void* data, size_t item) {
   };
   if (prefix_row) {
     const size_t token = unit - job.tiles;
-    AttendOne(query(token), in.Keys(batch, head), in.Values(batch, head), in.Row(), nullptr, in.tokens, in.scale,
-              in.width, work.scores, result(token));
+    AttendOne(query(token), keys, values, job.row, nullptr, in.tokens, in.scale, in.width, work.scores,
+              result(token));
     return;
   }
   const int32_t* patches = job.indices + ((batch * in.heads + head) * job.tiles + unit) * s.keys;
   const List list{patches, s.prefix_keys, count, in.tokens - s.prefix_keys};
   if (s.tile == 1 && job.cells == 0) {
     const size_t token = s.prefix + unit;
-    AttendOne(query(token), in.Keys(batch, head), in.Values(batch, head), in.Row(), &list, count, in.scale, in.width,
-              work.scores, result(token));
+    AttendOne(query(token), keys, values, job.row, &list, count, in.scale, in.width, work.scores, result(token));
     return;
   }
   const size_t begin = s.prefix + unit * s.tile, end = std::min(begin + s.tile, in.tokens);
@@ -344,28 +369,33 @@ void SparseAttentionTarget(const Packed& in, const int32_t* indices, const Spars
   job.tiles = (job.patches + settings.tile - 1) / settings.tile;
   job.cells = settings.cell ? (job.patches + job.settings.cell - 1) / job.settings.cell : 0;
   job.stride = PackedWidth(in.width);
+  job.run = job.cells ? job.settings.cell : std::min<size_t>(64, job.patches);
+  job.runs = (job.patches + job.run - 1) / job.run;
+  const size_t heads = in.batch * in.heads;
+  const bool pack = in.tokens >= kPackFrom || in.width % kLanes != 0;
+  job.row = pack ? job.stride : in.Row();
+  float* logs = nullptr;
+  uint16_t* cell_of = nullptr;
+  void* base = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    Layout layout(base);
+    job.packed_keys = pack ? layout.Take<float>(heads * in.tokens * job.stride) : nullptr;
+    job.packed_values = pack ? layout.Take<float>(heads * in.tokens * job.stride) : nullptr;
+    job.cell_keys = layout.Take<float>((heads * job.cells + kPaddedRows) * job.stride);
+    job.cell_values = layout.Take<float>(heads * job.cells * job.stride);
+    logs = layout.Take<float>(job.settings.cell + 1);
+    cell_of = layout.Take<uint16_t>(job.patches);
+    if (pass == 0) base = SharedScratch().Reserve(layout.used());
+  }
   if (job.cells != 0) {
-    float *keys = nullptr, *values = nullptr, *logs = nullptr;
-    uint16_t* cell_of = nullptr;
-    void* base = nullptr;
-    for (int pass = 0; pass < 2; ++pass) {
-      Layout layout(base);
-      keys = layout.Take<float>((in.batch * in.heads * job.cells + kPaddedRows) * job.stride);
-      values = layout.Take<float>(in.batch * in.heads * job.cells * job.stride);
-      logs = layout.Take<float>(job.settings.cell + 1);
-      cell_of = layout.Take<uint16_t>(job.patches);
-      if (pass == 0) base = SharedScratch().Reserve(layout.used());
-    }
     logs[0] = kLowest;
     for (size_t n = 1; n <= job.settings.cell; ++n) logs[n] = std::log2(static_cast<float>(n));
     for (size_t j = 0; j < job.patches; ++j) cell_of[j] = static_cast<uint16_t>(j / job.settings.cell);
-    job.cell_keys = keys;
-    job.cell_values = values;
-    job.logs = logs;
-    job.cell_of = cell_of;
-    parallel.For(in.batch * in.heads * 2, MeansOfHead, &job);
   }
-  parallel.For(in.batch * in.heads * (job.tiles + settings.prefix), SparseItem, &job);
+  job.logs = logs;
+  job.cell_of = cell_of;
+  if (pack || job.cells != 0) parallel.For(heads * 2 * job.runs, PrepareRun, &job);
+  parallel.For(heads * (job.tiles + settings.prefix), SparseItem, &job);
 }
 
 }  // namespace HWY_NAMESPACE
