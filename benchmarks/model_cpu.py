@@ -32,7 +32,7 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.quantise import LEAST_COSINE, quantise
-from sparsifiner_edge.metrics import cosine
+from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.results import available_cores, new_result, write_result
@@ -48,13 +48,18 @@ OURS, OURS8 = "ours fp32", "ours int8"
 DENSE, DENSE8 = "ONNX Runtime fp32", "ONNX Runtime int8"
 FP32 = (DENSE, "OpenVINO fp32", "torch fp32")
 REQUIRED = {
-    (material.DINOV2, 518, OURS, "fp32"): (1.15, 1.25), (material.DINOV2, 1036, OURS, "fp32"): (1.8, 2.2),
-    (material.DINOV2, 518, OURS8, "any"): (1.15, 1.4), (material.DINOV2, 1036, OURS8, "any"): (1.8, 2.3),
+    (material.DINOV2, 518, False, OURS, "fp32"): (1.15, 1.25), (material.DINOV2, 1036, False, OURS, "fp32"): (1.8, 2.2),
+    (material.DINOV2, 518, False, OURS8, "any"): (1.15, 1.4), (material.DINOV2, 1036, False, OURS8, "any"): (1.8, 2.3),
+    (material.DINOV2, 518, True, OURS8, "any"): (1.6, 2.0), (material.DINOV2, 1036, True, OURS8, "any"): (2.5, 3.2),
 }  # fmt: skip
-"""Speed over the best dense engine in fp32, or at any precision: required, aimed at."""
+"""Speed over the best dense engine in fp32, or at any precision, without and with token pruning: required, aimed at."""
+STAGES = (3, 6, 9)
+"""Layers after which tokens are pruned."""
 
 
-def build(name: str, size: int, keep: float, cells: int, folder: Path, tell: Any) -> dict[str, Path]:
+def build(
+    name: str, size: int, keep: float, cells: int, pruned: tuple[tuple[int, float], ...], folder: Path, tell: Any
+) -> dict[str, Path]:
     """Bundles: ours fp32 and int8, dense fp32; and a folder with dense int8, as fast as the gate allows."""
     weights = weights_file()
     if name != material.DINOV2:
@@ -67,8 +72,9 @@ def build(name: str, size: int, keep: float, cells: int, folder: Path, tell: Any
         (pictures / path.name).symlink_to(path)
     tell("sparsify")
     student = sparsify(
-        name, folder / "student", weights=weights, img_size=size, keep=keep, cells=cells, calibrate=pictures
-    )
+        name, folder / "student", weights=weights, img_size=size, keep=keep, cells=cells, token_keep=pruned,
+        calibrate=pictures,
+    )  # fmt: skip
     tell(f"export {OURS}")
     made = {OURS: export_bundle(student, folder / "ours", measure=True)}
     tell(f"export {OURS8}")
@@ -148,10 +154,11 @@ def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any
     for label in (OURS, OURS8, DENSE):
         session = ort_session(str(bundles[label] / "model.onnx"), threads)
         feeds = ({"image": load_picture(path, size)[None]} for path in material.photographs())
-        tokens[label] = [session.run(["tokens"], feed)[0][0, 1:] for feed in feeds]
+        names = [output.name for output in session.get_outputs()]
+        tokens[label] = [dict(zip(names, session.run(names, feed), strict=True)) for feed in feeds]
 
     def mean(a: str, b: str) -> float:
-        return float(np.mean([cosine(x, y).mean() for x, y in zip(tokens[a], tokens[b], strict=True)]))
+        return float(np.mean([_patches_cosine(x, y) for x, y in zip(tokens[a], tokens[b], strict=True)]))
 
     return {
         "int8_to_fp32_student": mean(OURS8, OURS),
@@ -160,10 +167,18 @@ def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any
     }
 
 
+def _patches_cosine(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Mean over the patches that both have."""
+    places = [x.get(POSITIONS, np.arange(x["tokens"].shape[1] - 1)[None])[0] for x in (a, b)]
+    _, mine, theirs = np.intersect1d(*places, return_indices=True)
+    return float(cosine(a["tokens"][0, 1 + mine], b["tokens"][0, 1 + theirs]).mean())
+
+
 def measure(case: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    name, size, keep, cells = case.split(":")
+    name, size, keep, cells, *share = case.split(":")
+    pruned = tuple((layer, float(share[0])) for layer in STAGES) if share else ()
     with tempfile.TemporaryDirectory() as scratch:
-        bundles = build(name, int(size), float(keep), int(cells), Path(scratch), tell)
+        bundles = build(name, int(size), float(keep), int(cells), pruned, Path(scratch), tell)
         memory = peak_memory(bundles, int(size), threads)
         times = time_in_turn(engines(bundles, name, int(size), threads), rounds, 2 if int(size) < 1000 else 1, tell)
         manifests = {label: read_json(bundles[label] / "manifest.json", 1) for label in (OURS, OURS8)}
@@ -187,7 +202,7 @@ def measure(case: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, 
 
 
 def show(case: str, found: dict[str, Any]) -> None:
-    name, size, keep, _ = case.split(":")
+    name, size, keep, _, *share = case.split(":")
     rows = [
         [
             label,
@@ -196,10 +211,10 @@ def show(case: str, found: dict[str, Any]) -> None:
         ]
         for label, ms in found["median_ms"].items()
     ]
-    print_table(f"{name}, {size} px, keep {keep}", ["", "ms", "peak MB"], rows)
+    print_table(f"{name}, {size} px, keep {keep}{', tokens ' + share[0] if share else ''}", ["", "ms", "peak MB"], rows)
     for label, estimate in found["ratios"].items():
         ours, _, kind = label.partition(" against the best dense engine, ")
-        wanted = REQUIRED.get((name, int(size), ours, kind))
+        wanted = REQUIRED.get((name, int(size), bool(share), ours, kind))
         aim = f" (required {wanted[0]}, aim {wanted[1]})" if wanted else ""
         bounds = " to ".join(f"{estimate[k]:.2f}" if isinstance(estimate[k], float) else "?" for k in ("low", "high"))
         click.echo(f"{ours}: {estimate['value']:.2f} times {estimate['engine']}, {bounds}{aim}")
@@ -213,17 +228,20 @@ def picture(statistics: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(statistics), 4.5), layout="constrained")
     axes = figure.subplots(1, len(statistics), squeeze=False)[0]
     for axis, (case, found) in zip(axes, statistics.items(), strict=True):
-        name, size, keep, _ = case.split(":")
+        name, size, keep, _, *share = case.split(":")
         labels = sorted(found["median_ms"], key=lambda x: found["median_ms"][x])
         colours = ["C1" if label.startswith("ours") else "C0" for label in labels]
         axis.barh(labels, [found["median_ms"][x] for x in labels], color=colours)
         axis.invert_yaxis()
-        axis.set(xlabel="ms", title=f"{name.split('_patch')[0]}/14, {size} px, keep {keep}")
+        axis.set(
+            xlabel="ms",
+            title=f"{name.split('_patch')[0]}/14, {size} px, keep {keep}{', tokens ' + share[0] if share else ''}",
+        )
     figure.savefig(path, dpi=80)
 
 
 @click.command()
-@click.option("--case", "cases", multiple=True, default=CASES, help="MODEL:SIZE:KEEP:CELLS; may be repeated.")
+@click.option("--case", "cases", multiple=True, default=CASES, help="MODEL:SIZE:KEEP:CELLS[:TOKENS]; repeatable.")
 @click.option("--threads", type=int, default=available_cores())
 @click.option("--rounds", type=int, default=9, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for model_cpu.json and .png.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsifiner_edge.config import SparsityConfig as SparsityConfig
+    from sparsifiner_edge.distill.distill import distill_student as distill_student
     from sparsifiner_edge.errors import SparsifinerError as SparsifinerError
     from sparsifiner_edge.evaluate.cosine import evaluate_student as evaluate_student
     from sparsifiner_edge.export.bundle import export_bundle as export_bundle
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "SparsityConfig": "config",
     "SparsifinerError": "errors",
+    "distill_student": "distill.distill",
     "evaluate_student": "evaluate.cosine",
     "export_bundle": "export.bundle",
     "load_student": "sparse.student",
@@ -28,8 +30,13 @@ _HOMES = {
     "profile_bundle": "profiles.latency",
     "sparsify": "sparse.student",
 }
-_EXTRAS = {"sparse.student": "train", "export.bundle": "train,cpu", "evaluate.cosine": "train,cpu"}
-_OPTIONAL = ("torch", "timm", "safetensors", "onnxscript", "onnxruntime", "PIL")
+_EXTRAS = {
+    "sparse.student": "train",
+    "distill.distill": "train",
+    "export.bundle": "train,cpu",
+    "evaluate.cosine": "train,cpu",
+}
+_OPTIONAL = ("torch", "torchvision", "accelerate", "timm", "safetensors", "onnxscript", "onnxruntime", "PIL")
 
 __all__ = list(_HOMES)
 

@@ -53,6 +53,9 @@ class SparsityConfig:
         cells: background cells R that stand for the keys not selected; 0 for none.
         value_power: weight, in the selection, of how far a key's value lies from its cell's mean.
         dense_layers: indices of layers that keep plain attention.
+        token_keep: (layer, share) pairs, layers ascending: after the attention of each such layer only that share of
+            the patch tokens goes on, those that the class token attends to most (EViT, ICLR 2022, section 3).
+        fuse_tokens: what is pruned goes on as one more prefix token, its mean weighted by the same attention.
         landmark_factor: preset "paper": tokens per landmark, n // factor landmarks.
         top_coefficients, basis_threshold: preset "paper": coefficients kept per query, entries of the basis that count.
 
@@ -68,6 +71,8 @@ class SparsityConfig:
     cells: int = 16
     value_power: float = 2.0
     dense_layers: tuple[int, ...] = ()
+    token_keep: tuple[tuple[int, float], ...] = ()
+    fuse_tokens: bool = False
     landmark_factor: int = 6
     top_coefficients: int = 8
     basis_threshold: float = 0.02
@@ -111,11 +116,31 @@ class SparsityConfig:
             f"dense layers are {self.dense_layers!r}.",
             "Give distinct layer indices from 0, such as 0,1.",
         )
+        self._check_pruning()
+
+    def _check_pruning(self) -> None:
+        layers = [layer for layer, _ in self.token_keep]
+        _require(
+            all(isinstance(i, int) and i >= 0 for i in layers) and layers == sorted(set(layers)),
+            f"tokens are pruned at layers {layers}.",
+            "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7.",
+        )
+        for layer, share in self.token_keep:
+            _require(
+                isinstance(share, float) and 0 < share < 1,
+                f"token_keep at layer {layer} is {share!r}, outside (0, 1).",
+                "Give the share of patch tokens that goes on, such as 0.7.",
+            )
+        _require(
+            not self.fuse_tokens or (bool(self.token_keep) and self.preset == "edge"),
+            "fuse_tokens goes with pruned tokens and the preset edge.",
+            "Leave it out, or say where tokens are pruned.",
+        )
 
     @property
     def is_dense(self) -> bool:
-        """True when nothing is left out: plain attention in every layer."""
-        return self.keep == 1
+        """True when nothing is left out: plain attention in every layer, and all tokens to the end."""
+        return self.keep == 1 and not self.token_keep
 
     def sparse_layers(self, depth: int) -> tuple[int, ...]:
         """Indices of the sparse layers in a model of `depth` layers.
@@ -128,7 +153,28 @@ class SparsityConfig:
             f"dense layer {max(self.dense_layers, default=0)} does not exist: the model has {depth} layers.",
             f"Give indices from 0 to {depth - 1}.",
         )
-        return () if self.is_dense else tuple(i for i in range(depth) if i not in self.dense_layers)
+        return () if self.keep == 1 else tuple(i for i in range(depth) if i not in self.dense_layers)
+
+    def layer_tokens(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
+        """(patches, prefix) that each layer's attention sees, and as entry `depth` what leaves the last layer.
+
+        Raises:
+            ConfigError: tokens are pruned at a layer that does not exist.
+        """
+        last = max((layer for layer, _ in self.token_keep), default=0)
+        _require(
+            last < depth,
+            f"tokens are pruned at layer {last}: the model has {depth} layers.",
+            f"Give indices from 0 to {depth - 1}.",
+        )
+        shares = dict(self.token_keep)
+        counts = [(patches, prefix)]
+        for layer in range(depth):
+            patches, prefix = counts[-1]
+            if layer in shares:
+                patches, prefix = kept_tokens(patches, shares[layer]), prefix + self.fuse_tokens
+            counts.append((patches, prefix))
+        return counts
 
     def layout(self, patches: int, prefix: int = 1) -> Layout:
         """Sizes for `patches` patch tokens after `prefix` others.
@@ -159,7 +205,8 @@ class SparsityConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
-        return dataclasses.asdict(self) | {"dense_layers": list(self.dense_layers)}
+        lists = {"dense_layers": list(self.dense_layers), "token_keep": [list(pair) for pair in self.token_keep]}
+        return dataclasses.asdict(self) | lists
 
     @classmethod
     def for_preset(cls, preset: str, **settings: Any) -> SparsityConfig:
@@ -186,7 +233,37 @@ class SparsityConfig:
         dense = values.get("dense_layers", ())
         _require(isinstance(dense, (list, tuple)), f"dense_layers is {dense!r}.", "Give a list of layer indices.")
         values["dense_layers"] = tuple(dense)
+        pruned = values.get("token_keep", ())
+        _require(
+            isinstance(pruned, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in pruned),
+            f"token_keep is {pruned!r}.",
+            "Give pairs of layer and share, such as [[3, 0.7]].",
+        )
+        values["token_keep"] = tuple((layer, share) for layer, share in pruned)
         return cls(**values)
+
+
+def kept_tokens(patches: int, share: float) -> int:
+    """Patch tokens that go on where `share` of them is kept."""
+    # Rounded first: 0.7 * 10 is 7.000000000000001 in binary for some products and must not become 8.
+    return max(1, math.ceil(round(share * patches, 9)))
+
+
+def parse_token_keep(text: str) -> tuple[tuple[int, float], ...]:
+    """ "3:.7,6:.7" -> ((3, 0.7), (6, 0.7)); "" -> ().
+
+    Raises:
+        ConfigError: not a list of layer:share.
+    """
+    pairs = []
+    for part in (part.strip() for part in text.split(",") if part.strip()):
+        layer, colon, share = part.partition(":")
+        try:
+            pairs.append((int(layer), float(share)))
+        except ValueError:
+            colon = ""
+        _require(bool(colon), f"token_keep holds {part!r}.", "Give layer:share pairs such as 3:.7,6:.7,9:.7.")
+    return tuple(pairs)
 
 
 def default_cells(patches: int) -> int:

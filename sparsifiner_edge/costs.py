@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from sparsifiner_edge.config import Layout, SparsityConfig
-from sparsifiner_edge.errors import ConfigError
 
 FLOAT = 4
 """Bytes of an element; half or quarter them for fp16 or int8."""
@@ -38,9 +37,11 @@ class LayerCosts:
     Attributes:
         projections: qkv and output projection. predictor: the choice of keys. attention: logits and weighted sums over
             prefix and listed keys (the "MHSA" of published tables is this and the predictor). cells: the same over
-            background cells. mlp: both linear layers.
-        projections_bytes, predictor_bytes, attention_bytes, cells_bytes, mlp_bytes: weights and activations read or
-            written by code that keeps no score matrix; keys and values that a tile gathers count each time.
+            background cells. mlp: both linear layers, for the tokens that are left. pruning: the class token's logits
+            once more, where tokens are pruned by them.
+        projections_bytes, predictor_bytes, attention_bytes, cells_bytes, mlp_bytes, pruning_bytes: weights and
+            activations read or written by code that keeps no score matrix; keys and values that a tile gathers count
+            each time.
     """
 
     projections: int
@@ -48,54 +49,41 @@ class LayerCosts:
     attention: int
     cells: int
     mlp: int
+    pruning: int
     projections_bytes: int
     predictor_bytes: int
     attention_bytes: int
     cells_bytes: int
     mlp_bytes: int
+    pruning_bytes: int
 
 
-KINDS = ("projections", "predictor", "attention", "cells", "mlp")
+KINDS = ("projections", "predictor", "attention", "cells", "mlp", "pruning")
 
 
-def layer_costs(shape: ModelShape, sparsity: SparsityConfig, patches: Sequence[int] | None = None) -> list[LayerCosts]:
-    """Costs of every layer, first to last.
-
-    Args:
-        patches: patch tokens that the attention of each layer sees, where tokens are pruned; None: all, everywhere.
-
-    Raises:
-        ConfigError: `patches` does not have one entry per layer.
-    """
-    counts = list(patches) if patches is not None else [shape.patches] * shape.depth
-    if len(counts) != shape.depth:
-        raise ConfigError(f"{len(counts)} patch counts for {shape.depth} layers.", "Give one per layer.")
+def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]:
+    """Costs of every layer, first to last; after each place where tokens are pruned, of those that are left."""
+    counts = sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
     sparse = set(sparsity.sparse_layers(shape.depth))
-    return [
-        _layer(dataclasses.replace(shape, patches=count), sparsity if number in sparse else None)
-        for number, count in enumerate(counts)
-    ]
+    costs = []
+    for number in range(shape.depth):
+        here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
+        pruned = counts[number] != counts[number + 1]
+        costs.append(_layer(here, sparsity if number in sparse else None, sum(counts[number + 1]), pruned))
+    return costs
 
 
-def pruned_patches(shape: ModelShape, keep: Mapping[int, float]) -> list[int]:
-    """Patches that the attention of each layer sees when the layers in `keep` pass on that share of theirs.
-
-    Pruning comes after a layer's attention, so the next layer is the first to see fewer.
-    """
-    counts, left = [], shape.patches
-    for layer in range(shape.depth):
-        counts.append(left)
-        left = math.ceil(round(keep.get(layer, 1.0) * left, 9))
-    return counts
-
-
-def _layer(shape: ModelShape, sparsity: SparsityConfig | None) -> LayerCosts:
+def _layer(shape: ModelShape, sparsity: SparsityConfig | None, left: int, pruned: bool) -> LayerCosts:
+    """`left`: tokens that the MLP sees; `pruned`: it is fewer, and finding them costs one row of attention more."""
     tokens, width = shape.prefix + shape.patches, shape.width
+    ranking = {"macs": tokens * width, "bytes": FLOAT * tokens * width} if pruned else {"macs": 0, "bytes": 0}
     fixed = {
         "projections": 4 * tokens * width * width,
         "projections_bytes": FLOAT * (4 * width * width + 6 * tokens * width),
-        "mlp": 2 * tokens * width * shape.hidden,
-        "mlp_bytes": FLOAT * (2 * width * shape.hidden + 2 * tokens * (width + shape.hidden)),
+        "mlp": 2 * left * width * shape.hidden,
+        "mlp_bytes": FLOAT * (2 * width * shape.hidden + 2 * left * (width + shape.hidden)),
+        "pruning": ranking["macs"],
+        "pruning_bytes": ranking["bytes"],
     }
     if sparsity is None:
         dense = {"attention": 2 * tokens * tokens * width, "attention_bytes": FLOAT * 4 * tokens * width}

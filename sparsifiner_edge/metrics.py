@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,3 +52,31 @@ def agreement(got: Array, expected: Array, tolerance: float) -> Agreement:
         expected=float(b[worst]),
         beyond=float((difference > tolerance).mean()),
     )
+
+
+POSITIONS = "token_positions"
+"""Output that says where the patches in "tokens" lie, in models that prune tokens."""
+
+
+def aligned(got: Mapping[str, Array], expected: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+    """Outputs of a model that prunes tokens, its patches in the places of another's.
+
+    Args:
+        got, expected: outputs by name.
+
+    Returns:
+        `got` without positions, where a patch that only `expected` kept is that of `expected`; and the number of those.
+        Other outputs, and those of models that prune nothing, are as they were.
+    """
+    outputs = {name: value for name, value in got.items() if name != POSITIONS}
+    if POSITIONS not in got or POSITIONS not in expected:
+        return outputs, 0
+    wanted, tokens, missing = expected[POSITIONS], expected["tokens"].copy(), 0
+    prefix = tokens.shape[1] - wanted.shape[1]
+    for number, (mine, theirs) in enumerate(zip(got[POSITIONS], wanted, strict=True)):
+        place = np.searchsorted(mine, theirs).clip(max=len(mine) - 1)
+        found = mine[place] == theirs
+        tokens[number, :prefix] = got["tokens"][number, :prefix]
+        tokens[number, prefix:][found] = got["tokens"][number, prefix:][place[found]]
+        missing += int((~found).sum())
+    return outputs | {"tokens": tokens}, missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,39 @@ def load_picture(path: Path, size: int) -> Picture:
     Raises:
         PictureError: the file is missing, truncated, no picture, or absurdly large.
     """
+
+    def square(image: Any) -> Picture:
+        image.draft("RGB", (size, size))
+        return np.array(_centre_square(image).convert("RGB").resize((size, size), _pillow().Resampling.BICUBIC))
+
+    picture: Picture = _read(path, square)
+    return picture
+
+
+def resized(pixels: npt.NDArray[np.uint8], size: int) -> Picture:
+    """A square of pixels, grey [s,s] or RGB [s,s,3], resized bicubically: uint8 RGB [size, size, 3]."""
+    image_module = _pillow()
+    image = image_module.fromarray(pixels).convert("RGB")
+    return np.array(image.resize((size, size), image_module.Resampling.BICUBIC))
+
+
+def open_picture(path: Path) -> Any:
+    """A picture as Pillow's RGB image, read whole.
+
+    Raises:
+        PictureError: as of `load_picture`.
+    """
+    return _read(path, lambda image: image.convert("RGB"))
+
+
+def _read(path: Path, use: Callable[[Any], Any]) -> Any:
     image_module = _pillow()
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of palettes with transparency, which is dropped
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
             with image_module.open(path) as image:
-                image.draft("RGB", (size, size))
-                square = _centre_square(image).convert("RGB")
-                return np.array(square.resize((size, size), image_module.Resampling.BICUBIC))
+                return use(image)
     # Pillow's decoders raise many kinds of error on damaged files; none of them is worth a traceback.
     except Exception as error:
         raise PictureError(f"{path} cannot be read as a picture: {error}.", "Replace or remove it.") from error

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import ModelShape, attention_core, layer_costs, pruned_patches, summary
+from sparsifiner_edge.costs import ModelShape, attention_core, layer_costs, summary
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.bundle import model_shape
 from sparsifiner_edge.sparse.patch import make_model_sparse
@@ -24,7 +24,7 @@ TABLE_1 = {
     0.9: 396.8, 0.8: 360.6, 0.7: 324.6, 0.6: 290.3, 0.5: 254.2, 0.4: 218.0, 0.3: 183.6, 0.2: 147.5, 0.1: 111.4,
     0.05: 93.3, 0.01: 78.9,
 }  # fmt: skip
-STAGES = {3: 0.7, 6: 0.7, 9: 0.7}
+STAGES = (3, 6, 9)
 
 
 def paper(keep: float) -> SparsityConfig:
@@ -44,10 +44,11 @@ def test_every_row_of_the_first_table(keep: float) -> None:
 
 @pytest.mark.parametrize(("rate", "published"), [(0.7, 193.1), (0.5, 149.1)])
 def test_token_pruned_dense_rows(rate: float, published: float) -> None:
-    counts = pruned_patches(DEIT_S, dict.fromkeys(STAGES, rate))
+    pruned = SparsityConfig(keep=1, token_keep=tuple((layer, rate) for layer in STAGES))
     if rate == 0.7:
-        assert counts == [196] * 4 + [138] * 3 + [97] * 3 + [68] * 2
-    core = attention_core(layer_costs(DEIT_S, DENSE, counts))
+        patches = [count for count, _ in pruned.layer_tokens(12, 196, 1)]
+        assert patches == [196] * 4 + [138] * 3 + [97] * 3 + [68] * 3
+    core = attention_core(layer_costs(DEIT_S, pruned))
     assert core / 1e6 == pytest.approx(published, rel=0.005)
 
 
@@ -83,6 +84,6 @@ def test_less_kept_costs_less(keep: float, patches: int, cells: int) -> None:
     assert all(v >= 0 for v in figures.values())
 
 
-def test_one_patch_count_per_layer() -> None:
-    with pytest.raises(ConfigError, match="3 patch counts for 12 layers"):
-        layer_costs(DEIT_S, DENSE, [196, 100, 50])
+def test_pruning_is_refused_where_there_is_no_layer() -> None:
+    with pytest.raises(ConfigError, match="pruned at layer 12"):
+        layer_costs(DEIT_S, SparsityConfig(keep=1, token_keep=((12, 0.5),)))

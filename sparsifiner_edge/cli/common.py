@@ -38,6 +38,22 @@ def weights_option(command: Command) -> Command:
     )(command)
 
 
+def keep_option(command: Command) -> Command:
+    """`--keep SHARE`, where a student's own is the default."""
+    return click.option("--keep", type=float, help="Share of keys that each tile reads; by default the student's own.")(
+        command
+    )
+
+
+def token_keep_option(command: Command) -> Command:
+    """`--token-keep LAYER:SHARE,...`, where a student's own is the default."""
+    return click.option(
+        "--token-keep",
+        metavar="LAYER:SHARE,...",
+        help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.',
+    )(command)
+
+
 def progress() -> Progress:
     """A progress bar with the time left, on standard error."""
     return Progress(

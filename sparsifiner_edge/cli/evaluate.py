@@ -8,15 +8,32 @@ from typing import Any
 import click
 
 from sparsifiner_edge.artifacts import require_file_path
-from sparsifiner_edge.cli.common import json_option, output_option, print_json, print_table, progress, weights_option
+from sparsifiner_edge.cli.common import (
+    json_option,
+    keep_option,
+    output_option,
+    print_json,
+    print_table,
+    progress,
+    token_keep_option,
+    weights_option,
+)
+from sparsifiner_edge.config import parse_token_keep
 
 
 @click.command()
 @click.argument("subject", metavar="STUDENT|BUNDLE")
 @click.option("--against", metavar="MODEL|BUNDLE", help="The dense teacher; for a student by default its own weights.")
 @weights_option
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="A picture or a folder of pictures.")
-@click.option("--metric", type=click.Choice(["cosine"]), default="cosine", show_default=True, help="What to measure.")
+@click.option("--data", type=click.Path(path_type=Path), required=True,
+              help="A picture or a folder; labelled: one folder per class, or fashion-mnist.")  # fmt: skip
+@click.option("--metric", type=click.Choice(["cosine", "knn", "linear", "top1"]), default="cosine", show_default=True,
+              help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the classifier.")  # fmt: skip
+@click.option("--gallery", type=click.Path(path_type=Path), help="For knn and linear: labelled pictures to learn from.")
+@click.option("--queries", type=click.IntRange(min=1), help="Use at most so many pictures of --data, evenly taken.")
+@click.option("--head", type=click.Path(path_type=Path), help="For linear: write the student with this classifier.")
+@keep_option
+@token_keep_option
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs bundles.")
 @json_option
 @output_option("Also write the result to this JSON file.", required=False)
@@ -27,6 +44,11 @@ def command(
     weights: Path | None,
     data: Path,
     metric: str,
+    gallery: Path | None,
+    queries: int | None,
+    head: Path | None,
+    keep: float | None,
+    token_keep: str | None,
     backend: str,
     as_json: bool,
     output: Path | None,
@@ -45,13 +67,20 @@ def command(
             against=against,
             weights=weights,
             metric=metric,
+            gallery=gallery,
+            queries=queries,
+            head=head,
+            keep=keep,
+            token_keep=parse_token_keep(token_keep) if token_keep is not None else None,
             backend=backend,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if as_json:
         print_json(result)
-    else:
+    elif metric == "cosine":
         print_evaluation(result)
+    else:
+        print_accuracy(result)
     if output is not None:  # Last: a full disk should not cost the reader the figures.
         write_result(output, result)
 
@@ -65,6 +94,25 @@ def print_evaluation(result: dict[str, Any]) -> None:
         rows.append([name.removesuffix("_cosine"), f"{mean['value']:.4f}", interval, f"{found['least']:.4f}"])
     count = len(result["method"]["pictures"])
     print_table(f"Cosine to the dense teacher, {count} pictures", ["", "mean", "95 % interval", "least"], rows)
+    print_subjects(result)
+
+
+def print_accuracy(result: dict[str, Any]) -> None:
+    """Accuracies side by side, and their difference with its interval."""
+    found = result["statistics"]
+    paired = found["difference_points"]
+    rows = [
+        ["subject", f"{found['subject_percent']:.2f} %"],
+        ["teacher", f"{found['teacher_percent']:.2f} %"],
+        ["difference", f"{paired['value']:+.2f} points ({paired['low']:+.2f} to {paired['high']:+.2f})"],
+    ]
+    method = result["method"]
+    print_table(f"{method['metric']}: {method['queries']}, gallery {method['gallery']}", ["", "accuracy"], rows)
+    print_subjects(result)
+
+
+def print_subjects(result: dict[str, Any]) -> None:
+    """Who was compared with whom, and what ran each."""
     for subject in result["subjects"]:
         runtime = result["method"]["runtime"][subject["role"]]
         kernels = f", kernels: {runtime['kernels']}" if "kernels" in runtime else ""

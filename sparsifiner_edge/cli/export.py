@@ -7,13 +7,24 @@ from pathlib import Path
 import click
 
 from sparsifiner_edge.artifacts import open_bundle
-from sparsifiner_edge.cli.common import json_option, output_option, print_json, progress, weights_option
+from sparsifiner_edge.cli.common import (
+    json_option,
+    keep_option,
+    output_option,
+    print_json,
+    progress,
+    token_keep_option,
+    weights_option,
+)
+from sparsifiner_edge.config import parse_token_keep
 
 
 @click.command()
 @click.argument("source", metavar="STUDENT|MODEL")
 @weights_option
 @click.option("--img-size", type=click.IntRange(min=1), help="Pixels along a side; by default the source's own.")
+@keep_option
+@token_keep_option
 @click.option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True,
               help="Of the linear layers; attention stays in fp32.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), help="For int8: a folder of pictures to calibrate with.")
@@ -29,6 +40,8 @@ def command(
     source: str,
     weights: Path | None,
     img_size: int | None,
+    keep: float | None,
+    token_keep: str | None,
     precision: str,
     batch: str,
     tokens: bool,
@@ -52,6 +65,8 @@ def command(
             output,
             weights=weights,
             img_size=img_size,
+            keep=keep,
+            token_keep=parse_token_keep(token_keep) if token_keep is not None else None,
             precision=precision,
             batch=batch,
             tokens=tokens,
@@ -74,6 +89,8 @@ def command(
         )
     if check["selected_indices"]:
         click.echo(f"selected keys: {check['differing_indices']} of {check['selected_indices']} differ from torch")
+    if check["differing_tokens"]:
+        click.echo(f"kept tokens: {check['differing_tokens']} differ from torch")
     if "quantisation" in manifest:
         found = manifest["quantisation"]
         least = min(found["cosines"].values())

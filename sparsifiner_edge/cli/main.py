@@ -19,6 +19,7 @@ from sparsifiner_edge.errors import SparsifinerError
 
 COMMANDS = {
     "sparsify": "Make a pretrained vision transformer sparse: MODEL -> STUDENT/.",
+    "distill": "Train a student towards its dense teacher on a folder of pictures.",
     "evaluate": "Compare a student or bundle with its dense teacher.",
     "export": "Export a student, or a dense model, to a bundle (ONNX and manifest).",
     "profile": "Measure latency, throughput and memory of a bundle.",

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from sparsifiner_edge.cli.common import output_option, progress, weights_option
-from sparsifiner_edge.config import PRESETS
+from sparsifiner_edge.config import PRESETS, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
 
 
@@ -34,6 +34,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
 @click.option("--channels", type=int, help="Low-rank width of the predictor (edge: 24).")
 @click.option("--cells", type=int, help="Background cells; by default the square root of the patches, at most 25.")
 @click.option("--dense-layers", default="", help="Layers that stay dense, such as 0,1.")
+@click.option("--token-keep", default="", metavar="LAYER:SHARE,...", help="Prune tokens, such as 3:.7,6:.7,9:.7.")
+@click.option("--fuse-tokens", is_flag=True, help="What is pruned goes on as one token.")
 @click.option("--calibrate", type=click.Path(path_type=Path), help="Folder of pictures to learn the predictor from.")
 @output_option("Student folder to write.")
 def command(
@@ -48,13 +50,15 @@ def command(
     channels: int | None,
     cells: int | None,
     dense_layers: str,
+    token_keep: str,
+    fuse_tokens: bool,
     calibrate: Path | None,
     output: Path,
 ) -> None:
     """Make MODEL (timm's name of a ViT, DeiT or DINOv2) sparse, without training, and write a student folder."""
     import sparsifiner_edge
 
-    layers = parse_layers(dense_layers)
+    layers, pruning = parse_layers(dense_layers), parse_token_keep(token_keep)
     with progress() as bar:
         task = bar.add_task("sparsify", total=None)
         folder = sparsifiner_edge.sparsify(
@@ -69,6 +73,8 @@ def command(
             channels=channels,
             cells=cells,
             dense_layers=layers,
+            token_keep=pruning,
+            fuse_tokens=fuse_tokens,
             calibrate=calibrate,
             progress=lambda done, total: bar.update(task, description="calibrating", completed=done, total=total),
         )

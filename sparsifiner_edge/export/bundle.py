@@ -21,6 +21,7 @@ from sparsifiner_edge.export.choose import keep_dense_where_slower
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
 from sparsifiner_edge.export.quantise import RECIPES, Progress, quantise, run_file
+from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
@@ -38,6 +39,8 @@ def export_bundle(
     *,
     weights: str | Path | None = None,
     img_size: int | None = None,
+    keep: float | None = None,
+    token_keep: tuple[tuple[int, float], ...] | None = None,
     precision: str = "fp32",
     batch: int | str = 1,
     tokens: bool = False,
@@ -53,6 +56,7 @@ def export_bundle(
         output: folder to write; an earlier bundle there is replaced.
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels along a side; None takes the student's or model's own.
+        keep, token_keep: for a student: other shares of keys and tokens than its own (see `SparsityConfig`).
         precision: "fp32", or "int8" for the linear layers; attention stays in float32.
         batch: a fixed batch size, or "dynamic".
         tokens: also give a classifier's tokens; a model without classifier always gives them.
@@ -72,7 +76,7 @@ def export_bundle(
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
     pictures = _calibration(precision, calibrate, recipe)
-    student = _load(source, weights, img_size)
+    student = _load(source, weights, img_size, keep, token_keep)
     measured = None
     if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
         student, measured = _measured(student)
@@ -86,7 +90,7 @@ def export_bundle(
         quantised = quantise(model, images, recipe, progress)
         model = quantised.model
         golden |= {f"output.{name}": x for name, x in run_file(model, golden["input.image"]).items()}
-    labels = class_labels(student.model)
+    labels = list(student.labels) or class_labels(student.model)
     set_metadata(model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / "model.onnx").write_bytes(model.SerializeToString())
@@ -95,7 +99,7 @@ def export_bundle(
             (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         manifest = _manifest(student, deployed, model, check, precision)
         if quantised is not None:
-            manifest["tolerances"] = dict.fromkeys(deployed.output_names, INT8_TOLERANCE)
+            manifest["tolerances"] = dict.fromkeys(manifest["tolerances"], INT8_TOLERANCE)
             manifest["quantisation"] = quantised.to_dict()
         if measured is not None:
             manifest["measured"] = measured
@@ -142,15 +146,25 @@ def parse_batch(batch: int | str) -> Batch:
     return int(text)
 
 
-def _load(source: str | Path, weights: str | Path | None, img_size: int | None) -> Student:
+def _load(
+    source: str | Path,
+    weights: str | Path | None,
+    img_size: int | None,
+    keep: float | None,
+    token_keep: tuple[tuple[int, float], ...] | None,
+) -> Student:
     folder = Path(source)
     if not folder.is_dir():
+        if keep is not None or token_keep is not None:
+            raise ConfigError(
+                "--keep and --token-keep go with a student.", "Make one with `sparsifiner-edge sparsify`."
+            )
         return load_dense(str(source), Path(weights) if weights else None, img_size)
     if kind_of(folder) != "student":
         raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
     if weights:
         raise ConfigError("--weights does not go with a student.", "A student has its own weights; leave it out.")
-    return load_student(folder, img_size)
+    return load_student(folder, img_size, keep, token_keep)
 
 
 def class_labels(model: Backbone) -> list[str]:
@@ -208,10 +222,14 @@ def _manifest(
             "folded": {"mean": list(pre.mean), "std": list(pre.std), "scale": "1/255"},
         },
         "tokens": {"prefix": shape.prefix, "grid": list(student.model.patch_embed.grid_size)},
-        "sparsity": student.sparsity.to_dict() if sparse else None,
+        "sparsity": student.sparsity.to_dict() if sparse or deployed.prunes else None,
         "costs": summary(shape, student.sparsity),
         "dense_costs": summary(shape, SparsityConfig(keep=1)),
-        "tolerances": dict.fromkeys(deployed.output_names, FREE_TOLERANCE if sparse else TOLERANCE),
+        "tolerances": {
+            name: FREE_TOLERANCE if sparse or deployed.prunes else TOLERANCE
+            for name in deployed.output_names
+            if name != POSITIONS
+        },
         "check": check.to_dict(),
         "provenance": dict(student.provenance),
         "tools": {name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.sessions import file_session
-from sparsifiner_edge.metrics import Agreement, agreement
+from sparsifiner_edge.metrics import POSITIONS, Agreement, agreement, aligned
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.ort import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
+from sparsifiner_edge.sparse.prune import PrunedBlock
 
 Array = npt.NDArray[Any]
 COSINE = 0.9999
@@ -39,6 +41,7 @@ class Check:
         agreements: per output, each side choosing its own keys.
         equal: per output, torch reading the keys that the file chose.
         indices, differing: selected keys in all layers and runs, and how many of them differ from torch's.
+        pruned: final patches that torch kept and the file did not, where tokens are pruned.
         batches: batch sizes that were run.
         kernels: what ran the operators: "portable", and "native" where the library was built.
     """
@@ -47,6 +50,7 @@ class Check:
     equal: Mapping[str, Agreement]
     indices: int
     differing: int
+    pruned: int
     batches: tuple[int, ...]
     kernels: tuple[str, ...]
 
@@ -64,6 +68,7 @@ class Check:
             "outputs": outputs,
             "selected_indices": self.indices,
             "differing_indices": self.differing,
+            "differing_tokens": self.pruned,
             "batches_run": list(self.batches),
             "kernels_run": list(self.kernels),
         }
@@ -109,19 +114,23 @@ def check_export(
     free: dict[str, Agreement] = {}
     equal: dict[str, Agreement] = {}
     golden: dict[str, Array] = {}
-    indices = differing = 0
+    indices = differing = pruned = 0
     for number, batch in enumerate(batches):
         image = golden_image(size, batch, seed=number)
         expected, chosen = _run_torch(deployed, image)
         golden = golden or {"input.image": image, **{f"output.{k}": v for k, v in expected.items()}}
         for session in sessions:
             results = dict(zip(names, session.run(None, {"image": image}), strict=True))
-            lists = [results[name] for name in _selection_names(model)]
-            _compare(equal, results, _run_torch(deployed, image, lists)[0], TOLERANCE, batch)
-            _compare(free, results, expected, FREE_TOLERANCE if lists else TOLERANCE, batch)
+            lists = [results[name] for name in _probed(model, "KeySelect")]
+            scores = [results[name] for name in _probed(model, "TokenScore")]
+            same = _run_torch(deployed, image, lists, scores)[0]
+            _compare(equal, aligned(results, same)[0], same, TOLERANCE, batch)
+            results, missing = aligned(results, expected)
+            _compare(free, results, expected, FREE_TOLERANCE if lists or scores else TOLERANCE, batch)
+            pruned += missing
             indices += sum(x.size for x in chosen)
             differing += sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
-    return Check(free, equal, indices, differing, tuple(batches), kernels), golden
+    return Check(free, equal, indices, differing, pruned, tuple(batches), kernels), golden
 
 
 def _compare(
@@ -133,6 +142,8 @@ def _compare(
 ) -> None:
     """Require every output within tolerance, and keep the worst agreement of each."""
     for name, reference in expected.items():
+        if name == POSITIONS:
+            continue
         found = agreement(results[name], reference, tolerance)
         _require(name, batch, found, tolerance)
         if name not in worst or found.error > worst[name].error:
@@ -156,26 +167,35 @@ def _require(name: str, batch: int, found: Agreement, tolerance: float) -> None:
     )
 
 
-def _selection_names(model: onnx.ModelProto) -> list[str]:
-    return [node.output[0] for node in model.graph.node if node.op_type.endswith("KeySelect")]
+def _probed(model: onnx.ModelProto, kind: str) -> list[str]:
+    """Results of the operators whose name ends in `kind`, first layer first."""
+    return [node.output[0] for node in model.graph.node if node.domain == DOMAIN and node.op_type.endswith(kind)]
 
 
 def _session(model: onnx.ModelProto, kernels: str) -> Any:
-    """A session whose selections are outputs too."""
+    """A session whose selections, of keys and of tokens, are outputs too."""
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
-    for name in _selection_names(model):
+    for name in _probed(model, "KeySelect") + _probed(model, "TokenScore"):
         probed.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     return file_session(probed, kernels)
 
 
+def _given(scores: Array, _: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(scores)
+
+
 @torch.no_grad()
 def _run_torch(
-    deployed: DeployedModel, image: Array, lists: Sequence[Array] | None = None
+    deployed: DeployedModel, image: Array, lists: Sequence[Array] | None = None, scores: Sequence[Array] = ()
 ) -> tuple[dict[str, Array], list[Array]]:
-    """Outputs, and the keys each sparse layer read: those in `lists`, layer by layer, or its own choice."""
+    """Outputs, and the keys each sparse layer read: those in `lists`, layer by layer, or its own choice.
+
+    With `lists`, tokens are pruned by `scores`, one array per layer that prunes.
+    """
     read: list[Array] = []
     layers = sparse_layers(deployed)
+    pruning = [block for block in deployed.modules() if isinstance(block, PrunedBlock)]
 
     def choose(layer: SparseAttention) -> Callable[[torch.Tensor], torch.Tensor]:
         def indices(qkv: torch.Tensor) -> torch.Tensor:
@@ -188,8 +208,12 @@ def _run_torch(
     try:
         for layer in layers:
             layer.indices = choose(layer)  # type: ignore[method-assign,assignment]
+        for block, given in zip(pruning, scores, strict=True) if lists is not None else ():
+            block.scores = functools.partial(_given, given)  # type: ignore[method-assign]
         outputs = deployed(torch.from_numpy(image))
     finally:
         for layer in layers:
             layer.__dict__.pop("indices", None)
+        for block in pruning:
+            block.__dict__.pop("scores", None)
     return {name: x.numpy() for name, x in zip(deployed.output_names, outputs, strict=True)}, read

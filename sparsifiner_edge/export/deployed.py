@@ -10,6 +10,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from sparsifiner_edge.sparse.models import Backbone, Preprocessing, preprocessing
+from sparsifiner_edge.sparse.patch import SparseViTMixin
 
 
 class DeployedModel(nn.Module):
@@ -18,6 +19,7 @@ class DeployedModel(nn.Module):
 
     Attributes:
         output_names: "logits" and "features" for a classifier, "tokens" too where asked; else "features" and "tokens".
+            Where tokens are pruned, "token_positions" follows "tokens".
     """
 
     def __init__(self, model: Backbone, tokens: bool = False) -> None:
@@ -30,11 +32,20 @@ class DeployedModel(nn.Module):
         self.output_names = ["logits", "features"] if classifier else ["features", "tokens"]
         if classifier and tokens:
             self.output_names.append("tokens")
+        self.prunes = isinstance(model, SparseViTMixin) and bool(model.sparsity.token_keep)
+        if self.prunes and "tokens" in self.output_names:
+            self.output_names.append("token_positions")
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """uint8 [B,H,W,3] -> the outputs, in the order of `output_names`."""
-        tokens = self.model.forward_features(image.float().permute(0, 3, 1, 2))
-        outputs = {"tokens": tokens, "features": self.model.forward_head(tokens, pre_logits=True)}
+        pixels = image.float().permute(0, 3, 1, 2)
+        outputs: dict[str, Tensor] = {}
+        if self.prunes:
+            tokens, positions = cast(SparseViTMixin, self.model).forward_tokens(pixels)
+            outputs["token_positions"] = positions.int()
+        else:
+            tokens = self.model.forward_features(pixels)
+        outputs |= {"tokens": tokens, "features": self.model.forward_head(tokens, pre_logits=True)}
         if "logits" in self.output_names:
             outputs["logits"] = self.model.forward_head(tokens)
         return tuple(outputs[name] for name in self.output_names)

@@ -22,7 +22,7 @@ from onnx import numpy_helper
 
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_session
-from sparsifiner_edge.metrics import cosine
+from sparsifiner_edge.metrics import aligned, cosine
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -93,8 +93,7 @@ def quantise(
     steps = len(layers) + 2
 
     def found(kept: Sequence[str], pictures: int = len(held_out)) -> dict[str, float]:
-        got = _run(_restored(full, source, kept), held_out[:pictures])
-        return _cosines(got, {name: values[:pictures] for name, values in wanted.items()})
+        return _cosines(_run(_restored(full, source, kept), held_out[:pictures]), wanted[:pictures])
 
     def step(done: int) -> None:
         if progress:
@@ -266,22 +265,25 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(left)
 
 
-def _run(model: onnx.ModelProto, images: Sequence[Array]) -> dict[str, list[Array]]:
+def _run(model: onnx.ModelProto, images: Sequence[Array]) -> list[dict[str, Array]]:
     """Outputs of an exported file per picture, by native kernels where there are some."""
     session = file_session(model)
     names = [output.name for output in session.get_outputs()]
-    results: dict[str, list[Array]] = {name: [] for name in names}
-    for image in images:
-        for name, value in zip(names, session.run(names, {"image": image}), strict=True):
-            results[name].append(value)
-    return results
+    return [dict(zip(names, session.run(names, {"image": image}), strict=True)) for image in images]
 
 
 def run_file(model: onnx.ModelProto, image: Array) -> dict[str, Array]:
     """Outputs of an exported file for one input."""
-    return {name: values[0] for name, values in _run(model, [image]).items()}
+    return _run(model, [image])[0]
 
 
-def _cosines(got: dict[str, list[Array]], wanted: dict[str, list[Array]]) -> dict[str, float]:
-    pairs = {name: zip(got[name], wanted[name], strict=True) for name in wanted}
-    return {name: float(np.mean([cosine(a, b).mean() for a, b in rows])) for name, rows in pairs.items()}
+def _cosines(got: Sequence[dict[str, Array]], wanted: Sequence[dict[str, Array]]) -> dict[str, float]:
+    """Mean row cosine of each output; patches that only one file kept count as lost."""
+    rows: dict[str, list[float]] = {}
+    for mine, theirs in zip(got, wanted, strict=True):
+        outputs, missing = aligned(mine, theirs)
+        for name, values in outputs.items():
+            similar = cosine(values, theirs[name])
+            lost = missing if name == "tokens" else 0
+            rows.setdefault(name, []).append(float((similar.sum() - lost) / similar.size))
+    return {name: float(np.mean(values)) for name, values in rows.items()}

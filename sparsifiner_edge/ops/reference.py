@@ -181,3 +181,9 @@ def dense_attention(qkv: Array, *, num_heads: int, scale: float) -> Array:
     """DenseAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
     return _merge_heads(_softmax(scale * q @ k.swapaxes(-1, -2)) @ v)
+
+
+def token_score(qkv: Array, *, num_heads: int, scale: float) -> Array:
+    """TokenScore: float64 [B,N]."""
+    q, k, _ = split_heads(qkv, num_heads)
+    return np.asarray(_softmax(scale * q[:, :, :1] @ k.swapaxes(-1, -2))[:, :, 0].mean(1))

@@ -175,7 +175,20 @@ DENSE_ATTENTION = Operator(
     doc="softmax(scale q k^T) v per head, over all N tokens. Softmax in float32.",
 )
 
-OPERATORS = {op.name: op for op in (KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION)}
+TOKEN_SCORE = Operator(
+    name="TokenScore",
+    inputs=(_QKV,),
+    attributes=(_HEADS, _SCALE),
+    output=Tensor("scores", ("float32",), ("B", "N"), "what the class token attends to; each row sums to 1"),
+    tolerances={"float32": 1e-5, "float16": 1e-5, "bfloat16": 1e-5},
+    doc=(
+        "For token pruning (EViT, ICLR 2022, section 3): the class token's row of softmax(scale q k^T), mean over\n"
+        "the heads. The class token is token 0. Computed in float32 whatever the element type: ranks of float16\n"
+        "probabilities tie."
+    ),
+)
+
+OPERATORS = {op.name: op for op in (KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, TOKEN_SCORE)}
 
 
 def _attribute_refusals(op: Operator, attributes: Mapping[str, AttributeValue]) -> list[str]:

@@ -305,3 +305,21 @@ def dense_attention(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:
     q, k, v = split_heads(qkv, num_heads)
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).reshape(batch, tokens, packed // 3)
+
+
+def token_score(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:
+    """TokenScore: float32 [B,N], the class token's attention, mean over the heads. No gradient flows through it."""
+    if torch.onnx.is_in_onnx_export():
+        shape = list(qkv.shape[:2])
+        return _node("TokenScore", (qkv,), {"num_heads": num_heads, "scale": scale}, torch.float32, shape)
+    with torch.no_grad():
+        q, k, _ = (x.float() for x in split_heads(qkv, num_heads))
+        scores: Tensor = (scale * q[:, :, :1] @ k.mT).softmax(-1)[:, :, 0].mean(1)
+        return scores
+
+
+def top_tokens(scores: Tensor, kept: int) -> Tensor:
+    """Indices int64 [B,K] of the highest scores [B,P], ties to the lower index, ascending."""
+    if torch.onnx.is_in_onnx_export():  # ONNX's TopK breaks ties as we do
+        return scores.topk(kept, sorted=False).indices.sort().values
+    return top_keys(scores.nan_to_num(nan=-math.inf), kept).long()

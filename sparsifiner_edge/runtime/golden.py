@@ -12,7 +12,11 @@ import numpy as np
 
 from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
+from sparsifiner_edge.metrics import POSITIONS, aligned
 from sparsifiner_edge.runtime.session import Array, Session
+
+OTHER_TOKENS = 0.02
+"""Share of the tokens that may be others than golden's: of two with equal scores either may stay."""
 
 
 def check_golden(session: Session, bundle: str | Path) -> dict[str, dict[str, float]]:
@@ -30,6 +34,16 @@ def check_golden(session: Session, bundle: str | Path) -> dict[str, dict[str, fl
     tolerances = open_bundle(folder).get("tolerances")
     inputs, expected = _read_golden(folder / "golden.npz")
     outputs = session.infer(inputs)
+    if POSITIONS in expected:
+        if POSITIONS not in outputs or outputs[POSITIONS].shape != expected[POSITIONS].shape:
+            raise GateError(f"Output {POSITIONS!r} is missing or of another shape.", "Export it again.")
+        outputs, missing = aligned(outputs, expected)
+        total = expected.pop(POSITIONS).size
+        if missing > OTHER_TOKENS * total:
+            raise GateError(
+                f"{missing} of {total} tokens that golden keeps are pruned.",
+                f"Do not trust {session.backend} with this bundle on this machine; export it again or report it.",
+            )
     report = {}
     for name, wanted in expected.items():
         tolerance = tolerances.get(name) if isinstance(tolerances, Mapping) else None

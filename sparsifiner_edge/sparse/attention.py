@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -106,8 +107,12 @@ class PackedAttention(nn.Module):
         """x [B,N,D] -> [B,N,D]."""
         if attn_mask is not None or is_causal:
             raise ConfigError("Sparse attention takes no attention mask.", "Call the model without attn_mask.")
+        return self.merged(x, self.attend(self.packed(x, rope)))
+
+    def merged(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's input x [B,N,D] and heads' results [B,N,C] -> [B,N,D]."""
         mine = cast(Any, self)
-        out = mine.norm(self.attend(self.packed(x, rope)))
+        out = mine.norm(attended)
         if mine.gate is not None:
             out = out * mine.gate(x).sigmoid()
         return cast(Tensor, mine.proj_drop(mine.proj(out)))
@@ -128,6 +133,8 @@ class SparseAttention(PackedAttention):
     Attributes:
         select: the predictor.
         sparsity, layout, num_prefix: what is sparse, the sizes that follow, and the tokens that are no patches.
+        observer: while a predictor learns: called with the layer and its qkv [B,N,3C].
+        densely: while a predictor learns: attend to all.
     """
 
     num_heads: int
@@ -137,6 +144,16 @@ class SparseAttention(PackedAttention):
     sparsity: SparsityConfig
     layout: Layout
     num_prefix: int
+    observer: Callable[[SparseAttention, Tensor], None] | None = None
+    densely: bool = False
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """qkv [B,N,3C] -> [B,N,C]."""
+        if self.observer is not None:
+            self.observer(self, qkv)
+        if self.densely:
+            return ops.dense_attention(qkv, num_heads=self.num_heads, scale=self.scale)
+        return self.attend_sparsely(qkv)
 
     def indices(self, qkv: Tensor) -> Tensor:
         """Patch keys that each head and tile reads: int32 [B,H,T,K]."""
@@ -155,7 +172,7 @@ class SparseAttention(PackedAttention):
             value_power=self.sparsity.value_power,
         )
 
-    def attend(self, qkv: Tensor) -> Tensor:
+    def attend_sparsely(self, qkv: Tensor) -> Tensor:
         """qkv [B,N,3C] -> [B,N,C]."""
         return ops.sparse_attention(
             qkv,
@@ -184,7 +201,7 @@ class LandmarkAttention(SparseAttention):
             basis_threshold=self.sparsity.basis_threshold,
         )
 
-    def attend(self, qkv: Tensor) -> Tensor:
+    def attend_sparsely(self, qkv: Tensor) -> Tensor:
         """qkv [B,N,3C] -> [B,N,C]."""
         return ops.sparse_attention(
             qkv,

@@ -12,9 +12,10 @@ each read and written as one, so that it is of use before training too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -121,24 +122,24 @@ def calibrate_from_pictures(
 def _dense_pass(model: nn.Module, picture: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:
     """Run a model with dense attention and yield each sparse layer with its qkv [1,N,3C]."""
     seen: list[tuple[SparseAttention, Tensor]] = []
+    with observed(model, lambda attention, qkv: seen.append((attention, qkv)), densely=True), torch.no_grad():
+        model(picture)
+    return seen
 
-    def dense(attention: SparseAttention) -> Callable[[Tensor], Tensor]:
-        def attend(qkv: Tensor) -> Tensor:
-            seen.append((attention, qkv))
-            return ops.dense_attention(qkv, num_heads=attention.num_heads, scale=attention.scale)
 
-        return attend
-
+@contextlib.contextmanager
+def observed(
+    model: nn.Module, observer: Callable[[SparseAttention, Tensor], None], densely: bool = False
+) -> Iterator[None]:
+    """Let `observer` see every sparse layer and its qkv [B,N,3C]; meanwhile they attend to all keys if `densely`."""
     layers = sparse_layers(model)
     try:
-        for attention in layers:
-            attention.attend = dense(attention)  # type: ignore[method-assign,assignment]
-        with torch.no_grad():
-            model(picture)
+        for layer in layers:
+            layer.observer, layer.densely = observer, densely
+        yield
     finally:
-        for attention in layers:
-            attention.__dict__.pop("attend", None)
-    return seen
+        for layer in layers:
+            layer.observer, layer.densely = None, False
 
 
 def _patch_heads(attention: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,24 +214,56 @@ class _Learner:
 
     def learn(self, qkv: Tensor, generator: torch.Generator) -> None:
         """A few steps on one picture, each on other probes."""
-        attention = self.attention
-        q, k, v = _patch_heads(attention, qkv)
-        bonus = attention.sparsity.value_power / 2 * ops.value_deviation(v, attention.layout.cell).log()[:, :, None]
-        # A ragged last probe is left out: its filling would want keys too.
-        runs = q[:, :, : q.shape[2] // attention.sparsity.probe * attention.sparsity.probe]
-        runs = runs.unflatten(2, (-1, attention.sparsity.probe))
         for _ in range(STEPS_PER_PICTURE):
-            few = QUERIES_PER_STEP // attention.sparsity.probe
-            some = torch.randperm(runs.shape[2], generator=generator)[:few].to(runs.device)
-            queries = runs[:, :, some]
-            asking = queries.mean(3)
-            each = (attention.scale * queries.flatten(2, 3) @ k.mT).log_softmax(-1)
-            wanted = each.unflatten(2, queries.shape[2:4]).amax(3)
-            true = (wanted + bonus).log_softmax(-1)
             with torch.enable_grad():
-                guess = ops.probe_logits(asking, k, self.weights[0], self.weights[1], probe=1, scale=attention.scale)
-                loss = F.kl_div((guess + bonus).log_softmax(-1), true, reduction="sum", log_target=True)
-                (loss / asking.shape[2]).backward()
+                selection_loss(self.attention, qkv, generator).backward()
             self.optimiser.step()
             self.optimiser.zero_grad()
             self.schedule.step()
+
+
+def selection_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
+    """How far a predictor is from what its layer's queries want; qkv [B,N,3C] counts as given, gradient flows to the
+    predictor alone.
+
+    Preset "edge": Kullback-Leibler divergence of the scores of some probes from the maximum of their queries'
+    attention, summed over the heads. Preset "paper": squared error of some rows of the predicted attention, summed over
+    keys and heads (Sparsifiner, section 3.3). Both are means over batch and rows, and hold no n x n matrix.
+    """
+    if isinstance(attention.select, LandmarkSelector):
+        return _landmark_loss(attention, qkv.detach(), generator)
+    return _probe_loss(attention, qkv.detach(), generator)
+
+
+def _probe_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
+    select = cast(KeySelector, attention.select)
+    probe = attention.sparsity.probe
+    with torch.no_grad():
+        q, k, v = (x.float() for x in _patch_heads(attention, qkv))
+        bonus = attention.sparsity.value_power / 2 * ops.value_deviation(v, attention.layout.cell).log()[:, :, None]
+        # A ragged last probe is left out: its filling would want keys too.
+        runs = q[:, :, : q.shape[2] // probe * probe].unflatten(2, (-1, probe))
+        some = torch.randperm(runs.shape[2], generator=generator)[: QUERIES_PER_STEP // probe].to(runs.device)
+        queries = runs[:, :, some]
+        asking = queries.mean(3)
+        each = (attention.scale * queries.flatten(2, 3) @ k.mT).log_softmax(-1)
+        wanted = each.unflatten(2, queries.shape[2:4]).amax(3)
+        true = (wanted + bonus).log_softmax(-1)
+    guess = ops.probe_logits(asking, k, select.proj_q, select.proj_k, probe=1, scale=attention.scale)
+    loss = F.kl_div((guess + bonus).log_softmax(-1), true, reduction="sum", log_target=True)
+    mean: Tensor = loss / (asking.shape[0] * asking.shape[2])
+    return mean
+
+
+def _landmark_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
+    select = cast(LandmarkSelector, attention.select)
+    with torch.no_grad():
+        q, k, _ = (x.float() for x in ops.split_heads(qkv, attention.num_heads))
+        some = 1 + torch.randperm(q.shape[2] - 1, generator=generator)[:QUERIES_PER_STEP].to(q.device)
+        rows = q[:, :, some]
+        true = (attention.scale * rows @ k.mT).softmax(-1)
+    # The first row stands for the class token, whose attention is not predicted.
+    asking = torch.cat([q[:, :, :1], rows], 2)
+    guess = ops.landmark_attention(asking, k, *select.inputs(), scale=attention.num_heads**-0.5)
+    loss: Tensor = (guess - true).square().sum() / (true.shape[0] * true.shape[2])
+    return loss

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
-from sparsifiner_edge.sparse.attention import make_dense, make_sparse
+from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
+from sparsifiner_edge.sparse.prune import PrunedBlock, make_pruned, make_whole
 
 SUPPORTED = "timm's VisionTransformer (ViT, DeiT, DINOv2) and Eva (EVA-02, DINOv3, ViT with RoPE)"
 
@@ -28,6 +29,7 @@ class SparseViTMixin:
     - `_pos_embed`: afterwards the patch tokens are laid along the curve, and with them the tables of rotary embeddings;
       all blocks are indifferent to order.
     - `forward_features`, `forward_intermediates`: patch tokens are returned in raster order, as timm returns them.
+    - `forward_tokens`: where tokens are pruned, those that are left, and where they lie.
     - `sparsity`: the SparsityConfig; `token_order`, `raster_order`: int64 [P] permutations.
     """
 
@@ -51,11 +53,32 @@ class SparseViTMixin:
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B,3,H,W] -> tokens [B,N,C] after the final norm: prefix, then patches in raster order."""
+        if self.sparsity.token_keep:
+            return self.forward_tokens(x)[0]
         tokens = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
         return self._permuted(tokens, self.raster_order)
 
+    def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B,3,H,W] -> tokens [B,N',C] as of `forward_features`, and the raster places [B,P'] of the patches."""
+        model = cast(Any, self)
+        x = model.norm_pre(self._pos_embed(model.patch_embed(x)))
+        positions = self.token_order.expand(x.shape[0], -1)
+        for block in model.blocks:
+            if isinstance(block, PrunedBlock):
+                x, positions = block.forward_pruned(x, positions)
+            else:
+                x = block(x)
+        x = model.norm(x)
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, x.shape[1] - positions.shape[1] :]
+        positions, order = positions.sort()
+        rows = (order + patches.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]).flatten()
+        patches = patches.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, patches.shape[1]))
+        return torch.cat([prefix, patches], 1), positions
+
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **options: Any) -> Any:
         """As timm's, with patches in raster order; `output_dict` is not supported."""
+        if self.sparsity.token_keep:
+            raise ConfigError("A model that prunes tokens has no maps of its layers.", "Use forward_tokens.")
         if options.get("output_dict"):
             raise ConfigError("forward_intermediates of a sparse model takes no output_dict.", "Leave it out.")
         result = super().forward_intermediates(x, *args, output_fmt="NLC", **options)  # type: ignore[misc]
@@ -114,7 +137,7 @@ def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
 
     Args:
         model: a VisionTransformer or Eva of timm with a fixed image size.
-        sparsity: what is sparse; with nothing sparse the model is left untouched.
+        sparsity: what is sparse; with nothing sparse and nothing pruned the model is left untouched.
 
     Returns:
         The same object.
@@ -129,19 +152,66 @@ def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
             f"This model cannot be made sparse: {'; '.join(reasons)}.", f"Choose one of {SUPPORTED}."
         )
     vit = cast(Any, model)
-    grid = cast("tuple[int, int]", tuple(vit.patch_embed.grid_size))
-    sparse_layers = sparsity.sparse_layers(len(vit.blocks))
-    if not sparse_layers:
+    if sparsity.is_dense:
         return model
-    layout = sparsity.layout(grid[0] * grid[1], vit.num_prefix_tokens)
+    grid = cast("tuple[int, int]", tuple(vit.patch_embed.grid_size))
+    if sparsity.token_keep:
+        _check_pruning(vit)
+    counts = sparsity.layer_tokens(len(vit.blocks), grid[0] * grid[1], vit.num_prefix_tokens)
+    sparse_layers = sparsity.sparse_layers(len(vit.blocks))
     order = token_order(sparsity, grid)
     for number, block in enumerate(vit.blocks):
         if number in sparse_layers:
-            make_sparse(block.attn, sparsity, layout, vit.num_prefix_tokens)
+            patches, prefix = counts[number]
+            make_sparse(block.attn, sparsity, sparsity.layout(patches, prefix), prefix)
         else:
             make_dense(block.attn)
     vit.register_buffer("token_order", torch.from_numpy(order), persistent=False)
     vit.register_buffer("raster_order", torch.from_numpy(inverse(order)), persistent=False)
-    vit.sparsity = sparsity
     vit.__class__ = type(f"Sparse{type(model).__name__}", (SparseViTMixin, type(model)), {})
+    vit.sparsity = sparsity
+    set_budget(model, sparsity)
     return model
+
+
+def _check_pruning(vit: Any) -> None:
+    """Refuse to prune tokens where that is not possible."""
+    if isinstance(vit, Eva):
+        raise ConfigError(
+            "Tokens of a model with timm's Eva blocks cannot be pruned.",
+            "Leave --token-keep out, or choose a plain ViT.",
+        )
+    if vit.cls_token is None:
+        raise ConfigError("Tokens are ranked by a class token, and this model has none.", "Leave --token-keep out.")
+
+
+def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
+    """Give a sparse model, in place, another share of keys or tokens to keep; its parameters stay.
+
+    Args:
+        model: made by `make_model_sparse`.
+        sparsity: as the model's own but for `keep`, `token_keep` and `fuse_tokens`.
+
+    Raises:
+        ConfigError: the model cannot do that, or tile or cells exceed the patches that are left.
+    """
+    vit = cast(Any, model)
+    if sparsity.token_keep:
+        _check_pruning(vit)
+    counts = sparsity.layer_tokens(len(vit.blocks), vit.patch_embed.num_patches, vit.num_prefix_tokens)
+    if sparsity.preset == "paper" and counts != vit.sparsity.layer_tokens(len(vit.blocks), *counts[0]):
+        raise ConfigError("The published predictor is tied to its tokens.", "Give --token-keep to sparsify.")
+    layouts = {
+        number: sparsity.layout(*counts[number])
+        for number, block in enumerate(vit.blocks)
+        if isinstance(block.attn, SparseAttention)
+    }
+    for number, block in enumerate(vit.blocks):
+        if number in layouts:
+            block.attn.sparsity, block.attn.layout = sparsity, layouts[number]
+            block.attn.num_prefix = counts[number][1]
+        if counts[number + 1] == counts[number]:
+            make_whole(block)
+        else:
+            make_pruned(block, counts[number + 1][0], counts[number][1], sparsity.fuse_tokens)
+    vit.sparsity = sparsity

@@ -24,7 +24,7 @@ from sparsifiner_edge.artifacts import (
     sha256,
 )
 from sparsifiner_edge.config import SparsityConfig, default_cells
-from sparsifiner_edge.errors import ArtifactError, UnsupportedModelError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
 from sparsifiner_edge.sparse.calibrate import (
     Progress,
@@ -41,7 +41,7 @@ from sparsifiner_edge.sparse.models import (
     preprocessing,
     read_weights,
 )
-from sparsifiner_edge.sparse.patch import SUPPORTED, make_model_sparse, support_refusals
+from sparsifiner_edge.sparse.patch import SUPPORTED, make_model_sparse, set_budget, support_refusals
 
 MAX_CALIBRATION_PICTURES = 32
 CALIBRATION_SIDE = 16
@@ -57,12 +57,14 @@ class Student:
         name: timm's name.
         sparsity: what is sparse.
         provenance: where weights and projections came from.
+        labels: names of a classifier's classes, where its own are known.
     """
 
     model: Backbone
     name: str
     sparsity: SparsityConfig
     provenance: Mapping[str, Any]
+    labels: tuple[str, ...] = ()
 
     @property
     def img_size(self) -> int:
@@ -135,6 +137,8 @@ def sparsify(
     channels: int | None = None,
     cells: int | None = None,
     dense_layers: tuple[int, ...] = (),
+    token_keep: tuple[tuple[int, float], ...] = (),
+    fuse_tokens: bool = False,
     calibrate: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -145,8 +149,8 @@ def sparsify(
         output: folder to write; an earlier student there is replaced.
         weights: .safetensors or .pth with timm's key names; None lets timm download them.
         img_size: pixels along a side; None takes the model's own.
-        preset, keep, tile, probe, channels, cells, dense_layers: see `SparsityConfig`. None takes the preset's own;
-            for cells that is `default_cells`, for the paper's channels half the head dimension.
+        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens: see `SparsityConfig`. None
+            takes the preset's own; for cells that is `default_cells`, for the paper's channels half the head dimension.
         calibrate: folder of pictures to learn the predictor from; None takes the weights alone.
         progress: called with (done, total) pictures.
 
@@ -160,7 +164,8 @@ def sparsify(
     require_replaceable(target, "student")
     # Settings are checked before the weights are read: a typing mistake should not cost minutes.
     given = {"keep": keep, "tile": tile, "probe": probe, "channels": channels, "cells": cells}
-    settings = SparsityConfig.for_preset(preset, dense_layers=dense_layers, **given)
+    pruning = {"token_keep": token_keep, "fuse_tokens": fuse_tokens}
+    settings = SparsityConfig.for_preset(preset, dense_layers=dense_layers, **pruning, **given)
     if calibrate is not None:
         list_pictures(Path(calibrate))
     vit = load_model(model, Path(weights) if weights else None, img_size)
@@ -193,6 +198,7 @@ def save_student(student: Student, output: Path) -> Path:
         "model": student.name,
         "img_size": student.img_size,
         "num_classes": student.model.num_classes,
+        "labels": list(student.labels),
         "sparsity": student.sparsity.to_dict(),
         "provenance": dict(student.provenance),
     }
@@ -204,8 +210,13 @@ def save_student(student: Student, output: Path) -> Path:
     return output
 
 
-def load_student(folder: str | Path, img_size: int | None = None) -> Student:
-    """Read a student folder, optionally at another image size.
+def load_student(
+    folder: str | Path,
+    img_size: int | None = None,
+    keep: float | None = None,
+    token_keep: tuple[tuple[int, float], ...] | None = None,
+) -> Student:
+    """Read a student folder, optionally at another image size, or with other shares of keys and tokens than its own.
 
     Raises:
         ArtifactError: no student, corrupt, altered, or of a newer schema.
@@ -227,7 +238,31 @@ def load_student(folder: str | Path, img_size: int | None = None) -> Student:
     model = create(name, size if img_size is None else img_size, classes)
     make_model_sparse(model, sparsity)
     load_state(model, state, str(folder / WEIGHTS_FILE))
-    return Student(model, name, sparsity, provenance)
+    labels = tuple(str(label) for label in config.get("labels") or ())
+    if labels and len(labels) != classes:
+        raise ArtifactError(f"{origin} names {len(labels)} labels for {classes} classes.", "Make the student again.")
+    return with_budget(Student(model, name, sparsity, provenance, labels), keep, token_keep)
+
+
+def with_budget(
+    student: Student, keep: float | None = None, token_keep: tuple[tuple[int, float], ...] | None = None
+) -> Student:
+    """The student, its model changed in place, with another share of keys and tokens; None leaves its own.
+
+    Raises:
+        ConfigError: a share is out of range, or the student is dense, or shall be.
+    """
+    if keep is None and token_keep is None:
+        return student
+    given: dict[str, Any] = {name: x for name, x in (("keep", keep), ("token_keep", token_keep)) if x is not None}
+    if token_keep == ():
+        given["fuse_tokens"] = False
+    sparsity = dataclasses.replace(student.sparsity, **given)
+    if (sparsity.keep == 1) != (student.sparsity.keep == 1):
+        raise ConfigError("A sparse student cannot be made dense, nor a dense one sparse.", "Use `sparsify`.")
+    if not student.sparsity.is_dense:
+        set_budget(student.model, sparsity)
+    return dataclasses.replace(student, sparsity=sparsity)
 
 
 def load_dense(name: str, weights: Path | None = None, img_size: int | None = None) -> Student:

@@ -51,7 +51,7 @@ int main(int argc, char** argv) {
     const auto qkv = Read<float>(batch * tokens * 3 * heads * width);
     const Packed in{qkv.get(), batch, tokens, heads, width, h.scale};
     const size_t tiles = h.tile ? (tokens - h.prefix + h.tile - 1) / h.tile : 0;
-    const size_t listed = batch * heads * tiles * h.keys, size = batch * tokens * heads * width;
+    const size_t listed = batch * heads * tiles * h.keys, size = batch * tokens * (h.op == 3 ? 1 : heads * width);
     if (h.op == 2) {
       const auto proj_q = Read<float>(heads * width * h.channels), proj_k = Read<float>(heads * width * h.channels);
       std::unique_ptr<int32_t[]> lists(new int32_t[listed]);
@@ -69,6 +69,8 @@ int main(int argc, char** argv) {
       SparseAttention(in, lists.get(),
                       {size_t(h.prefix), size_t(h.prefix_keys), size_t(h.tile), size_t(h.cell), size_t(h.keys)},
                       output.get(), parallel);
+    } else if (h.op == 3) {
+      TokenScore(in, output.get(), parallel);
     } else {
       DenseAttention(in, output.get(), parallel);
     }

@@ -21,7 +21,7 @@ from tests.ops.matrix import Case, cases, check
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "sparsifiner_edge" / "ops" / "native"
-OPS = {"DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2}
+OPS = {"DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2, "TokenScore": 3}
 DISABLED = re.findall(r'"(HWY_DISABLED_TARGETS=[^"]*)"', (SOURCES / "CMakeLists.txt").read_text())[0]
 AARCH64 = Path(sys.prefix) / "aarch64"
 """Highway for AArch64, unpacked by `make aarch64`."""
@@ -57,7 +57,8 @@ def replay(command: list[str], made: list[tuple[Case, list[np.ndarray]]]) -> lis
     for case, inputs in made:
         batch, tokens, packed = inputs[0].shape
         select = case.op.name == "KeySelect"
-        shape: tuple[int, ...] = (batch, tokens, packed // 3)
+        score = case.op.name == "TokenScore"
+        shape: tuple[int, ...] = (batch, tokens) if score else (batch, tokens, packed // 3)
         if select:
             tiles = math.ceil(case.patches / case.attributes["tile"])
             shape = (batch, case.attributes["num_heads"], tiles, case.attributes["keys"])
@@ -119,7 +120,8 @@ def test_fuzzed_shapes_and_indices_under_sanitizers(sanitised: Path, target: str
         lists = rng.integers(-(2**31), 2**31, (1, heads, math.ceil(patches / tile), keys)).astype(np.int32)
         lists[..., ::2] %= patches
         dense = Case(OPERATORS["DenseAttention"], {"num_heads": heads, "scale": 0.2}, patches + prefix, 1)
-        made += [(select, spoiled), (attend, [spoiled[0], lists]), (dense, [spoiled[0]])]
+        score = Case(OPERATORS["TokenScore"], dense.attributes, patches + prefix, 1)
+        made += [(select, spoiled), (attend, [spoiled[0], lists]), (dense, [spoiled[0]]), (score, [spoiled[0]])]
     matrix.HEAD_DIM, matrix.CHANNELS = 8, 4
     for (case, _), got in zip(made, replay([str(sanitised), target], made), strict=True):
         if case.op.name == "KeySelect":

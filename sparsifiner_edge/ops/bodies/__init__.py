@@ -20,6 +20,7 @@ _BODIES = {
     "LandmarkKeySelect": select.landmark_key_select,
     "SparseAttention": attention.sparse_attention,
     "DenseAttention": attention.dense_attention,
+    "TokenScore": attention.token_score,
 }
 
 

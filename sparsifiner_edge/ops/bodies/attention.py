@@ -1,4 +1,4 @@
-"""Bodies of SparseAttention and DenseAttention."""
+"""Bodies of SparseAttention, DenseAttention and TokenScore."""
 
 from __future__ import annotations
 
@@ -204,4 +204,22 @@ def dense_attention(_: Structure) -> str:
         out_tokens = Transpose <perm = [0, 2, 1, 3]> (out)
         merge = Constant <value_ints: ints = [0, 0, -1]> ()
         output = Reshape (out_tokens, merge)
+"""
+
+
+def token_score(_: Structure) -> str:
+    """Lines of TokenScore; see the schema. One query needs no product of matrices, so keys are not transposed."""
+    return f"""{attribute("num_heads")}{attribute("scale", "float")}
+        heads_shape = Concat <axis = 0> (c0, c0, c3, a_num_heads, c_1)
+        packed = Reshape (qkv, heads_shape)
+        q_all = Slice (packed, c0, c1, c1)
+        q_class = Gather <axis = 2> (q_all, i0)
+        k_rows = Gather <axis = 2> (packed, i1)
+        q_single = Cast <to = 1> (q_class)
+        k_single = Cast <to = 1> (k_rows)
+        q_scaled = Mul (q_single, a_scale)
+        products = Mul (q_scaled, k_single)
+        logits = ReduceSum <keepdims = 0> (products, c3)
+        weights = Softmax <axis = 1> (logits)
+        scores = ReduceMean <keepdims = 0> (weights, c2)
 """

@@ -101,6 +101,46 @@ void DenseAttentionTarget(const Packed& in, float* output, const Parallel& paral
   parallel.For(in.batch * in.heads * job.groups, DenseGroup, &job);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// TokenScore: what the class token attends to.
+
+struct ScoreJob {
+  Packed in;
+  float* rows;  // [batch][heads][tokens]: each head's share of the mean
+};
+
+HWY_NOINLINE void ScoreHead(void* data, size_t item) {
+  const ScoreJob& job = *static_cast<const ScoreJob*>(data);
+  const Packed& in = job.in;
+  const D d;
+  const size_t head = item % in.heads, batch = item / in.heads;
+  float* weights = job.rows + item * in.tokens;
+  const auto at = [](size_t j) { return j; };
+  const float total = WeighOne(in.Queries(batch, head), in.Keys(batch, head), in.Row(), at, in.tokens, in.scale,
+                               in.width, weights);
+  const V share = hn::Set(d, 1.0f / (total * static_cast<float>(in.heads)));
+  for (size_t j = 0; j < in.tokens; j += kLanes) {
+    const size_t some = std::min(kLanes, in.tokens - j);
+    hn::StoreN(hn::Mul(share, hn::LoadN(d, weights + j, some)), d, weights + j, some);
+  }
+}
+
+void TokenScoreTarget(const Packed& in, float* output, const Parallel& parallel) {
+  ScoreJob job{in, nullptr};
+  job.rows = static_cast<float*>(SharedScratch().Reserve(in.batch * in.heads * in.tokens * sizeof(float)));
+  parallel.For(in.batch * in.heads, ScoreHead, &job);
+  const D d;
+  for (size_t b = 0; b < in.batch; ++b) {
+    const float* rows = job.rows + b * in.heads * in.tokens;
+    for (size_t j = 0; j < in.tokens; j += kLanes) {
+      const size_t some = std::min(kLanes, in.tokens - j);
+      V sum = hn::Zero(d);
+      for (size_t h = 0; h < in.heads; ++h) sum = hn::Add(sum, hn::LoadN(d, rows + h * in.tokens + j, some));
+      hn::StoreN(sum, d, output + b * in.tokens + j, some);
+    }
+  }
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace sparsifiner
 HWY_AFTER_NAMESPACE();
@@ -109,9 +149,14 @@ HWY_AFTER_NAMESPACE();
 namespace sparsifiner {
 
 HWY_EXPORT(DenseAttentionTarget);
+HWY_EXPORT(TokenScoreTarget);
 
 void DenseAttention(const Packed& in, float* output, const Parallel& parallel) {
   HWY_DYNAMIC_DISPATCH(DenseAttentionTarget)(in, output, parallel);
+}
+
+void TokenScore(const Packed& in, float* output, const Parallel& parallel) {
+  HWY_DYNAMIC_DISPATCH(TokenScoreTarget)(in, output, parallel);
 }
 
 }  // namespace sparsifiner

@@ -281,6 +281,35 @@ HWY_INLINE void PackRow(const float* HWY_RESTRICT from, size_t width, size_t str
   if (c < stride) hn::Store(hn::LoadN(d, from + c, width - c), d, to + c);
 }
 
+// One query against `count` keys at rows at(j): weights exp2(logit - highest), not yet normalised; returns their sum.
+// Lanes are channels.
+template <class At>
+HWY_INLINE float WeighOne(const float* HWY_RESTRICT query, const float* HWY_RESTRICT keys, size_t row, const At& at,
+                          size_t count, float scale, size_t width, float* HWY_RESTRICT weights) {
+  const D d;
+  const size_t whole = width / kLanes * kLanes;
+  float highest = kLowest;
+  for (size_t j = 0; j < count; ++j) {
+    const float* key = keys + at(j) * row;
+    V sum = hn::Zero(d);
+    for (size_t c = 0; c < whole; c += kLanes) sum = hn::MulAdd(hn::LoadU(d, query + c), hn::LoadU(d, key + c), sum);
+    if (whole < width) {
+      sum = hn::MulAdd(hn::LoadN(d, query + whole, width - whole), hn::LoadN(d, key + whole, width - whole), sum);
+    }
+    weights[j] = scale * kLog2e * hn::ReduceSum(d, sum);
+    highest = std::max(highest, weights[j]);
+  }
+  V total = hn::Zero(d);
+  for (size_t j = 0; j < count; j += kLanes) {
+    const size_t some = std::min(kLanes, count - j);
+    const V shifted = hn::Sub(hn::LoadN(d, weights + j, some), hn::Set(d, highest));
+    const V weight = hn::IfThenElseZero(hn::FirstN(d, some), Exp2(shifted));
+    total = hn::Add(total, weight);
+    hn::StoreN(weight, d, weights + j, some);
+  }
+  return hn::ReduceSum(d, total);
+}
+
 // Means over runs of `cell` rows of a head's keys or values: rows [patches] of `row` floats -> means [cells][stride].
 HWY_INLINE void CellMeans(const float* rows, size_t row, size_t patches, size_t cell, size_t width, size_t stride,
                           float* HWY_RESTRICT means) {

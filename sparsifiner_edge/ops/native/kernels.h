@@ -61,6 +61,9 @@ void SparseAttention(const Packed& in, const int32_t* indices, const SparseSetti
 void KeySelect(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
                int32_t* indices, const Parallel& parallel);
 
+// The class token's (token 0) row of the softmax, mean over the heads: output [batch, tokens].
+void TokenScore(const Packed& in, float* output, const Parallel& parallel);
+
 // Name of the instruction set that the kernels run on, such as "AVX3".
 const char* TargetName();
 

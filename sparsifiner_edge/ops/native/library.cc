@@ -90,6 +90,21 @@ struct DenseKernel {
   float scale;
 };
 
+struct ScoreKernel {
+  explicit ScoreKernel(const Ort::ConstKernelInfo& info)
+      : heads(WholeNumber(info, "num_heads", 1)), scale(Number(info, "scale")) {}
+
+  void Compute(const Ort::KernelContext& context, const Parallel& parallel) const {
+    const Packed in = Pack(context.GetInput(0), heads, 0, scale);
+    float* output = context.GetOutput(0, {static_cast<int64_t>(in.batch), static_cast<int64_t>(in.tokens)})
+                        .GetTensorMutableData<float>();
+    TokenScore(in, output, parallel);
+  }
+
+  size_t heads;
+  float scale;
+};
+
 struct SparseKernel {
   explicit SparseKernel(const Ort::ConstKernelInfo& info)
       : heads(WholeNumber(info, "num_heads", 1)), scale(Number(info, "scale")) {
@@ -228,12 +243,14 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
   static const Operator<SelectKernel> select("KeySelect", 3, kFloat, kInt);
   static const Operator<SparseKernel> sparse("SparseAttention", 2, kInt, kFloat);
   static const Operator<DenseKernel> dense("DenseAttention", 1, kFloat, kFloat);
+  static const Operator<ScoreKernel> score("TokenScore", 1, kFloat, kFloat);
   // The session refers to the domain as long as it lives; the operators never change.
   static Ort::CustomOpDomain domain("sparsifiner");
   static const bool filled = [] {
     domain.Add(&select);
     domain.Add(&sparse);
     domain.Add(&dense);
+    domain.Add(&score);
     return true;
   }();
   static_cast<void>(filled);

@@ -33,27 +33,7 @@ HWY_NOINLINE void AttendOne(const float* query, const float* keys, const float* 
                             float* HWY_RESTRICT output) {
   const D d;
   const auto at = [&](size_t j) -> size_t { return list == nullptr ? j : list->At(j); };
-  const size_t whole = width / kLanes * kLanes;
-  float highest = kLowest;
-  for (size_t j = 0; j < count; ++j) {
-    const float* key = keys + at(j) * row;
-    V sum = hn::Zero(d);
-    for (size_t c = 0; c < whole; c += kLanes) sum = hn::MulAdd(hn::LoadU(d, query + c), hn::LoadU(d, key + c), sum);
-    if (whole < width) {
-      sum = hn::MulAdd(hn::LoadN(d, query + whole, width - whole), hn::LoadN(d, key + whole, width - whole), sum);
-    }
-    weights[j] = scale * kLog2e * hn::ReduceSum(d, sum);
-    highest = std::max(highest, weights[j]);
-  }
-  V total = hn::Zero(d);
-  for (size_t j = 0; j < count; j += kLanes) {
-    const size_t some = std::min(kLanes, count - j);
-    const V shifted = hn::Sub(hn::LoadN(d, weights + j, some), hn::Set(d, highest));
-    const V weight = hn::IfThenElseZero(hn::FirstN(d, some), Exp2(shifted));
-    total = hn::Add(total, weight);
-    hn::StoreN(weight, d, weights + j, some);
-  }
-  const V share = hn::Set(d, 1.0f / hn::ReduceSum(d, total));
+  const V share = hn::Set(d, 1.0f / WeighOne(query, keys, row, at, count, scale, width, weights));
   for (size_t c = 0; c < width; c += kLanes) {
     const size_t some = std::min(kLanes, width - c);
     V even = hn::Zero(d), odd = hn::Zero(d);

@@ -1,0 +1,240 @@
+"""What a short distillation gives: fidelity on the eight photographs, accuracy on Fashion-MNIST, beside the teacher.
+
+    python benchmarks/accuracy.py train [--only edge] [--work FOLDER]     # at most 40 minutes each on 2 cores
+    python benchmarks/accuracy.py measure [--work FOLDER] [-o FOLDER]     # 12 minutes per model for Fashion-MNIST
+
+DINOv2 ViT-S/14 at 224 px with its real weights. Trainings see no label and none of the test pictures: Tux Paint's
+stamps (Debian: tuxpaint-stamps-default), the calibration pictures of `material.py`, and a thousand training pictures of
+Fashion-MNIST (Debian: dataset-fashion-mnist). Both parts go on where they were stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from fidelity_subject import weights_file
+from PIL import Image
+
+from sparsifiner_edge import material
+from sparsifiner_edge.cli.common import err_console, print_table, progress
+from sparsifiner_edge.config import parse_token_keep
+from sparsifiner_edge.distill.distill import distill_student
+from sparsifiner_edge.errors import PictureError
+from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe
+from sparsifiner_edge.evaluate.cosine import evaluate_student
+from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.sparse.student import sparsify
+
+SIZE, CELLS, TOKENS = 224, 16, "3:.7,6:.7,9:.7"
+KEEPS = (0.25, 0.1, 0.05)
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+FASHION_PICTURES, GALLERY = 1000, 5000
+REQUIRED = {"patches .25": (0.994, 0.997), "patches .1": (0.981, 0.988), "patches .05": (0.965, 0.978)}
+"""Cosine to the teacher: required, aimed at."""
+LARGEST_DROP = {"keep .10": (0.5, 0.2), "keep .10, tokens .7": (1.0, 0.5)}
+"""Points of accuracy: allowed, aimed at."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: how its student is made sparse, and what differs from the recipe."""
+
+    sparsify: dict[str, Any]
+    overrides: tuple[str, ...]
+
+
+RUNS = {
+    "edge": Run({"keep": 0.25, "cells": CELLS}, (f"budgets.token_keep={TOKENS}", "budgets.pruned=0.25")),
+    "paper": Run({"preset": "paper", "keep": 0.25}, ("budgets.keep=[0.25]",)),
+}
+
+
+def collect(folder: Path) -> Path:
+    """The pictures to train on."""
+    if folder.exists():
+        return folder
+    stamps = sorted(STAMPS.rglob("*.png"))
+    if not stamps:
+        raise PictureError(f"{STAMPS} holds no stamps.", "Debian, Ubuntu: apt-get install tuxpaint-stamps-default")
+    scratch = folder.with_suffix(".part")
+    scratch.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(stamps):
+        (scratch / f"stamp{number:04d}.png").symlink_to(path)
+    for path in material.calibration_pictures():
+        (scratch / path.name).symlink_to(path)
+    fashion = labelled(FASHION, "train").first(FASHION_PICTURES)
+    for number in range(len(fashion)):
+        Image.fromarray(fashion.load(number, 28)).save(scratch / f"fashion{number:04d}.png")
+    scratch.rename(folder)
+    return folder
+
+
+def calibration(folder: Path) -> Path:
+    """The eleven calibration pictures as a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in material.calibration_pictures():
+        if not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def untrained(work: Path, name: str) -> Path:
+    """The student before training."""
+    made = work / f"{name}-untrained"
+    if not made.exists():
+        calibrate = calibration(work / "calibration")
+        sparsify(
+            material.DINOV2, made, weights=weights_file(), img_size=SIZE, calibrate=calibrate, **RUNS[name].sparsify
+        )
+    return made
+
+
+def photographs(work: Path) -> Path:
+    """The eight photographs as a folder."""
+    folder = work / "photographs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in material.photographs():
+        if not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@click.group()
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/accuracy"), show_default=True)
+@click.option("--only", type=click.Choice(list(RUNS)), multiple=True, default=list(RUNS))
+@click.option("--set", "overrides", multiple=True, help="As of `sparsifiner-edge distill`.")
+def train(work: Path, only: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    """Train the students."""
+    pictures = collect(work / "pictures")
+    for name in only:
+        output = work / name
+        if output.exists():
+            continue
+        start = time.monotonic()
+        with progress() as bar:
+            task = bar.add_task(name, total=None)
+            summary = distill_student(
+                untrained(work, name),
+                pictures,
+                output,
+                overrides=(*RUNS[name].overrides, *overrides),
+                resume=(work / f"{name}.training" / "checkpoint.pt").exists(),
+                progress=lambda done, total, _, bar=bar, task=task: bar.update(task, completed=done, total=total),
+            )
+        minutes = (time.monotonic() - start) / 60
+        click.echo(f"{name}: {minutes:.1f} minutes, {json.dumps(summary['fidelity'])}, kept {summary['kept']}")
+
+
+def fidelity(work: Path, tell: Any) -> dict[str, Any]:
+    """Cosine on the eight photographs: untrained, trained, and where tokens are pruned too."""
+    teacher: dict[str, Any] = {"against": material.DINOV2, "weights": weights_file()}
+    rows = {}
+    for name in RUNS:
+        for stage, folder in (("untrained", work / f"{name}-untrained"), ("trained", work / name)):
+            if not folder.exists():
+                continue
+            budgets: list[dict[str, Any]] = [{"keep": keep} for keep in KEEPS]
+            budgets.append({"keep": 0.1, "token_keep": parse_token_keep(TOKENS)})
+            for budget in budgets if name == "edge" else [{"keep": 0.25}]:
+                label = f"{name}, {stage}, keep {budget['keep']:g}" + (", tokens .7" if "token_keep" in budget else "")
+                tell(label)
+                found = evaluate_student(folder, photographs(work), **teacher, **budget)
+                rows[label] = {
+                    "samples": found["samples"],
+                    "patches": found["statistics"]["patches_cosine"]["mean"],
+                    "classes": found["statistics"]["features_cosine"]["mean"],
+                }
+    return rows
+
+
+def features(work: Path, label: str, made: Path, pictures: Labelled, tell: Any) -> Any:
+    """Class features of labelled pictures, kept on disk."""
+    path = work / f"features-{label.replace(' ', '-').replace(',', '')}-{pictures.name.split()[-1]}.npy"
+    if path.exists():
+        return np.load(path)
+    rows = []
+    with open_session(made) as session:
+        for number in range(len(pictures)):
+            rows.append(session.infer({"image": pictures.load(number, SIZE)[None]})["features"][0])
+            if number % 100 == 0:
+                tell(f"{label}: {number} of {len(pictures)}")
+    np.save(path.with_suffix(".part.npy"), np.stack(rows))
+    path.with_suffix(".part.npy").rename(path)
+    return np.stack(rows)
+
+
+def fashion(work: Path, tell: Any) -> dict[str, Any]:
+    """Neighbours and linear probe on frozen features: teacher, keep .10, and keep .10 with token pruning."""
+    pruning = parse_token_keep(TOKENS)
+    sources = {
+        "teacher": (material.DINOV2, {"weights": weights_file(), "img_size": SIZE}),
+        "keep .10": (work / "edge", {"keep": 0.1, "token_keep": ()}),
+        "keep .10, tokens .7": (work / "edge", {"keep": 0.1, "token_keep": pruning}),
+    }
+    gallery, queries = labelled(FASHION, "train").first(GALLERY), labelled(FASHION, "test")
+    right: dict[str, dict[str, Any]] = {"knn": {}, "linear": {}}
+    for label, (source, options) in sources.items():
+        made = work / f"bundle-{label.replace(' ', '-').replace(',', '')}"
+        if not made.exists():
+            export_bundle(source, made, **options)
+        known, asked = (features(work, label, made, pictures, tell) for pictures in (gallery, queries))
+        for metric, fit in (("knn", fit_neighbours), ("linear", fit_probe)):
+            tell(f"{label}: {metric}")
+            right[metric][label] = fit(known, gallery.labels).predict(asked) == queries.labels
+    return {
+        metric: {
+            label: accuracy_statistics(ours, found["teacher"]) for label, ours in found.items() if label != "teacher"
+        }
+        for metric, found in right.items()
+    }
+
+
+@main.command()
+@click.option("--work", type=click.Path(path_type=Path), default=Path("build/accuracy"), show_default=True)
+@click.option("--fashion/--no-fashion", "with_fashion", default=True, help="Leave out Fashion-MNIST.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for accuracy.json.")
+def measure(work: Path, with_fashion: bool, output: Path | None) -> None:
+    """Measure what was trained."""
+    with err_console.status("") as status:
+        cosines = fidelity(work, status.update)
+        accuracies = fashion(work, status.update) if with_fashion else {}
+    rows = [[label, f"{x['patches']['value']:.4f}", f"{x['classes']['value']:.4f}"] for label, x in cosines.items()]
+    print_table("Cosine to the teacher, eight photographs, 224 px", ["", "patches", "class"], rows)
+    for metric, found in accuracies.items():
+        rows = [
+            [label, f"{x['teacher_percent']:.2f}", f"{x['subject_percent']:.2f}", _points(x["difference_points"])]
+            for label, x in found.items()
+        ]
+        print_table(f"Fashion-MNIST, {metric}, percent", ["", "teacher", "student", "difference"], rows)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        trained = {
+            name: json.loads((work / name / "config.json").read_text()) for name in RUNS if (work / name).exists()
+        }
+        subjects = [{"path": name, "sha256": config["weights_sha256"]} for name, config in trained.items()]
+        method = {"trainings": {name: config["provenance"]["training"] for name, config in trained.items()}}
+        samples = {label: row.pop("samples") for label, row in cosines.items()}
+        statistics = {"fidelity": cosines, "fashion": accuracies}
+        write_result(output / "accuracy.json", new_result("evaluation", subjects, method, samples, statistics))
+
+
+def _points(estimate: dict[str, Any]) -> str:
+    return f"{estimate['value']:+.2f} ({estimate['low']:+.2f} to {estimate['high']:+.2f})"
+
+
+if __name__ == "__main__":
+    main()

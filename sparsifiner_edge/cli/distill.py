@@ -1,0 +1,90 @@
+"""`sparsifiner-edge distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsifiner_edge.cli.common import err_console, json_option, output_option, print_json, progress, weights_option
+
+
+@click.command()
+@click.argument("student", type=click.Path(path_type=Path))
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="Folder of pictures; labels are not needed."
+)
+@click.option("--teacher", metavar="MODEL", help="timm's name; by default the student's own weights, if never trained.")
+@weights_option
+@click.option("--labels", is_flag=True, help="Also learn from labels: each class has a folder in --data.")
+@click.option("--dataset", metavar="NAME", help="A data set by timm's name, such as wds/..., with --data as its root.")
+@click.option("--held-out", type=click.Path(path_type=Path), help="Pictures that decide; by default some of --data.")
+@click.option("--recipe", default="cpu", show_default=True, help="cpu, imagenet-deit-s, or a TOML file.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Another value, such as distil.steps=500."
+)
+@click.option("--resume", is_flag=True, help="Go on where the last checkpoint of this output stands.")
+@click.option("--tensorboard", is_flag=True, help="Also write a history for TensorBoard.")
+@json_option
+@output_option("Student folder to write.")
+def command(
+    *,
+    student: Path,
+    data: Path,
+    teacher: str | None,
+    weights: Path | None,
+    labels: bool,
+    dataset: str | None,
+    held_out: Path | None,
+    recipe: str,
+    overrides: tuple[str, ...],
+    resume: bool,
+    tensorboard: bool,
+    as_json: bool,
+    output: Path,
+) -> None:
+    """Train STUDENT towards its dense teacher; the best on held-out pictures is written, the start included."""
+    import sparsifiner_edge
+
+    with progress() as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def step(done: int, total: int, losses: dict[str, float]) -> None:
+            bar.update(task, description=f"loss {losses['loss']:.4f}", completed=done, total=total)
+
+        summary = sparsifiner_edge.distill_student(
+            student,
+            data,
+            output,
+            teacher=teacher,
+            weights=weights,
+            labels=labels,
+            dataset=dataset,
+            held_out=held_out,
+            recipe=recipe,
+            overrides=overrides,
+            resume=resume,
+            tensorboard=tensorboard,
+            progress=step,
+        )
+    if as_json:
+        print_json(summary)
+    else:
+        print_summary(summary, output)
+
+
+def print_summary(summary: dict[str, Any], output: Path) -> None:
+    """What was kept, and what could not be read."""
+    found = summary["fidelity"]
+    if found:
+        click.echo(
+            f"{output}: {summary['kept']} of {summary['steps']} steps kept; cosine to the teacher on held-out pictures "
+            f"{found['best']:.4f}, untrained {found['start']:.4f}."
+        )
+    unreadable = summary["pictures"]["unreadable"]
+    if unreadable:
+        err_console.print(
+            f"{len(unreadable)} pictures could not be read and were skipped:", *unreadable[:10], sep="\n  "
+        )
+    click.echo(f"Next: sparsifiner-edge export {output} -o BUNDLE/")

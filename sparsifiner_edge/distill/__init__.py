@@ -1,0 +1,1 @@
+"""Distillation: a student learns from its teacher, on pictures, labelled or not."""

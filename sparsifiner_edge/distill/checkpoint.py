@@ -1,0 +1,65 @@
+"""What survives a training that is killed: one file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsifiner_edge.errors import ArtifactError
+
+CHECKPOINT, HISTORY = "checkpoint.pt", "history.jsonl"
+
+
+def save(folder: Path, content: dict[str, Any]) -> None:
+    """Replace the checkpoint in `folder`."""
+    scratch = folder / f"{CHECKPOINT}.part"
+    with scratch.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(folder / CHECKPOINT)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The checkpoint in `folder`; nothing in it is run.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        raise ArtifactError(f"{folder} holds no checkpoint to resume from.", "Leave --resume out to start.")
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is damaged: {str(error).splitlines()[0]}", f"Remove {folder}; start again."
+        ) from error
+    return content
+
+
+def append_history(folder: Path, entry: dict[str, Any]) -> None:
+    """One line of JSON more."""
+    with (folder / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def cut_history(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Drop what was written after `step`; the entries that stay. A line that was cut short goes too."""
+    path, kept = folder / HISTORY, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry["step"] <= step:
+            kept.append(entry)
+    scratch = path.with_suffix(".part")
+    scratch.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    scratch.replace(path)
+    return kept

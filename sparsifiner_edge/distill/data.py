@@ -1,0 +1,201 @@
+"""Pictures for training: any folder, or any data set that timm reads; what is drawn follows from the seed alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import timm.data
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms import v2
+
+from sparsifiner_edge.distill.recipe import Pictures
+from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.pictures import evenly, list_pictures, open_picture
+
+
+class Batch(NamedTuple):
+    """Pictures uint8 [B,3,S,S], labels int64 [B] (-1: none), their files, and files that could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    files: tuple[str, ...]
+    unreadable: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where pictures come from.
+
+    Attributes:
+        train: files, or a data set of timm. held_out: files that are not trained on.
+        labels: the class of each file, where a folder is labelled. classes: their names.
+        labelled: whether labels count.
+    """
+
+    train: Sequence[Path] | Any
+    held_out: tuple[Path, ...]
+    labels: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
+    labelled: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether a training resumes on the pictures that it began with."""
+        names = [str(p) for p in self.train] if isinstance(self.train, list) else [type(self.train).__name__]
+        text = "\n".join([*names, *map(str, self.labels), *(str(p) for p in self.held_out)])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+
+def folder_source(folder: Path, count: int, labelled: bool, held_out: Path | None) -> Source:
+    """Every picture below a folder, `count` of them evenly taken and held out unless a folder of them is given.
+
+    Args:
+        labelled: the name of the folder below `folder` is a picture's class.
+
+    Raises:
+        PictureError: no pictures, or too few.
+        ConfigError: labelled, and a picture lies in no folder of its own.
+    """
+    files = list_pictures(folder)
+    kept = list_pictures(held_out) if held_out is not None else evenly(files, min(count, max(1, len(files) // 5)))
+    kept = evenly(kept, count)
+    taken = set(kept)
+    train = [path for path in files if path not in taken]
+    if not train:
+        raise PictureError(f"{folder} holds {len(files)} pictures, all of which are held out.", "Give more pictures.")
+    if not labelled:
+        return Source(train, tuple(kept))
+    parts = [path.relative_to(folder).parts for path in train]
+    if folder.is_file() or any(len(part) < 2 for part in parts):
+        raise ConfigError(f"{folder} holds pictures in no folder of their class.", "Sort them, or leave --labels out.")
+    classes = sorted({part[0] for part in parts})
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = tuple(numbers[part[0]] for part in parts)
+    return Source(train, tuple(kept), labels, tuple(classes), labelled=True)
+
+
+def timm_source(name: str, root: Path, count: int, labelled: bool, held_out: Path | None) -> Source:
+    """A data set by timm's name, such as "wds/mine" or "hfds/..."; see timm's `create_dataset`.
+
+    Raises:
+        ConfigError: timm cannot make it, or nothing is held out.
+    """
+    try:
+        dataset = timm.data.create_dataset(name, root=str(root), split="train", is_training=True, batch_size=1)
+    # Each reader raises its own kinds of error; all mean that there is no such data set.
+    except Exception as error:
+        raise ConfigError(f"timm cannot read the data set {name!r} at {root}: {error}.", "Check both.") from error
+    if held_out is None:
+        raise ConfigError(f"The data set {name!r} has no pictures held out.", "Give a folder of some: --held-out DIR.")
+    return Source(dataset, tuple(evenly(list_pictures(held_out), count)), labelled=labelled)
+
+
+def augmentation(size: int, pictures: Pictures) -> v2.Transform:
+    """PIL picture -> uint8 [3,S,S]."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    if pictures.smallest_crop < 1:
+        crop: list[Any] = [
+            v2.RandomResizedCrop(size, (pictures.smallest_crop, 1.0), interpolation=bicubic, antialias=True)
+        ]
+    else:
+        crop = [v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size)]
+    return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if pictures.flip else []), v2.PILToTensor()])
+
+
+class Drawn(Dataset[tuple[Tensor, int, str, tuple[str, ...]]]):
+    """Endless passes over the pictures, each in an order of its own: item n is the n-th picture of the training."""
+
+    def __init__(self, source: Source, transform: Any, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int, str, tuple[str, ...]]:
+        count = len(self.source)
+        unreadable: list[str] = []
+        for further in range(count):  # an unreadable picture gives its place to the next one
+            index = self._index(number // count, (number + further) % count)
+            try:
+                picture, label, name = self._read(index)
+            except PictureError:
+                unreadable.append(self._name(index))
+                continue
+            return apply(self.transform, picture, self.seed + number), label, name, tuple(unreadable)
+        raise PictureError(f"None of the {count} pictures can be read.", f"Look at {unreadable[0]}, for instance.")
+
+    def _index(self, epoch: int, place: int) -> int:
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (epoch + 1))
+            self._order = (epoch, torch.randperm(len(self.source), generator=generator).tolist())
+        return self._order[1][place]
+
+    def _name(self, index: int) -> str:
+        train: Any = self.source.train
+        return str(train[index] if isinstance(train, list) else train.filename(index))
+
+    def _read(self, index: int) -> tuple[Any, int, str]:
+        train: Any = self.source.train
+        if isinstance(train, list):
+            label = self.source.labels[index] if self.source.labels else -1
+            return open_picture(train[index]), label, self._name(index)
+        try:
+            picture, label = train[index]
+        except Exception as error:  # whatever timm's reader raises
+            raise PictureError(f"Picture {index} of the data set cannot be read: {error}.") from error
+        return picture.convert("RGB"), int(label), self._name(index)
+
+
+def apply(transform: Any, picture: Any, seed: int) -> Tensor:
+    """A transform whose draws follow from `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(Tensor, transform(picture))
+
+
+class Streamed(IterableDataset[tuple[Tensor, int, str, tuple[str, ...]]]):
+    """A data set that can only be read on, again and again: WebDataset and the like, in timm's order."""
+
+    def __init__(self, source: Source, transform: Any) -> None:
+        self.source, self.transform = source, transform
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, str, tuple[str, ...]]]:
+        while True:
+            for number, (picture, label) in enumerate(self.source.train):
+                yield self.transform(picture.convert("RGB")), int(label), f"picture {number} of the stream", ()
+
+
+def collate(items: list[tuple[Tensor, int, str, tuple[str, ...]]]) -> Batch:
+    """Items -> a batch."""
+    images, labels, files, unreadable = zip(*items, strict=True)
+    return Batch(
+        torch.stack(images), torch.tensor(labels), files, tuple(name for names in unreadable for name in names)
+    )
+
+
+def batches(
+    source: Source, transform: Any, *, seed: int, batch: int, first: int, process: int, processes: int, workers: int
+) -> Iterator[Batch]:
+    """Endless batches of one process, from the `first` pass of all processes on.
+
+    Together the processes draw what one process would with batches as large as all of theirs.
+    """
+    shared: dict[str, Any] = {"num_workers": workers, "collate_fn": collate, "persistent_workers": workers > 0}
+    if isinstance(source.train, IterableDataset):
+        return iter(DataLoader(Streamed(source, transform), batch_size=batch, **shared))
+
+    def places() -> Iterator[list[int]]:
+        number = first
+        while True:
+            start = (number * processes + process) * batch
+            yield list(range(start, start + batch))
+            number += 1
+
+    return iter(DataLoader(Drawn(source, transform, seed), batch_sampler=cast(Any, places()), **shared))

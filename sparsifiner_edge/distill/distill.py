@@ -1,0 +1,177 @@
+"""`distill_student`: student, teacher and pictures -> a better student, never a worse one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.artifacts import require_replaceable, sha256
+from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.data import Source, folder_source, timm_source
+from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
+from sparsifiner_edge.distill.train import Progress, Training
+from sparsifiner_edge.errors import ConfigError, MissingExtraError
+from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
+
+
+def distill_student(
+    student: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    teacher: str | None = None,
+    weights: str | Path | None = None,
+    labels: bool = False,
+    dataset: str | None = None,
+    held_out: str | Path | None = None,
+    recipe: str = DEFAULT,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    tensorboard: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train a student towards its dense teacher and write the best that was found as a student folder.
+
+    "Best" is the mean cosine to the teacher's final tokens over pictures that are not trained on, at every budget of
+    the recipe; the untrained start is judged too, and kept where nothing was better. Meanwhile the folder
+    `<output>.training` holds a checkpoint and `history.jsonl`; the checkpoint goes when the student is written.
+
+    Run under `accelerate launch` it uses all its processes.
+
+    Args:
+        student: student folder.
+        data: folder of pictures, with or without folders by class; with `dataset`, the root of that data set.
+        output: student folder to write; an earlier student there is replaced.
+        teacher: timm's name; None: the student's own weights with dense attention, if it was never trained.
+        weights: of the teacher: .safetensors or .pth file; None lets timm download them.
+        labels: also learn from labels; for a classifier.
+        dataset: timm's name of a data set, such as "wds/..."; see timm's `create_dataset`.
+        held_out: folder of pictures that decide what is best; None takes some out of `data`.
+        recipe, overrides: see `read_recipe`.
+        resume: go on where the last checkpoint of this output stands.
+        tensorboard: also write the history to `<output>.training/tensorboard`.
+        progress: called with (step, steps, losses).
+
+    Returns:
+        What was trained and how it went, JSON-ready; the student's provenance holds the same.
+
+    Raises:
+        GateError: a loss is no number or exploded; the checkpoint stays.
+        SparsifinerError: unusable input; nothing is written.
+    """
+    target, folder = Path(output), Path(f"{output}.training")
+    require_replaceable(target, "student")
+    plan = read_recipe(recipe, overrides)
+    found = load_student(student)
+    if found.sparsity.is_dense:
+        raise ConfigError(f"{student} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
+    source = _source(Path(data), plan, found, labels, dataset, Path(held_out) if held_out else None)
+    dense = _teacher(found, teacher, Path(weights) if weights else None)
+    _prepare(folder, resume)
+    training = Training(found, dense, source, plan, folder)
+    if resume:
+        _restore(training, folder)
+    state = training.run(_recorded(folder, progress) if tensorboard else progress)
+    summary = {
+        "recipe": {"name": recipe, **plan.to_dict()},
+        "steps": state.step,
+        "kept": "the untrained start" if state.best_step == 0 else f"step {state.best_step}",
+        "fidelity": {"metric": "mean cosine of patches and class token, held-out pictures, all budgets"}
+        | {"start": state.fidelity[0], "best": state.fidelity[state.best_step]}
+        if state.fidelity
+        else {},
+        "teacher": {"name": dense.name, **dict(dense.provenance.get("weights", {}))},
+        "pictures": {
+            "trained on": len(source) if hasattr(source.train, "__len__") else "a stream",
+            "held out": [path.name for path in source.held_out],
+            "unreadable": sorted(state.unreadable),
+        },
+        "processes": training.accelerator.num_processes,
+        "from": {"student": str(student), "sha256": sha256(Path(student) / "config.json")},
+    }
+    if training.accelerator.is_main_process:
+        found.model.cpu().load_state_dict(state.best)
+        trained = dataclasses.replace(found, provenance={**found.provenance, "training": summary})
+        save_student(trained, target)
+        (folder / checkpoint.CHECKPOINT).unlink()
+    training.accelerator.end_training()
+    return summary
+
+
+def _source(
+    data: Path, plan: Recipe, student: Student, labels: bool, dataset: str | None, held_out: Path | None
+) -> Source:
+    classes = student.model.num_classes
+    if labels and not classes:
+        raise ConfigError(f"{student.name} has no classifier to learn labels.", "Leave --labels out.")
+    count = plan.pictures.held_out
+    if dataset is not None:
+        return timm_source(dataset, data, count, labels, held_out)
+    source = folder_source(data, count, labels, held_out)
+    if labels and len(source.classes) != classes:
+        raise ConfigError(
+            f"{data} holds {len(source.classes)} classes, the student knows {classes}.", "Give one folder per class."
+        )
+    return source
+
+
+def _teacher(student: Student, name: str | None, weights: Path | None) -> Student:
+    if name is None:
+        if weights is not None:
+            raise ConfigError("--weights are the teacher's, and none is named.", "Name it: --teacher MODEL.")
+        if "training" in student.provenance:
+            raise ConfigError(
+                "This student was trained: its weights are no longer its teacher's.",
+                "Name the teacher: --teacher MODEL --weights FILE.",
+            )
+        return dense_twin(student)
+    teacher = load_dense(name, weights, student.img_size)
+    if teacher.model.embed_dim != student.model.embed_dim:
+        raise ConfigError(
+            f"The teacher {name} is {teacher.model.embed_dim} channels wide, the student {student.model.embed_dim}.",
+            "Give a teacher of the student's architecture.",
+        )
+    return teacher
+
+
+def _prepare(folder: Path, resume: bool) -> None:
+    unfinished = (folder / checkpoint.CHECKPOINT).exists()
+    if unfinished and not resume:
+        raise ConfigError(
+            f"{folder} holds an unfinished training.", "Go on with --resume, or remove that folder to start again."
+        )
+    if not resume and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _restore(training: Training, folder: Path) -> None:
+    content = checkpoint.load(folder)
+    now, then = training.fingerprint(), content["fingerprint"]
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise ConfigError(
+                f"The training in {folder} began with other {name}: {then.get(name)}, now {value}.",
+                f"Give what it began with, or remove {folder} to start again.",
+            )
+    training.restore(content)
+
+
+def _recorded(folder: Path, progress: Progress | None) -> Progress:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("tensorboard", "train") from error
+    writer: Any = SummaryWriter(str(folder / "tensorboard"))
+
+    def record(step: int, steps: int, losses: dict[str, float]) -> None:
+        for name, value in losses.items():
+            writer.add_scalar(f"loss/{name}", value, step)
+        writer.flush()
+        if progress:
+            progress(step, steps, losses)
+
+    return record

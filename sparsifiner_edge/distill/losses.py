@@ -1,0 +1,106 @@
+"""What a student is held against, step by step."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsifiner_edge.distill.recipe import Losses
+from sparsifiner_edge.sparse.calibrate import observed, selection_loss
+from sparsifiner_edge.sparse.models import Backbone
+from sparsifiner_edge.sparse.patch import SparseViTMixin
+
+
+class Distiller(nn.Module):
+    """A student beside its teacher: pictures in, losses out, so that engines of parallel training can wrap it.
+
+    The teacher's attention is never materialised; of the student's, each layer holds some rows while its predictor's
+    loss is taken.
+
+    Attributes:
+        student: learns. teacher: does not, and is no part of this module's state.
+    """
+
+    def __init__(self, student: Backbone, teacher: Backbone, weights: Losses) -> None:
+        super().__init__()
+        self.student = student
+        self.weights = weights
+        object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None, generator: torch.Generator, reconstruct: bool
+    ) -> dict[str, Tensor]:
+        """Losses by name, unweighted.
+
+        Args:
+            images: normalised, [B,3,H,W]. labels: int64 [B], or None.
+            generator: draws the rows that the predictors are judged by.
+            reconstruct: the predictors alone learn, while all layers attend to everything.
+        """
+        selection: list[Tensor] = []
+
+        def watch(attention: Any, qkv: Tensor) -> None:
+            with torch.enable_grad(), torch.autocast(qkv.device.type, enabled=False):
+                selection.append(selection_loss(attention, qkv.float(), generator))
+
+        with observed(self.student, watch, densely=reconstruct):
+            if reconstruct:
+                with torch.no_grad():
+                    self.student(images)
+                return {"selection": torch.stack(selection).mean()}
+            tokens, positions = student_tokens(self.student, images)
+        losses = token_losses(self.student, cast(Backbone, self.teacher), images, tokens, positions, labels)
+        if selection:
+            losses["selection"] = torch.stack(selection).mean()
+        return losses
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum."""
+        return torch.stack([getattr(self.weights, name) * loss for name, loss in losses.items()]).sum()
+
+
+def student_tokens(student: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Final tokens [B,N,C], and where tokens are pruned the raster places [B,P] of the patches that are left."""
+    if isinstance(student, SparseViTMixin) and student.sparsity.token_keep:
+        return student.forward_tokens(images)
+    return student.forward_features(images), None
+
+
+def token_losses(
+    student: Backbone,
+    teacher: Backbone,
+    images: Tensor,
+    tokens: Tensor,
+    positions: Tensor | None,
+    labels: Tensor | None,
+) -> dict[str, Tensor]:
+    """Losses of final tokens and classes against the teacher's, each a mean."""
+    prefix = student.num_prefix_tokens
+    with torch.no_grad():
+        wanted = teacher.forward_features(images)
+        classes = teacher.forward_head(wanted) if student.num_classes and teacher.num_classes else None
+        wanted = at_positions(wanted, positions, prefix).float()
+    got = tokens.float()
+    apart = 1 - F.cosine_similarity(got, wanted, dim=-1)
+    losses = {"patches": apart[:, prefix:].mean(), "tokens": F.mse_loss(got, wanted)}
+    if prefix:
+        losses["classes"] = apart[:, :prefix].mean()
+    if student.num_classes and (classes is not None or labels is not None):
+        logits = student.forward_head(tokens).float()
+        if classes is not None:
+            want = classes.float().log_softmax(-1)
+            losses["logits"] = F.kl_div(logits.log_softmax(-1), want, reduction="batchmean", log_target=True)
+        if labels is not None:
+            losses["labels"] = F.cross_entropy(logits, labels)
+    return losses
+
+
+def at_positions(tokens: Tensor, positions: Tensor | None, prefix: int) -> Tensor:
+    """Tokens [B,N,C] -> the prefix and the patches at `positions` [B,P]; all where None."""
+    if positions is None:
+        return tokens
+    patches = torch.take_along_dim(tokens[:, prefix:], positions[..., None], 1)
+    return torch.cat([tokens[:, :prefix], patches], 1)

@@ -1,0 +1,303 @@
+"""The training itself: budgets, steps, judgements, checkpoints. Parallel processes are accelerate's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparsifiner_edge.config import SparsityConfig, parse_token_keep
+from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.data import Batch, Source, augmentation, batches
+from sparsifiner_edge.distill.losses import Distiller, at_positions, student_tokens
+from sparsifiner_edge.distill.recipe import Phase, Recipe
+from sparsifiner_edge.errors import GateError
+from sparsifiner_edge.pictures import load_picture
+from sparsifiner_edge.sparse.models import Backbone, normalise, preprocessing
+from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.student import Student
+
+Progress = Callable[[int, int, dict[str, float]], None]
+RECENT = 50
+"""Losses that an explosion is measured against."""
+
+
+@dataclasses.dataclass
+class State:
+    """Where a training stands.
+
+    Attributes:
+        step: steps done. fidelity: of each judgement, by step. best_step: of the best of them.
+        best: weights of the student then. unreadable: files, with no order.
+    """
+
+    step: int = 0
+    fidelity: dict[int, float] = dataclasses.field(default_factory=dict)
+    best_step: int = 0
+    best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    unreadable: set[str] = dataclasses.field(default_factory=set)
+
+
+class Training:
+    """A student, its teacher and their pictures, on the processes that accelerate was launched with."""
+
+    def __init__(self, student: Student, teacher: Student, source: Source, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.source, self.folder, self.sparsity = recipe, source, folder, student.sparsity
+        self.size, self.pre = student.img_size, preprocessing(student.model)
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.precision,
+            gradient_accumulation_steps=recipe.accumulate,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        teacher.model.to(self.accelerator.device)
+        distiller = Distiller(student.model, teacher.model, recipe.losses)
+        self.optimiser = torch.optim.AdamW(parameter_groups(student.model, recipe.weight_decay))
+        self.wrapped, self.optimiser = self.accelerator.prepare(distiller, self.optimiser)
+        self.distiller = cast(Distiller, self.accelerator.unwrap_model(self.wrapped))
+        decay = get_ema_multi_avg_fn(recipe.ema)
+        self.average = AveragedModel(self.distiller.student, multi_avg_fn=decay) if recipe.ema else None
+        self.state, self.recent = State(), list[float]()
+        self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
+        self.total = sum(steps for _, steps in self.phases)
+        self.held_out = self._held_out(teacher.model)
+
+    def _steps(self, phase: Phase) -> int:
+        if not phase.epochs:
+            return phase.steps
+        per_step: int = self.recipe.batch * self.recipe.accumulate * self.accelerator.num_processes
+        return max(1, math.ceil(phase.epochs * len(self.source) / per_step))
+
+    @torch.no_grad()
+    def _held_out(self, teacher: Backbone) -> list[tuple[Tensor, Tensor]]:
+        """Pictures that decide, and the teacher's tokens of them; judged by the first process alone."""
+        if not self.accelerator.is_main_process:
+            return []
+        images = (torch.from_numpy(load_picture(path, self.size))[None] for path in self.source.held_out)
+        prepared = [normalise(image, self.pre).to(self.accelerator.device) for image in images]
+        return [(image, teacher.forward_features(image)) for image in prepared]
+
+    def budgets(self) -> list[SparsityConfig]:
+        """What the student is judged at: every share of keys, with and without token pruning where that is learnt."""
+        given = self.recipe.budgets
+        keeps = given.keep or (self.sparsity.keep,)
+        if self.sparsity.keep == 1:
+            keeps = (1,)
+        configs = [dataclasses.replace(self.sparsity, keep=keep) for keep in keeps]
+        pruned = parse_token_keep(given.token_keep)
+        if pruned and not self.sparsity.token_keep:
+            configs += [dataclasses.replace(config, token_keep=pruned) for config in configs]
+        return configs
+
+    def budget(self, step: int) -> SparsityConfig:
+        """The budget of one step, drawn from the seed and the step alone."""
+        draw = random.Random(1_000_003 * self.recipe.seed + step)  # noqa: S311
+        choices = self.budgets()
+        whole = [c for c in choices if c.token_keep == self.sparsity.token_keep]
+        pruned = [c for c in choices if c.token_keep != self.sparsity.token_keep]
+        return draw.choice(pruned if pruned and draw.random() < self.recipe.budgets.pruned else whole)
+
+    def run(self, progress: Progress | None = None) -> State:
+        """Train from where the state stands to the end.
+
+        Raises:
+            GateError: a loss is no number, or has exploded.
+        """
+        if self.state.step == 0:
+            self._judge(0)
+            self._save()
+        stream = self._stream()
+        for step in range(self.state.step, self.total):
+            losses = self._step(step, stream)
+            self.state.step = step + 1
+            if self.accelerator.is_main_process:
+                checkpoint.append_history(self.folder, {"step": step + 1, **losses})
+            if (step + 1) % self.recipe.check_every == 0 or step + 1 == self.total:
+                self._judge(step + 1)
+            if (step + 1) % self.recipe.save_every == 0 or step + 1 == self.total:
+                self._save()
+            if progress:
+                progress(step + 1, self.total, losses)
+        return self.state
+
+    def _stream(self) -> Iterator[Batch]:
+        return batches(
+            self.source,
+            augmentation(self.size, self.recipe.pictures),
+            seed=self.recipe.seed,
+            batch=self.recipe.batch,
+            first=self.state.step * self.recipe.accumulate,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            workers=self.recipe.pictures.workers,
+        )
+
+    def _step(self, step: int, stream: Iterator[Batch]) -> dict[str, float]:
+        """One step of the optimiser; mean losses over passes and processes."""
+        done, phase = 0, self.phases[0]
+        for phase in self.phases:
+            if step < done + phase[1]:
+                break
+            done += phase[1]
+        self._set_rates(phase[0], (step - done + 1) / phase[1])
+        set_budget_of(self.distiller.student, self.budget(step))
+        torch.manual_seed(self.recipe.seed + step)
+        sums: dict[str, float] = {}
+        for number in range(self.recipe.accumulate):
+            batch = next(stream)
+            self.state.unreadable.update(batch.unreadable)
+            generator = torch.Generator().manual_seed(self.recipe.accumulate * step + number)
+            with self.accelerator.accumulate(self.wrapped):
+                losses = self.wrapped(*self._inputs(batch), generator, phase[0] is self.recipe.reconstruct)
+                total = self.distiller.total(losses)
+                self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), batch)
+                self.accelerator.backward(total)
+                if self.accelerator.sync_gradients:
+                    self._clip(step, batch)
+                self.optimiser.step()
+                self.optimiser.zero_grad()
+            for name, loss in {"loss": total, **losses}.items():
+                mean = self.accelerator.reduce(loss.detach(), "mean")
+                sums[name] = sums.get(name, 0.0) + float(mean) / self.recipe.accumulate
+        if self.average is not None:
+            self.average.update_parameters(self.distiller.student)
+        self.recent = [*self.recent[1 - RECENT :], sums["loss"]]
+        return sums
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        images = normalise(batch.images.permute(0, 2, 3, 1), self.pre).to(self.accelerator.device)
+        return images, batch.labels.to(self.accelerator.device) if self.source.labelled else None
+
+    def _check(self, step: int, loss: float, batch: Batch) -> None:
+        exploded = len(self.recent) == RECENT and loss > self.recipe.explosion * statistics.median(self.recent)
+        if not math.isfinite(loss) or exploded:
+            self._stop(step, f"the loss is {loss:g}", batch)
+
+    def _stop(self, step: int, what: str, batch: Batch) -> None:
+        files = ", ".join(batch.files)
+        raise GateError(
+            f"Training stopped at step {step + 1}: {what}. Pictures of the batch: {files}.",
+            f"The last good checkpoint, of step {self._saved}, is in {self.folder}; go on with --resume and a lower "
+            "learning rate, or without those pictures.",
+        )
+
+    def _clip(self, step: int, batch: Batch) -> None:
+        """Cut the gradients of backbone and predictor apart: those of the predictor are much larger."""
+        norms = []
+        for group in self.optimiser.param_groups[::2], self.optimiser.param_groups[1::2]:
+            parameters = [p for part in group for p in part["params"] if p.grad is not None]
+            if parameters:
+                limit = self.recipe.clip or math.inf
+                norms.append(float(self.accelerator.clip_grad_norm_(parameters, limit)))
+        # A scaler of fp16 gradients skips steps that overflow, by itself.
+        if self.accelerator.scaler is None and not all(math.isfinite(norm) for norm in norms):
+            self._stop(step, "a gradient is no number", batch)
+
+    def _set_rates(self, phase: Phase, share: float) -> None:
+        if share <= phase.warmup:
+            factor = share / phase.warmup
+        else:
+            left = 0.5 + 0.5 * math.cos(math.pi * (share - phase.warmup) / (1 - phase.warmup + 1e-9))
+            factor = phase.final + (1 - phase.final) * left
+        for group in self.optimiser.param_groups:
+            group["lr"] = factor * (phase.predictor_learning_rate if group["predictor"] else phase.learning_rate)
+
+    def _judge(self, step: int) -> None:
+        """Mean patch and class cosine to the teacher over held-out pictures and budgets; the best weights are kept."""
+        if self.accelerator.is_main_process:
+            model = cast(nn.Module, self.average.module if self.average is not None else self.distiller.student)
+            found = fidelity(cast(Backbone, model), self.held_out, self.budgets())
+            if not math.isfinite(found):
+                if step == 0:
+                    raise GateError("The student's tokens of held-out pictures are no numbers.", "Look at its weights.")
+                found = -1.0
+            self.state.fidelity[step] = found
+            if self.state.fidelity[step] >= max(self.state.fidelity.values()):
+                self.state.best_step = step
+                self.state.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            checkpoint.append_history(self.folder, {"step": step, "fidelity": self.state.fidelity[step]})
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        self._saved = self.state.step
+        if self.accelerator.is_main_process:
+            content = {
+                "fingerprint": self.fingerprint(),
+                "student": self.distiller.student.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "recent": self.recent,
+                "state": dataclasses.asdict(self.state) | {"unreadable": sorted(self.state.unreadable)},
+            }
+            checkpoint.save(self.folder, content)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Take up a checkpoint."""
+        self.distiller.student.load_state_dict(content["student"])
+        self.optimiser.load_state_dict(content["optimiser"])
+        if self.average is not None:
+            self.average.load_state_dict(content["average"])
+        self.recent = content["recent"]
+        self.state = State(**(content["state"] | {"unreadable": set(content["state"]["unreadable"])}))
+        self._saved = self.state.step
+        if self.accelerator.is_main_process:
+            checkpoint.cut_history(self.folder, self.state.step)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a training to be resumed; learning rates and limits may change."""
+        recipe = self.recipe
+        return {
+            "pictures": self.source.fingerprint,
+            "sparsity": str(self.sparsity),
+            "seed": recipe.seed,
+            "pictures per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
+            "steps": self.total,
+            "ema": bool(recipe.ema),
+        }
+
+
+def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Backbone and predictor in turn: matrices, which decay, then the rest; the predictor never decays."""
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": decay, "predictor": False},
+        {"params": [], "weight_decay": 0.0, "predictor": True},
+        {"params": [], "weight_decay": 0.0, "predictor": False},
+    ]
+    for name, parameter in model.named_parameters():
+        if ".attn.select." in name:
+            groups[1]["params"].append(parameter)
+        else:
+            groups[0 if parameter.ndim > 1 and "pos_embed" not in name else 2]["params"].append(parameter)
+    return groups
+
+
+def set_budget_of(model: Backbone, sparsity: SparsityConfig) -> None:
+    """`set_budget`, where there is anything to set."""
+    if not sparsity.is_dense:
+        set_budget(model, sparsity)
+
+
+@torch.no_grad()
+def fidelity(model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]) -> float:
+    """Mean cosine of patch tokens and of the tokens before them to the teacher's, over pictures and budgets."""
+    values, before, prefix = [], getattr(model, "sparsity", None), model.num_prefix_tokens
+    for sparsity in budgets:
+        set_budget_of(model, sparsity)
+        for image, wanted in held_out:
+            tokens, positions = student_tokens(model, image)
+            cosine = torch.cosine_similarity(tokens, at_positions(wanted, positions, prefix), dim=-1)[0]
+            values.append(float(cosine[prefix:].mean()))
+            if prefix:
+                values.append(float(cosine[:prefix].mean()))
+    if before is not None:
+        set_budget_of(model, before)
+    return statistics.fmean(values)

@@ -1,0 +1,201 @@
+"""Classification: nearest neighbours and linear probes on frozen features, and top-1 of a classifier; subject and
+teacher answer the same queries, and the difference comes with a paired interval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparsifiner_edge.artifacts import kind_of, require_replaceable
+from sparsifiner_edge.errors import ConfigError, MissingExtraError
+from sparsifiner_edge.evaluate.extract import Extractor, Progress, open_subject, open_teacher
+from sparsifiner_edge.evaluate.labelled import Labelled, labelled
+from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.results import new_result
+from sparsifiner_edge.sparse.student import load_student, save_student
+
+Array = npt.NDArray[Any]
+NEIGHBOURS = 20
+GALLERY = 5000
+METRICS = ("knn", "linear", "top1")
+
+
+def evaluate_classes(
+    subject: str | Path,
+    data: str | Path,
+    *,
+    metric: str,
+    gallery: str | Path | None = None,
+    gallery_size: int = GALLERY,
+    queries: int | None = None,
+    against: str | Path | None = None,
+    weights: str | Path | None = None,
+    keep: float | None = None,
+    token_keep: tuple[tuple[int, float], ...] | None = None,
+    head: str | Path | None = None,
+    backend: str = "onnxruntime",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Accuracy of a student or bundle beside its teacher's.
+
+    Args:
+        subject: student or bundle folder.
+        data: queries: a folder with one folder per class, or "fashion-mnist" (its test pictures).
+        metric: "knn": the class of most of the 20 nearest gallery features by cosine. "linear": logistic regression on
+            the gallery's features. "top1": the classifier's own answer.
+        gallery: for knn and linear: labelled pictures; with "fashion-mnist" its training pictures are the default.
+        gallery_size, queries: at most so many pictures, evenly taken; None takes all.
+        against, weights, keep, token_keep, backend: see `evaluate_student`.
+        head: for linear: student folder to write, the subject with the probe as its classifier.
+        progress: called with (done, total) pictures.
+
+    Returns:
+        A result of kind "evaluation": `samples` say of each query whether subject and teacher were right;
+        `statistics` hold the accuracies in percent, and the difference in points with a paired 95 % bootstrap interval.
+
+    Raises:
+        ConfigError: no gallery, sizes or classes differ, no classifier.
+        SparsifinerError: subject, teacher or pictures are unusable.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
+    asked = labelled(data, "test").first(queries)
+    known = None if metric == "top1" else _gallery(data, gallery, gallery_size, asked)
+    if head is not None:
+        _check_head(Path(subject), Path(head), metric)
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(open_subject(Path(subject), backend, keep, token_keep))
+        teacher = stack.enter_context(open_teacher(Path(subject), against, weights, ours.size, backend))
+        sides = {"subject": ours, "teacher": teacher}
+        total = len(sides) * (len(asked) + (len(known) if known is not None else 0))
+        count = _Count(progress, total)
+        found = {role: _answers(side, metric, asked, known, count) for role, side in sides.items()}
+    right = {role: answers == asked.labels for role, (answers, _) in found.items()}
+    if head is not None:
+        write_head(Path(subject), found["subject"][1], asked.classes, Path(head))
+    method = {
+        "metric": {"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}[metric],
+        "queries": f"{len(asked)} of {asked.name}",
+        "gallery": f"{len(known)} of {known.name}" if known is not None else "none",
+        "classes": list(asked.classes),
+        "preprocessing": f"centre square, bicubic to {ours.size} px",
+        "runtime": {"subject": ours.runtime, "teacher": teacher.runtime},
+    }
+    return new_result(
+        "evaluation",
+        [{"role": "subject"} | ours.about, {"role": "teacher"} | teacher.about],
+        method,
+        {f"{role}_right": values.astype(int).tolist() for role, values in right.items()},
+        accuracy_statistics(right["subject"], right["teacher"]),
+    )
+
+
+class _Count:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _gallery(data: str | Path, gallery: str | Path | None, size: int, asked: Labelled) -> Labelled:
+    if gallery is None:
+        if str(data) != "fashion-mnist":
+            raise ConfigError("Neighbours and probes need labelled pictures.", "Give some: --gallery DIR.")
+        gallery = data
+    return labelled(gallery, "train", asked.classes).first(size)
+
+
+def _answers(
+    side: Extractor, metric: str, asked: Labelled, known: Labelled | None, count: Callable[[], None]
+) -> tuple[Array, Any]:
+    """Classes that one side gives, and what was fitted to give them."""
+    if known is None:
+        logits = _outputs(side, asked, "logits", count)
+        if logits.shape[1] != len(asked.classes):
+            raise ConfigError(
+                f"The classifier knows {logits.shape[1]} classes, the pictures have {len(asked.classes)}.",
+                "Give one folder per class, in the order of the classifier's labels.",
+            )
+        return np.asarray(logits.argmax(1)), None
+    features, queries = (_outputs(side, pictures, "features", count) for pictures in (known, asked))
+    fitted = fit_neighbours(features, known.labels) if metric == "knn" else fit_probe(features, known.labels)
+    return np.asarray(fitted.predict(queries)), fitted
+
+
+def _outputs(side: Extractor, pictures: Labelled, name: str, count: Callable[[], None]) -> Array:
+    rows = []
+    for index in range(len(pictures)):
+        outputs = side.extract(pictures.load(index, side.size)[None])
+        if name not in outputs:
+            raise ConfigError(f"{side.about['path']} has no {name}.", "Choose another metric, or a classifier.")
+        rows.append(outputs[name][0])
+        count()
+    return np.stack(rows)
+
+
+def fit_neighbours(features: Array, labels: Array) -> Any:
+    """The nearest of features [n,C] by cosine (scikit-learn)."""
+    try:
+        from sklearn.neighbors import KNeighborsClassifier
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "train") from error
+    return KNeighborsClassifier(min(NEIGHBOURS, len(features)), metric="cosine").fit(features, labels)
+
+
+def fit_probe(features: Array, labels: Array) -> Any:
+    """Logistic regression on standardised features [n,C] (scikit-learn)."""
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise MissingExtraError("scikit-learn", "train") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 300 steps decide the same
+        return make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=300)).fit(features, labels)
+
+
+def accuracy_statistics(ours: Array, teacher: Array) -> dict[str, Any]:
+    """Accuracies in percent, and the difference in points."""
+    difference = 100.0 * (ours.astype(float) - teacher.astype(float))
+    picks = np.random.default_rng(0).integers(0, len(ours), size=(2000, len(ours)))
+    low, high = (float(x) for x in np.quantile(difference[picks].mean(1), [0.025, 0.975]))
+    paired = stats.estimate(float(difference.mean()), low, high, "paired bootstrap over queries")
+    return {
+        "subject_percent": 100.0 * float(ours.mean()),
+        "teacher_percent": 100.0 * float(teacher.mean()),
+        "difference_points": paired,
+        "queries": len(ours),
+    }
+
+
+def _check_head(subject: Path, head: Path, metric: str) -> None:
+    if metric != "linear" or kind_of(subject) != "student":
+        raise ConfigError("A head is written for a student's linear probe.", "Use --metric linear, and a student.")
+    require_replaceable(head, "student")
+
+
+def write_head(subject: Path, fitted: Any, classes: tuple[str, ...], output: Path) -> Path:
+    """The student `subject` with a linear probe of its features as its classifier, as a student folder."""
+    scaler, regression = (step for _, step in fitted.steps)
+    student = load_student(subject)
+    student.model.reset_classifier(len(classes))
+    weight = regression.coef_ / scaler.scale_
+    layer: Any = student.model.head
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(regression.intercept_ - weight @ scaler.mean_))
+    return save_student(dataclasses.replace(student, labels=classes), output)

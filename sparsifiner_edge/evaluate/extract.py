@@ -1,0 +1,127 @@
+"""What turns pictures into features: a student in torch, or a bundle on a backend; subjects and their teachers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+import torch
+
+from sparsifiner_edge.artifacts import STUDENT_FILE, bundle_hash, field, kind_of, open_bundle, picture_size, sha256
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.metrics import POSITIONS
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.sparse.models import normalise, preprocessing
+from sparsifiner_edge.sparse.patch import SparseViTMixin
+from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
+
+Array = npt.NDArray[Any]
+Progress = Callable[[int, int], None]
+
+
+class Extractor(NamedTuple):
+    """Something that turns pictures uint8 [1,S,S,3] into features.
+
+    Attributes:
+        extract: -> {"features": [1,C], and where the source has them "logits": [1,classes], "tokens": [1,N,C], patches
+            in raster order, and with pruned tokens "token_positions": [1,P], the raster places of those that are left}.
+        size: S. prefix: tokens that are no patches. about: how a result names it. runtime: what ran it.
+    """
+
+    extract: Callable[[Array], dict[str, Array]]
+    size: int
+    prefix: int
+    about: dict[str, Any]
+    runtime: dict[str, Any]
+
+
+@contextlib.contextmanager
+def open_subject(
+    folder: Path,
+    backend: str,
+    keep: float | None = None,
+    token_keep: tuple[tuple[int, float], ...] | None = None,
+) -> Iterator[Extractor]:
+    """A student or bundle; `keep` and `token_keep` are other budgets than a student's own.
+
+    Raises:
+        ConfigError: it is neither, or a bundle is given another budget.
+    """
+    kind = kind_of(folder)
+    if kind == "bundle":
+        if keep is not None or token_keep is not None:
+            raise ConfigError("What a bundle keeps is fixed.", "Give --keep and --token-keep to export.")
+        with _bundle(folder, backend) as extractor:
+            yield extractor
+    elif kind == "student":
+        student = load_student(folder, keep=keep, token_keep=token_keep)
+        yield _torch(student, {"path": str(folder), "sha256": sha256(folder / STUDENT_FILE)})
+    else:
+        raise ConfigError(f"{folder} is neither a student nor a bundle.", "Give a folder made by sparsify or export.")
+
+
+@contextlib.contextmanager
+def open_teacher(
+    subject: Path, against: str | Path | None, weights: str | Path | None, size: int, backend: str
+) -> Iterator[Extractor]:
+    """The dense teacher: a bundle, a timm model, or (None) the subject's own weights with dense attention.
+
+    Raises:
+        ConfigError: there is none, because the subject is a bundle or was trained.
+    """
+    if against is None:
+        if kind_of(subject) != "student":
+            raise ConfigError("A bundle does not hold its teacher.", "Name it: --against MODEL --weights FILE.")
+        student = load_student(subject)
+        if "training" in student.provenance:
+            raise ConfigError(
+                "This student was trained: its weights are no longer its teacher's.",
+                "Name the teacher: --against MODEL --weights FILE.",
+            )
+        about = {"path": f"{student.name} (the student's weights, dense attention)", "sha256": "as the subject"}
+        yield _torch(dense_twin(student), about)
+    elif Path(against).is_dir():
+        with _bundle(Path(against), backend) as extractor:
+            yield extractor
+    else:
+        path = Path(weights) if weights else None
+        dense = load_dense(str(against), path, size)
+        about = {"path": str(against), "sha256": sha256(path) if path else "timm hub"}
+        yield _torch(dense, about)
+
+
+def _torch(student: Student, about: dict[str, Any]) -> Extractor:
+    model = student.model.eval()
+    pre = preprocessing(model)
+
+    @torch.no_grad()
+    def extract(image: Array) -> dict[str, Array]:
+        pixels, outputs = normalise(torch.from_numpy(image), pre), {}
+        if isinstance(model, SparseViTMixin) and model.sparsity.token_keep:
+            tokens, outputs[POSITIONS] = model.forward_tokens(pixels)
+        else:
+            tokens = model.forward_features(pixels)
+        outputs |= {"features": model.forward_head(tokens, pre_logits=True), "tokens": tokens}
+        if model.num_classes:
+            outputs["logits"] = model.forward_head(tokens)
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    runtime = {"backend": f"torch {torch.__version__}", "precision": "fp32", "threads": torch.get_num_threads()}
+    return Extractor(extract, student.img_size, int(model.num_prefix_tokens), {"name": student.name} | about, runtime)
+
+
+@contextlib.contextmanager
+def _bundle(folder: Path, backend: str) -> Iterator[Extractor]:
+    manifest = open_bundle(folder)
+    with open_session(folder, backend) as session:
+
+        def extract(image: Array) -> dict[str, Array]:
+            return session.infer({"image": image})
+
+        about = {"path": str(folder), "sha256": bundle_hash(folder), "name": field(manifest, folder, "name", str)}
+        size = picture_size(manifest, folder)
+        prefix = field(manifest, folder, "tokens.prefix", int)
+        yield Extractor(extract, size, prefix, about, session.description)

@@ -1,0 +1,95 @@
+"""Token pruning in the way of EViT (ICLR 2022, section 3): after a layer's attention and before its MLP, the patch
+tokens that the class token attends to least are removed, or fused into one that joins the prefix.
+
+Tokens are really removed: every later layer sees fewer. The order of those that stay is kept, so that runs of
+consecutive tokens remain compact.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.ops import torch as ops
+
+
+class PrunedBlock(Block):  # type: ignore[misc]  # timm carries no types
+    """Modifications of timm's `Block`: tokens are removed between attention and MLP.
+
+    Attributes:
+        kept: patch tokens that go on. prefix: tokens before the patches on entry. fuse: see `SparsityConfig`.
+    """
+
+    kept: int
+    prefix: int
+    fuse: bool
+
+    def forward_pruned(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B,N,C] and the patches' places [B,P] -> x [B,N',C] and the places [B,P'] of those that are left."""
+        attention = cast(Any, self.attn)
+        normed = self.norm1(x)
+        qkv = attention.packed(normed)
+        x = x + self.drop_path1(self.ls1(attention.merged(normed, attention.attend(qkv))))
+        x, positions = prune(x, self.scores(qkv), positions, kept=self.kept, prefix=self.prefix, fuse=self.fuse)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x, positions
+
+    def scores(self, qkv: Tensor) -> Tensor:
+        """What the class token attends to: qkv [B,N,3C] -> float32 [B,N]."""
+        attention = cast(Any, self.attn)
+        return ops.token_score(qkv, num_heads=attention.num_heads, scale=attention.scale)
+
+
+def prune(x: Tensor, scores: Tensor, positions: Tensor, *, kept: int, prefix: int, fuse: bool) -> tuple[Tensor, Tensor]:
+    """Keep the `kept` patches with the highest scores, in their order.
+
+    Args:
+        x: tokens [B,N,C], `prefix` of which come before the patches.
+        scores: [B,N], see `ops.token_score`. positions: places of the patches, [B,P].
+        fuse: add the mean of what is dropped, weighted by its scores, to the end of the prefix.
+
+    Returns:
+        Tokens [B, prefix (+ 1) + kept, C] and places [B,kept].
+    """
+    patches, weights = x[:, prefix:], scores[:, prefix:]
+    winners = ops.top_tokens(weights, kept)
+    # One gather of whole rows from all pictures: one along an axis would need an index for every channel.
+    rows = (winners + patches.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]).flatten()
+
+    def taken(values: Tensor) -> Tensor:
+        found: Tensor = values.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, kept))
+        return found
+
+    left, parts = taken(patches), [x[:, :prefix]]
+    if fuse:
+        own = taken(weights)
+        dropped = (weights[:, None] @ patches.float() - own[:, None] @ left.float()).to(x.dtype)
+        share = (weights.sum(-1) - own.sum(-1)).clamp_min(torch.finfo(torch.float32).tiny)
+        parts.append(dropped / share[:, None, None].to(x.dtype))
+    return torch.cat([*parts, left], 1), taken(positions)
+
+
+def make_pruned(block: Any, kept: int, prefix: int, fuse: bool) -> None:
+    """Turn a block of timm, in place, into a `PrunedBlock`.
+
+    Raises:
+        ConfigError: it is another kind of block.
+    """
+    if not isinstance(block, PrunedBlock):
+        if type(block) is not Block:
+            raise ConfigError(
+                f"Tokens cannot be pruned in a {type(block).__name__}.",
+                "Leave --token-keep out, or choose a plain ViT.",
+            )
+        block.__class__ = PrunedBlock
+    block.kept, block.prefix, block.fuse = kept, prefix, fuse
+
+
+def make_whole(block: Any) -> None:
+    """Undo `make_pruned`."""
+    if isinstance(block, PrunedBlock):
+        block.__class__ = Block

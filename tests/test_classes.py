@@ -1,0 +1,159 @@
+"""Accuracy beside the teacher: neighbours, linear probe, classifier; folders and Fashion-MNIST's own format."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.camera.stills import run_pictures
+from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.evaluate.classes import accuracy_statistics, evaluate_classes
+from sparsifiner_edge.evaluate.labelled import FASHION_CLASSES, labelled
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.results import check_result
+from sparsifiner_edge.sparse.student import load_student, save_student
+from tests.commands import assert_refused, call
+from tests.models import student, vit
+
+COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
+
+
+def colours(folder: Path, count: int, seed: int) -> Path:
+    """Pictures of three classes that any model can tell apart."""
+    rng = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.clip(rng.normal(colour, 30, (48, 48, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("classes")
+    save_file(vit(num_classes=0).state_dict(), folder / "w.safetensors")
+    return {
+        "student": save_student(student(num_classes=0), folder / "student"),
+        "bundle": export_bundle(folder / "student", folder / "bundle"),
+        "weights": folder / "w.safetensors",
+        "gallery": colours(folder / "gallery", 15, 0),
+        "queries": colours(folder / "queries", 4, 1),
+    }
+
+
+@pytest.mark.parametrize("metric", ["knn", "linear"])
+def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: dict[str, Path]) -> None:
+    seen: list[tuple[int, int]] = []
+    for subject, against in (("student", {}), ("bundle", {"against": "test_vit", "weights": made["weights"]})):
+        result = evaluate_classes(
+            made[subject], made["queries"], metric=metric, gallery=made["gallery"], **against,
+            progress=lambda done, total: seen.append((done, total)),
+        )  # fmt: skip
+        check_result(result, "test")
+        found = result["statistics"]
+        assert found["queries"] == 12
+        assert found["teacher_percent"] == 100
+        assert found["subject_percent"] == 100
+        assert found["difference_points"]["value"] == 0
+        assert len(result["samples"]["subject_right"]) == 12
+    assert seen[-1] == (2 * (12 + 45), 2 * (12 + 45))
+
+
+def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, Path], tmp_path: Path) -> None:
+    head = tmp_path / "classifier"
+    probe = evaluate_classes(made["student"], made["queries"], metric="linear", gallery=made["gallery"], head=head)
+    found = load_student(head)
+    assert found.labels == tuple(COLOURS)
+    assert found.model.num_classes == 3
+    own = evaluate_classes(head, made["queries"], metric="top1")
+    assert own["samples"]["subject_right"] == probe["samples"]["subject_right"]
+    bundle = export_bundle(head, tmp_path / "bundle")
+    assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
+    assert open_bundle(bundle)["outputs"][0]["shape"] == [1, 3]
+    (record,) = run_pictures(bundle, made["queries"] / "green" / "1.png")
+    assert record["top"][0]["label"] == "green"
+
+
+def test_the_interval_is_paired() -> None:
+    rng = np.random.default_rng(0)
+    teacher = rng.random(2000) < 0.7
+    ours = teacher.copy()
+    ours[:10] = False
+    lost = int(teacher[:10].sum())
+    found = accuracy_statistics(ours, teacher)
+    assert found["difference_points"]["value"] == pytest.approx(-100 * lost / 2000)
+    assert found["difference_points"]["high"] - found["difference_points"]["low"] < 1  # unpaired it would be 4
+    same = accuracy_statistics(teacher, teacher)["difference_points"]
+    assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
+
+
+def test_fashion_mnist_is_read_as_packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 6), ("t10k", 4)):
+        pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        with gzip.open(tmp_path / f"{prefix}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes())
+        with gzip.open(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">2i", 2049, count) + bytes(range(count)))
+    monkeypatch.setattr("sparsifiner_edge.evaluate.labelled.FASHION_FOLDER", tmp_path)
+    train, test = labelled("fashion-mnist", "train"), labelled("fashion-mnist", "test")
+    assert (len(train), len(test), train.classes) == (6, 4, FASHION_CLASSES)
+    assert test.labels.tolist() == [0, 1, 2, 3]
+    assert train.load(3, 28).shape == (28, 28, 3)
+    np.testing.assert_array_equal(test.load(2, 28)[:, :, 1], pixels[2])
+    assert train.first(3).labels.tolist() == [0, 2, 5]
+    np.testing.assert_array_equal(train.first(3).load(1, 28), train.load(2, 28))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
+    with pytest.raises(PictureError, match="cannot be read"):
+        labelled("fashion-mnist", "test")
+    (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(PictureError, match="does not exist"):
+        labelled("fashion-mnist", "test")
+
+
+def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = ["evaluate", made["student"], "--data", made["queries"]]
+    gallery = ["--gallery", made["gallery"]]
+    assert_refused(call(capsys, *plain, "--metric", "knn"), "need labelled pictures", "--gallery")
+    assert_refused(call(capsys, *plain, "--metric", "top1"), "has no logits")
+    assert_refused(call(capsys, *plain, *gallery), "go with other metrics")
+    assert_refused(call(capsys, *plain, *gallery, "--metric", "knn", "--head", tmp_path / "h"), "linear probe")
+    flat = made["queries"] / "red"
+    assert_refused(
+        call(capsys, "evaluate", made["student"], "--data", flat, "--metric", "knn"), "no folder of their class"
+    )
+    other = colours(tmp_path / "other", 1, 2)
+    (other / "red").rename(other / "pink")
+    refused = call(
+        capsys, "evaluate", made["student"], "--data", made["queries"], "--metric", "knn", "--gallery", other
+    )
+    assert_refused(refused, "class 'pink'")
+    with pytest.raises(ConfigError, match="metric is"):
+        evaluate_classes(made["student"], made["queries"], metric="top5")
+    config = json.loads((made["student"] / "config.json").read_text())
+    config["labels"] = ["one"]
+    spoiled = tmp_path / "spoiled"
+    save_student(load_student(made["student"]), spoiled)
+    (spoiled / "config.json").write_text(json.dumps(config))
+    assert_refused(call(capsys, "export", spoiled, "-o", tmp_path / "b"), "1 labels for 0 classes")
+
+
+def test_the_command_line_shows_both_and_the_difference(
+    made: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = call(
+        capsys, "evaluate", made["student"], "--data", made["queries"], "--gallery", made["gallery"], "--metric", "knn",
+        "--queries", 6, "--keep", 0.1,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    for text in ("subject", "teacher", "difference", "points", "6 of", "20 nearest by cosine"):
+        assert text in outcome.out

@@ -1,0 +1,350 @@
+"""Distillation: what is learnt, what survives, what is refused. On the smallest model of timm, in real trainings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
+from sparsifiner_edge.distill.distill import distill_student
+from sparsifiner_edge.distill.losses import Distiller, at_positions, student_tokens
+from sparsifiner_edge.distill.recipe import Losses, Pictures, Recipe, names, read_recipe
+from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, PictureError
+from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
+from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
+from tests.commands import PROGRAM, assert_refused, call, process
+from tests.models import images, student
+
+SHORT = ("distil.steps=6", "batch=2", "check_every=3", "save_every=2", "pictures.held_out=2", "budgets.keep=[0.1,0.2]")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve smooth pictures in two classes."""
+    root = tmp_path_factory.mktemp("training")
+    for number in range(12):
+        coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        path = root / ("cats" if number % 2 else "dogs") / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(coarse).resize((180, 170), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_student(student(num_classes=2), tmp_path_factory.mktemp("start") / "student")
+
+
+def history(output: Path) -> list[dict[str, Any]]:
+    lines = (Path(f"{output}.training") / checkpoint.HISTORY).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(output: Path) -> list[float]:
+    return [entry["loss"] for entry in history(output) if "loss" in entry]
+
+
+def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> None:
+    few = SparsityConfig(keep=0.05, cells=0, channels=8)
+    start = save_student(student(sparsity=few, num_classes=0), tmp_path / "start")
+    steps: list[tuple[int, int]] = []
+    changes = (*SHORT, "distil.steps=30", "distil.learning_rate=1e-4", "ema=0.0", "budgets.keep=[]")
+    summary = distill_student(
+        start, folder, tmp_path / "out", overrides=changes,
+        progress=lambda done, total, _: steps.append((done, total)), tensorboard=True,
+    )  # fmt: skip
+    assert steps == [(n, 30) for n in range(1, 31)]
+    assert summary["fidelity"]["best"] > summary["fidelity"]["start"]
+    trained = load_student(tmp_path / "out")
+    assert trained.provenance["training"] == json.loads(json.dumps(summary))
+    assert summary["pictures"]["trained on"] == 10
+    assert not (tmp_path / "out.training" / checkpoint.CHECKPOINT).exists()
+    assert list((tmp_path / "out.training" / "tensorboard").iterdir())
+    before = load_student(start).model.state_dict()
+    after = trained.model.state_dict()
+    assert any(not torch.equal(after[k], before[k]) for k in after if ".select." in k)
+    assert any(not torch.equal(after[k], before[k]) for k in after if ".select." not in k)
+
+
+def test_never_worse_than_the_start(folder: Path, start: Path, tmp_path: Path) -> None:
+    wild = (*SHORT, "distil.learning_rate=0.3", "distil.predictor_learning_rate=1.0", "explosion=1e9")
+    summary = distill_student(start, folder, tmp_path / "out", overrides=wild)
+    assert summary["kept"] == "the untrained start"
+    before, after = load_student(start).model.state_dict(), load_student(tmp_path / "out").model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start: Path, tmp_path: Path) -> None:
+    steps = (*SHORT, "distil.steps=12", "ema=0.9")
+    arguments = ["distill", start, "--data", folder, *(x for s in steps for x in ("--set", s))]
+    assert process(*arguments, "-o", tmp_path / "whole").code == 0
+    broken = tmp_path / "broken"
+    for again, after in (([], 3), (["--resume"], 8)):  # not steps at which it saves
+        command = [*PROGRAM, *map(str, arguments), "-o", str(broken), *again]
+        running = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        path = Path(f"{broken}.training") / checkpoint.HISTORY
+        while not (path.is_file() and f'"step": {after}, "loss"' in path.read_text()):
+            assert running.poll() is None
+            time.sleep(0.005)
+        running.send_signal(signal.SIGKILL)
+        assert running.wait() == -signal.SIGKILL
+    assert process(*arguments, "-o", broken, "--resume").code == 0
+    assert losses(broken) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    assert [e["step"] for e in history(broken)] == [e["step"] for e in history(tmp_path / "whole")]
+    ours, theirs = (load_student(x).model.state_dict() for x in (broken, tmp_path / "whole"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Path) -> None:
+    steps = ("distil.steps=3", "check_every=3", "pictures.held_out=2", "save_every=3", "budgets.keep=[0.2]")
+    script = (
+        "import sys\n"
+        "from sparsifiner_edge.distill.distill import distill_student\n"
+        "student, data, output, batch = sys.argv[1:]\n"
+        f"distill_student(student, data, output, overrides=({', '.join(map(repr, steps))}, 'batch=' + batch))\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    given = [str(tmp_path / "run.py"), str(start), str(folder)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511", *given]
+    for command in ([sys.executable, *given, str(tmp_path / "one"), "4"], [*launch, str(tmp_path / "two"), "2"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert load_student(tmp_path / "two").provenance["training"]["processes"] == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    ours, theirs = (load_student(tmp_path / x).model.state_dict() for x in ("two", "one"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=2e-4, rtol=2e-3)
+
+
+def test_no_number_stops_with_step_files_and_checkpoint(folder: Path, start: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError, match=r"stopped at step 1: the loss is inf.*\.png") as caught:
+        distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "losses.patches=1e300"))
+    assert "checkpoint, of step 0" in caught.value.fix
+    assert (tmp_path / "out.training" / checkpoint.CHECKPOINT).is_file()
+    assert not (tmp_path / "out").exists()
+    distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)
+    wrong = load_student(start)
+    with torch.no_grad():
+        wrong.model.blocks[2].mlp.fc1.weight[:] = 3e38  # every activation overflows
+    save_student(wrong, tmp_path / "wrong")
+    with pytest.raises(GateError, match="no numbers"):
+        distill_student(tmp_path / "wrong", folder, tmp_path / "none", overrides=SHORT)
+
+
+def test_an_explosion_stops(folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsifiner_edge.distill.train.RECENT", 3)
+    wild = (*SHORT, "distil.learning_rate=1.0", "distil.warmup=0.9", "distil.steps=40", "explosion=1.2", "clip=0.0")
+    with pytest.raises(GateError, match="stopped at step"):
+        distill_student(start, folder, tmp_path / "out", overrides=wild)
+
+
+def test_unreadable_pictures_are_skipped_counted_and_listed(folder: Path, start: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(folder, tmp_path / "data")
+    (data / "cats" / "03.png").write_bytes(b"no picture")
+    (data / "dogs" / "04.png").write_bytes((data / "dogs" / "06.png").read_bytes()[:300])
+    outcome = process(
+        "distill", start, "--data", data, *(x for s in SHORT for x in ("--set", s)), "-o", tmp_path / "out", "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    listed = json.loads(outcome.out)["pictures"]["unreadable"]
+    assert [Path(path).name for path in listed] == ["03.png", "04.png"]
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(PictureError):
+        distill_student(start, data, tmp_path / "none", overrides=SHORT)
+
+
+def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
+    distill_student(start, folder, tmp_path / "out", labels=True, overrides=SHORT)
+    assert "labels" in history(tmp_path / "out")[1]
+    with pytest.raises(ConfigError, match="1 classes, the student knows 2"):
+        distill_student(start, _one_class(folder, tmp_path), tmp_path / "x", labels=True, overrides=SHORT)
+    with pytest.raises(ConfigError, match="in no folder of their class"):
+        distill_student(start, folder / "cats", tmp_path / "x", labels=True, overrides=SHORT)
+
+
+def _one_class(folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(folder / "cats", tmp_path / "one" / "cats")
+    return tmp_path / "one"
+
+
+def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
+    source = folder_source(folder, 2, labelled=True, held_out=None)
+    transform = augmentation(32, Pictures())
+    shared: dict[str, Any] = {"seed": 3, "workers": 0}
+    whole = batches(source, transform, batch=4, first=0, process=0, processes=1, **shared)
+    halves = [batches(source, transform, batch=2, first=0, process=r, processes=2, **shared) for r in range(2)]
+    later = batches(source, transform, batch=4, first=3, process=0, processes=1, **shared)
+    seen = [next(whole) for _ in range(5)]
+    for batch in seen:
+        parts = [next(half) for half in halves]
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert parts[0].files + parts[1].files == batch.files
+    assert torch.equal(next(later).images, seen[3].images)
+    files = [name for batch in seen for name in batch.files]
+    assert len(set(files[:10])) == 10  # one pass before the next
+    assert sorted(files[:10]) == sorted(map(str, source.train))
+    for batch in seen:
+        assert [("cats" in name) for name in batch.files] == [label == 0 for label in batch.labels]
+    assert not torch.equal(Drawn(source, transform, 3)[0][0], Drawn(source, transform, 4)[0][0])
+
+
+# timm and webdataset leave files open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
+    held_out = folder / "cats"
+    by_folder = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
+    assert len(by_folder) == 12
+    image, label, name, _ = Drawn(by_folder, augmentation(32, Pictures(smallest_crop=1.0)), 0)[0]
+    assert image.shape == (3, 32, 32)
+    assert (label == 0) == ("cats" in name)
+    webdataset = pytest.importorskip("webdataset")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with webdataset.TarWriter(str(shards / "mine-000000.tar")) as writer:
+        for number, path in enumerate(sorted(folder.rglob("*.png"))):
+            writer.write({"__key__": f"{number:04d}", "png": path.read_bytes(), "cls": number % 2})
+    (shards / "_info.json").write_text(
+        json.dumps({"splits": {"train": {"name": "train", "filenames": ["mine-000000.tar"], "num_samples": 12,
+                                         "shard_lengths": [12]}}})
+    )  # fmt: skip
+    streamed = timm_source("wds/mine", shards, 2, labelled=True, held_out=held_out)
+    items = iter(Streamed(streamed, augmentation(32, Pictures())))
+    seen = [next(items) for _ in range(15)]
+    assert all(image.shape == (3, 32, 32) and label in (0, 1) for image, label, _, _ in seen)
+    with pytest.raises(ConfigError, match="no pictures held out"):
+        timm_source("folder", folder, 2, labelled=False, held_out=None)
+    with pytest.raises(ConfigError, match="cannot read the data set"):
+        timm_source("wds/none", tmp_path, 2, labelled=False, held_out=held_out)
+
+
+@pytest.mark.parametrize("preset", ["edge", "paper"])
+def test_the_predictor_learns_from_the_students_own_queries(preset: str) -> None:
+    sparsity = SparsityConfig.for_preset(preset, keep=0.2, channels=8, **({} if preset == "paper" else {"cells": 4}))
+    found = student(sparsity=sparsity)
+    qkv: list[tuple[Any, torch.Tensor]] = []
+    with observed(found.model, lambda layer, x: qkv.append((layer, x))):
+        found.model(images(found.model))
+    assert len(qkv) == 6
+    layer, values = qkv[2]
+    values = values.detach().requires_grad_()
+    first = selection_loss(layer, values, torch.Generator().manual_seed(0))
+    first.backward()
+    assert values.grad is None  # it counts as given
+    optimiser = torch.optim.Adam(layer.select.parameters(), 1e-2)
+    for _ in range(30):
+        optimiser.zero_grad()
+        selection_loss(layer, values, torch.Generator().manual_seed(0)).backward()
+        optimiser.step()
+    assert selection_loss(layer, values, torch.Generator().manual_seed(0)) < 0.9 * first
+    assert all(x.observer is None and not x.densely for x in sparse_layers(found.model))
+
+
+def test_losses_are_zero_for_the_teacher_itself() -> None:
+    found = student(num_classes=3)
+    distiller = Distiller(dense_twin(found).model, dense_twin(found).model, Losses())
+    got = distiller(images(found.model), torch.tensor([0, 1]), torch.Generator(), False)
+    for name in ("patches", "classes", "tokens", "logits"):
+        assert float(got[name].detach()) == pytest.approx(0, abs=1e-6)
+    assert float(got["labels"].detach()) > 0
+    ours = Distiller(found.model, dense_twin(found).model, Losses())
+    got = ours(images(found.model), None, torch.Generator().manual_seed(0), False)
+    assert set(got) == {"patches", "classes", "tokens", "logits", "selection"}
+    assert float(got["patches"].detach()) > 1e-5
+    only = ours(images(found.model), None, torch.Generator().manual_seed(0), True)
+    assert set(only) == {"selection"}
+    only["selection"].backward()
+    gradients = {name for name, p in ours.student.named_parameters() if p.grad is not None}
+    assert gradients == {name for name in gradients if ".select." in name} != set()
+
+
+def test_pruned_tokens_are_held_against_their_own_places() -> None:
+    found = student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((1, 0.6), (3, 0.5))))
+    tokens, positions = student_tokens(found.model, images(found.model))
+    assert positions is not None
+    assert tokens.shape == (2, 31, 64)
+    wanted = torch.arange(101).float()[None, :, None].expand(2, -1, 64)
+    picked = at_positions(wanted, positions, 1)
+    assert torch.equal(picked[:, 1:, 0].long() - 1, positions)
+
+
+def test_recipes() -> None:
+    assert names() == ["cpu", "imagenet-deit-s"]
+    for name in names():
+        assert isinstance(read_recipe(name), Recipe)
+    recipe = read_recipe("cpu", ["distil.steps=7", "budgets.keep=[0.3]", "precision=bf16", "distil.learning_rate=2e-6"])
+    assert (recipe.distil.steps, recipe.budgets.keep, recipe.precision) == (7, (0.3,), "bf16")
+    assert recipe.distil.learning_rate == 2e-6
+    assert json.loads(json.dumps(recipe.to_dict()))["distil"]["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distil.step=7", "no distil.step"), ("batch=0", "batch is 0"), ("batch=two", "batch is 'two'"),
+        ("distil=3", "distil is 3"), ("budgets.keep=[1.5]", "budgets.keep is"), ("precision=fp8", "precision is 'fp8'"),
+        ("distil.steps", "has no value"), ("batch.x=1", "batch is no section"),
+        ("distil.epochs=2", "both steps and epochs"),
+        ("distil.steps=0", "trains for no step"), ("budgets.token_keep=4", "must be of type str"),
+        ("budgets.token_keep='4'", "token_keep holds '4'"), ("losses.patches=nan", "losses.patches is nan"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        read_recipe("cpu", [override])
+
+
+def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    short = [x for s in SHORT for x in ("--set", s)]
+    plain = ["distill", start, "--data", folder, *short, "-o", out]
+    assert_refused(call(capsys, *plain, "--recipe", "none"), "no recipe 'none'", "imagenet-deit-s")
+    (tmp_path / "broken.toml").write_text("batch = = 2")
+    assert_refused(call(capsys, *plain, "--recipe", tmp_path / "broken.toml"), "is no TOML")
+    assert_refused(call(capsys, *plain, "--weights", tmp_path / "w.safetensors"), "teacher's, and none is named")
+    assert_refused(call(capsys, *plain, "--resume"), "no checkpoint to resume from")
+    assert_refused(call(capsys, *plain, "--data", tmp_path / "none"), "does not exist")
+    assert not out.exists()
+    work = Path(f"{out}.training")
+    work.mkdir(exist_ok=True)
+    (work / checkpoint.CHECKPOINT).write_bytes(b"no checkpoint")
+    assert_refused(call(capsys, *plain), "unfinished training", "--resume")
+    assert_refused(call(capsys, *plain, "--resume"), "checkpoint.pt is damaged")
+    assert (work / checkpoint.CHECKPOINT).read_bytes() == b"no checkpoint"
+
+
+def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, _total: int, _losses: dict[str, float]) -> None:
+        if done == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        distill_student(start, folder, tmp_path / "out", overrides=SHORT, progress=stop)
+    with pytest.raises(ConfigError, match="began with other pictures"):
+        distill_student(start, folder / "cats", tmp_path / "out", overrides=SHORT, resume=True)
+    with pytest.raises(ConfigError, match="began with other steps: 6, now 9"):
+        distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "distil.steps=9"), resume=True)
+    distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)
+    with pytest.raises(ArtifactError, match="no checkpoint"):
+        distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)
+    with pytest.raises(ConfigError, match="was trained"):
+        distill_student(tmp_path / "out", folder, tmp_path / "again", overrides=SHORT)

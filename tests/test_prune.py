@@ -1,0 +1,184 @@
+"""Token pruning: really removed, in order, in torch and in exported files, on both kinds of kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.config import SparsityConfig, kept_tokens, parse_token_keep
+from sparsifiner_edge.costs import layer_costs, summary
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.evaluate.cosine import evaluate_student
+from sparsifiner_edge.export.bundle import export_bundle, model_shape
+from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.metrics import aligned
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.golden import check_golden
+from sparsifiner_edge.sparse.patch import make_model_sparse
+from sparsifiner_edge.sparse.prune import PrunedBlock, prune
+from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
+from tests.models import TINY, images, student, vit
+
+STAGES = ((1, 0.7), (3, 0.5))
+PRUNED = SparsityConfig(keep=0.4, cells=4, channels=8, token_keep=STAGES)
+PAPER = SparsityConfig.for_preset("paper", keep=0.3, channels=16, top_coefficients=4, token_keep=STAGES)
+ALONE = SparsityConfig(keep=1, token_keep=STAGES)
+FUSED = dataclasses.replace(PRUNED, fuse_tokens=True)
+
+
+@given(st.integers(2, 40), st.integers(0, 3), st.integers(1, 39), st.booleans(), st.integers(0, 9))
+def test_the_best_stay_in_order(patches: int, prefix: int, kept: int, fuse: bool, seed: int) -> None:
+    kept = min(kept, patches - 1)
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, prefix + patches, 5, generator=rng)
+    scores = torch.rand(2, prefix + patches, generator=rng)
+    places = torch.arange(patches).expand(2, -1)
+    got, positions = prune(x, scores, places, kept=kept, prefix=prefix, fuse=fuse)
+    assert got.shape == (2, prefix + fuse + kept, 5)
+    for row in range(2):
+        wanted = scores[row, prefix:].sort(descending=True, stable=True).indices[:kept].sort().values
+        assert torch.equal(positions[row], wanted)
+        assert torch.equal(got[row, :prefix], x[row, :prefix])
+        assert torch.equal(got[row, prefix + fuse :], x[row, prefix:][wanted])
+        if fuse:
+            lost = torch.ones(patches, dtype=torch.bool).index_fill(0, wanted, False)
+            weights = scores[row, prefix:][lost]
+            mean = (weights[:, None] * x[row, prefix:][lost]).sum(0) / weights.sum()
+            torch.testing.assert_close(got[row, prefix], mean, atol=1e-4, rtol=1e-3)
+
+
+def test_ties_go_to_the_lower_index_and_nan_loses() -> None:
+    scores = torch.tensor([[0.5, 0.5, torch.nan, 0.5]])
+    assert ops.top_tokens(scores, 2).tolist() == [[0, 1]]
+
+
+def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
+    dense = vit()
+    pruned = make_model_sparse(vit(), ALONE)
+    x = images(dense, 1)
+    tokens = dense._pos_embed(dense.patch_embed(x))[:, torch.cat([torch.zeros(1), pruned.token_order + 1]).long()]
+    kept = torch.arange(100)
+    for number, block in enumerate(dense.blocks):
+        q, k, _ = ops.split_heads(block.attn.qkv(block.norm1(tokens)), block.attn.num_heads)
+        attention = (block.attn.scale * q[:, :, :1] @ k.mT).softmax(-1)[0, :, 0].mean(0)
+        tokens = tokens + block.ls1(block.attn(block.norm1(tokens)))
+        if number in dict(STAGES):
+            best = attention[1:].topk(kept_tokens(len(kept), dict(STAGES)[number])).indices.sort().values
+            tokens, kept = torch.cat([tokens[:, :1], tokens[:, 1 + best]], 1), kept[best]
+        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+    tokens, places = dense.norm(tokens), pruned.token_order[kept]
+    got, positions = pruned.forward_tokens(x)
+    assert torch.equal(positions[0], places.sort().values)
+    torch.testing.assert_close(got[:, 1:], tokens[:, 1 + places.argsort()], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pruned(x), dense.forward_head(tokens), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", [PRUNED, PAPER, ALONE, FUSED], ids=["edge", "paper", "alone", "fused"])
+@pytest.mark.parametrize("batch", [1, "dynamic"])
+def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:
+    # The export itself holds both kinds of kernels to torch, token by token.
+    save_student(student(sparsity=sparsity), tmp_path / "student")
+    bundle = export_bundle(tmp_path / "student", tmp_path / "bundle", batch=batch, tokens=True)
+    manifest = open_bundle(bundle)
+    assert manifest["check"]["kernels_run"] == ["portable", "native"]
+    assert "sparsifiner::TokenScore" in manifest["ops"]
+    assert manifest["costs"]["total_macs"] < manifest["dense_costs"]["total_macs"]
+    image = golden_image(160, 1, seed=5)
+    results = []
+    for kernels in ("native", "portable"):
+        with open_session(bundle, kernels=kernels) as session:
+            check_golden(session, bundle)
+            results.append(session.infer({"image": image}))
+            assert results[-1]["tokens"].shape == (1, 36, 64)
+            assert results[-1]["token_positions"].dtype == np.int32
+            assert (np.diff(results[-1]["token_positions"]) > 0).all()
+    outputs, missing = aligned(results[0], results[1])
+    assert missing <= 1
+    np.testing.assert_allclose(outputs["features"], results[1]["features"], atol=2e-2)
+    # Nothing is masked: behind the last stage no tensor holds as many tokens as before it.
+    graph = onnx.shape_inference.infer_shapes(onnx.load(bundle / "model.onnx")).graph
+    assert sum(node.op_type == "TokenScore" for node in graph.node) == 2
+
+
+def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
+    folder = save_student(student(sparsity=PRUNED), tmp_path / "student")
+    whole = export_bundle(folder, tmp_path / "whole", keep=0.2, token_keep=(), tokens=True)
+    sparsity = open_bundle(whole)["sparsity"]
+    assert (sparsity["keep"], sparsity["token_keep"]) == (0.2, [])
+    other = load_student(folder, keep=0.6, token_keep=((2, 0.5),))
+    assert other.sparsity.token_keep == ((2, 0.5),)
+    assert [isinstance(block, PrunedBlock) for block in other.model.blocks] == [n == 2 for n in range(6)]
+    assert other.model.forward_tokens(images(other.model))[0].shape == (2, 51, 64)
+    scores = [
+        evaluate_student(folder, pictures, keep=keep)["statistics"]["features_cosine"]["mean"]["value"]
+        for keep in (0.05, 0.9)
+    ]
+    assert scores[0] < scores[1]
+    with pytest.raises(ConfigError, match="fixed"):
+        evaluate_student(whole, pictures, keep=0.5, against=TINY)
+    with pytest.raises(ConfigError, match="cannot be made dense"):
+        with_budget(other, keep=1.0)
+    with pytest.raises(ConfigError, match="tied to its tokens"):
+        with_budget(student(sparsity=PAPER), token_keep=((2, 0.5),))
+
+
+def test_int8_of_a_pruned_model(tmp_path: Path, pictures: Path) -> None:
+    folder = save_student(student(sparsity=PRUNED, num_classes=0), tmp_path / "student")
+    bundle = export_bundle(folder, tmp_path / "bundle", precision="int8", calibrate=pictures)
+    with open_session(bundle) as session:
+        check_golden(session, bundle)
+
+
+def test_costs_are_what_torch_counts() -> None:
+    for sparsity in (ALONE, PRUNED):
+        model = vit()
+        shape = model_shape(model)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        pruned = make_model_sparse(model, sparsity)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            pruned(images(model, 1))
+        macs = summary(shape, sparsity)["total_macs"] + shape.width * 1000
+        # torch's fused attention counts nothing on a CPU.
+        uncounted = sum(c.attention for c in layer_costs(shape, sparsity)) if sparsity.keep == 1 else 0
+        assert counter.get_total_flops() / 2 == pytest.approx(macs - uncounted, rel=0.04)
+
+
+def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="layer 9: the model has 6 layers"):
+        student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((9, 0.5),)))
+    with pytest.raises(ConfigError, match="ranked by a class token"):
+        student(sparsity=PRUNED, class_token=False, global_pool="avg")
+    with pytest.raises(ConfigError, match="tile 16 exceeds"):
+        student(sparsity=dataclasses.replace(PRUNED, token_keep=((1, 0.1),)))
+    for wrong in (((1, 1.0),), ((1, 0.0),), ((3, 0.5), (1, 0.5)), ((-1, 0.5),)):
+        with pytest.raises(ConfigError):
+            dataclasses.replace(PRUNED, token_keep=wrong)
+    for text in ("3", "3:x", "a:.5", "3=.5"):
+        with pytest.raises(ConfigError, match="token_keep holds"):
+            parse_token_keep(text)
+    assert parse_token_keep(" 3:.7, 6:.5 ") == ((3, 0.7), (6, 0.5))
+    with pytest.raises(ConfigError, match="fuse_tokens goes with"):
+        dataclasses.replace(PAPER, fuse_tokens=True)
+    with pytest.raises(ConfigError, match="go with a student"):
+        export_bundle(TINY, tmp_path / "x", keep=0.5)
+    with pytest.raises(ConfigError, match="no maps of its layers"):
+        student(sparsity=PRUNED).model.forward_intermediates(torch.zeros(1, 3, 160, 160))
+
+
+def test_sparsify_writes_what_is_pruned(tmp_path: Path, tiny_weights: Path) -> None:
+    folder = sparsify(TINY, tmp_path / "s", weights=tiny_weights, cells=4, token_keep=STAGES, fuse_tokens=True)
+    found = load_student(folder)
+    assert found.sparsity.token_keep == STAGES
+    assert found.sparsity.fuse_tokens
