@@ -62,7 +62,7 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     few = SparsityConfig(keep=0.05, cells=0, channels=8)
     start = save_student(student(sparsity=few, num_classes=0), tmp_path / "start")
     steps: list[tuple[int, int]] = []
-    changes = (*SHORT, "distil.steps=30", "distil.learning_rate=1e-4", "ema=0.0", "budgets.keep=[]")
+    changes = (*SHORT, "distil.steps=30", "distil.learning_rate=1e-5", "ema=0.0", "budgets.keep=[]")
     summary = distill_student(
         start, folder, tmp_path / "out", overrides=changes,
         progress=lambda done, total, _: steps.append((done, total)), tensorboard=True,
