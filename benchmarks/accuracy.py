@@ -3,9 +3,15 @@
     python benchmarks/accuracy.py train [--only edge] [--work FOLDER]     # at most 40 minutes each on 2 cores
     python benchmarks/accuracy.py measure [--work FOLDER] [-o FOLDER]     # 12 minutes per model for Fashion-MNIST
 
-DINOv2 ViT-S/14 at 224 px with its real weights. Trainings see no label and none of the test pictures: Tux Paint's
-stamps (Debian: tuxpaint-stamps-default), the calibration pictures of `material.py`, and a thousand training pictures of
-Fashion-MNIST (Debian: dataset-fashion-mnist). Both parts go on where they were stopped.
+DINOv2 ViT-S/14 at 224 px with its real weights. Trainings see no label and none of the test pictures: photographs that
+Debian packages, whole and in crops, stamps, the calibration pictures of `material.py`, and some training pictures of
+Fashion-MNIST:
+
+    apt-get install --no-install-recommends budgie-backgrounds gnome-backgrounds lomiri-wallpapers-16.04 \\
+        lomiri-wallpapers-20.04 mate-backgrounds opencv-doc ukui-wallpapers tuxpaint-stamps-default \\
+        dataset-fashion-mnist
+
+Both parts go on where they were stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +37,18 @@ from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbour
 from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.pictures import evenly, list_pictures, open_picture
 from sparsifiner_edge.results import new_result, write_result
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import sparsify
 
 SIZE, CELLS, TOKENS = 224, 16, "3:.7,6:.7,9:.7"
 KEEPS = (0.25, 0.1, 0.05)
+PHOTOGRAPHS = ("/usr/share/backgrounds", "/usr/share/doc/opencv-doc/examples")
 STAMPS = Path("/usr/share/tuxpaint/stamps")
-FASHION_PICTURES, GALLERY = 1000, 5000
+DETAIL = 5.0
+"""Mean difference of neighbouring pixels, of 255, that a crop has at least: the rest are skies and abstract art."""
+CROPS, STAMP_PICTURES, FASHION_PICTURES, GALLERY = 20, 300, 300, 5000
 REQUIRED = {"patches .25": (0.994, 0.997), "patches .1": (0.981, 0.988), "patches .05": (0.965, 0.978)}
 """Cosine to the teacher: required, aimed at."""
 LARGEST_DROP = {"keep .10": (0.5, 0.2), "keep .10, tokens .7": (1.0, 0.5)}
@@ -62,12 +73,15 @@ def collect(folder: Path) -> Path:
     """The pictures to train on."""
     if folder.exists():
         return folder
+    scratch = folder.with_suffix(".part")
+    scratch.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(_photographs()):
+        for name, picture in _crops(path, number):
+            picture.save(scratch / f"photograph{number:03d}-{name}.jpg", quality=95)
     stamps = sorted(STAMPS.rglob("*.png"))
     if not stamps:
         raise PictureError(f"{STAMPS} holds no stamps.", "Debian, Ubuntu: apt-get install tuxpaint-stamps-default")
-    scratch = folder.with_suffix(".part")
-    scratch.mkdir(parents=True, exist_ok=True)
-    for number, path in enumerate(stamps):
+    for number, path in enumerate(evenly(stamps, STAMP_PICTURES)):
         (scratch / f"stamp{number:04d}.png").symlink_to(path)
     for path in material.calibration_pictures():
         (scratch / path.name).symlink_to(path)
@@ -76,6 +90,29 @@ def collect(folder: Path) -> Path:
         Image.fromarray(fashion.load(number, 28)).save(scratch / f"fashion{number:04d}.png")
     scratch.rename(folder)
     return folder
+
+
+def _photographs() -> list[Path]:
+    """Photographs that are installed: large files, the largest size of each."""
+    found = [p for folder in PHOTOGRAPHS if Path(folder).is_dir() for p in list_pictures(Path(folder))]
+    large = [p for p in found if not p.is_symlink() and p.stat().st_size > 60_000 and "screenshot" not in p.name]
+    if len(large) < 50:
+        raise PictureError(f"Only {len(large)} photographs are installed.", "Install the packages named at the top.")
+    return large
+
+
+def _crops(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
+    """The centre square, and random squares, at twice the size that is trained on, or less."""
+    rng = np.random.default_rng(seed)
+    picture = open_picture(path)
+    short = min(picture.size)
+    for number in range(CROPS + 1):
+        side = short if number == 0 else int(short * rng.uniform(0.2, 0.7))
+        left, top = (int((length - side) * (0.5 if number == 0 else rng.random())) for length in picture.size)
+        crop = picture.crop((left, top, left + side, top + side)).resize((min(side, 2 * SIZE),) * 2)
+        grey = np.asarray(crop.resize((SIZE, SIZE)).convert("L"), dtype=float)
+        if np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean() >= 2 * DETAIL:
+            yield ("whole" if number == 0 else f"crop{number}"), crop
 
 
 def calibration(folder: Path) -> Path:
