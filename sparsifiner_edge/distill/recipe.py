@@ -35,7 +35,7 @@ class Phase:
 
     steps: int = 0
     epochs: float = 0.0
-    learning_rate: float = 1e-5
+    learning_rate: float = 2e-6
     predictor_learning_rate: float = 1e-3
     final: float = 0.01
     warmup: float = 0.05
