@@ -348,3 +348,26 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
         distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)
     with pytest.raises(ConfigError, match="was trained"):
         distill_student(tmp_path / "out", folder, tmp_path / "again", overrides=SHORT)
+
+
+def test_passes_add_up_to_one_step(folder: Path, start: Path, tmp_path: Path) -> None:
+    fixed = (*SHORT, "distil.steps=3", "distil.predictor_learning_rate=0.0")
+    distill_student(start, folder, tmp_path / "one", overrides=(*fixed, "batch=4"))
+    distill_student(start, folder, tmp_path / "two", overrides=(*fixed, "batch=2", "accumulate=2"))
+    for name in ("patches", "classes", "logits"):
+        ours, theirs = ([e[name] for e in history(tmp_path / x) if name in e] for x in ("two", "one"))
+        assert ours == pytest.approx(theirs, rel=2e-3), name
+
+
+def test_bf16_trains(folder: Path, start: Path, tmp_path: Path) -> None:
+    distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "precision=bf16"))
+    assert all(np.isfinite(losses(tmp_path / "out")))
+    assert {v.dtype for v in load_student(tmp_path / "out").model.state_dict().values()} == {torch.float32}
+
+
+def test_pruning_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path: Path) -> None:
+    pruned = (*SHORT, "distil.steps=8", "budgets.token_keep=1:.7,3:.6")
+    distill_student(start, folder, tmp_path / "out", overrides=pruned)
+    found = load_student(tmp_path / "out")
+    assert found.sparsity.token_keep == ()  # its own budget stays what it was
+    assert found.sparsity.keep == load_student(start).sparsity.keep

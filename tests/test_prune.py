@@ -28,6 +28,7 @@ from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.prune import PrunedBlock, prune
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
+from tests.commands import assert_refused, call
 from tests.models import TINY, images, student, vit
 
 STAGES = ((1, 0.7), (3, 0.5))
@@ -182,3 +183,17 @@ def test_sparsify_writes_what_is_pruned(tmp_path: Path, tiny_weights: Path) -> N
     found = load_student(folder)
     assert found.sparsity.token_keep == STAGES
     assert found.sparsity.fuse_tokens
+
+
+def test_the_command_line_prunes(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = ["sparsify", TINY, "--weights", tiny_weights, "--cells", 4, "-o", tmp_path / "s"]
+    assert_refused(call(capsys, *plain, "--token-keep", "3"), "token_keep holds '3'", "3:.7,6:.7")
+    assert_refused(call(capsys, *plain, "--token-keep", "7:.5"), "layer 7: the model has 6 layers")
+    assert_refused(call(capsys, *plain, "--token-keep", "3:1.5"), "outside (0, 1)")
+    assert_refused(call(capsys, *plain, "--fuse-tokens"), "goes with pruned tokens")
+    assert not (tmp_path / "s").exists()
+    assert call(capsys, *plain, "--token-keep", "1:.7,3:.5").code == 0
+    outcome = call(capsys, "export", tmp_path / "s", "--keep", 0.3, "--token-keep", "2:.6", "-o", tmp_path / "b")
+    assert outcome.code == 0, outcome.err
+    assert open_bundle(tmp_path / "b")["sparsity"]["token_keep"] == [[2, 0.6]]
+    assert_refused(call(capsys, "export", TINY, "--keep", 0.3, "-o", tmp_path / "c"), "go with a student")

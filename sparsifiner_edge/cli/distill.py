@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def command(
     """Train STUDENT towards its dense teacher; the best on held-out pictures is written, the start included."""
     import sparsifiner_edge
 
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
     with progress() as bar:
-        task = bar.add_task("preparing", total=None)
+        task = bar.add_task("preparing", total=None, visible=first)
 
         def step(done: int, total: int, losses: dict[str, float]) -> None:
             bar.update(task, description=f"loss {losses['loss']:.4f}", completed=done, total=total)
@@ -68,16 +70,16 @@ def command(
             tensorboard=tensorboard,
             progress=step,
         )
-    if as_json:
+    if first and as_json:
         print_json(summary)
-    else:
+    elif first:
         print_summary(summary, output)
 
 
 def print_summary(summary: dict[str, Any], output: Path) -> None:
     """What was kept, and what could not be read."""
     found = summary["fidelity"]
-    if found:
+    if "best" in found:
         click.echo(
             f"{output}: {summary['kept']} of {summary['steps']} steps kept; cosine to the teacher on held-out pictures "
             f"{found['best']:.4f}, untrained {found['start']:.4f}."

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import require_replaceable, sha256
+from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Source, folder_source, timm_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
-from sparsifiner_edge.distill.train import Progress, Training
+from sparsifiner_edge.distill.train import Progress, State, Training
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
 
@@ -75,23 +75,8 @@ def distill_student(
     if resume:
         _restore(training, folder)
     state = training.run(_recorded(folder, progress) if tensorboard else progress)
-    summary = {
-        "recipe": {"name": recipe, **plan.to_dict()},
-        "steps": state.step,
-        "kept": "the untrained start" if state.best_step == 0 else f"step {state.best_step}",
-        "fidelity": {"metric": "mean cosine of patches and class token, held-out pictures, all budgets"}
-        | {"start": state.fidelity[0], "best": state.fidelity[state.best_step]}
-        if state.fidelity
-        else {},
-        "teacher": {"name": dense.name, **dict(dense.provenance.get("weights", {}))},
-        "pictures": {
-            "trained on": len(source) if hasattr(source.train, "__len__") else "a stream",
-            "held out": [path.name for path in source.held_out],
-            "unreadable": sorted(state.unreadable),
-        },
-        "processes": training.accelerator.num_processes,
-        "from": {"student": str(student), "sha256": sha256(Path(student) / "config.json")},
-    }
+    summary = _summary(training, state, dense, recipe)
+    summary["from"] = {"student": str(student), "sha256": sha256(Path(student) / STUDENT_FILE)}
     if training.accelerator.is_main_process:
         found.model.cpu().load_state_dict(state.best)
         trained = dataclasses.replace(found, provenance={**found.provenance, "training": summary})
@@ -99,6 +84,27 @@ def distill_student(
         (folder / checkpoint.CHECKPOINT).unlink()
     training.accelerator.end_training()
     return summary
+
+
+def _summary(training: Training, state: State, teacher: Student, recipe: str) -> dict[str, Any]:
+    """What was trained and how it went; figures are the first process's."""
+    fidelity: dict[str, Any] = {"metric": "mean cosine of patches and class token, held-out pictures, all budgets"}
+    if state.fidelity:
+        fidelity |= {"start": state.fidelity[0], "best": state.fidelity[state.best_step]}
+    source = training.source
+    return {
+        "recipe": {"name": recipe, **training.recipe.to_dict()},
+        "steps": state.step,
+        "kept": "the untrained start" if state.best_step == 0 else f"step {state.best_step}",
+        "fidelity": fidelity,
+        "teacher": {"name": teacher.name, **dict(teacher.provenance.get("weights", {}))},
+        "pictures": {
+            "trained on": len(source) if hasattr(source.train, "__len__") else "a stream",
+            "held out": [path.name for path in source.held_out],
+            "unreadable": sorted(state.unreadable),
+        },
+        "processes": training.accelerator.num_processes,
+    }
 
 
 def _source(
