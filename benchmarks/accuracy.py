@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,8 @@ def collect(folder: Path) -> Path:
     if folder.exists():
         return folder
     scratch = folder.with_suffix(".part")
-    scratch.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was stopped
+    scratch.mkdir(parents=True)
     for number, path in enumerate(_photographs()):
         for name, picture in _crops(path, number):
             picture.save(scratch / f"photograph{number:03d}-{name}.jpg", quality=95)

@@ -56,6 +56,8 @@ def agreement(got: Array, expected: Array, tolerance: float) -> Agreement:
 
 POSITIONS = "token_positions"
 """Output that says where the patches in "tokens" lie, in models that prune tokens."""
+OTHER_TOKENS = 0.02
+"""Share of the tokens that may be others than the reference's: of two with equal scores either may stay."""
 
 
 def aligned(got: Mapping[str, Array], expected: Mapping[str, Array]) -> tuple[dict[str, Array], int]:

@@ -74,3 +74,18 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) ->
     from sparsifiner_edge.export.bundle import export_bundle
 
     return export_bundle(tiny_student, tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve smooth pictures in two classes."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("training")
+    for number in range(12):
+        coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        path = root / ("cats" if number % 2 else "dogs") / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(coarse).resize((180, 170), Image.Resampling.BICUBIC).save(path)
+    return root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -83,6 +84,20 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, 
     assert record["top"][0]["label"] == "green"
 
 
+@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224"])
+def test_a_head_of_two_classes_answers_as_its_probe(name: str, made: dict[str, Path], tmp_path: Path) -> None:
+    for split in ("gallery", "queries"):
+        for colour in ("green", "red"):
+            shutil.copytree(made[split] / colour, tmp_path / split / colour)
+    subject = save_student(student(name, num_classes=0), tmp_path / "student")
+    given = {"metric": "linear", "gallery": tmp_path / "gallery", "head": tmp_path / "head"}
+    probe = evaluate_classes(subject, tmp_path / "queries", **given, keep=0.5)
+    own = evaluate_classes(tmp_path / "head", tmp_path / "queries", metric="top1")
+    assert load_student(tmp_path / "head").sparsity.keep == 0.5
+    assert own["samples"]["subject_right"] == probe["samples"]["subject_right"]
+    assert own["statistics"]["subject_percent"] > 60
+
+
 def test_the_interval_is_paired() -> None:
     rng = np.random.default_rng(0)
     teacher = rng.random(2000) < 0.7
@@ -137,6 +152,13 @@ def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pyt
         capsys, "evaluate", made["student"], "--data", made["queries"], "--metric", "knn", "--gallery", other
     )
     assert_refused(refused, "class 'pink'")
+    shutil.rmtree(other / "pink")
+    refused = call(
+        capsys, "evaluate", made["student"], "--data", made["queries"], "--metric", "knn", "--gallery", other
+    )
+    assert_refused(refused, "no picture of 'red'")
+    foreign = [*plain, "--metric", "linear", "--gallery", "fashion-mnist"]
+    assert_refused(call(capsys, *foreign), "classes of its own")
     with pytest.raises(ConfigError, match="metric is"):
         evaluate_classes(made["student"], made["queries"], metric="top5")
     config = json.loads((made["student"] / "config.json").read_text())

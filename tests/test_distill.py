@@ -15,33 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from safetensors.torch import save_file
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
-from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
+from sparsifiner_edge.distill.data import folder_source
 from sparsifiner_edge.distill.distill import distill_student
-from sparsifiner_edge.distill.losses import Distiller, at_positions, student_tokens
-from sparsifiner_edge.distill.recipe import Losses, Pictures, Recipe, names, read_recipe
+from sparsifiner_edge.distill.recipe import read_recipe
+from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, PictureError
-from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import PROGRAM, assert_refused, call, process
-from tests.models import images, student
+from tests.models import student, vit
 
 SHORT = ("distil.steps=6", "batch=2", "check_every=3", "save_every=2", "pictures.held_out=2", "budgets.keep=[0.1,0.2]")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve smooth pictures in two classes."""
-    root = tmp_path_factory.mktemp("training")
-    for number in range(12):
-        coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        path = root / ("cats" if number % 2 else "dogs") / f"{number:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(coarse).resize((180, 170), Image.Resampling.BICUBIC).save(path)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -184,132 +171,6 @@ def _one_class(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "one"
 
 
-def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
-    source = folder_source(folder, 2, labelled=True, held_out=None)
-    transform = augmentation(32, Pictures())
-    shared: dict[str, Any] = {"seed": 3, "workers": 0}
-    whole = batches(source, transform, batch=4, first=0, process=0, processes=1, **shared)
-    halves = [batches(source, transform, batch=2, first=0, process=r, processes=2, **shared) for r in range(2)]
-    later = batches(source, transform, batch=4, first=3, process=0, processes=1, **shared)
-    seen = [next(whole) for _ in range(5)]
-    for batch in seen:
-        parts = [next(half) for half in halves]
-        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
-        assert parts[0].files + parts[1].files == batch.files
-    assert torch.equal(next(later).images, seen[3].images)
-    files = [name for batch in seen for name in batch.files]
-    assert len(set(files[:10])) == 10  # one pass before the next
-    assert sorted(files[:10]) == sorted(map(str, source.train))
-    for batch in seen:
-        assert [("cats" in name) for name in batch.files] == [label == 0 for label in batch.labels]
-    assert not torch.equal(Drawn(source, transform, 3)[0][0], Drawn(source, transform, 4)[0][0])
-
-
-# timm and webdataset leave files open.
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
-    held_out = folder / "cats"
-    by_folder = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
-    assert len(by_folder) == 12
-    image, label, name, _ = Drawn(by_folder, augmentation(32, Pictures(smallest_crop=1.0)), 0)[0]
-    assert image.shape == (3, 32, 32)
-    assert (label == 0) == ("cats" in name)
-    webdataset = pytest.importorskip("webdataset")
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    with webdataset.TarWriter(str(shards / "mine-000000.tar")) as writer:
-        for number, path in enumerate(sorted(folder.rglob("*.png"))):
-            writer.write({"__key__": f"{number:04d}", "png": path.read_bytes(), "cls": number % 2})
-    (shards / "_info.json").write_text(
-        json.dumps({"splits": {"train": {"name": "train", "filenames": ["mine-000000.tar"], "num_samples": 12,
-                                         "shard_lengths": [12]}}})
-    )  # fmt: skip
-    streamed = timm_source("wds/mine", shards, 2, labelled=True, held_out=held_out)
-    items = iter(Streamed(streamed, augmentation(32, Pictures())))
-    seen = [next(items) for _ in range(15)]
-    assert all(image.shape == (3, 32, 32) and label in (0, 1) for image, label, _, _ in seen)
-    with pytest.raises(ConfigError, match="no pictures held out"):
-        timm_source("folder", folder, 2, labelled=False, held_out=None)
-    with pytest.raises(ConfigError, match="cannot read the data set"):
-        timm_source("wds/none", tmp_path, 2, labelled=False, held_out=held_out)
-
-
-@pytest.mark.parametrize("preset", ["edge", "paper"])
-def test_the_predictor_learns_from_the_students_own_queries(preset: str) -> None:
-    sparsity = SparsityConfig.for_preset(preset, keep=0.2, channels=8, **({} if preset == "paper" else {"cells": 4}))
-    found = student(sparsity=sparsity)
-    qkv: list[tuple[Any, torch.Tensor]] = []
-    with observed(found.model, lambda layer, x: qkv.append((layer, x))):
-        found.model(images(found.model))
-    assert len(qkv) == 6
-    layer, values = qkv[2]
-    values = values.detach().requires_grad_()
-    first = selection_loss(layer, values, torch.Generator().manual_seed(0))
-    first.backward()
-    assert values.grad is None  # it counts as given
-    optimiser = torch.optim.Adam(layer.select.parameters(), 1e-2)
-    for _ in range(30):
-        optimiser.zero_grad()
-        selection_loss(layer, values, torch.Generator().manual_seed(0)).backward()
-        optimiser.step()
-    assert selection_loss(layer, values, torch.Generator().manual_seed(0)) < 0.9 * first
-    assert all(x.observer is None and not x.densely for x in sparse_layers(found.model))
-
-
-def test_losses_are_zero_for_the_teacher_itself() -> None:
-    found = student(num_classes=3)
-    distiller = Distiller(dense_twin(found).model, dense_twin(found).model, Losses())
-    got = distiller(images(found.model), torch.tensor([0, 1]), torch.Generator(), False)
-    for name in ("patches", "classes", "tokens", "logits"):
-        assert float(got[name].detach()) == pytest.approx(0, abs=1e-6)
-    assert float(got["labels"].detach()) > 0
-    ours = Distiller(found.model, dense_twin(found).model, Losses())
-    got = ours(images(found.model), None, torch.Generator().manual_seed(0), False)
-    assert set(got) == {"patches", "classes", "tokens", "logits", "selection"}
-    assert float(got["patches"].detach()) > 1e-5
-    only = ours(images(found.model), None, torch.Generator().manual_seed(0), True)
-    assert set(only) == {"selection"}
-    only["selection"].backward()
-    gradients = {name for name, p in ours.student.named_parameters() if p.grad is not None}
-    assert gradients == {name for name in gradients if ".select." in name} != set()
-
-
-def test_pruned_tokens_are_held_against_their_own_places() -> None:
-    found = student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((1, 0.6), (3, 0.5))))
-    tokens, positions = student_tokens(found.model, images(found.model))
-    assert positions is not None
-    assert tokens.shape == (2, 31, 64)
-    wanted = torch.arange(101).float()[None, :, None].expand(2, -1, 64)
-    picked = at_positions(wanted, positions, 1)
-    assert torch.equal(picked[:, 1:, 0].long() - 1, positions)
-
-
-def test_recipes() -> None:
-    assert names() == ["cpu", "imagenet-deit-s"]
-    for name in names():
-        assert isinstance(read_recipe(name), Recipe)
-    recipe = read_recipe("cpu", ["distil.steps=7", "budgets.keep=[0.3]", "precision=bf16", "distil.learning_rate=2e-6"])
-    assert (recipe.distil.steps, recipe.budgets.keep, recipe.precision) == (7, (0.3,), "bf16")
-    assert recipe.distil.learning_rate == 2e-6
-    assert json.loads(json.dumps(recipe.to_dict()))["distil"]["steps"] == 7
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("distil.step=7", "no distil.step"), ("batch=0", "batch is 0"), ("batch=two", "batch is 'two'"),
-        ("distil=3", "distil is 3"), ("budgets.keep=[1.5]", "budgets.keep is"), ("precision=fp8", "precision is 'fp8'"),
-        ("distil.steps", "has no value"), ("batch.x=1", "batch is no section"),
-        ("distil.epochs=2", "both steps and epochs"),
-        ("distil.steps=0", "trains for no step"), ("budgets.token_keep=4", "must be of type str"),
-        ("budgets.token_keep='4'", "token_keep holds '4'"), ("losses.patches=nan", "losses.patches is nan"),
-    ],
-)  # fmt: skip
-def test_bad_recipes_are_refused(override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        read_recipe("cpu", [override])
-
-
 def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     short = [x for s in SHORT for x in ("--set", s)]
@@ -367,7 +228,67 @@ def test_bf16_trains(folder: Path, start: Path, tmp_path: Path) -> None:
 
 def test_pruning_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path: Path) -> None:
     pruned = (*SHORT, "distil.steps=8", "budgets.token_keep=1:.7,3:.6")
+    plan, found = read_recipe("cpu", pruned), load_student(start)
+    training = Training(
+        make_accelerator(plan), found, dense_twin(found), folder_source(folder, 2, False, None), plan, tmp_path
+    )
+    assert {(b.keep, bool(b.token_keep)) for b in training.budgets()} == {
+        (0.1, False),
+        (0.2, False),
+        (0.1, True),
+        (0.2, True),
+    }
+    drawn = [training.budget(step) for step in range(200)]
+    assert drawn == [training.budget(step) for step in range(200)]
+    assert 60 < sum(bool(b.token_keep) for b in drawn) < 140
     distill_student(start, folder, tmp_path / "out", overrides=pruned)
     found = load_student(tmp_path / "out")
     assert found.sparsity.token_keep == ()  # its own budget stays what it was
     assert found.sparsity.keep == load_student(start).sparsity.keep
+
+
+def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsifiner_edge.distill.train.RECENT", 3)
+    # The first phase's losses are a hundredth of the second's: no explosion, another phase.
+    phases = (*SHORT, "reconstruct.steps=5", "reconstruct.learning_rate=0.0", "losses.selection=0.001", "explosion=3.0")
+    summary = distill_student(start, folder, tmp_path / "out", overrides=phases)
+    assert summary["steps"] == 11
+    entries = [set(e) for e in history(tmp_path / "out") if "loss" in e]
+    assert all(entry == {"step", "loss", "selection"} for entry in entries[:5])
+    assert all("patches" in entry for entry in entries[5:])
+    alone = save_student(
+        student(sparsity=SparsityConfig(keep=1, token_keep=((2, 0.5),)), num_classes=2), tmp_path / "alone"
+    )
+    with pytest.raises(ConfigError, match="predictor to reconstruct"):
+        distill_student(alone, folder, tmp_path / "x", overrides=phases)
+    distill_student(alone, folder, tmp_path / "pruned", overrides=SHORT)  # there is something to learn without one
+
+
+def test_another_teacher(folder: Path, start: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_file(dense_twin(load_student(start)).model.state_dict(), weights)
+    named = {"teacher": "test_vit", "weights": weights, "overrides": SHORT}
+    distill_student(start, folder, tmp_path / "named", **named)
+    distill_student(start, folder, tmp_path / "own", overrides=SHORT)
+    assert losses(tmp_path / "named") == losses(tmp_path / "own")
+    save_file(vit("test_vit2", num_classes=2).state_dict(), weights)
+    with pytest.raises(ConfigError, match="The teacher test_vit2 has"):
+        distill_student(start, folder, tmp_path / "x", **{**named, "teacher": "test_vit2"})
+
+
+def test_what_is_not_ours_is_left_alone(folder: Path, start: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(folder, tmp_path / "flowers.training")
+    with pytest.raises(ConfigError, match="where checkpoints go, but holds 'cats'"):
+        distill_student(start, data, tmp_path / "flowers", overrides=SHORT)
+    assert len(list(data.rglob("*.png"))) == 12
+    distill_student(start, folder, f"{tmp_path}/slash/", overrides=SHORT)
+    assert (tmp_path / "slash.training" / checkpoint.HISTORY).is_file()
+    distill_student(start, folder, tmp_path / "slash", overrides=SHORT)  # a finished training is no obstacle
+
+
+def test_labels_beyond_the_classes_are_refused(folder: Path, start: Path, tmp_path: Path) -> None:
+    three = save_student(student(num_classes=1), tmp_path / "one")
+    with pytest.raises(ConfigError, match="has the label 1; the student knows 1 classes"):
+        distill_student(
+            three, folder, tmp_path / "x", dataset="folder", labels=True, held_out=folder / "cats", overrides=SHORT
+        )

@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.config import SparsityConfig, kept_tokens, parse_token_keep
 from sparsifiner_edge.costs import layer_costs, summary
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.export.bundle import export_bundle, model_shape
 from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.runtime import open_session
@@ -107,9 +108,37 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     outputs, missing = aligned(results[0], results[1])
     assert missing <= 1
     np.testing.assert_allclose(outputs["features"], results[1]["features"], atol=2e-2)
-    # Nothing is masked: behind the last stage no tensor holds as many tokens as before it.
-    graph = onnx.shape_inference.infer_shapes(onnx.load(bundle / "model.onnx")).graph
-    assert sum(node.op_type == "TokenScore" for node in graph.node) == 2
+    # Nothing is masked: the attention of later layers reads fewer tokens.
+    model = onnx.load(bundle / "model.onnx")
+    attention = [n for n in model.graph.node if n.op_type in ("SparseAttention", "DenseAttention")]
+    for node in attention:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
+    read = file_session(model, "portable").run([node.output[0] for node in attention], {"image": image})
+    extra = 1 if sparsity.fuse_tokens else 0
+    assert [x.shape[1] for x in read] == [101, 101, 71 + extra, 71 + extra, 36 + 2 * extra, 36 + 2 * extra]
+
+
+def test_a_file_that_keeps_the_wrong_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = save_student(student(sparsity=ALONE, num_classes=0), tmp_path / "student")
+    right = ops.top_tokens
+    wrong = lambda scores, kept: right(-scores if torch.onnx.is_in_onnx_export() else scores, kept)  # noqa: E731
+    monkeypatch.setattr(ops, "top_tokens", wrong)
+    with pytest.raises(GateError, match=r"prunes \d+ tokens that torch keeps"):
+        export_bundle(folder, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_pruned_teacher_is_none(tmp_path: Path, pictures: Path) -> None:
+    folder = save_student(student(sparsity=ALONE, num_classes=0), tmp_path / "student")
+    bundle = export_bundle(folder, tmp_path / "bundle")
+    with pytest.raises(ConfigError, match="teacher prunes"):
+        evaluate_student(folder, pictures, against=bundle)
+
+
+def test_a_dense_student_prunes_only_where_it_was_made_to(tmp_path: Path, tiny_weights: Path) -> None:
+    dense = sparsify(TINY, tmp_path / "dense", weights=tiny_weights, keep=1)
+    with pytest.raises(ConfigError, match="cannot be made"):
+        load_student(dense, token_keep=STAGES)
 
 
 def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:

@@ -139,11 +139,17 @@ def _explained(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, OSError):
         _say(f"{error.filename or 'the output'}: {error.strerror or error}.\n  Check the path and the space there.")
-    elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+    elif _is_out_of_memory(error):
         _say("out of memory.\n  Choose a smaller image, batch or model, or close other programs.")
     else:
         raise error
     return 2
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of Python, or of torch on a CPU or a GPU, which is not imported here to tell."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
 
 
 def _flushed(code: int) -> int:

@@ -35,7 +35,7 @@ class Source:
     Attributes:
         train: files, or a data set of timm. held_out: files that are not trained on.
         labels: the class of each file, where a folder is labelled. classes: their names.
-        labelled: whether labels count.
+        labelled: whether labels count. name: of a data set.
     """
 
     train: Sequence[Path] | Any
@@ -43,11 +43,13 @@ class Source:
     labels: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()
     labelled: bool = False
+    name: str = ""
 
     @property
     def fingerprint(self) -> str:
         """Tells whether a training resumes on the pictures that it began with."""
-        names = [str(p) for p in self.train] if isinstance(self.train, list) else [type(self.train).__name__]
+        length = len(self.train) if hasattr(self.train, "__len__") else "endless"
+        names = [str(p) for p in self.train] if isinstance(self.train, list) else [f"{self.name} {length}"]
         text = "\n".join([*names, *map(str, self.labels), *(str(p) for p in self.held_out)])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -67,9 +69,9 @@ def folder_source(folder: Path, count: int, labelled: bool, held_out: Path | Non
     """
     files = list_pictures(folder)
     kept = list_pictures(held_out) if held_out is not None else evenly(files, min(count, max(1, len(files) // 5)))
+    taken = {path.resolve() for path in kept}
+    train = [path for path in files if path.resolve() not in taken]
     kept = evenly(kept, count)
-    taken = set(kept)
-    train = [path for path in files if path not in taken]
     if not train:
         raise PictureError(f"{folder} holds {len(files)} pictures, all of which are held out.", "Give more pictures.")
     if not labelled:
@@ -96,7 +98,7 @@ def timm_source(name: str, root: Path, count: int, labelled: bool, held_out: Pat
         raise ConfigError(f"timm cannot read the data set {name!r} at {root}: {error}.", "Check both.") from error
     if held_out is None:
         raise ConfigError(f"The data set {name!r} has no pictures held out.", "Give a folder of some: --held-out DIR.")
-    return Source(dataset, tuple(evenly(list_pictures(held_out), count)), labelled=labelled)
+    return Source(dataset, tuple(evenly(list_pictures(held_out), count)), labelled=labelled, name=name)
 
 
 def augmentation(size: int, pictures: Pictures) -> v2.Transform:
@@ -114,8 +116,8 @@ def augmentation(size: int, pictures: Pictures) -> v2.Transform:
 class Drawn(Dataset[tuple[Tensor, int, str, tuple[str, ...]]]):
     """Endless passes over the pictures, each in an order of its own: item n is the n-th picture of the training."""
 
-    def __init__(self, source: Source, transform: Any, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: Source, transform: Any, seed: int, classes: int = 0) -> None:
+        self.source, self.transform, self.seed, self.classes = source, transform, seed, classes
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __getitem__(self, number: int) -> tuple[Tensor, int, str, tuple[str, ...]]:
@@ -139,7 +141,9 @@ class Drawn(Dataset[tuple[Tensor, int, str, tuple[str, ...]]]):
 
     def _name(self, index: int) -> str:
         train: Any = self.source.train
-        return str(train[index] if isinstance(train, list) else train.filename(index))
+        if isinstance(train, list):
+            return str(train[index])
+        return str(train.filename(index)) if hasattr(train, "filename") else f"picture {index}"
 
     def _read(self, index: int) -> tuple[Any, int, str]:
         train: Any = self.source.train
@@ -150,7 +154,19 @@ class Drawn(Dataset[tuple[Tensor, int, str, tuple[str, ...]]]):
             picture, label = train[index]
         except Exception as error:  # whatever timm's reader raises
             raise PictureError(f"Picture {index} of the data set cannot be read: {error}.") from error
+        if self.source.labelled:
+            check_label(int(label), self.classes, self._name(index))
         return picture.convert("RGB"), int(label), self._name(index)
+
+
+def check_label(label: int, classes: int, name: str) -> None:
+    """Refuse a label that the student has no class for.
+
+    Raises:
+        ConfigError: names the picture.
+    """
+    if not 0 <= label < classes:
+        raise ConfigError(f"{name} has the label {label}; the student knows {classes} classes.", "Leave --labels out.")
 
 
 def apply(transform: Any, picture: Any, seed: int) -> Tensor:
@@ -163,13 +179,18 @@ def apply(transform: Any, picture: Any, seed: int) -> Tensor:
 class Streamed(IterableDataset[tuple[Tensor, int, str, tuple[str, ...]]]):
     """A data set that can only be read on, again and again: WebDataset and the like, in timm's order."""
 
-    def __init__(self, source: Source, transform: Any) -> None:
-        self.source, self.transform = source, transform
+    def __init__(self, source: Source, transform: Any, seed: int, classes: int = 0) -> None:
+        self.source, self.transform, self.seed, self.classes = source, transform, seed, classes
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, str, tuple[str, ...]]]:
+        number = 0
         while True:
-            for number, (picture, label) in enumerate(self.source.train):
-                yield self.transform(picture.convert("RGB")), int(label), f"picture {number} of the stream", ()
+            for picture, label in cast(Any, self.source.train):
+                name = f"picture {number} of the stream"
+                if self.source.labelled:
+                    check_label(int(label), self.classes, name)
+                yield apply(self.transform, picture.convert("RGB"), self.seed + number), int(label), name, ()
+                number += 1
 
 
 def collate(items: list[tuple[Tensor, int, str, tuple[str, ...]]]) -> Batch:
@@ -181,7 +202,16 @@ def collate(items: list[tuple[Tensor, int, str, tuple[str, ...]]]) -> Batch:
 
 
 def batches(
-    source: Source, transform: Any, *, seed: int, batch: int, first: int, process: int, processes: int, workers: int
+    source: Source,
+    transform: Any,
+    *,
+    seed: int,
+    batch: int,
+    first: int,
+    process: int,
+    processes: int,
+    workers: int,
+    classes: int = 0,
 ) -> Iterator[Batch]:
     """Endless batches of one process, from the `first` pass of all processes on.
 
@@ -189,7 +219,9 @@ def batches(
     """
     shared: dict[str, Any] = {"num_workers": workers, "collate_fn": collate, "persistent_workers": workers > 0}
     if isinstance(source.train, IterableDataset):
-        return iter(DataLoader(Streamed(source, transform), batch_size=batch, **shared))
+        # The data set deals its pictures out to the processes by itself.
+        stream = Streamed(source, transform, seed + 1_000_003 * process, classes)
+        return iter(DataLoader(stream, batch_size=batch, **shared))
 
     def places() -> Iterator[list[int]]:
         number = first
@@ -198,4 +230,4 @@ def batches(
             yield list(range(start, start + batch))
             number += 1
 
-    return iter(DataLoader(Drawn(source, transform, seed), batch_sampler=cast(Any, places()), **shared))
+    return iter(DataLoader(Drawn(source, transform, seed, classes), batch_sampler=cast(Any, places()), **shared))

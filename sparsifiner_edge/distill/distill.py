@@ -12,8 +12,10 @@ from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Source, folder_source, timm_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
-from sparsifiner_edge.distill.train import Progress, State, Training
+from sparsifiner_edge.distill.train import Progress, State, Training, make_accelerator
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
+from sparsifiner_edge.sparse.calibrate import sparse_layers
+from sparsifiner_edge.sparse.models import Backbone
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
 
 
@@ -62,19 +64,28 @@ def distill_student(
         GateError: a loss is no number or exploded; the checkpoint stays.
         SparsifinerError: unusable input; nothing is written.
     """
-    target, folder = Path(output), Path(f"{output}.training")
+    target = Path(output)
+    folder = target.with_name(f"{target.name}.training")
     require_replaceable(target, "student")
     plan = read_recipe(recipe, overrides)
     found = load_student(student)
     if found.sparsity.is_dense:
         raise ConfigError(f"{student} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
+    if (plan.reconstruct.steps or plan.reconstruct.epochs) and not sparse_layers(found.model):
+        raise ConfigError("No layer of this student has a predictor to reconstruct.", "Set reconstruct.steps to 0.")
+    # First of all that differs between processes: data sets of timm ask which one they are in.
+    accelerator = make_accelerator(plan)
     source = _source(Path(data), plan, found, labels, dataset, Path(held_out) if held_out else None)
     dense = _teacher(found, teacher, Path(weights) if weights else None)
-    _prepare(folder, resume)
-    training = Training(found, dense, source, plan, folder)
+    _check_folder(folder, resume)
+    training = Training(accelerator, found, dense, source, plan, folder)
+    record = _recorder(folder) if tensorboard and accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
     if resume:
         _restore(training, folder)
-    state = training.run(_recorded(folder, progress) if tensorboard else progress)
+    elif accelerator.is_main_process:
+        _clear(folder)
+    state = training.run(_both(progress, record))
     summary = _summary(training, state, dense, recipe)
     summary["from"] = {"student": str(student), "sha256": sha256(Path(student) / STUDENT_FILE)}
     if training.accelerator.is_main_process:
@@ -135,22 +146,47 @@ def _teacher(student: Student, name: str | None, weights: Path | None) -> Studen
             )
         return dense_twin(student)
     teacher = load_dense(name, weights, student.img_size)
-    if teacher.model.embed_dim != student.model.embed_dim:
-        raise ConfigError(
-            f"The teacher {name} is {teacher.model.embed_dim} channels wide, the student {student.model.embed_dim}.",
-            "Give a teacher of the student's architecture.",
-        )
+    theirs, ours = (_outputs(side.model) for side in (teacher, student))
+    for what, value in theirs.items():
+        if value != ours[what] and not (what == "classes" and 0 in (value, ours[what])):
+            raise ConfigError(
+                f"The teacher {name} has {value} {what}, the student {ours[what]}.",
+                "Give a teacher of the student's architecture.",
+            )
     return teacher
 
 
-def _prepare(folder: Path, resume: bool) -> None:
-    unfinished = (folder / checkpoint.CHECKPOINT).exists()
-    if unfinished and not resume:
+def _outputs(model: Backbone) -> dict[str, int]:
+    """What must agree for tokens to be compared."""
+    return {
+        "channels": model.embed_dim,
+        "patches": model.patch_embed.num_patches,
+        "tokens before them": model.num_prefix_tokens,
+        "classes": model.num_classes,
+    }
+
+
+_OURS = {checkpoint.CHECKPOINT, f"{checkpoint.CHECKPOINT}.part", checkpoint.HISTORY, "history.part", "tensorboard"}
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in _OURS) if folder.is_dir() else []
+    if foreign or (folder.exists() and not folder.is_dir()):
+        what = f"holds {foreign[0]!r}" if foreign else "is no folder"
+        raise ConfigError(f"{folder} is where checkpoints go, but {what}.", "Move it, or give another -o.")
+    if (folder / checkpoint.CHECKPOINT).exists() and not resume:
         raise ConfigError(
             f"{folder} holds an unfinished training.", "Go on with --resume, or remove that folder to start again."
         )
-    if not resume and folder.exists():
-        shutil.rmtree(folder)
+
+
+def _clear(folder: Path) -> None:
+    """An empty folder for a new training; what an earlier one left there goes."""
+    for name in _OURS & {path.name for path in folder.iterdir()} if folder.is_dir() else ():
+        if name == "tensorboard":
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink()
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -166,18 +202,29 @@ def _restore(training: Training, folder: Path) -> None:
     training.restore(content)
 
 
-def _recorded(folder: Path, progress: Progress | None) -> Progress:
+def _both(progress: Progress | None, record: Progress | None) -> Progress:
+    def call(step: int, steps: int, losses: dict[str, float]) -> None:
+        for one in (record, progress):
+            if one is not None:
+                one(step, steps, losses)
+
+    return call
+
+
+def _recorder(folder: Path) -> Progress:
+    """Writes losses for TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingExtraError("tensorboard", "train") from error
-    writer: Any = SummaryWriter(str(folder / "tensorboard"))
+    writer: Any = None
 
-    def record(step: int, steps: int, losses: dict[str, float]) -> None:
+    def record(step: int, _: int, losses: dict[str, float]) -> None:
+        nonlocal writer
+        # What was written after the checkpoint that a training resumes from is written anew.
+        writer = writer or SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         for name, value in losses.items():
             writer.add_scalar(f"loss/{name}", value, step)
         writer.flush()
-        if progress:
-            progress(step, steps, losses)
 
     return record

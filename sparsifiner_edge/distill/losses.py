@@ -59,7 +59,8 @@ class Distiller(nn.Module):
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum."""
-        return torch.stack([getattr(self.weights, name) * loss for name, loss in losses.items()]).sum()
+        weighted = [getattr(self.weights, name) * loss for name, loss in losses.items() if getattr(self.weights, name)]
+        return torch.stack(weighted).sum() if weighted else torch.zeros((), requires_grad=True)
 
 
 def student_tokens(student: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -49,7 +49,7 @@ class Losses:
         patches, classes: 1 - cosine of final patch tokens, and of the tokens before them, to the teacher's.
         tokens: mean squared error of all final tokens (Sparsifiner, equation 8).
         logits: Kullback-Leibler divergence of the classes from the teacher's. labels: cross-entropy, with --labels.
-        selection: of the predictor; it has parameters of its own, so this only matters against its weight decay.
+        selection: of the predictor, which has parameters of its own: the weight matters for clipping alone.
     """
 
     patches: float = 1.0

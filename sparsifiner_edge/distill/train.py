@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import os
 import random
 import statistics
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -20,7 +23,7 @@ from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Batch, Source, augmentation, batches
 from sparsifiner_edge.distill.losses import Distiller, at_positions, student_tokens
 from sparsifiner_edge.distill.recipe import Phase, Recipe
-from sparsifiner_edge.errors import GateError
+from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.sparse.models import Backbone, normalise, preprocessing
 from sparsifiner_edge.sparse.patch import set_budget
@@ -47,17 +50,40 @@ class State:
     unreadable: set[str] = dataclasses.field(default_factory=set)
 
 
-class Training:
-    """A student, its teacher and their pictures, on the processes that accelerate was launched with."""
+def make_accelerator(recipe: Recipe) -> Any:
+    """Hugging Face accelerate's view of the processes that were launched.
 
-    def __init__(self, student: Student, teacher: Student, source: Source, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.source, self.folder, self.sparsity = recipe, source, folder, student.sparsity
-        self.size, self.pre = student.img_size, preprocessing(student.model)
-        self.accelerator = Accelerator(
+    Raises:
+        ConfigError: the device does not know the recipe's precision.
+    """
+    if "RANK" not in os.environ:
+        # Alone, a second training of one Python process may have another precision.
+        AcceleratorState._reset_state()
+    try:
+        return Accelerator(
             mixed_precision=recipe.precision,
             gradient_accumulation_steps=recipe.accumulate,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+    except ValueError as error:
+        raise ConfigError(f"precision {recipe.precision}: {error}.", "Choose another: --set precision=no.") from error
+
+
+class Training:
+    """A student, its teacher and their pictures, on the processes that accelerate was launched with."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        student: Student,
+        teacher: Student,
+        source: Source,
+        recipe: Recipe,
+        folder: Path,
+    ) -> None:
+        self.accelerator, self.sparsity = accelerator, student.sparsity
+        self.recipe, self.source, self.folder = recipe, source, folder
+        self.size, self.pre = student.img_size, preprocessing(student.model)
         teacher.model.to(self.accelerator.device)
         distiller = Distiller(student.model, teacher.model, recipe.losses)
         self.optimiser = torch.optim.AdamW(parameter_groups(student.model, recipe.weight_decay))
@@ -66,6 +92,7 @@ class Training:
         decay = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(self.distiller.student, multi_avg_fn=decay) if recipe.ema else None
         self.state, self.recent = State(), list[float]()
+        self.origin = {name: _digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
         self.held_out = self._held_out(teacher.model)
@@ -111,7 +138,7 @@ class Training:
         Raises:
             GateError: a loss is no number, or has exploded.
         """
-        if self.state.step == 0:
+        if 0 not in self.state.fidelity:
             self._judge(0)
             self._save()
         stream = self._stream()
@@ -136,6 +163,7 @@ class Training:
             batch=self.recipe.batch,
             first=self.state.step * self.recipe.accumulate,
             process=self.accelerator.process_index,
+            classes=self.distiller.student.num_classes,
             processes=self.accelerator.num_processes,
             workers=self.recipe.pictures.workers,
         )
@@ -147,6 +175,8 @@ class Training:
             if step < done + phase[1]:
                 break
             done += phase[1]
+        if step == done:  # another phase has losses of its own
+            self.recent = []
         self._set_rates(phase[0], (step - done + 1) / phase[1])
         set_budget_of(self.distiller.student, self.budget(step))
         torch.manual_seed(self.recipe.seed + step)
@@ -191,12 +221,13 @@ class Training:
 
     def _clip(self, step: int, batch: Batch) -> None:
         """Cut the gradients of backbone and predictor apart: those of the predictor are much larger."""
+        self.accelerator.unscale_gradients()
         norms = []
         for group in self.optimiser.param_groups[::2], self.optimiser.param_groups[1::2]:
             parameters = [p for part in group for p in part["params"] if p.grad is not None]
             if parameters:
                 limit = self.recipe.clip or math.inf
-                norms.append(float(self.accelerator.clip_grad_norm_(parameters, limit)))
+                norms.append(float(nn.utils.clip_grad_norm_(parameters, limit)))
         # A scaler of fp16 gradients skips steps that overflow, by itself.
         if self.accelerator.scaler is None and not all(math.isfinite(norm) for norm in norms):
             self._stop(step, "a gradient is no number", batch)
@@ -234,6 +265,7 @@ class Training:
                 "student": self.distiller.student.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
+                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 "recent": self.recent,
                 "state": dataclasses.asdict(self.state) | {"unreadable": sorted(self.state.unreadable)},
             }
@@ -246,6 +278,8 @@ class Training:
         self.optimiser.load_state_dict(content["optimiser"])
         if self.average is not None:
             self.average.load_state_dict(content["average"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
         self.recent = content["recent"]
         self.state = State(**(content["state"] | {"unreadable": set(content["state"]["unreadable"])}))
         self._saved = self.state.step
@@ -255,14 +289,27 @@ class Training:
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a training to be resumed; learning rates and limits may change."""
         recipe = self.recipe
+        same = {name: str(getattr(recipe, name)) for name in ("budgets", "losses")}
+        crops = (recipe.pictures.smallest_crop, recipe.pictures.flip)
         return {
             "pictures": self.source.fingerprint,
+            "crops": str(crops),
+            **self.origin,
+            **same,
             "sparsity": str(self.sparsity),
             "seed": recipe.seed,
             "pictures per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
             "steps": self.total,
             "ema": bool(recipe.ema),
         }
+
+
+def _digest(model: nn.Module) -> str:
+    """Tells models apart by their weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.double().sum().item()} {tensor.double().abs().sum().item()}".encode())
+    return digest.hexdigest()
 
 
 def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:

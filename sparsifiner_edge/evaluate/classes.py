@@ -21,7 +21,7 @@ from sparsifiner_edge.evaluate.extract import Extractor, Progress, open_subject,
 from sparsifiner_edge.evaluate.labelled import Labelled, labelled
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import new_result
-from sparsifiner_edge.sparse.student import load_student, save_student
+from sparsifiner_edge.sparse.student import Student, load_student, save_student
 
 Array = npt.NDArray[Any]
 NEIGHBOURS = 20
@@ -63,7 +63,7 @@ def evaluate_classes(
         `statistics` hold the accuracies in percent, and the difference in points with a paired 95 % bootstrap interval.
 
     Raises:
-        ConfigError: no gallery, sizes or classes differ, no classifier.
+        ConfigError: no gallery, a class without pictures, classes that differ, no classifier.
         SparsifinerError: subject, teacher or pictures are unusable.
     """
     if metric not in METRICS:
@@ -81,7 +81,8 @@ def evaluate_classes(
         found = {role: _answers(side, metric, asked, known, count) for role, side in sides.items()}
     right = {role: answers == asked.labels for role, (answers, _) in found.items()}
     if head is not None:
-        write_head(Path(subject), found["subject"][1], asked.classes, Path(head))
+        student = load_student(subject, keep=keep, token_keep=token_keep)
+        write_head(student, found["subject"][1], asked.classes, Path(head))
     method = {
         "metric": {"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}[metric],
         "queries": f"{len(asked)} of {asked.name}",
@@ -114,7 +115,13 @@ def _gallery(data: str | Path, gallery: str | Path | None, size: int, asked: Lab
         if str(data) != "fashion-mnist":
             raise ConfigError("Neighbours and probes need labelled pictures.", "Give some: --gallery DIR.")
         gallery = data
-    return labelled(gallery, "train", asked.classes).first(size)
+    known = labelled(gallery, "train", asked.classes).first(size)
+    missing = sorted(set(range(len(asked.classes))) - set(known.labels.tolist()))
+    if missing:
+        raise ConfigError(f"The gallery has no picture of {asked.classes[missing[0]]!r}.", "Give some of every class.")
+    if len(asked.classes) < 2:
+        raise ConfigError(f"There is one class alone, {asked.classes[0]!r}.", "Give pictures of several.")
+    return known
 
 
 def _answers(
@@ -188,14 +195,18 @@ def _check_head(subject: Path, head: Path, metric: str) -> None:
     require_replaceable(head, "student")
 
 
-def write_head(subject: Path, fitted: Any, classes: tuple[str, ...], output: Path) -> Path:
-    """The student `subject` with a linear probe of its features as its classifier, as a student folder."""
+def write_head(student: Student, fitted: Any, classes: tuple[str, ...], output: Path) -> Path:
+    """A student, changed in place, with a linear probe of its features as its classifier, as a student folder."""
     scaler, regression = (step for _, step in fitted.steps)
-    student = load_student(subject)
     student.model.reset_classifier(len(classes))
     weight = regression.coef_ / scaler.scale_
-    layer: Any = student.model.head
+    bias = regression.intercept_ - weight @ scaler.mean_
+    if len(classes) == 2:  # scikit-learn gives one row, for the second class against the first
+        weight, bias = (np.concatenate([-x / 2, x / 2]) for x in (weight, bias))
+    # DeiT's two heads are averaged, and so are the features that the probe was fitted on.
+    layers = [getattr(student.model, name) for name in ("head", "head_dist") if hasattr(student.model, name)]
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(weight))
-        layer.bias.copy_(torch.from_numpy(regression.intercept_ - weight @ scaler.mean_))
+        for layer in layers:
+            layer.weight.copy_(torch.from_numpy(weight))
+            layer.bias.copy_(torch.from_numpy(bias))
     return save_student(dataclasses.replace(student, labels=classes), output)

@@ -99,6 +99,7 @@ def _compare(
     for number, path in enumerate(pictures):
         image = load_batch([path], ours.size)
         got, expected = ours.extract(image), teacher.extract(image)
+        _require_comparable(got, expected)
         values = {"features_cosine": float(cosine(got["features"], expected["features"]).mean())}
         if "tokens" in got and "tokens" in expected:
             wanted = _at(expected["tokens"][:, teacher.prefix :], got.get(POSITIONS))
@@ -109,6 +110,23 @@ def _compare(
         if progress:
             progress(number + 1, len(pictures))
     return samples
+
+
+def _require_comparable(got: dict[str, Array], expected: dict[str, Array]) -> None:
+    """Refuse a teacher that is no teacher of the subject."""
+    shapes = [
+        {"features": x["features"].shape, "tokens": x.get("tokens", np.empty((0,))).shape} for x in (got, expected)
+    ]
+    pruned = POSITIONS in got
+    if POSITIONS in expected:
+        raise ConfigError("The teacher prunes tokens.", "Compare with a model that keeps all of them.")
+    both = "tokens" in got and "tokens" in expected
+    for name in ("features", "tokens") if both and not pruned else ("features",):
+        if shapes[0][name] != shapes[1][name]:
+            raise ConfigError(
+                f"The subject's {name} have shape {list(shapes[0][name])}, the teacher's {list(shapes[1][name])}.",
+                "Give the model that the subject was made from.",
+            )
 
 
 def _at(patches: Array, positions: Array | None) -> Array:

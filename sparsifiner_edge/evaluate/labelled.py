@@ -58,6 +58,8 @@ def labelled(source: str | Path, split: str, classes: tuple[str, ...] | None = N
         PictureError: nothing there. ConfigError: no folder per class, or a class that is not known.
     """
     if str(source) == FASHION:
+        if classes not in (None, FASHION_CLASSES):
+            raise ConfigError(f"{FASHION} has classes of its own.", "Give a gallery with the classes of the queries.")
         return _fashion(split)
     folder = Path(source)
     files = list_pictures(folder)

@@ -15,7 +15,7 @@ import torch
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.sessions import file_session
-from sparsifiner_edge.metrics import POSITIONS, Agreement, agreement, aligned
+from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, Agreement, agreement, aligned
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.ort import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention
@@ -124,9 +124,12 @@ def check_export(
             lists = [results[name] for name in _probed(model, "KeySelect")]
             scores = [results[name] for name in _probed(model, "TokenScore")]
             same = _run_torch(deployed, image, lists, scores)[0]
-            _compare(equal, aligned(results, same)[0], same, TOLERANCE, batch)
+            mine, lost = aligned(results, same)
+            _require_tokens(lost, 0, batch)
+            _compare(equal, mine, same, TOLERANCE, batch)
             results, missing = aligned(results, expected)
             _compare(free, results, expected, FREE_TOLERANCE if lists or scores else TOLERANCE, batch)
+            _require_tokens(missing, OTHER_TOKENS * expected.get(POSITIONS, np.empty(0)).size, batch)
             pruned += missing
             indices += sum(x.size for x in chosen)
             differing += sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
@@ -148,6 +151,14 @@ def _compare(
         _require(name, batch, found, tolerance)
         if name not in worst or found.error > worst[name].error:
             worst[name] = found
+
+
+def _require_tokens(missing: int, allowed: float, batch: int) -> None:
+    if missing > allowed:
+        raise GateError(
+            f"At batch {batch} the file prunes {missing} tokens that torch keeps, allowed {allowed:.0f}.",
+            "Nothing was written. Report this with the command.",
+        )
 
 
 def count_differing(a: Array, b: Array) -> int:

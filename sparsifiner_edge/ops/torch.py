@@ -251,7 +251,9 @@ def sparse_attention(
         return _node("SparseAttention", (qkv, indices), attributes, qkv.dtype, shape)
     q, k, v = split_heads(qkv, num_heads)
     prefix_rows = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, scale=scale)
-    patch_rows = _tile_attention(q[:, :, num_prefix:], k, v, indices, num_prefix * prefix_keys, tile, cell, scale)
+    # What autocast gave stays; what is computed in float32 here, differences above all, must not become less again.
+    with torch.autocast(qkv.device.type, enabled=False):
+        patch_rows = _tile_attention(q[:, :, num_prefix:], k, v, indices, num_prefix * prefix_keys, tile, cell, scale)
     return torch.cat([prefix_rows, patch_rows], 2).transpose(1, 2).reshape(batch, tokens, packed // 3)
 
 
@@ -312,7 +314,7 @@ def token_score(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         shape = list(qkv.shape[:2])
         return _node("TokenScore", (qkv,), {"num_heads": num_heads, "scale": scale}, torch.float32, shape)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
         q, k, _ = (x.float() for x in split_heads(qkv, num_heads))
         scores: Tensor = (scale * q[:, :, :1] @ k.mT).softmax(-1)[:, :, 0].mean(1)
         return scores

@@ -12,11 +12,8 @@ import numpy as np
 
 from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
-from sparsifiner_edge.metrics import POSITIONS, aligned
+from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, aligned
 from sparsifiner_edge.runtime.session import Array, Session
-
-OTHER_TOKENS = 0.02
-"""Share of the tokens that may be others than golden's: of two with equal scores either may stay."""
 
 
 def check_golden(session: Session, bundle: str | Path) -> dict[str, dict[str, float]]:

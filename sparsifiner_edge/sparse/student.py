@@ -106,15 +106,19 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
 
 
 def calibration_twin(student: Student) -> Student:
-    """The student itself, or a copy at `CALIBRATION_SIDE` patches a side where it is larger and its preset allows."""
+    """The student itself, or a copy at `CALIBRATION_SIDE` patches a side at most, that prunes no tokens, where it is
+    larger or prunes and its preset allows.
+    """
     patch = int(cast(Any, student.model).patch_embed.patch_size[0])
-    size = CALIBRATION_SIDE * patch
-    if student.sparsity.preset != "edge" or student.img_size <= size:
-        return student
-    patches = CALIBRATION_SIDE**2
+    size = min(CALIBRATION_SIDE * patch, student.img_size)
     sparsity = student.sparsity
+    if sparsity.preset != "edge" or (student.img_size <= size and not sparsity.token_keep):
+        return student
+    patches = (size // patch) ** 2
     fitted = dataclasses.replace(
         sparsity,
+        token_keep=(),
+        fuse_tokens=False,
         cells=min(sparsity.cells, default_cells(patches)),
         tile=sparsity.tile if sparsity.tile <= patches else sparsity.probe,
     )
@@ -258,7 +262,7 @@ def with_budget(
     if token_keep == ():
         given["fuse_tokens"] = False
     sparsity = dataclasses.replace(student.sparsity, **given)
-    if (sparsity.keep == 1) != (student.sparsity.keep == 1):
+    if (sparsity.keep == 1) != (student.sparsity.keep == 1) or (student.sparsity.is_dense and token_keep):
         raise ConfigError("A sparse student cannot be made dense, nor a dense one sparse.", "Use `sparsify`.")
     if not student.sparsity.is_dense:
         set_budget(student.model, sparsity)

@@ -1,0 +1,151 @@
+"""The parts of distillation: what is drawn, data sets, losses, recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
+from sparsifiner_edge.distill.losses import Distiller, at_positions, student_tokens
+from sparsifiner_edge.distill.recipe import Losses, Pictures, Recipe, names, read_recipe
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
+from sparsifiner_edge.sparse.student import dense_twin
+from tests.models import images, student
+
+
+def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
+    source = folder_source(folder, 2, labelled=True, held_out=None)
+    transform = augmentation(32, Pictures())
+    shared: dict[str, Any] = {"seed": 3, "workers": 0}
+    whole = batches(source, transform, batch=4, first=0, process=0, processes=1, **shared)
+    halves = [batches(source, transform, batch=2, first=0, process=r, processes=2, **shared) for r in range(2)]
+    later = batches(source, transform, batch=4, first=3, process=0, processes=1, **shared)
+    seen = [next(whole) for _ in range(5)]
+    for batch in seen:
+        parts = [next(half) for half in halves]
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert parts[0].files + parts[1].files == batch.files
+    assert torch.equal(next(later).images, seen[3].images)
+    files = [name for batch in seen for name in batch.files]
+    assert len(set(files[:10])) == 10  # one pass before the next
+    assert sorted(files[:10]) == sorted(map(str, source.train))
+    for batch in seen:
+        assert [("cats" in name) for name in batch.files] == [label == 0 for label in batch.labels]
+    assert not torch.equal(Drawn(source, transform, 3)[0][0], Drawn(source, transform, 4)[0][0])
+
+
+# timm and webdataset leave files open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
+    held_out = folder / "cats"
+    by_folder = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
+    assert len(by_folder) == 12
+    image, label, name, _ = Drawn(by_folder, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2)[0]
+    assert image.shape == (3, 32, 32)
+    assert (label == 0) == ("cats" in name)
+    webdataset = pytest.importorskip("webdataset")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with webdataset.TarWriter(str(shards / "mine-000000.tar")) as writer:
+        for number, path in enumerate(sorted(folder.rglob("*.png"))):
+            writer.write({"__key__": f"{number:04d}", "png": path.read_bytes(), "cls": number % 2})
+    (shards / "_info.json").write_text(
+        json.dumps({"splits": {"train": {"name": "train", "filenames": ["mine-000000.tar"], "num_samples": 12,
+                                         "shard_lengths": [12]}}})
+    )  # fmt: skip
+    streamed = timm_source("wds/mine", shards, 2, labelled=True, held_out=held_out)
+    items = iter(Streamed(streamed, augmentation(32, Pictures()), 0, 2))
+    seen = [next(items) for _ in range(15)]
+    assert all(image.shape == (3, 32, 32) and label in (0, 1) for image, label, _, _ in seen)
+    with pytest.raises(ConfigError, match="no pictures held out"):
+        timm_source("folder", folder, 2, labelled=False, held_out=None)
+    with pytest.raises(ConfigError, match="cannot read the data set"):
+        timm_source("wds/none", tmp_path, 2, labelled=False, held_out=held_out)
+
+
+@pytest.mark.parametrize("preset", ["edge", "paper"])
+def test_the_predictor_learns_from_the_students_own_queries(preset: str) -> None:
+    sparsity = SparsityConfig.for_preset(preset, keep=0.2, channels=8, **({} if preset == "paper" else {"cells": 4}))
+    found = student(sparsity=sparsity)
+    qkv: list[tuple[Any, torch.Tensor]] = []
+    with observed(found.model, lambda layer, x: qkv.append((layer, x))):
+        found.model(images(found.model))
+    assert len(qkv) == 6
+    layer, values = qkv[2]
+    values = values.detach().requires_grad_()
+    first = selection_loss(layer, values, torch.Generator().manual_seed(0))
+    first.backward()
+    assert values.grad is None  # it counts as given
+    optimiser = torch.optim.Adam(layer.select.parameters(), 1e-2)
+    for _ in range(30):
+        optimiser.zero_grad()
+        selection_loss(layer, values, torch.Generator().manual_seed(0)).backward()
+        optimiser.step()
+    assert selection_loss(layer, values, torch.Generator().manual_seed(0)) < 0.9 * first
+    assert all(x.observer is None and not x.densely for x in sparse_layers(found.model))
+
+
+def test_losses_are_zero_for_the_teacher_itself() -> None:
+    found = student(num_classes=3)
+    distiller = Distiller(dense_twin(found).model, dense_twin(found).model, Losses())
+    got = distiller(images(found.model), torch.tensor([0, 1]), torch.Generator(), False)
+    for name in ("patches", "classes", "tokens", "logits"):
+        assert float(got[name].detach()) == pytest.approx(0, abs=1e-6)
+    assert float(got["labels"].detach()) > 0
+    ours = Distiller(found.model, dense_twin(found).model, Losses())
+    got = ours(images(found.model), None, torch.Generator().manual_seed(0), False)
+    assert set(got) == {"patches", "classes", "tokens", "logits", "selection"}
+    assert float(got["patches"].detach()) > 1e-5
+    only = ours(images(found.model), None, torch.Generator().manual_seed(0), True)
+    assert set(only) == {"selection"}
+    only["selection"].backward()
+    gradients = {name for name, p in ours.student.named_parameters() if p.grad is not None}
+    assert gradients == {name for name in gradients if ".select." in name} != set()
+
+
+def test_pruned_tokens_are_held_against_their_own_places() -> None:
+    found = student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((1, 0.6), (3, 0.5))))
+    tokens, positions = student_tokens(found.model, images(found.model))
+    assert positions is not None
+    assert tokens.shape == (2, 31, 64)
+    wanted = torch.arange(101).float()[None, :, None].expand(2, -1, 64)
+    picked = at_positions(wanted, positions, 1)
+    assert torch.equal(picked[:, 1:, 0].long() - 1, positions)
+
+
+def test_recipes() -> None:
+    assert names() == ["cpu", "imagenet-deit-s"]
+    for name in names():
+        assert isinstance(read_recipe(name), Recipe)
+    recipe = read_recipe("cpu", ["distil.steps=7", "budgets.keep=[0.3]", "precision=bf16", "distil.learning_rate=2e-6"])
+    assert (recipe.distil.steps, recipe.budgets.keep, recipe.precision) == (7, (0.3,), "bf16")
+    assert recipe.distil.learning_rate == 2e-6
+    assert json.loads(json.dumps(recipe.to_dict()))["distil"]["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distil.step=7", "no distil.step"), ("batch=0", "batch is 0"), ("batch=two", "batch is 'two'"),
+        ("distil=3", "distil is 3"), ("budgets.keep=[1.5]", "budgets.keep is"), ("precision=fp8", "precision is 'fp8'"),
+        ("distil.steps", "has no value"), ("batch.x=1", "batch is no section"),
+        ("distil.epochs=2", "both steps and epochs"),
+        ("distil.steps=0", "trains for no step"), ("budgets.token_keep=4", "must be of type str"),
+        ("budgets.token_keep='4'", "token_keep holds '4'"), ("losses.patches=nan", "losses.patches is nan"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        read_recipe("cpu", [override])
+
+
+def test_what_decides_is_never_trained_on(folder: Path) -> None:
+    source = folder_source(folder, 2, False, folder / ".." / folder.name / "cats")
+    assert {path.parent.name for path in source.train} == {"dogs"}
+    assert len(source.held_out) == 2
