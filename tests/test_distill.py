@@ -217,7 +217,7 @@ def test_passes_add_up_to_one_step(folder: Path, start: Path, tmp_path: Path) ->
     distill_student(start, folder, tmp_path / "two", overrides=(*fixed, "batch=2", "accumulate=2"))
     for name in ("patches", "classes", "logits"):
         ours, theirs = ([e[name] for e in history(tmp_path / x) if name in e] for x in ("two", "one"))
-        assert ours == pytest.approx(theirs, rel=2e-3), name
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-6), name
 
 
 def test_bf16_trains(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -271,9 +271,9 @@ def test_another_teacher(folder: Path, start: Path, tmp_path: Path) -> None:
     distill_student(start, folder, tmp_path / "named", **named)
     distill_student(start, folder, tmp_path / "own", overrides=SHORT)
     assert losses(tmp_path / "named") == losses(tmp_path / "own")
-    save_file(vit("test_vit2", num_classes=2).state_dict(), weights)
-    with pytest.raises(ConfigError, match="The teacher test_vit2 has"):
-        distill_student(start, folder, tmp_path / "x", **{**named, "teacher": "test_vit2"})
+    save_file(vit("test_vit3", num_classes=2).state_dict(), weights)
+    with pytest.raises(ConfigError, match="The teacher test_vit3 has"):
+        distill_student(start, folder, tmp_path / "x", **{**named, "teacher": "test_vit3"})
 
 
 def test_what_is_not_ours_is_left_alone(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -286,6 +286,8 @@ def test_what_is_not_ours_is_left_alone(folder: Path, start: Path, tmp_path: Pat
     distill_student(start, folder, tmp_path / "slash", overrides=SHORT)  # a finished training is no obstacle
 
 
+# timm leaves files open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_labels_beyond_the_classes_are_refused(folder: Path, start: Path, tmp_path: Path) -> None:
     three = save_student(student(num_classes=1), tmp_path / "one")
     with pytest.raises(ConfigError, match="has the label 1; the student knows 1 classes"):

@@ -287,15 +287,14 @@ class Training:
             checkpoint.cut_history(self.folder, self.state.step)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a training to be resumed; learning rates and limits may change."""
+        """What must be the same for a training to be resumed; learning rates, losses and limits may change."""
         recipe = self.recipe
-        same = {name: str(getattr(recipe, name)) for name in ("budgets", "losses")}
         crops = (recipe.pictures.smallest_crop, recipe.pictures.flip)
         return {
             "pictures": self.source.fingerprint,
             "crops": str(crops),
             **self.origin,
-            **same,
+            "budgets": str(recipe.budgets),
             "sparsity": str(self.sparsity),
             "seed": recipe.seed,
             "pictures per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
