@@ -22,7 +22,7 @@ from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import folder_source
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.recipe import read_recipe
-from sparsifiner_edge.distill.train import Training, make_accelerator
+from sparsifiner_edge.distill.train import Training, choose_parameters, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, PictureError
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import PROGRAM, assert_refused, call, process
@@ -218,6 +218,17 @@ def test_passes_add_up_to_one_step(folder: Path, start: Path, tmp_path: Path) ->
     for name in ("patches", "classes", "logits"):
         ours, theirs = ([e[name] for e in history(tmp_path / x) if name in e] for x in ("two", "one"))
         assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-6), name
+
+
+def test_attention_alone_can_learn(folder: Path, start: Path, tmp_path: Path) -> None:
+    found = load_student(start)
+    choose_parameters(found.model, "attention")
+    learning = {name for name, parameter in found.model.named_parameters() if parameter.requires_grad}
+    assert {"blocks.2.attn.qkv.weight", "blocks.2.attn.select.proj_q", "blocks.0.norm1.bias", "norm.weight"} <= learning
+    assert not [name for name in learning if ".mlp." in name or "embed" in name]
+    distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "learns=attention", "ema=0.0"))
+    before, after = found.model.state_dict(), load_student(tmp_path / "out").model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in learning)
 
 
 def test_bf16_trains(folder: Path, start: Path, tmp_path: Path) -> None:

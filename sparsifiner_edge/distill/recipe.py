@@ -20,6 +20,7 @@ else:
 
 DEFAULT = "cpu"
 PRECISIONS = ("no", "bf16", "fp16")
+LEARNS = ("all", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Recipe:
     Attributes:
         seed: of everything that is drawn.
         batch: pictures per process and pass. accumulate: passes per step.
+        learns: "all", or "attention": layers of attention, norms and the head alone, which is faster and less noisy.
         weight_decay: of matrices. clip: norm that gradients are cut to, backbone and predictor apart; 0: never.
         ema: decay of the averaged weights, which are those that are judged and kept; 0: the weights themselves.
         precision: "no" (float32), "bf16" or "fp16" autocast.
@@ -110,6 +112,7 @@ class Recipe:
     seed: int = 0
     batch: int = 8
     accumulate: int = 1
+    learns: str = "all"
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float = 0.0
@@ -233,6 +236,8 @@ def _is_number(value: Any) -> bool:
 def _check(recipe: Recipe) -> None:
     if recipe.precision not in PRECISIONS:
         raise ConfigError(f"precision is {recipe.precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
+    if recipe.learns not in LEARNS:
+        raise ConfigError(f"learns is {recipe.learns!r}.", f"Choose one of: {', '.join(LEARNS)}.")
     for name in ("reconstruct", "distil"):
         phase: Phase = getattr(recipe, name)
         if phase.steps and phase.epochs:

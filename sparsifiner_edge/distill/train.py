@@ -85,6 +85,7 @@ class Training:
         self.recipe, self.source, self.folder = recipe, source, folder
         self.size, self.pre = student.img_size, preprocessing(student.model)
         teacher.model.to(self.accelerator.device)
+        choose_parameters(student.model, recipe.learns)
         distiller = Distiller(student.model, teacher.model, recipe.losses)
         self.optimiser = torch.optim.AdamW(parameter_groups(student.model, recipe.weight_decay))
         self.wrapped, self.optimiser = self.accelerator.prepare(distiller, self.optimiser)
@@ -311,6 +312,13 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def choose_parameters(model: nn.Module, learns: str) -> None:
+    """Let only what shall learn have gradients; see `Recipe`."""
+    parts = (".attn.", ".norm1.", ".norm2.", "norm.", "head")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns == "all" or any(part in f".{name}" for part in parts))
+
+
 def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Backbone and predictor in turn: matrices, which decay, then the rest; the predictor never decays."""
     groups: list[dict[str, Any]] = [
@@ -319,6 +327,8 @@ def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
         {"params": [], "weight_decay": 0.0, "predictor": False},
     ]
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if ".attn.select." in name:
             groups[1]["params"].append(parameter)
         else:
