@@ -79,13 +79,12 @@ def test_it_is_smaller_and_close_on_a_new_picture(place: Path) -> None:
     assert sizes[1] < 0.6 * sizes[0]  # the head and the patch embedding stay
 
 
-def test_layers_that_hurt_stay_in_float32(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_hurt_stay_in_float32(place: Path) -> None:
     model = onnx.load(place / "fp32" / "model.onnx")
     images = [golden_image(160, seed=20 + n) for n in range(6)]
     all_int8 = quantise(model, images)
-    monkeypatch.setattr(module, "GOAL_COSINE", 1.1)
     steps: list[tuple[int, int]] = []
-    found = quantise(model, images, progress=lambda *step: steps.append(step))
+    found = quantise(model, images, progress=lambda *step: steps.append(step), goal=1.1)
     assert len(found.kept) == int(module.MAX_FLOAT_SHARE * 24)
     assert steps[-1] == (26, 26)
     kept = {node.name: node for node in found.model.graph.node if node.name in found.kept}
