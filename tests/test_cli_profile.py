@@ -39,8 +39,11 @@ def test_json_alone_on_standard_output_and_the_same_in_the_file(tmp_path, bundle
 
 
 def test_the_table_shows_both_and_what_ran(bundles):
-    run = profile(bundles["fast"], "--against", bundles["slow"], "--seconds", "2", "--threads", "1")
-    assert (run.returncode, run.stderr) == (0, "")
+    for seconds in ("0.5", "2", "6"):  # a verdict needs independent rounds, which a busy machine gives late
+        run = profile(bundles["fast"], "--against", bundles["slow"], "--seconds", seconds, "--threads", "1")
+        assert (run.returncode, run.stderr) == (0, "")
+        if "too few independent rounds" not in run.stdout:
+            break
     for text in ("p50", "p90", "p99", "throughput", "load", "first inference", "peak memory"):
         assert text in run.stdout
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in run.stdout.splitlines() if "│" in line}
