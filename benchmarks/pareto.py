@@ -16,6 +16,7 @@ from typing import Any
 import click
 import numpy as np
 import onnx
+import torch
 from accuracy import SIZE, TOKENS, calibration, untrained
 from cpu_engines import ort_session, time_in_turn
 from fidelity_subject import local_window, weights_file
@@ -23,7 +24,7 @@ from fidelity_subject import local_window, weights_file
 from sparsifiner_edge import material
 from sparsifiner_edge.artifacts import read_json
 from sparsifiner_edge.cli.common import err_console, print_table
-from sparsifiner_edge.config import SparsityConfig, parse_token_keep
+from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.export.bundle import export_bundle, model_shape
 from sparsifiner_edge.metrics import cosine
@@ -82,11 +83,10 @@ def _windowed(model: onnx.ModelProto, student: Any) -> tuple[onnx.ModelProto, in
     """The file with fixed lists in place of its selections."""
     choose, layers = local_window(student.model), iter(sparse_layers(student.model))
     for node in [n for n in model.graph.node if n.op_type == "KeySelect"]:
-        lists = choose(next(layers), None).contiguous().numpy()  # type: ignore[arg-type]
+        lists = choose(next(layers), torch.empty(0)).contiguous().numpy()
         model.graph.initializer.append(onnx.numpy_helper.from_array(lists, node.output[0]))
         model.graph.node.remove(node)
-    macs: SparsityConfig = student.sparsity
-    costs = summary(model_shape(student.model), macs)
+    costs = summary(model_shape(student.model), student.sparsity)
     return model, costs["total_macs"] - costs["predictor_macs"]
 
 

@@ -172,7 +172,7 @@ class SparsityConfig:
         for layer in range(depth):
             patches, prefix = counts[-1]
             if layer in shares:
-                patches, prefix = kept_tokens(patches, shares[layer]), prefix + self.fuse_tokens
+                patches, prefix = share_of(shares[layer], patches), prefix + self.fuse_tokens
             counts.append((patches, prefix))
         return counts
 
@@ -196,8 +196,7 @@ class SparsityConfig:
         choices = patches + prefix if self.preset == "paper" else patches
         return Layout(
             patches=patches,
-            # Rounded first: 0.1 * 1370 is 137.00000000000003 in binary and must not become 138.
-            keys=min(math.ceil(round(self.keep * choices, 9)), choices),
+            keys=share_of(self.keep, choices),
             tiles=math.ceil(patches / self.tile),
             cell=cell,
             cells=math.ceil(patches / cell) if cell else 0,
@@ -243,10 +242,10 @@ class SparsityConfig:
         return cls(**values)
 
 
-def kept_tokens(patches: int, share: float) -> int:
-    """Patch tokens that go on where `share` of them is kept."""
-    # Rounded first: 0.7 * 10 is 7.000000000000001 in binary for some products and must not become 8.
-    return max(1, math.ceil(round(share * patches, 9)))
+def share_of(share: float, count: int) -> int:
+    """How many are kept of `count`, rounded up, at least one."""
+    # Rounded first: 0.1 * 1370 is 137.00000000000003 in binary and must not become 138.
+    return min(max(1, math.ceil(round(share * count, 9))), count)
 
 
 def parse_token_keep(text: str) -> tuple[tuple[int, float], ...]:

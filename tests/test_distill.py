@@ -108,7 +108,7 @@ def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Pat
     (tmp_path / "run.py").write_text(script)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     given = [str(tmp_path / "run.py"), str(start), str(folder)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511", *given]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *given]
     for command in ([sys.executable, *given, str(tmp_path / "one"), "4"], [*launch, str(tmp_path / "two"), "2"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]

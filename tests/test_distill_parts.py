@@ -11,10 +11,11 @@ import torch
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
-from sparsifiner_edge.distill.losses import Distiller, at_positions, student_tokens
+from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.recipe import Losses, Pictures, Recipe, names, read_recipe
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
+from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import dense_twin
 from tests.models import images, student
 
@@ -102,6 +103,9 @@ def test_losses_are_zero_for_the_teacher_itself() -> None:
     got = ours(images(found.model), None, torch.Generator().manual_seed(0), False)
     assert set(got) == {"patches", "classes", "tokens", "logits", "selection"}
     assert float(got["patches"].detach()) > 1e-5
+    unweighted = Distiller(found.model, dense_twin(found).model, Losses(patches=0, classes=0, logits=0, selection=0))
+    with pytest.raises(ConfigError, match="No loss of patches, tokens"):
+        unweighted.total(got)
     only = ours(images(found.model), None, torch.Generator().manual_seed(0), True)
     assert set(only) == {"selection"}
     only["selection"].backward()
@@ -111,7 +115,7 @@ def test_losses_are_zero_for_the_teacher_itself() -> None:
 
 def test_pruned_tokens_are_held_against_their_own_places() -> None:
     found = student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((1, 0.6), (3, 0.5))))
-    tokens, positions = student_tokens(found.model, images(found.model))
+    tokens, positions = final_tokens(found.model, images(found.model))
     assert positions is not None
     assert tokens.shape == (2, 31, 64)
     wanted = torch.arange(101).float()[None, :, None].expand(2, -1, 64)

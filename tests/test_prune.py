@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner_edge.artifacts import open_bundle
-from sparsifiner_edge.config import SparsityConfig, kept_tokens, parse_token_keep
+from sparsifiner_edge.config import SparsityConfig, parse_token_keep, share_of
 from sparsifiner_edge.costs import layer_costs, summary
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.evaluate.cosine import evaluate_student
@@ -76,7 +76,7 @@ def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
         attention = (block.attn.scale * q[:, :, :1] @ k.mT).softmax(-1)[0, :, 0].mean(0)
         tokens = tokens + block.ls1(block.attn(block.norm1(tokens)))
         if number in dict(STAGES):
-            best = attention[1:].topk(kept_tokens(len(kept), dict(STAGES)[number])).indices.sort().values
+            best = attention[1:].topk(share_of(dict(STAGES)[number], len(kept))).indices.sort().values
             tokens, kept = torch.cat([tokens[:, :1], tokens[:, 1 + best]], 1), kept[best]
         tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
     tokens, places = dense.norm(tokens), pruned.token_order[kept]
@@ -121,7 +121,10 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
 def test_a_file_that_keeps_the_wrong_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = save_student(student(sparsity=ALONE, num_classes=0), tmp_path / "student")
     right = ops.top_tokens
-    wrong = lambda scores, kept: right(-scores if torch.onnx.is_in_onnx_export() else scores, kept)  # noqa: E731
+
+    def wrong(scores: torch.Tensor, kept: int) -> torch.Tensor:
+        return right(-scores if torch.onnx.is_in_onnx_export() else scores, kept)
+
     monkeypatch.setattr(ops, "top_tokens", wrong)
     with pytest.raises(GateError, match=r"prunes \d+ tokens that torch keeps"):
         export_bundle(folder, tmp_path / "bundle")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.cli.common import err_console, json_option, output_option, print_json, progress, weights_option
+from sparsifiner_edge.cli.common import json_option, output_option, print_json, progress, weights_option
 
 
 @click.command()
@@ -86,7 +86,6 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
         )
     unreadable = summary["pictures"]["unreadable"]
     if unreadable:
-        err_console.print(
-            f"{len(unreadable)} pictures could not be read and were skipped:", *unreadable[:10], sep="\n  "
-        )
+        listed = "\n  ".join(unreadable[:10])
+        click.echo(f"{len(unreadable)} pictures could not be read and were skipped:\n  {listed}", err=True)
     click.echo(f"Next: sparsifiner-edge export {output} -o BUNDLE/")

@@ -183,7 +183,7 @@ class Streamed(IterableDataset[tuple[Tensor, int, str, tuple[str, ...]]]):
         self.source, self.transform, self.seed, self.classes = source, transform, seed, classes
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, str, tuple[str, ...]]]:
-        number = 0
+        number = before = 0
         while True:
             for picture, label in cast(Any, self.source.train):
                 name = f"picture {number} of the stream"
@@ -191,6 +191,9 @@ class Streamed(IterableDataset[tuple[Tensor, int, str, tuple[str, ...]]]):
                     check_label(int(label), self.classes, name)
                 yield apply(self.transform, picture.convert("RGB"), self.seed + number), int(label), name, ()
                 number += 1
+            if number == before:
+                raise PictureError(f"The data set {self.source.name!r} gives no picture.", "Look at its files.")
+            before = number
 
 
 def collate(items: list[tuple[Tensor, int, str, tuple[str, ...]]]) -> Batch:

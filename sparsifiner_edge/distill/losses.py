@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsifiner_edge.distill.recipe import Losses
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss
 from sparsifiner_edge.sparse.models import Backbone
-from sparsifiner_edge.sparse.patch import SparseViTMixin
+from sparsifiner_edge.sparse.patch import final_tokens
 
 
 class Distiller(nn.Module):
@@ -51,23 +53,22 @@ class Distiller(nn.Module):
                 with torch.no_grad():
                     self.student(images)
                 return {"selection": torch.stack(selection).mean()}
-            tokens, positions = student_tokens(self.student, images)
+            tokens, positions = final_tokens(self.student, images)
         losses = token_losses(self.student, cast(Backbone, self.teacher), images, tokens, positions, labels)
         if selection:
             losses["selection"] = torch.stack(selection).mean()
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum."""
+        """The weighted sum.
+
+        Raises:
+            ConfigError: none of them has a weight.
+        """
         weighted = [getattr(self.weights, name) * loss for name, loss in losses.items() if getattr(self.weights, name)]
-        return torch.stack(weighted).sum() if weighted else torch.zeros((), requires_grad=True)
-
-
-def student_tokens(student: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Final tokens [B,N,C], and where tokens are pruned the raster places [B,P] of the patches that are left."""
-    if isinstance(student, SparseViTMixin) and student.sparsity.token_keep:
-        return student.forward_tokens(images)
-    return student.forward_features(images), None
+        if not weighted:
+            raise ConfigError(f"No loss of {', '.join(losses)} has a weight.", "Set one: --set losses.patches=1.0.")
+        return torch.stack(weighted).sum()
 
 
 def token_losses(
@@ -103,5 +104,4 @@ def at_positions(tokens: Tensor, positions: Tensor | None, prefix: int) -> Tenso
     """Tokens [B,N,C] -> the prefix and the patches at `positions` [B,P]; all where None."""
     if positions is None:
         return tokens
-    patches = torch.take_along_dim(tokens[:, prefix:], positions[..., None], 1)
-    return torch.cat([tokens[:, :prefix], patches], 1)
+    return torch.cat([tokens[:, :prefix], ops.rows_at(tokens[:, prefix:], positions)], 1)

@@ -21,12 +21,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Batch, Source, augmentation, batches
-from sparsifiner_edge.distill.losses import Distiller, at_positions, student_tokens
+from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.recipe import Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.sparse.models import Backbone, normalise, preprocessing
-from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 from sparsifiner_edge.sparse.student import Student
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -92,7 +92,7 @@ class Training:
         self.distiller = cast(Distiller, self.accelerator.unwrap_model(self.wrapped))
         decay = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(self.distiller.student, multi_avg_fn=decay) if recipe.ema else None
-        self.state, self.recent = State(), list[float]()
+        self.state, self.recent, self._saved = State(), list[float](), 0
         self.origin = {name: _digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
@@ -101,6 +101,8 @@ class Training:
     def _steps(self, phase: Phase) -> int:
         if not phase.epochs:
             return phase.steps
+        if not hasattr(self.source.train, "__len__"):
+            raise ConfigError("A stream has no length, so that epochs cannot be counted.", "Give steps in their place.")
         per_step: int = self.recipe.batch * self.recipe.accumulate * self.accelerator.num_processes
         return max(1, math.ceil(phase.epochs * len(self.source) / per_step))
 
@@ -179,7 +181,7 @@ class Training:
         if step == done:  # another phase has losses of its own
             self.recent = []
         self._set_rates(phase[0], (step - done + 1) / phase[1])
-        set_budget_of(self.distiller.student, self.budget(step))
+        set_budget(self.distiller.student, self.budget(step))
         torch.manual_seed(self.recipe.seed + step)
         sums: dict[str, float] = {}
         for number in range(self.recipe.accumulate):
@@ -336,24 +338,17 @@ def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     return groups
 
 
-def set_budget_of(model: Backbone, sparsity: SparsityConfig) -> None:
-    """`set_budget`, where there is anything to set."""
-    if not sparsity.is_dense:
-        set_budget(model, sparsity)
-
-
 @torch.no_grad()
 def fidelity(model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]) -> float:
     """Mean cosine of patch tokens and of the tokens before them to the teacher's, over pictures and budgets."""
-    values, before, prefix = [], getattr(model, "sparsity", None), model.num_prefix_tokens
+    values, before, prefix = [], cast(Any, model).sparsity, model.num_prefix_tokens
     for sparsity in budgets:
-        set_budget_of(model, sparsity)
+        set_budget(model, sparsity)
         for image, wanted in held_out:
-            tokens, positions = student_tokens(model, image)
+            tokens, positions = final_tokens(model, image)
             cosine = torch.cosine_similarity(tokens, at_positions(wanted, positions, prefix), dim=-1)[0]
             values.append(float(cosine[prefix:].mean()))
             if prefix:
                 values.append(float(cosine[:prefix].mean()))
-    if before is not None:
-        set_budget_of(model, before)
+    set_budget(model, before)
     return statistics.fmean(values)

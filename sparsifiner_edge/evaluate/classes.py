@@ -18,7 +18,7 @@ import torch
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.evaluate.extract import Extractor, Progress, open_subject, open_teacher
-from sparsifiner_edge.evaluate.labelled import Labelled, labelled
+from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import new_result
 from sparsifiner_edge.sparse.student import Student, load_student, save_student
@@ -35,7 +35,6 @@ def evaluate_classes(
     *,
     metric: str,
     gallery: str | Path | None = None,
-    gallery_size: int = GALLERY,
     queries: int | None = None,
     against: str | Path | None = None,
     weights: str | Path | None = None,
@@ -53,7 +52,8 @@ def evaluate_classes(
         metric: "knn": the class of most of the 20 nearest gallery features by cosine. "linear": logistic regression on
             the gallery's features. "top1": the classifier's own answer.
         gallery: for knn and linear: labelled pictures; with "fashion-mnist" its training pictures are the default.
-        gallery_size, queries: at most so many pictures, evenly taken; None takes all.
+            Of a larger gallery 5000 are taken, evenly.
+        queries: at most so many pictures of `data`, evenly taken; None takes all.
         against, weights, keep, token_keep, backend: see `evaluate_student`.
         head: for linear: student folder to write, the subject with the probe as its classifier.
         progress: called with (done, total) pictures.
@@ -69,7 +69,7 @@ def evaluate_classes(
     if metric not in METRICS:
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
     asked = labelled(data, "test").first(queries)
-    known = None if metric == "top1" else _gallery(data, gallery, gallery_size, asked)
+    known = None if metric == "top1" else _gallery(data, gallery, asked)
     if head is not None:
         _check_head(Path(subject), Path(head), metric)
     with contextlib.ExitStack() as stack:
@@ -110,12 +110,12 @@ class _Count:
             self.progress(self.done, self.total)
 
 
-def _gallery(data: str | Path, gallery: str | Path | None, size: int, asked: Labelled) -> Labelled:
+def _gallery(data: str | Path, gallery: str | Path | None, asked: Labelled) -> Labelled:
     if gallery is None:
-        if str(data) != "fashion-mnist":
+        if str(data) != FASHION:
             raise ConfigError("Neighbours and probes need labelled pictures.", "Give some: --gallery DIR.")
         gallery = data
-    known = labelled(gallery, "train", asked.classes).first(size)
+    known = labelled(gallery, "train", asked.classes).first(GALLERY)
     missing = sorted(set(range(len(asked.classes))) - set(known.labels.tolist()))
     if missing:
         raise ConfigError(f"The gallery has no picture of {asked.classes[missing[0]]!r}.", "Give some of every class.")

@@ -15,7 +15,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.models import normalise, preprocessing
-from sparsifiner_edge.sparse.patch import SparseViTMixin
+from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
 
 Array = npt.NDArray[Any]
@@ -99,12 +99,10 @@ def _torch(student: Student, about: dict[str, Any]) -> Extractor:
 
     @torch.no_grad()
     def extract(image: Array) -> dict[str, Array]:
-        pixels, outputs = normalise(torch.from_numpy(image), pre), {}
-        if isinstance(model, SparseViTMixin) and model.sparsity.token_keep:
-            tokens, outputs[POSITIONS] = model.forward_tokens(pixels)
-        else:
-            tokens = model.forward_features(pixels)
-        outputs |= {"features": model.forward_head(tokens, pre_logits=True), "tokens": tokens}
+        tokens, positions = final_tokens(model, normalise(torch.from_numpy(image), pre))
+        outputs = {"features": model.forward_head(tokens, pre_logits=True), "tokens": tokens}
+        if positions is not None:
+            outputs[POSITIONS] = positions
         if model.num_classes:
             outputs["logits"] = model.forward_head(tokens)
         return {name: value.numpy() for name, value in outputs.items()}

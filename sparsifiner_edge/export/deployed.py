@@ -9,8 +9,9 @@ import torch
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
+from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.sparse.models import Backbone, Preprocessing, preprocessing
-from sparsifiner_edge.sparse.patch import SparseViTMixin
+from sparsifiner_edge.sparse.patch import SparseViTMixin, final_tokens
 
 
 class DeployedModel(nn.Module):
@@ -34,17 +35,15 @@ class DeployedModel(nn.Module):
             self.output_names.append("tokens")
         self.prunes = isinstance(model, SparseViTMixin) and bool(model.sparsity.token_keep)
         if self.prunes and "tokens" in self.output_names:
-            self.output_names.append("token_positions")
+            self.output_names.append(POSITIONS)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """uint8 [B,H,W,3] -> the outputs, in the order of `output_names`."""
         pixels = image.float().permute(0, 3, 1, 2)
         outputs: dict[str, Tensor] = {}
-        if self.prunes:
-            tokens, positions = cast(SparseViTMixin, self.model).forward_tokens(pixels)
-            outputs["token_positions"] = positions.int()
-        else:
-            tokens = self.model.forward_features(pixels)
+        tokens, positions = final_tokens(self.model, pixels)
+        if positions is not None:
+            outputs[POSITIONS] = positions.int()
         outputs |= {"tokens": tokens, "features": self.model.forward_head(tokens, pre_logits=True)}
         if "logits" in self.output_names:
             outputs["logits"] = self.model.forward_head(tokens)

@@ -320,6 +320,17 @@ def token_score(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:
         return scores
 
 
+def rows_at(values: Tensor, index: Tensor) -> Tensor:
+    """values [B,P,...] at index int64 [B,K] -> [B,K,...].
+
+    One gather of whole rows from all pictures: one along an axis would need an index for every channel.
+    """
+    batch, patches = values.shape[:2]
+    rows = index + patches * torch.arange(batch, device=values.device)[:, None]
+    found: Tensor = values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (-1, index.shape[1]))
+    return found
+
+
 def top_tokens(scores: Tensor, kept: int) -> Tensor:
     """Indices int64 [B,K] of the highest scores [B,P], ties to the lower index, ascending."""
     if torch.onnx.is_in_onnx_export():  # ONNX's TopK breaks ties as we do

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.prune import PrunedBlock, make_pruned, make_whole
@@ -71,9 +72,7 @@ class SparseViTMixin:
         x = model.norm(x)
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, x.shape[1] - positions.shape[1] :]
         positions, order = positions.sort()
-        rows = (order + patches.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]).flatten()
-        patches = patches.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, patches.shape[1]))
-        return torch.cat([prefix, patches], 1), positions
+        return torch.cat([prefix, ops.rows_at(patches, order)], 1), positions
 
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **options: Any) -> Any:
         """As timm's, with patches in raster order; `output_dict` is not supported."""
@@ -94,6 +93,15 @@ class SparseViTMixin:
             return self._raster(item[0], grid), item[1]
         item = item.index_select(1, self.raster_order)
         return item.transpose(1, 2).unflatten(2, grid).contiguous() if grid else item
+
+
+def final_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Images [B,3,H,W] -> tokens [B,N,C] after the final norm, and where tokens are pruned the raster places [B,P] of
+    the patches that are left.
+    """
+    if isinstance(model, SparseViTMixin) and model.sparsity.token_keep:
+        return model.forward_tokens(images)
+    return cast(Any, model).forward_features(images), None
 
 
 def token_order(sparsity: SparsityConfig, grid: tuple[int, int]) -> npt.NDArray[np.int64]:

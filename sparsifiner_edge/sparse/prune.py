@@ -57,21 +57,14 @@ def prune(x: Tensor, scores: Tensor, positions: Tensor, *, kept: int, prefix: in
     """
     patches, weights = x[:, prefix:], scores[:, prefix:]
     winners = ops.top_tokens(weights, kept)
-    # One gather of whole rows from all pictures: one along an axis would need an index for every channel.
-    rows = (winners + patches.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]).flatten()
-
-    def taken(values: Tensor) -> Tensor:
-        found: Tensor = values.flatten(0, 1).index_select(0, rows).unflatten(0, (-1, kept))
-        return found
-
-    left, parts = taken(patches), [x[:, :prefix]]
+    left, parts = ops.rows_at(patches, winners), [x[:, :prefix]]
     if fuse:
-        own = taken(weights)
+        own = ops.rows_at(weights, winners)
         with torch.autocast(x.device.type, enabled=False):  # a difference of large sums
             dropped = (weights[:, None] @ patches.float() - own[:, None] @ left.float()).to(x.dtype)
         share = (weights.sum(-1) - own.sum(-1)).clamp_min(torch.finfo(torch.float32).tiny)
         parts.append(dropped / share[:, None, None].to(x.dtype))
-    return torch.cat([*parts, left], 1), taken(positions)
+    return torch.cat([*parts, left], 1), ops.rows_at(positions, winners)
 
 
 def make_pruned(block: Any, kept: int, prefix: int, fuse: bool) -> None:
