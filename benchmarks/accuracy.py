@@ -65,7 +65,9 @@ class Run:
 
 
 RUNS = {
-    "edge": Run({"keep": 0.25, "cells": CELLS}, (f"budgets.token_keep={TOKENS}", "budgets.pruned=0.25")),
+    "edge": Run(
+        {"keep": 0.25, "cells": CELLS}, (f"budgets.token_keep={TOKENS}", "budgets.pruned=0.15", "precision=bf16")
+    ),
     "paper": Run({"preset": "paper", "keep": 0.25}, ("budgets.keep=[0.25]",)),
 }
 

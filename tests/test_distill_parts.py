@@ -13,6 +13,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
 from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.recipe import Losses, Pictures, Recipe, names, read_recipe
+from sparsifiner_edge.distill.train import parameter_groups
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.patch import final_tokens
@@ -153,3 +154,22 @@ def test_what_decides_is_never_trained_on(folder: Path) -> None:
     source = folder_source(folder, 2, False, folder / ".." / folder.name / "cats")
     assert {path.parent.name for path in source.train} == {"dogs"}
     assert len(source.held_out) == 2
+
+
+def test_a_large_epsilon_spares_weights_whose_gradients_are_small() -> None:
+    model = student().model
+    moved = {}
+    for epsilon in (1e-8, 1.0):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        groups = parameter_groups(model, Recipe(epsilon=epsilon))
+        optimiser = torch.optim.AdamW(groups, lr=1e-3)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimiser.step()
+        moved[epsilon] = {name: float((p - before[name]).abs().max().detach()) for name, p in model.named_parameters()}
+    for name, distance in moved[1.0].items():
+        if ".select." in name:  # the predictor has Adam's own
+            assert distance == pytest.approx(moved[1e-8][name], rel=1e-2)
+        else:
+            assert distance == pytest.approx(1e-6, rel=0.1)
+            assert moved[1e-8][name] == pytest.approx(1e-3, rel=0.1)

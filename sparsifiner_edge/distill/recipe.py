@@ -101,6 +101,8 @@ class Recipe:
         seed: of everything that is drawn.
         batch: pictures per process and pass. accumulate: passes per step.
         learns: "all", or "attention": layers of attention, norms and the head alone, which is faster and less noisy.
+        epsilon: of Adam, for the backbone: what is added to the root of its mean squared gradients. Large against
+            gradients that are mostly noise, it keeps them from moving their weights as far as all others.
         weight_decay: of matrices. clip: norm that gradients are cut to, backbone and predictor apart; 0: never.
         ema: decay of the averaged weights, which are those that are judged and kept; 0: the weights themselves.
         precision: "no" (float32), "bf16" or "fp16" autocast.
@@ -113,6 +115,7 @@ class Recipe:
     batch: int = 8
     accumulate: int = 1
     learns: str = "all"
+    epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float = 0.0
@@ -136,7 +139,7 @@ class Recipe:
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31), "batch": (1, 65536), "accumulate": (1, 65536), "ema": (0, 0.999999),
     "check_every": (1, math.inf), "save_every": (1, math.inf), "explosion": (1, math.inf), "warmup": (0, 1),
-    "final": (0, 1), "pruned": (0, 1),
+    "epsilon": (1e-12, 1), "final": (0, 1), "pruned": (0, 1),
     "smallest_crop": (0.01, 1), "held_out": (1, 4096), "workers": (0, 256), "learning_rate": (0, 1),
     "predictor_learning_rate": (0, 1),
 }  # fmt: skip

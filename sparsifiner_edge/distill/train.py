@@ -87,7 +87,7 @@ class Training:
         teacher.model.to(self.accelerator.device)
         choose_parameters(student.model, recipe.learns)
         distiller = Distiller(student.model, teacher.model, recipe.losses)
-        self.optimiser = torch.optim.AdamW(parameter_groups(student.model, recipe.weight_decay))
+        self.optimiser = torch.optim.AdamW(parameter_groups(student.model, recipe))
         self.wrapped, self.optimiser = self.accelerator.prepare(distiller, self.optimiser)
         self.distiller = cast(Distiller, self.accelerator.unwrap_model(self.wrapped))
         decay = get_ema_multi_avg_fn(recipe.ema)
@@ -321,12 +321,13 @@ def choose_parameters(model: nn.Module, learns: str) -> None:
         parameter.requires_grad_(learns == "all" or any(part in f".{name}" for part in parts))
 
 
-def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Backbone and predictor in turn: matrices, which decay, then the rest; the predictor never decays."""
+    backbone = {"eps": recipe.epsilon, "predictor": False}
     groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": decay, "predictor": False},
+        {"params": [], "weight_decay": recipe.weight_decay, **backbone},
         {"params": [], "weight_decay": 0.0, "predictor": True},
-        {"params": [], "weight_decay": 0.0, "predictor": False},
+        {"params": [], "weight_decay": 0.0, **backbone},
     ]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
