@@ -1,0 +1,114 @@
+"""What every power sensor offers, and how one says that it is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class UnavailableError(Exception):
+    """A sensor is not there, or does not answer; the message says why. Never leaves this folder's public functions."""
+
+
+class Reading(NamedTuple):
+    """One look at a sensor.
+
+    Attributes:
+        watts: power by rail; a rail whose value was unusable is left out and told in `problems`.
+        joules: energy counters by rail, as the sensor counts them: they start anywhere and may wrap.
+        problems: what was wrong with this reading, one short sentence each.
+        time_ns: CLOCK_MONOTONIC nanoseconds at which the values arrived; None: now.
+    """
+
+    watts: Mapping[str, float] = {}
+    joules: Mapping[str, float] = {}
+    problems: tuple[str, ...] = ()
+    time_ns: int | None = None
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerSensor:
+    """A way to read power; see `find_sensor`.
+
+    Attributes:
+        name: "ina238", "ina3221", "ina3221-iio", "tegrastats", "nvml", "rapl" or "none".
+        total: what the total is made of, for people.
+        rails: every rail, those of the total included.
+        total_rails: the rails whose sum is the total: never a rail together with a part of it.
+        period_s: how often it is worth reading.
+        read: takes a reading; raises OSError, ValueError or UnavailableError. May be called again after it did.
+        close: releases what reading holds (a process, a driver handle).
+        averaging_s: the time over which the sensor itself averages, or after which it refreshes its value.
+        wraps_j: the joules at which a rail's counter starts again from 0; a rail that is not named never wraps.
+        notes: what a reader of the figures must know.
+        probes: by sensor, why those that are preferred to this one are not there.
+    """
+
+    name: str
+    total: str
+    rails: tuple[str, ...]
+    total_rails: tuple[str, ...]
+    period_s: float
+    read: Callable[[], Reading]
+    close: Callable[[], None] = _nothing
+    averaging_s: float = 0.0
+    wraps_j: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    probes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def available(self) -> bool:
+        """Whether there is any power to read."""
+        return bool(self.rails)
+
+    def describe(self) -> dict[str, Any]:
+        """For a result's `method`: name, total, rails, times, notes and probes; no nulls."""
+        return {
+            "name": self.name,
+            "total": self.total,
+            "rails": list(self.rails),
+            "period_s": self.period_s,
+            "averaging_s": self.averaging_s,
+            "notes": list(self.notes),
+            "not_used": dict(self.probes),
+        }
+
+
+def read_text(path: Path) -> str:
+    """A small system file, stripped of blanks and null bytes.
+
+    Raises:
+        OSError: as reading does.
+    """
+    return path.read_bytes().decode("ascii", "replace").strip("\0\n\t ")
+
+
+def read_number(path: Path) -> float:
+    """The number at the start of a small system file: "732", "732 mW" and "732\\n" are all 732.
+
+    Raises:
+        OSError: as reading does.
+        ValueError: no finite number stands there; the message names the file.
+    """
+    text = read_text(path)
+    try:
+        value = float(text.split()[0])
+    except (IndexError, ValueError):
+        raise ValueError(f"{path} holds {text[:40]!r}, not a number") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{path} holds {text[:40]!r}")
+    return value
+
+
+def why(error: BaseException) -> str:
+    """An error in one line, without Python's decoration."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__

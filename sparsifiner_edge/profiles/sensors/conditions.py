@@ -1,0 +1,226 @@
+"""What a measurement ran under: clocks, temperatures, throttling, power mode."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.profiles.sensors.base import UnavailableError, read_number, read_text, why
+from sparsifiner_edge.profiles.sensors.nvml import nvml_conditions
+from sparsifiner_edge.results import unavailable
+
+# Jetson's names of its GPU in devfreq: gpu, gp10b (TX2), gv11b (Xavier), ga10b (Orin), gpu-gpc-0 (Thor).
+_GPU = re.compile(r"gpu|g[pvab]1[01]b")
+# EMC is Jetson's memory controller: Thor in devfreq, Orin and Xavier through BPMP, Nano in the clock tree.
+_EMC = (
+    "sys/class/devfreq/bwmgr/cur_freq",
+    "sys/kernel/debug/bpmp/debug/clk/emc/rate",
+    "sys/kernel/debug/clk/emc/clk_rate",
+)
+_MODE = re.compile(r"pmode:(\d+)")
+_MODE_NAME = re.compile(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>")
+_RELEASE = re.compile(r"R(\d+).*?REVISION:\s*([\d.]+)")
+_COLDEST_C = -100.0  # A zone that is switched off tells -256.
+_KHZ, _HZ, _MILLI = 1e-3, 1e-6, 1e-3
+
+
+def conditions(root: Path = Path("/")) -> dict[str, Any]:
+    """Clocks, temperatures, throttling and power mode at this moment.
+
+    Args:
+        root: where `sys`, `etc`, `var` and `proc` are; tests give a made-up tree.
+
+    Returns:
+        JSON-ready, each value known or `{"unavailable": why}`: `cpu_mhz` (`lowest`, `highest` of the cores that are
+        on), `cpu_limit_mhz`, `governor`, `gpu_mhz`, `gpu_limit_mhz`, `gpu_governor`, `emc_mhz` (Jetson's memory),
+        `temperature_c` by zone, `throttled_by` (names of what slows the machine down now), `throttle_counts`
+        (counters that only rise), `power_mode` (`id`, `name`), `l4t` (Jetson's release); and of an NVIDIA card
+        `memory_mhz`, `performance_state`, `power_limit_mw`.
+    """
+    report: dict[str, Any] = {
+        **_cpu(root),
+        **_gpu(root),
+        "emc_mhz": _tried(lambda: _emc(root)),
+        "temperature_c": _tried(lambda: _temperatures(root)),
+        "throttled_by": _cooling(root),
+        "throttle_counts": dict(_counts(root)),
+        "power_mode": _tried(lambda: _power_mode(root)),
+        "l4t": _tried(lambda: _release(root)),
+    }
+    try:
+        card = nvml_conditions()
+    except UnavailableError as error:
+        return report | {"nvml": unavailable(why(error))}
+    found = {name: value for name, value in card.items() if name not in ("throttled_by", "gpu_c")}
+    if "gpu_c" in card and isinstance(report["temperature_c"], dict):
+        known = {} if "unavailable" in report["temperature_c"] else report["temperature_c"]
+        report["temperature_c"] = known | {"NVML": float(card["gpu_c"])}
+    report["throttled_by"] = _merged(report["throttled_by"], card.get("throttled_by"))
+    return report | found
+
+
+def _merged(here: Any, card: list[str] | None) -> Any:
+    if card is None:
+        return here
+    return (here if isinstance(here, list) else []) + card
+
+
+def _tried(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except (OSError, ValueError, UnavailableError) as error:
+        return unavailable(why(error))
+
+
+def _cpu(root: Path) -> dict[str, Any]:
+    folders = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
+    if not folders:
+        missing = unavailable("cpufreq is not readable, as in most virtual machines")
+        return {"cpu_mhz": missing, "cpu_limit_mhz": missing, "governor": missing}
+    return {
+        "cpu_mhz": _tried(lambda: _extremes([read_number(f / "scaling_cur_freq") * _KHZ for f in folders])),
+        "cpu_limit_mhz": _tried(lambda: max(read_number(f / "scaling_max_freq") * _KHZ for f in folders)),
+        "governor": _tried(lambda: ", ".join(dict.fromkeys(read_text(f / "scaling_governor") for f in folders))),
+    }
+
+
+def _extremes(values: Sequence[float]) -> dict[str, float]:
+    return {"lowest": min(values), "highest": max(values)}
+
+
+def _gpu(root: Path) -> dict[str, Any]:
+    folders = sorted(f for f in (root / "sys/class/devfreq").glob("*") if _GPU.search(f.name))
+    if not folders:
+        missing = unavailable("no GPU in devfreq")
+        return {"gpu_mhz": missing, "gpu_limit_mhz": missing, "gpu_governor": missing}
+    return {
+        "gpu_mhz": _tried(lambda: read_number(folders[0] / "cur_freq") * _HZ),
+        "gpu_limit_mhz": _tried(lambda: read_number(folders[0] / "max_freq") * _HZ),
+        "gpu_governor": _tried(lambda: read_text(folders[0] / "governor")),
+    }
+
+
+def _emc(root: Path) -> float:
+    reason: OSError | None = None
+    for name in _EMC:
+        try:
+            return read_number(root / name) * _HZ
+        except PermissionError as error:
+            reason = error  # There, but only for root: that says more than that the next is not there.
+        except OSError as error:
+            reason = reason or error
+    if isinstance(reason, PermissionError):
+        raise UnavailableError(f"{why(reason)}: only root may read the memory's clock here")
+    raise UnavailableError("no memory controller in devfreq or debugfs, which only root may read")
+
+
+def _temperatures(root: Path) -> dict[str, float]:
+    """Degrees Celsius by zone. A zone of a unit that is off answers with an error or far below zero: left out."""
+    found: dict[str, float] = {}
+    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
+        try:
+            name, celsius = read_text(zone / "type"), read_number(zone / "temp") * _MILLI
+        except (OSError, ValueError):
+            continue
+        if celsius > _COLDEST_C:
+            found[name if name not in found else f"{name} ({zone.name})"] = celsius
+    if not found:
+        raise UnavailableError("no thermal zone answers, as in most virtual machines")
+    return found
+
+
+def _cooling(root: Path) -> Any:
+    """Passive cooling at work: Jetson's "cpu-throttle-alert" and the like, x86's "Processor"; not fans."""
+    active: list[str] = []
+    devices = sorted((root / "sys/class/thermal").glob("cooling_device*"))
+    for device in devices:
+        try:
+            kind, state = read_text(device / "type"), read_number(device / "cur_state")
+        except (OSError, ValueError):
+            continue
+        if state > 0 and "fan" not in kind.lower() and kind != "intel_powerclamp":
+            active.append(kind)
+    return active if devices else unavailable("the kernel names no cooling device")
+
+
+def _counts(root: Path) -> Iterator[tuple[str, int]]:
+    """Counters of throttling: Jetson's over-current events, and each x86 package's thermal events."""
+    for path in sorted((root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt")):
+        yield from _count(f"over-current {path.name.removesuffix('_event_cnt')}", path)
+    for path in sorted((root / "sys/devices/system/cpu").glob("cpu0/thermal_throttle/*_throttle_count")):
+        yield from _count(f"cpu0 {path.name.removesuffix('_throttle_count')}", path)
+
+
+def _count(name: str, path: Path) -> Iterator[tuple[str, int]]:
+    try:
+        yield name, int(read_number(path))
+    except (OSError, ValueError):
+        return
+
+
+def _power_mode(root: Path) -> dict[str, Any]:
+    path = root / "var/lib/nvpmodel/status"
+    if not path.exists():
+        raise UnavailableError(f"{path} does not exist: not a Jetson, or nvpmodel never ran")
+    match = _MODE.search(read_text(path))
+    if match is None:
+        raise UnavailableError(f"{path} names no mode: {read_text(path)[:40]!r}")
+    number = int(match[1])
+    conf = root / "etc/nvpmodel.conf"
+    names = _tried(lambda: dict(_MODE_NAME.findall(read_text(conf))))
+    name = next((text for key, text in names.items() if key.isdigit() and int(key) == number), None)
+    return {"id": number, "name": name or unavailable(names.get("unavailable", f"{conf} has no mode {number}"))}
+
+
+def _release(root: Path) -> str:
+    path = root / "etc/nv_tegra_release"
+    match = _RELEASE.search(read_text(path))
+    if match is None:
+        raise UnavailableError(f"{path} names no release")
+    return f"R{match[1]}.{match[2]}"
+
+
+def summarise_conditions(
+    before: dict[str, Any], during: Sequence[dict[str, Any]], after: dict[str, Any]
+) -> dict[str, Any]:
+    """Before and after in full; in between the range and median of each clock and temperature; and what throttled.
+
+    `throttled_by` of the whole is empty when nothing did at any look and no counter rose; looks are seconds apart, so a
+    short event that no counter counts may be missed.
+    """
+    series: dict[str, list[float]] = {}
+    for look in during:
+        for name, value in _numbers(look):
+            series.setdefault(name, []).append(value)
+    return {
+        "before": before,
+        "during": {
+            name: {"lowest": min(values), "median": statistics.median(values), "highest": max(values)}
+            for name, values in series.items()
+        },
+        "looks": len(during),
+        "after": after,
+        "throttled_by": _throttled([before, *during, after]),
+    }
+
+
+def _numbers(look: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in look.items():
+        if isinstance(value, dict) and name != "throttle_counts":
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and name not in ("id", "cpu_limit_mhz", "gpu_limit_mhz"):
+            yield f"{prefix}{name}", float(value)
+
+
+def _throttled(looks: Sequence[dict[str, Any]]) -> Any:
+    lists = [look["throttled_by"] for look in looks if isinstance(look.get("throttled_by"), list)]
+    counts = [look["throttle_counts"] for look in looks if look.get("throttle_counts")]
+    if not lists and not counts:
+        return unavailable("nothing here tells of throttling")
+    names = [name for found in lists for name in found]
+    if counts:
+        names += [name for name, count in counts[-1].items() if count > counts[0].get(name, count)]
+    return list(dict.fromkeys(names))

@@ -1,0 +1,235 @@
+"""Reading a sensor beside a measurement: a thread of its own, in the process that does not measure."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError, why
+from sparsifiner_edge.profiles.sensors.conditions import conditions, summarise_conditions
+from sparsifiner_edge.profiles.sensors.nvml import nvml_device
+
+Window = tuple[int, int]
+"""Start and end, nanoseconds of CLOCK_MONOTONIC (`time.monotonic_ns()`), which all processes of a machine share."""
+
+_RETRY_S = 1.0
+_JOIN_S = 5.0
+_JUMP_S = 0.5
+
+
+@dataclasses.dataclass
+class Recording:
+    """What a `Recorder` saw.
+
+    Attributes:
+        sensor: what was read.
+        start_ns, end_ns: from entering the recorder's block to leaving it.
+        times_ns: when each reading was taken, ascending.
+        readings: the readings, one for each time.
+        idle: the idle baselines, in order.
+        before, after: `conditions` on entering and leaving.
+        during: time and `conditions`, taken now and then in between.
+        problems: what went wrong, with how often.
+    """
+
+    sensor: PowerSensor
+    start_ns: int
+    end_ns: int = 0
+    times_ns: list[int] = dataclasses.field(default_factory=list)
+    readings: list[Reading] = dataclasses.field(default_factory=list)
+    idle: list[Window] = dataclasses.field(default_factory=list)
+    before: dict[str, Any] = dataclasses.field(default_factory=dict)
+    during: list[tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    after: dict[str, Any] = dataclasses.field(default_factory=dict)
+    problems: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def power(self, rails: Sequence[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Times [n] in ns and the sum [n] of `rails` in watts, of the readings that hold all of them."""
+        return self._series(rails, "watts")
+
+    def counter(self, rail: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Times [n] in ns and a counter's values [n] in joules, as read."""
+        return self._series([rail], "joules")
+
+    def _series(self, rails: Sequence[str], kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        values = [getattr(reading, kind) for reading in self.readings]
+        total = np.zeros(len(values))
+        for rail in rails:
+            total += np.array([found.get(rail, math.nan) for found in values], dtype=np.float64)
+        known = np.isfinite(total) & bool(rails)
+        return np.array(self.times_ns, dtype=np.int64)[known], total[known]
+
+    def samples(self) -> dict[str, Any]:
+        """Every reading: `time_s` since the start, and by rail `<rail>_w` or `<rail>_j`; a gap is "unavailable"."""
+        if not self.readings:
+            return {}
+        columns: dict[str, Any] = {"time_s": [(moment - self.start_ns) / 1e9 for moment in self.times_ns]}
+        for kind, unit in (("watts", "w"), ("joules", "j")):
+            names = {rail: None for reading in self.readings for rail in getattr(reading, kind)}
+            for rail in names:
+                columns[f"{rail}_{unit}"] = [getattr(r, kind).get(rail, "unavailable") for r in self.readings]
+        return columns
+
+    def method(self) -> dict[str, Any]:
+        """The sensor, the baselines, the conditions before, during and after, and what went wrong."""
+        return {
+            "sensor": self.sensor.describe(),
+            "clock": "CLOCK_MONOTONIC",
+            "seconds": (self.end_ns - self.start_ns) / 1e9,
+            "readings": len(self.readings),
+            "idle_s": [(end - start) / 1e9 for start, end in self.idle],
+            "conditions": summarise_conditions(self.before, self.busy_looks(), self.after),
+            "problems": self.told(),
+        }
+
+    def busy_looks(self) -> list[dict[str, Any]]:
+        """The `conditions` taken outside the idle baselines, when clocks may well be low."""
+        return [look for moment, look in self.during if not any(start <= moment <= end for start, end in self.idle)]
+
+    def told(self) -> list[str]:
+        """The problems, each with its count."""
+        return [text if count == 1 else f"{text} ({count} times)" for text, count in self.problems.items()]
+
+
+class Recorder:
+    """Reads a sensor in a thread for as long as its block lasts. Give every recorder a sensor of its own: it closes it.
+
+    Args:
+        sensor: from `find_sensor`.
+        root: where `proc`, `sys`, `etc` and `var` are; for `conditions`.
+        period_s: time between readings; None takes the sensor's.
+        conditions_period_s: time between looks at clocks and temperatures.
+        clock: nanoseconds of CLOCK_MONOTONIC.
+    """
+
+    def __init__(
+        self,
+        sensor: PowerSensor,
+        root: Path = Path("/"),
+        *,
+        period_s: float | None = None,
+        conditions_period_s: float = 2.0,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.recording = Recording(sensor, clock())
+        self._sensor = sensor
+        self._root = root
+        self._period_s = sensor.period_s if period_s is None else period_s
+        self._conditions_period_s = conditions_period_s
+        self._clock = clock
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="power sensor", daemon=True)
+        self._held = contextlib.ExitStack()
+        self._finished = False
+
+    def __enter__(self) -> Recorder:
+        # Opening NVML may take a second where no daemon keeps the driver awake: once, not at each look.
+        with contextlib.suppress(UnavailableError):
+            self._held.enter_context(nvml_device())
+        self.recording.before = conditions(self._root)
+        self.recording.start_ns = self._clock()
+        self._suspended_s = _suspended_s()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(_JOIN_S + self._period_s)
+        if self._thread.is_alive():
+            self._tell(f"the sensor did not answer for {_JOIN_S:g} s at the end: its last reading is missing")
+        elif not self._finished:
+            self._tell("the sampling thread died")
+        self.recording.end_ns = self._clock()
+        if _suspended_s() - self._suspended_s > _JUMP_S:
+            self._tell("the machine was suspended during the recording")
+        self.recording.after = conditions(self._root)
+        self._close()
+
+    def idle(self, seconds: float) -> None:
+        """Wait, and mark the time as idle: call it before and after the inferences, with the model loaded."""
+        start = self._clock()
+        time.sleep(seconds)
+        self.recording.idle.append((start, self._clock()))
+
+    def _close(self) -> None:
+        try:
+            self._sensor.close()
+            self._held.close()
+        except Exception as error:  # Whatever a driver does when it is let go of, the figures stand.
+            self._tell(f"closing the sensor: {why(error)}")
+
+    def _tell(self, problem: str) -> None:
+        self.recording.problems[problem] += 1
+
+    def _run(self) -> None:
+        try:
+            self._sample()
+            self._finished = True
+        except Exception as error:  # A measurement must outlive its sensors.
+            self._tell(f"the sampling thread died: {type(error).__name__}: {why(error)}")
+            self._finished = True
+
+    def _sample(self) -> None:
+        next_conditions = self._clock() + int(self._conditions_period_s * 1e9)
+        deadline = time.monotonic()
+        while not self._stop.is_set():
+            wait_s = self._period_s if self._read() else max(self._period_s, _RETRY_S)
+            if self._clock() >= next_conditions:
+                self.recording.during.append((self._clock(), conditions(self._root)))
+                next_conditions = self._clock() + int(self._conditions_period_s * 1e9)
+            # Deadlines, so that reading's own time does not stretch the period; after a delay none is caught up on.
+            deadline = max(deadline + wait_s, time.monotonic())
+            self._stop.wait(deadline - time.monotonic())
+
+    def _read(self) -> bool:
+        """Take one reading; False when the sensor gave none, so that a lost one is not asked at full rate."""
+        if not self._sensor.available:
+            return True
+        start = self._clock()
+        try:
+            reading = self._sensor.read()
+        except (OSError, ValueError, UnavailableError) as error:
+            self._tell(why(error))
+            return False
+        for problem in reading.problems:
+            self._tell(problem)
+        # A reading takes time: its middle is the best guess of when it was true.
+        moment = (start + self._clock()) // 2 if reading.time_ns is None else reading.time_ns
+        self._keep(moment, self._checked(reading))
+        return True
+
+    def _checked(self, reading: Reading) -> Reading:
+        """The reading without values that cannot be."""
+        kept: list[dict[str, float]] = []
+        for values in (reading.watts, reading.joules):
+            kept.append({rail: value for rail, value in values.items() if math.isfinite(value) and value >= 0})
+            for rail in values.keys() - kept[-1].keys():
+                problem = "below zero" if math.isfinite(values[rail]) else "no number"
+                self._tell(f"{rail} reads {problem}: those readings were dropped")
+        return reading._replace(watts=kept[0], joules=kept[1])
+
+    def _keep(self, moment: int, reading: Reading) -> None:
+        times = self.recording.times_ns
+        if times and moment < times[-1]:
+            self._tell("the clock went backwards: that reading was dropped")
+        elif not times or moment > times[-1]:
+            times.append(moment)
+            self.recording.readings.append(reading)
+
+
+def _suspended_s() -> float:
+    """Seconds that the machine has slept: CLOCK_BOOTTIME counts them, CLOCK_MONOTONIC does not."""
+    boot = getattr(time, "CLOCK_BOOTTIME", None)
+    return 0.0 if boot is None else time.clock_gettime(boot) - time.monotonic()

@@ -1,0 +1,110 @@
+"""tegrastats, NVIDIA's own monitor on Jetson, JetPack 4 to 7: for boards that do not let their files be read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError, why
+from sparsifiner_edge.profiles.sensors.ina import board_notes, describe_total
+
+# "VDD_IN 5704mW/5704mW": now, then a running average; JetPack 7 adds a third, JetPack 4 leaves the unit out.
+# "RAM 2461/7620MB" looks alike but for its unit.
+_RAIL = re.compile(r"(?<!\S)([A-Za-z]\w*) (-?\d+)(?:mW)?(?:/-?\d+(?:mW)?){1,2}(?!\S)")
+# It is a program of its own on the measured machine: twice a second costs little.
+_PERIOD_S = 0.5
+_SILENCE_S = 3.0
+_MILLI = 1e-3
+
+
+def find_tegrastats(root: Path) -> PowerSensor:
+    """tegrastats, tried for one line.
+
+    Raises:
+        UnavailableError: it is not there, does not run, prints nothing, or no rails.
+    """
+    program = root / "usr/bin/tegrastats"
+    if not program.exists():
+        raise UnavailableError(f"{program} does not exist: not a Jetson")
+    reader = _Reader(program)
+    try:
+        rails = dict(reader.read().watts)
+    finally:
+        reader.close()
+    total, total_rails = describe_total(rails)
+    return PowerSensor(
+        "tegrastats", total, tuple(rails), total_rails, _PERIOD_S, reader.read, reader.close, notes=board_notes(rails)
+    )
+
+
+def parse_line(line: str) -> dict[str, float]:
+    """Watts by rail of a line of tegrastats: the values of the moment, not the averages."""
+    return {name: int(now) * _MILLI for name, now in _RAIL.findall(line)}
+
+
+class _Reader:
+    """Runs the program from the first reading on, and again when it ended."""
+
+    def __init__(self, program: Path) -> None:
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+
+    def read(self) -> Reading:
+        """Wait for a line; of several that wait, the newest."""
+        try:
+            line = self._line(self._running())
+        except UnavailableError:
+            self.close()
+            raise
+        moment = time.monotonic_ns()
+        watts = parse_line(line)
+        if not watts:
+            raise UnavailableError(f"{self._program} names no power rail: {line[:80]!r}")
+        return Reading(watts, time_ns=moment)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            self._buffer = b""
+            try:
+                self._process = subprocess.Popen(
+                    [self._program, "--interval", str(int(_PERIOD_S * 1000))],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise UnavailableError(why(error)) from error
+        return self._process
+
+    def _line(self, process: subprocess.Popen[bytes]) -> str:
+        assert process.stdout is not None
+        deadline = time.monotonic() + _SILENCE_S
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+                raise UnavailableError(f"{self._program} printed no line for {_SILENCE_S:g} s")
+            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            if not chunk:
+                raise UnavailableError(f"{self._program} ended with exit status {process.wait()}")
+            self._buffer += chunk
+        lines, _, self._buffer = self._buffer.rpartition(b"\n")
+        return lines.rpartition(b"\n")[2].decode("ascii", "replace")
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            # Its whole group, in case a script stands before the program.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if process.stdout is not None:
+                with contextlib.suppress(OSError):
+                    process.stdout.close()

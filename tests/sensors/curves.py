@@ -1,0 +1,107 @@
+"""Power over time of which the integral is known, and recordings of it without waiting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from sparsifiner_edge.profiles.sensors import PowerSensor, Reading, Recording
+
+Array = np.ndarray
+SECOND = 1_000_000_000
+RAIL = "VDD_IN"
+
+
+class Power(NamedTuple):
+    """Watts at t seconds, and joules from 0 to t."""
+
+    watts: Callable[[Array], Array]
+    joules: Callable[[Array], Array]
+
+
+def constant(level: float) -> Power:
+    return Power(lambda t: np.full_like(t, level), lambda t: level * t)
+
+
+def ramp(start: float, slope: float) -> Power:
+    return Power(lambda t: start + slope * t, lambda t: start * t + slope * t * t / 2)
+
+
+def sine(mean: float, swing: float, period: float) -> Power:
+    turn = 2 * np.pi / period
+    return Power(lambda t: mean + swing * np.sin(turn * t), lambda t: mean * t + swing / turn * (1 - np.cos(turn * t)))
+
+
+def square(low: float, high: float, period: float) -> Power:
+    """High in the second half of each period."""
+
+    def joules(t: Array) -> Array:
+        whole, rest = np.floor(t / period), t % period
+        return low * t + (high - low) * (whole * period / 2 + np.maximum(0, rest - period / 2))
+
+    return Power(lambda t: np.where(t % period < period / 2, low, high), joules)
+
+
+def busy_between(idle: float, power: Power, begin: float, end: float) -> Power:
+    """`idle` watts but for begin to end seconds."""
+
+    def watts(t: Array) -> Array:
+        return np.where((t >= begin) & (t < end), power.watts(t), idle)
+
+    def joules(t: Array) -> Array:
+        inside = np.clip(t, begin, end)
+        return idle * (t - (inside - begin)) + power.joules(inside) - power.joules(np.full_like(t, begin))
+
+    return Power(watts, joules)
+
+
+def sensor_of(
+    rails: tuple[str, ...] = (RAIL,), total: tuple[str, ...] = (RAIL,), period_s: float = 0.1, **settings: object
+) -> PowerSensor:
+    def read() -> Reading:
+        raise AssertionError("recordings made here are not read")
+
+    return PowerSensor("synthetic", "synthetic", rails, total, period_s, read, **settings)
+
+
+def sample_times(seconds: float, period_s: float, seed: int, jitter: float = 0.3) -> Array:
+    """Seconds at which a thread would read: about every period, early or late by up to `jitter` of it."""
+    random = np.random.default_rng(seed)
+    count = int(seconds / period_s)
+    times = (np.arange(count) + random.random() + random.uniform(-jitter, jitter, count)) * period_s
+    return np.sort(times[times < seconds])
+
+
+def record_power(power: Power, times: Array, sensor: PowerSensor | None = None, average_s: float = 0.0) -> Recording:
+    """Readings of the moment, or of the mean over the last `average_s` seconds."""
+    past = np.maximum(times - average_s, -10.0)
+    values = (power.joules(times) - power.joules(past)) / average_s if average_s else power.watts(times)
+    readings = [Reading(watts={RAIL: float(v)}) for v in values]
+    return recording(times, readings, sensor or sensor_of(averaging_s=average_s))
+
+
+def record_counter(power: Power, times: Array, wrap: float | None = None, start: float = 0.0) -> Recording:
+    values = power.joules(times) + start
+    values = values % wrap if wrap else values
+    sensor = sensor_of(wraps_j={RAIL: wrap} if wrap else {}, averaging_s=0.001)
+    return recording(times, [Reading(joules={RAIL: float(v)}) for v in values], sensor)
+
+
+def recording(times: Array, readings: list[Reading], sensor: PowerSensor) -> Recording:
+    moments = [int(t * SECOND) for t in times]
+    return Recording(sensor, 0, int(times[-1] * SECOND) if len(times) else 0, moments, readings)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Until something has happened, however busy the machine is."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def window(begin: float, end: float) -> tuple[int, int]:
+    return int(begin * SECOND), int(end * SECOND)

@@ -1,0 +1,335 @@
+"""Joules of curves whose integral is known, and what is said when they cannot be known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.profiles.sensors import Reading, energy, least_window_s
+from tests.sensors import curves
+from tests.sensors.curves import RAIL, SECOND, record_counter, record_power, recording, sample_times, sensor_of, window
+
+BUSY = {
+    "constant": curves.constant(20.0),
+    "ramp": curves.ramp(8.0, 0.4),
+    "sine": curves.sine(15.0, 6.0, 1.7),
+    "square": curves.square(10.0, 25.0, 2.317),
+}
+IDLE_W, BEGIN, END, TOTAL, INFERENCES = 5.0, 10.0, 40.0, 50.0, 300
+WINDOWS = [window(BEGIN, END)]
+IDLE = [window(0.5, 9.0), window(41.0, 49.5)]
+
+
+def truth(power):
+    """Joules per inference, gross and net."""
+    joules = float(power.joules(np.array(END)) - power.joules(np.array(BEGIN)))
+    return joules / INFERENCES, (joules - IDLE_W * (END - BEGIN)) / INFERENCES
+
+
+def scene(shape):
+    """Ten idle seconds, thirty of work, ten idle."""
+    return curves.busy_between(IDLE_W, BUSY[shape], BEGIN, END)
+
+
+def judged(recorded, windows=WINDOWS, inferences=INFERENCES):
+    recorded.idle = IDLE
+    figures = energy(recorded, windows, inferences)
+    json.dumps(figures, allow_nan=False)
+    assert "null" not in json.dumps(figures)
+    return figures
+
+
+@pytest.mark.parametrize("shape", BUSY)
+@pytest.mark.parametrize("kind", ["power", "counter"])
+def test_energy_of_known_integrals_is_within_one_percent(shape, kind):
+    power = scene(shape)
+    for seed in range(20):
+        times = sample_times(TOTAL, 0.1, seed)
+        figures = judged(record_power(power, times) if kind == "power" else record_counter(power, times, 262143.3))
+        gross, net = truth(power)
+        assert figures["gross_j_per_inference"]["value"] == pytest.approx(gross, rel=0.01)
+        assert figures["net_j_per_inference"]["value"] == pytest.approx(net, rel=0.015)
+        assert figures["idle_w"] == pytest.approx(IDLE_W, rel=0.01)
+        assert figures["mean_w"] == pytest.approx(gross * INFERENCES / (END - BEGIN), rel=0.01)
+        assert figures["samples"] == pytest.approx(300, abs=5)
+        assert figures["covered"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", BUSY)
+@pytest.mark.parametrize("kind", ["power", "counter", "one-second average"])
+def test_the_stated_interval_holds_the_truth(shape, kind):
+    held = widths = 0.0
+    power = scene(shape)
+    gross, net = truth(power)
+    for seed in range(60):
+        times = sample_times(TOTAL, 0.25, seed)
+        if kind == "counter":
+            figures = judged(record_counter(power, times))
+        else:
+            figures = judged(record_power(power, times, average_s=1.0 if kind != "power" else 0.0))
+        for name, value in (("gross_j_per_inference", gross), ("net_j_per_inference", net)):
+            estimate = figures[name]
+            held += estimate["low"] <= value <= estimate["high"]
+            widths += (estimate["high"] - estimate["low"]) / value
+    assert held / 120 >= 0.95
+    assert widths / 120 < 0.15, "an interval that says nothing holds everything"
+
+
+def test_a_longer_period_and_a_shorter_window_widen_the_interval():
+    def width(period, end):
+        power = curves.busy_between(IDLE_W, BUSY["sine"], BEGIN, end)
+        values = []
+        for seed in range(10):
+            figures = judged(record_power(power, sample_times(TOTAL, period, seed)), [window(BEGIN, end)])
+            estimate = figures["gross_j_per_inference"]
+            values.append((estimate["high"] - estimate["low"]) / estimate["value"])
+        return np.mean(values)
+
+    assert width(0.5, END) > 2 * width(0.1, END)
+    assert width(0.1, BEGIN + 3) > 2 * width(0.1, END)
+
+
+def test_net_intervals_widen_with_the_drift_of_the_baseline():
+    def width(after):
+        power = curves.busy_between(IDLE_W, BUSY["constant"], BEGIN, END)
+        drifting = curves.Power(lambda t: np.where(t > END, after, power.watts(t)), power.joules)
+        figures = judged(record_power(drifting, sample_times(TOTAL, 0.1, 0)))
+        estimate = figures["net_j_per_inference"]
+        return estimate["high"] - estimate["low"], figures["idle_after_w"], figures["idle_w"]
+
+    quiet, drifted = width(5.0), width(7.0)
+    assert drifted[1:] == (pytest.approx(7.0), pytest.approx(6.0))
+    # Half of two watts, over 30 seconds, either side.
+    assert drifted[0] - quiet[0] == pytest.approx(2 * 1.0 * 30 / INFERENCES, rel=0.3)
+
+
+def test_many_windows_leave_out_what_lies_between():
+    """Blocks of 2 s with pauses of 1 s, in which another program worked harder."""
+    blocks = [(BEGIN + 3 * n, BEGIN + 3 * n + 2) for n in range(10)]
+
+    def watts(t):
+        inside = np.any([(t >= a) & (t < b) for a, b in blocks], axis=0)
+        return np.where(inside, 12.0, 30.0)
+
+    power = curves.Power(watts, lambda t: t)
+    figures = judged(record_power(power, sample_times(TOTAL, 0.02, 1)), [window(a, b) for a, b in blocks], 100)
+    assert figures["gross_j_per_inference"]["value"] == pytest.approx(12.0 * 20 / 100, rel=0.01)
+    assert figures["window_s"] == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_two_programs_in_turn_are_told_apart(counted):
+    """As `profile --against` runs them: blocks of .2 s in a drawn order, one at 10 W, the other at 20 W."""
+    period, block, begin = (0.05, 0.2, 5.0) if counted else (0.1, 0.2, 5.0)
+    held = 0
+    for seed in range(20):
+        turns = [t for _ in range(25) for t in ((0, 1, 1, 0), (1, 0, 0, 1))[np.random.default_rng(seed).integers(2)]]
+        levels = np.array([5.0, *(20.0 if turn else 10.0 for turn in turns), 5.0])
+        bounds = np.array([0.0, *(begin + block * n for n in range(len(turns) + 1)), begin * 2 + block * len(turns)])
+        energies = np.concatenate([[0.0], np.cumsum(levels * np.diff(bounds))])
+        power = curves.Power(
+            lambda t, levels=levels, bounds=bounds: levels[np.searchsorted(bounds, t, "right") - 1],
+            lambda t, energies=energies, bounds=bounds: np.interp(t, bounds, energies),
+        )
+        times = sample_times(float(bounds[-1]), period, seed)
+        recorded = record_counter(power, times) if counted else record_power(power, times)
+        for side, level in ((0, 10.0), (1, 20.0)):
+            starts = [begin + block * n for n, turn in enumerate(turns) if turn == side]
+            figures = energy(recorded, [window(a, a + block) for a in starts], 100)
+            assert figures["mean_w"] == pytest.approx(level, rel=0.03)
+            gross = figures["gross_j_per_inference"]
+            held += gross["low"] <= level * block * len(starts) / 100 <= gross["high"]
+    assert held >= 38
+
+
+def test_overlapping_windows_count_once():
+    figures = judged(record_power(scene("constant"), sample_times(TOTAL, 0.1, 0)), [window(10, 30), window(20, 40)])
+    assert figures["window_s"] == pytest.approx(30.0)
+    assert figures["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
+
+
+@pytest.mark.parametrize("start", [0.0, 262000.0, 262143.0])
+def test_a_counter_that_wraps(start):
+    power = scene("sine")
+    wrap = 262143.328850
+    figures = judged(record_counter(power, sample_times(TOTAL, 0.1, 0), wrap, start))
+    assert figures["gross_j_per_inference"]["value"] == pytest.approx(truth(power)[0], rel=0.01)
+    assert not any("reset" in p for p in figures["problems"])
+
+
+def test_a_small_counter_that_wraps_many_times():
+    figures = judged(record_counter(scene("constant"), sample_times(TOTAL, 0.1, 0), wrap=40.0))
+    assert figures["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
+
+
+@pytest.mark.parametrize("wrap", [None, 262143.328850])
+def test_a_counter_that_is_reset_leaves_a_gap_and_no_nonsense(wrap):
+    power, times = scene("constant"), sample_times(TOTAL, 0.1, 0)
+    recorded = record_counter(power, times, wrap, start=90000.0)
+    at = int(np.searchsorted(times, 25.0))
+    base = recorded.readings[at].joules[RAIL]
+    for n in range(at, len(times)):
+        recorded.readings[n] = Reading(joules={RAIL: recorded.readings[n].joules[RAIL] - base})
+    figures = judged(recorded)
+    assert figures["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
+    assert figures["covered"] < 1
+    assert any("reset" in p for p in figures["problems"])
+
+
+def test_a_total_and_its_parts_are_never_added():
+    rails = ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")
+    times = sample_times(TOTAL, 0.1, 0)
+    watts = scene("constant").watts(times)
+    readings = [Reading(watts={"VDD_IN": float(w), "VDD_CPU_GPU_CV": w * 0.5, "VDD_SOC": w * 0.2}) for w in watts]
+    figures = judged(recording(times, readings, sensor_of(rails, ("VDD_IN",))))
+    assert figures["mean_w"] == pytest.approx(20.0, rel=0.01)
+    assert figures["rails_w"]["VDD_CPU_GPU_CV"] == pytest.approx(10.0, rel=0.01)
+    assert set(figures["rails_w"]) == set(rails)
+
+
+def test_a_sum_is_the_sum_of_all_its_rails():
+    rails = ("VDD_GPU_SOC", "VDD_CPU_CV")
+    times = sample_times(TOTAL, 0.1, 0)
+    readings = [Reading(watts={"VDD_GPU_SOC": 3.0, "VDD_CPU_CV": 1.5 + 0.01 * (n % 2)}) for n in range(len(times))]
+    assert judged(recording(times, readings, sensor_of(rails, rails)))["mean_w"] == pytest.approx(4.505, rel=0.01)
+
+
+def test_counters_that_are_read_together_add_up():
+    rails = ("package-0", "package-1")
+    times = sample_times(TOTAL, 0.1, 0)
+    joules = scene("sine").joules(times)
+    readings = [Reading(joules={"package-0": float(j % 500), "package-1": float(2 * j % 800)}) for j in joules]
+    sensor = sensor_of(rails, rails, wraps_j={"package-0": 500.0, "package-1": 800.0})
+    figures = judged(recording(times, readings, sensor))
+    assert figures["gross_j_per_inference"]["value"] == pytest.approx(3 * truth(scene("sine"))[0], rel=0.01)
+
+
+def test_a_sum_lacks_a_reading_wherever_one_of_its_rails_does():
+    rails = ("a", "b")
+    times = sample_times(TOTAL, 0.1, 0)
+    readings = [Reading(watts={"a": 3.0} if 20 < t < 22 else {"a": 3.0, "b": 4.0}) for t in times]
+    figures = judged(recording(times, readings, sensor_of(rails, rails)))
+    assert figures["mean_w"] == pytest.approx(7.0)
+    assert figures["covered"] == pytest.approx(28 / 30, abs=0.02)
+
+
+def test_readings_that_end_early_give_what_is_known_or_say_that_it_is_too_little():
+    power = scene("constant")
+    times = sample_times(TOTAL, 0.1, 0)
+    mostly = judged(record_power(power, times[times < 37]))
+    assert mostly["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
+    assert mostly["covered"] == pytest.approx(0.9, abs=0.01)
+    # The missing tenth might have held anything between what was seen lowest and highest.
+    assert mostly["gross_j_per_inference"]["high"] - mostly["gross_j_per_inference"]["value"] > 0.1 * 2.0 * 0.7
+    assert "cover" in mostly["idle_after_w"]["unavailable"]
+    assert any("one side" in p for p in mostly["problems"])
+    barely = judged(record_power(power, times[times < 25]))
+    assert "50%" in barely["gross_j_per_inference"]["unavailable"]
+    assert "50%" in barely["mean_w"]["unavailable"]
+    assert barely["idle_before_w"] == pytest.approx(IDLE_W)
+
+
+def test_a_gap_in_the_middle_is_not_bridged():
+    times = sample_times(TOTAL, 0.1, 0)
+    figures = judged(record_power(scene("constant"), times[(times < 20) | (times > 24)]))
+    assert figures["covered"] == pytest.approx(26 / 30, abs=0.01)
+    assert any("no readings" in p for p in figures["problems"])
+
+
+@pytest.mark.parametrize(
+    ("windows", "inferences"),
+    [([], 10), ([window(10, 40)], 0), ([window(10, 10)], 5), ([window(20, 10)], 5), ([], 0)],
+)
+def test_an_empty_window_or_no_inference_has_no_figure(windows, inferences):
+    figures = judged(record_power(scene("constant"), sample_times(TOTAL, 0.1, 0)), windows, inferences)
+    for name in ("gross_j_per_inference", "net_j_per_inference", "mean_w"):
+        assert "nothing to divide" in figures[name]["unavailable"]
+
+
+def test_a_window_outside_the_recording():
+    figures = judged(record_power(scene("constant"), sample_times(TOTAL, 0.1, 0)), [window(100, 110)])
+    assert "0%" in figures["gross_j_per_inference"]["unavailable"]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_readings(count):
+    times = sample_times(TOTAL, 0.1, 0)[:count]
+    figures = judged(record_power(scene("constant"), times))
+    assert f"gave {count} readings" in figures["gross_j_per_inference"]["unavailable"]
+
+
+def test_without_idle_there_is_no_net():
+    recorded = record_power(scene("constant"), sample_times(TOTAL, 0.1, 0))
+    figures = energy(recorded, [window(BEGIN, END)], INFERENCES)
+    assert figures["gross_j_per_inference"]["value"] == pytest.approx(2.0, rel=0.01)
+    assert "no idle baseline" in figures["net_j_per_inference"]["unavailable"]
+
+
+def test_windows_shorter_than_the_sensors_average_have_no_figure():
+    """Two programs in turn, .2 s each: a one-second average cannot tell them apart."""
+    power = curves.square(5.0, 25.0, 0.4)
+    blocks = [window(0.4 * n, 0.4 * n + 0.2) for n in range(20, 100)]
+    recorded = record_power(power, sample_times(TOTAL, 0.1, 0), average_s=1.0)
+    figures = judged(recorded, blocks)
+    assert "averages over 1 s" in figures["gross_j_per_inference"]["unavailable"]
+    # A pause that the sensor cannot see does not make a window short.
+    close = [window(10 + n, 10.95 + n) for n in range(30)]
+    assert (
+        "value"
+        in judged(record_power(scene("constant"), sample_times(TOTAL, 0.1, 0), average_s=1.0), close)[
+            "gross_j_per_inference"
+        ]
+    )
+
+
+def test_frozen_readings_are_flagged_and_changing_ones_are_not():
+    times = sample_times(TOTAL, 0.1, 0)
+    noisy = curves.Power(lambda t: 10 + 0.1 * np.sin(37 * t), lambda t: 10 * t)
+    assert not any("frozen" in p for p in judged(record_power(noisy, times))["problems"])
+    stuck = curves.Power(lambda t: np.where(t > 20, 10.0, noisy.watts(t)), noisy.joules)
+    problems = judged(record_power(stuck, times))["problems"]
+    assert any("29.9 s: it may be frozen" in p for p in problems), problems
+
+
+def test_a_sensor_that_reads_the_same_idle_and_at_work_has_no_net():
+    figures = judged(record_power(curves.constant(5.7), sample_times(TOTAL, 0.1, 0)))
+    assert figures["mean_w"] == pytest.approx(5.7)
+    assert "frozen" in figures["net_j_per_inference"]["unavailable"]
+
+
+def test_a_frozen_counter_is_flagged():
+    times = sample_times(TOTAL, 0.1, 0)
+    recorded = record_counter(curves.busy_between(0.0, BUSY["constant"], 0.0, 20.0), times)
+    assert any("may be frozen" in p for p in judged(recorded)["problems"])
+
+
+def test_a_counter_that_contradicts_its_own_power_is_flagged():
+    times = sample_times(TOTAL, 0.1, 0)
+    power = scene("constant")
+    both = [
+        Reading({RAIL: float(w) * 1.2}, {RAIL: float(j)})
+        for w, j in zip(power.watts(times), power.joules(times), strict=True)
+    ]
+    figures = judged(recording(times, both, sensor_of()))
+    assert figures["method"].startswith("energy counter")
+    assert figures["mean_w"] == pytest.approx(20, rel=0.01)
+    assert any("power readings 24 W" in p for p in figures["problems"]), figures["problems"]
+
+
+def test_how_long_to_measure():
+    assert least_window_s(sensor_of(period_s=0.1)) == pytest.approx(2.0)
+    assert least_window_s(sensor_of(period_s=0.1, averaging_s=1.0)) == pytest.approx(10.0)
+
+
+def test_times_are_kept_to_the_nanosecond_for_machines_that_have_run_long():
+    """A year of CLOCK_MONOTONIC: float seconds would lose a few nanoseconds, not more."""
+    year = 365 * 24 * 3600 * SECOND
+    times = sample_times(TOTAL, 0.1, 0)
+    recorded = record_power(scene("sine"), times)
+    recorded.start_ns = year
+    recorded.times_ns = [year + moment for moment in recorded.times_ns]
+    recorded.idle = [(year + a, year + b) for a, b in IDLE]
+    figures = energy(recorded, [(year + int(BEGIN * SECOND), year + int(END * SECOND))], INFERENCES)
+    assert figures["gross_j_per_inference"]["value"] == pytest.approx(truth(scene("sine"))[0], rel=0.01)

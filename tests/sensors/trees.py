@@ -1,0 +1,172 @@
+"""Made-up file trees of real boards: files as the kernel and NVIDIA's tools show them, with values of that kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+I2C = "sys/bus/i2c/drivers"
+ORIN_NANO_RAILS = {"VDD_IN": (5040, 1132), "VDD_CPU_GPU_CV": (5040, 165), "VDD_SOC": (5040, 322)}
+AGX_ORIN_RAILS = {"VDD_GPU_SOC": (19104, 165), "VDD_CPU_CV": (19104, 749), "VIN_SYS_5V0": (4968, 1000)}
+AGX_ORIN_MEMORY = {"NC": (0, 0), "VDDQ_VDD2_1V8AO": (4968, 220), "NC ": (0, 0)}
+THOR_RAILS = {"VDD_GPU": (12000, 410), "VDD_CPU_SOC_MSS": (12000, 520), "VIN_SYS_5V0": (5000, 900)}
+
+
+def write_tree(root: Path, files: dict[str, object]) -> Path:
+    """Files by path under `root`, each ending in a line break as sysfs does."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n", encoding="ascii")
+    return root
+
+
+def hwmon_ina3221(address: str, number: int, rails: dict[str, tuple[int, int]]) -> dict[str, object]:
+    """One chip as the kernel's hwmon driver shows it: three rails, three shunts, and the shunts' sum."""
+    folder = f"{I2C}/ina3221/{address}/hwmon/hwmon{number}"
+    files: dict[str, object] = {f"{folder}/name": "ina3221", f"{folder}/in7_label": "sum of shunt voltages"}
+    files |= {f"{folder}/in7_input": 8, f"{folder}/curr4_input": 1619, f"{folder}/update_interval": 26}
+    for channel, (label, (millivolts, milliamperes)) in enumerate(rails.items(), 1):
+        files |= {
+            f"{folder}/in{channel}_label": label.strip(),
+            f"{folder}/in{channel}_enable": 1,
+            f"{folder}/in{channel}_input": millivolts,
+            f"{folder}/curr{channel}_input": milliamperes,
+            f"{folder}/in{channel + 3}_input": milliamperes * 2 // 1000,
+            f"{folder}/curr{channel}_crit": 32760,
+        }
+    return files
+
+
+def iio_ina3221(address: str, number: int, rails: dict[str, tuple[int, int]], power: bool = True) -> dict[str, object]:
+    """One chip as L4T's iio driver of JetPack 4 shows it: channels from 0."""
+    folder = f"{I2C}/ina3221x/{address}/iio:device{number}"
+    files: dict[str, object] = {f"{folder}/name": "ina3221x"}
+    for channel, (label, (millivolts, milliamperes)) in enumerate(rails.items()):
+        files |= {
+            f"{folder}/rail_name_{channel}": label,
+            f"{folder}/in_voltage{channel}_input": millivolts,
+            f"{folder}/in_current{channel}_input": milliamperes,
+            f"{folder}/warn_current_limit_{channel}": "32760 ma",
+        }
+        if power:
+            files[f"{folder}/in_power{channel}_input"] = millivolts * milliamperes // 1000
+    return files
+
+
+def jetson(release: str, revision: str, mode: str, conf: dict[int, str]) -> dict[str, object]:
+    """What every Jetson has: release, power mode and its names."""
+    text = "\n".join(f"< POWER_MODEL ID={number} NAME={name} >\nCPU_ONLINE CORE_0 1" for number, name in conf.items())
+    return {
+        "etc/nv_tegra_release": f"# R{release} (release), REVISION: {revision}, GCID: 38968081, BOARD: generic",
+        "etc/nvpmodel.conf": text,
+        "var/lib/nvpmodel/status": mode,
+    }
+
+
+def cpu(policies: dict[int, tuple[int, int]], governor: str = "schedutil") -> dict[str, object]:
+    """Clock and limit in kHz by policy."""
+    files: dict[str, object] = {}
+    for number, (now, limit) in policies.items():
+        folder = f"sys/devices/system/cpu/cpufreq/policy{number}"
+        files |= {f"{folder}/scaling_cur_freq": now, f"{folder}/scaling_max_freq": limit}
+        files[f"{folder}/scaling_governor"] = governor
+    return files
+
+
+def devfreq(name: str, now: int, limit: int, governor: str = "nvhost_podgov") -> dict[str, object]:
+    folder = f"sys/class/devfreq/{name}"
+    return {f"{folder}/cur_freq": now, f"{folder}/max_freq": limit, f"{folder}/governor": governor}
+
+
+def zones(millicelsius: dict[str, int]) -> dict[str, object]:
+    files: dict[str, object] = {}
+    for number, (name, value) in enumerate(millicelsius.items()):
+        files |= {f"sys/class/thermal/thermal_zone{number}/type": name}
+        files |= {f"sys/class/thermal/thermal_zone{number}/temp": value}
+    return files
+
+
+def cooling(states: dict[str, int]) -> dict[str, object]:
+    files: dict[str, object] = {}
+    for number, (name, state) in enumerate(states.items()):
+        files |= {f"sys/class/thermal/cooling_device{number}/type": name}
+        files |= {f"sys/class/thermal/cooling_device{number}/cur_state": state}
+    return files
+
+
+def orin_nano(root: Path) -> Path:
+    """JetPack 6, Super: mode 2 is MAXN_SUPER."""
+    return write_tree(
+        root,
+        hwmon_ina3221("1-0040", 1, ORIN_NANO_RAILS)
+        | jetson("36", "4.7", "pmode:0002", {0: "15W", 1: "25W", 2: "MAXN_SUPER", 3: "7W"})
+        | cpu({0: (729600, 1728000), 4: (1344000, 1728000)})
+        | devfreq("17000000.gpu", 305000000, 1020000000)
+        | {"sys/kernel/debug/bpmp/debug/clk/emc/rate": 2133000000}
+        | zones({"cpu-thermal": 46531, "gpu-thermal": 46093, "cv0-thermal": -256000, "soc0-thermal": 45406})
+        | cooling({"pwm-fan": 1, "cpu-throttle-alert": 0, "gpu-throttle-alert": 0, "hot-surface-alert": 0})
+        | {f"sys/class/hwmon/hwmon3/oc{n}_event_cnt": 0 for n in (1, 2, 3)},
+    )
+
+
+def agx_orin(root: Path) -> Path:
+    return write_tree(
+        root,
+        hwmon_ina3221("1-0040", 3, AGX_ORIN_RAILS)
+        | hwmon_ina3221("1-0041", 4, AGX_ORIN_MEMORY)
+        | jetson("35", "4.1", "pmode:0000", {0: "MAXN", 1: "MODE_15W", 2: "MODE_30W", 3: "MODE_50W"})
+        | devfreq("17000000.ga10b", 407000000, 1300500000),
+    )
+
+
+def thor(root: Path) -> Path:
+    """Power in microwatts on the INA238, which names no channel."""
+    folder = f"{I2C}/ina238/2-0044/hwmon/hwmon6"
+    return write_tree(
+        root,
+        hwmon_ina3221("2-0040", 5, THOR_RAILS)
+        | {f"{folder}/name": "ina238", f"{folder}/power1_input": 19780000, f"{folder}/in1_input": 20100}
+        | {f"{folder}/curr1_input": 984}
+        | jetson("38", "2.0", "pmode:0001", {0: "MAXN", 1: "120W", 2: "90W", 3: "70W"})
+        | devfreq("gpu-gpc-0", 314000000, 1575000000)
+        | devfreq("bwmgr", 4266000000, 4266000000, "userspace"),
+    )
+
+
+def xavier_nx(root: Path, jetpack: int = 5) -> Path:
+    rails = {"VDD_IN": (4960, 900), "VDD_CPU_GPU_CV": (4960, 150), "VDD_SOC": (4960, 240)}
+    chip = hwmon_ina3221("7-0040", 6, rails) if jetpack == 5 else iio_ina3221("7-0040", 0, rails)
+    return write_tree(root, chip | devfreq("17000000.gv11b", 114750000, 1109250000))
+
+
+def nano(root: Path) -> Path:
+    """JetPack 4, which its 4 GB model ends with."""
+    rails = {"POM_5V_IN": (5112, 801), "POM_5V_GPU": (5112, 8), "POM_5V_CPU": (5112, 120)}
+    return write_tree(
+        root,
+        iio_ina3221("6-0040", 0, rails)
+        | jetson("32", "7.1", "pmode:0000 fmode:fanNull", {0: "MAXN", 1: "5W"})
+        | devfreq("57000000.gpu", 76800000, 921600000)
+        | {"sys/kernel/debug/clk/emc/clk_rate": 1600000000},
+    )
+
+
+def x86(root: Path) -> Path:
+    """Two packages with DRAM of their own, psys, and the mmio zone that counts package 0 over again."""
+    powercap = "sys/class/powercap"
+    files: dict[str, object] = {}
+    for zone, name, microjoules, limit in (
+        ("intel-rapl:0", "package-0", 1000000000, 262143328850),
+        ("intel-rapl:0:0", "core", 400000000, 262143328850),
+        ("intel-rapl:0:1", "dram", 200000000, 65712999613),
+        ("intel-rapl:1", "package-1", 3000000000, 262143328850),
+        ("intel-rapl:1:0", "dram", 500000000, 65712999613),
+        ("intel-rapl:2", "psys", 9000000000, 262143328850),
+        ("intel-rapl-mmio:0", "package-0", 1000000000, 262143328850),
+    ):
+        files |= {f"{powercap}/{zone}/name": name, f"{powercap}/{zone}/energy_uj": microjoules}
+        files |= {f"{powercap}/{zone}/max_energy_range_uj": limit}
+    throttle = "sys/devices/system/cpu/cpu0/thermal_throttle"
+    files |= {f"{throttle}/core_throttle_count": 0, f"{throttle}/package_throttle_count": 7}
+    files |= zones({"x86_pkg_temp": 51000, "acpitz": 27800})
+    return write_tree(root, files | cpu({0: (800000, 4700000), 1: (4700000, 4700000)}, "powersave"))
