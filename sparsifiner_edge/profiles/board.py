@@ -1,0 +1,300 @@
+"""Boards: what an estimate or a build needs to know of a device, as validated TOML with a source for every value."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from sparsifiner_edge.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRECISIONS = ("fp32", "tf32", "fp16", "int8")
+KINDS = ("gpu", "cpu")
+SUM = "sum"
+"""As `rails.total`: no rail carries all, the total is the sum of those that are named."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerMode:
+    """A power mode, such as nvpmodel's: it caps clocks, and what power it is named after.
+
+    Attributes:
+        id: number that the tool takes. name: as the tool prints it.
+        cap_w: watts it is meant for; 0: none is stated.
+        gpu_ghz: highest GPU clock. cuda_cores: those that are switched on. bandwidth_gb_s: at the memory clock's cap.
+            Each 0: as without the mode.
+    """
+
+    id: int
+    name: str
+    cap_w: float = 0.0
+    gpu_ghz: float = 0.0
+    cuda_cores: int = 0
+    bandwidth_gb_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class JetPack:
+    """Versions of what a JetPack release installs."""
+
+    version: str
+    cuda: str
+    tensorrt: str
+    python: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rails:
+    """Power rails that can be read.
+
+    Attributes:
+        names: as the sensor labels them.
+        total: the rail that carries everything, or `SUM`.
+    """
+
+    names: tuple[str, ...]
+    total: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Board:
+    """A device. Peaks are dense (no structured sparsity), counted as two operations per multiply-accumulate.
+
+    Attributes:
+        name: as `--board` takes it. title: as people say it.
+        kind: "gpu" or "cpu".
+        sm: CUDA compute capability times ten, such as 87; 0 for a CPU.
+        cuda_cores, tensor_cores: of the GPU; 0 for a CPU. cores: of a CPU board; 0 for a GPU.
+        clock_ghz: highest clock (boost), at which the peaks hold.
+        fp32_tflops: of plain float32 arithmetic. tf32_tflops: of float32 rounded to 19 bits in tensor cores; 0: none.
+        fp16_tflops: products of float16, summed in float32; 0: none. fp16_fast_tflops: summed in float16, where that is
+            faster; 0: it is not. int8_tops: 0: none.
+        memory_gb, bandwidth_gb_s: 1e9 bytes. unified_memory: shared by CPU and GPU.
+        dla: deep-learning accelerators. tdp_w: most power, of the module or card.
+        idle_w: power at rest; 0: not known.
+        power_modes, jetpack, rails: empty or None where the device has none.
+        sources: a public document, or the computation, by key; one key for each value or list of values above.
+        unverified: keys whose value no document confirmed.
+    """
+
+    name: str
+    title: str
+    kind: str
+    clock_ghz: float
+    fp32_tflops: float
+    memory_gb: float
+    bandwidth_gb_s: float
+    unified_memory: bool
+    tdp_w: float
+    sources: Mapping[str, str]
+    sm: int = 0
+    cuda_cores: int = 0
+    tensor_cores: int = 0
+    cores: int = 0
+    tf32_tflops: float = 0.0
+    fp16_tflops: float = 0.0
+    fp16_fast_tflops: float = 0.0
+    int8_tops: float = 0.0
+    dla: int = 0
+    idle_w: float = 0.0
+    power_modes: tuple[PowerMode, ...] = ()
+    jetpack: tuple[JetPack, ...] = ()
+    rails: Rails | None = None
+    unverified: tuple[str, ...] = ()
+
+    def peak(self, precision: str) -> float:
+        """Operations per second at a precision of `PRECISIONS`.
+
+        Raises:
+            ConfigError: no such precision, or the board has no arithmetic for it.
+        """
+        peaks = dict(
+            zip(PRECISIONS, (self.fp32_tflops, self.tf32_tflops, self.fp16_tflops, self.int8_tops), strict=True)
+        )
+        if precision not in peaks:
+            raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
+        if not peaks[precision]:
+            known = ", ".join(name for name, peak in peaks.items() if peak)
+            raise ConfigError(f"{self.name} states no peak for {precision}.", f"Choose one of: {known}.")
+        return peaks[precision] * 1e12
+
+    def in_mode(self, mode: str) -> Board:
+        """The same board with clocks, peaks, bandwidth and power of a power mode, given by name or number.
+
+        Raises:
+            ConfigError: no such mode.
+        """
+        for found in self.power_modes:
+            name = found.name.casefold()
+            if mode.strip().casefold() in (name, name.removeprefix("mode_"), str(found.id)):
+                return _limited(self, found)
+        known = ", ".join(f"{m.id} ({m.name})" for m in self.power_modes)
+        fix = f"Choose one of: {known}." if known else "Leave --power-mode out: the board has none."
+        raise ConfigError(f"{self.name} has no power mode {mode!r}.", fix)
+
+
+def _limited(board: Board, mode: PowerMode) -> Board:
+    clock = mode.gpu_ghz or board.clock_ghz
+    share = clock / board.clock_ghz * (mode.cuda_cores / board.cuda_cores if mode.cuda_cores else 1.0)
+    peaks = ("fp32_tflops", "tf32_tflops", "fp16_tflops", "fp16_fast_tflops", "int8_tops")
+    return dataclasses.replace(
+        board,
+        clock_ghz=clock,
+        cuda_cores=mode.cuda_cores or board.cuda_cores,
+        bandwidth_gb_s=mode.bandwidth_gb_s or board.bandwidth_gb_s,
+        tdp_w=mode.cap_w or board.tdp_w,
+        **{name: getattr(board, name) * share for name in peaks},
+    )
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "sm": (0, 200), "cuda_cores": (0, 200_000), "tensor_cores": (0, 20_000), "cores": (0, 1024),
+    "clock_ghz": (0.05, 10), "gpu_ghz": (0.05, 10), "fp32_tflops": (1e-4, 1e4), "tf32_tflops": (0, 1e4),
+    "fp16_tflops": (0, 1e5), "fp16_fast_tflops": (0, 1e5), "int8_tops": (0, 1e5), "memory_gb": (0.1, 1e4),
+    "bandwidth_gb_s": (0.1, 1e5), "dla": (0, 16), "tdp_w": (0.5, 5000), "idle_w": (0, 5000), "cap_w": (0.5, 5000),
+    "id": (0, 255),
+}  # fmt: skip
+"""Least and greatest value by key."""
+_BARE = {"name", "title", "sources", "unverified"}
+"""Keys that are names or speak of the others, and need no source."""
+_DOCUMENT = "See docs/boards.md for the form of a board file."
+
+
+def board_names() -> list[str]:
+    """Boards that come with the package."""
+    folder = importlib.resources.files("sparsifiner_edge.profiles.boards")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_board(name_or_path: str | Path) -> Board:
+    """A board of the package by name, or from the user's own TOML file.
+
+    Raises:
+        ConfigError: no such board, no TOML, or a key is unknown, missing, mistyped, out of range or without source.
+    """
+    name = str(name_or_path)
+    if name in board_names():
+        folder = importlib.resources.files("sparsifiner_edge.profiles.boards")
+        return parse_board(folder.joinpath(f"{name}.toml").read_text("utf-8"), name)
+    if Path(name_or_path).suffix != ".toml":
+        known = ", ".join(board_names())
+        raise ConfigError(f"There is no board {name!r}.", f"Choose one of: {known}; or give a TOML file.")
+    return read_board(Path(name_or_path))
+
+
+def read_board(path: Path) -> Board:
+    """A board from the user's own TOML file.
+
+    Raises:
+        ConfigError: see `load_board`.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", f"Give a TOML file in UTF-8. {_DOCUMENT}") from error
+    return parse_board(text, str(path))
+
+
+def parse_board(text: str, origin: str) -> Board:
+    """A board from TOML text; `origin` stands in messages.
+
+    Raises:
+        ConfigError: see `load_board`.
+    """
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{origin} is no TOML: {error}.", _DOCUMENT) from error
+    board: Board = _build(Board, content, origin, "")
+    _check(board, content, origin)
+    return board
+
+
+def _refuse(origin: str, problem: str, fix: str = _DOCUMENT) -> None:
+    raise ConfigError(f"{origin}: {problem}.", fix)
+
+
+def _build(kind: Any, content: Mapping[str, Any], origin: str, prefix: str) -> Any:
+    hints = get_type_hints(kind)
+    unknown = sorted(content.keys() - hints.keys())
+    if unknown:
+        known = ", ".join(sorted(prefix + name for name in hints))
+        _refuse(origin, f"unknown key {prefix}{unknown[0]}", f"Known keys: {known}.")
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    missing = sorted(required - content.keys())
+    if missing:
+        _refuse(origin, f"{prefix}{missing[0]} is missing")
+    values = {name: _typed(hints[name], value, origin, f"{prefix}{name}") for name, value in content.items()}
+    return kind(**values)
+
+
+def _typed(kind: Any, value: Any, origin: str, label: str) -> Any:
+    options = [option for option in get_args(kind) if option is not type(None)] if type(None) in get_args(kind) else []
+    if options:
+        return _typed(options[0], value, origin, label)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            _refuse(origin, f"{label} is {value!r}, no table")
+        return _build(kind, value, origin, f"{label}.")
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            _refuse(origin, f"{label} is {value!r}, no list")
+        return tuple(_typed(get_args(kind)[0], x, origin, f"{label}[{n}]") for n, x in enumerate(value))
+    if kind == Mapping[str, str]:
+        if not isinstance(value, dict) or not all(isinstance(x, str) and x.strip() for x in value.values()):
+            _refuse(origin, f"{label} is no table of non-empty strings")
+        return dict(value)
+    return _scalar(kind, value, origin, label)
+
+
+def _scalar(kind: Any, value: Any, origin: str, label: str) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number if kind is float else type(value) is kind):
+        _refuse(origin, f"{label} is {value!r}; it must be of type {kind.__name__}")
+    if kind is str and not value.strip():
+        _refuse(origin, f"{label} is empty")
+    low, high = _RANGES.get(label.rpartition(".")[2], (-math.inf, math.inf))
+    if kind in (int, float) and not low <= value <= high:
+        _refuse(origin, f"{label} is {value!r}", f"It must lie between {low:g} and {high:g}.")
+    return float(value) if kind is float else value
+
+
+def _check(board: Board, content: Mapping[str, Any], origin: str) -> None:
+    if board.kind not in KINDS:
+        _refuse(origin, f"kind is {board.kind!r}", f"Choose one of: {', '.join(KINDS)}.")
+    needed = ("sm", "cuda_cores") if board.kind == "gpu" else ("cores",)
+    for name in needed:
+        if not getattr(board, name):
+            _refuse(origin, f"{name} is missing, for a board of kind {board.kind!r}")
+    values = content.keys() - _BARE
+    for name in sorted(values - board.sources.keys()):
+        _refuse(origin, f"{name} has no source", f"Add it to the section [sources]. {_DOCUMENT}")
+    for name in sorted(board.sources.keys() - values):
+        _refuse(origin, f"sources.{name} speaks of a key that is not there")
+    for name in sorted(set(board.unverified) - values):
+        _refuse(origin, f"unverified names {name}, which is not there")
+    if board.fp16_fast_tflops and board.fp16_fast_tflops < board.fp16_tflops:
+        _refuse(origin, "fp16_fast_tflops is less than fp16_tflops", "Leave it out where it is not faster.")
+    _check_modes(board, origin)
+
+
+def _check_modes(board: Board, origin: str) -> None:
+    for what in ("id", "name"):
+        seen = [str(getattr(mode, what)).casefold() for mode in board.power_modes]
+        if len(set(seen)) < len(seen):
+            _refuse(origin, f"two power modes have the same {what}")
+    for mode in board.power_modes:
+        for name, own in (("cuda_cores", "cuda_cores"), ("gpu_ghz", "clock_ghz"), ("bandwidth_gb_s", "bandwidth_gb_s")):
+            if getattr(mode, name) > getattr(board, own):
+                _refuse(origin, f"power mode {mode.name}: {name} exceeds the board's")
+    if board.rails and board.rails.total not in (SUM, *board.rails.names):
+        _refuse(origin, f"rails.total is {board.rails.total!r}", f'Name one of the rails, or "{SUM}".')

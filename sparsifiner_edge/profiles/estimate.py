@@ -1,0 +1,316 @@
+"""What a bundle would cost on a board that is not at hand: latency, memory and energy, as an estimate with bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsifiner_edge.artifacts import field, open_bundle
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.costs import KINDS, ModelShape, summary
+from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
+from sparsifiner_edge.profiles import roofline
+from sparsifiner_edge.profiles.board import Board, load_board
+from sparsifiner_edge.profiles.roofline import CPU, GPU, IDEAL, SIZES, SPARSE, Calibration, Cost, Workload
+from sparsifiner_edge.results import bundle_subject, new_result, unavailable
+from sparsifiner_edge.runtime.kernels import table_file
+
+KERNELS = ("auto", "native", "portable")
+UNFITTED = 1.5
+"""Widens the bounds for a GPU precision that no measurement was fitted for."""
+FITTED = ("fp16", "int8")
+SPARSE_BOUNDS = {"native": (0.5, 2.5), "portable": (0.3, 4.0)}
+"""Least and most that sparse layers' own operators may take on a GPU, as factors: judged, for no one published it."""
+IDLE_SHARE = (0.1, 0.25, 0.4)
+"""Power at rest as a share of the most, where a board does not state it: least, taken, most."""
+RUNTIME_BYTES = {"gpu": (150e6, 400e6, 1200e6), "cpu": (60e6, 90e6, 130e6)}
+"""Memory of the runtime itself, without a model: least, taken, most. CPU: recorded; GPU: judged."""
+WEIGHT_COPIES = {"gpu": (1.0, 1.1, 2.0), "cpu": (1.0, 1.45, 2.1)}
+"""How often weights lie in memory at the peak, packed beside what was read. CPU: recorded; GPU: judged."""
+LAYER_COPIES = {"gpu": (1.0, 2.0, 4.0), "cpu": (3.0, 5.5, 8.0)}
+"""How many layers' tensors are alive at the peak. CPU: recorded; GPU: judged."""
+SCORE_COPIES = (1.0, 1.0, 2.0)
+"""The same for scores and gathered keys, where they are kept in memory."""
+_LARGEST = 1 << 20
+"""No size of a model comes near; a manifest that implies more is damaged."""
+
+
+class _Plan(NamedTuple):
+    """What is estimated: the board as it is set, the work, and how the operators are taken to run."""
+
+    board: Board
+    work: Workload
+    precision: str
+    kernels: str
+    because: str
+    model_bytes: float
+
+
+def estimate_bundle(
+    bundle: str | Path,
+    board: str | Path | Board,
+    *,
+    precision: str | None = None,
+    power_mode: str | None = None,
+    kernels: str = "auto",
+) -> dict[str, Any]:
+    """Estimate a bundle on a board.
+
+    Args:
+        bundle: its manifest says what there is to compute.
+        board: a name, a TOML file, or one that was loaded.
+        precision: one of `sparsifiner_edge.profiles.board.PRECISIONS`; None takes the bundle's.
+        power_mode: name or number; None takes full clocks.
+        kernels: "native", "portable" (function bodies), or "auto": on a CPU native; on a GPU native where the bundle
+            carries kernels compiled for its SM.
+
+    Returns:
+        A result (see `sparsifiner_edge.results`) of kind "estimate": `statistics` holds `latency_ms`, `memory_bytes`
+        and `energy_j` (value, low, high, method), `fits_memory` and `operators`; `samples.layers` every operator.
+
+    Raises:
+        ArtifactError: not a bundle, altered, of a newer schema, or its costs are missing or do not fit its model.
+        ConfigError: unknown board, mode, precision or kernels.
+    """
+    folder = Path(bundle)
+    manifest = open_bundle(folder)
+    device = board if isinstance(board, Board) else load_board(board)
+    device = device if power_mode is None else device.in_mode(power_mode)
+    plan = _plan(folder, manifest, device, precision, kernels)
+    share = CPU if device.kind == "cpu" else GPU
+    found = roofline.costs(plan.work, device, plan.precision, share)
+    latency = _latency(plan, found, share)
+    memory = _memory(plan)
+    statistics = {
+        "latency_ms": latency,
+        "memory_bytes": memory,
+        "energy_j": _energy(device, found, latency),
+        "fits_memory": _fits(memory, device),
+        "operators": _by_kind(found),
+    }
+    layers = [{"layer": c.operator.layer, **_row(c.operator.kind, [c])} for c in found if c.operator.launches]
+    method = _method(plan, power_mode, share)
+    return new_result("estimate", [bundle_subject(folder, manifest)], method, {"layers": layers}, statistics)
+
+
+def _plan(folder: Path, manifest: dict[str, Any], board: Board, precision: str | None, kernels: str) -> _Plan:
+    shape, sparsity = model_of(manifest, folder)
+    own = field(manifest, folder, "precision", str)
+    chosen = own if precision is None else precision
+    board.peak(chosen)  # Refuses what the board cannot do before anything is computed.
+    size = (folder / "model.onnx").stat().st_size * SIZES[chosen] / SIZES.get(own, 4)
+    taken, because = _kernels(kernels, manifest, board)
+    portable, plain = taken == "portable", not manifest.get("ops")
+    work = Workload(shape, sparsity, _batch(manifest), portable, board.kind == "cpu" and (portable or plain))
+    return _Plan(board, work, chosen, taken, because, size)
+
+
+def _kernels(asked: str, manifest: Mapping[str, Any], board: Board) -> tuple[str, str]:
+    """Which kernels run the sparse operators, and why."""
+    if asked not in KERNELS:
+        raise ConfigError(f"kernels is {asked!r}.", f"Choose one of: {', '.join(KERNELS)}.")
+    if not manifest.get("ops"):
+        return "none", "the bundle has standard operators alone"
+    if asked != "auto":
+        return asked, "asked for"
+    if board.kind == "cpu":
+        return "native", "the native library is taken to be installed there"
+    if table_file(board.sm) in manifest["files"]:
+        return "native", f"the bundle carries kernels compiled for SM {board.sm}"
+    return "portable", f"the bundle carries no kernels compiled for SM {board.sm}"
+
+
+def model_of(manifest: dict[str, Any], folder: Path) -> tuple[ModelShape, SparsityConfig]:
+    """Sizes and sparsity of a bundle's model, from the costs in its manifest; `folder` stands in messages.
+
+    Dense attention is 2 L N^2 C and dense projections 4 L N C^2: the two give C and L, the rest follows.
+
+    Raises:
+        ArtifactError: costs are missing, or no model has these.
+        ConfigError: the sparsity is out of range.
+    """
+    dense = _counts(manifest, folder, "dense_costs")
+    costs = _counts(manifest, folder, "costs")
+    prefix = field(manifest, folder, "tokens.prefix", int)
+    grid = field(manifest, folder, "tokens.grid", list)
+    settings = manifest.get("sparsity")
+    sparsity = SparsityConfig.from_dict(settings) if isinstance(settings, dict) else SparsityConfig(keep=1)
+    try:
+        shape = _shape(dense, math.prod(grid), prefix)
+        shape = dataclasses.replace(shape, heads=_heads(shape, sparsity, costs))
+        fits = _same(summary(shape, sparsity), costs) and _same(summary(shape, SparsityConfig(keep=1)), dense)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        fits = False
+    except SparsifinerError as error:
+        raise ArtifactError(f"{folder}: {error.what}", "Export the bundle again.") from error
+    if not fits:
+        raise ArtifactError(f"{folder}: the manifest's costs are those of no model.", "Export the bundle again.")
+    return shape, sparsity
+
+
+def _counts(manifest: dict[str, Any], folder: Path, name: str) -> dict[str, int]:
+    counts: dict[str, int] = field(manifest, folder, name, dict)
+    for key in (*(f"{kind}_macs" for kind in KINDS), "embedding_macs"):
+        if field(counts, folder, key, int) < 0:
+            raise ArtifactError(f"{folder}: {name}.{key} is {counts[key]}.", "Export the bundle again.")
+    return counts
+
+
+def _shape(dense: Mapping[str, int], patches: int, prefix: int) -> ModelShape:
+    tokens = patches + prefix
+    width = round(dense["projections_macs"] * tokens / (2 * dense["attention_macs"]))
+    depth = round(dense["attention_macs"] / (2 * tokens * tokens * width))
+    hidden = round(dense["mlp_macs"] / (2 * depth * tokens * width))
+    patch = math.isqrt(dense["embedding_macs"] // (3 * patches * width))
+    if not (prefix >= 0 and all(0 < size < _LARGEST for size in (width, hidden, patches, patch)) and 0 < depth < 1024):
+        raise ValueError
+    return ModelShape(depth, 1, width, hidden, prefix, patches, patch)
+
+
+def _heads(shape: ModelShape, sparsity: SparsityConfig, costs: Mapping[str, int]) -> int:
+    """The predictor's cost grows evenly with the heads; without one, heads of 64 are taken."""
+    one, two = (summary(dataclasses.replace(shape, heads=n), sparsity)["predictor_macs"] for n in (1, 2))
+    return 1 + round((costs["predictor_macs"] - one) / (two - one)) if two > one else max(1, shape.width // 64)
+
+
+def _same(computed: Mapping[str, int], stated: Mapping[str, int]) -> bool:
+    return all(stated.get(name) == value for name, value in computed.items() if name.endswith("_macs"))
+
+
+def _batch(manifest: Mapping[str, Any]) -> int:
+    """Of the file, where it is fixed; else one picture at a time."""
+    for tensor in manifest.get("inputs") or ():
+        first = (tensor.get("shape") or [None])[0] if isinstance(tensor, dict) else None
+        if isinstance(first, int) and not isinstance(first, bool) and first > 0:
+            return first
+    return 1
+
+
+def _latency(plan: _Plan, found: Sequence[Cost], share: Calibration) -> dict[str, Any]:
+    board = plan.board
+    spread = share.spread * (UNFITTED if board.kind == "gpu" and plan.precision not in FITTED else 1.0)
+    fast = dataclasses.replace(board, fp16_tflops=max(board.fp16_tflops, board.fp16_fast_tflops))
+    ideal = roofline.seconds(roofline.costs(plan.work, fast, plan.precision, IDEAL))
+    least = most = 0.0
+    for cost in found:
+        few, many = _sparse_bounds(plan, cost)
+        least += cost.seconds * few / spread
+        most += cost.seconds * many * spread
+    value = roofline.seconds(found)
+    return {
+        "value": value * 1e3,
+        "low": min(value, max(least, ideal)) * 1e3,
+        "high": most * 1e3,
+        "method": f"roofline; factor {spread:.3g} either way, and at least the time at every peak",
+    }
+
+
+def _sparse_bounds(plan: _Plan, cost: Cost) -> tuple[float, float]:
+    """On a CPU sparse operators were measured and fitted; on a GPU they were not."""
+    layer = cost.operator.layer
+    inside = cost.operator.kind in (*SPARSE, "attention") and layer in plan.work.sparsity.sparse_layers(
+        plan.work.shape.depth
+    )
+    return SPARSE_BOUNDS[plan.kernels] if inside and plan.board.kind == "gpu" else (1.0, 1.0)
+
+
+def _memory(plan: _Plan) -> dict[str, Any]:
+    layer, scores = peak_activations(plan.work, SIZES[plan.precision])
+    low, value, high = memory_bytes(plan.board.kind, plan.model_bytes, layer, scores)
+    return {
+        "value": round(value),
+        "low": round(low),
+        "high": round(high),
+        "weights": round(plan.model_bytes),
+        "layer": round(layer),
+        "scores": round(scores),
+        "method": "runtime, weights as often as they are held, tensors of some layers, and scores kept in memory",
+    }
+
+
+def memory_bytes(kind: str, weights: float, layer: float, scores: float) -> tuple[float, float, float]:
+    """Least, likely and most memory of a process on a board of `kind` with so many bytes of each."""
+    parts = zip(RUNTIME_BYTES[kind], WEIGHT_COPIES[kind], LAYER_COPIES[kind], SCORE_COPIES, strict=True)
+    low, value, high = (own + a * weights + b * layer + c * scores for own, a, b, c in parts)
+    return low, value, high
+
+
+def peak_activations(work: Workload, size: int) -> tuple[float, float]:
+    """Bytes of the largest layer's tensors at `size` bytes an element, and of its scores and gathered keys, if kept."""
+    shape, sparsity = work.shape, work.sparsity
+    tokens = shape.patches + shape.prefix + sparsity.fuse_tokens * len(sparsity.token_keep)
+    layer = size * tokens * (2 * shape.width + max(4 * shape.width, shape.hidden))
+    scores, sparse = 0.0, sparsity.sparse_layers(shape.depth)
+    if work.portable and sparse:
+        layout = sparsity.layout(shape.patches, shape.prefix)
+        read = layout.keys + shape.prefix
+        scores = 2.0 * size * layout.tiles * read * shape.width + 4.0 * shape.heads * shape.patches * (
+            read + layout.cells
+        )
+    if work.materialised and len(sparse) < shape.depth:
+        scores = max(scores, 4.0 * shape.heads * tokens * tokens)
+    return work.batch * float(layer), work.batch * scores
+
+
+def _fits(memory: Mapping[str, Any], board: Board) -> str:
+    """ "yes", "no" or "perhaps": even the upper bound fits, not even the lower one does, or between."""
+    room = board.memory_gb * 1e9
+    return "yes" if memory["high"] <= room else "no" if memory["low"] > room else "perhaps"
+
+
+def _energy(board: Board, found: Sequence[Cost], latency: Mapping[str, Any]) -> dict[str, Any]:
+    """(idle + utilisation x (cap - idle)) x time; the cap is the power mode's, else the most that the board takes."""
+    total = roofline.seconds(found)
+    launching = sum(c.operator.launches * (CPU if board.kind == "cpu" else GPU).launch_us for c in found) * 1e-6
+    busy = 1 - launching / total if board.kind == "gpu" else 1.0
+    shares = (board.idle_w / board.tdp_w,) * 3 if board.idle_w else IDLE_SHARE
+    low_w, idle_w, _ = (share * board.tdp_w for share in shares)
+    power = idle_w + busy * (board.tdp_w - idle_w)
+    return {
+        "value": power * latency["value"] / 1e3,
+        "low": low_w * latency["low"] / 1e3,
+        "high": board.tdp_w * latency["high"] / 1e3,
+        "power_w": power,
+        "utilisation": busy,
+        "method": f"{idle_w:.3g} W at rest, up to {board.tdp_w:.3g} W, by the share of time that it works",
+    }
+
+
+def _by_kind(found: Sequence[Cost]) -> list[dict[str, Any]]:
+    groups: dict[str, list[Cost]] = {}
+    for cost in found:
+        groups.setdefault(cost.operator.kind, []).append(cost)
+    return [_row(kind, group) for kind, group in groups.items() if any(c.seconds for c in group)]
+
+
+def _row(kind: str, group: Sequence[Cost]) -> dict[str, Any]:
+    times: dict[str, float] = {}
+    for cost in group:
+        times[cost.bound] = times.get(cost.bound, 0.0) + cost.seconds
+    return {
+        "kind": kind,
+        "macs": round(sum(c.operator.macs for c in group)),
+        "bytes": round(sum(c.moved_bytes for c in group)),
+        "ms": roofline.seconds(group) * 1e3,
+        "bound": max(times, key=lambda name: times[name]),
+    }
+
+
+def _method(plan: _Plan, power_mode: str | None, share: Calibration) -> dict[str, Any]:
+    board = plan.board
+    described = {
+        k: v for k, v in dataclasses.asdict(board).items() if k not in ("sources", "power_modes", "jetpack", "rails")
+    }
+    others = roofline.precisions(plan.precision, board)["attention"]
+    return {
+        "estimate": "computed, not measured; `machine` is where it was computed, not the board",
+        "board": described,
+        "power_mode": power_mode or unavailable("none chosen: full clocks"),
+        "precision": {"linear": plan.precision, "other": others},
+        "kernels": {"assumed": plan.kernels, "because": plan.because},
+        "batch": plan.work.batch,
+        "calibration": dataclasses.asdict(share),
+    }

@@ -1,0 +1,223 @@
+"""The time of a transformer's operators on a device: the slower of arithmetic and memory, plus the cost of a launch.
+
+After Williams, Waterman and Patterson, "Roofline" (CACM 2009), with a share of each peak that real kernels reach. The
+shares are fitted to published and recorded measurements by `benchmarks/estimate.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs
+from sparsifiner_edge.profiles.board import Board
+
+SIZES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}
+"""Bytes of an element in memory."""
+SPARSE = ("predictor", "cells")
+"""Kinds of operator that only a sparse layer has; its attention is another."""
+SCORE_PASSES = 6
+"""Times that plain attention writes or reads its scores: product, scale, softmax, product."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What real kernels reach, fitted.
+
+    Attributes:
+        linear, attention, predictor: share of peak arithmetic of matrix products with weights, of attention, of the
+            choice of keys.
+        int8: share of the speed-up from int8 that linear layers keep.
+        bandwidth: share of peak memory bandwidth.
+        launch_us: microseconds from one operator to the next.
+        body_passes: times that function bodies write or read the scores of a sparse layer, its choice of keys included.
+        spread: factor within which nine of ten left-out measurements fell.
+        points: measurements behind it.
+    """
+
+    linear: float
+    attention: float
+    predictor: float
+    int8: float
+    bandwidth: float
+    launch_us: float
+    body_passes: float
+    spread: float
+    points: int
+
+
+GPU = Calibration(
+    linear=0.341, attention=0.341, predictor=0.341, int8=0.824, bandwidth=0.825, launch_us=13.9, body_passes=16.0,
+    spread=1.44, points=26,
+)  # fmt: skip
+"""Published latencies of dense models; one share for all arithmetic. `body_passes` is judged: compilers fuse them."""
+CPU = Calibration(
+    linear=0.991, attention=1.0, predictor=0.153, int8=0.738, bandwidth=1.0, launch_us=56.1, body_passes=63.9,
+    spread=1.35, points=24,
+)  # fmt: skip
+"""Recorded models, dense and sparse; left-out ones fell within 1.1. `spread` is judged: peaks are known less well."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """Work of one kind in one layer, for one inference of a whole batch.
+
+    Attributes:
+        layer: from 0; -1: before the layers.
+        kind: as in `sparsifiner_edge.costs.KINDS`, or "embedding".
+        engine: which share of `Calibration` holds: "linear", "attention" or "predictor".
+        macs: multiply-accumulates.
+        weights, activations: elements moved, at the operator's precision.
+        scores: elements moved at four bytes, whatever the precision. body: the same, once for each of `body_passes`.
+        launches: kernels.
+    """
+
+    layer: int
+    kind: str
+    engine: str
+    macs: float
+    weights: float
+    activations: float
+    launches: float
+    scores: float = 0.0
+    body: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Seconds of an operator, and what takes them: "compute", "memory" or "launch"."""
+
+    operator: Operator
+    moved_bytes: float
+    seconds: float
+    bound: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is to be done.
+
+    Attributes:
+        shape, sparsity: of the model.
+        batch: pictures at once.
+        portable: sparse layers run as function bodies, which keep scores and gathered keys in memory.
+        materialised: dense attention does so too, as in ONNX Runtime on a CPU.
+    """
+
+    shape: ModelShape
+    sparsity: SparsityConfig
+    batch: int = 1
+    portable: bool = False
+    materialised: bool = False
+
+
+def operators(work: Workload) -> list[Operator]:
+    """Every operator of an inference, in order."""
+    shape, found = work.shape, [_embedding(work)]
+    counts = work.sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
+    sparse = set(work.sparsity.sparse_layers(shape.depth))
+    for number, costs in enumerate(layer_costs(shape, work.sparsity)):
+        here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
+        found += _linear(number, costs, here, work.batch)
+        found += _sparse(number, costs, here, work) if number in sparse else _dense(number, costs, here, work)
+    return found
+
+
+def _embedding(work: Workload) -> Operator:
+    shape, pixels = work.shape, 3 * work.shape.patch**2
+    macs = work.batch * shape.patches * pixels * shape.width
+    moved = work.batch * shape.patches * (pixels + 3 * shape.width)
+    return Operator(-1, "embedding", "linear", macs, pixels * shape.width, moved, 4)
+
+
+def _linear(number: int, costs: LayerCosts, shape: ModelShape, batch: int) -> list[Operator]:
+    """Projections and MLP, each with its normalisation and residual; the bytes of `costs` hold the weights once."""
+    found = []
+    for kind, weights in (("projections", 4 * shape.width**2), ("mlp", 2 * shape.width * shape.hidden)):
+        moved = getattr(costs, f"{kind}_bytes") / FLOAT - weights
+        macs = getattr(costs, kind)
+        found.append(Operator(number, kind, "linear", batch * macs, weights, batch * moved, 3))
+    if costs.pruning:
+        found.append(
+            Operator(
+                number, "pruning", "attention", batch * costs.pruning, 0, batch * costs.pruning_bytes / FLOAT, 0, 6
+            )
+        )
+    return found
+
+
+def _dense(number: int, costs: LayerCosts, shape: ModelShape, work: Workload) -> list[Operator]:
+    moved = work.batch * costs.attention_bytes / FLOAT
+    product = Operator(number, "attention", "attention", work.batch * costs.attention, 0, moved, 1)
+    if not work.materialised:
+        return [product]
+    scores = work.batch * shape.heads * (shape.prefix + shape.patches) ** 2 * SCORE_PASSES
+    return [product, Operator(number, "attention", "attention", 0, 0, 0, 4, scores=scores)]
+
+
+def _sparse(number: int, costs: LayerCosts, shape: ModelShape, work: Workload) -> list[Operator]:
+    found = []
+    for kind, launches in (("predictor", 2), ("attention", 1), ("cells", 1 if costs.cells else 0)):
+        moved = work.batch * getattr(costs, f"{kind}_bytes") / FLOAT
+        engine = "predictor" if kind == "predictor" else "attention"
+        found.append(Operator(number, kind, engine, work.batch * getattr(costs, kind), 0, moved, launches))
+    return [*found, *_bodies(number, shape, work)] if work.portable else found
+
+
+def _bodies(number: int, shape: ModelShape, work: Workload) -> list[Operator]:
+    """What function bodies move beyond a kernel's own traffic: scores, and gathered keys written and read back."""
+    sparsity, patches = work.sparsity, shape.patches
+    layout = sparsity.layout(patches, shape.prefix)
+    read = layout.keys if sparsity.preset == "paper" else layout.keys + shape.prefix
+    ranked = work.batch * shape.heads * (-(-patches // sparsity.probe) + layout.tiles) * patches
+    gathered = work.batch * 4 * layout.tiles * read * shape.width
+    scores = work.batch * shape.heads * patches * (read + layout.cells)
+    return [
+        Operator(number, "predictor", "predictor", 0, 0, 0, 12, body=ranked),
+        Operator(number, "attention", "attention", 0, 0, gathered, 20, body=scores),
+    ]
+
+
+def precisions(precision: str, board: Board) -> dict[str, str]:
+    """Precision of each engine. int8 is for linear layers alone; the rest runs in fp16 where the board has it."""
+    rest = ("fp16" if board.fp16_tflops else "fp32") if precision == "int8" else precision
+    return {"linear": precision, "attention": rest, "predictor": rest}
+
+
+def cost(operator: Operator, board: Board, precision: Mapping[str, str], share: Calibration) -> Cost:
+    """Time of one operator; with `IDEAL` as `share`, what no program can beat at these peaks.
+
+    Raises:
+        ConfigError: the board has no arithmetic for the precision.
+    """
+    chosen = precision[operator.engine]
+    peak = board.peak(chosen) * getattr(share, operator.engine) * (share.int8 if chosen == "int8" else 1.0)
+    moved = (operator.weights + operator.activations) * SIZES[chosen]
+    moved += 4 * (operator.scores + operator.body * share.body_passes)
+    parts = {
+        "compute": 2 * operator.macs / peak,
+        "memory": moved / (board.bandwidth_gb_s * 1e9 * share.bandwidth),
+        "launch": operator.launches * share.launch_us * 1e-6,
+    }
+    seconds = max(parts["compute"], parts["memory"]) + parts["launch"]
+    return Cost(operator, moved, seconds, max(parts, key=lambda name: parts[name]))
+
+
+IDEAL = Calibration(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0)
+"""Every peak reached, and no launch costs anything."""
+
+
+def costs(work: Workload, board: Board, precision: str, share: Calibration) -> list[Cost]:
+    """Times of all operators of an inference.
+
+    Raises:
+        ConfigError: see `cost`.
+    """
+    chosen = precisions(precision, board)
+    return [cost(operator, board, chosen, share) for operator in operators(work)]
+
+
+def seconds(found: Sequence[Cost]) -> float:
+    """Their sum."""
+    return sum(c.seconds for c in found)

@@ -1,0 +1,314 @@
+"""The estimate: what it reads, what must hold whatever the constants, and that the constants are those of the fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import estimate_fit as fitting
+from sparsifiner_edge.artifacts import BUNDLE_FILE, open_bundle, seal_bundle
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.costs import KINDS, ModelShape, summary
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.profiles import roofline
+from sparsifiner_edge.profiles.board import Board, load_board
+from sparsifiner_edge.profiles.estimate import estimate_bundle, memory_bytes, model_of, peak_activations
+from sparsifiner_edge.profiles.roofline import CPU, GPU, IDEAL, Workload
+from sparsifiner_edge.results import read_result
+from sparsifiner_edge.runtime.kernels import table_file
+from tests.commands import assert_refused, process
+from tests.tiny import make_bundle
+
+VIT_S = ModelShape(12, 6, 384, 1536, 1, 1369, 14)
+DENSE = SparsityConfig(keep=1)
+EDGE = SparsityConfig(keep=0.1, cells=25)
+BOARDS = st.sampled_from(["jetson-orin-nano-8gb", "jetson-agx-thor", "jetson-xavier-nx", "rtx-4090", "a100"])
+
+
+def counted(
+    folder: Path, shape: ModelShape = VIT_S, sparsity: SparsityConfig = DENSE, costs: Any = None, **manifest: Any
+) -> Path:
+    """A bundle whose manifest speaks of a larger model than its file holds."""
+    sparse = bool(sparsity.sparse_layers(shape.depth)) or bool(sparsity.token_keep)
+    content = {
+        "tokens": {"prefix": shape.prefix, "grid": [1, shape.patches]},
+        "sparsity": sparsity.to_dict() if sparse else None,
+        "ops": {"sparsifiner::KeySelect": 1} if sparse else {},
+        "costs": summary(shape, sparsity) if costs is None else costs,
+        "dense_costs": summary(shape, DENSE),
+    }
+    return make_bundle(folder, batch=1, **(content | manifest))
+
+
+def changed(folder: Path, change: dict[str, Any]) -> Path:
+    """The bundle with other entries in its manifest, sealed again."""
+    manifest = json.loads((folder / BUNDLE_FILE).read_text()) | change
+    (folder / BUNDLE_FILE).unlink()
+    seal_bundle(folder, {name: value for name, value in manifest.items() if name != "files"})
+    return folder
+
+
+def total(work: Workload, board: Board, precision: str = "fp16") -> float:
+    return roofline.seconds(roofline.costs(work, board, precision, GPU if board.kind == "gpu" else CPU))
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        DENSE,
+        EDGE,
+        SparsityConfig(keep=0.25, dense_layers=(0, 3)),
+        SparsityConfig(keep=1, token_keep=((3, 0.7), (6, 0.7))),
+        SparsityConfig(keep=0.2, token_keep=((2, 0.5),), fuse_tokens=True),
+        SparsityConfig.for_preset("paper", keep=0.25, channels=32),
+    ],
+)
+@pytest.mark.parametrize("shape", [VIT_S, ModelShape(7, 3, 192, 770, 5, 256, 8)])
+def test_sizes_are_found_again_in_the_costs(tmp_path: Path, sparsity: SparsityConfig, shape: ModelShape) -> None:
+    folder = counted(tmp_path / "bundle", shape, sparsity)
+    found, settings_found = model_of(open_bundle(folder), folder)
+    assert settings_found == (sparsity if sparsity.token_keep or sparsity.keep < 1 else DENSE)
+    assert found == shape
+    work = Workload(found, settings_found)
+    macs = sum(o.macs for o in roofline.operators(work))
+    assert macs == summary(shape, sparsity)["total_macs"]
+
+
+def test_a_real_bundle_through_the_command_line(tmp_path: Path, tiny_bundle: Path) -> None:
+    path = tmp_path / "estimate.json"
+    done = process(
+        "estimate", tiny_bundle, "--board", "jetson-orin-nano-8gb", "--precision", "fp16", "--json", "-o", path
+    )
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    assert result == read_result(path)
+    assert result["kind"] == "estimate"
+    assert "not measured" in result["method"]["estimate"]
+    assert result["method"]["board"]["name"] == "jetson-orin-nano-8gb"
+    assert result["method"]["kernels"]["assumed"] == "portable"
+    figures = result["statistics"]
+    for name in ("latency_ms", "memory_bytes", "energy_j"):
+        assert 0 < figures[name]["low"] < figures[name]["value"] < figures[name]["high"]
+    operators = {row["kind"]: row for row in figures["operators"]}
+    costs = open_bundle(tiny_bundle)["costs"]
+    assert set(operators) == {"embedding", "projections", "predictor", "attention", "cells", "mlp"}
+    assert {kind: row["macs"] for kind, row in operators.items()} == {k: costs[f"{k}_macs"] for k in operators}
+    assert sum(row["ms"] for row in operators.values()) == pytest.approx(figures["latency_ms"]["value"])
+    assert sum(row["ms"] for row in result["samples"]["layers"]) == pytest.approx(figures["latency_ms"]["value"])
+    assert {row["layer"] for row in result["samples"]["layers"]} == set(range(-1, 6))
+
+
+def test_the_table_says_that_it_is_an_estimate_and_what_is_assumed(tiny_bundle: Path) -> None:
+    done = process("estimate", tiny_bundle, "--board", "jetson-orin-nano-8gb-super", "--power-mode", "25W")
+    assert (done.code, done.err) == (0, "")
+    text = " ".join(done.out.split())
+    for part in (
+        "ESTIMATE of bundle",
+        "Computed, not measured",
+        "Sparse operators: portable, because the bundle carries no kernels compiled for SM 87",
+        "Fits the board's 8 GB: yes",
+        "Not confirmed by any document: tf32_tflops",
+    ):
+        assert part in text, text
+
+
+def test_bad_use_is_a_message_and_exit_2(tmp_path: Path, tiny_bundle: Path) -> None:
+    refused = {
+        "There is no board 'abacus'": [tiny_bundle, "--board", "abacus"],
+        "precision is 'fp8'": [tiny_bundle, "--board", "t4", "--precision", "fp8"],
+        "cpu-generic states no peak for fp16": [tiny_bundle, "--board", "cpu-generic", "--precision", "fp16"],
+        "kernels is 'fast'": [tiny_bundle, "--board", "t4", "--kernels", "fast"],
+        "no power mode 'MAXN'": [tiny_bundle, "--board", "t4", "--power-mode", "MAXN"],
+        "nowhere.toml cannot be read": [tiny_bundle, "--board-file", tmp_path / "nowhere.toml"],
+        "is not a folder": [tmp_path / "nowhere", "--board", "t4"],
+        "is a folder; give a file's name": [tiny_bundle, "--board", "t4", "-o", tmp_path],
+    }
+    for message, arguments in refused.items():
+        assert_refused(process("estimate", *arguments), message)
+
+
+def test_an_altered_bundle_is_refused(tmp_path: Path) -> None:
+    altered = counted(tmp_path / "altered")
+    (altered / "model.onnx").write_bytes(b"other")
+    assert_refused(process("estimate", altered, "--board", "t4"), "does not match its SHA-256")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"costs": None}, "costs is null"),
+        ({"costs": {}}, "projections_macs is null"),
+        ({"dense_costs": {**summary(VIT_S, DENSE), "attention_macs": 0}}, "those of no model"),
+        ({"dense_costs": {**summary(VIT_S, DENSE), "mlp_macs": 7}}, "those of no model"),
+        ({"dense_costs": {**summary(VIT_S, DENSE), "attention_macs": -1}}, "attention_macs is -1"),
+        ({"dense_costs": {**summary(VIT_S, DENSE), "attention_macs": 10**400}}, "those of no model"),
+        ({"costs": {**summary(VIT_S, DENSE), "cells_macs": 12}}, "those of no model"),
+        ({"tokens": {"prefix": 1, "grid": ["x"]}}, "those of no model"),
+        ({"tokens": {"prefix": 1, "grid": []}}, "those of no model"),
+        ({"tokens": {"prefix": -1370, "grid": [37, 37]}}, "those of no model"),
+        ({"tokens": 3}, "tokens.prefix is null"),
+        ({"precision": 3}, "precision is 3"),
+        ({"sparsity": EDGE.to_dict()}, "those of no model"),
+        ({"sparsity": {**EDGE.to_dict(), "tile": 100_000, "probe": 100_000}}, "exceeds the 1369 patches"),
+    ],
+)
+def test_manifests_that_do_not_hold_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = counted(tmp_path / "bundle")
+    with pytest.raises(ArtifactError, match=message):
+        estimate_bundle(changed(folder, change), "t4")
+
+
+def test_settings_out_of_range_are_a_message(tmp_path: Path) -> None:
+    folder = changed(counted(tmp_path / "bundle"), {"sparsity": {"keep": 7}})
+    with pytest.raises(ConfigError, match="keep is 7"):
+        estimate_bundle(folder, "t4")
+
+
+def test_which_kernels_are_assumed(tmp_path: Path) -> None:
+    def kernels(folder: Path, board: str, **options: Any) -> str:
+        method = estimate_bundle(folder, board, **options)["method"]["kernels"]
+        assert method["because"]
+        return str(method["assumed"])
+
+    sparse = counted(tmp_path / "sparse", sparsity=EDGE)
+    assert kernels(sparse, "t4") == "portable"
+    assert kernels(sparse, "t4", kernels="native") == "native"
+    assert kernels(sparse, "cpu-generic") == "native"
+    assert kernels(counted(tmp_path / "dense"), "t4") == "none"
+    carried = counted(tmp_path / "carried", sparsity=EDGE)
+    (carried / "kernels").mkdir()
+    (carried / table_file(75)).write_text("{}")
+    changed(carried, {})
+    assert kernels(carried, "t4") == "native"
+    assert kernels(carried, "rtx-4090") == "portable"
+    native, portable = (estimate_bundle(f, "t4")["statistics"]["latency_ms"] for f in (carried, sparse))
+    assert portable["value"] > 1.5 * native["value"]
+    assert portable["high"] / portable["low"] > native["high"] / native["low"]
+
+
+def test_a_fixed_batch_costs_more_and_less_for_each(tmp_path: Path) -> None:
+    def milliseconds(batch: int) -> float:
+        inputs = [{"name": "image", "shape": [batch, 4, 4, 3]}]
+        folder = counted(tmp_path / f"batch{batch}", inputs=inputs)
+        return float(estimate_bundle(folder, "a100", precision="fp16")["statistics"]["latency_ms"]["value"])
+
+    one, eight = milliseconds(1), milliseconds(8)
+    assert one < eight < 8 * one
+
+
+def test_precisions_and_what_is_int8() -> None:
+    orin = load_board("jetson-orin-nano-8gb")
+    assert roofline.precisions("int8", orin) == {"linear": "int8", "attention": "fp16", "predictor": "fp16"}
+    assert roofline.precisions("int8", load_board("cpu-generic"))["attention"] == "fp32"
+    times = [total(Workload(VIT_S, DENSE), orin, precision) for precision in ("fp32", "tf32", "fp16", "int8")]
+    assert times == sorted(times, reverse=True)
+
+
+def test_energy_and_memory_are_bounded_by_the_board(tmp_path: Path) -> None:
+    folder = counted(tmp_path / "bundle")
+    full = estimate_bundle(folder, "jetson-orin-nano-8gb-super", precision="fp16")["statistics"]
+    low = estimate_bundle(folder, "jetson-orin-nano-8gb-super", precision="fp16", power_mode="7W")["statistics"]
+    assert low["latency_ms"]["value"] > full["latency_ms"]["value"]
+    for figures, most in ((full, 25), (low, 7)):
+        assert 0.25 * most <= figures["energy_j"]["power_w"] <= most
+        assert figures["energy_j"]["high"] == pytest.approx(most * figures["latency_ms"]["high"] / 1e3)
+    assert full["fits_memory"] == "yes"
+    small = dataclasses.replace(load_board("t4"), memory_gb=0.1)
+    assert estimate_bundle(folder, small)["statistics"]["fits_memory"] == "no"
+    assert estimate_bundle(folder, dataclasses.replace(small, memory_gb=0.5))["statistics"]["fits_memory"] == "perhaps"
+
+
+def test_a_stated_idle_power_is_used(tmp_path: Path) -> None:
+    board = dataclasses.replace(load_board("cpu-generic"), idle_w=15.0)
+    energy = estimate_bundle(counted(tmp_path / "bundle"), board)["statistics"]["energy_j"]
+    assert energy["power_w"] == 15.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    board=BOARDS,
+    sparsity=st.sampled_from([DENSE, EDGE]),
+    portable=st.booleans(),
+    precision=st.sampled_from(["fp32", "fp16", "int8"]),
+    bandwidth=st.floats(1, 20),
+    peak=st.floats(1, 20),
+)
+def test_more_of_anything_is_never_slower(
+    board: str, sparsity: SparsityConfig, portable: bool, precision: str, bandwidth: float, peak: float
+) -> None:
+    base, work = load_board(board), Workload(VIT_S, sparsity, portable=portable)
+    wider = dataclasses.replace(base, bandwidth_gb_s=base.bandwidth_gb_s * bandwidth)
+    peaks = {name: getattr(base, name) * peak for name in ("fp32_tflops", "fp16_tflops", "int8_tops")}
+    before = total(work, base, precision)
+    assert total(work, wider, precision) <= before
+    assert total(work, dataclasses.replace(base, **peaks), precision) <= before
+    ideal = roofline.seconds(roofline.costs(work, base, precision, IDEAL))
+    assert 0 < ideal < before
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    board=BOARDS,
+    sparsity=st.sampled_from([DENSE, EDGE]),
+    portable=st.booleans(),
+    patches=st.integers(64, 4000),
+    more=st.integers(0, 2000),
+    batch=st.integers(1, 8),
+)
+def test_more_tokens_are_never_faster(
+    board: str, sparsity: SparsityConfig, portable: bool, patches: int, more: int, batch: int
+) -> None:
+    few, many = (
+        Workload(dataclasses.replace(VIT_S, patches=count), sparsity, portable=portable)
+        for count in (patches, patches + more)
+    )
+    device = load_board(board)
+    assert total(few, device) <= total(many, device)
+    assert total(many, device) <= total(dataclasses.replace(many, batch=batch), device)
+    for less, greater in zip(peak_activations(few, 2), peak_activations(many, 2), strict=True):
+        assert less <= greater
+
+
+def test_the_constants_are_those_of_the_fit_to_published_figures() -> None:
+    points = fitting.published()
+    assert len(points) == GPU.points == 26
+    values = fitting.fit(points, fitting.gpu_ratio, fitting.START_GPU)
+    for name in ("linear", "attention", "predictor", "int8", "bandwidth", "launch_us"):
+        assert getattr(GPU, name) == pytest.approx(getattr(fitting.gpu_share(values), name), rel=0.01), name
+    by_chip = fitting.errors(fitting.left_out(points, fitting.gpu_ratio, fitting.START_GPU, fitting.chip_of))
+    assert GPU.spread == pytest.approx(by_chip["factor_nine_of_ten"], rel=0.01)
+
+
+def test_a_left_out_board_is_predicted_within_a_quarter() -> None:
+    groups = fitting.left_out(fitting.published(), fitting.gpu_ratio, fitting.START_GPU, fitting.board_of)
+    assert set(groups) == {"jetson-orin-nano-8gb", "jetson-orin-nano-8gb-super", "jetson-agx-orin-64gb", "t4", "a100"}
+    assert fitting.errors(groups)["median_error"] <= 0.25
+
+
+def test_the_constants_of_cpus_are_those_of_the_fit_to_recorded_figures() -> None:
+    points = fitting.recorded()
+    assert len(points) == CPU.points == 24
+    values = fitting.fit(points, fitting.cpu_ratio, fitting.START_CPU)
+    for name in ("linear", "attention", "predictor", "int8", "launch_us"):
+        assert getattr(CPU, name) == pytest.approx(getattr(fitting.cpu_share(values), name), rel=0.02), name
+    assert CPU.body_passes == pytest.approx(fitting.body_passes(values), rel=0.02)
+
+
+@pytest.mark.parametrize("folder", ["model_cpu", "model_cpu_base", "model_cpu_base_1036"])
+def test_memory_on_a_cpu_is_what_was_recorded(folder: str) -> None:
+    for point in fitting.recorded_memory(folder):
+        layer, scores = peak_activations(point.work, 4)
+        low, value, high = memory_bytes("cpu", point.weights, layer, scores)
+        assert low < point.peak < high, point
+        assert value == pytest.approx(point.peak, rel=0.25), point
+
+
+def test_kinds_are_those_of_the_costs() -> None:
+    pruned = SparsityConfig(keep=0.2, token_keep=((2, 0.5),))
+    assert {o.kind for o in roofline.operators(Workload(VIT_S, pruned))} == {*KINDS, "embedding"}
