@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
 from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.recipe import Losses, Pictures, Recipe, names, read_recipe
-from sparsifiner_edge.distill.train import parameter_groups
+from sparsifiner_edge.distill.train import parameter_groups, together
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.patch import final_tokens
@@ -173,3 +174,27 @@ def test_a_large_epsilon_spares_weights_whose_gradients_are_small() -> None:
         else:
             assert distance == pytest.approx(1e-6, rel=0.1)
             assert moved[1e-8][name] == pytest.approx(1e-3, rel=0.1)
+
+
+def test_relative_losses_keep_their_value_and_weigh_by_their_share() -> None:
+    slopes, values = {}, {}
+    for relative in (False, True):
+        for error in (0.2, 0.01):
+            loss = torch.tensor(error, requires_grad=True)
+            side = student()
+            distiller = Distiller(side.model, dense_twin(side).model, Losses(relative=relative, tokens=1.0))
+            total = distiller.total({"patches": loss, "tokens": torch.tensor(3.0)})
+            total.backward()
+            slopes[relative, error], values[relative, error] = float(loss.grad), float(total.detach())
+    assert slopes[False, 0.2] == slopes[False, 0.01] == 1
+    assert slopes[True, 0.2] == pytest.approx(5)
+    assert slopes[True, 0.01] == pytest.approx(100)
+    assert values[True, 0.2] == pytest.approx(values[False, 0.2])
+
+
+def test_a_budget_counts_by_the_share_of_its_error_that_goes() -> None:
+    start = together([0.95, 0.99])
+    assert together([0.96, 0.98]) < start  # a fifth off the large error, the small one doubled
+    assert together([0.94, 0.995]) > start
+    assert together([1.0, 1.0]) == pytest.approx(1, abs=1e-5)
+    assert math.isnan(together([0.9, math.nan]))

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.cli.common import json_option, output_option, print_json, progress, weights_option
+from sparsifiner_edge.cli.common import (
+    json_option,
+    output_option,
+    print_json,
+    print_table,
+    progress,
+    weights_option,
+)
 
 
 @click.command()
@@ -82,10 +89,18 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
     if "best" in found:
         click.echo(
             f"{output}: {summary['kept']} of {summary['steps']} steps kept; cosine to the teacher on held-out pictures "
-            f"{found['best']:.4f}, untrained {found['start']:.4f}."
+            f"{found['best']:.4f}, untrained {found['start']:.4f}, all budgets together."
         )
+        rows = [[_budget(row), f"{row['start']:.4f}", f"{row['best']:.4f}"] for row in found["budgets"]]
+        print_table("Cosine to the teacher, held-out pictures", ["budget", "untrained", "kept"], rows)
     unreadable = summary["pictures"]["unreadable"]
     if unreadable:
         listed = "\n  ".join(unreadable[:10])
         click.echo(f"{len(unreadable)} pictures could not be read and were skipped:\n  {listed}", err=True)
     click.echo(f"Next: sparsifiner-edge export {output} -o BUNDLE/")
+
+
+def _budget(row: dict[str, Any]) -> str:
+    """Such as "keep 0.1, tokens 3:0.7,6:0.7"."""
+    places = ",".join(f"{layer}:{share:g}" for layer, share in row["token_keep"])
+    return f"keep {row['keep']:g}" + (f", tokens {places}" if places else "")

@@ -37,9 +37,10 @@ def distill_student(
 ) -> dict[str, Any]:
     """Train a student towards its dense teacher and write the best that was found as a student folder.
 
-    "Best" is the mean cosine to the teacher's final tokens over pictures that are not trained on, at every budget of
-    the recipe; the untrained start is judged too, and kept where nothing was better. Meanwhile the folder
-    `<output>.training` holds a checkpoint and `history.jsonl`; the checkpoint goes when the student is written.
+    "Best" is judged by the cosine to the teacher's final tokens over pictures that are not trained on, at every budget
+    of the recipe (see `train.together`); the untrained start is judged too, and kept where nothing was better.
+    Meanwhile the folder `<output>.training` holds a checkpoint and `history.jsonl`; the checkpoint goes when the
+    student is written.
 
     Run under `accelerate launch` it uses all its processes.
 
@@ -99,9 +100,21 @@ def distill_student(
 
 def _summary(training: Training, state: State, teacher: Student, recipe: str) -> dict[str, Any]:
     """What was trained and how it went; figures are the first process's."""
-    fidelity: dict[str, Any] = {"metric": "mean cosine of patches and class token, held-out pictures, all budgets"}
+    fidelity: dict[str, Any] = {
+        "metric": "cosine of patches and class token, held-out pictures: 1 - geometric mean of 1 - cosine over budgets"
+    }
     if state.fidelity:
         fidelity |= {"start": state.fidelity[0], "best": state.fidelity[state.best_step]}
+        pairs = zip(state.cosines[0], state.cosines[state.best_step], strict=True)
+        fidelity["budgets"] = [
+            {
+                "keep": budget.keep,
+                "token_keep": [list(place) for place in budget.token_keep],
+                "start": start,
+                "best": best,
+            }
+            for budget, (start, best) in zip(training.budgets(), pairs, strict=True)
+        ]
     source = training.source
     return {
         "recipe": {"name": recipe, **training.recipe.to_dict()},

@@ -15,6 +15,11 @@ from sparsifiner_edge.sparse.calibrate import observed, selection_loss
 from sparsifiner_edge.sparse.models import Backbone
 from sparsifiner_edge.sparse.patch import final_tokens
 
+RELATIVE = ("patches", "classes")
+"""Losses that the recipe's `losses.relative` concerns."""
+LEAST_LOSS = 1e-4
+"""Below this cosine distance there is nothing left to learn: noise would be learnt."""
+
 
 class Distiller(nn.Module):
     """A student beside its teacher: pictures in, losses out, so that engines of parallel training can wrap it.
@@ -65,10 +70,21 @@ class Distiller(nn.Module):
         Raises:
             ConfigError: none of them has a weight.
         """
-        weighted = [getattr(self.weights, name) * loss for name, loss in losses.items() if getattr(self.weights, name)]
+        weighted = [
+            getattr(self.weights, name) * self._counted(name, loss)
+            for name, loss in losses.items()
+            if getattr(self.weights, name)
+        ]
         if not weighted:
             raise ConfigError(f"No loss of {', '.join(losses)} has a weight.", "Set one: --set losses.patches=1.0.")
         return torch.stack(weighted).sum()
+
+    def _counted(self, name: str, loss: Tensor) -> Tensor:
+        """A loss as it counts: where losses are relative, of its own value but with the slope of its logarithm."""
+        if not self.weights.relative or name not in RELATIVE:
+            return loss
+        value = loss.detach()
+        return value + (loss - value) / value.clamp_min(LEAST_LOSS)
 
 
 def token_losses(

@@ -51,6 +51,8 @@ class Losses:
         tokens: mean squared error of all final tokens (Sparsifiner, equation 8).
         logits: Kullback-Leibler divergence of the classes from the teacher's. labels: cross-entropy, with --labels.
         selection: of the predictor, which has parameters of its own: the weight matters for clipping alone.
+        relative: whether `patches` and `classes` count by the share of themselves that goes away (their logarithm). A
+            budget of few keys has ten times the error of one of many, and would else be learnt at the other's cost.
     """
 
     patches: float = 1.0
@@ -59,6 +61,7 @@ class Losses:
     logits: float = 0.5
     labels: float = 1.0
     selection: float = 1.0
+    relative: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,8 @@ from sparsifiner_edge.sparse.student import Student
 Progress = Callable[[int, int, dict[str, float]], None]
 RECENT = 50
 """Losses that an explosion is measured against."""
+LEAST_ERROR = 1e-6
+"""Cosine distance at which a budget counts as perfect: rounding is as large."""
 
 
 @dataclasses.dataclass
@@ -40,11 +42,13 @@ class State:
 
     Attributes:
         step: steps done. fidelity: of each judgement, by step. best_step: of the best of them.
+        cosines: of each judgement, by step: of every budget, in the order of `Training.budgets`.
         best: weights of the student then. unreadable: files, with no order.
     """
 
     step: int = 0
     fidelity: dict[int, float] = dataclasses.field(default_factory=dict)
+    cosines: dict[int, list[float]] = dataclasses.field(default_factory=dict)
     best_step: int = 0
     best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     unreadable: set[str] = dataclasses.field(default_factory=set)
@@ -245,19 +249,20 @@ class Training:
             group["lr"] = factor * (phase.predictor_learning_rate if group["predictor"] else phase.learning_rate)
 
     def _judge(self, step: int) -> None:
-        """Mean patch and class cosine to the teacher over held-out pictures and budgets; the best weights are kept."""
+        """Cosines to the teacher's tokens of held-out pictures; the weights of the best are kept."""
         if self.accelerator.is_main_process:
             model = cast(nn.Module, self.average.module if self.average is not None else self.distiller.student)
-            found = fidelity(cast(Backbone, model), self.held_out, self.budgets())
+            cosines = fidelities(cast(Backbone, model), self.held_out, self.budgets())
+            found = together(cosines)
             if not math.isfinite(found):
                 if step == 0:
                     raise GateError("The student's tokens of held-out pictures are no numbers.", "Look at its weights.")
-                found = -1.0
-            self.state.fidelity[step] = found
+                found, cosines = -1.0, [x if math.isfinite(x) else -1.0 for x in cosines]
+            self.state.fidelity[step], self.state.cosines[step] = found, cosines
             if self.state.fidelity[step] >= max(self.state.fidelity.values()):
                 self.state.best_step = step
                 self.state.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            checkpoint.append_history(self.folder, {"step": step, "fidelity": self.state.fidelity[step]})
+            checkpoint.append_history(self.folder, {"step": step, "fidelity": found, "cosines": cosines})
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
@@ -340,16 +345,29 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def fidelity(model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]) -> float:
-    """Mean cosine of patch tokens and of the tokens before them to the teacher's, over pictures and budgets."""
-    values, before, prefix = [], cast(Any, model).sparsity, model.num_prefix_tokens
+def fidelities(model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]) -> list[float]:
+    """Per budget, the mean cosine of patch tokens and of the tokens before them to the teacher's, over pictures."""
+    before, prefix, found = cast(Any, model).sparsity, model.num_prefix_tokens, []
     for sparsity in budgets:
         set_budget(model, sparsity)
+        values = []
         for image, wanted in held_out:
             tokens, positions = final_tokens(model, image)
             cosine = torch.cosine_similarity(tokens, at_positions(wanted, positions, prefix), dim=-1)[0]
             values.append(float(cosine[prefix:].mean()))
             if prefix:
                 values.append(float(cosine[:prefix].mean()))
+        found.append(statistics.fmean(values))
     set_budget(model, before)
-    return statistics.fmean(values)
+    return found
+
+
+def together(cosines: list[float]) -> float:
+    """One figure for all budgets: 1 minus the geometric mean of 1 - cosine.
+
+    Each budget counts by the share of its own error: else a small gain where few keys are read, whose error is large,
+    would buy a great loss where many are. NaN where a cosine is.
+    """
+    if not all(map(math.isfinite, cosines)):
+        return math.nan
+    return 1 - statistics.geometric_mean(max(1 - cosine, LEAST_ERROR) for cosine in cosines)
