@@ -20,7 +20,7 @@ from sparsifiner_edge.artifacts import bundle_hash, dump_json, read_json, write_
 from sparsifiner_edge.errors import ArtifactError
 
 RESULT_SCHEMA = 1
-KINDS = ("profile", "evaluation", "comparison", "demo")
+KINDS = ("profile", "evaluation", "comparison", "sweep", "demo", "estimate")
 PACKAGES = ("sparsifiner-edge", "numpy", "onnx", "onnxruntime")
 VARIABLES = re.compile(r"^(OMP|KMP|GOMP|MKL|OPENBLAS|BLIS|ORT|ONNXRUNTIME)_|_NUM_THREADS$|^CUDA_VISIBLE_DEVICES$")
 _FIELDS: dict[str, type] = {

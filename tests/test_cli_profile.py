@@ -29,18 +29,24 @@ def profile(*arguments):
 
 def test_json_alone_on_standard_output_and_the_same_in_the_file(tmp_path, bundles):
     path = tmp_path / "result.json"
-    run = profile(bundles["fast"], "--against", bundles["slow"], "--seconds", "0.5", "--json", "-o", str(path))
+    arguments = ["--against", bundles["slow"], "--seconds", "0.5", "--json", "-o", str(path)]
+    run = profile(bundles["fast"], *arguments)
     assert (run.returncode, run.stderr) == (0, "")
     result = json.loads(run.stdout)
     assert result == read_result(path)
     assert result["kind"] == "comparison"
     assert result["command"][1:3] == ["profile", bundles["fast"]]
     assert result["statistics"]["comparison"]["ratio"]["value"] > 2
+    for role in ("subject", "against"):  # Layers are there unless they were refused; the table does not show them.
+        assert result["statistics"][role]["layers_total_ms"] > 0
+        assert isinstance(result["statistics"][role]["flags"], list)
 
 
 def test_the_table_shows_both_and_what_ran(bundles):
     for seconds in ("0.5", "2", "6"):  # a verdict needs independent rounds, which a busy machine gives late
-        run = profile(bundles["fast"], "--against", bundles["slow"], "--seconds", seconds, "--threads", "1")
+        run = profile(
+            bundles["fast"], "--against", bundles["slow"], "--seconds", seconds, "--threads", "1", "--no-layers"
+        )
         assert (run.returncode, run.stderr) == (0, "")
         if "too few independent rounds" not in run.stdout:
             break
@@ -62,6 +68,10 @@ def test_the_table_shows_both_and_what_ran(bundles):
         (["{fast}", "--rules", "slow"], "rules is 'slow'"),
         (["{fast}", "--threads", "0"], "--threads"),
         (["{fast}", "--seconds", "0"], "--seconds"),
+        (["{fast}", "--rules", "mlperf", "--seconds", "5"], "--seconds does not go with --rules mlperf"),
+        (["{fast}", "--sweep", "threads"], "sweep is 'threads'"),
+        (["{fast}", "--sweep", "colour=1"], "over 'colour'"),
+        (["{fast}", "--sweep", "batch=1", "--against", "{slow}"], "--against does not go with --sweep"),
         (["{fast}", "--seconds", "0.1", "-o", "{fast}"], "is a folder"),
         (["{altered}"], "does not match its SHA-256"),
     ],
@@ -74,6 +84,24 @@ def test_bad_use_is_a_message_and_exit_2(tmp_path, bundles, arguments, message):
     assert message in run.stderr
     assert "Traceback" not in run.stderr
     assert run.stdout == ""
+
+
+def test_layers_are_printed_by_kind_with_what_is_amiss(bundles):
+    run = profile(bundles["fast"], "--layers", "--seconds", "0.1", "--threads", "1")
+    assert (run.returncode, run.stderr) == (0, "")
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in run.stdout.splitlines() if "│" in line}
+    assert rows["other"][1].strip() == "100.0%"
+    assert rows["sum"][1].strip().endswith("of the latency")
+    assert "fast: too-short: " in run.stdout
+
+
+def test_a_sweep_prints_a_row_for_each_point(tmp_path, bundles):
+    path = tmp_path / "sweep.json"
+    run = profile(bundles["fast"], "--sweep", "threads=1", "--sweep", "batch=1,4", "--seconds", "0.05", "-o", str(path))
+    assert (run.returncode, run.stderr) == (0, "")
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in run.stdout.splitlines() if "│" in line}
+    assert {"1 x 1", "1 x 4"} <= set(rows)
+    assert read_result(path)["kind"] == "sweep"
 
 
 def children(pid):
@@ -95,9 +123,10 @@ def wait_for(condition, seconds=60):
     return condition()
 
 
-def test_an_interrupt_ends_the_workers_and_writes_nothing(tmp_path, bundles):
+@pytest.mark.parametrize("length", [["--seconds", "300"], ["--rules", "mlperf"]])
+def test_an_interrupt_ends_the_workers_and_writes_nothing(tmp_path, bundles, length):
     path = tmp_path / "result.json"
-    arguments = [bundles["fast"], "--against", bundles["slow"], "--seconds", "300", "-o", str(path)]
+    arguments = [bundles["fast"], "--against", bundles["slow"], *length, "-o", str(path)]
     with subprocess.Popen(
         [sys.executable, "-m", "sparsifiner_edge", "profile", *arguments],
         stdout=subprocess.PIPE,

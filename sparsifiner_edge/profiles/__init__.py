@@ -1,5 +1,7 @@
-"""Measuring a bundle: isolated worker processes, latency, memory, and the comparison of two bundles."""
+"""Measuring a bundle: isolated worker processes, latency, memory, power, layers, and the comparison of two bundles."""
 
-from sparsifiner_edge.profiles.latency import RULES, profile_bundle
+from sparsifiner_edge.profiles.latency import profile_bundle
+from sparsifiner_edge.profiles.rules import RULES
+from sparsifiner_edge.profiles.sweep import parse_axes, sweep_bundle
 
-__all__ = ["RULES", "profile_bundle"]
+__all__ = ["RULES", "parse_axes", "profile_bundle", "sweep_bundle"]

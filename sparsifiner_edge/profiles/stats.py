@@ -42,7 +42,7 @@ def effective_size(series: Samples) -> int:
     return max(1, int(count / inflation))
 
 
-def _binomial_cdf(trials: int, share: float) -> np.ndarray[Any, Any]:
+def binomial_cdf(trials: int, share: float) -> np.ndarray[Any, Any]:
     """P(X <= k), k = 0..trials, of Binomial(trials, share); by logarithms, so that many trials do not underflow."""
     k = np.arange(trials)
     steps = np.log((trials - k) / (k + 1)) + math.log(share / (1 - share))
@@ -60,7 +60,7 @@ def quantile_interval(samples: Samples, share: float) -> tuple[float | None, flo
     """
     values = np.asarray(samples, dtype=np.float64)
     trials = effective_size(values <= np.quantile(values, share))
-    cdf = _binomial_cdf(trials, share)
+    cdf = binomial_cdf(trials, share)
     tail = (1 - CONFIDENCE) / 2
     below = int(np.searchsorted(cdf, tail, side="right"))  # rank l: P(X < l) <= tail
     above = int(np.searchsorted(cdf, 1 - tail, side="left")) + 1  # rank u: P(X >= u) <= tail

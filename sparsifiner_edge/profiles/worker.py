@@ -1,9 +1,12 @@
 """The measured process: `python -m sparsifiner_edge.profiles.worker`, one JSON request and one JSON reply per line.
 
-    {"op": "load", "bundle": ..., "backend": ..., "threads": ..., "kernels": ...}
+    {"op": "load", "bundle": ..., "backend": ..., "threads": ..., "kernels": ..., "batch": ...}
                                                                     -> times, input and memory of loading
+    {"op": "first"}                                                 -> time and memory of the first inference
     {"op": "block", "queries": n, "rewarm": m}                      -> latency_ms of n queries, after m unrecorded ones
     {"op": "memory"}                                                -> resident memory now and at its peak
+    {"op": "usage"}                                                 -> processor time and page faults so far
+    {"op": "layers", "bundle": ..., ..., "query_ms": ...}           -> times per layer (in a worker that loaded nothing)
     {"op": "describe"}                                              -> Session.description (costs memory: ask last)
     {"op": "close"}                                                 -> leaves; so does the end of standard input
 
@@ -15,16 +18,15 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparsifiner_edge.errors import BackendError, SparsifinerError
-from sparsifiner_edge.results import unavailable
+from sparsifiner_edge.profiles.memory import read_memory
+from sparsifiner_edge.profiles.usage import process_usage
 from sparsifiner_edge.runtime import Session, TensorSpec, open_session
 from sparsifiner_edge.runtime.open import load_backend
 from sparsifiner_edge.runtime.session import Array
@@ -32,33 +34,11 @@ from sparsifiner_edge.runtime.session import Array
 SEED = 0
 
 
-def read_memory(process: Path = Path("/proc/self")) -> dict[str, Any]:
-    """Resident set now, its peak, and the proportional share (pages divided among the processes that map them).
+def fixed_inputs(specs: list[TensorSpec], seed: int = SEED, batch: int = 1) -> dict[str, Array]:
+    """One random array per input, the same on every call: uint8 over its range, floats in [0, 1).
 
     Args:
-        process: a process's folder in procfs.
-
-    Returns:
-        `rss_bytes`, `peak_rss_bytes`, `pss_bytes`; each an int, or why it is unavailable.
-    """
-    report: dict[str, Any] = {}
-    for key, file, field in (
-        ("rss_bytes", "status", "VmRSS"),
-        ("peak_rss_bytes", "status", "VmHWM"),
-        ("pss_bytes", "smaps_rollup", "Pss"),
-    ):
-        try:
-            text = (process / file).read_text(encoding="ascii", errors="replace")
-        except OSError as error:
-            report[key] = unavailable(f"{process / file}: {error.strerror}")
-            continue
-        match = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
-        report[key] = int(match[1]) * 1024 if match else unavailable(f"{process / file} has no {field}")
-    return report
-
-
-def fixed_inputs(specs: list[TensorSpec], seed: int = SEED) -> dict[str, Array]:
-    """One random array per input, the same on every call: uint8 over its range, floats in [0, 1), a dynamic batch as 1.
+        specs: a session's inputs. seed: of the values. batch: size of a dynamic first axis.
 
     Raises:
         BackendError: an input of another type, or dynamic beyond its first axis.
@@ -66,7 +46,7 @@ def fixed_inputs(specs: list[TensorSpec], seed: int = SEED) -> dict[str, Array]:
     random = np.random.default_rng(seed)
     arrays: dict[str, Array] = {}
     for spec in specs:
-        shape = [1 if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(spec.shape)]
+        shape = [batch if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(spec.shape)]
         sizes = [size for size in shape if isinstance(size, int)]
         kind = np.dtype(spec.dtype)
         if len(sizes) != len(shape) or (kind != np.uint8 and kind.kind != "f"):
@@ -87,53 +67,87 @@ class _Worker:
         self.session: Session | None = None
         self.inputs: dict[str, Array] = {}
 
-    def load(self, bundle: str, backend: str, threads: int | None, kernels: str = "auto") -> dict[str, Any]:
+    def load(
+        self, bundle: str, backend: str, threads: int | None, kernels: str = "auto", batch: int = 1
+    ) -> dict[str, Any]:
         start = time.perf_counter_ns()
         version = load_backend(backend)
         import_ms = _since(start)
         before = read_memory()["rss_bytes"]
         self.session = open_session(bundle, backend, threads, kernels)
         loaded = read_memory()["rss_bytes"]
-        self.inputs = fixed_inputs(self.session.inputs)
-        start = time.perf_counter_ns()
-        self.session.infer(self.inputs)
-        first_ms = _since(start)
+        self.inputs = fixed_inputs(self.session.inputs, batch=batch)
         return {
             "backend_version": version,
             "input_shapes": {name: list(value.shape) for name, value in self.inputs.items()},
             "import_ms": import_ms,
             "load_ms": self.session.load_ms,
-            "first_inference_ms": first_ms,
             "rss_before_load_bytes": before,
             "rss_after_load_bytes": loaded,
-            "rss_after_first_inference_bytes": read_memory()["rss_bytes"],
         }
+
+    def first(self) -> dict[str, Any]:
+        session = self._loaded()
+        start = time.perf_counter_ns()
+        session.infer(self.inputs)
+        first_ms = _since(start)
+        return {"first_inference_ms": first_ms, "rss_after_first_inference_bytes": read_memory()["rss_bytes"]}
 
     def block(self, queries: int, rewarm: int) -> dict[str, Any]:
         session, inputs, clock = self._loaded(), self.inputs, time.perf_counter_ns
         for _ in range(rewarm):
             session.infer(inputs)
-        times = []
+        times: list[int] = []
+        parts: dict[str, list[float]] = {}
         gc.disable()  # A collection inside one query would be Python's, not the model's.
+        begin = time.monotonic_ns()
         try:
             for _ in range(queries):
                 start = clock()
                 session.infer(inputs)
                 times.append(clock() - start)
+                for name, ms in _last_parts(session).items():
+                    parts.setdefault(name, []).append(ms)
         finally:
+            window = (begin, time.monotonic_ns())
             gc.enable()
-        return {"latency_ms": [ns / 1e6 for ns in times]}
+        return {"latency_ms": [ns / 1e6 for ns in times], "window_ns": window, "parts_ms": parts}
 
     def memory(self) -> dict[str, Any]:
         return read_memory()
 
+    def usage(self) -> dict[str, Any]:
+        return process_usage()
+
     def describe(self) -> dict[str, Any]:
         return self._loaded().description
+
+    def layers(
+        self, bundle: str, backend: str, threads: int | None, kernels: str, batch: int, query_ms: float
+    ) -> dict[str, Any]:
+        from sparsifiner_edge.profiles.layers import measure_layers  # imports onnx, which measuring has no use for
+
+        def inputs(specs: list[TensorSpec]) -> dict[str, Array]:
+            return fixed_inputs(specs, batch=batch)
+
+        return measure_layers(bundle, backend, threads, kernels, inputs, query_ms)
 
     def _loaded(self) -> Session:
         if self.session is None:
             raise BackendError("The worker has no session.", "Send load first.")
         return self.session
+
+
+def _last_parts(session: Session) -> dict[str, float]:
+    """Milliseconds of the latest query's parts, by the device's clock ("h2d", "compute", "d2h", "enqueue").
+
+    A session that knows them offers `last_times_ms`, a dict, or `last_times`, a named tuple of `<part>_ms`.
+    """
+    told = getattr(session, "last_times_ms", None)
+    if told is None:
+        times = getattr(session, "last_times", None)
+        told = {} if times is None else times._asdict()
+    return {name.removesuffix("_ms"): float(ms) for name, ms in told.items()}
 
 
 def _since(start: int) -> float:
@@ -158,8 +172,8 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     worker = _Worker()
-    operations: dict[str, Callable[..., dict[str, Any]]]
-    operations = {"load": worker.load, "block": worker.block, "memory": worker.memory, "describe": worker.describe}
+    names = ("load", "first", "block", "memory", "usage", "describe", "layers")
+    operations: dict[str, Callable[..., dict[str, Any]]] = {name: getattr(worker, name) for name in names}
     for line in iter(requests.readline, ""):
         request = json.loads(line)
         if request["op"] == "close":

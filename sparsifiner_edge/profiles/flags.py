@@ -1,0 +1,191 @@
+"""What makes a measurement less than it seems: one flag per reason, each with what was seen and what to do.
+
+Every threshold stands in `THRESHOLDS`, with where it comes from.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.profiles.stats import Samples, percentile, quantile_interval
+
+THRESHOLDS: dict[str, float] = {
+    # (p90 - p10) / p50 of the latency. Ours: a quiet machine stays below .05, a shared one is well above .1.
+    "spread": 0.10,
+    # Coefficient of variation of the time on the device. trtexec (sampleReporting.cpp) warns above 1 %.
+    "device_variation": 0.01,
+    # Medians of the first and the last third, their intervals apart. Ours: what a settled warm-up may move by.
+    "trend": 0.02,
+    # Two groups: the share of the variance that telling them apart explains (a normal distribution has .64, a uniform
+    # one .75), the least share of samples in either, and the distance of their medians. Ours.
+    "bimodal_explained": 0.85,
+    "bimodal_share": 0.10,
+    "bimodal_distance": 0.05,
+    # Seconds: trtexec's default duration. Queries: the least that bound p90 (MLPerf's early stopping).
+    "seconds": 3.0,
+    "queries": 64,
+    # Half the interval of the median over the median. Ours: five times the margin that a verdict asks for.
+    "interval": 0.05,
+    # Highest over lowest clock of the busiest core, or of the GPU, while queries ran. Ours: what p50 would move by.
+    "clock": 0.05,
+    # Enqueue over compute, and transfer over compute, medians: trtexec's own (sampleReporting.cpp).
+    "enqueue": 0.8,
+    "transfer": 1.0,
+    # Page faults that waited for a disk, per query, and bytes moved to or from swap meanwhile. Ours: one in a hundred
+    # moves p99; 1 MB is beyond the noise of an idle machine.
+    "major_faults": 0.01,
+    "swapped_bytes": 1e6,
+    # Cores that other programs kept busy. Ours: an idle desktop stays below .05.
+    "other_cores": 0.10,
+}
+
+Flag = dict[str, str]
+_LOCK = "Fix the clocks (jetson_clocks, nvidia-smi -lgc, the performance governor), and measure again."
+
+
+def _flag(name: str, what: str, do: str) -> Flag:
+    return {"flag": name, "what": what, "do": do}
+
+
+def spread_flags(latency_ms: Samples) -> list[Flag]:
+    """ "unstable" where the latency scatters, drifts, or falls into two groups; each at most once."""
+    values = np.asarray(latency_ms, dtype=np.float64)
+    found = []
+    for seen in (_bimodal(values) or _spread(values), _trend(values)):
+        if seen is not None:
+            found.append(_flag("unstable", seen, "Close other programs, let the machine cool, and measure longer."))
+    return found
+
+
+def _spread(values: np.ndarray[Any, Any]) -> str | None:
+    low, middle, high = (percentile(values, share) for share in (0.1, 0.5, 0.9))
+    spread = (high - low) / middle
+    return f"p10 to p90 spans {spread:.0%} of the median" if spread > THRESHOLDS["spread"] else None
+
+
+def _trend(values: np.ndarray[Any, Any]) -> str | None:
+    third = len(values) // 3
+    if third < 20:
+        return None
+    first, last = values[:third], values[-third:]
+    change = float(np.median(last) / np.median(first)) - 1
+    slower = change > 0
+    low_of_high = quantile_interval(last if slower else first, 0.5)[0]
+    high_of_low = quantile_interval(first if slower else last, 0.5)[1]
+    apart = low_of_high is not None and high_of_low is not None and low_of_high > high_of_low
+    if not apart or abs(change) <= THRESHOLDS["trend"]:
+        return None
+    return f"the last third is {abs(change):.1%} {'slower' if slower else 'faster'} than the first"
+
+
+def _bimodal(values: np.ndarray[Any, Any]) -> str | None:
+    """The best cut of the sorted samples into two groups (Otsu, 1979); outliers beyond p1 and p99 do not decide."""
+    inner = np.sort(values)
+    inner = inner[len(inner) // 100 : len(inner) - len(inner) // 100]
+    least = int(THRESHOLDS["bimodal_share"] * len(inner))
+    variance = float(inner.var())
+    if least < 5 or variance == 0:
+        return None
+    sums = np.cumsum(inner)[:-1]
+    low = np.arange(1, len(inner))
+    high = len(inner) - low
+    between = low * high * (sums / low - (inner.sum() - sums) / high) ** 2 / len(inner) ** 2
+    cut = int(np.argmax(between)) + 1
+    modes = float(np.median(inner[:cut])), float(np.median(inner[cut:]))
+    distance = (modes[1] - modes[0]) / float(np.median(inner))
+    if (
+        between[cut - 1] < THRESHOLDS["bimodal_explained"] * variance
+        or min(cut, len(inner) - cut) < least
+        or distance <= THRESHOLDS["bimodal_distance"]
+    ):
+        return None
+    share = (len(inner) - cut) / len(inner)
+    return (
+        f"two groups: {1 - share:.0%} of the queries take about {modes[0]:.3g} ms, {share:.0%} about {modes[1]:.3g} ms"
+    )
+
+
+def length_flags(latency_ms: Samples, cut_short: str | None = None) -> list[Flag]:
+    """ "too-short" where there are too few seconds, queries, or independent samples."""
+    values = np.asarray(latency_ms, dtype=np.float64)
+    seconds, middle = float(values.sum()) / 1000, float(np.median(values))
+    low, high = quantile_interval(values, 0.5)
+    reasons = [cut_short] if cut_short else []
+    if seconds < THRESHOLDS["seconds"]:
+        reasons.append(f"{seconds:.2g} s of queries, less than {THRESHOLDS['seconds']:.0f} s")
+    if len(values) < THRESHOLDS["queries"]:
+        reasons.append(f"{len(values)} queries, less than {THRESHOLDS['queries']:.0f}")
+    if low is None or high is None:
+        reasons.append("too few independent queries to bound the median")
+    elif (high - low) / 2 > THRESHOLDS["interval"] * middle:
+        reasons.append(f"the median is known to +-{(high - low) / 2 / middle:.0%} only")
+    return [_flag("too-short", "; ".join(reasons), "Measure longer (--seconds).")] if reasons else []
+
+
+def settling_flags(warm_up: Mapping[str, Any]) -> list[Flag]:
+    """ "not-settled" where warm-up ended before the latency stood still."""
+    if warm_up["settled"]:
+        return []
+    what = f"after {warm_up['seconds']:.1f} s and {warm_up['queries']} queries of warm-up the latency still moved"
+    return [_flag("not-settled", what, "Close other programs, or fix the clocks, and measure again.")]
+
+
+def part_flags(parts_ms: Mapping[str, Sequence[float]]) -> list[Flag]:
+    """ "enqueue-bound", "transfer-bound" and "unstable" of a device, from a session's times, as trtexec tells them.
+
+    Args:
+        parts_ms: times by part, "enqueue", "h2d", "compute", "d2h", one for each query; {} where a session tells none.
+    """
+    compute = parts_ms.get("compute")
+    if not compute:
+        return []
+    middle = {name: statistics.median(times) for name, times in parts_ms.items() if times}
+    found = []
+    if middle.get("enqueue", 0.0) > THRESHOLDS["enqueue"] * middle["compute"]:
+        what = f"enqueueing takes {middle['enqueue']:.3g} ms, computing {middle['compute']:.3g} ms"
+        found.append(_flag("enqueue-bound", what, "Use CUDA graphs, or a larger batch: the GPU waits for the host."))
+    for name, way in (("h2d", "to"), ("d2h", "from")):
+        if middle.get(name, 0.0) >= THRESHOLDS["transfer"] * middle["compute"]:
+            what = f"copying {way} the device takes {middle[name]:.3g} ms, computing {middle['compute']:.3g} ms"
+            found.append(_flag("transfer-bound", what, "Keep inputs and outputs on the device, or in pinned memory."))
+    variation = float(np.std(compute) / np.mean(compute))
+    if variation > THRESHOLDS["device_variation"]:
+        what = f"the time on the device varies by {variation:.1%} (coefficient of variation)"
+        found.append(_flag("unstable", what, _LOCK))
+    return found
+
+
+def usage_flags(process: Mapping[str, Any], machine: Mapping[str, Any], queries: int) -> list[Flag]:
+    """ "swapping" and "other-load", from `usage.process_between` and `usage.usage_between`."""
+    found = []
+    faults, swapped, other = process["major_faults"], machine["swapped_bytes"], machine["other_cores"]
+    reasons = []
+    if faults >= max(1.0, THRESHOLDS["major_faults"] * queries):
+        reasons.append(f"{faults} page faults waited for the disk in {queries} queries")
+    if isinstance(swapped, int) and swapped > THRESHOLDS["swapped_bytes"]:
+        reasons.append(f"the machine moved {swapped / 1e6:.0f} MB to and from swap")
+    if reasons:
+        found.append(_flag("swapping", "; ".join(reasons), "Free memory, or take a smaller model."))
+    if isinstance(other, float) and other > THRESHOLDS["other_cores"]:
+        what = f"other programs kept {other:.2f} of {machine['allowed_cores']} cores busy"
+        found.append(_flag("other-load", what, "Close other programs, and measure again."))
+    return found
+
+
+def condition_flags(conditions: Mapping[str, Any]) -> list[Flag]:
+    """ "throttled" and "clock-varies", from `sensors.conditions` before, during and after."""
+    found = []
+    throttled = conditions.get("throttled_by")
+    if isinstance(throttled, list) and throttled:
+        what = f"slowed down by {', '.join(map(str, throttled))}"
+        found.append(_flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
+    for key, name in (("cpu_mhz.highest", "the processor's clock"), ("gpu_mhz", "the GPU's clock")):
+        clock = conditions.get("during", {}).get(key)
+        if clock and clock["lowest"] > 0 and clock["highest"] / clock["lowest"] - 1 > THRESHOLDS["clock"]:
+            what = f"{name} went from {clock['lowest']:.0f} to {clock['highest']:.0f} MHz while queries ran"
+            found.append(_flag("clock-varies", what, _LOCK))
+    return found

@@ -1,0 +1,159 @@
+"""How long a measurement lasts: `quick`, and MLPerf's single stream with its early-stopping estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.profiles.stats import binomial_cdf
+
+RULES = ("quick", "mlperf")
+
+MLPERF_SECONDS = 600.0
+"""MLPerf Inference Rules, table of scenarios: single stream lasts at least 600 s. So does loadgen's mlperf.conf."""
+MLPERF_QUERIES = 1024
+"""Least queries beside those 600 s (loadgen's `min_query_count` for single stream before early stopping)."""
+MLPERF_ENOUGH_QUERIES = 24_576
+"""As many queries bound p90 within .5 % at 99 % confidence, however short they are (MLPerf Inference Rules, "number of
+queries": 3 * 2^13). They end a run of a fast model before its 600 s; a submission to MLPerf would have to go on."""
+MLPERF_PERCENTILE = 0.9
+MLPERF_CONFIDENCE = 0.99
+
+MIN_BLOCKS = 20
+"""Blocks are what a comparison pairs and what drift is seen in."""
+
+_QUICK_SECONDS, _QUICK_QUERIES, _QUICK_MAX_SECONDS = 10.0, 64, 60.0
+
+
+class Rules(NamedTuple):
+    """When a side has been measured enough.
+
+    Attributes:
+        name: one of `RULES`.
+        seconds: least time in queries. min_queries: least number of them; both must be reached.
+        max_seconds: most wall time, whatever is reached by then; None: no such bound.
+        enough_queries: so many end it before `seconds`; None: nothing does.
+        seed: of the order of a comparison.
+        valid: whether `name`'s own numbers stand.
+    """
+
+    name: str
+    seconds: float
+    min_queries: int
+    max_seconds: float | None
+    enough_queries: int | None
+    seed: int
+    valid: bool = True
+
+    def describe(self) -> dict[str, Any]:
+        """For a result's `method`: what is not set is left out."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def enough(self, seconds: float, queries: int, blocks: int) -> bool:
+        """Whether a side with so much measured is done; `max_seconds` apart."""
+        done = seconds >= self.seconds and queries >= self.min_queries
+        many = self.enough_queries is not None and queries >= self.enough_queries
+        return (done or many) and blocks >= MIN_BLOCKS
+
+    def expected_s(self, query_ms: float) -> float:
+        """Seconds that a side will take, its queries being as long as they were in warm-up."""
+        expected = max(self.seconds, self.min_queries * query_ms / 1000)
+        if self.enough_queries is not None:
+            expected = min(expected, self.enough_queries * query_ms / 1000)
+        return expected if self.max_seconds is None else min(expected, self.max_seconds)
+
+
+def make_rules(
+    name: str, seconds: float | None, min_queries: int | None, max_seconds: float | None, seed: int
+) -> Rules:
+    """The rules called `name`, with the numbers that are given in place of its own.
+
+    Raises:
+        ConfigError: no such rules, or a number is out of range.
+    """
+    if name not in RULES:
+        raise ConfigError(f"rules is {name!r}.", f"Choose one of: {', '.join(RULES)}.")
+    given = (seconds, min_queries, max_seconds)
+    _check(*given)
+    if name == "mlperf":
+        own = all(value is None for value in given)
+        return Rules(
+            name,
+            seconds or MLPERF_SECONDS,
+            min_queries or MLPERF_QUERIES,
+            max_seconds,
+            MLPERF_ENOUGH_QUERIES,
+            seed,
+            own,
+        )
+    seconds = seconds or _QUICK_SECONDS
+    # Twice, because a comparison also spends time on unrecorded queries.
+    most = max(2 * seconds, max_seconds or _QUICK_MAX_SECONDS)
+    return Rules(name, seconds, min_queries or _QUICK_QUERIES, most, None, seed)
+
+
+def _check(seconds: float | None, min_queries: int | None, max_seconds: float | None) -> None:
+    for name, value in (("seconds", seconds), ("max_seconds", max_seconds)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name} is {value}.", "Give a number above 0.")
+    if min_queries is not None and min_queries < 1:
+        raise ConfigError(f"min_queries is {min_queries}.", "Give at least 1.")
+
+
+def early_stopping(
+    latency: Sequence[float], share: float = MLPERF_PERCENTILE, confidence: float = MLPERF_CONFIDENCE
+) -> tuple[float, int] | None:
+    """MLPerf's early-stopping estimate of a percentile: an upper bound that holds with `confidence`.
+
+    With n queries, t is the largest number, at least 1, such that t or fewer queries above the true percentile would be
+    less likely than 1 - confidence: P(Binomial(n, 1 - share) <= t) < 1 - confidence. The t-th largest latency is the
+    estimate, so t - 1 are discarded (MLPerf Inference Rules, "early stopping criterion", tolerance 0; as loadgen does).
+
+    Returns:
+        The estimate and t - 1; None where there are too few queries (64 for p90, 662 for p99).
+    """
+    rare = int((binomial_cdf(len(latency), 1 - share) < 1 - confidence).sum())
+    t = rare - 1  # The first of them is t = 0.
+    if t < 1:
+        return None
+    return float(np.sort(np.asarray(latency, dtype=np.float64))[-t]), t - 1
+
+
+def mlperf_figures(latency_ms: Sequence[float], rules: Rules) -> dict[str, Any]:
+    """For a side's `statistics`: the estimate of p90, and whether each condition of the rules was met."""
+    seconds, queries = sum(latency_ms) / 1000, len(latency_ms)
+    found = early_stopping(latency_ms)
+    met = {
+        "min_duration_met": seconds >= MLPERF_SECONDS,
+        "min_queries_met": queries >= MLPERF_QUERIES,
+        "enough_queries_met": queries >= MLPERF_ENOUGH_QUERIES,
+        "early_stopping_met": found is not None,
+    }
+    valid, why = _verdict(met, rules)
+    few = {"unavailable": f"{queries} queries are too few for an estimate at {MLPERF_CONFIDENCE:.0%} confidence"}
+    return {
+        "percentile": MLPERF_PERCENTILE,
+        "confidence": MLPERF_CONFIDENCE,
+        "early_stopping_p90_ms": few if found is None else found[0],
+        "discarded": few if found is None else found[1],
+        "seconds": seconds,
+        "queries": queries,
+        **met,
+        "valid": valid,
+        "why": why,
+    }
+
+
+def _verdict(met: dict[str, bool], rules: Rules) -> tuple[bool, str]:
+    if not rules.valid:
+        return False, "not a valid mlperf run: its numbers were replaced"
+    if not met["early_stopping_met"]:
+        return False, "not a valid mlperf run: too few queries for an early-stopping estimate"
+    if met["min_duration_met"] and met["min_queries_met"]:
+        return True, f"at least {MLPERF_SECONDS:.0f} s and {MLPERF_QUERIES} queries"
+    if met["enough_queries_met"]:
+        return True, f"{MLPERF_ENOUGH_QUERIES} queries; a submission to MLPerf would also have to last 600 s"
+    return False, "not a valid mlperf run: it ended before its time and number of queries"

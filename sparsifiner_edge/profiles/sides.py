@@ -1,0 +1,166 @@
+"""One bundle under measurement: its worker, its warm-up, and its blocks of queries, alone or in turn with another's."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.profiles.client import Worker
+from sparsifiner_edge.profiles.memory import MemoryPhases
+from sparsifiner_edge.profiles.rules import MIN_BLOCKS, Rules
+
+Progress = Callable[[str, float, float], None]
+"""Called with a stage, the seconds done and the seconds planned for the whole measurement."""
+
+LOAD_TIMEOUT_S = 900.0
+_SETTLED = 0.02
+_WARM_UP_S = 5.0
+_WINDOW_MS = 100.0
+_WINDOWS = 3
+_BLOCK_MS = 200.0
+# After the other process ran, its threads still spin for some milliseconds and the caches hold its data.
+_REWARM_MS = 20.0
+
+
+@dataclasses.dataclass
+class Side:
+    """One of the bundles.
+
+    Attributes:
+        role: "subject" or "against".
+        worker: its process. request: what it was asked to load.
+        load: what loading and the first inference reported. memory: its phases so far.
+        warm_up: how warm-up went. query_ms: a query's time after it.
+        blocks: latencies in ms, block by block. windows: start and end of each block, CLOCK_MONOTONIC nanoseconds.
+        parts_ms: times by part of each query, where the session tells them.
+        seconds, queries: how much was recorded.
+    """
+
+    role: str
+    worker: Worker
+    request: dict[str, Any]
+    load: dict[str, Any]
+    memory: MemoryPhases
+    warm_up: dict[str, Any] = dataclasses.field(default_factory=dict)
+    query_ms: float = 0.0
+    blocks: list[list[float]] = dataclasses.field(default_factory=list)
+    windows: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    parts_ms: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+    queries: int = 0
+
+    @property
+    def latency_ms(self) -> list[float]:
+        """Every query's latency, in order."""
+        return [ms for block in self.blocks for ms in block]
+
+    @property
+    def rewarm(self) -> int:
+        """Queries that are run and not recorded after the other side had its turn."""
+        return int(_REWARM_MS / self.query_ms)
+
+    def run(self, queries: int, rewarm: int) -> dict[str, Any]:
+        """One block. A hundredfold slowdown is still waited for; a hang is not."""
+        timeout = 60 + 0.1 * (queries + rewarm) * (self.query_ms or self.load["first_inference_ms"])
+        return self.worker.ask("block", timeout, queries=queries, rewarm=rewarm)
+
+    def record(self, queries: int, rewarm: int) -> None:
+        """One block, kept."""
+        block = self.run(queries, rewarm)
+        self.blocks.append(block["latency_ms"])
+        self.seconds += sum(block["latency_ms"]) / 1000
+        self.queries += queries
+        start, end = block["window_ns"]
+        self.windows.append((start, end))
+        for name, times in block["parts_ms"].items():
+            self.parts_ms.setdefault(name, []).extend(times)
+
+
+class Clock:
+    """Seconds done and planned over the whole measurement, for a progress bar with the time left."""
+
+    def __init__(self, progress: Progress | None, planned_s: float) -> None:
+        self._progress = progress or (lambda *_: None)
+        self._start = time.monotonic()
+        self._planned = planned_s
+
+    def plan(self, seconds_left: float) -> None:
+        """From here on it takes so long."""
+        self._planned = time.monotonic() - self._start + seconds_left
+
+    def tell(self, stage: str) -> None:
+        """Report what is going on."""
+        done = time.monotonic() - self._start
+        self._progress(stage, done, max(self._planned, done))
+
+
+def fixed_batch(manifest: Mapping[str, Any]) -> int | None:
+    """Pictures in a query of a bundle: the size of its first input's first axis; None where that is dynamic."""
+    try:
+        size = manifest["inputs"][0]["shape"][0]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+def load_side(role: str, worker: Worker, request: dict[str, Any]) -> Side:
+    """Load a bundle into a fresh worker and run it once, following its memory."""
+    memory = MemoryPhases(worker.pid)
+    load = worker.ask("load", LOAD_TIMEOUT_S, **request)
+    memory.end("load")
+    load |= worker.ask("first", LOAD_TIMEOUT_S)
+    memory.end("first_inference")
+    return Side(role, worker, request, load, memory)
+
+
+def warm_up(side: Side, clock: Clock) -> None:
+    """Run windows of about 100 ms until three medians in a row lie within 2 %, for about 5 s at most."""
+    start = time.monotonic()
+    side.query_ms = max(side.run(1, 0)["latency_ms"][0], 1e-3)
+    window = max(1, round(_WINDOW_MS / side.query_ms))
+    medians: list[float] = []
+    settled = False
+    while not settled and (time.monotonic() - start < _WARM_UP_S or len(medians) < 1):
+        medians.append(statistics.median(side.run(window, 0)["latency_ms"]))
+        last = medians[-_WINDOWS:]
+        settled = len(last) == _WINDOWS and max(last) <= min(last) * (1 + _SETTLED)
+        clock.tell(f"warming up {side.role}")
+    side.warm_up = {
+        "settled": settled,
+        "queries": 1 + window * len(medians),
+        "seconds": time.monotonic() - start,
+        "window_queries": window,
+        "window_medians_ms": medians,
+    }
+    side.query_ms = medians[-1]
+
+
+def measure(sides: list[Side], rules: Rules, clock: Clock) -> list[str]:
+    """Fill every side's blocks; returns who was first in each round, such as ["subject", "against"]."""
+    block_ms = min(_BLOCK_MS, rules.seconds * 1000 / MIN_BLOCKS)
+    sizes = {side.role: max(1, round(block_ms / side.query_ms)) for side in sides}
+    rewarm = {side.role: side.rewarm if len(sides) > 1 else 0 for side in sides}
+    random = np.random.default_rng(rules.seed)
+    order: list[str] = []
+    wall = dict.fromkeys(sizes, 0.0)
+    clock.plan(sum(rules.expected_s(side.query_ms) * (1 + rewarm[side.role] / sizes[side.role]) for side in sides))
+    while not all(_enough(side, wall[side.role], rules) for side in sides):
+        first = sides[::-1] if random.integers(2) else sides
+        for turn in (first, first[::-1]):  # ABBA or BAAB: each side is first as often as second.
+            for side in turn:
+                start = time.monotonic()
+                side.record(sizes[side.role], rewarm[side.role])
+                wall[side.role] += time.monotonic() - start
+                clock.tell("measuring")
+            order.append(turn[0].role)
+    return order
+
+
+def _enough(side: Side, wall_s: float, rules: Rules) -> bool:
+    done = rules.enough(side.seconds, side.queries, len(side.blocks))
+    return done or (rules.max_seconds is not None and wall_s >= rules.max_seconds)

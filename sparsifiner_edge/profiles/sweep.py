@@ -1,0 +1,158 @@
+"""Latency and throughput of one bundle over numbers of threads and batch sizes, each point in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.profiles import flags, stats
+from sparsifiner_edge.profiles.client import start_worker
+from sparsifiner_edge.profiles.rules import Rules, make_rules
+from sparsifiner_edge.profiles.sides import (
+    LOAD_TIMEOUT_S,
+    Clock,
+    Progress,
+    Side,
+    fixed_batch,
+    load_side,
+    measure,
+    warm_up,
+)
+from sparsifiner_edge.results import available_cores, bundle_subject, new_result
+from sparsifiner_edge.runtime.open import check_backend, check_kernels
+
+AXES = ("threads", "batch")
+SECONDS = 3.0
+"""Least time measured at each point, where none is given."""
+
+
+def sweep_bundle(
+    bundle: str | Path,
+    axes: Mapping[str, Sequence[int]],
+    backend: str = "onnxruntime",
+    *,
+    threads: int | None = None,
+    kernels: str = "auto",
+    seconds: float | None = None,
+    min_queries: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle at every combination of `axes`, one after the other.
+
+    Args:
+        bundle: a folder made by `sparsifiner-edge export`.
+        axes: values by name, of `AXES`: {"threads": [1, 2], "batch": [1, 4]}. A batch other than the bundle's own
+            needs one that was exported with a dynamic batch.
+        backend: one of `sparsifiner_edge.runtime.BACKENDS`.
+        threads: where `axes` has none; None takes the cores that this process may run on.
+        kernels: one of `sparsifiner_edge.runtime.KERNELS`.
+        seconds: least time measured at each point; None takes `SECONDS`. min_queries: least queries, as in `quick`.
+        progress: called now and then.
+
+    Returns:
+        A result of kind "sweep": `statistics.sweep` is a list of rows with `threads`, `batch`, `latency_ms` (of a whole
+        batch) and `throughput_per_s` (images, not batches, per second), each as `stats.summarise` gives them,
+        `queries` and `flags`; `samples` holds the latencies by "threads=2,batch=1".
+
+    Raises:
+        ArtifactError: not a bundle, altered, or of a newer schema.
+        BackendError: unknown backend, the backend refuses the model, or a process died or hung.
+        ConfigError: an axis is unknown or has bad values, or the bundle's batch is fixed at another size.
+    """
+    rules = make_rules("quick", SECONDS if seconds is None else seconds, min_queries, None, 0)
+    check_backend(backend)
+    check_kernels(kernels)
+    folder = Path(bundle)
+    manifest = open_bundle(folder)
+    points = _points(axes, threads, manifest, folder)
+    request = {"bundle": str(folder.resolve()), "backend": backend, "kernels": kernels}
+    clock = Clock(progress, len(points) * (rules.seconds + 2.0))
+    rows, samples, warm_ups = [], {}, {}
+    description: dict[str, Any] = {}
+    for point in points:
+        name = ",".join(f"{axis}={value}" for axis, value in point.items())
+        with start_worker() as worker:
+            clock.tell(f"measuring {name}")
+            side = load_side(name, worker, request | point)
+            _measure_point(side, rules, clock)
+            description = description or worker.ask("describe", LOAD_TIMEOUT_S)
+        rows.append(point | _row(side, point["batch"]))
+        samples[name], warm_ups[name] = {"latency_ms": side.latency_ms}, side.warm_up
+    description.pop("threads", None)
+    method = _method(rules, description, warm_ups)
+    return new_result(
+        "sweep", [{"role": "subject"} | bundle_subject(folder, manifest)], method, samples, {"sweep": rows}
+    )
+
+
+def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:
+    """Axes from texts such as "threads=1,2".
+
+    Raises:
+        ConfigError: not of that form, or an axis comes twice.
+    """
+    axes: dict[str, list[int]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        try:
+            numbers = [int(value) for value in values.split(",")]
+        except ValueError:
+            raise ConfigError(f"sweep is {text!r}.", "Write it as threads=1,2 or batch=1,2,4.") from None
+        if name in axes:
+            raise ConfigError(f"sweep names {name!r} twice.", "Give all of its values at once.")
+        axes[name] = numbers
+    return axes
+
+
+def _points(
+    axes: Mapping[str, Sequence[int]], threads: int | None, manifest: Mapping[str, Any], folder: Path
+) -> list[dict[str, int]]:
+    """Every combination; a clear refusal before anything is measured."""
+    if not axes:
+        raise ConfigError("The sweep has no axis.", f"Choose of: {', '.join(AXES)}.")
+    for name, values in axes.items():
+        if name not in AXES:
+            raise ConfigError(f"sweep is over {name!r}.", f"Choose of: {', '.join(AXES)}.")
+        if not values or min(values) < 1:
+            raise ConfigError(f"sweep is over {name} = {list(values)}.", "Give numbers of at least 1.")
+    fixed = fixed_batch(manifest)
+    batches = list(dict.fromkeys(axes.get("batch", [fixed or 1])))
+    if fixed is not None and batches != [fixed]:
+        raise ConfigError(
+            f"{folder} has a fixed batch of {fixed}, and the sweep asks for {', '.join(map(str, batches))}.",
+            "Export it again with --batch dynamic.",
+        )
+    counts = list(dict.fromkeys(axes.get("threads", [threads or available_cores()])))
+    return [{"threads": count, "batch": batch} for count, batch in itertools.product(counts, batches)]
+
+
+def _measure_point(side: Side, rules: Rules, clock: Clock) -> None:
+    warm_up(side, clock)
+    measure([side], rules, Clock(None, 0.0))
+
+
+def _row(side: Side, batch: int) -> dict[str, Any]:
+    figures = stats.summarise(side.latency_ms)
+    throughput = figures["throughput_per_s"]
+    for name in ("value", "low", "high"):
+        if isinstance(throughput[name], float):
+            throughput[name] *= batch
+    seen = [*flags.length_flags(side.latency_ms), *flags.settling_flags(side.warm_up)]
+    return figures | {"queries": side.queries, "flags": seen + flags.spread_flags(side.latency_ms)}
+
+
+def _method(rules: Rules, description: dict[str, Any], warm_ups: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "scenario": "single stream: one batch at a time, from Session.infer's call to its return",
+        "clock": "time.perf_counter_ns",
+        "rules": rules.describe(),
+        "input": {"kind": "uniform random, seed 0, made once"},
+        "isolation": "one process per point, one point after the other",
+        "runtime": {"subject": description},
+        "warm_up": warm_ups,
+        "flag_thresholds": flags.THRESHOLDS,
+    }

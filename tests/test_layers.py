@@ -1,0 +1,228 @@
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.profiles import layers, profile_bundle
+from sparsifiner_edge.profiles.attribution import find_places
+from sparsifiner_edge.profiles.kinds import KINDS, by_kind
+from sparsifiner_edge.profiles.layers import measure_layers, read_trace
+from sparsifiner_edge.profiles.worker import fixed_inputs
+from tests.tiny import make_bundle
+
+DEPTH = 6
+"""Of the tiny model."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_weights):
+    """The same model sparse, with tokens pruned after layer 3, and dense."""
+    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.sparse.student import sparsify
+    from tests.models import TINY
+
+    folder = tmp_path_factory.mktemp("layers")
+    student = sparsify(TINY, folder / "student", weights=tiny_weights, cells=4, token_keep=((3, 0.7),))
+    return {
+        "sparse": export_bundle(student, folder / "sparse"),
+        "dense": export_bundle(TINY, folder / "dense", weights=tiny_weights),
+    }
+
+
+def measured(bundle, kernels):
+    return measure_layers(str(bundle), "onnxruntime", 1, kernels, fixed_inputs, query_ms=50.0)
+
+
+def rows_of(report, kind):
+    return [row for row in report["layers"] if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("kernels", ["native", "portable"])
+def test_selection_stands_apart_from_attention_in_every_layer(exported, kernels):
+    if kernels == "native" and native.library_path() is None:
+        pytest.skip("no native library")
+    report = measured(exported["sparse"], kernels)
+    selections = [row for row in rows_of(report, "selection") if row["op"] == "KeySelect"]
+    attentions = [row for row in rows_of(report, "attention") if row["op"] == "SparseAttention"]
+    assert [row["layer"] for row in selections] == [row["layer"] for row in attentions] == list(range(DEPTH))
+    graph = onnx.load(str(exported["sparse"] / "model.onnx"), load_external_data=False).graph
+    calls = {node.name for node in graph.node if node.op_type == "KeySelect"}
+    assert {row["name"] for row in selections} == calls
+    # One kernel, or the many nodes of a function's body.
+    assert all((row["nodes"] == 1) == (kernels == "native") for row in selections + attentions)
+    scores = [row for row in report["layers"] if row["op"] == "TokenScore"]
+    assert [(row["layer"], row["kind"]) for row in scores] == [(3, "selection")]
+    assert {"TopK", "Gather"} <= {row["op"] for row in rows_of(report, "selection") if row["layer"] == 3}
+
+
+def test_a_dense_file_has_no_selection_and_the_same_parts(exported):
+    report = measured(exported["dense"], "portable")
+    assert rows_of(report, "selection") == []
+    assert [row["layer"] for row in rows_of(report, "attention") if row["op"] == "Softmax"] == list(range(DEPTH))
+    for kind, products in (("projections", 2), ("mlp", 2)):
+        found = [row["layer"] for row in rows_of(report, kind) if row["op"] in ("Gemm", "MatMul")]
+        assert found == sorted([*range(DEPTH)] * products)
+    gelus = [row["kind"] for row in report["layers"] if row["op"] == "Gelu"]
+    assert gelus == ["mlp"] * DEPTH
+    head = [row for row in report["layers"] if row["op"] in ("Conv", "Cast")]
+    assert head
+    assert all("layer" not in row and row["kind"] == "other" for row in head)
+
+
+def test_times_add_up_and_lie_within_the_profiled_query(exported):
+    report = measured(exported["dense"], "portable")
+    assert report["queries"] == 20
+    assert sum(row["ms"] for row in report["layers"]) == pytest.approx(report["layers_total_ms"])
+    assert sum(row["share"] for row in report["layers"]) == pytest.approx(1)
+    assert sum(by_kind(report["layers"]).values()) == pytest.approx(report["layers_total_ms"])
+    assert 0 < report["layers_total_ms"] <= 1.2 * report["profiled_ms"]
+    assert min(row["ms"] for row in report["layers"]) >= 0
+
+
+def test_a_costly_part_is_found_costly(tmp_path):
+    """A file without attention has no layers; its products are most of its time."""
+    report = measured(make_bundle(tmp_path / "b", depth=8, width=256, size=16, function=True), "portable")
+    products = sum(row["ms"] for row in report["layers"] if "MatMul" in row["op"])
+    assert products > 0.7 * report["layers_total_ms"]
+    assert all("layer" not in row and row["kind"] == "other" for row in report["layers"])
+
+
+def test_a_profile_has_layers_and_how_they_compare(exported):
+    result = profile_bundle(exported["dense"], seconds=0.1, min_queries=8, threads=1, power=False)
+    figures = result["statistics"]["subject"]
+    assert {row["kind"] for row in figures["layers"]} <= set(KINDS)
+    compared = figures["layers_compared"]
+    assert compared["latency_p50_ms"] == figures["latency_ms"]["p50"]["value"]
+    assert compared["total_over_latency"] == figures["layers_total_ms"] / compared["latency_p50_ms"]
+
+
+def test_a_profiler_that_fails_costs_the_layers_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsifiner_edge.profiles.latency.LOAD_TIMEOUT_S", 1e-3)
+    monkeypatch.setattr("sparsifiner_edge.profiles.client.Worker.ask", _ask_with_time(30))
+    bundle = make_bundle(tmp_path / "b")
+    figures = profile_bundle(bundle, seconds=0.05, min_queries=1, threads=1, power=False)["statistics"]["subject"]
+    assert figures["queries"] > 0
+    for name in ("layers", "layers_total_ms", "layers_compared"):
+        assert "gave no reply to 'layers'" in figures[name]["unavailable"]
+
+
+def _ask_with_time(seconds):
+    from sparsifiner_edge.profiles.client import Worker
+
+    ask = Worker.ask
+    return lambda self, op, timeout_s, **arguments: ask(self, op, timeout_s if op == "layers" else seconds, **arguments)
+
+
+def event(name, ms, op="MatMul"):
+    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": ms * 1000, "args": {"op_name": op}}
+
+
+def run(ms):
+    return {"cat": "Session", "name": "model_run", "dur": ms * 1000}
+
+
+def test_a_trace_gives_medians_of_the_last_runs():
+    trace = [{"cat": "Session", "name": "session_initialization", "dur": 5}]
+    for first, second in ((90, 50), (1, 4), (3, 4), (2, 40)):
+        trace += [event("a", first), event("twins", second), event("twins", 1, "Add"), run(first + second + 2)]
+    times, operators, whole = read_trace(trace, 3)
+    assert times == {"a": 2, "twins": 5}
+    assert operators == {"a": "MatMul", "twins": "Add"}
+    assert whole == 9
+
+
+@pytest.mark.parametrize(
+    "trace", [[], [run(1)], [{"cat": "Node"}], [event("a", 1)], ["text"], [{"cat": "Node", "name": "a_kernel_time"}]]
+)
+def test_a_trace_that_tells_nothing_is_refused(trace):
+    with pytest.raises(BackendError, match="trace"):
+        read_trace(trace, 1)
+
+
+def test_a_session_with_a_profiler_of_its_own_is_asked(exported, monkeypatch):
+    """As TensorRT names what it fused."""
+    graph = onnx.load(str(exported["dense"] / "model.onnx"), load_external_data=False)
+    places = find_places(graph)
+    product = next(n.name for n in graph.graph.node if places.nodes[n.name].kind == "mlp" and n.op_type == "MatMul")
+    norm = next(n.name for n in graph.graph.node if places.nodes[n.name].kind == "norms")
+
+    class Session:
+        inputs = ()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def layer_times(self, inputs, queries):
+            assert queries == 20
+            return [{"name": f"{norm} + {product}", "ms": 3.0}, {"name": "Reformatting CopyNode", "ms": 1.0}]
+
+    monkeypatch.setattr(layers, "open_session", lambda *_: Session())
+    report = measured(exported["dense"], "portable")
+    assert [(row.get("layer"), row["op"], row["kind"], row["share"]) for row in report["layers"]] == [
+        (0, "MatMul", "mlp", 0.75),
+        (None, "fused", "other", 0.25),
+    ]
+    assert "profiled_ms" not in report
+
+
+def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
+    class Session:
+        backend, inputs, description = "onnxruntime", (), {"device": "GPU"}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(layers, "open_session", lambda *_: Session())
+    with pytest.raises(BackendError, match="onnxruntime on GPU tells no times per layer"):
+        measured(exported["dense"], "portable")
+
+
+def quantised(places, *names):
+    return [(places.nodes[name].layer, places.nodes[name].kind) for name in names]
+
+
+def test_quantisers_belong_to_the_product_that_they_feed():
+    """norm1, QDQ, qkv, dense attention, projection, add; norm2, QDQ, mlp, add; norm."""
+    one, eight = np.ones(8, np.float32), np.ones((8, 8), np.float32)
+    weights = {"g": one, "w": eight, "s": np.float32(1), "wide": np.ones((8, 24), np.float32)}
+    make = helper.make_node
+    nodes = [
+        make("LayerNormalization", ["x", "g"], ["n1"], name="norm1"),
+        make("QuantizeLinear", ["n1", "s"], ["q1"], name="quant1"),
+        make("DequantizeLinear", ["q1", "s"], ["d1"], name="dequant1"),
+        make("MatMul", ["d1", "wide"], ["qkv"], name="qkv"),
+        make("DenseAttention", ["qkv"], ["a"], name="attention", domain="sparsifiner", num_heads=1, scale=1.0),
+        make("MatMul", ["a", "w"], ["p"], name="projection"),
+        make("Add", ["x", "p"], ["r1"], name="residual1"),
+        make("LayerNormalization", ["r1", "g"], ["n2"], name="norm2"),
+        make("QuantizeLinear", ["n2", "s"], ["q2"], name="quant2"),
+        make("DequantizeLinear", ["q2", "s"], ["d2"], name="dequant2"),
+        make("MatMul", ["d2", "w"], ["m"], name="mlp"),
+        make("Add", ["r1", "m"], ["r2"], name="residual2"),
+        make("LayerNormalization", ["r2", "g"], ["y"], name="last"),
+    ]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4, 8]) for name in ("x", "y")]
+    initialisers = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
+    places = find_places(helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], initialisers)))
+    assert quantised(places, "norm1", "quant1", "dequant1", "qkv", "attention", "projection", "residual1") == [
+        (0, kind)
+        for kind in ("norms", "projections", "projections", "projections", "attention", "projections", "other")
+    ]
+    assert quantised(places, "norm2", "quant2", "dequant2", "mlp", "residual2", "last") == [
+        (0, "norms"), (0, "mlp"), (0, "mlp"), (0, "mlp"), (0, "other"), (None, "other"),
+    ]  # fmt: skip
+
+
+def test_rows_are_json_without_nulls(exported):
+    text = json.dumps(measured(exported["sparse"], "portable"))
+    assert "null" not in text
