@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.results import environment, machine, package_version, unavailable
+from sparsifiner_edge.runtime import cuda, tensorrt, tensorrt_rtx
 from sparsifiner_edge.runtime.ort import load_backend
 
 DISTRIBUTION = "sparsifiner-edge"
-_TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
+_GPU_PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 _REQUIREMENT = re.compile(
     r"^(?P<name>[A-Za-z0-9._-]+)(?:\[(?P<extras>[^\]]*)\])?.*?extra\s*==\s*['\"](?P<extra>[^'\"]+)"
 )
@@ -23,12 +26,23 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `native_library` (path or None) and `native_library_reason`; `backends`: per name `available`, `reason` and
-        `version`; `extras`: per extra its `packages` (name to version or why not), `complete` and the `install`
-        command, or `unavailable`; `warnings`; `machine` and `environment` as in results.
+        `version`; `cuda`: the device as CUDA describes it, or `unavailable`; `triton`: as a backend; `extras`: per
+        extra its `packages` (name to version or why not), `complete` and the `install` command, or `unavailable`;
+        `warnings`; `machine` and `environment` as in results.
     """
+    device = _cuda()
     return {
         **_native_library(),
-        "backends": {"onnxruntime": _onnxruntime()} | {name: _tensorrt(package) for name, package in _TENSORRT.items()},
+        "backends": {
+            "onnxruntime": _onnxruntime(),
+            **{name: _provider(provider, device) for name, provider in _GPU_PROVIDERS.items()},
+            "tensorrt": _engines("tensorrt", tensorrt, device, "builds engines for the GPU of this machine"),
+            "tensorrt-rtx": _engines(
+                "tensorrt-rtx", tensorrt_rtx, device, "builds engines ahead of time for RTX cards"
+            ),
+        },
+        "cuda": device,
+        "triton": _triton(),
         "extras": _extras(),
         "warnings": _warnings(),
         "machine": machine(),
@@ -47,27 +61,70 @@ def _native_library() -> dict[str, Any]:
     return {"native_library": str(path), "native_library_reason": reason}
 
 
+def _missing(error: SparsifinerError) -> dict[str, Any]:
+    return _backend(False, f"{error.what} {error.fix}", unavailable("cannot be imported"))
+
+
+def _backend(available: bool, reason: str, version: Any) -> dict[str, Any]:
+    return {"available": available, "reason": reason, "version": version}
+
+
+def _cuda() -> dict[str, Any]:
+    """The device 0, or why there is none; nothing of TensorRT's may be touched where there is none."""
+    try:
+        found = cuda.probe()
+    except SparsifinerError as error:
+        return unavailable(f"{error.what} {error.fix}")
+    return found._asdict() | {"compute_capability": found.compute_capability, "sm": list(found.sm)}
+
+
 def _onnxruntime() -> dict[str, Any]:
     try:
         module = load_backend()
     except SparsifinerError as error:
-        return {"available": False, "reason": f"{error.what} {error.fix}", "version": unavailable("cannot be imported")}
+        return _missing(error)
     providers = ", ".join(module.get_available_providers())
-    return {
-        "available": True,
-        "reason": f"imports, and offers {providers}; this version uses CPUExecutionProvider",
-        "version": str(module.__version__),
-    }
+    return _backend(True, f"imports, and offers {providers}; uses CPUExecutionProvider", str(module.__version__))
 
 
-def _tensorrt(package: str) -> dict[str, Any]:
-    version = package_version(package)
-    state = "is not installed either" if isinstance(version, dict) else f"{version} is installed"
-    return {
-        "available": False,
-        "reason": f"not supported by this version (the package {package} {state})",
-        "version": version,
-    }
+def _provider(provider: str, device: Mapping[str, Any]) -> dict[str, Any]:
+    """That a build offers a provider says nothing about the machine: it does so without any GPU."""
+    try:
+        module = load_backend()
+    except SparsifinerError as error:
+        return _missing(error)
+    version = str(module.__version__)
+    if provider not in module.get_available_providers():
+        fix = f'pip uninstall -y onnxruntime && pip install "{DISTRIBUTION}[gpu]"'
+        return _backend(False, f"this onnxruntime is built without {provider}. {fix}", version)
+    if "unavailable" in device:
+        return _backend(False, f"{provider} is built in, and {device['unavailable']}", version)
+    return _backend(True, f"{provider} is built in; whether it starts is seen when a bundle is opened", version)
+
+
+def _engines(package: str, module: Any, device: Mapping[str, Any], skill: str) -> dict[str, Any]:
+    """A backend that runs engines: they run where there is a device; TensorRT-RTX also builds where there is none."""
+    try:
+        version = str(module.load_backend().__version__)
+    except SparsifinerError as error:
+        return _backend(False, f"{error.what} {error.fix}", package_version(package))
+    if "unavailable" not in device:
+        return _backend(True, f"imports; {skill}, and runs them on {device['name']}", version)
+    ahead = module is tensorrt_rtx
+    does = f"{skill}, and cannot run them here" if ahead else "cannot be used here"
+    return _backend(ahead, f"imports; {does}: {device['unavailable']}", version)
+
+
+def _triton() -> dict[str, Any]:
+    """Triton compiles kernels at export, and with a GPU runs them in training."""
+    try:
+        module = importlib.import_module("triton")
+    except ModuleNotFoundError:
+        reason = f'is not installed. pip install "{DISTRIBUTION}[triton]"'
+        return _backend(False, reason, package_version("triton"))
+    except Exception as error:  # Its own library may not load.
+        return _backend(False, f"cannot be imported: {error}", package_version("triton"))
+    return _backend(True, "imports; compiles kernels for boards, with or without a GPU", str(module.__version__))
 
 
 def _extras() -> dict[str, Any]:

@@ -4,9 +4,13 @@ import subprocess
 import sys
 
 import onnxruntime
+import pytest
 
 from sparsifiner_edge import doctor
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.runtime import BACKENDS
+from tests.fakes.gpu import Gpu
+from tests.fakes.install import install_cuda, install_tensorrt
 
 
 def command(*arguments, before=""):
@@ -35,20 +39,80 @@ def test_json_holds_every_backend():
     found = json.loads(run.stdout)
     assert found["native_library"].endswith(".so")
     assert "loads, and uses" in found["native_library_reason"]
-    assert set(found["backends"]) == {"onnxruntime", "tensorrt", "tensorrt-rtx"}
+    names = {"onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"}
+    assert set(found["backends"]) == names
+    assert set(BACKENDS) <= names
+    for entry in (*found["backends"].values(), found["triton"]):
+        assert set(entry) == {"available", "reason", "version"}
+        assert entry["reason"]
     ready = found["backends"]["onnxruntime"]
     assert ready["available"]
     assert ready["version"] == onnxruntime.__version__
     assert "CPUExecutionProvider" in ready["reason"]
-    for name in ("tensorrt", "tensorrt-rtx"):
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is installed"
+)
+def test_the_build_for_the_cpu_has_no_gpu():
+    for name in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
+        entry = doctor.examine()["backends"][name]
+        assert not entry["available"]
+        assert 'pip install "sparsifiner-edge[gpu]"' in entry["reason"]
+
+
+def test_a_build_for_the_gpu_without_a_gpu_is_not_available(monkeypatch):
+    offered = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    install_cuda(monkeypatch, Gpu(driver=0))
+    found = doctor.examine()
+    assert "No NVIDIA driver" in found["cuda"]["unavailable"]
+    for name in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
         assert not found["backends"][name]["available"]
-        assert "not supported by this version" in found["backends"][name]["reason"]
+        assert "is built in, and No NVIDIA driver" in found["backends"][name]["reason"]
+    install_cuda(monkeypatch, Gpu())
+    assert doctor.examine()["backends"]["onnxruntime-cuda"]["available"]
+
+
+def test_tensorrt_needs_a_device_to_be_available(monkeypatch):
+    gpu = Gpu("NVIDIA L4", (8, 9), 24 << 30, False)
+    install_cuda(monkeypatch, gpu)
+    install_tensorrt(monkeypatch, gpu, "10.9")
+    found = doctor.examine()
+    assert found["cuda"]["name"] == "NVIDIA L4"
+    assert found["cuda"]["compute_capability"] == "8.9"
+    assert found["backends"]["tensorrt"] == {
+        "available": True,
+        "reason": "imports; builds engines for the GPU of this machine, and runs them on NVIDIA L4",
+        "version": "10.9.0.34",
+    }
+    gpu.count = 0
+    entry = doctor.examine()["backends"]["tensorrt"]
+    assert not entry["available"]
+    assert "cannot be used here: CUDA finds no device" in entry["reason"]
+    install_tensorrt(monkeypatch, gpu, "10.3").__version__ = "8.5.2"
+    assert "older than 10.3" in doctor.examine()["backends"]["tensorrt"]["reason"]
+
+
+def test_tensorrt_rtx_builds_without_a_device(monkeypatch):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    install_cuda(monkeypatch, Gpu(count=0))
+    entry = doctor.examine()["backends"]["tensorrt-rtx"]
+    assert entry["available"]
+    assert "builds engines ahead of time for RTX cards, and cannot run them here: CUDA finds no" in entry["reason"]
+
+
+def test_a_triton_that_does_not_import_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    missing = doctor.examine()["triton"]
+    assert not missing["available"]
+    assert 'pip install "sparsifiner-edge[triton]"' in missing["reason"]
 
 
 def test_tables_are_for_people():
     run = command()
     assert (run.returncode, run.stderr) == (0, "")
-    for text in ("Backends", "Extras", "Machine", "native library", "onnxruntime", "python"):
+    for text in ("Backends", "Extras", "Machine", "native library", "onnxruntime", "python", "CUDA device", "triton"):
         assert text in run.stdout
 
 
@@ -61,10 +125,17 @@ def test_the_tables_hold_pip_commands_with_their_brackets(tmp_path):
 
 
 def test_a_bare_environment_is_enough():
-    heavy = "('onnxruntime', 'torch', 'timm', 'PIL', 'matplotlib', 'safetensors')"
+    heavy = (
+        "('onnxruntime', 'torch', 'timm', 'PIL', 'matplotlib', 'safetensors', 'tensorrt', 'tensorrt_rtx', 'triton', "
+        "'cuda', 'pycuda')"
+    )
     run = command("--json", before=f"sys.modules.update(dict.fromkeys({heavy}))")
     assert (run.returncode, run.stderr) == (0, "")
-    missing = json.loads(run.stdout)["backends"]["onnxruntime"]
+    found = json.loads(run.stdout)
+    assert not any(entry["available"] for entry in found["backends"].values())
+    assert not found["triton"]["available"]
+    assert found["cuda"]["unavailable"]
+    missing = found["backends"]["onnxruntime"]
     assert not missing["available"]
     assert 'pip install "sparsifiner-edge[cpu]"' in missing["reason"]
     assert missing["version"]["unavailable"]
@@ -112,11 +183,10 @@ def test_extras_come_from_the_metadata(tmp_path, monkeypatch):
     assert extras["demo"]["install"] == 'pip install "sparsifiner-edge[demo]"'
 
 
-def test_an_installed_tensorrt_is_seen_without_importing_it(tmp_path, monkeypatch):
+def test_a_tensorrt_that_does_not_import_keeps_its_version(tmp_path, monkeypatch):
     distribution(tmp_path, "tensorrt", "10.9")
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
     entry = doctor.examine()["backends"]["tensorrt"]
-    assert not entry["available"]
-    assert entry["version"] == "10.9"
-    assert "10.9 is installed" in entry["reason"]
-    assert "tensorrt" not in sys.modules
+    assert (entry["available"], entry["version"]) == (False, "10.9")
+    assert "tensorrt cannot be imported: libnvinfer.so.10" in entry["reason"]

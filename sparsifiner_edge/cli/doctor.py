@@ -33,8 +33,12 @@ def _text(value: Any) -> str:
 def _backend_rows(findings: dict[str, Any]) -> list[list[str]]:
     rows = [
         [name, "yes" if entry["available"] else "no", _text(entry["version"]), escape(entry["reason"])]
-        for name, entry in findings["backends"].items()
+        for name, entry in (*findings["backends"].items(), ("triton", findings["triton"]))
     ]
+    device = findings["cuda"]
+    found = [device.get("name", ""), device.get("compute_capability", "")]
+    remark = device.get("unavailable") or f"{found[0]}, compute capability {found[1]}"
+    rows.append(["CUDA device", "yes" if all(found) else "no", device.get("driver_version", ""), escape(remark)])
     library = findings["native_library"]
     return [*rows, ["native library", "yes" if library else "no", "", escape(findings["native_library_reason"])]]
 

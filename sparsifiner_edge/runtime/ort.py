@@ -1,13 +1,13 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime: on the CPU, or on the provider that it is given."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,31 @@ from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs
 
-_PROVIDER = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
 _TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
+
+
+class Execution(NamedTuple):
+    """What shall run a model.
+
+    Attributes:
+        backend: as given to `open_session`.
+        providers: as ONNX Runtime takes them; the first one must really run.
+        device: for people.
+    """
+
+    backend: str = "onnxruntime"
+    providers: Sequence[Any] = ("CPUExecutionProvider",)
+    device: str = "CPU"
+
+    @property
+    def provider(self) -> str:
+        """The name of the provider that must run."""
+        first = self.providers[0]
+        return str(first if isinstance(first, str) else first[0])
+
+
+CPU = Execution()
 
 
 def load_backend() -> Any:
@@ -61,23 +83,26 @@ def native_library(kernels: str) -> Path | None:
 
 
 class OrtSession:
-    """A `Session` on ONNX Runtime's CPU provider.
+    """A `Session` on ONNX Runtime.
 
     Args:
         model: the ONNX file.
         precision: the bundle's own word for it; None derives it from the weights.
         threads: threads inside one operator.
         kernels: see `open_session`.
+        execution: the provider.
 
     Raises:
-        BackendError: ONNX Runtime refuses the model.
+        BackendError: ONNX Runtime refuses the model, or would quietly run it on the CPU instead of what was asked for.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
-    backend = "onnxruntime"
-
-    def __init__(self, model: Path, precision: str | None, threads: int, kernels: str = "auto") -> None:
+    def __init__(
+        self, model: Path, precision: str | None, threads: int, kernels: str = "auto", execution: Execution = CPU
+    ) -> None:
         ort = load_backend()
+        self.backend = execution.backend
+        self._device = execution.device
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -93,9 +118,10 @@ class OrtSession:
                     "Upgrade onnxruntime, or choose the portable kernels.",
                 ) from error
         try:
-            session = ort.InferenceSession(str(model), options, providers=[_PROVIDER])
+            session = ort.InferenceSession(str(model), options, providers=list(execution.providers))
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
             raise BackendError(f"ONNX Runtime refuses {model}: {_line(error)}", "Export the bundle again.") from error
+        _require_provider(session, execution)
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs = [_spec(node) for node in session.get_inputs()]
         self.outputs = [_spec(node) for node in session.get_outputs()]
@@ -114,7 +140,7 @@ class OrtSession:
             "backend": self.backend,
             "version": self._version,
             "provider": self._provider,
-            "device": "CPU",
+            "device": self._device,
             "precision": self._precision or precision,
             "kernels": _kernels(operators, self._native is not None),
             "threads": self._threads,
@@ -147,6 +173,17 @@ class OrtSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_provider(session: Any, execution: Execution) -> None:
+    """ONNX Runtime puts the CPU in the place of a provider that does not start, and says so on standard error alone."""
+    running = [str(name) for name in session.get_providers()]
+    if running[:1] != [execution.provider]:
+        raise BackendError(
+            f"{execution.provider} does not start; ONNX Runtime would run the model on {', '.join(running)} instead.",
+            "Its reason is in the lines above this one, often a CUDA, cuDNN or TensorRT that is missing or that it was "
+            'not built for: pip install "onnxruntime-gpu[cuda,cudnn]". Or choose --backend onnxruntime.',
+        )
 
 
 def _line(error: Exception) -> str:

@@ -1,0 +1,339 @@
+"""What a bundle holds for one board: its CUDA kernels, compiled, and the model whose nodes are launches of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.metadata
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from sparsifiner_edge.artifacts import dump_json
+from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
+from sparsifiner_edge.ops.triton.compile import Compiled, compile_plan
+from sparsifiner_edge.ops.triton.plan import OPERATORS_PLANNED, Buffer, Plan, plan_select, refusals
+from sparsifiner_edge.ops.triton.plan_attention import plan_attend
+from sparsifiner_edge.profiles.board import Board
+from sparsifiner_edge.runtime.kernels import FOLDER, SCHEMA, code_file, kernel_model, ordered_ptx, plain_ptx, table_file
+
+PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
+"""CUDA version of a board -> newest PTX version (times ten) that its driver takes (PTX ISA, release notes)."""
+LEAST_PTX = {100: 86, 110: 90, 120: 87}
+"""Compute capability -> first PTX version that knows it, where the oldest that we write, 8.5, does not."""
+OLDEST_TENSORRT = (10, 3)
+
+
+def board_files(model: onnx.ModelProto, manifest: Mapping[str, Any], board: Board, folder: Path) -> dict[str, Any]:
+    """Compile the kernels of a model for a board into a bundle's folder.
+
+    Writes `kernels/sm<N>.json`, `kernels/sm<N>/*.ptx` and `*.cubin`, and `kernels/sm<N>.onnx`: the model with launches
+    in the place of our operators, without bodies, for TensorRT with a plugin. Call it before the bundle is sealed.
+
+    Args:
+        model: as in `model.onnx`.
+        manifest: of the bundle; gives the name for messages.
+        board: from `profiles.boards`.
+        folder: of the bundle.
+
+    Returns:
+        An entry for the manifest, under `boards`: `board`, `compute_capability`, `table`, `model`, `launches`, `nodes`,
+        `refused` (per node that keeps its body, why), `assembler`, `triton`, `ptx_version`, `cuda`, `warnings`.
+
+    Raises:
+        ConfigError: the board has no GPU that the kernels are for, or the model nothing to compile.
+        MissingExtraError: Triton is not installed.
+        BackendError: a kernel does not compile.
+    """
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATORS_PLANNED]
+    if board.sm < 75:
+        raise ConfigError(
+            f"{board.name} has no GPU that the kernels are for.", "Leave --board out: the bundle runs there without."
+        )
+    if not nodes:
+        raise ConfigError(
+            f"{manifest.get('name', 'The model')} has no sparse attention to compile.", "Leave --board out."
+        )
+    cuda, ptx_version = _toolkit(board)
+    assembler = find_assembler(cuda, board.sm)
+    table, refused = _compile(model, nodes, board.sm, ptx_version, assembler, folder)
+    table |= {"triton": _version("triton"), "assembler": assembler.text, "ptx_version": ptx_version / 10}
+    (folder / table_file(board.sm)).write_text(dump_json(table), encoding="utf-8")
+    variant = f"{FOLDER}/sm{board.sm}.onnx"
+    onnx.save(kernel_model(model, table), folder / variant)
+    return {
+        "board": board.name,
+        "compute_capability": f"{board.sm / 10:.1f}",
+        "table": table_file(board.sm),
+        "model": variant,
+        "launches": len(table["launches"]),
+        "nodes": len(table["nodes"]),
+        "refused": refused,
+        **{name: table[name] for name in ("triton", "assembler", "ptx_version")},
+        "cuda": cuda or "any that takes this PTX version",
+        "warnings": assembler.warnings(cuda),
+    }
+
+
+def _toolkit(board: Board) -> tuple[str | None, int]:
+    """CUDA version of the board's oldest supported JetPack, if it has one, and the PTX version to write."""
+    least = LEAST_PTX.get(board.sm, 85)
+    for release in board.jetpack:
+        if tuple(map(int, release.tensorrt.split(".")[:2])) >= OLDEST_TENSORRT:
+            return release.cuda, max(PTX_OF_CUDA.get(release.cuda, 85), least)
+    return None, least
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembler:
+    """A `ptxas`.
+
+    Attributes:
+        path: the program.
+        version: such as "12.6".
+        origin: the package that it came with.
+    """
+
+    path: Path
+    version: str
+    origin: str
+
+    @property
+    def text(self) -> str:
+        """For the record."""
+        return f"ptxas {self.version} ({self.origin})"
+
+    def warnings(self, cuda: str | None) -> list[str]:
+        """What may be wrong with its code on a board that runs a CUDA version."""
+        if cuda is None or self.version.partition(".")[0] == cuda.partition(".")[0]:
+            return []
+        return [
+            f"The board runs CUDA {cuda}, and the cubins are by {self.text}: across major versions they are not "
+            f'promised to load. The PTX is not affected. pip install "{nvcc_package(cuda)}=={cuda}.*" and export again.'
+        ]
+
+    def assemble(self, ptx: str) -> bytes:
+        """Machine code for the target that the PTX names.
+
+        Raises:
+            BackendError: it refuses the PTX.
+        """
+        target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
+        with tempfile.TemporaryDirectory() as scratch:
+            source, made = Path(scratch) / "kernel.ptx", Path(scratch) / "kernel.cubin"
+            source.write_text(ptx, encoding="utf-8")
+            arch = f"-arch={target[1] if target else 'sm_75'}"
+            command = [str(self.path), arch, str(source), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise BackendError(
+                    f"{self.text} refuses a kernel: {done.stderr.strip()[:400]}.", "Install a newer one."
+                )
+            return made.read_bytes()
+
+
+def nvcc_package(cuda: str) -> str:
+    """NVIDIA's package of the compiler on PyPI; from CUDA 13 on its name has no version."""
+    return "nvidia-cuda-nvcc-cu12" if cuda.startswith("12.") else "nvidia-cuda-nvcc"
+
+
+def find_assembler(cuda: str | None, sm: int) -> Assembler:
+    """The `ptxas` of NVIDIA's package of a CUDA version where that is installed, else Triton's own for a GPU.
+
+    Raises:
+        MissingExtraError: neither is installed.
+    """
+    package = nvcc_package(cuda) if cuda else ""
+    if cuda and _version(package).startswith(f"{cuda}."):
+        for file in importlib.metadata.files(package) or ():
+            if file.name == "ptxas":
+                return _assembler(Path(str(file.locate())), package)
+    try:
+        nvidia = importlib.import_module("triton.backends.nvidia")
+    except ImportError as error:
+        raise MissingExtraError("triton", "triton") from error
+    folder = Path(str(nvidia.__file__)).parent / "bin"
+    newer = folder / "ptxas-blackwell"  # Triton has a second one for what came after Hopper.
+    program = newer if sm >= 100 and newer.is_file() else folder / "ptxas"
+    return _assembler(program, f"triton {_version('triton')}")
+
+
+def _assembler(path: Path, origin: str) -> Assembler:
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    return Assembler(path, found[1] if found else "of unknown version", origin)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _compile(
+    model: onnx.ModelProto, nodes: Sequence[Any], sm: int, ptx_version: int, assembler: Assembler, folder: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The table, with its code written, and why nodes are left out. Layers of equal sizes share their launches."""
+    types = _tensor_types(model)
+    table: dict[str, Any] = {
+        "schema_version": SCHEMA, "compute_capability": f"{sm / 10:.1f}", "launches": {}, "nodes": {}, "float32": {},
+    }  # fmt: skip
+    refused: dict[str, str] = {}
+    done: dict[tuple[Any, ...], list[tuple[str, Compiled]]] = {}
+    (folder / FOLDER / f"sm{sm}").mkdir(parents=True, exist_ok=True)
+    for node in nodes:
+        plan = _plan(node, types, sm)
+        if isinstance(plan, str):
+            refused[node.name] = plan
+            continue
+        key = (node.op_type, tuple(plan.buffers.items()), tuple(str(launch) for launch in plan.launches))
+        if key not in done:
+            done[key] = [
+                _write(made, plan, sm, assembler, folder, table) for made in compile_plan(plan, sm, ptx_version)
+            ]
+        table["nodes"][node.name] = _chain(node, types, done[key], table)
+    if not table["nodes"]:
+        raise ConfigError(f"No layer can be compiled: {next(iter(refused.values()))}.", "Leave --board out.")
+    return table, refused
+
+
+def _tensor_types(model: onnx.ModelProto) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name of a tensor -> element type and shape, 1 where the batch is dynamic.
+
+    Shapes that a body computes are not always found by ONNX's inference: outputs of ours follow from their inputs.
+    """
+    known = onnx.ModelProto()
+    known.CopyFrom(model)
+    while True:
+        found = _inferred(known)
+        told = [_output(node, found) for node in known.graph.node if node.domain == DOMAIN]
+        new = [value for value in told if value is not None]
+        if not new:
+            return found
+        names = {value.name for value in new}
+        for old in [value for value in known.graph.value_info if value.name in names]:
+            known.graph.value_info.remove(old)
+        known.graph.value_info.extend(new)
+
+
+def _inferred(model: onnx.ModelProto) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What ONNX's inference finds; tensors with an axis other than the first unknown are left out."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    found = {t.name: (_element(t.data_type), tuple(t.dims)) for t in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        tensor = value.type.tensor_type
+        dims = [d.dim_value for d in tensor.shape.dim]
+        if tensor.HasField("shape") and all(dims[1:]):
+            found[value.name] = (_element(tensor.elem_type), tuple(size or 1 for size in dims))
+    return found
+
+
+def _output(node: Any, types: Mapping[str, tuple[str, tuple[int, ...]]]) -> onnx.ValueInfoProto | None:
+    """Type and shape of an output that is not known yet, where those of its inputs are."""
+    if node.op_type not in OPERATORS_PLANNED or node.output[0] in types or node.input[0] not in types:
+        return None
+    dtype, (batch, tokens, packed) = types[node.input[0]]
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) if dtype != "bfloat16" else onnx.TensorProto.BFLOAT16
+    if node.op_type == "SparseAttention":
+        return onnx.helper.make_tensor_value_info(node.output[0], kind, [batch, tokens, packed // 3])
+    a = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
+    tiles = math.ceil((tokens - a["num_prefix"]) / a["tile"])
+    shape = [batch, a["num_heads"], tiles, a["keys"]]
+    return onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.INT32, shape)
+
+
+def _element(number: int) -> str:
+    if number == onnx.TensorProto.BFLOAT16:
+        return "bfloat16"
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).name if number else "unknown"
+
+
+def _plan(node: Any, types: Mapping[str, tuple[str, tuple[int, ...]]], sm: int) -> Plan | str:
+    """How the node is launched, or why not."""
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    unknown = [name for name in node.input if name not in types]
+    if unknown:
+        return f"the shape of {unknown[0]!r} is not known"
+    shapes = [types[name][1] for name in node.input]
+    dtype = types[node.input[0]][0]
+    reasons = refusals(node.op_type, attributes, shapes, dtype, sm)
+    if reasons:
+        return "; ".join(reasons)
+    make = plan_select if node.op_type == "KeySelect" else plan_attend
+    return make(shapes, attributes, dtype, sm)
+
+
+def _write(
+    made: Compiled, plan: Plan, sm: int, assembler: Assembler, folder: Path, table: dict[str, Any]
+) -> tuple[str, Compiled]:
+    """Write the code of a launch, enter it into the table; returns its name."""
+    inputs, outputs = _sides(made, plan)
+    order = [[b.name for b in made.arguments].index(name) for name in (*inputs, *outputs)]
+    ptx = ordered_ptx(plain_ptx(made.ptx), made.symbol, order)
+    tensors = {b.name: _tensor(b) for b in made.arguments}
+    entry = {
+        "kernel": made.kernel, "symbol": made.symbol, "grid": list(made.grid[:2]), "threads": made.threads,
+        "shared": made.shared, "inputs": inputs, "outputs": outputs, "tensors": tensors,
+        "registers": made.registers, "spilled": made.spilled,
+    }  # fmt: skip
+    digest = hashlib.sha256(f"{ptx}{sorted(tensors.items())}{entry['grid']}".encode()).hexdigest()[:12]
+    name = f"{made.kernel}_{digest}"
+    if name not in table["launches"]:
+        table["launches"][name] = entry
+        (folder / code_file(sm, name, "ptx")).write_text(ptx, encoding="utf-8")
+        (folder / code_file(sm, name, "cubin")).write_bytes(assembler.assemble(ptx))
+    return name, made
+
+
+def _sides(made: Compiled, plan: Plan) -> tuple[list[str], list[str]]:
+    """Names of what a launch reads and writes: it writes what is no input of the plan and no launch before it has."""
+    known = {name for name, buffer in plan.buffers.items() if buffer.role == "input"}
+    for launch in plan.launches:
+        if launch.kernel == made.kernel:
+            break
+        known |= {buffer for buffer in launch.arguments.values() if buffer is not None}
+    names = [buffer.name for buffer in made.arguments]
+    return [name for name in names if name in known], [name for name in names if name not in known]
+
+
+def _tensor(buffer: Buffer) -> dict[str, Any]:
+    """Type and shape without batch. Bytes are given as int32: TensorRT would take int8 for quantised values."""
+    shape = list(buffer.shape[1:]) if buffer.name not in ("proj_q", "proj_k") else list(buffer.shape)
+    if buffer.dtype == "int8":
+        return {"dtype": "int32", "shape": [*shape[:-1], math.ceil(shape[-1] / 4)]}
+    return {"dtype": buffer.dtype, "shape": shape}
+
+
+def _chain(
+    node: Any,
+    types: Mapping[str, tuple[str, tuple[int, ...]]],
+    launches: Sequence[tuple[str, Compiled]],
+    table: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The launches of a node, with the model's names for its inputs and output, and new names between them."""
+    op = OPERATORS[node.op_type]
+    names = {tensor.name: name for tensor, name in zip(op.inputs, node.input, strict=True)}
+    names[op.output.name] = node.output[0]
+    for made in ("proj_q", "proj_k"):
+        if made in names and types[names[made]][0] != "float32":
+            table["float32"][f"{names[made]}.float32"] = names[made]
+            names[made] = f"{names[made]}.float32"
+    chain = []
+    for name, made_launch in launches:
+        entry = table["launches"][name]
+        tensors = {b.name: names.get(b.name, f"{node.name}/{b.name}") for b in made_launch.arguments}
+        chain.append({
+            "name": f"{node.name}/{entry['kernel']}", "launch": name,
+            "inputs": [tensors[n] for n in entry["inputs"]], "outputs": [tensors[n] for n in entry["outputs"]],
+        })  # fmt: skip
+    return chain

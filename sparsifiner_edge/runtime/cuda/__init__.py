@@ -1,0 +1,6 @@
+"""CUDA as far as running an engine needs it: one protocol, two adapters, and buffers that are always given back."""
+
+from sparsifiner_edge.runtime.cuda.driver import Device, Driver, HostMemory, open_driver, probe
+from sparsifiner_edge.runtime.cuda.lane import Lane, Times
+
+__all__ = ["Device", "Driver", "HostMemory", "Lane", "Times", "open_driver", "probe"]

@@ -1,0 +1,72 @@
+"""ONNX Runtime on an NVIDIA GPU: what both of its providers need before a session may be made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.results import package_version
+from sparsifiner_edge.runtime.cuda import probe
+from sparsifiner_edge.runtime.ort import Execution, OrtSession, load_backend
+
+
+def require_provider(provider: str) -> Any:
+    """The module `onnxruntime`, whose build has a provider.
+
+    Raises:
+        MissingExtraError: no onnxruntime is installed.
+        BackendError: the one that is installed was built without it.
+    """
+    ort = load_backend()
+    offered = ort.get_available_providers()
+    if provider not in offered:
+        gpu = package_version("onnxruntime-gpu")
+        installed = f"onnxruntime-gpu {gpu}" if isinstance(gpu, str) else f"onnxruntime {ort.__version__}"
+        raise BackendError(
+            f"{installed} has no {provider}; it offers {', '.join(offered)}.",
+            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "sparsifiner-edge[gpu]" '
+            "(the two packages overwrite one another; on a Jetson take NVIDIA's own wheel).",
+        )
+    return ort
+
+
+def open_gpu(
+    backend: str, provider: str, options: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any],
+    threads: int, kernels: str,
+) -> OrtSession:  # fmt: skip
+    """A session on a provider of a GPU, after CUDA has answered.
+
+    Raises:
+        BackendError: no such provider, no device, the native kernels are asked for, or the provider does not start.
+    """
+    if kernels == "native":
+        raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime.")
+    ort = require_provider(provider)
+    device = probe()
+    execution = Execution(
+        backend,
+        [(provider, dict(options)), "CPUExecutionProvider"],
+        f"{device.name} (compute capability {device.compute_capability})",
+    )
+    # ONNX Runtime prints what it misses and why it falls back, and standard output is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
+        return OrtSession(folder / "model.onnx", manifest.get("precision"), threads, "portable", execution)
+
+
+def cache_folder(name: str) -> Path:
+    """The user's folder for engines that a provider builds."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsifiner-edge" / name
+
+
+def refuse_build(backend: str) -> NoReturn:
+    """These backends build nothing ahead of time."""
+    raise ConfigError(
+        f"{backend} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
+    )

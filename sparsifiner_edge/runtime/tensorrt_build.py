@@ -1,0 +1,243 @@
+"""Building an engine with full TensorRT, 10.3 to 11.x, for the GPU of this machine.
+
+The network is strongly typed: every type comes from the ONNX file, int8 through its QDQ nodes. Names that not every
+version has are looked up by feature. Nothing here runs before CUDA has answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.runtime import engines
+from sparsifiner_edge.runtime.build_worker import Progress
+from sparsifiner_edge.runtime.cuda import Device
+from sparsifiner_edge.runtime.engines import BatchRange
+from sparsifiner_edge.runtime.tensorrt_errors import Messages, build_error, make_logger, refused_model
+
+SHARE_DISCRETE, SHARE_INTEGRATED = 0.75, 0.5
+"""Of the free memory, how much the builder may use as workspace; an integrated GPU leaves the rest to the system."""
+
+
+class Settings(NamedTuple):
+    """How to build.
+
+    Attributes:
+        batch: sizes that the engine shall take.
+        optimisation_level: 0 (fast build) to 5 (slow build); TensorRT's own default is 3.
+        workspace: bytes of scratch memory; None decides by what is free.
+        compatible: `engines.VERSION_COMPATIBLE`, `engines.AMPERE_PLUS`, both or neither.
+        timing_cache: a file to read and renew; None for none.
+        detailed: keep all that the inspector can tell about layers.
+    """
+
+    batch: BatchRange
+    optimisation_level: int = 3
+    workspace: int | None = None
+    compatible: tuple[str, ...] = ()
+    timing_cache: str | None = None
+    detailed: bool = False
+
+
+class Built(NamedTuple):
+    """An engine's content and what is known about it, JSON-ready."""
+
+    content: bytes
+    details: dict[str, Any]
+
+
+def build_engine_file(trt: Any, model: bytes, device: Device, free: int, settings: Settings, tell: Progress) -> Built:
+    """Build an engine.
+
+    Args:
+        trt: the module `tensorrt`.
+        model: ONNX.
+        device: as CUDA tells.
+        free: bytes of its memory that are free.
+        tell: called with (stage, done, total).
+
+    Raises:
+        UnsupportedModelError: the parser refuses the model; its nodes are named.
+        ConfigError: a setting does not fit this device or model.
+        BackendError: TensorRT builds no engine, or was told to stop.
+    """
+    messages = Messages()
+    logger = make_logger(trt, messages)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model):
+        raise refused_model(parser, str(trt.__version__))
+    workspace = settings.workspace or workspace_bytes(free, device.integrated)
+    config = _configure(trt, builder, workspace, device, settings)
+    _add_profile(builder, network, config, settings.batch)
+    monitor = make_monitor(trt, tell)
+    config.progress_monitor = monitor
+    cache = TimingCache(Path(settings.timing_cache)) if settings.timing_cache else None
+    reused = cache is not None and cache.load(config)
+    serialised = builder.build_serialized_network(network, config)
+    if serialised is None:
+        if monitor.stopped:
+            raise BackendError("The build was stopped.", "The bundle is as it was.")
+        raise build_error(messages, workspace, free)
+    if cache is not None:
+        cache.save(config)
+    details = {
+        "layers": int(network.num_layers),
+        "workspace_bytes": workspace,
+        "optimisation_level": settings.optimisation_level,
+        "timing_cache": "reused" if reused else "new" if cache else "not used",
+        "device": device.name,
+        "driver": device.driver_version,
+        "warnings": list(messages.warnings)[:10],
+    }
+    return Built(bytes(serialised), details)
+
+
+def workspace_bytes(free: int, integrated: bool) -> int:
+    """Scratch memory that the builder may use."""
+    return int(free * (SHARE_INTEGRATED if integrated else SHARE_DISCRETE))
+
+
+def _configure(trt: Any, builder: Any, workspace: int, device: Device, settings: Settings) -> Any:
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    config.builder_optimization_level = settings.optimisation_level
+    # TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    verbosity = trt.ProfilingVerbosity.DETAILED if settings.detailed else trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+    config.profiling_verbosity = verbosity
+    if engines.VERSION_COMPATIBLE in settings.compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if engines.AMPERE_PLUS in settings.compatible:
+        refuse_hardware_compatibility(device)
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    return config
+
+
+def refuse_hardware_compatibility(device: Device) -> None:
+    """Refuse an engine for every newer GPU where TensorRT has none.
+
+    Raises:
+        ConfigError: an integrated GPU, or one older than Ampere.
+    """
+    if device.integrated or device.sm < (8, 0):
+        kind = "a Jetson's" if device.integrated else "an older"
+        raise ConfigError(
+            f"Hardware-compatible engines need a GPU card of compute capability 8.0 or later; {device.name} is {kind}.",
+            "Leave the option hardware_compatible out.",
+        )
+
+
+def _add_profile(builder: Any, network: Any, config: Any, batch: BatchRange) -> None:
+    """Sizes of the first axis where it is dynamic; a model whose axes are all fixed needs no profile."""
+    profile = builder.create_optimization_profile()
+    dynamic = False
+    for number in range(network.num_inputs):
+        tensor = network.get_input(number)
+        shape = tuple(tensor.shape)
+        if -1 in shape[1:]:
+            raise ConfigError(
+                f"Input {tensor.name!r} has shape {list(shape)}: only the batch may be dynamic.", "Export it again."
+            )
+        if shape[:1] == (-1,):
+            dynamic = True
+            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in batch))
+    if dynamic:
+        config.add_optimization_profile(profile)
+
+
+def make_monitor(trt: Any, tell: Progress) -> Any:
+    """TensorRT's progress, told as (phase, done, total); where nobody listens any more it asks TensorRT to stop."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Called by TensorRT, from any of its threads."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.stopped = False
+            self._steps: dict[str, int] = {}
+            self._parents: dict[str, str | None] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            """A phase begins, inside another or at the top."""
+            self._steps[phase_name], self._parents[phase_name] = num_steps, parent_phase
+            self._tell(phase_name, 0)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            """One step is done; False stops the build."""
+            self._tell(phase_name, step + 1)
+            return not self.stopped
+
+        def phase_finish(self, phase_name: str) -> None:
+            """A phase ends."""
+            self._tell(phase_name, self._steps.get(phase_name, 0))
+            self._steps.pop(phase_name, None)
+
+        def _tell(self, phase: str, done: int) -> None:
+            # Phases nest deeply and the inner ones last milliseconds: two levels are what a person can follow.
+            parent = self._parents.get(phase)
+            if self.stopped or (parent and self._parents.get(parent)):
+                return
+            try:
+                tell(phase, float(done), float(self._steps.get(phase, 0)))
+            except OSError:  # The process that asked for the engine is gone.
+                self.stopped = True
+
+    return Monitor()
+
+
+class TimingCache:
+    """Measured times of kernels, kept between builds: a second build on a device takes a fraction of the time.
+
+    It lives in the user's cache folder, not in the bundle: it belongs to one device and version, grows with every model
+    built there, and is read by native code, so it must be the user's own file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self, config: Any) -> bool:
+        """Give TensorRT what is kept, or an empty cache; whether there was something usable."""
+        content = b""
+        with contextlib.suppress(OSError):
+            content = self._path.read_bytes()
+        for attempt in dict.fromkeys((content, b"")):  # A damaged file is as good as none.
+            cache = config.create_timing_cache(attempt)
+            if cache is not None and config.set_timing_cache(cache, False):
+                return bool(attempt)
+        return False
+
+    def save(self, config: Any) -> None:
+        """Keep what TensorRT has measured; a disk that refuses costs the next build some time, no more."""
+        cache = config.get_timing_cache()
+        if cache is None:
+            return
+        with contextlib.suppress(OSError), _replaced(self._path) as name:
+            Path(name).write_bytes(bytes(cache.serialize()))
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[str]:
+    """A new file beside `path` that takes its place at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield name
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def timing_cache_path(device: Device, version: str) -> Path:
+    """Where the times of a device and a version are kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-").lower()
+    return Path(root) / "sparsifiner-edge" / f"tensorrt-{version}-sm{device.sm[0]}{device.sm[1]}-{name}.cache"

@@ -1,0 +1,140 @@
+"""Which way of carrying out sparse attention an engine takes is measured on the device that runs it.
+
+`bodies` are the standard operators in the file, `plugin` the project's CUDA kernels, `dense` ordinary attention. The
+fastest that gives the bundle's golden output wins. Dense attention computes something else, so it wins only where
+that makes no difference within the bundle's tolerance; its time is recorded all the same, as the yardstick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
+from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.runtime import tensorrt_plugin as plugin
+from sparsifiner_edge.runtime.build_worker import Progress
+from sparsifiner_edge.runtime.cuda import Device, Driver
+from sparsifiner_edge.runtime.engines import Engine
+from sparsifiner_edge.runtime.golden import check_golden
+from sparsifiner_edge.runtime.tensorrt_build import Settings, build_engine_file
+from sparsifiner_edge.runtime.tensorrt_models import dense_model
+from sparsifiner_edge.runtime.tensorrt_session import EngineSession
+
+BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
+MEASURED = "measured"
+"""In `Engine.variant`: the details say which candidate was the fastest."""
+KERNELS = ("auto", "portable", "plugin")
+WARM_UP, RUNS = 10, 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One engine to build, with everything that candidates share."""
+
+    trt: Any
+    model: Path
+    output: Path
+    engine: Engine
+    bundle: Path
+    settings: Settings
+
+
+def candidates(trt: Any, folder: Path, manifest: Mapping[str, Any], device: Device, kernels: str) -> tuple[str, ...]:
+    """The ways that are possible for a bundle on a device, the one that always works first.
+
+    Args:
+        kernels: "auto", or "portable" or "plugin" for that alone.
+
+    Raises:
+        ConfigError: no such choice.
+        BackendError: "plugin" is asked for and not possible; says why.
+    """
+    if kernels not in KERNELS:
+        raise ConfigError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNELS)}.")
+    sparse = f"{DOMAIN}::SparseAttention" in manifest.get("ops", {})
+    reason = plugin.why_not(trt, folder, device) if sparse else "the model has no sparse attention"
+    if kernels == PLUGIN and reason:
+        raise BackendError(f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable.")
+    if kernels == PLUGIN:
+        return (PLUGIN,)
+    if kernels == "portable" or not sparse:
+        return (BODIES,)
+    return (BODIES, DENSE) if reason else (BODIES, PLUGIN, DENSE)
+
+
+def build_fastest(work: Work, names: Sequence[str], driver: Driver, tell: Progress) -> dict[str, Any]:
+    """Build every candidate, time those that give the golden output, and leave the fastest at `work.output`.
+
+    Returns:
+        The engine's details: those of the build, `kernels` (the candidate that won) and, where there was a choice,
+        `candidates`: per name `compute_ms` (median of 30 runs), and `golden`, or why it was out of the question.
+
+    Raises:
+        SparsifinerError: not one of them could be built, or not one gives the golden output.
+    """
+    if len(names) == 1:
+        details = _build(work, names[0], work.output, driver, tell)
+        return details | {"kernels": names[0]}
+    found: dict[str, dict[str, Any]] = {}
+    built: dict[str, dict[str, Any]] = {}
+    failures: list[SparsifinerError] = []
+    for name in names:
+        path = work.output.with_name(f"{name}.candidate")
+        try:
+            built[name] = _build(work, name, path, driver, lambda s, d, t, n=name: tell(f"{n}: {s}", d, t))  # type: ignore[misc]
+            found[name] = measure(work, path)
+        except (BackendError, SparsifinerError) as error:
+            failures.append(error)
+            found[name] = {"failed": error.what}
+    passed = [name for name, entry in found.items() if isinstance(entry.get("golden"), dict)]
+    if not passed:
+        raise failures[0] if failures else GateError(found[names[0]]["golden"], "Export the bundle again.")
+    best = min(passed, key=lambda name: float(found[name]["compute_ms"]))
+    for name in built:
+        path = work.output.with_name(f"{name}.candidate")
+        if name == best:
+            path.replace(work.output)
+        else:
+            path.unlink(missing_ok=True)
+    return built[best] | {"kernels": best, "candidates": found}
+
+
+def _build(work: Work, name: str, path: Path, driver: Driver, tell: Progress) -> dict[str, Any]:
+    content = work.model.read_bytes()
+    if name == DENSE:
+        content = dense_model(content)
+    if name == PLUGIN:
+        content = plugin.prepare(work.trt, content, work.bundle, driver.device)
+    built = build_engine_file(work.trt, content, driver.device, driver.free_bytes(), work.settings, tell)
+    path.write_bytes(built.content)
+    return built.details
+
+
+def measure(work: Work, path: Path) -> dict[str, Any]:
+    """Median milliseconds that the device computes, at the batch size that the engine is tuned for, and the gate."""
+    manifest = open_bundle(work.bundle)
+    with EngineSession(work.trt, path, work.engine, manifest) as session:
+        entry: dict[str, Any] = {"golden": _golden(session, work.bundle)}
+        spec = session.inputs[0]
+        shape = [work.engine.batch.best, *(size for size in spec.shape[1:] if isinstance(size, int))]
+        image = np.random.default_rng(0).integers(0, 256, shape).astype(spec.dtype)
+        times = []
+        for number in range(WARM_UP + RUNS):
+            session.infer({spec.name: image})
+            if number >= WARM_UP and session.last_times is not None:
+                times.append(session.last_times.compute_ms)
+    return entry | {"compute_ms": statistics.median(times), "runs": len(times)}
+
+
+def _golden(session: EngineSession, bundle: Path) -> Any:
+    try:
+        return check_golden(session, bundle)
+    except GateError as error:
+        return error.what

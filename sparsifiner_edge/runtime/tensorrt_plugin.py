@@ -1,0 +1,116 @@
+"""The project's CUDA kernels inside an engine: quickly deployable plugins of TensorRT 10.9 and later.
+
+Every launch in a bundle's table becomes a plugin whose ahead-of-time implementation hands its PTX to TensorRT, which
+puts it into the engine. Running the engine needs neither Python nor a library of plugins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.runtime.cuda import Device
+from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, kernel_model, read_table
+
+_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
+_registered: set[str] = set()
+"""Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
+
+
+def why_not(trt: Any, folder: Path, device: Device) -> str | None:
+    """Why the kernels of a bundle cannot go into an engine for a device; None where they can."""
+    if not hasattr(trt, "QuickPluginCreationRequest"):
+        return f"TensorRT {trt.__version__} has no ahead-of-time plugins (10.9 and later have)"
+    if read_table(folder, _capability(device)) is None:
+        return f"the bundle has no kernels for {device.name}; export it with --board"
+    return None
+
+
+def _capability(device: Device) -> int:
+    return 10 * device.sm[0] + device.sm[1]
+
+
+def prepare(trt: Any, content: bytes, bundle: Path, device: Device) -> bytes:
+    """Register the plugins of a bundle for a device, and give the model that uses them.
+
+    Args:
+        content: the bundle's `model.onnx`.
+
+    Raises:
+        BackendError: there are none for this device and TensorRT.
+        ArtifactError: the table does not fit the model.
+    """
+    import onnx
+
+    reason = why_not(trt, bundle, device)
+    table = read_table(bundle, _capability(device)) if reason is None else None
+    if table is None:
+        raise BackendError(f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable.")
+    register(trt, table, bundle, _capability(device))
+    return bytes(kernel_model(onnx.load_from_string(content), table).SerializeToString())
+
+
+def register(trt: Any, table: Mapping[str, Any], bundle: Path, capability: int) -> list[str]:
+    """Register a plugin for every launch of a table; returns their identifiers, those known before included."""
+    trtp = importlib.import_module(f"{trt.__name__}.plugin")
+    identifiers = []
+    for name, launch in table["launches"].items():
+        identifier = f"{NAMESPACE}::{name}"
+        identifiers.append(identifier)
+        if identifier in _registered:
+            continue
+        ptx = (bundle / code_file(capability, name, "ptx")).read_text(encoding="utf-8")
+        trtp.register(identifier)(describe(trt, trtp, launch))
+        trtp.aot_impl(identifier)(implement(trtp, launch, ptx))
+        _registered.add(identifier)
+    return identifiers
+
+
+def describe(trt: Any, trtp: Any, launch: Mapping[str, Any]) -> Any:
+    """The function that tells shapes and types of a launch's outputs; the batch is that of its first input."""
+
+    def description(*inputs: Any) -> Any:
+        batch = inputs[0].shape_expr[0]
+        made = []
+        for name in launch["outputs"]:
+            tensor = launch["tensors"][name]
+            kind = getattr(trt.DataType, _TYPES[tensor["dtype"]])
+            made.append(trtp.from_shape_expr((batch, *tensor["shape"]), kind))
+        return tuple(made)
+
+    inputs = dict.fromkeys(launch["inputs"], trtp.TensorDesc)
+    return _signed(description, inputs, _tensors(trtp, launch["outputs"]))
+
+
+def implement(trtp: Any, launch: Mapping[str, Any], ptx: str) -> Any:
+    """The function that gives a launch's kernel, grid and block; the grid's third axis is the batch."""
+
+    def implementation(*arguments: Any) -> Any:
+        wide, high = launch["grid"]
+        parameters = trtp.KernelLaunchParams(
+            grid_x=wide, grid_y=high, grid_z=arguments[0].shape_expr[0],
+            block_x=launch["threads"], shared_mem=launch["shared"],
+        )  # fmt: skip
+        return launch["symbol"], ptx, parameters, trtp.SymIntExprs(0)
+
+    inputs = dict.fromkeys(launch["inputs"], trtp.TensorDesc)
+    others = {"outputs": _tensors(trtp, launch["outputs"]), "tactic": int}
+    return _signed(implementation, {**inputs, **others}, tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs])
+
+
+def _tensors(trtp: Any, names: Sequence[str]) -> Any:
+    """The annotation of a tuple of as many tensors."""
+    return types.GenericAlias(tuple, (trtp.TensorDesc,) * len(names))
+
+
+def _signed(function: Any, parameters: Mapping[str, Any], returns: Any) -> Any:
+    """The function under the signature that TensorRT reads names and types from."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    made: Sequence[inspect.Parameter] = [inspect.Parameter(n, kind, annotation=a) for n, a in parameters.items()]
+    function.__signature__ = inspect.Signature(made, return_annotation=returns)
+    return function

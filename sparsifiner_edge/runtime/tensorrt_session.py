@@ -1,0 +1,220 @@
+"""A session on an engine's file. TensorRT and TensorRT-RTX share this interface, so `trt` is either module."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.errors import ArtifactError, BackendError
+from sparsifiner_edge.runtime import engines
+from sparsifiner_edge.runtime.cuda import Driver, Lane, Times, open_driver
+from sparsifiner_edge.runtime.engines import Engine
+from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs
+from sparsifiner_edge.runtime.tensorrt_errors import Messages, make_logger, run_error, unusable_engine
+
+Shape = tuple[int, ...]
+_KERNELS = {"plugin": "CUDA kernels, as a plugin", "dense": "dense attention"}
+"""By `kernels` in an engine's details."""
+
+
+class EngineSession:
+    """A `Session` on an engine.
+
+    CUDA is probed, and the engine's target compared with this machine, before the first object of TensorRT is made.
+
+    Args:
+        trt: the module `tensorrt` or `tensorrt_rtx`.
+        path: the engine's file; its hash has been checked.
+        engine: what it was built for.
+        manifest: of its bundle; names the dynamic axes.
+        graph: record runs of one shape as a CUDA graph, where the CUDA package can.
+
+    Raises:
+        BackendError: no CUDA device, another machine than the engine is for, or TensorRT refuses it.
+    """
+
+    def __init__(self, trt: Any, path: Path, engine: Engine, manifest: Mapping[str, Any], graph: bool = True) -> None:
+        start = time.perf_counter_ns()
+        self.backend = engine.backend
+        self._trt, self._engine_info, self._graph = trt, engine, graph
+        self._path = path
+        self._messages = Messages()
+        self._bound: dict[str, Shape] = {}
+        with contextlib.ExitStack() as stack:
+            self._driver = open_driver()
+            stack.callback(self._driver.close)
+            self._check_machine()
+            self._engine = self._deserialise(path)
+            stack.callback(self._drop)
+            self._context = self._make_context()
+            self.inputs, self.outputs = self._specs(manifest)
+            self._profile = {spec.name: self._range(spec) for spec in self.inputs}
+            self._lane = stack.enter_context(self._make_lane())
+            for spec in (*self.inputs, *self.outputs):
+                self._context.set_tensor_address(spec.name, self._lane.pointer(spec.name))
+            self._stack = stack.pop_all()
+        self.load_ms = (time.perf_counter_ns() - start) / 1e6
+
+    def _check_machine(self) -> None:
+        found = self._driver.device
+        version = str(self._trt.__version__)
+        device = engines.Device(self.backend, version, found.compute_capability, found.name)
+        reasons = engines.mismatches(self._engine_info, device)
+        if reasons:
+            raise BackendError(f"{self._path} does not run here: {'; '.join(reasons)}.", "Build it on this machine.")
+
+    def _deserialise(self, path: Path) -> Any:
+        trt = self._trt
+        self._logger = make_logger(trt, self._messages)
+        runtime = trt.Runtime(self._logger)
+        if engines.VERSION_COMPATIBLE in self._engine_info.compatible:
+            # Such an engine carries code for the processor; TensorRT runs it only when told that the file is trusted.
+            runtime.engine_host_code_allowed = True
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error}.", "Build the engine again.") from error
+        engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise unusable_engine(path, self._messages)
+        self._runtime = runtime
+        return engine
+
+    def _make_context(self) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise run_error(self._path, "to prepare a run", self._messages, self._driver.free_bytes())
+        return context
+
+    def _specs(self, manifest: Mapping[str, Any]) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        """Inputs and outputs, with the manifest's names of dynamic axes."""
+        named = {t["name"]: t["shape"] for key in ("inputs", "outputs") for t in manifest.get(key, [])}
+        found: dict[bool, list[TensorSpec]] = {True: [], False: []}
+        for number in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(number)
+            shape = tuple(self._engine.get_tensor_shape(name))
+            names = named.get(name, [None] * len(shape))
+            axes = tuple(size if size >= 0 else other for size, other in zip(shape, names, strict=True))
+            spec = TensorSpec(name, self._dtype(name), axes)
+            found[self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT].append(spec)
+        return found[True], found[False]
+
+    def _dtype(self, name: str) -> str:
+        kind = self._engine.get_tensor_dtype(name)
+        try:
+            return str(np.dtype(self._trt.nptype(kind)).name)
+        except TypeError as error:
+            raise BackendError(f"{name!r} has type {kind}, which NumPy lacks.", "Export with another type.") from error
+
+    def _range(self, spec: TensorSpec) -> tuple[Shape, Shape]:
+        """Least and greatest shape of an input."""
+        least, _best, most = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, 0))
+        return least, most
+
+    def _make_lane(self) -> Lane:
+        """Buffers for the greatest shapes."""
+        self._bind({name: most for name, (_, most) in self._profile.items()})
+        shapes = {s.name: tuple(self._context.get_tensor_shape(s.name)) for s in (*self.inputs, *self.outputs)}
+        sizes = {s.name: math.prod(shapes[s.name]) * np.dtype(s.dtype).itemsize for s in (*self.inputs, *self.outputs)}
+        inputs = {spec.name: sizes.pop(spec.name) for spec in self.inputs}
+        return Lane(self._driver, inputs, sizes)
+
+    def _bind(self, shapes: Mapping[str, Shape]) -> None:
+        if shapes == self._bound:
+            return
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise run_error(self._path, f"to take {name!r} of shape {list(shape)}", self._messages)
+        self._bound = dict(shapes)
+
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """See `Session.description`; also `cuda`, `graph` and `zero_copy`."""
+        device = self._driver.device
+        return {
+            "backend": self.backend,
+            "version": str(self._trt.__version__),
+            "provider": "TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
+            "device": f"{device.name} (compute capability {device.compute_capability})",
+            "precision": self._engine_info.precision,
+            "kernels": _KERNELS.get(str(self._engine_info.details.get("kernels")), "function bodies"),
+            "threads": 1,
+            "cuda": f"{self._driver.package}, driver for CUDA {device.driver_version}",
+            "graph": self._graph and self._driver.graphs,
+            "zero_copy": self._lane.zero_copy,
+        }
+
+    @property
+    def last_times(self) -> Times | None:
+        """Of the latest run, by the device's clock: copy in, compute, copy out."""
+        return self._lane.last_times
+
+    @property
+    def driver(self) -> Driver:
+        """The CUDA device that the engine runs on."""
+        return self._driver
+
+    def layers(self) -> Any:
+        """What TensorRT made of the model, layer by layer, as its inspector tells; detail as it was built with.
+
+        Raises:
+            BackendError: the session is closed.
+        """
+        self._require_open()
+        inspector = self._engine.create_engine_inspector()
+        return json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
+    def validate(self, inputs: Mapping[str, Array]) -> None:
+        """See `Session.validate`; sizes must also be in the range that the engine was built for."""
+        validate_inputs(self.inputs, inputs)
+        for name, (least, most) in self._profile.items():
+            for axis, size in enumerate(inputs[name].shape):
+                if not least[axis] <= size <= most[axis]:
+                    raise BackendError(
+                        f"Input {name!r} got {size} on axis {axis}; this engine takes {least[axis]} to {most[axis]}.",
+                        "Give that many, or build an engine for other batch sizes.",
+                    )
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Session.infer`."""
+        self._require_open()
+        self.validate(inputs)
+        shapes: dict[str, Shape] = {name: value.shape for name, value in inputs.items()}
+        self._driver.use()
+        self._bind(shapes)
+        outputs = {s.name: (np.dtype(s.dtype), tuple(self._context.get_tensor_shape(s.name))) for s in self.outputs}
+        key = tuple(sorted(shapes.items())) if self._graph else None
+        return self._lane.run(inputs, outputs, self._enqueue, key)
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._lane.stream_number):
+            raise run_error(self._path, "to run", self._messages)
+
+    def _require_open(self) -> None:
+        if self._engine is None:
+            raise BackendError(f"The session of {self._path} is closed.", "Open it again.")
+
+    def _drop(self) -> None:
+        """Let go of TensorRT's objects, those that use others first; the last reference frees them."""
+        self._context = self._engine = self._runtime = None
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._stack.close()
+
+    def __enter__(self) -> EngineSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

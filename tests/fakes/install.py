@@ -1,0 +1,45 @@
+"""Puts fakes in the place of packages for one test."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from sparsifiner_edge.runtime import tensorrt_plugin
+from sparsifiner_edge.runtime.cuda import cuda_python, pycuda
+from tests.fakes.cuda_modules import cuda_bindings, pycuda_driver
+from tests.fakes.gpu import Gpu
+from tests.fakes.tensorrt import Behaviour, make_plugin_module, make_tensorrt
+
+
+def install_cuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, package: str = "cuda-python") -> Any:
+    """The fake of a CUDA package, and nothing of the other; returns the module."""
+    monkeypatch.setattr(cuda_python, "installed", lambda: package == "cuda-python")
+    monkeypatch.setattr(pycuda, "installed", lambda: package == "pycuda")
+    if package == "cuda-python":
+        made = cuda_bindings(gpu)
+        parent = types.ModuleType("cuda.bindings")
+        parent.__version__ = "12.6.2"
+        monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+        monkeypatch.setitem(sys.modules, "cuda.bindings", parent)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", made)
+    else:
+        made = pycuda_driver(gpu)
+        monkeypatch.setitem(sys.modules, "pycuda", types.ModuleType("pycuda"))
+        monkeypatch.setitem(sys.modules, "pycuda.driver", made)
+    return made
+
+
+def install_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, gpu: Gpu, version: str = "10.3", behaviour: Behaviour | None = None
+) -> Any:
+    """The fake of a TensorRT version; returns the module."""
+    made = make_tensorrt(version, gpu, behaviour)
+    monkeypatch.setitem(sys.modules, "tensorrt", made)
+    plugin = make_plugin_module(version, behaviour.seen if behaviour else {})
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", plugin)
+    monkeypatch.setattr(tensorrt_plugin, "_registered", set())
+    return made

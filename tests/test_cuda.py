@@ -1,0 +1,303 @@
+"""The CUDA layer, against fakes of both packages and, where no driver is, against the real cuda-python."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.runtime.cuda import Driver, Lane, Times, cuda_python, open_driver, probe, pycuda
+from sparsifiner_edge.runtime.cuda.cuda_python import CudaPython
+from sparsifiner_edge.runtime.cuda.driver import fail
+from sparsifiner_edge.runtime.cuda.pycuda import PyCuda
+from tests.fakes.cuda_modules import cuda_bindings
+from tests.fakes.gpu import Gpu
+from tests.fakes.install import install_cuda
+
+REAL = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings")
+PACKAGES = ("cuda-python", "pycuda")
+TWO = {"x": 16}, {"y": 16}
+FLOATS = {"y": (np.dtype(np.float32), (4,))}
+
+
+def doubling(gpu, lane, times=None):
+    """Puts y = 2 x into the lane's stream, as an engine would."""
+
+    def compute():
+        if times is not None:
+            times.append(len(times))
+        x, y = (np.frombuffer(gpu.block(lane.pointer(name)), np.float32) for name in "xy")
+        gpu.put(lane.stream_number, lambda: np.multiply(x, 2, out=y))
+
+    return compute
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_probe_describes_the_device(monkeypatch, package):
+    install_cuda(monkeypatch, Gpu("NVIDIA L4", (8, 9), 24 << 30, False, 12080), package)
+    found = probe()
+    assert (found.name, found.sm, found.compute_capability) == ("NVIDIA L4", (8, 9), "8.9")
+    assert (found.memory_bytes, found.integrated, found.driver_version) == (24 << 30, False, "12.8")
+    with pytest.raises(BackendError, match="no CUDA device 3"):
+        probe(3)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_method_of_the_protocol_is_there(package):
+    kind = CudaPython if package == "cuda-python" else PyCuda
+    wanted = {name for name in vars(Driver) if not name.startswith("_")} - {"package", "device"}
+    assert wanted <= set(dir(kind))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("integrated", [True, False])
+def test_a_lane_copies_computes_and_gives_all_back(monkeypatch, package, integrated):
+    gpu = Gpu(integrated=integrated)
+    install_cuda(monkeypatch, gpu, package)
+    driver = open_driver()
+    with Lane(driver, *TWO) as lane:
+        taken = gpu.live()
+        first = lane.run({"x": np.float32([1, 2, 3, 4])}, FLOATS, doubling(gpu, lane))["y"]
+        second = lane.run({"x": np.float32([5, 6, 7, 8])}, FLOATS, doubling(gpu, lane))["y"]
+        times = lane.last_times
+    driver.close()
+    np.testing.assert_array_equal(first, [2, 4, 6, 8])  # its own memory: the second run has not changed it
+    np.testing.assert_array_equal(second, [10, 12, 14, 16])
+    assert taken == {"stream": 1, "event": 4, "host": 2} | ({} if integrated else {"device": 2})
+    assert gpu.live() == {}
+    assert times == (Times(0.0, 1.0, 0.0) if integrated else Times(0.25, 1.0, 0.25))
+
+
+def test_pinned_and_mapped_without_copies_on_shared_memory(monkeypatch):
+    gpu = Gpu(integrated=True)
+    install_cuda(monkeypatch, gpu)
+    with Lane(open_driver(), *TWO) as lane:
+        lane.run({"x": np.float32([1, 2, 3, 4])}, FLOATS, doubling(gpu, lane))
+    assert gpu.calls["cudaMemcpyAsync"] == gpu.calls["cudaMalloc"] == 0
+    assert gpu.calls["cudaHostGetDevicePointer"] == 2
+
+
+def test_a_repeated_run_is_recorded_once_and_launched(monkeypatch):
+    gpu = Gpu(integrated=False)
+    install_cuda(monkeypatch, gpu)
+    ran: list[int] = []
+    with Lane(open_driver(), *TWO) as lane:
+        outputs = [
+            lane.run({"x": np.full(4, n, np.float32)}, FLOATS, doubling(gpu, lane, ran), name)["y"][0]
+            for n, name in enumerate(["a", "a", "a", "a", "b", "a", "a"])
+        ]
+        assert gpu.live()["executable graph"] == 1
+    assert outputs == [0, 2, 4, 6, 8, 10, 12]
+    # a runs itself, is recorded, launched twice; b drops the recording and runs; a again runs, then is recorded.
+    assert len(ran) == 5
+    assert gpu.calls["cudaGraphLaunch"] == 4
+    assert gpu.live() == {}
+
+
+def test_pycuda_runs_without_graphs(monkeypatch):
+    gpu = Gpu()
+    install_cuda(monkeypatch, gpu, "pycuda")
+    driver = open_driver()
+    ran: list[int] = []
+    with Lane(driver, *TWO) as lane:
+        for _ in range(3):
+            lane.run({"x": np.zeros(4, np.float32)}, FLOATS, doubling(gpu, lane, ran), "a")
+    assert len(ran) == 3
+    with pytest.raises(BackendError, match="no CUDA graphs"):
+        driver.begin_capture(None)
+    driver.close()
+    driver.close()
+    assert gpu.calls["detach"] == 1
+
+
+def test_pycuda_refuses_another_thread(monkeypatch):
+    gpu = Gpu()
+    install_cuda(monkeypatch, gpu, "pycuda")
+    caught: list[BaseException] = []
+    with Lane(open_driver(), *TWO) as lane:
+
+        def elsewhere():
+            try:
+                lane.run({"x": np.zeros(4, np.float32)}, FLOATS, doubling(gpu, lane))
+            except BackendError as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert "thread" in str(caught[0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["cudaStreamCreateWithFlags", "cudaEventCreate", "cudaHostAlloc", "cudaHostGetDevicePointer", "cudaMalloc"],
+)
+def test_a_failure_while_opening_leaves_nothing(monkeypatch, function):
+    gpu = Gpu(integrated=False)
+    install_cuda(monkeypatch, gpu)
+    driver = open_driver()
+    gpu.fail[function] = "cudaErrorMemoryAllocation"
+    with pytest.raises(BackendError, match=r"(?s)cudaErrorMemoryAllocation.*out of memory"):
+        Lane(driver, *TWO)
+    assert gpu.live() == {}
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["cudaMemcpyAsync", "cudaEventRecord", "cudaStreamSynchronize", "cudaGraphInstantiate", "cudaGraphLaunch"],
+)
+def test_a_failure_while_running_leaves_nothing(monkeypatch, function):
+    gpu = Gpu(integrated=False)
+    install_cuda(monkeypatch, gpu)
+    with Lane(open_driver(), *TWO) as lane:
+        lane.run({"x": np.zeros(4, np.float32)}, FLOATS, doubling(gpu, lane), "a")
+        gpu.fail[function] = "cudaErrorLaunchFailure"
+        with pytest.raises(BackendError, match=r"(?s)cudaErrorLaunchFailure.*lost to this process: start it again"):
+            lane.run({"x": np.zeros(4, np.float32)}, FLOATS, doubling(gpu, lane), "a")
+        del gpu.fail[function]
+    assert gpu.live() == {}
+
+
+def test_a_recording_that_fails_is_ended(monkeypatch):
+    gpu = Gpu()
+    install_cuda(monkeypatch, gpu)
+    with Lane(open_driver(), *TWO) as lane:
+        compute = doubling(gpu, lane)
+        lane.run({"x": np.zeros(4, np.float32)}, FLOATS, compute, "a")
+
+        def refuses():
+            raise BackendError("The engine refuses.")
+
+        with pytest.raises(BackendError, match="The engine refuses"):
+            lane.run({"x": np.zeros(4, np.float32)}, FLOATS, refuses, "a")
+        np.testing.assert_array_equal(lane.run({"x": np.ones(4, np.float32)}, FLOATS, compute, "a")["y"], 2)
+    assert gpu.live() == {}
+
+
+def test_closing_frees_all_even_when_one_step_fails(monkeypatch):
+    gpu = Gpu(integrated=False)
+    install_cuda(monkeypatch, gpu)
+    lane = Lane(open_driver(), *TWO)
+    gpu.fail["cudaEventDestroy"] = "cudaErrorLaunchFailure"
+    with pytest.raises(BackendError, match="to free an event"):
+        lane.close()
+    assert set(gpu.live()) == {"event"}  # which could not be given back; all else was
+    lane.close()
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    gpu = Gpu()
+    install_cuda(monkeypatch, gpu)
+    with Lane(open_driver(), *TWO) as lane, pytest.raises(BackendError, match="'x' needs 20 bytes; its buffer has 16"):
+        lane.run({"x": np.zeros(5, np.float32)}, FLOATS, doubling(gpu, lane))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_memory_that_is_not_there(monkeypatch, package):
+    install_cuda(monkeypatch, Gpu(memory=100, integrated=False), package)
+    driver = open_driver()
+    assert driver.free_bytes() == 100
+    with pytest.raises(BackendError, match=r"(?s)to allocate 101 bytes.*out of memory: end other programs"):
+        driver.allocate(101)
+
+
+def test_no_package_gives_the_pip_command(monkeypatch):
+    monkeypatch.setattr(cuda_python, "installed", lambda: False)
+    monkeypatch.setattr(pycuda, "installed", lambda: False)
+    with pytest.raises(MissingExtraError, match=r"(?s)cuda-python or pycuda.*sparsifiner-edge\[gpu\]"):
+        probe()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "message"),
+    [
+        (Gpu(driver=0), "No NVIDIA driver"),
+        (Gpu(count=0), "CUDA finds no device"),
+        (Gpu(fail={"cudaGetDeviceCount": "cudaErrorNoDevice"}), "CUDA_VISIBLE_DEVICES"),
+        (Gpu(fail={"cudaGetDeviceCount": "cudaErrorInsufficientDriver"}), "Install or update NVIDIA's driver"),
+    ],
+)
+def test_no_device_says_why(monkeypatch, gpu, message):
+    install_cuda(monkeypatch, gpu)
+    with pytest.raises(BackendError, match=message):
+        probe()
+
+
+def test_a_package_that_cannot_load_the_driver(monkeypatch):
+    """cuda-python up to 12.8 raises RuntimeError from the first call; pycuda does not import."""
+    module = install_cuda(monkeypatch, Gpu())
+
+    def missing():
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    module.cudaDriverGetVersion = missing
+    with pytest.raises(BackendError, match=r"No NVIDIA driver \(cuda-python 12.6.2: Failed to dlopen"):
+        probe()
+    install_cuda(monkeypatch, Gpu(), "pycuda")
+    monkeypatch.delitem(sys.modules, "pycuda.driver")
+    monkeypatch.setattr(
+        pycuda.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError("libcuda.so.1: cannot open"))
+    )
+    with pytest.raises(BackendError, match="No NVIDIA driver"):
+        pycuda.open_device(0)
+
+
+def test_names_of_errors_of_both_packages_have_one_meaning():
+    for name in ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"):
+        with pytest.raises(BackendError, match="out of memory: end other programs"):
+            fail("p", "to run", name)
+    for name in ("cudaErrorIllegalAddress", "launch failed", "invalid/unknown error code", "ECC uncorrectable"):
+        with pytest.raises(BackendError, match="lost to this process"):
+            fail("p", "to run", name)
+    with pytest.raises(BackendError, match="Start again; if it stays"):
+        fail("p", "to run", "cudaErrorInvalidValue")
+
+
+@pytest.mark.skipif(not REAL, reason="cuda-python is not installed")
+def test_the_fake_has_the_surface_of_the_real_package():
+    """Names and numbers of parameters, as the docstrings of the real functions give them; enums by value."""
+    import cuda.bindings.runtime as real
+
+    fake = cuda_bindings(Gpu())
+    for name, value in vars(fake).items():
+        if name.startswith("cuda") and inspect.isfunction(value):
+            text = (getattr(real, name).__doc__ or "").split("\n")[0]
+            assert text.startswith(f"{name}("), name
+    for name in ("cudaHostAllocMapped", "cudaStreamNonBlocking"):
+        assert int(getattr(real, name)) == getattr(fake, name)
+    for kind in ("cudaMemcpyKind", "cudaStreamCaptureMode", "cudaError_t"):
+        for member in getattr(fake, kind):
+            assert int(getattr(getattr(real, kind), member.name)) == int(member), member
+
+
+@pytest.mark.skipif(not REAL, reason="cuda-python is not installed")
+def test_parameters_of_the_real_package():
+    """What the adapter passes, counted against the real functions' own text."""
+    import cuda.bindings.runtime as real
+
+    from tests.fakes import cuda_modules
+
+    for body in cuda_modules._functions(Gpu()):
+        text = (getattr(real, body.__name__).__doc__ or "").split("\n")[0]
+        parameters = [p for p in text.partition("(")[2].rpartition(")")[0].split(",") if p.strip()]
+        assert len(parameters) == len(inspect.signature(body).parameters), text
+
+
+@pytest.mark.skipif(not REAL, reason="cuda-python is not installed")
+def test_the_real_package_without_a_driver_is_a_message():
+    """On a machine with a driver it finds the device; without, it says so. It must not end the process."""
+    code = (
+        "from sparsifiner_edge.errors import SparsifinerError\n"
+        "from sparsifiner_edge.runtime.cuda import probe\n"
+        "try: print('device', probe())\n"
+        "except SparsifinerError as error: print('message', error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("device") or "NVIDIA" in done.stdout

@@ -1,0 +1,207 @@
+"""Which kernels an engine takes is measured: candidates are built, timed and gated, on a fake of TensorRT."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from sparsifiner_edge.artifacts import seal_bundle
+from sparsifiner_edge.errors import BackendError, GateError
+from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.runtime import build as build_module
+from sparsifiner_edge.runtime import check_golden, open_session, tensorrt
+from sparsifiner_edge.runtime.build import build_engine
+from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, table_file
+from sparsifiner_edge.runtime.tensorrt_models import dense_model
+from tests.fakes.gpu import Gpu
+from tests.fakes.install import install_cuda, install_tensorrt
+from tests.fakes.tensorrt import Behaviour
+from tests.sparse_graph import sparse_model
+from tests.test_runtime import spoil_golden
+
+LAUNCHES = {
+    "select_1": {"kernel": "select", "inputs": ["qkv", "proj_q", "proj_k"], "outputs": ["indices"]},
+    "attend_1": {"kernel": "attend", "inputs": ["qkv", "indices"], "outputs": ["output"]},
+}
+TENSORS = {
+    "qkv": ("float32", [64, 192]), "proj_q": ("float32", [2, 32, 8]), "proj_k": ("float32", [2, 32, 8]),
+    "indices": ("int32", [2, 4, 12]), "output": ("float32", [64, 64]),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_kernels(folder):
+    """A table with one launch for each node; the code is not run here."""
+    launches = {
+        name: launch
+        | {"symbol": f"{launch['kernel']}_kernel", "grid": [4, 2], "threads": 128, "shared": 64}
+        | {"tensors": {t: dict(zip(("dtype", "shape"), TENSORS[t], strict=True)) for t in TENSORS}}
+        for name, launch in LAUNCHES.items()
+    }
+    nodes = {
+        "layer/select": [("select_1", ["qkv", "proj_q", "proj_k"], ["indices"])],
+        "layer/attend": [("attend_1", ["qkv", "indices"], ["attended"])],
+    }
+    table = {
+        "schema_version": 1,
+        "launches": launches,
+        "nodes": {
+            node: [{"name": node, "launch": x, "inputs": i, "outputs": o} for x, i, o in entries]
+            for node, entries in nodes.items()
+        },
+    }
+    for name in launches:
+        path = folder / code_file(87, name, "ptx")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"the code of {name}")
+    (folder / table_file(87)).write_text(json.dumps(table))
+
+
+def make_sparse_bundle(folder, kernels=False, tolerance=1e-4):
+    folder.mkdir()
+    model = sparse_model()
+    onnx.save(model, folder / "model.onnx")
+    image = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    golden = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": image})[0]
+    np.savez(folder / "golden.npz", **{"input.image": image, "output.features": golden})
+    if kernels:
+        write_kernels(folder)
+    seal_bundle(folder, {
+        "precision": "fp32", "ops": {f"{DOMAIN}::{name}": 1 for name in ("KeySelect", "SparseAttention")},
+        "inputs": [{"name": "image", "dtype": "uint8", "shape": ["batch", 8, 8, 3]}],
+        "outputs": [{"name": "features", "dtype": "float32", "shape": ["batch", 64]}],
+        "tolerances": {"features": tolerance},
+    })  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    def make(version, **milliseconds):
+        behaviour = Behaviour(original=sparse_model().SerializeToString(), milliseconds=milliseconds)
+        gpu = Gpu()
+        install_cuda(monkeypatch, gpu)
+        install_tensorrt(monkeypatch, gpu, version, behaviour)
+        run = lambda job, timeout, progress=None: tensorrt.build(job, progress or (lambda *_: None))  # noqa: E731
+        monkeypatch.setattr(build_module, "run_job", run)
+        return gpu, behaviour
+
+    return make
+
+
+def details(folder, **options):
+    (engine,) = build_engine(folder, "tensorrt", options=options)["engines"]
+    return engine, engine["details"]
+
+
+def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, machine):
+    gpu, behaviour = machine("10.9", attend_1=1.5, DenseAttention=1.0, SparseAttention=3.0)
+    folder = make_sparse_bundle(tmp_path / "b", kernels=True)
+    engine, found = details(folder)
+    assert (engine["variant"], found["kernels"]) == ("measured", "plugin")
+    times = {name: entry["compute_ms"] for name, entry in found["candidates"].items()}
+    assert times == {"bodies": 3.0, "plugin": 1.5, "dense": 1.0}
+    assert isinstance(found["candidates"]["plugin"]["golden"], dict)
+    assert "differs from golden" in found["candidates"]["dense"]["golden"]  # so it is no candidate, fast as it is
+    assert set(behaviour.seen["register"]) == set(behaviour.seen["aot_impl"]) == {f"{NAMESPACE}::{n}" for n in LAUNCHES}
+    with open_session(folder, "tensorrt") as session:
+        assert session.description["kernels"] == "CUDA kernels, as a plugin"
+        assert check_golden(session, folder)
+    with pytest.raises(BackendError, match="no engine for tensorrt"):
+        open_session(folder, "tensorrt", kernels="portable")
+    assert [p.name for p in (folder / "engines").iterdir()] == [engine["file"].partition("/")[2]]
+    assert gpu.live() == {}
+
+
+def test_slower_kernels_lose(tmp_path, machine):
+    machine("10.16", attend_1=5.0, SparseAttention=3.0)
+    folder = make_sparse_bundle(tmp_path / "b", kernels=True)
+    _, found = details(folder)
+    assert found["kernels"] == "bodies"
+    with open_session(folder, "tensorrt", kernels="portable") as session:
+        assert session.description["kernels"] == "function bodies"
+
+
+def test_dense_wins_where_it_makes_no_difference(tmp_path, machine):
+    machine("11.4", DenseAttention=1.0, SparseAttention=3.0)
+    folder = make_sparse_bundle(tmp_path / "b", tolerance=10.0)
+    _, found = details(folder)
+    assert found["kernels"] == "dense"
+    assert set(found["candidates"]) == {"bodies", "dense"}
+    with open_session(folder, "tensorrt") as session:
+        assert session.description["kernels"] == "dense attention"
+
+
+def test_a_candidate_that_cannot_be_built_is_recorded(tmp_path, machine):
+    _, behaviour = machine("10.9", SparseAttention=3.0)
+    behaviour.refuse = ("attend_1",)
+    _, found = details(make_sparse_bundle(tmp_path / "b", kernels=True))
+    assert found["kernels"] == "bodies"
+    assert "cannot read the model" in found["candidates"]["plugin"]["failed"]
+
+
+def test_no_candidate_left_is_an_error_and_changes_nothing(tmp_path, machine):
+    _, behaviour = machine("10.9")
+    folder = make_sparse_bundle(tmp_path / "b", kernels=True)
+    behaviour.build = ("Error Code 2: OutOfMemory",)
+    with pytest.raises(BackendError, match="ran out of memory"):
+        build_engine(folder, "tensorrt")
+    behaviour.build = None
+    spoilt = make_sparse_bundle(tmp_path / "c")
+    spoil_golden(spoilt, lambda features: features * 1.5)
+    with pytest.raises(GateError, match="differs from golden"):
+        build_engine(spoilt, "tensorrt")
+    assert not (spoilt / "engines").exists()
+
+
+def test_the_choice_can_be_made_by_hand(tmp_path, machine):
+    machine("10.9")
+    folder = make_sparse_bundle(tmp_path / "b", kernels=True)
+    engine, found = details(folder, kernels="portable")
+    assert (engine["variant"], found["kernels"]) == ("", "bodies")
+    engine, found = details(folder, kernels="plugin")
+    assert (engine["variant"], found["kernels"]) == ("plugin", "plugin")
+    assert "candidates" not in found
+
+
+@pytest.mark.parametrize(
+    ("version", "kernels", "message"),
+    [
+        ("10.3", True, "TensorRT 10.3.0 has no ahead-of-time plugins"),
+        ("10.7", True, "TensorRT 10.7.0 has no ahead-of-time plugins"),
+        ("10.9", False, "the bundle has no kernels for Orin; export it with --board"),
+    ],
+)
+def test_a_plugin_that_is_not_possible_says_why(tmp_path, machine, version, kernels, message):
+    machine(version)
+    folder = make_sparse_bundle(tmp_path / "b", kernels=kernels)
+    with pytest.raises(BackendError, match=f"The plugin cannot be used: {message}"):
+        build_engine(folder, "tensorrt", options={"kernels": "plugin"})
+    _, found = details(folder)
+    assert set(found["candidates"]) == {"bodies", "dense"}
+
+
+def test_the_dense_model_is_dense_attention():
+    """Against NumPy, on the same weights."""
+    model = sparse_model()
+    image = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    got = onnxruntime.InferenceSession(dense_model(model.SerializeToString())).run(None, {"image": image})[0]
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    qkv = image.reshape(2, 64, 3).astype(np.float32) @ weights["embed"] + weights["place"]
+    q, k, v = qkv.reshape(2, 64, 3, 2, 32).transpose(2, 0, 3, 1, 4)
+    logits = q @ k.swapaxes(-1, -2) * 32**-0.5
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    wanted = (probabilities @ v).transpose(0, 2, 1, 3).reshape(2, 64, 64).mean(1)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    dense = onnx.load_from_string(dense_model(model.SerializeToString()))
+    assert [f.name for f in dense.functions] == ["DenseAttention"]
+    assert {t.name for t in dense.graph.initializer} == {"pixels", "embed", "place", "axes"}

@@ -1,0 +1,86 @@
+"""The builder for full TensorRT on a real library of the same interface: TensorRT-RTX, which builds without a GPU.
+
+What differs is the target: full TensorRT builds for the GPU that is there, TensorRT-RTX for the one it is told.
+"""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from sparsifiner_edge.errors import BackendError, UnsupportedModelError
+from sparsifiner_edge.runtime.cuda import Device
+from sparsifiner_edge.runtime.engines import BatchRange
+from sparsifiner_edge.runtime.tensorrt_build import Settings, build_engine_file
+from sparsifiner_edge.runtime.tensorrt_errors import Messages, make_logger
+from tests.tiny import make_bundle
+
+rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+CARD = Device(0, "a card that is not here", (8, 6), 12 << 30, False, "12.8")
+SETTINGS = Settings(BatchRange(1, 2, 4))
+
+
+@pytest.fixture(scope="module")
+def trt():
+    """The real module, with a builder whose configurations are for compute capability 8.6."""
+
+    class Builder:
+        def __init__(self, logger):
+            self._builder = rtx.Builder(logger)
+
+        def __getattr__(self, name):
+            return getattr(self._builder, name)
+
+        def create_builder_config(self):
+            config = self._builder.create_builder_config()
+            config.num_compute_capabilities = 1
+            assert config.set_compute_capability(rtx.ComputeCapability.SM86, 0)
+            return config
+
+    return types.SimpleNamespace(**{name: getattr(rtx, name) for name in dir(rtx)} | {"Builder": Builder})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = make_bundle(tmp_path_factory.mktemp("real") / "b", depth=2, function=True)
+    return (folder / "model.onnx").read_bytes()
+
+
+def test_an_engine_is_built_and_progress_told(trt, model):
+    told = []
+    built = build_engine_file(trt, model, CARD, 1 << 30, SETTINGS, lambda *step: told.append(step))
+    assert len(built.content) > 1000
+    assert built.details["layers"] > 3
+    assert built.details["workspace_bytes"] == (1 << 30) * 3 // 4
+    assert told
+    assert all(done <= total for _, done, total in told)
+
+
+def test_nobody_listening_stops_it(trt, model):
+    def gone(*_step):
+        raise BrokenPipeError
+
+    with pytest.raises(BackendError, match="The build was stopped"):
+        build_engine_file(trt, model, CARD, 1 << 30, SETTINGS, gone)
+
+
+def test_the_parser_names_the_node(trt, model):
+    import onnx
+
+    bad = onnx.load_from_string(model)
+    bad.graph.node[2].op_type, bad.graph.node[2].name = "NoSuchOperator", "the culprit"
+    with pytest.raises(UnsupportedModelError, match=r"the culprit \(NoSuchOperator\)"):
+        build_engine_file(trt, bad.SerializeToString(), CARD, 1 << 30, SETTINGS, lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match="cannot read the model"):
+        build_engine_file(trt, b"not a model", CARD, 1 << 30, SETTINGS, lambda *_: None)
+
+
+def test_the_logger_keeps_what_is_said(trt):
+    messages = Messages()
+    logger = make_logger(trt, messages)
+    logger.log(trt.ILogger.ERROR, "first\n line")
+    logger.log(trt.ILogger.WARNING, "a warning")
+    logger.log(trt.ILogger.INFO, "nothing")
+    assert messages.text() == "first line"
+    assert list(messages.warnings) == ["a warning"]
