@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from sparsifiner_edge.export.bundle import export_bundle as export_bundle
     from sparsifiner_edge.profiles.latency import profile_bundle as profile_bundle
     from sparsifiner_edge.runtime import open_session as open_session
+    from sparsifiner_edge.runtime.build import build_engine as build_engine
     from sparsifiner_edge.sparse.student import load_student as load_student
     from sparsifiner_edge.sparse.student import sparsify as sparsify
 
 _HOMES = {
     "SparsityConfig": "config",
     "SparsifinerError": "errors",
+    "build_engine": "runtime.build",
     "distill_student": "distill.distill",
     "evaluate_student": "evaluate.cosine",
     "export_bundle": "export.bundle",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ BUNDLE_SCHEMA = 1
 STUDENT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 BUNDLE_FILE = "manifest.json"
+ENGINE_FOLDER = "engines"
+_SCRATCH = ".build."
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE}
 
 
@@ -134,6 +137,9 @@ def require_replaceable(folder: Path, kind: str) -> None:
         if not folder.exists() or not any(folder.iterdir()):
             return
         present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+        busy = [path for path in folder.glob(f"{_SCRATCH}*") if _in_use(path)]
+    if busy:
+        raise ArtifactError(f"An engine is being built in {folder}.", "Wait for it, or choose another output folder.")
     ours = _own_files(folder, kind)
     fix = "It is left untouched; choose another output folder."
     if not ours:
@@ -149,7 +155,8 @@ def _own_files(folder: Path, kind: str) -> set[str]:
             return {STUDENT_FILE, WEIGHTS_FILE}
         if kind_of(folder) == kind == "bundle":
             manifest = read_json(folder / BUNDLE_FILE, schema=1 << 30)
-            return {BUNDLE_FILE, *field(manifest, folder / BUNDLE_FILE, "files", dict)}
+            left = {str(p.relative_to(folder)) for p in _leftovers(folder, manifest)}
+            return {BUNDLE_FILE, *field(manifest, folder / BUNDLE_FILE, "files", dict), *left}
     return set()
 
 
@@ -248,6 +255,108 @@ def seal_bundle(folder: Path, manifest: dict[str, Any]) -> None:
     files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     content = {"schema_version": BUNDLE_SCHEMA, "kind": "bundle", **manifest, "files": files}
     (folder / BUNDLE_FILE).write_text(dump_json(content), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; no file is left, and the lock ends with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _in_use(scratch: Path) -> bool:
+    """Whether the process that made a scratch folder in a bundle still lives."""
+    try:
+        handle = os.open(scratch, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """Files in a bundle that builds left which were killed: in scratch folders, and engines that nothing lists."""
+    known = manifest.get("files", {})
+    engines = [p for p in folder.glob(f"{ENGINE_FOLDER}/*.engine") if str(p.relative_to(folder)) not in known]
+    return [p for p in folder.glob(f"{_SCRATCH}*/**/*") if p.is_file()] + engines
+
+
+@contextlib.contextmanager
+def bundle_scratch(folder: Path) -> Iterator[Path]:
+    """A folder in a bundle for files that are being made; it vanishes with the block, as does what killed builds left.
+
+    Raises:
+        ArtifactError: the disk refuses.
+    """
+    handle, scratch = -1, None
+    try:
+        with _io_errors(folder), _locked(folder), _signals_held():
+            for old in folder.glob(f"{_SCRATCH}*"):
+                if not _in_use(old):
+                    shutil.rmtree(old, ignore_errors=True)
+            in_use = [p.parent for p in folder.glob(f"{_SCRATCH}*/*")]
+            for path in _leftovers(folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)):
+                if path.parent not in in_use:
+                    path.unlink(missing_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder))
+            handle = os.open(scratch, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield scratch
+    finally:
+        with _signals_held():
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            if handle >= 0:
+                os.close(handle)
+
+
+def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Move files into a bundle and replace its manifest: both or neither. Files that nothing lists any more vanish.
+
+    Args:
+        files: place in the bundle -> where the file is now, on the same file system; places must be new.
+        change: manifest as it now stands -> as it shall be; its `files` name what is kept, their hashes are its own,
+            those of the new files are added here.
+
+    Raises:
+        ArtifactError: the bundle is not one any more, or the disk refuses; the bundle is as it was.
+    """
+    with _io_errors(folder), _locked(folder):
+        before = read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)
+        manifest = change(before)
+        manifest["files"] = manifest["files"] | {name: sha256(path) for name, path in files.items()}
+        for path in files.values():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        with _signals_held():
+            _move_in(folder, files, dump_json(manifest))
+            for name in set(before["files"]) - set(manifest["files"]):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:
+    """The manifest's replacement, one rename, is what makes the files part of the bundle."""
+    made: list[Path] = []
+    try:
+        for name, path in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            made.append(path.rename(folder / name))
+        write_text(folder / BUNDLE_FILE, manifest)
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Only when empty.
+            (folder / ENGINE_FOLDER).rmdir()
+        raise
 
 
 def open_bundle(folder: Path) -> dict[str, Any]:

@@ -14,11 +14,14 @@ import numpy as np
 import onnx
 import pytest
 
+from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export import board as boards
 from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
 from sparsifiner_edge.profiles.board import load_board
+from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, kernel_model, ordered_ptx, plain_ptx, read_table
+from tests.commands import assert_refused, call
 from tests.fakes import record_tensorrt
 from tests.sparse_graph import sparse_model
 
@@ -374,3 +377,21 @@ def test_numbers_of_the_table_are_those_of_the_model(bundle):
     # 63 patches in rows of 64 bytes, given as 16 words.
     assert member["tensors"]["member"] == {"dtype": "int32", "shape": [2, 4, 16]}
     assert np.prod(attend["grid"]) > 0
+
+
+def test_export_for_a_board(tiny_student, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    out = call(capsys, "export", tiny_student, "--precision", "fp16", "--board", "jetson-orin-nano-8gb", "-o", bundle)
+    assert out.code == 0, out.err
+    assert "jetson-orin-nano-8gb: " in out.out
+    [entry] = open_bundle(bundle)["boards"]
+    assert {entry["table"], entry["model"]} <= open_bundle(bundle)["files"].keys()
+    assert entry["nodes"] > 0
+    with open_session(bundle) as session:
+        check_golden(session, bundle)
+
+
+def test_export_refuses_a_board_it_does_not_know(tiny_student, tmp_path, capsys):
+    out = call(capsys, "export", tiny_student, "--board", "toaster", "-o", tmp_path / "bundle")
+    assert_refused(out, "toaster", "jetson-orin-nano-8gb")
+    assert list(tmp_path.iterdir()) == []

@@ -25,12 +25,14 @@ from sparsifiner_edge.config import parse_token_keep
 @click.option("--img-size", type=click.IntRange(min=1), help="Pixels along a side; by default the source's own.")
 @keep_option
 @token_keep_option
-@click.option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True,
-              help="Of the linear layers; attention stays in fp32.")  # fmt: skip
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
+              help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), help="For int8: a folder of pictures to calibrate with.")
 @click.option("--recipe", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
               help="For int8: what will run it.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
+@click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
+              help="Also compile GPU kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
 @click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")
 @json_option
@@ -48,6 +50,7 @@ def command(
     calibrate: Path | None,
     recipe: str,
     measure: bool,
+    boards: tuple[str, ...],
     as_json: bool,
     output: Path,
 ) -> None:
@@ -73,6 +76,7 @@ def command(
             calibrate=calibrate,
             recipe=recipe,
             measure=measure,
+            boards=boards,
             progress=show,
         )
     manifest = open_bundle(folder)
@@ -94,13 +98,24 @@ def command(
     if "quantisation" in manifest:
         found = manifest["quantisation"]
         least = min(found["cosines"].values())
-        click.echo(f"int8: {found['quantised']} linear layers, {len(found['kept'])} left in fp32, cosine {least:.4f}")
+        click.echo(f"int8: {found['quantised']} linear layers, {len(found['kept'])} left out, cosine {least:.4f}")
+    if "float16" in manifest:
+        found = manifest["float16"]
+        least = min(found["least_row_cosines"].values())
+        counts = f"{found['nodes_float16']} nodes, {found['nodes_float32']} left in fp32"
+        click.echo(f"fp16: {counts}, least cosine to before {least:.5f}; kernels: {found['kernels']}")
     for choice in manifest.get("measured", {}).get("choices", ()):
         kept = "kept dense" if choice["kept_dense"] else "sparse"
         click.echo(
             f"layers {choice['layers'][0]} to {choice['layers'][-1]}: sparse attention {choice['sparse_ms']:.2f} ms, "
             f"dense {choice['dense_ms']:.2f} ms: {kept}"
         )
+    for board in manifest.get("boards", ()):
+        counts = f"{board['launches']} kernels for {board['nodes']} nodes"
+        left = f"; {len(board['refused'])} nodes keep their bodies" if board["refused"] else ""
+        click.echo(f"{board['board']}: {counts}, compute capability {board['compute_capability']}{left}")
+        for warning in board["warnings"]:
+            click.echo(f"{board['board']}: {warning}", err=True)
     ops = ", ".join(manifest["ops"]) or "none: plain dense attention in standard operators"
     click.echo(f"custom operators (with bodies in standard operators): {ops}")
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -16,21 +17,26 @@ from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable,
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.export.check import FREE_TOLERANCE, TOLERANCE, Check, check_export
+from sparsifiner_edge.export.board import board_files
+from sparsifiner_edge.export.check import FREE_TOLERANCE, TOLERANCE, Check, check_export, golden_image
 from sparsifiner_edge.export.choose import keep_dense_where_slower
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
+from sparsifiner_edge.export.half import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_COSINE_INT8, halve
 from sparsifiner_edge.export.quantise import RECIPES, Progress, quantise, run_file
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
+from sparsifiner_edge.profiles.board import load_board
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_PICTURES, Student, load_dense, load_student
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "fp16", "int8")
 INT8_TOLERANCE = 5e-2
 """Greatest difference of a session's outputs from the golden ones, relative to their range: int8 products of different
 processors round, and select, differently."""
+INT8_HALF_TOLERANCE = 2e-1
+"""The same where the rest is float16: two versions of ONNX Runtime differ by .11 on a sparse DINOv2."""
 
 
 def export_bundle(
@@ -47,6 +53,7 @@ def export_bundle(
     calibrate: str | Path | None = None,
     recipe: str = "cpu",
     measure: bool = False,
+    boards: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Export a student folder, or a timm model as the dense baseline, to a bundle folder.
@@ -57,24 +64,27 @@ def export_bundle(
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels along a side; None takes the student's or model's own.
         keep, token_keep: for a student: other shares of keys and tokens than its own (see `SparsityConfig`).
-        precision: "fp32", or "int8" for the linear layers; attention stays in float32.
+        precision: "fp32"; "fp16" with islands of float32 (see `half`); or "int8" for the linear layers, where
+            attention stays in float32, or with the recipe "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
         tokens: also give a classifier's tokens; a model without classifier always gives them.
         calibrate: for int8: a folder of pictures like those that the model will see; at most 32 are used.
         recipe: for int8: one of `quantise.RECIPES`.
         measure: keep dense the layers where sparse attention is slower on this machine; the manifest says which.
+        boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle.
         progress: for int8: called with (done, total) steps.
 
     Returns:
         The folder.
 
     Raises:
-        GateError: the file disagrees with torch, or int8 with float32; nothing is written.
+        GateError: the file disagrees with torch, or fp16 or int8 with float32; nothing is written.
         SparsifinerError: unusable input; nothing is written.
     """
     target = Path(output)
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
+    wanted = [load_board(name) for name in boards]
     pictures = _calibration(precision, calibrate, recipe)
     student = _load(source, weights, img_size, keep, token_keep)
     measured = None
@@ -84,11 +94,17 @@ def export_bundle(
     model = export_graph(deployed, student.img_size, size_of_batch, deployed.output_names)
     batches = (1, 3) if size_of_batch is None else (size_of_batch,)
     check, golden = check_export(model, deployed, student.img_size, batches)
-    quantised = None
+    entries: dict[str, Any] = {}
     if precision == "int8":
         images = [np.repeat(load_picture(p, student.img_size)[None], size_of_batch or 1, 0) for p in pictures]
         quantised = quantise(model, images, recipe, progress)
-        model = quantised.model
+        model, entries = quantised.model, {"quantisation": quantised.to_dict()}
+    if precision == "fp16" or recipe == "tensorrt":
+        sizes = (*batches, batches[0])
+        shown = [golden_image(student.img_size, size, seed) for seed, size in enumerate(sizes)]
+        halved = halve(model, shown, LEAST_COSINE_INT8 if precision == "int8" else None)
+        model, entries = halved.model, entries | {"float16": halved.to_dict()}
+    if precision != "fp32":
         golden |= {f"output.{name}": x for name, x in run_file(model, golden["input.image"]).items()}
     labels = list(student.labels) or class_labels(student.model)
     set_metadata(model, _metadata(student, deployed, labels))
@@ -97,23 +113,22 @@ def export_bundle(
         np.savez_compressed(folder / "golden.npz", **cast(Any, golden))
         if labels:
             (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        manifest = _manifest(student, deployed, model, check, precision)
-        if quantised is not None:
-            manifest["tolerances"] = dict.fromkeys(manifest["tolerances"], INT8_TOLERANCE)
-            manifest["quantisation"] = quantised.to_dict()
+        manifest = _manifest(student, deployed, model, check, precision, recipe) | entries
         if measured is not None:
             manifest["measured"] = measured
+        if wanted:
+            manifest["boards"] = [board_files(model, manifest, board, folder) for board in wanted]
         seal_bundle(folder, manifest)
     return target
 
 
 def _calibration(precision: str, calibrate: str | Path | None, recipe: str) -> list[Path]:
-    """Pictures for int8; none for fp32."""
+    """Pictures for int8; none for others."""
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe is {recipe!r}.", f"Choose one of: {', '.join(RECIPES)}.")
-    if precision == "fp32":
+    if precision != "int8":
         if calibrate is not None:
             raise ConfigError("Pictures to calibrate with go with int8.", "Leave them out, or choose --precision int8.")
         if recipe != RECIPES[0]:
@@ -205,7 +220,7 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
 
 
 def _manifest(
-    student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, precision: str
+    student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, precision: str, recipe: str
 ) -> dict[str, Any]:
     pre = preprocessing(student.model)
     sparse = bool(student.sparsity.sparse_layers(len(student.model.blocks)))
@@ -225,15 +240,23 @@ def _manifest(
         "sparsity": student.sparsity.to_dict() if sparse or deployed.prunes else None,
         "costs": summary(shape, student.sparsity),
         "dense_costs": summary(shape, SparsityConfig(keep=1)),
-        "tolerances": {
-            name: FREE_TOLERANCE if sparse or deployed.prunes else TOLERANCE
-            for name in deployed.output_names
-            if name != POSITIONS
-        },
+        "tolerances": dict.fromkeys(
+            [name for name in deployed.output_names if name != POSITIONS],
+            _tolerance(precision, sparse or deployed.prunes, recipe),
+        ),
         "check": check.to_dict(),
         "provenance": dict(student.provenance),
         "tools": {name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")},
     }
+
+
+def _tolerance(precision: str, selects: bool, recipe: str) -> float:
+    """Greatest difference of a session's outputs from the golden ones, relative to their range."""
+    if precision == "int8":
+        return INT8_HALF_TOLERANCE if recipe == "tensorrt" else INT8_TOLERANCE
+    if precision == "fp16":
+        return HALF_TOLERANCE_FREE if selects else HALF_TOLERANCE
+    return FREE_TOLERANCE if selects else TOLERANCE
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from sparsifiner_edge.metrics import aligned, cosine
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
 RECIPES = ("cpu", "tensorrt")
-"""cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0."""
+"""cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0;
+`export_bundle` makes the rest of that file float16 afterwards (`half`), as GPUs have it."""
 LEAST_COSINE = 0.99
 """Gate: mean cosine of every output's rows to the float32 file, over pictures that were not calibrated on."""
 GOAL_COSINE = 0.997

@@ -15,7 +15,7 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
     """A session on the CPU.
 
     Args:
-        kernels: one of `sparsifiner_edge.runtime.KERNELS`.
+        kernels: one of `sparsifiner_edge.runtime.KERNELS`; "auto" takes the bodies for a float16 file.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
@@ -24,7 +24,12 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
     ort = load_backend()
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    library = native_library(kernels)
+    library = None if kernels == "auto" and _is_half(model) else native_library(kernels)
     if library is not None:
         options.register_custom_ops_library(str(library))
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _is_half(model: onnx.ModelProto) -> bool:
+    """Whether it computes in float16, which the native kernels do not."""
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)

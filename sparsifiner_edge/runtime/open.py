@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.results import available_cores
 from sparsifiner_edge.runtime.session import Session
 
-BACKENDS = {"onnxruntime": "sparsifiner_edge.runtime.ort"}
-"""Backend's name -> module that has `load_backend()` and `open_model(folder, manifest, threads, kernels)`."""
+BACKENDS = {
+    "onnxruntime": "sparsifiner_edge.runtime.ort",
+    "onnxruntime-cuda": "sparsifiner_edge.runtime.ort_cuda",
+    "onnxruntime-tensorrt": "sparsifiner_edge.runtime.ort_tensorrt",
+    "tensorrt": "sparsifiner_edge.runtime.tensorrt",
+    "tensorrt-rtx": "sparsifiner_edge.runtime.tensorrt_rtx",
+}
+"""Backend's name -> module that has `load_backend()` and `open_model(folder, manifest, threads, kernels)`; those that
+build engines also have the functions of `build.EngineBackend`."""
 KERNELS = ("auto", "native", "portable")
 """What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
 
@@ -70,6 +79,16 @@ def open_session(
     check_kernels(kernels)
     folder = Path(bundle)
     manifest = open_bundle(folder)
+    kernels = _kernels_for(backend, manifest, kernels)
     module = importlib.import_module(BACKENDS[backend])
     session: Session = module.open_model(folder, manifest, threads or available_cores(), kernels)
     return session
+
+
+def _kernels_for(backend: str, manifest: Mapping[str, Any], kernels: str) -> str:
+    """The native kernels compute in float32 alone: float16 files run by their bodies on a processor."""
+    if backend != "onnxruntime" or "float16" not in manifest:
+        return kernels
+    if kernels == "native":
+        raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
+    return "portable"

@@ -8,7 +8,7 @@ from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
 
 def key_select(structure: Structure) -> str:
     """Lines of KeySelect; see the schema."""
-    center = runs("v", "a_cell", "patches", "cell") + mean("cell") if structure.cells else ""
+    center = runs("v_patch", "a_cell", "patches", "cell") + mean("cell") if structure.cells else ""
     deviation = (
         """
         cell_center = Unsqueeze (cell_mean, c3)
@@ -18,18 +18,25 @@ def key_select(structure: Structure) -> str:
         apart = Slice (apart_padded, c0, patches, c2)"""
         if structure.cells
         else """
-        apart = Identity (v)"""
+        apart = Identity (v_patch)"""
+    )
+    # Sliced after the heads are apart: TensorRT-RTX 1.7 fails to compile a product whose rows are sliced for this
+    # operator and read whole by SparseAttention.
+    patches = "".join(
+        f"""
+        {name}_patch = Slice ({name}, a_num_prefix, c_end, c2)"""
+        for name in "qkv"
     )
     ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "probe", "tile", "cell", "keys"))
     return f"""{ints}{attribute("scale", "float")}{attribute("value_power", "float")}
         single = Cast <to = 1> (qkv)
-        rows = Slice (single, a_num_prefix, c_end, c1){SPLIT}
-        patches = Shape <start = 2, end = 3> (q){runs("q", "a_probe", "patches", "probe")}{mean("probe")}
+        rows = Identity (single){SPLIT}{patches}
+        patches = Shape <start = 2, end = 3> (q_patch){runs("q_patch", "a_probe", "patches", "probe")}{mean("probe")}
         proj_q_f = Cast <to = 1> (proj_q)
         proj_k_f = Cast <to = 1> (proj_k)
         asking = MatMul (probe_mean, proj_q_f)
         asking_scaled = Mul (asking, a_scale)
-        answering = MatMul (k, proj_k_f)
+        answering = MatMul (k_patch, proj_k_f)
         answering_t = Transpose <perm = [0, 1, 3, 2]> (answering)
         logits = MatMul (asking_scaled, answering_t)
         log_weights = LogSoftmax <axis = -1> (logits)

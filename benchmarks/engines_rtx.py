@@ -1,0 +1,141 @@
+"""TensorRT-RTX engines of DINOv2 ViT-S/14, built ahead of time without a GPU: does every one build, and how fast.
+
+    taskset -c 1 python -m benchmarks.engines_rtx [--bundles DIR] [-o benchmarks/results]
+
+Dense, and sparse with keep .25 at 224 px and .10 at 518 px, float16 and int8 (QDQ, recipe tensorrt), for compute
+capabilities 8.6, 8.9 and 12.0. Bundles that DIR does not hold yet are exported into it first; that is not timed.
+Seconds on a busy machine say little: seconds of processor time stand beside them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.fidelity_subject import weights_file
+from sparsifiner_edge import material
+from sparsifiner_edge.artifacts import bundle_hash, open_bundle
+from sparsifiner_edge.cli.common import print_table
+from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.runtime.build import build_engine
+from sparsifiner_edge.runtime.open import load_backend
+from sparsifiner_edge.sparse.student import sparsify
+
+SETTINGS = {224: (0.25, 16), 518: (0.10, 25)}
+"""Pixels -> share of keys, background cells."""
+CAPABILITIES = ("8.6", "8.9", "12.0")
+LIMIT_S = 60.0
+PICTURES = 3
+"""To calibrate int8 with: enough for a file whose building is timed, not for one that is used."""
+KEPT = ("build_seconds", "compile_seconds", "cpu_seconds", "bytes", "layers")
+
+
+def calibration_folder(root: Path) -> Path:
+    folder = root / "calibration"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in material.calibration_pictures()[:PICTURES]:
+        shutil.copy(path, folder)
+    return folder
+
+
+def bundle(root: Path, kind: str, size: int, precision: str) -> Path:
+    """The bundle of that name in `root`, exported if it is not there yet."""
+    target = root / f"{kind}{size}_{precision}"
+    if target.exists():
+        return target
+    options: dict[str, Any] = {"precision": precision}
+    if precision == "int8":
+        options |= {"calibrate": calibration_folder(root), "recipe": "tensorrt"}
+    if kind == "dense":
+        return export_bundle(material.DINOV2, target, weights=weights_file(), img_size=size, **options)
+    student = root / f"s{size}"
+    if not student.exists():
+        keep, cells = SETTINGS[size]
+        sparsify(material.DINOV2, student, weights=weights_file(), img_size=size, keep=keep, cells=cells)
+    return export_bundle(student, target, **options)
+
+
+def measure(source: Path) -> list[dict[str, Any]]:
+    """One row per compute capability; the bundle itself is left as it was."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(source, Path(folder) / source.name)
+        for capability in CAPABILITIES:
+            row: dict[str, Any] = {"bundle": source.name, "compute_capability": capability}
+            try:
+                (engine,) = build_engine(copy, "tensorrt-rtx", compute_capabilities=[capability])["engines"]
+            except SparsifinerError as error:
+                rows.append(row | {"built": False, "error": error.what})
+            else:
+                rows.append(row | {"built": True} | {name: engine["details"][name] for name in KEPT})
+            click.echo(rows[-1], err=True)
+    return rows
+
+
+def subject(folder: Path) -> dict[str, Any]:
+    manifest = open_bundle(folder)
+    return {
+        "kind": "bundle",
+        "path": folder.name,
+        "name": manifest["name"],
+        "sha256": bundle_hash(folder),
+        "export": manifest.get("float16") or manifest.get("quantisation"),
+    }
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    built = [row for row in rows if row["built"]]
+    return {
+        "engines": len(rows),
+        "built": len(built),
+        "limit_seconds": LIMIT_S,
+        "within_limit": sum(row["build_seconds"] <= LIMIT_S for row in built),
+        "within_limit_of_processor_time": sum(row["cpu_seconds"] <= LIMIT_S for row in built),
+        "greatest_build_seconds": max((row["build_seconds"] for row in built), default=0.0),
+        "greatest_cpu_seconds": max((row["cpu_seconds"] for row in built), default=0.0),
+    }
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--bundles", type=click.Path(path_type=Path), help="Where bundles are, or are put; by default a new place."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
+def main(*, bundles: Path | None, output: Path) -> None:
+    with tempfile.TemporaryDirectory() as fresh:
+        root = bundles or Path(fresh)
+        root.mkdir(parents=True, exist_ok=True)
+        rows: list[dict[str, Any]] = []
+        subjects = []
+        for size in SETTINGS:
+            for precision in ("fp16", "int8"):
+                for kind in ("dense", "sparse"):
+                    folder = bundle(root, kind, size, precision)
+                    subjects.append(subject(folder))
+                    rows += measure(folder)
+        save(output, subjects, rows)
+    cells = [[row["bundle"], row["compute_capability"], *(f"{row[name]:.1f}" for name in KEPT[:3])]
+             for row in rows if row["built"]]  # fmt: skip
+    print_table("Built ahead of time", ["bundle", "compute capability", *KEPT[:3]], cells)
+
+
+def save(output: Path, subjects: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    method = {
+        "backend": "tensorrt-rtx",
+        "version": load_backend("tensorrt-rtx"),
+        "what": "built ahead of time, in a process each, without a GPU; none of the engines was run",
+        "settings": {str(size): {"keep": keep, "cells": cells} for size, (keep, cells) in SETTINGS.items()},
+    }
+    write_result(
+        output / "engines_rtx.json", new_result("evaluation", subjects, method, {"engines": rows}, summary(rows))
+    )
+
+
+if __name__ == "__main__":
+    main()

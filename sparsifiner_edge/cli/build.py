@@ -1,0 +1,111 @@
+"""`sparsifiner-edge build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsifiner_edge.cli.common import json_option, print_json, print_table, progress
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--backend", default="onnxruntime", show_default=True,
+              help="onnxruntime (needs no engine: the golden pair is run), tensorrt or tensorrt-rtx.")  # fmt: skip
+@click.option("--compute-capability", metavar="X.Y,...",
+              help="GPUs to build for, such as 8.6,8.9; by default this machine's.")  # fmt: skip
+@click.option("--min-batch", type=click.IntRange(min=1), help="For a dynamic batch: the least size; by default 1.")
+@click.option("--opt-batch", type=click.IntRange(min=1), help="The size that it is tuned for; by default the least.")
+@click.option("--max-batch", type=click.IntRange(min=1), help="The greatest size; by default 8.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True,
+              help="Seconds that one engine may take.")  # fmt: skip
+@click.option("--option", "options", metavar="NAME=VALUE", multiple=True,
+              help="A setting of one backend, such as optimisation_level=5; may be repeated.")  # fmt: skip
+@json_option
+def command(
+    *,
+    bundle: Path,
+    backend: str,
+    compute_capability: str | None,
+    min_batch: int | None,
+    opt_batch: int | None,
+    max_batch: int | None,
+    timeout: float,
+    options: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
+    import sparsifiner_edge
+
+    with progress() as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(stage: str, done: float, planned: float) -> None:
+            bar.update(task, description=stage, completed=int(done), total=max(1, int(planned)))
+
+        result = sparsifiner_edge.build_engine(
+            bundle,
+            backend,
+            compute_capabilities=compute_capability.split(",") if compute_capability is not None else (),
+            batch=_batch(min_batch, opt_batch, max_batch),
+            timeout_s=timeout,
+            options=dict(map(_option, options)),
+            progress=show,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        _print(result)
+
+
+def _batch(least: int | None, best: int | None, most: int | None) -> tuple[int, int, int] | None:
+    """Sizes that are left out follow those given; none at all: None."""
+    if least is best is most is None:
+        return None
+    least = least or 1
+    best = best or least
+    return least, best, most or max(best, 8)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """ "level=5" -> ("level", 5); true and false are truth values, whole numbers are numbers."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise click.BadParameter(f"{text!r} is not NAME=VALUE.", param_hint="--option")
+    truth = {"true": True, "false": False}
+    return name, truth.get(value, int(value) if value.isascii() and value.isdigit() else value)
+
+
+def _print(result: dict[str, Any]) -> None:
+    folder = result["bundle"]
+    if not result["engines"]:
+        described = result["description"]
+        click.echo(f"onnxruntime {result['version']} runs model.onnx itself: no engine is needed, none was written.")
+        click.echo(f"{described['device']}, {described['precision']}, kernels: {described['kernels']}")
+        for name, found in result["golden"].items():
+            click.echo(
+                f"{name}: differs from golden by {found['range_relative_error']:.1e} of its range, "
+                f"allowed {found['tolerance']:.0e}"
+            )
+        return
+    rows = [
+        [engine["compute_capability"], engine["precision"], "-".join(map(str, dict.fromkeys(engine["batch"].values()))),
+         f"{engine['details']['bytes'] / 1e6:.1f}", f"{engine['details']['build_seconds']:.1f}", _checked(engine)]
+        for engine in result["engines"]
+    ]  # fmt: skip
+    title = f"{result['backend']} {result['version']}"
+    print_table(title, ["compute capability", "precision", "batch", "MB", "seconds", "golden pair"], rows)
+    for engine in result["engines"]:
+        click.echo(f"{folder}/{engine['file']}")
+        golden = engine["details"]["golden"]
+        if "unavailable" in golden:
+            click.echo(f"  not run here: {golden['unavailable']}")
+
+
+def _checked(engine: dict[str, Any]) -> str:
+    golden = engine["details"]["golden"]
+    if "unavailable" in golden:
+        return "not run"
+    return f"within {max(found['range_relative_error'] for found in golden.values()):.1e}"

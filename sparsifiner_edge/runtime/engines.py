@@ -1,0 +1,210 @@
+"""Engines in a bundle: what each was built for, how its file is named, and which of them fits a machine.
+
+An engine is compiled for one backend and version, one GPU architecture, one operating system and processor. All of
+that stands in `manifest.json` under `engines` and in the file's name, so that it is checked before anything is
+deserialised: deserialising runs native code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from sparsifiner_edge.artifacts import ENGINE_FOLDER, field
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+
+VERSION_COMPATIBLE = "version"
+"""In `Engine.compatible`: runs on later versions of the same major version (TensorRT's VERSION_COMPATIBLE flag)."""
+AMPERE_PLUS = "ampere+"
+"""In `Engine.compatible`: runs on every GPU of compute capability 8.0 and later (HardwareCompatibilityLevel)."""
+_CAPABILITY = re.compile(r"(\d{1,2})\.(\d)", re.ASCII)
+
+
+class BatchRange(NamedTuple):
+    """Batch sizes that an engine takes, from `least` to `most`; it is tuned for `best`. All equal where fixed."""
+
+    least: int
+    best: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.best) if self.least == self.most else f"{self.least}-{self.best}-{self.most}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What an engine was built for.
+
+    Attributes:
+        backend: as given to `open_session`.
+        version: of the backend's package, such as "1.7.1.116".
+        compute_capability: of the GPU, such as "8.6".
+        os, cpu: as `system` gives them.
+        precision: the bundle's.
+        batch: sizes that it takes.
+        variant: what carries out the operators of the domain `sparsifiner`: "" for the bodies in the file, or a
+            backend's own word such as "plugin" or "dense".
+        compatible: `VERSION_COMPATIBLE`, `AMPERE_PLUS`, both or neither.
+        details: what the builder says about it, JSON-ready; nothing is decided by it.
+        file: its path in the bundle; "" before it is built.
+    """
+
+    backend: str
+    version: str
+    compute_capability: str
+    os: str
+    cpu: str
+    precision: str
+    batch: BatchRange
+    variant: str = ""
+    compatible: tuple[str, ...] = ()
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    file: str = ""
+
+    @property
+    def name(self) -> str:
+        """Such as "tensorrt-rtx-1.7.1.116-sm86-linux-x86_64-fp16-b1"; two engines of one name take the same place."""
+        parts = (self.backend, self.version, _sm(self.compute_capability), self.os, self.cpu, self.precision)
+        compatible = [part.replace("+", "plus") for part in self.compatible]
+        return "-".join([*parts, f"b{self.batch}", *filter(None, [self.variant]), *compatible])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, as the manifest holds it."""
+        content = dataclasses.asdict(self) | {"details": dict(self.details), "compatible": list(self.compatible)}
+        return content | {"batch": self.batch._asdict()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What an engine must fit: the machine that would run it.
+
+    Attributes:
+        version: of the backend's package there.
+        compute_capability: of its GPU, such as "8.6"; "" where it is not known yet.
+        name: of its GPU, for messages.
+    """
+
+    backend: str
+    version: str
+    compute_capability: str
+    name: str = "this GPU"
+    os: str = dataclasses.field(default_factory=lambda: system()[0])
+    cpu: str = dataclasses.field(default_factory=lambda: system()[1])
+
+
+def system() -> tuple[str, str]:
+    """Operating system and processor of this machine, such as ("linux", "x86_64")."""
+    return platform.system().lower(), platform.machine().lower()
+
+
+def parse_capability(text: str) -> str:
+    """ "8.6", as the command line takes it, checked.
+
+    Raises:
+        ConfigError: not two numbers with a point between.
+    """
+    if not _CAPABILITY.fullmatch(text.strip()):
+        raise ConfigError(
+            f"compute capability is {text!r}.",
+            "Give major and minor version with a point, such as 8.6; nvidia-smi --query-gpu=compute_cap prints it.",
+        )
+    return text.strip()
+
+
+def capability_numbers(capability: str) -> tuple[int, int]:
+    """ "12.0" -> (12, 0)."""
+    major, _, minor = parse_capability(capability).partition(".")
+    return int(major), int(minor)
+
+
+def _sm(capability: str) -> str:
+    return f"sm{capability.replace('.', '')}"
+
+
+def listed_engines(manifest: Mapping[str, Any], folder: Path) -> list[Engine]:
+    """Engines of a bundle that `open_bundle` has checked, in the order in which they were built.
+
+    Raises:
+        ArtifactError: an entry is malformed, or its file is not one of the bundle's hashed files in `engines/`.
+    """
+    entries = manifest.get("engines", [])
+    if not isinstance(entries, list):
+        raise ArtifactError(f"{folder}: engines is no list.", "Export the bundle again.")
+    engines = [_read(entry, folder) for entry in entries]
+    for engine in engines:
+        if engine.file not in manifest.get("files", {}) or PurePosixPath(engine.file).parent.name != ENGINE_FOLDER:
+            raise ArtifactError(
+                f"{folder} lists the engine {engine.file!r} without a hash, or outside {ENGINE_FOLDER}/.",
+                "Export the bundle again and build it anew.",
+            )
+    return engines
+
+
+def _read(entry: Any, folder: Path) -> Engine:
+    if not isinstance(entry, dict):
+        raise ArtifactError(f"{folder} lists an engine that is no object.", "Export the bundle again.")
+    names = ("backend", "version", "compute_capability", "os", "cpu", "precision", "variant", "file")
+    texts = {name: field(entry, folder, name, str) for name in names}
+    batch = BatchRange(*(field(entry, folder, f"batch.{name}", int) for name in BatchRange._fields))
+    compatible = tuple(map(str, field(entry, folder, "compatible", list)))
+    return Engine(**texts, batch=batch, compatible=compatible, details=field(entry, folder, "details", dict))
+
+
+def mismatches(engine: Engine, device: Device) -> list[str]:
+    """Why an engine does not run on a device; empty where it does."""
+    reasons = []
+    if (engine.os, engine.cpu) != (device.os, device.cpu):
+        reasons.append(f"built for {engine.os} on {engine.cpu}, this is {device.os} on {device.cpu}")
+    if not _same_version(engine, device):
+        reasons.append(f"built by {engine.backend} {engine.version}, installed is {device.version}")
+    if not _same_architecture(engine, device):
+        reasons.append(
+            f"built for compute capability {engine.compute_capability}, {device.name} has {device.compute_capability}"
+        )
+    return reasons
+
+
+def _same_version(engine: Engine, device: Device) -> bool:
+    if VERSION_COMPATIBLE not in engine.compatible:
+        return engine.version == device.version
+    built, here = (tuple(int(x) for x in re.findall(r"\d+", v)) for v in (engine.version, device.version))
+    return built[:1] == here[:1] and here >= built
+
+
+def _same_architecture(engine: Engine, device: Device) -> bool:
+    if not device.compute_capability:
+        return True
+    if AMPERE_PLUS in engine.compatible:
+        return capability_numbers(device.compute_capability) >= (8, 0)
+    return engine.compute_capability == device.compute_capability
+
+
+def fitting_engine(engines: Sequence[Engine], device: Device, folder: Path, variant: str | None = None) -> Engine:
+    """The engine built last that runs on a device.
+
+    Args:
+        engines: see `listed_engines`.
+        folder: the bundle, for messages.
+        variant: only engines of this variant; None takes any.
+
+    Raises:
+        BackendError: there is none; the message says what each one lacks and which command builds one.
+    """
+    mine = [e for e in engines if e.backend == device.backend and variant in (None, e.variant)]
+    for engine in reversed(mine):
+        if not mismatches(engine, device):
+            return engine
+    fix = f"On a machine like this one: sparsifiner-edge build {folder} --backend {device.backend}"
+    if device.compute_capability:
+        fix += f" --compute-capability {device.compute_capability}"
+    if not mine:
+        raise BackendError(f"{folder} holds no engine for {device.backend}.", fix)
+    found = "; ".join(f"{engine.file}: {', '.join(mismatches(engine, device))}" for engine in mine)
+    raise BackendError(f"No engine of {folder} runs here. {found}.", fix)
+
+
+__all__ = ["AMPERE_PLUS", "ENGINE_FOLDER", "VERSION_COMPATIBLE", "BatchRange", "Device", "Engine"]

@@ -1,0 +1,135 @@
+"""What TensorRT-RTX cannot take in an ONNX file: refused by name before its parser, or written otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from sparsifiner_edge.errors import BackendError
+
+if TYPE_CHECKING:
+    import onnx
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+_REFUSED = {
+    "NonZero": "its number of results depends on the data",
+    "Compress": "its number of results depends on the data",
+    "Unique": "its number of results depends on the data",
+    "BitwiseAnd": "it has no bitwise operators",
+    "BitwiseOr": "it has no bitwise operators",
+    "BitwiseXor": "it has no bitwise operators",
+    "BitwiseNot": "it has no bitwise operators",
+    "BitShift": "it has no bitwise operators",
+    "MatMulInteger": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
+    "ConvInteger": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
+    "DynamicQuantizeLinear": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
+    "QLinearMatMul": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
+    "QLinearConv": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
+}
+"""Operator -> why; found with TensorRT-RTX 1.7."""
+
+
+def check_operators(model: onnx.ModelProto) -> None:
+    """Refuse what TensorRT-RTX's parser would refuse less clearly, or abort on.
+
+    Raises:
+        BackendError: names every such node, with the reason.
+    """
+    problems = [f"{where}: {reason}" for where, reason in refused_nodes(model)]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise BackendError(
+            f"TensorRT-RTX cannot take this file. {'; '.join(problems[:5])}{more}.",
+            "Run it with --backend onnxruntime, or export the model again with this version.",
+        )
+
+
+def refused_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
+    """Each node that cannot be taken, bodies and branches included: its place, and why."""
+    functions = {(f.domain, f.name) for f in model.functions}
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    for place, node in all_nodes(model):
+        reason = _reason(node, functions, types)
+        if reason:
+            yield f"{node.op_type} ({place})", reason
+
+
+def _reason(node: onnx.NodeProto, functions: set[tuple[str, str]], types: dict[str, int]) -> str | None:
+    if node.domain not in STANDARD_DOMAINS:
+        if (node.domain, node.op_type) in functions:
+            return None
+        return f"an operator of the domain {node.domain!r} without a function body in the file"
+    if node.op_type.startswith("Scatter"):
+        reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
+        return f"it cannot scatter with reduction {reduction!r}" if reduction != "none" else None
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2:
+        from onnx import TensorProto
+
+        if types.get(node.input[2]) == TensorProto.UINT8:
+            return "uint8 quantisation, where it takes int8 with zero point 0 (export with --recipe tensorrt)"
+    return _REFUSED.get(node.op_type)
+
+
+def all_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
+    """Every node with its place, such as "node_7" or "node_7 in the body of KeySelect"."""
+    yield from _nodes(model.graph.node, "")
+    for function in model.functions:
+        yield from _nodes(function.node, f" in the body of {function.name}")
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto], where: str) -> Iterator[tuple[str, onnx.NodeProto]]:
+    for node in nodes:
+        name = node.name or (node.output[0] if node.output else "without a name")
+        yield name + where, node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes(graph.node, f" in {name}{where}")
+
+
+def without_single_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """For Turing, where TensorRT-RTX compiles no product of float32 matrices: those inside the operators' bodies, in a
+    float16 file, become sums of elementwise products.
+
+        MatMul (a [.., n, k], b [.., k, m])  ->  ReduceSum over k of a [.., n, 1, k] * b^T [.., 1, m, k]
+
+    Returns:
+        The file with its bodies inlined.
+    """
+    import numpy as np
+    import onnx
+    import onnx.inliner
+
+    flat = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model), data_prop=True)
+    values = [*flat.graph.value_info, *flat.graph.input, *flat.graph.output]
+    types = {v.name: v.type.tensor_type.elem_type for v in values} | {
+        t.name: t.data_type for t in flat.graph.initializer
+    }
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in values}
+    ranks |= {t.name: len(t.dims) for t in flat.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in flat.graph.node:
+        single = node.op_type == "MatMul" and types[node.input[0]] == onnx.TensorProto.FLOAT
+        nodes += _as_sum(node, ranks[node.input[1]]) if single else [node]
+    del flat.graph.node[:]
+    flat.graph.node.extend(nodes)
+    for axis, name in _AXES.items():
+        flat.graph.initializer.append(onnx.numpy_helper.from_array(np.array([axis], np.int64), name))
+    return flat
+
+
+_AXES = {-1: "turing_last", -2: "turing_second", -3: "turing_third"}
+
+
+def _as_sum(node: onnx.NodeProto, rank: int) -> list[onnx.NodeProto]:
+    from onnx import helper
+
+    (left, right), result = node.input, node.output[0]
+    turned = [*range(rank - 2), rank - 1, rank - 2]
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("Unsqueeze", [left, _AXES[-2]], f"{result}_rows", {}),
+        ("Transpose", [right], f"{result}_turned", {"perm": turned}),
+        ("Unsqueeze", [f"{result}_turned", _AXES[-3]], f"{result}_columns", {}),
+        ("Mul", [f"{result}_rows", f"{result}_columns"], f"{result}_products", {}),
+        ("ReduceSum", [f"{result}_products", _AXES[-1]], result, {"keepdims": 0}),
+    ]
+    return [helper.make_node(kind, inputs, [out], name=f"node_{out}", **more) for kind, inputs, out, more in steps]

@@ -1,0 +1,197 @@
+"""TensorRT for RTX: engines for GeForce and RTX cards, built ahead of time on any x86-64 machine, even without a GPU.
+
+The bodies in the file are what runs: a registered plugin would end the process. It knows no option of a build.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, MissingExtraError, SparsifinerError
+from sparsifiner_edge.runtime.build import MODEL, BuildRequest, Planned
+from sparsifiner_edge.runtime.build_worker import Job, Progress
+from sparsifiner_edge.runtime.cuda import probe
+from sparsifiner_edge.runtime.engines import Device, Engine, fitting_engine, listed_engines, mismatches, system
+from sparsifiner_edge.runtime.rtx_graph import check_operators, without_single_products
+from sparsifiner_edge.runtime.tensorrt_build import make_monitor
+from sparsifiner_edge.runtime.tensorrt_errors import Messages, make_logger, refused_model
+from sparsifiner_edge.runtime.tensorrt_session import EngineSession
+
+BACKEND = "tensorrt-rtx"
+CAPABILITIES = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}
+"""Compute capability -> its name in `tensorrt_rtx.ComputeCapability`."""
+_OTHERS = {
+    "7.2": "a Jetson Xavier", "8.7": "a Jetson Orin", "10.1": "a Jetson Thor", "11.0": "a Jetson Thor",
+    "12.1": "a GB10, whose processor is an Arm",
+    "7.0": "a data centre's GPU", "9.0": "a data centre's GPU", "10.0": "a data centre's GPU",
+    "10.3": "a data centre's GPU",
+}  # fmt: skip
+_TURING = "7.5"
+
+
+def load_backend() -> Any:
+    """The module `tensorrt_rtx`; importing it touches no driver.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        BackendError: it is installed and cannot be imported.
+    """
+    try:
+        return importlib.import_module("tensorrt_rtx")
+    except ModuleNotFoundError as error:
+        if error.name not in ("tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
+            raise BackendError(f"tensorrt_rtx lacks the module {error.name}.", "Reinstall tensorrt-rtx.") from error
+        raise MissingExtraError("tensorrt-rtx", "tensorrt-rtx") from error
+    except Exception as error:  # Its libraries may be missing, or be those of another version.
+        raise BackendError(f"tensorrt_rtx cannot be imported: {error}.", "Reinstall tensorrt-rtx.") from error
+
+
+def plan(request: BuildRequest) -> list[Planned]:
+    """See `build.EngineBackend`: one engine per compute capability, for this operating system and processor."""
+    import onnx
+
+    version = str(load_backend().__version__)
+    if request.options:
+        raise ConfigError(f"tensorrt-rtx has no option {min(request.options)!r}.", "Leave it out.")
+    capabilities = request.capabilities or (probe().compute_capability,)
+    for capability in capabilities:
+        _check_capability(capability)
+    # Where the weights lie in files of their own there is nothing in those to check.
+    model = onnx.load(str(request.folder / MODEL), load_external_data=False)
+    check_operators(model)
+    if _TURING in capabilities and not any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer):
+        raise ConfigError(
+            f"Compute capability 7.5 (Turing) takes no {request.precision} bundle like this one: "
+            "TensorRT-RTX compiles no product of float32 matrices for it.",
+            "Export with --precision fp16, or with --precision int8 --recipe tensorrt, or leave 7.5 out.",
+        )
+    return [
+        Planned(Engine(BACKEND, version, capability, *system(), request.precision, request.batch), {})
+        for capability in capabilities
+    ]
+
+
+def _check_capability(capability: str) -> None:
+    if capability in CAPABILITIES:
+        return
+    kind = _OTHERS.get(capability)
+    reason = f"that is {kind}" if kind else "it knows no such architecture"
+    raise ConfigError(
+        f"TensorRT-RTX builds nothing for compute capability {capability}: {reason}.",
+        f"It takes {', '.join(CAPABILITIES)}; for others build on the device with --backend tensorrt.",
+    )
+
+
+def build(job: Job, tell: Progress) -> dict[str, Any]:
+    """See `build.EngineBackend`."""
+    import onnx
+
+    trt = load_backend()
+    engine = job["engine"]
+    capability = engine["compute_capability"]
+    start = time.monotonic()
+    tell("reading the model", 0, 1)
+    model = onnx.load(job["model"])
+    if capability == _TURING:
+        model = without_single_products(model)
+    messages = Messages()
+    logger = make_logger(trt, messages)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    tell("parsing the model", 0, 1)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model.SerializeToString()):
+        raise refused_model(parser, f"RTX {trt.__version__}")
+    parsed = time.monotonic()
+    batch = engine["batch"]
+    config = _configure(trt, builder, network, capability, (batch["least"], batch["best"], batch["most"]))
+    monitor = make_monitor(trt, tell)
+    config.progress_monitor = monitor
+    content = builder.build_serialized_network(network, config)
+    if content is None:
+        raise _failed(messages, capability)
+    _write(Path(job["output"]), content, tell)
+    return {
+        "layers": int(network.num_layers),
+        "parse_seconds": parsed - start,
+        "compile_seconds": time.monotonic() - parsed,
+        "cpu_seconds": time.process_time(),
+        "ahead_of_time": True,
+    }
+
+
+def _configure(trt: Any, builder: Any, network: Any, capability: str, batch: Sequence[int]) -> Any:
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    kind = getattr(trt.ComputeCapability, CAPABILITIES[capability], None)
+    if kind is None or not config.set_compute_capability(kind, 0):
+        raise BackendError(
+            f"TensorRT-RTX {trt.__version__} does not know compute capability {capability}.", "Upgrade tensorrt-rtx."
+        )
+    # TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    profile, dynamic = builder.create_optimization_profile(), False
+    for tensor in map(network.get_input, range(network.num_inputs)):
+        shape = tuple(tensor.shape)
+        if shape[0] == -1:
+            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in batch))
+            dynamic = True
+    if dynamic:
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _failed(messages: Messages, capability: str) -> BackendError:
+    return BackendError(
+        f"TensorRT-RTX built no engine for compute capability {capability}: {messages.text()}.",
+        "Export the model in another precision, or upgrade tensorrt-rtx.",
+    )
+
+
+def _write(path: Path, content: Any, tell: Progress) -> None:
+    tell("writing the engine", 0, 1)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be written: {error.strerror}.", "Free space or choose another place."
+        ) from error
+
+
+def why_not_here(engine: Engine) -> str | None:
+    """See `build.EngineBackend`."""
+    try:
+        reasons = mismatches(engine, _this_machine(load_backend()))
+    except SparsifinerError as error:
+        return error.what
+    return "; ".join(reasons) or None
+
+
+def _this_machine(trt: Any) -> Device:
+    found = probe()
+    return Device(BACKEND, str(trt.__version__), found.compute_capability, found.name)
+
+
+def open_engine(path: Path, engine: Engine, manifest: Mapping[str, Any]) -> EngineSession:
+    """See `build.EngineBackend`."""
+    return EngineSession(load_backend(), path, engine, manifest)
+
+
+def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, kernels: str) -> EngineSession:  # noqa: ARG001
+    """The engine of a checked bundle that runs on this machine; see `open_session`.
+
+    Raises:
+        BackendError: no CUDA device, or no engine of the bundle fits it.
+    """
+    if kernels == "native":
+        raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime.")
+    trt = load_backend()
+    engines = listed_engines(manifest, folder)
+    # What needs no GPU to be seen comes first: another system's engine would not run with one either.
+    fitting_engine(engines, Device(BACKEND, str(trt.__version__), ""), folder)
+    engine = fitting_engine(engines, _this_machine(trt), folder)
+    return open_engine(folder / engine.file, engine, manifest)

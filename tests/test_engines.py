@@ -1,0 +1,147 @@
+"""What a bundle says of its engines, and what opening one says when it does not fit: no GPU is needed for any of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsifiner_edge.artifacts import BUNDLE_FILE, open_bundle, sha256
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.engines import (
+    AMPERE_PLUS,
+    VERSION_COMPATIBLE,
+    BatchRange,
+    Device,
+    Engine,
+    fitting_engine,
+    listed_engines,
+    mismatches,
+    parse_capability,
+)
+from tests.tiny import make_bundle
+
+ENGINE = Engine("tensorrt-rtx", "1.7.1", "8.6", "linux", "x86_64", "fp16", BatchRange(1, 1, 8))
+DEVICE = Device("tensorrt-rtx", "1.7.1", "8.6", "NVIDIA RTX A2000", "linux", "x86_64")
+
+
+def changed(**values: Any) -> Engine:
+    return dataclasses.replace(ENGINE, **values)
+
+
+def forge(folder: Path, *engines: Engine, content: bytes = b"no engine at all") -> Path:
+    """A bundle that lists engines, hashes and all."""
+    make_bundle(folder)
+    (folder / "engines").mkdir()
+    manifest = json.loads((folder / BUNDLE_FILE).read_text())
+    manifest["engines"] = []
+    for number, engine in enumerate(engines):
+        place = engine.file or f"engines/{engine.name}-{number:08x}.engine"
+        (folder / place).write_bytes(content)
+        manifest["files"][place] = sha256(folder / place)
+        manifest["engines"].append(dataclasses.replace(engine, file=place).to_dict())
+    (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
+    return folder
+
+
+def test_names_carry_everything() -> None:
+    assert ENGINE.name == "tensorrt-rtx-1.7.1-sm86-linux-x86_64-fp16-b1-1-8"
+    fixed = changed(backend="tensorrt", compute_capability="12.0", batch=BatchRange(4, 4, 4), variant="plugin",
+                    compatible=(VERSION_COMPATIBLE, AMPERE_PLUS))  # fmt: skip
+    assert fixed.name == "tensorrt-1.7.1-sm120-linux-x86_64-fp16-b4-plugin-version-ampereplus"
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    other = changed(compatible=(AMPERE_PLUS,), variant="plugin", details={"layers": 7})
+    folder = forge(tmp_path / "b", ENGINE, other)
+    engines = listed_engines(open_bundle(folder), folder)
+    assert [dataclasses.replace(e, file="") for e in engines] == [ENGINE, other]
+    assert listed_engines({"files": {}}, folder) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"compute_capability": "8.9"}, "built for compute capability 8.9, NVIDIA RTX A2000 has 8.6"),
+        ({"version": "1.8.0"}, "built by tensorrt-rtx 1.8.0, installed is 1.7.1"),
+        ({"os": "windows"}, "built for windows on x86_64, this is linux on x86_64"),
+        ({"cpu": "aarch64"}, "built for linux on aarch64, this is linux on x86_64"),
+        ({"version": "1.7.2", "compatible": (VERSION_COMPATIBLE,)}, "installed is 1.7.1"),
+        ({"version": "2.0", "compatible": (VERSION_COMPATIBLE,)}, "installed is 1.7.1"),
+    ],
+)
+def test_each_mismatch_is_named(change: dict[str, Any], reason: str) -> None:
+    assert mismatches(ENGINE, DEVICE) == []
+    (found,) = mismatches(changed(**change), DEVICE)
+    assert reason in found
+
+
+def test_what_compatible_engines_forgive() -> None:
+    older = changed(version="1.6.9", compatible=(VERSION_COMPATIBLE,))
+    assert mismatches(older, DEVICE) == []
+    assert mismatches(changed(version="1.6.9"), DEVICE)
+    ampere = changed(compute_capability="8.0", compatible=(AMPERE_PLUS,))
+    assert mismatches(ampere, dataclasses.replace(DEVICE, compute_capability="12.0")) == []
+    assert mismatches(ampere, dataclasses.replace(DEVICE, compute_capability="7.5"))
+
+
+def test_the_last_that_fits_is_taken(tmp_path: Path) -> None:
+    first, last = changed(file="engines/a.engine"), changed(file="engines/b.engine", variant="plugin")
+    engines = [first, last, changed(compute_capability="8.9", file="engines/c.engine")]
+    assert fitting_engine(engines, DEVICE, tmp_path) is last
+    assert fitting_engine(engines, DEVICE, tmp_path, variant="") is first
+
+
+def test_where_none_fits_the_command_that_builds_one_is_given(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="holds no engine for tensorrt-rtx") as caught:
+        fitting_engine([changed(backend="tensorrt")], DEVICE, tmp_path)
+    assert f"sparsifiner-edge build {tmp_path} --backend tensorrt-rtx --compute-capability 8.6" in caught.value.fix
+    engines = [
+        changed(version="9", file="engines/a"),
+        changed(compute_capability="8.9", os="windows", file="engines/b"),
+    ]
+    with pytest.raises(BackendError) as both:
+        fitting_engine(engines, DEVICE, tmp_path)
+    assert "engines/a: built by tensorrt-rtx 9, installed is 1.7.1; engines/b: built for windows" in both.value.what
+    assert "capability 8.9" in both.value.what
+
+
+@pytest.mark.parametrize("text", ["8", "86", "8.6.1", "sm86", "", "8,6", "eight.six", "８.6"])
+def test_capabilities_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="compute capability is"):
+        parse_capability(text)
+    assert parse_capability(" 12.0 ") == "12.0"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda m: m.update(engines={}), "engines is no list"),
+        (lambda m: m.update(engines=["x"]), "is no object"),
+        (lambda m: m["engines"][0].pop("version"), "version is null, not str"),
+        (lambda m: m["engines"][0]["batch"].update(best="1"), 'batch.best is "1", not int'),
+        (lambda m: m["engines"][0].update(file="engines/other.engine"), "without a hash"),
+        (lambda m: m["engines"][0].update(file="model.onnx"), "outside engines/"),
+        (lambda m: m["engines"][0].update(details=None), "details is null"),
+    ],
+)
+def test_a_manifest_that_is_not_ours(tmp_path: Path, spoil: Callable[[dict[str, Any]], Any], message: str) -> None:
+    folder = forge(tmp_path / "b", ENGINE)
+    manifest = json.loads((folder / BUNDLE_FILE).read_text())
+    spoil(manifest)
+    (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=message):
+        listed_engines(open_bundle(folder), folder)
+
+
+def test_an_altered_engine_is_never_opened(tmp_path: Path) -> None:
+    folder = forge(tmp_path / "b", ENGINE)
+    (path,) = (folder / "engines").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="does not match its SHA-256"):
+        open_session(folder, "tensorrt-rtx")

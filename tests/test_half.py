@@ -1,0 +1,183 @@
+"""float16 exports: what stays float32, how close they are, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+from safetensors.torch import save_file
+
+from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import BackendError, ConfigError, GateError
+from sparsifiner_edge.export import half as module
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.graph import export_graph
+from sparsifiner_edge.export.half import convert, halve
+from sparsifiner_edge.export.quantise import run_file
+from sparsifiner_edge.metrics import aligned, cosine
+from sparsifiner_edge.runtime import check_golden, open_session
+from sparsifiner_edge.sparse.student import save_student
+from tests.models import TINY_CONFIG, student, vit
+
+KINDS = {
+    "edge": TINY_CONFIG,
+    "no cells": SparsityConfig(keep=0.2, cells=0, channels=8),
+    "paper": SparsityConfig.for_preset("paper", keep=0.25),
+    "pruned": SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((0, 0.7),)),
+    "dense": SparsityConfig(keep=1),
+}
+
+
+@functools.cache
+def _file(kind: str) -> bytes:
+    deployed = DeployedModel(student(sparsity=KINDS[kind], depth=2).model, tokens=True)
+    return export_graph(deployed, 160, 1, deployed.output_names).SerializeToString()
+
+
+def small_file(kind: str) -> onnx.ModelProto:
+    """An exported float32 file of two layers."""
+    return onnx.load_from_string(_file(kind))
+
+
+def types_of(model: onnx.ModelProto) -> dict[str, int]:
+    """Element type of every tensor of the graph, bodies' results included."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    values = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
+    return {v.name: v.type.tensor_type.elem_type for v in values} | {
+        t.name: t.data_type for t in model.graph.initializer
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("half")
+    save_student(student(), folder / "student")
+    save_file(vit().state_dict(), folder / "w.safetensors")
+    export_bundle(folder / "student", folder / "fp16", precision="fp16", batch="dynamic", tokens=True)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_islands_stay_float32_and_the_rest_does_not(kind: str) -> None:
+    model, counts, _ = convert(small_file(kind))
+    onnx.checker.check_model(model, full_check=True)
+    types = types_of(model)
+    for node in model.graph.node:
+        floats = {types[name] for name in node.input if types.get(name) in (TensorProto.FLOAT, TensorProto.FLOAT16)}
+        if node.op_type in ("LayerNormalization", "Softmax", "Conv", "TopK"):
+            assert floats <= {TensorProto.FLOAT}, node  # TopK also sorts indices.
+        if node.op_type in ("MatMul", "Gemm", "Gelu") or node.domain == "sparsifiner":
+            assert floats == {TensorProto.FLOAT16}, node
+    assert {types[o.name] for o in model.graph.output} <= {TensorProto.FLOAT, TensorProto.INT32}
+    assert counts[TensorProto.FLOAT16] > counts[TensorProto.FLOAT] > 0
+    assert model.graph.node[0].op_type == "Cast"
+    assert len(model.SerializeToString()) < 0.75 * len(small_file(kind).SerializeToString())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_close_to_float32_on_another_picture(kind: str) -> None:
+    single = small_file(kind)
+    found = halve(single, [golden_image(160)])
+    image = golden_image(160, seed=9)
+    wanted = run_file(single, image)
+    outputs, lost = aligned(run_file(found.model, image), wanted)
+    assert lost <= 2
+    for name, value in outputs.items():
+        assert value.dtype == np.float32
+        assert cosine(value, wanted[name]).min() > 0.999
+        assert found.cosines[name] >= module.LEAST_COSINE
+    assert any(not np.array_equal(value, wanted[name]) for name, value in outputs.items())
+
+
+def test_token_scores_are_ranked_in_float32() -> None:
+    model = convert(small_file("pruned")).model
+    types = types_of(model)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    (ranked,) = [n.input[0] for n in model.graph.node if n.op_type == "TopK" and types[n.input[0]] == TensorProto.FLOAT]
+    way = []
+    while ranked in makers:
+        way.append(makers[ranked].op_type)
+        ranked = makers[ranked].input[0]
+        if way[-1] == "TokenScore":
+            break
+    assert way[-1] == "TokenScore"
+    assert "Cast" not in way
+
+
+def test_a_bundle_says_what_it_is_and_what_ran(place: Path) -> None:
+    manifest = open_bundle(place / "fp16")
+    assert manifest["precision"] == "fp16"
+    assert set(manifest["tolerances"].values()) == {module.HALF_TOLERANCE_FREE}
+    assert {o["dtype"] for o in manifest["outputs"]} == {"float32"}
+    found = manifest["float16"]
+    assert found["kernels"] == "function bodies"
+    assert 0 < found["largest_activation"] < 1000
+    assert min(found["least_row_cosines"].values()) >= 0.999
+    assert set(found["least_row_cosines"]) == {"logits", "features", "tokens"}
+    with open_session(place / "fp16") as session:
+        check_golden(session, place / "fp16")
+        assert session.description["precision"] == "fp16"
+        assert session.description["kernels"] == "function bodies"
+        together = session.infer({"image": golden_image(160, 3)})["logits"]
+        alone = session.infer({"image": golden_image(160, 3)[1:2]})["logits"]
+    np.testing.assert_allclose(together[1:2], alone, atol=2e-2 * np.ptp(alone))
+
+
+def test_native_kernels_are_refused_not_ignored(place: Path) -> None:
+    with pytest.raises(BackendError, match="native kernels take no float16"):
+        open_session(place / "fp16", kernels="native")
+
+
+def test_a_dense_bundle_of_fixed_batch(place: Path) -> None:
+    made = export_bundle("test_vit", place / "dense", weights=place / "w.safetensors", precision="fp16", batch=2)
+    manifest = open_bundle(made)
+    assert (manifest["ops"], manifest["outputs"][0]["shape"]) == ({}, [2, 1000])
+    assert set(manifest["tolerances"].values()) == {module.HALF_TOLERANCE}
+    with open_session(made) as session:
+        check_golden(session, made)
+
+
+def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_COSINE", 1.1)
+    with pytest.raises(GateError, match=r"float16 file has cosine \d\.\d+ to float32, allowed 1.1"):
+        export_bundle(place / "student", place / "refused", precision="fp16")
+    assert not (place / "refused").exists()
+
+
+def test_overflow_fails_the_gate() -> None:
+    model = small_file("dense")
+    weights = {t.name: t for t in model.graph.initializer}
+    *_, fc1, fc2 = [weights[n.input[1]] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+    for tensor, largest in ((fc1, 10), (fc2, 6e4)):  # The weights fit; what they make does not.
+        values = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(values * (largest / np.abs(values).max()), tensor.name))
+    with pytest.raises(GateError, match=r"Activations of '\w+' reach \d\.\d+e\+0\d, beyond float16"):
+        halve(model, [golden_image(160)])
+
+
+def test_a_weight_beyond_float16_is_named() -> None:
+    model = small_file("dense")
+    weight = next(n.input[1] for n in model.graph.node if n.op_type == "MatMul" and "val" in n.input[1])
+    tensor = next(t for t in model.graph.initializer if t.name == weight)
+    values = numpy_helper.to_array(tensor).copy()
+    values[0, 0] = 7e4
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    with pytest.raises(GateError, match=f"Weight '{weight}' holds 70000, beyond float16"):
+        halve(model, [golden_image(160)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"calibrate": "pictures"}, "go with int8"), ({"recipe": "tensorrt"}, "goes with int8")]
+)
+def test_refusals(place: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_bundle(place / "student", place / "x", precision="fp16", **options)
+    assert not (place / "x").exists()
