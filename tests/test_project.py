@@ -18,7 +18,7 @@ from sparsifiner_edge.ops.document import operators_markdown
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / ".venv" / "bare" / "bin" / "python"
-LIGHT = ("runtime", "profiles", "camera", "costs", "results", "metrics", "artifacts", "config", "errors", "pictures")
+LIGHT = ("runtime", "profiles", "camera", "report", "costs", "results", "metrics", "artifacts", "config", "errors", "pictures")
 
 
 @pytest.mark.parametrize("name", ["export", "runtime", "profiles"])
@@ -36,7 +36,7 @@ def test_no_code_goes_through_the_links() -> None:
 
 def test_public_names() -> None:
     assert set(sparsifiner_edge.__all__) == {
-        "SparsifinerError", "SparsityConfig", "distill_student", "evaluate_student", "export_bundle", "load_student",
+        "SparsifinerError", "SparsityConfig", "build_engine", "distill_student", "evaluate_student", "export_bundle", "load_student",
         "open_session", "profile_bundle", "sparsify",
     }  # fmt: skip
     for name in sparsifiner_edge.__all__:
@@ -106,7 +106,7 @@ def test_requirements_are_ranges() -> None:
     assert len(wanted) > 10
     assert all("==" not in requirement.partition(";")[0] for requirement in wanted)
     base = {re.split(r"[^\w-]", r)[0] for r in wanted if "extra ==" not in r}
-    assert base == {"click", "numpy", "onnx", "rich"}
+    assert base == {"click", "numpy", "onnx", "rich", "tomli"}
 
 
 def test_the_operators_page_is_that_of_the_schema() -> None:

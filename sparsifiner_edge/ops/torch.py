@@ -1,7 +1,8 @@
 """The operators in PyTorch: differentiable, batched, and exported as single nodes of the domain `sparsifiner`.
 
 Shapes and symbols are those of `schema.py`. Under `torch.onnx.export` each operator becomes one bare node; `bodies.py`
-gives the exported file the function body that runs it.
+gives the exported file the function body that runs it. On a CUDA GPU `key_select` and `sparse_attention` run as Triton
+kernels where those can (`ops.triton.kernels_for` says which runs, and why).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, VERSION
+from sparsifiner_edge.ops.triton import kernels_for
 
 
 def _node(
@@ -120,33 +122,30 @@ def key_select(
     value_power: float,
 ) -> Tensor:
     """KeySelect: indices int32 [B,H,T,K]. No gradient flows through the choice."""
+    settings: dict[str, Any] = {
+        "num_heads": num_heads,
+        "num_prefix": num_prefix,
+        "probe": probe,
+        "tile": tile,
+        "cell": cell,
+        "scale": scale,
+        "value_power": value_power,
+    }
     if torch.onnx.is_in_onnx_export():
-        attributes = {
-            "num_heads": num_heads,
-            "num_prefix": num_prefix,
-            "probe": probe,
-            "tile": tile,
-            "cell": cell,
-            "keys": keys,
-            "scale": scale,
-            "value_power": value_power,
-        }
         tiles = math.ceil((qkv.shape[1] - num_prefix) / tile)
         shape = [qkv.shape[0], num_heads, tiles, keys]
-        return _node("KeySelect", (qkv, proj_q, proj_k), attributes, torch.int32, shape)
-    scores = key_scores(
-        qkv,
-        proj_q,
-        proj_k,
-        num_heads=num_heads,
-        num_prefix=num_prefix,
-        probe=probe,
-        tile=tile,
-        cell=cell,
-        scale=scale,
-        value_power=value_power,
-    )
-    return top_keys(scores, keys)
+        return _node("KeySelect", (qkv, proj_q, proj_k), {**settings, "keys": keys}, torch.int32, shape)
+    if _triton_runs("KeySelect", {**settings, "keys": keys}, qkv, proj_q, proj_k):
+        from sparsifiner_edge.ops.triton import run
+
+        with torch.no_grad():
+            indices: Tensor = run.key_select(qkv, proj_q, proj_k, keys=keys, **settings)
+        return indices
+    return top_keys(key_scores(qkv, proj_q, proj_k, **settings), keys)
+
+
+def _triton_runs(name: str, attributes: dict[str, Any], *inputs: Tensor) -> bool:
+    return kernels_for(name, attributes, [x.shape for x in inputs], inputs[0]).name == "triton"
 
 
 def landmark_coefficients(
@@ -238,17 +237,21 @@ def sparse_attention(
 ) -> Tensor:
     """SparseAttention: [B,N,C], differentiable in qkv."""
     batch, tokens, packed = qkv.shape
+    attributes: dict[str, Any] = {
+        "num_heads": num_heads,
+        "num_prefix": num_prefix,
+        "tile": tile,
+        "cell": cell,
+        "scale": scale,
+        "prefix_keys": prefix_keys,
+    }
     if torch.onnx.is_in_onnx_export():
-        attributes = {
-            "num_heads": num_heads,
-            "num_prefix": num_prefix,
-            "tile": tile,
-            "cell": cell,
-            "scale": scale,
-            "prefix_keys": prefix_keys,
-        }
         shape = [batch, tokens, packed // 3]
         return _node("SparseAttention", (qkv, indices), attributes, qkv.dtype, shape)
+    if _triton_runs("SparseAttention", attributes, qkv, indices):
+        from sparsifiner_edge.ops.triton import run
+
+        return run.sparse_attention(qkv, indices, **attributes)
     q, k, v = split_heads(qkv, num_heads)
     prefix_rows = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, scale=scale)
     # What autocast gave stays; what is computed in float32 here, differences above all, must not become less again.

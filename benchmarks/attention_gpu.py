@@ -1,0 +1,124 @@
+"""Attention operators on a CUDA GPU: ours against the fastest backend of torch's scaled_dot_product_attention.
+
+    python benchmarks/attention_gpu.py [--tokens 1025 ...] [--dtype float16] [--tile 64] [-o FOLDER]
+
+Eight pictures of 6 heads of 64 (batch x heads 48), one class token, tiles of 64, probes of 16, 24 channels, 25 cells.
+Every engine is compiled where torch compiles it and replayed as a CUDA graph; rounds go through all engines in an order
+drawn anew. The rival gets q, k and v apart and contiguous, which costs it nothing here; ours reads the packed
+projection and writes heads side by side. "attend" is given its key lists, "select" makes them, "both" is what a layer
+does. Without a CUDA device this ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from gpu_engines import dense_runs, energy_joules, fastest, graph, ratio, require_gpu, time_in_turn
+
+from sparsifiner_edge.artifacts import sha256
+from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.ops.triton import kernels_for
+from sparsifiner_edge.results import new_result, write_result
+
+BATCH, HEADS, WIDTH, CHANNELS, CELLS, SCALE = 8, 6, 64, 24, 25, 0.125
+KEEPS = (0.25, 0.10)
+TOKENS = (1025, 2305, 4097, 9217)
+REQUIRED = {2305: (1.3, 2.0), 4097: (2.0, 4.0), 9217: (3.0, 6.0)}
+"""Speed of "both" at keep .10 over the fastest backend on an H100: required, aimed at."""
+
+
+def settings(tokens: int, keep: float, tile: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes of KeySelect and of SparseAttention."""
+    sparsity = SparsityConfig(keep=keep, tile=tile, probe=min(16, tile), cells=CELLS)
+    layout = sparsity.layout(tokens - 1)
+    shared = {"num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": layout.cell, "scale": SCALE}
+    select = {"probe": sparsity.probe, "keys": layout.keys, "value_power": sparsity.value_power}
+    return {**shared, **select}, {**shared, "prefix_keys": 1}
+
+
+def ours(qkv: torch.Tensor, keep: float, tile: int) -> dict[str, Any]:
+    """Graphs of our operators at one keep rate."""
+    select, attend = settings(qkv.shape[1], keep, tile)
+    proj_q, proj_k = (torch.randn(HEADS, WIDTH, CHANNELS, device="cuda") / WIDTH**0.5 for _ in range(2))
+    indices = ops.key_select(qkv, proj_q, proj_k, **select)
+    for name, attributes, inputs in (
+        ("KeySelect", select, (qkv, proj_q, proj_k)), ("SparseAttention", attend, (qkv, indices)),
+    ):  # fmt: skip
+        choice = kernels_for(name, attributes, [x.shape for x in inputs], qkv)
+        if choice.name != "triton":
+            raise SystemExit(f"Triton does not run {name}: {'; '.join(choice.reasons)}")
+    return {
+        f"select {keep:g}": graph(lambda: ops.key_select(qkv, proj_q, proj_k, **select)),
+        f"attend {keep:g}": graph(lambda: ops.sparse_attention(qkv, indices, **attend)),
+        f"both {keep:g}": graph(
+            lambda: ops.sparse_attention(qkv, ops.key_select(qkv, proj_q, proj_k, **select), **attend)
+        ),
+    }
+
+
+def measure(tokens: int, dtype: torch.dtype, tile: int, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    torch.manual_seed(0)
+    qkv = torch.randn(BATCH, tokens, 3 * HEADS * WIDTH, device="cuda", dtype=dtype)
+    q, k, v = (x.contiguous() for x in qkv.unflatten(-1, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4))
+    rivals, refused = dense_runs(q, k, v, SCALE)
+    rival = fastest(rivals)
+    runs = {f"dense {rival}": rivals[rival]}
+    for keep in KEEPS:
+        runs |= ours(qkv, keep, tile)
+    times = time_in_turn(runs, rounds, 20)
+    dense = times[f"dense {rival}"]
+    statistics = {
+        "fastest_backend": rival,
+        "refused_backends": refused,
+        "median_ms": {name: float(np.median(x)) for name, x in times.items()},
+        "times_faster_than_dense": {name: ratio(dense, x) for name, x in times.items() if x is not dense},
+        "joules_a_call": {name: energy_joules(runs[name]) for name in (f"dense {rival}", f"both {KEEPS[-1]:g}")},
+    }
+    return {name: x.tolist() for name, x in times.items()}, statistics
+
+
+def show(tokens: int, found: dict[str, Any]) -> None:
+    rows = []
+    for name, ms in found["median_ms"].items():
+        against = found["times_faster_than_dense"].get(name)
+        wanted = REQUIRED.get(tokens) if name == f"both {KEEPS[-1]:g}" else None
+        bounds = f"{against['value']:.2f} ({against['least']:.2f} to {against['greatest']:.2f})" if against else ""
+        rows.append([name, f"{ms:.3f}", bounds, f"{wanted[0]:g}, aim {wanted[1]:g}" if wanted else ""])
+    print_table(f"{tokens} tokens, batch x heads {BATCH * HEADS}", ["", "ms", "times dense", "required"], rows)
+
+
+@click.command()
+@click.option("--tokens", type=int, multiple=True, default=TOKENS, help="Repeatable.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
+@click.option("--tile", type=int, default=64, show_default=True)
+@click.option("--rounds", type=int, default=15, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for attention_gpu.json.")
+def main(tokens: tuple[int, ...], dtype: str, tile: int, rounds: int, output: Path | None) -> None:
+    method = {**require_gpu(), "batch": BATCH, "heads": HEADS, "width": WIDTH, "channels": CHANNELS, "cells": CELLS}
+    method |= {"dtype": dtype, "tile": tile, "rounds": rounds, "timing": "CUDA graphs, events, engines in turn"}
+    samples, statistics = {}, {}
+    for count in tokens:
+        err_console.print(f"{count} tokens")
+        samples[str(count)], statistics[str(count)] = measure(count, getattr(torch, dtype), tile, rounds)
+        show(count, statistics[str(count)])
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        subjects = [{"path": "sparsifiner_edge/ops/triton/attend.py", "sha256": sha256(_attend_source())}]
+        result = new_result("comparison", subjects, method, samples, statistics)
+        write_result(output / "attention_gpu.json", result)
+
+
+def _attend_source() -> Path:
+    import sparsifiner_edge.ops.triton
+
+    return Path(str(sparsifiner_edge.ops.triton.__file__)).with_name("attend.py")
+
+
+if __name__ == "__main__":
+    main()

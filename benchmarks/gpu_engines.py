@@ -1,0 +1,133 @@
+"""Fair timing on a CUDA GPU: graphs, engines in turn, energy by NVML. For `attention_gpu.py` and `model_gpu.py`."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.results import package_version, unavailable
+
+Run = Callable[[], Any]
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+ENERGY_S = 2.0
+
+
+def require_gpu() -> dict[str, Any]:
+    """The GPU that is measured; ends the program with exit code 2 where there is none."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA at all"
+        click.echo(
+            f"Error: there is no CUDA device (this torch, {torch.__version__}, was built for {built}).\n"
+            "  Run this on a machine with an NVIDIA GPU, its driver, and a torch for CUDA.",
+            err=True,
+        )
+        raise SystemExit(2)
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": package_version("triton"),
+    }
+
+
+def graph(run: Run) -> Run:
+    """`run`, warmed up and captured as one CUDA graph: no launch overhead on either side."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.inference_mode():
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(captured):
+        run()
+    return captured.replay
+
+
+def _milliseconds(run: Run, burst: int) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(burst + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def time_in_turn(runs: Mapping[str, Run], rounds: int, burst: int) -> dict[str, np.ndarray]:
+    """Milliseconds [rounds, burst] of each engine; every round goes through all in an order drawn anew."""
+    order, draw = list(runs), random.Random(0)
+    taken: dict[str, list[list[float]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            _milliseconds(runs[name], max(burst // 4, 1))
+            taken[name].append(_milliseconds(runs[name], burst))
+    return {name: np.array(rows) for name, rows in taken.items()}
+
+
+def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, Any]:
+    """How many times faster `fast` is: median over rounds of the ratio of their medians, interval and spread."""
+    ratios = stats.round_ratios(list(fast), list(slow))
+    found = stats.estimate(
+        float(np.median(ratios)), *stats.quantile_interval(ratios, 0.5), "order statistics of rounds"
+    )
+    return found | {"least": float(ratios.min()), "greatest": float(ratios.max())}
+
+
+def dense_runs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[dict[str, Run], dict[str, str]]:
+    """Graphs of torch's attention on contiguous q, k, v [B,H,N,d] by backend, compiled; and why others cannot run."""
+    runs, refused = {}, {}
+    for backend in BACKENDS:
+
+        def attend(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+        try:
+            runs[backend.name] = graph(torch.compile(attend))
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            refused[backend.name] = str(error).splitlines()[0]
+            torch.cuda.synchronize()
+    return runs, refused
+
+
+def fastest(runs: Mapping[str, Run]) -> str:
+    """The engine of the least median over a short burst."""
+    return min(runs, key=lambda name: float(np.median(_milliseconds(runs[name], 10))))
+
+
+def energy_joules(run: Run) -> Any:
+    """Energy of one call, from NVML's counter over at least two seconds of calls; or why it cannot be had."""
+    try:
+        import pynvml
+    except ImportError:
+        return unavailable("nvidia-ml-py is not installed")
+    try:
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+        before, calls = pynvml.nvmlDeviceGetTotalEnergyConsumption(device), 0
+        start = time.monotonic()
+        while time.monotonic() - start < ENERGY_S:
+            for _ in range(20):
+                run()
+            torch.cuda.synchronize()
+            calls += 20
+        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(device) - before) / 1000 / calls
+    except pynvml.NVMLError as error:
+        return unavailable(f"NVML: {error}")

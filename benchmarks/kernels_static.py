@@ -1,0 +1,156 @@
+"""What can be said of the CUDA kernels without a GPU: registers, spills, shared memory, occupancy, and time bounds.
+
+    python benchmarks/kernels_static.py [--capability 87 ...] [--docs] [-o FOLDER]
+
+Kernels are compiled ahead of time by Triton. Nothing here is a measurement of time. `--docs` renews the tables of
+docs/gpu.md from the result.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+from gpu_bound import H100, bound
+
+from sparsifiner_edge.artifacts import sha256
+from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch
+from sparsifiner_edge.ops.triton.occupancy import occupancy
+from sparsifiner_edge.ops.triton.plan import Plan, plan_select
+from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
+from sparsifiner_edge.results import new_result, package_version, write_result
+
+ROOT = Path(__file__).parent.parent
+PATCHES, HEADS, KEYS, CELL, CHANNELS = 1024, 6, 103, 41, 24
+EVERYWHERE = (("float16", 64, 64), ("float16", 64, 16))
+"""Element type, head dimension and tile that are compiled for every GPU generation, forward."""
+ELSEWHERE = {
+    87: (("bfloat16", 64, 64), ("float32", 64, 16), ("float16", 128, 64), ("float16", 32, 16)),
+    90: (("bfloat16", 128, 64), ("float16", 96, 64), ("float32", 64, 64)),
+}
+"""More of SparseAttention's main kernel."""
+BACKWARD = (87, 90)
+BOUNDS = [(tokens, keep) for tokens in (1025, 2305, 4097, 9217) for keep in (0.25, 0.10)]
+
+
+def plans(capability: int, dtype: str, width: int, tile: int) -> dict[str, Plan]:
+    """Plans at 1025 tokens and keep .10, one picture."""
+    qkv = (1, PATCHES + 1, 3 * HEADS * width)
+    shared: dict[str, Any] = {
+        "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": CELL, "scale": width**-0.5,
+    }  # fmt: skip
+    select = {**shared, "probe": 8, "keys": KEYS, "value_power": 2.0}
+    attend, lists = {**shared, "prefix_keys": 1}, (1, HEADS, PATCHES // tile, KEYS)
+    return {
+        "KeySelect": plan_select([qkv, *[(HEADS, width, CHANNELS)] * 2], select, dtype, capability),
+        "SparseAttention": plan_attend([qkv, lists], attend, dtype, capability),
+        "gradient": plan_backward([qkv, lists], attend, dtype, capability),
+    }
+
+
+def wanted(capability: int) -> list[tuple[str, int, int, str, Plan, Any]]:
+    """Element type, head dimension, tile, operator, plan and launch of everything to compile."""
+    found = []
+    for dtype, width, tile in EVERYWHERE:
+        made = plans(capability, dtype, width, tile)
+        if capability not in BACKWARD:
+            del made["gradient"]
+        found += [(dtype, width, tile, op, plan, step) for op, plan in made.items() for step in plan.launches]
+    for dtype, width, tile in ELSEWHERE.get(capability, ()):
+        plan = plans(capability, dtype, width, tile)["SparseAttention"]
+        found.append((dtype, width, tile, "SparseAttention", plan, plan.launches[-1]))
+    return [x for x in found if x[3] != "gradient" or x[5].kernel not in ("membership", "rest")]
+
+
+def describe(dtype: str, width: int, tile: int, op: str, made: Compiled) -> dict[str, Any]:
+    resident = occupancy(made.capability, made.warps, made.registers, made.shared)
+    return {
+        "capability": made.capability, "operator": op, "kernel": made.kernel, "dtype": dtype, "head_dimension": width,
+        "tile": tile, "warps": made.warps, "stages": made.stages, "registers": made.registers,
+        "spilled_bytes": made.spilled, "shared_bytes": made.shared, "resident_blocks": resident.blocks,
+        "occupancy": resident.share, "limited_by": resident.limit, "cubin_bytes": len(made.cubin),
+    }  # fmt: skip
+
+
+def measure(capabilities: tuple[int, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for capability in capabilities:
+        for dtype, width, tile, op, plan, step in wanted(capability):
+            err_console.print(f"sm_{capability}: {op}, {step.kernel}, {dtype}, d {width}, tile {tile}")
+            rows.append(describe(dtype, width, tile, op, compile_launch(plan, step, capability)))
+    return rows
+
+
+def resources_markdown(rows: list[dict[str, Any]]) -> str:
+    """Registers / KiB of shared memory / occupancy of each kernel, float16, d 64, by generation."""
+    usual = [r for r in rows if (r["dtype"], r["head_dimension"]) == ("float16", 64)]
+    columns = sorted({r["capability"] for r in usual})
+    lines = [
+        "| kernel, tile | " + " | ".join(f"sm_{c}" for c in columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    cells: dict[str, dict[int, str]] = {}
+    for r in usual:
+        spill = f" ({r['spilled_bytes']} B spilled)" if r["spilled_bytes"] else ""
+        text = f"{r['registers']} / {r['shared_bytes'] / 1024:.0f} / {r['occupancy']:.0%}{spill}"
+        cells.setdefault(f"{r['kernel']}, {r['tile']}", {})[r["capability"]] = text
+    lines += [f"| {name} | " + " | ".join(row.get(c, "") for c in columns) + " |" for name, row in cells.items()]
+    return "\n".join(lines)
+
+
+def bounds_markdown(bounds: list[dict[str, Any]]) -> str:
+    lines = [
+        "| tokens | keep | dense, ms | method, ms | kernels, ms | dense / method | dense / kernels |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for b in bounds:
+        times = " | ".join(f"{b[k]:.3f}" for k in ("dense_bound_ms", "method_bound_ms", "written_bound_ms"))
+        ratios = f"{b['dense_over_method']:.1f} | {b['dense_over_written']:.1f}"
+        lines.append(f"| {b['tokens']} | {b['keep']:g} | {times} | {ratios} |")
+    return "\n".join(lines)
+
+
+def renew_docs(tables: dict[str, str]) -> None:
+    """Put tables between `<!-- NAME -->` and `<!-- end -->` of docs/gpu.md."""
+    path = ROOT / "docs" / "gpu.md"
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+            lambda m, table=table: f"{m[1]}{table}\n{m[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    path.write_text(text, encoding="utf-8")
+
+
+@click.command()
+@click.option("--capability", "capabilities", type=int, multiple=True, default=CAPABILITIES, help="Repeatable.")
+@click.option("--docs", is_flag=True, help="Renew the tables of docs/gpu.md.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for kernels_static.json.")
+def main(capabilities: tuple[int, ...], docs: bool, output: Path | None) -> None:
+    rows, bounds = measure(capabilities), [bound(*entry) for entry in BOUNDS]
+    names = ("capability", "kernel", "dtype", "head_dimension", "tile", "registers", "spilled_bytes", "shared_bytes")
+    cells = [[*(str(r[n]) for n in names), f"{r['occupancy']:.0%}", r["limited_by"]] for r in rows]
+    print_table("Compiled, not run", [*names, "occupancy", "limit"], cells)
+    click.echo(bounds_markdown(bounds))
+    if docs:
+        renew_docs({"resources": resources_markdown(rows), "bounds": bounds_markdown(bounds)})
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        sources = sorted((ROOT / "sparsifiner_edge" / "ops" / "triton").glob("*.py"))
+        subjects = [{"path": str(p.relative_to(ROOT)), "sha256": sha256(p)} for p in sources]
+        method = {
+            "what": "static: compiled ahead of time, never run; times are lower bounds, not measurements",
+            "triton": package_version("triton"), "h100_per_second": H100, "patches": PATCHES, "keys": KEYS,
+        }  # fmt: skip
+        statistics = {"bounds_not_measured": {f"{b['tokens']} tokens, keep {b['keep']:g}": b for b in bounds}}
+        result = new_result("evaluation", subjects, method, {"kernels": rows}, statistics)
+        write_result(output / "kernels_static.json", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Whole models on a CUDA GPU: a sparse student against the dense model in torch, both compiled and as CUDA graphs.
+
+    python benchmarks/model_gpu.py [--model vit_small_patch14_dinov2.lvd142m] [--size 448 ...] [-o FOLDER]
+
+Random weights, which time does not depend on; float16. The dense model runs with whichever backend of
+scaled_dot_product_attention is fastest for it. Sizes 448, 672, 896 and 1344 make 1025 to 9217 tokens of 14 pixels.
+Without a CUDA device this ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from gpu_engines import BACKENDS, Run, energy_joules, fastest, graph, ratio, require_gpu, time_in_turn
+from torch.nn.attention import sdpa_kernel
+
+from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.sparse.models import create
+from sparsifiner_edge.sparse.student import make_student
+
+SIZES = (448, 672, 896, 1344)
+KEEPS = (0.25, 0.10)
+
+
+def dense_runs(name: str, image: torch.Tensor) -> tuple[dict[str, Run], dict[str, str]]:
+    """Graphs of the dense model by attention backend, and why others cannot run."""
+    torch.manual_seed(0)
+    model = create(name, image.shape[-1], 0).half().cuda()
+    runs, refused = {}, {}
+    for backend in BACKENDS:
+
+        def forward(backend: Any = backend) -> Any:
+            with sdpa_kernel(backend):
+                return model.forward_features(image)
+
+        try:
+            runs[backend.name] = graph(torch.compile(forward))
+        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+            refused[backend.name] = str(error).splitlines()[0]
+            torch.cuda.synchronize()
+    return runs, refused
+
+
+def sparse_run(name: str, image: torch.Tensor, keep: float, tile: int) -> Run:
+    torch.manual_seed(0)
+    sparsity = SparsityConfig(keep=keep, tile=tile, probe=min(16, tile))
+    model = make_student(name, create(name, image.shape[-1], 0), sparsity).model.half().cuda()
+    return graph(torch.compile(lambda: model.forward_features(image)))
+
+
+def measure(name: str, size: int, batch: int, tile: int, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    image = torch.rand(batch, 3, size, size, device="cuda", dtype=torch.float16)
+    rivals, refused = dense_runs(name, image)
+    rival = fastest(rivals)
+    runs = {f"dense {rival}": rivals[rival]} | {f"keep {k:g}": sparse_run(name, image, k, tile) for k in KEEPS}
+    times = time_in_turn(runs, rounds, 5)
+    dense = times[f"dense {rival}"]
+    statistics = {
+        "fastest_backend": rival,
+        "refused_backends": refused,
+        "median_ms": {label: float(np.median(x)) for label, x in times.items()},
+        "times_faster_than_dense": {label: ratio(dense, x) for label, x in times.items() if x is not dense},
+        "joules_a_call": {label: energy_joules(run) for label, run in runs.items()},
+    }
+    return {label: x.tolist() for label, x in times.items()}, statistics
+
+
+def show(size: int, found: dict[str, Any]) -> None:
+    rows = []
+    for label, ms in found["median_ms"].items():
+        against = found["times_faster_than_dense"].get(label)
+        bounds = f"{against['value']:.2f} ({against['least']:.2f} to {against['greatest']:.2f})" if against else ""
+        rows.append([label, f"{ms:.2f}", bounds])
+    print_table(f"{size} px", ["", "ms", "times dense"], rows)
+
+
+@click.command()
+@click.option("--model", "name", default="vit_small_patch14_dinov2.lvd142m", show_default=True)
+@click.option("--size", "sizes", type=int, multiple=True, default=SIZES, help="Repeatable.")
+@click.option("--batch", type=int, default=8, show_default=True)
+@click.option("--tile", type=int, default=64, show_default=True)
+@click.option("--rounds", type=int, default=15, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for model_gpu.json.")
+def main(name: str, sizes: tuple[int, ...], batch: int, tile: int, rounds: int, output: Path | None) -> None:
+    method = {**require_gpu(), "model": name, "batch": batch, "tile": tile, "rounds": rounds, "dtype": "float16"}
+    samples, statistics = {}, {}
+    for size in sizes:
+        err_console.print(f"{size} px")
+        samples[str(size)], statistics[str(size)] = measure(name, size, batch, tile, rounds)
+        show(size, statistics[str(size)])
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        subjects = [{"path": name, "sha256": "random weights"}]
+        result = new_result("comparison", subjects, method, samples, statistics)
+        write_result(output / "model_gpu.json", result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What the kernels share: reading rows of heads, and one step of an online softmax.
+
+Names follow `schema.py`; every size is a compile-time constant, so a kernel takes pointers alone. `block_*` are powers
+of two of at least 16, as the matrix units want; rows and columns beyond the real sizes are read as zeros and not
+written.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(base, rows, stride: tl.constexpr, real, width: tl.constexpr, block_d: tl.constexpr):
+    """Rows of `width` elements at base + row x stride -> [rows, block_d], zeros where not real."""
+    columns = tl.arange(0, block_d)
+    mask = real[:, None]
+    if block_d != width:
+        mask = mask & (columns < width)[None, :]
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, stride: tl.constexpr, real, width: tl.constexpr, block_d: tl.constexpr, values):
+    """The inverse of `load_rows`, cast to the element type of `base`."""
+    columns = tl.arange(0, block_d)
+    mask = real[:, None]
+    if block_d != width:
+        mask = mask & (columns < width)[None, :]
+    tl.store(base + rows[:, None] * stride + columns[None, :], values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softmax_step(q, k, v, offset, peak, total, out, factor: tl.constexpr, precision: tl.constexpr):
+    """One block of entries: logits factor q k + offset (base 2) enter the running peak, total and weighted sum."""
+    logits = tl.dot(q, tl.trans(k), input_precision=precision) * factor + offset
+    higher = tl.maximum(peak, tl.max(logits, 1))
+    weights = tl.exp2(logits - higher[:, None])
+    decay = tl.exp2(peak - higher)
+    out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision=precision)
+    return higher, total * decay + tl.sum(weights, 1), out
+
+
+@triton.jit
+def listed_tokens(lists, entries, real, everything, first: tl.constexpr, columns: tl.constexpr):
+    """Token of each entry of a tile: the prefix, then its list; or, for prefix rows, simply every token.
+
+    A list that is not one of KeySelect's may hold anything: it is brought into range, nothing outside is ever read.
+    """
+    listed = tl.load(lists + entries - first, mask=real & (entries >= first) & (not everything), other=0)
+    listed = first + tl.minimum(tl.maximum(listed, 0), columns - 1)
+    return tl.where(everything | (entries < first), entries, listed)

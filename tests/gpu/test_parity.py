@@ -1,0 +1,88 @@
+"""The Triton kernels on a real GPU, where there is one, against the reference and torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the extra `triton` is not installed")
+
+from sparsifiner_edge.ops.triton import VARIABLE, kernels_for
+from tests.ops.matrix import Case, cases
+from tests.triton.inputs import DTYPES, NAMES, PAPER, case_of, close, gradients, hold, run, tensors
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+BOTH = [case for name in NAMES for case in cases(name)]
+LARGE = [
+    (case_of("KeySelect", 4096, batch=2, num_heads=3, tile=64, probe=16, cell=164, keys=410), 64),
+    (case_of("SparseAttention", 1024, batch=2, num_heads=3, tile=64, cell=41), 64),
+    (case_of("KeySelect", 9216, num_heads=1, tile=64, probe=16, cell=369, keys=922), 64),
+]
+
+
+def kernels_run(case: Case, given: list[torch.Tensor]) -> None:
+    choice = kernels_for(case.op.name, case.attributes, [x.shape for x in given], given[0])
+    assert choice.name == "triton", choice.reasons
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("case", [*BOTH, PAPER], ids=str)
+def test_agrees_over_the_matrix(case: Case, dtype: str) -> None:
+    given = tensors(case, dtype=dtype, device="cuda")
+    kernels_run(case, given)
+    hold(case, given, run(case, given), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
+@pytest.mark.parametrize("tile", [8, 16, 64])
+def test_agrees_at_every_head_dimension(tile: int, width: int, dtype: str) -> None:
+    for name in NAMES:
+        case = case_of(name, 300, tile=tile, scale=width**-0.5)
+        given = tensors(case, width=width, dtype=dtype, device="cuda")
+        kernels_run(case, given)
+        hold(case, given, run(case, given), dtype)
+
+
+@pytest.mark.parametrize(("case", "width"), LARGE, ids=str)
+def test_agrees_at_large_sizes(case: Case, width: int) -> None:
+    given = tensors(case, width=width, dtype="float16", device="cuda")
+    kernels_run(case, given)
+    hold(case, given, run(case, given), "float16")
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_twice_the_same_bits(dtype: str) -> None:
+    for case in (case_of("KeySelect", 1000, num_heads=3), case_of("SparseAttention", 1000, num_heads=3)):
+        given = tensors(case, width=64, dtype=dtype, device="cuda")
+        assert torch.equal(run(case, given), run(case, given))
+    weights = torch.ones(1, 1001, 192, dtype=DTYPES[dtype], device="cuda")
+    assert torch.equal(gradients(case, *given, weights), gradients(case, *given, weights))
+
+
+@pytest.mark.parametrize("case", [case_of("SparseAttention", 300, tile=64, num_prefix=5), PAPER], ids=str)
+def test_gradient_is_that_of_torch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, lists = tensors(case, width=64, device="cuda")
+    weights = torch.randn(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3, device="cuda")
+    got = gradients(case, qkv, lists, weights)
+    monkeypatch.setenv(VARIABLE, "torch")
+    close(got, gradients(case, qkv.double(), lists, weights.double()), 1e-4)
+
+
+def test_wild_indices_are_harmless() -> None:
+    case = case_of("SparseAttention", 300, num_heads=3)
+    qkv, lists = tensors(case, width=64, device="cuda")
+    wild = torch.randint(-(2**31), 2**31 - 1, lists.shape, dtype=torch.int32, device="cuda")
+    gradients(case, qkv, wild, torch.ones(1, 301, 192, device="cuda"))
+    torch.cuda.synchronize()
+
+
+def test_captured_as_a_graph() -> None:
+    case = case_of("SparseAttention", 300, num_heads=3)
+    given = tensors(case, width=64, dtype="float16", device="cuda")
+    expected = run(case, given)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        got = run(case, given)
+    captured.replay()
+    assert torch.equal(got, expected)

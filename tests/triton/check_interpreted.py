@@ -1,0 +1,260 @@
+"""The kernels in Triton's interpreter, on CPU tensors. `test_interpreted.py` runs this file in a process of its own,
+where TRITON_INTERPRET is set before Triton is imported: pytest does not collect it by its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from sparsifiner_edge.ops.triton import VARIABLE, kernels_for
+from sparsifiner_edge.ops.triton.plan import Plan, plan_select
+from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
+from sparsifiner_edge.ops.triton.run import launch
+from tests.ops.matrix import Case, cases, run_reference
+from tests.triton.inputs import DTYPES, NAMES, PAPER, case_of, close, gradients, hold, run, tensors
+
+BOTH = [dataclasses.replace(case, patches=min(case.patches, 70)) for name in NAMES for case in cases(name)]
+GUARD = 512
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9's interpreter keeps bfloat16 as 16-bit integers and multiplies those; here as float32."""
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return multiply(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def test_these_are_the_kernels_that_run() -> None:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    for case in (cases("KeySelect")[0], cases("SparseAttention")[0], PAPER):
+        given = tensors(case)
+        assert kernels_for(case.op.name, case.attributes, [x.shape for x in given], given[0]).name == "triton"
+
+
+@pytest.mark.parametrize("case", [*BOTH, PAPER], ids=str)
+def test_agrees_over_the_matrix(case: Case) -> None:
+    given = tensors(case)
+    hold(case, given, run(case, given), "float32")
+
+
+@pytest.mark.parametrize("name", list(NAMES))
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [("float16", 32), ("bfloat16", 64), ("float16", 96), ("bfloat16", 128), ("float32", 96), ("float16", 64)],
+)
+def test_agrees_at_every_element_type_and_head_dimension(name: str, dtype: str, width: int) -> None:
+    case = case_of(name, 70, cell=17, scale=width**-0.5)
+    given = tensors(case, width=width, dtype=dtype)
+    hold(case, given, run(case, given), dtype)
+
+
+def test_ragged_tile_probe_and_cell_with_registers() -> None:
+    case = case_of("KeySelect", 45, num_prefix=5, probe=4, tile=20, cell=13, keys=11)
+    given = tensors(case)
+    indices = run(case, given)
+    hold(case, given, indices, "float32")
+    attention = case_of("SparseAttention", 45, num_prefix=5, tile=20, cell=13)
+    hold(attention, [given[0], indices], run(attention, [given[0], indices]), "float32")
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e4])
+def test_selection_survives_small_and_large_projections(size: float) -> None:
+    """What would vanish or overflow in float16: the split parts are scaled. Logits stay the same."""
+    case = case_of("KeySelect", 40)
+    qkv, proj_q, proj_k = tensors(case)
+    hold(case, [qkv, proj_q * size, proj_k / size], run(case, [qkv, proj_q * size, proj_k / size]), "float32")
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter's maximum is numpy's
+def test_ties_go_to_the_lower_index_and_nan_loses() -> None:
+    case = case_of("KeySelect", 60, num_heads=1, cell=20, keys=5)
+    qkv, proj_q, proj_k = tensors(case)
+    same = torch.ones_like(qkv)
+    assert (run(case, [same, proj_q, proj_k]) == torch.arange(5, dtype=torch.int32)).all()
+    width = qkv.shape[-1] // 3
+    qkv[:, 1 + 30, 2 * width :] = torch.nan  # a value: spoils its own cell
+    got = run(case, [qkv, proj_q, proj_k])
+    np.testing.assert_array_equal(got.numpy(), run_reference(case, [x.numpy() for x in (qkv, proj_q, proj_k)]))
+    assert not np.isin(got.numpy(), np.arange(20, 40)).any()
+    qkv[:, 1 + 10, width : 2 * width] = torch.nan  # a key: spoils every softmax
+    assert (run(case, [qkv, proj_q, proj_k]) == torch.arange(5, dtype=torch.int32)).all()
+
+
+@pytest.mark.parametrize("few", [1, 3])
+def test_few_distinct_scores(few: int) -> None:
+    """Many keys alike: the bracket closes on one value, and its ties are counted."""
+    case = case_of("KeySelect", 64, num_heads=1, num_prefix=0, value_power=0.0, keys=13)
+    qkv, proj_q, proj_k = tensors(case)
+    qkv = qkv[:, torch.arange(64) % few]
+    expected = run_reference(case, [x.numpy() for x in (qkv, proj_q, proj_k)])
+    got = run(case, [qkv, proj_q, proj_k]).numpy()
+    assert (np.diff(got, axis=-1) > 0).all()
+    np.testing.assert_array_equal(np.sort(got % few, -1), np.sort(expected % few, -1))
+
+
+def test_winners_are_written_in_parts() -> None:
+    case = case_of("KeySelect", 300, num_heads=1, keys=70)
+    given = dict(zip(("qkv", "proj_q", "proj_k"), tensors(case), strict=True))
+    plan = plan_select([x.shape for x in given.values()], case.attributes, "float32", 80)
+    last = plan.launches[-1]
+    parts = dataclasses.replace(last, constants={**last.constants, "block_s": 128})
+    split = dataclasses.replace(plan, launches=(*plan.launches[:-1], parts))
+    assert torch.equal(launch(split, given)["indices"], launch(plan, given)["indices"])
+
+
+def test_everything_selected_is_dense_attention() -> None:
+    case = case_of("SparseAttention", 37, cell=10)
+    qkv, lists = tensors(case)
+    everything = torch.arange(37, dtype=torch.int32).expand(*lists.shape[:3], 37)
+    heads = case.attributes["num_heads"]
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=case.attributes["scale"])
+    close(run(case, [qkv, everything]), dense.transpose(1, 2).flatten(2), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_twice_the_same_bits(dtype: str) -> None:
+    for case in (case_of("KeySelect", 40), case_of("SparseAttention", 40, cell=7)):
+        given = tensors(case, dtype=dtype)
+        assert run(case, given).numpy().tobytes() == run(case, given).numpy().tobytes()
+    weights = torch.ones(1, 41, 8, dtype=DTYPES[dtype])
+    one, two = (gradients(case, *given, weights) for _ in range(2))
+    assert one.numpy().tobytes() == two.numpy().tobytes()
+
+
+def guarded(plan: Plan, given: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Iterator[torch.Tensor]]:
+    """Every buffer of a plan inside a larger one of NaN (or a large number), inputs copied in; and the guards."""
+    inside, guards = {}, []
+    for name, buffer in plan.buffers.items():
+        dtype = getattr(torch, buffer.dtype)
+        poison = torch.nan if dtype.is_floating_point else 0x55
+        size = int(np.prod(buffer.shape))
+        whole = torch.full((size + 2 * GUARD,), poison, dtype=dtype)
+        inside[name] = whole[GUARD:-GUARD].view(buffer.shape)
+        if name in given:
+            inside[name].copy_(given[name])
+        guards += [whole[:GUARD], whole[-GUARD:]]
+    return inside, iter(guards)
+
+
+def untouched(guards: Iterator[torch.Tensor]) -> bool:
+    return all(bool((g.isnan() if g.is_floating_point() else g == 0x55).all()) for g in guards)
+
+
+@pytest.mark.parametrize("patches", [37, 16])
+def test_selection_stays_within_its_tensors(patches: int) -> None:
+    case = case_of("KeySelect", patches, cell=7)
+    given = dict(zip(("qkv", "proj_q", "proj_k"), tensors(case, width=24), strict=True))
+    plan = plan_select([x.shape for x in given.values()], case.attributes, "float32", 80)
+    inside, guards = guarded(plan, given)
+    assert torch.equal(launch(plan, inside)["indices"], run(case, list(given.values())))
+    assert untouched(guards)
+
+
+@pytest.mark.parametrize("case", [case_of("SparseAttention", 37, num_prefix=5, cell=7), PAPER], ids=str)
+def test_attention_and_gradient_stay_within_their_tensors(case: Case) -> None:
+    """What was never written is NaN here: reading it would show in the result."""
+    qkv, lists = tensors(case, width=24)
+    shapes = [qkv.shape, lists.shape]
+    plan = plan_attend(shapes, case.attributes, "float32", 80)
+    inside, guards = guarded(plan, {"qkv": qkv, "indices": lists})
+    done = launch(plan, inside)
+    assert torch.equal(done["output"], run(case, [qkv, lists]))
+    assert untouched(guards)
+    weights = torch.randn_like(done["output"])
+    plan = plan_backward(shapes, case.attributes, "float32", 80)
+    given = {"qkv": qkv, "indices": lists, "output": done["output"], "sums": done["sums"], "grad": weights}
+    inside, guards = guarded(plan, given)
+    assert torch.equal(launch(plan, inside)["grad_qkv"], gradients(case, qkv, lists, weights))
+    assert untouched(guards)
+
+
+@pytest.mark.parametrize("case", [case_of("SparseAttention", 37, cell=7), PAPER], ids=str)
+def test_wild_indices_touch_nothing_outside(case: Case) -> None:
+    qkv, lists = tensors(case)
+    wild = torch.randint(-(2**31), 2**31 - 1, lists.shape, dtype=torch.int32)
+    wild[..., 0] = 2**31 - 1
+    plan = plan_attend([qkv.shape, lists.shape], case.attributes, "float32", 80)
+    inside, guards = guarded(plan, {"qkv": qkv, "indices": wild})
+    assert torch.isfinite(launch(plan, inside)["output"]).all()
+    assert untouched(guards)
+    assert torch.isfinite(gradients(case, qkv, wild, torch.ones_like(inside["output"]))).all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of("SparseAttention", 37),
+        case_of("SparseAttention", 37, batch=2, num_heads=2, num_prefix=5, tile=8, cell=10),
+        case_of("SparseAttention", 40, num_prefix=0, cell=0, tile=64),
+        case_of("SparseAttention", 70, tile=48, cell=20),  # float32: two programs a tile
+        PAPER,
+    ],
+    ids=str,
+)
+def test_gradient_is_that_of_torch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, lists = tensors(case, seed=3)
+    weights = torch.randn(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
+    got = gradients(case, qkv, lists, weights)
+    monkeypatch.setenv(VARIABLE, "torch")
+    close(got, gradients(case, qkv.double(), lists, weights.double()), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradient_at_half_precision(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of("SparseAttention", 37, cell=7)
+    qkv, lists = tensors(case, width=32, dtype=dtype)
+    weights = torch.randn(1, 38, 32).to(DTYPES[dtype])
+    got = gradients(case, qkv, lists, weights)
+    monkeypatch.setenv(VARIABLE, "torch")
+    expected = gradients(case, qkv.double(), lists, weights.double())
+    close(got, expected, 2 * case.op.tolerances[dtype])
+
+
+def test_gradient_is_the_slope() -> None:
+    case = case_of("SparseAttention", 20, tile=8, cell=7)
+    qkv, lists = tensors(case)
+    qkv = qkv / 3
+    weights, direction = torch.randn(1, 21, 8), torch.randn_like(qkv)
+    along = float((gradients(case, qkv, lists, weights) * direction).sum())
+    step = 1e-3
+    ahead, behind = (
+        float((run(case, [qkv + sign * step * direction, lists]).double() * weights).sum()) for sign in (1, -1)
+    )
+    assert abs((ahead - behind) / (2 * step) - along) <= 2e-3 * max(abs(along), 1)
+
+
+def test_compiled_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of("SparseAttention", 20, tile=8, cell=7)
+    select = case_of("KeySelect", 20, tile=8, cell=7, probe=4)
+    qkv, proj_q, proj_k = tensors(select)
+
+    def attend(qkv: torch.Tensor) -> Any:
+        return run(case, [qkv, run(select, [qkv, proj_q, proj_k])])
+
+    compiled: Any = torch.compile(attend, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(qkv), attend(qkv))

@@ -1,0 +1,71 @@
+"""Inputs of the kernels' tests: cases of the operators' matrix at any head dimension and element type."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsifiner_edge.ops import torch as torch_ops
+from sparsifiner_edge.ops.schema import OPERATORS
+from tests.ops import matrix
+from tests.ops.matrix import Case
+
+NAMES = {"KeySelect": "key_select", "SparseAttention": "sparse_attention"}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PAPER = Case(
+    OPERATORS["SparseAttention"],
+    {"num_heads": 2, "num_prefix": 1, "tile": 1, "cell": 0, "scale": 0.125, "prefix_keys": 0}, 13, 1,
+)  # fmt: skip
+
+
+def case_of(name: str, patches: int, batch: int = 1, **changes: Any) -> Case:
+    """The first case of an operator's matrix with other sizes."""
+    base = matrix.cases(name)[0]
+    return dataclasses.replace(base, attributes={**base.attributes, **changes}, patches=patches, batch=batch)
+
+
+def tensors(
+    case: Case, seed: int = 0, width: int = matrix.HEAD_DIM, dtype: str = "float32", device: str = "cpu"
+) -> Any:
+    """Inputs of a case as tensors, floats in `dtype`."""
+    whole = matrix.HEAD_DIM
+    try:
+        matrix.HEAD_DIM = width
+        arrays = case.inputs(seed)
+    finally:
+        matrix.HEAD_DIM = whole
+    found = [torch.from_numpy(x).to(device) for x in arrays]
+    return [x.to(DTYPES[dtype]) if x.is_floating_point() else x for x in found]
+
+
+def run(case: Case, given: list[Tensor]) -> Tensor:
+    """The public operator: which kernels run it is `kernels_for`'s choice."""
+    function: Any = getattr(torch_ops, NAMES[case.op.name])
+    result: Tensor = function(*given, **case.attributes)
+    return result
+
+
+def hold(case: Case, given: list[Tensor], got: Tensor, dtype: str) -> None:
+    """Hold a result against the reference, which gets what `dtype` left of the inputs."""
+    arrays = [x.float().cpu().numpy() if x.is_floating_point() else x.cpu().numpy() for x in given]
+    found = got.float().cpu().numpy() if got.is_floating_point() else got.cpu().numpy()
+    matrix.check(dataclasses.replace(case, dtype=dtype), arrays, found)
+
+
+def gradients(case: Case, qkv: Tensor, lists: Tensor, weights: Tensor) -> Tensor:
+    """Gradient in qkv of the sum of weights x output."""
+    leaf = qkv.detach().clone().requires_grad_()
+    (run(case, [leaf, lists]) * weights).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Greatest difference, relative to the greatest expected value."""
+    error = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert np.isfinite(float(error))
+    assert error <= tolerance, f"error {float(error):.2e}"

@@ -1,0 +1,133 @@
+"""Kernels compiled ahead of time, with no GPU: every generation, no spills from Ampere on, what a launcher is told."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the extra `triton` is not installed")
+
+from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch, compile_plan
+from sparsifiner_edge.ops.triton.occupancy import LIMITS, occupancy
+from sparsifiner_edge.ops.triton.plan import Plan, plan_select, refusals
+from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
+
+PATCHES, HEADS, KEYS = 1024, 6, 103
+SOME: list[tuple[int, str, int, int, str, str]] = [
+    (87, "float16", 64, 64, "select", "prepare peaks scores select"),
+    (87, "float16", 64, 64, "attend", "membership rest"),
+    (87, "float16", 64, 64, "backward", "queries cells keys"),
+    (75, "float16", 64, 16, "select", "peaks scores"),
+    (86, "float32", 64, 64, "attend", "rest attend"),
+    (86, "float32", 64, 64, "backward", "queries"),
+    (90, "bfloat16", 128, 64, "attend", "attend"),
+    (80, "float16", 96, 16, "attend", "attend"),
+    (120, "bfloat16", 32, 16, "select", "scores"),
+    (120, "float32", 128, 64, "attend", "attend"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def plan_of(kind: str, capability: int, dtype: str, width: int, tile: int) -> Plan:
+    qkv = (1, PATCHES + 1, 3 * HEADS * width)
+    a: dict[str, Any] = {"num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": 41, "scale": width**-0.5}
+    if kind == "select":
+        a |= {"probe": 8, "keys": KEYS, "value_power": 2.0}
+        shapes = [qkv, (HEADS, width, 24), (HEADS, width, 24)]
+        assert refusals("KeySelect", a, shapes, dtype, capability) == []
+        return plan_select(shapes, a, dtype, capability)
+    a |= {"prefix_keys": 1}
+    shapes = [qkv, (1, HEADS, PATCHES // tile, KEYS)]
+    assert refusals("SparseAttention", a, shapes, dtype, capability) == []
+    return (plan_attend if kind == "attend" else plan_backward)(shapes, a, dtype, capability)
+
+
+def fits(made: Compiled) -> None:
+    assert made.cubin[:4] == b"\x7fELF"
+    assert re.search(rf"^\.target sm_{made.capability}a?\b", made.ptx, re.MULTILINE)
+    assert 0 < made.registers <= 255
+    assert made.shared <= LIMITS[made.capability].block_shared
+    assert occupancy(made.capability, made.warps, made.registers, made.shared).blocks >= 1
+    if made.capability >= 80:
+        assert made.spilled == 0, f"{made.kernel} spills {made.spilled} bytes on sm_{made.capability}"
+
+
+@pytest.mark.parametrize("tile", [64, 16])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_attention_compiles_for_every_generation(capability: int, tile: int) -> None:
+    plan = plan_of("attend", capability, "float16", 64, tile)
+    fits(compile_launch(plan, plan.launches[-1], capability))
+
+
+@pytest.mark.parametrize("sample", SOME, ids=lambda x: "-".join(str(y).replace(" ", "+") for y in x))
+def test_all_kernels_compile_somewhere(sample: tuple[int, str, int, int, str, str]) -> None:
+    capability, dtype, width, tile, kind, kernels = sample
+    plan = plan_of(kind, capability, dtype, width, tile)
+    wanted = kernels.split()
+    chosen = [launch for launch in plan.launches if launch.kernel in wanted]
+    assert [launch.kernel for launch in chosen] == wanted
+    for launch in chosen:
+        fits(compile_launch(plan, launch, capability))
+
+
+def test_what_a_launcher_is_told() -> None:
+    plan = plan_of("attend", 87, "float16", 64, 64)
+    made = compile_plan(plan, 87)
+    assert [x.kernel for x in made] == ["membership", "rest", "attend"]
+    attend = made[-1]
+    parameters = re.search(r"\.entry (\w+)\((.*?)\)", attend.ptx, re.DOTALL)
+    assert parameters is not None
+    assert parameters[1] == attend.symbol
+    assert parameters[2].count(".param .u64") == len(attend.arguments) + attend.hidden
+    assert [x.name for x in attend.arguments] == [
+        "qkv", "indices", "rest_keys", "rest_values", "rest_sizes", "output", "sums",
+    ]  # fmt: skip
+    assert attend.grid == (1 + 16, HEADS, 1)
+    assert attend.threads == 128
+    told = json.loads(json.dumps(attend.metadata()))
+    assert told["arguments"][0] == {
+        "name": "qkv", "dtype": "float16", "shape": [1, 1025, 3 * HEADS * 64], "role": "input",
+    }  # fmt: skip
+
+
+def test_an_older_assembly_version() -> None:
+    plan = plan_of("attend", 87, "float16", 64, 16)
+    made = compile_launch(plan, plan.launches[0], 87, ptx_version=85)
+    assert ".version 8.5" in made.ptx
+
+
+def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("attend", 87, "float16", 64, 16)
+    with pytest.raises(BackendError, match=r"7\.2"):
+        compile_launch(plan, plan.launches[0], 72)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendError, match="Unset it"):
+        compile_launch(plan, plan.launches[0], 87)
+    monkeypatch.delitem(sys.modules, "sparsifiner_edge.ops.triton.kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[triton\]"):
+        compile_launch(plan, plan.launches[0], 87)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "blocks", "limit"),
+    [
+        ((90, 4, 168, 56 * 1024), 3, "registers"),  # 65536 registers / 128 threads x 168, a warp's whole
+        ((86, 4, 96, 48 * 1024), 2, "shared memory"),  # 100 KiB / 49
+        ((75, 4, 32, 1024), 8, "warps"),
+        ((80, 1, 32, 0), 32, "blocks"),
+    ],
+)
+def test_occupancy(sizes: tuple[int, int, int, int], blocks: int, limit: str) -> None:
+    found = occupancy(*sizes)
+    assert (found.blocks, found.limit) == (blocks, limit)
+    assert found.share == blocks * sizes[1] / LIMITS[sizes[0]].warps

@@ -1,0 +1,29 @@
+"""Runs `check_interpreted.py` in a process whose Triton interprets: the choice is made when Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the extra `triton` is not installed")
+
+ROOT = Path(__file__).parent.parent.parent
+CHECKS = Path(__file__).parent / "check_interpreted.py"
+
+
+def test_kernels_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "SPARSIFINER_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
+    for name in [x for x in environment if x.startswith("PYTEST_")]:  # those of an outer xdist
+        del environment[name]
+    command = [sys.executable, "-m", "pytest", str(CHECKS), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 40
+    assert "skipped" not in done.stdout
