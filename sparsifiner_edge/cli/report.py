@@ -1,0 +1,69 @@
+"""`sparsifiner-edge report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsifiner_edge.cli.common import json_option, output_option, print_json
+
+
+@click.command()
+@click.argument("results", nargs=-1, metavar="RESULT.json...", type=click.Path(path_type=Path))
+@click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path),
+              help="A bundle in the results, for what was sparse; may be given again.")  # fmt: skip
+@click.option("--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True,
+              help="English or Japanese.")  # fmt: skip
+@click.option("--price-kwh", type=float, help="Price of a kilowatt-hour, for the cost of a million inferences.")
+@click.option("--price-device-hour", type=float, help="Price of an hour of the device, for the same.")
+@click.option("--currency", default="", help="Code or sign that is printed with costs, such as EUR.")
+@click.option("--strict", is_flag=True, help="Exit with 1, and write nothing, when the results cannot be compared.")
+@click.option("--no-pictures", is_flag=True, help="Write the page alone, without PNGs beside it.")
+@json_option
+@output_option("HTML page to write.")
+def command(
+    *,
+    results: tuple[Path, ...],
+    bundles: tuple[Path, ...],
+    language: str,
+    price_kwh: float | None,
+    price_device_hour: float | None,
+    currency: str,
+    strict: bool,
+    no_pictures: bool,
+    as_json: bool,
+    output: Path,
+) -> None:
+    """Write one self-contained page from the result files of profile, evaluate and estimate."""
+    from sparsifiner_edge.report import Prices, write_report
+
+    written = write_report(
+        results,
+        output,
+        bundles=bundles,
+        language=language,
+        prices=Prices(price_kwh, price_device_hour, currency),
+        strict=strict,
+        pictures=not no_pictures,
+    )
+    if as_json:
+        print_json(written)
+    else:
+        _print(written)
+
+
+def _print(written: dict[str, Any]) -> None:
+    """The verdict, what cannot be compared, and what was written."""
+    if written["differences"]:
+        click.echo("These results must not be compared with one another: they differ in")
+        for field, values in written["differences"].items():
+            click.echo(f"  {field}: {' against '.join(values)}")
+    for sentence in written["verdict"]:
+        click.echo(sentence)
+    if written["flags"]:
+        click.echo(f"{len(written['flags'])} warning(s) about the measurements: see the page.")
+    pictures = written["pictures"]
+    count = f"{len(pictures)} PNGs beside it" if isinstance(pictures, list) else f"no PNGs: {pictures['unavailable']}"
+    click.echo(f"{written['page']}: page written; {count}")

@@ -1,0 +1,132 @@
+"""Reading figures out of results whose parts may be missing or of another shape, and writing them for people."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+MAX_NAME = 80
+MAX_DEPTH = 8
+
+
+class Interval(NamedTuple):
+    """A figure with its bounds, None where there is none on that side."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def times(self, factor: float) -> Interval:
+        """In another unit; `factor` is above 0."""
+        low, high = (None if bound is None else bound * factor for bound in (self.low, self.high))
+        return Interval(self.value * factor, low, high)
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Bounds to draw, the figure itself where a bound is missing."""
+        return (
+            self.value if self.low is None else min(self.low, self.value),
+            self.value if self.high is None else max(self.high, self.value),
+        )
+
+
+def get(content: Any, *path: str) -> Any:
+    """What lies at `path`, None where nothing does."""
+    for name in path:
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content
+
+
+def mapping(content: Any, *path: str) -> Mapping[str, Any]:
+    """The object at `path`, empty where there is none."""
+    found = get(content, *path)
+    return found if isinstance(found, Mapping) else {}
+
+
+def rows(content: Any, *path: str) -> list[Mapping[str, Any]]:
+    """The objects of the list at `path`, none where there is no list."""
+    found = get(content, *path)
+    return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
+
+
+def number(content: Any) -> float | None:
+    """A finite number, or None."""
+    if isinstance(content, bool) or not isinstance(content, (int, float)):
+        return None
+    try:
+        value = float(content)
+    except OverflowError:  # An integer of four hundred digits is valid JSON.
+        return None
+    return value if math.isfinite(value) else None
+
+
+def interval(content: Any) -> Interval | None:
+    """A figure, bare or as `profiles.stats.estimate` writes it (`error`: half its width), or None."""
+    if not isinstance(content, Mapping):
+        value = number(content)
+        return None if value is None else Interval(value)
+    value, error = number(content.get("value")), number(content.get("error"))
+    if value is None:
+        return None
+    if error is not None:
+        return Interval(value, value - error, value + error)
+    return Interval(value, number(content.get("low")), number(content.get("high")))
+
+
+def reason(content: Any) -> str | None:
+    """Why a value is unavailable, where the result says so."""
+    why = get(content, "unavailable")
+    return clean(why, 300) if isinstance(why, str) else None
+
+
+def clean(text: Any, most: int = MAX_NAME) -> str:
+    """Text from a file, fit for a page: no control or invisible direction characters, at most `most` long."""
+    kept = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c for c in str(text))
+    return kept if len(kept) <= most else kept[: most - 1] + "…"
+
+
+def plain(value: float) -> str:
+    """Three significant digits, thousands parted by commas: 0.0334, 12.3, 1,906."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e15 or size < 1e-6:
+        return f"{value:.2e}"
+    digits = max(0, 2 - math.floor(math.log10(size)))
+    return f"{value:,.{digits}f}"
+
+
+def shown(figure: Interval, to: str = "–", unit: str = "", digits: int | None = None) -> str:
+    """A figure and its interval with as many decimals as the interval bears, or `digits`: "0.334 ms (0.332–0.337)"."""
+    low, high = figure.reach
+    digits = _digits(figure.value, high - low) if digits is None else digits
+    value = f"{figure.value:,.{digits}f}" if digits is not None else plain(figure.value)
+    value = f"{value} {unit}" if unit else value
+    if figure.low is None and figure.high is None:
+        return value
+    bounds = (("?" if b is None else f"{b:,.{digits}f}" if digits is not None else plain(b)) for b in figure[1:])
+    return f"{value} ({to.join(bounds)})"
+
+
+def _digits(value: float, width: float) -> int | None:
+    """Decimals: three significant digits, or two of the interval's width where that is more; None: not so written."""
+    if value == 0 or not 1e-6 < abs(value) < 1e15:
+        return 2 if value == 0 and width > 0.01 else None
+    own = 2 - math.floor(math.log10(abs(value)))
+    finer = 1 - math.floor(math.log10(width)) if width > 0 else own
+    return max(0, min(max(own, finer), own + 3))
+
+
+def figures_in(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Interval]]:
+    """Every figure with an interval below `content`, with its path."""
+    if not isinstance(content, Mapping) or len(path) > MAX_DEPTH:
+        return
+    if "value" in content:
+        found = interval(content)
+        if found is not None:
+            yield path, found
+        return
+    for name, child in content.items():
+        yield from figures_in(child, (*path, str(name)))

@@ -1,0 +1,54 @@
+"""Real results of small real bundles, made once."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsifiner_edge.results import write_result
+
+Result = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def real(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, tiny_weights: Path, pictures: Path
+) -> dict[str, Path]:
+    """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle, `sparse` the other."""
+    from sparsifiner_edge.evaluate.cosine import evaluate_student
+    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.profiles import profile_bundle, sweep_bundle
+    from sparsifiner_edge.profiles.estimate import estimate_bundle
+    from tests.models import TINY
+
+    folder = tmp_path_factory.mktemp("report")
+    dense = export_bundle(TINY, folder / "dense", weights=tiny_weights)
+    results = {
+        "comparison": profile_bundle(tiny_bundle, against=dense, seconds=0.3, threads=1),
+        "profile": profile_bundle(dense, seconds=0.2, threads=1, layers=False, power=False),
+        "evaluation": evaluate_student(tiny_bundle, pictures, against=dense),
+        "estimate": estimate_bundle(tiny_bundle, "jetson-orin-nano-8gb"),
+        "sweep": sweep_bundle(dense, {"threads": [1, 2]}, seconds=0.2),
+    }
+    for name, result in results.items():
+        write_result(folder / f"{name}.json", result)
+    return {name: folder / f"{name}.json" for name in results} | {"dense": dense, "sparse": tiny_bundle}
+
+
+@pytest.fixture
+def changed(real: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Write a real result, changed by a function, to a file of its own."""
+
+    def write(name: str, change: Callable[[Result], None], file: str = "changed.json") -> Path:
+        result = copy.deepcopy(json.loads(real[name].read_text(encoding="utf-8")))
+        change(result)
+        path = tmp_path / file
+        path.write_text(json.dumps(result), encoding="utf-8")
+        return path
+
+    return write

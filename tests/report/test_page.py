@@ -1,0 +1,484 @@
+"""The page from real results: what it says, what it refuses, and what it makes of damaged or hostile files."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
+from sparsifiner_edge.report import Prices, write_report
+from sparsifiner_edge.report.texts import Texts
+from tests.commands import assert_refused, call, snapshot
+
+KINDS = ("comparison", "evaluation", "estimate", "sweep")
+VOID = {"meta", "link", "br"}
+
+
+class Outline(html.parser.HTMLParser):
+    """Tags that are open, all tags, and the text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data.replace("\N{WORD JOINER}", ""))
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def file_name(path):
+    return path.rsplit("/", 1)[-1]
+
+
+def written(paths, target, **options):
+    summary = write_report(paths, target, **options)
+    return summary, Outline(target.read_text(encoding="utf-8"))
+
+
+def test_the_whole_page_from_real_results(real, tmp_path):
+    summary, page = written([real[kind] for kind in KINDS], tmp_path / "report.html")
+    assert page.open == []
+    recorded = json.loads(real["comparison"].read_text())
+    ratio = recorded["statistics"]["comparison"]
+    if ratio["verdict"] == "faster":
+        assert "times as fast as" in summary["verdict"][0]
+    mean = json.loads(real["evaluation"].read_text())["statistics"]["features_cosine"]["mean"]["value"]
+    assert f"{mean:.4f}" in page.text
+    for name in (
+        "accuracy",
+        "latency",
+        "energy",
+        "memory",
+        "layers",
+        "sparsity",
+        "cost",
+        "sweep",
+        "estimate",
+        "method",
+    ):
+        assert name in summary["sections"]
+    assert summary["differences"] == {}
+    # Selection apart from attention, and the sparse bundle's settings, found by hash where the result says.
+    assert "choosing keys" in page.text
+    assert "25 %" in page.text
+    assert "Nothing in this section was measured" in page.text
+    assert "No prices were given" in page.text
+    figures = [file_name(path) for path in summary["pictures"]]
+    for name in ("accuracy-1", "latency", "memory", "layers-1", "macs", "sweep-1", "estimate"):
+        assert f"report-{name}.png" in figures
+
+
+def test_nothing_is_loaded_and_nothing_runs(real, tmp_path):
+    _, page = written([real[kind] for kind in KINDS], tmp_path / "report.html")
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe", "object", "embed", "form")]
+    links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
+    assert links == ["data:,"]
+    text = (tmp_path / "report.html").read_text()
+    assert "@import" not in text
+    assert "url(" not in text
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+
+
+def test_every_measured_section_names_the_command_that_made_it(changed, tmp_path):
+    path = changed("comparison", lambda r: r.update(command=["/x/__main__.py", "profile", "a b", "--against", "c"]))
+    _, page = written([path], tmp_path / "report.html", pictures=False)
+    command = "sparsifiner-edge profile 'a b' --against c"
+    assert page.text.count(command) == 4  # latency, memory, layers, method
+    path = changed("comparison", lambda r: r.update(command=["bench/x.py", "--all"]))
+    _, page = written([path], tmp_path / "report.html", pictures=False)
+    assert "python bench/x.py --all" in page.text
+
+
+def test_the_command_line(capsys, real, tmp_path):
+    target = tmp_path / "deep" / "page.html"
+    outcome = call(capsys, "report", real["comparison"], "-o", target, "--json", "--lang", "ja")
+    assert outcome.code == 0
+    summary = json.loads(outcome.out)
+    assert summary["page"] == str(target)
+    assert '<html lang="ja">' in target.read_text()
+    assert {"page.html", *map(file_name, summary["pictures"])} == {path.name for path in target.parent.iterdir()}
+    outcome = call(capsys, "report", real["comparison"], "-o", target, "--no-pictures")
+    assert f"{target}: page written" in outcome.out
+
+
+# ---- what must not be compared
+
+
+DIFFERENT = {
+    "machine": lambda r: r["machine"].update(cpu_model="Another"),
+    "power_mode": lambda r: r["method"]["conditions"]["subject"]["before"].update(power_mode={"id": 2, "name": "15W"}),
+    "threads": lambda r: r["method"]["runtime"]["subject"].update(threads=7),
+    "backend": lambda r: r["method"]["runtime"]["subject"].update(backend="tensorrt", version="10.0"),
+    "precision": lambda r: r["method"]["runtime"]["subject"].update(precision="fp16"),
+    "device": lambda r: r["method"]["runtime"]["subject"].update(device="NVIDIA L4"),
+}
+
+
+@pytest.mark.parametrize("field", sorted(DIFFERENT))
+def test_results_that_differ_are_refused(capsys, real, changed, tmp_path, field):
+    # The side named here is the dense one of the comparison, so that it alone could be compared.
+    other = changed("profile", DIFFERENT[field])
+    summary, page = written([real["comparison"], other], tmp_path / "r.html", pictures=False)
+    assert list(summary["differences"]) == [field]
+    assert summary["verdict"][0].startswith("No overall verdict")
+    assert "must not be compared" in page.text
+    assert not [attrs for _, attrs in page.tags if attrs.get("class") == "tiles"]
+    strict = call(capsys, "report", real["comparison"], other, "-o", tmp_path / "s.html", "--strict")
+    assert strict.code == 1
+    assert "cannot be compared" in strict.err
+    assert not (tmp_path / "s.html").exists()
+    assert call(capsys, "report", real["comparison"], other, "-o", tmp_path / "s.html").code == 0
+
+
+def test_no_ratio_across_precisions_even_within_one_result(changed, tmp_path):
+    path = changed("comparison", DIFFERENT["precision"])
+    summary, page = written([path], tmp_path / "r.html")
+    assert summary["verdict"][0].startswith("No overall verdict")
+    assert "times as" not in page.text
+    assert not re.search(r"\d×", page.text)
+
+
+def test_the_same_conditions_are_no_difference(real, tmp_path):
+    summary, _ = written([real["comparison"], real["profile"]], tmp_path / "r.html", pictures=False, strict=True)
+    assert summary["differences"] == {}
+
+
+def test_an_estimate_is_no_measurement(real, tmp_path):
+    summary, page = written([real["estimate"]], tmp_path / "r.html")
+    assert summary["verdict"][0].startswith("Estimate, not a measurement")
+    assert "latency" not in [name.removeprefix("r-") for name in summary["pictures"]]
+    assert "raised no warnings" not in page.text
+    _, page = written([real["comparison"], real["estimate"]], tmp_path / "r.html", prices=Prices(1, 1))
+    assert "(estimate)" in page.text
+
+
+# ---- verdicts
+
+
+@pytest.mark.parametrize(
+    ("verdict", "ratio", "text"),
+    [
+        ("faster", (2.0, 1.9, 2.1), "is 2.00 times as fast as"),
+        ("slower", (0.5, 0.4, 0.8), "it takes 2.00 times as long (95 % interval 1.25 to 2.50)"),
+        ("no difference shown", (1.001, 0.99, 1.01), "No difference in speed shown"),
+        ("faster", (2.0, None, 2.1), "No difference in speed shown"),
+    ],
+)
+def test_the_verdict(changed, tmp_path, verdict, ratio, text):
+    value, low, high = ratio
+    bounds = {"low": {"unavailable": "few"} if low is None else low, "high": high}
+
+    def change(result):
+        result["statistics"]["comparison"] |= {"verdict": verdict, "ratio": {"value": value, **bounds}}
+
+    summary, _ = written([changed("comparison", change)], tmp_path / "r.html", pictures=False)
+    assert text in summary["verdict"][0]
+    assert "accuracy" in summary["verdict"][-1]
+
+
+def test_accuracies_in_percent(changed, tmp_path):
+    points = {"value": -0.5, "low": -1.25, "high": 0.25}
+
+    def change(result):
+        result["method"]["metric"] = "top 1"
+        result["statistics"] = {
+            "subject_percent": 91.0, "teacher_percent": 91.5, "difference_points": points, "queries": 400
+        }  # fmt: skip
+
+    path = changed("evaluation", change)
+    summary, page = written([path], tmp_path / "r.html", pictures=False)
+    assert (
+        "91.00 % right (top-1 accuracy), the dense model 91.50 %; difference -0.50 (-1.25 to +0.25)"
+        in summary["verdict"][0]
+    )
+    # Wilson's interval of 364 of 400.
+    assert "91.00 % (87.79–93.43)" in page.text
+
+
+def test_energy_and_its_cost(changed, tmp_path):
+    def change(result):
+        for role, joules in (("subject", 0.0072), ("against", 0.0144)):
+            result["statistics"][role]["energy"] = {
+                "gross_j_per_inference": {"value": joules, "low": joules * 0.9, "high": joules * 1.1},
+                "net_j_per_inference": {"unavailable": "no idle baseline"},
+                "mean_w": 7.5, "idle_w": {"unavailable": "no idle baseline"},
+                "sensor": "ina3221", "total": "VDD_IN",
+            }  # fmt: skip
+            result["statistics"][role]["latency_ms"]["mean"] = {"value": 3.6, "low": 3.5, "high": 3.7}
+
+    path = changed("comparison", change)
+    summary, page = written([path], tmp_path / "r.html", prices=Prices(0.5, 2.0, "EUR"))
+    assert "7.20 mJ (6.48–7.92)" in page.text
+    assert "ina3221 · VDD_IN" in page.text
+    # 7200 J are 2 Wh, a million times 7.2 mJ; 3.6 ms a million times are an hour.
+    assert "0.00100 (0.00090–0.00110)" in page.text
+    assert "2.00 (1.94–2.06)" in page.text
+    assert "r-energy.png" in map(file_name, summary["pictures"])
+
+
+def test_what_is_missing_is_said(changed, tmp_path):
+    def strip(result):
+        result["samples"] = {}
+        for role in ("subject", "against"):
+            kept = result["statistics"][role]
+            result["statistics"][role] = {"latency_ms": {"p50": kept["latency_ms"]["p50"]}}
+
+    summary, page = written([changed("comparison", strip)], tmp_path / "r.html")
+    assert summary["pictures"] == [str(tmp_path / "r-macs.png")]
+    assert "holds no raw samples" in page.text
+    assert page.text.count("Not measured. Run:") >= 4
+    assert "None" not in page.text
+    assert "nan" not in page.text.lower().split()
+
+
+def test_flags_stand_out(changed, tmp_path):
+    def change(result):
+        result["statistics"]["subject"]["flags"] = [
+            {"flag": "throttled", "what": "the GPU slowed down", "do": "Cool it."},
+            {"flag": "brand-new", "what": "something else", "do": "Wait."},
+        ]
+        result["statistics"]["against"]["flags"] = []
+
+    path = changed("comparison", change)
+    summary, page = written([path], tmp_path / "r.html", pictures=False)
+    assert [flag["name"] for flag in summary["flags"]] == ["the clocks were throttled", "brand-new"]
+    assert "2 warning(s)" in page.text
+    summary, _ = written([path], tmp_path / "r.html", pictures=False, language="ja")
+    assert "スロットリング" in summary["flags"][0]["name"]
+    assert "冷却" in summary["flags"][0]["do"]
+
+
+# ---- bundles
+
+
+def test_a_bundle_made_anew_is_not_taken_for_the_one_measured(real, changed, tmp_path):
+    def change(result):
+        for subject in result["subjects"]:
+            subject["sha256"] = "0" * 63 + subject["role"][0]
+
+    path = changed("comparison", change)
+    _, page = written([path], tmp_path / "r.html", pictures=False)
+    assert "was made anew since" in page.text
+    with pytest.raises(ConfigError, match="measured by none"):
+        write_report([path], tmp_path / "x.html", bundles=[real["dense"]])
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_choices_by_measurement_are_shown(real, changed, tmp_path):
+    import shutil
+
+    from sparsifiner_edge.artifacts import bundle_hash
+
+    bundle = tmp_path / "moved"
+    shutil.copytree(real["sparse"], bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["measured"] = {"choices": [{"layers": [0, 1], "sparse_ms": 2.5, "dense_ms": 1.25, "kept_dense": True}]}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+    def change(result):
+        result["subjects"][0] |= {"path": "gone", "sha256": bundle_hash(bundle)}
+
+    _, page = written([changed("comparison", change)], tmp_path / "r.html", bundles=[bundle], pictures=False)
+    assert "0, 1 2.50 1.25 kept dense: sparse was slower" in page.text
+
+
+# ---- damaged, hostile, large
+
+
+HOSTILE = "<script>alert(1)</script>\"'&\u202e$x^2$"
+
+
+def test_names_are_never_markup(changed, tmp_path):
+    def change(result):
+        for subject in result["subjects"]:
+            subject["name"] = HOSTILE
+            subject["path"] = "/tmp/" + HOSTILE + subject["role"]
+        result["command"] = [HOSTILE]
+        result["machine"]["cpu_model"] = HOSTILE
+        result["environment"]["packages"][HOSTILE] = HOSTILE
+        result["statistics"]["subject"]["flags"] = [{"flag": HOSTILE, "what": HOSTILE, "do": HOSTILE}]
+        result["statistics"]["subject"]["layers"] = [{"name": HOSTILE, "kind": HOSTILE, "ms": 1.0}]
+
+    summary, page = written([changed("comparison", change, "<b>.json")], tmp_path / "r.html")
+    assert not [tag for tag, _ in page.tags if tag in ("script", "b.json")]
+    assert page.open == []
+    assert "<script>alert(1)</script>" in page.text  # As text, it is all there.
+    assert "\u202e" not in (tmp_path / "r.html").read_text()
+    assert len(summary["pictures"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "has no schema_version"),
+        ("[1]", "has no schema_version"),
+        ("not JSON", "cannot be read"),
+        ('{"schema_version": 99}', "this version reads up to 1"),
+        ('{"schema_version": 1}', "field kind is missing"),
+        ("[" * 5000, "cannot be read"),
+    ],
+)
+def test_what_is_no_result_is_refused(capsys, real, tmp_path, content, message):
+    bad = tmp_path / "bad.json"
+    bad.write_text(content)
+    outcome = call(capsys, "report", real["comparison"], bad, "-o", tmp_path / "r.html")
+    assert_refused(outcome, "bad.json", message)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_nan_is_refused(capsys, changed, tmp_path):
+    for name, change in (
+        ("samples.subject.latency_ms[3]", lambda r: r["samples"]["subject"]["latency_ms"].__setitem__(3, float("nan"))),
+        ("statistics.against.load_ms", lambda r: r["statistics"]["against"].update(load_ms=float("inf"))),
+    ):
+        outcome = call(capsys, "report", changed("comparison", change), "-o", tmp_path / "r.html")
+        assert_refused(outcome, name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "There is no result to report"),
+        (["{real}", "--price-kwh", "-1"], "price-kwh is -1.0"),
+        (["{real}", "--price-kwh", "nan"], "price-kwh is nan"),
+        (["{real}", "--currency", "EUR"], "a currency but no price"),
+        (["{real}", "--lang", "tlh"], "--lang"),
+        (["{real}", "-o", "{real}"], "is one of the results"),
+        (["{real}", "-o", "{folder}"], "is a folder"),
+        (["{folder}"], "is a folder"),
+        (["nowhere.json"], "does not exist"),
+        (["{real}", "--bundle", "{folder}"], "does not exist"),
+    ],
+)
+def test_bad_use(capsys, real, tmp_path, arguments, message):
+    before = snapshot(tmp_path)
+    given = [a.format(real=real["comparison"], folder=tmp_path) for a in arguments]
+    target = [] if "-o" in arguments else ["-o", tmp_path / "r.html"]
+    assert_refused(call(capsys, "report", *given, *target), message)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], [1], {}, {"a": {}}, True, {"value": "x"}, 10**400, -1.5])
+def test_figures_of_another_shape_are_left_out(real, changed, tmp_path, value):
+    """Only what the schema of results checks can be relied on; null it refuses itself."""
+    given = {"unavailable": "x"} if value is None else value
+    paths = (("latency_ms",), ("energy",), ("memory",), ("layers",), ("flags",), ("latency_ms", "p50"), ("mlperf",))
+    for number, path in enumerate(paths):
+
+        def change(result, path=path):
+            place = result["statistics"]["subject"]
+            for name in path[:-1]:
+                place = place[name]
+            place[path[-1]] = given
+
+        target = tmp_path / f"{number}.html"
+        _, page = written([changed("comparison", change)], target, pictures=False, prices=Prices(1, 1))
+        assert page.open == []
+
+
+def test_statistics_of_benchmarks_are_listed_as_they_are(changed, tmp_path):
+    def change(result):
+        result["subjects"] = [{"path": "x", "sha256": "y"}]
+        result["statistics"] = {"edge, keep 0.1": {"patches": {"value": 0.98, "low": 0.97, "high": 0.99}}}
+
+    summary, page = written([changed("evaluation", change)], tmp_path / "r.html")
+    assert "edge, keep 0.1 · patches 0.980 (0.970–0.990)" in page.text
+    assert summary["verdict"][0].startswith("These results hold none")
+
+
+def test_a_million_samples(changed, tmp_path):
+    values = np.random.default_rng(0).lognormal(0, 0.3, 1_000_000).tolist()
+    path = changed("comparison", lambda r: r["samples"]["subject"].update(latency_ms=values))
+    start = time.monotonic()
+    _, page = written([path], tmp_path / "r.html")
+    assert time.monotonic() - start < 30
+    assert (tmp_path / "r.html").stat().st_size < 3_000_000
+    assert page.open == []
+
+
+def test_many_results_on_one_page(changed, tmp_path):
+    paths = [
+        changed("comparison", lambda r, n=n: r["machine"].update(cpu_model=f"CPU {n}"), f"{n}.json") for n in range(12)
+    ]
+    summary, _ = written(paths, tmp_path / "r.html", pictures=False)
+    assert len(summary["differences"]["machine"]) == 12
+    assert (tmp_path / "r.html").stat().st_size < 3_000_000
+
+
+# ---- extras, files, words
+
+
+def test_without_matplotlib_there_is_the_page_alone(monkeypatch, real, tmp_path):
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
+    summary, _ = written([real["comparison"]], tmp_path / "r.html")
+    assert "sparsifiner-edge[report]" in summary["pictures"]["unavailable"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_without_jinja2_the_pip_command_is_named(monkeypatch, real, tmp_path):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[report\]"):
+        write_report([real["comparison"]], tmp_path / "r.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_page_leaves_the_earlier_one(real, changed, tmp_path):
+    target = tmp_path / "r.html"
+    write_report([real["comparison"]], target, pictures=False)
+    before = target.read_bytes()
+    with pytest.raises(GateError):
+        write_report([real["comparison"], changed("profile", DIFFERENT["machine"])], target, strict=True)
+    assert target.read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_both_languages_have_the_same_texts_with_the_same_fields():
+    english, japanese = (Texts(language)._texts for language in ("en", "ja"))
+    assert list(english) == list(japanese)
+    for key, text in english.items():
+        assert sorted(re.findall(r"{(\w+)}", text)) == sorted(re.findall(r"{(\w+)}", japanese[key])), key
+    same = [key for key in english if english[key] == japanese[key] and re.search("[a-z]{4}", english[key])]
+    assert same == ["how.layers"]  # A command alone.
+    with pytest.raises(ConfigError, match="lang is 'de'"):
+        Texts("de")
+
+
+def test_every_flag_and_kind_of_a_measurement_has_words():
+    from pathlib import Path
+
+    from sparsifiner_edge import profiles
+    from sparsifiner_edge.costs import KINDS as COST_KINDS
+    from sparsifiner_edge.profiles.kinds import KINDS as LAYER_KINDS
+
+    source = (Path(profiles.__file__).parent / "flags.py").read_text()
+    flags = set(re.findall(r'_flag\(\s*"([a-z-]+)"', source))
+    assert len(flags) > 5
+    known = Texts("ja")._texts
+    assert not [flag for flag in flags if f"flag.{flag}" not in known or f"flag.{flag}.do" not in known]
+    assert not [kind for kind in (*COST_KINDS, *LAYER_KINDS) if f"kind.{kind}" not in known]
