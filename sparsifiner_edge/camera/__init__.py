@@ -1,1 +1,5 @@
-"""Running bundles on what a camera gives: for now, pictures and folders of them."""
+"""Running bundles on pictures, videos and cameras.
+
+`sources` reads a URI, `child` (a process of its own) decodes it, `capture` keeps that process alive and its newest
+frame, `service` takes frames through the model and on to `lines`, `overlay` and `health`.
+"""

@@ -5,26 +5,81 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from sparsifiner_edge.artifacts import require_file_path, write_text
+from sparsifiner_edge.errors import ConfigError
+
+_FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), required=True, help="A picture or a folder of pictures.")
+@click.option(
+    "--source",
+    metavar="URI",
+    required=True,
+    help="A picture, a folder of pictures, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test.",
+)
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs the bundle.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; by default the cores this process may use.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to this file instead.")
-def command(*, bundle: Path, source: Path, backend: str, threads: int | None, output: Path | None) -> None:
-    """Run BUNDLE on a picture or on every picture of a folder; one JSON line each."""
-    from sparsifiner_edge.camera.stills import run_pictures
+@click.option("--overlay", type=click.Path(path_type=Path), help="Also draw the answers into this video (.mp4, .mkv).")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Most classes per answer.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, help="Leave out less probable classes.")
+@click.option("--fps", type=click.FloatRange(0.1, 1000), default=25.0, show_default=True, help="Of the source test.")
+@click.option("--duration", type=click.FloatRange(min=0, min_open=True), help="Stop after so many seconds.")
+@click.option("--frames", type=click.IntRange(min=1), help="Stop after so many frames.")
+@click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
+@click.option(
+    "--stall",
+    type=click.FloatRange(min=0.1),
+    default=3.0,
+    show_default=True,
+    help="Seconds without a frame after which a live source is opened anew.",
+)
+def command(*, bundle: Path, source: str, **options: Any) -> None:
+    """Run BUNDLE on pictures, a video or a camera; one JSON line per picture or frame.
 
+    A live source is waited for and opened again when it is lost; what happens to it is told on standard error, one
+    JSON line each. SIGTERM and Ctrl-C end it after the frame at hand, with exit code 0.
+    """
+    from sparsifiner_edge.camera.sources import parse_source
+
+    parsed = parse_source(source)
+    if parsed.kind == "pictures":
+        for name in _FOR_VIDEO:
+            if options[name] is not None:
+                raise ConfigError(f"--{name} does not go with pictures.", "Give a video or a camera, or leave it out.")
+        _pictures(bundle, Path(parsed.location), options)
+    else:
+        _service(bundle, parsed, options)
+
+
+def _service(bundle: Path, source: Any, given: dict[str, Any]) -> None:
+    from sparsifiner_edge.camera.health import parse_address
+    from sparsifiner_edge.camera.service import Options, run_service
+
+    same = {
+        name: given[name] for name in ("backend", "threads", "output", "overlay", "top", "threshold", "fps", "frames")
+    }
+    metrics = None if given["metrics"] is None else parse_address(given["metrics"])
+    run_service(bundle, source, Options(**same, metrics=metrics, duration_s=given["duration"], stall_s=given["stall"]))
+
+
+def _pictures(bundle: Path, source: Path, options: dict[str, Any]) -> None:
+    from sparsifiner_edge.camera import stills
+
+    output = options["output"]
     if output is not None:
         require_file_path(output)
     lines, failed = [], 0
-    for record in run_pictures(bundle, source, backend, threads):
+    records = stills.run_pictures(
+        bundle, source, options["backend"], options["threads"], options["top"], options["threshold"]
+    )
+    for record in records:
         failed += "error" in record
         lines.append(json.dumps(record, ensure_ascii=False))
         if output is None:

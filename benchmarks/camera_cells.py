@@ -1,0 +1,80 @@
+"""A bundle whose features are the brightness of the picture's 8 x 8 cells.
+
+What a frame's picture carries (see `sparsifiner_edge.camera.code`) so comes out of the whole chain, model included, in
+the records of `sparsifiner-edge run`: measurements of age need no special code in what they measure.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from sparsifiner_edge.artifacts import seal_bundle
+from sparsifiner_edge.camera.code import GRID
+
+CELLS = GRID * GRID
+
+
+def make_cells_bundle(folder: Path, size: int = 224, work: int = 0) -> Path:
+    """A bundle of `image` uint8 [1,size,size,3] -> `features` [1,64].
+
+    Args:
+        folder: to write.
+        size: pixels along a side, a multiple of 8.
+        work: matrix products of 1024 x 1024 besides, that cost time as a model does.
+    """
+    folder.mkdir(parents=True)
+    model = _model(size, work)
+    onnx.checker.check_model(model)
+    onnx.save(model, folder / "model.onnx")
+    seal_bundle(
+        folder,
+        {
+            "name": "cells", "precision": "fp32", "preprocessing": {"resize": "centre square, bicubic", "size": size},
+            "inputs": [{"name": "image", "dtype": "uint8", "shape": [1, size, size, 3], "layout": "NHWC"}],
+            "outputs": [{"name": "features", "dtype": "float32", "shape": [1, CELLS]}],
+            "tolerances": {"features": 1e-5},
+        },
+    )  # fmt: skip
+    return folder
+
+
+def _model(size: int, work: int) -> onnx.ModelProto:
+    cell = size // GRID
+    weights = {
+        "channels": np.array([3], np.int64), "planes": np.array([1, 1, size, size], np.int64),
+        "flat": np.array([1, CELLS], np.int64),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "channels"], ["grey"], keepdims=0),
+        helper.make_node("Reshape", ["grey", "planes"], ["plane"]),
+        helper.make_node("AveragePool", ["plane"], ["cells"], kernel_shape=[cell, cell], strides=[cell, cell]),
+        helper.make_node("Reshape", ["cells", "flat"], ["read"]),
+    ]
+    last = "read"
+    if work:
+        weights["matrix"] = (np.random.default_rng(0).normal(0, 1, (1024, 1024)) / 32).astype(np.float32)
+        weights["wide"], weights["nothing"] = np.ones((1024, CELLS), np.float32), np.zeros(1, np.float32)
+        weights["axes"] = np.array([0, 1], np.int64)
+        nodes.append(helper.make_node("MatMul", ["wide", "readcolumn"], ["w0"]))
+        nodes.insert(-1, helper.make_node("Reshape", ["read", "column"], ["readcolumn"]))
+        weights["column"] = np.array([CELLS, 1], np.int64)
+        nodes.append(helper.make_node("Mul", ["matrix", "w0"], ["x0"]))
+        for number in range(work):
+            nodes.append(helper.make_node("MatMul", [f"x{number}", "matrix"], [f"x{number + 1}"]))
+        nodes.append(helper.make_node("ReduceMean", [f"x{work}", "axes"], ["mean"], keepdims=0))
+        nodes.append(helper.make_node("Mul", ["mean", "nothing"], ["none"]))
+        nodes.append(helper.make_node("Add", ["read", "none"], ["worked"]))
+        last = "worked"
+    nodes.append(helper.make_node("Identity", [last], ["features"]))
+    graph = helper.make_graph(
+        nodes, "cells",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, [1, size, size, 3])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, [1, CELLS])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 20)])

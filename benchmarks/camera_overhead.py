@@ -1,0 +1,106 @@
+"""What the camera's pipeline costs over the bare model.
+
+The bare model: `infer` again and again on one picture. The pipeline: `sparsifiner-edge run` on a real video, every
+frame, records read from a pipe; its period is the time between two answers. Both in turns, so that a busy machine hits
+both alike; the overhead is the median over rounds of the ratio of their medians, with its interval (where there are
+rounds enough for one).
+
+    python -m benchmarks.camera_overhead BUNDLE/ [--video FILE] [--rounds 7] [--frames 60] [--threads N] [-o F]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.artifacts import bundle_hash, open_bundle, picture_size
+from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.results import available_cores, new_result, write_result
+from sparsifiner_edge.runtime import open_session
+
+VIDEO = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
+GOAL_PERCENT = 10.0
+_STAGES = ("preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms")
+
+
+def bare_ms(bundle: Path, frames: int, threads: int | None) -> list[float]:
+    """Milliseconds of each call of the bare model."""
+    size = picture_size(open_bundle(bundle), bundle)
+    image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+    taken = []
+    with open_session(bundle, "onnxruntime", threads) as session:
+        for _ in range(frames):
+            start = time.perf_counter_ns()
+            session.infer({"image": image})
+            taken.append((time.perf_counter_ns() - start) / 1e6)
+    return taken[5:]
+
+
+def pipeline_ms(bundle: Path, video: Path, frames: int, threads: int | None) -> tuple[list[float], dict[str, float]]:
+    """Milliseconds between two answers of the pipeline, and the medians of its stages."""
+    line = [
+        sys.executable,
+        "-m",
+        "sparsifiner_edge",
+        "run",
+        str(bundle),
+        "--source",
+        str(video),
+        "--frames",
+        str(frames),
+    ]
+    line += ["--threads", str(threads)] if threads else []
+    out = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
+    records = [json.loads(text) for text in out.splitlines()][5:]
+    periods = np.diff([record["monotonic_s"] for record in records]) * 1000
+    return periods.tolist(), {name: float(np.median([r[name] for r in records])) for name in _STAGES}
+
+
+def measure(bundle: Path, video: Path, rounds: int, frames: int, threads: int | None) -> dict[str, Any]:
+    """Both in turns."""
+    bare, pipeline, stages = [], [], {}
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+        bare.append(bare_ms(bundle, frames, threads))
+        periods, stages = pipeline_ms(bundle, video, frames, threads)
+        pipeline.append(periods)
+    ratios = [float(np.median(p) / np.median(b)) for p, b in zip(pipeline, bare, strict=True)]
+    value, found = float(np.median(ratios)), stats.quantile_interval(ratios, 0.5)
+    bounds = {name: 100 * (b - 1) for name, b in zip(("low", "high"), found, strict=True) if b is not None}
+    return {
+        "bare_ms": [float(np.median(b)) for b in bare],
+        "pipeline_ms": [float(np.median(p)) for p in pipeline],
+        "stages_ms": stages,
+        "overhead_percent": {"value": 100 * (value - 1), **bounds},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--video", type=Path, default=VIDEO)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--frames", type=int, default=60)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("-o", "--output", type=Path)
+    given = parser.parse_args()
+    found = measure(given.bundle, given.video, given.rounds, given.frames, given.threads)
+    print(json.dumps(found | {"goal_percent": GOAL_PERCENT}, indent=2))
+    if given.output is not None:
+        subject = {"path": str(given.bundle), "sha256": bundle_hash(given.bundle)}
+        method = {"goal_percent": GOAL_PERCENT, "frames": given.frames, "threads": given.threads or available_cores()}
+        samples = {name: found[name] for name in ("bare_ms", "pipeline_ms")}
+        statistics = {"stages_ms": found["stages_ms"], "overhead_percent": found["overhead_percent"]}
+        write_result(given.output, new_result("evaluation", [subject], method, samples, statistics))
+    raise SystemExit(0 if found["overhead_percent"]["value"] <= GOAL_PERCENT else 1)
+
+
+if __name__ == "__main__":
+    main()

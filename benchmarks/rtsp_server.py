@@ -1,0 +1,93 @@
+"""A real RTSP server on 127.0.0.1 for tests and measurements; run by a Python that has gi and GstRtspServer.
+
+Each picture carries the milliseconds of the monotonic clock at which it was drawn (see `sparsifiner_edge.camera.code`),
+H.264 encoded without delay. Usage: rtsp_server.py PORT [FPS [WIDTH HEIGHT [FILE]]]; with FILE that video is served.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import gi
+
+gi.require_version("Gst", "1.0")
+gi.require_version("GstRtspServer", "1.0")
+from gi.repository import GLib, Gst, GstRtspServer  # noqa: E402
+
+ENCODE = (
+    "videoconvert ! video/x-raw,format=I420 ! x264enc tune=zerolatency speed-preset=ultrafast bitrate=2000 "
+    "key-int-max=25 threads=1 ! rtph264pay name=pay0 pt=96 config-interval=1"
+)
+
+
+def load_code() -> Any:
+    """The module that draws numbers, without the package: this Python need not have its dependencies."""
+    path = Path(__file__).resolve().parent.parent / "sparsifiner_edge" / "camera" / "code.py"
+    spec = importlib.util.spec_from_file_location("code_in_pictures", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def draw(code: Any, number: int, width: int, height: int) -> bytes:
+    """I420: the cells of `number` on grey."""
+    side = min(width, height)
+    cell, left, top = side // code.GRID, (width - side) // 2, (height - side) // 2
+    cells = code.cells_of(number)
+    grey = b"\x60" * width
+    rows = [grey] * height
+    for row in range(4):
+        bits = cells[row * code.GRID : (row + 1) * code.GRID]
+        line = b"\x60" * left + b"".join((b"\xeb" if white else b"\x10") * cell for white in bits)
+        rows[top + row * cell : top + (row + 1) * cell] = [line.ljust(width, b"\x60")] * cell
+    return b"".join(rows) + b"\x80" * (width * height // 2)
+
+
+def push(source: Any, code: Any, fps: float, width: int, height: int) -> None:
+    """Feed pictures at `fps` until the pipeline has gone."""
+    start, number = time.monotonic(), 0
+    while True:
+        time.sleep(max(0.0, start + number / fps - time.monotonic()))
+        data = draw(code, time.monotonic_ns() // 1_000_000, width, height)
+        if source.emit("push-buffer", Gst.Buffer.new_wrapped(data)) != Gst.FlowReturn.OK:
+            return
+        number += 1
+
+
+def main() -> None:
+    port, *rest = sys.argv[1:]
+    fps = float(rest[0]) if rest else 25.0
+    width, height = (int(rest[1]), int(rest[2])) if len(rest) > 2 else (640, 480)
+    Gst.init(None)
+    code, factory = load_code(), GstRtspServer.RTSPMediaFactory()
+    caps = f"video/x-raw,format=I420,width={width},height={height},framerate={round(fps)}/1"
+    begin = f"appsrc name=source is-live=true format=time do-timestamp=true block=false max-bytes=2000000 caps={caps}"
+    if len(rest) > 3:
+        begin = f"filesrc location={rest[3]} ! decodebin"
+    factory.set_launch(f"( {begin} ! {ENCODE} )")
+    factory.set_shared(True)
+
+    def configure(_factory: Any, media: Any) -> None:
+        source = media.get_element().get_by_name("source")
+        if source is not None:
+            threading.Thread(target=push, args=(source, code, fps, width, height), daemon=True).start()
+
+    factory.connect("media-configure", configure)
+    server = GstRtspServer.RTSPServer()
+    server.set_address("127.0.0.1")
+    server.set_service(port)
+    server.get_mount_points().add_factory("/camera", factory)
+    server.attach(None)
+    print("ready", flush=True)
+    GLib.MainLoop().run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Keeps a decoding process alive, and its newest frame at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsifiner_edge.camera.backoff import Backoff
+from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera.sources import Source
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.camera.wire import Message, StalledError, WireError, receive
+
+_START_S = 20.0
+"""Before its first message the process imports its decoder, which takes seconds on a small board."""
+
+
+class Frame(NamedTuple):
+    """A frame for the model.
+
+    Attributes:
+        square: uint8 [S,S,3].
+        shown: the frame for the overlay, uint8 [h,w,3], or None.
+        times: see `libav.Decoded`.
+        skipped: frames since the one before that were dropped unseen.
+    """
+
+    square: npt.NDArray[np.uint8]
+    shown: npt.NDArray[np.uint8] | None
+    times: dict[str, Any]
+    skipped: int
+
+
+class Mailbox:
+    """Room for one frame. A live source replaces what lies there; another waits until it is taken."""
+
+    def __init__(self, live: bool) -> None:
+        self._live = live
+        self._changed = threading.Condition()
+        self._frame: Frame | None = None
+        self._skipped = 0
+        self.closed = False
+
+    def put(self, message: Message) -> bool:
+        """Leave a frame; True if that dropped another."""
+        square, *rest = message.pictures
+        with self._changed:
+            while self._frame is not None and not self._live and not self.closed:
+                self._changed.wait(0.5)
+            if self.closed:
+                return False
+            dropped = self._frame is not None
+            self._skipped += dropped
+            self._frame = Frame(square, rest[0] if rest else None, message.fields, self._skipped)
+            self._changed.notify_all()
+        return dropped
+
+    def take(self, seconds: float) -> Frame | None:
+        """The frame, as soon as there is one; None after `seconds`, or at once when there will be none."""
+        with self._changed:
+            if self._frame is None and not self.closed:
+                self._changed.wait(seconds)
+            frame, self._frame = self._frame, None
+            if frame is not None:
+                self._skipped = 0
+                self._changed.notify_all()
+        return frame
+
+    def close(self) -> None:
+        """No frame will follow; one that lies there can still be taken."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+
+class Capture:
+    """Runs the decoding process from a thread of its own.
+
+    Args:
+        source: what to read.
+        fit: what the model takes.
+        fps: of the test pattern.
+        stall_s: the process is ended and started anew when nothing came for so long.
+        status: told about every change.
+    """
+
+    def __init__(self, source: Source, fit: Fit, fps: float, stall_s: float, status: Status) -> None:
+        self.mailbox = Mailbox(source.live)
+        self.failure: str | None = None
+        self._source, self._fit, self._fps, self._stall_s, self._status = source, fit, fps, stall_s, status
+        self._stop = threading.Event()
+        self._backoff = Backoff()
+        self._process: subprocess.Popen[bytes] | None = None
+        # The process dies with the thread that started it (see `limits`), so one thread starts them all.
+        self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
+
+    def __enter__(self) -> Capture:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.mailbox.close()
+        self._kill()
+        self._thread.join(5)
+
+    @property
+    def pid(self) -> int | None:
+        """Of the decoding process."""
+        return None if self._process is None else self._process.pid
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                ended = self._one_process()
+                if ended or not self._source.live:
+                    break
+                self._stop.wait(self._backoff.next_s())
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._status.enter("ended", self.failure)
+            self.mailbox.close()
+
+    def _one_process(self) -> bool:
+        """Start the process and read it until it ends, hangs or crashes; True when the source came to its end."""
+        self._status.enter("connecting", attempt=self._backoff.attempts)
+        process = self._started()
+        assert process.stdout is not None
+        try:
+            return self._read(process.stdout.fileno())
+        except StalledError:
+            self._status.count("stalls")
+            self._gone("stalled", f"nothing came for {self._stall_s:g} s; the decoder was ended")
+        except WireError as error:
+            self._crashed(f"the decoder sent {error}")
+        finally:
+            self._kill()
+            process.stdout.close()
+            process.wait()
+        return False
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        request = {
+            "kind": self._source.kind, "location": self._source.location, "live": self._source.live,
+            "fit": list(self._fit), "fps": self._fps, "patience_s": self._stall_s, "attempts": self._backoff.attempts,
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sparsifiner_edge.camera.child"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us; and what it starts can be ended with it.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )  # fmt: skip
+        # Not as an argument, which every user of the machine can read: an address may hold a password.
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(json.dumps(request).encode())
+        return self._process
+
+    def _read(self, handle: int) -> bool:
+        allowed, bad = _START_S, 0
+        while not self._stop.is_set():
+            message = receive(handle, allowed)
+            if message is None:
+                if not self._stop.is_set():
+                    self._crashed("the decoder crashed")
+                return False
+            if message.kind == "end":
+                self.failure = message.fields.get("reason")
+                return True
+            # Connecting has time limits of its own; those of the watchdog only come after them.
+            allowed = self._stall_s if message.kind == "frame" else 2 * self._stall_s + 5
+            if message.kind == "frame":
+                self._frame(message)
+                now = int(message.fields.get("bad_packets", 0))
+                self._status.count("bad_packets", max(0, now - bad))
+                bad = now
+            else:
+                self._state(message.fields)
+        return True
+
+    def _frame(self, message: Message) -> None:
+        if message.pictures[0].shape != (self._fit.size, self._fit.size, 3):
+            raise WireError(f"a picture of shape {message.pictures[0].shape}")
+        self._backoff.reset()
+        message.fields["received_ns"] = time.monotonic_ns()
+        self._status.count("captured")
+        self._status.enter("streaming")
+        if self.mailbox.put(message):
+            self._status.count("dropped")
+
+    def _state(self, fields: dict[str, Any]) -> None:
+        """As the process says; a connection that it tries again and again is told as such."""
+        state = "lost" if fields.get("state") == "lost" else "connecting"
+        if state == "connecting" and self._status.state == "connecting":
+            return
+        attempt = int(fields.get("attempt") or 0)
+        # A night without a camera is no reason to fill a log: after four attempts only some are told.
+        quiet = attempt > 4 and attempt & (attempt - 1) != 0
+        self._status.enter(state, fields.get("reason"), quiet, attempt=attempt, retry_s=fields.get("retry_s"))
+
+    def _crashed(self, reason: str) -> None:
+        self._status.count("crashes")
+        self._gone("lost", reason)
+
+    def _gone(self, state: str, reason: str) -> None:
+        if self._source.live:
+            self._status.enter(state, reason)
+        else:
+            self.failure = reason

@@ -1,0 +1,67 @@
+"""Any GStreamer pipeline, run by `gst-launch-1.0`: no binding to Python is needed, and a crash of it is not ours.
+
+The pipeline's last element gives video; what makes it the model's input is appended. A queue of one frame that drops
+older ones stands between. GStreamer's own delay before that queue is not seen: a frame's age counts from there.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+
+from sparsifiner_edge.camera.libav import Decoded
+from sparsifiner_edge.camera.limits import die_with_parent
+from sparsifiner_edge.camera.prepare import Fit
+
+
+def launch_line(pipeline: str, fit: Fit, handle: int) -> list[str]:
+    """The command that writes RGB pictures of the model's size to the file descriptor `handle`."""
+    crop = "" if fit.letterbox else "aspectratiocrop aspect-ratio=1/1 !"
+    caps = f"video/x-raw,format=RGB,width={fit.size},height={fit.size},pixel-aspect-ratio=1/1"
+    tail = (
+        f"! queue leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! {crop} "
+        f"videoscale add-borders={'true' if fit.letterbox else 'false'} ! {caps} ! fdsink fd={handle} sync=false"
+    )
+    return ["gst-launch-1.0", "-q", *shlex.split(pipeline), *shlex.split(tail)]
+
+
+def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
+    """Frames of a pipeline until it ends.
+
+    Raises:
+        ValueError: GStreamer's own message.
+    """
+    ours, theirs = os.pipe()
+    launched = subprocess.Popen(
+        launch_line(pipeline, fit, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, preexec_fn=die_with_parent,  # noqa: PLW1509  (this process has one thread)
+    )  # fmt: skip
+    os.close(theirs)
+    with launched, os.fdopen(ours, "rb", buffering=1 << 20) as pixels:
+        try:
+            yield from _pictures(pixels, fit)
+            _, remarks = launched.communicate()
+        finally:
+            launched.kill()
+    if launched.returncode:
+        raise ValueError(_message(remarks))
+
+
+def _pictures(pixels: BinaryIO, fit: Fit) -> Iterator[Decoded]:
+    row = -(-fit.size * 3 // 4) * 4  # GStreamer pads rows to four bytes.
+    while len(data := pixels.read(row * fit.size)) == row * fit.size:
+        at = time.monotonic_ns()
+        square = np.frombuffer(data, np.uint8).reshape(fit.size, row)[:, : fit.size * 3].reshape(fit.size, fit.size, 3)
+        times = {"captured_ns": at, "arrived_ns": at, "decoded_ns": at, "ready_ns": time.monotonic_ns(), "pts_s": None}
+        yield Decoded((square, square) if fit.display else (square,), times, 0)
+
+
+def _message(remarks: bytes) -> str:
+    lines = [line for line in remarks.decode("utf-8", "replace").splitlines() if "ERROR" in line or "erroneous" in line]
+    return (lines[0] if lines else "the pipeline failed")[:300]

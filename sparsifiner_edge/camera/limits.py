@@ -1,0 +1,46 @@
+"""What the decoding process may take: it reads what strangers send."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import signal
+
+MAX_PIXELS = 40_000_000
+"""Of one frame: 8K is 33 million. Told to the decoder, which refuses more before it allocates."""
+MAX_ASPECT = 16
+MEMORY_BYTES = 6 << 30
+_PR_SET_PDEATHSIG = 1
+
+
+def confine(pipeline: bool) -> None:
+    """Limit this process: it dies with its parent, dumps no core, writes no file (pipes are), has bounded memory.
+
+    Not the last two for a `pipeline` of GStreamer: it is the user's own, caches a registry, may record, and hardware
+    decoders reserve more addresses than any sane limit.
+    """
+    limits = {resource.RLIMIT_CORE: 0}
+    if not pipeline:
+        limits |= {resource.RLIMIT_FSIZE: 0, resource.RLIMIT_AS: MEMORY_BYTES}
+    for kind, most in limits.items():
+        hard = resource.getrlimit(kind)[1]
+        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (value, value))
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """This process ends when the thread that started it does."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def require_sane_size(width: int, height: int) -> None:
+    """Refuse a frame that no camera gives.
+
+    Raises:
+        ValueError: empty, above `MAX_PIXELS`, or more than `MAX_ASPECT` times longer than wide.
+    """
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise ValueError(f"frames of {width} x {height} px; at most {MAX_PIXELS} px are taken")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"frames of {width} x {height} px, longer than {MAX_ASPECT} times their width")

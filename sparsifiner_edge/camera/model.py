@@ -1,0 +1,159 @@
+"""A bundle as the camera's commands use it: checked, opened, and its outputs as records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsifiner_edge.artifacts import open_bundle, picture_size
+from sparsifiner_edge.camera.prepare import LETTERBOX, SQUARE, Fit
+from sparsifiner_edge.camera.wire import MAX_SIDE
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.metrics import POSITIONS, cosine
+from sparsifiner_edge.runtime import Session, open_session
+
+Array = npt.NDArray[Any]
+TOP = 5
+_MAX_LABELS = 1 << 24
+_FOLLOW = 0.05
+"""How far the reference that a change is measured against moves with each frame: it forgets in some twenty."""
+
+
+def check_bundle(folder: Path) -> dict[str, Any]:
+    """Everything that is demanded of a bundle before any of it is loaded; returns its manifest.
+
+    Raises:
+        ArtifactError: not a bundle, altered, or of a newer schema.
+    """
+    try:
+        return open_bundle(folder)
+    except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, what no system takes.
+        said = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{folder} cannot be read: {said}.", "Do not use this bundle.") from error
+
+
+class Model:
+    """A bundle, open. A context manager.
+
+    Args:
+        folder: the bundle.
+        backend, threads: see `open_session`.
+        top: at most so many classes of a classifier's answer.
+        threshold: classes less probable are left out.
+
+    Raises:
+        ConfigError: the bundle takes a fixed batch above 1.
+        SparsifinerError: the bundle or backend is unusable.
+    """
+
+    def __init__(self, folder: Path, backend: str, threads: int | None, top: int = TOP, threshold: float = 0.0) -> None:
+        manifest = check_bundle(folder)
+        self.fit = Fit(picture_size(manifest, folder), _letterbox(manifest, folder))
+        self.labels = _labels(folder, manifest)
+        self.tokens = _tokens(manifest)
+        self._top, self._threshold = top, threshold
+        self._reference: Array | None = None
+        self._tokens_before: Array | None = None
+        self.session: Session = open_session(folder, backend, threads)
+        if self.session.inputs[0].shape[0] not in (1, "batch"):
+            self.session.close()
+            raise ConfigError(
+                f"{folder} takes batches of {self.session.inputs[0].shape[0]}.", "Export it with --batch 1 or dynamic."
+            )
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()
+
+    def infer(self, square: Array) -> dict[str, Array]:
+        """Outputs for one picture, uint8 [S,S,3]."""
+        return self.session.infer({"image": square[None]})
+
+    def answer(self, outputs: dict[str, Array]) -> dict[str, Any]:
+        """`top` (class, label, probability) of a classifier, else `features`.
+
+        Raises:
+            ArtifactError: the bundle gives neither.
+        """
+        if "logits" in outputs:
+            return {"top": self._classes(outputs["logits"][0])}
+        if "features" in outputs:
+            return {"features": [round(float(x), 6) for x in outputs["features"][0]]}
+        raise ArtifactError(
+            f"The bundle gives {', '.join(outputs)}; needed are logits or features.", "Export it again."
+        )
+
+    def change(self, outputs: dict[str, Array]) -> float | None:
+        """How far a scene's features are from those of the frames before: 1 - cosine to a mean that forgets."""
+        if "features" not in outputs:
+            return None
+        features = outputs["features"][0].astype(np.float64)
+        if self._reference is None:
+            self._reference = features
+        found = float(1 - cosine(features, self._reference))
+        self._reference = self._reference + _FOLLOW * (features - self._reference)
+        return max(0.0, found)
+
+    def change_map(self, outputs: dict[str, Array]) -> Array | None:
+        """Where the picture changed: 1 - cosine of each patch to itself one frame before, [rows, columns].
+
+        None for the first frame, and where the bundle gives no tokens or prunes them.
+        """
+        if self.tokens is None or "tokens" not in outputs or POSITIONS in outputs:
+            return None
+        prefix, rows, columns = self.tokens
+        patches, before = outputs["tokens"][0, prefix:], self._tokens_before
+        self._tokens_before = patches
+        if before is None or len(patches) != rows * columns:
+            return None
+        return (1 - cosine(patches, before)).reshape(rows, columns)
+
+    def _classes(self, logits: Array) -> list[dict[str, Any]]:
+        weights = np.exp(logits.astype(np.float64) - logits.max())
+        probabilities = weights / weights.sum()
+        best = np.argsort(-probabilities, kind="stable")[: self._top]
+        names = self.labels if len(self.labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
+        return [
+            {"class": int(i), "label": names[i], "probability": float(probabilities[i])}
+            for i in best
+            if probabilities[i] >= self._threshold
+        ]
+
+
+def _letterbox(manifest: dict[str, Any], folder: Path) -> bool:
+    preprocessing = manifest["preprocessing"]
+    size, resize = preprocessing["size"], preprocessing.get("resize", SQUARE)
+    if size > MAX_SIDE:
+        raise ArtifactError(f"{folder}: preprocessing.size is {size}; at most {MAX_SIDE}.", "Export the bundle again.")
+    if not isinstance(resize, str) or not resize.startswith((SQUARE, LETTERBOX)):
+        raise ArtifactError(
+            f"{folder}: preprocessing.resize is {resize!r:.60}; known are {SQUARE} and {LETTERBOX}.",
+            "Upgrade: pip install -U sparsifiner-edge",
+        )
+    return resize.startswith(LETTERBOX)
+
+
+def _labels(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Labels of a bundle that has them; a file that its manifest does not name is none of the bundle's."""
+    if "labels.txt" not in manifest["files"]:
+        return []
+    path = folder / "labels.txt"
+    size = path.stat().st_size
+    if size > _MAX_LABELS:
+        raise ArtifactError(f"{path} has {size} bytes; at most {_MAX_LABELS}.", "Do not use this bundle.")
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _tokens(manifest: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Prefix tokens, rows and columns of patches, of a manifest that says so."""
+    tokens = manifest.get("tokens")
+    grid = tokens.get("grid") if isinstance(tokens, dict) else None
+    if not isinstance(tokens, dict) or not isinstance(grid, list) or len(grid) != 2:
+        return None
+    numbers = (tokens.get("prefix"), *grid)
+    return numbers if all(isinstance(n, int) and 0 <= n <= MAX_SIDE for n in numbers) else None

@@ -1,0 +1,181 @@
+"""The video with its answers drawn into it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsifiner_edge.artifacts import require_file_path
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+
+Picture = npt.NDArray[np.uint8]
+Array = npt.NDArray[Any]
+SHOWN = 640
+"""Pixels along the longer side of the frames that are asked for."""
+_SUFFIXES = (".mkv", ".mp4")
+_TEXT, _LINE, _MARGIN = 16, 20, 8
+_FULL_CHANGE = 0.3
+_TEXT_WIDTH = 44
+
+
+def require_overlay_path(path: Path) -> None:
+    """Refuse an overlay file that cannot be one.
+
+    Raises:
+        ConfigError: another ending than .mp4 or .mkv.
+        ArtifactError: a folder or a device.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"The overlay {path} is no video's name.", f"Let it end with {' or '.join(_SUFFIXES)}.")
+    require_file_path(path)
+
+
+class Overlay:
+    """Encodes drawn frames; times of the file are those of the frames.
+
+    Args:
+        path: .mp4 (in fragments, so that a file cut short still plays) or .mkv.
+        letterbox: what of the frame the model saw: all of it, else its centre square, which is outlined.
+
+    Raises:
+        ArtifactError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, letterbox: bool) -> None:
+        import av
+
+        require_overlay_path(path)
+        self.path, self._letterbox = path, letterbox
+        self._size: tuple[int, int] | None = None
+        self._stream: Any = None
+        self._began: float | None = None
+        self._last = -1
+        options = {"movflags": "frag_keyframe+empty_moov"} if path.suffix.lower() == ".mp4" else {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: Any = av.open(f"file:{path.absolute()}", "w", options=options)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be written: {error.strerror}.", "Choose another place.") from error
+
+    def write(self, picture: Picture, lines: list[str], changes: Array | None, at_s: float) -> None:
+        """Add a frame.
+
+        Args:
+            picture: uint8 RGB [h,w,3]; one of another size than the first is made to fit it.
+            lines: text, top left.
+            changes: see `Model.change_map`.
+            at_s: seconds; the first frame's are zero.
+
+        Raises:
+            OSError: the disk or the encoder refuses.
+        """
+        import av
+
+        if self._stream is None:
+            self._open_stream(picture)
+        frame = av.VideoFrame.from_ndarray(self._drawn(picture, lines, changes), format="rgb24")
+        self._began = at_s if self._began is None else self._began
+        self._last = max(self._last + 1, round((at_s - self._began) * 1000))
+        frame.pts, frame.time_base = self._last, Fraction(1, 1000)
+        self._file.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        try:
+            if self._stream is not None:
+                self._file.mux(self._stream.encode(None))
+        finally:
+            self._file.close()
+
+    def abandon(self) -> None:
+        """Give up after an error: release, whatever happens."""
+        with contextlib.suppress(Exception):
+            self._file.close()
+
+    def _open_stream(self, picture: Picture) -> None:
+        height, width = picture.shape[:2]
+        self._size = width // 2 * 2, height // 2 * 2
+        self._stream = self._file.add_stream("libx264", rate=25)
+        self._stream.width, self._stream.height = self._size
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.codec_context.time_base = Fraction(1, 1000)
+        self._stream.options = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
+
+    def _drawn(self, picture: Picture, lines: list[str], changes: Array | None) -> Picture:
+        from PIL import Image, ImageDraw, ImageFont
+
+        image = Image.fromarray(picture)
+        if self._size is not None and image.size != self._size:
+            image = image.resize(self._size)
+        box = model_square(*image.size, self._letterbox)
+        if changes is not None:
+            image.paste(
+                Image.new("RGB", (box[2] - box[0], box[3] - box[1]), (255, 40, 0)), box[:2], _heat(changes, box)
+            )
+        draw = ImageDraw.Draw(image, "RGBA")
+        if not self._letterbox:
+            draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 255, 255, 160))
+        font = ImageFont.load_default(_TEXT)
+        width = max((draw.textlength(line, font=font) for line in lines), default=0)
+        draw.rectangle((0, 0, width + 2 * _MARGIN, len(lines) * _LINE + _MARGIN), fill=(0, 0, 0, 150))
+        for number, line in enumerate(lines):
+            draw.text((_MARGIN, _MARGIN // 2 + number * _LINE), line, fill=(255, 255, 255, 255), font=font)
+        return np.asarray(image)
+
+
+def model_square(width: int, height: int, letterbox: bool) -> tuple[int, int, int, int]:
+    """What the model's input covers in a frame: left, top, right, bottom; with letterbox beyond the frame."""
+    side = max(width, height) if letterbox else min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def _heat(changes: Array, box: tuple[int, int, int, int]) -> Any:
+    from PIL import Image
+
+    strength = (np.clip(changes / _FULL_CHANGE, 0, 1) * 170).astype(np.uint8)
+    return Image.fromarray(strength).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR)
+
+
+def text_lines(record: dict[str, Any], rate: float) -> list[str]:
+    """What is written into a frame."""
+    lines = [f"{_short(top['label'])}  {top['probability']:.0%}" for top in record.get("top", [])]
+    if "change" in record:
+        lines.append(f"change {record['change']:.3f} " + "|" * min(20, round(record["change"] / _FULL_CHANGE * 20)))
+    age = record.get("frame_age_ms")
+    lines.append(
+        f"{rate:.1f} fps   " + (f"age {age:.0f} ms" if age is not None else f"model {record['infer_ms']:.0f} ms")
+    )
+    return lines
+
+
+def _short(label: str) -> str:
+    shown = "".join(c if c.isprintable() else "?" for c in label)
+    return shown if len(shown) <= _TEXT_WIDTH else shown[: _TEXT_WIDTH - 1] + "\u2026"
+
+
+class Rate:
+    """Frames per second, over about a second."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._period: float | None = None
+
+    def tick(self) -> float:
+        """A frame is done; the rate now, 0 before the second."""
+        now = time.monotonic()
+        if self._last is not None:
+            period = now - self._last
+            self._period = period if self._period is None else 0.9 * self._period + 0.1 * period
+        self._last = now
+        return 1 / self._period if self._period else 0.0

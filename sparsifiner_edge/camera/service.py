@@ -1,0 +1,268 @@
+"""From a source of frames to records, until the source ends, enough is done, or someone asks to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsifiner_edge.camera.capture import Capture, Frame
+from sparsifiner_edge.camera.health import HealthServer
+from sparsifiner_edge.camera.lines import LineWriter, open_output
+from sparsifiner_edge.camera.model import TOP, Model
+from sparsifiner_edge.camera.notify import Notifier
+from sparsifiner_edge.camera.overlay import SHOWN, Overlay, Rate, require_overlay_path, text_lines
+from sparsifiner_edge.camera.sources import Source, require_decoder
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.errors import ArtifactError, MissingExtraError, PictureError
+
+_TICK_S = 0.1
+STALL_S = 3.0
+_MS = 1e6
+
+
+class Options(NamedTuple):
+    """How to run.
+
+    Attributes:
+        backend, threads: see `open_session`.
+        output: file for the records; None is standard output.
+        overlay: video file to draw into.
+        top, threshold: see `Model`.
+        fps: of the test pattern.
+        duration_s, frames: where to stop.
+        metrics: host and port of the metrics, see `HealthServer`.
+        stall_s: a source that gives nothing for so long is taken for dead.
+    """
+
+    backend: str = "onnxruntime"
+    threads: int | None = None
+    output: Path | None = None
+    overlay: Path | None = None
+    top: int = TOP
+    threshold: float = 0.0
+    fps: float = 25.0
+    duration_s: float | None = None
+    frames: int | None = None
+    metrics: tuple[str, int] | None = None
+    stall_s: float = STALL_S
+
+
+def run_service(bundle: Path, source: Source, options: Options) -> None:
+    """Run a bundle on a video, a camera or the test pattern: one JSON line per frame, one per event on standard error.
+
+    SIGTERM and SIGINT end it after the frame at hand; a second one ends it at once.
+
+    Raises:
+        PictureError: a file that is no video, or a source that gave no frame in all the time allowed.
+        ArtifactError: the output of a file's run cannot be written; a live source's run goes on and counts.
+        BrokenPipeError: the reader of standard output has gone.
+        SparsifinerError: the bundle, backend or options are unusable.
+    """
+    require_decoder(source)
+    if options.overlay is not None:
+        _require_overlay(options.overlay, source)
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(Model(bundle, options.backend, options.threads, options.top, options.threshold))
+        events = LineWriter(_duplicate(sys.stderr), patient=False)
+        stack.callback(events.close)
+        status = Status(source.shown, events.write)
+        if options.metrics is not None:
+            server = stack.enter_context(HealthServer(options.metrics, status, max(2.0, 2 * options.stall_s)))
+            status.event("metrics", address=server.url)
+        stop = stack.enter_context(stopping())
+        with _Run(model, source, options, status, stop) as run:
+            run.loop()
+        status.event("done", **status.counts)
+    if not stop.is_set():
+        _require_frames(source, status, run.failure)
+
+
+def _require_overlay(path: Path, source: Source) -> None:
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("av", "camera") from error
+    require_overlay_path(path)
+    if source.kind == "file" and path.exists() and path.samefile(source.location):
+        raise ArtifactError(f"{path} is the source itself.", "Give the overlay another name.")
+
+
+def _require_frames(source: Source, status: Status, failure: str | None) -> None:
+    if failure is not None:
+        raise PictureError(f"{source.shown} cannot be read as a video: {failure}.", "Replace or repair it.")
+    if status.counts["processed"] == 0:
+        reason = f": {status.last_reason}" if status.last_reason else ""
+        raise PictureError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")
+
+
+def _duplicate(stream: Any) -> int | None:
+    """A file descriptor of our own for a standard stream; None where that was closed from the start."""
+    if stream is None:
+        return None
+    stream.flush()
+    return os.dup(stream.fileno())
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, once; after that they do what they did before."""
+    asked = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def stop(_number: int, _frame: object) -> None:
+        asked.set()
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield asked
+    finally:
+        restore()
+
+
+class _Run:
+    """One run's capture, sinks and loop."""
+
+    def __init__(self, model: Model, source: Source, options: Options, status: Status, stop: threading.Event) -> None:
+        self._stop = stop
+        self._model, self._source, self._options, self._status = model, source, options, status
+        self._notifier, self._rate = Notifier(), Rate()
+        self._overlay: Overlay | None = None
+        self.failure: str | None = None
+
+    def __enter__(self) -> _Run:
+        options = self._options
+        handle = _duplicate(sys.stdout) if options.output is None else open_output(options.output)
+        self._lines = LineWriter(handle, not self._source.live, self._stop)
+        if options.overlay is not None:
+            self._overlay = Overlay(options.overlay, self._model.fit.letterbox)
+        fit = self._model.fit._replace(display=SHOWN if self._overlay else 0)
+        self._capture = Capture(self._source, fit, options.fps, options.stall_s, self._status)
+        self._capture.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._notifier.say("STOPPING=1")
+        self._capture.__exit__()
+        self.failure = self._capture.failure
+        self._close_overlay()
+        with self._disk_errors() if kind is None else contextlib.suppress(OSError):
+            self._lines.close()
+        self._sync_counts()
+
+    def loop(self) -> None:
+        """Frames through the model until the source ends, enough is done, or someone asks to stop."""
+        deadline = None if self._options.duration_s is None else time.monotonic() + self._options.duration_s
+        self._notifier.say("READY=1")
+        while not self._stop.is_set() and (deadline is None or time.monotonic() < deadline):
+            self._notifier.alive()
+            frame = self._capture.mailbox.take(_TICK_S)
+            if frame is None:
+                if self._capture.mailbox.closed:
+                    break
+                continue
+            self._one(frame)
+            if self._options.frames is not None and self._status.counts["processed"] >= self._options.frames:
+                break
+
+    def _one(self, frame: Frame) -> None:
+        model, began = self._model, time.monotonic_ns()
+        outputs = model.infer(frame.square)
+        inferred = time.monotonic_ns()
+        answer = model.answer(outputs)
+        change = model.change(outputs) if "top" not in answer else None
+        if change is not None:
+            answer["change"] = round(change, 6)
+        record = self._record(frame, began, inferred) | answer
+        with self._disk_errors():
+            self._lines.write(record)
+        self._sync_counts()
+        self._status.processed(record)
+        self._draw(frame, record, outputs)
+
+    def _record(self, frame: Frame, began: int, inferred: int) -> dict[str, Any]:
+        times, done = frame.times, time.monotonic_ns()
+        record: dict[str, Any] = {
+            "source": self._source.shown,
+            "frame": self._status.counts["processed"],
+            "skipped": frame.skipped,
+            "pts_s": times.get("pts_s"),
+            "monotonic_s": round(done / 1e9, 6),
+            "capture_ms": (times["decoded_ns"] - times["captured_ns"]) / _MS,
+            "preprocess_ms": (times["ready_ns"] - times["decoded_ns"]) / _MS,
+            "wait_ms": (began - times["ready_ns"]) / _MS,
+            "infer_ms": (inferred - began) / _MS,
+            "postprocess_ms": (done - inferred) / _MS,
+            "end_to_end_ms": (done - times["arrived_ns"]) / _MS,
+        }
+        if self._source.live:
+            record["frame_age_ms"] = (done - times["captured_ns"]) / _MS
+        return {name: round(x, 3) if name.endswith("_ms") else x for name, x in record.items() if x is not None}
+
+    def _draw(self, frame: Frame, record: dict[str, Any], outputs: dict[str, Any]) -> None:
+        rate = self._rate.tick()
+        if self._overlay is None or frame.shown is None:
+            return
+        changes = None if "top" in record else self._model.change_map(outputs)
+        at_s = record.get("pts_s") if not self._source.live else frame.times["captured_ns"] / 1e9
+        try:
+            self._overlay.write(frame.shown, text_lines(record, rate), changes, at_s or 0.0)
+        except OSError as error:
+            self._overlay_failed(error)
+
+    def _overlay_failed(self, error: OSError) -> None:
+        """A service goes on without; the overlay of a file is what was asked for."""
+        overlay, self._overlay = self._overlay, None
+        assert overlay is not None
+        overlay.abandon()
+        reason = error.strerror or str(error)
+        if not self._source.live:
+            raise ArtifactError(f"{overlay.path} cannot be written: {reason}.", "Free space or choose another place.")
+        self._status.count("overlay_errors")
+        self._status.event("overlay_lost", path=str(overlay.path), reason=reason)
+
+    def _close_overlay(self) -> None:
+        if self._overlay is not None:
+            try:
+                self._overlay.close()
+            except OSError as error:
+                self._overlay_failed(error)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if self._options.output is None:
+                raise
+            raise ArtifactError(
+                f"{self._options.output} cannot be written: {error.strerror}.", "Free space or choose another place."
+            ) from error
+
+    def _sync_counts(self) -> None:
+        """Tell when the output begins to fail, and when it works again."""
+        counts, lines = self._status.counts, self._lines
+        if lines.errors > counts["output_errors"] and not self._failing:
+            self._status.event("output_failing", errors=lines.errors)
+        elif lines.errors == counts["output_errors"] and self._failing:
+            self._status.event("output_works", errors=lines.errors)
+        self._failing = lines.errors > counts["output_errors"]
+        counts["lines_dropped"], counts["output_errors"] = lines.dropped, lines.errors
+
+    _failing = False

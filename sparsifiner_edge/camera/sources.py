@@ -1,0 +1,99 @@
+"""From the text of `--source` to what it names."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from sparsifiner_edge.errors import ConfigError, MissingExtraError
+
+VIDEO_SUFFIXES = frozenset(
+    {".264", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov"}
+    | {".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"}
+)
+KNOWN = "a picture, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test"
+TEST_SIZE = (640, 480)
+
+
+class Source(NamedTuple):
+    """Where frames come from.
+
+    Attributes:
+        kind: "pictures", "file", "rtsp", "gst" or "test".
+        location: a path, an address, or a GStreamer pipeline.
+        live: only the newest frame counts, and a loss is waited out; else every frame counts, and the end ends the run.
+        shown: the location as it may be shown: without a password.
+    """
+
+    kind: str
+    location: str
+    live: bool
+    shown: str
+
+
+def parse_source(text: str) -> Source:
+    """Read a source; nothing is opened.
+
+    Raises:
+        ConfigError: an unknown scheme, or no pipeline after `gst:`.
+
+    """
+    if text == "test":
+        return Source("test", "", True, "test")
+    if text.isdecimal() or re.fullmatch(r"/dev/video\d+", text):
+        device = f"/dev/video{text}" if text.isdecimal() else text
+        # decodebin: a camera that gives JPEG is taken as well as one that gives pixels.
+        return Source("gst", f"v4l2src device={device} ! decodebin", True, device)
+    if text.startswith("gst:"):
+        return Source("gst", _pipeline(text), True, text)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+    if scheme and scheme[1].lower() in ("rtsp", "rtsps"):
+        return Source("rtsp", text, True, _without_password(text))
+    if scheme and scheme[1].lower() != "file":
+        raise ConfigError(f"{_without_password(text)} has an unknown scheme.", f"Give {KNOWN}.")
+    path = Path(text[len("file://") :] if scheme else text)
+    if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+        return Source("file", str(path.absolute()), False, str(path))
+    return Source("pictures", str(path), False, str(path))
+
+
+def require_decoder(source: Source) -> None:
+    """Refuse a source whose decoder is not installed.
+
+    Raises:
+        MissingExtraError: PyAV is missing.
+        ConfigError: GStreamer's tools are missing.
+    """
+    if source.kind in ("file", "rtsp") and importlib.util.find_spec("av") is None:
+        raise MissingExtraError("av", "camera")
+    if source.kind == "gst" and shutil.which("gst-launch-1.0") is None:
+        raise ConfigError(
+            f"{source.shown} needs GStreamer, and gst-launch-1.0 is not installed.",
+            "Install it: apt-get install gstreamer1.0-tools gstreamer1.0-plugins-good",
+        )
+
+
+def _pipeline(text: str) -> str:
+    try:
+        words = shlex.split(text[len("gst:") :])
+    except ValueError as error:
+        raise ConfigError(f"{text} is no pipeline: {error}.", "Close every quote.") from error
+    if not words:
+        raise ConfigError("gst: names no pipeline.", 'Such as --source "gst:v4l2src device=/dev/video0 ! decodebin".')
+    return shlex.join(words)
+
+
+def _without_password(address: str) -> str:
+    try:
+        parts = urlsplit(address)
+        credentials, found, host = parts.netloc.rpartition("@")
+    except ValueError as error:
+        raise ConfigError("The source's address cannot be read.", f"Give {KNOWN}.") from error
+    if not found:
+        return address
+    return parts._replace(netloc=f"{credentials.partition(':')[0]}:***@{host}").geturl()

@@ -1,0 +1,74 @@
+"""What a run is doing: counters, state, and one JSON line on standard error for each change of state."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+STATES = ("starting", "connecting", "streaming", "lost", "stalled", "ended")
+COUNTERS = (
+    "captured", "processed", "dropped", "bad_packets", "reconnects", "stalls", "crashes", "lines_dropped",
+    "output_errors", "overlay_errors",
+)  # fmt: skip
+
+
+class Status:
+    """Shared by the threads of one run.
+
+    Args:
+        source: as it may be shown.
+        tell: takes each event.
+    """
+
+    def __init__(self, source: str, tell: Callable[[dict[str, Any]], None]) -> None:
+        self.source = source
+        self.counts = dict.fromkeys(COUNTERS, 0)
+        self.state = "starting"
+        self.reason: str | None = None
+        self.last_reason: str | None = None
+        self.recovered_s: float | None = None
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._lost_at: float | None = None
+        self._processed_at: float | None = None
+        self.watchers: list[Callable[[dict[str, Any]], None]] = []
+        """Called with each record."""
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Add to a counter."""
+        with self._lock:
+            self.counts[name] += by
+
+    def enter(self, state: str, reason: str | None = None, quiet: bool = False, **more: Any) -> None:
+        """Change the state; told unless nothing changed or `quiet`."""
+        with self._lock:
+            if state == self.state == "streaming":
+                return
+            self.last_reason = reason or self.last_reason
+            if state in ("lost", "stalled") and self._lost_at is None and self.counts["captured"]:
+                self._lost_at = time.monotonic()
+            if state == "streaming" and self._lost_at is not None:
+                self.recovered_s, self._lost_at = time.monotonic() - self._lost_at, None
+                self.counts["reconnects"] += 1
+                more["lost_s"] = round(self.recovered_s, 3)
+            self.state, self.reason = state, reason
+        if not quiet:
+            self.event("state", state=state, reason=reason, **more)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """One line; `monotonic_s` is on the clock of the frames' times."""
+        known = {name: value for name, value in fields.items() if value is not None}
+        self._tell({"event": event, "source": self.source, "monotonic_s": round(time.monotonic(), 3)} | known)
+
+    def processed(self, record: dict[str, Any]) -> None:
+        """A frame's answer is ready."""
+        self.count("processed")
+        self._processed_at = time.monotonic()
+        for watcher in self.watchers:
+            watcher(record)
+
+    def silent_s(self) -> float | None:
+        """Seconds since the last answer; None before the first."""
+        return None if self._processed_at is None else time.monotonic() - self._processed_at

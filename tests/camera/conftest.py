@@ -1,0 +1,99 @@
+"""Bundles and videos that several tests of the camera share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.camera_cells import make_cells_bundle
+from sparsifiner_edge.camera.pattern import draw_pattern
+from tests.commands import PROGRAM
+
+av = pytest.importorskip("av", reason="the extra camera is not installed")
+
+
+@pytest.fixture(scope="session")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that reads the number in the picture."""
+    return make_cells_bundle(tmp_path_factory.mktemp("cells") / "bundle", size=64)
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty numbered frames."""
+    return encode(tmp_path_factory.mktemp("video") / "numbered.mp4", [draw_pattern(n, 320, 240) for n in range(30)])
+
+
+def encode(path: Path, pictures: list[np.ndarray[Any, Any]], codec: str = "libx264", **options: str) -> Path:
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=10, options={"g": "10"} | options)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for picture in pictures:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode(None))
+    return path
+
+
+class Service:
+    """`sparsifiner-edge run` in a process of its own."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        line = [str(x) for x in (*PROGRAM, "run", *arguments)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        self.process = subprocess.Popen(line, text=True, **streams)
+
+    def record(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr and self.process.stderr.read()
+        return dict(json.loads(line))
+
+    def event(self, **wanted: Any) -> dict[str, Any]:
+        """The next event with these fields."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            event = json.loads(line)
+            if wanted.items() <= event.items():
+                return dict(event)
+        raise AssertionError(f"no event {wanted}")
+
+    def decoder(self) -> int:
+        """The decoding process."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return next(int(pid) for path in children for pid in path.read_text().split())
+
+    def finish(self, seconds: float = 20) -> tuple[int, list[dict[str, Any]], list[dict[str, Any]]]:
+        """SIGTERM; exit code, what records and what events were left."""
+        self.process.terminate()
+        out, err = self.process.communicate(timeout=seconds)
+        assert "Traceback" not in err
+        return self.process.returncode, *(
+            [json.loads(line) for line in (text or "").splitlines()] for text in (out, err)
+        )
+
+
+@pytest.fixture
+def service() -> Iterator[Any]:
+    """Starts services and ends what is left of them."""
+    started: list[Service] = []
+
+    def start(*arguments: Any, **options: Any) -> Service:
+        started.append(Service(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")

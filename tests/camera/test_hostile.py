@@ -1,0 +1,200 @@
+"""More than 200 damaged or hostile inputs: no crash, no hang, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsifiner_edge.artifacts import BUNDLE_FILE, seal_bundle, sha256
+from sparsifiner_edge.camera.model import Model
+from sparsifiner_edge.camera.stills import run_pictures
+from sparsifiner_edge.errors import SparsifinerError
+from tests.camera.hostile import SECRET, make_hostile
+from tests.commands import process, snapshot
+from tests.test_bad_input import BAD_PICTURES, png_of_size
+
+PATIENCE_S = 10
+READ = """
+import json, resource, sys, time
+from sparsifiner_edge.camera.child import _import_decoder, _said
+from sparsifiner_edge.camera.libav import read_stream
+from sparsifiner_edge.camera.limits import confine
+from sparsifiner_edge.camera.prepare import Fit
+_import_decoder("file")
+confine(pipeline=False)
+for line in sys.stdin:
+    start, frames, reason = time.monotonic(), 0, None
+    try:
+        for decoded in read_stream("file", line.rstrip("\\n"), Fit(32), 3):
+            assert decoded.pictures[0].shape == (32, 32, 3)
+            frames += 1
+    except Exception as error:
+        reason = _said(error)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"frames": frames, "reason": reason, "seconds": time.monotonic() - start, "most_kb": most}
+    print(json.dumps(found), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return make_hostile(tmp_path_factory.mktemp("hostile"))
+
+
+def test_videos(hostile: list[Path]) -> None:
+    """As the decoding process reads them, with its limits, many in one process."""
+    assert len(hostile) >= 200
+    before = snapshot(hostile[0].parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", READ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        found = {}
+        for path in hostile:
+            reader.stdin.write(f"{path}\n")
+            reader.stdin.flush()
+            line = reader.stdout.readline()
+            assert line, f"{path.name}: the decoder crashed with {reader.wait()}"
+            found[path.name] = json.loads(line)
+        reader.stdin.close()
+    assert {name: f["seconds"] for name, f in found.items() if f["seconds"] > PATIENCE_S} == {}
+    assert max(f["most_kb"] for f in found.values()) < 1_000_000
+    assert snapshot(hostile[0].parent) == before
+    refused = [name for name, f in found.items() if not f["frames"]]
+    assert len(refused) > 60
+    assert [name for name in refused if not found[name]["reason"]] == []
+    for name in ("huge.mjpeg", "wide.y4m", "thin.y4m", "hls.mp4", "remote.ts", "concat.avi", "sdp.mp4", "dash.ts"):
+        assert name in refused, found[name]
+    # Most damage costs some frames; a reader that refused everything would pass the above.
+    assert sum(f["frames"] > 0 for f in found.values()) > 60
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["truncated3.mp4", "noisy5.ts", "huge.mjpeg", "wide.y4m", "thin.y4m", "hls.mp4", "concat.mp4", "box.mp4",
+     "random.mkv", "empty.mp4", "codec0.mp4"],
+)  # fmt: skip
+def test_the_command_says_so(name: str, hostile: list[Path], cells: Path, tmp_path: Path) -> None:
+    path = hostile[0].parent / name
+    output, overlay = tmp_path / "lines", tmp_path / "o.mp4"
+    start = time.monotonic()
+    outcome = process(
+        "run", cells, "--source", path, "--output", output, "--overlay", overlay, cwd=tmp_path, timeout=60
+    )
+    assert time.monotonic() - start < 30
+    assert outcome.code in (0, 2)
+    assert "Traceback" not in outcome.err
+    assert SECRET not in outcome.err + output.read_text()
+    if outcome.code == 2:
+        assert f"error: {path}" in outcome.err
+    if name in ("huge.mjpeg", "wide.y4m", "thin.y4m", "hls.mp4", "concat.mp4", "box.mp4", "empty.mp4"):
+        assert outcome.code == 2
+    assert {p.name for p in tmp_path.iterdir()} <= {"lines", "o.mp4"}
+
+
+def test_pictures(cells: Path, tmp_path: Path) -> None:
+    for name, damage in BAD_PICTURES.items():
+        damage(tmp_path / name)
+    for number, size in enumerate([(1, 1 << 30), (1 << 30, 1), (50_000, 50_000), (13_000, 14_000)]):
+        (tmp_path / f"size{number}.png").write_bytes(png_of_size(*size))
+    (tmp_path / "page.html").rename(tmp_path / "page.png")
+    before, most = snapshot(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    records = list(run_pictures(cells, tmp_path))
+    assert len(records) == 11
+    assert all("cannot be read as a picture" in record["error"] for record in records)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 300_000
+    assert snapshot(tmp_path) == before
+
+
+def with_file(name: str, digest: Any = None) -> Callable[[Path, dict[str, Any]], None]:
+    def change(bundle: Path, manifest: dict[str, Any]) -> None:
+        target = bundle.parent / "outside.txt"
+        manifest["files"][name] = sha256(target) if digest is None else digest
+
+    return change
+
+
+def with_entry(**entries: Any) -> Callable[[Path, dict[str, Any]], None]:
+    return lambda _, manifest: manifest.update(entries)
+
+
+def with_link(target: str) -> Callable[[Path, dict[str, Any]], None]:
+    def change(bundle: Path, manifest: dict[str, Any]) -> None:
+        (bundle / "labels.txt").symlink_to(target)
+        manifest["files"]["labels.txt"] = sha256(bundle.parent / "outside.txt")
+
+    return change
+
+
+def with_pipe(bundle: Path, manifest: dict[str, Any]) -> None:
+    os.mkfifo(bundle / "labels.txt")
+    manifest["files"]["labels.txt"] = "0" * 64
+
+
+def with_huge_labels(bundle: Path, manifest: dict[str, Any]) -> None:
+    with (bundle / "labels.txt").open("wb") as file:
+        file.truncate(1 << 25)
+    manifest["files"]["labels.txt"] = sha256(bundle / "labels.txt")
+
+
+TRICKS = [
+    *(with_file(name) for name in ("../outside.txt", "a/../../outside.txt", "./../outside.txt", "/etc/passwd")),
+    *(with_file(name) for name in ("..", ".", "", "\0", "x\0/../..", "labels.txt\n", "x" * 5000, "\udcff", "~/x")),
+    *(with_file("model.onnx", digest) for digest in (None, "", 5, [], {}, "0" * 64)),
+    with_link("../outside.txt"), with_link("/etc/passwd"), with_link("/dev/zero"), with_link("labels.txt"),
+    with_link("nowhere"), with_pipe, with_huge_labels,
+    *(with_entry(preprocessing=p) for p in (None, [], {}, {"size": 10**9}, {"size": 10**400}, {"size": 0})),
+    *(with_entry(preprocessing={"size": s}) for s in (-1, 1.5, "64", True, None, [64], 4097)),
+    *(with_entry(preprocessing={"size": 64, "resize": r}) for r in ("crop", 7, {}, "x" * 100_000)),
+    *(with_entry(files=f) for f in (None, [], {}, "model.onnx", {"model.onnx": None}, {"../model.onnx": "x"})),
+    with_entry(kind="student"), with_entry(schema_version=99), with_entry(schema_version="1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(TRICKS)))
+def test_bundles(number: int, cells: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside.txt").write_text(SECRET)
+    bundle = Path(shutil.copytree(cells, tmp_path / "b"))
+    manifest = json.loads((bundle / BUNDLE_FILE).read_text())
+    TRICKS[number](bundle, manifest)
+    (bundle / BUNDLE_FILE).write_text(json.dumps(manifest))
+    outside = (tmp_path / "outside.txt").read_bytes()
+    with pytest.raises(SparsifinerError) as caught, Model(bundle, "onnxruntime", 1):
+        pass
+    assert caught.value.fix
+    assert len(str(caught.value)) < 12_000
+    assert SECRET not in str(caught.value)
+    assert (tmp_path / "outside.txt").read_bytes() == outside
+    assert {p.name for p in tmp_path.iterdir()} == {"b", "outside.txt"}
+
+
+def test_labels_that_would_draw_on_a_terminal_or_break_a_line(
+    cells: Path, tiny_bundle: Path, video: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b"))
+    manifest = json.loads((bundle / BUNDLE_FILE).read_text())
+    (bundle / "labels.txt").write_bytes(b"\x1b[2Jred\n../../../etc\n\xff\xfe\n" + b"\xe2\x80\xae\n" * 7)
+    del manifest["files"]
+    (bundle / BUNDLE_FILE).unlink()
+    seal_bundle(bundle, manifest)
+    outcome = process("run", bundle, "--source", video, "--frames", 2, "--top", 10, "--overlay", tmp_path / "o.mp4")
+    assert outcome.code == 0, outcome.err
+    assert "\x1b" not in outcome.out
+    records = [json.loads(line) for line in outcome.out.splitlines()]
+    assert {top["label"] for top in records[0]["top"]} >= {"\x1b[2Jred", "../../../etc"}
+    assert {p.name for p in tmp_path.iterdir()} == {"b", "o.mp4"}

@@ -1,0 +1,350 @@
+"""The camera's rooms one by one."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsifiner_edge.camera import child
+from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
+from sparsifiner_edge.camera.capture import Mailbox
+from sparsifiner_edge.camera.clock import StreamClock
+from sparsifiner_edge.camera.code import BITS, cells_of, number_of
+from sparsifiner_edge.camera.gstreamer import launch_line
+from sparsifiner_edge.camera.health import parse_address
+from sparsifiner_edge.camera.limits import require_sane_size
+from sparsifiner_edge.camera.lines import LineWriter
+from sparsifiner_edge.camera.model import Model
+from sparsifiner_edge.camera.overlay import text_lines
+from sparsifiner_edge.camera.pattern import draw_pattern
+from sparsifiner_edge.camera.prepare import Fit, fit_pillow, scaled_size, to_square
+from sparsifiner_edge.camera.sources import parse_source, require_decoder
+from sparsifiner_edge.camera.wire import Message, StalledError, WireError, receive, send
+from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
+from tests.tiny import make_bundle
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "live", "shown"),
+    [
+        ("0", "gst", True, "/dev/video0"),
+        ("/dev/video12", "gst", True, "/dev/video12"),
+        ("test", "test", True, "test"),
+        ("rtsp://h/x", "rtsp", True, "rtsp://h/x"),
+        ("rtsp://user:secret@h:554/x?y=1", "rtsp", True, "rtsp://user:***@h:554/x?y=1"),
+        ("gst:videotestsrc ! identity", "gst", True, "gst:videotestsrc ! identity"),
+        ("missing.mp4", "pictures", False, "missing.mp4"),
+        ("folder/", "pictures", False, "folder"),
+    ],
+)
+def test_sources(text: str, kind: str, live: bool, shown: str) -> None:
+    source = parse_source(text)
+    assert (source.kind, source.live, source.shown) == (kind, live, shown)
+
+
+def test_a_video_is_known_by_its_ending(video: Path) -> None:
+    for text in (str(video), f"file://{video}"):
+        source = parse_source(text)
+        assert (source.kind, source.live, source.location) == ("file", False, str(video))
+
+
+@pytest.mark.parametrize("text", ["http://h/x", "ftp://a:b@h", "gst:", "gst:a 'b", "rtsp://[::1/x"])
+def test_what_is_no_source(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_source(text)
+    assert caught.value.fix
+    assert ":b@" not in caught.value.what
+
+
+def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[camera\]"):
+        require_decoder(parse_source(str(video)))
+    with pytest.raises(ConfigError, match=r"apt-get install gstreamer1\.0-tools"):
+        require_decoder(parse_source("0"))
+    require_decoder(parse_source("test"))
+
+
+def test_the_number_in_a_picture() -> None:
+    for number in (0, 1, 12345, (1 << BITS) - 1, 1 << BITS):
+        cells = [255.0 if cell else 0.0 for cell in cells_of(number)]
+        assert number_of(cells) == number % (1 << BITS)
+        cells[5] = 255 - cells[5]
+        assert number_of(cells) is None
+    for level in (0.0, 128.0, 255.0):
+        assert number_of([level] * 64) is None
+    square = fit_pillow(Image.fromarray(draw_pattern(777)), Fit(64))
+    assert number_of(square.reshape(8, 8, 8, 8, 3).mean((1, 3, 4)).ravel().tolist()) == 777
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (100, 100), (33, 500), (1, 16)])
+@pytest.mark.parametrize("letterbox", [False, True])
+def test_fitting(size: tuple[int, int], letterbox: bool) -> None:
+    fit = Fit(50, letterbox)
+    width, height = scaled_size(*size, fit)
+    assert max(width, height) == 50 if letterbox else min(width, height) == 50
+    square = fit_pillow(Image.new("RGB", size, (200, 200, 200)), fit)
+    assert square.shape == (50, 50, 3)
+    share = min(size) / max(size) if letterbox else 1
+    assert (square > 0).all(2).mean() == pytest.approx(share, abs=0.02)
+    assert to_square(np.ones((50, 50, 3), np.uint8), 50).flags.c_contiguous
+
+
+def test_letterbox_keeps_the_middle_in_the_middle() -> None:
+    picture = np.zeros((100, 300, 3), np.uint8)
+    picture[45:55, 145:155] = 255
+    square = fit_pillow(Image.fromarray(picture), Fit(60, True))
+    rows, columns = np.nonzero(square[..., 0] > 100)
+    assert abs(rows.mean() - 29.5) < 1
+    assert abs(columns.mean() - 29.5) < 1
+
+
+@pytest.mark.parametrize("size", [(0, 5), (-1, 4), (100_000, 100_000), (40_000, 2), (16, 273)])
+def test_absurd_sizes(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="frames of"):
+        require_sane_size(*size)
+
+
+def test_waiting_grows_to_a_cap_and_varies() -> None:
+    backoff = Backoff()
+    waits = [backoff.next_s() for _ in range(200)]
+    assert waits[0] <= FIRST_S
+    assert all(MOST_S / 2 <= wait <= MOST_S for wait in waits[4:])
+    assert len({round(wait, 3) for wait in waits[4:]}) > 50
+    backoff.reset()
+    assert backoff.next_s() <= FIRST_S
+
+
+def test_a_backlog_is_part_of_a_frames_age() -> None:
+    clock, second = StreamClock(), 1_000_000_000
+    assert clock.captured_ns(5 * second, 100 * second) == 100 * second
+    # Half a second late: taken when due, not when it came.
+    assert clock.captured_ns(6 * second, 101 * second + second // 2) == 101 * second
+    assert clock.captured_ns(7 * second, 102 * second - 1000) == 102 * second - 1000
+    # The camera's clock jumps by an hour: a new beginning.
+    assert clock.captured_ns(3607 * second, 103 * second) == 103 * second
+    assert clock.captured_ns(None, 104 * second) == 104 * second
+
+
+def test_clocks_that_run_apart_add_no_age() -> None:
+    clock, second = StreamClock(), 1_000_000_000
+    for at in range(3600):  # 200 ppm: 0.7 s in an hour.
+        arrived = at * second + at * second // 5000
+        age = arrived - clock.captured_ns(at * second, arrived)
+        assert age < 0.02 * second
+
+
+TIMES = dict.fromkeys(("captured_ns", "arrived_ns", "decoded_ns", "ready_ns"), 1)
+
+
+def frame_message(number: int) -> Message:
+    return Message("frame", {"number": number}, [np.full((2, 2, 3), number, np.uint8)])
+
+
+def test_the_newest_frame_and_the_count_of_the_others() -> None:
+    box = Mailbox(live=True)
+    assert [box.put(frame_message(n)) for n in range(4)] == [False, True, True, True]
+    frame = box.take(0)
+    assert frame is not None
+    assert (frame.times["number"], frame.skipped) == (3, 3)
+    assert box.take(0.01) is None
+    assert box.put(frame_message(9)) is False
+    box.close()
+    assert box.put(frame_message(10)) is False
+    frame = box.take(0)
+    assert frame is not None
+    assert (frame.times["number"], frame.skipped) == (9, 0)
+
+
+def test_every_frame_of_a_file_waits_its_turn() -> None:
+    box, seen = Mailbox(live=False), []
+    writer = threading.Thread(target=lambda: [box.put(frame_message(n)) for n in range(20)])
+    writer.start()
+    while len(seen) < 20:
+        frame = box.take(1)
+        assert frame is not None
+        seen.append(frame.times["number"])
+    writer.join(5)
+    assert seen == list(range(20))
+
+
+def test_messages_arrive_whole() -> None:
+    ours, theirs = os.pipe()
+    picture = np.arange(300 * 400 * 3, dtype=np.uint32).astype(np.uint8).reshape(300, 400, 3)
+    writer = threading.Thread(target=send, args=(theirs, "frame", (picture,)), kwargs=TIMES | {"pts_s": 1.5})
+    writer.start()
+    message = receive(ours, 5)
+    writer.join()
+    assert message is not None
+    assert message.fields["pts_s"] == 1.5
+    np.testing.assert_array_equal(message.pictures[0], picture)
+    with pytest.raises(StalledError):
+        receive(ours, 0.05)
+    os.write(theirs, b"\x10")
+    os.close(theirs)
+    assert receive(ours, 1) is None
+    os.close(ours)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xff\xff\xff",
+        b"\x02\0\0\0{}",
+        b"\x02\0\0\0[]",
+        b"\x04\0\0\0\xff\xfe\xfd\xfc",
+        b'\x1f\0\0\0{"kind": "frame", "shapes": []}',
+        b'\x28\0\0\0{"kind": "frame", "shapes": [[1, 1, 3]]}',
+        *(
+            len(header).to_bytes(4, "little") + header
+            for shapes in ([[9999, 9999, 3]], [[1, 1, 3]] * 3, [[1, 1, 4]], [[-1, 1, 3]], [["a"]], 5, [[1e400, 1, 3]])
+            for header in [json.dumps({"kind": "frame", "shapes": shapes}).encode()]
+        ),
+    ],
+)
+def test_what_is_no_message_is_refused_before_anything_is_allocated(data: bytes) -> None:
+    ours, theirs = os.pipe()
+    os.write(theirs, data)
+    os.close(theirs)
+    with pytest.raises(WireError):
+        receive(ours, 1)
+    os.close(ours)
+
+
+def test_a_slow_reader_costs_lines_and_no_memory() -> None:
+    ours, theirs = os.pipe()
+    writer = LineWriter(theirs, patient=False)
+    line = {"text": "x" * 1000}
+    start = time.monotonic()
+    for _ in range(2000):
+        writer.write(line)
+    assert time.monotonic() - start < 5
+    assert writer.dropped > 1500
+    threading.Thread(target=writer.close).start()
+    with os.fdopen(ours) as reader:
+        lines = reader.read().splitlines()
+    assert all(json.loads(text) == line for text in lines)
+    assert len(lines) + writer.dropped == 2000
+
+
+def test_a_patient_writer_loses_nothing() -> None:
+    ours, theirs = os.pipe()
+    writer, got = LineWriter(theirs, patient=True), []
+
+    def read() -> None:
+        with os.fdopen(ours) as file:
+            got.extend(file.read().splitlines())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(500):
+        writer.write({"n": number, "text": "x" * 500})
+    writer.close()
+    reader.join(5)
+    assert [json.loads(text)["n"] for text in got] == list(range(500))
+
+
+def test_a_full_disk_is_counted_by_a_service_and_told_by_others() -> None:
+    lossy = LineWriter(os.open("/dev/full", os.O_WRONLY), patient=False)
+    for _ in range(5):
+        lossy.write({"a": 1})
+        time.sleep(0.01)
+    lossy.close()
+    assert lossy.errors == 5
+    patient = LineWriter(os.open("/dev/full", os.O_WRONLY), patient=True)
+    patient.write({"a": 1})
+    with pytest.raises(OSError, match="No space left"):
+        patient.close()
+
+
+def test_a_reader_that_left() -> None:
+    for patient in (False, True):
+        ours, theirs = os.pipe()
+        os.close(ours)
+        writer = LineWriter(theirs, patient)
+        writer.write({"a": 1})
+        time.sleep(0.3)
+        with pytest.raises(BrokenPipeError):
+            writer.write({"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("9090", ("127.0.0.1", 9090)), ("0.0.0.0:80", ("0.0.0.0", 80)), (":7", ("127.0.0.1", 7)), ("[::1]:5", ("::1", 5))],
+)
+def test_addresses(text: str, address: tuple[str, int]) -> None:
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["", "x", "1:", "70000", "-1", "a:b"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no"):
+        parse_address(text)
+
+
+def test_what_is_added_to_a_pipeline() -> None:
+    line = launch_line("videotestsrc pattern=ball ! video/x-raw,width=64", Fit(20), 7)
+    assert line[:5] == ["gst-launch-1.0", "-q", "videotestsrc", "pattern=ball", "!"]
+    assert "aspectratiocrop" in line
+    assert line[-2:] == ["fd=7", "sync=false"]
+    assert "add-borders=true" in launch_line("videotestsrc", Fit(20, True), 7)
+    assert "aspectratiocrop" not in launch_line("videotestsrc", Fit(20, True), 7)
+
+
+@pytest.mark.parametrize("value", ["stretch", 5, None, ["letterbox"]])
+def test_a_manifest_that_resizes_otherwise(value: Any, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4, "resize": value})
+    with pytest.raises(ArtifactError, match=r"preprocessing\.resize is"):
+        Model(bundle, "onnxruntime", 1)
+
+
+def test_a_scene_that_stays_does_not_change(cells: Path) -> None:
+    with Model(cells, "onnxruntime", 1) as model:
+        picture = fit_pillow(Image.fromarray(draw_pattern(1)), model.fit)
+        other = fit_pillow(Image.fromarray(draw_pattern(123456)), model.fit)
+        found = [model.change(model.infer(p)) for p in (picture, picture, other, picture)]
+    assert found[0] == found[1] == pytest.approx(0, abs=1e-9)
+    assert found[2] is not None
+    assert found[3] is not None
+    assert found[2] > 0.05 > found[3]
+
+
+def test_a_map_of_changes(cells: Path) -> None:
+    with Model(cells, "onnxruntime", 1) as model:
+        model.tokens = (1, 2, 3)
+        tokens = np.random.default_rng(0).normal(size=(1, 7, 4))
+        assert model.change_map({"tokens": tokens}) is None
+        moved = tokens.copy()
+        moved[0, 1 + 4] *= -1
+        found = model.change_map({"tokens": moved})
+        assert found is not None
+        np.testing.assert_allclose(found, [[0, 0, 0], [0, 2, 0]], atol=1e-9)
+        assert model.change_map({"tokens": tokens, "token_positions": tokens}) is None
+
+
+def test_text_in_the_overlay() -> None:
+    record = {"top": [{"label": "a\x00\u202eb" + "x" * 99, "probability": 0.5}], "infer_ms": 3.2}
+    first, second = text_lines(record, 24.99)
+    assert first.startswith("a??bx")
+    assert first.endswith("\u2026  50%")
+    assert second == "25.0 fps   model 3 ms"
+    assert text_lines({"change": 0.1, "infer_ms": 1, "frame_age_ms": 33.4}, 5)[-1] == "5.0 fps   age 33 ms"
+
+
+def test_no_clock_that_can_be_set_is_read() -> None:
+    """A jump of the wall clock then changes nothing."""
+    for path in Path(child.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
+                assert node.attr in ("monotonic", "monotonic_ns", "perf_counter_ns", "sleep"), (path, node.attr)
+            assert not (isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime")), path

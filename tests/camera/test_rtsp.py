@@ -1,0 +1,62 @@
+"""A real RTSP server on 127.0.0.1 that is killed, returns, and returns with another picture."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.camera_soak import Server, free_port, python_with_rtsp, soak, verdict
+from sparsifiner_edge.camera.code import number_of
+
+PYTHON = python_with_rtsp()
+pytestmark = pytest.mark.skipif(
+    PYTHON is None, reason="no Python with gi and GstRtspServer (python3-gi, gir1.2-gst-rtsp-server-1.0)"
+)
+
+
+def test_a_minute_with_a_server_that_is_killed(cells: Path) -> None:
+    assert PYTHON is not None
+    found = soak(PYTHON, cells, seconds=60, every_s=16)
+    assert found["kills"] == 3
+    assert verdict(found) == [], found
+    assert found["frames"] > 60 * 25 * 0.5
+    assert found["unread"] < found["frames"] / 100
+    # What the service says of a frame's age misses only the server's own part.
+    assert -5 < found["told_less_ms"] < 100
+
+
+def test_a_server_that_returns_with_another_size(cells: Path, service: Any) -> None:
+    assert PYTHON is not None
+    with Server(PYTHON, free_port(), 25, 640, 480) as server:
+        run = service(cells, "--source", server.address)
+        assert number_of(run.record()["features"]) is not None
+        server.kill()
+        assert run.event(state="lost")["reason"]
+        since = server.start(25, 320, 320)
+        run.event(state="streaming")
+        assert time.monotonic() - since < 5
+        seen = [run.record() for _ in range(60)]
+        assert number_of(seen[-1]["features"]) is not None
+        code, _, events = run.finish()
+    assert (code, events[-1]["reconnects"]) == (0, 1)
+
+
+def test_a_server_that_hangs(cells: Path, service: Any) -> None:
+    """The connection stays, nothing comes: it is given up and made anew."""
+    assert PYTHON is not None
+    with Server(PYTHON, free_port()) as server:
+        run = service(cells, "--source", server.address, "--stall", 1)
+        run.record()
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        assert run.event(state="lost")["reason"]
+        os.kill(server.pid, signal.SIGCONT)
+        since = time.monotonic()
+        run.event(state="streaming")
+        assert time.monotonic() - since < 5
+        assert run.finish()[0] == 0
