@@ -68,7 +68,7 @@ RUNS = {
     "edge": Run(
         {"keep": 0.25, "cells": CELLS}, (f"budgets.token_keep={TOKENS}", "budgets.pruned=0.15", "precision=bf16")
     ),
-    "paper": Run({"preset": "paper", "keep": 0.25}, ("budgets.keep=[0.25]",)),
+    "paper": Run({"preset": "paper", "keep": 0.25}, ("budgets.keep=[0.25]", "precision=bf16")),
 }
 
 

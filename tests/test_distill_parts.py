@@ -177,24 +177,24 @@ def test_a_large_epsilon_spares_weights_whose_gradients_are_small() -> None:
 
 
 def test_relative_losses_keep_their_value_and_weigh_by_their_share() -> None:
+    side = student()
     slopes, values = {}, {}
     for relative in (False, True):
-        for error in (0.2, 0.01):
-            loss = torch.tensor(error, requires_grad=True)
-            side = student()
-            distiller = Distiller(side.model, dense_twin(side).model, Losses(relative=relative, tokens=1.0))
-            total = distiller.total({"patches": loss, "tokens": torch.tensor(3.0)})
-            total.backward()
-            slopes[relative, error], values[relative, error] = float(loss.grad), float(total.detach())
-    assert slopes[False, 0.2] == slopes[False, 0.01] == 1
-    assert slopes[True, 0.2] == pytest.approx(5)
-    assert slopes[True, 0.01] == pytest.approx(100)
-    assert values[True, 0.2] == pytest.approx(values[False, 0.2])
+        distiller = Distiller(side.model, dense_twin(side).model, Losses(relative=relative, tokens=1.0))
+        loss = torch.tensor([0.2, 0.01], requires_grad=True)  # of two pictures
+        total = distiller.total({"patches": loss, "tokens": torch.tensor(3.0)})
+        total.backward()
+        assert loss.grad is not None
+        slopes[relative], values[relative] = loss.grad.tolist(), float(total.detach())
+    assert slopes[False] == [0.5, 0.5]
+    assert slopes[True] == pytest.approx([2.5, 50])
+    assert values[True] == pytest.approx(values[False])
 
 
-def test_a_budget_counts_by_the_share_of_its_error_that_goes() -> None:
-    start = together([0.95, 0.99])
-    assert together([0.96, 0.98]) < start  # a fifth off the large error, the small one doubled
-    assert together([0.94, 0.995]) > start
-    assert together([1.0, 1.0]) == pytest.approx(1, abs=1e-5)
-    assert math.isnan(together([0.9, math.nan]))
+def test_a_budget_or_picture_counts_by_the_share_of_its_error_that_goes() -> None:
+    start = together([[0.95, 0.9], [0.99, 0.98]])
+    assert together([[0.96, 0.92], [0.98, 0.96]]) < start  # a fifth off the large errors, the small ones doubled
+    assert together([[0.94, 0.89], [0.995, 0.99]]) > start
+    assert together([[0.96, 0.9], [0.99, 0.98]]) == pytest.approx(together([[0.95, 0.9], [0.992, 0.98]]))
+    assert together([[1.0], [1.0]]) == pytest.approx(1, abs=1e-5)
+    assert math.isnan(together([[0.9, math.nan]]))

@@ -101,7 +101,7 @@ def distill_student(
 def _summary(training: Training, state: State, teacher: Student, recipe: str) -> dict[str, Any]:
     """What was trained and how it went; figures are the first process's."""
     fidelity: dict[str, Any] = {
-        "metric": "cosine of patches and class token, held-out pictures: 1 - geometric mean of 1 - cosine over budgets"
+        "metric": "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out pictures and budgets"
     }
     if state.fidelity:
         fidelity |= {"start": state.fidelity[0], "best": state.fidelity[state.best_step]}

@@ -40,7 +40,7 @@ class Distiller(nn.Module):
     def forward(
         self, images: Tensor, labels: Tensor | None, generator: torch.Generator, reconstruct: bool
     ) -> dict[str, Tensor]:
-        """Losses by name, unweighted.
+        """Losses by name, unweighted; see `total`.
 
         Args:
             images: normalised, [B,3,H,W]. labels: int64 [B], or None.
@@ -65,7 +65,7 @@ class Distiller(nn.Module):
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum.
+        """The weighted sum of losses, each a number or one number per picture [B], whose mean counts.
 
         Raises:
             ConfigError: none of them has a weight.
@@ -82,9 +82,9 @@ class Distiller(nn.Module):
     def _counted(self, name: str, loss: Tensor) -> Tensor:
         """A loss as it counts: where losses are relative, of its own value but with the slope of its logarithm."""
         if not self.weights.relative or name not in RELATIVE:
-            return loss
+            return loss.mean()
         value = loss.detach()
-        return value + (loss - value) / value.clamp_min(LEAST_LOSS)
+        return (value + (loss - value) / value.clamp_min(LEAST_LOSS)).mean()
 
 
 def token_losses(
@@ -95,7 +95,7 @@ def token_losses(
     positions: Tensor | None,
     labels: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Losses of final tokens and classes against the teacher's, each a mean."""
+    """Losses of final tokens and classes against the teacher's: means, of patches and of prefix one per picture [B]."""
     prefix = student.num_prefix_tokens
     with torch.no_grad():
         wanted = teacher.forward_features(images)
@@ -103,9 +103,9 @@ def token_losses(
         wanted = at_positions(wanted, positions, prefix).float()
     got = tokens.float()
     apart = 1 - F.cosine_similarity(got, wanted, dim=-1)
-    losses = {"patches": apart[:, prefix:].mean(), "tokens": F.mse_loss(got, wanted)}
+    losses = {"patches": apart[:, prefix:].mean(1), "tokens": F.mse_loss(got, wanted)}
     if prefix:
-        losses["classes"] = apart[:, :prefix].mean()
+        losses["classes"] = apart[:, :prefix].mean(1)
     if student.num_classes and (classes is not None or labels is not None):
         logits = student.forward_head(tokens).float()
         if classes is not None:

@@ -51,8 +51,9 @@ class Losses:
         tokens: mean squared error of all final tokens (Sparsifiner, equation 8).
         logits: Kullback-Leibler divergence of the classes from the teacher's. labels: cross-entropy, with --labels.
         selection: of the predictor, which has parameters of its own: the weight matters for clipping alone.
-        relative: whether `patches` and `classes` count by the share of themselves that goes away (their logarithm). A
-            budget of few keys has ten times the error of one of many, and would else be learnt at the other's cost.
+        relative: whether `patches` and `classes` count, picture by picture, by the share of themselves that goes away
+            (their logarithm). Few keys, and some pictures, make errors ten times those of others, which would else be
+            learnt at the cost of all others.
     """
 
     patches: float = 1.0

@@ -202,7 +202,7 @@ class Training:
                 self.optimiser.step()
                 self.optimiser.zero_grad()
             for name, loss in {"loss": total, **losses}.items():
-                mean = self.accelerator.reduce(loss.detach(), "mean")
+                mean = self.accelerator.reduce(loss.detach().mean(), "mean")
                 sums[name] = sums.get(name, 0.0) + float(mean) / self.recipe.accumulate
         if self.average is not None:
             self.average.update_parameters(self.distiller.student)
@@ -252,8 +252,8 @@ class Training:
         """Cosines to the teacher's tokens of held-out pictures; the weights of the best are kept."""
         if self.accelerator.is_main_process:
             model = cast(nn.Module, self.average.module if self.average is not None else self.distiller.student)
-            cosines = fidelities(cast(Backbone, model), self.held_out, self.budgets())
-            found = together(cosines)
+            each = fidelities(cast(Backbone, model), self.held_out, self.budgets())
+            found, cosines = together(each), [statistics.fmean(cosines) for cosines in each]
             if not math.isfinite(found):
                 if step == 0:
                     raise GateError("The student's tokens of held-out pictures are no numbers.", "Look at its weights.")
@@ -345,8 +345,10 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def fidelities(model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]) -> list[float]:
-    """Per budget, the mean cosine of patch tokens and of the tokens before them to the teacher's, over pictures."""
+def fidelities(
+    model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]
+) -> list[list[float]]:
+    """Per budget and picture, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's."""
     before, prefix, found = cast(Any, model).sparsity, model.num_prefix_tokens, []
     for sparsity in budgets:
         set_budget(model, sparsity)
@@ -354,20 +356,20 @@ def fidelities(model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: 
         for image, wanted in held_out:
             tokens, positions = final_tokens(model, image)
             cosine = torch.cosine_similarity(tokens, at_positions(wanted, positions, prefix), dim=-1)[0]
-            values.append(float(cosine[prefix:].mean()))
-            if prefix:
-                values.append(float(cosine[:prefix].mean()))
-        found.append(statistics.fmean(values))
+            parts = [cosine[:prefix], cosine[prefix:]] if prefix else [cosine]
+            values.append(statistics.fmean(float(part.mean()) for part in parts))
+        found.append(values)
     set_budget(model, before)
     return found
 
 
-def together(cosines: list[float]) -> float:
-    """One figure for all budgets: 1 minus the geometric mean of 1 - cosine.
+def together(cosines: list[list[float]]) -> float:
+    """One figure for all budgets and pictures: 1 minus the geometric mean of 1 - cosine.
 
-    Each budget counts by the share of its own error: else a small gain where few keys are read, whose error is large,
-    would buy a great loss where many are. NaN where a cosine is.
+    Each counts by the share of its own error: else a small gain where errors are large, with few keys or on a picture
+    unlike the others, would buy a great loss everywhere else. NaN where a cosine is.
     """
-    if not all(map(math.isfinite, cosines)):
+    every = [cosine for values in cosines for cosine in values]
+    if not all(map(math.isfinite, every)):
         return math.nan
-    return 1 - statistics.geometric_mean(max(1 - cosine, LEAST_ERROR) for cosine in cosines)
+    return 1 - statistics.geometric_mean(max(1 - cosine, LEAST_ERROR) for cosine in every)

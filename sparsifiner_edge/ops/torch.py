@@ -17,6 +17,9 @@ from torch import Tensor
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, VERSION
 from sparsifiner_edge.ops.triton import kernels_for
 
+LARGEST_MASK = 1 << 28
+"""Entries (bytes) of a mask, above which lists per query are gathered."""
+
 
 def _node(
     name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], dtype: torch.dtype, shape: list[Any]
@@ -256,8 +259,24 @@ def sparse_attention(
     prefix_rows = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, scale=scale)
     # What autocast gave stays; what is computed in float32 here, differences above all, must not become less again.
     with torch.autocast(qkv.device.type, enabled=False):
-        patch_rows = _tile_attention(q[:, :, num_prefix:], k, v, indices, num_prefix * prefix_keys, tile, cell, scale)
+        patches = q[:, :, num_prefix:]
+        if not prefix_keys and indices.shape[2] * tokens * batch * num_heads <= LARGEST_MASK:
+            patch_rows = _masked_attention(patches, k, v, indices, scale)
+        else:
+            patch_rows = _tile_attention(patches, k, v, indices, num_prefix * prefix_keys, tile, cell, scale)
     return torch.cat([prefix_rows, patch_rows], 2).transpose(1, 2).reshape(batch, tokens, packed // 3)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> Tensor:
+    """Patch queries q [B,H,P,d], each with a list of its own over all tokens -> [B,H,P,d].
+
+    A list per query is what a tile's list is not: gathering it moves each key once per query. Training is many times
+    faster with a mask over all keys; what is exported, and measured, gathers.
+    """
+    listed = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
+    listed.scatter_(-1, indices.long(), True)
+    out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=listed, scale=scale)
+    return out
 
 
 def _tile_attention(
