@@ -371,15 +371,23 @@ def open_bundle(folder: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if manifest.get("kind") != "bundle" or not isinstance(files, dict) or "model.onnx" not in files:
         raise ArtifactError(f"{folder / BUNDLE_FILE} is not a bundle's manifest.", "Export the bundle again.")
-    for name, expected in files.items():
-        path = folder / name
-        if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
-            raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing.", "Export the bundle again.")
-        if sha256(path) != expected:
-            raise ArtifactError(f"{path} does not match its SHA-256 in the manifest.", "Export the bundle again.")
+    try:
+        for name, expected in files.items():
+            _check_file(folder, name, expected)
+    except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, what no system takes.
+        said = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{folder} cannot be read: {said}.", "Do not use this bundle.") from error
     return manifest
+
+
+def _check_file(folder: Path, name: str, expected: object) -> None:
+    path = folder / name
+    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing.", "Export the bundle again.")
+    if sha256(path) != expected:
+        raise ArtifactError(f"{path} does not match its SHA-256 in the manifest.", "Export the bundle again.")
 
 
 def picture_size(manifest: dict[str, Any], folder: Path) -> int:

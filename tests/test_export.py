@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
-from sparsifiner_edge.export import choose
+from sparsifiner_edge.export import choose, retile
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import check_export, count_differing, golden_image
 from sparsifiner_edge.export.deployed import DeployedModel
@@ -28,7 +28,7 @@ from sparsifiner_edge.export.graph import add_bodies, check_structure, export_gr
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.sparse.models import normalise, preprocessing
-from sparsifiner_edge.sparse.student import save_student, sparsify
+from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 from tests.models import TINY_CONFIG, student, vit
 
 OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"
@@ -321,6 +321,34 @@ def test_a_folder_that_is_not_ours_is_left_alone(folder: Path, tmp_path: Path) -
 def test_count_differing() -> None:
     a, b = np.array([[[1, 2, 3], [4, 5, 6]]]), np.array([[[1, 2, 9], [6, 5, 4]]])
     assert count_differing(a, b) == 1
+
+
+def test_another_tile_is_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    own = load_student(folder).sparsity
+    bundle = export_bundle(folder, tmp_path / "b", tile=4 * own.tile, probe=own.probe, keep=0.9, calibrate=pictures)
+    manifest = open_bundle(bundle)
+    nodes = [node for node in model_of(bundle).graph.node if node.op_type == "SparseAttention"]
+    tiles = {a.i for node in nodes for a in node.attribute if a.name == "tile"}
+    assert tiles == {4 * own.tile} == {manifest["sparsity"]["tile"]}
+    assert manifest["retiled"]["from"] == {"tile": own.tile, "probe": own.probe}
+    assert 0.97 <= manifest["retiled"]["cosine"] < 1
+    assert manifest["retiled"]["pictures"] == 3
+
+
+def test_another_tile_is_refused_where_it_cannot_be_judged(
+    folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="--calibrate"):
+        export_bundle(folder, tmp_path / "b", tile=32)
+    with pytest.raises(ConfigError, match="multiple of probe"):
+        export_bundle(folder, tmp_path / "b", tile=9, calibrate=pictures)
+    pruned = {"token_keep": ((0, 0.5),), "calibrate": pictures, "tile": 32}
+    with pytest.raises(ConfigError, match="different tokens"):
+        export_bundle(folder, tmp_path / "b", **pruned)
+    monkeypatch.setattr(retile, "LEAST_COSINE", 0.999999)
+    with pytest.raises(GateError, match=r"allowed 0\.999999"):
+        export_bundle(folder, tmp_path / "b", tile=64, keep=0.1, calibrate=pictures)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not OLD_RUNTIME.is_dir(), reason=f"{OLD_RUNTIME} is made by `make test`")

@@ -25,9 +25,12 @@ from sparsifiner_edge.config import parse_token_keep
 @click.option("--img-size", type=click.IntRange(min=1), help="Pixels along a side; by default the source's own.")
 @keep_option
 @token_keep_option
+@click.option("--tile", type=click.IntRange(min=1), help="Queries that share one list of keys; GPUs want 64.")
+@click.option("--probe", type=click.IntRange(min=1), help="Queries that ask as one; divides the tile.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
               help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
-@click.option("--calibrate", type=click.Path(path_type=Path), help="For int8: a folder of pictures to calibrate with.")
+@click.option("--calibrate", type=click.Path(path_type=Path),
+              help="A folder of pictures: int8 is calibrated with them, --tile is judged by them.")  # fmt: skip
 @click.option("--recipe", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
               help="For int8: what will run it.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
@@ -44,6 +47,8 @@ def command(
     img_size: int | None,
     keep: float | None,
     token_keep: str | None,
+    tile: int | None,
+    probe: int | None,
     precision: str,
     batch: str,
     tokens: bool,
@@ -70,6 +75,8 @@ def command(
             img_size=img_size,
             keep=keep,
             token_keep=parse_token_keep(token_keep) if token_keep is not None else None,
+            tile=tile,
+            probe=probe,
             precision=precision,
             batch=batch,
             tokens=tokens,
@@ -95,6 +102,10 @@ def command(
         click.echo(f"selected keys: {check['differing_indices']} of {check['selected_indices']} differ from torch")
     if check["differing_tokens"]:
         click.echo(f"kept tokens: {check['differing_tokens']} differ from torch")
+    if "retiled" in manifest:
+        found = manifest["retiled"]
+        sizes = ", ".join(f"{name} {found['from'][name]} -> {value}" for name, value in found["to"].items())
+        click.echo(f"{sizes}: cosine to before {found['cosine']:.4f}, {found['pictures']} pictures")
     if "quantisation" in manifest:
         found = manifest["quantisation"]
         least = min(found["cosines"].values())

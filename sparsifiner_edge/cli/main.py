@@ -26,7 +26,7 @@ COMMANDS = {
     "profile": "Measure latency, throughput and memory of a bundle.",
     "estimate": "Estimate latency, memory and energy of a bundle on a board that is not at hand.",
     "report": "One page from result files: verdict, figures, method.",
-    "run": "Run a bundle on a picture or a folder; one JSON line per picture.",
+    "run": "Run a bundle on pictures, a video or a camera; one JSON line per picture or frame.",
     "demo": "The whole way on real weights and photographs, dense beside sparse.",
     "doctor": "Say what is installed, what works, and what to do about the rest.",
 }

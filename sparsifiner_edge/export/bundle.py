@@ -24,6 +24,7 @@ from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
 from sparsifiner_edge.export.half import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_COSINE_INT8, halve
 from sparsifiner_edge.export.quantise import RECIPES, Progress, quantise, run_file
+from sparsifiner_edge.export.retile import with_tile
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
@@ -47,6 +48,8 @@ def export_bundle(
     img_size: int | None = None,
     keep: float | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
+    tile: int | None = None,
+    probe: int | None = None,
     precision: str = "fp32",
     batch: int | str = 1,
     tokens: bool = False,
@@ -64,11 +67,13 @@ def export_bundle(
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels along a side; None takes the student's or model's own.
         keep, token_keep: for a student: other shares of keys and tokens than its own (see `SparsityConfig`).
+        tile, probe: for a sparse student: other ones than its own, behind a gate (see `retile`); GPUs want tiles of 64.
         precision: "fp32"; "fp16" with islands of float32 (see `half`); or "int8" for the linear layers, where
             attention stays in float32, or with the recipe "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
         tokens: also give a classifier's tokens; a model without classifier always gives them.
-        calibrate: for int8: a folder of pictures like those that the model will see; at most 32 are used.
+        calibrate: for int8 and for another tile: a folder of pictures like those that the model will see; at most 32
+            are used.
         recipe: for int8: one of `quantise.RECIPES`.
         measure: keep dense the layers where sparse attention is slower on this machine; the manifest says which.
         boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle.
@@ -85,8 +90,12 @@ def export_bundle(
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
     wanted = [load_board(name) for name in boards]
-    pictures = _calibration(precision, calibrate, recipe)
+    retiles = tile is not None or probe is not None
+    pictures = _calibration(precision, calibrate, recipe, retiles)
     student = _load(source, weights, img_size, keep, token_keep)
+    entries: dict[str, Any] = {}
+    if retiles:
+        student, entries["retiled"] = with_tile(student, tile, probe, pictures)
     measured = None
     if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
         student, measured = _measured(student)
@@ -94,16 +103,15 @@ def export_bundle(
     model = export_graph(deployed, student.img_size, size_of_batch, deployed.output_names)
     batches = (1, 3) if size_of_batch is None else (size_of_batch,)
     check, golden = check_export(model, deployed, student.img_size, batches)
-    entries: dict[str, Any] = {}
     if precision == "int8":
         images = [np.repeat(load_picture(p, student.img_size)[None], size_of_batch or 1, 0) for p in pictures]
         quantised = quantise(model, images, recipe, progress)
-        model, entries = quantised.model, {"quantisation": quantised.to_dict()}
+        model, entries["quantisation"] = quantised.model, quantised.to_dict()
     if precision == "fp16" or recipe == "tensorrt":
         sizes = (*batches, batches[0])
         shown = [golden_image(student.img_size, size, seed) for seed, size in enumerate(sizes)]
         halved = halve(model, shown, LEAST_COSINE_INT8 if precision == "int8" else None)
-        model, entries = halved.model, entries | {"float16": halved.to_dict()}
+        model, entries["float16"] = halved.model, halved.to_dict()
     if precision != "fp32":
         golden |= {f"output.{name}": x for name, x in run_file(model, golden["input.image"]).items()}
     labels = list(student.labels) or class_labels(student.model)
@@ -122,18 +130,21 @@ def export_bundle(
     return target
 
 
-def _calibration(precision: str, calibrate: str | Path | None, recipe: str) -> list[Path]:
-    """Pictures for int8; none for others."""
+def _calibration(precision: str, calibrate: str | Path | None, recipe: str, retiles: bool) -> list[Path]:
+    """Pictures for int8 and for another tile; none for others."""
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe is {recipe!r}.", f"Choose one of: {', '.join(RECIPES)}.")
     if precision != "int8":
-        if calibrate is not None:
-            raise ConfigError("Pictures to calibrate with go with int8.", "Leave them out, or choose --precision int8.")
+        if calibrate is not None and not retiles:
+            raise ConfigError(
+                "Pictures to calibrate with go with int8, or another tile.",
+                "Leave them out, or choose --precision int8.",
+            )
         if recipe != RECIPES[0]:
             raise ConfigError(f"recipe {recipe!r} goes with int8.", "Leave it out, or choose --precision int8.")
-        return []
+        return evenly(list_pictures(Path(calibrate)), MAX_CALIBRATION_PICTURES) if calibrate is not None else []
     if calibrate is None:
         raise ConfigError("int8 needs pictures to calibrate with.", "Give a folder of them with --calibrate.")
     return evenly(list_pictures(Path(calibrate)), MAX_CALIBRATION_PICTURES)

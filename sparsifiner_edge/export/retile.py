@@ -1,0 +1,79 @@
+"""Another tile than a student's own, for processors that want one, behind a gate on what it changes.
+
+A CPU core is busy with lists shared by 16 queries, tensor cores want 64. The predictor's parameters do not depend on
+either, so the tile is chosen at export; what a larger one loses is measured on pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.pictures import load_picture
+from sparsifiner_edge.sparse.models import normalise, preprocessing
+from sparsifiner_edge.sparse.patch import final_tokens, set_budget
+from sparsifiner_edge.sparse.student import Student
+
+LEAST_COSINE = 0.97
+"""Gate: mean cosine of the final tokens to those of the student with its own tile, over the pictures."""
+
+
+def with_tile(
+    student: Student, tile: int | None, probe: int | None, pictures: Sequence[Path]
+) -> tuple[Student, dict[str, Any]]:
+    """The student, its model changed in place, with another tile or probe, and what that changed, for the manifest.
+
+    Args:
+        student: of the preset "edge".
+        tile, probe: consecutive patches that share one list, and that ask as one; None keeps the student's own.
+        pictures: what the gate judges by.
+
+    Raises:
+        ConfigError: a dense student, the preset "paper", no pictures, or sizes that do not fit.
+        GateError: the final tokens change by more than `LEAST_COSINE` allows.
+    """
+    if student.sparsity.is_dense or student.sparsity.preset != "edge":
+        raise ConfigError("--tile and --probe go with a sparse student of the preset 'edge'.", "Leave them out.")
+    if student.sparsity.token_keep:
+        raise ConfigError(
+            "Of a student that prunes tokens, two tiles keep different tokens, which cannot be compared.",
+            'Choose the tile with `sparsify --tile`, or export with --token-keep "".',
+        )
+    if not pictures:
+        raise ConfigError("Another tile is judged by pictures, and there are none.", "Give some: --calibrate DIR.")
+    given = {name: value for name, value in (("tile", tile), ("probe", probe)) if value is not None}
+    sparsity = dataclasses.replace(student.sparsity, **given)
+    changed = copy.deepcopy(student.model)
+    set_budget(changed, sparsity)
+    found = _cosine(student, dataclasses.replace(student, model=changed), pictures)
+    own = {name: getattr(student.sparsity, name) for name in ("tile", "probe")}
+    if found < LEAST_COSINE:
+        raise GateError(
+            f"With {_text(given)} the final tokens have cosine {found:.4f} to those with {_text(own)}, "
+            f"allowed {LEAST_COSINE}.",
+            "Choose a smaller tile, or read more keys: --keep.",
+        )
+    report = {"from": own, "to": {name: getattr(sparsity, name) for name in own}, "cosine": found}
+    return dataclasses.replace(student, model=changed, sparsity=sparsity), report | {"pictures": len(pictures)}
+
+
+@torch.no_grad()
+def _cosine(own: Student, other: Student, pictures: Sequence[Path]) -> float:
+    """Mean over pictures and final tokens."""
+    pre, means = preprocessing(own.model), []
+    for path in pictures:
+        image = normalise(torch.from_numpy(load_picture(path, own.img_size))[None], pre)
+        (mine, _), (theirs, _) = (final_tokens(side.model, image) for side in (own, other))
+        means.append(float(torch.cosine_similarity(mine, theirs, dim=-1).mean()))
+    return statistics.fmean(means)
+
+
+def _text(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sizes.items())
