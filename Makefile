@@ -24,6 +24,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/attention_cpu.py
 	$(BIN)/python benchmarks/model_cpu.py
 	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/profile_checks.py
+	$(BIN)/python benchmarks/sampling.py --sensor files
+	$(BIN)/python benchmarks/estimate.py
+	$(BIN)/python benchmarks/engines_rtx.py
+	$(BIN)/python benchmarks/kernels_static.py
 
 # For the kernels' tests on AArch64: cross compiler, emulator, and Highway unpacked here. Root on Debian or Ubuntu.
 ARM := $(CURDIR)/$(VENV)/aarch64
@@ -63,7 +68,19 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
+# What tests use beside Python: a browser, fonts, GStreamer with an RTSP server. Tests that miss them skip and say so.
+TESTING := chromium fonts-noto-cjk python3-gi gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
+  gstreamer1.0-tools gstreamer1.0-rtsp gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad \
+  gstreamer1.0-plugins-ugly
+$(VENV)/.testing: | $(VENV)/bin/python
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TESTING); \
+	else \
+	  echo "For the tests of pages and streams (Debian, Ubuntu): sudo apt-get install $(TESTING)"; \
+	fi
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.native $(VENV)/.testing | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# The oldest runtime that exported files must load in, beside the current one; a test runs them in it.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/onnxruntime-1.21 'onnxruntime==1.21.*'
