@@ -18,7 +18,19 @@ from sparsifiner_edge.ops.document import operators_markdown
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / ".venv" / "bare" / "bin" / "python"
-LIGHT = ("runtime", "profiles", "camera", "report", "costs", "results", "metrics", "artifacts", "config", "errors", "pictures")
+LIGHT = (
+    "runtime",
+    "profiles",
+    "camera",
+    "report",
+    "costs",
+    "results",
+    "metrics",
+    "artifacts",
+    "config",
+    "errors",
+    "pictures",
+)
 
 
 @pytest.mark.parametrize("name", ["export", "runtime", "profiles"])
