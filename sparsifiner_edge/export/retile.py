@@ -48,7 +48,7 @@ def with_tile(
         )
     if not pictures:
         raise ConfigError("Another tile is judged by pictures, and there are none.", "Give some: --calibrate DIR.")
-    given = {name: value for name, value in (("tile", tile), ("probe", probe)) if value is not None}
+    given: dict[str, Any] = {n: x for n, x in (("tile", tile), ("probe", probe)) if x is not None}
     sparsity = dataclasses.replace(student.sparsity, **given)
     changed = copy.deepcopy(student.model)
     set_budget(changed, sparsity)
