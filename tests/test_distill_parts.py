@@ -99,12 +99,13 @@ def test_losses_are_zero_for_the_teacher_itself() -> None:
     distiller = Distiller(dense_twin(found).model, dense_twin(found).model, Losses())
     got = distiller(images(found.model), torch.tensor([0, 1]), torch.Generator(), False)
     for name in ("patches", "classes", "tokens", "logits"):
-        assert float(got[name].detach()) == pytest.approx(0, abs=1e-6)
+        assert float(got[name].detach().abs().max()) == pytest.approx(0, abs=1e-6)
     assert float(got["labels"].detach()) > 0
     ours = Distiller(found.model, dense_twin(found).model, Losses())
     got = ours(images(found.model), None, torch.Generator().manual_seed(0), False)
     assert set(got) == {"patches", "classes", "tokens", "logits", "selection"}
-    assert float(got["patches"].detach()) > 1e-5
+    assert got["patches"].shape == (2,)
+    assert float(got["patches"].detach().min()) > 1e-5
     unweighted = Distiller(found.model, dense_twin(found).model, Losses(patches=0, classes=0, logits=0, selection=0))
     with pytest.raises(ConfigError, match="No loss of patches, tokens"):
         unweighted.total(got)

@@ -73,7 +73,7 @@ def test_a_live_source_gives_numbers_and_ages(cells: Path) -> None:
 
 def test_a_model_slower_than_its_source(tmp_path: Path) -> None:
     """Age of a frame: at most a period until it is taken, and the inference; besides what preparing it takes."""
-    bundle = make_cells_bundle(tmp_path / "b", size=64, work=1)
+    bundle = make_cells_bundle(tmp_path / "b", size=64, work=4)
     outcome = process("run", bundle, "--source", "test", "--fps", 60, "--frames", 40, "--threads", 1)
     records, done = records_of(outcome), events_of(outcome)[-1]
     assert statistics.median(r["infer_ms"] for r in records) > 1000 / 60
