@@ -1,6 +1,6 @@
 """TensorRT-RTX engines of DINOv2 ViT-S/14, built ahead of time without a GPU: does every one build, and how fast.
 
-    taskset -c 1 python -m benchmarks.engines_rtx [--bundles DIR] [-o benchmarks/results]
+    python benchmarks/engines_rtx.py [--bundles DIR] [-o benchmarks/results]
 
 Dense, and sparse with keep .25 at 224 px and .10 at 518 px, float16 and int8 (QDQ, recipe tensorrt), for compute
 capabilities 8.6, 8.9 and 12.0. Bundles that DIR does not hold yet are exported into it first; that is not timed.
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from fidelity_subject import weights_file
 
-from benchmarks.fidelity_subject import weights_file
 from sparsifiner_edge import material
 from sparsifiner_edge.artifacts import bundle_hash, open_bundle
 from sparsifiner_edge.cli.common import print_table
