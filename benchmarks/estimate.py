@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import click
@@ -34,7 +33,7 @@ from sparsifiner_edge.profiles.roofline import CPU
 from sparsifiner_edge.results import available_cores, new_result, write_result
 
 MODEL = "vit_small_patch14_dinov2.lvd142m"
-ROUNDS = 5
+ROUNDS, BURST, PAUSE_S = 5, 3, 0.05
 
 
 def measured_board(threads: int) -> Callable[[], Board]:
@@ -44,8 +43,8 @@ def measured_board(threads: int) -> Callable[[], Board]:
     arrays = [[np.ones(size // threads, np.float32) for _ in range(3)] for _ in range(threads)]
 
     def measure() -> Board:
-        flops = 2 * 1024**3 / median(_seconds(multiply) for _ in range(5))
-        moved = 3 * 4 * size / median(_seconds(lambda: _triad(arrays)) for _ in range(5))
+        flops = 2 * 1024**3 / _seconds(multiply)
+        moved = 3 * 4 * size / _seconds(lambda: _triad(arrays))
         base = load_board("cpu-generic")
         return dataclasses.replace(
             base, name="this-machine", cores=threads, fp32_tflops=flops / 1e12, bandwidth_gb_s=moved / 1e9
@@ -78,9 +77,15 @@ def _triad(arrays: Sequence[Sequence[Any]]) -> None:
 
 
 def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    """Median of a burst, after a pause and one call: threads of the session before may still spin."""
+    time.sleep(PAUSE_S)
     function()
-    return time.perf_counter() - start
+    taken = []
+    for _ in range(BURST):
+        start = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
 
 
 def this_machine(threads: int) -> tuple[Board, list[dict[str, Any]]]:

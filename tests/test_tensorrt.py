@@ -143,6 +143,22 @@ def test_the_second_run_of_a_shape_is_a_graph(tmp_path, machine):
     assert gpu.live() == {}
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_layers_tell_their_times(tmp_path, machine, version):
+    behaviour = Behaviour()
+    machine(version, behaviour)
+    folder = make_bundle(tmp_path / "b")
+    build_engine(folder, "tensorrt")
+    with open_session(folder, "tensorrt") as session:
+        before = [session.infer({"image": image()})["features"] for _ in range(3)]
+        behaviour.seen.clear()
+        rows = session.layer_times({"image": image()}, 4)
+        assert behaviour.seen["runs"] == 4  # each by itself: a graph's launch tells nothing
+        assert [row["ms"] for row in rows] == pytest.approx([0.5 + number for number in range(len(rows))])
+        assert len({row["name"] for row in rows}) == len(rows) > 1
+        np.testing.assert_array_equal(session.infer({"image": image()})["features"], before[0])
+
+
 def test_options_reach_the_builder(tmp_path, machine):
     behaviour = Behaviour()
     _, trt = machine("10.16", behaviour, **CARD)

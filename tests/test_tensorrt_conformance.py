@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.runtime import tensorrt_build, tensorrt_errors
+from sparsifiner_edge.runtime import tensorrt_build, tensorrt_errors, tensorrt_session
 from tests.fakes import record_tensorrt
 from tests.fakes.gpu import Gpu
 from tests.fakes.record_tensorrt import VERSIONS, load
@@ -192,6 +192,7 @@ def test_what_tensorrt_calls_has_its_parameters(version):
     made = {
         "IProgressMonitor": tensorrt_build.make_monitor(trt, lambda *_: None),
         "ILogger": tensorrt_errors.make_logger(trt, tensorrt_errors.Messages()),
+        "IProfiler": tensorrt_session.make_profiler(trt),
     }
     for kind, instance in made.items():
         for name, signatures in surface[kind].items():

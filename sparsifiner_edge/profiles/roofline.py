@@ -56,7 +56,8 @@ CPU = Calibration(
     linear=0.991, attention=1.0, predictor=0.153, int8=0.738, bandwidth=1.0, launch_us=56.1, body_passes=63.9,
     spread=1.35, points=24,
 )  # fmt: skip
-"""Recorded models, dense and sparse; left-out ones fell within 1.1. `spread` is judged: peaks are known less well."""
+"""Recorded models, dense and sparse; left-out ones fell within 1.1, six on another processor within 1.2; `spread` is
+judged, since peaks are seldom known as well."""
 
 
 @dataclasses.dataclass(frozen=True)
