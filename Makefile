@@ -69,7 +69,8 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
 	@touch $@
 
 # What tests use beside Python: a browser, fonts, GStreamer with an RTSP server. Tests that miss them skip and say so.
-TESTING := chromium fonts-noto-cjk python3-gi gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
+TESTING := chromium fonts-noto-cjk python3-gi python3-venv gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
+  gir1.2-gst-plugins-bad-1.0 gstreamer1.0-python3-plugin-loader \
   gstreamer1.0-tools gstreamer1.0-rtsp gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad \
   gstreamer1.0-plugins-ugly
 $(VENV)/.testing: | $(VENV)/bin/python
@@ -84,6 +85,12 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.native $(VENV)/.testing | $(VENV)/bin/pyth
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# The oldest runtime that exported files must load in, beside the current one; a test runs them in it.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/onnxruntime-1.21 'onnxruntime==1.21.*'
+	# Triton server's own definition of a model's configuration, which a test reads ours with.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tritonclient 'tritonclient>=2.40'
+	# GStreamer's Python loader embeds the system's Python: tests of our element need it with what a bundle needs to run.
+	{ /usr/bin/python3 -m venv --system-site-packages $(VENV)/gstreamer && \
+	  $(VENV)/gstreamer/bin/python -m pip install --quiet click numpy onnx onnxruntime rich; } \
+	  || echo "The system has no Python with venv: tests of the GStreamer element are left out."
 	# The base install alone: tests import everything in it that must not need more.
 	$(PYTHON) -m venv $(VENV)/bare
 	$(VENV)/bare/bin/python -m pip install --quiet --editable .

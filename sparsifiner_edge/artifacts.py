@@ -22,9 +22,11 @@ BUNDLE_SCHEMA = 1
 STUDENT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 BUNDLE_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.sig"
+PACKAGE_FILE = "package.json"
 ENGINE_FOLDER = "engines"
 _SCRATCH = ".build."
-_KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE}
+_KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
 
 
 def sha256(path: Path) -> str:
@@ -82,7 +84,7 @@ def field(content: dict[str, Any], origin: Path, name: str, kind: type) -> Any:
 
 
 def kind_of(folder: Path) -> str | None:
-    """ "student", "bundle", or None for a folder that is neither.
+    """ "student", "bundle", "package", or None for a folder that is neither.
 
     Raises:
         ArtifactError: the file that would say so cannot be read.
@@ -156,7 +158,10 @@ def _own_files(folder: Path, kind: str) -> set[str]:
         if kind_of(folder) == kind == "bundle":
             manifest = read_json(folder / BUNDLE_FILE, schema=1 << 30)
             left = {str(p.relative_to(folder)) for p in _leftovers(folder, manifest)}
-            return {BUNDLE_FILE, *field(manifest, folder / BUNDLE_FILE, "files", dict), *left}
+            return {BUNDLE_FILE, SIGNATURE_FILE, *field(manifest, folder / BUNDLE_FILE, "files", dict), *left}
+        if kind_of(folder) == kind == "package":
+            content = read_json(folder / PACKAGE_FILE, schema=1 << 30)
+            return {PACKAGE_FILE, *field(content, folder / PACKAGE_FILE, "files", dict)}
     return set()
 
 

@@ -27,6 +27,8 @@ COMMANDS = {
     "estimate": "Estimate latency, memory and energy of a bundle on a board that is not at hand.",
     "report": "One page from result files: verdict, figures, method.",
     "run": "Run a bundle on pictures, a video or a camera; one JSON line per picture or frame.",
+    "package": "Write a bundle as DeepStream, Triton server or GStreamer take it, with the commands.",
+    "bundle": "Verify a bundle; sign it, so that `run` can refuse what nobody signed.",
     "demo": "The whole way on real weights and photographs, dense beside sparse.",
     "doctor": "Say what is installed, what works, and what to do about the rest.",
 }

@@ -1,0 +1,32 @@
+"""`sparsifiner-edge package`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sparsifiner_edge.cli.common import json_option, output_option, print_json
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--for", "target", required=True, type=click.Choice(["deepstream", "triton", "gstreamer"]),
+              help="The system that shall run it.")  # fmt: skip
+@output_option("Folder to write; an earlier package there is replaced.")
+@click.option("--batch", type=click.IntRange(min=1),
+              help="Greatest batch, for a bundle of dynamic batch; by default what suits the system.")  # fmt: skip
+@click.option("--kernels", type=click.Choice(["auto", "portable"]), default="auto", show_default=True,
+              help="For Triton: auto brings this machine's native library, portable does not.")  # fmt: skip
+@json_option
+def command(*, bundle: Path, target: str, output: Path, batch: int | None, kernels: str, as_json: bool) -> None:
+    """Write BUNDLE as another system's pipeline takes it: configuration, model and a README with the commands."""
+    from sparsifiner_edge.package import package_bundle
+
+    result = package_bundle(bundle, target, output, batch=batch, kernels=kernels)
+    if as_json:
+        print_json(result)
+        return
+    click.echo(f"{output}: {len(result['files'])} files for {target}; {output}/README.md says how to run it.")
+    for remark in result["remarks"]:
+        click.echo(f"- {remark}")

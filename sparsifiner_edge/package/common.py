@@ -1,0 +1,173 @@
+"""What every target needs: the bundle as read, and the folder that is written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsifiner_edge.artifacts import (
+    PACKAGE_FILE,
+    bundle_hash,
+    dump_json,
+    field,
+    new_folder,
+    open_bundle,
+    picture_size,
+    sha256,
+)
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+
+PACKAGE_SCHEMA = 1
+MODEL = "model.onnx"
+LABELS = "labels.txt"
+
+
+class Tensor(NamedTuple):
+    """An input or output: NumPy's name of its type, and its shape; a name or None stands for a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+class Bundle(NamedTuple):
+    """A bundle whose hashes match.
+
+    Attributes:
+        folder, manifest: as given and read.
+        name: the model's, made fit for files and folders.
+        size: pixels along a side.
+        batch: None where it is dynamic.
+        outputs: in the model's order.
+        labels: one per class; none without classifier.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    name: str
+    size: int
+    batch: int | None
+    outputs: tuple[Tensor, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def classifier(self) -> bool:
+        """Whether it gives logits."""
+        return any(output.name == "logits" for output in self.outputs)
+
+    @property
+    def precision(self) -> str:
+        """The bundle's own word for it, such as "fp16"."""
+        return str(self.manifest.get("precision", "fp32"))
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read a bundle that takes pictures.
+
+    Raises:
+        ArtifactError: not a bundle, altered, with names of files that are no plain ones, or its manifest does not say
+            what it takes and gives.
+        ConfigError: it takes something else than one uint8 picture `image` [B,S,S,3].
+    """
+    manifest = open_bundle(folder)
+    for name in manifest["files"]:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ArtifactError(f"{folder} names the file {name!r}.", "Do not use this bundle.")
+    size = picture_size(manifest, folder)
+    inputs = _tensors(manifest, folder, "inputs")
+    if [(t.name, t.dtype, t.shape[1:]) for t in inputs] != [("image", "uint8", (size, size, 3))]:
+        raise ConfigError(f"{folder} does not take one picture `image` uint8 [B,{size},{size},3].", "Export it again.")
+    first = inputs[0].shape[0]
+    return Bundle(
+        folder=folder,
+        manifest=manifest,
+        name=safe_name(str(manifest.get("name", ""))),
+        size=size,
+        batch=first if isinstance(first, int) else None,
+        outputs=tuple(_tensors(manifest, folder, "outputs")),
+        labels=tuple(read_labels(folder, manifest)),
+    )
+
+
+def safe_name(text: str) -> str:
+    """Letters, digits, points, underscores and hyphens alone, beginning with a letter or digit: a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")[:100] or "model"
+
+
+def _tensors(manifest: dict[str, Any], folder: Path, key: str) -> list[Tensor]:
+    tensors = []
+    for entry in field(manifest, folder, key, list):
+        if not isinstance(entry, dict):
+            raise ArtifactError(f"{folder}: {key} holds {entry!r:.60}.", "Export the bundle again.")
+        shape = field(entry, folder, "shape", list)
+        if not shape or not all(isinstance(n, int | str) or n is None for n in shape):
+            raise ArtifactError(f"{folder}: a shape in {key} is {shape!r:.60}.", "Export the bundle again.")
+        tensors.append(Tensor(field(entry, folder, "name", str), field(entry, folder, "dtype", str), tuple(shape)))
+    return tensors
+
+
+def read_labels(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Labels of a bundle that has them; a file that the manifest does not name is none of the bundle's."""
+    if LABELS not in manifest["files"]:
+        return []
+    return (folder / LABELS).read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def load_model(folder: Path) -> Any:
+    """The `onnx.ModelProto` of a bundle.
+
+    Raises:
+        ArtifactError: its file is none.
+    """
+    import onnx
+
+    try:
+        return onnx.load(str(folder / MODEL), load_external_data=False)
+    except Exception as error:  # Protobuf's error, of whichever implementation.
+        raise ArtifactError(f"{folder / MODEL} is no ONNX file.", "Export the bundle again.") from error
+
+
+def golden_image(bundle: Bundle) -> npt.NDArray[np.uint8]:
+    """The golden input, uint8 [B,S,S,3].
+
+    Raises:
+        ArtifactError: there is none of that shape.
+    """
+    path = bundle.folder / "golden.npz"
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            image = np.asarray(file["input.image"])
+    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged archive.
+        raise ArtifactError(f"{path} cannot be read: {error}.", "Export the bundle again.") from error
+    if image.dtype != np.uint8 or image.shape[1:] != (bundle.size, bundle.size, 3):
+        raise ArtifactError(f"{path} holds {image.dtype} {list(image.shape)}.", "Export the bundle again.")
+    return image
+
+
+@contextlib.contextmanager
+def new_package(output: Path, bundle: Bundle, target: str) -> Iterator[Path]:
+    """Fill a temporary folder; with `package.json`, the hashes of all else, it takes the place of `output`.
+
+    Raises:
+        ArtifactError: `output` is in the bundle, or holds anything but a package of ours; or the disk refuses.
+    """
+    if output.resolve().is_relative_to(bundle.folder.resolve()):
+        raise ArtifactError(f"{output} is in the bundle.", "Choose another output.")
+    with new_folder(output, "package") as folder:
+        yield folder
+        files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        content = {
+            "schema_version": PACKAGE_SCHEMA,
+            "kind": "package",
+            "target": target,
+            "name": bundle.name,
+            "bundle": bundle_hash(bundle.folder),
+            "files": files,
+        }
+        (folder / PACKAGE_FILE).write_text(dump_json(content), encoding="utf-8")

@@ -1,0 +1,185 @@
+"""Triton Inference Server: a model repository for its onnxruntime backend and, where there are engines, TensorRT's.
+
+    models/NAME/config.pbtxt, labels.txt, 1/model.onnx, warmup/image, libsparsifiner_ops.so
+    models/NAME_tensorrt/config.pbtxt, labels.txt, 1/model_8_7.plan, warmup/image
+    README.md
+
+The image is the bundle's golden input: a server is ready when it has answered that.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.package.common import LABELS, MODEL, Bundle, Tensor, golden_image
+from sparsifiner_edge.package.triton_config import print_config
+from sparsifiner_edge.runtime.engines import Engine, listed_engines, parse_capability
+
+BATCH = 8
+"""Greatest batch of a bundle of dynamic batch, unless told."""
+QUEUE_US = 2000
+"""How long a request may wait for others to share its batch."""
+MOUNT = "/models"
+_TYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
+
+
+def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list[str]:
+    """Fill `folder`; see `package_bundle`."""
+    models = folder / "models"
+    library = _library(bundle, kernels)
+    _write_onnx(bundle, models / bundle.name, batch, library)
+    engines = newest_engines(listed_engines(bundle.manifest, bundle.folder))
+    if engines:
+        _write_plans(bundle, models / f"{bundle.name}_tensorrt", engines)
+    remarks = _remarks(bundle, library, engines)
+    (folder / "README.md").write_text(_readme(bundle, library, engines, remarks), encoding="utf-8")
+    return remarks
+
+
+def _library(bundle: Bundle, kernels: str) -> Path | None:
+    """The native library, for models that have operators it runs: it computes in float32 alone."""
+    wanted = kernels == "auto" and bundle.manifest.get("ops") and "float16" not in bundle.manifest
+    return native.library_path() if wanted else None
+
+
+def _write_onnx(bundle: Bundle, folder: Path, batch: int | None, library: Path | None) -> None:
+    most = 0 if bundle.batch else batch or BATCH
+    config = _config(bundle, folder.name, most) | {
+        "backend": "onnxruntime",
+        "default_model_filename": MODEL,
+        # The native library is the CPU provider's.
+        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
+    }
+    _write_common(bundle, folder, most)
+    if library is not None:
+        shutil.copyfile(library, folder / library.name)
+        place = f"{MOUNT}/{folder.name}/{library.name}"
+        config["model_operations"] = {"op_library_filename": [place]}
+    shutil.copyfile(bundle.folder / MODEL, folder / "1" / MODEL)
+    (folder / "config.pbtxt").write_text(print_config(config), encoding="utf-8")
+
+
+def _write_plans(bundle: Bundle, folder: Path, engines: Mapping[str, Engine]) -> None:
+    """Triton takes the plan of the GPU that it finds."""
+    most = 0 if bundle.batch else min(engine.batch.most for engine in engines.values())
+    plans = {capability: f"model_{capability.replace('.', '_')}.plan" for capability in engines}
+    config = _config(bundle, folder.name, most) | {
+        "platform": "tensorrt_plan",
+        "default_model_filename": next(iter(plans.values())),
+        "cc_model_filenames": [{"key": capability, "value": plan} for capability, plan in plans.items()],
+        "instance_group": [{"count": 1, "kind": "KIND_GPU"}],
+    }
+    _write_common(bundle, folder, most)
+    for capability, plan in plans.items():
+        shutil.copyfile(bundle.folder / engines[capability].file, folder / "1" / plan)
+    (folder / "config.pbtxt").write_text(print_config(config), encoding="utf-8")
+
+
+def newest_engines(engines: list[Engine]) -> dict[str, Engine]:
+    """Of full TensorRT on Linux, per compute capability the one built last, if all are of one TensorRT and processor.
+
+    Raises:
+        ConfigError: they are not: one server runs one TensorRT; or a compute capability is none.
+    """
+    found = {parse_capability(e.compute_capability): e for e in engines if e.backend == "tensorrt" and e.os == "linux"}
+    kinds = sorted({f"TensorRT {engine.version} on {engine.cpu}" for engine in found.values()})
+    if len(kinds) > 1:
+        raise ConfigError(f"The engines are for {' and '.join(kinds)}; one server runs one.", "Keep one kind of them.")
+    return found
+
+
+def _config(bundle: Bundle, name: str, most: int) -> dict[str, Any]:
+    """What both backends' configurations share; most: greatest batch, 0 where it is fixed."""
+    image = Tensor("image", "uint8", (bundle.batch, bundle.size, bundle.size, 3))
+    outputs = [_tensor(output, most) for output in bundle.outputs]
+    for output in outputs:
+        if output["name"] == "logits" and bundle.labels:
+            output["label_filename"] = LABELS
+    warm = {"data_type": "TYPE_UINT8", "dims": _dims(image, most), "input_data_file": "image"}
+    config: dict[str, Any] = {
+        "name": name,
+        "max_batch_size": most,
+        "input": [_tensor(image, most)],
+        "output": outputs,
+        "model_warmup": [{"name": "golden", "batch_size": 1, "inputs": [{"key": "image", "value": warm}]}],
+    }
+    if most > 1:
+        config["dynamic_batching"] = {"max_queue_delay_microseconds": QUEUE_US}
+    return config
+
+
+def _tensor(tensor: Tensor, most: int) -> dict[str, Any]:
+    if tensor.dtype not in _TYPES:
+        raise ConfigError(f"{tensor.name} is {tensor.dtype}: Triton has no such type.", "Export the bundle again.")
+    return {"name": tensor.name, "data_type": f"TYPE_{_TYPES[tensor.dtype]}", "dims": _dims(tensor, most)}
+
+
+def _dims(tensor: Tensor, most: int) -> list[int]:
+    """Without the batch axis where Triton makes batches; -1 for a dynamic axis."""
+    shape = tensor.shape[1:] if most else tensor.shape
+    return [size if isinstance(size, int) else -1 for size in shape]
+
+
+def _write_common(bundle: Bundle, folder: Path, most: int) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "warmup").mkdir()
+    image = golden_image(bundle)
+    (folder / "warmup" / "image").write_bytes((image[0] if most else image).tobytes())
+    if bundle.labels:
+        (folder / LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
+
+
+def _remarks(bundle: Bundle, library: Path | None, engines: Mapping[str, Engine]) -> list[str]:
+    found = []
+    if library is not None:
+        found.append(
+            f"{library.name} was built on this machine and is native code: the server needs such a processor, and a C "
+            "library, ONNX Runtime and libhwy (apt-get install libhwy1t64) as new. --kernels portable leaves it out."
+        )
+    elif bundle.manifest.get("ops"):
+        found.append("Without the native library the operators run by their bodies: slower on a processor.")
+    skipped = [e for e in bundle.manifest.get("engines", []) if e["backend"] == "tensorrt-rtx"]
+    if skipped:
+        found.append("Engines of TensorRT-RTX are left out: Triton's backend runs those of TensorRT.")
+    if engines:
+        found.append("Plans are native code and run on the very TensorRT that built them; see the README.")
+    return found
+
+
+def _readme(bundle: Bundle, library: Path | None, engines: Mapping[str, Engine], remarks: list[str]) -> str:
+    setup = "apt-get update -qq && apt-get install -y -qq libhwy1t64 && " if library else ""
+    built = ""
+    if engines:
+        version = next(iter(engines.values())).version
+        cards = ", ".join(engines)
+        built = f"""
+`{bundle.name}_tensorrt` holds plans of TensorRT {version} for compute capability {cards}: take the container whose
+release notes name that version, and give it the GPU (`docker run --gpus all`; Jetson: `--runtime nvidia`). The kernels
+are inside the plans: no plugin has to be loaded.
+"""
+    notes = "\n".join(f"- {remark}" for remark in remarks)
+    shape = ",".join(str(size) for size in (bundle.batch or 1, bundle.size, bundle.size, 3))
+    return f"""# {bundle.name} for Triton Inference Server
+
+    docker run --rm -p 8000-8002:8000-8002 -v "$PWD/models:{MOUNT}" nvcr.io/nvidia/tritonserver:YY.MM-py3 \\
+        sh -c '{setup}tritonserver --model-repository={MOUNT}'
+    curl -f localhost:8000/v2/models/{bundle.name}/ready
+
+Put a release of the container in the place of YY.MM. The repository must be at `{MOUNT}` there: `config.pbtxt` names
+the operators' library by that path. One request, from Python (`pip install "tritonclient[http]"`):
+
+    import numpy as np, tritonclient.http as http
+    image = http.InferInput("image", [{shape}], "UINT8")
+    image.set_data_from_numpy(np.zeros(({shape}), np.uint8))
+    print(http.InferenceServerClient("localhost:8000").infer("{bundle.name}", [image]).get_response())
+
+The input is uint8 RGB as a camera gives it, {bundle.size} px square; preprocessing is in the model. The warm-up is the
+bundle's golden input.
+{built}
+{notes}
+"""

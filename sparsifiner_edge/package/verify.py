@@ -1,0 +1,181 @@
+"""`verify_bundle`: is a bundle whole, does its manifest say what its model is, and does it answer as it did?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+
+from sparsifiner_edge.artifacts import bundle_hash, field, open_bundle
+from sparsifiner_edge.errors import ArtifactError, GateError
+from sparsifiner_edge.package.common import LABELS, load_model, read_labels
+from sparsifiner_edge.runtime.engines import listed_engines
+from sparsifiner_edge.runtime.golden import check_golden
+from sparsifiner_edge.runtime.open import open_session
+from sparsifiner_edge.signing import fingerprint_of, read_signature, require_signature, unlisted_files
+
+DOMAIN = "sparsifiner"
+
+
+class _Subject(NamedTuple):
+    folder: Path
+    manifest: dict[str, Any]
+    model: Any
+    backend: str
+    kernels: str
+    public_key: Path | None
+
+
+def verify_bundle(
+    bundle: str | Path, *, backend: str = "onnxruntime", kernels: str = "auto", public_key: str | Path | None = None
+) -> dict[str, Any]:
+    """Check all of a bundle.
+
+    Args:
+        bundle: a folder made by `sparsifiner-edge export`.
+        backend, kernels: what runs the golden pair; see `open_session`.
+        public_key: the signature must be that key's; without it a signature is told and not checked.
+
+    Returns:
+        `bundle`, `hash`, `passed`, and `checks`: per check its `name`, whether it `passed`, and its `details`.
+
+    Raises:
+        ArtifactError: not a bundle, a file missing or altered, of a newer schema: there is nothing to check then.
+        BackendError: the backend cannot run it.
+        MissingExtraError: the backend, or what checks signatures, is not installed.
+    """
+    folder = Path(bundle)
+    manifest = open_bundle(folder)
+    key = None if public_key is None else Path(public_key)
+    subject = _Subject(folder, manifest, load_model(folder), backend, kernels, key)
+    checks = [_run(name, check, subject) for name, check in _CHECKS.items()]
+    passed = all(check["passed"] for check in checks)
+    return {"bundle": str(folder), "hash": bundle_hash(folder), "passed": passed, "checks": checks}
+
+
+def _run(name: str, check: Callable[[_Subject], str], subject: _Subject) -> dict[str, Any]:
+    try:
+        return {"name": name, "passed": True, "details": check(subject)}
+    except GateError as error:
+        return {"name": name, "passed": False, "details": error.what}
+
+
+def _files(subject: _Subject) -> str:
+    extra = unlisted_files(subject.folder, subject.manifest)
+    if extra:
+        raise GateError(f"not in the manifest: {', '.join(extra[:5])}")
+    return f"{len(subject.manifest['files'])} files match their SHA-256; no others"
+
+
+def _signature(subject: _Subject) -> str:
+    if subject.public_key is not None:
+        fingerprint = fingerprint_of(subject.public_key)
+        try:
+            require_signature(subject.folder, subject.public_key)
+        except ArtifactError as error:
+            raise GateError(error.what) from error
+        return f"by {fingerprint[:16]}"
+    signature = read_signature(subject.folder)
+    return "none" if signature is None else f"claims the key {signature['key'][:16]}; not checked without --public-key"
+
+
+def _onnx(subject: _Subject) -> str:
+    try:
+        onnx.checker.check_model(subject.model)
+    except onnx.checker.ValidationError as error:
+        raise GateError(" ".join(str(error).split())[:200]) from error
+    domains = {entry.domain: entry.version for entry in subject.model.opset_import}
+    foreign = sorted(set(domains) - {"", DOMAIN})
+    if foreign:
+        raise GateError(f"foreign domains: {', '.join(foreign)}")
+    return f"well-formed; operator set {domains.get('')}, IR {subject.model.ir_version}"
+
+
+def _interface(subject: _Subject) -> str:
+    """Names, types and shapes of inputs and outputs, and a tolerance for each output that golden holds."""
+    counts = []
+    for key, values in (("inputs", subject.model.graph.input), ("outputs", subject.model.graph.output)):
+        listed = field(subject.manifest, subject.folder, key, list)
+        stated = [_entry(entry) for entry in listed]
+        present = [_tensor(value) for value in values]
+        if stated != present:
+            wrong = [entry for entry in (*stated, *present) if not (entry in stated and entry in present)]
+            raise GateError(f"{key}: manifest and model differ in {' '.join(wrong[0]) if wrong else 'their order'}")
+        counts.append(f"{len(present)} {key[:-1] if len(present) == 1 else key}")
+    return f"{' and '.join(counts)} as the manifest says"
+
+
+def _entry(entry: Any) -> tuple[str, str, str]:
+    content = entry if isinstance(entry, dict) else {}
+    return str(content.get("name")), str(content.get("dtype")), str(content.get("shape"))
+
+
+def _tensor(value: Any) -> tuple[str, str, str]:
+    tensor = value.type.tensor_type
+    shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
+    return value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), str(shape)
+
+
+def _operators(subject: _Subject) -> str:
+    """Operators of ours: those in the manifest are those in the file, each with its body."""
+    stated = field({"ops": {}, **subject.manifest}, subject.folder, "ops", dict)
+    used = {f"{DOMAIN}::{node.op_type}" for node in _nodes(subject.model) if node.domain == DOMAIN}
+    bodies = {f"{function.domain}::{function.name}" for function in subject.model.functions}
+    versions = {entry.version for entry in subject.model.opset_import if entry.domain == DOMAIN}
+    if used - bodies:
+        raise GateError(f"without a body: {', '.join(sorted(used - bodies))}")
+    if set(stated) != bodies or not {str(version) for version in stated.values()} <= {str(v) for v in versions}:
+        raise GateError(f"the manifest says {stated}, the model has {sorted(bodies)} of version {sorted(versions)}")
+    return ", ".join(sorted(used)) or "standard ones alone"
+
+
+def _nodes(model: Any) -> Iterator[Any]:
+    yield from model.graph.node
+    for function in model.functions:
+        yield from function.node
+
+
+def _metadata(subject: _Subject) -> str:
+    """Every output has its tensor id; classes, labels and logits agree in number; the name is the manifest's."""
+    entries = {entry.key: entry.value for entry in subject.model.metadata_props}
+    lacking = [output.name for output in subject.model.graph.output if output.name not in entries]
+    if lacking:
+        raise GateError(f"no entry for {', '.join(lacking)}: GStreamer's onnxinference refuses the file")
+    if entries.get("name") != subject.manifest.get("name"):
+        raise GateError(f"name {entries.get('name')!r}, the manifest says {subject.manifest.get('name')!r}")
+    classes = _classes(subject.model.graph.output)
+    labels = read_labels(subject.folder, subject.manifest)
+    stated = entries["classes"].splitlines() if entries.get("classes") else []
+    if labels and (labels != stated or len(labels) != classes):
+        raise GateError(f"{len(labels)} labels in {LABELS}, {len(stated)} in the model, for {classes} classes")
+    return f"an id for each output; {len(stated) or 'no'} classes"
+
+
+def _classes(outputs: Iterable[Any]) -> int:
+    return next((o.type.tensor_type.shape.dim[-1].dim_value for o in outputs if o.name == "logits"), 0)
+
+
+def _engines(subject: _Subject) -> str:
+    engines = listed_engines(subject.manifest, subject.folder)
+    return ", ".join(f"{e.backend} {e.version} for {e.compute_capability}" for e in engines) or "none"
+
+
+def _golden(subject: _Subject) -> str:
+    with open_session(subject.folder, subject.backend, kernels=subject.kernels) as session:
+        found = check_golden(session, subject.folder)
+    parts = (f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}" for name, f in found.items())
+    return f"{', '.join(parts)} ({subject.backend})"
+
+
+_CHECKS: dict[str, Callable[[_Subject], str]] = {
+    "files": _files,
+    "signature": _signature,
+    "model": _onnx,
+    "inputs, outputs": _interface,
+    "operators": _operators,
+    "metadata": _metadata,
+    "engines": _engines,
+    "golden pair": _golden,
+}

@@ -1,0 +1,248 @@
+"""Signed bundles: a detached Ed25519 signature (RFC 8032) of `manifest.json`, which holds the hash of every other file.
+
+Engines and kernels are native code: whoever can write a bundle can run code where it is opened. A signature says that
+what is about to run is what the holder of the key has signed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsifiner_edge.artifacts import (
+    BUNDLE_FILE,
+    SIGNATURE_FILE,
+    dump_json,
+    field,
+    open_bundle,
+    read_json,
+    write_text,
+)
+from sparsifiner_edge.errors import ArtifactError, MissingExtraError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+SIGNATURE_SCHEMA = 1
+_CONTEXT = b"sparsifiner-edge bundle 1\n"
+"""Signed before the manifest's bytes, so that a signature made for something else never fits a bundle."""
+_MAX_KEY = 1 << 16
+
+
+def generate_key(path: Path) -> tuple[Path, str]:
+    """Write a new private key, readable by its owner alone, and beside it the public one (`.pub`).
+
+    Returns:
+        The public key's file, and its fingerprint.
+
+    Raises:
+        ArtifactError: a file of either name exists, or the disk refuses; no file is left.
+        MissingExtraError: `cryptography` is not installed.
+    """
+    with _needs_cryptography():
+        from cryptography.hazmat.primitives import serialization as s
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    key, public = Ed25519PrivateKey.generate(), path.with_suffix(".pub")
+    private_text = key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
+    public_text = key.public_key().public_bytes(s.Encoding.PEM, s.PublicFormat.SubjectPublicKeyInfo)
+    if public == path:
+        raise ArtifactError(f"{path} is the name of the public key.", "Give the private key another ending: .pem.")
+    _write_new(path, private_text, 0o600)
+    try:
+        _write_new(public, public_text, 0o644)
+    except ArtifactError:
+        path.unlink()
+        raise
+    return public, fingerprint(key.public_key())
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """A key is never written over another."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError as error:
+        raise ArtifactError(f"{path} exists.", "A key is never overwritten: choose another name.") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArtifactError(f"{path} cannot be written: {reason}.", "Free space or choose another place.") from error
+
+
+def fingerprint(key: Ed25519PublicKey) -> str:
+    """SHA-256 of the key's 32 bytes, in hexadecimal."""
+    return hashlib.sha256(key.public_bytes_raw()).hexdigest()
+
+
+def fingerprint_of(public_key: Path) -> str:
+    """The fingerprint of a public key's file.
+
+    Raises:
+        ArtifactError: it is no Ed25519 public key.
+        MissingExtraError: `cryptography` is not installed.
+    """
+    return fingerprint(_read_public(public_key))
+
+
+def sign_bundle(folder: Path, key: Path) -> dict[str, Any]:
+    """Sign a bundle: writes `manifest.sig`, in the place of an earlier one.
+
+    Args:
+        folder: a bundle whose hashes match and that holds nothing else.
+        key: an Ed25519 private key, PEM (PKCS 8) without password.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ArtifactError: not such a bundle or key.
+        MissingExtraError: `cryptography` is not installed.
+    """
+    private = _read_private(key)
+    _, text = _read_whole(folder)
+    content = {
+        "schema_version": SIGNATURE_SCHEMA,
+        "kind": "signature",
+        "algorithm": "ed25519",
+        "key": fingerprint(private.public_key()),
+        "signature": base64.b64encode(private.sign(_CONTEXT + text)).decode(),
+    }
+    write_text(folder / SIGNATURE_FILE, dump_json(content))
+    return content
+
+
+def read_signature(folder: Path) -> dict[str, Any] | None:
+    """What a bundle's signature says, unchecked: `key` is the fingerprint it claims; None for an unsigned bundle.
+
+    Raises:
+        ArtifactError: it is malformed, or of a newer schema.
+    """
+    path = folder / SIGNATURE_FILE
+    if not path.exists():
+        return None
+    content = read_json(path, SIGNATURE_SCHEMA)
+    if content.get("algorithm") != "ed25519":
+        raise ArtifactError(f"{path} is of another algorithm than ed25519.", "Sign the bundle again.")
+    field(content, path, "key", str)
+    field(content, path, "signature", str)
+    return content
+
+
+def require_signature(folder: Path, public_key: Path) -> dict[str, Any]:
+    """Manifest of a bundle that the holder of a key signed, as it is: every file, and no other.
+
+    Args:
+        folder: the bundle. Nobody else may write it meanwhile.
+        public_key: an Ed25519 public key, PEM.
+
+    Raises:
+        ArtifactError: unsigned, altered, signed by another key; or the bundle or the key is unusable.
+        MissingExtraError: `cryptography` is not installed.
+    """
+    public = _read_public(public_key)
+    signature = read_signature(folder)
+    if signature is None:
+        raise ArtifactError(
+            f"{folder} is not signed.",
+            f"Do not use it, or sign it: sparsifiner-edge bundle sign {folder} --key KEY.pem",
+        )
+    manifest, text = _read_whole(folder)
+    if not _fits(public, signature["signature"], text):
+        raise ArtifactError(f"{folder} {_why_not(public, signature)}.", "Do not use this bundle, or sign it again.")
+    return manifest
+
+
+def _fits(public: Ed25519PublicKey, encoded: str, text: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+
+    with contextlib.suppress(InvalidSignature, binascii.Error, ValueError):
+        public.verify(base64.b64decode(encoded, validate=True), _CONTEXT + text)
+        return True
+    return False
+
+
+def _why_not(public: Ed25519PublicKey, signature: dict[str, Any]) -> str:
+    if signature["key"] != fingerprint(public):
+        return f"is signed by another key ({signature['key'][:16]}, wanted {fingerprint(public)[:16]})"
+    return "was changed after it was signed; building an engine changes it too"
+
+
+def _read_whole(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """A bundle's checked manifest and its bytes.
+
+    Raises:
+        ArtifactError: not a bundle, altered, or with files that the manifest does not list: some are code.
+    """
+    text = _read_file(folder / BUNDLE_FILE, 1 << 30) if folder.is_dir() else b""
+    manifest = open_bundle(folder)
+    if text != _read_file(folder / BUNDLE_FILE, 1 << 30):
+        raise ArtifactError(f"{folder} is being changed.", "Wait until nothing writes it.")
+    extra = unlisted_files(folder, manifest)
+    if extra:
+        raise ArtifactError(f"{folder} also holds {extra[0]}, which its manifest does not list.", "Remove that file.")
+    return manifest, text
+
+
+def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Files of a bundle's folder that its manifest does not list; the signature is none of them."""
+    known = {BUNDLE_FILE, SIGNATURE_FILE, *manifest["files"]}
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+    return sorted(present - known)
+
+
+def _read_private(path: Path) -> Ed25519PrivateKey:
+    with _needs_cryptography():
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    try:
+        key = load_pem_private_key(_read_file(path, _MAX_KEY), None)
+    except (ValueError, TypeError) as error:  # TypeError: it has a password.
+        reason = " ".join(str(error).split())[:120]
+        raise ArtifactError(f"{path} is no private key without password: {reason}", _MAKE_KEY) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ArtifactError(f"{path} is no Ed25519 key.", _MAKE_KEY)
+    return key
+
+
+def _read_public(path: Path) -> Ed25519PublicKey:
+    with _needs_cryptography():
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    try:
+        key = load_pem_public_key(_read_file(path, _MAX_KEY))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ArtifactError(f"{path} is no public key.", "Give the .pub file of the key that signs.") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise ArtifactError(f"{path} is no Ed25519 key.", "Give the .pub file of the key that signs.")
+    return key
+
+
+_MAKE_KEY = "Make one: sparsifiner-edge bundle keygen -o KEY.pem"
+
+
+def _read_file(path: Path, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.", "Check the path.") from error
+    if len(content) > most:
+        raise ArtifactError(f"{path} has more than {most} bytes.", "Check the path.")
+    return content
+
+
+@contextlib.contextmanager
+def _needs_cryptography() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError("cryptography", "sign") from error

@@ -1,0 +1,44 @@
+"""Bundles of the smallest real model: fixed and dynamic batch, with and without classes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from sparsifiner_edge.artifacts import open_bundle, seal_bundle
+
+
+@pytest.fixture(scope="session")
+def dynamic_bundle(tmp_path_factory: pytest.TempPathFactory, feature_weights: Path) -> Path:
+    """Features and tokens of dynamic batch; half the tokens are pruned."""
+    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.sparse.student import sparsify
+    from tests.models import TINY
+
+    folder = tmp_path_factory.mktemp("dynamic")
+    student = sparsify(TINY, folder / "student", weights=feature_weights, cells=4)
+    return export_bundle(student, folder / "bundle", batch="dynamic", token_keep=((2, 0.5),))
+
+
+@pytest.fixture
+def altered(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a bundle, changed by one who knows its format: hashes match again."""
+
+    def alter(bundle: Path, model: Callable[[Any], None] | None = None, **changes: Any) -> Path:
+        folder = tmp_path / "altered"
+        shutil.copytree(bundle, folder)
+        if model is not None:
+            content = onnx.load(folder / "model.onnx")
+            model(content)
+            onnx.save(content, folder / "model.onnx")
+        manifest = open_bundle(bundle) | changes
+        (folder / "manifest.json").unlink()
+        seal_bundle(folder, {key: value for key, value in manifest.items() if key != "files"})
+        return folder
+
+    return alter

@@ -1,0 +1,82 @@
+"""Run by the system's Python: a pipeline whose `out` shows what an element attached, and whose `raw` is what it saw.
+
+    python pipeline.py PIPELINE FOLDER
+
+Prints one JSON line per message of an element, then one per frame: its classes, and its tensors by id. FOLDER gets the
+pixels of each frame, rows without padding.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import gi
+
+gi.require_version("Gst", "1.0")
+gi.require_version("GstApp", "1.0")
+gi.require_version("GstVideo", "1.0")
+gi.require_version("GstAnalytics", "1.0")
+from gi.repository import GLib, Gst, GstAnalytics, GstApp, GstVideo  # noqa: E402, F401
+
+
+def classes(buffer):
+    relations = GstAnalytics.buffer_get_analytics_relation_meta(buffer)
+    if relations is None:
+        return None
+    found, meta = relations.get_cls_mtd(0)
+    if not found:
+        return []
+    return [[GLib.quark_to_string(meta.get_quark(i)), meta.get_level(i)] for i in range(meta.get_length())]
+
+
+def tensors(buffer):
+    meta = GstAnalytics.buffer_get_tensor_meta(buffer)
+    found = {}
+    for number in range(meta.num_tensors if meta else 0):
+        tensor = meta.get(number)
+        _, mapped = tensor.data.map(Gst.MapFlags.READ)
+        found[GLib.quark_to_string(tensor.id)] = memoryview(bytes(mapped.data)).cast("f").tolist()
+        tensor.data.unmap(mapped)
+    return found
+
+
+def pixels(sample):
+    info = GstVideo.VideoInfo.new_from_caps(sample.get_caps())
+    buffer = sample.get_buffer()
+    _, mapped = buffer.map(Gst.MapFlags.READ)
+    data, stride = bytes(mapped.data), info.stride[0]
+    buffer.unmap(mapped)
+    return b"".join(data[row * stride : row * stride + info.width * 3] for row in range(info.height))
+
+
+def main():
+    Gst.init(None)
+    pipeline = Gst.parse_launch(sys.argv[1])
+    pipeline.set_state(Gst.State.PLAYING)
+    out = pipeline.get_by_name("out")
+    frames = []
+    while True:
+        sample = out.emit("try-pull-sample", 30 * Gst.SECOND)
+        if sample is None:
+            break
+        path = Path(sys.argv[2]) / f"frame{len(frames)}"
+        path.write_bytes(pixels(sample))
+        frames.append({"classes": classes(sample.get_buffer()), "tensors": tensors(sample.get_buffer())})
+    bus = pipeline.get_bus()
+    while (message := bus.pop()) is not None:
+        if message.type == Gst.MessageType.ERROR:
+            print(json.dumps({"error": message.parse_error()[0].message}))
+        elif message.type == Gst.MessageType.ELEMENT:
+            structure = message.get_structure()
+            names = [structure.nth_field_name(i) for i in range(structure.n_fields())]
+            values = {name: structure.get_value(name) for name in names}
+            fields = {n: v if isinstance(v, int | float | str) else list(v) for n, v in values.items()}
+            print(json.dumps({"name": structure.get_name(), **fields}))
+    for frame in frames:
+        print(json.dumps(frame))
+    pipeline.set_state(Gst.State.NULL)
+
+
+main()

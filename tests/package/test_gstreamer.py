@@ -1,0 +1,208 @@
+"""GStreamer for real: our element in the system's Python, and the plain file in GStreamer's own `onnxinference`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsifiner_edge.artifacts import SIGNATURE_FILE
+from sparsifiner_edge.camera.prepare import Fit, fit_pillow
+from sparsifiner_edge.package import package_bundle
+from sparsifiner_edge.package.gst import element_file, square
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.signing import generate_key, sign_bundle
+
+ROOT = Path(__file__).parents[2]
+PYTHON = Path(sys.prefix) / "gstreamer" / "bin" / "python"
+"""The system's Python with the packages that the element needs; made by `make test` (target .dev)."""
+
+
+def exists(element: str, **environment: str) -> bool:
+    inspect = shutil.which("gst-inspect-1.0")
+    command = [str(inspect), "--exists", element]
+    return inspect is not None and subprocess.run(command, env=os.environ | environment, check=False).returncode == 0
+
+
+LOADER = PYTHON.exists() and exists("sparsifiner", GST_PLUGIN_PATH=str(element_file().parents[1]))
+needs_element = pytest.mark.skipif(
+    not LOADER, reason=f"{PYTHON}, GStreamer's Python loader or GstAnalytics is missing (`make test` brings them)"
+)
+needs_onnx = pytest.mark.skipif(
+    not (PYTHON.exists() and exists("onnxinference")), reason="GStreamer's onnxinference is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """As the README of a package says, but for the checkout in the place of an installed package."""
+    return os.environ | {
+        "PATH": f"{PYTHON.parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "GST_REGISTRY": str(tmp_path_factory.mktemp("registry") / "registry.bin"),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path) -> Path:
+    out = tmp_path_factory.mktemp("gstreamer") / "out"
+    package_bundle(tiny_bundle, "gstreamer", out)
+    return out
+
+
+def launch(pipeline: str, environment: dict[str, str], plugins: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["gst-launch-1.0", "-m", *shlex.split(pipeline)], cwd=folder, capture_output=True, text=True, check=False,
+        timeout=60, env=environment | {"GST_PLUGIN_PATH": str(plugins)},
+    )  # fmt: skip
+
+
+def pull(pipeline: str, environment: dict[str, str], plugins: Path, folder: Path) -> tuple[list[Any], list[Any]]:
+    """Messages and frames of tests/package/pipeline.py; pixels are left in `folder`."""
+    script = Path(__file__).with_name("pipeline.py")
+    done = subprocess.run(
+        [PYTHON, script, pipeline, folder], capture_output=True, text=True, check=False, timeout=60,
+        env=environment | {"GST_PLUGIN_PATH": str(plugins)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [line for line in lines if "classes" not in line or "name" in line], [x for x in lines if "tensors" in x]
+
+
+@needs_element
+def test_the_readmes_command(package: Path, environment: dict[str, str]) -> None:
+    """gst-launch-1.0 with the package's own plugin and bundle."""
+    (line,) = re.findall(r"gst-launch-1\.0 -m (videotestsrc.*)", (package / "README.md").read_text())
+    done = launch(line.replace("num-buffers=25", "num-buffers=3"), environment, package / "plugins", package)
+    assert done.returncode == 0, done.stderr
+    messages = re.findall(r'from element "sparsifiner0" \(element\): sparsifiner, (.*)', done.stdout)
+    assert len(messages) == 3
+    for message in messages:
+        assert re.search(r"pts=\(guint64\)\d+, infer-ms=\(double\)[\d.]+, classes=\(int\)< \d+(, \d+){4} >", message)
+        assert re.search(r"labels=\(string\)< class_\d(, class_\d){4} >, probabilities=\(double\)< 0\.", message)
+
+
+@needs_element
+def test_metadata_and_messages_are_the_sessions(
+    package: Path, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Rows of 333 pixels are padded in GStreamer; the answer is that of the frame's centre square."""
+    pipeline = (
+        "videotestsrc pattern=snow num-buffers=2 ! video/x-raw,width=333,height=250 ! videoconvert ! "
+        f"sparsifiner bundle={tiny_bundle} top-k=3 threads=1 kernels=portable ! appsink name=out sync=false"
+    )
+    messages, frames = pull(pipeline, environment, package / "plugins", tmp_path)
+    assert len(messages) == len(frames) == 2
+    with open_session(tiny_bundle, threads=1, kernels="portable") as session:
+        for number, (message, frame) in enumerate(zip(messages, frames, strict=True)):
+            pixels = np.frombuffer((tmp_path / f"frame{number}").read_bytes(), np.uint8).reshape(250, 333, 3)
+            image = fit_pillow(Image.fromarray(pixels), Fit(160))
+            logits = session.infer({"image": image[None]})["logits"][0].astype(np.float64)
+            expected = np.exp(logits) / np.exp(logits).sum()
+            best = np.argsort(-expected, kind="stable")[:3]
+            assert message["classes"] == best.tolist()
+            assert message["labels"] == [f"class_{i}" for i in best]
+            assert np.allclose(message["probabilities"], expected[best], atol=1e-4)
+            assert message["infer-ms"] > 0
+            assert [label for label, _ in frame["classes"]] == message["labels"]
+            assert np.allclose([level for _, level in frame["classes"]], message["probabilities"], atol=1e-6)
+    assert [message["pts"] for message in messages] == [0, 33333333]
+
+
+@needs_element
+def test_a_threshold_that_nothing_reaches(
+    package: Path, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    element = f"sparsifiner bundle={tiny_bundle} threshold=1"
+    pipeline = f"videotestsrc num-buffers=1 ! videoconvert ! {element} ! appsink name=out"
+    messages, frames = pull(pipeline, environment, package / "plugins", tmp_path)
+    assert (messages[0]["labels"], frames[0]["classes"]) == ([], [])
+
+
+@needs_element
+def test_a_model_without_classes(
+    package: Path, environment: dict[str, str], dynamic_bundle: Path, tmp_path: Path
+) -> None:
+    element = f"sparsifiner bundle={dynamic_bundle} threads=1"
+    pipeline = f"videotestsrc pattern=snow num-buffers=2 ! videoconvert ! {element} ! appsink name=out"
+    messages, frames = pull(pipeline, environment, package / "plugins", tmp_path)
+    assert [len(message["features"]) for message in messages] == [64, 64]
+    assert messages[0]["change"] == 0 < messages[1]["change"]
+    assert [frame["classes"] for frame in frames] == [None, None]
+
+
+@needs_element
+@pytest.mark.parametrize(
+    ("properties", "said"),
+    [
+        ("bundle=nowhere", "nowhere is not a folder."),
+        ("", "is not a bundle|does not exist|is not a folder"),
+        ("bundle={bundle} kernels=abacus", "kernels is 'abacus'"),
+        ("bundle={bundle} public-key={key}", "is not signed"),
+    ],
+)
+def test_what_is_wrong_is_the_pipelines_error(
+    properties: str, said: str, package: Path, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    public, _ = generate_key(tmp_path / "key.pem")
+    element = f"sparsifiner {properties.format(bundle=tiny_bundle, key=public)}"
+    pipeline = f"videotestsrc num-buffers=1 ! videoconvert ! {element} ! fakesink"
+    done = launch(pipeline, environment, package / "plugins", tmp_path)
+    assert done.returncode != 0
+    assert re.search(f"ERROR: from element .*{said}", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_element
+def test_a_signed_bundle_stays_signed(environment: dict[str, str], tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    public, _ = generate_key(tmp_path / "key.pem")
+    sign_bundle(bundle, tmp_path / "key.pem")
+    out = tmp_path / "out"
+    package_bundle(bundle, "gstreamer", out)
+    assert (out / "bundle" / SIGNATURE_FILE).read_bytes() == (bundle / SIGNATURE_FILE).read_bytes()
+    element = f"sparsifiner bundle=bundle public-key={public}"
+    pipeline = f"videotestsrc num-buffers=1 ! videoconvert ! {element} ! fakesink"
+    done = launch(pipeline, environment, out / "plugins", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sparsifiner, pts=") == 1
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["tiny_bundle", "dynamic_bundle"])
+def test_the_plain_file_in_onnxinference(
+    name: str, environment: dict[str, str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Every output arrives under its id, with the values of a session."""
+    bundle: Path = request.getfixturevalue(name)
+    out = tmp_path / "out"
+    package_bundle(bundle, "gstreamer", out)
+    inference = f"onnxinference model-file={out / 'bundle' / 'model.onnx'} input-image-format=hwc"
+    pipeline = f"videotestsrc pattern=snow num-buffers=1 ! {square(160)} ! {inference} ! appsink name=out sync=false"
+    _, (frame,) = pull(pipeline, environment, out / "plugins", tmp_path)
+    image = np.frombuffer((tmp_path / "frame0").read_bytes(), np.uint8).reshape(1, 160, 160, 3)
+    with open_session(bundle, threads=1, kernels="portable") as session:
+        expected = session.infer({"image": image})
+    assert set(frame["tensors"]) == {f"sparsifiner-edge-{output}" for output in expected}
+    for output in set(expected) - {"token_positions", "tokens"}:
+        values = np.array(frame["tensors"][f"sparsifiner-edge-{output}"])
+        assert np.abs(values - expected[output].ravel()).max() < 1e-3 * np.ptp(expected[output]), output
+
+
+@needs_onnx
+def test_the_readmes_other_command(package: Path, environment: dict[str, str]) -> None:
+    text = (package / "README.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"gst-launch-1\.0 (videotestsrc .*onnxinference.*)", text)
+    done = launch(line.replace("num-buffers=25", "num-buffers=2"), environment, package / "plugins", package)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,160 @@
+"""`package` for any target: written whole or not at all, in its own folder, and nothing of others touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsifiner_edge.artifacts import bundle_hash, sha256
+from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
+from sparsifiner_edge.package import TARGETS, package_bundle
+from sparsifiner_edge.package.common import read_bundle, safe_name
+from tests.commands import assert_refused, call, snapshot
+from tests.tiny import make_bundle
+
+
+def tiny(folder: Path, **manifest: Any) -> Path:
+    return make_bundle(folder, preprocessing={"size": 4}, **manifest)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target(target: str, tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / target
+    outcome = call(capsys, "package", tiny_bundle, "--for", target, "-o", out)
+    assert (outcome.code, outcome.err) == (0, "")
+    record = json.loads((out / "package.json").read_text())
+    assert (record["target"], record["bundle"]) == (target, bundle_hash(tiny_bundle))
+    files = {str(path.relative_to(out)): sha256(path) for path in out.rglob("*") if path.is_file()}
+    assert record["files"] == {name: digest for name, digest in files.items() if name != "package.json"}
+    assert "    " in (out / "README.md").read_text()
+    assert [path.name for path in out.parent.iterdir()] == [target]
+    printed = json.loads(call(capsys, "package", tiny_bundle, "--for", target, "-o", tmp_path / "b", "--json").out)
+    assert set(printed["files"]) == set(record["files"])
+    assert printed["remarks"]
+
+
+def test_a_package_is_replaced(tmp_path: Path, tiny_bundle: Path) -> None:
+    out = tmp_path / "out"
+    package_bundle(tiny_bundle, "triton", out)
+    package_bundle(tiny_bundle, "gstreamer", out)
+    assert not (out / "models").exists()
+    assert json.loads((out / "package.json").read_text())["target"] == "gstreamer"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda out: (out / "mine.txt").write_text("mine"),
+        lambda out: (out / "package.json").unlink(),
+        lambda out: (out / "package.json").write_text('{"schema_version": 1, "kind": "package"}'),
+    ],
+)
+def test_what_is_not_ours_stays(spoil: Callable[[Path], object], tmp_path: Path) -> None:
+    bundle, out = tiny(tmp_path / "bundle"), tmp_path / "out"
+    package_bundle(bundle, "triton", out)
+    spoil(out)
+    before = snapshot(tmp_path)
+    with pytest.raises(ArtifactError, match=r"(not|of) ours"):
+        package_bundle(bundle, "triton", out)
+    assert snapshot(tmp_path) == before
+
+
+def test_neither_a_bundle_nor_a_place_in_it_is_replaced(tmp_path: Path) -> None:
+    bundle, other = tiny(tmp_path / "bundle"), tiny(tmp_path / "other")
+    before = snapshot(tmp_path)
+    for output, said in ((bundle, "is in the bundle"), (bundle / "in", "is in the bundle"), (other, "not a package")):
+        with pytest.raises(ArtifactError, match=said):
+            package_bundle(bundle, "triton", output)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_failure_leaves_nothing(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, out = tiny(tmp_path / "bundle"), tmp_path / "out"
+    before = snapshot(tmp_path)
+
+    def fail(*_: object) -> str:
+        raise ConfigError("no", "sorry")
+
+    monkeypatch.setattr(f"{TARGETS[target]}._readme", fail)
+    with pytest.raises(ConfigError, match="no"):
+        package_bundle(bundle, target, out)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_dinov2.lvd142m"),
+        ("../../etc/cron.d/x", "etc_cron.d_x"),
+        ("..", "model"),
+        ("", "model"),
+        ("a b\n]\"'", "a_b____"),
+        ("x" * 300, "x" * 100),
+    ],
+)
+def test_names_stay_in_their_folder(name: str, safe: str, tmp_path: Path) -> None:
+    assert safe_name(name) == safe
+    out = tmp_path / "out"
+    package_bundle(tiny(tmp_path / "bundle", name=name), "triton", out)
+    assert [path.name for path in (out / "models").iterdir()] == [safe]
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", "out"}
+
+
+@pytest.mark.parametrize("name", ["../bundle/model.onnx", "{bundle}/model.onnx", "x/../../bundle/model.onnx"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_names_of_files_stay_in_their_folder(target: str, name: str, tmp_path: Path) -> None:
+    """Names that lead back into the bundle would lead out of the package."""
+    bundle = tiny(tmp_path / "bundle")
+    (bundle / "x").mkdir()
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][name.format(bundle=bundle)] = manifest["files"]["model.onnx"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    before = snapshot(tmp_path)
+    with pytest.raises(ArtifactError, match="names the file"):
+        package_bundle(bundle, target, tmp_path / "out")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ({"preprocessing": {"size": 8}}, "does not take one picture"),
+        ({"inputs": []}, "does not take one picture"),
+        ({"inputs": [{"name": "image", "dtype": "uint8", "shape": []}]}, "a shape in inputs is []"),
+        ({"inputs": ["image"]}, "inputs holds 'image'"),
+        ({"outputs": [{"name": "features", "dtype": "float32", "shape": [1, {}]}]}, "a shape in outputs"),
+        ({"preprocessing": {}}, "preprocessing.size"),
+    ],
+)
+def test_manifests_that_say_too_little(manifest: dict[str, Any], said: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", **{"preprocessing": {"size": 4}, **manifest})
+    with pytest.raises(SparsifinerError) as caught:
+        read_bundle(bundle)
+    assert said in caught.value.what
+    assert caught.value.fix
+
+
+def test_wrong_usage(tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    run = ["package", tiny_bundle, "-o", out]
+    assert "Invalid value for '--for'" in call(capsys, *run, "--for", "vhs").err
+    assert_refused(call(capsys, *run, "--for", "triton", "--batch", 4), "has a fixed batch of 1")
+    assert_refused(call(capsys, *run, "--for", "gstreamer", "--batch", 1), "do not go with GStreamer")
+    assert_refused(call(capsys, *run, "--for", "deepstream", "--kernels", "portable"), "goes with Triton")
+    assert_refused(call(capsys, "package", tmp_path, "--for", "triton", "-o", out), "does not exist")
+    for options, said in (({"target": "vhs"}, "target is 'vhs'"), ({"target": "triton", "kernels": "x"}, "kernels is")):
+        with pytest.raises(ConfigError, match=said):
+            package_bundle(tiny_bundle, output=out, **options)
+    assert not out.exists()
+
+
+def test_a_fixed_batch_above_one(tmp_path: Path) -> None:
+    bundle = tiny(tmp_path / "b", batch=3)
+    for target in ("gstreamer", "deepstream"):
+        with pytest.raises(ConfigError, match="takes batches of 3"):
+            package_bundle(bundle, target, tmp_path / "out")

@@ -1,0 +1,161 @@
+"""`bundle verify`: what passes, each check failing alone, and exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.artifacts import bundle_hash
+from sparsifiner_edge.package.verify import verify_bundle
+from tests.commands import assert_refused, call
+
+NAMES = ["files", "signature", "model", "inputs, outputs", "operators", "metadata", "engines", "golden pair"]
+
+
+def failed(folder: Path) -> dict[str, str]:
+    result = verify_bundle(folder)
+    assert [check["name"] for check in result["checks"]] == NAMES
+    found = {check["name"]: check["details"] for check in result["checks"] if not check["passed"]}
+    assert result["passed"] is (not found)
+    return found
+
+
+def test_real_bundles_pass(tiny_bundle: Path, dynamic_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failed(dynamic_bundle) == {}
+    outcome = call(capsys, "bundle", "verify", tiny_bundle)
+    assert (outcome.code, outcome.err) == (0, "")
+    for name in NAMES:
+        assert f" {name} " in outcome.out
+    result = json.loads(call(capsys, "bundle", "verify", tiny_bundle, "--kernels", "portable", "--json").out)
+    assert (result["passed"], result["hash"]) == (True, bundle_hash(tiny_bundle))
+    assert "logits" in result["checks"][-1]["details"]
+
+
+def drop_metadata(name: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        kept = [(p.key, p.value) for p in model.metadata_props if p.key != name]
+        del model.metadata_props[:]
+        for key, value in kept:
+            model.metadata_props.add(key=key, value=value)
+
+    return change
+
+
+def other_operator_version(model: Any) -> None:
+    next(entry for entry in model.opset_import if entry.domain == "sparsifiner").version = 2
+
+
+def other_domain(model: Any) -> None:
+    model.opset_import.add(domain="com.example", version=1)
+
+
+def drop_body(model: Any) -> None:
+    del model.functions[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "check", "said"),
+    [
+        (drop_metadata("features"), "metadata", "no entry for features"),
+        (drop_metadata("name"), "metadata", "name None"),
+        (drop_metadata("classes"), "metadata", "10 labels in labels.txt, 0 in the model, for 10 classes"),
+        (other_operator_version, "operators", "of version [2]"),
+        (other_domain, "model", "foreign domains: com.example"),
+    ],
+)
+def test_a_model_that_is_not_the_manifests(
+    model: Callable[[Any], None], check: str, said: str, tiny_bundle: Path, altered: Callable[..., Path]
+) -> None:
+    found = failed(altered(tiny_bundle, model))
+    assert list(found) == [check]
+    assert said in found[check]
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "said"),
+    [
+        ({"ops": {}}, "operators", "the manifest says {}"),
+        ({"ops": {"sparsifiner::KeySelect": 1, "sparsifiner::SparseAttention": [1]}}, "operators", "says"),
+        ({"outputs": []}, "inputs, outputs", "outputs: manifest and model differ in logits float32 [1, 10]"),
+        ({"inputs": ["image"]}, "inputs, outputs", "inputs: manifest and model differ in None"),
+        ({"name": "another"}, "metadata", "the manifest says 'another'"),
+    ],
+)
+def test_a_manifest_that_is_not_the_models(
+    changes: dict[str, Any], check: str, said: str, tiny_bundle: Path, altered: Callable[..., Path]
+) -> None:
+    found = failed(altered(tiny_bundle, **changes))
+    assert list(found) == [check]
+    assert said in found[check]
+
+
+def test_outputs_in_another_order(tiny_bundle: Path, altered: Callable[..., Path]) -> None:
+    outputs = json.loads((tiny_bundle / "manifest.json").read_text())["outputs"]
+    assert "their order" in failed(altered(tiny_bundle, outputs=outputs[::-1]))["inputs, outputs"]
+
+
+def test_other_weights_fail_golden(
+    tiny_bundle: Path, altered: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(model: Any) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "model.patch_embed.proj.weight")
+        tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float32) * np.float32(1.2)).tobytes()
+
+    folder = altered(tiny_bundle, change)
+    outcome = call(capsys, "bundle", "verify", folder)
+    assert outcome.code == 1
+    assert "[0, " in outcome.out  # What is in brackets is no markup.
+    assert outcome.err.startswith("error: 1 of 8 checks failed.\n  Do not use")
+    assert "differs from golden by" in " ".join(outcome.out.replace("│", "").split())
+    outcome = call(capsys, "bundle", "verify", folder, "--json")
+    assert (outcome.code, json.loads(outcome.out)["passed"]) == (1, False)
+
+
+def test_files_that_nobody_listed(tiny_bundle: Path, altered: Callable[..., Path]) -> None:
+    folder = altered(tiny_bundle)
+    (folder / "notes.txt").write_text("mine")
+    assert failed(folder) == {"files": "not in the manifest: notes.txt"}
+
+
+def test_signatures(
+    tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cryptography", reason="the extra sign is not installed")
+    folder, key = altered(tiny_bundle), tmp_path / "key.pem"
+    assert call(capsys, "bundle", "keygen", "-o", key).code == 0
+    verify = ["bundle", "verify", folder, "--public-key", key.with_suffix(".pub")]
+    outcome = call(capsys, *verify)
+    assert (outcome.code, "is not signed" in outcome.out) == (1, True)
+    assert call(capsys, "bundle", "sign", folder, "--key", key).code == 0
+    assert call(capsys, *verify).code == 0
+    assert "not checked without --public-key" in call(capsys, "bundle", "verify", folder, "--json").out
+    assert_refused(call(capsys, *verify[:-1], key), "is no public key")
+
+
+def test_unusable_bundles_are_no_failed_checks(
+    tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(call(capsys, "bundle", "verify", tmp_path / "none"), "is not a folder")
+    assert_refused(call(capsys, "bundle", "verify", tiny_bundle, "--backend", "abacus"), "Unknown backend")
+    folder = altered(tiny_bundle)
+    (folder / "labels.txt").write_text("x\n")
+    assert_refused(call(capsys, "bundle", "verify", folder), "does not match its SHA-256")
+
+
+def test_a_file_that_is_no_model(
+    tiny_bundle: Path, altered: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = altered(tiny_bundle)
+    (folder / "model.onnx").write_bytes(b"\xff" * 100)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    from sparsifiner_edge.artifacts import seal_bundle
+
+    seal_bundle(folder, {key: value for key, value in manifest.items() if key != "files"})
+    assert_refused(call(capsys, "bundle", "verify", folder), "is no ONNX file")
+    assert_refused(call(capsys, "package", folder, "--for", "deepstream", "-o", folder.parent / "out"))

@@ -1,0 +1,262 @@
+"""Signed bundles: what fits, what is refused, and that another program agrees on what was signed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsifiner_edge.artifacts import (
+    SIGNATURE_FILE,
+    bundle_scratch,
+    extend_bundle,
+    new_folder,
+    open_bundle,
+    seal_bundle,
+)
+from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.signing import generate_key, read_signature, require_signature, sign_bundle
+from tests.commands import assert_refused, call, snapshot
+from tests.tiny import make_bundle
+
+serialization = pytest.importorskip(
+    "cryptography.hazmat.primitives.serialization", reason="the extra sign is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """key.pem, key.pub, other.pem, other.pub."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("key", "other"):
+        generate_key(folder / f"{name}.pem")
+    return folder
+
+
+@pytest.fixture
+def signed(tmp_path: Path, keys: Path) -> Path:
+    folder = make_bundle(tmp_path / "signed")
+    sign_bundle(folder, keys / "key.pem")
+    return folder
+
+
+def test_a_signed_bundle_is_what_it_was(signed: Path, keys: Path) -> None:
+    assert require_signature(signed, keys / "key.pub") == open_bundle(signed)
+    assert SIGNATURE_FILE not in open_bundle(signed)["files"]
+    content = json.loads((signed / SIGNATURE_FILE).read_text())
+    assert content["schema_version"] == 1
+    assert len(base64.b64decode(content["signature"])) == 64
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_openssl_agrees(signed: Path, keys: Path, tmp_path: Path) -> None:
+    """RFC 8032 over the context and the manifest's bytes, as docs/pipelines.md says."""
+    message, signature = tmp_path / "message", tmp_path / "signature"
+    message.write_bytes(b"sparsifiner-edge bundle 1\n" + (signed / "manifest.json").read_bytes())
+    signature.write_bytes(base64.b64decode(json.loads((signed / SIGNATURE_FILE).read_text())["signature"]))
+    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-rawin", "-inkey", keys / "key.pub"]
+    verify = [*command, "-sigfile", signature, "-in", message]
+    assert subprocess.run(verify, capture_output=True, check=False).returncode == 0
+    message.write_bytes(message.read_bytes() + b" ")
+    assert subprocess.run(verify, capture_output=True, check=False).returncode != 0
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def resealed(folder: Path, **changes: Any) -> None:
+    """What someone does who alters a bundle and knows its format."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    for name in ("manifest.json", SIGNATURE_FILE):
+        (folder / name).rename(folder.parent / name)
+    seal_bundle(folder, {key: value for key, value in manifest.items() if key != "files"})
+    (folder.parent / SIGNATURE_FILE).rename(folder / SIGNATURE_FILE)
+
+
+def other_model(folder: Path) -> None:
+    flip(folder / "model.onnx")
+    resealed(folder)
+
+
+def signature(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / SIGNATURE_FILE
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def extra_kernels(folder: Path) -> None:
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "sm87.json").write_text("{}")
+
+
+def an_engine(folder: Path) -> None:
+    with bundle_scratch(folder) as scratch:
+        (scratch / "x.engine").write_bytes(b"code")
+        extend_bundle(folder, {"engines/x.engine": scratch / "x.engine"}, lambda manifest: manifest)
+
+
+@pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        (lambda folder: (folder / SIGNATURE_FILE).unlink(), "is not signed"),
+        (lambda folder: flip(folder / "model.onnx"), "does not match its SHA-256"),
+        (other_model, "was changed after it was signed"),
+        (lambda folder: resealed(folder, name="another"), "was changed after it was signed"),
+        (an_engine, "building an engine changes it"),
+        (extra_kernels, "also holds kernels/sm87.json"),
+        (lambda folder: (folder / "link").symlink_to("model.onnx"), "also holds link"),
+        (lambda folder: (folder / "golden.npz").unlink(), "is missing"),
+        (signature(signature="AAAA"), "was changed after"),
+        (signature(signature="*no base 64*"), "was changed after"),
+        (signature(signature="\N{SNOWMAN}"), "was changed after"),
+        (signature(signature=None), "signature is null, not str"),
+        (signature(algorithm="none"), "another algorithm than ed25519"),
+        (signature(schema_version=2), "has schema 2"),
+        (lambda folder: (folder / SIGNATURE_FILE).write_bytes(b"\xff{"), "cannot be read"),
+        (shutil.rmtree, "is not"),
+    ],
+)
+def test_what_is_refused(alter: Callable[[Path], None], said: str, signed: Path, keys: Path) -> None:
+    alter(signed)
+    with pytest.raises(ArtifactError) as caught:
+        require_signature(signed, keys / "key.pub")
+    assert said in caught.value.what
+    assert caught.value.fix
+
+
+def test_another_key(signed: Path, keys: Path) -> None:
+    with pytest.raises(ArtifactError, match="signed by another key"):
+        require_signature(signed, keys / "other.pub")
+    sign_bundle(signed, keys / "other.pem")
+    require_signature(signed, keys / "other.pub")
+
+
+def test_the_key_that_is_claimed_proves_nothing(signed: Path, keys: Path) -> None:
+    mine = (read_signature(signed) or {})["key"]
+    sign_bundle(signed, keys / "other.pem")
+    signature(key=mine)(signed)
+    with pytest.raises(ArtifactError, match="was changed after it was signed"):
+        require_signature(signed, keys / "key.pub")
+
+
+def test_a_signed_bundle_can_be_replaced(signed: Path) -> None:
+    with new_folder(signed, "bundle") as folder:
+        make_bundle(folder / "b").rename(folder.parent / "made")
+        for path in (folder.parent / "made").iterdir():
+            path.rename(folder / path.name)
+    assert read_signature(signed) is None
+    assert open_bundle(signed)["name"] == "b"
+
+
+def test_a_signature_of_another_bundle(signed: Path, keys: Path, tmp_path: Path) -> None:
+    other = make_bundle(tmp_path / "other", width=4)
+    shutil.copyfile(signed / SIGNATURE_FILE, other / SIGNATURE_FILE)
+    with pytest.raises(ArtifactError, match="was changed after it was signed"):
+        require_signature(other, keys / "key.pub")
+
+
+def test_only_whole_bundles_are_signed(tmp_path: Path, keys: Path) -> None:
+    folder = make_bundle(tmp_path / "b")
+    extra_kernels(folder)
+    with pytest.raises(ArtifactError, match=r"also holds kernels/sm87\.json"):
+        sign_bundle(folder, keys / "key.pem")
+    flip(folder / "model.onnx")
+    with pytest.raises(ArtifactError, match="SHA-256"):
+        sign_bundle(folder, keys / "key.pem")
+    assert read_signature(folder) is None
+
+
+@pytest.fixture(scope="module")
+def wrong_keys(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+    folder = tmp_path_factory.mktemp("wrong")
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    curve = ec.generate_private_key(ec.SECP256R1())
+    (folder / "curve.pem").write_bytes(curve.private_bytes(pem, pkcs8, serialization.NoEncryption()))
+    (folder / "curve.pub").write_bytes(
+        curve.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    locked = ed25519.Ed25519PrivateKey.generate()
+    secret = serialization.BestAvailableEncryption(b"word")
+    (folder / "locked.pem").write_bytes(locked.private_bytes(pem, pkcs8, secret))
+    (folder / "garbage").write_bytes(bytes(range(256)))
+    (folder / "large").write_bytes(b"-" * 100_000)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("curve.pem", "is no Ed25519 key"),
+        ("locked.pem", "is no private key without password"),
+        ("garbage", "is no private key"),
+        ("large", "has more than"),
+        ("nothing", "No such file"),
+        ("", "Is a directory"),
+    ],
+)
+def test_keys_that_do_not_sign(name: str, said: str, wrong_keys: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=said):
+        sign_bundle(make_bundle(tmp_path / "b"), wrong_keys / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("curve.pub", "is no Ed25519 key"), ("locked.pem", "is no public key"), ("garbage", "is no public key")],
+)
+def test_keys_that_do_not_verify(name: str, said: str, wrong_keys: Path, signed: Path) -> None:
+    with pytest.raises(ArtifactError, match=said):
+        require_signature(signed, wrong_keys / name)
+
+
+def test_keys_are_never_overwritten(tmp_path: Path) -> None:
+    public, fingerprint = generate_key(tmp_path / "new" / "key.pem")
+    assert (tmp_path / "new" / "key.pem").stat().st_mode & 0o777 == 0o600
+    assert (public.name, len(fingerprint)) == ("key.pub", 64)
+    before = snapshot(tmp_path)
+    with pytest.raises(ArtifactError, match=r"key\.pem exists"):
+        generate_key(tmp_path / "new" / "key.pem")
+    (tmp_path / "new" / "key.pem").rename(tmp_path / "new" / "old.pem")
+    with pytest.raises(ArtifactError, match=r"key\.pub exists"):
+        generate_key(tmp_path / "new" / "key.pem")
+    with pytest.raises(ArtifactError, match="name of the public key"):
+        generate_key(tmp_path / "new" / "fresh.pub")
+    (tmp_path / "new" / "old.pem").rename(tmp_path / "new" / "key.pem")
+    assert snapshot(tmp_path) == before
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, key = make_bundle(tmp_path / "b"), tmp_path / "key.pem"
+    made = json.loads(call(capsys, "bundle", "keygen", "-o", key, "--json").out)
+    assert made["public"] == str(tmp_path / "key.pub")
+    outcome = call(capsys, "bundle", "sign", folder, "--key", key)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert made["key"][:16] in outcome.out
+    assert json.loads(call(capsys, "bundle", "sign", folder, "--key", key, "--json").out)["key"] == made["key"]
+    assert_refused(call(capsys, "bundle", "sign", tmp_path / "none", "--key", key), "is not a folder")
+    assert_refused(call(capsys, "bundle", "sign", folder, "--key", tmp_path / "key.pub"), "is no private key")
+    assert_refused(call(capsys, "bundle", "keygen", "-o", key), "exists")
+
+
+def test_without_cryptography(
+    tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_bundle(tmp_path / "b")
+    for name in [name for name in sys.modules if name.startswith("cryptography")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    for arguments in (["sign", folder, "--key", keys / "key.pem"], ["keygen", "-o", tmp_path / "k.pem"]):
+        assert_refused(call(capsys, "bundle", *arguments), 'pip install "sparsifiner-edge[sign]"')
