@@ -192,10 +192,10 @@ def _read_whole(folder: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Files of a bundle's folder that its manifest does not list; the signature is none of them."""
-    known = {BUNDLE_FILE, SIGNATURE_FILE, *manifest["files"]}
+    """Files of a bundle's folder that its manifest does not list; the signature is one only as a link."""
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
-    return sorted(present - known)
+    own = {name for name in (BUNDLE_FILE, SIGNATURE_FILE) if not (folder / name).is_symlink()}
+    return sorted(present - own - set(manifest["files"]))
 
 
 def _read_private(path: Path) -> Ed25519PrivateKey:

@@ -19,11 +19,11 @@ from sparsifiner_edge.artifacts import (
     extend_bundle,
     new_folder,
     open_bundle,
-    seal_bundle,
 )
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.signing import generate_key, read_signature, require_signature, sign_bundle
 from tests.commands import assert_refused, call, snapshot
+from tests.package.reseal import reseal
 from tests.tiny import make_bundle
 
 serialization = pytest.importorskip(
@@ -74,18 +74,9 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def resealed(folder: Path, **changes: Any) -> None:
-    """What someone does who alters a bundle and knows its format."""
-    manifest = json.loads((folder / "manifest.json").read_text()) | changes
-    for name in ("manifest.json", SIGNATURE_FILE):
-        (folder / name).rename(folder.parent / name)
-    seal_bundle(folder, {key: value for key, value in manifest.items() if key != "files"})
-    (folder.parent / SIGNATURE_FILE).rename(folder / SIGNATURE_FILE)
-
-
 def other_model(folder: Path) -> None:
     flip(folder / "model.onnx")
-    resealed(folder)
+    reseal(folder)
 
 
 def signature(**changes: Any) -> Callable[[Path], None]:
@@ -101,6 +92,11 @@ def extra_kernels(folder: Path) -> None:
     (folder / "kernels" / "sm87.json").write_text("{}")
 
 
+def link_signature(folder: Path) -> None:
+    (folder / SIGNATURE_FILE).rename(folder.parent / "elsewhere")
+    (folder / SIGNATURE_FILE).symlink_to(folder.parent / "elsewhere")
+
+
 def an_engine(folder: Path) -> None:
     with bundle_scratch(folder) as scratch:
         (scratch / "x.engine").write_bytes(b"code")
@@ -113,10 +109,11 @@ def an_engine(folder: Path) -> None:
         (lambda folder: (folder / SIGNATURE_FILE).unlink(), "is not signed"),
         (lambda folder: flip(folder / "model.onnx"), "does not match its SHA-256"),
         (other_model, "was changed after it was signed"),
-        (lambda folder: resealed(folder, name="another"), "was changed after it was signed"),
+        (lambda folder: reseal(folder, name="another"), "was changed after it was signed"),
         (an_engine, "building an engine changes it"),
         (extra_kernels, "also holds kernels/sm87.json"),
         (lambda folder: (folder / "link").symlink_to("model.onnx"), "also holds link"),
+        (link_signature, "also holds manifest.sig"),
         (lambda folder: (folder / "golden.npz").unlink(), "is missing"),
         (signature(signature="AAAA"), "was changed after"),
         (signature(signature="*no base 64*"), "was changed after"),
@@ -176,6 +173,14 @@ def test_only_whole_bundles_are_signed(tmp_path: Path, keys: Path) -> None:
     with pytest.raises(ArtifactError, match="SHA-256"):
         sign_bundle(folder, keys / "key.pem")
     assert read_signature(folder) is None
+
+
+def test_a_link_leads_no_signature_elsewhere(signed: Path, keys: Path) -> None:
+    link_signature(signed)
+    before = snapshot(signed.parent)
+    with pytest.raises(ArtifactError, match=r"also holds manifest\.sig"):
+        sign_bundle(signed, keys / "key.pem")
+    assert snapshot(signed.parent) == before
 
 
 @pytest.fixture(scope="module")

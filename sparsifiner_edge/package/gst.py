@@ -61,7 +61,7 @@ def _readme(bundle: Bundle) -> str:
 
 ## The element `sparsifiner`
 
-It runs in the Python of the system, which GStreamer's loader brings (1.24 or later; Debian, Ubuntu: apt-get install
+It runs in the Python of the system, which GStreamer's loader brings (Debian, Ubuntu: apt-get install
 gstreamer1.0-tools gstreamer1.0-python3-plugin-loader python3-gst-1.0 gir1.2-gst-plugins-bad-1.0
 gir1.2-gst-plugins-base-1.0 python3-venv), with packages from an environment that is first on PATH:
 
@@ -72,8 +72,9 @@ gir1.2-gst-plugins-base-1.0 python3-venv), with packages from an environment tha
     gst-launch-1.0 -m v4l2src ! videoconvert ! sparsifiner bundle=bundle ! videoconvert ! autovideosink
 
 Frames pass unchanged, at any size: the element resizes a copy as the bundle says. Each gets a GstAnalytics
-classification and posts a message `sparsifiner` on the bus. `gst-inspect-1.0 sparsifiner` lists the properties; where
-it finds nothing, remove ~/.cache/gstreamer-1.0 once: GStreamer remembers plugins that did not load.
+classification (GStreamer 1.24 or later) and posts a message `sparsifiner` on the bus. `gst-inspect-1.0 sparsifiner`
+lists the properties; where it finds nothing, remove ~/.cache/gstreamer-1.0 once: GStreamer remembers plugins that did
+not load.
 
 ## GStreamer's own `onnxinference`
 

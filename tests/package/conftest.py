@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
-from sparsifiner_edge.artifacts import open_bundle, seal_bundle
+from tests.package.reseal import reseal
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +36,6 @@ def altered(tmp_path: Path) -> Callable[..., Path]:
             content = onnx.load(folder / "model.onnx")
             model(content)
             onnx.save(content, folder / "model.onnx")
-        manifest = open_bundle(bundle) | changes
-        (folder / "manifest.json").unlink()
-        seal_bundle(folder, {key: value for key, value in manifest.items() if key != "files"})
-        return folder
+        return reseal(folder, **changes)
 
     return alter

@@ -18,6 +18,7 @@ from sparsifiner_edge.package.deepstream import app_config, key_file
 from sparsifiner_edge.package.float_model import float_model
 from sparsifiner_edge.package.nvinfer_keys import check_app, check_nvinfer
 from sparsifiner_edge.runtime import open_session
+from tests.package.reseal import reseal
 from tests.tiny import make_bundle
 
 ROLES = ("primary", "secondary")
@@ -151,17 +152,6 @@ def test_labels_are_one_line(classifier: Path, tiny_bundle: Path, altered: Calla
     (folder / "labels.txt").write_text("one\n")
     with pytest.raises(ConfigError, match="1 labels for 10 classes"):
         package_bundle(reseal(folder), "deepstream", tmp_path / "other")
-
-
-def reseal(folder: Path) -> Path:
-    import json
-
-    from sparsifiner_edge.artifacts import seal_bundle
-
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").unlink()
-    seal_bundle(folder, {key: value for key, value in manifest.items() if key != "files"})
-    return folder
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -165,6 +165,28 @@ def test_what_is_wrong_is_the_pipelines_error(
 
 
 @needs_element
+def test_a_gstreamer_without_analytics(
+    package: Path, environment: dict[str, str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """As before 1.24: the binding of GstAnalytics is not found."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import gi\nplain = gi.require_version\n"
+        "def require(name, version):\n"
+        "    if name == 'GstAnalytics': raise ValueError('Namespace GstAnalytics not available')\n"
+        "    plain(name, version)\n"
+        "gi.require_version = require\n"
+    )
+    changed = environment | {
+        "PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}", "GST_REGISTRY": str(tmp_path / "registry.bin"),
+    }  # fmt: skip
+    pipeline = f"videotestsrc num-buffers=2 ! videoconvert ! sparsifiner bundle={tiny_bundle} ! fakesink"
+    done = launch(pipeline, changed, package / "plugins", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "has no GstAnalytics: answers come as messages alone." in done.stdout + done.stderr
+    assert done.stdout.count("sparsifiner, pts=") == 2
+
+
+@needs_element
 def test_a_signed_bundle_stays_signed(environment: dict[str, str], tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     public, _ = generate_key(tmp_path / "key.pem")

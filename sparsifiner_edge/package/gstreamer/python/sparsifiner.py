@@ -3,7 +3,8 @@
 GStreamer's Python loader finds this file as GST_PLUGIN_PATH/python/sparsifiner.py. Frames pass unchanged. A
 classifier's answer is attached as GstAnalytics classification metadata (GStreamer 1.24) and posted on the bus, as a
 message of the element with the structure `sparsifiner`: `pts`, `infer-ms`, and `classes`, `labels`, `probabilities`,
-best first. A model without classes posts `features` and `change` instead (see docs/camera.md).
+best first. A model without classes posts `features` and `change` instead (see docs/camera.md). Where GStreamer has no
+GstAnalytics, answers come as messages alone, and a warning says so.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import gi  # type: ignore[import-not-found,unused-ignore]
 gi.require_version("Gst", "1.0")
 gi.require_version("GstBase", "1.0")
 gi.require_version("GstVideo", "1.0")
-gi.require_version("GstAnalytics", "1.0")
 from gi.repository import (  # type: ignore[import-not-found,unused-ignore]  # noqa: E402
     GLib,
     GObject,
     Gst,
-    GstAnalytics,
     GstBase,
     GstVideo,
 )
+
+try:
+    gi.require_version("GstAnalytics", "1.0")
+    from gi.repository import GstAnalytics
+except (ImportError, ValueError):
+    GstAnalytics = None
 
 _CAPS = Gst.Caps.from_string("video/x-raw,format=RGB")
 _FLAGS = GObject.ParamFlags.READWRITE
@@ -73,6 +78,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             self._model = None
             self._fail(f"{type(error).__name__}: {error}" if isinstance(error, ImportError) else str(error))
             return False
+        if GstAnalytics is None:
+            self._warn(f"{Gst.version_string()} has no GstAnalytics: answers come as messages alone.")
         return True
 
     def _open(self) -> Any:
@@ -109,10 +116,10 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             outputs = self._model.infer(square)
             elapsed = (time.monotonic() - begun) * 1e3
             answer = self._model.answer(outputs)
-            if "top" in answer:
-                self._attach(buffer, answer["top"])
-            else:
+            if "top" not in answer:
                 answer["change"] = self._model.change(outputs)
+            elif GstAnalytics is not None:
+                self._attach(buffer, answer["top"])
             self._post(buffer, answer, elapsed)
         except Exception as error:  # It would vanish in the binding.
             self._fail(str(error))
@@ -157,6 +164,10 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             structure.set_value("features", Gst.ValueArray(answer["features"]))
             structure.set_value("change", float(answer["change"]))
         self.post_message(Gst.Message.new_element(self, structure))
+
+    def _warn(self, text: str) -> None:
+        warning = GLib.Error.new_literal(Gst.LibraryError.quark(), text, Gst.LibraryError.FAILED)
+        self.post_message(Gst.Message.new_warning(self, warning, ""))
 
     def _fail(self, text: str) -> None:
         error = GLib.Error.new_literal(Gst.LibraryError.quark(), text, Gst.LibraryError.SETTINGS)
