@@ -28,7 +28,7 @@ COMMANDS = {
     "report": "One page from result files: verdict, figures, method.",
     "run": "Run a bundle on pictures, a video or a camera; one JSON line per picture or frame.",
     "package": "Write a bundle as DeepStream, Triton server or GStreamer take it, with the commands.",
-    "bundle": "Verify a bundle; sign it, so that `run` can refuse what nobody signed.",
+    "bundle": "Verify a bundle; sign it, so that what nobody signed can be refused.",
     "demo": "The whole way on real weights and photographs, dense beside sparse.",
     "doctor": "Say what is installed, what works, and what to do about the rest.",
 }
