@@ -11,8 +11,10 @@ from typing import Any
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.results import environment, machine, package_version, unavailable
-from sparsifiner_edge.runtime import cuda, tensorrt, tensorrt_rtx
+from sparsifiner_edge.runtime import cuda
 from sparsifiner_edge.runtime.ort import load_backend
+from sparsifiner_edge.runtime.tensorrt import full as tensorrt
+from sparsifiner_edge.runtime.tensorrt import rtx as tensorrt_rtx
 
 DISTRIBUTION = "sparsifiner-edge"
 _GPU_PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}

@@ -304,7 +304,7 @@ registry = Registry()
 trt.get_plugin_registry = lambda: registry
 sys.modules["tensorrt.plugin"] = __import__("tensorrt_bindings.plugin").plugin
 from pathlib import Path
-from sparsifiner_edge.runtime import tensorrt_plugin
+from sparsifiner_edge.runtime.tensorrt import plugin as tensorrt_plugin
 from sparsifiner_edge.runtime.cuda import Device
 from sparsifiner_edge.runtime.kernels import read_table
 

@@ -12,10 +12,11 @@ import pytest
 from sparsifiner_edge.artifacts import open_bundle, sha256
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, MissingExtraError, UnsupportedModelError
 from sparsifiner_edge.runtime import build as build_module
-from sparsifiner_edge.runtime import check_golden, open_session, tensorrt
+from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.engines import AMPERE_PLUS, VERSION_COMPATIBLE
-from sparsifiner_edge.runtime.tensorrt_build import TimingCache, timing_cache_path, workspace_bytes
+from sparsifiner_edge.runtime.tensorrt import full as tensorrt
+from sparsifiner_edge.runtime.tensorrt.build import TimingCache, timing_cache_path, workspace_bytes
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda, install_tensorrt
 from tests.fakes.record_tensorrt import VERSIONS

@@ -13,10 +13,11 @@ from sparsifiner_edge.artifacts import seal_bundle
 from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime import build as build_module
-from sparsifiner_edge.runtime import check_golden, open_session, tensorrt
+from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, table_file
-from sparsifiner_edge.runtime.tensorrt_models import dense_model
+from sparsifiner_edge.runtime.tensorrt import full as tensorrt
+from sparsifiner_edge.runtime.tensorrt.models import dense_model
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda, install_tensorrt
 from tests.fakes.tensorrt import Behaviour

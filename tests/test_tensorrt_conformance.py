@@ -1,7 +1,7 @@
 """The code against the real bindings of every TensorRT that it shall run on, without TensorRT.
 
 `tests/fakes/tensorrt_*.json` records names, enums and signatures of the real wheels (`record_tensorrt.py`). Every
-name that `runtime/tensorrt*.py` takes from the module or calls on an object of it must be in every version, or be
+name that `runtime/tensorrt/` takes from the module or calls on an object of it must be in every version, or be
 listed in GUARDED with the versions that have it.
 """
 
@@ -17,30 +17,32 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.runtime import tensorrt_build, tensorrt_errors, tensorrt_session
+from sparsifiner_edge.runtime.tensorrt import build as tensorrt_build
+from sparsifiner_edge.runtime.tensorrt import errors as tensorrt_errors
+from sparsifiner_edge.runtime.tensorrt import session as tensorrt_session
 from tests.fakes import record_tensorrt
 from tests.fakes.gpu import Gpu
 from tests.fakes.record_tensorrt import VERSIONS, load
 from tests.fakes.tensorrt import Behaviour, _classes, make_tensorrt
 
 RUNTIME = Path(tensorrt_build.__file__).parent
-FILES = sorted(path for path in RUNTIME.glob("tensorrt*.py") if path.name != "tensorrt_rtx.py")  # another library
+FILES = sorted(path for path in RUNTIME.glob("*.py") if not path.name.startswith("rtx"))  # another library
 MODULES = ("trt", "self._trt", "work.trt")
 PLUGIN = "trtp"
 """Variable that holds the module `tensorrt.plugin`, of which ours needs what came with ahead-of-time plugins."""
 RECEIVERS = {
-    "tensorrt_build.py": {
+    "build.py": {
         "builder": "Builder", "config": "IBuilderConfig", "network": "INetworkDefinition", "parser": "OnnxParser",
         "tensor": "ITensor", "profile": "IOptimizationProfile", "cache": "ITimingCache",
     },
-    "tensorrt_errors.py": {"parser": "OnnxParser", "error": "ParserError"},
-    "tensorrt_session.py": {
+    "errors.py": {"parser": "OnnxParser", "error": "ParserError"},
+    "session.py": {
         "runtime": "Runtime", "self._engine": "ICudaEngine", "self._context": "IExecutionContext",
         "inspector": "EngineInspector",
     },
 }  # fmt: skip
 """File -> variable -> class of TensorRT that it holds there."""
-OURS = {"tensorrt_build.py": {"cache": {"load", "save"}}}
+OURS = {"build.py": {"cache": {"load", "save"}}}
 """Methods of our own classes on variables of the same names."""
 PLUGIN_SINCE = "10.9"
 GUARDED = {"QuickPluginCreationRequest": PLUGIN_SINCE}
@@ -151,7 +153,7 @@ def test_every_name_is_in_every_version(file, version):
     ],
 )
 def test_the_check_sees_what_versions_lack(line, missing_in):
-    found = [version for version in EVERY if problems("tensorrt_build.py", line, version)]
+    found = [version for version in EVERY if problems("build.py", line, version)]
     assert tuple(found) == missing_in
 
 
@@ -168,7 +170,7 @@ def test_the_check_sees_the_code():
 
 
 def test_what_is_used_of_the_plugin_module_is_new_in_the_version_asked_for():
-    used = {name for receiver, name, _ in uses((RUNTIME / "tensorrt_plugin.py").read_text()) if receiver == PLUGIN}
+    used = {name for receiver, name, _ in uses((RUNTIME / "plugin.py").read_text()) if receiver == PLUGIN}
     assert {"register", "aot_impl", "KernelLaunchParams", "TensorDesc"} <= used
     for version in EVERY:
         has = used <= load(version)["plugin"].keys()

@@ -12,8 +12,8 @@ import pytest
 from sparsifiner_edge.errors import BackendError, UnsupportedModelError
 from sparsifiner_edge.runtime.cuda import Device
 from sparsifiner_edge.runtime.engines import BatchRange
-from sparsifiner_edge.runtime.tensorrt_build import Settings, build_engine_file
-from sparsifiner_edge.runtime.tensorrt_errors import Messages, make_logger
+from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file
+from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
 from tests.tiny import make_bundle
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")

@@ -16,8 +16,8 @@ BACKENDS = {
     "onnxruntime": "sparsifiner_edge.runtime.ort",
     "onnxruntime-cuda": "sparsifiner_edge.runtime.ort_cuda",
     "onnxruntime-tensorrt": "sparsifiner_edge.runtime.ort_tensorrt",
-    "tensorrt": "sparsifiner_edge.runtime.tensorrt",
-    "tensorrt-rtx": "sparsifiner_edge.runtime.tensorrt_rtx",
+    "tensorrt": "sparsifiner_edge.runtime.tensorrt.full",
+    "tensorrt-rtx": "sparsifiner_edge.runtime.tensorrt.rtx",
 }
 """Backend's name -> module that has `load_backend()` and `open_model(folder, manifest, threads, kernels)`; those that
 build engines also have the functions of `build.EngineBackend`."""

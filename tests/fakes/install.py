@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.runtime import tensorrt_plugin
 from sparsifiner_edge.runtime.cuda import cuda_python, pycuda
+from sparsifiner_edge.runtime.tensorrt import plugin as tensorrt_plugin
 from tests.fakes.cuda_modules import cuda_bindings, pycuda_driver
 from tests.fakes.gpu import Gpu
 from tests.fakes.tensorrt import Behaviour, make_plugin_module, make_tensorrt

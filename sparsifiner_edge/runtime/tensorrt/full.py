@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError, SparsifinerError
-from sparsifiner_edge.runtime import tensorrt_choose as choose
 from sparsifiner_edge.runtime.build import BuildRequest, Planned
 from sparsifiner_edge.runtime.build_worker import Job, Progress
 from sparsifiner_edge.runtime.cuda import Device, open_driver, probe
@@ -28,8 +27,9 @@ from sparsifiner_edge.runtime.engines import (
     system,
 )
 from sparsifiner_edge.runtime.engines import Device as Target
-from sparsifiner_edge.runtime.tensorrt_build import Settings, refuse_hardware_compatibility, timing_cache_path
-from sparsifiner_edge.runtime.tensorrt_session import EngineSession
+from sparsifiner_edge.runtime.tensorrt import choose
+from sparsifiner_edge.runtime.tensorrt.build import Settings, refuse_hardware_compatibility, timing_cache_path
+from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 BACKEND = "tensorrt"
 OLDEST = (10, 3)

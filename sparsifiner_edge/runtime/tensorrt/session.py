@@ -19,7 +19,7 @@ from sparsifiner_edge.runtime import engines
 from sparsifiner_edge.runtime.cuda import Driver, Lane, Times, open_driver
 from sparsifiner_edge.runtime.engines import Engine
 from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs
-from sparsifiner_edge.runtime.tensorrt_errors import Messages, make_logger, run_error, unusable_engine
+from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error, unusable_engine
 
 Shape = tuple[int, ...]
 _KERNELS = {"plugin": "CUDA kernels, as a plugin", "dense": "dense attention"}

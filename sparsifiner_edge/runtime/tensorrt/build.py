@@ -19,7 +19,7 @@ from sparsifiner_edge.runtime import engines
 from sparsifiner_edge.runtime.build_worker import Progress
 from sparsifiner_edge.runtime.cuda import Device
 from sparsifiner_edge.runtime.engines import BatchRange
-from sparsifiner_edge.runtime.tensorrt_errors import Messages, build_error, make_logger, refused_model
+from sparsifiner_edge.runtime.tensorrt.errors import Messages, build_error, make_logger, refused_model
 
 SHARE_DISCRETE, SHARE_INTEGRATED = 0.75, 0.5
 """Of the free memory, how much the builder may use as workspace; an integrated GPU leaves the rest to the system."""

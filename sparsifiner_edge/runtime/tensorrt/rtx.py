@@ -16,10 +16,10 @@ from sparsifiner_edge.runtime.build import MODEL, BuildRequest, Planned
 from sparsifiner_edge.runtime.build_worker import Job, Progress
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.engines import Device, Engine, fitting_engine, listed_engines, mismatches, system
-from sparsifiner_edge.runtime.rtx_graph import check_operators, without_single_products
-from sparsifiner_edge.runtime.tensorrt_build import make_monitor
-from sparsifiner_edge.runtime.tensorrt_errors import Messages, make_logger, refused_model
-from sparsifiner_edge.runtime.tensorrt_session import EngineSession
+from sparsifiner_edge.runtime.tensorrt.build import make_monitor
+from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, refused_model
+from sparsifiner_edge.runtime.tensorrt.rtx_graph import check_operators, without_single_products
+from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 BACKEND = "tensorrt-rtx"
 CAPABILITIES = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}

@@ -18,14 +18,14 @@ import numpy as np
 from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime import tensorrt_plugin as plugin
 from sparsifiner_edge.runtime.build_worker import Progress
 from sparsifiner_edge.runtime.cuda import Device, Driver
 from sparsifiner_edge.runtime.engines import Engine
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.tensorrt_build import Settings, build_engine_file
-from sparsifiner_edge.runtime.tensorrt_models import dense_model
-from sparsifiner_edge.runtime.tensorrt_session import EngineSession
+from sparsifiner_edge.runtime.tensorrt import plugin
+from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file
+from sparsifiner_edge.runtime.tensorrt.models import dense_model
+from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
 MEASURED = "measured"
