@@ -17,7 +17,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from gpu_engines import dense_runs, energy_joules, fastest, graph, ratio, require_gpu, time_in_turn
+import torch.nn.functional as F
+from gpu_engines import by_backend, energy_joules, fastest, graph, ratio, require_gpu, time_in_turn
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
@@ -66,7 +67,7 @@ def measure(tokens: int, dtype: torch.dtype, tile: int, rounds: int) -> tuple[di
     torch.manual_seed(0)
     qkv = torch.randn(BATCH, tokens, 3 * HEADS * WIDTH, device="cuda", dtype=dtype)
     q, k, v = (x.contiguous() for x in qkv.unflatten(-1, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4))
-    rivals, refused = dense_runs(q, k, v, SCALE)
+    rivals, refused = by_backend(lambda: F.scaled_dot_product_attention(q, k, v, scale=SCALE))
     rival = fastest(rivals)
     runs = {f"dense {rival}": rivals[rival]}
     for keep in KEEPS:

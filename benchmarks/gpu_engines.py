@@ -11,8 +11,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparsifiner_edge.profiles import stats
@@ -90,17 +88,17 @@ def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, Any]:
     return found | {"least": float(ratios.min()), "greatest": float(ratios.max())}
 
 
-def dense_runs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[dict[str, Run], dict[str, str]]:
-    """Graphs of torch's attention on contiguous q, k, v [B,H,N,d] by backend, compiled; and why others cannot run."""
+def by_backend(run: Run) -> tuple[dict[str, Run], dict[str, str]]:
+    """Graphs of `run`, compiled, by backend of scaled_dot_product_attention; and why others cannot run."""
     runs, refused = {}, {}
     for backend in BACKENDS:
 
-        def attend(backend: SDPBackend = backend) -> Tensor:
+        def limited(backend: SDPBackend = backend) -> Any:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, scale=scale)
+                return run()
 
         try:
-            runs[backend.name] = graph(torch.compile(attend))
+            runs[backend.name] = graph(torch.compile(limited))
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
             refused[backend.name] = str(error).splitlines()[0]
             torch.cuda.synchronize()

@@ -15,8 +15,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from gpu_engines import BACKENDS, Run, energy_joules, fastest, graph, ratio, require_gpu, time_in_turn
-from torch.nn.attention import sdpa_kernel
+from gpu_engines import Run, by_backend, energy_joules, fastest, graph, ratio, require_gpu, time_in_turn
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
@@ -32,19 +31,7 @@ def dense_runs(name: str, image: torch.Tensor) -> tuple[dict[str, Run], dict[str
     """Graphs of the dense model by attention backend, and why others cannot run."""
     torch.manual_seed(0)
     model = create(name, image.shape[-1], 0).half().cuda()
-    runs, refused = {}, {}
-    for backend in BACKENDS:
-
-        def forward(backend: Any = backend) -> Any:
-            with sdpa_kernel(backend):
-                return model.forward_features(image)
-
-        try:
-            runs[backend.name] = graph(torch.compile(forward))
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            refused[backend.name] = str(error).splitlines()[0]
-            torch.cuda.synchronize()
-    return runs, refused
+    return by_backend(lambda: model.forward_features(image))
 
 
 def sparse_run(name: str, image: torch.Tensor, keep: float, tile: int) -> Run:

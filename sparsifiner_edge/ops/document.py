@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT, VERSION, Operator
 
 _HEAD = f"""# Operators
@@ -36,12 +38,15 @@ def _section(op: Operator) -> str:
     attributes = "\n".join(f"| `{a.name}` | {a.type.__name__} | {a.minimum:g} | {a.doc} |" for a in op.attributes)
     tolerances = ", ".join(f"{dtype} {value:g}" for dtype, value in op.tolerances.items())
     output = op.output
+    result = (
+        f"Output `{output.name}` ({', '.join(output.dtypes)}) [{', '.join(output.axes)}]: {output.doc}. "
+        f"Tolerance: {tolerances}."
+    )
     return (
         f"## {op.name}\n\n{op.doc}\n\n"
         f"| input | types | shape | |\n| --- | --- | --- | --- |\n{inputs}\n\n"
         f"| attribute | type | least | |\n| --- | --- | --- | --- |\n{attributes}\n\n"
-        f"Output `{output.name}` ({', '.join(output.dtypes)}) [{', '.join(output.axes)}]: {output.doc}. "
-        f"Tolerance: {tolerances}.\n"
+        f"{textwrap.fill(result, 120, break_on_hyphens=False)}\n"
     )
 
 

@@ -1,6 +1,6 @@
 """The operators in PyTorch: differentiable, batched, and exported as single nodes of the domain `sparsifiner`.
 
-Shapes and symbols are those of `schema.py`. Under `torch.onnx.export` each operator becomes one bare node; `bodies.py`
+Shapes and symbols are those of `schema.py`. Under `torch.onnx.export` each operator becomes one bare node; `ops.bodies`
 gives the exported file the function body that runs it. On a CUDA GPU `key_select` and `sparse_attention` run as Triton
 kernels where those can (`ops.triton.kernels_for` says which runs, and why).
 """
@@ -18,7 +18,7 @@ from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, VERSION
 from sparsifiner_edge.ops.triton import kernels_for
 
 LARGEST_MASK = 1 << 28
-"""Entries (bytes) of a mask, above which lists per query are gathered."""
+"""Bytes of a mask over all keys, above which lists per query are gathered."""
 
 
 def _node(

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from sparsifiner_edge.ops import torch as torch_ops
 from sparsifiner_edge.ops.schema import OPERATORS
 from tests.ops.matrix import Case, allowed, cases, check, run_body, run_reference, run_torch
 
@@ -51,6 +53,27 @@ def test_body_agrees(case: Case, seed: int) -> None:
 def test_torch_agrees_where_the_prefix_is_only_attended_where_listed(case: Case) -> None:
     inputs = case.inputs()
     check(case, inputs, run_torch(case, inputs))
+
+
+@pytest.mark.parametrize("case", PAPER, ids=_ids)
+def test_lists_too_large_for_a_mask_are_gathered(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = case.inputs()
+    found = []
+    for limit, unused in ((torch_ops.LARGEST_MASK, "_tile_attention"), (0, "_masked_attention")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_ops, "LARGEST_MASK", limit)
+            patch.delattr(torch_ops, unused)  # the other way is the one that is taken
+            found.append(_with_gradient(case, inputs))
+            check(case, inputs, found[-1][0].numpy())
+    for masked, gathered in zip(*found, strict=True):
+        torch.testing.assert_close(gathered, masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
+
+
+def _with_gradient(case: Case, inputs: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """SparseAttention, and the gradient in qkv of the sum of its squares."""
+    qkv = torch.from_numpy(inputs[0]).requires_grad_()
+    out = torch_ops.sparse_attention(qkv, torch.from_numpy(inputs[1]), **case.attributes)
+    return out.detach(), torch.autograd.grad(out.square().sum(), qkv)[0]
 
 
 @pytest.mark.parametrize("name", list(OPERATORS))

@@ -124,6 +124,7 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ((90, 4, 168, 56 * 1024), 3, "registers"),  # 65536 registers / 128 threads x 168, a warp's whole
         ((86, 4, 96, 48 * 1024), 2, "shared memory"),  # 100 KiB / 49
         ((75, 4, 32, 1024), 8, "warps"),
+        ((75, 1, 32, 4097), 15, "shared memory"),  # 64 KiB / 4352
         ((80, 1, 32, 0), 32, "blocks"),
     ],
 )

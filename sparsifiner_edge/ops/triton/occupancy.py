@@ -6,18 +6,24 @@ import dataclasses
 
 _KIB = 1024
 _REGISTERS = 65536
-_REGISTER_GRANULARITY, _SHARED_GRANULARITY = 256, 128
-"""Registers are given out to warps in units of 256, shared memory to blocks in units of 128 bytes (256 on Turing)."""
+_REGISTER_GRANULARITY = 256
+"""Registers are given out to warps in units of so many."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Of one multiprocessor: resident blocks and warps, bytes of shared memory, and what the driver keeps per block."""
+    """Of one multiprocessor.
+
+    Attributes:
+        blocks, warps: resident at most.
+        shared: bytes of shared memory. reserved: those that the driver keeps per block. unit: a block gets multiples.
+    """
 
     blocks: int
     warps: int
     shared: int
     reserved: int = 1 * _KIB
+    unit: int = 128
 
     @property
     def block_shared(self) -> int:
@@ -26,7 +32,7 @@ class Limits:
 
 
 LIMITS = {
-    75: Limits(16, 32, 64 * _KIB, reserved=0),
+    75: Limits(16, 32, 64 * _KIB, reserved=0, unit=256),
     80: Limits(32, 64, 164 * _KIB),
     86: Limits(16, 48, 100 * _KIB),
     87: Limits(16, 48, 164 * _KIB),
@@ -61,7 +67,7 @@ def occupancy(capability: int, warps: int, registers: int, shared: int) -> Occup
     # Registers belong to one of a multiprocessor's four parts, and a warp cannot straddle two.
     fit = {
         "registers": _REGISTERS // 4 // a_warp * 4 // warps,
-        "shared memory": limits.shared // max(_up(shared + limits.reserved, _SHARED_GRANULARITY), 1),
+        "shared memory": limits.shared // max(_up(shared + limits.reserved, limits.unit), 1),
         "warps": limits.warps // warps,
         "blocks": limits.blocks,
     }

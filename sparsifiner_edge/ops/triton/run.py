@@ -176,17 +176,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 _sparse_attention.register_autograd(_backward, setup_context=_setup)
 
 
-def sparse_attention(
-    qkv: Tensor,
-    indices: Tensor,
-    *,
-    num_heads: int,
-    num_prefix: int,
-    tile: int,
-    cell: int,
-    scale: float,
-    prefix_keys: int = 1,
-) -> Tensor:
-    """SparseAttention: [B,N,C], differentiable in qkv."""
-    out: Tensor = _sparse_attention(qkv, indices, num_heads, num_prefix, tile, cell, scale, prefix_keys)[0]
+def sparse_attention(qkv: Tensor, indices: Tensor, **attributes: Any) -> Tensor:
+    """SparseAttention, with every attribute of its schema: [B,N,C], differentiable in qkv."""
+    out: Tensor = _sparse_attention(qkv, indices, **attributes)[0]
     return out
