@@ -129,12 +129,13 @@ def tree(root, mhz, state=0, count=0):
 )
 def test_clocks_and_throttling_are_read_from_the_boards_tree(tmp_path, looks, expected):
     before, *during, after = [tree(tmp_path / str(i), **look) for i, look in enumerate(looks)]
-    assert names(flags.condition_flags(summarise_conditions(before, during, after))) == expected
+    assert names(flags.condition_flags(summarise_conditions(before, during, after), "cpu")) == expected
 
 
-def test_a_gpus_clock_counts_too():
+@pytest.mark.parametrize(("on", "expected"), [("gpu", ["clock-varies"]), ("cpu", [])])
+def test_a_gpus_clock_counts_where_it_computes(on, expected):
     looks = [{"gpu_mhz": mhz} for mhz in (1000.0, 900.0)]
-    assert names(flags.condition_flags(summarise_conditions({}, looks, {}))) == ["clock-varies"]
+    assert names(flags.condition_flags(summarise_conditions({}, looks, {}), on)) == expected
 
 
 BUSY = "import time; print('on', flush=True)\nstart = time.time()\nwhile time.time() - start < 60: pass"

@@ -11,9 +11,11 @@ import pytest
 
 from sparsifiner_edge.profiles import observation, profile_bundle
 from sparsifiner_edge.profiles.client import Worker
+from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.sensors import PowerSensor, Reading
 from sparsifiner_edge.profiles.worker import _Worker
 from sparsifiner_edge.results import check_result
+from sparsifiner_edge.runtime.cuda import Times
 from tests.tiny import make_bundle
 
 WATTS = 10.0
@@ -36,9 +38,16 @@ def steady():
     return Reading({"VDD_IN": WATTS * next(flicker)})
 
 
-def observed(monkeypatch, read, bundle, **settings):
-    sensor = PowerSensor("made up", "VDD_IN", ("VDD_IN",), ("VDD_IN",), 0.05, read)
-    monkeypatch.setattr(observation, "find_sensor", lambda: sensor)
+def made_up(read, averaging_s=0.0):
+    return PowerSensor("made up", "VDD_IN", ("VDD_IN",), ("VDD_IN",), 0.05, read, averaging_s=averaging_s)
+
+
+def observed(monkeypatch, read, bundle, averaging_s=0.0, **settings):
+    def find(on):
+        assert on == "cpu"  # where ONNX Runtime's default backend runs: an idle card's power would say nothing
+        return made_up(read, averaging_s)
+
+    monkeypatch.setattr(observation, "find_sensor", find)
     result = profile_bundle(bundle, threads=1, layers=False, **settings)
     check_result(result, "it")
     return result
@@ -64,6 +73,29 @@ def test_energy_is_power_times_the_time_of_ones_own_queries(monkeypatch, bundles
     assert len(result["method"]["sensor"]["idle_s"]) == 2
     assert len(result["samples"]["power"]["time_s"]) == result["method"]["sensor"]["readings"]
     assert set(result["method"]["conditions"]["subject"]) >= {"before", "during", "after", "throttled_by"}
+
+
+def test_a_sensor_that_averages_has_a_longer_baseline_and_wants_longer_windows(monkeypatch, bundles):
+    result = observed(monkeypatch, steady, bundles["fast"], averaging_s=0.3, seconds=0.2)
+    assert min(result["method"]["sensor"]["idle_s"]) >= 2 * 0.3 + 1
+    marks = {flag["flag"]: flag for flag in result["statistics"]["subject"]["flags"]}
+    assert "averages over 0.3 s" in marks["power-too-short"]["what"]
+    assert "at least 3 s" in marks["power-too-short"]["do"]
+
+
+@pytest.mark.parametrize(("backend", "on"), [("onnxruntime", "cpu"), ("onnxruntime-cuda", "gpu"), ("tensorrt", "gpu")])
+def test_power_is_read_where_the_backend_runs(monkeypatch, backend, on):
+    asked = []
+
+    def find(on):
+        asked.append(on)
+        raise StopIteration
+
+    monkeypatch.setattr(observation, "find_sensor", find)
+    side = types.SimpleNamespace(request={"backend": backend})
+    with pytest.raises(StopIteration):
+        observation.observe([side], make_rules("quick", 1, None, None, 0), None, power=True)
+    assert asked == [on]
 
 
 def test_a_sensor_that_vanishes_ends_the_energy_alone(monkeypatch, bundles):
@@ -131,22 +163,17 @@ def test_a_busy_program_beside_it_is_flagged(bundles):
     assert figures["usage"]["cpu_s"] > 0
 
 
-@pytest.mark.parametrize(
-    "told",
-    [
-        {"last_times_ms": {"h2d": 2.0, "compute": 1.0, "d2h": 0.1, "enqueue": 0.9}},
-        {"last_times": types.SimpleNamespace(_asdict=lambda: {"h2d_ms": 2.0, "compute_ms": 1.0, "d2h_ms": 0.1})},
-    ],
-)
-def test_a_sessions_own_times_are_kept_and_flagged(told):
+def test_a_sessions_own_times_are_kept_and_flagged():
     worker = _Worker()
-    worker.session = types.SimpleNamespace(infer=lambda _: {}, **told)
+    worker.session = types.SimpleNamespace(infer=lambda _: {}, last_times=Times(2.0, 1.0, 0.1))
     block = worker.block(queries=5, rewarm=1)
-    assert block["parts_ms"]["h2d"] == [2.0] * 5
+    assert {name: block["parts_ms"][name] for name in ("h2d", "compute", "d2h")} == {
+        "h2d": [2.0] * 5, "compute": [1.0] * 5, "d2h": [0.1] * 5,
+    }  # fmt: skip
     start, end = block["window_ns"]
     assert end - start >= sum(block["latency_ms"]) * 1e6
     found = {flag["flag"] for flag in observation.flags.part_flags(block["parts_ms"])}
-    assert found == {"transfer-bound"} | ({"enqueue-bound"} if "last_times_ms" in told else set())
+    assert found == {"transfer-bound"}
 
 
 def test_a_session_without_times_gives_none():

@@ -176,14 +176,25 @@ def usage_flags(process: Mapping[str, Any], machine: Mapping[str, Any], queries:
     return found
 
 
-def condition_flags(conditions: Mapping[str, Any]) -> list[Flag]:
-    """ "throttled" and "clock-varies", from `sensors.conditions` before, during and after."""
+def power_flags(short: str, least_s: float) -> list[Flag]:
+    """ "power-too-short" where there is a power sensor and queries were `short` for it; `least_s` would do."""
+    do = f"For energy, measure one bundle alone, for at least {least_s:.2g} s (--seconds)."
+    return [_flag("power-too-short", short, do)] if short else []
+
+
+def condition_flags(conditions: Mapping[str, Any], on: str) -> list[Flag]:
+    """ "throttled" and "clock-varies", from `sensors.conditions` before, during and after.
+
+    Args:
+        on: "cpu" or "gpu", where inferences run; what the clock of an idle GPU does is no matter.
+    """
     found = []
     throttled = conditions.get("throttled_by")
     if isinstance(throttled, list) and throttled:
         what = f"slowed down by {', '.join(map(str, throttled))}"
         found.append(_flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
-    for key, name in (("cpu_mhz.highest", "the processor's clock"), ("gpu_mhz", "the GPU's clock")):
+    clocks = {"cpu_mhz.highest": "the processor's clock"} | ({"gpu_mhz": "the GPU's clock"} if on == "gpu" else {})
+    for key, name in clocks.items():
         clock = conditions.get("during", {}).get(key)
         if clock and clock["lowest"] > 0 and clock["highest"] / clock["lowest"] - 1 > THRESHOLDS["clock"]:
             what = f"{name} went from {clock['lowest']:.0f} to {clock['highest']:.0f} MHz while queries ran"

@@ -40,9 +40,9 @@ def measure_layers(
 
     Returns:
         `layers`, a list of rows in the order of execution: `layer` (from 0; left out outside the layers), `name` of the
-        node in the exported file, `op`, `kind` (one of `kinds.KINDS`), `ms` per query (median), `share` of the
-        total, `nodes` that the backend made of it; `layers_total_ms`; `profiled_ms`, a whole query with the profiler
-        on; `queries`.
+        node in the exported file, `op`, `kind` (one of `kinds.KINDS`), `ms` per query (ONNX Runtime's median,
+        TensorRT's mean), `share` of the total, `nodes` that the backend made of it; `layers_total_ms`; `profiled_ms`,
+        a whole query with the profiler on; `queries`.
 
     Raises:
         BackendError: the backend has no profiler, or its profile cannot be read.
@@ -53,6 +53,8 @@ def measure_layers(
         inputs = make_inputs(session.inputs)
         own = getattr(session, "layer_times", None)
         if own is not None:
+            for _ in range(_WARM_UP):
+                session.infer(inputs)
             return _finish(_named_rows(own(inputs, queries), model), None, queries)
         _require_trace(session)
         native = str(session.description["kernels"]).startswith("native")

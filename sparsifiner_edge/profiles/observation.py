@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.rules import Rules, mlperf_figures
-from sparsifiner_edge.profiles.sensors import Recorder, Recording, energy, find_sensor
+from sparsifiner_edge.profiles.sensors import (
+    PowerSensor,
+    Recorder,
+    Recording,
+    energy,
+    find_sensor,
+    least_window_s,
+    too_short,
+)  # fmt: skip
 from sparsifiner_edge.profiles.sensors.conditions import summarise_conditions
 from sparsifiner_edge.profiles.sensors.find import no_sensor
 from sparsifiner_edge.profiles.sides import Clock, Side, measure, warm_up
@@ -27,6 +35,8 @@ class Observation(NamedTuple):
     Attributes:
         rules: what was asked for. order: who was first in each round. recording: the power sensor's and conditions.
         machine: see `usage.usage_between`. processes: by role, see `usage.process_between`.
+        cut_short: why it ended before the rules were met; empty where they were.
+        on: "cpu" or "gpu", where inferences ran.
     """
 
     rules: Rules
@@ -35,6 +45,7 @@ class Observation(NamedTuple):
     machine: dict[str, Any]
     processes: dict[str, dict[str, Any]]
     cut_short: str
+    on: str
 
     def conditions(self, side: Side) -> dict[str, Any]:
         """Clocks, temperatures and throttling before, during (while this side ran) and after."""
@@ -51,8 +62,9 @@ def observe(sides: list[Side], rules: Rules, clock: Clock, power: bool) -> Obser
 
     The idle baseline comes before warm-up, so that nothing cools down between warm-up and the first query.
     """
-    sensor = find_sensor() if power else no_sensor({"power": "not asked for"})
-    idle_s = min(max(_IDLE_SHARE * rules.seconds, _IDLE_S[0]), _IDLE_S[1])
+    on = _runs_on(sides[0])
+    sensor = find_sensor(on=on) if power else no_sensor({"power": "not asked for"})
+    idle_s = _idle_s(sensor, rules)
     look_s = min(max(_LOOK_SHARE * rules.seconds, _LOOK_S[0]), _LOOK_S[1])
     with Recorder(sensor, conditions_period_s=look_s) as recorder:
         if sensor.available:
@@ -71,7 +83,17 @@ def observe(sides: list[Side], rules: Rules, clock: Clock, power: bool) -> Obser
     spent = sum(own_after[role]["cpu_s"] - own[role]["cpu_s"] for role in own)
     machine = usage_between(before, after, spent)
     processes = {side.role: process_between(own[side.role], own_after[side.role], side.queries) for side in sides}
-    return Observation(rules, order, recorder.recording, machine, processes, _cut_short(sides, rules))
+    return Observation(rules, order, recorder.recording, machine, processes, _cut_short(sides, rules), on)
+
+
+def _runs_on(side: Side) -> str:
+    return "cpu" if side.request["backend"] == "onnxruntime" else "gpu"
+
+
+def _idle_s(sensor: PowerSensor, rules: Rules) -> float:
+    """Of a sensor that averages, its average of what was before must be over, and something left to read."""
+    seconds = min(max(_IDLE_SHARE * rules.seconds, _IDLE_S[0]), _IDLE_S[1])
+    return max(seconds, 2 * sensor.averaging_s + 1) if sensor.averaging_s else seconds
 
 
 def _usages(sides: list[Side]) -> dict[str, dict[str, Any]]:
@@ -106,9 +128,15 @@ def _flags(side: Side, seen: Observation) -> list[flags.Flag]:
         *flags.settling_flags(side.warm_up),
         *flags.spread_flags(side.latency_ms),
         *flags.part_flags(side.parts_ms),
-        *flags.condition_flags(seen.conditions(side)),
+        *flags.condition_flags(seen.conditions(side), seen.on),
+        *_power_flags(side, seen.recording),
         *flags.usage_flags(seen.processes[side.role], seen.machine, side.queries),
     ]
+
+
+def _power_flags(side: Side, recording: Recording) -> list[flags.Flag]:
+    sensor = recording.sensor
+    return flags.power_flags(too_short(recording, side.windows), least_window_s(sensor)) if sensor.available else []
 
 
 def _energy(side: Side, recording: Recording) -> dict[str, Any]:

@@ -139,15 +139,9 @@ class _Worker:
 
 
 def _last_parts(session: Session) -> dict[str, float]:
-    """Milliseconds of the latest query's parts, by the device's clock ("h2d", "compute", "d2h", "enqueue").
-
-    A session that knows them offers `last_times_ms`, a dict, or `last_times`, a named tuple of `<part>_ms`.
-    """
-    told = getattr(session, "last_times_ms", None)
-    if told is None:
-        times = getattr(session, "last_times", None)
-        told = {} if times is None else times._asdict()
-    return {name.removesuffix("_ms"): float(ms) for name, ms in told.items()}
+    """Milliseconds of the latest query's parts: of a session that offers `last_times`, a named tuple of `<part>_ms`."""
+    times = getattr(session, "last_times", None)
+    return {} if times is None else {name.removesuffix("_ms"): float(ms) for name, ms in times._asdict().items()}
 
 
 def _since(start: int) -> float:

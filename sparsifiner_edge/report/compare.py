@@ -60,7 +60,7 @@ def _said(value: Any) -> str:
 def _power_mode(side: Side) -> str:
     """Power mode, the GPU's power limit and the clock governor, as they were before the measurement."""
     before = mapping(side.source.result["method"], "conditions", side.role, "before")
-    mode, limit = before.get("power_mode"), number(get(before, "nvml", "power_limit_mw"))
+    mode, limit = before.get("power_mode"), number(before.get("power_limit_mw"))
     if isinstance(mode, Mapping) and "unavailable" not in mode:
         mode = mode["name"] if isinstance(mode.get("name"), str) else mode.get("id")
     parts = [

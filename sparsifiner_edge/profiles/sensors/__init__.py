@@ -13,11 +13,11 @@ Nothing here raises for what a sensor does: what is not known is `{"unavailable"
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading
 from sparsifiner_edge.profiles.sensors.conditions import conditions
-from sparsifiner_edge.profiles.sensors.energy import energy, least_window_s
+from sparsifiner_edge.profiles.sensors.energy import energy, least_window_s, too_short
 from sparsifiner_edge.profiles.sensors.find import PROBES, find_sensor
 from sparsifiner_edge.profiles.sensors.recorder import Recorder, Recording
 
 __all__ = [
     "PROBES", "PowerSensor", "Reading", "Recorder", "Recording", "conditions", "energy", "find_sensor",
-    "least_window_s",
+    "least_window_s", "too_short",
 ]  # fmt: skip

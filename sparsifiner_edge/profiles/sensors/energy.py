@@ -29,6 +29,8 @@ _LEAST_COVERED = 0.8
 _Z95 = 1.96
 _FROZEN_S = 2.0
 _FROZEN_READINGS = 20
+_READINGS, _REFRESHES = 20, 10
+"""Of a sensor, within inferences that are worth an energy: see `least_window_s`."""
 _DISAGREEMENT = 0.05
 _METHOD = (
     "spread between successive readings, power steps within a reading period (and the sensor's averaging time) of the "
@@ -39,7 +41,18 @@ _METHOD = (
 
 def least_window_s(sensor: PowerSensor) -> float:
     """How long inferences should run without a pause for `energy` to say much: 20 readings, 10 refreshes."""
-    return max(20 * sensor.period_s, 10 * sensor.averaging_s)
+    return max(_READINGS * sensor.period_s, _REFRESHES * sensor.averaging_s)
+
+
+def too_short(recording: Recording, windows: Sequence[Window]) -> str:
+    """Why `energy` says little of these windows, too few readings or refreshes; empty where there are enough."""
+    sensor, spans = recording.sensor, _spans(recording, windows)[0]
+    longest = max((end - begin for begin, end in _joined(spans, sensor.period_s)), default=0.0)
+    if longest < _REFRESHES * sensor.averaging_s:
+        return f"{longest:.2g} s without a pause, and {sensor.name} averages over {sensor.averaging_s:g} s"
+    if _length(spans) < _READINGS * sensor.period_s:
+        return f"{_length(spans):.2g} s of queries, and {sensor.name} is read every {sensor.period_s:g} s"
+    return ""
 
 
 class _Baseline(NamedTuple):

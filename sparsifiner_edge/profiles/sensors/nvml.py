@@ -165,7 +165,7 @@ def _text(name: Any) -> str:
 
 
 def nvml_conditions() -> dict[str, Any]:
-    """The card's clocks (MHz), temperature (C), performance state, power limit (W) and throttling.
+    """The card's clocks (MHz), temperature (C), performance state, power limit (mW) and throttling.
 
     Raises:
         UnavailableError: no NVML or no card.

@@ -130,6 +130,7 @@ class Recorder:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="power sensor", daemon=True)
         self._held = contextlib.ExitStack()
+        self._held.callback(sensor.close)
         self._finished = False
 
     def __enter__(self) -> Recorder:
@@ -165,7 +166,6 @@ class Recorder:
 
     def _close(self) -> None:
         try:
-            self._sensor.close()
             self._held.close()
         except Exception as error:  # Whatever a driver does when it is let go of, the figures stand.
             self._tell(f"closing the sensor: {why(error)}")
