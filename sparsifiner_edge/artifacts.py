@@ -1,4 +1,4 @@
-"""Folders and files that pass between steps: written whole or not at all, and checked when read."""
+"""Students, bundles and packages: folders that pass between steps, known by their files and checked when read."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.files import io_errors, is_locked, locked, replaced, signals_held
+from sparsifiner_edge.files import require_file_path as require_file_path  # noqa: PLC0414  (told to mypy)
+from sparsifiner_edge.files import write_text as write_text  # noqa: PLC0414  (told to mypy)
 
 STUDENT_SCHEMA = 1
 BUNDLE_SCHEMA = 1
@@ -23,9 +24,11 @@ STUDENT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 BUNDLE_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
+LABELS_FILE = "labels.txt"
 PACKAGE_FILE = "package.json"
 ENGINE_FOLDER = "engines"
 _SCRATCH = ".build."
+_MAX_LABELS = 1 << 24
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
 
 
@@ -95,36 +98,6 @@ def kind_of(folder: Path) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Deliver SIGINT, SIGTERM and SIGHUP after the block, so that a swap of two folders is never cut in half."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    previous = {
-        s: signal.signal(s, lambda number, _frame: held.append(number))
-        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(s) not in (signal.SIG_IGN, None)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for arrived in held:
-        signal.raise_signal(arrived)
-
-
-@contextlib.contextmanager
-def _io_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ArtifactError(f"{path} cannot be written: {reason}.", "Free space or choose another place.") from error
-
-
 def require_replaceable(folder: Path, kind: str) -> None:
     """Refuse an output folder that holds something we did not write.
 
@@ -133,13 +106,13 @@ def require_replaceable(folder: Path, kind: str) -> None:
     """
     if folder.name in ("", ".."):
         raise ArtifactError(f"{folder} names no folder of its own.", "Name a folder to write.")
-    with _io_errors(folder):
+    with io_errors(folder):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise ArtifactError(f"{folder} is not a folder.", "Choose another output.")
         if not folder.exists() or not any(folder.iterdir()):
             return
         present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
-        busy = [path for path in folder.glob(f"{_SCRATCH}*") if _in_use(path)]
+        busy = [path for path in folder.glob(f"{_SCRATCH}*") if is_locked(path)]
     if busy:
         raise ArtifactError(f"An engine is being built in {folder}.", "Wait for it, or choose another output folder.")
     ours = _own_files(folder, kind)
@@ -173,86 +146,8 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
         ArtifactError: `target` is not replaceable (see `require_replaceable`), or the disk refuses.
     """
     require_replaceable(target, kind)
-    scratch: Path | None = None
-    try:
-        with _io_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _signals_held():
-                scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            scratch.chmod(0o777 & ~_umask())
-            yield scratch
-            _sync(scratch)
-            with _signals_held():
-                _swap(scratch, target)
-    finally:
-        with _signals_held():
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _swap(scratch: Path, target: Path) -> None:
-    if not target.exists():
-        scratch.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    try:
-        target.rename(old / "old")
-        try:
-            scratch.rename(target)
-        except OSError:
-            (old / "old").rename(target)
-            raise
-    except OSError:
-        with contextlib.suppress(OSError):  # Only when empty: were the way back refused too, it holds the earlier one.
-            old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def require_file_path(path: Path) -> None:
-    """Refuse an output file that is a folder or a device.
-
-    Raises:
-        ArtifactError: it is.
-    """
-    with _io_errors(path):
-        if path.exists() and not path.is_file():
-            raise ArtifactError(f"{path} is a folder or a device.", "Give a file's name.")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; bytes in names that are no UTF-8 become backslash escapes.
-
-    Raises:
-        ArtifactError: `path` is a folder or a device, or the disk refuses.
-    """
-    require_file_path(path)
-    with _io_errors(path), _signals_held():
-        path = path.resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~_umask())
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    with replaced(target) as scratch:
+        yield scratch
 
 
 def seal_bundle(folder: Path, manifest: dict[str, Any]) -> None:
@@ -260,32 +155,6 @@ def seal_bundle(folder: Path, manifest: dict[str, Any]) -> None:
     files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     content = {"schema_version": BUNDLE_SCHEMA, "kind": "bundle", **manifest, "files": files}
     (folder / BUNDLE_FILE).write_text(dump_json(content), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; no file is left, and the lock ends with the process."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _in_use(scratch: Path) -> bool:
-    """Whether the process that made a scratch folder in a bundle still lives."""
-    try:
-        handle = os.open(scratch, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def _leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
@@ -304,9 +173,9 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
     """
     handle, scratch = -1, None
     try:
-        with _io_errors(folder), _locked(folder), _signals_held():
+        with io_errors(folder), locked(folder), signals_held():
             for old in folder.glob(f"{_SCRATCH}*"):
-                if not _in_use(old):
+                if not is_locked(old):
                     shutil.rmtree(old, ignore_errors=True)
             in_use = [p.parent for p in folder.glob(f"{_SCRATCH}*/*")]
             for path in _leftovers(folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)):
@@ -317,7 +186,7 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield scratch
     finally:
-        with _signals_held():
+        with signals_held():
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
             if handle >= 0:
@@ -335,14 +204,14 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[dic
     Raises:
         ArtifactError: the bundle is not one any more, or the disk refuses; the bundle is as it was.
     """
-    with _io_errors(folder), _locked(folder):
+    with io_errors(folder), locked(folder):
         before = read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)
         manifest = change(before)
         manifest["files"] = manifest["files"] | {name: sha256(path) for name, path in files.items()}
         for path in files.values():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        with _signals_held():
+        with signals_held():
             _move_in(folder, files, dump_json(manifest))
             for name in set(before["files"]) - set(manifest["files"]):
                 (folder / name).unlink(missing_ok=True)
@@ -405,6 +274,21 @@ def picture_size(manifest: dict[str, Any], folder: Path) -> int:
     if size < 1:
         raise ArtifactError(f"{folder}: preprocessing.size is {size}.", "Export the bundle again.")
     return size
+
+
+def read_labels(manifest: dict[str, Any], folder: Path) -> list[str]:
+    """Labels of a bundle that has them; a file that its manifest does not name is none of the bundle's.
+
+    Raises:
+        ArtifactError: the file is too large to be labels.
+    """
+    if LABELS_FILE not in manifest["files"]:
+        return []
+    path = folder / LABELS_FILE
+    size = path.stat().st_size
+    if size > _MAX_LABELS:
+        raise ArtifactError(f"{path} has {size} bytes; at most {_MAX_LABELS}.", "Do not use this bundle.")
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def bundle_hash(folder: Path) -> str:

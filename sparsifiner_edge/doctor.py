@@ -11,13 +11,12 @@ from typing import Any
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.results import environment, machine, package_version, unavailable
-from sparsifiner_edge.runtime import cuda
+from sparsifiner_edge.runtime import cuda, ort_cuda, ort_tensorrt
 from sparsifiner_edge.runtime.ort import load_backend
 from sparsifiner_edge.runtime.tensorrt import full as tensorrt
 from sparsifiner_edge.runtime.tensorrt import rtx as tensorrt_rtx
 
 DISTRIBUTION = "sparsifiner-edge"
-_GPU_PROVIDERS = {"onnxruntime-cuda": "CUDAExecutionProvider", "onnxruntime-tensorrt": "TensorrtExecutionProvider"}
 _REQUIREMENT = re.compile(
     r"^(?P<name>[A-Za-z0-9._-]+)(?:\[(?P<extras>[^\]]*)\])?.*?extra\s*==\s*['\"](?P<extra>[^'\"]+)"
 )
@@ -37,7 +36,7 @@ def examine() -> dict[str, Any]:
         **_native_library(),
         "backends": {
             "onnxruntime": _onnxruntime(),
-            **{name: _provider(provider, device) for name, provider in _GPU_PROVIDERS.items()},
+            **{module.BACKEND: _provider(module, device) for module in (ort_cuda, ort_tensorrt)},
             "tensorrt": _engines("tensorrt", tensorrt, device, "builds engines for the GPU of this machine"),
             "tensorrt-rtx": _engines(
                 "tensorrt-rtx", tensorrt_rtx, device, "builds engines ahead of time for RTX cards"
@@ -63,10 +62,6 @@ def _native_library() -> dict[str, Any]:
     return {"native_library": str(path), "native_library_reason": reason}
 
 
-def _missing(error: SparsifinerError) -> dict[str, Any]:
-    return _backend(False, f"{error.what} {error.fix}", unavailable("cannot be imported"))
-
-
 def _backend(available: bool, reason: str, version: Any) -> dict[str, Any]:
     return {"available": available, "reason": reason, "version": version}
 
@@ -84,24 +79,20 @@ def _onnxruntime() -> dict[str, Any]:
     try:
         module = load_backend()
     except SparsifinerError as error:
-        return _missing(error)
+        return _backend(False, f"{error.what} {error.fix}", unavailable("cannot be imported"))
     providers = ", ".join(module.get_available_providers())
     return _backend(True, f"imports, and offers {providers}; uses CPUExecutionProvider", str(module.__version__))
 
 
-def _provider(provider: str, device: Mapping[str, Any]) -> dict[str, Any]:
+def _provider(module: Any, device: Mapping[str, Any]) -> dict[str, Any]:
     """That a build offers a provider says nothing about the machine: it does so without any GPU."""
     try:
-        module = load_backend()
+        version = str(module.load_backend().__version__)
     except SparsifinerError as error:
-        return _missing(error)
-    version = str(module.__version__)
-    if provider not in module.get_available_providers():
-        fix = f'pip uninstall -y onnxruntime && pip install "{DISTRIBUTION}[gpu]"'
-        return _backend(False, f"this onnxruntime is built without {provider}. {fix}", version)
+        return _backend(False, f"{error.what} {error.fix}", package_version("onnxruntime"))
     if "unavailable" in device:
-        return _backend(False, f"{provider} is built in, and {device['unavailable']}", version)
-    return _backend(True, f"{provider} is built in; whether it starts is seen when a bundle is opened", version)
+        return _backend(False, f"{module.PROVIDER} is built in, and {device['unavailable']}", version)
+    return _backend(True, f"{module.PROVIDER} is built in; whether it starts is seen when a bundle is opened", version)
 
 
 def _engines(package: str, module: Any, device: Mapping[str, Any], skill: str) -> dict[str, Any]:

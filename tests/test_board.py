@@ -1,11 +1,10 @@
-"""Kernels in a bundle: compiled for a board, wired into the model, and handed to TensorRT's real plugin module."""
+"""Kernels in a bundle: compiled for a board, and wired into the model."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from sparsifiner_edge.profiles.board import load_board
 from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, kernel_model, ordered_ptx, plain_ptx, read_table
 from tests.commands import assert_refused, call
-from tests.fakes import record_tensorrt
 from tests.sparse_graph import sparse_model
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -219,152 +217,19 @@ def test_a_malformed_table_is_a_message(bundle, tmp_path, spoil, message):
     assert read_table(tmp_path, 89) is None
 
 
-INTERPRET = """
-import sys, numpy as np, onnx, torch
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
-from sparsifiner_edge.export import board
-from sparsifiner_edge.ops.triton.kernels import kernel
-from sparsifiner_edge.runtime.kernels import NAMESPACE, kernel_model, read_table
-from pathlib import Path
-
-folder = Path(sys.argv[1])
-model, table = onnx.load(folder / "model.onnx"), read_table(folder, 87)
-types, steps = board._tensor_types(model), {}
-for node in model.graph.node:
-    if node.name in table["nodes"]:
-        plan = board._plan(node, types, 87)
-        for entry, launch in zip(table["nodes"][node.name], plan.launches):
-            steps[entry["launch"]] = (plan, launch, table["launches"][entry["launch"]])
-
-def op(name):
-    plan, launch, entry = steps[name]
-    def _run(self, *inputs, **ignored):
-        batch = inputs[0].shape[0]
-        given = dict(zip(entry["inputs"], inputs))
-        tensors = {}
-        for n in (*entry["inputs"], *entry["outputs"]):
-            declared, buffer = entry["tensors"][n], plan.buffers[n]
-            raw = given.get(n)
-            if raw is None:
-                raw = np.zeros((batch, *declared["shape"]), declared["dtype"])
-            # The bytes are the kernel's; only the type that TensorRT sees may differ.
-            tensors[n] = torch.from_numpy(np.ascontiguousarray(raw).view(buffer.dtype).copy())
-        names = {a: None if b is None else tensors[b] for a, b in launch.arguments.items()}
-        kernel(launch.kernel)[(*entry["grid"], batch)](**names, **launch.constants, num_warps=launch.warps)
-        return tuple(
-            tensors[n].numpy().view(entry["tensors"][n]["dtype"]).reshape(batch, *entry["tensors"][n]["shape"])
-            for n in entry["outputs"]
-        )
-    return type(name, (OpRun,), {"op_domain": NAMESPACE, "_run": _run})
-
-variant = kernel_model(model, table)
-side = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
-image = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
-name = model.graph.output[0].name
-import onnxruntime
-wanted = onnxruntime.InferenceSession(model.SerializeToString()).run([name], {"image": image})[0]
-got = ReferenceEvaluator(variant, new_ops=[op(n) for n in steps]).run([name], {"image": image})[0]
-print("difference", float(np.abs(got - wanted).max() / np.ptp(wanted)))
-"""
-
-
 def test_the_launches_compute_what_the_bodies_compute(bundle, model):
     """The model that TensorRT would get, its launches run by Triton's interpreter: every name and shape is right."""
     folder, _ = bundle
     onnx.save(model, folder / "model.onnx")
     try:
         done = subprocess.run(
-            [sys.executable, "-c", INTERPRET, str(folder)], capture_output=True, text=True, check=False,
+            [sys.executable, "-m", "tests.check_launches", str(folder)], capture_output=True, text=True, check=False,
             env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT,
         )  # fmt: skip
     finally:
         (folder / "model.onnx").unlink()
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 1e-3
-
-
-REGISTER = """
-import os, sys, json
-output = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-import tensorrt_bindings as trt
-sys.modules["tensorrt"] = trt
-trt.__name__ = "tensorrt"
-creators = []
-
-class Registry:
-    def register_creator(self, creator, namespace):
-        creators.append((namespace, creator.name if hasattr(creator, "name") else None))
-        self.last = creator
-    def get_creator(self, name, version, namespace):
-        return self.last
-
-registry = Registry()
-trt.get_plugin_registry = lambda: registry
-sys.modules["tensorrt.plugin"] = __import__("tensorrt_bindings.plugin").plugin
-from pathlib import Path
-from sparsifiner_edge.runtime.tensorrt import plugin as tensorrt_plugin
-from sparsifiner_edge.runtime.cuda import Device
-from sparsifiner_edge.runtime.kernels import read_table
-
-folder = Path(sys.argv[1])
-reason = tensorrt_plugin.why_not(trt, folder, Device(0, "Orin", (8, 7), 8 << 30, True, "12.6"))
-if reason is not None:
-    json.dump({"reason": reason}, output)
-    sys.exit()
-table = read_table(folder, 87)
-made = tensorrt_plugin.register(trt, table, folder, 87)
-again = tensorrt_plugin.register(trt, table, folder, 87)
-plugin = sys.modules["tensorrt.plugin"]
-from tensorrt_bindings.plugin._lib import QDP_REGISTRY
-
-found = {}
-for identifier in made:
-    definition, launch = QDP_REGISTRY[identifier], table["launches"][identifier.partition("::")[2]]
-    inputs = [plugin.from_shape_expr((1, *launch["tensors"][n]["shape"]), trt.DataType.FLOAT) for n in launch["inputs"]]
-    outputs = definition.register_func(*inputs)
-    symbol, ptx, parameters, extra = definition.aot_impl_func(*inputs, outputs, 0)
-    found[identifier] = {
-        "inputs": definition.input_tensor_names, "outputs": definition.num_outputs,
-        "types": [o.dtype.name for o in outputs], "ranks": [o.ndim for o in outputs], "symbol": symbol,
-        "kind": type(parameters).__name__, "extra": len(extra), "in ptx": f".entry {symbol}(" in ptx,
-    }
-json.dump({"found": found, "again": made == again, "registered": len(creators)}, output)
-"""
-
-
-@pytest.mark.skipif(shutil.which("gcc") is None and shutil.which("cc") is None, reason="no C compiler")
-@pytest.mark.parametrize("version", ["10.7", "10.9", "11.4"])
-def test_the_real_plugin_module_takes_them(bundle, tmp_path, version):
-    """TensorRT's own decorators check names, types and return values; 10.7 has none ahead of time."""
-    folder, _ = bundle
-    try:
-        unpacked = record_tensorrt.download(record_tensorrt.VERSIONS[version], tmp_path)
-    except OSError as error:
-        pytest.skip(f"the wheel cannot be downloaded for this Python: {error}")
-    stubs = record_tensorrt.stub_libraries(version.partition(".")[0], tmp_path / "stubs")
-    done = subprocess.run(
-        [sys.executable, "-c", REGISTER, str(folder)], capture_output=True, text=True, check=False, cwd=ROOT,
-        env=os.environ | {"LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": f"{unpacked}:{ROOT}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    if version == "10.7":
-        assert result == {"reason": "TensorRT 10.7.0 has no ahead-of-time plugins (10.9 and later have)"}
-        return
-    table = read_table(folder, 87)
-    assert result["again"]
-    assert len(result["found"]) == result["registered"] == len(table["launches"]) == 7
-    kinds = {"float32": "FLOAT", "float16": "HALF", "int32": "INT32"}
-    for identifier, found in result["found"].items():
-        launch = table["launches"][identifier.partition("::")[2]]
-        assert found["inputs"] == launch["inputs"]
-        assert found["outputs"] == len(launch["outputs"])
-        assert found["types"] == [kinds[launch["tensors"][name]["dtype"]] for name in launch["outputs"]]
-        assert found["ranks"] == [1 + len(launch["tensors"][name]["shape"]) for name in launch["outputs"]]
-        assert (found["symbol"], found["kind"], found["extra"]) == (launch["symbol"], "KernelLaunchParams", 0)
-        assert found["in ptx"]
 
 
 def test_numbers_of_the_table_are_those_of_the_model(bundle):

@@ -1,11 +1,9 @@
-"""Engines, built for real by TensorRT-RTX without a GPU, and all that can go wrong on their way into the bundle."""
+"""Engines on their way into a bundle: kept whole or not at all, whatever dies, hangs, changes or fills up meanwhile."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,114 +13,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 
-from sparsifiner_edge.artifacts import (
-    BUNDLE_FILE,
-    bundle_scratch,
-    open_bundle,
-    require_replaceable,
-    seal_bundle,
-    sha256,
-)
-from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.artifacts import SIGNATURE_FILE, bundle_scratch, open_bundle, require_replaceable
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, GateError
-from sparsifiner_edge.export.check import golden_image
-from sparsifiner_edge.export.deployed import DeployedModel
-from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.export.half import convert
-from sparsifiner_edge.export.quantise import quantise, run_file
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import batch_range, build_engine
 from sparsifiner_edge.runtime.build_worker import run_job
 from sparsifiner_edge.runtime.engines import BatchRange
 from tests.commands import PROGRAM, assert_refused, call, snapshot
-from tests.fakes.gpu import Gpu
-from tests.fakes.install import install_cuda
-from tests.models import TINY_CONFIG, student
+from tests.tensorrt.rtx import RTX, needs_rtx, rtx
 from tests.test_bad_input import in_mount, needs_mounts
+from tests.test_runtime import spoil_golden
 from tests.tiny import make_bundle
-
-needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx exists for x86-64 alone"
-)
-RTX = "tensorrt-rtx"
-DYNAMIC = None
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return make_bundle(tmp_path / "tiny")
-
-
-def rtx(bundle: Path, *capabilities: str, **options: Any) -> list[dict[str, Any]]:
-    engines: list[dict[str, Any]] = build_engine(bundle, RTX, compute_capabilities=capabilities, **options)["engines"]
-    return engines
-
-
-def vit_bundle(folder: Path, sparsity: SparsityConfig, precision: str, batch: int | None) -> Path:
-    """A bundle of two layers, made as `export_bundle` makes it, without its checks."""
-    deployed = DeployedModel(student(sparsity=sparsity, depth=2).model)
-    model = export_graph(deployed, 160, batch, deployed.output_names)
-    if precision == "fp16":
-        model = convert(model).model
-    if precision == "int8":
-        model = quantise(model, [golden_image(160, batch or 1, seed) for seed in range(2)], "tensorrt").model
-        model = convert(model).model
-    folder.mkdir()
-    onnx.save(model, folder / "model.onnx")
-    image = golden_image(160, batch or 1)
-    outputs = {f"output.{name}": value for name, value in run_file(model, image).items()}
-    np.savez(folder / "golden.npz", **{"input.image": image}, **outputs)
-    shape = [batch or "batch", 160, 160, 3]
-    inputs = [{"name": "image", "dtype": "uint8", "shape": shape}]
-    tolerances = dict.fromkeys(deployed.output_names, 5e-2)
-    seal_bundle(folder, {"precision": precision, "inputs": inputs, "outputs": [], "tolerances": tolerances})
-    return folder
-
-
-@needs_rtx
-@pytest.mark.parametrize(
-    ("kind", "precision", "batch", "capability"),
-    [
-        ("edge", "fp32", 1, "8.0"),
-        ("edge", "fp32", DYNAMIC, "8.6"),
-        ("edge", "fp16", 1, "7.5"),
-        ("edge", "fp16", DYNAMIC, "12.0"),
-        ("edge", "int8", 2, "8.9"),
-        ("edge", "int8", 1, "7.5"),
-        ("dense", "fp32", DYNAMIC, "12.0"),
-        ("dense", "fp16", 1, "7.5"),
-        ("dense", "int8", 1, "8.6"),
-        ("paper", "fp16", 1, "8.9"),
-        ("pruned", "fp16", DYNAMIC, "8.6"),
-    ],
-)
-def test_every_kind_of_file_builds(
-    tmp_path: Path, kind: str, precision: str, batch: int | None, capability: str
-) -> None:
-    sparsity = {
-        "edge": TINY_CONFIG,
-        "dense": SparsityConfig(keep=1),
-        "paper": SparsityConfig.for_preset("paper", keep=0.25),
-        "pruned": SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((0, 0.7),)),
-    }[kind]
-    bundle = vit_bundle(tmp_path / "b", sparsity, precision, batch)
-    stages: list[str] = []
-    (engine,) = rtx(bundle, capability, progress=lambda stage, *_: stages.append(stage))
-    sizes = (1, 1, 8) if batch is DYNAMIC else (batch,) * 3
-    assert (engine["precision"], engine["compute_capability"]) == (precision, capability)
-    assert tuple(engine["batch"].values()) == sizes
-    assert engine["details"]["bytes"] == (bundle / engine["file"]).stat().st_size > 100_000
-    assert "no CUDA" in engine["details"]["golden"]["unavailable"] or "No NVIDIA" in str(engine["details"]["golden"])
-    assert any("parsing the model" in stage for stage in stages)
-    assert any("Building engine" in stage for stage in stages)
-    manifest = open_bundle(bundle)
-    assert manifest["engines"] == [engine]
-    for part in ("sm" + capability.replace(".", ""), precision, engine["version"], "linux", "x86_64"):
-        assert part in Path(engine["file"]).name
 
 
 @needs_rtx
@@ -145,49 +53,6 @@ def test_engines_are_added_and_those_of_one_name_replaced(tiny: Path) -> None:
         assert session.backend == "onnxruntime"
 
 
-@needs_rtx
-def test_an_engine_is_refused_before_anything_deserialises_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tensorrt_rtx
-
-    (engine,) = rtx(tiny, "8.6")
-    monkeypatch.setattr(tensorrt_rtx, "Runtime", lambda *_: pytest.fail("an object of TensorRT was made"))
-    if not Path("/dev/nvidiactl").exists():
-        with pytest.raises(BackendError, match=r"No NVIDIA driver|no CUDA"):
-            open_session(tiny, RTX)
-    install_cuda(monkeypatch, Gpu("NVIDIA L4", (8, 9), 24 << 30, False, 13000), "cuda-python")
-    with pytest.raises(BackendError, match=r"built for compute capability 8\.6, NVIDIA L4 has 8\.9") as caught:
-        open_session(tiny, RTX)
-    assert f"sparsifiner-edge build {tiny} --backend tensorrt-rtx --compute-capability 8.9" in caught.value.fix
-    for field, value, said in (("version", "1.0", "built by tensorrt-rtx 1.0"), ("os", "windows", "built for windows")):
-        forge(tiny, engine | {field: value})
-        with pytest.raises(BackendError, match=said):
-            open_session(tiny, RTX)
-    forge(tiny, engine)
-    with pytest.raises(BackendError, match="native kernels are the processor's"):
-        open_session(tiny, RTX, kernels="native")
-
-
-@needs_rtx
-def test_a_truncated_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (engine,) = rtx(tiny, "8.6")
-    path = tiny / engine["file"]
-    path.write_bytes(path.read_bytes()[: 2 << 10])
-    with pytest.raises(ArtifactError, match="does not match its SHA-256"):
-        open_session(tiny, RTX)
-    forge(tiny, engine)  # Now its hash is right; the GPU is made up, what refuses the file is TensorRT-RTX.
-    install_cuda(monkeypatch, Gpu("NVIDIA RTX A2000", (8, 6), 12 << 30, False, 13000), "cuda-python")
-    with pytest.raises(BackendError, match=r"sm86.*engine (is refused|was built by another version or is damaged)"):
-        open_session(tiny, RTX)
-
-
-def forge(folder: Path, engine: dict[str, Any]) -> None:
-    """Let the manifest say this of the engine, hashes and all."""
-    manifest = json.loads((folder / BUNDLE_FILE).read_text())
-    manifest["engines"] = [engine]
-    manifest["files"][engine["file"]] = sha256(folder / engine["file"])
-    (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
-
-
 def test_onnxruntime_needs_no_file(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(tiny)
     found = build_engine(tiny)
@@ -201,12 +66,7 @@ def test_onnxruntime_needs_no_file(tiny: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_onnxruntime_runs_the_golden_pair(tiny: Path) -> None:
-    with np.load(tiny / "golden.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    np.savez(tiny / "golden.npz", **arrays | {"output.features": arrays["output.features"] + 1})
-    manifest = json.loads((tiny / BUNDLE_FILE).read_text())
-    manifest["files"]["golden.npz"] = sha256(tiny / "golden.npz")
-    (tiny / BUNDLE_FILE).write_text(json.dumps(manifest))
+    spoil_golden(tiny, lambda features: features + 1)
     with pytest.raises(GateError, match="differs from golden"):
         build_engine(tiny)
 
@@ -223,11 +83,24 @@ def test_json_and_table(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(tiny / "engines") in outcome.out.replace("\n", "")
 
 
+@needs_rtx
+def test_a_signature_that_no_longer_holds_is_said(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("build", tiny, "--backend", RTX, "--compute-capability", "8.6", "--json")
+    assert call(capsys, *arguments).err == ""
+    (tiny / SIGNATURE_FILE).write_text("of the manifest as it was")
+    assert call(capsys, "build", tiny).err == ""  # which writes nothing
+    outcome = call(capsys, *arguments)
+    assert json.loads(outcome.out)["engines"]
+    assert "its signature no longer holds" in outcome.err
+    assert f"bundle sign {tiny} --key" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["--backend", "openvino"], "Unknown backend 'openvino'"),
         (["--compute-capability", "8.6"], "onnxruntime builds no engine"),
+        (["--backend", "onnxruntime-cuda"], "onnxruntime-cuda builds no engine file"),
         (["--backend", RTX, "--compute-capability", "86"], "compute capability is '86'"),
         (["--backend", RTX, "--compute-capability", ""], "compute capability is ''"),
         (["--backend", RTX, "--compute-capability", "8.6,"], "compute capability is ''"),
@@ -263,59 +136,6 @@ def test_batch_sizes(tmp_path: Path) -> None:
             batch_range(dynamic, sizes, tmp_path)
     with pytest.raises(ArtifactError, match="does not say the shape"):
         batch_range({"inputs": []}, None, tmp_path)
-
-
-def a_model(text: str) -> onnx.ModelProto:
-    return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20, "mine": 1]>\n{text}')
-
-
-SCATTER = 'y = ScatterElements <axis = 0, reduction = "add"> (x, i, x)'
-REFUSED = {
-    "NonZero": ("g (float[4,4] x) => (int64[2,n] y) { [count] y = NonZero (x) }", "NonZero (count): its number of"),
-    "scatter": (f"g (float[4,4] x, int64[4,4] i) => (float[4,4] y) {{ [add_up] {SCATTER} }}", "reduction 'add'"),
-    "bitwise": ("g (int32[4] x) => (int32[4] y) { [both] y = BitwiseAnd (x, x) }", "(both): it has no bitwise"),
-    "no body": ("g (float[4] x) => (float[4] y) { [odd] y = mine.Op (x) }", "Op (odd): an operator of the"),
-    "branch": (
-        "g (bool c, float[4,4] x) => (y) { [pick] y = If (c) <then_branch = a () => (int64[2,n] p)"
-        " { [inner] p = NonZero (x) }, else_branch = b () => (int64[2,n] q) { q = NonZero (x) }> }",
-        "NonZero (inner in pick)",
-    ),
-}  # fmt: skip
-
-
-@needs_rtx
-@pytest.mark.parametrize("name", REFUSED)
-def test_operators_that_it_cannot_take_are_named_before_its_parser_sees_them(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    text, said = REFUSED[name]
-    onnx.save(a_model(text), tiny / "model.onnx")
-    reseal(tiny)
-    monkeypatch.setattr("sparsifiner_edge.runtime.build.run_job", lambda *_: pytest.fail("a worker was started"))
-    before = snapshot(tiny)
-    with pytest.raises(BackendError) as caught:
-        rtx(tiny, "8.6")
-    assert said in caught.value.what
-    assert snapshot(tiny) == before
-
-
-def reseal(folder: Path) -> None:
-    manifest = json.loads((folder / BUNDLE_FILE).read_text())
-    (folder / BUNDLE_FILE).unlink()
-    seal_bundle(folder, {name: value for name, value in manifest.items() if name != "files"})
-
-
-@needs_rtx
-def test_what_the_parser_refuses_comes_back_with_its_node(tiny: Path) -> None:
-    onnx.save(
-        a_model("g (float[4,4] x, float[3] z) => (float[4,4] y) { [add_up] y = Add (x, z) }"), tiny / "model.onnx"
-    )
-    reseal(tiny)
-    before = snapshot(tiny)
-    with pytest.raises(Exception, match=r"(?s)cannot read the model: node add_up \(Add\)") as caught:
-        rtx(tiny, "8.6")
-    assert "Traceback" not in str(caught.value)
-    assert snapshot(tiny) == before
 
 
 # A worker that dies, hangs or is killed: a package of TensorRT-RTX's name that does so where the worker imports it.
@@ -453,7 +273,7 @@ def test_a_bundle_that_changes_under_the_build(tiny: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(module, "run_job", meanwhile)
     if change == "gone":
-        with pytest.raises((ArtifactError, FileNotFoundError)):
+        with pytest.raises(ArtifactError, match="vanished while it was built"):
             rtx(tiny, "8.6")
         return
     with pytest.raises(ArtifactError, match="was exported anew while the engines were built"):
@@ -491,35 +311,3 @@ def test_without_a_gpu_the_capability_must_be_said(tiny: Path) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(BackendError, match=r"No NVIDIA driver|no CUDA|CUDA finds"):
         build_engine(tiny, RTX)
-
-
-@needs_rtx
-@pytest.mark.skipif(importlib.util.find_spec("polygraphy") is None, reason="polygraphy is in the extra dev")
-@pytest.mark.parametrize("kind", ["edge", "dense"])
-def test_polygraphy_finds_every_node_supported(tmp_path: Path, kind: str) -> None:
-    sparsity = TINY_CONFIG if kind == "edge" else SparsityConfig(keep=1)
-    bundle = vit_bundle(tmp_path / "b", sparsity, "fp16", 1)
-    done = subprocess.run(
-        [Path(sys.executable).with_name("polygraphy"), "inspect", "capability", str(bundle / "model.onnx")],
-        env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"},
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Graph is fully supported by TensorRT" in done.stdout + done.stderr
-
-
-@needs_rtx
-def test_the_commands_of_the_documentation(tiny_student: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "engines.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-    shutil.copytree(tiny_student, tmp_path / "student")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    engines = open_bundle(tmp_path / "bundle")["engines"]
-    assert [(e["compute_capability"], e["precision"], e["batch"]["most"]) for e in engines] == [
-        ("8.6", "fp16", 1), ("12.0", "fp16", 1)
-    ]  # fmt: skip
-    assert '"golden"' in done.stdout

@@ -12,7 +12,7 @@ import pytest
 
 from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.runtime import ort_cuda, ort_tensorrt
+from sparsifiner_edge.runtime import open_session, ort_cuda, ort_tensorrt
 from sparsifiner_edge.runtime.ort import Execution, OrtSession
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
@@ -108,7 +108,7 @@ def test_types_of_the_file_are_allowed(tmp_path):
 @pytest.mark.parametrize("module", BOTH)
 def test_native_kernels_and_builds_are_refused(bundle, module):
     with pytest.raises(BackendError, match="native kernels are the processor's"):
-        module.open_model(bundle, open_bundle(bundle), 1, "native")
+        open_session(bundle, module.BACKEND, kernels="native")
     with pytest.raises(ConfigError, match=f"{module.BACKEND} builds no engine file"):
         module.plan(None)
 

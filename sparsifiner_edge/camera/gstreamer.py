@@ -18,6 +18,7 @@ import numpy as np
 from sparsifiner_edge.camera.libav import Decoded
 from sparsifiner_edge.camera.limits import die_with_parent
 from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera.sources import without_passwords
 
 
 def launch_line(pipeline: str, fit: Fit, handle: int) -> list[str]:
@@ -64,4 +65,4 @@ def _pictures(pixels: BinaryIO, fit: Fit) -> Iterator[Decoded]:
 
 def _message(remarks: bytes) -> str:
     lines = [line for line in remarks.decode("utf-8", "replace").splitlines() if "ERROR" in line or "erroneous" in line]
-    return (lines[0] if lines else "the pipeline failed")[:300]
+    return without_passwords(lines[0] if lines else "the pipeline failed")[:300]

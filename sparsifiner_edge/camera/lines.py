@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import require_file_path
 from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.files import require_file_path
 
 _WAITING = 64
 _DRAIN_S = 2.0

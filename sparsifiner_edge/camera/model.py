@@ -6,29 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from sparsifiner_edge.artifacts import open_bundle, picture_size
+from sparsifiner_edge.artifacts import open_bundle, picture_size, read_labels
 from sparsifiner_edge.camera.prepare import LETTERBOX, SQUARE, Fit
 from sparsifiner_edge.camera.wire import MAX_SIDE
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import Session, open_session
+from sparsifiner_edge.runtime.session import Array
+from sparsifiner_edge.signing import require_signature
 
-Array = npt.NDArray[Any]
 TOP = 5
-_MAX_LABELS = 1 << 24
 _FOLLOW = 0.05
 """How far the reference that a change is measured against moves with each frame: it forgets in some twenty."""
 
 
-def check_bundle(folder: Path) -> dict[str, Any]:
+def check_bundle(folder: Path, public_key: Path | None = None) -> dict[str, Any]:
     """Everything that is demanded of a bundle before any of it is loaded; returns its manifest.
 
+    Args:
+        folder: the bundle.
+        public_key: it must be signed by this key; without it a signature is not looked at.
+
     Raises:
-        ArtifactError: not a bundle, altered, or of a newer schema.
+        ArtifactError: not a bundle, altered, or of a newer schema; not signed by that key.
+        MissingExtraError: what checks signatures is not installed.
     """
-    return open_bundle(folder)
+    return open_bundle(folder) if public_key is None else require_signature(folder, public_key)
 
 
 class Model:
@@ -36,24 +40,34 @@ class Model:
 
     Args:
         folder: the bundle.
-        backend, threads: see `open_session`.
+        backend, threads, kernels: see `open_session`.
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
+        public_key: see `check_bundle`.
 
     Raises:
         ConfigError: the bundle takes a fixed batch above 1.
         SparsifinerError: the bundle or backend is unusable.
     """
 
-    def __init__(self, folder: Path, backend: str, threads: int | None, top: int = TOP, threshold: float = 0.0) -> None:
-        manifest = check_bundle(folder)
+    def __init__(
+        self,
+        folder: Path,
+        backend: str,
+        threads: int | None,
+        top: int = TOP,
+        threshold: float = 0.0,
+        public_key: Path | None = None,
+        kernels: str = "auto",
+    ) -> None:
+        manifest = check_bundle(folder, public_key)
         self.fit = Fit(picture_size(manifest, folder), _letterbox(manifest, folder))
-        self.labels = _labels(folder, manifest)
+        self.labels = read_labels(manifest, folder)
         self.tokens = _tokens(manifest)
         self._top, self._threshold = top, threshold
         self._reference: Array | None = None
         self._tokens_before: Array | None = None
-        self.session: Session = open_session(folder, backend, threads)
+        self.session: Session = open_session(folder, backend, threads, kernels)
         if self.session.inputs[0].shape[0] not in (1, "batch"):
             self.session.close()
             raise ConfigError(
@@ -132,17 +146,6 @@ def _letterbox(manifest: dict[str, Any], folder: Path) -> bool:
             "Upgrade: pip install -U sparsifiner-edge",
         )
     return resize.startswith(LETTERBOX)
-
-
-def _labels(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Labels of a bundle that has them; a file that its manifest does not name is none of the bundle's."""
-    if "labels.txt" not in manifest["files"]:
-        return []
-    path = folder / "labels.txt"
-    size = path.stat().st_size
-    if size > _MAX_LABELS:
-        raise ArtifactError(f"{path} has {size} bytes; at most {_MAX_LABELS}.", "Do not use this bundle.")
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _tokens(manifest: dict[str, Any]) -> tuple[int, int, int] | None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsifiner_edge.artifacts import require_file_path
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.files import require_file_path
 
 Picture = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]

@@ -18,9 +18,9 @@ from sparsifiner_edge.camera.lines import LineWriter, open_output
 from sparsifiner_edge.camera.model import TOP, Model
 from sparsifiner_edge.camera.notify import Notifier
 from sparsifiner_edge.camera.overlay import SHOWN, Overlay, Rate, require_overlay_path, text_lines
-from sparsifiner_edge.camera.sources import Source, require_decoder
+from sparsifiner_edge.camera.sources import Source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.errors import ArtifactError, MissingExtraError, PictureError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError, PictureError
 
 _TICK_S = 0.1
 STALL_S = 3.0
@@ -34,7 +34,7 @@ class Options(NamedTuple):
         backend, threads: see `open_session`.
         output: file for the records; None is standard output.
         overlay: video file to draw into.
-        top, threshold: see `Model`.
+        top, threshold, public_key: see `Model`.
         fps: of the test pattern.
         duration_s, frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
@@ -52,6 +52,7 @@ class Options(NamedTuple):
     frames: int | None = None
     metrics: tuple[str, int] | None = None
     stall_s: float = STALL_S
+    public_key: Path | None = None
 
 
 def run_service(bundle: Path, source: Source, options: Options) -> None:
@@ -66,10 +67,9 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
         SparsifinerError: the bundle, backend or options are unusable.
     """
     require_decoder(source)
-    if options.overlay is not None:
-        _require_overlay(options.overlay, source)
+    _require_outputs(source, options.output, options.overlay)
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(Model(bundle, options.backend, options.threads, options.top, options.threshold))
+        model = stack.enter_context(_open_model(bundle, options))
         events = LineWriter(_duplicate(sys.stderr), patient=False)
         stack.callback(events.close)
         status = Status(source.shown, events.write)
@@ -84,14 +84,25 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
         _require_frames(source, status, run.failure)
 
 
-def _require_overlay(path: Path, source: Source) -> None:
+def _open_model(bundle: Path, options: Options) -> Model:
+    return Model(
+        bundle, options.backend, options.threads, options.top, options.threshold, public_key=options.public_key
+    )
+
+
+def _require_outputs(source: Source, output: Path | None, overlay: Path | None) -> None:
+    if output is not None:
+        require_other_file(output, source)
+    if overlay is None:
+        return
     try:
         import av  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("av", "camera") from error
-    require_overlay_path(path)
-    if source.kind == "file" and path.exists() and path.samefile(source.location):
-        raise ArtifactError(f"{path} is the source itself.", "Give the overlay another name.")
+    require_overlay_path(overlay)
+    require_other_file(overlay, source)
+    if output is not None and os.path.realpath(output) == os.path.realpath(overlay):
+        raise ConfigError(f"{output} cannot hold records and overlay.", "Give two names.")
 
 
 def _require_frames(source: Source, status: Status, failure: str | None) -> None:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from sparsifiner_edge.errors import ConfigError, MissingExtraError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
 
 VIDEO_SUFFIXES = frozenset(
     {".264", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov"}
     | {".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"}
 )
+_PASSWORD = re.compile(r"(://[^\s/:@]*):\S*@")
+_USER_PW = re.compile(r"(\buser-pw=)(?:\"[^\"]*\"|'[^']*'|\S+)")
+"""Of GStreamer's rtspsrc."""
 KNOWN = "a picture, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test"
-TEST_SIZE = (640, 480)
 
 
 class Source(NamedTuple):
@@ -40,8 +42,7 @@ def parse_source(text: str) -> Source:
     """Read a source; nothing is opened.
 
     Raises:
-        ConfigError: an unknown scheme, or no pipeline after `gst:`.
-
+        ConfigError: an unknown scheme, an address that is none, or no pipeline after `gst:`.
     """
     if text == "test":
         return Source("test", "", True, "test")
@@ -50,16 +51,26 @@ def parse_source(text: str) -> Source:
         # decodebin: a camera that gives JPEG is taken as well as one that gives pixels.
         return Source("gst", f"v4l2src device={device} ! decodebin", True, device)
     if text.startswith("gst:"):
-        return Source("gst", _pipeline(text), True, text)
+        return Source("gst", _pipeline(text), True, without_passwords(text))
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
     if scheme and scheme[1].lower() in ("rtsp", "rtsps"):
-        return Source("rtsp", text, True, _without_password(text))
+        return Source("rtsp", _address(text), True, without_passwords(text))
     if scheme and scheme[1].lower() != "file":
-        raise ConfigError(f"{_without_password(text)} has an unknown scheme.", f"Give {KNOWN}.")
+        raise ConfigError(f"{without_passwords(text)} has an unknown scheme.", f"Give {KNOWN}.")
     path = Path(text[len("file://") :] if scheme else text)
     if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
         return Source("file", str(path.absolute()), False, str(path))
     return Source("pictures", str(path), False, str(path))
+
+
+def require_other_file(path: Path, source: Source) -> None:
+    """Refuse an output that would overwrite what is read.
+
+    Raises:
+        ArtifactError: `path` is the source.
+    """
+    if source.kind in ("file", "pictures") and path.is_file() and path.samefile(source.location):
+        raise ArtifactError(f"{path} is the source itself.", "Give the output another name.")
 
 
 def require_decoder(source: Source) -> None:
@@ -88,12 +99,17 @@ def _pipeline(text: str) -> str:
     return shlex.join(words)
 
 
-def _without_password(address: str) -> str:
+def _address(text: str) -> str:
     try:
-        parts = urlsplit(address)
-        credentials, found, host = parts.netloc.rpartition("@")
+        urlsplit(text)
     except ValueError as error:
         raise ConfigError("The source's address cannot be read.", f"Give {KNOWN}.") from error
-    if not found:
-        return address
-    return parts._replace(netloc=f"{credentials.partition(':')[0]}:***@{host}").geturl()
+    return text
+
+
+def without_passwords(text: str) -> str:
+    """Addresses in a text as they may be shown.
+
+    Passwords hold any sign, also those that should have been escaped: up to the last @ of a word all is hidden.
+    """
+    return _USER_PW.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))

@@ -20,6 +20,7 @@ def run_pictures(
     threads: int | None = None,
     top: int = TOP,
     threshold: float = 0.0,
+    public_key: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Run a bundle on a picture, or on every picture below a folder.
 
@@ -27,7 +28,7 @@ def run_pictures(
         bundle: its folder.
         source: a picture or a folder.
         backend, threads: see `open_session`.
-        top, threshold: see `Model`.
+        top, threshold, public_key: see `Model`.
 
     Yields:
         Per picture: `source`, `preprocess_ms`, `infer_ms`, and `top` (label and probability of at most `top` classes)
@@ -39,7 +40,7 @@ def run_pictures(
         SparsifinerError: the bundle or backend is unusable.
     """
     folder, pictures = Path(bundle), list_pictures(Path(source))
-    with Model(folder, backend, threads, top, threshold) as model:
+    with Model(folder, backend, threads, top, threshold, public_key) as model:
         for path in pictures:
             try:
                 yield _record(model, path)

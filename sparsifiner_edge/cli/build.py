@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.cli.common import json_option, print_json, print_table, progress
 
 
@@ -58,6 +59,12 @@ def command(
         print_json(result)
     else:
         _print(result)
+    if result["engines"] and (bundle / SIGNATURE_FILE).is_file():
+        click.echo(
+            f"warning: {bundle} was signed before, and its signature no longer holds. Sign it again: "
+            f"sparsifiner-edge bundle sign {bundle} --key KEY",
+            err=True,
+        )
 
 
 def _batch(least: int | None, best: int | None, most: int | None) -> tuple[int, int, int] | None:

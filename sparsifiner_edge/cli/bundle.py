@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from sparsifiner_edge.cli.common import json_option, print_json, print_table
 
@@ -37,11 +36,8 @@ def verify(*, bundle: Path, backend: str, kernels: str, public_key: Path | None,
 
 
 def _print(result: dict[str, Any]) -> None:
-    # Names and shapes in brackets are no markup.
-    rows = [
-        [check["name"], "ok" if check["passed"] else "FAILED", escape(check["details"])] for check in result["checks"]
-    ]
-    print_table(escape(f"{result['bundle']} ({result['hash'][:16]})"), ["check", "", "found"], rows)
+    rows = [[check["name"], "ok" if check["passed"] else "FAILED", check["details"]] for check in result["checks"]]
+    print_table(f"{result['bundle']} ({result['hash'][:16]})", ["check", "", "found"], rows)
     failed = [check for check in result["checks"] if not check["passed"]]
     if failed:
         click.echo(f"error: {len(failed)} of {len(rows)} checks failed.\n  Do not use this bundle.", err=True)

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from sparsifiner_edge.artifacts import dump_json
 
@@ -74,10 +75,10 @@ def print_json(content: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on standard output: first column left, the others right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """A table on standard output: first column left, the others right; names in brackets are no markup."""
+    table = Table(title=Text(title, style="bold"), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(width=None if Console().is_terminal else 120).print(table)

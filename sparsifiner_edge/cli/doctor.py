@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from sparsifiner_edge import doctor
 from sparsifiner_edge.cli.common import json_option, print_json, print_table
@@ -32,15 +31,15 @@ def _text(value: Any) -> str:
 
 def _backend_rows(findings: dict[str, Any]) -> list[list[str]]:
     rows = [
-        [name, "yes" if entry["available"] else "no", _text(entry["version"]), escape(entry["reason"])]
+        [name, "yes" if entry["available"] else "no", _text(entry["version"]), entry["reason"]]
         for name, entry in (*findings["backends"].items(), ("triton", findings["triton"]))
     ]
     device = findings["cuda"]
     found = [device.get("name", ""), device.get("compute_capability", "")]
     remark = device.get("unavailable") or f"{found[0]}, compute capability {found[1]}"
-    rows.append(["CUDA device", "yes" if all(found) else "no", device.get("driver_version", ""), escape(remark)])
+    rows.append(["CUDA device", "yes" if all(found) else "no", device.get("driver_version", ""), remark])
     library = findings["native_library"]
-    return [*rows, ["native library", "yes" if library else "no", "", escape(findings["native_library_reason"])]]
+    return [*rows, ["native library", "yes" if library else "no", "", findings["native_library_reason"]]]
 
 
 def _extra_rows(extras: dict[str, Any]) -> list[list[str]]:
@@ -51,7 +50,7 @@ def _extra_rows(extras: dict[str, Any]) -> list[list[str]]:
             extra if number == 0 else "",
             package,
             _text(version),
-            "" if entry["complete"] or number else escape(entry["install"]),
+            "" if entry["complete"] or number else entry["install"],
         ]
         for extra, entry in extras.items()
         for number, (package, version) in enumerate(entry["packages"].items())

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from sparsifiner_edge.cli.common import json_option, output_option, print_json, print_table
 
@@ -67,12 +66,12 @@ def command(
 def _print(result: dict[str, Any]) -> None:
     figures, method = result["statistics"], result["method"]
     board, kernels = method["board"], method["kernels"]
-    name = escape(Path(result["subjects"][0]["path"]).name)
+    name = Path(result["subjects"][0]["path"]).name
     rows = [
         [label, *(f"{figures[key][bound] * factor:.3g}" for bound in ("value", "low", "high"))]
         for label, key, factor in _ROWS
     ]
-    print_table(f"ESTIMATE of {name} on {escape(board['title'])}", ["", "value", "low", "high"], rows)
+    print_table(f"ESTIMATE of {name} on {board['title']}", ["", "value", "low", "high"], rows)
     operators = [[o["kind"], f"{o['macs'] / 1e6:.1f}", f"{o['bytes'] / 1e6:.1f}", f"{o['ms']:.3f}", o["bound"]]
                  for o in figures["operators"]]  # fmt: skip
     print_table("Operators, over all layers", ["", "MACs, M", "moved, MB", "ms", "bound by"], operators)

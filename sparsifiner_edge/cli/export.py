@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -89,38 +91,13 @@ def command(
     manifest = open_bundle(folder)
     if as_json:
         print_json(manifest)
-        return
-    check = manifest["check"]
-    for name, found in check["outputs"].items():
-        error, least = found["error_relative_to_range"], found["least_row_cosine"]
-        equal = found["error_with_equal_selection"]
-        click.echo(
-            f"{name}: differs from torch by {error:.1e} of its range ({equal:.1e} with the same keys), "
-            f"least cosine {least:.7f}"
-        )
-    if check["selected_indices"]:
-        click.echo(f"selected keys: {check['differing_indices']} of {check['selected_indices']} differ from torch")
-    if check["differing_tokens"]:
-        click.echo(f"kept tokens: {check['differing_tokens']} differ from torch")
-    if "retiled" in manifest:
-        found = manifest["retiled"]
-        sizes = ", ".join(f"{name} {found['from'][name]} -> {value}" for name, value in found["to"].items())
-        click.echo(f"{sizes}: cosine to before {found['cosine']:.4f}, {found['pictures']} pictures")
-    if "quantisation" in manifest:
-        found = manifest["quantisation"]
-        least = min(found["cosines"].values())
-        click.echo(f"int8: {found['quantised']} linear layers, {len(found['kept'])} left out, cosine {least:.4f}")
-    if "float16" in manifest:
-        found = manifest["float16"]
-        least = min(found["least_row_cosines"].values())
-        counts = f"{found['nodes_float16']} nodes, {found['nodes_float32']} left in fp32"
-        click.echo(f"fp16: {counts}, least cosine to before {least:.5f}; kernels: {found['kernels']}")
-    for choice in manifest.get("measured", {}).get("choices", ()):
-        kept = "kept dense" if choice["kept_dense"] else "sparse"
-        click.echo(
-            f"layers {choice['layers'][0]} to {choice['layers'][-1]}: sparse attention {choice['sparse_ms']:.2f} ms, "
-            f"dense {choice['dense_ms']:.2f} ms: {kept}"
-        )
+    else:
+        _print(folder, manifest)
+
+
+def _print(folder: Path, manifest: dict[str, Any]) -> None:
+    for line in (*_check(manifest["check"]), *_changes(manifest), *_measured(manifest)):
+        click.echo(line)
     for board in manifest.get("boards", ()):
         counts = f"{board['launches']} kernels for {board['nodes']} nodes"
         left = f"; {len(board['refused'])} nodes keep their bodies" if board["refused"] else ""
@@ -130,3 +107,40 @@ def command(
     ops = ", ".join(manifest["ops"]) or "none: plain dense attention in standard operators"
     click.echo(f"custom operators (with bodies in standard operators): {ops}")
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")
+
+
+def _check(check: dict[str, Any]) -> Iterator[str]:
+    """How close the file is to torch."""
+    for name, found in check["outputs"].items():
+        yield (
+            f"{name}: differs from torch by {found['error_relative_to_range']:.1e} of its range "
+            f"({found['error_with_equal_selection']:.1e} with the same keys), "
+            f"least cosine {found['least_row_cosine']:.7f}"
+        )
+    if check["selected_indices"]:
+        yield f"selected keys: {check['differing_indices']} of {check['selected_indices']} differ from torch"
+    if check["differing_tokens"]:
+        yield f"kept tokens: {check['differing_tokens']} differ from torch"
+
+
+def _changes(manifest: dict[str, Any]) -> Iterator[str]:
+    """What another tile, int8 and float16 cost."""
+    if found := manifest.get("retiled"):
+        sizes = ", ".join(f"{name} {found['from'][name]} -> {value}" for name, value in found["to"].items())
+        yield f"{sizes}: cosine to before {found['cosine']:.4f}, {found['pictures']} pictures"
+    if found := manifest.get("quantisation"):
+        least = min(found["cosines"].values())
+        yield f"int8: {found['quantised']} linear layers, {len(found['kept'])} left out, cosine {least:.4f}"
+    if found := manifest.get("float16"):
+        least = min(found["least_row_cosines"].values())
+        counts = f"{found['nodes_float16']} nodes, {found['nodes_float32']} left in fp32"
+        yield f"fp16: {counts}, least cosine to before {least:.5f}; kernels: {found['kernels']}"
+
+
+def _measured(manifest: dict[str, Any]) -> Iterator[str]:
+    """Which layers are kept dense on this machine."""
+    for choice in manifest.get("measured", {}).get("choices", ()):
+        yield (
+            f"layers {choice['layers'][0]} to {choice['layers'][-1]}: sparse attention {choice['sparse_ms']:.2f} ms, "
+            f"dense {choice['dense_ms']:.2f} ms: {'kept dense' if choice['kept_dense'] else 'sparse'}"
+        )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from sparsifiner_edge.cli.common import json_option, output_option, print_json, print_table, progress
 from sparsifiner_edge.errors import ConfigError
@@ -94,7 +93,7 @@ def _print(result: dict[str, Any], with_layers: bool) -> None:
     described = [result["method"]["runtime"][role] for role in roles]
     for what in ("backend", "device", "kernels", "precision", "threads"):
         rows.append([what, *(_described(description, what) for description in described)])
-    print_table("Single stream, value (95 % interval)", ["", *map(escape, names)], rows)
+    print_table("Single stream, value (95 % interval)", ["", *names], rows)
     for name, figure in zip(names, figures, strict=True):
         if with_layers:
             _print_layers(name, figure)
@@ -157,7 +156,7 @@ def _print_layers(name: str, figure: dict[str, Any]) -> None:
     times = sorted(by_kind(figure["layers"]).items(), key=lambda item: -item[1])
     rows = [[kind, _number(ms), f"{ms / total:.1%}" if total else "?"] for kind, ms in times]
     rows.append(["sum", _number(total), f"{compared['total_over_latency']:.0%} of the latency"])
-    print_table(f"{escape(name)}: time by kind of layer", ["", "ms", "share"], rows)
+    print_table(f"{name}: time by kind of layer", ["", "ms", "share"], rows)
 
 
 def _print_sweep(result: dict[str, Any]) -> None:
@@ -168,7 +167,7 @@ def _print_sweep(result: dict[str, Any]) -> None:
         cells = [_cell(point, "latency_ms", "p50"), _cell(point, "throughput_per_s"), marks]
         rows.append([f"{point['threads']} x {point['batch']}", *cells])
     columns = ["threads x batch", "latency p50 of a batch, ms", "images/s", "flags"]
-    print_table(f"{escape(name)}, value (95 % interval)", columns, rows)
+    print_table(f"{name}, value (95 % interval)", columns, rows)
 
 
 def _cell(figure: dict[str, Any], *path: str) -> str:

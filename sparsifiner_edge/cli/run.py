@@ -40,6 +40,13 @@ _FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
     show_default=True,
     help="Seconds without a frame after which a live source is opened anew.",
 )
+@click.option(
+    "--require-signature",
+    "public_key",
+    metavar="KEY.pub",
+    type=click.Path(path_type=Path),
+    help="Refuse a bundle that the holder of this key did not sign, or that was altered since.",
+)
 def command(*, bundle: Path, source: str, **options: Any) -> None:
     """Run BUNDLE on pictures, a video or a camera; one JSON line per picture or frame.
 
@@ -63,7 +70,8 @@ def _service(bundle: Path, source: Any, given: dict[str, Any]) -> None:
     from sparsifiner_edge.camera.service import Options, run_service
 
     same = {
-        name: given[name] for name in ("backend", "threads", "output", "overlay", "top", "threshold", "fps", "frames")
+        name: given[name]
+        for name in ("backend", "threads", "output", "overlay", "top", "threshold", "fps", "frames", "public_key")
     }
     metrics = None if given["metrics"] is None else parse_address(given["metrics"])
     run_service(bundle, source, Options(**same, metrics=metrics, duration_s=given["duration"], stall_s=given["stall"]))
@@ -76,9 +84,8 @@ def _pictures(bundle: Path, source: Path, options: dict[str, Any]) -> None:
     if output is not None:
         require_file_path(output)
     lines, failed = [], 0
-    records = stills.run_pictures(
-        bundle, source, options["backend"], options["threads"], options["top"], options["threshold"]
-    )
+    chosen = (options[name] for name in ("backend", "threads", "top", "threshold", "public_key"))
+    records = stills.run_pictures(bundle, source, *chosen)
     for record in records:
         failed += "error" in record
         lines.append(json.dumps(record, ensure_ascii=False))

@@ -96,23 +96,15 @@ def export_bundle(
     entries: dict[str, Any] = {}
     if retiles:
         student, entries["retiled"] = with_tile(student, tile, probe, pictures)
-    measured = None
     if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
-        student, measured = _measured(student)
+        student, entries["measured"] = _measured(student)
     deployed = DeployedModel(student.model, tokens)
     model = export_graph(deployed, student.img_size, size_of_batch, deployed.output_names)
     batches = (1, 3) if size_of_batch is None else (size_of_batch,)
     check, golden = check_export(model, deployed, student.img_size, batches)
-    if precision == "int8":
-        images = [np.repeat(load_picture(p, student.img_size)[None], size_of_batch or 1, 0) for p in pictures]
-        quantised = quantise(model, images, recipe, progress)
-        model, entries["quantisation"] = quantised.model, quantised.to_dict()
-    if precision == "fp16" or recipe == "tensorrt":
-        sizes = (*batches, batches[0])
-        shown = [golden_image(student.img_size, size, seed) for seed, size in enumerate(sizes)]
-        halved = halve(model, shown, LEAST_COSINE_INT8 if precision == "int8" else None)
-        model, entries["float16"] = halved.model, halved.to_dict()
     if precision != "fp32":
+        model, found = _narrowed(model, student.img_size, batches, precision, recipe, pictures, progress)
+        entries |= found
         golden |= {f"output.{name}": x for name, x in run_file(model, golden["input.image"]).items()}
     labels = list(student.labels) or class_labels(student.model)
     set_metadata(model, _metadata(student, deployed, labels))
@@ -122,12 +114,27 @@ def export_bundle(
         if labels:
             (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         manifest = _manifest(student, deployed, model, check, precision, recipe) | entries
-        if measured is not None:
-            manifest["measured"] = measured
         if wanted:
             manifest["boards"] = [board_files(model, manifest, board, folder) for board in wanted]
         seal_bundle(folder, manifest)
     return target
+
+
+def _narrowed(
+    model: onnx.ModelProto, size: int, batches: Sequence[int], precision: str, recipe: str, pictures: Sequence[Path],
+    progress: Progress | None,
+) -> tuple[onnx.ModelProto, dict[str, Any]]:  # fmt: skip
+    """The file in fp16, or in int8 with the rest as its recipe wants it; and entries for the manifest."""
+    entries: dict[str, Any] = {}
+    if precision == "int8":
+        images = [np.repeat(load_picture(path, size)[None], batches[0], 0) for path in pictures]
+        quantised = quantise(model, images, recipe, progress)
+        model, entries["quantisation"] = quantised.model, quantised.to_dict()
+    if precision == "fp16" or recipe == "tensorrt":
+        shown = [golden_image(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
+        halved = halve(model, shown, LEAST_COSINE_INT8 if precision == "int8" else None)
+        model, entries["float16"] = halved.model, halved.to_dict()
+    return model, entries
 
 
 def _calibration(precision: str, calibrate: str | Path | None, recipe: str, retiles: bool) -> list[Path]:

@@ -25,8 +25,6 @@ from sparsifiner_edge.sparse.prune import PrunedBlock
 Array = npt.NDArray[Any]
 COSINE = 0.9999
 """Least cosine of every row of every output, end to end (the operators' agreement rules)."""
-
-
 TOLERANCE = 1e-3
 """Greatest difference in fp32, relative to an output's range, when both choose the same keys."""
 FREE_TOLERANCE = 2e-2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -14,6 +14,7 @@ from torch import nn
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, TOPK_LIMIT, VERSION
+from sparsifiner_edge.runtime.graph import all_nodes
 from sparsifiner_edge.sparse.attention import SparseAttention
 
 IR_VERSION = 10
@@ -120,17 +121,11 @@ def check_structure(model: onnx.ModelProto) -> None:
             problems.append(f"domain {entry.domain!r}")
     if model.ir_version > IR_VERSION:
         problems.append(f"IR version {model.ir_version} is newer than {IR_VERSION}")
-    problems += [f"a {node.op_type} node ({node.name})" for node in _all_nodes(model) if "Scatter" in node.op_type]
+    problems += [f"a {node.op_type} node ({node.name})" for node in all_nodes(model) if "Scatter" in node.op_type]
     if next(iter(model.graph.node)).op_type != "Cast":
         problems.append(f"first node {model.graph.node[0].op_type}, not Cast")
     if problems:
         raise GateError(f"The exported file holds {'; '.join(problems)}.", "Report this with the model's name.")
-
-
-def _all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    yield from model.graph.node
-    for function in model.functions:
-        yield from function.node
 
 
 def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ from onnx import numpy_helper
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned, cosine
+from sparsifiner_edge.runtime.graph import drop_unused
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -243,27 +244,8 @@ def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str
             if weight not in present:
                 model.graph.initializer.append(weights[weight])
                 present.add(weight)
-    _drop_unused(model.graph)
+    drop_unused(model)
     return model
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove QDQ nodes whose results nobody reads, and initialisers that no node reads."""
-    outputs = {output.name for output in graph.output}
-    while True:
-        read = outputs | {name for node in graph.node for name in node.input}
-        unread = [
-            node
-            for node in graph.node
-            if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not read.intersection(node.output)
-        ]
-        if not unread:
-            break
-        for node in unread:
-            graph.node.remove(node)
-    left = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(left)
 
 
 def _run(model: onnx.ModelProto, images: Sequence[Array]) -> list[dict[str, Array]]:

@@ -28,10 +28,10 @@ LEAST_COSINE = 0.97
 def with_tile(
     student: Student, tile: int | None, probe: int | None, pictures: Sequence[Path]
 ) -> tuple[Student, dict[str, Any]]:
-    """The student, its model changed in place, with another tile or probe, and what that changed, for the manifest.
+    """A student with another tile or probe, and what that changed, for the manifest.
 
     Args:
-        student: of the preset "edge".
+        student: of the preset "edge"; left as it is.
         tile, probe: consecutive patches that share one list, and that ask as one; None keeps the student's own.
         pictures: what the gate judges by.
 

@@ -130,7 +130,8 @@ def build_engine(
         result |= _run_in_onnxruntime(folder)
     else:
         request = BuildRequest(folder, manifest, capabilities, batch_range(manifest, batch, folder), options or {})
-        result |= {"version": load_backend(backend), "engines": _build_all(request, backend, timeout_s, progress)}
+        engines = _build_all(request, backend, timeout_s, progress)
+        result |= {"version": load_backend(backend), "engines": engines}
     return result | {"seconds": time.monotonic() - start}
 
 
@@ -219,6 +220,8 @@ def _build_one(
         "settings": dict(plan.settings),
     }
     details = run_job(job, timeout_s, progress)
+    if not path.is_file():
+        raise ArtifactError(f"{path} vanished while it was built.", "Leave the bundle in its place and build again.")
     return {**details, "build_seconds": time.monotonic() - start, "bytes": path.stat().st_size}
 
 

@@ -14,26 +14,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import json
-import os
-import select
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from sparsifiner_edge import errors
 from sparsifiner_edge.errors import BackendError, SparsifinerError
+from sparsifiner_edge.runtime.child import Child, Parent, start_child
 
 Progress = Callable[[str, float, float], None]
 """Called with (stage, done, total)."""
 Job = Mapping[str, Any]
-_SOURCE = Path(__file__).resolve().parents[2]
-_TAIL_BYTES = 2000
 _EVERY_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
@@ -52,63 +45,21 @@ def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> dic
         SparsifinerError: what `build` raised.
         BackendError: the process died, was killed, or took too long; the end of its log is in the message.
     """
-    # A session of its own: Ctrl-C reaches the parent alone, which then ends the worker. The folder of this package as
-    # working directory: the worker imports the same package, and no file of the user's folder in place of a library.
-    with (
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=_SOURCE,
-            start_new_session=True,
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
+    deadline = time.monotonic() + timeout_s
+    with start_child(__name__) as child:
+        with contextlib.suppress(BrokenPipeError):  # It died at once; that it did is seen when it is read from.
+            child.send(job)
         try:
-            _send(process.stdin, job)
-            for line in _lines(process.stdout, time.monotonic() + timeout_s):
-                message = json.loads(line)
+            while (message := child.receive(deadline)) is not None:
                 if "ok" in message:
                     return dict(message["ok"])
                 if "error" in message:
                     raise _raised(message["error"])
                 if progress:
                     progress(message["stage"], message["done"], message["total"])
-            raise _lost(process, log, job)
         except TimeoutError as error:
-            raise _too_long(job, timeout_s, log) from error
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _send(pipe: IO[bytes], job: Job) -> None:
-    try:
-        pipe.write(json.dumps(dict(job)).encode() + b"\n")
-        pipe.close()
-    except BrokenPipeError:
-        pass  # It died at once; that it did is seen when it is read from.
-
-
-def _lines(pipe: IO[bytes], deadline: float) -> Iterator[bytes]:
-    """Lines until the pipe closes.
-
-    Raises:
-        TimeoutError: it is still open at the deadline.
-    """
-    rest = b""
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([pipe], [], [], left)[0]:
-            raise TimeoutError
-        chunk = os.read(pipe.fileno(), 1 << 16)
-        if not chunk:
-            return
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
+            raise _too_long(job, timeout_s, child) from error
+        raise _lost(child, job)
 
 
 def _raised(error: Mapping[str, str]) -> SparsifinerError:
@@ -120,24 +71,18 @@ def _raised(error: Mapping[str, str]) -> SparsifinerError:
     return made
 
 
-def _tail(log: IO[bytes]) -> str:
-    log.seek(0, os.SEEK_END)
-    log.seek(max(0, log.tell() - _TAIL_BYTES))
-    return " ".join(log.read().decode("utf-8", "replace").split()) or "nothing"
-
-
-def _lost(process: subprocess.Popen[bytes], log: IO[bytes], job: Job) -> BackendError:
-    code = process.wait()
+def _lost(child: Child, job: Job) -> BackendError:
+    code = child.wait()
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit status {code}"
     fix = "The bundle is as it was. Report this with the model's name, or build with another version."
     if code == -signal.SIGKILL:
         fix = "The bundle is as it was. The system may have run out of memory: close other programs, or build smaller."
-    return BackendError(f"The builder of {job['backend']} {how}. It wrote: {_tail(log)}", fix)
+    return BackendError(f"The builder of {job['backend']} {how}. It wrote: {child.written()}", fix)
 
 
-def _too_long(job: Job, timeout_s: float, log: IO[bytes]) -> BackendError:
+def _too_long(job: Job, timeout_s: float, child: Child) -> BackendError:
     return BackendError(
-        f"The builder of {job['backend']} took more than {timeout_s:g} s and was ended. It wrote: {_tail(log)}",
+        f"The builder of {job['backend']} took more than {timeout_s:g} s and was ended. It wrote: {child.written()}",
         "The bundle is as it was. Give it longer with --timeout.",
     )
 
@@ -152,28 +97,22 @@ def _die_with_parent() -> None:
 def main() -> None:
     """Carry out the job on standard input."""
     _die_with_parent()
-    job = json.loads(sys.stdin.readline())
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # From here on whatever a library prints goes to standard error.
-
-    def say(message: Mapping[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
+    parent = Parent()
+    job = next(parent.messages())
     told: list[tuple[str, float]] = [("", 0.0)]
 
     def tell(stage: str, done: float, total: float) -> None:
         before, when = told[0]
         if stage != before or time.monotonic() - when > _EVERY_S:  # Some phases have thousands of steps.
             told[0] = (stage, time.monotonic())
-            say({"stage": stage, "done": done, "total": total})
+            parent.send({"stage": stage, "done": done, "total": total})
 
     from sparsifiner_edge.runtime.open import BACKENDS
 
     try:
-        say({"ok": importlib.import_module(BACKENDS[job["backend"]]).build(job, tell)})
+        parent.send({"ok": importlib.import_module(BACKENDS[job["backend"]]).build(job, tell)})
     except SparsifinerError as error:
-        say({"error": {"kind": type(error).__name__, "what": error.what, "fix": error.fix}})
+        parent.send({"error": {"kind": type(error).__name__, "what": error.what, "fix": error.fix}})
 
 
 if __name__ == "__main__":

@@ -183,18 +183,17 @@ def _same_architecture(engine: Engine, device: Device) -> bool:
     return engine.compute_capability == device.compute_capability
 
 
-def fitting_engine(engines: Sequence[Engine], device: Device, folder: Path, variant: str | None = None) -> Engine:
+def fitting_engine(engines: Sequence[Engine], device: Device, folder: Path) -> Engine:
     """The engine built last that runs on a device.
 
     Args:
         engines: see `listed_engines`.
         folder: the bundle, for messages.
-        variant: only engines of this variant; None takes any.
 
     Raises:
         BackendError: there is none; the message says what each one lacks and which command builds one.
     """
-    mine = [e for e in engines if e.backend == device.backend and variant in (None, e.variant)]
+    mine = [e for e in engines if e.backend == device.backend]
     for engine in reversed(mine):
         if not mismatches(engine, device):
             return engine
@@ -205,6 +204,3 @@ def fitting_engine(engines: Sequence[Engine], device: Device, folder: Path, vari
         raise BackendError(f"{folder} holds no engine for {device.backend}.", fix)
     found = "; ".join(f"{engine.file}: {', '.join(mismatches(engine, device))}" for engine in mine)
     raise BackendError(f"No engine of {folder} runs here. {found}.", fix)
-
-
-__all__ = ["AMPERE_PLUS", "ENGINE_FOLDER", "VERSION_COMPATIBLE", "BatchRange", "Device", "Engine"]

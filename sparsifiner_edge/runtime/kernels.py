@@ -19,7 +19,7 @@ from typing import Any
 from sparsifiner_edge.artifacts import field, read_json
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.tensorrt.models import drop_unused
+from sparsifiner_edge.runtime.graph import drop_unused
 
 SCHEMA = 1
 FOLDER = "kernels"

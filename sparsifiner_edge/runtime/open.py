@@ -86,7 +86,9 @@ def open_session(
 
 
 def _kernels_for(backend: str, manifest: Mapping[str, Any], kernels: str) -> str:
-    """The native kernels compute in float32 alone: float16 files run by their bodies on a processor."""
+    """The native kernels are the processor's, and compute in float32 alone: float16 files run by their bodies there."""
+    if kernels == "native" and backend != "onnxruntime":
+        raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime.")
     if backend != "onnxruntime" or "float16" not in manifest:
         return kernels
     if kernels == "native":

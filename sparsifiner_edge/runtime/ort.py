@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ import numpy as np
 
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.runtime.graph import all_nodes
 from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs
 
 _ERRORS_ONLY = 3
@@ -220,8 +222,7 @@ def _inspect(model: Path) -> tuple[set[str], str]:
     import onnx
 
     content = onnx.load(str(model), load_external_data=False)
-    graphs = [content.graph.node, *(function.node for function in content.functions)]
-    operators = {node.op_type for nodes in graphs for node in _nodes(nodes) if node.domain == "sparsifiner"}
+    operators = {node.op_type for node in all_nodes(content) if node.domain == DOMAIN}
     sizes: dict[int, int] = {}
     for tensor in content.graph.initializer:
         sizes[tensor.data_type] = sizes.get(tensor.data_type, 0) + int(np.prod(tensor.dims, dtype=np.int64))
@@ -231,12 +232,3 @@ def _inspect(model: Path) -> tuple[set[str], str]:
     }  # fmt: skip
     weights = {kind: size for kind, size in sizes.items() if kind in names}
     return operators, names[max(weights, key=lambda kind: weights[kind])] if weights else "unknown (no weights)"
-
-
-def _nodes(nodes: Iterable[Any]) -> Iterable[Any]:
-    """Every node, those of subgraphs (If, Loop) included."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _nodes(graph.node)

@@ -19,9 +19,9 @@ def load_backend() -> Any:
     return require_provider(PROVIDER)
 
 
-def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, kernels: str) -> OrtSession:
+def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, _kernels: str) -> OrtSession:
     """Load `model.onnx` of a checked bundle; see `open_session` and `ort_gpu.open_gpu`."""
-    return open_gpu(BACKEND, PROVIDER, OPTIONS, folder, manifest, threads, kernels)
+    return open_gpu(BACKEND, PROVIDER, OPTIONS, folder, manifest, threads)
 
 
 def plan(_request: Any) -> Any:

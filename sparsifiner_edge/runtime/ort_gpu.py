@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,16 +35,13 @@ def require_provider(provider: str) -> Any:
 
 
 def open_gpu(
-    backend: str, provider: str, options: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any],
-    threads: int, kernels: str,
-) -> OrtSession:  # fmt: skip
+    backend: str, provider: str, options: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any], threads: int
+) -> OrtSession:
     """A session on a provider of a GPU, after CUDA has answered.
 
     Raises:
-        BackendError: no such provider, no device, the native kernels are asked for, or the provider does not start.
+        BackendError: no such provider, no device, or the provider does not start.
     """
-    if kernels == "native":
-        raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime.")
     ort = require_provider(provider)
     device = probe()
     execution = Execution(
@@ -58,11 +54,6 @@ def open_gpu(
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
         return OrtSession(folder / "model.onnx", manifest.get("precision"), threads, "portable", execution)
-
-
-def cache_folder(name: str) -> Path:
-    """The user's folder for engines that a provider builds."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsifiner-edge" / name
 
 
 def refuse_build(backend: str) -> NoReturn:

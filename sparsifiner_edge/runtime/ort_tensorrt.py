@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.runtime.cache import cache_folder
 from sparsifiner_edge.runtime.ort import OrtSession
-from sparsifiner_edge.runtime.ort_gpu import cache_folder, open_gpu, refuse_build, require_provider
+from sparsifiner_edge.runtime.ort_gpu import open_gpu, refuse_build, require_provider
 
 BACKEND, PROVIDER = "onnxruntime-tensorrt", "TensorrtExecutionProvider"
 
@@ -19,7 +20,7 @@ def load_backend() -> Any:
 
 def options(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the provider: engines and times are kept per model, and types are those of the file."""
-    cache = cache_folder(BACKEND) / str(manifest["files"]["model.onnx"])[:16]
+    cache = cache_folder() / BACKEND / str(manifest["files"]["model.onnx"])[:16]
     precision = manifest.get("precision")
     return {
         "device_id": 0,
@@ -33,9 +34,9 @@ def options(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, kernels: str) -> OrtSession:
+def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, _kernels: str) -> OrtSession:
     """Load `model.onnx` of a checked bundle; see `open_session` and `ort_gpu.open_gpu`."""
-    return open_gpu(BACKEND, PROVIDER, options(manifest), folder, manifest, threads, kernels)
+    return open_gpu(BACKEND, PROVIDER, options(manifest), folder, manifest, threads)
 
 
 def plan(_request: Any) -> Any:

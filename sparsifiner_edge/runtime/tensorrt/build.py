@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.runtime import engines
 from sparsifiner_edge.runtime.build_worker import Progress
+from sparsifiner_edge.runtime.cache import cache_folder
 from sparsifiner_edge.runtime.cuda import Device
 from sparsifiner_edge.runtime.engines import BatchRange
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, build_error, make_logger, refused_model
@@ -64,19 +65,16 @@ def build_engine_file(trt: Any, model: bytes, device: Device, free: int, setting
 
     Raises:
         UnsupportedModelError: the parser refuses the model; its nodes are named.
-        ConfigError: a setting does not fit this device or model.
+        ConfigError: an axis other than the batch is dynamic.
         BackendError: TensorRT builds no engine, or was told to stop.
     """
     messages = Messages()
     logger = make_logger(trt, messages)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model):
-        raise refused_model(parser, str(trt.__version__))
+    network = parse(trt, builder, logger, model, f"TensorRT {trt.__version__}")
     workspace = settings.workspace or workspace_bytes(free, device.integrated)
-    config = _configure(trt, builder, workspace, device, settings)
-    _add_profile(builder, network, config, settings.batch)
+    config = _configure(trt, builder, workspace, settings)
+    add_profile(builder, network, config, settings.batch)
     monitor = make_monitor(trt, tell)
     config.progress_monitor = monitor
     cache = TimingCache(Path(settings.timing_cache)) if settings.timing_cache else None
@@ -100,12 +98,28 @@ def build_engine_file(trt: Any, model: bytes, device: Device, free: int, setting
     return Built(bytes(serialised), details)
 
 
+def parse(trt: Any, builder: Any, logger: Any, model: bytes, name: str) -> Any:
+    """A strongly typed network of an ONNX file.
+
+    Args:
+        name: TensorRT's name and version, for messages.
+
+    Raises:
+        UnsupportedModelError: the parser refuses the model; its nodes are named.
+    """
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model):
+        raise refused_model(parser, name)
+    return network
+
+
 def workspace_bytes(free: int, integrated: bool) -> int:
     """Scratch memory that the builder may use."""
     return int(free * (SHARE_INTEGRATED if integrated else SHARE_DISCRETE))
 
 
-def _configure(trt: Any, builder: Any, workspace: int, device: Device, settings: Settings) -> Any:
+def _configure(trt: Any, builder: Any, workspace: int, settings: Settings) -> Any:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.builder_optimization_level = settings.optimisation_level
@@ -116,27 +130,16 @@ def _configure(trt: Any, builder: Any, workspace: int, device: Device, settings:
     if engines.VERSION_COMPATIBLE in settings.compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if engines.AMPERE_PLUS in settings.compatible:
-        refuse_hardware_compatibility(device)
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     return config
 
 
-def refuse_hardware_compatibility(device: Device) -> None:
-    """Refuse an engine for every newer GPU where TensorRT has none.
+def add_profile(builder: Any, network: Any, config: Any, batch: BatchRange) -> None:
+    """Sizes of the first axis where it is dynamic; a model whose axes are all fixed needs no profile.
 
     Raises:
-        ConfigError: an integrated GPU, or one older than Ampere.
+        ConfigError: another axis is dynamic.
     """
-    if device.integrated or device.sm < (8, 0):
-        kind = "a Jetson's" if device.integrated else "an older"
-        raise ConfigError(
-            f"Hardware-compatible engines need a GPU card of compute capability 8.0 or later; {device.name} is {kind}.",
-            "Leave the option hardware_compatible out.",
-        )
-
-
-def _add_profile(builder: Any, network: Any, config: Any, batch: BatchRange) -> None:
-    """Sizes of the first axis where it is dynamic; a model whose axes are all fixed needs no profile."""
     profile = builder.create_optimization_profile()
     dynamic = False
     for number in range(network.num_inputs):
@@ -151,6 +154,20 @@ def _add_profile(builder: Any, network: Any, config: Any, batch: BatchRange) -> 
             profile.set_shape(tensor.name, *((size, *shape[1:]) for size in batch))
     if dynamic:
         config.add_optimization_profile(profile)
+
+
+def write_engine(path: Path, content: bytes) -> None:
+    """Write what was built.
+
+    Raises:
+        ArtifactError: the disk refuses.
+    """
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be written: {error.strerror}.", "Free space or choose another place."
+        ) from error
 
 
 def make_monitor(trt: Any, tell: Progress) -> Any:
@@ -238,6 +255,5 @@ def _replaced(path: Path) -> Iterator[str]:
 
 def timing_cache_path(device: Device, version: str) -> Path:
     """Where the times of a device and a version are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     name = re.sub(r"[^A-Za-z0-9]+", "-", device.name).strip("-").lower()
-    return Path(root) / "sparsifiner-edge" / f"tensorrt-{version}-sm{device.sm[0]}{device.sm[1]}-{name}.cache"
+    return cache_folder() / f"tensorrt-{version}-sm{device.sm[0]}{device.sm[1]}-{name}.cache"

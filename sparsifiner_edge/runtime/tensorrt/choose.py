@@ -23,11 +23,10 @@ from sparsifiner_edge.runtime.cuda import Device, Driver
 from sparsifiner_edge.runtime.engines import Engine
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.tensorrt import plugin
-from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file
+from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file, write_engine
 from sparsifiner_edge.runtime.tensorrt.models import dense_model
-from sparsifiner_edge.runtime.tensorrt.session import EngineSession
+from sparsifiner_edge.runtime.tensorrt.session import BODIES, DENSE, PLUGIN, EngineSession
 
-BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
 MEASURED = "measured"
 """In `Engine.variant`: the details say which candidate was the fastest."""
 KERNELS = ("auto", "portable", "plugin")
@@ -88,9 +87,9 @@ def build_fastest(work: Work, names: Sequence[str], driver: Driver, tell: Progre
     for name in names:
         path = work.output.with_name(f"{name}.candidate")
         try:
-            built[name] = _build(work, name, path, driver, lambda s, d, t, n=name: tell(f"{n}: {s}", d, t))  # type: ignore[misc]
+            built[name] = _build(work, name, path, driver, _prefixed(tell, name))
             found[name] = measure(work, path)
-        except (BackendError, SparsifinerError) as error:
+        except SparsifinerError as error:
             failures.append(error)
             found[name] = {"failed": error.what}
     passed = [name for name, entry in found.items() if isinstance(entry.get("golden"), dict)]
@@ -106,6 +105,10 @@ def build_fastest(work: Work, names: Sequence[str], driver: Driver, tell: Progre
     return built[best] | {"kernels": best, "candidates": found}
 
 
+def _prefixed(tell: Progress, name: str) -> Progress:
+    return lambda stage, done, total: tell(f"{name}: {stage}", done, total)
+
+
 def _build(work: Work, name: str, path: Path, driver: Driver, tell: Progress) -> dict[str, Any]:
     content = work.model.read_bytes()
     if name == DENSE:
@@ -113,7 +116,7 @@ def _build(work: Work, name: str, path: Path, driver: Driver, tell: Progress) ->
     if name == PLUGIN:
         content = plugin.prepare(work.trt, content, work.bundle, driver.device)
     built = build_engine_file(work.trt, content, driver.device, driver.free_bytes(), work.settings, tell)
-    path.write_bytes(built.content)
+    write_engine(path, built.content)
     return built.details
 
 

@@ -73,10 +73,10 @@ def parser_errors(parser: Any) -> str:
     return "; ".join(lines)[:1500] or "no reason given"
 
 
-def refused_model(parser: Any, version: str) -> UnsupportedModelError:
-    """The error for a model that the parser refuses."""
+def refused_model(parser: Any, name: str) -> UnsupportedModelError:
+    """The error for a model that the parser of TensorRT, by its name and version, refuses."""
     return UnsupportedModelError(
-        f"TensorRT {version} cannot read the model: {parser_errors(parser)}.",
+        f"{name} cannot read the model: {parser_errors(parser)}.",
         "Upgrade TensorRT (on a Jetson: JetPack), export the model again, or use --backend onnxruntime.",
     )
 

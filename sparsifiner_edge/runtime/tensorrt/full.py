@@ -6,30 +6,20 @@ Options of a build, beside those of every backend: `kernels` ("auto", "portable"
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError, SparsifinerError
+from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.runtime.build import BuildRequest, Planned
 from sparsifiner_edge.runtime.build_worker import Job, Progress
 from sparsifiner_edge.runtime.cuda import Device, open_driver, probe
-from sparsifiner_edge.runtime.engines import (
-    AMPERE_PLUS,
-    VERSION_COMPATIBLE,
-    BatchRange,
-    Engine,
-    fitting_engine,
-    listed_engines,
-    mismatches,
-    system,
-)
-from sparsifiner_edge.runtime.engines import Device as Target
+from sparsifiner_edge.runtime.engines import AMPERE_PLUS, VERSION_COMPATIBLE, BatchRange, Engine, system
 from sparsifiner_edge.runtime.tensorrt import choose
-from sparsifiner_edge.runtime.tensorrt.build import Settings, refuse_hardware_compatibility, timing_cache_path
-from sparsifiner_edge.runtime.tensorrt.session import EngineSession
+from sparsifiner_edge.runtime.tensorrt.build import Settings, timing_cache_path
+from sparsifiner_edge.runtime.tensorrt.open import import_package, open_listed, why_no_fit
+from sparsifiner_edge.runtime.tensorrt.session import BODIES, EngineSession
 
 BACKEND = "tensorrt"
 OLDEST = (10, 3)
@@ -46,16 +36,7 @@ def load_backend() -> Any:
         MissingExtraError: it is not installed.
         BackendError: it is installed and cannot be imported, or is older than 10.3.
     """
-    try:
-        trt = importlib.import_module("tensorrt")
-    except ModuleNotFoundError as error:
-        if error.name not in ("tensorrt", "tensorrt_bindings", "tensorrt_libs"):
-            raise BackendError(f"tensorrt lacks the module {error.name}.", "Reinstall tensorrt.") from error
-        raise MissingExtraError("tensorrt", "tensorrt") from error
-    except Exception as error:  # Its libraries may be missing, or be those of another version.
-        raise BackendError(
-            f"tensorrt cannot be imported: {error}.", "Reinstall it; on a Jetson it comes with JetPack."
-        ) from error
+    trt = import_package("tensorrt", "tensorrt", "Reinstall it; on a Jetson it comes with JetPack.")
     version = str(getattr(trt, "__version__", "0"))
     if version_numbers(version) < OLDEST or not hasattr(trt, "IProgressMonitor"):
         raise BackendError(
@@ -88,7 +69,7 @@ def plan(request: BuildRequest) -> list[Planned]:
     variant = candidates[0] if len(candidates) == 1 else choose.MEASURED
     engine = Engine(
         BACKEND, version, device.compute_capability, *system(), request.precision, request.batch,
-        "" if variant == choose.BODIES else variant, compatible,
+        "" if variant == BODIES else variant, compatible,
     )  # fmt: skip
     cache = timing_cache_path(device, version) if options.get("timing_cache", True) else None
     workspace = options.get("workspace_mib")
@@ -122,8 +103,12 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compatible(options: Mapping[str, Any], device: Device) -> tuple[str, ...]:
-    if options.get("hardware_compatible"):
-        refuse_hardware_compatibility(device)
+    if options.get("hardware_compatible") and (device.integrated or device.sm < (8, 0)):
+        kind = "a Jetson's" if device.integrated else "an older"
+        raise ConfigError(
+            f"Hardware-compatible engines need a GPU card of compute capability 8.0 or later; {device.name} is {kind}.",
+            "Leave the option hardware_compatible out.",
+        )
     wanted = ((VERSION_COMPATIBLE, "version_compatible"), (AMPERE_PLUS, "hardware_compatible"))
     return tuple(word for word, option in wanted if options.get(option))
 
@@ -151,15 +136,7 @@ def build(job: Job, tell: Progress) -> dict[str, Any]:
 
 def why_not_here(engine: Engine) -> str | None:
     """See `build.EngineBackend`."""
-    try:
-        reasons = mismatches(engine, _target(load_backend(), probe()))
-    except SparsifinerError as error:
-        return error.what
-    return "; ".join(reasons) or None
-
-
-def _target(trt: Any, device: Device) -> Target:
-    return Target(BACKEND, str(trt.__version__), device.compute_capability, device.name)
+    return why_no_fit(load_backend, engine)
 
 
 def open_engine(path: Path, engine: Engine, manifest: Mapping[str, Any]) -> EngineSession:
@@ -167,17 +144,6 @@ def open_engine(path: Path, engine: Engine, manifest: Mapping[str, Any]) -> Engi
     return EngineSession(load_backend(), path, engine, manifest)
 
 
-def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, kernels: str) -> EngineSession:  # noqa: ARG001
-    """The engine of a checked bundle that runs on this machine; see `open_session`.
-
-    Raises:
-        BackendError: no CUDA device, or no engine of the bundle fits it.
-    """
-    if kernels == "native":
-        raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime.")
-    trt = load_backend()
-    engines = listed_engines(manifest, folder)
-    if kernels == "portable":
-        engines = [e for e in engines if e.details.get("kernels", choose.BODIES) == choose.BODIES]
-    engine = fitting_engine(engines, _target(trt, probe()), folder)
-    return EngineSession(trt, folder / engine.file, engine, manifest)
+def open_model(folder: Path, manifest: Mapping[str, Any], _threads: int, kernels: str) -> EngineSession:
+    """See `open.open_listed`."""
+    return open_listed(load_backend(), BACKEND, folder, manifest, kernels)

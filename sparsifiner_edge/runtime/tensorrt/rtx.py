@@ -5,19 +5,19 @@ The bodies in the file are what runs: a registered plugin would end the process.
 
 from __future__ import annotations
 
-import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, MissingExtraError, SparsifinerError
+from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.runtime.build import MODEL, BuildRequest, Planned
 from sparsifiner_edge.runtime.build_worker import Job, Progress
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.engines import Device, Engine, fitting_engine, listed_engines, mismatches, system
-from sparsifiner_edge.runtime.tensorrt.build import make_monitor
-from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, refused_model
+from sparsifiner_edge.runtime.engines import BatchRange, Engine, system
+from sparsifiner_edge.runtime.tensorrt.build import add_profile, make_monitor, parse, write_engine
+from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
+from sparsifiner_edge.runtime.tensorrt.open import import_package, open_listed, why_no_fit
 from sparsifiner_edge.runtime.tensorrt.rtx_graph import check_operators, without_single_products
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
@@ -40,14 +40,7 @@ def load_backend() -> Any:
         MissingExtraError: it is not installed.
         BackendError: it is installed and cannot be imported.
     """
-    try:
-        return importlib.import_module("tensorrt_rtx")
-    except ModuleNotFoundError as error:
-        if error.name not in ("tensorrt_rtx", "tensorrt_rtx_bindings", "tensorrt_rtx_libs"):
-            raise BackendError(f"tensorrt_rtx lacks the module {error.name}.", "Reinstall tensorrt-rtx.") from error
-        raise MissingExtraError("tensorrt-rtx", "tensorrt-rtx") from error
-    except Exception as error:  # Its libraries may be missing, or be those of another version.
-        raise BackendError(f"tensorrt_rtx cannot be imported: {error}.", "Reinstall tensorrt-rtx.") from error
+    return import_package("tensorrt_rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
 
 
 def plan(request: BuildRequest) -> list[Planned]:
@@ -101,30 +94,26 @@ def build(job: Job, tell: Progress) -> dict[str, Any]:
     messages = Messages()
     logger = make_logger(trt, messages)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     tell("parsing the model", 0, 1)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model.SerializeToString()):
-        raise refused_model(parser, f"RTX {trt.__version__}")
+    network = parse(trt, builder, logger, model.SerializeToString(), f"TensorRT-RTX {trt.__version__}")
     parsed = time.monotonic()
-    batch = engine["batch"]
-    config = _configure(trt, builder, network, capability, (batch["least"], batch["best"], batch["most"]))
-    monitor = make_monitor(trt, tell)
-    config.progress_monitor = monitor
+    config = _configure(trt, builder, capability)
+    add_profile(builder, network, config, BatchRange(**engine["batch"]))
+    config.progress_monitor = make_monitor(trt, tell)
     content = builder.build_serialized_network(network, config)
     if content is None:
         raise _failed(messages, capability)
-    _write(Path(job["output"]), content, tell)
+    tell("writing the engine", 0, 1)
+    write_engine(Path(job["output"]), content)
     return {
         "layers": int(network.num_layers),
         "parse_seconds": parsed - start,
         "compile_seconds": time.monotonic() - parsed,
         "cpu_seconds": time.process_time(),
-        "ahead_of_time": True,
     }
 
 
-def _configure(trt: Any, builder: Any, network: Any, capability: str, batch: Sequence[int]) -> Any:
+def _configure(trt: Any, builder: Any, capability: str) -> Any:
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     kind = getattr(trt.ComputeCapability, CAPABILITIES[capability], None)
@@ -134,14 +123,6 @@ def _configure(trt: Any, builder: Any, network: Any, capability: str, batch: Seq
         )
     # TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more.
     config.clear_flag(trt.BuilderFlag.TF32)
-    profile, dynamic = builder.create_optimization_profile(), False
-    for tensor in map(network.get_input, range(network.num_inputs)):
-        shape = tuple(tensor.shape)
-        if shape[0] == -1:
-            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in batch))
-            dynamic = True
-    if dynamic:
-        config.add_optimization_profile(profile)
     return config
 
 
@@ -152,28 +133,9 @@ def _failed(messages: Messages, capability: str) -> BackendError:
     )
 
 
-def _write(path: Path, content: Any, tell: Progress) -> None:
-    tell("writing the engine", 0, 1)
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be written: {error.strerror}.", "Free space or choose another place."
-        ) from error
-
-
 def why_not_here(engine: Engine) -> str | None:
     """See `build.EngineBackend`."""
-    try:
-        reasons = mismatches(engine, _this_machine(load_backend()))
-    except SparsifinerError as error:
-        return error.what
-    return "; ".join(reasons) or None
-
-
-def _this_machine(trt: Any) -> Device:
-    found = probe()
-    return Device(BACKEND, str(trt.__version__), found.compute_capability, found.name)
+    return why_no_fit(load_backend, engine)
 
 
 def open_engine(path: Path, engine: Engine, manifest: Mapping[str, Any]) -> EngineSession:
@@ -181,17 +143,6 @@ def open_engine(path: Path, engine: Engine, manifest: Mapping[str, Any]) -> Engi
     return EngineSession(load_backend(), path, engine, manifest)
 
 
-def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, kernels: str) -> EngineSession:  # noqa: ARG001
-    """The engine of a checked bundle that runs on this machine; see `open_session`.
-
-    Raises:
-        BackendError: no CUDA device, or no engine of the bundle fits it.
-    """
-    if kernels == "native":
-        raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime.")
-    trt = load_backend()
-    engines = listed_engines(manifest, folder)
-    # What needs no GPU to be seen comes first: another system's engine would not run with one either.
-    fitting_engine(engines, Device(BACKEND, str(trt.__version__), ""), folder)
-    engine = fitting_engine(engines, _this_machine(trt), folder)
-    return open_engine(folder / engine.file, engine, manifest)
+def open_model(folder: Path, manifest: Mapping[str, Any], _threads: int, kernels: str) -> EngineSession:
+    """See `open.open_listed`."""
+    return open_listed(load_backend(), BACKEND, folder, manifest, kernels)

@@ -48,7 +48,7 @@ def refused_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
     """Each node that cannot be taken, bodies and branches included: its place, and why."""
     functions = {(f.domain, f.name) for f in model.functions}
     types = {t.name: t.data_type for t in model.graph.initializer}
-    for place, node in all_nodes(model):
+    for place, node in _placed_nodes(model):
         reason = _reason(node, functions, types)
         if reason:
             yield f"{node.op_type} ({place})", reason
@@ -70,7 +70,7 @@ def _reason(node: onnx.NodeProto, functions: set[tuple[str, str]], types: dict[s
     return _REFUSED.get(node.op_type)
 
 
-def all_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
+def _placed_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
     """Every node with its place, such as "node_7" or "node_7 in the body of KeySelect"."""
     yield from _nodes(model.graph.node, "")
     for function in model.functions:

@@ -15,15 +15,21 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.errors import ArtifactError, BackendError
-from sparsifiner_edge.runtime import engines
+from sparsifiner_edge.runtime import cuda, engines
 from sparsifiner_edge.runtime.cuda import Driver, Lane, Times, open_driver
 from sparsifiner_edge.runtime.engines import Engine
 from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error, unusable_engine
 
 Shape = tuple[int, ...]
-_KERNELS = {"plugin": "CUDA kernels, as a plugin", "dense": "dense attention"}
-"""By `kernels` in an engine's details."""
+BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
+"""What carries out sparse attention: `kernels` in an engine's details; see `choose`."""
+_KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
+
+
+def target(backend: str, trt: Any, device: cuda.Device) -> engines.Device:
+    """What an engine must fit to run on a device under the module `trt`."""
+    return engines.Device(backend, str(trt.__version__), device.compute_capability, device.name)
 
 
 class EngineSession:
@@ -65,10 +71,7 @@ class EngineSession:
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
 
     def _check_machine(self) -> None:
-        found = self._driver.device
-        version = str(self._trt.__version__)
-        device = engines.Device(self.backend, version, found.compute_capability, found.name)
-        reasons = engines.mismatches(self._engine_info, device)
+        reasons = engines.mismatches(self._engine_info, target(self.backend, self._trt, self._driver.device))
         if reasons:
             raise BackendError(f"{self._path} does not run here: {'; '.join(reasons)}.", "Build it on this machine.")
 

@@ -23,7 +23,7 @@ from sparsifiner_edge.runtime.tensorrt import session as tensorrt_session
 from tests.fakes import record_tensorrt
 from tests.fakes.gpu import Gpu
 from tests.fakes.record_tensorrt import VERSIONS, load
-from tests.fakes.tensorrt import Behaviour, _classes, make_tensorrt
+from tests.fakes.tensorrt import Behaviour, classes, make_tensorrt
 
 RUNTIME = Path(tensorrt_build.__file__).parent
 FILES = sorted(path for path in RUNTIME.glob("*.py") if not path.name.startswith("rtx"))  # another library
@@ -207,7 +207,7 @@ def test_what_tensorrt_calls_has_its_parameters(version):
 def test_the_fake_is_modelled_on_the_surface(version):
     """No method of the fake takes other arguments than the real one, in any version that has it."""
     surface = load(version)["classes"]
-    for cls in _classes(make_tensorrt(version, Gpu()), Gpu(), Behaviour()):
+    for cls in classes(make_tensorrt(version, Gpu()), Gpu(), Behaviour()):
         for name, value in vars(cls).items():
             if name.startswith("_") or not inspect.isfunction(value) or name not in surface.get(cls.__name__, {}):
                 continue

@@ -1,0 +1,30 @@
+"""A machine with fakes of CUDA and of a TensorRT version, for every test of this folder that asks for one."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsifiner_edge.runtime import build as build_module
+from sparsifiner_edge.runtime.tensorrt import full
+from tests.fakes.gpu import Gpu
+from tests.fakes.install import install_cuda, install_tensorrt
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that makes a machine, where builds run in this process."""
+
+    def make(version="10.3", behaviour=None, package="cuda-python", **device):
+        gpu = Gpu(**device)
+        install_cuda(monkeypatch, gpu, package)
+        trt = install_tensorrt(monkeypatch, gpu, version, behaviour)
+        run = lambda job, timeout, progress=None: full.build(job, progress or (lambda *_: None))  # noqa: E731
+        monkeypatch.setattr(build_module, "run_job", run)
+        return gpu, trt
+
+    return make

@@ -1,0 +1,22 @@
+"""TensorRT-RTX, where it is installed: it builds engines without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsifiner_edge.runtime.build import build_engine
+
+RTX = "tensorrt-rtx"
+needs_rtx = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx exists for x86-64 alone"
+)
+
+
+def rtx(bundle: Path, *capabilities: str, **options: Any) -> list[dict[str, Any]]:
+    """The engines that a build for these compute capabilities puts into a bundle."""
+    engines: list[dict[str, Any]] = build_engine(bundle, RTX, compute_capabilities=capabilities, **options)["engines"]
+    return engines

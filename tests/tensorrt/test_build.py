@@ -1,0 +1,214 @@
+"""Building with full TensorRT, against a fake of it: what it is told, and what comes of what goes wrong."""
+
+from __future__ import annotations
+
+import sys
+
+import onnx
+import pytest
+
+from sparsifiner_edge.errors import (
+    ArtifactError,
+    BackendError,
+    ConfigError,
+    GateError,
+    MissingExtraError,
+    UnsupportedModelError,
+)
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.build import build_engine
+from sparsifiner_edge.runtime.cuda import probe
+from sparsifiner_edge.runtime.engines import AMPERE_PLUS, VERSION_COMPATIBLE
+from sparsifiner_edge.runtime.tensorrt import full
+from sparsifiner_edge.runtime.tensorrt.build import TimingCache, timing_cache_path, workspace_bytes, write_engine
+from tests.fakes.tensorrt import Behaviour
+from tests.package.reseal import reseal
+from tests.test_runtime import spoil_golden
+from tests.tiny import make_bundle
+
+CARD = {"name": "NVIDIA GeForce RTX 4060", "sm": (8, 9), "integrated": False}
+
+
+def test_only_the_batch_may_be_dynamic(tmp_path, machine):
+    machine()
+    folder = make_bundle(tmp_path / "b")
+    model = onnx.load(folder / "model.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "height"
+    onnx.save(model, folder / "model.onnx")
+    reseal(folder)
+    with pytest.raises(ConfigError, match=r"shape \[-1, -1, 4, 3\]: only the batch may be dynamic"):
+        build_engine(folder, "tensorrt")
+
+
+def test_options_reach_the_builder(tmp_path, machine):
+    behaviour = Behaviour()
+    _, trt = machine("10.16", behaviour, **CARD)
+    folder = make_bundle(tmp_path / "b")
+    options = {
+        "optimisation_level": 5, "workspace_mib": 64, "version_compatible": True, "hardware_compatible": True,
+        "timing_cache": False, "detailed": True,
+    }  # fmt: skip
+    (engine,) = build_engine(folder, "tensorrt", options=options)["engines"]
+    assert behaviour.seen["builder_optimization_level"] == 5
+    assert behaviour.seen["WORKSPACE"] == 64 << 20
+    assert behaviour.seen["flags"] == {"VERSION_COMPATIBLE"}
+    assert behaviour.seen["hardware_compatibility_level"] == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert behaviour.seen["profiling_verbosity"] == trt.ProfilingVerbosity.DETAILED
+    assert engine["compatible"] == [VERSION_COMPATIBLE, AMPERE_PLUS]
+    assert engine["details"]["timing_cache"] == "not used"
+    assert not (tmp_path / "cache").exists()
+    with open_session(folder, "tensorrt"):
+        assert behaviour.seen["host code"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speed": 1}, "no option 'speed'"),
+        ({"detailed": 1}, "option detailed is 1"),
+        ({"optimisation_level": 6}, "optimisation_level is 6"),
+        ({"workspace_mib": 0}, "workspace_mib is 0"),
+        ({"kernels": "fast"}, "kernels is 'fast'"),
+        ({"hardware_compatible": True}, "Orin is a Jetson's"),
+    ],
+)
+def test_options_are_checked_before_anything_is_built(tmp_path, machine, options, message):
+    behaviour = Behaviour()
+    machine(behaviour=behaviour)
+    with pytest.raises(ConfigError, match=message):
+        build_engine(make_bundle(tmp_path / "b"), "tensorrt", options=options)
+    assert behaviour.seen == {}
+
+
+def test_an_older_card_has_no_hardware_compatibility(tmp_path, machine):
+    machine(name="Tesla T4", sm=(7, 5), integrated=False)
+    with pytest.raises(ConfigError, match="Tesla T4 is an older"):
+        build_engine(make_bundle(tmp_path / "b"), "tensorrt", options={"hardware_compatible": True})
+
+
+def test_another_gpu_is_refused(tmp_path, machine):
+    machine()
+    with pytest.raises(ConfigError, match=r"(?s)Orin, 8.7\), not for 8.9.*tensorrt-rtx, which builds ahead of time"):
+        build_engine(make_bundle(tmp_path / "b"), "tensorrt", compute_capabilities=["8.7", "8.9"])
+
+
+BUILD_FAILURES = [
+    (
+        ("Error Code 10: Could not find any implementation for node {ForeignNode[a...b]}.",),
+        ("Tactic Device request: 3221225472 bytes Available: 100. Device memory is insufficient memory to use tactic",),
+        "ran out of memory while building",
+    ),
+    (
+        ("[virtualMemoryBuffer.cpp] Error Code 2: OutOfMemory (Requested size was 524288000 bytes.)",),
+        (),
+        "wanted 500 MiB",
+    ),
+    (
+        ("Error Code 10: Internal Error (Could not find any implementation for node /blocks.0/MatMul.)",),
+        (),
+        "has no implementation for node /blocks.0/MatMul",
+    ),
+    (("Internal Error: assertion failed",), (), r"TensorRT built no engine: Internal Error: assertion failed"),
+    ((), (), "TensorRT gave no reason"),
+]
+
+
+@pytest.mark.parametrize(("errors", "warnings", "message"), BUILD_FAILURES)
+def test_a_build_that_fails_is_translated_and_changes_nothing(tmp_path, machine, errors, warnings, message):
+    gpu, _ = machine(behaviour=Behaviour(build=errors, warnings=warnings))
+    folder = make_bundle(tmp_path / "b")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(BackendError, match=message):
+        build_engine(folder, "tensorrt")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert gpu.live() == {}
+
+
+def test_the_parser_names_the_nodes(tmp_path, machine):
+    machine(behaviour=Behaviour(refuse=("ReduceMean", "Double")))
+    with pytest.raises(UnsupportedModelError, match=r"\(Double\) in SparseAttention.*; node .*ReduceMean.*registered"):
+        build_engine(make_bundle(tmp_path / "b", function=True), "tensorrt")
+
+
+def test_nobody_listening_stops_the_build(tmp_path, machine, monkeypatch):
+    machine()
+
+    def gone(*_step):
+        raise BrokenPipeError
+
+    folder = make_bundle(tmp_path / "b")
+    with pytest.raises(BackendError, match="The build was stopped"):
+        build_engine(folder, "tensorrt", progress=gone)
+    assert not (folder / "engines").exists()
+
+
+def test_a_wrong_result_is_not_kept(tmp_path, machine):
+    gpu, _ = machine()
+    folder = make_bundle(tmp_path / "b")
+    spoil_golden(folder, lambda features: features * 1.1)
+    with pytest.raises(GateError, match="differs from golden"):
+        build_engine(folder, "tensorrt")
+    assert not (folder / "engines").exists()
+    assert gpu.live() == {}
+
+
+def test_the_timing_cache_is_kept_by_device_and_version(tmp_path, machine):
+    machine()
+    folder = make_bundle(tmp_path / "b")
+    assert build_engine(folder, "tensorrt")["engines"][0]["details"]["timing_cache"] == "new"
+    (cache,) = (tmp_path / "cache" / "sparsifiner-edge").iterdir()
+    assert cache.name == "tensorrt-10.3.0-sm87-orin.cache"
+    assert cache.read_bytes() == b"times of a build"
+    assert build_engine(folder, "tensorrt")["engines"][0]["details"]["timing_cache"] == "reused"
+    for content in (b"cut", b"times of an other device"):
+        cache.write_bytes(content)
+        assert build_engine(folder, "tensorrt")["engines"][0]["details"]["timing_cache"] == "new"
+        assert cache.read_bytes() == b"times of a build"
+
+
+def test_a_disk_that_refuses_costs_no_build(tmp_path, machine):
+    machine()
+    (tmp_path / "cache").write_text("a file in the place of the folder")
+    assert build_engine(make_bundle(tmp_path / "b"), "tensorrt")["engines"]
+    assert (
+        TimingCache(tmp_path / "cache" / "x").load(type("Config", (), {"create_timing_cache": lambda *_: None}))
+        is False
+    )
+
+
+def test_workspace_leaves_the_system_its_share():
+    assert workspace_bytes(1000, integrated=True) == 500
+    assert workspace_bytes(1000, integrated=False) == 750
+
+
+def test_no_cuda_no_tensorrt_object(tmp_path, machine):
+    gpu, _ = machine(count=0)
+    folder = make_bundle(tmp_path / "b")
+    with pytest.raises(BackendError, match="CUDA finds no device"):
+        build_engine(folder, "tensorrt")
+    assert set(gpu.calls) <= {"cudaDriverGetVersion", "cudaGetDeviceCount"}
+
+
+def test_a_missing_or_old_or_broken_tensorrt(tmp_path, machine, monkeypatch):
+    _, trt = machine()
+    trt.__version__ = "8.5.2"
+    with pytest.raises(BackendError, match=r"(?s)TensorRT 8.5.2 is older than 10.3.*JetPack 6"):
+        full.load_backend()
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[tensorrt\]"):
+        full.load_backend()
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BackendError, match=r"(?s)libnvinfer.so.10.*JetPack"):
+        full.load_backend()
+
+
+def test_the_cache_of_a_device_has_a_plain_name(machine):
+    machine(name="NVIDIA GeForce RTX 4060 Ti/16", sm=(8, 9))
+    assert timing_cache_path(probe(), "10.7.0").name == "tensorrt-10.7.0-sm89-nvidia-geforce-rtx-4060-ti-16.cache"
+
+
+def test_an_engine_that_cannot_be_written_is_a_message(tmp_path):
+    with pytest.raises(ArtifactError, match=r"(?s)nowhere/e.engine cannot be written: No such file.*Free space"):
+        write_engine(tmp_path / "nowhere" / "e.engine", b"content")

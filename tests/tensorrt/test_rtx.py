@@ -1,0 +1,212 @@
+"""TensorRT-RTX, for real: every kind of file builds without a GPU, and what it cannot take or run is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from sparsifiner_edge.artifacts import open_bundle, seal_bundle
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ArtifactError, BackendError
+from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.graph import export_graph
+from sparsifiner_edge.export.half import convert
+from sparsifiner_edge.export.quantise import quantise, run_file
+from sparsifiner_edge.runtime import open_session
+from tests.commands import snapshot
+from tests.fakes.gpu import Gpu
+from tests.fakes.install import install_cuda
+from tests.models import TINY_CONFIG, student
+from tests.package.reseal import reseal
+from tests.tensorrt.rtx import RTX, needs_rtx, rtx
+from tests.tiny import make_bundle
+
+pytestmark = needs_rtx
+DYNAMIC = None
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "tiny")
+
+
+def vit_bundle(folder: Path, sparsity: SparsityConfig, precision: str, batch: int | None) -> Path:
+    """A bundle of two layers, made as `export_bundle` makes it, without its checks."""
+    deployed = DeployedModel(student(sparsity=sparsity, depth=2).model)
+    model = export_graph(deployed, 160, batch, deployed.output_names)
+    if precision == "fp16":
+        model = convert(model).model
+    if precision == "int8":
+        model = quantise(model, [golden_image(160, batch or 1, seed) for seed in range(2)], "tensorrt").model
+        model = convert(model).model
+    folder.mkdir()
+    onnx.save(model, folder / "model.onnx")
+    image = golden_image(160, batch or 1)
+    outputs = {f"output.{name}": value for name, value in run_file(model, image).items()}
+    np.savez(folder / "golden.npz", **{"input.image": image}, **outputs)
+    shape = [batch or "batch", 160, 160, 3]
+    inputs = [{"name": "image", "dtype": "uint8", "shape": shape}]
+    tolerances = dict.fromkeys(deployed.output_names, 5e-2)
+    seal_bundle(folder, {"precision": precision, "inputs": inputs, "outputs": [], "tolerances": tolerances})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "batch", "capability"),
+    [
+        ("edge", "fp32", 1, "8.0"),
+        ("edge", "fp32", DYNAMIC, "8.6"),
+        ("edge", "fp16", 1, "7.5"),
+        ("edge", "fp16", DYNAMIC, "12.0"),
+        ("edge", "int8", 2, "8.9"),
+        ("edge", "int8", 1, "7.5"),
+        ("dense", "fp32", DYNAMIC, "12.0"),
+        ("dense", "fp16", 1, "7.5"),
+        ("dense", "int8", 1, "8.6"),
+        ("paper", "fp16", 1, "8.9"),
+        ("pruned", "fp16", DYNAMIC, "8.6"),
+    ],
+)
+def test_every_kind_of_file_builds(
+    tmp_path: Path, kind: str, precision: str, batch: int | None, capability: str
+) -> None:
+    sparsity = {
+        "edge": TINY_CONFIG,
+        "dense": SparsityConfig(keep=1),
+        "paper": SparsityConfig.for_preset("paper", keep=0.25),
+        "pruned": SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((0, 0.7),)),
+    }[kind]
+    bundle = vit_bundle(tmp_path / "b", sparsity, precision, batch)
+    stages: list[str] = []
+    (engine,) = rtx(bundle, capability, progress=lambda stage, *_: stages.append(stage))
+    sizes = (1, 1, 8) if batch is DYNAMIC else (batch,) * 3
+    assert (engine["precision"], engine["compute_capability"]) == (precision, capability)
+    assert tuple(engine["batch"].values()) == sizes
+    assert engine["details"]["bytes"] == (bundle / engine["file"]).stat().st_size > 100_000
+    assert "no CUDA" in engine["details"]["golden"]["unavailable"] or "No NVIDIA" in str(engine["details"]["golden"])
+    assert any("parsing the model" in stage for stage in stages)
+    assert any("Building engine" in stage for stage in stages)
+    manifest = open_bundle(bundle)
+    assert manifest["engines"] == [engine]
+    for part in ("sm" + capability.replace(".", ""), precision, engine["version"], "linux", "x86_64"):
+        assert part in Path(engine["file"]).name
+
+
+def test_an_engine_is_refused_before_anything_deserialises_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt_rtx
+
+    (engine,) = rtx(tiny, "8.6")
+    monkeypatch.setattr(tensorrt_rtx, "Runtime", lambda *_: pytest.fail("an object of TensorRT was made"))
+    if not Path("/dev/nvidiactl").exists():
+        with pytest.raises(BackendError, match=r"No NVIDIA driver|no CUDA"):
+            open_session(tiny, RTX)
+    install_cuda(monkeypatch, Gpu("NVIDIA L4", (8, 9), 24 << 30, False, 13000), "cuda-python")
+    with pytest.raises(BackendError, match=r"built for compute capability 8\.6, NVIDIA L4 has 8\.9") as caught:
+        open_session(tiny, RTX)
+    assert f"sparsifiner-edge build {tiny} --backend tensorrt-rtx --compute-capability 8.9" in caught.value.fix
+    for field, value, said in (("version", "1.0", "built by tensorrt-rtx 1.0"), ("os", "windows", "built for windows")):
+        reseal(tiny, engines=[engine | {field: value}])
+        with pytest.raises(BackendError, match=said):
+            open_session(tiny, RTX)
+    reseal(tiny, engines=[engine])
+    with pytest.raises(BackendError, match="native kernels are the processor's"):
+        open_session(tiny, RTX, kernels="native")
+
+
+def test_a_truncated_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (engine,) = rtx(tiny, "8.6")
+    path = tiny / engine["file"]
+    path.write_bytes(path.read_bytes()[: 2 << 10])
+    with pytest.raises(ArtifactError, match="does not match its SHA-256"):
+        open_session(tiny, RTX)
+    reseal(tiny, engines=[engine])  # Now its hash is right; the GPU is made up, what refuses the file is TensorRT-RTX.
+    install_cuda(monkeypatch, Gpu("NVIDIA RTX A2000", (8, 6), 12 << 30, False, 13000), "cuda-python")
+    with pytest.raises(BackendError, match=r"sm86.*engine (is refused|was built by another version or is damaged)"):
+        open_session(tiny, RTX)
+
+
+def a_model(text: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 20, "mine": 1]>\n{text}')
+
+
+SCATTER = 'y = ScatterElements <axis = 0, reduction = "add"> (x, i, x)'
+
+
+REFUSED = {
+    "NonZero": ("g (float[4,4] x) => (int64[2,n] y) { [count] y = NonZero (x) }", "NonZero (count): its number of"),
+    "scatter": (f"g (float[4,4] x, int64[4,4] i) => (float[4,4] y) {{ [add_up] {SCATTER} }}", "reduction 'add'"),
+    "bitwise": ("g (int32[4] x) => (int32[4] y) { [both] y = BitwiseAnd (x, x) }", "(both): it has no bitwise"),
+    "no body": ("g (float[4] x) => (float[4] y) { [odd] y = mine.Op (x) }", "Op (odd): an operator of the"),
+    "branch": (
+        "g (bool c, float[4,4] x) => (y) { [pick] y = If (c) <then_branch = a () => (int64[2,n] p)"
+        " { [inner] p = NonZero (x) }, else_branch = b () => (int64[2,n] q) { q = NonZero (x) }> }",
+        "NonZero (inner in pick)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_operators_that_it_cannot_take_are_named_before_its_parser_sees_them(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    text, said = REFUSED[name]
+    onnx.save(a_model(text), tiny / "model.onnx")
+    reseal(tiny)
+    monkeypatch.setattr("sparsifiner_edge.runtime.build.run_job", lambda *_: pytest.fail("a worker was started"))
+    before = snapshot(tiny)
+    with pytest.raises(BackendError) as caught:
+        rtx(tiny, "8.6")
+    assert said in caught.value.what
+    assert snapshot(tiny) == before
+
+
+def test_what_the_parser_refuses_comes_back_with_its_node(tiny: Path) -> None:
+    onnx.save(
+        a_model("g (float[4,4] x, float[3] z) => (float[4,4] y) { [add_up] y = Add (x, z) }"), tiny / "model.onnx"
+    )
+    reseal(tiny)
+    before = snapshot(tiny)
+    with pytest.raises(Exception, match=r"(?s)cannot read the model: node add_up \(Add\)") as caught:
+        rtx(tiny, "8.6")
+    assert "Traceback" not in str(caught.value)
+    assert snapshot(tiny) == before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("polygraphy") is None, reason="polygraphy is in the extra dev")
+@pytest.mark.parametrize("kind", ["edge", "dense"])
+def test_polygraphy_finds_every_node_supported(tmp_path: Path, kind: str) -> None:
+    sparsity = TINY_CONFIG if kind == "edge" else SparsityConfig(keep=1)
+    bundle = vit_bundle(tmp_path / "b", sparsity, "fp16", 1)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("polygraphy"), "inspect", "capability", str(bundle / "model.onnx")],
+        env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"},
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Graph is fully supported by TensorRT" in done.stdout + done.stderr
+
+
+def test_the_commands_of_the_documentation(tiny_student: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(tiny_student, tmp_path / "student")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    engines = open_bundle(tmp_path / "bundle")["engines"]
+    assert [(e["compute_capability"], e["precision"], e["batch"]["most"]) for e in engines] == [
+        ("8.6", "fp16", 1), ("12.0", "fp16", 1)
+    ]  # fmt: skip
+    assert '"golden"' in done.stdout
