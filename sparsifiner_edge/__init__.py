@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sparsifiner_edge.errors import SparsifinerError as SparsifinerError
     from sparsifiner_edge.evaluate.cosine import evaluate_student as evaluate_student
     from sparsifiner_edge.export.bundle import export_bundle as export_bundle
+    from sparsifiner_edge.package import package_bundle as package_bundle
+    from sparsifiner_edge.package.verify import verify_bundle as verify_bundle
     from sparsifiner_edge.profiles.latency import profile_bundle as profile_bundle
     from sparsifiner_edge.runtime import open_session as open_session
     from sparsifiner_edge.runtime.build import build_engine as build_engine
@@ -29,8 +31,10 @@ _HOMES = {
     "export_bundle": "export.bundle",
     "load_student": "sparse.student",
     "open_session": "runtime",
+    "package_bundle": "package",
     "profile_bundle": "profiles.latency",
     "sparsify": "sparse.student",
+    "verify_bundle": "package.verify",
 }
 _EXTRAS = {
     "sparse.student": "train",

@@ -22,7 +22,9 @@ LIGHT = (
     "runtime",
     "profiles",
     "camera",
+    "package",
     "report",
+    "signing",
     "costs",
     "results",
     "metrics",
@@ -49,7 +51,7 @@ def test_no_code_goes_through_the_links() -> None:
 def test_public_names() -> None:
     assert set(sparsifiner_edge.__all__) == {
         "SparsifinerError", "SparsityConfig", "build_engine", "distill_student", "evaluate_student", "export_bundle",
-        "load_student", "open_session", "profile_bundle", "sparsify",
+        "load_student", "open_session", "package_bundle", "profile_bundle", "sparsify", "verify_bundle",
     }  # fmt: skip
     for name in sparsifiner_edge.__all__:
         assert callable(getattr(sparsifiner_edge, name))
