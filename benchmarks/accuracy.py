@@ -8,8 +8,10 @@ Debian packages, whole and in crops, stamps, the calibration pictures of `materi
 Fashion-MNIST:
 
     apt-get install --no-install-recommends budgie-backgrounds gnome-backgrounds lomiri-wallpapers-16.04 \\
-        lomiri-wallpapers-20.04 mate-backgrounds opencv-doc ukui-wallpapers tuxpaint-stamps-default \\
-        dataset-fashion-mnist
+        lomiri-wallpapers-20.04 mate-backgrounds opencv-doc plasma-workspace-wallpapers ukui-wallpapers \\
+        tuxpaint-stamps-default dataset-fashion-mnist
+
+Every sixth photograph is held out with all its crops; some of them decide which checkpoint is kept.
 
 Both parts go on where they were stopped.
 """
@@ -45,11 +47,13 @@ from sparsifiner_edge.sparse.student import sparsify
 
 SIZE, CELLS, TOKENS = 224, 16, "3:.7,6:.7,9:.7"
 KEEPS = (0.25, 0.1, 0.05)
-PHOTOGRAPHS = ("/usr/share/backgrounds", "/usr/share/doc/opencv-doc/examples")
+PHOTOGRAPHS = ("/usr/share/backgrounds", "/usr/share/doc/opencv-doc/examples", "/usr/share/wallpapers")
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 DETAIL = 5.0
 """Mean difference of neighbouring pixels, of 255, that a crop has at least: the rest are skies and abstract art."""
-CROPS, STAMP_PICTURES, FASHION_PICTURES, GALLERY = 20, 300, 300, 5000
+CROPS, STAMP_PICTURES, FASHION_PICTURES, GALLERY = 30, 300, 300, 5000
+HELD_OUT = 6
+"""Of so many photographs one is held out."""
 REQUIRED = {"patches .25": (0.994, 0.997), "patches .1": (0.981, 0.988), "patches .05": (0.965, 0.978)}
 """Cosine to the teacher: required, aimed at."""
 LARGEST_DROP = {"keep .10": (0.5, 0.2), "keep .10, tokens .7": (1.0, 0.5)}
@@ -73,15 +77,20 @@ RUNS = {
 
 
 def collect(folder: Path) -> Path:
-    """The pictures to train on."""
+    """The pictures to train on, in `train`, and those that decide, in `held-out`."""
     if folder.exists():
         return folder
-    scratch = folder.with_suffix(".part")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was stopped
-    scratch.mkdir(parents=True)
+    made = folder.with_suffix(".part")
+    shutil.rmtree(made, ignore_errors=True)  # of a run that was stopped
+    scratch, held_out = made / "train", made / "held-out"
+    for part in (scratch, held_out):
+        part.mkdir(parents=True)
     for number, path in enumerate(_photographs()):
+        decides = number % HELD_OUT == 0
         for name, picture in _crops(path, number):
-            picture.save(scratch / f"photograph{number:03d}-{name}.jpg", quality=95)
+            if not decides or name in ("whole", "crop1", "crop2", "crop3"):
+                file = f"photograph{number:03d}-{name}.jpg"
+                picture.save((held_out if decides else scratch) / file, quality=95)
     stamps = sorted(STAMPS.rglob("*.png"))
     if not stamps:
         raise PictureError(f"{STAMPS} holds no stamps.", "Debian, Ubuntu: apt-get install tuxpaint-stamps-default")
@@ -92,7 +101,7 @@ def collect(folder: Path) -> Path:
     fashion = labelled(FASHION, "train").first(FASHION_PICTURES)
     for number in range(len(fashion)):
         Image.fromarray(fashion.load(number, 28)).save(scratch / f"fashion{number:04d}.png")
-    scratch.rename(folder)
+    made.rename(folder)
     return folder
 
 
@@ -170,8 +179,9 @@ def train(work: Path, only: tuple[str, ...], overrides: tuple[str, ...]) -> None
             task = bar.add_task(name, total=None)
             summary = distill_student(
                 untrained(work, name),
-                pictures,
+                pictures / "train",
                 output,
+                held_out=pictures / "held-out",
                 overrides=(*RUNS[name].overrides, *overrides),
                 resume=(work / f"{name}.training" / "checkpoint.pt").exists(),
                 progress=lambda done, total, _, bar=bar, task=task: bar.update(task, completed=done, total=total),

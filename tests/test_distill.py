@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
-from sparsifiner_edge.distill.data import folder_source
+from sparsifiner_edge.distill.data import Batch, folder_source
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.distill.train import Training, choose_parameters, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, PictureError
+from sparsifiner_edge.sparse.models import normalise
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import PROGRAM, assert_refused, call, process
 from tests.models import student, vit
@@ -76,7 +77,7 @@ def test_never_worse_than_the_start(folder: Path, start: Path, tmp_path: Path) -
 
 
 def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start: Path, tmp_path: Path) -> None:
-    steps = (*SHORT, "distil.steps=12", "ema=0.9")
+    steps = (*SHORT, "distil.steps=12", "ema=0.9", "pictures.cut_mix=0.5")
     arguments = ["distill", start, "--data", folder, *(x for s in steps for x in ("--set", s))]
     assert process(*arguments, "-o", tmp_path / "whole").code == 0
     broken = tmp_path / "broken"
@@ -164,6 +165,32 @@ def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
         distill_student(start, _one_class(folder, tmp_path), tmp_path / "x", labels=True, overrides=SHORT)
     with pytest.raises(ConfigError, match="in no folder of their class"):
         distill_student(start, folder / "cats", tmp_path / "x", labels=True, overrides=SHORT)
+    with pytest.raises(ConfigError, match="A mixture of pictures has no label"):
+        distill_student(start, folder, tmp_path / "x", labels=True, overrides=(*SHORT, "pictures.cut_mix=0.1"))
+
+
+def test_mixed_pictures_hold_a_rectangle_of_their_neighbour(folder: Path, start: Path, tmp_path: Path) -> None:
+    plan, found = read_recipe("cpu", (*SHORT, "pictures.cut_mix=0.5")), load_student(start)
+    training = Training(
+        make_accelerator(plan), found, dense_twin(found), folder_source(folder, 2, False, None), plan, tmp_path
+    )
+    size, count = found.img_size, 3
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, size, size) * 100
+    batch = Batch(images, torch.zeros(count), ("",) * count, ())
+    mixed, shares = 0, []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        made = training._inputs(batch)[0]
+        plain = normalise(images.permute(0, 2, 3, 1), training.pre)
+        other = (made != plain).all(1)  # [B,H,W], alike for the whole batch
+        assert torch.equal(other[0], other[1])
+        torch.testing.assert_close(torch.where(other[:, None], plain.roll(1, 0), plain), made)
+        rows, columns = other[0].any(1), other[0].any(0)
+        assert int(other[0].sum()) == int(rows.sum()) * int(columns.sum())  # a rectangle
+        mixed += bool(other.any())
+        shares.append(float(other[0].float().mean()))
+    assert 15 < mixed < 45
+    assert max(shares) > 0.5
 
 
 def _one_class(folder: Path, tmp_path: Path) -> Path:
@@ -204,6 +231,9 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
         distill_student(start, folder / "cats", tmp_path / "out", overrides=SHORT, resume=True)
     with pytest.raises(ConfigError, match="began with other steps: 6, now 9"):
         distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "distil.steps=9"), resume=True)
+    for name, value in (("epsilon", "0.001"), ("weight_decay", "0.1"), ("learns", "attention")):
+        with pytest.raises(ConfigError, match=f"began with other {name}: .*, now {value}"):
+            distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, f"{name}={value}"), resume=True)
     distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)
     with pytest.raises(ArtifactError, match="no checkpoint"):
         distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)

@@ -69,6 +69,8 @@ def distill_student(
     folder = target.with_name(f"{target.name}.training")
     require_replaceable(target, "student")
     plan = read_recipe(recipe, overrides)
+    if labels and plan.pictures.cut_mix:
+        raise ConfigError("A mixture of pictures has no label.", "Set pictures.cut_mix to 0 or leave --labels out.")
     found = load_student(student)
     if found.sparsity.is_dense:
         raise ConfigError(f"{student} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
@@ -88,7 +90,7 @@ def distill_student(
         _clear(folder)
     state = training.run(_both(progress, record))
     summary = _summary(training, state, dense, recipe)
-    summary["from"] = {"student": str(student), "sha256": sha256(Path(student) / STUDENT_FILE)}
+    summary["from"] = {"student": Path(student).resolve().name, "sha256": sha256(Path(student) / STUDENT_FILE)}
     if training.accelerator.is_main_process:
         found.model.cpu().load_state_dict(state.best)
         trained = dataclasses.replace(found, provenance={**found.provenance, "training": summary})

@@ -87,12 +87,15 @@ class Pictures:
     Attributes:
         smallest_crop: share of a picture's area that a random crop has at least; 1: the centre square.
         flip: whether half of them are mirrored.
+        cut_mix: share of the batches whose pictures get a rectangle of their neighbour's (CutMix, Yun et al. 2019), so
+            that a few pictures make many scenes; not with labels.
         held_out: pictures taken out of the folder, that are never trained on and decide which checkpoint is best.
         workers: processes that read pictures; 0: the training's own.
     """
 
     smallest_crop: float = 0.35
     flip: bool = True
+    cut_mix: float = 0.0
     held_out: int = 32
     workers: int = 0
 
@@ -143,7 +146,7 @@ class Recipe:
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31), "batch": (1, 65536), "accumulate": (1, 65536), "ema": (0, 0.999999),
     "check_every": (1, math.inf), "save_every": (1, math.inf), "explosion": (1, math.inf), "warmup": (0, 1),
-    "epsilon": (1e-12, 1), "final": (0, 1), "pruned": (0, 1),
+    "epsilon": (1e-12, 1), "final": (0, 1), "pruned": (0, 1), "cut_mix": (0, 1),
     "smallest_crop": (0.01, 1), "held_out": (1, 4096), "workers": (0, 256), "learning_rate": (0, 1),
     "predictor_learning_rate": (0, 1),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
 
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
@@ -211,6 +212,9 @@ class Training:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         images = normalise(batch.images.permute(0, 2, 3, 1), self.pre).to(self.accelerator.device)
+        share = self.recipe.pictures.cut_mix
+        if share and float(torch.rand(())) < share:
+            images, _ = v2.CutMix(num_classes=1)(images, torch.zeros(len(images), dtype=torch.long))
         return images, batch.labels.to(self.accelerator.device) if self.source.labelled else None
 
     def _check(self, step: int, loss: float, batch: Batch) -> None:
@@ -297,7 +301,7 @@ class Training:
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a training to be resumed; learning rates, losses and limits may change."""
         recipe = self.recipe
-        crops = (recipe.pictures.smallest_crop, recipe.pictures.flip)
+        crops = (recipe.pictures.smallest_crop, recipe.pictures.flip, recipe.pictures.cut_mix)
         return {
             "pictures": self.source.fingerprint,
             "crops": str(crops),
@@ -308,6 +312,10 @@ class Training:
             "pictures per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
             "steps": self.total,
             "ema": bool(recipe.ema),
+            # Of the optimiser's state, which comes from the checkpoint:
+            "learns": recipe.learns,
+            "epsilon": recipe.epsilon,
+            "weight_decay": recipe.weight_decay,
         }
 
 
