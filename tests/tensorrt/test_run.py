@@ -82,6 +82,17 @@ def test_batches_are_those_asked_for(tmp_path, machine):
     assert gpu.live() == {}
 
 
+def test_the_golden_pair_fills_the_least_batch(tmp_path, machine):
+    machine(**CARD)
+    folder = make_bundle(tmp_path / "b")
+    (engine,) = build_engine(folder, "tensorrt", batch=(3, 3, 4))["engines"]
+    assert engine["details"]["golden"]["features"]["range_relative_error"] < 1e-5
+    with open_session(folder, "tensorrt") as session:
+        assert check_golden(session, folder)["features"]["range_relative_error"] < 1e-5
+        with pytest.raises(BackendError, match="'image' got 2 on axis 0; this engine takes 3 to 4"):
+            session.infer({"image": image(2)})
+
+
 def test_a_fixed_batch_needs_no_profile(tmp_path, machine):
     behaviour = Behaviour()
     machine(behaviour=behaviour)

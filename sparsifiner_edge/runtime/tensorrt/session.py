@@ -202,6 +202,11 @@ class EngineSession:
             self._graph = graph
         return [{"name": name, "ms": total / queries} for name, total in profiler.totals.items()]
 
+    @property
+    def least_batch(self) -> int:
+        """Of the sizes that the engine was built for."""
+        return self._engine_info.batch.least
+
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """See `Session.validate`; sizes must also be in the range that the engine was built for."""
         validate_inputs(self.inputs, inputs)
