@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.files import io_errors, is_locked, locked, replaced, signals_held
+from sparsifiner_edge.files import io_errors, is_locked, locked, read_bytes, replaced, signals_held
 from sparsifiner_edge.files import require_file_path as require_file_path  # noqa: PLC0414  (told to mypy)
 from sparsifiner_edge.files import write_text as write_text  # noqa: PLC0414  (told to mypy)
 
@@ -29,6 +29,7 @@ PACKAGE_FILE = "package.json"
 ENGINE_FOLDER = "engines"
 _SCRATCH = ".build."
 _MAX_LABELS = 1 << 24
+_MAX_JSON = 1 << 26
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
 
 
@@ -45,13 +46,11 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     """Read a JSON object that carries `schema_version`.
 
     Raises:
-        ArtifactError: missing, not JSON, or of a newer schema than `schema`.
+        ArtifactError: missing, no plain file, larger than 64 MiB, not JSON, or of a newer schema than `schema`.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist.", "Check the path.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(read_bytes(path, _MAX_JSON).decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # No UTF-8, no JSON, or a number of more digits than Python takes.
         raise ArtifactError(f"{path} cannot be read: {error}.", "Make it again, or restore it.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
@@ -284,11 +283,7 @@ def read_labels(manifest: dict[str, Any], folder: Path) -> list[str]:
     """
     if LABELS_FILE not in manifest["files"]:
         return []
-    path = folder / LABELS_FILE
-    size = path.stat().st_size
-    if size > _MAX_LABELS:
-        raise ArtifactError(f"{path} has {size} bytes; at most {_MAX_LABELS}.", "Do not use this bundle.")
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return read_bytes(folder / LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").splitlines()
 
 
 def bundle_hash(folder: Path) -> str:

@@ -114,6 +114,35 @@ def require_file_path(path: Path) -> None:
             raise ArtifactError(f"{path} is a folder or a device.", "Give a file's name.")
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a plain file: a pipe would be waited for, a device may have no end.
+
+    Args:
+        path: the file, or a link to it.
+        most: bytes that it may have.
+
+    Raises:
+        ArtifactError: missing, no plain file, larger, or the disk refuses.
+    """
+    try:
+        with open(path, "rb", opener=_open_now) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ArtifactError(f"{path} is no plain file.", "Do not use it.")
+            content = file.read(most + 1)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist.", "Check the path.") from error
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.", "Check the path.") from error
+    if len(content) > most:
+        raise ArtifactError(f"{path} has more than {most} bytes.", "Do not use it.")
+    return content
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Without waiting for who would write into a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; bytes in names that are no UTF-8 become backslash escapes.
 

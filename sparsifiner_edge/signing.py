@@ -25,6 +25,7 @@ from sparsifiner_edge.artifacts import (
     write_text,
 )
 from sparsifiner_edge.errors import ArtifactError, MissingExtraError
+from sparsifiner_edge.files import read_bytes
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -33,6 +34,7 @@ SIGNATURE_SCHEMA = 1
 _CONTEXT = b"sparsifiner-edge bundle 1\n"
 """Signed before the manifest's bytes, so that a signature made for something else never fits a bundle."""
 _MAX_KEY = 1 << 16
+_MAX_MANIFEST = 1 << 26
 
 
 def generate_key(path: Path) -> tuple[Path, str]:
@@ -42,9 +44,11 @@ def generate_key(path: Path) -> tuple[Path, str]:
         The public key's file, and its fingerprint.
 
     Raises:
-        ArtifactError: a file of either name exists, or the disk refuses; no file is left.
+        ArtifactError: a file of either name exists, `path` names none, or the disk refuses; no file is left.
         MissingExtraError: `cryptography` is not installed.
     """
+    if not path.name:
+        raise ArtifactError(f"{path} names no file.", "Give the private key's name: KEY.pem.")
     with _needs_cryptography():
         from cryptography.hazmat.primitives import serialization as s
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -66,10 +70,15 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
     """A key is never written over another."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:  # Half a key would stand in the way of the next try.
+            path.unlink()
+            raise
     except FileExistsError as error:
         raise ArtifactError(f"{path} exists.", "A key is never overwritten: choose another name.") from error
     except OSError as error:
@@ -181,9 +190,9 @@ def _read_whole(folder: Path) -> tuple[dict[str, Any], bytes]:
     Raises:
         ArtifactError: not a bundle, altered, or with files that the manifest does not list: some are code.
     """
-    text = _read_file(folder / BUNDLE_FILE, 1 << 30) if folder.is_dir() else b""
+    text = read_bytes(folder / BUNDLE_FILE, _MAX_MANIFEST) if folder.is_dir() else b""
     manifest = open_bundle(folder)
-    if text != _read_file(folder / BUNDLE_FILE, 1 << 30):
+    if text != read_bytes(folder / BUNDLE_FILE, _MAX_MANIFEST):
         raise ArtifactError(f"{folder} is being changed.", "Wait until nothing writes it.")
     extra = unlisted_files(folder, manifest)
     if extra:
@@ -203,7 +212,7 @@ def _read_private(path: Path) -> Ed25519PrivateKey:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     try:
-        key = load_pem_private_key(_read_file(path, _MAX_KEY), None)
+        key = load_pem_private_key(read_bytes(path, _MAX_KEY), None)
     except (ValueError, TypeError) as error:  # TypeError: it has a password.
         reason = " ".join(str(error).split())[:120]
         raise ArtifactError(f"{path} is no private key without password: {reason}", _MAKE_KEY) from error
@@ -218,7 +227,7 @@ def _read_public(path: Path) -> Ed25519PublicKey:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     try:
-        key = load_pem_public_key(_read_file(path, _MAX_KEY))
+        key = load_pem_public_key(read_bytes(path, _MAX_KEY))
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ArtifactError(f"{path} is no public key.", "Give the .pub file of the key that signs.") from error
     if not isinstance(key, Ed25519PublicKey):
@@ -227,17 +236,6 @@ def _read_public(path: Path) -> Ed25519PublicKey:
 
 
 _MAKE_KEY = "Make one: sparsifiner-edge bundle keygen -o KEY.pem"
-
-
-def _read_file(path: Path, most: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.", "Check the path.") from error
-    if len(content) > most:
-        raise ArtifactError(f"{path} has more than {most} bytes.", "Check the path.")
-    return content
 
 
 @contextlib.contextmanager

@@ -401,6 +401,30 @@ def test_a_damaged_bundle(
         assert_refused(call(capsys, "evaluate", bundle, "--against", bundle, "--data", pictures))
 
 
+def instead(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "is no plain file"),
+        (lambda path: path.symlink_to("/dev/null"), "is no plain file"),
+        (lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic links"),
+        (lambda path: (path.touch(), os.truncate(path, (1 << 26) + 1)), "has more than 67108864 bytes"),
+        (lambda path: path.write_text('{"schema_version": ' + "1" * 5000 + "}"), "cannot be read"),
+        (lambda path: path.write_text('{"schema_version": 1, "x": ' + "1" * 5000 + "}"), "cannot be read"),
+    ],
+)
+def test_a_manifest_that_would_never_end(make: Callable[[Path], object], said: str, bundle: Path) -> None:
+    """In a process of its own, since a reader of a pipe waits."""
+    instead(bundle / BUNDLE_FILE, make)
+    outcome = process("package", bundle, "--for", "triton", "-o", bundle.parent / "out", timeout=60)
+    assert_refused(outcome, "manifest.json", said)
+    assert not (bundle.parent / "out").exists()
+
+
 def test_a_link_out_of_a_bundle(bundle: Path, tmp_path: Path, pictures: Path, capsys: Capsys) -> None:
     (bundle / "model.onnx").rename(tmp_path / "elsewhere.onnx")
     (bundle / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -97,6 +99,11 @@ def link_signature(folder: Path) -> None:
     (folder / SIGNATURE_FILE).symlink_to(folder.parent / "elsewhere")
 
 
+def instead(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
 def an_engine(folder: Path) -> None:
     with bundle_scratch(folder) as scratch:
         (scratch / "x.engine").write_bytes(b"code")
@@ -122,6 +129,9 @@ def an_engine(folder: Path) -> None:
         (signature(algorithm="none"), "another algorithm than ed25519"),
         (signature(schema_version=2), "has schema 2"),
         (lambda folder: (folder / SIGNATURE_FILE).write_bytes(b"\xff{"), "cannot be read"),
+        (lambda folder: instead(folder / SIGNATURE_FILE, os.mkfifo), "is no plain file"),
+        (lambda folder: instead(folder / "manifest.json", os.mkfifo), "is no plain file"),
+        (lambda folder: instead(folder / SIGNATURE_FILE, lambda p: p.symlink_to("/dev/null")), "is no plain file"),
         (shutil.rmtree, "is not"),
     ],
 )
@@ -209,7 +219,7 @@ def wrong_keys(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("locked.pem", "is no private key without password"),
         ("garbage", "is no private key"),
         ("large", "has more than"),
-        ("nothing", "No such file"),
+        ("nothing", "does not exist"),
         ("", "Is a directory"),
     ],
 )
@@ -225,6 +235,23 @@ def test_keys_that_do_not_sign(name: str, said: str, wrong_keys: Path, tmp_path:
 def test_keys_that_do_not_verify(name: str, said: str, wrong_keys: Path, signed: Path) -> None:
     with pytest.raises(ArtifactError, match=said):
         require_signature(signed, wrong_keys / name)
+
+
+@pytest.mark.parametrize("name", [".", "/"])
+def test_a_key_needs_a_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(call(capsys, "bundle", "keygen", "-o", name), f"{name} names no file")
+
+
+def test_a_full_disk_leaves_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        with pytest.raises(ArtifactError, match=r"key\.pem cannot be written: No space left"):
+            generate_key(tmp_path / "key.pem")
+    assert snapshot(tmp_path) == {}
+    generate_key(tmp_path / "key.pem")
 
 
 def test_keys_are_never_overwritten(tmp_path: Path) -> None:

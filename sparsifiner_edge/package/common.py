@@ -19,13 +19,15 @@ from sparsifiner_edge.artifacts import (
     new_folder,
     open_bundle,
     picture_size,
+    read_labels,
     sha256,
 )
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 
 PACKAGE_SCHEMA = 1
 MODEL = "model.onnx"
-LABELS = "labels.txt"
+_NAME = re.compile(r"[A-Za-z0-9_./:-]+")
+"""A tensor's name: it goes into lists with semicolons and into lines of configurations."""
 
 
 class Tensor(NamedTuple):
@@ -71,8 +73,8 @@ def read_bundle(folder: Path) -> Bundle:
     """Read a bundle that takes pictures.
 
     Raises:
-        ArtifactError: not a bundle, altered, with names of files that are no plain ones, or its manifest does not say
-            what it takes and gives.
+        ArtifactError: not a bundle, altered, with names of files or tensors that are no plain ones, or its manifest
+            does not say what it takes and gives.
         ConfigError: it takes something else than one uint8 picture `image` [B,S,S,3].
     """
     manifest = open_bundle(folder)
@@ -91,7 +93,7 @@ def read_bundle(folder: Path) -> Bundle:
         size=size,
         batch=first if isinstance(first, int) else None,
         outputs=tuple(_tensors(manifest, folder, "outputs")),
-        labels=tuple(read_labels(folder, manifest)),
+        labels=tuple(read_labels(manifest, folder)),
     )
 
 
@@ -101,22 +103,18 @@ def safe_name(text: str) -> str:
 
 
 def _tensors(manifest: dict[str, Any], folder: Path, key: str) -> list[Tensor]:
-    tensors = []
+    tensors: list[Tensor] = []
     for entry in field(manifest, folder, key, list):
         if not isinstance(entry, dict):
             raise ArtifactError(f"{folder}: {key} holds {entry!r:.60}.", "Export the bundle again.")
         shape = field(entry, folder, "shape", list)
         if not shape or not all(isinstance(n, int | str) or n is None for n in shape):
             raise ArtifactError(f"{folder}: a shape in {key} is {shape!r:.60}.", "Export the bundle again.")
-        tensors.append(Tensor(field(entry, folder, "name", str), field(entry, folder, "dtype", str), tuple(shape)))
+        name = field(entry, folder, "name", str)
+        if not _NAME.fullmatch(name) or name in (tensor.name for tensor in tensors):
+            raise ArtifactError(f"{folder}: {key} holds the name {name!r:.60}, or twice.", "Do not use this bundle.")
+        tensors.append(Tensor(name, field(entry, folder, "dtype", str), tuple(shape)))
     return tensors
-
-
-def read_labels(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Labels of a bundle that has them; a file that the manifest does not name is none of the bundle's."""
-    if LABELS not in manifest["files"]:
-        return []
-    return (folder / LABELS).read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def load_model(folder: Path) -> Any:
@@ -155,10 +153,15 @@ def new_package(output: Path, bundle: Bundle, target: str) -> Iterator[Path]:
     """Fill a temporary folder; with `package.json`, the hashes of all else, it takes the place of `output`.
 
     Raises:
-        ArtifactError: `output` is in the bundle, or holds anything but a package of ours; or the disk refuses.
+        ArtifactError: `output` is in the bundle or around it, or holds anything but a package of ours; or the disk
+            refuses.
     """
-    if output.resolve().is_relative_to(bundle.folder.resolve()):
-        raise ArtifactError(f"{output} is in the bundle.", "Choose another output.")
+    try:
+        source, place = bundle.folder.resolve(), output.resolve()
+    except (OSError, RuntimeError) as error:  # Links in a circle.
+        raise ArtifactError(f"{output} cannot be written: {error}.", "Choose another output.") from error
+    if place.is_relative_to(source) or source.is_relative_to(place):
+        raise ArtifactError(f"{output} is in the bundle, or the bundle in it.", "Choose another output.")
     with new_folder(output, "package") as folder:
         yield folder
         files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -12,17 +12,20 @@ Paths in them are relative to the files themselves, so the folder can go anywher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.package.common import LABELS, MODEL, Bundle, safe_name
+from sparsifiner_edge.artifacts import LABELS_FILE
+from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.package.common import MODEL, Bundle
 from sparsifiner_edge.package.float_model import PROBABILITIES, write_float_model
 from sparsifiner_edge.package.nvinfer_keys import check_app, check_nvinfer
 
 PRIMARY_ID, SECONDARY_ID = 1, 2
 OBJECTS = 8
 """Objects of a frame that a secondary classifier takes at once, where the batch is dynamic."""
+_MOST_CLASSES = 1 << 20
 _SAMPLES = "/opt/nvidia/deepstream/deepstream/samples"
 _MODES = {"fp32": 0, "fp16": 2}
 _WORDS = {0: "fp32", 2: "fp16"}
@@ -33,6 +36,7 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
 
     Raises:
         ConfigError: an int8 bundle, or labels that are not one per class.
+        GateError: the model disagrees with the golden pair, or a value would not fit a line of a configuration.
     """
     if kernels != "auto":
         raise ConfigError(f"kernels {kernels!r} goes with Triton.", "Leave it out: TensorRT compiles the bodies.")
@@ -47,23 +51,34 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
             "Export it with --batch dynamic, or 1.",
         )
     if bundle.classifier:
-        (folder / LABELS).write_text(";".join(nvinfer_labels(bundle)) + "\n", encoding="utf-8")
+        (folder / LABELS_FILE).write_text(";".join(nvinfer_labels(bundle)) + "\n", encoding="utf-8")
     differences = write_float_model(bundle, folder)
     sizes = {"primary": bundle.batch or batch or 1, "secondary": bundle.batch or batch or OBJECTS}
     for role, size in sizes.items():
-        config = key_file({"property": nvinfer_config(bundle, role, size)})
-        check_nvinfer(config)
-        (folder / f"config_infer_{role}.txt").write_text(config, encoding="utf-8")
-        app = key_file(app_config(role, sizes))
-        check_app(app)
+        config = {"property": nvinfer_config(bundle, role, size)}
+        (folder / f"config_infer_{role}.txt").write_text(_checked(config, check_nvinfer), encoding="utf-8")
+        app = _checked(app_config(role, sizes), check_app)
         (folder / f"deepstream_app_{role}.txt").write_text(app, encoding="utf-8")
     (folder / "README.md").write_text(_readme(bundle, differences), encoding="utf-8")
     return remarks(bundle)
 
 
+def _checked(
+    groups: Mapping[str, Mapping[str, object]], check: Callable[[str], Mapping[str, Mapping[str, str]]]
+) -> str:
+    """The text of a configuration that is read back as what it was made of: no other key has slipped in."""
+    text = key_file(groups)
+    if check(text) != {group: {k: str(v) for k, v in entries.items()} for group, entries in groups.items()}:
+        raise GateError("A configuration is read back as another.", "Report this with the bundle's manifest.")
+    return text
+
+
 def remarks(bundle: Bundle) -> list[str]:
     """What is different there from the bundle."""
-    found = []
+    found = [
+        "Gst-nvinfer scales frames bilinearly (scaling-filter=1; left out, it would take the nearest pixel), "
+        "`sparsifiner-edge run` by cubic interpolation: answers differ a little."
+    ]
     if not bundle.classifier:
         found.append(
             "This bundle has no logits: Gst-nvinfer's classifiers need them. The configurations attach the raw outputs "
@@ -86,10 +101,12 @@ def nvinfer_labels(bundle: Bundle) -> list[str]:
     """One label per class, without semicolons, which separate them.
 
     Raises:
-        ConfigError: there are more or fewer labels than classes.
+        ConfigError: there are more or fewer labels than classes, or no number of classes.
     """
-    (classes,) = (output.shape[-1] for output in bundle.outputs if output.name == "logits")
-    labels = bundle.labels or [f"class_{i}" for i in range(int(classes or 0))]
+    classes = next(output.shape[-1] for output in bundle.outputs if output.name == "logits")
+    if not isinstance(classes, int) or not 0 < classes <= _MOST_CLASSES:
+        raise ConfigError(f"{bundle.folder} has {classes!r:.60} classes.", "Export the bundle again.")
+    labels = bundle.labels or [f"class_{i}" for i in range(classes)]
     if len(labels) != classes:
         raise ConfigError(f"{len(labels)} labels for {classes} classes.", "Export the bundle again.")
     return [label.replace(";", ",").strip() or "-" for label in labels]
@@ -113,12 +130,14 @@ def nvinfer_config(bundle: Bundle, role: str, batch: int) -> dict[str, object]:
         "net-scale-factor": 1.0,
         "maintain-aspect-ratio": 1,
         "symmetric-padding": 1,
+        "scaling-filter": 1,
         "output-blob-names": ";".join(outputs),
     }
     if bundle.classifier:
         # The type tells this classifier's answers from another's.
-        kind = {"network-type": 1, "classifier-type": safe_name(bundle.name), "classifier-threshold": 0.2}
-        entries |= kind | {"labelfile-path": LABELS}
+        kind = re.sub(r"[^A-Za-z0-9_-]", "_", bundle.name)
+        entries |= {"network-type": 1, "classifier-type": kind, "classifier-threshold": 0.2}
+        entries |= {"labelfile-path": LABELS_FILE}
     else:
         entries |= {"network-type": 100, "output-tensor-meta": 1}
     if role == "primary":
@@ -163,7 +182,15 @@ def app_config(role: str, sizes: Mapping[str, int]) -> dict[str, dict[str, objec
 
 
 def key_file(groups: Mapping[str, Mapping[str, object]]) -> str:
-    """GLib's key file format."""
+    """GLib's key file format.
+
+    Raises:
+        GateError: a value holds what would end its line.
+    """
+    for group, entries in groups.items():
+        for key, value in entries.items():
+            if not str(value).isprintable():
+                raise GateError(f"[{group}] {key} is {str(value)!r:.60}.", "A value is one line of printable text.")
     blocks = [
         f"[{group}]\n" + "".join(f"{key}={value}\n" for key, value in entries.items())
         for group, entries in groups.items()

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.package.common import MODEL, Bundle, golden_image, load_model
 from sparsifiner_edge.results import available_cores
 from sparsifiner_edge.runtime.golden import check_golden
@@ -39,11 +39,16 @@ def write_float_model(bundle: Bundle, folder: Path) -> dict[str, float]:
         Per output: its difference from golden, relative to its range.
 
     Raises:
-        ConfigError: the model's first node is not the Cast of `image`.
+        ArtifactError: the model's outputs are not the manifest's.
+        ConfigError: the model does not begin as our exports do.
         GateError: it disagrees with the golden pair.
         MissingExtraError: ONNX Runtime is not installed.
     """
     model = float_model(load_model(bundle.folder))
+    present = [output.name for output in model.graph.output]
+    if present != [output.name for output in bundle.outputs]:
+        said = ", ".join(map(repr, present))
+        raise ArtifactError(f"{bundle.folder}: the model gives {said:.100}; its manifest differs.", "Do not use it.")
     path = folder / MODEL
     path.write_bytes(model.SerializeToString())
     with _Planes(path, bundle) as session:
@@ -60,13 +65,20 @@ def float_model(model: Any) -> Any:
     """A copy that takes `image` float32 [B,3,H,W] instead of uint8 [B,H,W,3].
 
     Raises:
-        ConfigError: the first node is not the Cast of `image` to float32.
+        ConfigError: there is no Cast of `image` to float32, or what is around it is no picture's.
     """
+    try:
+        return _float_model(model)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ConfigError(f"The model does not begin as exports do: {error}.", "Export the bundle again.") from error
+
+
+def _float_model(model: Any) -> Any:
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
     cast = next((n for n in graph.node if n.op_type == "Cast" and list(n.input) == ["image"]), None)
-    if cast is None or helper.get_attribute_value(cast.attribute[0]) != TensorProto.FLOAT:
+    if cast is None or [a.i for a in cast.attribute if a.name == "to"] != [TensorProto.FLOAT]:
         raise ConfigError("The model does not begin with a Cast of `image` to float32.", "Export the bundle again.")
     batch, height, width, channels = graph.input[0].type.tensor_type.shape.dim
     shape = [batch.dim_param or batch.dim_value, channels.dim_value, height.dim_value, width.dim_value]
@@ -93,7 +105,7 @@ def _is_to_planes(node: Any, pixels: str) -> bool:
     return (
         node.op_type == "Transpose"
         and list(node.input) == [pixels]
-        and list(helper.get_attribute_value(node.attribute[0])) == _TO_PLANES
+        and [list(a.ints) for a in node.attribute if a.name == "perm"] == [_TO_PLANES]
     )
 
 

@@ -1,7 +1,7 @@
 """Keys of the configuration files of Gst-nvinfer and of deepstream-app, and the check that ours hold no others.
 
-From NVIDIA's public documentation (DeepStream 6.2 to 9: "Gst-nvinfer", "DeepStream Reference Application"). Both are
-GLib key files: groups in brackets, one key=value a line, lists with semicolons.
+From NVIDIA's public documentation (DeepStream 6.4 to 9: "Gst-nvinfer", "DeepStream Reference Application") and the
+parsers that come with it. Both are GLib key files: groups in brackets, one key=value a line, lists with semicolons.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from sparsifiner_edge.errors import GateError
 
 _INT, _COUNT, _SIZE, _TRUTH = r"-?\d+", r"\d+", r"[1-9]\d*", r"[01]"
-_FLOAT = r"-?\d+(\.\d+)?([eE]-?\d+)?"
+_LEVEL = r"\d+(\.\d+)?([eE]-?\d+)?"
+_FLOAT = rf"-?{_LEVEL}"
 _INTS, _FLOATS = rf"{_INT}(;{_INT})*;?", rf"{_FLOAT}(;{_FLOAT})*;?"
 _TEXT = r"[^\\\s](.*[^\\\s])?"
 
@@ -21,7 +22,7 @@ PROPERTY = {
     "gpu-id": _COUNT, "gie-unique-id": _SIZE, "process-mode": "[12]", "interval": _COUNT, "batch-size": _SIZE,
     "network-mode": "[0-2]", "network-type": r"[0-3]|100", "network-input-order": "[01]", "model-color-format": "[0-2]",
     "net-scale-factor": _FLOAT, "offsets": _FLOATS, "mean-file": _TEXT, "infer-dims": rf"{_COUNT};{_COUNT};{_COUNT}",
-    "maintain-aspect-ratio": _TRUTH, "symmetric-padding": _TRUTH, "scaling-filter": _COUNT,
+    "maintain-aspect-ratio": _TRUTH, "symmetric-padding": _TRUTH, "scaling-filter": "[0-6]",
     "scaling-compute-hw": "[0-2]",
     "onnx-file": _TEXT, "model-engine-file": _TEXT, "labelfile-path": _TEXT, "int8-calib-file": _TEXT,
     "workspace-size": _COUNT, "output-blob-names": _TEXT, "output-io-formats": _TEXT, "layer-device-precision": _TEXT,
@@ -31,17 +32,25 @@ PROPERTY = {
     "dump-output-tensor": _TRUTH, "custom-lib-path": _TEXT, "custom-network-config": _TEXT,
     "parse-bbox-func-name": _TEXT, "parse-bbox-instance-mask-func-name": _TEXT, "parse-classifier-func-name": _TEXT,
     "engine-create-func-name": _TEXT, "num-detected-classes": _COUNT, "cluster-mode": "[0-4]",
-    "classifier-threshold": _FLOAT, "classifier-async-mode": _TRUTH, "classifier-type": _TEXT,
-    "segmentation-threshold": _FLOAT, "segmentation-output-order": "[01]", "output-instance-mask": _TRUTH,
+    "classifier-threshold": _LEVEL, "classifier-async-mode": _TRUTH, "classifier-type": "[A-Za-z0-9_-]+",
+    "segmentation-threshold": _LEVEL, "segmentation-output-order": "[01]", "output-instance-mask": _TRUTH,
     "secondary-reinfer-interval": _COUNT, "operate-on-gie-id": _INT, "operate-on-class-ids": _INTS,
     "filter-out-class-ids": _INTS, "input-object-min-width": _COUNT, "input-object-min-height": _COUNT,
-    "input-object-max-width": _COUNT, "input-object-max-height": _COUNT, "crop-objects-to-roi-boundary": _TRUTH,
+    "input-object-max-width": _COUNT, "input-object-max-height": _COUNT,
 }  # fmt: skip
 """Keys of the group `property` of Gst-nvinfer, and the form of their values; those for Caffe, UFF and TLT left out."""
-NVINFER = {"property": PROPERTY}
+CLASS_ATTRS = {
+    "pre-cluster-threshold": _LEVEL, "post-cluster-threshold": _LEVEL, "eps": _LEVEL, "group-threshold": _COUNT,
+    "minBoxes": _COUNT, "dbscan-min-score": _LEVEL, "nms-iou-threshold": _LEVEL, "roi-top-offset": _COUNT,
+    "roi-bottom-offset": _COUNT, "detected-min-w": _COUNT, "detected-min-h": _COUNT, "detected-max-w": _COUNT,
+    "detected-max-h": _COUNT, "topk": _INT, "border-color": _FLOATS, "bg-color": _FLOATS,
+}  # fmt: skip
+"""Keys of the groups `class-attrs-all` and `class-attrs-NUMBER`, for detectors."""
+NVINFER = {"property": PROPERTY, r"class-attrs-(all|\d+)": CLASS_ATTRS}
 _ALWAYS = (
     "gpu-id", "gie-unique-id", "process-mode", "batch-size", "network-mode", "network-type", "net-scale-factor",
-    "model-color-format", "network-input-order", "infer-dims", "onnx-file", "model-engine-file", "output-blob-names",
+    "model-color-format", "network-input-order", "infer-dims", "scaling-filter", "onnx-file", "model-engine-file",
+    "output-blob-names",
 )  # fmt: skip
 _FOR_TYPE = {"1": ("labelfile-path", "classifier-threshold"), "100": ("output-tensor-meta",)}
 _FOR_MODE = {"1": ("interval",), "2": ("operate-on-gie-id",)}
@@ -55,26 +64,31 @@ APP = {
                    "latency": _COUNT, "cudadec-memtype": "[0-2]", "camera-width": _SIZE, "camera-height": _SIZE,
                    "camera-fps-n": _SIZE, "camera-fps-d": _SIZE, "camera-v4l2-dev-node": _COUNT,
                    "camera-csi-sensor-id": _COUNT, "drop-frame-interval": _COUNT, "select-rtp-protocol": "[047]",
-                   "rtsp-reconnect-interval-sec": _COUNT, "rtsp-reconnect-attempts": _INT},
+                   "rtsp-reconnect-interval-sec": _COUNT, "rtsp-reconnect-attempts": _INT,
+                   "intra-decode-enable": _TRUTH, "num-extra-surfaces": _COUNT, "udp-buffer-size": _SIZE},
     "streammux": {"gpu-id": _COUNT, "live-source": _TRUTH, "batch-size": _SIZE, "batched-push-timeout": _INT,
                   "width": _SIZE, "height": _SIZE, "enable-padding": _TRUTH, "nvbuf-memory-type": "[0-4]",
-                  "buffer-pool-size": _SIZE, "attach-sys-ts-as-ntp": _TRUTH, "sync-inputs": _TRUTH},
+                  "buffer-pool-size": _SIZE, "attach-sys-ts-as-ntp": _TRUTH, "sync-inputs": _TRUTH,
+                  "config-file": _TEXT, "max-latency": _COUNT, "frame-num-reset-on-eos": _TRUTH,
+                  "frame-num-reset-on-stream-reset": _TRUTH},
     "primary-gie": {"enable": _TRUTH, "gpu-id": _COUNT, "gie-unique-id": _SIZE, "batch-size": _SIZE,
                     "interval": _COUNT, "config-file": _TEXT, "labelfile-path": _TEXT, "model-engine-file": _TEXT,
-                    "nvbuf-memory-type": "[0-4]", "plugin-type": "[01]", "input-tensor-meta": _TRUTH},
+                    "nvbuf-memory-type": "[0-4]", "plugin-type": "[01]", "input-tensor-meta": _TRUTH,
+                    "infer-raw-output-dir": _TEXT},
     "tracker": {"enable": _TRUTH, "tracker-width": _SIZE, "tracker-height": _SIZE, "ll-lib-file": _TEXT,
                 "ll-config-file": _TEXT, "gpu-id": _COUNT, "display-tracking-id": _TRUTH},
     r"secondary-gie\d+": {"enable": _TRUTH, "gpu-id": _COUNT, "gie-unique-id": _SIZE, "operate-on-gie-id": _SIZE,
                           "operate-on-class-ids": _INTS, "batch-size": _SIZE, "config-file": _TEXT,
                           "labelfile-path": _TEXT, "model-engine-file": _TEXT, "nvbuf-memory-type": "[0-4]",
-                          "plugin-type": "[01]"},
+                          "plugin-type": "[01]", "infer-raw-output-dir": _TEXT},
     "osd": {"enable": _TRUTH, "gpu-id": _COUNT, "border-width": _COUNT, "text-size": _SIZE, "text-color": _FLOATS,
             "text-bg-color": _FLOATS, "font": _TEXT, "process-mode": "[0-2]", "display-text": _TRUTH,
-            "nvbuf-memory-type": "[0-4]"},
+            "display-bbox": _TRUTH, "display-mask": _TRUTH, "nvbuf-memory-type": "[0-4]"},
     r"sink\d+": {"enable": _TRUTH, "type": "[1-7]", "sync": _TRUTH, "source-id": _COUNT, "gpu-id": _COUNT,
                  "container": "[12]", "codec": "[12]", "enc-type": "[01]", "bitrate": _SIZE, "output-file": _TEXT,
-                 "rtsp-port": _SIZE, "udp-port": _SIZE, "nvbuf-memory-type": "[0-4]"},
-    "tests": {"file-loop": _TRUTH},
+                 "rtsp-port": _SIZE, "udp-port": _SIZE, "nvbuf-memory-type": "[0-4]", "iframeinterval": _COUNT,
+                 "profile": _COUNT, "qos": _TRUTH, "width": _SIZE, "height": _SIZE},
+    "tests": {"file-loop": _TRUTH, "pipeline-recreate-sec": _COUNT},
 }  # fmt: skip
 """Groups of deepstream-app (a number follows some names), their keys, and the form of their values."""
 _APP_NEEDS = {
@@ -83,8 +97,8 @@ _APP_NEEDS = {
 }  # fmt: skip
 
 
-def check_nvinfer(text: str) -> dict[str, str]:
-    """The group `property` of a configuration of Gst-nvinfer.
+def check_nvinfer(text: str) -> dict[str, dict[str, str]]:
+    """The groups of a configuration of Gst-nvinfer.
 
     Raises:
         GateError: it is no key file, a key is unknown, missing, or of another form.
@@ -95,7 +109,7 @@ def check_nvinfer(text: str) -> dict[str, str]:
     _require("property", [*_ALWAYS, *_FOR_TYPE.get(kind, ()), *_FOR_MODE.get(mode, ())], found)
     if found["network-type"] == "100" and found["output-tensor-meta"] != "1":
         raise GateError("network-type=100 without output-tensor-meta=1 gives nothing.", "Set it.")
-    return found
+    return groups
 
 
 def check_app(text: str) -> dict[str, dict[str, str]]:

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.artifacts import LABELS_FILE
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.package.common import LABELS, MODEL, Bundle, Tensor, golden_image
+from sparsifiner_edge.package.common import MODEL, Bundle, Tensor, golden_image
 from sparsifiner_edge.package.triton_config import print_config
 from sparsifiner_edge.runtime.engines import Engine, listed_engines, parse_capability
 
@@ -33,12 +34,18 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
     models = folder / "models"
     library = _library(bundle, kernels)
     _write_onnx(bundle, models / bundle.name, batch, library)
-    engines = newest_engines(listed_engines(bundle.manifest, bundle.folder))
+    listed = listed_engines(bundle.manifest, bundle.folder)
+    engines = newest_engines([engine for engine in listed if _takes_one(engine, bundle)])
     if engines:
         _write_plans(bundle, models / f"{bundle.name}_tensorrt", engines)
-    remarks = _remarks(bundle, library, engines)
+    remarks = _remarks(bundle, library, engines, listed)
     (folder / "README.md").write_text(_readme(bundle, library, engines, remarks), encoding="utf-8")
     return remarks
+
+
+def _takes_one(engine: Engine, bundle: Bundle) -> bool:
+    """Whether the server can use an engine: it sends requests alone where it has no others to join them."""
+    return bundle.batch is not None or engine.batch.least <= 1
 
 
 def _library(bundle: Bundle, kernels: str) -> Path | None:
@@ -99,7 +106,7 @@ def _config(bundle: Bundle, name: str, most: int) -> dict[str, Any]:
     outputs = [_tensor(output, most) for output in bundle.outputs]
     for output in outputs:
         if output["name"] == "logits" and bundle.labels:
-            output["label_filename"] = LABELS
+            output["label_filename"] = LABELS_FILE
     warm = {"data_type": "TYPE_UINT8", "dims": _dims(image, most), "input_data_file": "image"}
     config: dict[str, Any] = {
         "name": name,
@@ -131,10 +138,10 @@ def _write_common(bundle: Bundle, folder: Path, most: int) -> None:
     image = golden_image(bundle)
     (folder / "warmup" / "image").write_bytes((image[0] if most else image).tobytes())
     if bundle.labels:
-        (folder / LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
+        (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
 
 
-def _remarks(bundle: Bundle, library: Path | None, engines: Mapping[str, Engine]) -> list[str]:
+def _remarks(bundle: Bundle, library: Path | None, engines: Mapping[str, Engine], listed: list[Engine]) -> list[str]:
     found = []
     if library is not None:
         found.append(
@@ -143,9 +150,10 @@ def _remarks(bundle: Bundle, library: Path | None, engines: Mapping[str, Engine]
         )
     elif bundle.manifest.get("ops"):
         found.append("Without the native library the operators run by their bodies: slower on a processor.")
-    skipped = [e for e in bundle.manifest.get("engines", []) if e["backend"] == "tensorrt-rtx"]
-    if skipped:
+    if any(engine.backend == "tensorrt-rtx" for engine in listed):
         found.append("Engines of TensorRT-RTX are left out: Triton's backend runs those of TensorRT.")
+    if any(engine.backend == "tensorrt" and not _takes_one(engine, bundle) for engine in listed):
+        found.append("Engines for batches above 1 alone are left out: the server sends single pictures too.")
     if engines:
         found.append("Plans are native code and run on the very TensorRT that built them; see the README.")
     return found

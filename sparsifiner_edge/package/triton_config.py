@@ -74,8 +74,15 @@ def _config_class() -> Any:
 
 
 def print_config(content: dict[str, Any]) -> str:
-    """The text of a config.pbtxt, checked by reading it back."""
-    text: str = text_format.MessageToString(_config_class()(**content))
+    """The text of a config.pbtxt, checked by reading it back.
+
+    Raises:
+        GateError: a value does not fit its field, or see `check_config`.
+    """
+    try:
+        text: str = text_format.MessageToString(_config_class()(**content))
+    except (ValueError, TypeError) as error:
+        raise GateError(f"config.pbtxt: {error!s:.200}.", "Export the bundle again.") from error
     check_config(text)
     return text
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import onnx
 
-from sparsifiner_edge.artifacts import bundle_hash, field, open_bundle
+from sparsifiner_edge.artifacts import LABELS_FILE, bundle_hash, field, open_bundle, read_labels
 from sparsifiner_edge.errors import ArtifactError, GateError
-from sparsifiner_edge.package.common import LABELS, load_model, read_labels
+from sparsifiner_edge.package.common import load_model
 from sparsifiner_edge.runtime.engines import listed_engines
 from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import open_session
@@ -39,7 +39,8 @@ def verify_bundle(
         public_key: the signature must be that key's; without it a signature is told and not checked.
 
     Returns:
-        `bundle`, `hash`, `passed`, and `checks`: per check its `name`, whether it `passed`, and its `details`.
+        `bundle`, `hash`, `passed`, and `checks`: per check its `name`, whether it `passed`, and its `details`. A model
+        that is no valid ONNX is the last that is checked.
 
     Raises:
         ArtifactError: not a bundle, a file missing or altered, of a newer schema: there is nothing to check then.
@@ -50,7 +51,11 @@ def verify_bundle(
     manifest = open_bundle(folder)
     key = None if public_key is None else Path(public_key)
     subject = _Subject(folder, manifest, load_model(folder), backend, kernels, key)
-    checks = [_run(name, check, subject) for name, check in _CHECKS.items()]
+    checks = []
+    for name, check in _CHECKS.items():
+        checks.append(_run(name, check, subject))
+        if check is _onnx and not checks[-1]["passed"]:
+            break
     passed = all(check["passed"] for check in checks)
     return {"bundle": str(folder), "hash": bundle_hash(folder), "passed": passed, "checks": checks}
 
@@ -60,6 +65,9 @@ def _run(name: str, check: Callable[[_Subject], str], subject: _Subject) -> dict
         return {"name": name, "passed": True, "details": check(subject)}
     except GateError as error:
         return {"name": name, "passed": False, "details": error.what}
+    except (KeyError, IndexError, ValueError, TypeError) as error:  # A form that no export of ours has.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return {"name": name, "passed": False, "details": f"cannot be checked: {reason}"}
 
 
 def _files(subject: _Subject) -> str:
@@ -146,10 +154,10 @@ def _metadata(subject: _Subject) -> str:
     if entries.get("name") != subject.manifest.get("name"):
         raise GateError(f"name {entries.get('name')!r}, the manifest says {subject.manifest.get('name')!r}")
     classes = _classes(subject.model.graph.output)
-    labels = read_labels(subject.folder, subject.manifest)
+    labels = read_labels(subject.manifest, subject.folder)
     stated = entries["classes"].splitlines() if entries.get("classes") else []
     if labels and (labels != stated or len(labels) != classes):
-        raise GateError(f"{len(labels)} labels in {LABELS}, {len(stated)} in the model, for {classes} classes")
+        raise GateError(f"{len(labels)} labels in {LABELS_FILE}, {len(stated)} in the model, for {classes} classes")
     return f"an id for each output; {len(stated) or 'no'} classes"
 
 

@@ -12,9 +12,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.package import package_bundle
-from sparsifiner_edge.package.deepstream import app_config, key_file
+from sparsifiner_edge.package.common import read_bundle
+from sparsifiner_edge.package.deepstream import app_config, key_file, nvinfer_config
 from sparsifiner_edge.package.float_model import float_model
 from sparsifiner_edge.package.nvinfer_keys import check_app, check_nvinfer
 from sparsifiner_edge.runtime import open_session
@@ -80,7 +81,7 @@ def test_half_precision(tmp_path: Path, tiny_student: Path) -> None:
     bundle = export_bundle(tiny_student, tmp_path / "bundle", precision="fp16")
     remarks = package_bundle(bundle, "deepstream", tmp_path / "out")["remarks"]
     assert any("may become float16" in remark for remark in remarks)
-    found = check_nvinfer((tmp_path / "out" / "config_infer_primary.txt").read_text())
+    found = check_nvinfer((tmp_path / "out" / "config_infer_primary.txt").read_text())["property"]
     assert (found["network-mode"], found["model-engine-file"]) == ("2", "model.onnx_b1_gpu0_fp16.engine")
 
 
@@ -97,6 +98,74 @@ def test_models_that_begin_otherwise(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ConfigError, match="does not begin with a Cast"):
         float_model(helper.make_model(graph))
+
+
+def of(kind: str, model: Any) -> Any:
+    return next(node for node in model.graph.node if node.op_type == kind)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: of("Cast", model).ClearField("attribute"),
+        lambda model: of("Cast", model).ClearField("output"),
+        lambda model: of("Transpose", model).ClearField("attribute"),
+        lambda model: model.graph.input[0].type.tensor_type.shape.dim.pop(),
+        lambda model: model.graph.input[0].type.ClearField("tensor_type"),
+        lambda model: model.graph.node.insert(1, onnx.NodeProto(op_type="Identity")),
+        lambda model: model.graph.ClearField("input"),
+    ],
+)
+def test_models_that_nobody_exports(
+    change: Callable[[Any], object], tiny_bundle: Path, altered: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Refused; or, where the order of a Transpose is the default, another model that golden tells."""
+    with pytest.raises(SparsifinerError):
+        package_bundle(altered(tiny_bundle, change), "deepstream", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "error", "said"),
+    [
+        ([("features", [1, 8]), ("more", [1, 8])], ArtifactError, "the model gives 'features'; its manifest differs"),
+        ([("logits", ["classes"])], ConfigError, "has 'classes' classes"),
+        ([("logits", [1, (1 << 20) + 1])], ConfigError, "has 1048577 classes"),
+        ([("logits", [1, None])], ConfigError, "has None classes"),
+    ],
+)
+def test_a_manifest_with_other_outputs(
+    outputs: list[tuple[str, Any]], error: type[SparsifinerError], said: str, tmp_path: Path
+) -> None:
+    listed = [{"name": name, "dtype": "float32", "shape": shape} for name, shape in outputs]
+    bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4}, outputs=listed)
+    with pytest.raises(error, match=said):
+        package_bundle(bundle, "deepstream", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_is_one_line() -> None:
+    for value in ("features\ncustom-lib-path=/tmp/evil.so", "a\rb", "a\x85b", "\x1b[2J", "a\0"):
+        with pytest.raises(GateError, match=r"\[property\] output-blob-names is "):
+            key_file({"property": {"output-blob-names": value}})
+
+
+def test_a_key_that_slipped_in_is_noticed(
+    tmp_path: Path, dynamic_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documented as it is, it is none of what was to be written."""
+    from sparsifiner_edge.package import deepstream as module
+
+    more = "[property]\ncustom-lib-path=e.so\n"
+    monkeypatch.setattr(module, "key_file", lambda groups: key_file(groups).replace("[property]\n", more))
+    with pytest.raises(GateError, match="read back as another"):
+        package_bundle(dynamic_bundle, "deepstream", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_with_points_is_no_type(tmp_path: Path, tiny_bundle: Path) -> None:
+    read = read_bundle(tiny_bundle)._replace(name="vit_small_patch14_dinov2.lvd142m")
+    assert nvinfer_config(read, "primary", 1)["classifier-type"] == "vit_small_patch14_dinov2_lvd142m"
 
 
 def test_a_variant_that_disagrees_is_not_written(
@@ -127,7 +196,9 @@ def test_planes_in_another_order_are_noticed(
 
 @pytest.mark.parametrize("role", ROLES)
 def test_configurations_of_a_classifier(role: str, classifier: Path) -> None:
-    found = check_nvinfer((classifier / f"config_infer_{role}.txt").read_text())
+    found = check_nvinfer((classifier / f"config_infer_{role}.txt").read_text())["property"]
+    assert (found["scaling-filter"], found["classifier-type"]) == ("1", "test_vit")
+    assert "scaling-filter=1" in (classifier / "README.md").read_text()
     assert (found["process-mode"], found["gie-unique-id"]) == (("1", "1") if role == "primary" else ("2", "2"))
     assert (found["network-type"], found["net-scale-factor"], found["infer-dims"]) == ("1", "1.0", "3;160;160")
     assert "offsets" not in found
@@ -156,7 +227,7 @@ def test_labels_are_one_line(classifier: Path, tiny_bundle: Path, altered: Calla
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_model_without_classes_gives_tensors(role: str, features: Path) -> None:
-    found = check_nvinfer((features / f"config_infer_{role}.txt").read_text())
+    found = check_nvinfer((features / f"config_infer_{role}.txt").read_text())["property"]
     assert (found["network-type"], found["output-tensor-meta"], found["batch-size"]) == ("100", "1", "4")
     assert found["output-blob-names"] == "features;tokens;token_positions"
     assert "classifier-threshold" not in found
@@ -181,6 +252,7 @@ net-scale-factor=1.0
 model-color-format=0
 network-input-order=0
 infer-dims=3;160;160
+scaling-filter=1
 onnx-file=model.onnx
 model-engine-file=model.engine
 output-blob-names=probabilities
@@ -208,6 +280,14 @@ interval=0
         ("network-type=1", "network-type=100", "lacks output-tensor-meta"),
         ("network-type=1", "network-type=100\noutput-tensor-meta=0", "gives nothing"),
         ("process-mode=1", "process-mode=2", "lacks operate-on-gie-id"),
+        ("scaling-filter=1\n", "", "lacks scaling-filter"),
+        ("scaling-filter=1", "scaling-filter=7", "scaling-filter=7 is not of the documented form"),
+        ("classifier-threshold=0.2", "classifier-threshold=-1", "is not of the documented form"),
+        ("interval=0", "interval=0\nsegmentation-threshold=-0.5", "is not of the documented form"),
+        ("interval=0", "interval=0\ncrop-objects-to-roi-boundary=1", "is no documented key"),
+        ("interval=0", "interval=0\nclassifier-type=a.b", "is not of the documented form"),
+        ("interval=0", "interval=0\n[class-attrs-x]", "[class-attrs-x] is no documented group"),
+        ("interval=0", "interval=0\n[class-attrs-1]\ntop=1", "[class-attrs-1] top is no documented key"),
     ],
 )
 def test_the_check_of_keys(old: str, new: str, said: str) -> None:
@@ -217,6 +297,22 @@ def test_the_check_of_keys(old: str, new: str, said: str) -> None:
         check_nvinfer(GOOD.replace(old, new, 1))
     assert said in caught.value.what
     assert caught.value.fix
+
+
+def test_keys_that_others_write() -> None:
+    """Those of NVIDIA's own samples."""
+    more = "[class-attrs-all]\npre-cluster-threshold=0.4\ntopk=-1\n[class-attrs-2]\nroi-top-offset=0\nminBoxes=3\n"
+    assert set(check_nvinfer(GOOD + more)) == {"property", "class-attrs-all", "class-attrs-2"}
+    groups = app_config("secondary", {"primary": 1, "secondary": 8})
+    groups["tests"]["pipeline-recreate-sec"] = 0
+    groups["streammux"] |= {"config-file": "mux.txt", "max-latency": 0, "frame-num-reset-on-eos": 1}
+    groups["streammux"]["frame-num-reset-on-stream-reset"] = 0
+    groups["osd"] |= {"display-bbox": 1, "display-mask": 0}
+    groups["sink0"] |= {"iframeinterval": 30, "profile": 0, "qos": 0, "width": 1280, "height": 720}
+    groups["source0"] |= {"intra-decode-enable": 0, "num-extra-surfaces": 5, "udp-buffer-size": 2000000}
+    for group in ("primary-gie", "secondary-gie0"):
+        groups[group]["infer-raw-output-dir"] = "raw/"
+    check_app(key_file(groups))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,18 @@ def test_what_is_not_ours_stays(spoil: Callable[[Path], object], tmp_path: Path)
     assert snapshot(tmp_path) == before
 
 
+def test_a_package_around_its_own_bundle_stays(tmp_path: Path) -> None:
+    """The bundle in a package for GStreamer, packaged into that very place."""
+    out = tmp_path / "out"
+    package_bundle(tiny(tmp_path / "bundle"), "gstreamer", out)
+    (tmp_path / "link").symlink_to(out)
+    before = snapshot(tmp_path)
+    for bundle in (out / "bundle", tmp_path / "link" / "bundle"):
+        with pytest.raises(ArtifactError, match="or the bundle in it"):
+            package_bundle(bundle, "triton", out)
+    assert snapshot(tmp_path) == before
+
+
 def test_neither_a_bundle_nor_a_place_in_it_is_replaced(tmp_path: Path) -> None:
     bundle, other = tiny(tmp_path / "bundle"), tiny(tmp_path / "other")
     before = snapshot(tmp_path)
@@ -70,6 +82,14 @@ def test_neither_a_bundle_nor_a_place_in_it_is_replaced(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=said):
             package_bundle(bundle, "triton", output)
     assert snapshot(tmp_path) == before
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    bundle, loop = tiny(tmp_path / "bundle"), tmp_path / "loop"
+    loop.symlink_to(loop)
+    for output in (loop, loop / "out"):
+        with pytest.raises(ArtifactError):
+            package_bundle(bundle, "triton", output)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -129,6 +149,11 @@ def test_names_of_files_stay_in_their_folder(target: str, name: str, tmp_path: P
         ({"inputs": ["image"]}, "inputs holds 'image'"),
         ({"outputs": [{"name": "features", "dtype": "float32", "shape": [1, {}]}]}, "a shape in outputs"),
         ({"preprocessing": {}}, "preprocessing.size"),
+        *(
+            ({"outputs": [{"name": name, "dtype": "float32", "shape": [1, 8]}]}, "outputs holds the name")
+            for name in ("features\ncustom-lib-path=/tmp/evil.so", "features;logits", "", "a b", "\N{SNOWMAN}", "\x1b")
+        ),
+        ({"outputs": [{"name": "logits", "dtype": "float32", "shape": [1, 8]}] * 2}, "the name 'logits', or twice"),
     ],
 )
 def test_manifests_that_say_too_little(manifest: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.package import package_bundle
 from sparsifiner_edge.package.common import read_bundle
-from sparsifiner_edge.package.triton import newest_engines
+from sparsifiner_edge.package.triton import _takes_one, newest_engines
 from sparsifiner_edge.package.triton_config import check_config, print_config
 from sparsifiner_edge.runtime.engines import BatchRange, Engine
 from tests.package.reseal import reseal
@@ -166,6 +166,23 @@ def test_engines_that_triton_does_not_run(tmp_path: Path) -> None:
         package_bundle(bundle, "triton", tmp_path / "other")
 
 
+def test_plans_that_take_no_single_picture(tmp_path: Path) -> None:
+    """As `build --min-batch 4` makes them: the warm-up and the server's own batching send one."""
+    least = engine("8.7", batch=BatchRange(4, 4, 8))
+    bundle = with_engines(make_bundle(tmp_path / "b", preprocessing={"size": 4}, name="m"), engine("8.7"), least)
+    remarks = package_bundle(bundle, "triton", tmp_path / "out")["remarks"]
+    assert any("above 1 alone are left out" in remark for remark in remarks)
+    config = check_config((tmp_path / "out" / "models" / "m_tensorrt" / "config.pbtxt").read_text())
+    assert config.max_batch_size == 4  # The earlier one of its kind.
+    alone = with_engines(make_bundle(tmp_path / "alone", preprocessing={"size": 4}, name="m"), least)
+    package_bundle(alone, "triton", tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other" / "models").iterdir()] == ["m"]
+    fixed = make_bundle(tmp_path / "f", preprocessing={"size": 4}, name="m", batch=4)
+    with_engines(fixed, engine("8.7", batch=BatchRange(4, 4, 4)))
+    assert read_bundle(fixed).batch == 4
+    assert _takes_one(engine("8.7", batch=BatchRange(4, 4, 4)), read_bundle(fixed))
+
+
 def test_damaged_input(tmp_path: Path) -> None:
     for number, content in enumerate((b"", b"PK\x03\x04" + bytes(50))):
         bundle = make_bundle(tmp_path / f"b{number}", preprocessing={"size": 4})
@@ -177,6 +194,11 @@ def test_damaged_input(tmp_path: Path) -> None:
         tmp_path / "b", preprocessing={"size": 4}, outputs=[{"name": "x", "dtype": "complex64", "shape": [1]}]
     )
     with pytest.raises(ConfigError, match="complex64"):
+        package_bundle(bundle, "triton", tmp_path / "out")
+    bundle = make_bundle(
+        tmp_path / "n", preprocessing={"size": 4}, outputs=[{"name": "x", "dtype": "float32", "shape": [1, 10**30]}]
+    )
+    with pytest.raises(GateError, match=r"config\.pbtxt: .*range"):
         package_bundle(bundle, "triton", tmp_path / "out")
 
 

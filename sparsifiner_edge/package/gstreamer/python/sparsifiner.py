@@ -84,17 +84,10 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
 
     def _open(self) -> Any:
         from sparsifiner_edge.camera.model import Model
-        from sparsifiner_edge.runtime import open_session
-        from sparsifiner_edge.signing import require_signature
 
-        folder, threads = Path(self.bundle), self.threads or None
-        if self.public_key:
-            require_signature(folder, Path(self.public_key))
-        model = Model(folder, "onnxruntime", threads, top=self.top_k, threshold=self.threshold)
-        if self.kernels != "auto":
-            model.session.close()
-            model.session = open_session(folder, threads=threads, kernels=self.kernels)
-        return model
+        key = Path(self.public_key) if self.public_key else None
+        threads = self.threads or None
+        return Model(Path(self.bundle), "onnxruntime", threads, self.top_k, self.threshold, key, self.kernels)
 
     def do_stop(self) -> bool:
         """Close it."""
