@@ -130,13 +130,18 @@ class Capture:
             self.failure = f"{type(error).__name__}: {error}"
             raise
         finally:
+            self.mailbox.close()  # First: whatever comes of the rest, the loop learns that no frame will follow.
             self._status.enter("ended", self.failure)
-            self.mailbox.close()
 
     def _one_process(self) -> bool:
         """Start the process and read it until it ends, hangs or crashes; True when the source came to its end."""
-        self._status.enter("connecting", attempt=self._backoff.attempts)
-        process = self._started()
+        attempt = self._backoff.attempts
+        self._status.enter("connecting", quiet=_is_old(attempt), attempt=attempt)
+        try:
+            process = self._started()
+        except OSError as error:  # The machine is short of memory or processes, for now.
+            self._crashed(f"the decoder cannot be started: {error.strerror}")
+            return False
         assert process.stdout is not None
         try:
             return self._read(process.stdout.fileno())
@@ -182,13 +187,15 @@ class Capture:
                     self._crashed("the decoder crashed")
                 return False
             if message.kind == "end":
+                if self._source.live:
+                    raise WireError("the end of a live source")
                 self.failure = message.fields.get("reason")
                 return True
             # Connecting has time limits of its own; those of the watchdog only come after them.
             allowed = self._stall_s if message.kind == "frame" else 2 * self._stall_s + 5
             if message.kind == "frame":
                 self._frame(message)
-                now = int(message.fields.get("bad_packets", 0))
+                now = message.fields.get("bad_packets", 0)
                 self._status.count("bad_packets", max(0, now - bad))
                 bad = now
             else:
@@ -210,10 +217,10 @@ class Capture:
         state = "lost" if fields.get("state") == "lost" else "connecting"
         if state == "connecting" and self._status.state == "connecting":
             return
-        attempt = int(fields.get("attempt") or 0)
-        # A night without a camera is no reason to fill a log: after four attempts only some are told.
-        quiet = attempt > 4 and attempt & (attempt - 1) != 0
-        self._status.enter(state, fields.get("reason"), quiet, attempt=attempt, retry_s=fields.get("retry_s"))
+        attempt = fields.get("attempt", 0)
+        self._backoff.attempts = max(self._backoff.attempts, attempt)  # A process that follows counts on.
+        reason, retry_s = fields.get("reason"), fields.get("retry_s")
+        self._status.enter(state, reason, _is_old(attempt), attempt=attempt, retry_s=retry_s)
 
     def _crashed(self, reason: str) -> None:
         self._status.count("crashes")
@@ -221,6 +228,12 @@ class Capture:
 
     def _gone(self, state: str, reason: str) -> None:
         if self._source.live:
-            self._status.enter(state, reason)
+            attempt = self._backoff.attempts + 1
+            self._status.enter(state, reason, _is_old(attempt), attempt=attempt)
         else:
             self.failure = reason
+
+
+def _is_old(attempt: int) -> bool:
+    """A night without a camera is no reason to fill a log: after four attempts only some are told."""
+    return attempt > 4 and attempt & (attempt - 1) != 0

@@ -19,7 +19,7 @@ import numpy as np
 from sparsifiner_edge.camera.backoff import Backoff
 from sparsifiner_edge.camera.limits import confine
 from sparsifiner_edge.camera.prepare import Fit, display_size, fit_pillow
-from sparsifiner_edge.camera.wire import send
+from sparsifiner_edge.camera.wire import MAX_REASON, send
 
 
 def main() -> None:
@@ -97,12 +97,12 @@ def _test_frames(fps: float, fit: Fit) -> Iterator[Any]:
         if fit.display:
             pictures.append(np.asarray(image.resize(display_size(*image.size, fit.display))))
         times = {"captured_ns": due, "arrived_ns": due, "decoded_ns": at, "ready_ns": time.monotonic_ns()}
-        yield Decoded(tuple(pictures), times | {"pts_s": number / fps, "number": number}, 0)
+        yield Decoded(tuple(pictures), times | {"pts_s": number / fps}, 0)
 
 
 def _said(error: Exception) -> str:
     said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(said).split())[:300]
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(said).split()))[:MAX_REASON]
 
 
 if __name__ == "__main__":

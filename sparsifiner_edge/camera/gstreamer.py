@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -19,6 +21,8 @@ from sparsifiner_edge.camera.libav import Decoded
 from sparsifiner_edge.camera.limits import die_with_parent
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.sources import without_passwords
+
+_ERRORS, _LONGEST = 20, 10_000
 
 
 def launch_line(pipeline: str, fit: Fit, handle: int) -> list[str]:
@@ -41,17 +45,22 @@ def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
     ours, theirs = os.pipe()
     launched = subprocess.Popen(
         launch_line(pipeline, fit, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, preexec_fn=die_with_parent,  # noqa: PLW1509  (this process has one thread)
+        stderr=subprocess.PIPE, preexec_fn=die_with_parent,  # noqa: PLW1509  (no other thread is left from before)
     )  # fmt: skip
     os.close(theirs)
+    errors: deque[bytes] = deque(maxlen=_ERRORS)
+    # Read all the time: GStreamer would wait for ever for room in a full pipe.
+    listener = threading.Thread(target=_listen, args=(launched.stderr, errors), name="remarks", daemon=True)
+    listener.start()
     with launched, os.fdopen(ours, "rb", buffering=1 << 20) as pixels:
         try:
             yield from _pictures(pixels, fit)
-            _, remarks = launched.communicate()
+            launched.wait()
         finally:
             launched.kill()
+            listener.join()
     if launched.returncode:
-        raise ValueError(_message(remarks))
+        raise ValueError(_message(errors))
 
 
 def _pictures(pixels: BinaryIO, fit: Fit) -> Iterator[Decoded]:
@@ -63,6 +72,12 @@ def _pictures(pixels: BinaryIO, fit: Fit) -> Iterator[Decoded]:
         yield Decoded((square, square) if fit.display else (square,), times, 0)
 
 
-def _message(remarks: bytes) -> str:
-    lines = [line for line in remarks.decode("utf-8", "replace").splitlines() if "ERROR" in line or "erroneous" in line]
-    return without_passwords(lines[0] if lines else "the pipeline failed")[:300]
+def _listen(remarks: BinaryIO, errors: deque[bytes]) -> None:
+    """Keep the last errors of all that is remarked."""
+    for line in iter(lambda: remarks.readline(_LONGEST), b""):
+        if b"ERROR" in line or b"erroneous" in line:
+            errors.append(line)
+
+
+def _message(errors: deque[bytes]) -> str:
+    return without_passwords(errors[0].decode("utf-8", "replace") if errors else "the pipeline failed")

@@ -124,6 +124,8 @@ class _Reader:
     def _ready(self, frame: Any, arrived: int) -> Decoded:
         at = time.monotonic_ns()
         stamp = None if frame.pts is None else int(frame.pts * frame.time_base * 1_000_000_000)
+        if stamp is not None and abs(stamp) >= 1 << 63:  # Of a damaged file; no clock goes there.
+            stamp = None
         captured = self._clock.captured_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
         pictures = self._prepare(frame)

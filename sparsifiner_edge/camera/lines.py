@@ -9,11 +9,11 @@ import queue
 import stat
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.files import require_file_path
+from sparsifiner_edge.files import io_errors, require_file_path, signals_held
 
 _WAITING = 64
 _DRAIN_S = 2.0
@@ -100,20 +100,61 @@ class LineWriter:
                 self.error = error
             if done and stat.S_ISREG(os.fstat(handle).st_mode):  # No half lines.
                 with contextlib.suppress(OSError):
-                    os.ftruncate(handle, os.lseek(handle, -done, os.SEEK_CUR))
+                    end = os.lseek(handle, -done, os.SEEK_CUR)
+                    os.ftruncate(handle, min(end, os.fstat(handle).st_size))  # Logs are rotated by being emptied.
 
 
-def open_output(path: Path) -> int:
-    """File descriptor of a new or emptied file.
+def open_output(path: Path, append: bool) -> int:
+    """File descriptor of a file for lines.
+
+    Args:
+        path: the file; folders above it are made.
+        append: keep the lines that are there, and begin a new one; else the file is emptied.
 
     Raises:
         ArtifactError: a folder, a device, or the disk refuses.
     """
     require_file_path(path)
-    try:
+    with io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be written: {error.strerror}.", "Free space or choose another place."
-        ) from error
+        if not append:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":  # The power was cut.
+            with contextlib.suppress(OSError):
+                os.write(handle, b"\n")
+        return handle
+
+
+@contextlib.contextmanager
+def new_lines(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes lines for a file that appears when all are there.
+
+    While it grows it has a hidden name beside `path`. Cut short, by an error or a signal, its whole lines stay as
+    `path` with ".part" at the end, and what `path` held stays as it was.
+
+    Raises:
+        ArtifactError: a folder, a device, or the disk refuses.
+    """
+    require_file_path(path)
+    place = Path(os.path.realpath(path))
+    scratch = place.with_name(f".{place.name}.{os.urandom(4).hex()}")
+    try:
+        with io_errors(path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            writer = LineWriter(handle, patient=True)
+            try:
+                yield writer.write
+            finally:
+                writer.close()
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+            scratch.replace(place)
+    finally:
+        with signals_held(), contextlib.suppress(OSError):
+            if scratch.stat().st_size:
+                scratch.replace(place.with_name(f"{place.name}.part"))
+            else:
+                scratch.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ Array = npt.NDArray[Any]
 SHOWN = 640
 """Pixels along the longer side of the frames that are asked for."""
 _SUFFIXES = (".mkv", ".mp4")
+_CODEC = "libx264"
 _TEXT, _LINE, _MARGIN = 16, 20, 8
 _FULL_CHANGE = 0.3
 _TEXT_WIDTH = 44
@@ -28,12 +30,33 @@ def require_overlay_path(path: Path) -> None:
     """Refuse an overlay file that cannot be one.
 
     Raises:
-        ConfigError: another ending than .mp4 or .mkv.
+        ConfigError: another ending than .mp4 or .mkv, or this FFmpeg has no encoder for it.
         ArtifactError: a folder or a device.
     """
+    import av
+
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"The overlay {path} is no video's name.", f"Let it end with {' or '.join(_SUFFIXES)}.")
     require_file_path(path)
+    if _CODEC not in av.codecs_available:
+        raise ConfigError(
+            f"The FFmpeg of PyAV {av.__version__} cannot encode the overlay: it has no {_CODEC}.",
+            "Install PyAV's own wheel: pip install --force-reinstall --only-binary av av",
+        )
+
+
+@contextlib.contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """FFmpeg's errors are many, and not all of them are the system's."""
+    import av
+
+    try:
+        yield
+    except OSError:
+        raise
+    except (av.error.FFmpegError, ValueError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise OSError(getattr(error, "errno", None) or 0, said) from error
 
 
 class Overlay:
@@ -59,7 +82,8 @@ class Overlay:
         options = {"movflags": "frag_keyframe+empty_moov"} if path.suffix.lower() == ".mp4" else {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: Any = av.open(f"file:{path.absolute()}", "w", options=options)
+            with _as_os_errors():
+                self._file: Any = av.open(f"file:{path.absolute()}", "w", options=options)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be written: {error.strerror}.", "Choose another place.") from error
 
@@ -77,25 +101,24 @@ class Overlay:
         """
         import av
 
-        if self._stream is None:
-            self._open_stream(picture)
-        frame = av.VideoFrame.from_ndarray(self._drawn(picture, lines, changes), format="rgb24")
-        self._began = at_s if self._began is None else self._began
-        self._last = max(self._last + 1, round((at_s - self._began) * 1000))
-        frame.pts, frame.time_base = self._last, Fraction(1, 1000)
-        self._file.mux(self._stream.encode(frame))
+        with _as_os_errors():
+            if self._stream is None:
+                self._open_stream(picture)
+            frame = av.VideoFrame.from_ndarray(self._drawn(picture, lines, changes), format="rgb24")
+            self._began = at_s if self._began is None else self._began
+            self._last = max(self._last + 1, round((at_s - self._began) * 1000))
+            frame.pts, frame.time_base = self._last, Fraction(1, 1000)
+            self._file.mux(self._stream.encode(frame))
 
     def close(self) -> None:
         """Finish the file.
 
         Raises:
-            OSError: the disk refuses.
+            OSError: the disk or the encoder refuses.
         """
-        try:
+        with _as_os_errors(), contextlib.closing(self._file):
             if self._stream is not None:
                 self._file.mux(self._stream.encode(None))
-        finally:
-            self._file.close()
 
     def abandon(self) -> None:
         """Give up after an error: release, whatever happens."""
@@ -105,7 +128,7 @@ class Overlay:
     def _open_stream(self, picture: Picture) -> None:
         height, width = picture.shape[:2]
         self._size = width // 2 * 2, height // 2 * 2
-        self._stream = self._file.add_stream("libx264", rate=25)
+        self._stream = self._file.add_stream(_CODEC, rate=25)
         self._stream.width, self._stream.height = self._size
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.time_base = Fraction(1, 1000)

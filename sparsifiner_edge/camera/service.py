@@ -32,7 +32,7 @@ class Options(NamedTuple):
 
     Attributes:
         backend, threads: see `open_session`.
-        output: file for the records; None is standard output.
+        output: file for the records, added to by a live source; None is standard output.
         overlay: video file to draw into.
         top, threshold, public_key: see `Model`.
         fps: of the test pattern.
@@ -67,11 +67,11 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
         SparsifinerError: the bundle, backend or options are unusable.
     """
     require_decoder(source)
-    _require_outputs(source, options.output, options.overlay)
+    _require_outputs(bundle, source, options.output, options.overlay)
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(_open_model(bundle, options))
         events = LineWriter(_duplicate(sys.stderr), patient=False)
-        stack.callback(events.close)
+        stack.callback(_close_quietly, events)
         status = Status(source.shown, events.write)
         if options.metrics is not None:
             server = stack.enter_context(HealthServer(options.metrics, status, max(2.0, 2 * options.stall_s)))
@@ -90,9 +90,9 @@ def _open_model(bundle: Path, options: Options) -> Model:
     )
 
 
-def _require_outputs(source: Source, output: Path | None, overlay: Path | None) -> None:
+def _require_outputs(bundle: Path, source: Source, output: Path | None, overlay: Path | None) -> None:
     if output is not None:
-        require_other_file(output, source)
+        require_other_file(output, source, bundle)
     if overlay is None:
         return
     try:
@@ -100,7 +100,7 @@ def _require_outputs(source: Source, output: Path | None, overlay: Path | None) 
     except ImportError as error:
         raise MissingExtraError("av", "camera") from error
     require_overlay_path(overlay)
-    require_other_file(overlay, source)
+    require_other_file(overlay, source, bundle)
     if output is not None and os.path.realpath(output) == os.path.realpath(overlay):
         raise ConfigError(f"{output} cannot hold records and overlay.", "Give two names.")
 
@@ -119,6 +119,12 @@ def _duplicate(stream: Any) -> int | None:
         return None
     stream.flush()
     return os.dup(stream.fileno())
+
+
+def _close_quietly(events: LineWriter) -> None:
+    """Who read the events may have gone; that is no failure of the run."""
+    with contextlib.suppress(OSError):
+        events.close()
 
 
 @contextlib.contextmanager
@@ -157,8 +163,10 @@ class _Run:
 
     def __enter__(self) -> _Run:
         options = self._options
-        handle = _duplicate(sys.stdout) if options.output is None else open_output(options.output)
-        self._lines = LineWriter(handle, not self._source.live, self._stop)
+        live, output = self._source.live, options.output
+        # A service that is started again goes on in its file.
+        handle = _duplicate(sys.stdout) if output is None else open_output(output, append=live)
+        self._lines = LineWriter(handle, not live, self._stop)
         if options.overlay is not None:
             self._overlay = Overlay(options.overlay, self._model.fit.letterbox)
         fit = self._model.fit._replace(display=SHOWN if self._overlay else 0)
@@ -170,10 +178,12 @@ class _Run:
         self._notifier.say("STOPPING=1")
         self._capture.__exit__()
         self.failure = self._capture.failure
-        self._close_overlay()
-        with self._disk_errors() if kind is None else contextlib.suppress(OSError):
-            self._lines.close()
-        self._sync_counts()
+        try:
+            self._close_overlay()
+        finally:
+            with self._disk_errors() if kind is None else contextlib.suppress(OSError):
+                self._lines.close()
+            self._sync_counts()
 
     def loop(self) -> None:
         """Frames through the model until the source ends, enough is done, or someone asks to stop."""

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
+from sparsifiner_edge.pictures import list_pictures
 
 VIDEO_SUFFIXES = frozenset(
     {".264", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov"}
     | {".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"}
 )
 _PASSWORD = re.compile(r"(://[^\s/:@]*):\S*@")
-_USER_PW = re.compile(r"(\buser-pw=)(?:\"[^\"]*\"|'[^']*'|\S+)")
-"""Of GStreamer's rtspsrc."""
+_SECRET = re.compile(
+    r"((?:pass(?:word|wd|phrase)?|pwd|token|user-pw|proxy-pw)=)(?:\"[^\"]*\"?|'[^']*'?|(?:\\.|[^\s&])+)", re.IGNORECASE
+)
+"""Of cameras' addresses and GStreamer's sources; also where a quote was left open."""
 KNOWN = "a picture, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test"
 
 
@@ -57,20 +61,26 @@ def parse_source(text: str) -> Source:
         return Source("rtsp", _address(text), True, without_passwords(text))
     if scheme and scheme[1].lower() != "file":
         raise ConfigError(f"{without_passwords(text)} has an unknown scheme.", f"Give {KNOWN}.")
-    path = Path(text[len("file://") :] if scheme else text)
+    path = Path(unquote(text[len("file://") :], errors="surrogateescape") if scheme else text)
     if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
         return Source("file", str(path.absolute()), False, str(path))
     return Source("pictures", str(path), False, str(path))
 
 
-def require_other_file(path: Path, source: Source) -> None:
+def require_other_file(path: Path, source: Source, bundle: Path) -> None:
     """Refuse an output that would overwrite what is read.
 
     Raises:
-        ArtifactError: `path` is the source.
+        ArtifactError: `path` is the source, one of its pictures, or lies in the bundle.
+        PictureError: the source does not exist.
     """
-    if source.kind in ("file", "pictures") and path.is_file() and path.samefile(source.location):
-        raise ArtifactError(f"{path} is the source itself.", "Give the output another name.")
+    if bundle.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
+        raise ArtifactError(f"{path} is in the bundle, which is left as it is.", "Give the output another place.")
+    if source.kind not in ("file", "pictures") or not path.is_file():
+        return
+    if any(path.samefile(read) for read in list_pictures(Path(source.location))):
+        what = "the source itself" if Path(source.location).is_file() else "one of the source's pictures"
+        raise ArtifactError(f"{path} is {what}.", "Give the output another name.")
 
 
 def require_decoder(source: Source) -> None:
@@ -93,7 +103,7 @@ def _pipeline(text: str) -> str:
     try:
         words = shlex.split(text[len("gst:") :])
     except ValueError as error:
-        raise ConfigError(f"{text} is no pipeline: {error}.", "Close every quote.") from error
+        raise ConfigError(f"{without_passwords(text)} is no pipeline: {error}.", "Close every quote.") from error
     if not words:
         raise ConfigError("gst: names no pipeline.", 'Such as --source "gst:v4l2src device=/dev/video0 ! decodebin".')
     return shlex.join(words)
@@ -108,8 +118,8 @@ def _address(text: str) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """Addresses in a text as they may be shown.
+    """Addresses and pipelines in a text as they may be shown.
 
     Passwords hold any sign, also those that should have been escaped: up to the last @ of a word all is hidden.
     """
-    return _USER_PW.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
+    return _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))

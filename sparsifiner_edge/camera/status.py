@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ class Status:
 
     Args:
         source: as it may be shown.
-        tell: takes each event.
+        tell: takes each event; where it raises an OSError the event is lost, and nothing else.
     """
 
     def __init__(self, source: str, tell: Callable[[dict[str, Any]], None]) -> None:
@@ -60,7 +61,9 @@ class Status:
     def event(self, event: str, **fields: Any) -> None:
         """One line; `monotonic_s` is on the clock of the frames' times."""
         known = {name: value for name, value in fields.items() if value is not None}
-        self._tell({"event": event, "source": self.source, "monotonic_s": round(time.monotonic(), 3)} | known)
+        line = {"event": event, "source": self.source, "monotonic_s": round(time.monotonic(), 3)} | known
+        with contextlib.suppress(OSError):  # Who read the events may have gone; the records have another reader.
+            self._tell(line)
 
     def processed(self, record: dict[str, Any]) -> None:
         """A frame's answer is ready."""

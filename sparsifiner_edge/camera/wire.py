@@ -10,6 +10,7 @@ import os
 import select
 import struct
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,28 @@ _MAX_HEADER = 1 << 16
 _TIMES = ("captured_ns", "arrived_ns", "decoded_ns", "ready_ns")
 MAX_SIDE = 4096
 """Pixels along a side of anything that is sent."""
+MAX_REASON = 300
+"""Characters."""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_seconds(value: Any) -> bool:
+    """A number of at most some centuries, which NaN is not."""
+    return type(value) in (int, float) and abs(value) <= 1 << 34
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys((*_TIMES, "bad_packets", "attempt"), _is_count),
+    "kind": lambda value: value in ("state", "frame", "end"),
+    "state": lambda value: value in ("connecting", "lost"),
+    "pts_s": lambda value: value is None or _is_seconds(value),
+    "retry_s": _is_seconds,
+    "reason": lambda value: value is None or (type(value) is str and len(value) <= MAX_REASON and value.isprintable()),
+}
+"""What a header may say; what else it says is dropped."""
 
 
 class Message(NamedTuple):
@@ -28,7 +51,8 @@ class Message(NamedTuple):
 
     Attributes:
         kind: "state" (connecting, lost), "frame", or "end".
-        fields: the header.
+        fields: the header's known fields, each of them checked: counts and times in nanoseconds are integers from 0,
+            seconds finite, the reason None or a short printable text.
         pictures: the model's input [S,S,3], and for the overlay the whole frame, made smaller [h,w,3].
     """
 
@@ -83,19 +107,22 @@ def receive(handle: int, seconds: float) -> Message | None:
         if pixels is None:
             return None
         pictures.append(np.frombuffer(pixels, np.uint8).reshape(shape))
-    return Message(str(fields["kind"]), fields, pictures)
+    return Message(fields["kind"], fields, pictures)
 
 
 def _parsed(header: bytearray) -> tuple[dict[str, Any], list[list[int]]]:
     try:
-        fields = json.loads(header)
-        shapes = [[int(size) for size in shape] for shape in fields["shapes"]]
-        fields["kind"]
+        said = json.loads(header)
+        shapes = [[int(size) for size in shape] for shape in said["shapes"]]
+        fields = {name: said[name] for name in _FIELDS if name in said}
+        wrong = [name for name, value in fields.items() if not _FIELDS[name](value)]
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise WireError(f"a header that cannot be read: {error}") from error
     if len(shapes) > 2 or any(len(s) != 3 or s[2] != 3 or not all(1 <= x <= MAX_SIDE for x in s) for s in shapes):
         raise WireError(f"pictures of shapes {shapes}")
-    if fields["kind"] == "frame" and not (shapes and all(type(fields.get(name)) is int for name in _TIMES)):
+    if wrong or "kind" not in fields:
+        raise WireError(f"a header whose {', '.join(wrong) or 'kind'} cannot be")
+    if fields["kind"] == "frame" and not (shapes and all(name in fields for name in _TIMES)):
         raise WireError("a frame without picture or times")
     return fields, shapes
 

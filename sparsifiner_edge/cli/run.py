@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sparsifiner_edge.artifacts import require_file_path, write_text
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.artifacts import require_file_path
+from sparsifiner_edge.errors import ConfigError, PictureError
 
 _FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
 
@@ -25,7 +28,13 @@ _FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
 )
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs the bundle.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; by default the cores this process may use.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to this file instead.")
+@click.option(
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the JSON lines to this file instead: a live source's are added to it; of pictures it appears when all "
+    "are done, and cut short those that are stay in FILE.part.",
+)
 @click.option("--overlay", type=click.Path(path_type=Path), help="Also draw the answers into this video (.mp4, .mkv).")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Most classes per answer.")
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, help="Leave out less probable classes.")
@@ -57,10 +66,7 @@ def command(*, bundle: Path, source: str, **options: Any) -> None:
 
     parsed = parse_source(source)
     if parsed.kind == "pictures":
-        for name in _FOR_VIDEO:
-            if options[name] is not None:
-                raise ConfigError(f"--{name} does not go with pictures.", "Give a video or a camera, or leave it out.")
-        _pictures(bundle, Path(parsed.location), options)
+        _pictures(bundle, parsed, options)
     else:
         _service(bundle, parsed, options)
 
@@ -77,22 +83,41 @@ def _service(bundle: Path, source: Any, given: dict[str, Any]) -> None:
     run_service(bundle, source, Options(**same, metrics=metrics, duration_s=given["duration"], stall_s=given["stall"]))
 
 
-def _pictures(bundle: Path, source: Path, options: dict[str, Any]) -> None:
+def _pictures(bundle: Path, source: Any, options: dict[str, Any]) -> None:
     from sparsifiner_edge.camera import stills
+    from sparsifiner_edge.camera.lines import new_lines
 
     output = options["output"]
-    if output is not None:
-        require_file_path(output)
-    lines, failed = [], 0
+    _require_usable(bundle, source, options)
     chosen = (options[name] for name in ("backend", "threads", "top", "threshold", "public_key"))
-    records = stills.run_pictures(bundle, source, *chosen)
-    for record in records:
-        failed += "error" in record
-        lines.append(json.dumps(record, ensure_ascii=False))
-        if output is None:
-            click.echo(lines[-1])
-    if output is not None:
-        write_text(output, "".join(f"{line}\n" for line in lines))
+    records = stills.run_pictures(bundle, Path(source.location), *chosen)
+    # The first before the file: what is wrong with the bundle is told before anything is made.
+    records = itertools.chain([next(records)], records)
+    sink: contextlib.AbstractContextManager[Callable[[dict[str, Any]], None]]
+    sink = contextlib.nullcontext(_print) if output is None else new_lines(output)
+    count, failed = 0, 0
+    with sink as write:
+        for record in records:
+            write(record)
+            count += 1
+            failed += "error" in record
     if failed:
-        click.echo(f"error: {failed} of {len(lines)} pictures could not be read; their lines say why.", err=True)
+        click.echo(f"error: {failed} of {count} pictures could not be read; their lines say why.", err=True)
         sys.exit(2)
+
+
+def _require_usable(bundle: Path, source: Any, options: dict[str, Any]) -> None:
+    from sparsifiner_edge.camera.sources import KNOWN, require_other_file
+
+    if not Path(source.location).exists():
+        raise PictureError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
+    for name in _FOR_VIDEO:
+        if options[name] is not None:
+            raise ConfigError(f"--{name} does not go with pictures.", "Give a video or a camera, or leave it out.")
+    if options["output"] is not None:
+        require_file_path(options["output"])
+        require_other_file(options["output"], source, bundle)
+
+
+def _print(record: dict[str, Any]) -> None:
+    click.echo(json.dumps(record, ensure_ascii=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,9 @@ def test_videos(hostile: list[Path]) -> None:
         for path in hostile:
             reader.stdin.write(f"{path}\n")
             reader.stdin.flush()
+            if not select.select([reader.stdout], [], [], 6 * PATIENCE_S)[0]:
+                reader.kill()
+                pytest.fail(f"{path.name}: the decoder hangs")
             line = reader.stdout.readline()
             assert line, f"{path.name}: the decoder crashed with {reader.wait()}"
             found[path.name] = json.loads(line)

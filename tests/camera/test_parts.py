@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
 from sparsifiner_edge.camera.capture import Mailbox
 from sparsifiner_edge.camera.clock import StreamClock
 from sparsifiner_edge.camera.code import BITS, cells_of, number_of
-from sparsifiner_edge.camera.gstreamer import launch_line
+from sparsifiner_edge.camera.gstreamer import launch_line, read_pipeline
 from sparsifiner_edge.camera.health import parse_address
 from sparsifiner_edge.camera.limits import require_sane_size
 from sparsifiner_edge.camera.lines import LineWriter
@@ -41,7 +42,11 @@ from tests.tiny import make_bundle
         ("test", "test", True, "test"),
         ("rtsp://h/x", "rtsp", True, "rtsp://h/x"),
         ("rtsp://user:secret@h:554/x?y=1", "rtsp", True, "rtsp://user:***@h:554/x?y=1"),
+        ("rtsp://h/user=a&Password=secret&channel=1", "rtsp", True, "rtsp://h/user=a&Password=***&channel=1"),
+        ("rtsp://h/x?token=secret", "rtsp", True, "rtsp://h/x?token=***"),
         ("gst:videotestsrc ! identity", "gst", True, "gst:videotestsrc ! identity"),
+        ("gst:srtsrc uri=srt://h passphrase=secret ! a", "gst", True, "gst:srtsrc uri=srt://h passphrase=*** ! a"),
+        ("gst:rtspsrc user-pw='se cret' proxy-pw=se\\ cret", "gst", True, "gst:rtspsrc user-pw=*** proxy-pw=***"),
         ("missing.mp4", "pictures", False, "missing.mp4"),
         ("folder/", "pictures", False, "folder"),
     ],
@@ -57,12 +62,30 @@ def test_a_video_is_known_by_its_ending(video: Path) -> None:
         assert (source.kind, source.live, source.location) == ("file", False, str(video))
 
 
-@pytest.mark.parametrize("text", ["http://h/x", "ftp://a:b@h", "gst:", "gst:a 'b", "rtsp://[::1/x"])
+def test_an_address_of_a_file_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a b%20\udcff.mp4"
+    path.touch()
+    assert parse_source(f"file://{tmp_path}/a%20b%2520%FF.mp4").location == str(path)
+    assert parse_source(str(path)).location == str(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://h/x",
+        "ftp://a:b@h",
+        "gst:",
+        "gst:a 'b",
+        "rtsp://[::1/x",
+        'gst:rtspsrc location=rtsp://u:b@h user-pw="b c',
+    ],
+)
 def test_what_is_no_source(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_source(text)
     assert caught.value.fix
     assert ":b@" not in caught.value.what
+    assert "b c" not in caught.value.what
 
 
 def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, video: Path) -> None:
@@ -221,6 +244,46 @@ def test_what_is_no_message_is_refused_before_anything_is_allocated(data: bytes)
     os.close(ours)
 
 
+def received(**fields: Any) -> Message:
+    """What a process that says this is understood to say."""
+    ours, theirs = os.pipe()
+    pictures = (np.zeros((1, 1, 3), np.uint8),) if fields["kind"] == "frame" else ()
+    send(theirs, pictures=pictures, **fields)
+    os.close(theirs)
+    try:
+        message = receive(ours, 1)
+    finally:
+        os.close(ours)
+    assert message is not None
+    return message
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        *(("frame", {name: value}) for name in TIMES for value in (-1, 1 << 63, -(10**400), 1.0, True, "1", None)),
+        *(("frame", {"bad_packets": value}) for value in (-1, 1 << 63, 0.5, "x", None, [])),
+        *(("frame", {"pts_s": value}) for value in (float("nan"), float("inf"), 1e300, 10**400, {}, "1", True)),
+        *(("state", {"attempt": value}) for value in (-1, 1 << 63, "x", None, {})),
+        *(("state", {"retry_s": value}) for value in (float("nan"), -float("inf"), 10**400, "1", None)),
+        *(("state", {"state": value}) for value in ("ended", 1, None, ["lost"])),
+        *(("end", {"reason": value}) for value in (5, {}, "x" * 301, "\x1b[2J", "a\nb")),
+        *((value, {}) for value in ("other", None, 5, ["frame"], {})),
+    ],
+)
+def test_no_field_of_a_message_is_believed(kind: Any, fields: dict[str, Any]) -> None:
+    received(kind="frame", **TIMES)
+    with pytest.raises(WireError):
+        received(kind=kind, **(TIMES if kind == "frame" else {}) | fields)
+
+
+def test_what_a_message_may_say() -> None:
+    fields = TIMES | {"bad_packets": 0, "pts_s": -0.5, "state": "lost", "attempt": 7, "retry_s": 1, "reason": "x" * 300}
+    assert received(kind="frame", **fields, more="is dropped").fields == fields | {"kind": "frame"}
+    assert received(kind="frame", **TIMES, pts_s=None).fields["pts_s"] is None
+    assert received(kind="end", reason=None).fields == {"kind": "end", "reason": None}
+
+
 def test_a_slow_reader_costs_lines_and_no_memory() -> None:
     ours, theirs = os.pipe()
     writer = LineWriter(theirs, patient=False)
@@ -299,6 +362,28 @@ def test_what_is_added_to_a_pipeline() -> None:
     assert line[-2:] == ["fd=7", "sync=false"]
     assert "add-borders=true" in launch_line("videotestsrc", Fit(20, True), 7)
     assert "aspectratiocrop" not in launch_line("videotestsrc", Fit(20, True), 7)
+
+
+def test_a_pipeline_that_remarks_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that nobody reads would be full after 64 KiB, and the pipeline would wait for ever."""
+    (tmp_path / "gst-launch-1.0").write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys\n"
+        "fd = int(next(word for word in sys.argv if word.startswith('fd='))[3:])\n"
+        "for number in range(5):\n"
+        "    os.write(2, b'WARNING: a late frame\\n' * 10_000)\n"
+        "    os.write(fd, bytes([number]) * 48)\n"
+        "os.write(2, b'ERROR: from element x: location=rtsp://u:secret@h is gone\\nERROR: and more\\n')\n"
+        "os.write(2, b'x' * 1_000_000)\n"
+        "sys.exit(1)\n"
+    )
+    (tmp_path / "gst-launch-1.0").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    seen, before = [], threading.active_count()
+    with pytest.raises(ValueError, match=r"^ERROR: from element x: location=rtsp://u:\*\*\*@h is gone\n$"):
+        seen.extend(frame.pictures[0][0, 0, 0] for frame in read_pipeline("a", Fit(4)))
+    assert seen == list(range(5))
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("value", ["stretch", 5, None, ["letterbox"]])

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,24 @@ def test_a_reader_that_leaves_a_service(cells: Path, service: Any) -> None:
     run.process.stdout.close()
     assert run.process.wait(20) == 141
     assert "Traceback" not in run.process.stderr.read()
+
+
+def test_a_reader_of_the_events_that_leaves(cells: Path, service: Any) -> None:
+    """Who reads the records goes on; events have nowhere to go."""
+    run = service(cells, "--source", "test")
+    limit = threading.Timer(120, run.process.kill)
+    limit.start()
+    last = run.record()
+    run.process.stderr.close()
+    for _ in range(2):
+        os.kill(run.decoder(), signal.SIGKILL)
+        killed = time.monotonic()
+        while last["monotonic_s"] < killed + 0.5:  # Long after those that were on their way.
+            last = run.record()
+    run.process.terminate()
+    run.process.stdout.read()
+    assert run.process.wait(20) == 0
+    limit.cancel()
 
 
 @pytest.mark.skipif(not mounts_allowed(), reason="this user may not mount a small disk")
