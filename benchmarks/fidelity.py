@@ -319,16 +319,13 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "metric": "cosine to the dense teacher, patches and class token, untrained",
         "photographs": [p.name for p in material.photographs()],
         "calibration": [p.name for p in material.calibration_pictures()],
-        "intervals": "bootstrap over photographs",
+        "intervals": "Student's t over photographs",
     }
     statistics = {}
     for row in rows:
         key = f"{row['size']} px / {row['group']} / {row['name']}"
-        values = np.array(row["patches_cosine"])
-        picks = np.random.default_rng(0).integers(0, len(values), size=(2000, len(values)))
-        low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
         statistics[key] = {
-            "patches_cosine": stats.estimate(float(values.mean()), float(low), float(high), "bootstrap"),
+            "patches_cosine": stats.small_sample_mean(row["patches_cosine"]),
             "features_cosine": float(np.mean(row["features_cosine"])),
             **{k: row[k] for k in ("keys_share", "macs_share", "predictor_share")},
         }

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from sparsifiner_edge.errors import MissingExtraError, PictureError
+from sparsifiner_edge.errors import ConfigError, MissingExtraError, PictureError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 Picture = npt.NDArray[np.uint8]
+Item = TypeVar("Item")
 
 
 def list_pictures(source: Path) -> list[Path]:
@@ -32,9 +33,33 @@ def list_pictures(source: Path) -> list[Path]:
     return found
 
 
-def evenly(paths: list[Path], most: int) -> list[Path]:
-    """At most `most` of the paths, evenly taken."""
-    return paths[:: max(1, len(paths) // most)][:most]
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` of the items, evenly taken."""
+    if len(items) <= most:
+        return list(items)
+    return [items[number * len(items) // most] for number in range(most)]
+
+
+def class_order(folders: Iterable[str], labels: Sequence[str]) -> tuple[str, ...]:
+    """Names of the folders that hold one class each, in the order in which a classifier counts them.
+
+    Args:
+        folders: their names. labels: the classifier's own, in its order; empty where it has none.
+
+    Returns:
+        The labels, where every folder bears one; the sorted folders, where no folder does, as data sets are sorted that
+        name folders by number or code.
+
+    Raises:
+        ConfigError: some folders bear a label and others do not.
+    """
+    names = sorted(set(folders))
+    unknown = [name for name in names if name not in labels]
+    if not labels or len(unknown) == len(names):
+        return tuple(names)
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is no class of the classifier.", f"Its classes: {', '.join(labels)}.")
+    return tuple(labels)
 
 
 def load_picture(path: Path, size: int) -> Picture:
@@ -68,17 +93,24 @@ def open_picture(path: Path) -> Any:
     return _read(path, lambda image: image.convert("RGB"))
 
 
-def _read(path: Path, use: Callable[[Any], Any]) -> Any:
+def decode_picture(file: BinaryIO, name: str) -> Any:
+    """As `open_picture`, of an open file; `name` is for messages."""
+    return _read(file, lambda image: image.convert("RGB"), name)
+
+
+def _read(source: Path | BinaryIO, use: Callable[[Any], Any], name: str = "") -> Any:
     image_module = _pillow()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of palettes with transparency, which is dropped
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
-            with image_module.open(path) as image:
+            with image_module.open(source) as image:
                 return use(image)
     # Pillow's decoders raise many kinds of error on damaged files; none of them is worth a traceback.
     except Exception as error:
-        raise PictureError(f"{path} cannot be read as a picture: {error}.", "Replace or remove it.") from error
+        raise PictureError(
+            f"{name or source} cannot be read as a picture: {error}.", "Replace or remove it."
+        ) from error
 
 
 def load_batch(paths: list[Path], size: int) -> Picture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -77,11 +79,36 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, 
     assert found.model.num_classes == 3
     own = evaluate_classes(head, made["queries"], metric="top1")
     assert own["samples"]["subject_right"] == probe["samples"]["subject_right"]
+    assert own["method"]["classes_from"] == "the classifier's labels"
     bundle = export_bundle(head, tmp_path / "bundle")
     assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
     assert open_bundle(bundle)["outputs"][0]["shape"] == [1, 3]
     (record,) = run_pictures(bundle, made["queries"] / "green" / "1.png")
     assert record["top"][0]["label"] == "green"
+
+
+def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], tmp_path: Path) -> None:
+    """A classifier's own order, which is not the alphabet's."""
+    evaluate_classes(made["student"], made["queries"], metric="linear", gallery=made["gallery"], head=tmp_path / "head")
+    wanted = evaluate_classes(tmp_path / "head", made["queries"], metric="top1")["statistics"]["subject_percent"]
+    found = load_student(tmp_path / "head")
+    turned = [2, 0, 1]
+    with torch.no_grad():
+        found.model.head.weight[:] = found.model.head.weight[turned].clone()
+        found.model.head.bias[:] = found.model.head.bias[turned].clone()
+    labels = tuple(found.labels[number] for number in turned)
+    other = save_student(dataclasses.replace(found, labels=labels), tmp_path / "turned")
+    bundle = export_bundle(other, tmp_path / "bundle")
+    for subject, options in ((other, {}), (bundle, {"against": str(bundle)})):
+        got = evaluate_classes(subject, made["queries"], metric="top1", **options)
+        assert got["statistics"]["subject_percent"] == wanted > 60
+    strange = save_student(dataclasses.replace(found, labels=("a", "b", "c")), tmp_path / "strange")
+    assert evaluate_classes(strange, made["queries"], metric="top1")["method"]["classes_from"] == "folders, sorted"
+    mixed = save_student(dataclasses.replace(found, labels=(*labels[:2], "c")), tmp_path / "mixed")
+    with pytest.raises(ConfigError, match="is no class of the classifier"):
+        evaluate_classes(mixed, made["queries"], metric="top1")
+    with pytest.raises(ConfigError, match="classes of its own"):
+        evaluate_classes(other, "fashion-mnist", metric="top1")
 
 
 @pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224"])
@@ -125,7 +152,7 @@ def test_fashion_mnist_is_read_as_packaged(tmp_path: Path, monkeypatch: pytest.M
     assert test.labels.tolist() == [0, 1, 2, 3]
     assert train.load(3, 28).shape == (28, 28, 3)
     np.testing.assert_array_equal(test.load(2, 28)[:, :, 1], pixels[2])
-    assert train.first(3).labels.tolist() == [0, 2, 5]
+    assert train.first(3).labels.tolist() == [0, 2, 4]
     np.testing.assert_array_equal(train.first(3).load(1, 28), train.load(2, 28))
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(PictureError, match="cannot be read"):

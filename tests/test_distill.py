@@ -21,8 +21,9 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Batch, folder_source
 from sparsifiner_edge.distill.distill import distill_student
+from sparsifiner_edge.distill.parameters import choose_parameters
 from sparsifiner_edge.distill.recipe import read_recipe
-from sparsifiner_edge.distill.train import Training, choose_parameters, make_accelerator
+from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, PictureError
 from sparsifiner_edge.sparse.models import normalise
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
@@ -77,7 +78,7 @@ def test_never_worse_than_the_start(folder: Path, start: Path, tmp_path: Path) -
 
 
 def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start: Path, tmp_path: Path) -> None:
-    steps = (*SHORT, "distil.steps=12", "ema=0.9", "pictures.cut_mix=0.5")
+    steps = (*SHORT, "distil.steps=12", "ema=0.9")
     arguments = ["distill", start, "--data", folder, *(x for s in steps for x in ("--set", s))]
     assert process(*arguments, "-o", tmp_path / "whole").code == 0
     broken = tmp_path / "broken"
@@ -99,7 +100,13 @@ def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start:
 
 
 def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Path) -> None:
-    steps = ("distil.steps=3", "check_every=3", "pictures.held_out=2", "save_every=3", "budgets.keep=[0.2]")
+    folder = shutil.copytree(folder, tmp_path / "data")
+    for name in ("dogs/04.png", "dogs/06.png", "dogs/08.png"):  # of which each process meets some
+        (folder / name).write_bytes(b"no picture")
+    steps = (
+        "distil.steps=3", "check_every=3", "pictures.held_out=2", "save_every=3", "budgets.keep=[0.2]",
+        "pictures.cut_mix=0.0",
+    )  # fmt: skip
     script = (
         "import sys\n"
         "from sparsifiner_edge.distill.distill import distill_student\n"
@@ -113,7 +120,10 @@ def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Pat
     for command in ([sys.executable, *given, str(tmp_path / "one"), "4"], [*launch, str(tmp_path / "two"), "2"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
-    assert load_student(tmp_path / "two").provenance["training"]["processes"] == 2
+    trainings = [load_student(tmp_path / x).provenance["training"] for x in ("two", "one")]
+    assert trainings[0]["processes"] == 2
+    assert len(trainings[0]["pictures"]["unreadable"]) == 3
+    assert trainings[0]["pictures"] == trainings[1]["pictures"]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
     ours, theirs = (load_student(tmp_path / x).model.state_dict() for x in ("two", "one"))
     for name, value in theirs.items():
@@ -138,20 +148,44 @@ def test_no_number_stops_with_step_files_and_checkpoint(folder: Path, start: Pat
 def test_an_explosion_stops(folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsifiner_edge.distill.train.RECENT", 3)
     wild = (*SHORT, "distil.learning_rate=1.0", "distil.warmup=0.9", "distil.steps=40", "explosion=1.2", "clip=0.0")
-    with pytest.raises(GateError, match="stopped at step"):
+    with pytest.raises(GateError, match=r"stopped at step \d+: the loss is [0-9.]+\."):
         distill_student(start, folder, tmp_path / "out", overrides=wild)
+
+
+def test_weights_are_kept_only_once_their_loss_is_known(folder: Path, start: Path, tmp_path: Path) -> None:
+    """The step before a place to save wrecks the student: the checkpoint stays the one before."""
+    steps = (*SHORT, "distil.steps=4")
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, _total: int, _losses: dict[str, float]) -> None:
+        if done == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        distill_student(start, folder, tmp_path / "out", overrides=steps, progress=stop)
+    wild = (*steps, "distil.learning_rate=1e30", "clip=0.0", "save_every=3")
+    with pytest.raises(GateError, match="stopped at step 4") as caught:
+        distill_student(start, folder, tmp_path / "out", overrides=wild, resume=True)
+    assert "checkpoint, of step 2" in caught.value.fix
+    content = checkpoint.load(tmp_path / "out.training")
+    assert content["state"]["step"] == 2
+    assert all(bool(torch.isfinite(v).all()) for v in content["student"].values())
 
 
 def test_unreadable_pictures_are_skipped_counted_and_listed(folder: Path, start: Path, tmp_path: Path) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
+    (data / "cats" / "01.png").write_bytes(b"no picture")  # held out
     (data / "cats" / "03.png").write_bytes(b"no picture")
     (data / "dogs" / "04.png").write_bytes((data / "dogs" / "06.png").read_bytes()[:300])
     outcome = process(
         "distill", start, "--data", data, *(x for s in SHORT for x in ("--set", s)), "-o", tmp_path / "out", "--json"
     )
     assert outcome.code == 0, outcome.err
-    listed = json.loads(outcome.out)["pictures"]["unreadable"]
-    assert [Path(path).name for path in listed] == ["03.png", "04.png"]
+    pictures = json.loads(outcome.out)["pictures"]
+    assert "01.png" in pictures["held out"]
+    assert [Path(path).name for path in pictures["unreadable"]] == ["01.png", "03.png", "04.png"]
     for path in data.rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(PictureError):
@@ -159,14 +193,14 @@ def test_unreadable_pictures_are_skipped_counted_and_listed(folder: Path, start:
 
 
 def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
-    distill_student(start, folder, tmp_path / "out", labels=True, overrides=SHORT)
-    assert "labels" in history(tmp_path / "out")[1]
+    for mixed, wanted in (("0.0", 6), ("1.0", 0)):
+        changes = (*SHORT, f"pictures.cut_mix={mixed}")
+        distill_student(start, folder, tmp_path / f"out{mixed}", labels=True, overrides=changes)
+        assert sum("labels" in entry for entry in history(tmp_path / f"out{mixed}")) == wanted
     with pytest.raises(ConfigError, match="1 classes, the student knows 2"):
         distill_student(start, _one_class(folder, tmp_path), tmp_path / "x", labels=True, overrides=SHORT)
     with pytest.raises(ConfigError, match="in no folder of their class"):
         distill_student(start, folder / "cats", tmp_path / "x", labels=True, overrides=SHORT)
-    with pytest.raises(ConfigError, match="A mixture of pictures has no label"):
-        distill_student(start, folder, tmp_path / "x", labels=True, overrides=(*SHORT, "pictures.cut_mix=0.1"))
 
 
 def test_mixed_pictures_hold_a_rectangle_of_their_neighbour(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -242,7 +276,7 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
 
 
 def test_passes_add_up_to_one_step(folder: Path, start: Path, tmp_path: Path) -> None:
-    fixed = (*SHORT, "distil.steps=3", "distil.predictor_learning_rate=0.0")
+    fixed = (*SHORT, "distil.steps=3", "distil.predictor_learning_rate=0.0", "pictures.cut_mix=0.0")
     distill_student(start, folder, tmp_path / "one", overrides=(*fixed, "batch=4"))
     distill_student(start, folder, tmp_path / "two", overrides=(*fixed, "batch=2", "accumulate=2"))
     for name in ("patches", "classes", "logits"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +16,15 @@ import torch
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
+from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.losses import Distiller, at_positions
-from sparsifiner_edge.distill.recipe import Losses, Pictures, Recipe, names, read_recipe
-from sparsifiner_edge.distill.train import parameter_groups, together
+from sparsifiner_edge.distill.parameters import digest, parameter_groups
+from sparsifiner_edge.distill.recipe import Losses, Phase, Pictures, Recipe, names, read_recipe
+from sparsifiner_edge.distill.train import Training, make_accelerator, together
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.patch import final_tokens
-from sparsifiner_edge.sparse.student import dense_twin
+from sparsifiner_edge.sparse.student import dense_twin, save_student
 from tests.models import images, student
 
 
@@ -43,33 +49,116 @@ def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
     assert not torch.equal(Drawn(source, transform, 3)[0][0], Drawn(source, transform, 4)[0][0])
 
 
+def make_shards(folder: Path, shards: Path) -> Path:
+    """The pictures of a folder as a WebDataset "mine"."""
+    import webdataset
+
+    shards.mkdir()
+    with webdataset.TarWriter(str(shards / "mine-000000.tar")) as writer:
+        for number, path in enumerate(sorted(folder.rglob("*.png"))):
+            writer.write({"__key__": f"{number:04d}", "png": path.read_bytes(), "cls": number % 2})
+    described = {"name": "train", "filenames": ["mine-000000.tar"], "num_samples": 12, "shard_lengths": [12]}
+    (shards / "_info.json").write_text(json.dumps({"splits": {"train": described}}))
+    return shards
+
+
 # timm and webdataset leave files open.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
-    held_out = folder / "cats"
+    held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
     by_folder = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
     assert len(by_folder) == 12
     image, label, name, _ = Drawn(by_folder, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2)[0]
     assert image.shape == (3, 32, 32)
     assert (label == 0) == ("cats" in name)
-    webdataset = pytest.importorskip("webdataset")
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    with webdataset.TarWriter(str(shards / "mine-000000.tar")) as writer:
-        for number, path in enumerate(sorted(folder.rglob("*.png"))):
-            writer.write({"__key__": f"{number:04d}", "png": path.read_bytes(), "cls": number % 2})
-    (shards / "_info.json").write_text(
-        json.dumps({"splits": {"train": {"name": "train", "filenames": ["mine-000000.tar"], "num_samples": 12,
-                                         "shard_lengths": [12]}}})
-    )  # fmt: skip
+    pytest.importorskip("webdataset")
+    shards = make_shards(folder, tmp_path / "shards")
     streamed = timm_source("wds/mine", shards, 2, labelled=True, held_out=held_out)
     items = iter(Streamed(streamed, augmentation(32, Pictures()), 0, 2))
     seen = [next(items) for _ in range(15)]
     assert all(image.shape == (3, 32, 32) and label in (0, 1) for image, label, _, _ in seen)
+    with pytest.raises(ConfigError, match="lies in the data set itself"):
+        timm_source("folder", folder, 2, labelled=True, held_out=folder / "cats")
     with pytest.raises(ConfigError, match="no pictures held out"):
         timm_source("folder", folder, 2, labelled=False, held_out=None)
     with pytest.raises(ConfigError, match="cannot read the data set"):
         timm_source("wds/none", tmp_path, 2, labelled=False, held_out=held_out)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_broken_picture_of_a_data_set_is_told(folder: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(folder, tmp_path / "data")
+    (data / "cats" / "03.png").write_bytes(b"no picture")
+    source = timm_source("folder", data, 2, labelled=True, held_out=folder)
+    drawn = Drawn(source, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2)
+    items = [drawn[number] for number in range(12)]
+    assert [Path(name).name for item in items for name in item[3]] == ["03.png"]
+    assert not [name for _, _, name, _ in items if "03.png" in name]
+
+
+@pytest.mark.parametrize("reader", ["folder", "wds/mine"])
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_training_on_data_sets_of_timm(reader: str, folder: Path, tmp_path: Path) -> None:
+    root = folder
+    if reader != "folder":
+        pytest.importorskip("webdataset")
+        root = make_shards(folder, tmp_path / "shards")
+    held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
+    start = save_student(student(num_classes=2), tmp_path / "start")
+    steps = ("batch=2", "check_every=9", "save_every=9", "distil.steps=0", "distil.epochs=0.5", "budgets.keep=[0.2]")
+    summary = distill_student(
+        start, root, tmp_path / "out", dataset=reader, held_out=held_out, labels=True, overrides=steps
+    )
+    assert summary["steps"] == 3  # half of twelve, two at a time
+
+
+def test_a_stream_tells_the_length_of_one_process_alone(folder: Path, tmp_path: Path) -> None:
+    """As timm's readers deal pictures out by themselves."""
+
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __init__(self, length: int) -> None:
+            self.length = length
+
+        def __len__(self) -> int:
+            return self.length
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+    plan, found = read_recipe("cpu", ("batch=2", "pictures.held_out=2")), student(num_classes=2)
+    source = folder_source(folder, 2, False, None)
+    training = Training(make_accelerator(plan), found, dense_twin(found), source, plan, tmp_path)
+    training.accelerator = SimpleNamespace(num_processes=4)
+    epochs = Phase(steps=0, epochs=8.0)
+    assert training._steps(epochs) == 8 * 10 / (2 * 4)
+    training.source = dataclasses.replace(source, train=Stream(40))
+    assert training._steps(epochs) == 8 * 40 / 2
+    training.source = dataclasses.replace(source, train=Stream(0))
+    with pytest.raises(ConfigError, match="does not know its length"):
+        training._steps(epochs)
+
+
+def test_models_are_told_apart_by_their_weights_on_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(512, 512).to(torch.bfloat16)
+    threads, found = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.add(digest(model))
+    finally:
+        torch.set_num_threads(threads)
+    with torch.no_grad():
+        model.bias[3] += 1
+    assert len(found) == 1
+    assert digest(model) not in found
+
+
+def test_a_folder_is_the_same_by_any_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    named = [folder_source(path, 2, False, None).fingerprint for path in (folder, Path(), Path("cats/.."))]
+    assert len(set(named[:2])) == 1
+    assert folder_source(folder / "cats", 2, False, None).fingerprint not in named
 
 
 @pytest.mark.parametrize("preset", ["edge", "paper"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sparsifiner_edge.camera.stills import run_pictures
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.evaluate.explain import draw, explain
@@ -91,6 +93,13 @@ def test_explanation_maps(made: dict[str, Path], tmp_path: Path) -> None:
         explain(one, image, [(0, 0)], layer=9)
     with pytest.raises(ConfigError, match=r"Query \(10, 0\) lies outside"):
         explain(one, image, [(10, 0)], layer=3)
+    pruned = dataclasses.replace(one.sparsity, token_keep=((1, 0.7),))
+    assert explain(student(sparsity=pruned), image, [(0, 0)], layer=1)
+    with pytest.raises(ConfigError, match="Layer 3 sees pruned tokens"):
+        explain(student(sparsity=pruned), image, [(0, 0)], layer=3)
+    paper = SparsityConfig.for_preset("paper", keep=0.25, channels=8)
+    with pytest.raises(ConfigError, match="belong to no tile"):
+        explain(student(sparsity=paper), image, [(0, 0)], layer=3)
 
 
 def test_stills(made: dict[str, Path], tmp_path: Path) -> None:

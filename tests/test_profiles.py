@@ -69,6 +69,20 @@ def test_intervals_cover_the_truth_of_correlated_samples():
     assert coverage(lambda x: stats.mean_interval(random.permutation(x)), 0.0, lambda: correlated(random, 1000)) < 0.6
 
 
+@pytest.mark.parametrize("count", [5, 8, 30])
+def test_intervals_of_few_pictures_cover_the_truth(count):
+    random = np.random.default_rng(5)
+
+    def interval(values):
+        found = stats.small_sample_mean(values)
+        return found["low"], found["high"]
+
+    assert 0.92 <= coverage(interval, 0.0, lambda: random.normal(size=count)) <= 0.99
+    assert "too few" in stats.small_sample_mean([1.0, 2.0, 3.0, 4.0])["low"]["unavailable"]
+    for freedom, value in ((4, 2.776), (7, 2.365), (29, 2.045)):  # Student's table
+        assert stats.student_t(freedom) == pytest.approx(value, abs=0.002)
+
+
 def test_intervals_are_no_wider_than_they_need_be():
     random = np.random.default_rng(5)
     widths = [np.subtract(*stats.mean_interval(random.normal(size=1000))[::-1]) for _ in range(200)]

@@ -86,6 +86,16 @@ def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
     torch.testing.assert_close(pruned(x), dense.forward_head(tokens), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_dropped_counts_however_little_it_weighs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 1 + 8, 5).to(dtype)
+    scores = torch.tensor([[0.0, 0.7, 0.1, 0.1, 0.1, 1e-8, 2e-8, 1e-9, 0.0]])
+    got, _ = prune(x, scores, torch.arange(8)[None], kept=4, prefix=1, fuse=True)
+    weights = scores[0, 5:].double() / scores[0, 5:].double().sum()
+    torch.testing.assert_close(got[0, 1], (weights @ x[0, 5:].double()).to(dtype))
+
+
 @pytest.mark.parametrize("sparsity", [PRUNED, PAPER, ALONE, FUSED], ids=["edge", "paper", "alone", "fused"])
 @pytest.mark.parametrize("batch", [1, "dynamic"])
 def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import timm.data
 import torch
+from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
 from sparsifiner_edge.distill.recipe import Pictures
 from sparsifiner_edge.errors import ConfigError, PictureError
-from sparsifiner_edge.pictures import evenly, list_pictures, open_picture
+from sparsifiner_edge.pictures import class_order, decode_picture, evenly, list_pictures, open_picture
 
 
 class Batch(NamedTuple):
@@ -49,19 +52,24 @@ class Source:
     def fingerprint(self) -> str:
         """Tells whether a training resumes on the pictures that it began with."""
         length = len(self.train) if hasattr(self.train, "__len__") else "endless"
-        names = [str(p) for p in self.train] if isinstance(self.train, list) else [f"{self.name} {length}"]
-        text = "\n".join([*names, *map(str, self.labels), *(str(p) for p in self.held_out)])
+        files = [*self.train, *self.held_out] if isinstance(self.train, list) else [*self.held_out]
+        # However the folder was named.
+        names = [f"{self.name} {length}", *map(str, self.labels), *map(os.path.abspath, files)]
+        text = "\n".join(names)
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
         return len(self.train)
 
 
-def folder_source(folder: Path, count: int, labelled: bool, held_out: Path | None) -> Source:
+def folder_source(
+    folder: Path, count: int, labelled: bool, held_out: Path | None, classifier: tuple[str, ...] = ()
+) -> Source:
     """Every picture below a folder, `count` of them evenly taken and held out unless a folder of them is given.
 
     Args:
         labelled: the name of the folder below `folder` is a picture's class.
+        classifier: its labels, in its order; see `class_order`.
 
     Raises:
         PictureError: no pictures, or too few.
@@ -79,17 +87,17 @@ def folder_source(folder: Path, count: int, labelled: bool, held_out: Path | Non
     parts = [path.relative_to(folder).parts for path in train]
     if folder.is_file() or any(len(part) < 2 for part in parts):
         raise ConfigError(f"{folder} holds pictures in no folder of their class.", "Sort them, or leave --labels out.")
-    classes = sorted({part[0] for part in parts})
+    classes = class_order((part[0] for part in parts), classifier)
     numbers = {name: number for number, name in enumerate(classes)}
     labels = tuple(numbers[part[0]] for part in parts)
-    return Source(train, tuple(kept), labels, tuple(classes), labelled=True)
+    return Source(train, tuple(kept), labels, classes, labelled=True)
 
 
 def timm_source(name: str, root: Path, count: int, labelled: bool, held_out: Path | None) -> Source:
     """A data set by timm's name, such as "wds/mine" or "hfds/..."; see timm's `create_dataset`.
 
     Raises:
-        ConfigError: timm cannot make it, or nothing is held out.
+        ConfigError: timm cannot make it, nothing is held out, or pictures of the data set itself are.
     """
     try:
         dataset = timm.data.create_dataset(name, root=str(root), split="train", is_training=True, batch_size=1)
@@ -98,7 +106,17 @@ def timm_source(name: str, root: Path, count: int, labelled: bool, held_out: Pat
         raise ConfigError(f"timm cannot read the data set {name!r} at {root}: {error}.", "Check both.") from error
     if held_out is None:
         raise ConfigError(f"The data set {name!r} has no pictures held out.", "Give a folder of some: --held-out DIR.")
-    return Source(dataset, tuple(evenly(list_pictures(held_out), count)), labelled=labelled, name=name)
+    kept = evenly(list_pictures(held_out), count)
+    trained = {path.resolve() for path in _files(dataset)}
+    if any(path.resolve() in trained for path in kept):
+        raise ConfigError(f"{held_out} lies in the data set itself.", "Hold out pictures that are not trained on.")
+    return Source(dataset, tuple(kept), labelled=labelled, name=name)
+
+
+def _files(dataset: Any) -> Iterator[Path]:
+    """Of a data set that lies in files of its own."""
+    if isinstance(getattr(dataset, "reader", None), ReaderImageFolder):
+        yield from (Path(dataset.filename(index, absolute=True)) for index in range(len(dataset)))
 
 
 def augmentation(size: int, pictures: Pictures) -> v2.Transform:
@@ -150,13 +168,17 @@ class Drawn(Dataset[tuple[Tensor, int, str, tuple[str, ...]]]):
         if isinstance(train, list):
             label = self.source.labels[index] if self.source.labels else -1
             return open_picture(train[index]), label, self._name(index)
+        name = self._name(index)
         try:
-            picture, label = train[index]
+            # Not through the data set, which gives the next picture in place of a broken one and does not say so.
+            file, label = train.reader[index][:2]
         except Exception as error:  # whatever timm's reader raises
-            raise PictureError(f"Picture {index} of the data set cannot be read: {error}.") from error
+            raise PictureError(f"{name} cannot be read: {error}.", "Replace or remove it.") from error
+        picture = file.convert("RGB") if isinstance(file, Image.Image) else decode_picture(file, name)
+        label = -1 if label is None else int(label)
         if self.source.labelled:
-            check_label(int(label), self.classes, self._name(index))
-        return picture.convert("RGB"), int(label), self._name(index)
+            check_label(label, self.classes, name)
+        return picture, label, name
 
 
 def check_label(label: int, classes: int, name: str) -> None:

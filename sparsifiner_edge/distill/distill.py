@@ -69,8 +69,6 @@ def distill_student(
     folder = target.with_name(f"{target.name}.training")
     require_replaceable(target, "student")
     plan = read_recipe(recipe, overrides)
-    if labels and plan.pictures.cut_mix:
-        raise ConfigError("A mixture of pictures has no label.", "Set pictures.cut_mix to 0 or leave --labels out.")
     found = load_student(student)
     if found.sparsity.is_dense:
         raise ConfigError(f"{student} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
@@ -142,7 +140,7 @@ def _source(
     count = plan.pictures.held_out
     if dataset is not None:
         return timm_source(dataset, data, count, labels, held_out)
-    source = folder_source(data, count, labels, held_out)
+    source = folder_source(data, count, labels, held_out, student.labels)
     if labels and len(source.classes) != classes:
         raise ConfigError(
             f"{data} holds {len(source.classes)} classes, the student knows {classes}.", "Give one folder per class."

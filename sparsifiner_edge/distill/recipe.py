@@ -88,7 +88,7 @@ class Pictures:
         smallest_crop: share of a picture's area that a random crop has at least; 1: the centre square.
         flip: whether half of them are mirrored.
         cut_mix: share of the batches whose pictures get a rectangle of their neighbour's (CutMix, Yun et al. 2019), so
-            that a few pictures make many scenes; not with labels.
+            that a few pictures make many scenes; such a batch teaches no label.
         held_out: pictures taken out of the folder, that are never trained on and decide which checkpoint is best.
         workers: processes that read pictures; 0: the training's own.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import random
@@ -15,16 +14,19 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import IterableDataset
 from torchvision.transforms import v2
 
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Batch, Source, augmentation, batches
 from sparsifiner_edge.distill.losses import Distiller, at_positions
+from sparsifiner_edge.distill.parameters import choose_parameters, digest, parameter_groups
 from sparsifiner_edge.distill.recipe import Phase, Recipe
-from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.errors import ConfigError, GateError, PictureError
 from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.sparse.models import Backbone, normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
@@ -98,7 +100,7 @@ class Training:
         decay = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(self.distiller.student, multi_avg_fn=decay) if recipe.ema else None
         self.state, self.recent, self._saved = State(), list[float](), 0
-        self.origin = {name: _digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
+        self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
         self.held_out = self._held_out(teacher.model)
@@ -108,17 +110,31 @@ class Training:
             return phase.steps
         if not hasattr(self.source.train, "__len__"):
             raise ConfigError("A stream has no length, so that epochs cannot be counted.", "Give steps in their place.")
-        per_step: int = self.recipe.batch * self.recipe.accumulate * self.accelerator.num_processes
-        return max(1, math.ceil(phase.epochs * len(self.source) / per_step))
+        length, per_step = len(self.source), self.recipe.batch * self.recipe.accumulate
+        if not length:
+            raise ConfigError("This data set does not know its length.", "Give steps in place of epochs.")
+        # A stream is dealt out to the processes by timm, and tells the length of this one's part.
+        if not isinstance(self.source.train, IterableDataset):
+            per_step *= self.accelerator.num_processes
+        return max(1, math.ceil(phase.epochs * length / per_step))
 
     @torch.no_grad()
     def _held_out(self, teacher: Backbone) -> list[tuple[Tensor, Tensor]]:
         """Pictures that decide, and the teacher's tokens of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []
-        images = (torch.from_numpy(load_picture(path, self.size))[None] for path in self.source.held_out)
-        prepared = [normalise(image, self.pre).to(self.accelerator.device) for image in images]
-        return [(image, teacher.forward_features(image)) for image in prepared]
+        found = []
+        for path in self.source.held_out:
+            try:
+                picture = load_picture(path, self.size)
+            except PictureError:
+                self.state.unreadable.add(str(path))
+                continue
+            image = normalise(torch.from_numpy(picture)[None], self.pre).to(self.accelerator.device)
+            found.append((image, teacher.forward_features(image)))
+        if not found:
+            raise PictureError("None of the pictures held out can be read.", f"Look at {self.source.held_out[0]}.")
+        return found
 
     def budgets(self) -> list[SparsityConfig]:
         """What the student is judged at: every share of keys, with and without token pruning where that is learnt."""
@@ -157,10 +173,9 @@ class Training:
                 checkpoint.append_history(self.folder, {"step": step + 1, **losses})
             if (step + 1) % self.recipe.check_every == 0 or step + 1 == self.total:
                 self._judge(step + 1)
-            if (step + 1) % self.recipe.save_every == 0 or step + 1 == self.total:
-                self._save()
             if progress:
                 progress(step + 1, self.total, losses)
+        self._save()
         return self.state
 
     def _stream(self) -> Iterator[Batch]:
@@ -189,17 +204,21 @@ class Training:
         set_budget(self.distiller.student, self.budget(step))
         torch.manual_seed(self.recipe.seed + step)
         sums: dict[str, float] = {}
+        files: list[str] = []
         for number in range(self.recipe.accumulate):
             batch = next(stream)
             self.state.unreadable.update(batch.unreadable)
-            generator = torch.Generator().manual_seed(self.recipe.accumulate * step + number)
+            files += batch.files
+            generator = torch.Generator().manual_seed(self.recipe.seed + self.recipe.accumulate * step + number)
             with self.accelerator.accumulate(self.wrapped):
                 losses = self.wrapped(*self._inputs(batch), generator, phase[0] is self.recipe.reconstruct)
                 total = self.distiller.total(losses)
-                self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), batch)
+                self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), files)
+                if number == 0 and step and step % self.recipe.save_every == 0:
+                    self._save()  # not before these weights have shown a loss that is none to stop at
                 self.accelerator.backward(total)
                 if self.accelerator.sync_gradients:
-                    self._clip(step, batch)
+                    self._clip(step, files)
                 self.optimiser.step()
                 self.optimiser.zero_grad()
             for name, loss in {"loss": total, **losses}.items():
@@ -215,22 +234,24 @@ class Training:
         share = self.recipe.pictures.cut_mix
         if share and float(torch.rand(())) < share:
             images, _ = v2.CutMix(num_classes=1)(images, torch.zeros(len(images), dtype=torch.long))
+            return images, None
         return images, batch.labels.to(self.accelerator.device) if self.source.labelled else None
 
-    def _check(self, step: int, loss: float, batch: Batch) -> None:
+    def _check(self, step: int, loss: float, files: list[str]) -> None:
         exploded = len(self.recent) == RECENT and loss > self.recipe.explosion * statistics.median(self.recent)
         if not math.isfinite(loss) or exploded:
-            self._stop(step, f"the loss is {loss:g}", batch)
+            self._stop(step, f"the loss is {loss:g}", files)
 
-    def _stop(self, step: int, what: str, batch: Batch) -> None:
-        files = ", ".join(batch.files)
+    def _stop(self, step: int, what: str, files: list[str]) -> None:
+        """End all processes alike: the loss and the gradients are those of all."""
+        names = ", ".join(gather_object(files))
         raise GateError(
-            f"Training stopped at step {step + 1}: {what}. Pictures of the batch: {files}.",
+            f"Training stopped at step {step + 1}: {what}. Pictures of the batch: {names}.",
             f"The last good checkpoint, of step {self._saved}, is in {self.folder}; go on with --resume and a lower "
-            "learning rate, or without those pictures.",
+            "learning rate, or start again without those pictures.",
         )
 
-    def _clip(self, step: int, batch: Batch) -> None:
+    def _clip(self, step: int, files: list[str]) -> None:
         """Cut the gradients of backbone and predictor apart: those of the predictor are much larger."""
         self.accelerator.unscale_gradients()
         norms = []
@@ -241,7 +262,7 @@ class Training:
                 norms.append(float(nn.utils.clip_grad_norm_(parameters, limit)))
         # A scaler of fp16 gradients skips steps that overflow, by itself.
         if self.accelerator.scaler is None and not all(math.isfinite(norm) for norm in norms):
-            self._stop(step, "a gradient is no number", batch)
+            self._stop(step, "a gradient is no number", files)
 
     def _set_rates(self, phase: Phase, share: float) -> None:
         if share <= phase.warmup:
@@ -271,6 +292,7 @@ class Training:
 
     def _save(self) -> None:
         self._saved = self.state.step
+        self.state.unreadable = set(gather_object(sorted(self.state.unreadable)))
         if self.accelerator.is_main_process:
             content = {
                 "fingerprint": self.fingerprint(),
@@ -293,7 +315,8 @@ class Training:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         self.recent = content["recent"]
-        self.state = State(**(content["state"] | {"unreadable": set(content["state"]["unreadable"])}))
+        unreadable = self.state.unreadable.union(content["state"]["unreadable"])
+        self.state = State(**(content["state"] | {"unreadable": unreadable}))
         self._saved = self.state.step
         if self.accelerator.is_main_process:
             checkpoint.cut_history(self.folder, self.state.step)
@@ -317,39 +340,6 @@ class Training:
             "epsilon": recipe.epsilon,
             "weight_decay": recipe.weight_decay,
         }
-
-
-def _digest(model: nn.Module) -> str:
-    """Tells models apart by their weights."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.double().sum().item()} {tensor.double().abs().sum().item()}".encode())
-    return digest.hexdigest()
-
-
-def choose_parameters(model: nn.Module, learns: str) -> None:
-    """Let only what shall learn have gradients; see `Recipe`."""
-    parts = (".attn.", ".norm1.", ".norm2.", "norm.", "head")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(learns == "all" or any(part in f".{name}" for part in parts))
-
-
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Backbone and predictor in turn: matrices, which decay, then the rest; the predictor never decays."""
-    backbone = {"eps": recipe.epsilon, "predictor": False}
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": recipe.weight_decay, **backbone},
-        {"params": [], "weight_decay": 0.0, "predictor": True},
-        {"params": [], "weight_decay": 0.0, **backbone},
-    ]
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if ".attn.select." in name:
-            groups[1]["params"].append(parameter)
-        else:
-            groups[0 if parameter.ndim > 1 and "pos_embed" not in name else 2]["params"].append(parameter)
-    return groups
 
 
 @torch.no_grad()

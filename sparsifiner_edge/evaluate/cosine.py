@@ -16,8 +16,6 @@ from sparsifiner_edge.pictures import list_pictures, load_batch
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import new_result
 
-MIN_FOR_INTERVAL = 3
-
 
 def evaluate_student(
     subject: str | Path,
@@ -49,7 +47,7 @@ def evaluate_student(
 
     Returns:
         A result of kind "evaluation": `samples` hold one value per picture, `statistics` means with 95 % intervals
-        (bootstrap over pictures) and least values. "features" is the class or pooled feature, "patches" the mean
+        (Student's t over pictures) and least values. "features" is the class or pooled feature, "patches" the mean
         cosine over the patch tokens, of those that are left where tokens are pruned.
 
     Raises:
@@ -135,13 +133,4 @@ def _at(patches: Array, positions: Array | None) -> Array:
 
 
 def _summary(values: list[float]) -> dict[str, Any]:
-    array = np.array(values)
-    low = high = None
-    if len(values) >= MIN_FOR_INTERVAL:
-        picks = np.random.default_rng(0).integers(0, len(array), size=(2000, len(array)))
-        low, high = (float(x) for x in np.quantile(array[picks].mean(1), [0.025, 0.975]))
-    return {
-        "mean": stats.estimate(float(array.mean()), low, high, "bootstrap over pictures"),
-        "least": float(array.min()),
-        "pictures": len(values),
-    }
+    return {"mean": stats.small_sample_mean(values), "least": min(values), "pictures": len(values)}

@@ -41,12 +41,18 @@ def explain(student: Student, image: Array, queries: list[tuple[int, int]], laye
     """What `queries` attend to in layer `layer` for one picture uint8 [S,S,3].
 
     Raises:
-        ConfigError: the layer is not sparse, or a query lies outside the grid.
+        ConfigError: the layer is not sparse or sees pruned tokens, the preset is the paper's, whose lists belong to
+            queries and not to tiles, or a query lies outside the grid.
     """
     model = cast(Any, student.model)
     attention = model.blocks[layer].attn if layer < len(model.blocks) else None
     if not isinstance(attention, SparseAttention):
         raise ConfigError(f"Layer {layer} is not sparse.", "Choose another layer.")
+    if student.sparsity.preset == "paper":
+        raise ConfigError("Lists of the preset paper belong to no tile.", "Choose a student of another preset.")
+    height, width = model.patch_embed.grid_size
+    if attention.layout.patches != height * width:
+        raise ConfigError(f"Layer {layer} sees pruned tokens.", "Choose an earlier layer.")
     seen: list[Tensor] = []
 
     def attend(qkv: Tensor) -> Tensor:

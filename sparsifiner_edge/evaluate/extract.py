@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import torch
 
-from sparsifiner_edge.artifacts import STUDENT_FILE, bundle_hash, field, kind_of, open_bundle, picture_size, sha256
+from sparsifiner_edge.artifacts import (
+    STUDENT_FILE,
+    bundle_hash,
+    field,
+    kind_of,
+    open_bundle,
+    picture_size,
+    read_labels,
+    sha256,
+)
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.runtime import open_session
@@ -29,6 +38,7 @@ class Extractor(NamedTuple):
         extract: -> {"features": [1,C], and where the source has them "logits": [1,classes], "tokens": [1,N,C], patches
             in raster order, and with pruned tokens "token_positions": [1,P], the raster places of those that are left}.
         size: S. prefix: tokens that are no patches. about: how a result names it. runtime: what ran it.
+        labels: of a classifier that has them, in its order.
     """
 
     extract: Callable[[Array], dict[str, Array]]
@@ -36,6 +46,7 @@ class Extractor(NamedTuple):
     prefix: int
     about: dict[str, Any]
     runtime: dict[str, Any]
+    labels: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -108,7 +119,8 @@ def _torch(student: Student, about: dict[str, Any]) -> Extractor:
         return {name: value.numpy() for name, value in outputs.items()}
 
     runtime = {"backend": f"torch {torch.__version__}", "precision": "fp32", "threads": torch.get_num_threads()}
-    return Extractor(extract, student.img_size, int(model.num_prefix_tokens), {"name": student.name} | about, runtime)
+    prefix, about = int(model.num_prefix_tokens), {"name": student.name} | about
+    return Extractor(extract, student.img_size, prefix, about, runtime, student.labels)
 
 
 @contextlib.contextmanager
@@ -122,4 +134,5 @@ def _bundle(folder: Path, backend: str) -> Iterator[Extractor]:
         about = {"path": str(folder), "sha256": bundle_hash(folder), "name": field(manifest, folder, "name", str)}
         size = picture_size(manifest, folder)
         prefix = field(manifest, folder, "tokens.prefix", int)
-        yield Extractor(extract, size, prefix, about, session.description)
+        labels = tuple(read_labels(manifest, folder))
+        yield Extractor(extract, size, prefix, about, session.description, labels)

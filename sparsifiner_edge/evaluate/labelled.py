@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.errors import ConfigError, PictureError
-from sparsifiner_edge.pictures import Picture, list_pictures, load_picture, resized
+from sparsifiner_edge.pictures import Picture, class_order, evenly, list_pictures, load_picture, resized
 
 FASHION = "fashion-mnist"
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -43,22 +43,25 @@ class Labelled:
         """At most `count` of them, evenly taken."""
         if count is None or count >= len(self):
             return self
-        taken = np.linspace(0, len(self) - 1, count).astype(int)
+        taken = evenly(range(len(self)), count)
         load = self.load
-        return dataclasses.replace(self, load=lambda i, size: load(int(taken[i]), size), labels=self.labels[taken])
+        return dataclasses.replace(self, load=lambda i, size: load(taken[i], size), labels=self.labels[taken])
 
 
-def labelled(source: str | Path, split: str, classes: tuple[str, ...] | None = None) -> Labelled:
+def labelled(
+    source: str | Path, split: str, classes: tuple[str, ...] | None = None, classifier: tuple[str, ...] = ()
+) -> Labelled:
     """Pictures of a folder, or of "fashion-mnist".
 
     Args:
         split: "train" or "test", for Fashion-MNIST. classes: names in the order that labels count, if known.
+        classifier: labels of the classifier that is asked, in its order; see `class_order`.
 
     Raises:
         PictureError: nothing there. ConfigError: no folder per class, or a class that is not known.
     """
     if str(source) == FASHION:
-        if classes not in (None, FASHION_CLASSES):
+        if classes not in (None, FASHION_CLASSES) or classifier not in ((), FASHION_CLASSES):
             raise ConfigError(f"{FASHION} has classes of its own.", "Give a gallery with the classes of the queries.")
         return _fashion(split)
     folder = Path(source)
@@ -66,7 +69,7 @@ def labelled(source: str | Path, split: str, classes: tuple[str, ...] | None = N
     parts = [path.relative_to(folder).parts if folder.is_dir() else () for path in files]
     if any(len(part) < 2 for part in parts):
         raise ConfigError(f"{folder} holds pictures in no folder of their class.", "Give one folder per class.")
-    names = classes or tuple(sorted({part[0] for part in parts}))
+    names = classes or class_order((part[0] for part in parts), classifier)
     numbers = {name: number for number, name in enumerate(names)}
     unknown = sorted({part[0] for part in parts} - numbers.keys())
     if unknown:

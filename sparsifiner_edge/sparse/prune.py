@@ -59,11 +59,12 @@ def prune(x: Tensor, scores: Tensor, positions: Tensor, *, kept: int, prefix: in
     winners = ops.top_tokens(weights, kept)
     left, parts = ops.rows_at(patches, winners), [x[:, :prefix]]
     if fuse:
-        own = ops.rows_at(weights, winners)
-        with torch.autocast(x.device.type, enabled=False):  # a difference of large sums
-            dropped = (weights[:, None] @ patches.float() - own[:, None] @ left.float()).to(x.dtype)
-        share = (weights.sum(-1) - own.sum(-1)).clamp_min(torch.finfo(torch.float32).tiny)
-        parts.append(dropped / share[:, None, None].to(x.dtype))
+        # Weights of the winners become 0, not their sum taken off: what is dropped may be a millionth of the whole.
+        places = torch.arange(patches.shape[1], dtype=winners.dtype, device=x.device)
+        rest = weights.masked_fill((winners[:, :, None] == places).any(1), 0.0)[:, None]
+        with torch.autocast(x.device.type, enabled=False):
+            dropped = rest @ patches.float() / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        parts.append(dropped.to(x.dtype))
     return torch.cat([*parts, left], 1), ops.rows_at(positions, winners)
 
 

@@ -1,0 +1,46 @@
+"""A model's parameters: which learn, how each group does, and what tells models apart."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsifiner_edge.distill.recipe import Recipe
+
+
+def digest(model: nn.Module) -> str:
+    """Tells models apart by their weights."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def choose_parameters(model: nn.Module, learns: str) -> None:
+    """Let only what shall learn have gradients; see `Recipe`."""
+    parts = (".attn.", ".norm1.", ".norm2.", "norm.", "head")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns == "all" or any(part in f".{name}" for part in parts))
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Backbone and predictor in turn: matrices, which decay, then the rest; the predictor and tokens never decay."""
+    backbone = {"eps": recipe.epsilon, "predictor": False}
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": recipe.weight_decay, **backbone},
+        {"params": [], "weight_decay": 0.0, "predictor": True},
+        {"params": [], "weight_decay": 0.0, **backbone},
+    ]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if ".attn.select." in name:
+            groups[1]["params"].append(parameter)
+        else:
+            decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
+            groups[0 if decays else 2]["params"].append(parameter)
+    return groups
