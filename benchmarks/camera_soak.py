@@ -244,7 +244,7 @@ def main() -> None:
             "goals": goals,
             "source": "rtsp, TCP",
         }
-        method["cores"] = len(os.sched_getaffinity(0))
+        method |= {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[1]}
         write_result(given.output, new_result("evaluation", [subject], method, samples, found | {"missed": missed}))
     raise SystemExit(1 if missed else 0)
 

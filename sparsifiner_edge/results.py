@@ -148,7 +148,7 @@ def new_result(
         "schema_version": RESULT_SCHEMA,
         "kind": kind,
         "created": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": list(sys.argv),
+        "command": command(),
         "subjects": [dict(subject) for subject in subjects],
         "machine": machine(),
         "environment": environment(),
@@ -158,6 +158,12 @@ def new_result(
     }
     check_result(result, "The result")
     return result
+
+
+def command() -> list[str]:
+    """What was typed: the program by its place below the working directory, or by its name."""
+    program = os.path.relpath(sys.argv[0])
+    return [Path(program).name if program.startswith("..") else program, *sys.argv[1:]]
 
 
 def check_result(result: Mapping[str, Any], origin: str) -> None:

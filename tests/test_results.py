@@ -112,3 +112,10 @@ def test_thread_variables_are_recorded_and_others_are_not(monkeypatch):
     variables = results.environment()["variables"]
     assert variables["OMP_NUM_THREADS"] == "1"
     assert "SOME_TOKEN" not in variables
+
+
+def test_a_command_names_no_place_outside(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for given, told in (("tools/x.py", "tools/x.py"), ("../bin/sparsifiner-edge", "sparsifiner-edge")):
+        monkeypatch.setattr("sys.argv", [str(tmp_path / given), "-o", "f"])
+        assert results.command() == [told, "-o", "f"]
