@@ -11,6 +11,9 @@ import pytest
 
 # torch and the like are imported where they are used: some tests run without them.
 
+# A shell starts programs in the background deaf to Ctrl-C, and what they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def handlers_restored() -> Iterator[None]:
