@@ -12,7 +12,8 @@ Fashion-MNIST:
         lomiri-wallpapers-20.04 mate-backgrounds opencv-doc plasma-workspace-wallpapers ukui-wallpapers \\
         tuxpaint-stamps-default dataset-fashion-mnist
 
-Every sixth photograph is held out with all its crops; some of them decide which checkpoint is kept.
+Every sixth file of a photograph is held out with all its crops, and some of them decide which checkpoint is kept. (One
+wallpaper comes in two sizes, on both sides; the eight photographs that figures are given for are on neither.)
 
 Both parts go on where they were stopped.
 """

@@ -16,8 +16,6 @@ A reply is {"ok": ...} or {"error": {"what": ..., "fix": ...}}.
 from __future__ import annotations
 
 import gc
-import json
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +26,7 @@ from sparsifiner_edge.errors import BackendError, SparsifinerError
 from sparsifiner_edge.profiles.memory import read_memory
 from sparsifiner_edge.profiles.usage import process_usage
 from sparsifiner_edge.runtime import Session, TensorSpec, open_session
+from sparsifiner_edge.runtime.child import Parent
 from sparsifiner_edge.runtime.open import load_backend
 from sparsifiner_edge.runtime.session import Array
 
@@ -158,22 +157,13 @@ def _answer(operations: dict[str, Callable[..., dict[str, Any]]], request: dict[
 
 def main() -> None:
     """Serve requests until `close` or the end of standard input."""
-    requests = os.fdopen(os.dup(0), encoding="utf-8")
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # From here on whatever a library prints goes to standard error, and none can read our requests.
-    os.dup2(2, 1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    worker = _Worker()
+    parent, worker = Parent(), _Worker()
     names = ("load", "first", "block", "memory", "usage", "describe", "layers")
     operations: dict[str, Callable[..., dict[str, Any]]] = {name: getattr(worker, name) for name in names}
-    for line in iter(requests.readline, ""):
-        request = json.loads(line)
+    for request in parent.messages():
         if request["op"] == "close":
             break
-        replies.write(json.dumps(_answer(operations, request)) + "\n")
-        replies.flush()
+        parent.send(_answer(operations, request))
     if worker.session is not None:
         worker.session.close()
 
