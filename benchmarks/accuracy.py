@@ -1,6 +1,6 @@
 """What a short distillation gives: fidelity on the eight photographs, accuracy on Fashion-MNIST, beside the teacher.
 
-    python benchmarks/accuracy.py train [--only edge] [--work FOLDER]     # at most 40 minutes each on 2 cores
+    python benchmarks/accuracy.py train [--only edge] [--work FOLDER]     # an hour each, on one core
     python benchmarks/accuracy.py measure [--work FOLDER] [-o FOLDER]     # 12 to 30 minutes per model, Fashion-MNIST
     python benchmarks/accuracy.py classifier [--work FOLDER] -o BUNDLE    # a classifier of Fashion-MNIST, to run
 

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.files import io_errors, is_locked, locked, read_bytes, replaced, signals_held
-from sparsifiner_edge.files import require_file_path as require_file_path  # noqa: PLC0414  (told to mypy)
-from sparsifiner_edge.files import write_text as write_text  # noqa: PLC0414  (told to mypy)
+from sparsifiner_edge.files import io_errors, is_locked, locked, read_bytes, replaced, signals_held, write_text
 
 STUDENT_SCHEMA = 1
 BUNDLE_SCHEMA = 1
@@ -29,7 +27,8 @@ PACKAGE_FILE = "package.json"
 ENGINE_FOLDER = "engines"
 _SCRATCH = ".build."
 _MAX_LABELS = 1 << 24
-_MAX_JSON = 1 << 26
+MAX_JSON = 1 << 26
+"""Bytes of a manifest and the like."""
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
 
 
@@ -49,7 +48,7 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
         ArtifactError: missing, no plain file, larger than 64 MiB, not JSON, or of a newer schema than `schema`.
     """
     try:
-        content = json.loads(read_bytes(path, _MAX_JSON).decode("utf-8"))
+        content = json.loads(read_bytes(path, MAX_JSON).decode("utf-8"))
     except (ValueError, RecursionError) as error:  # No UTF-8, no JSON, or a number of more digits than Python takes.
         raise ArtifactError(f"{path} cannot be read: {error}.", "Make it again, or restore it.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

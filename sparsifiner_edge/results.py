@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import bundle_hash, dump_json, read_json, write_text
+from sparsifiner_edge.artifacts import bundle_hash, dump_json, read_json
 from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.files import write_text
 
 RESULT_SCHEMA = 1
 KINDS = ("profile", "evaluation", "comparison", "sweep", "demo", "estimate")

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from sparsifiner_edge.artifacts import (
     BUNDLE_FILE,
+    MAX_JSON,
     SIGNATURE_FILE,
     dump_json,
     field,
     open_bundle,
     read_json,
-    write_text,
 )
 from sparsifiner_edge.errors import ArtifactError, MissingExtraError
-from sparsifiner_edge.files import read_bytes
+from sparsifiner_edge.files import read_bytes, write_text
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -34,7 +34,6 @@ SIGNATURE_SCHEMA = 1
 _CONTEXT = b"sparsifiner-edge bundle 1\n"
 """Signed before the manifest's bytes, so that a signature made for something else never fits a bundle."""
 _MAX_KEY = 1 << 16
-_MAX_MANIFEST = 1 << 26
 
 
 def generate_key(path: Path) -> tuple[Path, str]:
@@ -190,9 +189,9 @@ def _read_whole(folder: Path) -> tuple[dict[str, Any], bytes]:
     Raises:
         ArtifactError: not a bundle, altered, or with files that the manifest does not list: some are code.
     """
-    text = read_bytes(folder / BUNDLE_FILE, _MAX_MANIFEST) if folder.is_dir() else b""
+    text = read_bytes(folder / BUNDLE_FILE, MAX_JSON) if folder.is_dir() else b""
     manifest = open_bundle(folder)
-    if text != read_bytes(folder / BUNDLE_FILE, _MAX_MANIFEST):
+    if text != read_bytes(folder / BUNDLE_FILE, MAX_JSON):
         raise ArtifactError(f"{folder} is being changed.", "Wait until nothing writes it.")
     extra = unlisted_files(folder, manifest)
     if extra:

@@ -92,3 +92,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(coarse).resize((180, 170), Image.Resampling.BICUBIC).save(path)
     return root
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """key.pem, key.pub, other.pem, other.pub."""
+    from sparsifiner_edge.signing import generate_key
+
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("key", "other"):
+        generate_key(folder / f"{name}.pem")
+    return folder

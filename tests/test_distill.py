@@ -47,6 +47,15 @@ def losses(output: Path) -> list[float]:
     return [entry["loss"] for entry in history(output) if "loss" in entry]
 
 
+class Stop(Exception):
+    pass
+
+
+def stop_after_three(done: int, _total: int, _losses: dict[str, float]) -> None:
+    if done == 3:
+        raise Stop
+
+
 def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> None:
     few = SparsityConfig(keep=0.05, cells=0, channels=8)
     start = save_student(student(sparsity=few, num_classes=0), tmp_path / "start")
@@ -156,15 +165,8 @@ def test_weights_are_kept_only_once_their_loss_is_known(folder: Path, start: Pat
     """The step before a place to save wrecks the student: the checkpoint stays the one before."""
     steps = (*SHORT, "distil.steps=4")
 
-    class Stop(Exception):
-        pass
-
-    def stop(done: int, _total: int, _losses: dict[str, float]) -> None:
-        if done == 3:
-            raise Stop
-
     with pytest.raises(Stop):
-        distill_student(start, folder, tmp_path / "out", overrides=steps, progress=stop)
+        distill_student(start, folder, tmp_path / "out", overrides=steps, progress=stop_after_three)
     wild = (*steps, "distil.learning_rate=1e30", "clip=0.0", "save_every=3")
     with pytest.raises(GateError, match="stopped at step 4") as caught:
         distill_student(start, folder, tmp_path / "out", overrides=wild, resume=True)
@@ -252,15 +254,8 @@ def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys:
 
 
 def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(done: int, _total: int, _losses: dict[str, float]) -> None:
-        if done == 3:
-            raise Stop
-
     with pytest.raises(Stop):
-        distill_student(start, folder, tmp_path / "out", overrides=SHORT, progress=stop)
+        distill_student(start, folder, tmp_path / "out", overrides=SHORT, progress=stop_after_three)
     with pytest.raises(ConfigError, match="began with other pictures"):
         distill_student(start, folder / "cats", tmp_path / "out", overrides=SHORT, resume=True)
     with pytest.raises(ConfigError, match="began with other steps: 6, now 9"):

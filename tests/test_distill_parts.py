@@ -96,6 +96,14 @@ def test_a_broken_picture_of_a_data_set_is_told(folder: Path, tmp_path: Path) ->
     assert not [name for _, _, name, _ in items if "03.png" in name]
 
 
+def test_a_data_set_of_torchvision(folder: Path, tmp_path: Path) -> None:
+    held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
+    source = timm_source("torch/image_folder", folder, 2, labelled=True, held_out=held_out)
+    drawn = Drawn(source, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2)
+    assert sorted(drawn[number][1] for number in range(12)) == [0] * 6 + [1] * 6
+    assert not [name for number in range(12) for name in drawn[number][3]]
+
+
 @pytest.mark.parametrize("reader", ["folder", "wds/mine"])
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_training_on_data_sets_of_timm(reader: str, folder: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import quantise as module
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import golden_image
-from sparsifiner_edge.export.quantise import RECIPES, quantise, run_file
-from sparsifiner_edge.metrics import cosine
+from sparsifiner_edge.export.quantise import RECIPES, _cosines, quantise, run_file
+from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.models import student, vit
@@ -126,3 +126,13 @@ def test_refusals(place: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match="no pictures"):
         quantise(onnx.load(place / "fp32" / "model.onnx"), [])
     assert not (place / "x").exists()
+
+
+@pytest.mark.parametrize(("others", "lost"), [(0, 0), (5, 0), (6, 6)])
+def test_a_few_patches_may_be_others(others: int, lost: int) -> None:
+    """Of 100 kept patches; a cosine of 1 where both kept one."""
+    random = np.random.default_rng(0)
+    tokens = random.normal(size=(1, 200, 8))
+    kept, mine = np.arange(100)[None], np.concatenate([np.arange(100 - others), np.arange(150, 150 + others)])[None]
+    wanted, got = ({"tokens": tokens[:, places[0]], POSITIONS: places} for places in (kept, mine))
+    assert _cosines([got], [wanted])["tokens"] == pytest.approx((100 - others) / (100 - others + lost))

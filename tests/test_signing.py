@@ -33,15 +33,6 @@ serialization = pytest.importorskip(
 )
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """key.pem, key.pub, other.pem, other.pub."""
-    folder = tmp_path_factory.mktemp("keys")
-    for name in ("key", "other"):
-        generate_key(folder / f"{name}.pem")
-    return folder
-
-
 @pytest.fixture
 def signed(tmp_path: Path, keys: Path) -> Path:
     folder = make_bundle(tmp_path / "signed")

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.artifacts import require_file_path
 from sparsifiner_edge.cli.common import (
     json_option,
     keep_option,
@@ -19,6 +18,7 @@ from sparsifiner_edge.cli.common import (
     weights_option,
 )
 from sparsifiner_edge.config import parse_token_keep
+from sparsifiner_edge.files import require_file_path
 
 
 @click.command()

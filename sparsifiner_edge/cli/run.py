@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.artifacts import require_file_path
 from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.files import require_file_path
 
 _FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
 

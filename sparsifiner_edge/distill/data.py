@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import timm.data
 import torch
 from PIL import Image
+from timm.data.dataset import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -107,16 +108,14 @@ def timm_source(name: str, root: Path, count: int, labelled: bool, held_out: Pat
     if held_out is None:
         raise ConfigError(f"The data set {name!r} has no pictures held out.", "Give a folder of some: --held-out DIR.")
     kept = evenly(list_pictures(held_out), count)
-    trained = {path.resolve() for path in _files(dataset)}
-    if any(path.resolve() in trained for path in kept):
+    reader = getattr(dataset, "reader", None)
+    if isinstance(reader, ReaderImageFolder) and any(p.resolve().is_relative_to(_root(reader)) for p in kept):
         raise ConfigError(f"{held_out} lies in the data set itself.", "Hold out pictures that are not trained on.")
     return Source(dataset, tuple(kept), labelled=labelled, name=name)
 
 
-def _files(dataset: Any) -> Iterator[Path]:
-    """Of a data set that lies in files of its own."""
-    if isinstance(getattr(dataset, "reader", None), ReaderImageFolder):
-        yield from (Path(dataset.filename(index, absolute=True)) for index in range(len(dataset)))
+def _root(reader: Any) -> Path:
+    return Path(reader.root).resolve()
 
 
 def augmentation(size: int, pictures: Pictures) -> v2.Transform:
@@ -170,8 +169,8 @@ class Drawn(Dataset[tuple[Tensor, int, str, tuple[str, ...]]]):
             return open_picture(train[index]), label, self._name(index)
         name = self._name(index)
         try:
-            # Not through the data set, which gives the next picture in place of a broken one and does not say so.
-            file, label = train.reader[index][:2]
+            # Past timm's own class, which gives the next picture in place of a broken one and does not say so.
+            file, label = (train.reader if isinstance(train, ImageDataset) else train)[index][:2]
         except Exception as error:  # whatever timm's reader raises
             raise PictureError(f"{name} cannot be read: {error}.", "Replace or remove it.") from error
         picture = file.convert("RGB") if isinstance(file, Image.Image) else decode_picture(file, name)

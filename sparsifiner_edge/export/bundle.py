@@ -13,7 +13,7 @@ import onnx
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable, seal_bundle
+from sparsifiner_edge.artifacts import LABELS_FILE, kind_of, new_folder, require_replaceable, seal_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -112,7 +112,7 @@ def export_bundle(
         (folder / "model.onnx").write_bytes(model.SerializeToString())
         np.savez_compressed(folder / "golden.npz", **cast(Any, golden))
         if labels:
-            (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+            (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         manifest = _manifest(student, deployed, model, check, precision, recipe) | entries
         if wanted:
             manifest["boards"] = [board_files(model, manifest, board, folder) for board in wanted]

@@ -20,9 +20,9 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.package.common import MODEL, Bundle, golden_image, load_model
 from sparsifiner_edge.results import available_cores
 from sparsifiner_edge.runtime.golden import check_golden
+from sparsifiner_edge.runtime.graph import drop_unused
 from sparsifiner_edge.runtime.ort import OrtSession
 from sparsifiner_edge.runtime.session import Array
-from sparsifiner_edge.runtime.tensorrt.models import drop_unused
 
 PROBABILITIES = "probabilities"
 _TO_PLANES = [0, 3, 1, 2]

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import require_file_path, write_text
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, MissingExtraError
+from sparsifiner_edge.files import require_file_path, write_text
 from sparsifiner_edge.report import details, sections
 from sparsifiner_edge.report.blocks import Figure, Section
 from sparsifiner_edge.report.compare import (

@@ -12,20 +12,11 @@ import pytest
 from PIL import Image
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
-from sparsifiner_edge.signing import generate_key, sign_bundle
+from sparsifiner_edge.signing import sign_bundle
 from tests.commands import assert_refused, process
 from tests.package.reseal import reseal
 
 pytest.importorskip("cryptography", reason="the extra sign is not installed")
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """key.pem, key.pub, other.pem, other.pub."""
-    folder = tmp_path_factory.mktemp("keys")
-    for name in ("key", "other"):
-        generate_key(folder / f"{name}.pem")
-    return folder
 
 
 @pytest.fixture

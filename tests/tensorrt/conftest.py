@@ -23,7 +23,10 @@ def machine(monkeypatch):
         gpu = Gpu(**device)
         install_cuda(monkeypatch, gpu, package)
         trt = install_tensorrt(monkeypatch, gpu, version, behaviour)
-        run = lambda job, timeout, progress=None: full.build(job, progress or (lambda *_: None))  # noqa: E731
+
+        def run(job, timeout, progress=None):
+            return full.build(job, progress or (lambda *_: None))
+
         monkeypatch.setattr(build_module, "run_job", run)
         return gpu, trt
 

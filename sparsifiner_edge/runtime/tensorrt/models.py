@@ -6,8 +6,6 @@ from sparsifiner_edge.ops.bodies import function_body
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.graph import drop_unused
 
-__all__ = ["dense_model", "drop_unused"]
-
 
 def dense_model(content: bytes) -> bytes:
     """The model with DenseAttention, in standard operators, where it has SparseAttention: for comparison.
