@@ -72,7 +72,7 @@ def build(
         (pictures / path.name).symlink_to(path)
     tell("sparsify")
     student = sparsify(
-        name, folder / "student", weights=weights, img_size=size, keep=keep, cells=cells, token_keep=pruned,
+        name, folder / "student", weights=weights, img_size=size, keep=keep, cells=cells, token_keep=pruned, fuse_tokens=bool(pruned),
         calibrate=pictures,
     )  # fmt: skip
     tell(f"export {OURS}")

@@ -58,6 +58,10 @@ def points(work: Path, tell: Any) -> Iterator[Point]:
                 f"{keep:g}",
                 *_exported(work, folder, keep=keep, token_keep=parse_token_keep(TOKENS)),
             )
+    if (work / "tokens").exists():
+        for keep in (0.05, 0.1, 0.25):
+            tell(f"ours, trained with pruning, keep {keep:g}")
+            yield "ours, trained with tokens .7, fused", f"{keep:g}", *_exported(work, work / "tokens", keep=keep)
     for family, folder in (("paper, untrained", untrained(work, "paper")), ("paper, trained", work / "paper")):
         for keep in (0.1, 0.25, 0.5) if folder.exists() else ():
             tell(f"{family}, keep {keep:g}")

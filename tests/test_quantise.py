@@ -16,7 +16,7 @@ from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import quantise as module
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import golden_image
-from sparsifiner_edge.export.quantise import RECIPES, _cosines, quantise, run_file
+from sparsifiner_edge.export.quantise import RECIPES, _compared, quantise, run_file
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.sparse.student import save_student
@@ -128,11 +128,12 @@ def test_refusals(place: Path, options: dict[str, Any], message: str) -> None:
     assert not (place / "x").exists()
 
 
-@pytest.mark.parametrize(("others", "lost"), [(0, 0), (5, 0), (6, 6)])
+@pytest.mark.parametrize(("others", "lost"), [(0, 0), (10, 0), (11, 11)])
 def test_a_few_patches_may_be_others(others: int, lost: int) -> None:
     """Of 100 kept patches; a cosine of 1 where both kept one."""
     random = np.random.default_rng(0)
     tokens = random.normal(size=(1, 200, 8))
     kept, mine = np.arange(100)[None], np.concatenate([np.arange(100 - others), np.arange(150, 150 + others)])[None]
     wanted, got = ({"tokens": tokens[:, places[0]], POSITIONS: places} for places in (kept, mine))
-    assert _cosines([got], [wanted])["tokens"] == pytest.approx((100 - others) / (100 - others + lost))
+    cosines, share = _compared([got], [wanted])
+    assert (cosines["tokens"], share) == (pytest.approx((100 - others) / (100 - others + lost)), others / 100)

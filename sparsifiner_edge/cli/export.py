@@ -130,7 +130,8 @@ def _changes(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{sizes}: cosine to before {found['cosine']:.4f}, {found['pictures']} pictures"
     if found := manifest.get("quantisation"):
         least = min(found["cosines"].values())
-        yield f"int8: {found['quantised']} linear layers, {len(found['kept'])} left out, cosine {least:.4f}"
+        others = f", other patches kept: {share:.1%}" if (share := found.get("other_patches", 0.0)) else ""
+        yield f"int8: {found['quantised']} linear layers, {len(found['kept'])} left out, cosine {least:.4f}{others}"
     if found := manifest.get("float16"):
         least = min(found["least_row_cosines"].values())
         counts = f"{found['nodes_float16']} nodes, {found['nodes_float32']} left in fp32"
