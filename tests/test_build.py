@@ -22,8 +22,8 @@ from sparsifiner_edge.runtime.build import batch_range, build_engine
 from sparsifiner_edge.runtime.build_worker import run_job
 from sparsifiner_edge.runtime.engines import BatchRange
 from tests.commands import PROGRAM, assert_refused, call, snapshot
+from tests.mounts import in_mount, needs_mounts
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx
-from tests.test_bad_input import in_mount, needs_mounts
 from tests.test_runtime import spoil_golden
 from tests.tiny import make_bundle
 

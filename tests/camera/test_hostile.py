@@ -20,9 +20,9 @@ from sparsifiner_edge.artifacts import BUNDLE_FILE, seal_bundle, sha256
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.stills import run_pictures
 from sparsifiner_edge.errors import SparsifinerError
+from tests.bad_pictures import BAD_PICTURES, png_of_size
 from tests.camera.hostile import SECRET, make_hostile
 from tests.commands import process, snapshot
-from tests.test_bad_input import BAD_PICTURES, png_of_size
 
 PATIENCE_S = 10
 READ = """

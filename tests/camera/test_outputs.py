@@ -22,7 +22,7 @@ from sparsifiner_edge.camera.overlay import Overlay, require_overlay_path
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from tests.camera.test_service import records_of
 from tests.commands import Outcome, assert_refused, call, process, snapshot
-from tests.test_bad_input import in_mount, needs_mounts
+from tests.mounts import in_mount, needs_mounts
 
 Capsys = pytest.CaptureFixture[str]
 

@@ -20,7 +20,7 @@ from sparsifiner_edge.camera.pattern import draw_pattern
 from tests.camera.conftest import encode
 from tests.camera.test_service import get, numbers_of, records_of
 from tests.commands import PROGRAM, process
-from tests.test_bad_input import mounts_allowed
+from tests.mounts import mounts_allowed
 
 
 def test_a_decoder_that_hangs_is_ended(cells: Path, service: Any) -> None:

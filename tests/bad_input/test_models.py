@@ -1,0 +1,168 @@
+"""Models, settings and weights that do not serve: a message that names the value and says what to do, exit code 2."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import UnsupportedModelError
+from sparsifiner_edge.sparse.patch import make_model_sparse
+from tests.commands import Outcome, assert_refused, process
+from tests.models import TINY, vit
+
+Capsys = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize(
+    ("model", "texts"),
+    [
+        ("vit_smal_patch16_224", ["'vit_smal_patch16_224'", "Did you mean vit_small_patch16_224"]),
+        ("nonsense", ["timm has no model 'nonsense'", "list_models"]),
+        ("test_vit.no_such_tag", ["test_vit.no_such_tag", "Check the model's name"]),
+        ("hf-hub:timm/test_vit.r160_in1k", ["timm has no model 'hf-hub:timm/test_vit.r160_in1k'"]),
+        ("", ["timm has no model ''"]),
+        ("swin_tiny_patch4_window7_224", ["is a SwinTransformer, not a VisionTransformer", "Choose a ViT"]),
+        ("resnet18", ["is a ResNet, not a VisionTransformer", "Choose a ViT"]),
+        ("test_vit_relpos", ["is a VisionTransformerRelPos", "Choose a ViT"]),
+    ],
+)
+def test_unknown_and_unsupported_models(model: str, texts: list[str], sparsify: Callable[..., Outcome]) -> None:
+    assert_refused(sparsify(model=model), *texts)
+
+
+def test_a_model_of_another_make_is_refused_with_every_reason() -> None:
+    model = timm.create_model(TINY, dynamic_img_size=True, patch_drop_rate=0.5)
+    with pytest.raises(UnsupportedModelError, match="dynamic image size") as caught:
+        make_model_sparse(model, SparsityConfig(cells=4))
+    caught.match("patch dropout")
+
+
+def test_no_weights_and_no_net(tmp_path: Path) -> None:
+    outcome = process("sparsify", "vit_tiny_patch16_224", "-o", tmp_path / "s", env={"HF_HOME": str(tmp_path / "hf")})
+    assert_refused(outcome, "The weights of 'vit_tiny_patch16_224' could not be downloaded", "--weights")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["--keep", "0"], ["keep is 0.0, outside (0, 1]", "such as 0.25"]),
+        (["--keep", "-1"], ["keep is -1.0"]),
+        (["--keep", "1.5"], ["keep is 1.5"]),
+        (["--keep", "nan"], ["keep is nan"]),
+        (["--keep", "inf"], ["keep is inf"]),
+        (["--keep", "half"], ["'half' is not a valid float"]),
+        (["--tile", "0"], ["tile is 0"]),
+        (["--tile", "-16"], ["tile is -16"]),
+        (["--tile", "10", "--probe", "4"], ["tile 10 is not a multiple of probe 4", "divides the tile"]),
+        (["--probe", "0"], ["probe is 0"]),
+        (["--tile", "128"], ["tile 128 exceeds the 100 patches", "smaller tile"]),
+        (["--cells", "101"], ["101 cells exceed the 100 patches", "fewer cells"]),
+        (["--cells", "-1"], ["cells is -1"]),
+        (["--channels", "33"], ["channels 33 exceed the head dimension 32", "at most 32"]),
+        (["--preset", "paper", "--channels", "33"], ["channels 33 exceed the head dimension 32"]),
+        (["--preset", "paper", "--tile", "16"], ["tile is 16, but the preset 'paper' has 1"]),
+        (["--preset", "paper", "--img-size", "64"], ["needs one class token and 8 landmarks", "2 landmarks"]),
+        (["--channels", "0"], ["channels is 0"]),
+        (["--dense-layers", "6"], ["dense layer 6 does not exist: the model has 6 layers", "0 to 5"]),
+        (["--dense-layers", "1,1"], ["dense layers are (1, 1)", "distinct"]),
+        (["--dense-layers", "first"], ["dense layers are 'first'", "such as 0,1"]),
+        (["--dense-layers", "-1"], ["dense layers are '-1'"]),
+        (["--dense-layers", "²"], ["dense layers are '²'"]),
+        (["--img-size", "161"], ["161 is not a multiple of the patch size 16", "Use 160"]),
+        (["--img-size", "8"], ["8 is not a multiple of the patch size 16", "Use 16"]),
+        (["--img-size", "0"], ["--img-size", "0 is not in the range"]),
+        (["--img-size", "-160"], ["--img-size"]),
+        (["--preset", "magic"], ["--preset", "'magic'"]),
+        (["--calibrate", "nowhere"], ["nowhere does not exist", "folder of pictures"]),
+    ],
+)
+def test_settings_that_do_not_fit(arguments: list[str], texts: list[str], sparsify: Callable[..., Outcome]) -> None:
+    assert_refused(sparsify(*arguments), *texts)
+
+
+class Evil:
+    """Unpickling it would write a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def weights_of_another_architecture(path: Path) -> None:
+    safetensors.torch.save_file(vit("test_vit3", num_classes=10).state_dict(), path)
+
+
+def weights_with_other_names(path: Path) -> None:
+    safetensors.torch.save_file({f"module.{k}": v for k, v in vit(num_classes=10).state_dict().items()}, path)
+
+
+def weights_with(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        state = {key: value.clone() for key, value in vit(num_classes=10).state_dict().items()}
+        change(state)
+        safetensors.torch.save_file(state, path)
+
+    return write
+
+
+def truncated(path: Path) -> None:
+    weights_with(lambda _: None)(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def truncated_pth(path: Path) -> None:
+    torch.save(vit(num_classes=10).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "texts"),
+    [
+        ("w.safetensors", lambda p: None, ["does not exist"]),
+        ("w.safetensors", lambda p: p.mkdir(), ["does not exist"]),
+        ("w.safetensors", lambda p: p.write_bytes(b""), ["cannot be read as weights"]),
+        ("w.safetensors", lambda p: p.write_text("Not Found\n" * 100), ["cannot be read as weights"]),
+        ("w.safetensors", lambda p: p.write_bytes(struct.pack("<Q", 1 << 62) + b"{}"), ["cannot be read as weights"]),
+        ("w.safetensors", truncated, ["cannot be read as weights", "make it again"]),
+        ("w.safetensors", weights_of_another_architecture, ["does not fit this model", "the same architecture"]),
+        ("w.safetensors", weights_with_other_names, ["does not fit this model", "missing"]),
+        ("w.safetensors", weights_with(lambda s: s.pop("cls_token")), ["missing cls_token; left over nothing"]),
+        ("w.safetensors", weights_with(lambda s: s.update(more=torch.ones(1))), ["missing nothing; left over more"]),
+        ("w.safetensors", weights_with(lambda s: s.update({"head.weight": torch.ones(())})), ["does not fit"]),
+        ("w.safetensors", weights_with(lambda s: s.update({"pos_embed": torch.ones(7)})), ["does not fit"]),
+        ("w.safetensors", weights_with(lambda s: s.update({"cls_token": torch.ones(3)})), ["cls_token has shape [3]"]),
+        ("w.safetensors", weights_with(lambda s: s["norm.bias"].fill_(torch.nan)), ["norm.bias holds NaN"]),
+        ("w.pth", lambda p: p.write_text("Not Found"), ["damaged, or a pickle that holds more than tensors"]),
+        ("w.pth", lambda p: p.write_bytes(b""), ["cannot be read as weights"]),
+        ("w.pth", truncated_pth, ["cannot be read as weights"]),
+        ("w.pth", lambda p: torch.save([1, 2], p), ["holds no tensors by name", "state dict"]),
+        ("w.pth", lambda p: torch.save(vit(), p), ["holds more than tensors", "best as .safetensors"]),
+        ("w.pth", lambda p: torch.save({"model": {"epoch": 3}}, p), ["holds no tensors by name"]),
+    ],
+)
+def test_weights_that_do_not_serve(
+    name: str, write: Callable[[Path], object], texts: list[str], tmp_path: Path, sparsify: Callable[..., Outcome]
+) -> None:
+    path = tmp_path / name
+    write(path)
+    assert_refused(sparsify(weights=path), str(path), *texts)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_code_in_a_pickle_is_not_run(save: Any, tmp_path: Path, sparsify: Callable[..., Outcome]) -> None:
+    path, marker = tmp_path / "w.pth", tmp_path / "marker"
+    save({"cls_token": Evil(marker)}, path)
+    assert_refused(sparsify(weights=path), str(path), "nothing in it was run")
+    assert not marker.exists()

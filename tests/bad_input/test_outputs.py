@@ -1,0 +1,177 @@
+"""Outputs that are no place, are not ours, or lie on a full or read-only disk: nothing is half-written or lost."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsifiner_edge.artifacts import STUDENT_FILE, new_folder
+from sparsifiner_edge.cli.main import main
+from sparsifiner_edge.errors import ArtifactError, SparsifinerError
+from tests.commands import assert_refused, call, snapshot
+from tests.models import TINY
+from tests.mounts import in_mount, needs_mounts
+
+Capsys = pytest.CaptureFixture[str]
+
+
+def occupied(folder: Path, tiny_student: Path, how: str) -> None:
+    """Something at `folder` that must survive."""
+    if how == "file":
+        folder.write_text("mine")
+    elif how == "link":
+        shutil.copytree(tiny_student, folder.with_name("real"))
+        folder.symlink_to("real")
+    elif how == "dangling link":
+        folder.symlink_to("nowhere")
+    elif how == "student and more":
+        shutil.copytree(tiny_student, folder)
+        (folder / "notes.txt").write_text("mine")
+    else:
+        folder.mkdir()
+        (folder / {"foreign": "thesis.txt", "another's": STUDENT_FILE, "damaged": STUDENT_FILE}[how]).write_text(
+            {"foreign": "mine", "another's": '{"kind": "vit"}', "damaged": '{"kind": "student"'}[how]
+        )
+
+
+@pytest.mark.parametrize(
+    "how", ["file", "link", "dangling link", "foreign", "another's", "damaged", "student and more"]
+)
+@pytest.mark.parametrize("command", ["sparsify", "export", "demo"])
+def test_an_output_that_is_not_ours_is_left_alone(
+    command: str, how: str, tiny_student: Path, tiny_weights: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    folder = tmp_path / "target"
+    occupied(folder, tiny_student, how)
+    before = snapshot(tmp_path)
+    start = {
+        "sparsify": ["sparsify", TINY, "--weights", tiny_weights],
+        "export": ["export", tiny_student],
+        "demo": ["demo"],
+    }
+    assert_refused(call(capsys, *start[command], "-o", folder), str(folder), "hoose another")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", [".", "..", "", "thesis.txt/student", "x" * 300])
+def test_outputs_that_are_no_place(
+    output: str, tiny_weights: Path, tmp_path: Path, monkeypatch: Any, capsys: Capsys
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("thesis.txt").write_text("mine")
+    if output == ".":
+        Path("thesis.txt").unlink()
+    before = snapshot(tmp_path)
+    outcome = call(capsys, "sparsify", TINY, "--weights", tiny_weights, "-o", output)
+    assert_refused(outcome, output[:40])
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["/dev/null", "."])
+def test_results_do_not_replace_folders_or_devices(
+    output: str, bundle: Path, tiny_student: Path, pictures: Path, tmp_path: Path, monkeypatch: Any, capsys: Capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call(capsys, "run", bundle, "--source", pictures, "--output", output), f"{output} is a folder")
+    assert_refused(call(capsys, "evaluate", tiny_student, "--data", pictures, "-o", output), f"{output} is a folder")
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_replaced_folder_survives_a_refused_swap(tmp_path: Path, tiny_student: Path, monkeypatch: Any) -> None:
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "student"))
+    before = snapshot(tmp_path)
+    rename = Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        if target == folder and source.name != "old":
+            raise PermissionError(13, "Permission denied")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ArtifactError, match="cannot be written: Permission denied"), new_folder(folder, "student") as f:
+        (f / "new").write_text("new")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error", "disk"), SparsifinerError("a", "b")])
+def test_errors_anywhere_become_messages(error: Exception, monkeypatch: Any, tmp_path: Path, capsys: Capsys) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("sparsifiner_edge.camera.stills.run_pictures", fail)
+    assert_refused(call(capsys, "run", tmp_path, "--source", tmp_path))
+
+
+def test_a_bug_stays_a_traceback(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr("sparsifiner_edge.camera.stills.run_pictures", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", str(tmp_path), "--source", str(tmp_path)])
+
+
+def kilobytes(folder: Path) -> int:
+    return sum(4 * -(-p.stat().st_size // 4096) for p in folder.iterdir()) + 64
+
+
+@needs_mounts
+@pytest.mark.parametrize(("command", "earlier"), [("sparsify", False), ("sparsify", True), ("export", True)])
+def test_a_full_disk_leaves_what_was_there(
+    command: str, earlier: bool, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, tmp_path: Path
+) -> None:
+    old = tiny_student if command == "sparsify" else tiny_bundle
+    # Room for the earlier folder and for half of a new one.
+    size = kilobytes(old) * (3 if earlier else 1) // 2
+    prepare = f"cp -r {old} target" if earlier else "true"
+    start = ["sparsify", TINY, "--weights", tiny_weights] if command == "sparsify" else ["export", tiny_student]
+    outcome, names = in_mount(tmp_path, size, prepare, *start, "-o", "disk/target")
+    assert_refused(outcome, "disk/target cannot be written: No space left on device", "Free space")
+    assert names == (["target", *sorted(f"target/{p.name}" for p in old.iterdir())] if earlier else [])
+    if earlier:
+        hashes = {line.split()[0] for line in (tmp_path / "after").read_text().splitlines()}
+        assert hashes == {open_hash(path) for path in old.iterdir()}
+
+
+def open_hash(path: Path) -> str:
+    return subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+@needs_mounts
+@pytest.mark.parametrize("command", ["profile", "run"])
+@pytest.mark.parametrize("state", ["full", "read-only"])
+def test_results_on_a_full_or_read_only_disk(
+    command: str, state: str, bundle: Path, pictures: Path, tmp_path: Path
+) -> None:
+    prepare = "echo old > result; " + ("cat /dev/zero > fill 2> /dev/null" if state == "full" else "")
+    if state == "read-only":
+        prepare += 'mount -o remount,ro "$PWD"'
+    start = (
+        ["profile", bundle, "--seconds", "0.05", "-o"]
+        if command == "profile"
+        else ["run", bundle, "--source", pictures, "--output"]
+    )
+    outcome, names = in_mount(tmp_path, 64, prepare, *start, "disk/result")
+    reason = "No space left on device" if state == "full" else "Read-only file system"
+    # What was measured is shown all the same: the reader keeps the figures.
+    figures = outcome.out if command == "profile" else ""
+    assert ("latency p50" in figures) == (command == "profile")
+    assert_refused(outcome, f"cannot be written: {reason}", "Free space or choose another place", out=figures)
+    assert names == (["fill", "result"] if state == "full" else ["result"])
+    assert open_hash_of_text("old\n") in (tmp_path / "after").read_text()
+
+
+def open_hash_of_text(text: str) -> str:
+    done = subprocess.run(["sha256sum"], input=text, capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
+
+
+@needs_mounts
+def test_a_read_only_disk_refuses_a_folder(tiny_weights: Path, tmp_path: Path) -> None:
+    outcome, names = in_mount(
+        tmp_path, 64, 'mount -o remount,ro "$PWD"', "sparsify", TINY, "--weights", tiny_weights, "-o", "disk/a/b"
+    )
+    assert_refused(outcome, "disk/a/b cannot be written: Read-only file system")
+    assert names == []
