@@ -79,6 +79,27 @@ def test_it_is_smaller_and_close_on_a_new_picture(place: Path) -> None:
     assert sizes[1] < 0.6 * sizes[0]  # the head and the patch embedding stay
 
 
+def test_channels_that_exceed_all_others_cost_nothing(place: Path) -> None:
+    """The same function in float32, with one channel of each normalisation's output 100 times as large."""
+    plain, loud = (onnx.load(place / "fp32" / "model.onnx") for _ in range(2))
+    images = [golden_image(160, seed=20 + n) for n in range(6)]
+    weights = {tensor.name: tensor for tensor in loud.graph.initializer}
+    norms = {n.output[0]: n for n in loud.graph.node if n.op_type == "LayerNormalization"}
+    readers = [n for n in loud.graph.node if n.op_type == "MatMul" and n.input[0] in norms and n.input[1] in weights]
+    for node in readers:
+        norm = norms[node.input[0]]
+        for reader, place, factor in ((node, 1, 0.01), (norm, 1, 100.0), (norm, 2, 100.0)):
+            values = onnx.numpy_helper.to_array(weights[reader.input[place]]).copy()
+            values[7] *= factor
+            reader.input[place] = f"{reader.name}_{place}"  # equal tensors are shared
+            loud.graph.initializer.append(onnx.numpy_helper.from_array(values, reader.input[place]))
+    assert len(readers) == 2 * 6
+    assert cosine(*(run_file(model, images[0])["tokens"] for model in (plain, loud))).min() > 0.99999
+    found = [quantise(model, images) for model in (plain, loud)]
+    assert found[1].cosines == pytest.approx(found[0].cosines, abs=1e-3)
+    assert found[1].kept == found[0].kept
+
+
 def test_layers_that_hurt_stay_in_float32(place: Path) -> None:
     model = onnx.load(place / "fp32" / "model.onnx")
     images = [golden_image(160, seed=20 + n) for n in range(6)]

@@ -59,13 +59,24 @@ def prune(x: Tensor, scores: Tensor, positions: Tensor, *, kept: int, prefix: in
     winners = ops.top_tokens(weights, kept)
     left, parts = ops.rows_at(patches, winners), [x[:, :prefix]]
     if fuse:
-        # Weights of the winners become 0, not their sum taken off: what is dropped may be a millionth of the whole.
-        places = torch.arange(patches.shape[1], dtype=winners.dtype, device=x.device)
-        rest = weights.masked_fill((winners[:, :, None] == places).any(1), 0.0)[:, None]
+        rest = _rest(weights, winners)[:, None]
         with torch.autocast(x.device.type, enabled=False):
             dropped = rest @ patches.float() / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         parts.append(dropped.to(x.dtype))
     return torch.cat([*parts, left], 1), ops.rows_at(positions, winners)
+
+
+def _rest(weights: Tensor, winners: Tensor) -> Tensor:
+    """Weights [B,P] of what is dropped; of the winners [B,K] 0, not their sum taken off: it may be a millionth of all.
+
+    By the least score that wins: comparing every place with every winner costs more than a layer of attention. What
+    equals it shares what is dropped of that.
+    """
+    least = ops.rows_at(weights[:, :, None], winners).amin(1)
+    tied = (weights == least).float()
+    above = (weights > least).float().sum(-1, keepdim=True)
+    dropped = 1 - (winners.shape[1] - above) / tied.sum(-1, keepdim=True)
+    return torch.where(weights < least, weights, tied * dropped * least)
 
 
 def make_pruned(block: Any, kept: int, prefix: int, fuse: bool) -> None:
