@@ -72,8 +72,8 @@ def build(
         (pictures / path.name).symlink_to(path)
     tell("sparsify")
     student = sparsify(
-        name, folder / "student", weights=weights, img_size=size, keep=keep, cells=cells, token_keep=pruned, fuse_tokens=bool(pruned),
-        calibrate=pictures,
+        name, folder / "student", weights=weights, img_size=size, keep=keep, cells=cells, token_keep=pruned,
+        fuse_tokens=bool(pruned), calibrate=pictures,
     )  # fmt: skip
     tell(f"export {OURS}")
     made = {OURS: export_bundle(student, folder / "ours", measure=True)}
