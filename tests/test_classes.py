@@ -107,7 +107,7 @@ def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], tmp_path: 
     mixed = save_student(dataclasses.replace(found, labels=(*labels[:2], "c")), tmp_path / "mixed")
     with pytest.raises(ConfigError, match="is no class of the classifier"):
         evaluate_classes(mixed, made["queries"], metric="top1")
-    with pytest.raises(ConfigError, match="classes of its own"):
+    with pytest.raises(ConfigError, match="knows 3 classes, the pictures have 10"):
         evaluate_classes(other, "fashion-mnist", metric="top1")
 
 
@@ -154,12 +154,26 @@ def test_fashion_mnist_is_read_as_packaged(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(test.load(2, 28)[:, :, 1], pixels[2])
     assert train.first(3).labels.tolist() == [0, 2, 4]
     np.testing.assert_array_equal(train.first(3).load(1, 28), train.load(2, 28))
+    assert labelled("fashion-mnist", "test", classifier=tuple("abcdefghij")).classes == FASHION_CLASSES
+    with pytest.raises(ConfigError, match="classes of its own"):
+        labelled("fashion-mnist", "test", classifier=FASHION_CLASSES[::-1])
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(PictureError, match="cannot be read"):
         labelled("fashion-mnist", "test")
     (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
     with pytest.raises(PictureError, match="does not exist"):
         labelled("fashion-mnist", "test")
+
+
+def test_a_class_of_few_pictures_is_in_the_gallery(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsifiner_edge.evaluate.classes.GALLERY", 10)
+    gallery = shutil.copytree(made["gallery"], tmp_path / "gallery")
+    for path in sorted((gallery / "red").iterdir())[1:]:
+        path.unlink()  # its last picture is not among ten of 31
+    found = evaluate_classes(made["student"], made["queries"], metric="knn", gallery=gallery)
+    assert found["method"]["gallery"].startswith("11 of ")
 
 
 def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +198,10 @@ def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pyt
         capsys, "evaluate", made["student"], "--data", made["queries"], "--metric", "knn", "--gallery", other
     )
     assert_refused(refused, "no picture of 'red'")
+    assert_refused(call(capsys, *plain, *gallery, "--metric", "top1"), "asks the classifier itself")
+    for own in ([], ["--against", made["bundle"]]):
+        refused = call(capsys, *plain, *gallery, *own, "--metric", "knn", "--weights", made["weights"])
+        assert_refused(refused, "none is named")
     foreign = [*plain, "--metric", "linear", "--gallery", "fashion-mnist"]
     assert_refused(call(capsys, *foreign), "classes of its own")
     with pytest.raises(ConfigError, match="metric is"):

@@ -255,6 +255,8 @@ def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys:
     assert_refused(call(capsys, *plain), "unfinished training", "--resume")
     assert_refused(call(capsys, *plain, "--resume"), "checkpoint.pt is damaged")
     assert (work / checkpoint.CHECKPOINT).read_bytes() == b"no checkpoint"
+    torch.save({"state": torch.zeros(2)}, work / checkpoint.CHECKPOINT)
+    assert_refused(call(capsys, *plain, "--resume"), "is no checkpoint of a training")
 
 
 def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -267,6 +269,8 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
     for name, value in (("epsilon", "0.001"), ("weight_decay", "0.1"), ("learns", "attention")):
         with pytest.raises(ConfigError, match=f"began with other {name}: .*, now {value}"):
             distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, f"{name}={value}"), resume=True)
+    with pytest.raises(ConfigError, match="began with other precision: no, now bf16"):
+        distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "precision=bf16"), resume=True)
     distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)
     with pytest.raises(ArtifactError, match="no checkpoint"):
         distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)
@@ -348,6 +352,38 @@ def test_another_teacher(folder: Path, start: Path, tmp_path: Path) -> None:
     save_file(vit("test_vit3", num_classes=2).state_dict(), weights)
     with pytest.raises(ConfigError, match="The teacher test_vit3 has"):
         distill_student(start, folder, tmp_path / "x", **{**named, "teacher": "test_vit3"})
+
+
+def test_a_teacher_that_sees_other_pixels_is_refused(folder: Path, tmp_path: Path) -> None:
+    start = save_student(student("vit_tiny_patch16_224", num_classes=0), tmp_path / "start")
+    weights = tmp_path / "w.safetensors"
+    save_file(dense_twin(load_student(start)).model.state_dict(), weights)
+    named = {"teacher": "deit_tiny_patch16_224", "weights": weights, "overrides": SHORT}
+    with pytest.raises(ConfigError, match="deviation of pixels"):
+        distill_student(start, folder, tmp_path / "x", **named)
+
+
+def test_two_trainings_do_not_share_a_folder(folder: Path, start: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def again(done: int, _total: int, _losses: dict[str, float]) -> None:
+        if done == 3:
+            with pytest.raises(ConfigError, match="Another training writes to") as caught:
+                distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)
+            refused.append(caught)
+
+    distill_student(start, folder, tmp_path / "out", overrides=SHORT, progress=again)
+    assert refused
+    distill_student(start, folder, tmp_path / "alone", overrides=SHORT)
+    assert losses(tmp_path / "out") == losses(tmp_path / "alone")
+
+
+def test_budgets_that_contradict_the_student_are_refused(folder: Path, tmp_path: Path) -> None:
+    pruned = SparsityConfig(keep=0.2, cells=0, channels=8, token_keep=((2, 0.7),))
+    start = save_student(student(sparsity=pruned, num_classes=0), tmp_path / "start")
+    distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "budgets.token_keep=2:.7"))
+    with pytest.raises(ConfigError, match=r"budgets\.token_keep is 2:\.5, but this student prunes"):
+        distill_student(start, folder, tmp_path / "x", overrides=(*SHORT, "budgets.token_keep=2:.5"))
 
 
 def test_what_is_not_ours_is_left_alone(folder: Path, start: Path, tmp_path: Path) -> None:

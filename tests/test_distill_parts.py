@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,13 +69,13 @@ def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
     held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
     by_folder = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
     assert len(by_folder) == 12
-    image, label, name, _ = Drawn(by_folder, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2)[0]
+    image, label, name, _ = Drawn(by_folder, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2).item(0)
     assert image.shape == (3, 32, 32)
     assert (label == 0) == ("cats" in name)
     pytest.importorskip("webdataset")
     shards = make_shards(folder, tmp_path / "shards")
     streamed = timm_source("wds/mine", shards, 2, labelled=True, held_out=held_out)
-    items = iter(Streamed(streamed, augmentation(32, Pictures()), 0, 2))
+    items = Streamed(streamed, augmentation(32, Pictures()), 0, 2).items()
     seen = [next(items) for _ in range(15)]
     assert all(image.shape == (3, 32, 32) and label in (0, 1) for image, label, _, _ in seen)
     with pytest.raises(ConfigError, match="lies in the data set itself"):
@@ -86,12 +87,61 @@ def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_classes_of_a_data_set_are_numbered_as_the_classifier_numbers_them(folder: Path, tmp_path: Path) -> None:
+    """timm counts the folders class2 and class10 in this order."""
+    data, transform = tmp_path / "data", augmentation(32, Pictures(smallest_crop=1.0))
+    for name, kind in (("class2", "cats"), ("class10", "dogs")):
+        shutil.copytree(folder / kind, data / name)
+    orders = {("class10", "class2"): "class10", ("class2", "class10"): "class2", (): "class10", ("a", "b"): "class10"}
+    for labels, first in orders.items():
+        source = timm_source("folder", data, 2, labelled=True, held_out=folder, classifier=labels)
+        items = [Drawn(source, transform, 0, 2).item(number) for number in range(12)]
+        assert [first in Path(name).parts for _, _, name, _ in items] == [label == 0 for _, label, _, _ in items]
+        assert folder_source(data, 2, labelled=True, held_out=folder, classifier=labels).classes[0] == first
+    with pytest.raises(ConfigError, match="'class10' is no class of the classifier"):
+        timm_source("folder", data, 2, labelled=True, held_out=folder, classifier=("class2", "class3"))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_data_sets_of_equal_length_differ(folder: Path, tmp_path: Path) -> None:
+    other, held_out = (shutil.copytree(folder, tmp_path / name) for name in ("other", "held-out"))
+    sources = [
+        timm_source("folder", root, 2, labelled=labelled, held_out=held_out)
+        for root, labelled in ((folder, True), (other, True), (other, False))
+    ]
+    assert len({source.fingerprint for source in sources}) == 3
+
+
+def test_a_class_held_out_is_still_a_class(folder: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(folder / "dogs", tmp_path / "data" / "dogs").parent
+    (data / "cats").mkdir()
+    shutil.copy(folder / "cats" / "01.png", data / "cats")
+    source = folder_source(data, 1, labelled=True, held_out=None)
+    assert [path.parent.name for path in source.held_out] == ["cats"]
+    assert source.classes == ("cats", "dogs")
+    assert set(source.labels) == {1}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_worker_meets_is_told_as_it_is(workers: int, folder: Path, tmp_path: Path) -> None:
+    held_out = shutil.copytree(folder, tmp_path / "held-out")
+    source = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
+    drawn = batches(source, augmentation(32, Pictures()), seed=0, batch=6, first=0, process=0, processes=1,
+                    workers=workers, classes=1)  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"^\S+ has the label 1; the student knows 1 classes\.\n  Leave --labels out\.$"
+    ):
+        list(islice(drawn, 3))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_broken_picture_of_a_data_set_is_told(folder: Path, tmp_path: Path) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
     (data / "cats" / "03.png").write_bytes(b"no picture")
     source = timm_source("folder", data, 2, labelled=True, held_out=folder)
     drawn = Drawn(source, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2)
-    items = [drawn[number] for number in range(12)]
+    items = [drawn.item(number) for number in range(12)]
     assert [Path(name).name for item in items for name in item[3]] == ["03.png"]
     assert not [name for _, _, name, _ in items if "03.png" in name]
 
@@ -100,8 +150,8 @@ def test_a_data_set_of_torchvision(folder: Path, tmp_path: Path) -> None:
     held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
     source = timm_source("torch/image_folder", folder, 2, labelled=True, held_out=held_out)
     drawn = Drawn(source, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2)
-    assert sorted(drawn[number][1] for number in range(12)) == [0] * 6 + [1] * 6
-    assert not [name for number in range(12) for name in drawn[number][3]]
+    assert sorted(drawn.item(number)[1] for number in range(12)) == [0] * 6 + [1] * 6
+    assert not [name for number in range(12) for name in drawn.item(number)[3]]
 
 
 @pytest.mark.parametrize("reader", ["folder", "wds/mine"])

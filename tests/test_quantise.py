@@ -100,6 +100,35 @@ def test_channels_that_exceed_all_others_cost_nothing(place: Path) -> None:
     assert found[1].kept == found[0].kept
 
 
+def test_channels_that_nothing_reads_cost_nothing(place: Path) -> None:
+    """A channel of weights 0, as pruning leaves them, whose input is 100 times as large as any other's."""
+    model = onnx.load(place / "fp32" / "model.onnx")
+    images = [golden_image(160, seed=20 + n) for n in range(6)]
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    norms = {n.output[0]: n for n in model.graph.node if n.op_type == "LayerNormalization"}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[0] in norms and node.input[1] in weights:
+            norm = norms[node.input[0]]
+            for reader, at, factor in ((node, 1, 0.0), (norm, 1, 100.0), (norm, 2, 100.0)):
+                values = onnx.numpy_helper.to_array(weights[reader.input[at]]).copy()
+                values[7] *= factor
+                reader.input[at] = f"{reader.name}_{at}"
+                model.graph.initializer.append(onnx.numpy_helper.from_array(values, reader.input[at]))
+    found = quantise(model, images)
+    assert not found.kept
+    assert min(found.cosines.values()) > 0.999
+
+
+def test_no_number_fails_the_gate(place: Path) -> None:
+    model = onnx.load(place / "fp32" / "model.onnx")
+    images = [golden_image(160, seed=20 + n) for n in range(3)]
+    wanted = run_file(model, images[0])
+    wrong = {name: values.copy() for name, values in wanted.items()}
+    wrong["tokens"][0, 3] = np.nan
+    assert module._compared([wrong], [wanted])[0]["tokens"] == -1
+    assert module._compared([wanted], [wanted])[0]["tokens"] == pytest.approx(1)
+
+
 def test_layers_that_hurt_stay_in_float32(place: Path) -> None:
     model = onnx.load(place / "fp32" / "model.onnx")
     images = [golden_image(160, seed=20 + n) for n in range(6)]

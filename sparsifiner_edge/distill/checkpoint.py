@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.errors import ArtifactError, ConfigError
 
 CHECKPOINT, HISTORY = "checkpoint.pt", "history.jsonl"
 
@@ -18,28 +21,52 @@ CHECKPOINT, HISTORY = "checkpoint.pt", "history.jsonl"
 def save(folder: Path, content: dict[str, Any]) -> None:
     """Replace the checkpoint in `folder`."""
     scratch = folder / f"{CHECKPOINT}.part"
-    with scratch.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(folder / CHECKPOINT)
+    try:
+        with scratch.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(folder / CHECKPOINT)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The folder, made where it is missing, for one training alone as long as it lives.
+
+    Raises:
+        ConfigError: another training holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"Another training writes to {folder}.", "Wait for it, or give another -o.") from error
+        except OSError:
+            pass  # a disk that knows no locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def load(folder: Path) -> dict[str, Any]:
     """The checkpoint in `folder`; nothing in it is run.
 
     Raises:
-        ArtifactError: there is none, or it is damaged.
+        ArtifactError: it is damaged, or another kind of file.
     """
     path = folder / CHECKPOINT
-    if not path.is_file():
-        raise ArtifactError(f"{folder} holds no checkpoint to resume from.", "Leave --resume out to start.")
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise ArtifactError(
             f"{path} is damaged: {str(error).splitlines()[0]}", f"Remove {folder}; start again."
         ) from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(x), dict) for x in ("fingerprint", "state")):
+        raise ArtifactError(f"{path} is no checkpoint of a training.", "Move it, or give another -o.")
     return content
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
 from sparsifiner_edge.distill.recipe import Pictures
-from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.errors import ConfigError, PictureError, SparsifinerError
 from sparsifiner_edge.pictures import class_order, decode_picture, evenly, list_pictures, open_picture
 
 
@@ -39,7 +39,8 @@ class Source:
     Attributes:
         train: files, or a data set of timm. held_out: files that are not trained on.
         labels: the class of each file, where a folder is labelled. classes: their names.
-        labelled: whether labels count. name: of a data set.
+        labelled: whether labels count. name, root: of a data set.
+        renumbered: the student's number of each class of a data set, where it counts them otherwise; empty: as it does.
     """
 
     train: Sequence[Path] | Any
@@ -48,6 +49,8 @@ class Source:
     classes: tuple[str, ...] = ()
     labelled: bool = False
     name: str = ""
+    root: Path = Path()
+    renumbered: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -55,7 +58,8 @@ class Source:
         length = len(self.train) if hasattr(self.train, "__len__") else "endless"
         files = [*self.train, *self.held_out] if isinstance(self.train, list) else [*self.held_out]
         # However the folder was named.
-        names = [f"{self.name} {length}", *map(str, self.labels), *map(os.path.abspath, files)]
+        told = [f"{self.name} {length} {self.labelled} {sorted(self.renumbered.items())}", *map(str, self.labels)]
+        names = [*told, *map(os.path.abspath, (self.root, *files))]
         text = "\n".join(names)
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -85,20 +89,26 @@ def folder_source(
         raise PictureError(f"{folder} holds {len(files)} pictures, all of which are held out.", "Give more pictures.")
     if not labelled:
         return Source(train, tuple(kept))
-    parts = [path.relative_to(folder).parts for path in train]
-    if folder.is_file() or any(len(part) < 2 for part in parts):
+    parts = {path: path.relative_to(folder).parts for path in files}
+    if folder.is_file() or any(len(part) < 2 for part in parts.values()):
         raise ConfigError(f"{folder} holds pictures in no folder of their class.", "Sort them, or leave --labels out.")
-    classes = class_order((part[0] for part in parts), classifier)
+    classes = class_order((part[0] for part in parts.values()), classifier)  # those held out are of classes too
     numbers = {name: number for number, name in enumerate(classes)}
-    labels = tuple(numbers[part[0]] for part in parts)
+    labels = tuple(numbers[parts[path][0]] for path in train)
     return Source(train, tuple(kept), labels, classes, labelled=True)
 
 
-def timm_source(name: str, root: Path, count: int, labelled: bool, held_out: Path | None) -> Source:
+def timm_source(
+    name: str, root: Path, count: int, labelled: bool, held_out: Path | None, classifier: tuple[str, ...] = ()
+) -> Source:
     """A data set by timm's name, such as "wds/mine" or "hfds/..."; see timm's `create_dataset`.
 
+    Args:
+        classifier: its labels, in its order; where the data set names its classes, they are numbered as these are.
+
     Raises:
-        ConfigError: timm cannot make it, nothing is held out, or pictures of the data set itself are.
+        ConfigError: timm cannot make it, nothing is held out, pictures of the data set itself are, or some of its
+            classes are the classifier's and others are not.
     """
     try:
         dataset = timm.data.create_dataset(name, root=str(root), split="train", is_training=True, batch_size=1)
@@ -111,7 +121,20 @@ def timm_source(name: str, root: Path, count: int, labelled: bool, held_out: Pat
     reader = getattr(dataset, "reader", None)
     if isinstance(reader, ReaderImageFolder) and any(p.resolve().is_relative_to(_root(reader)) for p in kept):
         raise ConfigError(f"{held_out} lies in the data set itself.", "Hold out pictures that are not trained on.")
-    return Source(dataset, tuple(kept), labelled=labelled, name=name)
+    numbers = _renumbered(dataset, classifier) if labelled else {}
+    return Source(dataset, tuple(kept), labelled=labelled, name=name, root=root, renumbered=numbers)
+
+
+def _renumbered(dataset: Any, classifier: tuple[str, ...]) -> dict[int, int]:
+    """timm's number of each class -> the student's: timm counts folders by the numbers in their names."""
+    reader = getattr(dataset, "reader", None)
+    named = getattr(dataset if reader is None else reader, "class_to_idx", None)
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named):
+        return {}
+    if not isinstance(reader, ReaderImageFolder) and not set(named) & set(classifier):
+        return {}  # a data set's own order
+    order = class_order(named, classifier)
+    return {number: order.index(name) for name, number in named.items()}
 
 
 def _root(reader: Any) -> Path:
@@ -130,14 +153,32 @@ def augmentation(size: int, pictures: Pictures) -> v2.Transform:
     return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if pictures.flip else []), v2.PILToTensor()])
 
 
-class Drawn(Dataset[tuple[Tensor, int, str, tuple[str, ...]]]):
-    """Endless passes over the pictures, each in an order of its own: item n is the n-th picture of the training."""
+Item = tuple[Tensor, int, str, tuple[str, ...]]
+"""A picture uint8 [3,S,S], its label (-1: none), its file, and files before it that could not be read."""
+
+
+class Drawn(Dataset[Item | SparsifinerError]):
+    """Endless passes over the pictures, each in an order of its own: item n is the n-th picture of the training.
+
+    What ends a training is an item too: a worker process that raises it would give its traceback in place of it.
+    """
 
     def __init__(self, source: Source, transform: Any, seed: int, classes: int = 0) -> None:
         self.source, self.transform, self.seed, self.classes = source, transform, seed, classes
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int, str, tuple[str, ...]]:
+    def __getitem__(self, number: int) -> Item | SparsifinerError:
+        try:
+            return self.item(number)
+        except SparsifinerError as error:
+            return error
+
+    def item(self, number: int) -> Item:
+        """The n-th picture.
+
+        Raises:
+            PictureError: none can be read. ConfigError: the student does not know its class.
+        """
         count = len(self.source)
         unreadable: list[str] = []
         for further in range(count):  # an unreadable picture gives its place to the next one
@@ -174,7 +215,7 @@ class Drawn(Dataset[tuple[Tensor, int, str, tuple[str, ...]]]):
         except Exception as error:  # whatever timm's reader raises
             raise PictureError(f"{name} cannot be read: {error}.", "Replace or remove it.") from error
         picture = file.convert("RGB") if isinstance(file, Image.Image) else decode_picture(file, name)
-        label = -1 if label is None else int(label)
+        label = -1 if label is None else self.source.renumbered.get(int(label), int(label))
         if self.source.labelled:
             check_label(label, self.classes, name)
         return picture, label, name
@@ -197,29 +238,43 @@ def apply(transform: Any, picture: Any, seed: int) -> Tensor:
         return cast(Tensor, transform(picture))
 
 
-class Streamed(IterableDataset[tuple[Tensor, int, str, tuple[str, ...]]]):
+class Streamed(IterableDataset[Item | SparsifinerError]):
     """A data set that can only be read on, again and again: WebDataset and the like, in timm's order."""
 
     def __init__(self, source: Source, transform: Any, seed: int, classes: int = 0) -> None:
         self.source, self.transform, self.seed, self.classes = source, transform, seed, classes
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, str, tuple[str, ...]]]:
+    def __iter__(self) -> Iterator[Item | SparsifinerError]:
+        try:
+            yield from self.items()
+        except SparsifinerError as error:
+            yield error
+
+    def items(self) -> Iterator[Item]:
+        """Pictures without end.
+
+        Raises:
+            PictureError: there is none. ConfigError: the student does not know a class.
+        """
         number = before = 0
         while True:
-            for picture, label in cast(Any, self.source.train):
-                name = f"picture {number} of the stream"
+            for picture, given in cast(Any, self.source.train):
+                name, label = f"picture {number} of the stream", self.source.renumbered.get(int(given), int(given))
                 if self.source.labelled:
-                    check_label(int(label), self.classes, name)
-                yield apply(self.transform, picture.convert("RGB"), self.seed + number), int(label), name, ()
+                    check_label(label, self.classes, name)
+                yield apply(self.transform, picture.convert("RGB"), self.seed + number), label, name, ()
                 number += 1
             if number == before:
                 raise PictureError(f"The data set {self.source.name!r} gives no picture.", "Look at its files.")
             before = number
 
 
-def collate(items: list[tuple[Tensor, int, str, tuple[str, ...]]]) -> Batch:
-    """Items -> a batch."""
-    images, labels, files, unreadable = zip(*items, strict=True)
+def collate(items: list[Item | SparsifinerError]) -> Batch | SparsifinerError:
+    """Items -> a batch, or the first error."""
+    errors = [item for item in items if isinstance(item, SparsifinerError)]
+    if errors:
+        return errors[0]
+    images, labels, files, unreadable = zip(*cast(list[Item], items), strict=True)
     return Batch(
         torch.stack(images), torch.tensor(labels), files, tuple(name for names in unreadable for name in names)
     )
@@ -240,12 +295,15 @@ def batches(
     """Endless batches of one process, from the `first` pass of all processes on.
 
     Together the processes draw what one process would with batches as large as all of theirs.
+
+    Raises:
+        SparsifinerError: by the iterator: a picture, or all of them, cannot be trained on.
     """
     shared: dict[str, Any] = {"num_workers": workers, "collate_fn": collate, "persistent_workers": workers > 0}
     if isinstance(source.train, IterableDataset):
         # The data set deals its pictures out to the processes by itself.
         stream = Streamed(source, transform, seed + 1_000_003 * process, classes)
-        return iter(DataLoader(stream, batch_size=batch, **shared))
+        return _without_errors(DataLoader(stream, batch_size=batch, **shared))
 
     def places() -> Iterator[list[int]]:
         number = first
@@ -254,4 +312,12 @@ def batches(
             yield list(range(start, start + batch))
             number += 1
 
-    return iter(DataLoader(Drawn(source, transform, seed, classes), batch_sampler=cast(Any, places()), **shared))
+    drawn = Drawn(source, transform, seed, classes)
+    return _without_errors(DataLoader(drawn, batch_sampler=cast(Any, places()), **shared))
+
+
+def _without_errors(loader: Any) -> Iterator[Batch]:
+    for batch in loader:
+        if isinstance(batch, SparsifinerError):
+            raise batch
+        yield batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Sequence
@@ -13,9 +14,9 @@ from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Source, folder_source, timm_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
 from sparsifiner_edge.distill.train import Progress, State, Training, make_accelerator
-from sparsifiner_edge.errors import ConfigError, MissingExtraError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.models import Backbone
+from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
 
 
@@ -82,19 +83,20 @@ def distill_student(
     training = Training(accelerator, found, dense, source, plan, folder)
     record = _recorder(folder) if tensorboard and accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    if resume:
-        _restore(training, folder)
-    elif accelerator.is_main_process:
-        _clear(folder)
-    state = training.run(_both(progress, record))
-    summary = _summary(training, state, dense, recipe)
-    summary["from"] = {"student": Path(student).resolve().name, "sha256": sha256(Path(student) / STUDENT_FILE)}
-    if training.accelerator.is_main_process:
-        found.model.cpu().load_state_dict(state.best)
-        trained = dataclasses.replace(found, provenance={**found.provenance, "training": summary})
-        save_student(trained, target)
-        (folder / checkpoint.CHECKPOINT).unlink()
-    training.accelerator.end_training()
+    with checkpoint.held(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        if resume:
+            _restore(training, folder)
+        elif accelerator.is_main_process:
+            _clear(folder)
+        state = training.run(_both(progress, record))
+        summary = _summary(training, state, dense, recipe)
+        summary["from"] = {"student": Path(student).resolve().name, "sha256": sha256(Path(student) / STUDENT_FILE)}
+        if training.accelerator.is_main_process:
+            found.model.cpu().load_state_dict(state.best)
+            trained = dataclasses.replace(found, provenance={**found.provenance, "training": summary})
+            save_student(trained, target)
+            (folder / checkpoint.CHECKPOINT).unlink()
+        training.accelerator.end_training()
     return summary
 
 
@@ -139,7 +141,7 @@ def _source(
         raise ConfigError(f"{student.name} has no classifier to learn labels.", "Leave --labels out.")
     count = plan.pictures.held_out
     if dataset is not None:
-        return timm_source(dataset, data, count, labels, held_out)
+        return timm_source(dataset, data, count, labels, held_out, student.labels)
     source = folder_source(data, count, labels, held_out, student.labels)
     if labels and len(source.classes) != classes:
         raise ConfigError(
@@ -169,9 +171,10 @@ def _teacher(student: Student, name: str | None, weights: Path | None) -> Studen
     return teacher
 
 
-def _outputs(model: Backbone) -> dict[str, int]:
-    """What must agree for tokens to be compared."""
+def _outputs(model: Backbone) -> dict[str, Any]:
+    """What must agree for tokens to be compared; both see the same normalised pictures."""
     return {
+        "mean and standard deviation of pixels": preprocessing(model),
         "channels": model.embed_dim,
         "patches": model.patch_embed.num_patches,
         "tokens before them": model.num_prefix_tokens,
@@ -187,7 +190,10 @@ def _check_folder(folder: Path, resume: bool) -> None:
     if foreign or (folder.exists() and not folder.is_dir()):
         what = f"holds {foreign[0]!r}" if foreign else "is no folder"
         raise ConfigError(f"{folder} is where checkpoints go, but {what}.", "Move it, or give another -o.")
-    if (folder / checkpoint.CHECKPOINT).exists() and not resume:
+    found = (folder / checkpoint.CHECKPOINT).is_file()
+    if resume and not found:
+        raise ArtifactError(f"{folder} holds no checkpoint to resume from.", "Leave --resume out to start.")
+    if found and not resume:
         raise ConfigError(
             f"{folder} holds an unfinished training.", "Go on with --resume, or remove that folder to start again."
         )
@@ -195,12 +201,11 @@ def _check_folder(folder: Path, resume: bool) -> None:
 
 def _clear(folder: Path) -> None:
     """An empty folder for a new training; what an earlier one left there goes."""
-    for name in _OURS & {path.name for path in folder.iterdir()} if folder.is_dir() else ():
+    for name in _OURS & {path.name for path in folder.iterdir()}:
         if name == "tensorboard":
             shutil.rmtree(folder / name)
         else:
             (folder / name).unlink()
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _restore(training: Training, folder: Path) -> None:

@@ -103,6 +103,7 @@ class Training:
         self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
+        self.budgets()  # refuses those that contradict the student
         self.held_out = self._held_out(teacher.model)
 
     def _steps(self, phase: Phase) -> int:
@@ -144,6 +145,11 @@ class Training:
             keeps = (1,)
         configs = [dataclasses.replace(self.sparsity, keep=keep) for keep in keeps]
         pruned = parse_token_keep(given.token_keep)
+        if pruned and self.sparsity.token_keep not in ((), pruned):
+            raise ConfigError(
+                f"budgets.token_keep is {given.token_keep}, but this student prunes tokens by itself.",
+                "Leave it out, or begin with a student that keeps all tokens.",
+            )
         if pruned and not self.sparsity.token_keep:
             configs += [dataclasses.replace(config, token_keep=pruned) for config in configs]
         return configs
@@ -336,6 +342,7 @@ class Training:
             "steps": self.total,
             "ema": bool(recipe.ema),
             # Of the optimiser's state, which comes from the checkpoint:
+            "precision": recipe.precision,
             "learns": recipe.learns,
             "epsilon": recipe.epsilon,
             "weight_decay": recipe.weight_decay,

@@ -19,6 +19,7 @@ from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.evaluate.extract import Extractor, Progress, open_subject, open_teacher
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
+from sparsifiner_edge.pictures import evenly
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import new_result
 from sparsifiner_edge.sparse.student import Student, load_student, save_student
@@ -52,7 +53,7 @@ def evaluate_classes(
         metric: "knn": the class of most of the 20 nearest gallery features by cosine. "linear": logistic regression on
             the gallery's features. "top1": the classifier's own answer.
         gallery: for knn and linear: labelled pictures; with "fashion-mnist" its training pictures are the default.
-            Of a larger gallery 5000 are taken, evenly.
+            Of a larger gallery 5000 are taken, evenly, and a picture of each class that has none among them.
         queries: at most so many pictures of `data`, evenly taken; None takes all.
         against, weights, keep, token_keep, backend: see `evaluate_student`.
         head: for linear: student folder to write, the subject with the probe as its classifier.
@@ -68,6 +69,8 @@ def evaluate_classes(
     """
     if metric not in METRICS:
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
+    if metric == "top1" and gallery is not None:
+        raise ConfigError("--metric top1 asks the classifier itself.", "Leave --gallery out, or use knn or linear.")
     if head is not None:
         _check_head(Path(subject), Path(head), metric)
     with contextlib.ExitStack() as stack:
@@ -88,7 +91,11 @@ def evaluate_classes(
         "queries": f"{len(asked)} of {asked.name}",
         "gallery": f"{len(known)} of {known.name}" if known is not None else "none",
         "classes": list(asked.classes),
-        "classes_from": "the classifier's labels" if asked.classes == ours.labels else "folders, sorted",
+        "classes_from": "the classifier's labels"
+        if asked.classes == ours.labels
+        else "the data set"
+        if str(data) == FASHION
+        else "folders, sorted",
         "preprocessing": f"centre square, bicubic to {ours.size} px",
         "runtime": {"subject": ours.runtime, "teacher": teacher.runtime},
     }
@@ -116,10 +123,14 @@ def _gallery(data: str | Path, gallery: str | Path | None, asked: Labelled) -> L
         if str(data) != FASHION:
             raise ConfigError("Neighbours and probes need labelled pictures.", "Give some: --gallery DIR.")
         gallery = data
-    known = labelled(gallery, "train", asked.classes).first(GALLERY)
-    missing = sorted(set(range(len(asked.classes))) - set(known.labels.tolist()))
+    every = labelled(gallery, "train", asked.classes)
+    first = {label: place for place, label in reversed(list(enumerate(every.labels.tolist())))}
+    missing = sorted(set(range(len(asked.classes))) - first.keys())
     if missing:
         raise ConfigError(f"The gallery has no picture of {asked.classes[missing[0]]!r}.", "Give some of every class.")
+    taken = evenly(range(len(every)), GALLERY)
+    passed_over = first.keys() - set(every.labels[taken].tolist())  # classes of few pictures
+    known = every.at(sorted([*taken, *(first[label] for label in passed_over)]))
     if len(asked.classes) < 2:
         raise ConfigError(f"There is one class alone, {asked.classes[0]!r}.", "Give pictures of several.")
     return known

@@ -81,8 +81,10 @@ def open_teacher(
     """The dense teacher: a bundle, a timm model, or (None) the subject's own weights with dense attention.
 
     Raises:
-        ConfigError: there is none, because the subject is a bundle or was trained.
+        ConfigError: there is none, because the subject is a bundle or was trained; weights without their model.
     """
+    if weights is not None and (against is None or Path(against).is_dir()):
+        raise ConfigError("--weights are those of a timm model, and none is named.", "Name it: --against MODEL.")
     if against is None:
         if kind_of(subject) != "student":
             raise ConfigError("A bundle does not hold its teacher.", "Name it: --against MODEL --weights FILE.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ class Labelled:
 
     def first(self, count: int | None) -> Labelled:
         """At most `count` of them, evenly taken."""
-        if count is None or count >= len(self):
-            return self
-        taken = evenly(range(len(self)), count)
+        return self if count is None or count >= len(self) else self.at(evenly(range(len(self)), count))
+
+    def at(self, taken: Sequence[int]) -> Labelled:
+        """Those at the places `taken`."""
         load = self.load
-        return dataclasses.replace(self, load=lambda i, size: load(taken[i], size), labels=self.labels[taken])
+        return dataclasses.replace(self, load=lambda i, size: load(taken[i], size), labels=self.labels[list(taken)])
 
 
 def labelled(
@@ -61,8 +62,10 @@ def labelled(
         PictureError: nothing there. ConfigError: no folder per class, or a class that is not known.
     """
     if str(source) == FASHION:
-        if classes not in (None, FASHION_CLASSES) or classifier not in ((), FASHION_CLASSES):
-            raise ConfigError(f"{FASHION} has classes of its own.", "Give a gallery with the classes of the queries.")
+        # Labels none of which is a class here are no names, as for folders.
+        named = bool(set(classifier) & set(FASHION_CLASSES))
+        if classes not in (None, FASHION_CLASSES) or (named and classifier != FASHION_CLASSES):
+            raise ConfigError(f"{FASHION} has classes of its own.", "Give pictures with the classes that are known.")
         return _fashion(split)
     folder = Path(source)
     files = list_pictures(folder)

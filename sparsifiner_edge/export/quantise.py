@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,8 @@ OTHER_PATCHES = 0.1
 as lost; below, the class token, which has a gate of its own, tells whether they matter."""
 LEAST_COSINE = 0.99
 """Gate: mean cosine of every output's rows to the float32 file, over pictures that were not calibrated on."""
+LEAST_WEIGHT = 1e-5
+"""Share of a layer's largest weight below which a channel counts as not read when channels are evened out."""
 GOAL_COSINE = 0.997
 """Below this, the layers that hurt most are put back to float32, one after the other."""
 MAX_FLOAT_SHARE = 0.25
@@ -190,6 +193,7 @@ def _equalise(source: onnx.ModelProto, layers: Sequence[str], images: Sequence[A
     for (norm, node), highest in zip(pairs, largest, strict=True):
         matrix = numpy_helper.to_array(weights[node.input[1]])
         row = np.abs(matrix).max(1)
+        row = np.maximum(row, LEAST_WEIGHT * row.max())  # channels that nothing reads need no scale
         alive = (highest > 0) & (row > 0)
         factor = np.sqrt(np.divide(highest, row, out=np.ones_like(row), where=alive))
         factor /= np.exp(np.log(factor).mean())
@@ -322,7 +326,7 @@ def _compared(got: Sequence[dict[str, Array]], wanted: Sequence[dict[str, Array]
     """Mean row cosine of each output, over the patches that both files keep, and the share of the others.
 
     Of two patches that the class token wants alike, rounding decides: up to `OTHER_PATCHES` of them may be others.
-    Beyond that they count as lost.
+    Beyond that they count as lost. An output that holds NaN has cosine -1.
     """
     sums: dict[str, float] = {}
     rows: dict[str, int] = {}
@@ -339,4 +343,4 @@ def _compared(got: Sequence[dict[str, Array]], wanted: Sequence[dict[str, Array]
     share = others / max(1, patches)
     if share > OTHER_PATCHES:
         rows["tokens"] += others
-    return {name: sums[name] / max(1, rows[name]) for name in sums}, share
+    return {name: sums[name] / max(1, rows[name]) if math.isfinite(sums[name]) else -1.0 for name in sums}, share
