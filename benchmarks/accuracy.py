@@ -104,7 +104,7 @@ RUNS = {
         (
             "budgets.keep=[0.1]",
             "precision=bf16",
-            "distil.steps=1200",
+            "distil.steps=1000",
             "pictures.smallest_crop=0.8",
             "pictures.cut_mix=0",
             "losses.classes=0.06",
