@@ -25,13 +25,14 @@ class Agreement:
 
     Attributes:
         error: greatest difference, relative to the range of the reference.
-        cosine: least cosine over the rows of the last axis.
+        cosine, mean: least and mean cosine over the rows of the last axis.
         worst: index of the element with the greatest difference; got, expected: its values.
         beyond: share of elements whose difference exceeds the tolerance.
     """
 
     error: float
     cosine: float
+    mean: float
     worst: tuple[int, ...]
     got: float
     expected: float
@@ -44,9 +45,11 @@ def agreement(got: Array, expected: Array, tolerance: float) -> Agreement:
     difference = np.abs(a - b) / max(float(np.ptp(b)), 1e-30)
     difference = np.where(np.isfinite(difference), difference, np.inf)
     worst = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
+    cosines = np.nan_to_num(cosine(a, b), nan=-1.0)
     return Agreement(
         error=float(difference.max()),
-        cosine=float(np.nan_to_num(cosine(a, b), nan=-1.0).min()),
+        cosine=float(cosines.min()),
+        mean=float(cosines.mean()),
         worst=worst,
         got=float(a[worst]),
         expected=float(b[worst]),

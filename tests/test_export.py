@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,11 +21,12 @@ from safetensors.torch import save_file
 from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
-from sparsifiner_edge.export import choose, retile
+from sparsifiner_edge.export import check, choose, retile
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import check_export, count_differing, golden_image
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
+from sparsifiner_edge.metrics import Agreement
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.sparse.models import normalise, preprocessing
@@ -376,3 +378,22 @@ def test_onnx_runtime_1_21_runs_every_structure(bundle: Path, dense: Path, tmp_p
         command, env=os.environ | {"PYTHONPATH": str(OLD_RUNTIME)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("turned", "rows", "with_equal_keys", "with_own_keys"),
+    [(0.0, 0, True, True), (0.05, 1, False, True), (0.3, 1, False, False), (0.05, 40, False, False)],
+)
+def test_a_key_of_equal_score_fails_no_export(
+    turned: float, rows: int, with_equal_keys: bool, with_own_keys: bool
+) -> None:
+    """One row that reads another key is no error where each side chooses for itself; many are, and a strange one is."""
+    rng = np.random.default_rng(0)
+    wanted, away = (rng.standard_normal((1, 50, 64)) for _ in range(2))
+    got = wanted.copy()
+    got[:, :rows] += turned * away[:, :rows]
+    for tolerance, passes in ((check.TOLERANCE, with_equal_keys), (check.FREE_TOLERANCE, with_own_keys)):
+        found: dict[str, Agreement] = {}
+        refused = contextlib.nullcontext() if passes else pytest.raises(GateError, match="'tokens' at batch 1 differs")
+        with refused:
+            check._compare(found, {"tokens": got}, {"tokens": wanted}, tolerance, 1)
