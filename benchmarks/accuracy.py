@@ -69,6 +69,7 @@ REQUIRED = {
     "edge, trained, keep 0.1": (0.981, 0.988),
     "edge, trained, keep 0.05": (0.965, 0.978),
     "edge, trained, keep 0.05, tile 16, probe 4": (0.965, 0.978),
+    "edge, trained, keep 0.05, tile 8, probe 4": (0.965, 0.978),
 }
 """Cosine of the patches to the teacher: required, aimed at."""
 LARGEST_DROP = {"keep .10": (0.5, 0.2), "keep .10, tokens .7": (1.0, 0.5)}
