@@ -100,7 +100,10 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for family in dict.fromkeys(row["family"] for row in rows):
+    dense = next(row for row in rows if row["family"] == DENSE)
+    for axis, name in zip(axes, ("gmacs", "median_ms"), strict=True):
+        axis.axvline(dense[name], color="0.6", linestyle=":", label=DENSE)
+    for family in dict.fromkeys(row["family"] for row in rows if row is not dense):
         mine = [row for row in rows if row["family"] == family]
         for axis, name in zip(axes, ("gmacs", "median_ms"), strict=True):
             axis.plot([r[name] for r in mine], [1 - r["class_cosine"] for r in mine], "o-", label=family)

@@ -214,7 +214,11 @@ class Drawn(Dataset[Item | SparsifinerError]):
             file, label = (train.reader if isinstance(train, ImageDataset) else train)[index][:2]
         except Exception as error:  # whatever timm's reader raises
             raise PictureError(f"{name} cannot be read: {error}.", "Replace or remove it.") from error
-        picture = file.convert("RGB") if isinstance(file, Image.Image) else decode_picture(file, name)
+        try:
+            picture = file.convert("RGB") if isinstance(file, Image.Image) else decode_picture(file, name)
+        finally:
+            if hasattr(file, "close"):  # timm leaves it open
+                file.close()
         label = -1 if label is None else self.source.renumbered.get(int(label), int(label))
         if self.source.labelled:
             check_label(label, self.classes, name)
