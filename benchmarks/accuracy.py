@@ -1,7 +1,7 @@
 """What a short distillation gives: fidelity on the eight photographs, accuracy on Fashion-MNIST, beside the teacher.
 
-    python benchmarks/accuracy.py train [--only edge] [--work FOLDER]     # 40 minutes each
-    python benchmarks/accuracy.py measure [--work FOLDER] [-o FOLDER]     # a quarter of an hour
+    python benchmarks/accuracy.py train [--only edge] [--work FOLDER]     # half an hour to an hour each
+    python benchmarks/accuracy.py measure [--work FOLDER] [-o FOLDER]     # up to an hour
     python benchmarks/accuracy.py classifier [--work FOLDER] -o BUNDLE    # a classifier of Fashion-MNIST, to run
 
 DINOv2 ViT-S/14 at 224 px with its real weights. Trainings see no label and none of the test pictures: photographs that
