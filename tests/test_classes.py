@@ -171,7 +171,7 @@ def test_a_class_of_few_pictures_is_in_the_gallery(
     monkeypatch.setattr("sparsifiner_edge.evaluate.classes.GALLERY", 10)
     gallery = shutil.copytree(made["gallery"], tmp_path / "gallery")
     for path in sorted((gallery / "red").iterdir())[1:]:
-        path.unlink()  # its last picture is not among ten of 31
+        path.unlink()  # the one that is left is not among ten of 31
     found = evaluate_classes(made["student"], made["queries"], metric="knn", gallery=gallery)
     assert found["method"]["gallery"].startswith("11 of ")
 

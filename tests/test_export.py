@@ -392,8 +392,8 @@ def test_a_key_of_equal_score_fails_no_export(
     wanted, away = (rng.standard_normal((1, 50, 64)) for _ in range(2))
     got = wanted.copy()
     got[:, :rows] += turned * away[:, :rows]
-    for tolerance, passes in ((check.TOLERANCE, with_equal_keys), (check.FREE_TOLERANCE, with_own_keys)):
+    for limits, passes in ((check.SAME, with_equal_keys), (check.OTHERS, with_own_keys)):
         found: dict[str, Agreement] = {}
         refused = contextlib.nullcontext() if passes else pytest.raises(GateError, match="'tokens' at batch 1 differs")
         with refused:
-            check._compare(found, {"tokens": got}, {"tokens": wanted}, tolerance, 1)
+            check._compare(found, {"tokens": got}, {"tokens": wanted}, limits, 1)

@@ -341,8 +341,8 @@ class Training:
             "pictures per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
             "steps": self.total,
             "ema": bool(recipe.ema),
-            # Of the optimiser's state, which comes from the checkpoint:
             "precision": recipe.precision,
+            # Of the optimiser's state, which comes from the checkpoint:
             "learns": recipe.learns,
             "epsilon": recipe.epsilon,
             "weight_decay": recipe.weight_decay,

@@ -86,16 +86,13 @@ def evaluate_classes(
     if head is not None:
         student = load_student(subject, keep=keep, token_keep=token_keep)
         write_head(student, found["subject"][1], asked.classes, Path(head))
+    named = "the data set" if str(data) == FASHION else "folders, sorted"
     method = {
         "metric": {"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}[metric],
         "queries": f"{len(asked)} of {asked.name}",
         "gallery": f"{len(known)} of {known.name}" if known is not None else "none",
         "classes": list(asked.classes),
-        "classes_from": "the classifier's labels"
-        if asked.classes == ours.labels
-        else "the data set"
-        if str(data) == FASHION
-        else "folders, sorted",
+        "classes_from": "the classifier's labels" if asked.classes == ours.labels else named,
         "preprocessing": f"centre square, bicubic to {ours.size} px",
         "runtime": {"subject": ours.runtime, "teacher": teacher.runtime},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +23,21 @@ from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.prune import PrunedBlock
 
 Array = npt.NDArray[Any]
-COSINE = 0.9999
-"""Least cosine of every row of every output, end to end, where both choose the same keys (the operators' agreement
-rules)."""
-FREE_COSINE, FREE_MEAN = 0.99, 0.999
-"""Least and mean cosine of rows where each chooses for itself. A key of equal score may be another one, and the layers
-after it choose from what came of it: where landmarks are shared, all their rows."""
-TOLERANCE = 1e-3
-"""Greatest difference in fp32, relative to an output's range, when both choose the same keys."""
-FREE_TOLERANCE = 5e-2
-"""The same when each chooses for itself: of two keys whose scores are equal but for rounding either may be read."""
+
+
+class Limits(NamedTuple):
+    """What an output must keep to: greatest difference relative to its range; least and mean cosine of its rows."""
+
+    error: float
+    least: float
+    mean: float
+
+
+SAME = Limits(1e-3, 0.9999, 0.9999)
+"""Where both choose the same keys: only rounding differs (the operators' agreement rules)."""
+OTHERS = Limits(5e-2, 0.99, 0.999)
+"""Where each chooses for itself and some keys are others: of two with equal scores either may be read, and the layers
+after it choose from what came of it; where landmarks are shared, all their rows do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +103,7 @@ def check_export(
     model: onnx.ModelProto, deployed: DeployedModel, size: int, batches: Sequence[int]
 ) -> tuple[Check, dict[str, Array]]:
     """Run an exported model in ONNX Runtime and hold it against torch, twice: with the keys that the file chose, where
-    only rounding may differ, and with torch's own, where a key of equal score may be another one (`FREE_COSINE`).
+    only rounding may differ, and with torch's own (`OTHERS`, if some of them are others).
 
     Args:
         batches: batch sizes to run; the first gives the golden pair.
@@ -128,13 +133,14 @@ def check_export(
             same = _run_torch(deployed, image, lists, scores)[0]
             mine, lost = aligned(results, same)
             _require_tokens(lost, 0, batch)
-            _compare(equal, mine, same, TOLERANCE, batch)
+            _compare(equal, mine, same, SAME, batch)
             results, missing = aligned(results, expected)
-            _compare(free, results, expected, FREE_TOLERANCE if lists or scores else TOLERANCE, batch)
+            others = sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
+            _compare(free, results, expected, OTHERS if others or missing else SAME, batch)
             _require_tokens(missing, OTHER_TOKENS * expected.get(POSITIONS, np.empty(0)).size, batch)
             pruned += missing
             indices += sum(x.size for x in chosen)
-            differing += sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
+            differing += others
     return Check(free, equal, indices, differing, pruned, tuple(batches), kernels), golden
 
 
@@ -142,15 +148,15 @@ def _compare(
     worst: dict[str, Agreement],
     results: Mapping[str, Array],
     expected: Mapping[str, Array],
-    tolerance: float,
+    limits: Limits,
     batch: int,
 ) -> None:
-    """Require every output within tolerance, and keep the worst agreement of each."""
+    """Require every output within limits, and keep the worst agreement of each."""
     for name, reference in expected.items():
         if name == POSITIONS:
             continue
-        found = agreement(results[name], reference, tolerance)
-        _require(name, batch, found, tolerance)
+        found = agreement(results[name], reference, limits.error)
+        _require(name, batch, found, limits)
         if name not in worst or found.error > worst[name].error:
             worst[name] = found
 
@@ -169,15 +175,14 @@ def count_differing(a: Array, b: Array) -> int:
     return sum(len(np.setdiff1d(x, y, assume_unique=True)) for x, y in pairs)
 
 
-def _require(name: str, batch: int, found: Agreement, tolerance: float) -> None:
-    least, mean = (COSINE, COSINE) if tolerance == TOLERANCE else (FREE_COSINE, FREE_MEAN)
-    if found.error <= tolerance and found.cosine >= least and found.mean >= mean:
+def _require(name: str, batch: int, found: Agreement, limits: Limits) -> None:
+    if found.error <= limits.error and found.cosine >= limits.least and found.mean >= limits.mean:
         return
     raise GateError(
         f"Output {name!r} at batch {batch} differs from torch: at {list(found.worst)} {found.got:.6g} instead of "
-        f"{found.expected:.6g} ({found.error:.2e} of the range, allowed {tolerance:.0e}; {found.beyond:.2%} of the "
-        f"elements beyond; cosine of a row at least {found.cosine:.6f}, allowed {least}, and {found.mean:.6f} on "
-        f"average, allowed {mean}).",
+        f"{found.expected:.6g} ({found.error:.2e} of the range, allowed {limits.error:.0e}; {found.beyond:.2%} of the "
+        f"elements beyond; least cosine of a row {found.cosine:.6f}, allowed {limits.least}; mean {found.mean:.6f}, "
+        f"allowed {limits.mean}).",
         "Nothing was written. Report this with the command.",
     )
 
