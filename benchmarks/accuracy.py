@@ -43,6 +43,7 @@ from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbour
 from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.files import locked
 from sparsifiner_edge.pictures import evenly, list_pictures, open_picture
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import new_result, write_result
@@ -237,14 +238,17 @@ def main() -> None:
 @click.option("--set", "overrides", multiple=True, help="As of `sparsifiner-edge distill`.")
 def train(work: Path, only: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Train the students."""
-    pictures = collect(work / "pictures")
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work):  # two trainings may be started at once
+        pictures = collect(work / "pictures")
     for name in only:
         output, run = work / name, RUNS[name]
         if output.exists():
             continue
         given, teacher = pictures, {}
         if run.after:  # trained weights are no longer the teacher's
-            given = collect_fashion(work / "pictures-fashion", pictures)
+            with locked(work):
+                given = collect_fashion(work / "pictures-fashion", pictures)
             teacher = {"teacher": material.DINOV2, "weights": weights_file()}
         start = time.monotonic()
         with progress() as bar:
