@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sparsifiner_edge.quiet import switch_off_telemetry
+
 if TYPE_CHECKING:
     from sparsifiner_edge.config import SparsityConfig as SparsityConfig
     from sparsifiner_edge.distill.distill import distill_student as distill_student
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from sparsifiner_edge.runtime.build import build_engine as build_engine
     from sparsifiner_edge.sparse.student import load_student as load_student
     from sparsifiner_edge.sparse.student import sparsify as sparsify
+
+switch_off_telemetry()
 
 _HOMES = {
     "SparsityConfig": "config",

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.files import io_errors, is_locked, locked, read_bytes, replaced, signals_held, write_text
+from sparsifiner_edge.files import (
+    io_errors,
+    is_locked,
+    locked,
+    open_regular,
+    read_bytes,
+    replaced,
+    signals_held,
+    write_text,
+)
+from sparsifiner_edge.text import dump_json, shown
 
 STUDENT_SCHEMA = 1
 BUNDLE_SCHEMA = 1
@@ -29,13 +39,21 @@ _SCRATCH = ".build."
 _MAX_LABELS = 1 << 24
 MAX_JSON = 1 << 26
 """Bytes of a manifest and the like."""
+MAX_FILE = 1 << 36
+"""Bytes of any other file: more than an engine has, less than would end the machine's memory unnoticed."""
+MODEL_FILE = "model.onnx"
+GOLDEN_FILE = "golden.npz"
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a regular file, in hexadecimal.
+
+    Raises:
+        ArtifactError: see `files.open_regular`.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
@@ -45,10 +63,15 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
     """Read a JSON object that carries `schema_version`.
 
     Raises:
-        ArtifactError: missing, no plain file, larger than 64 MiB, not JSON, or of a newer schema than `schema`.
+        ArtifactError: missing, not a regular file, larger than 64 MiB, not JSON, or of a newer schema than `schema`.
     """
+    return parse_json(read_bytes(path, MAX_JSON), path, schema)
+
+
+def parse_json(text: bytes, path: Path, schema: int) -> dict[str, Any]:
+    """`read_json` of bytes that were read from `path`."""
     try:
-        content = json.loads(read_bytes(path, MAX_JSON).decode("utf-8"))
+        content = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # No UTF-8, no JSON, or a number of more digits than Python takes.
         raise ArtifactError(f"{path} cannot be read: {error}.", "Make it again, or restore it.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
@@ -60,13 +83,6 @@ def read_json(path: Path, schema: int) -> dict[str, Any]:
             "Upgrade: pip install -U sparsifiner-edge",
         )
     return dict(content)
-
-
-def dump_json(content: Any) -> str:
-    """JSON text as every file of ours is written; NaN and infinity are refused."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # Names of files may hold bytes that are no UTF-8; a backslash escape is how JSON writes those.
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def field(content: dict[str, Any], origin: Path, name: str, kind: type) -> Any:
@@ -234,32 +250,81 @@ def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:
 def open_bundle(folder: Path) -> dict[str, Any]:
     """Manifest of a bundle whose files all match their hashes.
 
+    What is used of those files later is read by `read_listed`, which holds the very bytes against the hash again.
+
     Raises:
         ArtifactError: not a bundle, newer schema, a file missing, altered, or outside the folder.
     """
+    return check_bundle(folder, read_manifest(folder))
+
+
+def read_manifest(folder: Path) -> bytes:
+    """The bytes of a bundle's manifest.
+
+    Raises:
+        ArtifactError: `folder` is none, or the manifest cannot be read.
+    """
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
-    manifest = read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)
+    return read_bytes(folder / BUNDLE_FILE, MAX_JSON)
+
+
+def check_bundle(folder: Path, text: bytes) -> dict[str, Any]:
+    """See `open_bundle`; `text` is what was read of the manifest."""
+    manifest = parse_json(text, folder / BUNDLE_FILE, BUNDLE_SCHEMA)
     files = manifest.get("files")
-    if manifest.get("kind") != "bundle" or not isinstance(files, dict) or "model.onnx" not in files:
+    if manifest.get("kind") != "bundle" or not isinstance(files, dict) or MODEL_FILE not in files:
         raise ArtifactError(f"{folder / BUNDLE_FILE} is not a bundle's manifest.", "Export the bundle again.")
-    try:
-        for name, expected in files.items():
-            _check_file(folder, name, expected)
-    except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, what no system takes.
-        said = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{folder} cannot be read: {said}.", "Do not use this bundle.") from error
+    for name in files:
+        if sha256(_place(folder, name)) != files[name]:
+            raise _altered(folder / name)
     return manifest
 
 
-def _check_file(folder: Path, name: str, expected: object) -> None:
+def read_listed(folder: Path, manifest: Mapping[str, Any], name: str, most: int = MAX_FILE) -> bytes:
+    """The content of one of a bundle's files: these very bytes have the hash that its manifest says.
+
+    Whoever swaps the file after it was checked reaches nothing: use what this returns, never the path.
+
+    Args:
+        folder: the bundle.
+        manifest: as `open_bundle` or `signing.require_signature` returned it.
+        name: as in the manifest's `files`.
+        most: bytes that it may have.
+
+    Raises:
+        ArtifactError: the manifest does not list it; it is missing, altered, larger, or outside the folder.
+    """
+    expected = manifest["files"].get(name)
+    if expected is None:
+        raise ArtifactError(f"{folder} has no {name}.", "Export the bundle again.")
+    content = read_bytes(_place(folder, name), most)
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise _altered(folder / name)
+    return content
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a file of a bundle is.
+
+    Raises:
+        ArtifactError: it is missing, or outside the folder.
+    """
     path = folder / name
-    if "\0" in name or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = "\0" not in name and path.resolve().is_relative_to(folder.resolve())
+        there = inside and path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, what no system takes.
+        raise ArtifactError(f"{folder} cannot be read: {error}.", "Do not use this bundle.") from error
+    if not inside:
         raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
-    if not path.is_file():
+    if not there:
         raise ArtifactError(f"{path} is missing.", "Export the bundle again.")
-    if sha256(path) != expected:
-        raise ArtifactError(f"{path} does not match its SHA-256 in the manifest.", "Export the bundle again.")
+    return path
+
+
+def _altered(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", "Export the bundle again.")
 
 
 def picture_size(manifest: dict[str, Any], folder: Path) -> int:
@@ -275,14 +340,15 @@ def picture_size(manifest: dict[str, Any], folder: Path) -> int:
 
 
 def read_labels(manifest: dict[str, Any], folder: Path) -> list[str]:
-    """Labels of a bundle that has them; a file that its manifest does not name is none of the bundle's.
+    """Labels of a bundle that has them, made harmless (`text.shown`); a file that its manifest does not name is none.
 
     Raises:
         ArtifactError: the file is too large to be labels.
     """
     if LABELS_FILE not in manifest["files"]:
         return []
-    return read_bytes(folder / LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").splitlines()
+    lines = read_listed(folder, manifest, LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").split("\n")
+    return [shown(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
 
 
 def bundle_hash(folder: Path) -> str:

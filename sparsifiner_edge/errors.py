@@ -5,21 +5,26 @@ The command line prints the message alone and exits with `exit_code`: 2 for unus
 
 from __future__ import annotations
 
+from sparsifiner_edge.text import shown
+
+_LONGEST = 2000
+
 
 class SparsifinerError(Exception):
     """Base of every error a user can cause or meet.
 
     Args:
-        what: one sentence with the offending value in it.
+        what: one sentence with the offending value in it. What a stranger wrote (names, values) may be in it as it is:
+            it is made harmless here, once for every error; see `text.shown`.
         fix: what to do about it; printed on its own line.
     """
 
     exit_code = 2
 
     def __init__(self, what: str, fix: str = "") -> None:
-        self.what = what
-        self.fix = fix
-        super().__init__(f"{what}\n  {fix}" if fix else what)
+        self.what = shown(what, _LONGEST)
+        self.fix = shown(fix, _LONGEST)
+        super().__init__(f"{self.what}\n  {self.fix}" if fix else self.what)
 
 
 class ConfigError(SparsifinerError):

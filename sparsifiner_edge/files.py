@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
+import re
 import shutil
 import signal
 import stat
@@ -12,8 +14,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from sparsifiner_edge.errors import ArtifactError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
@@ -51,43 +57,146 @@ def io_errors(path: Path) -> Iterator[None]:
 def replaced(target: Path) -> Iterator[Path]:
     """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it vanishes.
 
+    What a killed process left of an earlier try is removed.
+
     Raises:
         ArtifactError: the disk refuses.
     """
-    scratch: Path | None = None
+    with contextlib.ExitStack() as stack, io_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with signals_held():
+            scratch = stack.enter_context(_scratch(target, folder=True))
+        scratch.chmod(0o777 & ~_umask())
+        yield scratch
+        _sync(scratch)
+        with signals_held():
+            _swap(scratch, target)
+
+
+@contextlib.contextmanager
+def replaced_file(target: Path, mode: int = 0o666) -> Iterator[Path]:
+    """Fill a temporary file beside `target`; on success it takes the place of `target`, on any failure it vanishes.
+
+    Args:
+        target: a file's name; a link stays one, and what it names is replaced.
+        mode: of the new file, less the umask.
+
+    Raises:
+        ArtifactError: `target` is a folder or a device, or the disk refuses.
+    """
+    require_file_path(target)
+    with contextlib.ExitStack() as stack, io_errors(target):
+        place = Path(os.path.realpath(target))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with signals_held():
+            scratch = stack.enter_context(_scratch(place, folder=False))
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.chmod(mode & ~_umask())
+        with signals_held():
+            scratch.replace(place)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder in the system's place for temporary files; it vanishes, and what killed processes left does, too."""
+    place = Path(tempfile.gettempdir()) / f"sparsifiner-edge-{os.getuid()}"
+    with contextlib.ExitStack() as stack:
+        with io_errors(place), signals_held():
+            scratch = stack.enter_context(_scratch(place, folder=True))
+        yield scratch
+
+
+@contextlib.contextmanager
+def _scratch(target: Path, folder: bool) -> Iterator[Path]:
+    """A new file or folder beside `target`, locked as long as this process works on it, gone afterwards."""
+    handle, scratch = _new_scratch(target, folder)
     try:
-        with io_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with signals_held():
-                scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            scratch.chmod(0o777 & ~_umask())
-            yield scratch
-            _sync(scratch)
-            with signals_held():
-                _swap(scratch, target)
+        yield scratch
     finally:
         with signals_held():
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
+            os.close(handle)
+
+
+def new_scratch_file(target: Path) -> tuple[int, Path]:
+    """A file that grows beside `target`, whose life its caller sees to; see `_new_scratch`."""
+    return _new_scratch(target, folder=False)
+
+
+def _new_scratch(target: Path, folder: bool) -> tuple[int, Path]:
+    """A new file or folder `.NAME.{8 hex digits}.tmp` beside `target`; those that dead processes left are removed.
+
+    Returns:
+        A file descriptor, open for writing where it is a file, which holds a lock until it is closed; and the path.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    _remove_dead(target)
+    while True:
+        path = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+        if folder:
+            path.mkdir(mode=0o700)
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        if _lock(handle) and path.exists():  # Else another process took it for a leftover, in between.
+            return handle, path
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Whether the lock is ours now; a disk that knows no locks has no leftovers that could be told."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove_dead(target: Path) -> None:
+    """Remove scratch files of `target` whose process has ended: its lock has ended with it."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError):
+        for path in target.parent.iterdir():
+            if name.fullmatch(path.name) and not path.is_symlink() and not is_locked(path):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _swap(scratch: Path, target: Path) -> None:
+    """The new takes the place of the old, at one moment where the system can; `scratch` then holds the old."""
     if not target.exists():
         scratch.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    try:
-        target.rename(old / "old")
+    elif not _exchanged(scratch, target):
+        old = scratch.with_name(f"{scratch.name[:-4]}.old")
+        target.rename(old)
         try:
             scratch.rename(target)
         except OSError:
-            (old / "old").rename(target)
+            old.rename(target)
             raise
-    except OSError:
-        with contextlib.suppress(OSError):  # Only when empty: were the way back refused too, it holds the earlier one.
-            old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether the two have changed places; not every file system can (renameat2, Linux 3.15)."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    return bool(call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
 def _umask() -> int:
@@ -114,25 +223,43 @@ def require_file_path(path: Path) -> None:
             raise ArtifactError(f"{path} is a folder or a device.", "Give a file's name.")
 
 
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading: a pipe would be waited for, a device may have no end.
+
+    Args:
+        path: the file, or a link to it.
+
+    Raises:
+        ArtifactError: missing, not a regular file, or the disk refuses, then or in the block.
+    """
+    try:
+        with open(path, "rb", opener=_open_now) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ArtifactError(f"{path} is not a regular file.", "Do not use it.")
+            yield file
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist.", "Check the path.") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero in it.
+        said = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{path} cannot be read: {said}.", "Check the path.") from error
+
+
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a plain file: a pipe would be waited for, a device may have no end.
+    """The content of a regular file.
 
     Args:
         path: the file, or a link to it.
         most: bytes that it may have.
 
     Raises:
-        ArtifactError: missing, no plain file, larger, or the disk refuses.
+        ArtifactError: see `open_regular`; or it is larger.
     """
-    try:
-        with open(path, "rb", opener=_open_now) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ArtifactError(f"{path} is no plain file.", "Do not use it.")
-            content = file.read(most + 1)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist.", "Check the path.") from error
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.", "Check the path.") from error
+    with open_regular(path) as file:
+        # Python makes room for what it is asked to read, so that is never the limit itself.
+        content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
+        while len(content) <= most and (more := file.read(1 << 20)):
+            content += more
     if len(content) > most:
         raise ArtifactError(f"{path} has more than {most} bytes.", "Do not use it.")
     return content
@@ -149,20 +276,17 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ArtifactError: `path` is a folder or a device, or the disk refuses.
     """
-    require_file_path(path)
-    with io_errors(path), signals_held():
-        path = path.resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~_umask())
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ArtifactError: `path` is a folder or a device, or the disk refuses.
+    """
+    with replaced_file(path) as scratch:
+        scratch.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -176,10 +300,10 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process that locked a folder still lives."""
+def is_locked(path: Path) -> bool:
+    """Whether a process that locked a file or folder still lives."""
     try:
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     try:

@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from sparsifiner_edge.artifacts import (
     BUNDLE_FILE,
-    MAX_JSON,
+    MODEL_FILE,
     SIGNATURE_FILE,
-    dump_json,
+    check_bundle,
     field,
-    open_bundle,
     read_json,
+    read_listed,
+    read_manifest,
 )
 from sparsifiner_edge.errors import ArtifactError, MissingExtraError
 from sparsifiner_edge.files import read_bytes, write_text
+from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.text import dump_json
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -111,11 +114,13 @@ def sign_bundle(folder: Path, key: Path) -> dict[str, Any]:
         What was written.
 
     Raises:
-        ArtifactError: not such a bundle or key.
+        ArtifactError: not such a bundle or key, or its model needs other files.
         MissingExtraError: `cryptography` is not installed.
     """
     private = _read_private(key)
-    _, text = _read_whole(folder)
+    manifest, text = _read_whole(folder)
+    # A model that names other files would run with whatever lies there.
+    read_model(read_listed(folder, manifest, MODEL_FILE), folder / MODEL_FILE)
     content = {
         "schema_version": SIGNATURE_SCHEMA,
         "kind": "signature",
@@ -147,8 +152,11 @@ def read_signature(folder: Path) -> dict[str, Any] | None:
 def require_signature(folder: Path, public_key: Path) -> dict[str, Any]:
     """Manifest of a bundle that the holder of a key signed, as it is: every file, and no other.
 
+    What it returns was parsed from the bytes that were signed: read the bundle's files with it, by
+    `artifacts.read_listed`, and nothing that anyone writes into the folder meanwhile is used.
+
     Args:
-        folder: the bundle. Nobody else may write it meanwhile.
+        folder: the bundle.
         public_key: an Ed25519 public key, PEM.
 
     Raises:
@@ -189,10 +197,8 @@ def _read_whole(folder: Path) -> tuple[dict[str, Any], bytes]:
     Raises:
         ArtifactError: not a bundle, altered, or with files that the manifest does not list: some are code.
     """
-    text = read_bytes(folder / BUNDLE_FILE, MAX_JSON) if folder.is_dir() else b""
-    manifest = open_bundle(folder)
-    if text != read_bytes(folder / BUNDLE_FILE, MAX_JSON):
-        raise ArtifactError(f"{folder} is being changed.", "Wait until nothing writes it.")
+    text = read_manifest(folder)
+    manifest = check_bundle(folder, text)
     extra = unlisted_files(folder, manifest)
     if extra:
         raise ArtifactError(f"{folder} also holds {extra[0]}, which its manifest does not list.", "Remove that file.")

@@ -19,7 +19,8 @@ from onnx.reference.op_run import OpRun
 
 from sparsifiner_edge.export import board
 from sparsifiner_edge.ops.triton.kernels import kernel
-from sparsifiner_edge.runtime.kernels import NAMESPACE, kernel_model, read_table
+from sparsifiner_edge.runtime.kernels import NAMESPACE, kernel_model
+from tests.tables import table_of
 
 
 def operator(name: str, plan: Any, launch: Any, entry: dict[str, Any]) -> type[OpRun]:
@@ -47,7 +48,7 @@ def operator(name: str, plan: Any, launch: Any, entry: dict[str, Any]) -> type[O
 
 
 def main(folder: Path) -> None:
-    model, table = onnx.load(folder / "model.onnx"), read_table(folder, 87)
+    model, table = onnx.load(folder / "model.onnx"), table_of(folder, 87)
     assert table is not None
     types, operators = board._tensor_types(model), {}
     for node in model.graph.node:

@@ -19,9 +19,10 @@ from sparsifiner_edge.export import board as boards
 from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
 from sparsifiner_edge.profiles.board import load_board
 from sparsifiner_edge.runtime import check_golden, open_session
-from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, kernel_model, ordered_ptx, plain_ptx, read_table
+from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, kernel_model, ordered_ptx, plain_ptx
 from tests.commands import assert_refused, call
 from tests.sparse_graph import sparse_model
+from tests.tables import table_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -66,7 +67,7 @@ def bundle(model, tmp_path_factory):
 
 def test_a_board_gets_code_table_and_model(bundle):
     folder, entry = bundle
-    table = read_table(folder, 87)
+    table = table_of(folder, 87)
     assert (entry["board"], entry["compute_capability"], entry["cuda"]) == ("jetson-orin-nano-8gb", "8.7", "12.6")
     assert (entry["nodes"], entry["launches"], entry["refused"]) == (2, 7, {})
     assert entry["ptx_version"] == 8.5
@@ -172,7 +173,7 @@ def test_half_precision_and_weights_in_another_type(tmp_path):
     """Projections are read in float32: a copy is made where the model has them in float16."""
     entry = board_files(sparse_model(1, np.float16), {}, load_board("rtx-4060"), tmp_path)
     assert (entry["compute_capability"], entry["cuda"]) == ("8.9", "any that takes this PTX version")
-    table = read_table(tmp_path, 89)
+    table = table_of(tmp_path, 89)
     assert table["float32"] == {"proj_q.float32": "proj_q", "proj_k.float32": "proj_k"}
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / entry["model"]).graph.initializer}
     np.testing.assert_array_equal(weights["proj_q.float32"], weights_of(sparse_model(1, np.float16))["proj_q"])
@@ -188,7 +189,7 @@ def weights_of(model):
 
 def test_another_model_is_refused(bundle, model):
     folder, _ = bundle
-    table = read_table(folder, 87)
+    table = table_of(folder, 87)
     other = onnx.ModelProto()
     other.CopyFrom(model)
     for node in other.graph.node:
@@ -213,8 +214,8 @@ def test_a_malformed_table_is_a_message(bundle, tmp_path, spoil, message):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "sm87.json").write_text(json.dumps(table))
     with pytest.raises(ArtifactError, match=re.escape(message)):
-        read_table(tmp_path, 87)
-    assert read_table(tmp_path, 89) is None
+        table_of(tmp_path, 87)
+    assert table_of(tmp_path, 89) is None
 
 
 def test_the_launches_compute_what_the_bodies_compute(bundle, model):
@@ -233,7 +234,7 @@ def test_the_launches_compute_what_the_bodies_compute(bundle, model):
 
 
 def test_numbers_of_the_table_are_those_of_the_model(bundle):
-    table = read_table(bundle[0], 87)
+    table = table_of(bundle[0], 87)
     attend = next(launch for launch in table["launches"].values() if launch["kernel"] == "attend")
     assert attend["tensors"]["qkv"] == {"dtype": "float32", "shape": [64, 192]}
     assert attend["tensors"]["output"] == {"dtype": "float32", "shape": [64, 64]}

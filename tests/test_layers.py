@@ -167,7 +167,7 @@ def test_a_session_with_a_profiler_of_its_own_is_asked(exported, monkeypatch):
             assert self.warmed > 0  # a mean of few queries would hold what the first one sets up
             return [{"name": f"{norm} + {product}", "ms": 3.0}, {"name": "Reformatting CopyNode", "ms": 1.0}]
 
-    monkeypatch.setattr(layers, "open_session", lambda *_: Session())
+    monkeypatch.setattr(layers, "open_checked", lambda *_: Session())
     report = measured(exported["dense"], "portable")
     assert [(row.get("layer"), row["op"], row["kind"], row["share"]) for row in report["layers"]] == [
         (0, "MatMul", "mlp", 0.75),
@@ -186,7 +186,7 @@ def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(layers, "open_session", lambda *_: Session())
+    monkeypatch.setattr(layers, "open_checked", lambda *_: Session())
     with pytest.raises(BackendError, match="onnxruntime on GPU tells no times per layer"):
         measured(exported["dense"], "portable")
 

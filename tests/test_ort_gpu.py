@@ -114,11 +114,12 @@ def test_native_kernels_and_builds_are_refused(bundle, module):
 
 
 def test_the_cpu_is_reported_as_before(bundle):
-    with OrtSession(bundle / "model.onnx", "fp32", 1) as session:
+    path = bundle / "model.onnx"
+    with OrtSession(path, path.read_bytes(), 1) as session:
         assert (session.backend, session.description["provider"]) == ("onnxruntime", "CPUExecutionProvider")
     warnings.simplefilter("ignore", UserWarning)
     with pytest.raises(BackendError, match="NoSuchProvider"):
-        OrtSession(bundle / "model.onnx", "fp32", 1, execution=Execution(providers=["NoSuchProvider"]))
+        OrtSession(path, path.read_bytes(), 1, execution=Execution(providers=["NoSuchProvider"]))
 
 
 def test_standard_output_stays_clean(bundle):
@@ -130,8 +131,10 @@ def test_standard_output_stays_clean(bundle):
         "from sparsifiner_edge.runtime import ort_gpu, ort_cuda\n"
         "from sparsifiner_edge.runtime.cuda import Device\n"
         "ort_gpu.probe = lambda: Device(0, 'x', (8, 7), 1, True, '12.6')\n"
-        "import pathlib\n"
-        "try: ort_cuda.open_model(pathlib.Path(sys.argv[1]), {}, 1, 'auto')\n"
+        "from pathlib import Path\n"
+        "from sparsifiner_edge.artifacts import open_bundle\n"
+        "folder = Path(sys.argv[1])\n"
+        "try: ort_cuda.open_model(folder, open_bundle(folder), 1, 'auto')\n"
         "except Exception as error: print(json.dumps(str(error)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)

@@ -120,9 +120,9 @@ def an_engine(folder: Path) -> None:
         (signature(algorithm="none"), "another algorithm than ed25519"),
         (signature(schema_version=2), "has schema 2"),
         (lambda folder: (folder / SIGNATURE_FILE).write_bytes(b"\xff{"), "cannot be read"),
-        (lambda folder: instead(folder / SIGNATURE_FILE, os.mkfifo), "is no plain file"),
-        (lambda folder: instead(folder / "manifest.json", os.mkfifo), "is no plain file"),
-        (lambda folder: instead(folder / SIGNATURE_FILE, lambda p: p.symlink_to("/dev/null")), "is no plain file"),
+        (lambda folder: instead(folder / SIGNATURE_FILE, os.mkfifo), "is not a regular file"),
+        (lambda folder: instead(folder / "manifest.json", os.mkfifo), "is not a regular file"),
+        (lambda folder: instead(folder / SIGNATURE_FILE, lambda p: p.symlink_to("/dev/null")), "is not a regular file"),
         (shutil.rmtree, "is not"),
     ],
 )

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.camera.wire import Message, StalledError, WireError, receive
+from sparsifiner_edge.process import start_python
 
 _START_S = 20.0
 """Before its first message the process imports its decoder, which takes seconds on a small board."""
@@ -101,7 +101,7 @@ class Capture:
         self._stop = threading.Event()
         self._backoff = Backoff()
         self._process: subprocess.Popen[bytes] | None = None
-        # The process dies with the thread that started it (see `limits`), so one thread starts them all.
+        # The process dies with the thread that started it (see `process`), so one thread starts them all.
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
 
     def __enter__(self) -> Capture:
@@ -166,11 +166,9 @@ class Capture:
             "kind": self._source.kind, "location": self._source.location, "live": self._source.live,
             "fit": list(self._fit), "fps": self._fps, "patience_s": self._stall_s, "attempts": self._backoff.attempts,
         }  # fmt: skip
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "sparsifiner_edge.camera.child"],
+        self._process = start_python(
+            "sparsifiner_edge.camera.child", {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us; and what it starts can be ended with it.
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip
         # Not as an argument, which every user of the machine can read: an address may hold a password.
         assert self._process.stdin is not None

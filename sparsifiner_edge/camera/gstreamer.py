@@ -18,9 +18,9 @@ from typing import BinaryIO
 import numpy as np
 
 from sparsifiner_edge.camera.libav import Decoded
-from sparsifiner_edge.camera.limits import die_with_parent
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.sources import without_passwords
+from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
 
@@ -43,9 +43,9 @@ def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
         ValueError: GStreamer's own message.
     """
     ours, theirs = os.pipe()
-    launched = subprocess.Popen(
+    launched = start_program(
         launch_line(pipeline, fit, theirs), pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, preexec_fn=die_with_parent,  # noqa: PLW1509  (no other thread is left from before)
+        stderr=subprocess.PIPE,
     )  # fmt: skip
     os.close(theirs)
     errors: deque[bytes] = deque(maxlen=_ERRORS)

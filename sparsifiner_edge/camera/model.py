@@ -7,32 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from sparsifiner_edge.artifacts import open_bundle, picture_size, read_labels
+from sparsifiner_edge.artifacts import picture_size, read_labels
 from sparsifiner_edge.camera.prepare import LETTERBOX, SQUARE, Fit
 from sparsifiner_edge.camera.wire import MAX_SIDE
-from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.metrics import POSITIONS, cosine
-from sparsifiner_edge.runtime import Session, open_session
+from sparsifiner_edge.runtime import Session
+from sparsifiner_edge.runtime.open import checked_manifest, open_checked
 from sparsifiner_edge.runtime.session import Array
-from sparsifiner_edge.signing import require_signature
+from sparsifiner_edge.text import finite
 
 TOP = 5
 _FOLLOW = 0.05
 """How far the reference that a change is measured against moves with each frame: it forgets in some twenty."""
-
-
-def check_bundle(folder: Path, public_key: Path | None = None) -> dict[str, Any]:
-    """Everything that is demanded of a bundle before any of it is loaded; returns its manifest.
-
-    Args:
-        folder: the bundle.
-        public_key: it must be signed by this key; without it a signature is not looked at.
-
-    Raises:
-        ArtifactError: not a bundle, altered, or of a newer schema; not signed by that key.
-        MissingExtraError: what checks signatures is not installed.
-    """
-    return open_bundle(folder) if public_key is None else require_signature(folder, public_key)
 
 
 class Model:
@@ -43,7 +30,7 @@ class Model:
         backend, threads, kernels: see `open_session`.
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
-        public_key: see `check_bundle`.
+        public_key: see `runtime.open.checked_manifest`.
 
     Raises:
         ConfigError: the bundle takes a fixed batch above 1.
@@ -60,19 +47,19 @@ class Model:
         public_key: Path | None = None,
         kernels: str = "auto",
     ) -> None:
-        manifest = check_bundle(folder, public_key)
+        manifest = checked_manifest(folder, public_key)
         self.fit = Fit(picture_size(manifest, folder), _letterbox(manifest, folder))
         self.labels = read_labels(manifest, folder)
         self.tokens = _tokens(manifest)
         self._top, self._threshold = top, threshold
         self._reference: Array | None = None
         self._tokens_before: Array | None = None
-        self.session: Session = open_session(folder, backend, threads, kernels)
-        if self.session.inputs[0].shape[0] not in (1, "batch"):
+        self.session: Session = open_checked(folder, manifest, backend, threads, kernels)
+        try:
+            _require_image(self.session, self.fit.size, folder)
+        except SparsifinerError:
             self.session.close()
-            raise ConfigError(
-                f"{folder} takes batches of {self.session.inputs[0].shape[0]}.", "Export it with --batch 1 or dynamic."
-            )
+            raise
 
     def __enter__(self) -> Model:
         return self
@@ -87,23 +74,32 @@ class Model:
     def answer(self, outputs: dict[str, Array]) -> dict[str, Any]:
         """`top` (class, label, probability) of a classifier, else `features`.
 
+        NaN and infinity, which JSON has not, become None in `features`; a classifier with such logits answers no class.
+        `not_finite` says how many there were, where there were any.
+
         Raises:
             ArtifactError: the bundle gives neither.
         """
         if "logits" in outputs:
-            return {"top": self._classes(outputs["logits"][0])}
+            logits = outputs["logits"][0].astype(np.float64)
+            bad = int(np.count_nonzero(~np.isfinite(logits)))
+            return {"top": [], "not_finite": bad} if bad else {"top": self._classes(logits)}
         if "features" in outputs:
-            return {"features": [round(float(x), 6) for x in outputs["features"][0]]}
+            features, bad = finite([round(float(x), 6) for x in outputs["features"][0]])
+            return {"features": features} | ({"not_finite": bad} if bad else {})
         raise ArtifactError(
             f"The bundle gives {', '.join(outputs)}; needed are logits or features.", "Export it again."
         )
 
     def change(self, outputs: dict[str, Array]) -> float | None:
-        """How far a scene's features are from those of the frames before: 1 - cosine to a mean that forgets."""
-        if "features" not in outputs:
+        """How far a scene's features are from those of the frames before: 1 - cosine to a mean that forgets.
+
+        None without features, and where one of them is NaN or infinite: the mean would never forget that.
+        """
+        features = outputs.get("features", np.full((1, 1), np.nan))[0].astype(np.float64)
+        if not np.isfinite(features).all():
             return None
-        features = outputs["features"][0].astype(np.float64)
-        if self._reference is None:
+        if self._reference is None or self._reference.shape != features.shape:
             self._reference = features
         found = float(1 - cosine(features, self._reference))
         self._reference = self._reference + _FOLLOW * (features - self._reference)
@@ -119,12 +115,13 @@ class Model:
         prefix, rows, columns = self.tokens
         patches, before = outputs["tokens"][0, prefix:], self._tokens_before
         self._tokens_before = patches
-        if before is None or len(patches) != rows * columns:
+        if before is None or len(patches) != rows * columns or patches.shape != before.shape:
             return None
-        return (1 - cosine(patches, before)).reshape(rows, columns)
+        changes: Array = np.nan_to_num(1 - cosine(patches, before)).reshape(rows, columns)
+        return changes
 
     def _classes(self, logits: Array) -> list[dict[str, Any]]:
-        weights = np.exp(logits.astype(np.float64) - logits.max())
+        weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
         best = np.argsort(-probabilities, kind="stable")[: self._top]
         names = self.labels if len(self.labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
@@ -133,6 +130,24 @@ class Model:
             for i in best
             if probabilities[i] >= self._threshold
         ]
+
+
+def _require_image(session: Session, size: int, folder: Path) -> None:
+    """Refuse a model that takes something else than one image of the size that its manifest says.
+
+    Raises:
+        ConfigError: it takes larger batches.
+        ArtifactError: it takes something else.
+    """
+    takes = session.inputs[0]
+    shape = takes.shape
+    if len(session.inputs) != 1 or takes.name != "image" or takes.dtype != "uint8" or shape[1:] != (size, size, 3):
+        raise ArtifactError(
+            f"{folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}.",
+            f"Export it again: one uint8 image [B, {size}, {size}, 3] is needed.",
+        )
+    if isinstance(shape[0], int) and shape[0] != 1:
+        raise ConfigError(f"{folder} takes batches of {shape[0]}.", "Export it with --batch 1 or dynamic.")
 
 
 def _letterbox(manifest: dict[str, Any], folder: Path) -> bool:

@@ -31,7 +31,7 @@ class Options(NamedTuple):
     """How to run.
 
     Attributes:
-        backend, threads: see `open_session`.
+        backend, threads, kernels: see `open_session`.
         output: file for the records, added to by a live source; None is standard output.
         overlay: video file to draw into.
         top, threshold, public_key: see `Model`.
@@ -53,6 +53,7 @@ class Options(NamedTuple):
     metrics: tuple[str, int] | None = None
     stall_s: float = STALL_S
     public_key: Path | None = None
+    kernels: str = "auto"
 
 
 def run_service(bundle: Path, source: Source, options: Options) -> None:
@@ -76,6 +77,8 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
         if options.metrics is not None:
             server = stack.enter_context(HealthServer(options.metrics, status, max(2.0, 2 * options.stall_s)))
             status.event("metrics", address=server.url)
+        # What really runs, once: a library that could not be loaded means kernels several times slower.
+        status.event("model", **model.session.description)
         stop = stack.enter_context(stopping())
         with _Run(model, source, options, status, stop) as run:
             run.loop()
@@ -86,7 +89,7 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
 
 def _open_model(bundle: Path, options: Options) -> Model:
     return Model(
-        bundle, options.backend, options.threads, options.top, options.threshold, public_key=options.public_key
+        bundle, options.backend, options.threads, options.top, options.threshold, options.public_key, options.kernels
     )
 
 
@@ -205,6 +208,7 @@ class _Run:
         outputs = model.infer(frame.square)
         inferred = time.monotonic_ns()
         answer = model.answer(outputs)
+        self._status.count("not_finite", answer.get("not_finite", 0))
         change = model.change(outputs) if "top" not in answer else None
         if change is not None:
             answer["change"] = round(change, 6)

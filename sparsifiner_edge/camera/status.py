@@ -11,7 +11,7 @@ from typing import Any
 STATES = ("starting", "connecting", "streaming", "lost", "stalled", "ended")
 COUNTERS = (
     "captured", "processed", "dropped", "bad_packets", "reconnects", "stalls", "crashes", "lines_dropped",
-    "output_errors", "overlay_errors",
+    "output_errors", "overlay_errors", "not_finite",
 )  # fmt: skip
 
 

@@ -21,13 +21,14 @@ def run_pictures(
     top: int = TOP,
     threshold: float = 0.0,
     public_key: Path | None = None,
+    kernels: str = "auto",
 ) -> Iterator[dict[str, Any]]:
     """Run a bundle on a picture, or on every picture below a folder.
 
     Args:
         bundle: its folder.
         source: a picture or a folder.
-        backend, threads: see `open_session`.
+        backend, threads, kernels: see `open_session`.
         top, threshold, public_key: see `Model`.
 
     Yields:
@@ -40,7 +41,7 @@ def run_pictures(
         SparsifinerError: the bundle or backend is unusable.
     """
     folder, pictures = Path(bundle), list_pictures(Path(source))
-    with Model(folder, backend, threads, top, threshold, public_key) as model:
+    with Model(folder, backend, threads, top, threshold, public_key, kernels) as model:
         for path in pictures:
             try:
                 yield _record(model, path)

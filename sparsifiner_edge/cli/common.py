@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from sparsifiner_edge.artifacts import dump_json
+from sparsifiner_edge.text import dump_json, shown
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -55,6 +56,28 @@ def token_keep_option(command: Command) -> Command:
     )(command)
 
 
+class FiniteRange(click.FloatRange):
+    """A number in a range; NaN, which compares with nothing, is refused too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read and check one value."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+def kernels_option(command: Command) -> Command:
+    """`--kernels CHOICE`."""
+    return click.option(
+        "--kernels",
+        type=click.Choice(("auto", "native", "portable")),
+        default="auto",
+        show_default=True,
+        help="Operators of sparse attention: the native library where it can be loaded, only it, or function bodies.",
+    )(command)
+
+
 def progress() -> Progress:
     """A progress bar with the time left, on standard error."""
     return Progress(
@@ -76,9 +99,9 @@ def print_json(content: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on standard output: first column left, the others right; names in brackets are no markup."""
-    table = Table(title=Text(title, style="bold"), title_justify="left")
+    table = Table(title=Text(shown(title), style="bold"), title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(shown(cell)) for cell in row))
     Console(width=None if Console().is_terminal else 120).print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,13 @@ from typing import Any
 
 import click
 
+from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS, MOST_THREADS
+from sparsifiner_edge.cli.common import FiniteRange, kernels_option
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.files import require_file_path
+from sparsifiner_edge.text import dump_json
 
+_FOR_ALL = ("backend", "threads", "top", "threshold", "public_key", "kernels")
 _FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
 
 
@@ -27,7 +30,10 @@ _FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
     help="A picture, a folder of pictures, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test.",
 )
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs the bundle.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; by default the cores this process may use.")
+@kernels_option
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads; by default the cores this process may use."
+)
 @click.option(
     "--output",
     metavar="FILE",
@@ -36,15 +42,17 @@ _FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
     "are done, and cut short those that are stay in FILE.part.",
 )
 @click.option("--overlay", type=click.Path(path_type=Path), help="Also draw the answers into this video (.mp4, .mkv).")
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Most classes per answer.")
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.0, help="Leave out less probable classes.")
-@click.option("--fps", type=click.FloatRange(0.1, 1000), default=25.0, show_default=True, help="Of the source test.")
-@click.option("--duration", type=click.FloatRange(min=0, min_open=True), help="Stop after so many seconds.")
-@click.option("--frames", type=click.IntRange(min=1), help="Stop after so many frames.")
+@click.option(
+    "--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True, help="Most classes per answer."
+)
+@click.option("--threshold", type=FiniteRange(0, 1), default=0.0, help="Leave out less probable classes.")
+@click.option("--fps", type=FiniteRange(0.1, 1000), default=25.0, show_default=True, help="Of the source test.")
+@click.option("--duration", type=FiniteRange(0, MOST_SECONDS, min_open=True), help="Stop after so many seconds.")
+@click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after so many frames.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
 @click.option(
     "--stall",
-    type=click.FloatRange(min=0.1),
+    type=FiniteRange(0.1, MOST_SECONDS),
     default=3.0,
     show_default=True,
     help="Seconds without a frame after which a live source is opened anew.",
@@ -75,10 +83,7 @@ def _service(bundle: Path, source: Any, given: dict[str, Any]) -> None:
     from sparsifiner_edge.camera.health import parse_address
     from sparsifiner_edge.camera.service import Options, run_service
 
-    same = {
-        name: given[name]
-        for name in ("backend", "threads", "output", "overlay", "top", "threshold", "fps", "frames", "public_key")
-    }
+    same = {name: given[name] for name in (*_FOR_ALL, "output", "overlay", "fps", "frames")}
     metrics = None if given["metrics"] is None else parse_address(given["metrics"])
     run_service(bundle, source, Options(**same, metrics=metrics, duration_s=given["duration"], stall_s=given["stall"]))
 
@@ -89,7 +94,7 @@ def _pictures(bundle: Path, source: Any, options: dict[str, Any]) -> None:
 
     output = options["output"]
     _require_usable(bundle, source, options)
-    chosen = (options[name] for name in ("backend", "threads", "top", "threshold", "public_key"))
+    chosen = (options[name] for name in _FOR_ALL)
     records = stills.run_pictures(bundle, Path(source.location), *chosen)
     # The first before the file: what is wrong with the bundle is told before anything is made.
     records = itertools.chain([next(records)], records)
@@ -120,4 +125,4 @@ def _require_usable(bundle: Path, source: Any, options: dict[str, Any]) -> None:
 
 
 def _print(record: dict[str, Any]) -> None:
-    click.echo(json.dumps(record, ensure_ascii=False))
+    click.echo(dump_json(record, indent=None), nl=False)

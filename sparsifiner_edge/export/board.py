@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from sparsifiner_edge.artifacts import dump_json
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_plan
@@ -25,6 +24,7 @@ from sparsifiner_edge.ops.triton.plan import OPERATORS_PLANNED, Buffer, Plan, pl
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend
 from sparsifiner_edge.profiles.board import Board
 from sparsifiner_edge.runtime.kernels import FOLDER, SCHEMA, code_file, kernel_model, ordered_ptx, plain_ptx, table_file
+from sparsifiner_edge.text import dump_json
 
 PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
 """CUDA version of a board -> newest PTX version (times ten) that its driver takes (PTX ISA, release notes)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -12,20 +12,25 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.artifacts import (
+    GOLDEN_FILE,
+    MODEL_FILE,
     PACKAGE_FILE,
     bundle_hash,
-    dump_json,
     field,
     new_folder,
     open_bundle,
     picture_size,
     read_labels,
+    read_listed,
     sha256,
 )
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.runtime.golden import read_golden
+from sparsifiner_edge.text import dump_json
 
 PACKAGE_SCHEMA = 1
-MODEL = "model.onnx"
+MODEL = MODEL_FILE
 _NAME = re.compile(r"[A-Za-z0-9_./:-]+")
 """A tensor's name: it goes into lists with semicolons and into lines of configurations."""
 
@@ -81,6 +86,7 @@ def read_bundle(folder: Path) -> Bundle:
     for name in manifest["files"]:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactError(f"{folder} names the file {name!r}.", "Do not use this bundle.")
+    load_model(folder, manifest)  # What needs other files is not handed on.
     size = picture_size(manifest, folder)
     inputs = _tensors(manifest, folder, "inputs")
     if [(t.name, t.dtype, t.shape[1:]) for t in inputs] != [("image", "uint8", (size, size, 3))]:
@@ -117,18 +123,13 @@ def _tensors(manifest: dict[str, Any], folder: Path, key: str) -> list[Tensor]:
     return tensors
 
 
-def load_model(folder: Path) -> Any:
-    """The `onnx.ModelProto` of a bundle.
+def load_model(folder: Path, manifest: Mapping[str, Any]) -> Any:
+    """The `onnx.ModelProto` of a checked bundle.
 
     Raises:
-        ArtifactError: its file is none.
+        ArtifactError: its file is none, was altered, or needs another file.
     """
-    import onnx
-
-    try:
-        return onnx.load(str(folder / MODEL), load_external_data=False)
-    except Exception as error:  # Protobuf's error, of whichever implementation.
-        raise ArtifactError(f"{folder / MODEL} is no ONNX file.", "Export the bundle again.") from error
+    return read_model(read_listed(folder, manifest, MODEL), folder / MODEL)
 
 
 def golden_image(bundle: Bundle) -> npt.NDArray[np.uint8]:
@@ -137,13 +138,9 @@ def golden_image(bundle: Bundle) -> npt.NDArray[np.uint8]:
     Raises:
         ArtifactError: there is none of that shape.
     """
-    path = bundle.folder / "golden.npz"
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            image = np.asarray(file["input.image"])
-    except Exception as error:  # NumPy and zipfile raise many kinds for a damaged archive.
-        raise ArtifactError(f"{path} cannot be read: {error}.", "Export the bundle again.") from error
+    image = read_golden(bundle.folder, bundle.manifest)[0].get("image", np.zeros(0))
     if image.dtype != np.uint8 or image.shape[1:] != (bundle.size, bundle.size, 3):
+        path = bundle.folder / GOLDEN_FILE
         raise ArtifactError(f"{path} holds {image.dtype} {list(image.shape)}.", "Export the bundle again.")
     return image
 

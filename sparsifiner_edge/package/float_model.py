@@ -44,7 +44,7 @@ def write_float_model(bundle: Bundle, folder: Path) -> dict[str, float]:
         GateError: it disagrees with the golden pair.
         MissingExtraError: ONNX Runtime is not installed.
     """
-    model = float_model(load_model(bundle.folder))
+    model = float_model(load_model(bundle.folder, bundle.manifest))
     present = [output.name for output in model.graph.output]
     if present != [output.name for output in bundle.outputs]:
         said = ", ".join(map(repr, present))
@@ -52,7 +52,7 @@ def write_float_model(bundle: Bundle, folder: Path) -> dict[str, float]:
     path = folder / MODEL
     path.write_bytes(model.SerializeToString())
     with _Planes(path, bundle) as session:
-        found = check_golden(session, bundle.folder)
+        found = check_golden(session, bundle.folder, bundle.manifest)
         logits = session.infer({"image": golden_image(bundle)}).get("logits")
     if logits is not None:
         path.write_bytes(classifier_model(model).SerializeToString())
@@ -132,7 +132,7 @@ class _Planes(OrtSession):
     """A session on a float model that takes pictures as the bundle does."""
 
     def __init__(self, path: Path, bundle: Bundle) -> None:
-        super().__init__(path, bundle.precision, available_cores(), "portable")
+        super().__init__(path, path.read_bytes(), available_cores(), "portable", bundle.precision)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """uint8 [B,H,W,3] -> float32 [B,3,H,W] -> outputs."""

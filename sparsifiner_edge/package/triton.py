@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import LABELS_FILE
+from sparsifiner_edge.artifacts import LABELS_FILE, read_listed
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.package.common import MODEL, Bundle, Tensor, golden_image
@@ -67,7 +67,7 @@ def _write_onnx(bundle: Bundle, folder: Path, batch: int | None, library: Path |
         shutil.copyfile(library, folder / library.name)
         place = f"{MOUNT}/{folder.name}/{library.name}"
         config["model_operations"] = {"op_library_filename": [place]}
-    shutil.copyfile(bundle.folder / MODEL, folder / "1" / MODEL)
+    (folder / "1" / MODEL).write_bytes(read_listed(bundle.folder, bundle.manifest, MODEL))
     (folder / "config.pbtxt").write_text(print_config(config), encoding="utf-8")
 
 

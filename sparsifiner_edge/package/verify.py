@@ -50,7 +50,7 @@ def verify_bundle(
     folder = Path(bundle)
     manifest = open_bundle(folder)
     key = None if public_key is None else Path(public_key)
-    subject = _Subject(folder, manifest, load_model(folder), backend, kernels, key)
+    subject = _Subject(folder, manifest, load_model(folder, manifest), backend, kernels, key)
     checks = []
     for name, check in _CHECKS.items():
         checks.append(_run(name, check, subject))

@@ -134,6 +134,18 @@ def settling_flags(warm_up: Mapping[str, Any]) -> list[Flag]:
     return [_flag("not-settled", what, "Close other programs, or fix the clocks, and measure again.")]
 
 
+def kernel_flags(kernels: str) -> list[Flag]:
+    """ "portable-kernels" where function bodies stand in for a native library that could not be used.
+
+    Args:
+        kernels: as a session's description says.
+    """
+    if "(the native library" not in kernels:
+        return []
+    what = f"sparse attention ran as {kernels}"
+    return [_flag("portable-kernels", what, "Mend the native library: sparsifiner-edge doctor says what it lacks.")]
+
+
 def part_flags(parts_ms: Mapping[str, Sequence[float]]) -> list[Flag]:
     """ "enqueue-bound", "transfer-bound" and "unstable" of a device, from a session's times, as trtexec tells them.
 

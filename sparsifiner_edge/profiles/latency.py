@@ -90,6 +90,8 @@ def profile_bundle(
         seen = observe(sides, settings, clock, power)
         descriptions = {side.role: _described(side) for side in sides}
     figures: dict[str, Any] = {side.role: side_figures(side, seen) for side in sides}
+    for role, described in descriptions.items():
+        figures[role]["flags"] += flags.kernel_flags(str(described["kernels"]))
     if len(sides) == 2:
         figures["comparison"] = compare(sides[0], sides[1], two_names(subjects))
     if layers:

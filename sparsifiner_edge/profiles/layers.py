@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.artifacts import MODEL_FILE, open_bundle, read_listed
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.profiles.kinds import merge
-from sparsifiner_edge.runtime.open import open_session
+from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.ort import load_backend, native_library
 from sparsifiner_edge.runtime.session import Array, Session, TensorSpec
 
@@ -48,8 +49,10 @@ def measure_layers(
         BackendError: the backend has no profiler, or its profile cannot be read.
     """
     queries = max(MIN_QUERIES, min(MAX_QUERIES, round(SECONDS * 1000 / max(query_ms, 1e-3))))
-    model = Path(bundle) / "model.onnx"
-    with open_session(bundle, backend, threads, kernels) as session:
+    folder = Path(bundle)
+    manifest = open_bundle(folder)
+    model = read_listed(folder, manifest, MODEL_FILE)
+    with open_checked(folder, manifest, backend, threads, kernels) as session:
         inputs = make_inputs(session.inputs)
         own = getattr(session, "layer_times", None)
         if own is not None:
@@ -69,17 +72,16 @@ def _require_trace(session: Session) -> None:
         raise BackendError(f"{session.backend} on {device} tells no times per layer.", "Profile it on the CPU.")
 
 
-def _ort_layers(model: Path, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int) -> dict[str, Any]:
+def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int) -> dict[str, Any]:
     import onnx
 
     from sparsifiner_edge.profiles.attribution import find_places, operator_of, place_nodes
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         trace = _run_profiled(model, folder, threads, kernels, inputs, queries + _WARM_UP)
         times, operators, whole = read_trace(trace, queries)
         optimised = onnx.load(str(folder / "optimised.onnx"), load_external_data=False)
-    placed = place_nodes(optimised, find_places(onnx.load(str(model), load_external_data=False)))
+    placed = place_nodes(optimised, find_places(onnx.load_from_string(model)))
     rows = []
     for node, ms in times.items():
         place = placed.get(node)
@@ -89,7 +91,7 @@ def _ort_layers(model: Path, threads: int, kernels: str, inputs: Mapping[str, Ar
 
 
 def _run_profiled(
-    model: Path, folder: Path, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int
+    model: bytes, folder: Path, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int
 ) -> list[dict[str, Any]]:
     """Run `queries` times with ONNX Runtime's profiler on; its trace, and the optimised graph in `folder`."""
     ort = load_backend()
@@ -107,7 +109,7 @@ def _run_profiled(
     try:
         if library is not None:
             options.register_custom_ops_library(str(library))
-        session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         for _ in range(queries):
             session.run(names, dict(inputs))
@@ -154,13 +156,13 @@ def read_trace(trace: list[dict[str, Any]], queries: int) -> tuple[dict[str, flo
     return times, operators, statistics.median(runs[-queries:])
 
 
-def _named_rows(times: list[Mapping[str, Any]], model: Path) -> list[Row]:
+def _named_rows(times: list[Mapping[str, Any]], model: bytes) -> list[Row]:
     """Rows of a profiler that gives names alone: a fused layer's name holds those of its nodes, joined by "+"."""
     import onnx
 
     from sparsifiner_edge.profiles.attribution import find_places
 
-    exported = onnx.load(str(model), load_external_data=False)
+    exported = onnx.load_from_string(model)
     places = find_places(exported)
     operators = {node.name: node.op_type for node in exported.graph.node}
     rows = []

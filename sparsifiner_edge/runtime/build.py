@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-from sparsifiner_edge.artifacts import ENGINE_FOLDER, bundle_scratch, extend_bundle, open_bundle, sha256
+from sparsifiner_edge.artifacts import ENGINE_FOLDER, MODEL_FILE, bundle_scratch, extend_bundle, open_bundle, sha256
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.runtime.build_worker import Job, Progress, run_job
 from sparsifiner_edge.runtime.engines import BatchRange, Engine, listed_engines, parse_capability
@@ -22,7 +22,6 @@ from sparsifiner_edge.runtime.session import Session
 
 DEFAULT_BATCH = BatchRange(1, 1, 8)
 """For a bundle of dynamic batch: a camera gives one picture at a time."""
-MODEL = "model.onnx"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +68,8 @@ class EngineBackend(Protocol):
         """Build one engine; called in a worker process that may die.
 
         Args:
-            job: `backend`; `model`, path of the ONNX file; `output`, path of the engine to write; `engine`, an
-                `Engine.to_dict`; `settings`, as planned.
+            job: `backend`; `model` and `model_sha256`, path and hash of the ONNX file (see `build_worker.job_model`);
+                `output`, path of the engine to write; `engine`, an `Engine.to_dict`; `settings`, as planned.
             tell: called with (stage, done, total).
 
         Returns:
@@ -214,7 +213,8 @@ def _build_one(
     start = time.monotonic()
     job = {
         "backend": plan.engine.backend,
-        "model": str((request.folder / MODEL).resolve()),
+        "model": str((request.folder / MODEL_FILE).resolve()),
+        "model_sha256": request.manifest["files"][MODEL_FILE],
         "output": str(path.resolve()),
         "engine": plan.engine.to_dict(),
         "settings": dict(plan.settings),
@@ -240,7 +240,7 @@ def with_engines(manifest: dict[str, Any], engines: Sequence[Engine], request: B
     Raises:
         ArtifactError: the model is another than the one that the engines were built from.
     """
-    if manifest["files"].get(MODEL) != request.manifest["files"][MODEL]:
+    if manifest["files"].get(MODEL_FILE) != request.manifest["files"][MODEL_FILE]:
         raise ArtifactError(f"{request.folder} was exported anew while the engines were built.", "Build them again.")
     names = {engine.name for engine in engines}
     present = listed_engines(manifest, request.folder)

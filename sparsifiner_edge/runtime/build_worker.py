@@ -12,15 +12,15 @@ A job holds `backend` (a name in `open.BACKENDS`) and what that backend's `plan`
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge import errors
+from sparsifiner_edge.artifacts import read_listed
 from sparsifiner_edge.errors import BackendError, SparsifinerError
 from sparsifiner_edge.runtime.child import Child, Parent, start_child
 
@@ -28,7 +28,6 @@ Progress = Callable[[str, float, float], None]
 """Called with (stage, done, total)."""
 Job = Mapping[str, Any]
 _EVERY_S = 0.05
-_PR_SET_PDEATHSIG = 1
 
 
 def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> dict[str, Any]:
@@ -62,6 +61,16 @@ def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> dic
         raise _lost(child, job)
 
 
+def job_model(job: Job) -> bytes:
+    """Content of the ONNX file that a job is about: the bytes that the bundle's manifest vouches for.
+
+    Raises:
+        ArtifactError: it is missing, or was altered since the job was planned.
+    """
+    path = Path(job["model"])
+    return read_listed(path.parent, {"files": {path.name: job["model_sha256"]}}, path.name)
+
+
 def _raised(error: Mapping[str, str]) -> SparsifinerError:
     """The error of the worker, of the class that it had there where that takes the same arguments."""
     kind = getattr(errors, error["kind"], BackendError)
@@ -87,16 +96,8 @@ def _too_long(job: Job, timeout_s: float, child: Child) -> BackendError:
     )
 
 
-def _die_with_parent() -> None:
-    """A parent that is killed cannot end us; Linux can."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-
-
 def main() -> None:
     """Carry out the job on standard input."""
-    _die_with_parent()
     parent = Parent()
     job = next(parent.messages())
     told: list[tuple[str, float]] = [("", 0.0)]

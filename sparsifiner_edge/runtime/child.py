@@ -10,14 +10,13 @@ import json
 import os
 import select
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
-_SOURCE = Path(__file__).resolve().parents[2]
+from sparsifiner_edge.process import start_python
+
 _TAIL_BYTES = 2000
 
 
@@ -84,18 +83,9 @@ class Child:
 @contextlib.contextmanager
 def start_child(module: str) -> Iterator[Child]:
     """`python -m module`, killed when the block ends, by whatever way."""
-    # A session of its own: Ctrl-C reaches the parent alone, which then ends the child. The folder of this package as
-    # working directory: the child imports the same package, and no file of the user's folder in place of a library.
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=_SOURCE,
-            start_new_session=True,
-        ) as process,
+        start_python(module, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process,
     ):
         child = Child(process, log)
         try:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.artifacts import GOLDEN_FILE, open_bundle, read_listed
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, aligned
 from sparsifiner_edge.runtime.session import Array, Session
 
+_MOST_BYTES = 1 << 31
+"""Of the golden pair, packed or not."""
 Pair = tuple[dict[str, Array], dict[str, Array]]
 
 
-def check_golden(session: Session, bundle: str | Path) -> dict[str, dict[str, float]]:
+def check_golden(
+    session: Session, bundle: str | Path, manifest: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, float]]:
     """Run the bundle's golden input and compare every golden output.
 
     Where a session takes only larger batches (its `least_batch`), the input is repeated, and each answer must agree.
+
+    Args:
+        session: open on the bundle, or on an engine made of it.
+        bundle: its folder.
+        manifest: as it was checked, where that has been done; see `artifacts.read_listed`.
 
     Returns:
         Per output: `max_abs_difference`, `range_relative_error` (that difference over the output's range: its
@@ -33,8 +42,9 @@ def check_golden(session: Session, bundle: str | Path) -> dict[str, dict[str, fl
         GateError: an output is missing, has another shape, or differs beyond its tolerance; the worst element is named.
     """
     folder = Path(bundle)
-    tolerances = open_bundle(folder).get("tolerances")
-    inputs, expected = _repeated(_read_golden(folder / "golden.npz"), getattr(session, "least_batch", 1))
+    manifest = open_bundle(folder) if manifest is None else manifest
+    tolerances = manifest.get("tolerances")
+    inputs, expected = _repeated(read_golden(folder, manifest), getattr(session, "least_batch", 1))
     outputs = session.infer(inputs)
     if POSITIONS in expected:
         if POSITIONS not in outputs or outputs[POSITIONS].shape != expected[POSITIONS].shape:
@@ -57,13 +67,29 @@ def check_golden(session: Session, bundle: str | Path) -> dict[str, dict[str, fl
     return report
 
 
-def _read_golden(path: Path) -> Pair:
+def read_golden(folder: Path, manifest: Mapping[str, Any]) -> Pair:
+    """Golden inputs and outputs of a checked bundle, by the model's names: arrays of numbers, none of them empty.
+
+    Raises:
+        ArtifactError: missing, altered, too large once unpacked, or no archive of arrays.
+    """
+    path = folder / GOLDEN_FILE
+    content = read_listed(folder, manifest, GOLDEN_FILE, _MOST_BYTES)
     try:
-        # Opened here: np.load leaves its own file open when the archive is bad.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays: dict[str, Array] = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}.", "Export the bundle again.") from error
+        _require_small(content)
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays: dict[str, Array] = {key: np.asarray(file[key]) for key in file.files}
+    # An archive is read by zipfile, zlib and NumPy's own parser, which evaluates a header: each has errors of its own.
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ArtifactError(f"{path} cannot be read: {said:.200}.", "Export the bundle again.") from error
+    wrong = [key for key, value in arrays.items() if value.dtype.kind not in "fiub" or not value.size or not value.ndim]
+    if wrong:
+        value = arrays[wrong[0]]
+        raise ArtifactError(
+            f"{path} holds {wrong[0]!r} of type {value.dtype} and shape {list(value.shape)}.",
+            "Export the bundle again: golden arrays are numbers, batch first.",
+        )
     inputs = {key.removeprefix("input."): value for key, value in arrays.items() if key.startswith("input.")}
     outputs = {key.removeprefix("output."): value for key, value in arrays.items() if key.startswith("output.")}
     if not inputs or not outputs:
@@ -71,9 +97,21 @@ def _read_golden(path: Path) -> Pair:
     return inputs, outputs
 
 
+def _require_small(content: bytes) -> None:
+    """Some bytes may unpack to more than memory holds.
+
+    Raises:
+        ValueError: they would.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > _MOST_BYTES:
+        raise ValueError(f"it unpacks to {size} bytes")
+
+
 def _repeated(pair: Pair, least: int) -> Pair:
     inputs, outputs = pair
-    times = max(1, math.ceil(least / min(len(array) if array.ndim else 1 for array in inputs.values())))
+    times = max(1, math.ceil(least / min(len(array) for array in inputs.values())))
     if times == 1:
         return pair
     inputs, outputs = ({k: np.concatenate([v] * times) for k, v in arrays.items()} for arrays in (inputs, outputs))

@@ -1,30 +1,12 @@
-"""Walking and tidying the graph of an ONNX file."""
+"""Tidying the graph of an ONNX file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from sparsifiner_edge.onnx_file import subgraphs
 from sparsifiner_edge.ops.schema import DOMAIN
-
-
-def all_nodes(model: Any) -> Iterator[Any]:
-    """Every node of a model, those of its functions' bodies and of subgraphs (If, Loop) included."""
-    yield from _with_inner(model.graph.node)
-    for function in model.functions:
-        yield from _with_inner(function.node)
-
-
-def _with_inner(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        for graph in _subgraphs(node):
-            yield from _with_inner(graph.node)
-
-
-def _subgraphs(node: Any) -> Iterator[Any]:
-    for attribute in node.attribute:
-        yield from (attribute.g, *attribute.graphs)
 
 
 def drop_unused(model: Any) -> None:
@@ -45,7 +27,7 @@ def drop_unused(model: Any) -> None:
 def _read_by(node: Any) -> Iterator[str]:
     """Inputs of a node and of everything in its subgraphs."""
     yield from node.input
-    for graph in _subgraphs(node):
+    for graph in subgraphs(node):
         for inner in graph.node:
             yield from _read_by(inner)
         yield from (value.name for value in graph.output)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import field, read_json
+from sparsifiner_edge.artifacts import MAX_JSON, field, parse_json, read_listed
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.graph import drop_unused
@@ -38,16 +38,17 @@ def code_file(capability: int, launch: str, kind: str) -> str:
     return f"{FOLDER}/sm{capability}/{launch}.{kind}"
 
 
-def read_table(folder: Path, capability: int) -> dict[str, Any] | None:
-    """The table of a bundle that `open_bundle` has checked; None where it has no kernels for that GPU.
+def read_table(folder: Path, manifest: Mapping[str, Any], capability: int) -> dict[str, Any] | None:
+    """The table of a checked bundle; None where its manifest lists no kernels for that GPU.
 
     Raises:
         ArtifactError: of a newer schema, or malformed.
     """
-    path = folder / table_file(capability)
-    if not path.is_file():
+    name = table_file(capability)
+    path = folder / name
+    if name not in manifest["files"]:
         return None
-    table = read_json(path, SCHEMA)
+    table = parse_json(read_listed(folder, manifest, name, MAX_JSON), path, SCHEMA)
     for name, launch in field(table, path, "launches", dict).items():
         if not _NAME.fullmatch(name):
             raise ArtifactError(f"{path} names a launch {name!r}.", "Export the bundle again.")

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bounds import MOST_THREADS
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.results import available_cores
 from sparsifiner_edge.runtime.session import Session
+from sparsifiner_edge.signing import require_signature
 
 BACKENDS = {
     "onnxruntime": "sparsifiner_edge.runtime.ort",
@@ -58,7 +60,11 @@ def load_backend(backend: str) -> str:
 
 
 def open_session(
-    bundle: str | Path, backend: str = "onnxruntime", threads: int | None = None, kernels: str = "auto"
+    bundle: str | Path,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    kernels: str = "auto",
+    public_key: str | Path | None = None,
 ) -> Session:
     """Open a bundle whose hashes match, ready to run.
 
@@ -67,18 +73,45 @@ def open_session(
         backend: one of `BACKENDS`.
         threads: threads inside one operator; None takes the cores that this process may run on.
         kernels: one of `KERNELS`; the session's `description` says what runs.
+        public_key: the bundle must be signed by this key; see `signing.require_signature`.
 
     Raises:
-        ArtifactError: not a bundle, altered, or of a newer schema.
-        BackendError: no such backend or kernels, `threads` below 1, or the backend refuses the model.
-        MissingExtraError: the backend's package is not installed.
+        ArtifactError: not a bundle, altered, of a newer schema, or not signed by that key.
+        BackendError: no such backend or kernels, `threads` below 1 or absurd, or the backend refuses the model.
+        MissingExtraError: the backend's package is not installed, or what checks signatures.
     """
-    check_backend(backend)
-    if threads is not None and threads < 1:
-        raise BackendError(f"threads is {threads}.", "Give at least 1, or leave it out to use every core allowed.")
-    check_kernels(kernels)
     folder = Path(bundle)
-    manifest = open_bundle(folder)
+    return open_checked(folder, checked_manifest(folder, public_key), backend, threads, kernels)
+
+
+def checked_manifest(folder: Path, public_key: str | Path | None = None) -> dict[str, Any]:
+    """Everything that is demanded of a bundle before any of it is loaded; returns its manifest.
+
+    Args:
+        folder: the bundle.
+        public_key: it must be signed by this key; without it a signature is not looked at.
+
+    Raises:
+        ArtifactError: not a bundle, altered, or of a newer schema; not signed by that key.
+        MissingExtraError: what checks signatures is not installed.
+    """
+    return open_bundle(folder) if public_key is None else require_signature(folder, Path(public_key))
+
+
+def open_checked(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    kernels: str = "auto",
+) -> Session:
+    """`open_session` with the manifest that `checked_manifest` returned: only files that it vouches for are used."""
+    check_backend(backend)
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise BackendError(
+            f"threads is {threads}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
+        )
+    check_kernels(kernels)
     kernels = _kernels_for(backend, manifest, kernels)
     module = importlib.import_module(BACKENDS[backend])
     session: Session = module.open_model(folder, manifest, threads or available_cores(), kernels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsifiner_edge.artifacts import MODEL_FILE, read_listed
 from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.graph import all_nodes
-from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs
+from sparsifiner_edge.runtime.session import Array, TensorSpec, precision_of, validate_inputs, validate_outputs
 
 _ERRORS_ONLY = 3
 _TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
@@ -59,57 +59,81 @@ def load_backend() -> Any:
         raise MissingExtraError("onnxruntime", "cpu") from error
     except ImportError as error:
         raise BackendError(f"onnxruntime cannot be imported: {error}.", "Reinstall onnxruntime.") from error
+    if hasattr(onnxruntime, "disable_telemetry_events"):  # Whoever imported it before us may have left them on.
+        onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 
 def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, kernels: str) -> OrtSession:
     """Load `model.onnx` of a checked bundle; see `open_session`."""
-    return OrtSession(folder / "model.onnx", manifest.get("precision"), threads, kernels)
+    return OrtSession(
+        folder / MODEL_FILE, read_listed(folder, manifest, MODEL_FILE), threads, kernels, precision_of(manifest)
+    )
 
 
 def native_library(kernels: str) -> Path | None:
-    """The library to register for a choice of kernels (`open.KERNELS`).
+    """The library to register for a choice of kernels (`open.KERNELS`); None for function bodies.
 
     Raises:
-        BackendError: "native" where there is none, or the variable `SPARSIFINER_TARGET` names no instruction set.
+        BackendError: "native" where it cannot be used, or the variable `SPARSIFINER_TARGET` names no instruction set.
     """
-    path = None if kernels == "portable" else native.library_path()
-    if path is None and kernels == "native":
-        raise BackendError(f"The native library is {native.why_missing()}.", "Or choose the portable kernels.")
+    reason = why_portable(kernels)
+    if reason is not None and kernels == "native":
+        raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
+    return native.library_path() if reason is None else None
+
+
+def why_portable(kernels: str) -> str | None:
+    """Why a choice of kernels (`open.KERNELS`) means function bodies here; None where the native library runs.
+
+    Raises:
+        BackendError: the variable `SPARSIFINER_TARGET` names no instruction set.
+    """
+    if kernels == "portable":
+        return "was not asked for"
     try:
-        if path is not None:
-            native.target()
-    except (OSError, ValueError) as error:
+        return native.why_unusable()
+    except ValueError as error:
         raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
-    return path
 
 
 class OrtSession:
     """A `Session` on ONNX Runtime.
 
     Args:
-        model: the ONNX file.
-        precision: the bundle's own word for it; None derives it from the weights.
+        model: where the ONNX file is from, for messages; it is not read.
+        content: the file.
         threads: threads inside one operator.
         kernels: see `open_session`.
+        precision: the bundle's own word for it; None derives it from the weights.
         execution: the provider.
 
     Raises:
+        ArtifactError: it is no ONNX file, or needs another file.
         BackendError: ONNX Runtime refuses the model, or would quietly run it on the CPU instead of what was asked for.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
     def __init__(
-        self, model: Path, precision: str | None, threads: int, kernels: str = "auto", execution: Execution = CPU
+        self,
+        model: Path,
+        content: bytes,
+        threads: int,
+        kernels: str = "auto",
+        precision: str | None = None,
+        execution: Execution = CPU,
     ) -> None:
         ort = load_backend()
+        self._operators, own = _inspect(read_model(content, model))
         self.backend = execution.backend
         self._device = execution.device
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
-        self._native = native_library(kernels)
+        self._native, reason = native_library(kernels), why_portable(kernels)
+        # What was not chosen is told: function bodies are several times slower.
+        self._why_bodies = reason if kernels == "auto" else None
         start = time.perf_counter_ns()
         if self._native is not None:
             try:
@@ -120,31 +144,32 @@ class OrtSession:
                     "Upgrade onnxruntime, or choose the portable kernels.",
                 ) from error
         try:
-            session = ort.InferenceSession(str(model), options, providers=list(execution.providers))
+            session = ort.InferenceSession(content, options, providers=list(execution.providers))
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
             raise BackendError(f"ONNX Runtime refuses {model}: {_line(error)}", "Export the bundle again.") from error
         _require_provider(session, execution)
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs = [_spec(node) for node in session.get_inputs()]
         self.outputs = [_spec(node) for node in session.get_outputs()]
+        if not self.inputs or not self.outputs:
+            raise BackendError(f"{model} has no {'output' if self.inputs else 'input'}.", "Export the bundle again.")
         self._session: Any = session
         self._model = model
-        self._precision = precision
+        self._precision = precision or own
         self._threads = threads
         self._version = str(ort.__version__)
         self._provider = str(session.get_providers()[0])
 
-    @functools.cached_property
+    @property
     def description(self) -> dict[str, Any]:
         """See `Session.description`."""
-        operators, precision = _inspect(self._model)
         return {
             "backend": self.backend,
             "version": self._version,
             "provider": self._provider,
             "device": self._device,
-            "precision": self._precision or precision,
-            "kernels": _kernels(operators, self._native is not None),
+            "precision": self._precision,
+            "kernels": _kernels(self._operators, self._native is not None, self._why_bodies),
             "threads": self._threads,
         }
 
@@ -162,7 +187,9 @@ class OrtSession:
             outputs = self._session.run(names, {name: np.ascontiguousarray(value) for name, value in inputs.items()})
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed in {self._model}: {_line(error)}", "Export it again.") from error
-        return dict(zip(names, outputs, strict=True))
+        answer = dict(zip(names, outputs, strict=True))
+        validate_outputs(self._model, answer)
+        return answer
 
     def close(self) -> None:
         """See `Session.close`."""
@@ -205,23 +232,22 @@ def _spec(node: Any) -> TensorSpec:
     return TensorSpec(str(node.name), dtype, tuple(node.shape))
 
 
-def _kernels(operators: set[str], native_library: bool) -> str:
-    """What runs the `sparsifiner` operators of a model."""
+def _kernels(operators: set[str], native_library: bool, reason: str | None) -> str:
+    """What runs the `sparsifiner` operators of a model, and why not the native library where that was expected."""
     native_ones = sorted(operators & set(native.OPERATORS)) if native_library else []
     bodies = sorted(operators - set(native_ones))
     if not operators:
         return "none (standard operators)"
     if not native_ones:
-        return "function bodies"
+        return "function bodies" if reason is None else f"function bodies (the native library {reason})"
     rest = f"; function bodies: {', '.join(bodies)}" if bodies else ""
     return f"native, {native.target()}{rest}"
 
 
-def _inspect(model: Path) -> tuple[set[str], str]:
+def _inspect(content: Any) -> tuple[set[str], str]:
     """The `sparsifiner` operators of a model, and the type that most of its weights have."""
     import onnx
 
-    content = onnx.load(str(model), load_external_data=False)
     operators = {node.op_type for node in all_nodes(content) if node.domain == DOMAIN}
     sizes: dict[int, int] = {}
     for tensor in content.graph.initializer:

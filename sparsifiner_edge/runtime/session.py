@@ -11,6 +11,8 @@ import numpy as np
 from sparsifiner_edge.errors import BackendError
 
 Array = np.ndarray[Any, Any]
+RANKS = {"logits": 2, "features": 2, "tokens": 3}
+"""Axes of the outputs that have a meaning by name."""
 
 
 class TensorSpec(NamedTuple):
@@ -126,6 +128,35 @@ def _validate_one(spec: TensorSpec, value: object, bound: dict[str, int]) -> Non
                 f"Input {spec.name!r} got {size} on axis {axis}: {_shape_text(value.shape)}.",
                 f"Expected {need}: {spec}.",
             )
+
+
+def validate_outputs(origin: object, outputs: Mapping[str, object]) -> None:
+    """Check what a model gave before anyone computes with it: arrays of numbers, and those that have a meaning by name
+    of their rank. Values may be NaN or infinite: whoever shows them says so (`text.finite`).
+
+    Args:
+        origin: the model, for messages.
+        outputs: by name.
+
+    Raises:
+        BackendError: names the output, what it is, and what it must be.
+    """
+    for name, value in outputs.items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+            kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+            raise BackendError(f"Output {name!r} of {origin} is {kind}.", "A bundle's model gives arrays of numbers.")
+        rank = RANKS.get(name, value.ndim)
+        if value.ndim != rank or not value.size:
+            raise BackendError(
+                f"Output {name!r} of {origin} has shape {_shape_text(value.shape)}.",
+                f"Export it again: it must have {rank} axes, none of them empty.",
+            )
+
+
+def precision_of(manifest: Mapping[str, Any]) -> str | None:
+    """The manifest's word for its model's precision, such as "fp16"; None where it has none."""
+    word = manifest.get("precision")
+    return word if isinstance(word, str) else None
 
 
 def _shape_text(shape: Sequence[int | str | None]) -> str:

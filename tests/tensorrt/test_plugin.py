@@ -13,9 +13,9 @@ import pytest
 
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.profiles.board import load_board
-from sparsifiner_edge.runtime.kernels import read_table
 from tests.fakes import record_tensorrt
 from tests.sparse_graph import sparse_model
+from tests.tables import table_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -48,7 +48,7 @@ def test_the_real_plugin_module_takes_them(folder, tmp_path, version):
     if version == "10.7":
         assert result == {"reason": "TensorRT 10.7.0 has no ahead-of-time plugins (10.9 and later have)"}
         return
-    table = read_table(folder, 87)
+    table = table_of(folder, 87)
     assert result["again"]
     assert len(result["found"]) == result["registered"] == len(table["launches"]) == 7
     kinds = {"float32": "FLOAT", "float16": "HALF", "int32": "INT32"}

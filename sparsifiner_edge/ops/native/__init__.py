@@ -8,6 +8,7 @@ import ctypes
 import functools
 import importlib.resources
 import os
+import struct
 from pathlib import Path
 
 OPERATORS = ("KeySelect", "SparseAttention", "DenseAttention", "TokenScore")
@@ -15,6 +16,11 @@ OPERATORS = ("KeySelect", "SparseAttention", "DenseAttention", "TokenScore")
 TARGET_VARIABLE = "SPARSIFINER_TARGET"
 """Environment variable that names the best instruction set to use, such as AVX2: for tests and comparisons."""
 _FILE = "libsparsifiner_ops.so"
+# ELF, 64 bits, little endian: where the section table lies, its entries' size and number; the same of the segments; and
+# of a segment, where it lies in the file and its bytes there.
+_ELF_HEADER = struct.Struct("<40x Q 10x 2H")
+_ELF_SEGMENTS = struct.Struct("<32x Q 14x 2H")
+_SEGMENT = struct.Struct("<8x Q 16x Q")
 _NOT_BUILT = (
     "not built: install a C++17 compiler, Highway and ONNX Runtime's headers (Debian, Ubuntu: apt-get install g++ "
     "cmake libhwy-dev libonnxruntime-dev) and install this package again; pip's -v says what was missing"
@@ -32,15 +38,53 @@ def why_missing() -> str:
     return _NOT_BUILT
 
 
+def why_unusable() -> str | None:
+    """Why the library cannot be used here: not built, damaged, or something that it needs is missing; None if it can.
+
+    Raises:
+        ValueError: the variable `SPARSIFINER_TARGET` names no instruction set that this machine has.
+    """
+    if library_path() is None:
+        return f"is {why_missing()}"
+    try:
+        target()
+    except OSError as error:
+        return f"cannot be loaded: {error}"
+    return None
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse a file that is cut short: the system would map what is not there, and reading it ends the process.
+
+    Raises:
+        OSError: it is, or it is no library for this kind of system.
+    """
+    content = path.read_bytes()
+    if content[:6] != b"\x7fELF\x02\x01" or len(content) < _ELF_HEADER.size:
+        raise OSError(f"{path} is no 64-bit ELF library; install this package again")
+    sections, entry, count = _ELF_HEADER.unpack_from(content)
+    segments, size, number = _ELF_SEGMENTS.unpack_from(content)
+    ends = [sections + entry * count, segments + size * number]
+    for place in range(segments, min(ends[1], len(content) - _SEGMENT.size), size or 1):
+        offset, length = _SEGMENT.unpack_from(content, place)
+        ends.append(offset + length)
+    if max(ends) > len(content):
+        raise OSError(f"{path} is cut short ({len(content)} of {max(ends)} bytes); install this package again")
+
+
 @functools.cache
 def target() -> str:
     """Instruction set that the kernels run on, such as "AVX3" (AVX-512), "AVX2", "NEON".
 
     Raises:
         ValueError: the variable `SPARSIFINER_TARGET` names none that this machine has.
-        OSError: the library is missing or cannot be loaded.
+        OSError: the library is missing, damaged, or cannot be loaded.
     """
-    library = ctypes.CDLL(str(library_path()))
+    path = library_path()
+    if path is None:
+        raise OSError(why_missing())
+    _require_whole(path)
+    library = ctypes.CDLL(str(path))
     library.sparsifiner_target.restype = ctypes.c_char_p
     library.sparsifiner_limit_target.argtypes = [ctypes.c_char_p]
     wanted = os.environ.get(TARGET_VARIABLE)

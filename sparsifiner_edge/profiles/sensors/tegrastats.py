@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from sparsifiner_edge.process import start_program
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError, why
 from sparsifiner_edge.profiles.sensors.ina import board_notes, describe_total
 
@@ -73,8 +74,8 @@ class _Reader:
         if self._process is None:
             self._buffer = b""
             try:
-                self._process = subprocess.Popen(
-                    [self._program, "--interval", str(int(_PERIOD_S * 1000))],
+                self._process = start_program(
+                    [str(self._program), "--interval", str(int(_PERIOD_S * 1000))],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

@@ -7,14 +7,13 @@ version has are looked up by feature. Nothing here runs before CUDA has answered
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsifiner_edge.artifacts import MAX_FILE
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.files import read_bytes, write_bytes
 from sparsifiner_edge.runtime import engines
 from sparsifiner_edge.runtime.build_worker import Progress
 from sparsifiner_edge.runtime.cache import cache_folder
@@ -223,8 +222,8 @@ class TimingCache:
     def load(self, config: Any) -> bool:
         """Give TensorRT what is kept, or an empty cache; whether there was something usable."""
         content = b""
-        with contextlib.suppress(OSError):
-            content = self._path.read_bytes()
+        with contextlib.suppress(ArtifactError):
+            content = read_bytes(self._path, MAX_FILE)
         for attempt in dict.fromkeys((content, b"")):  # A damaged file is as good as none.
             cache = config.create_timing_cache(attempt)
             if cache is not None and config.set_timing_cache(cache, False):
@@ -236,21 +235,8 @@ class TimingCache:
         cache = config.get_timing_cache()
         if cache is None:
             return
-        with contextlib.suppress(OSError), _replaced(self._path) as name:
-            Path(name).write_bytes(bytes(cache.serialize()))
-
-
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[str]:
-    """A new file beside `path` that takes its place at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield name
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        with contextlib.suppress(ArtifactError):
+            write_bytes(self._path, bytes(cache.serialize()))
 
 
 def timing_cache_path(device: Device, version: str) -> Path:

@@ -38,7 +38,7 @@ class Work:
     """One engine to build, with everything that candidates share."""
 
     trt: Any
-    model: Path
+    content: bytes
     output: Path
     engine: Engine
     bundle: Path
@@ -58,7 +58,7 @@ def candidates(trt: Any, folder: Path, manifest: Mapping[str, Any], device: Devi
     if kernels not in KERNELS:
         raise ConfigError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNELS)}.")
     sparse = f"{DOMAIN}::SparseAttention" in manifest.get("ops", {})
-    reason = plugin.why_not(trt, folder, device) if sparse else "the model has no sparse attention"
+    reason = plugin.why_not(trt, folder, manifest, device) if sparse else "the model has no sparse attention"
     if kernels == PLUGIN and reason:
         raise BackendError(f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable.")
     if kernels == PLUGIN:
@@ -110,11 +110,11 @@ def _prefixed(tell: Progress, name: str) -> Progress:
 
 
 def _build(work: Work, name: str, path: Path, driver: Driver, tell: Progress) -> dict[str, Any]:
-    content = work.model.read_bytes()
+    content = work.content
     if name == DENSE:
         content = dense_model(content)
     if name == PLUGIN:
-        content = plugin.prepare(work.trt, content, work.bundle, driver.device)
+        content = plugin.prepare(work.trt, content, work.bundle, open_bundle(work.bundle), driver.device)
     built = build_engine_file(work.trt, content, driver.device, driver.free_bytes(), work.settings, tell)
     write_engine(path, built.content)
     return built.details

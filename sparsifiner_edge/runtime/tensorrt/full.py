@@ -13,7 +13,7 @@ from typing import Any
 
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.runtime.build import BuildRequest, Planned
-from sparsifiner_edge.runtime.build_worker import Job, Progress
+from sparsifiner_edge.runtime.build_worker import Job, Progress, job_model
 from sparsifiner_edge.runtime.cuda import Device, open_driver, probe
 from sparsifiner_edge.runtime.engines import AMPERE_PLUS, VERSION_COMPATIBLE, BatchRange, Engine, system
 from sparsifiner_edge.runtime.tensorrt import choose
@@ -128,7 +128,7 @@ def build(job: Job, tell: Progress) -> dict[str, Any]:
             detailed=settings["detailed"],
         )
         engine = Engine(**{**planned, "batch": how.batch, "compatible": how.compatible})
-        work = choose.Work(trt, Path(job["model"]), Path(job["output"]), engine, Path(settings["bundle"]), how)
+        work = choose.Work(trt, job_model(job), Path(job["output"]), engine, Path(settings["bundle"]), how)
         return choose.build_fastest(work, settings["candidates"], driver, tell)
     finally:
         driver.close()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.artifacts import read_listed
 from sparsifiner_edge.errors import BackendError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.engines import Device, Engine, fitting_engine, listed_engines, mismatches
@@ -64,4 +65,5 @@ def open_listed(trt: Any, backend: str, folder: Path, manifest: Mapping[str, Any
     # What needs no GPU to be seen comes first: another system's engine would not run with one either.
     fitting_engine(engines, Device(backend, str(trt.__version__), ""), folder)
     engine = fitting_engine(engines, target(backend, trt, probe()), folder)
-    return EngineSession(trt, folder / engine.file, engine, manifest)
+    content = read_listed(folder, manifest, engine.file)
+    return EngineSession(trt, folder / engine.file, engine, manifest, content=content)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.artifacts import read_listed
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.cuda import Device
 from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, kernel_model, read_table
@@ -22,11 +23,11 @@ _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
 
 
-def why_not(trt: Any, folder: Path, device: Device) -> str | None:
+def why_not(trt: Any, folder: Path, manifest: Mapping[str, Any], device: Device) -> str | None:
     """Why the kernels of a bundle cannot go into an engine for a device; None where they can."""
     if not hasattr(trt, "QuickPluginCreationRequest"):
         return f"TensorRT {trt.__version__} has no ahead-of-time plugins (10.9 and later have)"
-    if read_table(folder, _capability(device)) is None:
+    if read_table(folder, manifest, _capability(device)) is None:
         return f"the bundle has no kernels for {device.name}; export it with --board"
     return None
 
@@ -35,7 +36,7 @@ def _capability(device: Device) -> int:
     return 10 * device.sm[0] + device.sm[1]
 
 
-def prepare(trt: Any, content: bytes, bundle: Path, device: Device) -> bytes:
+def prepare(trt: Any, content: bytes, bundle: Path, manifest: Mapping[str, Any], device: Device) -> bytes:
     """Register the plugins of a bundle for a device, and give the model that uses them.
 
     Args:
@@ -47,15 +48,17 @@ def prepare(trt: Any, content: bytes, bundle: Path, device: Device) -> bytes:
     """
     import onnx
 
-    reason = why_not(trt, bundle, device)
-    table = read_table(bundle, _capability(device)) if reason is None else None
+    reason = why_not(trt, bundle, manifest, device)
+    table = read_table(bundle, manifest, _capability(device)) if reason is None else None
     if table is None:
         raise BackendError(f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable.")
-    register(trt, table, bundle, _capability(device))
+    register(trt, table, bundle, manifest, _capability(device))
     return bytes(kernel_model(onnx.load_from_string(content), table).SerializeToString())
 
 
-def register(trt: Any, table: Mapping[str, Any], bundle: Path, capability: int) -> list[str]:
+def register(
+    trt: Any, table: Mapping[str, Any], bundle: Path, manifest: Mapping[str, Any], capability: int
+) -> list[str]:
     """Register a plugin for every launch of a table; returns their identifiers, those known before included."""
     trtp = importlib.import_module(f"{trt.__name__}.plugin")
     identifiers = []
@@ -64,7 +67,7 @@ def register(trt: Any, table: Mapping[str, Any], bundle: Path, capability: int) 
         identifiers.append(identifier)
         if identifier in _registered:
             continue
-        ptx = (bundle / code_file(capability, name, "ptx")).read_text(encoding="utf-8")
+        ptx = read_listed(bundle, manifest, code_file(capability, name, "ptx")).decode("utf-8", "replace")
         trtp.register(identifier)(describe(trt, trtp, launch))
         trtp.aot_impl(identifier)(implement(trtp, launch, ptx))
         _registered.add(identifier)

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.artifacts import MODEL_FILE, read_listed
 from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.runtime.build import MODEL, BuildRequest, Planned
-from sparsifiner_edge.runtime.build_worker import Job, Progress
+from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.runtime.build import BuildRequest, Planned
+from sparsifiner_edge.runtime.build_worker import Job, Progress, job_model
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.engines import BatchRange, Engine, system
 from sparsifiner_edge.runtime.tensorrt.build import add_profile, make_monitor, parse, write_engine
@@ -53,8 +55,7 @@ def plan(request: BuildRequest) -> list[Planned]:
     capabilities = request.capabilities or (probe().compute_capability,)
     for capability in capabilities:
         _check_capability(capability)
-    # Where the weights lie in files of their own there is nothing in those to check.
-    model = onnx.load(str(request.folder / MODEL), load_external_data=False)
+    model = read_model(read_listed(request.folder, request.manifest, MODEL_FILE), request.folder / MODEL_FILE)
     check_operators(model)
     if _TURING in capabilities and not any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer):
         raise ConfigError(
@@ -81,14 +82,13 @@ def _check_capability(capability: str) -> None:
 
 def build(job: Job, tell: Progress) -> dict[str, Any]:
     """See `build.EngineBackend`."""
-    import onnx
 
     trt = load_backend()
     engine = job["engine"]
     capability = engine["compute_capability"]
     start = time.monotonic()
     tell("reading the model", 0, 1)
-    model = onnx.load(job["model"])
+    model = read_model(job_model(job), job["model"])
     if capability == _TURING:
         model = without_single_products(model)
     messages = Messages()

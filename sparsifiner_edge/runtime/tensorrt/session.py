@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from sparsifiner_edge.errors import ArtifactError, BackendError
+from sparsifiner_edge.artifacts import MAX_FILE
+from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.runtime import cuda, engines
 from sparsifiner_edge.runtime.cuda import Driver, Lane, Times, open_driver
 from sparsifiner_edge.runtime.engines import Engine
-from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs
+from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs, validate_outputs
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error, unusable_engine
 
 Shape = tuple[int, ...]
@@ -39,16 +41,25 @@ class EngineSession:
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        path: the engine's file; its hash has been checked.
+        path: the engine's file.
         engine: what it was built for.
         manifest: of its bundle; names the dynamic axes.
         graph: record runs of one shape as a CUDA graph, where the CUDA package can.
+        content: of the file, as `artifacts.read_listed` gives it; None for one that was just built: it is read here.
 
     Raises:
         BackendError: no CUDA device, another machine than the engine is for, or TensorRT refuses it.
     """
 
-    def __init__(self, trt: Any, path: Path, engine: Engine, manifest: Mapping[str, Any], graph: bool = True) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        path: Path,
+        engine: Engine,
+        manifest: Mapping[str, Any],
+        graph: bool = True,
+        content: bytes | None = None,
+    ) -> None:
         start = time.perf_counter_ns()
         self.backend = engine.backend
         self._trt, self._engine_info, self._graph = trt, engine, graph
@@ -59,7 +70,7 @@ class EngineSession:
             self._driver = open_driver()
             stack.callback(self._driver.close)
             self._check_machine()
-            self._engine = self._deserialise(path)
+            self._engine = self._deserialise(path, content)
             stack.callback(self._drop)
             self._context = self._make_context()
             self.inputs, self.outputs = self._specs(manifest)
@@ -75,18 +86,14 @@ class EngineSession:
         if reasons:
             raise BackendError(f"{self._path} does not run here: {'; '.join(reasons)}.", "Build it on this machine.")
 
-    def _deserialise(self, path: Path) -> Any:
+    def _deserialise(self, path: Path, content: bytes | None) -> Any:
         trt = self._trt
         self._logger = make_logger(trt, self._messages)
         runtime = trt.Runtime(self._logger)
         if engines.VERSION_COMPATIBLE in self._engine_info.compatible:
             # Such an engine carries code for the processor; TensorRT runs it only when told that the file is trusted.
             runtime.engine_host_code_allowed = True
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{path} cannot be read: {error}.", "Build the engine again.") from error
-        engine = runtime.deserialize_cuda_engine(content)
+        engine = runtime.deserialize_cuda_engine(read_bytes(path, MAX_FILE) if content is None else content)
         if engine is None:
             raise unusable_engine(path, self._messages)
         self._runtime = runtime
@@ -227,7 +234,9 @@ class EngineSession:
         self._bind(shapes)
         outputs = {s.name: (np.dtype(s.dtype), tuple(self._context.get_tensor_shape(s.name))) for s in self.outputs}
         key = tuple(sorted(shapes.items())) if self._graph else None
-        return self._lane.run(inputs, outputs, self._enqueue, key)
+        answer = self._lane.run(inputs, outputs, self._enqueue, key)
+        validate_outputs(self._path, answer)
+        return answer
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._lane.stream_number):

@@ -9,6 +9,7 @@ GstAnalytics, answers come as messages alone, and a warning says so.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             for field, key in (("classes", "class"), ("labels", "label"), ("probabilities", "probability")):
                 structure.set_value(field, Gst.ValueArray([entry[key] for entry in answer["top"]]))
         else:
-            structure.set_value("features", Gst.ValueArray(answer["features"]))
-            structure.set_value("change", float(answer["change"]))
+            structure.set_value("features", Gst.ValueArray([math.nan if x is None else x for x in answer["features"]]))
+            structure.set_value("change", math.nan if answer["change"] is None else float(answer["change"]))
         self.post_message(Gst.Message.new_element(self, structure))
 
     def _warn(self, text: str) -> None:

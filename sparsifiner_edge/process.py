@@ -1,0 +1,110 @@
+"""How this package starts other processes: one way for Python of its own, one for programs.
+
+All of them end when the process that started them does, whatever way that goes: the kernel sees to it, so that one that
+hangs in native code ends as well. Python is started so that no file of the working directory is ever imported, without
+telemetry, and without core files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.quiet import NO_TELEMETRY
+
+_SOURCE = str(Path(__file__).resolve().parents[1])
+_MOST_FILES = 4096
+_PR_SET_PDEATHSIG = 1
+# Before anything is imported but what is built in: `-c` puts the working directory first, and an empty entry of
+# PYTHONPATH means it too. Where this package runs from its source folder that comes last.
+_BOOT = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]; "
+    "sys.path.append(sys.argv[3]) if sys.argv[3] not in sys.path else None; "
+    "from sparsifiner_edge.process import _serve; _serve(sys.argv[1], int(sys.argv[2]))"
+)
+
+
+def start_python(module: str, environment: Mapping[str, str] | None = None, **pipes: Any) -> subprocess.Popen[bytes]:
+    """`python -m module`, as a session of its own: Ctrl-C is for whoever started it, who then ends it.
+
+    Args:
+        module: one of this package's.
+        environment: variables on top of this process's own.
+        pipes: `stdin`, `stdout`, `stderr`, `cwd` of `subprocess.Popen`.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    command = [sys.executable, "-c", _BOOT, module, str(os.getpid()), _SOURCE]
+    return subprocess.Popen(command, env=_environment(environment), start_new_session=True, **pipes)
+
+
+def start_program(command: Sequence[str], **pipes: Any) -> subprocess.Popen[bytes]:
+    """A program that is not Python, in the session and the folder of this process.
+
+    Args:
+        command: program and arguments; no shell reads them.
+        pipes: as `start_python`, and `pass_fds`.
+
+    Raises:
+        OSError: the system refuses, or there is no such program.
+    """
+    return subprocess.Popen(
+        list(command), env=_environment(None), preexec_fn=_end_with_starter,  # noqa: PLW1509  (it only makes a system call)
+        **pipes,
+    )  # fmt: skip
+
+
+def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
+    made = {**NO_TELEMETRY, **os.environ, **(more or {})}
+    if "PYTHONPATH" in made:  # An empty entry would be the working directory.
+        made["PYTHONPATH"] = os.pathsep.join(filter(None, made["PYTHONPATH"].split(os.pathsep)))
+    return made
+
+
+def _serve(module: str, parent: int) -> None:
+    """The new process's first call."""
+    end_with_parent(parent)
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_NOFILE, _MOST_FILES)
+    sys.argv[:] = [module]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel end this process as soon as the thread that started it ends."""
+    if sys.platform != "linux":
+        return
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:  # It has ended already.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def _prctl(option: int, value: int) -> None:
+    assert _libc is not None
+    _libc.prctl(option, value, 0, 0, 0)
+
+
+def _end_with_starter() -> None:
+    """Between fork and exec, where only system calls are safe."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0)
+
+
+def _limit(kind: int, most: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(kind)[1]
+        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (value, value))

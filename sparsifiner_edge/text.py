@@ -1,0 +1,75 @@
+"""What a stranger wrote, shown: names of files, labels, keys and messages, in terminals, JSON and configurations.
+
+A name may hold escape sequences that rewrite a terminal, characters that reverse the direction of what follows, line
+breaks that fake a line, or bytes that are no text. `shown` makes all of that visible and harmless.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+_SHORT = 300
+_HIDDEN = re.compile(
+    "[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\ud800-\uf8ff\ufeff\ufff9-\uffff]"
+    "|[\U000e0000-\U0010ffff]"
+)
+"""Controls (C0, C1), directions and other formats, line separators, halves of characters, private use, tags."""
+
+
+def shown(text: object, most: int = _SHORT) -> str:
+    r"""Text in one line that does nothing to whatever shows it: hidden characters become escapes such as \x1b.
+
+    Args:
+        text: anything; its `str`.
+        most: characters; what is longer is cut in the middle.
+    """
+    plain = _HIDDEN.sub(lambda match: _escape(match[0]), str(text))
+    if len(plain) <= most:
+        return plain
+    half = (most - 5) // 2
+    return f"{plain[:half]} ... {plain[-half:]}"
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def dump_json(content: Any, indent: int | None = 2) -> str:
+    r"""JSON text as every file and line of ours is written, with a line break at its end.
+
+    Letters of all languages stay as they are; hidden characters are escaped (\u009b).
+
+    Raises:
+        ValueError: NaN or infinity, which JSON has not; see `finite`.
+    """
+    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    # Outside of strings JSON's text holds no hidden character but its own line breaks.
+    lines = (_HIDDEN.sub(lambda match: _json_escape(match[0]), line) for line in text.split("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def _json_escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    code -= 0x10000
+    return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
+
+
+def finite(content: Any) -> tuple[Any, int]:
+    """The same content with None for every NaN and infinity, and how many there were."""
+    if isinstance(content, float):
+        return (content, 0) if math.isfinite(content) else (None, 1)
+    if isinstance(content, dict):
+        pairs = {name: finite(value) for name, value in content.items()}
+        return {name: value for name, (value, _) in pairs.items()}, sum(count for _, count in pairs.values())
+    if isinstance(content, (list, tuple)):
+        found = [finite(value) for value in content]
+        return [value for value, _ in found], sum(count for _, count in found)
+    return content, 0

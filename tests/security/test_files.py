@@ -1,0 +1,197 @@
+"""What a signature covers is what runs: no file beside the model's, no file put in another's place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from sparsifiner_edge import signing
+from sparsifiner_edge.artifacts import open_bundle, read_labels, read_listed
+from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.runtime import check_golden, open_session
+from sparsifiner_edge.signing import require_signature, sign_bundle
+from tests.commands import assert_refused, process
+from tests.package.reseal import reseal
+from tests.tiny import make_bundle
+
+IMAGE = {"image": np.full((1, 4, 4, 3), 200, np.uint8)}
+
+
+def outside(model: onnx.ModelProto, location: str) -> None:
+    tensor = next(t for t in model.graph.initializer if t.name == "w0")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+
+
+def outside_constant(model: onnx.ModelProto, location: str) -> None:
+    tensor = onnx.TensorProto(name="c", data_type=onnx.TensorProto.FLOAT, dims=[2], data_location=1)
+    tensor.external_data.add(key="location", value=location)
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["unused"], value=tensor))
+
+
+def outside_branch(model: onnx.ModelProto, location: str) -> None:
+    """In a subgraph of a function's body."""
+    inner = onnx.GraphProto(name="inner")
+    inner.initializer.add(name="c", data_type=onnx.TensorProto.FLOAT, dims=[2], data_location=1).external_data.add(
+        key="location", value=location
+    )
+    node = onnx.helper.make_node("If", ["x"], ["z"])
+    node.attribute.append(onnx.helper.make_attribute("then_branch", inner))
+    model.functions[0].node.append(node)
+
+
+def context(model: onnx.ModelProto, location: str) -> None:
+    node = onnx.helper.make_node("EPContext", [], ["unused"], domain="com.microsoft", ep_cache_context=location)
+    model.graph.node.append(node)
+
+
+@pytest.mark.parametrize("location", ["/etc/passwd", "../weights.bin", "weights.bin"])
+@pytest.mark.parametrize("change", [outside, outside_constant, outside_branch, context])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_model_that_names_other_files_is_refused(
+    listed: bool, change: Callable[[Any, str], None], location: str, tmp_path: Path, keys: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    bundle = make_bundle(tmp_path / "bundle", function=True, preprocessing={"size": 4})
+    model = onnx.load(bundle / "model.onnx")
+    change(model, location)
+    (bundle / "model.onnx").write_bytes(model.SerializeToString())
+    weights = np.ones((8, 8), np.float32).tobytes()
+    (tmp_path / "weights.bin").write_bytes(weights)
+    if listed:
+        (bundle / "weights.bin").write_bytes(weights)
+    reseal(bundle)
+    with pytest.raises(ArtifactError, match=r"another file|names other files"):
+        sign_bundle(bundle, keys / "key.pem")
+    with monkeypatch.context() as patch:  # As one who signs by other means.
+        patch.setattr(signing, "read_model", lambda *_: None)
+        sign_bundle(bundle, keys / "key.pem")
+    for options in ({}, {"public_key": keys / "key.pub"}):
+        with pytest.raises(ArtifactError, match=r"another file|names other files"):
+            open_session(bundle, **options)
+    if (change, listed, location) == (outside, True, "weights.bin"):
+        image = tmp_path / "image.png"
+        image.write_bytes(b"")
+        for line in (["run", bundle, "--source", "test", "--frames", "1"], ["profile", bundle, "--seconds", ".1"],
+                     ["build", bundle], ["package", bundle, "--for", "triton", "-o", tmp_path / "out"]):  # fmt: skip
+            assert_refused(process(*line), "weights.bin")
+
+
+class Swapper:
+    """Puts another model in a bundle's place and back again, as fast as it can."""
+
+    def __init__(self, bundle: Path, other: bytes, way: str) -> None:
+        self._path, self._contents, self._way = (
+            bundle / "model.onnx",
+            [other, (bundle / "model.onnx").read_bytes()],
+            way,
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        scratch = self._path.parent.parent / "scratch"
+        while not self._stop.is_set():
+            for content in self._contents:
+                if self._way == "renamed":
+                    scratch.write_bytes(content)
+                    scratch.replace(self._path)
+                else:
+                    with self._path.open("r+b") as file:
+                        file.write(content)
+                        file.truncate()
+
+    def __enter__(self) -> Swapper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.mark.parametrize("way", ["renamed", "rewritten"])
+def test_a_model_swapped_while_it_is_opened_never_runs(way: str, tmp_path: Path, keys: Path) -> None:
+    found = swapped_while_opened(tmp_path, keys, way, tries=150)
+    assert found["altered"] == 0
+    assert found["opened"] > 0
+    assert found["refused"] > 0
+
+
+def swapped_while_opened(folder: Path, keys: Path, way: str, tries: int) -> dict[str, int]:
+    """Open a signed bundle, again and again, while its model is swapped: which model answered."""
+    bundle = make_bundle(folder / way / "bundle", preprocessing={"size": 4})
+    sign_bundle(bundle, keys / "key.pem")
+    with open_session(bundle) as session:
+        wanted = session.infer(IMAGE)["features"]
+    model = onnx.load(bundle / "model.onnx")
+    weights = next(t for t in model.graph.initializer if t.name == "w0")
+    weights.raw_data = bytes(bytearray(weights.raw_data)[::-1])
+    found = {"opened": 0, "refused": 0, "altered": 0}
+    with Swapper(bundle, model.SerializeToString(), way):
+        for _ in range(tries):
+            try:
+                with open_session(bundle, public_key=keys / "key.pub") as session:
+                    same = bool(np.array_equal(session.infer(IMAGE)["features"], wanted))
+                found["opened" if same else "altered"] += 1
+            except ArtifactError:
+                found["refused"] += 1
+    return found
+
+
+def test_everything_is_read_as_the_manifest_says(tmp_path: Path, keys: Path) -> None:
+    """Labels, golden pair and model changed after the signature was checked reach nobody."""
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle / "labels.txt").write_text("cat\n")
+    reseal(bundle)
+    sign_bundle(bundle, keys / "key.pem")
+    manifest = require_signature(bundle, keys / "key.pub")
+    assert read_labels(manifest, bundle) == ["cat"]
+    with open_session(bundle) as session:
+        for name, read in (
+            ("labels.txt", lambda: read_labels(manifest, bundle)),
+            ("golden.npz", lambda: check_golden(session, bundle, manifest)),
+            ("model.onnx", lambda: read_listed(bundle, manifest, "model.onnx")),
+        ):
+            kept = (bundle / name).read_bytes()
+            (bundle / name).write_bytes(kept + b"x")
+            with pytest.raises(ArtifactError, match=f"{name} does not match its SHA-256"):
+                read()
+            (bundle / name).unlink()
+            with pytest.raises(ArtifactError, match=f"{name} is missing"):
+                read()
+            os.mkfifo(bundle / name)
+            with pytest.raises(ArtifactError, match=name):
+                read()
+            (bundle / name).unlink()
+            (bundle / name).write_bytes(kept)
+    with pytest.raises(ArtifactError, match=r"has no kernels/sm87\.json"):
+        read_listed(bundle, manifest, "kernels/sm87.json")
+
+
+def test_kernels_that_the_manifest_does_not_list_are_not_the_bundles(tmp_path: Path) -> None:
+    from sparsifiner_edge.runtime.kernels import read_table
+
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle / "kernels").mkdir()
+    (bundle / "kernels" / "sm87.json").write_text('{"schema_version": 1, "launches": {}, "nodes": {}}')
+    assert read_table(bundle, open_bundle(bundle), 87) is None
+    reseal(bundle)
+    assert read_table(bundle, open_bundle(bundle), 87) is not None
+
+
+def test_labels_are_shown_harmless(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle / "labels.txt").write_bytes("cat\x1b[31m\n\u202edog\nu\u2028v\n\u732b\n".encode())
+    reseal(bundle)
+    assert read_labels(open_bundle(bundle), bundle) == ["cat\\x1b[31m", "\\u202edog", "u\\u2028v", "\u732b"]
+    shutil.rmtree(bundle)

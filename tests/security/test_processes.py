@@ -1,0 +1,129 @@
+"""Processes that the package starts: no file of the working directory runs in them, and none outlives its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sparsifiner_edge.signing import sign_bundle
+from tests.camera.conftest import encode
+from tests.tiny import make_bundle
+
+SCRIPT = Path(sys.executable).with_name("sparsifiner-edge")
+PLANTED = ("numpy", "json", "av", "PIL", "onnxruntime", "runpy", "ctypes", "subprocess", "sparsifiner_edge", "timm")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A working directory in which every likely module says that it ran."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name in (*PLANTED, "sitecustomize", "usercustomize"):
+        (folder / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\nraise SystemExit(9)\n"
+        )
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, keys: Path) -> Path:
+    folder = make_bundle(tmp_path / "bundle", size=8, preprocessing={"size": 8})
+    sign_bundle(folder, keys / "key.pem")
+    return folder
+
+
+@pytest.mark.parametrize("path", [None, "", ":/nowhere", "/nowhere:"])
+@pytest.mark.parametrize("command", ["test", "video", "image", "profile", "build", "verify"])
+def test_no_file_of_the_working_directory_runs(
+    command: str, path: str | None, hostile: Path, bundle: Path, keys: Path, tmp_path: Path
+) -> None:
+    if path is not None and command in ("image", "verify"):
+        pytest.skip("starts no process: PYTHONPATH is this process's own")
+    image, video = tmp_path / "image.png", tmp_path / "video.mp4"
+    Image.new("RGB", (8, 8)).save(image)
+    if command == "video":
+        import numpy as np
+
+        encode(video, [np.zeros((64, 64, 3), np.uint8)] * 3)
+    key = ["--require-signature", str(keys / "key.pub")]
+    arguments = {
+        "test": ["run", str(bundle), "--source", "test", "--frames", "1", *key],
+        "video": ["run", str(bundle), "--source", str(video), *key],
+        "image": ["run", str(bundle), "--source", str(image), *key],
+        "profile": ["profile", str(bundle), "--seconds", "0.2", "-o", str(tmp_path / "result.json")],
+        "build": ["build", str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "8.6"],
+        "verify": ["bundle", "verify", str(bundle)],
+    }[command]
+    # The parent's own PYTHONPATH is cleared by -I; what it hands on to its children is what is tested.
+    start = [sys.executable, "-I", str(SCRIPT)]
+    environment = os.environ | ({} if path is None else {"PYTHONPATH": path})
+    done = subprocess.run(
+        [*start, *arguments], cwd=hostile, env=environment, capture_output=True, text=True, check=False
+    )
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()
+    # The tiny bundle lacks what GStreamer wants: a check that fails is an answer too.
+    assert done.returncode == (1 if command == "verify" else 0), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["python", "program"])
+def test_a_process_that_hangs_ends_with_its_parent(kind: str) -> None:
+    start = (
+        "start_python('tests.security.hang', stdout=subprocess.PIPE)" if kind == "python" else
+        "start_program([sys.executable, '-m', 'tests.security.hang'], stdout=subprocess.PIPE)"
+    )  # fmt: skip
+    code = (
+        "import subprocess, sys, time\n"
+        "from sparsifiner_edge.process import start_program, start_python\n"
+        f"child = {start}\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.kill()
+    deadline = time.monotonic() + 2
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    gone = not alive(pid)
+    if not gone:
+        os.kill(pid, signal.SIGKILL)
+    assert gone
+
+
+def test_children_are_limited_and_quiet() -> None:
+    code = (
+        "import subprocess, sys\n"
+        "from sparsifiner_edge.process import start_python\n"
+        "print(start_python('tests.security.tell', stdout=subprocess.PIPE).communicate()[0].decode())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("TELEMETRY")}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root, env=environment
+    )
+    told = json.loads(done.stdout)
+    assert told["telemetry"] == "1"
+    assert told["core"] == 0
+    assert told["files"] <= 4096
+    assert told["session"] == told["pid"]
+    assert "" not in told["path"]

@@ -1,0 +1,18 @@
+"""Tables of kernels in folders that are no whole bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.artifacts import sha256
+from sparsifiner_edge.runtime.kernels import read_table
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What a manifest would say of a folder's files."""
+    return {"files": {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}}
+
+
+def table_of(folder: Path, capability: int) -> dict[str, Any] | None:
+    return read_table(folder, manifest_of(folder), capability)
