@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.results import environment, machine, package_version, unavailable
 from sparsifiner_edge.runtime import cuda, ort_cuda, ort_tensorrt
 from sparsifiner_edge.runtime.ort import load_backend
@@ -27,9 +29,9 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `native_library` (path or None) and `native_library_reason`; `backends`: per name `available`, `reason` and
-        `version`; `cuda`: the device as CUDA describes it, or `unavailable`; `triton`: as a backend; `extras`: per
-        extra its `packages` (name to version or why not), `complete` and the `install` command, or `unavailable`;
-        `warnings`; `machine` and `environment` as in results.
+        `version`; `cuda`: the device as CUDA describes it, or `unavailable`; `triton`: as a backend; `telemetry`:
+        per library "off", or what switches it on; `extras`: per extra its `packages` (name to version or why not),
+        `complete` and the `install` command, or `unavailable`; `warnings`; `machine` and `environment` as in results.
     """
     device = _cuda()
     return {
@@ -44,6 +46,7 @@ def examine() -> dict[str, Any]:
         },
         "cuda": device,
         "triton": _triton(),
+        "telemetry": _telemetry(),
         "extras": _extras(),
         "warnings": _warnings(),
         "machine": machine(),
@@ -52,14 +55,16 @@ def examine() -> dict[str, Any]:
 
 
 def _native_library() -> dict[str, Any]:
-    path = native.library_path()
-    if path is None:
-        return {"native_library": None, "native_library_reason": native.why_missing()}
     try:
-        reason = f"loads, and uses {native.target()}"
-    except (OSError, ValueError) as error:
-        return {"native_library": None, "native_library_reason": f"cannot be used: {error}"}
-    return {"native_library": str(path), "native_library_reason": reason}
+        reason = native.why_unusable()
+    except ValueError as error:
+        reason = f"cannot be used: {error}"
+    if reason is not None:
+        return {"native_library": None, "native_library_reason": reason}
+    return {
+        "native_library": str(native.library_path()),
+        "native_library_reason": f"loads, and uses {native.target()}",
+    }
 
 
 def _backend(available: bool, reason: str, version: Any) -> dict[str, Any]:
@@ -118,6 +123,15 @@ def _triton() -> dict[str, Any]:
     except Exception as error:  # Its own library may not load.
         return _backend(False, f"cannot be imported: {error}", package_version("triton"))
     return _backend(True, "imports; compiles kernels for boards, with or without a GPU", str(module.__version__))
+
+
+def _telemetry() -> dict[str, str]:
+    """Whether a library may report its use from here: "off", or what switches it on."""
+    name = "ORT_DISABLE_TELEMETRY"
+    value = os.environ.get(name, "")
+    return {
+        "onnxruntime": "off" if value == NO_TELEMETRY[name] else f"on: {name} is set to {value!r} in the environment"
+    }
 
 
 def _extras() -> dict[str, Any]:

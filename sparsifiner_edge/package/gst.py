@@ -67,7 +67,7 @@ gir1.2-gst-plugins-base-1.0 python3-venv), with packages from an environment tha
 
     /usr/bin/python3 -m venv --system-site-packages venv
     venv/bin/pip install "sparsifiner-edge[cpu]"
-    export PATH="$PWD/venv/bin:$PATH" GST_PLUGIN_PATH="$PWD/plugins"
+    export PATH="$PWD/venv/bin:$PATH" GST_PLUGIN_PATH="$PWD/plugins" ORT_DISABLE_TELEMETRY=1
     gst-launch-1.0 -m videotestsrc num-buffers=25 ! videoconvert ! sparsifiner bundle=bundle ! fakesink
     gst-launch-1.0 -m v4l2src ! videoconvert ! sparsifiner bundle=bundle ! videoconvert ! autovideosink
 
@@ -83,5 +83,5 @@ not load.
         onnxinference model-file=bundle/{MODEL} input-image-format=hwc ! fakesink
 
 It attaches the outputs as a GstTensorMeta (1.24 or later, built with ONNX Runtime), each under the id
-`sparsifiner-edge-NAME`.
+`sparsifiner-edge-NAME`. ORT_DISABLE_TELEMETRY, set above, keeps ONNX Runtime from reporting its use.
 """

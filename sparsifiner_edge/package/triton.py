@@ -83,7 +83,8 @@ def _write_plans(bundle: Bundle, folder: Path, engines: Mapping[str, Engine]) ->
     }
     _write_common(bundle, folder, most)
     for capability, plan in plans.items():
-        shutil.copyfile(bundle.folder / engines[capability].file, folder / "1" / plan)
+        content = read_listed(bundle.folder, bundle.manifest, engines[capability].file)
+        (folder / "1" / plan).write_bytes(content)
     (folder / "config.pbtxt").write_text(print_config(config), encoding="utf-8")
 
 
@@ -174,11 +175,11 @@ are inside the plans: no plugin has to be loaded.
     shape = ",".join(str(size) for size in (bundle.batch or 1, bundle.size, bundle.size, 3))
     return f"""# {bundle.name} for Triton Inference Server
 
-    docker run --rm -p 8000-8002:8000-8002 -v "$PWD/models:{MOUNT}" nvcr.io/nvidia/tritonserver:YY.MM-py3 \\
+    docker run --rm -e ORT_DISABLE_TELEMETRY=1 -p 8000-8002:8000-8002 -v "$PWD/models:{MOUNT}" nvcr.io/nvidia/tritonserver:YY.MM-py3 \\
         sh -c '{setup}tritonserver --model-repository={MOUNT}'
     curl -f localhost:8000/v2/models/{bundle.name}/ready
 
-Put a release of the container in the place of YY.MM. The repository must be at `{MOUNT}` there: `config.pbtxt` names
+Put a release of the container in the place of YY.MM. The variable keeps ONNX Runtime from reporting its use. The repository must be at `{MOUNT}` there: `config.pbtxt` names
 the operators' library by that path. One request, from Python (`pip install "tritonclient[http]"`):
 
     import numpy as np, tritonclient.http as http

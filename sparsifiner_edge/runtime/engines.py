@@ -21,6 +21,7 @@ VERSION_COMPATIBLE = "version"
 """In `Engine.compatible`: runs on later versions of the same major version (TensorRT's VERSION_COMPATIBLE flag)."""
 AMPERE_PLUS = "ampere+"
 """In `Engine.compatible`: runs on every GPU of compute capability 8.0 and later (HardwareCompatibilityLevel)."""
+_WORD = re.compile(r"[A-Za-z0-9.+_-]{0,64}", re.ASCII)
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)", re.ASCII)
 
 
@@ -149,6 +150,9 @@ def _read(entry: Any, folder: Path) -> Engine:
         raise ArtifactError(f"{folder} lists an engine that is no object.", "Export the bundle again.")
     names = ("backend", "version", "compute_capability", "os", "cpu", "precision", "variant", "file")
     texts = {name: field(entry, folder, name, str) for name in names}
+    for name in names[:-1]:  # They go into names of files, into configurations and to people.
+        if not _WORD.fullmatch(texts[name]):
+            raise ArtifactError(f"{folder} lists an engine whose {name} is {texts[name]!r:.80}.", "Do not use it.")
     batch = BatchRange(*(field(entry, folder, f"batch.{name}", int) for name in BatchRange._fields))
     compatible = tuple(map(str, field(entry, folder, "compatible", list)))
     return Engine(**texts, batch=batch, compatible=compatible, details=field(entry, folder, "details", dict))

@@ -1,0 +1,107 @@
+"""No network unless asked: every command, and what it starts, in a network namespace where any packet is seen."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge import doctor
+from sparsifiner_edge.cli.main import COMMANDS
+from tests.camera.conftest import encode
+from tests.models import TINY
+from tests.tiny import make_bundle
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 30
+"""ONNX Runtime reports its use some 20 s after it was imported."""
+
+
+def isolated(commands: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.security.isolated", str(seconds)],
+        input=json.dumps(commands), capture_output=True, text=True, check=False, cwd=ROOT, timeout=seconds + 60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@functools.cache
+def permitted() -> bool:
+    probe = "from tests.security.isolated import enter; enter()"
+    return subprocess.run([sys.executable, "-c", probe], capture_output=True, check=False, cwd=ROOT).returncode == 0
+
+
+needs_namespaces = pytest.mark.skipif(not permitted(), reason="network namespaces are not permitted here")
+
+
+@needs_namespaces
+def test_a_packet_is_seen() -> None:
+    """The test itself: a look-up and a connection, and ONNX Runtime's report where nothing forbids it."""
+    asks = "import socket\ntry: socket.getaddrinfo('report.example.org', 443)\nexcept OSError: pass"
+    calls = "import socket\nsocket.create_connection(('192.0.2.7', 443), 1)"
+    found = isolated([{"name": "asks", "arguments": [sys.executable, "-c", asks]}], 10)
+    assert any("example" in packet for packet in found["packets"]), found
+    found = isolated([{"name": "calls", "arguments": [sys.executable, "-c", calls]}], 10)
+    assert any("c0000207" in packet for packet in found["packets"]), found
+
+
+@needs_namespaces
+def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_weights: Path, pictures: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", size=8, preprocessing={"size": 8})
+    video = encode(tmp_path / "video.mp4", [np.zeros((64, 64, 3), np.uint8)] * 3)
+    result = tmp_path / "result.json"
+    program = [sys.executable, "-m", "sparsifiner_edge"]
+    made = subprocess.run(
+        [*program, "profile", bundle, "--seconds", ".1", "-o", result], check=False, capture_output=True
+    )
+    assert made.returncode == 0, made.stderr
+    lines: dict[str, list[Any]] = {
+        # The two that go on: cameras and measuring run for the whole time.
+        "run test": ["run", bundle, "--source", "test", "--fps", "2"],
+        "profile": ["profile", bundle, "--seconds", str(SECONDS), "-o", tmp_path / "long.json"],
+        "run video": ["run", bundle, "--source", video],
+        "run images": ["run", bundle, "--source", pictures],
+        "sparsify": ["sparsify", TINY, "--weights", tiny_weights, "--img-size", "160", "-o", tmp_path / "student"],
+        "distill": ["distill", tiny_student, "--data", pictures, "--set", "distil.steps=1", "-o", tmp_path / "better"],
+        "evaluate": ["evaluate", tiny_student, "--data", pictures],
+        "export": ["export", tiny_student, "-o", tmp_path / "exported"],
+        "build": ["build", bundle],
+        "estimate": ["estimate", bundle, "--board", "jetson-orin-nano-8gb"],
+        "report": ["report", result, "-o", tmp_path / "page.html"],
+        "package": ["package", bundle, "--for", "triton", "-o", tmp_path / "package"],
+        "bundle": ["bundle", "verify", bundle],
+        "demo": ["demo", "-o", tmp_path / "demo"],
+        "doctor": ["doctor"],
+    }
+    assert {name.split()[0] for name in lines} == set(COMMANDS)
+    commands = [
+        {"name": n, "arguments": [*program, *map(str, line)], "environment": {"OMP_NUM_THREADS": "1"}}
+        for n, line in lines.items()
+    ]
+    found = isolated(commands, SECONDS + 5)
+    assert found["packets"] == []
+    assert found["codes"]["run test"] is None, found["errors"]["run test"]
+    for name, text in found["errors"].items():
+        assert "Traceback" not in text, (name, text)
+
+
+def test_telemetry_is_off_before_anything_is_imported() -> None:
+    code = "import os, sparsifiner_edge, sys\nprint(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
+    line, environment = [sys.executable, "-c", code], {"PATH": "/usr/bin"}
+    assert subprocess.check_output(line, text=True, cwd=ROOT, env=environment).split() == ["1", "False"]
+    kept = environment | {"ORT_DISABLE_TELEMETRY": "0"}  # Whoever wants it says so.
+    assert subprocess.check_output(line, text=True, cwd=ROOT, env=kept).split()[0] == "0"
+
+
+def test_doctor_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
+    assert doctor.examine()["telemetry"]["onnxruntime"] == "off"
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    assert "ORT_DISABLE_TELEMETRY" in doctor.examine()["telemetry"]["onnxruntime"]
