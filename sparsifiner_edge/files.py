@@ -66,7 +66,7 @@ def replaced(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with signals_held():
             scratch = stack.enter_context(_scratch(target, folder=True))
-        scratch.chmod(0o777 & ~_umask())
+        scratch.chmod(0o777 & ~umask())
         yield scratch
         _sync(scratch)
         with signals_held():
@@ -93,7 +93,7 @@ def replaced_file(target: Path, mode: int = 0o666) -> Iterator[Path]:
         yield scratch
         with scratch.open("rb") as file:
             os.fsync(file.fileno())
-        scratch.chmod(mode & ~_umask())
+        scratch.chmod(mode & ~umask())
         with signals_held():
             scratch.replace(place)
 
@@ -199,7 +199,8 @@ def _exchanged(one: Path, other: Path) -> bool:
     return bool(call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """This process's mask of permissions for new files."""
     current = os.umask(0)
     os.umask(current)
     return current

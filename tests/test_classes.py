@@ -87,6 +87,7 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, 
     assert record["top"][0]["label"] == "green"
 
 
+@pytest.mark.usefixtures("fashion")
 def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], tmp_path: Path) -> None:
     """A classifier's own order, which is not the alphabet's."""
     evaluate_classes(made["student"], made["queries"], metric="linear", gallery=made["gallery"], head=tmp_path / "head")
@@ -138,15 +139,25 @@ def test_the_interval_is_paired() -> None:
     assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
 
 
-def test_fashion_mnist_is_read_as_packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Fashion-MNIST as Debian packages it: six images to train, four to test, labelled 0, 1, 2, ..."""
+    folder = tmp_path / "fashion"
+    folder.mkdir()
     rng = np.random.default_rng(0)
     for prefix, count in (("train", 6), ("t10k", 4)):
         pixels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        with gzip.open(tmp_path / f"{prefix}-images-idx3-ubyte.gz", "wb") as file:
+        with gzip.open(folder / f"{prefix}-images-idx3-ubyte.gz", "wb") as file:
             file.write(struct.pack(">4i", 2051, count, 28, 28) + pixels.tobytes())
-        with gzip.open(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", "wb") as file:
+        with gzip.open(folder / f"{prefix}-labels-idx1-ubyte.gz", "wb") as file:
             file.write(struct.pack(">2i", 2049, count) + bytes(range(count)))
-    monkeypatch.setattr("sparsifiner_edge.evaluate.labelled.FASHION_FOLDER", tmp_path)
+    monkeypatch.setattr("sparsifiner_edge.evaluate.labelled.FASHION_FOLDER", folder)
+    return folder
+
+
+def test_fashion_mnist_is_read_as_packaged(fashion: Path) -> None:
+    with gzip.open(fashion / "t10k-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read()[16:], np.uint8).reshape(4, 28, 28)
     train, test = labelled("fashion-mnist", "train"), labelled("fashion-mnist", "test")
     assert (len(train), len(test), train.classes) == (6, 4, FASHION_CLASSES)
     assert test.labels.tolist() == [0, 1, 2, 3]
@@ -157,10 +168,10 @@ def test_fashion_mnist_is_read_as_packaged(tmp_path: Path, monkeypatch: pytest.M
     assert labelled("fashion-mnist", "test", classifier=tuple("abcdefghij")).classes == FASHION_CLASSES
     with pytest.raises(ConfigError, match="classes of its own"):
         labelled("fashion-mnist", "test", classifier=FASHION_CLASSES[::-1])
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
+    (fashion / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(PictureError, match="cannot be read"):
         labelled("fashion-mnist", "test")
-    (tmp_path / "t10k-images-idx3-ubyte.gz").unlink()
+    (fashion / "t10k-images-idx3-ubyte.gz").unlink()
     with pytest.raises(PictureError, match="does not exist"):
         labelled("fashion-mnist", "test")
 

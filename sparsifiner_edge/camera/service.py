@@ -186,6 +186,8 @@ class _Run:
         finally:
             with self._disk_errors() if kind is None else contextlib.suppress(OSError):
                 self._lines.close()
+            if self._lines.cut:
+                self._status.event("output_cut")
             self._sync_counts()
 
     def loop(self) -> None:

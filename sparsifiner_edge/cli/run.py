@@ -15,7 +15,6 @@ from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS, MOST_THREADS
 from sparsifiner_edge.cli.common import FiniteRange, kernels_option
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.files import require_file_path
-from sparsifiner_edge.text import dump_json
 
 _FOR_ALL = ("backend", "threads", "top", "threshold", "public_key", "kernels")
 _FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
@@ -125,4 +124,6 @@ def _require_usable(bundle: Path, source: Any, options: dict[str, Any]) -> None:
 
 
 def _print(record: dict[str, Any]) -> None:
-    click.echo(dump_json(record, indent=None), nl=False)
+    from sparsifiner_edge.camera.lines import line_of
+
+    click.echo(line_of(record)[0].decode(), nl=False)
