@@ -32,6 +32,12 @@ LIGHT = (
     "config",
     "errors",
     "pictures",
+    "text",
+    "process",
+    "quiet",
+    "files",
+    "bounds",
+    "onnx_file",
 )
 
 
@@ -125,3 +131,20 @@ def test_requirements_are_ranges() -> None:
 
 def test_the_operators_page_is_that_of_the_schema() -> None:
     assert (ROOT / "docs" / "operators.md").read_text(encoding="utf-8") == operators_markdown()
+
+
+def test_lower_bounds_are_past_the_known_holes() -> None:
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    project = re.findall(r'"((?:[a-z0-9-]+)>=[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    bounds: dict[str, list[Version]] = {}
+    for text in project:
+        requirement = Requirement(text)
+        bounds.setdefault(requirement.name, []).extend(Version(s.version) for s in requirement.specifier)
+    table = (ROOT / "docs" / "dependencies.md").read_text()
+    rows = re.findall(r"^\| ([a-z0-9-]+) \| ((?:CVE|GHSA)-\S+) \| (\S+) \|", table, re.MULTILINE)
+    assert len(rows) > 20
+    for package, hole, mended in rows:
+        assert bounds[package], package
+        assert min(bounds[package]) >= Version(mended), (package, hole)

@@ -1,0 +1,128 @@
+"""Hostile input to every command, and commands ended at random moments.
+
+    python benchmarks/fuzz.py --seconds 60                    all classes in turn, as CI does
+    python benchmarks/fuzz.py --full --kills 500 -o benchmarks/results
+    python benchmarks/fuzz.py --only manifest --seed 17 --tries 1      one try again, by its seed
+
+Every try is drawn from its class and its number alone (`--seed` is the first number). What fails is printed with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sparsifiner_edge.results import environment, machine
+from tests.fuzz import kills, materials
+from tests.fuzz.harness import Try, attempt
+from tests.fuzz.targets import TARGETS
+
+SHOWN = 20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, help="stop after so long")
+    parser.add_argument("--full", action="store_true", help="as many tries of each class as make a full run")
+    parser.add_argument("--only", choices=[*TARGETS, "kills"], action="append", help="these classes alone")
+    parser.add_argument("--tries", type=int, help="so many of each class")
+    parser.add_argument("--kills", type=int, default=0, help="commands to end at random moments")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first try")
+    parser.add_argument("--good", type=Path, help="folder of good examples, kept and used again")
+    parser.add_argument("-o", "--output", type=Path, help="folder for fuzz.json")
+    given = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        good, work = given.good or Path(scratch) / "good", Path(scratch) / "work"
+        names = [name for name in given.only or TARGETS if name in TARGETS]
+        report = run_classes(names, good, work, given)
+        if given.kills or given.only == ["kills"]:
+            report["kills"] = run_kills(good, work / "kills", given.kills or given.tries or 50, given.seed)
+    failures = sum(entry["failures"] for entry in report.values())
+    tries = sum(entry["tries"] for entry in report.values())
+    if given.output:
+        given.output.mkdir(parents=True, exist_ok=True)
+        content = {
+            "tries": tries,
+            "failures": failures,
+            "classes": report,
+            "machine": machine(),
+            "environment": environment(),
+        }
+        (given.output / "fuzz.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{tries} tries, {failures} failures")
+    return 1 if failures else 0
+
+
+def run_classes(names: list[str], good: Path, work: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """A try of each class in turn, until each has had its number or the time is over."""
+    report: dict[str, Any] = {name: {"tries": 0, "failures": 0, "seconds": 0.0, "found": []} for name in names}
+    planned = {
+        name: given.tries or (TARGETS[name].tries if given.full else 1 << 30 if given.seconds else 20) for name in names
+    }
+    for name in names:
+        materials.make(good, TARGETS[name].needs)
+        (work / name).mkdir(parents=True)
+    deadline = time.monotonic() + given.seconds if given.seconds else float("inf")
+    number = given.seed
+    while time.monotonic() < deadline and any(number - given.seed < planned[name] for name in names):
+        for name in names:
+            if number - given.seed >= planned[name] or time.monotonic() >= deadline:
+                continue
+            entry, start = report[name], time.monotonic()
+            failure = attempt(TARGETS[name], Try(random.Random(f"{name}{number}"), number, good, work / name))
+            entry["tries"] += 1
+            entry["seconds"] = round(entry["seconds"] + time.monotonic() - start, 3)
+            if failure is not None:
+                record(entry, name, number, failure)
+        number += 1
+    for name, entry in report.items():
+        print(f"{name}: {entry['tries']} tries, {entry['failures']} failures, {entry['seconds']:.0f} s")
+    return report
+
+
+def record(entry: dict[str, Any], name: str, number: int, failure: str) -> None:
+    entry["failures"] += 1
+    if len(entry["found"]) < SHOWN:
+        entry["found"].append({"number": number, "failure": failure})
+    print(f"{name} {number}: {failure}", flush=True)
+
+
+def run_kills(good: Path, work: Path, tries: int, seed: int) -> dict[str, Any]:
+    """Each command in turn, ended; at last each runs to its end, and nothing hidden may be left."""
+    materials.make(good, kills.NEEDS)
+    kills.prepare(good, work)
+    entry: dict[str, Any] = {"tries": 0, "failures": 0, "found": []}
+    temporary = work.parent / "tmp"
+    temporary.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = str(temporary)
+    start = time.monotonic()
+    for number in range(seed, seed + tries):
+        name = list(kills.VERBS)[number % len(kills.VERBS)]
+        for failure in kills.end_one(kills.VERBS[name], good, work, random.Random(f"kill{number}")):
+            record(entry, name, number, failure)
+        entry["tries"] += 1
+        shutil.rmtree(work / "k.pem", ignore_errors=True)
+        for path in (work / "k.pem", work / "k.pub"):
+            path.unlink(missing_ok=True)
+    for name, verb in kills.VERBS.items():
+        for failure in kills.left_over(verb, good, work, temporary):
+            record(entry, name, -1, failure)
+    del os.environ["TMPDIR"]
+    entry["seconds"] = round(time.monotonic() - start, 1)
+    print(f"kills: {entry['tries']} tries, {entry['failures']} failures, {entry['seconds']:.0f} s")
+    return entry
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What every try has in common: the command line in this process, a time limit, and what counts as a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import re
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsifiner_edge.cli.main import main
+from sparsifiner_edge.errors import SparsifinerError
+
+LIMIT_S = 30
+_RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What must never reach a terminal or a line of JSON as it is."""
+
+
+class FailureError(Exception):
+    """A try that shows a hole."""
+
+
+class HangError(BaseException):
+    """A try took too long."""
+
+
+class Try(NamedTuple):
+    """One try.
+
+    Attributes:
+        rng: its randomness, and nothing else's.
+        number: which it is.
+        good: folder of good examples, read only; see `materials`.
+        work: folder for whatever it makes; it lasts as long as the class.
+    """
+
+    rng: random.Random
+    number: int
+    good: Path
+    work: Path
+
+
+class Target(NamedTuple):
+    """A class of tries.
+
+    Attributes:
+        tries: how many make a full run.
+        attempt: one try; raises for a failure.
+        needs: names of materials.
+    """
+
+    tries: int
+    attempt: Callable[[Try], None]
+    needs: tuple[str, ...] = ()
+
+
+def command(*arguments: Any, codes: tuple[int, ...] = (0, 1, 2)) -> tuple[int, str, str]:
+    """The command line in this process: exit code, standard output, standard error.
+
+    Raises:
+        FailureError: another exit code, a traceback, characters that a terminal obeys, or JSON that is none.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with _handlers_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            code = left.code
+    said = out.getvalue() + err.getvalue()
+    if not isinstance(code, int) or code not in codes:
+        raise FailureError(f"exit code {code}: {err.getvalue()[:300]}")
+    if "Traceback" in said:
+        raise FailureError(said[-500:])
+    if found := _RAW.search(said):
+        raise FailureError(f"raw {found[0]!r} in {said[max(0, found.start() - 60) : found.end() + 20]!r}")
+    if "--json" in map(str, arguments) and code == 0:
+        strict_json(out.getvalue())
+    return code, out.getvalue(), err.getvalue()
+
+
+def strict_json(text: str) -> Any:
+    """JSON, and none of the numbers that Python's reader takes beyond it.
+
+    Raises:
+        FailureError: it is none.
+    """
+
+    def refuse(name: str) -> None:
+        raise FailureError(f"{name} in JSON: {text[:200]}")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except ValueError as error:
+        raise FailureError(f"no JSON ({error}): {text[:200]}") from error
+
+
+def refused(call: Callable[[], Any]) -> bool:
+    """Whether a function of ours refuses with an error that is meant for people."""
+    try:
+        call()
+    except SparsifinerError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def attempt(target: Target, one: Try) -> str | None:
+    """Carry out one try; what failed, or None."""
+
+    def ring(*_: object) -> None:
+        raise HangError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(LIMIT_S)
+    try:
+        target.attempt(one)
+    except HangError:
+        return f"took more than {LIMIT_S} s"
+    except FailureError as error:
+        return str(error)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__} in {Path(place.filename).name}:{place.lineno}: {str(error)[:200]}"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return None

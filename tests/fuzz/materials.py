@@ -1,0 +1,137 @@
+"""Good examples that tries are made from, each made once, with the project itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+SHORT = (
+    "distil.steps=6", "batch=2", "check_every=3", "save_every=2", "pictures.held_out=2", "budgets.keep=[0.1,0.2]",
+    "ema=0.9",
+)  # fmt: skip
+"""Overrides of a training of a second."""
+
+
+def images(good: Path) -> None:
+    from PIL import Image
+
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (60 + number, 80, 3), dtype=np.uint8)
+        (good / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(good / "images" / f"image{number}.png")
+
+
+def plain(good: Path) -> None:
+    """A bundle of a few products: quick to open."""
+    from tests.package.reseal import reseal
+    from tests.tiny import make_bundle
+
+    make_bundle(good / "plain", size=8, function=True, preprocessing={"size": 8})
+    (good / "plain" / "labels.txt").write_text("cat\ndog\n")
+    reseal(good / "plain")
+
+
+def keys(good: Path) -> None:
+    from sparsifiner_edge.signing import generate_key
+
+    for name in ("key", "other"):
+        generate_key(good / "keys" / f"{name}.pem")
+
+
+def signed(good: Path) -> None:
+    from sparsifiner_edge.signing import sign_bundle
+
+    shutil.copytree(good / "plain", good / "signed")
+    sign_bundle(good / "signed", good / "keys" / "key.pem")
+
+
+def student(good: Path) -> None:
+    import safetensors.torch
+
+    from sparsifiner_edge.sparse.student import sparsify
+    from tests.models import TINY, vit
+
+    safetensors.torch.save_file(vit(num_classes=10).state_dict(), good / "weights.safetensors")
+    sparsify(TINY, good / "student", weights=good / "weights.safetensors", cells=4)
+
+
+def bundle(good: Path) -> None:
+    """A bundle as `export` makes it."""
+    from sparsifiner_edge.export.bundle import export_bundle
+
+    export_bundle(good / "student", good / "bundle")
+
+
+def results(good: Path) -> None:
+    """One result of each kind."""
+    from sparsifiner_edge.evaluate.cosine import evaluate_student
+    from sparsifiner_edge.profiles import profile_bundle, sweep_bundle
+    from sparsifiner_edge.profiles.estimate import estimate_bundle
+    from sparsifiner_edge.results import write_result
+
+    made = {
+        "comparison": profile_bundle(good / "bundle", against=good / "plain", seconds=0.3, threads=1),
+        "profile": profile_bundle(good / "plain", seconds=0.2, threads=1),
+        "evaluation": evaluate_student(good / "bundle", good / "images", against=good / "bundle"),
+        "estimate": estimate_bundle(good / "bundle", "jetson-orin-nano-8gb"),
+        "sweep": sweep_bundle(good / "plain", {"threads": [1, 2]}, seconds=0.2),
+    }
+    for name, result in made.items():
+        write_result(good / "results" / f"{name}.json", result)
+
+
+def training(good: Path) -> None:
+    """A training that was cut short, with its checkpoint and history."""
+    from PIL import Image
+
+    from sparsifiner_edge.distill.distill import distill_student
+    from sparsifiner_edge.sparse.student import save_student
+    from tests.models import student as make
+
+    for number in range(12):
+        coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        path = good / "data" / ("cats" if number % 2 else "dogs") / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(coarse).resize((180, 170), Image.Resampling.BICUBIC).save(path)
+    save_student(make(num_classes=2), good / "start")
+
+    class StopError(Exception):
+        pass
+
+    def stop(done: float, _total: float, _loss: float) -> None:
+        if done == 5:
+            raise StopError
+
+    try:
+        distill_student(good / "start", good / "data", good / "out", overrides=SHORT, progress=stop)
+    except StopError:
+        return
+    raise AssertionError("the training was not cut short")
+
+
+def video(good: Path) -> None:
+    from sparsifiner_edge.camera.pattern import draw_pattern
+    from tests.camera.conftest import encode
+
+    encode(good / "video.mp4", [draw_pattern(number, 160, 120) for number in range(8)])
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "images": images, "plain": plain, "keys": keys, "signed": signed, "student": student, "bundle": bundle,
+    "results": results, "training": training, "video": video,
+}  # fmt: skip
+_NEEDS = {"signed": ("plain", "keys"), "bundle": ("student",), "results": ("bundle", "plain", "images")}
+
+
+def make(good: Path, names: tuple[str, ...]) -> None:
+    """Make what is named and what that needs, unless it is there."""
+    good.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        make(good, _NEEDS.get(name, ()))
+        done = good / f".{name}"
+        if not done.exists():
+            MAKERS[name](good)
+            done.touch()
