@@ -112,6 +112,9 @@ def _compare(
 
 def _require_comparable(got: dict[str, Array], expected: dict[str, Array]) -> None:
     """Refuse a teacher that is no teacher of the subject."""
+    for name, outputs in (("subject", got), ("teacher", expected)):
+        if "features" not in outputs:
+            raise ConfigError(f"The {name} gives {', '.join(outputs)}.", "Cosines need features: take another metric.")
     shapes = [
         {"features": x["features"].shape, "tokens": x.get("tokens", np.empty((0,))).shape} for x in (got, expected)
     ]

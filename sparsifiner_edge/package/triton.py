@@ -39,7 +39,7 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
     if engines:
         _write_plans(bundle, models / f"{bundle.name}_tensorrt", engines)
     remarks = _remarks(bundle, library, engines, listed)
-    (folder / "README.md").write_text(_readme(bundle, library, engines, remarks), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(bundle, engines, remarks), encoding="utf-8")
     return remarks
 
 
@@ -147,7 +147,7 @@ def _remarks(bundle: Bundle, library: Path | None, engines: Mapping[str, Engine]
     if library is not None:
         found.append(
             f"{library.name} was built on this machine and is native code: the server needs such a processor, and a C "
-            "library, ONNX Runtime and libhwy (apt-get install libhwy1t64) as new. --kernels portable leaves it out."
+            "library and ONNX Runtime as new. --kernels portable leaves it out."
         )
     elif bundle.manifest.get("ops"):
         found.append("Without the native library the operators run by their bodies: slower on a processor.")
@@ -160,8 +160,7 @@ def _remarks(bundle: Bundle, library: Path | None, engines: Mapping[str, Engine]
     return found
 
 
-def _readme(bundle: Bundle, library: Path | None, engines: Mapping[str, Engine], remarks: list[str]) -> str:
-    setup = "apt-get update -qq && apt-get install -y -qq libhwy1t64 && " if library else ""
+def _readme(bundle: Bundle, engines: Mapping[str, Engine], remarks: list[str]) -> str:
     built = ""
     if engines:
         version = next(iter(engines.values())).version
@@ -176,7 +175,7 @@ are inside the plans: no plugin has to be loaded.
     return f"""# {bundle.name} for Triton Inference Server
 
     docker run --rm -e ORT_DISABLE_TELEMETRY=1 -p 8000-8002:8000-8002 -v "$PWD/models:{MOUNT}" nvcr.io/nvidia/tritonserver:YY.MM-py3 \\
-        sh -c '{setup}tritonserver --model-repository={MOUNT}'
+        tritonserver --model-repository={MOUNT}
     curl -f localhost:8000/v2/models/{bundle.name}/ready
 
 Put a release of the container in the place of YY.MM. The variable keeps ONNX Runtime from reporting its use. The repository must be at `{MOUNT}` there: `config.pbtxt` names

@@ -29,7 +29,8 @@ def plain(good: Path) -> None:
     from tests.package.reseal import reseal
     from tests.tiny import make_bundle
 
-    make_bundle(good / "plain", size=8, function=True, preprocessing={"size": 8})
+    more = {"preprocessing": {"size": 8}, "tokens": {"prefix": 0, "grid": [8, 8]}}
+    make_bundle(good / "plain", size=8, function=True, **more)
     (good / "plain" / "labels.txt").write_text("cat\ndog\n")
     reseal(good / "plain")
 

@@ -15,10 +15,33 @@ namespace {
 
 using sparsifiner::Packed;
 
-struct Backwards final : sparsifiner::Parallel {
-  void For(size_t count, void (*fn)(void*, size_t), void* data) const override {
-    for (size_t i = count; i-- > 0;) fn(data, i);
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Bytes = std::unique_ptr<void, Free>;
+
+Bytes Take(size_t bytes) {
+  return Bytes(bytes == 0 ? nullptr : std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+}
+
+// One thread, the last item first; all memory is new for each item.
+class Backwards final : public sparsifiner::Parallel {
+ public:
+  void* Shared(size_t bytes) const override {
+    shared_ = Take(bytes);
+    return shared_.get();
   }
+  bool For(size_t count, size_t bytes, void (*fn)(void*, size_t, void*), void* data) const override {
+    for (size_t i = count; i-- > 0;) {
+      const Bytes own = Take(bytes);
+      if (bytes != 0 && own == nullptr) return false;
+      fn(data, i, own.get());
+    }
+    return true;
+  }
+
+ private:
+  mutable Bytes shared_;
 };
 
 template <typename T>
@@ -55,25 +78,29 @@ int main(int argc, char** argv) {
     if (h.op == 2) {
       const auto proj_q = Read<float>(heads * width * h.channels), proj_k = Read<float>(heads * width * h.channels);
       std::unique_ptr<int32_t[]> lists(new int32_t[listed]);
-      KeySelect(in, proj_q.get(), proj_k.get(),
-                {size_t(h.prefix), size_t(h.probe), size_t(h.tile), size_t(h.cell), size_t(h.keys),
-                 size_t(h.channels), h.value_power},
-                lists.get(), parallel);
+      if (!KeySelect(in, proj_q.get(), proj_k.get(),
+                     {size_t(h.prefix), size_t(h.probe), size_t(h.tile), size_t(h.cell), size_t(h.keys),
+                      size_t(h.channels), h.value_power},
+                     lists.get(), parallel)) {
+        return 5;
+      }
       Write(lists.get(), listed);
       continue;
     }
     std::unique_ptr<float[]> output(new float[size]);
     for (size_t i = 0; i < size; ++i) output[i] = std::numeric_limits<float>::quiet_NaN();
+    bool done = false;
     if (h.op == 1) {
       const auto lists = Read<int32_t>(listed);
-      SparseAttention(in, lists.get(),
-                      {size_t(h.prefix), size_t(h.prefix_keys), size_t(h.tile), size_t(h.cell), size_t(h.keys)},
-                      output.get(), parallel);
+      done = SparseAttention(in, lists.get(),
+                             {size_t(h.prefix), size_t(h.prefix_keys), size_t(h.tile), size_t(h.cell), size_t(h.keys)},
+                             output.get(), parallel);
     } else if (h.op == 3) {
-      TokenScore(in, output.get(), parallel);
+      done = TokenScore(in, output.get(), parallel);
     } else {
-      DenseAttention(in, output.get(), parallel);
+      done = DenseAttention(in, output.get(), parallel);
     }
+    if (!done) return 5;
     Write(output.get(), size);
   }
   return 0;

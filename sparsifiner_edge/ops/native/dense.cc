@@ -8,6 +8,7 @@
 #include "hwy/highway.h"
 #include "kernels-inl.h"
 #include "kernels.h"
+#include "target.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
@@ -22,7 +23,25 @@ struct DenseJob {
   size_t groups;  // of kDenseTiles tiles, per head
 };
 
-HWY_NOINLINE void DenseGroup(void* data, size_t item) {
+// What a thread needs for one group.
+struct DenseWork {
+  float *qt, *keys, *values, *scores, *sums, *state;
+};
+
+HWY_INLINE size_t LayOut(const DenseJob& job, void* base, DenseWork* work) {
+  const size_t tiles = std::min(kDenseTiles, (job.in.tokens + kQueries - 1) / kQueries);
+  const size_t stride = PackedWidth(job.in.width);
+  Layout layout(base);
+  work->qt = layout.Take<float>(tiles, job.in.width, kQueries);
+  work->keys = layout.Take<float>(kDenseKeys, stride);
+  work->values = layout.Take<float>(kDenseKeys, stride);
+  work->scores = layout.Take<float>(kDenseKeys, kQueries);
+  work->sums = layout.Take<float>(tiles, kQueries, stride);
+  work->state = layout.Take<float>(tiles, 2 * kQueries);
+  return layout.used();
+}
+
+HWY_NOINLINE void DenseGroup(void* data, size_t item, void* own) {
   const DenseJob& job = *static_cast<const DenseJob*>(data);
   const Packed& in = job.in;
   const D d;
@@ -34,18 +53,10 @@ HWY_NOINLINE void DenseGroup(void* data, size_t item) {
   const float* q = in.Queries(batch, head) + begin * row;
   float* output = job.output + ((batch * in.tokens + begin) * in.heads + head) * width;
 
-  float *qt = nullptr, *keys = nullptr, *values = nullptr, *scores = nullptr, *sums = nullptr, *state = nullptr;
-  void* base = nullptr;
-  for (int pass = 0; pass < 2; ++pass) {
-    Layout layout(base);
-    qt = layout.Take<float>(tiles * width * kQueries);
-    keys = layout.Take<float>(kDenseKeys * stride);
-    values = layout.Take<float>(kDenseKeys * stride);
-    scores = layout.Take<float>(kDenseKeys * kQueries);
-    sums = layout.Take<float>(tiles * kQueries * stride);
-    state = layout.Take<float>(tiles * 2 * kQueries);
-    if (pass == 0) base = OwnScratch().Reserve(layout.used());
-  }
+  DenseWork work;
+  LayOut(job, own, &work);
+  float *qt = work.qt, *keys = work.keys, *values = work.values, *scores = work.scores;
+  float *sums = work.sums, *state = work.state;
   for (size_t t = 0; t < tiles; ++t) {
     const float* rows[kQueries];
     QueryRows(q + t * kQueries * row, row, std::min(kQueries, queries - t * kQueries), rows);
@@ -95,10 +106,11 @@ HWY_NOINLINE void DenseGroup(void* data, size_t item) {
   }
 }
 
-void DenseAttentionTarget(const Packed& in, float* output, const Parallel& parallel) {
+bool DenseAttentionTarget(const Packed& in, float* output, const Parallel& parallel) {
   const size_t per_group = kDenseTiles * kQueries;
   DenseJob job{in, output, (in.tokens + per_group - 1) / per_group};
-  parallel.For(in.batch * in.heads * job.groups, DenseGroup, &job);
+  DenseWork work;
+  return parallel.For(in.batch * in.heads * job.groups, LayOut(job, nullptr, &work), DenseGroup, &job);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +121,7 @@ struct ScoreJob {
   float* rows;  // [batch][heads][tokens]: each head's share of the mean
 };
 
-HWY_NOINLINE void ScoreHead(void* data, size_t item) {
+HWY_NOINLINE void ScoreHead(void* data, size_t item, void*) {
   const ScoreJob& job = *static_cast<const ScoreJob*>(data);
   const Packed& in = job.in;
   const D d;
@@ -125,10 +137,11 @@ HWY_NOINLINE void ScoreHead(void* data, size_t item) {
   }
 }
 
-void TokenScoreTarget(const Packed& in, float* output, const Parallel& parallel) {
+bool TokenScoreTarget(const Packed& in, float* output, const Parallel& parallel) {
+  if (in.batch == 0) return true;
   ScoreJob job{in, nullptr};
-  job.rows = static_cast<float*>(SharedScratch().Reserve(in.batch * in.heads * in.tokens * sizeof(float)));
-  parallel.For(in.batch * in.heads, ScoreHead, &job);
+  job.rows = static_cast<float*>(parallel.Shared(Times(Times(in.batch * in.heads, in.tokens), sizeof(float))));
+  if (job.rows == nullptr || !parallel.For(in.batch * in.heads, 0, ScoreHead, &job)) return false;
   const D d;
   for (size_t b = 0; b < in.batch; ++b) {
     const float* rows = job.rows + b * in.heads * in.tokens;
@@ -139,6 +152,7 @@ void TokenScoreTarget(const Packed& in, float* output, const Parallel& parallel)
       hn::StoreN(sum, d, output + b * in.tokens + j, some);
     }
   }
+  return true;
 }
 
 }  // namespace HWY_NAMESPACE
@@ -148,15 +162,12 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace sparsifiner {
 
-HWY_EXPORT(DenseAttentionTarget);
-HWY_EXPORT(TokenScoreTarget);
-
-void DenseAttention(const Packed& in, float* output, const Parallel& parallel) {
-  HWY_DYNAMIC_DISPATCH(DenseAttentionTarget)(in, output, parallel);
+bool DenseAttention(const Packed& in, float* output, const Parallel& parallel) {
+  return SPARSIFINER_BUILT(DenseAttentionTarget)(in, output, parallel);
 }
 
-void TokenScore(const Packed& in, float* output, const Parallel& parallel) {
-  HWY_DYNAMIC_DISPATCH(TokenScoreTarget)(in, output, parallel);
+bool TokenScore(const Packed& in, float* output, const Parallel& parallel) {
+  return SPARSIFINER_BUILT(TokenScoreTarget)(in, output, parallel);
 }
 
 }  // namespace sparsifiner

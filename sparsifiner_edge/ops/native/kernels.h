@@ -2,6 +2,9 @@
 //
 // Shapes and symbols are those of ops/schema.py; ops/reference.py is the specification. Indices outside a tensor are
 // clamped into it: whatever they say, no kernel touches memory that is not its own.
+//
+// Kernels never throw, and get all memory from outside. Those that need any are false where there is not enough; their
+// output is then unspecified. A batch of 0 is no work.
 
 #ifndef SPARSIFINER_KERNELS_H_
 #define SPARSIFINER_KERNELS_H_
@@ -11,10 +14,18 @@
 
 namespace sparsifiner {
 
-// Runs fn(data, i) for i in [0, count), in any order and on any threads; returns when all are done.
+// What a kernel runs on.
 struct Parallel {
-  virtual ~Parallel() = default;
-  virtual void For(size_t count, void (*fn)(void* data, size_t i), void* data) const = 0;
+  // `bytes` (not 0) of memory for the whole call, aligned to a cache line, or null. Once per call.
+  virtual void* Shared(size_t bytes) const = 0;
+
+  // Runs fn(data, i, own) for i in [0, count), in any order and on any threads; returns when all are done. `own` are
+  // `bytes` of memory, aligned to a cache line, that fn has to itself until it returns; null for 0 bytes. False: there
+  // was not enough memory, and fn did not run for every i.
+  virtual bool For(size_t count, size_t bytes, void (*fn)(void* data, size_t i, void* own), void* data) const = 0;
+
+ protected:
+  ~Parallel() = default;
 };
 
 // Sizes of packed queries, keys and values: qkv [batch, tokens, 3 * heads * width].
@@ -51,18 +62,18 @@ struct SelectSettings {
 };
 
 // softmax(scale q k^T) v: output [batch, tokens, heads * width].
-void DenseAttention(const Packed& in, float* output, const Parallel& parallel);
+[[nodiscard]] bool DenseAttention(const Packed& in, float* output, const Parallel& parallel);
 
 // indices [batch, heads, tiles, keys] -> output [batch, tokens, heads * width].
-void SparseAttention(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
-                     const Parallel& parallel);
+[[nodiscard]] bool SparseAttention(const Packed& in, const int32_t* indices, const SparseSettings& settings,
+                                   float* output, const Parallel& parallel);
 
 // proj_q, proj_k [heads, width, channels] -> indices [batch, heads, tiles, keys], ascending.
-void KeySelect(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
-               int32_t* indices, const Parallel& parallel);
+[[nodiscard]] bool KeySelect(const Packed& in, const float* proj_q, const float* proj_k,
+                             const SelectSettings& settings, int32_t* indices, const Parallel& parallel);
 
 // The class token's (token 0) row of the softmax, mean over the heads: output [batch, tokens].
-void TokenScore(const Packed& in, float* output, const Parallel& parallel);
+[[nodiscard]] bool TokenScore(const Packed& in, float* output, const Parallel& parallel);
 
 // Name of the instruction set that the kernels run on, such as "AVX3".
 const char* TargetName();

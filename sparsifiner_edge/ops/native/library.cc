@@ -1,89 +1,140 @@
-// The custom-op library that ONNX Runtime loads: reads attributes and shapes, refuses what the schema refuses, calls the
-// kernels on the session's own threads.
+// The custom-op library that ONNX Runtime loads: reads attributes and shapes, refuses what the schema refuses, calls
+// the kernels on the session's own threads.
+//
+// ONNX Runtime's C functions are called directly: their C++ wrappers throw.
 
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 #undef ORT_API_MANUAL_INIT
 
 #include <algorithm>
+#include <atomic>
+#include <cinttypes>
 #include <cmath>
-#include <cstdlib>
-#include <exception>
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include <cstdio>
+#include <new>
 
+#include "call.h"
+#include "errors.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace sparsifiner {
 namespace {
 
-// Enough pieces for uneven cores, few enough to cost nothing.
-constexpr size_t kPieces = 64;
+constexpr int64_t kMost = int64_t{1} << 31;  // no size of a tensor or attribute reaches this
 
-class SessionThreads final : public Parallel {
+struct Shape {
+  static constexpr size_t kAxes = 8;
+  size_t rank = 0;
+  int64_t axes[kAxes] = {};
+};
+
+struct Text {
+  explicit Text(const Shape& shape) {
+    size_t end = static_cast<size_t>(std::snprintf(text, sizeof(text), "["));
+    for (size_t i = 0; i < std::min(shape.rank, Shape::kAxes); ++i) {
+      end += static_cast<size_t>(
+          std::snprintf(text + end, sizeof(text) - end, "%s%" PRId64, i ? ", " : "", shape.axes[i]));
+    }
+    std::snprintf(text + end, sizeof(text) - end, shape.rank > Shape::kAxes ? ", ...]" : "]");
+  }
+  char text[24 * Shape::kAxes];
+};
+
+bool WholeNumber(const OrtKernelInfo* info, const char* name, int64_t least, size_t* number, Problem* problem) {
+  int64_t value = 0;
+  if (!problem->Check(Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value))) return false;
+  *number = static_cast<size_t>(value);
+  return (value >= least && value < kMost) || problem->Refuse("%s is %" PRId64, name, value);
+}
+
+bool Number(const OrtKernelInfo* info, const char* name, float* number, Problem* problem) {
+  if (!problem->Check(Ort::GetApi().KernelInfoGetAttribute_float(info, name, number))) return false;
+  return (std::isfinite(*number) && *number >= 0) || problem->Refuse("%s is %f", name, static_cast<double>(*number));
+}
+
+// A call's inputs and outputs.
+class Tensors {
  public:
-  explicit SessionThreads(OrtKernelContext* context) : context_(context) {}
-  void For(size_t count, void (*fn)(void*, size_t), void* data) const override {
-    Ort::KernelContext(context_).ParallelFor(fn, count, std::min(count, kPieces), data);
+  Tensors(OrtKernelContext* context, Problem* problem) : context_(context), problem_(problem) {}
+
+  template <typename T>
+  bool Input(size_t index, Shape* shape, const T** elements) const {
+    const OrtApi& api = Ort::GetApi();
+    const OrtValue* value = nullptr;
+    void* data = nullptr;
+    if (!problem_->Check(api.KernelContext_GetInput(context_, index, &value))) return false;
+    if (value == nullptr) return problem_->Refuse("input %zu is missing", index);
+    if (!problem_->Check(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data))) return false;
+    *elements = static_cast<const T*>(data);
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    if (!problem_->Check(api.GetTensorTypeAndShape(value, &info))) return false;
+    if (info == nullptr) return problem_->OutOfMemory();
+    const bool known = problem_->Check(api.GetDimensionsCount(info, &shape->rank)) &&
+                       problem_->Check(api.GetDimensions(info, shape->axes, std::min(shape->rank, Shape::kAxes)));
+    api.ReleaseTensorTypeAndShapeInfo(info);
+    return known;
+  }
+
+  template <typename T, size_t kRank>
+  bool Output(const size_t (&sizes)[kRank], T** elements) const {
+    const OrtApi& api = Ort::GetApi();
+    int64_t axes[kRank];
+    size_t bytes = sizeof(T);
+    for (size_t i = 0; i < kRank; ++i) {
+      axes[i] = static_cast<int64_t>(sizes[i]);
+      bytes = Times(bytes, sizes[i]);
+    }
+    if (bytes > PTRDIFF_MAX) return problem_->OutOfMemory();
+    OrtValue* value = nullptr;
+    void* data = nullptr;
+    if (!problem_->Check(api.KernelContext_GetOutput(context_, 0, axes, kRank, &value))) return false;
+    if (value == nullptr) return problem_->OutOfMemory();
+    if (!problem_->Check(api.GetTensorMutableData(value, &data))) return false;
+    if (data == nullptr && bytes != 0) return problem_->OutOfMemory();
+    *elements = static_cast<T*>(data);
+    return true;
+  }
+
+  bool Pack(size_t heads, size_t prefix, float scale, Packed* in) const {
+    Shape shape;
+    const float* qkv = nullptr;
+    if (!Input(0, &shape, &qkv)) return false;
+    const int64_t* axes = shape.axes;
+    if (shape.rank != 3 || axes[2] <= 0 || axes[2] % static_cast<int64_t>(3 * heads) != 0) {
+      return problem_->Refuse("qkv must have shape [B, N, 3 * num_heads * d], got %s", Text(shape).text);
+    }
+    if (axes[1] <= static_cast<int64_t>(prefix)) {
+      return problem_->Refuse("qkv of shape %s leaves no patch after %zu prefix tokens", Text(shape).text, prefix);
+    }
+    *in = {qkv, static_cast<size_t>(axes[0]), static_cast<size_t>(axes[1]), heads,
+           static_cast<size_t>(axes[2]) / (3 * heads), scale};
+    if (axes[1] >= kMost || Times(in->tokens, static_cast<size_t>(axes[2])) > UINT32_MAX) {
+      return problem_->Refuse("qkv of shape %s is too large for 32-bit places", Text(shape).text);
+    }
+    return true;
   }
 
  private:
   OrtKernelContext* context_;
+  Problem* problem_;
 };
-
-void Require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-std::string Text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-size_t WholeNumber(const Ort::ConstKernelInfo& info, const char* name, int64_t least) {
-  const auto value = info.GetAttribute<int64_t>(name);
-  Require(value >= least && value < (int64_t{1} << 31), std::string(name) + " is " + std::to_string(value));
-  return static_cast<size_t>(value);
-}
-
-float Number(const Ort::ConstKernelInfo& info, const char* name) {
-  const auto value = info.GetAttribute<float>(name);
-  Require(std::isfinite(value) && value >= 0, std::string(name) + " is " + std::to_string(value));
-  return value;
-}
-
-std::vector<int64_t> Shape(const Ort::ConstValue& value) { return value.GetTensorTypeAndShapeInfo().GetShape(); }
-
-Packed Pack(const Ort::ConstValue& qkv, size_t heads, size_t prefix, float scale) {
-  const auto shape = Shape(qkv);
-  Require(shape.size() == 3 && shape[2] > 0 && shape[2] % static_cast<int64_t>(3 * heads) == 0,
-          "qkv must have shape [B, N, 3 * num_heads * d], got " + Text(shape));
-  Require(shape[1] > static_cast<int64_t>(prefix), "qkv of shape " + Text(shape) + " leaves no patch after " +
-                                                       std::to_string(prefix) + " prefix tokens");
-  Require(shape[1] * shape[2] < (int64_t{1} << 32), "qkv of shape " + Text(shape) + " is too large for 32-bit places");
-  return {qkv.GetTensorData<float>(),        static_cast<size_t>(shape[0]), static_cast<size_t>(shape[1]), heads,
-          static_cast<size_t>(shape[2]) / (3 * heads), scale};
-}
-
-float* Output(const Ort::KernelContext& context, const Packed& in) {
-  return context
-      .GetOutput(0, {static_cast<int64_t>(in.batch), static_cast<int64_t>(in.tokens),
-                     static_cast<int64_t>(in.heads * in.width)})
-      .GetTensorMutableData<float>();
-}
 
 size_t Tiles(const Packed& in, size_t prefix, size_t tile) { return (in.tokens - prefix + tile - 1) / tile; }
 
-// A kernel reads its attributes once; Compute may run on several threads at a time.
+// A kernel reads its attributes once; Compute may run on several threads at a time. Both are false where they fail, and
+// the problem, if it is none of memory, is told.
 struct DenseKernel {
-  explicit DenseKernel(const Ort::ConstKernelInfo& info)
-      : heads(WholeNumber(info, "num_heads", 1)), scale(Number(info, "scale")) {}
+  bool Read(const OrtKernelInfo* info, Problem* problem) {
+    return WholeNumber(info, "num_heads", 1, &heads, problem) && Number(info, "scale", &scale, problem);
+  }
 
-  void Compute(const Ort::KernelContext& context, const Parallel& parallel) const {
-    const Packed in = Pack(context.GetInput(0), heads, 0, scale);
-    DenseAttention(in, Output(context, in), parallel);
+  bool Compute(const Tensors& tensors, Problem*, const Parallel& parallel) const {
+    Packed in{};
+    float* output = nullptr;
+    return tensors.Pack(heads, 0, scale, &in) && tensors.Output({in.batch, in.tokens, heads * in.width}, &output) &&
+           DenseAttention(in, output, parallel);
   }
 
   size_t heads;
@@ -91,14 +142,15 @@ struct DenseKernel {
 };
 
 struct ScoreKernel {
-  explicit ScoreKernel(const Ort::ConstKernelInfo& info)
-      : heads(WholeNumber(info, "num_heads", 1)), scale(Number(info, "scale")) {}
+  bool Read(const OrtKernelInfo* info, Problem* problem) {
+    return WholeNumber(info, "num_heads", 1, &heads, problem) && Number(info, "scale", &scale, problem);
+  }
 
-  void Compute(const Ort::KernelContext& context, const Parallel& parallel) const {
-    const Packed in = Pack(context.GetInput(0), heads, 0, scale);
-    float* output = context.GetOutput(0, {static_cast<int64_t>(in.batch), static_cast<int64_t>(in.tokens)})
-                        .GetTensorMutableData<float>();
-    TokenScore(in, output, parallel);
+  bool Compute(const Tensors& tensors, Problem*, const Parallel& parallel) const {
+    Packed in{};
+    float* output = nullptr;
+    return tensors.Pack(heads, 0, scale, &in) && tensors.Output({in.batch, in.tokens}, &output) &&
+           TokenScore(in, output, parallel);
   }
 
   size_t heads;
@@ -106,31 +158,47 @@ struct ScoreKernel {
 };
 
 struct SparseKernel {
-  explicit SparseKernel(const Ort::ConstKernelInfo& info)
-      : heads(WholeNumber(info, "num_heads", 1)), scale(Number(info, "scale")) {
-    settings.prefix = WholeNumber(info, "num_prefix", 0);
-    settings.tile = WholeNumber(info, "tile", 1);
-    settings.cell = WholeNumber(info, "cell", 0);
-    settings.prefix_keys = WholeNumber(info, "prefix_keys", 0);
-    Require(settings.prefix_keys <= 1, "prefix_keys must be 0 or 1");
-    Require(settings.prefix_keys == 1 || (settings.tile == 1 && settings.cell == 0),
-            "prefix_keys 0 goes with tile 1 and cell 0");
+  bool Read(const OrtKernelInfo* info, Problem* problem) {
+    if (!WholeNumber(info, "num_heads", 1, &heads, problem) || !Number(info, "scale", &scale, problem) ||
+        !WholeNumber(info, "num_prefix", 0, &settings.prefix, problem) ||
+        !WholeNumber(info, "tile", 1, &settings.tile, problem) ||
+        !WholeNumber(info, "cell", 0, &settings.cell, problem) ||
+        !WholeNumber(info, "prefix_keys", 0, &settings.prefix_keys, problem)) {
+      return false;
+    }
+    if (settings.prefix_keys > 1) return problem->Refuse("prefix_keys must be 0 or 1");
+    if (settings.prefix_keys == 0 && (settings.tile != 1 || settings.cell != 0)) {
+      return problem->Refuse("prefix_keys 0 goes with tile 1 and cell 0");
+    }
     if (settings.prefix_keys == 1) settings.prefix_keys = settings.prefix;
+    return true;
   }
 
-  void Compute(const Ort::KernelContext& context, const Parallel& parallel) const {
-    const Packed in = Pack(context.GetInput(0), heads, settings.prefix, scale);
-    const Ort::ConstValue indices = context.GetInput(1);
-    const auto shape = Shape(indices);
-    const std::vector<int64_t> expected = {static_cast<int64_t>(in.batch), static_cast<int64_t>(heads),
-                                           static_cast<int64_t>(Tiles(in, settings.prefix, settings.tile))};
-    Require(shape.size() == 4 && std::equal(expected.begin(), expected.end(), shape.begin()) && shape[3] >= 1 &&
-                shape[3] <= static_cast<int64_t>(in.tokens - settings.prefix_keys),
-            "indices must have shape " + Text(expected) + " and K, got " + Text(shape));
+  bool Compute(const Tensors& tensors, Problem* problem, const Parallel& parallel) const {
+    Packed in{};
+    Shape shape;
+    const int32_t* indices = nullptr;
+    if (!tensors.Pack(heads, settings.prefix, scale, &in) || !tensors.Input(1, &shape, &indices)) return false;
+    Shape expected;
+    for (size_t axis : {in.batch, heads, Tiles(in, settings.prefix, settings.tile)}) {
+      expected.axes[expected.rank++] = static_cast<int64_t>(axis);
+    }
+    if (shape.rank != 4 || !std::equal(expected.axes, expected.axes + 3, shape.axes) || shape.axes[3] < 1 ||
+        shape.axes[3] > static_cast<int64_t>(in.tokens - settings.prefix_keys)) {
+      return problem->Refuse("indices must have shape %s and K, got %s", Text(expected).text, Text(shape).text);
+    }
     SparseSettings all = settings;
-    all.keys = static_cast<size_t>(shape[3]);
-    Require(all.cell == 0 || (in.tokens - all.prefix + all.cell - 1) / all.cell < 65536, "more than 65535 cells");
-    SparseAttention(in, indices.GetTensorData<int32_t>(), all, Output(context, in), parallel);
+    all.keys = static_cast<size_t>(shape.axes[3]);
+    if (all.cell != 0 && (in.tokens - all.prefix + all.cell - 1) / all.cell > 65535) {
+      return problem->Refuse("more than 65535 cells");
+    }
+    // Rows that are narrower than a vector grow where they are packed.
+    if (Times(in.tokens, in.width + 15) > UINT32_MAX) {
+      return problem->Refuse("%zu tokens are too many for 32-bit places", in.tokens);
+    }
+    float* output = nullptr;
+    return tensors.Output({in.batch, in.tokens, heads * in.width}, &output) &&
+           SparseAttention(in, indices, all, output, parallel);
   }
 
   size_t heads;
@@ -139,33 +207,39 @@ struct SparseKernel {
 };
 
 struct SelectKernel {
-  explicit SelectKernel(const Ort::ConstKernelInfo& info)
-      : heads(WholeNumber(info, "num_heads", 1)), scale(Number(info, "scale")) {
-    settings.prefix = WholeNumber(info, "num_prefix", 0);
-    settings.probe = WholeNumber(info, "probe", 1);
-    settings.tile = WholeNumber(info, "tile", 1);
-    settings.cell = WholeNumber(info, "cell", 0);
-    settings.keys = WholeNumber(info, "keys", 1);
-    settings.value_power = Number(info, "value_power");
-    Require(settings.tile % settings.probe == 0, "tile is not a multiple of probe");
+  bool Read(const OrtKernelInfo* info, Problem* problem) {
+    if (!WholeNumber(info, "num_heads", 1, &heads, problem) || !Number(info, "scale", &scale, problem) ||
+        !WholeNumber(info, "num_prefix", 0, &settings.prefix, problem) ||
+        !WholeNumber(info, "probe", 1, &settings.probe, problem) ||
+        !WholeNumber(info, "tile", 1, &settings.tile, problem) ||
+        !WholeNumber(info, "cell", 0, &settings.cell, problem) ||
+        !WholeNumber(info, "keys", 1, &settings.keys, problem) ||
+        !Number(info, "value_power", &settings.value_power, problem)) {
+      return false;
+    }
+    return settings.tile % settings.probe == 0 || problem->Refuse("tile is not a multiple of probe");
   }
 
-  void Compute(const Ort::KernelContext& context, const Parallel& parallel) const {
-    const Packed in = Pack(context.GetInput(0), heads, settings.prefix, scale);
-    const Ort::ConstValue proj_q = context.GetInput(1), proj_k = context.GetInput(2);
-    const auto shape = Shape(proj_q);
-    Require(shape.size() == 3 && shape == Shape(proj_k) && shape[0] == static_cast<int64_t>(heads) &&
-                shape[1] == static_cast<int64_t>(in.width) && shape[2] >= 1,
-            "proj_q and proj_k must have shape [num_heads, d, c], got " + Text(shape) + " and " + Text(Shape(proj_k)));
-    Require(settings.keys <= in.tokens - settings.prefix, "keys exceed the patches");
+  bool Compute(const Tensors& tensors, Problem* problem, const Parallel& parallel) const {
+    Packed in{};
+    Shape shape, other;
+    const float *proj_q = nullptr, *proj_k = nullptr;
+    if (!tensors.Pack(heads, settings.prefix, scale, &in) || !tensors.Input(1, &shape, &proj_q) ||
+        !tensors.Input(2, &other, &proj_k)) {
+      return false;
+    }
+    if (shape.rank != 3 || other.rank != 3 || !std::equal(shape.axes, shape.axes + 3, other.axes) ||
+        shape.axes[0] != static_cast<int64_t>(heads) || shape.axes[1] != static_cast<int64_t>(in.width) ||
+        shape.axes[2] < 1) {
+      return problem->Refuse("proj_q and proj_k must have shape [num_heads, d, c], got %s and %s", Text(shape).text,
+                             Text(other).text);
+    }
+    if (settings.keys > in.tokens - settings.prefix) return problem->Refuse("keys exceed the patches");
     SelectSettings all = settings;
-    all.channels = static_cast<size_t>(shape[2]);
-    const size_t tiles = Tiles(in, all.prefix, all.tile);
-    int32_t* indices = context
-                           .GetOutput(0, {static_cast<int64_t>(in.batch), static_cast<int64_t>(heads),
-                                          static_cast<int64_t>(tiles), static_cast<int64_t>(all.keys)})
-                           .GetTensorMutableData<int32_t>();
-    KeySelect(in, proj_q.GetTensorData<float>(), proj_k.GetTensorData<float>(), all, indices, parallel);
+    all.channels = static_cast<size_t>(shape.axes[2]);
+    int32_t* indices = nullptr;
+    return tensors.Output({in.batch, heads, Tiles(in, all.prefix, all.tile), all.keys}, &indices) &&
+           KeySelect(in, proj_q, proj_k, all, indices, parallel);
   }
 
   size_t heads;
@@ -173,36 +247,44 @@ struct SelectKernel {
   SelectSettings settings{};
 };
 
-// No exception may reach ONNX Runtime's C interface.
-template <typename Fn>
-OrtStatusPtr Guarded(const char* name, const Fn& fn) noexcept {
-  try {
-    fn();
-    return nullptr;
-  } catch (const std::exception& error) {
-    const std::string message = std::string("sparsifiner::") + name + ": " + error.what();
-    return Ort::GetApi().CreateStatus(ORT_INVALID_ARGUMENT, message.c_str());
-  }
-}
-
 template <typename Kernel>
-struct Guard {
-  Kernel kernel;
-  const char* name;
+struct Node : Allocated {
+  explicit Node(const char* operator_name) : name(operator_name) { IdleMemory::AddKernel(); }
+  Node(const Node&) = delete;
+  Node& operator=(const Node&) = delete;
+  ~Node() { IdleMemory::RemoveKernel(); }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
-    return Guarded(name, [&] { kernel.Compute(Ort::KernelContext(context), SessionThreads(context)); });
+    Problem problem;
+    if (Run(context, &problem)) Reserve().Fill();
+    return problem.Get(name);
   }
+
+  bool Run(OrtKernelContext* context, Problem* problem) const {
+    const Call call(context, problem);
+    return kernel.Compute(Tensors(context, problem), problem, call) || problem->OutOfMemory();
+  }
+
+  Kernel kernel{};
+  const char* name;
 };
 
 template <typename Kernel>
-struct Operator : Ort::CustomOpBase<Operator<Kernel>, Guard<Kernel>, /*WithStatus=*/true> {
+struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus=*/true> {
   Operator(const char* operator_name, size_t input_count, ONNXTensorElementDataType second,
            ONNXTensorElementDataType output)
       : name(operator_name), inputs(input_count), second_type(second), output_type(output) {}
 
-  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-    return Guarded(name, [&] { *kernel = new Guard<Kernel>{Kernel(Ort::ConstKernelInfo(info)), name}; });
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** made) const {
+    Problem problem;
+    auto* node = new (std::nothrow) Node<Kernel>(name);
+    if (node == nullptr || !node->kernel.Read(info, &problem)) {
+      problem.OutOfMemory();
+      delete node;
+      node = nullptr;
+    }
+    *made = node;
+    return problem.Get(name);
   }
   const char* GetName() const { return name; }
   size_t GetInputTypeCount() const { return inputs; }
@@ -215,6 +297,46 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Guard<Kernel>, /*WithStatu
   const char* name;
   size_t inputs;
   ONNXTensorElementDataType second_type, output_type;
+};
+
+// The operators, as sessions refer to them: for as long as the library is loaded. Made once, or again where it failed.
+class Domain {
+ public:
+  Domain() = default;
+  Domain(const Domain&) = delete;
+  Domain& operator=(const Domain&) = delete;
+  ~Domain() {
+    if (OrtCustomOpDomain* domain = made_.exchange(nullptr)) Ort::GetApi().ReleaseCustomOpDomain(domain);
+  }
+
+  OrtCustomOpDomain* Get(Problem* problem) {
+    const OrtApi& api = Ort::GetApi();
+    if (OrtCustomOpDomain* made = made_.load()) return made;
+    OrtCustomOpDomain* domain = nullptr;
+    if (!problem->Check(api.CreateCustomOpDomain("sparsifiner", &domain)) || domain == nullptr) return nullptr;
+    const OrtCustomOp* const operators[] = {&select_, &sparse_, &dense_, &score_};
+    for (const OrtCustomOp* each : operators) {
+      if (problem->Check(api.CustomOpDomain_Add(domain, each))) continue;
+      api.ReleaseCustomOpDomain(domain);
+      return nullptr;
+    }
+    if (!StatusReserve::HasMemory()) {  // Some may be missing, for want of an error to say so.
+      api.ReleaseCustomOpDomain(domain);
+      return nullptr;
+    }
+    OrtCustomOpDomain* first = nullptr;
+    if (made_.compare_exchange_strong(first, domain)) return domain;
+    api.ReleaseCustomOpDomain(domain);
+    return first;
+  }
+
+ private:
+  static constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+  const Operator<SelectKernel> select_{"KeySelect", 3, kFloat, kInt};
+  const Operator<SparseKernel> sparse_{"SparseAttention", 2, kInt, kFloat};
+  const Operator<DenseKernel> dense_{"DenseAttention", 1, kFloat, kFloat};
+  const Operator<ScoreKernel> score_{"TokenScore", 1, kFloat, kFloat};
+  std::atomic<OrtCustomOpDomain*> made_{nullptr};
 };
 
 }  // namespace
@@ -230,29 +352,23 @@ extern "C" SPARSIFINER_EXPORT const char* sparsifiner_target() { return sparsifi
 
 extern "C" SPARSIFINER_EXPORT int sparsifiner_limit_target(const char* name) { return sparsifiner::LimitTarget(name); }
 
-extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                           const OrtApiBase* base) noexcept {
   using namespace sparsifiner;
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
   if (api == nullptr) {
-    const std::string message = "the sparsifiner library needs ONNX Runtime 1." + std::to_string(ORT_API_VERSION) +
-                                " or newer, this is " + base->GetVersionString();
-    return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
+    char message[200];
+    std::snprintf(message, sizeof(message), "the sparsifiner library needs ONNX Runtime 1.%d or newer, this is %s",
+                  ORT_API_VERSION, base->GetVersionString());
+    return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message);
   }
   Ort::InitApi(api);
-  constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-  static const Operator<SelectKernel> select("KeySelect", 3, kFloat, kInt);
-  static const Operator<SparseKernel> sparse("SparseAttention", 2, kInt, kFloat);
-  static const Operator<DenseKernel> dense("DenseAttention", 1, kFloat, kFloat);
-  static const Operator<ScoreKernel> score("TokenScore", 1, kFloat, kFloat);
-  // The session refers to the domain as long as it lives; the operators never change.
-  static Ort::CustomOpDomain domain("sparsifiner");
-  static const bool filled = [] {
-    domain.Add(&select);
-    domain.Add(&sparse);
-    domain.Add(&dense);
-    domain.Add(&score);
-    return true;
-  }();
-  static_cast<void>(filled);
-  return Guarded("library", [&] { Ort::UnownedSessionOptions(options).Add(domain); });
+  // Without errors in reserve nothing is registered. If there is not even one to say so, the session knows no operator
+  // of this library: it runs the function bodies in the file, or refuses the file.
+  if (!Reserve().Fill()) return Reserve().Find();
+  static Domain domain;
+  Problem problem;
+  OrtCustomOpDomain* made = domain.Get(&problem);
+  if (made == nullptr || !problem.Check(api->AddCustomOpDomain(options, made))) problem.OutOfMemory();
+  return problem.Find("library");
 }

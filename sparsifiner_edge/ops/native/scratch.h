@@ -1,27 +1,43 @@
-// Memory that a thread keeps between calls: it grows to the largest call and is never given back before the thread ends.
+// Memory that is kept for the next call, and how it is dealt out. Nothing here throws: memory that cannot be had is a
+// null pointer, since an exception must not leave a function that ONNX Runtime's threads run, and throwing takes memory
+// itself.
 
 #ifndef SPARSIFINER_SCRATCH_H_
 #define SPARSIFINER_SCRATCH_H_
 
 #include <cstddef>
 #include <cstdint>
-#include <new>
+#include <cstdlib>
 
 namespace sparsifiner {
 
+static_assert(sizeof(size_t) == 8, "sizes are reckoned in 64 bits");
+
+// Product and sum, or all ones where they do not fit: more than any memory holds.
+inline size_t Times(size_t a, size_t b) {
+  size_t product;
+  return __builtin_mul_overflow(a, b, &product) ? SIZE_MAX : product;
+}
+inline size_t Plus(size_t a, size_t b) {
+  size_t sum;
+  return __builtin_add_overflow(a, b, &sum) ? SIZE_MAX : sum;
+}
+
+// Grows to the largest reservation, and is given back only as a whole.
 class Scratch {
  public:
   Scratch() = default;
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { Free(); }
+  ~Scratch() { std::free(memory_); }
 
-  // `bytes` of memory, aligned to a cache line; what it held before is lost.
+  // `bytes` (not 0) of memory, aligned to a cache line, or null; what it held before is lost.
   void* Reserve(size_t bytes) {
     if (bytes > size_) {
-      Free();
-      memory_ = ::operator new(bytes, std::align_val_t{kAlignment});
-      size_ = bytes;
+      std::free(memory_);
+      size_ = Plus(bytes, kAlignment - 1) / kAlignment * kAlignment;
+      memory_ = size_ > PTRDIFF_MAX ? nullptr : std::aligned_alloc(kAlignment, size_);
+      if (memory_ == nullptr) size_ = 0;
     }
     return memory_;
   }
@@ -29,12 +45,6 @@ class Scratch {
   static constexpr size_t kAlignment = 64;
 
  private:
-  void Free() {
-    ::operator delete(memory_, std::align_val_t{kAlignment});
-    memory_ = nullptr;
-    size_ = 0;
-  }
-
   void* memory_ = nullptr;
   size_t size_ = 0;
 };
@@ -44,10 +54,13 @@ class Layout {
  public:
   explicit Layout(void* base) : base_(static_cast<char*>(base)) {}
 
-  template <typename T>
-  T* Take(size_t count) {
+  // An array of as many elements as the product of `sizes`.
+  template <typename T, typename... Sizes>
+  T* Take(Sizes... sizes) {
     T* start = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * sizeof(T) + Scratch::kAlignment - 1) / Scratch::kAlignment * Scratch::kAlignment;
+    size_t bytes = sizeof(T);
+    ((bytes = Times(bytes, sizes)), ...);
+    used_ = Plus(used_, Plus(bytes, Scratch::kAlignment - 1) / Scratch::kAlignment * Scratch::kAlignment);
     return start;
   }
 
@@ -57,16 +70,6 @@ class Layout {
   char* base_;
   size_t used_ = 0;
 };
-
-// A thread's memory for work that it shares with others during a call, and for what it does alone.
-inline Scratch& SharedScratch() {
-  thread_local Scratch scratch;
-  return scratch;
-}
-inline Scratch& OwnScratch() {
-  thread_local Scratch scratch;
-  return scratch;
-}
 
 }  // namespace sparsifiner
 

@@ -14,6 +14,7 @@
 #include "hwy/highway.h"
 #include "kernels-inl.h"
 #include "kernels.h"
+#include "target.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
@@ -29,6 +30,7 @@ struct SelectJob {
   size_t cell_run, runs;  // keys whose bonus is found together, and how many such runs there are
   size_t lane_blocks;   // of 16 channels of proj_q
   size_t asking_stride;
+  size_t rows;          // of logits
   float* proj_k;        // [heads][c][stride]: transposed
   float* proj_q;        // [heads][lane_blocks][d][16], with scale and log2(e)
   float* answers;       // [batch * heads][padded / 16][c][16]
@@ -51,8 +53,21 @@ void PackProjections(const SelectJob& job) {
   }
 }
 
+// What a thread needs for a block of answers or a cell's bonus.
+struct PrepareWork {
+  float *turned, *mean, *squares;
+};
+
+HWY_INLINE size_t LayOut(const SelectJob& job, void* base, PrepareWork* work) {
+  Layout layout(base);
+  work->turned = layout.Take<float>(job.in.width, kQueries);
+  work->mean = layout.Take<float>(job.stride);
+  work->squares = layout.Take<float>(job.cell_run + kQueries);
+  return layout.used();
+}
+
 // One cell (or 64 keys where there are none): value_power * log2(distance of each value from the cell's mean value).
-HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell) {
+HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell, const PrepareWork& work) {
   const Packed& in = job.in;
   const D d;
   const size_t run = job.cell_run, begin = cell * run, end = std::min(begin + run, job.patches);
@@ -63,14 +78,7 @@ HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell) {
     std::fill(bonus + begin, bonus + end, 0.0f);
     return;
   }
-  float *mean = nullptr, *squares = nullptr;
-  void* base = nullptr;
-  for (int pass = 0; pass < 2; ++pass) {
-    Layout layout(base);
-    mean = layout.Take<float>(job.stride);
-    squares = layout.Take<float>(run + kQueries);
-    if (pass == 0) base = OwnScratch().Reserve(layout.used());
-  }
+  float *mean = work.mean, *squares = work.squares;
   if (job.settings.cell != 0) {
     CellMeans(values, in.Row(), end - begin, run, in.width, job.stride, mean);
   } else {
@@ -97,29 +105,30 @@ HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell) {
 }
 
 // 16 keys: projected to answers.
-HWY_INLINE void Answer(const SelectJob& job, size_t batch_head, size_t block) {
+HWY_INLINE void Answer(const SelectJob& job, size_t batch_head, size_t block, const PrepareWork& work) {
   const Packed& in = job.in;
   const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
   const size_t begin = block * kQueries, valid = std::min(kQueries, job.patches - begin);
   const size_t c = job.settings.channels, row = in.Row();
-  float* turned = static_cast<float*>(OwnScratch().Reserve(in.width * kQueries * sizeof(float)));
   const float* keys = in.Keys(batch, head) + (job.settings.prefix + begin) * row;
   const float* rows[kQueries];
   for (size_t i = 0; i < kQueries; ++i) rows[i] = keys + (i < valid ? i : 0) * row;
-  Transpose16(rows, in.width, 1.0f, turned);
-  Scores<false>(turned, job.proj_k + head * c * job.stride, job.stride, in.width, c,
+  Transpose16(rows, in.width, 1.0f, work.turned);
+  Scores<false>(work.turned, job.proj_k + head * c * job.stride, job.stride, in.width, c,
                 job.answers + (batch_head * (job.padded / kQueries) + block) * c * kQueries);
 }
 
 // What all tiles of a head share: a block of answers, or a cell's bonus.
-HWY_NOINLINE void PrepareItem(void* data, size_t item) {
+HWY_NOINLINE void PrepareItem(void* data, size_t item, void* own) {
   const SelectJob& job = *static_cast<const SelectJob*>(data);
+  PrepareWork work;
+  LayOut(job, own, &work);
   const size_t blocks = job.padded / kQueries, units = blocks + job.runs;
   const size_t unit = item % units, batch_head = item / units;
   if (unit < blocks) {
-    Answer(job, batch_head, unit);
+    Answer(job, batch_head, unit, work);
   } else {
-    Bonus(job, batch_head, unit - blocks);
+    Bonus(job, batch_head, unit - blocks, work);
   }
 }
 
@@ -196,7 +205,8 @@ HWY_INLINE Range TileScores(const SelectJob& job, size_t batch_head, const float
         low = hn::Min(low, x);
         high = hn::Max(high, x);
       } else {
-        const auto real = hn::Lt(hn::Iota(d, static_cast<float>(j)), hn::Set(d, static_cast<float>(job.patches)));
+        // Counted, not compared: a float holds no odd number above 2^24.
+        const auto real = hn::FirstN(d, job.patches > j ? job.patches - j : 0);
         low = hn::Min(low, hn::IfThenElse(real, x, low));
         high = hn::Max(high, hn::IfThenElse(real, x, high));
         x = hn::IfThenElse(real, x, hn::NaN(d));
@@ -212,7 +222,23 @@ HWY_INLINE size_t GroupTiles(const SelectSettings& s) {
   return std::max<size_t>(1, kProbes / (s.tile / s.probe));
 }
 
-HWY_NOINLINE void SelectGroup(void* data, size_t item) {
+// What a thread needs for a group of tiles.
+struct SelectWork {
+  float *means, *wide, *asking, *logits, *best, *rest;
+};
+
+HWY_INLINE size_t LayOut(const SelectJob& job, void* base, SelectWork* work) {
+  Layout layout(base);
+  work->means = layout.Take<float>(kProbes, job.stride);
+  work->wide = layout.Take<float>(kProbes, kQueries);
+  work->asking = layout.Take<float>(kProbes, job.asking_stride);
+  work->logits = layout.Take<float>(job.rows, job.padded);
+  work->best = layout.Take<float>(job.padded);
+  work->rest = layout.Take<float>(job.padded + 32);
+  return layout.used();
+}
+
+HWY_NOINLINE void SelectGroup(void* data, size_t item, void* own) {
   const SelectJob& job = *static_cast<const SelectJob*>(data);
   const Packed& in = job.in;
   const SelectSettings& s = job.settings;
@@ -220,25 +246,15 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item) {
   const size_t group = item % groups, batch_head = item / groups;
   const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
   const size_t per_tile = s.tile / s.probe;
-
-  float *means = nullptr, *wide = nullptr, *asking = nullptr, *logits = nullptr, *best = nullptr, *rest = nullptr;
-  void* base = nullptr;
-  for (int pass = 0; pass < 2; ++pass) {
-    Layout layout(base);
-    means = layout.Take<float>(kProbes * job.stride);
-    wide = layout.Take<float>(kProbes * kQueries);
-    asking = layout.Take<float>(kProbes * job.asking_stride);
-    logits = layout.Take<float>(kProbes * job.padded);
-    best = layout.Take<float>(job.padded);
-    rest = layout.Take<float>(job.padded + 32);
-    if (pass == 0) base = OwnScratch().Reserve(layout.used());
-  }
+  SelectWork work;
+  LayOut(job, own, &work);
+  float *means = work.means, *wide = work.wide, *asking = work.asking, *logits = work.logits, *best = work.best;
   float log_sums[kProbes];
   const size_t first = group * group_tiles, end = std::min(first + group_tiles, job.tiles);
   const auto choose = [&](size_t tile, Range range, float guess) {
     // `low` must lie below every score that counts: the float before the lowest.
     const float low = range.low == kLowest ? kLowest : Unordered(Ordered(range.low) - 1);
-    return BestKeys(best, job.padded, job.patches, s.keys, low, range.high, guess, rest,
+    return BestKeys(best, job.padded, job.patches, s.keys, low, range.high, guess, work.rest,
                     job.indices + (batch_head * job.tiles + tile) * s.keys);
   };
   float guess = std::numeric_limits<float>::quiet_NaN();
@@ -266,8 +282,9 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item) {
   choose(first, range, guess);
 }
 
-void KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
+bool KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
                      int32_t* indices, const Parallel& parallel) {
+  if (in.batch == 0) return true;
   SelectJob job{};
   job.in = in;
   job.settings = settings;
@@ -283,23 +300,25 @@ void KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k,
   job.stride = PackedWidth(in.width);
   job.lane_blocks = (settings.channels + kQueries - 1) / kQueries;
   job.asking_stride = job.lane_blocks * kQueries;
+  job.rows = RoundUp(std::min(kProbes, job.probes), kPaddedRows);
   const size_t heads = in.batch * in.heads, blocks = job.padded / kQueries;
   void* base = nullptr;
   for (int pass = 0; pass < 2; ++pass) {
     Layout layout(base);
-    job.proj_k = layout.Take<float>(in.heads * settings.channels * job.stride);
-    job.proj_q = layout.Take<float>(in.heads * job.lane_blocks * in.width * kQueries);
-    job.answers = layout.Take<float>(heads * job.padded * settings.channels);
-    job.bonus = layout.Take<float>(heads * job.padded);
-    if (pass == 0) base = SharedScratch().Reserve(layout.used());
+    job.proj_k = layout.Take<float>(in.heads, settings.channels, job.stride);
+    job.proj_q = layout.Take<float>(in.heads, job.lane_blocks, in.width, kQueries);
+    job.answers = layout.Take<float>(heads, job.padded, settings.channels);
+    job.bonus = layout.Take<float>(heads, job.padded);
+    if (pass == 0 && (base = parallel.Shared(layout.used())) == nullptr) return false;
   }
   PackProjections(job);
-  parallel.For(heads * (blocks + job.runs), PrepareItem, &job);
+  PrepareWork prepare;
+  SelectWork select;
   const size_t group_tiles = GroupTiles(settings);
-  parallel.For(heads * ((job.tiles + group_tiles - 1) / group_tiles), SelectGroup, &job);
+  return parallel.For(heads * (blocks + job.runs), LayOut(job, nullptr, &prepare), PrepareItem, &job) &&
+         parallel.For(heads * ((job.tiles + group_tiles - 1) / group_tiles), LayOut(job, nullptr, &select), SelectGroup,
+                      &job);
 }
-
-const char* TargetNameTarget() { return hwy::TargetName(HWY_TARGET); }
 
 }  // namespace HWY_NAMESPACE
 }  // namespace sparsifiner
@@ -308,24 +327,9 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace sparsifiner {
 
-HWY_EXPORT(KeySelectTarget);
-HWY_EXPORT(TargetNameTarget);
-
-void KeySelect(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
+bool KeySelect(const Packed& in, const float* proj_q, const float* proj_k, const SelectSettings& settings,
                int32_t* indices, const Parallel& parallel) {
-  HWY_DYNAMIC_DISPATCH(KeySelectTarget)(in, proj_q, proj_k, settings, indices, parallel);
-}
-
-const char* TargetName() { return HWY_DYNAMIC_DISPATCH(TargetNameTarget)(); }
-
-bool LimitTarget(const char* name) {
-  for (int64_t target : hwy::SupportedAndGeneratedTargets()) {
-    if (std::strcmp(hwy::TargetName(target), name) != 0) continue;
-    // Better targets have lower bits.
-    hwy::SetSupportedTargetsForTest(hwy::SupportedTargets() & ~(target - 1));
-    return true;
-  }
-  return false;
+  return SPARSIFINER_BUILT(KeySelectTarget)(in, proj_q, proj_k, settings, indices, parallel);
 }
 
 }  // namespace sparsifiner

@@ -8,6 +8,7 @@
 #include "hwy/highway.h"
 #include "kernels-inl.h"
 #include "kernels.h"
+#include "target.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
@@ -85,7 +86,7 @@ HWY_INLINE const float* ValuesOf(const SparseJob& job, size_t batch, size_t head
 }
 
 // One run of a head's keys or values: packed where they shall be, and their mean where there are cells.
-HWY_NOINLINE void PrepareRun(void* data, size_t item) {
+HWY_NOINLINE void PrepareRun(void* data, size_t item, void*) {
   const SparseJob& job = *static_cast<const SparseJob*>(data);
   const Packed& in = job.in;
   const size_t run = item % job.runs, which = item / job.runs % 2, batch_head = item / job.runs / 2;
@@ -226,22 +227,18 @@ struct Work {
   uint32_t *number, *places;
 };
 
-HWY_INLINE Work TakeWork(const SparseJob& job, size_t count) {
-  Work work{};
-  void* base = nullptr;
-  for (int pass = 0; pass < 2; ++pass) {
-    Layout layout(base);
-    work.gathered = layout.Take<float>(kChunk * job.stride);
-    work.partial = layout.Take<float>(kQueries * job.stride);
-    work.qt = layout.Take<float>(job.in.width * kQueries);
-    work.scores = layout.Take<float>(std::max((count + job.cells + kPaddedRows) * kQueries, job.in.tokens));
-    work.sums = layout.Take<float>(job.cells * kQueries);
-    work.owner = layout.Take<uint16_t>(job.settings.keys);
-    work.places = layout.Take<uint32_t>(count + kPlacesAhead);
-    work.number = layout.Take<uint32_t>(4 * job.cells);
-    if (pass == 0) base = OwnScratch().Reserve(layout.used());
-  }
-  return work;
+HWY_INLINE size_t LayOut(const SparseJob& job, void* base, Work* work) {
+  const size_t count = job.settings.prefix_keys + job.settings.keys;
+  Layout layout(base);
+  work->gathered = layout.Take<float>(kChunk, job.stride);
+  work->partial = layout.Take<float>(kQueries, job.stride);
+  work->qt = layout.Take<float>(job.in.width, kQueries);
+  work->scores = layout.Take<float>(std::max((count + job.cells + kPaddedRows) * kQueries, job.in.tokens));
+  work->sums = layout.Take<float>(job.cells, kQueries);
+  work->owner = layout.Take<uint16_t>(job.settings.keys);
+  work->places = layout.Take<uint32_t>(count + kPlacesAhead);
+  work->number = layout.Take<uint32_t>(4 * job.cells);
+  return layout.used();
 }
 
 // Where the rows of a list lie, as floats from the first token's row; which cells its keys lie in.
@@ -304,7 +301,7 @@ HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, si
             job.output + ((batch * in.tokens + begin) * in.heads + head) * width);
 }
 
-HWY_NOINLINE void SparseItem(void* data, size_t item) {
+HWY_NOINLINE void SparseItem(void* data, size_t item, void* own) {
   const SparseJob& job = *static_cast<const SparseJob*>(data);
   const Packed& in = job.in;
   const SparseSettings& s = job.settings;
@@ -313,7 +310,8 @@ HWY_NOINLINE void SparseItem(void* data, size_t item) {
   const size_t count = s.prefix_keys + s.keys;
   const bool prefix_row = unit >= job.tiles;
   const float *keys = KeysOf(job, batch, head), *values = ValuesOf(job, batch, head);
-  const Work work = TakeWork(job, count);
+  Work work;
+  LayOut(job, own, &work);
   const auto query = [&](size_t token) { return in.Queries(batch, head) + token * in.Row(); };
   const auto result = [&](size_t token) {
     return job.output + ((batch * in.tokens + token) * in.heads + head) * in.width;
@@ -337,8 +335,9 @@ HWY_NOINLINE void SparseItem(void* data, size_t item) {
   }
 }
 
-void SparseAttentionTarget(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
+bool SparseAttentionTarget(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
                            const Parallel& parallel) {
+  if (in.batch == 0) return true;
   SparseJob job{};
   job.in = in;
   job.settings = settings;
@@ -359,13 +358,13 @@ void SparseAttentionTarget(const Packed& in, const int32_t* indices, const Spars
   void* base = nullptr;
   for (int pass = 0; pass < 2; ++pass) {
     Layout layout(base);
-    job.packed_keys = pack ? layout.Take<float>(heads * in.tokens * job.stride) : nullptr;
-    job.packed_values = pack ? layout.Take<float>(heads * in.tokens * job.stride) : nullptr;
-    job.cell_keys = layout.Take<float>((heads * job.cells + kPaddedRows) * job.stride);
-    job.cell_values = layout.Take<float>(heads * job.cells * job.stride);
+    job.packed_keys = pack ? layout.Take<float>(heads, in.tokens, job.stride) : nullptr;
+    job.packed_values = pack ? layout.Take<float>(heads, in.tokens, job.stride) : nullptr;
+    job.cell_keys = layout.Take<float>(heads * job.cells + kPaddedRows, job.stride);
+    job.cell_values = layout.Take<float>(heads * job.cells, job.stride);
     logs = layout.Take<float>(job.settings.cell + 1);
     cell_of = layout.Take<uint16_t>(job.patches);
-    if (pass == 0) base = SharedScratch().Reserve(layout.used());
+    if (pass == 0 && (base = parallel.Shared(layout.used())) == nullptr) return false;
   }
   if (job.cells != 0) {
     logs[0] = kLowest;
@@ -374,8 +373,9 @@ void SparseAttentionTarget(const Packed& in, const int32_t* indices, const Spars
   }
   job.logs = logs;
   job.cell_of = cell_of;
-  if (pack || job.cells != 0) parallel.For(heads * 2 * job.runs, PrepareRun, &job);
-  parallel.For(heads * (job.tiles + settings.prefix), SparseItem, &job);
+  if ((pack || job.cells != 0) && !parallel.For(heads * 2 * job.runs, 0, PrepareRun, &job)) return false;
+  Work work;
+  return parallel.For(heads * (job.tiles + settings.prefix), LayOut(job, nullptr, &work), SparseItem, &job);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -385,11 +385,9 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace sparsifiner {
 
-HWY_EXPORT(SparseAttentionTarget);
-
-void SparseAttention(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
+bool SparseAttention(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
                      const Parallel& parallel) {
-  HWY_DYNAMIC_DISPATCH(SparseAttentionTarget)(in, indices, settings, output, parallel);
+  return SPARSIFINER_BUILT(SparseAttentionTarget)(in, indices, settings, output, parallel);
 }
 
 }  // namespace sparsifiner

@@ -1,0 +1,152 @@
+// What a call of a kernel runs on: the session's own threads, and memory that is kept for the next call.
+
+#ifndef SPARSIFINER_CALL_H_
+#define SPARSIFINER_CALL_H_
+
+#include <onnxruntime_cxx_api.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "errors.h"
+#include "kernels.h"
+#include "scratch.h"
+
+namespace sparsifiner {
+
+// Objects whose `new (std::nothrow)` is null where memory ran out; the standard one throws inside.
+struct Allocated {
+  static void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
+  static void operator delete(void* memory) noexcept { std::free(memory); }
+  static void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+};
+
+// Pieces of a loop: enough for uneven cores, few enough to cost nothing, a bit each.
+constexpr size_t kPieces = 64;
+
+// Memory of one call. Not in thread-local variables: a thread's first touch of those allocates, and the C library ends
+// the process where that fails.
+class CallMemory : public Allocated {
+ public:
+  Scratch& shared() { return shared_; }
+
+  // Memory for one piece, until it is returned; at most kPieces are borrowed at a time. The lowest first, so that a
+  // thread mostly gets what it just returned.
+  size_t Borrow() {
+    uint64_t free = free_.load(std::memory_order_relaxed);
+    while (!free_.compare_exchange_weak(free, free & (free - 1), std::memory_order_acquire)) {
+    }
+    return static_cast<size_t>(__builtin_ctzll(free));
+  }
+  Scratch& own(size_t borrowed) { return own_[borrowed]; }
+  void Return(size_t borrowed) { free_.fetch_or(uint64_t{1} << borrowed, std::memory_order_release); }
+
+ private:
+  Scratch shared_;
+  Scratch own_[kPieces];
+  std::atomic<uint64_t> free_{~uint64_t{0}};
+};
+
+// Memory of calls that are over, for the next: as much as the largest needed, as often as calls ran at a time, and only
+// as long as there are kernels.
+class IdleMemory {
+ public:
+  static void AddKernel() { ++kernels_; }
+  static void RemoveKernel() {
+    if (--kernels_ != 0) return;
+    for (auto& kept : kept_) delete kept.exchange(nullptr);
+  }
+
+  static CallMemory* Take() {
+    for (auto& kept : kept_) {
+      if (kept.load(std::memory_order_relaxed) == nullptr) continue;
+      if (CallMemory* memory = kept.exchange(nullptr, std::memory_order_acquire)) return memory;
+    }
+    return new (std::nothrow) CallMemory;
+  }
+
+  static void Keep(CallMemory* memory) {
+    for (auto& kept : kept_) {
+      CallMemory* none = nullptr;
+      if (kept.compare_exchange_strong(none, memory, std::memory_order_release, std::memory_order_relaxed)) return;
+    }
+    delete memory;
+  }
+
+ private:
+  static inline std::atomic<size_t> kernels_{0};
+  static inline std::atomic<CallMemory*> kept_[16] = {};
+};
+
+// One call's threads and memory.
+class Call final : public Parallel {
+ public:
+  Call(OrtKernelContext* context, Problem* problem)
+      : context_(context), problem_(problem), memory_(IdleMemory::Take()) {}
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+  ~Call() {
+    if (failed_) {
+      delete memory_;  // What it got is what others lack.
+    } else if (memory_ != nullptr) {
+      IdleMemory::Keep(memory_);
+    }
+  }
+
+  void* Shared(size_t bytes) const override {
+    void* memory = memory_ == nullptr ? nullptr : memory_->shared().Reserve(bytes);
+    failed_ = failed_ || memory == nullptr;
+    return memory;
+  }
+
+  bool For(size_t count, size_t bytes, void (*fn)(void*, size_t, void*), void* data) const override {
+    if (count == 0) return true;
+    failed_ = failed_ || memory_ == nullptr;
+    if (failed_) return false;
+    Loop loop{memory_, count, std::min(count, kPieces), bytes, fn, data, {false}, {0}};
+    OrtStatus* status = Ort::GetApi().KernelContext_ParallelFor(context_, RunPiece, loop.pieces, loop.pieces, &loop);
+    // Counted, since ONNX Runtime may lack the memory to say that it lacked memory.
+    failed_ = !problem_->Check(status) || loop.failed || loop.done != loop.pieces;
+    return !failed_;
+  }
+
+ private:
+  struct Loop {
+    CallMemory* memory;
+    size_t count, pieces, bytes;
+    void (*fn)(void*, size_t, void*);
+    void* data;
+    std::atomic<bool> failed;              // read for every i: apart from what is written often
+    alignas(64) std::atomic<size_t> done;  // pieces
+  };
+
+  // An even share of the loop, in order, on a thread of ONNX Runtime's.
+  static void RunPiece(void* data, size_t piece) noexcept {
+    Loop& loop = *static_cast<Loop*>(data);
+    if (loop.failed.load(std::memory_order_relaxed)) return;
+    const size_t borrowed = loop.memory->Borrow();
+    void* own = loop.bytes == 0 ? nullptr : loop.memory->own(borrowed).Reserve(loop.bytes);
+    if (loop.bytes != 0 && own == nullptr) {
+      loop.failed = true;
+    } else {
+      const size_t each = loop.count / loop.pieces, more = loop.count % loop.pieces;
+      const size_t begin = piece * each + std::min(piece, more), end = begin + each + (piece < more ? 1 : 0);
+      for (size_t i = begin; i < end && !loop.failed.load(std::memory_order_relaxed); ++i) loop.fn(loop.data, i, own);
+      ++loop.done;
+    }
+    loop.memory->Return(borrowed);
+  }
+
+  OrtKernelContext* context_;
+  Problem* problem_;
+  CallMemory* memory_;
+  mutable bool failed_ = false;
+};
+
+}  // namespace sparsifiner
+
+#endif  // SPARSIFINER_CALL_H_

@@ -1,0 +1,37 @@
+// Which of the instruction sets that the kernels are built for runs. Highway's own dispatch does the same, but needs
+// its shared library wherever the kernels run; so only its headers are used.
+
+#ifndef SPARSIFINER_TARGET_H_
+#define SPARSIFINER_TARGET_H_
+
+#include <cstdint>
+
+#include "hwy/highway.h"
+
+namespace sparsifiner {
+
+// The best one of this machine, or a lesser one that LimitTarget chose: a bit of HWY_TARGETS.
+int64_t Target();
+
+template <typename Function>
+Function* Choose(Function* avx3, Function* avx2, Function* neon, Function* baseline) {
+  switch (Target()) {
+    case HWY_AVX3:
+      return avx3;
+    case HWY_AVX2:
+      return avx2;
+    case HWY_NEON:
+      return neon;
+    default:
+      return baseline;
+  }
+}
+
+// A function of HWY_NAMESPACE, as built for Target(); after the last pass of foreach_target.h only.
+#define SPARSIFINER_BUILT(function)                                                                     \
+  (*sparsifiner::Choose<decltype(HWY_STATIC_DISPATCH(function))>(                                       \
+      HWY_CHOOSE_AVX3(function), HWY_CHOOSE_AVX2(function), HWY_CHOOSE_NEON(function), &HWY_STATIC_DISPATCH(function)))
+
+}  // namespace sparsifiner
+
+#endif  // SPARSIFINER_TARGET_H_

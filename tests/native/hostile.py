@@ -1,0 +1,139 @@
+"""Models of a few hundred bytes whose sizes are absurd, run one after the other: what ONNX Runtime says to each.
+
+`python -m tests.native.hostile LIBRARY` prints them as JSON, in a process that may have 6 GB and no more. Tensors are
+made inside the model, by ConstantOfShape, since NumPy refuses many of these shapes itself.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper
+
+LIMIT, ROOM = 6 << 30, 400 << 20
+MOST = 2**31 - 1
+"""The largest value that an attribute may have."""
+
+
+class Case(NamedTuple):
+    """A node, the shapes of its inputs, and what must come of it: the output's shape, or words of an error.
+
+    Attributes:
+        scarce: whether the process may have no more than ROOM above what it has.
+    """
+
+    op: str
+    shapes: list[list[int]]
+    attributes: dict[str, int | float]
+    outcome: str
+    scarce: bool = False
+
+
+def _select(qkv: list[int], heads: int, outcome: str, channels: int = 1, **changes: int | float) -> Case:
+    """KeySelect, one key, the least tiles."""
+    attributes = {"num_prefix": 0, "probe": 1, "tile": 1, "cell": 0, "keys": 1, "value_power": 0.0, **changes}
+    proj = [heads, qkv[2] // (3 * heads), channels] if qkv[0] else [1, 1, channels]
+    return Case("KeySelect", [qkv, proj, proj], {"num_heads": heads, **attributes}, outcome)
+
+
+def _attend(qkv: list[int], heads: int, indices: list[int], outcome: str, **changes: int) -> Case:
+    attributes = {"num_prefix": 0, "prefix_keys": 1, "tile": 16, "cell": 0, **changes}
+    return Case("SparseAttention", [qkv, indices], {"num_heads": heads, **attributes}, outcome)
+
+
+def _plain(qkv: list[int], heads: int, outcome: str) -> list[Case]:
+    return [Case(op, [qkv], {"num_heads": heads}, outcome) for op in ("DenseAttention", "TokenScore")]
+
+
+PLACES, MEMORY, SMALL = "too large for 32-bit places", "out of memory", [1, 40, 24]
+CASES = [
+    # No elements, and sizes whose product passes 2^63: undefined in signed numbers, small again in unsigned ones.
+    *_plain([0, 2**40, 3 * 2**30], 2**30, PLACES),
+    *_plain([0, 2**32, 3 * 2**32], 1, PLACES),
+    *_plain([0, 2**62, 12], 1, PLACES),
+    *_plain([0, 2**31, 3], 1, PLACES),
+    _select([0, 2**40, 3 * 2**30], 2**30, PLACES),
+    _select([0, 2**33, 3 * 2**31], 1, PLACES),
+    _attend([0, 2**40, 3 * 2**30], 2**30, [0, 2**30, 2**36, 1], PLACES),
+    _attend([0, 2**28 + 1, 3], 1, [0, 1, 2**24 + 1, 1], "too many for 32-bit places"),
+    # Nothing to do.
+    Case("DenseAttention", [[0, 40, 24]], {"num_heads": 2}, "[0, 40, 8]"),
+    Case("TokenScore", [[0, 40, 24]], {"num_heads": 2}, "[0, 40]"),
+    Case("TokenScore", [[0, 1, 3 * 2**30]], {"num_heads": 2**30}, "[0, 1]"),
+    Case("DenseAttention", [[0, 1, 3 * 2**30]], {"num_heads": 2**30}, f"[0, 1, {2**30}]"),
+    _select([0, 40, 3], 1, "[0, 1, 40, 1]"),
+    _select([0, 40, 3], 1, "[0, 1, 1, 40]", tile=MOST, cell=MOST, keys=40, value_power=2.0),
+    _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]"),
+    _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]", cell=MOST),
+    # No tokens, no channels, no keys.
+    *_plain([1, 0, 24], 2, "leaves no patch"),
+    *_plain([1, 40, 0], 2, "qkv must have shape"),
+    *_plain([1, 40, 24], MOST, "qkv must have shape"),
+    _select(SMALL, 2, "proj_q and proj_k must have shape", channels=0),
+    _attend(SMALL, 2, [1, 2, 3, 0], "indices must have shape"),
+    # Settings beyond every tensor, at the edge of what is allowed, or past it.
+    _select(SMALL, 2, "[1, 2, 1, 1]", probe=MOST, tile=MOST, cell=MOST),
+    _select(SMALL, 2, "[1, 2, 1, 1]", probe=1, tile=MOST, cell=MOST, value_power=2.0),
+    _select(SMALL, 2, "keys exceed", keys=MOST),
+    _select(SMALL, 2, "leaves no patch", num_prefix=MOST),
+    _attend(SMALL, 2, [1, 2, 1, 5], "[1, 40, 8]", tile=MOST, cell=MOST),
+    _attend(SMALL, 2, [1, 2, 1, 5], "leaves no patch", num_prefix=MOST),
+    *(_select(SMALL, 2, f"{name} is {2**31}", **{name: 2**31}) for name in ("probe", "tile", "cell", "keys")),
+    _attend(SMALL, 2, [1, 2, 3, 5], f"cell is {-(2**63)}", cell=-(2**63)),
+    # More memory than there is: the call's, asked for on the calling thread.
+    _select([1, 2**24, 3], 1, MEMORY, channels=128, probe=MOST, tile=MOST),
+    _select([2, 2**20, 3], 1, MEMORY, channels=2**13, probe=MOST, tile=MOST),
+    # And each thread's own, asked for there: 16 rows of as many logits as tokens.
+    _select([2, 2**22, 3], 1, MEMORY, tile=MOST)._replace(scarce=True),
+]
+
+
+def model(case: Case) -> bytes:
+    names = [f"input{i}" for i in range(len(case.shapes))]
+    nodes, initializers = [], []
+    for name, shape in zip(names, case.shapes, strict=True):
+        kind = np.int32 if case.op == "SparseAttention" and name == "input1" else np.float32
+        value = helper.make_tensor("value", helper.np_dtype_to_tensor_dtype(np.dtype(kind)), [1], [0])
+        initializers.append(helper.make_tensor(f"{name} shape", TensorProto.INT64, [len(shape)], shape))
+        nodes.append(helper.make_node("ConstantOfShape", [f"{name} shape"], [name], value=value))
+    nodes.append(helper.make_node(case.op, names, ["output"], domain="sparsifiner", scale=1.0, **case.attributes))
+    kind = TensorProto.INT32 if case.op == "KeySelect" else TensorProto.FLOAT
+    output = helper.make_tensor_value_info("output", kind, None)
+    graph = helper.make_graph(nodes, "hostile", [], [output], initializers)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", 1)]
+    made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return made
+
+
+def outcome(library: str, case: Case) -> str:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.register_custom_ops_library(library)
+    try:
+        session: Any = onnxruntime.InferenceSession(model(case), options, providers=["CPUExecutionProvider"])
+        resource.setrlimit(resource.RLIMIT_AS, (mapped() + ROOM if case.scarce else LIMIT, LIMIT))
+        return str(list(session.run(None, {})[0].shape))
+    except Exception as error:  # ONNX Runtime's own share no base.
+        return f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
+
+
+def mapped() -> int:
+    """Bytes of address space that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (LIMIT, LIMIT))
+    for case in CASES:
+        print(json.dumps([str(case), len(model(case)), case.outcome, outcome(sys.argv[1], case)]), flush=True)

@@ -1,0 +1,168 @@
+"""The native kernels where memory runs out or sizes are absurd: errors of ONNX Runtime's, and no more than that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.ops import native
+from tests.native import allocation, hostile
+from tests.native.allocation import Subject
+from tests.native.test_replay import SOURCES
+
+LIBRARY = native.library_path()
+SIZES = Path(__file__).with_name("sizes.cc")
+
+
+def run(script: str, **environment: str) -> str:
+    """What a process of its own prints."""
+    command = [sys.executable, "-c", script, str(LIBRARY)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not allocation.SUPPORTED:
+        pytest.skip("only with GNU's C library 2.35 or newer")
+    return allocation.build_shim(tmp_path_factory.mktemp("shim"))
+
+
+def test_every_failed_allocation_is_an_error_and_leaves_the_session_well(shim: Path) -> None:
+    assert LIBRARY is not None
+    result = allocation.measure(shim, LIBRARY, 360, seed=0)
+    assert result["failures"] == 0, "\n".join(result["first"])
+    assert result["trials"] == 360
+    assert result["raised"] > 300  # else nothing failed
+
+
+def test_failures_in_a_row_are_errors_beyond_all_that_are_in_reserve(shim: Path) -> None:
+    script = (
+        "import json, sys\n"
+        "from tests.native.allocation import Bench\n"
+        "bench = Bench(sys.argv[1])\n"
+        "session, feed = bench.session('dense', 2), bench.models['dense'][1]\n"
+        "def run():\n"
+        "    try:\n"
+        "        return session.run(None, feed)[0].tobytes() == bench.expected['dense']\n"
+        "    except Exception:\n"
+        "        return 'raised'\n"
+        "bench.shim.failing_arm(1, 1, 1)\n"
+        "failed = [run() for _ in range(200)]\n"
+        "bench.shim.failing_disarm()\n"
+        "print(json.dumps([failed, run(), run()]))\n"
+    )
+    assert json.loads(run(script, LD_PRELOAD=str(shim))) == [["raised"] * 200, True, True]
+
+
+def test_the_shim_sees_allocations_of_this_library_alone(shim: Path) -> None:
+    script = (
+        "import ctypes, sys\n"
+        "from tests.native.allocation import Bench\n"
+        "shim = Bench(sys.argv[1]).shim\n"
+        "shim.failing_arm(1, 1, 9)\n"
+        "made = [bytearray(n) for n in range(1, 2000)]\n"
+        "assert shim.failing_counted() == 0\n"
+    )
+    run(script, LD_PRELOAD=str(shim))
+
+
+def test_the_library_asks_for_memory_only_where_it_looks_at_the_answer() -> None:
+    """Not by `new`, strings and the like, which throw, nor for thread-local variables: those are allocated when a
+    thread first touches them, and the C library ends the process where that fails.
+    """
+    command = ["nm", "-D", "--undefined-only", str(LIBRARY)]
+    used = {line.split()[-1].split("@")[0] for line in subprocess.check_output(command, text=True).splitlines()}
+    assert {"malloc", "aligned_alloc"} <= used
+    names = ("__tls_get_addr", "__cxa_thread_atexit")
+    assert not [name for name in used if name in names or name.startswith(("_Zn", "_ZSt", "_ZNSs", "_ZNSt7__cxx11"))]
+
+
+def test_memory_is_given_back_with_the_last_session() -> None:
+    """Some 100 MB of answers and logits, kept from call to call, and then no more."""
+    script = (
+        "import sys\n"
+        "import numpy as np\n"
+        "from tests.native.allocation import Bench, Subject, SUBJECTS\n"
+        "def resident():\n"
+        "    return int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1]) // 1024\n"
+        "attributes = {**SUBJECTS['select'].attributes, 'tile': 2**21, 'probe': 2**21}\n"
+        "large = Subject('KeySelect', 2**21 + 1, 1, 1, attributes)\n"
+        "bench = Bench(sys.argv[1], {'small': SUBJECTS['select'], 'large': large}, shim=False)\n"
+        "other, session, feed = bench.session('small', 1), bench.session('large', 2), bench.models['large'][1]\n"
+        "before = resident()\n"
+        "for _ in range(3): session.run(None, feed)\n"
+        "during = resident()\n"
+        "del session\n"
+        "kept = resident()\n"
+        "del other\n"
+        "after = resident()\n"
+        "print(before, during, kept, after)\n"
+    )
+    before, during, kept, after = map(int, run(script).split())
+    assert during > before + 30
+    assert kept > before + 30
+    assert after < before + 10
+
+
+def test_sizes_beyond_all_memory(tmp_path: Path) -> None:
+    program = tmp_path / "sizes"
+    options = ["-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}"]
+    subprocess.run(["g++", *options, str(SIZES), "-o", str(program)], check=True)
+    settings = os.environ | {"ASAN_OPTIONS": "allocator_may_return_null=1"}
+    done = subprocess.run([str(program)], env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def outcomes(library: Path | None) -> list[list[Any]]:
+    command = [sys.executable, "-m", "tests.native.hostile", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]} {done.stderr[-2000:]}"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_told(told: list[list[Any]]) -> None:
+    assert len(told) == len(hostile.CASES)
+    for case, size, expected, got in told:
+        assert size < 628
+        assert expected in got, f"{case}: {got}"
+
+
+def test_absurd_sizes_end_with_an_error_or_an_empty_answer() -> None:
+    assert_told(outcomes(LIBRARY))
+
+
+def test_absurd_sizes_are_reckoned_without_undefined_behaviour(tmp_path: Path) -> None:
+    # For the least instruction set alone: the others differ in the kernels, not in the sizes, and take long to build.
+    flags = "-O1 -g -fsanitize=undefined -fno-sanitize-recover=all -DHWY_COMPILE_ONLY_STATIC"
+    made = ["-S", str(SOURCES), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={flags}"]
+    for command in (["cmake", *made], ["cmake", "--build", str(tmp_path)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    library = tmp_path / "libsparsifiner_ops.so"
+    assert b"__ubsan_handle" in library.read_bytes()
+    assert_told(outcomes(library))
+
+
+@pytest.mark.parametrize("beyond", [1, 5])
+def test_keys_beyond_two_to_the_24_are_found_exactly(beyond: int) -> None:
+    """Floats tell neighbouring numbers apart no more."""
+    patches, third = 2**24 + beyond, 12345
+    qkv = np.zeros((1, patches, 3), np.float32)
+    qkv[..., 0] = 1
+    qkv[0, [third, -2, -1], 1] = 3, 4, 5
+    one = np.ones((1, 1, 1), np.float32)
+    settings = {"num_prefix": 0, "tile": 2**31 - 1, "probe": 2**31 - 1, "cell": 0, "keys": 3, "value_power": 0.0}
+    subject = Subject("KeySelect", patches, 1, 1, settings)
+    bench = allocation.Bench(str(LIBRARY), {}, shim=False)
+    session = bench.open(subject.model({"qkv": qkv, "proj_q": one, "proj_k": one}), 2)
+    got = session.run(None, {"qkv": qkv, "proj_q": one, "proj_k": one})[0]
+    np.testing.assert_array_equal(got, [[[[third, patches - 2, patches - 1]]]])
