@@ -22,8 +22,6 @@ fi
 folder=$(cd "$folder" && pwd)
 cp -L /etc/resolv.conf "$folder/etc/resolv.conf"
 cp -L /etc/ssl/certs/ca-certificates.crt "$folder/etc/ssl/certs/ca-certificates.crt"
-cp -r /etc/apt/sources.list.d "$folder/etc/apt/" 2> /dev/null || true
-cp -r /etc/apt/apt.conf.d "$folder/etc/apt/" 2> /dev/null || true
 [ ! -e /etc/pip.conf ] || cp /etc/pip.conf "$folder/etc/pip.conf"
 rm -rf "$folder/work"
 git clone --quiet "$repository" "$folder/work"

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -106,6 +107,14 @@ def refused(call: Callable[[], Any]) -> bool:
     except SparsifinerError:
         return True
     return False
+
+
+def copied(one: Try, name: str, to: str = "subject") -> Path:
+    """A copy of a good folder, in the place of the one of the try before."""
+    place = one.work / to
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(one.good / name, place)
+    return place
 
 
 @contextlib.contextmanager

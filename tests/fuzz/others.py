@@ -1,0 +1,283 @@
+"""Tries with what else a stranger may hand over: results, students, checkpoints, weights, settings, options, videos."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.fuzz.generators import TEXTS
+from tests.fuzz.harness import FailureError, Try, command, copied, refused
+from tests.fuzz.materials import SHORT
+from tests.fuzz.mutate import (
+    TOML_VALUES,
+    mutated_bytes,
+    mutated_json,
+    mutated_object,
+    mutated_toml,
+    mutated_zip,
+)
+
+PACKAGE = Path(__file__).parents[2] / "sparsifiner_edge"
+
+
+def report(one: Try) -> None:
+    path, page = one.work / "result.json", one.work / "page.html"
+    name = one.rng.choice(["comparison", "profile", "evaluation", "estimate", "sweep"])
+    path.write_bytes(mutated_json(json.loads((one.good / "results" / f"{name}.json").read_text()), one.rng))
+    page.unlink(missing_ok=True)
+    more = ["--lang", one.rng.choice(["en", "ja"])] + ([] if one.number % 20 == 0 else ["--no-pictures"])
+    more += (["--price-kwh", "0.3"] if one.number % 3 == 0 else []) + (["--json"] if one.number % 4 == 0 else [])
+    other = [one.good / "results" / "estimate.json"] if one.number % 5 == 0 else []
+    command("report", path, *other, "-o", page, *more)
+    if page.exists():
+        lowered = page.read_text(encoding="utf-8").lower()
+        if "<script>alert" in lowered or "<img src=x" in lowered or "' onload='" in lowered:
+            raise FailureError("a script is in the page")
+
+
+def student(one: Try) -> None:
+    folder = copied(one, "student")
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    content = json.loads(config.read_text())
+    if one.number % 3 == 2:
+        raw = weights.read_bytes()
+        spoilt = mutated_bytes(raw, one.rng)
+        if one.number % 2:
+            end = 8 + int.from_bytes(raw[:8], "little")
+            header = mutated_json(json.loads(raw[8:end]), one.rng)
+            spoilt = len(header).to_bytes(8, "little") + header + raw[end:]
+        weights.write_bytes(spoilt)
+        config.write_text(json.dumps(content | {"weights_sha256": hashlib.sha256(spoilt).hexdigest()}))
+    else:
+        labels = [f"class {number}" for number in range(10)] if one.number % 6 == 0 else []
+        config.write_bytes(mutated_json({"labels": labels} | content, one.rng))
+    shutil.rmtree(one.work / "made", ignore_errors=True)
+    command("export", folder, "-o", one.work / "made")
+
+
+def checkpoint(one: Try) -> None:
+    import torch
+
+    work = copied(one, "out.training", "out.training")
+    shutil.rmtree(one.work / "out", ignore_errors=True)
+    path, history = work / "checkpoint.pt", work / "history.jsonl"
+    if one.number % 4 == 0:
+        path.write_bytes(mutated_zip(path.read_bytes(), one.rng))
+    elif one.number % 4 < 3:
+        content = torch.load(path, weights_only=True)
+        try:
+            torch.save(_spoilt_checkpoint(content, one.rng), path)
+        except Exception:  # Some of what JSON can say, no pickle can.
+            return
+    else:
+        lines = history.read_text().splitlines()
+        place = one.rng.randrange(len(lines))
+        lines[place] = mutated_json(json.loads(lines[place]), one.rng).decode("utf-8", "surrogateescape")
+        written = "\n".join(lines).encode("utf-8", "surrogateescape")
+        history.write_bytes(mutated_bytes(written, one.rng) if one.number % 3 == 0 else written)
+    overrides = [part for override in SHORT for part in ("--set", override)]
+    command("distill", one.good / "start", "--data", one.good / "data", "-o", one.work / "out", "--resume", *overrides)
+
+
+def _spoilt_checkpoint(content: Any, rng: Any) -> Any:
+    import torch
+
+    part = rng.choice(["state", "recent", "optimiser", "student", "average", "fingerprint", None])
+    if part is None:
+        return mutated_object(content, rng)
+    if part in ("student", "average") and rng.random() < 0.5:
+        tensors = content[part]
+        name = rng.choice(list(tensors))
+        tensor = tensors[name]
+        tensors[name] = rng.choice(
+            [
+                tensor.flatten(),
+                tensor * float("nan"),
+                tensor.double(),
+                tensor.int(),
+                tensor[None],
+                torch.empty(0),
+                tensor.bool(),
+                tensor.to(torch.bfloat16),
+                tensor + float("inf"),
+                tensor.to("meta"),
+                tensor.to(torch.complex64),
+            ]
+        )
+        return content
+    changed = mutated_object({"x": content[part]}, rng)
+    return content | {part: changed.get("x") if isinstance(changed, dict) else changed}
+
+
+def weights(one: Try) -> None:
+    """Pickles that would run code, and files that are not what they say."""
+    ran = one.work / "ran"
+    ran.unlink(missing_ok=True)
+    code = f"c__builtin__\neval\n(V__import__('pathlib').Path({str(ran)!r}).touch()\ntR.".encode()
+    suffix = one.rng.choice([".pth", ".safetensors", ".pt", ".bin"])
+    path = one.work / f"weights{suffix}"
+    good = (one.good / "weights.safetensors").read_bytes()
+    path.write_bytes(
+        one.rng.choice([code, b"\x80\x02" + code, mutated_bytes(good, one.rng), b"", good[:8], b"PK\x03\x04" + code])
+    )
+    shutil.rmtree(one.work / "made", ignore_errors=True)
+    command("sparsify", "test_vit", "--weights", path, "-o", one.work / "made")
+    if ran.exists():
+        raise FailureError(f"code in a {suffix} file ran")
+
+
+def settings(one: Try) -> None:
+    """Boards and recipes."""
+    if one.number % 2:
+        board = one.work / "board.toml"
+        board.write_bytes(
+            mutated_toml(one.rng.choice(sorted((PACKAGE / "profiles" / "boards").glob("*.toml"))).read_text(), one.rng)
+        )
+        more = one.rng.choice(([], ["--json"]))
+        command("estimate", one.good / "bundle", "--board-file", board, "--precision", "fp32", *more)
+        return
+    from sparsifiner_edge.distill.recipe import read_recipe
+
+    recipe = one.work / "recipe.toml"
+    recipe.write_bytes(
+        mutated_toml(one.rng.choice(sorted((PACKAGE / "distill" / "recipes").glob("*.toml"))).read_text(), one.rng)
+    )
+    name = one.rng.choice(["batch", "distil.steps", "budgets.keep", "ema", "x", "", "distil"])
+    overrides = [f"{name}={one.rng.choice(TOML_VALUES)}"] if one.number % 3 == 0 else []
+    refused(lambda: json.dumps(read_recipe(str(recipe), overrides).to_dict()))
+
+
+NUMBERS = (
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "-1",
+    "0",
+    "2147483648",
+    "9" * 5000,
+    "٣",
+    "²",
+    "0x10",
+    "1_0",
+    "",
+    " ",
+    "1e308",
+    "x",
+    "\u202e1",
+)
+
+
+def usage(one: Try) -> None:
+    """Options with values that are none."""
+    rng, good = one.rng, one.good
+    plain, images = good / "plain", good / "images"
+    lines: list[list[Any]] = [
+        [
+            "run",
+            plain,
+            "--source",
+            images,
+            rng.choice(
+                ["--threads", "--top", "--threshold", "--fps", "--stall", "--metrics", "--duration", "--frames"]
+            ),
+        ],
+        ["profile", plain, rng.choice(["--threads", "--batch", "--seconds", "--sweep", "--rules", "--price-kwh"])],
+        [
+            "estimate",
+            plain,
+            "--board",
+            "jetson-orin-nano-8gb",
+            rng.choice(["--precision", "--power-mode", "--kernels", "--batch"]),
+        ],
+        [
+            "build",
+            plain,
+            "--backend",
+            "tensorrt-rtx",
+            rng.choice(["--compute-capability", "--timeout", "--min-batch", "--option"]),
+        ],
+        ["package", plain, "--for", "triton", "-o", one.work / "out", "--batch"],
+        [
+            "report",
+            good / "results" / "profile.json",
+            "-o",
+            one.work / "page.html",
+            rng.choice(["--price-kwh", "--lang", "--currency"]),
+        ],
+        [
+            "sparsify",
+            "test_vit",
+            "--weights",
+            good / "weights.safetensors",
+            "-o",
+            one.work / "made",
+            rng.choice(
+                ["--keep", "--tile", "--probe", "--channels", "--cells", "--dense-layers", "--token-keep", "--img-size"]
+            ),
+        ],
+        [
+            "export",
+            good / "student",
+            "-o",
+            one.work / "made",
+            rng.choice(["--keep", "--tile", "--probe", "--batch", "--token-keep", "--precision", "--board"]),
+        ],
+        [
+            "evaluate",
+            good / "student",
+            "--data",
+            images,
+            rng.choice(["--keep", "--token-keep", "--metric", "--gallery"]),
+        ],
+        [
+            "distill",
+            good / "student",
+            "--data",
+            images,
+            "-o",
+            one.work / "made",
+            rng.choice(["--set", "--recipe", "--keep"]),
+        ],
+        [
+            "bundle",
+            rng.choice(["verify", "sign", "keygen", "x"]),
+            plain,
+            rng.choice(["--public-key", "--key", "-o", "--backend"]),
+        ],
+    ]
+    shutil.rmtree(one.work / "made", ignore_errors=True)
+    shutil.rmtree(one.work / "out", ignore_errors=True)
+    value = rng.choice((*NUMBERS, *NUMBERS, *TEXTS))
+    value = value.replace("\0", "").encode(
+        "utf-8", "surrogateescape" if not any("\ud7ff" < c < "\udc80" for c in value) else "replace"
+    )
+    chosen = rng.choice(lines)
+    name = str(chosen[-1])
+    if name in ("--duration", "--seconds") or (name == "--set" and len(value) < 40):
+        value = rng.choice([b"nan", b"-1", b"inf", b"x", b"0", b"9" * 5000])
+    command(*chosen, value.decode("utf-8", "replace"))
+
+
+def videos(one: Try) -> None:
+    """Damaged files through the real decoding process."""
+    path = one.work / "video.mp4"
+    path.write_bytes(mutated_bytes((one.good / "video.mp4").read_bytes(), one.rng))
+    line = [sys.executable, "-m", "sparsifiner_edge", "run", one.good / "plain", "--source", path]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, check=False, timeout=25)
+    if done.returncode not in (0, 2) or "Traceback" in done.stderr:
+        raise FailureError(f"exit code {done.returncode}: {done.stderr[-300:]}")
+
+
+def allocations(one: Try) -> None:
+    """A hundred allocations of the native library that fail, in a process of their own."""
+    line = [sys.executable, "-m", "tests.native.allocation", "--trials", "100", "--seed", str(one.number), "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=28, cwd=PACKAGE.parent)
+    found = json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
+    if found.get("failures") != 0:
+        raise FailureError(f"{found or done.returncode}: {done.stderr[-300:]}")

@@ -1,0 +1,82 @@
+"""A few tries of each quick class, and the harness itself: what it calls a failure is one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import click
+import pytest
+
+from sparsifiner_edge.cli import main as program
+from tests.fuzz import materials
+from tests.fuzz.harness import LIMIT_S, FailureError, Target, Try, attempt, command, strict_json
+from tests.fuzz.targets import TARGETS
+
+QUICK = ("golden", "model", "external", "signature", "manifest", "injection", "settings", "usage")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    materials.make(folder, ("plain", "signed", "bundle", "images", "results"))
+    return folder
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_nothing_hostile_gets_through(name: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    failed = {}
+    for number in range(1_000_000, 1_000_015):  # Others than a run of the benchmark begins with.
+        one = Try(random.Random(f"{name}{number}"), number, good, tmp_path)
+        failure = attempt(TARGETS[name], one)
+        if failure is not None:
+            failed[number] = failure
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "wrong"),
+    [
+        ("fine", 0, None), ("fine", 3, "exit code 3"), ("a\x1b[31m", 0, "raw '\\x1b'"), ("a\x9b31m", 2, "raw '\\x9b'"),
+        ("a\u202eb", 0, "raw '\\u202e'"), ("Traceback (most recent", 2, "Traceback"),
+    ],
+)  # fmt: skip
+def test_the_harness_sees_it(said: str, code: int, wrong: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    @click.argument("rest", nargs=-1)
+    def spoilt(rest: tuple[str, ...]) -> None:
+        print(said)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(program, "cli", spoilt)
+    if wrong is None:
+        assert command("run") == (code, f"{said}\n", "")
+        return
+    with pytest.raises(FailureError) as caught:
+        command("run")
+    assert wrong in str(caught.value)
+
+
+def test_numbers_that_json_has_not() -> None:
+    assert strict_json('{"a": [1, null]}') == {"a": [1, None]}
+    for text in ("NaN", "[Infinity]", "{", ""):
+        with pytest.raises(FailureError):
+            strict_json(text)
+
+
+def test_errors_and_hangs_are_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Try(random.Random(0), 0, tmp_path, tmp_path)
+
+    def wrong(_: Try) -> None:
+        raise KeyError("x")
+
+    def hangs(_: Try) -> None:
+        while True:
+            pass
+
+    assert attempt(Target(1, lambda _: None), one) is None
+    assert "KeyError in test_fuzz.py" in str(attempt(Target(1, wrong), one))
+    monkeypatch.setattr("tests.fuzz.harness.LIMIT_S", 1)
+    assert "took more than" in str(attempt(Target(1, hangs), one))
+    assert LIMIT_S > 1
