@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.quiet import NO_TELEMETRY
@@ -30,7 +31,8 @@ def examine() -> dict[str, Any]:
     Returns:
         `native_library` (path or None) and `native_library_reason`; `backends`: per name `available`, `reason` and
         `version`; `cuda`: the device as CUDA describes it, or `unavailable`; `triton`: as a backend; `telemetry`:
-        per library "off", or what switches it on; `extras`: per extra its `packages` (name to version or why not),
+        per library "off", or what switches it on; `decoding`: what confines the process that decodes videos and streams
+        here, see `camera.confine.confinement`; `extras`: per extra its `packages` (name to version or why not),
         `complete` and the `install` command, or `unavailable`; `warnings`; `machine` and `environment` as in results.
     """
     device = _cuda()
@@ -47,6 +49,7 @@ def examine() -> dict[str, Any]:
         "cuda": device,
         "triton": _triton(),
         "telemetry": _telemetry(),
+        "decoding": confinement(),
         "extras": _extras(),
         "warnings": _warnings(),
         "machine": machine(),

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from sparsifiner_edge.camera.backoff import Backoff
 from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera.relay import Relay
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.camera.wire import Message, StalledError, WireError, receive
@@ -92,12 +93,17 @@ class Capture:
         fps: of the test pattern.
         stall_s: the process is ended and started anew when nothing came for so long.
         status: told about every change.
+        allow_redirect: of an RTSP camera to other hosts, without user and password; see `Relay`.
     """
 
-    def __init__(self, source: Source, fit: Fit, fps: float, stall_s: float, status: Status) -> None:
+    def __init__(
+        self, source: Source, fit: Fit, fps: float, stall_s: float, status: Status, allow_redirect: bool = False
+    ) -> None:
         self.mailbox = Mailbox(source.live)
         self.failure: str | None = None
         self._source, self._fit, self._fps, self._stall_s, self._status = source, fit, fps, stall_s, status
+        self._allow_redirect = allow_redirect
+        self._relay: Relay | None = None
         self._stop = threading.Event()
         self._backoff = Backoff()
         self._process: subprocess.Popen[bytes] | None = None
@@ -113,6 +119,8 @@ class Capture:
         self.mailbox.close()
         self._kill()
         self._thread.join(5)
+        if self._relay is not None:
+            self._relay.close()
 
     @property
     def pid(self) -> int | None:
@@ -162,15 +170,21 @@ class Capture:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _started(self) -> subprocess.Popen[bytes]:
+        source = self._source
+        if source.kind == "rtsp" and self._relay is None:
+            self._relay = Relay(source.location, self._stall_s, self._allow_redirect)
         request = {
-            "kind": self._source.kind, "location": self._source.location, "live": self._source.live,
-            "fit": list(self._fit), "fps": self._fps, "patience_s": self._stall_s, "attempts": self._backoff.attempts,
+            "kind": source.kind, "location": source.location, "live": source.live, "fit": list(self._fit),
+            "fps": self._fps, "patience_s": self._stall_s, "attempts": self._backoff.attempts, "port": None,
+            "secrets": source.secrets,
         }  # fmt: skip
+        if self._relay is not None:  # The camera's own address, and so its password, stays here.
+            request |= {"location": self._relay.url, "port": self._relay.port, "secrets": []}
         self._process = start_python(
             "sparsifiner_edge.camera.child", {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        # Not as an argument, which every user of the machine can read: an address may hold a password.
+        # Not as an argument, which every user of the machine can read: a pipeline may hold a password.
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(json.dumps(request).encode())
@@ -187,7 +201,7 @@ class Capture:
             if message.kind == "end":
                 if self._source.live:
                     raise WireError("the end of a live source")
-                self.failure = message.fields.get("reason")
+                self.failure = self._reason(message.fields)
                 return True
             # Connecting has time limits of its own; those of the watchdog only come after them.
             allowed = self._stall_s if message.kind == "frame" else 2 * self._stall_s + 5
@@ -217,8 +231,13 @@ class Capture:
             return
         attempt = fields.get("attempt", 0)
         self._backoff.attempts = max(self._backoff.attempts, attempt)  # A process that follows counts on.
-        reason, retry_s = fields.get("reason"), fields.get("retry_s")
+        reason, retry_s = self._reason(fields), fields.get("retry_s")
         self._status.enter(state, reason, _is_old(attempt), attempt=attempt, retry_s=retry_s)
+
+    def _reason(self, fields: dict[str, Any]) -> str | None:
+        """The relay's, which saw the camera itself; else the decoder's. Neither may show a secret."""
+        reason = (self._relay and self._relay.reason) or fields.get("reason")
+        return None if reason is None else self._source.hide(str(reason))
 
     def _crashed(self, reason: str) -> None:
         self._status.count("crashes")

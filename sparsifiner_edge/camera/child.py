@@ -1,55 +1,75 @@
 """The decoding process: reads a source, sends frames to its parent, and connects again when a live source is lost.
 
 A process of its own because a decoder that hangs can be killed there, one that crashes takes nothing with it, and what
-hostile input makes of it may write no file (see `limits`). Started by `capture`.
+hostile input makes of it may open no file, start no program and talk to nobody but its parent and the relay: what it
+needs is imported and open before it is confined (see `confine`), and only then it reads. Started by `capture`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparsifiner_edge.camera.backoff import Backoff
-from sparsifiner_edge.camera.limits import confine
+from sparsifiner_edge.camera.confine import confine
+from sparsifiner_edge.camera.hide import hide
+from sparsifiner_edge.camera.limits import limit
 from sparsifiner_edge.camera.prepare import Fit, display_size, fit_pillow
 from sparsifiner_edge.camera.wire import MAX_REASON, send
+from sparsifiner_edge.files import open_regular
 
 
 def main() -> None:
-    """Standard input: one JSON object: kind, location, live, fit, fps, patience_s, attempts."""
-    request = json.loads(sys.stdin.read())
+    """Standard input: one JSON object: kind, location, live, fit, fps, patience_s, attempts, port, secrets."""
+    starter, request = os.getppid(), json.loads(sys.stdin.read())
     parent = os.dup(1)
     os.dup2(2, 1)  # Whatever a library prints must not end up between the messages.
-    confine(pipeline=request["kind"] == "gst")
-    with contextlib.suppress(ImportError):  # Told as the reason of the first attempt.
-        _import_decoder(request["kind"])
+    limit(pipeline=request["kind"] == "gst")
+    with contextlib.ExitStack() as opened:
+        frames = _prepared(request, opened, starter)
+        try:
+            _serve(request, frames, parent)
+        except BrokenPipeError:
+            os._exit(0)  # The parent has gone, or has had enough.
+
+
+def _prepared(request: dict[str, Any], opened: contextlib.ExitStack, starter: int) -> Callable[[], Iterator[Any]]:
+    """Import and open all that is needed, then confine the process.
+
+    Returns:
+        What gives the frames of an attempt; or raises what went wrong here, as the reason of every attempt.
+    """
     try:
-        _serve(request, parent)
-    except BrokenPipeError:
-        os._exit(0)  # The parent has gone, or has had enough.
+        frames = _frames(request, opened)
+        if request["kind"] != "gst":  # A pipeline is the user's own.
+            confine(starter, request["port"])
+    except Exception as error:
+        failure = error
+
+        def fail() -> Iterator[Any]:
+            raise failure.with_traceback(None)
+
+        return fail
+    return frames
 
 
-def _import_decoder(kind: str) -> None:
-    """Before the first attempt, whose time then is its own."""
-    if kind in ("file", "rtsp"):
-        import av.video.reformatter  # noqa: F401
-    elif kind == "test":
-        import PIL.Image  # noqa: F401
-
-
-def _serve(request: dict[str, Any], parent: int) -> None:
+def _serve(request: dict[str, Any], frames: Callable[[], Iterator[Any]], parent: int) -> None:
     backoff = Backoff()
     backoff.attempts = int(request["attempts"])
     while True:
         send(parent, "state", state="connecting", attempt=backoff.attempts)
-        reason = _stream(request, parent, backoff)
+        reason = _stream(frames, parent, backoff)
+        reason = None if reason is None else _cut(hide(reason, request["secrets"]))
         if not request["live"]:
             send(parent, "end", reason=reason)
             return
@@ -58,10 +78,10 @@ def _serve(request: dict[str, Any], parent: int) -> None:
         time.sleep(wait)
 
 
-def _stream(request: dict[str, Any], parent: int, backoff: Backoff) -> str | None:
+def _stream(frames: Callable[[], Iterator[Any]], parent: int, backoff: Backoff) -> str | None:
     """Send frames until the source ends; why it ended if not by itself."""
     try:
-        for decoded in _frames(request):
+        for decoded in frames():
             backoff.reset()
             send(parent, "frame", decoded.pictures, bad_packets=decoded.bad_packets, **decoded.times)
     except BrokenPipeError:
@@ -72,17 +92,34 @@ def _stream(request: dict[str, Any], parent: int, backoff: Backoff) -> str | Non
     return None
 
 
-def _frames(request: dict[str, Any]) -> Iterator[Any]:
-    fit = Fit(*request["fit"])
-    if request["kind"] == "test":
-        return _test_frames(request["fps"], fit)
-    if request["kind"] == "gst":
+def _frames(request: dict[str, Any], opened: contextlib.ExitStack) -> Callable[[], Iterator[Any]]:
+    kind, location, fit = request["kind"], request["location"], Fit(*request["fit"])
+    if kind == "test":
+        next(_test_frames(request["fps"], fit))  # So that all is imported.
+        return lambda: _test_frames(request["fps"], fit)
+    if kind == "gst":
         from sparsifiner_edge.camera.gstreamer import read_pipeline
 
-        return read_pipeline(request["location"], fit)
+        return lambda: read_pipeline(location, fit)
+    import_decoder()
     from sparsifiner_edge.camera.libav import read_stream
 
-    return read_stream(request["kind"], request["location"], fit, request["patience_s"])
+    source = opened.enter_context(open_regular(Path(location))) if kind == "file" else location
+    return lambda: read_stream(source, fit, request["patience_s"])
+
+
+def import_decoder() -> None:
+    """All of PyAV: it imports what a stream needs when it meets it, and by then no file can be opened.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    import av.video.reformatter
+
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if not module.name.endswith("__main__"):
+            with contextlib.suppress(ImportError):  # One that this machine cannot use.
+                importlib.import_module(module.name)
 
 
 def _test_frames(fps: float, fit: Fit) -> Iterator[Any]:
@@ -101,8 +138,14 @@ def _test_frames(fps: float, fit: Fit) -> Iterator[Any]:
 
 
 def _said(error: Exception) -> str:
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(said).split()))[:MAX_REASON]
+    if type(error).__name__ == "ExitError":  # How PyAV says that the time is over.
+        return "it gave nothing in time"
+    what = getattr(error, "what", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(what).split()).rstrip(".")
+
+
+def _cut(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)[:MAX_REASON]
 
 
 if __name__ == "__main__":

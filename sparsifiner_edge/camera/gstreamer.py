@@ -19,7 +19,6 @@ import numpy as np
 
 from sparsifiner_edge.camera.libav import Decoded
 from sparsifiner_edge.camera.prepare import Fit
-from sparsifiner_edge.camera.sources import without_passwords
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
@@ -40,7 +39,7 @@ def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
     """Frames of a pipeline until it ends.
 
     Raises:
-        ValueError: GStreamer's own message.
+        ValueError: GStreamer's own message; it may hold secrets of the pipeline.
     """
     ours, theirs = os.pipe()
     launched = start_program(
@@ -80,4 +79,4 @@ def _listen(remarks: BinaryIO, errors: deque[bytes]) -> None:
 
 
 def _message(errors: deque[bytes]) -> str:
-    return without_passwords(errors[0].decode("utf-8", "replace") if errors else "the pipeline failed")
+    return errors[0].decode("utf-8", "replace") if errors else "the pipeline failed"

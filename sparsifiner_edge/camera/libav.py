@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,15 @@ from sparsifiner_edge.camera.prepare import Fit, display_size, scaled_size, to_s
 Picture = npt.NDArray[np.uint8]
 # Containers that hold one video: no playlists, which name other files and addresses, and no pictures.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
-_ANALYSE_US = "500000"
+_FILE = {"protocol_whitelist": "none", "format_whitelist": _FORMATS}
+_STREAM = {
+    "protocol_whitelist": "rtsp,tcp",  # TLS is the relay's.
+    "rtsp_transport": "tcp",  # Loses nothing, and passes routers.
+    "fflags": "nobuffer",
+    "flags": "low_delay",
+    "analyzeduration": "500000",
+}
+_CHUNK = 1 << 18
 _BEHIND_S, _CAUGHT_UP_S = 0.3, 0.1
 _MAX_BAD_PACKETS = 1000
 
@@ -61,38 +69,33 @@ class Preparer:
         return square, self._display.reformat(frame, width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
 
 
-def read_stream(kind: str, location: str, fit: Fit, patience_s: float) -> Iterator[Decoded]:
-    """Frames of a file or an RTSP stream until it ends.
+def read_stream(source: BinaryIO | str, fit: Fit, patience_s: float) -> Iterator[Decoded]:
+    """Frames until the source ends.
+
+    Args:
+        source: a video's open file, so that no path need be opened any more; or the address of an RTSP stream.
+        fit: what the model takes.
+        patience_s: for a stream to be opened, and between its packets.
 
     Raises:
         av.FFmpegError, OSError, ValueError: it cannot be opened, was lost, or is no video that can be taken.
     """
     import av
 
-    url, options = _address(kind, location)
-    with av.open(url, options=options, timeout=(patience_s, patience_s), metadata_errors="replace") as container:
+    live = isinstance(source, str)
+    limits = {"max_pixels": str(MAX_PIXELS), "max_streams": "64"} | (_STREAM if live else _FILE)
+    with av.open(
+        source, "r", options=limits, timeout=(patience_s, patience_s), metadata_errors="replace", buffer_size=_CHUNK
+    ) as container:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
         stream.codec_context.thread_type = "SLICE"  # Threads by frame would hold frames back.
-        reader = _Reader(stream, fit, live=kind == "rtsp")
+        reader = _Reader(stream, fit, live)
         for packet in container.demux(stream):
             yield from reader.frames(packet)
         if reader.count == 0:
             raise ValueError(f"it holds no frame that can be decoded ({reader.bad} damaged packets)")
-
-
-def _address(kind: str, location: str) -> tuple[str, dict[str, str]]:
-    limits = {"max_pixels": str(MAX_PIXELS), "max_streams": "64"}
-    if kind == "file":
-        return f"file:{location}", limits | {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-    return location, limits | {
-        "protocol_whitelist": "rtsp,rtsps,rtp,tcp,tls,udp",
-        "rtsp_transport": "tcp",  # Loses nothing, and passes routers.
-        "fflags": "nobuffer",
-        "flags": "low_delay",
-        "analyzeduration": _ANALYSE_US,
-    }
 
 
 class _Reader:

@@ -1,20 +1,17 @@
-"""What the decoding process may take: it reads what strangers send."""
+"""What the decoding process may take: it reads what strangers send. What else it may do says `confine`."""
 
 from __future__ import annotations
 
-import ctypes
 import resource
-import signal
 
 MAX_PIXELS = 40_000_000
 """Of one frame: 8K is 33 million. Told to the decoder, which refuses more before it allocates."""
 MAX_ASPECT = 16
 MEMORY_BYTES = 6 << 30
-_PR_SET_PDEATHSIG = 1
 
 
-def confine(pipeline: bool) -> None:
-    """Limit this process: it dies with its parent, dumps no core, writes no file (pipes are), has bounded memory.
+def limit(pipeline: bool) -> None:
+    """Limit this process: it dumps no core, writes no file (pipes are none), has bounded memory.
 
     Not the last two for a `pipeline` of GStreamer: it is the user's own, caches a registry, may record, and hardware
     decoders reserve more addresses than any sane limit.
@@ -26,12 +23,6 @@ def confine(pipeline: bool) -> None:
         hard = resource.getrlimit(kind)[1]
         value = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (value, value))
-    die_with_parent()
-
-
-def die_with_parent() -> None:
-    """This process ends when the thread that started it does."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def require_sane_size(width: int, height: int) -> None:

@@ -39,6 +39,7 @@ class Options(NamedTuple):
         duration_s, frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
         stall_s: a source that gives nothing for so long is taken for dead.
+        allow_redirect: of an RTSP server to another host; see `Relay`.
     """
 
     backend: str = "onnxruntime"
@@ -54,6 +55,7 @@ class Options(NamedTuple):
     stall_s: float = STALL_S
     public_key: Path | None = None
     kernels: str = "auto"
+    allow_redirect: bool = False
 
 
 def run_service(bundle: Path, source: Source, options: Options) -> None:
@@ -173,7 +175,7 @@ class _Run:
         if options.overlay is not None:
             self._overlay = Overlay(options.overlay, self._model.fit.letterbox)
         fit = self._model.fit._replace(display=SHOWN if self._overlay else 0)
-        self._capture = Capture(self._source, fit, options.fps, options.stall_s, self._status)
+        self._capture = Capture(self._source, fit, options.fps, options.stall_s, self._status, options.allow_redirect)
         self._capture.__enter__()
         return self
 

@@ -9,8 +9,17 @@ import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
+from sparsifiner_edge.camera.hide import (
+    hide,
+    secrets_of_address,
+    secrets_of_pipeline,
+    show_address,
+    show_path,
+    show_pipeline,
+)
+from sparsifiner_edge.camera.rtsp import parse_address
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
 from sparsifiner_edge.pictures import list_pictures
 
@@ -18,11 +27,6 @@ VIDEO_SUFFIXES = frozenset(
     {".264", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov"}
     | {".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"}
 )
-_PASSWORD = re.compile(r"(://[^\s/:@]*):\S*@")
-_SECRET = re.compile(
-    r"((?:pass(?:word|wd|phrase)?|pwd|token|user-pw|proxy-pw)=)(?:\"[^\"]*\"?|'[^']*'?|(?:\\.|[^\s&])+)", re.IGNORECASE
-)
-"""Of cameras' addresses and GStreamer's sources; also where a quote was left open."""
 KNOWN = "a picture, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test"
 
 
@@ -33,13 +37,19 @@ class Source(NamedTuple):
         kind: "pictures", "file", "rtsp", "gst" or "test".
         location: a path, an address, or a GStreamer pipeline.
         live: only the newest frame counts, and a loss is waited out; else every frame counts, and the end ends the run.
-        shown: the location as it may be shown: without a password.
+        shown: the location as it may be shown: without a password, and without all that may be one.
+        secrets: what was left out, for messages of decoders, which know no such care; see `hide`.
     """
 
     kind: str
     location: str
     live: bool
     shown: str
+    secrets: tuple[str, ...] = ()
+
+    def hide(self, message: str) -> str:
+        """A message about this source, without its secrets."""
+        return hide(message, self.secrets)
 
 
 def parse_source(text: str) -> Source:
@@ -55,16 +65,18 @@ def parse_source(text: str) -> Source:
         # decodebin: a camera that gives JPEG is taken as well as one that gives pixels.
         return Source("gst", f"v4l2src device={device} ! decodebin", True, device)
     if text.startswith("gst:"):
-        return Source("gst", _pipeline(text), True, without_passwords(text))
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+        return _pipeline(text)
+    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*)(:/{0,2})", text)
     if scheme and scheme[1].lower() in ("rtsp", "rtsps"):
-        return Source("rtsp", _address(text), True, without_passwords(text))
-    if scheme and scheme[1].lower() != "file":
-        raise ConfigError(f"{without_passwords(text)} has an unknown scheme.", f"Give {KNOWN}.")
-    path = Path(unquote(text[len("file://") :], errors="surrogateescape") if scheme else text)
-    if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES:
+        return _camera(text)
+    if scheme and scheme[2] == "://" and scheme[1].lower() != "file":
+        raise ConfigError(f"{scheme[1]}:// is an unknown scheme.", f"Give {KNOWN}.")
+    path = Path(unquote(text[len("file://") :], errors="surrogateescape") if scheme and scheme[2] == "://" else text)
+    # os.path says no where a name is too long; the path itself would raise.
+    if os.path.isfile(path) and path.suffix.lower() in VIDEO_SUFFIXES:  # noqa: PTH113
         return Source("file", str(path.absolute()), False, str(path))
-    return Source("pictures", str(path), False, str(path))
+    shown = str(path) if os.path.exists(path) else show_path(str(path))  # noqa: PTH110
+    return Source("pictures", str(path), False, shown)
 
 
 def require_other_file(path: Path, source: Source, bundle: Path) -> None:
@@ -99,27 +111,23 @@ def require_decoder(source: Source) -> None:
         )
 
 
-def _pipeline(text: str) -> str:
+def _pipeline(text: str) -> Source:
     try:
         words = shlex.split(text[len("gst:") :])
     except ValueError as error:
-        raise ConfigError(f"{without_passwords(text)} is no pipeline: {error}.", "Close every quote.") from error
+        raise ConfigError(f"The pipeline cannot be read: {error}.", "Close every quote.") from error
     if not words:
         raise ConfigError("gst: names no pipeline.", 'Such as --source "gst:v4l2src device=/dev/video0 ! decodebin".')
-    return shlex.join(words)
+    return Source("gst", shlex.join(words), True, f"gst:{show_pipeline(words)}", secrets_of_pipeline(words))
 
 
-def _address(text: str) -> str:
+def _camera(text: str) -> Source:
     try:
-        urlsplit(text)
+        parse_address(text)
     except ValueError as error:
-        raise ConfigError("The source's address cannot be read.", f"Give {KNOWN}.") from error
-    return text
-
-
-def without_passwords(text: str) -> str:
-    """Addresses and pipelines in a text as they may be shown.
-
-    Passwords hold any sign, also those that should have been escaped: up to the last @ of a word all is hidden.
-    """
-    return _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
+        raise ConfigError(
+            f"The address of the camera cannot be read: {error}.",
+            "Give rtsp://user:password@host:port/path, with @ / ? # % and : in user and password as %40 %2F %3F %23 "
+            "%25 and %3A.",
+        ) from None  # The text is in no traceback either.
+    return Source("rtsp", text, True, show_address(text), secrets_of_address(text))

@@ -39,6 +39,9 @@ def _backend_rows(findings: dict[str, Any]) -> list[list[str]]:
     remark = device.get("unavailable") or f"{found[0]}, compute capability {found[1]}"
     rows.append(["CUDA device", "yes" if all(found) else "no", device.get("driver_version", ""), remark])
     library = findings["native_library"]
+    decoding = findings["decoding"]
+    rows.append(["decoding confined", "no" if decoding["missing"] else "yes", "", "; ".join(decoding["missing"])])
+    rows.append(["telemetry", "", "", findings["telemetry"]["onnxruntime"]])
     return [*rows, ["native library", "yes" if library else "no", "", findings["native_library_reason"]]]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -44,6 +46,33 @@ def test_a_decoder_that_cannot_be_started_for_a_while(monkeypatch: pytest.Monkey
     assert reasons == [f"the decoder cannot be started: {os.strerror(n)}" for n in (errno.EAGAIN, errno.ENOMEM)]
 
 
+@pytest.mark.parametrize("source", ["test", "rtsp://127.0.0.1:1/x"])
+def test_a_process_that_runs_out_of_descriptors(source: str) -> None:
+    """For the decoder, and for the relay of a camera; it recovers when some are free again."""
+    events: list[dict[str, Any]] = []
+    status, parsed = Status(source, events.append), parse_source(source)
+    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with Capture(parsed, Fit(8), 50, 3, status) as running:
+            wait_until(lambda: status.counts["crashes"] >= 2)
+            while held:
+                os.close(held.pop())
+            if source == "test":
+                assert running.mailbox.take(60) is not None
+            else:
+                wait_until(lambda: status.last_reason == "Connection refused")
+    finally:
+        for handle in held:
+            os.close(handle)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
+    assert events[1]["reason"] == f"the decoder cannot be started: {os.strerror(errno.EMFILE)}"
+
+
 def test_a_file_whose_decoder_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def popen(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
@@ -60,7 +89,7 @@ def fake_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -
     path = tmp_path / "decoder"
     path.write_text(f"#!{sys.executable}\n{script}\n")
     path.chmod(0o755)
-    monkeypatch.setattr(capture.sys, "executable", str(path))
+    monkeypatch.setattr(sys, "executable", str(path))
 
 
 def test_a_decoder_that_crashes_all_night_fills_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

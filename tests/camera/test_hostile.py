@@ -7,6 +7,7 @@ import os
 import resource
 import select
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -26,21 +27,32 @@ from tests.commands import process, snapshot
 
 PATIENCE_S = 10
 READ = """
-import json, resource, sys, time
-from sparsifiner_edge.camera.child import _import_decoder, _said
+import io, json, os, resource, socket, time
+from pathlib import Path
+from sparsifiner_edge.camera.child import _said, import_decoder
+from sparsifiner_edge.camera.confine import confine
 from sparsifiner_edge.camera.libav import read_stream
-from sparsifiner_edge.camera.limits import confine
+from sparsifiner_edge.camera.limits import limit
 from sparsifiner_edge.camera.prepare import Fit
-_import_decoder("file")
-confine(pipeline=False)
-for line in sys.stdin:
+files = socket.socket(fileno=0)
+limit(pipeline=False)
+import_decoder()
+confine(os.getppid())
+while True:
+    name, handles, _, _ = socket.recv_fds(files, 1000, 1)
+    if not name:
+        break
     start, frames, reason = time.monotonic(), 0, None
-    try:
-        for decoded in read_stream("file", line.rstrip("\\n"), Fit(32), 3):
-            assert decoded.pictures[0].shape == (32, 32, 3)
-            frames += 1
-    except Exception as error:
-        reason = _said(error)
+    with io.FileIO(handles[0]) as data:
+        class File:
+            read, seek, tell, seekable = data.read, data.seek, data.tell, data.seekable
+        File.name = name.decode()
+        try:
+            for decoded in read_stream(File, Fit(32), 3):
+                assert decoded.pictures[0].shape == (32, 32, 3)
+                frames += 1
+        except Exception as error:
+            reason = _said(error)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"frames": frames, "reason": reason, "seconds": time.monotonic() - start, "most_kb": most}
     print(json.dumps(found), flush=True)
@@ -56,26 +68,31 @@ def test_videos(hostile: list[Path]) -> None:
     """As the decoding process reads them, with its limits, many in one process."""
     assert len(hostile) >= 200
     before = snapshot(hostile[0].parent)
-    with subprocess.Popen(
-        [sys.executable, "-c", READ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as reader:
-        assert reader.stdin is not None
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        subprocess.Popen(
+            [sys.executable, "-c", READ],
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as reader,
+    ):
+        theirs.close()
         assert reader.stdout is not None
         found = {}
         for path in hostile:
-            reader.stdin.write(f"{path}\n")
-            reader.stdin.flush()
+            # Confined, it opens none by itself.
+            with path.open("rb") as file:
+                socket.send_fds(ours, [path.name.encode()], [file.fileno()])
             if not select.select([reader.stdout], [], [], 6 * PATIENCE_S)[0]:
                 reader.kill()
                 pytest.fail(f"{path.name}: the decoder hangs")
             line = reader.stdout.readline()
             assert line, f"{path.name}: the decoder crashed with {reader.wait()}"
             found[path.name] = json.loads(line)
-        reader.stdin.close()
+        ours.shutdown(socket.SHUT_RDWR)
     assert {name: f["seconds"] for name, f in found.items() if f["seconds"] > PATIENCE_S} == {}
     assert max(f["most_kb"] for f in found.values()) < 1_000_000
     assert snapshot(hostile[0].parent) == before
@@ -200,5 +217,5 @@ def test_labels_that_would_draw_on_a_terminal_or_break_a_line(
     assert outcome.code == 0, outcome.err
     assert "\x1b" not in outcome.out
     records = [json.loads(line) for line in outcome.out.splitlines()]
-    assert {top["label"] for top in records[0]["top"]} >= {"\x1b[2Jred", "../../../etc"}
+    assert {top["label"] for top in records[0]["top"]} >= {"\\x1b[2Jred", "../../../etc"}
     assert {p.name for p in tmp_path.iterdir()} == {"b", "o.mp4"}

@@ -1,0 +1,181 @@
+"""What of a source may be shown: what is known to be harmless, and of all the rest that it is there (***).
+
+Not the other way round: what looks like a password is no list that ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from urllib.parse import unquote
+
+HIDDEN = "***"
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,20}://(?:.*@)?[^\s\"'<>]*")
+_NAMED = re.compile(
+    r"((?:pass\w{0,9}|pwd|token|secret|auth\w{0,9}|\w{0,9}key|[\w-]{0,9}-pw)\s{0,9}[=:]\s{0,9})"
+    r"(?:\"(?:\\.|[^\"])*\"?|'[^']*'?|(?:\\.|[^\s&])+)",
+    re.IGNORECASE,
+)
+"""In a text that is not ours, such as a decoder's message: beside the secrets that are known by themselves."""
+_PLACE = re.compile(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[\w.-]*)(?::[0-9]{0,5})?")
+_NAME = re.compile(r"[A-Za-z_][\w.-]{0,30}")
+_PATH = re.compile(r"[\w.,~+-]{0,12}|[A-Za-z]?[a-z._-]{0,40}")
+"""A part of a path that no key looks like: short, or plain words."""
+_ELEMENT = re.compile(r"[a-z][a-z0-9_-]{0,40}")
+_PROPERTY = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,40}(?:::[A-Za-z][A-Za-z0-9-]{0,40})*")
+_MEDIA = re.compile(r"(?:application|audio|image|video)/[a-z0-9.+-]+(?:\([\w:, ]*\))?")
+_LINKS = ("!", ":", "(", ")", "{", "}")
+_ADDRESSES = frozenset({"location", "proxy", "uri", "url"})
+_NUMBERS = frozenset(
+    {"aspect-ratio", "bitrate", "blocksize", "brightness", "buffer-size", "channels", "contrast", "device-index"}
+    | {"do-timestamp", "drop", "enable-max-performance", "fps", "framerate", "gain", "height", "is-live", "latency"}
+    | {"max-buffers", "max-size-buffers", "max-size-bytes", "max-size-time", "num-buffers", "payload", "port", "rate"}
+    | {"pixel-aspect-ratio", "sensor-id", "sensor-mode", "sync", "timeout", "width"}
+)
+_WORDS = frozenset(
+    {"colorimetry", "device", "flip-method", "format", "interlace-mode", "io-mode", "leaky", "mode", "name", "pattern"}
+    | {"protocols"}
+)
+"""Properties, and fields of caps, that no secret stands in."""
+_NUMBER = re.compile(r"(?:[0-9.,:/{}\[\] +-]|\((?:int|fraction|float|double|boolean)\)|true|false)*")
+_WORD = re.compile(r"(?:[\w./:,{} -]|\(string\))*")
+
+
+def show_address(text: str) -> str:
+    """An address without user, password, what its query and fragment say, and what in its path may be a key.
+
+    All up to the last @ is the user and the password, whatever signs they hold.
+    """
+    return _shown(_address(text))
+
+
+def show_pipeline(words: list[str]) -> str:
+    """The words of a GStreamer pipeline: elements, properties, and the values of a few."""
+    return " ".join(_shown(parts) for parts in _pipeline(words))
+
+
+def show_path(path: str) -> str:
+    """A path that leads nowhere: it may be a mistyped address."""
+    before, at, after = path.rpartition("@")
+    return _shown([(before, False), (at, True)]) + re.sub(r"([?#=]).*", rf"\1{HIDDEN}", after)
+
+
+def secrets_of_address(text: str) -> tuple[str, ...]:
+    """What `show_address` hides, in the spellings that a message may have."""
+    return _spellings(_address(text))
+
+
+def secrets_of_pipeline(words: list[str]) -> tuple[str, ...]:
+    """What `show_pipeline` hides."""
+    return _spellings(part for parts in _pipeline(words) for part in parts)
+
+
+def hide(text: str, secrets: Iterable[str] = ()) -> str:
+    """A message of somebody else's as it may be shown.
+
+    Args:
+        text: one line.
+        secrets: what it must not hold; short ones where they stand alone.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        found = re.escape(secret)
+        text = re.sub(found if len(secret) > 3 else rf"(?<!\w){found}(?!\w)", HIDDEN, text)
+    return _NAMED.sub(rf"\1{HIDDEN}", _IN_TEXT.sub(lambda match: show_address(match[0]), text))
+
+
+_Part = tuple[str, bool]
+"""Text, and whether it may be shown."""
+
+
+def _shown(parts: Iterable[_Part]) -> str:
+    return "".join(text if harmless else HIDDEN for text, harmless in parts if text)
+
+
+def _spellings(parts: Iterable[_Part]) -> tuple[str, ...]:
+    """Whole, in pieces, unescaped, and with a backslash where a pipeline needs one."""
+    hidden = [text for text, harmless in parts if text and not harmless]
+    pieces = {*hidden, *(piece for text in hidden for piece in text.split(":", 1))}
+    pieces |= {piece for text in hidden for piece in re.split(r"[^\w.$%+-]+", text) if len(piece) > 3}
+    pieces |= {unquote(piece) for piece in pieces} | {re.sub(r"([\\\"' ])", r"\\\1", piece) for piece in pieces}
+    return tuple(sorted(pieces - {"", "true", "false"}))
+
+
+def _address(text: str) -> Iterator[_Part]:
+    scheme, colon, rest = text.partition("://")
+    user, at, rest = rest.rpartition("@")
+    place = re.split(r"[/?#;]", rest, maxsplit=1)[0]
+    path = re.split(r"[?#]", rest[len(place) :], maxsplit=1)[0]
+    query, mark, fragment = rest[len(place) + len(path) :].partition("#")
+    yield from [(scheme + colon, True), (user, False), (at, True), (place, _PLACE.fullmatch(place) is not None)]
+    for part in re.split(r"([/;&])", path):
+        yield from _pair(part) if "=" in part else [(part, part in "/;&" or _PATH.fullmatch(part) is not None)]
+    for part in re.split(r"([?;&])", query):
+        yield from _pair(part) if "=" in part else [(part, part in "?;&")]
+    yield from [(mark, True), (fragment, False)]
+
+
+def _pair(text: str) -> Iterator[_Part]:
+    name, equals, value = text.partition("=")
+    yield from [(name, _NAME.fullmatch(name) is not None), (equals, True), (value, False)]
+
+
+def _pipeline(words: list[str]) -> Iterator[list[_Part]]:
+    """A word alone is shown where an element stands: at the beginning and after a link."""
+    joined = list(_joined(words))
+    names = {word[len("name=") :] for word in joined if word.startswith("name=")}
+    element = True
+    for word in joined:
+        if word in _LINKS or word.partition(".")[0] in names:  # t. and t.src_0 are pads of an element of that name.
+            yield [(word, _ELEMENT.fullmatch(word.partition(".")[2]) is not None or word[-1] in ".!:(){}")]
+            element = True
+            continue
+        if element and _MEDIA.match(word):
+            yield list(_caps(word))
+        elif "=" in word:
+            name, _, value = word.partition("=")
+            yield [(name, _PROPERTY.fullmatch(name) is not None), ("=", True), *_value(name, value)]
+        else:
+            yield list(_address(word)) if "://" in word else [(word, element and _ELEMENT.fullmatch(word) is not None)]
+        element = False
+
+
+def _joined(words: list[str]) -> Iterator[str]:
+    """`name = value` as one word."""
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if left and _PROPERTY.fullmatch(word) and left[0].startswith("="):
+            word += left.pop(0)
+        if left and word.endswith("=") and _PROPERTY.fullmatch(word[:-1]):
+            word += left.pop(0)
+        yield word
+
+
+def _value(name: str, value: str) -> Iterator[_Part]:
+    if name == "caps":
+        yield from _caps(value)
+    elif name in _ADDRESSES and "://" in value:
+        yield from _address(value)
+    else:
+        yield value, _is_harmless(name, value)
+
+
+def _is_harmless(name: str, value: str) -> bool:
+    known = _NUMBER if name in _NUMBERS else _WORD if name in _WORDS else None
+    return known is not None and known.fullmatch(value) is not None
+
+
+def _caps(text: str) -> Iterator[_Part]:
+    """`video/x-raw(memory:NVMM), format={NV12, RGB}, width=64`."""
+    media = _MEDIA.match(text)
+    yield media[0] if media else "", True
+    name, harmless = "", media is not None
+    for part in re.split(r"([,;])", text[media.end() if media else 0 :]):
+        if "=" not in part:  # A separator, or more of the value before it.
+            yield part, part in ",;" or (harmless and _is_harmless(name, part))
+            continue
+        name, equals, value = part.partition("=")
+        yield from [(name, _PROPERTY.fullmatch(name.strip()) is not None), (equals, True)]
+        name = name.strip()
+        harmless = _is_harmless(name, value)
+        yield value, harmless

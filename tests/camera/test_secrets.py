@@ -1,0 +1,214 @@
+"""No spelling of a password gets into what is shown: sources, messages, output, events, metrics, command lines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsifiner_edge.camera.capture import Capture
+from sparsifiner_edge.camera.hide import hide
+from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera.sources import parse_source
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.errors import SparsifinerError
+from tests.camera.test_service import get, needs_gst
+from tests.commands import process
+
+PARTS = ("hUn", "tEr2", "t0keN")
+"""Of a password and a token; no spelling below may show one of them."""
+ADDRESSES = [
+    "rtsp://user:hUntEr2@h:554/x",
+    "rtsp://user:hUntEr2@h",
+    "RTSP://user:hUntEr2@h/x",
+    "rtsps://user:hUntEr2@h:322/x?y=1",
+    "rtsp://t0keN@h/x",
+    "rtsp://:hUntEr2@h/x",
+    "rtsp://hUntEr2:@h/x",
+    "rtsp://us@er:hUntEr2@h/x",
+    "rtsp://user@domain:hUntEr2@h/x",
+    "rtsp://user:hUn@tEr2@h/x",
+    "rtsp://user:hUn:tEr2@h/x",
+    "rtsp://user:hUn tEr2@h/x",
+    "rtsp://user:hUn%40tEr2@h/x",
+    "rtsp://user:hUn&tEr2=@h/x",
+    "rtsp://user:hUn\"'tEr2@h/x",
+    "rtsp://user:hUntEr2@[::1]:554/x",
+    "rtsp://user:hUntEr2@h/Streaming/Channels/101",
+    "rtsp://h/x?auth=t0keN",
+    "rtsp://h/x?key=t0keN&y=1",
+    "rtsp://h/x?y=1&token=t0keN",
+    "rtsp://h/x?user=a;pwd=hUntEr2",
+    "rtsp://h/x?t0keN",
+    "rtsp://h/x?a=b?t0keN",
+    "rtsp://h/x?a[]=t0keN",
+    "rtsp://h?a&b=t0keN",
+    "rtsp://h/x#t0keN",
+    "rtsp://h/x?y=1#t0keN",
+    "rtsp://h/user=a&password=hUntEr2&channel=1",
+    "rtsp://h/user=a_password=hUntEr2_channel=1_stream=0.sdp",
+    "rtsp://h/x;jsessionid=t0keN",
+    "rtsps://h:7441/4vYqt0keNBEmkRQ3Gm?enableSrtp",
+    "rtsp://h/550e8400-t0keN-41d4-a716-446655440000",
+]
+UNREADABLE = [
+    "rtsp://user:hUn/tEr2@h/x",
+    "rtsp://user:hUn#tEr2@h/x",
+    "rtsp://user:hUn?tEr2@h/x",
+    "rtsp:/user:hUntEr2@h/x",
+    "rtsp:user:hUntEr2@h/x",
+    " rtsp://user:hUntEr2@h/x",
+    "rtsp://user:hUntEr2@h:port/x",
+    "rtsp://user:hUntEr2@h:99999/x",
+    "rtsp://user:hUntEr2@[::1/x",
+    "rtsp://user:hUntEr2@/x",
+    "rtsp://user:hUntEr2@h/x\r\nHeader: y",
+    "rtsp://user:hUntEr2@h/%0d%0aHeader",
+    f"rtsp://user:hUntEr2@{'x' * 70}ä/x",
+    "http://user:hUntEr2@h/x",
+    "rtmp://h/live/t0keN",
+    'gst:rtspsrc location=rtsp://u:hUntEr2@h user-pw="hUn tEr2',
+    "gst:rtspsrc user-pw='hUntEr2",
+]
+PIPELINES = [
+    "rtspsrc location=rtsp://user:hUntEr2@h/x ! decodebin",
+    "rtspsrc location=rtsp://t0keN@h/x?auth=t0keN#t0keN ! decodebin",
+    'rtspsrc location="rtsp://us er:hUn tEr2@h/x" ! decodebin',
+    "rtspsrc location = rtsp://user:hUntEr2@h/x ! decodebin",
+    "rtspsrc user-id=admin user-pw=hUntEr2 ! decodebin",
+    "rtspsrc user-pw = hUntEr2 ! decodebin",
+    "rtspsrc user-pw =hUntEr2 ! decodebin",
+    "rtspsrc user-pw= hUntEr2 ! decodebin",
+    'rtspsrc user-pw = "hUn tEr2" ! decodebin',
+    "rtspsrc user-pw='hUn tEr2' proxy-pw=hUn\\ tEr2 ! decodebin",
+    'rtspsrc user-pw="hUn\\"tEr2" ! decodebin',
+    "rtspsrc 'user-pw=\"hUn tEr2\"' ! decodebin",
+    "rtspsrc 'user-pw=hUn!tEr2' ! decodebin",
+    "rtspsrc user-pw hUntEr2 ! decodebin",
+    "rtspsrc user-pw hUntEr2. ! decodebin",
+    "rtspsrc user-pw video/hUntEr2 ! decodebin",
+    "rtspsrc user_pw:hUntEr2 ! decodebin",
+    "rtspsrc latency=hUntEr2@ ! decodebin",
+    "rtspsrc proxy=http://user:hUntEr2@h:3128 ! decodebin",
+    "rtspsrc extra-http-request-headers=a,b=t0keN ! decodebin",
+    "souphttpsrc location=https://h/x cookies=t0keN ! decodebin",
+    "srtsrc uri=srt://h:7001 passphrase=hUntEr2 ! decodebin",
+    "srtsrc uri=srt://h:7001?passphrase=hUntEr2&streamid=t0keN ! decodebin",
+    "rtsp://user:hUntEr2@h/x ! decodebin",
+    '"rtspsrc location=rtsp://user:hUntEr2@h user-pw=hUntEr2 ! decodebin"',
+    "udpsrc ! application/x-srtp,srtp-key=(buffer)t0keN,t0keN ! srtpdec ! decodebin",
+    "udpsrc caps=application/x-srtp,key=t0keN,cipher=1 ! decodebin",
+    "filesrc location=/home/hUntEr2/x.mp4 ! decodebin",
+    "uridecodebin uri=rtsp://user:hUntEr2@h/x name=t0 t0. ! queue",
+]
+
+
+def assert_hidden(text: str) -> None:
+    assert [part for part in PARTS if part in text] == []
+
+
+@pytest.mark.parametrize("text", [*ADDRESSES, *(f"gst:{pipeline}" for pipeline in PIPELINES)])
+def test_a_source_shows_no_secret(text: str) -> None:
+    source = parse_source(text)
+    assert_hidden(source.shown)
+    # Nor does a message that quotes what was given, whole, or its words.
+    assert_hidden(source.hide(f"cannot open {source.location}: no"))
+    for word in (word for word in source.secrets if len(word) > 3):
+        assert_hidden(source.hide(f'could not set property in element "x0" to "{word}".'))
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_a_source_that_cannot_be_read_shows_none_either(text: str) -> None:
+    with pytest.raises(SparsifinerError) as caught:
+        parse_source(text)
+    assert_hidden(str(caught.value))
+    assert_hidden(repr(caught.value.__cause__))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["user:hUntEr2@h/x", "//user:hUntEr2@h/x", "rtsp;//user:hUntEr2@h/x", "h/x?auth=t0keN", "file://u:hUntEr2@h/x.mp4"],
+)
+def test_what_is_taken_for_a_path_but_is_none(text: str) -> None:
+    assert_hidden(parse_source(text).shown)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("rtsp://u:p@h/Streaming/Channels/101", "rtsp://***@h/Streaming/Channels/101"),
+        ("rtsp://u@[fe80::1%eth0]:8554", "rtsp://***@[fe80::1%eth0]:8554"),
+        ("rtsp://h:8554/cam/realmonitor?channel=1&subtype=0", "rtsp://h:8554/cam/realmonitor?channel=***&subtype=***"),
+        ("rtsp://h/axis-media/media.amp", "rtsp://h/axis-media/media.amp"),
+        (
+            "gst:nvarguscamerasrc sensor-id=1 ! video/x-raw(memory:NVMM), width=1280, format={NV12,I420}, "
+            "framerate=30/1 ! nvvidconv ! video/x-raw",
+        )
+        * 2,
+        ("gst:rtspsrc location=rtsp://u:p@h latency=0 ! x", "gst:rtspsrc location=rtsp://***@h latency=0 ! x"),
+        ("gst:tee name=t t. ! queue ! fakesink t.src_1 ! queue foo=bar",) * 2,
+    ],
+)  # fmt: skip
+def test_what_is_harmless_is_shown(text: str, shown: str) -> None:
+    assert parse_source(text).shown == shown.replace("foo=bar", "foo=***")
+
+
+def test_messages_of_others() -> None:
+    for text in (
+        "cannot open rtsp://user:hUn tEr2@h/x: no route",
+        'could not set user-pw = "hUn \\"tEr2" in x',
+        "password: hUntEr2",
+        "401 for token=t0keN&x=1",
+    ):
+        assert_hidden(hide(text))
+    assert hide("Connection refused") == "Connection refused"
+    assert hide("no element 1 in video1", ["1"]) == "no element *** in video1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rtsp://user:hUn%20tEr2@127.0.0.1:1/x?auth=t0keN",
+        "rtsp://user:hUn/tEr2@127.0.0.1:1/x",
+        "gst:rtspsrc location=rtsp://user:hUntEr2@127.0.0.1:1/x user-pw = t0keN ! decodebin",
+        "gst:hUntEr2 user-pw=t0keN",
+        "gst:fakesrc name=hUntEr2@ num-buffers=t0keN ! nosuch password=hUntEr2",
+        "user:hUntEr2@h/x",
+    ],
+)
+def test_the_command_line(text: str, cells: Path) -> None:
+    if text.startswith("gst:") and shutil.which("gst-launch-1.0") is None:
+        pytest.skip("gst-launch-1.0 is not installed")
+    outcome = process("run", cells, "--source", text, "--duration", 0.8)
+    assert outcome.code == 2
+    assert_hidden(outcome.out + outcome.err)
+    assert "error: " in outcome.err
+
+
+def test_metrics_health_and_processes(cells: Path, service: Any) -> None:
+    """Of the command itself every user sees the command line; its children have none of it."""
+    run = service(cells, "--source", "rtsp://user:hUntEr2@127.0.0.1:1/x?auth=t0keN", "--metrics", "0")
+    address = run.event(event="metrics")["address"]
+    run.event(state="lost")
+    assert_hidden(get(address)[1] + get(address.replace("/metrics", "/healthz"))[1])
+    decoder = Path(f"/proc/{run.decoder()}")
+    assert_hidden((decoder / "cmdline").read_text() + (decoder / "environ").read_text())
+    assert run.finish()[0] == 0
+
+
+@needs_gst
+def test_what_gstreamer_says_of_a_pipeline() -> None:
+    """Its own messages quote what was given; the general mask would not know this one."""
+    events: list[dict[str, Any]] = []
+    source = parse_source("gst:fakesrc num-buffers=t0keN ! fakesink dump=hUntEr2")
+    with Capture(source, Fit(8), 1, 3, Status(source.shown, events.append)):
+        deadline = time.monotonic() + 30
+        while not any(event["state"] == "lost" for event in events) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    reason = next(event["reason"] for event in events if event["state"] == "lost")
+    assert "could not set property" in reason
+    assert_hidden(json.dumps(events))
