@@ -7,8 +7,8 @@ import signal
 import sys
 from typing import NoReturn
 
-# Until the command line unwinds on signals, they end the process at once: there is nothing to clean up, and Python's own
-# way of Ctrl-C is a traceback from the middle of an import.
+# Until the command line unwinds on signals, Ctrl-C ends the process at once: there is nothing to clean up, and Python's
+# own way is a traceback from the middle of an import.
 with contextlib.suppress(ValueError):  # No main thread: somebody imports this.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

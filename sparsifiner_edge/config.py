@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sparsifiner_edge.bounds import MOST_COUNT, decimal_number, is_number, whole_number
 from sparsifiner_edge.errors import ConfigError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -14,11 +15,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"tile": 1, "probe": 1, "cells": 0, "value_power": 0.0},
 }
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
+_GREATEST = {"value_power": 64, "basis_threshold": 1e6}
+"""Far beyond what is of use, and within what float32 bears."""
 
 
 def _require(condition: bool, what: str, fix: str) -> None:
     if not condition:
         raise ConfigError(what, fix)
+
+
+def _is_index(value: object) -> bool:
+    """Whether a value counts something, from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_COUNT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +88,7 @@ class SparsityConfig:
     def __post_init__(self) -> None:
         _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
         _require(
-            isinstance(self.keep, (int, float)) and 0 < self.keep <= 1,
+            is_number(self.keep) and 0 < self.keep <= 1,
             f"keep is {self.keep!r}, outside (0, 1].",
             "Give the share of keys to read, such as 0.25; 1 means dense.",
         )
@@ -88,16 +96,16 @@ class SparsityConfig:
         for name, least in counts.items():
             value = getattr(self, name)
             _require(
-                isinstance(value, int) and not isinstance(value, bool) and value >= least,
+                _is_index(value) and value >= least,
                 f"{name} is {value!r}.",
                 f"Give a whole number of at least {least}.",
             )
-        for name in ("value_power", "basis_threshold"):
+        for name, greatest in _GREATEST.items():
             value = getattr(self, name)
             _require(
-                isinstance(value, (int, float)) and 0 <= value < math.inf,
+                is_number(value) and 0 <= value <= greatest,
                 f"{name} is {value!r}.",
-                "Give a finite number of at least 0.",
+                f"Give a number from 0 to {greatest:g}.",
             )
         for name, value in PRESETS[self.preset].items():
             _require(
@@ -111,8 +119,7 @@ class SparsityConfig:
             "Choose a probe that divides the tile, such as 4 and 16.",
         )
         _require(
-            all(isinstance(i, int) and i >= 0 for i in self.dense_layers)
-            and len(set(self.dense_layers)) == len(self.dense_layers),
+            all(map(_is_index, self.dense_layers)) and len(set(self.dense_layers)) == len(self.dense_layers),
             f"dense layers are {self.dense_layers!r}.",
             "Give distinct layer indices from 0, such as 0,1.",
         )
@@ -121,7 +128,7 @@ class SparsityConfig:
     def _check_pruning(self) -> None:
         layers = [layer for layer, _ in self.token_keep]
         _require(
-            all(isinstance(i, int) and i >= 0 for i in layers) and layers == sorted(set(layers)),
+            all(map(_is_index, layers)) and layers == sorted(set(layers)),
             f"tokens are pruned at layers {layers}.",
             "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7.",
         )
@@ -258,8 +265,8 @@ def parse_token_keep(text: str) -> tuple[tuple[int, float], ...]:
     for part in (part.strip() for part in text.split(",") if part.strip()):
         layer, colon, share = part.partition(":")
         try:
-            pairs.append((int(layer), float(share)))
-        except ValueError:
+            pairs.append((whole_number(layer, "layer"), decimal_number(share, "share", -math.inf, math.inf)))
+        except ConfigError:
             colon = ""
         _require(bool(colon), f"token_keep holds {part!r}.", "Give layer:share pairs such as 3:.7,6:.7,9:.7.")
     return tuple(pairs)

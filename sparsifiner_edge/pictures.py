@@ -10,9 +10,13 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from sparsifiner_edge.errors import ConfigError, MissingExtraError, PictureError
+from sparsifiner_edge.bounds import MOST_SIDE
+from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError, PictureError
+from sparsifiner_edge.files import open_regular
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What these endings stand for, and no other decoder: one of Pillow's starts another program."""
 Picture = npt.NDArray[np.uint8]
 Item = TypeVar("Item")
 
@@ -66,8 +70,11 @@ def load_picture(path: Path, size: int) -> Picture:
     """Centre square of a picture, resized bicubically: uint8 RGB [size, size, 3].
 
     Raises:
-        PictureError: the file is missing, truncated, no picture, or absurdly large.
+        PictureError: the file is missing, no regular file, truncated, no picture, or absurdly large.
+        ConfigError: so is the size.
     """
+    if size > MOST_SIDE:
+        raise ConfigError(f"Pictures of {size} px are asked for.", f"Use at most {MOST_SIDE} pixels along a side.")
 
     def square(image: Any) -> Picture:
         image.draft("RGB", (size, size))
@@ -95,22 +102,33 @@ def open_picture(path: Path) -> Any:
 
 def decode_picture(file: BinaryIO, name: str) -> Any:
     """As `open_picture`, of an open file; `name` is for messages."""
-    return _read(file, lambda image: image.convert("RGB"), name)
+    return _decoded(file, name, lambda image: image.convert("RGB"))
 
 
-def _read(source: Path | BinaryIO, use: Callable[[Any], Any], name: str = "") -> Any:
+def _read(path: Path, use: Callable[[Any], Any]) -> Any:
+    try:
+        with open_regular(path) as file:
+            return _decoded(file, str(path), use)
+    except ArtifactError as error:  # Missing, a pipe, a device.
+        raise PictureError(f"{path} cannot be read as a picture: {error.what}", _FIX) from error
+
+
+_FIX = "Replace or remove it."
+
+
+def _decoded(file: BinaryIO, name: str, use: Callable[[Any], Any]) -> Any:
     image_module = _pillow()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of palettes with transparency, which is dropped
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
-            with image_module.open(source) as image:
+            with image_module.open(file, formats=_FORMATS) as image:
                 return use(image)
     # Pillow's decoders raise many kinds of error on damaged files; none of them is worth a traceback.
     except Exception as error:
-        raise PictureError(
-            f"{name or source} cannot be read as a picture: {error}.", "Replace or remove it."
-        ) from error
+        unknown = isinstance(error, image_module.UnidentifiedImageError)  # It would say in which object of Python's.
+        why = f"it is none of {', '.join(_FORMATS)}" if unknown else error
+        raise PictureError(f"{name} cannot be read as a picture: {why}.", _FIX) from error
 
 
 def load_batch(paths: list[Path], size: int) -> Picture:

@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import bundle_hash, dump_json, read_json
+from sparsifiner_edge.artifacts import bundle_hash, read_json
+from sparsifiner_edge.bounds import flaw
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import write_text
+from sparsifiner_edge.text import dump_json
 
 RESULT_SCHEMA = 1
 KINDS = ("profile", "evaluation", "comparison", "sweep", "demo", "estimate")
@@ -118,10 +120,11 @@ def environment() -> dict[str, Any]:
 
 def bundle_subject(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """How a result names a bundle: its path as given, its name, and the SHA-256 of its manifest."""
+    name = manifest.get("name")
     return {
         "kind": "bundle",
         "path": str(folder),
-        "name": str(manifest.get("name") or folder.resolve().name),
+        "name": name if isinstance(name, str) and name else folder.resolve().name,
         "sha256": bundle_hash(folder),
     }
 
@@ -241,8 +244,12 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read and check a result.
 
     Raises:
-        ArtifactError: missing, not JSON, of a newer schema, or a field is missing, mistyped or null.
+        ArtifactError: missing, no regular file, not JSON, of a newer schema, nested deeply, NaN or infinity in it, or a
+            field is missing, mistyped or null.
     """
     result = read_json(path, RESULT_SCHEMA)
+    found = flaw(result)
+    if found is not None:
+        raise ArtifactError(f"{path}: {found}.", "Measure again: such a file cannot be believed.")
     check_result(result, str(path))
     return result

@@ -105,6 +105,7 @@ def test_classes_of_a_data_set_are_numbered_as_the_classifier_numbers_them(folde
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_data_sets_of_equal_length_differ(folder: Path, tmp_path: Path) -> None:
     other, held_out = (shutil.copytree(folder, tmp_path / name) for name in ("other", "held-out"))
+    (other / "cats" / "01.png").write_bytes(b"another picture")
     sources = [
         timm_source("folder", root, 2, labelled=labelled, held_out=held_out)
         for root, labelled in ((folder, True), (other, True), (other, False))

@@ -8,7 +8,13 @@ from typing import Any
 import click
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
-from sparsifiner_edge.cli.common import json_option, print_json, print_table, progress
+from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
+from sparsifiner_edge.cli.common import FiniteRange, json_option, print_json, print_table, progress
+from sparsifiner_edge.text import shown
+
+_BATCH = click.IntRange(1, MOST_BATCH)
+_MOST_OPTION = (1 << 59) - 1
+"""A workspace of half an exabyte."""
 
 
 @click.command()
@@ -17,10 +23,10 @@ from sparsifiner_edge.cli.common import json_option, print_json, print_table, pr
               help="onnxruntime (needs no engine: the golden pair is run), tensorrt or tensorrt-rtx.")  # fmt: skip
 @click.option("--compute-capability", metavar="X.Y,...",
               help="GPUs to build for, such as 8.6,8.9; by default this machine's.")  # fmt: skip
-@click.option("--min-batch", type=click.IntRange(min=1), help="For a dynamic batch: the least size; by default 1.")
-@click.option("--opt-batch", type=click.IntRange(min=1), help="The size that it is tuned for; by default the least.")
-@click.option("--max-batch", type=click.IntRange(min=1), help="The greatest size; by default 8.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True,
+@click.option("--min-batch", type=_BATCH, help="For a dynamic batch: the least size; by default 1.")
+@click.option("--opt-batch", type=_BATCH, help="The size that it is tuned for; by default the least.")
+@click.option("--max-batch", type=_BATCH, help="The greatest size; by default 8.")
+@click.option("--timeout", type=FiniteRange(0, MOST_SECONDS, min_open=True), default=600.0, show_default=True,
               help="Seconds that one engine may take.")  # fmt: skip
 @click.option("--option", "options", metavar="NAME=VALUE", multiple=True,
               help="A setting of one backend, such as optimisation_level=5; may be repeated.")  # fmt: skip
@@ -44,7 +50,7 @@ def command(
         task = bar.add_task("starting", total=None)
 
         def show(stage: str, done: float, planned: float) -> None:
-            bar.update(task, description=stage, completed=int(done), total=max(1, int(planned)))
+            bar.update(task, description=shown(stage), completed=int(done), total=max(1, int(planned)))
 
         result = sparsifiner_edge.build_engine(
             bundle,
@@ -82,7 +88,8 @@ def _option(text: str) -> tuple[str, Any]:
     if not name or not equals:
         raise click.BadParameter(f"{text!r} is not NAME=VALUE.", param_hint="--option")
     truth = {"true": True, "false": False}
-    return name, truth.get(value, int(value) if value.isascii() and value.isdigit() else value)
+    digits = value.isascii() and value.isdigit()
+    return name, truth.get(value, whole_number(value, f"--option {name}", most=_MOST_OPTION) if digits else value)
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -90,10 +97,10 @@ def _print(result: dict[str, Any]) -> None:
     if not result["engines"]:
         described = result["description"]
         click.echo(f"onnxruntime {result['version']} runs model.onnx itself: no engine is needed, none was written.")
-        click.echo(f"{described['device']}, {described['precision']}, kernels: {described['kernels']}")
+        click.echo(shown(f"{described['device']}, {described['precision']}, kernels: {described['kernels']}"))
         for name, found in result["golden"].items():
             click.echo(
-                f"{name}: differs from golden by {found['range_relative_error']:.1e} of its range, "
+                f"{shown(name)}: differs from golden by {found['range_relative_error']:.1e} of its range, "
                 f"allowed {found['tolerance']:.0e}"
             )
         return
@@ -105,10 +112,10 @@ def _print(result: dict[str, Any]) -> None:
     title = f"{result['backend']} {result['version']}"
     print_table(title, ["compute capability", "precision", "batch", "MB", "seconds", "golden pair"], rows)
     for engine in result["engines"]:
-        click.echo(f"{folder}/{engine['file']}")
+        click.echo(shown(f"{folder}/{engine['file']}", 5000))
         golden = engine["details"]["golden"]
         if "unavailable" in golden:
-            click.echo(f"  not run here: {golden['unavailable']}")
+            click.echo(f"  not run here: {shown(golden['unavailable'], 2000)}")
 
 
 def _checked(engine: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from sparsifiner_edge.cli.common import (
     progress,
     weights_option,
 )
+from sparsifiner_edge.text import shown
 
 
 @click.command()
@@ -95,7 +96,7 @@ def print_summary(summary: dict[str, Any], output: Path) -> None:
         print_table("Cosine to the teacher, held-out pictures", ["budget", "untrained", "kept"], rows)
     unreadable = summary["pictures"]["unreadable"]
     if unreadable:
-        listed = "\n  ".join(unreadable[:10])
+        listed = "\n  ".join(map(shown, unreadable[:10]))
         click.echo(f"{len(unreadable)} pictures could not be read and were skipped:\n  {listed}", err=True)
     click.echo(f"Next: sparsifiner-edge export {output} -o BUNDLE/")
 

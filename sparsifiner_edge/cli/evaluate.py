@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.cli.common import (
     json_option,
     keep_option,
@@ -19,6 +20,7 @@ from sparsifiner_edge.cli.common import (
 )
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.files import require_file_path
+from sparsifiner_edge.text import shown
 
 
 @click.command()
@@ -30,7 +32,9 @@ from sparsifiner_edge.files import require_file_path
 @click.option("--metric", type=click.Choice(["cosine", "knn", "linear", "top1"]), default="cosine", show_default=True,
               help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the classifier.")  # fmt: skip
 @click.option("--gallery", type=click.Path(path_type=Path), help="For knn and linear: labelled pictures to learn from.")
-@click.option("--queries", type=click.IntRange(min=1), help="Use at most so many pictures of --data, evenly taken.")
+@click.option(
+    "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most so many pictures of --data, evenly taken."
+)
 @click.option("--head", type=click.Path(path_type=Path), help="For linear: write the student with this classifier.")
 @keep_option
 @token_keep_option
@@ -116,4 +120,5 @@ def print_subjects(result: dict[str, Any]) -> None:
     for subject in result["subjects"]:
         runtime = result["method"]["runtime"][subject["role"]]
         kernels = f", kernels: {runtime['kernels']}" if "kernels" in runtime else ""
-        click.echo(f"{subject['role']}: {subject['path']} on {runtime['backend']}, {runtime['precision']}{kernels}")
+        ran = f"{runtime['backend']}, {runtime['precision']}{kernels}"
+        click.echo(f"{subject['role']}: {shown(subject['path'])} on {shown(ran)}")

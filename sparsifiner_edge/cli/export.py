@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bounds import MOST_COUNT, MOST_SIDE
 from sparsifiner_edge.cli.common import (
     json_option,
     keep_option,
@@ -24,11 +25,11 @@ from sparsifiner_edge.config import parse_token_keep
 @click.command()
 @click.argument("source", metavar="STUDENT|MODEL")
 @weights_option
-@click.option("--img-size", type=click.IntRange(min=1), help="Pixels along a side; by default the source's own.")
+@click.option("--img-size", type=click.IntRange(1, MOST_SIDE), help="Pixels along a side; by default the source's own.")
 @keep_option
 @token_keep_option
-@click.option("--tile", type=click.IntRange(min=1), help="Queries that share one list of keys; GPUs want 64.")
-@click.option("--probe", type=click.IntRange(min=1), help="Queries that ask as one; divides the tile.")
+@click.option("--tile", type=click.IntRange(1, MOST_COUNT), help="Queries that share one list of keys; GPUs want 64.")
+@click.option("--probe", type=click.IntRange(1, MOST_COUNT), help="Queries that ask as one; divides the tile.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
               help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from sparsifiner_edge.bounds import MOST_BATCH
 from sparsifiner_edge.cli.common import json_option, output_option, print_json
+from sparsifiner_edge.text import shown
 
 
 @click.command()
@@ -14,7 +16,7 @@ from sparsifiner_edge.cli.common import json_option, output_option, print_json
 @click.option("--for", "target", required=True, type=click.Choice(["deepstream", "triton", "gstreamer"]),
               help="The system that shall run it.")  # fmt: skip
 @output_option("Folder to write; an earlier package there is replaced.")
-@click.option("--batch", type=click.IntRange(min=1),
+@click.option("--batch", type=click.IntRange(1, MOST_BATCH),
               help="Greatest batch, for a bundle of dynamic batch; by default what suits the system.")  # fmt: skip
 @click.option("--kernels", type=click.Choice(["auto", "portable"]), default="auto", show_default=True,
               help="For Triton: auto brings this machine's native library, portable does not.")  # fmt: skip
@@ -29,4 +31,4 @@ def command(*, bundle: Path, target: str, output: Path, batch: int | None, kerne
         return
     click.echo(f"{output}: {len(result['files'])} files for {target}; {output}/README.md says how to run it.")
     for remark in result["remarks"]:
-        click.echo(f"- {remark}")
+        click.echo(f"- {shown(remark, 2000)}")

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.cli.common import json_option, output_option, print_json, print_table, progress
+from sparsifiner_edge.bounds import MOST_SECONDS, MOST_THREADS
+from sparsifiner_edge.cli.common import FiniteRange, json_option, output_option, print_json, print_table, progress
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.text import shown
 
 
 @click.command()
@@ -18,10 +20,12 @@ from sparsifiner_edge.errors import ConfigError
 @click.option("--against", type=click.Path(path_type=Path), help="Another bundle: measure the ratio of the two.")
 @click.option("--rules", default="quick", show_default=True,
               help="How long and how often: quick, or mlperf (single stream: 600 s or 24,576 queries).")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="Threads; by default the cores this process may use.")
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads; by default the cores this process may use."
+)
 @click.option("--kernels", default="auto", show_default=True,
               help="auto, native or portable: what runs the sparse operators.")  # fmt: skip
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True),
+@click.option("--seconds", type=FiniteRange(0, MOST_SECONDS, min_open=True),
               help="Least time measured per bundle, or per point of a sweep.  [default: 10, in a sweep 3]")  # fmt: skip
 @click.option("--layers/--no-layers", "layers", default=None,
               help="Print the time of each kind of layer, which JSON always has; or time none.")  # fmt: skip
@@ -80,7 +84,7 @@ def _with_progress(measure: Callable[[Callable[[str, float, float], None]], dict
         task = bar.add_task("starting", total=None)
 
         def show(stage: str, done: float, planned: float) -> None:
-            bar.update(task, description=stage, completed=int(done), total=max(1, int(planned)))
+            bar.update(task, description=shown(stage), completed=int(done), total=max(1, int(planned)))
 
         return measure(show)
 
@@ -98,11 +102,11 @@ def _print(result: dict[str, Any], with_layers: bool) -> None:
         if with_layers:
             _print_layers(name, figure)
         for remark in _remarks(figure):
-            click.echo(f"{name}: {remark}")
+            click.echo(f"{shown(name)}: {shown(remark, 2000)}")
     for problem in result["method"]["problems"]:
-        click.echo(f"Sensor: {problem}.")
+        click.echo(f"Sensor: {shown(problem, 2000)}.")
     if "comparison" in result["statistics"]:
-        click.echo(result["statistics"]["comparison"]["sentence"])
+        click.echo(shown(result["statistics"]["comparison"]["sentence"], 2000))
 
 
 _Row = tuple[str, tuple[str, ...]]
@@ -150,7 +154,7 @@ def _print_layers(name: str, figure: dict[str, Any]) -> None:
     from sparsifiner_edge.profiles.kinds import by_kind
 
     if isinstance(figure["layers"], dict):
-        click.echo(f"{name}: layers unavailable: {figure['layers']['unavailable']}")
+        click.echo(f"{shown(name)}: layers unavailable: {shown(figure['layers']['unavailable'], 2000)}")
         return
     total, compared = figure["layers_total_ms"], figure["layers_compared"]
     times = sorted(by_kind(figure["layers"]).items(), key=lambda item: -item[1])

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from sparsifiner_edge.cli.common import json_option, output_option, print_json
+from sparsifiner_edge.text import shown
 
 
 @click.command()
@@ -66,4 +67,4 @@ def _print(written: dict[str, Any]) -> None:
         click.echo(f"{len(written['flags'])} warning(s) about the measurements: see the page.")
     pictures = written["pictures"]
     count = f"{len(pictures)} PNGs beside it" if isinstance(pictures, list) else f"no PNGs: {pictures['unavailable']}"
-    click.echo(f"{written['page']}: page written; {count}")
+    click.echo(f"{shown(written['page'])}: page written; {count}")

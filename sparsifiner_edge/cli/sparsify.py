@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from sparsifiner_edge.bounds import MOST_SIDE, whole_number
 from sparsifiner_edge.cli.common import output_option, progress, weights_option
 from sparsifiner_edge.config import PRESETS, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
@@ -20,13 +21,13 @@ def parse_layers(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not all((part.isascii() and part.isdigit()) for part in parts):
         raise ConfigError(f"dense layers are {text!r}.", "Give layer indices separated by commas, such as 0,1.")
-    return tuple(int(part) for part in parts)
+    return tuple(whole_number(part, "A dense layer") for part in parts)
 
 
 @click.command()
 @click.argument("model")
 @weights_option
-@click.option("--img-size", type=click.IntRange(min=1), help="Pixels along a side; by default the model's own.")
+@click.option("--img-size", type=click.IntRange(1, MOST_SIDE), help="Pixels along a side; by default the model's own.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="edge", show_default=True, help="Kind of sparsity.")
 @click.option("--keep", type=float, default=0.25, show_default=True, help="Share of keys each tile reads; 1 is dense.")
 @click.option("--tile", type=int, help="Consecutive queries that share one key list (edge: 16).")

@@ -38,33 +38,52 @@ class Source:
 
     Attributes:
         train: files, or a data set of timm. held_out: files that are not trained on.
+        root, held_out_root: the folders that they lie in.
         labels: the class of each file, where a folder is labelled. classes: their names.
-        labelled: whether labels count. name, root: of a data set.
+        labelled: whether labels count. name: of a data set.
         renumbered: the student's number of each class of a data set, where it counts them otherwise; empty: as it does.
     """
 
     train: Sequence[Path] | Any
     held_out: tuple[Path, ...]
+    root: Path
+    held_out_root: Path
     labels: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()
     labelled: bool = False
     name: str = ""
-    root: Path = Path()
     renumbered: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a training resumes on the pictures that it began with."""
+        """Tells whether a training resumes on the images that it began with, wherever they lie by now.
+
+        Of files their names below their folder and their sizes; of a data set that names no files, what it is called.
+        """
         length = len(self.train) if hasattr(self.train, "__len__") else "endless"
-        files = [*self.train, *self.held_out] if isinstance(self.train, list) else [*self.held_out]
-        # However the folder was named.
         told = [f"{self.name} {length} {self.labelled} {sorted(self.renumbered.items())}", *map(str, self.labels)]
-        names = [*told, *map(os.path.abspath, (self.root, *files))]
-        text = "\n".join(names)
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+        told += [_told(path, self.root) for path in self._files()]
+        told += [_told(path, self.held_out_root) for path in self.held_out]
+        return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def _files(self) -> list[Path]:
+        """What is trained on, where that is files."""
+        if isinstance(self.train, list):
+            return list(self.train)
+        reader = getattr(self.train, "reader", None)
+        return [Path(path) for path, _ in reader.samples] if isinstance(reader, ReaderImageFolder) else []
 
     def __len__(self) -> int:
         return len(self.train)
+
+
+def _told(path: Path, root: Path) -> str:
+    """A file's name below a folder, and its size; a folder may be named in many ways, and moved."""
+    try:
+        size = path.stat().st_size
+    except OSError:  # Gone since it was listed: whoever reads it says so.
+        size = -1
+    return f"{os.path.relpath(path, root)} {size}"
 
 
 def folder_source(
@@ -87,15 +106,16 @@ def folder_source(
     kept = evenly(kept, count)
     if not train:
         raise PictureError(f"{folder} holds {len(files)} pictures, all of which are held out.", "Give more pictures.")
+    roots = (folder, folder if held_out is None else held_out)
     if not labelled:
-        return Source(train, tuple(kept))
+        return Source(train, tuple(kept), *roots)
     parts = {path: path.relative_to(folder).parts for path in files}
     if folder.is_file() or any(len(part) < 2 for part in parts.values()):
         raise ConfigError(f"{folder} holds pictures in no folder of their class.", "Sort them, or leave --labels out.")
     classes = class_order((part[0] for part in parts.values()), classifier)  # those held out are of classes too
     numbers = {name: number for number, name in enumerate(classes)}
     labels = tuple(numbers[parts[path][0]] for path in train)
-    return Source(train, tuple(kept), labels, classes, labelled=True)
+    return Source(train, tuple(kept), *roots, labels, classes, labelled=True)
 
 
 def timm_source(
@@ -122,7 +142,7 @@ def timm_source(
     if isinstance(reader, ReaderImageFolder) and any(p.resolve().is_relative_to(_root(reader)) for p in kept):
         raise ConfigError(f"{held_out} lies in the data set itself.", "Hold out pictures that are not trained on.")
     numbers = _renumbered(dataset, classifier) if labelled else {}
-    return Source(dataset, tuple(kept), labelled=labelled, name=name, root=root, renumbered=numbers)
+    return Source(dataset, tuple(kept), root, held_out, labelled=labelled, name=name, renumbered=numbers)
 
 
 def _renumbered(dataset: Any, classifier: tuple[str, ...]) -> dict[int, int]:
@@ -262,7 +282,7 @@ class Streamed(IterableDataset[Item | SparsifinerError]):
         """
         number = before = 0
         while True:
-            for picture, given in cast(Any, self.source.train):
+            for picture, given in self._once():
                 name, label = f"picture {number} of the stream", self.source.renumbered.get(int(given), int(given))
                 if self.source.labelled:
                     check_label(label, self.classes, name)
@@ -271,6 +291,14 @@ class Streamed(IterableDataset[Item | SparsifinerError]):
             if number == before:
                 raise PictureError(f"The data set {self.source.name!r} gives no picture.", "Look at its files.")
             before = number
+
+    def _once(self) -> Iterator[tuple[Any, Any]]:
+        try:
+            yield from cast(Any, self.source.train)
+        except Exception as error:  # whatever timm's reader raises
+            raise PictureError(
+                f"The data set {self.source.name!r} cannot be read on: {error}.", "Look at its files."
+            ) from error
 
 
 def collate(items: list[Item | SparsifinerError]) -> Batch | SparsifinerError:

@@ -12,9 +12,11 @@ from typing import Any
 from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Source, folder_source, timm_source
+from sparsifiner_edge.distill.events import recorder
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
 from sparsifiner_edge.distill.train import Progress, State, Training, make_accelerator
-from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
@@ -67,8 +69,8 @@ def distill_student(
         SparsifinerError: unusable input; nothing is written.
     """
     target = Path(output)
-    folder = target.with_name(f"{target.name}.training")
     require_replaceable(target, "student")
+    folder = target.with_name(f"{target.name}.training")
     plan = read_recipe(recipe, overrides)
     found = load_student(student)
     if found.sparsity.is_dense:
@@ -81,22 +83,25 @@ def distill_student(
     dense = _teacher(found, teacher, Path(weights) if weights else None)
     _check_folder(folder, resume)
     training = Training(accelerator, found, dense, source, plan, folder)
-    record = _recorder(folder) if tensorboard and accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    with checkpoint.held(folder) if accelerator.is_main_process else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        first = accelerator.is_main_process
+        record = stack.enter_context(recorder(folder / "tensorboard")) if tensorboard and first else None
+        if first:
+            stack.enter_context(checkpoint.held(folder))
         if resume:
             _restore(training, folder)
-        elif accelerator.is_main_process:
+        elif first:
             _clear(folder)
         state = training.run(_both(progress, record))
         summary = _summary(training, state, dense, recipe)
         summary["from"] = {"student": Path(student).resolve().name, "sha256": sha256(Path(student) / STUDENT_FILE)}
-        if training.accelerator.is_main_process:
+        if first:
             found.model.cpu().load_state_dict(state.best)
             trained = dataclasses.replace(found, provenance={**found.provenance, "training": summary})
             save_student(trained, target)
             (folder / checkpoint.CHECKPOINT).unlink()
-        training.accelerator.end_training()
+        accelerator.end_training()
     return summary
 
 
@@ -117,13 +122,13 @@ def _summary(training: Training, state: State, teacher: Student, recipe: str) ->
             }
             for budget, (start, best) in zip(training.budgets(), pairs, strict=True)
         ]
-    source = training.source
+    source, origin = training.source, teacher.provenance.get("weights")
     return {
         "recipe": {"name": recipe, **training.recipe.to_dict()},
         "steps": state.step,
         "kept": "the untrained start" if state.best_step == 0 else f"step {state.best_step}",
         "fidelity": fidelity,
-        "teacher": {"name": teacher.name, **dict(teacher.provenance.get("weights", {}))},
+        "teacher": {"name": teacher.name, **(origin if isinstance(origin, dict) else {})},
         "pictures": {
             "trained on": len(source) if hasattr(source.train, "__len__") else "a stream",
             "held out": [path.name for path in source.held_out],
@@ -186,7 +191,8 @@ _OURS = {checkpoint.CHECKPOINT, f"{checkpoint.CHECKPOINT}.part", checkpoint.HIST
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in _OURS) if folder.is_dir() else []
+    with io_errors(folder):
+        foreign = sorted(path.name for path in folder.iterdir() if path.name not in _OURS) if folder.is_dir() else []
     if foreign or (folder.exists() and not folder.is_dir()):
         what = f"holds {foreign[0]!r}" if foreign else "is no folder"
         raise ConfigError(f"{folder} is where checkpoints go, but {what}.", "Move it, or give another -o.")
@@ -201,11 +207,12 @@ def _check_folder(folder: Path, resume: bool) -> None:
 
 def _clear(folder: Path) -> None:
     """An empty folder for a new training; what an earlier one left there goes."""
-    for name in _OURS & {path.name for path in folder.iterdir()}:
-        if name == "tensorboard":
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink()
+    with io_errors(folder):
+        for name in _OURS & {path.name for path in folder.iterdir()}:
+            if name == "tensorboard":
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink()
 
 
 def _restore(training: Training, folder: Path) -> None:
@@ -227,22 +234,3 @@ def _both(progress: Progress | None, record: Progress | None) -> Progress:
                 one(step, steps, losses)
 
     return call
-
-
-def _recorder(folder: Path) -> Progress:
-    """Writes losses for TensorBoard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError("tensorboard", "train") from error
-    writer: Any = None
-
-    def record(step: int, _: int, losses: dict[str, float]) -> None:
-        nonlocal writer
-        # What was written after the checkpoint that a training resumes from is written anew.
-        writer = writer or SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        for name, value in losses.items():
-            writer.add_scalar(f"loss/{name}", value, step)
-        writer.flush()
-
-    return record

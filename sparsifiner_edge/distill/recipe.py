@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from sparsifiner_edge.bounds import MOST_COUNT, is_number
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from sparsifiner_edge.toml import parse_toml, read_toml
 
 DEFAULT = "cpu"
+_DOCUMENT = "See docs/distillation.md for the form."
 PRECISIONS = ("no", "bf16", "fp16")
 LEARNS = ("all", "attention")
 
@@ -145,7 +142,8 @@ class Recipe:
 
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31), "batch": (1, 65536), "accumulate": (1, 65536), "ema": (0, 0.999999),
-    "check_every": (1, math.inf), "save_every": (1, math.inf), "explosion": (1, math.inf), "warmup": (0, 1),
+    "steps": (0, MOST_COUNT), "epochs": (0, 1e6), "check_every": (1, MOST_COUNT), "save_every": (1, MOST_COUNT),
+    "explosion": (1, math.inf), "warmup": (0, 1),
     "epsilon": (1e-12, 1), "final": (0, 1), "pruned": (0, 1), "cut_mix": (0, 1),
     "smallest_crop": (0.01, 1), "held_out": (1, 4096), "workers": (0, 256), "learning_rate": (0, 1),
     "predictor_learning_rate": (0, 1),
@@ -184,28 +182,18 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
 
 def _content(source: str) -> dict[str, Any]:
     if source in names():
-        text = (
-            importlib.resources.files("sparsifiner_edge.distill").joinpath(f"recipes/{source}.toml").read_text("utf-8")
-        )
-    else:
-        path = Path(source)
-        if not path.is_file():
-            raise ConfigError(f"There is no recipe {source!r}.", f"Name a TOML file, or one of: {', '.join(names())}.")
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}.", "Give a TOML file in UTF-8.") from error
-    try:
-        content: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is no TOML: {error}.", "See docs/distillation.md for the form.") from error
-    return content
+        file = importlib.resources.files("sparsifiner_edge.distill").joinpath(f"recipes/{source}.toml")
+        return parse_toml(file.read_text("utf-8"), source, _DOCUMENT)
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"There is no recipe {source!r}.", f"Name a TOML file, or one of: {', '.join(names())}.")
+    return read_toml(path, f"Give a TOML file in UTF-8. {_DOCUMENT}")
 
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"x = {text}", text, _DOCUMENT)["x"]
+    except ConfigError:
         return text  # strings need no quotes on a command line
 
 
@@ -227,20 +215,16 @@ def _typed(kind: Any, name: str, value: Any, origin: str) -> Any:
             raise ConfigError(f"{label} is {value!r}.", f"Make it a section [{label}].")
         return _build(kind, value, f"{label}.")
     if kind == tuple[float, ...]:
-        if not isinstance(value, list) or not all(_is_number(x) and 0 < x < 1 for x in value):
+        if not isinstance(value, list) or not all(is_number(x) and 0 < x < 1 for x in value):
             raise ConfigError(f"{label} is {value!r}.", "Give a list of shares between 0 and 1, such as [0.1, 0.25].")
         return tuple(float(x) for x in value)
-    fits = _is_number(value) if kind is float else type(value) is kind
+    fits = is_number(value) if kind is float else type(value) is kind
     if not fits:
         raise ConfigError(f"{label} is {value!r}.", f"It must be of type {kind.__name__}.")
     low, high = _RANGES.get(name, (0, math.inf))
     if kind in (int, float) and not low <= value <= high:
         raise ConfigError(f"{label} is {value!r}.", f"It must lie between {low:g} and {high:g}.")
     return float(value) if kind is float else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check(recipe: Recipe) -> None:

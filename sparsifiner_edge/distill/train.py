@@ -313,9 +313,16 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Take up a checkpoint."""
+        """Take up a checkpoint, as `checkpoint.load` gives it.
+
+        Raises:
+            ArtifactError: it holds anything that this training would not have saved.
+        """
+        self._check_restored(content)
         self.distiller.student.load_state_dict(content["student"])
-        self.optimiser.load_state_dict(content["optimiser"])
+        # Rates are set at every step, and all else that the groups say the fingerprint has compared.
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": content["optimiser"]["state"], "param_groups": groups})
         if self.average is not None:
             self.average.load_state_dict(content["average"])
         if self.accelerator.scaler is not None:
@@ -326,6 +333,18 @@ class Training:
         self._saved = self.state.step
         if self.accelerator.is_main_process:
             checkpoint.cut_history(self.folder, self.state.step)
+
+    def _check_restored(self, content: dict[str, Any]) -> None:
+        state, weights, scaler = content["state"], self.distiller.student.state_dict(), self.accelerator.scaler
+        like = {
+            "student": weights,
+            "average": None if self.average is None else self.average.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        checkpoint.require_like({name: content[name] for name in like}, like, "content")
+        checkpoint.require_like(state["best"], weights, "best")
+        checkpoint.require_moments(content["optimiser"].get("state"), self.optimiser)
+        checkpoint.require_course(state, self.total, len(self.budgets()))
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a training to be resumed; learning rates, losses and limits may change."""

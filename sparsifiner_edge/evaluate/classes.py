@@ -22,7 +22,7 @@ from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.pictures import evenly
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import new_result
-from sparsifiner_edge.sparse.student import Student, load_student, save_student
+from sparsifiner_edge.sparse.student import Student, checked_labels, load_student, save_student
 
 Array = npt.NDArray[Any]
 NEIGHBOURS = 20
@@ -76,6 +76,8 @@ def evaluate_classes(
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(open_subject(Path(subject), backend, keep, token_keep))
         asked = labelled(data, "test", classifier=ours.labels if metric == "top1" else ()).first(queries)
+        if head is not None:
+            checked_labels(asked.classes, data)  # Before minutes of work that could not be written.
         known = None if metric == "top1" else _gallery(data, gallery, asked)
         teacher = stack.enter_context(open_teacher(Path(subject), against, weights, ours.size, backend))
         sides = {"subject": ours, "teacher": teacher}

@@ -23,6 +23,10 @@ FASHION_CLASSES = (
 """In the order of the labels (Xiao, Rasul, Vollgraf 2017, table 2)."""
 
 
+_MOST_BYTES = 1 << 26
+"""Unpacked; the largest file has 47 MB."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Labelled:
     """Pictures and their classes.
@@ -85,15 +89,15 @@ def labelled(
 
 def _fashion(split: str) -> Labelled:
     prefix = "train" if split == "train" else "t10k"
-    images = _idx(FASHION_FOLDER / f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
-    labels = _idx(FASHION_FOLDER / f"{prefix}-labels-idx1-ubyte.gz", 8).astype(np.int64)
+    images = _idx(FASHION_FOLDER / f"{prefix}-images-idx3-ubyte.gz", 16, (-1, 28, 28))
+    labels = _idx(FASHION_FOLDER / f"{prefix}-labels-idx1-ubyte.gz", 8, (len(images),)).astype(np.int64)
     return Labelled(lambda i, size: resized(images[i], size), labels, FASHION_CLASSES, f"{FASHION} {split}")
 
 
-def _idx(path: Path, header: int) -> npt.NDArray[Any]:
+def _idx(path: Path, header: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
     try:
         with gzip.open(path) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=header)
+            return np.frombuffer(file.read(_MOST_BYTES), np.uint8, offset=header).reshape(shape)
     except FileNotFoundError as error:
         raise PictureError(
             f"{path} does not exist.", "Debian, Ubuntu: apt-get install dataset-fashion-mnist"

@@ -14,6 +14,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from sparsifiner_edge.artifacts import LABELS_FILE, kind_of, new_folder, require_replaceable, seal_bundle
+from sparsifiner_edge.bounds import MOST_BATCH, whole_number
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -31,6 +32,7 @@ from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
 from sparsifiner_edge.profiles.board import load_board
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_PICTURES, Student, load_dense, load_student
+from sparsifiner_edge.text import shown
 
 PRECISIONS = ("fp32", "fp16", "int8")
 INT8_TOLERANCE = 5e-2
@@ -108,7 +110,8 @@ def export_bundle(
         model, found = _narrowed(model, student.img_size, batches, precision, recipe, pictures, progress)
         entries |= found
         golden |= {f"output.{name}": x for name, x in run_file(model, golden["input.image"]).items()}
-    labels = list(student.labels) or class_labels(student.model)
+    # One line each, whatever a folder's name holds; `read_labels` and the model's metadata then say the same.
+    labels = [shown(label) for label in student.labels or class_labels(student.model)]
     set_metadata(model, _metadata(student, deployed, labels))
     with new_folder(target, "bundle") as folder:
         (folder / "model.onnx").write_bytes(model.SerializeToString())
@@ -175,10 +178,11 @@ def parse_batch(batch: int | str) -> Batch:
     """
     if batch == "dynamic":
         return None
-    text = str(batch)
-    if not (text.isascii() and text.isdigit() and len(text) < 6 and int(text) > 0):
-        raise ConfigError(f"batch is {batch!r}.", 'Give a whole number from 1 to 99999, or "dynamic".')
-    return int(text)
+    try:
+        return whole_number(str(batch), "batch", 1, MOST_BATCH)
+    except ConfigError as error:
+        fix = f'Give a whole number from 1 to {MOST_BATCH}, or "dynamic".'
+        raise ConfigError(f"batch is {batch!r:.80}.", fix) from error
 
 
 def _load(

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, TOPK_LIMIT, VERSION
-from sparsifiner_edge.runtime.graph import all_nodes
 from sparsifiner_edge.sparse.attention import SparseAttention
 
 IR_VERSION = 10

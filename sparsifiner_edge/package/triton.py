@@ -174,12 +174,13 @@ are inside the plans: no plugin has to be loaded.
     shape = ",".join(str(size) for size in (bundle.batch or 1, bundle.size, bundle.size, 3))
     return f"""# {bundle.name} for Triton Inference Server
 
-    docker run --rm -e ORT_DISABLE_TELEMETRY=1 -p 8000-8002:8000-8002 -v "$PWD/models:{MOUNT}" nvcr.io/nvidia/tritonserver:YY.MM-py3 \\
-        tritonserver --model-repository={MOUNT}
+    docker run --rm -p 8000-8002:8000-8002 -v "$PWD/models:{MOUNT}" -e ORT_DISABLE_TELEMETRY=1 \\
+        nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver --model-repository={MOUNT}
     curl -f localhost:8000/v2/models/{bundle.name}/ready
 
-Put a release of the container in the place of YY.MM. The variable keeps ONNX Runtime from reporting its use. The repository must be at `{MOUNT}` there: `config.pbtxt` names
-the operators' library by that path. One request, from Python (`pip install "tritonclient[http]"`):
+Put a release of the container in the place of YY.MM. The variable keeps ONNX Runtime from reporting its use. The
+repository must be at `{MOUNT}` there: `config.pbtxt` names the operators' library by that path. One request, from Python
+(`pip install "tritonclient[http]"`):
 
     import numpy as np, tritonclient.http as http
     image = http.InferInput("image", [{shape}], "UINT8")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import math
-import sys
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from sparsifiner_edge.bounds import is_number
 from sparsifiner_edge.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from sparsifiner_edge.text import shown
+from sparsifiner_edge.toml import parse_toml, read_toml
 
 PRECISIONS = ("fp32", "tf32", "fp16", "int8")
 KINDS = ("gpu", "cpu")
@@ -44,7 +42,7 @@ class PowerMode:
 
 @dataclasses.dataclass(frozen=True)
 class JetPack:
-    """Versions of what a JetPack release installs."""
+    """Versions of what a JetPack release installs; those of CUDA and TensorRT are numbers with points between."""
 
     version: str
     cuda: str
@@ -167,6 +165,9 @@ _RANGES: dict[str, tuple[float, float]] = {
 _BARE = {"name", "title", "sources", "unverified"}
 """Keys that are names or speak of the others, and need no source."""
 _DOCUMENT = "See docs/boards.md for the form of a board file."
+_MOST_TEXT = 2000
+"""Characters of a name or a source."""
+_VERSION = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}")
 
 
 def board_names() -> list[str]:
@@ -197,11 +198,7 @@ def read_board(path: Path) -> Board:
     Raises:
         ConfigError: see `load_board`.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.", f"Give a TOML file in UTF-8. {_DOCUMENT}") from error
-    return parse_board(text, str(path))
+    return _board(read_toml(path, f"Give a TOML file in UTF-8. {_DOCUMENT}"), str(path))
 
 
 def parse_board(text: str, origin: str) -> Board:
@@ -210,10 +207,10 @@ def parse_board(text: str, origin: str) -> Board:
     Raises:
         ConfigError: see `load_board`.
     """
-    try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{origin} is no TOML: {error}.", _DOCUMENT) from error
+    return _board(parse_toml(text, origin, _DOCUMENT), origin)
+
+
+def _board(content: Mapping[str, Any], origin: str) -> Board:
     board: Board = _build(Board, content, origin, "")
     _check(board, content, origin)
     return board
@@ -252,16 +249,17 @@ def _typed(kind: Any, value: Any, origin: str, label: str) -> Any:
     if kind == Mapping[str, str]:
         if not isinstance(value, dict) or not all(isinstance(x, str) and x.strip() for x in value.values()):
             _refuse(origin, f"{label} is no table of non-empty strings")
-        return dict(value)
+        return {name: _scalar(str, x, origin, f"{label}.{name}") for name, x in value.items()}
     return _scalar(kind, value, origin, label)
 
 
 def _scalar(kind: Any, value: Any, origin: str, label: str) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (number if kind is float else type(value) is kind):
+    if not (is_number(value) if kind is float else type(value) is kind):
         _refuse(origin, f"{label} is {value!r}; it must be of type {kind.__name__}")
     if kind is str and not value.strip():
         _refuse(origin, f"{label} is empty")
+    if kind is str:
+        return shown(value, _MOST_TEXT)  # It goes into tables, results and manifests.
     low, high = _RANGES.get(label.rpartition(".")[2], (-math.inf, math.inf))
     if kind in (int, float) and not low <= value <= high:
         _refuse(origin, f"{label} is {value!r}", f"It must lie between {low:g} and {high:g}.")
@@ -284,6 +282,10 @@ def _check(board: Board, content: Mapping[str, Any], origin: str) -> None:
         _refuse(origin, f"unverified names {name}, which is not there")
     if board.fp16_fast_tflops and board.fp16_fast_tflops < board.fp16_tflops:
         _refuse(origin, "fp16_fast_tflops is less than fp16_tflops", "Leave it out where it is not faster.")
+    for number, release in enumerate(board.jetpack):
+        for what, version in (("cuda", release.cuda), ("tensorrt", release.tensorrt)):
+            if not _VERSION.fullmatch(version):
+                _refuse(origin, f"jetpack[{number}].{what} is {version!r}", "Give a version such as 10.3.")
     _check_modes(board, origin)
 
 

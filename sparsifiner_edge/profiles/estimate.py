@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.artifacts import field, open_bundle
+from sparsifiner_edge.bounds import MOST_BATCH, flaw
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import KINDS, ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
@@ -36,6 +37,7 @@ SCORE_COPIES = (1.0, 1.0, 2.0)
 """The same for scores and gathered keys, where they are kept in memory."""
 _LARGEST = 1 << 20
 """No size of a model comes near; a manifest that implies more is damaged."""
+_AGAIN = "Export the bundle again."
 
 
 class _Plan(NamedTuple):
@@ -77,21 +79,24 @@ def estimate_bundle(
     """
     folder = Path(bundle)
     manifest = open_bundle(folder)
+    found = flaw(manifest)
+    if found is not None:
+        raise ArtifactError(f"{folder}: the manifest's {found}.", _AGAIN)
     device = board if isinstance(board, Board) else load_board(board)
     device = device if power_mode is None else device.in_mode(power_mode)
     plan = _plan(folder, manifest, device, precision, kernels)
     share = CPU if device.kind == "cpu" else GPU
-    found = roofline.costs(plan.work, device, plan.precision, share)
-    latency = _latency(plan, found, share)
+    spent = roofline.costs(plan.work, device, plan.precision, share)
+    latency = _latency(plan, spent, share)
     memory = _memory(plan)
     statistics = {
         "latency_ms": latency,
         "memory_bytes": memory,
-        "energy_j": _energy(device, found, latency),
+        "energy_j": _energy(device, spent, latency),
         "fits_memory": _fits(memory, device),
-        "operators": _by_kind(found),
+        "operators": _by_kind(spent),
     }
-    layers = [{"layer": c.operator.layer, **_row(c.operator.kind, [c])} for c in found if c.operator.launches]
+    layers = [{"layer": c.operator.layer, **_row(c.operator.kind, [c])} for c in spent if c.operator.launches]
     method = _method(plan, power_mode, share)
     return new_result("estimate", [bundle_subject(folder, manifest)], method, {"layers": layers}, statistics)
 
@@ -103,8 +108,10 @@ def _plan(folder: Path, manifest: dict[str, Any], board: Board, precision: str |
     board.peak(chosen)  # Refuses what the board cannot do before anything is computed.
     size = (folder / "model.onnx").stat().st_size * SIZES[chosen] / SIZES.get(own, 4)
     taken, because = _kernels(kernels, manifest, board)
+    if taken == "none" and sparsity.sparse_layers(shape.depth):
+        raise ArtifactError(f"{folder}: the manifest names no operators for its sparse layers.", _AGAIN)
     portable, plain = taken == "portable", not manifest.get("ops")
-    work = Workload(shape, sparsity, _batch(manifest), portable, board.kind == "cpu" and (portable or plain))
+    work = Workload(shape, sparsity, _batch(manifest, folder), portable, board.kind == "cpu" and (portable or plain))
     return _Plan(board, work, chosen, taken, because, size)
 
 
@@ -139,15 +146,15 @@ def model_of(manifest: dict[str, Any], folder: Path) -> tuple[ModelShape, Sparsi
     settings = manifest.get("sparsity")
     sparsity = SparsityConfig.from_dict(settings) if isinstance(settings, dict) else SparsityConfig(keep=1)
     try:
-        shape = _shape(dense, math.prod(grid), prefix)
+        shape = _shape(dense, _patches(grid), prefix)
         shape = dataclasses.replace(shape, heads=_heads(shape, sparsity, costs))
         fits = _same(summary(shape, sparsity), costs) and _same(summary(shape, SparsityConfig(keep=1)), dense)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         fits = False
     except SparsifinerError as error:
-        raise ArtifactError(f"{folder}: {error.what}", "Export the bundle again.") from error
+        raise ArtifactError(f"{folder}: {error.what}", _AGAIN) from error
     if not fits:
-        raise ArtifactError(f"{folder}: the manifest's costs are those of no model.", "Export the bundle again.")
+        raise ArtifactError(f"{folder}: the manifest's costs are those of no model.", _AGAIN)
     return shape, sparsity
 
 
@@ -155,7 +162,7 @@ def _counts(manifest: dict[str, Any], folder: Path, name: str) -> dict[str, int]
     counts: dict[str, int] = field(manifest, folder, name, dict)
     for key in (*(f"{kind}_macs" for kind in KINDS), "embedding_macs"):
         if field(counts, folder, key, int) < 0:
-            raise ArtifactError(f"{folder}: {name}.{key} is {counts[key]}.", "Export the bundle again.")
+            raise ArtifactError(f"{folder}: {name}.{key} is {counts[key]}.", _AGAIN)
     return counts
 
 
@@ -165,27 +172,45 @@ def _shape(dense: Mapping[str, int], patches: int, prefix: int) -> ModelShape:
     depth = round(dense["attention_macs"] / (2 * tokens * tokens * width))
     hidden = round(dense["mlp_macs"] / (2 * depth * tokens * width))
     patch = math.isqrt(dense["embedding_macs"] // (3 * patches * width))
-    if not (prefix >= 0 and all(0 < size < _LARGEST for size in (width, hidden, patches, patch)) and 0 < depth < 1024):
+    sizes = (width, hidden, patches, patch, prefix + 1)
+    if not (all(0 < size < _LARGEST for size in sizes) and 0 < depth < 1024):
         raise ValueError
     return ModelShape(depth, 1, width, hidden, prefix, patches, patch)
+
+
+def _patches(grid: list[Any]) -> int:
+    if len(grid) != 2 or not all(type(side) is int and 0 < side < _LARGEST for side in grid):
+        raise ValueError
+    return int(grid[0] * grid[1])
 
 
 def _heads(shape: ModelShape, sparsity: SparsityConfig, costs: Mapping[str, int]) -> int:
     """The predictor's cost grows evenly with the heads; without one, heads of 64 are taken."""
     one, two = (summary(dataclasses.replace(shape, heads=n), sparsity)["predictor_macs"] for n in (1, 2))
-    return 1 + round((costs["predictor_macs"] - one) / (two - one)) if two > one else max(1, shape.width // 64)
+    heads = 1 + round((costs["predictor_macs"] - one) / (two - one)) if two > one else max(1, shape.width // 64)
+    if not 1 <= heads <= shape.width:
+        raise ValueError
+    return heads
 
 
 def _same(computed: Mapping[str, int], stated: Mapping[str, int]) -> bool:
     return all(stated.get(name) == value for name, value in computed.items() if name.endswith("_macs"))
 
 
-def _batch(manifest: Mapping[str, Any]) -> int:
-    """Of the file, where it is fixed; else one picture at a time."""
-    for tensor in manifest.get("inputs") or ():
-        first = (tensor.get("shape") or [None])[0] if isinstance(tensor, dict) else None
-        if isinstance(first, int) and not isinstance(first, bool) and first > 0:
-            return first
+def _batch(manifest: dict[str, Any], folder: Path) -> int:
+    """Of the file, where it is fixed; else one picture at a time.
+
+    Raises:
+        ArtifactError: the manifest describes no input, or a batch that no file has.
+    """
+    for tensor in field(manifest, folder, "inputs", list):
+        shape = tensor.get("shape") if isinstance(tensor, dict) else None
+        first = shape[0] if isinstance(shape, list) and shape else None
+        if isinstance(first, str):  # A name: dynamic.
+            continue
+        if type(first) is not int or not 0 < first <= MOST_BATCH:
+            raise ArtifactError(f"{folder}: an input's shape is {shape!r}.", _AGAIN)
+        return first
     return 1
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsifiner_edge.bounds import MOST_COUNT, finite_number
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.profiles.stats import binomial_cdf
 
@@ -97,10 +98,10 @@ def make_rules(
 
 def _check(seconds: float | None, min_queries: int | None, max_seconds: float | None) -> None:
     for name, value in (("seconds", seconds), ("max_seconds", max_seconds)):
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and finite_number(value, name) == 0:
             raise ConfigError(f"{name} is {value}.", "Give a number above 0.")
-    if min_queries is not None and min_queries < 1:
-        raise ConfigError(f"min_queries is {min_queries}.", "Give at least 1.")
+    if min_queries is not None and not 1 <= min_queries <= MOST_COUNT:
+        raise ConfigError(f"min_queries is {min_queries}.", f"Give from 1 to {MOST_COUNT}.")
 
 
 def early_stopping(

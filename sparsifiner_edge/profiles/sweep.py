@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bounds import MOST_BATCH, MOST_THREADS, whole_number
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.client import start_worker
@@ -25,7 +26,8 @@ from sparsifiner_edge.profiles.sides import (
 from sparsifiner_edge.results import available_cores, bundle_subject, new_result
 from sparsifiner_edge.runtime.open import check_backend, check_kernels
 
-AXES = ("threads", "batch")
+AXES = {"threads": MOST_THREADS, "batch": MOST_BATCH}
+"""What can be swept, and the greatest value of each."""
 SECONDS = 3.0
 """Least time measured at each point, where none is given."""
 
@@ -99,8 +101,8 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:
     for text in texts:
         name, _, values = text.partition("=")
         try:
-            numbers = [int(value) for value in values.split(",")]
-        except ValueError:
+            numbers = [whole_number(value, "sweep") for value in values.split(",")]
+        except ConfigError:
             raise ConfigError(f"sweep is {text!r}.", "Write it as threads=1,2 or batch=1,2,4.") from None
         if name in axes:
             raise ConfigError(f"sweep names {name!r} twice.", "Give all of its values at once.")
@@ -117,8 +119,8 @@ def _points(
     for name, values in axes.items():
         if name not in AXES:
             raise ConfigError(f"sweep is over {name!r}.", f"Choose of: {', '.join(AXES)}.")
-        if not values or min(values) < 1:
-            raise ConfigError(f"sweep is over {name} = {list(values)}.", "Give numbers of at least 1.")
+        if not values or not 1 <= min(values) <= max(values) <= AXES[name]:
+            raise ConfigError(f"sweep is over {name} = {list(values)}.", f"Give numbers from 1 to {AXES[name]}.")
     fixed = fixed_batch(manifest)
     batches = list(dict.fromkeys(axes.get("batch", [fixed or 1])))
     if fixed is not None and batches != [fixed]:

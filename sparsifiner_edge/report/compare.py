@@ -41,8 +41,8 @@ def context(side: Side) -> Context:
 def machine_of(result: Mapping[str, Any]) -> str:
     """Board, processor, cores and memory; gibibytes alone, since kernels take a little of it each their own way."""
     machine = result["machine"]
-    memory = machine["memory_bytes"]
-    size = f"{memory / 2**30:.0f} GiB" if isinstance(memory, int) else "?"
+    memory = number(machine["memory_bytes"])
+    size = "?" if memory is None else f"{memory / 2**30:.0f} GiB"
     parts = [_said(machine["board"]), _said(machine["cpu_model"]), f"{_said(machine['logical_cores'])} cores", size]
     return ", ".join(part for part in parts if part != "?")
 
@@ -126,14 +126,12 @@ def lead(groups: Sequence[Group], sides: Sequence[Side], accuracies: Sequence[Ac
     if not groups:
         estimated = [side for side in sides if side.estimated]
         sentences += [_estimated(side, texts) for side in estimated]
-    if not sentences and not accuracies:
-        return [texts("verdict.nothing")]
     judged = [side for group in groups for side in group.sides if side.role != "against"]
     known = {found.sha for found in accuracies}
     sentences += [text for found in accuracies if (text := accuracy_sentence(found, texts))]
     if judged and not any(side.sha in known for side in judged):
         sentences.append(texts("verdict.no_accuracy"))
-    return sentences
+    return sentences or [texts("verdict.nothing")]
 
 
 def fields_named(found: Iterable[str], texts: Texts) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from sparsifiner_edge.bounds import finite_number
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.report import charts
 from sparsifiner_edge.report.blocks import Block, Note, Section, Table, commands_of, figure
@@ -31,6 +31,7 @@ from sparsifiner_edge.report.values import (
 MAX_ROWS, MAX_BARS = 200, 24
 COST_KINDS = ("predictor", "attention", "cells", "pruning", "projections", "mlp", "embedding")
 _MILLION = 1e6
+_MOST_PRICE = 1e12
 _JOULES_PER_KWH = 3.6e6
 
 
@@ -48,8 +49,8 @@ class Prices(NamedTuple):
             ConfigError: a price is negative or no number, a currency without a price, or a long one.
         """
         for name, price in (("price-kwh", self.kwh), ("price-device-hour", self.device_hour)):
-            if price is not None and not (math.isfinite(price) and price >= 0):
-                raise ConfigError(f"{name} is {price}.", "Give a price of at least 0.")
+            if price is not None:
+                finite_number(price, name, 0.0, _MOST_PRICE)
         if len(self.currency) > 12:
             raise ConfigError(f"currency is {self.currency!r}.", "Give a code or sign of at most 12 characters.")
         if self.currency and self.kwh is None and self.device_hour is None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, MissingExtraError
-from sparsifiner_edge.files import require_file_path, write_text
+from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
+from sparsifiner_edge.files import io_errors, require_file_path, write_text
 from sparsifiner_edge.report import details, sections
 from sparsifiner_edge.report.blocks import Figure, Section
 from sparsifiner_edge.report.compare import (
@@ -69,7 +68,7 @@ def write_report(
     prices = (prices or Prices()).checked()
     require_file_path(target)
     paths = [Path(path) for path in results]
-    if any(path.resolve() == target.resolve() for path in paths):
+    if os.path.realpath(target) in map(os.path.realpath, paths):
         raise ConfigError(f"{target} is one of the results.", "Give the page another name.")
     sources = read_sources(paths)
     sides = sides_of(sources)
@@ -170,7 +169,7 @@ def _write_pictures(target: Path, content: Sequence[Section], language: str) -> 
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
-    with _io_errors(path):
+    with io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -180,13 +179,3 @@ def _write_bytes(path: Path, content: bytes) -> None:
             Path(name).replace(path)
         finally:
             Path(name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _io_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(
-            f"{path} cannot be written: {error.strerror}.", "Free space or choose another place."
-        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, BUNDLE_SCHEMA, bundle_hash, read_json, sha256
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
-from sparsifiner_edge.report.values import clean, get, mapping, rows
+from sparsifiner_edge.report.values import GREATEST, LEAST, clean, get, mapping, rows
 from sparsifiner_edge.results import read_result
 
 PROGRAM = "sparsifiner-edge"
@@ -75,32 +74,10 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
     for path in paths:
         if path.is_dir():
             raise ArtifactError(f"{path} is a folder.", "Give the result files in it; bundles go with --bundle.")
-        result = _checked(path)
+        result = read_result(path)
         digest = sha256(path)
         sources.setdefault(digest, Source(path, digest, result["kind"], _command(result["command"]), result))
     return list(sources.values())
-
-
-def _checked(path: Path) -> dict[str, Any]:
-    try:
-        result = read_result(path)
-        _refuse_not_finite(result, "", path)
-    except RecursionError as error:
-        raise ArtifactError(f"{path} is nested too deeply.", "It was not written by sparsifiner-edge.") from error
-    return result
-
-
-def _refuse_not_finite(value: Any, name: str, path: Path) -> None:
-    """JSON has no NaN, but Python reads it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ArtifactError(f"{path}: {name} is {value}.", "Measure again: such a figure cannot be believed.")
-    if isinstance(value, Mapping):
-        for key, child in value.items():
-            _refuse_not_finite(child, f"{name}.{key}" if name else str(key), path)
-    elif isinstance(value, list):
-        for index, child in enumerate(value):
-            if not isinstance(child, float) or not math.isfinite(child):  # Samples are many: no call for each.
-                _refuse_not_finite(child, f"{name}[{index}]", path)
 
 
 def _command(arguments: Sequence[Any]) -> str:
@@ -152,11 +129,9 @@ def _figures(source: Source, part: str) -> Mapping[str, Any]:
 
 
 def _samples(content: Any) -> Samples:
-    """Latencies in ms; a result whose samples are no positive numbers has none."""
-    if not isinstance(content, list) or not all(type(x) in (int, float) for x in content):
-        return np.empty(0)
-    values = np.asarray(content, dtype=np.float64)
-    return values if (values > 0).all() else np.empty(0)
+    """Latencies in ms; a result whose samples are no positive numbers of a believable size has none."""
+    believable = isinstance(content, list) and all(type(x) in (int, float) and LEAST <= x <= GREATEST for x in content)
+    return np.asarray(content if believable else [], dtype=np.float64)
 
 
 def _labels(sides: Sequence[Side]) -> dict[str, str]:

@@ -69,8 +69,10 @@ def accuracy_of(found: Accuracy) -> Interval | None:
     if found.metric == "cosine":  # The teacher's with itself is 1.
         return interval(get(found.figures, "features_cosine", "mean")) if found.role == "subject" else Interval(1.0)
     percent, queries = (number(found.figures.get(name)) for name in (f"{found.role}_percent", "queries"))
-    if percent is None or not queries or queries < 1:
-        return None if percent is None else Interval(percent)
+    if percent is None or not 0 <= percent <= 100:
+        return None
+    if queries is None or queries < 1:
+        return Interval(percent)
     return _wilson(percent / 100, queries).times(100)
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from sparsifiner_edge.bounds import is_number
+from sparsifiner_edge.text import shown as harmless
+
 MAX_NAME = 80
+GREATEST, LEAST = 1e30, 1e-30
+"""Beyond, a figure is none: nothing measured comes near, and what is computed from it would leave floats."""
 MAX_DEPTH = 8
+_LONG = 10_000
+"""Characters that are looked at: the pages' own limits are far below."""
 
 
 class Interval(NamedTuple):
@@ -52,14 +58,10 @@ def rows(content: Any, *path: str) -> list[Mapping[str, Any]]:
 
 
 def number(content: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(content, bool) or not isinstance(content, (int, float)):
+    """A finite number of a believable size, or None; what is next to nothing is 0."""
+    if not is_number(content) or abs(content) > GREATEST:
         return None
-    try:
-        value = float(content)
-    except OverflowError:  # An integer of four hundred digits is valid JSON.
-        return None
-    return value if math.isfinite(value) else None
+    return float(content) if abs(content) >= LEAST else 0.0
 
 
 def interval(content: Any) -> Interval | None:
@@ -82,8 +84,8 @@ def reason(content: Any) -> str | None:
 
 
 def clean(text: Any, most: int = MAX_NAME) -> str:
-    """Text from a file, fit for a page: no control or invisible direction characters, at most `most` long."""
-    kept = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c for c in str(text))
+    """Text from a file, fit for a page and a terminal: hidden characters as escapes, at most `most` characters."""
+    kept = harmless(text, _LONG)
     return kept if len(kept) <= most else kept[: most - 1] + "…"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -18,6 +20,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from sparsifiner_edge.bounds import MOST_CLASSES, MOST_SIDE
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsError
 
 State = dict[str, Tensor]
@@ -81,7 +84,21 @@ def create(name: str, img_size: int | None = None, num_classes: int | None = Non
 
     Raises:
         UnsupportedModelError: timm has no such model, or it is no VisionTransformer or Eva.
-        ConfigError: the image size is no multiple of the patch size.
+        ConfigError: the image size is no multiple of the patch size, or there are too many pixels or classes.
+    """
+    kind = on_paper(name)
+    size = kind.patch_embed.img_size[0] if img_size is None else img_size
+    _check_size(name, size, kind.patch_embed.patch_size)
+    with _named(name):
+        options = {"img_size": size, "dynamic_img_size": False} | _classes(num_classes)
+        return cast(Backbone, timm.create_model(name, pretrained=False, **options).eval())
+
+
+def on_paper(name: str, num_classes: int | None = None) -> Backbone:
+    """A model of timm for which nothing is allocated: it tells what it is, and what its weights are.
+
+    Raises:
+        UnsupportedModelError, ConfigError: as of `create`.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"))
@@ -91,26 +108,35 @@ def create(name: str, img_size: int | None = None, num_classes: int | None = Non
             else "Names: python -c 'import timm; print(timm.list_models())'"
         )
         raise UnsupportedModelError(f"timm has no model {name!r}.", hint)
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    try:
-        # On the meta device nothing is allocated: it only tells what the model is.
-        with torch.device("meta"):
-            kind = timm.create_model(name, pretrained=False)
-        if isinstance(kind, (VisionTransformer, Eva)):
-            size = kind.patch_embed.img_size[0] if img_size is None else img_size
-            _check_size(name, size, kind.patch_embed.patch_size)
-            options |= {"img_size": size, "dynamic_img_size": False}
-            return timm.create_model(name, pretrained=False, **options).eval()
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
+    with _named(name), torch.device("meta"):
+        kind = timm.create_model(name, pretrained=False, **_classes(num_classes))
+    if isinstance(kind, (VisionTransformer, Eva)):
+        return kind
     raise UnsupportedModelError(
         f"{name!r} is a {type(kind).__name__}, not a VisionTransformer or Eva.",
         "Choose a ViT, DeiT, DINOv2, DINOv3 or EVA-02 of timm.",
     )
 
 
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What timm raises in the block becomes an `UnsupportedModelError` about the name."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
+
+
+def _classes(count: int | None) -> dict[str, int]:
+    if count is not None and not 0 <= count <= MOST_CLASSES:
+        raise ConfigError(f"num_classes is {count}.", f"Give from 0 to {MOST_CLASSES} classes.")
+    return {} if count is None else {"num_classes": count}
+
+
 def _check_size(name: str, size: int, patch: tuple[int, int]) -> None:
     side = patch[0]
+    if size > MOST_SIDE:
+        raise ConfigError(f"image size {size} is too large.", f"Use at most {MOST_SIDE} pixels along a side.")
     if size < side or size % side:
         near = max(round(size / side), 1) * side
         raise ConfigError(
@@ -144,28 +170,49 @@ def load_state(model: Backbone, state: State, source: str) -> None:
     """Load tensors into a model; the position embedding is resampled where sizes differ.
 
     Raises:
-        WeightsError: a tensor is missing, left over, or of another shape.
+        WeightsError: a tensor is missing, left over, of another shape, or holds no plain finite numbers.
     """
     expected = model.state_dict()
-    refused = f"{source} does not fit this model"
-    fix = "Give weights of the same architecture, with timm's key names."
     convert = (eva if isinstance(model, Eva) else vision_transformer).checkpoint_filter_fn
     try:
         filtered = cast(State, convert(dict(state), model))
     # timm takes tensors of any shape apart here; each way to fail means that they are another model's.
     except Exception as error:
-        raise WeightsError(f"{refused}: {error}.", fix) from error
-    missing, extra = sorted(expected.keys() - filtered.keys()), sorted(filtered.keys() - expected.keys())
-    if missing or extra:
-        raise WeightsError(f"{refused}: missing {_some(missing)}; left over {_some(extra)}.", fix)
+        raise WeightsError(f"{source} does not fit this model: {error}.", _FIT) from error
+    check_fit(expected, filtered, source)
     for key, tensor in filtered.items():
+        _check_numbers(tensor, expected[key].is_floating_point(), f"{source}: {key}")
+    model.load_state_dict(filtered)
+
+
+_FIT = "Give weights of the same architecture, with timm's key names."
+
+
+def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors of other names or shapes than a model's; what they hold is not looked at.
+
+    Raises:
+        WeightsError: one is missing, left over, or of another shape.
+    """
+    refused = f"{source} does not fit this model"
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise WeightsError(f"{refused}: missing {_some(missing)}; left over {_some(extra)}.", _FIT)
+    for key, tensor in found.items():
         if tensor.shape != expected[key].shape:
             raise WeightsError(
-                f"{refused}: {key} has shape {list(tensor.shape)}, the model has {list(expected[key].shape)}.", fix
+                f"{refused}: {key} has shape {list(tensor.shape)}, the model has {list(expected[key].shape)}.", _FIT
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise WeightsError(f"{source}: {key} holds NaN or infinity.", "Download or make it again.")
-    model.load_state_dict(filtered)
+
+
+def _check_numbers(tensor: Tensor, floating: bool, label: str) -> None:
+    """Refuse what is no plain tensor of numbers: sparse, complex, on no device, NaN, infinite in float32."""
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_floating_point() != floating:
+        kind = f"{str(tensor.dtype).removeprefix('torch.')}, {tensor.layout}, on {tensor.device}"
+        raise WeightsError(f"{label} is {kind}: no numbers that fit.", "Give plain tensors of floating-point numbers.")
+    if not bool(torch.isfinite(tensor.float()).all()):
+        raise WeightsError(f"{label} holds NaN or infinity.", "Download or make it again.")
 
 
 def _some(keys: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,13 +17,13 @@ from sparsifiner_edge.artifacts import (
     STUDENT_FILE,
     STUDENT_SCHEMA,
     WEIGHTS_FILE,
-    dump_json,
     field,
     new_folder,
     read_json,
     require_replaceable,
     sha256,
 )
+from sparsifiner_edge.bounds import flaw
 from sparsifiner_edge.config import SparsityConfig, default_cells
 from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
@@ -34,16 +35,25 @@ from sparsifiner_edge.sparse.calibrate import (
 )
 from sparsifiner_edge.sparse.models import (
     Backbone,
+    State,
+    check_fit,
     create,
     load_model,
     load_state,
     normalise,
+    on_paper,
     preprocessing,
     read_weights,
 )
 from sparsifiner_edge.sparse.patch import SUPPORTED, make_model_sparse, set_budget, support_refusals
+from sparsifiner_edge.text import dump_json
 
 MAX_CALIBRATION_PICTURES = 32
+MOST_LABEL = 1000
+"""Characters of a class's name; ImageNet's longest has 130."""
+_HALF = re.compile("[\ud800-\udfff]")
+"""Halves of characters: bytes in a folder's name that are no UTF-8, and what no file takes."""
+_AGAIN = "Make the student again."
 CALIBRATION_SIDE = 16
 """Patches along a side of the pictures that a predictor learns from, at most."""
 
@@ -194,7 +204,12 @@ def _fitted(settings: SparsityConfig, vit: Backbone, cells: bool, channels: bool
 
 
 def save_student(student: Student, output: Path) -> Path:
-    """Write a student folder, whole or not at all."""
+    """Write a student folder, whole or not at all.
+
+    Raises:
+        ArtifactError: labels that no student takes (see `checked_labels`), or the disk refuses.
+    """
+    checked_labels(student.labels, "The student")
     state: dict[str, Tensor] = {k: v.contiguous() for k, v in student.model.state_dict().items()}
     config = {
         "schema_version": STUDENT_SCHEMA,
@@ -227,25 +242,63 @@ def load_student(
         SparsifinerError: its settings do not fit.
     """
     folder = Path(folder)
-    origin = folder / STUDENT_FILE
-    config = read_json(origin, STUDENT_SCHEMA)
-    if config.get("kind") != "student":
-        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+    origin, weights = folder / STUDENT_FILE, folder / WEIGHTS_FILE
+    config = _read_config(folder)
     name, size = field(config, origin, "model", str), field(config, origin, "img_size", int)
     classes, provenance = field(config, origin, "num_classes", int), field(config, origin, "provenance", dict)
     sparsity = SparsityConfig.from_dict(field(config, origin, "sparsity", dict))
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ArtifactError(f"{folder / WEIGHTS_FILE} is missing.", "Make the student again.")
-    if sha256(folder / WEIGHTS_FILE) != config.get("weights_sha256"):
-        raise ArtifactError(f"{folder / WEIGHTS_FILE} does not match its SHA-256.", "Make the student again.")
-    state = read_weights(folder / WEIGHTS_FILE)
+    labels = checked_labels(config.get("labels", []), origin)
+    if labels and len(labels) != classes:
+        raise ArtifactError(f"{origin} names {len(labels)} labels for {classes} classes.", _AGAIN)
+    if not weights.is_file():
+        raise ArtifactError(f"{weights} is missing.", _AGAIN)
+    if sha256(weights) != config.get("weights_sha256"):
+        raise ArtifactError(f"{weights} does not match its SHA-256.", _AGAIN)
+    state = read_weights(weights)
+    _check_kin(name, classes, state, str(weights))
     model = create(name, size if img_size is None else img_size, classes)
     make_model_sparse(model, sparsity)
-    load_state(model, state, str(folder / WEIGHTS_FILE))
-    labels = tuple(str(label) for label in config.get("labels") or ())
-    if labels and len(labels) != classes:
-        raise ArtifactError(f"{origin} names {len(labels)} labels for {classes} classes.", "Make the student again.")
+    load_state(model, state, str(weights))
     return with_budget(Student(model, name, sparsity, provenance, labels), keep, token_keep)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / STUDENT_FILE, STUDENT_SCHEMA)
+    if config.get("kind") != "student":
+        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+    found = flaw(config)
+    if found is not None:
+        raise ArtifactError(f"{folder / STUDENT_FILE}: {found}.", _AGAIN)
+    return config
+
+
+def checked_labels(labels: Any, origin: object) -> tuple[str, ...]:
+    """Names of classes as a student takes them: a list of texts of 1 to `MOST_LABEL` characters.
+
+    Args:
+        labels: whatever was read. origin: where, for the message.
+
+    Raises:
+        ArtifactError: it is no such list.
+    """
+    if not isinstance(labels, (list, tuple)):
+        raise ArtifactError(f"{origin}: labels are {labels!r}, no list.", _AGAIN)
+    for number, label in enumerate(labels):
+        if not isinstance(label, str) or not 0 < len(label) <= MOST_LABEL or _HALF.search(label):
+            wrong = f"{label!r:.80}"
+            raise ArtifactError(
+                f"{origin}: label {number} is {wrong}, no text of at most {MOST_LABEL} letters.", _AGAIN
+            )
+    return tuple(labels)
+
+
+def _check_kin(name: str, classes: int, state: State, source: str) -> None:
+    """Refuse weights of another model before memory for this one is taken: a config may name the largest there is."""
+    expected = on_paper(name, classes).state_dict()
+    own = {key: tensor for key, tensor in state.items() if ".attn.select." not in key}
+    for tensors in (expected, own):
+        tensors.pop("pos_embed", None)  # It alone depends on the image's size.
+    check_fit(expected, own, source)
 
 
 def with_budget(

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.costs import ModelShape, summary
 from tests.commands import Outcome, call, snapshot
 from tests.models import TINY
 from tests.tiny import make_bundle
@@ -38,3 +40,18 @@ def student(tmp_path: Path, tiny_student: Path) -> Path:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     return make_bundle(tmp_path / "bundle", preprocessing={"size": 4}, tokens={"prefix": 1})
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Path:
+    """A small bundle whose manifest says what a sparse ViT-S costs."""
+    shape, sparsity = ModelShape(12, 6, 384, 1536, 1, 256, 14), SparsityConfig(keep=0.1, cells=16)
+    return make_bundle(
+        tmp_path / "counted",
+        batch=1,
+        tokens={"prefix": 1, "grid": [16, 16]},
+        sparsity=sparsity.to_dict(),
+        ops={"sparsifiner::KeySelect": 1},
+        costs=summary(shape, sparsity),
+        dense_costs=summary(shape, SparsityConfig(keep=1)),
+    )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from sparsifiner_edge.errors import PictureError
+from sparsifiner_edge.pictures import load_picture, open_picture
 from tests.bad_pictures import BAD_PICTURES
 from tests.commands import Outcome, assert_refused, call
 
@@ -23,6 +27,18 @@ def test_a_picture_that_cannot_be_read(
     for command in (["run", bundle, "--source"], ["evaluate", tiny_student, "--data"]):
         outcome = call(capsys, *command, tmp_path / name)
         assert_refused(outcome, f"{tmp_path / name} cannot be read as a picture", "Replace or remove it")
+
+
+def test_what_is_no_file_or_another_programs(tmp_path: Path) -> None:
+    """Nobody writes into the pipe; EPS is what Pillow starts another program for, whatever the file is called."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "eps.png")
+    for name, text in (("pipe", "not a regular file"), ("zero", "not a regular file"), ("eps", "it is none of BMP,")):
+        for read in (open_picture, lambda path: load_picture(path, 8)):
+            with pytest.raises(PictureError, match=rf"{name}\.png cannot be read as a picture: .*{text}"):
+                read(tmp_path / f"{name}.png")
 
 
 @pytest.mark.parametrize("where", ["missing", "empty", "without"])

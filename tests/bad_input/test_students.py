@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE
+from sparsifiner_edge.artifacts import LABELS_FILE, STUDENT_FILE, WEIGHTS_FILE, open_bundle, read_labels
+from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.package.verify import verify_bundle
 from tests.bad_input.damage import edit_json, flip
 from tests.commands import assert_refused, call
 from tests.models import TINY
@@ -102,6 +104,17 @@ def test_exports_that_cannot_be(
 ) -> None:
     assert_refused(call(capsys, "export", tiny_student, "-o", tmp_path / "bundle", *arguments), *texts)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_are_one_line_each_in_a_bundle(student: Path, tmp_path: Path) -> None:
+    labels = ["two\nlines", "a\rb", "\x1b[31m", "\u202eback", "\u2028", "plain", "é", " ", "\x85", "x" * 900]
+    edit_json(student / STUDENT_FILE, lambda c: c.update(labels=labels))
+    folder = export_bundle(student, tmp_path / "bundle")
+    assert verify_bundle(folder)["passed"]
+    written = (folder / LABELS_FILE).read_text(encoding="utf-8").split("\n")
+    assert written[:3] == ["two\\x0alines", "a\\x0db", "\\x1b[31m"]
+    assert written[10:] == [""]
+    assert read_labels(open_bundle(folder), folder) == written[:10]
 
 
 def test_what_is_no_source_of_an_export(tmp_path: Path, tiny_bundle: Path, capsys: Capsys) -> None:
