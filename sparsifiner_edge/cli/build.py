@@ -9,7 +9,7 @@ import click
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
-from sparsifiner_edge.cli.common import FiniteRange, json_option, print_json, print_table, progress
+from sparsifiner_edge.cli.common import FiniteRange, json_option, kernels_option, print_json, print_table, progress
 from sparsifiner_edge.text import shown
 
 _BATCH = click.IntRange(1, MOST_BATCH)
@@ -30,6 +30,7 @@ _MOST_OPTION = (1 << 59) - 1
               help="Seconds that one engine may take.")  # fmt: skip
 @click.option("--option", "options", metavar="NAME=VALUE", multiple=True,
               help="A setting of one backend, such as optimisation_level=5; may be repeated.")  # fmt: skip
+@kernels_option
 @json_option
 def command(
     *,
@@ -41,6 +42,7 @@ def command(
     max_batch: int | None,
     timeout: float,
     options: tuple[str, ...],
+    kernels: str,
     as_json: bool,
 ) -> None:
     """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
@@ -59,6 +61,7 @@ def command(
             batch=_batch(min_batch, opt_batch, max_batch),
             timeout_s=timeout,
             options=dict(map(_option, options)),
+            kernels=kernels,
             progress=show,
         )
     if as_json:

@@ -11,6 +11,7 @@ from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.cli.common import (
     json_option,
     keep_option,
+    kernels_option,
     output_option,
     print_json,
     print_table,
@@ -39,6 +40,7 @@ from sparsifiner_edge.text import shown
 @keep_option
 @token_keep_option
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs bundles.")
+@kernels_option
 @json_option
 @output_option("Also write the result to this JSON file.", required=False)
 def command(
@@ -54,6 +56,7 @@ def command(
     keep: float | None,
     token_keep: str | None,
     backend: str,
+    kernels: str,
     as_json: bool,
     output: Path | None,
 ) -> None:
@@ -77,6 +80,7 @@ def command(
             keep=keep,
             token_keep=parse_token_keep(token_keep) if token_keep is not None else None,
             backend=backend,
+            kernels=kernels,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if as_json:

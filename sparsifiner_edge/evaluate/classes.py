@@ -17,7 +17,7 @@ import torch
 
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
-from sparsifiner_edge.evaluate.extract import Extractor, Progress, open_subject, open_teacher
+from sparsifiner_edge.evaluate.extract import ONNXRUNTIME, Extractor, Progress, Runner, open_subject, open_teacher
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.pictures import evenly
 from sparsifiner_edge.profiles import stats
@@ -42,7 +42,7 @@ def evaluate_classes(
     keep: float | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
     head: str | Path | None = None,
-    backend: str = "onnxruntime",
+    runner: Runner = ONNXRUNTIME,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a student or bundle beside its teacher's.
@@ -55,7 +55,8 @@ def evaluate_classes(
         gallery: for knn and linear: labelled pictures; with "fashion-mnist" its training pictures are the default.
             Of a larger gallery 5000 are taken, evenly, and a picture of each class that has none among them.
         queries: at most so many pictures of `data`, evenly taken; None takes all.
-        against, weights, keep, token_keep, backend: see `evaluate_student`.
+        against, weights, keep, token_keep: see `evaluate_student`.
+        runner: what runs bundles.
         head: for linear: student folder to write, the subject with the probe as its classifier.
         progress: called with (done, total) pictures.
 
@@ -74,12 +75,12 @@ def evaluate_classes(
     if head is not None:
         _check_head(Path(subject), Path(head), metric)
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(open_subject(Path(subject), backend, keep, token_keep))
+        ours = stack.enter_context(open_subject(Path(subject), runner, keep, token_keep))
         asked = labelled(data, "test", classifier=ours.labels if metric == "top1" else ()).first(queries)
         if head is not None:
             checked_labels(asked.classes, data)  # Before minutes of work that could not be written.
         known = None if metric == "top1" else _gallery(data, gallery, asked)
-        teacher = stack.enter_context(open_teacher(Path(subject), against, weights, ours.size, backend))
+        teacher = stack.enter_context(open_teacher(Path(subject), against, weights, ours.size, runner))
         sides = {"subject": ours, "teacher": teacher}
         total = len(sides) * (len(asked) + (len(known) if known is not None else 0))
         count = _Count(progress, total)

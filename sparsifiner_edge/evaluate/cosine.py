@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, evaluate_classes
-from sparsifiner_edge.evaluate.extract import Array, Extractor, Progress, open_subject, open_teacher
+from sparsifiner_edge.evaluate.extract import Array, Extractor, Progress, Runner, open_subject, open_teacher
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.pictures import list_pictures, load_batch
 from sparsifiner_edge.profiles import stats
@@ -30,6 +30,7 @@ def evaluate_student(
     queries: int | None = None,
     head: str | Path | None = None,
     backend: str = "onnxruntime",
+    kernels: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare a student or bundle with its dense teacher over pictures.
@@ -42,7 +43,7 @@ def evaluate_student(
         metric: "cosine"; or "knn", "linear", "top1": see `evaluate_classes`.
         gallery, queries, head: for the other metrics.
         keep, token_keep: for a student: other shares of keys and tokens than its own.
-        backend: what runs bundles.
+        backend, kernels: what runs bundles; see `open_session`.
         progress: called with (done, total) pictures.
 
     Returns:
@@ -55,12 +56,13 @@ def evaluate_student(
         SparsifinerError: subject, teacher or pictures are unusable.
     """
     budget: dict[str, Any] = {"keep": keep, "token_keep": token_keep}
+    runner = Runner(backend, kernels)
     if metric in METRICS:
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled pictures.", "Give the folder.")
         shared: dict[str, Any] = {"gallery": gallery, "queries": queries, "against": against, "weights": weights}
         shared["head"] = head
-        return evaluate_classes(subject, data, metric=metric, **shared, **budget, backend=backend, progress=progress)
+        return evaluate_classes(subject, data, metric=metric, **shared, **budget, runner=runner, progress=progress)
     if metric != "cosine":
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, {', '.join(METRICS)}.")
     if any(given is not None for given in (gallery, queries, head)):
@@ -69,8 +71,8 @@ def evaluate_student(
         )
     pictures = data if isinstance(data, list) else list_pictures(Path(data))
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(open_subject(Path(subject), backend, **budget))
-        teacher = stack.enter_context(open_teacher(Path(subject), against, weights, ours.size, backend))
+        ours = stack.enter_context(open_subject(Path(subject), runner, **budget))
+        teacher = stack.enter_context(open_teacher(Path(subject), against, weights, ours.size, runner))
         if teacher.size != ours.size:
             raise ConfigError(f"The subject takes {ours.size} px, the teacher {teacher.size} px.", "Use one size.")
         samples = _compare(ours, teacher, pictures, progress)

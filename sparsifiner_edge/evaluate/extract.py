@@ -22,7 +22,7 @@ from sparsifiner_edge.artifacts import (
 )
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS
-from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
@@ -49,10 +49,20 @@ class Extractor(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
+class Runner(NamedTuple):
+    """What runs bundles; see `open_session`."""
+
+    backend: str = "onnxruntime"
+    kernels: str = "auto"
+
+
+ONNXRUNTIME = Runner()
+
+
 @contextlib.contextmanager
 def open_subject(
     folder: Path,
-    backend: str,
+    runner: Runner,
     keep: float | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
 ) -> Iterator[Extractor]:
@@ -65,7 +75,7 @@ def open_subject(
     if kind == "bundle":
         if keep is not None or token_keep is not None:
             raise ConfigError("What a bundle keeps is fixed.", "Give --keep and --token-keep to export.")
-        with _bundle(folder, backend) as extractor:
+        with _bundle(folder, runner) as extractor:
             yield extractor
     elif kind == "student":
         student = load_student(folder, keep=keep, token_keep=token_keep)
@@ -76,7 +86,7 @@ def open_subject(
 
 @contextlib.contextmanager
 def open_teacher(
-    subject: Path, against: str | Path | None, weights: str | Path | None, size: int, backend: str
+    subject: Path, against: str | Path | None, weights: str | Path | None, size: int, runner: Runner
 ) -> Iterator[Extractor]:
     """The dense teacher: a bundle, a timm model, or (None) the subject's own weights with dense attention.
 
@@ -97,7 +107,7 @@ def open_teacher(
         about = {"path": f"{student.name} (the student's weights, dense attention)", "sha256": "as the subject"}
         yield _torch(dense_twin(student), about)
     elif Path(against).is_dir():
-        with _bundle(Path(against), backend) as extractor:
+        with _bundle(Path(against), runner) as extractor:
             yield extractor
     else:
         path = Path(weights) if weights else None
@@ -126,9 +136,9 @@ def _torch(student: Student, about: dict[str, Any]) -> Extractor:
 
 
 @contextlib.contextmanager
-def _bundle(folder: Path, backend: str) -> Iterator[Extractor]:
+def _bundle(folder: Path, runner: Runner) -> Iterator[Extractor]:
     manifest = open_bundle(folder)
-    with open_session(folder, backend) as session:
+    with open_checked(folder, manifest, runner.backend, kernels=runner.kernels) as session:
 
         def extract(image: Array) -> dict[str, Array]:
             return session.infer({"image": image})

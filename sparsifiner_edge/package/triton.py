@@ -179,8 +179,8 @@ are inside the plans: no plugin has to be loaded.
     curl -f localhost:8000/v2/models/{bundle.name}/ready
 
 Put a release of the container in the place of YY.MM. The variable keeps ONNX Runtime from reporting its use. The
-repository must be at `{MOUNT}` there: `config.pbtxt` names the operators' library by that path. One request, from Python
-(`pip install "tritonclient[http]"`):
+repository must be at `{MOUNT}` there: `config.pbtxt` names the operators' library by that path. One request, from
+Python (`pip install "tritonclient[http]"`):
 
     import numpy as np, tritonclient.http as http
     image = http.InferInput("image", [{shape}], "UINT8")

@@ -17,7 +17,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.runtime.build_worker import Job, Progress, run_job
 from sparsifiner_edge.runtime.engines import BatchRange, Engine, listed_engines, parse_capability
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.open import BACKENDS, check_backend, load_backend, open_session
+from sparsifiner_edge.runtime.open import BACKENDS, check_backend, load_backend, open_checked
 from sparsifiner_edge.runtime.session import Session
 
 DEFAULT_BATCH = BatchRange(1, 1, 8)
@@ -94,6 +94,7 @@ def build_engine(
     batch: tuple[int, int, int] | None = None,
     timeout_s: float = 600,
     options: Mapping[str, Any] | None = None,
+    kernels: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build engines for a bundle and put them into it.
@@ -108,6 +109,7 @@ def build_engine(
         batch: least, best and greatest batch size, for a bundle of dynamic batch; None: `DEFAULT_BATCH`.
         timeout_s: seconds that one engine may take.
         options: see the backend's module.
+        kernels: what runs the golden pair in onnxruntime; see `open_session`. TensorRT's are an option of its own.
         progress: called with (stage, done, total).
 
     Returns:
@@ -126,8 +128,10 @@ def build_engine(
     result: dict[str, Any] = {"bundle": str(folder), "backend": backend}
     if backend == "onnxruntime":
         _refuse_settings(capabilities, batch, options)
-        result |= _run_in_onnxruntime(folder)
+        result |= _run_in_onnxruntime(folder, manifest, kernels)
     else:
+        if kernels != "auto":
+            raise ConfigError(f"kernels {kernels} are ONNX Runtime's.", f"For {backend}: --option kernels=portable.")
         request = BuildRequest(folder, manifest, capabilities, batch_range(manifest, batch, folder), options or {})
         engines = _build_all(request, backend, timeout_s, progress)
         result |= {"version": load_backend(backend), "engines": engines}
@@ -144,9 +148,9 @@ def _refuse_settings(
         )
 
 
-def _run_in_onnxruntime(folder: Path) -> dict[str, Any]:
-    with open_session(folder) as session:
-        golden = check_golden(session, folder)
+def _run_in_onnxruntime(folder: Path, manifest: Mapping[str, Any], kernels: str) -> dict[str, Any]:
+    with open_checked(folder, manifest, kernels=kernels) as session:
+        golden = check_golden(session, folder, manifest)
         described = session.description
     return {"version": described["version"], "engines": [], "description": described, "golden": golden}
 

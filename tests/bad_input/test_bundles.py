@@ -51,7 +51,10 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: 
         (lambda m: m.pop("preprocessing"), ["preprocessing.size is null, not int"]),
         (lambda m: m.update(preprocessing=[4]), ["preprocessing.size is null, not int"]),
         (lambda m: m.update(preprocessing={"size": "4"}), ['preprocessing.size is "4", not int']),
-        (lambda m: m.update(preprocessing={"size": 5}), ["takes image (uint8 [batch, 4, 4, 3])", "[B, 5, 5, 3] is needed"]),
+        (
+            lambda m: m.update(preprocessing={"size": 5}),
+            ["takes image (uint8 [batch, 4, 4, 3])", "[B, 5, 5, 3] is needed"],
+        ),
         (lambda m: m.update(preprocessing={"size": -4}), ["preprocessing.size is -4"]),
     ],
 )
@@ -76,7 +79,10 @@ def drop_outputs(folder: Path) -> None:
         (lambda b: flip(b / "model.onnx"), ["model.onnx does not match its SHA-256"]),
         (lambda b: flip(b / "golden.npz"), ["golden.npz does not match its SHA-256"]),
         (lambda b: (b / "model.onnx").unlink(), ["model.onnx is missing"]),
-        (lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)), ["model.onnx is no ONNX file", "Export the bundle"]),
+        (
+            lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)),
+            ["model.onnx is no ONNX file", "Export the bundle"],
+        ),
         (lambda b: ((b / "model.onnx").write_bytes(b""), reseal(b)), ["ONNX Runtime refuses"]),
         (lambda b: ((b / "model.onnx").write_bytes(b"\xff" * 4096), reseal(b)), ["model.onnx is no ONNX file"]),
         (lambda b: (drop_outputs(b), reseal(b)), ["gives other; needed are logits or features"]),
