@@ -68,8 +68,9 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
-# What tests use beside Python: a browser, fonts, GStreamer with an RTSP server. Tests that miss them skip and say so.
-TESTING := chromium fonts-noto-cjk python3-gi python3-venv gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
+# What tests use beside Python: a browser, fonts, a GStreamer with an RTSP server, network namespaces. Tests that miss them
+# skip and say so.
+TESTING := chromium fonts-noto-cjk iproute2 python3-gi python3-venv gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
   gir1.2-gst-plugins-bad-1.0 gstreamer1.0-python3-plugin-loader \
   gstreamer1.0-tools gstreamer1.0-rtsp gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad \
   gstreamer1.0-plugins-ugly

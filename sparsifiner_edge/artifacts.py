@@ -43,6 +43,7 @@ MAX_FILE = 1 << 36
 """Bytes of any other file: more than an engine has, less than would end the machine's memory unnoticed."""
 MODEL_FILE = "model.onnx"
 GOLDEN_FILE = "golden.npz"
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
 
 
@@ -295,13 +296,44 @@ def read_listed(folder: Path, manifest: Mapping[str, Any], name: str, most: int 
     Raises:
         ArtifactError: the manifest does not list it; it is missing, altered, larger, or outside the folder.
     """
-    expected = manifest["files"].get(name)
-    if expected is None:
-        raise ArtifactError(f"{folder} has no {name}.", "Export the bundle again.")
+    expected = _expected(folder, manifest, name)
     content = read_bytes(_place(folder, name), most)
     if hashlib.sha256(content).hexdigest() != expected:
         raise _altered(folder / name)
     return content
+
+
+@contextlib.contextmanager
+def sealed_copy(folder: Path, manifest: Mapping[str, Any], name: str) -> Iterator[str]:
+    """A path to a copy of one of a bundle's files, in memory: it has the manifest's hash, and nobody can change it.
+
+    For libraries that read a file: given bytes they would hold them beside what they make of them.
+
+    Raises:
+        ArtifactError: see `read_listed`; or there is no memory for it.
+    """
+    expected = _expected(folder, manifest, name)
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        with open_regular(_place(folder, name)) as file:
+            handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            copy = stack.enter_context(os.fdopen(handle, "wb"))
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+                copy.write(block)
+            copy.flush()
+        if digest.hexdigest() != expected:
+            raise _altered(folder / name)
+        fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _SEALS)
+        yield f"/proc/self/fd/{handle}"
+
+
+def _expected(folder: Path, manifest: Mapping[str, Any], name: str) -> object:
+    """The hash of a file by the manifest."""
+    expected = manifest["files"].get(name)
+    if expected is None:
+        raise ArtifactError(f"{folder} has no {name}.", "Export the bundle again.")
+    return expected
 
 
 def _place(folder: Path, name: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsifiner_edge.artifacts import MODEL_FILE, read_listed
+from sparsifiner_edge.artifacts import MODEL_FILE, sealed_copy
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
@@ -66,9 +66,8 @@ def load_backend() -> Any:
 
 def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, kernels: str) -> OrtSession:
     """Load `model.onnx` of a checked bundle; see `open_session`."""
-    return OrtSession(
-        folder / MODEL_FILE, read_listed(folder, manifest, MODEL_FILE), threads, kernels, precision_of(manifest)
-    )
+    with sealed_copy(folder, manifest, MODEL_FILE) as copy:
+        return OrtSession(folder / MODEL_FILE, copy, threads, kernels, precision_of(manifest))
 
 
 def native_library(kernels: str) -> Path | None:
@@ -102,7 +101,7 @@ class OrtSession:
 
     Args:
         model: where the ONNX file is from, for messages; it is not read.
-        content: the file.
+        source: its content, or the path of a copy that nobody changes meanwhile.
         threads: threads inside one operator.
         kernels: see `open_session`.
         precision: the bundle's own word for it; None derives it from the weights.
@@ -117,14 +116,16 @@ class OrtSession:
     def __init__(
         self,
         model: Path,
-        content: bytes,
+        source: bytes | str,
         threads: int,
         kernels: str = "auto",
         precision: str | None = None,
         execution: Execution = CPU,
     ) -> None:
         ort = load_backend()
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
         self._operators, own = _inspect(read_model(content, model))
+        del content  # Before ONNX Runtime reads it: memory is short on a board.
         self.backend = execution.backend
         self._device = execution.device
         options = ort.SessionOptions()
@@ -144,7 +145,7 @@ class OrtSession:
                     "Upgrade onnxruntime, or choose the portable kernels.",
                 ) from error
         try:
-            session = ort.InferenceSession(content, options, providers=list(execution.providers))
+            session = ort.InferenceSession(source, options, providers=list(execution.providers))
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
             raise BackendError(f"ONNX Runtime refuses {model}: {_line(error)}", "Export the bundle again.") from error
         _require_provider(session, execution)

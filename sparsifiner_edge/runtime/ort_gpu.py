@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsifiner_edge.artifacts import MODEL_FILE, read_listed
+from sparsifiner_edge.artifacts import MODEL_FILE, sealed_copy
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.results import package_version
 from sparsifiner_edge.runtime.cuda import probe
@@ -55,8 +55,8 @@ def open_gpu(
     with contextlib.redirect_stdout(sys.stderr):
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
-        content = read_listed(folder, manifest, MODEL_FILE)
-        return OrtSession(folder / MODEL_FILE, content, threads, "portable", precision_of(manifest), execution)
+        with sealed_copy(folder, manifest, MODEL_FILE) as copy:
+            return OrtSession(folder / MODEL_FILE, copy, threads, "portable", precision_of(manifest), execution)
 
 
 def refuse_build(backend: str) -> NoReturn:
