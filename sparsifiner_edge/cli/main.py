@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.text import shown
 
 COMMANDS = {
     "sparsify": "Make a pretrained vision transformer sparse: MODEL -> STUDENT/.",
@@ -137,13 +138,15 @@ def _explained(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     if isinstance(error, click.ClickException):
+        error.message = "\n".join(map(shown, error.message.split("\n")))  # It quotes what was typed.
         error.show()
         return error.exit_code
     if isinstance(error, SparsifinerError):
         _say(str(error))
         return error.exit_code
     if isinstance(error, OSError):
-        _say(f"{error.filename or 'the output'}: {error.strerror or error}.\n  Check the path and the space there.")
+        place = shown(error.filename or "the output")
+        _say(f"{place}: {shown(error.strerror or error)}.\n  Check the path and the space there.")
     elif _is_out_of_memory(error):
         _say("out of memory.\n  Choose a smaller image, batch or model, or close other programs.")
     else:

@@ -20,6 +20,7 @@ from sparsifiner_edge.results import read_result
 from tests.fuzz.harness import strict_json
 from tests.fuzz.materials import SHORT
 
+PROGRAM = str(Path(sys.executable).with_name("sparsifiner-edge"))
 GONE_S = 2.0
 """How long what a command started may outlive it."""
 _MARK = "SPARSIFINER_KILLED"
@@ -137,7 +138,7 @@ def prepare(good: Path, work: Path) -> None:
 def end_one(verb: Verb, good: Path, work: Path, rng: random.Random) -> list[str]:
     """Start a command, end it at some moment, and look at what is left; what is wrong with that."""
     mark = f"{os.getpid()}-{rng.random()}"
-    line = [sys.executable, "-m", "sparsifiner_edge", *map(str, verb.line(good, work))]
+    line = [PROGRAM, *map(str, verb.line(good, work))]
     environment = os.environ | {_MARK: mark, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -182,7 +183,7 @@ def left_over(verb: Verb, good: Path, work: Path, temporary: Path) -> list[str]:
     """Run the command to its end: hidden and temporary files that still lie there."""
     (work / "k.pem").unlink(missing_ok=True)
     (work / "k.pub").unlink(missing_ok=True)
-    line = [sys.executable, "-m", "sparsifiner_edge", *map(str, verb.line(good, work))]
+    line = [PROGRAM, *map(str, verb.line(good, work))]
     if "test" in line:
         line += ["--frames", "2"]
     done = subprocess.run(

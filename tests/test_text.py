@@ -1,0 +1,72 @@
+"""What a stranger wrote, shown: nothing of it reaches a terminal, a line or a document as a command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.text import dump_json, finite, shown
+from tests.commands import call
+
+HIDDEN = ["\x1b[31m", "\x9b31m", "\u202e", "\u2066", "\r\n", "\x00", "\x7f", "\ud800", "\u2028", "\ufeff", "\U000e0041"]
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_hidden_characters_become_escapes(text: str) -> None:
+    for found in (
+        shown(f"a{text}b"),
+        str(ConfigError(f"a{text}b")),
+        dump_json([f"a{text}b"], indent=None).rstrip("\n"),
+    ):
+        assert found.isprintable()
+        assert found.isascii()
+    assert json.loads(dump_json({f"a{text}": text})) == {f"a{text}": text}
+
+
+@given(st.text())
+def test_letters_stay_and_nothing_else_gets_through(text: str) -> None:
+    found = shown(text, most=10**9)
+    assert all(c.isprintable() for c in found if c not in text)
+    assert shown(found, most=10**9) == found
+    for letter in "aé日ъ😀 -_/.":
+        assert letter in shown(f"{letter}{text}", most=10**9)
+    assert json.loads(dump_json(text)) == text
+
+
+def test_long_texts_are_cut_in_the_middle() -> None:
+    found = shown("a" * 5000 + "b" * 5000)
+    assert len(found) <= 300
+    assert found.startswith("aaa")
+    assert found.endswith("bbb")
+    assert " ... " in found
+
+
+def test_numbers_that_json_has_not_are_null_and_counted() -> None:
+    content: Any = {"a": [1.0, math.nan, {"b": math.inf}], "c": (-math.inf, 2), "d": "nan", "e": None}
+    assert finite(content) == ({"a": [1.0, None, {"b": None}], "c": [None, 2], "d": "nan", "e": None}, 3)
+    with pytest.raises(ValueError, match="Out of range"):
+        dump_json(content)
+
+
+def test_the_command_line_quotes_harmlessly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = "\x1b[31m\u202e\x9bx"
+    lines: list[list[Any]] = [
+        ["run", tmp_path / bad],
+        [bad],
+        ["doctor", f"--{bad}"],
+        ["profile", tmp_path / bad, "--seconds", bad],
+        ["report", tmp_path / bad, "-o", tmp_path / "p.html"],
+        ["export", bad, "-o", tmp_path / "x" / bad],
+    ]
+    for line in lines:
+        outcome = call(capsys, *line)
+        assert outcome.code == 2
+        for text in (outcome.out, outcome.err):
+            assert all(c.isprintable() or c == "\n" for c in text), text
