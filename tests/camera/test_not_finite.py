@@ -72,7 +72,7 @@ def test_a_classifier_answers_no_class(tmp_path: Path) -> None:
         (onnx.helper.make_node("ReduceSum", ["features"], ["x"], keepdims=0), "features", "'features' .* has shape []"),
         (onnx.helper.make_node("Unsqueeze", ["features", "axes"], ["x"]), "logits", "'logits' .* has shape [1, 1, 8]"),
         (onnx.helper.make_node("NonZero", ["zero"], ["x"]), "features", "'features' .* has shape [1, 0]"),
-        (onnx.helper.make_node("Cast", ["features"], ["x"], to=8), "features", "'features' .* is object"),
+        (onnx.helper.make_node("Cast", ["features"], ["x"], to=8), "features", "'features' .* has type tensor(string)"),
         (onnx.helper.make_node("SequenceConstruct", ["features"], ["x"]), "features", "'features' .* has type seq"),
     ],
 )
