@@ -138,8 +138,11 @@ def _explained(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     if isinstance(error, click.ClickException):
-        error.message = "\n".join(map(shown, error.message.split("\n")))  # It quotes what was typed.
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(
+            "\n".join(map(shown, said.getvalue().rstrip("\n").split("\n"))), err=True
+        )  # It quotes what was typed.
         return error.exit_code
     if isinstance(error, SparsifinerError):
         _say(str(error))

@@ -9,7 +9,6 @@ import importlib.metadata
 import math
 import re
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import onnx
 
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
+from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_plan
 from sparsifiner_edge.ops.triton.plan import OPERATORS_PLANNED, Buffer, Plan, plan_select, refusals
@@ -128,8 +128,8 @@ class Assembler:
             BackendError: it refuses the PTX.
         """
         target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-        with tempfile.TemporaryDirectory() as scratch:
-            source, made = Path(scratch) / "kernel.ptx", Path(scratch) / "kernel.cubin"
+        with scratch_folder() as scratch:
+            source, made = scratch / "kernel.ptx", scratch / "kernel.cubin"
             source.write_text(ptx, encoding="utf-8")
             arch = f"-arch={target[1] if target else 'sm_75'}"
             command = [str(self.path), arch, str(source), "-o", str(made)]

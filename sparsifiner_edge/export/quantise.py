@@ -12,10 +12,8 @@ import contextlib
 import dataclasses
 import logging
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from onnx import numpy_helper
 
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_session
+from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.metrics import POSITIONS, aligned, cosine
 from sparsifiner_edge.runtime.graph import drop_unused
 
@@ -240,8 +239,8 @@ def _quantise_all(source: onnx.ModelProto, layers: list[str], images: Sequence[A
 
     symmetric = recipe == "tensorrt"
     hidden = _hidden(source, layers)
-    with tempfile.TemporaryDirectory() as folder, _quietly():
-        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+    with scratch_folder() as folder, _quietly():
+        before, after = folder / "before.onnx", folder / "after.onnx"
         onnx.save(hidden, str(before))
         quantize_static(
             str(before),

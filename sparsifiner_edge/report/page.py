@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
-from sparsifiner_edge.files import io_errors, require_file_path, write_text
+from sparsifiner_edge.files import require_file_path, write_bytes, write_text
 from sparsifiner_edge.report import details, sections
 from sparsifiner_edge.report.blocks import Figure, Section
 from sparsifiner_edge.report.compare import (
@@ -162,20 +161,6 @@ def _write_pictures(target: Path, content: Sequence[Section], language: str) -> 
     written = []
     for figure in figures:
         path = target.with_name(f"{target.stem}-{figure.name}.png")
-        require_file_path(path)
-        _write_bytes(path, png(figure.wide, figure.title, families))
+        write_bytes(path, png(figure.wide, figure.title, families))
         written.append(str(path))
     return written
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with io_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)

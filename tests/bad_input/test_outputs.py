@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from sparsifiner_edge.artifacts import STUDENT_FILE, new_folder
 from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
+from sparsifiner_edge.files import new_scratch_file, write_text
 from tests.commands import assert_refused, call, snapshot
 from tests.models import TINY
 from tests.mounts import in_mount, needs_mounts
@@ -88,10 +90,11 @@ def test_a_replaced_folder_survives_a_refused_swap(tmp_path: Path, tiny_student:
     rename = Path.rename
 
     def refuse(source: Path, target: Path) -> Path:
-        if target == folder and source.name != "old":
+        if target == folder and not source.name.endswith(".old"):
             raise PermissionError(13, "Permission denied")
         return rename(source, target)
 
+    monkeypatch.setattr("sparsifiner_edge.files._exchanged", lambda *_: False)  # As on a disk that cannot exchange.
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(ArtifactError, match="cannot be written: Permission denied"), new_folder(folder, "student") as f:
         (f / "new").write_text("new")
@@ -175,3 +178,41 @@ def test_a_read_only_disk_refuses_a_folder(tiny_weights: Path, tmp_path: Path) -
     )
     assert_refused(outcome, "disk/a/b cannot be written: Read-only file system")
     assert names == []
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_replaced_and_nothing_else_is_left(
+    exchange: bool, tmp_path: Path, tiny_student: Path, monkeypatch: Any
+) -> None:
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "student"))
+    if not exchange:
+        monkeypatch.setattr("sparsifiner_edge.files._exchanged", lambda *_: False)
+    with new_folder(folder, "student") as scratch:
+        assert scratch.name.startswith(".student.")
+        (scratch / "new").write_text("new")
+    assert snapshot(tmp_path) == {"student": None, "student/new": b"new"}
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """Leftovers of one output, known by their name and by a lock that nobody holds."""
+    target = tmp_path / "result.json"
+    dead, folder = tmp_path / ".result.json.0123abcd.tmp", tmp_path / ".result.json.89abcdef.tmp"
+    dead.write_text("half")
+    folder.mkdir()
+    (folder / "inner").write_text("half")
+    others = [
+        ".result.json.tmp",
+        ".result.json.0123abcdef.tmp",
+        ".result2.json.0123abcd.tmp",
+        "result.json.0123abcd.tmp",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    handle, living = new_scratch_file(target)
+    assert not dead.exists()
+    assert not folder.exists()
+    write_text(target, "{}")
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "result.json", living.name}
+    os.close(handle)
+    write_text(target, "{}")
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "result.json"}
