@@ -29,6 +29,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/estimate.py
 	$(BIN)/python benchmarks/engines_rtx.py
 	$(BIN)/python benchmarks/kernels_static.py
+	$(BIN)/python -m benchmarks.slow_clients
+	$(BIN)/python benchmarks/fuzz.py --full --kills 500 -o benchmarks/results/fuzz
 
 # For the kernels' tests on AArch64: cross compiler, emulator, and Highway unpacked here. Root on Debian or Ubuntu.
 ARM := $(CURDIR)/$(VENV)/aarch64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz import bundles, others
+from tests.fuzz import bundles, network, others
 from tests.fuzz.harness import Target
 
 TARGETS = {
@@ -21,4 +21,6 @@ TARGETS = {
     "usage": Target(601, others.usage, ("plain", "student", "results", "images")),
     "video": Target(328, others.videos, ("plain", "video")),
     "allocation": Target(20, others.allocations),
+    "http": Target(200, network.http),
+    "rtsp": Target(200, network.rtsp),
 }
