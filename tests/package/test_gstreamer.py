@@ -83,7 +83,9 @@ def pull(pipeline: str, environment: dict[str, str], plugins: Path, folder: Path
 @needs_element
 def test_the_readmes_command(package: Path, environment: dict[str, str]) -> None:
     """gst-launch-1.0 with the package's own plugin and bundle."""
-    (line,) = re.findall(r"gst-launch-1\.0 -m (videotestsrc.*)", (package / "README.md").read_text())
+    readme = (package / "README.md").read_text()
+    assert re.search(r"export .*ORT_DISABLE_TELEMETRY=1", readme)
+    (line,) = re.findall(r"gst-launch-1\.0 -m (videotestsrc.*)", readme)
     done = launch(line.replace("num-buffers=25", "num-buffers=3"), environment, package / "plugins", package)
     assert done.returncode == 0, done.stderr
     messages = re.findall(r'from element "sparsifiner0" \(element\): sparsifiner, (.*)', done.stdout)

@@ -115,6 +115,7 @@ def test_the_native_library(fixed: Path, tiny_bundle: Path, tmp_path: Path) -> N
     readme = (fixed.parent.parent / "README.md").read_text()
     assert "libhwy" not in readme
     assert "tritonserver --model-repository=/models" in readme
+    assert "-e ORT_DISABLE_TELEMETRY=1" in readme
     remarks = package_bundle(tiny_bundle, "triton", tmp_path / "out", kernels="portable")["remarks"]
     assert any("slower on a processor" in remark for remark in remarks)
 

@@ -127,3 +127,13 @@ def test_children_are_limited_and_quiet() -> None:
     assert told["files"] <= 4096
     assert told["session"] == told["pid"]
     assert "" not in told["path"]
+
+
+def test_ctrl_c_ends_the_command_quietly_before_anything_is_imported() -> None:
+    code = (
+        "import signal, sys\n"
+        "import sparsifiner_edge.__main__\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL, {'click', 'numpy', 'rich'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["True", "set()"]
+    assert "sparsifiner_edge.__main__" in SCRIPT.read_text()
