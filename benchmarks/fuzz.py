@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -41,6 +42,8 @@ def main() -> int:
     parser.add_argument("--good", type=Path, help="folder of good examples, kept and used again")
     parser.add_argument("-o", "--output", type=Path, help="folder for fuzz.json")
     given = parser.parse_args()
+    # A shell starts programs in the background deaf to Ctrl-C, and what they start inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         good, work = given.good or Path(scratch) / "good", Path(scratch) / "work"
