@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -115,7 +114,6 @@ def run_kills(good: Path, work: Path, tries: int, seed: int) -> dict[str, Any]:
         for failure in kills.end_one(kills.VERBS[name], good, work, random.Random(f"kill{number}")):
             record(entry, name, number, failure)
         entry["tries"] += 1
-        shutil.rmtree(work / "k.pem", ignore_errors=True)
         for path in (work / "k.pem", work / "k.pub"):
             path.unlink(missing_ok=True)
     for name, verb in kills.VERBS.items():
