@@ -107,6 +107,7 @@ class SparsityConfig:
                 f"{name} is {value!r}.",
                 f"Give a number from 0 to {greatest:g}.",
             )
+            object.__setattr__(self, name, float(value))  # An operator's attribute is of one type, as JSON's 7 is not.
         for name, value in PRESETS[self.preset].items():
             _require(
                 getattr(self, name) == value,

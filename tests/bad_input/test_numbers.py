@@ -90,6 +90,11 @@ def test_settings_that_are_no_numbers(fields: dict[str, Any]) -> None:
         SparsityConfig.from_dict(fields)
 
 
+def test_whole_numbers_of_a_setting_become_what_operators_take() -> None:
+    found = SparsityConfig.from_dict({"value_power": 7, "basis_threshold": 1})
+    assert [type(x) for x in (found.value_power, found.basis_threshold)] == [float, float]
+
+
 def test_the_same_from_python(bundle: Path, tmp_path: Path) -> None:
     for wrong in ((math.nan, None), (1e300, None), (None, 2**31)):
         with pytest.raises(ConfigError, match=r"seconds is|min_queries is"):

@@ -153,7 +153,7 @@ def end_one(verb: Verb, good: Path, work: Path, rng: random.Random) -> list[str]
             process.kill()
             return [f"did not end within 20 s of {chosen.name}"]
     # Python's own start, before the first line of ours, answers Ctrl-C with a traceback of its own.
-    ours = "Traceback" in said and "sparsifiner_edge" in said.replace(PROGRAM, "")
+    ours = "Traceback" in said and "/sparsifiner_edge/" in said
     wrong = [f"traceback after {chosen.name}: {said[-300:]}"] if ours else []
     deadline = time.monotonic() + GONE_S
     while (left := marked(mark)) and time.monotonic() < deadline:
