@@ -6,11 +6,14 @@ One function per verb, imported when first used, so that a part of the package n
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from sparsifiner_edge.quiet import switch_off_telemetry
 
+TYPE_CHECKING = False
+"""As type checkers read it, without the time that importing `typing` takes."""
 if TYPE_CHECKING:
+    from typing import Any
+
     from sparsifiner_edge.config import SparsityConfig as SparsityConfig
     from sparsifiner_edge.distill.distill import distill_student as distill_student
     from sparsifiner_edge.errors import SparsifinerError as SparsifinerError

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
+import _signal  # type: ignore[import-not-found]  # typeshed has no stub of it
 import sys
-from typing import NoReturn
 
 # Until the command line unwinds on signals, Ctrl-C ends the process at once: there is nothing to clean up, and Python's
-# own way is a traceback from the middle of an import.
-with contextlib.suppress(ValueError):  # No main thread: somebody imports this.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+# own way is a traceback from the middle of an import. (`signal` itself would be an import of milliseconds.)
+try:
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+except ValueError:  # No main thread: somebody imports this.
+    pass
 
 
-def main() -> NoReturn:
-    """Import the command line and run it."""
+def main() -> None:
+    """Import the command line and run it; does not return."""
     from sparsifiner_edge.cli.main import main as run
 
     run(sys.argv[1:])

@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx
 
+from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.ort import load_backend, native_library
 
 _ERRORS_ONLY = 3
@@ -19,7 +20,7 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
-        BackendError: the native library is missing or cannot be used.
+        BackendError: the native library is missing or cannot be used, or ONNX Runtime refuses the file.
     """
     ort = load_backend()
     options = ort.SessionOptions()
@@ -27,7 +28,14 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
     library = None if kernels == "auto" and _is_half(model) else native_library(kernels)
     if library is not None:
         options.register_custom_ops_library(str(library))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no base but Exception.
+        why = str(error).partition("\n")[0]
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} refuses the file that would be written: {why}",
+            "Choose other settings, and report this as a bug.",
+        ) from error
 
 
 def _is_half(model: onnx.ModelProto) -> bool:
