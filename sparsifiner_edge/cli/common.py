@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from sparsifiner_edge.text import dump_json, shown
+from sparsifiner_edge.text import dump_json, finite, shown
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -93,8 +93,8 @@ def progress() -> Progress:
 
 
 def print_json(content: Any) -> None:
-    """One JSON document on standard output."""
-    click.echo(dump_json(content), nl=False)
+    """One JSON document on standard output; null where a figure is NaN or infinite."""
+    click.echo(dump_json(finite(content)[0]), nl=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.artifacts import GOLDEN_FILE, open_bundle, read_listed
+from sparsifiner_edge.bounds import is_number
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, aligned
 from sparsifiner_edge.runtime.session import Array, Session
 
+_MOST_TOLERANCE = 1.0
+"""Of an output's range: more would pass anything."""
 _MOST_BYTES = 1 << 31
 """Of the golden pair, packed or not."""
 Pair = tuple[dict[str, Array], dict[str, Array]]
@@ -59,8 +62,11 @@ def check_golden(
     report = {}
     for name, wanted in expected.items():
         tolerance = tolerances.get(name) if isinstance(tolerances, Mapping) else None
-        if not isinstance(tolerance, (int, float)) or isinstance(tolerance, bool):
-            raise ArtifactError(f"{folder} has no tolerance for output {name!r}.", "Export the bundle again.")
+        if not is_number(tolerance) or not 0 <= tolerance <= _MOST_TOLERANCE:
+            raise ArtifactError(
+                f"{folder} has no tolerance for output {name!r} from 0 to {_MOST_TOLERANCE:g}.",
+                "Export the bundle again.",
+            )
         if name not in outputs:
             raise GateError(f"Output {name!r} is missing; the model has {', '.join(outputs)}.", "Export it again.")
         report[name] = _compare(name, outputs[name], wanted, float(tolerance), session)
