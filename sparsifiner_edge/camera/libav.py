@@ -85,7 +85,8 @@ def read_stream(source: BinaryIO | str, fit: Fit, patience_s: float) -> Iterator
     live = isinstance(source, str)
     limits = {"max_pixels": str(MAX_PIXELS), "max_streams": "64"} | (_STREAM if live else _FILE)
     # PyAV before 19 raises an error for metadata that are no text, unless told; later ones know no such option.
-    tolerant = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    old = int(av.__version__.partition(".")[0]) < 19
+    tolerant: dict[str, Any] = {"metadata_errors": "replace"} if old else {}
     patience = (patience_s, patience_s)
     with av.open(source, "r", options=limits, timeout=patience, buffer_size=_CHUNK, **tolerant) as container:
         if not container.streams.video:

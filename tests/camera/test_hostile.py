@@ -94,7 +94,7 @@ def test_videos(hostile: list[Path]) -> None:
             found[path.name] = json.loads(line)
         ours.shutdown(socket.SHUT_RDWR)
     assert {name: f["seconds"] for name, f in found.items() if f["seconds"] > PATIENCE_S} == {}
-    assert max(f["most_kb"] for f in found.values()) < 1_000_000
+    assert max(f["most_kb"] for f in found.values()) < 1_500_000  # FFmpeg 8.0: 900,000; newer: 1,160,000.
     assert snapshot(hostile[0].parent) == before
     refused = [name for name, f in found.items() if not f["frames"]]
     assert len(refused) > 60

@@ -134,8 +134,7 @@ def test_a_video_into_a_pipe_that_does_not_block(cells: Path, video: Path) -> No
     with subprocess.Popen(line, stdout=theirs, stderr=subprocess.PIPE) as run, os.fdopen(ours) as reader:
         os.close(theirs)
         assert run.stderr is not None
-        while b'"streaming"' not in run.stderr.readline():
-            pass
+        assert any(b'"streaming"' in said for said in run.stderr)
         time.sleep(0.5)
         assert [record["frame"] for record in parsed(reader.read())] == list(range(30))
         run.stderr.read()
