@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0, help="commands to end at random moments")
     parser.add_argument("--seed", type=int, default=0, help="number of the first try")
     parser.add_argument("--good", type=Path, help="folder of good examples, kept and used again")
-    parser.add_argument("-o", "--output", type=Path, help="folder for fuzz.json")
+    parser.add_argument("-o", "--output", type=Path, help="folder for fuzz.json; other classes in it are kept")
     given = parser.parse_args()
     # A shell starts programs in the background deaf to Ctrl-C, and what they start inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -64,6 +64,15 @@ def main() -> int:
         (given.output / "fuzz.json").write_text(json.dumps(content, indent=2) + "\n")
     print(f"{tries} tries, {failures} failures")
     return 1 if failures else 0
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """What this run found, in the place of what an earlier one found of the same classes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    classes = (json.loads(path.read_text())["classes"] if path.exists() else {}) | report
+    content: dict[str, Any] = {name: sum(entry[name] for entry in classes.values()) for name in ("tries", "failures")}
+    content |= {"classes": classes, "machine": machine(), "environment": environment()}
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def run_classes(names: list[str], good: Path, work: Path, given: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.bounds import MOST_SIDE
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import (
     io_errors,
@@ -366,8 +367,8 @@ def picture_size(manifest: dict[str, Any], folder: Path) -> int:
         ArtifactError: the manifest does not say.
     """
     size: int = field(manifest, folder, "preprocessing.size", int)
-    if size < 1:
-        raise ArtifactError(f"{folder}: preprocessing.size is {size}.", "Export the bundle again.")
+    if not 1 <= size <= MOST_SIDE:
+        raise ArtifactError(f"{folder}: preprocessing.size is {size}; at most {MOST_SIDE}.", "Export the bundle again.")
     return size
 
 

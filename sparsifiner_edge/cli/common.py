@@ -81,7 +81,7 @@ def kernels_option(command: Command) -> Command:
 def progress() -> Progress:
     """A progress bar with the time left, on standard error."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
