@@ -53,15 +53,7 @@ def main() -> int:
     failures = sum(entry["failures"] for entry in report.values())
     tries = sum(entry["tries"] for entry in report.values())
     if given.output:
-        given.output.mkdir(parents=True, exist_ok=True)
-        content = {
-            "tries": tries,
-            "failures": failures,
-            "classes": report,
-            "machine": machine(),
-            "environment": environment(),
-        }
-        (given.output / "fuzz.json").write_text(json.dumps(content, indent=2) + "\n")
+        write(given.output / "fuzz.json", report)
     print(f"{tries} tries, {failures} failures")
     return 1 if failures else 0
 
