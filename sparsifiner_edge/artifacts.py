@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparsifiner_edge.bounds import MOST_SIDE
 from sparsifiner_edge.errors import ArtifactError
@@ -40,8 +40,10 @@ _SCRATCH = ".build."
 _MAX_LABELS = 1 << 24
 MAX_JSON = 1 << 26
 """Bytes of a manifest and the like."""
-MAX_FILE = 1 << 36
-"""Bytes of any other file: more than an engine has, less than would end the machine's memory unnoticed."""
+MAX_FILE = 1 << 34
+"""Bytes of any other file: more than an engine has."""
+MAX_MODEL = 1 << 31
+"""Bytes of an ONNX file, by its format (protobuf)."""
 MODEL_FILE = "model.onnx"
 GOLDEN_FILE = "golden.npz"
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -56,9 +58,23 @@ def sha256(path: Path) -> str:
     """
     digest = hashlib.sha256()
     with open_regular(path) as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
+        for block in _blocks(file, path, MAX_FILE):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _blocks(file: BinaryIO, path: Path, most: int) -> Iterator[bytes]:
+    """A file's content, piece by piece.
+
+    Raises:
+        ArtifactError: it has more bytes.
+    """
+    left = most
+    while block := file.read(1 << 20):
+        left -= len(block)
+        if left < 0:
+            raise ArtifactError(f"{path} has more than {most} bytes.", "Do not use it.")
+        yield block
 
 
 def read_json(path: Path, schema: int) -> dict[str, Any]:
@@ -97,8 +113,8 @@ def field(content: dict[str, Any], origin: Path, name: str, kind: type) -> Any:
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        shown = json.dumps(value)[:60]
-        raise ArtifactError(f"{origin}: {name} is {shown}, not {kind.__name__}.", "Make it again, or restore it.")
+        said = json.dumps(value)[:60]
+        raise ArtifactError(f"{origin}: {name} is {said}, not {kind.__name__}.", "Make it again, or restore it.")
     return value
 
 
@@ -128,7 +144,7 @@ def require_replaceable(folder: Path, kind: str) -> None:
         if not folder.exists() or not any(folder.iterdir()):
             return
         present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
-        busy = [path for path in folder.glob(f"{_SCRATCH}*") if is_locked(path)]
+        busy = [path for path in _scratches(folder) if is_locked(path)]
     if busy:
         raise ArtifactError(f"An engine is being built in {folder}.", "Wait for it, or choose another output folder.")
     ours = _own_files(folder, kind)
@@ -175,9 +191,15 @@ def seal_bundle(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
     """Files in a bundle that builds left which were killed: in scratch folders, and engines that nothing lists."""
-    known = manifest.get("files", {})
-    engines = [p for p in folder.glob(f"{ENGINE_FOLDER}/*.engine") if str(p.relative_to(folder)) not in known]
-    return [p for p in folder.glob(f"{_SCRATCH}*/**/*") if p.is_file()] + engines
+    known, engines = manifest.get("files", {}), folder / ENGINE_FOLDER
+    built = [] if engines.is_symlink() else list(engines.glob("*.engine"))
+    unknown = [path for path in built if str(path.relative_to(folder)) not in known]
+    return [path for scratch in _scratches(folder) for path in scratch.rglob("*") if path.is_file()] + unknown
+
+
+def _scratches(folder: Path) -> list[Path]:
+    """Folders of builds in a bundle; a link of such a name is not ours, and leads anywhere."""
+    return [path for path in folder.glob(f"{_SCRATCH}*") if path.is_dir() and not path.is_symlink()]
 
 
 @contextlib.contextmanager
@@ -190,12 +212,12 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
     handle, scratch = -1, None
     try:
         with io_errors(folder), locked(folder), signals_held():
-            for old in folder.glob(f"{_SCRATCH}*"):
+            for old in _scratches(folder):
                 if not is_locked(old):
                     shutil.rmtree(old, ignore_errors=True)
-            in_use = [p.parent for p in folder.glob(f"{_SCRATCH}*/*")]
+            in_use = _scratches(folder)
             for path in _leftovers(folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)):
-                if path.parent not in in_use:
+                if not any(path.is_relative_to(other) for other in in_use):
                     path.unlink(missing_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder))
             handle = os.open(scratch, os.O_RDONLY)
@@ -220,6 +242,8 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[dic
     Raises:
         ArtifactError: the bundle is not one any more, or the disk refuses; the bundle is as it was.
     """
+    if (folder / ENGINE_FOLDER).is_symlink():
+        raise ArtifactError(f"{folder / ENGINE_FOLDER} is a link.", "Do not use this bundle.")
     with io_errors(folder), locked(folder):
         before = read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)
         manifest = change(before)
@@ -319,7 +343,7 @@ def sealed_copy(folder: Path, manifest: Mapping[str, Any], name: str) -> Iterato
         with open_regular(_place(folder, name)) as file:
             handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             copy = stack.enter_context(os.fdopen(handle, "wb"))
-            for block in iter(lambda: file.read(1 << 20), b""):
+            for block in _blocks(file, folder / name, MAX_MODEL):
                 digest.update(block)
                 copy.write(block)
             copy.flush()

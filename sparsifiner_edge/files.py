@@ -163,8 +163,9 @@ def _remove_dead(target: Path) -> None:
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for path in target.parent.iterdir():
-            if name.fullmatch(path.name) and not path.is_symlink() and not is_locked(path):
-                _remove(path)
+            with contextlib.suppress(OSError):  # Somebody else's, in a folder that all may write.
+                if name.fullmatch(path.name) and path.lstat().st_uid == os.getuid() and not is_locked(path):
+                    _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -304,7 +305,7 @@ def locked(folder: Path) -> Iterator[None]:
 def is_locked(path: Path) -> bool:
     """Whether a process that locked a file or folder still lives."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:

@@ -27,35 +27,29 @@ def read_model(content: bytes, origin: object) -> Any:
         model = onnx.load_from_string(content)
     except Exception as error:  # Protobuf's error, of whichever implementation.
         raise ArtifactError(f"{origin} is no ONNX file: {error}.", "Export the bundle again.") from error
-    for tensor in _all_tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            named = {entry.key: entry.value for entry in tensor.external_data}
+    for message in _messages(model):
+        if isinstance(message, onnx.TensorProto) and (
+            message.data_location == message.EXTERNAL or message.external_data
+        ):
+            named = {entry.key: entry.value for entry in message.external_data}
             raise ArtifactError(
-                f"{origin} keeps {tensor.name!r} in another file, {named.get('location', '')!r}.",
+                f"{origin} keeps {message.name!r} in another file, {named.get('location', '')!r}.",
                 "Do not use it, or export it again: a bundle's model holds all of its weights.",
             )
-    for node in all_nodes(model):
-        if node.op_type == "EPContext":
-            raise ArtifactError(f"{origin} has a node {node.name!r} that names other files.", "Do not use it.")
+        if isinstance(message, onnx.NodeProto) and message.op_type == "EPContext":
+            raise ArtifactError(f"{origin} has a node {message.name!r} that names other files.", "Do not use it.")
     return model
 
 
-def _all_tensors(model: Any) -> Iterator[Any]:
-    """Every tensor that a model holds: weights, constants, those of subgraphs and functions."""
-    yield from _weights(model.graph)
-    for node in all_nodes(model):
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _weights(graph)
-
-
-def _weights(graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
+def _messages(message: Any) -> Iterator[Any]:
+    """A model and every message in it, wherever it stands: no list of places can be out of date."""
+    waiting = [message]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        for field, value in found.ListFields():
+            if field.message_type is not None:
+                waiting += [value] if hasattr(value, "ListFields") else value
 
 
 def all_nodes(model: Any) -> Iterator[Any]:

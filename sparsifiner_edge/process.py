@@ -58,16 +58,17 @@ def start_program(command: Sequence[str], **pipes: Any) -> subprocess.Popen[byte
     Raises:
         OSError: the system refuses, or there is no such program.
     """
+    starter = os.getpid()
     return subprocess.Popen(
-        list(command), env=_environment(None), preexec_fn=_end_with_starter,  # noqa: PLW1509  (it only makes a system call)
+        list(command), env=_environment(None), preexec_fn=lambda: _end_with_starter(starter),  # noqa: PLW1509  (it only makes a system call)
         **pipes,
     )  # fmt: skip
 
 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
     made = {**NO_TELEMETRY, **os.environ, **(more or {})}
-    if "PYTHONPATH" in made:  # An empty entry would be the working directory.
-        made["PYTHONPATH"] = os.pathsep.join(filter(None, made["PYTHONPATH"].split(os.pathsep)))
+    if "PYTHONPATH" in made:  # Empty and relative entries would be the working directory's.
+        made["PYTHONPATH"] = os.pathsep.join(filter(os.path.isabs, made["PYTHONPATH"].split(os.pathsep)))
     return made
 
 
@@ -97,10 +98,12 @@ def _prctl(option: int, value: int) -> None:
     _libc.prctl(option, value, 0, 0, 0)
 
 
-def _end_with_starter() -> None:
+def _end_with_starter(starter: int) -> None:
     """Between fork and exec, where only system calls are safe."""
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0)
+        if os.getppid() != starter:  # It has ended already.
+            os._exit(1)
 
 
 def _limit(kind: int, most: int) -> None:

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import json
 import math
-import re
+from collections.abc import Callable
 from typing import Any
 
 _SHORT = 300
-_HIDDEN = re.compile(
-    "[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\ud800-\uf8ff\ufeff\ufff9-\uffff]"
-    "|[\U000e0000-\U0010ffff]"
-)
-"""Controls (C0, C1), directions and other formats, line separators, halves of characters, private use, tags."""
+_FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {
+    chr(code)
+    for first, last in ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
+    for code in range(first, last + 1)
+}
+"""Printable by their category, and not to be seen: fillers and variation selectors."""
+
+
+def _is_hidden(character: str) -> bool:
+    """Controls, directions and other formats, separators but two spaces, halves of characters, private use."""
+    return character in _FILLERS or not (character.isprintable() or character == "\u3000")
+
+
+def _escaped(text: str, escape: Callable[[str], str]) -> str:
+    """The text with an escape in the place of each hidden character."""
+    hidden = {ord(character): escape(character) for character in set(text) if _is_hidden(character)}
+    return text.translate(hidden) if hidden else text
 
 
 def shown(text: object, most: int = _SHORT) -> str:
@@ -26,7 +38,7 @@ def shown(text: object, most: int = _SHORT) -> str:
         text: anything; its `str`.
         most: characters; what is longer is cut in the middle.
     """
-    plain = _HIDDEN.sub(lambda match: _escape(match[0]), str(text))
+    plain = _escaped(str(text), _escape)
     if len(plain) <= most:
         return plain
     half = (most - 5) // 2
@@ -50,8 +62,7 @@ def dump_json(content: Any, indent: int | None = 2) -> str:
     """
     text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
     # Outside of strings JSON's text holds no hidden character but its own line breaks.
-    lines = (_HIDDEN.sub(lambda match: _json_escape(match[0]), line) for line in text.split("\n"))
-    return "\n".join(lines) + "\n"
+    return "\n".join(_escaped(line, _json_escape) for line in text.split("\n")) + "\n"
 
 
 def _json_escape(character: str) -> str:

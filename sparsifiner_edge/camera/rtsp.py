@@ -57,6 +57,8 @@ def parse_address(text: str) -> Address:
     found = _ADDRESS.fullmatch(text)
     if found is None or _CONTROL.search(unquote(text)):
         raise ValueError("it is no address")
+    if found["user"] is None and "@" in found["rest"].partition("?")[0]:  # Of a password with a / in it, most likely.
+        raise ValueError("its path holds an @")
     place = _PLACE.fullmatch(found["place"])
     secure = found["scheme"].lower() == "rtsps"
     port = int((place and place["port"]) or (322 if secure else 554))

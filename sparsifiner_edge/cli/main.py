@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -108,7 +109,10 @@ def _unwind_on_signals() -> list[int]:
     received: list[int] = []
     show = sys.unraisablehook
 
-    def unwind(number: int, _frame: object) -> None:
+    def unwind(number: int, frame: types.FrameType | None) -> None:
+        if _in_native_import(frame):
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            return
         received.append(number)
         raise Interrupted
 
@@ -124,6 +128,15 @@ def _unwind_on_signals() -> list[int]:
         if signal.getsignal(number) is not signal.SIG_IGN:  # As nohup leaves it.
             signal.signal(number, unwind)
     return received
+
+
+def _in_native_import(frame: types.FrameType | None) -> bool:
+    """Whether a native module is being loaded: some end the process when what it calls in Python raises."""
+    while frame is not None:
+        if frame.f_code.co_name == "exec_module" and "ExtensionFileLoader" in type(frame.f_locals.get("self")).__name__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _interrupted(number: int) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
 
-from sparsifiner_edge.artifacts import LABELS_FILE, bundle_hash, field, open_bundle, read_labels
+from sparsifiner_edge.artifacts import LABELS_FILE, check_bundle, field, read_labels, read_manifest
 from sparsifiner_edge.errors import ArtifactError, GateError
+from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.package.common import load_model
 from sparsifiner_edge.runtime.engines import listed_engines
 from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.open import open_session
+from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.signing import fingerprint_of, read_signature, require_signature, unlisted_files
 
 DOMAIN = "sparsifiner"
@@ -40,7 +42,7 @@ def verify_bundle(
 
     Returns:
         `bundle`, `hash`, `passed`, and `checks`: per check its `name`, whether it `passed`, and its `details`. A model
-        that is no valid ONNX is the last that is checked.
+        that is no valid ONNX is the last that is checked, and so is a signature that the key does not fit.
 
     Raises:
         ArtifactError: not a bundle, a file missing or altered, of a newer schema: there is nothing to check then.
@@ -48,16 +50,17 @@ def verify_bundle(
         MissingExtraError: the backend, or what checks signatures, is not installed.
     """
     folder = Path(bundle)
-    manifest = open_bundle(folder)
+    text = read_manifest(folder)
+    manifest = check_bundle(folder, text)
     key = None if public_key is None else Path(public_key)
     subject = _Subject(folder, manifest, load_model(folder, manifest), backend, kernels, key)
     checks = []
     for name, check in _CHECKS.items():
         checks.append(_run(name, check, subject))
-        if check is _onnx and not checks[-1]["passed"]:
-            break
+        if check in (_signature, _onnx) and not checks[-1]["passed"]:
+            break  # What nobody vouches for is not run, and what is no model is not looked into.
     passed = all(check["passed"] for check in checks)
-    return {"bundle": str(folder), "hash": bundle_hash(folder), "passed": passed, "checks": checks}
+    return {"bundle": str(folder), "hash": hashlib.sha256(text).hexdigest(), "passed": passed, "checks": checks}
 
 
 def _run(name: str, check: Callable[[_Subject], str], subject: _Subject) -> dict[str, Any]:
@@ -81,7 +84,8 @@ def _signature(subject: _Subject) -> str:
     if subject.public_key is not None:
         fingerprint = fingerprint_of(subject.public_key)
         try:
-            require_signature(subject.folder, subject.public_key)
+            if require_signature(subject.folder, subject.public_key) != subject.manifest:
+                raise GateError("the manifest was changed meanwhile")
         except ArtifactError as error:
             raise GateError(error.what) from error
         return f"by {fingerprint[:16]}"
@@ -129,7 +133,7 @@ def _tensor(value: Any) -> tuple[str, str, str]:
 def _operators(subject: _Subject) -> str:
     """Operators of ours: those in the manifest are those in the file, each with its body."""
     stated = field({"ops": {}, **subject.manifest}, subject.folder, "ops", dict)
-    used = {f"{DOMAIN}::{node.op_type}" for node in _nodes(subject.model) if node.domain == DOMAIN}
+    used = {f"{DOMAIN}::{node.op_type}" for node in all_nodes(subject.model) if node.domain == DOMAIN}
     bodies = {f"{function.domain}::{function.name}" for function in subject.model.functions}
     versions = {entry.version for entry in subject.model.opset_import if entry.domain == DOMAIN}
     if used - bodies:
@@ -137,12 +141,6 @@ def _operators(subject: _Subject) -> str:
     if set(stated) != bodies or not {str(version) for version in stated.values()} <= {str(v) for v in versions}:
         raise GateError(f"the manifest says {stated}, the model has {sorted(bodies)} of version {sorted(versions)}")
     return ", ".join(sorted(used)) or "standard ones alone"
-
-
-def _nodes(model: Any) -> Iterator[Any]:
-    yield from model.graph.node
-    for function in model.functions:
-        yield from function.node
 
 
 def _metadata(subject: _Subject) -> str:
@@ -171,8 +169,8 @@ def _engines(subject: _Subject) -> str:
 
 
 def _golden(subject: _Subject) -> str:
-    with open_session(subject.folder, subject.backend, kernels=subject.kernels) as session:
-        found = check_golden(session, subject.folder)
+    with open_checked(subject.folder, subject.manifest, subject.backend, kernels=subject.kernels) as session:
+        found = check_golden(session, subject.folder, subject.manifest)
     parts = (f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}" for name, f in found.items())
     return f"{', '.join(parts)} ({subject.backend})"
 

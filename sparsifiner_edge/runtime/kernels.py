@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.artifacts import MAX_JSON, field, parse_json, read_listed
+from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.graph import drop_unused
@@ -25,6 +26,8 @@ SCHEMA = 1
 FOLDER = "kernels"
 NAMESPACE = "sparsifiner_kernels"
 """Domain of nodes that are launches; TensorRT reads it as the namespace of plugins."""
+TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
+"""Types of tensors that launches take, and TensorRT's names of them."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -54,14 +57,35 @@ def read_table(folder: Path, manifest: Mapping[str, Any], capability: int) -> di
             raise ArtifactError(f"{path} names a launch {name!r}.", "Export the bundle again.")
         for key, kind in (("symbol", str), ("grid", list), ("threads", int), ("shared", int), ("tensors", dict)):
             field(launch, path, key, kind)
-        for tensor in (*field(launch, path, "inputs", list), *field(launch, path, "outputs", list)):
-            field(launch["tensors"], path, f"{tensor}.dtype", str)
-            field(launch["tensors"], path, f"{tensor}.shape", list)
-    for launches in field(table, path, "nodes", dict).values():
-        for launch in launches:
-            if field(launch, path, "launch", str) not in table["launches"]:
-                raise ArtifactError(f"{path} has no launch {launch['launch']!r}.", "Export the bundle again.")
+        _check_launch(launch, path)
+    for entries in field(table, path, "nodes", dict).values():
+        for entry in entries if isinstance(entries, list) else [entries]:
+            _check_entry(entry, table, path)
+    copies = field({"float32": {}} | table, path, "float32", dict)
+    if not all(isinstance(origin, str) for origin in copies.values()):
+        raise ArtifactError(f"{path}: float32 holds what is no name.", "Export the bundle again.")
     return table
+
+
+def _check_launch(launch: dict[str, Any], path: Path) -> None:
+    tensors, numbers = launch["tensors"], list(launch["grid"])
+    for name in (*field(launch, path, "inputs", list), *field(launch, path, "outputs", list)):
+        entry = field(tensors, path, name, dict) if isinstance(name, str) else {}
+        numbers += field(entry, path, "shape", list)
+        if field(entry, path, "dtype", str) not in TYPES:
+            raise ArtifactError(f"{path} has the type {entry['dtype']!r:.60}.", "Export the bundle again.")
+    if len(launch["grid"]) != 2 or not all(type(number) is int and 0 < number <= MOST_COUNT for number in numbers):
+        raise ArtifactError(f"{path} has a grid or a shape that cannot be.", "Export the bundle again.")
+
+
+def _check_entry(entry: Any, table: dict[str, Any], path: Path) -> None:
+    entry = entry if isinstance(entry, dict) else {}
+    if field(entry, path, "launch", str) not in table["launches"]:
+        raise ArtifactError(f"{path} has no launch {entry['launch']!r}.", "Export the bundle again.")
+    field(entry, path, "name", str)
+    names = [*field(entry, path, "inputs", list), *field(entry, path, "outputs", list)]
+    if not all(isinstance(name, str) for name in names):
+        raise ArtifactError(f"{path} names a tensor {names!r:.60}.", "Export the bundle again.")
 
 
 def kernel_model(model: Any, table: Mapping[str, Any]) -> Any:
@@ -107,8 +131,11 @@ def _add_float_copies(model: Any, table: Mapping[str, Any]) -> None:
     import numpy as np
     import onnx
 
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for name, origin in table.get("float32", {}).items():
-        (tensor,) = (t for t in model.graph.initializer if t.name == origin)
+        if origin not in weights:
+            raise ArtifactError(f"The kernels are for another model: it has no {origin!r}.", "Export it again.")
+        tensor = weights[origin]
         values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
         model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
 

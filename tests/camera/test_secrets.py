@@ -15,7 +15,7 @@ from sparsifiner_edge.camera.hide import hide
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from tests.camera.test_service import get, needs_gst
 from tests.commands import process
 
@@ -212,3 +212,9 @@ def test_what_gstreamer_says_of_a_pipeline() -> None:
     reason = next(event["reason"] for event in events if event["state"] == "lost")
     assert "could not set property" in reason
     assert_hidden(json.dumps(events))
+
+
+def test_a_password_with_a_slash_is_not_taken_for_a_path() -> None:
+    with pytest.raises(ConfigError, match="path holds an @") as caught:
+        parse_source("rtsp://admin:123/45@cam/")
+    assert "45" not in str(caught.value).replace("%40", "").replace("%25", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -49,13 +50,27 @@ def outside_branch(model: onnx.ModelProto, location: str) -> None:
     model.functions[0].node.append(node)
 
 
+def outside_default(model: onnx.ModelProto, location: str) -> None:
+    """In the default of a function's attribute, which a Constant in it refers to."""
+    tensor = onnx.TensorProto(name="c", data_type=onnx.TensorProto.FLOAT, dims=[2], data_location=1)
+    tensor.external_data.add(key="location", value=location)
+    model.functions[0].attribute_proto.append(onnx.helper.make_attribute("v", tensor))
+
+
+def outside_training(model: onnx.ModelProto, location: str) -> None:
+    tensor = model.training_info.add().algorithm.initializer.add(name="c", data_type=1, dims=[2], data_location=1)
+    tensor.external_data.add(key="location", value=location)
+
+
 def context(model: onnx.ModelProto, location: str) -> None:
     node = onnx.helper.make_node("EPContext", [], ["unused"], domain="com.microsoft", ep_cache_context=location)
     model.graph.node.append(node)
 
 
 @pytest.mark.parametrize("location", ["/etc/passwd", "../weights.bin", "weights.bin"])
-@pytest.mark.parametrize("change", [outside, outside_constant, outside_branch, context])
+@pytest.mark.parametrize(
+    "change", [outside, outside_constant, outside_branch, outside_default, outside_training, context]
+)
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_model_that_names_other_files_is_refused(
     listed: bool, change: Callable[[Any, str], None], location: str, tmp_path: Path, keys: Path,
@@ -195,3 +210,56 @@ def test_labels_are_shown_harmless(tmp_path: Path) -> None:
     reseal(bundle)
     assert read_labels(open_bundle(bundle), bundle) == ["cat\\x1b[31m", "\\u202edog", "u\\u2028v", "\u732b"]
     shutil.rmtree(bundle)
+
+
+def test_links_in_a_bundle_lead_nowhere(tmp_path: Path) -> None:
+    """What a build cleans up is its own: links of those names are left, and what they lead to."""
+    from sparsifiner_edge.artifacts import bundle_scratch, extend_bundle
+
+    victim = tmp_path / "victim"
+    (victim / "docs").mkdir(parents=True)
+    for name in ("a.engine", "docs/thesis.txt", "top.txt"):
+        (victim / name).write_text("mine")
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle / ".build.x").symlink_to(victim)
+    (bundle / "engines").symlink_to(victim)
+    with bundle_scratch(bundle) as scratch:
+        (scratch / "new").write_text("engine")
+        with pytest.raises(ArtifactError, match="is a link"):
+            extend_bundle(bundle, {"engines/new.engine": scratch / "new"}, dict)
+    assert {p.name for p in victim.rglob("*")} == {"a.engine", "docs", "thesis.txt", "top.txt"}
+
+
+def test_what_nobody_vouches_for_is_not_run(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsifiner_edge.package import verify
+
+    bundle = make_bundle(tmp_path / "bundle")
+    sign_bundle(bundle, keys / "key.pem")
+    monkeypatch.setattr(verify, "open_checked", lambda *_, **__: pytest.fail("it was opened"))
+    found = verify.verify_bundle(bundle, public_key=keys / "other.pub")
+    assert not found["passed"]
+    assert [check["name"] for check in found["checks"]] == ["files", "signature"]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        5,
+        {"n": 5},
+        {"n": [5]},
+        {"n": [{"launch": "l"}]},
+        {"n": [{"launch": "l", "name": "n", "inputs": [1], "outputs": []}]},
+    ],
+)
+def test_a_table_of_kernels_that_is_none(nodes: Any, tmp_path: Path) -> None:
+    from sparsifiner_edge.runtime.kernels import read_table
+
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle / "kernels").mkdir()
+    launch = {"symbol": "s", "grid": [1, 1], "threads": 1, "shared": 0, "inputs": [], "outputs": [], "tensors": {}}
+    for launches in ({"l": launch}, {"l": launch | {"grid": [1]}}, {"l": launch | {"inputs": ["x"]}}, {"l": 3}, []):
+        table = {"schema_version": 1, "launches": launches, "nodes": nodes}
+        (bundle / "kernels" / "sm87.json").write_text(json.dumps(table))
+        reseal(bundle)
+        with pytest.raises(ArtifactError):
+            read_table(bundle, open_bundle(bundle), 87)

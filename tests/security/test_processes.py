@@ -40,7 +40,7 @@ def bundle(tmp_path: Path, keys: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("path", [None, "", ":/nowhere", "/nowhere:"])
+@pytest.mark.parametrize("path", [None, "", ":/nowhere", ".", "./:/nowhere"])
 @pytest.mark.parametrize("command", ["test", "video", "image", "profile", "build", "verify"])
 def test_no_file_of_the_working_directory_runs(
     command: str, path: str | None, hostile: Path, bundle: Path, keys: Path, tmp_path: Path

@@ -16,9 +16,8 @@ from typing import Any
 from sparsifiner_edge.artifacts import read_listed
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.cuda import Device
-from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, kernel_model, read_table
+from sparsifiner_edge.runtime.kernels import NAMESPACE, TYPES, code_file, kernel_model, read_table
 
-_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
 _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
 
@@ -82,7 +81,7 @@ def describe(trt: Any, trtp: Any, launch: Mapping[str, Any]) -> Any:
         made = []
         for name in launch["outputs"]:
             tensor = launch["tensors"][name]
-            kind = getattr(trt.DataType, _TYPES[tensor["dtype"]])
+            kind = getattr(trt.DataType, TYPES[tensor["dtype"]])
             made.append(trtp.from_shape_expr((batch, *tensor["shape"]), kind))
         return tuple(made)
 
