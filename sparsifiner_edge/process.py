@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +32,14 @@ _BOOT = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; "
     "sys.path.append(sys.argv[3]) if sys.argv[3] not in sys.path else None; "
     "from sparsifiner_edge.process import _serve; _serve(sys.argv[1], int(sys.argv[2]))"
+)
+
+# Signals that Python ignores would stay ignored in the program.
+_BECOME = (
+    "import ctypes, os, sys, _signal; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); "
+    "os.getppid() == int(sys.argv[1]) or os._exit(1); "
+    "[_signal.signal(n, _signal.SIG_DFL) for n in (_signal.SIGPIPE, _signal.SIGXFSZ)]; "
+    "os.execv(sys.argv[2], sys.argv[2:])"
 )
 
 
@@ -51,6 +61,9 @@ def start_python(module: str, environment: Mapping[str, str] | None = None, **pi
 def start_program(command: Sequence[str], **pipes: Any) -> subprocess.Popen[bytes]:
     """A program that is not Python, in the session and the folder of this process.
 
+    Python starts first, without any file but its own, and becomes the program: what it asks of the kernel stays. (Code
+    between fork and exec, which `subprocess` offers, is not safe where there are threads.)
+
     Args:
         command: program and arguments; no shell reads them.
         pipes: as `start_python`, and `pass_fds`.
@@ -58,11 +71,12 @@ def start_program(command: Sequence[str], **pipes: Any) -> subprocess.Popen[byte
     Raises:
         OSError: the system refuses, or there is no such program.
     """
-    starter = os.getpid()
-    return subprocess.Popen(
-        list(command), env=_environment(None), preexec_fn=lambda: _end_with_starter(starter),  # noqa: PLW1509  (it only makes a system call)
-        **pipes,
-    )  # fmt: skip
+    program = shutil.which(command[0])
+    if program is None:
+        reason = errno.EACCES if Path(command[0]).exists() else errno.ENOENT
+        raise OSError(reason, os.strerror(reason), command[0])  # Of the class that belongs to the reason.
+    line = [sys.executable, "-I", "-S", "-c", _BECOME, str(os.getpid()), program, *command[1:]]
+    return subprocess.Popen(line, env=_environment(None), **pipes)
 
 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
@@ -96,14 +110,6 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 def _prctl(option: int, value: int) -> None:
     assert _libc is not None
     _libc.prctl(option, value, 0, 0, 0)
-
-
-def _end_with_starter(starter: int) -> None:
-    """Between fork and exec, where only system calls are safe."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0)
-        if os.getppid() != starter:  # It has ended already.
-            os._exit(1)
 
 
 def _limit(kind: int, most: int) -> None:

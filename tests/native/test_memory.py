@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,7 +145,8 @@ def test_absurd_sizes_are_reckoned_without_undefined_behaviour(tmp_path: Path) -
     # For the least instruction set alone: the others differ in the kernels, not in the sizes, and take long to build.
     flags = "-O1 -g -fsanitize=undefined -fno-sanitize-recover=all -DHWY_COMPILE_ONLY_STATIC"
     made = ["-S", str(SOURCES), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_FLAGS={flags}"]
-    for command in (["cmake", *made], ["cmake", "--build", str(tmp_path)]):
+    cmake = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
+    for command in ([cmake, *made], [cmake, "--build", str(tmp_path)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     library = tmp_path / "libsparsifiner_ops.so"
