@@ -42,12 +42,17 @@ def read_model(content: bytes, origin: object) -> Any:
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """A model and every message in it, wherever it stands: no list of places can be out of date."""
+    """A model and every message in it, wherever it stands: no list of places can be out of date.
+
+    Tensors hold no messages of these kinds, and looking into one copies its content.
+    """
+    import onnx
+
     waiting = [message]
     while waiting:
         found = waiting.pop()
         yield found
-        for field, value in found.ListFields():
+        for field, value in () if isinstance(found, onnx.TensorProto) else found.ListFields():
             if field.message_type is not None:
                 waiting += [value] if hasattr(value, "ListFields") else value
 

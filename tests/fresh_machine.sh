@@ -20,7 +20,7 @@ if [ ! -e "$folder/etc/debian_version" ]; then
   debootstrap --variant=minbase --include=ca-certificates,git,make,python3 "$suite" "$folder"
 fi
 folder=$(cd "$folder" && pwd)
-cp -L /etc/resolv.conf "$folder/etc/resolv.conf"
+cp -L /etc/resolv.conf /etc/hosts "$folder/etc/"
 cp -L /etc/ssl/certs/ca-certificates.crt "$folder/etc/ssl/certs/ca-certificates.crt"
 [ ! -e /etc/pip.conf ] || cp /etc/pip.conf "$folder/etc/pip.conf"
 rm -rf "$folder/work"

@@ -122,7 +122,7 @@ def test_slower_kernels_lose(tmp_path, machine):
 
 def test_dense_wins_where_it_makes_no_difference(tmp_path, machine):
     machine("11.4", DenseAttention=1.0, SparseAttention=3.0)
-    folder = make_sparse_bundle(tmp_path / "b", tolerance=10.0)
+    folder = make_sparse_bundle(tmp_path / "b", tolerance=1.0)
     _, found = details(folder)
     assert found["kernels"] == "dense"
     assert set(found["candidates"]) == {"bodies", "dense"}
