@@ -2,6 +2,7 @@
 
 Each picture carries the milliseconds of the monotonic clock at which it was drawn (see `sparsifiner_edge.camera.code`),
 H.264 encoded without delay. Usage: rtsp_server.py PORT [FPS [WIDTH HEIGHT [FILE]]]; with FILE that video is served.
+PORT basic|digest: it asks for a password, `us@er` and `p ss:/`, that way.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ gi.require_version("Gst", "1.0")
 gi.require_version("GstRtspServer", "1.0")
 from gi.repository import GLib, Gst, GstRtspServer  # noqa: E402
 
+USER, PASSWORD = "us@er", "p ss:/"
 ENCODE = (
     "videoconvert ! video/x-raw,format=I420 ! x264enc tune=zerolatency speed-preset=ultrafast bitrate=2000 "
     "key-int-max=25 threads=1 ! rtph264pay name=pay0 pt=96 config-interval=1"
@@ -61,8 +63,29 @@ def push(source: Any, code: Any, fps: float, width: int, height: int) -> None:
         number += 1
 
 
+def ask_for_password(server: Any, factory: Any, way: str) -> None:
+    """Let only USER in, who proves PASSWORD by `way`: basic or digest."""
+    allowed = GstRtspServer.RTSPToken()
+    allowed.set_string("media.factory.role", "user")
+    auth = GstRtspServer.RTSPAuth()
+    if way == "basic":
+        auth.add_basic(GstRtspServer.RTSPAuth.make_basic(USER, PASSWORD), allowed)
+    else:
+        gi.require_version("GstRtsp", "1.0")
+        from gi.repository import GstRtsp
+
+        auth.set_supported_methods(GstRtsp.RTSPAuthMethod.DIGEST)
+        auth.add_digest(USER, PASSWORD, allowed)
+    permissions = GstRtspServer.RTSPPermissions()
+    permissions.add_permission_for_role("user", "media.factory.access", True)
+    permissions.add_permission_for_role("user", "media.factory.construct", True)
+    factory.set_permissions(permissions)
+    server.set_auth(auth)
+
+
 def main() -> None:
     port, *rest = sys.argv[1:]
+    way = rest.pop() if rest[-1:] in (["basic"], ["digest"]) else None
     fps = float(rest[0]) if rest else 25.0
     width, height = (int(rest[1]), int(rest[2])) if len(rest) > 2 else (640, 480)
     Gst.init(None)
@@ -81,6 +104,8 @@ def main() -> None:
 
     factory.connect("media-configure", configure)
     server = GstRtspServer.RTSPServer()
+    if way is not None:
+        ask_for_password(server, factory, way)
     server.set_address("127.0.0.1")
     server.set_service(port)
     server.get_mount_points().add_factory("/camera", factory)

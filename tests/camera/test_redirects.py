@@ -9,7 +9,6 @@ import random
 import re
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import av
 import pytest
 
-from benchmarks.camera_soak import free_port, python_with_rtsp
+from benchmarks.camera_soak import Server, free_port, python_with_rtsp
 from sparsifiner_edge.camera import credentials
 from sparsifiner_edge.camera.credentials import Credentials
 from sparsifiner_edge.camera.relay import Relay
@@ -475,56 +474,14 @@ def test_what_is_no_rtsp_in_mid_stream_passes_as_it_is() -> None:
 # Real servers.
 
 
-SERVER = """
-import gi, sys
-gi.require_version("Gst", "1.0")
-gi.require_version("GstRtspServer", "1.0")
-from gi.repository import GLib, Gst, GstRtspServer
-Gst.init(None)
-way, port = sys.argv[1:3]
-factory = GstRtspServer.RTSPMediaFactory()
-factory.set_launch("( videotestsrc is-live=true ! video/x-raw,width=320,height=240,framerate=25/1 ! x264enc "
-    "tune=zerolatency speed-preset=ultrafast key-int-max=5 threads=1 ! rtph264pay name=pay0 pt=96 config-interval=1 )")
-allowed = GstRtspServer.RTSPToken()
-allowed.set_string("media.factory.role", "user")
-auth = GstRtspServer.RTSPAuth()
-if way == "basic":
-    auth.add_basic(GstRtspServer.RTSPAuth.make_basic("us@er", "p ss:/"), allowed)
-else:
-    gi.require_version("GstRtsp", "1.0")
-    from gi.repository import GstRtsp
-    auth.set_supported_methods(GstRtsp.RTSPAuthMethod.DIGEST)
-    auth.add_digest("us@er", "p ss:/", allowed)
-permissions = GstRtspServer.RTSPPermissions()
-permissions.add_permission_for_role("user", "media.factory.access", True)
-permissions.add_permission_for_role("user", "media.factory.construct", True)
-factory.set_permissions(permissions)
-server = GstRtspServer.RTSPServer()
-server.set_auth(auth)
-server.set_address("127.0.0.1")
-server.set_service(port)
-server.get_mount_points().add_factory("/camera", factory)
-server.attach(None)
-print("ready", flush=True)
-GLib.MainLoop().run()
-"""
-
-
 @pytest.mark.skipif(PYTHON is None, reason="no Python with gi and GstRtspServer")
 @pytest.mark.parametrize("way", ["basic", "digest"])
 def test_a_real_server_that_asks_for_a_password(way: str, cells: Path) -> None:
     assert PYTHON is not None
     port = free_port()
-    with subprocess.Popen([PYTHON, "-c", SERVER, way, str(port)], stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            assert server.stdout.readline() == "ready\n"
-            good = process(
-                "run", cells, "--source", f"rtsp://us%40er:p%20ss:%2F@127.0.0.1:{port}/camera", "--frames", 5
-            )
-            bad = process("run", cells, "--source", f"rtsp://us%40er:no@127.0.0.1:{port}/camera", "--duration", 1)
-        finally:
-            server.kill()
+    with Server(PYTHON, port, way):
+        good = process("run", cells, "--source", f"rtsp://us%40er:p%20ss:%2F@127.0.0.1:{port}/camera", "--frames", 5)
+        bad = process("run", cells, "--source", f"rtsp://us%40er:no@127.0.0.1:{port}/camera", "--duration", 1)
     assert good.code == 0, good.err
     assert len(good.out.splitlines()) == 5
     assert bad.code == 2
