@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import slow_clients
-from sparsifiner_edge.camera import health
+from sparsifiner_edge.camera import server as page_server
 from sparsifiner_edge.camera.health import HealthServer, parse_address
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ConfigError
@@ -63,19 +63,19 @@ def test_clients_without_end(kind: str) -> None:
     found = slow_clients.summary(slow_clients.measure(kind, 1500, 2))
     assert found["unanswered"] == 0
     assert found["longest_wait_s"] < 5
-    assert found["descriptors"] < health.MOST_CONNECTIONS + 20
+    assert found["descriptors"] < page_server.MOST_CONNECTIONS + 20
     assert found["cores"] < 0.3
 
 
 def test_the_oldest_makes_room(port: int) -> None:
     before = descriptors()
-    clients = [connect(port) for _ in range(health.MOST_CONNECTIONS + 50)]
+    clients = [connect(port) for _ in range(page_server.MOST_CONNECTIONS + 50)]
     for client in clients:
         client.sendall(b"GET /")
     with clients[0], pytest.raises(ConnectionResetError):
         clients[0].recv(1)
     assert answer_to(port, GET).startswith(b"HTTP/1.1 503 ")
-    assert descriptors() - before < len(clients) + health.MOST_CONNECTIONS + 5
+    assert descriptors() - before < len(clients) + page_server.MOST_CONNECTIONS + 5
     with clients[-1]:
         clients[-1].sendall(GET.removeprefix(b"GET /"))
         assert b'"healthy": false' in rest(clients[-1])
@@ -85,7 +85,7 @@ def test_the_oldest_makes_room(port: int) -> None:
 
 def test_the_whole_request_has_a_deadline(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often the client sends a byte; one that never reads its answer is closed, too."""
-    monkeypatch.setattr(health, "DEADLINE_S", 0.5)
+    monkeypatch.setattr(page_server, "DEADLINE_S", 0.5)
     with connect(port) as dripping, connect(port) as deaf:
         deaf.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
         drip(dripping)
