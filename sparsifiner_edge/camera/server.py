@@ -24,7 +24,7 @@ _WAITING = 4096
 """Connections that the kernel keeps until it is their turn; fewer where it allows fewer."""
 _TURN_S = 0.02
 _SHARE = 0.08
-"""Of one core: what all clients together may cost. Some 4,000 connections a second on a PC of 2024."""
+"""Of one core: what all clients together may cost."""
 _BURST_S = 0.02
 
 
