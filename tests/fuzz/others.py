@@ -173,95 +173,44 @@ NUMBERS = (
 )
 
 
+USAGES = (
+    (
+        "run {good}/plain --source {good}/images",
+        "--threads --top --threshold --fps --stall --metrics --duration --frames",
+    ),
+    ("profile {good}/plain", "--threads --batch --seconds --sweep --rules --price-kwh"),
+    ("estimate {good}/plain --board jetson-orin-nano-8gb", "--precision --power-mode --kernels --batch"),
+    ("build {good}/plain --backend tensorrt-rtx", "--compute-capability --timeout --min-batch --option"),
+    ("package {good}/plain --for triton -o {work}/out", "--batch"),
+    ("report {good}/results/profile.json -o {work}/page.html", "--price-kwh --lang --currency"),
+    (
+        "sparsify test_vit --weights {good}/weights.safetensors -o {work}/made",
+        "--keep --tile --probe --channels --cells --dense-layers --token-keep --img-size",
+    ),
+    ("export {good}/student -o {work}/made", "--keep --tile --probe --batch --token-keep --precision --board"),
+    ("evaluate {good}/student --data {good}/images", "--keep --token-keep --metric --gallery"),
+    ("distill {good}/student --data {good}/images -o {work}/made", "--set --recipe --keep"),
+    ("bundle verify {good}/plain", "--public-key --backend"),
+    ("bundle sign {good}/plain", "--key"),
+)
+"""Commands, and options of theirs that take a value."""
+
+
 def usage(one: Try) -> None:
     """Options with values that are none."""
-    rng, good = one.rng, one.good
-    plain, images = good / "plain", good / "images"
-    lines: list[list[Any]] = [
-        [
-            "run",
-            plain,
-            "--source",
-            images,
-            rng.choice(
-                ["--threads", "--top", "--threshold", "--fps", "--stall", "--metrics", "--duration", "--frames"]
-            ),
-        ],
-        ["profile", plain, rng.choice(["--threads", "--batch", "--seconds", "--sweep", "--rules", "--price-kwh"])],
-        [
-            "estimate",
-            plain,
-            "--board",
-            "jetson-orin-nano-8gb",
-            rng.choice(["--precision", "--power-mode", "--kernels", "--batch"]),
-        ],
-        [
-            "build",
-            plain,
-            "--backend",
-            "tensorrt-rtx",
-            rng.choice(["--compute-capability", "--timeout", "--min-batch", "--option"]),
-        ],
-        ["package", plain, "--for", "triton", "-o", one.work / "out", "--batch"],
-        [
-            "report",
-            good / "results" / "profile.json",
-            "-o",
-            one.work / "page.html",
-            rng.choice(["--price-kwh", "--lang", "--currency"]),
-        ],
-        [
-            "sparsify",
-            "test_vit",
-            "--weights",
-            good / "weights.safetensors",
-            "-o",
-            one.work / "made",
-            rng.choice(
-                ["--keep", "--tile", "--probe", "--channels", "--cells", "--dense-layers", "--token-keep", "--img-size"]
-            ),
-        ],
-        [
-            "export",
-            good / "student",
-            "-o",
-            one.work / "made",
-            rng.choice(["--keep", "--tile", "--probe", "--batch", "--token-keep", "--precision", "--board"]),
-        ],
-        [
-            "evaluate",
-            good / "student",
-            "--data",
-            images,
-            rng.choice(["--keep", "--token-keep", "--metric", "--gallery"]),
-        ],
-        [
-            "distill",
-            good / "student",
-            "--data",
-            images,
-            "-o",
-            one.work / "made",
-            rng.choice(["--set", "--recipe", "--keep"]),
-        ],
-        [
-            "bundle",
-            rng.choice(["verify", "sign", "keygen", "x"]),
-            plain,
-            rng.choice(["--public-key", "--key", "-o", "--backend"]),
-        ],
-    ]
+    rng = one.rng
+    line, options = rng.choice(USAGES)
+    name = rng.choice(options.split())
+    chosen = [word.format(good=one.good, work=one.work) for word in line.split()]
     shutil.rmtree(one.work / "made", ignore_errors=True)
     shutil.rmtree(one.work / "out", ignore_errors=True)
-    value = rng.choice((*NUMBERS, *NUMBERS, *TEXTS))
-    value = value.replace("\0", "").encode(
-        "utf-8", "surrogateescape" if not any("\ud7ff" < c < "\udc80" for c in value) else "replace"
+    text = rng.choice((*NUMBERS, *NUMBERS, *TEXTS))
+    value = text.replace("\0", "").encode(
+        "utf-8", "surrogateescape" if not any("\ud7ff" < c < "\udc80" for c in text) else "replace"
     )
-    chosen = rng.choice(lines)
-    name = str(chosen[-1])
     if name in ("--duration", "--seconds") or (name == "--set" and len(value) < 40):
         value = rng.choice([b"nan", b"-1", b"inf", b"x", b"0", b"9" * 5000])
-    command(*chosen, value.decode("utf-8", "replace"))
+    command(*chosen, name, value.decode("utf-8", "replace"))
 
 
 def videos(one: Try) -> None:
