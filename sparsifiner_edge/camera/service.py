@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.camera.capture import Capture, Frame
+from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.lines import LineWriter, open_output
 from sparsifiner_edge.camera.model import TOP, Model
@@ -25,6 +26,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraErro
 _TICK_S = 0.1
 STALL_S = 3.0
 _MS = 1e6
+_PIPELINE = {"missing": ["A GStreamer pipeline is your own command line, and is not confined."]}
 
 
 class Options(NamedTuple):
@@ -81,6 +83,7 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
             status.event("metrics", address=server.url)
         # What really runs, once: a library that could not be loaded means kernels several times slower.
         status.event("model", **model.session.description)
+        status.event("decoding", **(_PIPELINE if source.kind == "gst" else confinement()))
         stop = stack.enter_context(stopping())
         with _Run(model, source, options, status, stop) as run:
             run.loop()

@@ -222,10 +222,17 @@ def test_a_stream(user: int | None) -> None:
 def test_the_decoding_process_is_confined(cells: Path, service: Any) -> None:
     run = service(cells, "--source", "test")
     run.record()
+    told = run.event(event="decoding")
+    assert told == {**told, **confine.confinement()}
     status = Path(f"/proc/{run.decoder()}/status").read_text()
     found = dict(re.findall(r"^(NoNewPrivs|Seccomp|CapEff):\s+(\w+)$", status, re.MULTILINE))
     assert found == {"NoNewPrivs": "1", "Seccomp": "2", "CapEff": "0" * 16}
     assert run.finish()[0] == 0
+
+
+def test_a_pipeline_is_told_not_to_be_confined(cells: Path, service: Any) -> None:
+    run = service(cells, "--source", "gst:videotestsrc is-live=true")
+    assert "not confined" in run.event(event="decoding")["missing"][0]
 
 
 # What can be checked without a kernel that lacks something, or another processor.

@@ -54,7 +54,7 @@ def test_every_frame_of_a_file(cells: Path, video: Path) -> None:
         assert all(record[name] >= 0 for name in TIMES)
         assert record["end_to_end_ms"] >= record["infer_ms"]
         assert "frame_age_ms" not in record
-    assert [e.get("state") for e in events_of(outcome)] == [None, "connecting", "streaming", "ended", None]
+    assert [e.get("state") for e in events_of(outcome)] == [None, None, "connecting", "streaming", "ended", None]
     assert (events_of(outcome)[-1]["captured"], events_of(outcome)[-1]["dropped"]) == (30, 0)
 
 
