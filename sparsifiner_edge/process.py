@@ -7,7 +7,6 @@ telemetry, and without core files.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -89,8 +88,8 @@ def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
 def _serve(module: str, parent: int) -> None:
     """The new process's first call."""
     end_with_parent(parent)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_NOFILE, _MOST_FILES)
+    limit_resource(resource.RLIMIT_CORE, 0)
+    limit_resource(resource.RLIMIT_NOFILE, _MOST_FILES)
     sys.argv[:] = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
@@ -112,8 +111,8 @@ def _prctl(option: int, value: int) -> None:
     _libc.prctl(option, value, 0, 0, 0)
 
 
-def _limit(kind: int, most: int) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        hard = resource.getrlimit(kind)[1]
-        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (value, value))
+def limit_resource(kind: int, most: int) -> None:
+    """Allow this process, and all that it starts, so much of a resource at most (`resource.RLIMIT_...`)."""
+    hard = resource.getrlimit(kind)[1]
+    value = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (value, value))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 
+from sparsifiner_edge.process import limit_resource
+
 MAX_PIXELS = 40_000_000
 """Of one frame: 8K is 33 million. Told to the decoder, which refuses more before it allocates."""
 MAX_ASPECT = 16
@@ -11,18 +13,14 @@ MEMORY_BYTES = 6 << 30
 
 
 def limit(pipeline: bool) -> None:
-    """Limit this process: it dumps no core, writes no file (pipes are none), has bounded memory.
+    """Limit this process: it writes no file (pipes are none) and has bounded memory; see `process` for the rest.
 
-    Not the last two for a `pipeline` of GStreamer: it is the user's own, caches a registry, may record, and hardware
-    decoders reserve more addresses than any sane limit.
+    Not a `pipeline` of GStreamer: it is the user's own, caches a registry, may record, and hardware decoders reserve
+    more addresses than any sane limit.
     """
-    limits = {resource.RLIMIT_CORE: 0}
     if not pipeline:
-        limits |= {resource.RLIMIT_FSIZE: 0, resource.RLIMIT_AS: MEMORY_BYTES}
-    for kind, most in limits.items():
-        hard = resource.getrlimit(kind)[1]
-        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (value, value))
+        limit_resource(resource.RLIMIT_FSIZE, 0)
+        limit_resource(resource.RLIMIT_AS, MEMORY_BYTES)
 
 
 def require_sane_size(width: int, height: int) -> None:
