@@ -9,6 +9,7 @@ it still ran at the end and was ended), `packets` (what was sent), `errors` per 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -21,15 +22,16 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 1, 0x1000
 _SERVER = "10.77.0.2"
+Started = tuple[subprocess.Popen[bytes], IO[bytes]]
 
 
 def enter() -> int:
-    """Leave the machine's network; returns the other end of the interface that leads out of the new one.
+    """Leave the machine's network and its name servers; returns the other end of the interface that leads out.
 
     Raises:
         OSError: not permitted here.
@@ -41,10 +43,11 @@ def enter() -> int:
     fcntl.ioctl(handle, _TUNSETIFF, struct.pack("16sH22x", b"out0", _IFF_TUN | _IFF_NO_PI))
     for line in ("link set lo up", "addr add 10.77.0.1/24 dev out0", "link set out0 up", "route add default dev out0"):
         subprocess.run(["ip", *line.split()], check=True, capture_output=True)
-    with tempfile.NamedTemporaryFile("w", delete=False) as file:
-        file.write(f"nameserver {_SERVER}\noptions timeout:1 attempts:1\n")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    subprocess.run(["mount", "--bind", file.name, os.path.realpath("/etc/resolv.conf")], check=True)
+    with tempfile.NamedTemporaryFile("w") as file:  # Mounted it stays, also without its name.
+        file.write(f"nameserver {_SERVER}\noptions timeout:1 attempts:1\n")
+        file.flush()
+        subprocess.run(["mount", "--bind", file.name, os.path.realpath("/etc/resolv.conf")], check=True)
     return handle
 
 
@@ -68,7 +71,12 @@ class Listener:
 def run_all(handle: int, commands: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Run all commands at once, for `seconds` at most."""
     listener = Listener(handle)
-    started = {command["name"]: _started(command) for command in commands}
+    with contextlib.ExitStack() as stack:
+        started = {command["name"]: _started(command, stack.enter_context(_log())) for command in commands}
+        return _watch(listener, started, seconds)
+
+
+def _watch(listener: Listener, started: dict[str, Started], seconds: float) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     codes: dict[str, int | None] = {}
     while time.monotonic() < deadline and any(process.poll() is None for process, _ in started.values()):
@@ -79,17 +87,20 @@ def run_all(handle: int, commands: list[dict[str, Any]], seconds: float) -> dict
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     time.sleep(0.2)
-    errors = {name: Path(log).read_text(errors="replace")[-2000:] for name, (_, log) in started.items()}
+    errors = {name: Path(log.name).read_text(errors="replace")[-2000:] for name, (_, log) in started.items()}
     return {"codes": codes, "packets": listener.packets, "errors": errors}
 
 
-def _started(command: dict[str, Any]) -> tuple[subprocess.Popen[bytes], str]:
-    with tempfile.NamedTemporaryFile(delete=False) as log:
-        process = subprocess.Popen(
-            command["arguments"], env=os.environ | command.get("environment", {}), cwd=command.get("cwd"),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    return process, log.name
+def _log() -> IO[bytes]:
+    return tempfile.NamedTemporaryFile()
+
+
+def _started(command: dict[str, Any], log: IO[bytes]) -> Started:
+    process = subprocess.Popen(
+        command["arguments"], env=os.environ | command.get("environment", {}), cwd=command.get("cwd"),
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
+    )  # fmt: skip
+    return process, log
 
 
 if __name__ == "__main__":
