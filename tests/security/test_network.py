@@ -92,10 +92,8 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
         reporting = pool.submit(isolated, [asked], SECONDS + 5)
         found = isolated(commands, SECONDS + 5)
     assert found["packets"] == []
-    if tuple(map(int, version("onnxruntime").split(".")[:2])) >= (
-        1,
-        32,
-    ):  # What would be seen, were it not off; older ones report less.
+    # What would be seen, were it not off; older ones report less.
+    if tuple(map(int, version("onnxruntime").split(".")[:2])) >= (1, 32):
         assert any("microsoft" in packet for packet in reporting.result()["packets"])
     assert found["codes"]["run test"] is None, found["errors"]["run test"]
     for name, text in found["errors"].items():
