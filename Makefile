@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/sparsifiner-edge demo -o $(DEMO)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(PYTEST)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.once import Once, make_once
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many processes as cores run tests already; threads beside them only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # torch and the like are imported where they are used: some tests run without them.
 
@@ -28,78 +35,81 @@ def handlers_restored() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Makes a folder once per run; what is in it is only read."""
+    return make_once(tmp_path_factory)
+
+
+def _save_weights(path: Path, classes: int) -> None:
+    import safetensors.torch
+
+    from tests.models import vit
+
+    safetensors.torch.save_file(vit(num_classes=classes).state_dict(), path)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(once: Once) -> Path:
     """A classifier of 10 classes."""
-    import safetensors.torch
-
-    from tests.models import vit
-
-    path = tmp_path_factory.mktemp("weights") / "classifier.safetensors"
-    safetensors.torch.save_file(vit(num_classes=10).state_dict(), path)
-    return path
+    return (
+        once("weights", lambda folder: _save_weights(folder / "classifier.safetensors", 10)) / "classifier.safetensors"
+    )
 
 
 @pytest.fixture(scope="session")
-def feature_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def feature_weights(once: Once) -> Path:
     """The same without classifier."""
-    import safetensors.torch
-
-    from tests.models import vit
-
-    path = tmp_path_factory.mktemp("weights") / "features.safetensors"
-    safetensors.torch.save_file(vit(num_classes=0).state_dict(), path)
-    return path
+    return once("features", lambda folder: _save_weights(folder / "features.safetensors", 0)) / "features.safetensors"
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(once: Once) -> Path:
     """A folder of three small pictures."""
     import numpy as np
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(3):
-        pixels = np.random.default_rng(number).integers(0, 256, (60 + number, 80, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"picture{number}.png")
-    return folder
+    def draw(folder: Path) -> None:
+        for number in range(3):
+            pixels = np.random.default_rng(number).integers(0, 256, (60 + number, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"picture{number}.png")
+
+    return once("pictures", draw)
 
 
 @pytest.fixture(scope="session")
-def tiny_student(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Path:
+def tiny_student(once: Once, tiny_weights: Path) -> Path:
     from sparsifiner_edge.sparse.student import sparsify
     from tests.models import TINY
 
-    return sparsify(TINY, tmp_path_factory.mktemp("student") / "student", weights=tiny_weights, cells=4)
+    return once("student", lambda folder: sparsify(TINY, folder / "student", weights=tiny_weights, cells=4)) / "student"
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> Path:
+def tiny_bundle(once: Once, tiny_student: Path) -> Path:
     from sparsifiner_edge.export.bundle import export_bundle
 
-    return export_bundle(tiny_student, tmp_path_factory.mktemp("bundle") / "bundle")
+    return once("bundle", lambda folder: export_bundle(tiny_student, folder / "bundle")) / "bundle"
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(once: Once) -> Path:
     """Twelve smooth pictures in two classes."""
     import numpy as np
     from PIL import Image
 
-    root = tmp_path_factory.mktemp("training")
-    for number in range(12):
-        coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        path = root / ("cats" if number % 2 else "dogs") / f"{number:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(coarse).resize((180, 170), Image.Resampling.BICUBIC).save(path)
-    return root
+    def draw(root: Path) -> None:
+        for number in range(12):
+            coarse = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            path = root / ("cats" if number % 2 else "dogs") / f"{number:02d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(coarse).resize((180, 170), Image.Resampling.BICUBIC).save(path)
+
+    return once("training", draw)
 
 
 @pytest.fixture(scope="session")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def keys(once: Once) -> Path:
     """key.pem, key.pub, other.pem, other.pub."""
     from sparsifiner_edge.signing import generate_key
 
-    folder = tmp_path_factory.mktemp("keys")
-    for name in ("key", "other"):
-        generate_key(folder / f"{name}.pem")
-    return folder
+    return once("keys", lambda folder: [generate_key(folder / f"{name}.pem") for name in ("key", "other")])

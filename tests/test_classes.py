@@ -25,6 +25,7 @@ from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call
 from tests.models import student, vit
+from tests.once import Once
 
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
 
@@ -41,16 +42,17 @@ def colours(folder: Path, count: int, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("classes")
-    save_file(vit(num_classes=0).state_dict(), folder / "w.safetensors")
-    return {
-        "student": save_student(student(num_classes=0), folder / "student"),
-        "bundle": export_bundle(folder / "student", folder / "bundle"),
-        "weights": folder / "w.safetensors",
-        "gallery": colours(folder / "gallery", 15, 0),
-        "queries": colours(folder / "queries", 4, 1),
-    }
+def made(once: Once) -> dict[str, Path]:
+    def make(folder: Path) -> None:
+        save_file(vit(num_classes=0).state_dict(), folder / "weights.safetensors")
+        save_student(student(num_classes=0), folder / "student")
+        export_bundle(folder / "student", folder / "bundle")
+        colours(folder / "gallery", 15, 0)
+        colours(folder / "queries", 4, 1)
+
+    folder = once("classes", make)
+    names = {name: folder / name for name in ("student", "bundle", "gallery", "queries")}
+    return names | {"weights": folder / "weights.safetensors"}
 
 
 @pytest.mark.parametrize("metric", ["knn", "linear"])

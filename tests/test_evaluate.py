@@ -21,24 +21,25 @@ from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import save_student
 from tests.models import student, vit
+from tests.once import Once
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made(once: Once) -> dict[str, Path]:
     """A student, its bundle, its dense teacher as weights and as bundle, and four pictures."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    weights = folder / "w.safetensors"
-    save_file(vit().state_dict(), weights)
-    (folder / "pictures").mkdir()
-    for number, image in enumerate(golden_image(200, 4)):
-        Image.fromarray(image).save(folder / "pictures" / f"{number}.png")
-    return {
-        "student": save_student(student(), folder / "student"),
-        "bundle": export_bundle(folder / "student", folder / "bundle", tokens=True),
-        "dense": export_bundle("test_vit", folder / "dense", weights=weights, tokens=True),
-        "weights": weights,
-        "pictures": folder / "pictures",
-    }
+
+    def make(folder: Path) -> None:
+        save_file(vit().state_dict(), folder / "weights.safetensors")
+        (folder / "pictures").mkdir()
+        for number, image in enumerate(golden_image(200, 4)):
+            Image.fromarray(image).save(folder / "pictures" / f"{number}.png")
+        save_student(student(), folder / "student")
+        export_bundle(folder / "student", folder / "bundle", tokens=True)
+        export_bundle("test_vit", folder / "dense", weights=folder / "weights.safetensors", tokens=True)
+
+    folder = once("evaluate", make)
+    names = {name: folder / name for name in ("student", "bundle", "dense", "pictures")}
+    return names | {"weights": folder / "weights.safetensors"}
 
 
 def means(result: dict[str, Any]) -> dict[str, float]:

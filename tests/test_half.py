@@ -26,6 +26,7 @@ from sparsifiner_edge.metrics import aligned, cosine
 from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.models import TINY_CONFIG, student, vit
+from tests.once import Once
 
 KINDS = {
     "edge": TINY_CONFIG,
@@ -57,12 +58,13 @@ def types_of(model: onnx.ModelProto) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("half")
-    save_student(student(), folder / "student")
-    save_file(vit().state_dict(), folder / "w.safetensors")
-    export_bundle(folder / "student", folder / "fp16", precision="fp16", batch="dynamic", tokens=True)
-    return folder
+def place(once: Once) -> Path:
+    def make(folder: Path) -> None:
+        save_student(student(), folder / "student")
+        save_file(vit().state_dict(), folder / "w.safetensors")
+        export_bundle(folder / "student", folder / "fp16", precision="fp16", batch="dynamic", tokens=True)
+
+    return once("half", make)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,18 +19,19 @@ DEPTH = 6
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, tiny_weights):
+def exported(once, tiny_weights):
     """The same model sparse, with tokens pruned after layer 3, and dense."""
     from sparsifiner_edge.export.bundle import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
     from tests.models import TINY
 
-    folder = tmp_path_factory.mktemp("layers")
-    student = sparsify(TINY, folder / "student", weights=tiny_weights, cells=4, token_keep=((3, 0.7),))
-    return {
-        "sparse": export_bundle(student, folder / "sparse"),
-        "dense": export_bundle(TINY, folder / "dense", weights=tiny_weights),
-    }
+    def make(folder):
+        student = sparsify(TINY, folder / "student", weights=tiny_weights, cells=4, token_keep=((3, 0.7),))
+        export_bundle(student, folder / "sparse")
+        export_bundle(TINY, folder / "dense", weights=tiny_weights)
+
+    folder = once("layers", make)
+    return {name: folder / name for name in ("sparse", "dense")}
 
 
 def measured(bundle, kernels):

@@ -14,20 +14,22 @@ import pytest
 from benchmarks.camera_cells import make_cells_bundle
 from sparsifiner_edge.camera.pattern import draw_pattern
 from tests.commands import PROGRAM
+from tests.once import Once
 
 av = pytest.importorskip("av", reason="the extra camera is not installed")
 
 
 @pytest.fixture(scope="session")
-def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cells(once: Once) -> Path:
     """A bundle that reads the number in the picture."""
-    return make_cells_bundle(tmp_path_factory.mktemp("cells") / "bundle", size=64)
+    return once("cells", lambda folder: make_cells_bundle(folder / "bundle", size=64)) / "bundle"
 
 
 @pytest.fixture(scope="session")
-def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def video(once: Once) -> Path:
     """Thirty numbered frames."""
-    return encode(tmp_path_factory.mktemp("video") / "numbered.mp4", [draw_pattern(n, 320, 240) for n in range(30)])
+    frames = [draw_pattern(n, 320, 240) for n in range(30)]
+    return once("video", lambda folder: encode(folder / "numbered.mp4", frames)) / "numbered.mp4"
 
 
 def encode(path: Path, pictures: list[np.ndarray[Any, Any]], codec: str = "libx264", **options: str) -> Path:

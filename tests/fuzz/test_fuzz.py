@@ -12,15 +12,14 @@ from sparsifiner_edge.cli import main as program
 from tests.fuzz import materials
 from tests.fuzz.harness import LIMIT_S, FailureError, Target, Try, attempt, command, strict_json
 from tests.fuzz.targets import TARGETS
+from tests.once import Once
 
 QUICK = ("golden", "model", "external", "signature", "manifest", "injection", "settings", "usage")
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("good")
-    materials.make(folder, ("plain", "signed", "bundle", "images", "results"))
-    return folder
+def good(once: Once) -> Path:
+    return once("good", lambda folder: materials.make(folder, ("plain", "signed", "bundle", "images", "results")))
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -15,6 +15,7 @@ import pytest
 
 from sparsifiner_edge.ops.schema import OPERATORS
 from tests.native.test_kernels import PAPER, SETS
+from tests.once import Once
 from tests.ops import matrix
 from tests.ops.matrix import Case, cases, check
 
@@ -86,10 +87,10 @@ def agree(command: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def sanitised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sanitised(once: Once) -> Path:
     # Highway's own assertions are in, which call its library.
     options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-lhwy")
-    return build("g++", tmp_path_factory.mktemp("sanitised") / "replay", *options)
+    return once("sanitised", lambda folder: build("g++", folder / "replay", *options)) / "replay"
 
 
 @pytest.mark.parametrize("target", SETS)

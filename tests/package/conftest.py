@@ -10,19 +10,22 @@ from typing import Any
 import onnx
 import pytest
 
+from tests.once import Once
 from tests.package.reseal import reseal
 
 
 @pytest.fixture(scope="session")
-def dynamic_bundle(tmp_path_factory: pytest.TempPathFactory, feature_weights: Path) -> Path:
+def dynamic_bundle(once: Once, feature_weights: Path) -> Path:
     """Features and tokens of dynamic batch; half the tokens are pruned."""
     from sparsifiner_edge.export.bundle import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
     from tests.models import TINY
 
-    folder = tmp_path_factory.mktemp("dynamic")
-    student = sparsify(TINY, folder / "student", weights=feature_weights, cells=4)
-    return export_bundle(student, folder / "bundle", batch="dynamic", token_keep=((2, 0.5),))
+    def make(folder: Path) -> None:
+        student = sparsify(TINY, folder / "student", weights=feature_weights, cells=4)
+        export_bundle(student, folder / "bundle", batch="dynamic", token_keep=((2, 0.5),))
+
+    return once("dynamic", make) / "bundle"
 
 
 @pytest.fixture

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from sparsifiner_edge.results import write_result
+from tests.once import Once
 
 Result = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def real(
-    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, tiny_weights: Path, pictures: Path
-) -> dict[str, Path]:
+def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> dict[str, Path]:
     """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle, `sparse` the other."""
     from sparsifiner_edge.evaluate.cosine import evaluate_student
     from sparsifiner_edge.export.bundle import export_bundle
@@ -26,18 +25,20 @@ def real(
     from sparsifiner_edge.profiles.estimate import estimate_bundle
     from tests.models import TINY
 
-    folder = tmp_path_factory.mktemp("report")
-    dense = export_bundle(TINY, folder / "dense", weights=tiny_weights)
-    results = {
-        "comparison": profile_bundle(tiny_bundle, against=dense, seconds=0.3, threads=1),
-        "profile": profile_bundle(dense, seconds=0.2, threads=1, layers=False, power=False),
-        "evaluation": evaluate_student(tiny_bundle, pictures, against=dense),
-        "estimate": estimate_bundle(tiny_bundle, "jetson-orin-nano-8gb"),
-        "sweep": sweep_bundle(dense, {"threads": [1, 2]}, seconds=0.2),
-    }
-    for name, result in results.items():
-        write_result(folder / f"{name}.json", result)
-    return {name: folder / f"{name}.json" for name in results} | {"dense": dense, "sparse": tiny_bundle}
+    def make(folder: Path) -> None:
+        dense = export_bundle(TINY, folder / "dense", weights=tiny_weights)
+        results = {
+            "comparison": profile_bundle(tiny_bundle, against=dense, seconds=0.3, threads=1),
+            "profile": profile_bundle(dense, seconds=0.2, threads=1, layers=False, power=False),
+            "evaluation": evaluate_student(tiny_bundle, pictures, against=dense),
+            "estimate": estimate_bundle(tiny_bundle, "jetson-orin-nano-8gb"),
+            "sweep": sweep_bundle(dense, {"threads": [1, 2]}, seconds=0.2),
+        }
+        for name, result in results.items():
+            write_result(folder / f"{name}.json", result)
+
+    folder = once("report", make)
+    return {path.stem: path for path in folder.glob("*.json")} | {"dense": folder / "dense", "sparse": tiny_bundle}
 
 
 @pytest.fixture

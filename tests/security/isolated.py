@@ -29,7 +29,7 @@ _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 1, 0x1000
 _SERVER = "10.77.0.2"
 CI = ("CI", "APPVEYOR", "BITBUCKET_BUILD_NUMBER", "BUILDKITE", "CIRCLECI", "CODEBUILD_BUILD_ID", "GITHUB_ACTIONS",
       "GITLAB_CI", "JENKINS_URL", "TEAMCITY_VERSION", "TF_BUILD", "TRAVIS")  # fmt: skip
-"""Where one of these is set ONNX Runtime reports nothing by itself: what is run here is run as if on a user's machine."""
+"""Where one of these is set ONNX Runtime reports nothing anyway; what is run here runs as on a user's machine."""
 Started = tuple[subprocess.Popen[bytes], IO[bytes]]
 
 

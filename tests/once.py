@@ -1,0 +1,34 @@
+"""What is made once per run, however many processes run the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pytest
+
+Once = Callable[[str, Callable[[Path], Any]], Path]
+"""(name, function that fills a new folder) -> that folder, filled."""
+
+
+def make_once(factory: pytest.TempPathFactory) -> Once:
+    """The first process that asks for a name makes it, others wait for it."""
+    base = factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def once(name: str, make: Callable[[Path], Any]) -> Path:
+        folder, made = shared / name, shared / f"{name}.made"
+        with filelock.FileLock(shared / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return once
