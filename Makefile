@@ -6,13 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test check bench aarch64 clean
+.PHONY: demo test quick check bench aarch64 clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsifiner-edge demo -o $(DEMO)
 
+PARALLEL := --numprocesses=logical --maxprocesses=8 --dist=worksteal
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
+
+# What takes a minute, for every change; `make test` for every commit.
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" -q $(PYTEST)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

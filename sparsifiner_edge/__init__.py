@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from sparsifiner_edge.profiles.latency import profile_bundle as profile_bundle
     from sparsifiner_edge.runtime import open_session as open_session
     from sparsifiner_edge.runtime.build import build_engine as build_engine
+    from sparsifiner_edge.sparse.in_memory import restore_model as restore_model
+    from sparsifiner_edge.sparse.in_memory import sparsify_model as sparsify_model
     from sparsifiner_edge.sparse.student import load_student as load_student
     from sparsifiner_edge.sparse.student import sparsify as sparsify
 
@@ -40,10 +42,13 @@ _HOMES = {
     "open_session": "runtime",
     "package_bundle": "package",
     "profile_bundle": "profiles.latency",
+    "restore_model": "sparse.in_memory",
     "sparsify": "sparse.student",
+    "sparsify_model": "sparse.in_memory",
     "verify_bundle": "package.verify",
 }
 _EXTRAS = {
+    "sparse.in_memory": "train",
     "sparse.student": "train",
     "distill.distill": "train",
     "export.bundle": "train,cpu",

@@ -24,6 +24,8 @@ from tests.commands import assert_refused, call
 from tests.sparse_graph import sparse_model
 from tests.tables import table_of
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parent.parent

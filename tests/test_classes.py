@@ -27,6 +27,8 @@ from tests.commands import assert_refused, call
 from tests.models import student, vit
 from tests.once import Once
 
+pytestmark = pytest.mark.slow
+
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
 
 

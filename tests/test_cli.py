@@ -17,6 +17,8 @@ from tests.commands import PROGRAM, Outcome, call, process
 from tests.models import TINY
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 HEAVY = {"torch", "timm", "numpy", "onnx", "onnxruntime", "PIL", "safetensors", "matplotlib"}
 
 

@@ -11,6 +11,8 @@ import pytest
 from sparsifiner_edge.results import read_result
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):

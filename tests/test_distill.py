@@ -30,6 +30,8 @@ from sparsifiner_edge.sparse.student import dense_twin, load_student, save_stude
 from tests.commands import PROGRAM, assert_refused, call, process
 from tests.models import student, vit
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("distil.steps=6", "batch=2", "check_every=3", "save_every=2", "pictures.held_out=2", "budgets.keep=[0.1,0.2]")
 
 

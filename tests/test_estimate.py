@@ -25,6 +25,8 @@ from sparsifiner_edge.runtime.kernels import table_file
 from tests.commands import assert_refused, process
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 VIT_S = ModelShape(12, 6, 384, 1536, 1, 1369, 14)
 DENSE = SparsityConfig(keep=1)
 EDGE = SparsityConfig(keep=0.1, cells=25)

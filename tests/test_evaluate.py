@@ -23,6 +23,8 @@ from sparsifiner_edge.sparse.student import save_student
 from tests.models import student, vit
 from tests.once import Once
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(once: Once) -> dict[str, Path]:

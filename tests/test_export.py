@@ -33,6 +33,8 @@ from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 from tests.models import TINY_CONFIG, student, vit
 
+pytestmark = pytest.mark.slow
+
 OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"
 """Made by `make test` (target .dev)."""
 

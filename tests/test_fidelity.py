@@ -11,6 +11,8 @@ from sparsifiner_edge import material
 from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.sparse.student import sparsify
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:

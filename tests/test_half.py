@@ -28,6 +28,8 @@ from sparsifiner_edge.sparse.student import save_student
 from tests.models import TINY_CONFIG, student, vit
 from tests.once import Once
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "edge": TINY_CONFIG,
     "no cells": SparsityConfig(keep=0.2, cells=0, channels=8),

@@ -14,6 +14,8 @@ from sparsifiner_edge.profiles.layers import measure_layers, read_trace
 from sparsifiner_edge.profiles.worker import fixed_inputs
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 DEPTH = 6
 """Of the tiny model."""
 

@@ -18,6 +18,8 @@ from sparsifiner_edge.results import check_result
 from sparsifiner_edge.runtime.cuda import Times
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 WATTS = 10.0
 
 

@@ -19,6 +19,8 @@ from sparsifiner_edge.results import check_result
 from sparsifiner_edge.runtime import TensorSpec
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 BARE = {"threads": 1, "layers": False, "power": False}
 """Latency and memory alone, on one thread."""

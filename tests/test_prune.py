@@ -32,6 +32,8 @@ from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 from tests.commands import assert_refused, call
 from tests.models import TINY, images, student, vit
 
+pytestmark = pytest.mark.slow
+
 STAGES = ((1, 0.7), (3, 0.5))
 PRUNED = SparsityConfig(keep=0.4, cells=4, channels=8, token_keep=STAGES)
 PAPER = SparsityConfig.for_preset("paper", keep=0.3, channels=16, top_coefficients=4, token_keep=STAGES)

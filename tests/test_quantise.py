@@ -22,6 +22,8 @@ from sparsifiner_edge.runtime import check_golden, open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.models import student, vit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

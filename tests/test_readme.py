@@ -16,6 +16,8 @@ from sparsifiner_edge import material
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.results import read_result
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
@@ -41,11 +43,17 @@ def run(command: list[str], cwd: Path) -> str:
 
 
 def test_the_blocks_are_those_that_are_run_here() -> None:
-    assert [kind for kind, _ in BLOCKS] == ["sh", "sh", "sh", "python"]
+    assert [kind for kind, _ in BLOCKS] == ["python", "sh", "sh", "sh", "python"]
 
 
+def test_in_memory(place: Path) -> None:
+    said = run([sys.executable, "-c", BLOCKS[0][1] + "print(type(model).__name__, list(features.shape))"], place)
+    assert said.split("\n")[-2] == "VisionTransformer [1, 384]"
+
+
+@pytest.mark.long
 def test_make_demo(tmp_path: Path) -> None:
-    assert BLOCKS[0][1].strip() == "make demo"
+    assert BLOCKS[1][1].strip() == "make demo"
     # The environment of this very run serves: `make demo` itself would install into .venv, which CI has just done.
     command = [
         "make",
@@ -67,13 +75,14 @@ def test_make_demo(tmp_path: Path) -> None:
 
 
 def test_make_test() -> None:
-    assert BLOCKS[1][1].strip() == "make test"
+    assert BLOCKS[2][1].strip() == "make test"
     # It is what runs this test; here only that make would run pytest.
     assert "-m pytest" in run(["make", "--dry-run", "test"], ROOT)
 
 
+@pytest.mark.long
 def test_shell_then_python(place: Path) -> None:
-    run(["bash", "-euc", BLOCKS[2][1]], place)
+    run(["bash", "-euc", BLOCKS[3][1]], place)
     assert read_result(place / "result.json")["kind"] == "comparison"
     assert len((place / "features.jsonl").read_text().splitlines()) == 4
-    assert f"native, {native.target()}" in run([sys.executable, "-c", BLOCKS[3][1]], place)
+    assert f"native, {native.target()}" in run([sys.executable, "-c", BLOCKS[4][1]], place)

@@ -232,6 +232,16 @@ def make_dense_again(attention: Any) -> None:
     attention.__class__ = _mixed(DenseAttention, type(attention).__bases__[1])
 
 
+def restore_attention(attention: Any) -> None:
+    """Turn an attention, in place, into timm's own again."""
+    if not isinstance(attention, PackedAttention):
+        return
+    for name in ("select", "sparsity", "layout", "num_prefix"):
+        if hasattr(attention, name):
+            delattr(attention, name)
+    attention.__class__ = type(attention).__bases__[1]
+
+
 def make_sparse(attention: Any, sparsity: SparsityConfig, layout: Layout, num_prefix: int) -> None:
     """Turn an attention of timm, in place, into `SparseAttention`; projections are zero (see `calibrate.py`)."""
     if sparsity.channels > attention.head_dim:
@@ -249,8 +259,9 @@ def make_sparse(attention: Any, sparsity: SparsityConfig, layout: Layout, num_pr
                 "Use the preset edge, or a larger image.",
             )
         attention.__class__ = _mixed(LandmarkAttention, attention.__class__)
-        attention.select = LandmarkSelector(attention.head_dim, sparsity.channels, tokens, landmarks)
+        select: nn.Module = LandmarkSelector(attention.head_dim, sparsity.channels, tokens, landmarks)
     else:
         attention.__class__ = _mixed(SparseAttention, attention.__class__)
-        attention.select = KeySelector(attention.num_heads, attention.head_dim, sparsity.channels)
+        select = KeySelector(attention.num_heads, attention.head_dim, sparsity.channels)
+    attention.select = select.to(attention.proj.weight)
     attention.sparsity, attention.layout, attention.num_prefix = sparsity, layout, num_prefix

@@ -57,7 +57,7 @@ def calibrate_from_weights(model: nn.Module) -> None:
         # Any orthogonal basis and its negative has white noise's moments; a random one is fair to qk-norm, too.
         width = len(block.norm1.weight)
         noise = torch.randn(width, width, generator=torch.Generator().manual_seed(number))
-        basis = torch.linalg.qr(noise)[0] * width**0.5
+        basis = (torch.linalg.qr(noise)[0] * width**0.5).to(block.norm1.weight)
         q, k, _ = attention.heads(torch.cat([basis, -basis])[None] * block.norm1.weight + block.norm1.bias)
         queries, keys = (x[0].transpose(0, 1).double() for x in (q, k))
         if tables is not None:
@@ -71,7 +71,7 @@ def _rotary_tables(model: Any) -> Tensor | None:
     """The model's table of rotary embeddings, patches in the order of its tokens; None without."""
     if getattr(model, "rope", None) is None:
         return None
-    tokens = torch.zeros(1, model.patch_embed.num_patches, model.embed_dim)
+    tokens = model.patch_embed.proj.weight.new_zeros(1, model.patch_embed.num_patches, model.embed_dim)
     table: Tensor = model._pos_embed(tokens)[1]
     return table
 

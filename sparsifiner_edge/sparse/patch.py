@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse
+from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse, restore_attention
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.prune import PrunedBlock, make_pruned, make_whole
 
+Module = TypeVar("Module", bound=nn.Module)
 SUPPORTED = "timm's VisionTransformer (ViT, DeiT, DINOv2) and Eva (EVA-02, DINOv3, ViT with RoPE)"
 
 
@@ -152,33 +153,56 @@ def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
 
     Raises:
         UnsupportedModelError: with every reason.
-        ConfigError: tile, cells or dense layers do not fit this model.
+        ConfigError: tile, cells or dense layers do not fit this model; it is unchanged then.
     """
     reasons = support_refusals(model)
     if reasons:
         raise UnsupportedModelError(
             f"This model cannot be made sparse: {'; '.join(reasons)}.", f"Choose one of {SUPPORTED}."
         )
-    vit = cast(Any, model)
     if sparsity.is_dense:
         return model
+    try:
+        _make_sparse(cast(Any, model), sparsity)
+    except ConfigError:
+        restore_backbone(model)
+        raise
+    return model
+
+
+def _make_sparse(vit: Any, sparsity: SparsityConfig) -> None:
     grid = cast("tuple[int, int]", tuple(vit.patch_embed.grid_size))
     if sparsity.token_keep:
         _check_pruning(vit)
     counts = sparsity.layer_tokens(len(vit.blocks), grid[0] * grid[1], vit.num_prefix_tokens)
     sparse_layers = sparsity.sparse_layers(len(vit.blocks))
     order = token_order(sparsity, grid)
+    vit.__class__ = type(f"Sparse{type(vit).__name__}", (SparseViTMixin, type(vit)), {})
     for number, block in enumerate(vit.blocks):
         if number in sparse_layers:
             patches, prefix = counts[number]
             make_sparse(block.attn, sparsity, sparsity.layout(patches, prefix), prefix)
         else:
             make_dense(block.attn)
-    vit.register_buffer("token_order", torch.from_numpy(order), persistent=False)
-    vit.register_buffer("raster_order", torch.from_numpy(inverse(order)), persistent=False)
-    vit.__class__ = type(f"Sparse{type(model).__name__}", (SparseViTMixin, type(model)), {})
+    device = vit.patch_embed.proj.weight.device
+    vit.register_buffer("token_order", torch.from_numpy(order).to(device), persistent=False)
+    vit.register_buffer("raster_order", torch.from_numpy(inverse(order)).to(device), persistent=False)
     vit.sparsity = sparsity
-    set_budget(model, sparsity)
+    set_budget(vit, sparsity)
+
+
+def restore_backbone(model: Module) -> Module:
+    """Undo `make_model_sparse`, in place; a model that is not sparse is left as it is."""
+    if not isinstance(model, SparseViTMixin):
+        return model
+    vit = cast(Any, model)
+    for block in vit.blocks:
+        make_whole(block)
+        restore_attention(block.attn)
+    for name in ("token_order", "raster_order", "sparsity"):
+        if hasattr(vit, name):
+            delattr(vit, name)
+    vit.__class__ = type(vit).__bases__[1]
     return model
 
 

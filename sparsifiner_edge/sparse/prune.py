@@ -98,4 +98,5 @@ def make_pruned(block: Any, kept: int, prefix: int, fuse: bool) -> None:
 def make_whole(block: Any) -> None:
     """Undo `make_pruned`."""
     if isinstance(block, PrunedBlock):
+        del block.kept, block.prefix, block.fuse
         block.__class__ = Block

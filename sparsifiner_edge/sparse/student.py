@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,15 +24,11 @@ from sparsifiner_edge.artifacts import (
     sha256,
 )
 from sparsifiner_edge.bounds import flaw
-from sparsifiner_edge.config import SparsityConfig, default_cells
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
-from sparsifiner_edge.sparse.calibrate import (
-    Progress,
-    calibrate_from_pictures,
-    calibrate_from_weights,
-    sparse_layers,
-)
+from sparsifiner_edge.sparse.calibrate import Progress, sparse_layers
+from sparsifiner_edge.sparse.in_memory import apply, calibration_size, fitted_config, learn
 from sparsifiner_edge.sparse.models import (
     Backbone,
     State,
@@ -54,8 +50,6 @@ MOST_LABEL = 1000
 _HALF = re.compile("[\ud800-\udfff]")
 """Halves of characters: bytes in a folder's name that are no UTF-8, and what no file takes."""
 _AGAIN = "Make the student again."
-CALIBRATION_SIDE = 16
-"""Patches along a side of the pictures that a predictor learns from, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,52 +84,21 @@ def make_student(
     Raises:
         UnsupportedModelError, ConfigError: see `make_model_sparse`.
     """
-    make_model_sparse(model, sparsity)
-    calibrate_from_weights(model)
+    apply(model, sparsity)
     return Student(model.eval(), name, sparsity, dict(provenance or {}))
 
 
 def calibrate_student(student: Student, folder: Path, progress: Progress | None = None) -> Student:
-    """Learn the predictor from at most 32 pictures below `folder`, evenly taken.
-
-    The preset "edge" learns at no more than 16 patches a side and keeps what it learnt at any size: that is faster, and
-    no worse on held-out photographs than learning at the larger size (benchmarks/results/fidelity, row "at size").
+    """Learn the predictor from at most 32 pictures below `folder`, evenly taken; see `in_memory.learn`.
 
     Raises:
         PictureError: no pictures, or one of those taken cannot be read.
     """
     taken = evenly(list_pictures(folder), MAX_CALIBRATION_PICTURES)
-    teacher = calibration_twin(student)
-    pre, size = preprocessing(student.model), teacher.img_size
-    pictures = [normalise(torch.from_numpy(load_picture(p, size))[None], pre) for p in taken]
-    calibrate_from_pictures(teacher.model, pictures, progress)
-    for ours, learnt in zip(sparse_layers(student.model), sparse_layers(teacher.model), strict=True):
-        ours.select.load_state_dict(learnt.select.state_dict())
+    pre, size = preprocessing(student.model), calibration_size(student.model, student.sparsity.preset)[0]
+    learn(student.model, [normalise(torch.from_numpy(load_picture(p, size))[None], pre) for p in taken], progress)
     how = {"from": "pictures", "pictures": len(taken), "img_size": size, "files": [p.name for p in taken]}
     return dataclasses.replace(student, provenance={**student.provenance, "calibration": how})
-
-
-def calibration_twin(student: Student) -> Student:
-    """The student itself, or a copy at `CALIBRATION_SIDE` patches a side at most, that prunes no tokens, where it is
-    larger or prunes and its preset allows.
-    """
-    patch = int(cast(Any, student.model).patch_embed.patch_size[0])
-    size = min(CALIBRATION_SIDE * patch, student.img_size)
-    sparsity = student.sparsity
-    if sparsity.preset != "edge" or (student.img_size <= size and not sparsity.token_keep):
-        return student
-    patches = (size // patch) ** 2
-    fitted = dataclasses.replace(
-        sparsity,
-        token_keep=(),
-        fuse_tokens=False,
-        cells=min(sparsity.cells, default_cells(patches)),
-        tile=sparsity.tile if sparsity.tile <= patches else sparsity.probe,
-    )
-    model = create(student.name, size, student.model.num_classes)
-    state = {k: v for k, v in student.model.state_dict().items() if ".attn.select." not in k}
-    load_state(model, state, "the student")
-    return make_student(student.name, model, fitted)
 
 
 def sparsify(
@@ -177,13 +140,15 @@ def sparsify(
     target = Path(output)
     require_replaceable(target, "student")
     # Settings are checked before the weights are read: a typing mistake should not cost minutes.
-    given = {"keep": keep, "tile": tile, "probe": probe, "channels": channels, "cells": cells}
-    pruning = {"token_keep": token_keep, "fuse_tokens": fuse_tokens}
-    settings = SparsityConfig.for_preset(preset, dense_layers=dense_layers, **pruning, **given)
+    settings: dict[str, Any] = {
+        "preset": preset, "keep": keep, "tile": tile, "probe": probe, "channels": channels, "cells": cells,
+        "dense_layers": dense_layers, "token_keep": token_keep, "fuse_tokens": fuse_tokens,
+    }  # fmt: skip
+    SparsityConfig.for_preset(**settings)
     if calibrate is not None:
         list_pictures(Path(calibrate))
     vit = load_model(model, Path(weights) if weights else None, img_size)
-    sparsity = _fitted(settings, vit, cells is None, channels is None)
+    sparsity = fitted_config(vit, **settings)
     provenance = {
         "weights": {"file": Path(weights).name, "sha256": sha256(Path(weights))} if weights else {"from": "timm hub"},
         "calibration": {"from": "weights"},
@@ -193,14 +158,6 @@ def sparsify(
     if calibrate is not None and sparse_layers(vit):
         student = calibrate_student(student, Path(calibrate), progress)
     return save_student(student, target)
-
-
-def _fitted(settings: SparsityConfig, vit: Backbone, cells: bool, channels: bool) -> SparsityConfig:
-    """Settings with the defaults that follow from the model: `cells` and `channels` say which were not given."""
-    if settings.preset == "paper":
-        half = int(cast(Any, vit).blocks[0].attn.head_dim) // 2
-        return dataclasses.replace(settings, channels=half) if channels else settings
-    return dataclasses.replace(settings, cells=default_cells(int(vit.patch_embed.num_patches))) if cells else settings
 
 
 def save_student(student: Student, output: Path) -> Path:

@@ -18,6 +18,8 @@ from tests.commands import assert_refused, call, snapshot
 from tests.models import TINY
 from tests.mounts import in_mount, needs_mounts
 
+pytestmark = pytest.mark.slow
+
 Capsys = pytest.CaptureFixture[str]
 
 

@@ -17,6 +17,8 @@ from sparsifiner_edge.artifacts import open_bundle
 from tests.commands import PROGRAM, snapshot
 from tests.models import TINY
 
+pytestmark = pytest.mark.slow
+
 Capsys = pytest.CaptureFixture[str]
 
 

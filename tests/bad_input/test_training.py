@@ -30,6 +30,8 @@ from tests.commands import assert_refused, call
 from tests.fuzz.mutate import json_text, mutated_json, mutated_object, mutated_zip
 from tests.models import student as make_student
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("distil.steps=4", "batch=2", "check_every=2", "save_every=2", "pictures.held_out=2", "ema=0.9")
 Content = dict[str, Any]
 

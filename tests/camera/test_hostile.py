@@ -25,6 +25,8 @@ from tests.bad_pictures import BAD_PICTURES, png_of_size
 from tests.camera.hostile import SECRET, make_hostile
 from tests.commands import process, snapshot
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 10
 READ = """
 import io, json, os, resource, socket, time

@@ -21,6 +21,8 @@ from sparsifiner_edge.camera.lines import LineWriter, line_of, new_lines, open_o
 from sparsifiner_edge.errors import ArtifactError
 from tests.commands import PROGRAM, assert_refused, call, process
 
+pytestmark = pytest.mark.slow
+
 Capsys = pytest.CaptureFixture[str]
 WRITE = """
 import sys, threading

@@ -24,6 +24,8 @@ from tests.camera.test_service import records_of
 from tests.commands import Outcome, assert_refused, call, process, snapshot
 from tests.mounts import in_mount, needs_mounts
 
+pytestmark = pytest.mark.slow
+
 Capsys = pytest.CaptureFixture[str]
 
 

@@ -14,11 +14,15 @@ from benchmarks.camera_soak import Server, free_port, python_with_rtsp, soak, ve
 from sparsifiner_edge.camera.code import number_of
 
 PYTHON = python_with_rtsp()
-pytestmark = pytest.mark.skipif(
-    PYTHON is None, reason="no Python with gi and GstRtspServer (python3-gi, gir1.2-gst-rtsp-server-1.0)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        PYTHON is None, reason="no Python with gi and GstRtspServer (python3-gi, gir1.2-gst-rtsp-server-1.0)"
+    ),
+]
 
 
+@pytest.mark.long
 def test_a_minute_with_a_server_that_is_killed(cells: Path) -> None:
     assert PYTHON is not None
     found = soak(PYTHON, cells, seconds=60, every_s=16)

@@ -25,6 +25,8 @@ from sparsifiner_edge.camera.code import number_of
 from tests.commands import assert_refused, process
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 needs_gst = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="gst-launch-1.0 is not installed")
 TIMES = ("capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
 

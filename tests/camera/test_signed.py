@@ -16,6 +16,8 @@ from sparsifiner_edge.signing import sign_bundle
 from tests.commands import assert_refused, process
 from tests.package.reseal import reseal
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("cryptography", reason="the extra sign is not installed")
 
 

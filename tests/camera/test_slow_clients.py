@@ -16,6 +16,8 @@ from sparsifiner_edge.camera.health import HealthServer, parse_address
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 GET = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
 
 

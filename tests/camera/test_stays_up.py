@@ -22,6 +22,8 @@ from tests.camera.test_service import get, numbers_of, records_of
 from tests.commands import PROGRAM, process
 from tests.mounts import mounts_allowed
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_decoder_that_hangs_is_ended(cells: Path, service: Any) -> None:
     run = service(cells, "--source", "test", "--stall", 0.7)

@@ -14,6 +14,8 @@ from tests.fuzz.harness import LIMIT_S, FailureError, Target, Try, attempt, comm
 from tests.fuzz.targets import TARGETS
 from tests.once import Once
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("golden", "model", "external", "signature", "manifest", "injection", "settings", "usage")
 
 

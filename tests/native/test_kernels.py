@@ -26,6 +26,8 @@ from tests.ops import matrix
 from tests.ops.matrix import Case, body_model, cases, check, run_reference
 from tests.ops.test_parity import PAPER
 
+pytestmark = pytest.mark.slow
+
 SETS = ("AVX3", "AVX2", "SSE2") if os.uname().machine == "x86_64" else ("NEON",)
 
 

@@ -19,6 +19,8 @@ from tests.once import Once
 from tests.ops import matrix
 from tests.ops.matrix import Case, cases, check
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "sparsifiner_edge" / "ops" / "native"
 OPS = {"DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2, "TokenScore": 3}
@@ -93,6 +95,7 @@ def sanitised(once: Once) -> Path:
     return once("sanitised", lambda folder: build("g++", folder / "replay", *options)) / "replay"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", SETS)
 def test_the_matrix_under_sanitizers(sanitised: Path, target: str) -> None:
     agree([str(sanitised), target])

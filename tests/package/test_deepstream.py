@@ -22,6 +22,8 @@ from sparsifiner_edge.runtime import open_session
 from tests.package.reseal import reseal
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 ROLES = ("primary", "secondary")
 
 

@@ -23,6 +23,8 @@ from sparsifiner_edge.package.gst import element_file, square
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.signing import generate_key, sign_bundle
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(sys.prefix) / "gstreamer" / "bin" / "python"
 """The system's Python with the packages that the element needs; made by `make test` (target .dev)."""

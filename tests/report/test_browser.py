@@ -7,7 +7,10 @@ import pytest
 from sparsifiner_edge.report import Prices, write_report
 from tests.report.browser import CHROMIUM, browser
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
+]
 WIDER = (
     "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') && "
     "e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.tagName)"

@@ -16,6 +16,8 @@ from sparsifiner_edge.report import Prices, write_report
 from sparsifiner_edge.report.texts import Texts
 from tests.commands import assert_refused, call, snapshot
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("comparison", "evaluation", "estimate", "sweep")
 VOID = {"meta", "link", "br"}
 

@@ -20,6 +20,8 @@ from tests.camera.conftest import encode
 from tests.models import TINY
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 30
 """ONNX Runtime reports its use some 20 s after it was imported."""

@@ -18,6 +18,8 @@ from sparsifiner_edge.signing import sign_bundle
 from tests.camera.conftest import encode
 from tests.tiny import make_bundle
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(sys.executable).with_name("sparsifiner-edge")
 PLANTED = ("numpy", "json", "av", "PIL", "onnxruntime", "runpy", "ctypes", "subprocess", "sparsifiner_edge", "timm")
 

@@ -19,7 +19,7 @@ from sparsifiner_edge.profiles.sensors import recorder as module
 from tests.sensors import curves
 from tests.sensors.curves import RAIL, SECOND, wait_for
 
-pytestmark = pytest.mark.usefixtures("no_nvml")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_nvml")]
 
 
 def sensor_reading(read, **settings):
@@ -49,7 +49,7 @@ def steady():
 )
 @pytest.mark.parametrize("counted", [False, True], ids=["power", "counter"])
 def test_known_integrals_through_thread_and_clock(tmp_path, power, counted):
-    for _ in range(5):
+    for _ in range(20):
         began = time.monotonic()
         with Recorder(live(power, began, jitter=0.002, counted=counted), tmp_path) as recorder:
             time.sleep(0.05)

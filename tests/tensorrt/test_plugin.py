@@ -17,6 +17,8 @@ from tests.fakes import record_tensorrt
 from tests.sparse_graph import sparse_model
 from tests.tables import table_of
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]

@@ -31,7 +31,7 @@ from tests.package.reseal import reseal
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx
 from tests.tiny import make_bundle
 
-pytestmark = needs_rtx
+pytestmark = [pytest.mark.slow, needs_rtx]
 DYNAMIC = None
 
 

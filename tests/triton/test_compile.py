@@ -17,6 +17,7 @@ from sparsifiner_edge.ops.triton.occupancy import LIMITS, occupancy
 from sparsifiner_edge.ops.triton.plan import Plan, plan_select, refusals
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
 
+pytestmark = pytest.mark.slow
 PATCHES, HEADS, KEYS = 1024, 6, 103
 SOME: list[tuple[int, str, int, int, str, str]] = [
     (87, "float16", 64, 64, "select", "prepare peaks scores select"),

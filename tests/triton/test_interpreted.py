@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,0 +1,231 @@
+"""A live module made sparse in place, and restored: `sparsify_model` and `restore_model`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsifiner_edge.config import SparsityConfig, default_cells
+from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.sparse.calibrate import Progress, calibrate_from_pictures, calibrate_from_weights, sparse_layers
+from sparsifiner_edge.sparse.models import Backbone
+from sparsifiner_edge.sparse.patch import SUPPORTED, SparseViTMixin, make_model_sparse, restore_backbone
+
+CALIBRATION_SIDE = 16
+"""Patches along the longer side of the images that a predictor learns from, at most."""
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def sparsify_model(
+    module: Module,
+    *,
+    preset: str = "edge",
+    keep: float = 0.25,
+    tile: int | None = None,
+    probe: int | None = None,
+    channels: int | None = None,
+    cells: int | None = None,
+    dense_layers: tuple[int, ...] = (),
+    token_keep: tuple[tuple[int, float], ...] = (),
+    fuse_tokens: bool = False,
+    calibrate: Tensor | Iterable[Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Module:
+    """Make the vision transformer in a module sparse, in place.
+
+    Args:
+        module: a VisionTransformer or Eva of timm with a fixed image size, or any module that contains one; on any
+            device, in any mode. Its own weights stay as they are.
+        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens: as of `sparsify`.
+        calibrate: images to learn the predictor from, float [B,3,H,W] or several of those, as the module is called
+            with them; a dozen helps a lot, more than 32 do not. None takes the weights alone.
+        progress: called with (done, total) images.
+
+    Returns:
+        The same object. `restore_model` undoes it.
+
+    Raises:
+        UnsupportedModelError: the module contains no such transformer, or several, or one that cannot be made sparse.
+        ConfigError: a value is out of range or does not fit the model, or the images do not. The module is unchanged.
+    """
+    backbone = find_backbone(module)
+    sparsity = fitted_config(
+        backbone, preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells,
+        dense_layers=dense_layers, token_keep=token_keep, fuse_tokens=fuse_tokens,
+    )  # fmt: skip
+    images = None if calibrate is None else _arriving(module, backbone, calibrate)
+    apply(backbone, sparsity, images, progress)
+    return module
+
+
+def restore_model(module: Module) -> Module:
+    """Undo `sparsify_model`, in place: timm's own classes and the weights that were there, no predictor.
+
+    Args:
+        module: what `sparsify_model` returned, or any other module, which is left as it is.
+
+    Returns:
+        The same object.
+    """
+    for part in module.modules():
+        if isinstance(part, SparseViTMixin):
+            restore_backbone(cast(nn.Module, part))
+    return module
+
+
+def find_backbone(module: nn.Module) -> Backbone:
+    """The one vision transformer in a module.
+
+    Raises:
+        UnsupportedModelError: there is none, or there are several.
+    """
+    found = {name: part for name, part in module.named_modules() if isinstance(part, Backbone)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    what = f"contains {len(found)} vision transformers: {', '.join(found)}" if found else "contains none"
+    raise UnsupportedModelError(
+        f"This {type(module).__name__} {what}.",
+        "Give one of them at a time." if found else f"Supported are {SUPPORTED}, alone or within a module.",
+    )
+
+
+def fitted_config(backbone: Backbone, preset: str, **settings: Any) -> SparsityConfig:
+    """Settings, those that are None by the preset's defaults or what suits the model.
+
+    Raises:
+        ConfigError: see `SparsityConfig`.
+    """
+    sparsity = SparsityConfig.for_preset(preset, **settings)
+    if preset == "paper":
+        half = int(cast(Any, backbone).blocks[0].attn.head_dim) // 2
+        return dataclasses.replace(sparsity, channels=half) if settings["channels"] is None else sparsity
+    fitting = default_cells(int(backbone.patch_embed.num_patches))
+    return dataclasses.replace(sparsity, cells=fitting) if settings["cells"] is None else sparsity
+
+
+def apply(
+    backbone: Backbone,
+    sparsity: SparsityConfig,
+    images: Sequence[Tensor] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Make a transformer sparse in place, its predictor set from the weights, or from images [1,3,H,W] normalised.
+
+    Raises:
+        UnsupportedModelError, ConfigError: see `make_model_sparse`; the model is unchanged.
+    """
+    make_model_sparse(backbone, sparsity)
+    calibrate_from_weights(backbone)
+    if images and sparse_layers(backbone):
+        learn(backbone, images, progress)
+
+
+def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | None = None) -> None:
+    """Set the predictor of a sparse transformer from images [1,3,H,W], normalised.
+
+    It learns in a dense copy, in float32, of `calibration_size`: with the preset "edge" that is faster than at a larger
+    size, and no worse on held-out photographs (benchmarks/results/fidelity, row "at size").
+    """
+    sparsity: SparsityConfig = cast(Any, backbone).sparsity
+    size = calibration_size(backbone, sparsity.preset)
+    twin = cast(Any, restore_backbone(copy.deepcopy(backbone))).float().eval()
+    if size != tuple(twin.patch_embed.img_size):
+        twin.set_input_size(img_size=size)
+        sparsity = _fitted_to(sparsity, int(twin.patch_embed.num_patches))
+    if sparsity.preset == "edge":
+        sparsity = dataclasses.replace(sparsity, token_keep=(), fuse_tokens=False)
+    make_model_sparse(twin, sparsity)
+    calibrate_from_pictures(twin, [_resized(image, size).to(_pixels_like(twin)) for image in images], progress)
+    for layer, learnt in zip(sparse_layers(backbone), sparse_layers(twin), strict=True):
+        layer.select.load_state_dict(learnt.select.state_dict())
+
+
+def _fitted_to(sparsity: SparsityConfig, patches: int) -> SparsityConfig:
+    """Tile and cells that fit `patches` patches; what a predictor learns hardly depends on them."""
+    tile = sparsity.tile if sparsity.tile <= patches else sparsity.probe
+    return dataclasses.replace(sparsity, tile=tile, cells=min(sparsity.cells, default_cells(patches)))
+
+
+def calibration_size(backbone: Backbone, preset: str) -> tuple[int, int]:
+    """Pixels, height and width, of the images that the predictor of a transformer learns from.
+
+    The model's own, and with the preset "edge", whose predictor is free of the resolution, at most `CALIBRATION_SIDE`
+    patches along the longer side.
+    """
+    embed = cast(Any, backbone).patch_embed
+    longer = max(embed.grid_size)
+    if preset != "edge" or longer <= CALIBRATION_SIDE:
+        return cast("tuple[int, int]", tuple(embed.img_size))
+    height, width = (max(1, round(side * CALIBRATION_SIDE / longer)) for side in embed.grid_size)
+    return height * embed.patch_size[0], width * embed.patch_size[1]
+
+
+def _arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """Images as they reach the transformer, [1,3,H,W] each, when the module around it is called with them."""
+    batches = [images] if isinstance(images, Tensor) else list(images)
+    for batch in batches:
+        _check_images(batch)
+    if not batches:
+        raise ConfigError("There is no image to calibrate with.", "Give some, or leave calibrate out.")
+    like = _pixels_like(backbone)
+    seen: list[Tensor] = []
+    if module is cast(nn.Module, backbone):
+        seen = [batch.to(like) for batch in batches]
+    else:
+        embed = cast(nn.Module, backbone.patch_embed)
+        hook = embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        try:
+            with _evaluating(module), torch.no_grad():
+                for batch in batches:
+                    module(batch.to(like))
+        finally:
+            hook.remove()
+        if not seen:
+            raise ConfigError(
+                f"This {type(module).__name__} did not use its vision transformer when it was called with the images.",
+                "Give the transformer itself to sparsify_model.",
+            )
+    return [image[None] for batch in seen for image in batch]
+
+
+def _check_images(batch: Any) -> None:
+    if not isinstance(batch, Tensor):
+        raise ConfigError(f"An image to calibrate with is a {type(batch).__name__}.", "Give tensors [B,3,H,W].")
+    if batch.ndim != 4 or batch.shape[1] != 3 or not batch.numel() or not batch.is_floating_point():
+        kind = str(batch.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"Images to calibrate with are {kind} {list(batch.shape)}.",
+            "Give floating-point [B,3,H,W], normalised as the module expects them.",
+        )
+    if not bool(torch.isfinite(batch).all()):
+        raise ConfigError("An image to calibrate with holds NaN or infinity.", "Leave it out.")
+
+
+def _pixels_like(backbone: nn.Module) -> Tensor:
+    """A tensor of the type and on the device of what a transformer reads."""
+    return cast(Tensor, cast(Any, backbone).patch_embed.proj.weight)
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(image.shape[-2:]) == size:
+        return image
+    return F.interpolate(image.float(), size, mode="bicubic", antialias=True)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode, afterwards each part in its own again."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,192 @@
+"""`sparsify_model` and `restore_model`: in place, on any module, as through a folder, and undone without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+import sparsifiner_edge as se
+from sparsifiner_edge.errors import ConfigError, SparsifinerError, UnsupportedModelError
+from sparsifiner_edge.pictures import list_pictures, load_picture
+from sparsifiner_edge.sparse.calibrate import sparse_layers
+from sparsifiner_edge.sparse.models import normalise, preprocessing
+from tests.models import TINY, images, vit
+
+pytestmark = pytest.mark.slow
+MEAN = torch.tensor([0.4, 0.5, 0.6])[:, None, None]
+
+
+class Segmenter(nn.Module):
+    """A user's model: pixels of 0 to 1 in, a map out, by way of timm's intermediate layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = vit()
+        self.head = nn.Conv2d(64, 3, 1)
+        self.register_buffer("mean", MEAN.clone())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        maps = self.encoder.forward_intermediates((pixels - self.mean) / 0.25, indices=1, intermediates_only=True)
+        return self.head(maps[-1])
+
+
+def predictors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in module.state_dict().items() if ".select." in name}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep": 0.1, "token_keep": ((3, 0.7),)}, {"preset": "paper"}])
+def test_it_is_what_a_folder_holds(
+    tmp_path: Path, tiny_weights: Path, pictures: Path, settings: dict[str, Any]
+) -> None:
+    folder = se.sparsify(TINY, tmp_path / "student", weights=tiny_weights, calibrate=pictures, **settings)
+    model = vit(num_classes=10)
+    seen = [torch.from_numpy(load_picture(path, 160))[None] for path in list_pictures(pictures)]
+    se.sparsify_model(model, calibrate=normalise(torch.cat(seen), preprocessing(model)), **settings)
+    assert same(model.state_dict(), safetensors.torch.load_file(folder / "model.safetensors"))
+    x = images(model)
+    assert torch.equal(model(x), se.load_student(folder).model(x))
+
+
+def test_a_predictor_learns_at_sixteen_patches_a_side_whatever_is_given() -> None:
+    """Larger images, and larger models, are brought to that."""
+    large = images(vit(img_size=640), batch=3)
+    small = nn.functional.interpolate(large, (256, 256), mode="bicubic", antialias=True)
+    models = [se.sparsify_model(vit(img_size=640), calibrate=given) for given in (large, small)]
+    assert same(predictors(models[0]), predictors(models[1]))
+    assert models[0](large).shape == (3, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "settings"),
+    [
+        (TINY, {}, {}),
+        (TINY, {}, {"keep": 0.1, "dense_layers": (0, 2), "token_keep": ((3, 0.7),), "fuse_tokens": True}),
+        (TINY, {}, {"preset": "paper"}),
+        (TINY, {}, {"keep": 1.0, "token_keep": ((3, 0.5),)}),
+        ("deit_tiny_distilled_patch16_224", {"depth": 2}, {}),
+        ("eva02_tiny_patch14_224", {"depth": 2}, {}),
+        ("vit_small_patch16_dinov3", {"depth": 2, "img_size": 160}, {}),
+        ("vit_small_patch14_reg4_dinov2", {"depth": 2, "img_size": 140}, {}),
+    ],
+)
+def test_restoring_leaves_no_trace(name: str, options: dict[str, Any], settings: dict[str, Any]) -> None:
+    model = vit(name, **options)
+    untouched = copy.deepcopy(model)
+    x = images(model)
+    assert se.sparsify_model(model, **settings) is model
+    assert not torch.equal(model(x), untouched(x))
+    assert se.restore_model(model) is model
+    for part, before in zip(model.modules(), untouched.modules(), strict=True):
+        assert type(part) is type(before)
+        assert part.__dict__.keys() == before.__dict__.keys()
+    assert same(model.state_dict(), untouched.state_dict())
+    assert dict(model.named_buffers()).keys() == dict(untouched.named_buffers()).keys()
+    assert torch.equal(model(x), untouched(x))
+    again = predictors(se.sparsify_model(model, **settings))
+    assert same(again, predictors(se.sparsify_model(untouched, **settings)))
+
+
+def test_what_is_not_sparse_is_restored_to_itself() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), vit())
+    before = copy.deepcopy(model)
+    assert se.restore_model(model) is model
+    assert same(model.state_dict(), before.state_dict())
+    assert se.sparsify_model(vit(), keep=1.0)(images(vit())).shape == (2, 1000)
+
+
+def test_a_module_around_it_is_called_with_its_own_images() -> None:
+    pixels = torch.rand(3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    around, alone = Segmenter(), vit()
+    plain = around(pixels)
+    se.sparsify_model(around, keep=0.2, cells=4, calibrate=[pixels[:1], pixels[1:]])
+    se.sparsify_model(alone, keep=0.2, cells=4, calibrate=(pixels - MEAN) / 0.25)
+    assert same(predictors(around.encoder), predictors(alone))
+    got = around(pixels)
+    assert got.shape == plain.shape == (3, 3, 10, 10)
+    assert nn.functional.cosine_similarity(got.flatten(), plain.flatten(), 0) > 0.9
+    assert torch.equal(se.restore_model(around)(pixels), plain)
+
+
+def test_modes_gradients_and_types_stay() -> None:
+    model = Segmenter().to(torch.bfloat16).train()
+    model.encoder.blocks[0].eval()
+    for parameter in model.head.parameters():
+        parameter.requires_grad_(False)
+    modes = {name: part.training for name, part in model.named_modules()}
+    se.sparsify_model(model, calibrate=torch.rand(2, 3, 160, 160, dtype=torch.bfloat16))
+    assert {name: part.training for name, part in model.named_modules() if ".select" not in name} == modes
+    assert all(parameter.dtype is torch.bfloat16 for parameter in model.parameters())
+    assert all(tensor.abs().max() > 0 for tensor in predictors(model).values())
+    assert not model.head.weight.requires_grad
+    model.encoder(torch.rand(1, 3, 160, 160, dtype=torch.bfloat16)).sum().backward()
+    assert model.encoder.blocks[0].attn.qkv.weight.grad is not None
+
+
+def test_images_need_not_be_square() -> None:
+    wide = vit(img_size=(96, 512))
+    before = wide(torch.ones(1, 3, 96, 512))
+    seen: list[tuple[int, int]] = []
+    se.sparsify_model(wide, calibrate=torch.rand(2, 3, 96, 512), progress=lambda *step: seen.append(step))
+    assert seen[-1][0] == seen[-1][1]
+    assert torch.nn.functional.cosine_similarity(wide(torch.ones(1, 3, 96, 512)), before) > 0.9
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = vit()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "error", "said"),
+    [
+        (lambda: nn.Linear(2, 2), {}, UnsupportedModelError, "This Linear contains none"),
+        (lambda: nn.Sequential(vit(), vit()), {}, UnsupportedModelError, "contains 2 vision transformers: 0, 1"),
+        (lambda: timm.create_model(TINY, dynamic_img_size=True), {}, UnsupportedModelError, "dynamic image size"),
+        (vit, {"keep": 2.0}, ConfigError, "keep is 2.0"),
+        (vit, {"channels": 33}, ConfigError, "exceed the head dimension"),
+        (vit, {"tile": 128}, ConfigError, "tile 128 exceeds the 100 patches"),
+        (vit, {"dense_layers": (6,)}, ConfigError, "dense layer 6 does not exist"),
+        (lambda: vit("eva02_tiny_patch14_224", depth=2), {"token_keep": ((1, 0.5),)}, ConfigError, "Eva"),
+        (vit, {"calibrate": []}, ConfigError, "There is no image"),
+        (vit, {"calibrate": torch.zeros(2, 160, 160)}, ConfigError, "are float32 [2, 160, 160]"),
+        (vit, {"calibrate": torch.zeros(1, 3, 160, 160, dtype=torch.uint8)}, ConfigError, "are uint8"),
+        (vit, {"calibrate": torch.full((1, 3, 160, 160), torch.nan)}, ConfigError, "NaN or infinity"),
+        (vit, {"calibrate": ["a.png"]}, ConfigError, "is a str"),
+        (Unused, {"calibrate": torch.zeros(1, 3, 160, 160)}, ConfigError, "did not use its vision transformer"),
+    ],
+)
+def test_what_is_refused_changes_nothing(
+    make: Callable[[], nn.Module], settings: dict[str, Any], error: type[SparsifinerError], said: str
+) -> None:
+    model = make()
+    before = copy.deepcopy(model)
+    with pytest.raises(error) as caught:
+        se.sparsify_model(model, **settings)
+    assert said in str(caught.value)
+    assert [type(part) for part in model.modules()] == [type(part) for part in before.modules()]
+    assert same(model.state_dict(), before.state_dict())
+
+
+def test_twice_is_refused_and_harmless() -> None:
+    model = se.sparsify_model(vit(), keep=0.2)
+    expected = model(images(model))
+    with pytest.raises(UnsupportedModelError, match="sparse already"):
+        se.sparsify_model(model, keep=0.5)
+    assert len(sparse_layers(model)) == 6
+    assert torch.equal(model(images(model)), expected)
