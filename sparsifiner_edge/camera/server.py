@@ -23,6 +23,8 @@ _MOST_REQUEST = 8192
 _WAITING = 4096
 """Connections that the kernel keeps until it is their turn; fewer where it allows fewer."""
 _TURN_S = 0.02
+_LOOK_S = 0.1
+"""Between two looks at those that are open; a new one is looked at as it is taken."""
 _SHARE = 0.08
 """Of one core: what all clients together may cost."""
 _BURST_S = 0.02
@@ -45,6 +47,8 @@ def listen(address: tuple[str, int]) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it: closed without an answer they are reset, which leaves nothing behind in the kernel.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _linger(on=True))
         listener.bind(address)
         listener.listen(_WAITING)
         listener.setblocking(False)
@@ -57,12 +61,17 @@ def listen(address: tuple[str, int]) -> socket.socket:
     return listener
 
 
+def _linger(on: bool) -> bytes:
+    return struct.pack("ii", int(on), 0)
+
+
 class PageServer:
     """A small HTTP server that nobody can keep busy: one thread, few connections, and a share of one core.
 
-    Its thread sleeps between turns. In a turn it does for each connection what goes without waiting, and takes new
-    ones from the kernel's queue, oldest first, as long as the processor time lasts that has come together since. So
-    clients without end, slow or fast, cost no more than that share, and one among thousands is answered in its turn.
+    Its thread sleeps between turns. In a turn it takes new connections from the kernel's queue, oldest first, as long
+    as the processor time lasts that has come together since; ten times a second it does for each what goes without
+    waiting. So clients without end, slow or fast, cost no more than that share, and one among thousands is answered in
+    its turn.
 
     Args:
         listener: see `listen`.
@@ -74,6 +83,7 @@ class PageServer:
         self._listener, self._pages = listener, pages
         self._made: dict[str, Page] = {}
         self._open: list[_Connection] = []
+        self._look = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pages", daemon=True)
 
@@ -107,7 +117,8 @@ class PageServer:
 
     def _turn(self, now: float, until_s: float) -> None:
         self._made.clear()
-        self._open = [one for one in self._open if one.goes_on(now)]
+        if now >= self._look:
+            self._open, self._look = [one for one in self._open if one.goes_on(now)], now + _LOOK_S
         while time.thread_time() < until_s:
             try:
                 client, _ = self._listener.accept()
@@ -172,10 +183,10 @@ class _Connection:
         return bool(self._client.recv(_MOST_REQUEST, socket.MSG_DONTWAIT))
 
     def close(self) -> None:
-        """At once; a client that has no answer yet is told by a reset, which leaves nothing behind in the kernel."""
+        """At once; a client that has no answer yet is told by a reset."""
         with contextlib.suppress(OSError):
-            if self._answer != b"":
-                self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if self._answer == b"":
+                self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _linger(on=False))
         self._client.close()
 
 
