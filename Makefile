@@ -97,7 +97,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.native $(VENV)/.testing | $(VENV)/bin/pyth
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tritonclient 'tritonclient>=2.40'
 	# GStreamer's Python loader embeds the system's Python: tests of our element need it with what a bundle needs to run.
 	{ /usr/bin/python3 -m venv --system-site-packages $(VENV)/gstreamer && \
-	  $(VENV)/gstreamer/bin/python -m pip install --quiet click cryptography numpy onnx onnxruntime pillow rich; } \
+	  $(VENV)/gstreamer/bin/python -m pip install --quiet click cryptography msgspec numpy onnx onnxruntime pillow rich; } \
 	  || echo "The system has no Python with venv: tests of the GStreamer element are left out."
 	# The base install alone: tests import everything in it that must not need more.
 	$(PYTHON) -m venv $(VENV)/bare

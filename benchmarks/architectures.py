@@ -15,7 +15,7 @@ from typing import Any
 import click
 import torch
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig, default_cells
 from sparsifiner_edge.export.bundle import export_bundle
@@ -60,11 +60,11 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
         "size": size,
         "attention": sorted(heads),
         "sparsity": sparsity.to_dict(),
-        "prefix": manifest["tokens"]["prefix"],
+        "prefix": manifest.tokens.prefix,
         "patches": model.patch_embed.num_patches,
-        "check": manifest["check"],
-        "costs": manifest["costs"],
-        "dense_costs": manifest["dense_costs"],
+        "check": manifest.check,
+        "costs": manifest.costs,
+        "dense_costs": manifest.dense_costs,
     }
 
 

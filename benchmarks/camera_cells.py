@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sparsifiner_edge.artifacts import seal_bundle
+from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.camera.code import GRID
 
 CELLS = GRID * GRID

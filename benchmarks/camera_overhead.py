@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsifiner_edge.artifacts import bundle_hash, open_bundle, picture_size
+from sparsifiner_edge.bundle.store import bundle_hash, open_bundle, picture_size
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import available_cores, new_result, write_result
 from sparsifiner_edge.runtime import open_session

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.camera_cells import make_cells_bundle
-from sparsifiner_edge.artifacts import bundle_hash
+from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.camera.code import BITS, number_of
 from sparsifiner_edge.results import new_result, write_result
 

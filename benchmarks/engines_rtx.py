@@ -18,7 +18,7 @@ import click
 from fidelity_subject import weights_file
 
 from sparsifiner_edge import material
-from sparsifiner_edge.artifacts import bundle_hash, open_bundle
+from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.export.bundle import export_bundle
@@ -83,9 +83,9 @@ def subject(folder: Path) -> dict[str, Any]:
     return {
         "kind": "bundle",
         "path": folder.name,
-        "name": manifest["name"],
+        "name": manifest.name,
         "sha256": bundle_hash(folder),
-        "export": manifest.get("float16") or manifest.get("quantisation"),
+        "export": manifest.float16 or manifest.quantisation,
     }
 
 

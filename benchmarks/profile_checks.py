@@ -24,10 +24,10 @@ from typing import Any
 import click
 import numpy as np
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.profiles import profile_bundle, stats
-from sparsifiner_edge.results import available_cores, bundle_subject, new_result, write_result
+from sparsifiner_edge.results import available_cores, new_result, write_result
 from sparsifiner_edge.runtime.ort import native_library
 
 REQUIRED = {"no_verdict_share": 0.95, "agreement": 0.03}

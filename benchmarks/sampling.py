@@ -22,13 +22,13 @@ import numpy as np
 import safetensors.numpy
 
 from sparsifiner_edge import material
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.client import Worker, start_worker
 from sparsifiner_edge.profiles.sensors import PowerSensor, Recorder, find_sensor
-from sparsifiner_edge.results import bundle_subject, new_result, write_result
+from sparsifiner_edge.results import new_result, write_result
 
 _LIMIT = 1.01
 _TIMEOUT_S = 900.0

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from sparsifiner_edge.evaluate.cosine import evaluate_student as evaluate_student
     from sparsifiner_edge.export.bundle import export_bundle as export_bundle
     from sparsifiner_edge.package import package_bundle as package_bundle
-    from sparsifiner_edge.package.verify import verify_bundle as verify_bundle
     from sparsifiner_edge.profiles.latency import profile_bundle as profile_bundle
     from sparsifiner_edge.runtime import open_session as open_session
     from sparsifiner_edge.runtime.build import build_engine as build_engine
+    from sparsifiner_edge.runtime.verify import verify_bundle as verify_bundle
     from sparsifiner_edge.sparse.in_memory import restore_model as restore_model
     from sparsifiner_edge.sparse.in_memory import sparsify_model as sparsify_model
     from sparsifiner_edge.sparse.student import load_student as load_student
@@ -45,7 +45,7 @@ _HOMES = {
     "restore_model": "sparse.in_memory",
     "sparsify": "sparse.student",
     "sparsify_model": "sparse.in_memory",
-    "verify_bundle": "package.verify",
+    "verify_bundle": "runtime.verify",
 }
 _EXTRAS = {
     "sparse.in_memory": "train",

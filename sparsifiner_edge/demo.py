@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import safetensors.numpy
 
 from sparsifiner_edge import material
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.evaluate.explain import draw
@@ -141,14 +141,12 @@ def _result(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _figures(row: dict[str, Any]) -> dict[str, Any]:
     fidelity, profile, manifest = row["fidelity"]["statistics"], row["profile"]["statistics"], row["manifest"]
-    patches = manifest["tokens"]["grid"][0] * manifest["tokens"]["grid"][1]
-    costs, dense = manifest["costs"], manifest["dense_costs"]
+    costs, dense, sparsity = manifest.costs, manifest.dense_costs, manifest.sparsity
     core = costs["attention_macs"] + costs["cells_macs"] + costs["predictor_macs"]
-    sparsity = manifest["sparsity"]
     return {
         "features_cosine": fidelity["features_cosine"]["mean"]["value"],
         "patches_cosine": fidelity["patches_cosine"]["mean"]["value"],
-        "keys_read_share": sparsity["keep"] + sparsity["cells"] / patches,
+        "keys_read_share": sparsity.keep + sparsity.cells / manifest.shape.patches,
         "attention_macs_share": core / dense["attention_macs"],
         "dense_p50_ms": profile["against"]["latency_ms"]["p50"]["value"],
         "sparse_p50_ms": profile["subject"]["latency_ms"]["p50"]["value"],

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import bundle_hash, read_json
+from sparsifiner_edge.artifacts import read_json
 from sparsifiner_edge.bounds import flaw
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import write_text
@@ -115,17 +115,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in PACKAGES},
         "variables": {name: value for name, value in sorted(os.environ.items()) if VARIABLES.search(name)},
-    }
-
-
-def bundle_subject(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """How a result names a bundle: its path as given, its name, and the SHA-256 of its manifest."""
-    name = manifest.get("name")
-    return {
-        "kind": "bundle",
-        "path": str(folder),
-        "name": name if isinstance(name, str) and name else folder.resolve().name,
-        "sha256": bundle_hash(folder),
     }
 
 

@@ -17,9 +17,9 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from sparsifiner_edge.bundle.kernels import NAMESPACE, kernel_model
 from sparsifiner_edge.export import board
 from sparsifiner_edge.ops.triton.kernels import kernel
-from sparsifiner_edge.runtime.kernels import NAMESPACE, kernel_model
 from tests.tables import table_of
 
 

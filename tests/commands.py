@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from sparsifiner_edge.artifacts import BUNDLE_FILE
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.main import main
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """What a bundle whose hashes match has in its manifest, as JSON."""
+    open_bundle(folder)
+    return dict(json.loads((folder / BUNDLE_FILE).read_text(encoding="utf-8")))
+
 
 PROGRAM = [sys.executable, "-m", "sparsifiner_edge"]
 

@@ -114,6 +114,6 @@ def folder(once: Once) -> Path:
 @pytest.fixture(scope="session")
 def keys(once: Once) -> Path:
     """key.pem, key.pub, other.pem, other.pub."""
-    from sparsifiner_edge.signing import generate_key
+    from sparsifiner_edge.bundle.sign import generate_key
 
     return once("keys", lambda folder: [generate_key(folder / f"{name}.pem") for name in ("key", "other")])

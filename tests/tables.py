@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.artifacts import sha256
-from sparsifiner_edge.runtime.kernels import read_table
+from sparsifiner_edge.bundle.kernels import read_table
+from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, Manifest
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> Manifest:
     """What a manifest would say of a folder's files."""
-    return {"files": {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}}
+    files = {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
+    return Manifest(schema_version=BUNDLE_SCHEMA, files=files)
 
 
 def table_of(folder: Path, capability: int) -> dict[str, Any] | None:

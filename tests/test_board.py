@@ -13,14 +13,14 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.kernels import NAMESPACE, code_file, kernel_model, ordered_ptx, plain_ptx
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export import board as boards
 from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
 from sparsifiner_edge.profiles.board import load_board
-from sparsifiner_edge.runtime import check_golden, open_session
-from sparsifiner_edge.runtime.kernels import NAMESPACE, code_file, kernel_model, ordered_ptx, plain_ptx
-from tests.commands import assert_refused, call
+from sparsifiner_edge.runtime import open_session
+from tests.commands import assert_refused, call, manifest_of
 from tests.sparse_graph import sparse_model
 from tests.tables import table_of
 
@@ -252,8 +252,8 @@ def test_export_for_a_board(tiny_student, tmp_path, capsys):
     out = call(capsys, "export", tiny_student, "--precision", "fp16", "--board", "jetson-orin-nano-8gb", "-o", bundle)
     assert out.code == 0, out.err
     assert "jetson-orin-nano-8gb: " in out.out
-    [entry] = open_bundle(bundle)["boards"]
-    assert {entry["table"], entry["model"]} <= open_bundle(bundle)["files"].keys()
+    [entry] = manifest_of(bundle)["boards"]
+    assert {entry["table"], entry["model"]} <= manifest_of(bundle)["files"].keys()
     assert entry["nodes"] > 0
     with open_session(bundle) as session:
         check_golden(session, bundle)

@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.artifacts import SIGNATURE_FILE, bundle_scratch, open_bundle, require_replaceable
+from sparsifiner_edge.artifacts import SIGNATURE_FILE, require_replaceable
+from sparsifiner_edge.bundle.engines import BatchRange
+from sparsifiner_edge.bundle.manifest import InputSpec, Manifest
+from sparsifiner_edge.bundle.store import bundle_scratch
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, GateError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import batch_range, build_engine
 from sparsifiner_edge.runtime.build_worker import run_job
-from sparsifiner_edge.runtime.engines import BatchRange
-from tests.commands import PROGRAM, assert_refused, call, snapshot
+from tests.commands import PROGRAM, assert_refused, call, manifest_of, snapshot
 from tests.mounts import in_mount, needs_mounts
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx
 from tests.test_runtime import spoil_golden
@@ -37,11 +39,11 @@ def tiny(tmp_path: Path) -> Path:
 
 @needs_rtx
 def test_engines_are_added_and_those_of_one_name_replaced(tiny: Path) -> None:
-    before = open_bundle(tiny)
+    before = manifest_of(tiny)
     first = rtx(tiny, "8.6", "8.9")
     again = rtx(tiny, "8.6", "8.6")
     wider = rtx(tiny, "8.6", batch=(1, 2, 4))
-    manifest = open_bundle(tiny)
+    manifest = manifest_of(tiny)
     assert manifest["engines"] == [first[1], *again, *wider]
     assert sorted(p.name for p in (tiny / "engines").iterdir()) == sorted(
         Path(e["file"]).name for e in manifest["engines"]
@@ -127,7 +129,8 @@ def test_wrong_usage(tiny: Path, capsys: pytest.CaptureFixture[str], arguments: 
 
 
 def test_batch_sizes(tmp_path: Path) -> None:
-    fixed, dynamic = ({"inputs": [{"shape": [size, 4, 4, 3]}]} for size in (2, "batch"))
+    images = (InputSpec("image", "uint8", (size, 4, 4, 3)) for size in (2, "batch"))
+    fixed, dynamic = (Manifest(schema_version=2, files={}, inputs=(image,)) for image in images)
     assert batch_range(fixed, None, tmp_path) == batch_range(fixed, (2, 2, 2), tmp_path) == BatchRange(2, 2, 2)
     assert batch_range(dynamic, None, tmp_path) == BatchRange(1, 1, 8)
     assert batch_range(dynamic, (2, 4, 4), tmp_path) == BatchRange(2, 4, 4)
@@ -137,7 +140,7 @@ def test_batch_sizes(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="batch sizes are"):
             batch_range(dynamic, sizes, tmp_path)
     with pytest.raises(ArtifactError, match="does not say the shape"):
-        batch_range({"inputs": []}, None, tmp_path)
+        batch_range(Manifest(schema_version=2, files={}), None, tmp_path)
 
 
 # A worker that dies, hangs or is killed: a package of TensorRT-RTX's name that does so where the worker imports it.
@@ -216,7 +219,7 @@ def test_a_build_that_is_ended_midway(
     assert build.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in error
     assert_gone(int((tmp_path / "worker").read_text()))
-    open_bundle(tiny)
+    manifest_of(tiny)
     require_replaceable(tiny, "bundle")
     with bundle_scratch(tiny) as scratch:  # As the next build does first.
         assert list(tiny.glob(".build.*")) == [scratch]
@@ -253,7 +256,7 @@ def test_two_builds_into_one_bundle(tiny: Path) -> None:
         for capability in ("8.6", "12.0")
     ]
     assert [build.wait() for build in builds] == [0, 0]
-    assert {e["compute_capability"] for e in open_bundle(tiny)["engines"]} == {"8.6", "12.0"}
+    assert {e["compute_capability"] for e in manifest_of(tiny)["engines"]} == {"8.6", "12.0"}
     assert not list(tiny.glob(".build.*"))
 
 

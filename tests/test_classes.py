@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.camera.stills import run_pictures
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.evaluate.classes import accuracy_statistics, evaluate_classes
@@ -23,7 +22,7 @@ from sparsifiner_edge.evaluate.labelled import FASHION_CLASSES, labelled
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import load_student, save_student
-from tests.commands import assert_refused, call
+from tests.commands import assert_refused, call, manifest_of
 from tests.models import student, vit
 from tests.once import Once
 
@@ -86,7 +85,7 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, 
     assert own["method"]["classes_from"] == "the classifier's labels"
     bundle = export_bundle(head, tmp_path / "bundle")
     assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
-    assert open_bundle(bundle)["outputs"][0]["shape"] == [1, 3]
+    assert manifest_of(bundle)["outputs"][0]["shape"] == [1, 3]
     (record,) = run_pictures(bundle, made["queries"] / "green" / "1.png")
     assert record["top"][0]["label"] == "green"
 

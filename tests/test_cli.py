@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.cli.main import COMMANDS
 from sparsifiner_edge.results import read_result
-from tests.commands import PROGRAM, Outcome, call, process
+from tests.commands import PROGRAM, Outcome, call, manifest_of, process
 from tests.models import TINY
 from tests.tiny import make_bundle
 
@@ -109,11 +108,11 @@ def test_a_classifier_the_whole_way(
     assert len(found["samples"]["features_cosine"]) == 3
 
     manifest = json.loads(succeeded(process("export", student, "--tokens", "--json", "-o", bundle)))
-    assert manifest == open_bundle(bundle)
+    assert manifest == manifest_of(bundle)
     assert [output["name"] for output in manifest["outputs"]] == ["logits", "features", "tokens"]
     out = succeeded(call(capsys, "export", TINY, "--weights", tiny_weights, "-o", dense))
     assert "none: plain dense attention" in out
-    assert open_bundle(dense)["sparsity"] is None
+    assert manifest_of(dense)["sparsity"] is None
 
     measured = json.loads(
         succeeded(process("profile", bundle, "--against", dense, "--seconds", "0.3", "--json", "-o", result))
@@ -136,7 +135,7 @@ def test_a_feature_model_the_whole_way(
     succeeded(call(capsys, "sparsify", TINY, "--weights", feature_weights, "--img-size", 192, "-o", student))
     out = succeeded(call(capsys, "export", student, "--batch", "dynamic", "-o", bundle))
     assert "KeySelect" in out
-    assert [output["name"] for output in open_bundle(bundle)["outputs"]] == ["features", "tokens"]
+    assert [output["name"] for output in manifest_of(bundle)["outputs"]] == ["features", "tokens"]
     out = succeeded(call(capsys, "evaluate", bundle, *teacher, "--data", pictures))
     for text in ("features", "patches", "3 pictures", "native"):
         assert text in out
@@ -148,7 +147,7 @@ def test_a_feature_model_the_whole_way(
 def test_keep_one_is_the_dense_student(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     succeeded(call(capsys, "sparsify", TINY, "--weights", tiny_weights, "--keep", 1, "-o", tmp_path / "s"))
     succeeded(call(capsys, "export", tmp_path / "s", "-o", tmp_path / "b"))
-    assert open_bundle(tmp_path / "b")["ops"] == {}
+    assert manifest_of(tmp_path / "b")["ops"] == {}
 
 
 def test_outputs_are_replaced_and_repeatable(

@@ -10,20 +10,21 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE, open_bundle, sha256
-from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
-from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.runtime.engines import (
+from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
+from sparsifiner_edge.bundle.engines import (
     AMPERE_PLUS,
     VERSION_COMPATIBLE,
     BatchRange,
     Device,
     Engine,
     fitting_engine,
-    listed_engines,
     mismatches,
     parse_capability,
+    read_engines,
 )
+from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.runtime import open_session
 from tests.tiny import make_bundle
 
 ENGINE = Engine("tensorrt-rtx", "1.7.1", "8.6", "linux", "x86_64", "fp16", BatchRange(1, 1, 8))
@@ -59,9 +60,9 @@ def test_names_carry_everything() -> None:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     other = changed(compatible=(AMPERE_PLUS,), variant="plugin", details={"layers": 7})
     folder = forge(tmp_path / "b", ENGINE, other)
-    engines = listed_engines(open_bundle(folder), folder)
+    engines = open_bundle(folder).engines
     assert [dataclasses.replace(e, file="") for e in engines] == [ENGINE, other]
-    assert listed_engines({"files": {}}, folder) == []
+    assert read_engines([], {}, folder) == ()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_a_manifest_that_is_not_ours(tmp_path: Path, spoil: Callable[[dict[str, 
     spoil(manifest)
     (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match=message):
-        listed_engines(open_bundle(folder), folder)
+        open_bundle(folder)
 
 
 def test_an_altered_engine_is_never_opened(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.export import check, choose, retile
@@ -28,9 +28,10 @@ from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
 from sparsifiner_edge.metrics import Agreement
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.runtime import check_golden, open_session
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
+from tests.commands import manifest_of
 from tests.models import TINY_CONFIG, student, vit
 
 pytestmark = pytest.mark.slow
@@ -102,7 +103,7 @@ def test_nodes_bodies_and_versions(bundle: Path, dense: Path) -> None:
 
 
 def test_manifest_and_metadata(bundle: Path) -> None:
-    manifest = open_bundle(bundle)
+    manifest = manifest_of(bundle)
     assert set(manifest["files"]) == {"model.onnx", "golden.npz", "labels.txt"}
     assert manifest["inputs"] == [
         {"name": "image", "dtype": "uint8", "shape": [1, 160, 160, 3], "layout": "NHWC", "range": [0, 255],
@@ -133,8 +134,8 @@ def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path, folder: Path) -> 
 
 
 def test_the_check_runs_both_kernels_on_the_folded_model(bundle: Path, dense: Path) -> None:
-    assert open_bundle(bundle)["check"]["kernels_run"] == ["portable", "native"]
-    assert open_bundle(dense)["check"]["kernels_run"] == ["portable"]
+    assert manifest_of(bundle)["check"]["kernels_run"] == ["portable", "native"]
+    assert manifest_of(dense)["check"]["kernels_run"] == ["portable"]
 
 
 def test_layer_scale_is_folded(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_layer_scale_is_folded(tmp_path: Path) -> None:
 
 
 def test_dense_layers_are_kept_where_sparse_ones_are_slower(folder: Path, tmp_path: Path) -> None:
-    manifest = open_bundle(export_bundle(folder, tmp_path / "b", measure=True))
+    manifest = manifest_of(export_bundle(folder, tmp_path / "b", measure=True))
     (choice,) = manifest["measured"]["choices"]
     assert choice["layers"] == [0, 1, 2, 3, 4, 5]
     assert choice["kept_dense"] == (choice["sparse_ms"] > choice["dense_ms"])
@@ -188,7 +189,7 @@ def test_dynamic_batch_runs_at_any_size(folder: Path, tmp_path: Path, sparse: bo
     save_file(vit().state_dict(), weights)
     source, options = (folder, {}) if sparse else ("test_vit", {"weights": weights})
     made = export_bundle(source, tmp_path / "b", batch="dynamic", **options)
-    manifest = open_bundle(made)
+    manifest = manifest_of(made)
     assert manifest["inputs"][0]["shape"] == ["batch", 160, 160, 3]
     assert manifest["check"]["batches_run"] == [1, 3]
     images = golden_image(160, 5)
@@ -200,7 +201,7 @@ def test_dynamic_batch_runs_at_any_size(folder: Path, tmp_path: Path, sparse: bo
 
 def test_fixed_batch_of_two(folder: Path, tmp_path: Path) -> None:
     made = export_bundle(folder, tmp_path / "b", batch=2)
-    assert open_bundle(made)["outputs"][0]["shape"] == [2, 1000]
+    assert manifest_of(made)["outputs"][0]["shape"] == [2, 1000]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_fixed_batch_of_two(folder: Path, tmp_path: Path) -> None:
 )
 def test_architectures(name: str, sparsity: SparsityConfig, options: dict[str, Any], tmp_path: Path) -> None:
     made = save_student(student(name, sparsity, **options), tmp_path / "s")
-    manifest = open_bundle(export_bundle(made, tmp_path / "b"))
+    manifest = manifest_of(export_bundle(made, tmp_path / "b"))
     expected = {"sparsifiner::KeySelect", "sparsifiner::SparseAttention"}
     assert set(manifest["ops"]) == expected | ({"sparsifiner::DenseAttention"} if sparsity.dense_layers else set())
     assert all(o["least_row_cosine"] >= 0.9999 for o in manifest["check"]["outputs"].values())
@@ -228,8 +229,8 @@ def test_a_model_with_rotary_embeddings_at_another_size_and_batch(tmp_path: Path
     name, weights = "vit_small_patch16_dinov3", tmp_path / "w.safetensors"
     save_file(vit(name, img_size=64).state_dict(), weights)
     made = sparsify(name, tmp_path / "s", weights=weights, img_size=96, keep=0.3)
-    sparse = open_bundle(export_bundle(made, tmp_path / "b", batch="dynamic"))
-    dense = open_bundle(export_bundle(name, tmp_path / "d", weights=weights, img_size=96))
+    sparse = manifest_of(export_bundle(made, tmp_path / "b", batch="dynamic"))
+    dense = manifest_of(export_bundle(name, tmp_path / "d", weights=weights, img_size=96))
     assert sparse["tokens"] == dense["tokens"] == {"prefix": 5, "grid": [6, 6]}
     assert sparse["check"]["batches_run"] == [1, 3]
     assert dense["ops"] == {}
@@ -237,7 +238,7 @@ def test_a_model_with_rotary_embeddings_at_another_size_and_batch(tmp_path: Path
 
 def test_keep_one_is_the_plain_dense_bundle(tmp_path: Path) -> None:
     made = save_student(student(sparsity=SparsityConfig(keep=1)), tmp_path / "s")
-    manifest = open_bundle(export_bundle(made, tmp_path / "b"))
+    manifest = manifest_of(export_bundle(made, tmp_path / "b"))
     assert manifest["ops"] == {}
     assert manifest["sparsity"] is None
 
@@ -330,7 +331,7 @@ def test_count_differing() -> None:
 def test_another_tile_is_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
     own = load_student(folder).sparsity
     bundle = export_bundle(folder, tmp_path / "b", tile=4 * own.tile, probe=own.probe, keep=0.9, calibrate=pictures)
-    manifest = open_bundle(bundle)
+    manifest = manifest_of(bundle)
     nodes = [node for node in model_of(bundle).graph.node if node.op_type == "SparseAttention"]
     tiles = {a.i for node in nodes for a in node.attribute if a.name == "tile"}
     assert tiles == {4 * own.tile} == {manifest["sparsity"]["tile"]}

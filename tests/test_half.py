@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 from safetensors.torch import save_file
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.export import half as module
@@ -23,8 +23,9 @@ from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.half import convert, halve
 from sparsifiner_edge.export.quantise import run_file
 from sparsifiner_edge.metrics import aligned, cosine
-from sparsifiner_edge.runtime import check_golden, open_session
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
+from tests.commands import manifest_of
 from tests.models import TINY_CONFIG, student, vit
 from tests.once import Once
 
@@ -117,7 +118,7 @@ def test_token_scores_are_ranked_in_float32() -> None:
 
 
 def test_a_bundle_says_what_it_is_and_what_ran(place: Path) -> None:
-    manifest = open_bundle(place / "fp16")
+    manifest = manifest_of(place / "fp16")
     assert manifest["precision"] == "fp16"
     assert set(manifest["tolerances"].values()) == {module.HALF_TOLERANCE_FREE}
     assert {o["dtype"] for o in manifest["outputs"]} == {"float32"}
@@ -142,7 +143,7 @@ def test_native_kernels_are_refused_not_ignored(place: Path) -> None:
 
 def test_a_dense_bundle_of_fixed_batch(place: Path) -> None:
     made = export_bundle("test_vit", place / "dense", weights=place / "w.safetensors", precision="fp16", batch=2)
-    manifest = open_bundle(made)
+    manifest = manifest_of(made)
     assert (manifest["ops"], manifest["outputs"][0]["shape"]) == ({}, [2, 1000])
     assert set(manifest["tolerances"].values()) == {module.HALF_TOLERANCE}
     with open_session(made) as session:

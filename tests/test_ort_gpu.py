@@ -10,7 +10,8 @@ import warnings
 import onnxruntime
 import pytest
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.runtime import open_session, ort_cuda, ort_tensorrt
 from sparsifiner_edge.runtime.ort import Execution, OrtSession
@@ -98,11 +99,12 @@ def test_what_the_provider_is_given(bundle, gpu_build, monkeypatch, module, tmp_
 
 
 def test_types_of_the_file_are_allowed(tmp_path):
-    files = {"files": {"model.onnx": "ab" * 32}}
-    assert ort_tensorrt.options(files | {"precision": "fp16"})["trt_fp16_enable"]
-    assert ort_tensorrt.options(files | {"precision": "int8"})["trt_int8_enable"]
-    other = ort_tensorrt.options({"files": {"model.onnx": "cd" * 32}})
-    assert other["trt_engine_cache_path"] != ort_tensorrt.options(files)["trt_engine_cache_path"]
+    def options(digest="ab", precision="fp32"):
+        return ort_tensorrt.options(Manifest(schema_version=2, files={"model.onnx": digest * 32}, precision=precision))
+
+    assert options(precision="fp16")["trt_fp16_enable"]
+    assert options(precision="int8")["trt_int8_enable"]
+    assert options("cd")["trt_engine_cache_path"] != options()["trt_engine_cache_path"]
 
 
 @pytest.mark.parametrize("module", BOTH)
@@ -132,7 +134,7 @@ def test_standard_output_stays_clean(bundle):
         "from sparsifiner_edge.runtime.cuda import Device\n"
         "ort_gpu.probe = lambda: Device(0, 'x', (8, 7), 1, True, '12.6')\n"
         "from pathlib import Path\n"
-        "from sparsifiner_edge.artifacts import open_bundle\n"
+        "from sparsifiner_edge.bundle.store import open_bundle\n"
         "folder = Path(sys.argv[1])\n"
         "try: ort_cuda.open_model(folder, open_bundle(folder), 1, 'auto')\n"
         "except Exception as error: print(json.dumps(str(error)))"

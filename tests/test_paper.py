@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.bundle import export_bundle
@@ -17,6 +16,7 @@ from sparsifiner_edge.ops import reference
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, sparse_layers
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
+from tests.commands import manifest_of
 from tests.models import images, student, vit
 
 PAPER = SparsityConfig.for_preset("paper", keep=0.25, channels=16)
@@ -104,7 +104,7 @@ def test_from_student_to_bundle(tmp_path: Path) -> None:
         torch.testing.assert_close(again.model(x), made.model(x), rtol=0, atol=0)
         dense = dense_twin(made).model.forward_features(x)
         assert F.cosine_similarity(made.model.forward_features(x), dense, dim=-1).mean() > 0.7
-    manifest = open_bundle(export_bundle(folder, tmp_path / "b", batch="dynamic"))
+    manifest = manifest_of(export_bundle(folder, tmp_path / "b", batch="dynamic"))
     assert set(manifest["ops"]) == {"sparsifiner::LandmarkKeySelect", "sparsifiner::SparseAttention"}
     assert manifest["sparsity"]["preset"] == "paper"
     assert manifest["check"]["kernels_run"] == ["portable", "native"]

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsifiner_edge.artifacts import bundle_hash
+from sparsifiner_edge.bundle.manifest import TensorSpec
+from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.profiles import profile_bundle, stats
 from sparsifiner_edge.profiles.client import start_worker
 from sparsifiner_edge.profiles.memory import read_memory
 from sparsifiner_edge.profiles.worker import fixed_inputs
 from sparsifiner_edge.results import check_result
-from sparsifiner_edge.runtime import TensorSpec
 from tests.tiny import make_bundle
 
 pytestmark = pytest.mark.slow

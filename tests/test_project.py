@@ -24,7 +24,7 @@ LIGHT = (
     "camera",
     "package",
     "report",
-    "signing",
+    "bundle",
     "costs",
     "results",
     "metrics",
@@ -38,6 +38,7 @@ LIGHT = (
     "files",
     "bounds",
     "onnx_file",
+    "records",
 )
 
 

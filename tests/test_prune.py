@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep, share_of
 from sparsifiner_edge.costs import layer_costs, summary
 from sparsifiner_edge.errors import ConfigError, GateError
@@ -25,11 +25,10 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.prune import PrunedBlock, prune
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
-from tests.commands import assert_refused, call
+from tests.commands import assert_refused, call, manifest_of
 from tests.models import TINY, images, student, vit
 
 pytestmark = pytest.mark.slow
@@ -104,7 +103,7 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     # The export itself holds both kinds of kernels to torch, token by token.
     save_student(student(sparsity=sparsity), tmp_path / "student")
     bundle = export_bundle(tmp_path / "student", tmp_path / "bundle", batch=batch, tokens=True)
-    manifest = open_bundle(bundle)
+    manifest = manifest_of(bundle)
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
     assert "sparsifiner::TokenScore" in manifest["ops"]
     assert manifest["costs"]["total_macs"] < manifest["dense_costs"]["total_macs"]
@@ -159,7 +158,7 @@ def test_a_dense_student_prunes_only_where_it_was_made_to(tmp_path: Path, tiny_w
 def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=PRUNED), tmp_path / "student")
     whole = export_bundle(folder, tmp_path / "whole", keep=0.2, token_keep=(), tokens=True)
-    sparsity = open_bundle(whole)["sparsity"]
+    sparsity = manifest_of(whole)["sparsity"]
     assert (sparsity["keep"], sparsity["token_keep"]) == (0.2, [])
     other = load_student(folder, keep=0.6, token_keep=((2, 0.5),))
     assert other.sparsity.token_keep == ((2, 0.5),)
@@ -239,5 +238,5 @@ def test_the_command_line_prunes(tmp_path: Path, tiny_weights: Path, capsys: pyt
     assert call(capsys, *plain, "--token-keep", "1:.7,3:.5").code == 0
     outcome = call(capsys, "export", tmp_path / "s", "--keep", 0.3, "--token-keep", "2:.6", "-o", tmp_path / "b")
     assert outcome.code == 0, outcome.err
-    assert open_bundle(tmp_path / "b")["sparsity"]["token_keep"] == [[2, 0.6]]
+    assert manifest_of(tmp_path / "b")["sparsity"]["token_keep"] == [[2, 0.6]]
     assert_refused(call(capsys, "export", TINY, "--keep", 0.3, "-o", tmp_path / "c"), "go with a student")

@@ -11,15 +11,16 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import quantise as module
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.quantise import RECIPES, _compared, quantise, run_file
 from sparsifiner_edge.metrics import POSITIONS, cosine
-from sparsifiner_edge.runtime import check_golden, open_session
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
+from tests.commands import manifest_of
 from tests.models import student, vit
 
 pytestmark = pytest.mark.slow
@@ -48,7 +49,7 @@ def int8(place: Path, name: str, source: str | Path, **options: Any) -> Path:
 def test_every_linear_layer_and_nothing_else_is_int8(place: Path, recipe: str, sparse: bool) -> None:
     source, options = (place / "student", {}) if sparse else ("test_vit", {"weights": place / "w.safetensors"})
     made = int8(place, f"{recipe}-{sparse}", source, recipe=recipe, **options)
-    manifest = open_bundle(made)
+    manifest = manifest_of(made)
     found = manifest["quantisation"]
     assert (found["recipe"], found["calibrated"], found["held_out"]) == (recipe, 4, 2)
     assert found["quantised"] + len(found["kept"]) == 4 * 6  # qkv, proj, fc1 and fc2; the head stays

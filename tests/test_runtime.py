@@ -7,10 +7,13 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE, seal_bundle
+from sparsifiner_edge.artifacts import BUNDLE_FILE
+from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.manifest import TensorSpec
+from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.runtime import TensorSpec, check_golden, open_session
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.session import validate_inputs
 from tests.tiny import make_bundle
 

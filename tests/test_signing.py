@@ -15,15 +15,10 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.artifacts import (
-    SIGNATURE_FILE,
-    bundle_scratch,
-    extend_bundle,
-    new_folder,
-    open_bundle,
-)
+from sparsifiner_edge.artifacts import SIGNATURE_FILE, new_folder
+from sparsifiner_edge.bundle.sign import generate_key, read_signature, require_signature, sign_bundle
+from sparsifiner_edge.bundle.store import bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.signing import generate_key, read_signature, require_signature, sign_bundle
 from tests.commands import assert_refused, call, snapshot
 from tests.package.reseal import reseal
 from tests.tiny import make_bundle
@@ -42,7 +37,7 @@ def signed(tmp_path: Path, keys: Path) -> Path:
 
 def test_a_signed_bundle_is_what_it_was(signed: Path, keys: Path) -> None:
     assert require_signature(signed, keys / "key.pub") == open_bundle(signed)
-    assert SIGNATURE_FILE not in open_bundle(signed)["files"]
+    assert SIGNATURE_FILE not in open_bundle(signed).files
     content = json.loads((signed / SIGNATURE_FILE).read_text())
     assert content["schema_version"] == 1
     assert len(base64.b64decode(content["signature"])) == 64
@@ -155,7 +150,7 @@ def test_a_signed_bundle_can_be_replaced(signed: Path) -> None:
         for path in (folder.parent / "made").iterdir():
             path.rename(folder / path.name)
     assert read_signature(signed) is None
-    assert open_bundle(signed)["name"] == "b"
+    assert open_bundle(signed).name == "b"
 
 
 def test_a_signature_of_another_bundle(signed: Path, keys: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsifiner_edge.artifacts import picture_size, read_labels
+from sparsifiner_edge.bundle.manifest import AGAIN, Manifest, required
+from sparsifiner_edge.bundle.store import picture_size, read_labels
 from sparsifiner_edge.camera.prepare import LETTERBOX, SQUARE, Fit
 from sparsifiner_edge.camera.wire import MAX_SIDE
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
@@ -50,7 +51,8 @@ class Model:
         manifest = checked_manifest(folder, public_key)
         self.fit = Fit(picture_size(manifest, folder), _letterbox(manifest, folder))
         self.labels = read_labels(manifest, folder)
-        self.tokens = _tokens(manifest)
+        tokens = manifest.tokens
+        self.tokens = None if tokens is None or tokens.grid is None else (tokens.prefix, *tokens.grid)
         self._top, self._threshold = top, threshold
         self._reference: Array | None = None
         self._tokens_before: Array | None = None
@@ -150,24 +152,13 @@ def _require_image(session: Session, size: int, folder: Path) -> None:
         raise ConfigError(f"{folder} takes batches of {shape[0]}.", "Export it with --batch 1 or dynamic.")
 
 
-def _letterbox(manifest: dict[str, Any], folder: Path) -> bool:
-    preprocessing = manifest["preprocessing"]
-    size, resize = preprocessing["size"], preprocessing.get("resize", SQUARE)
-    if size > MAX_SIDE:
-        raise ArtifactError(f"{folder}: preprocessing.size is {size}; at most {MAX_SIDE}.", "Export the bundle again.")
-    if not isinstance(resize, str) or not resize.startswith((SQUARE, LETTERBOX)):
+def _letterbox(manifest: Manifest, folder: Path) -> bool:
+    preprocessing = required(manifest.preprocessing, "preprocessing", folder)
+    if preprocessing.size > MAX_SIDE:
+        raise ArtifactError(f"{folder}: preprocessing.size is {preprocessing.size}; at most {MAX_SIDE}.", AGAIN)
+    if not preprocessing.resize.startswith((SQUARE, LETTERBOX)):
         raise ArtifactError(
-            f"{folder}: preprocessing.resize is {resize!r:.60}; known are {SQUARE} and {LETTERBOX}.",
+            f"{folder}: preprocessing.resize is {preprocessing.resize!r:.60}; known are {SQUARE} and {LETTERBOX}.",
             "Upgrade: pip install -U sparsifiner-edge",
         )
-    return resize.startswith(LETTERBOX)
-
-
-def _tokens(manifest: dict[str, Any]) -> tuple[int, int, int] | None:
-    """Prefix tokens, rows and columns of patches, of a manifest that says so."""
-    tokens = manifest.get("tokens")
-    grid = tokens.get("grid") if isinstance(tokens, dict) else None
-    if not isinstance(tokens, dict) or not isinstance(grid, list) or len(grid) != 2:
-        return None
-    numbers = (tokens.get("prefix"), *grid)
-    return numbers if all(isinstance(n, int) and 0 <= n <= MAX_SIDE for n in numbers) else None
+    return bool(preprocessing.resize.startswith(LETTERBOX))

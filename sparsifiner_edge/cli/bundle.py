@@ -24,7 +24,7 @@ def command() -> None:
 @json_option
 def verify(*, bundle: Path, backend: str, kernels: str, public_key: Path | None, as_json: bool) -> None:
     """Check BUNDLE: hashes, signature, manifest against model, and the golden pair. Exit code 1: a check failed."""
-    from sparsifiner_edge.package.verify import verify_bundle
+    from sparsifiner_edge.runtime.verify import verify_bundle
 
     result = verify_bundle(bundle, backend=backend, kernels=kernels, public_key=public_key)
     if as_json:
@@ -50,7 +50,7 @@ def _print(result: dict[str, Any]) -> None:
 def sign(*, bundle: Path, key: Path, as_json: bool) -> None:
     """Sign BUNDLE as it is: manifest.sig covers the manifest, which holds the hash of every other file."""
     from sparsifiner_edge.artifacts import SIGNATURE_FILE
-    from sparsifiner_edge.signing import sign_bundle
+    from sparsifiner_edge.bundle.sign import sign_bundle
 
     result = sign_bundle(bundle, key)
     if as_json:
@@ -64,7 +64,7 @@ def sign(*, bundle: Path, key: Path, as_json: bool) -> None:
 @json_option
 def keygen(*, output: Path, as_json: bool) -> None:
     """Make a key pair: KEY.pem, which only you may read, and KEY.pub, which may go to every device."""
-    from sparsifiner_edge.signing import generate_key
+    from sparsifiner_edge.bundle.sign import generate_key
 
     public, fingerprint = generate_key(output)
     if as_json:

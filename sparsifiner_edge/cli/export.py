@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.bounds import MOST_COUNT, MOST_SIDE
+from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import (
     json_option,
     keep_option,
@@ -91,21 +92,21 @@ def command(
         )
     manifest = open_bundle(folder)
     if as_json:
-        print_json(manifest)
+        print_json(manifest_content(manifest))
     else:
         _print(folder, manifest)
 
 
-def _print(folder: Path, manifest: dict[str, Any]) -> None:
-    for line in (*_check(manifest["check"]), *_changes(manifest), *_measured(manifest)):
+def _print(folder: Path, manifest: Manifest) -> None:
+    for line in (*_check(manifest.check), *_changes(manifest), *_measured(manifest)):
         click.echo(line)
-    for board in manifest.get("boards", ()):
+    for board in manifest.boards:
         counts = f"{board['launches']} kernels for {board['nodes']} nodes"
         left = f"; {len(board['refused'])} nodes keep their bodies" if board["refused"] else ""
         click.echo(f"{board['board']}: {counts}, compute capability {board['compute_capability']}{left}")
         for warning in board["warnings"]:
             click.echo(f"{board['board']}: {warning}", err=True)
-    ops = ", ".join(manifest["ops"]) or "none: plain dense attention in standard operators"
+    ops = ", ".join(manifest.ops) or "none: plain dense attention in standard operators"
     click.echo(f"custom operators (with bodies in standard operators): {ops}")
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")
 
@@ -124,24 +125,24 @@ def _check(check: dict[str, Any]) -> Iterator[str]:
         yield f"kept tokens: {check['differing_tokens']} differ from torch"
 
 
-def _changes(manifest: dict[str, Any]) -> Iterator[str]:
+def _changes(manifest: Manifest) -> Iterator[str]:
     """What another tile, int8 and float16 cost."""
-    if found := manifest.get("retiled"):
+    if found := manifest.retiled:
         sizes = ", ".join(f"{name} {found['from'][name]} -> {value}" for name, value in found["to"].items())
         yield f"{sizes}: cosine to before {found['cosine']:.4f}, {found['pictures']} pictures"
-    if found := manifest.get("quantisation"):
+    if found := manifest.quantisation:
         least = min(found["cosines"].values())
         others = f", other patches kept: {share:.1%}" if (share := found.get("other_patches", 0.0)) else ""
         yield f"int8: {found['quantised']} linear layers, {len(found['kept'])} left out, cosine {least:.4f}{others}"
-    if found := manifest.get("float16"):
+    if found := manifest.float16:
         least = min(found["least_row_cosines"].values())
         counts = f"{found['nodes_float16']} nodes, {found['nodes_float32']} left in fp32"
         yield f"fp16: {counts}, least cosine to before {least:.5f}; kernels: {found['kernels']}"
 
 
-def _measured(manifest: dict[str, Any]) -> Iterator[str]:
+def _measured(manifest: Manifest) -> Iterator[str]:
     """Which layers are kept dense on this machine."""
-    for choice in manifest.get("measured", {}).get("choices", ()):
+    for choice in (manifest.measured or {}).get("choices", ()):
         yield (
             f"layers {choice['layers'][0]} to {choice['layers'][-1]}: sparse attention {choice['sparse_ms']:.2f} ms, "
             f"dense {choice['dense_ms']:.2f} ms: {'kept dense' if choice['kept_dense'] else 'sparse'}"

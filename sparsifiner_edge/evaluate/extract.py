@@ -10,16 +10,9 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 import torch
 
-from sparsifiner_edge.artifacts import (
-    STUDENT_FILE,
-    bundle_hash,
-    field,
-    kind_of,
-    open_bundle,
-    picture_size,
-    read_labels,
-    sha256,
-)
+from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
+from sparsifiner_edge.bundle.manifest import required
+from sparsifiner_edge.bundle.store import bundle_hash, open_bundle, picture_size, read_labels
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.runtime.open import open_checked
@@ -143,8 +136,8 @@ def _bundle(folder: Path, runner: Runner) -> Iterator[Extractor]:
         def extract(image: Array) -> dict[str, Array]:
             return session.infer({"image": image})
 
-        about = {"path": str(folder), "sha256": bundle_hash(folder), "name": field(manifest, folder, "name", str)}
+        about = {"path": str(folder), "sha256": bundle_hash(folder), "name": required(manifest.name, "name", folder)}
         size = picture_size(manifest, folder)
-        prefix = field(manifest, folder, "tokens.prefix", int)
+        prefix = required(manifest.tokens, "tokens", folder).prefix
         labels = tuple(read_labels(manifest, folder))
         yield Extractor(extract, size, prefix, about, session.description, labels)

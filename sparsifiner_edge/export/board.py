@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sparsifiner_edge.bundle.kernels import FOLDER, SCHEMA, code_file, kernel_model, ordered_ptx, plain_ptx, table_file
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
@@ -23,7 +24,6 @@ from sparsifiner_edge.ops.triton.compile import Compiled, compile_plan
 from sparsifiner_edge.ops.triton.plan import OPERATORS_PLANNED, Buffer, Plan, plan_select, refusals
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend
 from sparsifiner_edge.profiles.board import Board
-from sparsifiner_edge.runtime.kernels import FOLDER, SCHEMA, code_file, kernel_model, ordered_ptx, plain_ptx, table_file
 from sparsifiner_edge.text import dump_json
 
 PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
@@ -33,7 +33,7 @@ LEAST_PTX = {100: 86, 110: 90, 120: 87}
 OLDEST_TENSORRT = (10, 3)
 
 
-def board_files(model: onnx.ModelProto, manifest: Mapping[str, Any], board: Board, folder: Path) -> dict[str, Any]:
+def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -> dict[str, Any]:
     """Compile the kernels of a model for a board into a bundle's folder.
 
     Writes `kernels/sm<N>.json`, `kernels/sm<N>/*.ptx` and `*.cubin`, and `kernels/sm<N>.onnx`: the model with launches
@@ -41,7 +41,7 @@ def board_files(model: onnx.ModelProto, manifest: Mapping[str, Any], board: Boar
 
     Args:
         model: as in `model.onnx`.
-        manifest: of the bundle; gives the name for messages.
+        name: of the model, for messages.
         board: from `profiles.boards`.
         folder: of the bundle.
 
@@ -60,9 +60,7 @@ def board_files(model: onnx.ModelProto, manifest: Mapping[str, Any], board: Boar
             f"{board.name} has no GPU that the kernels are for.", "Leave --board out: the bundle runs there without."
         )
     if not nodes:
-        raise ConfigError(
-            f"{manifest.get('name', 'The model')} has no sparse attention to compile.", "Leave --board out."
-        )
+        raise ConfigError(f"{name} has no sparse attention to compile.", "Leave --board out.")
     cuda, ptx_version = _toolkit(board)
     assembler = find_assembler(cuda, board.sm)
     table, refused = _compile(model, nodes, board.sm, ptx_version, assembler, folder)

@@ -8,13 +8,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import onnx
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from sparsifiner_edge.artifacts import LABELS_FILE, kind_of, new_folder, require_replaceable, seal_bundle
+from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, whole_number
+from sparsifiner_edge.bundle.manifest import (
+    BUNDLE_SCHEMA,
+    InputSpec,
+    Manifest,
+    Preprocessing,
+    TensorSpec,
+    Tokens,
+    manifest_content,
+)
+from sparsifiner_edge.bundle.store import LABELS_FILE, seal_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -118,10 +129,10 @@ def export_bundle(
         np.savez_compressed(folder / "golden.npz", **cast(Any, golden))
         if labels:
             (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        manifest = _manifest(student, deployed, model, check, precision, recipe) | entries
-        if wanted:
-            manifest["boards"] = [board_files(model, manifest, board, folder) for board in wanted]
-        seal_bundle(folder, manifest)
+        for_boards = tuple(board_files(model, student.name, board, folder) for board in wanted)
+        manifest = _manifest(student, deployed, model, check, precision, recipe)
+        manifest = msgspec.structs.replace(manifest, boards=for_boards, **entries)
+        seal_bundle(folder, manifest_content(manifest))
     return target
 
 
@@ -245,33 +256,33 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
 
 def _manifest(
     student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, precision: str, recipe: str
-) -> dict[str, Any]:
+) -> Manifest:
     pre = preprocessing(student.model)
     sparse = bool(student.sparsity.sparse_layers(len(student.model.blocks)))
     shape = model_shape(student.model)
-    return {
-        "name": student.name,
-        "precision": precision,
-        "ops": {f"{DOMAIN}::{f.name}": VERSION for f in model.functions},
-        "inputs": [_tensor(v) | {"layout": "NHWC", "range": [0, 255], "colour": "RGB"} for v in model.graph.input],
-        "outputs": [_tensor(v) for v in model.graph.output],
-        "preprocessing": {
-            "resize": "centre square, bicubic",
-            "size": student.img_size,
-            "folded": {"mean": list(pre.mean), "std": list(pre.std), "scale": "1/255"},
-        },
-        "tokens": {"prefix": shape.prefix, "grid": list(student.model.patch_embed.grid_size)},
-        "sparsity": student.sparsity.to_dict() if sparse or deployed.prunes else None,
-        "costs": summary(shape, student.sparsity),
-        "dense_costs": summary(shape, SparsityConfig(keep=1)),
-        "tolerances": dict.fromkeys(
+    folded = {"mean": list(pre.mean), "std": list(pre.std), "scale": "1/255"}
+    return Manifest(
+        schema_version=BUNDLE_SCHEMA,
+        files={},
+        name=student.name,
+        precision=precision,
+        shape=shape,
+        ops={f"{DOMAIN}::{f.name}": VERSION for f in model.functions},
+        inputs=tuple(InputSpec(*_tensor(v), layout="NHWC", range=(0, 255), colour="RGB") for v in model.graph.input),
+        outputs=tuple(TensorSpec(*_tensor(v)) for v in model.graph.output),
+        preprocessing=Preprocessing(size=student.img_size, folded=folded),
+        tokens=Tokens(shape.prefix, tuple(student.model.patch_embed.grid_size)),
+        sparsity=student.sparsity if sparse or deployed.prunes else None,
+        costs=summary(shape, student.sparsity),
+        dense_costs=summary(shape, SparsityConfig(keep=1)),
+        tolerances=dict.fromkeys(
             [name for name in deployed.output_names if name != POSITIONS],
             _tolerance(precision, sparse or deployed.prunes, recipe, check),
         ),
-        "check": check.to_dict(),
-        "provenance": dict(student.provenance),
-        "tools": {name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")},
-    }
+        check=check.to_dict(),
+        provenance=dict(student.provenance),
+        tools={name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")},
+    )
 
 
 def _tolerance(precision: str, selects: bool, recipe: str, check: Check) -> float:
@@ -286,8 +297,8 @@ def _tolerance(precision: str, selects: bool, recipe: str, check: Check) -> floa
     return FREE_TOLERANCE if max(x.error for x in check.agreements.values()) <= FREE_TOLERANCE else OTHERS.error
 
 
-def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
+def _tensor(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
+    """Name, type and shape."""
     tensor = value.type.tensor_type
-    shape: list[int | str] = [d.dim_value if d.HasField("dim_value") else DYNAMIC for d in tensor.shape.dim]
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    return {"name": value.name, "dtype": str(dtype), "shape": shape}
+    shape: tuple[int | str, ...] = tuple(d.dim_value if d.HasField("dim_value") else DYNAMIC for d in tensor.shape.dim)
+    return value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape

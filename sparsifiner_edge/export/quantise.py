@@ -25,7 +25,7 @@ from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.metrics import POSITIONS, aligned, cosine
-from sparsifiner_edge.runtime.graph import drop_unused
+from sparsifiner_edge.ops.graph import drop_unused
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]

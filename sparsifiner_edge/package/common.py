@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from sparsifiner_edge.artifacts import (
-    GOLDEN_FILE,
-    MODEL_FILE,
-    PACKAGE_FILE,
-    bundle_hash,
-    field,
-    new_folder,
-    open_bundle,
-    picture_size,
-    read_labels,
-    read_listed,
-    sha256,
-)
+from sparsifiner_edge.artifacts import PACKAGE_FILE, new_folder, sha256
+from sparsifiner_edge.bundle.golden import read_golden
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest, TensorSpec
+from sparsifiner_edge.bundle.store import GOLDEN_FILE, bundle_hash, load_model, open_bundle, picture_size, read_labels
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.onnx_file import read_model
-from sparsifiner_edge.runtime.golden import read_golden
 from sparsifiner_edge.text import dump_json
 
 PACKAGE_SCHEMA = 1
 MODEL = MODEL_FILE
 _NAME = re.compile(r"[A-Za-z0-9_./:-]+")
 """A tensor's name: it goes into lists with semicolons and into lines of configurations."""
-
-
-class Tensor(NamedTuple):
-    """An input or output: NumPy's name of its type, and its shape; a name or None stands for a dynamic axis."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str | None, ...]
 
 
 class Bundle(NamedTuple):
@@ -56,11 +37,11 @@ class Bundle(NamedTuple):
     """
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     name: str
     size: int
     batch: int | None
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...]
 
     @property
@@ -71,7 +52,7 @@ class Bundle(NamedTuple):
     @property
     def precision(self) -> str:
         """The bundle's own word for it, such as "fp16"."""
-        return str(self.manifest.get("precision", "fp32"))
+        return self.manifest.precision or "fp32"
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -83,22 +64,22 @@ def read_bundle(folder: Path) -> Bundle:
         ConfigError: it takes something else than one uint8 picture `image` [B,S,S,3].
     """
     manifest = open_bundle(folder)
-    for name in manifest["files"]:
+    for name in manifest.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactError(f"{folder} names the file {name!r}.", "Do not use this bundle.")
     load_model(folder, manifest)  # What needs other files is not handed on.
     size = picture_size(manifest, folder)
-    inputs = _tensors(manifest, folder, "inputs")
-    if [(t.name, t.dtype, t.shape[1:]) for t in inputs] != [("image", "uint8", (size, size, 3))]:
+    for key, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
+        _check_names(specs, key, folder)
+    if [(t.name, t.dtype, t.shape[1:]) for t in manifest.inputs] != [("image", "uint8", (size, size, 3))]:
         raise ConfigError(f"{folder} does not take one picture `image` uint8 [B,{size},{size},3].", "Export it again.")
-    first = inputs[0].shape[0]
     return Bundle(
         folder=folder,
         manifest=manifest,
-        name=safe_name(str(manifest.get("name", ""))),
+        name=safe_name(manifest.name or ""),
         size=size,
-        batch=first if isinstance(first, int) else None,
-        outputs=tuple(_tensors(manifest, folder, "outputs")),
+        batch=manifest.batch,
+        outputs=manifest.outputs,
         labels=tuple(read_labels(manifest, folder)),
     )
 
@@ -108,28 +89,11 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")[:100] or "model"
 
 
-def _tensors(manifest: dict[str, Any], folder: Path, key: str) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    for entry in field(manifest, folder, key, list):
-        if not isinstance(entry, dict):
-            raise ArtifactError(f"{folder}: {key} holds {entry!r:.60}.", "Export the bundle again.")
-        shape = field(entry, folder, "shape", list)
-        if not shape or not all(isinstance(n, int | str) or n is None for n in shape):
-            raise ArtifactError(f"{folder}: a shape in {key} is {shape!r:.60}.", "Export the bundle again.")
-        name = field(entry, folder, "name", str)
-        if not _NAME.fullmatch(name) or name in (tensor.name for tensor in tensors):
+def _check_names(specs: Sequence[TensorSpec], key: str, folder: Path) -> None:
+    names = [spec.name for spec in specs]
+    for name in names:
+        if not _NAME.fullmatch(name) or names.count(name) > 1:
             raise ArtifactError(f"{folder}: {key} holds the name {name!r:.60}, or twice.", "Do not use this bundle.")
-        tensors.append(Tensor(name, field(entry, folder, "dtype", str), tuple(shape)))
-    return tensors
-
-
-def load_model(folder: Path, manifest: Mapping[str, Any]) -> Any:
-    """The `onnx.ModelProto` of a checked bundle.
-
-    Raises:
-        ArtifactError: its file is none, was altered, or needs another file.
-    """
-    return read_model(read_listed(folder, manifest, MODEL), folder / MODEL)
 
 
 def golden_image(bundle: Bundle) -> npt.NDArray[np.uint8]:

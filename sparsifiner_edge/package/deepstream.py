@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sparsifiner_edge.artifacts import LABELS_FILE
+from sparsifiner_edge.bundle.store import LABELS_FILE
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.package.common import MODEL, Bundle
 from sparsifiner_edge.package.float_model import PROBABILITIES, write_float_model
@@ -199,7 +199,8 @@ def key_file(groups: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def _letterbox(bundle: Bundle) -> bool:
-    return str(bundle.manifest["preprocessing"].get("resize", "")).startswith("letterbox")
+    preprocessing = bundle.manifest.preprocessing
+    return preprocessing is not None and preprocessing.resize.startswith("letterbox")
 
 
 def _readme(bundle: Bundle, differences: Mapping[str, float]) -> str:

@@ -35,7 +35,7 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
         raise ConfigError("batch and kernels do not go with GStreamer.", "Leave them out; the element has `kernels`.")
     if bundle.batch not in (None, 1):
         raise ConfigError(f"{bundle.folder} takes batches of {bundle.batch}.", "Export it with --batch 1 or dynamic.")
-    for name in (BUNDLE_FILE, SIGNATURE_FILE, *bundle.manifest["files"]):
+    for name in (BUNDLE_FILE, SIGNATURE_FILE, *bundle.manifest.files):
         if name != SIGNATURE_FILE or (bundle.folder / name).is_file():
             (folder / "bundle" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.folder / name, folder / "bundle" / name)
@@ -43,7 +43,7 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
     plugins.mkdir(parents=True)
     shutil.copyfile(element_file(), plugins / ELEMENT)
     (folder / "README.md").write_text(_readme(bundle), encoding="utf-8")
-    return [] if not bundle.manifest.get("ops") else [
+    return [] if not bundle.manifest.ops else [
         "onnxinference runs the operators by their bodies; the element `sparsifiner` by the native kernels where built."
     ]  # fmt: skip
 

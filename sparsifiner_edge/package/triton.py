@@ -10,16 +10,17 @@ The image is the bundle's golden input: a server is ready when it has answered t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import LABELS_FILE, read_listed
+from sparsifiner_edge.bundle.engines import Engine, parse_capability
+from sparsifiner_edge.bundle.manifest import TensorSpec
+from sparsifiner_edge.bundle.store import LABELS_FILE, read_listed
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.package.common import MODEL, Bundle, Tensor, golden_image
+from sparsifiner_edge.package.common import MODEL, Bundle, golden_image
 from sparsifiner_edge.package.triton_config import print_config
-from sparsifiner_edge.runtime.engines import Engine, listed_engines, parse_capability
 
 BATCH = 8
 """Greatest batch of a bundle of dynamic batch, unless told."""
@@ -34,7 +35,7 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
     models = folder / "models"
     library = _library(bundle, kernels)
     _write_onnx(bundle, models / bundle.name, batch, library)
-    listed = listed_engines(bundle.manifest, bundle.folder)
+    listed = bundle.manifest.engines
     engines = newest_engines([engine for engine in listed if _takes_one(engine, bundle)])
     if engines:
         _write_plans(bundle, models / f"{bundle.name}_tensorrt", engines)
@@ -50,7 +51,7 @@ def _takes_one(engine: Engine, bundle: Bundle) -> bool:
 
 def _library(bundle: Bundle, kernels: str) -> Path | None:
     """The native library, for models that have operators it runs: it computes in float32 alone."""
-    wanted = kernels == "auto" and bundle.manifest.get("ops") and "float16" not in bundle.manifest
+    wanted = kernels == "auto" and bundle.manifest.ops and bundle.manifest.float16 is None
     return native.library_path() if wanted else None
 
 
@@ -103,7 +104,7 @@ def newest_engines(engines: list[Engine]) -> dict[str, Engine]:
 
 def _config(bundle: Bundle, name: str, most: int) -> dict[str, Any]:
     """What both backends' configurations share; most: greatest batch, 0 where it is fixed."""
-    image = Tensor("image", "uint8", (bundle.batch, bundle.size, bundle.size, 3))
+    image = TensorSpec("image", "uint8", (bundle.batch, bundle.size, bundle.size, 3))
     outputs = [_tensor(output, most) for output in bundle.outputs]
     for output in outputs:
         if output["name"] == "logits" and bundle.labels:
@@ -121,13 +122,13 @@ def _config(bundle: Bundle, name: str, most: int) -> dict[str, Any]:
     return config
 
 
-def _tensor(tensor: Tensor, most: int) -> dict[str, Any]:
+def _tensor(tensor: TensorSpec, most: int) -> dict[str, Any]:
     if tensor.dtype not in _TYPES:
         raise ConfigError(f"{tensor.name} is {tensor.dtype}: Triton has no such type.", "Export the bundle again.")
     return {"name": tensor.name, "data_type": f"TYPE_{_TYPES[tensor.dtype]}", "dims": _dims(tensor, most)}
 
 
-def _dims(tensor: Tensor, most: int) -> list[int]:
+def _dims(tensor: TensorSpec, most: int) -> list[int]:
     """Without the batch axis where Triton makes batches; -1 for a dynamic axis."""
     shape = tensor.shape[1:] if most else tensor.shape
     return [size if isinstance(size, int) else -1 for size in shape]
@@ -142,14 +143,16 @@ def _write_common(bundle: Bundle, folder: Path, most: int) -> None:
         (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
 
 
-def _remarks(bundle: Bundle, library: Path | None, engines: Mapping[str, Engine], listed: list[Engine]) -> list[str]:
+def _remarks(
+    bundle: Bundle, library: Path | None, engines: Mapping[str, Engine], listed: Sequence[Engine]
+) -> list[str]:
     found = []
     if library is not None:
         found.append(
             f"{library.name} was built on this machine and is native code: the server needs such a processor, and a C "
             "library and ONNX Runtime as new. --kernels portable leaves it out."
         )
-    elif bundle.manifest.get("ops"):
+    elif bundle.manifest.ops:
         found.append("Without the native library the operators run by their bodies: slower on a processor.")
     if any(engine.backend == "tensorrt-rtx" for engine in listed):
         found.append("Engines of TensorRT-RTX are left out: Triton's backend runs those of TensorRT.")

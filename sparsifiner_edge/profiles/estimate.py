@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsifiner_edge.artifacts import field, open_bundle
-from sparsifiner_edge.bounds import MOST_BATCH, flaw
+from sparsifiner_edge.bounds import MOST_BATCH
+from sparsifiner_edge.bundle.kernels import table_file
+from sparsifiner_edge.bundle.manifest import Manifest, required
+from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import KINDS, ModelShape, summary
+from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.board import Board, load_board
 from sparsifiner_edge.profiles.roofline import CPU, GPU, IDEAL, SIZES, SPARSE, Calibration, Cost, Workload
-from sparsifiner_edge.results import bundle_subject, new_result, unavailable
-from sparsifiner_edge.runtime.kernels import table_file
+from sparsifiner_edge.results import new_result, unavailable
 
 KERNELS = ("auto", "native", "portable")
 UNFITTED = 1.5
@@ -35,8 +35,6 @@ LAYER_COPIES = {"gpu": (1.0, 2.0, 4.0), "cpu": (3.0, 5.5, 8.0)}
 """How many layers' tensors are alive at the peak. CPU: recorded; GPU: judged."""
 SCORE_COPIES = (1.0, 1.0, 2.0)
 """The same for scores and gathered keys, where they are kept in memory."""
-_LARGEST = 1 << 20
-"""No size of a model comes near; a manifest that implies more is damaged."""
 _AGAIN = "Export the bundle again."
 
 
@@ -79,9 +77,6 @@ def estimate_bundle(
     """
     folder = Path(bundle)
     manifest = open_bundle(folder)
-    found = flaw(manifest)
-    if found is not None:
-        raise ArtifactError(f"{folder}: the manifest's {found}.", _AGAIN)
     device = board if isinstance(board, Board) else load_board(board)
     device = device if power_mode is None else device.in_mode(power_mode)
     plan = _plan(folder, manifest, device, precision, kernels)
@@ -101,117 +96,63 @@ def estimate_bundle(
     return new_result("estimate", [bundle_subject(folder, manifest)], method, {"layers": layers}, statistics)
 
 
-def _plan(folder: Path, manifest: dict[str, Any], board: Board, precision: str | None, kernels: str) -> _Plan:
+def _plan(folder: Path, manifest: Manifest, board: Board, precision: str | None, kernels: str) -> _Plan:
     shape, sparsity = model_of(manifest, folder)
-    own = field(manifest, folder, "precision", str)
+    own = str(required(manifest.precision, "precision", folder))
     chosen = own if precision is None else precision
     board.peak(chosen)  # Refuses what the board cannot do before anything is computed.
     size = (folder / "model.onnx").stat().st_size * SIZES[chosen] / SIZES.get(own, 4)
     taken, because = _kernels(kernels, manifest, board)
     if taken == "none" and sparsity.sparse_layers(shape.depth):
         raise ArtifactError(f"{folder}: the manifest names no operators for its sparse layers.", _AGAIN)
-    portable, plain = taken == "portable", not manifest.get("ops")
+    portable, plain = taken == "portable", not manifest.ops
     work = Workload(shape, sparsity, _batch(manifest, folder), portable, board.kind == "cpu" and (portable or plain))
     return _Plan(board, work, chosen, taken, because, size)
 
 
-def _kernels(asked: str, manifest: Mapping[str, Any], board: Board) -> tuple[str, str]:
+def _kernels(asked: str, manifest: Manifest, board: Board) -> tuple[str, str]:
     """Which kernels run the sparse operators, and why."""
     if asked not in KERNELS:
         raise ConfigError(f"kernels is {asked!r}.", f"Choose one of: {', '.join(KERNELS)}.")
-    if not manifest.get("ops"):
+    if not manifest.ops:
         return "none", "the bundle has standard operators alone"
     if asked != "auto":
         return asked, "asked for"
     if board.kind == "cpu":
         return "native", "the native library is taken to be installed there"
-    if table_file(board.sm) in manifest["files"]:
+    if table_file(board.sm) in manifest.files:
         return "native", f"the bundle carries kernels compiled for SM {board.sm}"
     return "portable", f"the bundle carries no kernels compiled for SM {board.sm}"
 
 
-def model_of(manifest: dict[str, Any], folder: Path) -> tuple[ModelShape, SparsityConfig]:
-    """Sizes and sparsity of a bundle's model, from the costs in its manifest; `folder` stands in messages.
-
-    Dense attention is 2 L N^2 C and dense projections 4 L N C^2: the two give C and L, the rest follows.
+def model_of(manifest: Manifest, folder: Path) -> tuple[ModelShape, SparsityConfig]:
+    """Sizes and sparsity of a bundle's model, as its manifest says; `folder` stands in messages.
 
     Raises:
-        ArtifactError: costs are missing, or no model has these.
-        ConfigError: the sparsity is out of range.
+        ArtifactError: it does not say, or its costs are not those of such a model.
     """
-    dense = _counts(manifest, folder, "dense_costs")
-    costs = _counts(manifest, folder, "costs")
-    prefix = field(manifest, folder, "tokens.prefix", int)
-    grid = field(manifest, folder, "tokens.grid", list)
-    settings = manifest.get("sparsity")
-    sparsity = SparsityConfig.from_dict(settings) if isinstance(settings, dict) else SparsityConfig(keep=1)
+    shape, sparsity = required(manifest.shape, "shape", folder), manifest.sparsity or SparsityConfig(keep=1)
     try:
-        shape = _shape(dense, _patches(grid), prefix)
-        shape = dataclasses.replace(shape, heads=_heads(shape, sparsity, costs))
-        fits = _same(summary(shape, sparsity), costs) and _same(summary(shape, SparsityConfig(keep=1)), dense)
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
-        fits = False
+        costs, dense = summary(shape, sparsity), summary(shape, SparsityConfig(keep=1))
     except SparsifinerError as error:
         raise ArtifactError(f"{folder}: {error.what}", _AGAIN) from error
-    if not fits:
-        raise ArtifactError(f"{folder}: the manifest's costs are those of no model.", _AGAIN)
+    if (costs, dense) != (manifest.costs, manifest.dense_costs):
+        raise ArtifactError(f"{folder}: the manifest's costs are not those of its model.", _AGAIN)
     return shape, sparsity
 
 
-def _counts(manifest: dict[str, Any], folder: Path, name: str) -> dict[str, int]:
-    counts: dict[str, int] = field(manifest, folder, name, dict)
-    for key in (*(f"{kind}_macs" for kind in KINDS), "embedding_macs"):
-        if field(counts, folder, key, int) < 0:
-            raise ArtifactError(f"{folder}: {name}.{key} is {counts[key]}.", _AGAIN)
-    return counts
-
-
-def _shape(dense: Mapping[str, int], patches: int, prefix: int) -> ModelShape:
-    tokens = patches + prefix
-    width = round(dense["projections_macs"] * tokens / (2 * dense["attention_macs"]))
-    depth = round(dense["attention_macs"] / (2 * tokens * tokens * width))
-    hidden = round(dense["mlp_macs"] / (2 * depth * tokens * width))
-    patch = math.isqrt(dense["embedding_macs"] // (3 * patches * width))
-    sizes = (width, hidden, patches, patch, prefix + 1)
-    if not (all(0 < size < _LARGEST for size in sizes) and 0 < depth < 1024):
-        raise ValueError
-    return ModelShape(depth, 1, width, hidden, prefix, patches, patch)
-
-
-def _patches(grid: list[Any]) -> int:
-    if len(grid) != 2 or not all(type(side) is int and 0 < side < _LARGEST for side in grid):
-        raise ValueError
-    return int(grid[0] * grid[1])
-
-
-def _heads(shape: ModelShape, sparsity: SparsityConfig, costs: Mapping[str, int]) -> int:
-    """The predictor's cost grows evenly with the heads; without one, heads of 64 are taken."""
-    one, two = (summary(dataclasses.replace(shape, heads=n), sparsity)["predictor_macs"] for n in (1, 2))
-    heads = 1 + round((costs["predictor_macs"] - one) / (two - one)) if two > one else max(1, shape.width // 64)
-    if not 1 <= heads <= shape.width:
-        raise ValueError
-    return heads
-
-
-def _same(computed: Mapping[str, int], stated: Mapping[str, int]) -> bool:
-    return all(stated.get(name) == value for name, value in computed.items() if name.endswith("_macs"))
-
-
-def _batch(manifest: dict[str, Any], folder: Path) -> int:
+def _batch(manifest: Manifest, folder: Path) -> int:
     """Of the file, where it is fixed; else one picture at a time.
 
     Raises:
         ArtifactError: the manifest describes no input, or a batch that no file has.
     """
-    for tensor in field(manifest, folder, "inputs", list):
-        shape = tensor.get("shape") if isinstance(tensor, dict) else None
-        first = shape[0] if isinstance(shape, list) and shape else None
-        if isinstance(first, str):  # A name: dynamic.
-            continue
-        if type(first) is not int or not 0 < first <= MOST_BATCH:
-            raise ArtifactError(f"{folder}: an input's shape is {shape!r}.", _AGAIN)
-        return first
-    return 1
+    if not manifest.inputs:
+        raise ArtifactError(f"{folder}: inputs is missing.", _AGAIN)
+    batch = manifest.batch
+    if batch is not None and not 0 < batch <= MOST_BATCH:
+        raise ArtifactError(f"{folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)
+    return batch or 1
 
 
 def _latency(plan: _Plan, found: Sequence[Cost], share: Calibration) -> dict[str, Any]:

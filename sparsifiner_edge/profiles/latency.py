@@ -6,15 +6,16 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.client import start_worker
 from sparsifiner_edge.profiles.comparison import compare, two_names
 from sparsifiner_edge.profiles.observation import Observation, observe, power_samples, side_figures, side_samples
 from sparsifiner_edge.profiles.rules import RULES, make_rules
-from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Progress, Side, fixed_batch, load_side
-from sparsifiner_edge.results import bundle_subject, new_result, unavailable
+from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Progress, Side, load_side
+from sparsifiner_edge.results import new_result, unavailable
 from sparsifiner_edge.runtime.open import check_backend, check_kernels
 
 _DESCRIBED = ("backend", "version", "provider", "device", "precision", "kernels", "threads")
@@ -103,10 +104,10 @@ def profile_bundle(
     return new_result(kind, subjects, _method(sides, seen, descriptions), samples, figures)
 
 
-def _refuse_batches(manifests: dict[str, dict[str, Any]]) -> None:
+def _refuse_batches(manifests: dict[str, Manifest]) -> None:
     """MLPerf's single stream has one sample a query: better told now than after ten minutes."""
     for role, manifest in manifests.items():
-        batch = fixed_batch(manifest)
+        batch = manifest.batch
         if batch not in (None, 1):
             raise ConfigError(
                 f"The {role}'s batch is fixed at {batch}; mlperf takes one picture a query.",

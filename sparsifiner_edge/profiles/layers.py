@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import MODEL_FILE, open_bundle, read_listed
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
+from sparsifiner_edge.bundle.store import open_bundle, read_listed
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.profiles.kinds import merge
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.ort import load_backend, native_library
-from sparsifiner_edge.runtime.session import Array, Session, TensorSpec
+from sparsifiner_edge.runtime.session import Array, Session
 
 SECONDS = 1.0
 """About as long the profiled queries run, within `MIN_QUERIES` and `MAX_QUERIES`."""

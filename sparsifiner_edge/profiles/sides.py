@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -97,15 +97,6 @@ class Clock:
         """Report what is going on."""
         done = time.monotonic() - self._start
         self._progress(stage, done, max(self._planned, done))
-
-
-def fixed_batch(manifest: Mapping[str, Any]) -> int | None:
-    """Pictures in a query of a bundle: the size of its first input's first axis; None where that is dynamic."""
-    try:
-        size = manifest["inputs"][0]["shape"][0]
-    except (KeyError, IndexError, TypeError):
-        return None
-    return size if isinstance(size, int) else None
 
 
 def load_side(role: str, worker: Worker, request: dict[str, Any]) -> Side:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_THREADS, whole_number
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.client import start_worker
@@ -18,12 +19,11 @@ from sparsifiner_edge.profiles.sides import (
     Clock,
     Progress,
     Side,
-    fixed_batch,
     load_side,
     measure,
     warm_up,
 )
-from sparsifiner_edge.results import available_cores, bundle_subject, new_result
+from sparsifiner_edge.results import available_cores, new_result
 from sparsifiner_edge.runtime.open import check_backend, check_kernels
 
 AXES = {"threads": MOST_THREADS, "batch": MOST_BATCH}
@@ -111,7 +111,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _points(
-    axes: Mapping[str, Sequence[int]], threads: int | None, manifest: Mapping[str, Any], folder: Path
+    axes: Mapping[str, Sequence[int]], threads: int | None, manifest: Manifest, folder: Path
 ) -> list[dict[str, int]]:
     """Every combination; a clear refusal before anything is measured."""
     if not axes:
@@ -121,7 +121,7 @@ def _points(
             raise ConfigError(f"sweep is over {name!r}.", f"Choose of: {', '.join(AXES)}.")
         if not values or not 1 <= min(values) <= max(values) <= AXES[name]:
             raise ConfigError(f"sweep is over {name} = {list(values)}.", f"Give numbers from 1 to {AXES[name]}.")
-    fixed = fixed_batch(manifest)
+    fixed = manifest.batch
     batches = list(dict.fromkeys(axes.get("batch", [fixed or 1])))
     if fixed is not None and batches != [fixed]:
         raise ConfigError(

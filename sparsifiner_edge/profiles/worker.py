@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, SparsifinerError
 from sparsifiner_edge.profiles.memory import read_memory
 from sparsifiner_edge.profiles.usage import process_usage
-from sparsifiner_edge.runtime import Session, TensorSpec, open_session
+from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import Parent
 from sparsifiner_edge.runtime.open import load_backend
 from sparsifiner_edge.runtime.session import Array

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.bounds import finite_number
+from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.report import charts
 from sparsifiner_edge.report.blocks import Block, Note, Section, Table, commands_of, figure
 from sparsifiner_edge.report.compare import board_of, context, machine_of
-from sparsifiner_edge.report.read import MEASURED, SWEEP, Manifest, Side, Source
+from sparsifiner_edge.report.read import MEASURED, SWEEP, Described, Side, Source
 from sparsifiner_edge.report.sections import Page, energy_of
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import (
@@ -58,7 +59,7 @@ class Prices(NamedTuple):
         return self
 
 
-def sparsity_section(page: Page, manifests: Sequence[Manifest]) -> Section:
+def sparsity_section(page: Page, manifests: Sequence[Described]) -> Section:
     """Settings, the computation that is left, and the layers that were kept dense by measurement."""
     texts, blocks = page.texts, []  # type: tuple[Texts, list[Block]]
     if manifests:
@@ -81,16 +82,20 @@ def sparsity_section(page: Page, manifests: Sequence[Manifest]) -> Section:
 _SETTINGS = ("preset", "keep", "tile", "probe", "channels", "cells", "dense_layers", "token_keep", "fuse_tokens")
 
 
-def _settings_table(manifests: Sequence[Manifest], texts: Texts) -> Table:
+def _settings_table(manifests: Sequence[Described], texts: Texts) -> Table:
     table = []
     for name in _SETTINGS:
-        cells = [_setting(mapping(manifest.content, "sparsity"), name, texts) for manifest in manifests]
+        cells = [_setting(_sparsity(one.manifest), name, texts) for one in manifests]
         if any(cell != "–" for cell in cells):
             table.append([texts(f"sparsity.{name}"), *cells])
-    kinds = [texts("sparsity.sparse" if mapping(m.content, "sparsity") else "sparsity.plain") for m in manifests]
-    precision = [clean(m.content.get("precision", "?")) for m in manifests]
+    kinds = [texts("sparsity.sparse" if m.manifest.sparsity else "sparsity.plain") for m in manifests]
+    precision = [clean(m.manifest.precision or "?") for m in manifests]
     table = [[texts("sparsity.attention"), *kinds], [texts("field.precision"), *precision], *table]
     return Table([texts("sparsity.setting"), *(manifest.label for manifest in manifests)], table)
+
+
+def _sparsity(manifest: Manifest) -> Mapping[str, Any]:
+    return manifest.sparsity.to_dict() if manifest.sparsity else {}
 
 
 def _setting(sparsity: Mapping[str, Any], name: str, texts: Texts) -> str:
@@ -107,11 +112,11 @@ def _setting(sparsity: Mapping[str, Any], name: str, texts: Texts) -> str:
     return "–" if value is None else clean(value, 40)
 
 
-def _cost_chart(manifests: Sequence[Manifest], texts: Texts) -> list[Block]:
+def _cost_chart(manifests: Sequence[Described], texts: Texts) -> list[Block]:
     """Multiply-accumulates by kind, and those of dense models that no bundle on the page is."""
     stacks = []
     for manifest in manifests:
-        costs, dense = (_macs(mapping(manifest.content, key)) for key in ("costs", "dense_costs"))
+        costs, dense = _macs(manifest.manifest.costs), _macs(manifest.manifest.dense_costs)
         if costs:
             share = f" · {100 * sum(costs.values()) / sum(dense.values()):.0f} %" if dense else ""
             stacks.append(charts.Stack(manifest.label, costs, f"{plain(sum(costs.values()))} M{share}"))
@@ -126,8 +131,8 @@ def _cost_chart(manifests: Sequence[Manifest], texts: Texts) -> list[Block]:
     return [chart, Note(texts("sparsity.computed"))]
 
 
-def _has_dense(manifests: Sequence[Manifest], dense: Mapping[str, float]) -> bool:
-    return any(_macs(mapping(manifest.content, "costs")) == dense for manifest in manifests)
+def _has_dense(manifests: Sequence[Described], dense: Mapping[str, float]) -> bool:
+    return any(_macs(one.manifest.costs) == dense for one in manifests)
 
 
 def _macs(costs: Mapping[str, Any]) -> dict[str, float]:
@@ -135,14 +140,14 @@ def _macs(costs: Mapping[str, Any]) -> dict[str, float]:
     return {kind: value / 1e6 for kind, value in found.items() if value}
 
 
-def _choices(manifest: Manifest, texts: Texts) -> list[list[str]]:
+def _choices(side: Described, texts: Texts) -> list[list[str]]:
     found = []
-    for choice in rows(manifest.content, "measured", "choices"):
+    for choice in rows(side.manifest.measured or {}, "choices"):
         layers = choice.get("layers")
         names = ", ".join(clean(layer, 6) for layer in layers) if isinstance(layers, list) else "?"
         times = [number(choice.get(name)) for name in ("sparse_ms", "dense_ms")]
         decision = texts("sparsity.kept_dense" if choice.get("kept_dense") is True else "sparsity.stays_sparse")
-        found.append([manifest.label, names, *("?" if t is None else plain(t) for t in times), decision])
+        found.append([side.label, names, *("?" if t is None else plain(t) for t in times), decision])
     return found
 
 

@@ -23,7 +23,7 @@ from sparsifiner_edge.report.compare import (
 )  # fmt: skip
 from sparsifiner_edge.report.details import Prices
 from sparsifiner_edge.report.draw import PALETTE
-from sparsifiner_edge.report.read import Manifest, Source, accuracies_of, manifests_of, read_sources, sides_of
+from sparsifiner_edge.report.read import Described, Source, accuracies_of, manifests_of, read_sources, sides_of
 from sparsifiner_edge.report.sections import Page
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.tiles import tiles_of
@@ -91,7 +91,7 @@ def write_report(
     }
 
 
-def _content(page: Page, sources: Sequence[Source], manifests: Sequence[Manifest], prices: Prices) -> list[Section]:
+def _content(page: Page, sources: Sequence[Source], manifests: Sequence[Described], prices: Prices) -> list[Section]:
     found = [
         sections.accuracy_section(page),
         sections.latency_section(page),

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE, BUNDLE_SCHEMA, bundle_hash, read_json, sha256
+from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
+from sparsifiner_edge.bundle.manifest import Manifest, parse_manifest
+from sparsifiner_edge.bundle.store import bundle_hash, read_manifest
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.report.values import GREATEST, LEAST, clean, get, mapping, rows
 from sparsifiner_edge.results import read_result
@@ -194,15 +196,15 @@ def _task(method: Mapping[str, Any]) -> str:
     return repr([method.get(name) for name in ("metric", "queries", "gallery", "pictures", "preprocessing", "classes")])
 
 
-class Manifest(NamedTuple):
+class Described(NamedTuple):
     """A bundle's manifest and the label of its side."""
 
     label: str
     sha: str
-    content: Mapping[str, Any]
+    manifest: Manifest
 
 
-def manifests_of(sides: Sequence[Side], folders: Sequence[Path]) -> list[Manifest]:
+def manifests_of(sides: Sequence[Side], folders: Sequence[Path]) -> list[Described]:
     """Manifests of the bundles measured: of `folders`, and of those that still lie where the result says, unchanged.
 
     Raises:
@@ -210,20 +212,25 @@ def manifests_of(sides: Sequence[Side], folders: Sequence[Path]) -> list[Manifes
         ConfigError: a folder given is in none of the results.
     """
     known = {side.sha: side.label.partition(" · ")[0] for side in sides}
-    found: dict[str, Manifest] = {}
+    found: dict[str, Described] = {}
     for folder in folders:
-        content, digest = read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA), bundle_hash(folder)
+        manifest, digest = _manifest(folder), bundle_hash(folder)
         if digest not in known:
             raise ConfigError(f"{folder} was measured by none of the results.", "Leave it out, or add its profile.")
-        found[digest] = Manifest(known[digest], digest, content)
+        found[digest] = Described(known[digest], digest, manifest)
     for side in sides:
         folder = Path(side.place)
         try:
             if side.sha not in found and "\0" not in side.place and bundle_hash(folder) == side.sha:
-                found[side.sha] = Manifest(known[side.sha], side.sha, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA))
+                found[side.sha] = Described(known[side.sha], side.sha, _manifest(folder))
         except (OSError, SparsifinerError):  # Moved or made anew since: the page says that it is not at hand.
             continue
     return [found[sha] for sha in known if sha in found]
+
+
+def _manifest(folder: Path) -> Manifest:
+    """A bundle's manifest; that its files are as it says is of no matter to a page."""
+    return parse_manifest(read_manifest(folder), folder / BUNDLE_FILE)
 
 
 def layers_of(side: Side) -> list[Mapping[str, Any]]:

@@ -1,7 +1,6 @@
 """Running a bundle: one `Session` protocol, one file per backend. Importing this loads no backend."""
 
-from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import BACKENDS, KERNELS, open_session
-from sparsifiner_edge.runtime.session import Session, TensorSpec
+from sparsifiner_edge.runtime.session import Session
 
-__all__ = ["BACKENDS", "KERNELS", "Session", "TensorSpec", "check_golden", "open_session"]
+__all__ = ["BACKENDS", "KERNELS", "Session", "open_session"]

@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-from sparsifiner_edge.artifacts import ENGINE_FOLDER, MODEL_FILE, bundle_scratch, extend_bundle, open_bundle, sha256
+import msgspec
+
+from sparsifiner_edge.artifacts import ENGINE_FOLDER, sha256
+from sparsifiner_edge.bundle.engines import BatchRange, Engine, parse_capability
+from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
+from sparsifiner_edge.bundle.store import bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.runtime.build_worker import Job, Progress, run_job
-from sparsifiner_edge.runtime.engines import BatchRange, Engine, listed_engines, parse_capability
-from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.open import BACKENDS, check_backend, load_backend, open_checked
 from sparsifiner_edge.runtime.session import Session
 
@@ -36,7 +40,7 @@ class BuildRequest:
     """
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     capabilities: tuple[str, ...]
     batch: BatchRange
     options: Mapping[str, Any]
@@ -44,7 +48,7 @@ class BuildRequest:
     @property
     def precision(self) -> str:
         """The bundle's own word for it, such as "fp16"."""
-        return str(self.manifest.get("precision", "fp32"))
+        return self.manifest.precision or "fp32"
 
 
 class Planned(NamedTuple):
@@ -82,7 +86,7 @@ class EngineBackend(Protocol):
     def why_not_here(self, engine: Engine) -> str | None:
         """Why an engine cannot be run on this machine, such as "no CUDA device: ..."; None where it can."""
 
-    def open_engine(self, path: Path, engine: Engine, manifest: Mapping[str, Any]) -> Session:
+    def open_engine(self, path: Path, engine: Engine, manifest: Manifest) -> Session:
         """A session on an engine's file, which may not be in a bundle yet."""
 
 
@@ -148,25 +152,24 @@ def _refuse_settings(
         )
 
 
-def _run_in_onnxruntime(folder: Path, manifest: Mapping[str, Any], kernels: str) -> dict[str, Any]:
+def _run_in_onnxruntime(folder: Path, manifest: Manifest, kernels: str) -> dict[str, Any]:
     with open_checked(folder, manifest, kernels=kernels) as session:
         golden = check_golden(session, folder, manifest)
         described = session.description
     return {"version": described["version"], "engines": [], "description": described, "golden": golden}
 
 
-def batch_range(manifest: Mapping[str, Any], batch: tuple[int, int, int] | None, folder: Path) -> BatchRange:
+def batch_range(manifest: Manifest, batch: tuple[int, int, int] | None, folder: Path) -> BatchRange:
     """Batch sizes for the engines of a bundle.
 
     Raises:
         ConfigError: the bundle's batch is fixed, or the sizes are not 1 <= least <= best <= greatest.
         ArtifactError: the manifest does not say the input's shape.
     """
-    try:
-        size = manifest["inputs"][0]["shape"][0]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ArtifactError(f"{folder} does not say the shape of its input.", "Export the bundle again.") from error
-    if isinstance(size, int):
+    if not manifest.inputs or not manifest.inputs[0].shape:
+        raise ArtifactError(f"{folder} does not say the shape of its input.", "Export the bundle again.")
+    size = manifest.batch
+    if size is not None:
         if batch not in (None, (size, size, size)):
             raise ConfigError(
                 f"{folder} has a fixed batch of {size}.",
@@ -218,7 +221,7 @@ def _build_one(
     job = {
         "backend": plan.engine.backend,
         "model": str((request.folder / MODEL_FILE).resolve()),
-        "model_sha256": request.manifest["files"][MODEL_FILE],
+        "model_sha256": request.manifest.files[MODEL_FILE],
         "output": str(path.resolve()),
         "engine": plan.engine.to_dict(),
         "settings": dict(plan.settings),
@@ -238,19 +241,16 @@ def _gate(module: EngineBackend, engine: Engine, path: Path, request: BuildReque
         return dict(check_golden(session, request.folder))
 
 
-def with_engines(manifest: dict[str, Any], engines: Sequence[Engine], request: BuildRequest) -> dict[str, Any]:
+def with_engines(manifest: Manifest, engines: Sequence[Engine], request: BuildRequest) -> Manifest:
     """A bundle's manifest with engines added; those of the same names go.
 
     Raises:
         ArtifactError: the model is another than the one that the engines were built from.
     """
-    if manifest["files"].get(MODEL_FILE) != request.manifest["files"][MODEL_FILE]:
+    if manifest.files.get(MODEL_FILE) != request.manifest.files[MODEL_FILE]:
         raise ArtifactError(f"{request.folder} was exported anew while the engines were built.", "Build them again.")
     names = {engine.name for engine in engines}
-    present = listed_engines(manifest, request.folder)
-    gone = {engine.file for engine in present if engine.name in names}
-    kept = [engine for engine in present if engine.name not in names]
-    return manifest | {
-        "files": {name: digest for name, digest in manifest["files"].items() if name not in gone},
-        "engines": [engine.to_dict() for engine in (*kept, *engines)],
-    }
+    gone = {engine.file for engine in manifest.engines if engine.name in names}
+    kept = [engine for engine in manifest.engines if engine.name not in names]
+    files = {name: digest for name, digest in manifest.files.items() if name not in gone}
+    return msgspec.structs.replace(manifest, files=files, engines=(*kept, *engines))

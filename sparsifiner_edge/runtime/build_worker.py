@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge import errors
-from sparsifiner_edge.artifacts import read_listed
+from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, Manifest
+from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import BackendError, SparsifinerError
 from sparsifiner_edge.runtime.child import Child, Parent, start_child
 
@@ -68,7 +69,9 @@ def job_model(job: Job) -> bytes:
         ArtifactError: it is missing, or was altered since the job was planned.
     """
     path = Path(job["model"])
-    return read_listed(path.parent, {"files": {path.name: job["model_sha256"]}}, path.name)
+    return read_listed(
+        path.parent, Manifest(schema_version=BUNDLE_SCHEMA, files={path.name: job["model_sha256"]}), path.name
+    )
 
 
 def _raised(error: Mapping[str, str]) -> SparsifinerError:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from sparsifiner_edge.artifacts import open_bundle
 from sparsifiner_edge.bounds import MOST_THREADS
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.sign import require_signature
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.results import available_cores
 from sparsifiner_edge.runtime.session import Session
-from sparsifiner_edge.signing import require_signature
 
 BACKENDS = {
     "onnxruntime": "sparsifiner_edge.runtime.ort",
@@ -73,7 +72,7 @@ def open_session(
         backend: one of `BACKENDS`.
         threads: threads inside one operator; None takes the cores that this process may run on.
         kernels: one of `KERNELS`; the session's `description` says what runs.
-        public_key: the bundle must be signed by this key; see `signing.require_signature`.
+        public_key: the bundle must be signed by this key; see `sign.require_signature`.
 
     Raises:
         ArtifactError: not a bundle, altered, of a newer schema, or not signed by that key.
@@ -84,7 +83,7 @@ def open_session(
     return open_checked(folder, checked_manifest(folder, public_key), backend, threads, kernels)
 
 
-def checked_manifest(folder: Path, public_key: str | Path | None = None) -> dict[str, Any]:
+def checked_manifest(folder: Path, public_key: str | Path | None = None) -> Manifest:
     """Everything that is demanded of a bundle before any of it is loaded; returns its manifest.
 
     Args:
@@ -100,7 +99,7 @@ def checked_manifest(folder: Path, public_key: str | Path | None = None) -> dict
 
 def open_checked(
     folder: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     backend: str = "onnxruntime",
     threads: int | None = None,
     kernels: str = "auto",
@@ -118,11 +117,11 @@ def open_checked(
     return session
 
 
-def _kernels_for(backend: str, manifest: Mapping[str, Any], kernels: str) -> str:
+def _kernels_for(backend: str, manifest: Manifest, kernels: str) -> str:
     """The native kernels are the processor's, and compute in float32 alone: float16 files run by their bodies there."""
     if kernels == "native" and backend != "onnxruntime":
         raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime.")
-    if backend != "onnxruntime" or "float16" not in manifest:
+    if backend != "onnxruntime" or manifest.float16 is None:
         return kernels
     if kernels == "native":
         raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")

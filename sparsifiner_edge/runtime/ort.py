@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsifiner_edge.artifacts import MODEL_FILE, sealed_copy
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest, TensorSpec
+from sparsifiner_edge.bundle.store import sealed_copy
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.session import Array, TensorSpec, precision_of, validate_inputs, validate_outputs
+from sparsifiner_edge.runtime.session import Array, validate_inputs, validate_outputs
 
 _ERRORS_ONLY = 3
 _TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
@@ -64,10 +65,10 @@ def load_backend() -> Any:
     return onnxruntime
 
 
-def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, kernels: str) -> OrtSession:
+def open_model(folder: Path, manifest: Manifest, threads: int, kernels: str) -> OrtSession:
     """Load `model.onnx` of a checked bundle; see `open_session`."""
     with sealed_copy(folder, manifest, MODEL_FILE) as copy:
-        return OrtSession(folder / MODEL_FILE, copy, threads, kernels, precision_of(manifest))
+        return OrtSession(folder / MODEL_FILE, copy, threads, kernels, manifest.precision)
 
 
 def native_library(kernels: str) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.runtime.ort import OrtSession
 from sparsifiner_edge.runtime.ort_gpu import open_gpu, refuse_build, require_provider
 
@@ -19,7 +20,7 @@ def load_backend() -> Any:
     return require_provider(PROVIDER)
 
 
-def open_model(folder: Path, manifest: Mapping[str, Any], threads: int, _kernels: str) -> OrtSession:
+def open_model(folder: Path, manifest: Manifest, threads: int, _kernels: str) -> OrtSession:
     """Load `model.onnx` of a checked bundle; see `open_session` and `ort_gpu.open_gpu`."""
     return open_gpu(BACKEND, PROVIDER, OPTIONS, folder, manifest, threads)
 

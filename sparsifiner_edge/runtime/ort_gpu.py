@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsifiner_edge.artifacts import MODEL_FILE, sealed_copy
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
+from sparsifiner_edge.bundle.store import sealed_copy
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.results import package_version
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.ort import Execution, OrtSession, load_backend
-from sparsifiner_edge.runtime.session import precision_of
 
 
 def require_provider(provider: str) -> Any:
@@ -37,7 +37,7 @@ def require_provider(provider: str) -> Any:
 
 
 def open_gpu(
-    backend: str, provider: str, options: Mapping[str, Any], folder: Path, manifest: Mapping[str, Any], threads: int
+    backend: str, provider: str, options: Mapping[str, Any], folder: Path, manifest: Manifest, threads: int
 ) -> OrtSession:
     """A session on a provider of a GPU, after CUDA has answered.
 
@@ -56,7 +56,7 @@ def open_gpu(
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
         with sealed_copy(folder, manifest, MODEL_FILE) as copy:
-            return OrtSession(folder / MODEL_FILE, copy, threads, "portable", precision_of(manifest), execution)
+            return OrtSession(folder / MODEL_FILE, copy, threads, "portable", manifest.precision, execution)
 
 
 def refuse_build(backend: str) -> NoReturn:

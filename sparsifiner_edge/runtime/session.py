@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from sparsifiner_edge.bundle.manifest import TensorSpec, shape_text
 from sparsifiner_edge.errors import BackendError
 
 Array = np.ndarray[Any, Any]
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
 """Axes of the outputs that have a meaning by name."""
-
-
-class TensorSpec(NamedTuple):
-    """An input or output of a model.
-
-    Attributes:
-        name: the tensor's name.
-        dtype: NumPy's name of the element type, such as "uint8".
-        shape: one entry per axis: a size, or the name of a dynamic axis such as "batch", or None for an unnamed one.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | str | None, ...]
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {_shape_text(self.shape)}"
 
 
 class Session(Protocol):
@@ -116,7 +100,7 @@ def _validate_one(spec: TensorSpec, value: object, bound: dict[str, int]) -> Non
         )
     if value.ndim != len(spec.shape):
         raise BackendError(
-            f"Input {spec.name!r} got {value.ndim} axes: {_shape_text(value.shape)}.",
+            f"Input {spec.name!r} got {value.ndim} axes: {shape_text(value.shape)}.",
             f"Expected {len(spec.shape)}: {spec}.",
         )
     for axis, (size, wanted) in enumerate(zip(value.shape, spec.shape, strict=True)):
@@ -125,7 +109,7 @@ def _validate_one(spec: TensorSpec, value: object, bound: dict[str, int]) -> Non
         if size == 0 or (wanted is not None and size != wanted):
             need = f"{wanted} there" if size else "at least 1 there"
             raise BackendError(
-                f"Input {spec.name!r} got {size} on axis {axis}: {_shape_text(value.shape)}.",
+                f"Input {spec.name!r} got {size} on axis {axis}: {shape_text(value.shape)}.",
                 f"Expected {need}: {spec}.",
             )
 
@@ -148,16 +132,6 @@ def validate_outputs(origin: object, outputs: Mapping[str, object]) -> None:
         rank = RANKS.get(name, value.ndim)
         if value.ndim != rank or not value.size:
             raise BackendError(
-                f"Output {name!r} of {origin} has shape {_shape_text(value.shape)}.",
+                f"Output {name!r} of {origin} has shape {shape_text(value.shape)}.",
                 f"Export it again: it must have {rank} axes, none of them empty.",
             )
-
-
-def precision_of(manifest: Mapping[str, Any]) -> str | None:
-    """The manifest's word for its model's precision, such as "fp16"; None where it has none."""
-    word = manifest.get("precision")
-    return word if isinstance(word, str) else None
-
-
-def _shape_text(shape: Sequence[int | str | None]) -> str:
-    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,7 @@ def counted(tmp_path: Path) -> Path:
     return make_bundle(
         tmp_path / "counted",
         batch=1,
+        shape=dataclasses.asdict(shape),
         tokens={"prefix": 1, "grid": [16, 16]},
         sparsity=sparsity.to_dict(),
         ops={"sparsifiner::KeySelect": 1},

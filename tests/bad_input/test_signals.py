@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from tests.commands import PROGRAM, snapshot
 from tests.models import TINY
 

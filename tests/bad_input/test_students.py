@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.artifacts import LABELS_FILE, STUDENT_FILE, WEIGHTS_FILE, open_bundle, read_labels
+from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE
+from sparsifiner_edge.bundle.store import LABELS_FILE, open_bundle, read_labels
 from sparsifiner_edge.export.bundle import export_bundle
-from sparsifiner_edge.package.verify import verify_bundle
+from sparsifiner_edge.runtime.verify import verify_bundle
 from tests.bad_input.damage import edit_json, flip
 from tests.commands import assert_refused, call
 from tests.models import TINY

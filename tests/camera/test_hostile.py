@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE, seal_bundle, sha256
+from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
+from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.stills import run_pictures
 from sparsifiner_edge.errors import SparsifinerError

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
-from sparsifiner_edge.signing import sign_bundle
+from sparsifiner_edge.bundle.sign import sign_bundle
 from tests.commands import assert_refused, process
 from tests.package.reseal import reseal
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from sparsifiner_edge.runtime.kernels import NAMESPACE
+from sparsifiner_edge.bundle.kernels import NAMESPACE
 from tests.fakes.gpu import CudaError, Gpu
 from tests.fakes.tensorrt_builder import shape
 

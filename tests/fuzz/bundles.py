@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from sparsifiner_edge.bundle.sign import fingerprint_of, sign_bundle
 from sparsifiner_edge.errors import SparsifinerError
-from sparsifiner_edge.signing import fingerprint_of, sign_bundle
 from tests.fuzz.generators import TEXTS, text
 from tests.fuzz.harness import FailureError, Try, command, copied, refused
 from tests.fuzz.mutate import (

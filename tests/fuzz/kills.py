@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.results import read_result
 from tests.fuzz.harness import strict_json
 from tests.fuzz.materials import SHORT

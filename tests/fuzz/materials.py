@@ -36,14 +36,14 @@ def plain(good: Path) -> None:
 
 
 def keys(good: Path) -> None:
-    from sparsifiner_edge.signing import generate_key
+    from sparsifiner_edge.bundle.sign import generate_key
 
     for name in ("key", "other"):
         generate_key(good / "keys" / f"{name}.pem")
 
 
 def signed(good: Path) -> None:
-    from sparsifiner_edge.signing import sign_bundle
+    from sparsifiner_edge.bundle.sign import sign_bundle
 
     shutil.copytree(good / "plain", good / "signed")
     sign_bundle(good / "signed", good / "keys" / "key.pem")

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, seal_bundle
+from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE
+from sparsifiner_edge.bundle.store import seal_bundle
 
 
 def reseal(folder: Path, **changes: Any) -> Path:

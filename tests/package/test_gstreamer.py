@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
+from sparsifiner_edge.bundle.sign import generate_key, sign_bundle
 from sparsifiner_edge.camera.prepare import Fit, fit_pillow
 from sparsifiner_edge.package import package_bundle
 from sparsifiner_edge.package.gst import element_file, square
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.signing import generate_key, sign_bundle
 
 pytestmark = pytest.mark.slow
 

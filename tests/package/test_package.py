@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.artifacts import bundle_hash, sha256
+from sparsifiner_edge.artifacts import sha256
+from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.package import TARGETS, package_bundle
 from sparsifiner_edge.package.common import read_bundle, safe_name
@@ -145,9 +146,12 @@ def test_names_of_files_stay_in_their_folder(target: str, name: str, tmp_path: P
     [
         ({"preprocessing": {"size": 8}}, "does not take one picture"),
         ({"inputs": []}, "does not take one picture"),
-        ({"inputs": [{"name": "image", "dtype": "uint8", "shape": []}]}, "a shape in inputs is []"),
-        ({"inputs": ["image"]}, "inputs holds 'image'"),
-        ({"outputs": [{"name": "features", "dtype": "float32", "shape": [1, {}]}]}, "a shape in outputs"),
+        ({"inputs": [{"name": "image", "dtype": "uint8", "shape": []}]}, "does not take one picture"),
+        ({"inputs": ["image"]}, 'inputs[0] is "image", not dict'),
+        (
+            {"outputs": [{"name": "features", "dtype": "float32", "shape": [1, {}]}]},
+            "outputs[0].shape[1] is {}",
+        ),
         ({"preprocessing": {}}, "preprocessing.size"),
         *(
             ({"outputs": [{"name": name, "dtype": "float32", "shape": [1, 8]}]}, "outputs holds the name")

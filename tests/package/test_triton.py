@@ -8,19 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 import pytest
 from google.protobuf import text_format
 
-from sparsifiner_edge.artifacts import bundle_scratch, extend_bundle
+from sparsifiner_edge.bundle.engines import BatchRange, Engine
+from sparsifiner_edge.bundle.store import bundle_scratch, extend_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.package import package_bundle
 from sparsifiner_edge.package.common import read_bundle
 from sparsifiner_edge.package.triton import _takes_one, newest_engines
 from sparsifiner_edge.package.triton_config import check_config, print_config
-from sparsifiner_edge.runtime.engines import BatchRange, Engine
 from tests.package.reseal import reseal
 from tests.tiny import make_bundle
 
@@ -129,11 +130,13 @@ def with_engines(folder: Path, *engines: Engine) -> Path:
     """A bundle as `build` leaves it on a device with full TensorRT, its plans' content aside."""
     for number, one in enumerate(engines):
         place = f"engines/{one.name}-{number}.engine"
-        listed = dataclasses.replace(one, file=place).to_dict()
+        listed = dataclasses.replace(one, file=place)
         with bundle_scratch(folder) as scratch:
             (scratch / "e").write_bytes(place.encode())
             extend_bundle(
-                folder, {place: scratch / "e"}, lambda m, new=listed: m | {"engines": [*m.get("engines", []), new]}
+                folder,
+                {place: scratch / "e"},
+                lambda m, new=listed: msgspec.structs.replace(m, engines=(*m.engines, new)),
             )
     return folder
 

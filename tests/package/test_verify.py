@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsifiner_edge.artifacts import bundle_hash
-from sparsifiner_edge.package import verify
-from sparsifiner_edge.package.verify import verify_bundle
+from sparsifiner_edge.bundle import verify
+from sparsifiner_edge.bundle.store import bundle_hash
+from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.runtime.verify import verify_bundle
 from tests.commands import assert_refused, call
 from tests.package.reseal import reseal
 
@@ -118,9 +119,9 @@ def test_models_that_nobody_exports(
     ("changes", "check", "said"),
     [
         ({"ops": {}}, "operators", "the manifest says {}"),
-        ({"ops": {"sparsifiner::KeySelect": 1, "sparsifiner::SparseAttention": [1]}}, "operators", "says"),
+        ({"ops": {"sparsifiner::KeySelect": 1, "sparsifiner::SparseAttention": 2}}, "operators", "says"),
         ({"outputs": []}, "inputs, outputs", "outputs: manifest and model differ in logits float32 [1, 10]"),
-        ({"inputs": ["image"]}, "inputs, outputs", "inputs: manifest and model differ in None"),
+        ({"inputs": []}, "inputs, outputs", "inputs: manifest and model differ in image uint8 [1, 160, 160, 3]"),
         ({"name": "another"}, "metadata", "the manifest says 'another'"),
     ],
 )
@@ -130,6 +131,18 @@ def test_a_manifest_that_is_not_the_models(
     found = failed(altered(tiny_bundle, **changes))
     assert list(found) == [check]
     assert said in found[check]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"ops": {"sparsifiner::KeySelect": [1]}}, "an entry of ops is not int"), ({"inputs": ["image"]}, "inputs[0] is")],
+)
+def test_a_manifest_of_another_form_is_none(
+    changes: dict[str, Any], said: str, tiny_bundle: Path, altered: Callable[..., Path]
+) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        verify_bundle(altered(tiny_bundle, **changes))
+    assert said in str(caught.value)
 
 
 def test_outputs_in_another_order(tiny_bundle: Path, altered: Callable[..., Path]) -> None:

@@ -292,7 +292,7 @@ def test_a_bundle_made_anew_is_not_taken_for_the_one_measured(real, changed, tmp
 def test_choices_by_measurement_are_shown(real, changed, tmp_path):
     import shutil
 
-    from sparsifiner_edge.artifacts import bundle_hash
+    from sparsifiner_edge.bundle.store import bundle_hash
 
     bundle = tmp_path / "moved"
     shutil.copytree(real["sparse"], bundle)

@@ -14,11 +14,12 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge import signing
-from sparsifiner_edge.artifacts import open_bundle, read_labels, read_listed
+from sparsifiner_edge.bundle import sign
+from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.sign import require_signature, sign_bundle
+from sparsifiner_edge.bundle.store import open_bundle, read_labels, read_listed
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.runtime import check_golden, open_session
-from sparsifiner_edge.signing import require_signature, sign_bundle
+from sparsifiner_edge.runtime import open_session
 from tests.commands import assert_refused, process
 from tests.package.reseal import reseal
 from tests.tiny import make_bundle
@@ -88,7 +89,7 @@ def test_a_model_that_names_other_files_is_refused(
     with pytest.raises(ArtifactError, match=r"another file|names other files"):
         sign_bundle(bundle, keys / "key.pem")
     with monkeypatch.context() as patch:  # As one who signs by other means.
-        patch.setattr(signing, "read_model", lambda *_: None)
+        patch.setattr(sign, "read_model", lambda *_: None)
         sign_bundle(bundle, keys / "key.pem")
     for options in ({}, {"public_key": keys / "key.pub"}):
         with pytest.raises(ArtifactError, match=r"another file|names other files"):
@@ -194,7 +195,7 @@ def test_everything_is_read_as_the_manifest_says(tmp_path: Path, keys: Path) -> 
 
 
 def test_kernels_that_the_manifest_does_not_list_are_not_the_bundles(tmp_path: Path) -> None:
-    from sparsifiner_edge.runtime.kernels import read_table
+    from sparsifiner_edge.bundle.kernels import read_table
 
     bundle = make_bundle(tmp_path / "bundle")
     (bundle / "kernels").mkdir()
@@ -214,7 +215,7 @@ def test_labels_are_shown_harmless(tmp_path: Path) -> None:
 
 def test_links_in_a_bundle_lead_nowhere(tmp_path: Path) -> None:
     """What a build cleans up is its own: links of those names are left, and what they lead to."""
-    from sparsifiner_edge.artifacts import bundle_scratch, extend_bundle
+    from sparsifiner_edge.bundle.store import bundle_scratch, extend_bundle
 
     victim = tmp_path / "victim"
     (victim / "docs").mkdir(parents=True)
@@ -226,12 +227,12 @@ def test_links_in_a_bundle_lead_nowhere(tmp_path: Path) -> None:
     with bundle_scratch(bundle) as scratch:
         (scratch / "new").write_text("engine")
         with pytest.raises(ArtifactError, match="is a link"):
-            extend_bundle(bundle, {"engines/new.engine": scratch / "new"}, dict)
+            extend_bundle(bundle, {"engines/new.engine": scratch / "new"}, lambda manifest: manifest)
     assert {p.name for p in victim.rglob("*")} == {"a.engine", "docs", "thesis.txt", "top.txt"}
 
 
 def test_what_nobody_vouches_for_is_not_run(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsifiner_edge.package import verify
+    from sparsifiner_edge.runtime import verify
 
     bundle = make_bundle(tmp_path / "bundle")
     sign_bundle(bundle, keys / "key.pem")
@@ -252,7 +253,7 @@ def test_what_nobody_vouches_for_is_not_run(tmp_path: Path, keys: Path, monkeypa
     ],
 )
 def test_a_table_of_kernels_that_is_none(nodes: Any, tmp_path: Path) -> None:
-    from sparsifiner_edge.runtime.kernels import read_table
+    from sparsifiner_edge.bundle.kernels import read_table
 
     bundle = make_bundle(tmp_path / "bundle")
     (bundle / "kernels").mkdir()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sparsifiner_edge.signing import sign_bundle
+from sparsifiner_edge.bundle.sign import sign_bundle
 from tests.camera.conftest import encode
 from tests.tiny import make_bundle
 

@@ -7,6 +7,7 @@ import sys
 import onnx
 import pytest
 
+from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE
 from sparsifiner_edge.errors import (
     ArtifactError,
     BackendError,
@@ -18,7 +19,6 @@ from sparsifiner_edge.errors import (
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.engines import AMPERE_PLUS, VERSION_COMPATIBLE
 from sparsifiner_edge.runtime.tensorrt import full
 from sparsifiner_edge.runtime.tensorrt.build import TimingCache, timing_cache_path, workspace_bytes, write_engine
 from tests.fakes.tensorrt import Behaviour

@@ -9,9 +9,9 @@ import types
 
 import pytest
 
+from sparsifiner_edge.bundle.engines import BatchRange
 from sparsifiner_edge.errors import BackendError, UnsupportedModelError
 from sparsifiner_edge.runtime.cuda import Device
-from sparsifiner_edge.runtime.engines import BatchRange
 from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
 from tests.tiny import make_bundle

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.artifacts import open_bundle, seal_bundle
+from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.export.check import golden_image
@@ -23,7 +23,7 @@ from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.half import convert
 from sparsifiner_edge.export.quantise import quantise, run_file
 from sparsifiner_edge.runtime import open_session
-from tests.commands import snapshot
+from tests.commands import manifest_of, snapshot
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
 from tests.models import TINY_CONFIG, student
@@ -96,7 +96,7 @@ def test_every_kind_of_file_builds(
     assert "no CUDA" in engine["details"]["golden"]["unavailable"] or "No NVIDIA" in str(engine["details"]["golden"])
     assert any("parsing the model" in stage for stage in stages)
     assert any("Building engine" in stage for stage in stages)
-    manifest = open_bundle(bundle)
+    manifest = manifest_of(bundle)
     assert manifest["engines"] == [engine]
     for part in ("sm" + capability.replace(".", ""), precision, engine["version"], "linux", "x86_64"):
         assert part in Path(engine["file"]).name
@@ -205,7 +205,7 @@ def test_the_commands_of_the_documentation(tiny_student: Path, tmp_path: Path) -
         ["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    engines = open_bundle(tmp_path / "bundle")["engines"]
+    engines = manifest_of(tmp_path / "bundle")["engines"]
     assert [(e["compute_capability"], e["precision"], e["batch"]["most"]) for e in engines] == [
         ("8.6", "fp16", 1), ("12.0", "fp16", 1)
     ]  # fmt: skip

@@ -7,11 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sparsifiner_edge.artifacts import open_bundle, sha256
+from sparsifiner_edge.artifacts import sha256
+from sparsifiner_edge.bundle.engines import Engine
+from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime import check_golden, open_session
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.engines import Engine, listed_engines
 from sparsifiner_edge.runtime.tensorrt import full
 from tests.fakes.record_tensorrt import VERSIONS
 from tests.fakes.tensorrt import Behaviour
@@ -26,7 +28,7 @@ def image(batch=1, size=4):
 
 def built_engine(folder) -> Engine:
     build_engine(folder, "tensorrt")
-    return listed_engines(open_bundle(folder), folder)[0]
+    return open_bundle(folder).engines[0]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -42,7 +44,7 @@ def test_build_and_run(tmp_path, machine, version, package):
     assert engine["version"] == trt.__version__
     assert engine["details"]["kernels"] == "bodies"
     assert engine["details"]["golden"]["features"]["range_relative_error"] <= 1e-5
-    assert open_bundle(folder)["files"][engine["file"]] == sha256(folder / engine["file"])
+    assert open_bundle(folder).files[engine["file"]] == sha256(folder / engine["file"])
     assert behaviour.seen["cleared"] == {"TF32"}
     assert "flags" not in behaviour.seen
     assert behaviour.seen["WORKSPACE"] == engine["details"]["workspace_bytes"] == (8 << 30) // 2

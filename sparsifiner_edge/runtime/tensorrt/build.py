@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.artifacts import MAX_FILE
+from sparsifiner_edge.bundle import engines
+from sparsifiner_edge.bundle.engines import BatchRange
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.files import read_bytes, write_bytes
-from sparsifiner_edge.runtime import engines
 from sparsifiner_edge.runtime.build_worker import Progress
 from sparsifiner_edge.runtime.cache import cache_folder
 from sparsifiner_edge.runtime.cuda import Device
-from sparsifiner_edge.runtime.engines import BatchRange
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, build_error, make_logger, refused_model
 
 SHARE_DISCRETE, SHARE_INTEGRATED = 0.75, 0.5

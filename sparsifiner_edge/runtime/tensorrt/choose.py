@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsifiner_edge.artifacts import open_bundle
+from sparsifiner_edge.bundle.engines import Engine
+from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.build_worker import Progress
 from sparsifiner_edge.runtime.cuda import Device, Driver
-from sparsifiner_edge.runtime.engines import Engine
-from sparsifiner_edge.runtime.golden import check_golden
 from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file, write_engine
 from sparsifiner_edge.runtime.tensorrt.models import dense_model
@@ -45,7 +46,7 @@ class Work:
     settings: Settings
 
 
-def candidates(trt: Any, folder: Path, manifest: Mapping[str, Any], device: Device, kernels: str) -> tuple[str, ...]:
+def candidates(trt: Any, folder: Path, manifest: Manifest, device: Device, kernels: str) -> tuple[str, ...]:
     """The ways that are possible for a bundle on a device, the one that always works first.
 
     Args:
@@ -57,7 +58,7 @@ def candidates(trt: Any, folder: Path, manifest: Mapping[str, Any], device: Devi
     """
     if kernels not in KERNELS:
         raise ConfigError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNELS)}.")
-    sparse = f"{DOMAIN}::SparseAttention" in manifest.get("ops", {})
+    sparse = f"{DOMAIN}::SparseAttention" in manifest.ops
     reason = plugin.why_not(trt, folder, manifest, device) if sparse else "the model has no sparse attention"
     if kernels == PLUGIN and reason:
         raise BackendError(f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable.")

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE, BatchRange, Engine, system
+from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.runtime.build import BuildRequest, Planned
 from sparsifiner_edge.runtime.build_worker import Job, Progress, job_model
 from sparsifiner_edge.runtime.cuda import Device, open_driver, probe
-from sparsifiner_edge.runtime.engines import AMPERE_PLUS, VERSION_COMPATIBLE, BatchRange, Engine, system
 from sparsifiner_edge.runtime.tensorrt import choose
 from sparsifiner_edge.runtime.tensorrt.build import Settings, timing_cache_path
 from sparsifiner_edge.runtime.tensorrt.open import import_package, open_listed, why_no_fit
@@ -139,11 +140,11 @@ def why_not_here(engine: Engine) -> str | None:
     return why_no_fit(load_backend, engine)
 
 
-def open_engine(path: Path, engine: Engine, manifest: Mapping[str, Any]) -> EngineSession:
+def open_engine(path: Path, engine: Engine, manifest: Manifest) -> EngineSession:
     """See `build.EngineBackend`."""
     return EngineSession(load_backend(), path, engine, manifest)
 
 
-def open_model(folder: Path, manifest: Mapping[str, Any], _threads: int, kernels: str) -> EngineSession:
+def open_model(folder: Path, manifest: Manifest, _threads: int, kernels: str) -> EngineSession:
     """See `open.open_listed`."""
     return open_listed(load_backend(), BACKEND, folder, manifest, kernels)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sparsifiner_edge.ops.bodies import function_body
+from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.graph import drop_unused
 
 
 def dense_model(content: bytes) -> bytes:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import read_listed
+from sparsifiner_edge.bundle.engines import Device, Engine, fitting_engine, mismatches
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import BackendError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.engines import Device, Engine, fitting_engine, listed_engines, mismatches
 from sparsifiner_edge.runtime.tensorrt.session import BODIES, EngineSession, target
 
 
@@ -44,7 +45,7 @@ def why_no_fit(load_backend: Callable[[], Any], engine: Engine) -> str | None:
     return "; ".join(reasons) or None
 
 
-def open_listed(trt: Any, backend: str, folder: Path, manifest: Mapping[str, Any], kernels: str) -> EngineSession:
+def open_listed(trt: Any, backend: str, folder: Path, manifest: Manifest, kernels: str) -> EngineSession:
     """The engine of a checked bundle that runs on this machine; see `open_session`.
 
     Args:
@@ -54,7 +55,7 @@ def open_listed(trt: Any, backend: str, folder: Path, manifest: Mapping[str, Any
     Raises:
         BackendError: no CUDA device, or no engine of the bundle fits it.
     """
-    engines = [engine for engine in listed_engines(manifest, folder) if engine.backend == backend]
+    engines = [engine for engine in manifest.engines if engine.backend == backend]
     portable = [engine for engine in engines if engine.details.get("kernels", BODIES) == BODIES]
     if kernels == "portable" and engines and not portable:
         raise BackendError(

@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import read_listed
+from sparsifiner_edge.bundle.kernels import NAMESPACE, TYPES, code_file, kernel_model, read_table
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.cuda import Device
-from sparsifiner_edge.runtime.kernels import NAMESPACE, TYPES, code_file, kernel_model, read_table
 
 _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
 
 
-def why_not(trt: Any, folder: Path, manifest: Mapping[str, Any], device: Device) -> str | None:
+def why_not(trt: Any, folder: Path, manifest: Manifest, device: Device) -> str | None:
     """Why the kernels of a bundle cannot go into an engine for a device; None where they can."""
     if not hasattr(trt, "QuickPluginCreationRequest"):
         return f"TensorRT {trt.__version__} has no ahead-of-time plugins (10.9 and later have)"
@@ -35,7 +36,7 @@ def _capability(device: Device) -> int:
     return 10 * device.sm[0] + device.sm[1]
 
 
-def prepare(trt: Any, content: bytes, bundle: Path, manifest: Mapping[str, Any], device: Device) -> bytes:
+def prepare(trt: Any, content: bytes, bundle: Path, manifest: Manifest, device: Device) -> bytes:
     """Register the plugins of a bundle for a device, and give the model that uses them.
 
     Args:
@@ -55,9 +56,7 @@ def prepare(trt: Any, content: bytes, bundle: Path, manifest: Mapping[str, Any],
     return bytes(kernel_model(onnx.load_from_string(content), table).SerializeToString())
 
 
-def register(
-    trt: Any, table: Mapping[str, Any], bundle: Path, manifest: Mapping[str, Any], capability: int
-) -> list[str]:
+def register(trt: Any, table: Mapping[str, Any], bundle: Path, manifest: Manifest, capability: int) -> list[str]:
     """Register a plugin for every launch of a table; returns their identifiers, those known before included."""
     trtp = importlib.import_module(f"{trt.__name__}.plugin")
     identifiers = []

@@ -6,17 +6,17 @@ The bodies in the file are what runs: a registered plugin would end the process.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import MODEL_FILE, read_listed
+from sparsifiner_edge.bundle.engines import BatchRange, Engine, system
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
+from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.onnx_file import read_model
 from sparsifiner_edge.runtime.build import BuildRequest, Planned
 from sparsifiner_edge.runtime.build_worker import Job, Progress, job_model
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.engines import BatchRange, Engine, system
 from sparsifiner_edge.runtime.tensorrt.build import add_profile, make_monitor, parse, write_engine
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
 from sparsifiner_edge.runtime.tensorrt.open import import_package, open_listed, why_no_fit
@@ -138,11 +138,11 @@ def why_not_here(engine: Engine) -> str | None:
     return why_no_fit(load_backend, engine)
 
 
-def open_engine(path: Path, engine: Engine, manifest: Mapping[str, Any]) -> EngineSession:
+def open_engine(path: Path, engine: Engine, manifest: Manifest) -> EngineSession:
     """See `build.EngineBackend`."""
     return EngineSession(load_backend(), path, engine, manifest)
 
 
-def open_model(folder: Path, manifest: Mapping[str, Any], _threads: int, kernels: str) -> EngineSession:
+def open_model(folder: Path, manifest: Manifest, _threads: int, kernels: str) -> EngineSession:
     """See `open.open_listed`."""
     return open_listed(load_backend(), BACKEND, folder, manifest, kernels)

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.artifacts import MAX_FILE
+from sparsifiner_edge.bundle import engines
+from sparsifiner_edge.bundle.engines import Engine
+from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import read_bytes
-from sparsifiner_edge.runtime import cuda, engines
+from sparsifiner_edge.runtime import cuda
 from sparsifiner_edge.runtime.cuda import Driver, Lane, Times, open_driver
-from sparsifiner_edge.runtime.engines import Engine
-from sparsifiner_edge.runtime.session import Array, TensorSpec, validate_inputs, validate_outputs
+from sparsifiner_edge.runtime.session import Array, validate_inputs, validate_outputs
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error, unusable_engine
 
 Shape = tuple[int, ...]
@@ -45,7 +47,7 @@ class EngineSession:
         engine: what it was built for.
         manifest: of its bundle; names the dynamic axes.
         graph: record runs of one shape as a CUDA graph, where the CUDA package can.
-        content: of the file, as `artifacts.read_listed` gives it; None for one that was just built: it is read here.
+        content: of the file, as `store.read_listed` gives it; None for one that was just built: it is read here.
 
     Raises:
         BackendError: no CUDA device, another machine than the engine is for, or TensorRT refuses it.
@@ -56,7 +58,7 @@ class EngineSession:
         trt: Any,
         path: Path,
         engine: Engine,
-        manifest: Mapping[str, Any],
+        manifest: Manifest,
         graph: bool = True,
         content: bytes | None = None,
     ) -> None:
@@ -105,9 +107,9 @@ class EngineSession:
             raise run_error(self._path, "to prepare a run", self._messages, self._driver.free_bytes())
         return context
 
-    def _specs(self, manifest: Mapping[str, Any]) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    def _specs(self, manifest: Manifest) -> tuple[list[TensorSpec], list[TensorSpec]]:
         """Inputs and outputs, with the manifest's names of dynamic axes."""
-        named = {t["name"]: t["shape"] for key in ("inputs", "outputs") for t in manifest.get(key, [])}
+        named = {spec.name: spec.shape for spec in (*manifest.inputs, *manifest.outputs)}
         found: dict[bool, list[TensorSpec]] = {True: [], False: []}
         for number in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(number)

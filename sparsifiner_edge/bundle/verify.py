@@ -1,4 +1,4 @@
-"""`verify_bundle`: is a bundle whole, does its manifest say what its model is, and does it answer as it did?"""
+"""Is a bundle whole, does its manifest say what its model is, and does it answer as it did?"""
 
 from __future__ import annotations
 
@@ -9,35 +9,30 @@ from typing import Any, NamedTuple
 
 import onnx
 
-from sparsifiner_edge.artifacts import LABELS_FILE, check_bundle, field, read_labels, read_manifest
+from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
+from sparsifiner_edge.bundle.sign import fingerprint_of, read_signature, require_signature, unlisted_files
+from sparsifiner_edge.bundle.store import LABELS_FILE, check_bundle, load_model, read_labels, read_manifest
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.onnx_file import all_nodes
-from sparsifiner_edge.package.common import load_model
-from sparsifiner_edge.runtime.engines import listed_engines
-from sparsifiner_edge.runtime.golden import check_golden
-from sparsifiner_edge.runtime.open import open_checked
-from sparsifiner_edge.signing import fingerprint_of, read_signature, require_signature, unlisted_files
+from sparsifiner_edge.ops.schema import DOMAIN
 
-DOMAIN = "sparsifiner"
+Answer = Callable[[Manifest], str]
 
 
 class _Subject(NamedTuple):
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     model: Any
-    backend: str
-    kernels: str
+    answer: Answer
     public_key: Path | None
 
 
-def verify_bundle(
-    bundle: str | Path, *, backend: str = "onnxruntime", kernels: str = "auto", public_key: str | Path | None = None
-) -> dict[str, Any]:
-    """Check all of a bundle.
+def verify(folder: Path, answer: Answer, public_key: Path | None = None) -> dict[str, Any]:
+    """Check all of a bundle; see `runtime.verify_bundle`.
 
     Args:
-        bundle: a folder made by `sparsifiner-edge export`.
-        backend, kernels: what runs the golden pair; see `open_session`.
+        folder: made by `sparsifiner-edge export`.
+        answer: runs the golden pair, given the checked manifest, and says how far it is off.
         public_key: the signature must be that key's; without it a signature is told and not checked.
 
     Returns:
@@ -46,14 +41,11 @@ def verify_bundle(
 
     Raises:
         ArtifactError: not a bundle, a file missing or altered, of a newer schema: there is nothing to check then.
-        BackendError: the backend cannot run it.
-        MissingExtraError: the backend, or what checks signatures, is not installed.
+        MissingExtraError: what checks signatures is not installed.
     """
-    folder = Path(bundle)
     text = read_manifest(folder)
     manifest = check_bundle(folder, text)
-    key = None if public_key is None else Path(public_key)
-    subject = _Subject(folder, manifest, load_model(folder, manifest), backend, kernels, key)
+    subject = _Subject(folder, manifest, load_model(folder, manifest), answer, public_key)
     checks = []
     for name, check in _CHECKS.items():
         checks.append(_run(name, check, subject))
@@ -77,7 +69,7 @@ def _files(subject: _Subject) -> str:
     extra = unlisted_files(subject.folder, subject.manifest)
     if extra:
         raise GateError(f"not in the manifest: {', '.join(extra[:5])}")
-    return f"{len(subject.manifest['files'])} files match their SHA-256; no others"
+    return f"{len(subject.manifest.files)} files match their SHA-256; no others"
 
 
 def _signature(subject: _Subject) -> str:
@@ -108,31 +100,30 @@ def _onnx(subject: _Subject) -> str:
 def _interface(subject: _Subject) -> str:
     """Names, types and shapes of inputs and outputs, and a tolerance for each output that golden holds."""
     counts = []
-    for key, values in (("inputs", subject.model.graph.input), ("outputs", subject.model.graph.output)):
-        listed = field(subject.manifest, subject.folder, key, list)
-        stated = [_entry(entry) for entry in listed]
-        present = [_tensor(value) for value in values]
+    manifest, graph = subject.manifest, subject.model.graph
+    for key, specs, values in (
+        ("inputs", manifest.inputs, graph.input),
+        ("outputs", manifest.outputs, graph.output),
+    ):
+        stated = tuple(TensorSpec(spec.name, spec.dtype, spec.shape) for spec in specs)
+        present = tuple(_tensor(value) for value in values)
         if stated != present:
             wrong = [entry for entry in (*stated, *present) if not (entry in stated and entry in present)]
-            raise GateError(f"{key}: manifest and model differ in {' '.join(wrong[0]) if wrong else 'their order'}")
+            told = f"{wrong[0].name} {wrong[0]}" if wrong else "their order"
+            raise GateError(f"{key}: manifest and model differ in {told}")
         counts.append(f"{len(present)} {key[:-1] if len(present) == 1 else key}")
     return f"{' and '.join(counts)} as the manifest says"
 
 
-def _entry(entry: Any) -> tuple[str, str, str]:
-    content = entry if isinstance(entry, dict) else {}
-    return str(content.get("name")), str(content.get("dtype")), str(content.get("shape"))
-
-
-def _tensor(value: Any) -> tuple[str, str, str]:
+def _tensor(value: Any) -> TensorSpec:
     tensor = value.type.tensor_type
-    shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
-    return value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), str(shape)
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape)
 
 
 def _operators(subject: _Subject) -> str:
     """Operators of ours: those in the manifest are those in the file, each with its body."""
-    stated = field({"ops": {}, **subject.manifest}, subject.folder, "ops", dict)
+    stated = subject.manifest.ops
     used = {f"{DOMAIN}::{node.op_type}" for node in all_nodes(subject.model) if node.domain == DOMAIN}
     bodies = {f"{function.domain}::{function.name}" for function in subject.model.functions}
     versions = {entry.version for entry in subject.model.opset_import if entry.domain == DOMAIN}
@@ -149,8 +140,8 @@ def _metadata(subject: _Subject) -> str:
     lacking = [output.name for output in subject.model.graph.output if output.name not in entries]
     if lacking:
         raise GateError(f"no entry for {', '.join(lacking)}: GStreamer's onnxinference refuses the file")
-    if entries.get("name") != subject.manifest.get("name"):
-        raise GateError(f"name {entries.get('name')!r}, the manifest says {subject.manifest.get('name')!r}")
+    if entries.get("name") != subject.manifest.name:
+        raise GateError(f"name {entries.get('name')!r}, the manifest says {subject.manifest.name!r}")
     classes = _classes(subject.model.graph.output)
     labels = read_labels(subject.manifest, subject.folder)
     stated = entries["classes"].splitlines() if entries.get("classes") else []
@@ -164,15 +155,12 @@ def _classes(outputs: Iterable[Any]) -> int:
 
 
 def _engines(subject: _Subject) -> str:
-    engines = listed_engines(subject.manifest, subject.folder)
+    engines = subject.manifest.engines
     return ", ".join(f"{e.backend} {e.version} for {e.compute_capability}" for e in engines) or "none"
 
 
 def _golden(subject: _Subject) -> str:
-    with open_checked(subject.folder, subject.manifest, subject.backend, kernels=subject.kernels) as session:
-        found = check_golden(session, subject.folder, subject.manifest)
-    parts = (f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}" for name, f in found.items())
-    return f"{', '.join(parts)} ({subject.backend})"
+    return subject.answer(subject.manifest)
 
 
 _CHECKS: dict[str, Callable[[_Subject], str]] = {

@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.artifacts import MAX_JSON, field, parse_json, read_listed
+from sparsifiner_edge.artifacts import MAX_JSON, field, parse_json
 from sparsifiner_edge.bounds import MOST_COUNT
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.graph import drop_unused
 
 SCHEMA = 1
 FOLDER = "kernels"
@@ -41,7 +43,7 @@ def code_file(capability: int, launch: str, kind: str) -> str:
     return f"{FOLDER}/sm{capability}/{launch}.{kind}"
 
 
-def read_table(folder: Path, manifest: Mapping[str, Any], capability: int) -> dict[str, Any] | None:
+def read_table(folder: Path, manifest: Manifest, capability: int) -> dict[str, Any] | None:
     """The table of a checked bundle; None where its manifest lists no kernels for that GPU.
 
     Raises:
@@ -49,7 +51,7 @@ def read_table(folder: Path, manifest: Mapping[str, Any], capability: int) -> di
     """
     name = table_file(capability)
     path = folder / name
-    if name not in manifest["files"]:
+    if name not in manifest.files:
         return None
     table = parse_json(read_listed(folder, manifest, name, MAX_JSON), path, SCHEMA)
     for name, launch in field(table, path, "launches", dict).items():

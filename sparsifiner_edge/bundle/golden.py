@@ -7,25 +7,36 @@ import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from sparsifiner_edge.artifacts import GOLDEN_FILE, open_bundle, read_listed
-from sparsifiner_edge.bounds import is_number
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import GOLDEN_FILE, open_bundle, read_listed
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, aligned
-from sparsifiner_edge.runtime.session import Array, Session
 
 _MOST_TOLERANCE = 1.0
 """Of an output's range: more would pass anything."""
 _MOST_BYTES = 1 << 31
 """Of the golden pair, packed or not."""
+Array = np.ndarray[Any, Any]
 Pair = tuple[dict[str, Array], dict[str, Array]]
 
 
+class Answering(Protocol):
+    """What a golden pair is held against: an open session."""
+
+    @property
+    def backend(self) -> str:
+        """Its name, for messages."""
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the model once."""
+
+
 def check_golden(
-    session: Session, bundle: str | Path, manifest: Mapping[str, Any] | None = None
+    session: Answering, bundle: str | Path, manifest: Manifest | None = None
 ) -> dict[str, dict[str, float]]:
     """Run the bundle's golden input and compare every golden output.
 
@@ -34,7 +45,7 @@ def check_golden(
     Args:
         session: open on the bundle, or on an engine made of it.
         bundle: its folder.
-        manifest: as it was checked, where that has been done; see `artifacts.read_listed`.
+        manifest: as it was checked, where that has been done; see `store.read_listed`.
 
     Returns:
         Per output: `max_abs_difference`, `range_relative_error` (that difference over the output's range: its
@@ -46,7 +57,6 @@ def check_golden(
     """
     folder = Path(bundle)
     manifest = open_bundle(folder) if manifest is None else manifest
-    tolerances = manifest.get("tolerances")
     inputs, expected = _repeated(read_golden(folder, manifest), getattr(session, "least_batch", 1))
     outputs = session.infer(inputs)
     if POSITIONS in expected:
@@ -61,19 +71,19 @@ def check_golden(
             )
     report = {}
     for name, wanted in expected.items():
-        tolerance = tolerances.get(name) if isinstance(tolerances, Mapping) else None
-        if not is_number(tolerance) or not 0 <= tolerance <= _MOST_TOLERANCE:
+        tolerance = manifest.tolerances.get(name)
+        if tolerance is None or not 0 <= tolerance <= _MOST_TOLERANCE:
             raise ArtifactError(
                 f"{folder} has no tolerance for output {name!r} from 0 to {_MOST_TOLERANCE:g}.",
                 "Export the bundle again.",
             )
         if name not in outputs:
             raise GateError(f"Output {name!r} is missing; the model has {', '.join(outputs)}.", "Export it again.")
-        report[name] = _compare(name, outputs[name], wanted, float(tolerance), session)
+        report[name] = _compare(name, outputs[name], wanted, tolerance, session)
     return report
 
 
-def read_golden(folder: Path, manifest: Mapping[str, Any]) -> Pair:
+def read_golden(folder: Path, manifest: Manifest) -> Pair:
     """Golden inputs and outputs of a checked bundle, by the model's names: arrays of numbers, none of them empty.
 
     Raises:
@@ -124,7 +134,7 @@ def _repeated(pair: Pair, least: int) -> Pair:
     return inputs, outputs
 
 
-def _compare(name: str, got: Array, wanted: Array, tolerance: float, session: Session) -> dict[str, float]:
+def _compare(name: str, got: Array, wanted: Array, tolerance: float, session: Answering) -> dict[str, float]:
     if got.shape != wanted.shape:
         raise GateError(f"Output {name!r} has shape {got.shape}; golden is {wanted.shape}.", "Export the bundle again.")
     reference: Any = wanted.astype(np.float64)

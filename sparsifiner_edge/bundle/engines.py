@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -126,18 +126,20 @@ def _sm(capability: str) -> str:
     return f"sm{capability.replace('.', '')}"
 
 
-def listed_engines(manifest: Mapping[str, Any], folder: Path) -> list[Engine]:
-    """Engines of a bundle that `open_bundle` has checked, in the order in which they were built.
+def read_engines(entries: object, files: Container[str], folder: Path) -> tuple[Engine, ...]:
+    """Engines that a manifest lists, in the order in which they were built.
+
+    Args:
+        entries: the manifest's `engines`. files: the names that it has hashes of. folder: the bundle, for messages.
 
     Raises:
         ArtifactError: an entry is malformed, or its file is not one of the bundle's hashed files in `engines/`.
     """
-    entries = manifest.get("engines", [])
     if not isinstance(entries, list):
         raise ArtifactError(f"{folder}: engines is no list.", "Export the bundle again.")
-    engines = [_read(entry, folder) for entry in entries]
+    engines = tuple(_read(entry, folder) for entry in entries)
     for engine in engines:
-        if engine.file not in manifest.get("files", {}) or PurePosixPath(engine.file).parent.name != ENGINE_FOLDER:
+        if engine.file not in files or PurePosixPath(engine.file).parent.name != ENGINE_FOLDER:
             raise ArtifactError(
                 f"{folder} lists the engine {engine.file!r} without a hash, or outside {ENGINE_FOLDER}/.",
                 "Export the bundle again and build it anew.",
@@ -191,7 +193,7 @@ def fitting_engine(engines: Sequence[Engine], device: Device, folder: Path) -> E
     """The engine built last that runs on a device.
 
     Args:
-        engines: see `listed_engines`.
+        engines: of a manifest.
         folder: the bundle, for messages.
 
     Raises:

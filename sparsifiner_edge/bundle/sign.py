@@ -15,16 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsifiner_edge.artifacts import (
-    BUNDLE_FILE,
-    MODEL_FILE,
-    SIGNATURE_FILE,
-    check_bundle,
-    field,
-    read_json,
-    read_listed,
-    read_manifest,
-)
+from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, field, read_json
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
+from sparsifiner_edge.bundle.store import check_bundle, read_listed, read_manifest
 from sparsifiner_edge.errors import ArtifactError, MissingExtraError
 from sparsifiner_edge.files import read_bytes, write_text
 from sparsifiner_edge.onnx_file import read_model
@@ -149,11 +142,11 @@ def read_signature(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def require_signature(folder: Path, public_key: Path) -> dict[str, Any]:
+def require_signature(folder: Path, public_key: Path) -> Manifest:
     """Manifest of a bundle that the holder of a key signed, as it is: every file, and no other.
 
     What it returns was parsed from the bytes that were signed: read the bundle's files with it, by
-    `artifacts.read_listed`, and nothing that anyone writes into the folder meanwhile is used.
+    `store.read_listed`, and nothing that anyone writes into the folder meanwhile is used.
 
     Args:
         folder: the bundle.
@@ -191,7 +184,7 @@ def _why_not(public: Ed25519PublicKey, signature: dict[str, Any]) -> str:
     return "was changed after it was signed; building an engine changes it too"
 
 
-def _read_whole(folder: Path) -> tuple[dict[str, Any], bytes]:
+def _read_whole(folder: Path) -> tuple[Manifest, bytes]:
     """A bundle's checked manifest and its bytes.
 
     Raises:
@@ -205,11 +198,11 @@ def _read_whole(folder: Path) -> tuple[dict[str, Any], bytes]:
     return manifest, text
 
 
-def unlisted_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
     """Files of a bundle's folder that its manifest does not list; the signature is one only as a link."""
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
     own = {name for name in (BUNDLE_FILE, SIGNATURE_FILE) if not (folder / name).is_symlink()}
-    return sorted(present - own - set(manifest["files"]))
+    return sorted(present - own - set(manifest.files))
 
 
 def _read_private(path: Path) -> Ed25519PrivateKey:

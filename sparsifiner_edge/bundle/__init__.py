@@ -1,0 +1,1 @@
+"""Everything about a bundle: manifest, hashes, signature, golden pair, engines and kernels in it."""

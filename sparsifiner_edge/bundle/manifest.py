@@ -1,0 +1,173 @@
+"""A bundle's manifest: what `manifest.json` says, as a type. No other room reads its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sparsifiner_edge.artifacts import parse_json
+from sparsifiner_edge.bounds import MOST_SIDE, flaw
+from sparsifiner_edge.bundle.engines import Engine, read_engines
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.costs import ModelShape
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.records import read_record, write_record
+
+BUNDLE_SCHEMA = 2
+"""1: no `shape`. Bundles of 1 are read; what needs the shape refuses them."""
+MODEL_FILE = "model.onnx"
+AGAIN = "Export the bundle again."
+_MOST = 1 << 20
+"""No size of a model comes near."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """An input or output of a model.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: NumPy's name of the element type, such as "uint8".
+        shape: one entry per axis: a size, or the name of a dynamic axis such as "batch", or None for an unnamed one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {shape_text(self.shape)}"
+
+
+class InputSpec(TensorSpec, frozen=True):
+    """An input, and how an image lies in it: such as "NHWC", 0 to 255, "RGB"."""
+
+    layout: str | None = None
+    range: tuple[int, int] | None = None
+    colour: str | None = None
+
+
+def shape_text(shape: tuple[int | str | None, ...]) -> str:
+    """Such as "[batch, 224, 224, 3]"."""
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+
+
+class Preprocessing(msgspec.Struct, frozen=True):
+    """What is done to an image before the model, and what the model does itself.
+
+    Attributes:
+        size: pixels along a side. resize: how an image gets there, such as "centre square, bicubic".
+        folded: mean, standard deviation and scale, which the file applies.
+    """
+
+    size: int
+    resize: str = "centre square, bicubic"
+    folded: dict[str, Any] = {}
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """Tokens of an image: `prefix` before the patches, and patches in a `grid` of rows and columns."""
+
+    prefix: int
+    grid: tuple[int, int] | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle says of itself. Whoever needs what is left out here refuses the bundle.
+
+    Attributes:
+        files: every file but manifest and signature: name -> SHA-256 in hexadecimal.
+        name: of the model, as timm has it. precision: "fp32", "fp16" or "int8"; None: it does not say.
+        shape: the sizes that decide costs. ops: operators of the domain `sparsifiner` -> version.
+        inputs, outputs: of the model, in its order.
+        sparsity: None where attention is dense. costs, dense_costs: see `costs.summary`.
+        tolerances: output -> greatest difference from golden, relative to its range.
+        engines: in the order in which they were built.
+        check, retiled, measured, quantisation, float16, boards, provenance, tools: what export found, for people.
+    """
+
+    schema_version: int
+    files: dict[str, str]
+    name: str | None = None
+    precision: str | None = None
+    shape: ModelShape | None = None
+    ops: dict[str, int] = {}
+    inputs: tuple[InputSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    preprocessing: Preprocessing | None = None
+    tokens: Tokens | None = None
+    sparsity: SparsityConfig | None = None
+    costs: dict[str, int] = {}
+    dense_costs: dict[str, int] = {}
+    tolerances: dict[str, float] = {}
+    engines: tuple[Engine, ...] = ()
+    check: dict[str, Any] = {}
+    retiled: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
+    quantisation: dict[str, Any] | None = None
+    float16: dict[str, Any] | None = None
+    boards: tuple[dict[str, Any], ...] = ()
+    provenance: dict[str, Any] = {}
+    tools: dict[str, str] = {}
+
+    @property
+    def batch(self) -> int | None:
+        """Images at once; None where that is dynamic, or not said."""
+        size = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else None
+        return size if isinstance(size, int) else None
+
+
+def parse_manifest(text: bytes, path: Path) -> Manifest:
+    """The manifest in bytes that were read from `path`.
+
+    Raises:
+        ArtifactError: it is no manifest of a bundle, of a newer schema, or a field is of another type, NaN or infinite.
+    """
+    content = parse_json(text, path, BUNDLE_SCHEMA)
+    files = content.get("files")
+    if content.get("kind") != "bundle" or not isinstance(files, dict) or MODEL_FILE not in files:
+        raise ArtifactError(f"{path} is not a bundle's manifest.", AGAIN)
+    found = flaw(content)
+    if found is not None:
+        raise ArtifactError(f"{path}: {found}.", AGAIN)
+    settings, engines = content.pop("sparsity", None), read_engines(content.pop("engines", []), files, path.parent)
+    manifest = read_record(content, Manifest, path.parent, AGAIN)
+    if manifest.preprocessing is not None and not 1 <= manifest.preprocessing.size <= MOST_SIDE:
+        said = manifest.preprocessing.size
+        raise ArtifactError(f"{path.parent}: preprocessing.size is {said}; at most {MOST_SIDE}.", AGAIN)
+    if manifest.shape is not None and not all(0 <= size <= _MOST for size in dataclasses.astuple(manifest.shape)):
+        raise ArtifactError(f"{path.parent}: shape is {manifest.shape}, that of no model.", AGAIN)
+    return msgspec.structs.replace(manifest, sparsity=_sparsity(settings, path.parent), engines=engines)
+
+
+def _sparsity(settings: object, folder: Path) -> SparsityConfig | None:
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{folder}: sparsity is {settings!r:.60}, not dict.", AGAIN)
+    try:
+        return SparsityConfig.from_dict(settings)
+    except ConfigError as error:
+        raise ArtifactError(f"{folder}: {error.what}", AGAIN) from error
+
+
+def manifest_content(manifest: Manifest) -> dict[str, Any]:
+    """JSON-ready, as `manifest.json` holds it."""
+    plain = write_record(msgspec.structs.replace(manifest, sparsity=None, engines=()))
+    content: dict[str, Any] = {"schema_version": manifest.schema_version, "kind": "bundle"} | plain
+    content["sparsity"] = manifest.sparsity and manifest.sparsity.to_dict()
+    content["engines"] = [engine.to_dict() for engine in manifest.engines]
+    return content
+
+
+def required(value: Any, name: str, folder: Path) -> Any:
+    """An entry that a bundle's use needs.
+
+    Raises:
+        ArtifactError: the manifest has none.
+    """
+    if value is None:
+        raise ArtifactError(f"{folder}: {name} is missing.", AGAIN)
+    return value

@@ -1,0 +1,281 @@
+"""A bundle's folder: files held against the manifest's hashes, read as the bytes that were hashed, and added to."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.artifacts import (
+    BUNDLE_FILE,
+    ENGINE_FOLDER,
+    MAX_FILE,
+    MAX_JSON,
+    SCRATCH,
+    blocks,
+    leftovers,
+    read_json,
+    scratches,
+    sha256,
+)
+from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, MODEL_FILE, Manifest, parse_manifest, required
+from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.files import (
+    io_errors,
+    is_locked,
+    locked,
+    open_regular,
+    read_bytes,
+    signals_held,
+    write_text,
+)
+from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.text import dump_json, shown
+
+LABELS_FILE = "labels.txt"
+_MAX_LABELS = 1 << 24
+MAX_MODEL = 1 << 31
+"""Bytes of an ONNX file, by its format (protobuf)."""
+GOLDEN_FILE = "golden.npz"
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def seal_bundle(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `manifest.json` with the SHA-256 of every other file in `folder`."""
+    files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    content = {"schema_version": BUNDLE_SCHEMA, "kind": "bundle", **manifest, "files": files}
+    (folder / BUNDLE_FILE).write_text(dump_json(content), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def bundle_scratch(folder: Path) -> Iterator[Path]:
+    """A folder in a bundle for files that are being made; it vanishes with the block, as does what killed builds left.
+
+    Raises:
+        ArtifactError: the disk refuses.
+    """
+    handle, scratch = -1, None
+    try:
+        with io_errors(folder), locked(folder), signals_held():
+            for old in scratches(folder):
+                if not is_locked(old):
+                    shutil.rmtree(old, ignore_errors=True)
+            in_use = scratches(folder)
+            for path in leftovers(folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)):
+                if not any(path.is_relative_to(other) for other in in_use):
+                    path.unlink(missing_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
+            handle = os.open(scratch, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield scratch
+    finally:
+        with signals_held():
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            if handle >= 0:
+                os.close(handle)
+
+
+def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Manifest], Manifest]) -> None:
+    """Move files into a bundle and replace its manifest: both or neither. Files that nothing lists any more vanish.
+
+    Args:
+        files: place in the bundle -> where the file is now, on the same file system; places must be new.
+        change: manifest as it now stands -> as it shall be; its `files` name what is kept, their hashes are its own,
+            those of the new files are added here.
+
+    Raises:
+        ArtifactError: the bundle is not one any more, or the disk refuses; the bundle is as it was.
+    """
+    if (folder / ENGINE_FOLDER).is_symlink():
+        raise ArtifactError(f"{folder / ENGINE_FOLDER} is a link.", "Do not use this bundle.")
+    with io_errors(folder), locked(folder):
+        text = read_manifest(folder)
+        before = parse_manifest(text, folder / BUNDLE_FILE)
+        after = change(before)
+        kept = after.files | {name: sha256(path) for name, path in files.items()}
+        # What this version does not know stays.
+        content = json.loads(text) | {"files": kept, "engines": [engine.to_dict() for engine in after.engines]}
+        for path in files.values():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        with signals_held():
+            _move_in(folder, files, dump_json(content))
+            for name in set(before.files) - set(kept):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:
+    """The manifest's replacement, one rename, is what makes the files part of the bundle."""
+    made: list[Path] = []
+    try:
+        for name, path in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            made.append(path.rename(folder / name))
+        write_text(folder / BUNDLE_FILE, manifest)
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # Only when empty.
+            (folder / ENGINE_FOLDER).rmdir()
+        raise
+
+
+def open_bundle(folder: Path) -> Manifest:
+    """Manifest of a bundle whose files all match their hashes.
+
+    What is used of those files later is read by `read_listed`, which holds the very bytes against the hash again.
+
+    Raises:
+        ArtifactError: not a bundle, newer schema, a file missing, altered, or outside the folder.
+    """
+    return check_bundle(folder, read_manifest(folder))
+
+
+def read_manifest(folder: Path) -> bytes:
+    """The bytes of a bundle's manifest.
+
+    Raises:
+        ArtifactError: `folder` is none, or the manifest cannot be read.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
+    return read_bytes(folder / BUNDLE_FILE, MAX_JSON)
+
+
+def check_bundle(folder: Path, text: bytes) -> Manifest:
+    """See `open_bundle`; `text` is what was read of the manifest."""
+    manifest = parse_manifest(text, folder / BUNDLE_FILE)
+    for name, digest in manifest.files.items():
+        if sha256(_place(folder, name)) != digest:
+            raise _altered(folder / name)
+    return manifest
+
+
+def read_listed(folder: Path, manifest: Manifest, name: str, most: int = MAX_FILE) -> bytes:
+    """The content of one of a bundle's files: these very bytes have the hash that its manifest says.
+
+    Whoever swaps the file after it was checked reaches nothing: use what this returns, never the path.
+
+    Args:
+        folder: the bundle.
+        manifest: as `open_bundle` or `sign.require_signature` returned it.
+        name: as in the manifest's `files`.
+        most: bytes that it may have.
+
+    Raises:
+        ArtifactError: the manifest does not list it; it is missing, altered, larger, or outside the folder.
+    """
+    expected = _expected(folder, manifest, name)
+    content = read_bytes(_place(folder, name), most)
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise _altered(folder / name)
+    return content
+
+
+@contextlib.contextmanager
+def sealed_copy(folder: Path, manifest: Manifest, name: str) -> Iterator[str]:
+    """A path to a copy of one of a bundle's files, in memory: it has the manifest's hash, and nobody can change it.
+
+    For libraries that read a file: given bytes they would hold them beside what they make of them.
+
+    Raises:
+        ArtifactError: see `read_listed`; or there is no memory for it.
+    """
+    expected = _expected(folder, manifest, name)
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        with open_regular(_place(folder, name)) as file:
+            handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            copy = stack.enter_context(os.fdopen(handle, "wb"))
+            for block in blocks(file, folder / name, MAX_MODEL):
+                digest.update(block)
+                copy.write(block)
+            copy.flush()
+        if digest.hexdigest() != expected:
+            raise _altered(folder / name)
+        fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _SEALS)
+        yield f"/proc/self/fd/{handle}"
+
+
+def _expected(folder: Path, manifest: Manifest, name: str) -> object:
+    """The hash of a file by the manifest."""
+    expected = manifest.files.get(name)
+    if expected is None:
+        raise ArtifactError(f"{folder} has no {name}.", "Export the bundle again.")
+    return expected
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a file of a bundle is.
+
+    Raises:
+        ArtifactError: it is missing, or outside the folder.
+    """
+    path = folder / name
+    try:
+        inside = "\0" not in name and path.resolve().is_relative_to(folder.resolve())
+        there = inside and path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, what no system takes.
+        raise ArtifactError(f"{folder} cannot be read: {error}.", "Do not use this bundle.") from error
+    if not inside:
+        raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
+    if not there:
+        raise ArtifactError(f"{path} is missing.", "Export the bundle again.")
+    return path
+
+
+def _altered(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", "Export the bundle again.")
+
+
+def picture_size(manifest: Manifest, folder: Path) -> int:
+    """Pixels along a side that the bundle in `folder` takes.
+
+    Raises:
+        ArtifactError: the manifest does not say.
+    """
+    return int(required(manifest.preprocessing, "preprocessing", folder).size)
+
+
+def read_labels(manifest: Manifest, folder: Path) -> list[str]:
+    """Labels of a bundle that has them, made harmless (`text.shown`); a file that its manifest does not name is none.
+
+    Raises:
+        ArtifactError: the file is too large to be labels.
+    """
+    if LABELS_FILE not in manifest.files:
+        return []
+    lines = read_listed(folder, manifest, LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").split("\n")
+    return [shown(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
+
+
+def bundle_hash(folder: Path) -> str:
+    """SHA-256 of the manifest: names the bundle and, through it, every file in it."""
+    return sha256(folder / BUNDLE_FILE)
+
+
+def load_model(folder: Path, manifest: Manifest) -> Any:
+    """The `onnx.ModelProto` of a checked bundle.
+
+    Raises:
+        ArtifactError: its file is none, was altered, or needs another file.
+    """
+    return read_model(read_listed(folder, manifest, MODEL_FILE), folder / MODEL_FILE)
+
+
+def bundle_subject(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """How a result names a bundle: its path as given, its name, and the SHA-256 of its manifest."""
+    return {
+        "kind": "bundle",
+        "path": str(folder),
+        "name": manifest.name or folder.resolve().name,
+        "sha256": bundle_hash(folder),
+    }

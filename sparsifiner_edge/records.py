@@ -1,0 +1,73 @@
+"""Declared types read from JSON or TOML, by msgspec; what does not fit is told in our own words."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from sparsifiner_edge.errors import ArtifactError
+
+Record = TypeVar("Record")
+_PLACE = re.compile(r" - at `(?:key in )?\$(.*)`$")
+_WORDS = {"array": "list", "object": "dict", "null": "null"}
+
+
+def read_record(content: object, kind: type[Record], origin: object, fix: str) -> Record:
+    """What was parsed, as a declared type.
+
+    Args:
+        content: of `json.loads` or `tomllib.loads`.
+        kind: a msgspec.Struct or dataclass; fields that it lacks are left out.
+        origin: where the content is from, for messages. fix: what to do where it does not fit.
+
+    Raises:
+        ArtifactError: a field is missing, or of another type; names it, its value, and what it must be. Or a text holds
+            half a character.
+    """
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise ArtifactError(f"{origin}: {_told(content, str(error))}.", fix) from error
+    except UnicodeEncodeError as error:  # Half a character, which JSON can hold and UTF-8 cannot.
+        raise ArtifactError(f"{origin} holds a text that is no Unicode: {error.reason}.", fix) from error
+
+
+def write_record(record: object) -> Any:
+    """JSON-ready dicts, lists, texts and numbers; what is None is left out."""
+    return _without_none(msgspec.to_builtins(record))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_none(child) for name, child in value.items() if child is not None}
+    return [_without_none(child) for child in value] if isinstance(value, (list, tuple)) else value
+
+
+def _told(content: object, said: str) -> str:
+    """ "preprocessing.size is "4", not int" for msgspec's "Expected `int`, got `str` - at `$.preprocessing.size`"."""
+    found = _PLACE.search(said)
+    place = found[1] if found else ""
+    said = said[: found.start()] if found else said
+    missing = re.fullmatch(r"Object missing required field `(.*)`", said)
+    if missing:
+        return f"{place}.{missing[1]}".lstrip(".") + " is missing"
+    expected = re.match(r"Expected `([^`]*)`(.*)", said)
+    words = said[:1].lower() + said[1:]
+    if expected:
+        kinds = " or ".join(_WORDS.get(kind, kind) for kind in expected[1].split(" | "))
+        more = "" if expected[2].startswith(", got") else expected[2]
+        words = f"not {kinds}{more}"
+    outer, entry, _ = place.partition("[...]")  # Of a dict's values the path does not say which.
+    if entry:
+        return f"an entry of {outer.lstrip('.')} is {words}"
+    return f"{place.lstrip('.') or 'it'} is {_value(content, place)}, {words}"
+
+
+def _value(content: Any, place: str) -> str:
+    """The value at msgspec's path, as JSON, cut short."""
+    for name, number in re.findall(r"\.([^.\[]+)|\[(\d+)\]", place):
+        content = content[int(number)] if number else content[name]
+    return f"{json.dumps(content):.60}"

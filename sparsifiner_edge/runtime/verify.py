@@ -1,0 +1,41 @@
+"""`verify_bundle`: all checks of a bundle, its golden pair on a backend among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.verify import verify
+from sparsifiner_edge.runtime.open import open_checked
+
+
+def verify_bundle(
+    bundle: str | Path, *, backend: str = "onnxruntime", kernels: str = "auto", public_key: str | Path | None = None
+) -> dict[str, Any]:
+    """Check all of a bundle.
+
+    Args:
+        bundle: a folder made by `sparsifiner-edge export`.
+        backend, kernels: what runs the golden pair; see `open_session`.
+        public_key: the signature must be that key's; without it a signature is told and not checked.
+
+    Returns:
+        `bundle`, `hash`, `passed`, and `checks`: per check its `name`, whether it `passed`, and its `details`. A model
+        that is no valid ONNX is the last that is checked, and so is a signature that the key does not fit.
+
+    Raises:
+        ArtifactError: not a bundle, a file missing or altered, of a newer schema: there is nothing to check then.
+        BackendError: the backend cannot run it.
+        MissingExtraError: the backend, or what checks signatures, is not installed.
+    """
+    folder = Path(bundle)
+
+    def answer(manifest: Manifest) -> str:
+        with open_checked(folder, manifest, backend, kernels=kernels) as session:
+            found = check_golden(session, folder, manifest)
+        parts = (f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}" for name, f in found.items())
+        return f"{', '.join(parts)} ({backend})"
+
+    return verify(folder, answer, None if public_key is None else Path(public_key))
