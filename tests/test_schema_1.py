@@ -1,0 +1,79 @@
+"""What earlier versions wrote still loads: tests/data/schema_1 was made by the last version of bundle schema 1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from sparsifiner_edge.artifacts import BUNDLE_FILE, STUDENT_FILE, WEIGHTS_FILE, sha256
+from sparsifiner_edge.bundle.manifest import parse_manifest
+from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.profiles.estimate import estimate_bundle
+from sparsifiner_edge.results import read_result
+from sparsifiner_edge.sparse.student import load_student
+from tests.commands import assert_refused, call
+from tests.models import TINY, images, student, vit
+
+OLD = Path(__file__).parent / "data" / "schema_1"
+RESULTS = sorted((OLD / "results").glob("*.json"))
+Capsys = pytest.CaptureFixture[str]
+
+
+def test_a_signed_bundle(capsys: Capsys, pictures: Path, tmp_path: Path) -> None:
+    bundle, key = OLD / "bundle", OLD / "key.pub"
+    outcome = call(capsys, "bundle", "verify", bundle, "--public-key", key, "--json")
+    assert {check["name"]: check["passed"] for check in json.loads(outcome.out)["checks"]} == {
+        "files": True, "signature": True, "model": True, "inputs, outputs": True, "operators": True,
+        "metadata": False,  # The tests' small bundle has none, then as now.
+        "engines": True, "golden pair": True,
+    }  # fmt: skip
+    outcome = call(capsys, "run", bundle, "--source", pictures, "--require-signature", key)
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.out.splitlines()) == 3
+    assert call(capsys, "profile", bundle, "--seconds", ".1", "-o", tmp_path / "result.json").code == 0
+
+
+def test_a_manifest_of_a_real_export() -> None:
+    path = OLD / BUNDLE_FILE
+    manifest = parse_manifest(path.read_bytes(), path)
+    assert (manifest.schema_version, manifest.name, manifest.precision, manifest.batch) == (1, TINY, "fp32", 1)
+    assert manifest.sparsity is not None
+    assert (manifest.sparsity.keep, manifest.sparsity.token_keep) == (0.25, ((3, 0.7),))
+    assert [spec.name for spec in manifest.outputs] == ["logits", "features"]
+    assert manifest.costs["total_macs"] < manifest.dense_costs["total_macs"]
+    assert manifest.shape is None
+
+
+def test_what_needs_the_shape_says_so(tmp_path: Path, capsys: Capsys) -> None:
+    bundle = Path(shutil.copytree(OLD / "bundle", tmp_path / "b"))
+    assert open_bundle(bundle).schema_version == 1
+    with pytest.raises(ArtifactError, match=r"shape is missing"):
+        estimate_bundle(bundle, "t4")
+    assert_refused(call(capsys, "estimate", bundle, "--board", "t4"), "shape is missing", "Export the bundle again")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results(path: Path, tmp_path: Path, capsys: Capsys) -> None:
+    assert read_result(path)["kind"] == path.stem
+    outcome = call(capsys, "report", path, "-o", tmp_path / "page.html")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_a_student(tmp_path: Path) -> None:
+    """Its weights, which anyone can make, are not kept here."""
+    config = json.loads((OLD / STUDENT_FILE).read_text())
+    made = student(num_classes=10, sparsity=SparsityConfig.from_dict(config["sparsity"]))
+    safetensors.torch.save_file(made.model.state_dict(), tmp_path / WEIGHTS_FILE)
+    config["weights_sha256"] = sha256(tmp_path / WEIGHTS_FILE)
+    (tmp_path / STUDENT_FILE).write_text(json.dumps(config))
+    loaded = load_student(tmp_path)
+    x = images(vit())
+    assert torch.equal(loaded.model(x), made.model(x))
