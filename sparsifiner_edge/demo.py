@@ -16,6 +16,7 @@ from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.evaluate.explain import draw
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.profiles.latency import profile_bundle
+from sparsifiner_edge.profiles.rules import MIN_BLOCKS
 from sparsifiner_edge.results import new_result, read_result, write_result
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
@@ -115,7 +116,8 @@ def _one(
     stage(3)
     fidelity = evaluate_student(sparse, material.photographs(), against=dense)
     stage(4)
-    profile = profile_bundle(sparse, against=dense, seconds=seconds)
+    # What the table shows, and no more: neither time per layer nor power.
+    profile = profile_bundle(sparse, against=dense, seconds=seconds, min_queries=MIN_BLOCKS, layers=False, power=False)
     stage(5)
     draw(load_student(student), material.photographs()[2], LAYER, output / f"attention_{setting.size}.png")
     progress(f"{setting.size} px: done", done + len(_STAGES))
