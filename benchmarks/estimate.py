@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 import estimate_fit as fitting
+import msgspec
 import numpy as np
 from estimate_fit import HERE, PUBLISHED, Point, Values
 
@@ -121,7 +122,7 @@ def this_machine(threads: int) -> tuple[Board, list[dict[str, Any]]]:
 
 def _median_board(boards: Sequence[Board]) -> Board:
     peak, bandwidth = (float(np.median([getattr(b, n) for b in boards])) for n in ("fp32_tflops", "bandwidth_gb_s"))
-    return dataclasses.replace(boards[0], fp32_tflops=peak, bandwidth_gb_s=bandwidth)
+    return msgspec.structs.replace(boards[0], fp32_tflops=peak, bandwidth_gb_s=bandwidth)
 
 
 def _random_image(shape: Sequence[Any]) -> Any:

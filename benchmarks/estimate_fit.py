@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from sparsifiner_edge.config import SparsityConfig
@@ -83,7 +84,7 @@ def recorded() -> list[Point]:
         for operator in row["operators"].values()
         if "gflops" in operator
     )
-    board = dataclasses.replace(load_board("cpu-generic"), fp32_tflops=gemm / 1e3, int8_tops=4 * gemm / 1e3)
+    board = msgspec.structs.replace(load_board("cpu-generic"), fp32_tflops=gemm / 1e3, int8_tops=4 * gemm / 1e3)
     found: list[Point] = []
     for folder in ("model_cpu", "model_cpu_base", "model_cpu_base_1036"):
         for name, row in _statistics(f"{folder}/model_cpu.json").items():
@@ -139,7 +140,7 @@ def gpu_ratio(point: Point, values: Values) -> float:
 
 def cpu_ratio(point: Point, values: Values) -> float:
     """The same; the recorded machine's bandwidth was not recorded, and is fitted with the rest."""
-    board = dataclasses.replace(point.board, bandwidth_gb_s=values["gb_s"])
+    board = msgspec.structs.replace(point.board, bandwidth_gb_s=values["gb_s"])
     return predicted_ms(point, board, cpu_share(values)) / point.ms
 
 
@@ -149,7 +150,7 @@ def body_passes(values: Values) -> float:
     sparse = Workload(shape, SparsityConfig(keep=0.1, cells=25), portable=True)
     dense = Workload(shape, DENSE, materialised=True)
     wanted = 1 / _statistics("portable_cpu_518.json")["comparison"]["ratio"]["value"]
-    board = dataclasses.replace(recorded()[0].board, bandwidth_gb_s=values["gb_s"])
+    board = msgspec.structs.replace(recorded()[0].board, bandwidth_gb_s=values["gb_s"])
 
     def ratio(passes: float) -> float:
         share = cpu_share(values | {"body_passes": passes})

@@ -8,31 +8,34 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.errors import ArtifactError, SparsifinerError
 
 Record = TypeVar("Record")
 _PLACE = re.compile(r" - at `(?:key in )?\$(.*)`$")
 _WORDS = {"array": "list", "object": "dict", "null": "null"}
 
 
-def read_record(content: object, kind: type[Record], origin: object, fix: str) -> Record:
+def read_record(
+    content: object, kind: type[Record], origin: object, fix: str, error: type[SparsifinerError] = ArtifactError
+) -> Record:
     """What was parsed, as a declared type.
 
     Args:
         content: of `json.loads` or `tomllib.loads`.
-        kind: a msgspec.Struct or dataclass; fields that it lacks are left out.
+        kind: a msgspec.Struct or dataclass; whether fields that it lacks are refused or left out is its own setting.
         origin: where the content is from, for messages. fix: what to do where it does not fit.
+        error: raised.
 
     Raises:
-        ArtifactError: a field is missing, or of another type; names it, its value, and what it must be. Or a text holds
-            half a character.
+        SparsifinerError: `error`: a field is unknown, missing, of another type or out of range; names it, its value,
+            and what it must be. Or a text holds half a character.
     """
     try:
         return msgspec.convert(content, kind)
-    except msgspec.ValidationError as error:
-        raise ArtifactError(f"{origin}: {_told(content, str(error))}.", fix) from error
-    except UnicodeEncodeError as error:  # Half a character, which JSON can hold and UTF-8 cannot.
-        raise ArtifactError(f"{origin} holds a text that is no Unicode: {error.reason}.", fix) from error
+    except msgspec.ValidationError as found:
+        raise error(f"{origin}: {_told(content, str(found))}.", fix) from found
+    except UnicodeEncodeError as found:  # Half a character, which JSON can hold and UTF-8 cannot.
+        raise error(f"{origin} holds a text that is no Unicode: {found.reason}.", fix) from found
 
 
 def write_record(record: object) -> Any:
@@ -54,12 +57,16 @@ def _told(content: object, said: str) -> str:
     missing = re.fullmatch(r"Object missing required field `(.*)`", said)
     if missing:
         return f"{place}.{missing[1]}".lstrip(".") + " is missing"
+    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", said)
+    if unknown:
+        return "unknown key " + f"{place}.{unknown[1]}".lstrip(".")
     expected = re.match(r"Expected `([^`]*)`(.*)", said)
     words = said[:1].lower() + said[1:]
     if expected:
         kinds = " or ".join(_WORDS.get(kind, kind) for kind in expected[1].split(" | "))
         more = "" if expected[2].startswith(", got") else expected[2]
-        words = f"not {kinds}{more}"
+        words = f"not {kinds}{more}".replace(" matching regex ", " of the form ")
+        words = words.replace(r" of the form '\\S'", " with something in it")
     outer, entry, _ = place.partition("[...]")  # Of a dict's values the path does not say which.
     if entry:
         return f"an entry of {outer.lstrip('.')} is {words}"
@@ -70,4 +77,4 @@ def _value(content: Any, place: str) -> str:
     """The value at msgspec's path, as JSON, cut short."""
     for name, number in re.findall(r"\.([^.\[]+)|\[(\d+)\]", place):
         content = content[int(number)] if number else content[name]
-    return f"{json.dumps(content):.60}"
+    return f"{json.dumps(content, default=str):.60}"

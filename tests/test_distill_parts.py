@@ -287,12 +287,14 @@ def test_recipes() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("distil.step=7", "no distil.step"), ("batch=0", "batch is 0"), ("batch=two", "batch is 'two'"),
-        ("distil=3", "distil is 3"), ("budgets.keep=[1.5]", "budgets.keep is"), ("precision=fp8", "precision is 'fp8'"),
+        ("distil.step=7", "unknown key distil.step"), ("batch=0", "batch is 0"),
+        ("batch=two", 'batch is "two", not int'),
+        ("distil=3", "distil is 3"), ("budgets.keep=[1.5]", "budgets.keep[0] is 1.5, not float < 1"),
+        ("precision=fp8", "precision is 'fp8'"),
         ("distil.steps", "has no value"), ("batch.x=1", "batch is no section"),
         ("distil.epochs=2", "both steps and epochs"),
-        ("distil.steps=0", "trains for no step"), ("budgets.token_keep=4", "must be of type str"),
-        ("budgets.token_keep='4'", "token_keep holds '4'"), ("losses.patches=nan", "losses.patches is nan"),
+        ("distil.steps=0", "trains for no step"), ("budgets.token_keep=4", "budgets.token_keep is 4, not str"),
+        ("budgets.token_keep='4'", "token_keep holds '4'"), ("losses.patches=nan", "losses.patches is NaN, not float"),
     ],
 )  # fmt: skip
 def test_bad_recipes_are_refused(override: str, message: str) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -227,13 +228,13 @@ def test_energy_and_memory_are_bounded_by_the_board(tmp_path: Path) -> None:
         assert 0.25 * most <= figures["energy_j"]["power_w"] <= most
         assert figures["energy_j"]["high"] == pytest.approx(most * figures["latency_ms"]["high"] / 1e3)
     assert full["fits_memory"] == "yes"
-    small = dataclasses.replace(load_board("t4"), memory_gb=0.1)
+    small = msgspec.structs.replace(load_board("t4"), memory_gb=0.1)
     assert estimate_bundle(folder, small)["statistics"]["fits_memory"] == "no"
-    assert estimate_bundle(folder, dataclasses.replace(small, memory_gb=0.5))["statistics"]["fits_memory"] == "perhaps"
+    assert estimate_bundle(folder, msgspec.structs.replace(small, memory_gb=0.5))["statistics"]["fits_memory"] == "perhaps"
 
 
 def test_a_stated_idle_power_is_used(tmp_path: Path) -> None:
-    board = dataclasses.replace(load_board("cpu-generic"), idle_w=15.0)
+    board = msgspec.structs.replace(load_board("cpu-generic"), idle_w=15.0)
     energy = estimate_bundle(counted(tmp_path / "bundle"), board)["statistics"]["energy_j"]
     assert energy["power_w"] == 15.0
 
@@ -251,11 +252,11 @@ def test_more_of_anything_is_never_slower(
     board: str, sparsity: SparsityConfig, portable: bool, precision: str, bandwidth: float, peak: float
 ) -> None:
     base, work = load_board(board), Workload(VIT_S, sparsity, portable=portable)
-    wider = dataclasses.replace(base, bandwidth_gb_s=base.bandwidth_gb_s * bandwidth)
+    wider = msgspec.structs.replace(base, bandwidth_gb_s=base.bandwidth_gb_s * bandwidth)
     peaks = {name: getattr(base, name) * peak for name in ("fp32_tflops", "fp16_tflops", "int8_tops")}
     before = total(work, base, precision)
     assert total(work, wider, precision) <= before
-    assert total(work, dataclasses.replace(base, **peaks), precision) <= before
+    assert total(work, msgspec.structs.replace(base, **peaks), precision) <= before
     ideal = roofline.seconds(roofline.costs(work, base, precision, IDEAL))
     assert 0 < ideal < before
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
-from sparsifiner_edge.bounds import MOST_COUNT, is_number
+import msgspec
+from msgspec import Meta
+
+from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.toml import parse_toml, read_toml
 
 DEFAULT = "cpu"
 _DOCUMENT = "See docs/distillation.md for the form."
+Steps = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
+Every = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Weight = Annotated[float, Meta(ge=0, le=1e300)]
 PRECISIONS = ("no", "bf16", "fp16")
 LEARNS = ("all", "attention")
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
+class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stretch of training; learning rates warm up linearly, then fall along a cosine.
 
     Attributes:
@@ -31,16 +36,15 @@ class Phase:
         warmup: share of the steps that the learning rates rise.
     """
 
-    steps: int = 0
-    epochs: float = 0.0
-    learning_rate: float = 2e-6
-    predictor_learning_rate: float = 1e-3
-    final: float = 0.01
-    warmup: float = 0.05
+    steps: Steps = 0
+    epochs: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    learning_rate: Share = 2e-6
+    predictor_learning_rate: Share = 1e-3
+    final: Share = 0.01
+    warmup: Share = 0.05
 
 
-@dataclasses.dataclass(frozen=True)
-class Losses:
+class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Weights of the losses; 0 leaves one out.
 
     Attributes:
@@ -53,17 +57,16 @@ class Losses:
             learnt at the cost of all others.
     """
 
-    patches: float = 1.0
-    classes: float = 0.5
-    tokens: float = 0.0
-    logits: float = 0.5
-    labels: float = 1.0
-    selection: float = 1.0
+    patches: Weight = 1.0
+    classes: Weight = 0.5
+    tokens: Weight = 0.0
+    logits: Weight = 0.5
+    labels: Weight = 1.0
+    selection: Weight = 1.0
     relative: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Budgets:
+class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the student learns to do with.
 
     Attributes:
@@ -72,13 +75,12 @@ class Budgets:
         pruned: share of the steps that prune tokens, where there is a token_keep; 1 where the student itself prunes.
     """
 
-    keep: tuple[float, ...] = ()
+    keep: tuple[Annotated[float, Meta(gt=0, lt=1)], ...] = ()
     token_keep: str = ""
-    pruned: float = 0.5
+    pruned: Share = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Pictures:
+class Pictures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is done to pictures.
 
     Attributes:
@@ -90,15 +92,14 @@ class Pictures:
         workers: processes that read pictures; 0: the training's own.
     """
 
-    smallest_crop: float = 0.35
+    smallest_crop: Annotated[float, Meta(ge=0.01, le=1)] = 0.35
     flip: bool = True
-    cut_mix: float = 0.0
-    held_out: int = 32
-    workers: int = 0
+    cut_mix: Share = 0.0
+    held_out: Annotated[int, Meta(ge=1, le=4096)] = 32
+    workers: Annotated[int, Meta(ge=0, le=256)] = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A training.
 
     Attributes:
@@ -115,18 +116,18 @@ class Recipe:
         reconstruct: first, the predictor alone, while all attention is dense. distil: then everything.
     """
 
-    seed: int = 0
-    batch: int = 8
-    accumulate: int = 1
+    seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    batch: Annotated[int, Meta(ge=1, le=65536)] = 8
+    accumulate: Annotated[int, Meta(ge=1, le=65536)] = 1
     learns: str = "all"
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    ema: float = 0.0
+    epsilon: Annotated[float, Meta(ge=1e-12, le=1)] = 1e-8
+    weight_decay: Weight = 0.0
+    clip: Weight = 1.0
+    ema: Annotated[float, Meta(ge=0, le=0.999999)] = 0.0
     precision: str = "no"
-    check_every: int = 100
-    save_every: int = 50
-    explosion: float = 20.0
+    check_every: Every = 100
+    save_every: Every = 50
+    explosion: Annotated[float, Meta(ge=1, le=1e300)] = 20.0
     reconstruct: Phase = Phase(learning_rate=0.0)
     distil: Phase = Phase(steps=1000)
     losses: Losses = Losses()
@@ -135,20 +136,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return dataclasses.asdict(self) | {
-            "budgets": dataclasses.asdict(self.budgets) | {"keep": list(self.budgets.keep)}
-        }
-
-
-_RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**31), "batch": (1, 65536), "accumulate": (1, 65536), "ema": (0, 0.999999),
-    "steps": (0, MOST_COUNT), "epochs": (0, 1e6), "check_every": (1, MOST_COUNT), "save_every": (1, MOST_COUNT),
-    "explosion": (1, math.inf), "warmup": (0, 1),
-    "epsilon": (1e-12, 1), "final": (0, 1), "pruned": (0, 1), "cut_mix": (0, 1),
-    "smallest_crop": (0.01, 1), "held_out": (1, 4096), "workers": (0, 256), "learning_rate": (0, 1),
-    "predictor_learning_rate": (0, 1),
-}  # fmt: skip
-"""Least and greatest value by name; others are at least 0."""
+        return dict(write_record(self))
 
 
 def names() -> list[str]:
@@ -175,7 +163,7 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
             if not isinstance(section, dict):
                 raise ConfigError(f"--set {override!r}: {part} is no section.", "See the recipe's names.")
         section[last] = _value(text.strip())
-    recipe: Recipe = _build(Recipe, content, "")
+    recipe = read_record(content, Recipe, "The recipe", _DOCUMENT, ConfigError)
     _check(recipe)
     return recipe
 
@@ -195,36 +183,6 @@ def _value(text: str) -> Any:
         return parse_toml(f"x = {text}", text, _DOCUMENT)["x"]
     except ConfigError:
         return text  # strings need no quotes on a command line
-
-
-def _build(kind: Any, content: Mapping[str, Any], origin: str) -> Any:
-    hints = get_type_hints(kind)
-    unknown = sorted(content.keys() - hints.keys())
-    if unknown:
-        raise ConfigError(
-            f"The recipe has no {origin}{unknown[0]}.", f"Known: {', '.join(origin + name for name in sorted(hints))}."
-        )
-    values = {name: _typed(hints[name], name, value, origin) for name, value in content.items()}
-    return kind(**values)
-
-
-def _typed(kind: Any, name: str, value: Any, origin: str) -> Any:
-    label = f"{origin}{name}"
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{label} is {value!r}.", f"Make it a section [{label}].")
-        return _build(kind, value, f"{label}.")
-    if kind == tuple[float, ...]:
-        if not isinstance(value, list) or not all(is_number(x) and 0 < x < 1 for x in value):
-            raise ConfigError(f"{label} is {value!r}.", "Give a list of shares between 0 and 1, such as [0.1, 0.25].")
-        return tuple(float(x) for x in value)
-    fits = is_number(value) if kind is float else type(value) is kind
-    if not fits:
-        raise ConfigError(f"{label} is {value!r}.", f"It must be of type {kind.__name__}.")
-    low, high = _RANGES.get(name, (0, math.inf))
-    if kind in (int, float) and not low <= value <= high:
-        raise ConfigError(f"{label} is {value!r}.", f"It must lie between {low:g} and {high:g}.")
-    return float(value) if kind is float else value
 
 
 def _check(recipe: Recipe) -> None:

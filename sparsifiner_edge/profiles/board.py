@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
-from sparsifiner_edge.bounds import is_number
+import msgspec
+from msgspec import Meta
+
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.records import read_record
 from sparsifiner_edge.text import shown
 from sparsifiner_edge.toml import parse_toml, read_toml
 
@@ -19,10 +19,16 @@ PRECISIONS = ("fp32", "tf32", "fp16", "int8")
 KINDS = ("gpu", "cpu")
 SUM = "sum"
 """As `rails.total`: no rail carries all, the total is the sum of those that are named."""
+Text = Annotated[str, Meta(pattern=r"\S")]
+Version = Annotated[str, Meta(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){0,3}$")]
+Clock = Annotated[float, Meta(ge=0.05, le=10)]
+Watts = Annotated[float, Meta(ge=0.5, le=5000)]
+Bandwidth = Annotated[float, Meta(ge=0.1, le=1e5)]
+Cores = Annotated[int, Meta(ge=0, le=200_000)]
+Peak = Annotated[float, Meta(ge=0, le=1e5)]
 
 
-@dataclasses.dataclass(frozen=True)
-class PowerMode:
+class PowerMode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A power mode, such as nvpmodel's: it caps clocks, and what power it is named after.
 
     Attributes:
@@ -32,26 +38,24 @@ class PowerMode:
             Each 0: as without the mode.
     """
 
-    id: int
-    name: str
-    cap_w: float = 0.0
-    gpu_ghz: float = 0.0
-    cuda_cores: int = 0
-    bandwidth_gb_s: float = 0.0
+    id: Annotated[int, Meta(ge=0, le=255)]
+    name: Text
+    cap_w: Watts = 0.0
+    gpu_ghz: Clock = 0.0
+    cuda_cores: Cores = 0
+    bandwidth_gb_s: Bandwidth = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class JetPack:
+class JetPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Versions of what a JetPack release installs; those of CUDA and TensorRT are numbers with points between."""
 
-    version: str
-    cuda: str
-    tensorrt: str
-    python: str
+    version: Text
+    cuda: Version
+    tensorrt: Version
+    python: Text
 
 
-@dataclasses.dataclass(frozen=True)
-class Rails:
+class Rails(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Power rails that can be read.
 
     Attributes:
@@ -59,12 +63,11 @@ class Rails:
         total: the rail that carries everything, or `SUM`.
     """
 
-    names: tuple[str, ...]
-    total: str
+    names: tuple[Text, ...]
+    total: Text
 
 
-@dataclasses.dataclass(frozen=True)
-class Board:
+class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A device. Peaks are dense (no structured sparsity), counted as two operations per multiply-accumulate.
 
     Attributes:
@@ -84,30 +87,30 @@ class Board:
         unverified: keys whose value no document confirmed.
     """
 
-    name: str
-    title: str
-    kind: str
-    clock_ghz: float
-    fp32_tflops: float
-    memory_gb: float
-    bandwidth_gb_s: float
+    name: Text
+    title: Text
+    kind: Text
+    clock_ghz: Clock
+    fp32_tflops: Annotated[float, Meta(ge=1e-4, le=1e4)]
+    memory_gb: Annotated[float, Meta(ge=0.1, le=1e4)]
+    bandwidth_gb_s: Bandwidth
     unified_memory: bool
-    tdp_w: float
-    sources: Mapping[str, str]
-    sm: int = 0
-    cuda_cores: int = 0
-    tensor_cores: int = 0
-    cores: int = 0
-    tf32_tflops: float = 0.0
-    fp16_tflops: float = 0.0
-    fp16_fast_tflops: float = 0.0
-    int8_tops: float = 0.0
-    dla: int = 0
-    idle_w: float = 0.0
+    tdp_w: Watts
+    sources: dict[str, Text]
+    sm: Annotated[int, Meta(ge=0, le=200)] = 0
+    cuda_cores: Cores = 0
+    tensor_cores: Annotated[int, Meta(ge=0, le=20_000)] = 0
+    cores: Annotated[int, Meta(ge=0, le=1024)] = 0
+    tf32_tflops: Annotated[float, Meta(ge=0, le=1e4)] = 0.0
+    fp16_tflops: Peak = 0.0
+    fp16_fast_tflops: Peak = 0.0
+    int8_tops: Peak = 0.0
+    dla: Annotated[int, Meta(ge=0, le=16)] = 0
+    idle_w: Annotated[float, Meta(ge=0, le=5000)] = 0.0
     power_modes: tuple[PowerMode, ...] = ()
     jetpack: tuple[JetPack, ...] = ()
     rails: Rails | None = None
-    unverified: tuple[str, ...] = ()
+    unverified: tuple[Text, ...] = ()
 
     def peak(self, precision: str) -> float:
         """Operations per second at a precision of `PRECISIONS`.
@@ -144,7 +147,7 @@ def _limited(board: Board, mode: PowerMode) -> Board:
     clock = mode.gpu_ghz or board.clock_ghz
     share = clock / board.clock_ghz * (mode.cuda_cores / board.cuda_cores if mode.cuda_cores else 1.0)
     peaks = ("fp32_tflops", "tf32_tflops", "fp16_tflops", "fp16_fast_tflops", "int8_tops")
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         board,
         clock_ghz=clock,
         cuda_cores=mode.cuda_cores or board.cuda_cores,
@@ -154,20 +157,11 @@ def _limited(board: Board, mode: PowerMode) -> Board:
     )
 
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "sm": (0, 200), "cuda_cores": (0, 200_000), "tensor_cores": (0, 20_000), "cores": (0, 1024),
-    "clock_ghz": (0.05, 10), "gpu_ghz": (0.05, 10), "fp32_tflops": (1e-4, 1e4), "tf32_tflops": (0, 1e4),
-    "fp16_tflops": (0, 1e5), "fp16_fast_tflops": (0, 1e5), "int8_tops": (0, 1e5), "memory_gb": (0.1, 1e4),
-    "bandwidth_gb_s": (0.1, 1e5), "dla": (0, 16), "tdp_w": (0.5, 5000), "idle_w": (0, 5000), "cap_w": (0.5, 5000),
-    "id": (0, 255),
-}  # fmt: skip
-"""Least and greatest value by key."""
 _BARE = {"name", "title", "sources", "unverified"}
 """Keys that are names or speak of the others, and need no source."""
 _DOCUMENT = "See docs/boards.md for the form of a board file."
 _MOST_TEXT = 2000
 """Characters of a name or a source."""
-_VERSION = re.compile(r"[0-9]{1,4}(\.[0-9]{1,4}){0,3}")
 
 
 def board_names() -> list[str]:
@@ -211,59 +205,22 @@ def parse_board(text: str, origin: str) -> Board:
 
 
 def _board(content: Mapping[str, Any], origin: str) -> Board:
-    board: Board = _build(Board, content, origin, "")
+    board = read_record(_harmless(content), Board, origin, _DOCUMENT, ConfigError)
     _check(board, content, origin)
     return board
 
 
+def _harmless(value: Any) -> Any:
+    """Texts go into tables, results and manifests."""
+    if isinstance(value, Mapping):
+        return {name: _harmless(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_harmless(child) for child in value]
+    return shown(value, _MOST_TEXT) if isinstance(value, str) else value
+
+
 def _refuse(origin: str, problem: str, fix: str = _DOCUMENT) -> None:
     raise ConfigError(f"{origin}: {problem}.", fix)
-
-
-def _build(kind: Any, content: Mapping[str, Any], origin: str, prefix: str) -> Any:
-    hints = get_type_hints(kind)
-    unknown = sorted(content.keys() - hints.keys())
-    if unknown:
-        known = ", ".join(sorted(prefix + name for name in hints))
-        _refuse(origin, f"unknown key {prefix}{unknown[0]}", f"Known keys: {known}.")
-    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-    missing = sorted(required - content.keys())
-    if missing:
-        _refuse(origin, f"{prefix}{missing[0]} is missing")
-    values = {name: _typed(hints[name], value, origin, f"{prefix}{name}") for name, value in content.items()}
-    return kind(**values)
-
-
-def _typed(kind: Any, value: Any, origin: str, label: str) -> Any:
-    options = [option for option in get_args(kind) if option is not type(None)] if type(None) in get_args(kind) else []
-    if options:
-        return _typed(options[0], value, origin, label)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            _refuse(origin, f"{label} is {value!r}, no table")
-        return _build(kind, value, origin, f"{label}.")
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            _refuse(origin, f"{label} is {value!r}, no list")
-        return tuple(_typed(get_args(kind)[0], x, origin, f"{label}[{n}]") for n, x in enumerate(value))
-    if kind == Mapping[str, str]:
-        if not isinstance(value, dict) or not all(isinstance(x, str) and x.strip() for x in value.values()):
-            _refuse(origin, f"{label} is no table of non-empty strings")
-        return {name: _scalar(str, x, origin, f"{label}.{name}") for name, x in value.items()}
-    return _scalar(kind, value, origin, label)
-
-
-def _scalar(kind: Any, value: Any, origin: str, label: str) -> Any:
-    if not (is_number(value) if kind is float else type(value) is kind):
-        _refuse(origin, f"{label} is {value!r}; it must be of type {kind.__name__}")
-    if kind is str and not value.strip():
-        _refuse(origin, f"{label} is empty")
-    if kind is str:
-        return shown(value, _MOST_TEXT)  # It goes into tables, results and manifests.
-    low, high = _RANGES.get(label.rpartition(".")[2], (-math.inf, math.inf))
-    if kind in (int, float) and not low <= value <= high:
-        _refuse(origin, f"{label} is {value!r}", f"It must lie between {low:g} and {high:g}.")
-    return float(value) if kind is float else value
 
 
 def _check(board: Board, content: Mapping[str, Any], origin: str) -> None:
@@ -282,10 +239,6 @@ def _check(board: Board, content: Mapping[str, Any], origin: str) -> None:
         _refuse(origin, f"unverified names {name}, which is not there")
     if board.fp16_fast_tflops and board.fp16_fast_tflops < board.fp16_tflops:
         _refuse(origin, "fp16_fast_tflops is less than fp16_tflops", "Leave it out where it is not faster.")
-    for number, release in enumerate(board.jetpack):
-        for what, version in (("cuda", release.cuda), ("tensorrt", release.tensorrt)):
-            if not _VERSION.fullmatch(version):
-                _refuse(origin, f"jetpack[{number}].{what} is {version!r}", "Give a version such as 10.3.")
     _check_modes(board, origin)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from sparsifiner_edge.bounds import MOST_BATCH
 from sparsifiner_edge.bundle.kernels import table_file
 from sparsifiner_edge.bundle.manifest import Manifest, required
@@ -158,7 +160,7 @@ def _batch(manifest: Manifest, folder: Path) -> int:
 def _latency(plan: _Plan, found: Sequence[Cost], share: Calibration) -> dict[str, Any]:
     board = plan.board
     spread = share.spread * (UNFITTED if board.kind == "gpu" and plan.precision not in FITTED else 1.0)
-    fast = dataclasses.replace(board, fp16_tflops=max(board.fp16_tflops, board.fp16_fast_tflops))
+    fast = msgspec.structs.replace(board, fp16_tflops=max(board.fp16_tflops, board.fp16_fast_tflops))
     ideal = roofline.seconds(roofline.costs(plan.work, fast, plan.precision, IDEAL))
     least = most = 0.0
     for cost in found:
@@ -267,9 +269,8 @@ def _row(kind: str, group: Sequence[Cost]) -> dict[str, Any]:
 
 def _method(plan: _Plan, power_mode: str | None, share: Calibration) -> dict[str, Any]:
     board = plan.board
-    described = {
-        k: v for k, v in dataclasses.asdict(board).items() if k not in ("sources", "power_modes", "jetpack", "rails")
-    }
+    left_out = ("sources", "power_modes", "jetpack", "rails")
+    described = {name: value for name, value in msgspec.structs.asdict(board).items() if name not in left_out}
     others = roofline.precisions(plan.precision, board)["attention"]
     return {
         "estimate": "computed, not measured; `machine` is where it was computed, not the board",
