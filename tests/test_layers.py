@@ -204,30 +204,52 @@ def test_quantisers_belong_to_the_product_that_they_feed():
     weights = {"g": one, "w": eight, "s": np.float32(1), "wide": np.ones((8, 24), np.float32)}
     make = helper.make_node
     nodes = [
-        make("LayerNormalization", ["x", "g"], ["n1"], name="norm1"),
+        make("LayerNormalization", ["x", "g"], ["n1"], name="blocks.0.norm1.LayerNormalization"),
         make("QuantizeLinear", ["n1", "s"], ["q1"], name="quant1"),
         make("DequantizeLinear", ["q1", "s"], ["d1"], name="dequant1"),
-        make("MatMul", ["d1", "wide"], ["qkv"], name="qkv"),
-        make("DenseAttention", ["qkv"], ["a"], name="attention", domain="sparsifiner", num_heads=1, scale=1.0),
-        make("MatMul", ["a", "w"], ["p"], name="projection"),
-        make("Add", ["x", "p"], ["r1"], name="residual1"),
-        make("LayerNormalization", ["r1", "g"], ["n2"], name="norm2"),
+        make("MatMul", ["d1", "wide"], ["qkv"], name="blocks.0.attn.qkv.MatMul"),
+        make(
+            "DenseAttention",
+            ["qkv"],
+            ["a"],
+            name="blocks.0.DenseAttention",
+            domain="sparsifiner",
+            num_heads=1,
+            scale=1.0,
+        ),
+        make("MatMul", ["a", "w"], ["p"], name="blocks.0.attn.proj.MatMul"),
+        make("Add", ["x", "p"], ["r1"], name="blocks.0.Add"),
+        make("LayerNormalization", ["r1", "g"], ["n2"], name="blocks.0.norm2.LayerNormalization"),
         make("QuantizeLinear", ["n2", "s"], ["q2"], name="quant2"),
         make("DequantizeLinear", ["q2", "s"], ["d2"], name="dequant2"),
-        make("MatMul", ["d2", "w"], ["m"], name="mlp"),
-        make("Add", ["r1", "m"], ["r2"], name="residual2"),
-        make("LayerNormalization", ["r2", "g"], ["y"], name="last"),
+        make("MatMul", ["d2", "w"], ["m"], name="blocks.0.mlp.fc1.MatMul"),
+        make("Add", ["r1", "m"], ["r2"], name="blocks.0.Add_1"),
+        make("LayerNormalization", ["r2", "g"], ["y"], name="norm.LayerNormalization"),
     ]
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4, 8]) for name in ("x", "y")]
     initialisers = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()]
     places = find_places(helper.make_model(helper.make_graph(nodes, "g", info[:1], info[1:], initialisers)))
-    assert quantised(places, "norm1", "quant1", "dequant1", "qkv", "attention", "projection", "residual1") == [
+    assert quantised(
+        places,
+        "blocks.0.norm1.LayerNormalization",
+        "quant1",
+        "dequant1",
+        "blocks.0.attn.qkv.MatMul",
+        "blocks.0.DenseAttention",
+        "blocks.0.attn.proj.MatMul",
+        "blocks.0.Add",
+    ) == [
         (0, kind)
         for kind in ("norms", "projections", "projections", "projections", "attention", "projections", "other")
     ]
-    assert quantised(places, "norm2", "quant2", "dequant2", "mlp", "residual2", "last") == [
-        (0, "norms"), (0, "mlp"), (0, "mlp"), (0, "mlp"), (0, "other"), (None, "other"),
-    ]  # fmt: skip
+    attention = ["norm1.LayerNormalization", "attn.qkv.MatMul", "DenseAttention", "attn.proj.MatMul", "Add"]
+    mlp = ["norm2.LayerNormalization", "mlp.fc1.MatMul", "Add_1"]
+    assert quantised(places, *(f"blocks.0.{name}" for name in attention)) == [
+        (0, kind) for kind in ("norms", "projections", "attention", "projections", "other")
+    ]
+    assert quantised(places, *(f"blocks.0.{name}" for name in mlp)) == [(0, "norms"), (0, "mlp"), (0, "other")]
+    assert quantised(places, "quant1", "dequant1", "quant2", "dequant2") == [(0, "projections")] * 2 + [(0, "mlp")] * 2
+    assert quantised(places, "norm.LayerNormalization") == [(None, "other")]
 
 
 def test_rows_are_json_without_nulls(exported):

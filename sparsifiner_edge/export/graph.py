@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import collections
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +23,8 @@ from sparsifiner_edge.sparse.attention import SparseAttention
 IR_VERSION = 10
 """The newest that ONNX Runtime 1.21 and GStreamer 1.26's onnxinference load."""
 DYNAMIC = "batch"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter says which modules a node comes from, outermost first, and last a name of its own."""
 Batch = int | None
 """A fixed batch size, or None for a dynamic one."""
 
@@ -77,11 +82,35 @@ def _tidy(model: onnx.ModelProto) -> None:
     model.producer_name = "sparsifiner-edge"
     model.graph.name = "sparsifiner_edge"
     model.graph.doc_string = ""
+    _name_nodes(model.graph)
     for node in model.graph.node:
         node.doc_string = ""
         del node.metadata_props[:]
     for value in [*model.graph.value_info, *model.graph.initializer, *model.graph.input, *model.graph.output]:
         del value.metadata_props[:]
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """Name each node by its module and operator, such as "blocks.3.mlp.fc1.MatMul"; times per layer go by that."""
+    weights, taken = {tensor.name for tensor in graph.initializer}, collections.Counter[str]()
+    paths: dict[str, str] = {}
+    for node in graph.node:
+        # What the exporter's own rewriting made says nothing, and is where its input is.
+        path = _module(node) if node.metadata_props else paths.get(node.input[0], "")
+        # The product that makes q, k and v is no module's: its weights may be of several.
+        if node.op_type in ("MatMul", "Gemm", "Add") and re.fullmatch(r"blocks\.\d+(\.attn)?", path):
+            path = f"{path.removesuffix('.attn')}.attn.qkv" if weights.intersection(node.input) else path
+        name = f"{path}.{node.op_type}".lstrip(".")
+        node.name = f"{name}_{taken[name]}" if taken[name] else name
+        taken[name] += 1
+        paths.update(dict.fromkeys(node.output, path))
+
+
+def _module(node: onnx.NodeProto) -> str:
+    """The innermost module that a node comes from, such as "blocks.3.mlp.fc1"; "" for the model itself."""
+    scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+    modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith("model.")]
+    return str(modules[-1].removeprefix("model.")) if modules else ""
 
 
 def add_bodies(model: onnx.ModelProto) -> None:

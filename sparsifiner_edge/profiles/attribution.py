@@ -1,17 +1,15 @@
 """Which layer of a vision transformer, and which part of it, a node of its ONNX graph belongs to.
 
-Weights' names do not tell: exporters transpose, rename and share them. The graph's shape does:
-
-    norm1 -> qkv -> (selection ->) attention core -> projection -> add -> (pruning ->) norm2 -> mlp -> add
-
-The n-th attention core makes layer n; what lies downstream of its norm1 and not of the next one's belongs to it.
+The exported file's nodes are named by their module, such as "blocks.3.mlp.fc1.MatMul" (`export.graph`): layer 3, mlp.
+What a quantiser or a change of types put between them belongs to what reads it. Files of bundle schema 1 have other
+names, and no layers here.
 Imports onnx, so that measuring alone needs none of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import re
+from typing import NamedTuple
 
 import onnx
 
@@ -19,16 +17,10 @@ from sparsifiner_edge.ops.schema import DOMAIN
 
 SELECTION = ("KeySelect", "LandmarkKeySelect", "TokenScore")
 ATTENTION = ("SparseAttention", "DenseAttention")
-FUSED_ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention")
-NORMS = (
-    "LayerNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization", "RMSNormalization",
-    "SkipSimplifiedLayerNormalization", "GroupNormalization", "BatchNormalization", "InstanceNormalization",
-)  # fmt: skip
-_PRODUCTS = ("MatMul", "Gemm")
-_QUANTISERS = ("QuantizeLinear", "DequantizeLinear")
+_PROJECTIONS = ("qkv", "proj", "q_proj", "k_proj", "v_proj", "gate")
+_BETWEEN = ("QuantizeLinear", "DequantizeLinear", "Cast")
 _INLINED = "_inlfunc_"
-_BEFORE_QKV, _BEFORE_CORE, _AFTER_CORE, _AFTER_PROJECTION, _AFTER_NORM2 = range(5)
-_ZONE_KINDS = ("projections", "attention", "attention", "other", "mlp")
+_SCOPE = re.compile(r"(?:model\.)?blocks\.(\d+)\.(?:(.*)\.)?[^.]*")
 
 
 class Place(NamedTuple):
@@ -53,167 +45,47 @@ class Places(NamedTuple):
     calls: dict[tuple[int | None, str], str]
 
 
-class _Graph:
-    """A graph with its links; tensors that no input reaches are constant."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.nodes = list(graph.node)
-        self.maker = {output: i for i, node in enumerate(self.nodes) for output in node.output if output}
-        self.readers: dict[str, list[int]] = {}
-        self.dynamic = {value.name for value in graph.input} - {weight.name for weight in graph.initializer}
-        for i, node in enumerate(self.nodes):
-            for tensor in node.input:
-                self.readers.setdefault(tensor, []).append(i)
-            if any(tensor in self.dynamic for tensor in node.input):
-                self.dynamic.update(node.output)
-
-    def before(self, index: int) -> list[int]:
-        """Nodes that make the dynamic inputs."""
-        inputs = self.nodes[index].input
-        return [self.maker[tensor] for tensor in inputs if tensor in self.dynamic and tensor in self.maker]
-
-    def after(self, index: int) -> list[int]:
-        return [reader for tensor in self.nodes[index].output for reader in self.readers.get(tensor, [])]
-
-    def is_dynamic(self, index: int) -> bool:
-        return any(tensor in self.dynamic for tensor in self.nodes[index].output)
-
-    def is_linear(self, index: int) -> bool:
-        """A product of tokens and weights, not of tokens and tokens."""
-        node = self.nodes[index]
-        return node.op_type in _PRODUCTS and sum(tensor in self.dynamic for tensor in node.input[:2]) == 1
-
-    def is_norm(self, index: int) -> bool:
-        return self.nodes[index].op_type in NORMS
-
-    def is_core(self, index: int) -> bool:
-        node = self.nodes[index]
-        if node.domain == DOMAIN:
-            return node.op_type in ATTENTION
-        if node.op_type in FUSED_ATTENTION:
-            return True
-        weighs = (self.nodes[reader].op_type == "MatMul" and not self.is_linear(reader) for reader in self.after(index))
-        return node.op_type == "Softmax" and any(weighs)
-
-    def upstream(self, index: int, stop: Any) -> Iterator[int]:
-        """The nearest nodes upstream for which `stop` holds."""
-        seen, queue = {index}, self.before(index)
-        while queue:
-            here = queue.pop()
-            if here in seen:
-                continue
-            seen.add(here)
-            if stop(here):
-                yield here
-            else:
-                queue.extend(self.before(here))
-
-
 def find_places(model: onnx.ModelProto) -> Places:
-    """Places of every node of an exported file; a file without attention has no layers, and only kind "other"."""
-    graph = _Graph(model.graph)
-    starts = _starts(graph)
-    layers = _layers(graph, starts)
-    zones = _zones(graph, layers)
-    selected = _selected(graph, layers, zones)
+    """Places of every node of an exported file."""
     places = Places({}, {}, {})
-    for i in reversed(range(len(graph.nodes))):  # Backwards: a quantiser is its reader's.
-        node = graph.nodes[i]
-        layer = layers[i] if 0 <= layers[i] < len(starts) else None
-        kind = _kind(graph, i, zones[i], i in selected, places) if layer is not None else "other"
-        place = Place(layer, kind, node.name or node.op_type)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for tensor in node.input:
+            readers.setdefault(tensor, []).append(node)
+    for node in reversed(model.graph.node):  # Backwards: what is between two is its reader's.
+        place = _place_of(node)
+        if node.op_type in _BETWEEN and place.layer is None:
+            following = [places.nodes.get(reader.name) for t in node.output for reader in readers.get(t, [])]
+            place = next((found._replace(name=place.name) for found in following if found), place)
         if node.domain == DOMAIN:
-            place = place._replace(kind=_own_kind(node.op_type))
-            places.calls[layer, node.op_type] = place.name
+            places.calls[place.layer, node.op_type] = place.name
         if node.name:
             places.nodes[node.name] = place
         places.tensors.update(dict.fromkeys(filter(None, node.output), place))
     return places
 
 
+def _place_of(node: onnx.NodeProto) -> Place:
+    """By a node's name and operator."""
+    name = node.name or node.op_type
+    found = _SCOPE.fullmatch(name)
+    layer = int(found[1]) if found else None
+    if node.domain == DOMAIN:
+        return Place(layer, _own_kind(node.op_type), name)
+    return Place(layer, _kind((found[2] or "").split(".")) if found else "other", name)
+
+
 def _own_kind(op: str) -> str:
     return "selection" if op in SELECTION else "attention" if op in ATTENTION else "other"
 
 
-def _starts(graph: _Graph) -> dict[int, int]:
-    """First node of each layer -> its number: the norm in front of the products that feed an attention core."""
-    starts: dict[int, int] = {}
-    for core in filter(graph.is_core, range(len(graph.nodes))):
-        products = list(graph.upstream(core, graph.is_linear))
-        norms = {norm for product in products for norm in graph.upstream(product, graph.is_norm)}
-        start = max(norms or products or [core])
-        if start not in starts:
-            starts[start] = len(starts)
-    return starts
-
-
-def _layers(graph: _Graph, starts: dict[int, int]) -> list[int]:
-    """Per node: -1 before the first layer, the layer's number, or the number of layers in the head."""
-    layers: list[int] = []
-    for i in range(len(graph.nodes)):
-        inherited = max((layers[maker] for maker in graph.before(i)), default=-1)
-        layers.append(max(inherited, starts.get(i, -1)))
-    head = _head(graph, layers, len(starts))
-    if head is not None:
-        layers[head] = len(starts)
-        for i in range(head + 1, len(graph.nodes)):
-            layers[i] = max([layers[i], *(layers[maker] for maker in graph.before(i))])
-    return layers
-
-
-def _head(graph: _Graph, layers: list[int], depth: int) -> int | None:
-    """The norm after the last layer: each layer has as many norms as the one before it, or two."""
-    if not depth:
-        return None
-    norms = [[i for i in range(len(layers)) if layers[i] == n and graph.is_norm(i)] for n in range(depth)]
-    own = len(norms[-2]) if depth > 1 else 2
-    return norms[-1][own] if own and len(norms[-1]) > own else None
-
-
-def _zones(graph: _Graph, layers: list[int]) -> list[int]:
-    """How far along its layer a node is; nodes of earlier layers do not count."""
-    zones: list[int] = []
-    for i in range(len(graph.nodes)):
-        zone = max((zones[m] for m in graph.before(i) if layers[m] == layers[i]), default=_BEFORE_QKV)
-        if graph.is_core(i):
-            zone = max(zone, _AFTER_CORE)
-        elif graph.is_linear(i):
-            zone = {_BEFORE_QKV: _BEFORE_CORE, _AFTER_CORE: _AFTER_PROJECTION}.get(zone, zone)
-        elif graph.is_norm(i) and zone >= _AFTER_CORE:
-            zone = _AFTER_NORM2
-        zones.append(zone)
-    return zones
-
-
-def _selected(graph: _Graph, layers: list[int], zones: list[int]) -> set[int]:
-    """Downstream of TokenScore, up to the next norm: what ranks and gathers tokens."""
-    found: set[int] = set()
-    for i, node in enumerate(graph.nodes):
-        scores = node.domain == DOMAIN and node.op_type == "TokenScore"
-        follows = any(maker in found and layers[maker] == layers[i] for maker in graph.before(i))
-        if scores or (follows and zones[i] < _AFTER_NORM2):
-            found.add(i)
-    return found
-
-
-def _kind(graph: _Graph, i: int, zone: int, selected: bool, places: Places) -> str:
-    node = graph.nodes[i]
-    if graph.is_norm(i):
+def _kind(parts: list[str]) -> str:
+    """Of a module within a block, such as ["attn", "qkv"]."""
+    if any(part.startswith("norm") or part.endswith("_norm") for part in parts):
         return "norms"
-    if selected:
-        return "selection"
-    if node.op_type in _QUANTISERS or not graph.is_dynamic(i):
-        readers = [graph.nodes[reader] for reader in graph.after(i)]
-        known = [places.tensors[reader.output[0]].kind for reader in readers if reader.output[0] in places.tensors]
-        if known:
-            return known[0]
-    terms = sum(tensor in graph.dynamic for tensor in node.input)
-    after_product = any(graph.is_linear(maker) for maker in graph.before(i))
-    if graph.is_linear(i) or (node.op_type == "Add" and terms == 1 and after_product):  # The bias is the product's.
-        return "mlp" if zone == _AFTER_NORM2 else "projections"
-    if zone == _AFTER_NORM2 and node.op_type == "Add" and terms > 1:
-        return "other"  # The residual.
-    return _ZONE_KINDS[zone]
+    if parts[0] == "attn":
+        return "projections" if len(parts) > 1 and parts[1] in _PROJECTIONS else "attention"
+    return {"mlp": "mlp", "pruning": "selection"}.get(parts[0], "other")
 
 
 def place_nodes(optimised: onnx.ModelProto, places: Places) -> dict[str, Place]:

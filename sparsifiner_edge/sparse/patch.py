@@ -67,7 +67,7 @@ class SparseViTMixin:
         positions = self.token_order.expand(x.shape[0], -1)
         for block in model.blocks:
             if isinstance(block, PrunedBlock):
-                x, positions = block.forward_pruned(x, positions)
+                x, positions = block(x, positions)
             else:
                 x = block(x)
         x = model.norm(x)

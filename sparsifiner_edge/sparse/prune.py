@@ -11,30 +11,44 @@ from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
+
+
+class Pruning(nn.Module):
+    """What a pruned block does between attention and MLP; it has no parameters.
+
+    Attributes:
+        kept: patch tokens that go on. prefix: tokens before the patches on entry. fuse: see `SparsityConfig`.
+    """
+
+    def __init__(self, kept: int, prefix: int, fuse: bool) -> None:
+        super().__init__()
+        self.kept, self.prefix, self.fuse = kept, prefix, fuse
+
+    def forward(self, x: Tensor, scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See `prune`."""
+        return prune(x, scores, positions, kept=self.kept, prefix=self.prefix, fuse=self.fuse)
 
 
 class PrunedBlock(Block):  # type: ignore[misc]  # timm carries no types
     """Modifications of timm's `Block`: tokens are removed between attention and MLP.
 
     Attributes:
-        kept: patch tokens that go on. prefix: tokens before the patches on entry. fuse: see `SparsityConfig`.
+        pruning: how many, and how.
     """
 
-    kept: int
-    prefix: int
-    fuse: bool
+    pruning: Pruning
 
-    def forward_pruned(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """x [B,N,C] and the patches' places [B,P] -> x [B,N',C] and the places [B,P'] of those that are left."""
         attention = cast(Any, self.attn)
         normed = self.norm1(x)
         qkv = attention.packed(normed)
         x = x + self.drop_path1(self.ls1(attention.merged(normed, attention.attend(qkv))))
-        x, positions = prune(x, self.scores(qkv), positions, kept=self.kept, prefix=self.prefix, fuse=self.fuse)
+        x, positions = self.pruning(x, self.scores(qkv), positions)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x, positions
 
@@ -92,11 +106,11 @@ def make_pruned(block: Any, kept: int, prefix: int, fuse: bool) -> None:
                 "Leave --token-keep out, or choose a plain ViT.",
             )
         block.__class__ = PrunedBlock
-    block.kept, block.prefix, block.fuse = kept, prefix, fuse
+    block.pruning = Pruning(kept, prefix, fuse)
 
 
 def make_whole(block: Any) -> None:
     """Undo `make_pruned`."""
     if isinstance(block, PrunedBlock):
-        del block.kept, block.prefix, block.fuse
+        del block.pruning
         block.__class__ = Block
