@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.once import Once, make_once
+from tests.once import WORKER, Once, make_once, turn
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+if WORKER:
     # As many processes as cores run tests already; threads beside them only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,6 +24,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests that speak of time run alone, and nothing is made for others meanwhile."""
+    assert item.config.cache is not None
+    with turn(item.config.cache.mkdir("turn"), item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

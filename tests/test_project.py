@@ -128,7 +128,7 @@ def test_requirements_are_ranges() -> None:
     assert len(wanted) > 10
     assert all("==" not in requirement.partition(";")[0] for requirement in wanted)
     base = {re.split(r"[^\w-]", r)[0] for r in wanted if "extra ==" not in r}
-    assert base == {"click", "numpy", "onnx", "rich", "tomli"}
+    assert base == {"click", "msgspec", "numpy", "onnx", "rich", "tomli"}
 
 
 def test_the_operators_page_is_that_of_the_schema() -> None:

@@ -1,5 +1,6 @@
 import pytest
 
+from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.profiles import parse_axes, sweep_bundle
 from sparsifiner_edge.profiles.sweep import _points
@@ -38,9 +39,10 @@ def test_every_point_is_measured(bundles):
 
 
 def test_points_are_every_combination_once():
-    points = _points({"threads": [1, 2, 1], "batch": [4, 1]}, None, {}, "b")
+    manifest = Manifest(schema_version=2, files={})
+    points = _points({"threads": [1, 2, 1], "batch": [4, 1]}, None, manifest, "b")
     assert [(p["threads"], p["batch"]) for p in points] == [(1, 4), (1, 1), (2, 4), (2, 1)]
-    assert _points({"batch": [2]}, 3, {}, "b") == [{"threads": 3, "batch": 2}]
+    assert _points({"batch": [2]}, 3, manifest, "b") == [{"threads": 3, "batch": 2}]
 
 
 def test_a_fixed_batch_is_swept_over_threads_alone(bundles):

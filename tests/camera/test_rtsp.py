@@ -23,6 +23,7 @@ pytestmark = [
 
 
 @pytest.mark.long
+@pytest.mark.alone
 def test_a_minute_with_a_server_that_is_killed(cells: Path) -> None:
     assert PYTHON is not None
     found = soak(PYTHON, cells, seconds=60, every_s=16)
