@@ -15,6 +15,7 @@ from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.evaluate.explain import draw
 from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.files import write_bytes
 from sparsifiner_edge.profiles.latency import profile_bundle
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS
 from sparsifiner_edge.results import new_result, read_result, write_result
@@ -62,9 +63,7 @@ def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> dict[str
     output.mkdir(parents=True, exist_ok=True)
     weights = output / "dinov2_vits14.safetensors"
     progress("unpacking weights", 0)
-    part = weights.with_suffix(".part")
-    part.write_bytes(safetensors.numpy.save(material.dinov2_state()))
-    part.rename(weights)
+    write_bytes(weights, safetensors.numpy.save(material.dinov2_state()))
     pictures = output / "calibration"
     _gather(material.calibration_pictures(), pictures)
     rows: dict[str, dict[str, Any]] = {}

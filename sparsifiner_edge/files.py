@@ -142,15 +142,22 @@ def _new_scratch(target: Path, folder: bool) -> tuple[int, Path]:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         else:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        if _lock(handle) and path.exists():  # Else another process took it for a leftover, in between.
+        if lock(handle) and path.exists():  # Else another process took it for a leftover, in between.
             return handle, path
         os.close(handle)
 
 
-def _lock(handle: int) -> bool:
-    """Whether the lock is ours now; a disk that knows no locks has no leftovers that could be told."""
+def lock(handle: int, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed, by whatever way this process ends.
+
+    Args:
+        handle: its descriptor. wait: until whoever has it lets go.
+
+    Returns:
+        Whether it is ours now. A disk that knows no locks gives every one.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:
@@ -296,7 +303,7 @@ def locked(folder: Path) -> Iterator[None]:
     """One process at a time; no file is left, and the lock ends with the process."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock(handle, wait=True)
         yield
     finally:
         os.close(handle)
@@ -309,9 +316,6 @@ def is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not lock(handle)
     finally:
         os.close(handle)
-    return False

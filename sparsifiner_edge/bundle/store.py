@@ -30,6 +30,7 @@ from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import (
     io_errors,
     is_locked,
+    lock,
     locked,
     open_regular,
     read_bytes,
@@ -73,7 +74,7 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
                     path.unlink(missing_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
             handle = os.open(scratch, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle, wait=True)
         yield scratch
     finally:
         with signals_held():

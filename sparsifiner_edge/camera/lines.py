@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.files import io_errors, is_locked, new_scratch_file, require_file_path, signals_held, umask
+from sparsifiner_edge.files import io_errors, is_locked, lock, new_scratch_file, require_file_path, signals_held, umask
 from sparsifiner_edge.text import dump_json, finite
 
 _WAITING = 64
@@ -222,13 +222,8 @@ def open_output(path: Path, append: bool) -> int:
 
 
 def _claim(handle: int, path: Path) -> None:
-    """Lock it until it is closed, by whatever way this process ends."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise _busy(path) from error
-    except OSError:  # A disk that knows no locks.
-        pass
+    if not lock(handle):
+        raise _busy(path)
 
 
 def _busy(path: Path) -> ArtifactError:

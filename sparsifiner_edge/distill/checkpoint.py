@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sparsifiner_edge.bounds import flaw, is_number
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.files import io_errors, open_regular, read_bytes
+from sparsifiner_edge.files import io_errors, lock, open_regular, read_bytes, replaced_file, write_text
 from sparsifiner_edge.text import dump_json, finite
 
 CHECKPOINT, HISTORY = "checkpoint.pt", "history.jsonl"
@@ -37,20 +36,15 @@ def save(folder: Path, content: dict[str, Any]) -> None:
     Raises:
         ArtifactError: the disk refuses; the checkpoint is the one before.
     """
-    scratch = folder / f"{CHECKPOINT}.part"
+    path = folder / CHECKPOINT
     try:
-        with scratch.open("wb") as file:
+        with replaced_file(path) as scratch, scratch.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(folder / CHECKPOINT)
-    except (OSError, RuntimeError) as error:  # The latter by torch's writer, in words of its own.
-        why = getattr(error, "strerror", None) or "a write came short"
-        raise ArtifactError(
-            f"{folder / CHECKPOINT} cannot be written: {why}.", "Free space; go on with --resume."
-        ) from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    except ArtifactError as error:
+        raise ArtifactError(error.what, "Free space; go on with --resume.") from error
+    except RuntimeError as error:  # By torch's writer, in words of its own.
+        what = f"{path} cannot be written: a write came short."
+        raise ArtifactError(what, "Free space; go on with --resume.") from error
 
 
 @contextlib.contextmanager
@@ -65,12 +59,8 @@ def held(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"Another training writes to {folder}.", "Wait for it, or give another -o.") from error
-        except OSError:
-            pass  # a disk that knows no locks
+        if not lock(handle):
+            raise ConfigError(f"Another training writes to {folder}.", "Wait for it, or give another -o.")
         yield
     finally:
         os.close(handle)
@@ -189,10 +179,7 @@ def cut_history(folder: Path, step: int) -> list[dict[str, Any]]:
     path = folder / HISTORY
     lines = read_bytes(path, _MOST_HISTORY).decode("utf-8", "replace").splitlines() if path.exists() else []
     kept = [entry for entry in map(_entry, lines) if entry is not None and entry["step"] <= step]
-    scratch = path.with_suffix(".part")
-    with io_errors(path):
-        scratch.write_text("".join(dump_json(entry, indent=None) for entry in kept), encoding="utf-8")
-        scratch.replace(path)
+    write_text(path, "".join(dump_json(entry, indent=None) for entry in kept))
     return kept
 
 
