@@ -35,7 +35,7 @@ from fidelity_subject import weights_file
 from PIL import Image
 
 from sparsifiner_edge import material
-from sparsifiner_edge.cli.common import err_console, print_table, progress
+from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.errors import ConfigError, PictureError
@@ -251,8 +251,7 @@ def train(work: Path, only: tuple[str, ...], overrides: tuple[str, ...]) -> None
                 given = collect_fashion(work / "pictures-fashion", pictures)
             teacher = {"teacher": material.DINOV2, "weights": weights_file()}
         start = time.monotonic()
-        with progress() as bar:
-            task = bar.add_task(name, total=None)
+        with progress_bar(name) as progress:
             summary = distill_student(
                 untrained(work, name),
                 given / "train",
@@ -260,7 +259,7 @@ def train(work: Path, only: tuple[str, ...], overrides: tuple[str, ...]) -> None
                 held_out=given / "held-out",
                 overrides=(*run.overrides, *overrides),
                 resume=(work / f"{name}.training" / "checkpoint.pt").exists(),
-                progress=lambda done, total, _, bar=bar, task=task: bar.update(task, completed=done, total=total),
+                progress=progress,
                 **teacher,
             )
         minutes = (time.monotonic() - start) / 60

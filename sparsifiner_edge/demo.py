@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +17,9 @@ from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.files import write_bytes
 from sparsifiner_edge.profiles.latency import profile_bundle
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import new_result, read_result, write_result
 from sparsifiner_edge.sparse.student import load_student, sparsify
-
-Progress = Callable[[str, int], None]
 
 
 class Setting(NamedTuple):
@@ -49,7 +47,7 @@ def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> dict[str
     """Run the demonstration into `output`; an earlier demonstration there is replaced.
 
     Args:
-        progress: called with (stage, steps done of `STEPS`).
+        progress: see `Progress`; counts steps.
         seconds: measured per bundle.
 
     Returns:
@@ -62,7 +60,7 @@ def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> dict[str
     _require_ours(output)
     output.mkdir(parents=True, exist_ok=True)
     weights = output / "dinov2_vits14.safetensors"
-    progress("unpacking weights", 0)
+    progress("unpacking weights", 0, STEPS)
     write_bytes(weights, safetensors.numpy.save(material.dinov2_state()))
     pictures = output / "calibration"
     _gather(material.calibration_pictures(), pictures)
@@ -95,7 +93,7 @@ def _one(
     setting: Setting, output: Path, weights: Path, pictures: Path, done: int, progress: Progress, seconds: float
 ) -> dict[str, Any]:
     def stage(number: int) -> None:
-        progress(f"{setting.size} px: {_STAGES[number]}", done + number)
+        progress(f"{setting.size} px: {_STAGES[number]}", done + number, STEPS)
 
     stage(0)
     student = output / f"student_{setting.size}"
@@ -119,7 +117,7 @@ def _one(
     profile = profile_bundle(sparse, against=dense, seconds=seconds, min_queries=MIN_BLOCKS, layers=False, power=False)
     stage(5)
     draw(load_student(student), material.photographs()[2], LAYER, output / f"attention_{setting.size}.png")
-    progress(f"{setting.size} px: done", done + len(_STAGES))
+    progress(f"{setting.size} px: done", done + len(_STAGES), STEPS)
     return {"fidelity": fidelity, "profile": profile, "manifest": open_bundle(sparse)}
 
 

@@ -62,7 +62,7 @@ def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: 
     for subject, against in (("student", {}), ("bundle", {"against": "test_vit", "weights": made["weights"]})):
         result = evaluate_classes(
             made[subject], made["queries"], metric=metric, gallery=made["gallery"], **against,
-            progress=lambda done, total: seen.append((done, total)),
+            progress=lambda _, done, total: seen.append((done, total)),
         )  # fmt: skip
         check_result(result, "test")
         found = result["statistics"]

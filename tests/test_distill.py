@@ -53,7 +53,7 @@ class Stop(Exception):
     pass
 
 
-def stop_after_three(done: int, _total: int, _losses: dict[str, float]) -> None:
+def stop_after_three(_stage: str, done: float, _total: float) -> None:
     if done == 3:
         raise Stop
 
@@ -65,7 +65,7 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     changes = (*SHORT, "distil.steps=30", "distil.learning_rate=1e-5", "ema=0.0", "budgets.keep=[]")
     summary = distill_student(
         start, folder, tmp_path / "out", overrides=changes,
-        progress=lambda done, total, _: steps.append((done, total)), tensorboard=True,
+        progress=lambda _, done, total: steps.append((done, total)), tensorboard=True,
     )  # fmt: skip
     assert steps == [(n, 30) for n in range(1, 31)]
     assert summary["fidelity"]["best"] > summary["fidelity"]["start"]
@@ -368,7 +368,7 @@ def test_a_teacher_that_sees_other_pixels_is_refused(folder: Path, tmp_path: Pat
 def test_two_trainings_do_not_share_a_folder(folder: Path, start: Path, tmp_path: Path) -> None:
     refused = []
 
-    def again(done: int, _total: int, _losses: dict[str, float]) -> None:
+    def again(_stage: str, done: float, _total: float) -> None:
         if done == 3:
             with pytest.raises(ConfigError, match="Another training writes to") as caught:
                 distill_student(start, folder, tmp_path / "out", overrides=SHORT, resume=True)

@@ -137,8 +137,8 @@ def test_modes_gradients_and_types_stay() -> None:
 def test_images_need_not_be_square() -> None:
     wide = vit(img_size=(96, 512))
     before = wide(torch.ones(1, 3, 96, 512))
-    seen: list[tuple[int, int]] = []
-    se.sparsify_model(wide, calibrate=torch.rand(2, 3, 96, 512), progress=lambda *step: seen.append(step))
+    seen: list[tuple[float, ...]] = []
+    se.sparsify_model(wide, calibrate=torch.rand(2, 3, 96, 512), progress=lambda _, *step: seen.append(step))
     assert seen[-1][0] == seen[-1][1]
     assert torch.nn.functional.cosine_similarity(wide(torch.ones(1, 3, 96, 512)), before) > 0.9
 

@@ -34,6 +34,7 @@ LIGHT = (
     "pictures",
     "text",
     "process",
+    "progress",
     "quiet",
     "files",
     "bounds",

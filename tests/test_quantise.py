@@ -137,7 +137,7 @@ def test_layers_that_hurt_stay_in_float32(place: Path) -> None:
     images = [golden_image(160, seed=20 + n) for n in range(6)]
     all_int8 = quantise(model, images)
     steps: list[tuple[int, int]] = []
-    found = quantise(model, images, progress=lambda *step: steps.append(step), goal=1.1)
+    found = quantise(model, images, progress=lambda _, *step: steps.append(step), goal=1.1)
     assert len(found.kept) == int(module.MAX_FLOAT_SHARE * 24)
     assert steps[-1] == (26, 26)
     kept = {node.name: node for node in found.model.graph.node if node.name in found.kept}

@@ -9,7 +9,7 @@ import click
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
-from sparsifiner_edge.cli.common import FiniteRange, json_option, kernels_option, print_json, print_table, progress
+from sparsifiner_edge.cli.common import FiniteRange, json_option, kernels_option, print_json, print_table, progress_bar
 from sparsifiner_edge.text import shown
 
 _BATCH = click.IntRange(1, MOST_BATCH)
@@ -48,12 +48,7 @@ def command(
     """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
     import sparsifiner_edge
 
-    with progress() as bar:
-        task = bar.add_task("starting", total=None)
-
-        def show(stage: str, done: float, planned: float) -> None:
-            bar.update(task, description=shown(stage), completed=int(done), total=max(1, int(planned)))
-
+    with progress_bar("starting") as progress:
         result = sparsifiner_edge.build_engine(
             bundle,
             backend,
@@ -62,7 +57,7 @@ def command(
             timeout_s=timeout,
             options=dict(map(_option, options)),
             kernels=kernels,
-            progress=show,
+            progress=progress,
         )
     if as_json:
         print_json(result)

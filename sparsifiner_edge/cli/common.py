@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.text import dump_json, finite, shown
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -78,9 +81,10 @@ def kernels_option(command: Command) -> Command:
     )(command)
 
 
-def progress() -> Progress:
-    """A progress bar with the time left, on standard error."""
-    return Progress(
+@contextlib.contextmanager
+def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
+    """A progress bar with the time left, on standard error; gives what moves it."""
+    bar = rich.progress.Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -90,6 +94,11 @@ def progress() -> Progress:
         transient=True,
         disable=not err_console.is_terminal,
     )
+    with bar:
+        task = bar.add_task(stage, total=None, visible=visible)
+        yield lambda stage, done, total: bar.update(
+            task, description=shown(stage), completed=int(done), total=max(1, int(total))
+        )
 
 
 def print_json(content: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.cli.common import json_option, print_json, print_table, progress
+from sparsifiner_edge.cli.common import json_option, print_json, print_table, progress_bar
 
 
 @click.command()
@@ -17,14 +17,13 @@ from sparsifiner_edge.cli.common import json_option, print_json, print_table, pr
 def command(*, output: Path, as_json: bool) -> None:
     """DINOv2 ViT-S/14 with its real weights on eight photographs: dense beside sparse, untrained, at 224 and 518 px."""
     try:
-        from sparsifiner_edge.demo import STEPS, run_demo
+        from sparsifiner_edge.demo import run_demo
     except ModuleNotFoundError as error:
         from sparsifiner_edge.errors import MissingExtraError
 
         raise MissingExtraError(str(error.name), "demo") from error
-    with progress() as bar:
-        task = bar.add_task("starting", total=STEPS)
-        result = run_demo(output, lambda stage, done: bar.update(task, description=stage, completed=done))
+    with progress_bar("starting") as progress:
+        result = run_demo(output, progress)
     if as_json:
         print_json(result)
     else:

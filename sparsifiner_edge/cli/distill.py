@@ -13,7 +13,7 @@ from sparsifiner_edge.cli.common import (
     output_option,
     print_json,
     print_table,
-    progress,
+    progress_bar,
     weights_option,
 )
 from sparsifiner_edge.text import shown
@@ -57,12 +57,7 @@ def command(
     import sparsifiner_edge
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
-    with progress() as bar:
-        task = bar.add_task("preparing", total=None, visible=first)
-
-        def step(done: int, total: int, losses: dict[str, float]) -> None:
-            bar.update(task, description=f"loss {losses['loss']:.4f}", completed=done, total=total)
-
+    with progress_bar("preparing", visible=first) as progress:
         summary = sparsifiner_edge.distill_student(
             student,
             data,
@@ -76,7 +71,7 @@ def command(
             overrides=overrides,
             resume=resume,
             tensorboard=tensorboard,
-            progress=step,
+            progress=progress,
         )
     if first and as_json:
         print_json(summary)

@@ -15,7 +15,7 @@ from sparsifiner_edge.cli.common import (
     output_option,
     print_json,
     print_table,
-    progress,
+    progress_bar,
     token_keep_option,
     weights_option,
 )
@@ -66,8 +66,7 @@ def command(
 
     if output is not None:
         require_file_path(output)
-    with progress() as bar:
-        task = bar.add_task("pictures", total=None)
+    with progress_bar("pictures") as progress:
         result = sparsifiner_edge.evaluate_student(
             subject,
             data,
@@ -81,7 +80,7 @@ def command(
             token_keep=parse_token_keep(token_keep) if token_keep is not None else None,
             backend=backend,
             kernels=kernels,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     if as_json:
         print_json(result)

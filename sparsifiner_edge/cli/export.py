@@ -16,7 +16,7 @@ from sparsifiner_edge.cli.common import (
     keep_option,
     output_option,
     print_json,
-    progress,
+    progress_bar,
     token_keep_option,
     weights_option,
 )
@@ -66,12 +66,7 @@ def command(
     """Export a student folder, or timm's MODEL as the dense baseline, to ONNX; the file is run and held to torch."""
     import sparsifiner_edge
 
-    with progress() as bar:
-        task = bar.add_task("exporting and checking", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, description="int8: finding layers that hurt", completed=done, total=total)
-
+    with progress_bar("exporting and checking") as progress:
         folder = sparsifiner_edge.export_bundle(
             source,
             output,
@@ -88,7 +83,7 @@ def command(
             recipe=recipe,
             measure=measure,
             boards=boards,
-            progress=show,
+            progress=progress,
         )
     manifest = open_bundle(folder)
     if as_json:

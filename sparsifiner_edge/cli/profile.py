@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sparsifiner_edge.bounds import MOST_SECONDS, MOST_THREADS
-from sparsifiner_edge.cli.common import FiniteRange, json_option, output_option, print_json, print_table, progress
+from sparsifiner_edge.cli.common import FiniteRange, json_option, output_option, print_json, print_table, progress_bar
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.text import shown
 
@@ -57,12 +56,14 @@ def command(
     if sweeps:
         _refuse_with_sweep(against, rules, layers)
         axes = parse_axes(sweeps)
-        result = _with_progress(lambda show: sweep_bundle(bundle, axes, backend, **common, progress=show))
+        with progress_bar("starting") as progress:
+            result = sweep_bundle(bundle, axes, backend, **common, progress=progress)
     else:
         if rules == "mlperf" and seconds is not None:
             raise ConfigError("--seconds does not go with --rules mlperf.", "Those rules fix how long it lasts.")
         extra: dict[str, Any] = {"against": against, "rules": rules, "layers": layers is not False}
-        result = _with_progress(lambda show: profile_bundle(bundle, backend, **common, **extra, progress=show))
+        with progress_bar("starting") as progress:
+            result = profile_bundle(bundle, backend, **common, **extra, progress=progress)
     if as_json:
         print_json(result)
     elif sweeps:
@@ -77,16 +78,6 @@ def _refuse_with_sweep(against: Path | None, rules: str, layers: bool | None) ->
     for given, name in ((against is not None, "--against"), (rules != "quick", "--rules"), (bool(layers), "--layers")):
         if given:
             raise ConfigError(f"{name} does not go with --sweep.", "Run profile without the sweep for it.")
-
-
-def _with_progress(measure: Callable[[Callable[[str, float, float], None]], dict[str, Any]]) -> dict[str, Any]:
-    with progress() as bar:
-        task = bar.add_task("starting", total=None)
-
-        def show(stage: str, done: float, planned: float) -> None:
-            bar.update(task, description=shown(stage), completed=int(done), total=max(1, int(planned)))
-
-        return measure(show)
 
 
 def _print(result: dict[str, Any], with_layers: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from sparsifiner_edge.bounds import MOST_SIDE, whole_number
-from sparsifiner_edge.cli.common import output_option, progress, weights_option
+from sparsifiner_edge.cli.common import output_option, progress_bar, weights_option
 from sparsifiner_edge.config import PRESETS, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
 
@@ -60,8 +60,7 @@ def command(
     import sparsifiner_edge
 
     layers, pruning = parse_layers(dense_layers), parse_token_keep(token_keep)
-    with progress() as bar:
-        task = bar.add_task("sparsify", total=None)
+    with progress_bar("sparsify") as progress:
         folder = sparsifiner_edge.sparsify(
             model,
             output,
@@ -77,6 +76,6 @@ def command(
             token_keep=pruning,
             fuse_tokens=fuse_tokens,
             calibrate=calibrate,
-            progress=lambda done, total: bar.update(task, description="calibrating", completed=done, total=total),
+            progress=progress,
         )
     click.echo(f"{folder}: student written. Next: sparsifiner-edge export {folder} -o BUNDLE/")

@@ -14,9 +14,10 @@ from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Source, folder_source, timm_source
 from sparsifiner_edge.distill.events import recorder
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
-from sparsifiner_edge.distill.train import Progress, State, Training, make_accelerator
+from sparsifiner_edge.distill.train import State, Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
@@ -59,7 +60,7 @@ def distill_student(
         recipe, overrides: see `read_recipe`.
         resume: go on where the last checkpoint of this output stands.
         tensorboard: also write the history to `<output>.training/tensorboard`.
-        progress: called with (step, steps, losses).
+        progress: see `Progress`; counts steps, and the stage says the loss.
 
     Returns:
         What was trained and how it went, JSON-ready; the student's provenance holds the same.
@@ -93,7 +94,7 @@ def distill_student(
             _restore(training, folder)
         elif first:
             _clear(folder)
-        state = training.run(_both(progress, record))
+        state = training.run(progress, record)
         summary = _summary(training, state, dense, recipe)
         summary["from"] = {"student": Path(student).resolve().name, "sha256": sha256(Path(student) / STUDENT_FILE)}
         if first:
@@ -225,12 +226,3 @@ def _restore(training: Training, folder: Path) -> None:
                 f"Give what it began with, or remove {folder} to start again.",
             )
     training.restore(content)
-
-
-def _both(progress: Progress | None, record: Progress | None) -> Progress:
-    def call(step: int, steps: int, losses: dict[str, float]) -> None:
-        for one in (record, progress):
-            if one is not None:
-                one(step, steps, losses)
-
-    return call

@@ -13,8 +13,8 @@ from typing import Any
 from sparsifiner_edge.errors import MissingExtraError
 from sparsifiner_edge.files import io_errors
 
-Record = Callable[[int, int, dict[str, float]], None]
-"""Called with (step, steps, losses)."""
+Record = Callable[[int, dict[str, float]], None]
+"""Called with (step, losses)."""
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def recorder(folder: Path) -> Iterator[Record]:
     def write(**content: Any) -> None:
         writer.write(Event(wall_time=time.time(), **content).SerializeToString())
 
-    def record(step: int, _: int, losses: dict[str, float]) -> None:
+    def record(step: int, losses: dict[str, float]) -> None:
         nonlocal writer
         with io_errors(path):
             if writer is None:

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,16 +23,17 @@ from torchvision.transforms import v2
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Batch, Source, augmentation, batches
+from sparsifiner_edge.distill.events import Record
 from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.parameters import choose_parameters, digest, parameter_groups
 from sparsifiner_edge.distill.recipe import Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError, PictureError
 from sparsifiner_edge.pictures import load_picture
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.models import Backbone, normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 from sparsifiner_edge.sparse.student import Student
 
-Progress = Callable[[int, int, dict[str, float]], None]
 RECENT = 50
 """Losses that an explosion is measured against."""
 LEAST_ERROR = 1e-6
@@ -162,8 +163,11 @@ class Training:
         pruned = [c for c in choices if c.token_keep != self.sparsity.token_keep]
         return draw.choice(pruned if pruned and draw.random() < self.recipe.budgets.pruned else whole)
 
-    def run(self, progress: Progress | None = None) -> State:
+    def run(self, progress: Progress | None = None, record: Record | None = None) -> State:
         """Train from where the state stands to the end.
+
+        Args:
+            progress: see `Progress`. record: called with each step and its losses.
 
         Raises:
             GateError: a loss is no number, or has exploded.
@@ -179,8 +183,10 @@ class Training:
                 checkpoint.append_history(self.folder, {"step": step + 1, **losses})
             if (step + 1) % self.recipe.check_every == 0 or step + 1 == self.total:
                 self._judge(step + 1)
+            if record:
+                record(step + 1, losses)
             if progress:
-                progress(step + 1, self.total, losses)
+                progress(f"loss {losses['loss']:.4f}", step + 1, self.total)
         self._save()
         return self.state
 

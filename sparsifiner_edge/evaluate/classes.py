@@ -17,10 +17,11 @@ import torch
 
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
-from sparsifiner_edge.evaluate.extract import ONNXRUNTIME, Extractor, Progress, Runner, open_subject, open_teacher
+from sparsifiner_edge.evaluate.extract import ONNXRUNTIME, Extractor, Runner, open_subject, open_teacher
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.pictures import evenly
 from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import new_result
 from sparsifiner_edge.sparse.student import Student, checked_labels, load_student, save_student
 
@@ -58,7 +59,7 @@ def evaluate_classes(
         against, weights, keep, token_keep: see `evaluate_student`.
         runner: what runs bundles.
         head: for linear: student folder to write, the subject with the probe as its classifier.
-        progress: called with (done, total) pictures.
+        progress: see `Progress`; counts pictures.
 
     Returns:
         A result of kind "evaluation": `samples` say of each query whether subject and teacher were right;
@@ -115,7 +116,7 @@ class _Count:
     def __call__(self) -> None:
         self.done += 1
         if self.progress:
-            self.progress(self.done, self.total)
+            self.progress("pictures", self.done, self.total)
 
 
 def _gallery(data: str | Path, gallery: str | Path | None, asked: Labelled) -> Labelled:

@@ -10,10 +10,11 @@ import numpy as np
 
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, evaluate_classes
-from sparsifiner_edge.evaluate.extract import Array, Extractor, Progress, Runner, open_subject, open_teacher
+from sparsifiner_edge.evaluate.extract import Array, Extractor, Runner, open_subject, open_teacher
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.pictures import list_pictures, load_batch
 from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import new_result
 
 
@@ -44,7 +45,7 @@ def evaluate_student(
         gallery, queries, head: for the other metrics.
         keep, token_keep: for a student: other shares of keys and tokens than its own.
         backend, kernels: what runs bundles; see `open_session`.
-        progress: called with (done, total) pictures.
+        progress: see `Progress`; counts pictures.
 
     Returns:
         A result of kind "evaluation": `samples` hold one value per picture, `statistics` means with 95 % intervals
@@ -108,7 +109,7 @@ def _compare(
         for name, value in values.items():
             samples.setdefault(name, []).append(value)
         if progress:
-            progress(number + 1, len(pictures))
+            progress("pictures", number + 1, len(pictures))
     return samples
 
 

@@ -21,7 +21,6 @@ from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, int], None]
 
 
 class Extractor(NamedTuple):

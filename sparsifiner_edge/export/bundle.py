@@ -35,12 +35,13 @@ from sparsifiner_edge.export.choose import keep_dense_where_slower
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
 from sparsifiner_edge.export.half import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_COSINE_INT8, halve
-from sparsifiner_edge.export.quantise import RECIPES, Progress, quantise, run_file
+from sparsifiner_edge.export.quantise import RECIPES, quantise, run_file
 from sparsifiner_edge.export.retile import with_tile
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
 from sparsifiner_edge.profiles.board import load_board
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_PICTURES, Student, load_dense, load_student
 from sparsifiner_edge.text import shown
@@ -92,7 +93,7 @@ def export_bundle(
         recipe: for int8: one of `quantise.RECIPES`.
         measure: keep dense the layers where sparse attention is slower on this machine; the manifest says which.
         boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle.
-        progress: for int8: called with (done, total) steps.
+        progress: for int8; see `Progress`.
 
     Returns:
         The folder.

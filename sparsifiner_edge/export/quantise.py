@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,9 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.metrics import POSITIONS, aligned, cosine
 from sparsifiner_edge.ops.graph import drop_unused
+from sparsifiner_edge.progress import Progress
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, int], None]
 RECIPES = ("cpu", "tensorrt")
 """cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0;
 `export_bundle` makes the rest of that file float16 afterwards (`half`), as GPUs have it."""
@@ -89,7 +89,7 @@ def quantise(
         model: left as it is.
         images: uint8 [1,S,S,3]; every third is held out and decides, if there are at least three.
         recipe: one of `RECIPES`.
-        progress: called with (done, total) steps.
+        progress: see `Progress`.
         goal: cosine of the outputs below which layers are put back to float32.
 
     Raises:
@@ -113,7 +113,7 @@ def quantise(
 
     def step(done: int) -> None:
         if progress:
-            progress(done, steps)
+            progress("int8: finding layers that hurt", done, steps)
 
     step(1)
     kept: list[str] = []

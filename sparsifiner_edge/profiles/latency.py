@@ -14,7 +14,8 @@ from sparsifiner_edge.profiles.client import start_worker
 from sparsifiner_edge.profiles.comparison import compare, two_names
 from sparsifiner_edge.profiles.observation import Observation, observe, power_samples, side_figures, side_samples
 from sparsifiner_edge.profiles.rules import RULES, make_rules
-from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Progress, Side, load_side
+from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Side, load_side
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import new_result, unavailable
 from sparsifiner_edge.runtime.open import check_backend, check_kernels
 

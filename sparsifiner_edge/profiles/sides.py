@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ import numpy as np
 from sparsifiner_edge.profiles.client import Worker
 from sparsifiner_edge.profiles.memory import MemoryPhases
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS, Rules
-
-Progress = Callable[[str, float, float], None]
-"""Called with a stage, the seconds done and the seconds planned for the whole measurement."""
+from sparsifiner_edge.progress import Progress
 
 LOAD_TIMEOUT_S = 900.0
 _SETTLED = 0.02

@@ -14,15 +14,8 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.client import start_worker
 from sparsifiner_edge.profiles.rules import Rules, make_rules
-from sparsifiner_edge.profiles.sides import (
-    LOAD_TIMEOUT_S,
-    Clock,
-    Progress,
-    Side,
-    load_side,
-    measure,
-    warm_up,
-)
+from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Side, load_side, measure, warm_up
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import available_cores, new_result
 from sparsifiner_edge.runtime.open import check_backend, check_kernels
 

@@ -20,7 +20,8 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.runtime.build_worker import Job, Progress, run_job
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.runtime.build_worker import Job, run_job
 from sparsifiner_edge.runtime.open import BACKENDS, check_backend, load_backend, open_checked
 from sparsifiner_edge.runtime.session import Session
 

@@ -15,7 +15,7 @@ import contextlib
 import importlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from sparsifiner_edge import errors
 from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, Manifest
 from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import BackendError, SparsifinerError
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.child import Child, Parent, start_child
 
-Progress = Callable[[str, float, float], None]
 """Called with (stage, done, total)."""
 Job = Mapping[str, Any]
 _EVERY_S = 0.05

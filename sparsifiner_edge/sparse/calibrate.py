@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, SparseAttention, rotated
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
@@ -31,8 +32,6 @@ STEPS_PER_PICTURE = 8
 QUERIES_PER_STEP = 128
 LEARNING_RATE = 0.06
 """Relative to the mean absolute entry of a projection."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass
@@ -100,7 +99,7 @@ def calibrate_from_pictures(
         nonlocal done
         done += 1
         if progress:
-            progress(done, total)
+            progress("calibrating", done, total)
 
     moments: dict[SparseAttention, _Moments] = {}
     for picture in pictures:

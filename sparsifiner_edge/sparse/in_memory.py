@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig, default_cells
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
-from sparsifiner_edge.sparse.calibrate import Progress, calibrate_from_pictures, calibrate_from_weights, sparse_layers
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.models import Backbone
 from sparsifiner_edge.sparse.patch import SUPPORTED, SparseViTMixin, make_model_sparse, restore_backbone
 
@@ -46,7 +47,7 @@ def sparsify_model(
         preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens: as of `sparsify`.
         calibrate: images to learn the predictor from, float [B,3,H,W] or several of those, as the module is called
             with them; a dozen helps a lot, more than 32 do not. None takes the weights alone.
-        progress: called with (done, total) images.
+        progress: see `Progress`; counts images.
 
     Returns:
         The same object. `restore_model` undoes it.

@@ -27,7 +27,8 @@ from sparsifiner_edge.bounds import flaw
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
-from sparsifiner_edge.sparse.calibrate import Progress, sparse_layers
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.in_memory import apply, calibration_size, fitted_config, learn
 from sparsifiner_edge.sparse.models import (
     Backbone,
@@ -129,7 +130,7 @@ def sparsify(
         preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens: see `SparsityConfig`. None
             takes the preset's own; for cells that is `default_cells`, for the paper's channels half the head dimension.
         calibrate: folder of pictures to learn the predictor from; None takes the weights alone.
-        progress: called with (done, total) pictures.
+        progress: see `Progress`; counts pictures.
 
     Returns:
         The folder.

@@ -40,7 +40,7 @@ class Stop(Exception):
     pass
 
 
-def stop_after_three(done: int, _total: int, _losses: dict[str, float]) -> None:
+def stop_after_three(_stage: str, done: float, _total: float) -> None:
     if done == 3:
         raise Stop
 
@@ -293,6 +293,6 @@ def test_a_full_disk_takes_no_history(tmp_path: Path) -> None:
 
     with disk_of(3000), recorder(tmp_path / "tensorboard") as record:
         with pytest.raises(ArtifactError, match=r"events.* cannot be written: File too large"):
-            write(record, 1, 1000, {"loss": 1.0})
+            write(record, 1, {"loss": 1.0})
         with pytest.raises(ArtifactError, match=r"history\.jsonl cannot be written: File too large"):
             write(checkpoint.append_history, tmp_path, {"step": 1})

@@ -102,7 +102,7 @@ def training(good: Path) -> None:
     class StopError(Exception):
         pass
 
-    def stop(done: float, _total: float, _loss: float) -> None:
+    def stop(_stage: str, done: float, _total: float) -> None:
         if done == 5:
             raise StopError
 

@@ -16,7 +16,7 @@ from sparsifiner_edge.bundle import engines
 from sparsifiner_edge.bundle.engines import BatchRange
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.files import read_bytes, write_bytes
-from sparsifiner_edge.runtime.build_worker import Progress
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.cache import cache_folder
 from sparsifiner_edge.runtime.cuda import Device
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, build_error, make_logger, refused_model

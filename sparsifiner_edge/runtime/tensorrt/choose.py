@@ -21,7 +21,7 @@ from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.build_worker import Progress
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.cuda import Device, Driver
 from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file, write_engine

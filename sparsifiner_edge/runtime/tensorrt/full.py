@@ -14,8 +14,9 @@ from typing import Any
 from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE, BatchRange, Engine, system
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.build import BuildRequest, Planned
-from sparsifiner_edge.runtime.build_worker import Job, Progress, job_model
+from sparsifiner_edge.runtime.build_worker import Job, job_model
 from sparsifiner_edge.runtime.cuda import Device, open_driver, probe
 from sparsifiner_edge.runtime.tensorrt import choose
 from sparsifiner_edge.runtime.tensorrt.build import Settings, timing_cache_path

@@ -14,8 +14,9 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.build import BuildRequest, Planned
-from sparsifiner_edge.runtime.build_worker import Job, Progress, job_model
+from sparsifiner_edge.runtime.build_worker import Job, job_model
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.tensorrt.build import add_profile, make_monitor, parse, write_engine
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger

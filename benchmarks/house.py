@@ -1,0 +1,64 @@
+"""How untyped the package is, and how often it does one thing: counts, as JSON.
+
+    python benchmarks/house.py [--files]
+
+`untyped`: `dict[str, Any]`, `dict[str, object]`, `Mapping[str, Any]`, `Mapping[str, object]`, and uses of names that
+stand for one of them. `unavailable`: files with that word. Then the files that lock, replace a file by renaming, ask
+the kernel to end with their parent, or check parsed TOML or JSON field by field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import re
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "sparsifiner_edge"
+UNTYPED = re.compile(r"(?:dict|Mapping)\[str, (?:Any|object)\]")
+ALIAS = re.compile(r"^(\w+)(?:: TypeAlias)? = (?:dict|Mapping)\[str, (?:Any|object)\]$", re.MULTILINE)
+ONCE = {
+    "lock": r"\bflock\(",
+    "replace": r"\.replace\((?:place|target|path|folder / \w+)\)|\.rename\(|os\.(?:replace|rename)\(|renameat2",
+    "parent_death": r"PDEATHSIG|prctl\(1, 9",
+    "field_by_field": r"get_type_hints\(|type\(value\) is kind",
+}
+
+
+def untyped(texts: dict[Path, str]) -> collections.Counter[Path]:
+    """Uses per file; an alias counts where it is defined, and wherever its name stands after that."""
+    found = collections.Counter({path: len(UNTYPED.findall(text)) for path, text in texts.items()})
+    for path, text in texts.items():
+        for name in ALIAS.findall(text):
+            found[path] += len(re.findall(rf"\b{name}\b", text)) - 1
+            for other, there in texts.items():
+                if other != path and re.search(rf"import [^\n]*\b{name}\b", there):
+                    found[other] += len(re.findall(rf"\b{name}\b", there)) - 1
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", action="store_true", help="say how many are in which file")
+    given = parser.parse_args()
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+    found = untyped(texts)
+    counts: dict[str, object] = {
+        "untyped": found.total(),
+        "unavailable": sum("unavailable" in text for text in texts.values()),
+        **{name: sum(bool(re.search(what, text)) for text in texts.values()) for name, what in ONCE.items()},
+        "lines": sum(text.count("\n") for text in texts.values()),
+    }
+    if given.files:
+        names = {str(path.relative_to(PACKAGE)): count for path, count in found.most_common() if count}
+        places = {
+            name: [str(path.relative_to(PACKAGE)) for path, text in texts.items() if re.search(what, text)]
+            for name, what in ONCE.items()
+        }
+        counts |= {"untyped_files": names, **{f"{name}_files": files for name, files in places.items()}}
+    print(json.dumps(counts, indent=2))
+
+
+if __name__ == "__main__":
+    main()

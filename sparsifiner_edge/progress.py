@@ -1,0 +1,9 @@
+"""How long work tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, float, float], None]
+"""Called now and then with (stage, done, total): what is going on, and how much of how much is done, in one unit of the
+work's own, such as images, steps or seconds."""
