@@ -76,9 +76,9 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
 	@touch $@
 
 # What tests use beside Python: a browser, fonts, a GStreamer with an RTSP server, network namespaces. Tests that miss them
-# skip and say so.
+# skip and say so. (The loader of Python plugins opens libpython3.x.so, which only libpython3-dev has.)
 TESTING := chromium fonts-noto-cjk iproute2 python3-gi python3-venv gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
-  gir1.2-gst-plugins-bad-1.0 gstreamer1.0-python3-plugin-loader \
+  gir1.2-gst-plugins-bad-1.0 gstreamer1.0-python3-plugin-loader libpython3-dev \
   gstreamer1.0-tools gstreamer1.0-rtsp gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad \
   gstreamer1.0-plugins-ugly
 $(VENV)/.testing: | $(VENV)/bin/python

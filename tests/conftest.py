@@ -29,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Tests that speak of time run alone, and nothing is made for others meanwhile."""
+    if not WORKER:
+        return (yield)
     assert item.config.cache is not None
     with turn(item.config.cache.mkdir("turn"), item.get_closest_marker("alone") is not None):
         return (yield)

@@ -62,7 +62,7 @@ def _readme(bundle: Bundle) -> str:
 ## The element `sparsifiner`
 
 It runs in the Python of the system, which GStreamer's loader brings (Debian, Ubuntu: apt-get install
-gstreamer1.0-tools gstreamer1.0-python3-plugin-loader python3-gst-1.0 gir1.2-gst-plugins-bad-1.0
+gstreamer1.0-tools gstreamer1.0-python3-plugin-loader libpython3-dev python3-gst-1.0 gir1.2-gst-plugins-bad-1.0
 gir1.2-gst-plugins-base-1.0 python3-venv), with packages from an environment that is first on PATH:
 
     /usr/bin/python3 -m venv --system-site-packages venv
