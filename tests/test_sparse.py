@@ -225,8 +225,8 @@ def test_attention_masks_are_refused() -> None:
 def test_calibration_reports_progress_and_leaves_no_trace() -> None:
     made = student()
     before = [layer.select.proj_q.clone() for layer in sparse_layers(made.model)]
-    calls: list[tuple[int, int]] = []
-    calibrate_from_pictures(made.model, [images(made.model, 1, s) for s in range(4)], lambda *c: calls.append(c))
+    calls: list[tuple[float, ...]] = []
+    calibrate_from_pictures(made.model, [images(made.model, 1, s) for s in range(4)], lambda _, *c: calls.append(c))
     assert calls == [(i + 1, 12) for i in range(12)]
     for layer, old in zip(sparse_layers(made.model), before, strict=True):
         assert not torch.equal(layer.select.proj_q, old)
