@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from sparsifiner_edge.artifacts import parse_json
 from sparsifiner_edge.bounds import MOST_SIDE, flaw
@@ -20,8 +21,9 @@ BUNDLE_SCHEMA = 2
 """1: no `shape`. Bundles of 1 are read; what needs the shape refuses them."""
 MODEL_FILE = "model.onnx"
 AGAIN = "Export the bundle again."
-_MOST = 1 << 20
-"""No size of a model comes near."""
+Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
+_MOST, _MOST_DEPTH = 1 << 20, 1024
+"""No size of a model comes near, nor its number of layers."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -70,8 +72,8 @@ class Preprocessing(msgspec.Struct, frozen=True):
 class Tokens(msgspec.Struct, frozen=True):
     """Tokens of an image: `prefix` before the patches, and patches in a `grid` of rows and columns."""
 
-    prefix: int
-    grid: tuple[int, int] | None = None
+    prefix: Annotated[int, Meta(ge=0, le=MOST_SIDE)]
+    grid: tuple[Side, Side] | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,9 +139,14 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     if manifest.preprocessing is not None and not 1 <= manifest.preprocessing.size <= MOST_SIDE:
         said = manifest.preprocessing.size
         raise ArtifactError(f"{path.parent}: preprocessing.size is {said}; at most {MOST_SIDE}.", AGAIN)
-    if manifest.shape is not None and not all(0 <= size <= _MOST for size in dataclasses.astuple(manifest.shape)):
+    if manifest.shape is not None and not _possible(manifest.shape):
         raise ArtifactError(f"{path.parent}: shape is {manifest.shape}, that of no model.", AGAIN)
     return msgspec.structs.replace(manifest, sparsity=_sparsity(settings, path.parent), engines=engines)
+
+
+def _possible(shape: ModelShape) -> bool:
+    sizes = dataclasses.asdict(dataclasses.replace(shape, prefix=shape.prefix + 1))
+    return all(1 <= size <= _MOST for size in sizes.values()) and shape.depth <= _MOST_DEPTH
 
 
 def _sparsity(settings: object, folder: Path) -> SparsityConfig | None:

@@ -33,15 +33,10 @@ def verify(folder: Path, answer: Answer, public_key: Path | None = None) -> dict
     Args:
         folder: made by `sparsifiner-edge export`.
         answer: runs the golden pair, given the checked manifest, and says how far it is off.
-        public_key: the signature must be that key's; without it a signature is told and not checked.
-
-    Returns:
-        `bundle`, `hash`, `passed`, and `checks`: per check its `name`, whether it `passed`, and its `details`. A model
-        that is no valid ONNX is the last that is checked, and so is a signature that the key does not fit.
+        public_key: of whoever must have signed it.
 
     Raises:
-        ArtifactError: not a bundle, a file missing or altered, of a newer schema: there is nothing to check then.
-        MissingExtraError: what checks signatures is not installed.
+        ArtifactError, MissingExtraError: as there.
     """
     text = read_manifest(folder)
     manifest = check_bundle(folder, text)
