@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, get_args, get_origin
 
 import msgspec
 
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
 
 Record = TypeVar("Record")
+
+
+class Unavailable(msgspec.Struct, frozen=True):
+    """What stands in place of a value that could not be found: `why`. In JSON `{"unavailable": "why"}`."""
+
+    why: str = msgspec.field(name="unavailable")
+
+
+if TYPE_CHECKING:
+    Known: TypeAlias = Record | Unavailable
+else:
+
+    class _AnyInstance(type):
+        def __instancecheck__(cls, other):
+            return True
+
+    class Known(Generic[Record], metaclass=_AnyInstance):
+        """A record, or why there is none. (msgspec reads no union of two records unless each names itself.)"""
+
+
 _PLACE = re.compile(r" - at `(?:key in )?\$(.*)`$")
 _WORDS = {"array": "list", "object": "dict", "null": "null"}
 
@@ -31,11 +51,19 @@ def read_record(
             and what it must be. Or a text holds half a character.
     """
     try:
-        return msgspec.convert(content, kind)
+        return msgspec.convert(content, kind, dec_hook=_known)
     except msgspec.ValidationError as found:
         raise error(f"{origin}: {_told(content, str(found))}.", fix) from found
     except UnicodeEncodeError as found:  # Half a character, which JSON can hold and UTF-8 cannot.
         raise error(f"{origin} holds a text that is no Unicode: {found.reason}.", fix) from found
+
+
+def _known(kind: Any, content: object) -> object:
+    """A `Known` of some record."""
+    if get_origin(kind) is not Known:
+        raise NotImplementedError(f"{kind} is read by no one")
+    found = isinstance(content, dict) and content.keys() == {"unavailable"}
+    return msgspec.convert(content, Unavailable if found else get_args(kind)[0], dec_hook=_known)
 
 
 def write_record(record: object) -> Any:

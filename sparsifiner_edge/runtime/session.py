@@ -6,14 +6,38 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from sparsifiner_edge.bundle.manifest import TensorSpec, shape_text
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.records import Unavailable
 
 Array = np.ndarray[Any, Any]
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
 """Axes of the outputs that have a meaning by name."""
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """What really runs.
+
+    Attributes:
+        provider: ONNX Runtime's word; "TensorRT" or "TensorRT-RTX" of an engine. device: for people.
+        precision: of the bundle. kernels: "native, <instruction set>", "function bodies", "none (standard operators)",
+            or an engine's.
+        cuda, graph, zero_copy: of an engine: package and driver, whether runs are recorded, whether memory is shared.
+    """
+
+    backend: str | Unavailable
+    version: str | Unavailable
+    provider: str | Unavailable
+    device: str | Unavailable
+    precision: str | Unavailable
+    kernels: str | Unavailable
+    threads: int | Unavailable
+    cuda: str | None = None
+    graph: bool | None = None
+    zero_copy: bool | None = None
 
 
 class Session(Protocol):
