@@ -13,10 +13,14 @@ from sparsifiner_edge.errors import ArtifactError, SparsifinerError
 Record = TypeVar("Record")
 
 
+MISSING = "unavailable"
+"""The word in files: key of a reason, or what stands in a column of numbers where one is missing."""
+
+
 class Unavailable(msgspec.Struct, frozen=True):
     """What stands in place of a value that could not be found: `why`. In JSON `{"unavailable": "why"}`."""
 
-    why: str = msgspec.field(name="unavailable")
+    why: str = msgspec.field(name=MISSING)
 
 
 if TYPE_CHECKING:
@@ -62,7 +66,7 @@ def _known(kind: Any, content: object) -> object:
     """A `Known` of some record."""
     if get_origin(kind) is not Known:
         raise NotImplementedError(f"{kind} is read by no one")
-    found = isinstance(content, dict) and content.keys() == {"unavailable"}
+    found = isinstance(content, dict) and content.keys() == {MISSING}
     return msgspec.convert(content, Unavailable if found else get_args(kind)[0], dec_hook=_known)
 
 

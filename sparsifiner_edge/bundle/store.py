@@ -38,6 +38,7 @@ from sparsifiner_edge.files import (
     write_text,
 )
 from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.results import Subject
 from sparsifiner_edge.text import dump_json, shown
 
 LABELS_FILE = "labels.txt"
@@ -272,11 +273,7 @@ def load_model(folder: Path, manifest: Manifest) -> Any:
     return read_model(read_listed(folder, manifest, MODEL_FILE), folder / MODEL_FILE)
 
 
-def bundle_subject(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def bundle_subject(folder: Path, manifest: Manifest, role: str | None = None) -> Subject:
     """How a result names a bundle: its path as given, its name, and the SHA-256 of its manifest."""
-    return {
-        "kind": "bundle",
-        "path": str(folder),
-        "name": manifest.name or folder.resolve().name,
-        "sha256": bundle_hash(folder),
-    }
+    name = manifest.name or folder.resolve().name
+    return Subject(role=role, kind="bundle", path=str(folder), name=name, sha256=bundle_hash(folder))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar
 
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.records import read_record
 from sparsifiner_edge.runtime.child import Child, start_child
+
+Reply = TypeVar("Reply")
 
 
 class Worker:
@@ -18,8 +21,8 @@ class Worker:
         self.pid = child.pid
         self._child = child
 
-    def ask(self, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
-        """Send one request and wait for its reply.
+    def ask(self, reply_type: type[Reply], op: str, timeout_s: float, **arguments: object) -> Reply:
+        """Send one request, of `worker.OPERATIONS`, and wait for its reply.
 
         Raises:
             BackendError: the worker refused, died, or was silent for `timeout_s` seconds; the end of what it wrote to
@@ -37,8 +40,7 @@ class Worker:
             raise self._lost(f"died during {op!r}")
         if "error" in reply:
             raise BackendError(reply["error"]["what"], reply["error"]["fix"])
-        answer: dict[str, Any] = reply["ok"]
-        return answer
+        return read_record(reply["ok"], reply_type, "The measuring process", "Report this as a bug.", BackendError)
 
     def _lost(self, what: str) -> BackendError:
         self._child.end()

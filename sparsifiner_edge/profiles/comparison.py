@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.sides import Side
+from sparsifiner_edge.profiles.stats import Estimate
+from sparsifiner_edge.results import Subject
 
 
-def compare(subject: Side, against: Side, names: list[str]) -> dict[str, Any]:
-    """The ratio (against's latency over the subject's), its verdict, and a sentence with both names."""
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Two sides measured in turn.
+
+    Attributes:
+        ratio: against's latency over the subject's: above 1 the subject is faster. rounds: that it is the median of.
+        verdict: "faster", "slower", "no difference shown". sentence: with both names.
+    """
+
+    ratio: Estimate
+    rounds: int
+    verdict: str
+    sentence: str
+
+
+def compare(subject: Side, against: Side, names: list[str]) -> Comparison:
+    """The ratio of two sides."""
     ratios = stats.round_ratios(subject.blocks, against.blocks)
     low, high = stats.quantile_interval(ratios, 0.5)
     ratio = float(np.median(ratios))
     verdict = stats.judge(low, high)
-    return {
-        "ratio": stats.estimate(ratio, low, high, "order statistics of paired rounds, effective sample size"),
-        "rounds": len(ratios),
-        "verdict": verdict,
-        "sentence": _sentence(verdict, names, ratio, low, high),
-    }
+    return Comparison(
+        ratio=stats.estimate(ratio, low, high, "order statistics of paired rounds, effective sample size"),
+        rounds=len(ratios),
+        verdict=verdict,
+        sentence=_sentence(verdict, names, ratio, low, high),
+    )
 
 
-def two_names(subjects: list[dict[str, Any]]) -> list[str]:
+def two_names(subjects: list[Subject]) -> list[str]:
     """Two names that differ: the models', else the folders', else by place."""
     for key in ("name", "path"):
-        names = [Path(subject[key]).name for subject in subjects]
+        names = [Path(getattr(subject, key)).name for subject in subjects]
         if names[0] != names[1]:
             return names
     return [f"{names[0]} (first)", f"{names[1]} (second)"]

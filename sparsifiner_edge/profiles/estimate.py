@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,8 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.board import Board, load_board
 from sparsifiner_edge.profiles.roofline import CPU, GPU, IDEAL, SIZES, SPARSE, Calibration, Cost, Workload
-from sparsifiner_edge.results import new_result, unavailable
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.results import Declared
 
 KERNELS = ("auto", "native", "portable")
 UNFITTED = 1.5
@@ -40,6 +40,88 @@ SCORE_COPIES = (1.0, 1.0, 2.0)
 _AGAIN = "Export the bundle again."
 
 
+class Bounded(msgspec.Struct, frozen=True, kw_only=True):
+    """A value, and what it lies between; in the unit of the field that holds it."""
+
+    value: float
+    low: float
+    high: float
+    method: str
+
+
+class MemoryBytes(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the process at its peak; weights, one layer's tensors and scores once each."""
+
+    value: int
+    low: int
+    high: int
+    weights: int
+    layer: int
+    scores: int
+    method: str
+
+
+class EnergyJ(Bounded, frozen=True, kw_only=True):
+    """Of one query; utilisation: share of the time that the board works."""
+
+    power_w: float
+    utilisation: float
+
+
+class OperatorCost(msgspec.Struct, frozen=True, kw_only=True):
+    """Of all operators of a kind, or of one layer's; bound: what most of the time is spent on."""
+
+    layer: int | None = None
+    kind: str
+    macs: int
+    bytes: int
+    ms: float
+    bound: str
+
+
+class EstimateStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle would cost; fits_memory: "yes", "no" or "perhaps"."""
+
+    latency_ms: Bounded
+    memory_bytes: MemoryBytes
+    energy_j: EnergyJ
+    fits_memory: str
+    operators: list[OperatorCost]
+
+
+class EstimateSamples(msgspec.Struct, frozen=True):
+    """Every operator."""
+
+    layers: list[OperatorCost]
+
+
+class Assumed(msgspec.Struct, frozen=True):
+    """Kernels that sparse operators are taken to run by, and why these."""
+
+    assumed: str
+    because: str
+
+
+class EstimateMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was computed; board: as it is set. precision: of linear layers and of the rest."""
+
+    estimate: str
+    board: dict[str, Any]
+    power_mode: str | Unavailable
+    precision: dict[str, str]
+    kernels: Assumed
+    batch: int
+    calibration: Calibration
+
+
+class EstimateResult(Declared, frozen=True):
+    """Of kind "estimate"."""
+
+    method: EstimateMethod
+    samples: EstimateSamples
+    statistics: EstimateStatistics
+
+
 class _Plan(NamedTuple):
     """What is estimated: the board as it is set, the work, and how the operators are taken to run."""
 
@@ -58,7 +140,7 @@ def estimate_bundle(
     precision: str | None = None,
     power_mode: str | None = None,
     kernels: str = "auto",
-) -> dict[str, Any]:
+) -> EstimateResult:
     """Estimate a bundle on a board.
 
     Args:
@@ -68,10 +150,6 @@ def estimate_bundle(
         power_mode: name or number; None takes full clocks.
         kernels: "native", "portable" (function bodies), or "auto": on a CPU native; on a GPU native where the bundle
             carries kernels compiled for its SM.
-
-    Returns:
-        A result (see `sparsifiner_edge.results`) of kind "estimate": `statistics` holds `latency_ms`, `memory_bytes`
-        and `energy_j` (value, low, high, method), `fits_memory` and `operators`; `samples.layers` every operator.
 
     Raises:
         ArtifactError: not a bundle, altered, of a newer schema, or its costs are missing or do not fit its model.
@@ -86,16 +164,16 @@ def estimate_bundle(
     spent = roofline.costs(plan.work, device, plan.precision, share)
     latency = _latency(plan, spent, share)
     memory = _memory(plan)
-    statistics = {
-        "latency_ms": latency,
-        "memory_bytes": memory,
-        "energy_j": _energy(device, spent, latency),
-        "fits_memory": _fits(memory, device),
-        "operators": _by_kind(spent),
-    }
-    layers = [{"layer": c.operator.layer, **_row(c.operator.kind, [c])} for c in spent if c.operator.launches]
+    statistics = EstimateStatistics(
+        latency_ms=latency,
+        memory_bytes=memory,
+        energy_j=_energy(device, spent, latency),
+        fits_memory=_fits(memory, device),
+        operators=_by_kind(spent),
+    )
+    layers = [_row(c.operator.kind, [c], c.operator.layer) for c in spent if c.operator.launches]
     method = _method(plan, power_mode, share)
-    return new_result("estimate", [bundle_subject(folder, manifest)], method, {"layers": layers}, statistics)
+    return EstimateResult("estimate", [bundle_subject(folder, manifest)], method, EstimateSamples(layers), statistics)
 
 
 def _plan(folder: Path, manifest: Manifest, board: Board, precision: str | None, kernels: str) -> _Plan:
@@ -157,7 +235,7 @@ def _batch(manifest: Manifest, folder: Path) -> int:
     return batch or 1
 
 
-def _latency(plan: _Plan, found: Sequence[Cost], share: Calibration) -> dict[str, Any]:
+def _latency(plan: _Plan, found: Sequence[Cost], share: Calibration) -> Bounded:
     board = plan.board
     spread = share.spread * (UNFITTED if board.kind == "gpu" and plan.precision not in FITTED else 1.0)
     fast = msgspec.structs.replace(board, fp16_tflops=max(board.fp16_tflops, board.fp16_fast_tflops))
@@ -168,12 +246,12 @@ def _latency(plan: _Plan, found: Sequence[Cost], share: Calibration) -> dict[str
         least += cost.seconds * few / spread
         most += cost.seconds * many * spread
     value = roofline.seconds(found)
-    return {
-        "value": value * 1e3,
-        "low": min(value, max(least, ideal)) * 1e3,
-        "high": most * 1e3,
-        "method": f"roofline; factor {spread:.3g} either way, and at least the time at every peak",
-    }
+    return Bounded(
+        value=value * 1e3,
+        low=min(value, max(least, ideal)) * 1e3,
+        high=most * 1e3,
+        method=f"roofline; factor {spread:.3g} either way, and at least the time at every peak",
+    )
 
 
 def _sparse_bounds(plan: _Plan, cost: Cost) -> tuple[float, float]:
@@ -185,18 +263,18 @@ def _sparse_bounds(plan: _Plan, cost: Cost) -> tuple[float, float]:
     return SPARSE_BOUNDS[plan.kernels] if inside and plan.board.kind == "gpu" else (1.0, 1.0)
 
 
-def _memory(plan: _Plan) -> dict[str, Any]:
+def _memory(plan: _Plan) -> MemoryBytes:
     layer, scores = peak_activations(plan.work, SIZES[plan.precision])
     low, value, high = memory_bytes(plan.board.kind, plan.model_bytes, layer, scores)
-    return {
-        "value": round(value),
-        "low": round(low),
-        "high": round(high),
-        "weights": round(plan.model_bytes),
-        "layer": round(layer),
-        "scores": round(scores),
-        "method": "runtime, weights as often as they are held, tensors of some layers, and scores kept in memory",
-    }
+    return MemoryBytes(
+        value=round(value),
+        low=round(low),
+        high=round(high),
+        weights=round(plan.model_bytes),
+        layer=round(layer),
+        scores=round(scores),
+        method="runtime, weights as often as they are held, tensors of some layers, and scores kept in memory",
+    )
 
 
 def memory_bytes(kind: str, weights: float, layer: float, scores: float) -> tuple[float, float, float]:
@@ -223,13 +301,13 @@ def peak_activations(work: Workload, size: int) -> tuple[float, float]:
     return work.batch * float(layer), work.batch * scores
 
 
-def _fits(memory: Mapping[str, Any], board: Board) -> str:
+def _fits(memory: MemoryBytes, board: Board) -> str:
     """ "yes", "no" or "perhaps": even the upper bound fits, not even the lower one does, or between."""
     room = board.memory_gb * 1e9
-    return "yes" if memory["high"] <= room else "no" if memory["low"] > room else "perhaps"
+    return "yes" if memory.high <= room else "no" if memory.low > room else "perhaps"
 
 
-def _energy(board: Board, found: Sequence[Cost], latency: Mapping[str, Any]) -> dict[str, Any]:
+def _energy(board: Board, found: Sequence[Cost], latency: Bounded) -> EnergyJ:
     """(idle + utilisation x (cap - idle)) x time; the cap is the power mode's, else the most that the board takes."""
     total = roofline.seconds(found)
     launching = sum(c.operator.launches * (CPU if board.kind == "cpu" else GPU).launch_us for c in found) * 1e-6
@@ -237,47 +315,48 @@ def _energy(board: Board, found: Sequence[Cost], latency: Mapping[str, Any]) -> 
     shares = (board.idle_w / board.tdp_w,) * 3 if board.idle_w else IDLE_SHARE
     low_w, idle_w, _ = (share * board.tdp_w for share in shares)
     power = idle_w + busy * (board.tdp_w - idle_w)
-    return {
-        "value": power * latency["value"] / 1e3,
-        "low": low_w * latency["low"] / 1e3,
-        "high": board.tdp_w * latency["high"] / 1e3,
-        "power_w": power,
-        "utilisation": busy,
-        "method": f"{idle_w:.3g} W at rest, up to {board.tdp_w:.3g} W, by the share of time that it works",
-    }
+    return EnergyJ(
+        value=power * latency.value / 1e3,
+        low=low_w * latency.low / 1e3,
+        high=board.tdp_w * latency.high / 1e3,
+        power_w=power,
+        utilisation=busy,
+        method=f"{idle_w:.3g} W at rest, up to {board.tdp_w:.3g} W, by the share of time that it works",
+    )
 
 
-def _by_kind(found: Sequence[Cost]) -> list[dict[str, Any]]:
+def _by_kind(found: Sequence[Cost]) -> list[OperatorCost]:
     groups: dict[str, list[Cost]] = {}
     for cost in found:
         groups.setdefault(cost.operator.kind, []).append(cost)
     return [_row(kind, group) for kind, group in groups.items() if any(c.seconds for c in group)]
 
 
-def _row(kind: str, group: Sequence[Cost]) -> dict[str, Any]:
+def _row(kind: str, group: Sequence[Cost], layer: int | None = None) -> OperatorCost:
     times: dict[str, float] = {}
     for cost in group:
         times[cost.bound] = times.get(cost.bound, 0.0) + cost.seconds
-    return {
-        "kind": kind,
-        "macs": round(sum(c.operator.macs for c in group)),
-        "bytes": round(sum(c.moved_bytes for c in group)),
-        "ms": roofline.seconds(group) * 1e3,
-        "bound": max(times, key=lambda name: times[name]),
-    }
+    return OperatorCost(
+        layer=layer,
+        kind=kind,
+        macs=round(sum(c.operator.macs for c in group)),
+        bytes=round(sum(c.moved_bytes for c in group)),
+        ms=roofline.seconds(group) * 1e3,
+        bound=max(times, key=lambda name: times[name]),
+    )
 
 
-def _method(plan: _Plan, power_mode: str | None, share: Calibration) -> dict[str, Any]:
+def _method(plan: _Plan, power_mode: str | None, share: Calibration) -> Bounded:
     board = plan.board
     left_out = ("sources", "power_modes", "jetpack", "rails")
     described = {name: value for name, value in msgspec.structs.asdict(board).items() if name not in left_out}
     others = roofline.precisions(plan.precision, board)["attention"]
-    return {
-        "estimate": "computed, not measured; `machine` is where it was computed, not the board",
-        "board": described,
-        "power_mode": power_mode or unavailable("none chosen: full clocks"),
-        "precision": {"linear": plan.precision, "other": others},
-        "kernels": {"assumed": plan.kernels, "because": plan.because},
-        "batch": plan.work.batch,
-        "calibration": dataclasses.asdict(share),
-    }
+    return EstimateMethod(
+        estimate="computed, not measured; `machine` is where it was computed, not the board",
+        board=described,
+        power_mode=power_mode or Unavailable("none chosen: full clocks"),
+        precision={"linear": plan.precision, "other": others},
+        kernels=Assumed(plan.kernels, plan.because),
+        batch=plan.work.batch,
+        calibration=share,
+    )

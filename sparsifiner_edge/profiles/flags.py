@@ -9,9 +9,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.stats import Samples, percentile, quantile_interval
+from sparsifiner_edge.profiles.usage import Usage
+from sparsifiner_edge.records import Unavailable
 
 THRESHOLDS: dict[str, float] = {
     # (p90 - p10) / p50 of the latency. Ours: a quiet machine stays below .05, a shared one is well above .1.
@@ -43,12 +47,16 @@ THRESHOLDS: dict[str, float] = {
     "other_cores": 0.10,
 }
 
-Flag = dict[str, str]
+
+class Flag(msgspec.Struct, frozen=True):
+    """A reason to believe a figure less: its name, what was seen, what to do."""
+
+    flag: str
+    what: str
+    do: str
+
+
 _LOCK = "Fix the clocks (jetson_clocks, nvidia-smi -lgc, the performance governor), and measure again."
-
-
-def _flag(name: str, what: str, do: str) -> Flag:
-    return {"flag": name, "what": what, "do": do}
 
 
 def spread_flags(latency_ms: Samples) -> list[Flag]:
@@ -57,7 +65,7 @@ def spread_flags(latency_ms: Samples) -> list[Flag]:
     found = []
     for seen in (_bimodal(values) or _spread(values), _trend(values)):
         if seen is not None:
-            found.append(_flag("unstable", seen, "Close other programs, let the machine cool, and measure longer."))
+            found.append(Flag("unstable", seen, "Close other programs, let the machine cool, and measure longer."))
     return found
 
 
@@ -123,27 +131,27 @@ def length_flags(latency_ms: Samples, cut_short: str | None = None) -> list[Flag
         reasons.append("too few independent queries to bound the median")
     elif (high - low) / 2 > THRESHOLDS["interval"] * middle:
         reasons.append(f"the median is known to +-{(high - low) / 2 / middle:.0%} only")
-    return [_flag("too-short", "; ".join(reasons), "Measure longer (--seconds).")] if reasons else []
+    return [Flag("too-short", "; ".join(reasons), "Measure longer (--seconds).")] if reasons else []
 
 
-def settling_flags(warm_up: Mapping[str, Any]) -> list[Flag]:
-    """ "not-settled" where warm-up ended before the latency stood still."""
-    if warm_up["settled"]:
+def settling_flags(settled: bool, seconds: float, queries: int) -> list[Flag]:
+    """ "not-settled" where warm-up ended, after so much, before the latency stood still."""
+    if settled:
         return []
-    what = f"after {warm_up['seconds']:.1f} s and {warm_up['queries']} queries of warm-up the latency still moved"
-    return [_flag("not-settled", what, "Close other programs, or fix the clocks, and measure again.")]
+    what = f"after {seconds:.1f} s and {queries} queries of warm-up the latency still moved"
+    return [Flag("not-settled", what, "Close other programs, or fix the clocks, and measure again.")]
 
 
-def kernel_flags(kernels: str) -> list[Flag]:
+def kernel_flags(kernels: str | Unavailable) -> list[Flag]:
     """ "portable-kernels" where function bodies stand in for a native library that could not be used.
 
     Args:
         kernels: as a session's description says.
     """
-    if "(the native library" not in kernels:
+    if isinstance(kernels, Unavailable) or "(the native library" not in kernels:
         return []
     what = f"sparse attention ran as {kernels}"
-    return [_flag("portable-kernels", what, "Mend the native library: sparsifiner-edge doctor says what it lacks.")]
+    return [Flag("portable-kernels", what, "Mend the native library: sparsifiner-edge doctor says what it lacks.")]
 
 
 def part_flags(parts_ms: Mapping[str, Sequence[float]]) -> list[Flag]:
@@ -159,56 +167,56 @@ def part_flags(parts_ms: Mapping[str, Sequence[float]]) -> list[Flag]:
     found = []
     if middle.get("enqueue", 0.0) > THRESHOLDS["enqueue"] * middle["compute"]:
         what = f"enqueueing takes {middle['enqueue']:.3g} ms, computing {middle['compute']:.3g} ms"
-        found.append(_flag("enqueue-bound", what, "Use CUDA graphs, or a larger batch: the GPU waits for the host."))
+        found.append(Flag("enqueue-bound", what, "Use CUDA graphs, or a larger batch: the GPU waits for the host."))
     for name, way in (("h2d", "to"), ("d2h", "from")):
         if middle.get(name, 0.0) >= THRESHOLDS["transfer"] * middle["compute"]:
             what = f"copying {way} the device takes {middle[name]:.3g} ms, computing {middle['compute']:.3g} ms"
-            found.append(_flag("transfer-bound", what, "Keep inputs and outputs on the device, or in pinned memory."))
+            found.append(Flag("transfer-bound", what, "Keep inputs and outputs on the device, or in pinned memory."))
     variation = float(np.std(compute) / np.mean(compute))
     if variation > THRESHOLDS["device_variation"]:
         what = f"the time on the device varies by {variation:.1%} (coefficient of variation)"
-        found.append(_flag("unstable", what, _LOCK))
+        found.append(Flag("unstable", what, _LOCK))
     return found
 
 
-def usage_flags(process: Mapping[str, Any], machine: Mapping[str, Any], queries: int) -> list[Flag]:
-    """ "swapping" and "other-load", from `usage.process_between` and `usage.usage_between`."""
+def usage_flags(usage: Usage, queries: int) -> list[Flag]:
+    """ "swapping" and "other-load"."""
     found = []
-    faults, swapped, other = process["major_faults"], machine["swapped_bytes"], machine["other_cores"]
+    faults, swapped, other = usage.major_faults, usage.swapped_bytes, usage.other_cores
     reasons = []
     if faults >= max(1.0, THRESHOLDS["major_faults"] * queries):
         reasons.append(f"{faults} page faults waited for the disk in {queries} queries")
     if isinstance(swapped, int) and swapped > THRESHOLDS["swapped_bytes"]:
         reasons.append(f"the machine moved {swapped / 1e6:.0f} MB to and from swap")
     if reasons:
-        found.append(_flag("swapping", "; ".join(reasons), "Free memory, or take a smaller model."))
+        found.append(Flag("swapping", "; ".join(reasons), "Free memory, or take a smaller model."))
     if isinstance(other, float) and other > THRESHOLDS["other_cores"]:
-        what = f"other programs kept {other:.2f} of {machine['allowed_cores']} cores busy"
-        found.append(_flag("other-load", what, "Close other programs, and measure again."))
+        what = f"other programs kept {other:.2f} of {usage.allowed_cores} cores busy"
+        found.append(Flag("other-load", what, "Close other programs, and measure again."))
     return found
 
 
 def power_flags(short: str, least_s: float) -> list[Flag]:
     """ "power-too-short" where there is a power sensor and queries were `short` for it; `least_s` would do."""
     do = f"For energy, measure one bundle alone, for at least {least_s:.2g} s (--seconds)."
-    return [_flag("power-too-short", short, do)] if short else []
+    return [Flag("power-too-short", short, do)] if short else []
 
 
-def condition_flags(conditions: Mapping[str, Any], on: str) -> list[Flag]:
+def condition_flags(conditions: Seen, on: str) -> list[Flag]:
     """ "throttled" and "clock-varies", from `sensors.conditions` before, during and after.
 
     Args:
         on: "cpu" or "gpu", where inferences run; what the clock of an idle GPU does is no matter.
     """
     found = []
-    throttled = conditions.get("throttled_by")
+    throttled = conditions.throttled_by
     if isinstance(throttled, list) and throttled:
-        what = f"slowed down by {', '.join(map(str, throttled))}"
-        found.append(_flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
+        what = f"slowed down by {', '.join(throttled)}"
+        found.append(Flag("throttled", what, "Cool it, raise its power mode, or take a stronger supply."))
     clocks = {"cpu_mhz.highest": "the processor's clock"} | ({"gpu_mhz": "the GPU's clock"} if on == "gpu" else {})
     for key, name in clocks.items():
-        clock = conditions.get("during", {}).get(key)
-        if clock and clock["lowest"] > 0 and clock["highest"] / clock["lowest"] - 1 > THRESHOLDS["clock"]:
-            what = f"{name} went from {clock['lowest']:.0f} to {clock['highest']:.0f} MHz while queries ran"
-            found.append(_flag("clock-varies", what, _LOCK))
+        clock = conditions.during.get(key)
+        if clock and clock.lowest > 0 and clock.highest / clock.lowest - 1 > THRESHOLDS["clock"]:
+            what = f"{name} went from {clock.lowest:.0f} to {clock.highest:.0f} MHz while queries ran"
+            found.append(Flag("clock-varies", what, _LOCK))
     return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+
+from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
@@ -12,14 +13,26 @@ from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.client import start_worker
 from sparsifiner_edge.profiles.comparison import compare, two_names
-from sparsifiner_edge.profiles.observation import Observation, observe, power_samples, side_figures, side_samples
+from sparsifiner_edge.profiles.figures import (
+    Figures,
+    Input,
+    LayersCompared,
+    Method,
+    ProfileResult,
+    Samples,
+    Statistics,
+)
+from sparsifiner_edge.profiles.layers import LayerTimes
+from sparsifiner_edge.profiles.memory import SOURCES
+from sparsifiner_edge.profiles.observation import Observation, observe, side_figures, side_samples
 from sparsifiner_edge.profiles.rules import RULES, make_rules
 from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Side, load_side
+from sparsifiner_edge.profiles.worker import Load
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import new_result, unavailable
+from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.open import check_backend, check_kernels
+from sparsifiner_edge.runtime.session import Description
 
-_DESCRIBED = ("backend", "version", "provider", "device", "precision", "kernels", "threads")
 __all__ = ["RULES", "Progress", "profile_bundle"]
 
 
@@ -38,7 +51,7 @@ def profile_bundle(
     layers: bool = True,
     power: bool = True,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> ProfileResult:
     """Measure a bundle; with `against`, also the ratio between the two.
 
     Each bundle lives in a process of its own, warmed until the medians of three consecutive windows lie within 2 %
@@ -63,10 +76,7 @@ def profile_bundle(
         progress: called now and then.
 
     Returns:
-        A result (see `sparsifiner_edge.results`) of kind "profile", or "comparison" with `against`. Under `samples`
-        and `statistics`: `subject`, `against`; and `statistics.comparison` with `ratio` (against's latency over the
-        subject's: above 1 the subject is faster), `verdict` ("faster", "slower", "no difference shown") and `sentence`.
-        docs/profiling.md names every figure.
+        A result of kind "profile", or "comparison" with `against`. docs/profiling.md names every figure.
 
     Raises:
         ArtifactError: not a bundle, altered, or of a newer schema.
@@ -80,29 +90,34 @@ def profile_bundle(
     manifests = {role: open_bundle(path) for role, path in folders.items()}
     if rules == "mlperf":
         _refuse_batches(manifests)
-    subjects = [{"role": role} | bundle_subject(path, manifests[role]) for role, path in folders.items()]
+    subjects = [bundle_subject(path, manifests[role], role) for role, path in folders.items()]
     clock = Clock(progress, len(folders) * (settings.seconds + 1.0))
-    common = {"backend": backend, "threads": threads, "kernels": kernels, "batch": 1}
     with contextlib.ExitStack() as stack:
         sides = []
         for role, path in folders.items():
             clock.tell(f"loading {path.name}")
             worker = stack.enter_context(start_worker())
-            sides.append(load_side(role, worker, {"bundle": str(path.resolve())} | common))
+            request = Load(bundle=str(path.resolve()), backend=backend, threads=threads, kernels=kernels)
+            sides.append(load_side(role, worker, request))
         seen = observe(sides, settings, clock, power)
-        descriptions = {side.role: _described(side) for side in sides}
-    figures: dict[str, Any] = {side.role: side_figures(side, seen) for side in sides}
-    for role, described in descriptions.items():
-        figures[role]["flags"] += flags.kernel_flags(str(described["kernels"]))
-    if len(sides) == 2:
-        figures["comparison"] = compare(sides[0], sides[1], two_names(subjects))
+        described = {side.role: _described(side) for side in sides}
+    figures = {side.role: _with_kernels(side_figures(side, seen), described[side.role]) for side in sides}
+    compared = compare(sides[0], sides[1], two_names(subjects)) if len(sides) == 2 else None
     if layers:
         for side in sides:
             clock.tell(f"timing the layers of {side.role}")
-            figures[side.role] |= _timed_layers(side)
-    kind = "comparison" if against is not None else "profile"
-    samples = {side.role: side_samples(side) for side in sides} | power_samples(seen)
-    return new_result(kind, subjects, _method(sides, seen, descriptions), samples, figures)
+            figures[side.role] = _with_layers(figures[side.role], side)
+    return ProfileResult(
+        "comparison" if against is not None else "profile",
+        subjects,
+        _method(sides, seen, described),
+        Samples(**{side.role: side_samples(side) for side in sides}, power=seen.recording.samples() or None),
+        Statistics(**figures, comparison=compared),
+    )
+
+
+def _with_kernels(figures: Figures, described: Description) -> Figures:
+    return replace(figures, flags=figures.flags + flags.kernel_flags(described.kernels))
 
 
 def _refuse_batches(manifests: dict[str, Manifest]) -> None:
@@ -116,54 +131,52 @@ def _refuse_batches(manifests: dict[str, Manifest]) -> None:
             )
 
 
-def _described(side: Side) -> dict[str, Any]:
+def _described(side: Side) -> Description:
     """What ran. Reading the model once more may fail where memory is short; the figures stand all the same."""
     try:
-        return side.worker.ask("describe", LOAD_TIMEOUT_S)
+        return side.worker.ask(Description, "describe", LOAD_TIMEOUT_S)
     except SparsifinerError as error:
-        return dict.fromkeys(_DESCRIBED, unavailable(error.what))
+        why = Unavailable(error.what)
+        return Description(backend=why, version=why, provider=why, device=why, precision=why, kernels=why, threads=why)
 
 
-def _timed_layers(side: Side) -> dict[str, Any]:
+def _with_layers(figures: Figures, side: Side) -> Figures:
     """Times per layer, from a process of its own; a profiler that fails costs nothing else."""
     p50 = stats.percentile(side.latency_ms, 0.5)
     try:
         with start_worker() as worker:
-            found = worker.ask("layers", LOAD_TIMEOUT_S, **side.request, query_ms=p50)
+            found = worker.ask(LayerTimes, "layers", LOAD_TIMEOUT_S, **asdict(side.request), query_ms=p50)
     except SparsifinerError as error:
-        missing = unavailable(error.what)
-        return {"layers": missing, "layers_total_ms": missing, "layers_compared": missing}
-    total = found["layers_total_ms"]
-    compared = {"latency_p50_ms": p50, "total_over_latency": total / p50, "queries": found["queries"]}
-    if "profiled_ms" in found:
-        compared["profiled_ms"] = found["profiled_ms"]
-    return {"layers": found["layers"], "layers_total_ms": total, "layers_compared": compared}
+        why = Unavailable(error.what)
+        return replace(figures, layers=why, layers_total_ms=why, layers_compared=why)
+    total = found.layers_total_ms
+    compared = LayersCompared(
+        latency_p50_ms=p50, total_over_latency=total / p50, queries=found.queries, profiled_ms=found.profiled_ms
+    )
+    return replace(figures, layers=found.layers, layers_total_ms=total, layers_compared=compared)
 
 
-def _method(sides: list[Side], seen: Observation, described: dict[str, Any]) -> dict[str, Any]:
-    rules, recording = seen.rules, seen.recording.method()
-    method: dict[str, Any] = {
-        "scenario": "single stream: one query at a time, from Session.infer's call to its return",
-        "clock": "time.perf_counter_ns",
-        "rules": rules.describe(),
-        "input": {"kind": "uniform random, seed 0, made once", "shapes": sides[0].load["input_shapes"]},
-        "isolation": "one process per bundle",
-        "load_ms": "the session's creation alone, after importing the backend (import_ms)",
-        "peak_rss_bytes": "VmHWM of the whole process: Python, the backend and the model",
-        "memory_sources": sides[0].memory.report()["sources"],
-        "runtime": described,
-        "warm_up": {side.role: side.warm_up for side in sides},
-        "block_queries": {side.role: len(side.blocks[0]) for side in sides},
-        "sensor": recording["sensor"] | {"idle_s": recording["idle_s"], "readings": recording["readings"]},
-        "conditions": {side.role: seen.conditions(side) for side in sides},
-        "problems": recording["problems"],
-        "flag_thresholds": flags.THRESHOLDS,
-        "layers": "the backend's own profiler, in a process of its own after the latency was measured",
-    }
-    if len(sides) == 2:
-        method["ratio"] = "median over rounds of: against's median latency over the subject's, within one round"
-        method["first_in_round"] = seen.order
-        method["rewarm_queries"] = {side.role: side.rewarm for side in sides}
-    if seen.cut_short:
-        method["cut_short"] = seen.cut_short
-    return method
+def _method(sides: list[Side], seen: Observation, described: dict[str, Description]) -> Method:
+    two = len(sides) == 2
+    return Method(
+        scenario="single stream: one query at a time, from Session.infer's call to its return",
+        clock="time.perf_counter_ns",
+        rules=seen.rules,
+        input=Input("uniform random, seed 0, made once", sides[0].loaded.input_shapes),
+        isolation="one process per bundle",
+        load_ms="the session's creation alone, after importing the backend (import_ms)",
+        peak_rss_bytes="VmHWM of the whole process: Python, the backend and the model",
+        memory_sources=SOURCES,
+        runtime=described,
+        warm_up={side.role: side.warm_up for side in sides if side.warm_up},
+        block_queries={side.role: len(side.blocks[0]) for side in sides},
+        sensor=seen.recording.described(),
+        conditions={side.role: seen.conditions(side) for side in sides},
+        problems=seen.recording.told(),
+        flag_thresholds=flags.THRESHOLDS,
+        layers="the backend's own profiler, in a process of its own after the latency was measured",
+        ratio="median over rounds of: against's median latency over the subject's, within one round" if two else None,
+        first_in_round=seen.order if two else None,
+        rewarm_queries={side.role: side.rewarm for side in sides} if two else None,
+        cut_short=seen.cut_short or None,
+    )

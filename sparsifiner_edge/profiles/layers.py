@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle, read_listed
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.profiles.kinds import merge
+from sparsifiner_edge.profiles.kinds import Row, merge
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.ort import load_backend, native_library
 from sparsifiner_edge.runtime.session import Array, Session
@@ -26,25 +28,41 @@ SECONDS = 1.0
 MIN_QUERIES, MAX_QUERIES = 3, 100
 _WARM_UP = 2
 _SUFFIX = "_kernel_time"
-Row = dict[str, Any]
+Trace = list[dict[str, Any]]
+"""Events as ONNX Runtime writes them."""
 MakeInputs = Callable[[list[TensorSpec]], dict[str, Array]]
+
+
+class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Time per node, in the order of execution, per query.
+
+    Attributes:
+        profiled_ms: a whole query with the profiler on, where that tells. queries: how many were profiled.
+    """
+
+    layers: list[Row]
+    layers_total_ms: float
+    queries: int
+    profiled_ms: float | None = None
+
+
+class _Timed(msgspec.Struct, frozen=True):
+    """What a session's own profiler says of a layer."""
+
+    name: str
+    ms: float
+    op: str = ""
 
 
 def measure_layers(
     bundle: str, backend: str, threads: int | None, kernels: str, make_inputs: MakeInputs, query_ms: float
-) -> dict[str, Any]:
+) -> LayerTimes:
     """Profile a bundle in a session of its own.
 
     Args:
         bundle, backend, threads, kernels: see `open_session`.
         make_inputs: one query from a session's inputs.
         query_ms: about how long it takes; decides the number of queries.
-
-    Returns:
-        `layers`, a list of rows in the order of execution: `layer` (from 0; left out outside the layers), `name` of the
-        node in the exported file, `op`, `kind` (one of `kinds.KINDS`), `ms` per query (ONNX Runtime's median,
-        TensorRT's mean), `share` of the total, `nodes` that the backend made of it; `layers_total_ms`; `profiled_ms`,
-        a whole query with the profiler on; `queries`.
 
     Raises:
         BackendError: the backend has no profiler, or its profile cannot be read.
@@ -59,21 +77,22 @@ def measure_layers(
         if own is not None:
             for _ in range(_WARM_UP):
                 session.infer(inputs)
-            return _finish(_named_rows(own(inputs, queries), model), None, queries)
+            return _finish(_named_rows(own(inputs, queries), model), queries)
         _require_trace(session)
-        native = str(session.description["kernels"]).startswith("native")
-        threads = session.description["threads"]
-    return _ort_layers(model, threads, "native" if native else "portable", inputs, queries)
+        ran = session.description
+    assert isinstance(ran.threads, int)
+    native = str(ran.kernels).startswith("native")
+    return _ort_layers(model, ran.threads, "native" if native else "portable", inputs, queries)
 
 
 def _require_trace(session: Session) -> None:
-    device = session.description["device"]
+    device = session.description.device
     if session.backend != "onnxruntime" or device != "CPU":
         # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
         raise BackendError(f"{session.backend} on {device} tells no times per layer.", "Profile it on the CPU.")
 
 
-def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int) -> dict[str, Any]:
+def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int) -> LayerTimes:
     import onnx
 
     from sparsifiner_edge.profiles.attribution import find_places, operator_of, place_nodes
@@ -87,13 +106,13 @@ def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, A
     for node, ms in times.items():
         place = placed.get(node)
         layer, kind, label = (None, "other", node) if place is None else place
-        rows.append(_row(layer, label, operator_of(node, operators[node]), kind, ms))
-    return _finish(rows, whole, queries)
+        rows.append(Row(layer=layer, name=label, op=operator_of(node, operators[node]), kind=kind, ms=ms))
+    return _finish(rows, queries, whole)
 
 
 def _run_profiled(
     model: bytes, folder: Path, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int
-) -> list[dict[str, Any]]:
+) -> Trace:
     """Run `queries` times with ONNX Runtime's profiler on; its trace, and the optimised graph in `folder`."""
     ort = load_backend()
     options = ort.SessionOptions()
@@ -115,13 +134,13 @@ def _run_profiled(
         for _ in range(queries):
             session.run(names, dict(inputs))
         text = Path(session.end_profiling()).read_text(encoding="utf-8")
-        trace: list[dict[str, Any]] = json.loads(text)
+        trace: Trace = json.loads(text)
     except Exception as error:  # ONNX Runtime's errors share no base but Exception.
         raise BackendError(f"ONNX Runtime's profiler failed: {error}", "Leave it out (--no-layers).") from error
     return trace
 
 
-def read_trace(trace: list[dict[str, Any]], queries: int) -> tuple[dict[str, float], dict[str, str], float]:
+def read_trace(trace: Trace, queries: int) -> tuple[dict[str, float], dict[str, str], float]:
     """Median milliseconds of each node over the last `queries` runs, its operator, and a whole run's median.
 
     Args:
@@ -157,7 +176,7 @@ def read_trace(trace: list[dict[str, Any]], queries: int) -> tuple[dict[str, flo
     return times, operators, statistics.median(runs[-queries:])
 
 
-def _named_rows(times: list[Mapping[str, Any]], model: bytes) -> list[Row]:
+def _named_rows(times: object, model: bytes) -> list[Row]:
     """Rows of a profiler that gives names alone: a fused layer's name holds those of its nodes, joined by "+"."""
     import onnx
 
@@ -167,30 +186,20 @@ def _named_rows(times: list[Mapping[str, Any]], model: bytes) -> list[Row]:
     places = find_places(exported)
     operators = {node.name: node.op_type for node in exported.graph.node}
     rows = []
-    for entry in times:
-        name = str(entry["name"])
+    for entry in msgspec.convert(times, list[_Timed]):
+        name = entry.name
         parts = [part.strip().split("/")[0] for part in name.replace("(", "+").replace(")", "+").split("+")]
         known = [part for part in parts if part in places.nodes]
         # The products in it cost most of its time.
         main = next((part for part in known if operators[part] in ("MatMul", "Gemm")), known[0] if known else None)
         if main is None:
-            rows.append(_row(None, name, str(entry.get("op", "")) or "fused", "other", float(entry["ms"])))
+            rows.append(Row(name=name, op=entry.op or "fused", kind="other", ms=entry.ms))
         else:
             place = places.nodes[main]
-            rows.append(_row(place.layer, name, operators[main], place.kind, float(entry["ms"])))
+            rows.append(Row(layer=place.layer, name=name, op=operators[main], kind=place.kind, ms=entry.ms))
     return rows
 
 
-def _row(layer: int | None, name: str, op: str, kind: str, ms: float) -> Row:
-    return {"layer": layer, "name": name, "op": op, "kind": kind, "ms": ms}
-
-
-def _finish(rows: list[Row], whole_ms: float | None, queries: int) -> dict[str, Any]:
-    total = sum(row["ms"] for row in rows)
-    merged = [
-        {name: value for name, value in row.items() if value is not None}
-        | {"share": row["ms"] / total if total else 0.0}
-        for row in merge(rows)
-    ]
-    report = {"layers": merged, "layers_total_ms": total, "queries": queries}
-    return report if whole_ms is None else report | {"profiled_ms": whole_ms}
+def _finish(rows: list[Row], queries: int, whole_ms: float | None = None) -> LayerTimes:
+    merged, total = merge(rows), sum(row.ms for row in rows)
+    return LayerTimes(layers=merged, layers_total_ms=total, queries=queries, profiled_ms=whole_ms)

@@ -6,7 +6,7 @@ From outside or inside the process, at the end of each phase:
     ...load...              memory.end("load")
     ...first inference...   memory.end("first_inference")
     ...many more...         memory.end("steady")
-    memory.report()
+    memory.phases
 
 Files: proc_pid_status(5), proc_pid_clear_refs(5) and the kernel's filesystems/proc.rst.
 """
@@ -15,45 +15,70 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+
+import msgspec
+from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.profiles.sensors.base import UnavailableError, read_text, why
 from sparsifiner_edge.profiles.sensors.nvml import nvml_device
-from sparsifiner_edge.results import unavailable
+from sparsifiner_edge.records import Unavailable
 
 _RESET_PEAK = "5"
 SOURCES = {
     "rss_bytes": "VmRSS at the phase's end",
     "peak_rss_bytes": "VmHWM, reset through clear_refs at the phase's start",
     "pss_bytes": "Pss of smaps_rollup at the phase's end (the kernel keeps no peak of it)",
+    "device_bytes": "NVML's memory of this process; where NVML does not name it, the rise of the card's used "
+    "memory since before the first phase, other programs included (then `device_source` says so)",
+    "unified_bytes": "fall of MemAvailable since before the first phase: process and device together, other "
+    "programs included",
 }
+"""Where each figure comes from."""
+Bytes = int | Unavailable
 
 
-def read_memory(process: Path = Path("/proc/self")) -> dict[str, Any]:
-    """Resident set now, its peak, and the proportional share (pages divided among the processes that map them).
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a process: resident set, its peak, and the proportional share (pages divided among those that map them)."""
+
+    rss_bytes: Bytes
+    peak_rss_bytes: Bytes
+    pss_bytes: Bytes
+
+
+class Phase(Memory, frozen=True, kw_only=True):
+    """Of a process, at the end of a phase.
+
+    Attributes:
+        device_bytes: of an NVIDIA card; device_source: where another source than `SOURCES` says was taken.
+        unified_bytes: of a Jetson, whose processor and GPU share their memory.
+    """
+
+    device_bytes: Bytes
+    device_source: str | None = None
+    unified_bytes: Bytes
+
+
+def read_memory(process: Path = Path("/proc/self")) -> Memory:
+    """Memory now.
 
     Args:
         process: a process's folder in procfs.
-
-    Returns:
-        `rss_bytes`, `peak_rss_bytes`, `pss_bytes`; each an int, or why it is unavailable.
     """
-    fields = (
-        ("rss_bytes", "status", "VmRSS"),
-        ("peak_rss_bytes", "status", "VmHWM"),
-        ("pss_bytes", "smaps_rollup", "Pss"),
+    return Memory(
+        rss_bytes=_kilobytes(process / "status", "VmRSS"),
+        peak_rss_bytes=_kilobytes(process / "status", "VmHWM"),
+        pss_bytes=_kilobytes(process / "smaps_rollup", "Pss"),
     )
-    return {key: _kilobytes(process / file, field) for key, file, field in fields}
 
 
-def _kilobytes(path: Path, field: str) -> Any:
-    """A field of a file of procfs in bytes, or why it is unavailable."""
+def _kilobytes(path: Path, field: str) -> Bytes:
+    """A field of a file of procfs."""
     try:
         text = read_text(path)
     except OSError as error:
-        return unavailable(why(error))
+        return Unavailable(why(error))
     match = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(match[1]) * 1024 if match else unavailable(f"{path} has no {field}")
+    return int(match[1]) * 1024 if match else Unavailable(f"{path} has no {field}")
 
 
 class MemoryPhases:
@@ -71,35 +96,21 @@ class MemoryPhases:
         self._unified = (root / "etc/nv_tegra_release").exists()
         self._available = self._mem_available()
         self._card_used = _card_used()
-        self._phases: dict[str, dict[str, Any]] = {}
-        self._peak: Any = None
+        self.phases: dict[str, Phase] = {}
+        self._peak: Bytes | None = None
         self._reset = ""
         self._begin()
 
-    def end(self, name: str) -> dict[str, Any]:
-        """End a phase and begin the next.
-
-        Returns:
-            `rss_bytes`, `peak_rss_bytes`, `pss_bytes`, `device_bytes` (an NVIDIA card) and `unified_bytes` (a Jetson,
-            whose processor and GPU share their memory); each an int, or why it is unavailable.
-        """
-        phase = read_memory(self._process)
-        if self._reset and phase["peak_rss_bytes"] == self._peak:
-            phase["peak_rss_bytes"] = unavailable(f"it lies before this phase, and cannot be reset: {self._reset}")
-        phase |= self._device()
-        self._phases[name] = phase
+    def end(self, name: str) -> Phase:
+        """End a phase and begin the next."""
+        now = read_memory(self._process)
+        peak = now.peak_rss_bytes
+        if self._reset and peak == self._peak:
+            peak = Unavailable(f"it lies before this phase, and cannot be reset: {self._reset}")
+        phase = self._with_device(replace(now, peak_rss_bytes=peak))
+        self.phases[name] = phase
         self._begin()
         return phase
-
-    def report(self) -> dict[str, Any]:
-        """The phases by name, and `sources`: where each figure comes from."""
-        device = {
-            "device_bytes": "NVML's memory of this process; where NVML does not name it, the rise of the card's used "
-            "memory since before the first phase, other programs included (then `device_source` says so)",
-            "unified_bytes": "fall of MemAvailable since before the first phase: process and device together, other "
-            "programs included",
-        }
-        return {"phases": dict(self._phases), "sources": SOURCES | device}
 
     def _begin(self) -> None:
         try:
@@ -107,49 +118,49 @@ class MemoryPhases:
             self._reset = ""
         except OSError as error:
             self._reset = why(error)
-        self._peak = read_memory(self._process)["peak_rss_bytes"]
+        self._peak = read_memory(self._process).peak_rss_bytes
 
-    def _mem_available(self) -> Any:
+    def _mem_available(self) -> Bytes:
         return _kilobytes(self._root / "proc/meminfo", "MemAvailable")
 
-    def _device(self) -> dict[str, Any]:
+    def _with_device(self, process: Memory) -> Phase:
         if self._unified:
-            return {
-                "device_bytes": unavailable("processor and GPU share their memory: see unified_bytes"),
-                "unified_bytes": _fall(self._available, self._mem_available()),
-            }
-        report = {"unified_bytes": unavailable("processor and GPU have memories of their own, or there is no GPU")}
-        return report | _device_memory(self._pid, self._card_used)
+            device, source = Unavailable("processor and GPU share their memory: see unified_bytes"), None
+            unified = _fall(self._available, self._mem_available())
+        else:
+            device, source = _device_memory(self._pid, self._card_used)
+            unified = Unavailable("processor and GPU have memories of their own, or there is no GPU")
+        return Phase(**asdict(process), device_bytes=device, device_source=source, unified_bytes=unified)
 
 
-def _fall(before: Any, now: Any) -> Any:
+def _fall(before: Bytes, now: Bytes) -> Bytes:
     if isinstance(before, int) and isinstance(now, int):
         return max(0, before - now)
     return now if isinstance(before, int) else before
 
 
-def _card_used() -> Any:
+def _card_used() -> Bytes:
     """Bytes in use on the card, by whomever."""
     try:
         with nvml_device() as (nvml, card):
             return int(nvml.nvmlDeviceGetMemoryInfo(card).used)
     except UnavailableError as error:
-        return unavailable(why(error))
+        return Unavailable(why(error))
 
 
-def _device_memory(pid: int, used_before: Any) -> dict[str, Any]:
+def _device_memory(pid: int, used_before: Bytes) -> tuple[Bytes, str | None]:
     """`device_bytes` of a process; where NVML does not tell it by process, the card's rise, and `device_source`."""
     try:
         with nvml_device() as (nvml, card):
             processes = nvml.nvmlDeviceGetComputeRunningProcesses(card)
     except UnavailableError as error:
-        return {"device_bytes": unavailable(why(error))}
+        return Unavailable(why(error)), None
     used = [process.usedGpuMemory for process in processes if process.pid == pid]
     if used and used[0] is not None:
-        return {"device_bytes": int(used[0])}
+        return int(used[0]), None
     now = _card_used()
     if not isinstance(now, int) or not isinstance(used_before, int):
-        return {"device_bytes": used_before if isinstance(now, int) else now}
+        return (used_before if isinstance(now, int) else now), None
     # In a container the driver counts processes by other numbers; on some systems it tells no memory by process.
     reason = "NVML gives no memory of this process" if used else "NVML does not list this process"
-    return {"device_bytes": max(0, now - used_before), "device_source": f"{reason}: rise of the card's used memory"}
+    return max(0, now - used_before), f"{reason}: rise of the card's used memory"

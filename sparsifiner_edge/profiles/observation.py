@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from msgspec.structs import asdict
 
 from sparsifiner_edge.profiles import flags, stats
+from sparsifiner_edge.profiles.figures import Figures, Phases, SideSamples
+from sparsifiner_edge.profiles.memory import SOURCES, Bytes
 from sparsifiner_edge.profiles.rules import Rules, mlperf_figures
 from sparsifiner_edge.profiles.sensors import (
+    Energy,
     PowerSensor,
     Recorder,
     Recording,
@@ -15,11 +20,11 @@ from sparsifiner_edge.profiles.sensors import (
     least_window_s,
     too_short,
 )  # fmt: skip
-from sparsifiner_edge.profiles.sensors.conditions import summarise_conditions
+from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.sensors.find import no_sensor
 from sparsifiner_edge.profiles.sides import Clock, Side, measure, warm_up
-from sparsifiner_edge.profiles.usage import process_between, process_usage, snapshot, usage_between
-from sparsifiner_edge.results import unavailable
+from sparsifiner_edge.profiles.usage import ProcessUsage, Usage, process_usage, snapshot, usage_between, worker_usage
+from sparsifiner_edge.records import MISSING, Known, Unavailable
 
 _IDLE_S = (0.5, 3.0)
 _IDLE_SHARE = 0.3
@@ -34,7 +39,7 @@ class Observation(NamedTuple):
 
     Attributes:
         rules: what was asked for. order: who was first in each round. recording: the power sensor's and conditions.
-        machine: see `usage.usage_between`. processes: by role, see `usage.process_between`.
+        usage: by role.
         cut_short: why it ended before the rules were met; empty where they were.
         on: "cpu" or "gpu", where inferences ran.
     """
@@ -42,15 +47,14 @@ class Observation(NamedTuple):
     rules: Rules
     order: list[str]
     recording: Recording
-    machine: dict[str, Any]
-    processes: dict[str, dict[str, Any]]
+    usage: dict[str, Usage]
     cut_short: str
     on: str
 
-    def conditions(self, side: Side) -> dict[str, Any]:
+    def conditions(self, side: Side) -> Seen:
         """Clocks, temperatures and throttling before, during (while this side ran) and after."""
         during = [look for moment, look in self.recording.during if _within(moment, side.windows)]
-        return summarise_conditions(self.recording.before, during, self.recording.after)
+        return self.recording.conditions(during)
 
 
 def _within(moment: int, windows: list[tuple[int, int]]) -> bool:
@@ -80,14 +84,14 @@ def observe(sides: list[Side], rules: Rules, clock: Clock, power: bool) -> Obser
         if sensor.available:
             clock.tell("idling, for the baseline")
             recorder.idle(idle_s)
-    spent = sum(own_after[role]["cpu_s"] - own[role]["cpu_s"] for role in own)
-    machine = usage_between(before, after, spent)
-    processes = {side.role: process_between(own[side.role], own_after[side.role], side.queries) for side in sides}
-    return Observation(rules, order, recorder.recording, machine, processes, _cut_short(sides, rules), on)
+    spent = sum(own_after[role].cpu_s - own[role].cpu_s for role in own)
+    others = usage_between(before, after, spent)
+    usage = {s.role: worker_usage(own[s.role], own_after[s.role], others, s.queries) for s in sides}
+    return Observation(rules, order, recorder.recording, usage, _cut_short(sides, rules), on)
 
 
 def _runs_on(side: Side) -> str:
-    return "cpu" if side.request["backend"] == "onnxruntime" else "gpu"
+    return "cpu" if side.request.backend == "onnxruntime" else "gpu"
 
 
 def _idle_s(sensor: PowerSensor, rules: Rules) -> float:
@@ -96,9 +100,9 @@ def _idle_s(sensor: PowerSensor, rules: Rules) -> float:
     return max(seconds, 2 * sensor.averaging_s + 1) if sensor.averaging_s else seconds
 
 
-def _usages(sides: list[Side]) -> dict[str, dict[str, Any]]:
+def _usages(sides: list[Side]) -> dict[str, ProcessUsage]:
     """Of every worker, and of this process, which samples and waits."""
-    return {side.role: side.worker.ask("usage", 60) for side in sides} | {"parent": process_usage()}
+    return {side.role: side.worker.ask(ProcessUsage, "usage", 60) for side in sides} | {"parent": process_usage()}
 
 
 def _cut_short(sides: list[Side], rules: Rules) -> str:
@@ -107,30 +111,34 @@ def _cut_short(sides: list[Side], rules: Rules) -> str:
     return f"max_seconds came before {rules.min_queries} queries" if few and not many else ""
 
 
-def side_figures(side: Side, seen: Observation) -> dict[str, Any]:
+def side_figures(side: Side, seen: Observation) -> Figures:
     """A side's part of `statistics`; layers apart."""
-    latency = side.latency_ms
-    once = {name: value for name, value in side.load.items() if name.endswith(("_ms", "_bytes"))}
-    figures = stats.summarise(latency) | {"queries": side.queries} | once | _memory(side)
-    figures["energy"] = _energy(side, seen.recording)
-    figures["usage"] = seen.processes[side.role] | seen.machine
-    if side.parts_ms:
-        figures["parts_ms"] = {name: stats.percentile(times, 0.5) for name, times in side.parts_ms.items()}
-    if seen.rules.name == "mlperf":
-        figures["mlperf"] = mlperf_figures(latency, seen.rules)
-    figures["flags"] = _flags(side, seen)
-    return figures
+    latency, memory = side.latency_ms, _phases(side)
+    parts = {name: stats.percentile(times, 0.5) for name, times in side.parts_ms.items()}
+    return Figures(
+        **asdict(stats.summarise(latency)),
+        **asdict(side.loaded.loading),
+        **asdict(side.first),
+        **_whole(side),
+        queries=side.queries,
+        memory=memory,
+        energy=_energy(side, seen.recording),
+        usage=seen.usage[side.role],
+        parts_ms=parts or None,
+        mlperf=mlperf_figures(latency, seen.rules) if seen.rules.name == "mlperf" else None,
+        flags=_flags(side, seen),
+    )
 
 
 def _flags(side: Side, seen: Observation) -> list[flags.Flag]:
     return [
         *flags.length_flags(side.latency_ms, seen.cut_short),
-        *flags.settling_flags(side.warm_up),
+        *settling(side),
         *flags.spread_flags(side.latency_ms),
         *flags.part_flags(side.parts_ms),
         *flags.condition_flags(seen.conditions(side), seen.on),
         *_power_flags(side, seen.recording),
-        *flags.usage_flags(seen.processes[side.role], seen.machine, side.queries),
+        *flags.usage_flags(seen.usage[side.role], side.queries),
     ]
 
 
@@ -139,35 +147,36 @@ def _power_flags(side: Side, recording: Recording) -> list[flags.Flag]:
     return flags.power_flags(too_short(recording, side.windows), least_window_s(sensor)) if sensor.available else []
 
 
-def _energy(side: Side, recording: Recording) -> dict[str, Any]:
+def settling(side: Side) -> list[flags.Flag]:
+    """Flags of its warm-up."""
+    assert side.warm_up is not None
+    return flags.settling_flags(side.warm_up.settled, side.warm_up.seconds, side.warm_up.queries)
+
+
+def _energy(side: Side, recording: Recording) -> Known[Energy]:
     if not recording.sensor.available:
-        return unavailable(recording.sensor.total.removeprefix("unavailable: "))
+        return Unavailable(recording.sensor.total.removeprefix(f"{MISSING}: "))
     return energy(recording, side.windows, side.queries)
 
 
-def _memory(side: Side) -> dict[str, Any]:
-    """The phases, the device's memory in the steady one, and the whole process's figures at the end."""
-    phases = side.memory.report()["phases"]
+def _phases(side: Side) -> Phases:
+    """Memory by phase, and the device's in the steady one."""
+    steady = side.memory.phases["steady"]
+    device, source = steady.device_bytes, steady.device_source or SOURCES["device_bytes"]
+    if isinstance(steady.unified_bytes, int):
+        device, source = steady.unified_bytes, SOURCES["unified_bytes"]
+    return Phases(**side.memory.phases, device_bytes=device, device_source=source)
+
+
+def _whole(side: Side) -> dict[str, Bytes]:
+    """The whole process's memory at the end, and its greatest peak."""
+    phases = side.memory.phases
     steady = phases["steady"]
-    sources = side.memory.report()["sources"]
-    device, source = steady["device_bytes"], steady.get("device_source", sources["device_bytes"])
-    if isinstance(steady["unified_bytes"], int):
-        device, source = steady["unified_bytes"], sources["unified_bytes"]
-    peaks = [phase["peak_rss_bytes"] for phase in phases.values() if isinstance(phase["peak_rss_bytes"], int)]
-    whole = {
-        "rss_bytes": steady["rss_bytes"],
-        "pss_bytes": steady["pss_bytes"],
-        "peak_rss_bytes": max(peaks) if peaks else steady["peak_rss_bytes"],
-    }
-    return whole | {"memory": phases | {"device_bytes": device, "device_source": source}}
+    peaks = [phase.peak_rss_bytes for phase in phases.values() if isinstance(phase.peak_rss_bytes, int)]
+    peak = max(peaks) if peaks else steady.peak_rss_bytes
+    return {"rss_bytes": steady.rss_bytes, "pss_bytes": steady.pss_bytes, "peak_rss_bytes": peak}
 
 
-def side_samples(side: Side) -> dict[str, Any]:
-    """A side's part of `samples`: every latency, in blocks of `block_queries`, and times by part where told."""
-    return {"latency_ms": side.latency_ms} | ({"parts_ms": side.parts_ms} if side.parts_ms else {})
-
-
-def power_samples(seen: Observation) -> dict[str, Any]:
-    """The power sensor's readings, where there are any."""
-    readings = seen.recording.samples()
-    return {"power": readings} if readings else {}
+def side_samples(side: Side) -> SideSamples:
+    """A side's part of `samples`."""
+    return SideSamples(side.latency_ms, side.parts_ms or None)

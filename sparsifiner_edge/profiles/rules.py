@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from sparsifiner_edge.bounds import MOST_COUNT, finite_number
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.profiles.stats import binomial_cdf
+from sparsifiner_edge.records import Unavailable
 
 RULES = ("quick", "mlperf")
 
@@ -29,7 +30,7 @@ MIN_BLOCKS = 20
 _QUICK_SECONDS, _QUICK_QUERIES, _QUICK_MAX_SECONDS = 10.0, 64, 60.0
 
 
-class Rules(NamedTuple):
+class Rules(msgspec.Struct, frozen=True):
     """When a side has been measured enough.
 
     Attributes:
@@ -48,10 +49,6 @@ class Rules(NamedTuple):
     enough_queries: int | None
     seed: int
     valid: bool = True
-
-    def describe(self) -> dict[str, Any]:
-        """For a result's `method`: what is not set is left out."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def enough(self, seconds: float, queries: int, blocks: int) -> bool:
         """Whether a side with so much measured is done; `max_seconds` apart."""
@@ -123,8 +120,29 @@ def early_stopping(
     return float(np.sort(np.asarray(latency, dtype=np.float64))[-t]), t - 1
 
 
-def mlperf_figures(latency_ms: Sequence[float], rules: Rules) -> dict[str, Any]:
-    """For a side's `statistics`: the estimate of p90, and whether each condition of the rules was met."""
+class Mlperf(msgspec.Struct, frozen=True, kw_only=True):
+    """MLPerf's view of a side: the early-stopping estimate, and whether each condition of the rules was met.
+
+    Attributes:
+        discarded: queries above the estimate. valid: whether all conditions were met; why: or why not.
+    """
+
+    percentile: float
+    confidence: float
+    early_stopping_p90_ms: float | Unavailable
+    discarded: int | Unavailable
+    seconds: float
+    queries: int
+    min_duration_met: bool
+    min_queries_met: bool
+    enough_queries_met: bool
+    early_stopping_met: bool
+    valid: bool
+    why: str
+
+
+def mlperf_figures(latency_ms: Sequence[float], rules: Rules) -> Mlperf:
+    """For a side's `statistics`."""
     seconds, queries = sum(latency_ms) / 1000, len(latency_ms)
     found = early_stopping(latency_ms)
     met = {
@@ -134,18 +152,18 @@ def mlperf_figures(latency_ms: Sequence[float], rules: Rules) -> dict[str, Any]:
         "early_stopping_met": found is not None,
     }
     valid, why = _verdict(met, rules)
-    few = {"unavailable": f"{queries} queries are too few for an estimate at {MLPERF_CONFIDENCE:.0%} confidence"}
-    return {
-        "percentile": MLPERF_PERCENTILE,
-        "confidence": MLPERF_CONFIDENCE,
-        "early_stopping_p90_ms": few if found is None else found[0],
-        "discarded": few if found is None else found[1],
-        "seconds": seconds,
-        "queries": queries,
+    few = Unavailable(f"{queries} queries are too few for an estimate at {MLPERF_CONFIDENCE:.0%} confidence")
+    return Mlperf(
+        percentile=MLPERF_PERCENTILE,
+        confidence=MLPERF_CONFIDENCE,
+        early_stopping_p90_ms=few if found is None else found[0],
+        discarded=few if found is None else found[1],
+        seconds=seconds,
+        queries=queries,
         **met,
-        "valid": valid,
-        "why": why,
-    }
+        valid=valid,
+        why=why,
+    )
 
 
 def _verdict(met: dict[str, bool], rules: Rules) -> tuple[bool, str]:

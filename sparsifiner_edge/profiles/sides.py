@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import asdict
 
 from sparsifiner_edge.profiles.client import Worker
 from sparsifiner_edge.profiles.memory import MemoryPhases
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS, Rules
+from sparsifiner_edge.profiles.worker import Block, First, Load, Loaded
 from sparsifiner_edge.progress import Progress
 
 LOAD_TIMEOUT_S = 900.0
@@ -24,6 +26,16 @@ _BLOCK_MS = 200.0
 _REWARM_MS = 20.0
 
 
+class WarmUp(msgspec.Struct, frozen=True, kw_only=True):
+    """How warm-up went: whether the medians of windows stood still, and what was run."""
+
+    settled: bool
+    queries: int
+    seconds: float
+    window_queries: int
+    window_medians_ms: list[float]
+
+
 @dataclasses.dataclass
 class Side:
     """One of the bundles.
@@ -31,8 +43,8 @@ class Side:
     Attributes:
         role: "subject" or "against".
         worker: its process. request: what it was asked to load.
-        load: what loading and the first inference reported. memory: its phases so far.
-        warm_up: how warm-up went. query_ms: a query's time after it.
+        loaded, first: what loading and the first inference reported. memory: its phases so far.
+        warm_up: how warm-up went; None before. query_ms: a query's time after it.
         blocks: latencies in ms, block by block. windows: start and end of each block, CLOCK_MONOTONIC nanoseconds.
         parts_ms: times by part of each query, where the session tells them.
         seconds, queries: how much was recorded.
@@ -40,10 +52,11 @@ class Side:
 
     role: str
     worker: Worker
-    request: dict[str, Any]
-    load: dict[str, Any]
+    request: Load
+    loaded: Loaded
+    first: First
     memory: MemoryPhases
-    warm_up: dict[str, Any] = dataclasses.field(default_factory=dict)
+    warm_up: WarmUp | None = None
     query_ms: float = 0.0
     blocks: list[list[float]] = dataclasses.field(default_factory=list)
     windows: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -61,20 +74,19 @@ class Side:
         """Queries that are run and not recorded after the other side had its turn."""
         return int(_REWARM_MS / self.query_ms)
 
-    def run(self, queries: int, rewarm: int) -> dict[str, Any]:
+    def run(self, queries: int, rewarm: int) -> Block:
         """One block. A hundredfold slowdown is still waited for; a hang is not."""
-        timeout = 60 + 0.1 * (queries + rewarm) * (self.query_ms or self.load["first_inference_ms"])
-        return self.worker.ask("block", timeout, queries=queries, rewarm=rewarm)
+        timeout = 60 + 0.1 * (queries + rewarm) * (self.query_ms or self.first.first_inference_ms)
+        return self.worker.ask(Block, "block", timeout, queries=queries, rewarm=rewarm)
 
     def record(self, queries: int, rewarm: int) -> None:
         """One block, kept."""
         block = self.run(queries, rewarm)
-        self.blocks.append(block["latency_ms"])
-        self.seconds += sum(block["latency_ms"]) / 1000
+        self.blocks.append(block.latency_ms)
+        self.seconds += sum(block.latency_ms) / 1000
         self.queries += queries
-        start, end = block["window_ns"]
-        self.windows.append((start, end))
-        for name, times in block["parts_ms"].items():
+        self.windows.append(block.window_ns)
+        for name, times in block.parts_ms.items():
             self.parts_ms.setdefault(name, []).extend(times)
 
 
@@ -96,35 +108,35 @@ class Clock:
         self._progress(stage, done, max(self._planned, done))
 
 
-def load_side(role: str, worker: Worker, request: dict[str, Any]) -> Side:
+def load_side(role: str, worker: Worker, request: Load) -> Side:
     """Load a bundle into a fresh worker and run it once, following its memory."""
     memory = MemoryPhases(worker.pid)
-    load = worker.ask("load", LOAD_TIMEOUT_S, **request)
+    loaded = worker.ask(Loaded, "load", LOAD_TIMEOUT_S, **asdict(request))
     memory.end("load")
-    load |= worker.ask("first", LOAD_TIMEOUT_S)
+    first = worker.ask(First, "first", LOAD_TIMEOUT_S)
     memory.end("first_inference")
-    return Side(role, worker, request, load, memory)
+    return Side(role, worker, request, loaded, first, memory)
 
 
 def warm_up(side: Side, clock: Clock) -> None:
     """Run windows of about 100 ms until three medians in a row lie within 2 %, for about 5 s at most."""
     start = time.monotonic()
-    side.query_ms = max(side.run(1, 0)["latency_ms"][0], 1e-3)
+    side.query_ms = max(side.run(1, 0).latency_ms[0], 1e-3)
     window = max(1, round(_WINDOW_MS / side.query_ms))
     medians: list[float] = []
     settled = False
     while not settled and (time.monotonic() - start < _WARM_UP_S or len(medians) < 1):
-        medians.append(statistics.median(side.run(window, 0)["latency_ms"]))
+        medians.append(statistics.median(side.run(window, 0).latency_ms))
         last = medians[-_WINDOWS:]
         settled = len(last) == _WINDOWS and max(last) <= min(last) * (1 + _SETTLED)
         clock.tell(f"warming up {side.role}")
-    side.warm_up = {
-        "settled": settled,
-        "queries": 1 + window * len(medians),
-        "seconds": time.monotonic() - start,
-        "window_queries": window,
-        "window_medians_ms": medians,
-    }
+    side.warm_up = WarmUp(
+        settled=settled,
+        queries=1 + window * len(medians),
+        seconds=time.monotonic() - start,
+        window_queries=window,
+        window_medians_ms=medians,
+    )
     side.query_ms = medians[-1]
 
 

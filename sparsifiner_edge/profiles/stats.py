@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from sparsifiner_edge.results import unavailable
+from sparsifiner_edge.records import Unavailable
 
 CONFIDENCE = 0.95
 MARGIN = 0.01
@@ -18,7 +19,39 @@ MARGIN = 0.01
 MIN_FOR_MEAN = 5
 """Independent samples, such as pictures, that a mean's interval takes at least."""
 
+_FEW = Unavailable("too few samples to bound it on this side")
 Samples = Sequence[float] | np.ndarray[Any, Any]
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A value with its interval, and how that was found; in the unit of the field that holds it."""
+
+    value: float
+    low: float | Unavailable
+    high: float | Unavailable
+    confidence: float
+    interval: str
+
+    def times(self, factor: float) -> Estimate:
+        """In another unit."""
+        low, high = (bound * factor if isinstance(bound, float) else bound for bound in (self.low, self.high))
+        return Estimate(self.value * factor, low, high, self.confidence, self.interval)
+
+
+class Latency(msgspec.Struct, frozen=True):
+    """Of one query, in ms."""
+
+    p50: Estimate
+    p90: Estimate
+    p99: Estimate
+    mean: Estimate
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What queries one after the other tell."""
+
+    latency_ms: Latency
+    throughput_per_s: Estimate
 
 
 def percentile(samples: Samples, share: float) -> float:
@@ -83,7 +116,7 @@ def mean_interval(samples: Samples) -> tuple[float, float]:
     return float(values.mean()) - error, float(values.mean()) + error
 
 
-def small_sample_mean(samples: Samples) -> dict[str, Any]:
+def small_sample_mean(samples: Samples) -> Estimate:
     """Mean of independent samples with Student's t interval, which holds for few; no bounds below `MIN_FOR_MEAN`."""
     values = np.asarray(samples, dtype=np.float64)
     mean, low, high = float(values.mean()), None, None
@@ -103,31 +136,25 @@ def student_t(freedom: int) -> float:
     return z + first / freedom + second / freedom**2 + third / freedom**3 + fourth / freedom**4
 
 
-def estimate(value: float, low: float | None, high: float | None, method: str) -> dict[str, Any]:
-    """A value with its interval, as results hold it."""
-    few = unavailable("too few samples to bound it on this side")
-    return {
-        "value": value,
-        "low": few if low is None else low,
-        "high": few if high is None else high,
-        "confidence": CONFIDENCE,
-        "interval": method,
-    }
+def estimate(value: float, low: float | None, high: float | None, method: str) -> Estimate:
+    """A value with its interval, whose bounds are None where samples were too few."""
+    bounds = (_FEW if bound is None else bound for bound in (low, high))
+    return Estimate(value, *bounds, confidence=CONFIDENCE, interval=method)
 
 
-def summarise(latency_ms: Samples) -> dict[str, Any]:
+def summarise(latency_ms: Samples) -> Summary:
     """p50, p90, p99 and mean of the latency in ms, and the throughput in queries per second, with intervals."""
-    order = "order statistics, effective sample size"
-    latency: dict[str, Any] = {
-        name: estimate(percentile(latency_ms, share), *quantile_interval(latency_ms, share), order)
-        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
-    }
+
+    def quantile(share: float) -> Estimate:
+        bounds = quantile_interval(latency_ms, share)
+        return estimate(percentile(latency_ms, share), *bounds, "order statistics, effective sample size")
+
     mean = float(np.mean(latency_ms))
     low, high = mean_interval(latency_ms)
     normal = "normal, effective sample size"
-    latency["mean"] = estimate(mean, low, high, normal)
+    latency = Latency(quantile(0.5), quantile(0.9), quantile(0.99), estimate(mean, low, high, normal))
     fastest = 1000 / low if low > 0 else None
-    return {"latency_ms": latency, "throughput_per_s": estimate(1000 / mean, 1000 / high, fastest, normal)}
+    return Summary(latency_ms=latency, throughput_per_s=estimate(1000 / mean, 1000 / high, fastest, normal))
 
 
 def round_ratios(subject: Sequence[Samples], against: Sequence[Samples]) -> np.ndarray[Any, Any]:

@@ -5,24 +5,67 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_THREADS, whole_number
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.client import start_worker
+from sparsifiner_edge.profiles.figures import Input, SideSamples
+from sparsifiner_edge.profiles.observation import settling
 from sparsifiner_edge.profiles.rules import Rules, make_rules
-from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Side, load_side, measure, warm_up
+from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Side, WarmUp, load_side, measure, warm_up
+from sparsifiner_edge.profiles.worker import Load
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import available_cores, new_result
+from sparsifiner_edge.results import Declared
 from sparsifiner_edge.runtime.open import check_backend, check_kernels
+from sparsifiner_edge.runtime.session import Description
 
 AXES = {"threads": MOST_THREADS, "batch": MOST_BATCH}
 """What can be swept, and the greatest value of each."""
 SECONDS = 3.0
 """Least time measured at each point, where none is given."""
+
+
+class Point(stats.Summary, frozen=True, kw_only=True):
+    """Latency of a whole batch, and throughput in images per second."""
+
+    threads: int
+    batch: int
+    queries: int
+    flags: list[flags.Flag]
+
+
+class Sweep(msgspec.Struct, frozen=True):
+    """Its points, in order."""
+
+    sweep: list[Point]
+
+
+class SweepMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was measured; warm_up by point."""
+
+    scenario: str
+    clock: str
+    rules: Rules
+    input: Input
+    isolation: str
+    runtime: dict[str, Description]
+    warm_up: dict[str, WarmUp]
+    flag_thresholds: dict[str, float]
+
+
+class SweepResult(Declared, frozen=True):
+    """Of kind "sweep"."""
+
+    method: SweepMethod
+    samples: dict[str, SideSamples]
+    statistics: Sweep
 
 
 def sweep_bundle(
@@ -35,7 +78,7 @@ def sweep_bundle(
     seconds: float | None = None,
     min_queries: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> SweepResult:
     """Measure a bundle at every combination of `axes`, one after the other.
 
     Args:
@@ -49,9 +92,7 @@ def sweep_bundle(
         progress: called now and then.
 
     Returns:
-        A result of kind "sweep": `statistics.sweep` is a list of rows with `threads`, `batch`, `latency_ms` (of a whole
-        batch) and `throughput_per_s` (images, not batches, per second), each as `stats.summarise` gives them,
-        `queries` and `flags`; `samples` holds the latencies by "threads=2,batch=1".
+        A result of kind "sweep"; `samples` by name such as "threads=2,batch=1".
 
     Raises:
         ArtifactError: not a bundle, altered, or of a newer schema.
@@ -64,24 +105,31 @@ def sweep_bundle(
     folder = Path(bundle)
     manifest = open_bundle(folder)
     points = _points(axes, threads, manifest, folder)
-    request = {"bundle": str(folder.resolve()), "backend": backend, "kernels": kernels}
     clock = Clock(progress, len(points) * (rules.seconds + 2.0))
-    rows, samples, warm_ups = [], {}, {}
-    description: dict[str, Any] = {}
-    for point in points:
-        name = ",".join(f"{axis}={value}" for axis, value in point.items())
+    rows: list[Point] = []
+    samples: dict[str, SideSamples] = {}
+    warm_ups: dict[str, WarmUp] = {}
+    description: Description | None = None
+    for count, batch in points:
+        name = f"threads={count},batch={batch}"
+        request = Load(bundle=str(folder.resolve()), backend=backend, threads=count, kernels=kernels, batch=batch)
         with start_worker() as worker:
             clock.tell(f"measuring {name}")
-            side = load_side(name, worker, request | point)
-            _measure_point(side, rules, clock)
-            description = description or worker.ask("describe", LOAD_TIMEOUT_S)
-        rows.append(point | _row(side, point["batch"]))
-        samples[name], warm_ups[name] = {"latency_ms": side.latency_ms}, side.warm_up
-    description.pop("threads", None)
-    method = _method(rules, description, warm_ups)
-    return new_result(
-        "sweep", [{"role": "subject"} | bundle_subject(folder, manifest)], method, samples, {"sweep": rows}
-    )
+            side = load_side(name, worker, request)
+            warm_up(side, clock)
+            measure([side], rules, Clock(None, 0.0))
+            description = description or worker.ask(Description, "describe", LOAD_TIMEOUT_S)
+        rows.append(_point(side, count, batch))
+        samples[name], warm_ups[name] = SideSamples(side.latency_ms), _warmed(side)
+    assert description is not None
+    subject = bundle_subject(folder, manifest, "subject")
+    method = _method(rules, replace(description, threads=None), warm_ups)
+    return SweepResult("sweep", [subject], method, samples, Sweep(rows))
+
+
+def _warmed(side: Side) -> WarmUp:
+    assert side.warm_up is not None
+    return side.warm_up
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:
@@ -105,8 +153,8 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:
 
 def _points(
     axes: Mapping[str, Sequence[int]], threads: int | None, manifest: Manifest, folder: Path
-) -> list[dict[str, int]]:
-    """Every combination; a clear refusal before anything is measured."""
+) -> list[tuple[int, int]]:
+    """Every combination of threads and batch; a clear refusal before anything is measured."""
     if not axes:
         raise ConfigError("The sweep has no axis.", f"Choose of: {', '.join(AXES)}.")
     for name, values in axes.items():
@@ -122,32 +170,30 @@ def _points(
             "Export it again with --batch dynamic.",
         )
     counts = list(dict.fromkeys(axes.get("threads", [threads or available_cores()])))
-    return [{"threads": count, "batch": batch} for count, batch in itertools.product(counts, batches)]
+    return list(itertools.product(counts, batches))
 
 
-def _measure_point(side: Side, rules: Rules, clock: Clock) -> None:
-    warm_up(side, clock)
-    measure([side], rules, Clock(None, 0.0))
+def _point(side: Side, threads: int, batch: int) -> Point:
+    found = stats.summarise(side.latency_ms)
+    seen = [*flags.length_flags(side.latency_ms), *settling(side), *flags.spread_flags(side.latency_ms)]
+    return Point(
+        threads=threads,
+        batch=batch,
+        latency_ms=found.latency_ms,
+        throughput_per_s=found.throughput_per_s.times(batch),
+        queries=side.queries,
+        flags=seen,
+    )
 
 
-def _row(side: Side, batch: int) -> dict[str, Any]:
-    figures = stats.summarise(side.latency_ms)
-    throughput = figures["throughput_per_s"]
-    for name in ("value", "low", "high"):
-        if isinstance(throughput[name], float):
-            throughput[name] *= batch
-    seen = [*flags.length_flags(side.latency_ms), *flags.settling_flags(side.warm_up)]
-    return figures | {"queries": side.queries, "flags": seen + flags.spread_flags(side.latency_ms)}
-
-
-def _method(rules: Rules, description: dict[str, Any], warm_ups: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "scenario": "single stream: one batch at a time, from Session.infer's call to its return",
-        "clock": "time.perf_counter_ns",
-        "rules": rules.describe(),
-        "input": {"kind": "uniform random, seed 0, made once"},
-        "isolation": "one process per point, one point after the other",
-        "runtime": {"subject": description},
-        "warm_up": warm_ups,
-        "flag_thresholds": flags.THRESHOLDS,
-    }
+def _method(rules: Rules, description: Description, warm_ups: dict[str, WarmUp]) -> SweepMethod:
+    return SweepMethod(
+        scenario="single stream: one batch at a time, from Session.infer's call to its return",
+        clock="time.perf_counter_ns",
+        rules=rules,
+        input=Input("uniform random, seed 0, made once"),
+        isolation="one process per point, one point after the other",
+        runtime={"subject": description},
+        warm_up=warm_ups,
+        flag_thresholds=flags.THRESHOLDS,
+    )

@@ -7,9 +7,12 @@ import re
 import resource
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sparsifiner_edge.results import available_cores, unavailable
+import msgspec
+
+from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.records import Unavailable
 
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
 """user, nice, system, irq, softirq and steal of a line of /proc/stat (proc(5)); guests are part of user."""
@@ -62,42 +65,77 @@ def _swapped_pages(root: Path) -> int | None:
     return sum(map(int, found)) if found else None
 
 
-def process_usage() -> dict[str, Any]:
-    """Of this process, all threads, since it started: processor seconds, page faults, and how often it was interrupted.
+class ProcessUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one process, all threads.
 
-    `major_faults` had to wait for a disk; `involuntary_switches` gave the processor to another.
+    Attributes:
+        cpu_s: processor seconds. major_faults: page faults that waited for a disk; minor_faults: that did not.
+        involuntary_switches: how often the processor was given to another.
     """
+
+    cpu_s: float
+    major_faults: int
+    minor_faults: int
+    involuntary_switches: int
+
+
+class OtherUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What other programs took meanwhile.
+
+    Attributes:
+        other_cores: processor seconds of all other programs per second, on the `allowed_cores` that this process may
+            use (time stolen by other virtual machines counts).
+        swapped_bytes: of the whole machine. seconds: how long it was looked at.
+    """
+
+    other_cores: float | Unavailable
+    allowed_cores: int
+    swapped_bytes: int | Unavailable
+    seconds: float
+
+
+class Usage(ProcessUsage, OtherUsage, frozen=True, kw_only=True):
+    """A worker's and the machine's, while its queries ran."""
+
+    minor_faults_per_query: float
+
+
+def process_usage() -> ProcessUsage:
+    """Of this process, since it started."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    return {
-        "cpu_s": used.ru_utime + used.ru_stime,
-        "major_faults": used.ru_majflt,
-        "minor_faults": used.ru_minflt,
-        "involuntary_switches": used.ru_nivcsw,
-    }
+    return ProcessUsage(
+        cpu_s=used.ru_utime + used.ru_stime,
+        major_faults=used.ru_majflt,
+        minor_faults=used.ru_minflt,
+        involuntary_switches=used.ru_nivcsw,
+    )
 
 
-def usage_between(before: Snapshot, after: Snapshot, own_s: float) -> dict[str, Any]:
+def usage_between(before: Snapshot, after: Snapshot, own_s: float) -> OtherUsage:
     """What other programs took between two snapshots.
 
     Args:
         before, after: of the same machine.
         own_s: processor seconds that the measurement itself used in between, all of its processes together.
-
-    Returns:
-        `other_cores`: processor seconds of all other programs per second, on the `allowed_cores` that this process may
-        use (time stolen by other virtual machines counts); `swapped_bytes` of the whole machine; `seconds`.
     """
     seconds = after.time_s - before.time_s
-    other: Any = unavailable("/proc/stat is not readable")
+    other: float | Unavailable = Unavailable("/proc/stat is not readable")
     if before.busy_s is not None and after.busy_s is not None and seconds > 0:
         other = max(0.0, (after.busy_s - before.busy_s - own_s) / seconds)
-    swapped: Any = unavailable("/proc/vmstat does not tell")
+    swapped: int | Unavailable = Unavailable("/proc/vmstat does not tell")
     if before.swapped_pages is not None and after.swapped_pages is not None:
         swapped = (after.swapped_pages - before.swapped_pages) * _PAGE_BYTES
-    return {"other_cores": other, "allowed_cores": available_cores(), "swapped_bytes": swapped, "seconds": seconds}
+    return OtherUsage(other_cores=other, allowed_cores=available_cores(), swapped_bytes=swapped, seconds=seconds)
 
 
-def process_between(before: dict[str, Any], after: dict[str, Any], queries: int) -> dict[str, Any]:
-    """What a worker used between two `process_usage`s, faults and interruptions per query too."""
-    spent = {name: after[name] - before[name] for name in before}
-    return spent | {"minor_faults_per_query": spent["minor_faults"] / max(1, queries)}
+def worker_usage(before: ProcessUsage, after: ProcessUsage, others: OtherUsage, queries: int) -> Usage:
+    """What a worker used between two `process_usage`s for so many queries, and others meanwhile."""
+    faults = after.minor_faults - before.minor_faults
+    return Usage(
+        cpu_s=after.cpu_s - before.cpu_s,
+        major_faults=after.major_faults - before.major_faults,
+        minor_faults=faults,
+        involuntary_switches=after.involuntary_switches - before.involuntary_switches,
+        minor_faults_per_query=faults / max(1, queries),
+        **msgspec.structs.asdict(others),
+    )

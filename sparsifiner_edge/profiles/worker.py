@@ -17,19 +17,24 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, SparsifinerError
-from sparsifiner_edge.profiles.memory import read_memory
-from sparsifiner_edge.profiles.usage import process_usage
+from sparsifiner_edge.profiles.memory import Memory, read_memory
+from sparsifiner_edge.profiles.usage import ProcessUsage, process_usage
+from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import Parent
 from sparsifiner_edge.runtime.open import load_backend
-from sparsifiner_edge.runtime.session import Array
+from sparsifiner_edge.runtime.session import Array, Description
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.profiles.layers import LayerTimes
 
 SEED = 0
 
@@ -60,6 +65,53 @@ def fixed_inputs(specs: list[TensorSpec], seed: int = SEED, batch: int = 1) -> d
     return arrays
 
 
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """What to load; see `open_session`. batch: size of a dynamic first axis."""
+
+    bundle: str
+    backend: str
+    threads: int | None
+    kernels: str = "auto"
+    batch: int = 1
+
+
+class Loading(msgspec.Struct, frozen=True, kw_only=True):
+    """Times and memory: import_ms of the backend's package, load_ms of the session alone."""
+
+    import_ms: float
+    load_ms: float
+    rss_before_load_bytes: int | Unavailable
+    rss_after_load_bytes: int | Unavailable
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded, and how that went."""
+
+    backend_version: str
+    input_shapes: dict[str, list[int]]
+    loading: Loading
+
+
+class First(msgspec.Struct, frozen=True, kw_only=True):
+    """How the first inference went."""
+
+    first_inference_ms: float
+    rss_after_first_inference_bytes: int | Unavailable
+
+
+class Block(msgspec.Struct, frozen=True, kw_only=True):
+    """Queries one after the other.
+
+    Attributes:
+        latency_ms: of each. window_ns: when it began and ended, CLOCK_MONOTONIC.
+        parts_ms: of each, by part, where the session tells.
+    """
+
+    latency_ms: list[float]
+    window_ns: tuple[int, int]
+    parts_ms: dict[str, list[float]]
+
+
 class _Worker:
     """One session and its one input."""
 
@@ -67,33 +119,32 @@ class _Worker:
         self.session: Session | None = None
         self.inputs: dict[str, Array] = {}
 
-    def load(
-        self, bundle: str, backend: str, threads: int | None, kernels: str = "auto", batch: int = 1
-    ) -> dict[str, Any]:
+    def load(self, **given: Any) -> Loaded:
+        asked = Load(**given)
         start = time.perf_counter_ns()
-        version = load_backend(backend)
+        version = load_backend(asked.backend)
         import_ms = _since(start)
-        before = read_memory()["rss_bytes"]
-        self.session = open_session(bundle, backend, threads, kernels)
-        loaded = read_memory()["rss_bytes"]
-        self.inputs = fixed_inputs(self.session.inputs, batch=batch)
-        return {
-            "backend_version": version,
-            "input_shapes": {name: list(value.shape) for name, value in self.inputs.items()},
-            "import_ms": import_ms,
-            "load_ms": self.session.load_ms,
-            "rss_before_load_bytes": before,
-            "rss_after_load_bytes": loaded,
-        }
+        before = read_memory().rss_bytes
+        self.session = open_session(asked.bundle, asked.backend, asked.threads, asked.kernels)
+        loaded = read_memory().rss_bytes
+        self.inputs = fixed_inputs(self.session.inputs, batch=asked.batch)
+        loading = Loading(
+            import_ms=import_ms,
+            load_ms=self.session.load_ms,
+            rss_before_load_bytes=before,
+            rss_after_load_bytes=loaded,
+        )
+        shapes = {name: list(value.shape) for name, value in self.inputs.items()}
+        return Loaded(backend_version=version, input_shapes=shapes, loading=loading)
 
-    def first(self) -> dict[str, Any]:
+    def first(self) -> First:
         session = self._loaded()
         start = time.perf_counter_ns()
         session.infer(self.inputs)
         first_ms = _since(start)
-        return {"first_inference_ms": first_ms, "rss_after_first_inference_bytes": read_memory()["rss_bytes"]}
+        return First(first_inference_ms=first_ms, rss_after_first_inference_bytes=read_memory().rss_bytes)
 
-    def block(self, queries: int, rewarm: int) -> dict[str, Any]:
+    def block(self, queries: int, rewarm: int) -> Block:
         session, inputs, clock = self._loaded(), self.inputs, time.perf_counter_ns
         for _ in range(rewarm):
             session.infer(inputs)
@@ -111,26 +162,26 @@ class _Worker:
         finally:
             window = (begin, time.monotonic_ns())
             gc.enable()
-        return {"latency_ms": [ns / 1e6 for ns in times], "window_ns": window, "parts_ms": parts}
+        return Block(latency_ms=[ns / 1e6 for ns in times], window_ns=window, parts_ms=parts)
 
-    def memory(self) -> dict[str, Any]:
+    def memory(self) -> Memory:
         return read_memory()
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> ProcessUsage:
         return process_usage()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         return self._loaded().description
 
-    def layers(
-        self, bundle: str, backend: str, threads: int | None, kernels: str, batch: int, query_ms: float
-    ) -> dict[str, Any]:
+    def layers(self, query_ms: float, **given: Any) -> LayerTimes:
         from sparsifiner_edge.profiles.layers import measure_layers  # imports onnx, which measuring has no use for
 
-        def inputs(specs: list[TensorSpec]) -> dict[str, Array]:
-            return fixed_inputs(specs, batch=batch)
+        asked = Load(**given)
 
-        return measure_layers(bundle, backend, threads, kernels, inputs, query_ms)
+        def inputs(specs: list[TensorSpec]) -> dict[str, Array]:
+            return fixed_inputs(specs, batch=asked.batch)
+
+        return measure_layers(asked.bundle, asked.backend, asked.threads, asked.kernels, inputs, query_ms)
 
     def _loaded(self) -> Session:
         if self.session is None:
@@ -148,10 +199,14 @@ def _since(start: int) -> float:
     return (time.perf_counter_ns() - start) / 1e6
 
 
-def _answer(operations: dict[str, Callable[..., dict[str, Any]]], request: dict[str, Any]) -> dict[str, Any]:
-    arguments = {name: value for name, value in request.items() if name != "op"}
+OPERATIONS = ("load", "first", "block", "memory", "usage", "describe", "layers")
+
+
+def _answer(worker: _Worker, op: str, arguments: Mapping[str, object]) -> object:
+    if op not in OPERATIONS:
+        raise ValueError(f"no operation {op!r}")
     try:
-        return {"ok": operations[request["op"]](**arguments)}
+        return {"ok": write_record(getattr(worker, op)(**arguments))}
     except SparsifinerError as error:
         return {"error": {"what": error.what, "fix": error.fix}}
 
@@ -159,12 +214,11 @@ def _answer(operations: dict[str, Callable[..., dict[str, Any]]], request: dict[
 def main() -> None:
     """Serve requests until `close` or the end of standard input."""
     parent, worker = Parent(), _Worker()
-    names = ("load", "first", "block", "memory", "usage", "describe", "layers")
-    operations: dict[str, Callable[..., dict[str, Any]]] = {name: getattr(worker, name) for name in names}
     for request in parent.messages():
-        if request["op"] == "close":
+        op = request.pop("op")
+        if op == "close":
             break
-        parent.send(_answer(operations, request))
+        parent.send(_answer(worker, op, request))
     if worker.session is not None:
         worker.session.close()
 

@@ -10,7 +10,7 @@ from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.sign import require_signature
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.results import available_cores
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {

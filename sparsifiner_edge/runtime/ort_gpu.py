@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import sealed_copy
 from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.results import package_version
+from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.ort import Execution, OrtSession, load_backend
 

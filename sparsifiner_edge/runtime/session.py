@@ -18,23 +18,28 @@ RANKS = {"logits": 2, "features": 2, "tokens": 3}
 """Axes of the outputs that have a meaning by name."""
 
 
-class Description(msgspec.Struct, frozen=True, kw_only=True):
-    """What really runs.
+class Runtime(msgspec.Struct, frozen=True, kw_only=True):
+    """What ran a model: a backend, the model's precision, and threads inside one operator."""
+
+    backend: str | Unavailable
+    precision: str | Unavailable
+    threads: int | Unavailable | None = None
+
+
+class Description(Runtime, frozen=True, kw_only=True):
+    """What really runs of a bundle.
 
     Attributes:
         provider: ONNX Runtime's word; "TensorRT" or "TensorRT-RTX" of an engine. device: for people.
-        precision: of the bundle. kernels: "native, <instruction set>", "function bodies", "none (standard operators)",
+        kernels: "native, <instruction set>", "function bodies", "none (standard operators)",
             or an engine's.
         cuda, graph, zero_copy: of an engine: package and driver, whether runs are recorded, whether memory is shared.
     """
 
-    backend: str | Unavailable
     version: str | Unavailable
     provider: str | Unavailable
     device: str | Unavailable
-    precision: str | Unavailable
     kernels: str | Unavailable
-    threads: int | Unavailable
     cuda: str | None = None
     graph: bool | None = None
     zero_copy: bool | None = None

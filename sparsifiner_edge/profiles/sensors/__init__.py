@@ -8,7 +8,7 @@
     recorder.recording.samples()                                   # for its `samples`
     recorder.recording.method()                                    # for its `method`: sensor, conditions, problems
 
-Nothing here raises for what a sensor does: what is not known is `{"unavailable": "why"}`; `problems` tells the rest.
+Nothing here raises for what a sensor does: what is not known is `records.Unavailable`; `problems` tells the rest.
 """
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading

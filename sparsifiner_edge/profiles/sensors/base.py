@@ -6,7 +6,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import msgspec
 
 
 class UnavailableError(Exception):
@@ -31,6 +33,20 @@ class Reading(NamedTuple):
 
 def _nothing() -> None:
     pass
+
+
+class Described(msgspec.Struct, frozen=True, kw_only=True):
+    """A `PowerSensor` in a result; not_used: its `probes`. idle_s, readings: of a recording by it."""
+
+    name: str
+    total: str
+    rails: list[str]
+    period_s: float
+    averaging_s: float
+    notes: list[str]
+    not_used: dict[str, str]
+    idle_s: list[float] | None = None
+    readings: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +84,17 @@ class PowerSensor:
         """Whether there is any power to read."""
         return bool(self.rails)
 
-    def describe(self) -> dict[str, Any]:
-        """For a result's `method`: name, total, rails, times, notes and probes; no nulls."""
-        return {
-            "name": self.name,
-            "total": self.total,
-            "rails": list(self.rails),
-            "period_s": self.period_s,
-            "averaging_s": self.averaging_s,
-            "notes": list(self.notes),
-            "not_used": dict(self.probes),
-        }
+    def describe(self) -> Described:
+        """For a result's `method`."""
+        return Described(
+            name=self.name,
+            total=self.total,
+            rails=list(self.rails),
+            period_s=self.period_s,
+            averaging_s=self.averaging_s,
+            notes=list(self.notes),
+            not_used=dict(self.probes),
+        )
 
 
 def read_text(path: Path) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
+import msgspec
+from msgspec.structs import replace
+
+from sparsifiner_edge.machine import NO_CPUFREQ
 from sparsifiner_edge.profiles.sensors.base import UnavailableError, read_number, read_text, why
-from sparsifiner_edge.profiles.sensors.nvml import nvml_conditions
-from sparsifiner_edge.results import unavailable
+from sparsifiner_edge.profiles.sensors.nvml import CardConditions, nvml_conditions
+from sparsifiner_edge.records import Known, Unavailable
 
 # Jetson's names of its GPU in devfreq: gpu, gp10b (TX2), gv11b (Xavier), ga10b (Orin), gpu-gpc-0 (Thor).
 _GPU = re.compile(r"gpu|g[pvab]1[01]b")
@@ -25,61 +29,136 @@ _MODE_NAME = re.compile(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>")
 _RELEASE = re.compile(r"R(\d+).*?REVISION:\s*([\d.]+)")
 _COLDEST_C = -100.0  # A zone that is switched off tells -256.
 _KHZ, _HZ, _MILLI = 1e-3, 1e-6, 1e-3
+Value = TypeVar("Value")
 
 
-def conditions(root: Path = Path("/")) -> dict[str, Any]:
-    """Clocks, temperatures, throttling and power mode at this moment.
+class Extremes(msgspec.Struct, frozen=True):
+    """Of several cores, at one moment."""
+
+    lowest: float
+    highest: float
+
+
+class Range(Extremes, frozen=True):
+    """Of one figure, over several moments."""
+
+    median: float
+
+
+class PowerMode(msgspec.Struct, frozen=True):
+    """Of a Jetson, as nvpmodel names it."""
+
+    id: int
+    name: str | Unavailable
+
+
+class Conditions(msgspec.Struct, frozen=True, kw_only=True):
+    """Clocks, temperatures, throttling and power mode at a moment.
+
+    Attributes:
+        cpu_mhz: of the cores that are on. emc_mhz: of Jetson's memory. temperature_c: by zone.
+        throttled_by: names of what slows the machine down now. throttle_counts: counters that only rise.
+        l4t: Jetson's release. nvml: why there is nothing of an NVIDIA card.
+        memory_mhz, performance_state, power_limit_mw: of an NVIDIA card.
+    """
+
+    cpu_mhz: Known[Extremes]
+    cpu_limit_mhz: float | Unavailable
+    governor: str | Unavailable
+    gpu_mhz: float | Unavailable
+    gpu_limit_mhz: float | Unavailable
+    gpu_governor: str | Unavailable
+    emc_mhz: float | Unavailable
+    temperature_c: Known[dict[str, float]]
+    throttled_by: list[str] | Unavailable
+    throttle_counts: dict[str, int]
+    power_mode: Known[PowerMode]
+    l4t: str | Unavailable
+    nvml: Unavailable | None = None
+    memory_mhz: int | None = None
+    performance_state: int | None = None
+    power_limit_mw: int | None = None
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """What a measurement ran under.
+
+    Attributes:
+        before, after: in full. during: each clock and temperature in between, by name. looks: how many there were.
+        throttled_by: at any look, or by a counter that rose. Looks are seconds apart, so a short event that no counter
+            counts may be missed.
+    """
+
+    before: Conditions
+    during: dict[str, Range]
+    looks: int
+    after: Conditions
+    throttled_by: list[str] | Unavailable
+
+
+def conditions(root: Path = Path("/")) -> Conditions:
+    """At this moment.
 
     Args:
         root: where `sys`, `etc`, `var` and `proc` are; tests give a made-up tree.
-
-    Returns:
-        JSON-ready, each value known or `{"unavailable": why}`: `cpu_mhz` (`lowest`, `highest` of the cores that are
-        on), `cpu_limit_mhz`, `governor`, `gpu_mhz`, `gpu_limit_mhz`, `gpu_governor`, `emc_mhz` (Jetson's memory),
-        `temperature_c` by zone, `throttled_by` (names of what slows the machine down now), `throttle_counts`
-        (counters that only rise), `power_mode` (`id`, `name`), `l4t` (Jetson's release); and of an NVIDIA card
-        `memory_mhz`, `performance_state`, `power_limit_mw`.
     """
-    report: dict[str, Any] = {
+    here = Conditions(
         **_cpu(root),
         **_gpu(root),
-        "emc_mhz": _tried(lambda: _emc(root)),
-        "temperature_c": _tried(lambda: _temperatures(root)),
-        "throttled_by": _cooling(root),
-        "throttle_counts": dict(_counts(root)),
-        "power_mode": _tried(lambda: _power_mode(root)),
-        "l4t": _tried(lambda: _release(root)),
-    }
+        emc_mhz=_tried(lambda: _emc(root)),
+        temperature_c=_tried(lambda: _temperatures(root)),
+        throttled_by=_cooling(root),
+        throttle_counts=dict(_counts(root)),
+        power_mode=_tried(lambda: _power_mode(root)),
+        l4t=_tried(lambda: _release(root)),
+    )
     try:
-        card = nvml_conditions()
+        return _with_card(here, nvml_conditions())
     except UnavailableError as error:
-        return report | {"nvml": unavailable(why(error))}
-    found = {name: value for name, value in card.items() if name not in ("throttled_by", "gpu_c")}
-    if "gpu_c" in card and isinstance(report["temperature_c"], dict):
-        known = {} if "unavailable" in report["temperature_c"] else report["temperature_c"]
-        report["temperature_c"] = known | {"NVML": float(card["gpu_c"])}
-    report["throttled_by"] = _merged(report["throttled_by"], card.get("throttled_by"))
-    return report | found
+        return replace(here, nvml=Unavailable(why(error)))
 
 
-def _merged(here: Any, card: list[str] | None) -> Any:
-    if card is None:
-        return here
-    return (here if isinstance(here, list) else []) + card
+def _with_card(here: Conditions, card: CardConditions) -> Conditions:
+    """An NVIDIA card's beside the machine's."""
+    zones, throttled = here.temperature_c, here.throttled_by
+    if card.gpu_c is not None:
+        zones = ({} if isinstance(zones, Unavailable) else zones) | {"NVML": float(card.gpu_c)}
+    if card.throttled_by is not None:
+        throttled = ([] if isinstance(throttled, Unavailable) else throttled) + card.throttled_by
+    return replace(
+        here,
+        gpu_mhz=here.gpu_mhz if card.gpu_mhz is None else card.gpu_mhz,
+        temperature_c=zones,
+        throttled_by=throttled,
+        memory_mhz=card.memory_mhz,
+        performance_state=card.performance_state,
+        power_limit_mw=card.power_limit_mw,
+    )
 
 
-def _tried(read: Callable[[], Any]) -> Any:
+def _tried(read: Callable[[], Value]) -> Value | Unavailable:
     try:
         return read()
     except (OSError, ValueError, UnavailableError) as error:
-        return unavailable(why(error))
+        return Unavailable(why(error))
 
 
-def _cpu(root: Path) -> dict[str, Any]:
+class _Cpu(TypedDict):
+    cpu_mhz: Known[Extremes]
+    cpu_limit_mhz: float | Unavailable
+    governor: str | Unavailable
+
+
+class _Gpu(TypedDict):
+    gpu_mhz: float | Unavailable
+    gpu_limit_mhz: float | Unavailable
+    gpu_governor: str | Unavailable
+
+
+def _cpu(root: Path) -> _Cpu:
     folders = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
     if not folders:
-        missing = unavailable("cpufreq is not readable, as in most virtual machines")
-        return {"cpu_mhz": missing, "cpu_limit_mhz": missing, "governor": missing}
+        return {"cpu_mhz": NO_CPUFREQ, "cpu_limit_mhz": NO_CPUFREQ, "governor": NO_CPUFREQ}
     return {
         "cpu_mhz": _tried(lambda: _extremes([read_number(f / "scaling_cur_freq") * _KHZ for f in folders])),
         "cpu_limit_mhz": _tried(lambda: max(read_number(f / "scaling_max_freq") * _KHZ for f in folders)),
@@ -87,14 +166,14 @@ def _cpu(root: Path) -> dict[str, Any]:
     }
 
 
-def _extremes(values: Sequence[float]) -> dict[str, float]:
-    return {"lowest": min(values), "highest": max(values)}
+def _extremes(values: Sequence[float]) -> Extremes:
+    return Extremes(min(values), max(values))
 
 
-def _gpu(root: Path) -> dict[str, Any]:
+def _gpu(root: Path) -> _Gpu:
     folders = sorted(f for f in (root / "sys/class/devfreq").glob("*") if _GPU.search(f.name))
     if not folders:
-        missing = unavailable("no GPU in devfreq")
+        missing = Unavailable("no GPU in devfreq")
         return {"gpu_mhz": missing, "gpu_limit_mhz": missing, "gpu_governor": missing}
     return {
         "gpu_mhz": _tried(lambda: read_number(folders[0] / "cur_freq") * _HZ),
@@ -132,7 +211,7 @@ def _temperatures(root: Path) -> dict[str, float]:
     return found
 
 
-def _cooling(root: Path) -> Any:
+def _cooling(root: Path) -> list[str] | Unavailable:
     """Passive cooling at work: Jetson's "cpu-throttle-alert" and the like, x86's "Processor"; not fans."""
     active: list[str] = []
     devices = sorted((root / "sys/class/thermal").glob("cooling_device*"))
@@ -143,7 +222,7 @@ def _cooling(root: Path) -> Any:
             continue
         if state > 0 and "fan" not in kind.lower() and kind != "intel_powerclamp":
             active.append(kind)
-    return active if devices else unavailable("the kernel names no cooling device")
+    return active if devices else Unavailable("the kernel names no cooling device")
 
 
 def _counts(root: Path) -> Iterator[tuple[str, int]]:
@@ -161,7 +240,7 @@ def _count(name: str, path: Path) -> Iterator[tuple[str, int]]:
         return
 
 
-def _power_mode(root: Path) -> dict[str, Any]:
+def _power_mode(root: Path) -> PowerMode:
     path = root / "var/lib/nvpmodel/status"
     if not path.exists():
         raise UnavailableError(f"{path} does not exist: not a Jetson, or nvpmodel never ran")
@@ -171,8 +250,10 @@ def _power_mode(root: Path) -> dict[str, Any]:
     number = int(match[1])
     conf = root / "etc/nvpmodel.conf"
     names = _tried(lambda: dict(_MODE_NAME.findall(read_text(conf))))
-    name = next((text for key, text in names.items() if key.isdigit() and int(key) == number), None)
-    return {"id": number, "name": name or unavailable(names.get("unavailable", f"{conf} has no mode {number}"))}
+    if isinstance(names, Unavailable):
+        return PowerMode(number, names)
+    name = next((text for key, text in names.items() if int(key) == number), None)
+    return PowerMode(number, name or Unavailable(f"{conf} has no mode {number}"))
 
 
 def _release(root: Path) -> str:
@@ -183,31 +264,18 @@ def _release(root: Path) -> str:
     return f"R{match[1]}.{match[2]}"
 
 
-def summarise_conditions(
-    before: dict[str, Any], during: Sequence[dict[str, Any]], after: dict[str, Any]
-) -> dict[str, Any]:
-    """Before and after in full; in between the range and median of each clock and temperature; and what throttled.
-
-    `throttled_by` of the whole is empty when nothing did at any look and no counter rose; looks are seconds apart, so a
-    short event that no counter counts may be missed.
-    """
+def summarise_conditions(before: Conditions, during: Sequence[Conditions], after: Conditions) -> Seen:
+    """Of looks before, during and after a measurement."""
     series: dict[str, list[float]] = {}
     for look in during:
-        for name, value in _numbers(look):
+        for name, value in _numbers(msgspec.to_builtins(look)):
             series.setdefault(name, []).append(value)
-    return {
-        "before": before,
-        "during": {
-            name: {"lowest": min(values), "median": statistics.median(values), "highest": max(values)}
-            for name, values in series.items()
-        },
-        "looks": len(during),
-        "after": after,
-        "throttled_by": _throttled([before, *during, after]),
-    }
+    ranges = {name: Range(min(found), max(found), statistics.median(found)) for name, found in series.items()}
+    throttled = _throttled([before, *during, after])
+    return Seen(before=before, during=ranges, looks=len(during), after=after, throttled_by=throttled)
 
 
-def _numbers(look: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(look: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in look.items():
         if isinstance(value, dict) and name != "throttle_counts":
             yield from _numbers(value, f"{prefix}{name}.")
@@ -215,11 +283,11 @@ def _numbers(look: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, floa
             yield f"{prefix}{name}", float(value)
 
 
-def _throttled(looks: Sequence[dict[str, Any]]) -> Any:
-    lists = [look["throttled_by"] for look in looks if isinstance(look.get("throttled_by"), list)]
-    counts = [look["throttle_counts"] for look in looks if look.get("throttle_counts")]
+def _throttled(looks: Sequence[Conditions]) -> list[str] | Unavailable:
+    lists = [look.throttled_by for look in looks if isinstance(look.throttled_by, list)]
+    counts = [look.throttle_counts for look in looks if look.throttle_counts]
     if not lists and not counts:
-        return unavailable("nothing here tells of throttling")
+        return Unavailable("nothing here tells of throttling")
     names = [name for found in lists for name in found]
     if counts:
         names += [name for name, count in counts[-1].items() if count > counts[0].get(name, count)]

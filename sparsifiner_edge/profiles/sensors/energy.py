@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor
 from sparsifiner_edge.profiles.sensors.curve import (
@@ -20,8 +23,8 @@ from sparsifiner_edge.profiles.sensors.curve import (
     power_curve,
 )
 from sparsifiner_edge.profiles.sensors.recorder import Recording, Window
-from sparsifiner_edge.profiles.stats import estimate
-from sparsifiner_edge.results import unavailable
+from sparsifiner_edge.profiles.stats import Estimate, estimate
+from sparsifiner_edge.records import Known, Unavailable
 
 Spans = list[tuple[float, float]]
 
@@ -62,7 +65,34 @@ class _Baseline(NamedTuple):
     error: float
 
 
-def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> dict[str, Any]:
+class Energy(msgspec.Struct, frozen=True, kw_only=True):
+    """What inferences cost.
+
+    Attributes:
+        sensor, total: what was read. window_s: how long inferences ran.
+        gross_j_per_inference, net_j_per_inference: at 95 %. idle_w: the mean of before and after.
+        rails_w: mean of every rail. method: how power was integrated.
+        samples: readings inside the windows; covered: share of the windows that they cover.
+    """
+
+    sensor: str
+    total: str
+    inferences: int
+    window_s: float
+    gross_j_per_inference: Known[Estimate]
+    net_j_per_inference: Known[Estimate]
+    mean_w: float | Unavailable
+    idle_w: float | Unavailable
+    idle_before_w: float | Unavailable
+    idle_after_w: float | Unavailable
+    rails_w: dict[str, float | Unavailable] = {}
+    method: str | None = None
+    samples: int = 0
+    covered: float = 0.0
+    problems: list[str]
+
+
+def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> Energy:
     """What `inferences` inferences within `windows` cost.
 
     Gross is all that the sensor's total saw; net is gross minus idle power times the windows' time, hence what a
@@ -74,25 +104,39 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
         recording: of a `Recorder`.
         windows: when the inferences ran, CLOCK_MONOTONIC nanoseconds; windows that overlap count once.
         inferences: how many they were, all windows together.
-
-    Returns:
-        JSON-ready, without nulls: `gross_j_per_inference` and `net_j_per_inference` (value, low, high at 95 %);
-        `mean_w`, `idle_w`, `idle_before_w`, `idle_after_w`, `rails_w` by rail; `sensor`, `total`, `method`, `samples`
-        (readings inside the windows), `window_s`, `covered` (share of it that the readings cover), `problems`. What is
-        not known is `{"unavailable": why}`.
     """
     spans, problems = _spans(recording, windows)
     problems += recording.told()
     sensor = recording.sensor
-    head = {"sensor": sensor.name, "total": sensor.total, "inferences": inferences, "window_s": _length(spans)}
+    nothing = partial(_nothing, sensor, inferences, _length(spans), problems)
     refused = _refusal(recording, spans, inferences)
     curve = None if refused else total_curve(recording)
     if curve is None or refused:
-        return head | _nothing(refused or "no readings") | {"problems": problems}
+        return nothing(refused or "no readings")
     problems += _frozen(recording) + _gaps(curve)
-    inside = integrate(curve, spans)
-    figures = _figures(recording, curve, spans, inside, inferences, problems)
-    return head | figures | {"problems": problems}
+    inside, idle = integrate(curve, spans), _idle(recording, curve, spans, problems)
+    counted = bool(sensor.total_rails) and rail_curve(recording, sensor.total_rails, True) is not None
+    shared = replace(
+        nothing(_too_little(sensor, spans, inside, counted)),
+        method="energy counter" if counted else "trapezoid rule",
+        samples=inside.readings,
+        covered=inside.share,
+        idle_before_w=_watts(idle.before),
+        idle_after_w=_watts(idle.after),
+        idle_w=_watts(idle.baseline),
+    )
+    if _too_little(sensor, spans, inside, counted):
+        return shared
+    if counted:
+        problems += _cross_check(recording, spans, inside)
+    gross, net = _per_inference(inside, _gross_error(sensor, curve, spans, inside, counted), idle.baseline, inferences)
+    return replace(
+        shared,
+        gross_j_per_inference=gross,
+        net_j_per_inference=net,
+        mean_w=inside.watts,
+        rails_w=_rails(recording, spans, counted),
+    )
 
 
 def total_curve(recording: Recording) -> Curve | None:
@@ -151,34 +195,21 @@ def _refusal(recording: Recording, spans: Spans, inferences: int) -> str:
     return ""
 
 
-def _nothing(reason: str) -> dict[str, Any]:
-    names = ("gross_j_per_inference", "net_j_per_inference", "mean_w", "idle_w", "idle_before_w", "idle_after_w")
-    return {name: unavailable(reason) for name in names} | {"rails_w": {}, "samples": 0, "covered": 0.0}
-
-
-def _figures(
-    recording: Recording, curve: Curve, spans: Spans, inside: Integral, inferences: int, problems: list[str]
-) -> dict[str, Any]:
-    counted = (
-        bool(recording.sensor.total_rails) and rail_curve(recording, recording.sensor.total_rails, True) is not None
-    )
-    shared = {
-        "method": "energy counter" if counted else "trapezoid rule",
-        "samples": inside.readings,
-        "covered": inside.share,
-    }
-    reason = _too_little(recording.sensor, spans, inside, counted)
-    idle = _idle(recording, curve, spans, problems)
-    if reason:
-        return _nothing(reason) | shared | idle.report
-    error = _gross_error(recording.sensor, curve, spans, inside, counted)
-    if counted:
-        problems += _cross_check(recording, spans, inside)
-    return (
-        shared
-        | _per_inference(inside, error, idle.baseline, inferences)
-        | idle.report
-        | _rails(recording, spans, counted)
+def _nothing(sensor: PowerSensor, inferences: int, window_s: float, problems: list[str], reason: str) -> Energy:
+    """No figures, for a reason."""
+    why = Unavailable(reason)
+    return Energy(
+        sensor=sensor.name,
+        total=sensor.total,
+        inferences=inferences,
+        window_s=window_s,
+        gross_j_per_inference=why,
+        net_j_per_inference=why,
+        mean_w=why,
+        idle_w=why,
+        idle_before_w=why,
+        idle_after_w=why,
+        problems=problems,
     )
 
 
@@ -247,34 +278,35 @@ def _step(curve: Curve, spans: Spans) -> tuple[float, int]:
 
 
 class _Idle(NamedTuple):
+    """Idle power before and after the windows, and what is taken for it; or why it is not known."""
+
+    before: _Baseline | str
+    after: _Baseline | str
     baseline: _Baseline | str
-    report: dict[str, Any]
+
+
+def _watts(part: _Baseline | str) -> float | Unavailable:
+    return part.watts if isinstance(part, _Baseline) else Unavailable(part)
 
 
 def _idle(recording: Recording, curve: Curve, spans: Spans, problems: list[str]) -> _Idle:
-    """Idle power before and after the windows; the baseline is their mean, its error their drift and spread."""
+    """The baseline is the mean of before and after, its error their drift and spread."""
     first, last = spans[0][0], spans[-1][1]
     idle, _ = _spans(recording, recording.idle)
     # The sensor's average still holds what was before; so do the readings next to the edge.
     settle = recording.sensor.averaging_s + curve.interval_s
     settled = [(begin + settle, end) for begin, end in idle if end > begin + settle]
-    parts = {
-        "idle_before_w": _idle_mean(curve, [span for span in settled if span[1] <= first]),
-        "idle_after_w": _idle_mean(curve, [span for span in settled if span[0] >= last]),
-    }
-    known = [part for part in parts.values() if isinstance(part, _Baseline)]
-    report: dict[str, Any] = {
-        name: part.watts if isinstance(part, _Baseline) else unavailable(part) for name, part in parts.items()
-    }
+    before = _idle_mean(curve, [span for span in settled if span[1] <= first])
+    after = _idle_mean(curve, [span for span in settled if span[0] >= last])
+    known = [part for part in (before, after) if isinstance(part, _Baseline)]
     if not known:
-        reason = "no idle baseline was read, before or after"
-        return _Idle(reason, report | {"idle_w": unavailable(reason)})
+        return _Idle(before, after, "no idle baseline was read, before or after")
     if len(known) == 1:
         problems.append("idle power is known on one side of the windows alone: its drift is not in the errors")
     watts = sum(part.watts for part in known) / len(known)
     drift = abs(known[0].watts - known[-1].watts) / 2
     error = math.hypot(drift, *(part.error / len(known) for part in known))
-    return _Idle(_Baseline(watts, error), report | {"idle_w": watts})
+    return _Idle(before, after, _Baseline(watts, error))
 
 
 def _idle_mean(curve: Curve, spans: Spans) -> _Baseline | str:
@@ -284,31 +316,34 @@ def _idle_mean(curve: Curve, spans: Spans) -> _Baseline | str:
     return _Baseline(inside.watts, _Z95 * _spread(curve, spans))
 
 
-def _per_inference(inside: Integral, error: float, idle: _Baseline | str, inferences: int) -> dict[str, Any]:
+def _per_inference(
+    inside: Integral, error: float, idle: _Baseline | str, inferences: int
+) -> tuple[Estimate, Known[Estimate]]:
+    """Gross and net joules."""
     # Uncovered time is taken at the mean of the covered; what that may be off by is in the error.
     gross = inside.watts * inside.asked_s
 
-    def share(joules: float, off: float) -> dict[str, Any]:
+    def share(joules: float, off: float) -> Estimate:
         return estimate(joules / inferences, (joules - off) / inferences, (joules + off) / inferences, _METHOD)
 
     if isinstance(idle, str):
-        net: dict[str, Any] = unavailable(idle)
-    elif math.isclose(idle.watts, inside.watts, rel_tol=1e-9):
-        net = unavailable("the sensor read exactly the same, idle and at work: it is frozen, or does not see the work")
-    else:
-        net = share(gross - idle.watts * inside.asked_s, math.hypot(error, idle.error * inside.asked_s))
-    return {"gross_j_per_inference": share(gross, error), "net_j_per_inference": net, "mean_w": inside.watts}
+        return share(gross, error), Unavailable(idle)
+    if math.isclose(idle.watts, inside.watts, rel_tol=1e-9):
+        frozen = "the sensor read exactly the same, idle and at work: it is frozen, or does not see the work"
+        return share(gross, error), Unavailable(frozen)
+    net = share(gross - idle.watts * inside.asked_s, math.hypot(error, idle.error * inside.asked_s))
+    return share(gross, error), net
 
 
-def _rails(recording: Recording, spans: Spans, counted: bool) -> dict[str, Any]:
+def _rails(recording: Recording, spans: Spans, counted: bool) -> dict[str, float | Unavailable]:
     """Mean power of every rail within the windows; rails overlap, so they do not add up to the total."""
-    rails: dict[str, Any] = {}
+    rails: dict[str, float | Unavailable] = {}
     for rail in recording.sensor.rails:
         curve = rail_curve(recording, [rail], counted) or rail_curve(recording, [rail], not counted)
         inside = integrate(curve, spans) if curve is not None else None
         known = inside is not None and inside.share >= _LEAST_COVERED
-        rails[rail] = inside.watts if inside is not None and known else unavailable("too few readings in the windows")
-    return {"rails_w": rails}
+        rails[rail] = inside.watts if inside is not None and known else Unavailable("too few readings in the windows")
+    return rails
 
 
 def _cross_check(recording: Recording, spans: Spans, inside: Integral) -> list[str]:

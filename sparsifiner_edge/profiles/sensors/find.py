@@ -11,6 +11,7 @@ from sparsifiner_edge.profiles.sensors.ina import find_ina238, find_ina3221, fin
 from sparsifiner_edge.profiles.sensors.nvml import find_nvml
 from sparsifiner_edge.profiles.sensors.rapl import find_rapl
 from sparsifiner_edge.profiles.sensors.tegrastats import find_tegrastats
+from sparsifiner_edge.records import MISSING
 
 PROBES: dict[str, Callable[[Path], PowerSensor]] = {
     "ina238": find_ina238,
@@ -57,10 +58,10 @@ def find_sensor(root: Path = Path("/"), only: str | None = None, on: str | None 
 
 
 def no_sensor(probes: dict[str, str]) -> PowerSensor:
-    """What stands where no sensor answers: `total` begins with "unavailable: "."""
+    """What stands where no sensor answers: `total` begins with `records.MISSING`."""
     reasons = "; ".join(f"{name}: {reason}" for name, reason in probes.items()) or "no sensor was asked for"
 
     def read() -> Reading:
         raise UnavailableError(f"no power sensor: {reasons}")
 
-    return PowerSensor("none", f"unavailable: no power sensor: {reasons}", (), (), 1.0, read, probes=probes)
+    return PowerSensor("none", f"{MISSING}: no power sensor: {reasons}", (), (), 1.0, read, probes=probes)

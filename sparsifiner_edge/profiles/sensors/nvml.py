@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError
 
@@ -164,26 +164,34 @@ def _text(name: Any) -> str:
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
-def nvml_conditions() -> dict[str, Any]:
-    """The card's clocks (MHz), temperature (C), performance state, power limit (mW) and throttling.
+class CardConditions(NamedTuple):
+    """Of an NVIDIA card at a moment; None where it does not say."""
+
+    gpu_mhz: int | None
+    memory_mhz: int | None
+    gpu_c: int | None
+    performance_state: int | None
+    power_limit_mw: int | None
+    throttled_by: list[str] | None
+
+
+def nvml_conditions() -> CardConditions:
+    """The card's.
 
     Raises:
         UnavailableError: no NVML or no card.
     """
     with nvml_device() as (nvml, card):
-        found = {
-            "gpu_mhz": _try(nvml, lambda: nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM)),
-            "memory_mhz": _try(nvml, lambda: nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM)),
-            "gpu_c": _try(nvml, lambda: nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU)),
-            "performance_state": _try(nvml, lambda: nvml.nvmlDeviceGetPerformanceState(card)),
-            "power_limit_mw": _try(nvml, lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(card)),
-            "throttle_bits": _throttle_bits(nvml, card),
-        }
-    report: dict[str, Any] = {name: int(value) for name, value in found.items() if value is not None}
-    if "throttle_bits" in report:
-        bits = report.pop("throttle_bits")
-        report["throttled_by"] = [name for bit, name in THROTTLING.values() if bits & bit]
-    return report
+        numbers = (
+            _try(nvml, lambda: nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM)),
+            _try(nvml, lambda: nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM)),
+            _try(nvml, lambda: nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU)),
+            _try(nvml, lambda: nvml.nvmlDeviceGetPerformanceState(card)),
+            _try(nvml, lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(card)),
+        )
+        bits = _throttle_bits(nvml, card)
+    throttled = None if bits is None else [name for bit, name in THROTTLING.values() if bits & bit]
+    return CardConditions(*(None if number is None else int(number) for number in numbers), throttled)
 
 
 def _throttle_bits(nvml: Any, card: Any) -> int | None:

@@ -13,15 +13,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError, why
-from sparsifiner_edge.profiles.sensors.conditions import conditions, summarise_conditions
+from sparsifiner_edge.profiles.sensors.base import Described, PowerSensor, Reading, UnavailableError, why
+from sparsifiner_edge.profiles.sensors.conditions import Conditions, Seen, conditions, summarise_conditions
 from sparsifiner_edge.profiles.sensors.nvml import nvml_device
+from sparsifiner_edge.records import MISSING
 
 Window = tuple[int, int]
 """Start and end, nanoseconds of CLOCK_MONOTONIC (`time.monotonic_ns()`), which all processes of a machine share."""
 
+Columns = dict[str, list[float | str]]
+"""Of a table, by name."""
 _RETRY_S = 1.0
 _JOIN_S = 5.0
 _JUMP_S = 0.5
@@ -48,9 +52,9 @@ class Recording:
     times_ns: list[int] = dataclasses.field(default_factory=list)
     readings: list[Reading] = dataclasses.field(default_factory=list)
     idle: list[Window] = dataclasses.field(default_factory=list)
-    before: dict[str, Any] = dataclasses.field(default_factory=dict)
-    during: list[tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=list)
-    after: dict[str, Any] = dataclasses.field(default_factory=dict)
+    before: Conditions | None = None
+    during: list[tuple[int, Conditions]] = dataclasses.field(default_factory=list)
+    after: Conditions | None = None
     problems: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def power(self, rails: Sequence[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -69,30 +73,29 @@ class Recording:
         known = np.isfinite(total) & bool(rails)
         return np.array(self.times_ns, dtype=np.int64)[known], total[known]
 
-    def samples(self) -> dict[str, Any]:
-        """Every reading: `time_s` since the start, and by rail `<rail>_w` or `<rail>_j`; a gap is "unavailable"."""
+    def samples(self) -> Columns:
+        """Every reading: `time_s` since the start, and by rail `<rail>_w` or `<rail>_j`; a gap is `MISSING`."""
         if not self.readings:
             return {}
-        columns: dict[str, Any] = {"time_s": [(moment - self.start_ns) / 1e9 for moment in self.times_ns]}
+        columns: Columns = {"time_s": [(moment - self.start_ns) / 1e9 for moment in self.times_ns]}
         for kind, unit in (("watts", "w"), ("joules", "j")):
             names = {rail: None for reading in self.readings for rail in getattr(reading, kind)}
             for rail in names:
-                columns[f"{rail}_{unit}"] = [getattr(r, kind).get(rail, "unavailable") for r in self.readings]
+                columns[f"{rail}_{unit}"] = [getattr(r, kind).get(rail, MISSING) for r in self.readings]
         return columns
 
-    def method(self) -> dict[str, Any]:
-        """The sensor, the baselines, the conditions before, during and after, and what went wrong."""
-        return {
-            "sensor": self.sensor.describe(),
-            "clock": "CLOCK_MONOTONIC",
-            "seconds": (self.end_ns - self.start_ns) / 1e9,
-            "readings": len(self.readings),
-            "idle_s": [(end - start) / 1e9 for start, end in self.idle],
-            "conditions": summarise_conditions(self.before, self.busy_looks(), self.after),
-            "problems": self.told(),
-        }
+    def described(self) -> Described:
+        """The sensor, the idle baselines, and how many readings there are."""
+        idle_s = [(end - start) / 1e9 for start, end in self.idle]
+        return msgspec.structs.replace(self.sensor.describe(), idle_s=idle_s, readings=len(self.readings))
 
-    def busy_looks(self) -> list[dict[str, Any]]:
+    def conditions(self, during: Sequence[Conditions] | None = None) -> Seen:
+        """Before, during (all that were not idle, or some) and after. Once the recorder's block is left."""
+        assert self.before is not None
+        assert self.after is not None
+        return summarise_conditions(self.before, self.busy_looks() if during is None else during, self.after)
+
+    def busy_looks(self) -> list[Conditions]:
         """The `conditions` taken outside the idle baselines, when clocks may well be low."""
         return [look for moment, look in self.during if not any(start <= moment <= end for start, end in self.idle)]
 

@@ -1,0 +1,107 @@
+"""The machine and the software that a measurement ran on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+import msgspec
+
+from sparsifiner_edge.records import Unavailable
+
+PACKAGES = ("sparsifiner-edge", "numpy", "onnx", "onnxruntime")
+VARIABLES = re.compile(r"^(OMP|KMP|GOMP|MKL|OPENBLAS|BLIS|ORT|ONNXRUNTIME)_|_NUM_THREADS$|^CUDA_VISIBLE_DEVICES$")
+NO_CPUFREQ = Unavailable("cpufreq is not readable, as in most virtual machines")
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Processor, cores, memory, system, clock governor and board."""
+
+    cpu_model: str | Unavailable
+    logical_cores: int
+    affinity_cores: int
+    memory_bytes: int | Unavailable
+    os: str
+    kernel: str
+    architecture: str
+    governor: str | Unavailable
+    board: str | Unavailable
+
+
+class Environment(msgspec.Struct, frozen=True):
+    """Python, the packages that a measurement depends on, and the variables that steer threads and devices."""
+
+    python: str
+    packages: dict[str, str | Unavailable]
+    variables: dict[str, str]
+
+
+def available_cores() -> int:
+    """Logical cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\0\n ") or None
+    except OSError:
+        return None
+
+
+def _cpu_model(root: Path) -> str | Unavailable:
+    fields: dict[str, str] = {}
+    for line in (_read(root / "proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip().lower(), value.strip())
+    if fields.get("model name"):
+        return fields["model name"]
+    if "cpu implementer" in fields:  # Arm kernels give numbers where x86 gives a name.
+        return f"implementer {fields['cpu implementer']}, part {fields.get('cpu part', 'unknown')}"
+    return Unavailable("/proc/cpuinfo names no model")
+
+
+def _memory_bytes(root: Path) -> int | Unavailable:
+    match = re.search(r"^MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo") or "", re.MULTILINE)
+    return int(match[1]) * 1024 if match else Unavailable("/proc/meminfo has no MemTotal")
+
+
+def machine(root: Path = Path("/")) -> Machine:
+    """This machine.
+
+    Args:
+        root: where `proc` and `sys` are; tests give a made-up tree.
+    """
+    system = re.search(r'^PRETTY_NAME="?([^"\n]+)', _read(root / "etc/os-release") or "", re.MULTILINE)
+    return Machine(
+        cpu_model=_cpu_model(root),
+        logical_cores=os.cpu_count() or 1,
+        affinity_cores=available_cores(),
+        memory_bytes=_memory_bytes(root),
+        os=system[1] if system else platform.system(),
+        kernel=platform.release(),
+        architecture=platform.machine(),
+        governor=_read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or NO_CPUFREQ,
+        board=_read(root / "proc/device-tree/model") or Unavailable("no device tree, as on a PC"),
+    )
+
+
+def package_version(name: str) -> str | Unavailable:
+    """Version of an installed distribution, or why there is none."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Unavailable("not installed")
+
+
+def environment() -> Environment:
+    """The software of this process."""
+    return Environment(
+        python=platform.python_version(),
+        packages={name: package_version(name) for name in PACKAGES},
+        variables={name: value for name, value in sorted(os.environ.items()) if VARIABLES.search(name)},
+    )

@@ -1,0 +1,128 @@
+"""What a result of kind "profile" or "comparison" holds; docs/profiling.md says what each figure means."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sparsifiner_edge.profiles.comparison import Comparison
+from sparsifiner_edge.profiles.flags import Flag
+from sparsifiner_edge.profiles.kinds import Row
+from sparsifiner_edge.profiles.memory import Bytes, Memory, Phase
+from sparsifiner_edge.profiles.rules import Mlperf, Rules
+from sparsifiner_edge.profiles.sensors import Energy
+from sparsifiner_edge.profiles.sensors.base import Described
+from sparsifiner_edge.profiles.sensors.conditions import Seen
+from sparsifiner_edge.profiles.sensors.recorder import Columns
+from sparsifiner_edge.profiles.sides import WarmUp
+from sparsifiner_edge.profiles.stats import Summary
+from sparsifiner_edge.profiles.usage import Usage
+from sparsifiner_edge.profiles.worker import First, Loading
+from sparsifiner_edge.records import Known, Unavailable
+from sparsifiner_edge.results import Declared
+from sparsifiner_edge.runtime.session import Description
+
+
+class Phases(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory phase by phase, and the device's in the steady one, with its source."""
+
+    load: Phase
+    first_inference: Phase
+    steady: Phase
+    device_bytes: Bytes
+    device_source: str
+
+
+class LayersCompared(msgspec.Struct, frozen=True, kw_only=True):
+    """The sum over layers beside the latency measured before; profiled_ms: a whole query with the profiler on."""
+
+    latency_p50_ms: float
+    total_over_latency: float
+    queries: int
+    profiled_ms: float | None = None
+
+
+class Figures(Summary, Loading, First, Memory, frozen=True, kw_only=True):
+    """One bundle's.
+
+    Attributes:
+        parts_ms: medians by part of a query, where the session tells. mlperf: under these rules alone.
+        layers, layers_total_ms, layers_compared: where asked for.
+    """
+
+    queries: int
+    memory: Phases
+    energy: Known[Energy]
+    usage: Usage
+    parts_ms: dict[str, float] | None = None
+    mlperf: Mlperf | None = None
+    flags: list[Flag]
+    layers: list[Row] | Unavailable | None = None
+    layers_total_ms: float | Unavailable | None = None
+    layers_compared: Known[LayersCompared] | None = None
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """By role; of two also the comparison."""
+
+    subject: Figures
+    against: Figures | None = None
+    comparison: Comparison | None = None
+
+    def sides(self) -> list[Figures]:
+        """One or two."""
+        return [self.subject] if self.against is None else [self.subject, self.against]
+
+
+class SideSamples(msgspec.Struct, frozen=True):
+    """Every query's latency, in blocks of `block_queries`, and times by part."""
+
+    latency_ms: list[float]
+    parts_ms: dict[str, list[float]] | None = None
+
+
+class Samples(msgspec.Struct, frozen=True, kw_only=True):
+    """By role; and the power sensor's readings, where there are any."""
+
+    subject: SideSamples
+    against: SideSamples | None = None
+    power: Columns | None = None
+
+
+class Input(msgspec.Struct, frozen=True):
+    """What queries are made of; shapes by name."""
+
+    kind: str
+    shapes: dict[str, list[int]] | None = None
+
+
+class Method(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was measured; by role where sides may differ. The last four: of two sides, or where cut short."""
+
+    scenario: str
+    clock: str
+    rules: Rules
+    input: Input
+    isolation: str
+    load_ms: str
+    peak_rss_bytes: str
+    memory_sources: dict[str, str]
+    runtime: dict[str, Description]
+    warm_up: dict[str, WarmUp]
+    block_queries: dict[str, int]
+    sensor: Described
+    conditions: dict[str, Seen]
+    problems: list[str]
+    flag_thresholds: dict[str, float]
+    layers: str
+    ratio: str | None = None
+    first_in_round: list[str] | None = None
+    rewarm_queries: dict[str, int] | None = None
+    cut_short: str | None = None
+
+
+class ProfileResult(Declared, frozen=True):
+    """Of kind "profile" or "comparison"."""
+
+    method: Method
+    samples: Samples
+    statistics: Statistics
