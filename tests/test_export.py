@@ -127,7 +127,7 @@ def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path, folder: Path) -> 
         expected = made(normalise(torch.from_numpy(image), preprocessing(made))).numpy()
     for kernels, said in (("portable", "function bodies"), ("native", f"native, {native.target()}")):
         with open_session(bundle, kernels=kernels) as session:
-            assert session.description["kernels"] == said
+            assert session.description.kernels == said
             got = session.infer({"image": image})["logits"]
             check_golden(session, bundle)
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.ptp(expected))

@@ -129,8 +129,8 @@ def test_a_bundle_says_what_it_is_and_what_ran(place: Path) -> None:
     assert set(found["least_row_cosines"]) == {"logits", "features", "tokens"}
     with open_session(place / "fp16") as session:
         check_golden(session, place / "fp16")
-        assert session.description["precision"] == "fp16"
-        assert session.description["kernels"] == "function bodies"
+        assert session.description.precision == "fp16"
+        assert session.description.kernels == "function bodies"
         together = session.infer({"image": golden_image(160, 3)})["logits"]
         alone = session.infer({"image": golden_image(160, 3)[1:2]})["logits"]
     np.testing.assert_allclose(together[1:2], alone, atol=2e-2 * np.ptp(alone))

@@ -1,4 +1,5 @@
 import json
+import types
 
 import numpy as np
 import onnx
@@ -181,7 +182,7 @@ def test_a_session_with_a_profiler_of_its_own_is_asked(exported, monkeypatch):
 
 def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
     class Session:
-        backend, inputs, description = "onnxruntime", (), {"device": "GPU"}
+        backend, inputs, description = "onnxruntime", (), types.SimpleNamespace(device="GPU")
 
         def __enter__(self):
             return self

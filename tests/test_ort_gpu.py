@@ -87,8 +87,8 @@ def test_what_the_provider_is_given(bundle, gpu_build, monkeypatch, module, tmp_
     with module.open_model(bundle, open_bundle(bundle), 1, "auto") as session:
         described = session.description
         assert session.backend == module.BACKEND
-    assert described["provider"] == module.PROVIDER
-    assert described["device"] == "Orin (compute capability 8.7)"
+    assert described.provider == module.PROVIDER
+    assert described.device == "Orin (compute capability 8.7)"
     (name, options), last = asked["providers"]
     assert (name, last) == (module.PROVIDER, "CPUExecutionProvider")
     if module is ort_tensorrt:
@@ -118,7 +118,7 @@ def test_native_kernels_and_builds_are_refused(bundle, module):
 def test_the_cpu_is_reported_as_before(bundle):
     path = bundle / "model.onnx"
     with OrtSession(path, path.read_bytes(), 1) as session:
-        assert (session.backend, session.description["provider"]) == ("onnxruntime", "CPUExecutionProvider")
+        assert (session.backend, session.description.provider) == ("onnxruntime", "CPUExecutionProvider")
     warnings.simplefilter("ignore", UserWarning)
     with pytest.raises(BackendError, match="NoSuchProvider"):
         OrtSession(path, path.read_bytes(), 1, execution=Execution(providers=["NoSuchProvider"]))

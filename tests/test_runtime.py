@@ -55,7 +55,7 @@ def test_kernels_are_chosen(tmp_path, bundle, monkeypatch):
             assert session.infer({"image": image(1)})["features"].shape == (1, 8)
     monkeypatch.setattr(native, "_FILE", "no-such.so")
     with open_session(bundle) as session:
-        assert session.description["kernels"] == "none (standard operators)"
+        assert session.description.kernels == "none (standard operators)"
     with pytest.raises(BackendError, match=r"(?s)The native library is not built: install .* portable kernels"):
         open_session(bundle, kernels="native")
 
@@ -67,19 +67,19 @@ def test_a_session_says_what_really_runs(tmp_path, bundle):
         assert session.outputs == [TensorSpec("features", "float32", ("batch", 8))]
         assert session.load_ms > 0
         described = session.description
-    assert described["provider"] == "CPUExecutionProvider"
-    assert described["kernels"] == "none (standard operators)"
-    assert (described["precision"], described["threads"]) == ("fp32", 1)
+    assert described.provider == "CPUExecutionProvider"
+    assert described.kernels == "none (standard operators)"
+    assert (described.precision, described.threads) == ("fp32", 1)
     with open_session(make_bundle(tmp_path / "f", function=True)) as session:
-        assert session.description["kernels"] == "function bodies"  # an operator that the library has not
-        assert session.description["threads"] == len(os.sched_getaffinity(0))
+        assert session.description.kernels == "function bodies"  # an operator that the library has not
+        assert session.description.threads == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(np.float32, "fp32"), (np.float16, "fp16")])
 def test_precision_comes_from_the_weights_when_the_manifest_is_silent(tmp_path, dtype, precision):
     folder = make_bundle(tmp_path / "b", dtype=dtype, precision=None, tolerances={"features": 1e-2})
     with open_session(folder) as session:
-        assert session.description["precision"] == precision
+        assert session.description.precision == precision
         assert session.outputs[0].dtype == np.dtype(dtype).name
         check_golden(session, folder)
 

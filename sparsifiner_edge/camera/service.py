@@ -22,6 +22,7 @@ from sparsifiner_edge.camera.overlay import SHOWN, Overlay, Rate, require_overla
 from sparsifiner_edge.camera.sources import Source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError, PictureError
+from sparsifiner_edge.records import write_record
 
 _TICK_S = 0.1
 STALL_S = 3.0
@@ -82,7 +83,7 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
             server = stack.enter_context(HealthServer(options.metrics, status, max(2.0, 2 * options.stall_s)))
             status.event("metrics", address=server.url)
         # What really runs, once: a library that could not be loaded means kernels several times slower.
-        status.event("model", **model.session.description)
+        status.event("model", **write_record(model.session.description))
         status.event("decoding", **(_PIPELINE if source.kind == "gst" else confinement()))
         stop = stack.enter_context(stopping())
         with _Run(model, source, options, status, stop) as run:

@@ -15,6 +15,7 @@ from sparsifiner_edge.bundle.manifest import required
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle, picture_size, read_labels
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens
@@ -139,4 +140,4 @@ def _bundle(folder: Path, runner: Runner) -> Iterator[Extractor]:
         size = picture_size(manifest, folder)
         prefix = required(manifest.tokens, "tokens", folder).prefix
         labels = tuple(read_labels(manifest, folder))
-        yield Extractor(extract, size, prefix, about, session.description, labels)
+        yield Extractor(extract, size, prefix, about, write_record(session.description), labels)

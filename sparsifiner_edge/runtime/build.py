@@ -21,6 +21,7 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime.build_worker import Job, run_job
 from sparsifiner_edge.runtime.open import BACKENDS, check_backend, load_backend, open_checked
 from sparsifiner_edge.runtime.session import Session
@@ -157,7 +158,7 @@ def _run_in_onnxruntime(folder: Path, manifest: Manifest, kernels: str) -> dict[
     with open_checked(folder, manifest, kernels=kernels) as session:
         golden = check_golden(session, folder, manifest)
         described = session.description
-    return {"version": described["version"], "engines": [], "description": described, "golden": golden}
+    return {"version": described.version, "engines": [], "description": write_record(described), "golden": golden}
 
 
 def batch_range(manifest: Manifest, batch: tuple[int, int, int] | None, folder: Path) -> BatchRange:

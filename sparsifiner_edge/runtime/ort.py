@@ -16,7 +16,7 @@ from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.session import Array, validate_inputs, validate_outputs
+from sparsifiner_edge.runtime.session import Array, Description, validate_inputs, validate_outputs
 
 _ERRORS_ONLY = 3
 _TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
@@ -163,17 +163,17 @@ class OrtSession:
         self._provider = str(session.get_providers()[0])
 
     @property
-    def description(self) -> dict[str, Any]:
+    def description(self) -> Description:
         """See `Session.description`."""
-        return {
-            "backend": self.backend,
-            "version": self._version,
-            "provider": self._provider,
-            "device": self._device,
-            "precision": self._precision,
-            "kernels": _kernels(self._operators, self._native is not None, self._why_bodies),
-            "threads": self._threads,
-        }
+        return Description(
+            backend=self.backend,
+            version=self._version,
+            provider=self._provider,
+            device=self._device,
+            precision=self._precision,
+            kernels=_kernels(self._operators, self._native is not None, self._why_bodies),
+            threads=self._threads,
+        )
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """See `Session.validate`."""

@@ -65,11 +65,10 @@ class Session(Protocol):
         """Milliseconds that the backend took to make the session; hashing and reading the manifest excluded."""
 
     @property
-    def description(self) -> dict[str, Any]:
-        """What really runs: `backend`, `version`, `provider`, `device`, `precision`, `kernels` and `threads`.
+    def description(self) -> Description:
+        """What really runs.
 
         Found on first use, from the model file: that costs time and memory, so ask after measuring either.
-        `kernels` is "native, <instruction set>", "function bodies" or "none (standard operators)".
         """
 
     def validate(self, inputs: Mapping[str, Array]) -> None:

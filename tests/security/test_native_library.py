@@ -75,7 +75,7 @@ told = {}
 for kernels in ("auto", "portable", "native"):
     try:
         with open_session(sys.argv[1], kernels=kernels) as session:
-            told[kernels] = session.description["kernels"]
+            told[kernels] = session.description.kernels
     except SparsifinerError as error:
         told[kernels] = f"refused: {error}"
 print(json.dumps(told | doctor.examine()))

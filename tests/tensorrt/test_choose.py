@@ -104,7 +104,7 @@ def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, machine):
     assert "differs from golden" in found["candidates"]["dense"]["golden"]  # so it is no candidate, fast as it is
     assert set(behaviour.seen["register"]) == set(behaviour.seen["aot_impl"]) == {f"{NAMESPACE}::{n}" for n in LAUNCHES}
     with open_session(folder, "tensorrt") as session:
-        assert session.description["kernels"] == "CUDA kernels, as a plugin"
+        assert session.description.kernels == "CUDA kernels, as a plugin"
         assert check_golden(session, folder)
     with pytest.raises(BackendError, match=r"(?s)no engine for tensorrt that runs.*bodies.*--option kernels=portable"):
         open_session(folder, "tensorrt", kernels="portable")
@@ -118,7 +118,7 @@ def test_slower_kernels_lose(tmp_path, machine):
     _, found = details(folder)
     assert found["kernels"] == "bodies"
     with open_session(folder, "tensorrt", kernels="portable") as session:
-        assert session.description["kernels"] == "function bodies"
+        assert session.description.kernels == "function bodies"
 
 
 def test_dense_wins_where_it_makes_no_difference(tmp_path, machine):
@@ -128,7 +128,7 @@ def test_dense_wins_where_it_makes_no_difference(tmp_path, machine):
     assert found["kernels"] == "dense"
     assert set(found["candidates"]) == {"bodies", "dense"}
     with open_session(folder, "tensorrt") as session:
-        assert session.description["kernels"] == "dense attention"
+        assert session.description.kernels == "dense attention"
 
 
 def test_a_candidate_that_cannot_be_built_is_recorded(tmp_path, machine):

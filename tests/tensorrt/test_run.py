@@ -62,10 +62,10 @@ def test_build_and_run(tmp_path, machine, version, package):
         assert session.last_times.compute_ms == 2.0
         assert session.layers()["Layers"][0] == "Cast"
         assert check_golden(session, folder)
-    assert described["device"] == "Orin (compute capability 8.7)"
-    assert described["graph"] is (package == "cuda-python")
-    assert described["zero_copy"] is True
-    assert described["kernels"] == "function bodies"
+    assert described.device == "Orin (compute capability 8.7)"
+    assert described.graph is (package == "cuda-python")
+    assert described.zero_copy is True
+    assert described.kernels == "function bodies"
     assert gpu.live() == {}
 
 

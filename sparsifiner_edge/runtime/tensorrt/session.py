@@ -22,7 +22,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.runtime import cuda
 from sparsifiner_edge.runtime.cuda import Driver, Lane, Times, open_driver
-from sparsifiner_edge.runtime.session import Array, validate_inputs, validate_outputs
+from sparsifiner_edge.runtime.session import Array, Description, validate_inputs, validate_outputs
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error, unusable_engine
 
 Shape = tuple[int, ...]
@@ -149,21 +149,21 @@ class EngineSession:
         self._bound = dict(shapes)
 
     @functools.cached_property
-    def description(self) -> dict[str, Any]:
-        """See `Session.description`; also `cuda`, `graph` and `zero_copy`."""
+    def description(self) -> Description:
+        """See `Session.description`."""
         device = self._driver.device
-        return {
-            "backend": self.backend,
-            "version": str(self._trt.__version__),
-            "provider": "TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
-            "device": f"{device.name} (compute capability {device.compute_capability})",
-            "precision": self._engine_info.precision,
-            "kernels": _KERNELS.get(str(self._engine_info.details.get("kernels")), "function bodies"),
-            "threads": 1,
-            "cuda": f"{self._driver.package}, driver for CUDA {device.driver_version}",
-            "graph": self._graph and self._driver.graphs,
-            "zero_copy": self._lane.zero_copy,
-        }
+        return Description(
+            backend=self.backend,
+            version=str(self._trt.__version__),
+            provider="TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
+            device=f"{device.name} (compute capability {device.compute_capability})",
+            precision=self._engine_info.precision,
+            kernels=_KERNELS.get(str(self._engine_info.details.get("kernels")), "function bodies"),
+            threads=1,
+            cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",
+            graph=self._graph and self._driver.graphs,
+            zero_copy=self._lane.zero_copy,
+        )
 
     @property
     def last_times(self) -> Times | None:
