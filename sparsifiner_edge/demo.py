@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import msgspec
 import safetensors.numpy
+from msgspec.structs import replace
 
 from sparsifiner_edge import material
+from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.evaluate.cosine import evaluate_student
+from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult, evaluate_student
 from sparsifiner_edge.evaluate.explain import draw
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.files import write_bytes
+from sparsifiner_edge.profiles.figures import Method, ProfileResult, Samples
 from sparsifiner_edge.profiles.latency import profile_bundle
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS
+from sparsifiner_edge.profiles.stats import Estimate
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import new_result, read_result, write_result
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.results import Declared, read_result, write_result
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
 
@@ -35,6 +41,52 @@ class Setting(NamedTuple):
         return f"{self.size} px, keep {self.keep:.2f}, {self.cells} cells"
 
 
+class _Row(NamedTuple):
+    """What was measured of one setting; `manifest` is the sparse bundle's."""
+
+    fidelity: CosineResult
+    profile: ProfileResult
+    manifest: Manifest
+
+
+class RowFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one setting."""
+
+    features_cosine: float
+    patches_cosine: float
+    keys_read_share: float
+    attention_macs_share: float
+    dense_p50_ms: float
+    sparse_p50_ms: float
+    speed_ratio: Estimate
+    verdict: str
+
+
+class RowSamples(msgspec.Struct, frozen=True):
+    """Of one setting."""
+
+    fidelity: dict[str, list[float]]
+    profile: Samples
+
+
+class DemoMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was measured; fidelity and profile by setting."""
+
+    kernels: str | Unavailable
+    verdicts: list[str]
+    fidelity: dict[str, CosineMethod]
+    profile: dict[str, Method]
+    training: str
+
+
+class DemoResult(Declared, frozen=True):
+    """Of kind "demo", by setting."""
+
+    method: DemoMethod
+    samples: dict[str, RowSamples]
+    statistics: dict[str, RowFigures]
+
+
 SETTINGS = (Setting(224, 0.25, 16), Setting(518, 0.10, 25))
 LAYER = 8
 """The layer whose selection is drawn: late enough to be semantic, early enough to differ between queries."""
@@ -43,7 +95,7 @@ _STAGES = ("sparsify", "export sparse", "export dense", "evaluate", "profile", "
 STEPS = len(SETTINGS) * len(_STAGES)
 
 
-def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> dict[str, Any]:
+def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> DemoResult:
     """Run the demonstration into `output`; an earlier demonstration there is replaced.
 
     Args:
@@ -64,7 +116,7 @@ def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> dict[str
     write_bytes(weights, safetensors.numpy.save(material.dinov2_state()))
     pictures = output / "calibration"
     _gather(material.calibration_pictures(), pictures)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, _Row] = {}
     for number, setting in enumerate(SETTINGS):
         rows[setting.name] = _one(setting, output, weights, pictures, number * len(_STAGES), progress, seconds)
     result = _result(rows)
@@ -91,7 +143,7 @@ def _gather(pictures: list[Path], folder: Path) -> None:
 
 def _one(
     setting: Setting, output: Path, weights: Path, pictures: Path, done: int, progress: Progress, seconds: float
-) -> dict[str, Any]:
+) -> _Row:
     def stage(number: int) -> None:
         progress(f"{setting.size} px: {_STAGES[number]}", done + number, STEPS)
 
@@ -118,37 +170,41 @@ def _one(
     stage(5)
     draw(load_student(student), material.photographs()[2], LAYER, output / f"attention_{setting.size}.png")
     progress(f"{setting.size} px: done", done + len(_STAGES), STEPS)
-    return {"fidelity": fidelity, "profile": profile, "manifest": open_bundle(sparse)}
+    assert isinstance(fidelity, CosineResult)
+    return _Row(fidelity, profile, open_bundle(sparse))
 
 
-def _result(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _result(rows: dict[str, _Row]) -> DemoResult:
     first = next(iter(rows.values()))
-    method = {
-        "kernels": first["profile"]["method"]["runtime"]["subject"]["kernels"],
-        "verdicts": [f"{name}: {row['profile']['statistics']['comparison']['sentence']}" for name, row in rows.items()],
-        "fidelity": {name: row["fidelity"]["method"] for name, row in rows.items()},
-        "profile": {name: row["profile"]["method"] for name, row in rows.items()},
-        "training": "none; the predictor is calibrated on pictures that are not among the eight",
-    }
-    samples = {
-        name: {"fidelity": row["fidelity"]["samples"], "profile": row["profile"]["samples"]}
-        for name, row in rows.items()
-    }
-    subjects = [subject | {"setting": name} for name, row in rows.items() for subject in row["profile"]["subjects"]]
-    return new_result("demo", subjects, method, samples, {name: _figures(row) for name, row in rows.items()})
+    verdicts = [(name, row.profile.statistics.comparison) for name, row in rows.items()]
+    method = DemoMethod(
+        kernels=first.profile.method.runtime["subject"].kernels,
+        verdicts=[f"{name}: {found.sentence}" for name, found in verdicts if found is not None],
+        fidelity={name: row.fidelity.method for name, row in rows.items()},
+        profile={name: row.profile.method for name, row in rows.items()},
+        training="none; the predictor is calibrated on pictures that are not among the eight",
+    )
+    samples = {name: RowSamples(row.fidelity.samples, row.profile.samples) for name, row in rows.items()}
+    subjects = [replace(subject, setting=name) for name, row in rows.items() for subject in row.profile.subjects]
+    return DemoResult("demo", subjects, method, samples, {name: _figures(row) for name, row in rows.items()})
 
 
-def _figures(row: dict[str, Any]) -> dict[str, Any]:
-    fidelity, profile, manifest = row["fidelity"]["statistics"], row["profile"]["statistics"], row["manifest"]
-    costs, dense, sparsity = manifest.costs, manifest.dense_costs, manifest.sparsity
+def _figures(row: _Row) -> RowFigures:
+    fidelity, profile, manifest = row.fidelity.statistics, row.profile.statistics, row.manifest
+    costs, dense, sparsity, shape = manifest.costs, manifest.dense_costs, manifest.sparsity, manifest.shape
+    assert fidelity.patches_cosine is not None
+    assert profile.against is not None
+    assert profile.comparison is not None
+    assert sparsity is not None
+    assert shape is not None
     core = costs["attention_macs"] + costs["cells_macs"] + costs["predictor_macs"]
-    return {
-        "features_cosine": fidelity["features_cosine"]["mean"]["value"],
-        "patches_cosine": fidelity["patches_cosine"]["mean"]["value"],
-        "keys_read_share": sparsity.keep + sparsity.cells / manifest.shape.patches,
-        "attention_macs_share": core / dense["attention_macs"],
-        "dense_p50_ms": profile["against"]["latency_ms"]["p50"]["value"],
-        "sparse_p50_ms": profile["subject"]["latency_ms"]["p50"]["value"],
-        "speed_ratio": profile["comparison"]["ratio"],
-        "verdict": profile["comparison"]["verdict"],
-    }
+    return RowFigures(
+        features_cosine=fidelity.features_cosine.mean.value,
+        patches_cosine=fidelity.patches_cosine.mean.value,
+        keys_read_share=sparsity.keep + sparsity.cells / shape.patches,
+        attention_macs_share=core / dense["attention_macs"],
+        dense_p50_ms=profile.against.latency_ms.p50.value,
+        sparse_p50_ms=profile.subject.latency_ms.p50.value,
+        speed_ratio=profile.comparison.ratio,
+        verdict=profile.comparison.verdict,
+    )

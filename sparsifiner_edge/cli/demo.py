@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sparsifiner_edge.cli.common import json_option, print_json, print_table, progress_bar
+from sparsifiner_edge.records import Unavailable, write_record
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.demo import DemoResult
 
 
 @click.command()
@@ -25,25 +29,25 @@ def command(*, output: Path, as_json: bool) -> None:
     with progress_bar("starting") as progress:
         result = run_demo(output, progress)
     if as_json:
-        print_json(result)
+        print_json(write_record(result))
     else:
         _print(result, output)
 
 
-def _print(result: dict[str, Any], output: Path) -> None:
+def _print(result: DemoResult, output: Path) -> None:
     rows = []
-    for name, found in result["statistics"].items():
-        ratio = found["speed_ratio"]
+    for name, found in result.statistics.items():
+        ratio = found.speed_ratio
         rows.append(
             [
                 name,
-                f"{found['keys_read_share']:.1%}",
-                f"{found['features_cosine']:.4f}",
-                f"{found['patches_cosine']:.4f}",
-                f"{found['attention_macs_share']:.1%}",
-                f"{found['dense_p50_ms']:.1f}",
-                f"{found['sparse_p50_ms']:.1f}",
-                f"{ratio['value']:.2f} ({_number(ratio['low'])} to {_number(ratio['high'])})",
+                f"{found.keys_read_share:.1%}",
+                f"{found.features_cosine:.4f}",
+                f"{found.patches_cosine:.4f}",
+                f"{found.attention_macs_share:.1%}",
+                f"{found.dense_p50_ms:.1f}",
+                f"{found.sparse_p50_ms:.1f}",
+                f"{ratio.value:.2f} ({_number(ratio.low)} to {_number(ratio.high)})",
             ]
         )
     print_table(
@@ -51,11 +55,11 @@ def _print(result: dict[str, Any], output: Path) -> None:
         ["", "keys read", "CLS cosine", "patch cosine", "attention MACs", "dense ms", "sparse ms", "speed ratio"],
         rows,
     )
-    click.echo(f"Kernels: {result['method']['kernels']}.")
-    for sentence in result["method"]["verdicts"]:
+    click.echo(f"Kernels: {result.method.kernels}.")
+    for sentence in result.method.verdicts:
         click.echo(sentence)
     click.echo(f"Pictures of what three queries attend to, students, bundles, result.json: {output}/")
 
 
-def _number(value: Any) -> str:
+def _number(value: float | Unavailable) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "?"

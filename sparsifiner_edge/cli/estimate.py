@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sparsifiner_edge.cli.common import json_option, output_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.profiles.estimate import EstimateResult
 
 
 @click.command()
@@ -37,6 +40,7 @@ def command(
     from sparsifiner_edge.profiles.board import board_names, load_board, read_board
     from sparsifiner_edge.profiles.document import COLUMNS, board_row
     from sparsifiner_edge.profiles.estimate import estimate_bundle
+    from sparsifiner_edge.records import write_record
     from sparsifiner_edge.results import write_result
 
     if listed:
@@ -56,36 +60,31 @@ def command(
     device = load_board(board) if board is not None else read_board(board_file or Path())
     result = estimate_bundle(bundle, device, precision=precision, power_mode=power_mode, kernels=kernels)
     if as_json:
-        print_json(result)
+        print_json(write_record(result))
     else:
         _print(result)
     if output is not None:
         write_result(output, result)
 
 
-def _print(result: dict[str, Any]) -> None:
-    figures, method = result["statistics"], result["method"]
-    board, kernels = method["board"], method["kernels"]
-    name = Path(result["subjects"][0]["path"]).name
+def _print(result: EstimateResult) -> None:
+    found, method = result.statistics, result.method
     rows = [
-        [label, *(f"{figures[key][bound] * factor:.3g}" for bound in ("value", "low", "high"))]
-        for label, key, factor in _ROWS
+        [label, *(f"{getattr(figure, bound) * factor:.3g}" for bound in ("value", "low", "high"))]
+        for label, figure, factor in (
+            ("latency, ms", found.latency_ms, 1.0),
+            ("memory, MB", found.memory_bytes, 1e-6),
+            ("energy per inference, mJ", found.energy_j, 1e3),
+        )
     ]
+    name, board = Path(str(result.subjects[0].path)).name, method.board
     print_table(f"ESTIMATE of {name} on {board['title']}", ["", "value", "low", "high"], rows)
-    operators = [[o["kind"], f"{o['macs'] / 1e6:.1f}", f"{o['bytes'] / 1e6:.1f}", f"{o['ms']:.3f}", o["bound"]]
-                 for o in figures["operators"]]  # fmt: skip
+    operators = [[o.kind, f"{o.macs / 1e6:.1f}", f"{o.bytes / 1e6:.1f}", f"{o.ms:.3f}", o.bound]
+                 for o in found.operators]  # fmt: skip
     print_table("Operators, over all layers", ["", "MACs, M", "moved, MB", "ms", "bound by"], operators)
-    precision = method["precision"]
-    click.echo(f"Computed, not measured: {figures['latency_ms']['method']}.")
-    click.echo(f"Precision: {precision['linear']} in linear layers, {precision['other']} elsewhere.")
-    click.echo(f"Sparse operators: {kernels['assumed']}, because {kernels['because']}.")
-    click.echo(f"Fits the board's {board['memory_gb']:g} GB: {figures['fits_memory']}.")
+    click.echo(f"Computed, not measured: {found.latency_ms.method}.")
+    click.echo(f"Precision: {method.precision['linear']} in linear layers, {method.precision['other']} elsewhere.")
+    click.echo(f"Sparse operators: {method.kernels.assumed}, because {method.kernels.because}.")
+    click.echo(f"Fits the board's {board['memory_gb']:g} GB: {found.fits_memory}.")
     if board["unverified"]:
         click.echo(f"Not confirmed by any document: {', '.join(board['unverified'])}.")
-
-
-_ROWS = [
-    ("latency, ms", "latency_ms", 1.0),
-    ("memory, MB", "memory_bytes", 1e-6),
-    ("energy per inference, mJ", "energy_j", 1e3),
-]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,6 +22,10 @@ from sparsifiner_edge.cli.common import (
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.text import shown
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.evaluate.classes import ClassResult
+    from sparsifiner_edge.evaluate.cosine import CosineResult
 
 
 @click.command()
@@ -62,6 +66,7 @@ def command(
 ) -> None:
     """Compare SUBJECT with its dense teacher, picture by picture."""
     import sparsifiner_edge
+    from sparsifiner_edge.records import write_record
     from sparsifiner_edge.results import write_result
 
     if output is not None:
@@ -83,45 +88,52 @@ def command(
             progress=progress,
         )
     if as_json:
-        print_json(result)
-    elif metric == "cosine":
-        print_evaluation(result)
+        print_json(write_record(result))
     else:
-        print_accuracy(result)
+        print_evaluation(result)
     if output is not None:  # Last: a full disk should not cost the reader the figures.
         write_result(output, result)
 
 
-def print_evaluation(result: dict[str, Any]) -> None:
-    """One row per kind of feature, then who was compared with whom, and what ran each."""
+def print_evaluation(result: CosineResult | ClassResult) -> None:
+    """The figures; then who was compared with whom, and what ran each."""
+    from sparsifiner_edge.evaluate.cosine import CosineResult
+    from sparsifiner_edge.runtime.session import Description
+
+    if isinstance(result, CosineResult):
+        _print_cosines(result)
+    else:
+        _print_accuracy(result)
+    for subject in result.subjects:
+        runtime = result.method.runtime[str(subject.role)]
+        kernels = f", kernels: {runtime.kernels}" if isinstance(runtime, Description) else ""
+        ran = f"{runtime.backend}, {runtime.precision}{kernels}"
+        click.echo(f"{subject.role}: {shown(subject.path)} on {shown(ran)}")
+
+
+def _print_cosines(result: CosineResult) -> None:
+    """One row per kind of feature."""
     rows = []
-    for name, found in result["statistics"].items():
-        mean = found["mean"]
-        interval = f"{mean['low']:.4f} to {mean['high']:.4f}" if isinstance(mean["low"], float) else "too few pictures"
-        rows.append([name.removesuffix("_cosine"), f"{mean['value']:.4f}", interval, f"{found['least']:.4f}"])
-    count = len(result["method"]["pictures"])
+    for name, found in (
+        ("features", result.statistics.features_cosine),
+        ("patches", result.statistics.patches_cosine),
+    ):
+        if found is not None:
+            low, high = found.mean.low, found.mean.high
+            known = isinstance(low, float) and isinstance(high, float)
+            interval = f"{low:.4f} to {high:.4f}" if known else "too few pictures"
+            rows.append([name, f"{found.mean.value:.4f}", interval, f"{found.least:.4f}"])
+    count = len(result.method.pictures)
     print_table(f"Cosine to the dense teacher, {count} pictures", ["", "mean", "95 % interval", "least"], rows)
-    print_subjects(result)
 
 
-def print_accuracy(result: dict[str, Any]) -> None:
+def _print_accuracy(result: ClassResult) -> None:
     """Accuracies side by side, and their difference with its interval."""
-    found = result["statistics"]
-    paired = found["difference_points"]
+    found, method = result.statistics, result.method
+    paired = found.difference_points
     rows = [
-        ["subject", f"{found['subject_percent']:.2f} %"],
-        ["teacher", f"{found['teacher_percent']:.2f} %"],
-        ["difference", f"{paired['value']:+.2f} points ({paired['low']:+.2f} to {paired['high']:+.2f})"],
+        ["subject", f"{found.subject_percent:.2f} %"],
+        ["teacher", f"{found.teacher_percent:.2f} %"],
+        ["difference", f"{paired.value:+.2f} points ({paired.low:+.2f} to {paired.high:+.2f})"],
     ]
-    method = result["method"]
-    print_table(f"{method['metric']}: {method['queries']}, gallery {method['gallery']}", ["", "accuracy"], rows)
-    print_subjects(result)
-
-
-def print_subjects(result: dict[str, Any]) -> None:
-    """Who was compared with whom, and what ran each."""
-    for subject in result["subjects"]:
-        runtime = result["method"]["runtime"][subject["role"]]
-        kernels = f", kernels: {runtime['kernels']}" if "kernels" in runtime else ""
-        ran = f"{runtime['backend']}, {runtime['precision']}{kernels}"
-        click.echo(f"{subject['role']}: {shown(subject['path'])} on {shown(ran)}")
+    print_table(f"{method.metric}: {method.queries}, gallery {method.gallery}", ["", "accuracy"], rows)

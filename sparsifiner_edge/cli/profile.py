@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import click
 
 from sparsifiner_edge.bounds import MOST_SECONDS, MOST_THREADS
 from sparsifiner_edge.cli.common import FiniteRange, json_option, output_option, print_json, print_table, progress_bar
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.profiles.stats import Estimate
+from sparsifiner_edge.records import MISSING, Unavailable
 from sparsifiner_edge.text import shown
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.profiles.figures import Figures, ProfileResult
+    from sparsifiner_edge.profiles.sweep import SweepResult
+
+Value: TypeAlias = Estimate | float | Unavailable | None
 
 
 @click.command()
@@ -48,25 +57,38 @@ def command(
 ) -> None:
     """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own."""
     from sparsifiner_edge.profiles import parse_axes, profile_bundle, sweep_bundle
+    from sparsifiner_edge.profiles.sweep import SweepResult
+    from sparsifiner_edge.records import write_record
     from sparsifiner_edge.results import write_result
 
     if output is not None and output.is_dir():
         raise click.BadParameter(f"{output} is a folder; give a file's name.", param_hint="--output")
-    common: dict[str, Any] = {"threads": threads, "kernels": kernels, "seconds": seconds}
+    result: ProfileResult | SweepResult
     if sweeps:
         _refuse_with_sweep(against, rules, layers)
         axes = parse_axes(sweeps)
         with progress_bar("starting") as progress:
-            result = sweep_bundle(bundle, axes, backend, **common, progress=progress)
+            result = sweep_bundle(
+                bundle, axes, backend, threads=threads, kernels=kernels, seconds=seconds, progress=progress
+            )
     else:
         if rules == "mlperf" and seconds is not None:
             raise ConfigError("--seconds does not go with --rules mlperf.", "Those rules fix how long it lasts.")
-        extra: dict[str, Any] = {"against": against, "rules": rules, "layers": layers is not False}
         with progress_bar("starting") as progress:
-            result = profile_bundle(bundle, backend, **common, **extra, progress=progress)
+            result = profile_bundle(
+                bundle,
+                backend,
+                against=against,
+                rules=rules,
+                threads=threads,
+                kernels=kernels,
+                seconds=seconds,
+                layers=layers is not False,
+                progress=progress,
+            )
     if as_json:
-        print_json(result)
-    elif sweeps:
+        print_json(write_record(result))
+    elif isinstance(result, SweepResult):
         _print_sweep(result)
     else:
         _print(result, with_layers=bool(layers))
@@ -80,110 +102,106 @@ def _refuse_with_sweep(against: Path | None, rules: str, layers: bool | None) ->
             raise ConfigError(f"{name} does not go with --sweep.", "Run profile without the sweep for it.")
 
 
-def _print(result: dict[str, Any], with_layers: bool) -> None:
-    roles = [subject["role"] for subject in result["subjects"]]
-    names = [Path(subject["path"]).name for subject in result["subjects"]]
-    figures = [result["statistics"][role] for role in roles]
-    rows = [[label, *(_cell(figure, *path) for figure in figures)] for label, path in _rows(figures)]
-    described = [result["method"]["runtime"][role] for role in roles]
-    for what in ("backend", "device", "kernels", "precision", "threads"):
-        rows.append([what, *(_described(description, what) for description in described)])
+def _print(result: ProfileResult, with_layers: bool) -> None:
+    names = [Path(str(subject.path)).name for subject in result.subjects]
+    figures = result.statistics.sides()
+    rows = [[label, *map(_cell, values)] for label, values in _rows(figures)]
+    described = [result.method.runtime[str(subject.role)] for subject in result.subjects]
+    rows.append(["backend", *(f"{_text(found.backend)} {_text(found.version)}" for found in described)])
+    for what in ("device", "kernels", "precision", "threads"):
+        rows.append([what, *(_text(getattr(found, what)) for found in described)])
     print_table("Single stream, value (95 % interval)", ["", *names], rows)
     for name, figure in zip(names, figures, strict=True):
         if with_layers:
             _print_layers(name, figure)
         for remark in _remarks(figure):
             click.echo(f"{shown(name)}: {shown(remark, 2000)}")
-    for problem in result["method"]["problems"]:
+    for problem in result.method.problems:
         click.echo(f"Sensor: {shown(problem, 2000)}.")
-    if "comparison" in result["statistics"]:
-        click.echo(shown(result["statistics"]["comparison"]["sentence"], 2000))
+    if result.statistics.comparison is not None:
+        click.echo(shown(result.statistics.comparison.sentence, 2000))
 
 
-_Row = tuple[str, tuple[str, ...]]
-_ROWS: list[_Row] = [
-    ("latency p50, ms", ("latency_ms", "p50")),
-    ("latency p90, ms", ("latency_ms", "p90")),
-    ("latency p99, ms", ("latency_ms", "p99")),
-    ("throughput, queries/s", ("throughput_per_s",)),
-    ("queries measured", ("queries",)),
-    ("load, ms", ("load_ms",)),
-    ("first inference, ms", ("first_inference_ms",)),
-    ("peak memory of the process, MB", ("peak_rss_bytes",)),
-    ("memory before loading, MB", ("rss_before_load_bytes",)),
-]
-_MLPERF_ROW: _Row = ("p90 by early stopping, ms", ("mlperf", "early_stopping_p90_ms"))
-_DEVICE_ROW: _Row = ("memory of the device, MB", ("memory", "device_bytes"))
-_ENERGY_ROWS: list[_Row] = [
-    ("energy per inference, gross, J", ("energy", "gross_j_per_inference")),
-    ("energy per inference, net, J", ("energy", "net_j_per_inference")),
-    ("power while measuring, W", ("energy", "mean_w")),
-]
-
-
-def _rows(figures: list[dict[str, Any]]) -> list[_Row]:
+def _rows(figures: list[Figures]) -> list[tuple[str, list[Value]]]:
     """The rows that have something to show: no device's memory without a device, no energy without a sensor."""
-    rows = list(_ROWS)
-    if all("mlperf" in figure for figure in figures):
-        rows.insert(2, _MLPERF_ROW)
-    if any(isinstance(figure["memory"]["device_bytes"], int) for figure in figures):
-        rows.append(_DEVICE_ROW)
-    return rows + (_ENERGY_ROWS if any("unavailable" not in figure["energy"] for figure in figures) else [])
+
+    def row(label: str, read: Callable[[Figures], Value]) -> tuple[str, list[Value]]:
+        return label, [read(figure) for figure in figures]
+
+    rows = [
+        row("latency p50, ms", lambda f: f.latency_ms.p50),
+        row("latency p90, ms", lambda f: f.latency_ms.p90),
+        row("latency p99, ms", lambda f: f.latency_ms.p99),
+        row("throughput, queries/s", lambda f: f.throughput_per_s),
+        row("queries measured", lambda f: f.queries),
+        row("load, ms", lambda f: f.load_ms),
+        row("first inference, ms", lambda f: f.first_inference_ms),
+        row("peak memory of the process, MB", lambda f: _megabytes(f.peak_rss_bytes)),
+        row("memory before loading, MB", lambda f: _megabytes(f.rss_before_load_bytes)),
+    ]
+    if all(figure.mlperf for figure in figures):
+        rows.insert(2, row("p90 by early stopping, ms", lambda f: f.mlperf.early_stopping_p90_ms if f.mlperf else None))
+    if any(isinstance(figure.memory.device_bytes, int) for figure in figures):
+        rows.append(row("memory of the device, MB", lambda f: _megabytes(f.memory.device_bytes)))
+    for label, name in _ENERGY if any(not isinstance(figure.energy, Unavailable) for figure in figures) else ():
+        rows.append(row(label, lambda f, name=name: getattr(f.energy, name, None)))  # type: ignore[misc]
+    return rows
 
 
-def _remarks(figure: dict[str, Any]) -> list[str]:
-    remarks = [f"{flag['flag']}: {flag['what']}. {flag['do']}" for flag in figure["flags"]]
-    if "unavailable" in figure["energy"]:
-        reason = figure["energy"]["unavailable"].partition(":")[0]
-        remarks.append(f"energy unavailable: {reason} (--json tells what was looked for)")
-    if "mlperf" in figure:
-        remarks.append(f"mlperf: {'valid' if figure['mlperf']['valid'] else 'INVALID'}, {figure['mlperf']['why']}")
+_ENERGY = (
+    ("energy per inference, gross, J", "gross_j_per_inference"),
+    ("energy per inference, net, J", "net_j_per_inference"),
+    ("power while measuring, W", "mean_w"),
+)
+
+
+def _remarks(figure: Figures) -> list[str]:
+    remarks = [f"{flag.flag}: {flag.what}. {flag.do}" for flag in figure.flags]
+    if isinstance(figure.energy, Unavailable):
+        reason = figure.energy.why.partition(":")[0]
+        remarks.append(f"energy {MISSING}: {reason} (--json tells what was looked for)")
+    if figure.mlperf is not None:
+        remarks.append(f"mlperf: {'valid' if figure.mlperf.valid else 'INVALID'}, {figure.mlperf.why}")
     return remarks
 
 
-def _print_layers(name: str, figure: dict[str, Any]) -> None:
+def _print_layers(name: str, figure: Figures) -> None:
     from sparsifiner_edge.profiles.kinds import by_kind
 
-    if isinstance(figure["layers"], dict):
-        click.echo(f"{shown(name)}: layers unavailable: {shown(figure['layers']['unavailable'], 2000)}")
-        return
-    total, compared = figure["layers_total_ms"], figure["layers_compared"]
-    times = sorted(by_kind(figure["layers"]).items(), key=lambda item: -item[1])
-    rows = [[kind, _number(ms), f"{ms / total:.1%}" if total else "?"] for kind, ms in times]
-    rows.append(["sum", _number(total), f"{compared['total_over_latency']:.0%} of the latency"])
-    print_table(f"{name}: time by kind of layer", ["", "ms", "share"], rows)
+    rows, total, compared = figure.layers, figure.layers_total_ms, figure.layers_compared
+    if isinstance(rows, Unavailable):
+        click.echo(f"{shown(name)}: layers {MISSING}: {shown(rows.why, 2000)}")
+    elif rows is not None and isinstance(total, float) and compared and not isinstance(compared, Unavailable):
+        times = sorted(by_kind(rows).items(), key=lambda item: -item[1])
+        cells = [[kind, _cell(ms), f"{ms / total:.1%}" if total else "?"] for kind, ms in times]
+        cells.append(["sum", _cell(total), f"{compared.total_over_latency:.0%} of the latency"])
+        print_table(f"{name}: time by kind of layer", ["", "ms", "share"], cells)
 
 
-def _print_sweep(result: dict[str, Any]) -> None:
-    name = Path(result["subjects"][0]["path"]).name
+def _print_sweep(result: SweepResult) -> None:
+    name = Path(str(result.subjects[0].path)).name
     rows = []
-    for point in result["statistics"]["sweep"]:
-        marks = ", ".join(dict.fromkeys(flag["flag"] for flag in point["flags"]))
-        cells = [_cell(point, "latency_ms", "p50"), _cell(point, "throughput_per_s"), marks]
-        rows.append([f"{point['threads']} x {point['batch']}", *cells])
+    for point in result.statistics.sweep:
+        marks = ", ".join(dict.fromkeys(flag.flag for flag in point.flags))
+        cells = [_cell(point.latency_ms.p50), _cell(point.throughput_per_s), marks]
+        rows.append([f"{point.threads} x {point.batch}", *cells])
     columns = ["threads x batch", "latency p50 of a batch, ms", "images/s", "flags"]
     print_table(f"{name}, value (95 % interval)", columns, rows)
 
 
-def _cell(figure: dict[str, Any], *path: str) -> str:
-    value: Any = figure
-    for name in path:
-        value = value.get(name, {}) if isinstance(value, dict) else {}
-    if isinstance(value, dict) and "value" in value:
-        return f"{_number(value['value'])} ({_number(value['low'])} to {_number(value['high'])})"
-    return _number(value / 1e6 if path[-1].endswith("_bytes") and isinstance(value, int) else value)
+def _megabytes(size: int | Unavailable) -> float | Unavailable:
+    return size / 1e6 if isinstance(size, int) else size
 
 
-def _number(value: Any) -> str:
-    if isinstance(value, dict):
+def _cell(value: Value) -> str:
+    if isinstance(value, Estimate):
+        return f"{_cell(value.value)} ({_cell(value.low)} to {_cell(value.high)})"
+    if value is None or isinstance(value, Unavailable):
         return "?"
     if isinstance(value, int):
         return str(value)
     return f"{value:.1f}" if value >= 100 else f"{value:.3g}" if value < 0.1 else f"{value:.3f}"
 
 
-def _described(description: dict[str, Any], what: str) -> str:
-    if isinstance(description[what], dict):
-        return "?"
-    text = str(description[what])
-    return f"{text} {description['version']}" if what == "backend" else text
+def _text(value: object) -> str:
+    return "?" if isinstance(value, Unavailable) else str(value)

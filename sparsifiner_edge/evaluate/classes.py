@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
@@ -22,13 +24,50 @@ from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.pictures import evenly
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import new_result
+from sparsifiner_edge.results import Declared, Subject
+from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.student import Student, checked_labels, load_student, save_student
 
 Array = npt.NDArray[Any]
 NEIGHBOURS = 20
 GALLERY = 5000
 METRICS = ("knn", "linear", "top1")
+
+
+class Accuracies(msgspec.Struct, frozen=True, kw_only=True):
+    """In percent, and their difference with a paired 95 % bootstrap interval."""
+
+    subject_percent: float
+    teacher_percent: float
+    difference_points: stats.Estimate
+    queries: int
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether an answer was right, 1 or 0, of each query."""
+
+    subject_right: list[int]
+    teacher_right: list[int]
+
+
+class ClassMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was compared; runtime by role."""
+
+    metric: str
+    queries: str
+    gallery: str
+    classes: list[str]
+    classes_from: str
+    preprocessing: str
+    runtime: dict[str, Runtime]
+
+
+class ClassResult(Declared, frozen=True):
+    """Of kind "evaluation"."""
+
+    method: ClassMethod
+    samples: Answered
+    statistics: Accuracies
 
 
 def evaluate_classes(
@@ -45,7 +84,7 @@ def evaluate_classes(
     head: str | Path | None = None,
     runner: Runner = ONNXRUNTIME,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> ClassResult:
     """Accuracy of a student or bundle beside its teacher's.
 
     Args:
@@ -62,8 +101,7 @@ def evaluate_classes(
         progress: see `Progress`; counts pictures.
 
     Returns:
-        A result of kind "evaluation": `samples` say of each query whether subject and teacher were right;
-        `statistics` hold the accuracies in percent, and the difference in points with a paired 95 % bootstrap interval.
+        A result of kind "evaluation".
 
     Raises:
         ConfigError: no gallery, a class without pictures, classes that differ, no classifier.
@@ -91,22 +129,23 @@ def evaluate_classes(
         student = load_student(subject, keep=keep, token_keep=token_keep)
         write_head(student, found["subject"][1], asked.classes, Path(head))
     named = "the data set" if str(data) == FASHION else "folders, sorted"
-    method = {
-        "metric": {"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}[metric],
-        "queries": f"{len(asked)} of {asked.name}",
-        "gallery": f"{len(known)} of {known.name}" if known is not None else "none",
-        "classes": list(asked.classes),
-        "classes_from": "the classifier's labels" if asked.classes == ours.labels else named,
-        "preprocessing": f"centre square, bicubic to {ours.size} px",
-        "runtime": {"subject": ours.runtime, "teacher": teacher.runtime},
-    }
-    return new_result(
-        "evaluation",
-        [{"role": "subject"} | ours.about, {"role": "teacher"} | teacher.about],
-        method,
-        {f"{role}_right": values.astype(int).tolist() for role, values in right.items()},
-        accuracy_statistics(right["subject"], right["teacher"]),
+    method = ClassMethod(
+        metric={"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}[metric],
+        queries=f"{len(asked)} of {asked.name}",
+        gallery=f"{len(known)} of {known.name}" if known is not None else "none",
+        classes=list(asked.classes),
+        classes_from="the classifier's labels" if asked.classes == ours.labels else named,
+        preprocessing=f"centre square, bicubic to {ours.size} px",
+        runtime={"subject": ours.runtime, "teacher": teacher.runtime},
     )
+    answered = Answered(**{f"{role}_right": values.astype(int).tolist() for role, values in right.items()})
+    compared = accuracy_statistics(right["subject"], right["teacher"])
+    return ClassResult("evaluation", with_roles(ours, teacher), method, answered, compared)
+
+
+def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:
+    """How a result names the two."""
+    return [replace(subject.about, role="subject"), replace(teacher.about, role="teacher")]
 
 
 class _Count:
@@ -159,7 +198,7 @@ def _outputs(side: Extractor, pictures: Labelled, name: str, count: Callable[[],
     for index in range(len(pictures)):
         outputs = side.extract(pictures.load(index, side.size)[None])
         if name not in outputs:
-            raise ConfigError(f"{side.about['path']} has no {name}.", "Choose another metric, or a classifier.")
+            raise ConfigError(f"{side.about.path} has no {name}.", "Choose another metric, or a classifier.")
         rows.append(outputs[name][0])
         count()
     return np.stack(rows)
@@ -188,8 +227,8 @@ def fit_probe(features: Array, labels: Array) -> Any:
         return make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=300)).fit(features, labels)
 
 
-def accuracy_statistics(ours: Array, teacher: Array) -> dict[str, Any]:
-    """Accuracies in percent, and the difference in points."""
+def accuracy_statistics(ours: Array, teacher: Array) -> Accuracies:
+    """Of answers to the same queries, each right or not."""
     difference = ours.astype(int) - teacher.astype(int)
     # Differences take three values: to draw queries again is to draw how often each comes.
     kinds = np.array([-1, 0, 1])
@@ -197,12 +236,12 @@ def accuracy_statistics(ours: Array, teacher: Array) -> dict[str, Any]:
     drawn = np.random.default_rng(0).multinomial(len(ours), shares, 2000) @ kinds
     low, high = (float(x) for x in np.quantile(100 * drawn / len(ours), [0.025, 0.975]))
     paired = stats.estimate(100 * float(difference.mean()), low, high, "paired bootstrap over queries")
-    return {
-        "subject_percent": 100.0 * float(ours.mean()),
-        "teacher_percent": 100.0 * float(teacher.mean()),
-        "difference_points": paired,
-        "queries": len(ours),
-    }
+    return Accuracies(
+        subject_percent=100.0 * float(ours.mean()),
+        teacher_percent=100.0 * float(teacher.mean()),
+        difference_points=paired,
+        queries=len(ours),
+    )
 
 
 def _check_head(subject: Path, head: Path, metric: str) -> None:

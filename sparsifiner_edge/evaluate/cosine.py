@@ -4,18 +4,51 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.classes import METRICS, evaluate_classes
+from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes, with_roles
 from sparsifiner_edge.evaluate.extract import Array, Extractor, Runner, open_subject, open_teacher
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.pictures import list_pictures, load_batch
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import new_result
+from sparsifiner_edge.results import Declared
+from sparsifiner_edge.runtime.session import Runtime
+
+
+class Cosine(msgspec.Struct, frozen=True):
+    """Over pictures: the mean with Student's t interval, and the least."""
+
+    mean: stats.Estimate
+    least: float
+    pictures: int
+
+
+class Cosines(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the class or pooled feature; and the mean over patch tokens, of those that are left where some are pruned."""
+
+    features_cosine: Cosine
+    patches_cosine: Cosine | None = None
+
+
+class CosineMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was compared; runtime by role."""
+
+    metric: str
+    pictures: list[str]
+    preprocessing: str
+    runtime: dict[str, Runtime]
+
+
+class CosineResult(Declared, frozen=True):
+    """Of kind "evaluation"; samples: one value per picture, by name."""
+
+    method: CosineMethod
+    samples: dict[str, list[float]]
+    statistics: Cosines
 
 
 def evaluate_student(
@@ -33,7 +66,7 @@ def evaluate_student(
     backend: str = "onnxruntime",
     kernels: str = "auto",
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> CosineResult | ClassResult:
     """Compare a student or bundle with its dense teacher over pictures.
 
     Args:
@@ -48,22 +81,30 @@ def evaluate_student(
         progress: see `Progress`; counts pictures.
 
     Returns:
-        A result of kind "evaluation": `samples` hold one value per picture, `statistics` means with 95 % intervals
-        (Student's t over pictures) and least values. "features" is the class or pooled feature, "patches" the mean
-        cosine over the patch tokens, of those that are left where tokens are pruned.
+        A result of kind "evaluation".
 
     Raises:
         ConfigError: no teacher for a bundle, sizes differ, or nothing to compare.
         SparsifinerError: subject, teacher or pictures are unusable.
     """
-    budget: dict[str, Any] = {"keep": keep, "token_keep": token_keep}
     runner = Runner(backend, kernels)
     if metric in METRICS:
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled pictures.", "Give the folder.")
-        shared: dict[str, Any] = {"gallery": gallery, "queries": queries, "against": against, "weights": weights}
-        shared["head"] = head
-        return evaluate_classes(subject, data, metric=metric, **shared, **budget, runner=runner, progress=progress)
+        return evaluate_classes(
+            subject,
+            data,
+            metric=metric,
+            gallery=gallery,
+            queries=queries,
+            against=against,
+            weights=weights,
+            keep=keep,
+            token_keep=token_keep,
+            head=head,
+            runner=runner,
+            progress=progress,
+        )
     if metric != "cosine":
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, {', '.join(METRICS)}.")
     if any(given is not None for given in (gallery, queries, head)):
@@ -72,25 +113,19 @@ def evaluate_student(
         )
     pictures = data if isinstance(data, list) else list_pictures(Path(data))
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(open_subject(Path(subject), runner, **budget))
+        ours = stack.enter_context(open_subject(Path(subject), runner, keep, token_keep))
         teacher = stack.enter_context(open_teacher(Path(subject), against, weights, ours.size, runner))
         if teacher.size != ours.size:
             raise ConfigError(f"The subject takes {ours.size} px, the teacher {teacher.size} px.", "Use one size.")
         samples = _compare(ours, teacher, pictures, progress)
-    method = {
-        "metric": "cosine similarity per picture, student or bundle against dense teacher",
-        "pictures": [p.name for p in pictures],
-        "preprocessing": f"centre square, bicubic to {ours.size} px",
-        "runtime": {"subject": ours.runtime, "teacher": teacher.runtime},
-    }
-    statistics = {name: _summary(values) for name, values in samples.items()}
-    return new_result(
-        "evaluation",
-        [{"role": "subject"} | ours.about, {"role": "teacher"} | teacher.about],
-        method,
-        samples,
-        statistics,
+    method = CosineMethod(
+        metric="cosine similarity per picture, student or bundle against dense teacher",
+        pictures=[p.name for p in pictures],
+        preprocessing=f"centre square, bicubic to {ours.size} px",
+        runtime={"subject": ours.runtime, "teacher": teacher.runtime},
     )
+    statistics = Cosines(**{name: _summary(values) for name, values in samples.items()})
+    return CosineResult("evaluation", with_roles(ours, teacher), method, samples, statistics)
 
 
 def _compare(
@@ -138,5 +173,5 @@ def _at(patches: Array, positions: Array | None) -> Array:
     return patches if positions is None else patches[:, positions[0]]
 
 
-def _summary(values: list[float]) -> dict[str, Any]:
-    return {"mean": stats.small_sample_mean(values), "least": min(values), "pictures": len(values)}
+def _summary(values: list[float]) -> Cosine:
+    return Cosine(stats.small_sample_mean(values), min(values), len(values))

@@ -15,8 +15,9 @@ from sparsifiner_edge.bundle.manifest import required
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle, picture_size, read_labels
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS
-from sparsifiner_edge.records import write_record
+from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
+from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
@@ -37,8 +38,8 @@ class Extractor(NamedTuple):
     extract: Callable[[Array], dict[str, Array]]
     size: int
     prefix: int
-    about: dict[str, Any]
-    runtime: dict[str, Any]
+    about: Subject
+    runtime: Runtime
     labels: tuple[str, ...] = ()
 
 
@@ -72,7 +73,7 @@ def open_subject(
             yield extractor
     elif kind == "student":
         student = load_student(folder, keep=keep, token_keep=token_keep)
-        yield _torch(student, {"path": str(folder), "sha256": sha256(folder / STUDENT_FILE)})
+        yield _torch(student, str(folder), sha256(folder / STUDENT_FILE))
     else:
         raise ConfigError(f"{folder} is neither a student nor a bundle.", "Give a folder made by sparsify or export.")
 
@@ -97,19 +98,17 @@ def open_teacher(
                 "This student was trained: its weights are no longer its teacher's.",
                 "Name the teacher: --against MODEL --weights FILE.",
             )
-        about = {"path": f"{student.name} (the student's weights, dense attention)", "sha256": "as the subject"}
-        yield _torch(dense_twin(student), about)
+        yield _torch(dense_twin(student), f"{student.name} (the student's weights, dense attention)", "as the subject")
     elif Path(against).is_dir():
         with _bundle(Path(against), runner) as extractor:
             yield extractor
     else:
         path = Path(weights) if weights else None
         dense = load_dense(str(against), path, size)
-        about = {"path": str(against), "sha256": sha256(path) if path else "timm hub"}
-        yield _torch(dense, about)
+        yield _torch(dense, str(against), sha256(path) if path else "timm hub")
 
 
-def _torch(student: Student, about: dict[str, Any]) -> Extractor:
+def _torch(student: Student, path: str, digest: str) -> Extractor:
     model = student.model.eval()
     pre = preprocessing(model)
 
@@ -123,9 +122,9 @@ def _torch(student: Student, about: dict[str, Any]) -> Extractor:
             outputs["logits"] = model.forward_head(tokens)
         return {name: value.numpy() for name, value in outputs.items()}
 
-    runtime = {"backend": f"torch {torch.__version__}", "precision": "fp32", "threads": torch.get_num_threads()}
-    prefix, about = int(model.num_prefix_tokens), {"name": student.name} | about
-    return Extractor(extract, student.img_size, prefix, about, runtime, student.labels)
+    runtime = Runtime(backend=f"torch {torch.__version__}", precision="fp32", threads=torch.get_num_threads())
+    about = Subject(name=student.name, path=path, sha256=digest)
+    return Extractor(extract, student.img_size, int(model.num_prefix_tokens), about, runtime, student.labels)
 
 
 @contextlib.contextmanager
@@ -136,8 +135,9 @@ def _bundle(folder: Path, runner: Runner) -> Iterator[Extractor]:
         def extract(image: Array) -> dict[str, Array]:
             return session.infer({"image": image})
 
-        about = {"path": str(folder), "sha256": bundle_hash(folder), "name": required(manifest.name, "name", folder)}
+        name = required(manifest.name, "name", folder)
+        about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
         size = picture_size(manifest, folder)
         prefix = required(manifest.tokens, "tokens", folder).prefix
         labels = tuple(read_labels(manifest, folder))
-        yield Extractor(extract, size, prefix, about, write_record(session.description), labels)
+        yield Extractor(extract, size, prefix, about, session.description, labels)

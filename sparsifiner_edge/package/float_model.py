@@ -19,9 +19,9 @@ from onnx import TensorProto, helper
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import load_model
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.package.common import MODEL, Bundle, golden_image
-from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.runtime.ort import OrtSession
 from sparsifiner_edge.runtime.session import Array
 

@@ -346,7 +346,7 @@ def _row(kind: str, group: Sequence[Cost], layer: int | None = None) -> Operator
     )
 
 
-def _method(plan: _Plan, power_mode: str | None, share: Calibration) -> Bounded:
+def _method(plan: _Plan, power_mode: str | None, share: Calibration) -> EstimateMethod:
     board = plan.board
     left_out = ("sources", "power_modes", "jetpack", "rails")
     described = {name: value for name, value in msgspec.structs.asdict(board).items() if name not in left_out}

@@ -125,7 +125,8 @@ class MemoryPhases:
 
     def _with_device(self, process: Memory) -> Phase:
         if self._unified:
-            device, source = Unavailable("processor and GPU share their memory: see unified_bytes"), None
+            device: Bytes = Unavailable("processor and GPU share their memory: see unified_bytes")
+            source = None
             unified = _fall(self._available, self._mem_available())
         else:
             device, source = _device_memory(self._pid, self._card_used)

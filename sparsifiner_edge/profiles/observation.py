@@ -8,7 +8,7 @@ from msgspec.structs import asdict
 
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import Figures, Phases, SideSamples
-from sparsifiner_edge.profiles.memory import SOURCES, Bytes
+from sparsifiner_edge.profiles.memory import SOURCES, Memory
 from sparsifiner_edge.profiles.rules import Rules, mlperf_figures
 from sparsifiner_edge.profiles.sensors import (
     Energy,
@@ -119,7 +119,7 @@ def side_figures(side: Side, seen: Observation) -> Figures:
         **asdict(stats.summarise(latency)),
         **asdict(side.loaded.loading),
         **asdict(side.first),
-        **_whole(side),
+        **asdict(_whole(side)),
         queries=side.queries,
         memory=memory,
         energy=_energy(side, seen.recording),
@@ -168,13 +168,13 @@ def _phases(side: Side) -> Phases:
     return Phases(**side.memory.phases, device_bytes=device, device_source=source)
 
 
-def _whole(side: Side) -> dict[str, Bytes]:
+def _whole(side: Side) -> Memory:
     """The whole process's memory at the end, and its greatest peak."""
     phases = side.memory.phases
     steady = phases["steady"]
     peaks = [phase.peak_rss_bytes for phase in phases.values() if isinstance(phase.peak_rss_bytes, int)]
     peak = max(peaks) if peaks else steady.peak_rss_bytes
-    return {"rss_bytes": steady.rss_bytes, "pss_bytes": steady.pss_bytes, "peak_rss_bytes": peak}
+    return Memory(rss_bytes=steady.rss_bytes, pss_bytes=steady.pss_bytes, peak_rss_bytes=peak)
 
 
 def side_samples(side: Side) -> SideSamples:

@@ -138,8 +138,7 @@ def student_t(freedom: int) -> float:
 
 def estimate(value: float, low: float | None, high: float | None, method: str) -> Estimate:
     """A value with its interval, whose bounds are None where samples were too few."""
-    bounds = (_FEW if bound is None else bound for bound in (low, high))
-    return Estimate(value, *bounds, confidence=CONFIDENCE, interval=method)
+    return Estimate(value, _FEW if low is None else low, _FEW if high is None else high, CONFIDENCE, method)
 
 
 def summarise(latency_ms: Samples) -> Summary:

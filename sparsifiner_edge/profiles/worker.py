@@ -202,7 +202,7 @@ def _since(start: int) -> float:
 OPERATIONS = ("load", "first", "block", "memory", "usage", "describe", "layers")
 
 
-def _answer(worker: _Worker, op: str, arguments: Mapping[str, object]) -> object:
+def _answer(worker: _Worker, op: str, arguments: Mapping[str, object]) -> dict[str, object]:
     if op not in OPERATIONS:
         raise ValueError(f"no operation {op!r}")
     try:

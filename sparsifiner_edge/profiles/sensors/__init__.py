@@ -6,18 +6,18 @@
         recorder.idle(3.0)
     figures = energy(recorder.recording, windows, inferences)      # for a result's `statistics`
     recorder.recording.samples()                                   # for its `samples`
-    recorder.recording.method()                                    # for its `method`: sensor, conditions, problems
+    recorder.recording.described(), .conditions(), .told()         # for its `method`: sensor, conditions, problems
 
 Nothing here raises for what a sensor does: what is not known is `records.Unavailable`; `problems` tells the rest.
 """
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading
 from sparsifiner_edge.profiles.sensors.conditions import conditions
-from sparsifiner_edge.profiles.sensors.energy import energy, least_window_s, too_short
+from sparsifiner_edge.profiles.sensors.energy import Energy, energy, least_window_s, too_short
 from sparsifiner_edge.profiles.sensors.find import PROBES, find_sensor
 from sparsifiner_edge.profiles.sensors.recorder import Recorder, Recording
 
 __all__ = [
-    "PROBES", "PowerSensor", "Reading", "Recorder", "Recording", "conditions", "energy", "find_sensor",
+    "PROBES", "Energy", "PowerSensor", "Reading", "Recorder", "Recording", "conditions", "energy", "find_sensor",
     "least_window_s", "too_short",
 ]  # fmt: skip

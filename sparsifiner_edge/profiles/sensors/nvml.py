@@ -191,7 +191,8 @@ def nvml_conditions() -> CardConditions:
         )
         bits = _throttle_bits(nvml, card)
     throttled = None if bits is None else [name for bit, name in THROTTLING.values() if bits & bit]
-    return CardConditions(*(None if number is None else int(number) for number in numbers), throttled)
+    clock, memory, celsius, state, limit = (None if number is None else int(number) for number in numbers)
+    return CardConditions(clock, memory, celsius, state, limit, throttled)
 
 
 def _throttle_bits(nvml: Any, card: Any) -> int | None:
