@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec import to_builtins
+
 from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.ops import native
@@ -49,7 +51,7 @@ def examine() -> dict[str, Any]:
         "cuda": device,
         "triton": _triton(),
         "telemetry": _telemetry(),
-        "decoding": confinement(),
+        "decoding": to_builtins(confinement()),
         "extras": _extras(),
         "warnings": _warnings(),
         "machine": machine(),
