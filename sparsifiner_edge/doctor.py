@@ -6,14 +6,16 @@ import importlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from sparsifiner_edge.camera.confine import confinement
+import msgspec
+
+from sparsifiner_edge.camera.confine import Confinement, confinement
 from sparsifiner_edge.errors import SparsifinerError
+from sparsifiner_edge.machine import Environment, Machine, environment, machine, package_version
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.quiet import NO_TELEMETRY
-from sparsifiner_edge.results import environment, machine, package_version, unavailable
+from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime import cuda, ort_cuda, ort_tensorrt
 from sparsifiner_edge.runtime.ort import load_backend
 from sparsifiner_edge.runtime.tensorrt import full as tensorrt
@@ -25,20 +27,64 @@ _REQUIREMENT = re.compile(
 )
 
 
-def examine() -> dict[str, Any]:
-    """Look at this installation.
+class BackendState(msgspec.Struct, frozen=True):
+    """Whether something can be used here, and why, or why not."""
 
-    Returns:
-        `native_library` (path or None) and `native_library_reason`; `backends`: per name `available`, `reason` and
-        `version`; `cuda`: the device as CUDA describes it, or `unavailable`; `triton`: as a backend; `telemetry`:
-        per library "off", or what switches it on; `decoding`: what confines the process that decodes videos and streams
-        here, see `camera.confine.confinement`; `extras`: per extra its `packages` (name to version or why not),
-        `complete` and the `install` command, or `unavailable`; `warnings`; `machine` and `environment` as in results.
+    available: bool
+    reason: str
+    version: str | Unavailable
+
+
+class CudaDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """Device 0, as CUDA describes it; see `runtime.cuda.Device`."""
+
+    number: int
+    name: str
+    sm: tuple[int, int]
+    memory_bytes: int
+    integrated: bool
+    driver_version: str
+    compute_capability: str
+
+
+class Extra(msgspec.Struct, frozen=True):
+    """An extra of this distribution: its packages' versions, whether all are there, and what installs them."""
+
+    packages: dict[str, str | Unavailable]
+    complete: bool
+    install: str
+
+
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
+    """This installation.
+
+    Attributes:
+        native_library: its path, or None, with the reason.
+        telemetry: per library "off", or what switches it on.
+        decoding: what confines the process that decodes videos and streams here.
     """
+
+    native_library: str | None
+    native_library_reason: str
+    backends: dict[str, BackendState]
+    cuda: Known[CudaDevice]
+    triton: BackendState
+    telemetry: dict[str, str]
+    decoding: Confinement
+    extras: Known[dict[str, Extra]]
+    warnings: list[str]
+    machine: Machine
+    environment: Environment
+
+
+def examine() -> Findings:
+    """Look at this installation."""
     device = _cuda()
-    return {
-        **_native_library(),
-        "backends": {
+    library, reason = _native_library()
+    return Findings(
+        native_library=library,
+        native_library_reason=reason,
+        backends={
             "onnxruntime": _onnxruntime(),
             **{module.BACKEND: _provider(module, device) for module in (ort_cuda, ort_tensorrt)},
             "tensorrt": _engines("tensorrt", tensorrt, device, "builds engines for the GPU of this machine"),
@@ -46,86 +92,81 @@ def examine() -> dict[str, Any]:
                 "tensorrt-rtx", tensorrt_rtx, device, "builds engines ahead of time for RTX cards"
             ),
         },
-        "cuda": device,
-        "triton": _triton(),
-        "telemetry": _telemetry(),
-        "decoding": confinement(),
-        "extras": _extras(),
-        "warnings": _warnings(),
-        "machine": machine(),
-        "environment": environment(),
-    }
+        cuda=device,
+        triton=_triton(),
+        telemetry=_telemetry(),
+        decoding=confinement(),
+        extras=_extras(),
+        warnings=_warnings(),
+        machine=machine(),
+        environment=environment(),
+    )
 
 
-def _native_library() -> dict[str, Any]:
+def _native_library() -> tuple[str | None, str]:
     try:
         reason = native.why_unusable()
     except ValueError as error:
         reason = f"cannot be used: {error}"
     if reason is not None:
-        return {"native_library": None, "native_library_reason": reason}
-    return {
-        "native_library": str(native.library_path()),
-        "native_library_reason": f"loads, and uses {native.target()}",
-    }
+        return None, reason
+    return str(native.library_path()), f"loads, and uses {native.target()}"
 
 
-def _backend(available: bool, reason: str, version: Any) -> dict[str, Any]:
-    return {"available": available, "reason": reason, "version": version}
-
-
-def _cuda() -> dict[str, Any]:
+def _cuda() -> Known[CudaDevice]:
     """The device 0, or why there is none; nothing of TensorRT's may be touched where there is none."""
     try:
         found = cuda.probe()
     except SparsifinerError as error:
-        return unavailable(f"{error.what} {error.fix}")
-    return found._asdict() | {"compute_capability": found.compute_capability, "sm": list(found.sm)}
+        return Unavailable(f"{error.what} {error.fix}")
+    return CudaDevice(**found._asdict(), compute_capability=found.compute_capability)
 
 
-def _onnxruntime() -> dict[str, Any]:
+def _onnxruntime() -> BackendState:
     try:
         module = load_backend()
     except SparsifinerError as error:
-        return _backend(False, f"{error.what} {error.fix}", unavailable("cannot be imported"))
+        return BackendState(False, f"{error.what} {error.fix}", Unavailable("cannot be imported"))
     providers = ", ".join(module.get_available_providers())
-    return _backend(True, f"imports, and offers {providers}; uses CPUExecutionProvider", str(module.__version__))
+    return BackendState(True, f"imports, and offers {providers}; uses CPUExecutionProvider", str(module.__version__))
 
 
-def _provider(module: Any, device: Mapping[str, Any]) -> dict[str, Any]:
+def _provider(module: Any, device: Known[CudaDevice]) -> BackendState:
     """That a build offers a provider says nothing about the machine: it does so without any GPU."""
     try:
         version = str(module.load_backend().__version__)
     except SparsifinerError as error:
-        return _backend(False, f"{error.what} {error.fix}", package_version("onnxruntime"))
-    if "unavailable" in device:
-        return _backend(False, f"{module.PROVIDER} is built in, and {device['unavailable']}", version)
-    return _backend(True, f"{module.PROVIDER} is built in; whether it starts is seen when a bundle is opened", version)
+        return BackendState(False, f"{error.what} {error.fix}", package_version("onnxruntime"))
+    if isinstance(device, Unavailable):
+        return BackendState(False, f"{module.PROVIDER} is built in, and {device.why}", version)
+    return BackendState(
+        True, f"{module.PROVIDER} is built in; whether it starts is seen when a bundle is opened", version
+    )
 
 
-def _engines(package: str, module: Any, device: Mapping[str, Any], skill: str) -> dict[str, Any]:
+def _engines(package: str, module: Any, device: Known[CudaDevice], skill: str) -> BackendState:
     """A backend that runs engines: they run where there is a device; TensorRT-RTX also builds where there is none."""
     try:
         version = str(module.load_backend().__version__)
     except SparsifinerError as error:
-        return _backend(False, f"{error.what} {error.fix}", package_version(package))
-    if "unavailable" not in device:
-        return _backend(True, f"imports; {skill}, and runs them on {device['name']}", version)
+        return BackendState(False, f"{error.what} {error.fix}", package_version(package))
+    if not isinstance(device, Unavailable):
+        return BackendState(True, f"imports; {skill}, and runs them on {device.name}", version)
     ahead = module is tensorrt_rtx
     does = f"{skill}, and cannot run them here" if ahead else "cannot be used here"
-    return _backend(ahead, f"imports; {does}: {device['unavailable']}", version)
+    return BackendState(ahead, f"imports; {does}: {device.why}", version)
 
 
-def _triton() -> dict[str, Any]:
+def _triton() -> BackendState:
     """Triton compiles kernels at export, and with a GPU runs them in training."""
     try:
         module = importlib.import_module("triton")
     except ModuleNotFoundError:
         reason = f'is not installed. pip install "{DISTRIBUTION}[triton]"'
-        return _backend(False, reason, package_version("triton"))
+        return BackendState(False, reason, package_version("triton"))
     except Exception as error:  # Its own library may not load.
-        return _backend(False, f"cannot be imported: {error}", package_version("triton"))
-    return _backend(True, "imports; compiles kernels for boards, with or without a GPU", str(module.__version__))
+        return BackendState(False, f"cannot be imported: {error}", package_version("triton"))
+    return BackendState(True, "imports; compiles kernels for boards, with or without a GPU", str(module.__version__))
 
 
 def _telemetry() -> dict[str, str]:
@@ -137,12 +178,12 @@ def _telemetry() -> dict[str, str]:
     }
 
 
-def _extras() -> dict[str, Any]:
+def _extras() -> Known[dict[str, Extra]]:
     """Every extra's packages, from the installed metadata, so that no second list can go out of date."""
     try:
         requirements = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        return unavailable(f"{DISTRIBUTION} runs from its source folder; install it with pip to see its extras")
+        return Unavailable(f"{DISTRIBUTION} runs from its source folder; install it with pip to see its extras")
     wanted: dict[str, list[tuple[str, list[str]]]] = {}
     for requirement in requirements:
         if match := _REQUIREMENT.match(requirement):
@@ -160,18 +201,15 @@ def _expand(wanted: dict[str, list[tuple[str, list[str]]]], extra: str) -> list[
     return list(names)
 
 
-def _extra(extra: str, names: list[str]) -> dict[str, Any]:
+def _extra(extra: str, names: list[str]) -> Extra:
     packages = {name: package_version(name) for name in names}
-    return {
-        "packages": packages,
-        "complete": all(isinstance(version, str) for version in packages.values()),
-        "install": f'pip install "{DISTRIBUTION}[{extra}]"',
-    }
+    complete = all(isinstance(version, str) for version in packages.values())
+    return Extra(packages, complete, f'pip install "{DISTRIBUTION}[{extra}]"')
 
 
 def _warnings() -> list[str]:
     both = ("onnxruntime", "onnxruntime-gpu")
-    if any(isinstance(package_version(name), dict) for name in both):
+    if any(isinstance(package_version(name), Unavailable) for name in both):
         return []
     return [
         "onnxruntime and onnxruntime-gpu are both installed and overwrite one another. "

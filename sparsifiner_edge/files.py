@@ -120,11 +120,6 @@ def _scratch(target: Path, folder: bool) -> Iterator[Path]:
             os.close(handle)
 
 
-def new_scratch_file(target: Path) -> tuple[int, Path]:
-    """A file that grows beside `target`, whose life its caller sees to; see `_new_scratch`."""
-    return _new_scratch(target, folder=False)
-
-
 def _new_scratch(target: Path, folder: bool) -> tuple[int, Path]:
     """A new file or folder `.NAME.{8 hex digits}.tmp` beside `target`; those that dead processes left are removed.
 

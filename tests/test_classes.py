@@ -87,7 +87,8 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, 
     assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
     assert manifest_of(bundle)["outputs"][0]["shape"] == [1, 3]
     (record,) = run_pictures(bundle, made["queries"] / "green" / "1.png")
-    assert record["top"][0]["label"] == "green"
+    assert record.top is not None
+    assert record.top[0].label == "green"
 
 
 @pytest.mark.usefixtures("fashion")

@@ -107,18 +107,19 @@ def test_explanation_maps(made: dict[str, Path], tmp_path: Path) -> None:
 
 def test_stills(made: dict[str, Path], tmp_path: Path) -> None:
     records = list(run_pictures(made["bundle"], made["pictures"]))
-    assert [Path(r["source"]).name for r in records] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [Path(r.source).name for r in records] == ["0.png", "1.png", "2.png", "3.png"]
     for record in records:
-        top = record["top"]
-        assert len(top) == 5
-        assert [t["probability"] for t in top] == sorted((t["probability"] for t in top), reverse=True)
-        assert record["infer_ms"] > 0
+        assert record.top is not None
+        assert record.infer_ms is not None
+        assert len(record.top) == 5
+        assert [t.probability for t in record.top] == sorted((t.probability for t in record.top), reverse=True)
+        assert record.infer_ms > 0
     bad = tmp_path / "pictures"
     bad.mkdir()
     (bad / "a.png").write_bytes(b"no picture")
     (bad / "b.png").write_bytes((made["pictures"] / "1.png").read_bytes())
     first, second = run_pictures(made["bundle"], bad)
-    assert "cannot be read" in first["error"]
-    assert second["top"] == records[1]["top"]
+    assert "cannot be read" in (first.error or "")
+    assert second.top == records[1].top
     with pytest.raises(PictureError, match="cannot be read"):
         list(run_pictures(made["bundle"], bad / "a.png"))

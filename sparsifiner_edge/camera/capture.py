@@ -8,18 +8,26 @@ import os
 import signal
 import subprocess
 import threading
-import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+from msgspec import to_builtins
+from msgspec.structs import replace
 
 from sparsifiner_edge.camera.backoff import Backoff
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.relay import Relay
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.camera.wire import Message, StalledError, WireError, receive
+from sparsifiner_edge.camera.wire import (
+    EndHeader,
+    FrameHeader,
+    Picture,
+    Request,
+    StalledError,
+    StateHeader,
+    WireError,
+    receive,
+)
 from sparsifiner_edge.process import start_python
 
 _START_S = 20.0
@@ -32,13 +40,13 @@ class Frame(NamedTuple):
     Attributes:
         square: uint8 [S,S,3].
         shown: the frame for the overlay, uint8 [h,w,3], or None.
-        times: see `libav.Decoded`.
+        times: of the decoding process.
         skipped: frames since the one before that were dropped unseen.
     """
 
-    square: npt.NDArray[np.uint8]
-    shown: npt.NDArray[np.uint8] | None
-    times: dict[str, Any]
+    square: Picture
+    shown: Picture | None
+    times: FrameHeader
     skipped: int
 
 
@@ -52,9 +60,9 @@ class Mailbox:
         self._skipped = 0
         self.closed = False
 
-    def put(self, message: Message) -> bool:
+    def put(self, header: FrameHeader, pictures: list[Picture]) -> bool:
         """Leave a frame; True if that dropped another."""
-        square, *rest = message.pictures
+        square, *rest = pictures
         with self._changed:
             while self._frame is not None and not self._live and not self.closed:
                 self._changed.wait(0.5)
@@ -62,7 +70,7 @@ class Mailbox:
                 return False
             dropped = self._frame is not None
             self._skipped += dropped
-            self._frame = Frame(square, rest[0] if rest else None, message.fields, self._skipped)
+            self._frame = Frame(square, rest[0] if rest else None, header, self._skipped)
             self._changed.notify_all()
         return dropped
 
@@ -173,13 +181,12 @@ class Capture:
         source = self._source
         if source.kind == "rtsp" and self._relay is None:
             self._relay = Relay(source.location, self._stall_s, self._allow_redirect)
-        request = {
-            "kind": source.kind, "location": source.location, "live": source.live, "fit": list(self._fit),
-            "fps": self._fps, "patience_s": self._stall_s, "attempts": self._backoff.attempts, "port": None,
-            "secrets": source.secrets,
-        }  # fmt: skip
+        request = Request(
+            source.kind, source.location, source.live, self._fit, self._fps, self._stall_s, self._backoff.attempts,
+            None, source.secrets,
+        )  # fmt: skip
         if self._relay is not None:  # The camera's own address, and so its password, stays here.
-            request |= {"location": self._relay.url, "port": self._relay.port, "secrets": []}
+            request = replace(request, location=self._relay.url, port=self._relay.port, secrets=())
         self._process = start_python(
             "sparsifiner_edge.camera.child", {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -187,7 +194,7 @@ class Capture:
         # Not as an argument, which every user of the machine can read: a pipeline may hold a password.
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
-            stdin.write(json.dumps(request).encode())
+            stdin.write(json.dumps(to_builtins(request)).encode())
         return self._process
 
     def _read(self, handle: int) -> bool:
@@ -198,46 +205,43 @@ class Capture:
                 if not self._stop.is_set():
                     self._crashed("the decoder crashed")
                 return False
-            if message.kind == "end":
+            header = message.header
+            if isinstance(header, EndHeader):
                 if self._source.live:
                     raise WireError("the end of a live source")
-                self.failure = self._reason(message.fields)
+                self.failure = self._reason(header.reason)
                 return True
             # Connecting has time limits of its own; those of the watchdog only come after them.
-            allowed = self._stall_s if message.kind == "frame" else 2 * self._stall_s + 5
-            if message.kind == "frame":
-                self._frame(message)
-                now = message.fields.get("bad_packets", 0)
-                self._status.count("bad_packets", max(0, now - bad))
-                bad = now
+            allowed = self._stall_s if isinstance(header, FrameHeader) else 2 * self._stall_s + 5
+            if isinstance(header, FrameHeader):
+                self._frame(header, message.pictures)
+                self._status.count("bad_packets", max(0, header.bad_packets - bad))
+                bad = header.bad_packets
             else:
-                self._state(message.fields)
+                self._state(header)
         return True
 
-    def _frame(self, message: Message) -> None:
-        if message.pictures[0].shape != (self._fit.size, self._fit.size, 3):
-            raise WireError(f"a picture of shape {message.pictures[0].shape}")
+    def _frame(self, header: FrameHeader, pictures: list[Picture]) -> None:
+        if pictures[0].shape != (self._fit.size, self._fit.size, 3):
+            raise WireError(f"a picture of shape {pictures[0].shape}")
         self._backoff.reset()
-        message.fields["received_ns"] = time.monotonic_ns()
         self._status.count("captured")
         self._status.enter("streaming")
-        if self.mailbox.put(message):
+        if self.mailbox.put(header, pictures):
             self._status.count("dropped")
 
-    def _state(self, fields: dict[str, Any]) -> None:
+    def _state(self, header: StateHeader) -> None:
         """As the process says; a connection that it tries again and again is told as such."""
-        state = "lost" if fields.get("state") == "lost" else "connecting"
-        if state == "connecting" and self._status.state == "connecting":
+        if header.state == "connecting" and self._status.state == "connecting":
             return
-        attempt = fields.get("attempt", 0)
-        self._backoff.attempts = max(self._backoff.attempts, attempt)  # A process that follows counts on.
-        reason, retry_s = self._reason(fields), fields.get("retry_s")
-        self._status.enter(state, reason, _is_old(attempt), attempt=attempt, retry_s=retry_s)
+        self._backoff.attempts = max(self._backoff.attempts, header.attempt)  # A process that follows counts on.
+        reason, quiet = self._reason(header.reason), _is_old(header.attempt)
+        self._status.enter(header.state, reason, quiet, header.attempt, header.retry_s or None)
 
-    def _reason(self, fields: dict[str, Any]) -> str | None:
+    def _reason(self, said: str | None) -> str | None:
         """The relay's, which saw the camera itself; else the decoder's. Neither may show a secret."""
-        reason = (self._relay and self._relay.reason) or fields.get("reason")
-        return None if reason is None else self._source.hide(str(reason))
+        reason = (self._relay and self._relay.reason) or said
+        return None if reason is None else self._source.hide(reason)
 
     def _crashed(self, reason: str) -> None:
         self._status.count("crashes")

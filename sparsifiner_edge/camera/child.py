@@ -16,25 +16,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+import msgspec
 import numpy as np
 
 from sparsifiner_edge.camera.backoff import Backoff
 from sparsifiner_edge.camera.confine import confine
 from sparsifiner_edge.camera.hide import hide
+from sparsifiner_edge.camera.libav import Decoded
 from sparsifiner_edge.camera.limits import limit
 from sparsifiner_edge.camera.prepare import Fit, display_size, fit_pillow
-from sparsifiner_edge.camera.wire import MAX_REASON, send
+from sparsifiner_edge.camera.wire import MAX_REASON, EndHeader, FrameHeader, Request, StateHeader, send
 from sparsifiner_edge.files import open_regular
+
+Frames: TypeAlias = Callable[[], Iterator[Decoded]]
+"""What gives the frames of an attempt."""
 
 
 def main() -> None:
-    """Standard input: one JSON object: kind, location, live, fit, fps, patience_s, attempts, port, secrets."""
-    starter, request = os.getppid(), json.loads(sys.stdin.read())
+    """Standard input: a `Request`."""
+    starter, request = os.getppid(), msgspec.convert(json.loads(sys.stdin.read()), Request)
     parent = os.dup(1)
     os.dup2(2, 1)  # Whatever a library prints must not end up between the messages.
-    limit(pipeline=request["kind"] == "gst")
+    limit(pipeline=request.kind == "gst")
     with contextlib.ExitStack() as opened:
         frames = _prepared(request, opened, starter)
         try:
@@ -43,7 +48,7 @@ def main() -> None:
             os._exit(0)  # The parent has gone, or has had enough.
 
 
-def _prepared(request: dict[str, Any], opened: contextlib.ExitStack, starter: int) -> Callable[[], Iterator[Any]]:
+def _prepared(request: Request, opened: contextlib.ExitStack, starter: int) -> Frames:
     """Import and open all that is needed, then confine the process.
 
     Returns:
@@ -51,39 +56,39 @@ def _prepared(request: dict[str, Any], opened: contextlib.ExitStack, starter: in
     """
     try:
         frames = _frames(request, opened)
-        if request["kind"] != "gst":  # A pipeline is the user's own.
-            confine(starter, request["port"])
+        if request.kind != "gst":  # A pipeline is the user's own.
+            confine(starter, request.port)
     except Exception as error:
         failure = error
 
-        def fail() -> Iterator[Any]:
+        def fail() -> Iterator[Decoded]:
             raise failure.with_traceback(None)
 
         return fail
     return frames
 
 
-def _serve(request: dict[str, Any], frames: Callable[[], Iterator[Any]], parent: int) -> None:
+def _serve(request: Request, frames: Frames, parent: int) -> None:
     backoff = Backoff()
-    backoff.attempts = int(request["attempts"])
+    backoff.attempts = request.attempts
     while True:
-        send(parent, "state", state="connecting", attempt=backoff.attempts)
+        send(parent, StateHeader("connecting", backoff.attempts))
         reason = _stream(frames, parent, backoff)
-        reason = None if reason is None else _cut(hide(reason, request["secrets"]))
-        if not request["live"]:
-            send(parent, "end", reason=reason)
+        reason = None if reason is None else _cut(hide(reason, request.secrets))
+        if not request.live:
+            send(parent, EndHeader(reason))
             return
         wait, reason = backoff.next_s(), reason or "the stream ended"
-        send(parent, "state", state="lost", reason=reason, attempt=backoff.attempts, retry_s=round(wait, 3))
+        send(parent, StateHeader("lost", backoff.attempts, reason, round(wait, 3)))
         time.sleep(wait)
 
 
-def _stream(frames: Callable[[], Iterator[Any]], parent: int, backoff: Backoff) -> str | None:
+def _stream(frames: Frames, parent: int, backoff: Backoff) -> str | None:
     """Send frames until the source ends; why it ended if not by itself."""
     try:
         for decoded in frames():
             backoff.reset()
-            send(parent, "frame", decoded.pictures, bad_packets=decoded.bad_packets, **decoded.times)
+            send(parent, decoded.header, decoded.pictures)
     except BrokenPipeError:
         raise
     # FFmpeg's errors are many; each means the same here: this attempt is over.
@@ -92,11 +97,11 @@ def _stream(frames: Callable[[], Iterator[Any]], parent: int, backoff: Backoff) 
     return None
 
 
-def _frames(request: dict[str, Any], opened: contextlib.ExitStack) -> Callable[[], Iterator[Any]]:
-    kind, location, fit = request["kind"], request["location"], Fit(*request["fit"])
+def _frames(request: Request, opened: contextlib.ExitStack) -> Frames:
+    kind, location, fit = request.kind, request.location, request.fit
     if kind == "test":
-        next(_test_frames(request["fps"], fit))  # So that all is imported.
-        return lambda: _test_frames(request["fps"], fit)
+        next(_test_frames(request.fps, fit))  # So that all is imported.
+        return lambda: _test_frames(request.fps, fit)
     if kind == "gst":
         from sparsifiner_edge.camera.gstreamer import read_pipeline
 
@@ -105,7 +110,7 @@ def _frames(request: dict[str, Any], opened: contextlib.ExitStack) -> Callable[[
     from sparsifiner_edge.camera.libav import read_stream
 
     source = opened.enter_context(open_regular(Path(location))) if kind == "file" else location
-    return lambda: read_stream(source, fit, request["patience_s"])
+    return lambda: read_stream(source, fit, request.patience_s)
 
 
 def import_decoder() -> None:
@@ -122,10 +127,9 @@ def import_decoder() -> None:
                 importlib.import_module(module.name)
 
 
-def _test_frames(fps: float, fit: Fit) -> Iterator[Any]:
+def _test_frames(fps: float, fit: Fit) -> Iterator[Decoded]:
     from PIL import Image
 
-    from sparsifiner_edge.camera.libav import Decoded
     from sparsifiner_edge.camera.pattern import paced_pictures
 
     for number, due, picture in paced_pictures(fps):
@@ -133,8 +137,7 @@ def _test_frames(fps: float, fit: Fit) -> Iterator[Any]:
         pictures = [fit_pillow(image, fit)]
         if fit.display:
             pictures.append(np.asarray(image.resize(display_size(*image.size, fit.display))))
-        times = {"captured_ns": due, "arrived_ns": due, "decoded_ns": at, "ready_ns": time.monotonic_ns()}
-        yield Decoded(tuple(pictures), times | {"pts_s": number / fps}, 0)
+        yield Decoded(tuple(pictures), FrameHeader(due, due, at, time.monotonic_ns(), number / fps))
 
 
 def _said(error: Exception) -> str:

@@ -18,7 +18,8 @@ import platform
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from sparsifiner_edge.camera.syscalls import filter_calls, filter_works
 from sparsifiner_edge.process import end_with_parent
@@ -36,7 +37,23 @@ _CAPABILITIES = (5, 6, 7)
 """To end processes of another user, which whoever started this one needs then, and to become one."""
 
 
-def confine(parent: int, port: int | None = None) -> dict[str, Any]:
+class Confinement(msgspec.Struct, frozen=True):
+    """What a machine offers to confine a decoding process.
+
+    Attributes:
+        own_user, no_new_privs, system_calls: whether there are a user of its own, that bit, a filter of system calls.
+        landlock: its version, or None.
+        missing: a sentence for each that is not there.
+    """
+
+    own_user: bool
+    no_new_privs: bool
+    landlock: int | None
+    system_calls: bool
+    missing: list[str]
+
+
+def confine(parent: int, port: int | None = None) -> Confinement:
     """Confine this process for good. What it needs is open and imported; it has no other thread yet.
 
     Args:
@@ -44,50 +61,41 @@ def confine(parent: int, port: int | None = None) -> dict[str, Any]:
         port: of TCP, the only one that it may connect to; None: no network at all.
 
     Returns:
-        What is in force; see `confinement`.
+        What is in force.
 
     Raises:
         OSError: the kernel offers something and then refuses it.
     """
     found = confinement()
-    if found["own_user"]:
+    if found.own_user:
         _become_nobody()
-    if found["no_new_privs"]:
+    if found.no_new_privs:
         for option, value in ((_SET_DUMPABLE, 0), (_SET_NO_NEW_PRIVS, 1)):
             _checked(_libc().prctl(option, value, 0, 0, 0))
     end_with_parent(parent)  # Another user's process forgets that.
-    if found["landlock"] is not None:
-        _restrict(found["landlock"], port)
-    if found["system_calls"]:
+    if found.landlock is not None:
+        _restrict(found.landlock, port)
+    if found.system_calls:
         filter_calls(network=port is not None)
     return found
 
 
-def confinement() -> dict[str, Any]:
-    """What this machine offers to confine a decoding process that this user starts; nothing is changed.
-
-    Returns:
-        `own_user`, `no_new_privs`, `system_calls` (a filter of them): bool; `landlock`: its version, or None;
-        `missing`: a sentence for each that is not there.
-    """
-    found: dict[str, Any] = {
-        "own_user": _may_change_user(),
-        "no_new_privs": sys.platform == "linux",
-        "landlock": _landlock_version(),
-        "system_calls": filter_works(),
-    }
-    return found | {"missing": _missing(found)}
+def confinement() -> Confinement:
+    """What this machine offers to confine a decoding process that this user starts; nothing is changed."""
+    own_user, landlock, system_calls = _may_change_user(), _landlock_version(), filter_works()
+    missing = _missing(own_user, landlock, system_calls)
+    return Confinement(own_user, sys.platform == "linux", landlock, system_calls, missing)
 
 
-def _missing(found: dict[str, Any]) -> list[str]:
+def _missing(own_user: bool, landlock: int | None, system_calls: bool) -> list[str]:
     told = []
-    if not found["own_user"]:
+    if not own_user:
         told.append("No user of its own: that takes root, with CAP_KILL, CAP_SETGID and CAP_SETUID.")
-    if found["landlock"] is None:
+    if landlock is None:
         told.append("No Landlock: this kernel lacks it, or has it switched off (lsm=landlock,...).")
-    elif found["landlock"] < _PORTS_SINCE:
-        told.append(f"Landlock {found['landlock']} limits no TCP ports; 4, of Linux 6.7, does.")
-    if not found["system_calls"]:
+    elif landlock < _PORTS_SINCE:
+        told.append(f"Landlock {landlock} limits no TCP ports; 4, of Linux 6.7, does.")
+    if not system_calls:
         told.append(f"No filter of system calls: not with this kernel, or not on {platform.machine()}.")
     return told
 

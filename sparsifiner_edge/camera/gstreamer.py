@@ -19,6 +19,7 @@ import numpy as np
 
 from sparsifiner_edge.camera.libav import Decoded
 from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera.wire import FrameHeader
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
@@ -67,8 +68,8 @@ def _pictures(pixels: BinaryIO, fit: Fit) -> Iterator[Decoded]:
     while len(data := pixels.read(row * fit.size)) == row * fit.size:
         at = time.monotonic_ns()
         square = np.frombuffer(data, np.uint8).reshape(fit.size, row)[:, : fit.size * 3].reshape(fit.size, fit.size, 3)
-        times = {"captured_ns": at, "arrived_ns": at, "decoded_ns": at, "ready_ns": time.monotonic_ns(), "pts_s": None}
-        yield Decoded((square, square) if fit.display else (square,), times, 0)
+        header = FrameHeader(at, at, at, time.monotonic_ns())
+        yield Decoded((square, square) if fit.display else (square,), header)
 
 
 def _listen(remarks: BinaryIO, errors: deque[bytes]) -> None:

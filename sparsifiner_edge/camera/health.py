@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from sparsifiner_edge.bounds import whole_number
+from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.server import Page, PageServer, listen
 from sparsifiner_edge.camera.status import STATES, Status
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
@@ -100,10 +103,10 @@ class HealthServer:
     def __exit__(self, *_: object) -> None:
         self._server.close()
 
-    def _observe(self, record: dict[str, Any]) -> None:
+    def _observe(self, record: FrameRecord) -> None:
         for name, histogram in self._times.items():
-            if name in record:
-                histogram.observe(record[name] / 1000)
+            if (taken_ms := getattr(record, name)) is not None:
+                histogram.observe(taken_ms / 1000)
 
 
 class _Collector:
@@ -129,14 +132,23 @@ class _Collector:
                 yield GaugeMetricFamily(f"sparsifiner_{name}", what, value=value)
 
 
-def health(status: Status, stale_s: float) -> tuple[bool, dict[str, Any]]:
+class Health(msgspec.Struct, frozen=True):
     """Whether answers come, and what there is to say."""
+
+    healthy: bool
+    state: str
+    reason: str | None
+    silent_s: float | None
+
+
+def health(status: Status, stale_s: float) -> Health:
+    """A run's health, now."""
     silent = status.silent_s()
     healthy = status.state == "streaming" and silent is not None and silent < stale_s
-    shown = None if silent is None else round(silent, 3)
-    return healthy, {"healthy": healthy, "state": status.state, "reason": status.reason, "silent_s": shown}
+    return Health(healthy, status.state, status.reason, None if silent is None else round(silent, 3))
 
 
 def _health_page(status: Status, stale_s: float) -> Page:
-    healthy, content = health(status, stale_s)
-    return Page(200 if healthy else 503, "application/json", dump_json(content, indent=None).encode())
+    found = health(status, stale_s)
+    content = dump_json(msgspec.to_builtins(found), indent=None)
+    return Page(200 if found.healthy else 503, "application/json", content.encode())

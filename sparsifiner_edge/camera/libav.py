@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from sparsifiner_edge.camera.clock import StreamClock
 from sparsifiner_edge.camera.limits import MAX_PIXELS, require_sane_size
 from sparsifiner_edge.camera.prepare import Fit, display_size, scaled_size, to_square
+from sparsifiner_edge.camera.wire import FrameHeader
 
 Picture = npt.NDArray[np.uint8]
 # Containers that hold one video: no playlists, which name other files and addresses, and no pictures.
@@ -34,13 +36,11 @@ class Decoded(NamedTuple):
 
     Attributes:
         pictures: see `wire.Message`.
-        times: `captured_ns`, `arrived_ns`, `decoded_ns`, `ready_ns` on the monotonic clock; `pts_s` in the stream.
-        bad_packets: of the stream, so far.
+        header: its times.
     """
 
     pictures: tuple[Picture, ...]
-    times: dict[str, Any]
-    bad_packets: int
+    header: FrameHeader
 
 
 class Preparer:
@@ -86,9 +86,8 @@ def read_stream(source: BinaryIO | str, fit: Fit, patience_s: float) -> Iterator
     limits = {"max_pixels": str(MAX_PIXELS), "max_streams": "64"} | (_STREAM if live else _FILE)
     # PyAV before 19 raises an error for metadata that are no text, unless told; later ones know no such option.
     old = int(av.__version__.partition(".")[0]) < 19
-    tolerant: dict[str, Any] = {"metadata_errors": "replace"} if old else {}
-    patience = (patience_s, patience_s)
-    with av.open(source, "r", options=limits, timeout=patience, buffer_size=_CHUNK, **tolerant) as container:
+    opened = functools.partial(av.open, metadata_errors="replace") if old else av.open
+    with opened(source, "r", options=limits, timeout=(patience_s, patience_s), buffer_size=_CHUNK) as container:
         if not container.streams.video:
             raise ValueError("it holds no video")
         stream = container.streams.video[0]
@@ -135,8 +134,8 @@ class _Reader:
         self._keep_up((at - captured) / 1e9)
         pictures = self._prepare(frame)
         self.count += 1
-        times = {"captured_ns": captured, "arrived_ns": arrived, "decoded_ns": at, "ready_ns": time.monotonic_ns()}
-        return Decoded(pictures, times | {"pts_s": None if stamp is None else stamp / 1e9}, self.bad)
+        pts_s = None if stamp is None else stamp / 1e9
+        return Decoded(pictures, FrameHeader(captured, arrived, at, time.monotonic_ns(), pts_s, self.bad))
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""

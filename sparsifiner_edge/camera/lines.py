@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.files import io_errors, is_locked, lock, new_scratch_file, require_file_path, signals_held, umask
+from sparsifiner_edge.files import io_errors, is_locked, lock, replaced_file, require_file_path, signals_held, umask
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json, finite
 
 _WAITING = 64
@@ -27,12 +27,12 @@ _MOST_PIPE = 1 << 20
 """Bytes that a pipe may be widened to by anyone, unless the system is set up otherwise."""
 
 
-def line_of(content: dict[str, Any]) -> tuple[bytes, int]:
-    """A JSON line with its line break, and how many of its numbers were not finite.
+def line_of(content: object) -> tuple[bytes, int]:
+    """A record, or what is ready for JSON, as a JSON line with its line break; how many numbers were not finite.
 
     Those are null, and counted in the line as `not_finite`. Hidden characters are escaped.
     """
-    known, count = finite(content)
+    known, count = finite(write_record(content))
     if count:
         known["not_finite"] = count
     return dump_json(known, indent=None).encode(), count
@@ -66,7 +66,7 @@ class LineWriter:
         self._thread = threading.Thread(target=self._run, name="lines", daemon=True)
         self._thread.start()
 
-    def write(self, content: dict[str, Any]) -> None:
+    def write(self, content: object) -> None:
         """Hand one line over.
 
         Raises:
@@ -238,7 +238,7 @@ def _end_line(handle: int) -> None:
 
 
 @contextlib.contextmanager
-def new_lines(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+def new_lines(path: Path) -> Iterator[Callable[[object], None]]:
     """Takes lines for a file that appears when all are there.
 
     While it grows it has a hidden name beside `path`. Cut short, by an error or a signal, its whole lines stay as
@@ -249,28 +249,25 @@ def new_lines(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """
     require_file_path(path)
     place = Path(os.path.realpath(path))
-    with contextlib.ExitStack() as stack, io_errors(path):
-        place.parent.mkdir(parents=True, exist_ok=True)
+    with io_errors(path):
         if os.access(place, os.R_OK) and is_locked(place):
             raise _busy(path)
-        with signals_held():
-            handle, scratch = new_scratch_file(place)
-            stack.callback(os.close, handle)  # Last, since its lock says that the file is alive.
-            stack.callback(_keep_part, scratch, place)
-        os.fchmod(handle, 0o666 & ~umask())
-        writer = LineWriter(os.dup(handle), patient=True)
+    with replaced_file(path) as scratch:
         try:
-            yield writer.write
-        finally:
-            writer.close()
-        os.fsync(handle)
-        with signals_held():
-            scratch.replace(place)
+            writer = LineWriter(os.open(scratch, os.O_WRONLY | os.O_CLOEXEC), patient=True)
+            try:
+                yield writer.write
+            finally:
+                writer.close()
+            with scratch.open("rb") as file:  # Here, so that a disk that refuses costs no lines either.
+                os.fsync(file.fileno())
+        except BaseException:
+            _keep_part(scratch, place)
+            raise
 
 
 def _keep_part(scratch: Path, place: Path) -> None:
     with signals_held(), contextlib.suppress(OSError):
         if scratch.stat().st_size:
+            scratch.chmod(0o666 & ~umask())
             scratch.replace(place.with_name(f"{place.name}.part"))
-        else:
-            scratch.unlink()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sparsifiner_edge.bundle.manifest import AGAIN, Manifest, required
 from sparsifiner_edge.bundle.store import picture_size, read_labels
+from sparsifiner_edge.camera.answers import Answer, Class
 from sparsifiner_edge.camera.prepare import LETTERBOX, SQUARE, Fit
 from sparsifiner_edge.camera.wire import MAX_SIDE
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
@@ -73,11 +73,8 @@ class Model:
         """Outputs for one picture, uint8 [S,S,3]."""
         return self.session.infer({"image": square[None]})
 
-    def answer(self, outputs: dict[str, Array]) -> dict[str, Any]:
-        """`top` (class, label, probability) of a classifier, else `features`.
-
-        NaN and infinity, which JSON has not, become None in `features`; a classifier with such logits answers no class.
-        `not_finite` says how many there were, where there were any.
+    def answer(self, outputs: dict[str, Array]) -> Answer:
+        """`top` of a classifier, else `features`.
 
         Raises:
             ArtifactError: the bundle gives neither.
@@ -85,10 +82,10 @@ class Model:
         if "logits" in outputs:
             logits = outputs["logits"][0].astype(np.float64)
             bad = int(np.count_nonzero(~np.isfinite(logits)))
-            return {"top": [], "not_finite": bad} if bad else {"top": self._classes(logits)}
+            return Answer(top=[], not_finite=bad) if bad else Answer(top=self._classes(logits))
         if "features" in outputs:
             features, bad = finite([round(float(x), 6) for x in outputs["features"][0]])
-            return {"features": features} | ({"not_finite": bad} if bad else {})
+            return Answer(features=features, not_finite=bad or None)
         raise ArtifactError(
             f"The bundle gives {', '.join(outputs)}; needed are logits or features.", "Export it again."
         )
@@ -122,16 +119,12 @@ class Model:
         changes: Array = np.nan_to_num(1 - cosine(patches, before)).reshape(rows, columns)
         return changes
 
-    def _classes(self, logits: Array) -> list[dict[str, Any]]:
+    def _classes(self, logits: Array) -> list[Class]:
         weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
         best = np.argsort(-probabilities, kind="stable")[: self._top]
         names = self.labels if len(self.labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
-        return [
-            {"class": int(i), "label": names[i], "probability": float(probabilities[i])}
-            for i in best
-            if probabilities[i] >= self._threshold
-        ]
+        return [Class(int(i), names[i], float(probabilities[i])) for i in best if probabilities[i] >= self._threshold]
 
 
 def _require_image(session: Session, size: int, folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import require_file_path
 
@@ -170,15 +171,13 @@ def _heat(changes: Array, box: tuple[int, int, int, int]) -> Any:
     return Image.fromarray(strength).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR)
 
 
-def text_lines(record: dict[str, Any], rate: float) -> list[str]:
+def text_lines(record: FrameRecord, rate: float) -> list[str]:
     """What is written into a frame."""
-    lines = [f"{_short(top['label'])}  {top['probability']:.0%}" for top in record.get("top", [])]
-    if "change" in record:
-        lines.append(f"change {record['change']:.3f} " + "|" * min(20, round(record["change"] / _FULL_CHANGE * 20)))
-    age = record.get("frame_age_ms")
-    lines.append(
-        f"{rate:.1f} fps   " + (f"age {age:.0f} ms" if age is not None else f"model {record['infer_ms']:.0f} ms")
-    )
+    lines = [f"{_short(top.label)}  {top.probability:.0%}" for top in record.top or []]
+    if record.change is not None:
+        lines.append(f"change {record.change:.3f} " + "|" * min(20, round(record.change / _FULL_CHANGE * 20)))
+    age = record.frame_age_ms
+    lines.append(f"{rate:.1f} fps   " + (f"model {record.infer_ms:.0f} ms" if age is None else f"age {age:.0f} ms"))
     return lines
 
 

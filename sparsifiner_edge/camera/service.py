@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msgspec.structs import asdict, replace
+
+from sparsifiner_edge.camera.answers import Answer, FrameRecord
 from sparsifiner_edge.camera.capture import Capture, Frame
 from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.camera.health import HealthServer
@@ -23,10 +26,10 @@ from sparsifiner_edge.camera.sources import Source, require_decoder, require_oth
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError, PictureError
 from sparsifiner_edge.records import write_record
+from sparsifiner_edge.runtime.session import Array
 
 _TICK_S = 0.1
 STALL_S = 3.0
-_MS = 1e6
 _PIPELINE = {"missing": ["A GStreamer pipeline is your own command line, and is not confined."]}
 
 
@@ -84,7 +87,7 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
             status.event("metrics", address=server.url)
         # What really runs, once: a library that could not be loaded means kernels several times slower.
         status.event("model", **write_record(model.session.description))
-        status.event("decoding", **(_PIPELINE if source.kind == "gst" else confinement()))
+        status.event("decoding", **(_PIPELINE if source.kind == "gst" else write_record(confinement())))
         stop = stack.enter_context(stopping())
         with _Run(model, source, options, status, stop) as run:
             run.loop()
@@ -160,6 +163,10 @@ def stopping() -> Iterator[threading.Event]:
         restore()
 
 
+def _ms(began_ns: int, ended_ns: int) -> float:
+    return round((ended_ns - began_ns) / 1e6, 3)
+
+
 class _Run:
     """One run's capture, sinks and loop."""
 
@@ -216,42 +223,41 @@ class _Run:
         outputs = model.infer(frame.square)
         inferred = time.monotonic_ns()
         answer = model.answer(outputs)
-        self._status.count("not_finite", answer.get("not_finite", 0))
-        change = model.change(outputs) if "top" not in answer else None
+        self._status.count("not_finite", answer.not_finite or 0)
+        change = model.change(outputs) if answer.top is None else None
         if change is not None:
-            answer["change"] = round(change, 6)
-        record = self._record(frame, began, inferred) | answer
+            answer = replace(answer, change=round(change, 6))
+        record = self._record(frame, began, inferred, answer)
         with self._disk_errors():
             self._lines.write(record)
         self._sync_counts()
         self._status.processed(record)
         self._draw(frame, record, outputs)
 
-    def _record(self, frame: Frame, began: int, inferred: int) -> dict[str, Any]:
+    def _record(self, frame: Frame, began: int, inferred: int, answer: Answer) -> FrameRecord:
         times, done = frame.times, time.monotonic_ns()
-        record: dict[str, Any] = {
-            "source": self._source.shown,
-            "frame": self._status.counts["processed"],
-            "skipped": frame.skipped,
-            "pts_s": times.get("pts_s"),
-            "monotonic_s": round(done / 1e9, 6),
-            "capture_ms": (times["decoded_ns"] - times["captured_ns"]) / _MS,
-            "preprocess_ms": (times["ready_ns"] - times["decoded_ns"]) / _MS,
-            "wait_ms": (began - times["ready_ns"]) / _MS,
-            "infer_ms": (inferred - began) / _MS,
-            "postprocess_ms": (done - inferred) / _MS,
-            "end_to_end_ms": (done - times["arrived_ns"]) / _MS,
-        }
-        if self._source.live:
-            record["frame_age_ms"] = (done - times["captured_ns"]) / _MS
-        return {name: round(x, 3) if name.endswith("_ms") else x for name, x in record.items() if x is not None}
+        return FrameRecord(
+            source=self._source.shown,
+            frame=self._status.counts["processed"],
+            skipped=frame.skipped,
+            pts_s=times.pts_s,
+            monotonic_s=round(done / 1e9, 6),
+            capture_ms=_ms(times.captured_ns, times.decoded_ns),
+            preprocess_ms=_ms(times.decoded_ns, times.ready_ns),
+            wait_ms=_ms(times.ready_ns, began),
+            infer_ms=_ms(began, inferred),
+            postprocess_ms=_ms(inferred, done),
+            end_to_end_ms=_ms(times.arrived_ns, done),
+            frame_age_ms=_ms(times.captured_ns, done) if self._source.live else None,
+            **asdict(answer),
+        )
 
-    def _draw(self, frame: Frame, record: dict[str, Any], outputs: dict[str, Any]) -> None:
+    def _draw(self, frame: Frame, record: FrameRecord, outputs: dict[str, Array]) -> None:
         rate = self._rate.tick()
         if self._overlay is None or frame.shown is None:
             return
-        changes = None if "top" in record else self._model.change_map(outputs)
-        at_s = record.get("pts_s") if not self._source.live else frame.times["captured_ns"] / 1e9
+        changes = self._model.change_map(outputs) if record.top is None else None
+        at_s = frame.times.captured_ns / 1e9 if self._source.live else record.pts_s
         try:
             self._overlay.write(frame.shown, text_lines(record, rate), changes, at_s or 0.0)
         except OSError as error:

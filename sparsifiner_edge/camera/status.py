@@ -6,7 +6,8 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+
+from sparsifiner_edge.camera.answers import FrameRecord
 
 STATES = ("starting", "connecting", "streaming", "lost", "stalled", "ended")
 COUNTERS = (
@@ -23,7 +24,7 @@ class Status:
         tell: takes each event; where it raises an OSError the event is lost, and nothing else.
     """
 
-    def __init__(self, source: str, tell: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, source: str, tell: Callable[[object], None]) -> None:
         self.source = source
         self.counts = dict.fromkeys(COUNTERS, 0)
         self.state = "starting"
@@ -34,7 +35,7 @@ class Status:
         self._lock = threading.Lock()
         self._lost_at: float | None = None
         self._processed_at: float | None = None
-        self.watchers: list[Callable[[dict[str, Any]], None]] = []
+        self.watchers: list[Callable[[FrameRecord], None]] = []
         """Called with each record."""
 
     def count(self, name: str, by: int = 1) -> None:
@@ -42,8 +43,16 @@ class Status:
         with self._lock:
             self.counts[name] += by
 
-    def enter(self, state: str, reason: str | None = None, quiet: bool = False, **more: Any) -> None:
+    def enter(
+        self,
+        state: str,
+        reason: str | None = None,
+        quiet: bool = False,
+        attempt: int | None = None,
+        retry_s: float | None = None,
+    ) -> None:
         """Change the state; told unless nothing changed or `quiet`."""
+        lost_s = None
         with self._lock:
             if state == self.state == "streaming":
                 return
@@ -53,19 +62,19 @@ class Status:
             if state == "streaming" and self._lost_at is not None:
                 self.recovered_s, self._lost_at = time.monotonic() - self._lost_at, None
                 self.counts["reconnects"] += 1
-                more["lost_s"] = round(self.recovered_s, 3)
+                lost_s = round(self.recovered_s, 3)
             self.state, self.reason = state, reason
         if not quiet:
-            self.event("state", state=state, reason=reason, **more)
+            self.event("state", state=state, reason=reason, attempt=attempt, retry_s=retry_s, lost_s=lost_s)
 
-    def event(self, event: str, **fields: Any) -> None:
+    def event(self, event: str, **fields: object) -> None:
         """One line; `monotonic_s` is on the clock of the frames' times."""
         known = {name: value for name, value in fields.items() if value is not None}
         line = {"event": event, "source": self.source, "monotonic_s": round(time.monotonic(), 3)} | known
         with contextlib.suppress(OSError):  # Who read the events may have gone; the records have another reader.
             self._tell(line)
 
-    def processed(self, record: dict[str, Any]) -> None:
+    def processed(self, record: FrameRecord) -> None:
         """A frame's answer is ready."""
         self.count("processed")
         self._processed_at = time.monotonic()

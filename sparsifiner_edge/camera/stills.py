@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from msgspec.structs import asdict
+
+from sparsifiner_edge.camera.answers import PictureRecord
 from sparsifiner_edge.camera.model import TOP, Model
 from sparsifiner_edge.camera.prepare import Picture, fit_pillow
 from sparsifiner_edge.errors import PictureError
@@ -22,7 +24,7 @@ def run_pictures(
     threshold: float = 0.0,
     public_key: Path | None = None,
     kernels: str = "auto",
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[PictureRecord]:
     """Run a bundle on a picture, or on every picture below a folder.
 
     Args:
@@ -32,8 +34,7 @@ def run_pictures(
         top, threshold, public_key: see `Model`.
 
     Yields:
-        Per picture: `source`, `preprocess_ms`, `infer_ms`, and `top` (label and probability of at most `top` classes)
-        for a classifier, else `features`. A picture of a folder that cannot be read gives `source` and `error`.
+        Per picture its record; of one in a folder that cannot be read, why.
 
     Raises:
         ConfigError: the bundle takes a fixed batch above 1.
@@ -48,17 +49,17 @@ def run_pictures(
             except PictureError as error:
                 if len(pictures) == 1:
                     raise
-                yield {"source": str(path), "error": error.what}
+                yield PictureRecord(str(path), error=error.what)
 
 
-def _record(model: Model, path: Path) -> dict[str, Any]:
+def _record(model: Model, path: Path) -> PictureRecord:
     start = time.perf_counter_ns()
     image = _picture(model, path)
     ready = time.perf_counter_ns()
     outputs = model.infer(image)
     done = time.perf_counter_ns()
-    times = {"preprocess_ms": (ready - start) / 1e6, "infer_ms": (done - ready) / 1e6}
-    return {"source": str(path)} | times | model.answer(outputs)
+    answer = asdict(model.answer(outputs))
+    return PictureRecord(str(path), (ready - start) / 1e6, (done - ready) / 1e6, **answer)
 
 
 def _picture(model: Model, path: Path) -> Picture:

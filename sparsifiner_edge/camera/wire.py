@@ -1,4 +1,5 @@
-"""Messages from the decoding process: a JSON header, then the pixels that it announces.
+"""What passes between the decoding process and its parent: one request, then messages: a JSON header, and the pixels
+that it announces.
 
 Whoever reads trusts nothing: what decodes hostile input may have been taken over by it.
 """
@@ -10,54 +11,104 @@ import os
 import select
 import struct
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.text import shown
 
 Picture = npt.NDArray[np.uint8]
 _LENGTH = struct.Struct("<I")
 _MAX_HEADER = 1 << 16
-_TIMES = ("captured_ns", "arrived_ns", "decoded_ns", "ready_ns")
 MAX_SIDE = 4096
 """Pixels along a side of anything that is sent."""
 MAX_REASON = 300
 """Characters."""
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Seconds = Annotated[float, msgspec.Meta(ge=-(1 << 34), le=1 << 34)]
+"""At most some centuries, which NaN is not."""
+_Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
+class Request(msgspec.Struct, frozen=True):
+    """What the decoding process shall do: JSON on its standard input.
+
+    Attributes:
+        kind, location, live, secrets: see `sources.Source`; of a camera, the relay in its place.
+        fit: what the model takes.
+        fps: of the test pattern.
+        patience_s: for a stream to be opened, and between its packets.
+        attempts: that failed before.
+        port: of the relay, on this machine.
+    """
+
+    kind: str
+    location: str
+    live: bool
+    fit: Fit
+    fps: float
+    patience_s: float
+    attempts: int
+    port: int | None
+    secrets: tuple[str, ...]
 
 
-def _is_seconds(value: Any) -> bool:
-    """A number of at most some centuries, which NaN is not."""
-    return type(value) in (int, float) and abs(value) <= 1 << 34
+class FrameHeader(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind", tag="frame"):
+    """A frame: times on the monotonic clock, time in the stream, and the stream's damaged packets so far."""
+
+    captured_ns: _Count
+    arrived_ns: _Count
+    decoded_ns: _Count
+    ready_ns: _Count
+    pts_s: _Seconds | None = None
+    bad_packets: _Count = 0
 
 
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys((*_TIMES, "bad_packets", "attempt"), _is_count),
-    "kind": lambda value: value in ("state", "frame", "end"),
-    "state": lambda value: value in ("connecting", "lost"),
-    "pts_s": lambda value: value is None or _is_seconds(value),
-    "retry_s": _is_seconds,
-    "reason": lambda value: value is None or (type(value) is str and len(value) <= MAX_REASON and value.isprintable()),
-}
-"""What a header may say; what else it says is dropped."""
+class StateHeader(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind", tag="state"):
+    """What becomes of a live source; `retry_s` is 0 while it connects."""
+
+    state: Literal["connecting", "lost"]
+    attempt: _Count = 0
+    reason: str | None = None
+    retry_s: _Seconds = 0.0
+
+    def __post_init__(self) -> None:
+        _require_reason(self.reason)
+
+
+class EndHeader(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind", tag="end"):
+    """The source came to its end, or why it ended before."""
+
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_reason(self.reason)
+
+
+Header: TypeAlias = FrameHeader | StateHeader | EndHeader
+
+
+class _Announced(msgspec.Struct):
+    """The part of each header that is about pixels."""
+
+    shapes: Annotated[list[tuple[_Side, _Side, Literal[3]]], msgspec.Meta(max_length=2)]
+
+
+_HEADERS, _SHAPES = msgspec.json.Decoder(Header), msgspec.json.Decoder(_Announced)
 
 
 class Message(NamedTuple):
     """What the decoding process says.
 
     Attributes:
-        kind: "state" (connecting, lost), "frame", or "end".
-        fields: the header's known fields, each of them checked: counts and times in nanoseconds are integers from 0,
-            seconds finite, the reason None or a short printable text.
-        pictures: the model's input [S,S,3], and for the overlay the whole frame, made smaller [h,w,3].
+        header: checked; what it says beside its fields is dropped.
+        pictures: of a frame the model's input [S,S,3], and for the overlay the whole frame, made smaller [h,w,3].
     """
 
-    kind: str
-    fields: dict[str, Any]
+    header: Header
     pictures: list[Picture]
 
 
@@ -69,11 +120,11 @@ class StalledError(Exception):
     """Nothing came within the time allowed."""
 
 
-def send(handle: int, kind: str, pictures: tuple[Picture, ...] = (), **fields: Any) -> None:
+def send(handle: int, header: Header, pictures: tuple[Picture, ...] = ()) -> None:
     """Write one message; waits while the reader is busy."""
-    shapes = [list(picture.shape) for picture in pictures]
-    header = json.dumps({"kind": kind, "shapes": shapes} | fields).encode()
-    _write(handle, memoryview(_LENGTH.pack(len(header)) + header))
+    shapes = [picture.shape for picture in pictures]
+    content = json.dumps(msgspec.to_builtins(header) | {"shapes": shapes}).encode()
+    _write(handle, memoryview(_LENGTH.pack(len(content)) + content))
     for picture in pictures:
         _write(handle, np.ascontiguousarray(picture).data.cast("B"))
 
@@ -97,34 +148,32 @@ def receive(handle: int, seconds: float) -> Message | None:
     (length,) = _LENGTH.unpack(prefix)
     if length > _MAX_HEADER:
         raise WireError(f"a header of {length} bytes")
-    header = _read(handle, length, deadline)
-    if header is None:
+    content = _read(handle, length, deadline)
+    if content is None:
         return None
-    fields, shapes = _parsed(header)
+    header, shapes = _parsed(content)
     pictures = []
     for shape in shapes:
         pixels = _read(handle, shape[0] * shape[1] * 3, deadline)
         if pixels is None:
             return None
         pictures.append(np.frombuffer(pixels, np.uint8).reshape(shape))
-    return Message(fields["kind"], fields, pictures)
+    return Message(header, pictures)
 
 
-def _parsed(header: bytearray) -> tuple[dict[str, Any], list[list[int]]]:
+def _parsed(content: bytearray) -> tuple[Header, list[tuple[int, int, Literal[3]]]]:
     try:
-        said = json.loads(header)
-        shapes = [[int(size) for size in shape] for shape in said["shapes"]]
-        fields = {name: said[name] for name in _FIELDS if name in said}
-        wrong = [name for name, value in fields.items() if not _FIELDS[name](value)]
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise WireError(f"a header that cannot be read: {error}") from error
-    if len(shapes) > 2 or any(len(s) != 3 or s[2] != 3 or not all(1 <= x <= MAX_SIDE for x in s) for s in shapes):
-        raise WireError(f"pictures of shapes {shapes}")
-    if wrong or "kind" not in fields:
-        raise WireError(f"a header whose {', '.join(wrong) or 'kind'} cannot be")
-    if fields["kind"] == "frame" and not (shapes and all(name in fields for name in _TIMES)):
-        raise WireError("a frame without picture or times")
-    return fields, shapes
+        header, shapes = _HEADERS.decode(content), _SHAPES.decode(content).shapes
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"a header that cannot be read: {shown(error, 100)}") from error
+    if isinstance(header, FrameHeader) and not shapes:
+        raise WireError("a frame without picture")
+    return header, shapes
+
+
+def _require_reason(reason: str | None) -> None:
+    if reason is not None and (len(reason) > MAX_REASON or not reason.isprintable()):
+        raise ValueError("a reason that cannot be")
 
 
 def _read(handle: int, count: int, deadline: float) -> bytearray | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
+import msgspec
 
 from sparsifiner_edge import doctor
 from sparsifiner_edge.cli.common import json_option, print_json, print_table
+from sparsifiner_edge.records import Known, Unavailable
 
 
 @click.command()
@@ -16,53 +16,54 @@ def command(as_json: bool) -> None:
     """Say what is installed, what works, and what to do about the rest."""
     findings = doctor.examine()
     if as_json:
-        print_json(findings)
+        print_json(msgspec.to_builtins(findings))
         return
     print_table("Backends", ["backend", "available", "version", "remark"], _backend_rows(findings))
-    print_table("Extras", ["extra", "package", "version", "install"], _extra_rows(findings["extras"]))
+    print_table("Extras", ["extra", "package", "version", "install"], _extra_rows(findings.extras))
     print_table("Machine", ["what", "value"], _machine_rows(findings))
-    for warning in findings["warnings"]:
+    for warning in findings.warnings:
         click.echo(f"warning: {warning}")
 
 
-def _text(value: Any) -> str:
-    return str(value.get("unavailable", value)) if isinstance(value, dict) else str(value)
+def _text(value: object) -> str:
+    return value.why if isinstance(value, Unavailable) else str(value)
 
 
-def _backend_rows(findings: dict[str, Any]) -> list[list[str]]:
+def _backend_rows(findings: doctor.Findings) -> list[list[str]]:
     rows = [
-        [name, "yes" if entry["available"] else "no", _text(entry["version"]), entry["reason"]]
-        for name, entry in (*findings["backends"].items(), ("triton", findings["triton"]))
+        [name, "yes" if entry.available else "no", _text(entry.version), entry.reason]
+        for name, entry in (*findings.backends.items(), ("triton", findings.triton))
     ]
-    device = findings["cuda"]
-    found = [device.get("name", ""), device.get("compute_capability", "")]
-    remark = device.get("unavailable") or f"{found[0]}, compute capability {found[1]}"
-    rows.append(["CUDA device", "yes" if all(found) else "no", device.get("driver_version", ""), remark])
-    library = findings["native_library"]
-    decoding = findings["decoding"]
-    rows.append(["decoding confined", "no" if decoding["missing"] else "yes", "", "; ".join(decoding["missing"])])
-    rows.append(["telemetry", "", "", findings["telemetry"]["onnxruntime"]])
-    return [*rows, ["native library", "yes" if library else "no", "", findings["native_library_reason"]]]
+    device, missing, library = findings.cuda, findings.decoding.missing, findings.native_library
+    if isinstance(device, Unavailable):
+        rows.append(["CUDA device", "no", "", device.why])
+    else:
+        remark = f"{device.name}, compute capability {device.compute_capability}"
+        rows.append(["CUDA device", "yes", device.driver_version, remark])
+    rows.append(["decoding confined", "no" if missing else "yes", "", "; ".join(missing)])
+    rows.append(["telemetry", "", "", findings.telemetry["onnxruntime"]])
+    return [*rows, ["native library", "yes" if library else "no", "", findings.native_library_reason]]
 
 
-def _extra_rows(extras: dict[str, Any]) -> list[list[str]]:
-    if "unavailable" in extras:
-        return [["", "", "", extras["unavailable"]]]
+def _extra_rows(extras: Known[dict[str, doctor.Extra]]) -> list[list[str]]:
+    if isinstance(extras, Unavailable):
+        return [["", "", "", extras.why]]
     return [
         [
             extra if number == 0 else "",
             package,
             _text(version),
-            "" if entry["complete"] or number else entry["install"],
+            "" if entry.complete or number else entry.install,
         ]
         for extra, entry in extras.items()
-        for number, (package, version) in enumerate(entry["packages"].items())
+        for number, (package, version) in enumerate(entry.packages.items())
     ]
 
 
-def _machine_rows(findings: dict[str, Any]) -> list[list[str]]:
-    software = findings["environment"]
-    packages = [[name, _text(version)] for name, version in software["packages"].items()]
-    variables = [[name, value] for name, value in software["variables"].items()]
-    rows = [[name.replace("_", " "), _text(value)] for name, value in findings["machine"].items()]
-    return [["python", software["python"]], *packages, *variables, *rows]
+def _machine_rows(findings: doctor.Findings) -> list[list[str]]:
+    software = findings.environment
+    packages = [[name, _text(version)] for name, version in software.packages.items()]
+    variables = [[name, value] for name, value in software.variables.items()]
+    fields = msgspec.structs.asdict(findings.machine)
+    rows = [[name.replace("_", " "), _text(value)] for name, value in fields.items()]
+    return [["python", software.python], *packages, *variables, *rows]

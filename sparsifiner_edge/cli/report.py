@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sparsifiner_edge.cli.common import json_option, output_option, print_json
+from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.text import shown
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.report.page import Report
 
 
 @click.command()
@@ -50,21 +54,21 @@ def command(
         pictures=not no_pictures,
     )
     if as_json:
-        print_json(written)
+        print_json(write_record(written))
     else:
         _print(written)
 
 
-def _print(written: dict[str, Any]) -> None:
+def _print(written: Report) -> None:
     """The verdict, what cannot be compared, and what was written."""
-    if written["differences"]:
+    if written.differences:
         click.echo("These results must not be compared with one another: they differ in")
-        for field, values in written["differences"].items():
+        for field, values in written.differences.items():
             click.echo(f"  {field}: {' against '.join(values)}")
-    for sentence in written["verdict"]:
+    for sentence in written.verdict:
         click.echo(sentence)
-    if written["flags"]:
-        click.echo(f"{len(written['flags'])} warning(s) about the measurements: see the page.")
-    pictures = written["pictures"]
-    count = f"{len(pictures)} PNGs beside it" if isinstance(pictures, list) else f"no PNGs: {pictures['unavailable']}"
-    click.echo(f"{shown(written['page'])}: page written; {count}")
+    if written.flags:
+        click.echo(f"{len(written.flags)} warning(s) about the measurements: see the page.")
+    pictures = written.pictures
+    count = f"no PNGs: {pictures.why}" if isinstance(pictures, Unavailable) else f"{len(pictures)} PNGs beside it"
+    click.echo(f"{shown(written.page)}: page written; {count}")

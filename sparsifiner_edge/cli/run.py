@@ -6,9 +6,9 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,8 +17,9 @@ from sparsifiner_edge.cli.common import FiniteRange, kernels_option
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.files import require_file_path
 
-_FOR_ALL = ("backend", "threads", "top", "threshold", "public_key", "kernels")
-_FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
+if TYPE_CHECKING:
+    from sparsifiner_edge.camera.answers import PictureRecord
+    from sparsifiner_edge.camera.sources import Source
 
 
 @click.command()
@@ -69,67 +70,93 @@ _FOR_VIDEO = ("overlay", "metrics", "duration", "frames")
     is_flag=True,
     help="Follow an RTSP camera's redirect to another host, without user and password.",
 )
-def command(*, bundle: Path, source: str, **options: Any) -> None:
+def command(
+    *,
+    bundle: Path,
+    source: str,
+    backend: str,
+    kernels: str,
+    threads: int | None,
+    output: Path | None,
+    overlay: Path | None,
+    top: int,
+    threshold: float,
+    fps: float,
+    duration: float | None,
+    frames: int | None,
+    metrics: str | None,
+    stall: float,
+    public_key: Path | None,
+    allow_redirect: bool,
+) -> None:
     """Run BUNDLE on pictures, a video or a camera; one JSON line per picture or frame.
 
     A live source is waited for and opened again when it is lost; what happens to it is told on standard error, one
     JSON line each. SIGTERM and Ctrl-C end it after the frame at hand, with exit code 0.
     """
+    from sparsifiner_edge.camera import stills
+    from sparsifiner_edge.camera.health import parse_address
+    from sparsifiner_edge.camera.service import Options, run_service
     from sparsifiner_edge.camera.sources import parse_source
 
     parsed = parse_source(source)
     if parsed.kind == "pictures":
-        _pictures(bundle, parsed, options)
-    else:
-        _service(bundle, parsed, options)
+        _require_usable(bundle, parsed, output, overlay=overlay, metrics=metrics, duration=duration, frames=frames)
+        place = Path(parsed.location)
+        records = stills.run_pictures(bundle, place, backend, threads, top, threshold, public_key, kernels)
+        _write(records, output)
+        return
+    options = Options(
+        backend=backend,
+        threads=threads,
+        output=output,
+        overlay=overlay,
+        top=top,
+        threshold=threshold,
+        fps=fps,
+        duration_s=duration,
+        frames=frames,
+        metrics=None if metrics is None else parse_address(metrics),
+        stall_s=stall,
+        public_key=public_key,
+        kernels=kernels,
+        allow_redirect=allow_redirect,
+    )
+    run_service(bundle, parsed, options)
 
 
-def _service(bundle: Path, source: Any, given: dict[str, Any]) -> None:
-    from sparsifiner_edge.camera.health import parse_address
-    from sparsifiner_edge.camera.service import Options, run_service
-
-    same = {name: given[name] for name in (*_FOR_ALL, "output", "overlay", "fps", "frames", "allow_redirect")}
-    metrics = None if given["metrics"] is None else parse_address(given["metrics"])
-    run_service(bundle, source, Options(**same, metrics=metrics, duration_s=given["duration"], stall_s=given["stall"]))
-
-
-def _pictures(bundle: Path, source: Any, options: dict[str, Any]) -> None:
-    from sparsifiner_edge.camera import stills
+def _write(records: Iterator[PictureRecord], output: Path | None) -> None:
     from sparsifiner_edge.camera.lines import new_lines
 
-    output = options["output"]
-    _require_usable(bundle, source, options)
-    chosen = (options[name] for name in _FOR_ALL)
-    records = stills.run_pictures(bundle, Path(source.location), *chosen)
     # The first before the file: what is wrong with the bundle is told before anything is made.
     records = itertools.chain([next(records)], records)
-    sink: contextlib.AbstractContextManager[Callable[[dict[str, Any]], None]]
+    sink: contextlib.AbstractContextManager[Callable[[object], None]]
     sink = contextlib.nullcontext(_print) if output is None else new_lines(output)
     count, failed = 0, 0
     with sink as write:
         for record in records:
             write(record)
             count += 1
-            failed += "error" in record
+            failed += record.error is not None
     if failed:
         click.echo(f"error: {failed} of {count} pictures could not be read; their lines say why.", err=True)
         sys.exit(2)
 
 
-def _require_usable(bundle: Path, source: Any, options: dict[str, Any]) -> None:
+def _require_usable(bundle: Path, source: Source, output: Path | None, **for_video: object) -> None:
     from sparsifiner_edge.camera.sources import KNOWN, require_other_file
 
     if not os.path.exists(source.location):  # noqa: PTH110  (of a name that is too long, too)
         raise PictureError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
-    for name in _FOR_VIDEO:
-        if options[name] is not None:
+    for name, value in for_video.items():
+        if value is not None:
             raise ConfigError(f"--{name} does not go with pictures.", "Give a video or a camera, or leave it out.")
-    if options["output"] is not None:
-        require_file_path(options["output"])
-        require_other_file(options["output"], source, bundle)
+    if output is not None:
+        require_file_path(output)
+        require_other_file(output, source, bundle)
 
 
-def _print(record: dict[str, Any]) -> None:
+def _print(record: object) -> None:
     from sparsifiner_edge.camera.lines import line_of
 
     click.echo(line_of(record)[0].decode(), nl=False)

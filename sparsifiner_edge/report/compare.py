@@ -22,7 +22,7 @@ class Group(NamedTuple):
 
 def context(side: Side) -> Context:
     """Machine, power mode, device, threads, backend and precision of a side, as text."""
-    machine, runtime = side.source.result["machine"], side.runtime
+    machine, runtime = side.source.result.machine, side.runtime
     backend = [_said(runtime.get(name)) for name in ("backend", "version", "provider")]
     return (
         ("machine", board_of(side) if side.estimated else machine_of(side.source.result)),
@@ -38,9 +38,9 @@ def context(side: Side) -> Context:
     )
 
 
-def machine_of(result: Mapping[str, Any]) -> str:
+def machine_of(result: Result) -> str:
     """Board, processor, cores and memory; gibibytes alone, since kernels take a little of it each their own way."""
-    machine = result["machine"]
+    machine = result.machine
     memory = number(machine["memory_bytes"])
     size = "?" if memory is None else f"{memory / 2**30:.0f} GiB"
     parts = [_said(machine["board"]), _said(machine["cpu_model"]), f"{_said(machine['logical_cores'])} cores", size]
@@ -49,24 +49,24 @@ def machine_of(result: Mapping[str, Any]) -> str:
 
 def board_of(side: Side) -> str:
     """The board that an estimate is for."""
-    board = get(side.source.result, "method", "board")
+    board = get(side.source.result.method, "board")
     return _said(board.get("title", board.get("name")) if isinstance(board, Mapping) else board)
 
 
 def _said(value: Any) -> str:
-    return "?" if value is None or isinstance(get(value, "unavailable"), str) else clean(value, 120)
+    return "?" if value is None or reason(value) is not None else clean(value, 120)
 
 
 def _power_mode(side: Side) -> str:
     """Power mode, the GPU's power limit and the clock governor, as they were before the measurement."""
-    before = mapping(side.source.result["method"], "conditions", side.role, "before")
+    before = mapping(side.source.result.method, "conditions", side.role, "before")
     mode, limit = before.get("power_mode"), number(before.get("power_limit_mw"))
-    if isinstance(mode, Mapping) and "unavailable" not in mode:
+    if isinstance(mode, Mapping) and reason(mode) is None:
         mode = mode["name"] if isinstance(mode.get("name"), str) else mode.get("id")
     parts = [
         _said(mode),
         "?" if limit is None else f"{limit / 1000:g} W",
-        _said(side.source.result["machine"]["governor"]),
+        _said(side.source.result.machine["governor"]),
     ]
     return " / ".join(part for part in parts if part != "?") or "?"
 
@@ -108,7 +108,7 @@ def comparisons_in(group: Group) -> list[Comparison]:
     """Comparisons whose two sides both belong to the group."""
     found = []
     for subject in (side for side in group.sides if side.role == "subject"):
-        recorded = mapping(subject.source.result["statistics"], "comparison")
+        recorded = mapping(subject.source.result.statistics, "comparison")
         ratio, verdict = interval(recorded.get("ratio")), str(recorded.get("verdict"))
         for against in group.sides:
             if against.source is subject.source and against.role == "against" and ratio is not None and ratio.value > 0:
@@ -228,7 +228,7 @@ def flags_of(sides: Sequence[Side], texts: Texts) -> list[dict[str, str]]:
 
 def _implied(side: Side) -> list[dict[str, str]]:
     """What the method shows without saying so."""
-    method = side.source.result["method"]
+    method = side.source.result.method
     unsettled = get(method, "warm_up", side.role, "settled") is False
     short = method.get("cut_short")
     found = [{"flag": "not-settled"}] if unsettled else []
@@ -238,4 +238,4 @@ def _implied(side: Side) -> list[dict[str, str]]:
 def missing(found: Any, texts: Texts, how: str) -> str:
     """What stands for a figure that is not there: the reason in the result, else how to measure it."""
     why = reason(found)
-    return texts("unavailable", why=why) if why else texts("not_measured", how=how)
+    return texts("reason", why=why) if why else texts("not_measured", how=how)

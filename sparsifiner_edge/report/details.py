@@ -98,7 +98,7 @@ def _sparsity(manifest: Manifest) -> Mapping[str, Any]:
     return manifest.sparsity.to_dict() if manifest.sparsity else {}
 
 
-def _setting(sparsity: Mapping[str, Any], name: str, texts: Texts) -> str:
+def _setting(sparsity: Any, name: str, texts: Texts) -> str:
     value = sparsity.get(name)
     if name == "keep" and number(value) is not None:
         return f"{100 * float(value or 0):.3g} %"
@@ -135,7 +135,7 @@ def _has_dense(manifests: Sequence[Described], dense: Mapping[str, float]) -> bo
     return any(_macs(one.manifest.costs) == dense for one in manifests)
 
 
-def _macs(costs: Mapping[str, Any]) -> dict[str, float]:
+def _macs(costs: Any) -> dict[str, float]:
     found = {kind: number(costs.get(f"{kind}_macs")) for kind in COST_KINDS}
     return {kind: value / 1e6 for kind, value in found.items() if value}
 
@@ -263,7 +263,7 @@ def sweep_section(page: Page) -> Section | None:
     return Section("sweep", texts("sweep.title"), texts("sweep.intro"), blocks, commands)
 
 
-def _sweep_bar(row: Mapping[str, Any], colour: int, texts: Texts) -> charts.Bar | None:
+def _sweep_bar(row: Any, colour: int, texts: Texts) -> charts.Bar | None:
     throughput = interval(row.get("throughput_per_s"))
     if throughput is None:
         return None
@@ -271,7 +271,7 @@ def _sweep_bar(row: Mapping[str, Any], colour: int, texts: Texts) -> charts.Bar 
     return charts.Bar(texts("sweep.point", **values), throughput, colour, shown(throughput, texts("interval"), "/s"))
 
 
-def _sweep_row(row: Mapping[str, Any], texts: Texts) -> list[str]:
+def _sweep_row(row: Any, texts: Texts) -> list[str]:
     figures = [get(row, "latency_ms", "p50"), get(row, "latency_ms", "p90"), row.get("throughput_per_s")]
     cells = ["–" if (found := interval(x)) is None else shown(found, texts("interval")) for x in figures]
     flags = [clean(flag.get("flag", "?")) for flag in rows(row, "flags")]
@@ -285,7 +285,7 @@ def others_section(page: Page, sources: Sequence[Source]) -> Section | None:
     known = {side.source.sha256 for side in page.sides} | {found.source.sha256 for found in page.accuracies}
     for source in (source for source in sources if source.sha256 not in known):
         used.append(source)
-        found = list(figures_in(source.result["statistics"]))
+        found = list(figures_in(source.result.statistics))
         what = f"{source.about} ({source.kind}, {machine_of(source.result)})"
         blocks.append(Note(what if found else f"{what}: {texts('others.nothing')}"))
         if found:
@@ -309,31 +309,31 @@ def method_section(page: Page, sources: Sequence[Source]) -> Section:
 
 def _about(source: Source, sides: Sequence[Side], texts: Texts) -> list[list[str]]:
     result, table = source.result, []
-    table.append([texts("method.created"), clean(result["created"])])
-    for subject in result["subjects"][:12]:
-        name = f"{texts('method.subject')}: {clean(subject.get('role', '?'), 20)}"
-        table.append([name, f"{clean(subject['path'], 160)} · {clean(subject['sha256'], 64)}"])
+    table.append([texts("method.created"), clean(result.created)])
+    for subject in result.subjects[:12]:
+        name = f"{texts('method.subject')}: {clean(subject.role or '?', 20)}"
+        table.append([name, f"{clean(subject.path, 160)} · {clean(subject.sha256, 64)}"])
     for side in sides:
         for field, value in context(side):
             if value != "?":
                 table.append([f"{texts(f'field.{field}')} · {side.role}", value])
-    machine = result["machine"]
+    machine = result.machine
     table += [
         [texts(f"method.{key}"), _plain_text(machine[key])] for key in ("os", "kernel", "architecture", "cpu_model")
     ]
-    packages = mapping(result, "environment", "packages")
+    packages = mapping(result.environment, "packages")
     table.append([texts("method.packages"), ", ".join(f"{clean(n, 30)} {_plain_text(v)}" for n, v in packages.items())])
-    variables = mapping(result, "environment", "variables")
+    variables = mapping(result.environment, "variables")
     if variables:
         text = " ".join(f"{clean(n, 40)}={clean(v, 40)}" for n, v in variables.items())
         table.append([texts("method.variables"), text])
     table += [
-        [texts(f"method.{name}"), clean(result["method"][name], 300)]
+        [texts(f"method.{name}"), clean(result.method[name], 300)]
         for name in ("scenario", "isolation", "metric", "queries", "gallery", "preprocessing")
-        if isinstance(result["method"].get(name), str)
+        if isinstance(result.method.get(name), str)
     ]
-    if source.kind in MEASURED and isinstance(result["method"].get("rules"), Mapping):
-        pairs = (f"{clean(n, 30)} {clean(v, 30)}" for n, v in result["method"]["rules"].items())
+    if source.kind in MEASURED and isinstance(result.method.get("rules"), Mapping):
+        pairs = (f"{clean(n, 30)} {clean(v, 30)}" for n, v in result.method["rules"].items())
         table.append([texts("method.rules"), ", ".join(pairs)])
     return [*table, [texts("method.file"), source.sha256]]
 

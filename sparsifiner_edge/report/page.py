@@ -7,10 +7,12 @@ import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
 from sparsifiner_edge.files import require_file_path, write_bytes, write_text
+from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import details, sections
 from sparsifiner_edge.report.blocks import Figure, Section
 from sparsifiner_edge.report.compare import (
@@ -29,6 +31,21 @@ from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.tiles import tiles_of
 
 
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What was written, and what it says.
+
+    Attributes:
+        pictures: PNGs beside the page. verdict: sentences. differences: field -> values of results that differ.
+    """
+
+    page: str
+    pictures: list[str] | Unavailable
+    verdict: list[str]
+    differences: dict[str, list[str]]
+    flags: list[dict[str, str]]
+    sections: list[str]
+
+
 def write_report(
     results: Sequence[str | Path],
     output: str | Path,
@@ -38,7 +55,7 @@ def write_report(
     prices: Prices | None = None,
     strict: bool = False,
     pictures: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Write one self-contained page, and beside it its figures as `<stem>-<figure>.png`.
 
     Results of different machines, power modes, devices, threads, backends or precisions are shown apart, under a banner
@@ -52,10 +69,6 @@ def write_report(
         prices: None: no costs.
         strict: refuse results that differ as above, and write nothing.
         pictures: also write PNGs.
-
-    Returns:
-        JSON-ready: `page`, `pictures` (or why there are none), `verdict` (sentences), `differences` (field -> values),
-        `flags`, `sections`.
 
     Raises:
         ArtifactError: a file is no result, of a newer schema, or holds NaN; or the disk refuses.
@@ -81,14 +94,14 @@ def write_report(
     text = _render(page, sources, content, found)
     written = _write_pictures(target, content, language) if pictures else "not asked for"
     write_text(target, text)
-    return {
-        "page": str(target),
-        "pictures": written if isinstance(written, list) else {"unavailable": written},
-        "verdict": lead(page.groups, sides, page.accuracies, texts),
-        "differences": found,
-        "flags": flags_of(sides, texts),
-        "sections": [section.name for section in content],
-    }
+    return Report(
+        page=str(target),
+        pictures=written if isinstance(written, list) else Unavailable(written),
+        verdict=lead(page.groups, sides, page.accuracies, texts),
+        differences=found,
+        flags=flags_of(sides, texts),
+        sections=[section.name for section in content],
+    )
 
 
 def _content(page: Page, sources: Sequence[Source], manifests: Sequence[Described], prices: Prices) -> list[Section]:
@@ -126,7 +139,7 @@ def _render(page: Page, sources: Sequence[Source], content: Sequence[Section], f
         style=(folder / "style.css").read_text(encoding="utf-8"),
         palette=PALETTE,
         names=texts("names.separator").join(names[:4]) or sources[0].about,
-        created=sorted({str(source.result["created"])[:16].replace("T", " ") for source in sources}),
+        created=sorted({str(source.result.created)[:16].replace("T", " ") for source in sources}),
         verdict=first,
         tone="refused" if found else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
         others=others,

@@ -15,7 +15,7 @@ from sparsifiner_edge.bundle.manifest import Manifest, parse_manifest
 from sparsifiner_edge.bundle.store import bundle_hash, read_manifest
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.report.values import GREATEST, LEAST, clean, get, mapping, rows
-from sparsifiner_edge.results import read_result
+from sparsifiner_edge.results import Result, read_result
 
 PROGRAM = "sparsifiner-edge"
 MEASURED = ("profile", "comparison")
@@ -34,7 +34,7 @@ class Source(NamedTuple):
     sha256: str
     kind: str
     command: str
-    result: Mapping[str, Any]
+    result: Result
 
     @property
     def about(self) -> str:
@@ -57,9 +57,9 @@ class Side(NamedTuple):
     sha: str
     label: str
     place: str
-    figures: Mapping[str, Any]
+    figures: Any
     samples: Samples
-    runtime: Mapping[str, Any]
+    runtime: Any
     estimated: bool
 
 
@@ -78,7 +78,7 @@ def read_sources(paths: Sequence[Path]) -> list[Source]:
             raise ArtifactError(f"{path} is a folder.", "Give the result files in it; bundles go with --bundle.")
         result = read_result(path)
         digest = sha256(path)
-        sources.setdefault(digest, Source(path, digest, result["kind"], _command(result["command"]), result))
+        sources.setdefault(digest, Source(path, digest, result.kind, _command(result.command), result))
     return list(sources.values())
 
 
@@ -108,22 +108,22 @@ def sides_of(sources: Sequence[Source]) -> list[Side]:
 
 def _sides(source: Source) -> list[Side]:
     sides = []
-    for position, subject in enumerate(source.result["subjects"]):
-        role = str(subject.get("role", "subject" if position == 0 else ""))
+    for position, subject in enumerate(source.result.subjects):
+        role = subject.role or ("subject" if position == 0 else "")
         figures = _figures(source, role if position or source.kind in MEASURED else source.kind)
         if figures:
-            runtime = mapping(source.result["method"], "runtime", role)
-            samples = _samples(get(source.result["samples"], role, "latency_ms"))
-            name, place = clean(subject.get("name") or Path(str(subject["path"])).name), str(subject["path"])
+            runtime = mapping(source.result.method, "runtime", role)
+            samples = _samples(get(source.result.samples, role, "latency_ms"))
+            name, place = clean(subject.name or Path(str(subject.path)).name), str(subject.path)
             shown = SWEEP if source.kind == SWEEP else role
             estimated = source.kind == "estimate"
-            sides.append(Side(source, shown, str(subject["sha256"]), name, place, figures, samples, runtime, estimated))
+            sides.append(Side(source, shown, str(subject.sha256), name, place, figures, samples, runtime, estimated))
     return sides
 
 
 def _figures(source: Source, part: str) -> Mapping[str, Any]:
     """A role's statistics; of an estimate all, and of a sweep its rows, for the first subject."""
-    statistics = source.result["statistics"]
+    statistics = source.result.statistics
     if part == source.kind:
         known = part == "estimate" or (part == SWEEP and rows(statistics, SWEEP))
         return statistics if known else {}
@@ -162,8 +162,8 @@ class Accuracy(NamedTuple):
     place: str
     metric: str
     task: str
-    figures: Mapping[str, Any]
-    runtime: Mapping[str, Any]
+    figures: Any
+    runtime: Any
 
 
 _COSINES = ("features_cosine", "patches_cosine")
@@ -174,16 +174,16 @@ def accuracies_of(sources: Sequence[Source], sides: Sequence[Side]) -> list[Accu
     names = {side.sha: side.label.partition(" · ")[0] for side in sides}
     found = []
     for source in sources:
-        statistics, method = source.result["statistics"], source.result["method"]
+        statistics, method = source.result.statistics, source.result.method
         if source.kind != "evaluation":
             continue
         cosine = {name: statistics[name] for name in _COSINES if get(statistics, name, "mean") is not None}
         percent = "subject_percent" in statistics
-        for subject in source.result["subjects"]:
-            role = str(subject.get("role", ""))
+        for subject in source.result.subjects:
+            role = subject.role or ""
             if (percent or cosine) and role in ("subject", "teacher"):
-                sha, place = str(subject["sha256"]), str(subject["path"])
-                label = names.get(sha, clean(subject.get("name") or Path(place).name))
+                sha, place = str(subject.sha256), str(subject.path)
+                label = names.get(sha, clean(subject.name or Path(place).name))
                 metric = "cosine" if cosine else clean(method.get("metric", ""))
                 runtime = mapping(method, "runtime", role)
                 figures = cosine or statistics
@@ -191,7 +191,7 @@ def accuracies_of(sources: Sequence[Source], sides: Sequence[Side]) -> list[Accu
     return found
 
 
-def _task(method: Mapping[str, Any]) -> str:
+def _task(method: Any) -> str:
     """What decides whether two accuracies can stand side by side."""
     return repr([method.get(name) for name in ("metric", "queries", "gallery", "pictures", "preprocessing", "classes")])
 

@@ -177,7 +177,7 @@ def _mlperf(side: Side, texts: Texts) -> str:
 def _cell(content: Any, texts: Texts) -> str:
     found = interval(content)
     if found is None:
-        return texts("unavailable.short") if reason(content) else "–"
+        return texts("reason.short") if reason(content) else "–"
     if isinstance(content, int):
         return f"{content:,}"
     return shown(found, texts("interval"))
@@ -345,7 +345,7 @@ def _layer_stacks(layers: Sequence[Mapping[str, Any]], texts: Texts) -> list[cha
     return stacks
 
 
-def _layer_name(layer: Mapping[str, Any], numbered: bool, texts: Texts) -> str:
+def _layer_name(layer: Any, numbered: bool, texts: Texts) -> str:
     if not numbered:
         return clean(layer.get("name", "?"), 40)
     index = layer.get("layer")

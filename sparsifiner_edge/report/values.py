@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.bounds import is_number
+from sparsifiner_edge.records import MISSING
 from sparsifiner_edge.text import shown as harmless
 
 MAX_NAME = 80
@@ -78,8 +79,8 @@ def interval(content: Any) -> Interval | None:
 
 
 def reason(content: Any) -> str | None:
-    """Why a value is unavailable, where the result says so."""
-    why = get(content, "unavailable")
+    """Why there is no value, where the result says so."""
+    why = get(content, MISSING)
     return clean(why, 300) if isinstance(why, str) else None
 
 

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from sparsifiner_edge.camera import confine, syscalls
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -169,7 +171,7 @@ def main() -> None:
             confine._landlock_version = lambda: layers["landlock"]
         if not layers["filter"]:
             confine.filter_works = lambda: False
-        found["confinement"] = confine.confine(parent, asked["port"])
+        found["confinement"] = to_builtins(confine.confine(parent, asked["port"]))
     found["user"] = os.getuid()
     found["tries"] = {
         name: outcome(attempt) for name, attempt in tries(folder, parent, asked["other"], asked["port"]).items()

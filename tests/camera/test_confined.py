@@ -24,6 +24,7 @@ from benchmarks.camera_soak import Server, free_port, python_with_rtsp
 from sparsifiner_edge.camera import confine, syscalls
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.relay import Relay
+from sparsifiner_edge.records import write_record
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
@@ -33,7 +34,7 @@ NAMESPACES = subprocess.run(["unshare", "-U", "true"], capture_output=True, chec
 USERS = [pytest.param(None, id="as started"), pytest.param(NOBODY, id="ordinary user", marks=pytest.mark.skipif(
     not AS_ROOT, reason="only root becomes another user"))]  # fmt: skip
 pytestmark = pytest.mark.skipif(
-    confine.confinement()["landlock"] is None or not syscalls.filter_works(), reason="this kernel cannot confine"
+    confine.confinement().landlock is None or not syscalls.filter_works(), reason="this kernel cannot confine"
 )
 FILES = (
     "create", "append", "truncate", "delete", "rename", "link", "symbolic link", "make a folder", "make a pipe",
@@ -145,8 +146,9 @@ def test_older_versions_of_landlock(version: int) -> None:
 # It decodes all the same.
 
 DECODE = """
-import contextlib, json, os, sys
+import contextlib, json, os, sys, msgspec
 from sparsifiner_edge.camera import child, libav
+from sparsifiner_edge.camera.wire import Request
 request = json.loads(sys.stdin.read())
 child.import_decoder()
 if request["user"] is not None:
@@ -160,7 +162,7 @@ def confine(*arguments):
 child.confine = confine
 child.limit(pipeline=False)
 with contextlib.ExitStack() as opened:
-    frames, numbers = child._prepared(request, opened, os.getppid()), []
+    frames, numbers = child._prepared(msgspec.convert(request, Request), opened, os.getppid()), []
     for frame in frames():
         numbers.append(frame.pictures[0].shape[0])
         if len(numbers) == request["frames"]:
@@ -170,7 +172,10 @@ print(json.dumps({"frames": len(numbers), "threads": threads}))
 
 
 def decode(user: int | None, **request: Any) -> dict[str, Any]:
-    request = {"fit": [64, False, 32], "patience_s": 10, "port": None, "user": user, "frames": 1000} | request
+    request = {
+        "fit": [64, False, 32], "patience_s": 10, "port": None, "user": user, "frames": 1000, "live": False, "fps": 25,
+        "attempts": 0, "secrets": [],
+    } | request  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", DECODE], input=json.dumps(request), capture_output=True, text=True, check=False,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}, cwd=ROOT, timeout=60,
@@ -223,7 +228,7 @@ def test_the_decoding_process_is_confined(cells: Path, service: Any) -> None:
     run = service(cells, "--source", "test")
     run.record()
     told = run.event(event="decoding")
-    assert told == {**told, **confine.confinement()}
+    assert told == {**told, **write_record(confine.confinement())}
     status = Path(f"/proc/{run.decoder()}/status").read_text()
     found = dict(re.findall(r"^(NoNewPrivs|Seccomp|CapEff):\s+(\w+)$", status, re.MULTILINE))
     assert found == {"NoNewPrivs": "1", "Seccomp": "2", "CapEff": "0" * 16}
@@ -243,8 +248,8 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confine, "filter_works", lambda: False)
     monkeypatch.setattr(confine, "_may_change_user", lambda: False)
     found = confine.confinement()
-    assert (found["landlock"], found["system_calls"], found["own_user"]) == (None, False, False)
-    assert [sentence.split(":")[0] for sentence in found["missing"]] == [
+    assert (found.landlock, found.system_calls, found.own_user) == (None, False, False)
+    assert [sentence.split(":")[0] for sentence in found.missing] == [
         "No user of its own", "No Landlock", "No filter of system calls",
     ]  # fmt: skip
 
@@ -313,4 +318,4 @@ def test_the_filter_of_each_processor(machine: str) -> None:
 
 def test_this_machine() -> None:
     assert platform.machine() in syscalls._MACHINES
-    assert confine.confinement()["missing"] == ([] if AS_ROOT else [confine.confinement()["missing"][0]])
+    assert confine.confinement().missing == ([] if AS_ROOT else [confine.confinement().missing[0]])

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from sparsifiner_edge.camera import child
+from sparsifiner_edge.camera.answers import Class, FrameRecord, PictureRecord
 from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
 from sparsifiner_edge.camera.capture import Mailbox
 from sparsifiner_edge.camera.clock import StreamClock
@@ -23,13 +24,22 @@ from sparsifiner_edge.camera.code import BITS, cells_of, number_of
 from sparsifiner_edge.camera.gstreamer import launch_line, read_pipeline
 from sparsifiner_edge.camera.health import parse_address
 from sparsifiner_edge.camera.limits import require_sane_size
-from sparsifiner_edge.camera.lines import LineWriter
+from sparsifiner_edge.camera.lines import LineWriter, line_of
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.overlay import text_lines
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.prepare import Fit, fit_pillow, scaled_size, to_square
 from sparsifiner_edge.camera.sources import parse_source, require_decoder
-from sparsifiner_edge.camera.wire import Message, StalledError, WireError, receive, send
+from sparsifiner_edge.camera.wire import (
+    EndHeader,
+    FrameHeader,
+    Message,
+    StalledError,
+    StateHeader,
+    WireError,
+    receive,
+    send,
+)
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
 from tests.tiny import make_bundle
 
@@ -170,33 +180,33 @@ def test_clocks_that_run_apart_add_no_age() -> None:
 TIMES = dict.fromkeys(("captured_ns", "arrived_ns", "decoded_ns", "ready_ns"), 1)
 
 
-def frame_message(number: int) -> Message:
-    return Message("frame", {"number": number}, [np.full((2, 2, 3), number, np.uint8)])
+def frame(number: int) -> tuple[FrameHeader, list[np.ndarray[Any, Any]]]:
+    return FrameHeader(number, number, number, number), [np.full((2, 2, 3), number, np.uint8)]
 
 
 def test_the_newest_frame_and_the_count_of_the_others() -> None:
     box = Mailbox(live=True)
-    assert [box.put(frame_message(n)) for n in range(4)] == [False, True, True, True]
-    frame = box.take(0)
-    assert frame is not None
-    assert (frame.times["number"], frame.skipped) == (3, 3)
+    assert [box.put(*frame(n)) for n in range(4)] == [False, True, True, True]
+    taken = box.take(0)
+    assert taken is not None
+    assert (taken.times.captured_ns, taken.skipped) == (3, 3)
     assert box.take(0.01) is None
-    assert box.put(frame_message(9)) is False
+    assert box.put(*frame(9)) is False
     box.close()
-    assert box.put(frame_message(10)) is False
-    frame = box.take(0)
-    assert frame is not None
-    assert (frame.times["number"], frame.skipped) == (9, 0)
+    assert box.put(*frame(10)) is False
+    taken = box.take(0)
+    assert taken is not None
+    assert (taken.times.captured_ns, taken.skipped) == (9, 0)
 
 
 def test_every_frame_of_a_file_waits_its_turn() -> None:
     box, seen = Mailbox(live=False), []
-    writer = threading.Thread(target=lambda: [box.put(frame_message(n)) for n in range(20)])
+    writer = threading.Thread(target=lambda: [box.put(*frame(n)) for n in range(20)])
     writer.start()
     while len(seen) < 20:
-        frame = box.take(1)
-        assert frame is not None
-        seen.append(frame.times["number"])
+        taken = box.take(1)
+        assert taken is not None
+        seen.append(taken.times.captured_ns)
     writer.join(5)
     assert seen == list(range(20))
 
@@ -204,12 +214,12 @@ def test_every_frame_of_a_file_waits_its_turn() -> None:
 def test_messages_arrive_whole() -> None:
     ours, theirs = os.pipe()
     picture = np.arange(300 * 400 * 3, dtype=np.uint32).astype(np.uint8).reshape(300, 400, 3)
-    writer = threading.Thread(target=send, args=(theirs, "frame", (picture,)), kwargs=TIMES | {"pts_s": 1.5})
+    writer = threading.Thread(target=send, args=(theirs, FrameHeader(**TIMES, pts_s=1.5), (picture,)))
     writer.start()
     message = receive(ours, 5)
     writer.join()
     assert message is not None
-    assert message.fields["pts_s"] == 1.5
+    assert message.header == FrameHeader(**TIMES, pts_s=1.5)
     np.testing.assert_array_equal(message.pictures[0], picture)
     with pytest.raises(StalledError):
         receive(ours, 0.05)
@@ -247,8 +257,9 @@ def test_what_is_no_message_is_refused_before_anything_is_allocated(data: bytes)
 def received(**fields: Any) -> Message:
     """What a process that says this is understood to say."""
     ours, theirs = os.pipe()
-    pictures = (np.zeros((1, 1, 3), np.uint8),) if fields["kind"] == "frame" else ()
-    send(theirs, pictures=pictures, **fields)
+    frame = fields["kind"] == "frame"
+    header = json.dumps(fields | {"shapes": [[1, 1, 3]] if frame else []}).encode()
+    os.write(theirs, len(header).to_bytes(4, "little") + header + bytes(3 * frame))
     os.close(theirs)
     try:
         message = receive(ours, 1)
@@ -272,16 +283,20 @@ def received(**fields: Any) -> Message:
     ],
 )
 def test_no_field_of_a_message_is_believed(kind: Any, fields: dict[str, Any]) -> None:
-    received(kind="frame", **TIMES)
+    needed = {"frame": TIMES, "state": {"state": "lost"}}
+    for known in ("frame", "state", "end"):
+        received(kind=known, **needed.get(known, {}))
     with pytest.raises(WireError):
-        received(kind=kind, **(TIMES if kind == "frame" else {}) | fields)
+        received(kind=kind, **needed.get(str(kind), {}) | fields)
 
 
 def test_what_a_message_may_say() -> None:
-    fields = TIMES | {"bad_packets": 0, "pts_s": -0.5, "state": "lost", "attempt": 7, "retry_s": 1, "reason": "x" * 300}
-    assert received(kind="frame", **fields, more="is dropped").fields == fields | {"kind": "frame"}
-    assert received(kind="frame", **TIMES, pts_s=None).fields["pts_s"] is None
-    assert received(kind="end", reason=None).fields == {"kind": "end", "reason": None}
+    frame = TIMES | {"bad_packets": 2, "pts_s": -0.5}
+    assert received(kind="frame", **frame, more="is dropped").header == FrameHeader(**frame)
+    assert received(kind="frame", **TIMES, pts_s=None).header == FrameHeader(**TIMES)
+    state = {"state": "lost", "attempt": 7, "retry_s": 1, "reason": "x" * 300}
+    assert received(kind="state", **state, more="is dropped").header == StateHeader(**state)
+    assert received(kind="end", reason=None).header == EndHeader()
 
 
 def test_a_slow_reader_costs_lines_and_no_memory() -> None:
@@ -418,12 +433,26 @@ def test_a_map_of_changes(cells: Path) -> None:
 
 
 def test_text_in_the_overlay() -> None:
-    record = {"top": [{"label": "a\x00\u202eb" + "x" * 99, "probability": 0.5}], "infer_ms": 3.2}
-    first, second = text_lines(record, 24.99)
+    top = [Class(1, "a\x00\u202eb" + "x" * 99, 0.5)]
+    first, second = text_lines(record(top=top, infer_ms=3.2), 24.99)
     assert first.startswith("a??bx")
     assert first.endswith("\u2026  50%")
     assert second == "25.0 fps   model 3 ms"
-    assert text_lines({"change": 0.1, "infer_ms": 1, "frame_age_ms": 33.4}, 5)[-1] == "5.0 fps   age 33 ms"
+    assert text_lines(record(change=0.1, frame_age_ms=33.4), 5) == ["change 0.100 |||||||", "5.0 fps   age 33 ms"]
+
+
+def record(**fields: Any) -> FrameRecord:
+    times = ("monotonic_s", "capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
+    known = {"source": "x", "frame": 3, "skipped": 0, "pts_s": None, "frame_age_ms": None} | dict.fromkeys(times, 1.0)
+    return FrameRecord(**known | fields)
+
+
+def test_a_line_begins_with_its_source_and_leaves_out_what_is_none() -> None:
+    said = json.loads(line_of(record(top=[Class(1, "a", 0.5)]))[0])
+    assert list(said)[:4] == ["source", "frame", "skipped", "monotonic_s"]
+    assert list(said)[-2:] == ["end_to_end_ms", "top"]
+    assert said["top"] == [{"class": 1, "label": "a", "probability": 0.5}]
+    assert json.loads(line_of(PictureRecord("x", error="no"))[0]) == {"source": "x", "error": "no"}
 
 
 def test_no_clock_that_can_be_set_is_read() -> None:

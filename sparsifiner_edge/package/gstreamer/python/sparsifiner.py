@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gi  # type: ignore[import-not-found,unused-ignore]
 
@@ -26,6 +26,9 @@ from gi.repository import (  # type: ignore[import-not-found,unused-ignore]  # n
     GstBase,
     GstVideo,
 )
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.camera.answers import Answer, Class
 
 try:
     gi.require_version("GstAnalytics", "1.0")
@@ -110,11 +113,10 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             outputs = self._model.infer(square)
             elapsed = (time.monotonic() - begun) * 1e3
             answer = self._model.answer(outputs)
-            if "top" not in answer:
-                answer["change"] = self._model.change(outputs)
-            elif GstAnalytics is not None:
-                self._attach(buffer, answer["top"])
-            self._post(buffer, answer, elapsed)
+            change = self._model.change(outputs) if answer.top is None else None
+            if answer.top is not None and GstAnalytics is not None:
+                self._attach(buffer, answer.top)
+            self._post(buffer, answer, change, elapsed)
         except Exception as error:  # It would vanish in the binding.
             self._fail(str(error))
             return Gst.FlowReturn.ERROR
@@ -138,25 +140,26 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         finally:
             buffer.unmap(mapped)
 
-    def _attach(self, buffer: Any, top: list[dict[str, Any]]) -> None:
+    def _attach(self, buffer: Any, top: list[Class]) -> None:
         relations = GstAnalytics.buffer_add_analytics_relation_meta(buffer)
         if relations is None:
             raise RuntimeError("The frame takes no metadata.")
         if top:
-            quarks = [GLib.quark_from_string(entry["label"]) for entry in top]
-            relations.add_cls_mtd([entry["probability"] for entry in top], quarks)
+            quarks = [GLib.quark_from_string(entry.label) for entry in top]
+            relations.add_cls_mtd([entry.probability for entry in top], quarks)
 
-    def _post(self, buffer: Any, answer: dict[str, Any], elapsed: float) -> None:
+    def _post(self, buffer: Any, answer: Answer, change: float | None, elapsed: float) -> None:
         structure = Gst.Structure.new_empty("sparsifiner")
         if buffer.pts != Gst.CLOCK_TIME_NONE:
             structure.set_value("pts", GObject.Value(GObject.TYPE_UINT64, buffer.pts))
         structure.set_value("infer-ms", elapsed)
-        if "top" in answer:
-            for field, key in (("classes", "class"), ("labels", "label"), ("probabilities", "probability")):
-                structure.set_value(field, Gst.ValueArray([entry[key] for entry in answer["top"]]))
+        if answer.top is not None:
+            for field, key in (("classes", "number"), ("labels", "label"), ("probabilities", "probability")):
+                structure.set_value(field, Gst.ValueArray([getattr(entry, key) for entry in answer.top]))
         else:
-            structure.set_value("features", Gst.ValueArray([math.nan if x is None else x for x in answer["features"]]))
-            structure.set_value("change", math.nan if answer["change"] is None else float(answer["change"]))
+            features = answer.features or []
+            structure.set_value("features", Gst.ValueArray([math.nan if x is None else x for x in features]))
+            structure.set_value("change", math.nan if change is None else change)
         self.post_message(Gst.Message.new_element(self, structure))
 
     def _warn(self, text: str) -> None:

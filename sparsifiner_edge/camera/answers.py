@@ -1,0 +1,64 @@
+"""The records that `run` writes as JSON lines; what is None is left out."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Class(msgspec.Struct, frozen=True):
+    """One class of a classifier's answer."""
+
+    number: int = msgspec.field(name="class")
+    label: str
+    probability: float
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model says of a picture.
+
+    Attributes:
+        top: of a classifier, the best first; empty where a logit is NaN or infinite.
+        features: of another model; None for those that are NaN or infinite.
+        not_finite: how many were, where any was.
+        change: of a video's features; see `Model.change`.
+    """
+
+    top: list[Class] | None = None
+    features: list[float | None] | None = None
+    not_finite: int | None = None
+    change: float | None = None
+
+
+class FrameRecord(Answer, frozen=True):
+    """A frame's line: what is said of it, and how long that took.
+
+    Attributes:
+        source: as it may be shown.
+        frame: its number among those that were answered.
+        skipped: frames dropped unseen since the one before.
+        pts_s: in the stream. monotonic_s: on the monotonic clock, when it was done.
+        capture_ms, preprocess_ms, wait_ms, infer_ms, postprocess_ms, end_to_end_ms: see docs/camera.md.
+        frame_age_ms: since it was taken; of a live source.
+    """
+
+    source: str
+    frame: int
+    skipped: int
+    pts_s: float | None
+    monotonic_s: float
+    capture_ms: float
+    preprocess_ms: float
+    wait_ms: float
+    infer_ms: float
+    postprocess_ms: float
+    end_to_end_ms: float
+    frame_age_ms: float | None
+
+
+class PictureRecord(Answer, frozen=True):
+    """A still picture's line; one that cannot be read has an error, and no more."""
+
+    source: str
+    preprocess_ms: float | None = None
+    infer_ms: float | None = None
+    error: str | None = None
