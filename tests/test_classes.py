@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from sparsifiner_edge.camera.stills import run_pictures
 from sparsifiner_edge.errors import ConfigError, PictureError
-from sparsifiner_edge.evaluate.classes import accuracy_statistics, evaluate_classes
+from sparsifiner_edge.evaluate.classes import ClassResult, accuracy_statistics
 from sparsifiner_edge.evaluate.labelled import FASHION_CLASSES, labelled
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.results import check_result
@@ -25,6 +25,7 @@ from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call, manifest_of
 from tests.models import student, vit
 from tests.once import Once
+from tests.plain import evaluate_classes
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +65,7 @@ def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: 
             made[subject], made["queries"], metric=metric, gallery=made["gallery"], **against,
             progress=lambda _, done, total: seen.append((done, total)),
         )  # fmt: skip
-        check_result(result, "test")
+        check_result(result, "test", ClassResult)
         found = result["statistics"]
         assert found["queries"] == 12
         assert found["teacher_percent"] == 100

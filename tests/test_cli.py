@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from sparsifiner_edge.cli.main import COMMANDS
-from sparsifiner_edge.results import read_result
 from tests.commands import PROGRAM, Outcome, call, manifest_of, process
 from tests.models import TINY
+from tests.plain import read_result
 from tests.tiny import make_bundle
 
 pytestmark = pytest.mark.slow

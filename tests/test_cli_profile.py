@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsifiner_edge.results import read_result
+from tests.plain import read_result
 from tests.tiny import make_bundle
 
 pytestmark = pytest.mark.slow

@@ -6,11 +6,11 @@ import sys
 import onnxruntime
 import pytest
 
-from sparsifiner_edge import doctor
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import BACKENDS
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda, install_tensorrt
+from tests.plain import examine
 
 
 def command(*arguments, before=""):
@@ -56,7 +56,7 @@ def test_json_holds_every_backend():
 )
 def test_the_build_for_the_cpu_has_no_gpu():
     for name in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
-        entry = doctor.examine()["backends"][name]
+        entry = examine()["backends"][name]
         assert not entry["available"]
         assert 'pip install "sparsifiner-edge[gpu]"' in entry["reason"]
 
@@ -65,20 +65,20 @@ def test_a_build_for_the_gpu_without_a_gpu_is_not_available(monkeypatch):
     offered = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
     install_cuda(monkeypatch, Gpu(driver=0))
-    found = doctor.examine()
+    found = examine()
     assert "No NVIDIA driver" in found["cuda"]["unavailable"]
     for name in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
         assert not found["backends"][name]["available"]
         assert "is built in, and No NVIDIA driver" in found["backends"][name]["reason"]
     install_cuda(monkeypatch, Gpu())
-    assert doctor.examine()["backends"]["onnxruntime-cuda"]["available"]
+    assert examine()["backends"]["onnxruntime-cuda"]["available"]
 
 
 def test_tensorrt_needs_a_device_to_be_available(monkeypatch):
     gpu = Gpu("NVIDIA L4", (8, 9), 24 << 30, False)
     install_cuda(monkeypatch, gpu)
     install_tensorrt(monkeypatch, gpu, "10.9")
-    found = doctor.examine()
+    found = examine()
     assert found["cuda"]["name"] == "NVIDIA L4"
     assert found["cuda"]["compute_capability"] == "8.9"
     assert found["backends"]["tensorrt"] == {
@@ -87,24 +87,24 @@ def test_tensorrt_needs_a_device_to_be_available(monkeypatch):
         "version": "10.9.0.34",
     }
     gpu.count = 0
-    entry = doctor.examine()["backends"]["tensorrt"]
+    entry = examine()["backends"]["tensorrt"]
     assert not entry["available"]
     assert "cannot be used here: CUDA finds no device" in entry["reason"]
     install_tensorrt(monkeypatch, gpu, "10.3").__version__ = "8.5.2"
-    assert "older than 10.3" in doctor.examine()["backends"]["tensorrt"]["reason"]
+    assert "older than 10.3" in examine()["backends"]["tensorrt"]["reason"]
 
 
 def test_tensorrt_rtx_builds_without_a_device(monkeypatch):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     install_cuda(monkeypatch, Gpu(count=0))
-    entry = doctor.examine()["backends"]["tensorrt-rtx"]
+    entry = examine()["backends"]["tensorrt-rtx"]
     assert entry["available"]
     assert "builds engines ahead of time for RTX cards, and cannot run them here: CUDA finds no" in entry["reason"]
 
 
 def test_a_triton_that_does_not_import_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    missing = doctor.examine()["triton"]
+    missing = examine()["triton"]
     assert not missing["available"]
     assert 'pip install "sparsifiner-edge[triton]"' in missing["reason"]
 
@@ -143,7 +143,7 @@ def test_a_bare_environment_is_enough():
 
 def test_a_missing_native_library_says_what_to_install(monkeypatch):
     monkeypatch.setattr(native, "_FILE", "no-such.so")
-    found = doctor.examine()
+    found = examine()
     assert found["native_library"] is None
     assert "libhwy-dev libonnxruntime-dev" in found["native_library_reason"]
 
@@ -156,10 +156,10 @@ def test_an_onnxruntime_that_does_not_import_is_said(tmp_path):
 
 
 def test_two_packages_of_one_module_are_a_warning(tmp_path, monkeypatch):
-    assert doctor.examine()["warnings"] == []
+    assert examine()["warnings"] == []
     distribution(tmp_path, "onnxruntime-gpu")
     monkeypatch.syspath_prepend(str(tmp_path))
-    (warning,) = doctor.examine()["warnings"]
+    (warning,) = examine()["warnings"]
     assert "onnxruntime and onnxruntime-gpu are both installed" in warning
 
 
@@ -173,7 +173,7 @@ def test_extras_come_from_the_metadata(tmp_path, monkeypatch):
     )
     distribution(tmp_path, "sparsifiner-edge", "0.0.1", requires)
     monkeypatch.syspath_prepend(str(tmp_path))
-    extras = doctor.examine()["extras"]
+    extras = examine()["extras"]
     assert set(extras) == {"cpu", "demo"}
     assert list(extras["cpu"]["packages"]) == ["numpy", "no-such-package"]
     assert extras["cpu"]["packages"]["numpy"] == importlib.metadata.version("numpy")
@@ -187,6 +187,6 @@ def test_a_tensorrt_that_does_not_import_keeps_its_version(tmp_path, monkeypatch
     distribution(tmp_path, "tensorrt", "10.9")
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    entry = doctor.examine()["backends"]["tensorrt"]
+    entry = examine()["backends"]["tensorrt"]
     assert (entry["available"], entry["version"]) == (False, "10.9")
     assert "tensorrt cannot be imported: libnvinfer.so.10" in entry["reason"]

@@ -21,10 +21,10 @@ from sparsifiner_edge.costs import KINDS, ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.board import Board, load_board
-from sparsifiner_edge.profiles.estimate import estimate_bundle, memory_bytes, model_of, peak_activations
+from sparsifiner_edge.profiles.estimate import memory_bytes, model_of, peak_activations
 from sparsifiner_edge.profiles.roofline import CPU, GPU, IDEAL, Workload
-from sparsifiner_edge.results import read_result
 from tests.commands import assert_refused, process
+from tests.plain import estimate_bundle, read_result
 from tests.tiny import make_bundle
 
 pytestmark = pytest.mark.slow

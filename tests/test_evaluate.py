@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from sparsifiner_edge.camera.stills import run_pictures
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, PictureError
-from sparsifiner_edge.evaluate.cosine import evaluate_student
+from sparsifiner_edge.evaluate.cosine import CosineResult
 from sparsifiner_edge.evaluate.explain import draw, explain
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import golden_image
@@ -22,6 +22,7 @@ from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import save_student
 from tests.models import student, vit
 from tests.once import Once
+from tests.plain import evaluate_student
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,7 @@ def made(once: Once) -> dict[str, Path]:
 
 
 def means(result: dict[str, Any]) -> dict[str, float]:
-    check_result(result, "test")
+    check_result(result, "test", CosineResult)
     return {name: found["mean"]["value"] for name, found in result["statistics"].items()}
 
 

@@ -8,8 +8,8 @@ import pytest
 import safetensors.numpy
 
 from sparsifiner_edge import material
-from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.sparse.student import sparsify
+from tests.plain import evaluate_student
 
 pytestmark = pytest.mark.slow
 

@@ -7,25 +7,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.profiles import flags
 from sparsifiner_edge.profiles.flags import THRESHOLDS
 from sparsifiner_edge.profiles.kinds import KINDS
 from sparsifiner_edge.profiles.sensors.conditions import conditions, summarise_conditions
-from sparsifiner_edge.profiles.usage import Snapshot, process_between, process_usage, snapshot, usage_between
+from sparsifiner_edge.profiles.usage import (
+    OtherUsage,
+    ProcessUsage,
+    Snapshot,
+    process_usage,
+    snapshot,
+    usage_between,
+    worker_usage,
+)
 
+NOTHING = ProcessUsage(cpu_s=0.0, major_faults=0, minor_faults=0, involuntary_switches=0)
 CALM = np.random.default_rng(0).normal(10.0, 0.1, 2000)
 
 
 def names(found):
-    assert all(set(flag) == {"flag", "what", "do"} and all(flag.values()) for flag in found)
-    return [flag["flag"] for flag in found]
+    assert all(all(asdict(flag).values()) for flag in found)
+    return [flag.flag for flag in found]
 
 
 def test_a_calm_measurement_has_no_flag():
     assert flags.spread_flags(CALM) == []
     assert flags.length_flags(CALM) == []
-    assert flags.settling_flags({"settled": True}) == []
+    assert flags.settling_flags(True, 1.0, 50) == []
     assert flags.part_flags({}) == []
     assert flags.part_flags({"enqueue": [0.1] * 9, "h2d": [0.1] * 9, "compute": [1.0] * 9, "d2h": [0.1] * 9}) == []
 
@@ -38,7 +48,7 @@ def test_one_group_is_not_taken_for_two(draw):
         "uniform": lambda: random.uniform(5, 15, 1000),
         "exponential": lambda: 10 + random.exponential(3, 1000),
     }[draw]
-    found = [flag["what"] for _ in range(20) for flag in flags.spread_flags(np.maximum(samples(), 0.1))]
+    found = [flag.what for _ in range(20) for flag in flags.spread_flags(np.maximum(samples(), 0.1))]
     assert len(found) >= 20
     assert not any("two groups" in what for what in found)
 
@@ -47,14 +57,12 @@ def test_scatter_drift_and_two_groups_are_unstable_each_in_its_words():
     random = np.random.default_rng(2)
     wide = flags.spread_flags(random.normal(10, 1, 2000))
     assert names(wide) == ["unstable"]
-    assert "p10 to p90 spans" in wide[0]["what"]
+    assert "p10 to p90 spans" in wide[0].what
     drifting = flags.spread_flags(CALM * np.linspace(1, 1.05, len(CALM)))
-    assert drifting[-1]["what"].endswith("slower than the first")
-    assert "faster" in flags.spread_flags(CALM * np.linspace(1.05, 1, len(CALM)))[-1]["what"]
+    assert drifting[-1].what.endswith("slower than the first")
+    assert "faster" in flags.spread_flags(CALM * np.linspace(1.05, 1, len(CALM)))[-1].what
     modes = flags.spread_flags(np.where(random.random(2000) < 0.3, 1.2, 1.0) * CALM)
-    assert re.search(
-        r"(69|70|71|72)% of the queries take about (9\.9\d|10) ms, \d+% about (11\.9|12)", modes[0]["what"]
-    )
+    assert re.search(r"(69|70|71|72)% of the queries take about (9\.9\d|10) ms, \d+% about (11\.9|12)", modes[0].what)
     # A few outliers are no second group, and noise is no drift.
     assert flags.spread_flags(np.where(random.random(2000) < 0.02, 10.0, 1.0) * CALM) == []
     assert flags.spread_flags(np.tile(CALM, 3)) == []
@@ -72,12 +80,12 @@ def test_scatter_drift_and_two_groups_are_unstable_each_in_its_words():
 def test_too_short_says_of_what_there_is_too_little(samples, reason):
     found = flags.length_flags(samples)
     assert names(found) == ["too-short"]
-    assert reason in found[0]["what"]
+    assert reason in found[0].what
 
 
 def test_a_run_that_was_cut_short_and_one_that_never_settled():
-    assert "max_seconds" in flags.length_flags(CALM, "max_seconds came before 64 queries")[0]["what"]
-    unsettled = flags.settling_flags({"settled": False, "seconds": 5.0, "queries": 50})
+    assert "max_seconds" in flags.length_flags(CALM, "max_seconds came before 64 queries")[0].what
+    unsettled = flags.settling_flags(False, 5.0, 50)
     assert names(unsettled) == ["not-settled"]
 
 
@@ -133,9 +141,10 @@ def test_clocks_and_throttling_are_read_from_the_boards_tree(tmp_path, looks, ex
 
 
 @pytest.mark.parametrize(("on", "expected"), [("gpu", ["clock-varies"]), ("cpu", [])])
-def test_a_gpus_clock_counts_where_it_computes(on, expected):
-    looks = [{"gpu_mhz": mhz} for mhz in (1000.0, 900.0)]
-    assert names(flags.condition_flags(summarise_conditions({}, looks, {}), on)) == expected
+def test_a_gpus_clock_counts_where_it_computes(tmp_path, on, expected):
+    nothing = conditions(tmp_path)
+    looks = [replace(nothing, gpu_mhz=mhz) for mhz in (1000.0, 900.0)]
+    assert names(flags.condition_flags(summarise_conditions(nothing, looks, nothing), on)) == expected
 
 
 BUSY = "import time; print('on', flush=True)\nstart = time.time()\nwhile time.time() - start < 60: pass"
@@ -145,18 +154,18 @@ def test_another_program_is_seen_and_ones_own_is_not():
     with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as busy:
         try:
             busy.stdout.readline()
-            before, own = snapshot(), process_usage()["cpu_s"]
+            before, own = snapshot(), process_usage().cpu_s
             time.sleep(0.6)
-            seen = usage_between(before, snapshot(), process_usage()["cpu_s"] - own)
+            seen = usage_between(before, snapshot(), process_usage().cpu_s - own)
         finally:
             busy.kill()
-    assert seen["other_cores"] > 0.2  # All of a core, unless others want it too; then they are seen.
-    found = flags.usage_flags({"major_faults": 0}, seen, 100)
+    assert seen.other_cores > 0.2  # All of a core, unless others want it too; then they are seen.
+    found = flags.usage_flags(worker_usage(NOTHING, NOTHING, seen, 100), 100)
     assert names(found) == ["other-load"]
     busy_s = 100.0
     quiet = usage_between(Snapshot(0.0, busy_s, 0), Snapshot(10.0, busy_s + 9.9, 0), own_s=9.5)
-    assert quiet["other_cores"] == pytest.approx(0.04)
-    assert flags.usage_flags({"major_faults": 0}, quiet, 100) == []
+    assert quiet.other_cores == pytest.approx(0.04)
+    assert flags.usage_flags(worker_usage(NOTHING, NOTHING, quiet, 100), 100) == []
 
 
 def stat(root, busy, swapped=0):
@@ -174,17 +183,17 @@ def test_busy_time_counts_the_allowed_cores_without_idle_waiting_and_guests(tmp_
     before, after = stat(tmp_path, busy=100), stat(tmp_path, busy=300, swapped=1000)
     assert before.busy_s == pytest.approx(2 * 1.1)
     assert after.busy_s - before.busy_s == pytest.approx(4.0)
-    assert usage_between(before, after, 0.0)["swapped_bytes"] == 4096 * 1000
+    assert usage_between(before, after, 0.0).swapped_bytes == 4096 * 1000
 
 
 def test_swapping_is_seen_in_the_process_and_in_the_machine():
-    quiet = {"other_cores": 0.0, "allowed_cores": 2, "swapped_bytes": 0}
-    zero = {"cpu_s": 0.0, "major_faults": 0, "minor_faults": 0, "involuntary_switches": 0}
-    process = process_between(zero, zero | {"major_faults": 2, "minor_faults": 300}, 100)
-    assert process["minor_faults_per_query"] == 3
-    assert names(flags.usage_flags(process, quiet, 100)) == ["swapping"]
-    assert flags.usage_flags(process, quiet, 1000) == []
-    assert names(flags.usage_flags({"major_faults": 0}, quiet | {"swapped_bytes": 2_000_000}, 100)) == ["swapping"]
+    quiet = OtherUsage(other_cores=0.0, allowed_cores=2, swapped_bytes=0, seconds=1.0)
+    used = worker_usage(NOTHING, replace(NOTHING, major_faults=2, minor_faults=300), quiet, 100)
+    assert used.minor_faults_per_query == 3
+    assert names(flags.usage_flags(used, 100)) == ["swapping"]
+    assert flags.usage_flags(used, 1000) == []
+    swapping = worker_usage(NOTHING, NOTHING, quiet._replace(swapped_bytes=2_000_000), 100)
+    assert names(flags.usage_flags(swapping, 100)) == ["swapping"]
 
 
 def test_page_faults_of_this_process_are_counted():
@@ -192,22 +201,22 @@ def test_page_faults_of_this_process_are_counted():
     with mmap.mmap(-1, 64 << 20) as block:  # never memory that was used before, as an allocator may give
         for page in range(0, len(block), 4096):
             block[page] = 1
-        spent = process_between(before, process_usage(), 1)
-    assert spent["minor_faults"] > 20  # A huge page takes one for 2 MB.
-    assert spent["cpu_s"] > 0
+        spent = worker_usage(before, process_usage(), usage_between(snapshot(), snapshot(), 0.0), 1)
+    assert spent.minor_faults > 20  # A huge page takes one for 2 MB.
+    assert spent.cpu_s > 0
 
 
 def test_without_procfs_there_is_a_reason(tmp_path):
     seen = usage_between(snapshot(tmp_path), snapshot(tmp_path), 0.0)
-    assert "not readable" in seen["other_cores"]["unavailable"]
-    assert "does not tell" in seen["swapped_bytes"]["unavailable"]
-    assert flags.usage_flags({"major_faults": 0}, seen, 10) == []
+    assert "not readable" in seen.other_cores.why
+    assert "does not tell" in seen.swapped_bytes.why
+    assert flags.usage_flags(worker_usage(NOTHING, NOTHING, seen, 10), 10) == []
 
 
 def test_the_documentation_names_every_flag_kind_and_figure():
     text = (Path(__file__).parents[1] / "docs/profiling.md").read_text(encoding="utf-8")
     source = Path(flags.__file__).read_text(encoding="utf-8")
-    for name in {*re.findall(r'_flag\("([a-z-]+)"', source), *KINDS}:
+    for name in {*re.findall(r'Flag\("([a-z-]+)"', source), *KINDS}:
         assert f"| `{name}` |" in text
     assert "less than 3 s" in text
     assert (THRESHOLDS["seconds"], THRESHOLDS["spread"], THRESHOLDS["clock"]) == (3.0, 0.10, 0.05)

@@ -8,11 +8,12 @@ from onnx import TensorProto, helper
 
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.profiles import layers, profile_bundle
+from sparsifiner_edge.profiles import layers
 from sparsifiner_edge.profiles.attribution import find_places
 from sparsifiner_edge.profiles.kinds import KINDS, by_kind
 from sparsifiner_edge.profiles.layers import measure_layers, read_trace
 from sparsifiner_edge.profiles.worker import fixed_inputs
+from tests.plain import profile_bundle
 from tests.tiny import make_bundle
 
 pytestmark = pytest.mark.slow

@@ -9,13 +9,15 @@ import types
 
 import pytest
 
-from sparsifiner_edge.profiles import observation, profile_bundle
+from sparsifiner_edge.profiles import observation
 from sparsifiner_edge.profiles.client import Worker
+from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.sensors import PowerSensor, Reading
 from sparsifiner_edge.profiles.worker import _Worker
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.runtime.cuda import Times
+from tests.plain import profile_bundle
 from tests.tiny import make_bundle
 
 pytestmark = pytest.mark.slow
@@ -51,7 +53,7 @@ def observed(monkeypatch, read, bundle, averaging_s=0.0, **settings):
 
     monkeypatch.setattr(observation, "find_sensor", find)
     result = profile_bundle(bundle, threads=1, layers=False, **settings)
-    check_result(result, "it")
+    check_result(result, "it", ProfileResult)
     return result
 
 

@@ -12,11 +12,12 @@ import pytest
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
-from sparsifiner_edge.profiles import profile_bundle, stats
+from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.client import start_worker
-from sparsifiner_edge.profiles.memory import read_memory
+from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.worker import fixed_inputs
 from sparsifiner_edge.results import check_result
+from tests.plain import profile_bundle, read_memory
 from tests.tiny import make_bundle
 
 pytestmark = pytest.mark.slow
@@ -180,7 +181,7 @@ def test_few_rounds_bear_no_interval():
 def test_a_profile_is_a_whole_result(bundles):
     stages = []
     result = profile_bundle(bundles["fast"], seconds=0.3, **BARE, progress=lambda *seen: stages.append(seen))
-    check_result(result, "it")
+    check_result(result, "it", ProfileResult)
     assert result["kind"] == "profile"
     assert result["subjects"][0]["sha256"] == bundle_hash(bundles["fast"])
     latency = result["samples"]["subject"]["latency_ms"]

@@ -19,7 +19,6 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep, share_of
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.evaluate.cosine import evaluate_student
 from sparsifiner_edge.export.bundle import export_bundle, model_shape
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.sessions import file_session
@@ -31,6 +30,7 @@ from sparsifiner_edge.sparse.prune import PrunedBlock, prune
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
 from tests.commands import assert_refused, call, manifest_of
 from tests.models import TINY, images, student, vit
+from tests.plain import evaluate_student
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from sparsifiner_edge import material
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.results import read_result
+from tests.plain import read_result
 
 pytestmark = pytest.mark.slow
 

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.profiles import profile_bundle
+from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.rules import early_stopping, make_rules, mlperf_figures
 from sparsifiner_edge.results import check_result
+from tests.plain import profile_bundle
 from tests.tiny import make_bundle
 
 
@@ -83,7 +84,7 @@ def test_an_mlperf_run_says_whether_it_is_valid(count, ms, given, valid, why):
 def test_a_shortened_mlperf_run_is_reported_as_not_valid(tmp_path):
     bundle = make_bundle(tmp_path / "b", depth=2, width=64, size=8)
     result = profile_bundle(bundle, rules="mlperf", seconds=0.1, min_queries=64, threads=1, layers=False, power=False)
-    check_result(result, "it")
+    check_result(result, "it", ProfileResult)
     figures = result["statistics"]["subject"]
     assert result["method"]["rules"]["valid"] is False
     assert figures["mlperf"]["valid"] is False

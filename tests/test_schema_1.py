@@ -15,11 +15,10 @@ from sparsifiner_edge.bundle.manifest import parse_manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.profiles.estimate import estimate_bundle
-from sparsifiner_edge.results import read_result
 from sparsifiner_edge.sparse.student import load_student
 from tests.commands import assert_refused, call
 from tests.models import TINY, images, student, vit
+from tests.plain import estimate_bundle, read_result
 
 OLD = Path(__file__).parent / "data" / "schema_1"
 RESULTS = sorted((OLD / "results").glob("*.json"))

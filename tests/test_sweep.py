@@ -2,9 +2,10 @@ import pytest
 
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.profiles import parse_axes, sweep_bundle
-from sparsifiner_edge.profiles.sweep import _points
+from sparsifiner_edge.profiles import parse_axes
+from sparsifiner_edge.profiles.sweep import SweepResult, _points
 from sparsifiner_edge.results import check_result
+from tests.plain import sweep_bundle
 from tests.tiny import make_bundle
 
 
@@ -22,7 +23,7 @@ def test_every_point_is_measured(bundles):
     result = sweep_bundle(
         bundles["dynamic"], {"batch": [1, 8]}, threads=1, seconds=0.1, progress=lambda *s: stages.append(s)
     )
-    check_result(result, "it")
+    check_result(result, "it", SweepResult)
     rows = result["statistics"]["sweep"]
     assert [(row["threads"], row["batch"]) for row in rows] == [(1, 1), (1, 8)]
     assert result["kind"] == "sweep"

@@ -7,7 +7,7 @@ import msgspec
 from sparsifiner_edge.profiles.comparison import Comparison
 from sparsifiner_edge.profiles.flags import Flag
 from sparsifiner_edge.profiles.kinds import Row
-from sparsifiner_edge.profiles.memory import Bytes, Memory, Phase
+from sparsifiner_edge.profiles.memory import Bytes, Phase
 from sparsifiner_edge.profiles.rules import Mlperf, Rules
 from sparsifiner_edge.profiles.sensors import Energy
 from sparsifiner_edge.profiles.sensors.base import Described
@@ -16,7 +16,6 @@ from sparsifiner_edge.profiles.sensors.recorder import Columns
 from sparsifiner_edge.profiles.sides import WarmUp
 from sparsifiner_edge.profiles.stats import Summary
 from sparsifiner_edge.profiles.usage import Usage
-from sparsifiner_edge.profiles.worker import First, Loading
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Declared
 from sparsifiner_edge.runtime.session import Description
@@ -41,14 +40,25 @@ class LayersCompared(msgspec.Struct, frozen=True, kw_only=True):
     profiled_ms: float | None = None
 
 
-class Figures(Summary, Loading, First, Memory, frozen=True, kw_only=True):
+class Figures(Summary, frozen=True, kw_only=True):
     """One bundle's.
 
     Attributes:
+        import_ms to rss_after_first_inference_bytes: see `worker.Loading` and `worker.First`.
+        rss_bytes, pss_bytes, peak_rss_bytes: of the whole process at the end; see `memory.Memory`.
         parts_ms: medians by part of a query, where the session tells. mlperf: under these rules alone.
         layers, layers_total_ms, layers_compared: where asked for.
     """
 
+    import_ms: float
+    load_ms: float
+    rss_before_load_bytes: Bytes
+    rss_after_load_bytes: Bytes
+    first_inference_ms: float
+    rss_after_first_inference_bytes: Bytes
+    rss_bytes: Bytes
+    pss_bytes: Bytes
+    peak_rss_bytes: Bytes
     queries: int
     memory: Phases
     energy: Known[Energy]

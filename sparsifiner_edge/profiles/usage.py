@@ -79,7 +79,7 @@ class ProcessUsage(msgspec.Struct, frozen=True, kw_only=True):
     involuntary_switches: int
 
 
-class OtherUsage(msgspec.Struct, frozen=True, kw_only=True):
+class OtherUsage(NamedTuple):
     """What other programs took meanwhile.
 
     Attributes:
@@ -94,10 +94,14 @@ class OtherUsage(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-class Usage(ProcessUsage, OtherUsage, frozen=True, kw_only=True):
-    """A worker's and the machine's, while its queries ran."""
+class Usage(ProcessUsage, frozen=True, kw_only=True):
+    """A worker's, and what others took, while its queries ran; see `OtherUsage`."""
 
     minor_faults_per_query: float
+    other_cores: float | Unavailable
+    allowed_cores: int
+    swapped_bytes: int | Unavailable
+    seconds: float
 
 
 def process_usage() -> ProcessUsage:
@@ -137,5 +141,5 @@ def worker_usage(before: ProcessUsage, after: ProcessUsage, others: OtherUsage, 
         minor_faults=faults,
         involuntary_switches=after.involuntary_switches - before.involuntary_switches,
         minor_faults_per_query=faults / max(1, queries),
-        **msgspec.structs.asdict(others),
+        **others._asdict(),
     )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from sparsifiner_edge.report.read import SWEEP, Accuracy, Side
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import Interval, clean, get, interval, mapping, number, plain, reason, shown
+from sparsifiner_edge.results import Result
 
 Context = tuple[tuple[str, str], ...]
 """(field, value) pairs in which two sides must agree before their figures stand side by side."""

@@ -13,10 +13,10 @@ import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
-from sparsifiner_edge.profiles.estimate import estimate_bundle
 from tests.bad_input.damage import edit_json
 from tests.commands import assert_refused, call
 from tests.fuzz.mutate import json_text, mutated_object
+from tests.plain import estimate_bundle
 
 Manifest = dict[str, Any]
 PARTS = ("costs", "dense_costs", "shape", "sparsity", "tokens", "inputs", "precision", "name", "ops")

@@ -15,11 +15,12 @@ from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.profiles.rules import make_rules
-from sparsifiner_edge.profiles.sweep import parse_axes, sweep_bundle
+from sparsifiner_edge.profiles.sweep import parse_axes
 from sparsifiner_edge.report import Prices
 from sparsifiner_edge.sparse.models import create
 from tests.commands import Outcome, assert_refused, call
 from tests.models import TINY
+from tests.plain import sweep_bundle
 
 Capsys = pytest.CaptureFixture[str]
 DIGITS = "9" * 5000

@@ -13,34 +13,33 @@ from typing import Any
 import pytest
 
 from sparsifiner_edge.errors import SparsifinerError
-from sparsifiner_edge.profiles.estimate import estimate_bundle
-from sparsifiner_edge.profiles.stats import estimate, summarise
-from sparsifiner_edge.report import Prices, write_report
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.records import write_record
+from sparsifiner_edge.report import Prices
+from sparsifiner_edge.results import Result, Subject, check_result, write_result
 from tests.commands import assert_refused, call, process
 from tests.fuzz.mutate import mutated_json
+from tests.plain import estimate, estimate_bundle, summarise, write_report
 
 Capsys = pytest.CaptureFixture[str]
-Result = dict[str, Any]
+Json = dict[str, Any]
 
 
-def profiled() -> Result:
+def profiled() -> Json:
     samples = [1.0 + number % 7 / 10 for number in range(200)]
     figures = summarise(samples) | {"flags": [], "layers": [{"name": "x", "kind": "mlp", "layer": 0, "ms": 0.5}]}
     figures |= {"energy": {"gross_j_per_inference": estimate(0.1, 0.09, 0.11, "x")}, "peak_rss_bytes": 10**8}
     runtime = {"subject": {"backend": "onnxruntime", "precision": "fp32", "threads": 1}}
-    subjects = [{"role": "subject", "path": "bundle", "name": "model", "sha256": "0" * 64}]
-    return new_result(
-        "profile", subjects, {"runtime": runtime}, {"subject": {"latency_ms": samples}}, {"subject": figures}
-    )
+    subjects = [Subject(role="subject", path="bundle", name="model", sha256="0" * 64)]
+    held = {"runtime": runtime}, {"subject": {"latency_ms": samples}}, {"subject": figures}
+    return dict(write_record(Result("profile", subjects, *held)))
 
 
-def evaluated() -> Result:
-    subjects = [{"role": role, "path": role, "sha256": role} for role in ("subject", "teacher")]
+def evaluated() -> Json:
+    subjects = [Subject(role=role, path=role, sha256=role) for role in ("subject", "teacher")]
     statistics = {
         "subject_percent": 71.5, "teacher_percent": 72.0, "difference_points": estimate(-0.5, -1, 0, "x"), "queries": 90
     }  # fmt: skip
-    return new_result("evaluation", subjects, {"metric": "top 1"}, {}, statistics)
+    return dict(write_record(Result("evaluation", subjects, {"metric": "top 1"}, {}, statistics)))
 
 
 class Tags(HTMLParser):
@@ -60,7 +59,7 @@ def names_in(page: Path) -> set[str]:
     return tags.names
 
 
-def written(tmp_path: Path, change: Callable[[Result], object], make: Callable[[], Result] = profiled) -> Path:
+def written(tmp_path: Path, change: Callable[[Json], object], make: Callable[[], Json] = profiled) -> Path:
     content = make()
     change(content)
     path = tmp_path / "r.json"
@@ -74,13 +73,13 @@ def written(tmp_path: Path, change: Callable[[Result], object], make: Callable[[
         (lambda r: r["samples"].update(x=float("nan")), "samples.x is nan"),
         (lambda r: r["statistics"].update(x=[[[float("-inf")]]]), "statistics.x[0][0][0] is -inf"),
         (lambda r: r["method"].update(x=json.loads("[" * 300 + "]" * 300)), "nested deeper than 64 levels"),
-        (lambda r: r.update(subjects={}), "subjects is of type dict"),
-        (lambda r: r.update(kind=["profile"]), "kind is of type list"),
+        (lambda r: r.update(subjects={}), "subjects is {}, not list"),
+        (lambda r: r.update(kind=["profile"]), 'kind is ["profile"], not str'),
         (lambda r: r.update(created="٢٠٢٥-01-31T12:00:00Z\n"), "created is"),
         (lambda r: r["machine"].pop("board"), "machine.board is missing"),
     ],
 )
-def test_what_is_no_result(change: Callable[[Result], object], text: str, tmp_path: Path, capsys: Capsys) -> None:
+def test_what_is_no_result(change: Callable[[Json], object], text: str, tmp_path: Path, capsys: Capsys) -> None:
     assert_refused(call(capsys, "report", written(tmp_path, change), "-o", tmp_path / "r.html"), text)
     assert not (tmp_path / "r.html").exists()
 
@@ -89,7 +88,7 @@ def test_what_is_no_result(change: Callable[[Result], object], text: str, tmp_pa
     "wrong", [1e308, -1e308, 5e-324, 1e-300, 10**400, -(10**30), 0, -1, "x", True, {"value": 1e300}]
 )
 def test_figures_that_no_one_measured_are_left_out(wrong: Any, tmp_path: Path) -> None:
-    def change(result: Result) -> None:
+    def change(result: Json) -> None:
         result["statistics"]["subject"]["latency_ms"]["p50"] |= {"value": wrong, "low": wrong, "high": wrong}
         result["statistics"]["subject"]["throughput_per_s"] = {"value": wrong}
         result["statistics"]["subject"]["energy"]["gross_j_per_inference"] = {"value": wrong, "error": wrong}
@@ -114,7 +113,7 @@ def test_an_accuracy_alone_whose_figures_are_none(name: str, tmp_path: Path) -> 
 def test_names_do_nothing_to_a_page_or_a_terminal(tmp_path: Path, capsys: Capsys) -> None:
     name = "<script>alert(1)</script>\x1b[31m\u202e\ud800\x9b"
 
-    def change(result: Result) -> None:
+    def change(result: Json) -> None:
         result["subjects"][0]["name"] = result["machine"]["cpu_model"] = name
         result["method"]["runtime"]["subject"]["backend"] = name
         result["statistics"]["subject"]["flags"] = [{"flag": name, "what": name, "do": name}]
@@ -144,7 +143,7 @@ def test_any_result_makes_a_page_or_is_refused(counted: Path, tmp_path: Path) ->
     good = [profiled(), evaluated(), estimate_bundle(counted, "t4", precision="fp16")]
     known: set[str] = set()
     for content in good:
-        write_result(path, content)
+        write_result(path, check_result(content, path, Result))
         write_report([path], page, pictures=False)
         known |= names_in(page)
     made = 0

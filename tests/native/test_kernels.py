@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsifiner_edge import doctor
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.schema import OPERATORS
 from tests.ops import matrix
 from tests.ops.matrix import Case, body_model, cases, check, run_reference
 from tests.ops.test_parity import PAPER
+from tests.plain import examine
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def test_the_library_was_built_and_doctor_says_so() -> None:
     path = native.library_path()
     assert path is not None, native.why_missing()
-    found = doctor.examine()
+    found = examine()
     assert found["native_library"] == str(path)
     assert native.target() in found["native_library_reason"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sparsifiner_edge.report import Prices, write_report
+from sparsifiner_edge.report import Prices
+from tests.plain import write_report
 from tests.report.browser import CHROMIUM, browser
 
 pytestmark = [

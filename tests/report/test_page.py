@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
-from sparsifiner_edge.report import Prices, write_report
+from sparsifiner_edge.report import Prices
 from sparsifiner_edge.report.texts import Texts
 from tests.commands import assert_refused, call, snapshot
+from tests.plain import write_report
 
 pytestmark = pytest.mark.slow
 

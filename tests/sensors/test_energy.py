@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from sparsifiner_edge.profiles.sensors import Reading, energy, least_window_s
+from sparsifiner_edge.profiles.sensors import Reading, least_window_s
+from tests.plain import energy
 from tests.sensors import curves
 from tests.sensors.curves import RAIL, SECOND, record_counter, record_power, recording, sample_times, sensor_of, window
 

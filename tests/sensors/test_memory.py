@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsifiner_edge.profiles.memory import MemoryPhases, read_memory
+from sparsifiner_edge.profiles.memory import SOURCES, MemoryPhases
+from sparsifiner_edge.records import Unavailable, write_record
+from tests.plain import read_memory
 from tests.sensors.trees import write_tree
 
 pytestmark = pytest.mark.usefixtures("no_nvml")
@@ -58,14 +60,14 @@ def test_a_known_allocation_is_found_in_its_phase_and_in_no_other(child):
     child.tell(f"allocate {KNOWN}")
     held = phases.end("held")
     for name in ("rss_bytes", "peak_rss_bytes", "pss_bytes"):
-        assert held[name] - before[name] == pytest.approx(KNOWN, rel=0.05), name
+        assert getattr(held, name) - getattr(before, name) == pytest.approx(KNOWN, rel=0.05), name
     child.tell("free")
     freed = phases.end("freed")
-    assert freed["rss_bytes"] - before["rss_bytes"] < 0.05 * KNOWN
+    assert freed.rss_bytes - before.rss_bytes < 0.05 * KNOWN
     # It was still there when this phase began; in the next it is not.
-    assert freed["peak_rss_bytes"] - before["rss_bytes"] == pytest.approx(KNOWN, rel=0.05)
+    assert freed.peak_rss_bytes - before.rss_bytes == pytest.approx(KNOWN, rel=0.05)
     after = phases.end("after")
-    assert after["peak_rss_bytes"] - before["rss_bytes"] < 0.05 * KNOWN
+    assert after.peak_rss_bytes - before.rss_bytes < 0.05 * KNOWN
 
 
 def test_a_peak_between_two_looks_is_found(child):
@@ -74,17 +76,17 @@ def test_a_peak_between_two_looks_is_found(child):
     child.tell(f"allocate {PEAK}")
     child.tell("free")
     load = phases.end("load")
-    assert load["peak_rss_bytes"] - before["rss_bytes"] == pytest.approx(PEAK, rel=0.05)
-    assert load["rss_bytes"] - before["rss_bytes"] < 0.05 * PEAK
-    assert list(phases.report()["phases"]) == ["nothing", "load"]
-    assert set(phases.report()["sources"]) >= set(load)
+    assert load.peak_rss_bytes - before.rss_bytes == pytest.approx(PEAK, rel=0.05)
+    assert load.rss_bytes - before.rss_bytes < 0.05 * PEAK
+    assert list(phases.phases) == ["nothing", "load"]
+    assert set(SOURCES) >= set(write_record(load))
 
 
 def test_a_process_that_ended_is_told(child):
     phases = MemoryPhases(child.process.pid)
     child.process.kill()
     child.process.wait()
-    for name, value in phases.end("late").items():
+    for name, value in write_record(phases.end("late")).items():
         assert "unavailable" in value, name
 
 
@@ -98,12 +100,12 @@ def test_a_peak_that_cannot_be_reset_counts_only_when_it_rises(tmp_path):
     (tmp_path / "proc/7/clear_refs").mkdir()  # Writing to it fails, whoever tries.
     phases = MemoryPhases(7, tmp_path)
     first = phases.end("load")
-    assert "cannot be reset" in first["peak_rss_bytes"]["unavailable"]
-    assert first["rss_bytes"] == 50_000 * 1024
-    assert first["pss_bytes"] == 40_000 * 1024
+    assert "cannot be reset" in first.peak_rss_bytes.why
+    assert first.rss_bytes == 50_000 * 1024
+    assert first.pss_bytes == 40_000 * 1024
     proc(tmp_path, 90_000)
-    assert phases.end("first_inference")["peak_rss_bytes"] == 90_000 * 1024
-    assert "unavailable" in phases.end("steady")["peak_rss_bytes"]
+    assert phases.end("first_inference").peak_rss_bytes == 90_000 * 1024
+    assert isinstance(phases.end("steady").peak_rss_bytes, Unavailable)
 
 
 def test_the_peak_is_reset_through_clear_refs(tmp_path):
@@ -120,10 +122,10 @@ def test_unified_memory_is_the_fall_of_what_is_available(tmp_path):
     phases = MemoryPhases(7, tmp_path)
     write_tree(tmp_path, {"proc/meminfo": "MemTotal: 7800000 kB\nMemAvailable:  4200000 kB"})
     phase = phases.end("load")
-    assert phase["unified_bytes"] == 800_000 * 1024
-    assert "see unified_bytes" in phase["device_bytes"]["unavailable"]
+    assert phase.unified_bytes == 800_000 * 1024
+    assert "see unified_bytes" in phase.device_bytes.why
     write_tree(tmp_path, {"proc/meminfo": "MemTotal: 7800000 kB"})
-    assert "MemAvailable" in phases.end("steady")["unified_bytes"]["unavailable"]
+    assert "MemAvailable" in phases.end("steady").unified_bytes.why
 
 
 def test_what_cannot_be_read_says_why(tmp_path):

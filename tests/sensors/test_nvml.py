@@ -9,8 +9,9 @@ import pynvml
 import pytest
 
 from sparsifiner_edge.profiles.memory import MemoryPhases
-from sparsifiner_edge.profiles.sensors import Recorder, conditions, energy, find_sensor
+from sparsifiner_edge.profiles.sensors import Recorder, find_sensor
 from sparsifiner_edge.profiles.sensors.nvml import THROTTLING
+from tests.plain import conditions, energy
 from tests.sensors.fake_nvml import FUNCTIONS, FakeNvml
 
 NOT_SUPPORTED = pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -120,8 +121,8 @@ def test_a_card_that_is_lost_and_stays_lost(nvml):
     recording, figures = run(nvml, lambda: setattr(nvml, "broken", LOST))
     assert "cover" in figures["gross_j_per_inference"]["unavailable"]
     assert any("GPU is lost" in p for p in figures["problems"])
-    assert recording.after["nvml"]["unavailable"] == "NVML: GPU is lost"
-    assert recording.before["gpu_mhz"] == 2475
+    assert recording.after.nvml.why == "NVML: GPU is lost"
+    assert recording.before.gpu_mhz == 2475
 
 
 def test_a_card_that_is_reset_and_comes_back_with_its_counter_at_zero(nvml, monkeypatch):
@@ -154,8 +155,8 @@ def test_conditions_of_a_card(nvml, tmp_path):
 def test_device_memory_by_process(nvml, tmp_path):
     phases = MemoryPhases(4242)
     nvml.processes = [(1, 5), (4242, 800 << 20)]
-    assert phases.end("load")["device_bytes"] == 800 << 20
-    assert "memories of their own" in phases.report()["phases"]["load"]["unified_bytes"]["unavailable"]
+    assert phases.end("load").device_bytes == 800 << 20
+    assert "memories of their own" in phases.phases["load"].unified_bytes.why
 
 
 @pytest.mark.parametrize("listed", [[], [(4242, None)]])
@@ -163,9 +164,9 @@ def test_device_memory_where_the_driver_does_not_name_the_process(nvml, listed):
     phases = MemoryPhases(4242)
     nvml.processes, nvml.used = listed, nvml.used + (300 << 20)
     phase = phases.end("load")
-    assert phase["device_bytes"] == 300 << 20
-    assert "card's used memory" in phase["device_source"]
+    assert phase.device_bytes == 300 << 20
+    assert "card's used memory" in phase.device_source
 
 
 def test_device_memory_without_a_card(no_nvml):
-    assert "nvidia-ml-py" in MemoryPhases(1).end("load")["device_bytes"]["unavailable"]
+    assert "nvidia-ml-py" in MemoryPhases(1).end("load").device_bytes.why

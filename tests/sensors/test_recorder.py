@@ -14,8 +14,10 @@ import time
 import numpy as np
 import pytest
 
-from sparsifiner_edge.profiles.sensors import PowerSensor, Reading, Recorder, energy
+from sparsifiner_edge.profiles.sensors import PowerSensor, Reading, Recorder
 from sparsifiner_edge.profiles.sensors import recorder as module
+from sparsifiner_edge.records import write_record
+from tests.plain import energy
 from tests.sensors import curves
 from tests.sensors.curves import RAIL, SECOND, wait_for
 
@@ -83,14 +85,14 @@ def test_what_a_recording_gives_to_a_result(tmp_path):
         recorder.idle(0.1)
         recorder.idle(0.05)
     recording = recorder.recording
-    samples, method = recording.samples(), recording.method()
-    json.dumps([samples, method], allow_nan=False)
-    assert len(samples["time_s"]) == len(samples[f"{RAIL}_w"]) == method["readings"] > 5
-    assert 0.1 <= method["idle_s"][0] < method["seconds"]
-    assert len(method["idle_s"]) == 2
-    assert method["sensor"]["name"] == "synthetic"
-    assert method["problems"] == []
-    assert recording.before.keys() == recording.after.keys()
+    samples, described = recording.samples(), recording.described()
+    json.dumps([samples, write_record(described), write_record(recording.conditions())], allow_nan=False)
+    assert len(samples["time_s"]) == len(samples[f"{RAIL}_w"]) == described.readings > 5
+    assert 0.1 <= described.idle_s[0] < (recording.end_ns - recording.start_ns) / 1e9
+    assert len(described.idle_s) == 2
+    assert described.name == "synthetic"
+    assert recording.told() == []
+    assert write_record(recording.before).keys() == write_record(recording.after).keys()
 
 
 def test_a_gap_of_one_rail_is_told_in_the_samples(tmp_path):

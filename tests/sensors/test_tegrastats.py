@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsifiner_edge.profiles.sensors import Recorder, energy, find_sensor
+from sparsifiner_edge.profiles.sensors import Recorder, find_sensor
 from sparsifiner_edge.profiles.sensors import tegrastats as module
 from sparsifiner_edge.profiles.sensors.tegrastats import parse_line
+from tests.plain import energy
 from tests.sensors.curves import wait_for
 
 pytestmark = pytest.mark.usefixtures("no_nvml")

@@ -1,0 +1,41 @@
+"""What functions of the package give, as the JSON that files and `--json` have: tests speak of that."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from sparsifiner_edge.records import write_record
+
+
+def _plain(module: str, name: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        return write_record(getattr(importlib.import_module(f"sparsifiner_edge.{module}"), name)(*arguments, **options))
+
+    return call
+
+
+profile_bundle = _plain("profiles", "profile_bundle")
+sweep_bundle = _plain("profiles", "sweep_bundle")
+estimate_bundle = _plain("profiles.estimate", "estimate_bundle")
+evaluate_student = _plain("evaluate.cosine", "evaluate_student")
+evaluate_classes = _plain("evaluate.classes", "evaluate_classes")
+write_report = _plain("report", "write_report")
+energy = _plain("profiles.sensors", "energy")
+conditions = _plain("profiles.sensors", "conditions")
+read_memory = _plain("profiles.memory", "read_memory")
+read_result = _plain("results", "read_result")
+machine = _plain("machine", "machine")
+environment = _plain("machine", "environment")
+summarise = _plain("profiles.stats", "summarise")
+estimate = _plain("profiles.stats", "estimate")
+
+
+def examine() -> Any:
+    """What `doctor --json` prints: here a missing library is null."""
+    from sparsifiner_edge.doctor import examine
+
+    return msgspec.to_builtins(examine())
