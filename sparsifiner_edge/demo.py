@@ -21,10 +21,9 @@ from sparsifiner_edge.files import write_bytes
 from sparsifiner_edge.profiles.figures import Method, ProfileResult, Samples
 from sparsifiner_edge.profiles.latency import profile_bundle
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS
-from sparsifiner_edge.profiles.stats import Estimate
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.results import Declared, read_result, write_result
+from sparsifiner_edge.results import Declared, Estimate, read_result, write_result
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
 

@@ -31,6 +31,21 @@ _FIX = "Measure again, or restore the file."
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
+class Estimate(msgspec.Struct, frozen=True):
+    """A value with its interval, and how that was found; in the unit of the field that holds it."""
+
+    value: float
+    low: float | Unavailable
+    high: float | Unavailable
+    confidence: float
+    interval: str
+
+    def times(self, factor: float) -> Estimate:
+        """In another unit."""
+        low, high = (bound * factor if isinstance(bound, float) else bound for bound in (self.low, self.high))
+        return Estimate(self.value * factor, low, high, self.confidence, self.interval)
+
+
 class Subject(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured.
 
@@ -141,7 +156,7 @@ def write_result(path: Path, result: Result) -> None:
         text = dump_json(content)
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: the result cannot be JSON: {error}.", "Report this as a bug.") from error
-    check_result(content, path, type(result))
+    check_result(content, path, Result)
     write_text(path, text)
 
 

@@ -70,7 +70,7 @@ def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: 
         assert found["queries"] == 12
         assert found["teacher_percent"] == 100
         assert found["subject_percent"] == 100
-        assert found["difference_points"]["value"] == 0
+        assert found.difference_points.value == 0
         assert len(result["samples"]["subject_right"]) == 12
     assert seen[-1] == (2 * (12 + 45), 2 * (12 + 45))
 
@@ -138,10 +138,10 @@ def test_the_interval_is_paired() -> None:
     ours[:10] = False
     lost = int(teacher[:10].sum())
     found = accuracy_statistics(ours, teacher)
-    assert found["difference_points"]["value"] == pytest.approx(-100 * lost / 2000)
-    assert found["difference_points"]["high"] - found["difference_points"]["low"] < 1  # unpaired it would be 4
-    same = accuracy_statistics(teacher, teacher)["difference_points"]
-    assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
+    assert found.difference_points.value == pytest.approx(-100 * lost / 2000)
+    assert found.difference_points.high - found.difference_points.low < 1  # unpaired it would be 4
+    same = accuracy_statistics(teacher, teacher).difference_points
+    assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
 @pytest.fixture

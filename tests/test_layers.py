@@ -10,9 +10,10 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles import layers
 from sparsifiner_edge.profiles.attribution import find_places
-from sparsifiner_edge.profiles.kinds import KINDS, by_kind
+from sparsifiner_edge.profiles.kinds import KINDS, Row, by_kind
 from sparsifiner_edge.profiles.layers import measure_layers, read_trace
 from sparsifiner_edge.profiles.worker import fixed_inputs
+from sparsifiner_edge.records import write_record
 from tests.plain import profile_bundle
 from tests.tiny import make_bundle
 
@@ -39,7 +40,7 @@ def exported(once, tiny_weights):
 
 
 def measured(bundle, kernels):
-    return measure_layers(str(bundle), "onnxruntime", 1, kernels, fixed_inputs, query_ms=50.0)
+    return write_record(measure_layers(str(bundle), "onnxruntime", 1, kernels, fixed_inputs, query_ms=50.0))
 
 
 def rows_of(report, kind):
@@ -83,7 +84,7 @@ def test_times_add_up_and_lie_within_the_profiled_query(exported):
     assert report["queries"] == 20
     assert sum(row["ms"] for row in report["layers"]) == pytest.approx(report["layers_total_ms"])
     assert sum(row["share"] for row in report["layers"]) == pytest.approx(1)
-    assert sum(by_kind(report["layers"]).values()) == pytest.approx(report["layers_total_ms"])
+    assert sum(by_kind([Row(**row) for row in report["layers"]]).values()) == pytest.approx(report["layers_total_ms"])
     assert 0 < report["layers_total_ms"] <= 1.2 * report["profiled_ms"]
     assert min(row["ms"] for row in report["layers"]) >= 0
 
@@ -119,7 +120,7 @@ def _ask_with_time(seconds):
     from sparsifiner_edge.profiles.client import Worker
 
     ask = Worker.ask
-    return lambda self, op, timeout_s, **arguments: ask(self, op, timeout_s if op == "layers" else seconds, **arguments)
+    return lambda self, op, wait_s, form, **more: ask(self, op, wait_s if op == "layers" else seconds, form, **more)
 
 
 def event(name, ms, op="MatMul"):

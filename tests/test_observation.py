@@ -96,7 +96,7 @@ def test_power_is_read_where_the_backend_runs(monkeypatch, backend, on):
         raise StopIteration
 
     monkeypatch.setattr(observation, "find_sensor", find)
-    side = types.SimpleNamespace(request={"backend": backend})
+    side = types.SimpleNamespace(request=types.SimpleNamespace(backend=backend))
     with pytest.raises(StopIteration):
         observation.observe([side], make_rules("quick", 1, None, None, 0), None, power=True)
     assert asked == [on]
@@ -135,10 +135,10 @@ def test_garbage_from_a_sensor_leaves_the_latency(monkeypatch, bundles, read):
 def test_a_worker_that_dies_after_the_measurement_costs_its_description_alone(monkeypatch, bundles):
     ask = Worker.ask
 
-    def dying(self, op, timeout_s, **arguments):
+    def dying(self, op, *settings, **arguments):
         if op == "describe":
             os.kill(self.pid, signal.SIGKILL)
-        return ask(self, op, timeout_s, **arguments)
+        return ask(self, op, *settings, **arguments)
 
     monkeypatch.setattr(Worker, "ask", dying)
     result = profile_bundle(bundles["fast"], seconds=0.05, min_queries=1, threads=1, layers=False, power=False)
@@ -171,16 +171,16 @@ def test_a_sessions_own_times_are_kept_and_flagged():
     worker = _Worker()
     worker.session = types.SimpleNamespace(infer=lambda _: {}, last_times=Times(2.0, 1.0, 0.1))
     block = worker.block(queries=5, rewarm=1)
-    assert {name: block["parts_ms"][name] for name in ("h2d", "compute", "d2h")} == {
+    assert {name: block.parts_ms[name] for name in ("h2d", "compute", "d2h")} == {
         "h2d": [2.0] * 5, "compute": [1.0] * 5, "d2h": [0.1] * 5,
     }  # fmt: skip
-    start, end = block["window_ns"]
-    assert end - start >= sum(block["latency_ms"]) * 1e6
-    found = {flag["flag"] for flag in observation.flags.part_flags(block["parts_ms"])}
+    start, end = block.window_ns
+    assert end - start >= sum(block.latency_ms) * 1e6
+    found = {flag.flag for flag in observation.flags.part_flags(block.parts_ms)}
     assert found == {"transfer-bound"}
 
 
 def test_a_session_without_times_gives_none():
     worker = _Worker()
     worker.session = types.SimpleNamespace(infer=lambda _: {})
-    assert worker.block(queries=2, rewarm=0)["parts_ms"] == {}
+    assert worker.block(queries=2, rewarm=0).parts_ms == {}

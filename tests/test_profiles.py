@@ -15,7 +15,8 @@ from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.client import start_worker
 from sparsifiner_edge.profiles.figures import ProfileResult
-from sparsifiner_edge.profiles.worker import fixed_inputs
+from sparsifiner_edge.profiles.memory import Memory
+from sparsifiner_edge.profiles.worker import Block, Loaded, fixed_inputs
 from sparsifiner_edge.results import check_result
 from tests.plain import profile_bundle, read_memory
 from tests.tiny import make_bundle
@@ -78,10 +79,10 @@ def test_intervals_of_few_pictures_cover_the_truth(count):
 
     def interval(values):
         found = stats.small_sample_mean(values)
-        return found["low"], found["high"]
+        return found.low, found.high
 
     assert 0.92 <= coverage(interval, 0.0, lambda: random.normal(size=count)) <= 0.99
-    assert "too few" in stats.small_sample_mean([1.0, 2.0, 3.0, 4.0])["low"]["unavailable"]
+    assert "too few" in stats.small_sample_mean([1.0, 2.0, 3.0, 4.0]).low.why
     for freedom, value in ((4, 2.776), (7, 2.365), (29, 2.045)):  # Student's table
         assert stats.student_t(freedom) == pytest.approx(value, abs=0.002)
 
@@ -99,8 +100,8 @@ def test_too_few_samples_do_not_bound_p99_from_above():
     low, high = stats.quantile_interval(np.random.default_rng(0).random(64), 0.99)
     assert low is not None
     assert high is None
-    p99 = stats.summarise(np.random.default_rng(0).random(64))["latency_ms"]["p99"]
-    assert "too few" in p99["high"]["unavailable"]
+    p99 = stats.summarise(np.random.default_rng(0).random(64)).latency_ms.p99
+    assert "too few" in p99.high.why
 
 
 def test_the_number_of_independent_samples_is_found():
@@ -113,12 +114,12 @@ def test_the_number_of_independent_samples_is_found():
 
 def test_summary_of_known_samples():
     summary = stats.summarise(np.arange(1.0, 102.0))
-    assert summary["latency_ms"]["p50"]["value"] == 51
-    assert summary["latency_ms"]["p90"]["value"] == 91
-    assert summary["latency_ms"]["mean"]["value"] == 51
-    throughput = summary["throughput_per_s"]
-    assert throughput["value"] == pytest.approx(1000 / 51)
-    assert throughput["low"] < throughput["value"] < throughput["high"]
+    assert summary.latency_ms.p50.value == 51
+    assert summary.latency_ms.p90.value == 91
+    assert summary.latency_ms.mean.value == 51
+    throughput = summary.throughput_per_s
+    assert throughput.value == pytest.approx(1000 / 51)
+    assert throughput.low < throughput.value < throughput.high
 
 
 def paired_rounds(random, true_ratio, rounds=40):
@@ -252,7 +253,7 @@ def test_peak_memory_holds_the_weights(tmp_path, bundles):
 
 def test_memory_of_a_known_allocation():
     code = (
-        "from sparsifiner_edge.profiles.memory import read_memory\nimport json\n"
+        "from tests.plain import read_memory\nimport json\n"
         "before = read_memory()\nblock = b'x' * (400 << 20)\nheld = read_memory()\ndel block\n"
         "print(json.dumps([before, held, read_memory()]))"
     )
@@ -292,21 +293,21 @@ def test_inputs_that_cannot_be_made_up_are_refused(spec):
 def test_a_dead_worker_is_reported_with_what_it_wrote(bundles):
     with start_worker() as worker:
         request = {"bundle": str(bundles["fast"]), "backend": "onnxruntime", "threads": 1}
-        assert worker.ask("load", 60, **request)["load_ms"] > 0
+        assert worker.ask("load", 60, Loaded, **request).loading.load_ms > 0
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(BackendError, match=r"measuring process died .*exit status -9"):
-            worker.ask("block", 60, queries=10, rewarm=0)
-    with start_worker() as worker, pytest.raises(BackendError, match=r"(?s)died during 'nonsense'.*KeyError"):
-        worker.ask("nonsense", 60)
+            worker.ask("block", 60, Block, queries=10, rewarm=0)
+    with start_worker() as worker, pytest.raises(BackendError, match=r"(?s)died during 'nonsense'.*no operation"):
+        worker.ask("nonsense", 60, object)
 
 
 def test_a_hung_worker_is_killed(bundles):
     with start_worker() as worker:
-        worker.ask("load", 60, bundle=str(bundles["fast"]), backend="onnxruntime", threads=1)
+        worker.ask("load", 60, Loaded, bundle=str(bundles["fast"]), backend="onnxruntime", threads=1)
         os.kill(worker.pid, signal.SIGSTOP)
         start = time.monotonic()
         with pytest.raises(BackendError, match="gave no reply to 'memory' within 1 s"):
-            worker.ask("memory", 1)
+            worker.ask("memory", 1, Memory)
         assert time.monotonic() - start < 30
     assert not Path(f"/proc/{worker.pid}").exists()
 
@@ -314,10 +315,10 @@ def test_a_hung_worker_is_killed(bundles):
 def test_an_error_in_the_worker_keeps_its_message(tmp_path):
     with start_worker() as worker:
         with pytest.raises(BackendError, match="no session"):
-            worker.ask("block", 60, queries=1, rewarm=0)
+            worker.ask("block", 60, Block, queries=1, rewarm=0)
         with pytest.raises(BackendError, match=r"not a folder"):
-            worker.ask("load", 60, bundle=str(tmp_path / "none"), backend="onnxruntime", threads=1)
-        assert worker.ask("memory", 60)["peak_rss_bytes"] > 10 * MB  # It lives on.
+            worker.ask("load", 60, Loaded, bundle=str(tmp_path / "none"), backend="onnxruntime", threads=1)
+        assert worker.ask("memory", 60, Memory).peak_rss_bytes > 10 * MB  # It lives on.
 
 
 def test_prints_of_libraries_do_not_reach_the_replies():
@@ -339,7 +340,7 @@ def test_a_worker_ends_with_its_parent(bundles):
     code = (
         "import sys, time\nfrom sparsifiner_edge.profiles.client import start_worker\n"
         "with start_worker() as worker:\n"
-        "    worker.ask('memory', 60)\n    print(worker.pid, flush=True)\n    time.sleep(600)"
+        "    worker.ask('memory', 60, dict)\n    print(worker.pid, flush=True)\n    time.sleep(600)"
     )
     for number in (signal.SIGKILL, signal.SIGINT):
         with subprocess.Popen(

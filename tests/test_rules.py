@@ -4,6 +4,7 @@ import pytest
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.rules import early_stopping, make_rules, mlperf_figures
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import check_result
 from tests.plain import profile_bundle
 from tests.tiny import make_bundle
@@ -57,7 +58,7 @@ def test_quick_needs_its_time_and_its_queries():
     assert not quick.enough(2.0, 63, 1000)
     assert not quick.enough(2.0, 64, 19)
     assert quick.enough(1.0, 64, 20)
-    assert "enough_queries" not in quick.describe()
+    assert "enough_queries" not in write_record(quick)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +73,13 @@ def test_quick_needs_its_time_and_its_queries():
 )
 def test_an_mlperf_run_says_whether_it_is_valid(count, ms, given, valid, why):
     figures = mlperf_figures([ms] * count, rules(**given))
-    assert figures["valid"] is valid
-    assert why in figures["why"]
-    assert figures["early_stopping_met"] is (count >= 64)
+    assert figures.valid is valid
+    assert why in figures.why
+    assert figures.early_stopping_met is (count >= 64)
     if count < 64:
-        assert "20 queries are too few" in figures["early_stopping_p90_ms"]["unavailable"]
+        assert "20 queries are too few" in figures.early_stopping_p90_ms.why
     else:
-        assert figures["early_stopping_p90_ms"] == ms
+        assert figures.early_stopping_p90_ms == ms
 
 
 def test_a_shortened_mlperf_run_is_reported_as_not_valid(tmp_path):

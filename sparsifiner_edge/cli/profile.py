@@ -11,8 +11,8 @@ import click
 from sparsifiner_edge.bounds import MOST_SECONDS, MOST_THREADS
 from sparsifiner_edge.cli.common import FiniteRange, json_option, output_option, print_json, print_table, progress_bar
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.profiles.stats import Estimate
 from sparsifiner_edge.records import MISSING, Unavailable
+from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.pictures import evenly
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import Declared, Subject
+from sparsifiner_edge.results import Declared, Estimate, Subject
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.student import Student, checked_labels, load_student, save_student
 
@@ -39,7 +39,7 @@ class Accuracies(msgspec.Struct, frozen=True, kw_only=True):
 
     subject_percent: float
     teacher_percent: float
-    difference_points: stats.Estimate
+    difference_points: Estimate
     queries: int
 
 

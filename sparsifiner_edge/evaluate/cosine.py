@@ -15,14 +15,14 @@ from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.pictures import list_pictures, load_batch
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import Declared
+from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.runtime.session import Runtime
 
 
 class Cosine(msgspec.Struct, frozen=True):
     """Over pictures: the mean with Student's t interval, and the least."""
 
-    mean: stats.Estimate
+    mean: Estimate
     least: float
     pictures: int
 

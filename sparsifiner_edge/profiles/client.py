@@ -21,8 +21,8 @@ class Worker:
         self.pid = child.pid
         self._child = child
 
-    def ask(self, reply_type: type[Reply], op: str, timeout_s: float, **arguments: object) -> Reply:
-        """Send one request, of `worker.OPERATIONS`, and wait for its reply.
+    def ask(self, op: str, timeout_s: float, form: type[Reply], **arguments: object) -> Reply:
+        """Send one request, of `worker.OPERATIONS`, and wait for its reply, a record of the class `form`.
 
         Raises:
             BackendError: the worker refused, died, or was silent for `timeout_s` seconds; the end of what it wrote to
@@ -40,7 +40,7 @@ class Worker:
             raise self._lost(f"died during {op!r}")
         if "error" in reply:
             raise BackendError(reply["error"]["what"], reply["error"]["fix"])
-        return read_record(reply["ok"], reply_type, "The measuring process", "Report this as a bug.", BackendError)
+        return read_record(reply["ok"], form, "The measuring process", "Report this as a bug.", BackendError)
 
     def _lost(self, what: str) -> BackendError:
         self._child.end()

@@ -9,8 +9,7 @@ import numpy as np
 
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.sides import Side
-from sparsifiner_edge.profiles.stats import Estimate
-from sparsifiner_edge.results import Subject
+from sparsifiner_edge.results import Estimate, Subject
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):

@@ -134,7 +134,7 @@ def _refuse_batches(manifests: dict[str, Manifest]) -> None:
 def _described(side: Side) -> Description:
     """What ran. Reading the model once more may fail where memory is short; the figures stand all the same."""
     try:
-        return side.worker.ask(Description, "describe", LOAD_TIMEOUT_S)
+        return side.worker.ask("describe", LOAD_TIMEOUT_S, Description)
     except SparsifinerError as error:
         why = Unavailable(error.what)
         return Description(backend=why, version=why, provider=why, device=why, precision=why, kernels=why, threads=why)
@@ -145,7 +145,7 @@ def _with_layers(figures: Figures, side: Side) -> Figures:
     p50 = stats.percentile(side.latency_ms, 0.5)
     try:
         with start_worker() as worker:
-            found = worker.ask(LayerTimes, "layers", LOAD_TIMEOUT_S, **asdict(side.request), query_ms=p50)
+            found = worker.ask("layers", LOAD_TIMEOUT_S, LayerTimes, **asdict(side.request), query_ms=p50)
     except SparsifinerError as error:
         why = Unavailable(error.what)
         return replace(figures, layers=why, layers_total_ms=why, layers_compared=why)

@@ -102,7 +102,7 @@ def _idle_s(sensor: PowerSensor, rules: Rules) -> float:
 
 def _usages(sides: list[Side]) -> dict[str, ProcessUsage]:
     """Of every worker, and of this process, which samples and waits."""
-    return {side.role: side.worker.ask(ProcessUsage, "usage", 60) for side in sides} | {"parent": process_usage()}
+    return {side.role: side.worker.ask("usage", 60, ProcessUsage) for side in sides} | {"parent": process_usage()}
 
 
 def _cut_short(sides: list[Side], rules: Rules) -> str:

@@ -36,18 +36,18 @@ class Rules(msgspec.Struct, frozen=True):
     Attributes:
         name: one of `RULES`.
         seconds: least time in queries. min_queries: least number of them; both must be reached.
+        seed: of the order of a comparison.
         max_seconds: most wall time, whatever is reached by then; None: no such bound.
         enough_queries: so many end it before `seconds`; None: nothing does.
-        seed: of the order of a comparison.
         valid: whether `name`'s own numbers stand.
     """
 
     name: str
     seconds: float
     min_queries: int
-    max_seconds: float | None
-    enough_queries: int | None
     seed: int
+    max_seconds: float | None = None
+    enough_queries: int | None = None
     valid: bool = True
 
     def enough(self, seconds: float, queries: int, blocks: int) -> bool:
@@ -82,15 +82,15 @@ def make_rules(
             name,
             seconds or MLPERF_SECONDS,
             min_queries or MLPERF_QUERIES,
+            seed,
             max_seconds,
             MLPERF_ENOUGH_QUERIES,
-            seed,
             own,
         )
     seconds = seconds or _QUICK_SECONDS
     # Twice, because a comparison also spends time on unrecorded queries.
     most = max(2 * seconds, max_seconds or _QUICK_MAX_SECONDS)
-    return Rules(name, seconds, min_queries or _QUICK_QUERIES, most, None, seed)
+    return Rules(name, seconds, min_queries or _QUICK_QUERIES, seed, most)
 
 
 def _check(seconds: float | None, min_queries: int | None, max_seconds: float | None) -> None:

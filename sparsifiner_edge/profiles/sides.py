@@ -77,7 +77,7 @@ class Side:
     def run(self, queries: int, rewarm: int) -> Block:
         """One block. A hundredfold slowdown is still waited for; a hang is not."""
         timeout = 60 + 0.1 * (queries + rewarm) * (self.query_ms or self.first.first_inference_ms)
-        return self.worker.ask(Block, "block", timeout, queries=queries, rewarm=rewarm)
+        return self.worker.ask("block", timeout, Block, queries=queries, rewarm=rewarm)
 
     def record(self, queries: int, rewarm: int) -> None:
         """One block, kept."""
@@ -111,9 +111,9 @@ class Clock:
 def load_side(role: str, worker: Worker, request: Load) -> Side:
     """Load a bundle into a fresh worker and run it once, following its memory."""
     memory = MemoryPhases(worker.pid)
-    loaded = worker.ask(Loaded, "load", LOAD_TIMEOUT_S, **asdict(request))
+    loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **asdict(request))
     memory.end("load")
-    first = worker.ask(First, "first", LOAD_TIMEOUT_S)
+    first = worker.ask("first", LOAD_TIMEOUT_S, First)
     memory.end("first_inference")
     return Side(role, worker, request, loaded, first, memory)
 

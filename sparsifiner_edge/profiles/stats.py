@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.results import Estimate
 
 CONFIDENCE = 0.95
 MARGIN = 0.01
@@ -21,21 +22,6 @@ MIN_FOR_MEAN = 5
 
 _FEW = Unavailable("too few samples to bound it on this side")
 Samples = Sequence[float] | np.ndarray[Any, Any]
-
-
-class Estimate(msgspec.Struct, frozen=True):
-    """A value with its interval, and how that was found; in the unit of the field that holds it."""
-
-    value: float
-    low: float | Unavailable
-    high: float | Unavailable
-    confidence: float
-    interval: str
-
-    def times(self, factor: float) -> Estimate:
-        """In another unit."""
-        low, high = (bound * factor if isinstance(bound, float) else bound for bound in (self.low, self.high))
-        return Estimate(self.value * factor, low, high, self.confidence, self.interval)
 
 
 class Latency(msgspec.Struct, frozen=True):

@@ -118,7 +118,7 @@ def sweep_bundle(
             side = load_side(name, worker, request)
             warm_up(side, clock)
             measure([side], rules, Clock(None, 0.0))
-            description = description or worker.ask(Description, "describe", LOAD_TIMEOUT_S)
+            description = description or worker.ask("describe", LOAD_TIMEOUT_S, Description)
         rows.append(_point(side, count, batch))
         samples[name], warm_ups[name] = SideSamples(side.latency_ms), _warmed(side)
     assert description is not None

@@ -23,8 +23,9 @@ from sparsifiner_edge.profiles.sensors.curve import (
     power_curve,
 )
 from sparsifiner_edge.profiles.sensors.recorder import Recording, Window
-from sparsifiner_edge.profiles.stats import Estimate, estimate
+from sparsifiner_edge.profiles.stats import estimate
 from sparsifiner_edge.records import Known, Unavailable
+from sparsifiner_edge.results import Estimate
 
 Spans = list[tuple[float, float]]
 
