@@ -40,13 +40,14 @@ from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe, write_head
-from sparsifiner_edge.evaluate.cosine import evaluate_student
+from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_student
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.files import locked
 from sparsifiner_edge.pictures import evenly, list_pictures, open_picture
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.records import write_record
+from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 
@@ -297,9 +298,9 @@ def _budgets(name: str) -> list[dict[str, Any]]:
     return [{"keep": 0.25 if name == "paper" else PRUNED["keep"]}]
 
 
-def _row(found: dict[str, Any]) -> dict[str, Any]:
-    patches, classes = (found["statistics"][name]["mean"] for name in ("patches_cosine", "features_cosine"))
-    return {"samples": found["samples"], "patches": patches, "classes": classes}
+def _row(found: CosineResult) -> dict[str, Any]:
+    of = write_record(found.statistics)
+    return {"samples": found.samples, "patches": of["patches_cosine"]["mean"], "classes": of["features_cosine"]["mean"]}
 
 
 def beside_paper(rows: dict[str, Any]) -> dict[str, Any]:
@@ -390,12 +391,12 @@ def measure(work: Path, with_fashion: bool, output: Path | None) -> None:
         trained = {
             name: json.loads((work / name / "config.json").read_text()) for name in RUNS if (work / name).exists()
         }
-        subjects = [{"path": name, "sha256": config["weights_sha256"]} for name, config in trained.items()]
+        subjects = [Subject(path=name, sha256=config["weights_sha256"]) for name, config in trained.items()]
         method: dict[str, Any] = {name: config["provenance"]["training"] for name, config in trained.items()}
         method = {"trainings": method, "required": REQUIRED, "largest drop": LARGEST_DROP}
         samples = {label: row.pop("samples") for label, row in cosines.items()}
         statistics = {"fidelity": cosines, "ours less paper": beside, "fashion": accuracies}
-        write_result(output / "accuracy.json", new_result("evaluation", subjects, method, samples, statistics))
+        write_result(output / "accuracy.json", Result("evaluation", subjects, method, samples, statistics))
 
 
 @main.command()

@@ -19,7 +19,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig, default_cells
 from sparsifiner_edge.export.bundle import export_bundle
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.attention import qkv_projection
 from sparsifiner_edge.sparse.models import create
 from sparsifiner_edge.sparse.student import make_student, save_student
@@ -116,10 +116,8 @@ def main(models: tuple[str, ...], output: Path | None) -> None:
             row["name"]: {k: row["costs"][k] for k in COSTS} | {"dense_total_macs": row["dense_costs"]["total_macs"]}
             for row in rows
         }
-        subjects = [{"path": row["name"], "sha256": "random weights"} for row in rows]
-        write_result(
-            output / "architectures.json", new_result("evaluation", subjects, method, {"rows": rows}, statistics)
-        )
+        subjects = [Subject(path=row["name"], sha256="random weights") for row in rows]
+        write_result(output / "architectures.json", Result("evaluation", subjects, method, {"rows": rows}, statistics))
 
 
 if __name__ == "__main__":

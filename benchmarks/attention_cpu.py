@@ -21,10 +21,11 @@ from cpu_engines import Run, gemm_peak, openvino_run, ort_session, ratio, time_i
 from onnx import TensorProto, helper
 
 from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import OPSET
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
-from sparsifiner_edge.results import available_cores, new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 
 HEADS, WIDTH, TILE, PROBE, CHANNELS, SCALE = 6, 64, 16, 8, 24, 0.125
 KEEPS = (0.25, 0.10, 0.05)
@@ -210,9 +211,7 @@ def main(sizes: tuple[str, ...], threads: int, rounds: int, output: Path | None)
     if output:
         output.mkdir(parents=True, exist_ok=True)
         method = {"threads": threads, "rounds": rounds, "kernels": native.target(), "heads": HEADS, "width": WIDTH}
-        result = new_result(
-            "comparison", [{"path": "operators", "sha256": "random inputs"}], method, samples, statistics
-        )
+        result = Result("comparison", [Subject(path="operators", sha256="random inputs")], method, samples, statistics)
         write_result(output / "attention_cpu.json", result)
         picture(statistics, output / "attention_cpu.png")
 

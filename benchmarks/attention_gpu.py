@@ -25,7 +25,7 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.triton import kernels_for
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 
 BATCH, HEADS, WIDTH, CHANNELS, CELLS, SCALE = 8, 6, 64, 24, 25, 0.125
 KEEPS = (0.25, 0.10)
@@ -110,8 +110,8 @@ def main(tokens: tuple[int, ...], dtype: str, tile: int, rounds: int, output: Pa
         show(count, statistics[str(count)])
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        subjects = [{"path": "sparsifiner_edge/ops/triton/attend.py", "sha256": sha256(_attend_source())}]
-        result = new_result("comparison", subjects, method, samples, statistics)
+        subjects = [Subject(path="sparsifiner_edge/ops/triton/attend.py", sha256=sha256(_attend_source()))]
+        result = Result("comparison", subjects, method, samples, statistics)
         write_result(output / "attention_gpu.json", result)
 
 

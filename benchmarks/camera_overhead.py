@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle, picture_size
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.results import available_cores, new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.runtime import open_session
 
 VIDEO = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
@@ -94,11 +95,11 @@ def main() -> None:
     found = measure(given.bundle, given.video, given.rounds, given.frames, given.threads)
     print(json.dumps(found | {"goal_percent": GOAL_PERCENT}, indent=2))
     if given.output is not None:
-        subject = {"path": str(given.bundle), "sha256": bundle_hash(given.bundle)}
+        subject = Subject(path=str(given.bundle), sha256=bundle_hash(given.bundle))
         method = {"goal_percent": GOAL_PERCENT, "frames": given.frames, "threads": given.threads or available_cores()}
         samples = {name: found[name] for name in ("bare_ms", "pipeline_ms")}
         statistics = {"stages_ms": found["stages_ms"], "overhead_percent": found["overhead_percent"]}
-        write_result(given.output, new_result("evaluation", [subject], method, samples, statistics))
+        write_result(given.output, Result("evaluation", [subject], method, samples, statistics))
     raise SystemExit(0 if found["overhead_percent"]["value"] <= GOAL_PERCENT else 1)
 
 

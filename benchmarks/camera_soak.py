@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from benchmarks.camera_cells import make_cells_bundle
 from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.camera.code import BITS, number_of
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 
 SERVER = Path(__file__).resolve().parent / "rtsp_server.py"
 PYTHONS = ("/usr/bin/python3", sys.executable)
@@ -230,7 +230,7 @@ def main() -> None:
         raise SystemExit("no Python with gi and GstRtspServer: apt-get install python3-gi gir1.2-gst-rtsp-server-1.0")
     with tempfile.TemporaryDirectory() as scratch:
         bundle = make_cells_bundle(Path(scratch) / "cells")
-        subject = {"path": "benchmarks/camera_cells.py", "sha256": bundle_hash(bundle)}
+        subject = Subject(path="benchmarks/camera_cells.py", sha256=bundle_hash(bundle))
         found = soak(python, bundle, given.minutes * 60, given.every)
     missed = verdict(found)
     print(json.dumps(found | {"missed": missed}, indent=2))
@@ -245,7 +245,7 @@ def main() -> None:
             "source": "rtsp, TCP",
         }
         method |= {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[1]}
-        write_result(given.output, new_result("evaluation", [subject], method, samples, found | {"missed": missed}))
+        write_result(given.output, Result("evaluation", [subject], method, samples, found | {"missed": missed}))
     raise SystemExit(1 if missed else 0)
 
 

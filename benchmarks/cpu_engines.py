@@ -18,6 +18,7 @@ import onnxruntime
 
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.records import write_record
 
 Run = Callable[[], Any]
 PAUSE_S = 0.05
@@ -73,7 +74,13 @@ def time_in_turn(
 def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, Any]:
     """How many times faster `fast` is: median over rounds of the ratio of their medians, with its interval."""
     ratios = stats.round_ratios(list(fast), list(slow))
-    return stats.estimate(float(np.median(ratios)), *stats.quantile_interval(ratios, 0.5), "order statistics of rounds")
+    return dict(
+        write_record(
+            stats.estimate(
+                float(np.median(ratios)), *stats.quantile_interval(ratios, 0.5), "order statistics of rounds"
+            )
+        )
+    )
 
 
 def gemm_peak(threads: int, size: int = 1024) -> tuple[Run, float]:

@@ -22,7 +22,7 @@ from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.export.bundle import export_bundle
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.results import Result, write_result
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.open import load_backend
 from sparsifiner_edge.sparse.student import sparsify
@@ -132,9 +132,7 @@ def save(output: Path, subjects: list[dict[str, Any]], rows: list[dict[str, Any]
         "what": "built ahead of time, in a process each, without a GPU; none of the engines was run",
         "settings": {str(size): {"keep": keep, "cells": cells} for size, (keep, cells) in SETTINGS.items()},
     }
-    write_result(
-        output / "engines_rtx.json", new_result("evaluation", subjects, method, {"engines": rows}, summary(rows))
-    )
+    write_result(output / "engines_rtx.json", Result("evaluation", subjects, method, {"engines": rows}, summary(rows)))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,15 @@ import estimate_fit as fitting
 import msgspec
 import numpy as np
 from estimate_fit import HERE, PUBLISHED, Point, Values
+from msgspec.structs import asdict
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles.board import Board, load_board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.profiles.roofline import CPU
-from sparsifiner_edge.results import available_cores, new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 
 MODEL = "vit_small_patch14_dinov2.lvd142m"
 ROUNDS, BURST, PAUSE_S = 5, 3, 0.05
@@ -115,8 +117,10 @@ def this_machine(threads: int) -> tuple[Board, list[dict[str, Any]]]:
         board = _median_board(boards[1:])
         rows = []
         for (bundle, kernels), ms in zip(cases, np.transpose(times[1:]).tolist(), strict=True):
-            guess = estimate_bundle(bundle, board, kernels=kernels)["statistics"]["latency_ms"]
-            rows.append({"name": f"{bundle.name}, {kernels}", "samples_ms": ms, "ms": float(np.median(ms)), **guess})
+            guess = estimate_bundle(bundle, board, kernels=kernels).statistics.latency_ms
+            rows.append(
+                {"name": f"{bundle.name}, {kernels}", "samples_ms": ms, "ms": float(np.median(ms)), **asdict(guess)}
+            )
         return board, rows
 
 
@@ -208,9 +212,9 @@ def _write(path: Path, samples: Mapping[str, Any], statistics: Mapping[str, Any]
         PUBLISHED,
         *(HERE / "results" / f"{name}.json" for name in ("attention_cpu/attention_cpu", "model_cpu/model_cpu")),
     ]
-    subjects = [{"path": str(f.relative_to(HERE.parent)), "sha256": sha256(f)} for f in files]
+    subjects = [Subject(path=str(f.relative_to(HERE.parent)), sha256=sha256(f)) for f in files]
     method = {"threads": threads or available_cores(), "rounds": ROUNDS, "fit": "least mean squared log ratio"}
-    write_result(path, new_result("evaluation", subjects, method, samples, statistics))
+    write_result(path, Result("evaluation", subjects, method, samples, statistics))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import layer_costs
 from sparsifiner_edge.export.bundle import model_shape
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.results import Result, write_result
+from sparsifiner_edge.results import Subject as Measured
 
 KEEP = {224: 0.25, 518: 0.10, 1036: 0.05}
 CELLS = {224: 16, 518: 25, 1036: 49}
@@ -329,8 +330,8 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "features_cosine": float(np.mean(row["features_cosine"])),
             **{k: row[k] for k in ("keys_share", "macs_share", "predictor_share")},
         }
-    subject = {"path": material.DINOV2, "sha256": sha256(weights_file())}
-    return new_result("evaluation", [subject], method, {"rows": rows}, statistics)
+    subject = Measured(path=material.DINOV2, sha256=sha256(weights_file()))
+    return Result("evaluation", [subject], method, {"rows": rows}, statistics)
 
 
 @click.command()

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparsifiner_edge.results import environment, machine
+from sparsifiner_edge.machine import environment, machine
 from tests.fuzz import kills, materials
 from tests.fuzz.harness import Try, attempt
 from tests.fuzz.targets import TARGETS

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.results import package_version, unavailable
+from sparsifiner_edge.records import Unavailable, write_record
 
 Run = Callable[[], Any]
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -82,8 +83,12 @@ def time_in_turn(runs: Mapping[str, Run], rounds: int, burst: int) -> dict[str, 
 def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, Any]:
     """How many times faster `fast` is: median over rounds of the ratio of their medians, interval and spread."""
     ratios = stats.round_ratios(list(fast), list(slow))
-    found = stats.estimate(
-        float(np.median(ratios)), *stats.quantile_interval(ratios, 0.5), "order statistics of rounds"
+    found = dict(
+        write_record(
+            stats.estimate(
+                float(np.median(ratios)), *stats.quantile_interval(ratios, 0.5), "order statistics of rounds"
+            )
+        )
     )
     return found | {"least": float(ratios.min()), "greatest": float(ratios.max())}
 
@@ -115,7 +120,7 @@ def energy_joules(run: Run) -> Any:
     try:
         import pynvml
     except ImportError:
-        return unavailable("nvidia-ml-py is not installed")
+        return Unavailable("nvidia-ml-py is not installed")
     try:
         pynvml.nvmlInit()
         device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
@@ -128,4 +133,4 @@ def energy_joules(run: Run) -> Any:
             calls += 20
         return (pynvml.nvmlDeviceGetTotalEnergyConsumption(device) - before) / 1000 / calls
     except pynvml.NVMLError as error:
-        return unavailable(f"NVML: {error}")
+        return Unavailable(f"NVML: {error}")

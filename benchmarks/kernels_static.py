@@ -17,11 +17,12 @@ from gpu_bound import H100, bound
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch
 from sparsifiner_edge.ops.triton.occupancy import occupancy
 from sparsifiner_edge.ops.triton.plan import Plan, plan_select
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
-from sparsifiner_edge.results import new_result, package_version, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 
 ROOT = Path(__file__).parent.parent
 PATCHES, HEADS, KEYS, CELL, CHANNELS = 1024, 6, 103, 41, 24
@@ -142,13 +143,13 @@ def main(capabilities: tuple[int, ...], docs: bool, output: Path | None) -> None
     if output:
         output.mkdir(parents=True, exist_ok=True)
         sources = sorted((ROOT / "sparsifiner_edge" / "ops" / "triton").glob("*.py"))
-        subjects = [{"path": str(p.relative_to(ROOT)), "sha256": sha256(p)} for p in sources]
+        subjects = [Subject(path=str(p.relative_to(ROOT)), sha256=sha256(p)) for p in sources]
         method = {
             "what": "static: compiled ahead of time, never run; times are lower bounds, not measurements",
             "triton": package_version("triton"), "h100_per_second": H100, "patches": PATCHES, "keys": KEYS,
         }  # fmt: skip
         statistics = {"bounds_not_measured": {f"{b['tokens']} tokens, keep {b['keep']:g}": b for b in bounds}}
-        result = new_result("evaluation", subjects, method, {"kernels": rows}, statistics)
+        result = Result("evaluation", subjects, method, {"kernels": rows}, statistics)
         write_result(output / "kernels_static.json", result)
 
 

@@ -32,10 +32,11 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.quantise import LEAST_COSINE, quantise
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.pictures import load_picture
-from sparsifiner_edge.results import available_cores, new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.models import create, load_model
 from sparsifiner_edge.sparse.student import sparsify
 
@@ -256,8 +257,8 @@ def main(cases: tuple[str, ...], threads: int, rounds: int, output: Path | None)
         if output:  # after every case: they take minutes
             output.mkdir(parents=True, exist_ok=True)
             method = {"threads": threads, "rounds": rounds, "kernels": native.target()}
-            subjects = [{"path": c, "sha256": "exported in this run"} for c in statistics]
-            result = new_result("comparison", subjects, method, samples, statistics)
+            subjects = [Subject(path=c, sha256="exported in this run") for c in statistics]
+            result = Result("comparison", subjects, method, samples, statistics)
             write_result(output / "model_cpu.json", result)
             picture(statistics, output / "model_cpu.png")
 

@@ -19,7 +19,7 @@ from gpu_engines import Run, by_backend, energy_joules, fastest, graph, ratio, r
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.models import create
 from sparsifiner_edge.sparse.student import make_student
 
@@ -83,8 +83,8 @@ def main(name: str, sizes: tuple[int, ...], batch: int, tile: int, rounds: int, 
         show(size, statistics[str(size)])
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        subjects = [{"path": name, "sha256": "random weights"}]
-        result = new_result("comparison", subjects, method, samples, statistics)
+        subjects = [Subject(path=name, sha256="random weights")]
+        result = Result("comparison", subjects, method, samples, statistics)
         write_result(output / "model_gpu.json", result)
 
 

@@ -27,9 +27,10 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.export.bundle import export_bundle, model_shape
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.pictures import load_picture
-from sparsifiner_edge.results import available_cores, new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
@@ -144,10 +145,10 @@ def main(work: Path, threads: int, rounds: int, output: Path | None) -> None:
     print_table(f"DINOv2 ViT-S/14, {SIZE} px", ["", "GMACs", "ms", "class cosine"], cells)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        subjects = [{"path": name, "sha256": "exported in this run"} for name in runs]
+        subjects = [Subject(path=name, sha256="exported in this run") for name in runs]
         method = {"threads": threads, "rounds": rounds, "pictures": [p.name for p in material.photographs()]}
         samples = {label: taken.tolist() for label, taken in times.items()}
-        write_result(output / "pareto.json", new_result("comparison", subjects, method, samples, {"points": rows}))
+        write_result(output / "pareto.json", Result("comparison", subjects, method, samples, {"points": rows}))
         picture(rows, output / "pareto.png")
 
 

@@ -18,13 +18,16 @@ import click
 import numpy as np
 import onnxruntime
 import safetensors.numpy
+from msgspec.structs import replace
 
 from sparsifiner_edge import material
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import profile_bundle
-from sparsifiner_edge.results import available_cores, write_result
+from sparsifiner_edge.records import write_record
+from sparsifiner_edge.results import Result, write_result
 from sparsifiner_edge.sparse.student import sparsify
 
 RUNS = 10
@@ -46,16 +49,17 @@ def main(img_size: int, keep: float, cells: int, seconds: float, output: Path | 
         sparse = export_bundle(student, folder / "sparse")
         dense = export_bundle(material.DINOV2, folder / "dense", **options)
         result = profile_bundle(sparse, against=dense, seconds=seconds, kernels="portable")
-        for subject in result["subjects"]:
-            subject["path"] = Path(subject["path"]).name  # the folder is gone when this is read
-        result["statistics"]["operators"] = {b.name: operator_times(b, img_size) for b in (sparse, dense)}
-    click.echo(result["statistics"]["comparison"]["sentence"])
-    for bundle, times in result["statistics"]["operators"].items():
+        # The folder is gone when this is read.
+        subjects = [replace(subject, path=Path(str(subject.path)).name) for subject in result.subjects]
+        operators = {b.name: operator_times(b, img_size) for b in (sparse, dense)}
+    statistics = write_record(result.statistics) | {"operators": operators}
+    click.echo(statistics["comparison"]["sentence"])
+    for bundle, times in operators.items():
         total = sum(times.values())
         rows = [[kind, f"{ms:.1f}", f"{ms / total:.1%}"] for kind, ms in list(times.items())[:10]]
         print_table(f"{bundle}: ms per inference by operator (profiler on)", ["", "ms", "share"], rows)
     if output:
-        write_result(output, result)
+        write_result(output, Result("comparison", subjects, result.method, result.samples, statistics))
 
 
 def operator_times(bundle: Path, img_size: int) -> dict[str, float]:

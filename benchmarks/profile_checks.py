@@ -23,11 +23,14 @@ from typing import Any
 
 import click
 import numpy as np
+from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import profile_bundle, stats
-from sparsifiner_edge.results import available_cores, new_result, write_result
+from sparsifiner_edge.records import write_record
+from sparsifiner_edge.results import Result, write_result
 from sparsifiner_edge.runtime.ort import native_library
 
 REQUIRED = {"no_verdict_share": 0.95, "agreement": 0.03}
@@ -66,9 +69,8 @@ def same_on_both_sides(bundle: Path, runs: int, seconds: float, threads: int, te
     for run in range(runs):
         tell(f"the same on both sides, {run + 1} of {runs}")
         result = profile_bundle(bundle, against=bundle, seconds=seconds, threads=threads, seed=run, layers=False)
-        comparison = result["statistics"]["comparison"]
-        marks = {flag["flag"] for role in ("subject", "against") for flag in result["statistics"][role]["flags"]}
-        found.append({**comparison, "flags": sorted(marks)})
+        marks = {flag.flag for figures in result.statistics.sides() for flag in figures.flags}
+        found.append({**write_record(result.statistics.comparison), "flags": sorted(marks)})
     return found
 
 
@@ -93,8 +95,8 @@ def against_a_plain_loop(bundle: Path, rounds: int, seconds: float, threads: int
 def _by_profile(bundle: Path, seconds: float, threads: int) -> tuple[float, int]:
     """The median over blocks of a block's mean, and the queries of a block."""
     result = profile_bundle(bundle, seconds=seconds, threads=threads, layers=False)
-    size = result["method"]["block_queries"]["subject"]
-    latency = np.array(result["samples"]["subject"]["latency_ms"])
+    size = result.method.block_queries["subject"]
+    latency = np.array(result.samples.subject.latency_ms)
     return float(np.median(latency.reshape(-1, size).mean(axis=1))), size
 
 
@@ -111,7 +113,7 @@ def ratio(pairs: list[dict[str, float]]) -> dict[str, Any]:
     """Median over rounds of profile's time over the loop's, with its interval."""
     ratios = [pair["profile"] / pair["loop"] for pair in pairs]
     interval = stats.quantile_interval(ratios, 0.5)
-    return stats.estimate(float(np.median(ratios)), *interval, "order statistics of paired rounds")
+    return dict(write_record(stats.estimate(float(np.median(ratios)), *interval, "order statistics of paired rounds")))
 
 
 def show(statistics: dict[str, Any]) -> bool:
@@ -161,7 +163,7 @@ def main(bundle: Path | None, runs: int, rounds: int, seconds: float, threads: i
         status = stack.enter_context(err_console.status("exporting"))
         if bundle is None:
             bundle = export(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        subject = {"role": "subject"} | bundle_subject(bundle, open_bundle(bundle)) | {"path": bundle.name}
+        subject = replace(bundle_subject(bundle, open_bundle(bundle), "subject"), path=bundle.name)
         same = same_on_both_sides(bundle, runs, seconds, threads, status.update)
         plain = against_a_plain_loop(bundle, rounds, seconds, threads, status.update)
     quiet = sum(one["verdict"] == "no difference shown" for one in same)
@@ -174,7 +176,7 @@ def main(bundle: Path | None, runs: int, rounds: int, seconds: float, threads: i
         output.mkdir(parents=True, exist_ok=True)
         method = {"threads": threads, "seconds": seconds, "rounds": rounds, "required": REQUIRED}
         samples = {"same": same, "agreement": plain}
-        result = new_result("comparison", [subject], method, samples, statistics)
+        result = Result("comparison", [subject], method, samples, statistics)
         write_result(output / "profile_checks.json", result)
     sys.exit(not met)
 

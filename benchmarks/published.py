@@ -20,7 +20,7 @@ from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, attention_core, layer_costs
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 
 DEIT_S = ModelShape(depth=12, heads=6, width=384, hidden=1536, prefix=1, patches=196, patch=16)
 LV_S = ModelShape(depth=16, heads=6, width=384, hidden=1152, prefix=1, patches=196, patch=16)
@@ -75,8 +75,8 @@ def main(output: Path | None) -> None:
     if output:
         output.mkdir(parents=True, exist_ok=True)
         statistics = {r["name"]: {"difference": r["difference"]} for r in rows}
-        subject = {"path": "sparsifiner_edge/costs.py", "sha256": sha256(Path(costs_module.__file__))}
-        result = new_result("evaluation", [subject], {"unit": "million MACs"}, {"rows": rows}, statistics)
+        subject = Subject(path="sparsifiner_edge/costs.py", sha256=sha256(Path(costs_module.__file__)))
+        result = Result("evaluation", [subject], {"unit": "million MACs"}, {"rows": rows}, statistics)
         write_result(output / "published.json", result)
 
 

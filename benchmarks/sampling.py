@@ -20,6 +20,7 @@ from typing import Any
 import click
 import numpy as np
 import safetensors.numpy
+from msgspec.structs import asdict, replace
 
 from sparsifiner_edge import material
 from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
@@ -28,7 +29,8 @@ from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.client import Worker, start_worker
 from sparsifiner_edge.profiles.sensors import PowerSensor, Recorder, find_sensor
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.profiles.worker import Block, First, Load, Loaded
+from sparsifiner_edge.results import Result, write_result
 
 _LIMIT = 1.01
 _TIMEOUT_S = 900.0
@@ -56,7 +58,7 @@ def main(
             raise click.ClickException(f"{found.total}. Take --sensor files.")
         with err_console.status("exporting"):
             subject = bundle or _dense(folder)
-        described = bundle_subject(subject, open_bundle(subject)) | {"path": subject.name}
+        described = replace(bundle_subject(subject, open_bundle(subject)), path=subject.name)
         with start_worker() as worker, err_console.status("measuring") as status:
             block = _ready(worker, subject, threads, block_seconds)
             blocks = _in_turn(block, root, rounds, status.update)
@@ -66,7 +68,7 @@ def main(
     if output:
         method = {"sensor": found.describe(), "rounds": rounds, "block_seconds": block_seconds, "look_s": _LOOK_S}
         samples = {name: {"latency_ms": [b.tolist() for b in rows]} for name, rows in blocks.items()}
-        write_result(output, new_result("comparison", [described], method, samples, figures))
+        write_result(output, Result("comparison", [described], method, samples, figures))
 
 
 def _made_up(root: Path) -> Path:
@@ -90,12 +92,12 @@ def _dense(folder: Path) -> Path:
 
 def _ready(worker: Worker, bundle: Path, threads: int | None, seconds: float) -> Callable[[], np.ndarray[Any, Any]]:
     """Load and warm up; what it returns measures a block of about so many seconds."""
-    request = {"bundle": str(bundle.resolve()), "backend": "onnxruntime", "threads": threads, "kernels": "auto"}
-    worker.ask("load", _TIMEOUT_S, **request)
-    worker.ask("first", _TIMEOUT_S)
-    query_ms = float(np.median(worker.ask("block", _TIMEOUT_S, queries=10, rewarm=10)["latency_ms"]))
+    request = Load(bundle=str(bundle.resolve()), backend="onnxruntime", threads=threads)
+    worker.ask("load", _TIMEOUT_S, Loaded, **asdict(request))
+    worker.ask("first", _TIMEOUT_S, First)
+    query_ms = float(np.median(worker.ask("block", _TIMEOUT_S, Block, queries=10, rewarm=10).latency_ms))
     queries = max(5, round(seconds * 1000 / query_ms))
-    return lambda: np.array(worker.ask("block", _TIMEOUT_S, queries=queries, rewarm=2)["latency_ms"])
+    return lambda: np.array(worker.ask("block", _TIMEOUT_S, Block, queries=queries, rewarm=2).latency_ms)
 
 
 def _in_turn(

@@ -31,7 +31,7 @@ from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.camera import server as page_server
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.results import new_result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 
 LATENCY_S, CORES, DESCRIPTORS = 1.0, 0.1, 200
 SERVED = "sparsifiner_edge/camera/server.py"
@@ -199,10 +199,8 @@ def main() -> None:
     if given.output is not None:
         allowed = {"wait_s": LATENCY_S, "cores": CORES, "descriptors": DESCRIPTORS}
         method = {"connections": given.connections, "seconds": given.seconds, "allowed": allowed}
-        subject = {"path": SERVED, "sha256": sha256(Path(page_server.__file__))}
-        write_result(
-            given.output, new_result("evaluation", [subject], method, samples, {"kinds": figures, "wrong": wrong})
-        )
+        subject = Subject(path=SERVED, sha256=sha256(Path(page_server.__file__)))
+        write_result(given.output, Result("evaluation", [subject], method, samples, {"kinds": figures, "wrong": wrong}))
     raise SystemExit(1 if wrong else 0)
 
 
