@@ -309,7 +309,7 @@ def beside_paper(rows: dict[str, Any]) -> dict[str, Any]:
     if not all(pair):
         return {}
     ours, theirs = (np.asarray(row["samples"]["patches_cosine"]) for row in pair)
-    return stats.small_sample_mean(ours - theirs)
+    return dict(write_record(stats.small_sample_mean(ours - theirs)))
 
 
 def fashion_bundle(work: Path, label: str) -> Path:
