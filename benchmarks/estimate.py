@@ -30,7 +30,7 @@ from msgspec.structs import asdict
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.profiles.board import Board, load_board
+from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.profiles.roofline import CPU
 from sparsifiner_edge.results import Result, Subject, write_result

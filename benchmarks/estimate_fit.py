@@ -17,7 +17,7 @@ import numpy as np
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.profiles import roofline
-from sparsifiner_edge.profiles.board import Board, load_board
+from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.roofline import GPU, Calibration, Operator, Workload
 
 if sys.version_info >= (3, 11):

@@ -27,9 +27,9 @@ from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.profiles.client import Worker, start_worker
+from sparsifiner_edge.profiles.measure.client import Worker, start_worker
+from sparsifiner_edge.profiles.measure.worker import Block, First, Load, Loaded
 from sparsifiner_edge.profiles.sensors import PowerSensor, Recorder, find_sensor
-from sparsifiner_edge.profiles.worker import Block, First, Load, Loaded
 from sparsifiner_edge.results import Result, write_result
 
 _LIMIT = 1.01

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparsifiner_edge.evaluate.cosine import evaluate_student as evaluate_student
     from sparsifiner_edge.export.bundle import export_bundle as export_bundle
     from sparsifiner_edge.package import package_bundle as package_bundle
-    from sparsifiner_edge.profiles.latency import profile_bundle as profile_bundle
+    from sparsifiner_edge.profiles.profile import profile_bundle as profile_bundle
     from sparsifiner_edge.runtime import open_session as open_session
     from sparsifiner_edge.runtime.build import build_engine as build_engine
     from sparsifiner_edge.runtime.verify import verify_bundle as verify_bundle

@@ -19,7 +19,7 @@ from sparsifiner_edge.evaluate.explain import draw
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.files import write_bytes
 from sparsifiner_edge.profiles.figures import Method, ProfileResult, Samples
-from sparsifiner_edge.profiles.latency import profile_bundle
+from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable

@@ -18,7 +18,7 @@ from sparsifiner_edge.bundle.kernels import NAMESPACE, code_file, kernel_model, 
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export import board as boards
 from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
-from sparsifiner_edge.profiles.board import load_board
+from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.runtime import open_session
 from tests.commands import assert_refused, call, manifest_of
 from tests.sparse_graph import sparse_model

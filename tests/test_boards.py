@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.profiles.board import SUM, Board, board_names, load_board, parse_board, read_board
-from sparsifiner_edge.profiles.document import board_row, boards_markdown
+from sparsifiner_edge.profiles.boards.board import SUM, Board, board_names, load_board, parse_board, read_board
+from sparsifiner_edge.profiles.boards.table import board_row, boards_markdown
 from tests.commands import assert_refused, process
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -20,7 +20,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import KINDS, ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.profiles import roofline
-from sparsifiner_edge.profiles.board import Board, load_board
+from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.estimate import memory_bytes, model_of, peak_activations
 from sparsifiner_edge.profiles.roofline import CPU, GPU, IDEAL, Workload
 from tests.commands import assert_refused, process

@@ -11,9 +11,8 @@ from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.profiles import flags
 from sparsifiner_edge.profiles.flags import THRESHOLDS
-from sparsifiner_edge.profiles.kinds import KINDS
-from sparsifiner_edge.profiles.sensors.conditions import conditions, summarise_conditions
-from sparsifiner_edge.profiles.usage import (
+from sparsifiner_edge.profiles.measure.kinds import KINDS
+from sparsifiner_edge.profiles.measure.usage import (
     OtherUsage,
     ProcessUsage,
     Snapshot,
@@ -22,6 +21,7 @@ from sparsifiner_edge.profiles.usage import (
     usage_between,
     worker_usage,
 )
+from sparsifiner_edge.profiles.sensors.conditions import conditions, summarise_conditions
 
 NOTHING = ProcessUsage(cpu_s=0.0, major_faults=0, minor_faults=0, involuntary_switches=0)
 CALM = np.random.default_rng(0).normal(10.0, 0.1, 2000)

@@ -8,11 +8,11 @@ from onnx import TensorProto, helper
 
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.profiles import layers
-from sparsifiner_edge.profiles.attribution import find_places
-from sparsifiner_edge.profiles.kinds import KINDS, Row, by_kind
-from sparsifiner_edge.profiles.layers import measure_layers, read_trace
-from sparsifiner_edge.profiles.worker import fixed_inputs
+from sparsifiner_edge.profiles.measure import layers
+from sparsifiner_edge.profiles.measure.attribution import find_places
+from sparsifiner_edge.profiles.measure.kinds import KINDS, Row, by_kind
+from sparsifiner_edge.profiles.measure.layers import measure_layers, read_trace
+from sparsifiner_edge.profiles.measure.worker import fixed_inputs
 from sparsifiner_edge.records import write_record
 from tests.plain import profile_bundle
 from tests.tiny import make_bundle
@@ -107,8 +107,8 @@ def test_a_profile_has_layers_and_how_they_compare(exported):
 
 
 def test_a_profiler_that_fails_costs_the_layers_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsifiner_edge.profiles.latency.LOAD_TIMEOUT_S", 1e-3)
-    monkeypatch.setattr("sparsifiner_edge.profiles.client.Worker.ask", _ask_with_time(30))
+    monkeypatch.setattr("sparsifiner_edge.profiles.profile.LOAD_TIMEOUT_S", 1e-3)
+    monkeypatch.setattr("sparsifiner_edge.profiles.measure.client.Worker.ask", _ask_with_time(30))
     bundle = make_bundle(tmp_path / "b")
     figures = profile_bundle(bundle, seconds=0.05, min_queries=1, threads=1, power=False)["statistics"]["subject"]
     assert figures["queries"] > 0
@@ -117,7 +117,7 @@ def test_a_profiler_that_fails_costs_the_layers_alone(tmp_path, monkeypatch):
 
 
 def _ask_with_time(seconds):
-    from sparsifiner_edge.profiles.client import Worker
+    from sparsifiner_edge.profiles.measure.client import Worker
 
     ask = Worker.ask
     return lambda self, op, wait_s, form, **more: ask(self, op, wait_s if op == "layers" else seconds, form, **more)

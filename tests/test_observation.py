@@ -9,12 +9,12 @@ import types
 
 import pytest
 
-from sparsifiner_edge.profiles import observation
-from sparsifiner_edge.profiles.client import Worker
 from sparsifiner_edge.profiles.figures import ProfileResult
+from sparsifiner_edge.profiles.measure import observe as observation
+from sparsifiner_edge.profiles.measure.client import Worker
+from sparsifiner_edge.profiles.measure.worker import _Worker
 from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.sensors import PowerSensor, Reading
-from sparsifiner_edge.profiles.worker import _Worker
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.runtime.cuda import Times
 from tests.plain import profile_bundle

@@ -13,10 +13,10 @@ from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.profiles.client import start_worker
 from sparsifiner_edge.profiles.figures import ProfileResult
-from sparsifiner_edge.profiles.memory import Memory
-from sparsifiner_edge.profiles.worker import Block, Loaded, fixed_inputs
+from sparsifiner_edge.profiles.measure.client import start_worker
+from sparsifiner_edge.profiles.measure.memory import Memory
+from sparsifiner_edge.profiles.measure.worker import Block, Loaded, fixed_inputs
 from sparsifiner_edge.results import check_result
 from tests.plain import profile_bundle, read_memory
 from tests.tiny import make_bundle
@@ -323,7 +323,7 @@ def test_an_error_in_the_worker_keeps_its_message(tmp_path):
 
 def test_prints_of_libraries_do_not_reach_the_replies():
     code = (
-        "import os, sparsifiner_edge.profiles.worker as w\n"
+        "import os, sparsifiner_edge.profiles.measure.worker as w\n"
         "answer = w._answer\n"
         "def noisy(*a):\n    print('noise', flush=True); os.write(1, b'more noise\\n'); return answer(*a)\n"
         "w._answer = noisy\nw.main()"
@@ -338,7 +338,7 @@ def test_prints_of_libraries_do_not_reach_the_replies():
 
 def test_a_worker_ends_with_its_parent(bundles):
     code = (
-        "import sys, time\nfrom sparsifiner_edge.profiles.client import start_worker\n"
+        "import sys, time\nfrom sparsifiner_edge.profiles.measure.client import start_worker\n"
         "with start_worker() as worker:\n"
         "    worker.ask('memory', 60, dict)\n    print(worker.pid, flush=True)\n    time.sleep(600)"
     )
@@ -392,6 +392,6 @@ def test_bad_settings_are_refused_at_once(bundles, changes, error, message):
 def test_measuring_needs_no_torch():
     code = (
         "import sys\nfor name in ('torch', 'timm', 'onnx'): sys.modules[name] = None\n"
-        "import sparsifiner_edge.profiles.worker, sparsifiner_edge.profiles.latency"
+        "import sparsifiner_edge.profiles.measure.worker, sparsifiner_edge.profiles.profile"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

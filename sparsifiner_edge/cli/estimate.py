@@ -37,8 +37,8 @@ def command(
     output: Path | None,
 ) -> None:
     """Estimate latency, memory and energy of BUNDLE on a board that is not at hand. Nothing is measured."""
-    from sparsifiner_edge.profiles.board import board_names, load_board, read_board
-    from sparsifiner_edge.profiles.document import COLUMNS, board_row
+    from sparsifiner_edge.profiles.boards.board import board_names, load_board, read_board
+    from sparsifiner_edge.profiles.boards.table import COLUMNS, board_row
     from sparsifiner_edge.profiles.estimate import estimate_bundle
     from sparsifiner_edge.records import write_record
     from sparsifiner_edge.results import write_result

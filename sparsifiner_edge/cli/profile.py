@@ -166,7 +166,7 @@ def _remarks(figure: Figures) -> list[str]:
 
 
 def _print_layers(name: str, figure: Figures) -> None:
-    from sparsifiner_edge.profiles.kinds import by_kind
+    from sparsifiner_edge.profiles.measure.kinds import by_kind
 
     rows, total, compared = figure.layers, figure.layers_total_ms, figure.layers_compared
     if isinstance(rows, Unavailable):

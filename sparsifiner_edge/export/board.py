@@ -23,7 +23,7 @@ from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_plan
 from sparsifiner_edge.ops.triton.plan import OPERATORS_PLANNED, Buffer, Plan, plan_select, refusals
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend
-from sparsifiner_edge.profiles.board import Board
+from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.text import dump_json
 
 PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}

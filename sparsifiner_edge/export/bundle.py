@@ -40,7 +40,7 @@ from sparsifiner_edge.export.retile import with_tile
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
-from sparsifiner_edge.profiles.board import load_board
+from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_PICTURES, Student, load_dense, load_student

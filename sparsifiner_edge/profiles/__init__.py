@@ -1,6 +1,6 @@
 """Measuring a bundle: isolated worker processes, latency, memory, power, layers, and the comparison of two bundles."""
 
-from sparsifiner_edge.profiles.latency import profile_bundle
+from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.profiles.rules import RULES
 from sparsifiner_edge.profiles.sweep import parse_axes, sweep_bundle
 

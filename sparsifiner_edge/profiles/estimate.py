@@ -16,7 +16,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.profiles import roofline
-from sparsifiner_edge.profiles.board import Board, load_board
+from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.roofline import CPU, GPU, IDEAL, SIZES, SPARSE, Calibration, Cost, Workload
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Declared
@@ -146,7 +146,7 @@ def estimate_bundle(
     Args:
         bundle: its manifest says what there is to compute.
         board: a name, a TOML file, or one that was loaded.
-        precision: one of `sparsifiner_edge.profiles.board.PRECISIONS`; None takes the bundle's.
+        precision: one of `sparsifiner_edge.profiles.boards.board.PRECISIONS`; None takes the bundle's.
         power_mode: name or number; None takes full clocks.
         kernels: "native", "portable" (function bodies), or "auto": on a CPU native; on a GPU native where the bundle
             carries kernels compiled for its SM.

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import msgspec
 
-from sparsifiner_edge.profiles.comparison import Comparison
 from sparsifiner_edge.profiles.flags import Flag
-from sparsifiner_edge.profiles.kinds import Row
-from sparsifiner_edge.profiles.memory import Bytes, Phase
+from sparsifiner_edge.profiles.measure.comparison import Comparison
+from sparsifiner_edge.profiles.measure.kinds import Row
+from sparsifiner_edge.profiles.measure.memory import Bytes, Phase
+from sparsifiner_edge.profiles.measure.side import WarmUp
+from sparsifiner_edge.profiles.measure.usage import Usage
 from sparsifiner_edge.profiles.rules import Mlperf, Rules
 from sparsifiner_edge.profiles.sensors import Energy
 from sparsifiner_edge.profiles.sensors.base import Described
 from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.sensors.recorder import Columns
-from sparsifiner_edge.profiles.sides import WarmUp
 from sparsifiner_edge.profiles.stats import Summary
-from sparsifiner_edge.profiles.usage import Usage
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Declared
 from sparsifiner_edge.runtime.session import Description

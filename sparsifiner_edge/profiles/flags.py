@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from sparsifiner_edge.profiles.measure.usage import Usage
 from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.stats import Samples, percentile, quantile_interval
-from sparsifiner_edge.profiles.usage import Usage
 from sparsifiner_edge.records import Unavailable
 
 THRESHOLDS: dict[str, float] = {

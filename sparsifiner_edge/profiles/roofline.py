@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs
-from sparsifiner_edge.profiles.board import Board
+from sparsifiner_edge.profiles.boards.board import Board
 
 SIZES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}
 """Bytes of an element in memory."""

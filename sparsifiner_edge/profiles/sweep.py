@@ -15,12 +15,12 @@ from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import flags, stats
-from sparsifiner_edge.profiles.client import start_worker
 from sparsifiner_edge.profiles.figures import Input, SideSamples
-from sparsifiner_edge.profiles.observation import settling
+from sparsifiner_edge.profiles.measure.client import start_worker
+from sparsifiner_edge.profiles.measure.observe import settling
+from sparsifiner_edge.profiles.measure.side import LOAD_TIMEOUT_S, Clock, Side, WarmUp, load_side, measure, warm_up
+from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.profiles.rules import Rules, make_rules
-from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Side, WarmUp, load_side, measure, warm_up
-from sparsifiner_edge.profiles.worker import Load
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Declared
 from sparsifiner_edge.runtime.open import check_backend, check_kernels

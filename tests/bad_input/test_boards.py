@@ -13,7 +13,7 @@ import pytest
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.export.board import _toolkit
-from sparsifiner_edge.profiles.board import load_board, parse_board, read_board
+from sparsifiner_edge.profiles.boards.board import load_board, parse_board, read_board
 from sparsifiner_edge.toml import MAX_TOML, parse_toml, read_toml
 from tests.commands import assert_refused, process
 from tests.fuzz.mutate import mutated_toml

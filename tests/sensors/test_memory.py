@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsifiner_edge.profiles.memory import SOURCES, MemoryPhases
+from sparsifiner_edge.profiles.measure.memory import SOURCES, MemoryPhases
 from sparsifiner_edge.records import Unavailable, write_record
 from tests.plain import read_memory
 from tests.sensors.trees import write_tree

@@ -8,7 +8,7 @@ import time
 import pynvml
 import pytest
 
-from sparsifiner_edge.profiles.memory import MemoryPhases
+from sparsifiner_edge.profiles.measure.memory import MemoryPhases
 from sparsifiner_edge.profiles.sensors import Recorder, find_sensor
 from sparsifiner_edge.profiles.sensors.nvml import THROTTLING
 from tests.plain import conditions, energy

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparsifiner_edge.export.board import board_files
-from sparsifiner_edge.profiles.board import load_board
+from sparsifiner_edge.profiles.boards.board import load_board
 from tests.fakes import record_tensorrt
 from tests.sparse_graph import sparse_model
 from tests.tables import table_of

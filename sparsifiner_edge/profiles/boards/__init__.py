@@ -1,1 +1,1 @@
-"""One TOML file per board; `sparsifiner_edge.profiles.board` reads and checks them."""
+"""One TOML file per board; `sparsifiner_edge.profiles.boards.board` reads and checks them."""

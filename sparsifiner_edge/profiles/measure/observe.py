@@ -8,7 +8,16 @@ from msgspec.structs import asdict
 
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import Figures, Phases, SideSamples
-from sparsifiner_edge.profiles.memory import SOURCES, Memory
+from sparsifiner_edge.profiles.measure.memory import SOURCES, Memory
+from sparsifiner_edge.profiles.measure.side import Clock, Side, measure, warm_up
+from sparsifiner_edge.profiles.measure.usage import (
+    ProcessUsage,
+    Usage,
+    process_usage,
+    snapshot,
+    usage_between,
+    worker_usage,
+)
 from sparsifiner_edge.profiles.rules import Rules, mlperf_figures
 from sparsifiner_edge.profiles.sensors import (
     Energy,
@@ -22,8 +31,6 @@ from sparsifiner_edge.profiles.sensors import (
 )  # fmt: skip
 from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.sensors.find import no_sensor
-from sparsifiner_edge.profiles.sides import Clock, Side, measure, warm_up
-from sparsifiner_edge.profiles.usage import ProcessUsage, Usage, process_usage, snapshot, usage_between, worker_usage
 from sparsifiner_edge.records import MISSING, Known, Unavailable
 
 _IDLE_S = (0.5, 3.0)

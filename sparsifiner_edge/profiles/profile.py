@@ -11,8 +11,6 @@ from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.profiles import flags, stats
-from sparsifiner_edge.profiles.client import start_worker
-from sparsifiner_edge.profiles.comparison import compare, two_names
 from sparsifiner_edge.profiles.figures import (
     Figures,
     Input,
@@ -22,12 +20,14 @@ from sparsifiner_edge.profiles.figures import (
     Samples,
     Statistics,
 )
-from sparsifiner_edge.profiles.layers import LayerTimes
-from sparsifiner_edge.profiles.memory import SOURCES
-from sparsifiner_edge.profiles.observation import Observation, observe, side_figures, side_samples
+from sparsifiner_edge.profiles.measure.client import start_worker
+from sparsifiner_edge.profiles.measure.comparison import compare, two_names
+from sparsifiner_edge.profiles.measure.layers import LayerTimes
+from sparsifiner_edge.profiles.measure.memory import SOURCES
+from sparsifiner_edge.profiles.measure.observe import Observation, observe, side_figures, side_samples
+from sparsifiner_edge.profiles.measure.side import LOAD_TIMEOUT_S, Clock, Side, load_side
+from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.profiles.rules import RULES, make_rules
-from sparsifiner_edge.profiles.sides import LOAD_TIMEOUT_S, Clock, Side, load_side
-from sparsifiner_edge.profiles.worker import Load
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.open import check_backend, check_kernels

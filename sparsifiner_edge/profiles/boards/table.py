@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsifiner_edge.profiles.board import Board, board_names, load_board
+from sparsifiner_edge.profiles.boards.board import Board, board_names, load_board
 
 COLUMNS = (
     "board",

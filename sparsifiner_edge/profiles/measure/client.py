@@ -53,5 +53,5 @@ class Worker:
 @contextlib.contextmanager
 def start_worker() -> Iterator[Worker]:
     """A fresh worker, killed when the block ends, by whatever way."""
-    with start_child("sparsifiner_edge.profiles.worker") as child:
+    with start_child("sparsifiner_edge.profiles.measure.worker") as child:
         yield Worker(child)

@@ -10,10 +10,10 @@ import msgspec
 import numpy as np
 from msgspec.structs import asdict
 
-from sparsifiner_edge.profiles.client import Worker
-from sparsifiner_edge.profiles.memory import MemoryPhases
+from sparsifiner_edge.profiles.measure.client import Worker
+from sparsifiner_edge.profiles.measure.memory import MemoryPhases
+from sparsifiner_edge.profiles.measure.worker import Block, First, Load, Loaded
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS, Rules
-from sparsifiner_edge.profiles.worker import Block, First, Load, Loaded
 from sparsifiner_edge.progress import Progress
 
 LOAD_TIMEOUT_S = 900.0

@@ -1,4 +1,4 @@
-"""The measured process: `python -m sparsifiner_edge.profiles.worker`, one JSON request and one JSON reply per line.
+"""The measured process, `python -m sparsifiner_edge.profiles.measure.worker`: a JSON request and a JSON reply per line.
 
     {"op": "load", "bundle": ..., "backend": ..., "threads": ..., "kernels": ..., "batch": ...}
                                                                     -> times, input and memory of loading
@@ -25,8 +25,8 @@ import numpy as np
 
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, SparsifinerError
-from sparsifiner_edge.profiles.memory import Memory, read_memory
-from sparsifiner_edge.profiles.usage import ProcessUsage, process_usage
+from sparsifiner_edge.profiles.measure.memory import Memory, read_memory
+from sparsifiner_edge.profiles.measure.usage import ProcessUsage, process_usage
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import Parent
@@ -34,7 +34,7 @@ from sparsifiner_edge.runtime.open import load_backend
 from sparsifiner_edge.runtime.session import Array, Description
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.profiles.layers import LayerTimes
+    from sparsifiner_edge.profiles.measure.layers import LayerTimes
 
 SEED = 0
 
@@ -174,7 +174,9 @@ class _Worker:
         return self._loaded().description
 
     def layers(self, query_ms: float, **given: Any) -> LayerTimes:
-        from sparsifiner_edge.profiles.layers import measure_layers  # imports onnx, which measuring has no use for
+        from sparsifiner_edge.profiles.measure.layers import (
+            measure_layers,  # imports onnx, which measuring has no use for
+        )
 
         asked = Load(**given)
 

@@ -18,7 +18,7 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle, read_listed
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.profiles.kinds import Row, merge
+from sparsifiner_edge.profiles.measure.kinds import Row, merge
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.ort import load_backend, native_library
 from sparsifiner_edge.runtime.session import Array, Session
@@ -95,7 +95,7 @@ def _require_trace(session: Session) -> None:
 def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int) -> LayerTimes:
     import onnx
 
-    from sparsifiner_edge.profiles.attribution import find_places, operator_of, place_nodes
+    from sparsifiner_edge.profiles.measure.attribution import find_places, operator_of, place_nodes
 
     with scratch_folder() as folder:
         trace = _run_profiled(model, folder, threads, kernels, inputs, queries + _WARM_UP)
@@ -180,7 +180,7 @@ def _named_rows(times: object, model: bytes) -> list[Row]:
     """Rows of a profiler that gives names alone: a fused layer's name holds those of its nodes, joined by "+"."""
     import onnx
 
-    from sparsifiner_edge.profiles.attribution import find_places
+    from sparsifiner_edge.profiles.measure.attribution import find_places
 
     exported = onnx.load_from_string(model)
     places = find_places(exported)

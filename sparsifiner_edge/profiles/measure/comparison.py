@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.profiles.sides import Side
+from sparsifiner_edge.profiles.measure.side import Side
 from sparsifiner_edge.results import Estimate, Subject
 
 
