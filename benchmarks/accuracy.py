@@ -40,7 +40,8 @@ from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe, write_head
-from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_student
+from sparsifiner_edge.evaluate.cosine import CosineResult
+from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.files import locked

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sparsifiner_edge.config import SparsityConfig as SparsityConfig
     from sparsifiner_edge.distill.distill import distill_student as distill_student
     from sparsifiner_edge.errors import SparsifinerError as SparsifinerError
-    from sparsifiner_edge.evaluate.cosine import evaluate_student as evaluate_student
+    from sparsifiner_edge.evaluate.evaluate import evaluate_student as evaluate_student
     from sparsifiner_edge.export.bundle import export_bundle as export_bundle
     from sparsifiner_edge.package import package_bundle as package_bundle
     from sparsifiner_edge.profiles.profile import profile_bundle as profile_bundle
@@ -36,12 +36,12 @@ _HOMES = {
     "SparsifinerError": "errors",
     "build_engine": "runtime.build",
     "distill_student": "distill.distill",
-    "evaluate_student": "evaluate.cosine",
+    "evaluate_student": "evaluate.evaluate",
     "export_bundle": "export.bundle",
     "load_student": "sparse.student",
     "open_session": "runtime",
     "package_bundle": "package",
-    "profile_bundle": "profiles.latency",
+    "profile_bundle": "profiles.profile",
     "restore_model": "sparse.in_memory",
     "sparsify": "sparse.student",
     "sparsify_model": "sparse.in_memory",
@@ -52,7 +52,7 @@ _EXTRAS = {
     "sparse.student": "train",
     "distill.distill": "train",
     "export.bundle": "train,cpu",
-    "evaluate.cosine": "train,cpu",
+    "evaluate.evaluate": "train,cpu",
 }
 _OPTIONAL = ("torch", "torchvision", "accelerate", "timm", "safetensors", "onnxscript", "onnxruntime", "PIL")
 

@@ -14,7 +14,8 @@ from sparsifiner_edge import material
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult, evaluate_student
+from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult
+from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.explain import draw
 from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.files import write_bytes

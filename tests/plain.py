@@ -21,7 +21,7 @@ def _plain(module: str, name: str) -> Callable[..., Any]:
 profile_bundle = _plain("profiles", "profile_bundle")
 sweep_bundle = _plain("profiles", "sweep_bundle")
 estimate_bundle = _plain("profiles.estimate", "estimate_bundle")
-evaluate_student = _plain("evaluate.cosine", "evaluate_student")
+evaluate_student = _plain("evaluate.evaluate", "evaluate_student")
 evaluate_classes = _plain("evaluate.classes", "evaluate_classes")
 write_report = _plain("report", "write_report")
 energy = _plain("profiles.sensors", "energy")

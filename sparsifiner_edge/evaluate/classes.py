@@ -15,16 +15,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
-from sparsifiner_edge.evaluate.extract import ONNXRUNTIME, Extractor, Runner, open_subject, open_teacher
+from sparsifiner_edge.evaluate.extract import ONNXRUNTIME, Extractor, Runner, open_subject, open_teacher, with_roles
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.pictures import evenly
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.results import Declared, Estimate, Subject
+from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.student import Student, checked_labels, load_student, save_student
 
@@ -141,11 +140,6 @@ def evaluate_classes(
     answered = Answered(**{f"{role}_right": values.astype(int).tolist() for role, values in right.items()})
     compared = accuracy_statistics(right["subject"], right["teacher"])
     return ClassResult("evaluation", with_roles(ours, teacher), method, answered, compared)
-
-
-def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:
-    """How a result names the two."""
-    return [replace(subject.about, role="subject"), replace(teacher.about, role="teacher")]
 
 
 class _Count:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
+from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
 from sparsifiner_edge.bundle.manifest import required
@@ -141,3 +142,8 @@ def _bundle(folder: Path, runner: Runner) -> Iterator[Extractor]:
         prefix = required(manifest.tokens, "tokens", folder).prefix
         labels = tuple(read_labels(manifest, folder))
         yield Extractor(extract, size, prefix, about, session.description, labels)
+
+
+def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:
+    """How a result names the two."""
+    return [replace(subject.about, role="subject"), replace(teacher.about, role="teacher")]

@@ -68,7 +68,7 @@ def bundle(good: Path) -> None:
 
 def results(good: Path) -> None:
     """One result of each kind."""
-    from sparsifiner_edge.evaluate.cosine import evaluate_student
+    from sparsifiner_edge.evaluate.evaluate import evaluate_student
     from sparsifiner_edge.profiles import profile_bundle, sweep_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle
     from sparsifiner_edge.results import write_result
