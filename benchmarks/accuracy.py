@@ -46,6 +46,7 @@ from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.files import locked
 from sparsifiner_edge.pictures import evenly, list_pictures, open_picture
 from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import new_result, write_result
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
@@ -263,7 +264,7 @@ def train(work: Path, only: tuple[str, ...], overrides: tuple[str, ...]) -> None
                 **teacher,
             )
         minutes = (time.monotonic() - start) / 60
-        click.echo(f"{name}: {minutes:.1f} minutes, {json.dumps(summary['fidelity'])}, kept {summary['kept']}")
+        click.echo(f"{name}: {minutes:.1f} minutes, {json.dumps(write_record(summary.fidelity))}, kept {summary.kept}")
 
 
 def finer(work: Path, source: Path, tile: int, probe: int) -> Path:
