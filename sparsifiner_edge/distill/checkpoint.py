@@ -23,7 +23,7 @@ CHECKPOINT, HISTORY = "checkpoint.pt", "history.jsonl"
 ANEW = "Remove its folder to start again, or give another -o."
 _MOST_HISTORY = 1 << 30
 """Bytes: some five million steps."""
-Weights: TypeAlias = dict[str, Tensor]
+Tensors: TypeAlias = dict[str, Tensor]
 Fingerprint: TypeAlias = dict[str, str | bool | int | float]
 """What must be the same for a training to be resumed."""
 
@@ -41,14 +41,14 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
     fidelity: dict[int, float]
     cosines: dict[int, list[float]]
     best_step: int
-    best: Weights
+    best: Tensors
     unreadable: set[str]
 
 
 class Optimiser(msgspec.Struct, forbid_unknown_fields=True):
     """Moments by the parameters' numbers, and groups, of which nothing is read."""
 
-    state: dict[int, Weights]
+    state: dict[int, Tensors]
     param_groups: object
 
 
@@ -61,9 +61,9 @@ class Checkpoint(msgspec.Struct, forbid_unknown_fields=True):
     """
 
     fingerprint: Fingerprint
-    student: Weights
+    student: Tensors
     optimiser: Optimiser
-    average: Weights | None
+    average: Tensors | None
     scaler: dict[str, int | float] | None
     recent: list[float]
     state: State
@@ -170,7 +170,7 @@ def _same_kind(found: Tensor, like: Tensor) -> bool:
     return found.layout is torch.strided and found.device.type == "cpu" and bool(torch.isfinite(found).all())
 
 
-def require_moments(found: dict[int, Weights], optimiser: Any) -> None:
+def require_moments(found: dict[int, Tensors], optimiser: Any) -> None:
     """Refuse what AdamW would not have kept of its parameters; those that never had a gradient have none.
 
     Raises:
