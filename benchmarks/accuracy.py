@@ -265,7 +265,7 @@ def train(work: Path, only: tuple[str, ...], overrides: tuple[str, ...]) -> None
                 **teacher,
             )
         minutes = (time.monotonic() - start) / 60
-        click.echo(f"{name}: {minutes:.1f} minutes, {json.dumps(summary['fidelity'])}, kept {summary['kept']}")
+        click.echo(f"{name}: {minutes:.1f} minutes, {json.dumps(write_record(summary.fidelity))}, kept {summary.kept}")
 
 
 def finer(work: Path, source: Path, tile: int, probe: int) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,7 +61,7 @@ def blocks(file: BinaryIO, path: Path, most: int) -> Iterator[bytes]:
 
 
 def read_json(path: Path, schema: int) -> dict[str, Any]:
-    """Read a JSON object that carries `schema_version`.
+    """Read a JSON object that carries `schema_version`: a dict of whatever stands there; see `records.read_record`.
 
     Raises:
         ArtifactError: missing, not a regular file, larger than 64 MiB, not JSON, or of a newer schema than `schema`.
@@ -86,7 +86,7 @@ def parse_json(text: bytes, path: Path, schema: int) -> dict[str, Any]:
     return dict(content)
 
 
-def field(content: dict[str, Any], origin: Path, name: str, kind: type) -> Any:
+def field(content: object, origin: Path, name: str, kind: type) -> Any:
     """The entry `name` (dotted where nested) of what was read from `origin`.
 
     Raises:
@@ -165,7 +165,7 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
         yield scratch
 
 
-def leftovers(folder: Path, manifest: Mapping[str, Any]) -> list[Path]:
+def leftovers(folder: Path, manifest: Any) -> list[Path]:
     """Files in a bundle that builds left which were killed: in scratch folders, and engines that nothing lists."""
     known, engines = manifest.get("files", {}), folder / ENGINE_FOLDER
     built = [] if engines.is_symlink() else list(engines.glob("*.engine"))

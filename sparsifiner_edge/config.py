@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from sparsifiner_edge.bounds import MOST_COUNT, decimal_number, is_number, whole_number
 from sparsifiner_edge.errors import ConfigError
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, float]] = {
     "edge": {},
     "paper": {"tile": 1, "probe": 1, "cells": 0, "value_power": 0.0},
 }
@@ -210,7 +210,7 @@ class SparsityConfig:
             cells=math.ceil(patches / cell) if cell else 0,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, str | float | list[int] | list[list[float]]]:
         """JSON-ready fields."""
         lists = {"dense_layers": list(self.dense_layers), "token_keep": [list(pair) for pair in self.token_keep]}
         return dataclasses.asdict(self) | lists
@@ -227,12 +227,14 @@ class SparsityConfig:
         return cls(**{"preset": preset, **PRESETS[preset], **given})
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> SparsityConfig:
+    def from_dict(cls, fields: object) -> SparsityConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            ConfigError: a field is unknown or out of range.
+            ConfigError: it is no dict, or a field is unknown or out of range.
         """
+        if not isinstance(fields, dict):
+            raise ConfigError(f"sparsity is {json.dumps(fields):.60}, not dict.", "Give the fields by their names.")
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         _require(not unknown, f"unknown sparsity field {unknown}.", f"Known fields: {', '.join(sorted(known))}.")

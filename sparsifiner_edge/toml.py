@@ -19,8 +19,8 @@ MAX_TOML = 1 << 15
 """Bytes; the largest file of ours has 4,000. Readers take time that grows with the square of the parts of a name."""
 
 
-def read_toml(path: Path, fix: str) -> dict[str, Any]:
-    """The content of a TOML file.
+def read_toml(path: Path, fix: str) -> Any:
+    """The content of a TOML file: a dict of whatever stands there; see `records.read_record`.
 
     Args:
         path: the file, or a link to it.
@@ -39,7 +39,7 @@ def read_toml(path: Path, fix: str) -> dict[str, Any]:
     return parse_toml(text, str(path), fix)
 
 
-def parse_toml(text: str, origin: str, fix: str) -> dict[str, Any]:
+def parse_toml(text: str, origin: str, fix: str) -> Any:
     """The content of TOML text; `origin` and `fix` stand in messages.
 
     Raises:
@@ -47,7 +47,7 @@ def parse_toml(text: str, origin: str, fix: str) -> dict[str, Any]:
             takes a value says what it must be.
     """
     try:
-        content: dict[str, Any] = tomllib.loads(text)
+        content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # Each kind of damage has a ValueError of its own.
         raise ConfigError(f"{origin} is no TOML: {error}.", fix) from error
     found = flaw(content, finite=False)

@@ -25,6 +25,7 @@ from sparsifiner_edge.distill.parameters import choose_parameters
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, PictureError
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.models import normalise
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import PROGRAM, assert_refused, call, process
@@ -67,11 +68,13 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
         start, folder, tmp_path / "out", overrides=changes,
         progress=lambda _, done, total: steps.append((done, total)), tensorboard=True,
     )  # fmt: skip
+    assert summary.fidelity.best is not None
+    assert summary.fidelity.start is not None
     assert steps == [(n, 30) for n in range(1, 31)]
-    assert summary["fidelity"]["best"] > summary["fidelity"]["start"]
+    assert summary.fidelity.best > summary.fidelity.start
     trained = load_student(tmp_path / "out")
-    assert trained.provenance["training"] == json.loads(json.dumps(summary))
-    assert summary["pictures"]["trained on"] == 10
+    assert trained.provenance.training == json.loads(json.dumps(write_record(summary)))
+    assert summary.pictures.trained_on == 10
     assert not (tmp_path / "out.training" / checkpoint.CHECKPOINT).exists()
     assert list((tmp_path / "out.training" / "tensorboard").iterdir())
     before = load_student(start).model.state_dict()
@@ -83,7 +86,7 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
 def test_never_worse_than_the_start(folder: Path, start: Path, tmp_path: Path) -> None:
     wild = (*SHORT, "distil.learning_rate=0.3", "distil.predictor_learning_rate=1.0", "explosion=1e9")
     summary = distill_student(start, folder, tmp_path / "out", overrides=wild)
-    assert summary["kept"] == "the untrained start"
+    assert summary.kept == "the untrained start"
     before, after = load_student(start).model.state_dict(), load_student(tmp_path / "out").model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
@@ -131,7 +134,7 @@ def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Pat
     for command in ([sys.executable, *given, str(tmp_path / "one"), "4"], [*launch, str(tmp_path / "two"), "2"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
-    trainings = [load_student(tmp_path / x).provenance["training"] for x in ("two", "one")]
+    trainings = [load_student(tmp_path / x).provenance.training for x in ("two", "one")]
     assert trainings[0]["processes"] == 2
     assert len(trainings[0]["pictures"]["unreadable"]) == 3
     assert trainings[0]["pictures"] == trainings[1]["pictures"]
@@ -178,8 +181,8 @@ def test_weights_are_kept_only_once_their_loss_is_known(
         distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "save_every=1"))
     assert "checkpoint, of step 2" in caught.value.fix
     content = checkpoint.load(tmp_path / "out.training")
-    assert content["state"]["step"] == 2
-    assert all(bool(torch.isfinite(v).all()) for v in content["student"].values())
+    assert content.state.step == 2
+    assert all(bool(torch.isfinite(v).all()) for v in content.student.values())
 
 
 def test_unreadable_pictures_are_skipped_counted_and_listed(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -332,7 +335,7 @@ def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pyte
     # The first phase's losses are a hundredth of the second's: no explosion, another phase.
     phases = (*SHORT, "reconstruct.steps=5", "reconstruct.learning_rate=0.0", "losses.selection=0.001", "explosion=3.0")
     summary = distill_student(start, folder, tmp_path / "out", overrides=phases)
-    assert summary["steps"] == 11
+    assert summary.steps == 11
     entries = [set(e) for e in history(tmp_path / "out") if "loss" in e]
     assert all(entry == {"step", "loss", "selection"} for entry in entries[:5])
     assert all("patches" in entry for entry in entries[5:])

@@ -19,10 +19,11 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.losses import Distiller, at_positions
-from sparsifiner_edge.distill.parameters import digest, parameter_groups
+from sparsifiner_edge.distill.parameters import digest, make_optimiser
 from sparsifiner_edge.distill.recipe import Losses, Phase, Pictures, Recipe, names, read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator, together
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import dense_twin, save_student
@@ -168,7 +169,7 @@ def test_training_on_data_sets_of_timm(reader: str, folder: Path, tmp_path: Path
     summary = distill_student(
         start, root, tmp_path / "out", dataset=reader, held_out=held_out, labels=True, overrides=steps
     )
-    assert summary["steps"] == 3  # half of twelve, two at a time
+    assert summary.steps == 3  # half of twelve, two at a time
 
 
 def test_a_stream_tells_the_length_of_one_process_alone(folder: Path, tmp_path: Path) -> None:
@@ -281,7 +282,7 @@ def test_recipes() -> None:
     recipe = read_recipe("cpu", ["distil.steps=7", "budgets.keep=[0.3]", "precision=bf16", "distil.learning_rate=2e-6"])
     assert (recipe.distil.steps, recipe.budgets.keep, recipe.precision) == (7, (0.3,), "bf16")
     assert recipe.distil.learning_rate == 2e-6
-    assert json.loads(json.dumps(recipe.to_dict()))["distil"]["steps"] == 7
+    assert json.loads(json.dumps(write_record(recipe)))["distil"]["steps"] == 7
 
 
 @pytest.mark.parametrize(
@@ -313,8 +314,8 @@ def test_a_large_epsilon_spares_weights_whose_gradients_are_small() -> None:
     moved = {}
     for epsilon in (1e-8, 1.0):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        groups = parameter_groups(model, Recipe(epsilon=epsilon))
-        optimiser = torch.optim.AdamW(groups, lr=1e-3)
+        optimiser = make_optimiser(model, Recipe(epsilon=epsilon))
+        assert {group["lr"] for group in optimiser.param_groups} == {1e-3}
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3)
         optimiser.step()

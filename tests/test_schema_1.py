@@ -15,7 +15,8 @@ from sparsifiner_edge.bundle.manifest import parse_manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.sparse.student import load_student
+from sparsifiner_edge.records import write_record
+from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call
 from tests.models import TINY, images, student, vit
 from tests.plain import estimate_bundle, read_result
@@ -74,5 +75,9 @@ def test_a_student(tmp_path: Path) -> None:
     config["weights_sha256"] = sha256(tmp_path / WEIGHTS_FILE)
     (tmp_path / STUDENT_FILE).write_text(json.dumps(config))
     loaded = load_student(tmp_path)
+    assert write_record(loaded.provenance) == config["provenance"]
+    assert loaded.sparsity.to_dict() == config["sparsity"]
+    save_student(loaded, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / STUDENT_FILE).read_text()) == config
     x = images(vit())
     assert torch.equal(loaded.model(x), made.model(x))

@@ -272,7 +272,8 @@ def test_calibration_is_recorded_and_repeatable(tmp_path: Path) -> None:
     for number in range(3):
         Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
     first, second = (calibrate_student(student(), tmp_path) for _ in range(2))
-    assert first.provenance["calibration"]["files"] == ["0.png", "1.png", "2.png"]
+    assert first.provenance.calibration is not None
+    assert first.provenance.calibration.files == ["0.png", "1.png", "2.png"]
     for a, b in zip(sparse_layers(first.model), sparse_layers(second.model), strict=True):
         assert torch.equal(a.select.proj_q, b.select.proj_q)
 

@@ -211,13 +211,14 @@ class Capture:
                     raise WireError("the end of a live source")
                 self.failure = self._reason(header.reason)
                 return True
-            # Connecting has time limits of its own; those of the watchdog only come after them.
-            allowed = self._stall_s if isinstance(header, FrameHeader) else 2 * self._stall_s + 5
             if isinstance(header, FrameHeader):
+                allowed = self._stall_s
                 self._frame(header, message.pictures)
                 self._status.count("bad_packets", max(0, header.bad_packets - bad))
                 bad = header.bad_packets
             else:
+                # Connecting has time limits of its own; those of the watchdog only come after them.
+                allowed = 2 * self._stall_s + 5
                 self._state(header)
         return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,7 +16,11 @@ from sparsifiner_edge.cli.common import (
     progress_bar,
     weights_option,
 )
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import shown
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.distill.summary import BudgetFidelity, Summary
 
 
 @click.command()
@@ -74,29 +78,29 @@ def command(
             progress=progress,
         )
     if first and as_json:
-        print_json(summary)
+        print_json(write_record(summary))
     elif first:
         print_summary(summary, output)
 
 
-def print_summary(summary: dict[str, Any], output: Path) -> None:
+def print_summary(summary: Summary, output: Path) -> None:
     """What was kept, and what could not be read."""
-    found = summary["fidelity"]
-    if "best" in found:
+    found = summary.fidelity
+    if found.best is not None:
         click.echo(
-            f"{output}: {summary['kept']} of {summary['steps']} steps kept; cosine to the teacher on held-out pictures "
-            f"{found['best']:.4f}, untrained {found['start']:.4f}, all budgets together."
+            f"{output}: {summary.kept} of {summary.steps} steps kept; cosine to the teacher on held-out pictures "
+            f"{found.best:.4f}, untrained {found.start:.4f}, all budgets together."
         )
-        rows = [[_budget(row), f"{row['start']:.4f}", f"{row['best']:.4f}"] for row in found["budgets"]]
+        rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in found.budgets or []]
         print_table("Cosine to the teacher, held-out pictures", ["budget", "untrained", "kept"], rows)
-    unreadable = summary["pictures"]["unreadable"]
+    unreadable = summary.pictures.unreadable
     if unreadable:
         listed = "\n  ".join(map(shown, unreadable[:10]))
         click.echo(f"{len(unreadable)} pictures could not be read and were skipped:\n  {listed}", err=True)
     click.echo(f"Next: sparsifiner-edge export {output} -o BUNDLE/")
 
 
-def _budget(row: dict[str, Any]) -> str:
+def _budget(row: BudgetFidelity) -> str:
     """Such as "keep 0.1, tokens 3:0.7,6:0.7"."""
-    places = ",".join(f"{layer}:{share:g}" for layer, share in row["token_keep"])
-    return f"keep {row['keep']:g}" + (f", tokens {places}" if places else "")
+    places = ",".join(f"{layer}:{share:g}" for layer, share in row.token_keep)
+    return f"keep {row.keep:g}" + (f", tokens {places}" if places else "")

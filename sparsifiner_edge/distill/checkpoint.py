@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import msgspec
 import torch
+from msgspec.structs import asdict
 from torch import Tensor
 
 from sparsifiner_edge.bounds import flaw, is_number
@@ -21,25 +23,64 @@ CHECKPOINT, HISTORY = "checkpoint.pt", "history.jsonl"
 ANEW = "Remove its folder to start again, or give another -o."
 _MOST_HISTORY = 1 << 30
 """Bytes: some five million steps."""
-_PARTS: dict[str, tuple[type, ...]] = {
-    "fingerprint": (dict,), "student": (dict,), "optimiser": (dict,), "average": (dict, type(None)),
-    "scaler": (dict, type(None)), "recent": (list,), "state": (dict,),
-}  # fmt: skip
-_STATE: dict[str, type] = {
-    "step": int, "fidelity": dict, "cosines": dict, "best_step": int, "best": dict, "unreadable": list,
-}  # fmt: skip
+Tensors: TypeAlias = dict[str, Tensor]
+Fingerprint: TypeAlias = dict[str, str | bool | int | float]
+"""What must be the same for a training to be resumed."""
 
 
-def save(folder: Path, content: dict[str, Any]) -> None:
+class State(msgspec.Struct, forbid_unknown_fields=True):
+    """Where a training stands.
+
+    Attributes:
+        step: steps done. fidelity: of each judgement, by step. best_step: of the best of them.
+        cosines: of each judgement, by step: of every budget, in the order of `Training.budgets`.
+        best: weights of the student then. unreadable: files, with no order.
+    """
+
+    step: int
+    fidelity: dict[int, float]
+    cosines: dict[int, list[float]]
+    best_step: int
+    best: Tensors
+    unreadable: set[str]
+
+
+class Optimiser(msgspec.Struct, forbid_unknown_fields=True):
+    """Moments by the parameters' numbers, and groups, of which nothing is read."""
+
+    state: dict[int, Tensors]
+    param_groups: object
+
+
+class Checkpoint(msgspec.Struct, forbid_unknown_fields=True):
+    """A training that can go on.
+
+    Attributes:
+        average: averaged weights. scaler: of fp16 gradients. None where the training has none.
+        recent: losses that an explosion is measured against.
+    """
+
+    fingerprint: Fingerprint
+    student: Tensors
+    optimiser: Optimiser
+    average: Tensors | None
+    scaler: dict[str, int | float] | None
+    recent: list[float]
+    state: State
+
+
+def save(folder: Path, content: Checkpoint) -> None:
     """Replace the checkpoint in `folder`.
 
     Raises:
         ArtifactError: the disk refuses; the checkpoint is the one before.
     """
     path = folder / CHECKPOINT
+    state = asdict(content.state) | {"unreadable": sorted(content.state.unreadable)}
+    plain = asdict(content) | {"optimiser": asdict(content.optimiser), "state": state}
     try:
         with replaced_file(path) as scratch, scratch.open("wb") as file:
-            torch.save(content, file)
+            torch.save(plain, file)
     except ArtifactError as error:
         raise ArtifactError(error.what, "Free space; go on with --resume.") from error
     except RuntimeError as error:  # By torch's writer, in words of its own.
@@ -66,26 +107,26 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`; nothing in it is run. Its parts are of the right types; see `require_like` for more.
 
     Raises:
         ArtifactError: it is damaged, or another kind of file.
     """
     path = folder / CHECKPOINT
-    content = _read(path)
-    foreign = ArtifactError(f"{path} is no checkpoint of a training.", "Move it, or give another -o.")
-    if not isinstance(content, dict) or content.keys() != _PARTS.keys():
-        raise foreign
-    state, told = content["state"], content["fingerprint"]
-    if not all(isinstance(content[name], kinds) for name, kinds in _PARTS.items()) or state.keys() != _STATE.keys():
-        raise foreign
-    plain = all(isinstance(name, str) and isinstance(value, (str, int, float)) for name, value in told.items())
-    if not plain or not all(type(state[name]) is kind for name, kind in _STATE.items()):
-        raise foreign
-    if not all(map(is_number, content["recent"])) or not all(isinstance(name, str) for name in state["unreadable"]):
-        raise foreign
+    plain = _read(path)
+    try:
+        content = msgspec.convert(plain, Checkpoint)
+    # A tensor in the place of a dict has errors of its own.
+    except Exception as error:
+        raise _foreign(path) from error
+    if not all(map(is_number, content.recent)):
+        raise _foreign(path)
     return content
+
+
+def _foreign(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path} is no checkpoint of a training.", "Move it, or give another -o.")
 
 
 def _read(path: Path) -> Any:
@@ -129,64 +170,67 @@ def _same_kind(found: Tensor, like: Tensor) -> bool:
     return found.layout is torch.strided and found.device.type == "cpu" and bool(torch.isfinite(found).all())
 
 
-def require_moments(found: Any, optimiser: Any) -> None:
+def require_moments(found: dict[int, Tensors], optimiser: Any) -> None:
     """Refuse what AdamW would not have kept of its parameters; those that never had a gradient have none.
 
     Raises:
         ArtifactError: see `require_like`.
     """
-    known = found if isinstance(found, dict) else {}
     numbered = zip(optimiser.param_groups, optimiser.state_dict()["param_groups"], strict=True)
     pairs = [pair for group, told in numbered for pair in zip(told["params"], group["params"], strict=True)]
-    like = {number: {"exp_avg": x, "exp_avg_sq": x, "step": torch.zeros(())} for number, x in pairs if number in known}
+    like = {number: {"exp_avg": x, "exp_avg_sq": x, "step": torch.zeros(())} for number, x in pairs if number in found}
     require_like(found, like, "optimiser")
 
 
-def require_course(state: Mapping[str, Any], total: int, budgets: int) -> None:
+def require_course(state: State, total: int, budgets: int) -> None:
     """Refuse steps and judgements that a training of `total` steps, judged at so many budgets, does not make.
 
     Raises:
         ArtifactError: a step lies elsewhere, or a judgement is missing or none.
     """
-    fidelity, cosines = state["fidelity"], state["cosines"]
-    steps = [state["step"], state["best_step"], *fidelity]
+    fidelity, cosines = state.fidelity, state.cosines
+    steps = [state.step, state.best_step, *fidelity]
     if not (
-        all(type(step) is int and 0 <= step <= state["step"] <= total for step in steps)
-        and {0, state["best_step"]} <= fidelity.keys() == cosines.keys()
+        all(0 <= step <= state.step <= total for step in steps)
+        and {0, state.best_step} <= fidelity.keys() == cosines.keys()
         and all(map(is_number, fidelity.values()))
-        and all(isinstance(x, list) and len(x) == budgets and all(map(is_number, x)) for x in cosines.values())
+        and all(len(x) == budgets and all(map(is_number, x)) for x in cosines.values())
     ):
         raise ArtifactError("The checkpoint's steps are none of this training.", ANEW)
 
 
-def append_history(folder: Path, entry: dict[str, Any]) -> None:
-    """One line of JSON more.
+def append_history(folder: Path, step: int, **found: float | list[float]) -> None:
+    """One line of JSON more: the step, and what was found there.
 
     Raises:
         ArtifactError: the disk refuses.
     """
-    line = dump_json(finite(entry)[0], indent=None)  # A loss without weight may be no number.
+    line = dump_json(finite({"step": step} | found)[0], indent=None)  # A loss without weight may be no number.
     with io_errors(folder / HISTORY), (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(line)
 
 
-def cut_history(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what was written after `step`; the entries that stay. A line that was cut short or is no entry goes too.
+def cut_history(folder: Path, step: int) -> None:
+    """Drop what was written after `step`, and any line that was cut short or is no entry.
 
     Raises:
         ArtifactError: the file is none, or the disk refuses.
     """
     path = folder / HISTORY
     lines = read_bytes(path, _MOST_HISTORY).decode("utf-8", "replace").splitlines() if path.exists() else []
-    kept = [entry for entry in map(_entry, lines) if entry is not None and entry["step"] <= step]
+    kept = [entry for line in lines if (entry := _entry(line, step)) is not None]
     write_text(path, "".join(dump_json(entry, indent=None) for entry in kept))
-    return kept
 
 
-def _entry(line: str) -> dict[str, Any] | None:
+class _Entry(msgspec.Struct):
+    step: int
+
+
+def _entry(line: str, last: int) -> object | None:
+    """What a line holds; None where it is no entry up to the `last` step."""
     try:
         entry = json.loads(line)
+        fits = flaw(entry) is None and msgspec.convert(entry, _Entry).step <= last
     except (ValueError, RecursionError):
         return None
-    fits = isinstance(entry, dict) and type(entry.get("step")) is int and flaw(entry) is None
     return entry if fits else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -331,11 +332,11 @@ def batches(
     Raises:
         SparsifinerError: by the iterator: a picture, or all of them, cannot be trained on.
     """
-    shared: dict[str, Any] = {"num_workers": workers, "collate_fn": collate, "persistent_workers": workers > 0}
+    loader = functools.partial(DataLoader, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
     if isinstance(source.train, IterableDataset):
         # The data set deals its pictures out to the processes by itself.
         stream = Streamed(source, transform, seed + 1_000_003 * process, classes)
-        return _without_errors(DataLoader(stream, batch_size=batch, **shared))
+        return _without_errors(loader(stream, batch_size=batch))
 
     def places() -> Iterator[list[int]]:
         number = first
@@ -345,7 +346,7 @@ def batches(
             number += 1
 
     drawn = Drawn(source, transform, seed, classes)
-    return _without_errors(DataLoader(drawn, batch_sampler=cast(Any, places()), **shared))
+    return _without_errors(loader(drawn, batch_sampler=cast(Any, places())))
 
 
 def _without_errors(loader: Any) -> Iterator[Batch]:

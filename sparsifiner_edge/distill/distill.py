@@ -7,19 +7,32 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
 from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.checkpoint import State
 from sparsifiner_edge.distill.data import Source, folder_source, timm_source
 from sparsifiner_edge.distill.events import recorder
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
-from sparsifiner_edge.distill.train import State, Training, make_accelerator
+from sparsifiner_edge.distill.summary import (
+    BudgetFidelity,
+    Fidelity,
+    NamedRecipe,
+    Start,
+    Summary,
+    Teacher,
+    TrainingPictures,
+)
+from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
+from sparsifiner_edge.sparse.provenance import Weights
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
 
 
@@ -38,7 +51,7 @@ def distill_student(
     resume: bool = False,
     tensorboard: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Summary:
     """Train a student towards its dense teacher and write the best that was found as a student folder.
 
     "Best" is judged by the cosine to the teacher's final tokens over pictures that are not trained on, at every budget
@@ -63,7 +76,7 @@ def distill_student(
         progress: see `Progress`; counts steps, and the stage says the loss.
 
     Returns:
-        What was trained and how it went, JSON-ready; the student's provenance holds the same.
+        What was trained and how it went; the student's provenance holds the same.
 
     Raises:
         GateError: a loss is no number or exploded; the checkpoint stays.
@@ -95,48 +108,39 @@ def distill_student(
         elif first:
             _clear(folder)
         state = training.run(progress, record)
-        summary = _summary(training, state, dense, recipe)
-        summary["from"] = {"student": Path(student).resolve().name, "sha256": sha256(Path(student) / STUDENT_FILE)}
+        begun = Start(Path(student).resolve().name, sha256(Path(student) / STUDENT_FILE))
+        summary = _summary(training, state, dense, recipe, begun)
         if first:
             found.model.cpu().load_state_dict(state.best)
-            trained = dataclasses.replace(found, provenance={**found.provenance, "training": summary})
-            save_student(trained, target)
+            provenance = replace(found.provenance, training=write_record(summary))
+            save_student(dataclasses.replace(found, provenance=provenance), target)
             (folder / checkpoint.CHECKPOINT).unlink()
         accelerator.end_training()
     return summary
 
 
-def _summary(training: Training, state: State, teacher: Student, recipe: str) -> dict[str, Any]:
+def _summary(training: Training, state: State, teacher: Student, recipe: str, begun: Start) -> Summary:
     """What was trained and how it went; figures are the first process's."""
-    fidelity: dict[str, Any] = {
-        "metric": "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out pictures and budgets"
-    }
+    fidelity = Fidelity()
     if state.fidelity:
-        fidelity |= {"start": state.fidelity[0], "best": state.fidelity[state.best_step]}
-        pairs = zip(state.cosines[0], state.cosines[state.best_step], strict=True)
-        fidelity["budgets"] = [
-            {
-                "keep": budget.keep,
-                "token_keep": [list(place) for place in budget.token_keep],
-                "start": start,
-                "best": best,
-            }
-            for budget, (start, best) in zip(training.budgets(), pairs, strict=True)
-        ]
-    source, origin = training.source, teacher.provenance.get("weights")
-    return {
-        "recipe": {"name": recipe, **training.recipe.to_dict()},
-        "steps": state.step,
-        "kept": "the untrained start" if state.best_step == 0 else f"step {state.best_step}",
-        "fidelity": fidelity,
-        "teacher": {"name": teacher.name, **(origin if isinstance(origin, dict) else {})},
-        "pictures": {
-            "trained on": len(source) if hasattr(source.train, "__len__") else "a stream",
-            "held out": [path.name for path in source.held_out],
-            "unreadable": sorted(state.unreadable),
-        },
-        "processes": training.accelerator.num_processes,
-    }
+        cosines = zip(training.budgets(), state.cosines[0], state.cosines[state.best_step], strict=True)
+        each = [BudgetFidelity(budget.keep, budget.token_keep, start, best) for budget, start, best in cosines]
+        fidelity = Fidelity(start=state.fidelity[0], best=state.fidelity[state.best_step], budgets=each)
+    source, origin = training.source, teacher.provenance.weights or Weights()
+    return Summary(
+        NamedRecipe(recipe, **asdict(training.recipe)),
+        state.step,
+        "the untrained start" if state.best_step == 0 else f"step {state.best_step}",
+        fidelity,
+        Teacher(teacher.name, **asdict(origin)),
+        TrainingPictures(
+            trained_on=len(source) if hasattr(source.train, "__len__") else "a stream",
+            held_out=[path.name for path in source.held_out],
+            unreadable=sorted(state.unreadable),
+        ),
+        training.accelerator.num_processes,
+        begun,
+    )
 
 
 def _source(
@@ -160,32 +164,31 @@ def _teacher(student: Student, name: str | None, weights: Path | None) -> Studen
     if name is None:
         if weights is not None:
             raise ConfigError("--weights are the teacher's, and none is named.", "Name it: --teacher MODEL.")
-        if "training" in student.provenance:
+        if student.provenance.training is not None:
             raise ConfigError(
                 "This student was trained: its weights are no longer its teacher's.",
                 "Name the teacher: --teacher MODEL --weights FILE.",
             )
         return dense_twin(student)
     teacher = load_dense(name, weights, student.img_size)
-    theirs, ours = (_outputs(side.model) for side in (teacher, student))
-    for what, value in theirs.items():
-        if value != ours[what] and not (what == "classes" and 0 in (value, ours[what])):
+    for (what, value), (_, own) in zip(_outputs(teacher.model), _outputs(student.model), strict=True):
+        if value != own and not (what == "classes" and 0 in (value, own)):
             raise ConfigError(
-                f"The teacher {name} has {value} {what}, the student {ours[what]}.",
+                f"The teacher {name} has {value} {what}, the student {own}.",
                 "Give a teacher of the student's architecture.",
             )
     return teacher
 
 
-def _outputs(model: Backbone) -> dict[str, Any]:
+def _outputs(model: Backbone) -> list[tuple[str, object]]:
     """What must agree for tokens to be compared; both see the same normalised pictures."""
-    return {
-        "mean and standard deviation of pixels": preprocessing(model),
-        "channels": model.embed_dim,
-        "patches": model.patch_embed.num_patches,
-        "tokens before them": model.num_prefix_tokens,
-        "classes": model.num_classes,
-    }
+    return [
+        ("mean and standard deviation of pixels", preprocessing(model)),
+        ("channels", model.embed_dim),
+        ("patches", model.patch_embed.num_patches),
+        ("tokens before them", model.num_prefix_tokens),
+        ("classes", model.num_classes),
+    ]
 
 
 _OURS = {checkpoint.CHECKPOINT, f"{checkpoint.CHECKPOINT}.part", checkpoint.HISTORY, "history.part", "tensorboard"}
@@ -218,7 +221,7 @@ def _clear(folder: Path) -> None:
 
 def _restore(training: Training, folder: Path) -> None:
     content = checkpoint.load(folder)
-    now, then = training.fingerprint(), content["fingerprint"]
+    now, then = training.fingerprint(), content.fingerprint
     for name, value in now.items():
         if then.get(name) != value:
             raise ConfigError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,20 +26,22 @@ def choose_parameters(model: nn.Module, learns: str) -> None:
         parameter.requires_grad_(learns == "all" or any(part in f".{name}" for part in parts))
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Backbone and predictor in turn: matrices, which decay, then the rest; the predictor and tokens never decay."""
-    backbone = {"eps": recipe.epsilon, "predictor": False}
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": recipe.weight_decay, **backbone},
-        {"params": [], "weight_decay": 0.0, "predictor": True},
-        {"params": [], "weight_decay": 0.0, **backbone},
-    ]
+def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Of backbone and predictor in turn: matrices, which decay, then the rest; the predictor and tokens never decay."""
+    matrices, predictor, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if ".attn.select." in name:
-            groups[1]["params"].append(parameter)
+            predictor.append(parameter)
         else:
             decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
-            groups[0 if decays else 2]["params"].append(parameter)
-    return groups
+            (matrices if decays else rest).append(parameter)
+    backbone = {"eps": recipe.epsilon, "predictor": False}
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": recipe.weight_decay, **backbone},
+            {"params": predictor, "weight_decay": 0.0, "predictor": True},
+            {"params": rest, "weight_decay": 0.0, **backbone},
+        ]
+    )

@@ -13,7 +13,7 @@ from msgspec import Meta
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.records import read_record, write_record
+from sparsifiner_edge.records import read_record
 from sparsifiner_edge.toml import parse_toml, read_toml
 
 DEFAULT = "cpu"
@@ -99,7 +99,7 @@ class Pictures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: Annotated[int, Meta(ge=0, le=256)] = 0
 
 
-class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A training.
 
     Attributes:
@@ -134,10 +134,6 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     budgets: Budgets = Budgets()
     pictures: Pictures = Pictures()
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return dict(write_record(self))
-
 
 def names() -> list[str]:
     """Recipes that come with the package."""
@@ -168,7 +164,7 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _content(source: str) -> dict[str, Any]:
+def _content(source: str) -> Any:
     if source in names():
         file = importlib.resources.files("sparsifiner_edge.distill").joinpath(f"recipes/{source}.toml")
         return parse_toml(file.read_text("utf-8"), source, _DOCUMENT)

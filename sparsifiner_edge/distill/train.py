@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
@@ -22,10 +23,11 @@ from torchvision.transforms import v2
 
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, State
 from sparsifiner_edge.distill.data import Batch, Source, augmentation, batches
 from sparsifiner_edge.distill.events import Record
 from sparsifiner_edge.distill.losses import Distiller, at_positions
-from sparsifiner_edge.distill.parameters import choose_parameters, digest, parameter_groups
+from sparsifiner_edge.distill.parameters import choose_parameters, digest, make_optimiser
 from sparsifiner_edge.distill.recipe import Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError, PictureError
 from sparsifiner_edge.pictures import load_picture
@@ -38,24 +40,6 @@ RECENT = 50
 """Losses that an explosion is measured against."""
 LEAST_ERROR = 1e-6
 """Cosine distance at which a budget counts as perfect: rounding is as large."""
-
-
-@dataclasses.dataclass
-class State:
-    """Where a training stands.
-
-    Attributes:
-        step: steps done. fidelity: of each judgement, by step. best_step: of the best of them.
-        cosines: of each judgement, by step: of every budget, in the order of `Training.budgets`.
-        best: weights of the student then. unreadable: files, with no order.
-    """
-
-    step: int = 0
-    fidelity: dict[int, float] = dataclasses.field(default_factory=dict)
-    cosines: dict[int, list[float]] = dataclasses.field(default_factory=dict)
-    best_step: int = 0
-    best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    unreadable: set[str] = dataclasses.field(default_factory=set)
 
 
 def make_accelerator(recipe: Recipe) -> Any:
@@ -95,12 +79,12 @@ class Training:
         teacher.model.to(self.accelerator.device)
         choose_parameters(student.model, recipe.learns)
         distiller = Distiller(student.model, teacher.model, recipe.losses)
-        self.optimiser = torch.optim.AdamW(parameter_groups(student.model, recipe))
+        self.optimiser = make_optimiser(student.model, recipe)
         self.wrapped, self.optimiser = self.accelerator.prepare(distiller, self.optimiser)
         self.distiller = cast(Distiller, self.accelerator.unwrap_model(self.wrapped))
         decay = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(self.distiller.student, multi_avg_fn=decay) if recipe.ema else None
-        self.state, self.recent, self._saved = State(), list[float](), 0
+        self.state, self.recent, self._saved = State(0, {}, {}, 0, {}, set()), list[float](), 0
         self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
@@ -180,7 +164,7 @@ class Training:
             losses = self._step(step, stream)
             self.state.step = step + 1
             if self.accelerator.is_main_process:
-                checkpoint.append_history(self.folder, {"step": step + 1, **losses})
+                checkpoint.append_history(self.folder, step + 1, **losses)
             if (step + 1) % self.recipe.check_every == 0 or step + 1 == self.total:
                 self._judge(step + 1)
             if record:
@@ -299,60 +283,60 @@ class Training:
             if self.state.fidelity[step] >= max(self.state.fidelity.values()):
                 self.state.best_step = step
                 self.state.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            checkpoint.append_history(self.folder, {"step": step, "fidelity": found, "cosines": cosines})
+            checkpoint.append_history(self.folder, step, fidelity=found, cosines=cosines)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
         self._saved = self.state.step
         self.state.unreadable = set(gather_object(sorted(self.state.unreadable)))
         if self.accelerator.is_main_process:
-            content = {
-                "fingerprint": self.fingerprint(),
-                "student": self.distiller.student.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
-                "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-                "recent": self.recent,
-                "state": dataclasses.asdict(self.state) | {"unreadable": sorted(self.state.unreadable)},
-            }
+            content = Checkpoint(
+                fingerprint=self.fingerprint(),
+                student=self.distiller.student.state_dict(),
+                optimiser=Optimiser(**self.optimiser.state_dict()),
+                average=None if self.average is None else self.average.state_dict(),
+                scaler=None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+                recent=self.recent,
+                state=self.state,
+            )
             checkpoint.save(self.folder, content)
         self.accelerator.wait_for_everyone()
 
-    def restore(self, content: dict[str, Any]) -> None:
+    def restore(self, content: Checkpoint) -> None:
         """Take up a checkpoint, as `checkpoint.load` gives it.
 
         Raises:
             ArtifactError: it holds anything that this training would not have saved.
         """
         self._check_restored(content)
-        self.distiller.student.load_state_dict(content["student"])
+        self.distiller.student.load_state_dict(content.student)
         # Rates are set at every step, and all else that the groups say the fingerprint has compared.
         groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": content["optimiser"]["state"], "param_groups": groups})
-        if self.average is not None:
-            self.average.load_state_dict(content["average"])
+        self.optimiser.load_state_dict({"state": content.optimiser.state, "param_groups": groups})
+        if self.average is not None and content.average is not None:
+            self.average.load_state_dict(content.average)
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.recent = content["recent"]
-        unreadable = self.state.unreadable.union(content["state"]["unreadable"])
-        self.state = State(**(content["state"] | {"unreadable": unreadable}))
+            self.accelerator.scaler.load_state_dict(content.scaler)
+        self.recent = content.recent
+        unreadable = self.state.unreadable | content.state.unreadable
+        self.state = msgspec.structs.replace(content.state, unreadable=unreadable)
         self._saved = self.state.step
         if self.accelerator.is_main_process:
             checkpoint.cut_history(self.folder, self.state.step)
 
-    def _check_restored(self, content: dict[str, Any]) -> None:
-        state, weights, scaler = content["state"], self.distiller.student.state_dict(), self.accelerator.scaler
+    def _check_restored(self, content: Checkpoint) -> None:
+        weights, scaler = self.distiller.student.state_dict(), self.accelerator.scaler
         like = {
             "student": weights,
             "average": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        checkpoint.require_like({name: content[name] for name in like}, like, "content")
-        checkpoint.require_like(state["best"], weights, "best")
-        checkpoint.require_moments(content["optimiser"].get("state"), self.optimiser)
-        checkpoint.require_course(state, self.total, len(self.budgets()))
+        checkpoint.require_like({name: getattr(content, name) for name in like}, like, "content")
+        checkpoint.require_like(content.state.best, weights, "best")
+        checkpoint.require_moments(content.optimiser.state, self.optimiser)
+        checkpoint.require_course(content.state, self.total, len(self.budgets()))
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> Fingerprint:
         """What must be the same for a training to be resumed; learning rates, losses and limits may change."""
         recipe = self.recipe
         crops = (recipe.pictures.smallest_crop, recipe.pictures.flip, recipe.pictures.cut_mix)

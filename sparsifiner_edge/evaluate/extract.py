@@ -94,7 +94,7 @@ def open_teacher(
         if kind_of(subject) != "student":
             raise ConfigError("A bundle does not hold its teacher.", "Name it: --against MODEL --weights FILE.")
         student = load_student(subject)
-        if "training" in student.provenance:
+        if student.provenance.training is not None:
             raise ConfigError(
                 "This student was trained: its weights are no longer its teacher's.",
                 "Name the teacher: --against MODEL --weights FILE.",

@@ -57,10 +57,11 @@ def sparsify_model(
         ConfigError: a value is out of range or does not fit the model, or the images do not. The module is unchanged.
     """
     backbone = find_backbone(module)
-    sparsity = fitted_config(
-        backbone, preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells,
-        dense_layers=dense_layers, token_keep=token_keep, fuse_tokens=fuse_tokens,
+    sparsity = SparsityConfig.for_preset(
+        preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells, dense_layers=dense_layers,
+        token_keep=token_keep, fuse_tokens=fuse_tokens,
     )  # fmt: skip
+    sparsity = fitted(sparsity, backbone, channels, cells)
     images = None if calibrate is None else _arriving(module, backbone, calibrate)
     apply(backbone, sparsity, images, progress)
     return module
@@ -97,18 +98,13 @@ def find_backbone(module: nn.Module) -> Backbone:
     )
 
 
-def fitted_config(backbone: Backbone, preset: str, **settings: Any) -> SparsityConfig:
-    """Settings, those that are None by the preset's defaults or what suits the model.
-
-    Raises:
-        ConfigError: see `SparsityConfig`.
-    """
-    sparsity = SparsityConfig.for_preset(preset, **settings)
-    if preset == "paper":
+def fitted(sparsity: SparsityConfig, backbone: Backbone, channels: int | None, cells: int | None) -> SparsityConfig:
+    """The config with what suits the model: the paper's channels, and other presets' cells, where they are None."""
+    if sparsity.preset == "paper":
         half = int(cast(Any, backbone).blocks[0].attn.head_dim) // 2
-        return dataclasses.replace(sparsity, channels=half) if settings["channels"] is None else sparsity
+        return dataclasses.replace(sparsity, channels=half) if channels is None else sparsity
     fitting = default_cells(int(backbone.patch_embed.num_patches))
-    return dataclasses.replace(sparsity, cells=fitting) if settings["cells"] is None else sparsity
+    return dataclasses.replace(sparsity, cells=fitting) if cells is None else sparsity
 
 
 def apply(

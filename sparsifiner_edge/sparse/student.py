@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import safetensors.torch
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from sparsifiner_edge.artifacts import (
     STUDENT_FILE,
     STUDENT_SCHEMA,
     WEIGHTS_FILE,
-    field,
     new_folder,
     read_json,
     require_replaceable,
@@ -28,8 +28,9 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.in_memory import apply, calibration_size, fitted_config, learn
+from sparsifiner_edge.sparse.in_memory import apply, calibration_size, fitted, learn
 from sparsifiner_edge.sparse.models import (
     Backbone,
     State,
@@ -43,6 +44,7 @@ from sparsifiner_edge.sparse.models import (
     read_weights,
 )
 from sparsifiner_edge.sparse.patch import SUPPORTED, make_model_sparse, set_budget, support_refusals
+from sparsifiner_edge.sparse.provenance import Calibration, Provenance, Weights
 from sparsifiner_edge.text import dump_json
 
 MAX_CALIBRATION_PICTURES = 32
@@ -51,6 +53,25 @@ MOST_LABEL = 1000
 _HALF = re.compile("[\ud800-\udfff]")
 """Halves of characters: bytes in a folder's name that are no UTF-8, and what no file takes."""
 _AGAIN = "Make the student again."
+
+
+class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A student's file.
+
+    Attributes:
+        labels: see `checked_labels`. sparsity: see `SparsityConfig.from_dict`.
+        weights_sha256: of the file beside it.
+    """
+
+    schema_version: int = STUDENT_SCHEMA
+    kind: str = "student"
+    model: str
+    img_size: int
+    num_classes: int
+    labels: Any = ()
+    sparsity: Any
+    provenance: Provenance
+    weights_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +89,7 @@ class Student:
     model: Backbone
     name: str
     sparsity: SparsityConfig
-    provenance: Mapping[str, Any]
+    provenance: Provenance
     labels: tuple[str, ...] = ()
 
     @property
@@ -77,16 +98,14 @@ class Student:
         return int(self.model.patch_embed.img_size[0])
 
 
-def make_student(
-    name: str, model: Backbone, sparsity: SparsityConfig, provenance: Mapping[str, Any] | None = None
-) -> Student:
+def make_student(name: str, model: Backbone, sparsity: SparsityConfig, provenance: Provenance | None = None) -> Student:
     """Make `model` sparse in place, with projections from its weights.
 
     Raises:
         UnsupportedModelError, ConfigError: see `make_model_sparse`.
     """
     apply(model, sparsity)
-    return Student(model.eval(), name, sparsity, dict(provenance or {}))
+    return Student(model.eval(), name, sparsity, provenance or Provenance())
 
 
 def calibrate_student(student: Student, folder: Path, progress: Progress | None = None) -> Student:
@@ -98,8 +117,8 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
     taken = evenly(list_pictures(folder), MAX_CALIBRATION_PICTURES)
     pre, size = preprocessing(student.model), calibration_size(student.model, student.sparsity.preset)[0]
     learn(student.model, [normalise(torch.from_numpy(load_picture(p, size))[None], pre) for p in taken], progress)
-    how = {"from": "pictures", "pictures": len(taken), "img_size": size, "files": [p.name for p in taken]}
-    return dataclasses.replace(student, provenance={**student.provenance, "calibration": how})
+    how = Calibration("pictures", len(taken), size, [p.name for p in taken])
+    return dataclasses.replace(student, provenance=replace(student.provenance, calibration=how))
 
 
 def sparsify(
@@ -141,20 +160,16 @@ def sparsify(
     target = Path(output)
     require_replaceable(target, "student")
     # Settings are checked before the weights are read: a typing mistake should not cost minutes.
-    settings: dict[str, Any] = {
-        "preset": preset, "keep": keep, "tile": tile, "probe": probe, "channels": channels, "cells": cells,
-        "dense_layers": dense_layers, "token_keep": token_keep, "fuse_tokens": fuse_tokens,
-    }  # fmt: skip
-    SparsityConfig.for_preset(**settings)
+    sparsity = SparsityConfig.for_preset(
+        preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells, dense_layers=dense_layers,
+        token_keep=token_keep, fuse_tokens=fuse_tokens,
+    )  # fmt: skip
     if calibrate is not None:
         list_pictures(Path(calibrate))
     vit = load_model(model, Path(weights) if weights else None, img_size)
-    sparsity = fitted_config(vit, **settings)
-    provenance = {
-        "weights": {"file": Path(weights).name, "sha256": sha256(Path(weights))} if weights else {"from": "timm hub"},
-        "calibration": {"from": "weights"},
-        "tools": {name: version(name) for name in ("sparsifiner-edge", "timm", "torch")},
-    }
+    sparsity = fitted(sparsity, vit, channels, cells)
+    tools = {name: version(name) for name in ("sparsifiner-edge", "timm", "torch")}
+    provenance = Provenance(_origin(Path(weights) if weights else None), Calibration("weights"), tools)
     student = make_student(model, vit, sparsity, provenance)
     if calibrate is not None and sparse_layers(vit):
         student = calibrate_student(student, Path(calibrate), progress)
@@ -169,21 +184,19 @@ def save_student(student: Student, output: Path) -> Path:
     """
     checked_labels(student.labels, "The student")
     state: dict[str, Tensor] = {k: v.contiguous() for k, v in student.model.state_dict().items()}
-    config = {
-        "schema_version": STUDENT_SCHEMA,
-        "kind": "student",
-        "model": student.name,
-        "img_size": student.img_size,
-        "num_classes": student.model.num_classes,
-        "labels": list(student.labels),
-        "sparsity": student.sparsity.to_dict(),
-        "provenance": dict(student.provenance),
-    }
     with new_folder(output, "student") as folder:
         # A file's own writes, not a memory map: a full disk is then an error and not a crash.
         (folder / WEIGHTS_FILE).write_bytes(safetensors.torch.save(state))
-        config["weights_sha256"] = sha256(folder / WEIGHTS_FILE)
-        (folder / STUDENT_FILE).write_text(dump_json(config), encoding="utf-8")
+        config = StudentConfig(
+            model=student.name,
+            img_size=student.img_size,
+            num_classes=student.model.num_classes,
+            labels=student.labels,
+            sparsity=student.sparsity.to_dict(),
+            provenance=student.provenance,
+            weights_sha256=sha256(folder / WEIGHTS_FILE),
+        )
+        (folder / STUDENT_FILE).write_text(dump_json(write_record(config)), encoding="utf-8")
     return output
 
 
@@ -201,36 +214,33 @@ def load_student(
     """
     folder = Path(folder)
     origin, weights = folder / STUDENT_FILE, folder / WEIGHTS_FILE
-    config = _read_config(folder)
-    name, size = field(config, origin, "model", str), field(config, origin, "img_size", int)
-    classes, provenance = field(config, origin, "num_classes", int), field(config, origin, "provenance", dict)
-    sparsity = SparsityConfig.from_dict(field(config, origin, "sparsity", dict))
-    labels = checked_labels(config.get("labels", []), origin)
-    if labels and len(labels) != classes:
-        raise ArtifactError(f"{origin} names {len(labels)} labels for {classes} classes.", _AGAIN)
+    config = _read_config(origin)
+    sparsity, labels = SparsityConfig.from_dict(config.sparsity), checked_labels(config.labels, origin)
+    if labels and len(labels) != config.num_classes:
+        raise ArtifactError(f"{origin} names {len(labels)} labels for {config.num_classes} classes.", _AGAIN)
     if not weights.is_file():
         raise ArtifactError(f"{weights} is missing.", _AGAIN)
-    if sha256(weights) != config.get("weights_sha256"):
+    if sha256(weights) != config.weights_sha256:
         raise ArtifactError(f"{weights} does not match its SHA-256.", _AGAIN)
     state = read_weights(weights)
-    _check_kin(name, classes, state, str(weights))
-    model = create(name, size if img_size is None else img_size, classes)
+    _check_kin(config.model, config.num_classes, state, str(weights))
+    model = create(config.model, config.img_size if img_size is None else img_size, config.num_classes)
     make_model_sparse(model, sparsity)
     load_state(model, state, str(weights))
-    return with_budget(Student(model, name, sparsity, provenance, labels), keep, token_keep)
+    return with_budget(Student(model, config.model, sparsity, config.provenance, labels), keep, token_keep)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / STUDENT_FILE, STUDENT_SCHEMA)
-    if config.get("kind") != "student":
-        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
-    found = flaw(config)
+def _read_config(path: Path) -> StudentConfig:
+    content = read_json(path, STUDENT_SCHEMA)
+    if content.get("kind") != "student":
+        raise ArtifactError(f"{path.parent} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+    found = flaw(content)
     if found is not None:
-        raise ArtifactError(f"{folder / STUDENT_FILE}: {found}.", _AGAIN)
-    return config
+        raise ArtifactError(f"{path}: {found}.", _AGAIN)
+    return read_record(content, StudentConfig, path, _AGAIN)
 
 
-def checked_labels(labels: Any, origin: object) -> tuple[str, ...]:
+def checked_labels(labels: object, origin: object) -> tuple[str, ...]:
     """Names of classes as a student takes them: a list of texts of 1 to `MOST_LABEL` characters.
 
     Args:
@@ -269,10 +279,12 @@ def with_budget(
     """
     if keep is None and token_keep is None:
         return student
-    given: dict[str, Any] = {name: x for name, x in (("keep", keep), ("token_keep", token_keep)) if x is not None}
-    if token_keep == ():
-        given["fuse_tokens"] = False
-    sparsity = dataclasses.replace(student.sparsity, **given)
+    sparsity = student.sparsity
+    if keep is not None:
+        sparsity = dataclasses.replace(sparsity, keep=keep)
+    if token_keep is not None:
+        fuse = sparsity.fuse_tokens and token_keep != ()
+        sparsity = dataclasses.replace(sparsity, token_keep=token_keep, fuse_tokens=fuse)
     if (sparsity.keep == 1) != (student.sparsity.keep == 1) or (student.sparsity.is_dense and token_keep):
         raise ConfigError("A sparse student cannot be made dense, nor a dense one sparse.", "Use `sparsify`.")
     if not student.sparsity.is_dense:
@@ -290,8 +302,11 @@ def load_dense(name: str, weights: Path | None = None, img_size: int | None = No
     reasons = support_refusals(model)
     if reasons:
         raise UnsupportedModelError(f"{name!r} is not supported: {'; '.join(reasons)}.", f"Choose one of {SUPPORTED}.")
-    source = {"file": weights.name, "sha256": sha256(weights)} if weights else {"from": "timm hub"}
-    return Student(model, name, SparsityConfig(keep=1), {"weights": source})
+    return Student(model, name, SparsityConfig(keep=1), Provenance(_origin(weights)))
+
+
+def _origin(weights: Path | None) -> Weights:
+    return Weights(file=weights.name, sha256=sha256(weights)) if weights else Weights(origin="timm hub")
 
 
 def dense_twin(student: Student) -> Student:

@@ -13,7 +13,7 @@ import pytest
 from sparsifiner_edge.artifacts import STUDENT_FILE, new_folder
 from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
-from sparsifiner_edge.files import new_scratch_file, write_text
+from sparsifiner_edge.files import _new_scratch, write_text
 from tests.commands import assert_refused, call, snapshot
 from tests.models import TINY
 from tests.mounts import in_mount, needs_mounts
@@ -210,7 +210,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     ]
     for name in others:
         (tmp_path / name).write_text("mine")
-    handle, living = new_scratch_file(target)
+    handle, living = _new_scratch(target, folder=False)
     assert not dead.exists()
     assert not folder.exists()
     write_text(target, "{}")

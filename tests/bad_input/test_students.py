@@ -33,7 +33,7 @@ def export_refused(capsys: Capsys, student: Path, target: Path, *texts: str) -> 
         (lambda c: c.update(schema_version="1"), ["has no schema_version"]),
         (lambda c: c.update(schema_version=2), ["schema 2; this version reads up to 1", "Upgrade"]),
         (lambda c: c.update(kind="bundle"), ["is not a student"]),
-        (lambda c: c.pop("model"), ["model is null, not str"]),
+        (lambda c: c.pop("model"), ["model is missing"]),
         (lambda c: c.update(model=["test_vit"]), ['model is ["test_vit"], not str']),
         (lambda c: c.update(model="resnet18"), ["is a ResNet"]),
         (lambda c: c.update(model="test_vit3"), ["does not fit this model"]),

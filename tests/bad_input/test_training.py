@@ -18,12 +18,14 @@ import torch
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE, sha256
 from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.checkpoint import Checkpoint, Optimiser, State
 from sparsifiner_edge.distill.data import folder_source
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.events import recorder
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.bad_input.damage import edit_json
 from tests.commands import assert_refused, call
@@ -72,14 +74,29 @@ def training(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
 
 
 @pytest.fixture(scope="module")
-def loaded(begun: Path) -> Content:
-    return checkpoint.load(begun / "out.training")
+def written(begun: Path) -> Content:
+    """What its checkpoint's file holds."""
+    return dict(torch.load(begun / "out.training" / checkpoint.CHECKPOINT, weights_only=True))
 
 
 @pytest.fixture
-def saved(loaded: Content) -> Content:
-    """What its checkpoint holds, to be changed."""
-    return copy.deepcopy(loaded)
+def saved(begun: Path) -> Checkpoint:
+    """The same as read, to be changed."""
+    return checkpoint.load(begun / "out.training")
+
+
+def put(record: object, **fields: Any) -> None:
+    for name, value in fields.items():
+        setattr(record, name, value)
+
+
+def test_what_a_checkpoint_holds(written: Content) -> None:
+    """As files of every version do."""
+    parts = {"fingerprint", "student", "optimiser", "average", "scaler", "recent", "state"}
+    state = {"step", "fidelity", "cosines", "best_step", "best", "unreadable"}
+    assert (set(written), set(written["state"])) == (parts, state)
+    assert set(written["optimiser"]) == {"state", "param_groups"}
+    assert type(written["state"]["unreadable"]) is list
 
 
 def test_a_training_goes_on_wherever_its_folders_lie(
@@ -90,7 +107,7 @@ def test_a_training_goes_on_wherever_its_folders_lie(
     summary = distill_student(
         moved / "start", "elsewhere/data", moved / "out", overrides=SHORT, resume=True, tensorboard=True
     )
-    assert summary["steps"] == 4
+    assert summary.steps == 4
     assert list((moved / "out.training" / "tensorboard").iterdir())
 
 
@@ -168,13 +185,13 @@ def test_any_student_is_read_or_refused(student: Path) -> None:
     for number in range(40):
         path.write_bytes(mutated_json(good, random.Random(number)))
         with contextlib.suppress(SparsifinerError):
-            json.dumps(dict(load_student(student).provenance), allow_nan=False)
+            json.dumps(write_record(load_student(student).provenance), allow_nan=False)
             read += 1
     assert read
 
 
-def _first(content: Content) -> Any:
-    return next(iter(content["optimiser"]["state"].values()))
+def _first(content: Checkpoint) -> Any:
+    return next(iter(content.optimiser.state.values()))
 
 
 @pytest.mark.parametrize(
@@ -188,14 +205,23 @@ def _first(content: Content) -> Any:
         (lambda c: c["state"].update(step="3"), "is no checkpoint of a training"),
         (lambda c: c["state"].update(unreadable=[3]), "is no checkpoint of a training"),
         (lambda c: c["state"].pop("cosines"), "is no checkpoint of a training"),
+        (lambda c: c["optimiser"].pop("state"), "is no checkpoint of a training"),
+        (lambda c: c["optimiser"].update(state=[1]), "is no checkpoint of a training"),
+        (lambda c: c["student"].update(x="y"), "is no checkpoint of a training"),
+        (lambda c: c.update(student=torch.zeros(2)), "is no checkpoint of a training"),
+        (lambda c: c.update(state=torch.zeros(2)), "is no checkpoint of a training"),
+        (lambda c: c.update(optimiser=torch.zeros(2)), "is no checkpoint of a training"),
     ],
 )
 def test_a_file_that_is_no_checkpoint(
-    change: Callable[[Content], object], text: str, saved: Content, tmp_path: Path
+    change: Callable[[Content], object], text: str, written: Content, tmp_path: Path
 ) -> None:
-    saved.update(student={}, optimiser={}, average={})  # Which are large, and looked at later.
-    change(saved)
-    torch.save(saved, tmp_path / checkpoint.CHECKPOINT)
+    small = {"student": {}, "optimiser": {"state": {}, "param_groups": []}, "average": {}}
+    content = copy.deepcopy(written) | copy.deepcopy(small)  # The rest is large, and looked at later.
+    torch.save(content, tmp_path / checkpoint.CHECKPOINT)
+    checkpoint.load(tmp_path)
+    change(content)
+    torch.save(content, tmp_path / checkpoint.CHECKPOINT)
     with pytest.raises(ArtifactError, match=text):
         checkpoint.load(tmp_path)
 
@@ -203,32 +229,31 @@ def test_a_file_that_is_no_checkpoint(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda c: c["state"].update(step=-1), "steps are none of this training"),
-        (lambda c: c["state"].update(step=99), "steps are none of this training"),
-        (lambda c: c["state"].update(best_step=1), "steps are none of this training"),
-        (lambda c: c["state"].update(fidelity={}), "steps are none of this training"),
-        (lambda c: c["state"]["fidelity"].update({0: "1"}), "steps are none of this training"),
-        (lambda c: c["state"]["cosines"].update({0: [0.5]}), "steps are none of this training"),
-        (lambda c: c["state"].update(best={}), "best is none of this training"),
-        (lambda c: c["student"].pop("norm.weight"), "content.student is none of this training"),
-        (lambda c: c["student"].update(x=torch.zeros(1)), "content.student is none of this training"),
-        (lambda c: c["student"].update({"norm.weight": torch.zeros(3)}), "student.norm.weight is none"),
-        (lambda c: c["student"].update({"norm.weight": "x"}), "student.norm.weight is none"),
-        (lambda c: c["student"]["norm.weight"].fill_(torch.inf), "student.norm.weight is none"),
-        (lambda c: c["student"].update({"norm.weight": torch.zeros(64).to_sparse()}), "student.norm.weight is none"),
-        (lambda c: c["student"].update({"norm.weight": torch.zeros(1).expand(10**12)}), "student.norm.weight is none"),
-        (lambda c: c.update(average=None), "content.average is none"),
-        (lambda c: c.update(scaler={}), "content.scaler is none"),
-        (lambda c: c["optimiser"].pop("state"), "optimiser is none"),
-        (lambda c: c["optimiser"].update(state=[1]), "optimiser is none"),
-        (lambda c: c["optimiser"]["state"].update({10**6: {}}), "optimiser is none"),
+        (lambda c: put(c.state, step=-1), "steps are none of this training"),
+        (lambda c: put(c.state, step=99), "steps are none of this training"),
+        (lambda c: put(c.state, best_step=1), "steps are none of this training"),
+        (lambda c: put(c.state, fidelity={}), "steps are none of this training"),
+        (lambda c: c.state.fidelity.update({0: "1"}), "steps are none of this training"),
+        (lambda c: c.state.cosines.update({0: [0.5]}), "steps are none of this training"),
+        (lambda c: put(c.state, best={}), "best is none of this training"),
+        (lambda c: c.student.pop("norm.weight"), "content.student is none of this training"),
+        (lambda c: c.student.update(x=torch.zeros(1)), "content.student is none of this training"),
+        (lambda c: c.student.update({"norm.weight": torch.zeros(3)}), "student.norm.weight is none"),
+        (lambda c: c.student.update({"norm.weight": "x"}), "student.norm.weight is none"),
+        (lambda c: c.student["norm.weight"].fill_(torch.inf), "student.norm.weight is none"),
+        (lambda c: c.student.update({"norm.weight": torch.zeros(64).to_sparse()}), "student.norm.weight is none"),
+        (lambda c: c.student.update({"norm.weight": torch.zeros(1).expand(10**12)}), "student.norm.weight is none"),
+        (lambda c: put(c, average=None), "content.average is none"),
+        (lambda c: put(c, scaler={}), "content.scaler is none"),
+        (lambda c: put(c.optimiser, state=[1]), "optimiser is none"),
+        (lambda c: c.optimiser.state.update({10**6: {}}), "optimiser is none"),
         (lambda c: _first(c).pop("exp_avg"), "is none of this training"),
         (lambda c: _first(c).update(step="x"), "is none of this training"),
         (lambda c: _first(c)["exp_avg"].fill_(torch.nan), "is none of this training"),
     ],
 )
 def test_a_checkpoint_of_something_else(
-    change: Callable[[Content], object], text: str, saved: Content, training: Training
+    change: Callable[[Checkpoint], object], text: str, saved: Checkpoint, training: Training
 ) -> None:
     change(saved)
     with pytest.raises(ArtifactError) as caught:
@@ -236,7 +261,9 @@ def test_a_checkpoint_of_something_else(
     assert text in caught.value.what
 
 
-def test_any_checkpoint_is_resumed_or_refused(begun: Path, training: Training, loaded: Content, tmp_path: Path) -> None:
+def test_any_checkpoint_is_resumed_or_refused(
+    begun: Path, training: Training, written: Content, tmp_path: Path
+) -> None:
     """Forty that were changed at random, in their file or in what they say."""
     good, path = (begun / "out.training" / checkpoint.CHECKPOINT).read_bytes(), tmp_path / checkpoint.CHECKPOINT
     parts, restored = ("state", "recent", "optimiser", "average"), 0
@@ -246,8 +273,8 @@ def test_any_checkpoint_is_resumed_or_refused(begun: Path, training: Training, l
             path.write_bytes(mutated_zip(good, rng))
         else:
             part = rng.choice(parts)
-            changed = mutated_object({part: loaded[part]}, rng)
-            torch.save(loaded | changed if isinstance(changed, dict) else changed, path)
+            changed = mutated_object({part: written[part]}, rng)
+            torch.save(written | changed if isinstance(changed, dict) else changed, path)
         with contextlib.suppress(SparsifinerError):
             training.restore(checkpoint.load(tmp_path))
             restored += 1
@@ -256,14 +283,14 @@ def test_any_checkpoint_is_resumed_or_refused(begun: Path, training: Training, l
 
 def test_of_a_history_what_is_one_stays(tmp_path: Path) -> None:
     path = tmp_path / checkpoint.HISTORY
-    checkpoint.append_history(tmp_path, {"step": 1, "loss": 0.5, "logits": float("nan")})
+    checkpoint.append_history(tmp_path, 1, loss=0.5, logits=float("nan"))
     lines = ["", "x", "[]", "null", "{}", '{"step": "1"}', '{"step": true}', '{"step": 9}', "[" * 100_000, "9" * 5000]
     lines += ['{"step": 1, "loss": NaN}', '{"step": 1e999}', '{"step": 1']
     with path.open("ab") as file:
         file.write("\n".join(lines).encode() + b"\n\xff\xfe\x00\n" + json_text({"step": 10**5000}))
-    kept = checkpoint.cut_history(tmp_path, 5)
+    checkpoint.cut_history(tmp_path, 5)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert kept == [{"step": 1, "loss": 0.5, "logits": None}]
-    assert [json.loads(line) for line in path.read_text().splitlines()] == kept
 
 
 @contextlib.contextmanager
@@ -278,11 +305,14 @@ def disk_of(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, {"small": torch.zeros(10)})
+    def of(weights: torch.Tensor) -> Checkpoint:
+        return Checkpoint({}, {"x": weights}, Optimiser({}, []), None, None, [], State(0, {}, {}, 0, {}, set()))
+
+    checkpoint.save(tmp_path, of(torch.zeros(10)))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     refused = r"checkpoint\.pt cannot be written: (File too large|a write came short)\."
     with disk_of(100_000), pytest.raises(ArtifactError, match=refused):
-        checkpoint.save(tmp_path, {"large": torch.zeros(1_000_000)})
+        checkpoint.save(tmp_path, of(torch.zeros(1_000_000)))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -295,4 +325,4 @@ def test_a_full_disk_takes_no_history(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=r"events.* cannot be written: File too large"):
             write(record, 1, {"loss": 1.0})
         with pytest.raises(ArtifactError, match=r"history\.jsonl cannot be written: File too large"):
-            write(checkpoint.append_history, tmp_path, {"step": 1})
+            write(checkpoint.append_history, tmp_path, 1)

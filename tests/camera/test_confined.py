@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import msgspec
 import numpy as np
 import pytest
 
@@ -248,6 +249,7 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confine, "filter_works", lambda: False)
     monkeypatch.setattr(confine, "_may_change_user", lambda: False)
     found = confine.confinement()
+    assert list(msgspec.to_builtins(found)) == ["own_user", "no_new_privs", "landlock", "system_calls", "missing"]
     assert (found.landlock, found.system_calls, found.own_user) == (None, False, False)
     assert [sentence.split(":")[0] for sentence in found.missing] == [
         "No user of its own", "No Landlock", "No filter of system calls",

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 from sparsifiner_edge.camera.lines import LineWriter, new_lines, open_output
 from sparsifiner_edge.camera.overlay import Overlay, require_overlay_path
 from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.files import umask
 from tests.camera.test_service import records_of
 from tests.commands import Outcome, assert_refused, call, process, snapshot
 from tests.mounts import in_mount, needs_mounts
@@ -126,6 +128,7 @@ def test_lines_of_a_block_that_fails(tmp_path: Path) -> None:
             write({"n": number})
         raise ValueError
     assert [record["n"] for record in lines_of(tmp_path / "lines.part")] == list(range(5))
+    assert stat.S_IMODE((tmp_path / "lines.part").stat().st_mode) == 0o666 & ~umask()
     with contextlib.suppress(ValueError), new_lines(tmp_path / "other"):
         raise ValueError
     assert [p.name for p in tmp_path.iterdir()] == ["lines.part"]

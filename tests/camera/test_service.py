@@ -198,7 +198,8 @@ def test_metrics_and_health(cells: Path, service: Any) -> None:
     assert float(values["sparsifiner_frame_age_seconds_sum"]) > 0
     assert "process_resident_memory_bytes" in text
     health = address.replace("/metrics", "/healthz")
-    assert get(health)[0] == 200
+    code, text = get(health)
+    assert (code, json.loads(text)["reason"]) == (200, None)
     assert get(address.replace("/metrics", "/"))[0] == 404
     with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1].split("/")[0]))):
         assert get(health)[0] == 200  # One that says nothing holds nobody up.
@@ -206,6 +207,7 @@ def test_metrics_and_health(cells: Path, service: Any) -> None:
     run.event(state="stalled")
     code, text = get(health)
     assert (code, json.loads(text)["healthy"]) == (503, False)
+    assert list(json.loads(text)) == ["healthy", "state", "reason", "silent_s"]
     run.event(state="streaming")
     assert run.finish()[0] == 0
 

@@ -142,6 +142,7 @@ def settings(one: Try) -> None:
         command("estimate", one.good / "bundle", "--board-file", board, "--precision", "fp32", *more)
         return
     from sparsifiner_edge.distill.recipe import read_recipe
+    from sparsifiner_edge.records import write_record
 
     recipe = one.work / "recipe.toml"
     recipe.write_bytes(
@@ -149,7 +150,7 @@ def settings(one: Try) -> None:
     )
     name = one.rng.choice(["batch", "distil.steps", "budgets.keep", "ema", "x", "", "distil"])
     overrides = [f"{name}={one.rng.choice(TOML_VALUES)}"] if one.number % 3 == 0 else []
-    refused(lambda: json.dumps(read_recipe(str(recipe), overrides).to_dict()))
+    refused(lambda: json.dumps(write_record(read_recipe(str(recipe), overrides))))
 
 
 NUMBERS = (
