@@ -16,7 +16,7 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
-from sparsifiner_edge.runtime.ort import native_library
+from sparsifiner_edge.runtime.onnxruntime.session import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense_again
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsifiner_edge.runtime import build as build_module
-from sparsifiner_edge.runtime.tensorrt import full
+from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda, install_tensorrt
 
@@ -25,7 +25,7 @@ def machine(monkeypatch):
         trt = install_tensorrt(monkeypatch, gpu, version, behaviour)
 
         def run(job, timeout, progress=None):
-            return full.build(job, progress or (lambda *_: None))
+            return TensorRt().build(job, progress or (lambda *_: None))
 
         monkeypatch.setattr(build_module, "run_job", run)
         return gpu, trt

@@ -1,4 +1,4 @@
-"""ONNX Runtime: on the CPU, or on the provider that it is given."""
+"""A session of ONNX Runtime: on the CPU, or on the provider that it is given."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest, TensorSpec
-from sparsifiner_edge.bundle.store import sealed_copy
+from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
@@ -63,12 +62,6 @@ def load_backend() -> Any:
     if hasattr(onnxruntime, "disable_telemetry_events"):  # Whoever imported it before us may have left them on.
         onnxruntime.disable_telemetry_events()
     return onnxruntime
-
-
-def open_model(folder: Path, manifest: Manifest, threads: int, kernels: str) -> OrtSession:
-    """Load `model.onnx` of a checked bundle; see `open_session`."""
-    with sealed_copy(folder, manifest, MODEL_FILE) as copy:
-        return OrtSession(folder / MODEL_FILE, copy, threads, kernels, manifest.precision)
 
 
 def native_library(kernels: str) -> Path | None:
