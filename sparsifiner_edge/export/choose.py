@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 
 from sparsifiner_edge.export.graph import IR_VERSION
 from sparsifiner_edge.export.sessions import file_session
-from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
+from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.runtime.onnxruntime.session import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense_again
@@ -52,7 +52,7 @@ def keep_dense_where_slower(model: Any) -> dict[str, Any]:
                 "kept_dense": slower,
             }
         )
-    kernels = f"native, {native.target()}" if native_library("auto") else "function bodies"
+    kernels = described(NATIVE.operators, native_library("auto") is not None)
     return {"kernels": kernels, "choices": choices, "sparse_layers_left": len(sparse_layers(model))}
 
 

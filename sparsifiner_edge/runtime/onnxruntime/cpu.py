@@ -8,6 +8,7 @@ from typing import Any
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import sealed_copy
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.onnxruntime.session import CPU, OrtSession, load_backend
 
@@ -22,8 +23,8 @@ class OnnxRuntime(Backend):
         return load_backend()
 
     def choose_kernels(self, manifest: Manifest, kernels: str) -> str:
-        """See `Backend.choose_kernels`: native kernels compute in float32 alone, float16 files run by their bodies."""
-        if manifest.float16 is None:
+        """See `Backend.choose_kernels`: a file of a type that the native kernels do not take runs by its bodies."""
+        if manifest.float16 is None or "float16" in NATIVE.dtypes:
             return kernels
         if kernels == "native":
             raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")

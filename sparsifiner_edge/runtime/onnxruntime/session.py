@@ -14,6 +14,7 @@ from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.session import Array, Description, validate_inputs, validate_outputs
 
@@ -85,7 +86,7 @@ def why_portable(kernels: str) -> str | None:
     if kernels == "portable":
         return "was not asked for"
     try:
-        return native.why_unusable()
+        return NATIVE.why_missing()
     except ValueError as error:
         raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
 
@@ -164,7 +165,7 @@ class OrtSession:
             provider=self._provider,
             device=self._device,
             precision=self._precision,
-            kernels=_kernels(self._operators, self._native is not None, self._why_bodies),
+            kernels=described(self._operators, self._native is not None, self._why_bodies),
             threads=self._threads,
         )
 
@@ -225,18 +226,6 @@ def _spec(node: Any) -> TensorSpec:
             f"{node.name!r} has type {node.type}, which NumPy lacks.", "Export it with another type."
         ) from error
     return TensorSpec(str(node.name), dtype, tuple(node.shape))
-
-
-def _kernels(operators: set[str], native_library: bool, reason: str | None) -> str:
-    """What runs the `sparsifiner` operators of a model, and why not the native library where that was expected."""
-    native_ones = sorted(operators & set(native.OPERATORS)) if native_library else []
-    bodies = sorted(operators - set(native_ones))
-    if not operators:
-        return "none (standard operators)"
-    if not native_ones:
-        return "function bodies" if reason is None else f"function bodies (the native library {reason})"
-    rest = f"; function bodies: {', '.join(bodies)}" if bodies else ""
-    return f"native, {native.target()}{rest}"
 
 
 def _inspect(content: Any) -> tuple[set[str], str]:
