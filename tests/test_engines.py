@@ -72,6 +72,15 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert read_engines([], {}, folder) == ()
 
 
+def test_what_this_version_does_not_know_of_an_engine_is_passed_over(tmp_path: Path) -> None:
+    folder = forge(tmp_path / "b", ENGINE)
+    manifest = json.loads((folder / BUNDLE_FILE).read_text())
+    manifest["engines"][0] |= {"details": {"layers": 7, "tactics": ["a"]}, "later": 1}
+    (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
+    (engine,) = open_bundle(folder).engines
+    assert engine.details == Details(layers=7)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -93,7 +93,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     model_sha256: str
     output: str
     engine: Engine
-    settings: object = None
+    settings: Any = None
 
 
 class EngineBackend(Backend):
