@@ -36,12 +36,12 @@ class Failure(msgspec.Struct, frozen=True):
     fix: str
 
 
-class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """How far a builder is, or what came of the job: `ok`, or why nothing did."""
 
-    stage: str = ""
-    done: float = 0
-    total: float = 0
+    stage: str | None = None
+    done: float | None = None
+    total: float | None = None
     ok: Details | None = None
     error: Failure | None = None
 
@@ -71,7 +71,7 @@ def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> Det
                 if reply.error is not None:
                     raise _raised(reply.error)
                 if progress:
-                    progress(reply.stage, reply.done, reply.total)
+                    progress(reply.stage or "", reply.done or 0, reply.total or 0)
         except TimeoutError as error:
             raise _too_long(job, timeout_s, child) from error
         raise _lost(child, job)
