@@ -69,11 +69,11 @@ def measure(source: Path) -> list[dict[str, Any]]:
         for capability in CAPABILITIES:
             row: dict[str, Any] = {"bundle": source.name, "compute_capability": capability}
             try:
-                (engine,) = build_engine(copy, "tensorrt-rtx", compute_capabilities=[capability])["engines"]
+                (engine,) = build_engine(copy, "tensorrt-rtx", compute_capabilities=[capability]).engines
             except SparsifinerError as error:
                 rows.append(row | {"built": False, "error": error.what})
             else:
-                rows.append(row | {"built": True} | {name: engine["details"][name] for name in KEPT})
+                rows.append(row | {"built": True} | {name: getattr(engine.details, name) for name in KEPT})
             click.echo(rows[-1], err=True)
     return rows
 

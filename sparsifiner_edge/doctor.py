@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 import os
 import re
-from typing import Any
 
 import msgspec
 
@@ -16,10 +15,12 @@ from sparsifiner_edge.machine import Environment, Machine, environment, machine,
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime import cuda, ort_cuda, ort_tensorrt
-from sparsifiner_edge.runtime.ort import load_backend
-from sparsifiner_edge.runtime.tensorrt import full as tensorrt
-from sparsifiner_edge.runtime.tensorrt import rtx as tensorrt_rtx
+from sparsifiner_edge.runtime import cuda
+from sparsifiner_edge.runtime.backend import EngineBackend
+from sparsifiner_edge.runtime.onnxruntime.gpu import GpuProvider, OnnxRuntimeCuda, OnnxRuntimeTensorRt
+from sparsifiner_edge.runtime.onnxruntime.session import load_backend
+from sparsifiner_edge.runtime.tensorrt.full import TensorRt
+from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
 
 DISTRIBUTION = "sparsifiner-edge"
 _REQUIREMENT = re.compile(
@@ -86,11 +87,9 @@ def examine() -> Findings:
         native_library_reason=reason,
         backends={
             "onnxruntime": _onnxruntime(),
-            **{module.BACKEND: _provider(module, device) for module in (ort_cuda, ort_tensorrt)},
-            "tensorrt": _engines("tensorrt", tensorrt, device, "builds engines for the GPU of this machine"),
-            "tensorrt-rtx": _engines(
-                "tensorrt-rtx", tensorrt_rtx, device, "builds engines ahead of time for RTX cards"
-            ),
+            **{kind.name: _provider(kind(), device) for kind in (OnnxRuntimeCuda, OnnxRuntimeTensorRt)},
+            "tensorrt": _engines(TensorRt(), device, "builds engines for the GPU of this machine"),
+            "tensorrt-rtx": _engines(TensorRtRtx(), device, "builds engines ahead of time for RTX cards"),
         },
         cuda=device,
         triton=_triton(),
@@ -131,28 +130,28 @@ def _onnxruntime() -> BackendState:
     return BackendState(True, f"imports, and offers {providers}; uses CPUExecutionProvider", str(module.__version__))
 
 
-def _provider(module: Any, device: Known[CudaDevice]) -> BackendState:
+def _provider(backend: GpuProvider, device: Known[CudaDevice]) -> BackendState:
     """That a build offers a provider says nothing about the machine: it does so without any GPU."""
     try:
-        version = str(module.load_backend().__version__)
+        version = str(backend.load().__version__)
     except SparsifinerError as error:
         return BackendState(False, f"{error.what} {error.fix}", package_version("onnxruntime"))
     if isinstance(device, Unavailable):
-        return BackendState(False, f"{module.PROVIDER} is built in, and {device.why}", version)
+        return BackendState(False, f"{backend.provider} is built in, and {device.why}", version)
     return BackendState(
-        True, f"{module.PROVIDER} is built in; whether it starts is seen when a bundle is opened", version
+        True, f"{backend.provider} is built in; whether it starts is seen when a bundle is opened", version
     )
 
 
-def _engines(package: str, module: Any, device: Known[CudaDevice], skill: str) -> BackendState:
+def _engines(backend: EngineBackend, device: Known[CudaDevice], skill: str) -> BackendState:
     """A backend that runs engines: they run where there is a device; TensorRT-RTX also builds where there is none."""
     try:
-        version = str(module.load_backend().__version__)
+        version = str(backend.load().__version__)
     except SparsifinerError as error:
-        return BackendState(False, f"{error.what} {error.fix}", package_version(package))
+        return BackendState(False, f"{error.what} {error.fix}", package_version(backend.name))
     if not isinstance(device, Unavailable):
         return BackendState(True, f"imports; {skill}, and runs them on {device.name}", version)
-    ahead = module is tensorrt_rtx
+    ahead = isinstance(backend, TensorRtRtx)
     does = f"{skill}, and cannot run them here" if ahead else "cannot be used here"
     return BackendState(ahead, f"imports; {does}: {device.why}", version)
 

@@ -67,7 +67,10 @@ def _known(kind: Any, content: object) -> object:
     if get_origin(kind) is not Known:
         raise NotImplementedError(f"{kind} is read by no one")
     found = isinstance(content, dict) and content.keys() == {MISSING}
-    return msgspec.convert(content, Unavailable if found else get_args(kind)[0], dec_hook=_known)
+    try:
+        return msgspec.convert(content, Unavailable if found else get_args(kind)[0], dec_hook=_known)
+    except msgspec.ValidationError as error:  # Its path starts here; of any other error msgspec tells the whole path.
+        raise ValueError(_told(content, str(error))) from error
 
 
 def write_record(record: object) -> Any:
@@ -101,7 +104,7 @@ def _told(content: object, said: str) -> str:
         words = words.replace(r" of the form '\\S'", " with something in it")
     outer, entry, _ = place.partition("[...]")  # Of a dict's values the path does not say which.
     if entry:
-        return f"an entry of {outer.lstrip('.')} is {words}"
+        return f"an entry of {outer.lstrip('.') or 'it'} is {words}"
     return f"{place.lstrip('.') or 'it'} is {_value(content, place)}, {words}"
 
 

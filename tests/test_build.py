@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.artifacts import SIGNATURE_FILE, require_replaceable
-from sparsifiner_edge.bundle.engines import BatchRange
+from sparsifiner_edge.artifacts import SIGNATURE_FILE, require_replaceable, sha256
+from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine
 from sparsifiner_edge.bundle.manifest import InputSpec, Manifest
 from sparsifiner_edge.bundle.store import bundle_scratch
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, GateError
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.backend import Job
 from sparsifiner_edge.runtime.build import batch_range, build_engine
 from sparsifiner_edge.runtime.build_worker import run_job
 from tests.commands import PROGRAM, assert_refused, call, manifest_of, snapshot
@@ -60,8 +61,8 @@ def test_engines_are_added_and_those_of_one_name_replaced(tiny: Path) -> None:
 def test_onnxruntime_needs_no_file(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(tiny)
     found = build_engine(tiny)
-    assert found["engines"] == []
-    assert found["golden"]["features"]["range_relative_error"] <= found["golden"]["features"]["tolerance"]
+    assert found.engines == ()
+    assert found.golden["features"]["range_relative_error"] <= found.golden["features"]["tolerance"]
     outcome = call(capsys, "build", tiny)
     assert outcome.code == 0
     assert "no engine is needed, none was written" in outcome.out
@@ -177,13 +178,9 @@ def test_a_builder_that_dies_is_a_message_and_the_bundle_as_it_was(
     misbehaving(tmp_path, monkeypatch, what)
     before = snapshot(tiny)
     start = time.monotonic()
-    job = {
-        "backend": RTX,
-        "model": str(tiny / "model.onnx"),
-        "output": str(tmp_path / "x"),
-        "engine": {},
-        "settings": {},
-    }
+    engine = Engine(RTX, "1.7.1", "8.6", "linux", "x86_64", "fp32", BatchRange(1, 1, 8))
+    model = tiny / "model.onnx"
+    job = Job(backend=RTX, model=str(model), model_sha256=sha256(model), output=str(tmp_path / "x"), engine=engine)
     with pytest.raises(BackendError, match=said):
         run_job(job, timeout_s=4 if "sleep" in what else 100)
     assert time.monotonic() - start < 50
@@ -266,9 +263,9 @@ def test_a_bundle_that_changes_under_the_build(tiny: Path, monkeypatch: pytest.M
     other = make_bundle(tiny.parent / "other", depth=3)
     from sparsifiner_edge.runtime import build as module
 
-    real: Callable[..., dict[str, Any]] = module.run_job
+    real: Callable[..., Details] = module.run_job
 
-    def meanwhile(*arguments: Any) -> dict[str, Any]:
+    def meanwhile(*arguments: Any) -> Details:
         done = real(*arguments)
         if change == "gone":
             shutil.rmtree(tiny)

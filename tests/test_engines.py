@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
@@ -15,6 +16,7 @@ from sparsifiner_edge.bundle.engines import (
     AMPERE_PLUS,
     VERSION_COMPATIBLE,
     BatchRange,
+    Details,
     Device,
     Engine,
     fitting_engine,
@@ -24,6 +26,7 @@ from sparsifiner_edge.bundle.engines import (
 )
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.runtime import open_session
 from tests.tiny import make_bundle
 
@@ -32,7 +35,7 @@ DEVICE = Device("tensorrt-rtx", "1.7.1", "8.6", "NVIDIA RTX A2000", "linux", "x8
 
 
 def changed(**values: Any) -> Engine:
-    return dataclasses.replace(ENGINE, **values)
+    return msgspec.structs.replace(ENGINE, **values)
 
 
 def forge(folder: Path, *engines: Engine, content: bytes = b"no engine at all") -> Path:
@@ -45,7 +48,7 @@ def forge(folder: Path, *engines: Engine, content: bytes = b"no engine at all") 
         place = engine.file or f"engines/{engine.name}-{number:08x}.engine"
         (folder / place).write_bytes(content)
         manifest["files"][place] = sha256(folder / place)
-        manifest["engines"].append(dataclasses.replace(engine, file=place).to_dict())
+        manifest["engines"].append(write_record(msgspec.structs.replace(engine, file=place)))
     (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
     return folder
 
@@ -58,11 +61,24 @@ def test_names_carry_everything() -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    other = changed(compatible=(AMPERE_PLUS,), variant="plugin", details={"layers": 7})
+    other = changed(
+        compatible=(AMPERE_PLUS,),
+        variant="plugin",
+        details=Details(layers=7, golden=Unavailable("no GPU")),
+    )
     folder = forge(tmp_path / "b", ENGINE, other)
     engines = open_bundle(folder).engines
-    assert [dataclasses.replace(e, file="") for e in engines] == [ENGINE, other]
+    assert [msgspec.structs.replace(e, file="") for e in engines] == [ENGINE, other]
     assert read_engines([], {}, folder) == ()
+
+
+def test_what_this_version_does_not_know_of_an_engine_is_passed_over(tmp_path: Path) -> None:
+    folder = forge(tmp_path / "b", ENGINE)
+    manifest = json.loads((folder / BUNDLE_FILE).read_text())
+    manifest["engines"][0] |= {"details": {"layers": 7, "tactics": ["a"]}, "later": 1}
+    (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
+    (engine,) = open_bundle(folder).engines
+    assert engine.details == Details(layers=7)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +137,16 @@ def test_capabilities_that_are_none(text: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda m: m.update(engines={}), "engines is no list"),
-        (lambda m: m.update(engines=["x"]), "is no object"),
-        (lambda m: m["engines"][0].pop("version"), "version is null, not str"),
+        (lambda m: m.update(engines={}), r"engines is \{\}, not list"),
+        (lambda m: m.update(engines=["x"]), r'engines\[0\] is "x", not dict'),
+        (lambda m: m["engines"][0].pop("version"), "version is missing"),
         (lambda m: m["engines"][0]["batch"].update(best="1"), 'batch.best is "1", not int'),
         (lambda m: m["engines"][0].update(file="engines/other.engine"), "without a hash"),
         (lambda m: m["engines"][0].update(file="model.onnx"), "outside engines/"),
-        (lambda m: m["engines"][0].update(details=None), "details is null"),
+        (lambda m: m["engines"][0].update(version="1/2"), r'version is "1/2", not str of the form'),
+        (lambda m: m["engines"][0].update(details={"golden": {"unavailable": 1}}), "unavailable is 1, not str"),
+        (lambda m: m["engines"][0].update(details={"golden": {"x": 1}}), "an entry of it is not dict"),
+        (lambda m: m["engines"][0].update(details=None), "details is null, not dict"),
     ],
 )
 def test_a_manifest_that_is_not_ours(tmp_path: Path, spoil: Callable[[dict[str, Any]], Any], message: str) -> None:

@@ -13,13 +13,15 @@ import pytest
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.runtime import open_session, ort_cuda, ort_tensorrt
-from sparsifiner_edge.runtime.ort import Execution, OrtSession
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.build import build_engine
+from sparsifiner_edge.runtime.onnxruntime.gpu import OnnxRuntimeCuda, OnnxRuntimeTensorRt
+from sparsifiner_edge.runtime.onnxruntime.session import Execution, OrtSession
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
 from tests.tiny import make_bundle
 
-BOTH = [ort_cuda, ort_tensorrt]
+BOTH = [OnnxRuntimeCuda(), OnnxRuntimeTensorRt()]
 CPU_BUILD = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
 
 
@@ -36,35 +38,35 @@ def gpu_build(monkeypatch):
 
 
 @pytest.mark.skipif(not CPU_BUILD, reason="onnxruntime-gpu is installed")
-@pytest.mark.parametrize("module", BOTH)
-def test_the_real_build_for_the_cpu_is_named(bundle, module):
+@pytest.mark.parametrize("backend", BOTH)
+def test_the_real_build_for_the_cpu_is_named(bundle, backend):
     with pytest.raises(BackendError, match=r"(?s)onnxruntime \d.* has no .*; it offers .*CPU.*sparsifiner-edge\[gpu\]"):
-        module.load_backend()
-    with pytest.raises(BackendError, match=f"has no {module.PROVIDER}"):
-        module.open_model(bundle, open_bundle(bundle), 1, "auto")
+        backend.load()
+    with pytest.raises(BackendError, match=f"has no {backend.provider}"):
+        backend.open(bundle, open_bundle(bundle), 1, "auto")
 
 
-@pytest.mark.parametrize("module", BOTH)
-def test_no_device_is_said_before_a_session_is_made(bundle, gpu_build, monkeypatch, module):
+@pytest.mark.parametrize("backend", BOTH)
+def test_no_device_is_said_before_a_session_is_made(bundle, gpu_build, monkeypatch, backend):
     install_cuda(monkeypatch, Gpu(count=0))
     monkeypatch.setattr(onnxruntime, "InferenceSession", None)
     with pytest.raises(BackendError, match="CUDA finds no device"):
-        module.open_model(bundle, open_bundle(bundle), 1, "auto")
+        backend.open(bundle, open_bundle(bundle), 1, "auto")
 
 
 @pytest.mark.skipif(not CPU_BUILD, reason="onnxruntime-gpu is installed")
-@pytest.mark.parametrize("module", BOTH)
-def test_a_silent_fallback_is_an_error(bundle, gpu_build, monkeypatch, module):
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_silent_fallback_is_an_error(bundle, gpu_build, monkeypatch, backend):
     """The real ONNX Runtime falls back here: it has no such provider."""
     install_cuda(monkeypatch, Gpu())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with pytest.raises(BackendError, match=rf"(?s){module.PROVIDER} does not start.*CPUExecutionProvider instead"):
-            module.open_model(bundle, open_bundle(bundle), 1, "auto")
+        with pytest.raises(BackendError, match=rf"(?s){backend.provider} does not start.*CPUExecutionProvider instead"):
+            backend.open(bundle, open_bundle(bundle), 1, "auto")
 
 
-@pytest.mark.parametrize("module", BOTH)
-def test_what_the_provider_is_given(bundle, gpu_build, monkeypatch, module, tmp_path):
+@pytest.mark.parametrize("backend", BOTH)
+def test_what_the_provider_is_given(bundle, gpu_build, monkeypatch, backend, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     install_cuda(monkeypatch, Gpu())
     asked = {}
@@ -84,14 +86,14 @@ def test_what_the_provider_is_given(bundle, gpu_build, monkeypatch, module, tmp_
             return getattr(self._session, name)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    with module.open_model(bundle, open_bundle(bundle), 1, "auto") as session:
+    with backend.open(bundle, open_bundle(bundle), 1, "auto") as session:
         described = session.description
-        assert session.backend == module.BACKEND
-    assert described.provider == module.PROVIDER
+        assert session.backend == backend.name
+    assert described.provider == backend.provider
     assert described.device == "Orin (compute capability 8.7)"
     (name, options), last = asked["providers"]
-    assert (name, last) == (module.PROVIDER, "CPUExecutionProvider")
-    if module is ort_tensorrt:
+    assert (name, last) == (backend.provider, "CPUExecutionProvider")
+    if isinstance(backend, OnnxRuntimeTensorRt):
         assert options["trt_engine_cache_path"].startswith(str(tmp_path / "cache"))
         assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == (False, False)
     else:
@@ -100,19 +102,21 @@ def test_what_the_provider_is_given(bundle, gpu_build, monkeypatch, module, tmp_
 
 def test_types_of_the_file_are_allowed(tmp_path):
     def options(digest="ab", precision="fp32"):
-        return ort_tensorrt.options(Manifest(schema_version=2, files={"model.onnx": digest * 32}, precision=precision))
+        return OnnxRuntimeTensorRt().options(
+            Manifest(schema_version=2, files={"model.onnx": digest * 32}, precision=precision)
+        )
 
     assert options(precision="fp16")["trt_fp16_enable"]
     assert options(precision="int8")["trt_int8_enable"]
     assert options("cd")["trt_engine_cache_path"] != options()["trt_engine_cache_path"]
 
 
-@pytest.mark.parametrize("module", BOTH)
-def test_native_kernels_and_builds_are_refused(bundle, module):
+@pytest.mark.parametrize("backend", BOTH)
+def test_native_kernels_and_builds_are_refused(bundle, backend):
     with pytest.raises(BackendError, match="native kernels are the processor's"):
-        open_session(bundle, module.BACKEND, kernels="native")
-    with pytest.raises(ConfigError, match=f"{module.BACKEND} builds no engine file"):
-        module.plan(None)
+        open_session(bundle, backend.name, kernels="native")
+    with pytest.raises(ConfigError, match=f"{backend.name} builds no engine file"):
+        build_engine(bundle, backend.name)
 
 
 def test_the_cpu_is_reported_as_before(bundle):
@@ -130,13 +134,13 @@ def test_standard_output_stays_clean(bundle):
         "import sys, json, onnxruntime\n"
         "onnxruntime.preload_dlls = lambda: print('Failed to load libcudnn')\n"
         "onnxruntime.get_available_providers = lambda: ['CUDAExecutionProvider']\n"
-        "from sparsifiner_edge.runtime import ort_gpu, ort_cuda\n"
+        "from sparsifiner_edge.runtime.onnxruntime import gpu\n"
         "from sparsifiner_edge.runtime.cuda import Device\n"
-        "ort_gpu.probe = lambda: Device(0, 'x', (8, 7), 1, True, '12.6')\n"
+        "gpu.probe = lambda: Device(0, 'x', (8, 7), 1, True, '12.6')\n"
         "from pathlib import Path\n"
         "from sparsifiner_edge.bundle.store import open_bundle\n"
         "folder = Path(sys.argv[1])\n"
-        "try: ort_cuda.open_model(folder, open_bundle(folder), 1, 'auto')\n"
+        "try: gpu.OnnxRuntimeCuda().open(folder, open_bundle(folder), 1, 'auto')\n"
         "except Exception as error: print(json.dumps(str(error)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)

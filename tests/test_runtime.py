@@ -13,7 +13,8 @@ from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime import BACKENDS, open_session
+from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.session import validate_inputs
 from tests.tiny import make_bundle
 
@@ -234,6 +235,15 @@ def test_importing_runtime_loads_no_backend_and_no_torch():
     loaded = {name.split(".")[0] for name in in_fresh_python(code).stdout.split()}
     assert "sparsifiner_edge" in loaded
     assert not loaded & {"onnxruntime", "onnx", "torch", "timm"}
+
+
+def test_a_backend_is_found_by_its_name_and_loads_no_other():
+    for name in BACKENDS:
+        assert find_backend(name).name == name
+    code = "import sys; from sparsifiner_edge.runtime.open import find_backend; find_backend('onnxruntime')\n"
+    loaded = in_fresh_python(code + "print(*sys.modules)").stdout.split()
+    assert "sparsifiner_edge.runtime.onnxruntime.cpu" in loaded
+    assert not any(name.startswith("sparsifiner_edge.runtime.tensorrt") for name in loaded)
 
 
 def test_a_missing_onnxruntime_gives_the_pip_command(bundle):

@@ -10,22 +10,28 @@ from __future__ import annotations
 import dataclasses
 import platform
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Annotated, TypeAlias
 
-from sparsifiner_edge.artifacts import ENGINE_FOLDER, field
+import msgspec
+
+from sparsifiner_edge.artifacts import ENGINE_FOLDER
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
+from sparsifiner_edge.records import Known, read_record
 
 VERSION_COMPATIBLE = "version"
 """In `Engine.compatible`: runs on later versions of the same major version (TensorRT's VERSION_COMPATIBLE flag)."""
 AMPERE_PLUS = "ampere+"
 """In `Engine.compatible`: runs on every GPU of compute capability 8.0 and later (HardwareCompatibilityLevel)."""
-_WORD = re.compile(r"[A-Za-z0-9.+_-]{0,64}", re.ASCII)
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)", re.ASCII)
+Word: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.+_-]{0,64}\Z")]
+"""What goes into names of files, into configurations and to people."""
+Golden: TypeAlias = dict[str, dict[str, float]]
+"""What `golden.check_golden` found."""
 
 
-class BatchRange(NamedTuple):
+class BatchRange(msgspec.Struct, frozen=True):
     """Batch sizes that an engine takes, from `least` to `most`; it is tuned for `best`. All equal where fixed."""
 
     least: int
@@ -36,8 +42,50 @@ class BatchRange(NamedTuple):
         return str(self.best) if self.least == self.most else f"{self.least}-{self.best}-{self.most}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Engine:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One way of carrying out sparse attention, tried on the device; see `runtime.tensorrt.choose`.
+
+    Attributes:
+        golden: what the golden check found, or said where it failed.
+        compute_ms: median of `runs` runs.
+        failed: why there is no engine of this kind, or none that runs.
+    """
+
+    golden: Golden | str | None = None
+    compute_ms: float | None = None
+    runs: int | None = None
+    failed: str | None = None
+
+
+class Details(msgspec.Struct, frozen=True, kw_only=True):
+    """What the builder of an engine says about it, for people; a backend leaves out what it does not know.
+
+    Attributes:
+        layers: of the network as parsed. warnings: the first ten.
+        cpu_seconds: of the building process; build_seconds: by the clock, its start included.
+        timing_cache: "new", "reused" or "not used". device, driver: what it was built on.
+        kernels: the candidate that won; candidates: all of them, where there was a choice.
+        bytes: size of the file. golden: what the golden check found before the engine was taken.
+    """
+
+    layers: int | None = None
+    parse_seconds: float | None = None
+    compile_seconds: float | None = None
+    cpu_seconds: float | None = None
+    workspace_bytes: int | None = None
+    optimisation_level: int | None = None
+    timing_cache: str | None = None
+    device: str | None = None
+    driver: str | None = None
+    warnings: tuple[str, ...] | None = None
+    kernels: str | None = None
+    candidates: dict[str, Candidate] | None = None
+    build_seconds: float | None = None
+    bytes: int | None = None
+    golden: Known[Golden] | None = None
+
+
+class Engine(msgspec.Struct, frozen=True):
     """What an engine was built for.
 
     Attributes:
@@ -50,20 +98,20 @@ class Engine:
         variant: what carries out the operators of the domain `sparsifiner`: "" for the bodies in the file, or a
             backend's own word such as "plugin" or "dense".
         compatible: `VERSION_COMPATIBLE`, `AMPERE_PLUS`, both or neither.
-        details: what the builder says about it, JSON-ready; nothing is decided by it.
+        details: what the builder says about it.
         file: its path in the bundle; "" before it is built.
     """
 
-    backend: str
-    version: str
-    compute_capability: str
-    os: str
-    cpu: str
-    precision: str
+    backend: Word
+    version: Word
+    compute_capability: Word
+    os: Word
+    cpu: Word
+    precision: Word
     batch: BatchRange
-    variant: str = ""
+    variant: Word = ""
     compatible: tuple[str, ...] = ()
-    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    details: Details = Details()
     file: str = ""
 
     @property
@@ -73,10 +121,9 @@ class Engine:
         compatible = [part.replace("+", "plus") for part in self.compatible]
         return "-".join([*parts, f"b{self.batch}", *filter(None, [self.variant]), *compatible])
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, as the manifest holds it."""
-        content = dataclasses.asdict(self) | {"details": dict(self.details), "compatible": list(self.compatible)}
-        return content | {"batch": self.batch._asdict()}
+
+class _Engines(msgspec.Struct):
+    engines: tuple[Engine, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +182,7 @@ def read_engines(entries: object, files: Container[str], folder: Path) -> tuple[
     Raises:
         ArtifactError: an entry is malformed, or its file is not one of the bundle's hashed files in `engines/`.
     """
-    if not isinstance(entries, list):
-        raise ArtifactError(f"{folder}: engines is no list.", "Export the bundle again.")
-    engines = tuple(_read(entry, folder) for entry in entries)
+    engines = read_record({"engines": entries}, _Engines, folder, "Export the bundle again.").engines
     for engine in engines:
         if engine.file not in files or PurePosixPath(engine.file).parent.name != ENGINE_FOLDER:
             raise ArtifactError(
@@ -145,19 +190,6 @@ def read_engines(entries: object, files: Container[str], folder: Path) -> tuple[
                 "Export the bundle again and build it anew.",
             )
     return engines
-
-
-def _read(entry: Any, folder: Path) -> Engine:
-    if not isinstance(entry, dict):
-        raise ArtifactError(f"{folder} lists an engine that is no object.", "Export the bundle again.")
-    names = ("backend", "version", "compute_capability", "os", "cpu", "precision", "variant", "file")
-    texts = {name: field(entry, folder, name, str) for name in names}
-    for name in names[:-1]:  # They go into names of files, into configurations and to people.
-        if not _WORD.fullmatch(texts[name]):
-            raise ArtifactError(f"{folder} lists an engine whose {name} is {texts[name]!r:.80}.", "Do not use it.")
-    batch = BatchRange(*(field(entry, folder, f"batch.{name}", int) for name in BatchRange._fields))
-    compatible = tuple(map(str, field(entry, folder, "compatible", list)))
-    return Engine(**texts, batch=batch, compatible=compatible, details=field(entry, folder, "details", dict))
 
 
 def mismatches(engine: Engine, device: Device) -> list[str]:

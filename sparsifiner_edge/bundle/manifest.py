@@ -165,7 +165,7 @@ def manifest_content(manifest: Manifest) -> dict[str, Any]:
     plain = write_record(msgspec.structs.replace(manifest, sparsity=None, engines=()))
     content: dict[str, Any] = {"schema_version": manifest.schema_version, "kind": "bundle"} | plain
     content["sparsity"] = manifest.sparsity and manifest.sparsity.to_dict()
-    content["engines"] = [engine.to_dict() for engine in manifest.engines]
+    content["engines"] = write_record(manifest.engines)
     return content
 
 

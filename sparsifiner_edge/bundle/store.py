@@ -38,6 +38,7 @@ from sparsifiner_edge.files import (
     write_text,
 )
 from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.text import dump_json, shown
 
@@ -104,7 +105,7 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
         after = change(before)
         kept = after.files | {name: sha256(path) for name, path in files.items()}
         # What this version does not know stays.
-        content = json.loads(text) | {"files": kept, "engines": [engine.to_dict() for engine in after.engines]}
+        content = json.loads(text) | {"files": kept, "engines": write_record(after.engines)}
         for path in files.values():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
 from sparsifiner_edge.cli.common import FiniteRange, json_option, kernels_option, print_json, print_table, progress_bar
+from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.text import shown
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.bundle.engines import Engine
+    from sparsifiner_edge.runtime.backend import Option
+    from sparsifiner_edge.runtime.build import Built
 
 _BATCH = click.IntRange(1, MOST_BATCH)
 _MOST_OPTION = (1 << 59) - 1
@@ -60,10 +66,10 @@ def command(
             progress=progress,
         )
     if as_json:
-        print_json(result)
+        print_json(write_record(result))
     else:
         _print(result)
-    if result["engines"] and (bundle / SIGNATURE_FILE).is_file():
+    if result.engines and (bundle / SIGNATURE_FILE).is_file():
         click.echo(
             f"warning: {bundle} was signed before, and its signature no longer holds. Sign it again: "
             f"sparsifiner-edge bundle sign {bundle} --key KEY",
@@ -80,7 +86,7 @@ def _batch(least: int | None, best: int | None, most: int | None) -> tuple[int, 
     return least, best, most or max(best, 8)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _option(text: str) -> tuple[str, Option]:
     """ "level=5" -> ("level", 5); true and false are truth values, whole numbers are numbers."""
     name, equals, value = text.partition("=")
     if not name or not equals:
@@ -90,34 +96,34 @@ def _option(text: str) -> tuple[str, Any]:
     return name, truth.get(value, whole_number(value, f"--option {name}", most=_MOST_OPTION) if digits else value)
 
 
-def _print(result: dict[str, Any]) -> None:
-    folder = result["bundle"]
-    if not result["engines"]:
-        described = result["description"]
-        click.echo(f"onnxruntime {result['version']} runs model.onnx itself: no engine is needed, none was written.")
-        click.echo(shown(f"{described['device']}, {described['precision']}, kernels: {described['kernels']}"))
-        for name, found in result["golden"].items():
+def _print(result: Built) -> None:
+    if result.description is not None:
+        described = result.description
+        click.echo(f"onnxruntime {result.version} runs model.onnx itself: no engine is needed, none was written.")
+        click.echo(shown(f"{described.device}, {described.precision}, kernels: {described.kernels}"))
+        for name, found in (result.golden or {}).items():
             click.echo(
                 f"{shown(name)}: differs from golden by {found['range_relative_error']:.1e} of its range, "
                 f"allowed {found['tolerance']:.0e}"
             )
         return
-    rows = [
-        [engine["compute_capability"], engine["precision"], "-".join(map(str, dict.fromkeys(engine["batch"].values()))),
-         f"{engine['details']['bytes'] / 1e6:.1f}", f"{engine['details']['build_seconds']:.1f}", _checked(engine)]
-        for engine in result["engines"]
-    ]  # fmt: skip
-    title = f"{result['backend']} {result['version']}"
-    print_table(title, ["compute capability", "precision", "batch", "MB", "seconds", "golden pair"], rows)
-    for engine in result["engines"]:
-        click.echo(shown(f"{folder}/{engine['file']}", 5000))
-        golden = engine["details"]["golden"]
-        if "unavailable" in golden:
-            click.echo(f"  not run here: {shown(golden['unavailable'], 2000)}")
+    heads = ["compute capability", "precision", "batch", "MB", "seconds", "golden pair"]
+    print_table(f"{result.backend} {result.version}", heads, [_row(engine) for engine in result.engines])
+    for engine in result.engines:
+        click.echo(shown(f"{result.bundle}/{engine.file}", 5000))
+        if isinstance(engine.details.golden, Unavailable):
+            click.echo(f"  not run here: {shown(engine.details.golden.why, 2000)}")
 
 
-def _checked(engine: dict[str, Any]) -> str:
-    golden = engine["details"]["golden"]
-    if "unavailable" in golden:
+def _row(engine: Engine) -> list[str]:
+    batch, details = engine.batch, engine.details
+    sizes = "-".join(map(str, dict.fromkeys((batch.least, batch.best, batch.most))))
+    megabytes, seconds = f"{(details.bytes or 0) / 1e6:.1f}", f"{details.build_seconds or 0:.1f}"
+    return [engine.compute_capability, engine.precision, sizes, megabytes, seconds, _checked(engine)]
+
+
+def _checked(engine: Engine) -> str:
+    golden = engine.details.golden
+    if golden is None or isinstance(golden, Unavailable):
         return "not run"
     return f"within {max(found['range_relative_error'] for found in golden.values()):.1e}"

@@ -17,7 +17,7 @@ from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, Agreement, agreement, aligned
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.ort import native_library
+from sparsifiner_edge.runtime.onnxruntime.session import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.prune import PrunedBlock

@@ -13,10 +13,11 @@ from onnx import TensorProto, helper
 
 from sparsifiner_edge.export.graph import IR_VERSION
 from sparsifiner_edge.export.sessions import file_session
-from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
-from sparsifiner_edge.ops.schema import DOMAIN, VERSION
-from sparsifiner_edge.runtime.ort import native_library
+from sparsifiner_edge.ops.kernels import NATIVE, described
+from sparsifiner_edge.ops.schema import DOMAIN, VERSION, AttributeValue
+from sparsifiner_edge.runtime.onnxruntime.session import native_library
+from sparsifiner_edge.runtime.session import Array
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense_again
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 
@@ -52,7 +53,7 @@ def keep_dense_where_slower(model: Any) -> dict[str, Any]:
                 "kept_dense": slower,
             }
         )
-    kernels = f"native, {native.target()}" if native_library("auto") else "function bodies"
+    kernels = described(NATIVE.operators, native_library("auto") is not None)
     return {"kernels": kernels, "choices": choices, "sparse_layers_left": len(sparse_layers(model))}
 
 
@@ -63,28 +64,27 @@ def _measure(layer: SparseAttention) -> tuple[float, float]:
     heads, width = layer.num_heads, layer.head_dim
     tokens = layout.patches + layer.num_prefix
     qkv = random.normal(size=(1, tokens, 3 * heads * width)).astype(np.float32)
-    inputs: dict[str, Any] = {"qkv": qkv}
-    shared: dict[str, Any] = {"num_heads": heads, "scale": layer.scale}
-    settings: dict[str, Any]
+    inputs = {"qkv": qkv}
+    shared = {"num_heads": heads, "scale": layer.scale}
     if sparsity.preset == "paper":
         names = ["proj_q", "bias_q", "proj_k", "bias_k", "down", "up"]
         inputs |= dict(zip(names, (x.detach().numpy() for x in layer.select.inputs()), strict=True))  # type: ignore[operator]
-        choose = helper.make_node(
-            "LandmarkKeySelect", ["qkv", *names], ["lists"], domain=DOMAIN, num_heads=heads, keys=layout.keys,
-            scale=heads**-0.5, top_coefficients=sparsity.top_coefficients, basis_threshold=sparsity.basis_threshold,
+        choose = _node(
+            "LandmarkKeySelect", ["qkv", *names], "lists", num_heads=heads, keys=layout.keys, scale=heads**-0.5,
+            top_coefficients=sparsity.top_coefficients, basis_threshold=sparsity.basis_threshold,
         )  # fmt: skip
-        settings = {"tile": 1, "cell": 0, "prefix_keys": 0}
+        tile, cell, prefix_keys = 1, 0, 0
     else:
         inputs |= {n: random.normal(size=(heads, width, sparsity.channels)).astype(np.float32) for n in ("a", "b")}
-        choose = helper.make_node(
-            "KeySelect", ["qkv", "a", "b"], ["lists"], domain=DOMAIN, num_prefix=layer.num_prefix, probe=sparsity.probe,
+        choose = _node(
+            "KeySelect", ["qkv", "a", "b"], "lists", num_prefix=layer.num_prefix, probe=sparsity.probe,
             tile=sparsity.tile, cell=layout.cell, keys=layout.keys, value_power=sparsity.value_power, **shared,
         )  # fmt: skip
-        settings = {"tile": sparsity.tile, "cell": layout.cell, "prefix_keys": 1}
-    settings |= {"num_prefix": layer.num_prefix, **shared}
-    attend = helper.make_node("SparseAttention", ["qkv", "lists"], ["output"], domain=DOMAIN, **settings)
-    dense = helper.make_node("DenseAttention", ["qkv"], ["output"], domain=DOMAIN, **shared)
-    structure = Structure(layer.num_prefix > 0, settings["cell"] > 0, bool(settings["prefix_keys"]))
+        tile, cell, prefix_keys = sparsity.tile, layout.cell, 1
+    lists = {"tile": tile, "cell": cell, "prefix_keys": prefix_keys, "num_prefix": layer.num_prefix}
+    attend = _node("SparseAttention", ["qkv", "lists"], "output", **lists, **shared)
+    dense = _node("DenseAttention", ["qkv"], "output", **shared)
+    structure = Structure(layer.num_prefix > 0, cell > 0, bool(prefix_keys))
     runs = [_runner([choose, attend], inputs, structure), _runner([dense], {"qkv": qkv}, structure)]
     times: list[list[float]] = [[], []]
     for _ in range(ROUNDS):
@@ -97,7 +97,13 @@ def _measure(layer: SparseAttention) -> tuple[float, float]:
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def _runner(nodes: list[onnx.NodeProto], inputs: dict[str, Any], structure: Structure) -> Callable[[], Any]:
+def _node(kind: str, inputs: list[str], output: str, **attributes: AttributeValue) -> onnx.NodeProto:
+    node = helper.make_node(kind, inputs, [output], domain=DOMAIN)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    return node
+
+
+def _runner(nodes: list[onnx.NodeProto], inputs: dict[str, Array], structure: Structure) -> Callable[[], Any]:
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in inputs.items()]
     output = helper.make_tensor_value_info("output", TensorProto.FLOAT, None)
     model = helper.make_model(

@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.ort import load_backend, native_library
+from sparsifiner_edge.runtime.onnxruntime.session import load_backend, native_library
 
 _ERRORS_ONLY = 3
 

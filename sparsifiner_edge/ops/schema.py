@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 DOMAIN = "sparsifiner"
 VERSION = 1
@@ -18,6 +19,16 @@ DEVIATION_FLOOR = 1e-6
 """Least value deviation that enters the logarithm in KeySelect: keeps cells of equal values finite."""
 
 AttributeValue = int | float
+Attributes = Mapping[str, AttributeValue]
+Shapes = Sequence[Sequence[int]]
+
+
+class Sizes(NamedTuple):
+    """What follows from the shape of `qkv`: N, P, and d."""
+
+    tokens: int
+    patches: int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +60,7 @@ class Operator:
         tolerances: greatest difference from the reference per element type, relative to the range of the output
             (for KeySelect: absolute, of selection scores).
         doc: the computation, in mathematical notation.
+        check: reasons of its own why attributes and shapes do not go together; see `refusals`.
     """
 
     name: str
@@ -57,8 +69,9 @@ class Operator:
     output: Tensor
     tolerances: Mapping[str, float]
     doc: str
+    check: Callable[[Attributes, Shapes, Sizes], list[str]] = lambda *_: []
 
-    def refusals(self, attributes: Mapping[str, AttributeValue], shapes: Sequence[Sequence[int]]) -> list[str]:
+    def refusals(self, attributes: Attributes, shapes: Shapes) -> list[str]:
         """Reasons why these attributes and input shapes are not allowed; empty when they are."""
         reasons = _attribute_refusals(self, attributes)
         if reasons:
@@ -68,7 +81,74 @@ class Operator:
         for tensor, shape in zip(self.inputs, shapes, strict=True):
             if len(shape) != len(tensor.axes):
                 reasons.append(f"{tensor.name} must have axes {list(tensor.axes)}, got shape {list(shape)}")
-        return reasons or _size_refusals(self, dict(attributes), shapes)
+        return reasons or self._size_refusals(attributes, shapes)
+
+    def _size_refusals(self, attributes: Attributes, shapes: Shapes) -> list[str]:
+        _, tokens, packed = shapes[0]
+        heads, prefix = int(attributes["num_heads"]), int(attributes.get("num_prefix", 0))
+        if packed % (3 * heads):
+            return [f"qkv's last axis {packed} is not a multiple of 3 x num_heads = {3 * heads}"]
+        if tokens <= prefix:
+            return [f"{tokens} tokens leave no patch after {prefix} prefix tokens"]
+        return self.check(attributes, shapes, Sizes(tokens, tokens - prefix, packed // (3 * heads)))
+
+
+def _attribute_refusals(op: Operator, attributes: Attributes) -> list[str]:
+    known = {a.name: a for a in op.attributes}
+    reasons = [f"{op.name} has no attribute {name!r}" for name in attributes if name not in known]
+    for name, attribute in known.items():
+        value = attributes.get(name)
+        if value is None:
+            reasons.append(f"{op.name} needs the attribute {name!r}")
+        elif attribute.type is int and not isinstance(value, int):
+            reasons.append(f"{name} must be a whole number, got {value!r}")
+        elif not value >= attribute.minimum or not math.isfinite(value):
+            reasons.append(f"{name} must be finite and at least {attribute.minimum:g}, got {value!r}")
+    return reasons
+
+
+def _select_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
+    reasons = []
+    if a["tile"] % a["probe"]:
+        reasons.append(f"tile {a['tile']} is not a multiple of probe {a['probe']}")
+    if a["keys"] > sizes.patches:
+        reasons.append(f"keys {a['keys']} exceed the {sizes.patches} patches")
+    for name, shape in zip(("proj_q", "proj_k"), shapes[1:], strict=True):
+        if tuple(shape[:2]) != (a["num_heads"], sizes.width) or shape[2] != shapes[1][2] or shape[2] < 1:
+            reasons.append(f"{name} must have shape [{a['num_heads']}, {sizes.width}, c], got {list(shape)}")
+    return reasons
+
+
+def _landmark_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
+    tokens, channels, landmarks = sizes.tokens, shapes[1][0], shapes[5][1]
+    reduction, basis = (channels, sizes.width), (tokens, landmarks)
+    expected = (reduction, (channels,), reduction, (channels,), basis, basis)
+    reasons = [
+        f"{tensor.name} must have shape {list(wanted)}, got {list(shape)}"
+        for tensor, wanted, shape in zip(LANDMARK_KEY_SELECT.inputs[1:], expected, shapes[1:], strict=True)
+        if tuple(shape) != wanted
+    ]
+    if a["keys"] > tokens:
+        reasons.append(f"keys {a['keys']} exceed the {tokens} tokens")
+    if a["top_coefficients"] > landmarks:
+        reasons.append(f"top_coefficients {a['top_coefficients']} exceed the {landmarks} landmarks")
+    if tokens < 2:
+        reasons.append("a class token alone leaves no query")
+    return reasons
+
+
+def _attention_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
+    patches, tiles = sizes.patches, math.ceil(sizes.patches / a["tile"])
+    reasons = []
+    if a["prefix_keys"] not in (0, 1):
+        reasons.append(f"prefix_keys must be 0 or 1, got {a['prefix_keys']}")
+    if a["prefix_keys"] == 0 and (a["tile"] != 1 or a["cell"] != 0):
+        reasons.append("prefix_keys 0 goes with tile 1 and cell 0")
+    if tuple(shapes[1][:3]) != (shapes[0][0], a["num_heads"], tiles):
+        reasons.append(f"indices must have shape [{shapes[0][0]}, {a['num_heads']}, {tiles}, K], got {list(shapes[1])}")
+    elif not 1 <= shapes[1][3] <= (patches if a["prefix_keys"] else sizes.tokens):
+        reasons.append(f"indices list {shapes[1][3]} keys of {patches} patches")
+    return reasons
 
 
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -84,6 +164,7 @@ _INDICES = Tensor(
 
 KEY_SELECT = Operator(
     name="KeySelect",
+    check=_select_refusals,
     inputs=(
         _QKV,
         Tensor("proj_q", _FLOATS, ("H", "d", "c"), "low-rank projection of mean probe queries"),
@@ -112,6 +193,7 @@ KEY_SELECT = Operator(
 
 LANDMARK_KEY_SELECT = Operator(
     name="LandmarkKeySelect",
+    check=_landmark_refusals,
     inputs=(
         _QKV,
         Tensor("proj_q", _FLOATS, ("c", "d"), "channel reduction of queries, shared by the heads"),
@@ -141,6 +223,7 @@ LANDMARK_KEY_SELECT = Operator(
 
 SPARSE_ATTENTION = Operator(
     name="SparseAttention",
+    check=_attention_refusals,
     inputs=(_QKV, _INDICES),
     attributes=(
         _HEADS,
@@ -189,89 +272,3 @@ TOKEN_SCORE = Operator(
 )
 
 OPERATORS = {op.name: op for op in (KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, TOKEN_SCORE)}
-
-
-def _attribute_refusals(op: Operator, attributes: Mapping[str, AttributeValue]) -> list[str]:
-    known = {a.name: a for a in op.attributes}
-    reasons = [f"{op.name} has no attribute {name!r}" for name in attributes if name not in known]
-    for name, attribute in known.items():
-        value = attributes.get(name)
-        if value is None:
-            reasons.append(f"{op.name} needs the attribute {name!r}")
-        elif attribute.type is int and not isinstance(value, int):
-            reasons.append(f"{name} must be a whole number, got {value!r}")
-        elif not value >= attribute.minimum or not math.isfinite(value):
-            reasons.append(f"{name} must be finite and at least {attribute.minimum:g}, got {value!r}")
-    return reasons
-
-
-def _size_refusals(op: Operator, a: dict[str, AttributeValue], shapes: Sequence[Sequence[int]]) -> list[str]:
-    _, tokens, packed = shapes[0]
-    heads, prefix = int(a["num_heads"]), int(a.get("num_prefix", 0))
-    if packed % (3 * heads):
-        return [f"qkv's last axis {packed} is not a multiple of 3 x num_heads = {3 * heads}"]
-    if tokens <= prefix:
-        return [f"{tokens} tokens leave no patch after {prefix} prefix tokens"]
-    if op.name == "KeySelect":
-        return _select_refusals(a, shapes, tokens - prefix, packed // (3 * heads))
-    if op.name == "LandmarkKeySelect":
-        return _landmark_refusals(a, shapes, tokens, packed // (3 * heads))
-    if op.name == "SparseAttention":
-        return _attention_refusals(a, shapes, tokens, tokens - prefix)
-    return []
-
-
-def _select_refusals(
-    a: dict[str, AttributeValue], shapes: Sequence[Sequence[int]], patches: int, width: int
-) -> list[str]:
-    reasons = []
-    if a["tile"] % a["probe"]:
-        reasons.append(f"tile {a['tile']} is not a multiple of probe {a['probe']}")
-    if a["keys"] > patches:
-        reasons.append(f"keys {a['keys']} exceed the {patches} patches")
-    for name, shape in zip(("proj_q", "proj_k"), shapes[1:], strict=True):
-        if tuple(shape[:2]) != (a["num_heads"], width) or shape[2] != shapes[1][2] or shape[2] < 1:
-            reasons.append(f"{name} must have shape [{a['num_heads']}, {width}, c], got {list(shape)}")
-    return reasons
-
-
-def _landmark_refusals(
-    a: dict[str, AttributeValue], shapes: Sequence[Sequence[int]], tokens: int, width: int
-) -> list[str]:
-    channels, landmarks = shapes[1][0], shapes[5][1]
-    expected = (
-        (channels, width),
-        (channels,),
-        (channels, width),
-        (channels,),
-        (tokens, landmarks),
-        (tokens, landmarks),
-    )
-    reasons = [
-        f"{tensor.name} must have shape {list(wanted)}, got {list(shape)}"
-        for tensor, wanted, shape in zip(LANDMARK_KEY_SELECT.inputs[1:], expected, shapes[1:], strict=True)
-        if tuple(shape) != wanted
-    ]
-    if a["keys"] > tokens:
-        reasons.append(f"keys {a['keys']} exceed the {tokens} tokens")
-    if a["top_coefficients"] > landmarks:
-        reasons.append(f"top_coefficients {a['top_coefficients']} exceed the {landmarks} landmarks")
-    if tokens < 2:
-        reasons.append("a class token alone leaves no query")
-    return reasons
-
-
-def _attention_refusals(
-    a: dict[str, AttributeValue], shapes: Sequence[Sequence[int]], tokens: int, patches: int
-) -> list[str]:
-    tiles = math.ceil(patches / a["tile"])
-    reasons = []
-    if a["prefix_keys"] not in (0, 1):
-        reasons.append(f"prefix_keys must be 0 or 1, got {a['prefix_keys']}")
-    if a["prefix_keys"] == 0 and (a["tile"] != 1 or a["cell"] != 0):
-        reasons.append("prefix_keys 0 goes with tile 1 and cell 0")
-    if tuple(shapes[1][:3]) != (shapes[0][0], a["num_heads"], tiles):
-        reasons.append(f"indices must have shape [{shapes[0][0]}, {a['num_heads']}, {tiles}, K], got {list(shapes[1])}")
-    elif not 1 <= shapes[1][3] <= (patches if a["prefix_keys"] else tokens):
-        reasons.append(f"indices list {shapes[1][3]} keys of {patches} patches")
-    return reasons

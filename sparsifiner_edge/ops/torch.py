@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, VERSION
+from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, VERSION, Attributes
 from sparsifiner_edge.ops.triton import kernels_for
 
 LARGEST_MASK = 1 << 28
@@ -22,10 +22,10 @@ LARGEST_MASK = 1 << 28
 
 
 def _node(
-    name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], dtype: torch.dtype, shape: list[Any]
+    name: str, inputs: tuple[Tensor, ...], attributes: Attributes, dtype: torch.dtype, shape: list[Any]
 ) -> Tensor:
     node: Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}", inputs, attributes, dtype=dtype, shape=shape, version=VERSION
+        f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=dtype, shape=shape, version=VERSION
     )
     return node
 
@@ -125,7 +125,7 @@ def key_select(
     value_power: float,
 ) -> Tensor:
     """KeySelect: indices int32 [B,H,T,K]. No gradient flows through the choice."""
-    settings: dict[str, Any] = {
+    settings = {
         "num_heads": num_heads,
         "num_prefix": num_prefix,
         "probe": probe,
@@ -144,10 +144,10 @@ def key_select(
         with torch.no_grad():
             indices: Tensor = run.key_select(qkv, proj_q, proj_k, keys=keys, **settings)
         return indices
-    return top_keys(key_scores(qkv, proj_q, proj_k, **settings), keys)
+    return top_keys(key_scores(qkv, proj_q, proj_k, **settings), keys)  # type: ignore[arg-type]
 
 
-def _triton_runs(name: str, attributes: dict[str, Any], *inputs: Tensor) -> bool:
+def _triton_runs(name: str, attributes: Attributes, *inputs: Tensor) -> bool:
     return kernels_for(name, attributes, [x.shape for x in inputs], inputs[0]).name == "triton"
 
 
@@ -240,7 +240,7 @@ def sparse_attention(
 ) -> Tensor:
     """SparseAttention: [B,N,C], differentiable in qkv."""
     batch, tokens, packed = qkv.shape
-    attributes: dict[str, Any] = {
+    attributes = {
         "num_heads": num_heads,
         "num_prefix": num_prefix,
         "tile": tile,

@@ -22,7 +22,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.package.common import MODEL, Bundle, golden_image
-from sparsifiner_edge.runtime.ort import OrtSession
+from sparsifiner_edge.runtime.onnxruntime.session import OrtSession
 from sparsifiner_edge.runtime.session import Array
 
 PROBABILITIES = "probabilities"

@@ -1,6 +1,6 @@
 """Processes of ours that work for this one, since native code may abort or hang: started, heard, and always ended.
 
-Both sides speak JSON, one object per line. What the child writes to standard error is kept for messages.
+Both sides speak JSON, one message per line. What the child writes to standard error is kept for messages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import select
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import IO, Any
 
 from sparsifiner_edge.process import start_python
@@ -32,8 +32,8 @@ class Child:
         self._log = log
         self._buffer = b""
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send one object.
+    def send(self, message: object) -> None:
+        """Send one message, JSON-ready.
 
         Raises:
             OSError: it is gone.
@@ -41,8 +41,8 @@ class Child:
         self._requests.write(json.dumps(message).encode() + b"\n")
         self._requests.flush()
 
-    def receive(self, deadline: float) -> dict[str, Any] | None:
-        """The next object, or None where it has closed its output.
+    def receive(self, deadline: float) -> Any:
+        """The next message, or None where it has closed its output.
 
         Args:
             deadline: by `time.monotonic`.
@@ -59,7 +59,7 @@ class Child:
                 return None
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
-        return dict(json.loads(line))
+        return json.loads(line)
 
     def wait(self) -> int:
         """Its exit status, once it has ended; negative where a signal ended it."""
@@ -105,13 +105,13 @@ class Parent:
         os.dup2(nothing, 0)
         os.close(nothing)
 
-    def messages(self) -> Iterator[dict[str, Any]]:
+    def messages(self) -> Iterator[Any]:
         """What it sends, until it closes the pipe."""
         for line in iter(self._requests.readline, ""):
-            yield dict(json.loads(line))
+            yield json.loads(line)
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send one object.
+    def send(self, message: object) -> None:
+        """Send one message, JSON-ready.
 
         Raises:
             OSError: it is gone.

@@ -11,17 +11,17 @@ from sparsifiner_edge.bundle.sign import require_signature
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {
-    "onnxruntime": "sparsifiner_edge.runtime.ort",
-    "onnxruntime-cuda": "sparsifiner_edge.runtime.ort_cuda",
-    "onnxruntime-tensorrt": "sparsifiner_edge.runtime.ort_tensorrt",
-    "tensorrt": "sparsifiner_edge.runtime.tensorrt.full",
-    "tensorrt-rtx": "sparsifiner_edge.runtime.tensorrt.rtx",
+    "onnxruntime": "onnxruntime.cpu:OnnxRuntime",
+    "onnxruntime-cuda": "onnxruntime.gpu:OnnxRuntimeCuda",
+    "onnxruntime-tensorrt": "onnxruntime.gpu:OnnxRuntimeTensorRt",
+    "tensorrt": "tensorrt.full:TensorRt",
+    "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
 }
-"""Backend's name -> module that has `load_backend()` and `open_model(folder, manifest, threads, kernels)`; those that
-build engines also have the functions of `build.EngineBackend`."""
+"""Name -> module beside this one, imported when it is asked for, and class in it."""
 KERNELS = ("auto", "native", "portable")
 """What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
 
@@ -34,6 +34,18 @@ def check_backend(backend: str) -> None:
     """
     if backend not in BACKENDS:
         raise BackendError(f"Unknown backend {backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
+
+
+def find_backend(backend: str) -> Backend:
+    """The backend of a name.
+
+    Raises:
+        BackendError: there is none.
+    """
+    check_backend(backend)
+    module, _, kind = BACKENDS[backend].partition(":")
+    made: Backend = getattr(importlib.import_module(f"sparsifiner_edge.runtime.{module}"), kind)()
+    return made
 
 
 def check_kernels(kernels: str) -> None:
@@ -53,9 +65,7 @@ def load_backend(backend: str) -> str:
         BackendError: no such backend, or its package is broken.
         MissingExtraError: its package is not installed.
     """
-    check_backend(backend)
-    module = importlib.import_module(BACKENDS[backend])
-    return str(module.load_backend().__version__)
+    return str(find_backend(backend).load().__version__)
 
 
 def open_session(
@@ -105,24 +115,10 @@ def open_checked(
     kernels: str = "auto",
 ) -> Session:
     """`open_session` with the manifest that `checked_manifest` returned: only files that it vouches for are used."""
-    check_backend(backend)
+    found = find_backend(backend)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise BackendError(
             f"threads is {threads}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
         )
     check_kernels(kernels)
-    kernels = _kernels_for(backend, manifest, kernels)
-    module = importlib.import_module(BACKENDS[backend])
-    session: Session = module.open_model(folder, manifest, threads or available_cores(), kernels)
-    return session
-
-
-def _kernels_for(backend: str, manifest: Manifest, kernels: str) -> str:
-    """The native kernels are the processor's, and compute in float32 alone: float16 files run by their bodies there."""
-    if kernels == "native" and backend != "onnxruntime":
-        raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime.")
-    if backend != "onnxruntime" or manifest.float16 is None:
-        return kernels
-    if kernels == "native":
-        raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
-    return "portable"
+    return found.open(folder, manifest, threads or available_cores(), found.choose_kernels(manifest, kernels))

@@ -142,7 +142,7 @@ def _validate_one(spec: TensorSpec, value: object, bound: dict[str, int]) -> Non
             )
 
 
-def validate_outputs(origin: object, outputs: Mapping[str, object]) -> None:
+def validate_outputs(origin: object, outputs: Mapping[str, Array | list[object]]) -> None:
     """Check what a model gave before anyone computes with it: arrays of numbers, and those that have a meaning by name
     of their rank. Values may be NaN or infinite: whoever shows them says so (`text.finite`).
 

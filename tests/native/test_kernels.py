@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.schema import OPERATORS
 from tests.ops import matrix
 from tests.ops.matrix import Case, body_model, cases, check, run_reference
@@ -59,14 +60,14 @@ def test_the_library_was_built_and_doctor_says_so() -> None:
     assert native.target() in found["native_library_reason"]
 
 
-@pytest.mark.parametrize("name", native.OPERATORS)
+@pytest.mark.parametrize("name", NATIVE.operators)
 def test_agrees_with_the_reference(name: str, width: int) -> None:
     for seed, case in enumerate(cases(name) + (PAPER if name == "SparseAttention" else [])):
         inputs = case.inputs(seed)
         check(case, inputs, run_native(case, inputs))
 
 
-@pytest.mark.parametrize("name", native.OPERATORS)
+@pytest.mark.parametrize("name", NATIVE.operators)
 def test_agrees_over_all_combinations(name: str) -> None:
     for seed, case in enumerate(cases(name, full=True)[::3]):
         inputs = case.inputs(seed)
@@ -78,12 +79,13 @@ def test_every_instruction_set_agrees(target: str) -> None:
     script = (
         "import sys\n"
         "from sparsifiner_edge.ops import native\n"
+        "from sparsifiner_edge.ops.kernels import NATIVE\n"
         "from tests.native.test_kernels import run_native\n"
         "from tests.ops import matrix\n"
         "assert native.target() == sys.argv[1], native.target()\n"
         "for width in (64, 20):\n"
         "    matrix.HEAD_DIM = width\n"
-        "    for name in native.OPERATORS:\n"
+        "    for name in NATIVE.operators:\n"
         "        for seed, case in enumerate(matrix.cases(name)):\n"
         "            inputs = case.inputs(seed)\n"
         "            matrix.check(case, inputs, run_native(case, inputs))\n"
@@ -97,7 +99,7 @@ def test_every_instruction_set_agrees(target: str) -> None:
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
-    script = "from sparsifiner_edge.runtime.ort import native_library; native_library('auto')"
+    script = "from sparsifiner_edge.runtime.onnxruntime.session import native_library; native_library('auto')"
     environment = os.environ | {native.TARGET_VARIABLE: "AVX9"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert "BackendError" in done.stderr
@@ -159,7 +161,7 @@ def test_indices_outside_touch_nothing_outside(wrong: int) -> None:
     np.testing.assert_allclose(run_native(case, [qkv, unsorted]), fine, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", native.OPERATORS)
+@pytest.mark.parametrize("name", NATIVE.operators)
 def test_repeatable_and_indifferent_to_threads(name: str) -> None:
     case = next(c for c in cases(name) if c.batch == 2)
     inputs = case.inputs()
@@ -176,7 +178,7 @@ def test_repeatable_and_indifferent_to_threads(name: str) -> None:
 
 def test_sessions_and_callers_in_parallel() -> None:
     jobs = []
-    for name in native.OPERATORS:
+    for name in NATIVE.operators:
         for case in cases(name)[:3]:
             inputs = case.inputs()
             feed = dict(zip([t.name for t in case.op.inputs], inputs, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -123,14 +122,14 @@ def test_the_native_library(fixed: Path, tiny_bundle: Path, tmp_path: Path) -> N
 
 def engine(capability: str, **changes: Any) -> Engine:
     made = Engine("tensorrt", "10.3.0", capability, "linux", "aarch64", "fp32", BatchRange(1, 1, 4), variant="plugin")
-    return dataclasses.replace(made, **changes)
+    return msgspec.structs.replace(made, **changes)
 
 
 def with_engines(folder: Path, *engines: Engine) -> Path:
     """A bundle as `build` leaves it on a device with full TensorRT, its plans' content aside."""
     for number, one in enumerate(engines):
         place = f"engines/{one.name}-{number}.engine"
-        listed = dataclasses.replace(one, file=place)
+        listed = msgspec.structs.replace(one, file=place)
         with bundle_scratch(folder) as scratch:
             (scratch / "e").write_bytes(place.encode())
             extend_bundle(

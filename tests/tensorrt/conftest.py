@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime import build as build_module
-from sparsifiner_edge.runtime.tensorrt import full
+from sparsifiner_edge.runtime.backend import Job
+from sparsifiner_edge.runtime.build_worker import Reply
+from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda, install_tensorrt
 
@@ -13,6 +18,11 @@ from tests.fakes.install import install_cuda, install_tensorrt
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def sent(record, kind):
+    """What a process reads of what another wrote."""
+    return read_record(json.loads(json.dumps(write_record(record))), kind, "what was sent", "")
 
 
 @pytest.fixture
@@ -25,7 +35,8 @@ def machine(monkeypatch):
         trt = install_tensorrt(monkeypatch, gpu, version, behaviour)
 
         def run(job, timeout, progress=None):
-            return full.build(job, progress or (lambda *_: None))
+            job = sent(job, Job)
+            return sent(Reply(ok=TensorRt().build(job, progress or (lambda *_: None))), Reply).ok
 
         monkeypatch.setattr(build_module, "run_job", run)
         return gpu, trt

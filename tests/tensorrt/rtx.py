@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime.build import build_engine
 
 RTX = "tensorrt-rtx"
@@ -17,6 +18,7 @@ needs_rtx = pytest.mark.skipif(
 
 
 def rtx(bundle: Path, *capabilities: str, **options: Any) -> list[dict[str, Any]]:
-    """The engines that a build for these compute capabilities puts into a bundle."""
-    engines: list[dict[str, Any]] = build_engine(bundle, RTX, compute_capabilities=capabilities, **options)["engines"]
+    """The engines that a build for these compute capabilities puts into a bundle, as its manifest lists them."""
+    built = build_engine(bundle, RTX, compute_capabilities=capabilities, **options)
+    engines: list[dict[str, Any]] = write_record(built.engines)
     return engines

@@ -19,8 +19,8 @@ from sparsifiner_edge.errors import (
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.tensorrt import full
 from sparsifiner_edge.runtime.tensorrt.build import TimingCache, timing_cache_path, workspace_bytes, write_engine
+from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.tensorrt import Behaviour
 from tests.package.reseal import reseal
 from tests.test_runtime import spoil_golden
@@ -48,14 +48,14 @@ def test_options_reach_the_builder(tmp_path, machine):
         "optimisation_level": 5, "workspace_mib": 64, "version_compatible": True, "hardware_compatible": True,
         "timing_cache": False, "detailed": True,
     }  # fmt: skip
-    (engine,) = build_engine(folder, "tensorrt", options=options)["engines"]
+    (engine,) = build_engine(folder, "tensorrt", options=options).engines
     assert behaviour.seen["builder_optimization_level"] == 5
     assert behaviour.seen["WORKSPACE"] == 64 << 20
     assert behaviour.seen["flags"] == {"VERSION_COMPATIBLE"}
     assert behaviour.seen["hardware_compatibility_level"] == trt.HardwareCompatibilityLevel.AMPERE_PLUS
     assert behaviour.seen["profiling_verbosity"] == trt.ProfilingVerbosity.DETAILED
-    assert engine["compatible"] == [VERSION_COMPATIBLE, AMPERE_PLUS]
-    assert engine["details"]["timing_cache"] == "not used"
+    assert engine.compatible == (VERSION_COMPATIBLE, AMPERE_PLUS)
+    assert engine.details.timing_cache == "not used"
     assert not (tmp_path / "cache").exists()
     with open_session(folder, "tensorrt"):
         assert behaviour.seen["host code"] is True
@@ -155,21 +155,21 @@ def test_a_wrong_result_is_not_kept(tmp_path, machine):
 def test_the_timing_cache_is_kept_by_device_and_version(tmp_path, machine):
     machine()
     folder = make_bundle(tmp_path / "b")
-    assert build_engine(folder, "tensorrt")["engines"][0]["details"]["timing_cache"] == "new"
+    assert build_engine(folder, "tensorrt").engines[0].details.timing_cache == "new"
     (cache,) = (tmp_path / "cache" / "sparsifiner-edge").iterdir()
     assert cache.name == "tensorrt-10.3.0-sm87-orin.cache"
     assert cache.read_bytes() == b"times of a build"
-    assert build_engine(folder, "tensorrt")["engines"][0]["details"]["timing_cache"] == "reused"
+    assert build_engine(folder, "tensorrt").engines[0].details.timing_cache == "reused"
     for content in (b"cut", b"times of an other device"):
         cache.write_bytes(content)
-        assert build_engine(folder, "tensorrt")["engines"][0]["details"]["timing_cache"] == "new"
+        assert build_engine(folder, "tensorrt").engines[0].details.timing_cache == "new"
         assert cache.read_bytes() == b"times of a build"
 
 
 def test_a_disk_that_refuses_costs_no_build(tmp_path, machine):
     machine()
     (tmp_path / "cache").write_text("a file in the place of the folder")
-    assert build_engine(make_bundle(tmp_path / "b"), "tensorrt")["engines"]
+    assert build_engine(make_bundle(tmp_path / "b"), "tensorrt").engines
     assert (
         TimingCache(tmp_path / "cache" / "x").load(type("Config", (), {"create_timing_cache": lambda *_: None}))
         is False
@@ -193,15 +193,15 @@ def test_a_missing_or_old_or_broken_tensorrt(tmp_path, machine, monkeypatch):
     _, trt = machine()
     trt.__version__ = "8.5.2"
     with pytest.raises(BackendError, match=r"(?s)TensorRT 8.5.2 is older than 10.3.*JetPack 6"):
-        full.load_backend()
+        TensorRt().load()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[tensorrt\]"):
-        full.load_backend()
+        TensorRt().load()
     monkeypatch.delitem(sys.modules, "tensorrt")
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(BackendError, match=r"(?s)libnvinfer.so.10.*JetPack"):
-        full.load_backend()
+        TensorRt().load()
 
 
 def test_the_cache_of_a_device_has_a_plain_name(machine):

@@ -89,26 +89,26 @@ def machine(machine):
 
 
 def details(folder, **options):
-    (engine,) = build_engine(folder, "tensorrt", options=options)["engines"]
-    return engine, engine["details"]
+    (engine,) = build_engine(folder, "tensorrt", options=options).engines
+    return engine, engine.details
 
 
 def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, machine):
     gpu, behaviour = machine("10.9", attend_1=1.5, DenseAttention=1.0, SparseAttention=3.0)
     folder = make_sparse_bundle(tmp_path / "b", kernels=True)
     engine, found = details(folder)
-    assert (engine["variant"], found["kernels"]) == ("measured", "plugin")
-    times = {name: entry["compute_ms"] for name, entry in found["candidates"].items()}
+    assert (engine.variant, found.kernels) == ("measured", "plugin")
+    times = {name: entry.compute_ms for name, entry in found.candidates.items()}
     assert times == {"bodies": 3.0, "plugin": 1.5, "dense": 1.0}
-    assert isinstance(found["candidates"]["plugin"]["golden"], dict)
-    assert "differs from golden" in found["candidates"]["dense"]["golden"]  # so it is no candidate, fast as it is
+    assert isinstance(found.candidates["plugin"].golden, dict)
+    assert "differs from golden" in found.candidates["dense"].golden  # so it is no candidate, fast as it is
     assert set(behaviour.seen["register"]) == set(behaviour.seen["aot_impl"]) == {f"{NAMESPACE}::{n}" for n in LAUNCHES}
     with open_session(folder, "tensorrt") as session:
         assert session.description.kernels == "CUDA kernels, as a plugin"
         assert check_golden(session, folder)
     with pytest.raises(BackendError, match=r"(?s)no engine for tensorrt that runs.*bodies.*--option kernels=portable"):
         open_session(folder, "tensorrt", kernels="portable")
-    assert [p.name for p in (folder / "engines").iterdir()] == [engine["file"].partition("/")[2]]
+    assert [p.name for p in (folder / "engines").iterdir()] == [engine.file.partition("/")[2]]
     assert gpu.live() == {}
 
 
@@ -116,7 +116,7 @@ def test_slower_kernels_lose(tmp_path, machine):
     machine("10.16", attend_1=5.0, SparseAttention=3.0)
     folder = make_sparse_bundle(tmp_path / "b", kernels=True)
     _, found = details(folder)
-    assert found["kernels"] == "bodies"
+    assert found.kernels == "bodies"
     with open_session(folder, "tensorrt", kernels="portable") as session:
         assert session.description.kernels == "function bodies"
 
@@ -125,8 +125,8 @@ def test_dense_wins_where_it_makes_no_difference(tmp_path, machine):
     machine("11.4", DenseAttention=1.0, SparseAttention=3.0)
     folder = make_sparse_bundle(tmp_path / "b", tolerance=1.0)
     _, found = details(folder)
-    assert found["kernels"] == "dense"
-    assert set(found["candidates"]) == {"bodies", "dense"}
+    assert found.kernels == "dense"
+    assert set(found.candidates) == {"bodies", "dense"}
     with open_session(folder, "tensorrt") as session:
         assert session.description.kernels == "dense attention"
 
@@ -135,8 +135,8 @@ def test_a_candidate_that_cannot_be_built_is_recorded(tmp_path, machine):
     _, behaviour = machine("10.9", SparseAttention=3.0)
     behaviour.refuse = ("attend_1",)
     _, found = details(make_sparse_bundle(tmp_path / "b", kernels=True))
-    assert found["kernels"] == "bodies"
-    assert "cannot read the model" in found["candidates"]["plugin"]["failed"]
+    assert found.kernels == "bodies"
+    assert "cannot read the model" in found.candidates["plugin"].failed
 
 
 def test_no_candidate_left_is_an_error_and_changes_nothing(tmp_path, machine):
@@ -157,10 +157,10 @@ def test_the_choice_can_be_made_by_hand(tmp_path, machine):
     machine("10.9")
     folder = make_sparse_bundle(tmp_path / "b", kernels=True)
     engine, found = details(folder, kernels="portable")
-    assert (engine["variant"], found["kernels"]) == ("", "bodies")
+    assert (engine.variant, found.kernels) == ("", "bodies")
     engine, found = details(folder, kernels="plugin")
-    assert (engine["variant"], found["kernels"]) == ("plugin", "plugin")
-    assert "candidates" not in found
+    assert (engine.variant, found.kernels) == ("plugin", "plugin")
+    assert found.candidates is None
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_plugin_that_is_not_possible_says_why(tmp_path, machine, version, kern
     with pytest.raises(BackendError, match=f"The plugin cannot be used: {message}"):
         build_engine(folder, "tensorrt", options={"kernels": "plugin"})
     _, found = details(folder)
-    assert set(found["candidates"]) == {"bodies", "dense"}
+    assert set(found.candidates) == {"bodies", "dense"}
 
 
 def test_the_dense_model_is_dense_attention():

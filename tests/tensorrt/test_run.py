@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import numpy as np
 import pytest
 
 from sparsifiner_edge.artifacts import sha256
-from sparsifiner_edge.bundle.engines import Engine
+from sparsifiner_edge.bundle.engines import BatchRange, Engine
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.tensorrt import full
+from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.record_tensorrt import VERSIONS
 from tests.fakes.tensorrt import Behaviour
 from tests.tiny import make_bundle
@@ -39,15 +38,15 @@ def test_build_and_run(tmp_path, machine, version, package):
     folder = make_bundle(tmp_path / "b")
     told = []
     result = build_engine(folder, "tensorrt", progress=lambda *step: told.append(step))
-    (engine,) = result["engines"]
-    assert engine["compute_capability"] == "8.7"
-    assert engine["version"] == trt.__version__
-    assert engine["details"]["kernels"] == "bodies"
-    assert engine["details"]["golden"]["features"]["range_relative_error"] <= 1e-5
-    assert open_bundle(folder).files[engine["file"]] == sha256(folder / engine["file"])
+    (engine,) = result.engines
+    assert engine.compute_capability == "8.7"
+    assert engine.version == trt.__version__
+    assert engine.details.kernels == "bodies"
+    assert engine.details.golden["features"]["range_relative_error"] <= 1e-5
+    assert open_bundle(folder).files[engine.file] == sha256(folder / engine.file)
     assert behaviour.seen["cleared"] == {"TF32"}
     assert "flags" not in behaviour.seen
-    assert behaviour.seen["WORKSPACE"] == engine["details"]["workspace_bytes"] == (8 << 30) // 2
+    assert behaviour.seen["WORKSPACE"] == engine.details.workspace_bytes == (8 << 30) // 2
     assert [step[1:] for step in told if step[0].endswith(": Build")] == [(0, 2), (1, 2), (2, 2), (2, 2)]
     assert any("Tactics" in step[0] for step in told)
     assert not any("One" in step[0] for step in told)  # the third level
@@ -72,8 +71,8 @@ def test_build_and_run(tmp_path, machine, version, package):
 def test_batches_are_those_asked_for(tmp_path, machine):
     gpu, _ = machine(**CARD)
     folder = make_bundle(tmp_path / "b")
-    (engine,) = build_engine(folder, "tensorrt", batch=(1, 3, 4))["engines"]
-    assert engine["batch"] == {"least": 1, "best": 3, "most": 4}
+    (engine,) = build_engine(folder, "tensorrt", batch=(1, 3, 4)).engines
+    assert engine.batch == BatchRange(1, 3, 4)
     with open_session(folder, "tensorrt") as session:
         for size in (1, 4, 3):
             assert session.infer({"image": image(size)})["features"].shape == (size, 8)
@@ -87,8 +86,8 @@ def test_batches_are_those_asked_for(tmp_path, machine):
 def test_the_golden_pair_fills_the_least_batch(tmp_path, machine):
     machine(**CARD)
     folder = make_bundle(tmp_path / "b")
-    (engine,) = build_engine(folder, "tensorrt", batch=(3, 3, 4))["engines"]
-    assert engine["details"]["golden"]["features"]["range_relative_error"] < 1e-5
+    (engine,) = build_engine(folder, "tensorrt", batch=(3, 3, 4)).engines
+    assert engine.details.golden["features"]["range_relative_error"] < 1e-5
     with open_session(folder, "tensorrt") as session:
         assert check_golden(session, folder)["features"]["range_relative_error"] < 1e-5
         with pytest.raises(BackendError, match="'image' got 2 on axis 0; this engine takes 3 to 4"):
@@ -172,9 +171,9 @@ def test_a_session_checks_the_machine_itself(tmp_path, machine):
     machine()
     folder = make_bundle(tmp_path / "b")
     engine = built_engine(folder)
-    wrong = dataclasses.replace(engine, compute_capability="8.9")
+    wrong = msgspec.structs.replace(engine, compute_capability="8.9")
     with pytest.raises(BackendError, match=r"does not run here: built for compute capability 8\.9"):
-        full.open_engine(folder / engine.file, wrong, {})
+        TensorRt().open_engine(folder / engine.file, wrong, {})
 
 
 def test_a_damaged_engine_is_a_message(tmp_path, machine):
@@ -184,7 +183,7 @@ def test_a_damaged_engine_is_a_message(tmp_path, machine):
     path = tmp_path / "cut.engine"
     path.write_bytes((folder / engine.file).read_bytes()[:40])
     with pytest.raises(BackendError, match=r"(?s)was built by another version or is damaged.*Build it again"):
-        full.open_engine(path, engine, {})
+        TensorRt().open_engine(path, engine, {})
     assert gpu.live() == {}
 
 

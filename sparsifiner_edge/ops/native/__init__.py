@@ -11,8 +11,6 @@ import os
 import struct
 from pathlib import Path
 
-OPERATORS = ("KeySelect", "SparseAttention", "DenseAttention", "TokenScore")
-"""What the library implements, for float32; other operators and types run as function bodies."""
 TARGET_VARIABLE = "SPARSIFINER_TARGET"
 """Environment variable that names the best instruction set to use, such as AVX2: for tests and comparisons."""
 _FILE = "libsparsifiner_ops.so"

@@ -5,12 +5,12 @@ nor a GPU; `kernels_for` says what runs an operator, and why.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
+from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import AttributeValue
 from sparsifiner_edge.ops.triton.plan import refusals
 
@@ -47,10 +47,11 @@ def kernels_for(
     device = _device_refusals(qkv, forced=wanted == "triton")
     if device and not wanted:
         return Choice("torch", tuple(device))
-    if importlib.util.find_spec("triton") is None:
-        if wanted:
-            raise MissingExtraError("triton", "triton")
-        return Choice("torch", ("triton is not installed",))
+    missing = TRITON.why_missing()
+    if missing and wanted:
+        raise MissingExtraError("triton", "triton")
+    if missing:
+        return Choice("torch", (f"triton {missing}",))
     reasons = tuple(device or _refusals(name, attributes, shapes, qkv))
     if reasons and wanted:
         raise BackendError(f"Triton's kernels cannot run {name}: {'; '.join(reasons)}.", f"Unset {VARIABLE}.")
@@ -59,7 +60,7 @@ def kernels_for(
 
 def _device_refusals(qkv: Any, forced: bool) -> list[str]:
     """On a CPU only the interpreter runs, which is for tests: so only when asked for."""
-    if qkv.device.type == "cuda" or (forced and os.environ.get("TRITON_INTERPRET") == "1"):
+    if qkv.device.type == TRITON.device or (forced and os.environ.get("TRITON_INTERPRET") == "1"):
         return []
     return [f"the tensors are on {qkv.device}, not on a CUDA GPU"]
 

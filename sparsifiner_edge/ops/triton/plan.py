@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, OPERATORS, AttributeValue
 
-OPERATORS_PLANNED = ("KeySelect", "SparseAttention")
+OPERATORS_PLANNED = TRITON.operators
 LEAST_CAPABILITY, LEAST_BFLOAT16 = 75, 80
 MOST = {"width": 128, "channels": 64, "tile": 128, "patches": 16384}
 """Greatest head dimension, predictor channels, tile, and patches (a row of scores is held in registers)."""

@@ -19,8 +19,8 @@ from sparsifiner_edge.bundle.store import open_bundle, read_listed
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.profiles.measure.kinds import Row, merge
+from sparsifiner_edge.runtime.onnxruntime.session import load_backend, native_library
 from sparsifiner_edge.runtime.open import open_checked
-from sparsifiner_edge.runtime.ort import load_backend, native_library
 from sparsifiner_edge.runtime.session import Array, Session
 
 SECONDS = 1.0

@@ -11,53 +11,59 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from sparsifiner_edge.artifacts import MAX_FILE
 from sparsifiner_edge.bundle import engines
-from sparsifiner_edge.bundle.engines import BatchRange
+from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.files import read_bytes, write_bytes
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.cache import cache_folder
 from sparsifiner_edge.runtime.cuda import Device
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, build_error, make_logger, refused_model
+from sparsifiner_edge.runtime.tensorrt.session import BODIES
 
 SHARE_DISCRETE, SHARE_INTEGRATED = 0.75, 0.5
 """Of the free memory, how much the builder may use as workspace; an integrated GPU leaves the rest to the system."""
 
 
-class Settings(NamedTuple):
-    """How to build.
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """How to build, as it goes to the process that builds.
 
     Attributes:
-        batch: sizes that the engine shall take.
         optimisation_level: 0 (fast build) to 5 (slow build); TensorRT's own default is 3.
-        workspace: bytes of scratch memory; None decides by what is free.
-        compatible: `engines.VERSION_COMPATIBLE`, `engines.AMPERE_PLUS`, both or neither.
+        workspace_bytes: scratch memory; None decides by what is free.
         timing_cache: a file to read and renew; None for none.
         detailed: keep all that the inspector can tell about layers.
+        candidates: ways of carrying out sparse attention that are tried; see `choose`.
+        bundle: the bundle's folder.
     """
 
-    batch: BatchRange
     optimisation_level: int = 3
-    workspace: int | None = None
-    compatible: tuple[str, ...] = ()
+    workspace_bytes: int | None = msgspec.field(name="workspace", default=None)
     timing_cache: str | None = None
     detailed: bool = False
+    candidates: tuple[str, ...] = (BODIES,)
+    bundle: str = ""
 
 
 class Built(NamedTuple):
-    """An engine's content and what is known about it, JSON-ready."""
+    """An engine's content and what is known about it."""
 
     content: bytes
-    details: dict[str, Any]
+    details: Details
 
 
-def build_engine_file(trt: Any, model: bytes, device: Device, free: int, settings: Settings, tell: Progress) -> Built:
+def build_engine_file(
+    trt: Any, model: bytes, device: Device, free: int, engine: Engine, settings: Settings, tell: Progress
+) -> Built:
     """Build an engine.
 
     Args:
         trt: the module `tensorrt`.
         model: ONNX.
+        engine: what it shall be: batch sizes, and what it shall be compatible with.
         device: as CUDA tells.
         free: bytes of its memory that are free.
         tell: called with (stage, done, total).
@@ -71,9 +77,9 @@ def build_engine_file(trt: Any, model: bytes, device: Device, free: int, setting
     logger = make_logger(trt, messages)
     builder = trt.Builder(logger)
     network = parse(trt, builder, logger, model, f"TensorRT {trt.__version__}")
-    workspace = settings.workspace or workspace_bytes(free, device.integrated)
-    config = _configure(trt, builder, workspace, settings)
-    add_profile(builder, network, config, settings.batch)
+    workspace = settings.workspace_bytes or workspace_bytes(free, device.integrated)
+    config = _configure(trt, builder, workspace, engine, settings)
+    add_profile(builder, network, config, engine.batch)
     monitor = make_monitor(trt, tell)
     config.progress_monitor = monitor
     cache = TimingCache(Path(settings.timing_cache)) if settings.timing_cache else None
@@ -85,15 +91,15 @@ def build_engine_file(trt: Any, model: bytes, device: Device, free: int, setting
         raise build_error(messages, workspace, free)
     if cache is not None:
         cache.save(config)
-    details = {
-        "layers": int(network.num_layers),
-        "workspace_bytes": workspace,
-        "optimisation_level": settings.optimisation_level,
-        "timing_cache": "reused" if reused else "new" if cache else "not used",
-        "device": device.name,
-        "driver": device.driver_version,
-        "warnings": list(messages.warnings)[:10],
-    }
+    details = Details(
+        layers=int(network.num_layers),
+        workspace_bytes=workspace,
+        optimisation_level=settings.optimisation_level,
+        timing_cache="reused" if reused else "new" if cache else "not used",
+        device=device.name,
+        driver=device.driver_version,
+        warnings=tuple(messages.warnings)[:10],
+    )
     return Built(bytes(serialised), details)
 
 
@@ -118,7 +124,7 @@ def workspace_bytes(free: int, integrated: bool) -> int:
     return int(free * (SHARE_INTEGRATED if integrated else SHARE_DISCRETE))
 
 
-def _configure(trt: Any, builder: Any, workspace: int, settings: Settings) -> Any:
+def _configure(trt: Any, builder: Any, workspace: int, engine: Engine, settings: Settings) -> Any:
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.builder_optimization_level = settings.optimisation_level
@@ -126,9 +132,9 @@ def _configure(trt: Any, builder: Any, workspace: int, settings: Settings) -> An
     config.clear_flag(trt.BuilderFlag.TF32)
     verbosity = trt.ProfilingVerbosity.DETAILED if settings.detailed else trt.ProfilingVerbosity.LAYER_NAMES_ONLY
     config.profiling_verbosity = verbosity
-    if engines.VERSION_COMPATIBLE in settings.compatible:
+    if engines.VERSION_COMPATIBLE in engine.compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if engines.AMPERE_PLUS in settings.compatible:
+    if engines.AMPERE_PLUS in engine.compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     return config
 
@@ -150,7 +156,7 @@ def add_profile(builder: Any, network: Any, config: Any, batch: BatchRange) -> N
             )
         if shape[:1] == (-1,):
             dynamic = True
-            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in batch))
+            profile.set_shape(tensor.name, *((size, *shape[1:]) for size in (batch.least, batch.best, batch.most)))
     if dynamic:
         config.add_optimization_profile(profile)
 

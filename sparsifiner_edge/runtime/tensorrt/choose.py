@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from sparsifiner_edge.bundle.engines import Engine
+from sparsifiner_edge.bundle.engines import Candidate, Details, Golden
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.runtime.backend import Job
 from sparsifiner_edge.runtime.cuda import Device, Driver
 from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file, write_engine
@@ -36,14 +37,18 @@ WARM_UP, RUNS = 10, 30
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One engine to build, with everything that candidates share."""
+    """One engine to build, with everything that candidates share. content: the bundle's `model.onnx`."""
 
     trt: Any
     content: bytes
-    output: Path
-    engine: Engine
-    bundle: Path
+    job: Job
     settings: Settings
+    driver: Driver
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle's folder."""
+        return Path(self.settings.bundle)
 
 
 def candidates(trt: Any, folder: Path, manifest: Manifest, device: Device, kernels: str) -> tuple[str, ...]:
@@ -69,75 +74,72 @@ def candidates(trt: Any, folder: Path, manifest: Manifest, device: Device, kerne
     return (BODIES, DENSE) if reason else (BODIES, PLUGIN, DENSE)
 
 
-def build_fastest(work: Work, names: Sequence[str], driver: Driver, tell: Progress) -> dict[str, Any]:
-    """Build every candidate, time those that give the golden output, and leave the fastest at `work.output`.
-
-    Returns:
-        The engine's details: those of the build, `kernels` (the candidate that won) and, where there was a choice,
-        `candidates`: per name `compute_ms` (median of 30 runs), and `golden`, or why it was out of the question.
+def build_fastest(work: Work, tell: Progress) -> Details:
+    """Build every candidate, time those that give the golden output, and leave the fastest at the job's `output`.
 
     Raises:
         SparsifinerError: not one of them could be built, or not one gives the golden output.
     """
+    names, output = work.settings.candidates, Path(work.job.output)
     if len(names) == 1:
-        details = _build(work, names[0], work.output, driver, tell)
-        return details | {"kernels": names[0]}
-    found: dict[str, dict[str, Any]] = {}
-    built: dict[str, dict[str, Any]] = {}
+        return msgspec.structs.replace(_build(work, names[0], output, tell), kernels=names[0])
+    found: dict[str, Candidate] = {}
+    built: dict[str, Details] = {}
     failures: list[SparsifinerError] = []
     for name in names:
-        path = work.output.with_name(f"{name}.candidate")
+        path = output.with_name(f"{name}.candidate")
         try:
-            built[name] = _build(work, name, path, driver, _prefixed(tell, name))
+            built[name] = _build(work, name, path, _prefixed(tell, name))
             found[name] = measure(work, path)
         except SparsifinerError as error:
             failures.append(error)
-            found[name] = {"failed": error.what}
-    passed = [name for name, entry in found.items() if isinstance(entry.get("golden"), dict)]
+            found[name] = Candidate(failed=error.what)
+    passed = {n: c.compute_ms for n, c in found.items() if c.compute_ms is not None and isinstance(c.golden, dict)}
     if not passed:
-        raise failures[0] if failures else GateError(found[names[0]]["golden"], "Export the bundle again.")
-    best = min(passed, key=lambda name: float(found[name]["compute_ms"]))
+        raise failures[0] if failures else GateError(str(found[names[0]].golden), "Export the bundle again.")
+    best = min(passed, key=passed.__getitem__)
     for name in built:
-        path = work.output.with_name(f"{name}.candidate")
+        path = output.with_name(f"{name}.candidate")
         if name == best:
-            path.replace(work.output)
+            path.replace(output)
         else:
             path.unlink(missing_ok=True)
-    return built[best] | {"kernels": best, "candidates": found}
+    return msgspec.structs.replace(built[best], kernels=best, candidates=found)
 
 
 def _prefixed(tell: Progress, name: str) -> Progress:
     return lambda stage, done, total: tell(f"{name}: {stage}", done, total)
 
 
-def _build(work: Work, name: str, path: Path, driver: Driver, tell: Progress) -> dict[str, Any]:
-    content = work.content
+def _build(work: Work, name: str, path: Path, tell: Progress) -> Details:
+    content, driver = work.content, work.driver
     if name == DENSE:
         content = dense_model(content)
     if name == PLUGIN:
         content = plugin.prepare(work.trt, content, work.bundle, open_bundle(work.bundle), driver.device)
-    built = build_engine_file(work.trt, content, driver.device, driver.free_bytes(), work.settings, tell)
+    free = driver.free_bytes()
+    built = build_engine_file(work.trt, content, driver.device, free, work.job.engine, work.settings, tell)
     write_engine(path, built.content)
     return built.details
 
 
-def measure(work: Work, path: Path) -> dict[str, Any]:
+def measure(work: Work, path: Path) -> Candidate:
     """Median milliseconds that the device computes, at the batch size that the engine is tuned for, and the gate."""
     manifest = open_bundle(work.bundle)
-    with EngineSession(work.trt, path, work.engine, manifest) as session:
-        entry: dict[str, Any] = {"golden": _golden(session, work.bundle)}
+    with EngineSession(work.trt, path, work.job.engine, manifest) as session:
+        golden = _golden(session, work.bundle)
         spec = session.inputs[0]
-        shape = [work.engine.batch.best, *(size for size in spec.shape[1:] if isinstance(size, int))]
+        shape = [work.job.engine.batch.best, *(size for size in spec.shape[1:] if isinstance(size, int))]
         image = np.random.default_rng(0).integers(0, 256, shape).astype(spec.dtype)
         times = []
         for number in range(WARM_UP + RUNS):
             session.infer({spec.name: image})
             if number >= WARM_UP and session.last_times is not None:
                 times.append(session.last_times.compute_ms)
-    return entry | {"compute_ms": statistics.median(times), "runs": len(times)}
+    return Candidate(golden=golden, compute_ms=statistics.median(times), runs=len(times))
 
 
-def _golden(session: EngineSession, bundle: Path) -> Any:
+def _golden(session: EngineSession, bundle: Path) -> Golden | str:
     try:
         return check_golden(session, bundle)
     except GateError as error:

@@ -1,51 +1,103 @@
-"""Full TensorRT, 10.3 (JetPack 6) to 11.x: engines for the GPU of this machine.
-
-Options of a build, beside those of every backend: `kernels` ("auto", "portable", "plugin"), `optimisation_level`
-(0 to 5), `workspace_mib`, `version_compatible`, `hardware_compatible`, `timing_cache` (False for none), `detailed`.
-"""
+"""Full TensorRT, 10.3 (JetPack 6) to 11.x: engines for the GPU of this machine."""
 
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE, BatchRange, Engine, system
-from sparsifiner_edge.bundle.manifest import Manifest
+import msgspec
+
+from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE, Details, Engine, system
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.runtime.build import BuildRequest, Planned
-from sparsifiner_edge.runtime.build_worker import Job, job_model
+from sparsifiner_edge.records import read_record
+from sparsifiner_edge.runtime.backend import BuildRequest, Job, Option, Planned
+from sparsifiner_edge.runtime.build_worker import job_model
 from sparsifiner_edge.runtime.cuda import Device, open_driver, probe
 from sparsifiner_edge.runtime.tensorrt import choose
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, import_package
 from sparsifiner_edge.runtime.tensorrt.build import Settings, timing_cache_path
-from sparsifiner_edge.runtime.tensorrt.open import import_package, open_listed, why_no_fit
-from sparsifiner_edge.runtime.tensorrt.session import BODIES, EngineSession
+from sparsifiner_edge.runtime.tensorrt.session import BODIES
 
-BACKEND = "tensorrt"
 OLDEST = (10, 3)
-OPTIONS: Mapping[str, type] = {
-    "kernels": str, "optimisation_level": int, "workspace_mib": int, "version_compatible": bool,
-    "hardware_compatible": bool, "timing_cache": bool, "detailed": bool,
-}  # fmt: skip
 
 
-def load_backend() -> Any:
-    """The module `tensorrt`.
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of a build, beside those of every backend.
 
-    Raises:
-        MissingExtraError: it is not installed.
-        BackendError: it is installed and cannot be imported, or is older than 10.3.
+    Attributes:
+        kernels: one of `choose.KERNELS`.
+        optimisation_level: 0 (fast) to 5 (slow). workspace_mib: None decides by what is free.
+        version_compatible, hardware_compatible: for later versions, and for other GPUs.
+        timing_cache: keep measured times between builds. detailed: for the inspector.
     """
-    trt = import_package("tensorrt", "tensorrt", "Reinstall it; on a Jetson it comes with JetPack.")
-    version = str(getattr(trt, "__version__", "0"))
-    if version_numbers(version) < OLDEST or not hasattr(trt, "IProgressMonitor"):
-        raise BackendError(
-            f"TensorRT {version} is older than {'.'.join(map(str, OLDEST))}.",
-            "Install a newer one; on a Jetson upgrade to JetPack 6 or later.",
+
+    kernels: str = "auto"
+    optimisation_level: int = 3
+    workspace_mib: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    timing_cache: bool = True
+    detailed: bool = False
+
+
+class TensorRt(TensorRtBackend):
+    """Builds one engine, for the GPU of this machine."""
+
+    name = "tensorrt"
+
+    def load(self) -> Any:
+        """The module `tensorrt`, 10.3 or later; see `Backend.load`."""
+        trt = import_package("tensorrt", "tensorrt", "Reinstall it; on a Jetson it comes with JetPack.")
+        version = str(getattr(trt, "__version__", "0"))
+        if version_numbers(version) < OLDEST or not hasattr(trt, "IProgressMonitor"):
+            raise BackendError(
+                f"TensorRT {version} is older than {'.'.join(map(str, OLDEST))}.",
+                "Install a newer one; on a Jetson upgrade to JetPack 6 or later.",
+            )
+        return trt
+
+    def plan(self, request: BuildRequest) -> list[Planned]:
+        """See `EngineBackend.plan`."""
+        trt = self.load()
+        options = check_options(request.options)
+        device = probe()
+        others = [c for c in request.capabilities if c != device.compute_capability]
+        if others:
+            raise ConfigError(
+                f"TensorRT builds for the GPU that it runs on ({device.name}, {device.compute_capability}), "
+                f"not for {', '.join(others)}.",
+                "Build on a machine that has that GPU, or use --backend tensorrt-rtx, which builds ahead of time.",
+            )
+        compatible = _compatible(options, device)
+        version = str(trt.__version__)
+        candidates = choose.candidates(trt, request.folder, request.manifest, device, options.kernels)
+        variant = candidates[0] if len(candidates) == 1 else choose.MEASURED
+        engine = Engine(
+            self.name, version, device.compute_capability, *system(), request.precision, request.batch,
+            "" if variant == BODIES else variant, compatible,
+        )  # fmt: skip
+        settings = Settings(
+            optimisation_level=options.optimisation_level,
+            workspace_bytes=options.workspace_mib and options.workspace_mib << 20,
+            timing_cache=str(timing_cache_path(device, version)) if options.timing_cache else None,
+            detailed=options.detailed,
+            candidates=candidates,
+            bundle=str(request.folder.resolve()),
         )
-    return trt
+        return [Planned(engine, settings)]
+
+    def build(self, job: Job, tell: Progress) -> Details:
+        """See `EngineBackend.build`."""
+        settings = read_record(job.settings, Settings, "The job", "Report this.")
+        trt = self.load()
+        driver = open_driver()  # Stays open while TensorRT has objects.
+        try:
+            return choose.build_fastest(choose.Work(trt, job_model(job), job, settings, driver), tell)
+        finally:
+            driver.close()
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
@@ -53,99 +105,33 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
-def plan(request: BuildRequest) -> list[Planned]:
-    """See `build.EngineBackend`: one engine, for the GPU of this machine."""
-    trt = load_backend()
-    options = check_options(request.options)
-    device = probe()
-    others = [c for c in request.capabilities if c != device.compute_capability]
-    if others:
-        raise ConfigError(
-            f"TensorRT builds for the GPU that it runs on ({device.name}, {device.compute_capability}), "
-            f"not for {', '.join(others)}.",
-            "Build on a machine that has that GPU, or use --backend tensorrt-rtx, which builds ahead of time.",
-        )
-    compatible = _compatible(options, device)
-    version = str(trt.__version__)
-    candidates = choose.candidates(trt, request.folder, request.manifest, device, str(options.get("kernels", "auto")))
-    variant = candidates[0] if len(candidates) == 1 else choose.MEASURED
-    engine = Engine(
-        BACKEND, version, device.compute_capability, *system(), request.precision, request.batch,
-        "" if variant == BODIES else variant, compatible,
-    )  # fmt: skip
-    cache = timing_cache_path(device, version) if options.get("timing_cache", True) else None
-    workspace = options.get("workspace_mib")
-    settings = {
-        "optimisation_level": options.get("optimisation_level", 3),
-        "workspace": workspace << 20 if workspace else None,
-        "timing_cache": str(cache) if cache else None,
-        "detailed": options.get("detailed", False),
-        "candidates": list(candidates),
-        "bundle": str(request.folder.resolve()),
-    }
-    return [Planned(engine, settings)]
-
-
-def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(options: Mapping[str, Option]) -> Options:
     """The options of a build, checked.
 
     Raises:
         ConfigError: unknown, of another type, or out of range.
     """
+    # The type of a value that may be None is the first of two.
+    kinds = {field.name: (*typing.get_args(field.type), field.type)[0] for field in msgspec.structs.fields(Options)}
     for name, value in options.items():
-        if name not in OPTIONS:
-            raise ConfigError(f"tensorrt has no option {name!r}.", f"It has: {', '.join(OPTIONS)}.")
-        if type(value) is not OPTIONS[name]:
-            raise ConfigError(f"option {name} is {value!r}.", f"Give a value of type {OPTIONS[name].__name__}.")
-    if not 0 <= options.get("optimisation_level", 3) <= 5:
-        raise ConfigError(f"optimisation_level is {options['optimisation_level']}.", "Give 0 (fast) to 5 (slow).")
-    if not options.get("workspace_mib", 1) > 0:
-        raise ConfigError(f"workspace_mib is {options['workspace_mib']}.", "Give at least 1, or leave it out.")
-    return dict(options)
+        if name not in kinds:
+            raise ConfigError(f"tensorrt has no option {name!r}.", f"It has: {', '.join(kinds)}.")
+        if type(value) is not kinds[name]:
+            raise ConfigError(f"option {name} is {value!r}.", f"Give a value of type {kinds[name].__name__}.")
+    found = msgspec.convert(options, Options)
+    if not 0 <= found.optimisation_level <= 5:
+        raise ConfigError(f"optimisation_level is {found.optimisation_level}.", "Give 0 (fast) to 5 (slow).")
+    if found.workspace_mib is not None and found.workspace_mib < 1:
+        raise ConfigError(f"workspace_mib is {found.workspace_mib}.", "Give at least 1, or leave it out.")
+    return found
 
 
-def _compatible(options: Mapping[str, Any], device: Device) -> tuple[str, ...]:
-    if options.get("hardware_compatible") and (device.integrated or device.sm < (8, 0)):
+def _compatible(options: Options, device: Device) -> tuple[str, ...]:
+    if options.hardware_compatible and (device.integrated or device.sm < (8, 0)):
         kind = "a Jetson's" if device.integrated else "an older"
         raise ConfigError(
             f"Hardware-compatible engines need a GPU card of compute capability 8.0 or later; {device.name} is {kind}.",
             "Leave the option hardware_compatible out.",
         )
-    wanted = ((VERSION_COMPATIBLE, "version_compatible"), (AMPERE_PLUS, "hardware_compatible"))
-    return tuple(word for word, option in wanted if options.get(option))
-
-
-def build(job: Job, tell: Progress) -> dict[str, Any]:
-    """See `build.EngineBackend`."""
-    trt = load_backend()
-    driver = open_driver()  # Stays open while TensorRT has objects.
-    try:
-        planned, settings = job["engine"], job["settings"]
-        how = Settings(
-            batch=BatchRange(**planned["batch"]),
-            optimisation_level=settings["optimisation_level"],
-            workspace=settings["workspace"],
-            compatible=tuple(planned["compatible"]),
-            timing_cache=settings["timing_cache"],
-            detailed=settings["detailed"],
-        )
-        engine = Engine(**{**planned, "batch": how.batch, "compatible": how.compatible})
-        work = choose.Work(trt, job_model(job), Path(job["output"]), engine, Path(settings["bundle"]), how)
-        return choose.build_fastest(work, settings["candidates"], driver, tell)
-    finally:
-        driver.close()
-
-
-def why_not_here(engine: Engine) -> str | None:
-    """See `build.EngineBackend`."""
-    return why_no_fit(load_backend, engine)
-
-
-def open_engine(path: Path, engine: Engine, manifest: Manifest) -> EngineSession:
-    """See `build.EngineBackend`."""
-    return EngineSession(load_backend(), path, engine, manifest)
-
-
-def open_model(folder: Path, manifest: Manifest, _threads: int, kernels: str) -> EngineSession:
-    """See `open.open_listed`."""
-    return open_listed(load_backend(), BACKEND, folder, manifest, kernels)
+    wanted = ((VERSION_COMPATIBLE, options.version_compatible), (AMPERE_PLUS, options.hardware_compatible))
+    return tuple(word for word, asked in wanted if asked)

@@ -9,22 +9,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import BatchRange, Engine, system
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
+from sparsifiner_edge.bundle.engines import Details, Engine, system
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.onnx_file import read_model
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.runtime.build import BuildRequest, Planned
-from sparsifiner_edge.runtime.build_worker import Job, job_model
+from sparsifiner_edge.runtime.backend import BuildRequest, Job, Planned
+from sparsifiner_edge.runtime.build_worker import job_model
 from sparsifiner_edge.runtime.cuda import probe
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, import_package
 from sparsifiner_edge.runtime.tensorrt.build import add_profile, make_monitor, parse, write_engine
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
-from sparsifiner_edge.runtime.tensorrt.open import import_package, open_listed, why_no_fit
 from sparsifiner_edge.runtime.tensorrt.rtx_graph import check_operators, without_single_products
-from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
-BACKEND = "tensorrt-rtx"
 CAPABILITIES = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}
 """Compute capability -> its name in `tensorrt_rtx.ComputeCapability`."""
 _OTHERS = {
@@ -36,38 +34,68 @@ _OTHERS = {
 _TURING = "7.5"
 
 
-def load_backend() -> Any:
-    """The module `tensorrt_rtx`; importing it touches no driver.
+class TensorRtRtx(TensorRtBackend):
+    """Builds one engine per compute capability, for this operating system and processor."""
 
-    Raises:
-        MissingExtraError: it is not installed.
-        BackendError: it is installed and cannot be imported.
-    """
-    return import_package("tensorrt_rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
+    name = "tensorrt-rtx"
 
+    def load(self) -> Any:
+        """The module `tensorrt_rtx`; see `Backend.load`."""
+        return import_package("tensorrt_rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
 
-def plan(request: BuildRequest) -> list[Planned]:
-    """See `build.EngineBackend`: one engine per compute capability, for this operating system and processor."""
-    import onnx
+    def plan(self, request: BuildRequest) -> list[Planned]:
+        """See `EngineBackend.plan`."""
+        import onnx
 
-    version = str(load_backend().__version__)
-    if request.options:
-        raise ConfigError(f"tensorrt-rtx has no option {min(request.options)!r}.", "Leave it out.")
-    capabilities = request.capabilities or (probe().compute_capability,)
-    for capability in capabilities:
-        _check_capability(capability)
-    model = read_model(read_listed(request.folder, request.manifest, MODEL_FILE), request.folder / MODEL_FILE)
-    check_operators(model)
-    if _TURING in capabilities and not any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer):
-        raise ConfigError(
-            f"Compute capability 7.5 (Turing) takes no {request.precision} bundle like this one: "
-            "TensorRT-RTX compiles no product of float32 matrices for it.",
-            "Export with --precision fp16, or with --precision int8 --recipe tensorrt, or leave 7.5 out.",
+        version = str(self.load().__version__)
+        if request.options:
+            raise ConfigError(f"tensorrt-rtx has no option {min(request.options)!r}.", "Leave it out.")
+        capabilities = request.capabilities or (probe().compute_capability,)
+        for capability in capabilities:
+            _check_capability(capability)
+        model = read_model(read_listed(request.folder, request.manifest, MODEL_FILE), request.folder / MODEL_FILE)
+        check_operators(model)
+        half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
+        if _TURING in capabilities and not half:
+            raise ConfigError(
+                f"Compute capability 7.5 (Turing) takes no {request.precision} bundle like this one: "
+                "TensorRT-RTX compiles no product of float32 matrices for it.",
+                "Export with --precision fp16, or with --precision int8 --recipe tensorrt, or leave 7.5 out.",
+            )
+        return [
+            Planned(Engine(self.name, version, capability, *system(), request.precision, request.batch))
+            for capability in capabilities
+        ]
+
+    def build(self, job: Job, tell: Progress) -> Details:
+        """See `EngineBackend.build`."""
+        trt = self.load()
+        capability = job.engine.compute_capability
+        start = time.monotonic()
+        tell("reading the model", 0, 1)
+        model = read_model(job_model(job), job.model)
+        if capability == _TURING:
+            model = without_single_products(model)
+        messages = Messages()
+        logger = make_logger(trt, messages)
+        builder = trt.Builder(logger)
+        tell("parsing the model", 0, 1)
+        network = parse(trt, builder, logger, model.SerializeToString(), f"TensorRT-RTX {trt.__version__}")
+        parsed = time.monotonic()
+        config = _configure(trt, builder, capability)
+        add_profile(builder, network, config, job.engine.batch)
+        config.progress_monitor = make_monitor(trt, tell)
+        content = builder.build_serialized_network(network, config)
+        if content is None:
+            raise _failed(messages, capability)
+        tell("writing the engine", 0, 1)
+        write_engine(Path(job.output), content)
+        return Details(
+            layers=int(network.num_layers),
+            parse_seconds=parsed - start,
+            compile_seconds=time.monotonic() - parsed,
+            cpu_seconds=time.process_time(),
         )
-    return [
-        Planned(Engine(BACKEND, version, capability, *system(), request.precision, request.batch), {})
-        for capability in capabilities
-    ]
 
 
 def _check_capability(capability: str) -> None:
@@ -79,39 +107,6 @@ def _check_capability(capability: str) -> None:
         f"TensorRT-RTX builds nothing for compute capability {capability}: {reason}.",
         f"It takes {', '.join(CAPABILITIES)}; for others build on the device with --backend tensorrt.",
     )
-
-
-def build(job: Job, tell: Progress) -> dict[str, Any]:
-    """See `build.EngineBackend`."""
-
-    trt = load_backend()
-    engine = job["engine"]
-    capability = engine["compute_capability"]
-    start = time.monotonic()
-    tell("reading the model", 0, 1)
-    model = read_model(job_model(job), job["model"])
-    if capability == _TURING:
-        model = without_single_products(model)
-    messages = Messages()
-    logger = make_logger(trt, messages)
-    builder = trt.Builder(logger)
-    tell("parsing the model", 0, 1)
-    network = parse(trt, builder, logger, model.SerializeToString(), f"TensorRT-RTX {trt.__version__}")
-    parsed = time.monotonic()
-    config = _configure(trt, builder, capability)
-    add_profile(builder, network, config, BatchRange(**engine["batch"]))
-    config.progress_monitor = make_monitor(trt, tell)
-    content = builder.build_serialized_network(network, config)
-    if content is None:
-        raise _failed(messages, capability)
-    tell("writing the engine", 0, 1)
-    write_engine(Path(job["output"]), content)
-    return {
-        "layers": int(network.num_layers),
-        "parse_seconds": parsed - start,
-        "compile_seconds": time.monotonic() - parsed,
-        "cpu_seconds": time.process_time(),
-    }
 
 
 def _configure(trt: Any, builder: Any, capability: str) -> Any:
@@ -132,18 +127,3 @@ def _failed(messages: Messages, capability: str) -> BackendError:
         f"TensorRT-RTX built no engine for compute capability {capability}: {messages.text()}.",
         "Export the model in another precision, or upgrade tensorrt-rtx.",
     )
-
-
-def why_not_here(engine: Engine) -> str | None:
-    """See `build.EngineBackend`."""
-    return why_no_fit(load_backend, engine)
-
-
-def open_engine(path: Path, engine: Engine, manifest: Manifest) -> EngineSession:
-    """See `build.EngineBackend`."""
-    return EngineSession(load_backend(), path, engine, manifest)
-
-
-def open_model(folder: Path, manifest: Manifest, _threads: int, kernels: str) -> EngineSession:
-    """See `open.open_listed`."""
-    return open_listed(load_backend(), BACKEND, folder, manifest, kernels)

@@ -123,13 +123,15 @@ _AXES = {-1: "turing_last", -2: "turing_second", -3: "turing_third"}
 def _as_sum(node: onnx.NodeProto, rank: int) -> list[onnx.NodeProto]:
     from onnx import helper
 
+    def step(kind: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(kind, inputs, [output], name=f"node_{output}", **attributes)
+
     (left, right), result = node.input, node.output[0]
     turned = [*range(rank - 2), rank - 1, rank - 2]
-    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
-        ("Unsqueeze", [left, _AXES[-2]], f"{result}_rows", {}),
-        ("Transpose", [right], f"{result}_turned", {"perm": turned}),
-        ("Unsqueeze", [f"{result}_turned", _AXES[-3]], f"{result}_columns", {}),
-        ("Mul", [f"{result}_rows", f"{result}_columns"], f"{result}_products", {}),
-        ("ReduceSum", [f"{result}_products", _AXES[-1]], result, {"keepdims": 0}),
+    return [
+        step("Unsqueeze", [left, _AXES[-2]], f"{result}_rows"),
+        step("Transpose", [right], f"{result}_turned", perm=turned),
+        step("Unsqueeze", [f"{result}_turned", _AXES[-3]], f"{result}_columns"),
+        step("Mul", [f"{result}_rows", f"{result}_columns"], f"{result}_products"),
+        step("ReduceSum", [f"{result}_products", _AXES[-1]], result, keepdims=0),
     ]
-    return [helper.make_node(kind, inputs, [out], name=f"node_{out}", **more) for kind, inputs, out, more in steps]

@@ -158,7 +158,7 @@ class EngineSession:
             provider="TensorRT-RTX" if self.backend == "tensorrt-rtx" else "TensorRT",
             device=f"{device.name} (compute capability {device.compute_capability})",
             precision=self._engine_info.precision,
-            kernels=_KERNELS.get(str(self._engine_info.details.get("kernels")), "function bodies"),
+            kernels=_KERNELS.get(str(self._engine_info.details.kernels), "function bodies"),
             threads=1,
             cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",
             graph=self._graph and self._driver.graphs,
@@ -185,7 +185,7 @@ class EngineSession:
         inspector = self._engine.create_engine_inspector()
         return json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
-    def layer_times(self, inputs: Mapping[str, Array], queries: int) -> list[dict[str, Any]]:
+    def layer_times(self, inputs: Mapping[str, Array], queries: int) -> list[dict[str, str | float]]:
         """Milliseconds per query of each layer, in the order of execution, by TensorRT's own profiler.
 
         Runs one by one, without a CUDA graph, whose launches tell nothing of their layers; slower than `infer`.

@@ -1,4 +1,4 @@
-"""ONNX Runtime: on the CPU, or on the provider that it is given."""
+"""A session of ONNX Runtime: on the CPU, or on the provider that it is given."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest, TensorSpec
-from sparsifiner_edge.bundle.store import sealed_copy
+from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.session import Array, Description, validate_inputs, validate_outputs
 
@@ -65,12 +65,6 @@ def load_backend() -> Any:
     return onnxruntime
 
 
-def open_model(folder: Path, manifest: Manifest, threads: int, kernels: str) -> OrtSession:
-    """Load `model.onnx` of a checked bundle; see `open_session`."""
-    with sealed_copy(folder, manifest, MODEL_FILE) as copy:
-        return OrtSession(folder / MODEL_FILE, copy, threads, kernels, manifest.precision)
-
-
 def native_library(kernels: str) -> Path | None:
     """The library to register for a choice of kernels (`open.KERNELS`); None for function bodies.
 
@@ -92,7 +86,7 @@ def why_portable(kernels: str) -> str | None:
     if kernels == "portable":
         return "was not asked for"
     try:
-        return native.why_unusable()
+        return NATIVE.why_missing()
     except ValueError as error:
         raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
 
@@ -171,7 +165,7 @@ class OrtSession:
             provider=self._provider,
             device=self._device,
             precision=self._precision,
-            kernels=_kernels(self._operators, self._native is not None, self._why_bodies),
+            kernels=described(self._operators, self._native is not None, self._why_bodies),
             threads=self._threads,
         )
 
@@ -232,18 +226,6 @@ def _spec(node: Any) -> TensorSpec:
             f"{node.name!r} has type {node.type}, which NumPy lacks.", "Export it with another type."
         ) from error
     return TensorSpec(str(node.name), dtype, tuple(node.shape))
-
-
-def _kernels(operators: set[str], native_library: bool, reason: str | None) -> str:
-    """What runs the `sparsifiner` operators of a model, and why not the native library where that was expected."""
-    native_ones = sorted(operators & set(native.OPERATORS)) if native_library else []
-    bodies = sorted(operators - set(native_ones))
-    if not operators:
-        return "none (standard operators)"
-    if not native_ones:
-        return "function bodies" if reason is None else f"function bodies (the native library {reason})"
-    rest = f"; function bodies: {', '.join(bodies)}" if bodies else ""
-    return f"native, {native.target()}{rest}"
 
 
 def _inspect(content: Any) -> tuple[set[str], str]:

@@ -1,0 +1,1 @@
+"""ONNX Runtime: its session, and the providers that it runs on. Importing this loads nothing."""

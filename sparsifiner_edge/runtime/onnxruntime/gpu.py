@@ -1,0 +1,92 @@
+"""ONNX Runtime on an NVIDIA GPU: its CUDA and its TensorRT provider."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
+from sparsifiner_edge.bundle.store import sealed_copy
+from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.machine import package_version
+from sparsifiner_edge.runtime.backend import Backend, Option
+from sparsifiner_edge.runtime.cache import cache_folder
+from sparsifiner_edge.runtime.cuda import probe
+from sparsifiner_edge.runtime.onnxruntime.session import Execution, OrtSession, load_backend
+
+
+class GpuProvider(Backend):
+    """A provider of a GPU. Attributes: provider: ONNX Runtime's name of it."""
+
+    provider: ClassVar[str]
+
+    @abc.abstractmethod
+    def options(self, manifest: Manifest) -> dict[str, Option]:
+        """Options of the provider for a bundle."""
+
+    def load(self) -> Any:
+        """The module `onnxruntime`, built with this provider; see `Backend.load`."""
+        ort = load_backend()
+        offered = ort.get_available_providers()
+        if self.provider not in offered:
+            gpu = package_version("onnxruntime-gpu")
+            installed = f"onnxruntime-gpu {gpu}" if isinstance(gpu, str) else f"onnxruntime {ort.__version__}"
+            raise BackendError(
+                f"{installed} has no {self.provider}; it offers {', '.join(offered)}.",
+                'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "sparsifiner-edge[gpu]" '
+                "(the two packages overwrite one another; on a Jetson take NVIDIA's own wheel).",
+            )
+        return ort
+
+    def open(self, folder: Path, manifest: Manifest, threads: int, kernels: str) -> OrtSession:  # noqa: ARG002
+        """A session after CUDA has answered; see `Backend.open`.
+
+        Raises:
+            BackendError: no such provider, no device, or the provider does not start.
+        """
+        ort = self.load()
+        device = probe()
+        execution = Execution(
+            self.name,
+            [(self.provider, self.options(manifest)), "CPUExecutionProvider"],
+            f"{device.name} (compute capability {device.compute_capability})",
+        )
+        # ONNX Runtime prints what it misses and why it falls back, and standard output is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
+            with sealed_copy(folder, manifest, MODEL_FILE) as copy:
+                return OrtSession(folder / MODEL_FILE, copy, threads, "portable", manifest.precision, execution)
+
+
+class OnnxRuntimeCuda(GpuProvider):
+    """ONNX Runtime's CUDA provider."""
+
+    name, provider = "onnxruntime-cuda", "CUDAExecutionProvider"
+
+    def options(self, manifest: Manifest) -> dict[str, Option]:  # noqa: ARG002
+        """TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more."""
+        return {"device_id": 0, "use_tf32": 0}
+
+
+class OnnxRuntimeTensorRt(GpuProvider):
+    """ONNX Runtime's TensorRT provider. It keeps its engines between runs."""
+
+    name, provider = "onnxruntime-tensorrt", "TensorrtExecutionProvider"
+
+    def options(self, manifest: Manifest) -> dict[str, Option]:
+        """Engines and times are kept per model, and types are those of the file."""
+        cache = cache_folder() / self.name / manifest.files[MODEL_FILE][:16]
+        return {
+            "device_id": 0,
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": str(cache),
+            "trt_timing_cache_enable": True,
+            "trt_timing_cache_path": str(cache),
+            # These allow the types that the file has; a file in float32 stays in float32.
+            "trt_fp16_enable": manifest.precision == "fp16",
+            "trt_int8_enable": manifest.precision == "int8",
+        }
