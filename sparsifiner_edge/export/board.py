@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import onnx
 
+from sparsifiner_edge.bundle.entries import BoardKernels
 from sparsifiner_edge.bundle.kernels import (
     FOLDER,
     CompiledLaunch,
@@ -48,7 +49,7 @@ Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name of a tensor -> element type and shape, 1 where the batch is dynamic."""
 
 
-def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -> dict[str, Any]:
+def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -> BoardKernels:
     """Compile the kernels of a model for a board into a bundle's folder.
 
     Writes `kernels/sm<N>.json`, `kernels/sm<N>/*.ptx` and `*.cubin`, and `kernels/sm<N>.onnx`: the model with launches
@@ -61,8 +62,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         folder: of the bundle.
 
     Returns:
-        An entry for the manifest, under `boards`: `board`, `compute_capability`, `table`, `model`, `launches`, `nodes`,
-        `refused` (per node that keeps its body, why), `assembler`, `triton`, `ptx_version`, `cuda`, `warnings`.
+        An entry for the manifest, under `boards`.
 
     Raises:
         ConfigError: the board has no GPU that the kernels are for, or the model nothing to compile.
@@ -86,20 +86,12 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
     (folder / table_file(board.sm)).write_text(dump_json(write_record(table)), encoding="utf-8")
     variant = f"{FOLDER}/sm{board.sm}.onnx"
     onnx.save(kernel_model(model, table), folder / variant)
-    return {
-        "board": board.name,
-        "compute_capability": table.compute_capability,
-        "table": table_file(board.sm),
-        "model": variant,
-        "launches": len(table.launches),
-        "nodes": len(table.nodes),
-        "refused": refused,
-        "triton": table.triton,
-        "assembler": table.assembler,
-        "ptx_version": table.ptx_version,
-        "cuda": cuda or "any that takes this PTX version",
-        "warnings": assembler.warnings(cuda),
-    }
+    return BoardKernels(
+        board=board.name, compute_capability=table.compute_capability, table=table_file(board.sm), model=variant,
+        launches=len(table.launches), nodes=len(table.nodes), refused=refused, triton=table.triton,
+        assembler=table.assembler, ptx_version=table.ptx_version, cuda=cuda or "any that takes this PTX version",
+        warnings=assembler.warnings(cuda),
+    )  # fmt: skip
 
 
 def _toolkit(board: Board) -> tuple[str | None, int]:
@@ -130,14 +122,15 @@ class Assembler:
         """For the record."""
         return f"ptxas {self.version} ({self.origin})"
 
-    def warnings(self, cuda: str | None) -> list[str]:
+    def warnings(self, cuda: str | None) -> tuple[str, ...]:
         """What may be wrong with its code on a board that runs a CUDA version."""
         if cuda is None or self.version.partition(".")[0] == cuda.partition(".")[0]:
-            return []
-        return [
+            return ()
+        return (
             f"The board runs CUDA {cuda}, and the cubins are by {self.text}: across major versions they are not "
-            f'promised to load. The PTX is not affected. pip install "{nvcc_package(cuda)}=={cuda}.*" and export again.'
-        ]
+            "promised to load. The PTX is not affected. "
+            f'pip install "{nvcc_package(cuda)}=={cuda}.*" and export again.',
+        )
 
     def assemble(self, ptx: str) -> bytes:
         """Machine code for the target that the PTX names.

@@ -47,7 +47,7 @@ def vit_bundle(folder: Path, sparsity: SparsityConfig, precision: str, batch: in
     if precision == "fp16":
         model = convert(model).model
     if precision == "int8":
-        model = quantise(model, [golden_image(160, batch or 1, seed) for seed in range(2)], "tensorrt").model
+        model = quantise(model, [golden_image(160, batch or 1, seed) for seed in range(2)], "tensorrt")[0]
         model = convert(model).model
     folder.mkdir()
     onnx.save(model, folder / "model.onnx")
