@@ -25,7 +25,7 @@ from sparsifiner_edge.artifacts import (
     scratches,
     sha256,
 )
-from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, MODEL_FILE, Manifest, parse_manifest, required
+from sparsifiner_edge.bundle.manifest import AGAIN, BUNDLE_SCHEMA, MODEL_FILE, Manifest, parse_manifest, required
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import (
     io_errors,
@@ -210,7 +210,7 @@ def _expected(folder: Path, manifest: Manifest, name: str) -> object:
     """The hash of a file by the manifest."""
     expected = manifest.files.get(name)
     if expected is None:
-        raise ArtifactError(f"{folder} has no {name}.", "Export the bundle again.")
+        raise ArtifactError(f"{folder} has no {name}.", AGAIN)
     return expected
 
 
@@ -229,12 +229,12 @@ def _place(folder: Path, name: str) -> Path:
     if not inside:
         raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
     if not there:
-        raise ArtifactError(f"{path} is missing.", "Export the bundle again.")
+        raise ArtifactError(f"{path} is missing.", AGAIN)
     return path
 
 
 def _altered(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", "Export the bundle again.")
+    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", AGAIN)
 
 
 def picture_size(manifest: Manifest, folder: Path) -> int:
