@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -23,6 +23,7 @@ BUNDLE_SCHEMA = 2
 MODEL_FILE = "model.onnx"
 AGAIN = "Export the bundle again."
 Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
+Value = TypeVar("Value")
 _MOST, _MOST_DEPTH = 1 << 20, 1024
 """No size of a model comes near, nor its number of layers."""
 
@@ -107,7 +108,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     dense_costs: dict[str, int] = {}
     tolerances: dict[str, float] = {}
     engines: tuple[Engine, ...] = ()
-    check: Check = Check()
+    check: Check | None = None
     retiled: Retiled | None = None
     measured: Measured | None = None
     quantisation: Quantisation | None = None
@@ -171,7 +172,7 @@ def manifest_content(manifest: Manifest) -> Any:
     }  # fmt: skip
 
 
-def required(value: Any, name: str, folder: Path) -> Any:
+def required(value: Value | None, name: str, folder: Path) -> Value:
     """An entry that a bundle's use needs.
 
     Raises:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sparsifiner_edge.artifacts import (
     BUNDLE_FILE,
     ENGINE_FOLDER,
@@ -25,7 +27,15 @@ from sparsifiner_edge.artifacts import (
     scratches,
     sha256,
 )
-from sparsifiner_edge.bundle.manifest import AGAIN, BUNDLE_SCHEMA, MODEL_FILE, Manifest, parse_manifest, required
+from sparsifiner_edge.bundle.manifest import (
+    AGAIN,
+    BUNDLE_SCHEMA,
+    MODEL_FILE,
+    Manifest,
+    manifest_content,
+    parse_manifest,
+    required,
+)
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import (
     io_errors,
@@ -48,10 +58,10 @@ GOLDEN_FILE = "golden.npz"
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-def seal_bundle(folder: Path, manifest: Mapping[str, Any]) -> None:
+def seal_bundle(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` with the SHA-256 of every other file in `folder`."""
     files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    content = {"schema_version": BUNDLE_SCHEMA, "kind": "bundle", **manifest, "files": files}
+    content = manifest_content(msgspec.structs.replace(manifest, files=files))
     (folder / BUNDLE_FILE).write_text(dump_json(content), encoding="utf-8")
 
 
@@ -243,7 +253,7 @@ def picture_size(manifest: Manifest, folder: Path) -> int:
     Raises:
         ArtifactError: the manifest does not say.
     """
-    return int(required(manifest.preprocessing, "preprocessing", folder).size)
+    return required(manifest.preprocessing, "preprocessing", folder).size
 
 
 def read_labels(manifest: Manifest, folder: Path) -> list[str]:

@@ -93,7 +93,7 @@ def command(
 
 
 def _print(folder: Path, manifest: Manifest) -> None:
-    for line in (*_check(manifest.check), *_changes(manifest), *_measured(manifest)):
+    for line in (*_check(manifest), *_changes(manifest), *_measured(manifest)):
         click.echo(line)
     for board in manifest.boards:
         counts = f"{board.launches} kernels for {board.nodes} nodes"
@@ -106,8 +106,9 @@ def _print(folder: Path, manifest: Manifest) -> None:
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")
 
 
-def _check(check: Check) -> Iterator[str]:
+def _check(manifest: Manifest) -> Iterator[str]:
     """How close the file is to torch."""
+    check = manifest.check or Check()
     for name, found in check.outputs.items():
         yield (
             f"{name}: differs from torch by {found.error_relative_to_range:.1e} of its range "

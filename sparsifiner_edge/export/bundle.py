@@ -25,7 +25,6 @@ from sparsifiner_edge.bundle.manifest import (
     Preprocessing,
     TensorSpec,
     Tokens,
-    manifest_content,
 )
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
 from sparsifiner_edge.config import SparsityConfig
@@ -126,17 +125,17 @@ def export_bundle(
     # One line each, whatever a folder's name holds; `read_labels` and the model's metadata then say the same.
     labels = [shown(label) for label in student.labels or class_labels(student.model)]
     set_metadata(narrow.model, _metadata(student, deployed, labels))
+    manifest = msgspec.structs.replace(
+        _manifest(student, deployed, narrow.model, check, numbers),
+        retiled=retiled, measured=measured, quantisation=narrow.quantisation, float16=narrow.float16,
+    )  # fmt: skip
     with new_folder(target, "bundle") as folder:
         (folder / MODEL_FILE).write_bytes(narrow.model.SerializeToString())
         np.savez_compressed(folder / GOLDEN_FILE, **cast(Any, golden))
         if labels:
             (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        manifest = msgspec.structs.replace(
-            _manifest(student, deployed, narrow.model, check, numbers),
-            retiled=retiled, measured=measured, quantisation=narrow.quantisation, float16=narrow.float16,
-            boards=tuple(board_files(narrow.model, student.name, board, folder) for board in wanted),
-        )  # fmt: skip
-        seal_bundle(folder, manifest_content(manifest))
+        kernels = tuple(board_files(narrow.model, student.name, board, folder) for board in wanted)
+        seal_bundle(folder, msgspec.structs.replace(manifest, boards=kernels))
     return target
 
 

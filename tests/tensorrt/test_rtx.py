@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.export.check import golden_image
@@ -28,6 +27,7 @@ from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
 from tests.models import TINY_CONFIG, student
 from tests.package.reseal import reseal
+from tests.seal import seal_bundle
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx
 from tests.tiny import make_bundle
 
