@@ -19,6 +19,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig, default_cells
 from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.attention import qkv_projection
 from sparsifiner_edge.sparse.models import create
@@ -62,7 +63,7 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
         "sparsity": sparsity.to_dict(),
         "prefix": manifest.tokens.prefix,
         "patches": model.patch_embed.num_patches,
-        "check": manifest.check,
+        "check": write_record(manifest.check),
         "costs": manifest.costs,
         "dense_costs": manifest.dense_costs,
     }

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, InputSpec, Manifest, Preprocessing, TensorSpec
 from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.camera.code import GRID
 
@@ -30,15 +31,12 @@ def make_cells_bundle(folder: Path, size: int = 224, work: int = 0) -> Path:
     model = _model(size, work)
     onnx.checker.check_model(model)
     onnx.save(model, folder / "model.onnx")
-    seal_bundle(
-        folder,
-        {
-            "name": "cells", "precision": "fp32", "preprocessing": {"resize": "centre square, bicubic", "size": size},
-            "inputs": [{"name": "image", "dtype": "uint8", "shape": [1, size, size, 3], "layout": "NHWC"}],
-            "outputs": [{"name": "features", "dtype": "float32", "shape": [1, CELLS]}],
-            "tolerances": {"features": 1e-5},
-        },
+    manifest = Manifest(
+        schema_version=BUNDLE_SCHEMA, files={}, name="cells", precision="fp32", preprocessing=Preprocessing(size),
+        inputs=(InputSpec("image", "uint8", (1, size, size, 3), layout="NHWC"),),
+        outputs=(TensorSpec("features", "float32", (1, CELLS)),), tolerances={"features": 1e-5},
     )  # fmt: skip
+    seal_bundle(folder, manifest)
     return folder
 
 

@@ -22,6 +22,7 @@ from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, write_result
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.open import load_backend
@@ -85,7 +86,7 @@ def subject(folder: Path) -> dict[str, Any]:
         "path": folder.name,
         "name": manifest.name,
         "sha256": bundle_hash(folder),
-        "export": manifest.float16 or manifest.quantisation,
+        "export": write_record(manifest.float16 or manifest.quantisation),
     }
 
 

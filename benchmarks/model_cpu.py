@@ -36,6 +36,7 @@ from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.pictures import load_picture
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.models import create, load_model
 from sparsifiner_edge.sparse.student import sparsify
@@ -85,11 +86,11 @@ def build(
     made[DENSE] = export_bundle(name, folder / "dense", weights=weights, img_size=size)
     tell(f"export {DENSE8}")
     images = [load_picture(path, size)[None] for path in material.calibration_pictures()]
-    quantised = quantise(onnx.load(made[DENSE] / "model.onnx"), images, goal=LEAST_COSINE)
+    quantised, found = quantise(onnx.load(made[DENSE] / "model.onnx"), images, goal=LEAST_COSINE)
     made[DENSE8] = folder / "dense-int8"
     made[DENSE8].mkdir()
-    onnx.save(quantised.model, made[DENSE8] / "model.onnx")
-    (made[DENSE8] / "quantisation.json").write_text(json.dumps(quantised.to_dict()))
+    onnx.save(quantised, made[DENSE8] / "model.onnx")
+    (made[DENSE8] / "quantisation.json").write_text(json.dumps(write_record(found)))
     return made
 
 

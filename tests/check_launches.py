@@ -17,31 +17,31 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from sparsifiner_edge.bundle.kernels import NAMESPACE, kernel_model
+from sparsifiner_edge.bundle.kernels import NAMESPACE, CompiledLaunch, kernel_model
 from sparsifiner_edge.export import board
 from sparsifiner_edge.ops.triton.kernels import kernel
 from tests.tables import table_of
 
 
-def operator(name: str, plan: Any, launch: Any, entry: dict[str, Any]) -> type[OpRun]:
+def operator(name: str, plan: Any, launch: Any, entry: CompiledLaunch) -> type[OpRun]:
     """A launch of the table as an operator of the reference evaluator."""
 
     def _run(self: Any, *inputs: Any, **_attributes: Any) -> tuple[Any, ...]:
         batch = inputs[0].shape[0]
-        given = dict(zip(entry["inputs"], inputs, strict=True))
+        given = dict(zip(entry.inputs, inputs, strict=True))
         tensors = {}
-        for n in (*entry["inputs"], *entry["outputs"]):
-            declared, buffer = entry["tensors"][n], plan.buffers[n]
+        for n in (*entry.inputs, *entry.outputs):
+            declared, buffer = entry.tensors[n], plan.buffers[n]
             raw = given.get(n)
             if raw is None:
-                raw = np.zeros((batch, *declared["shape"]), declared["dtype"])
+                raw = np.zeros((batch, *declared.shape), declared.dtype)
             # The bytes are the kernel's; only the type that TensorRT sees may differ.
             tensors[n] = torch.from_numpy(np.ascontiguousarray(raw).view(buffer.dtype).copy())
         names = {a: None if b is None else tensors[b] for a, b in launch.arguments.items()}
-        kernel(launch.kernel)[(*entry["grid"], batch)](**names, **launch.constants, num_warps=launch.warps)
+        kernel(launch.kernel)[(*entry.grid, batch)](**names, **launch.constants, num_warps=launch.warps)
         return tuple(
-            tensors[n].numpy().view(entry["tensors"][n]["dtype"]).reshape(batch, *entry["tensors"][n]["shape"])
-            for n in entry["outputs"]
+            tensors[n].numpy().view(entry.tensors[n].dtype).reshape(batch, *entry.tensors[n].shape)
+            for n in entry.outputs
         )
 
     return type(name, (OpRun,), {"op_domain": NAMESPACE, "_run": _run})
@@ -52,11 +52,11 @@ def main(folder: Path) -> None:
     assert table is not None
     types, operators = board._tensor_types(model), {}
     for node in model.graph.node:
-        if node.name in table["nodes"]:
+        if node.name in table.nodes:
             plan: Any = board._plan(node, types, 87)
-            for entry, launch in zip(table["nodes"][node.name], plan.launches, strict=True):
-                name = entry["launch"]
-                operators[name] = operator(name, plan, launch, table["launches"][name])
+            for entry, launch in zip(table.nodes[node.name], plan.launches, strict=True):
+                name = entry.launch
+                operators[name] = operator(name, plan, launch, table.launches[name])
     side = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
     image = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
     wanted = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": image})[0]

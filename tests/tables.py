@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sparsifiner_edge.artifacts import sha256
-from sparsifiner_edge.bundle.kernels import read_table
+from sparsifiner_edge.bundle.kernels import KernelTable, read_table
 from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, Manifest
 
 
@@ -16,5 +15,5 @@ def manifest_of(folder: Path) -> Manifest:
     return Manifest(schema_version=BUNDLE_SCHEMA, files=files)
 
 
-def table_of(folder: Path, capability: int) -> dict[str, Any] | None:
+def table_of(folder: Path, capability: int) -> KernelTable | None:
     return read_table(folder, manifest_of(folder), capability)

@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from sparsifiner_edge.bundle.golden import check_golden
-from sparsifiner_edge.bundle.kernels import NAMESPACE, code_file, kernel_model, ordered_ptx, plain_ptx
+from sparsifiner_edge.bundle.kernels import NAMESPACE, LaunchTensor, code_file, kernel_model, ordered_ptx, plain_ptx
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export import board as boards
 from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
@@ -70,16 +70,16 @@ def bundle(model, tmp_path_factory):
 def test_a_board_gets_code_table_and_model(bundle):
     folder, entry = bundle
     table = table_of(folder, 87)
-    assert (entry["board"], entry["compute_capability"], entry["cuda"]) == ("jetson-orin-nano-8gb", "8.7", "12.6")
-    assert (entry["nodes"], entry["launches"], entry["refused"]) == (2, 7, {})
-    assert entry["ptx_version"] == 8.5
-    for name, launch in table["launches"].items():
+    assert (entry.board, entry.compute_capability, entry.cuda) == ("jetson-orin-nano-8gb", "8.7", "12.6")
+    assert (entry.nodes, entry.launches, entry.refused) == (2, 7, {})
+    assert entry.ptx_version == 8.5
+    for name, launch in table.launches.items():
         ptx = (folder / code_file(87, name, "ptx")).read_text()
         assert re.search(r"^\.version 8\.5\n\.target sm_87$", ptx, re.MULTILINE)
-        assert ptx.count(".param .u64") == len(launch["inputs"]) + len(launch["outputs"])
+        assert ptx.count(".param .u64") == len(launch.inputs) + len(launch.outputs)
         assert (folder / code_file(87, name, "cubin")).read_bytes()[:4] == b"\x7fELF"
-        assert launch["spilled"] == 0
-    kinds = [node.op_type.rpartition("_")[0] for node in onnx.load(folder / entry["model"]).graph.node if node.domain]
+        assert launch.spilled_bytes == 0
+    kinds = [node.op_type.rpartition("_")[0] for node in onnx.load(folder / entry.model).graph.node if node.domain]
     assert kinds == ["prepare", "peaks", "scores", "select", "membership", "rest", "attend"]
 
 
@@ -100,7 +100,7 @@ def test_the_same_export_gives_the_same_bytes(model, bundle, tmp_path):
 
 def test_the_variant_has_no_bodies_and_names_its_plugins(bundle):
     folder, entry = bundle
-    variant = onnx.load(folder / entry["model"])
+    variant = onnx.load(folder / entry.model)
     assert list(variant.functions) == []
     for node in variant.graph.node:
         if node.domain:
@@ -135,8 +135,8 @@ def test_a_layer_that_cannot_be_compiled_keeps_its_body(model, tmp_path, monkeyp
         boards, "_plan", lambda n, t, s: "too wide" if n.op_type == "SparseAttention" else plan(n, t, s)
     )
     entry = board_files(model, {}, load_board("jetson-orin-nano-8gb"), tmp_path)
-    assert list(entry["refused"].values()) == ["too wide"]
-    variant = onnx.load(tmp_path / entry["model"])
+    assert list(entry.refused.values()) == ["too wide"]
+    variant = onnx.load(tmp_path / entry.model)
     assert [f.name for f in variant.functions] == ["SparseAttention"]
     assert [node.op_type for node in variant.graph.node if node.domain == "sparsifiner"] == ["SparseAttention"]
 
@@ -153,7 +153,7 @@ def test_the_board_decides_version_and_assembler(tmp_path, monkeypatch):
     assert newer.assemble(plain_ptx(text))[:4] == b"\x7fELF"
     foreign = Assembler(found.path, "13.1", "triton 9")
     assert "nvidia-cuda-nvcc-cu12==12.6.*" in foreign.warnings("12.6")[0]
-    assert foreign.warnings(None) == foreign.warnings("13.0") == []
+    assert foreign.warnings(None) == foreign.warnings("13.0") == ()
 
 
 def test_parameters_move_and_unread_ones_go():
@@ -174,15 +174,15 @@ def test_parameters_move_and_unread_ones_go():
 def test_half_precision_and_weights_in_another_type(tmp_path):
     """Projections are read in float32: a copy is made where the model has them in float16."""
     entry = board_files(sparse_model(1, np.float16), {}, load_board("rtx-4060"), tmp_path)
-    assert (entry["compute_capability"], entry["cuda"]) == ("8.9", "any that takes this PTX version")
+    assert (entry.compute_capability, entry.cuda) == ("8.9", "any that takes this PTX version")
     table = table_of(tmp_path, 89)
-    assert table["float32"] == {"proj_q.float32": "proj_q", "proj_k.float32": "proj_k"}
-    weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / entry["model"]).graph.initializer}
+    assert table.float32 == {"proj_q.float32": "proj_q", "proj_k.float32": "proj_k"}
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / entry.model).graph.initializer}
     np.testing.assert_array_equal(weights["proj_q.float32"], weights_of(sparse_model(1, np.float16))["proj_q"])
     assert weights["proj_q.float32"].dtype == np.float32
     assert "proj_q" not in weights  # nobody reads it any more
-    attend = next(launch for launch in table["launches"].values() if launch["kernel"] == "attend")
-    assert attend["tensors"]["qkv"]["dtype"] == "float16"
+    attend = next(launch for launch in table.launches.values() if launch.kernel == "attend")
+    assert attend.tensors["qkv"].dtype == "float16"
 
 
 def weights_of(model):
@@ -200,12 +200,33 @@ def test_another_model_is_refused(bundle, model):
         kernel_model(other, table)
 
 
+def a_launch(table):
+    return next(iter(table["launches"].values()))
+
+
+def a_node(table):
+    return next(iter(table["nodes"].values()))[0]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda t: t["launches"].update({"../evil": {}}), "names a launch '../evil'"),
-        (lambda t: next(iter(t["launches"].values())).pop("grid"), "grid is null"),
-        (lambda t: t["nodes"].update({"n": [{"launch": "none_1"}]}), "no launch 'none_1'"),
+        (lambda t: t["launches"].update({"../evil": a_launch(t)}), "names a launch '../evil'"),
+        (lambda t: t["launches"].update({"other": {}}), "launches[...].symbol is missing"),
+        (lambda t: a_launch(t).pop("grid"), "launches[...].grid is missing"),
+        (lambda t: a_launch(t).update(grid=[1, 0]), "an entry of launches is not int >= 1"),
+        (lambda t: a_launch(t).update(grid=[1, 1, 1]), "an entry of launches is not list of length 2"),
+        (lambda t: a_launch(t).update(threads=True), "an entry of launches is not int"),
+        (lambda t: a_launch(t).update(shared=-1), "an entry of launches is not int >= 0"),
+        (lambda t: a_launch(t)["tensors"]["qkv"].update(dtype="int8"), "invalid enum value 'int8'"),
+        (
+            lambda t: a_launch(t)["tensors"]["qkv"].update(shape=[1 << 31]),
+            "an entry of launches is not int <= 2147483647",
+        ),
+        (lambda t: a_launch(t)["tensors"].pop("qkv"), "does not describe its tensor 'qkv'"),
+        (lambda t: t["nodes"].update({"n": [a_node(t) | {"launch": "none_1"}]}), "no launch 'none_1'"),
+        (lambda t: t["nodes"].update({"n": a_node(t)}), "an entry of nodes is not list"),
+        (lambda t: t["float32"].update(x=1), "an entry of float32 is not str"),
         (lambda t: t.update(schema_version=2), "schema 2"),
     ],
 )
@@ -237,14 +258,14 @@ def test_the_launches_compute_what_the_bodies_compute(bundle, model):
 
 def test_numbers_of_the_table_are_those_of_the_model(bundle):
     table = table_of(bundle[0], 87)
-    attend = next(launch for launch in table["launches"].values() if launch["kernel"] == "attend")
-    assert attend["tensors"]["qkv"] == {"dtype": "float32", "shape": [64, 192]}
-    assert attend["tensors"]["output"] == {"dtype": "float32", "shape": [64, 64]}
-    assert attend["outputs"] == ["output", "sums"]
-    member = next(launch for launch in table["launches"].values() if launch["kernel"] == "membership")
+    attend = next(launch for launch in table.launches.values() if launch.kernel == "attend")
+    assert attend.tensors["qkv"] == LaunchTensor("float32", (64, 192))
+    assert attend.tensors["output"] == LaunchTensor("float32", (64, 64))
+    assert attend.outputs == ("output", "sums")
+    member = next(launch for launch in table.launches.values() if launch.kernel == "membership")
     # 63 patches in rows of 64 bytes, given as 16 words.
-    assert member["tensors"]["member"] == {"dtype": "int32", "shape": [2, 4, 16]}
-    assert np.prod(attend["grid"]) > 0
+    assert member.tensors["member"] == LaunchTensor("int32", (2, 4, 16))
+    assert np.prod(attend.grid) > 0
 
 
 def test_export_for_a_board(tiny_student, tmp_path, capsys):

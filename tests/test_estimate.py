@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks import estimate_fit as fitting
 from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.bundle.kernels import table_file
-from sparsifiner_edge.bundle.store import open_bundle, seal_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import KINDS, ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError
@@ -25,6 +25,7 @@ from sparsifiner_edge.profiles.estimate import memory_bytes, model_of, peak_acti
 from sparsifiner_edge.profiles.roofline import CPU, GPU, IDEAL, Workload
 from tests.commands import assert_refused, process
 from tests.plain import estimate_bundle, read_result
+from tests.seal import seal_bundle
 from tests.tiny import make_bundle
 
 pytestmark = pytest.mark.slow

@@ -10,12 +10,12 @@ import pytest
 from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import TensorSpec
-from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import BACKENDS, open_session
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.session import validate_inputs
+from tests.seal import seal_bundle
 from tests.tiny import make_bundle
 
 

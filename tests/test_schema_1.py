@@ -20,6 +20,7 @@ from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call
 from tests.models import TINY, images, student, vit
 from tests.plain import estimate_bundle, read_result
+from tests.tiny import make_bundle
 
 OLD = Path(__file__).parent / "data" / "schema_1"
 RESULTS = sorted((OLD / "results").glob("*.json"))
@@ -49,6 +50,16 @@ def test_a_manifest_of_a_real_export() -> None:
     assert [spec.name for spec in manifest.outputs] == ["logits", "features"]
     assert manifest.costs["total_macs"] < manifest.dense_costs["total_macs"]
     assert manifest.shape is None
+
+
+@pytest.mark.parametrize("entry", ["check", "retiled", "measured", "quantisation", "float16"])
+def test_what_is_for_people_may_lack_anything_and_hold_more(entry: str, tmp_path: Path) -> None:
+    more = {entry: {"of another version": [None]}, "boards": [{}], "provenance": {"teacher": {"x": 1}}}
+    manifest = open_bundle(make_bundle(tmp_path / "b", preprocessing={"size": 4, "folded": {}}, **more))
+    assert getattr(manifest, entry) is not None
+    assert (manifest.boards[0].launches, manifest.provenance) == (0, {"teacher": {"x": 1}})
+    with pytest.raises(ArtifactError, match=f"{entry} is 5, not dict"):
+        open_bundle(make_bundle(tmp_path / "c", **{entry: 5}))
 
 
 def test_what_needs_the_shape_says_so(tmp_path: Path, capsys: Capsys) -> None:

@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from sparsifiner_edge.bundle.store import seal_bundle
+from tests.seal import seal_bundle
 
 DOMAIN = "sparsifiner"
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.manifest import AGAIN, Manifest
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, open_bundle, read_listed
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, aligned
@@ -75,7 +75,7 @@ def check_golden(
         if tolerance is None or not 0 <= tolerance <= _MOST_TOLERANCE:
             raise ArtifactError(
                 f"{folder} has no tolerance for output {name!r} from 0 to {_MOST_TOLERANCE:g}.",
-                "Export the bundle again.",
+                AGAIN,
             )
         if name not in outputs:
             raise GateError(f"Output {name!r} is missing; the model has {', '.join(outputs)}.", "Export it again.")
@@ -98,7 +98,7 @@ def read_golden(folder: Path, manifest: Manifest) -> Pair:
     # An archive is read by zipfile, zlib and NumPy's own parser, which evaluates a header: each has errors of its own.
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise ArtifactError(f"{path} cannot be read: {said:.200}.", "Export the bundle again.") from error
+        raise ArtifactError(f"{path} cannot be read: {said:.200}.", AGAIN) from error
     wrong = [key for key, value in arrays.items() if value.dtype.kind not in "fiub" or not value.size or not value.ndim]
     if wrong:
         value = arrays[wrong[0]]
@@ -109,7 +109,7 @@ def read_golden(folder: Path, manifest: Manifest) -> Pair:
     inputs = {key.removeprefix("input."): value for key, value in arrays.items() if key.startswith("input.")}
     outputs = {key.removeprefix("output."): value for key, value in arrays.items() if key.startswith("output.")}
     if not inputs or not outputs:
-        raise ArtifactError(f"{path} holds no golden input or no output.", "Export the bundle again.")
+        raise ArtifactError(f"{path} holds no golden input or no output.", AGAIN)
     return inputs, outputs
 
 
@@ -136,7 +136,7 @@ def _repeated(pair: Pair, least: int) -> Pair:
 
 def _compare(name: str, got: Array, wanted: Array, tolerance: float, session: Answering) -> dict[str, float]:
     if got.shape != wanted.shape:
-        raise GateError(f"Output {name!r} has shape {got.shape}; golden is {wanted.shape}.", "Export the bundle again.")
+        raise GateError(f"Output {name!r} has shape {got.shape}; golden is {wanted.shape}.", AGAIN)
     reference: Any = wanted.astype(np.float64)
     difference = np.abs(got.astype(np.float64) - reference)
     worst = float(difference.max())

@@ -4,33 +4,93 @@
     kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin takes it
     kernels/sm87/attend_1a2b3c.cubin  the same as machine code, for programs that launch with the driver API
 
-A launch has `symbol`, `grid` (x, y; z is the batch), `threads`, `shared`, `inputs` and `outputs` (names in the order of
-the kernel's parameters in `ptx`), and `tensors`: per name `dtype` and `shape` without the batch axis.
-`nodes` lists for each replaced node its launches, each with the model's names of its tensors.
+`KernelTable` is the table's form.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from sparsifiner_edge.artifacts import MAX_JSON, field, parse_json
+from msgspec import Meta, Struct, field
+
+from sparsifiner_edge.artifacts import MAX_JSON, parse_json
 from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.manifest import AGAIN, Manifest
 from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.records import read_record
 
 SCHEMA = 1
 FOLDER = "kernels"
 NAMESPACE = "sparsifiner_kernels"
 """Domain of nodes that are launches; TensorRT reads it as the namespace of plugins."""
-TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
-"""Types of tensors that launches take, and TensorRT's names of them."""
+DType = Literal["float32", "float16", "bfloat16", "int32"]
+"""Types of tensors that launches take."""
+_Size = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
+_Bytes = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class LaunchTensor(Struct, frozen=True):
+    """A tensor that a launch reads or writes; `shape` is without the batch axis."""
+
+    dtype: DType
+    shape: tuple[_Size, ...]
+
+
+class CompiledLaunch(Struct, frozen=True, kw_only=True):
+    """One launch of compiled code, for any batch.
+
+    Attributes:
+        kernel: its name in the plan. symbol: of the function in the code.
+        grid: blocks in x and y; z is the batch. threads: of a block. shared_bytes: dynamic shared memory of a block.
+        inputs, outputs: names in the order of the kernel's parameters in `ptx`; `tensors` describes each.
+        registers: of a thread. spilled_bytes: of a thread's registers that had to go to memory.
+    """
+
+    kernel: str | None = None
+    symbol: str
+    grid: tuple[_Size, _Size]
+    threads: _Size
+    shared_bytes: _Bytes = field(name="shared")
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tensors: dict[str, LaunchTensor]
+    registers: int | None = None
+    spilled_bytes: int | None = field(name="spilled", default=None)
+
+
+class NodeLaunch(Struct, frozen=True):
+    """A launch in the place of a node, or of a part of it: `inputs` and `outputs` are the model's names."""
+
+    name: str
+    launch: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class KernelTable(Struct, frozen=True, kw_only=True):
+    """What `kernels/smNN.json` says.
+
+    Attributes:
+        launches: by name. nodes: name of a node that they replace -> its launches, in order.
+        float32: name of a weight that launches want in float32 -> the model's own, of another type.
+        triton, assembler, ptx_version: what made the code.
+    """
+
+    schema_version: int = SCHEMA
+    compute_capability: str | None = None
+    launches: dict[str, CompiledLaunch]
+    nodes: dict[str, tuple[NodeLaunch, ...]]
+    float32: dict[str, str] = {}
+    triton: str | None = None
+    assembler: str | None = None
+    ptx_version: float | None = None
 
 
 def table_file(capability: int) -> str:
@@ -43,7 +103,7 @@ def code_file(capability: int, launch: str, kind: str) -> str:
     return f"{FOLDER}/sm{capability}/{launch}.{kind}"
 
 
-def read_table(folder: Path, manifest: Manifest, capability: int) -> dict[str, Any] | None:
+def read_table(folder: Path, manifest: Manifest, capability: int) -> KernelTable | None:
     """The table of a checked bundle; None where its manifest lists no kernels for that GPU.
 
     Raises:
@@ -53,44 +113,21 @@ def read_table(folder: Path, manifest: Manifest, capability: int) -> dict[str, A
     path = folder / name
     if name not in manifest.files:
         return None
-    table = parse_json(read_listed(folder, manifest, name, MAX_JSON), path, SCHEMA)
-    for name, launch in field(table, path, "launches", dict).items():
-        if not _NAME.fullmatch(name):
-            raise ArtifactError(f"{path} names a launch {name!r}.", "Export the bundle again.")
-        for key, kind in (("symbol", str), ("grid", list), ("threads", int), ("shared", int), ("tensors", dict)):
-            field(launch, path, key, kind)
-        _check_launch(launch, path)
-    for entries in field(table, path, "nodes", dict).values():
-        for entry in entries if isinstance(entries, list) else [entries]:
-            _check_entry(entry, table, path)
-    copies = field({"float32": {}} | table, path, "float32", dict)
-    if not all(isinstance(origin, str) for origin in copies.values()):
-        raise ArtifactError(f"{path}: float32 holds what is no name.", "Export the bundle again.")
+    content = parse_json(read_listed(folder, manifest, name, MAX_JSON), path, SCHEMA)
+    table = read_record(content, KernelTable, path, AGAIN)
+    for name, launch in table.launches.items():
+        if not _NAME.fullmatch(name):  # It becomes the name of a file and of a plugin.
+            raise ArtifactError(f"{path} names a launch {name!r:.60}.", AGAIN)
+        unknown = {*launch.inputs, *launch.outputs} - launch.tensors.keys()
+        if unknown:
+            raise ArtifactError(f"{path}: {name} does not describe its tensor {min(unknown)!r:.60}.", AGAIN)
+    for node in (node for nodes in table.nodes.values() for node in nodes):
+        if node.launch not in table.launches:
+            raise ArtifactError(f"{path} has no launch {node.launch!r:.60}.", AGAIN)
     return table
 
 
-def _check_launch(launch: dict[str, Any], path: Path) -> None:
-    tensors, numbers = launch["tensors"], list(launch["grid"])
-    for name in (*field(launch, path, "inputs", list), *field(launch, path, "outputs", list)):
-        entry = field(tensors, path, name, dict) if isinstance(name, str) else {}
-        numbers += field(entry, path, "shape", list)
-        if field(entry, path, "dtype", str) not in TYPES:
-            raise ArtifactError(f"{path} has the type {entry['dtype']!r:.60}.", "Export the bundle again.")
-    if len(launch["grid"]) != 2 or not all(type(number) is int and 0 < number <= MOST_COUNT for number in numbers):
-        raise ArtifactError(f"{path} has a grid or a shape that cannot be.", "Export the bundle again.")
-
-
-def _check_entry(entry: Any, table: dict[str, Any], path: Path) -> None:
-    entry = entry if isinstance(entry, dict) else {}
-    if field(entry, path, "launch", str) not in table["launches"]:
-        raise ArtifactError(f"{path} has no launch {entry['launch']!r}.", "Export the bundle again.")
-    field(entry, path, "name", str)
-    names = [*field(entry, path, "inputs", list), *field(entry, path, "outputs", list)]
-    if not all(isinstance(name, str) for name in names):
-        raise ArtifactError(f"{path} names a tensor {names!r:.60}.", "Export the bundle again.")
-
-
-def kernel_model(model: Any, table: Mapping[str, Any]) -> Any:
+def kernel_model(model: Any, table: KernelTable) -> Any:
     """The model with launches where it has nodes of the table; its own operators' bodies go where none is left.
 
     A launch is a node of domain `NAMESPACE` whose type is the launch's name, without a body. `plugin_namespace` and
@@ -104,12 +141,12 @@ def kernel_model(model: Any, table: Mapping[str, Any]) -> Any:
     made = onnx.ModelProto()
     made.CopyFrom(model)
     replaced: list[Any] = []
-    missing = set(table["nodes"]) - {node.name for node in made.graph.node if node.domain == DOMAIN}
+    missing = set(table.nodes) - {node.name for node in made.graph.node if node.domain == DOMAIN}
     if missing:
         raise ArtifactError(f"The kernels are for another model: it has no node {min(missing)!r}.", "Export it again.")
     for node in made.graph.node:
-        launches = table["nodes"].get(node.name) if node.domain == DOMAIN else None
-        replaced += [node] if launches is None else [_node(entry) for entry in launches]
+        launches = table.nodes.get(node.name) if node.domain == DOMAIN else None
+        replaced += [node] if launches is None else [_node(launch) for launch in launches]
     _add_float_copies(made, table)
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in replaced]
     del made.graph.node[:]
@@ -119,22 +156,22 @@ def kernel_model(model: Any, table: Mapping[str, Any]) -> Any:
     return made
 
 
-def _node(entry: Mapping[str, Any]) -> Any:
+def _node(entry: NodeLaunch) -> Any:
     import onnx
 
     return onnx.helper.make_node(
-        entry["launch"], entry["inputs"], entry["outputs"], entry["name"],
+        entry.launch, entry.inputs, entry.outputs, entry.name,
         domain=NAMESPACE, plugin_namespace=NAMESPACE, plugin_version="1",
     )  # fmt: skip
 
 
-def _add_float_copies(model: Any, table: Mapping[str, Any]) -> None:
+def _add_float_copies(model: Any, table: KernelTable) -> None:
     """Weights that launches want in float32 and the model has in another type, under names of the table."""
     import numpy as np
     import onnx
 
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    for name, origin in table.get("float32", {}).items():
+    for name, origin in table.float32.items():
         if origin not in weights:
             raise ArtifactError(f"The kernels are for another model: it has no {origin!r}.", "Export it again.")
         tensor = weights[origin]
@@ -165,11 +202,11 @@ def ordered_ptx(ptx: str, symbol: str, order: Sequence[int]) -> str:
     match = head.search(ptx)
     declared = [line.strip() for line in match[2].split(",")] if match else []
     if match is None or max(order, default=-1) >= len(declared):
-        raise ArtifactError(f"The PTX has no kernel {symbol!r} of that many parameters.", "Export the bundle again.")
+        raise ArtifactError(f"The PTX has no kernel {symbol!r} of that many parameters.", AGAIN)
     names = [line.split()[-1] for line in declared]
     rest = ptx[match.end() :]
     for number in set(range(len(names))) - set(order):
         if re.search(rf"{re.escape(names[number])}\b", rest):
-            raise ArtifactError(f"The kernel {symbol!r} reads its parameter {number}.", "Export the bundle again.")
+            raise ArtifactError(f"The kernel {symbol!r} reads its parameter {number}.", AGAIN)
     parameters = ",\n\t".join(declared[number] for number in order)
     return f"{ptx[: match.start()]}{match[1]}\n\t{parameters}\n{match[3]}{rest}"

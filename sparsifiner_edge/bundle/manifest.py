@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -12,6 +12,7 @@ from msgspec import Meta
 from sparsifiner_edge.artifacts import parse_json
 from sparsifiner_edge.bounds import MOST_SIDE, flaw
 from sparsifiner_edge.bundle.engines import Engine, read_engines
+from sparsifiner_edge.bundle.entries import BoardKernels, Check, Float16, Folded, Measured, Quantisation, Retiled
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -22,6 +23,7 @@ BUNDLE_SCHEMA = 2
 MODEL_FILE = "model.onnx"
 AGAIN = "Export the bundle again."
 Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
+Value = TypeVar("Value")
 _MOST, _MOST_DEPTH = 1 << 20, 1024
 """No size of a model comes near, nor its number of layers."""
 
@@ -66,7 +68,7 @@ class Preprocessing(msgspec.Struct, frozen=True):
 
     size: int
     resize: str = "centre square, bicubic"
-    folded: dict[str, Any] = {}
+    folded: Folded | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True):
@@ -87,7 +89,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         sparsity: None where attention is dense. costs, dense_costs: see `costs.summary`.
         tolerances: output -> greatest difference from golden, relative to its range.
         engines: in the order in which they were built.
-        check, retiled, measured, quantisation, float16, boards, provenance, tools: what export found, for people.
+        check, retiled, measured, quantisation, float16, boards: what export found, for people.
+        provenance: where the weights came from, as the student's own file says. tools: package -> version.
     """
 
     schema_version: int
@@ -105,13 +108,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     dense_costs: dict[str, int] = {}
     tolerances: dict[str, float] = {}
     engines: tuple[Engine, ...] = ()
-    check: dict[str, Any] = {}
-    retiled: dict[str, Any] | None = None
-    measured: dict[str, Any] | None = None
-    quantisation: dict[str, Any] | None = None
-    float16: dict[str, Any] | None = None
-    boards: tuple[dict[str, Any], ...] = ()
-    provenance: dict[str, Any] = {}
+    check: Check | None = None
+    retiled: Retiled | None = None
+    measured: Measured | None = None
+    quantisation: Quantisation | None = None
+    float16: Float16 | None = None
+    boards: tuple[BoardKernels, ...] = ()
+    provenance: Any = {}
     tools: dict[str, str] = {}
 
     @property
@@ -160,16 +163,16 @@ def _sparsity(settings: object, folder: Path) -> SparsityConfig | None:
         raise ArtifactError(f"{folder}: {error.what}", AGAIN) from error
 
 
-def manifest_content(manifest: Manifest) -> dict[str, Any]:
+def manifest_content(manifest: Manifest) -> Any:
     """JSON-ready, as `manifest.json` holds it."""
     plain = write_record(msgspec.structs.replace(manifest, sparsity=None, engines=()))
-    content: dict[str, Any] = {"schema_version": manifest.schema_version, "kind": "bundle"} | plain
-    content["sparsity"] = manifest.sparsity and manifest.sparsity.to_dict()
-    content["engines"] = write_record(manifest.engines)
-    return content
+    return {"schema_version": manifest.schema_version, "kind": "bundle"} | plain | {
+        "sparsity": manifest.sparsity and manifest.sparsity.to_dict(),
+        "engines": write_record(manifest.engines),
+    }  # fmt: skip
 
 
-def required(value: Any, name: str, folder: Path) -> Any:
+def required(value: Value | None, name: str, folder: Path) -> Value:
     """An entry that a bundle's use needs.
 
     Raises:

@@ -13,14 +13,17 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, field, read_json
+from msgspec import Struct
+
+from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, read_json
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import check_bundle, read_listed, read_manifest
 from sparsifiner_edge.errors import ArtifactError, MissingExtraError
-from sparsifiner_edge.files import read_bytes, write_text
+from sparsifiner_edge.files import io_errors, read_bytes, write_text
 from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.text import dump_json
 
 if TYPE_CHECKING:
@@ -30,6 +33,16 @@ SIGNATURE_SCHEMA = 1
 _CONTEXT = b"sparsifiner-edge bundle 1\n"
 """Signed before the manifest's bytes, so that a signature made for something else never fits a bundle."""
 _MAX_KEY = 1 << 16
+
+
+class Signature(Struct, frozen=True, kw_only=True):
+    """What `manifest.sig` says. key: the fingerprint that it claims. signature: 64 bytes, in base64."""
+
+    schema_version: int = SIGNATURE_SCHEMA
+    kind: str = "signature"
+    algorithm: str = "ed25519"
+    key: str
+    signature: str
 
 
 def generate_key(path: Path) -> tuple[Path, str]:
@@ -63,9 +76,12 @@ def generate_key(path: Path) -> tuple[Path, str]:
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
     """A key is never written over another."""
-    try:
+    with io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        except FileExistsError as error:
+            raise ArtifactError(f"{path} exists.", "A key is never overwritten: choose another name.") from error
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -74,11 +90,6 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
         except BaseException:  # Half a key would stand in the way of the next try.
             path.unlink()
             raise
-    except FileExistsError as error:
-        raise ArtifactError(f"{path} exists.", "A key is never overwritten: choose another name.") from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ArtifactError(f"{path} cannot be written: {reason}.", "Free space or choose another place.") from error
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:
@@ -96,7 +107,7 @@ def fingerprint_of(public_key: Path) -> str:
     return fingerprint(_read_public(public_key))
 
 
-def sign_bundle(folder: Path, key: Path) -> dict[str, Any]:
+def sign_bundle(folder: Path, key: Path) -> Signature:
     """Sign a bundle: writes `manifest.sig`, in the place of an earlier one.
 
     Args:
@@ -114,19 +125,14 @@ def sign_bundle(folder: Path, key: Path) -> dict[str, Any]:
     manifest, text = _read_whole(folder)
     # A model that names other files would run with whatever lies there.
     read_model(read_listed(folder, manifest, MODEL_FILE), folder / MODEL_FILE)
-    content = {
-        "schema_version": SIGNATURE_SCHEMA,
-        "kind": "signature",
-        "algorithm": "ed25519",
-        "key": fingerprint(private.public_key()),
-        "signature": base64.b64encode(private.sign(_CONTEXT + text)).decode(),
-    }
-    write_text(folder / SIGNATURE_FILE, dump_json(content))
-    return content
+    encoded = base64.b64encode(private.sign(_CONTEXT + text)).decode()
+    made = Signature(key=fingerprint(private.public_key()), signature=encoded)
+    write_text(folder / SIGNATURE_FILE, dump_json(write_record(made)))
+    return made
 
 
-def read_signature(folder: Path) -> dict[str, Any] | None:
-    """What a bundle's signature says, unchecked: `key` is the fingerprint it claims; None for an unsigned bundle.
+def read_signature(folder: Path) -> Signature | None:
+    """What a bundle's signature says, unchecked; None for an unsigned bundle.
 
     Raises:
         ArtifactError: it is malformed, or of a newer schema.
@@ -136,10 +142,8 @@ def read_signature(folder: Path) -> dict[str, Any] | None:
         return None
     content = read_json(path, SIGNATURE_SCHEMA)
     if content.get("algorithm") != "ed25519":
-        raise ArtifactError(f"{path} is of another algorithm than ed25519.", "Sign the bundle again.")
-    field(content, path, "key", str)
-    field(content, path, "signature", str)
-    return content
+        raise ArtifactError(f"{path} is of another algorithm than ed25519.", _SIGN_AGAIN)
+    return read_record(content, Signature, path, _SIGN_AGAIN)
 
 
 def require_signature(folder: Path, public_key: Path) -> Manifest:
@@ -164,7 +168,7 @@ def require_signature(folder: Path, public_key: Path) -> Manifest:
             f"Do not use it, or sign it: sparsifiner-edge bundle sign {folder} --key KEY.pem",
         )
     manifest, text = _read_whole(folder)
-    if not _fits(public, signature["signature"], text):
+    if not _fits(public, signature.signature, text):
         raise ArtifactError(f"{folder} {_why_not(public, signature)}.", "Do not use this bundle, or sign it again.")
     return manifest
 
@@ -178,9 +182,9 @@ def _fits(public: Ed25519PublicKey, encoded: str, text: bytes) -> bool:
     return False
 
 
-def _why_not(public: Ed25519PublicKey, signature: dict[str, Any]) -> str:
-    if signature["key"] != fingerprint(public):
-        return f"is signed by another key ({signature['key'][:16]}, wanted {fingerprint(public)[:16]})"
+def _why_not(public: Ed25519PublicKey, signature: Signature) -> str:
+    if signature.key != fingerprint(public):
+        return f"is signed by another key ({signature.key[:16]}, wanted {fingerprint(public)[:16]})"
     return "was changed after it was signed; building an engine changes it too"
 
 
@@ -233,6 +237,7 @@ def _read_public(path: Path) -> Ed25519PublicKey:
     return key
 
 
+_SIGN_AGAIN = "Sign the bundle again."
 _MAKE_KEY = "Make one: sparsifiner-edge bundle keygen -o KEY.pem"
 
 

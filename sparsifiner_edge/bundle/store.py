@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sparsifiner_edge.artifacts import (
     BUNDLE_FILE,
     ENGINE_FOLDER,
@@ -25,7 +27,15 @@ from sparsifiner_edge.artifacts import (
     scratches,
     sha256,
 )
-from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, MODEL_FILE, Manifest, parse_manifest, required
+from sparsifiner_edge.bundle.manifest import (
+    AGAIN,
+    BUNDLE_SCHEMA,
+    MODEL_FILE,
+    Manifest,
+    manifest_content,
+    parse_manifest,
+    required,
+)
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import (
     io_errors,
@@ -50,10 +60,10 @@ GOLDEN_FILE = "golden.npz"
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-def seal_bundle(folder: Path, manifest: Mapping[str, Any]) -> None:
+def seal_bundle(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` with the SHA-256 of every other file in `folder`."""
     files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    content = {"schema_version": BUNDLE_SCHEMA, "kind": "bundle", **manifest, "files": files}
+    content = manifest_content(msgspec.structs.replace(manifest, files=files))
     (folder / BUNDLE_FILE).write_text(dump_json(content), encoding="utf-8")
 
 
@@ -212,7 +222,7 @@ def _expected(folder: Path, manifest: Manifest, name: str) -> object:
     """The hash of a file by the manifest."""
     expected = manifest.files.get(name)
     if expected is None:
-        raise ArtifactError(f"{folder} has no {name}.", "Export the bundle again.")
+        raise ArtifactError(f"{folder} has no {name}.", AGAIN)
     return expected
 
 
@@ -231,12 +241,12 @@ def _place(folder: Path, name: str) -> Path:
     if not inside:
         raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
     if not there:
-        raise ArtifactError(f"{path} is missing.", "Export the bundle again.")
+        raise ArtifactError(f"{path} is missing.", AGAIN)
     return path
 
 
 def _altered(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", "Export the bundle again.")
+    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", AGAIN)
 
 
 def picture_size(manifest: Manifest, folder: Path) -> int:
@@ -245,7 +255,7 @@ def picture_size(manifest: Manifest, folder: Path) -> int:
     Raises:
         ArtifactError: the manifest does not say.
     """
-    return int(required(manifest.preprocessing, "preprocessing", folder).size)
+    return required(manifest.preprocessing, "preprocessing", folder).size
 
 
 def read_labels(manifest: Manifest, folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
+from msgspec import Struct
 
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.bundle.sign import fingerprint_of, read_signature, require_signature, unlisted_files
@@ -19,6 +20,23 @@ from sparsifiner_edge.ops.schema import DOMAIN
 Answer = Callable[[Manifest], str]
 
 
+class CheckResult(Struct, frozen=True):
+    """One check of a bundle, and what it found."""
+
+    name: str
+    passed: bool
+    details: str
+
+
+class Verification(Struct, frozen=True):
+    """All checks of a bundle. hash: SHA-256 of its manifest. passed: all of them."""
+
+    bundle: str
+    hash: str
+    passed: bool
+    checks: tuple[CheckResult, ...]
+
+
 class _Subject(NamedTuple):
     folder: Path
     manifest: Manifest
@@ -27,7 +45,7 @@ class _Subject(NamedTuple):
     public_key: Path | None
 
 
-def verify(folder: Path, answer: Answer, public_key: Path | None = None) -> dict[str, Any]:
+def verify(folder: Path, answer: Answer, public_key: Path | None = None) -> Verification:
     """Check all of a bundle; see `runtime.verify_bundle`.
 
     Args:
@@ -41,23 +59,23 @@ def verify(folder: Path, answer: Answer, public_key: Path | None = None) -> dict
     text = read_manifest(folder)
     manifest = check_bundle(folder, text)
     subject = _Subject(folder, manifest, load_model(folder, manifest), answer, public_key)
-    checks = []
+    checks: list[CheckResult] = []
     for name, check in _CHECKS.items():
         checks.append(_run(name, check, subject))
-        if check in (_signature, _onnx) and not checks[-1]["passed"]:
+        if check in (_signature, _onnx) and not checks[-1].passed:
             break  # What nobody vouches for is not run, and what is no model is not looked into.
-    passed = all(check["passed"] for check in checks)
-    return {"bundle": str(folder), "hash": hashlib.sha256(text).hexdigest(), "passed": passed, "checks": checks}
+    passed = all(check.passed for check in checks)
+    return Verification(str(folder), hashlib.sha256(text).hexdigest(), passed, tuple(checks))
 
 
-def _run(name: str, check: Callable[[_Subject], str], subject: _Subject) -> dict[str, Any]:
+def _run(name: str, check: Callable[[_Subject], str], subject: _Subject) -> CheckResult:
     try:
-        return {"name": name, "passed": True, "details": check(subject)}
+        return CheckResult(name, True, check(subject))
     except GateError as error:
-        return {"name": name, "passed": False, "details": error.what}
+        return CheckResult(name, False, error.what)
     except (KeyError, IndexError, ValueError, TypeError) as error:  # A form that no export of ours has.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return {"name": name, "passed": False, "details": f"cannot be checked: {reason}"}
+        return CheckResult(name, False, f"cannot be checked: {reason}")
 
 
 def _files(subject: _Subject) -> str:
@@ -77,7 +95,7 @@ def _signature(subject: _Subject) -> str:
             raise GateError(error.what) from error
         return f"by {fingerprint[:16]}"
     signature = read_signature(subject.folder)
-    return "none" if signature is None else f"claims the key {signature['key'][:16]}; not checked without --public-key"
+    return "none" if signature is None else f"claims the key {signature.key[:16]}; not checked without --public-key"
 
 
 def _onnx(subject: _Subject) -> str:

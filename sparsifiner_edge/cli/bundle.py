@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sparsifiner_edge.cli.common import json_option, print_json, print_table
+from sparsifiner_edge.records import write_record
+
+if TYPE_CHECKING:
+    from sparsifiner_edge.bundle.verify import Verification
 
 
 @click.group()
@@ -28,17 +32,17 @@ def verify(*, bundle: Path, backend: str, kernels: str, public_key: Path | None,
 
     result = verify_bundle(bundle, backend=backend, kernels=kernels, public_key=public_key)
     if as_json:
-        print_json(result)
+        print_json(write_record(result))
     else:
         _print(result)
-    if not result["passed"]:
+    if not result.passed:
         sys.exit(1)
 
 
-def _print(result: dict[str, Any]) -> None:
-    rows = [[check["name"], "ok" if check["passed"] else "FAILED", check["details"]] for check in result["checks"]]
-    print_table(f"{result['bundle']} ({result['hash'][:16]})", ["check", "", "found"], rows)
-    failed = [check for check in result["checks"] if not check["passed"]]
+def _print(result: Verification) -> None:
+    rows = [[check.name, "ok" if check.passed else "FAILED", check.details] for check in result.checks]
+    print_table(f"{result.bundle} ({result.hash[:16]})", ["check", "", "found"], rows)
+    failed = [check for check in result.checks if not check.passed]
     if failed:
         click.echo(f"error: {len(failed)} of {len(rows)} checks failed.\n  Do not use this bundle.", err=True)
 
@@ -54,9 +58,9 @@ def sign(*, bundle: Path, key: Path, as_json: bool) -> None:
 
     result = sign_bundle(bundle, key)
     if as_json:
-        print_json(result)
+        print_json(write_record(result))
     else:
-        click.echo(f"{bundle / SIGNATURE_FILE}: signed by the key {result['key'][:16]}")
+        click.echo(f"{bundle / SIGNATURE_FILE}: signed by the key {result.key[:16]}")
 
 
 @command.command()

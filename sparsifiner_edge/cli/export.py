@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
 from sparsifiner_edge.bounds import MOST_COUNT, MOST_SIDE
+from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import (
@@ -93,52 +93,54 @@ def command(
 
 
 def _print(folder: Path, manifest: Manifest) -> None:
-    for line in (*_check(manifest.check), *_changes(manifest), *_measured(manifest)):
+    for line in (*_check(manifest), *_changes(manifest), *_measured(manifest)):
         click.echo(line)
     for board in manifest.boards:
-        counts = f"{board['launches']} kernels for {board['nodes']} nodes"
-        left = f"; {len(board['refused'])} nodes keep their bodies" if board["refused"] else ""
-        click.echo(f"{board['board']}: {counts}, compute capability {board['compute_capability']}{left}")
-        for warning in board["warnings"]:
-            click.echo(f"{board['board']}: {warning}", err=True)
+        counts = f"{board.launches} kernels for {board.nodes} nodes"
+        left = f"; {len(board.refused)} nodes keep their bodies" if board.refused else ""
+        click.echo(f"{board.board}: {counts}, compute capability {board.compute_capability}{left}")
+        for warning in board.warnings:
+            click.echo(f"{board.board}: {warning}", err=True)
     ops = ", ".join(manifest.ops) or "none: plain dense attention in standard operators"
     click.echo(f"custom operators (with bodies in standard operators): {ops}")
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")
 
 
-def _check(check: dict[str, Any]) -> Iterator[str]:
+def _check(manifest: Manifest) -> Iterator[str]:
     """How close the file is to torch."""
-    for name, found in check["outputs"].items():
+    check = manifest.check or Check()
+    for name, found in check.outputs.items():
         yield (
-            f"{name}: differs from torch by {found['error_relative_to_range']:.1e} of its range "
-            f"({found['error_with_equal_selection']:.1e} with the same keys), "
-            f"least cosine {found['least_row_cosine']:.7f}"
+            f"{name}: differs from torch by {found.error_relative_to_range:.1e} of its range "
+            f"({found.error_with_equal_selection:.1e} with the same keys), "
+            f"least cosine {found.least_row_cosine:.7f}"
         )
-    if check["selected_indices"]:
-        yield f"selected keys: {check['differing_indices']} of {check['selected_indices']} differ from torch"
-    if check["differing_tokens"]:
-        yield f"kept tokens: {check['differing_tokens']} differ from torch"
+    if check.selected_indices:
+        yield f"selected keys: {check.differing_indices} of {check.selected_indices} differ from torch"
+    if check.differing_tokens:
+        yield f"kept tokens: {check.differing_tokens} differ from torch"
 
 
 def _changes(manifest: Manifest) -> Iterator[str]:
     """What another tile, int8 and float16 cost."""
     if found := manifest.retiled:
-        sizes = ", ".join(f"{name} {found['from'][name]} -> {value}" for name, value in found["to"].items())
-        yield f"{sizes}: cosine to before {found['cosine']:.4f}, {found['pictures']} pictures"
-    if found := manifest.quantisation:
-        least = min(found["cosines"].values())
-        others = f", other patches kept: {share:.1%}" if (share := found.get("other_patches", 0.0)) else ""
-        yield f"int8: {found['quantised']} linear layers, {len(found['kept'])} left out, cosine {least:.4f}{others}"
-    if found := manifest.float16:
-        least = min(found["least_row_cosines"].values())
-        counts = f"{found['nodes_float16']} nodes, {found['nodes_float32']} left in fp32"
-        yield f"fp16: {counts}, least cosine to before {least:.5f}; kernels: {found['kernels']}"
+        sizes = f"tile {found.before.tile} -> {found.after.tile}, probe {found.before.probe} -> {found.after.probe}"
+        yield f"{sizes}: cosine to before {found.cosine:.4f}, {found.pictures} pictures"
+    if quantised := manifest.quantisation:
+        least = min(quantised.cosines.values())
+        others = f", other patches kept: {quantised.other_patches:.1%}" if quantised.other_patches else ""
+        counts = f"{quantised.quantised} linear layers, {len(quantised.kept)} left out"
+        yield f"int8: {counts}, cosine {least:.4f}{others}"
+    if half := manifest.float16:
+        least = min(half.least_row_cosines.values())
+        counts = f"{half.nodes_float16} nodes, {half.nodes_float32} left in fp32"
+        yield f"fp16: {counts}, least cosine to before {least:.5f}; kernels: {half.kernels}"
 
 
 def _measured(manifest: Manifest) -> Iterator[str]:
     """Which layers are kept dense on this machine."""
-    for choice in (manifest.measured or {}).get("choices", ()):
+    for choice in manifest.measured.choices if manifest.measured else ():
         yield (
-            f"layers {choice['layers'][0]} to {choice['layers'][-1]}: sparse attention {choice['sparse_ms']:.2f} ms, "
-            f"dense {choice['dense_ms']:.2f} ms: {'kept dense' if choice['kept_dense'] else 'sparse'}"
+            f"layers {choice.layers[0]} to {choice.layers[-1]}: sparse attention {choice.sparse_ms:.2f} ms, "
+            f"dense {choice.dense_ms:.2f} ms: {'kept dense' if choice.kept_dense else 'sparse'}"
         )

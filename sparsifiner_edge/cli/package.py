@@ -8,6 +8,7 @@ import click
 
 from sparsifiner_edge.bounds import MOST_BATCH
 from sparsifiner_edge.cli.common import json_option, output_option, print_json
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import shown
 
 
@@ -27,8 +28,8 @@ def command(*, bundle: Path, target: str, output: Path, batch: int | None, kerne
 
     result = package_bundle(bundle, target, output, batch=batch, kernels=kernels)
     if as_json:
-        print_json(result)
+        print_json(write_record(result))
         return
-    click.echo(f"{output}: {len(result['files'])} files for {target}; {output}/README.md says how to run it.")
-    for remark in result["remarks"]:
+    click.echo(f"{output}: {len(result.files)} files for {target}; {output}/README.md says how to run it.")
+    for remark in result.remarks:
         click.echo(f"- {shown(remark, 2000)}")

@@ -11,12 +11,25 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import onnx
 
-from sparsifiner_edge.bundle.kernels import FOLDER, SCHEMA, code_file, kernel_model, ordered_ptx, plain_ptx, table_file
+from sparsifiner_edge.bundle.entries import BoardKernels
+from sparsifiner_edge.bundle.kernels import (
+    FOLDER,
+    CompiledLaunch,
+    DType,
+    KernelTable,
+    LaunchTensor,
+    NodeLaunch,
+    code_file,
+    kernel_model,
+    ordered_ptx,
+    plain_ptx,
+    table_file,
+)
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
@@ -24,6 +37,7 @@ from sparsifiner_edge.ops.triton.compile import Compiled, compile_plan
 from sparsifiner_edge.ops.triton.plan import OPERATORS_PLANNED, Buffer, Plan, plan_select, refusals
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend
 from sparsifiner_edge.profiles.boards.board import Board
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
 
 PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
@@ -31,9 +45,11 @@ PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
 LEAST_PTX = {100: 86, 110: 90, 120: 87}
 """Compute capability -> first PTX version that knows it, where the oldest that we write, 8.5, does not."""
 OLDEST_TENSORRT = (10, 3)
+Types = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Name of a tensor -> element type and shape, 1 where the batch is dynamic."""
 
 
-def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -> dict[str, Any]:
+def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -> BoardKernels:
     """Compile the kernels of a model for a board into a bundle's folder.
 
     Writes `kernels/sm<N>.json`, `kernels/sm<N>/*.ptx` and `*.cubin`, and `kernels/sm<N>.onnx`: the model with launches
@@ -46,8 +62,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         folder: of the bundle.
 
     Returns:
-        An entry for the manifest, under `boards`: `board`, `compute_capability`, `table`, `model`, `launches`, `nodes`,
-        `refused` (per node that keeps its body, why), `assembler`, `triton`, `ptx_version`, `cuda`, `warnings`.
+        An entry for the manifest, under `boards`.
 
     Raises:
         ConfigError: the board has no GPU that the kernels are for, or the model nothing to compile.
@@ -63,23 +78,20 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         raise ConfigError(f"{name} has no sparse attention to compile.", "Leave --board out.")
     cuda, ptx_version = _toolkit(board)
     assembler = find_assembler(cuda, board.sm)
-    table, refused = _compile(model, nodes, board.sm, ptx_version, assembler, folder)
-    table |= {"triton": _version("triton"), "assembler": assembler.text, "ptx_version": ptx_version / 10}
-    (folder / table_file(board.sm)).write_text(dump_json(table), encoding="utf-8")
+    table = KernelTable(
+        compute_capability=f"{board.sm / 10:.1f}", launches={}, nodes={}, float32={},
+        triton=_version("triton"), assembler=assembler.text, ptx_version=ptx_version / 10,
+    )  # fmt: skip
+    refused = _compile(model, nodes, _Target(board.sm, ptx_version, assembler, folder), table)
+    (folder / table_file(board.sm)).write_text(dump_json(write_record(table)), encoding="utf-8")
     variant = f"{FOLDER}/sm{board.sm}.onnx"
     onnx.save(kernel_model(model, table), folder / variant)
-    return {
-        "board": board.name,
-        "compute_capability": f"{board.sm / 10:.1f}",
-        "table": table_file(board.sm),
-        "model": variant,
-        "launches": len(table["launches"]),
-        "nodes": len(table["nodes"]),
-        "refused": refused,
-        **{name: table[name] for name in ("triton", "assembler", "ptx_version")},
-        "cuda": cuda or "any that takes this PTX version",
-        "warnings": assembler.warnings(cuda),
-    }
+    return BoardKernels(
+        board=board.name, compute_capability=table.compute_capability, table=table_file(board.sm), model=variant,
+        launches=len(table.launches), nodes=len(table.nodes), refused=refused, triton=table.triton,
+        assembler=table.assembler, ptx_version=table.ptx_version, cuda=cuda or "any that takes this PTX version",
+        warnings=assembler.warnings(cuda),
+    )  # fmt: skip
 
 
 def _toolkit(board: Board) -> tuple[str | None, int]:
@@ -110,14 +122,15 @@ class Assembler:
         """For the record."""
         return f"ptxas {self.version} ({self.origin})"
 
-    def warnings(self, cuda: str | None) -> list[str]:
+    def warnings(self, cuda: str | None) -> tuple[str, ...]:
         """What may be wrong with its code on a board that runs a CUDA version."""
         if cuda is None or self.version.partition(".")[0] == cuda.partition(".")[0]:
-            return []
-        return [
+            return ()
+        return (
             f"The board runs CUDA {cuda}, and the cubins are by {self.text}: across major versions they are not "
-            f'promised to load. The PTX is not affected. pip install "{nvcc_package(cuda)}=={cuda}.*" and export again.'
-        ]
+            "promised to load. The PTX is not affected. "
+            f'pip install "{nvcc_package(cuda)}=={cuda}.*" and export again.',
+        )
 
     def assemble(self, ptx: str) -> bytes:
         """Machine code for the target that the PTX names.
@@ -178,38 +191,38 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _compile(
-    model: onnx.ModelProto, nodes: Sequence[Any], sm: int, ptx_version: int, assembler: Assembler, folder: Path
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The table, with its code written, and why nodes are left out. Layers of equal sizes share their launches."""
+class _Target(NamedTuple):
+    """What is compiled for, by what, and the bundle's folder. ptx_version: times ten."""
+
+    sm: int
+    ptx_version: int
+    assembler: Assembler
+    folder: Path
+
+
+def _compile(model: onnx.ModelProto, nodes: Sequence[Any], target: _Target, table: KernelTable) -> dict[str, str]:
+    """Fill the table, with its code written; why nodes are left out. Layers of equal sizes share their launches."""
     types = _tensor_types(model)
-    table: dict[str, Any] = {
-        "schema_version": SCHEMA, "compute_capability": f"{sm / 10:.1f}", "launches": {}, "nodes": {}, "float32": {},
-    }  # fmt: skip
     refused: dict[str, str] = {}
     done: dict[tuple[Any, ...], list[tuple[str, Compiled]]] = {}
-    (folder / FOLDER / f"sm{sm}").mkdir(parents=True, exist_ok=True)
+    (target.folder / FOLDER / f"sm{target.sm}").mkdir(parents=True, exist_ok=True)
     for node in nodes:
-        plan = _plan(node, types, sm)
+        plan = _plan(node, types, target.sm)
         if isinstance(plan, str):
             refused[node.name] = plan
             continue
         key = (node.op_type, tuple(plan.buffers.items()), tuple(str(launch) for launch in plan.launches))
         if key not in done:
-            done[key] = [
-                _write(made, plan, sm, assembler, folder, table) for made in compile_plan(plan, sm, ptx_version)
-            ]
-        table["nodes"][node.name] = _chain(node, types, done[key], table)
-    if not table["nodes"]:
+            compiled = compile_plan(plan, target.sm, target.ptx_version)
+            done[key] = [(_write(made, plan, target, table), made) for made in compiled]
+        table.nodes[node.name] = _chain(node, types, done[key], table)
+    if not table.nodes:
         raise ConfigError(f"No layer can be compiled: {next(iter(refused.values()))}.", "Leave --board out.")
-    return table, refused
+    return refused
 
 
-def _tensor_types(model: onnx.ModelProto) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name of a tensor -> element type and shape, 1 where the batch is dynamic.
-
-    Shapes that a body computes are not always found by ONNX's inference: outputs of ours follow from their inputs.
-    """
+def _tensor_types(model: onnx.ModelProto) -> Types:
+    """Where ONNX's inference does not find what a body makes: outputs of ours follow from their inputs."""
     known = onnx.ModelProto()
     known.CopyFrom(model)
     while True:
@@ -224,7 +237,7 @@ def _tensor_types(model: onnx.ModelProto) -> dict[str, tuple[str, tuple[int, ...
         known.graph.value_info.extend(new)
 
 
-def _inferred(model: onnx.ModelProto) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _inferred(model: onnx.ModelProto) -> Types:
     """What ONNX's inference finds; tensors with an axis other than the first unknown are left out."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     found = {t.name: (_element(t.data_type), tuple(t.dims)) for t in graph.initializer}
@@ -236,7 +249,7 @@ def _inferred(model: onnx.ModelProto) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def _output(node: Any, types: Mapping[str, tuple[str, tuple[int, ...]]]) -> onnx.ValueInfoProto | None:
+def _output(node: Any, types: Types) -> onnx.ValueInfoProto | None:
     """Type and shape of an output that is not known yet, where those of its inputs are."""
     if node.op_type not in OPERATORS_PLANNED or node.output[0] in types or node.input[0] not in types:
         return None
@@ -256,7 +269,7 @@ def _element(number: int) -> str:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).name if number else "unknown"
 
 
-def _plan(node: Any, types: Mapping[str, tuple[str, tuple[int, ...]]], sm: int) -> Plan | str:
+def _plan(node: Any, types: Types, sm: int) -> Plan | str:
     """How the node is launched, or why not."""
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     unknown = [name for name in node.input if name not in types]
@@ -271,29 +284,27 @@ def _plan(node: Any, types: Mapping[str, tuple[str, tuple[int, ...]]], sm: int) 
     return make(shapes, attributes, dtype, sm)
 
 
-def _write(
-    made: Compiled, plan: Plan, sm: int, assembler: Assembler, folder: Path, table: dict[str, Any]
-) -> tuple[str, Compiled]:
+def _write(made: Compiled, plan: Plan, target: _Target, table: KernelTable) -> str:
     """Write the code of a launch, enter it into the table; returns its name."""
     inputs, outputs = _sides(made, plan)
     order = [[b.name for b in made.arguments].index(name) for name in (*inputs, *outputs)]
     ptx = ordered_ptx(plain_ptx(made.ptx), made.symbol, order)
-    tensors = {b.name: _tensor(b) for b in made.arguments}
-    entry = {
-        "kernel": made.kernel, "symbol": made.symbol, "grid": list(made.grid[:2]), "threads": made.threads,
-        "shared": made.shared, "inputs": inputs, "outputs": outputs, "tensors": tensors,
-        "registers": made.registers, "spilled": made.spilled,
-    }  # fmt: skip
-    digest = hashlib.sha256(f"{ptx}{sorted(tensors.items())}{entry['grid']}".encode()).hexdigest()[:12]
+    launch = CompiledLaunch(
+        kernel=made.kernel, symbol=made.symbol, grid=made.grid[:2], threads=made.threads, shared_bytes=made.shared,
+        inputs=inputs, outputs=outputs, tensors={b.name: _tensor(b) for b in made.arguments},
+        registers=made.registers, spilled_bytes=made.spilled,
+    )  # fmt: skip
+    plain = write_record(launch)
+    digest = hashlib.sha256(f"{ptx}{sorted(plain['tensors'].items())}{plain['grid']}".encode()).hexdigest()[:12]
     name = f"{made.kernel}_{digest}"
-    if name not in table["launches"]:
-        table["launches"][name] = entry
-        (folder / code_file(sm, name, "ptx")).write_text(ptx, encoding="utf-8")
-        (folder / code_file(sm, name, "cubin")).write_bytes(assembler.assemble(ptx))
-    return name, made
+    if name not in table.launches:
+        table.launches[name] = launch
+        (target.folder / code_file(target.sm, name, "ptx")).write_text(ptx, encoding="utf-8")
+        (target.folder / code_file(target.sm, name, "cubin")).write_bytes(target.assembler.assemble(ptx))
+    return name
 
 
-def _sides(made: Compiled, plan: Plan) -> tuple[list[str], list[str]]:
+def _sides(made: Compiled, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of what a launch reads and writes: it writes what is no input of the plan and no launch before it has."""
     known = {name for name, buffer in plan.buffers.items() if buffer.role == "input"}
     for launch in plan.launches:
@@ -301,37 +312,32 @@ def _sides(made: Compiled, plan: Plan) -> tuple[list[str], list[str]]:
             break
         known |= {buffer for buffer in launch.arguments.values() if buffer is not None}
     names = [buffer.name for buffer in made.arguments]
-    return [name for name in names if name in known], [name for name in names if name not in known]
+    return tuple(name for name in names if name in known), tuple(name for name in names if name not in known)
 
 
-def _tensor(buffer: Buffer) -> dict[str, Any]:
+def _tensor(buffer: Buffer) -> LaunchTensor:
     """Type and shape without batch. Bytes are given as int32: TensorRT would take int8 for quantised values."""
-    shape = list(buffer.shape[1:]) if buffer.name not in ("proj_q", "proj_k") else list(buffer.shape)
+    shape = buffer.shape[1:] if buffer.name not in ("proj_q", "proj_k") else buffer.shape
     if buffer.dtype == "int8":
-        return {"dtype": "int32", "shape": [*shape[:-1], math.ceil(shape[-1] / 4)]}
-    return {"dtype": buffer.dtype, "shape": shape}
+        return LaunchTensor("int32", (*shape[:-1], math.ceil(shape[-1] / 4)))
+    return LaunchTensor(cast(DType, buffer.dtype), shape)
 
 
 def _chain(
-    node: Any,
-    types: Mapping[str, tuple[str, tuple[int, ...]]],
-    launches: Sequence[tuple[str, Compiled]],
-    table: dict[str, Any],
-) -> list[dict[str, Any]]:
+    node: Any, types: Types, launches: Sequence[tuple[str, Compiled]], table: KernelTable
+) -> tuple[NodeLaunch, ...]:
     """The launches of a node, with the model's names for its inputs and output, and new names between them."""
     op = OPERATORS[node.op_type]
     names = {tensor.name: name for tensor, name in zip(op.inputs, node.input, strict=True)}
     names[op.output.name] = node.output[0]
     for made in ("proj_q", "proj_k"):
         if made in names and types[names[made]][0] != "float32":
-            table["float32"][f"{names[made]}.float32"] = names[made]
+            table.float32[f"{names[made]}.float32"] = names[made]
             names[made] = f"{names[made]}.float32"
     chain = []
-    for name, made_launch in launches:
-        entry = table["launches"][name]
-        tensors = {b.name: names.get(b.name, f"{node.name}/{b.name}") for b in made_launch.arguments}
-        chain.append({
-            "name": f"{node.name}/{entry['kernel']}", "launch": name,
-            "inputs": [tensors[n] for n in entry["inputs"]], "outputs": [tensors[n] for n in entry["outputs"]],
-        })  # fmt: skip
-    return chain
+    for name, compiled in launches:
+        launch = table.launches[name]
+        tensors = {b.name: names.get(b.name, f"{node.name}/{b.name}") for b in compiled.arguments}
+        inputs, outputs = (tuple(tensors[n] for n in side) for side in (launch.inputs, launch.outputs))
+        chain.append(NodeLaunch(f"{node.name}/{compiled.kernel}", name, inputs, outputs))
+    return tuple(chain)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -16,21 +16,22 @@ from torch import nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, whole_number
+from sparsifiner_edge.bundle.entries import Check, Float16, Folded, Measured, Quantisation
 from sparsifiner_edge.bundle.manifest import (
     BUNDLE_SCHEMA,
+    MODEL_FILE,
     InputSpec,
     Manifest,
     Preprocessing,
     TensorSpec,
     Tokens,
-    manifest_content,
 )
-from sparsifiner_edge.bundle.store import LABELS_FILE, seal_bundle
+from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export.board import board_files
-from sparsifiner_edge.export.check import OTHERS, SAME, Check, check_export, golden_image
+from sparsifiner_edge.export.check import OTHERS, SAME, check_export, golden_image
 from sparsifiner_edge.export.choose import keep_dense_where_slower
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
@@ -108,77 +109,95 @@ def export_bundle(
     size_of_batch = parse_batch(batch)
     wanted = [load_board(name) for name in boards]
     retiles = tile is not None or probe is not None
-    pictures = _calibration(precision, calibrate, recipe, retiles)
+    numbers = _numbers(precision, recipe, calibrate, retiles)
     student = _load(source, weights, img_size, keep, token_keep)
-    entries: dict[str, Any] = {}
+    retiled = measured = None
     if retiles:
-        student, entries["retiled"] = with_tile(student, tile, probe, pictures)
+        student, retiled = with_tile(student, tile, probe, numbers.pictures)
     if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
-        student, entries["measured"] = _measured(student)
+        student, measured = _measured(student)
     deployed = DeployedModel(student.model, tokens)
     model = export_graph(deployed, student.img_size, size_of_batch, deployed.output_names)
     batches = (1, 3) if size_of_batch is None else (size_of_batch,)
     check, golden = check_export(model, deployed, student.img_size, batches)
-    if precision != "fp32":
-        model, found = _narrowed(model, student.img_size, batches, precision, recipe, pictures, progress)
-        entries |= found
-        golden |= {f"output.{name}": x for name, x in run_file(model, golden["input.image"]).items()}
+    narrow = _narrowed(model, student.img_size, batches, numbers, progress)
+    if narrow.model is not model:
+        golden |= {f"output.{name}": x for name, x in run_file(narrow.model, golden["input.image"]).items()}
     # One line each, whatever a folder's name holds; `read_labels` and the model's metadata then say the same.
     labels = [shown(label) for label in student.labels or class_labels(student.model)]
-    set_metadata(model, _metadata(student, deployed, labels))
+    set_metadata(narrow.model, _metadata(student, deployed, labels))
+    manifest = msgspec.structs.replace(
+        _manifest(student, deployed, narrow.model, check, numbers),
+        retiled=retiled, measured=measured, quantisation=narrow.quantisation, float16=narrow.float16,
+    )  # fmt: skip
     with new_folder(target, "bundle") as folder:
-        (folder / "model.onnx").write_bytes(model.SerializeToString())
-        np.savez_compressed(folder / "golden.npz", **cast(Any, golden))
+        (folder / MODEL_FILE).write_bytes(narrow.model.SerializeToString())
+        np.savez_compressed(folder / GOLDEN_FILE, **cast(Any, golden))
         if labels:
             (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        for_boards = tuple(board_files(model, student.name, board, folder) for board in wanted)
-        manifest = _manifest(student, deployed, model, check, precision, recipe)
-        manifest = msgspec.structs.replace(manifest, boards=for_boards, **entries)
-        seal_bundle(folder, manifest_content(manifest))
+        kernels = tuple(board_files(narrow.model, student.name, board, folder) for board in wanted)
+        seal_bundle(folder, msgspec.structs.replace(manifest, boards=kernels))
     return target
 
 
+class _Numbers(NamedTuple):
+    """What the file computes in, checked: see `export_bundle`.
+
+    Attributes:
+        pictures: to calibrate int8 with, and to judge another tile by.
+    """
+
+    precision: str
+    recipe: str
+    pictures: list[Path]
+
+
+class _Narrow(NamedTuple):
+    """A file in fewer bits, or the float32 file itself, and what its making found."""
+
+    model: onnx.ModelProto
+    quantisation: Quantisation | None = None
+    float16: Float16 | None = None
+
+
 def _narrowed(
-    model: onnx.ModelProto, size: int, batches: Sequence[int], precision: str, recipe: str, pictures: Sequence[Path],
-    progress: Progress | None,
-) -> tuple[onnx.ModelProto, dict[str, Any]]:  # fmt: skip
-    """The file in fp16, or in int8 with the rest as its recipe wants it; and entries for the manifest."""
-    entries: dict[str, Any] = {}
-    if precision == "int8":
-        images = [np.repeat(load_picture(path, size)[None], batches[0], 0) for path in pictures]
-        quantised = quantise(model, images, recipe, progress)
-        model, entries["quantisation"] = quantised.model, quantised.to_dict()
-    if precision == "fp16" or recipe == "tensorrt":
-        shown = [golden_image(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
-        halved = halve(model, shown, LEAST_COSINE_INT8 if precision == "int8" else None)
-        model, entries["float16"] = halved.model, halved.to_dict()
-    return model, entries
+    model: onnx.ModelProto, size: int, batches: Sequence[int], numbers: _Numbers, progress: Progress | None
+) -> _Narrow:
+    """The file in fp16, or in int8 with the rest as its recipe wants it."""
+    made, least = _Narrow(model), None
+    if numbers.precision == "int8":
+        images = [np.repeat(load_picture(path, size)[None], batches[0], 0) for path in numbers.pictures]
+        made, least = _Narrow(*quantise(model, images, numbers.recipe, progress)), LEAST_COSINE_INT8
+    if numbers.precision == "fp16" or numbers.recipe == "tensorrt":
+        images = [golden_image(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
+        half, found = halve(made.model, images, least)
+        made = made._replace(model=half, float16=found)
+    return made
 
 
-def _calibration(precision: str, calibrate: str | Path | None, recipe: str, retiles: bool) -> list[Path]:
-    """Pictures for int8 and for another tile; none for others."""
+def _numbers(precision: str, recipe: str, calibrate: str | Path | None, retiles: bool) -> _Numbers:
+    """Refuse what does not go together; pictures are for int8 and for another tile alone."""
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe is {recipe!r}.", f"Choose one of: {', '.join(RECIPES)}.")
-    if precision != "int8":
-        if calibrate is not None and not retiles:
-            raise ConfigError(
-                "Pictures to calibrate with go with int8, or another tile.",
-                "Leave them out, or choose --precision int8.",
-            )
-        if recipe != RECIPES[0]:
-            raise ConfigError(f"recipe {recipe!r} goes with int8.", "Leave it out, or choose --precision int8.")
-        return evenly(list_pictures(Path(calibrate)), MAX_CALIBRATION_PICTURES) if calibrate is not None else []
-    if calibrate is None:
+    if precision == "int8" and calibrate is None:
         raise ConfigError("int8 needs pictures to calibrate with.", "Give a folder of them with --calibrate.")
-    return evenly(list_pictures(Path(calibrate)), MAX_CALIBRATION_PICTURES)
+    if precision != "int8" and calibrate is not None and not retiles:
+        raise ConfigError(
+            "Pictures to calibrate with go with int8, or another tile.",
+            "Leave them out, or choose --precision int8.",
+        )
+    if precision != "int8" and recipe != RECIPES[0]:
+        raise ConfigError(f"recipe {recipe!r} goes with int8.", "Leave it out, or choose --precision int8.")
+    listed = [] if calibrate is None else evenly(list_pictures(Path(calibrate)), MAX_CALIBRATION_PICTURES)
+    return _Numbers(precision, recipe, listed)
 
 
-def _measured(student: Student) -> tuple[Student, dict[str, Any]]:
+def _measured(student: Student) -> tuple[Student, Measured]:
     """The student with layers kept dense where that is faster here, and what was measured."""
-    measured = keep_dense_where_slower(student.model)
-    kept = {number for choice in measured["choices"] if choice["kept_dense"] for number in choice["layers"]}
+    measured = msgspec.convert(keep_dense_where_slower(student.model), Measured)
+    kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
     dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
     return dataclasses.replace(student, sparsity=dataclasses.replace(student.sparsity, dense_layers=dense)), measured
 
@@ -245,11 +264,11 @@ def model_shape(model: Backbone) -> ModelShape:
 
 
 def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> dict[str, str]:
-    config: dict[str, Any] = student.model.pretrained_cfg or {}
+    licence = (cast(Any, student.model).pretrained_cfg or {}).get("license")
     entries = {
         "name": student.name,
         "version": version("sparsifiner-edge"),
-        "licence": str(config.get("license") or "see the weights' source"),
+        "licence": str(licence or "see the weights' source"),
         "classes": "\n".join(labels),
     }
     # GStreamer's onnxinference asks for a tensor id under each output's name.
@@ -257,46 +276,46 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
 
 
 def _manifest(
-    student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, precision: str, recipe: str
+    student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, numbers: _Numbers
 ) -> Manifest:
     pre = preprocessing(student.model)
     sparse = bool(student.sparsity.sparse_layers(len(student.model.blocks)))
     shape = model_shape(student.model)
-    folded = {"mean": list(pre.mean), "std": list(pre.std), "scale": "1/255"}
     return Manifest(
         schema_version=BUNDLE_SCHEMA,
         files={},
         name=student.name,
-        precision=precision,
+        precision=numbers.precision,
         shape=shape,
         ops={f"{DOMAIN}::{f.name}": VERSION for f in model.functions},
         inputs=tuple(InputSpec(*_tensor(v), layout="NHWC", range=(0, 255), colour="RGB") for v in model.graph.input),
         outputs=tuple(TensorSpec(*_tensor(v)) for v in model.graph.output),
-        preprocessing=Preprocessing(size=student.img_size, folded=folded),
+        preprocessing=Preprocessing(size=student.img_size, folded=Folded(pre.mean, pre.std, "1/255")),
         tokens=Tokens(shape.prefix, tuple(student.model.patch_embed.grid_size)),
         sparsity=student.sparsity if sparse or deployed.prunes else None,
         costs=summary(shape, student.sparsity),
         dense_costs=summary(shape, SparsityConfig(keep=1)),
         tolerances=dict.fromkeys(
             [name for name in deployed.output_names if name != POSITIONS],
-            _tolerance(precision, sparse or deployed.prunes, recipe, check),
+            _tolerance(numbers, sparse or deployed.prunes, check),
         ),
-        check=check.to_dict(),
+        check=check,
         provenance=write_record(student.provenance),
         tools={name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")},
     )
 
 
-def _tolerance(precision: str, selects: bool, recipe: str, check: Check) -> float:
+def _tolerance(numbers: _Numbers, selects: bool, check: Check) -> float:
     """Greatest difference of a session's outputs from the golden ones, relative to their range; in fp32 the wide one
     only where the check itself met as much."""
-    if precision == "int8":
-        return INT8_HALF_TOLERANCE if recipe == "tensorrt" else INT8_TOLERANCE
-    if precision == "fp16":
+    if numbers.precision == "int8":
+        return INT8_HALF_TOLERANCE if numbers.recipe == "tensorrt" else INT8_TOLERANCE
+    if numbers.precision == "fp16":
         return HALF_TOLERANCE_FREE if selects else HALF_TOLERANCE
     if not selects:
         return SAME.error
-    return FREE_TOLERANCE if max(x.error for x in check.agreements.values()) <= FREE_TOLERANCE else OTHERS.error
+    worst = max(output.error_relative_to_range or 0.0 for output in check.outputs.values())
+    return FREE_TOLERANCE if worst <= FREE_TOLERANCE else OTHERS.error
 
 
 def _tensor(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:

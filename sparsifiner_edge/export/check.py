@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
+from sparsifiner_edge.bundle.entries import Check, OutputCheck
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.sessions import file_session
@@ -38,47 +38,6 @@ SAME = Limits(1e-3, 0.9999, 0.9999)
 OTHERS = Limits(5e-2, 0.99, 0.999)
 """Where each chooses for itself and some keys are others: of two with equal scores either may be read, and the layers
 after it choose from what came of it; where landmarks are shared, all their rows do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """What the comparison found.
-
-    Attributes:
-        agreements: per output, each side choosing its own keys.
-        equal: per output, torch reading the keys that the file chose.
-        indices, differing: selected keys in all layers and runs, and how many of them differ from torch's.
-        pruned: final patches that torch kept and the file did not, where tokens are pruned.
-        batches: batch sizes that were run.
-        kernels: what ran the operators: "portable", and "native" where the library was built.
-    """
-
-    agreements: Mapping[str, Agreement]
-    equal: Mapping[str, Agreement]
-    indices: int
-    differing: int
-    pruned: int
-    batches: tuple[int, ...]
-    kernels: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        outputs = {
-            name: {
-                "error_relative_to_range": a.error,
-                "least_row_cosine": a.cosine,
-                "error_with_equal_selection": self.equal[name].error,
-            }
-            for name, a in self.agreements.items()
-        }
-        return {
-            "outputs": outputs,
-            "selected_indices": self.indices,
-            "differing_indices": self.differing,
-            "differing_tokens": self.pruned,
-            "batches_run": list(self.batches),
-            "kernels_run": list(self.kernels),
-        }
 
 
 def golden_image(size: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -141,7 +100,8 @@ def check_export(
             pruned += missing
             indices += sum(x.size for x in chosen)
             differing += others
-    return Check(free, equal, indices, differing, pruned, tuple(batches), kernels), golden
+    outputs = {name: OutputCheck(found.error, found.cosine, equal[name].error) for name, found in free.items()}
+    return Check(outputs, indices, differing, pruned, tuple(batches), kernels), golden
 
 
 def _compare(

@@ -8,7 +8,6 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import onnx
 import torch
@@ -128,7 +127,7 @@ def add_bodies(model: onnx.ModelProto) -> None:
 
 
 def _structure(node: onnx.NodeProto) -> Structure:
-    values: Mapping[str, Any] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    values: Mapping[str, int] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     return Structure(
         prefix=values.get("num_prefix", 0) > 0,
         cells=values.get("cell", 0) > 0,

@@ -14,7 +14,6 @@ model, float32 by their schema, would come to be ranked in float16, where small 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from sparsifiner_edge.bundle.entries import Float16
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned, cosine
@@ -47,43 +47,18 @@ _IN_HALF = frozenset({
 })  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Halved:
-    """A float16 file and how close it is.
-
-    Attributes:
-        model: the file.
-        cosines: per output, least cosine of a row to the float32 file.
-        largest: greatest magnitude of any activation that is float16 now, and that tensor's name.
-        nodes_half, nodes_single: nodes that compute in float16 and in float32, of those that compute in floats.
-    """
-
-    model: onnx.ModelProto
-    cosines: dict[str, float]
-    largest: tuple[float, str]
-    nodes_half: int
-    nodes_single: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `kernels` is what ran the operators in the comparison."""
-        sparse = any(node.domain == DOMAIN for node in self.model.graph.node)
-        return {
-            "least_row_cosines": self.cosines,
-            "largest_activation": self.largest[0],
-            "largest_activation_in": self.largest[1],
-            "nodes_float16": self.nodes_half,
-            "nodes_float32": self.nodes_single,
-            "kernels": "function bodies" if sparse else "none (standard operators)",
-        }
-
-
-def halve(model: onnx.ModelProto, images: Sequence[Array], least: float | None = None) -> Halved:
+def halve(
+    model: onnx.ModelProto, images: Sequence[Array], least: float | None = None
+) -> tuple[onnx.ModelProto, Float16]:
     """Make a float16 file of an exported float32 file, or of one with int8 products, which stay.
 
     Args:
         model: left as it is.
         images: uint8 [B,S,S,3]; both files are run on them and compared.
         least: cosine that every row of every output must reach; None: `LEAST_COSINE`.
+
+    Returns:
+        The file, and how close it is.
 
     Raises:
         GateError: a weight or an activation is beyond float16, or an output is too far from float32.
@@ -102,8 +77,9 @@ def halve(model: onnx.ModelProto, images: Sequence[Array], least: float | None =
                 f"Output {name!r} of the float16 file has cosine {found:.5f} to float32, allowed {allowed}.",
                 "Nothing was written. Export fp32, or int8.",
             )
-    counts = converted.counts
-    return Halved(converted.model, cosines, largest, counts[HALF], counts[SINGLE])
+    counts, sparse = converted.counts, any(node.domain == DOMAIN for node in model.graph.node)
+    kernels = "function bodies" if sparse else "none (standard operators)"
+    return converted.model, Float16(cosines, *largest, counts[HALF], counts[SINGLE], kernels)
 
 
 class Converted(NamedTuple):

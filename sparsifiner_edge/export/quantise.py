@@ -9,7 +9,6 @@ pictures that were not calibrated on decide.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 from collections import Counter
@@ -21,6 +20,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.files import scratch_folder
@@ -41,39 +41,9 @@ LEAST_WEIGHT = 1e-5
 """Share of a layer's largest weight below which a channel counts as not read when channels are evened out."""
 GOAL_COSINE = 0.997
 """Below this, the layers that hurt most are put back to float32, one after the other."""
+METHOD = "static QDQ, equalised, MinMax, weights per channel"
 MAX_FLOAT_SHARE = 0.25
 """Share of the linear layers that may be put back."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantised:
-    """A quantised file and what was found.
-
-    Attributes:
-        model: the file.
-        cosines: per output, mean row cosine to the float32 file over held-out pictures, of the patches that both keep.
-        other_patches: share of the patches that only one of both files keeps, where tokens are pruned.
-        quantised, kept: linear layers in int8; names of those left in float32.
-        calibrated, held_out: numbers of pictures.
-    """
-
-    model: onnx.ModelProto
-    recipe: str
-    cosines: dict[str, float]
-    other_patches: float
-    quantised: int
-    kept: tuple[str, ...]
-    calibrated: int
-    held_out: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
-        return {
-            **fields,
-            "kept": list(self.kept),
-            "method": "static QDQ, equalised, MinMax, weights per channel",
-        }
 
 
 def quantise(
@@ -82,7 +52,7 @@ def quantise(
     recipe: str = "cpu",
     progress: Progress | None = None,
     goal: float = GOAL_COSINE,
-) -> Quantised:
+) -> tuple[onnx.ModelProto, Quantisation]:
     """Quantise the linear layers of an exported float32 file.
 
     Args:
@@ -91,6 +61,9 @@ def quantise(
         recipe: one of `RECIPES`.
         progress: see `Progress`.
         goal: cosine of the outputs below which layers are put back to float32.
+
+    Returns:
+        The file, and what was found.
 
     Raises:
         ConfigError: no such recipe, or no pictures.
@@ -137,9 +110,9 @@ def quantise(
             f"with {len(kept)} of {len(layers)} linear layers left in float32.",
             "Calibrate with more pictures like those it will see, or export fp32.",
         )
-    done = _restored(full, source, kept)
-    int8 = len(layers) - len(kept)
-    return Quantised(done, recipe, cosines, others, int8, tuple(kept), len(calibrated), len(held_out))
+    int8, pictures = len(layers) - len(kept), (len(calibrated), len(held_out))
+    report = Quantisation(recipe, cosines, others, int8, tuple(kept), *pictures, METHOD)
+    return _restored(full, source, kept), report
 
 
 def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:

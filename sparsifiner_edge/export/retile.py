@@ -11,12 +11,13 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from sparsifiner_edge.bundle.entries import Retiled, Tiling
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.pictures import load_picture
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 from sparsifiner_edge.sparse.student import Student
@@ -27,7 +28,7 @@ LEAST_COSINE = 0.97
 
 def with_tile(
     student: Student, tile: int | None, probe: int | None, pictures: Sequence[Path]
-) -> tuple[Student, dict[str, Any]]:
+) -> tuple[Student, Retiled]:
     """A student with another tile or probe, and what that changed, for the manifest.
 
     Args:
@@ -48,20 +49,22 @@ def with_tile(
         )
     if not pictures:
         raise ConfigError("Another tile is judged by pictures, and there are none.", "Give some: --calibrate DIR.")
-    given: dict[str, Any] = {n: x for n, x in (("tile", tile), ("probe", probe)) if x is not None}
-    sparsity = dataclasses.replace(student.sparsity, **given)
+    own = student.sparsity
+    sparsity = dataclasses.replace(
+        own, tile=own.tile if tile is None else tile, probe=own.probe if probe is None else probe
+    )
+    before, after = (Tiling(config.tile, config.probe) for config in (own, sparsity))
     changed = copy.deepcopy(student.model)
     set_budget(changed, sparsity)
-    found = _cosine(student, dataclasses.replace(student, model=changed), pictures)
-    own = {name: getattr(student.sparsity, name) for name in ("tile", "probe")}
+    made = dataclasses.replace(student, model=changed, sparsity=sparsity)
+    found = _cosine(student, made, pictures)
     if found < LEAST_COSINE:
         raise GateError(
-            f"With {_text(given)} the final tokens have cosine {found:.4f} to those with {_text(own)}, "
-            f"allowed {LEAST_COSINE}.",
+            f"With {_text(Tiling(tile, probe))} the final tokens have cosine {found:.4f} to those with "
+            f"{_text(before)}, allowed {LEAST_COSINE}.",
             "Choose a smaller tile, or read more keys: --keep.",
         )
-    report = {"from": own, "to": {name: getattr(sparsity, name) for name in own}, "cosine": found}
-    return dataclasses.replace(student, model=changed, sparsity=sparsity), report | {"pictures": len(pictures)}
+    return made, Retiled(before, after, found, len(pictures))
 
 
 @torch.no_grad()
@@ -75,5 +78,5 @@ def _cosine(own: Student, other: Student, pictures: Sequence[Path]) -> float:
     return statistics.fmean(means)
 
 
-def _text(sizes: dict[str, int]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sizes.items())
+def _text(sizes: Tiling) -> str:
+    return ", ".join(f"{name} {value}" for name, value in write_record(sizes).items())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+
+from msgspec import Struct
 
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.package.common import new_package, read_bundle
@@ -18,9 +19,18 @@ TARGETS = {
 KERNELS = ("auto", "portable")
 
 
+class Package(Struct, frozen=True):
+    """What was written. files: paths in the folder `output`. remarks: what the user should know about it there."""
+
+    output: str
+    target: str
+    files: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
 def package_bundle(
     bundle: str | Path, target: str, output: str | Path, *, batch: int | None = None, kernels: str = "auto"
-) -> dict[str, Any]:
+) -> Package:
     """Write a folder that another system's pipeline takes as it is, with the commands in its README.
 
     Args:
@@ -29,9 +39,6 @@ def package_bundle(
         output: folder to write; an earlier package there is replaced.
         batch: greatest batch, for a bundle of dynamic batch; None lets the target choose.
         kernels: for Triton: "auto" brings the native library of this machine where there is one, "portable" does not.
-
-    Returns:
-        `output`, `target`, `files` and `remarks`: what the user should know about this bundle there.
 
     Raises:
         ConfigError: no such target, or the bundle does not fit it.
@@ -50,4 +57,4 @@ def package_bundle(
     with new_package(Path(output), read, target) as folder:
         remarks = module.write(read, folder, batch, kernels)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {"output": str(output), "target": target, "files": files, "remarks": list(remarks)}
+    return Package(str(output), target, tuple(files), tuple(remarks))

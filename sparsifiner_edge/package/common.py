@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from sparsifiner_edge.artifacts import PACKAGE_FILE, new_folder, sha256
 from sparsifiner_edge.bundle.golden import read_golden
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest, TensorSpec
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, Manifest, TensorSpec
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, bundle_hash, load_model, open_bundle, picture_size, read_labels
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.text import dump_json
@@ -105,7 +105,7 @@ def golden_image(bundle: Bundle) -> npt.NDArray[np.uint8]:
     image = read_golden(bundle.folder, bundle.manifest)[0].get("image", np.zeros(0))
     if image.dtype != np.uint8 or image.shape[1:] != (bundle.size, bundle.size, 3):
         path = bundle.folder / GOLDEN_FILE
-        raise ArtifactError(f"{path} holds {image.dtype} {list(image.shape)}.", "Export the bundle again.")
+        raise ArtifactError(f"{path} holds {image.dtype} {list(image.shape)}.", AGAIN)
     return image
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
+from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import LABELS_FILE
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.package.common import MODEL, Bundle
@@ -25,6 +27,8 @@ from sparsifiner_edge.package.nvinfer_keys import check_app, check_nvinfer
 PRIMARY_ID, SECONDARY_ID = 1, 2
 OBJECTS = 8
 """Objects of a frame that a secondary classifier takes at once, where the batch is dynamic."""
+Group: TypeAlias = dict[str, int | float | str]
+"""Keys of a group of a configuration, and their values."""
 _MOST_CLASSES = 1 << 20
 _SAMPLES = "/opt/nvidia/deepstream/deepstream/samples"
 _MODES = {"fp32": 0, "fp16": 2}
@@ -63,9 +67,7 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
     return remarks(bundle)
 
 
-def _checked(
-    groups: Mapping[str, Mapping[str, object]], check: Callable[[str], Mapping[str, Mapping[str, str]]]
-) -> str:
+def _checked(groups: Mapping[str, Group], check: Callable[[str], Mapping[str, Mapping[str, str]]]) -> str:
     """The text of a configuration that is read back as what it was made of: no other key has slipped in."""
     text = key_file(groups)
     if check(text) != {group: {k: str(v) for k, v in entries.items()} for group, entries in groups.items()}:
@@ -105,18 +107,18 @@ def nvinfer_labels(bundle: Bundle) -> list[str]:
     """
     classes = next(output.shape[-1] for output in bundle.outputs if output.name == "logits")
     if not isinstance(classes, int) or not 0 < classes <= _MOST_CLASSES:
-        raise ConfigError(f"{bundle.folder} has {classes!r:.60} classes.", "Export the bundle again.")
+        raise ConfigError(f"{bundle.folder} has {classes!r:.60} classes.", AGAIN)
     labels = bundle.labels or [f"class_{i}" for i in range(classes)]
     if len(labels) != classes:
-        raise ConfigError(f"{len(labels)} labels for {classes} classes.", "Export the bundle again.")
+        raise ConfigError(f"{len(labels)} labels for {classes} classes.", AGAIN)
     return [label.replace(";", ",").strip() or "-" for label in labels]
 
 
-def nvinfer_config(bundle: Bundle, role: str, batch: int) -> dict[str, object]:
+def nvinfer_config(bundle: Bundle, role: str, batch: int) -> Group:
     """The group `property` for whole frames ("primary") or for a detector's objects ("secondary")."""
     mode = _MODES[bundle.precision]
     outputs = [PROBABILITIES] if bundle.classifier else [output.name for output in bundle.outputs]
-    entries: dict[str, object] = {
+    entries: Group = {
         "gpu-id": 0,
         "gie-unique-id": PRIMARY_ID if role == "primary" else SECONDARY_ID,
         "process-mode": 1 if role == "primary" else 2,
@@ -150,10 +152,10 @@ def nvinfer_config(bundle: Bundle, role: str, batch: int) -> dict[str, object]:
     }
 
 
-def app_config(role: str, sizes: Mapping[str, int]) -> dict[str, dict[str, object]]:
+def app_config(role: str, sizes: Mapping[str, int]) -> dict[str, Group]:
     """Groups for deepstream-app: the samples' video through the model, drawn into a file."""
     detector = f"{_SAMPLES}/configs/deepstream-app/config_infer_primary.txt"
-    groups: dict[str, dict[str, object]] = {
+    groups: dict[str, Group] = {
         "application": {"enable-perf-measurement": 1, "perf-measurement-interval-sec": 5},
         "tiled-display": {"enable": 0},
         "source0": {"enable": 1, "type": 3, "uri": f"file://{_SAMPLES}/streams/sample_720p.mp4", "num-sources": 1,
@@ -181,7 +183,7 @@ def app_config(role: str, sizes: Mapping[str, int]) -> dict[str, dict[str, objec
     return groups
 
 
-def key_file(groups: Mapping[str, Mapping[str, object]]) -> str:
+def key_file(groups: Mapping[str, Group]) -> str:
     """GLib's key file format.
 
     Raises:

@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import load_model
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.machine import available_cores
@@ -71,7 +72,7 @@ def float_model(model: Any) -> Any:
     try:
         return _float_model(model)
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise ConfigError(f"The model does not begin as exports do: {error}.", "Export the bundle again.") from error
+        raise ConfigError(f"The model does not begin as exports do: {error}.", AGAIN) from error
 
 
 def _float_model(model: Any) -> Any:
@@ -80,7 +81,7 @@ def _float_model(model: Any) -> Any:
     graph = made.graph
     cast = next((n for n in graph.node if n.op_type == "Cast" and list(n.input) == ["image"]), None)
     if cast is None or [a.i for a in cast.attribute if a.name == "to"] != [TensorProto.FLOAT]:
-        raise ConfigError("The model does not begin with a Cast of `image` to float32.", "Export the bundle again.")
+        raise ConfigError("The model does not begin with a Cast of `image` to float32.", AGAIN)
     batch, height, width, channels = graph.input[0].type.tensor_type.shape.dim
     shape = [batch.dim_param or batch.dim_value, channels.dim_value, height.dim_value, width.dim_value]
     pixels = cast.output[0]

@@ -12,10 +12,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from sparsifiner_edge.bundle.engines import Engine, parse_capability
-from sparsifiner_edge.bundle.manifest import TensorSpec
+from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
 from sparsifiner_edge.bundle.store import LABELS_FILE, read_listed
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import native
@@ -27,6 +27,8 @@ BATCH = 8
 QUEUE_US = 2000
 """How long a request may wait for others to share its batch."""
 MOUNT = "/models"
+Tensor: TypeAlias = dict[str, str | list[int]]
+"""A ModelInput or ModelOutput."""
 _TYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 
 
@@ -57,36 +59,29 @@ def _library(bundle: Bundle, kernels: str) -> Path | None:
 
 def _write_onnx(bundle: Bundle, folder: Path, batch: int | None, library: Path | None) -> None:
     most = 0 if bundle.batch else batch or BATCH
-    config = _config(bundle, folder.name, most) | {
-        "backend": "onnxruntime",
-        "default_model_filename": MODEL,
-        # The native library is the CPU provider's.
-        "instance_group": [{"count": 1, "kind": "KIND_CPU"}],
-    }
-    _write_common(bundle, folder, most)
+    libraries = None if library is None else {"op_library_filename": [f"{MOUNT}/{folder.name}/{library.name}"]}
+    _write_common(
+        bundle, folder, most, "KIND_CPU",  # The native library is the CPU provider's.
+        backend="onnxruntime", default_model_filename=MODEL, model_operations=libraries,
+    )  # fmt: skip
     if library is not None:
         shutil.copyfile(library, folder / library.name)
-        place = f"{MOUNT}/{folder.name}/{library.name}"
-        config["model_operations"] = {"op_library_filename": [place]}
     (folder / "1" / MODEL).write_bytes(read_listed(bundle.folder, bundle.manifest, MODEL))
-    (folder / "config.pbtxt").write_text(print_config(config), encoding="utf-8")
 
 
 def _write_plans(bundle: Bundle, folder: Path, engines: Mapping[str, Engine]) -> None:
     """Triton takes the plan of the GPU that it finds."""
     most = 0 if bundle.batch else min(engine.batch.most for engine in engines.values())
     plans = {capability: f"model_{capability.replace('.', '_')}.plan" for capability in engines}
-    config = _config(bundle, folder.name, most) | {
-        "platform": "tensorrt_plan",
-        "default_model_filename": next(iter(plans.values())),
-        "cc_model_filenames": [{"key": capability, "value": plan} for capability, plan in plans.items()],
-        "instance_group": [{"count": 1, "kind": "KIND_GPU"}],
-    }
-    _write_common(bundle, folder, most)
+    files = [{"key": capability, "value": plan} for capability, plan in plans.items()]
+    first = next(iter(plans.values()))
+    _write_common(
+        bundle, folder, most, "KIND_GPU",
+        platform="tensorrt_plan", default_model_filename=first, cc_model_filenames=files,
+    )  # fmt: skip
     for capability, plan in plans.items():
         content = read_listed(bundle.folder, bundle.manifest, engines[capability].file)
         (folder / "1" / plan).write_bytes(content)
-    (folder / "config.pbtxt").write_text(print_config(config), encoding="utf-8")
 
 
 def newest_engines(engines: list[Engine]) -> dict[str, Engine]:
@@ -102,29 +97,30 @@ def newest_engines(engines: list[Engine]) -> dict[str, Engine]:
     return found
 
 
-def _config(bundle: Bundle, name: str, most: int) -> dict[str, Any]:
-    """What both backends' configurations share; most: greatest batch, 0 where it is fixed."""
+def _config(bundle: Bundle, name: str, most: int, kind: str, **own: object) -> str:
+    """The text of a configuration.
+
+    Args:
+        most: greatest batch, 0 where it is fixed. kind: of processor. own: what is the backend's alone.
+    """
     image = TensorSpec("image", "uint8", (bundle.batch, bundle.size, bundle.size, 3))
-    outputs = [_tensor(output, most) for output in bundle.outputs]
-    for output in outputs:
-        if output["name"] == "logits" and bundle.labels:
-            output["label_filename"] = LABELS_FILE
+    labelled: Tensor = {"label_filename": LABELS_FILE} if bundle.labels else {}
     warm = {"data_type": "TYPE_UINT8", "dims": _dims(image, most), "input_data_file": "image"}
-    config: dict[str, Any] = {
-        "name": name,
-        "max_batch_size": most,
-        "input": [_tensor(image, most)],
-        "output": outputs,
-        "model_warmup": [{"name": "golden", "batch_size": 1, "inputs": [{"key": "image", "value": warm}]}],
-    }
-    if most > 1:
-        config["dynamic_batching"] = {"max_queue_delay_microseconds": QUEUE_US}
-    return config
+    return print_config(
+        name=name,
+        max_batch_size=most,
+        input=[_tensor(image, most)],
+        output=[_tensor(output, most) | (labelled if output.name == "logits" else {}) for output in bundle.outputs],
+        instance_group=[{"count": 1, "kind": kind}],
+        dynamic_batching={"max_queue_delay_microseconds": QUEUE_US} if most > 1 else None,
+        model_warmup=[{"name": "golden", "batch_size": 1, "inputs": [{"key": "image", "value": warm}]}],
+        **own,
+    )
 
 
-def _tensor(tensor: TensorSpec, most: int) -> dict[str, Any]:
+def _tensor(tensor: TensorSpec, most: int) -> Tensor:
     if tensor.dtype not in _TYPES:
-        raise ConfigError(f"{tensor.name} is {tensor.dtype}: Triton has no such type.", "Export the bundle again.")
+        raise ConfigError(f"{tensor.name} is {tensor.dtype}: Triton has no such type.", AGAIN)
     return {"name": tensor.name, "data_type": f"TYPE_{_TYPES[tensor.dtype]}", "dims": _dims(tensor, most)}
 
 
@@ -134,9 +130,11 @@ def _dims(tensor: TensorSpec, most: int) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
-def _write_common(bundle: Bundle, folder: Path, most: int) -> None:
+def _write_common(bundle: Bundle, folder: Path, most: int, kind: str, **own: object) -> None:
+    """What both backends need; see `_config`."""
     (folder / "1").mkdir(parents=True)
     (folder / "warmup").mkdir()
+    (folder / "config.pbtxt").write_text(_config(bundle, folder.name, most, kind, **own), encoding="utf-8")
     image = golden_image(bundle)
     (folder / "warmup" / "image").write_bytes((image[0] if most else image).tobytes())
     if bundle.labels:

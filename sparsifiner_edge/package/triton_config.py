@@ -17,6 +17,7 @@ from google.protobuf import (  # type: ignore[import-untyped,unused-ignore]
     text_format,
 )
 
+from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.errors import GateError
 
 _ENUMS = {
@@ -73,16 +74,19 @@ def _config_class() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("triton.ModelConfig"))
 
 
-def print_config(content: dict[str, Any]) -> str:
+def print_config(**entries: object) -> str:
     """The text of a config.pbtxt, checked by reading it back.
+
+    Args:
+        entries: by the names of ModelConfig's fields; None for what is left out.
 
     Raises:
         GateError: a value does not fit its field, or see `check_config`.
     """
     try:
-        text: str = text_format.MessageToString(_config_class()(**content))
+        text: str = text_format.MessageToString(_config_class()(**entries))
     except (ValueError, TypeError) as error:
-        raise GateError(f"config.pbtxt: {error!s:.200}.", "Export the bundle again.") from error
+        raise GateError(f"config.pbtxt: {error!s:.200}.", AGAIN) from error
     check_config(text)
     return text
 

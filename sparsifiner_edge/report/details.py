@@ -142,11 +142,10 @@ def _macs(costs: Any) -> dict[str, float]:
 
 def _choices(side: Described, texts: Texts) -> list[list[str]]:
     found = []
-    for choice in rows(side.manifest.measured or {}, "choices"):
-        layers = choice.get("layers")
-        names = ", ".join(clean(layer, 6) for layer in layers) if isinstance(layers, list) else "?"
-        times = [number(choice.get(name)) for name in ("sparse_ms", "dense_ms")]
-        decision = texts("sparsity.kept_dense" if choice.get("kept_dense") is True else "sparsity.stays_sparse")
+    for choice in side.manifest.measured.choices if side.manifest.measured else ():
+        names = ", ".join(clean(layer, 6) for layer in choice.layers) or "?"
+        times = [number(milliseconds) for milliseconds in (choice.sparse_ms, choice.dense_ms)]
+        decision = texts("sparsity.kept_dense" if choice.kept_dense else "sparsity.stays_sparse")
         found.append([side.label, names, *("?" if t is None else plain(t) for t in times), decision])
     return found
 

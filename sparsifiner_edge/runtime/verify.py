@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import Manifest
-from sparsifiner_edge.bundle.verify import verify
+from sparsifiner_edge.bundle.verify import Verification, verify
 from sparsifiner_edge.runtime.open import open_checked
 
 
 def verify_bundle(
     bundle: str | Path, *, backend: str = "onnxruntime", kernels: str = "auto", public_key: str | Path | None = None
-) -> dict[str, Any]:
+) -> Verification:
     """Check all of a bundle.
 
     Args:
@@ -22,8 +21,8 @@ def verify_bundle(
         public_key: the signature must be that key's; without it a signature is told and not checked.
 
     Returns:
-        `bundle`, `hash`, `passed`, and `checks`: per check its `name`, whether it `passed`, and its `details`. A model
-        that is no valid ONNX is the last that is checked, and so is a signature that the key does not fit.
+        What each check found. A model that is no valid ONNX is the last that is checked, and so is a signature that
+        the key does not fit.
 
     Raises:
         ArtifactError: not a bundle, a file missing or altered, of a newer schema: there is nothing to check then.

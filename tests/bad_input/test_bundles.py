@@ -13,9 +13,9 @@ import onnx
 import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE
-from sparsifiner_edge.bundle.store import seal_bundle
 from tests.bad_input.damage import edit_json, flip
 from tests.commands import assert_refused, call, process
+from tests.seal import seal_bundle
 from tests.tiny import make_bundle
 
 Capsys = pytest.CaptureFixture[str]

@@ -111,7 +111,7 @@ def test_labels_are_one_line_each_in_a_bundle(student: Path, tmp_path: Path) -> 
     labels = ["two\nlines", "a\rb", "\x1b[31m", "\u202eback", "\u2028", "plain", "é", " ", "\x85", "x" * 900]
     edit_json(student / STUDENT_FILE, lambda c: c.update(labels=labels))
     folder = export_bundle(student, tmp_path / "bundle")
-    assert verify_bundle(folder)["passed"]
+    assert verify_bundle(folder).passed
     written = (folder / LABELS_FILE).read_text(encoding="utf-8").split("\n")
     assert written[:3] == ["two\\x0alines", "a\\x0db", "\\x1b[31m"]
     assert written[10:] == [""]

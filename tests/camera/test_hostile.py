@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
-from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.stills import run_pictures
 from sparsifiner_edge.errors import SparsifinerError
 from tests.bad_pictures import BAD_PICTURES, png_of_size
 from tests.camera.hostile import SECRET, make_hostile
 from tests.commands import process, snapshot
+from tests.seal import seal_bundle
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE
-from sparsifiner_edge.bundle.store import seal_bundle
+from tests.seal import seal_bundle
 
 
 def reseal(folder: Path, **changes: Any) -> Path:

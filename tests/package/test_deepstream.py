@@ -81,7 +81,7 @@ def test_half_precision(tmp_path: Path, tiny_student: Path) -> None:
     from sparsifiner_edge.export.bundle import export_bundle
 
     bundle = export_bundle(tiny_student, tmp_path / "bundle", precision="fp16")
-    remarks = package_bundle(bundle, "deepstream", tmp_path / "out")["remarks"]
+    remarks = package_bundle(bundle, "deepstream", tmp_path / "out").remarks
     assert any("may become float16" in remark for remark in remarks)
     found = check_nvinfer((tmp_path / "out" / "config_infer_primary.txt").read_text())["property"]
     assert (found["network-mode"], found["model-engine-file"]) == ("2", "model.onnx_b1_gpu0_fp16.engine")

@@ -116,7 +116,7 @@ def test_the_native_library(fixed: Path, tiny_bundle: Path, tmp_path: Path) -> N
     assert "libhwy" not in readme
     assert "tritonserver --model-repository=/models" in readme
     assert "-e ORT_DISABLE_TELEMETRY=1" in readme
-    remarks = package_bundle(tiny_bundle, "triton", tmp_path / "out", kernels="portable")["remarks"]
+    remarks = package_bundle(tiny_bundle, "triton", tmp_path / "out", kernels="portable").remarks
     assert any("slower on a processor" in remark for remark in remarks)
 
 
@@ -143,7 +143,7 @@ def with_engines(folder: Path, *engines: Engine) -> Path:
 def test_plans(tmp_path: Path) -> None:
     engines = [engine("8.7"), engine("8.6"), engine("8.7", variant="bodies", batch=BatchRange(1, 1, 2))]
     bundle = with_engines(make_bundle(tmp_path / "b", preprocessing={"size": 4}, name="m"), *engines)
-    remarks = package_bundle(bundle, "triton", tmp_path / "out")["remarks"]
+    remarks = package_bundle(bundle, "triton", tmp_path / "out").remarks
     folder = tmp_path / "out" / "models" / "m_tensorrt"
     config = read_really((folder / "config.pbtxt").read_text())
     assert (config.name, config.platform, config.backend) == ("m_tensorrt", "tensorrt_plan", "")
@@ -159,7 +159,7 @@ def test_plans(tmp_path: Path) -> None:
 
 def test_engines_that_triton_does_not_run(tmp_path: Path) -> None:
     bundle = with_engines(make_bundle(tmp_path / "b", preprocessing={"size": 4}), engine("8.6", backend="tensorrt-rtx"))
-    remarks = package_bundle(bundle, "triton", tmp_path / "out")["remarks"]
+    remarks = package_bundle(bundle, "triton", tmp_path / "out").remarks
     assert any("TensorRT-RTX are left out" in remark for remark in remarks)
     assert len(list((tmp_path / "out" / "models").iterdir())) == 1
     with pytest.raises(ConfigError, match="compute capability is '8/7'"):
@@ -173,7 +173,7 @@ def test_plans_that_take_no_single_picture(tmp_path: Path) -> None:
     """As `build --min-batch 4` makes them: the warm-up and the server's own batching send one."""
     least = engine("8.7", batch=BatchRange(4, 4, 8))
     bundle = with_engines(make_bundle(tmp_path / "b", preprocessing={"size": 4}, name="m"), engine("8.7"), least)
-    remarks = package_bundle(bundle, "triton", tmp_path / "out")["remarks"]
+    remarks = package_bundle(bundle, "triton", tmp_path / "out").remarks
     assert any("above 1 alone are left out" in remark for remark in remarks)
     config = check_config((tmp_path / "out" / "models" / "m_tensorrt" / "config.pbtxt").read_text())
     assert config.max_batch_size == 4  # The earlier one of its kind.
@@ -230,7 +230,7 @@ def test_the_check_of_a_configuration(old: str, new: str, said: str, fixed: Path
 def test_what_lacks_is_told_before_it_is_written(tiny_bundle: Path) -> None:
     assert read_bundle(tiny_bundle).classifier
     with pytest.raises(GateError, match="lacks max_batch_size, input, output, instance_group"):
-        print_config({"name": "x", "backend": "onnxruntime"})
+        print_config(name="x", backend="onnxruntime")
 
 
 def test_every_field_of_ours_is_tritons() -> None:

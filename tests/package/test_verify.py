@@ -22,9 +22,9 @@ NAMES = ["files", "signature", "model", "inputs, outputs", "operators", "metadat
 
 def failed(folder: Path) -> dict[str, str]:
     result = verify_bundle(folder)
-    found = {check["name"]: check["details"] for check in result["checks"] if not check["passed"]}
-    assert result["passed"] is (not found)
-    names = [check["name"] for check in result["checks"]]
+    found = {check.name: check.details for check in result.checks if not check.passed}
+    assert result.passed is (not found)
+    names = [check.name for check in result.checks]
     assert names == (NAMES[:3] if "model" in found else NAMES)  # Nothing is asked of a file that is no valid ONNX.
     return found
 

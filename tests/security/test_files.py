@@ -238,8 +238,8 @@ def test_what_nobody_vouches_for_is_not_run(tmp_path: Path, keys: Path, monkeypa
     sign_bundle(bundle, keys / "key.pem")
     monkeypatch.setattr(verify, "open_checked", lambda *_, **__: pytest.fail("it was opened"))
     found = verify.verify_bundle(bundle, public_key=keys / "other.pub")
-    assert not found["passed"]
-    assert [check["name"] for check in found["checks"]] == ["files", "signature"]
+    assert not found.passed
+    assert [check.name for check in found.checks] == ["files", "signature"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.bundle.kernels import CompiledLaunch
 from sparsifiner_edge.runtime.cuda import Device
 from sparsifiner_edge.runtime.tensorrt import plugin as ours
 from tests.tables import manifest_of, table_of
@@ -40,11 +41,11 @@ def bindings(registry: Registry) -> Any:
     return trt
 
 
-def called(trt: Any, identifier: str, launch: dict[str, Any]) -> dict[str, Any]:
+def called(trt: Any, identifier: str, launch: CompiledLaunch) -> dict[str, Any]:
     """What TensorRT's registry knows of a plugin, and what its functions give."""
     plugin = sys.modules["tensorrt.plugin"]
     definition = importlib.import_module("tensorrt_bindings.plugin._lib").QDP_REGISTRY[identifier]
-    inputs = [plugin.from_shape_expr((1, *launch["tensors"][n]["shape"]), trt.DataType.FLOAT) for n in launch["inputs"]]
+    inputs = [plugin.from_shape_expr((1, *launch.tensors[n].shape), trt.DataType.FLOAT) for n in launch.inputs]
     outputs = definition.register_func(*inputs)
     symbol, ptx, parameters, extra = definition.aot_impl_func(*inputs, outputs, 0)
     return {
@@ -64,7 +65,7 @@ def result(folder: Path) -> dict[str, Any]:
     assert table is not None
     made = ours.register(trt, table, folder, manifest_of(folder), 87)
     again = ours.register(trt, table, folder, manifest_of(folder), 87)
-    found = {name: called(trt, name, table["launches"][name.partition("::")[2]]) for name in made}
+    found = {name: called(trt, name, table.launches[name.partition("::")[2]]) for name in made}
     return {"found": found, "again": made == again, "registered": len(registry.creators)}
 
 

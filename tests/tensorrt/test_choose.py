@@ -11,13 +11,13 @@ import pytest
 
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.kernels import NAMESPACE, code_file, table_file
-from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.tensorrt.models import dense_model
 from tests.fakes.tensorrt import Behaviour
+from tests.seal import seal_bundle
 from tests.sparse_graph import sparse_model
 from tests.test_runtime import spoil_golden
 

@@ -52,13 +52,13 @@ def test_the_real_plugin_module_takes_them(folder, tmp_path, version):
         return
     table = table_of(folder, 87)
     assert result["again"]
-    assert len(result["found"]) == result["registered"] == len(table["launches"]) == 7
+    assert len(result["found"]) == result["registered"] == len(table.launches) == 7
     kinds = {"float32": "FLOAT", "float16": "HALF", "int32": "INT32"}
     for identifier, found in result["found"].items():
-        launch = table["launches"][identifier.partition("::")[2]]
-        assert found["inputs"] == launch["inputs"]
-        assert found["outputs"] == len(launch["outputs"])
-        assert found["types"] == [kinds[launch["tensors"][name]["dtype"]] for name in launch["outputs"]]
-        assert found["ranks"] == [1 + len(launch["tensors"][name]["shape"]) for name in launch["outputs"]]
-        assert (found["symbol"], found["kind"], found["extra"]) == (launch["symbol"], "KernelLaunchParams", 0)
+        launch = table.launches[identifier.partition("::")[2]]
+        assert found["inputs"] == list(launch.inputs)
+        assert found["outputs"] == len(launch.outputs)
+        assert found["types"] == [kinds[launch.tensors[name].dtype] for name in launch.outputs]
+        assert found["ranks"] == [1 + len(launch.tensors[name].shape) for name in launch.outputs]
+        assert (found["symbol"], found["kind"], found["extra"]) == (launch.symbol, "KernelLaunchParams", 0)
         assert found["in ptx"]

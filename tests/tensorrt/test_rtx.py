@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.bundle.store import seal_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.export.check import golden_image
@@ -28,6 +27,7 @@ from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
 from tests.models import TINY_CONFIG, student
 from tests.package.reseal import reseal
+from tests.seal import seal_bundle
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx
 from tests.tiny import make_bundle
 
@@ -47,7 +47,7 @@ def vit_bundle(folder: Path, sparsity: SparsityConfig, precision: str, batch: in
     if precision == "fp16":
         model = convert(model).model
     if precision == "int8":
-        model = quantise(model, [golden_image(160, batch or 1, seed) for seed in range(2)], "tensorrt").model
+        model = quantise(model, [golden_image(160, batch or 1, seed) for seed in range(2)], "tensorrt")[0]
         model = convert(model).model
     folder.mkdir()
     onnx.save(model, folder / "model.onnx")

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Buffer, Launch, Plan
+from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Buffer, Constant, Launch, Plan
+from sparsifiner_edge.records import write_record
 
 CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
 """What is compiled for in tests: Turing, A100, RTX 30, Orin, RTX 40, H100, B200, Thor, RTX 50."""
@@ -61,14 +62,14 @@ class Compiled:
     hidden: int
     registers: int
     spilled: int
-    constants: dict[str, Any]
+    constants: dict[str, Constant]
     warps: int
     stages: int
 
-    def metadata(self) -> dict[str, Any]:
-        """All but the code, fit for JSON."""
-        fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in ("cubin", "ptx")}
+    def metadata(self) -> Any:
+        """All but the code, JSON-ready."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("cubin", "ptx")]
+        return {name: write_record(getattr(self, name)) for name in names}
 
 
 def compile_plan(plan: Plan, capability: int, ptx_version: int | None = None) -> list[Compiled]:
@@ -94,7 +95,7 @@ def compile_launch(plan: Plan, launch: Launch, capability: int, ptx_version: int
     from triton.compiler import ASTSource
 
     given = {name: plan.buffers[buffer] for name, buffer in launch.arguments.items() if buffer is not None}
-    absent: dict[str, Any] = {name: None for name in launch.arguments if name not in given}
+    absent: dict[str, Constant | None] = {name: None for name in launch.arguments if name not in given}
     names = function.arg_names
     source = ASTSource(
         fn=function,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, OPERATORS, AttributeValue
@@ -23,6 +23,10 @@ _GRID_LIMIT = 65535
 """CUDA's limit of a grid's second and third dimension."""
 _OFFSET_LIMIT = 2**31
 """Offsets within one picture's tensors are 32 bits wide."""
+
+
+Constant: TypeAlias = int | float | str
+"""Of a kernel, at compile time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Launch:
     kernel: str
     grid: tuple[int, int, int]
     arguments: dict[str, str | None]
-    constants: dict[str, Any]
+    constants: Mapping[str, Constant]
     warps: int = 4
     stages: int = 2
 

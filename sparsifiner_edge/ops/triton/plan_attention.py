@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from sparsifiner_edge.ops.schema import AttributeValue
-from sparsifiner_edge.ops.triton.plan import _LOG2_E, Buffer, Launch, Plan, _precision, power_of_two
+from sparsifiner_edge.ops.triton.plan import _LOG2_E, Buffer, Constant, Launch, Plan, _precision, power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ class _Sizes:
         """Programs of a tile."""
         return math.ceil(self.tile / self.rows)
 
-    def constants(self, *names: str) -> dict[str, Any]:
+    def constants(self, *names: str) -> dict[str, Constant]:
         """Constants of a kernel by name, and those that all have."""
         shared = {"heads": self.heads, "width": self.width, "block_d": power_of_two(self.width)}
         # Operands of three TF32 products, of float32 rows this wide, would spill.

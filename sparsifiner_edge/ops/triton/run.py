@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsifiner_edge.ops.schema import AttributeValue
 from sparsifiner_edge.ops.triton.compile import OPTIONS
 from sparsifiner_edge.ops.triton.kernels import kernel
 from sparsifiner_edge.ops.triton.plan import Plan, plan_select
@@ -58,14 +59,14 @@ def launch(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def _made(
     make: Callable[..., Plan],
     shapes: tuple[torch.Size, ...],
-    attributes: tuple[tuple[str, Any], ...],
+    attributes: tuple[tuple[str, AttributeValue], ...],
     dtype: str,
     sm: int,
 ) -> Plan:
     return make(shapes, dict(attributes), dtype, sm)
 
 
-def _plan(make: Callable[..., Plan], inputs: Sequence[Tensor], attributes: dict[str, Any]) -> Plan:
+def _plan(make: Callable[..., Plan], inputs: Sequence[Tensor], attributes: dict[str, AttributeValue]) -> Plan:
     """The plan for inputs of which the first is qkv; the same sizes come again at every layer and step."""
     qkv, shapes = inputs[0], tuple(x.shape for x in inputs)
     element = str(qkv.dtype).removeprefix("torch.")
@@ -87,7 +88,7 @@ def key_select(
     value_power: float,
 ) -> Tensor:
     """KeySelect: indices int32 [B,H,T,K]."""
-    a = {
+    a: dict[str, AttributeValue] = {
         "num_heads": num_heads, "num_prefix": num_prefix, "probe": probe, "tile": tile, "cell": cell, "keys": keys,
         "scale": scale, "value_power": value_power,
     }  # fmt: skip
@@ -105,7 +106,7 @@ def _(qkv: Tensor, *rest: Any) -> Tensor:
 
 def _attention_attributes(
     num_heads: int, num_prefix: int, tile: int, cell: int, scale: float, prefix_keys: int
-) -> dict[str, Any]:
+) -> dict[str, AttributeValue]:
     return {
         "num_heads": num_heads, "num_prefix": num_prefix, "tile": tile, "cell": cell, "scale": scale,
         "prefix_keys": prefix_keys,

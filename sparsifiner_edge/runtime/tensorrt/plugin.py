@@ -9,16 +9,25 @@ from __future__ import annotations
 import importlib
 import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.bundle.kernels import NAMESPACE, TYPES, code_file, kernel_model, read_table
+from sparsifiner_edge.bundle.kernels import (
+    NAMESPACE,
+    CompiledLaunch,
+    KernelTable,
+    code_file,
+    kernel_model,
+    read_table,
+)
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.cuda import Device
 
+_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
+"""Types of launches' tensors, and TensorRT's names of them."""
 _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
 
@@ -56,11 +65,11 @@ def prepare(trt: Any, content: bytes, bundle: Path, manifest: Manifest, device: 
     return bytes(kernel_model(onnx.load_from_string(content), table).SerializeToString())
 
 
-def register(trt: Any, table: Mapping[str, Any], bundle: Path, manifest: Manifest, capability: int) -> list[str]:
+def register(trt: Any, table: KernelTable, bundle: Path, manifest: Manifest, capability: int) -> list[str]:
     """Register a plugin for every launch of a table; returns their identifiers, those known before included."""
     trtp = importlib.import_module(f"{trt.__name__}.plugin")
     identifiers = []
-    for name, launch in table["launches"].items():
+    for name, launch in table.launches.items():
         identifier = f"{NAMESPACE}::{name}"
         identifiers.append(identifier)
         if identifier in _registered:
@@ -72,36 +81,32 @@ def register(trt: Any, table: Mapping[str, Any], bundle: Path, manifest: Manifes
     return identifiers
 
 
-def describe(trt: Any, trtp: Any, launch: Mapping[str, Any]) -> Any:
+def describe(trt: Any, trtp: Any, launch: CompiledLaunch) -> Any:
     """The function that tells shapes and types of a launch's outputs; the batch is that of its first input."""
 
     def description(*inputs: Any) -> Any:
         batch = inputs[0].shape_expr[0]
-        made = []
-        for name in launch["outputs"]:
-            tensor = launch["tensors"][name]
-            kind = getattr(trt.DataType, TYPES[tensor["dtype"]])
-            made.append(trtp.from_shape_expr((batch, *tensor["shape"]), kind))
-        return tuple(made)
+        made = [launch.tensors[name] for name in launch.outputs]
+        return tuple(trtp.from_shape_expr((batch, *x.shape), getattr(trt.DataType, _TYPES[x.dtype])) for x in made)
 
-    inputs = dict.fromkeys(launch["inputs"], trtp.TensorDesc)
-    return _signed(description, inputs, _tensors(trtp, launch["outputs"]))
+    inputs = [(name, trtp.TensorDesc) for name in launch.inputs]
+    return _signed(description, inputs, _tensors(trtp, launch.outputs))
 
 
-def implement(trtp: Any, launch: Mapping[str, Any], ptx: str) -> Any:
+def implement(trtp: Any, launch: CompiledLaunch, ptx: str) -> Any:
     """The function that gives a launch's kernel, grid and block; the grid's third axis is the batch."""
 
     def implementation(*arguments: Any) -> Any:
-        wide, high = launch["grid"]
-        parameters = trtp.KernelLaunchParams(
+        wide, high = launch.grid
+        sizes = trtp.KernelLaunchParams(
             grid_x=wide, grid_y=high, grid_z=arguments[0].shape_expr[0],
-            block_x=launch["threads"], shared_mem=launch["shared"],
+            block_x=launch.threads, shared_mem=launch.shared_bytes,
         )  # fmt: skip
-        return launch["symbol"], ptx, parameters, trtp.SymIntExprs(0)
+        return launch.symbol, ptx, sizes, trtp.SymIntExprs(0)
 
-    inputs = dict.fromkeys(launch["inputs"], trtp.TensorDesc)
-    others = {"outputs": _tensors(trtp, launch["outputs"]), "tactic": int}
-    return _signed(implementation, {**inputs, **others}, tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs])
+    parameters = [(name, trtp.TensorDesc) for name in launch.inputs]
+    parameters += [("outputs", _tensors(trtp, launch.outputs)), ("tactic", int)]
+    return _signed(implementation, parameters, tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs])
 
 
 def _tensors(trtp: Any, names: Sequence[str]) -> Any:
@@ -109,9 +114,9 @@ def _tensors(trtp: Any, names: Sequence[str]) -> Any:
     return types.GenericAlias(tuple, (trtp.TensorDesc,) * len(names))
 
 
-def _signed(function: Any, parameters: Mapping[str, Any], returns: Any) -> Any:
+def _signed(function: Any, parameters: Sequence[tuple[str, Any]], returns: Any) -> Any:
     """The function under the signature that TensorRT reads names and types from."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    made: Sequence[inspect.Parameter] = [inspect.Parameter(n, kind, annotation=a) for n, a in parameters.items()]
+    made: Sequence[inspect.Parameter] = [inspect.Parameter(n, kind, annotation=a) for n, a in parameters]
     function.__signature__ = inspect.Signature(made, return_annotation=returns)
     return function

@@ -1,0 +1,141 @@
+"""What export found on its way, as a manifest says it, for people. Bundles run without, and older ones lack some of it:
+everything has a default, and None is what the manifest does not say.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct, field
+
+
+class Folded(Struct, frozen=True):
+    """Preprocessing that the file does: mean and standard deviation per channel of pixels times `scale`."""
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    scale: str | None = None
+
+
+class OutputCheck(Struct, frozen=True):
+    """An output of the file beside torch's; the last has torch read the keys that the file chose."""
+
+    error_relative_to_range: float | None = None
+    least_row_cosine: float | None = None
+    error_with_equal_selection: float | None = None
+
+
+class Check(Struct, frozen=True):
+    """The file held against torch.
+
+    Attributes:
+        outputs: the worst of all runs.
+        selected_indices, differing_indices: keys in all layers and runs, and how many of them differ from torch's.
+        differing_tokens: final patches that torch kept and the file did not, where tokens are pruned.
+        batches_run: batch sizes.
+        kernels_run: what ran the operators: "portable", and "native" where the library was built.
+    """
+
+    outputs: dict[str, OutputCheck] = {}
+    selected_indices: int = 0
+    differing_indices: int = 0
+    differing_tokens: int = 0
+    batches_run: tuple[int, ...] = ()
+    kernels_run: tuple[str, ...] = ()
+
+
+class Tiling(Struct, frozen=True):
+    """Consecutive patches that share one list, and that ask as one."""
+
+    tile: int | None = None
+    probe: int | None = None
+
+
+class Retiled(Struct, frozen=True):
+    """Another tile than the student's own. cosine: mean of the final tokens to those before, over `pictures`."""
+
+    before: Tiling = field(name="from", default=Tiling())
+    after: Tiling = field(name="to", default=Tiling())
+    cosine: float | None = None
+    pictures: int = 0
+
+
+class Choice(Struct, frozen=True):
+    """Layers of equal sizes: medians of one's attention, at batch 1, and whether they were kept dense."""
+
+    layers: tuple[int, ...] = ()
+    sparse_ms: float | None = None
+    dense_ms: float | None = None
+    kept_dense: bool = False
+
+
+class Measured(Struct, frozen=True):
+    """Where sparse attention pays on the machine that exported. kernels: what ran it."""
+
+    kernels: str | None = None
+    choices: tuple[Choice, ...] = ()
+    sparse_layers_left: int | None = None
+
+
+class Quantisation(Struct, frozen=True):
+    """int8 linear layers.
+
+    Attributes:
+        recipe: what will run the file.
+        cosines: per output, mean row cosine to the float32 file over held-out pictures, of the patches that both keep.
+        other_patches: share of the patches that only one of both files keeps, where tokens are pruned.
+        quantised, kept: linear layers in int8; names of those left in float32.
+        calibrated, held_out: numbers of pictures.
+        method: in words.
+    """
+
+    recipe: str | None = None
+    cosines: dict[str, float] = {}
+    other_patches: float = 0.0
+    quantised: int = 0
+    kept: tuple[str, ...] = ()
+    calibrated: int = 0
+    held_out: int = 0
+    method: str | None = None
+
+
+class Float16(Struct, frozen=True):
+    """A file whose products and activations are float16.
+
+    Attributes:
+        least_row_cosines: per output, least cosine of a row to the float32 file.
+        largest_activation, largest_activation_in: magnitude of what is float16 now, and that tensor's name.
+        nodes_float16, nodes_float32: nodes that compute in each, of those that compute in floats.
+        kernels: what ran the operators in the comparison.
+    """
+
+    least_row_cosines: dict[str, float] = {}
+    largest_activation: float | None = None
+    largest_activation_in: str | None = None
+    nodes_float16: int = 0
+    nodes_float32: int = 0
+    kernels: str | None = None
+
+
+class BoardKernels(Struct, frozen=True, kw_only=True):
+    """CUDA kernels for one board; see `bundle.kernels`.
+
+    Attributes:
+        table, model: files of the bundle: the table, and the model whose nodes are launches.
+        launches, nodes: how many kernels, for how many nodes.
+        refused: name of a node that keeps its body -> why.
+        triton, assembler, ptx_version: what made the code.
+        cuda: version that the board runs.
+        warnings: what may be wrong with the code there.
+    """
+
+    board: str | None = None
+    compute_capability: str | None = None
+    table: str | None = None
+    model: str | None = None
+    launches: int = 0
+    nodes: int = 0
+    refused: dict[str, str] = {}
+    triton: str | None = None
+    assembler: str | None = None
+    ptx_version: float | None = None
+    cuda: str | None = None
+    warnings: tuple[str, ...] = ()
