@@ -34,16 +34,16 @@ import numpy as np
 from fidelity_subject import weights_file
 from PIL import Image
 
-from sparsifiner_edge import material
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe, write_head
 from sparsifiner_edge.evaluate.cosine import CosineResult
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import locked
 from sparsifiner_edge.pictures import evenly, list_pictures, open_picture
 from sparsifiner_edge.profiles import stats

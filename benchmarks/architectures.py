@@ -18,7 +18,7 @@ import torch
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig, default_cells
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.attention import qkv_projection

@@ -93,7 +93,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 def this_machine(threads: int) -> tuple[Board, list[dict[str, Any]]]:
     """Dense, sparse native and sparse portable bundles of a ViT-S, measured and estimated in turn."""
-    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.runtime import open_session
     from sparsifiner_edge.sparse.student import sparsify
 

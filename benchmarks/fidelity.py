@@ -4,7 +4,7 @@
     python benchmarks/fidelity.py --all [-o FOLDER]    every variant, at 224, 518 and 1036 px: table, picture, JSON;
                                                        begun again with the same FOLDER, it goes on where it was
 
-Cosine to dense DINOv2 ViT-S/14 over eight photographs, calibrated on other pictures (`sparsifiner_edge.material`).
+Cosine to dense DINOv2 ViT-S/14 over eight photographs, calibrated on other pictures (`sparsifiner_edge.demo.material`).
 "keys" is the share of all keys that a query reads, background included; "MACs" counts predictor, attention and cells
 against dense attention; "error" is the relative error of the attention output, on the teacher's own activations, mean
 over the layers.
@@ -34,12 +34,12 @@ from fidelity_subject import (
     weights_file,
 )
 
-from sparsifiner_edge import material
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import layer_costs
-from sparsifiner_edge.export.bundle import model_shape
+from sparsifiner_edge.demo import material
+from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import Result, write_result
 from sparsifiner_edge.results import Subject as Measured

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, layer_costs
-from sparsifiner_edge.export.bundle import model_shape
+from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.sparse.student import dense_twin
 
 

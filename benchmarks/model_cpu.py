@@ -26,12 +26,12 @@ from cpu_engines import Run, openvino_run, ort_session, ratio, time_in_turn
 from fidelity_subject import weights_file
 from safetensors.torch import save_file
 
-from sparsifiner_edge import material
 from sparsifiner_edge.artifacts import read_json
 from sparsifiner_edge.cli.common import err_console, print_table
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.check import golden_image
-from sparsifiner_edge.export.quantise import LEAST_COSINE, quantise
+from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.export.int8 import LEAST_COSINE, quantise
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.ops import native

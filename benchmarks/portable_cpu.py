@@ -20,10 +20,10 @@ import onnxruntime
 import safetensors.numpy
 from msgspec.structs import replace
 
-from sparsifiner_edge import material
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import profile_bundle
 from sparsifiner_edge.records import write_record

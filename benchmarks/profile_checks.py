@@ -141,8 +141,8 @@ def _text(figure: dict[str, Any]) -> str:
 def export(folder: Path) -> Path:
     import safetensors.numpy
 
-    from sparsifiner_edge import material
-    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.demo import material
+    from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
 
     weights = folder / "dinov2.safetensors"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparsifiner_edge.distill.distill import distill_student as distill_student
     from sparsifiner_edge.errors import SparsifinerError as SparsifinerError
     from sparsifiner_edge.evaluate.evaluate import evaluate_student as evaluate_student
-    from sparsifiner_edge.export.bundle import export_bundle as export_bundle
+    from sparsifiner_edge.export.export import export_bundle as export_bundle
     from sparsifiner_edge.package import package_bundle as package_bundle
     from sparsifiner_edge.profiles.profile import profile_bundle as profile_bundle
     from sparsifiner_edge.runtime import open_session as open_session
@@ -37,7 +37,7 @@ _HOMES = {
     "build_engine": "runtime.build",
     "distill_student": "distill.distill",
     "evaluate_student": "evaluate.evaluate",
-    "export_bundle": "export.bundle",
+    "export_bundle": "export.export",
     "load_student": "sparse.student",
     "open_session": "runtime",
     "package_bundle": "package",
@@ -51,7 +51,7 @@ _EXTRAS = {
     "sparse.in_memory": "train",
     "sparse.student": "train",
     "distill.distill": "train",
-    "export.bundle": "train,cpu",
+    "export.export": "train,cpu",
     "evaluate.evaluate": "train,cpu",
 }
 _OPTIONAL = ("torch", "torchvision", "accelerate", "timm", "safetensors", "onnxscript", "onnxruntime", "PIL")

@@ -19,7 +19,7 @@ from sparsifiner_edge.camera.stills import run_pictures
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.evaluate.classes import ClassResult, accuracy_statistics
 from sparsifiner_edge.evaluate.labelled import FASHION_CLASSES, labelled
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call, manifest_of

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, attention_core, layer_costs, summary
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.export.bundle import model_shape
+from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.sparse.patch import make_model_sparse
 from tests.models import images, vit
 

@@ -16,8 +16,8 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.evaluate.cosine import CosineResult
 from sparsifiner_edge.evaluate.explain import draw, explain
-from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.results import check_result
 from sparsifiner_edge.sparse.student import save_student
 from tests.models import student, vit

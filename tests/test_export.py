@@ -22,9 +22,9 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.export import check, choose, retile
-from sparsifiner_edge.export.bundle import export_bundle
 from sparsifiner_edge.export.check import check_export, count_differing, golden_image
 from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
 from sparsifiner_edge.metrics import Agreement
 from sparsifiner_edge.ops import native

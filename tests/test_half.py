@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
-from sparsifiner_edge.export import half as module
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export import fp16 as module
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.export.fp16 import convert, halve
 from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.export.half import convert, halve
-from sparsifiner_edge.export.quantise import run_file
+from sparsifiner_edge.export.int8 import run_file
 from sparsifiner_edge.metrics import aligned, cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student

@@ -26,7 +26,7 @@ DEPTH = 6
 @pytest.fixture(scope="module")
 def exported(once, tiny_weights):
     """The same model sparse, with tokens pruned after layer 3, and dense."""
-    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
     from tests.models import TINY
 

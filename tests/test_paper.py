@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.ops import reference
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, sparse_layers

@@ -19,8 +19,8 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep, share_of
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export.bundle import export_bundle, model_shape
 from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned
 from sparsifiner_edge.ops import torch as ops

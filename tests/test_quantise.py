@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export import quantise as module
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export import int8 as module
 from sparsifiner_edge.export.check import golden_image
-from sparsifiner_edge.export.quantise import RECIPES, _compared, quantise, run_file
+from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.export.int8 import RECIPES, _compared, quantise, run_file
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student

@@ -11,7 +11,7 @@ from sparsifiner_edge.cli.common import json_option, print_json, print_table, pr
 from sparsifiner_edge.records import Unavailable, write_record
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.demo import DemoResult
+    from sparsifiner_edge.demo.demo import DemoResult
 
 
 @click.command()
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 def command(*, output: Path, as_json: bool) -> None:
     """DINOv2 ViT-S/14 with its real weights on eight photographs: dense beside sparse, untrained, at 224 and 518 px."""
     try:
-        from sparsifiner_edge.demo import run_demo
+        from sparsifiner_edge.demo.demo import run_demo
     except ModuleNotFoundError as error:
+        if str(error.name).startswith("sparsifiner_edge"):
+            raise  # A fault of ours, which no package mends.
         from sparsifiner_edge.errors import MissingExtraError
 
         raise MissingExtraError(str(error.name), "demo") from error

@@ -11,7 +11,7 @@ import pytest
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE
 from sparsifiner_edge.bundle.store import LABELS_FILE, open_bundle, read_labels
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.runtime.verify import verify_bundle
 from tests.bad_input.damage import edit_json, flip
 from tests.commands import assert_refused, call

@@ -61,7 +61,7 @@ def student(good: Path) -> None:
 
 def bundle(good: Path) -> None:
     """A bundle as `export` makes it."""
-    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.export.export import export_bundle
 
     export_bundle(good / "student", good / "bundle")
 

@@ -17,7 +17,7 @@ from tests.package.reseal import reseal
 @pytest.fixture(scope="session")
 def dynamic_bundle(once: Once, feature_weights: Path) -> Path:
     """Features and tokens of dynamic batch; half the tokens are pruned."""
-    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
     from tests.models import TINY
 

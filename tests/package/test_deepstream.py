@@ -78,7 +78,7 @@ def test_features_of_dynamic_batch(features: Path, dynamic_bundle: Path) -> None
 
 
 def test_half_precision(tmp_path: Path, tiny_student: Path) -> None:
-    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.export.export import export_bundle
 
     bundle = export_bundle(tiny_student, tmp_path / "bundle", precision="fp16")
     remarks = package_bundle(bundle, "deepstream", tmp_path / "out").remarks

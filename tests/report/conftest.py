@@ -20,7 +20,7 @@ Result = dict[str, Any]
 def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> dict[str, Path]:
     """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle, `sparse` the other."""
     from sparsifiner_edge.evaluate.evaluate import evaluate_student
-    from sparsifiner_edge.export.bundle import export_bundle
+    from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.profiles import profile_bundle, sweep_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle
     from tests.models import TINY

@@ -18,9 +18,9 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.fp16 import convert
 from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.export.half import convert
-from sparsifiner_edge.export.quantise import quantise, run_file
+from sparsifiner_edge.export.int8 import quantise, run_file
 from sparsifiner_edge.runtime import open_session
 from tests.commands import manifest_of, snapshot
 from tests.fakes.gpu import Gpu

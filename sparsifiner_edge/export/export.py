@@ -34,9 +34,9 @@ from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.check import OTHERS, SAME, check_export, golden_image
 from sparsifiner_edge.export.choose import keep_dense_where_slower
 from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_COSINE_INT8, halve
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
-from sparsifiner_edge.export.half import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_COSINE_INT8, halve
-from sparsifiner_edge.export.quantise import RECIPES, quantise, run_file
+from sparsifiner_edge.export.int8 import RECIPES, quantise, run_file
 from sparsifiner_edge.export.retile import with_tile
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
@@ -86,7 +86,7 @@ def export_bundle(
         img_size: pixels along a side; None takes the student's or model's own.
         keep, token_keep: for a student: other shares of keys and tokens than its own (see `SparsityConfig`).
         tile, probe: for a sparse student: other ones than its own, behind a gate (see `retile`); GPUs want tiles of 64.
-        precision: "fp32"; "fp16" with islands of float32 (see `half`); or "int8" for the linear layers, where
+        precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
             attention stays in float32, or with the recipe "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
         tokens: also give a classifier's tokens; a model without classifier always gives them.

@@ -10,14 +10,14 @@ import msgspec
 import safetensors.numpy
 from msgspec.structs import replace
 
-from sparsifiner_edge import material
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.explain import draw
-from sparsifiner_edge.export.bundle import export_bundle
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import write_bytes
 from sparsifiner_edge.profiles.figures import Method, ProfileResult, Samples
 from sparsifiner_edge.profiles.profile import profile_bundle

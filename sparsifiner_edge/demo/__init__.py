@@ -1,0 +1,1 @@
+"""The demonstration, and the weights and images that other packages ship for it."""
