@@ -226,7 +226,10 @@ def a_node(table):
         (lambda t: a_launch(t)["tensors"].pop("qkv"), "does not describe its tensor 'qkv'"),
         (lambda t: t["nodes"].update({"n": [a_node(t) | {"launch": "none_1"}]}), "no launch 'none_1'"),
         (lambda t: t["nodes"].update({"n": a_node(t)}), "an entry of nodes is not list"),
+        (lambda t: a_launch(t)["inputs"].append("no parameter"), "an entry of launches is not str of the form"),
+        (lambda t: a_node(t)["outputs"].append("\ud800"), "has the name '\\ud800'"),
         (lambda t: t["float32"].update(x=1), "an entry of float32 is not str"),
+        (lambda t: t["float32"].update(x="a\n"), "has the name 'a\\n'"),
         (lambda t: t.update(schema_version=2), "schema 2"),
     ],
 )

@@ -33,6 +33,7 @@ DType = Literal["float32", "float16", "bfloat16", "int32"]
 """Types of tensors that launches take."""
 _Size = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
 _Bytes = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
+_Parameter = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -58,8 +59,8 @@ class CompiledLaunch(Struct, frozen=True, kw_only=True):
     grid: tuple[_Size, _Size]
     threads: _Size
     shared_bytes: _Bytes = field(name="shared")
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[_Parameter, ...]
+    outputs: tuple[_Parameter, ...]
     tensors: dict[str, LaunchTensor]
     registers: int | None = None
     spilled_bytes: int | None = field(name="spilled", default=None)
@@ -121,9 +122,14 @@ def read_table(folder: Path, manifest: Manifest, capability: int) -> KernelTable
         unknown = {*launch.inputs, *launch.outputs} - launch.tensors.keys()
         if unknown:
             raise ArtifactError(f"{path}: {name} does not describe its tensor {min(unknown)!r:.60}.", AGAIN)
+    names = [*table.float32, *table.float32.values()]
     for node in (node for nodes in table.nodes.values() for node in nodes):
         if node.launch not in table.launches:
             raise ArtifactError(f"{path} has no launch {node.launch!r:.60}.", AGAIN)
+        names += [node.name, *node.inputs, *node.outputs]
+    hidden = [name for name in names if not name.isprintable()]
+    if hidden:  # Half a character, for one, which JSON can hold and a model cannot.
+        raise ArtifactError(f"{path} has the name {hidden[0]!r:.60}.", AGAIN)
     return table
 
 
