@@ -36,7 +36,7 @@ from PIL import Image
 
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.errors import ConfigError, PictureError
 from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe, write_head

@@ -19,7 +19,7 @@ from fidelity_subject import weights_file
 
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.cli.common import print_table
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.records import write_record

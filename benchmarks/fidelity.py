@@ -38,7 +38,7 @@ from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import layer_costs
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import Result, write_result

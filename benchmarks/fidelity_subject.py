@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.sparse import calibrate

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from sparsifiner_edge.artifacts import read_json
 from sparsifiner_edge.cli.common import err_console, print_table
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import LEAST_COSINE, quantise

@@ -25,7 +25,7 @@ from sparsifiner_edge.artifacts import read_json
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.costs import summary
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine

@@ -21,7 +21,7 @@ import safetensors.numpy
 from msgspec.structs import replace
 
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.machine import available_cores

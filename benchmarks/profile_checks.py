@@ -141,7 +141,7 @@ def _text(figure: dict[str, Any]) -> str:
 def export(folder: Path) -> Path:
     import safetensors.numpy
 
-    from sparsifiner_edge.demo.demo import material
+    from sparsifiner_edge.demo import material
     from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.sparse.student import sparsify
 

@@ -24,7 +24,7 @@ from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.measure.client import Worker, start_worker

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.sparse.student import sparsify
 from tests.plain import evaluate_student
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.ops import native
 from tests.plain import read_result
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.demo.demo import material
+from sparsifiner_edge.demo import material
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
