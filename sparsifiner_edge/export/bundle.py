@@ -43,6 +43,7 @@ from sparsifiner_edge.ops.schema import DOMAIN, VERSION
 from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
 from sparsifiner_edge.profiles.board import load_board
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_PICTURES, Student, load_dense, load_student
 from sparsifiner_edge.text import shown
@@ -299,7 +300,7 @@ def _manifest(
             _tolerance(numbers, sparse or deployed.prunes, check),
         ),
         check=check,
-        provenance=dict(student.provenance),
+        provenance=write_record(student.provenance),
         tools={name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")},
     )
 
