@@ -166,10 +166,10 @@ def _sparsity(settings: object, folder: Path) -> SparsityConfig | None:
 def manifest_content(manifest: Manifest) -> Any:
     """JSON-ready, as `manifest.json` holds it."""
     plain = write_record(msgspec.structs.replace(manifest, sparsity=None, engines=()))
-    content = {"schema_version": manifest.schema_version, "kind": "bundle"} | plain
-    content["sparsity"] = manifest.sparsity and manifest.sparsity.to_dict()
-    content["engines"] = [engine.to_dict() for engine in manifest.engines]
-    return content
+    return {"schema_version": manifest.schema_version, "kind": "bundle"} | plain | {
+        "sparsity": manifest.sparsity and manifest.sparsity.to_dict(),
+        "engines": [engine.to_dict() for engine in manifest.engines],
+    }  # fmt: skip
 
 
 def required(value: Value | None, name: str, folder: Path) -> Value:
