@@ -175,8 +175,8 @@ def test_layers_that_turn_dense_compute_dense_attention(monkeypatch: pytest.Monk
         made = student(name, SparsityConfig(keep=0.2, cells=4, channels=8), **options).model
         monkeypatch.setattr(choose, "_measure", lambda layer: (2.0, 1.0))
         found = choose.keep_dense_where_slower(made)
-        assert found["sparse_layers_left"] == 0
-        assert all(choice["kept_dense"] for choice in found["choices"])
+        assert found.sparse_layers_left == 0
+        assert all(choice.kept_dense for choice in found.choices)
         plain = vit(name, **options)
         x = torch.randn(1, 3, *plain.patch_embed.img_size)
         with torch.no_grad():

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from sparsifiner_edge.bundle.entries import Choice, Measured
 from sparsifiner_edge.export.graph import IR_VERSION
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
@@ -24,14 +25,11 @@ from sparsifiner_edge.sparse.calibrate import sparse_layers
 ROUNDS, RUNS = 7, 5
 
 
-def keep_dense_where_slower(model: Any) -> dict[str, Any]:
+def keep_dense_where_slower(model: Any) -> Measured:
     """Turn sparse layers of a model, in place, into dense ones where sparse attention is slower on this machine.
 
     Both run on the kernels that a session would use here, with the layer's own sizes, selection and cells included, one
     picture at a time, in turn; medians decide. Layers of equal sizes are measured once.
-
-    Returns:
-        What was measured and chosen, JSON-ready: per kind of layer `sparse_ms`, `dense_ms`, `layers`, `kept_dense`.
     """
     groups: dict[tuple[Any, ...], list[tuple[int, SparseAttention]]] = {}
     for number, block in enumerate(model.blocks):
@@ -45,16 +43,9 @@ def keep_dense_where_slower(model: Any) -> dict[str, Any]:
         slower = sparse > dense
         for _, layer in members if slower else ():
             make_dense_again(layer)
-        choices.append(
-            {
-                "layers": [number for number, _ in members],
-                "sparse_ms": sparse,
-                "dense_ms": dense,
-                "kept_dense": slower,
-            }
-        )
+        choices.append(Choice(tuple(number for number, _ in members), sparse, dense, slower))
     kernels = described(NATIVE.operators, native_library("auto") is not None)
-    return {"kernels": kernels, "choices": choices, "sparse_layers_left": len(sparse_layers(model))}
+    return Measured(kernels, tuple(choices), len(sparse_layers(model)))
 
 
 def _measure(layer: SparseAttention) -> tuple[float, float]:

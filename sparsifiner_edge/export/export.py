@@ -196,7 +196,7 @@ def _numbers(precision: str, recipe: str, calibrate: str | Path | None, retiles:
 
 def _measured(student: Student) -> tuple[Student, Measured]:
     """The student with layers kept dense where that is faster here, and what was measured."""
-    measured = msgspec.convert(keep_dense_where_slower(student.model), Measured)
+    measured = keep_dense_where_slower(student.model)
     kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
     dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
     return dataclasses.replace(student, sparsity=dataclasses.replace(student.sparsity, dense_layers=dense)), measured
