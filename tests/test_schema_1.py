@@ -15,14 +15,26 @@ from sparsifiner_edge.bundle.manifest import parse_manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.evaluate.cosine import CosineResult
+from sparsifiner_edge.profiles.estimate import EstimateResult
+from sparsifiner_edge.profiles.figures import ProfileResult
+from sparsifiner_edge.profiles.sweep import SweepResult
 from sparsifiner_edge.records import write_record
+from sparsifiner_edge.results import Result, read_result
 from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import assert_refused, call
 from tests.models import TINY, images, student, vit
-from tests.plain import estimate_bundle, read_result
+from tests.plain import estimate_bundle
 from tests.tiny import make_bundle
 
 OLD = Path(__file__).parent / "data" / "schema_1"
+FORMS: dict[str, type[Result]] = {
+    "profile": ProfileResult,
+    "comparison": ProfileResult,
+    "sweep": SweepResult,
+    "estimate": EstimateResult,
+    "evaluation": CosineResult,
+}
 RESULTS = sorted((OLD / "results").glob("*.json"))
 Capsys = pytest.CaptureFixture[str]
 
@@ -72,7 +84,10 @@ def test_what_needs_the_shape_says_so(tmp_path: Path, capsys: Capsys) -> None:
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results(path: Path, tmp_path: Path, capsys: Capsys) -> None:
-    assert read_result(path)["kind"] == path.stem
+    """Every figure has a place in the class of its kind, and is written back the same."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["kind"] == path.stem
+    assert write_record(read_result(path, FORMS[path.stem])) == write_record(read_result(path)) == content
     outcome = call(capsys, "report", path, "-o", tmp_path / "page.html")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "page.html").stat().st_size > 10_000

@@ -98,7 +98,6 @@ def command(
 def print_evaluation(result: CosineResult | ClassResult) -> None:
     """The figures; then who was compared with whom, and what ran each."""
     from sparsifiner_edge.evaluate.cosine import CosineResult
-    from sparsifiner_edge.runtime.session import Description
 
     if isinstance(result, CosineResult):
         _print_cosines(result)
@@ -106,7 +105,7 @@ def print_evaluation(result: CosineResult | ClassResult) -> None:
         _print_accuracy(result)
     for subject in result.subjects:
         runtime = result.method.runtime[str(subject.role)]
-        kernels = f", kernels: {runtime.kernels}" if isinstance(runtime, Description) else ""
+        kernels = f", kernels: {runtime.kernels}" if runtime.kernels is not None else ""
         ran = f"{runtime.backend}, {runtime.precision}{kernels}"
         click.echo(f"{subject.role}: {shown(subject.path)} on {shown(ran)}")
 

@@ -19,30 +19,35 @@ RANKS = {"logits": 2, "features": 2, "tokens": 3}
 
 
 class Runtime(msgspec.Struct, frozen=True, kw_only=True):
-    """What ran a model: a backend, the model's precision, and threads inside one operator."""
-
-    backend: str | Unavailable
-    precision: str | Unavailable
-    threads: int | Unavailable | None = None
-
-
-class Description(Runtime, frozen=True, kw_only=True):
-    """What really runs of a bundle.
+    """What ran a model, torch or a backend.
 
     Attributes:
+        precision: of the model. threads: inside one operator.
         provider: ONNX Runtime's word; "TensorRT" or "TensorRT-RTX" of an engine. device: for people.
         kernels: "native, <instruction set>", "function bodies", "none (standard operators)",
             or an engine's.
         cuda, graph, zero_copy: of an engine: package and driver, whether runs are recorded, whether memory is shared.
     """
 
+    backend: str | Unavailable
+    precision: str | Unavailable
+    threads: int | Unavailable | None = None
+    version: str | Unavailable | None = None
+    provider: str | Unavailable | None = None
+    device: str | Unavailable | None = None
+    kernels: str | Unavailable | None = None
+    cuda: str | None = None
+    graph: bool | None = None
+    zero_copy: bool | None = None
+
+
+class Description(Runtime, frozen=True, kw_only=True):
+    """What really runs of a bundle."""
+
     version: str | Unavailable
     provider: str | Unavailable
     device: str | Unavailable
     kernels: str | Unavailable
-    cuda: str | None = None
-    graph: bool | None = None
-    zero_copy: bool | None = None
 
 
 class Session(Protocol):
