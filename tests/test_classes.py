@@ -70,7 +70,7 @@ def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: 
         assert found["queries"] == 12
         assert found["teacher_percent"] == 100
         assert found["subject_percent"] == 100
-        assert found.difference_points.value == 0
+        assert found["difference_points"]["value"] == 0
         assert len(result["samples"]["subject_right"]) == 12
     assert seen[-1] == (2 * (12 + 45), 2 * (12 + 45))
 

@@ -68,6 +68,7 @@ def sparse(tmp_path: Path) -> Path:
 
 EVERY_WAY = """
 import json
+import msgspec
 from sparsifiner_edge import doctor
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.runtime import open_session
@@ -78,7 +79,7 @@ for kernels in ("auto", "portable", "native"):
             told[kernels] = session.description.kernels
     except SparsifinerError as error:
         told[kernels] = f"refused: {error}"
-print(json.dumps(told | doctor.examine()))
+print(json.dumps(told | msgspec.to_builtins(doctor.examine())))
 """
 
 
