@@ -66,8 +66,8 @@ class Bundle:
     """A bundle whose files all matched their hashes; `open_bundle` and `sign.require_signature` give it.
 
     Attributes:
-        folder: as given, for messages too.
-        manifest: parsed from the bytes that were checked, or whose signature was.
+        folder: as given; messages name it.
+        manifest: made of the very bytes that were checked, the signature included where one is required.
     """
 
     folder: Path
