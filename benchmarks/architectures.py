@@ -55,7 +55,7 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     sparsity = SparsityConfig(keep=keep, cells=default_cells(model.patch_embed.num_patches))
     student = make_student(name, model, sparsity)
     heads = {type(block.attn).__mro__[2].__name__ for block in model.blocks}
-    manifest = open_bundle(export_bundle(save_student(student, folder / "student"), folder / "bundle"))
+    manifest = open_bundle(export_bundle(save_student(student, folder / "student"), folder / "bundle")).manifest
     return {
         "name": name,
         "size": size,

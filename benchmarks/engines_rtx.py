@@ -80,7 +80,7 @@ def measure(source: Path) -> list[dict[str, Any]]:
 
 
 def subject(folder: Path) -> dict[str, Any]:
-    manifest = open_bundle(folder)
+    manifest = open_bundle(folder).manifest
     return {
         "kind": "bundle",
         "path": folder.name,

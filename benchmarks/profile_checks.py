@@ -25,7 +25,7 @@ import click
 import numpy as np
 from msgspec.structs import replace
 
-from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import profile_bundle, stats
@@ -163,7 +163,7 @@ def main(bundle: Path | None, runs: int, rounds: int, seconds: float, threads: i
         status = stack.enter_context(err_console.status("exporting"))
         if bundle is None:
             bundle = export(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        subject = replace(bundle_subject(bundle, open_bundle(bundle), "subject"), path=bundle.name)
+        subject = replace(open_bundle(bundle).subject("subject"), path=bundle.name)
         same = same_on_both_sides(bundle, runs, seconds, threads, status.update)
         plain = against_a_plain_loop(bundle, rounds, seconds, threads, status.update)
     quiet = sum(one["verdict"] == "no difference shown" for one in same)

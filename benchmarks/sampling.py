@@ -22,7 +22,7 @@ import numpy as np
 import safetensors.numpy
 from msgspec.structs import asdict, replace
 
-from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.export import export_bundle
@@ -58,7 +58,7 @@ def main(
             raise click.ClickException(f"{found.total}. Take --sensor files.")
         with err_console.status("exporting"):
             subject = bundle or _dense(folder)
-        described = replace(bundle_subject(subject, open_bundle(subject)), path=subject.name)
+        described = replace(open_bundle(subject).subject(), path=subject.name)
         with start_worker() as worker, err_console.status("measuring") as status:
             block = _ready(worker, subject, threads, block_seconds)
             blocks = _in_turn(block, root, rounds, status.update)

@@ -15,6 +15,7 @@ import pytest
 
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.kernels import NAMESPACE, LaunchTensor, code_file, kernel_model, ordered_ptx, plain_ptx
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export import board as boards
 from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
@@ -280,7 +281,7 @@ def test_export_for_a_board(tiny_student, tmp_path, capsys):
     assert {entry["table"], entry["model"]} <= manifest_of(bundle)["files"].keys()
     assert entry["nodes"] > 0
     with open_session(bundle) as session:
-        check_golden(session, bundle)
+        check_golden(session, open_bundle(bundle))
 
 
 def test_export_refuses_a_board_it_does_not_know(tiny_student, tmp_path, capsys):

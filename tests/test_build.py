@@ -18,7 +18,7 @@ import pytest
 from sparsifiner_edge.artifacts import SIGNATURE_FILE, require_replaceable, sha256
 from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine
 from sparsifiner_edge.bundle.manifest import InputSpec, Manifest
-from sparsifiner_edge.bundle.store import bundle_scratch
+from sparsifiner_edge.bundle.store import Bundle, bundle_scratch
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, GateError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.backend import Job
@@ -131,17 +131,17 @@ def test_wrong_usage(tiny: Path, capsys: pytest.CaptureFixture[str], arguments: 
 
 def test_batch_sizes(tmp_path: Path) -> None:
     images = (InputSpec("image", "uint8", (size, 4, 4, 3)) for size in (2, "batch"))
-    fixed, dynamic = (Manifest(schema_version=2, files={}, inputs=(image,)) for image in images)
-    assert batch_range(fixed, None, tmp_path) == batch_range(fixed, (2, 2, 2), tmp_path) == BatchRange(2, 2, 2)
-    assert batch_range(dynamic, None, tmp_path) == BatchRange(1, 1, 8)
-    assert batch_range(dynamic, (2, 4, 4), tmp_path) == BatchRange(2, 4, 4)
+    fixed, dynamic = (Bundle(tmp_path, Manifest(schema_version=2, files={}, inputs=(image,))) for image in images)
+    assert batch_range(fixed, None) == batch_range(fixed, (2, 2, 2)) == BatchRange(2, 2, 2)
+    assert batch_range(dynamic, None) == BatchRange(1, 1, 8)
+    assert batch_range(dynamic, (2, 4, 4)) == BatchRange(2, 4, 4)
     with pytest.raises(ConfigError, match="fixed batch of 2"):
-        batch_range(fixed, (1, 1, 2), tmp_path)
+        batch_range(fixed, (1, 1, 2))
     for sizes in ((0, 1, 1), (2, 1, 4), (1, 8, 4)):
         with pytest.raises(ConfigError, match="batch sizes are"):
-            batch_range(dynamic, sizes, tmp_path)
+            batch_range(dynamic, sizes)
     with pytest.raises(ArtifactError, match="does not say the shape"):
-        batch_range(Manifest(schema_version=2, files={}), None, tmp_path)
+        batch_range(Bundle(tmp_path, Manifest(schema_version=2, files={})), None)
 
 
 # A worker that dies, hangs or is killed: a package of TensorRT-RTX's name that does so where the worker imports it.

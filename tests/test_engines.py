@@ -67,7 +67,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         details=Details(layers=7, golden=Unavailable("no GPU")),
     )
     folder = forge(tmp_path / "b", ENGINE, other)
-    engines = open_bundle(folder).engines
+    engines = open_bundle(folder).manifest.engines
     assert [msgspec.structs.replace(e, file="") for e in engines] == [ENGINE, other]
     assert read_engines([], {}, folder) == ()
 
@@ -77,7 +77,7 @@ def test_what_this_version_does_not_know_of_an_engine_is_passed_over(tmp_path: P
     manifest = json.loads((folder / BUNDLE_FILE).read_text())
     manifest["engines"][0] |= {"details": {"layers": 7, "tactics": ["a"]}, "later": 1}
     (folder / BUNDLE_FILE).write_text(json.dumps(manifest))
-    (engine,) = open_bundle(folder).engines
+    (engine,) = open_bundle(folder).manifest.engines
     assert engine.details == Details(layers=7)
 
 

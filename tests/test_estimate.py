@@ -78,7 +78,7 @@ def total(work: Workload, board: Board, precision: str = "fp16") -> float:
 @pytest.mark.parametrize("shape", [VIT_S, ModelShape(7, 3, 192, 770, 5, 256, 8)])
 def test_sizes_are_what_the_manifest_says(tmp_path: Path, sparsity: SparsityConfig, shape: ModelShape) -> None:
     folder = counted(tmp_path / "bundle", shape, sparsity)
-    found, settings_found = model_of(open_bundle(folder), folder)
+    found, settings_found = model_of(open_bundle(folder))
     assert settings_found == (sparsity if sparsity.token_keep or sparsity.keep < 1 else DENSE)
     assert found == shape
     work = Workload(found, settings_found)
@@ -102,7 +102,7 @@ def test_a_real_bundle_through_the_command_line(tmp_path: Path, tiny_bundle: Pat
     for name in ("latency_ms", "memory_bytes", "energy_j"):
         assert 0 < figures[name]["low"] < figures[name]["value"] < figures[name]["high"]
     operators = {row["kind"]: row for row in figures["operators"]}
-    costs = open_bundle(tiny_bundle).costs
+    costs = open_bundle(tiny_bundle).manifest.costs
     assert set(operators) == {"embedding", "projections", "predictor", "attention", "cells", "mlp"}
     assert {kind: row["macs"] for kind, row in operators.items()} == {k: costs[f"{k}_macs"] for k in operators}
     assert sum(row["ms"] for row in operators.values()) == pytest.approx(figures["latency_ms"]["value"])

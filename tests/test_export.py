@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.export import check, choose, retile
@@ -129,7 +130,7 @@ def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path, folder: Path) -> 
         with open_session(bundle, kernels=kernels) as session:
             assert session.description.kernels == said
             got = session.infer({"image": image})["logits"]
-            check_golden(session, bundle)
+            check_golden(session, open_bundle(bundle))
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.ptp(expected))
 
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 from safetensors.torch import save_file
 
 from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.export import fp16 as module
@@ -128,7 +129,7 @@ def test_a_bundle_says_what_it_is_and_what_ran(place: Path) -> None:
     assert min(found["least_row_cosines"].values()) >= 0.999
     assert set(found["least_row_cosines"]) == {"logits", "features", "tokens"}
     with open_session(place / "fp16") as session:
-        check_golden(session, place / "fp16")
+        check_golden(session, open_bundle(place / "fp16"))
         assert session.description.precision == "fp16"
         assert session.description.kernels == "function bodies"
         together = session.infer({"image": golden_image(160, 3)})["logits"]
@@ -147,7 +148,7 @@ def test_a_dense_bundle_of_fixed_batch(place: Path) -> None:
     assert (manifest["ops"], manifest["outputs"][0]["shape"]) == ({}, [2, 1000])
     assert set(manifest["tolerances"].values()) == {module.HALF_TOLERANCE}
     with open_session(made) as session:
-        check_golden(session, made)
+        check_golden(session, open_bundle(made))
 
 
 def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_the_real_build_for_the_cpu_is_named(bundle, backend):
     with pytest.raises(BackendError, match=r"(?s)onnxruntime \d.* has no .*; it offers .*CPU.*sparsifiner-edge\[gpu\]"):
         backend.load()
     with pytest.raises(BackendError, match=f"has no {backend.provider}"):
-        backend.open(bundle, open_bundle(bundle), 1, "auto")
+        backend.open(open_bundle(bundle), 1, "auto")
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -51,7 +51,7 @@ def test_no_device_is_said_before_a_session_is_made(bundle, gpu_build, monkeypat
     install_cuda(monkeypatch, Gpu(count=0))
     monkeypatch.setattr(onnxruntime, "InferenceSession", None)
     with pytest.raises(BackendError, match="CUDA finds no device"):
-        backend.open(bundle, open_bundle(bundle), 1, "auto")
+        backend.open(open_bundle(bundle), 1, "auto")
 
 
 @pytest.mark.skipif(not CPU_BUILD, reason="onnxruntime-gpu is installed")
@@ -62,7 +62,7 @@ def test_a_silent_fallback_is_an_error(bundle, gpu_build, monkeypatch, backend):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         with pytest.raises(BackendError, match=rf"(?s){backend.provider} does not start.*CPUExecutionProvider instead"):
-            backend.open(bundle, open_bundle(bundle), 1, "auto")
+            backend.open(open_bundle(bundle), 1, "auto")
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -86,7 +86,7 @@ def test_what_the_provider_is_given(bundle, gpu_build, monkeypatch, backend, tmp
             return getattr(self._session, name)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    with backend.open(bundle, open_bundle(bundle), 1, "auto") as session:
+    with backend.open(open_bundle(bundle), 1, "auto") as session:
         described = session.description
         assert session.backend == backend.name
     assert described.provider == backend.provider
@@ -140,7 +140,7 @@ def test_standard_output_stays_clean(bundle):
         "from pathlib import Path\n"
         "from sparsifiner_edge.bundle.store import open_bundle\n"
         "folder = Path(sys.argv[1])\n"
-        "try: gpu.OnnxRuntimeCuda().open(folder, open_bundle(folder), 1, 'auto')\n"
+        "try: gpu.OnnxRuntimeCuda().open(open_bundle(folder), 1, 'auto')\n"
         "except Exception as error: print(json.dumps(str(error)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)

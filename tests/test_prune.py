@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep, share_of
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ConfigError, GateError
@@ -112,7 +113,7 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     results = []
     for kernels in ("native", "portable"):
         with open_session(bundle, kernels=kernels) as session:
-            check_golden(session, bundle)
+            check_golden(session, open_bundle(bundle))
             results.append(session.infer({"image": image}))
             assert results[-1]["tokens"].shape == (1, 36, 64)
             assert results[-1]["token_positions"].dtype == np.int32
@@ -182,7 +183,7 @@ def test_int8_of_a_pruned_model(tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=PRUNED, num_classes=0), tmp_path / "student")
     bundle = export_bundle(folder, tmp_path / "bundle", precision="int8", calibrate=pictures)
     with open_session(bundle) as session:
-        check_golden(session, bundle)
+        check_golden(session, open_bundle(bundle))
 
 
 def test_costs_are_what_torch_counts() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import int8 as module
 from sparsifiner_edge.export.check import golden_image
@@ -70,7 +71,7 @@ def test_every_linear_layer_and_nothing_else_is_int8(place: Path, recipe: str, s
     assert len(scales) >= found["quantised"]  # one per channel of each weight
     with open_session(made) as session:
         assert session.description.precision == "int8"
-        check_golden(session, made)
+        check_golden(session, open_bundle(made))
 
 
 def test_it_is_smaller_and_close_on_a_new_picture(place: Path) -> None:

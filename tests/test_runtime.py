@@ -10,6 +10,7 @@ import pytest
 from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import TensorSpec
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, GateError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import BACKENDS, open_session
@@ -82,7 +83,7 @@ def test_precision_comes_from_the_weights_when_the_manifest_is_silent(tmp_path, 
     with open_session(folder) as session:
         assert session.description.precision == precision
         assert session.outputs[0].dtype == np.dtype(dtype).name
-        check_golden(session, folder)
+        check_golden(session, open_bundle(folder))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_a_corrupt_model_is_a_message(tmp_path, content):
 
 def test_golden_reports_the_difference(bundle):
     with open_session(bundle) as session:
-        report = check_golden(session, bundle)
+        report = check_golden(session, open_bundle(bundle))
     assert report["features"]["range_relative_error"] <= report["features"]["tolerance"] == 1e-5
 
 
@@ -193,14 +194,14 @@ def test_golden_names_the_worst_element(tmp_path):
 
     spoil_golden(folder, spoil)
     with open_session(folder) as session, pytest.raises(GateError, match=r"'features' differs .*worst at \[0, 3\]"):
-        check_golden(session, folder)
+        check_golden(session, open_bundle(folder))
 
 
 def test_golden_error_is_relative_to_the_range(tmp_path):
     folder = make_bundle(tmp_path / "b", tolerances={"features": 0.5})
     shifted = spoil_golden(folder, lambda features: features + np.float32(0.25) * np.ptp(features))
     with open_session(folder) as session:
-        report = check_golden(session, folder)["features"]
+        report = check_golden(session, open_bundle(folder))["features"]
     assert report["range_relative_error"] == pytest.approx(0.25, rel=1e-4)
     assert report["max_abs_difference"] == pytest.approx(0.25 * np.ptp(shifted), rel=1e-4)
 
@@ -212,18 +213,18 @@ def test_golden_refuses_nan_and_another_shape(tmp_path, spoil, message):
     folder = make_bundle(tmp_path / "b")
     spoil_golden(folder, spoil)
     with open_session(folder) as session, pytest.raises(GateError, match=message):
-        check_golden(session, folder)
+        check_golden(session, open_bundle(folder))
 
 
 def test_golden_without_tolerance_or_file_is_refused(tmp_path):
     folder = make_bundle(tmp_path / "b", tolerances={})
     with open_session(folder) as session:
         with pytest.raises(ArtifactError, match="no tolerance for output 'features'"):
-            check_golden(session, folder)
+            check_golden(session, open_bundle(folder))
         (folder / "golden.npz").write_bytes(b"PK\x03\x04 cut")
         reseal(folder)
         with pytest.raises(ArtifactError, match=r"golden.npz cannot be read"):
-            check_golden(session, folder)
+            check_golden(session, open_bundle(folder))
 
 
 def in_fresh_python(code, *arguments):

@@ -67,7 +67,7 @@ def test_a_manifest_of_a_real_export() -> None:
 @pytest.mark.parametrize("entry", ["check", "retiled", "measured", "quantisation", "float16"])
 def test_what_is_for_people_may_lack_anything_and_hold_more(entry: str, tmp_path: Path) -> None:
     more = {entry: {"of another version": [None]}, "boards": [{}], "provenance": {"teacher": {"x": 1}}}
-    manifest = open_bundle(make_bundle(tmp_path / "b", preprocessing={"size": 4, "folded": {}}, **more))
+    manifest = open_bundle(make_bundle(tmp_path / "b", preprocessing={"size": 4, "folded": {}}, **more)).manifest
     assert getattr(manifest, entry) is not None
     assert (manifest.boards[0].launches, manifest.provenance) == (0, {"teacher": {"x": 1}})
     with pytest.raises(ArtifactError, match=f"{entry} is 5, not dict"):
@@ -76,7 +76,7 @@ def test_what_is_for_people_may_lack_anything_and_hold_more(entry: str, tmp_path
 
 def test_what_needs_the_shape_says_so(tmp_path: Path, capsys: Capsys) -> None:
     bundle = Path(shutil.copytree(OLD / "bundle", tmp_path / "b"))
-    assert open_bundle(bundle).schema_version == 1
+    assert open_bundle(bundle).manifest.schema_version == 1
     with pytest.raises(ArtifactError, match=r"shape is missing"):
         estimate_bundle(bundle, "t4")
     assert_refused(call(capsys, "estimate", bundle, "--board", "t4"), "shape is missing", "Export the bundle again")

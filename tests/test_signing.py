@@ -37,7 +37,7 @@ def signed(tmp_path: Path, keys: Path) -> Path:
 
 def test_a_signed_bundle_is_what_it_was(signed: Path, keys: Path) -> None:
     assert require_signature(signed, keys / "key.pub") == open_bundle(signed)
-    assert SIGNATURE_FILE not in open_bundle(signed).files
+    assert SIGNATURE_FILE not in open_bundle(signed).manifest.files
     content = json.loads((signed / SIGNATURE_FILE).read_text())
     assert content["schema_version"] == 1
     assert len(base64.b64decode(content["signature"])) == 64
@@ -151,7 +151,7 @@ def test_a_signed_bundle_can_be_replaced(signed: Path) -> None:
         for path in (folder.parent / "made").iterdir():
             path.rename(folder / path.name)
     assert read_signature(signed) is None
-    assert open_bundle(signed).name == "b"
+    assert open_bundle(signed).manifest.name == "b"
 
 
 def test_a_signature_of_another_bundle(signed: Path, keys: Path, tmp_path: Path) -> None:

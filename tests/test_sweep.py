@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.profiles import parse_axes
 from sparsifiner_edge.profiles.sweep import SweepResult, _points
@@ -40,10 +43,10 @@ def test_every_point_is_measured(bundles):
 
 
 def test_points_are_every_combination_once():
-    manifest = Manifest(schema_version=2, files={})
-    points = _points({"threads": [1, 2, 1], "batch": [4, 1]}, None, manifest, "b")
+    bundle = Bundle(Path("b"), Manifest(schema_version=2, files={}))
+    points = _points({"threads": [1, 2, 1], "batch": [4, 1]}, None, bundle)
     assert points == [(1, 4), (1, 1), (2, 4), (2, 1)]
-    assert _points({"batch": [2]}, 3, manifest, "b") == [(3, 2)]
+    assert _points({"batch": [2]}, 3, bundle) == [(3, 2)]
 
 
 def test_a_fixed_batch_is_swept_over_threads_alone(bundles):

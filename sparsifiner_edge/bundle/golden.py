@@ -6,13 +6,12 @@ import io
 import math
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from sparsifiner_edge.bundle.manifest import AGAIN, Manifest
-from sparsifiner_edge.bundle.store import GOLDEN_FILE, open_bundle, read_listed
+from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, aligned
 
@@ -35,17 +34,13 @@ class Answering(Protocol):
         """Run the model once."""
 
 
-def check_golden(
-    session: Answering, bundle: str | Path, manifest: Manifest | None = None
-) -> dict[str, dict[str, float]]:
+def check_golden(session: Answering, bundle: Bundle) -> dict[str, dict[str, float]]:
     """Run the bundle's golden input and compare every golden output.
 
     Where a session takes only larger batches (its `least_batch`), the input is repeated, and each answer must agree.
 
     Args:
         session: open on the bundle, or on an engine made of it.
-        bundle: its folder.
-        manifest: as it was checked, where that has been done; see `store.read_listed`.
 
     Returns:
         Per output: `max_abs_difference`, `range_relative_error` (that difference over the output's range: its
@@ -55,9 +50,7 @@ def check_golden(
         ArtifactError: `golden.npz` or a tolerance is missing or corrupt.
         GateError: an output is missing, has another shape, or differs beyond its tolerance; the worst element is named.
     """
-    folder = Path(bundle)
-    manifest = open_bundle(folder) if manifest is None else manifest
-    inputs, expected = _repeated(read_golden(folder, manifest), getattr(session, "least_batch", 1))
+    inputs, expected = _repeated(read_golden(bundle), getattr(session, "least_batch", 1))
     outputs = session.infer(inputs)
     if POSITIONS in expected:
         if POSITIONS not in outputs or outputs[POSITIONS].shape != expected[POSITIONS].shape:
@@ -71,10 +64,10 @@ def check_golden(
             )
     report = {}
     for name, wanted in expected.items():
-        tolerance = manifest.tolerances.get(name)
+        tolerance = bundle.manifest.tolerances.get(name)
         if tolerance is None or not 0 <= tolerance <= _MOST_TOLERANCE:
             raise ArtifactError(
-                f"{folder} has no tolerance for output {name!r} from 0 to {_MOST_TOLERANCE:g}.",
+                f"{bundle.folder} has no tolerance for output {name!r} from 0 to {_MOST_TOLERANCE:g}.",
                 AGAIN,
             )
         if name not in outputs:
@@ -83,14 +76,14 @@ def check_golden(
     return report
 
 
-def read_golden(folder: Path, manifest: Manifest) -> Pair:
-    """Golden inputs and outputs of a checked bundle, by the model's names: arrays of numbers, none of them empty.
+def read_golden(bundle: Bundle) -> Pair:
+    """Golden inputs and outputs of a bundle, by the model's names: arrays of numbers, none of them empty.
 
     Raises:
         ArtifactError: missing, altered, too large once unpacked, or no archive of arrays.
     """
-    path = folder / GOLDEN_FILE
-    content = read_listed(folder, manifest, GOLDEN_FILE, _MOST_BYTES)
+    path = bundle.folder / GOLDEN_FILE
+    content = bundle.read(GOLDEN_FILE, _MOST_BYTES)
     try:
         _require_small(content)
         with np.load(io.BytesIO(content), allow_pickle=False) as file:

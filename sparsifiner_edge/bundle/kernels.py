@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
 
 from sparsifiner_edge.artifacts import MAX_JSON, parse_json
 from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.bundle.manifest import AGAIN, Manifest
-from sparsifiner_edge.bundle.store import read_listed
+from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.ops.schema import DOMAIN
@@ -104,17 +103,17 @@ def code_file(capability: int, launch: str, kind: str) -> str:
     return f"{FOLDER}/sm{capability}/{launch}.{kind}"
 
 
-def read_table(folder: Path, manifest: Manifest, capability: int) -> KernelTable | None:
-    """The table of a checked bundle; None where its manifest lists no kernels for that GPU.
+def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
+    """The table of a bundle; None where its manifest lists no kernels for that GPU.
 
     Raises:
         ArtifactError: of a newer schema, or malformed.
     """
     name = table_file(capability)
-    path = folder / name
-    if name not in manifest.files:
+    path = bundle.folder / name
+    if name not in bundle.manifest.files:
         return None
-    content = parse_json(read_listed(folder, manifest, name, MAX_JSON), path, SCHEMA)
+    content = parse_json(bundle.read(name, MAX_JSON), path, SCHEMA)
     table = read_record(content, KernelTable, path, AGAIN)
     for name, launch in table.launches.items():
         if not _NAME.fullmatch(name):  # It becomes the name of a file and of a plugin.

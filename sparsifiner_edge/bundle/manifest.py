@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -23,7 +23,6 @@ BUNDLE_SCHEMA = 2
 MODEL_FILE = "model.onnx"
 AGAIN = "Export the bundle again."
 Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
-Value = TypeVar("Value")
 _MOST, _MOST_DEPTH = 1 << 20, 1024
 """No size of a model comes near, nor its number of layers."""
 
@@ -170,14 +169,3 @@ def manifest_content(manifest: Manifest) -> Any:
         "sparsity": manifest.sparsity and manifest.sparsity.to_dict(),
         "engines": write_record(manifest.engines),
     }  # fmt: skip
-
-
-def required(value: Value | None, name: str, folder: Path) -> Value:
-    """An entry that a bundle's use needs.
-
-    Raises:
-        ArtifactError: the manifest has none.
-    """
-    if value is None:
-        raise ArtifactError(f"{folder}: {name} is missing.", AGAIN)
-    return value

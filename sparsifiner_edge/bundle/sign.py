@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, read_json
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
-from sparsifiner_edge.bundle.store import check_bundle, read_listed, read_manifest
+from sparsifiner_edge.bundle.store import Bundle, check_bundle, read_manifest
 from sparsifiner_edge.errors import ArtifactError, MissingExtraError
 from sparsifiner_edge.files import io_errors, read_bytes, write_text
-from sparsifiner_edge.onnx_file import read_model
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.text import dump_json
 
@@ -122,9 +120,8 @@ def sign_bundle(folder: Path, key: Path) -> Signature:
         MissingExtraError: `cryptography` is not installed.
     """
     private = _read_private(key)
-    manifest, text = _read_whole(folder)
-    # A model that names other files would run with whatever lies there.
-    read_model(read_listed(folder, manifest, MODEL_FILE), folder / MODEL_FILE)
+    bundle, text = _read_whole(folder)
+    bundle.model()  # One that names other files would run with whatever lies there.
     encoded = base64.b64encode(private.sign(_CONTEXT + text)).decode()
     made = Signature(key=fingerprint(private.public_key()), signature=encoded)
     write_text(folder / SIGNATURE_FILE, dump_json(write_record(made)))
@@ -146,11 +143,11 @@ def read_signature(folder: Path) -> Signature | None:
     return read_record(content, Signature, path, _SIGN_AGAIN)
 
 
-def require_signature(folder: Path, public_key: Path) -> Manifest:
-    """Manifest of a bundle that the holder of a key signed, as it is: every file, and no other.
+def require_signature(folder: Path, public_key: Path) -> Bundle:
+    """A bundle that the holder of a key signed, as it is: every file, and no other.
 
-    What it returns was parsed from the bytes that were signed: read the bundle's files with it, by
-    `store.read_listed`, and nothing that anyone writes into the folder meanwhile is used.
+    Its manifest was parsed from the bytes that were signed: read its files by `Bundle.read`, and nothing that anyone
+    writes into the folder meanwhile is used.
 
     Args:
         folder: the bundle.
@@ -167,10 +164,10 @@ def require_signature(folder: Path, public_key: Path) -> Manifest:
             f"{folder} is not signed.",
             f"Do not use it, or sign it: sparsifiner-edge bundle sign {folder} --key KEY.pem",
         )
-    manifest, text = _read_whole(folder)
+    bundle, text = _read_whole(folder)
     if not _fits(public, signature.signature, text):
         raise ArtifactError(f"{folder} {_why_not(public, signature)}.", "Do not use this bundle, or sign it again.")
-    return manifest
+    return bundle
 
 
 def _fits(public: Ed25519PublicKey, encoded: str, text: bytes) -> bool:
@@ -188,25 +185,26 @@ def _why_not(public: Ed25519PublicKey, signature: Signature) -> str:
     return "was changed after it was signed; building an engine changes it too"
 
 
-def _read_whole(folder: Path) -> tuple[Manifest, bytes]:
-    """A bundle's checked manifest and its bytes.
+def _read_whole(folder: Path) -> tuple[Bundle, bytes]:
+    """A checked bundle and its manifest's bytes.
 
     Raises:
         ArtifactError: not a bundle, altered, or with files that the manifest does not list: some are code.
     """
     text = read_manifest(folder)
-    manifest = check_bundle(folder, text)
-    extra = unlisted_files(folder, manifest)
+    bundle = check_bundle(folder, text)
+    extra = unlisted_files(bundle)
     if extra:
         raise ArtifactError(f"{folder} also holds {extra[0]}, which its manifest does not list.", "Remove that file.")
-    return manifest, text
+    return bundle, text
 
 
-def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
+def unlisted_files(bundle: Bundle) -> list[str]:
     """Files of a bundle's folder that its manifest does not list; the signature is one only as a link."""
+    folder = bundle.folder
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
     own = {name for name in (BUNDLE_FILE, SIGNATURE_FILE) if not (folder / name).is_symlink()}
-    return sorted(present - own - set(manifest.files))
+    return sorted(present - own - set(bundle.manifest.files))
 
 
 def _read_private(path: Path) -> Ed25519PrivateKey:

@@ -1,8 +1,9 @@
-"""A bundle's folder: files held against the manifest's hashes, read as the bytes that were hashed, and added to."""
+"""A bundle: its folder and manifest as one value, its files read as the bytes that were hashed, and added to."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,7 +35,6 @@ from sparsifiner_edge.bundle.manifest import (
     Manifest,
     manifest_content,
     parse_manifest,
-    required,
 )
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import (
@@ -57,7 +57,177 @@ _MAX_LABELS = 1 << 24
 MAX_MODEL = 1 << 31
 """Bytes of an ONNX file, by its format (protobuf)."""
 GOLDEN_FILE = "golden.npz"
+Value = TypeVar("Value")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files all matched their hashes; `open_bundle` and `sign.require_signature` give it.
+
+    Attributes:
+        folder: as given; messages name it.
+        manifest: made of the very bytes that were checked, the signature included where one is required.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    def read(self, name: str, most: int = MAX_FILE) -> bytes:
+        """The content of one of its files: these very bytes have the hash that the manifest says.
+
+        Whoever swaps the file after it was checked reaches nothing: use what this returns, never the path.
+
+        Args:
+            name: as in the manifest's `files`.
+            most: bytes that it may have.
+
+        Raises:
+            ArtifactError: the manifest does not list it; it is missing, altered, larger, or outside the folder.
+        """
+        expected = self._expected(name)
+        content = read_bytes(_place(self.folder, name), most)
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise _altered(self.folder / name)
+        return content
+
+    @contextlib.contextmanager
+    def sealed_copy(self, name: str) -> Iterator[str]:
+        """A path to a copy of one of its files, in memory: it has the manifest's hash, and nobody can change it.
+
+        For libraries that read a file: given bytes they would hold them beside what they make of them.
+
+        Raises:
+            ArtifactError: see `read`; or there is no memory for it.
+        """
+        expected = self._expected(name)
+        digest = hashlib.sha256()
+        with contextlib.ExitStack() as stack:
+            with open_regular(_place(self.folder, name)) as file:
+                handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                copy = stack.enter_context(os.fdopen(handle, "wb"))
+                for block in blocks(file, self.folder / name, MAX_MODEL):
+                    digest.update(block)
+                    copy.write(block)
+                copy.flush()
+            if digest.hexdigest() != expected:
+                raise _altered(self.folder / name)
+            fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _SEALS)
+            yield f"/proc/self/fd/{handle}"
+
+    def _expected(self, name: str) -> str:
+        """The hash of a file by the manifest."""
+        expected = self.manifest.files.get(name)
+        if expected is None:
+            raise ArtifactError(f"{self.folder} has no {name}.", AGAIN)
+        return expected
+
+    def model(self) -> Any:
+        """Its `onnx.ModelProto`.
+
+        Raises:
+            ArtifactError: its file is none, was altered, or needs another file.
+        """
+        return read_model(self.read(MODEL_FILE), self.folder / MODEL_FILE)
+
+    def labels(self) -> list[str]:
+        """Its labels, made harmless (`text.shown`); a file that the manifest does not name is none.
+
+        Raises:
+            ArtifactError: the file was altered, or is too large to be labels.
+        """
+        if LABELS_FILE not in self.manifest.files:
+            return []
+        lines = self.read(LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").split("\n")
+        return [shown(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
+
+    def required(self, value: Value | None, name: str) -> Value:
+        """An entry of the manifest that a use needs.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        if value is None:
+            raise ArtifactError(f"{self.folder}: {name} is missing.", AGAIN)
+        return value
+
+    @property
+    def picture_size(self) -> int:
+        """Pixels along a side that it takes.
+
+        Raises:
+            ArtifactError: the manifest does not say.
+        """
+        return self.required(self.manifest.preprocessing, "preprocessing").size
+
+    @property
+    def precision(self) -> str:
+        """Its own word for it, such as "fp16"."""
+        return self.manifest.precision or "fp32"
+
+    def subject(self, role: str | None = None) -> Subject:
+        """How a result names it: its path as given, its name, and the SHA-256 of its manifest."""
+        name = self.manifest.name or self.folder.resolve().name
+        return Subject(role=role, kind="bundle", path=str(self.folder), name=name, sha256=bundle_hash(self.folder))
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """A bundle whose files all match their hashes.
+
+    What is used of those files later is read by `Bundle.read`, which holds the very bytes against the hash again.
+
+    Raises:
+        ArtifactError: not a bundle, newer schema, a file missing, altered, or outside the folder.
+    """
+    return check_bundle(folder, read_manifest(folder))
+
+
+def read_manifest(folder: Path) -> bytes:
+    """The bytes of a bundle's manifest.
+
+    Raises:
+        ArtifactError: `folder` is none, or the manifest cannot be read.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
+    return read_bytes(folder / BUNDLE_FILE, MAX_JSON)
+
+
+def check_bundle(folder: Path, text: bytes) -> Bundle:
+    """See `open_bundle`; `text` is what was read of the manifest."""
+    bundle = Bundle(folder, parse_manifest(text, folder / BUNDLE_FILE))
+    for name, digest in bundle.manifest.files.items():
+        if sha256(_place(folder, name)) != digest:
+            raise _altered(folder / name)
+    return bundle
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a file of a bundle is.
+
+    Raises:
+        ArtifactError: it is missing, or outside the folder.
+    """
+    path = folder / name
+    try:
+        inside = "\0" not in name and path.resolve().is_relative_to(folder.resolve())
+        there = inside and path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, what no system takes.
+        raise ArtifactError(f"{folder} cannot be read: {error}.", "Do not use this bundle.") from error
+    if not inside:
+        raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
+    if not there:
+        raise ArtifactError(f"{path} is missing.", AGAIN)
+    return path
+
+
+def _altered(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", AGAIN)
+
+
+def bundle_hash(folder: Path) -> str:
+    """SHA-256 of the manifest: names the bundle and, through it, every file in it."""
+    return sha256(folder / BUNDLE_FILE)
 
 
 def seal_bundle(folder: Path, manifest: Manifest) -> None:
@@ -139,152 +309,3 @@ def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:
         with contextlib.suppress(OSError):  # Only when empty.
             (folder / ENGINE_FOLDER).rmdir()
         raise
-
-
-def open_bundle(folder: Path) -> Manifest:
-    """Manifest of a bundle whose files all match their hashes.
-
-    What is used of those files later is read by `read_listed`, which holds the very bytes against the hash again.
-
-    Raises:
-        ArtifactError: not a bundle, newer schema, a file missing, altered, or outside the folder.
-    """
-    return check_bundle(folder, read_manifest(folder))
-
-
-def read_manifest(folder: Path) -> bytes:
-    """The bytes of a bundle's manifest.
-
-    Raises:
-        ArtifactError: `folder` is none, or the manifest cannot be read.
-    """
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
-    return read_bytes(folder / BUNDLE_FILE, MAX_JSON)
-
-
-def check_bundle(folder: Path, text: bytes) -> Manifest:
-    """See `open_bundle`; `text` is what was read of the manifest."""
-    manifest = parse_manifest(text, folder / BUNDLE_FILE)
-    for name, digest in manifest.files.items():
-        if sha256(_place(folder, name)) != digest:
-            raise _altered(folder / name)
-    return manifest
-
-
-def read_listed(folder: Path, manifest: Manifest, name: str, most: int = MAX_FILE) -> bytes:
-    """The content of one of a bundle's files: these very bytes have the hash that its manifest says.
-
-    Whoever swaps the file after it was checked reaches nothing: use what this returns, never the path.
-
-    Args:
-        folder: the bundle.
-        manifest: as `open_bundle` or `sign.require_signature` returned it.
-        name: as in the manifest's `files`.
-        most: bytes that it may have.
-
-    Raises:
-        ArtifactError: the manifest does not list it; it is missing, altered, larger, or outside the folder.
-    """
-    expected = _expected(folder, manifest, name)
-    content = read_bytes(_place(folder, name), most)
-    if hashlib.sha256(content).hexdigest() != expected:
-        raise _altered(folder / name)
-    return content
-
-
-@contextlib.contextmanager
-def sealed_copy(folder: Path, manifest: Manifest, name: str) -> Iterator[str]:
-    """A path to a copy of one of a bundle's files, in memory: it has the manifest's hash, and nobody can change it.
-
-    For libraries that read a file: given bytes they would hold them beside what they make of them.
-
-    Raises:
-        ArtifactError: see `read_listed`; or there is no memory for it.
-    """
-    expected = _expected(folder, manifest, name)
-    digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        with open_regular(_place(folder, name)) as file:
-            handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            copy = stack.enter_context(os.fdopen(handle, "wb"))
-            for block in blocks(file, folder / name, MAX_MODEL):
-                digest.update(block)
-                copy.write(block)
-            copy.flush()
-        if digest.hexdigest() != expected:
-            raise _altered(folder / name)
-        fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _SEALS)
-        yield f"/proc/self/fd/{handle}"
-
-
-def _expected(folder: Path, manifest: Manifest, name: str) -> object:
-    """The hash of a file by the manifest."""
-    expected = manifest.files.get(name)
-    if expected is None:
-        raise ArtifactError(f"{folder} has no {name}.", AGAIN)
-    return expected
-
-
-def _place(folder: Path, name: str) -> Path:
-    """Where a file of a bundle is.
-
-    Raises:
-        ArtifactError: it is missing, or outside the folder.
-    """
-    path = folder / name
-    try:
-        inside = "\0" not in name and path.resolve().is_relative_to(folder.resolve())
-        there = inside and path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, what no system takes.
-        raise ArtifactError(f"{folder} cannot be read: {error}.", "Do not use this bundle.") from error
-    if not inside:
-        raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
-    if not there:
-        raise ArtifactError(f"{path} is missing.", AGAIN)
-    return path
-
-
-def _altered(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", AGAIN)
-
-
-def picture_size(manifest: Manifest, folder: Path) -> int:
-    """Pixels along a side that the bundle in `folder` takes.
-
-    Raises:
-        ArtifactError: the manifest does not say.
-    """
-    return required(manifest.preprocessing, "preprocessing", folder).size
-
-
-def read_labels(manifest: Manifest, folder: Path) -> list[str]:
-    """Labels of a bundle that has them, made harmless (`text.shown`); a file that its manifest does not name is none.
-
-    Raises:
-        ArtifactError: the file is too large to be labels.
-    """
-    if LABELS_FILE not in manifest.files:
-        return []
-    lines = read_listed(folder, manifest, LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").split("\n")
-    return [shown(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
-
-
-def bundle_hash(folder: Path) -> str:
-    """SHA-256 of the manifest: names the bundle and, through it, every file in it."""
-    return sha256(folder / BUNDLE_FILE)
-
-
-def load_model(folder: Path, manifest: Manifest) -> Any:
-    """The `onnx.ModelProto` of a checked bundle.
-
-    Raises:
-        ArtifactError: its file is none, was altered, or needs another file.
-    """
-    return read_model(read_listed(folder, manifest, MODEL_FILE), folder / MODEL_FILE)
-
-
-def bundle_subject(folder: Path, manifest: Manifest, role: str | None = None) -> Subject:
-    """How a result names a bundle: its path as given, its name, and the SHA-256 of its manifest."""
-    name = manifest.name or folder.resolve().name
-    return Subject(role=role, kind="bundle", path=str(folder), name=name, sha256=bundle_hash(folder))

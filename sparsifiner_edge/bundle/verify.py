@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import onnx
 from msgspec import Struct
 
-from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
+from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.bundle.sign import fingerprint_of, read_signature, require_signature, unlisted_files
-from sparsifiner_edge.bundle.store import LABELS_FILE, check_bundle, load_model, read_labels, read_manifest
+from sparsifiner_edge.bundle.store import LABELS_FILE, Bundle, check_bundle, read_manifest
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.schema import DOMAIN
 
-Answer = Callable[[Manifest], str]
+Answer = Callable[[Bundle], str]
 
 
 class CheckResult(Struct, frozen=True):
@@ -38,8 +38,7 @@ class Verification(Struct, frozen=True):
 
 
 class _Subject(NamedTuple):
-    folder: Path
-    manifest: Manifest
+    bundle: Bundle
     model: Any
     answer: Answer
     public_key: Path | None
@@ -50,15 +49,15 @@ def verify(folder: Path, answer: Answer, public_key: Path | None = None) -> Veri
 
     Args:
         folder: made by `sparsifiner-edge export`.
-        answer: runs the golden pair, given the checked manifest, and says how far it is off.
+        answer: runs the golden pair, given the checked bundle, and says how far it is off.
         public_key: of whoever must have signed it.
 
     Raises:
         ArtifactError, MissingExtraError: as there.
     """
     text = read_manifest(folder)
-    manifest = check_bundle(folder, text)
-    subject = _Subject(folder, manifest, load_model(folder, manifest), answer, public_key)
+    bundle = check_bundle(folder, text)
+    subject = _Subject(bundle, bundle.model(), answer, public_key)
     checks: list[CheckResult] = []
     for name, check in _CHECKS.items():
         checks.append(_run(name, check, subject))
@@ -79,22 +78,22 @@ def _run(name: str, check: Callable[[_Subject], str], subject: _Subject) -> Chec
 
 
 def _files(subject: _Subject) -> str:
-    extra = unlisted_files(subject.folder, subject.manifest)
+    extra = unlisted_files(subject.bundle)
     if extra:
         raise GateError(f"not in the manifest: {', '.join(extra[:5])}")
-    return f"{len(subject.manifest.files)} files match their SHA-256; no others"
+    return f"{len(subject.bundle.manifest.files)} files match their SHA-256; no others"
 
 
 def _signature(subject: _Subject) -> str:
     if subject.public_key is not None:
         fingerprint = fingerprint_of(subject.public_key)
         try:
-            if require_signature(subject.folder, subject.public_key) != subject.manifest:
+            if require_signature(subject.bundle.folder, subject.public_key) != subject.bundle:
                 raise GateError("the manifest was changed meanwhile")
         except ArtifactError as error:
             raise GateError(error.what) from error
         return f"by {fingerprint[:16]}"
-    signature = read_signature(subject.folder)
+    signature = read_signature(subject.bundle.folder)
     return "none" if signature is None else f"claims the key {signature.key[:16]}; not checked without --public-key"
 
 
@@ -113,7 +112,7 @@ def _onnx(subject: _Subject) -> str:
 def _interface(subject: _Subject) -> str:
     """Names, types and shapes of inputs and outputs, and a tolerance for each output that golden holds."""
     counts = []
-    manifest, graph = subject.manifest, subject.model.graph
+    manifest, graph = subject.bundle.manifest, subject.model.graph
     for key, specs, values in (
         ("inputs", manifest.inputs, graph.input),
         ("outputs", manifest.outputs, graph.output),
@@ -136,7 +135,7 @@ def _tensor(value: Any) -> TensorSpec:
 
 def _operators(subject: _Subject) -> str:
     """Operators of ours: those in the manifest are those in the file, each with its body."""
-    stated = subject.manifest.ops
+    stated = subject.bundle.manifest.ops
     used = {f"{DOMAIN}::{node.op_type}" for node in all_nodes(subject.model) if node.domain == DOMAIN}
     bodies = {f"{function.domain}::{function.name}" for function in subject.model.functions}
     versions = {entry.version for entry in subject.model.opset_import if entry.domain == DOMAIN}
@@ -153,10 +152,10 @@ def _metadata(subject: _Subject) -> str:
     lacking = [output.name for output in subject.model.graph.output if output.name not in entries]
     if lacking:
         raise GateError(f"no entry for {', '.join(lacking)}: GStreamer's onnxinference refuses the file")
-    if entries.get("name") != subject.manifest.name:
-        raise GateError(f"name {entries.get('name')!r}, the manifest says {subject.manifest.name!r}")
+    if entries.get("name") != subject.bundle.manifest.name:
+        raise GateError(f"name {entries.get('name')!r}, the manifest says {subject.bundle.manifest.name!r}")
     classes = _classes(subject.model.graph.output)
-    labels = read_labels(subject.manifest, subject.folder)
+    labels = subject.bundle.labels()
     stated = entries["classes"].splitlines() if entries.get("classes") else []
     if labels and (labels != stated or len(labels) != classes):
         raise GateError(f"{len(labels)} labels in {LABELS_FILE}, {len(stated)} in the model, for {classes} classes")
@@ -168,12 +167,12 @@ def _classes(outputs: Iterable[Any]) -> int:
 
 
 def _engines(subject: _Subject) -> str:
-    engines = subject.manifest.engines
+    engines = subject.bundle.manifest.engines
     return ", ".join(f"{e.backend} {e.version} for {e.compute_capability}" for e in engines) or "none"
 
 
 def _golden(subject: _Subject) -> str:
-    return subject.answer(subject.manifest)
+    return subject.answer(subject.bundle)
 
 
 _CHECKS: dict[str, Callable[[_Subject], str]] = {

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsifiner_edge.bundle.manifest import AGAIN, Manifest, required
-from sparsifiner_edge.bundle.store import picture_size, read_labels
+from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class
 from sparsifiner_edge.camera.prepare import LETTERBOX, SQUARE, Fit
 from sparsifiner_edge.camera.wire import MAX_SIDE
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import Session
-from sparsifiner_edge.runtime.open import checked_manifest, open_checked
+from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.runtime.session import Array
 from sparsifiner_edge.text import finite
 
@@ -31,7 +31,7 @@ class Model:
         backend, threads, kernels: see `open_session`.
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
-        public_key: see `runtime.open.checked_manifest`.
+        public_key: see `runtime.open.checked_bundle`.
 
     Raises:
         ConfigError: the bundle takes a fixed batch above 1.
@@ -48,17 +48,17 @@ class Model:
         public_key: Path | None = None,
         kernels: str = "auto",
     ) -> None:
-        manifest = checked_manifest(folder, public_key)
-        self.fit = Fit(picture_size(manifest, folder), _letterbox(manifest, folder))
-        self.labels = read_labels(manifest, folder)
-        tokens = manifest.tokens
+        bundle = checked_bundle(folder, public_key)
+        self.fit = Fit(bundle.picture_size, _letterbox(bundle))
+        self.labels = bundle.labels()
+        tokens = bundle.manifest.tokens
         self.tokens = None if tokens is None or tokens.grid is None else (tokens.prefix, *tokens.grid)
         self._top, self._threshold = top, threshold
         self._reference: Array | None = None
         self._tokens_before: Array | None = None
-        self.session: Session = open_checked(folder, manifest, backend, threads, kernels)
+        self.session: Session = open_checked(bundle, backend, threads, kernels)
         try:
-            _require_image(self.session, self.fit.size, folder)
+            _require_image(self.session, bundle)
         except SparsifinerError:
             self.session.close()
             raise
@@ -127,26 +127,26 @@ class Model:
         return [Class(int(i), names[i], float(probabilities[i])) for i in best if probabilities[i] >= self._threshold]
 
 
-def _require_image(session: Session, size: int, folder: Path) -> None:
+def _require_image(session: Session, bundle: Bundle) -> None:
     """Refuse a model that takes something else than one image of the size that its manifest says.
 
     Raises:
         ConfigError: it takes larger batches.
         ArtifactError: it takes something else.
     """
-    takes = session.inputs[0]
+    takes, size = session.inputs[0], bundle.picture_size
     shape = takes.shape
     if len(session.inputs) != 1 or takes.name != "image" or takes.dtype != "uint8" or shape[1:] != (size, size, 3):
         raise ArtifactError(
-            f"{folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}.",
+            f"{bundle.folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}.",
             f"Export it again: one uint8 image [B, {size}, {size}, 3] is needed.",
         )
     if isinstance(shape[0], int) and shape[0] != 1:
-        raise ConfigError(f"{folder} takes batches of {shape[0]}.", "Export it with --batch 1 or dynamic.")
+        raise ConfigError(f"{bundle.folder} takes batches of {shape[0]}.", "Export it with --batch 1 or dynamic.")
 
 
-def _letterbox(manifest: Manifest, folder: Path) -> bool:
-    preprocessing = required(manifest.preprocessing, "preprocessing", folder)
+def _letterbox(bundle: Bundle) -> bool:
+    folder, preprocessing = bundle.folder, bundle.required(bundle.manifest.preprocessing, "preprocessing")
     if preprocessing.size > MAX_SIDE:
         raise ArtifactError(f"{folder}: preprocessing.size is {preprocessing.size}; at most {MAX_SIDE}.", AGAIN)
     if not preprocessing.resize.startswith((SQUARE, LETTERBOX)):

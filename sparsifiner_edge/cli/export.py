@@ -10,7 +10,7 @@ import click
 from sparsifiner_edge.bounds import MOST_COUNT, MOST_SIDE
 from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
-from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.cli.common import (
     json_option,
     keep_option,
@@ -85,14 +85,15 @@ def command(
             boards=boards,
             progress=progress,
         )
-    manifest = open_bundle(folder)
+    bundle = open_bundle(folder)
     if as_json:
-        print_json(manifest_content(manifest))
+        print_json(manifest_content(bundle.manifest))
     else:
-        _print(folder, manifest)
+        _print(bundle)
 
 
-def _print(folder: Path, manifest: Manifest) -> None:
+def _print(bundle: Bundle) -> None:
+    folder, manifest = bundle.folder, bundle.manifest
     for line in (*_check(manifest), *_changes(manifest), *_measured(manifest)):
         click.echo(line)
     for board in manifest.boards:

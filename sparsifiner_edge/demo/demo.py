@@ -171,7 +171,7 @@ def _one(
     draw(load_student(student), material.photographs()[2], LAYER, output / f"attention_{setting.size}.png")
     progress(f"{setting.size} px: done", done + len(_STAGES), STEPS)
     assert isinstance(fidelity, CosineResult)
-    return _Row(fidelity, profile, open_bundle(sparse))
+    return _Row(fidelity, profile, open_bundle(sparse).manifest)
 
 
 def _result(rows: dict[str, _Row]) -> DemoResult:

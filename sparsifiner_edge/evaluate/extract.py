@@ -12,8 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
-from sparsifiner_edge.bundle.manifest import required
-from sparsifiner_edge.bundle.store import bundle_hash, open_bundle, picture_size, read_labels
+from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.results import Subject
@@ -130,18 +129,16 @@ def _torch(student: Student, path: str, digest: str) -> Extractor:
 
 @contextlib.contextmanager
 def _bundle(folder: Path, runner: Runner) -> Iterator[Extractor]:
-    manifest = open_bundle(folder)
-    with open_checked(folder, manifest, runner.backend, kernels=runner.kernels) as session:
+    bundle = open_bundle(folder)
+    with open_checked(bundle, runner.backend, kernels=runner.kernels) as session:
 
         def extract(image: Array) -> dict[str, Array]:
             return session.infer({"image": image})
 
-        name = required(manifest.name, "name", folder)
+        name = bundle.required(bundle.manifest.name, "name")
         about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
-        size = picture_size(manifest, folder)
-        prefix = required(manifest.tokens, "tokens", folder).prefix
-        labels = tuple(read_labels(manifest, folder))
-        yield Extractor(extract, size, prefix, about, session.description, labels)
+        size, tokens = bundle.picture_size, bundle.required(bundle.manifest.tokens, "tokens")
+        yield Extractor(extract, size, tokens.prefix, about, session.description, tuple(bundle.labels()))
 
 
 def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:

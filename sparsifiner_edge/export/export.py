@@ -123,7 +123,7 @@ def export_bundle(
     narrow = _narrowed(model, student.img_size, batches, numbers, progress)
     if narrow.model is not model:
         golden |= {f"output.{name}": x for name, x in run_file(narrow.model, golden["input.image"]).items()}
-    # One line each, whatever a folder's name holds; `read_labels` and the model's metadata then say the same.
+    # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
     labels = [shown(label) for label in student.labels or class_labels(student.model)]
     set_metadata(narrow.model, _metadata(student, deployed, labels))
     manifest = msgspec.structs.replace(

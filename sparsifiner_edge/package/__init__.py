@@ -51,8 +51,8 @@ def package_bundle(
         raise ConfigError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNELS)}.")
     module = importlib.import_module(TARGETS[target])
     read = read_bundle(Path(bundle))
-    if batch is not None and (batch < 1 or read.batch not in (None, batch)):
-        fixed = f"{bundle} has a fixed batch of {read.batch}" if read.batch else f"batch is {batch}"
+    if batch is not None and (batch < 1 or read.manifest.batch not in (None, batch)):
+        fixed = f"{bundle} has a fixed batch of {read.manifest.batch}" if read.manifest.batch else f"batch is {batch}"
         raise ConfigError(f"{fixed}.", "Leave --batch out, or export the bundle with --batch dynamic.")
     with new_package(Path(output), read, target) as folder:
         remarks = module.write(read, folder, batch, kernels)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.artifacts import PACKAGE_FILE, new_folder, sha256
 from sparsifiner_edge.bundle.golden import read_golden
-from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, Manifest, TensorSpec
-from sparsifiner_edge.bundle.store import GOLDEN_FILE, bundle_hash, load_model, open_bundle, picture_size, read_labels
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
+from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle, bundle_hash, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.text import dump_json
 
@@ -24,38 +24,25 @@ _NAME = re.compile(r"[A-Za-z0-9_./:-]+")
 """A tensor's name: it goes into lists with semicolons and into lines of configurations."""
 
 
-class Bundle(NamedTuple):
-    """A bundle whose hashes match.
+@dataclasses.dataclass(frozen=True)
+class Packaged(Bundle):
+    """A bundle that takes pictures.
 
     Attributes:
-        folder, manifest: as given and read.
         name: the model's, made fit for files and folders.
-        size: pixels along a side.
-        batch: None where it is dynamic.
-        outputs: in the model's order.
-        labels: one per class; none without classifier.
+        class_names: its labels, one per class; none without classifier.
     """
 
-    folder: Path
-    manifest: Manifest
     name: str
-    size: int
-    batch: int | None
-    outputs: tuple[TensorSpec, ...]
-    labels: tuple[str, ...]
+    class_names: tuple[str, ...]
 
     @property
     def classifier(self) -> bool:
         """Whether it gives logits."""
-        return any(output.name == "logits" for output in self.outputs)
-
-    @property
-    def precision(self) -> str:
-        """The bundle's own word for it, such as "fp16"."""
-        return self.manifest.precision or "fp32"
+        return any(output.name == "logits" for output in self.manifest.outputs)
 
 
-def read_bundle(folder: Path) -> Bundle:
+def read_bundle(folder: Path) -> Packaged:
     """Read a bundle that takes pictures.
 
     Raises:
@@ -63,25 +50,17 @@ def read_bundle(folder: Path) -> Bundle:
             does not say what it takes and gives.
         ConfigError: it takes something else than one uint8 picture `image` [B,S,S,3].
     """
-    manifest = open_bundle(folder)
+    bundle = open_bundle(folder)
+    manifest = bundle.manifest
     for name in manifest.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactError(f"{folder} names the file {name!r}.", "Do not use this bundle.")
-    load_model(folder, manifest)  # What needs other files is not handed on.
-    size = picture_size(manifest, folder)
-    for key, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
-        _check_names(specs, key, folder)
+    bundle.model()  # What needs other files is not handed on.
+    size = bundle.picture_size
+    _check_names(bundle)
     if [(t.name, t.dtype, t.shape[1:]) for t in manifest.inputs] != [("image", "uint8", (size, size, 3))]:
         raise ConfigError(f"{folder} does not take one picture `image` uint8 [B,{size},{size},3].", "Export it again.")
-    return Bundle(
-        folder=folder,
-        manifest=manifest,
-        name=safe_name(manifest.name or ""),
-        size=size,
-        batch=manifest.batch,
-        outputs=manifest.outputs,
-        labels=tuple(read_labels(manifest, folder)),
-    )
+    return Packaged(folder, manifest, safe_name(manifest.name or ""), tuple(bundle.labels()))
 
 
 def safe_name(text: str) -> str:
@@ -89,28 +68,31 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")[:100] or "model"
 
 
-def _check_names(specs: Sequence[TensorSpec], key: str, folder: Path) -> None:
-    names = [spec.name for spec in specs]
-    for name in names:
-        if not _NAME.fullmatch(name) or names.count(name) > 1:
-            raise ArtifactError(f"{folder}: {key} holds the name {name!r:.60}, or twice.", "Do not use this bundle.")
+def _check_names(bundle: Bundle) -> None:
+    for key, specs in (("inputs", bundle.manifest.inputs), ("outputs", bundle.manifest.outputs)):
+        names = [spec.name for spec in specs]
+        for name in names:
+            if not _NAME.fullmatch(name) or names.count(name) > 1:
+                wrong = f"{bundle.folder}: {key} holds the name {name!r:.60}, or twice."
+                raise ArtifactError(wrong, "Do not use this bundle.")
 
 
-def golden_image(bundle: Bundle) -> npt.NDArray[np.uint8]:
+def golden_image(bundle: Packaged) -> npt.NDArray[np.uint8]:
     """The golden input, uint8 [B,S,S,3].
 
     Raises:
         ArtifactError: there is none of that shape.
     """
-    image = read_golden(bundle.folder, bundle.manifest)[0].get("image", np.zeros(0))
-    if image.dtype != np.uint8 or image.shape[1:] != (bundle.size, bundle.size, 3):
+    image = read_golden(bundle)[0].get("image", np.zeros(0))
+    size = bundle.picture_size
+    if image.dtype != np.uint8 or image.shape[1:] != (size, size, 3):
         path = bundle.folder / GOLDEN_FILE
         raise ArtifactError(f"{path} holds {image.dtype} {list(image.shape)}.", AGAIN)
     return image
 
 
 @contextlib.contextmanager
-def new_package(output: Path, bundle: Bundle, target: str) -> Iterator[Path]:
+def new_package(output: Path, bundle: Packaged, target: str) -> Iterator[Path]:
     """Fill a temporary folder; with `package.json`, the hashes of all else, it takes the place of `output`.
 
     Raises:

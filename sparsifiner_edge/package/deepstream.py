@@ -20,7 +20,7 @@ from typing import TypeAlias
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import LABELS_FILE
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.package.common import MODEL, Bundle
+from sparsifiner_edge.package.common import MODEL, Packaged
 from sparsifiner_edge.package.float_model import PROBABILITIES, write_float_model
 from sparsifiner_edge.package.nvinfer_keys import check_app, check_nvinfer
 
@@ -35,7 +35,7 @@ _MODES = {"fp32": 0, "fp16": 2}
 _WORDS = {0: "fp32", 2: "fp16"}
 
 
-def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list[str]:
+def write(bundle: Packaged, folder: Path, batch: int | None, kernels: str) -> list[str]:
     """Fill `folder`; see `package_bundle`.
 
     Raises:
@@ -49,15 +49,16 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
             f"{bundle.folder} is {bundle.precision}: Gst-nvinfer builds int8 only with a calibration table of its own.",
             "Export it with --precision fp32 or fp16.",
         )
-    if bundle.batch not in (None, 1):
+    fixed = bundle.manifest.batch
+    if fixed not in (None, 1):
         raise ConfigError(
-            f"{bundle.folder} takes batches of {bundle.batch}; Gst-nvinfer fills them as frames or objects come.",
+            f"{bundle.folder} takes batches of {fixed}; Gst-nvinfer fills them as frames or objects come.",
             "Export it with --batch dynamic, or 1.",
         )
     if bundle.classifier:
         (folder / LABELS_FILE).write_text(";".join(nvinfer_labels(bundle)) + "\n", encoding="utf-8")
     differences = write_float_model(bundle, folder)
-    sizes = {"primary": bundle.batch or batch or 1, "secondary": bundle.batch or batch or OBJECTS}
+    sizes = {"primary": fixed or batch or 1, "secondary": fixed or batch or OBJECTS}
     for role, size in sizes.items():
         config = {"property": nvinfer_config(bundle, role, size)}
         (folder / f"config_infer_{role}.txt").write_text(_checked(config, check_nvinfer), encoding="utf-8")
@@ -75,7 +76,7 @@ def _checked(groups: Mapping[str, Group], check: Callable[[str], Mapping[str, Ma
     return text
 
 
-def remarks(bundle: Bundle) -> list[str]:
+def remarks(bundle: Packaged) -> list[str]:
     """What is different there from the bundle."""
     found = [
         "Gst-nvinfer scales frames bilinearly (scaling-filter=1; left out, it would take the nearest pixel), "
@@ -99,25 +100,25 @@ def remarks(bundle: Bundle) -> list[str]:
     return found
 
 
-def nvinfer_labels(bundle: Bundle) -> list[str]:
+def nvinfer_labels(bundle: Packaged) -> list[str]:
     """One label per class, without semicolons, which separate them.
 
     Raises:
         ConfigError: there are more or fewer labels than classes, or no number of classes.
     """
-    classes = next(output.shape[-1] for output in bundle.outputs if output.name == "logits")
+    classes = next(output.shape[-1] for output in bundle.manifest.outputs if output.name == "logits")
     if not isinstance(classes, int) or not 0 < classes <= _MOST_CLASSES:
         raise ConfigError(f"{bundle.folder} has {classes!r:.60} classes.", AGAIN)
-    labels = bundle.labels or [f"class_{i}" for i in range(classes)]
+    labels = bundle.class_names or [f"class_{i}" for i in range(classes)]
     if len(labels) != classes:
         raise ConfigError(f"{len(labels)} labels for {classes} classes.", AGAIN)
     return [label.replace(";", ",").strip() or "-" for label in labels]
 
 
-def nvinfer_config(bundle: Bundle, role: str, batch: int) -> Group:
+def nvinfer_config(bundle: Packaged, role: str, batch: int) -> Group:
     """The group `property` for whole frames ("primary") or for a detector's objects ("secondary")."""
     mode = _MODES[bundle.precision]
-    outputs = [PROBABILITIES] if bundle.classifier else [output.name for output in bundle.outputs]
+    outputs = [PROBABILITIES] if bundle.classifier else [output.name for output in bundle.manifest.outputs]
     entries: Group = {
         "gpu-id": 0,
         "gie-unique-id": PRIMARY_ID if role == "primary" else SECONDARY_ID,
@@ -126,7 +127,7 @@ def nvinfer_config(bundle: Bundle, role: str, batch: int) -> Group:
         "onnx-file": MODEL,
         "model-engine-file": f"{MODEL}_b{batch}_gpu0_{_WORDS[mode]}.engine",
         "network-mode": mode,
-        "infer-dims": f"3;{bundle.size};{bundle.size}",
+        "infer-dims": f"3;{bundle.picture_size};{bundle.picture_size}",
         "network-input-order": 0,
         "model-color-format": 0,
         "net-scale-factor": 1.0,
@@ -200,14 +201,15 @@ def key_file(groups: Mapping[str, Group]) -> str:
     return "\n".join(blocks)
 
 
-def _letterbox(bundle: Bundle) -> bool:
+def _letterbox(bundle: Packaged) -> bool:
     preprocessing = bundle.manifest.preprocessing
     return preprocessing is not None and preprocessing.resize.startswith("letterbox")
 
 
-def _readme(bundle: Bundle, differences: Mapping[str, float]) -> str:
+def _readme(bundle: Packaged, differences: Mapping[str, float]) -> str:
     checked = ", ".join(f"{name} {error:.1e}" for name, error in differences.items())
     notes = "\n".join(f"- {remark}" for remark in remarks(bundle))
+    size = bundle.picture_size
     found = (
         "Each frame (or object) gets the likeliest class above `classifier-threshold`, as classifier metadata."
         if bundle.classifier
@@ -229,7 +231,7 @@ In a pipeline of your own:
         nvstreammux name=mux batch-size=1 width=1280 height=720 ! \\
         nvinfer config-file-path=config_infer_primary.txt ! nvvideoconvert ! nvdsosd ! fakesink
 
-`model.onnx` takes float32 [B,3,{bundle.size},{bundle.size}], red first, 0 to 255. Mean and deviation are folded into
+`model.onnx` takes float32 [B,3,{size},{size}], red first, 0 to 255. Mean and deviation are folded into
 its first layer, so `net-scale-factor` is 1 and there are no offsets. Run in ONNX Runtime on the bundle's golden input
 it differs from the golden output, relative to its range, by: {checked}.
 

@@ -18,11 +18,10 @@ from onnx import TensorProto, helper
 
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import AGAIN
-from sparsifiner_edge.bundle.store import load_model
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.graph import drop_unused
-from sparsifiner_edge.package.common import MODEL, Bundle, golden_image
+from sparsifiner_edge.package.common import MODEL, Packaged, golden_image
 from sparsifiner_edge.runtime.onnxruntime.session import OrtSession
 from sparsifiner_edge.runtime.session import Array
 
@@ -32,7 +31,7 @@ _CLOSE = 1e-4
 """Greatest difference of a probability from the softmax of the logits: both come from one runtime."""
 
 
-def write_float_model(bundle: Bundle, folder: Path) -> dict[str, float]:
+def write_float_model(bundle: Packaged, folder: Path) -> dict[str, float]:
     """Write `model.onnx` with float planes in; for a classifier `probabilities` [B,classes] is its only output.
 
     The golden pair is run through it first.
@@ -46,15 +45,15 @@ def write_float_model(bundle: Bundle, folder: Path) -> dict[str, float]:
         GateError: it disagrees with the golden pair.
         MissingExtraError: ONNX Runtime is not installed.
     """
-    model = float_model(load_model(bundle.folder, bundle.manifest))
+    model = float_model(bundle.model())
     present = [output.name for output in model.graph.output]
-    if present != [output.name for output in bundle.outputs]:
+    if present != [output.name for output in bundle.manifest.outputs]:
         said = ", ".join(map(repr, present))
         raise ArtifactError(f"{bundle.folder}: the model gives {said:.100}; its manifest differs.", "Do not use it.")
     path = folder / MODEL
     path.write_bytes(model.SerializeToString())
     with _Planes(path, bundle) as session:
-        found = check_golden(session, bundle.folder, bundle.manifest)
+        found = check_golden(session, bundle)
         logits = session.infer({"image": golden_image(bundle)}).get("logits")
     if logits is not None:
         path.write_bytes(classifier_model(model).SerializeToString())
@@ -133,7 +132,7 @@ def classifier_model(model: Any) -> Any:
 class _Planes(OrtSession):
     """A session on a float model that takes pictures as the bundle does."""
 
-    def __init__(self, path: Path, bundle: Bundle) -> None:
+    def __init__(self, path: Path, bundle: Packaged) -> None:
         super().__init__(path, path.read_bytes(), available_cores(), "portable", bundle.precision)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

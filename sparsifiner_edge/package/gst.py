@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.package.common import MODEL, Bundle
+from sparsifiner_edge.package.common import MODEL, Packaged
 
 ELEMENT = "sparsifiner.py"
 
@@ -25,7 +25,7 @@ def element_file() -> Path:
     return Path(str(importlib.resources.files("sparsifiner_edge.package") / "gstreamer" / "python" / ELEMENT))
 
 
-def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list[str]:
+def write(bundle: Packaged, folder: Path, batch: int | None, kernels: str) -> list[str]:
     """Fill `folder`; see `package_bundle`.
 
     Raises:
@@ -33,8 +33,9 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
     """
     if batch is not None or kernels != "auto":
         raise ConfigError("batch and kernels do not go with GStreamer.", "Leave them out; the element has `kernels`.")
-    if bundle.batch not in (None, 1):
-        raise ConfigError(f"{bundle.folder} takes batches of {bundle.batch}.", "Export it with --batch 1 or dynamic.")
+    fixed = bundle.manifest.batch
+    if fixed not in (None, 1):
+        raise ConfigError(f"{bundle.folder} takes batches of {fixed}.", "Export it with --batch 1 or dynamic.")
     for name in (BUNDLE_FILE, SIGNATURE_FILE, *bundle.manifest.files):
         if name != SIGNATURE_FILE or (bundle.folder / name).is_file():
             (folder / "bundle" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def square(size: int) -> str:
     )
 
 
-def _readme(bundle: Bundle) -> str:
+def _readme(bundle: Packaged) -> str:
     return f"""# {bundle.name} for GStreamer
 
 ## The element `sparsifiner`
@@ -79,7 +80,7 @@ not load.
 ## GStreamer's own `onnxinference`
 
     gst-launch-1.0 videotestsrc num-buffers=25 ! \\
-        {square(bundle.size)} ! \\
+        {square(bundle.picture_size)} ! \\
         onnxinference model-file=bundle/{MODEL} input-image-format=hwc ! fakesink
 
 It attaches the outputs as a GstTensorMeta (1.24 or later, built with ONNX Runtime), each under the id

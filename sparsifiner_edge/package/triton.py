@@ -16,10 +16,10 @@ from typing import TypeAlias
 
 from sparsifiner_edge.bundle.engines import Engine, parse_capability
 from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
-from sparsifiner_edge.bundle.store import LABELS_FILE, read_listed
+from sparsifiner_edge.bundle.store import LABELS_FILE
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.package.common import MODEL, Bundle, golden_image
+from sparsifiner_edge.package.common import MODEL, Packaged, golden_image
 from sparsifiner_edge.package.triton_config import print_config
 
 BATCH = 8
@@ -32,7 +32,7 @@ Tensor: TypeAlias = dict[str, str | list[int]]
 _TYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 
 
-def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list[str]:
+def write(bundle: Packaged, folder: Path, batch: int | None, kernels: str) -> list[str]:
     """Fill `folder`; see `package_bundle`."""
     models = folder / "models"
     library = _library(bundle, kernels)
@@ -46,19 +46,19 @@ def write(bundle: Bundle, folder: Path, batch: int | None, kernels: str) -> list
     return remarks
 
 
-def _takes_one(engine: Engine, bundle: Bundle) -> bool:
+def _takes_one(engine: Engine, bundle: Packaged) -> bool:
     """Whether the server can use an engine: it sends requests alone where it has no others to join them."""
-    return bundle.batch is not None or engine.batch.least <= 1
+    return bundle.manifest.batch is not None or engine.batch.least <= 1
 
 
-def _library(bundle: Bundle, kernels: str) -> Path | None:
+def _library(bundle: Packaged, kernels: str) -> Path | None:
     """The native library, for models that have operators it runs: it computes in float32 alone."""
     wanted = kernels == "auto" and bundle.manifest.ops and bundle.manifest.float16 is None
     return native.library_path() if wanted else None
 
 
-def _write_onnx(bundle: Bundle, folder: Path, batch: int | None, library: Path | None) -> None:
-    most = 0 if bundle.batch else batch or BATCH
+def _write_onnx(bundle: Packaged, folder: Path, batch: int | None, library: Path | None) -> None:
+    most = 0 if bundle.manifest.batch else batch or BATCH
     libraries = None if library is None else {"op_library_filename": [f"{MOUNT}/{folder.name}/{library.name}"]}
     _write_common(
         bundle, folder, most, "KIND_CPU",  # The native library is the CPU provider's.
@@ -66,12 +66,12 @@ def _write_onnx(bundle: Bundle, folder: Path, batch: int | None, library: Path |
     )  # fmt: skip
     if library is not None:
         shutil.copyfile(library, folder / library.name)
-    (folder / "1" / MODEL).write_bytes(read_listed(bundle.folder, bundle.manifest, MODEL))
+    (folder / "1" / MODEL).write_bytes(bundle.read(MODEL))
 
 
-def _write_plans(bundle: Bundle, folder: Path, engines: Mapping[str, Engine]) -> None:
+def _write_plans(bundle: Packaged, folder: Path, engines: Mapping[str, Engine]) -> None:
     """Triton takes the plan of the GPU that it finds."""
-    most = 0 if bundle.batch else min(engine.batch.most for engine in engines.values())
+    most = 0 if bundle.manifest.batch else min(engine.batch.most for engine in engines.values())
     plans = {capability: f"model_{capability.replace('.', '_')}.plan" for capability in engines}
     files = [{"key": capability, "value": plan} for capability, plan in plans.items()]
     first = next(iter(plans.values()))
@@ -80,7 +80,7 @@ def _write_plans(bundle: Bundle, folder: Path, engines: Mapping[str, Engine]) ->
         platform="tensorrt_plan", default_model_filename=first, cc_model_filenames=files,
     )  # fmt: skip
     for capability, plan in plans.items():
-        content = read_listed(bundle.folder, bundle.manifest, engines[capability].file)
+        content = bundle.read(engines[capability].file)
         (folder / "1" / plan).write_bytes(content)
 
 
@@ -97,20 +97,21 @@ def newest_engines(engines: list[Engine]) -> dict[str, Engine]:
     return found
 
 
-def _config(bundle: Bundle, name: str, most: int, kind: str, **own: object) -> str:
+def _config(bundle: Packaged, name: str, most: int, kind: str, **own: object) -> str:
     """The text of a configuration.
 
     Args:
         most: greatest batch, 0 where it is fixed. kind: of processor. own: what is the backend's alone.
     """
-    image = TensorSpec("image", "uint8", (bundle.batch, bundle.size, bundle.size, 3))
-    labelled: Tensor = {"label_filename": LABELS_FILE} if bundle.labels else {}
+    manifest, size = bundle.manifest, bundle.picture_size
+    image = TensorSpec("image", "uint8", (manifest.batch, size, size, 3))
+    labelled: Tensor = {"label_filename": LABELS_FILE} if bundle.class_names else {}
     warm = {"data_type": "TYPE_UINT8", "dims": _dims(image, most), "input_data_file": "image"}
     return print_config(
         name=name,
         max_batch_size=most,
         input=[_tensor(image, most)],
-        output=[_tensor(output, most) | (labelled if output.name == "logits" else {}) for output in bundle.outputs],
+        output=[_tensor(output, most) | (labelled if output.name == "logits" else {}) for output in manifest.outputs],
         instance_group=[{"count": 1, "kind": kind}],
         dynamic_batching={"max_queue_delay_microseconds": QUEUE_US} if most > 1 else None,
         model_warmup=[{"name": "golden", "batch_size": 1, "inputs": [{"key": "image", "value": warm}]}],
@@ -130,19 +131,19 @@ def _dims(tensor: TensorSpec, most: int) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
-def _write_common(bundle: Bundle, folder: Path, most: int, kind: str, **own: object) -> None:
+def _write_common(bundle: Packaged, folder: Path, most: int, kind: str, **own: object) -> None:
     """What both backends need; see `_config`."""
     (folder / "1").mkdir(parents=True)
     (folder / "warmup").mkdir()
     (folder / "config.pbtxt").write_text(_config(bundle, folder.name, most, kind, **own), encoding="utf-8")
     image = golden_image(bundle)
     (folder / "warmup" / "image").write_bytes((image[0] if most else image).tobytes())
-    if bundle.labels:
-        (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
+    if bundle.class_names:
+        (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in bundle.class_names), encoding="utf-8")
 
 
 def _remarks(
-    bundle: Bundle, library: Path | None, engines: Mapping[str, Engine], listed: Sequence[Engine]
+    bundle: Packaged, library: Path | None, engines: Mapping[str, Engine], listed: Sequence[Engine]
 ) -> list[str]:
     found = []
     if library is not None:
@@ -161,7 +162,7 @@ def _remarks(
     return found
 
 
-def _readme(bundle: Bundle, engines: Mapping[str, Engine], remarks: list[str]) -> str:
+def _readme(bundle: Packaged, engines: Mapping[str, Engine], remarks: list[str]) -> str:
     built = ""
     if engines:
         version = next(iter(engines.values())).version
@@ -172,7 +173,8 @@ release notes name that version, and give it the GPU (`docker run --gpus all`; J
 are inside the plans: no plugin has to be loaded.
 """
     notes = "\n".join(f"- {remark}" for remark in remarks)
-    shape = ",".join(str(size) for size in (bundle.batch or 1, bundle.size, bundle.size, 3))
+    size = bundle.picture_size
+    shape = f"{bundle.manifest.batch or 1},{size},{size},3"
     return f"""# {bundle.name} for Triton Inference Server
 
     docker run --rm -p 8000-8002:8000-8002 -v "$PWD/models:{MOUNT}" -e ORT_DISABLE_TELEMETRY=1 \\
@@ -188,7 +190,7 @@ Python (`pip install "tritonclient[http]"`):
     image.set_data_from_numpy(np.zeros(({shape}), np.uint8))
     print(http.InferenceServerClient("localhost:8000").infer("{bundle.name}", [image]).get_response())
 
-The input is uint8 RGB as a camera gives it, {bundle.size} px square; preprocessing is in the model. The warm-up is the
+The input is uint8 RGB as a camera gives it, {size} px square; preprocessing is in the model. The warm-up is the
 bundle's golden input.
 {built}
 {notes}

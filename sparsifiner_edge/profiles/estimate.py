@@ -10,8 +10,8 @@ import msgspec
 
 from sparsifiner_edge.bounds import MOST_BATCH
 from sparsifiner_edge.bundle.kernels import table_file
-from sparsifiner_edge.bundle.manifest import Manifest, required
-from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
+from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
@@ -155,11 +155,10 @@ def estimate_bundle(
         ArtifactError: not a bundle, altered, of a newer schema, or its costs are missing or do not fit its model.
         ConfigError: unknown board, mode, precision or kernels.
     """
-    folder = Path(bundle)
-    manifest = open_bundle(folder)
+    checked = open_bundle(Path(bundle))
     device = board if isinstance(board, Board) else load_board(board)
     device = device if power_mode is None else device.in_mode(power_mode)
-    plan = _plan(folder, manifest, device, precision, kernels)
+    plan = _plan(checked, device, precision, kernels)
     share = CPU if device.kind == "cpu" else GPU
     spent = roofline.costs(plan.work, device, plan.precision, share)
     latency = _latency(plan, spent, share)
@@ -173,20 +172,21 @@ def estimate_bundle(
     )
     layers = [_row(c.operator.kind, [c], c.operator.layer) for c in spent if c.operator.launches]
     method = _method(plan, power_mode, share)
-    return EstimateResult("estimate", [bundle_subject(folder, manifest)], method, EstimateSamples(layers), statistics)
+    return EstimateResult("estimate", [checked.subject()], method, EstimateSamples(layers), statistics)
 
 
-def _plan(folder: Path, manifest: Manifest, board: Board, precision: str | None, kernels: str) -> _Plan:
-    shape, sparsity = model_of(manifest, folder)
-    own = str(required(manifest.precision, "precision", folder))
+def _plan(bundle: Bundle, board: Board, precision: str | None, kernels: str) -> _Plan:
+    manifest = bundle.manifest
+    shape, sparsity = model_of(bundle)
+    own = bundle.required(manifest.precision, "precision")
     chosen = own if precision is None else precision
     board.peak(chosen)  # Refuses what the board cannot do before anything is computed.
-    size = (folder / "model.onnx").stat().st_size * SIZES[chosen] / SIZES.get(own, 4)
+    size = (bundle.folder / "model.onnx").stat().st_size * SIZES[chosen] / SIZES.get(own, 4)
     taken, because = _kernels(kernels, manifest, board)
     if taken == "none" and sparsity.sparse_layers(shape.depth):
-        raise ArtifactError(f"{folder}: the manifest names no operators for its sparse layers.", _AGAIN)
+        raise ArtifactError(f"{bundle.folder}: the manifest names no operators for its sparse layers.", _AGAIN)
     portable, plain = taken == "portable", not manifest.ops
-    work = Workload(shape, sparsity, _batch(manifest, folder), portable, board.kind == "cpu" and (portable or plain))
+    work = Workload(shape, sparsity, _batch(bundle), portable, board.kind == "cpu" and (portable or plain))
     return _Plan(board, work, chosen, taken, because, size)
 
 
@@ -205,33 +205,35 @@ def _kernels(asked: str, manifest: Manifest, board: Board) -> tuple[str, str]:
     return "portable", f"the bundle carries no kernels compiled for SM {board.sm}"
 
 
-def model_of(manifest: Manifest, folder: Path) -> tuple[ModelShape, SparsityConfig]:
-    """Sizes and sparsity of a bundle's model, as its manifest says; `folder` stands in messages.
+def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
+    """Sizes and sparsity of a bundle's model, as its manifest says.
 
     Raises:
         ArtifactError: it does not say, or its costs are not those of such a model.
     """
-    shape, sparsity = required(manifest.shape, "shape", folder), manifest.sparsity or SparsityConfig(keep=1)
+    manifest = bundle.manifest
+    shape, sparsity = bundle.required(manifest.shape, "shape"), manifest.sparsity or SparsityConfig(keep=1)
     try:
         costs, dense = summary(shape, sparsity), summary(shape, SparsityConfig(keep=1))
     except SparsifinerError as error:
-        raise ArtifactError(f"{folder}: {error.what}", _AGAIN) from error
+        raise ArtifactError(f"{bundle.folder}: {error.what}", _AGAIN) from error
     if (costs, dense) != (manifest.costs, manifest.dense_costs):
-        raise ArtifactError(f"{folder}: the manifest's costs are not those of its model.", _AGAIN)
+        raise ArtifactError(f"{bundle.folder}: the manifest's costs are not those of its model.", _AGAIN)
     return shape, sparsity
 
 
-def _batch(manifest: Manifest, folder: Path) -> int:
+def _batch(bundle: Bundle) -> int:
     """Of the file, where it is fixed; else one picture at a time.
 
     Raises:
         ArtifactError: the manifest describes no input, or a batch that no file has.
     """
+    manifest = bundle.manifest
     if not manifest.inputs:
-        raise ArtifactError(f"{folder}: inputs is missing.", _AGAIN)
+        raise ArtifactError(f"{bundle.folder}: inputs is missing.", _AGAIN)
     batch = manifest.batch
     if batch is not None and not 0 < batch <= MOST_BATCH:
-        raise ArtifactError(f"{folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)
+        raise ArtifactError(f"{bundle.folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)
     return batch or 1
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from msgspec.structs import asdict, replace
 
-from sparsifiner_edge.bundle.manifest import Manifest
-from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import (
@@ -87,10 +86,10 @@ def profile_bundle(
     check_backend(backend)
     check_kernels(kernels)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
-    manifests = {role: open_bundle(path) for role, path in folders.items()}
+    bundles = {role: open_bundle(path) for role, path in folders.items()}
     if rules == "mlperf":
-        _refuse_batches(manifests)
-    subjects = [bundle_subject(path, manifests[role], role) for role, path in folders.items()]
+        _refuse_batches(bundles)
+    subjects = [checked.subject(role) for role, checked in bundles.items()]
     clock = Clock(progress, len(folders) * (settings.seconds + 1.0))
     with contextlib.ExitStack() as stack:
         sides = []
@@ -120,10 +119,10 @@ def _with_kernels(figures: Figures, described: Description) -> Figures:
     return replace(figures, flags=figures.flags + flags.kernel_flags(described.kernels))
 
 
-def _refuse_batches(manifests: dict[str, Manifest]) -> None:
+def _refuse_batches(bundles: dict[str, Bundle]) -> None:
     """MLPerf's single stream has one sample a query: better told now than after ten minutes."""
-    for role, manifest in manifests.items():
-        batch = manifest.batch
+    for role, bundle in bundles.items():
+        batch = bundle.manifest.batch
         if batch not in (None, 1):
             raise ConfigError(
                 f"The {role}'s batch is fixed at {batch}; mlperf takes one picture a query.",

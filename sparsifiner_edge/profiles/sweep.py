@@ -10,8 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_THREADS, whole_number
-from sparsifiner_edge.bundle.manifest import Manifest
-from sparsifiner_edge.bundle.store import bundle_subject, open_bundle
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import flags, stats
@@ -102,9 +101,9 @@ def sweep_bundle(
     rules = make_rules("quick", SECONDS if seconds is None else seconds, min_queries, None, 0)
     check_backend(backend)
     check_kernels(kernels)
-    folder = Path(bundle)
-    manifest = open_bundle(folder)
-    points = _points(axes, threads, manifest, folder)
+    checked = open_bundle(Path(bundle))
+    place = str(checked.folder.resolve())
+    points = _points(axes, threads, checked)
     clock = Clock(progress, len(points) * (rules.seconds + 2.0))
     rows: list[Point] = []
     samples: dict[str, SideSamples] = {}
@@ -112,7 +111,7 @@ def sweep_bundle(
     description: Description | None = None
     for count, batch in points:
         name = f"threads={count},batch={batch}"
-        request = Load(bundle=str(folder.resolve()), backend=backend, threads=count, kernels=kernels, batch=batch)
+        request = Load(bundle=place, backend=backend, threads=count, kernels=kernels, batch=batch)
         with start_worker() as worker:
             clock.tell(f"measuring {name}")
             side = load_side(name, worker, request)
@@ -122,9 +121,8 @@ def sweep_bundle(
         rows.append(_point(side, count, batch))
         samples[name], warm_ups[name] = SideSamples(side.latency_ms), _warmed(side)
     assert description is not None
-    subject = bundle_subject(folder, manifest, "subject")
     method = _method(rules, replace(description, threads=None), warm_ups)
-    return SweepResult("sweep", [subject], method, samples, Sweep(rows))
+    return SweepResult("sweep", [checked.subject("subject")], method, samples, Sweep(rows))
 
 
 def _warmed(side: Side) -> WarmUp:
@@ -151,9 +149,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:
     return axes
 
 
-def _points(
-    axes: Mapping[str, Sequence[int]], threads: int | None, manifest: Manifest, folder: Path
-) -> list[tuple[int, int]]:
+def _points(axes: Mapping[str, Sequence[int]], threads: int | None, bundle: Bundle) -> list[tuple[int, int]]:
     """Every combination of threads and batch; a clear refusal before anything is measured."""
     if not axes:
         raise ConfigError("The sweep has no axis.", f"Choose of: {', '.join(AXES)}.")
@@ -162,11 +158,11 @@ def _points(
             raise ConfigError(f"sweep is over {name!r}.", f"Choose of: {', '.join(AXES)}.")
         if not values or not 1 <= min(values) <= max(values) <= AXES[name]:
             raise ConfigError(f"sweep is over {name} = {list(values)}.", f"Give numbers from 1 to {AXES[name]}.")
-    fixed = manifest.batch
+    fixed = bundle.manifest.batch
     batches = list(dict.fromkeys(axes.get("batch", [fixed or 1])))
     if fixed is not None and batches != [fixed]:
         raise ConfigError(
-            f"{folder} has a fixed batch of {fixed}, and the sweep asks for {', '.join(map(str, batches))}.",
+            f"{bundle.folder} has a fixed batch of {fixed}, and the sweep asks for {', '.join(map(str, batches))}.",
             "Export it again with --batch dynamic.",
         )
     counts = list(dict.fromkeys(axes.get("threads", [threads or available_cores()])))

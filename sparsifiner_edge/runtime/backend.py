@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import msgspec
 
 from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine
-from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.session import Session
@@ -35,10 +35,10 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def open(self, folder: Path, manifest: Manifest, threads: int, kernels: str) -> Session:
-        """A session on a checked bundle; see `open_session`. `kernels` is what `choose_kernels` returned."""
+    def open(self, bundle: Bundle, threads: int, kernels: str) -> Session:
+        """A session on a bundle; see `open_session`. `kernels` is what `choose_kernels` returned."""
 
-    def choose_kernels(self, manifest: Manifest, kernels: str) -> str:  # noqa: ARG002
+    def choose_kernels(self, bundle: Bundle, kernels: str) -> str:  # noqa: ARG002
         """What a choice of kernels (`open.KERNELS`) means for a bundle here.
 
         Raises:
@@ -54,22 +54,15 @@ class BuildRequest:
     """What a backend is asked to plan.
 
     Attributes:
-        folder, manifest: the bundle, checked.
         capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
         batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
         options: what only some backends know, checked by them; see the backend's module.
     """
 
-    folder: Path
-    manifest: Manifest
+    bundle: Bundle
     capabilities: tuple[str, ...]
     batch: BatchRange
     options: Mapping[str, Option]
-
-    @property
-    def precision(self) -> str:
-        """The bundle's own word for it, such as "fp16"."""
-        return self.manifest.precision or "fp32"
 
 
 class Planned(NamedTuple):
@@ -120,5 +113,5 @@ class EngineBackend(Backend):
         """Why an engine cannot be run on this machine, such as "no CUDA device: ..."; None where it can."""
 
     @abc.abstractmethod
-    def open_engine(self, path: Path, engine: Engine, manifest: Manifest) -> Session:
-        """A session on an engine's file, which may not be in a bundle yet."""
+    def open_engine(self, path: Path, engine: Engine, bundle: Bundle) -> Session:
+        """A session on an engine of a bundle, whose file may not be in it yet."""

@@ -12,7 +12,7 @@ from sparsifiner_edge.artifacts import ENGINE_FOLDER, sha256
 from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine, Golden, parse_capability
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
-from sparsifiner_edge.bundle.store import bundle_scratch, extend_bundle, open_bundle
+from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Known, Unavailable
@@ -76,27 +76,26 @@ def build_engine(
     """
     start = time.monotonic()
     found = find_backend(backend)
-    folder = Path(bundle)
-    manifest = open_bundle(folder)
+    checked = open_bundle(Path(bundle))
     capabilities = tuple(dict.fromkeys(map(parse_capability, compute_capabilities)))
     engines: tuple[Engine, ...] = ()
     described, golden = None, None
     if isinstance(found, EngineBackend):
         if kernels != "auto":
             raise ConfigError(f"kernels {kernels} are ONNX Runtime's.", f"For {backend}: --option kernels=portable.")
-        request = BuildRequest(folder, manifest, capabilities, batch_range(manifest, batch, folder), options or {})
+        request = BuildRequest(checked, capabilities, batch_range(checked, batch), options or {})
         engines = _build_all(found, request, timeout_s, progress)
     elif backend == "onnxruntime":
         _refuse_settings(capabilities, batch, options)
-        with open_checked(folder, manifest, kernels=kernels) as session:
-            golden = check_golden(session, folder, manifest)
+        with open_checked(checked, kernels=kernels) as session:
+            golden = check_golden(session, checked)
             described = session.description
     else:
         raise ConfigError(
             f"{backend} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
         )
     return Built(
-        bundle=str(folder),
+        bundle=str(checked.folder),
         backend=backend,
         version=str(found.load().__version__),
         engines=engines,
@@ -116,20 +115,21 @@ def _refuse_settings(
         )
 
 
-def batch_range(manifest: Manifest, batch: tuple[int, int, int] | None, folder: Path) -> BatchRange:
+def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRange:
     """Batch sizes for the engines of a bundle.
 
     Raises:
         ConfigError: the bundle's batch is fixed, or the sizes are not 1 <= least <= best <= greatest.
         ArtifactError: the manifest does not say the input's shape.
     """
+    manifest = bundle.manifest
     if not manifest.inputs or not manifest.inputs[0].shape:
-        raise ArtifactError(f"{folder} does not say the shape of its input.", "Export the bundle again.")
+        raise ArtifactError(f"{bundle.folder} does not say the shape of its input.", "Export the bundle again.")
     size = manifest.batch
     if size is not None:
         if batch not in (None, (size, size, size)):
             raise ConfigError(
-                f"{folder} has a fixed batch of {size}.",
+                f"{bundle.folder} has a fixed batch of {size}.",
                 "Leave the batch sizes out, or export it with --batch dynamic.",
             )
         return BatchRange(size, size, size)
@@ -147,7 +147,7 @@ def _build_all(
 ) -> tuple[Engine, ...]:
     planned = backend.plan(request)
     engines: list[Engine] = []
-    with bundle_scratch(request.folder) as scratch:
+    with bundle_scratch(request.bundle.folder) as scratch:
         files: dict[str, Path] = {}
         for number, plan in enumerate(planned):
             tell = _numbered(progress, plan.engine, number, len(planned))
@@ -158,7 +158,7 @@ def _build_all(
             place = f"{ENGINE_FOLDER}/{plan.engine.name}-{sha256(path)[:8]}.engine"
             engines.append(msgspec.structs.replace(plan.engine, file=place, details=details))
             files[place] = path
-        extend_bundle(request.folder, files, lambda manifest: with_engines(manifest, engines, request))
+        extend_bundle(request.bundle.folder, files, lambda manifest: with_engines(manifest, engines, request.bundle))
     return tuple(engines)
 
 
@@ -176,8 +176,8 @@ def _build_one(
     start = time.monotonic()
     job = Job(
         backend=plan.engine.backend,
-        model=str((request.folder / MODEL_FILE).resolve()),
-        model_sha256=request.manifest.files[MODEL_FILE],
+        model=str((request.bundle.folder / MODEL_FILE).resolve()),
+        model_sha256=request.bundle.manifest.files[MODEL_FILE],
         output=str(path.resolve()),
         engine=plan.engine,
         settings=plan.settings,
@@ -193,18 +193,18 @@ def _gate(backend: EngineBackend, engine: Engine, path: Path, request: BuildRequ
     reason = backend.why_not_here(engine)
     if reason is not None:
         return Unavailable(reason)
-    with backend.open_engine(path, engine, request.manifest) as session:
-        return check_golden(session, request.folder)
+    with backend.open_engine(path, engine, request.bundle) as session:
+        return check_golden(session, request.bundle)
 
 
-def with_engines(manifest: Manifest, engines: Sequence[Engine], request: BuildRequest) -> Manifest:
+def with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundle) -> Manifest:
     """A bundle's manifest with engines added; those of the same names go.
 
     Raises:
         ArtifactError: the model is another than the one that the engines were built from.
     """
-    if manifest.files.get(MODEL_FILE) != request.manifest.files[MODEL_FILE]:
-        raise ArtifactError(f"{request.folder} was exported anew while the engines were built.", "Build them again.")
+    if manifest.files.get(MODEL_FILE) != built_of.manifest.files[MODEL_FILE]:
+        raise ArtifactError(f"{built_of.folder} was exported anew while the engines were built.", "Build them again.")
     names = {engine.name for engine in engines}
     gone = {engine.file for engine in manifest.engines if engine.name in names}
     kept = [engine for engine in manifest.engines if engine.name not in names]

@@ -16,7 +16,7 @@ import msgspec
 from sparsifiner_edge import errors
 from sparsifiner_edge.bundle.engines import Details
 from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, Manifest
-from sparsifiner_edge.bundle.store import read_listed
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, SparsifinerError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
@@ -85,7 +85,7 @@ def job_model(job: Job) -> bytes:
     """
     path = Path(job.model)
     manifest = Manifest(schema_version=BUNDLE_SCHEMA, files={path.name: job.model_sha256})
-    return read_listed(path.parent, manifest, path.name)
+    return Bundle(path.parent, manifest).read(path.name)
 
 
 def _raised(error: Failure) -> SparsifinerError:

@@ -6,9 +6,8 @@ import importlib
 from pathlib import Path
 
 from sparsifiner_edge.bounds import MOST_THREADS
-from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.sign import require_signature
-from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.runtime.backend import Backend
@@ -89,12 +88,11 @@ def open_session(
         BackendError: no such backend or kernels, `threads` below 1 or absurd, or the backend refuses the model.
         MissingExtraError: the backend's package is not installed, or what checks signatures.
     """
-    folder = Path(bundle)
-    return open_checked(folder, checked_manifest(folder, public_key), backend, threads, kernels)
+    return open_checked(checked_bundle(Path(bundle), public_key), backend, threads, kernels)
 
 
-def checked_manifest(folder: Path, public_key: str | Path | None = None) -> Manifest:
-    """Everything that is demanded of a bundle before any of it is loaded; returns its manifest.
+def checked_bundle(folder: Path, public_key: str | Path | None = None) -> Bundle:
+    """Everything that is demanded of a bundle before any of it is loaded; returns it.
 
     Args:
         folder: the bundle.
@@ -108,17 +106,13 @@ def checked_manifest(folder: Path, public_key: str | Path | None = None) -> Mani
 
 
 def open_checked(
-    folder: Path,
-    manifest: Manifest,
-    backend: str = "onnxruntime",
-    threads: int | None = None,
-    kernels: str = "auto",
+    bundle: Bundle, backend: str = "onnxruntime", threads: int | None = None, kernels: str = "auto"
 ) -> Session:
-    """`open_session` with the manifest that `checked_manifest` returned: only files that it vouches for are used."""
+    """`open_session` with what `checked_bundle` returned: only files that its manifest vouches for are used."""
     found = find_backend(backend)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise BackendError(
             f"threads is {threads}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
         )
     check_kernels(kernels)
-    return found.open(folder, manifest, threads or available_cores(), found.choose_kernels(manifest, kernels))
+    return found.open(bundle, threads or available_cores(), found.choose_kernels(bundle, kernels))

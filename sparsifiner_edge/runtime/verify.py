@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsifiner_edge.bundle.golden import check_golden
-from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.bundle.verify import Verification, verify
 from sparsifiner_edge.runtime.open import open_checked
 
@@ -29,12 +29,11 @@ def verify_bundle(
         BackendError: the backend cannot run it.
         MissingExtraError: the backend, or what checks signatures, is not installed.
     """
-    folder = Path(bundle)
 
-    def answer(manifest: Manifest) -> str:
-        with open_checked(folder, manifest, backend, kernels=kernels) as session:
-            found = check_golden(session, folder, manifest)
+    def answer(checked: Bundle) -> str:
+        with open_checked(checked, backend, kernels=kernels) as session:
+            found = check_golden(session, checked)
         parts = (f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}" for name, f in found.items())
         return f"{', '.join(parts)} ({backend})"
 
-    return verify(folder, answer, None if public_key is None else Path(public_key))
+    return verify(Path(bundle), answer, None if public_key is None else Path(public_key))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, WEIGHTS_FILE
-from sparsifiner_edge.bundle.store import LABELS_FILE, open_bundle, read_labels
+from sparsifiner_edge.bundle.store import LABELS_FILE, open_bundle
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.runtime.verify import verify_bundle
 from tests.bad_input.damage import edit_json, flip
@@ -115,7 +115,7 @@ def test_labels_are_one_line_each_in_a_bundle(student: Path, tmp_path: Path) -> 
     written = (folder / LABELS_FILE).read_text(encoding="utf-8").split("\n")
     assert written[:3] == ["two\\x0alines", "a\\x0db", "\\x1b[31m"]
     assert written[10:] == [""]
-    assert read_labels(open_bundle(folder), folder) == written[:10]
+    assert open_bundle(folder).labels() == written[:10]
 
 
 def test_what_is_no_source_of_an_export(tmp_path: Path, tiny_bundle: Path, capsys: Capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def test_a_key_that_slipped_in_is_noticed(
 
 
 def test_a_name_with_points_is_no_type(tmp_path: Path, tiny_bundle: Path) -> None:
-    read = read_bundle(tiny_bundle)._replace(name="vit_small_patch14_dinov2.lvd142m")
+    read = dataclasses.replace(read_bundle(tiny_bundle), name="vit_small_patch14_dinov2.lvd142m")
     assert nvinfer_config(read, "primary", 1)["classifier-type"] == "vit_small_patch14_dinov2_lvd142m"
 
 

@@ -182,7 +182,7 @@ def test_plans_that_take_no_single_picture(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "other" / "models").iterdir()] == ["m"]
     fixed = make_bundle(tmp_path / "f", preprocessing={"size": 4}, name="m", batch=4)
     with_engines(fixed, engine("8.7", batch=BatchRange(4, 4, 4)))
-    assert read_bundle(fixed).batch == 4
+    assert read_bundle(fixed).manifest.batch == 4
     assert _takes_one(engine("8.7", batch=BatchRange(4, 4, 4)), read_bundle(fixed))
 
 

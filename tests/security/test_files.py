@@ -14,10 +14,9 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsifiner_edge.bundle import sign
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.sign import require_signature, sign_bundle
-from sparsifiner_edge.bundle.store import open_bundle, read_labels, read_listed
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.runtime import open_session
 from tests.commands import assert_refused, process
@@ -89,7 +88,7 @@ def test_a_model_that_names_other_files_is_refused(
     with pytest.raises(ArtifactError, match=r"another file|names other files"):
         sign_bundle(bundle, keys / "key.pem")
     with monkeypatch.context() as patch:  # As one who signs by other means.
-        patch.setattr(sign, "read_model", lambda *_: None)
+        patch.setattr(Bundle, "model", lambda _: None)
         sign_bundle(bundle, keys / "key.pem")
     for options in ({}, {"public_key": keys / "key.pub"}):
         with pytest.raises(ArtifactError, match=r"another file|names other files"):
@@ -170,13 +169,13 @@ def test_everything_is_read_as_the_manifest_says(tmp_path: Path, keys: Path) -> 
     (bundle / "labels.txt").write_text("cat\n")
     reseal(bundle)
     sign_bundle(bundle, keys / "key.pem")
-    manifest = require_signature(bundle, keys / "key.pub")
-    assert read_labels(manifest, bundle) == ["cat"]
+    checked = require_signature(bundle, keys / "key.pub")
+    assert checked.labels() == ["cat"]
     with open_session(bundle) as session:
         for name, read in (
-            ("labels.txt", lambda: read_labels(manifest, bundle)),
-            ("golden.npz", lambda: check_golden(session, bundle, manifest)),
-            ("model.onnx", lambda: read_listed(bundle, manifest, "model.onnx")),
+            ("labels.txt", checked.labels),
+            ("golden.npz", lambda: check_golden(session, checked)),
+            ("model.onnx", lambda: checked.read("model.onnx")),
         ):
             kept = (bundle / name).read_bytes()
             (bundle / name).write_bytes(kept + b"x")
@@ -191,7 +190,28 @@ def test_everything_is_read_as_the_manifest_says(tmp_path: Path, keys: Path) -> 
             (bundle / name).unlink()
             (bundle / name).write_bytes(kept)
     with pytest.raises(ArtifactError, match=r"has no kernels/sm87\.json"):
-        read_listed(bundle, manifest, "kernels/sm87.json")
+        checked.read("kernels/sm87.json")
+
+
+def test_a_bundle_stays_what_was_checked(tmp_path: Path) -> None:
+    """Its folder may hold another whole bundle later: the value that was checked reads nothing of it."""
+    folder = make_bundle(tmp_path / "bundle", name="m")
+    (folder / "labels.txt").write_text("cat\n")
+    reseal(folder)
+    checked = open_bundle(folder)
+    (folder / "labels.txt").write_text("dog\n")
+    reseal(folder)
+    assert open_bundle(folder).labels() == ["dog"]
+    for read in (checked.labels, checked.sealed_copy("labels.txt").__enter__):
+        with pytest.raises(ArtifactError, match=r"labels\.txt does not match its SHA-256"):
+            read()
+    with checked.sealed_copy("model.onnx") as copy:
+        assert Path(copy).read_bytes() == (folder / "model.onnx").read_bytes()
+        with pytest.raises(PermissionError):
+            Path(copy).write_bytes(b"")
+    assert checked.required(checked.manifest.name, "name") == "m"
+    with pytest.raises(ArtifactError, match="bundle: tokens is missing"):
+        checked.required(checked.manifest.tokens, "tokens")
 
 
 def test_kernels_that_the_manifest_does_not_list_are_not_the_bundles(tmp_path: Path) -> None:
@@ -200,16 +220,16 @@ def test_kernels_that_the_manifest_does_not_list_are_not_the_bundles(tmp_path: P
     bundle = make_bundle(tmp_path / "bundle")
     (bundle / "kernels").mkdir()
     (bundle / "kernels" / "sm87.json").write_text('{"schema_version": 1, "launches": {}, "nodes": {}}')
-    assert read_table(bundle, open_bundle(bundle), 87) is None
+    assert read_table(open_bundle(bundle), 87) is None
     reseal(bundle)
-    assert read_table(bundle, open_bundle(bundle), 87) is not None
+    assert read_table(open_bundle(bundle), 87) is not None
 
 
 def test_labels_are_shown_harmless(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     (bundle / "labels.txt").write_bytes("cat\x1b[31m\n\u202edog\nu\u2028v\n\u732b\n".encode())
     reseal(bundle)
-    assert read_labels(open_bundle(bundle), bundle) == ["cat\\x1b[31m", "\\u202edog", "u\\u2028v", "\u732b"]
+    assert open_bundle(bundle).labels() == ["cat\\x1b[31m", "\\u202edog", "u\\u2028v", "\u732b"]
     shutil.rmtree(bundle)
 
 
@@ -263,4 +283,4 @@ def test_a_table_of_kernels_that_is_none(nodes: Any, tmp_path: Path) -> None:
         (bundle / "kernels" / "sm87.json").write_text(json.dumps(table))
         reseal(bundle)
         with pytest.raises(ArtifactError):
-            read_table(bundle, open_bundle(bundle), 87)
+            read_table(open_bundle(bundle), 87)

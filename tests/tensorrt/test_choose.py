@@ -11,6 +11,7 @@ import pytest
 
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.kernels import NAMESPACE, code_file, table_file
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime import open_session
@@ -105,7 +106,7 @@ def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, machine):
     assert set(behaviour.seen["register"]) == set(behaviour.seen["aot_impl"]) == {f"{NAMESPACE}::{n}" for n in LAUNCHES}
     with open_session(folder, "tensorrt") as session:
         assert session.description.kernels == "CUDA kernels, as a plugin"
-        assert check_golden(session, folder)
+        assert check_golden(session, open_bundle(folder))
     with pytest.raises(BackendError, match=r"(?s)no engine for tensorrt that runs.*bodies.*--option kernels=portable"):
         open_session(folder, "tensorrt", kernels="portable")
     assert [p.name for p in (folder / "engines").iterdir()] == [engine.file.partition("/")[2]]

@@ -27,7 +27,7 @@ def image(batch=1, size=4):
 
 def built_engine(folder) -> Engine:
     build_engine(folder, "tensorrt")
-    return open_bundle(folder).engines[0]
+    return open_bundle(folder).manifest.engines[0]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -43,7 +43,7 @@ def test_build_and_run(tmp_path, machine, version, package):
     assert engine.version == trt.__version__
     assert engine.details.kernels == "bodies"
     assert engine.details.golden["features"]["range_relative_error"] <= 1e-5
-    assert open_bundle(folder).files[engine.file] == sha256(folder / engine.file)
+    assert open_bundle(folder).manifest.files[engine.file] == sha256(folder / engine.file)
     assert behaviour.seen["cleared"] == {"TF32"}
     assert "flags" not in behaviour.seen
     assert behaviour.seen["WORKSPACE"] == engine.details.workspace_bytes == (8 << 30) // 2
@@ -60,7 +60,7 @@ def test_build_and_run(tmp_path, machine, version, package):
         assert session.outputs == reference.outputs
         assert session.last_times.compute_ms == 2.0
         assert session.layers()["Layers"][0] == "Cast"
-        assert check_golden(session, folder)
+        assert check_golden(session, open_bundle(folder))
     assert described.device == "Orin (compute capability 8.7)"
     assert described.graph is (package == "cuda-python")
     assert described.zero_copy is True
@@ -89,7 +89,7 @@ def test_the_golden_pair_fills_the_least_batch(tmp_path, machine):
     (engine,) = build_engine(folder, "tensorrt", batch=(3, 3, 4)).engines
     assert engine.details.golden["features"]["range_relative_error"] < 1e-5
     with open_session(folder, "tensorrt") as session:
-        assert check_golden(session, folder)["features"]["range_relative_error"] < 1e-5
+        assert check_golden(session, open_bundle(folder))["features"]["range_relative_error"] < 1e-5
         with pytest.raises(BackendError, match="'image' got 2 on axis 0; this engine takes 3 to 4"):
             session.infer({"image": image(2)})
 
@@ -161,7 +161,7 @@ def test_a_version_compatible_engine_runs_on_a_later_version(tmp_path, machine):
     build_engine(folder, "tensorrt", options={"version_compatible": True})
     machine("10.16")
     with open_session(folder, "tensorrt") as session:
-        assert check_golden(session, folder)
+        assert check_golden(session, open_bundle(folder))
     machine("11.4")
     with pytest.raises(BackendError, match=r"installed is 11\.4"):
         open_session(folder, "tensorrt")
@@ -173,7 +173,7 @@ def test_a_session_checks_the_machine_itself(tmp_path, machine):
     engine = built_engine(folder)
     wrong = msgspec.structs.replace(engine, compute_capability="8.9")
     with pytest.raises(BackendError, match=r"does not run here: built for compute capability 8\.9"):
-        TensorRt().open_engine(folder / engine.file, wrong, {})
+        TensorRt().open_engine(folder / engine.file, wrong, open_bundle(folder))
 
 
 def test_a_damaged_engine_is_a_message(tmp_path, machine):
@@ -183,7 +183,7 @@ def test_a_damaged_engine_is_a_message(tmp_path, machine):
     path = tmp_path / "cut.engine"
     path.write_bytes((folder / engine.file).read_bytes()[:40])
     with pytest.raises(BackendError, match=r"(?s)was built by another version or is damaged.*Build it again"):
-        TensorRt().open_engine(path, engine, {})
+        TensorRt().open_engine(path, engine, open_bundle(folder))
     assert gpu.live() == {}
 
 
@@ -238,7 +238,7 @@ def test_a_run_that_fails_says_what_tensorrt_said(tmp_path, machine):
         with pytest.raises(BackendError, match=r"TensorRT fails to run .*Neither address nor allocator"):
             session.infer({"image": image()})
         behaviour.enqueue = None
-        assert check_golden(session, folder)
+        assert check_golden(session, open_bundle(folder))
     assert gpu.live() == {}
 
 

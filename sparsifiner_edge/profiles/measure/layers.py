@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
-from sparsifiner_edge.bundle.store import open_bundle, read_listed
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.profiles.measure.kinds import Row, merge
@@ -68,10 +68,9 @@ def measure_layers(
         BackendError: the backend has no profiler, or its profile cannot be read.
     """
     queries = max(MIN_QUERIES, min(MAX_QUERIES, round(SECONDS * 1000 / max(query_ms, 1e-3))))
-    folder = Path(bundle)
-    manifest = open_bundle(folder)
-    model = read_listed(folder, manifest, MODEL_FILE)
-    with open_checked(folder, manifest, backend, threads, kernels) as session:
+    checked = open_bundle(Path(bundle))
+    model = checked.read(MODEL_FILE)
+    with open_checked(checked, backend, threads, kernels) as session:
         inputs = make_inputs(session.inputs)
         own = getattr(session, "layer_times", None)
         if own is not None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
-from sparsifiner_edge.bundle.store import sealed_copy
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.runtime.backend import Backend
@@ -22,15 +21,15 @@ class OnnxRuntime(Backend):
         """See `Backend.load`."""
         return load_backend()
 
-    def choose_kernels(self, manifest: Manifest, kernels: str) -> str:
+    def choose_kernels(self, bundle: Bundle, kernels: str) -> str:
         """See `Backend.choose_kernels`: a file of a type that the native kernels do not take runs by its bodies."""
-        if manifest.float16 is None or "float16" in NATIVE.dtypes:
+        if bundle.manifest.float16 is None or "float16" in NATIVE.dtypes:
             return kernels
         if kernels == "native":
             raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
         return "portable"
 
-    def open(self, folder: Path, manifest: Manifest, threads: int, kernels: str) -> OrtSession:
+    def open(self, bundle: Bundle, threads: int, kernels: str) -> OrtSession:
         """See `Backend.open`."""
-        with sealed_copy(folder, manifest, MODEL_FILE) as copy:
-            return OrtSession(folder / MODEL_FILE, copy, threads, kernels, manifest.precision)
+        with bundle.sealed_copy(MODEL_FILE) as copy:
+            return OrtSession(bundle.folder / MODEL_FILE, copy, threads, kernels, bundle.manifest.precision)

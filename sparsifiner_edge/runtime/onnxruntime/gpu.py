@@ -5,11 +5,10 @@ from __future__ import annotations
 import abc
 import contextlib
 import sys
-from pathlib import Path
 from typing import Any, ClassVar
 
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
-from sparsifiner_edge.bundle.store import sealed_copy
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.runtime.backend import Backend, Option
@@ -41,7 +40,7 @@ class GpuProvider(Backend):
             )
         return ort
 
-    def open(self, folder: Path, manifest: Manifest, threads: int, kernels: str) -> OrtSession:  # noqa: ARG002
+    def open(self, bundle: Bundle, threads: int, kernels: str) -> OrtSession:  # noqa: ARG002
         """A session after CUDA has answered; see `Backend.open`.
 
         Raises:
@@ -51,15 +50,16 @@ class GpuProvider(Backend):
         device = probe()
         execution = Execution(
             self.name,
-            [(self.provider, self.options(manifest)), "CPUExecutionProvider"],
+            [(self.provider, self.options(bundle.manifest)), "CPUExecutionProvider"],
             f"{device.name} (compute capability {device.compute_capability})",
         )
         # ONNX Runtime prints what it misses and why it falls back, and standard output is for results.
         with contextlib.redirect_stdout(sys.stderr):
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()  # CUDA and cuDNN from pip's packages are found by this alone.
-            with sealed_copy(folder, manifest, MODEL_FILE) as copy:
-                return OrtSession(folder / MODEL_FILE, copy, threads, "portable", manifest.precision, execution)
+            with bundle.sealed_copy(MODEL_FILE) as copy:
+                path, precision = bundle.folder / MODEL_FILE, bundle.manifest.precision
+                return OrtSession(path, copy, threads, "portable", precision, execution)
 
 
 class OnnxRuntimeCuda(GpuProvider):

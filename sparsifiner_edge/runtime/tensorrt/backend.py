@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.bundle.engines import Device, Engine, fitting_engine, mismatches
-from sparsifiner_edge.bundle.manifest import Manifest
-from sparsifiner_edge.bundle.store import read_listed
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.runtime.backend import EngineBackend
 from sparsifiner_edge.runtime.cuda import probe
@@ -47,12 +46,12 @@ class TensorRtBackend(EngineBackend):
             return error.what
         return "; ".join(reasons) or None
 
-    def open_engine(self, path: Path, engine: Engine, manifest: Manifest) -> EngineSession:
+    def open_engine(self, path: Path, engine: Engine, bundle: Bundle) -> EngineSession:
         """See `EngineBackend.open_engine`."""
-        return EngineSession(self.load(), path, engine, manifest)
+        return EngineSession(self.load(), path, engine, bundle.manifest)
 
-    def open(self, folder: Path, manifest: Manifest, threads: int, kernels: str) -> EngineSession:  # noqa: ARG002
-        """The engine of a checked bundle that runs on this machine; see `Backend.open`.
+    def open(self, bundle: Bundle, threads: int, kernels: str) -> EngineSession:  # noqa: ARG002
+        """The engine of a bundle that runs on this machine; see `Backend.open`.
 
         Args:
             kernels: "portable" takes only engines whose operators are carried out by their bodies.
@@ -60,8 +59,8 @@ class TensorRtBackend(EngineBackend):
         Raises:
             BackendError: no CUDA device, or no engine of the bundle fits it.
         """
-        trt = self.load()
-        engines = [engine for engine in manifest.engines if engine.backend == self.name]
+        trt, folder = self.load(), bundle.folder
+        engines = [engine for engine in bundle.manifest.engines if engine.backend == self.name]
         portable = [engine for engine in engines if engine.details.kernels in (None, BODIES)]
         if kernels == "portable" and engines and not portable:
             raise BackendError(
@@ -72,5 +71,5 @@ class TensorRtBackend(EngineBackend):
         # What needs no GPU to be seen comes first: another system's engine would not run with one either.
         fitting_engine(engines, Device(self.name, str(trt.__version__), ""), folder)
         engine = fitting_engine(engines, target(self.name, trt, probe()), folder)
-        content = read_listed(folder, manifest, engine.file)
-        return EngineSession(trt, folder / engine.file, engine, manifest, content=content)
+        content = bundle.read(engine.file)
+        return EngineSession(trt, folder / engine.file, engine, bundle.manifest, content=content)

@@ -17,8 +17,7 @@ import numpy as np
 
 from sparsifiner_edge.bundle.engines import Candidate, Details, Golden
 from sparsifiner_edge.bundle.golden import check_golden
-from sparsifiner_edge.bundle.manifest import Manifest
-from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.progress import Progress
@@ -45,13 +44,12 @@ class Work:
     settings: Settings
     driver: Driver
 
-    @property
-    def bundle(self) -> Path:
-        """The bundle's folder."""
-        return Path(self.settings.bundle)
+    def bundle(self) -> Bundle:
+        """The bundle, checked anew: this process has only its place."""
+        return open_bundle(Path(self.settings.bundle))
 
 
-def candidates(trt: Any, folder: Path, manifest: Manifest, device: Device, kernels: str) -> tuple[str, ...]:
+def candidates(trt: Any, bundle: Bundle, device: Device, kernels: str) -> tuple[str, ...]:
     """The ways that are possible for a bundle on a device, the one that always works first.
 
     Args:
@@ -63,8 +61,8 @@ def candidates(trt: Any, folder: Path, manifest: Manifest, device: Device, kerne
     """
     if kernels not in KERNELS:
         raise ConfigError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNELS)}.")
-    sparse = f"{DOMAIN}::SparseAttention" in manifest.ops
-    reason = plugin.why_not(trt, folder, manifest, device) if sparse else "the model has no sparse attention"
+    sparse = f"{DOMAIN}::SparseAttention" in bundle.manifest.ops
+    reason = plugin.why_not(trt, bundle, device) if sparse else "the model has no sparse attention"
     if kernels == PLUGIN and reason:
         raise BackendError(f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable.")
     if kernels == PLUGIN:
@@ -116,7 +114,7 @@ def _build(work: Work, name: str, path: Path, tell: Progress) -> Details:
     if name == DENSE:
         content = dense_model(content)
     if name == PLUGIN:
-        content = plugin.prepare(work.trt, content, work.bundle, open_bundle(work.bundle), driver.device)
+        content = plugin.prepare(work.trt, content, work.bundle(), driver.device)
     free = driver.free_bytes()
     built = build_engine_file(work.trt, content, driver.device, free, work.job.engine, work.settings, tell)
     write_engine(path, built.content)
@@ -125,9 +123,9 @@ def _build(work: Work, name: str, path: Path, tell: Progress) -> Details:
 
 def measure(work: Work, path: Path) -> Candidate:
     """Median milliseconds that the device computes, at the batch size that the engine is tuned for, and the gate."""
-    manifest = open_bundle(work.bundle)
-    with EngineSession(work.trt, path, work.job.engine, manifest) as session:
-        golden = _golden(session, work.bundle)
+    bundle = work.bundle()
+    with EngineSession(work.trt, path, work.job.engine, bundle.manifest) as session:
+        golden = _golden(session, bundle)
         spec = session.inputs[0]
         shape = [work.job.engine.batch.best, *(size for size in spec.shape[1:] if isinstance(size, int))]
         image = np.random.default_rng(0).integers(0, 256, shape).astype(spec.dtype)
@@ -139,7 +137,7 @@ def measure(work: Work, path: Path) -> Candidate:
     return Candidate(golden=golden, compute_ms=statistics.median(times), runs=len(times))
 
 
-def _golden(session: EngineSession, bundle: Path) -> Golden | str:
+def _golden(session: EngineSession, bundle: Bundle) -> Golden | str:
     try:
         return check_golden(session, bundle)
     except GateError as error:

@@ -73,10 +73,10 @@ class TensorRt(TensorRtBackend):
             )
         compatible = _compatible(options, device)
         version = str(trt.__version__)
-        candidates = choose.candidates(trt, request.folder, request.manifest, device, options.kernels)
+        candidates = choose.candidates(trt, request.bundle, device, options.kernels)
         variant = candidates[0] if len(candidates) == 1 else choose.MEASURED
         engine = Engine(
-            self.name, version, device.compute_capability, *system(), request.precision, request.batch,
+            self.name, version, device.compute_capability, *system(), request.bundle.precision, request.batch,
             "" if variant == BODIES else variant, compatible,
         )  # fmt: skip
         settings = Settings(
@@ -85,7 +85,7 @@ class TensorRt(TensorRtBackend):
             timing_cache=str(timing_cache_path(device, version)) if options.timing_cache else None,
             detailed=options.detailed,
             candidates=candidates,
-            bundle=str(request.folder.resolve()),
+            bundle=str(request.bundle.folder.resolve()),
         )
         return [Planned(engine, settings)]
 

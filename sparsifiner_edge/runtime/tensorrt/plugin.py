@@ -10,7 +10,6 @@ import importlib
 import inspect
 import types
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.bundle.kernels import (
@@ -21,8 +20,7 @@ from sparsifiner_edge.bundle.kernels import (
     kernel_model,
     read_table,
 )
-from sparsifiner_edge.bundle.manifest import Manifest
-from sparsifiner_edge.bundle.store import read_listed
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.cuda import Device
 
@@ -32,11 +30,11 @@ _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
 
 
-def why_not(trt: Any, folder: Path, manifest: Manifest, device: Device) -> str | None:
+def why_not(trt: Any, bundle: Bundle, device: Device) -> str | None:
     """Why the kernels of a bundle cannot go into an engine for a device; None where they can."""
     if not hasattr(trt, "QuickPluginCreationRequest"):
         return f"TensorRT {trt.__version__} has no ahead-of-time plugins (10.9 and later have)"
-    if read_table(folder, manifest, _capability(device)) is None:
+    if read_table(bundle, _capability(device)) is None:
         return f"the bundle has no kernels for {device.name}; export it with --board"
     return None
 
@@ -45,7 +43,7 @@ def _capability(device: Device) -> int:
     return 10 * device.sm[0] + device.sm[1]
 
 
-def prepare(trt: Any, content: bytes, bundle: Path, manifest: Manifest, device: Device) -> bytes:
+def prepare(trt: Any, content: bytes, bundle: Bundle, device: Device) -> bytes:
     """Register the plugins of a bundle for a device, and give the model that uses them.
 
     Args:
@@ -57,15 +55,15 @@ def prepare(trt: Any, content: bytes, bundle: Path, manifest: Manifest, device: 
     """
     import onnx
 
-    reason = why_not(trt, bundle, manifest, device)
-    table = read_table(bundle, manifest, _capability(device)) if reason is None else None
+    reason = why_not(trt, bundle, device)
+    table = read_table(bundle, _capability(device)) if reason is None else None
     if table is None:
         raise BackendError(f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable.")
-    register(trt, table, bundle, manifest, _capability(device))
+    register(trt, table, bundle, _capability(device))
     return bytes(kernel_model(onnx.load_from_string(content), table).SerializeToString())
 
 
-def register(trt: Any, table: KernelTable, bundle: Path, manifest: Manifest, capability: int) -> list[str]:
+def register(trt: Any, table: KernelTable, bundle: Bundle, capability: int) -> list[str]:
     """Register a plugin for every launch of a table; returns their identifiers, those known before included."""
     trtp = importlib.import_module(f"{trt.__name__}.plugin")
     identifiers = []
@@ -74,7 +72,7 @@ def register(trt: Any, table: KernelTable, bundle: Path, manifest: Manifest, cap
         identifiers.append(identifier)
         if identifier in _registered:
             continue
-        ptx = read_listed(bundle, manifest, code_file(capability, name, "ptx")).decode("utf-8", "replace")
+        ptx = bundle.read(code_file(capability, name, "ptx")).decode("utf-8", "replace")
         trtp.register(identifier)(describe(trt, trtp, launch))
         trtp.aot_impl(identifier)(implement(trtp, launch, ptx))
         _registered.add(identifier)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.bundle.engines import Details, Engine, system
-from sparsifiner_edge.bundle.manifest import MODEL_FILE
-from sparsifiner_edge.bundle.store import read_listed
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.onnx_file import read_model
 from sparsifiner_edge.progress import Progress
@@ -53,17 +51,17 @@ class TensorRtRtx(TensorRtBackend):
         capabilities = request.capabilities or (probe().compute_capability,)
         for capability in capabilities:
             _check_capability(capability)
-        model = read_model(read_listed(request.folder, request.manifest, MODEL_FILE), request.folder / MODEL_FILE)
+        model = request.bundle.model()
         check_operators(model)
         half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
         if _TURING in capabilities and not half:
             raise ConfigError(
-                f"Compute capability 7.5 (Turing) takes no {request.precision} bundle like this one: "
+                f"Compute capability 7.5 (Turing) takes no {request.bundle.precision} bundle like this one: "
                 "TensorRT-RTX compiles no product of float32 matrices for it.",
                 "Export with --precision fp16, or with --precision int8 --recipe tensorrt, or leave 7.5 out.",
             )
         return [
-            Planned(Engine(self.name, version, capability, *system(), request.precision, request.batch))
+            Planned(Engine(self.name, version, capability, *system(), request.bundle.precision, request.batch))
             for capability in capabilities
         ]
 

@@ -47,7 +47,7 @@ class EngineSession:
         engine: what it was built for.
         manifest: of its bundle; names the dynamic axes.
         graph: record runs of one shape as a CUDA graph, where the CUDA package can.
-        content: of the file, as `store.read_listed` gives it; None for one that was just built: it is read here.
+        content: of the file, as `Bundle.read` gives it; None for one that was just built: it is read here.
 
     Raises:
         BackendError: no CUDA device, another machine than the engine is for, or TensorRT refuses it.
