@@ -23,7 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """Long ones first; those that run alone last, when nobody waits long for what the others are at."""
+    items.sort(key=lambda item: (item.get_closest_marker("long") is None, item.get_closest_marker("alone") is not None))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,6 +15,7 @@ import pytest
 import sparsifiner_edge
 from sparsifiner_edge.cli.main import COMMANDS
 from sparsifiner_edge.ops.document import operators_markdown
+from sparsifiner_edge.toml import read_toml
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / ".venv" / "bare" / "bin" / "python"
@@ -40,6 +41,7 @@ LIGHT = (
     "bounds",
     "onnx_file",
     "records",
+    "machine",
 )
 
 
@@ -151,3 +153,14 @@ def test_lower_bounds_are_past_the_known_holes() -> None:
     for package, hole, mended in rows:
         assert bounds[package], package
         assert min(bounds[package]) >= Version(mended), (package, hole)
+
+
+def test_the_drawing_of_rooms_is_the_contract() -> None:
+    contract = read_toml(ROOT / "pyproject.toml", "")["tool"]["importlinter"]["contracts"][0]
+    layers = [" · ".join(re.findall(r"sparsifiner_edge\.(\w+)", layer)) for layer in contract["layers"]]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert re.findall(r"<!-- layers -->\n```\n(.*?)\n```", page, re.DOTALL) == ["\n".join(layers)]
+    for name in re.findall(r"`([\w/]+\.(?:py|cc))`", page):
+        assert list((ROOT / "sparsifiner_edge").glob(f"**/{name}")), name
+    rooms = {path.name for path in (ROOT / "sparsifiner_edge").iterdir() if (path / "__init__.py").is_file()}
+    assert rooms <= set(re.findall(r"`(\w+)`", page))
