@@ -132,8 +132,8 @@ def _test_frames(fps: float, fit: Fit) -> Iterator[Decoded]:
 
     from sparsifiner_edge.camera.pattern import paced_pictures
 
-    for number, due, picture in paced_pictures(fps):
-        image, at = Image.fromarray(picture), time.monotonic_ns()
+    for number, due, pixels in paced_pictures(fps):
+        image, at = Image.fromarray(pixels), time.monotonic_ns()
         pictures = [fit_pillow(image, fit)]
         if fit.display:
             pictures.append(np.asarray(image.resize(display_size(*image.size, fit.display))))

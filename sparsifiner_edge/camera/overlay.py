@@ -135,10 +135,10 @@ class Overlay:
         self._stream.codec_context.time_base = Fraction(1, 1000)
         self._stream.options = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
 
-    def _drawn(self, picture: Picture, lines: list[str], changes: Array | None) -> Picture:
+    def _drawn(self, pixels: Picture, lines: list[str], changes: Array | None) -> Picture:
         from PIL import Image, ImageDraw, ImageFont
 
-        image = Image.fromarray(picture)
+        image = Image.fromarray(pixels)
         if self._size is not None and image.size != self._size:
             image = image.resize(self._size)
         box = model_square(*image.size, self._letterbox)

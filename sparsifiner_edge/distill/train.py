@@ -112,11 +112,11 @@ class Training:
         found = []
         for path in self.source.held_out:
             try:
-                picture = load_picture(path, self.size)
+                pixels = load_picture(path, self.size)
             except PictureError:
                 self.state.unreadable.add(str(path))
                 continue
-            image = normalise(torch.from_numpy(picture)[None], self.pre).to(self.accelerator.device)
+            image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
             found.append((image, teacher.forward_features(image)))
         if not found:
             raise PictureError("None of the pictures held out can be read.", f"Look at {self.source.held_out[0]}.")

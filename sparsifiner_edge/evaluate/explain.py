@@ -88,7 +88,7 @@ def _one(model: Any, attention: SparseAttention, weights: Tensor, lists: Tensor,
     return Explanation(query, grid(mates), grid(attended), grid(selected / lists.shape[0]))
 
 
-def draw(student: Student, picture: Path, layer: int, output: Path) -> None:
+def draw(student: Student, path: Path, layer: int, output: Path) -> None:
     """A picture of what three queries attend to: photograph, dense attention, selected keys.
 
     Raises:
@@ -98,7 +98,7 @@ def draw(student: Student, picture: Path, layer: int, output: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "demo") from error
-    image = load_picture(picture, student.img_size)
+    image = load_picture(path, student.img_size)
     side = student.img_size // cast(Any, student.model).patch_embed.grid_size[0]
     rows, columns = cast(Any, student.model).patch_embed.grid_size
     queries = [(rows // 4, columns // 3), (rows // 2, columns // 2), (3 * rows // 4, 2 * columns // 3)]
@@ -117,5 +117,5 @@ def draw(student: Student, picture: Path, layer: int, output: Path) -> None:
             if row == 0:
                 axis.set_title(titles[column], fontsize=10)
     keys = student.sparsity.layout(rows * columns).keys
-    figure.suptitle(f"{picture.stem}, layer {layer}: each tile reads {keys} of {rows * columns} patch keys per head")
+    figure.suptitle(f"{path.stem}, layer {layer}: each tile reads {keys} of {rows * columns} patch keys per head")
     figure.savefig(output, dpi=80)

@@ -81,8 +81,8 @@ def quantise(
     full = _quantise_all(source, layers, calibrated, recipe)
     steps = len(layers) + 2
 
-    def found(kept: Sequence[str], pictures: int = len(held_out)) -> tuple[dict[str, float], float]:
-        return _compared(_run(_restored(full, source, kept), held_out[:pictures]), wanted[:pictures])
+    def found(kept: Sequence[str], count: int = len(held_out)) -> tuple[dict[str, float], float]:
+        return _compared(_run(_restored(full, source, kept), held_out[:count]), wanted[:count])
 
     def step(done: int) -> None:
         if progress:
