@@ -80,7 +80,7 @@ not load.
 ## GStreamer's own `onnxinference`
 
     gst-launch-1.0 videotestsrc num-buffers=25 ! \\
-        {square(bundle.picture_size)} ! \\
+        {square(bundle.image_size)} ! \\
         onnxinference model-file=bundle/{MODEL} input-image-format=hwc ! fakesink
 
 It attaches the outputs as a GstTensorMeta (1.24 or later, built with ONNX Runtime), each under the id

@@ -109,8 +109,8 @@ def test_nohup_is_respected(bundle: Path, pictures: Path) -> None:
         "from sparsifiner_edge.cli.main import main\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "import sparsifiner_edge.camera.stills as stills\n"
-        "run = stills.run_pictures\n"
-        "stills.run_pictures = lambda *a: (os.kill(os.getpid(), signal.SIGHUP), run(*a))[1]\n"
+        "run = stills.run_images\n"
+        "stills.run_images = lambda *a: (os.kill(os.getpid(), signal.SIGHUP), run(*a))[1]\n"
         "main(['run', sys.argv[1], '--source', sys.argv[2]])"
     )
     done = subprocess.run([sys.executable, "-c", code, bundle, pictures], capture_output=True, text=True, check=False)

@@ -144,9 +144,9 @@ def test_names_of_files_stay_in_their_folder(target: str, name: str, tmp_path: P
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
-        ({"preprocessing": {"size": 8}}, "does not take one picture"),
-        ({"inputs": []}, "does not take one picture"),
-        ({"inputs": [{"name": "image", "dtype": "uint8", "shape": []}]}, "does not take one picture"),
+        ({"preprocessing": {"size": 8}}, "does not take one image"),
+        ({"inputs": []}, "does not take one image"),
+        ({"inputs": [{"name": "image", "dtype": "uint8", "shape": []}]}, "does not take one image"),
         ({"inputs": ["image"]}, 'inputs[0] is "image", not dict'),
         (
             {"outputs": [{"name": "features", "dtype": "float32", "shape": [1, {}]}]},
