@@ -197,7 +197,7 @@ def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pyt
     gallery = ["--gallery", made["gallery"]]
     assert_refused(call(capsys, *plain, "--metric", "knn"), "need labelled images", "--gallery")
     assert_refused(call(capsys, *plain, "--metric", "top1"), "has no logits")
-    assert_refused(call(capsys, *plain, *gallery), "go with other metrics")
+    assert_refused(call(capsys, *plain, *gallery), "require another metric")
     assert_refused(call(capsys, *plain, *gallery, "--metric", "knn", "--head", tmp_path / "h"), "linear probe")
     flat = made["queries"] / "red"
     assert_refused(

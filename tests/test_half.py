@@ -181,7 +181,7 @@ def test_a_weight_beyond_float16_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"calibrate": "pictures"}, "go with int8"), ({"recipe": "tensorrt"}, "goes with int8")]
+    ("options", "message"), [({"calibrate": "pictures"}, "go with int8"), ({"recipe": "tensorrt"}, "requires int8")]
 )
 def test_refusals(place: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

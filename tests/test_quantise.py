@@ -169,7 +169,7 @@ def test_batches(place: Path) -> None:
     [
         ({"precision": "int8"}, "int8 needs images"),
         ({"precision": "fp32", "calibrate": "pictures"}, "go with int8"),
-        ({"precision": "fp32", "recipe": "tensorrt"}, "goes with int8"),
+        ({"precision": "fp32", "recipe": "tensorrt"}, "requires int8"),
         ({"precision": "int8", "recipe": "gpu"}, "recipe is 'gpu'"),
         ({"precision": "int4"}, "precision is 'int4'"),
     ],

@@ -24,7 +24,7 @@ class OutputCheck(Struct, frozen=True):
 
 
 class Check(Struct, frozen=True):
-    """The file held against torch.
+    """The file checked against PyTorch.
 
     Attributes:
         outputs: the worst of all runs.

@@ -30,10 +30,14 @@ if TYPE_CHECKING:
 @weights_option
 @click.option("--labels", is_flag=True, help="Also learn from labels: each class has a folder in --data.")
 @click.option("--dataset", metavar="NAME", help="A data set by timm's name, such as wds/..., with --data as its root.")
-@click.option("--held-out", type=click.Path(path_type=Path), help="Images that decide; by default some of --data.")
+@click.option(
+    "--held-out",
+    type=click.Path(path_type=Path),
+    help="Validation images for choosing the checkpoint; by default some of --data.",
+)
 @click.option("--recipe", default="cpu", show_default=True, help="cpu, imagenet-deit-s, or a TOML file.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Another value, such as distil.steps=500."
+    "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a recipe value, such as distil.steps=500."
 )
 @click.option("--resume", is_flag=True, help="Go on where the last checkpoint of this output stands.")
 @click.option("--tensorboard", is_flag=True, help="Also write a history for TensorBoard.")

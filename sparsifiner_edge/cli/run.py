@@ -150,7 +150,7 @@ def _require_usable(bundle: Path, source: Source, output: Path | None, **for_vid
         raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
     for name, value in for_video.items():
         if value is not None:
-            raise ConfigError(f"--{name} does not go with images.", "Give a video or a camera, or leave it out.")
+            raise ConfigError(f"--{name} cannot be combined with images.", "Give a video or a camera, or leave it out.")
     if output is not None:
         require_file_path(output)
         require_other_file(output, source, bundle)

@@ -69,7 +69,7 @@ def distill_student(
         weights: of the teacher: .safetensors or .pth file; None lets timm download them.
         labels: also learn from labels; for a classifier.
         dataset: timm's name of a data set, such as "wds/..."; see timm's `create_dataset`.
-        held_out: folder of images that decide what is best; None takes some out of `data`.
+        held_out: folder of validation images, which choose the checkpoint; None takes some out of `data`.
         recipe, overrides: see `read_recipe`.
         resume: go on where the last checkpoint of this output stands.
         tensorboard: also write the history to `<output>.training/tensorboard`.
@@ -79,7 +79,7 @@ def distill_student(
         What was trained and how it went; the student's provenance holds the same.
 
     Raises:
-        GateError: a loss is no number or exploded; the checkpoint stays.
+        GateError: a loss is NaN or infinite, or exploded; the checkpoint stays.
         SparsifinerError: unusable input; nothing is written.
     """
     target = Path(output)

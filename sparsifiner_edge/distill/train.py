@@ -106,7 +106,7 @@ class Training:
 
     @torch.no_grad()
     def _held_out(self, teacher: Backbone) -> list[tuple[Tensor, Tensor]]:
-        """Images that decide, and the teacher's tokens of them; judged by the first process alone."""
+        """Validation images, and the teacher's tokens of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []
         found = []

@@ -166,7 +166,7 @@ def _gallery(data: str | Path, gallery: str | Path | None, asked: Labelled) -> L
     passed_over = first.keys() - set(every.labels[taken].tolist())  # classes of few images
     known = every.at(sorted([*taken, *(first[label] for label in passed_over)]))
     if len(asked.classes) < 2:
-        raise ConfigError(f"There is one class alone, {asked.classes[0]!r}.", "Give images of several.")
+        raise ConfigError(f"Only one class was found, {asked.classes[0]!r}.", "Give images of several.")
     return known
 
 

@@ -70,7 +70,7 @@ def evaluate_student(
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, {', '.join(METRICS)}.")
     if any(given is not None for given in (gallery, queries, head)):
         raise ConfigError(
-            "A gallery, a number of queries and a head go with other metrics.", f"Choose: {', '.join(METRICS)}."
+            "A gallery, a number of queries and a head require another metric.", f"Choose: {', '.join(METRICS)}."
         )
     return evaluate_cosine(
         Path(subject),

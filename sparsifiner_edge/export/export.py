@@ -189,7 +189,7 @@ def _numbers(precision: str, recipe: str, calibrate: str | Path | None, retiles:
             "Leave them out, or choose --precision int8.",
         )
     if precision != "int8" and recipe != RECIPES[0]:
-        raise ConfigError(f"recipe {recipe!r} goes with int8.", "Leave it out, or choose --precision int8.")
+        raise ConfigError(f"recipe {recipe!r} requires int8.", "Leave it out, or choose --precision int8.")
     listed = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
     return _Numbers(precision, recipe, listed)
 
@@ -234,7 +234,9 @@ def _load(
     if kind_of(folder) != "student":
         raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
     if weights:
-        raise ConfigError("--weights does not go with a student.", "A student has its own weights; leave it out.")
+        raise ConfigError(
+            "--weights cannot be combined with a student.", "A student has its own weights; leave it out."
+        )
     return load_student(folder, img_size, keep, token_keep)
 
 

@@ -72,7 +72,7 @@ def _checked(groups: Mapping[str, Group], check: Callable[[str], Mapping[str, Ma
     """The text of a configuration that is read back as what it was made of: no other key has slipped in."""
     text = key_file(groups)
     if check(text) != {group: {k: str(v) for k, v in entries.items()} for group, entries in groups.items()}:
-        raise GateError("A configuration is read back as another.", "Report this with the bundle's manifest.")
+        raise GateError("A configuration does not round-trip.", "Report this with the bundle's manifest.")
     return text
 
 

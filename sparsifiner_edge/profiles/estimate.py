@@ -1,4 +1,4 @@
-"""What a bundle would cost on a board that is not at hand: latency, memory and energy, as an estimate with bounds."""
+"""What a bundle would cost on a board you do not have: latency, memory and energy, as an estimate with bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals: nothing half-written stays."""
+"""Signals: no partial files stay."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_signal_at_any_moment(
     else:
         assert run.returncode == 128 + number, remarks
         # Before it, NumPy may say that its import was cut short.
-        assert remarks.endswith("error: interrupted; nothing half-written was left.\n")
+        assert remarks.endswith("error: interrupted; no partial files were left.\n")
         assert out == ""
         assert snapshot(target) == before
 
