@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparsifiner_edge.machine import environment, machine
+from sparsifiner_edge.records import write_record
 from tests.fuzz import kills, materials
 from tests.fuzz.harness import Try, attempt
 from tests.fuzz.targets import TARGETS
@@ -63,7 +64,7 @@ def write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     classes = (json.loads(path.read_text())["classes"] if path.exists() else {}) | report
     content: dict[str, Any] = {name: sum(entry[name] for entry in classes.values()) for name in ("tries", "failures")}
-    content |= {"classes": classes, "machine": machine(), "environment": environment()}
+    content |= {"classes": classes, "machine": write_record(machine()), "environment": write_record(environment())}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
