@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Literal
 
 import msgspec
 import numpy as np
 
 from sparsifiner_edge.profiles.sensors.base import Described, PowerSensor, Reading, UnavailableError, why
 from sparsifiner_edge.profiles.sensors.conditions import Conditions, Seen, conditions, summarise_conditions
+from sparsifiner_edge.profiles.sensors.curve import Array
 from sparsifiner_edge.profiles.sensors.nvml import nvml_device
 from sparsifiner_edge.records import MISSING
 
@@ -57,21 +58,12 @@ class Recording:
     after: Conditions | None = None
     problems: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
-    def power(self, rails: Sequence[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Times [n] in ns and the sum [n] of `rails` in watts, of the readings that hold all of them."""
-        return self._series(rails, "watts")
-
-    def counter(self, rail: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Times [n] in ns and a counter's values [n] in joules, as read."""
-        return self._series([rail], "joules")
-
-    def _series(self, rails: Sequence[str], kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        values = [getattr(reading, kind) for reading in self.readings]
-        total = np.zeros(len(values))
-        for rail in rails:
-            total += np.array([found.get(rail, math.nan) for found in values], dtype=np.float64)
-        known = np.isfinite(total) & bool(rails)
-        return np.array(self.times_ns, dtype=np.int64)[known], total[known]
+    def series(self, rails: Sequence[str], kind: Literal["watts", "joules"]) -> tuple[Array, Array]:
+        """Times [n] in ns and values [n, rails] of the readings that hold all of `rails`."""
+        values = [[getattr(reading, kind).get(rail, math.nan) for rail in rails] for reading in self.readings]
+        table = np.array(values, dtype=np.float64).reshape(len(values), len(rails))
+        known = np.isfinite(table).all(axis=1) & bool(rails)
+        return np.array(self.times_ns, dtype=np.int64)[known], table[known]
 
     def samples(self) -> Columns:
         """Every reading: `time_s` since the start, and by rail `<rail>_w` or `<rail>_j`; a gap is `MISSING`."""
