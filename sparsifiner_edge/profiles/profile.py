@@ -167,7 +167,7 @@ def _method(sides: list[Side], seen: Observation, described: dict[str, Descripti
         peak_rss_bytes="VmHWM of the whole process: Python, the backend and the model",
         memory_sources=SOURCES,
         runtime=described,
-        warm_up={side.role: side.warm_up for side in sides if side.warm_up},
+        warm_up={side.role: side.warm_up for side in sides},
         block_queries={side.role: len(side.blocks[0]) for side in sides},
         sensor=seen.recording.described(),
         conditions={side.role: seen.conditions(side) for side in sides},

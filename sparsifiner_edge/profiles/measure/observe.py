@@ -156,7 +156,6 @@ def _power_flags(side: Side, recording: Recording) -> list[flags.Flag]:
 
 def settling(side: Side) -> list[flags.Flag]:
     """Flags of its warm-up."""
-    assert side.warm_up is not None
     return flags.settling_flags(side.warm_up.settled, side.warm_up.seconds, side.warm_up.queries)
 
 

@@ -105,7 +105,9 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
         inferences: how many they were, all windows together.
     """
     sensor, spans = recording.sensor, _spans(recording, windows)
-    problems = _empty_windows(windows) + recording.told()
+    empty = sum(end <= begin for begin, end in windows)
+    problems = [f"{empty} of {len(windows)} windows have no length and were left out"] if empty else []
+    problems += recording.told()
     refused = _refusal(recording, spans, inferences)
     curve = None if refused else _total(recording)
     if curve is None:
@@ -113,7 +115,11 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
     inside = integrate(curve, spans)
     before, after = _baselines(recording, curve, spans)
     idle = _idle(before, after)
-    problems += _frozen(recording) + _gaps(curve) + _one_sided(before, after)
+    problems += _frozen(recording)
+    if curve.lost_s > 0:
+        problems.append(f"no readings, or a counter that was reset, for {curve.lost_s:.3g} s")
+    if isinstance(before, _Idle) != isinstance(after, _Idle):
+        problems.append("idle power is known on one side of the windows alone: its drift is not in the errors")
     little = _too_little(sensor, spans, inside, curve.counted)
     shared = replace(
         _nothing(sensor, inferences, spans, problems, little),
@@ -158,11 +164,6 @@ def _spans(recording: Recording, windows: Sequence[Window]) -> Spans:
     """The windows that have a length, in seconds since the start, ascending, overlaps merged."""
     start = recording.start_ns
     return joined([((begin - start) / 1e9, (end - start) / 1e9) for begin, end in windows if end > begin])
-
-
-def _empty_windows(windows: Sequence[Window]) -> list[str]:
-    empty = sum(end <= begin for begin, end in windows)
-    return [f"{empty} of {len(windows)} windows have no length and were left out"] if empty else []
 
 
 def _length(spans: Spans) -> float:
@@ -267,12 +268,6 @@ def _idle(before: Known[_Idle], after: Known[_Idle]) -> Known[_Idle]:
     return _Idle(sum(part.watts for part in known) / len(known), error)
 
 
-def _one_sided(before: Known[_Idle], after: Known[_Idle]) -> list[str]:
-    if isinstance(before, _Idle) == isinstance(after, _Idle):
-        return []
-    return ["idle power is known on one side of the windows alone: its drift is not in the errors"]
-
-
 def _watts(part: Known[_Idle]) -> float | Unavailable:
     return part.watts if isinstance(part, _Idle) else part
 
@@ -316,10 +311,6 @@ def _cross_check(recording: Recording, curve: Curve, spans: Spans, inside: Integ
     if math.isclose(other.watts, inside.watts, rel_tol=_DISAGREEMENT):
         return []
     return [f"the energy counter gives {inside.watts:.4g} W, the power readings {other.watts:.4g} W"]
-
-
-def _gaps(curve: Curve) -> list[str]:
-    return [f"no readings, or a counter that was reset, for {curve.lost_s:.3g} s"] if curve.lost_s > 0 else []
 
 
 def _frozen(recording: Recording) -> list[str]:

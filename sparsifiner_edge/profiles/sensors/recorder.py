@@ -171,10 +171,9 @@ class Recorder:
     def _run(self) -> None:
         try:
             self._sample()
-            self._finished = True
         except Exception as error:  # A measurement must outlive its sensors.
             self._tell(f"the sampling thread died: {type(error).__name__}: {why(error)}")
-            self._finished = True
+        self._finished = True
 
     def _sample(self) -> None:
         next_conditions = self._clock() + int(self._conditions_period_s * 1e9)
