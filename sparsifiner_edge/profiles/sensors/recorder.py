@@ -85,11 +85,9 @@ class Recording:
         """Before, during (all that were not idle, or some) and after. Once the recorder's block is left."""
         assert self.before is not None
         assert self.after is not None
-        return summarise_conditions(self.before, self.busy_looks() if during is None else during, self.after)
-
-    def busy_looks(self) -> list[Conditions]:
-        """The `conditions` taken outside the idle baselines, when clocks may well be low."""
-        return [look for moment, look in self.during if not any(start <= moment <= end for start, end in self.idle)]
+        if during is None:  # At rest clocks may well be low.
+            during = [look for moment, look in self.during if not within(moment, self.idle)]
+        return summarise_conditions(self.before, during, self.after)
 
     def told(self) -> list[str]:
         """The problems, each with its count."""
@@ -221,6 +219,11 @@ class Recorder:
         elif not times or moment > times[-1]:
             times.append(moment)
             self.recording.readings.append(reading)
+
+
+def within(moment: int, windows: Sequence[Window]) -> bool:
+    """Whether a moment lies in one of the windows."""
+    return any(start <= moment <= end for start, end in windows)
 
 
 def _suspended_s() -> float:
