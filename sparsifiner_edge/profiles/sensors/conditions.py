@@ -130,15 +130,9 @@ def _with_card(here: Conditions, card: CardConditions) -> Conditions:
         zones = ({} if isinstance(zones, Unavailable) else zones) | {"NVML": float(card.gpu_c)}
     if card.throttled_by is not None:
         throttled = ([] if isinstance(throttled, Unavailable) else throttled) + card.throttled_by
-    return replace(
-        here,
-        gpu_mhz=here.gpu_mhz if card.gpu_mhz is None else card.gpu_mhz,
-        temperature_c=zones,
-        throttled_by=throttled,
-        memory_mhz=card.memory_mhz,
-        performance_state=card.performance_state,
-        power_limit_mw=card.power_limit_mw,
-    )
+    names = ("gpu_mhz", "memory_mhz", "performance_state", "power_limit_mw")
+    told = {name: value for name in names if (value := getattr(card, name)) is not None}
+    return replace(here, temperature_c=zones, throttled_by=throttled, **told)
 
 
 def _tried(read: Callable[[], Value]) -> Value | Unavailable:
