@@ -17,13 +17,14 @@ from sparsifiner_edge.profiles.figures import (
     Method,
     ProfileResult,
     Samples,
+    SideSamples,
     Statistics,
 )
 from sparsifiner_edge.profiles.measure.client import start_worker
 from sparsifiner_edge.profiles.measure.comparison import compare, two_names
 from sparsifiner_edge.profiles.measure.layers import LayerTimes
 from sparsifiner_edge.profiles.measure.memory import SOURCES
-from sparsifiner_edge.profiles.measure.observe import Observation, observe, side_figures, side_samples
+from sparsifiner_edge.profiles.measure.observe import Observation, observe, side_figures
 from sparsifiner_edge.profiles.measure.side import LOAD_TIMEOUT_S, Clock, Side, load_side
 from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.profiles.rules import RULES, make_rules
@@ -100,23 +101,20 @@ def profile_bundle(
             sides.append(load_side(role, worker, request))
         seen = observe(sides, settings, clock, power)
         described = {side.role: _described(side) for side in sides}
-    figures = {side.role: _with_kernels(side_figures(side, seen), described[side.role]) for side in sides}
+    figures = {side.role: side_figures(side, seen, described[side.role].kernels) for side in sides}
     compared = compare(sides[0], sides[1], two_names(subjects)) if len(sides) == 2 else None
     if layers:
         for side in sides:
             clock.tell(f"timing the layers of {side.role}")
             figures[side.role] = _with_layers(figures[side.role], side)
+    samples = {side.role: SideSamples(side.latency_ms, side.parts_ms or None) for side in sides}
     return ProfileResult(
         "comparison" if against is not None else "profile",
         subjects,
         _method(sides, seen, described),
-        Samples(**{side.role: side_samples(side) for side in sides}, power=seen.recording.samples() or None),
+        Samples(**samples, power=seen.recording.samples() or None),
         Statistics(**figures, comparison=compared),
     )
-
-
-def _with_kernels(figures: Figures, described: Description) -> Figures:
-    return replace(figures, flags=figures.flags + flags.kernel_flags(described.kernels))
 
 
 def _refuse_batches(bundles: dict[str, Bundle]) -> None:
@@ -167,7 +165,7 @@ def _method(sides: list[Side], seen: Observation, described: dict[str, Descripti
         peak_rss_bytes="VmHWM of the whole process: Python, the backend and the model",
         memory_sources=SOURCES,
         runtime=described,
-        warm_up={side.role: side.warm_up for side in sides if side.warm_up},
+        warm_up={side.role: side.warm_up for side in sides},
         block_queries={side.role: len(side.blocks[0]) for side in sides},
         sensor=seen.recording.described(),
         conditions={side.role: seen.conditions(side) for side in sides},

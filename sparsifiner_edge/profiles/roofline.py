@@ -120,8 +120,7 @@ def operators(work: Workload) -> list[Operator]:
     sparse = set(work.sparsity.sparse_layers(shape.depth))
     for number, costs in enumerate(layer_costs(shape, work.sparsity)):
         here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
-        found += _linear(number, costs, here, work.batch)
-        found += _sparse(number, costs, here, work) if number in sparse else _dense(number, costs, here, work)
+        found += _layer(number, costs, here, work, number in sparse)
     return found
 
 
@@ -132,38 +131,28 @@ def _embedding(work: Workload) -> Operator:
     return Operator(-1, "embedding", "linear", macs, pixels * shape.width, moved, 4)
 
 
-def _linear(number: int, costs: LayerCosts, shape: ModelShape, batch: int) -> list[Operator]:
-    """Projections and MLP, each with its normalisation and residual; the bytes of `costs` hold the weights once."""
-    found = []
-    for kind, weights in (("projections", 4 * shape.width**2), ("mlp", 2 * shape.width * shape.hidden)):
-        moved = getattr(costs, f"{kind}_bytes") / FLOAT - weights
-        macs = getattr(costs, kind)
-        found.append(Operator(number, kind, "linear", batch * macs, weights, batch * moved, 3))
+def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sparse: bool) -> list[Operator]:
+    """Projections and MLP, each with its normalisation and residual; pruning; attention."""
+
+    def operator(kind: str, engine: str, launches: int, weights: int = 0) -> Operator:
+        moved = getattr(costs, f"{kind}_bytes") / FLOAT - weights  # The bytes of `costs` hold the weights once.
+        return Operator(number, kind, engine, work.batch * getattr(costs, kind), weights, work.batch * moved, launches)
+
+    found = [
+        operator("projections", "linear", 3, 4 * shape.width**2),
+        operator("mlp", "linear", 3, 2 * shape.width * shape.hidden),
+    ]
     if costs.pruning:
-        found.append(
-            Operator(
-                number, "pruning", "attention", batch * costs.pruning, 0, batch * costs.pruning_bytes / FLOAT, 0, 6
-            )
-        )
+        found.append(dataclasses.replace(operator("pruning", "attention", 0), scores=6))
+    if sparse:
+        found += [operator("predictor", "predictor", 2), operator("attention", "attention", 1)]
+        found.append(operator("cells", "attention", 1 if costs.cells else 0))
+        return [*found, *_bodies(number, shape, work)] if work.portable else found
+    found.append(operator("attention", "attention", 1))
+    if work.materialised:
+        scores = work.batch * shape.heads * (shape.prefix + shape.patches) ** 2 * SCORE_PASSES
+        found.append(Operator(number, "attention", "attention", 0, 0, 0, 4, scores=scores))
     return found
-
-
-def _dense(number: int, costs: LayerCosts, shape: ModelShape, work: Workload) -> list[Operator]:
-    moved = work.batch * costs.attention_bytes / FLOAT
-    product = Operator(number, "attention", "attention", work.batch * costs.attention, 0, moved, 1)
-    if not work.materialised:
-        return [product]
-    scores = work.batch * shape.heads * (shape.prefix + shape.patches) ** 2 * SCORE_PASSES
-    return [product, Operator(number, "attention", "attention", 0, 0, 0, 4, scores=scores)]
-
-
-def _sparse(number: int, costs: LayerCosts, shape: ModelShape, work: Workload) -> list[Operator]:
-    found = []
-    for kind, launches in (("predictor", 2), ("attention", 1), ("cells", 1 if costs.cells else 0)):
-        moved = work.batch * getattr(costs, f"{kind}_bytes") / FLOAT
-        engine = "predictor" if kind == "predictor" else "attention"
-        found.append(Operator(number, kind, engine, work.batch * getattr(costs, kind), 0, moved, launches))
-    return [*found, *_bodies(number, shape, work)] if work.portable else found
 
 
 def _bodies(number: int, shape: ModelShape, work: Workload) -> list[Operator]:

@@ -74,19 +74,11 @@ def make_rules(
     """
     if name not in RULES:
         raise ConfigError(f"rules is {name!r}.", f"Choose one of: {', '.join(RULES)}.")
-    given = (seconds, min_queries, max_seconds)
-    _check(*given)
+    _check(seconds, min_queries, max_seconds)
     if name == "mlperf":
-        own = all(value is None for value in given)
-        return Rules(
-            name,
-            seconds or MLPERF_SECONDS,
-            min_queries or MLPERF_QUERIES,
-            seed,
-            max_seconds,
-            MLPERF_ENOUGH_QUERIES,
-            own,
-        )
+        own = (seconds, min_queries, max_seconds) == (None, None, None)
+        length = (seconds or MLPERF_SECONDS, min_queries or MLPERF_QUERIES)
+        return Rules(name, *length, seed, max_seconds, MLPERF_ENOUGH_QUERIES, own)
     seconds = seconds or _QUICK_SECONDS
     # Twice, because a comparison also spends time on unrecorded queries.
     most = max(2 * seconds, max_seconds or _QUICK_MAX_SECONDS)

@@ -119,15 +119,10 @@ def sweep_bundle(
             measure([side], rules, Clock(None, 0.0))
             description = description or worker.ask("describe", LOAD_TIMEOUT_S, Description)
         rows.append(_point(side, count, batch))
-        samples[name], warm_ups[name] = SideSamples(side.latency_ms), _warmed(side)
+        samples[name], warm_ups[name] = SideSamples(side.latency_ms), side.warm_up
     assert description is not None
     method = _method(rules, replace(description, threads=None), warm_ups)
     return SweepResult("sweep", [checked.subject("subject")], method, samples, Sweep(rows))
-
-
-def _warmed(side: Side) -> WarmUp:
-    assert side.warm_up is not None
-    return side.warm_up
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:

@@ -216,7 +216,7 @@ def test_nonsense_midway_is_dropped_and_told(tmp_path, text, problem):
     trees.orin_nano(tmp_path)
     recording, figures = record(tmp_path, lambda: (tmp_path / ORIN / "curr1_input").write_text(text))
     assert any(problem in p for p in figures["problems"])
-    assert all(watts > 0 for watts in recording.power(["VDD_IN"])[1])
+    assert all(watts > 0 for watts in recording.series(["VDD_IN"], "watts")[1])
 
 
 def test_conditions_of_an_orin_nano(tmp_path):

@@ -207,6 +207,18 @@ def test_counters_that_are_read_together_add_up():
     assert figures["gross_j_per_inference"]["value"] == pytest.approx(3 * truth(scene("sine"))[0], rel=0.01)
 
 
+def test_counters_bridge_a_reading_that_one_of_them_missed():
+    times = sample_times(TOTAL, 0.1, 0)
+    joules = scene("sine").joules(times)
+    readings = [
+        Reading(joules={"a": float(j)} if 20 < t < 22 else {"a": float(j), "b": float(j)})
+        for t, j in zip(times, joules, strict=True)
+    ]
+    figures = judged(recording(times, readings, sensor_of(("a", "b"), ("a", "b"))))
+    assert figures["gross_j_per_inference"]["value"] == pytest.approx(2 * truth(scene("sine"))[0], rel=0.01)
+    assert figures["covered"] == pytest.approx(1.0)
+
+
 def test_a_sum_lacks_a_reading_wherever_one_of_its_rails_does():
     rails = ("a", "b")
     times = sample_times(TOTAL, 0.1, 0)

@@ -5,33 +5,16 @@ from __future__ import annotations
 from sparsifiner_edge.profiles.boards.board import Board, board_names, load_board
 
 COLUMNS = (
-    "board",
-    "SM",
-    "GHz",
-    "fp32",
-    "fp16",
-    "int8",
-    "memory, GB",
-    "GB/s",
-    "W",
-    "power modes",
-    "total power",
-    "JetPack",
-)
+    "board", "SM", "GHz", "fp32", "fp16", "int8", "memory, GB", "GB/s", "W", "power modes", "total power", "JetPack",
+)  # fmt: skip
+_VALUES = ("sm", "clock_ghz", "fp32_tflops", "fp16_tflops", "int8_tops", "memory_gb", "bandwidth_gb_s", "tdp_w")
 
 
 def board_row(board: Board) -> list[str]:
     """What the table says of a board; a star after what no document confirmed."""
     return [
         board.name,
-        _marked(board, "sm"),
-        _marked(board, "clock_ghz"),
-        _marked(board, "fp32_tflops"),
-        _marked(board, "fp16_tflops"),
-        _marked(board, "int8_tops"),
-        _marked(board, "memory_gb"),
-        _marked(board, "bandwidth_gb_s"),
-        _marked(board, "tdp_w"),
+        *(_marked(board, name) for name in _VALUES),
         _star(board, "power_modes", ", ".join(f"{mode.id} {mode.name}" for mode in board.power_modes)),
         _star(board, "rails", board.rails.total if board.rails else ""),
         ", ".join(entry.version for entry in board.jetpack) or "-",

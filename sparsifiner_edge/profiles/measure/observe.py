@@ -7,7 +7,7 @@ from typing import NamedTuple
 from msgspec.structs import asdict
 
 from sparsifiner_edge.profiles import flags, stats
-from sparsifiner_edge.profiles.figures import Figures, Phases, SideSamples
+from sparsifiner_edge.profiles.figures import Figures, Phases
 from sparsifiner_edge.profiles.measure.memory import SOURCES, Memory
 from sparsifiner_edge.profiles.measure.side import Clock, Side, measure, warm_up
 from sparsifiner_edge.profiles.measure.usage import (
@@ -31,6 +31,7 @@ from sparsifiner_edge.profiles.sensors import (
 )  # fmt: skip
 from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.sensors.find import no_sensor
+from sparsifiner_edge.profiles.sensors.recorder import within
 from sparsifiner_edge.records import MISSING, Known, Unavailable
 
 _IDLE_S = (0.5, 3.0)
@@ -60,12 +61,7 @@ class Observation(NamedTuple):
 
     def conditions(self, side: Side) -> Seen:
         """Clocks, temperatures and throttling before, during (while this side ran) and after."""
-        during = [look for moment, look in self.recording.during if _within(moment, side.windows)]
-        return self.recording.conditions(during)
-
-
-def _within(moment: int, windows: list[tuple[int, int]]) -> bool:
-    return any(start <= moment <= end for start, end in windows)
+        return self.recording.conditions([c for at, c in self.recording.during if within(at, side.windows)])
 
 
 def observe(sides: list[Side], rules: Rules, clock: Clock, power: bool) -> Observation:
@@ -118,8 +114,8 @@ def _cut_short(sides: list[Side], rules: Rules) -> str:
     return f"max_seconds came before {rules.min_queries} queries" if few and not many else ""
 
 
-def side_figures(side: Side, seen: Observation) -> Figures:
-    """A side's part of `statistics`; layers apart."""
+def side_figures(side: Side, seen: Observation, kernels: str | Unavailable) -> Figures:
+    """A side's part of `statistics`, layers apart; `kernels` as its session describes them."""
     latency, memory = side.latency_ms, _phases(side)
     parts = {name: stats.percentile(times, 0.5) for name, times in side.parts_ms.items()}
     return Figures(
@@ -133,7 +129,7 @@ def side_figures(side: Side, seen: Observation) -> Figures:
         usage=seen.usage[side.role],
         parts_ms=parts or None,
         mlperf=mlperf_figures(latency, seen.rules) if seen.rules.name == "mlperf" else None,
-        flags=_flags(side, seen),
+        flags=_flags(side, seen) + flags.kernel_flags(kernels),
     )
 
 
@@ -156,7 +152,6 @@ def _power_flags(side: Side, recording: Recording) -> list[flags.Flag]:
 
 def settling(side: Side) -> list[flags.Flag]:
     """Flags of its warm-up."""
-    assert side.warm_up is not None
     return flags.settling_flags(side.warm_up.settled, side.warm_up.seconds, side.warm_up.queries)
 
 
@@ -182,8 +177,3 @@ def _whole(side: Side) -> Memory:
     peaks = [phase.peak_rss_bytes for phase in phases.values() if isinstance(phase.peak_rss_bytes, int)]
     peak = max(peaks) if peaks else steady.peak_rss_bytes
     return Memory(rss_bytes=steady.rss_bytes, pss_bytes=steady.pss_bytes, peak_rss_bytes=peak)
-
-
-def side_samples(side: Side) -> SideSamples:
-    """A side's part of `samples`."""
-    return SideSamples(side.latency_ms, side.parts_ms or None)

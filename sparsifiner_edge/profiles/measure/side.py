@@ -36,6 +36,9 @@ class WarmUp(msgspec.Struct, frozen=True, kw_only=True):
     window_medians_ms: list[float]
 
 
+COLD = WarmUp(settled=False, queries=0, seconds=0.0, window_queries=0, window_medians_ms=[])
+
+
 @dataclasses.dataclass
 class Side:
     """One of the bundles.
@@ -44,7 +47,7 @@ class Side:
         role: "subject" or "against".
         worker: its process. request: what it was asked to load.
         loaded, first: what loading and the first inference reported. memory: its phases so far.
-        warm_up: how warm-up went; None before. query_ms: a query's time after it.
+        warm_up: how warm-up went; `COLD` before. query_ms: a query's time after it.
         blocks: latencies in ms, block by block. windows: start and end of each block, CLOCK_MONOTONIC nanoseconds.
         parts_ms: times by part of each query, where the session tells them.
         seconds, queries: how much was recorded.
@@ -56,7 +59,7 @@ class Side:
     loaded: Loaded
     first: First
     memory: MemoryPhases
-    warm_up: WarmUp | None = None
+    warm_up: WarmUp = COLD
     query_ms: float = 0.0
     blocks: list[list[float]] = dataclasses.field(default_factory=list)
     windows: list[tuple[int, int]] = dataclasses.field(default_factory=list)

@@ -134,12 +134,5 @@ def usage_between(before: Snapshot, after: Snapshot, own_s: float) -> OtherUsage
 
 def worker_usage(before: ProcessUsage, after: ProcessUsage, others: OtherUsage, queries: int) -> Usage:
     """What a worker used between two `process_usage`s for so many queries, and others meanwhile."""
-    faults = after.minor_faults - before.minor_faults
-    return Usage(
-        cpu_s=after.cpu_s - before.cpu_s,
-        major_faults=after.major_faults - before.major_faults,
-        minor_faults=faults,
-        involuntary_switches=after.involuntary_switches - before.involuntary_switches,
-        minor_faults_per_query=faults / max(1, queries),
-        **others._asdict(),
-    )
+    used = {name: getattr(after, name) - getattr(before, name) for name in ProcessUsage.__struct_fields__}
+    return Usage(**used, minor_faults_per_query=used["minor_faults"] / max(1, queries), **others._asdict())

@@ -4,7 +4,6 @@
                                                                     -> times, input and memory of loading
     {"op": "first"}                                                 -> time and memory of the first inference
     {"op": "block", "queries": n, "rewarm": m}                      -> latency_ms of n queries, after m unrecorded ones
-    {"op": "memory"}                                                -> resident memory now and at its peak
     {"op": "usage"}                                                 -> processor time and page faults so far
     {"op": "layers", "bundle": ..., ..., "query_ms": ...}           -> times per layer (in a worker that loaded nothing)
     {"op": "describe"}                                              -> Session.description (costs memory: ask last)
@@ -25,7 +24,7 @@ import numpy as np
 
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, SparsifinerError
-from sparsifiner_edge.profiles.measure.memory import Memory, read_memory
+from sparsifiner_edge.profiles.measure.memory import read_memory
 from sparsifiner_edge.profiles.measure.usage import ProcessUsage, process_usage
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.runtime import Session, open_session
@@ -164,9 +163,6 @@ class _Worker:
             gc.enable()
         return Block(latency_ms=[ns / 1e6 for ns in times], window_ns=window, parts_ms=parts)
 
-    def memory(self) -> Memory:
-        return read_memory()
-
     def usage(self) -> ProcessUsage:
         return process_usage()
 
@@ -201,7 +197,7 @@ def _since(start: int) -> float:
     return (time.perf_counter_ns() - start) / 1e6
 
 
-OPERATIONS = ("load", "first", "block", "memory", "usage", "describe", "layers")
+OPERATIONS = ("load", "first", "block", "usage", "describe", "layers")
 
 
 def _answer(worker: _Worker, op: str, arguments: Mapping[str, object]) -> dict[str, object]:

@@ -128,3 +128,21 @@ def why(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def read_rails(rails: Mapping[str, Callable[[], float]]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """All rails, one after another, and why some of them failed, which leaves a gap.
+
+    Raises:
+        UnavailableError: all fail.
+    """
+    values: dict[str, float] = {}
+    problems: list[str] = []
+    for rail, read in rails.items():
+        try:
+            values[rail] = read()
+        except (OSError, ValueError) as error:
+            problems.append(why(error))
+    if not values:
+        raise UnavailableError("; ".join(problems))
+    return values, tuple(problems)

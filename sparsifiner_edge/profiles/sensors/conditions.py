@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -103,8 +104,12 @@ def conditions(root: Path = Path("/")) -> Conditions:
         root: where `sys`, `etc`, `var` and `proc` are; tests give a made-up tree.
     """
     here = Conditions(
-        **_cpu(root),
-        **_gpu(root),
+        cpu_mhz=_tried(lambda: _extremes([read_number(f / "scaling_cur_freq") * _KHZ for f in _cpus(root)])),
+        cpu_limit_mhz=_tried(lambda: max(read_number(f / "scaling_max_freq") * _KHZ for f in _cpus(root))),
+        governor=_tried(lambda: ", ".join(dict.fromkeys(read_text(f / "scaling_governor") for f in _cpus(root)))),
+        gpu_mhz=_tried(lambda: read_number(_gpu(root) / "cur_freq") * _HZ),
+        gpu_limit_mhz=_tried(lambda: read_number(_gpu(root) / "max_freq") * _HZ),
+        gpu_governor=_tried(lambda: read_text(_gpu(root) / "governor")),
         emc_mhz=_tried(lambda: _emc(root)),
         temperature_c=_tried(lambda: _temperatures(root)),
         throttled_by=_cooling(root),
@@ -125,15 +130,9 @@ def _with_card(here: Conditions, card: CardConditions) -> Conditions:
         zones = ({} if isinstance(zones, Unavailable) else zones) | {"NVML": float(card.gpu_c)}
     if card.throttled_by is not None:
         throttled = ([] if isinstance(throttled, Unavailable) else throttled) + card.throttled_by
-    return replace(
-        here,
-        gpu_mhz=here.gpu_mhz if card.gpu_mhz is None else card.gpu_mhz,
-        temperature_c=zones,
-        throttled_by=throttled,
-        memory_mhz=card.memory_mhz,
-        performance_state=card.performance_state,
-        power_limit_mw=card.power_limit_mw,
-    )
+    names = ("gpu_mhz", "memory_mhz", "performance_state", "power_limit_mw")
+    told = {name: value for name in names if (value := getattr(card, name)) is not None}
+    return replace(here, temperature_c=zones, throttled_by=throttled, **told)
 
 
 def _tried(read: Callable[[], Value]) -> Value | Unavailable:
@@ -143,43 +142,22 @@ def _tried(read: Callable[[], Value]) -> Value | Unavailable:
         return Unavailable(why(error))
 
 
-class _Cpu(TypedDict):
-    cpu_mhz: Known[Extremes]
-    cpu_limit_mhz: float | Unavailable
-    governor: str | Unavailable
-
-
-class _Gpu(TypedDict):
-    gpu_mhz: float | Unavailable
-    gpu_limit_mhz: float | Unavailable
-    gpu_governor: str | Unavailable
-
-
-def _cpu(root: Path) -> _Cpu:
+def _cpus(root: Path) -> list[Path]:
     folders = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
     if not folders:
-        return {"cpu_mhz": NO_CPUFREQ, "cpu_limit_mhz": NO_CPUFREQ, "governor": NO_CPUFREQ}
-    return {
-        "cpu_mhz": _tried(lambda: _extremes([read_number(f / "scaling_cur_freq") * _KHZ for f in folders])),
-        "cpu_limit_mhz": _tried(lambda: max(read_number(f / "scaling_max_freq") * _KHZ for f in folders)),
-        "governor": _tried(lambda: ", ".join(dict.fromkeys(read_text(f / "scaling_governor") for f in folders))),
-    }
+        raise UnavailableError(NO_CPUFREQ.why)
+    return folders
 
 
 def _extremes(values: Sequence[float]) -> Extremes:
     return Extremes(min(values), max(values))
 
 
-def _gpu(root: Path) -> _Gpu:
+def _gpu(root: Path) -> Path:
     folders = sorted(f for f in (root / "sys/class/devfreq").glob("*") if _GPU.search(f.name))
     if not folders:
-        missing = Unavailable("no GPU in devfreq")
-        return {"gpu_mhz": missing, "gpu_limit_mhz": missing, "gpu_governor": missing}
-    return {
-        "gpu_mhz": _tried(lambda: read_number(folders[0] / "cur_freq") * _HZ),
-        "gpu_limit_mhz": _tried(lambda: read_number(folders[0] / "max_freq") * _HZ),
-        "gpu_governor": _tried(lambda: read_text(folders[0] / "governor")),
-    }
+        raise UnavailableError("no GPU in devfreq")
+    return folders[0]
 
 
 def _emc(root: Path) -> float:
@@ -227,17 +205,12 @@ def _cooling(root: Path) -> list[str] | Unavailable:
 
 def _counts(root: Path) -> Iterator[tuple[str, int]]:
     """Counters of throttling: Jetson's over-current events, and each x86 package's thermal events."""
-    for path in sorted((root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt")):
-        yield from _count(f"over-current {path.name.removesuffix('_event_cnt')}", path)
-    for path in sorted((root / "sys/devices/system/cpu").glob("cpu0/thermal_throttle/*_throttle_count")):
-        yield from _count(f"cpu0 {path.name.removesuffix('_throttle_count')}", path)
-
-
-def _count(name: str, path: Path) -> Iterator[tuple[str, int]]:
-    try:
-        yield name, int(read_number(path))
-    except (OSError, ValueError):
-        return
+    jetson = (root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt")
+    x86 = (root / "sys/devices/system/cpu").glob("cpu0/thermal_throttle/*_throttle_count")
+    for prefix, suffix, paths in (("over-current", "_event_cnt", jetson), ("cpu0", "_throttle_count", x86)):
+        for path in sorted(paths):
+            with contextlib.suppress(OSError, ValueError):
+                yield f"{prefix} {path.name.removesuffix(suffix)}", int(read_number(path))
 
 
 def _power_mode(root: Path) -> PowerMode:

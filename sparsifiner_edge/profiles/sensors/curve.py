@@ -1,4 +1,4 @@
-"""Power over time, and its integral over windows: readings joined by straight lines, gaps left open."""
+"""Power over time, and its integral over windows; gaps stay open."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+Spans = list[tuple[float, float]]
 
 _GAP_PERIODS = 5.0
 _GAP_S = 1.0
@@ -16,23 +17,24 @@ _MOST_WATTS = 3000.0
 
 
 class Curve(NamedTuple):
-    """Pieces of power over time, arrays [n], ascending and not overlapping; between pieces nothing is known.
+    """Power in pieces, arrays [n], ascending and not overlapping; between pieces nothing is known.
 
     Attributes:
-        start, end: seconds.
-        first, last: watts at either end; linear between.
+        start, end: seconds that a piece stands for.
+        since, until: seconds over which it was measured: both the moment of a power reading, or two readings of a
+            counter.
+        watts: mean of each piece.
         interval_s: usual time between two readings.
-        readings: how many there were.
         lost_s: seconds between readings that were too far apart, or across a counter's reset.
-        counted: whether it comes from an energy counter: then every piece is a mean.
+        counted: whether it comes from an energy counter.
     """
 
     start: Array
     end: Array
-    first: Array
-    last: Array
+    since: Array
+    until: Array
+    watts: Array
     interval_s: float
-    readings: int
     lost_s: float
     counted: bool
 
@@ -40,7 +42,7 @@ class Curve(NamedTuple):
 class Integral(NamedTuple):
     """What a curve holds over some windows: joules, seconds covered of seconds asked for, readings inside.
 
-    `mixed_s` seconds of it stand in pieces that cross a window's edge, with no reading inside to tell better.
+    `mixed_s` of the covered seconds lie in windows with no measurement of their own, only ones across their edges.
     """
 
     joules: float
@@ -61,78 +63,72 @@ class Integral(NamedTuple):
 
 
 def power_curve(seconds: Array, watts: Array, period_s: float) -> Curve:
-    """Of power readings [n] at `seconds` [n], ascending: the trapezoid rule; readings further apart are a gap."""
+    """Of power readings [n] at `seconds` [n], ascending: the trapezoid rule, each reading standing for half the way to
+    its neighbours; readings further apart are a gap."""
     steps = np.diff(seconds)
     near = steps <= max(_GAP_PERIODS * period_s, _GAP_S)
-    return _curve(seconds, steps, near, watts[:-1], watts[1:], counted=False)
+    half = np.where(near, steps / 2, 0.0)
+    start, end = seconds - np.append(0.0, half), seconds + np.append(half, 0.0)
+    return Curve(start, end, seconds, seconds, watts, float(np.median(steps)), float(steps[~near].sum()), False)
 
 
-def counter_curve(seconds: Array, joules: Array, wrap_j: float | None) -> Curve:
-    """Of an energy counter's readings [n]: mean power between two of them, however far apart.
+def counter_curve(seconds: Array, joules: Array, wraps_j: Array) -> Curve:
+    """Of energy counters [n, rails] read at `seconds` [n]: their mean power between two readings, however far apart.
 
-    A counter that falls has wrapped, when it wraps at all and that explains it; else it was reset: a gap.
+    A counter that falls has wrapped, when it wraps at all (`wraps_j` [rails], else NaN) and that explains it; else it
+    was reset: a gap.
     """
-    steps, gains = np.diff(seconds), np.diff(joules)
-    if wrap_j is not None:
-        gains = np.where(gains < 0, gains + wrap_j, gains)
-    power = gains / steps
-    kept = (gains >= 0) & (power <= _MOST_WATTS)
-    return _curve(seconds, steps, kept, power, power, counted=True)
+    steps, gains = np.diff(seconds), np.diff(joules, axis=0)
+    gains = np.where((gains < 0) & np.isfinite(wraps_j), gains + wraps_j, gains)
+    kept = np.all((gains >= 0) & (gains <= _MOST_WATTS * steps[:, None]), axis=1)
+    start, end, watts = seconds[:-1][kept], seconds[1:][kept], (gains.sum(axis=1) / steps)[kept]
+    return Curve(start, end, start, end, watts, float(np.median(steps)), float(steps[~kept].sum()), True)
 
 
-def _curve(seconds: Array, steps: Array, kept: Array, first: Array, last: Array, counted: bool) -> Curve:
-    interval = float(np.median(steps)) if len(steps) else 0.0
-    lost = float(steps[~kept].sum())
-    return Curve(seconds[:-1][kept], seconds[1:][kept], first[kept], last[kept], interval, len(seconds), lost, counted)
-
-
-def add_curves(curves: Sequence[Curve]) -> Curve:
-    """The sum, where all are known. Of counters that are read together: their pieces begin and end alike."""
-    total = curves[0]
-    for other in curves[1:]:
-        _, mine, its = np.intersect1d(total.start, other.start, return_indices=True)
-        first, last = total.first[mine] + other.first[its], total.last[mine] + other.last[its]
-        lost = max(total.lost_s, other.lost_s)
-        total = Curve(total.start[mine], total.end[mine], first, last, total.interval_s, total.readings, lost, True)
-    return total
-
-
-def integrate(curve: Curve, windows: Sequence[tuple[float, float]]) -> Integral:
+def integrate(curve: Curve, windows: Spans) -> Integral:
     """Joules over windows (seconds); what falls into gaps is not counted.
 
-    Work begins and ends in steps, so the reading nearest to a window's edge, within it, holds up to the edge. Joining
-    it to the reading outside would mix in the power of what ran there, always the same way. A window with no reading
-    inside is interpolated all the same; `mixed_s` counts such seconds.
+    Work begins and ends in steps, so the piece nearest to a window's edge of those measured within it holds up to the
+    edge. A piece measured across the edge would mix in the power of what ran outside, always the same way.
     """
-    found = [_one(curve, begin, finish) for begin, finish in windows]
-    joules, covered, mixed = (sum(part[n] for part in found) for n in range(3))
-    inside = sum(int(np.sum((curve.start >= begin) & (curve.start < finish))) for begin, finish in windows)
-    return Integral(joules, covered, sum(finish - begin for begin, finish in windows), inside, mixed)
+    found = np.array([_one(curve, begin, finish) for begin, finish in windows]).reshape(-1, 4)
+    joules, covered, readings, mixed = (float(total) for total in found.sum(axis=0))
+    return Integral(joules, covered, sum(finish - begin for begin, finish in windows), int(readings), mixed)
 
 
-def _one(curve: Curve, begin: float, finish: float) -> tuple[float, float, float]:
-    """Joules, seconds covered and seconds mixed of one window."""
-    lowest = int(np.searchsorted(curve.end, begin, "right"))
-    part = slice(lowest, max(lowest, int(np.searchsorted(curve.start, finish, "left"))))
-    start, end, first, last = (values[part].copy() for values in curve[:4])
-    if not len(start):
-        return 0.0, 0.0, 0.0
-    crossed = np.array([start[0] < begin, end[-1] > finish])
-    within = (start >= begin) & (end <= finish)
-    if curve.counted and within.any():
-        first[~within] = last[~within] = np.where(start < begin, first[within][0], first[within][-1])[~within]
-        crossed[:] = False
-    elif not curve.counted:
-        ahead, behind = crossed[0] and end[0] <= finish, crossed[1] and start[-1] >= begin
-        first[0], last[-1] = last[0] if ahead else first[0], first[-1] if behind else last[-1]
-        crossed &= ~np.array([ahead, behind])
-    low, high = np.maximum(start, begin), np.minimum(end, finish)
-    slope = (last - first) / np.maximum(end - start, 1e-12)
-    joules = float(np.sum((first + slope * ((low + high) / 2 - start)) * (high - low)))
-    return joules, float(np.sum(high - low)), float(np.sum((high - low)[[0, -1]][crossed]))
+def _one(curve: Curve, begin: float, finish: float) -> tuple[float, float, int, float]:
+    """Joules, seconds covered, readings inside and seconds mixed of one window."""
+    part = slice(np.searchsorted(curve.end, begin, "right"), np.searchsorted(curve.start, finish, "left"))
+    start, end, since, until, watts = (values[part] for values in curve[:5])
+    length = np.minimum(end, finish) - np.maximum(start, begin)
+    within = np.flatnonzero((since >= begin) & (until <= finish))
+    if len(within):
+        watts = watts[np.clip(np.arange(len(watts)), within[0], within[-1])]
+    covered = float(length.sum())
+    inside = int(np.sum((since >= begin) & (since < finish)))
+    return float(watts @ length), covered, inside, 0.0 if len(within) else covered
+
+
+def steps_within(curve: Curve, windows: Spans) -> tuple[float, int]:
+    """Root mean square of the differences between successive pieces that begin within windows, and how many."""
+    bounds = [np.searchsorted(curve.since, window) for window in windows]
+    steps = np.concatenate([np.diff(curve.watts[first:last]) for first, last in bounds])
+    if not len(steps):
+        return float(np.ptp(curve.watts)) if len(curve.watts) else 0.0, 0
+    return float(np.sqrt(np.mean(steps**2))), len(steps)
 
 
 def power_at(curve: Curve, moments: Array) -> Array:
-    """Watts [m] at `moments` [m] in seconds; in a gap, of the nearest reading."""
-    times, watts = np.ravel([curve.start, curve.end], "F"), np.ravel([curve.first, curve.last], "F")
-    return np.asarray(np.interp(moments, times, watts))
+    """Watts [m] at `moments` [m] in seconds, linear between the middles of pieces."""
+    return np.asarray(np.interp(moments, (curve.since + curve.until) / 2, curve.watts))
+
+
+def joined(windows: Sequence[tuple[float, float]], pause_s: float = 0.0) -> Spans:
+    """Ascending windows, those with no more than `pause_s` between them as one."""
+    found: Spans = []
+    for begin, end in sorted(windows):
+        if found and begin - found[-1][1] <= pause_s:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((begin, end))
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -13,21 +12,20 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor
 from sparsifiner_edge.profiles.sensors.curve import (
-    Array,
     Curve,
     Integral,
-    add_curves,
+    Spans,
     counter_curve,
     integrate,
+    joined,
     power_at,
     power_curve,
+    steps_within,
 )
 from sparsifiner_edge.profiles.sensors.recorder import Recording, Window
 from sparsifiner_edge.profiles.stats import estimate
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.results import Estimate
-
-Spans = list[tuple[float, float]]
 
 _LEAST_COVERED = 0.8
 _Z95 = 1.96
@@ -50,20 +48,13 @@ def least_window_s(sensor: PowerSensor) -> float:
 
 def too_short(recording: Recording, windows: Sequence[Window]) -> str:
     """Why `energy` says little of these windows, too few readings or refreshes; empty where there are enough."""
-    sensor, spans = recording.sensor, _spans(recording, windows)[0]
-    longest = max((end - begin for begin, end in _joined(spans, sensor.period_s)), default=0.0)
+    sensor, spans = recording.sensor, _spans(recording, windows)
+    longest = _longest(sensor, spans)
     if longest < _REFRESHES * sensor.averaging_s:
         return f"{longest:.2g} s without a pause, and {sensor.name} averages over {sensor.averaging_s:g} s"
     if _length(spans) < _READINGS * sensor.period_s:
         return f"{_length(spans):.2g} s of queries, and {sensor.name} is read every {sensor.period_s:g} s"
     return ""
-
-
-class _Baseline(NamedTuple):
-    """Idle power in watts, and what it may be off by (95 %)."""
-
-    watts: float
-    error: float
 
 
 class Energy(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +84,13 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[str]
 
 
+class _Idle(NamedTuple):
+    """Idle power in watts, and what it may be off by (95 %)."""
+
+    watts: float
+    error: float
+
+
 def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> Energy:
     """What `inferences` inferences within `windows` cost.
 
@@ -106,82 +104,75 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
         windows: when the inferences ran, CLOCK_MONOTONIC nanoseconds; windows that overlap count once.
         inferences: how many they were, all windows together.
     """
-    spans, problems = _spans(recording, windows)
+    sensor, spans = recording.sensor, _spans(recording, windows)
+    empty = sum(end <= begin for begin, end in windows)
+    problems = [f"{empty} of {len(windows)} windows have no length and were left out"] if empty else []
     problems += recording.told()
-    sensor = recording.sensor
-    nothing = partial(_nothing, sensor, inferences, _length(spans), problems)
     refused = _refusal(recording, spans, inferences)
-    curve = None if refused else total_curve(recording)
-    if curve is None or refused:
-        return nothing(refused or "no readings")
-    problems += _frozen(recording) + _gaps(curve)
-    inside, idle = integrate(curve, spans), _idle(recording, curve, spans, problems)
-    counted = bool(sensor.total_rails) and rail_curve(recording, sensor.total_rails, True) is not None
+    curve = None if refused else _total(recording)
+    if curve is None:
+        return _nothing(sensor, inferences, spans, problems, refused or "no readings")
+    inside = integrate(curve, spans)
+    before, after = _baselines(recording, curve, spans)
+    idle = _idle(before, after)
+    problems += _frozen(recording)
+    if curve.lost_s > 0:
+        problems.append(f"no readings, or a counter that was reset, for {curve.lost_s:.3g} s")
+    if isinstance(before, _Idle) != isinstance(after, _Idle):
+        problems.append("idle power is known on one side of the windows alone: its drift is not in the errors")
+    little = _too_little(sensor, spans, inside, curve.counted)
     shared = replace(
-        nothing(_too_little(sensor, spans, inside, counted)),
-        method="energy counter" if counted else "trapezoid rule",
+        _nothing(sensor, inferences, spans, problems, little),
+        method="energy counter" if curve.counted else "trapezoid rule",
         samples=inside.readings,
         covered=inside.share,
-        idle_before_w=_watts(idle.before),
-        idle_after_w=_watts(idle.after),
-        idle_w=_watts(idle.baseline),
+        idle_before_w=_watts(before),
+        idle_after_w=_watts(after),
+        idle_w=_watts(idle),
     )
-    if _too_little(sensor, spans, inside, counted):
+    if little:
         return shared
-    if counted:
-        problems += _cross_check(recording, spans, inside)
-    gross, net = _per_inference(inside, _gross_error(sensor, curve, spans, inside, counted), idle.baseline, inferences)
+    problems += _cross_check(recording, curve, spans, inside)
+    gross, net = _per_inference(inside, _error(sensor, curve, spans, inside), idle, inferences)
     return replace(
         shared,
         gross_j_per_inference=gross,
         net_j_per_inference=net,
         mean_w=inside.watts,
-        rails_w=_rails(recording, spans, counted),
+        rails_w=_rails(recording, spans, curve.counted),
     )
 
 
-def total_curve(recording: Recording) -> Curve | None:
+def _total(recording: Recording) -> Curve | None:
     """Power of the sensor's total over time, in seconds since the recording's start; None without two readings."""
     rails = recording.sensor.total_rails
-    curve = rail_curve(recording, rails, counted=True)
-    return curve if curve is not None else rail_curve(recording, rails, counted=False)
+    return _curve(recording, rails, counted=True) or _curve(recording, rails, counted=False)
 
 
-def rail_curve(recording: Recording, rails: Sequence[str], counted: bool) -> Curve | None:
+def _curve(recording: Recording, rails: Sequence[str], counted: bool) -> Curve | None:
     """Power of the sum of `rails` over time, from their energy counters or their power readings; None without two."""
-    if not counted:
-        moments, watts = recording.power(rails)
-        curve = power_curve(_seconds(recording, moments), watts, recording.sensor.period_s)
-        return curve if len(moments) > 1 else None
-    curves = []
-    for rail in rails:
-        moments, joules = recording.counter(rail)
-        if len(moments) < 2:
-            return None
-        curves.append(counter_curve(_seconds(recording, moments), joules, recording.sensor.wraps_j.get(rail)))
-    return add_curves(curves) if curves else None
+    moments, values = recording.series(rails, "joules" if counted else "watts")
+    if len(moments) < 2:
+        return None
+    seconds, sensor = (moments - recording.start_ns) / 1e9, recording.sensor
+    if counted:
+        return counter_curve(seconds, values, np.array([sensor.wraps_j.get(rail, math.nan) for rail in rails]))
+    return power_curve(seconds, values.sum(axis=1), sensor.period_s)
 
 
-def _seconds(recording: Recording, moments: Array) -> Array:
-    return (moments - recording.start_ns) / 1e9
-
-
-def _spans(recording: Recording, windows: Sequence[Window]) -> tuple[Spans, list[str]]:
-    """The windows in seconds since the start, ascending, overlaps merged; and what was wrong with them."""
-    spans: Spans = []
-    good = sorted((start, end) for start, end in windows if end > start)
-    for start, end in good:
-        begin, finish = (start - recording.start_ns) / 1e9, (end - recording.start_ns) / 1e9
-        if spans and begin < spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], finish))
-        else:
-            spans.append((begin, finish))
-    empty = len(windows) - len(good)
-    return spans, [f"{empty} of {len(windows)} windows have no length and were left out"] if empty else []
+def _spans(recording: Recording, windows: Sequence[Window]) -> Spans:
+    """The windows that have a length, in seconds since the start, ascending, overlaps merged."""
+    start = recording.start_ns
+    return joined([((begin - start) / 1e9, (end - start) / 1e9) for begin, end in windows if end > begin])
 
 
 def _length(spans: Spans) -> float:
     return sum(end - begin for begin, end in spans)
+
+
+def _longest(sensor: PowerSensor, spans: Spans) -> float:
+    """Seconds of the longest window, over pauses of up to a period: the sensor does not see such pauses."""
+    return max((end - begin for begin, end in joined(spans, sensor.period_s)), default=0.0)
 
 
 def _refusal(recording: Recording, spans: Spans, inferences: int) -> str:
@@ -196,14 +187,14 @@ def _refusal(recording: Recording, spans: Spans, inferences: int) -> str:
     return ""
 
 
-def _nothing(sensor: PowerSensor, inferences: int, window_s: float, problems: list[str], reason: str) -> Energy:
+def _nothing(sensor: PowerSensor, inferences: int, spans: Spans, problems: list[str], reason: str) -> Energy:
     """No figures, for a reason."""
     why = Unavailable(reason)
     return Energy(
         sensor=sensor.name,
         total=sensor.total,
         inferences=inferences,
-        window_s=window_s,
+        window_s=_length(spans),
         gross_j_per_inference=why,
         net_j_per_inference=why,
         mean_w=why,
@@ -217,7 +208,7 @@ def _nothing(sensor: PowerSensor, inferences: int, window_s: float, problems: li
 def _too_little(sensor: PowerSensor, spans: Spans, inside: Integral, counted: bool) -> str:
     if inside.share < _LEAST_COVERED:
         return f"readings of {sensor.name} cover {inside.share:.0%} of the windows' {inside.asked_s:.3g} s"
-    longest = max(end - begin for begin, end in _joined(spans, sensor.period_s))
+    longest = _longest(sensor, spans)
     if not counted and longest < sensor.averaging_s:
         return (
             f"{sensor.name} averages over {sensor.averaging_s:g} s, and no window is as long (longest {longest:.3g} s)"
@@ -225,156 +216,115 @@ def _too_little(sensor: PowerSensor, spans: Spans, inside: Integral, counted: bo
     return ""
 
 
-def _joined(spans: Spans, pause_s: float) -> Spans:
-    """Windows with no more than `pause_s` between them as one: the sensor does not see such pauses."""
-    joined: Spans = []
-    for begin, end in spans:
-        if joined and begin - joined[-1][1] <= pause_s:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((begin, end))
-    return joined
-
-
-def _gross_error(sensor: PowerSensor, curve: Curve, spans: Spans, inside: Integral, counted: bool) -> float:
+def _error(sensor: PowerSensor, curve: Curve, spans: Spans, inside: Integral) -> float:
     """Joules, 95 %: what the integral over all windows may be off by, the sensor's own accuracy apart."""
-    joined = _joined(spans, max(sensor.period_s, curve.interval_s))
+    edges = np.ravel(joined(spans, max(sensor.period_s, curve.interval_s)))
     delay = curve.interval_s + sensor.averaging_s
-    edges = np.array(joined).ravel()
-    steps = np.abs(power_at(curve, edges + delay) - power_at(curve, edges - delay))
-    # A step lies anywhere within an interval, evenly and independently.
-    placing = _Z95 / math.sqrt(12) * curve.interval_s * math.sqrt(float(np.sum(steps**2)))
+    before, after = power_at(curve, edges - delay), power_at(curve, edges + delay)
+    # A step of power lies anywhere within an interval, evenly and independently.
+    placing = _Z95 / math.sqrt(12) * curve.interval_s * float(np.linalg.norm(after - before))
     # A running average lags by half its time: at the start of a window it still holds what came before, in place of
     # what the end of the window held. Always the same way, so that many windows do not help. A tenth more, since the
     # average also blurs the step that is looked at.
-    lost = np.abs(power_at(curve, edges[::2] - delay) - power_at(curve, edges[1::2]))
+    lost = np.abs(before[::2] - power_at(curve, edges[1::2]))
     lagging = 1.1 * sensor.averaging_s / 2 * float(np.sum(lost))
-    missing = (inside.asked_s - inside.covered_s) * float(np.ptp(curve.first)) if len(curve.first) else 0.0
-    mixed = inside.mixed_s * float(np.max(steps, initial=0.0)) / 2
-    sampling = _held(curve, spans) if counted else inside.covered_s * _Z95 * _spread(curve, spans)
-    return math.hypot(placing, lagging, missing, mixed, sampling)
+    # What was not seen, or only together with what ran outside, may have held anything between lowest and highest.
+    unseen = (inside.asked_s - inside.covered_s + inside.mixed_s / 2) * float(np.ptp(curve.watts))
+    return math.hypot(placing, lagging, unseen, _Z95 * _sampling(curve, spans, inside))
 
 
-def _held(curve: Curve, spans: Spans) -> float:
-    """Joules, 95 %: a counter's power up to the edges is that of the readings within, for up to an interval each."""
-    return _Z95 / math.sqrt(3) * curve.interval_s * _step(curve, spans)[0] * math.sqrt(2 * len(spans))
+def _sampling(curve: Curve, spans: Spans, inside: Integral) -> float:
+    """Standard error in joules, from differences of successive readings, which a slow drift hardly raises."""
+    step, count = steps_within(curve, spans)
+    if curve.counted:  # Nothing is lost in between; up to each edge the power of the readings within is taken.
+        return step * curve.interval_s * math.sqrt(2 * len(spans) / 3)
+    return step * inside.covered_s / math.sqrt(2 * (count + 1))
 
 
-def _spread(curve: Curve, spans: Spans) -> float:
-    """Standard error of the mean power, from differences of successive readings, which a slow drift hardly raises."""
-    step, count = _step(curve, spans)
-    return step / math.sqrt(2 * (count + 1))
-
-
-def _step(curve: Curve, spans: Spans) -> tuple[float, int]:
-    """Root mean square of the differences between successive readings within the windows, and how many there are."""
-    differences = [
-        np.diff(curve.first[np.searchsorted(curve.start, begin) : np.searchsorted(curve.start, end)])
-        for begin, end in spans
-    ]
-    steps = np.concatenate(differences) if differences else np.empty(0)
-    if not len(steps):
-        return (float(np.ptp(curve.first)) if len(curve.first) else 0.0), 0
-    return math.sqrt(float(np.mean(steps**2))), len(steps)
-
-
-class _Idle(NamedTuple):
-    """Idle power before and after the windows, and what is taken for it; or why it is not known."""
-
-    before: _Baseline | str
-    after: _Baseline | str
-    baseline: _Baseline | str
-
-
-def _watts(part: _Baseline | str) -> float | Unavailable:
-    return part.watts if isinstance(part, _Baseline) else Unavailable(part)
-
-
-def _idle(recording: Recording, curve: Curve, spans: Spans, problems: list[str]) -> _Idle:
-    """The baseline is the mean of before and after, its error their drift and spread."""
-    first, last = spans[0][0], spans[-1][1]
-    idle, _ = _spans(recording, recording.idle)
+def _baselines(recording: Recording, curve: Curve, spans: Spans) -> tuple[Known[_Idle], Known[_Idle]]:
+    """Idle power before and after the windows."""
     # The sensor's average still holds what was before; so do the readings next to the edge.
     settle = recording.sensor.averaging_s + curve.interval_s
-    settled = [(begin + settle, end) for begin, end in idle if end > begin + settle]
-    before = _idle_mean(curve, [span for span in settled if span[1] <= first])
-    after = _idle_mean(curve, [span for span in settled if span[0] >= last])
-    known = [part for part in (before, after) if isinstance(part, _Baseline)]
-    if not known:
-        return _Idle(before, after, "no idle baseline was read, before or after")
-    if len(known) == 1:
-        problems.append("idle power is known on one side of the windows alone: its drift is not in the errors")
-    watts = sum(part.watts for part in known) / len(known)
-    drift = abs(known[0].watts - known[-1].watts) / 2
-    error = math.hypot(drift, *(part.error / len(known) for part in known))
-    return _Idle(before, after, _Baseline(watts, error))
+    idle = [(begin + settle, end) for begin, end in _spans(recording, recording.idle) if end > begin + settle]
+    first, last = spans[0][0], spans[-1][1]
+    return _baseline(curve, [s for s in idle if s[1] <= first]), _baseline(curve, [s for s in idle if s[0] >= last])
 
 
-def _idle_mean(curve: Curve, spans: Spans) -> _Baseline | str:
+def _baseline(curve: Curve, spans: Spans) -> Known[_Idle]:
     inside = integrate(curve, spans)
     if not spans or inside.share < _LEAST_COVERED:
-        return f"readings cover {inside.covered_s:.3g} of {inside.asked_s:.3g} idle seconds"
-    return _Baseline(inside.watts, _Z95 * _spread(curve, spans))
+        return Unavailable(f"readings cover {inside.covered_s:.3g} of {inside.asked_s:.3g} idle seconds")
+    step, count = steps_within(curve, spans)
+    return _Idle(inside.watts, _Z95 * step / math.sqrt(2 * (count + 1)))
+
+
+def _idle(before: Known[_Idle], after: Known[_Idle]) -> Known[_Idle]:
+    """The mean of before and after, its error their drift and spread."""
+    known = [part for part in (before, after) if isinstance(part, _Idle)]
+    if not known:
+        return Unavailable("no idle baseline was read, before or after")
+    drift = abs(known[0].watts - known[-1].watts) / 2
+    error = math.hypot(drift, *(part.error / len(known) for part in known))
+    return _Idle(sum(part.watts for part in known) / len(known), error)
+
+
+def _watts(part: Known[_Idle]) -> float | Unavailable:
+    return part.watts if isinstance(part, _Idle) else part
 
 
 def _per_inference(
-    inside: Integral, error: float, idle: _Baseline | str, inferences: int
+    inside: Integral, error: float, idle: Known[_Idle], inferences: int
 ) -> tuple[Estimate, Known[Estimate]]:
     """Gross and net joules."""
     # Uncovered time is taken at the mean of the covered; what that may be off by is in the error.
-    gross = inside.watts * inside.asked_s
+    joules = inside.watts * inside.asked_s
 
-    def share(joules: float, off: float) -> Estimate:
-        return estimate(joules / inferences, (joules - off) / inferences, (joules + off) / inferences, _METHOD)
+    def share(value: float, off: float) -> Estimate:
+        return estimate(value / inferences, (value - off) / inferences, (value + off) / inferences, _METHOD)
 
-    if isinstance(idle, str):
-        return share(gross, error), Unavailable(idle)
+    gross = share(joules, error)
+    if isinstance(idle, Unavailable):
+        return gross, idle
     if math.isclose(idle.watts, inside.watts, rel_tol=1e-9):
         frozen = "the sensor read exactly the same, idle and at work: it is frozen, or does not see the work"
-        return share(gross, error), Unavailable(frozen)
-    net = share(gross - idle.watts * inside.asked_s, math.hypot(error, idle.error * inside.asked_s))
-    return share(gross, error), net
+        return gross, Unavailable(frozen)
+    return gross, share(joules - idle.watts * inside.asked_s, math.hypot(error, idle.error * inside.asked_s))
 
 
 def _rails(recording: Recording, spans: Spans, counted: bool) -> dict[str, float | Unavailable]:
     """Mean power of every rail within the windows; rails overlap, so they do not add up to the total."""
     rails: dict[str, float | Unavailable] = {}
     for rail in recording.sensor.rails:
-        curve = rail_curve(recording, [rail], counted) or rail_curve(recording, [rail], not counted)
-        inside = integrate(curve, spans) if curve is not None else None
+        curve = _curve(recording, [rail], counted) or _curve(recording, [rail], not counted)
+        inside = integrate(curve, spans) if curve else None
         known = inside is not None and inside.share >= _LEAST_COVERED
-        rails[rail] = inside.watts if inside is not None and known else Unavailable("too few readings in the windows")
+        rails[rail] = inside.watts if inside and known else Unavailable("too few readings in the windows")
     return rails
 
 
-def _cross_check(recording: Recording, spans: Spans, inside: Integral) -> list[str]:
+def _cross_check(recording: Recording, curve: Curve, spans: Spans, inside: Integral) -> list[str]:
     """A sensor that counts energy and gives power should agree with itself."""
-    curve = rail_curve(recording, recording.sensor.total_rails, counted=False)
-    other = integrate(curve, spans) if curve is not None else None
+    power = _curve(recording, recording.sensor.total_rails, counted=False) if curve.counted else None
+    other = integrate(power, spans) if power else None
     if other is None or other.share < _LEAST_COVERED or _length(spans) < 10 * recording.sensor.averaging_s:
         return []
-    if abs(other.watts - inside.watts) <= _DISAGREEMENT * max(inside.watts, other.watts):
+    if math.isclose(other.watts, inside.watts, rel_tol=_DISAGREEMENT):
         return []
     return [f"the energy counter gives {inside.watts:.4g} W, the power readings {other.watts:.4g} W"]
-
-
-def _gaps(curve: Curve) -> list[str]:
-    return [f"no readings, or a counter that was reset, for {curve.lost_s:.3g} s"] if curve.lost_s > 0 else []
 
 
 def _frozen(recording: Recording) -> list[str]:
     """Power that stays the same to the last digit for long is suspect: a sensor that hangs looks like that."""
     rails = recording.sensor.total_rails
-    moments, values = recording.power(rails)
-    if not len(moments) and rails:
-        moments, values = recording.counter(rails[0])
+    moments, values = recording.series(rails, "watts")
+    if not len(moments):
+        moments, values = recording.series(rails, "joules")
     if len(values) < _FROZEN_READINGS:
         return []
-    ends = np.flatnonzero(np.diff(values)) + 1
-    bounds = np.concatenate([[0], ends, [len(values)]])
+    bounds = np.concatenate([[0], np.flatnonzero(np.diff(values, axis=0).any(axis=1)) + 1, [len(values)]])
     longest = int(np.argmax(np.diff(bounds)))
-    start, stop = int(bounds[longest]), int(bounds[longest + 1]) - 1
-    seconds = float(moments[stop] - moments[start]) / 1e9
-    if stop - start + 1 < _FROZEN_READINGS or seconds < _FROZEN_S:
+    first, last = int(bounds[longest]), int(bounds[longest + 1]) - 1
+    seconds = float(moments[last] - moments[first]) / 1e9
+    if last - first + 1 < _FROZEN_READINGS or seconds < _FROZEN_S:
         return []
     return [f"{recording.sensor.name} read exactly the same for {seconds:.3g} s: it may be frozen"]

@@ -16,8 +16,8 @@ from sparsifiner_edge.profiles.sensors.base import (
     Reading,
     UnavailableError,
     read_number,
+    read_rails,
     read_text,
-    why,
 )
 
 WHOLE_BOARD = ("VIN", "VDD_IN", "POM_5V_IN", "5V_IN", "VDD_5V_IN")
@@ -122,17 +122,8 @@ def board_notes(rails: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _read(rails: Mapping[str, Watts]) -> Reading:
-    """All rails, one after another; one that fails leaves a gap. Raises what the last one raised when all fail."""
-    watts: dict[str, float] = {}
-    problems: list[str] = []
-    for rail, read in rails.items():
-        try:
-            watts[rail] = read()
-        except (OSError, ValueError) as error:
-            problems.append(why(error))
-    if not watts:
-        raise UnavailableError("; ".join(problems))
-    return Reading(watts, problems=tuple(problems))
+    watts, problems = read_rails(rails)
+    return Reading(watts, problems=problems)
 
 
 def _hwmon_folders(driver: Path) -> Iterator[Path]:

@@ -6,7 +6,6 @@ Units as in NVIDIA's NVML reference: milliwatts, millijoules since the driver wa
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError
+from sparsifiner_edge.records import Unavailable
 
 _PERIOD_S = 0.1
 _MILLI = 1e-3
@@ -76,13 +76,13 @@ def find_nvml(root: Path) -> PowerSensor:  # noqa: ARG001  NVML has no files
         UnavailableError: there is no NVML, no card, or it tells neither (as on Orin).
     """
     with nvml_device() as (nvml, handle):
-        name = _text(nvml.nvmlDeviceGetName(handle))
-        counted = _try(nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) is not None
-        reason = _reason(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle))
-        if reason and not counted:
-            raise UnavailableError(f"NVML tells no power of {name}: {reason}")
+        name = nvml.nvmlDeviceGetName(handle)
+        name = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+        watts, joules = _power(nvml, handle)
+        if isinstance(watts, Unavailable) and isinstance(joules, Unavailable):
+            raise UnavailableError(f"NVML tells no power of {name}: {watts.why}")
         cards = int(nvml.nvmlDeviceGetCount())
-    reader = _Reader()
+    reader, counted = _Reader(), not isinstance(joules, Unavailable)
     return PowerSensor(
         "nvml",
         f"{name}: the whole card, nothing of the computer around it",
@@ -120,16 +120,13 @@ class _Reader:
         if self._open is None:
             self._open = contextlib.ExitStack()
             self._nvml, self._card = self._open.enter_context(nvml_device())
-        nvml, card = self._nvml, self._card
-        reasons: list[str] = []
-        watts = _value(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(card), reasons)
-        joules = _value(nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(card), reasons)
-        if watts is None and joules is None:
+        found = _power(self._nvml, self._card)
+        reasons = [value.why for value in found if isinstance(value, Unavailable)]
+        if len(reasons) == len(found):
             self.close()
             raise UnavailableError(f"NVML: {'; '.join(dict.fromkeys(reasons))}")
-        return Reading(
-            {} if watts is None else {_RAIL: watts * _MILLI}, {} if joules is None else {_RAIL: joules * _MILLI}
-        )
+        watts, joules = ({} if isinstance(value, Unavailable) else {_RAIL: value * _MILLI} for value in found)
+        return Reading(watts, joules)
 
     def close(self) -> None:
         opened, self._open = self._open, None
@@ -137,31 +134,17 @@ class _Reader:
             opened.close()
 
 
-def _value(nvml: Any, read: Callable[[], Any], reasons: list[str]) -> float | None:
+def _power(nvml: Any, card: Any) -> tuple[float | Unavailable, float | Unavailable]:
+    """Milliwatts now, and millijoules since the driver was loaded."""
+    return _ask(nvml, nvml.nvmlDeviceGetPowerUsage, card), _ask(nvml, nvml.nvmlDeviceGetTotalEnergyConsumption, card)
+
+
+def _ask(nvml: Any, read: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of NVML says, or `Unavailable`."""
     try:
-        return float(read())
+        return read(*arguments)
     except nvml.NVMLError as error:
-        reasons.append(str(error))
-        return None
-
-
-def _try(nvml: Any, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except nvml.NVMLError:
-        return None
-
-
-def _reason(nvml: Any, read: Callable[[], Any]) -> str:
-    try:
-        read()
-    except nvml.NVMLError as error:
-        return str(error)
-    return ""
-
-
-def _text(name: Any) -> str:
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+        return Unavailable(str(error))
 
 
 class CardConditions(NamedTuple):
@@ -182,24 +165,20 @@ def nvml_conditions() -> CardConditions:
         UnavailableError: no NVML or no card.
     """
     with nvml_device() as (nvml, card):
-        numbers = (
-            _try(nvml, lambda: nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM)),
-            _try(nvml, lambda: nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM)),
-            _try(nvml, lambda: nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU)),
-            _try(nvml, lambda: nvml.nvmlDeviceGetPerformanceState(card)),
-            _try(nvml, lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(card)),
+
+        def number(name: str, *arguments: Any) -> int | None:
+            read = getattr(nvml, name, None)
+            value = None if read is None else _ask(nvml, read, card, *arguments)
+            return None if value is None or isinstance(value, Unavailable) else int(value)
+
+        # Under its new name, or the old one, which drivers before 535 know alone and CUDA 14 is to drop.
+        bits = number("nvmlDeviceGetCurrentClocksEventReasons")
+        bits = number("nvmlDeviceGetCurrentClocksThrottleReasons") if bits is None else bits
+        return CardConditions(
+            gpu_mhz=number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            memory_mhz=number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            gpu_c=number("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            performance_state=number("nvmlDeviceGetPerformanceState"),
+            power_limit_mw=number("nvmlDeviceGetEnforcedPowerLimit"),
+            throttled_by=None if bits is None else [name for bit, name in THROTTLING.values() if bits & bit],
         )
-        bits = _throttle_bits(nvml, card)
-    throttled = None if bits is None else [name for bit, name in THROTTLING.values() if bits & bit]
-    clock, memory, celsius, state, limit = (None if number is None else int(number) for number in numbers)
-    return CardConditions(clock, memory, celsius, state, limit, throttled)
-
-
-def _throttle_bits(nvml: Any, card: Any) -> int | None:
-    """Under its new name, or the old one, which drivers before 535 know alone and CUDA 14 is to drop."""
-    for name in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
-        read = getattr(nvml, name, None)
-        bits = None if read is None else _try(nvml, functools.partial(read, card))
-        if bits is not None:
-            return int(bits)
-    return None

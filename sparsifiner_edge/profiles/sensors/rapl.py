@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from sparsifiner_edge.profiles.sensors.base import (
@@ -9,6 +10,7 @@ from sparsifiner_edge.profiles.sensors.base import (
     Reading,
     UnavailableError,
     read_number,
+    read_rails,
     read_text,
     why,
 )
@@ -36,7 +38,7 @@ def find_rapl(root: Path) -> PowerSensor:
     try:
         wraps = {name: read_number(zone / "max_energy_range_uj") * _MICRO for name, zone in counters.items()}
         for name in total:
-            read_number(counters[name] / "energy_uj")
+            _joules(counters[name])
     except PermissionError as error:
         raise UnavailableError(f"{why(error)}; as root: chmod a+r {root / _FOLDER}/intel-rapl:*/energy_uj") from error
     return PowerSensor(
@@ -64,13 +66,9 @@ def _counters(folder: Path) -> dict[str, Path]:
 
 
 def _read(counters: dict[str, Path]) -> Reading:
-    joules: dict[str, float] = {}
-    problems: list[str] = []
-    for name, zone in counters.items():
-        try:
-            joules[name] = read_number(zone / "energy_uj") * _MICRO
-        except (OSError, ValueError) as error:
-            problems.append(why(error))
-    if not joules:
-        raise UnavailableError("; ".join(problems))
-    return Reading(joules=joules, problems=tuple(problems))
+    joules, problems = read_rails({name: partial(_joules, zone) for name, zone in counters.items()})
+    return Reading(joules=joules, problems=problems)
+
+
+def _joules(zone: Path) -> float:
+    return read_number(zone / "energy_uj") * _MICRO

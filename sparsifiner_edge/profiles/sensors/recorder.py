@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Literal
 
 import msgspec
 import numpy as np
 
 from sparsifiner_edge.profiles.sensors.base import Described, PowerSensor, Reading, UnavailableError, why
 from sparsifiner_edge.profiles.sensors.conditions import Conditions, Seen, conditions, summarise_conditions
+from sparsifiner_edge.profiles.sensors.curve import Array
 from sparsifiner_edge.profiles.sensors.nvml import nvml_device
 from sparsifiner_edge.records import MISSING
 
@@ -57,21 +58,12 @@ class Recording:
     after: Conditions | None = None
     problems: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
-    def power(self, rails: Sequence[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Times [n] in ns and the sum [n] of `rails` in watts, of the readings that hold all of them."""
-        return self._series(rails, "watts")
-
-    def counter(self, rail: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Times [n] in ns and a counter's values [n] in joules, as read."""
-        return self._series([rail], "joules")
-
-    def _series(self, rails: Sequence[str], kind: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        values = [getattr(reading, kind) for reading in self.readings]
-        total = np.zeros(len(values))
-        for rail in rails:
-            total += np.array([found.get(rail, math.nan) for found in values], dtype=np.float64)
-        known = np.isfinite(total) & bool(rails)
-        return np.array(self.times_ns, dtype=np.int64)[known], total[known]
+    def series(self, rails: Sequence[str], kind: Literal["watts", "joules"]) -> tuple[Array, Array]:
+        """Times [n] in ns and values [n, rails] of the readings that hold all of `rails`."""
+        values = [[getattr(reading, kind).get(rail, math.nan) for rail in rails] for reading in self.readings]
+        table = np.array(values, dtype=np.float64).reshape(len(values), len(rails))
+        known = np.isfinite(table).all(axis=1) & bool(rails)
+        return np.array(self.times_ns, dtype=np.int64)[known], table[known]
 
     def samples(self) -> Columns:
         """Every reading: `time_s` since the start, and by rail `<rail>_w` or `<rail>_j`; a gap is `MISSING`."""
@@ -93,11 +85,9 @@ class Recording:
         """Before, during (all that were not idle, or some) and after. Once the recorder's block is left."""
         assert self.before is not None
         assert self.after is not None
-        return summarise_conditions(self.before, self.busy_looks() if during is None else during, self.after)
-
-    def busy_looks(self) -> list[Conditions]:
-        """The `conditions` taken outside the idle baselines, when clocks may well be low."""
-        return [look for moment, look in self.during if not any(start <= moment <= end for start, end in self.idle)]
+        if during is None:  # At rest clocks may well be low.
+            during = [look for moment, look in self.during if not within(moment, self.idle)]
+        return summarise_conditions(self.before, during, self.after)
 
     def told(self) -> list[str]:
         """The problems, each with its count."""
@@ -179,10 +169,9 @@ class Recorder:
     def _run(self) -> None:
         try:
             self._sample()
-            self._finished = True
         except Exception as error:  # A measurement must outlive its sensors.
             self._tell(f"the sampling thread died: {type(error).__name__}: {why(error)}")
-            self._finished = True
+        self._finished = True
 
     def _sample(self) -> None:
         next_conditions = self._clock() + int(self._conditions_period_s * 1e9)
@@ -230,6 +219,11 @@ class Recorder:
         elif not times or moment > times[-1]:
             times.append(moment)
             self.recording.readings.append(reading)
+
+
+def within(moment: int, windows: Sequence[Window]) -> bool:
+    """Whether a moment lies in one of the windows."""
+    return any(start <= moment <= end for start, end in windows)
 
 
 def _suspended_s() -> float:
