@@ -35,11 +35,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What was written, and what it says.
 
     Attributes:
-        pictures: PNGs beside the page. verdict: sentences. differences: field -> values of results that differ.
+        images: PNGs beside the page. verdict: sentences. differences: field -> values of results that differ.
     """
 
     page: str
-    pictures: list[str] | Unavailable
+    images: list[str] | Unavailable = msgspec.field(name="pictures")
     verdict: list[str]
     differences: dict[str, list[str]]
     flags: list[dict[str, str]]
@@ -54,7 +54,7 @@ def write_report(
     language: str = "en",
     prices: Prices | None = None,
     strict: bool = False,
-    pictures: bool = True,
+    images: bool = True,
 ) -> Report:
     """Write one self-contained page, and beside it its figures as `<stem>-<figure>.png`.
 
@@ -68,7 +68,7 @@ def write_report(
         language: "en" or "ja".
         prices: None: no costs.
         strict: refuse results that differ as above, and write nothing.
-        pictures: also write PNGs.
+        images: also write PNGs.
 
     Raises:
         ArtifactError: a file is no result, of a newer schema, or holds NaN; or the disk refuses.
@@ -92,11 +92,11 @@ def write_report(
         raise GateError(f"The results cannot be compared: {values}.", "Measure all of them under the same conditions.")
     content = _content(page, sources, manifests, prices)
     text = _render(page, sources, content, found)
-    written = _write_pictures(target, content, language) if pictures else "not asked for"
+    written = _write_images(target, content, language) if images else "not asked for"
     write_text(target, text)
     return Report(
         page=str(target),
-        pictures=written if isinstance(written, list) else Unavailable(written),
+        images=written if isinstance(written, list) else Unavailable(written),
         verdict=lead(page.groups, sides, page.accuracies, texts),
         differences=found,
         flags=flags_of(sides, texts),
@@ -160,7 +160,7 @@ def _joined(cell: str) -> str:
     return cell
 
 
-def _write_pictures(target: Path, content: Sequence[Section], language: str) -> list[str] | str:
+def _write_images(target: Path, content: Sequence[Section], language: str) -> list[str] | str:
     """Paths of the PNGs written, or why there are none."""
     from sparsifiner_edge.report.png import fonts, png
 

@@ -188,7 +188,7 @@ _FIXES = {
         "Install or update NVIDIA's driver; `nvidia-smi` must work first.",
     r"NODEVICE": "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
     r"MEMORYALLOCATION|OUTOFMEMORY":
-        "The device is out of memory: end other programs on it, or take a smaller batch or picture.",
+        "The device is out of memory: end other programs on it, or take a smaller batch or image.",
     r"ILLEGALADDRESS|LAUNCHFAIL|LAUNCHTIMEOUT|ECCUNCORRECTABLE|HARDWARESTACK|CONTEXTISDESTROYED|ASSERT|MISALIGNED|"
     r"INVALIDPC|ILLEGALINSTRUCTION|INVALIDUNKNOWNERRORCODE|DEVICEUNAVAILABLE":
         "The device is lost to this process: start it again; if it happens again, build the engine again.",
