@@ -145,7 +145,9 @@ def test_plans(tmp_path: Path) -> None:
     bundle = with_engines(make_bundle(tmp_path / "b", preprocessing={"size": 4}, name="m"), *engines)
     remarks = package_bundle(bundle, "triton", tmp_path / "out").remarks
     folder = tmp_path / "out" / "models" / "m_tensorrt"
-    config = read_really((folder / "config.pbtxt").read_text())
+    text = (folder / "config.pbtxt").read_text()
+    assert text_format.MessageToString(check_config(text)) == text
+    config = read_really(text)
     assert (config.name, config.platform, config.backend) == ("m_tensorrt", "tensorrt_plan", "")
     assert config.max_batch_size == 2
     assert dict(config.cc_model_filenames) == {"8.7": "model_8_7.plan", "8.6": "model_8_6.plan"}
