@@ -6,6 +6,7 @@ the records of `sparsifiner-edge run`: measurements of age need no special code 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, InputSpec, Manifest, Preprocessing, TensorSpec
 from sparsifiner_edge.bundle.store import seal_bundle
-from sparsifiner_edge.camera.code import GRID
+from sparsifiner_edge.camera import code
 
+GRID = code.GRID
 CELLS = GRID * GRID
+_UNSURE = 0.2
+
+
+def number_of(brightness: Sequence[float]) -> int | None:
+    """The number that cells of mean brightness 0-255, at least the first 32 of the grid, say; None if they do not."""
+    levels = brightness[: code.CELLS]
+    if any(abs(level / 255 - 0.5) < _UNSURE for level in levels):
+        return None
+    cells = [level > 127.5 for level in levels]
+    number = sum(white << place for place, white in enumerate(reversed(cells[: code.BITS])))
+    return number if cells == code.cells_of(number) else None
 
 
 def make_cells_bundle(folder: Path, size: int = 224, work: int = 0) -> Path:

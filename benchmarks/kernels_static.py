@@ -14,12 +14,12 @@ from typing import Any
 
 import click
 from gpu_bound import H100, bound
+from occupancy import occupancy
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch
-from sparsifiner_edge.ops.triton.occupancy import occupancy
 from sparsifiner_edge.ops.triton.plan import Plan, plan_select
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
 from sparsifiner_edge.results import Result, Subject, write_result

@@ -11,7 +11,7 @@ import msgspec
 from sparsifiner_edge.bounds import whole_number
 from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.camera.server import Page, PageServer, listen
-from sparsifiner_edge.camera.status import STATES, Status
+from sparsifiner_edge.camera.status import COUNTERS, STATES, Status
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.text import dump_json
 
@@ -28,19 +28,6 @@ _TIMES = {
 }
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-_COUNTS = {
-    "captured": "Frames decoded.",
-    "processed": "Frames that the model answered.",
-    "dropped": "Frames replaced by a newer one before the model was free.",
-    "bad_packets": "Damaged packets.",
-    "reconnects": "Returns of a source that was lost.",
-    "stalls": "Times that the decoder hung and was ended.",
-    "crashes": "Times that the decoding process crashed.",
-    "lines_dropped": "Records that the reader of the output was too slow for.",
-    "output_errors": "Records that could not be written.",
-    "overlay_errors": "Times that the overlay could not be written and was given up.",
-    "not_finite": "Numbers of answers that were NaN or infinite, and were written as null.",
-}
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -118,7 +105,7 @@ class _Collector:
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        for name, what in _COUNTS.items():
+        for name, what in COUNTERS.items():
             yield CounterMetricFamily(f"sparsifiner_{name}", what, value=self._status.counts[name])
         state = GaugeMetricFamily("sparsifiner_state", "1 for the state that the source is in.", labels=["state"])
         for name in STATES:

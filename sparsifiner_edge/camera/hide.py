@@ -41,33 +41,28 @@ _NUMBER = re.compile(r"(?:[0-9.,:/{}\[\] +-]|\((?:int|fraction|float|double|bool
 _WORD = re.compile(r"(?:[\w./:,{} -]|\(string\))*")
 
 
-def show_address(text: str) -> str:
+def split_address(text: str) -> tuple[str, tuple[str, ...]]:
     """An address without user, password, what its query and fragment say, and what in its path may be a key.
 
     All up to the last @ is the user and the password, whatever signs they hold.
+
+    Returns:
+        What may be shown, and what is hidden there, in the spellings that a message may have.
     """
-    return _shown(_address(text))
+    parts = list(_address(text))
+    return _shown(parts), _spellings(parts)
 
 
-def show_pipeline(words: list[str]) -> str:
-    """The words of a GStreamer pipeline: elements, properties, and the values of a few."""
-    return " ".join(_shown(parts) for parts in _pipeline(words))
+def split_pipeline(words: list[str]) -> tuple[str, tuple[str, ...]]:
+    """The words of a GStreamer pipeline: elements, properties, and the values of a few; and what is hidden there."""
+    found = list(_pipeline(words))
+    return " ".join(map(_shown, found)), _spellings(part for parts in found for part in parts)
 
 
 def show_path(path: str) -> str:
     """A path that leads nowhere: it may be a mistyped address."""
     before, at, after = path.rpartition("@")
     return _shown([(before, False), (at, True)]) + re.sub(r"([?#=]).*", rf"\1{HIDDEN}", after)
-
-
-def secrets_of_address(text: str) -> tuple[str, ...]:
-    """What `show_address` hides, in the spellings that a message may have."""
-    return _spellings(_address(text))
-
-
-def secrets_of_pipeline(words: list[str]) -> tuple[str, ...]:
-    """What `show_pipeline` hides."""
-    return _spellings(part for parts in _pipeline(words) for part in parts)
 
 
 def hide(text: str, secrets: Iterable[str] = ()) -> str:
@@ -80,7 +75,7 @@ def hide(text: str, secrets: Iterable[str] = ()) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
         found = re.escape(secret)
         text = re.sub(found if len(secret) > 3 else rf"(?<!\w){found}(?!\w)", HIDDEN, text)
-    return _NAMED.sub(rf"\1{HIDDEN}", _IN_TEXT.sub(lambda match: show_address(match[0]), text))
+    return _NAMED.sub(rf"\1{HIDDEN}", _IN_TEXT.sub(lambda match: _shown(_address(match[0])), text))
 
 
 _Part = tuple[str, bool]

@@ -7,15 +7,11 @@ import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from sparsifiner_edge.camera.clock import StreamClock
 from sparsifiner_edge.camera.limits import MAX_PIXELS, require_sane_size
-from sparsifiner_edge.camera.prepare import Fit, display_size, scaled_size, to_square
+from sparsifiner_edge.camera.prepare import Fit, Pixels, display_size, scaled_size, to_square
 from sparsifiner_edge.camera.wire import FrameHeader
 
-Pixels = npt.NDArray[np.uint8]
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
 _FILE = {"protocol_whitelist": "none", "format_whitelist": _FORMATS}

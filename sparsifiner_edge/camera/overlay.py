@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.camera.answers import FrameRecord
+from sparsifiner_edge.camera.prepare import Pixels
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import require_file_path
 
-Pixels = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 SHOWN = 640
 """Pixels along the longer side of the frames that are asked for."""

@@ -6,11 +6,9 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from sparsifiner_edge.camera.code import GRID, cells_of
-
-Pixels = npt.NDArray[np.uint8]
+from sparsifiner_edge.camera.prepare import Pixels
 
 
 def draw_pattern(number: int, width: int = 640, height: int = 480) -> Pixels:

@@ -63,6 +63,10 @@ class Options(NamedTuple):
     kernels: str = "auto"
     allow_redirect: bool = False
 
+    def model(self) -> tuple[str, int | None, int, float, Path | None, str]:
+        """Those of `Model`, in its order."""
+        return self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels
+
 
 def run_service(bundle: Path, source: Source, options: Options) -> None:
     """Run a bundle on a video, a camera or the test pattern: one JSON line per frame, one per event on standard error.
@@ -78,7 +82,7 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
     require_decoder(source)
     _require_outputs(bundle, source, options.output, options.overlay)
     with contextlib.ExitStack() as stack:
-        model = stack.enter_context(_open_model(bundle, options))
+        model = stack.enter_context(Model(bundle, *options.model()))
         events = LineWriter(_duplicate(sys.stderr), patient=False)
         stack.callback(_close_quietly, events)
         status = Status(source.shown, events.write)
@@ -94,12 +98,6 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
         status.event("done", **status.counts)
     if not stop.is_set():
         _require_frames(source, status, run.failure)
-
-
-def _open_model(bundle: Path, options: Options) -> Model:
-    return Model(
-        bundle, options.backend, options.threads, options.top, options.threshold, options.public_key, options.kernels
-    )
 
 
 def _require_outputs(bundle: Path, source: Source, output: Path | None, overlay: Path | None) -> None:

@@ -11,14 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from sparsifiner_edge.camera.hide import (
-    hide,
-    secrets_of_address,
-    secrets_of_pipeline,
-    show_address,
-    show_path,
-    show_pipeline,
-)
+from sparsifiner_edge.camera.hide import hide, show_path, split_address, split_pipeline
 from sparsifiner_edge.camera.rtsp import parse_address
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
 from sparsifiner_edge.images import list_images
@@ -118,7 +111,8 @@ def _pipeline(text: str) -> Source:
         raise ConfigError(f"The pipeline cannot be read: {error}.", "Close every quote.") from error
     if not words:
         raise ConfigError("gst: names no pipeline.", 'Such as --source "gst:v4l2src device=/dev/video0 ! decodebin".')
-    return Source("gst", shlex.join(words), True, f"gst:{show_pipeline(words)}", secrets_of_pipeline(words))
+    shown, secrets = split_pipeline(words)
+    return Source("gst", shlex.join(words), True, f"gst:{shown}", secrets)
 
 
 def _camera(text: str) -> Source:
@@ -130,4 +124,4 @@ def _camera(text: str) -> Source:
             "Give rtsp://user:password@host:port/path, with @ / ? # % and : in user and password as %40 %2F %3F %23 "
             "%25 and %3A.",
         ) from None  # The text is in no traceback either.
-    return Source("rtsp", text, True, show_address(text), secrets_of_address(text))
+    return Source("rtsp", text, True, *split_address(text))

@@ -10,10 +10,20 @@ from collections.abc import Callable
 from sparsifiner_edge.camera.answers import FrameRecord
 
 STATES = ("starting", "connecting", "streaming", "lost", "stalled", "ended")
-COUNTERS = (
-    "captured", "processed", "dropped", "bad_packets", "reconnects", "stalls", "crashes", "lines_dropped",
-    "output_errors", "overlay_errors", "not_finite",
-)  # fmt: skip
+COUNTERS = {
+    "captured": "Frames decoded.",
+    "processed": "Frames that the model answered.",
+    "dropped": "Frames replaced by a newer one before the model was free.",
+    "bad_packets": "Damaged packets.",
+    "reconnects": "Returns of a source that was lost.",
+    "stalls": "Times that the decoder hung and was ended.",
+    "crashes": "Times that the decoding process crashed.",
+    "lines_dropped": "Records that the reader of the output was too slow for.",
+    "output_errors": "Records that could not be written.",
+    "overlay_errors": "Times that the overlay could not be written and was given up.",
+    "not_finite": "Numbers of answers that were NaN or infinite, and were written as null.",
+}
+"""And what each counts."""
 
 
 class Status:

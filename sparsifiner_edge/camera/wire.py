@@ -15,12 +15,10 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera.prepare import Fit, Pixels
 from sparsifiner_edge.text import shown
 
-Pixels = npt.NDArray[np.uint8]
 _LENGTH = struct.Struct("<I")
 _MAX_HEADER = 1 << 16
 MAX_SIDE = 4096

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -43,42 +43,13 @@ if TYPE_CHECKING:
 @click.option("--tensorboard", is_flag=True, help="Also write a history for TensorBoard.")
 @json_option
 @output_option("Student folder to write.")
-def command(
-    *,
-    student: Path,
-    data: Path,
-    teacher: str | None,
-    weights: Path | None,
-    labels: bool,
-    dataset: str | None,
-    held_out: Path | None,
-    recipe: str,
-    overrides: tuple[str, ...],
-    resume: bool,
-    tensorboard: bool,
-    as_json: bool,
-    output: Path,
-) -> None:
+def command(*, student: Path, data: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Train STUDENT towards its dense teacher; the best on held-out images is written, the start included."""
     import sparsifiner_edge
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
     with progress_bar("preparing", visible=first) as progress:
-        summary = sparsifiner_edge.distill_student(
-            student,
-            data,
-            output,
-            teacher=teacher,
-            weights=weights,
-            labels=labels,
-            dataset=dataset,
-            held_out=held_out,
-            recipe=recipe,
-            overrides=overrides,
-            resume=resume,
-            tensorboard=tensorboard,
-            progress=progress,
-        )
+        summary = sparsifiner_edge.distill_student(student, data, output, progress=progress, **options)
     if first and as_json:
         print_json(write_record(summary))
     elif first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -48,21 +48,7 @@ if TYPE_CHECKING:
 @json_option
 @output_option("Also write the result to this JSON file.", required=False)
 def command(
-    *,
-    subject: str,
-    against: str | None,
-    weights: Path | None,
-    data: Path,
-    metric: str,
-    gallery: Path | None,
-    queries: int | None,
-    head: Path | None,
-    keep: float | None,
-    token_keep: str | None,
-    backend: str,
-    kernels: str,
-    as_json: bool,
-    output: Path | None,
+    *, subject: str, data: Path, token_keep: str | None, as_json: bool, output: Path | None, **options: Any
 ) -> None:
     """Compare SUBJECT with its dense teacher, image by image."""
     import sparsifiner_edge
@@ -71,22 +57,9 @@ def command(
 
     if output is not None:
         require_file_path(output)
+    pruning = parse_token_keep(token_keep) if token_keep is not None else None
     with progress_bar("images") as progress:
-        result = sparsifiner_edge.evaluate_student(
-            subject,
-            data,
-            against=against,
-            weights=weights,
-            metric=metric,
-            gallery=gallery,
-            queries=queries,
-            head=head,
-            keep=keep,
-            token_keep=parse_token_keep(token_keep) if token_keep is not None else None,
-            backend=backend,
-            kernels=kernels,
-            progress=progress,
-        )
+        result = sparsifiner_edge.evaluate_student(subject, data, token_keep=pruning, progress=progress, **options)
     if as_json:
         print_json(write_record(result))
     else:

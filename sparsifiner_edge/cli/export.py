@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -44,47 +45,13 @@ from sparsifiner_edge.config import parse_token_keep
 @click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")
 @json_option
 @output_option("Bundle folder to write.")
-def command(
-    *,
-    source: str,
-    weights: Path | None,
-    img_size: int | None,
-    keep: float | None,
-    token_keep: str | None,
-    tile: int | None,
-    probe: int | None,
-    precision: str,
-    batch: str,
-    tokens: bool,
-    calibrate: Path | None,
-    recipe: str,
-    measure: bool,
-    boards: tuple[str, ...],
-    as_json: bool,
-    output: Path,
-) -> None:
+def command(*, source: str, output: Path, token_keep: str | None, as_json: bool, **options: Any) -> None:
     """Export a student folder, or timm's MODEL as the dense baseline, to ONNX; the file is run and held to torch."""
     import sparsifiner_edge
 
+    pruning = parse_token_keep(token_keep) if token_keep is not None else None
     with progress_bar("exporting and checking") as progress:
-        folder = sparsifiner_edge.export_bundle(
-            source,
-            output,
-            weights=weights,
-            img_size=img_size,
-            keep=keep,
-            token_keep=parse_token_keep(token_keep) if token_keep is not None else None,
-            tile=tile,
-            probe=probe,
-            precision=precision,
-            batch=batch,
-            tokens=tokens,
-            calibrate=calibrate,
-            recipe=recipe,
-            measure=measure,
-            boards=boards,
-            progress=progress,
-        )
+        folder = sparsifiner_edge.export_bundle(source, output, token_keep=pruning, progress=progress, **options)
     bundle = open_bundle(folder)
     if as_json:
         print_json(manifest_content(bundle.manifest))

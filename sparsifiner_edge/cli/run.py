@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -48,11 +48,14 @@ if TYPE_CHECKING:
 )
 @click.option("--threshold", type=FiniteRange(0, 1), default=0.0, help="Leave out less probable classes.")
 @click.option("--fps", type=FiniteRange(0.1, 1000), default=25.0, show_default=True, help="Of the source test.")
-@click.option("--duration", type=FiniteRange(0, MOST_SECONDS, min_open=True), help="Stop after so many seconds.")
+@click.option(
+    "--duration", "duration_s", type=FiniteRange(0, MOST_SECONDS, min_open=True), help="Stop after so many seconds."
+)
 @click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after so many frames.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
 @click.option(
     "--stall",
+    "stall_s",
     type=FiniteRange(0.1, MOST_SECONDS),
     default=3.0,
     show_default=True,
@@ -71,23 +74,7 @@ if TYPE_CHECKING:
     help="Follow an RTSP camera's redirect to another host, without user and password.",
 )
 def command(
-    *,
-    bundle: Path,
-    source: str,
-    backend: str,
-    kernels: str,
-    threads: int | None,
-    output: Path | None,
-    overlay: Path | None,
-    top: int,
-    threshold: float,
-    fps: float,
-    duration: float | None,
-    frames: int | None,
-    metrics: str | None,
-    stall: float,
-    public_key: Path | None,
-    allow_redirect: bool,
+    *, bundle: Path, source: str, output: Path | None, overlay: Path | None, metrics: str | None, **options: Any
 ) -> None:
     """Run BUNDLE on images, a video or a camera; one JSON line per image or frame.
 
@@ -100,29 +87,16 @@ def command(
     from sparsifiner_edge.camera.sources import parse_source
 
     parsed = parse_source(source)
-    if parsed.kind == "images":
+    still = parsed.kind == "images"
+    if still:
+        duration, frames = options["duration_s"], options["frames"]
         _require_usable(bundle, parsed, output, overlay=overlay, metrics=metrics, duration=duration, frames=frames)
-        place = Path(parsed.location)
-        records = stills.run_images(bundle, place, backend, threads, top, threshold, public_key, kernels)
-        _write(records, output)
-        return
-    options = Options(
-        backend=backend,
-        threads=threads,
-        output=output,
-        overlay=overlay,
-        top=top,
-        threshold=threshold,
-        fps=fps,
-        duration_s=duration,
-        frames=frames,
-        metrics=None if metrics is None else parse_address(metrics),
-        stall_s=stall,
-        public_key=public_key,
-        kernels=kernels,
-        allow_redirect=allow_redirect,
-    )
-    run_service(bundle, parsed, options)
+    address = None if metrics is None else parse_address(metrics)
+    chosen = Options(output=output, overlay=overlay, metrics=address, **options)
+    if still:
+        _write(stills.run_images(bundle, parsed.location, *chosen.model()), output)
+    else:
+        run_service(bundle, parsed, chosen)
 
 
 def _write(records: Iterator[ImageRecord], output: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,43 +40,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
 @click.option("--fuse-tokens", is_flag=True, help="Merge pruned tokens into one.")
 @click.option("--calibrate", type=click.Path(path_type=Path), help="Folder of images to learn the predictor from.")
 @output_option("Student folder to write.")
-def command(
-    *,
-    model: str,
-    weights: Path | None,
-    img_size: int | None,
-    preset: str,
-    keep: float,
-    tile: int | None,
-    probe: int | None,
-    channels: int | None,
-    cells: int | None,
-    dense_layers: str,
-    token_keep: str,
-    fuse_tokens: bool,
-    calibrate: Path | None,
-    output: Path,
-) -> None:
+def command(*, model: str, output: Path, dense_layers: str, token_keep: str, **options: Any) -> None:
     """Make MODEL (timm's name of a ViT, DeiT or DINOv2) sparse, without training, and write a student folder."""
     import sparsifiner_edge
 
-    layers, pruning = parse_layers(dense_layers), parse_token_keep(token_keep)
+    options |= {"dense_layers": parse_layers(dense_layers), "token_keep": parse_token_keep(token_keep)}
     with progress_bar("sparsify") as progress:
-        folder = sparsifiner_edge.sparsify(
-            model,
-            output,
-            weights=weights,
-            img_size=img_size,
-            preset=preset,
-            keep=keep,
-            tile=tile,
-            probe=probe,
-            channels=channels,
-            cells=cells,
-            dense_layers=layers,
-            token_keep=pruning,
-            fuse_tokens=fuse_tokens,
-            calibrate=calibrate,
-            progress=progress,
-        )
+        folder = sparsifiner_edge.sparsify(model, output, progress=progress, **options)
     click.echo(f"{folder}: student written. Next: sparsifiner-edge export {folder} -o BUNDLE/")

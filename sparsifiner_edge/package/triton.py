@@ -9,24 +9,26 @@ The image is the bundle's golden input: a server is ready when it has answered t
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sparsifiner_edge.bundle.engines import Engine, parse_capability
 from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
 from sparsifiner_edge.bundle.store import LABELS_FILE
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.package.common import MODEL, Packaged, golden_image
-from sparsifiner_edge.package.triton_config import print_config
 
 BATCH = 8
 """Greatest batch of a bundle of dynamic batch, unless told."""
 QUEUE_US = 2000
 """How long a request may wait for others to share its batch."""
 MOUNT = "/models"
+MOST_NUMBER = (1 << 31) - 1
+"""Triton's greatest batch is an int32; no tensor has a longer axis."""
 Tensor: TypeAlias = dict[str, str | list[int]]
 """A ModelInput or ModelOutput."""
 _TYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
@@ -62,7 +64,7 @@ def _write_onnx(bundle: Packaged, folder: Path, batch: int | None, library: Path
     libraries = None if library is None else {"op_library_filename": [f"{MOUNT}/{folder.name}/{library.name}"]}
     _write_common(
         bundle, folder, most, "KIND_CPU",  # The native library is the CPU provider's.
-        backend="onnxruntime", default_model_filename=MODEL, model_operations=libraries,
+        runs={"backend": "onnxruntime"}, own={"model_operations": libraries, "default_model_filename": MODEL},
     )  # fmt: skip
     if library is not None:
         shutil.copyfile(library, folder / library.name)
@@ -77,7 +79,7 @@ def _write_plans(bundle: Packaged, folder: Path, engines: Mapping[str, Engine]) 
     first = next(iter(plans.values()))
     _write_common(
         bundle, folder, most, "KIND_GPU",
-        platform="tensorrt_plan", default_model_filename=first, cc_model_filenames=files,
+        runs={"platform": "tensorrt_plan"}, own={"default_model_filename": first, "cc_model_filenames": files},
     )  # fmt: skip
     for capability, plan in plans.items():
         content = bundle.read(engines[capability].file)
@@ -97,32 +99,67 @@ def newest_engines(engines: list[Engine]) -> dict[str, Engine]:
     return found
 
 
-def _config(bundle: Packaged, name: str, most: int, kind: str, **own: object) -> str:
+def _config(bundle: Packaged, name: str, most: int, kind: str, *, runs: dict[str, str], own: dict[str, object]) -> str:
     """The text of a configuration.
 
     Args:
-        most: greatest batch, 0 where it is fixed. kind: of processor. own: what is the backend's alone.
+        most: greatest batch, 0 where it is fixed. kind: of processor. runs: `platform` or `backend`. own: its last
+            fields, in Triton's order.
+
+    Raises:
+        GateError: there is no output, or a number does not fit its field.
     """
     manifest, size = bundle.manifest, bundle.image_size
     image = TensorSpec("image", "uint8", (manifest.batch, size, size, 3))
     labelled: Tensor = {"label_filename": LABELS_FILE} if bundle.class_names else {}
     warm = {"data_type": "TYPE_UINT8", "dims": _dims(image, most), "input_data_file": "image"}
-    return print_config(
+    if not manifest.outputs:
+        raise GateError("config.pbtxt lacks output.", AGAIN)
+    return pbtxt(
         name=name,
+        **runs,
         max_batch_size=most,
         input=[_tensor(image, most)],
         output=[_tensor(output, most) | (labelled if output.name == "logits" else {}) for output in manifest.outputs],
-        instance_group=[{"count": 1, "kind": kind}],
+        instance_group=[{"kind": kind, "count": 1}],
         dynamic_batching={"max_queue_delay_microseconds": QUEUE_US} if most > 1 else None,
         model_warmup=[{"name": "golden", "batch_size": 1, "inputs": [{"key": "image", "value": warm}]}],
         **own,
     )
 
 
+def pbtxt(indent: str = "", /, **entries: object) -> str:
+    """Protobuf's text format.
+
+    Args:
+        indent: of every line. entries: by the names of fields, in their order; None for what is left out.
+
+    Raises:
+        GateError: a number does not fit its field.
+    """
+    lines = []
+    for key, value in entries.items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, dict):
+                lines.append(f"{indent}{key} {{\n{pbtxt(indent + '  ', **one)}{indent}}}\n")
+            elif one is not None:
+                lines.append(f"{indent}{key}: {_scalar(key, one)}\n")
+    return "".join(lines)
+
+
+def _scalar(key: str, value: object) -> str:
+    if isinstance(value, int) and abs(value) > MOST_NUMBER:
+        raise GateError(f"config.pbtxt: {key} {value:.0e} is out of range.", AGAIN)
+    return str(value) if isinstance(value, int) or key in ("data_type", "kind") else json.dumps(value)
+
+
 def _tensor(tensor: TensorSpec, most: int) -> Tensor:
     if tensor.dtype not in _TYPES:
         raise ConfigError(f"{tensor.name} is {tensor.dtype}: Triton has no such type.", AGAIN)
-    return {"name": tensor.name, "data_type": f"TYPE_{_TYPES[tensor.dtype]}", "dims": _dims(tensor, most)}
+    dims = _dims(tensor, most)
+    if not dims:
+        raise GateError(f"config.pbtxt: tensor {tensor.name!r} lacks its dims.", AGAIN)
+    return {"name": tensor.name, "data_type": f"TYPE_{_TYPES[tensor.dtype]}", "dims": dims}
 
 
 def _dims(tensor: TensorSpec, most: int) -> list[int]:
@@ -131,11 +168,11 @@ def _dims(tensor: TensorSpec, most: int) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
-def _write_common(bundle: Packaged, folder: Path, most: int, kind: str, **own: object) -> None:
+def _write_common(bundle: Packaged, folder: Path, most: int, kind: str, **fields: Any) -> None:
     """What both backends need; see `_config`."""
     (folder / "1").mkdir(parents=True)
     (folder / "warmup").mkdir()
-    (folder / "config.pbtxt").write_text(_config(bundle, folder.name, most, kind, **own), encoding="utf-8")
+    (folder / "config.pbtxt").write_text(_config(bundle, folder.name, most, kind, **fields), encoding="utf-8")
     image = golden_image(bundle)
     (folder / "warmup" / "image").write_bytes((image[0] if most else image).tobytes())
     if bundle.class_names:

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.camera_cells import number_of
 from sparsifiner_edge.camera import child
 from sparsifiner_edge.camera.answers import Class, FrameRecord, ImageRecord
 from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
 from sparsifiner_edge.camera.capture import Mailbox
 from sparsifiner_edge.camera.clock import StreamClock
-from sparsifiner_edge.camera.code import BITS, cells_of, number_of
+from sparsifiner_edge.camera.code import BITS, cells_of
 from sparsifiner_edge.camera.gstreamer import launch_line, read_pipeline
 from sparsifiner_edge.camera.health import parse_address
 from sparsifiner_edge.camera.limits import require_sane_size

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsifiner_edge.runtime.cuda import cuda_python, pycuda
+from sparsifiner_edge.runtime.cuda import cuda_python, driver, pycuda
 from sparsifiner_edge.runtime.tensorrt import plugin as tensorrt_plugin
 from tests.fakes.cuda_modules import cuda_bindings, pycuda_driver
 from tests.fakes.gpu import Gpu
@@ -17,8 +17,8 @@ from tests.fakes.tensorrt import Behaviour, make_plugin_module, make_tensorrt
 
 def install_cuda(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, package: str = "cuda-python") -> Any:
     """The fake of a CUDA package, and nothing of the other; returns the module."""
-    monkeypatch.setattr(cuda_python, "installed", lambda: package == "cuda-python")
-    monkeypatch.setattr(pycuda, "installed", lambda: package == "pycuda")
+    module = {"cuda-python": cuda_python, "pycuda": pycuda}[package].MODULE
+    monkeypatch.setattr(driver, "installed", lambda name: name == module)
     if package == "cuda-python":
         made = cuda_bindings(gpu)
         parent = types.ModuleType("cuda.bindings")

@@ -18,8 +18,8 @@ from sparsifiner_edge.package import package_bundle
 from sparsifiner_edge.package.common import read_bundle
 from sparsifiner_edge.package.deepstream import app_config, key_file, nvinfer_config
 from sparsifiner_edge.package.float_model import float_model
-from sparsifiner_edge.package.nvinfer_keys import check_app, check_nvinfer
 from sparsifiner_edge.runtime import open_session
+from tests.package.nvinfer_keys import check_app, check_nvinfer
 from tests.package.reseal import reseal
 from tests.tiny import make_bundle
 
@@ -151,19 +151,6 @@ def test_a_value_is_one_line() -> None:
     for value in ("features\ncustom-lib-path=/tmp/evil.so", "a\rb", "a\x85b", "\x1b[2J", "a\0"):
         with pytest.raises(GateError, match=r"\[property\] output-blob-names is "):
             key_file({"property": {"output-blob-names": value}})
-
-
-def test_a_key_that_slipped_in_is_noticed(
-    tmp_path: Path, dynamic_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Documented as it is, it is none of what was to be written."""
-    from sparsifiner_edge.package import deepstream as module
-
-    more = "[property]\ncustom-lib-path=e.so\n"
-    monkeypatch.setattr(module, "key_file", lambda groups: key_file(groups).replace("[property]\n", more))
-    with pytest.raises(GateError, match="read back as another"):
-        package_bundle(dynamic_bundle, "deepstream", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_with_points_is_no_type(tmp_path: Path, tiny_bundle: Path) -> None:

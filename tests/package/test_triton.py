@@ -19,9 +19,9 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.package import package_bundle
 from sparsifiner_edge.package.common import read_bundle
-from sparsifiner_edge.package.triton import _takes_one, newest_engines
-from sparsifiner_edge.package.triton_config import check_config, print_config
+from sparsifiner_edge.package.triton import _takes_one, newest_engines, pbtxt
 from tests.package.reseal import reseal
+from tests.package.triton_config import _ENUMS, _MESSAGES, _config_class, check_config
 from tests.tiny import make_bundle
 
 REAL = Path(sys.prefix) / "tritonclient" / "tritonclient" / "grpc" / "model_config_pb2.py"
@@ -145,7 +145,9 @@ def test_plans(tmp_path: Path) -> None:
     bundle = with_engines(make_bundle(tmp_path / "b", preprocessing={"size": 4}, name="m"), *engines)
     remarks = package_bundle(bundle, "triton", tmp_path / "out").remarks
     folder = tmp_path / "out" / "models" / "m_tensorrt"
-    config = read_really((folder / "config.pbtxt").read_text())
+    text = (folder / "config.pbtxt").read_text()
+    assert text_format.MessageToString(check_config(text)) == text
+    config = read_really(text)
     assert (config.name, config.platform, config.backend) == ("m_tensorrt", "tensorrt_plan", "")
     assert config.max_batch_size == 2
     assert dict(config.cc_model_filenames) == {"8.7": "model_8_7.plan", "8.6": "model_8_6.plan"}
@@ -227,15 +229,30 @@ def test_the_check_of_a_configuration(old: str, new: str, said: str, fixed: Path
     assert said in caught.value.what
 
 
-def test_what_lacks_is_told_before_it_is_written(tiny_bundle: Path) -> None:
-    assert read_bundle(tiny_bundle).classifier
-    with pytest.raises(GateError, match="lacks max_batch_size, input, output, instance_group"):
-        print_config(name="x", backend="onnxruntime")
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [([], "lacks output"), ([{"name": "x", "dtype": "float32", "shape": []}], "'x' lacks its dims")],
+)
+def test_what_lacks_is_told_before_it_is_written(outputs: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4}, outputs=outputs)
+    with pytest.raises(GateError, match=said):
+        package_bundle(bundle, "triton", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["fixed", "dynamic"])
+def test_the_text_is_as_protobuf_prints_it(name: str, request: pytest.FixtureRequest) -> None:
+    text = (request.getfixturevalue(name) / "config.pbtxt").read_text()
+    assert text_format.MessageToString(check_config(text)) == text
+
+
+def test_strings_are_quoted() -> None:
+    text = pbtxt(name='a"b\\c', input=[{"name": "x\ny", "dims": [-1, 2]}], backend=None)
+    read = text_format.Parse(text, _config_class()())
+    assert (read.name, read.input[0].name, list(read.input[0].dims)) == ('a"b\\c', "x\ny", [-1, 2])
 
 
 def test_every_field_of_ours_is_tritons() -> None:
-    from sparsifiner_edge.package.triton_config import _ENUMS, _MESSAGES
-
     config = read_really("")
     names = {"WarmupInput": "ModelWarmup.Input", "Parameter": "ModelParameter"}
     for message, fields in _MESSAGES.items():

@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
+from benchmarks.occupancy import LIMITS, occupancy
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch, compile_plan
-from sparsifiner_edge.ops.triton.occupancy import LIMITS, occupancy
 from sparsifiner_edge.ops.triton.plan import Plan, plan_select, refusals
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
 

@@ -4,45 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 from typing import Any
 
 import numpy as np
 
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda.driver import Device, HostMemory, check_index, fail, no_driver, version_text
+from sparsifiner_edge.runtime.cuda.driver import Device, Driver, HostMemory, check_index, fail, no_driver, version_text
 from sparsifiner_edge.runtime.session import Array
 
-
-def installed() -> bool:
-    """`cuda.bindings` can be found."""
-    try:
-        return importlib.util.find_spec("cuda.bindings") is not None
-    except (ImportError, ValueError):
-        return False
+MODULE = "cuda.bindings"
 
 
-def open_device(index: int) -> CudaPython:
+def open_device(index: int) -> Driver:
     """See `open_driver`."""
     try:
         bindings, runtime = (importlib.import_module(f"cuda.bindings{name}") for name in ("", ".runtime"))
     except Exception as error:  # Its loader has errors of its own.
         raise BackendError(f"cuda-python cannot be imported: {error}.", "Reinstall cuda-python.") from error
     package = f"cuda-python {getattr(bindings, '__version__', '')}".strip()
-    return CudaPython(runtime, package, index)
+    return _CudaPython(runtime, package, index)
 
 
-class CudaPython:
-    """A `Driver` on cuda.bindings.runtime.
-
-    Args:
-        runtime: the module.
-        package: name and version for messages.
-        index: the device.
-
-    Raises:
-        BackendError: see `open_driver`.
-    """
+class _CudaPython(Driver):
+    """On the module `runtime`; `package`: name and version for messages."""
 
     graphs = True
 
@@ -87,23 +71,18 @@ class CudaPython:
         return text.decode() if int(found) == 0 and isinstance(text, bytes) else ""
 
     def use(self) -> None:
-        """See `Driver`."""
         self._do("to take the device", "cudaSetDevice", self._index)
 
     def free_bytes(self) -> int:
-        """See `Driver`."""
         return int(self._do("to read free memory", "cudaMemGetInfo")[0])
 
     def allocate(self, size: int) -> int:
-        """See `Driver`."""
         return int(self._do(f"to allocate {size} bytes", "cudaMalloc", size))
 
     def free(self, pointer: int) -> None:
-        """See `Driver`."""
         self._do("to free memory", "cudaFree", pointer)
 
     def allocate_host(self, size: int) -> HostMemory:
-        """See `Driver`."""
         pointer = int(self._do(f"to pin {size} bytes", "cudaHostAlloc", size, self._r.cudaHostAllocMapped))
         try:
             mapped = int(self._do("to map pinned memory", "cudaHostGetDevicePointer", pointer, 0))
@@ -114,59 +93,46 @@ class CudaPython:
         return HostMemory(view, mapped, pointer)
 
     def free_host(self, memory: HostMemory) -> None:
-        """See `Driver`."""
         self._do("to free pinned memory", "cudaFreeHost", memory.handle)
 
     def stream(self) -> Any:
-        """See `Driver`."""
         return self._do("to make a stream", "cudaStreamCreateWithFlags", self._r.cudaStreamNonBlocking)
 
     def stream_number(self, stream: Any) -> int:
-        """See `Driver`."""
         return int(stream)
 
     def free_stream(self, stream: Any) -> None:
-        """See `Driver`."""
         self._do("to free a stream", "cudaStreamDestroy", stream)
 
     def synchronise(self, stream: Any) -> None:
-        """See `Driver`."""
         self._do("while running", "cudaStreamSynchronize", stream)
 
     def event(self) -> Any:
-        """See `Driver`."""
         return self._do("to make an event", "cudaEventCreate")
 
     def free_event(self, event: Any) -> None:
-        """See `Driver`."""
         self._do("to free an event", "cudaEventDestroy", event)
 
     def record(self, event: Any, stream: Any) -> None:
-        """See `Driver`."""
         self._do("to record an event", "cudaEventRecord", event, stream)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
-        """See `Driver`."""
         return float(self._do("to read events", "cudaEventElapsedTime", start, end))
 
     def copy_in(self, pointer: int, memory: HostMemory, size: int, stream: Any) -> None:
-        """See `Driver`."""
         kind = self._r.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._do("to copy to the device", "cudaMemcpyAsync", pointer, memory.handle, size, kind, stream)
 
     def copy_out(self, memory: HostMemory, pointer: int, size: int, stream: Any) -> None:
-        """See `Driver`."""
         kind = self._r.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._do("to copy from the device", "cudaMemcpyAsync", memory.handle, pointer, size, kind, stream)
 
     def begin_capture(self, stream: Any) -> None:
-        """See `Driver`."""
         # Other threads may allocate meanwhile: only this thread's calls are watched.
         mode = self._r.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._do("to begin a graph", "cudaStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: Any) -> Any:
-        """See `Driver`."""
         graph = self._do("to end a graph", "cudaStreamEndCapture", stream)
         try:
             return self._do("to make a graph", "cudaGraphInstantiate", graph, 0)
@@ -174,12 +140,7 @@ class CudaPython:
             self._r.cudaGraphDestroy(graph)
 
     def launch(self, graph: Any, stream: Any) -> None:
-        """See `Driver`."""
         self._do("to launch a graph", "cudaGraphLaunch", graph, stream)
 
     def free_graph(self, graph: Any) -> None:
-        """See `Driver`."""
         self._do("to free a graph", "cudaGraphExecDestroy", graph)
-
-    def close(self) -> None:
-        """See `Driver`: the primary context belongs to the process, so nothing is left to give back."""

@@ -7,6 +7,7 @@ come up all the same and end the process when they are used.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -17,14 +18,7 @@ ADAPTERS = {
     "cuda-python": "sparsifiner_edge.runtime.cuda.cuda_python",
     "pycuda": "sparsifiner_edge.runtime.cuda.pycuda",
 }
-"""Package -> module that has `open_device(index)`; the first one that is installed is used."""
-_LOST = (
-    "ILLEGALADDRESS", "LAUNCHFAIL", "LAUNCHTIMEOUT", "ECCUNCORRECTABLE", "HARDWARESTACK", "CONTEXTISDESTROYED",
-    "ASSERT", "MISALIGNED", "INVALIDPC", "ILLEGALINSTRUCTION", "INVALIDUNKNOWNERRORCODE", "DEVICEUNAVAILABLE",
-)  # fmt: skip
-_NO_DRIVER = ("INSUFFICIENTDRIVER", "SYSTEMDRIVERMISMATCH", "STUBLIBRARY")
-_NO_DEVICE = ("NODEVICE",)
-_MEMORY = ("MEMORYALLOCATION", "OUTOFMEMORY")
+"""Package -> module that has `MODULE` and `open_device(index)`; the first one that is installed is used."""
 
 
 class Device(NamedTuple):
@@ -65,19 +59,16 @@ class Driver(Protocol):
 
     Streams, events and graphs are handles that only their adapter understands; `stream_number` gives the number that
     TensorRT wants. Every method raises BackendError with CUDA's name of the error.
+
+    Attributes:
+        package: package and version, such as "cuda-python 13.4.4".
+        device: the device that everything lives on.
+        graphs: this package can capture CUDA graphs.
     """
 
-    @property
-    def package(self) -> str:
-        """Package and version, such as "cuda-python 13.4.4"."""
-
-    @property
-    def device(self) -> Device:
-        """The device that everything lives on."""
-
-    @property
-    def graphs(self) -> bool:
-        """This package can capture CUDA graphs."""
+    package: str
+    device: Device
+    graphs: bool = False
 
     def use(self) -> None:
         """Make the device the calling thread's own; call it before anything else there."""
@@ -129,18 +120,26 @@ class Driver(Protocol):
 
     def begin_capture(self, stream: Any) -> None:
         """From here on record what is put into the stream instead of running it."""
+        self._no_graphs(stream)
 
     def end_capture(self, stream: Any) -> Any:
         """End recording; returns a graph ready to launch."""
+        self._no_graphs(stream)
 
     def launch(self, graph: Any, stream: Any) -> None:
         """Put a graph into a stream."""
+        self._no_graphs(graph, stream)
 
     def free_graph(self, graph: Any) -> None:
         """Give a graph back."""
+        self._no_graphs(graph)
 
     def close(self) -> None:
-        """Let go of the device."""
+        """Let go of the device; the runtime API's context stays with the process."""
+        return
+
+    def _no_graphs(self, *_handles: object) -> NoReturn:
+        raise BackendError(f"{self.package} has no CUDA graphs.", "Install cuda-python for them.")
 
 
 def open_driver(index: int = 0) -> Driver:
@@ -150,12 +149,20 @@ def open_driver(index: int = 0) -> Driver:
         MissingExtraError: neither package is installed.
         BackendError: no driver, one too old, no device, or CUDA fails; says which.
     """
-    for module in ADAPTERS.values():
-        adapter = importlib.import_module(module)
-        if adapter.installed():
+    for name in ADAPTERS.values():
+        adapter = importlib.import_module(name)
+        if installed(adapter.MODULE):
             driver: Driver = adapter.open_device(index)
             return driver
     raise MissingExtraError(" or ".join(ADAPTERS), "gpu")
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def probe(index: int = 0) -> Device:
@@ -176,23 +183,25 @@ def version_text(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-_FIXES = (
-    (_NO_DRIVER, "Install or update NVIDIA's driver; `nvidia-smi` must work first."),
-    (_NO_DEVICE, "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it."),
-    (_MEMORY, "The device is out of memory: end other programs on it, or take a smaller batch or image."),
-    (_LOST, "The device is lost to this process: start it again; if it happens again, build the engine again."),
-)
+_FIXES = {
+    r"INSUFFICIENTDRIVER|SYSTEMDRIVERMISMATCH|STUBLIBRARY":
+        "Install or update NVIDIA's driver; `nvidia-smi` must work first.",
+    r"NODEVICE": "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
+    r"MEMORYALLOCATION|OUTOFMEMORY":
+        "The device is out of memory: end other programs on it, or take a smaller batch or image.",
+    r"ILLEGALADDRESS|LAUNCHFAIL|LAUNCHTIMEOUT|ECCUNCORRECTABLE|HARDWARESTACK|CONTEXTISDESTROYED|ASSERT|MISALIGNED|"
+    r"INVALIDPC|ILLEGALINSTRUCTION|INVALIDUNKNOWNERRORCODE|DEVICEUNAVAILABLE":
+        "The device is lost to this process: start it again; if it happens again, build the engine again.",
+    "": "Start again; if it stays, report it with the output of `sparsifiner-edge doctor`.",
+}  # fmt: skip
+"""What to do, by a part of the error's name in capitals; the first that is found counts."""
 
 
 def fail(package: str, action: str, name: str, meaning: str = "") -> NoReturn:
     """Raise the BackendError for an error of CUDA, by its name."""
     what = f"CUDA ({package}) failed {action}: {name}{f', {meaning}' if meaning else ''}."
     letters = re.sub(r"[^A-Z]", "", name.upper())  # cudaErrorNoDevice, CUDA_ERROR_NO_DEVICE and "no device" alike.
-    fix = next(
-        (fix for words, fix in _FIXES if any(word in letters for word in words)),
-        "Start again; if it stays, report it with the output of `sparsifiner-edge doctor`.",
-    )
-    raise BackendError(what, fix)
+    raise BackendError(what, next(fix for part, fix in _FIXES.items() if re.search(part, letters)))
 
 
 def no_driver(package: str, reason: str) -> NoReturn:
@@ -206,9 +215,6 @@ def no_driver(package: str, reason: str) -> NoReturn:
 def check_index(index: int, count: int) -> None:
     """Refuse a device that is not there."""
     if count < 1:
-        raise BackendError(
-            "CUDA finds no device.",
-            "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
-        )
+        raise BackendError("CUDA finds no device.", _FIXES["NODEVICE"])
     if not 0 <= index < count:
         raise BackendError(f"There is no CUDA device {index}.", f"Choose one from 0 to {count - 1}.")

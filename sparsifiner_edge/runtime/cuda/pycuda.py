@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import threading
 from typing import Any, NoReturn
 
 import numpy as np
 
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda.driver import Device, HostMemory, check_index, fail, no_driver, version_text
+from sparsifiner_edge.runtime.cuda.driver import Device, Driver, HostMemory, check_index, fail, no_driver, version_text
 
+MODULE = "pycuda"
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 
-def installed() -> bool:
-    """`pycuda` can be found."""
-    return importlib.util.find_spec("pycuda") is not None
-
-
-def open_device(index: int) -> PyCuda:
+def open_device(index: int) -> Driver:
     """See `open_driver`."""
     try:
         version = importlib.metadata.version("pycuda")
@@ -34,22 +29,11 @@ def open_device(index: int) -> PyCuda:
         if "libcuda" in str(error):
             no_driver(package, str(error))
         raise BackendError(f"pycuda cannot be imported: {error}.", "Reinstall pycuda.") from error
-    return PyCuda(driver, package, index)
+    return _PyCuda(driver, package, index)
 
 
-class PyCuda:
-    """A `Driver` on pycuda.driver.
-
-    Args:
-        driver: the module.
-        package: name and version for messages.
-        index: the device.
-
-    Raises:
-        BackendError: see `open_driver`.
-    """
-
-    graphs = False
+class _PyCuda(Driver):
+    """On the module `driver`; `package`: name and version for messages."""
 
     def __init__(self, driver: Any, package: str, index: int) -> None:
         self._d = driver
@@ -84,8 +68,7 @@ class PyCuda:
         """pycuda says "cuMemAlloc failed: out of memory": the words after the colon name the error."""
         fail(self.package, action, str(error).rpartition(": ")[2].strip(), str(error))
 
-    def use(self) -> None:
-        """See `Driver`: pycuda binds its context to one thread."""
+    def use(self) -> None:  # pycuda binds its context to one thread.
         if threading.get_ident() != self._thread:
             raise BackendError(
                 f"{self.package} works in the thread alone that opened it.",
@@ -93,79 +76,56 @@ class PyCuda:
             )
 
     def free_bytes(self) -> int:
-        """See `Driver`."""
         return int(self._do("to read free memory", self._d.mem_get_info)[0])
 
     def allocate(self, size: int) -> int:
-        """See `Driver`."""
         allocation = self._do(f"to allocate {size} bytes", self._d.mem_alloc, size)
         # Dropping the object would free the memory, so it is kept under its address.
         self._allocations[int(allocation)] = allocation
         return int(allocation)
 
     def free(self, pointer: int) -> None:
-        """See `Driver`."""
         self._do("to free memory", self._allocations.pop(pointer).free)
 
     def allocate_host(self, size: int) -> HostMemory:
-        """See `Driver`."""
         flags = self._d.host_alloc_flags.DEVICEMAP
         view = self._do(f"to pin {size} bytes", self._d.pagelocked_empty, size, np.uint8, mem_flags=flags)
         return HostMemory(view, int(self._do("to map pinned memory", view.base.get_device_pointer)), view.base)
 
     def free_host(self, memory: HostMemory) -> None:
-        """See `Driver`."""
         self._do("to free pinned memory", memory.handle.free)
 
     def stream(self) -> Any:
-        """See `Driver`."""
         return self._do("to make a stream", self._d.Stream, _NON_BLOCKING)
 
     def stream_number(self, stream: Any) -> int:
-        """See `Driver`."""
         return int(stream.handle)
 
     def free_stream(self, stream: Any) -> None:
-        """See `Driver`: pycuda frees it with its last reference, which the caller lets go of."""
+        pass  # pycuda frees streams and events with their last reference, which the caller lets go of.
+
+    def free_event(self, event: Any) -> None:
+        pass
 
     def synchronise(self, stream: Any) -> None:
-        """See `Driver`."""
         self._do("while running", stream.synchronize)
 
     def event(self) -> Any:
-        """See `Driver`."""
         return self._do("to make an event", self._d.Event)
 
-    def free_event(self, event: Any) -> None:
-        """See `Driver`: as for streams."""
-
     def record(self, event: Any, stream: Any) -> None:
-        """See `Driver`."""
         self._do("to record an event", event.record, stream)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
-        """See `Driver`."""
         return float(self._do("to read events", start.time_till, end))
 
     def copy_in(self, pointer: int, memory: HostMemory, size: int, stream: Any) -> None:
-        """See `Driver`."""
         self._do("to copy to the device", self._d.memcpy_htod_async, pointer, memory.bytes[:size], stream)
 
     def copy_out(self, memory: HostMemory, pointer: int, size: int, stream: Any) -> None:
-        """See `Driver`."""
         self._do("to copy from the device", self._d.memcpy_dtoh_async, memory.bytes[:size], pointer, stream)
 
-    def begin_capture(self, *_arguments: Any) -> None:
-        """See `Driver`."""
-        self._no_graphs()
-
-    end_capture = launch = free_graph = begin_capture
-
-    def _no_graphs(self) -> NoReturn:
-        raise BackendError(f"{self.package} has no CUDA graphs.", "Install cuda-python for them.")
-
     def close(self) -> None:
-        """See `Driver`."""
         if self._context is not None:
             context, self._context = self._context, None
             self._do("to let go of the device", context.pop)

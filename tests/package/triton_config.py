@@ -1,8 +1,7 @@
-"""The part of Triton's ModelConfig (model_config.proto, public) that is written here, as a real protobuf message.
+"""The part of Triton's ModelConfig (model_config.proto, public) that packages hold, as a real protobuf message.
 
-The text of a config.pbtxt is printed from a message and read back into one: an unknown key, or a value of another type,
-fails. Numbers of fields matter to the binary format alone, which is not used; version 2 of the language tells a zero
-from what is missing.
+A config.pbtxt is read into a message: an unknown key, or a value of another type, fails. Numbers of fields matter to
+the binary format alone, which is not used; version 2 of the language tells a zero from what is missing.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from google.protobuf import (  # type: ignore[import-untyped,unused-ignore]
     text_format,
 )
 
-from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.errors import GateError
 
 _ENUMS = {
@@ -72,23 +70,6 @@ def _config_class() -> Any:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("triton.ModelConfig"))
-
-
-def print_config(**entries: object) -> str:
-    """The text of a config.pbtxt, checked by reading it back.
-
-    Args:
-        entries: by the names of ModelConfig's fields; None for what is left out.
-
-    Raises:
-        GateError: a value does not fit its field, or see `check_config`.
-    """
-    try:
-        text: str = text_format.MessageToString(_config_class()(**entries))
-    except (ValueError, TypeError) as error:
-        raise GateError(f"config.pbtxt: {error!s:.200}.", AGAIN) from error
-    check_config(text)
-    return text
 
 
 def check_config(text: str) -> Any:
