@@ -439,8 +439,11 @@ def test_without_matplotlib_there_is_the_page_alone(monkeypatch, real, tmp_path)
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
-    summary, _ = written([real["comparison"]], tmp_path / "r.html")
+    summary, page = written([real["comparison"]], tmp_path / "r.html")
     assert "sparsifiner-edge[report]" in summary["pictures"]["unavailable"]
+    assert page.text.count('pip install "sparsifiner-edge[report]"') == 1
+    assert not [tag for tag, _ in page.tags if tag == "svg"]
+    assert re.search(r"layer 0: [0-9.]+ ms", page.text)  # What a chart shows stands there in words.
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
 
 
