@@ -4,10 +4,10 @@
     python benchmarks/accuracy.py measure [--work FOLDER] [-o FOLDER]     # up to an hour
     python benchmarks/accuracy.py classifier [--work FOLDER] -o BUNDLE    # a classifier of Fashion-MNIST, to run
 
-DINOv2 ViT-S/14 at 224 px with its real weights. Trainings see no label and none of the test pictures: photographs that
-Debian packages, whole and in crops, stamps, the calibration pictures of `material.py`, and some training pictures of
+DINOv2 ViT-S/14 at 224 px with its real weights. Trainings see no label and none of the test images: photographs that
+Debian packages, whole and in crops, stamps, the calibration images of `material.py`, and some training images of
 Fashion-MNIST. Three trainings: `edge`, `paper` (the published preset), and `tokens`, which goes on from `edge` with
-tokens pruned at three layers and many more pictures of Fashion-MNIST, as one trains for the pictures that will be seen:
+tokens pruned at three layers and many more images of Fashion-MNIST, as one trains for the images that will be seen:
 
     apt-get install --no-install-recommends budgie-backgrounds gnome-backgrounds lomiri-wallpapers-16.04 \\
         lomiri-wallpapers-20.04 mate-backgrounds opencv-doc plasma-workspace-wallpapers ukui-wallpapers \\
@@ -38,14 +38,14 @@ from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.demo import material
 from sparsifiner_edge.distill.distill import distill_student
-from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe, write_head
 from sparsifiner_edge.evaluate.cosine import CosineResult
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import locked
-from sparsifiner_edge.pictures import evenly, list_pictures, open_picture
+from sparsifiner_edge.images import evenly, list_images, open_image
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
@@ -62,9 +62,9 @@ FINER = ((16, 4), (8, 4))
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 DETAIL = 5.0
 """Mean difference of neighbouring pixels, of 255, that a crop has at least: the rest are skies and abstract art."""
-CROPS, STAMP_PICTURES, FASHION_PICTURES, GALLERY = 30, 300, 300, 5000
+CROPS, STAMP_IMAGES, FASHION_IMAGES, GALLERY = 30, 300, 300, 5000
 MORE_FASHION = 10100
-"""Pictures of Fashion-MNIST for the student `tokens`, none of them in the gallery; every 101st is held out."""
+"""Images of Fashion-MNIST for the student `tokens`, none of them in the gallery; every 101st is held out."""
 HELD_OUT = 6
 """Of so many photographs one is held out."""
 REQUIRED = {
@@ -97,14 +97,14 @@ RUNS = {
     "edge": Run(
         {"keep": 0.25, "cells": CELLS}, (f"budgets.token_keep={TOKENS}", "budgets.pruned=0.15", "precision=bf16")
     ),
-    # The published method knows no mixed pictures.
+    # The published method knows no mixed images.
     "paper": Run(
         {"preset": "paper", "keep": 0.25},
         ("budgets.keep=[0.25]", "precision=bf16", "pictures.cut_mix=0", "distil.learning_rate=3e-6"),
     ),
     "tokens": Run(
         PRUNED,
-        # What will be asked is whole pictures and their class tokens.
+        # What will be asked is whole images and their class tokens.
         (
             "budgets.keep=[0.1]",
             "precision=bf16",
@@ -120,7 +120,7 @@ RUNS = {
 
 
 def collect(folder: Path) -> Path:
-    """The pictures to train on, in `train`, and those that decide, in `held-out`."""
+    """The images to train on, in `train`, and those that decide, in `held-out`."""
     if folder.exists():
         return folder
     made = folder.with_suffix(".part")
@@ -136,12 +136,12 @@ def collect(folder: Path) -> Path:
                 picture.save((held_out if decides else scratch) / file, quality=95)
     stamps = sorted(STAMPS.rglob("*.png"))
     if not stamps:
-        raise PictureError(f"{STAMPS} holds no stamps.", "Debian, Ubuntu: apt-get install tuxpaint-stamps-default")
-    for number, path in enumerate(evenly(stamps, STAMP_PICTURES)):
+        raise ImageError(f"{STAMPS} holds no stamps.", "Debian, Ubuntu: apt-get install tuxpaint-stamps-default")
+    for number, path in enumerate(evenly(stamps, STAMP_IMAGES)):
         (scratch / f"stamp{number:04d}.png").symlink_to(path)
-    for path in material.calibration_pictures():
+    for path in material.calibration_images():
         (scratch / path.name).symlink_to(path)
-    fashion = labelled(FASHION, "train").first(FASHION_PICTURES)
+    fashion = labelled(FASHION, "train").first(FASHION_IMAGES)
     for number in range(len(fashion)):
         Image.fromarray(fashion.load(number, 28)).save(scratch / f"fashion{number:04d}.png")
     made.rename(folder)
@@ -149,7 +149,7 @@ def collect(folder: Path) -> Path:
 
 
 def collect_fashion(folder: Path, others: Path) -> Path:
-    """The pictures of `collect`, those of Fashion-MNIST replaced by many more."""
+    """The images of `collect`, those of Fashion-MNIST replaced by many more."""
     if folder.exists():
         return folder
     made = folder.with_suffix(".part")
@@ -170,17 +170,17 @@ def collect_fashion(folder: Path, others: Path) -> Path:
 
 def _photographs() -> list[Path]:
     """Photographs that are installed: large files, the largest size of each."""
-    found = [p for folder in PHOTOGRAPHS if Path(folder).is_dir() for p in list_pictures(Path(folder))]
+    found = [p for folder in PHOTOGRAPHS if Path(folder).is_dir() for p in list_images(Path(folder))]
     large = [p for p in found if not p.is_symlink() and p.stat().st_size > 60_000 and "screenshot" not in p.name]
     if len(large) < 50:
-        raise PictureError(f"Only {len(large)} photographs are installed.", "Install the packages named at the top.")
+        raise ImageError(f"Only {len(large)} photographs are installed.", "Install the packages named at the top.")
     return large
 
 
 def _crops(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
     """The centre square, and random squares, at twice the size that is trained on, or less."""
     rng = np.random.default_rng(seed)
-    picture = open_picture(path)
+    picture = open_image(path)
     short = min(picture.size)
     for number in range(CROPS + 1):
         side = short if number == 0 else int(short * rng.uniform(0.2, 0.7))
@@ -192,9 +192,9 @@ def _crops(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
 
 
 def calibration(folder: Path) -> Path:
-    """The eleven calibration pictures as a folder."""
+    """The eleven calibration images as a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in material.calibration_pictures():
+    for path in material.calibration_images():
         if not (folder / path.name).exists():
             (folder / path.name).symlink_to(path)
     return folder
@@ -305,7 +305,7 @@ def _row(found: CosineResult) -> dict[str, Any]:
 
 
 def beside_paper(rows: dict[str, Any]) -> dict[str, Any]:
-    """Ours less the published preset, keep .25, both trained: mean difference over pictures."""
+    """Ours less the published preset, keep .25, both trained: mean difference over images."""
     pair = [rows.get(f"{name}, trained, keep 0.25") for name in ("edge", "paper")]
     if not all(pair):
         return {}
@@ -327,7 +327,7 @@ def fashion_bundle(work: Path, label: str) -> Path:
 
 
 def features(bundle: Path, pictures: Labelled, tell: Any) -> Any:
-    """Class features of labelled pictures, kept on disk."""
+    """Class features of labelled images, kept on disk."""
     path = bundle.with_name(f"features-{bundle.name}-{pictures.name.split()[-1]}.npy")
     if path.exists():
         return np.load(path)

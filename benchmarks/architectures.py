@@ -111,7 +111,7 @@ def main(models: tuple[str, ...], output: Path | None) -> None:
         output.mkdir(parents=True, exist_ok=True)
         method = {
             "weights": "random, seed 0; q, k scaled to logits of deviation 3",
-            "check": "export gate, one random picture",
+            "check": "export gate, one random image",
         }
         statistics = {
             row["name"]: {k: row["costs"][k] for k in COSTS} | {"dense_total_macs": row["dense_costs"]["total_macs"]}

@@ -1,4 +1,4 @@
-"""Attention operators on this CPU: ours against the fastest dense ones there are, in float32, one picture at a time.
+"""Attention operators on this CPU: ours against the fastest dense ones there are, in float32, one image at a time.
 
     python benchmarks/attention_cpu.py [--tokens 1370:25 ...] [--threads N] [-o FOLDER]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/attention_gpu.py [--tokens 1025 ...] [--dtype float16] [--tile 64] [-o FOLDER]
 
-Eight pictures of 6 heads of 64 (batch x heads 48), one class token, tiles of 64, probes of 16, 24 channels, 25 cells.
+Eight images of 6 heads of 64 (batch x heads 48), one class token, tiles of 64, probes of 16, 24 channels, 25 cells.
 Every engine is compiled where torch compiles it and replayed as a CUDA graph; rounds go through all engines in an order
 drawn anew. The rival gets q, k and v apart and contiguous, which costs it nothing here; ours reads the packed
 projection and writes heads side by side. "attend" is given its key lists, "select" makes them, "both" is what a layer

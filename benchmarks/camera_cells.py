@@ -1,6 +1,6 @@
-"""A bundle whose features are the brightness of the picture's 8 x 8 cells.
+"""A bundle whose features are the brightness of the image's 8 x 8 cells.
 
-What a frame's picture carries (see `sparsifiner_edge.camera.code`) so comes out of the whole chain, model included, in
+What a frame's image carries (see `sparsifiner_edge.camera.code`) so comes out of the whole chain, model included, in
 the records of `sparsifiner-edge run`: measurements of age need no special code in what they measure.
 """
 

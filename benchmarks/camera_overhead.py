@@ -1,6 +1,6 @@
 """What the camera's pipeline costs over the bare model.
 
-The bare model: `infer` again and again on one picture. The pipeline: `sparsifiner-edge run` on a real video, every
+The bare model: `infer` again and again on one image. The pipeline: `sparsifiner-edge run` on a real video, every
 frame, records read from a pipe; its period is the time between two answers. Both in turns, so that a busy machine hits
 both alike; the overhead is the median over rounds of the ratio of their medians, with its interval (where there are
 rounds enough for one).
@@ -33,7 +33,7 @@ _STAGES = ("preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms")
 
 def bare_ms(bundle: Path, frames: int, threads: int | None) -> list[float]:
     """Milliseconds of each call of the bare model."""
-    size = open_bundle(bundle).picture_size
+    size = open_bundle(bundle).image_size
     image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
     taken = []
     with open_session(bundle, "onnxruntime", threads) as session:

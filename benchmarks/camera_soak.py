@@ -1,7 +1,7 @@
 """A camera service beside an RTSP server that is killed again and again.
 
 A real server (gst-rtsp-server, run by a Python that has gi) on 127.0.0.1 gives 25 frames a second, each with the time
-of its drawing in the picture; `sparsifiner-edge run` reads it with a bundle whose features are those cells, so that
+of its drawing in the image; `sparsifiner-edge run` reads it with a bundle whose features are those cells, so that
 each record tells the true age of its frame: from drawing to answer, encoder, network and decoder included. The server
 is killed (SIGKILL) and started again a few seconds later.
 
@@ -92,7 +92,7 @@ class Server:
 
 
 class Seen(NamedTuple):
-    """One record: when it was answered, and how old its frame was by the picture and by the service's own word."""
+    """One record: when it was answered, and how old its frame was by the image and by the service's own word."""
 
     at_s: float
     age_ms: float

@@ -32,7 +32,7 @@ SETTINGS = {224: (0.25, 16), 518: (0.10, 25)}
 """Pixels -> share of keys, background cells."""
 CAPABILITIES = ("8.6", "8.9", "12.0")
 LIMIT_S = 60.0
-PICTURES = 3
+IMAGES = 3
 """To calibrate int8 with: enough for a file whose building is timed, not for one that is used."""
 KEPT = ("build_seconds", "compile_seconds", "cpu_seconds", "bytes", "layers")
 
@@ -40,7 +40,7 @@ KEPT = ("build_seconds", "compile_seconds", "cpu_seconds", "bytes", "layers")
 def calibration_folder(root: Path) -> Path:
     folder = root / "calibration"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in material.calibration_pictures()[:PICTURES]:
+    for path in material.calibration_images()[:IMAGES]:
         shutil.copy(path, folder)
     return folder
 

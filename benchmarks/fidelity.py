@@ -1,10 +1,10 @@
 """Fidelity of untrained students: what to select, and what to do with the rest.
 
     python benchmarks/fidelity.py                      the defaults at 224 and 518 px, beside what is required
-    python benchmarks/fidelity.py --all [-o FOLDER]    every variant, at 224, 518 and 1036 px: table, picture, JSON;
+    python benchmarks/fidelity.py --all [-o FOLDER]    every variant, at 224, 518 and 1036 px: table, image, JSON;
                                                        begun again with the same FOLDER, it goes on where it was
 
-Cosine to dense DINOv2 ViT-S/14 over eight photographs, calibrated on other pictures (`sparsifiner_edge.demo.material`).
+Cosine to dense DINOv2 ViT-S/14 over eight photographs, calibrated on other images (`sparsifiner_edge.demo.material`).
 "keys" is the share of all keys that a query reads, background included; "MACs" counts predictor, attention and cells
 against dense attention; "error" is the relative error of the attention output, on the teacher's own activations, mean
 over the layers.
@@ -133,7 +133,7 @@ def dense_layers(subject: Subject, dense: tuple[int, ...]) -> Fidelity:
 
 
 def by_sensitivity(subject: Subject) -> Fidelity:
-    """The same keys in all, dealt to layers by the cube root of their attention error on calibration pictures."""
+    """The same keys in all, dealt to layers by the cube root of their attention error on calibration images."""
     keep = subject.layers[0].sparsity.keep
     photographs, subject.photographs = subject.photographs, subject.calibration[:4]
     errors = np.array(subject._layer_errors())
@@ -188,7 +188,7 @@ def merged_tokens(size: int) -> dict[str, Any]:
 
 
 def paper_preset(size: int) -> dict[str, Any]:
-    """The published method before training: pooled start, projections from pictures."""
+    """The published method before training: pooled start, projections from images."""
     subject = Subject(size, "paper")
     sparsity = SparsityConfig.for_preset("paper", keep=KEEP[size], channels=32)
     subject.configure(sparsity, "moments")
@@ -319,7 +319,7 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     method = {
         "metric": "cosine to the dense teacher, patches and class token, untrained",
         "photographs": [p.name for p in material.photographs()],
-        "calibration": [p.name for p in material.calibration_pictures()],
+        "calibration": [p.name for p in material.calibration_images()],
         "intervals": "Student's t over photographs",
     }
     statistics = {}

@@ -78,7 +78,7 @@ def _total(costs: Any) -> int:
 
 
 def merged_forward(model: Any, picture: Tensor, rate: int) -> Tensor:
-    """Picture [1,3,S,S] -> tokens [N,C] after the final norm, merged patches copied back to their sources."""
+    """Image [1,3,S,S] -> tokens [N,C] after the final norm, merged patches copied back to their sources."""
     x = model._pos_embed(model.patch_embed(picture))
     sizes = torch.ones(x.shape[1])
     source = torch.arange(x.shape[1])

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import material
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.sparse import calibrate
 from sparsifiner_edge.sparse.attention import KeySelector, SparseAttention
 from sparsifiner_edge.sparse.models import load_model, normalise, preprocessing
@@ -29,7 +29,7 @@ Chooser = Callable[[SparseAttention, Tensor], Tensor]
 """Another way to choose keys: (layer, qkv [1,N,3C]) -> indices int32 [1,H,T,K]."""
 
 
-ERROR_PICTURES = 3
+ERROR_IMAGES = 3
 """Photographs that the errors per layer are found on."""
 
 
@@ -70,8 +70,8 @@ class Subject:
         self.patches = int(model.patch_embed.num_patches)
         pre = preprocessing(self.model)
         self.photographs, self.calibration = (
-            [normalise(torch.from_numpy(load_picture(path, size))[None], pre) for path in paths]
-            for paths in (material.photographs(), material.calibration_pictures())
+            [normalise(torch.from_numpy(load_image(path, size))[None], pre) for path in paths]
+            for paths in (material.photographs(), material.calibration_images())
         )
         teacher = dense_twin(self.student).model
         with torch.no_grad():
@@ -89,7 +89,7 @@ class Subject:
         """Set what is sparse, per layer where `keeps` is given, and projections found from `source`.
 
         Args:
-            source: "weights", "moments" (whitened singular vectors from pictures), "descent" (then refined), both at
+            source: "weights", "moments" (whitened singular vectors from images), "descent" (then refined), both at
                 224 px at most; "at size" (descent at this size); or "exact" (all channels).
         """
         for layer in self.layers:
@@ -120,7 +120,7 @@ class Subject:
                 layer.select.load_state_dict({"proj_q": eye, "proj_k": eye})
         else:
             passes, calibrate.PASSES = calibrate.PASSES, 0 if source == "moments" else calibrate.PASSES
-            calibrate.calibrate_from_pictures(self.model, self.calibration)
+            calibrate.calibrate_from_images(self.model, self.calibration)
             calibrate.PASSES = passes
         return [{k: v.clone() for k, v in layer.select.state_dict().items()} for layer in self.layers]
 
@@ -147,13 +147,13 @@ class Subject:
     def _layer_errors(self) -> list[float]:
         totals = np.zeros(len(self.layers))
         changed = [layer.__dict__.pop("attend", None) for layer in self.layers]
-        for picture in self.photographs[:ERROR_PICTURES]:
+        for picture in self.photographs[:ERROR_IMAGES]:
             seen = list(calibrate._dense_pass(self.model, picture))
             for number, (layer, qkv) in enumerate(seen):
                 dense = ops.dense_attention(qkv, num_heads=layer.num_heads, scale=layer.scale)
                 ours = changed[number](qkv) if changed[number] else layer.attend(qkv)
                 totals[number] += float((ours - dense).norm() / dense.norm())
-        return list(totals / len(self.photographs[:ERROR_PICTURES]))
+        return list(totals / len(self.photographs[:ERROR_IMAGES]))
 
 
 def heads_of(layer: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,7 +70,7 @@ def _attend(c: dict[str, Any]) -> tuple[int, int]:
 
 
 _WORK = {"prepare": _prepare, "peaks": _peaks, "scores": _scores, "rest": _rest, "attend": _attend}
-"""Multiply-accumulates and exponentials of a kernel for one head of one picture."""
+"""Multiply-accumulates and exponentials of a kernel for one head of one image."""
 
 
 def bound(tokens: int, keep: float, tile: int = 64) -> dict[str, Any]:

@@ -38,7 +38,7 @@ BOUNDS = [(tokens, keep) for tokens in (1025, 2305, 4097, 9217) for keep in (0.2
 
 
 def plans(capability: int, dtype: str, width: int, tile: int) -> dict[str, Plan]:
-    """Plans at 1025 tokens and keep .10, one picture."""
+    """Plans at 1025 tokens and keep .10, one image."""
     qkv = (1, PATCHES + 1, 3 * HEADS * width)
     shared: dict[str, Any] = {
         "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": CELL, "scale": width**-0.5,

@@ -32,10 +32,10 @@ from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import LEAST_COSINE, quantise
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.models import create, load_model
@@ -70,7 +70,7 @@ def build(
         save_file(create(name, size, 0).state_dict(), weights)
     pictures = folder / "pictures"
     pictures.mkdir()
-    for path in material.calibration_pictures():
+    for path in material.calibration_images():
         (pictures / path.name).symlink_to(path)
     tell("sparsify")
     student = sparsify(
@@ -85,7 +85,7 @@ def build(
     tell(f"export {DENSE}")
     made[DENSE] = export_bundle(name, folder / "dense", weights=weights, img_size=size)
     tell(f"export {DENSE8}")
-    images = [load_picture(path, size)[None] for path in material.calibration_pictures()]
+    images = [load_image(path, size)[None] for path in material.calibration_images()]
     quantised, found = quantise(onnx.load(made[DENSE] / "model.onnx"), images, goal=LEAST_COSINE)
     made[DENSE8] = folder / "dense-int8"
     made[DENSE8].mkdir()
@@ -155,7 +155,7 @@ def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any
     tokens = {}
     for label in (OURS, OURS8, DENSE):
         session = ort_session(str(bundles[label] / "model.onnx"), threads)
-        feeds = ({"image": load_picture(path, size)[None]} for path in material.photographs())
+        feeds = ({"image": load_image(path, size)[None]} for path in material.photographs())
         names = [output.name for output in session.get_outputs()]
         tokens[label] = [dict(zip(names, session.run(names, feed), strict=True)) for feed in feeds]
 

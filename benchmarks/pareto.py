@@ -27,9 +27,9 @@ from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.export import export_bundle, model_shape
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
-from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.student import load_student, sparsify
@@ -43,7 +43,7 @@ Point = tuple[str, str, onnx.ModelProto, int]
 
 
 def points(work: Path, tell: Any) -> Iterator[Point]:
-    """Every point of the picture, the dense model first."""
+    """Every point of the image, the dense model first."""
     bundle = export_bundle(material.DINOV2, work / "pareto-dense", weights=weights_file(), img_size=SIZE)
     yield DENSE, "1", onnx.load(bundle / "model.onnx"), read_json(bundle / "manifest.json", 1)["costs"]["total_macs"]
     edge = untrained(work, "edge")
@@ -123,7 +123,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for pareto.json and .png.")
 def main(work: Path, threads: int, rounds: int, output: Path | None) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    images = [{"image": load_picture(path, SIZE)[None]} for path in material.photographs()]
+    images = [{"image": load_image(path, SIZE)[None]} for path in material.photographs()]
     rows, runs, dense = [], {}, []
     with err_console.status("") as status:
         for family, label, model, macs in points(work, status.update):

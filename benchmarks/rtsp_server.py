@@ -1,6 +1,6 @@
 """A real RTSP server on 127.0.0.1 for tests and measurements; run by a Python that has gi and GstRtspServer.
 
-Each picture carries the milliseconds of the monotonic clock at which it was drawn (see `sparsifiner_edge.camera.code`),
+Each image carries the milliseconds of the monotonic clock at which it was drawn (see `sparsifiner_edge.camera.code`),
 H.264 encoded without delay. Usage: rtsp_server.py PORT [FPS [WIDTH HEIGHT [FILE]]]; with FILE that video is served.
 PORT basic|digest: it asks for a password, `us@er` and `p ss:/`, that way.
 """
@@ -53,7 +53,7 @@ def draw(code: Any, number: int, width: int, height: int) -> bytes:
 
 
 def push(source: Any, code: Any, fps: float, width: int, height: int) -> None:
-    """Feed pictures at `fps` until the pipeline has gone."""
+    """Feed images at `fps` until the pipeline has gone."""
     start, number = time.monotonic(), 0
     while True:
         time.sleep(max(0.0, start + number / fps - time.monotonic()))

@@ -141,7 +141,7 @@ class SparsityConfig:
             )
         _require(
             not self.fuse_tokens or (bool(self.token_keep) and self.preset == "edge"),
-            "fuse_tokens goes with pruned tokens and the preset edge.",
+            "fuse_tokens requires pruned tokens and the preset edge.",
             "Leave it out, or say where tokens are pruned.",
         )
 

@@ -55,8 +55,8 @@ class ArtifactError(SparsifinerError):
     """A student, bundle or result is corrupt, altered, of a newer schema, or not ours."""
 
 
-class PictureError(SparsifinerError):
-    """A picture or a folder of pictures cannot be read."""
+class ImageError(SparsifinerError):
+    """An image or a folder of images cannot be read."""
 
 
 class MissingExtraError(SparsifinerError):

@@ -1,4 +1,4 @@
-"""What several test files share: weights, pictures, a student and a bundle of the smallest timm model, made once."""
+"""What several test files share: weights, images, a student and a bundle of the smallest timm model, made once."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def feature_weights(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(once: Once) -> Path:
-    """A folder of three small pictures."""
+    """A folder of three small images."""
     import numpy as np
     from PIL import Image
 
@@ -108,7 +108,7 @@ def tiny_bundle(once: Once, tiny_student: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def folder(once: Once) -> Path:
-    """Twelve smooth pictures in two classes."""
+    """Twelve smooth images in two classes."""
     import numpy as np
     from PIL import Image
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sparsifiner_edge.camera.stills import run_pictures
-from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.camera.stills import run_images
+from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.classes import ClassResult, accuracy_statistics
 from sparsifiner_edge.evaluate.labelled import FASHION_CLASSES, labelled
 from sparsifiner_edge.export.export import export_bundle
@@ -33,7 +33,7 @@ COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
 
 
 def colours(folder: Path, count: int, seed: int) -> Path:
-    """Pictures of three classes that any model can tell apart."""
+    """Images of three classes that any model can tell apart."""
     rng = np.random.default_rng(seed)
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, 
     bundle = export_bundle(head, tmp_path / "bundle")
     assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
     assert manifest_of(bundle)["outputs"][0]["shape"] == [1, 3]
-    (record,) = run_pictures(bundle, made["queries"] / "green" / "1.png")
+    (record,) = run_images(bundle, made["queries"] / "green" / "1.png")
     assert record.top is not None
     assert record.top[0].label == "green"
 
@@ -113,7 +113,7 @@ def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], tmp_path: 
     mixed = save_student(dataclasses.replace(found, labels=(*labels[:2], "c")), tmp_path / "mixed")
     with pytest.raises(ConfigError, match="is no class of the classifier"):
         evaluate_classes(mixed, made["queries"], metric="top1")
-    with pytest.raises(ConfigError, match="knows 3 classes, the pictures have 10"):
+    with pytest.raises(ConfigError, match="knows 3 classes, the images have 10"):
         evaluate_classes(other, "fashion-mnist", metric="top1")
 
 
@@ -174,14 +174,14 @@ def test_fashion_mnist_is_read_as_packaged(fashion: Path) -> None:
     with pytest.raises(ConfigError, match="classes of its own"):
         labelled("fashion-mnist", "test", classifier=FASHION_CLASSES[::-1])
     (fashion / "t10k-images-idx3-ubyte.gz").write_bytes(b"no gzip")
-    with pytest.raises(PictureError, match="cannot be read"):
+    with pytest.raises(ImageError, match="cannot be read"):
         labelled("fashion-mnist", "test")
     (fashion / "t10k-images-idx3-ubyte.gz").unlink()
-    with pytest.raises(PictureError, match="does not exist"):
+    with pytest.raises(ImageError, match="does not exist"):
         labelled("fashion-mnist", "test")
 
 
-def test_a_class_of_few_pictures_is_in_the_gallery(
+def test_a_class_of_few_images_is_in_the_gallery(
     made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sparsifiner_edge.evaluate.classes.GALLERY", 10)
@@ -195,9 +195,9 @@ def test_a_class_of_few_pictures_is_in_the_gallery(
 def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = ["evaluate", made["student"], "--data", made["queries"]]
     gallery = ["--gallery", made["gallery"]]
-    assert_refused(call(capsys, *plain, "--metric", "knn"), "need labelled pictures", "--gallery")
+    assert_refused(call(capsys, *plain, "--metric", "knn"), "need labelled images", "--gallery")
     assert_refused(call(capsys, *plain, "--metric", "top1"), "has no logits")
-    assert_refused(call(capsys, *plain, *gallery), "go with other metrics")
+    assert_refused(call(capsys, *plain, *gallery), "require another metric")
     assert_refused(call(capsys, *plain, *gallery, "--metric", "knn", "--head", tmp_path / "h"), "linear probe")
     flat = made["queries"] / "red"
     assert_refused(
@@ -213,7 +213,7 @@ def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pyt
     refused = call(
         capsys, "evaluate", made["student"], "--data", made["queries"], "--metric", "knn", "--gallery", other
     )
-    assert_refused(refused, "no picture of 'red'")
+    assert_refused(refused, "no image of 'red'")
     assert_refused(call(capsys, *plain, *gallery, "--metric", "top1"), "asks the classifier itself")
     for own in ([], ["--against", made["bundle"]]):
         refused = call(capsys, *plain, *gallery, *own, "--metric", "knn", "--weights", made["weights"])

@@ -137,7 +137,7 @@ def test_a_feature_model_the_whole_way(
     assert "KeySelect" in out
     assert [output["name"] for output in manifest_of(bundle)["outputs"]] == ["features", "tokens"]
     out = succeeded(call(capsys, "evaluate", bundle, *teacher, "--data", pictures))
-    for text in ("features", "patches", "3 pictures", "native"):
+    for text in ("features", "patches", "3 images", "native"):
         assert text in out
     outcome = call(capsys, "run", bundle, "--source", pictures / "picture0.png", "--output", lines)
     assert outcome == Outcome(0, "", "")
@@ -183,7 +183,7 @@ def test_names_that_are_no_utf_8(tmp_path: Path, tiny_bundle: Path, pictures: Pa
     assert json.loads((tmp_path / "lines").read_text("utf-8"))["source"] == str(odd / "été.png")
 
 
-def many_pictures(folder: Path, picture: Path, count: int) -> Path:
+def many_images(folder: Path, picture: Path, count: int) -> Path:
     for number in range(count):
         (folder / f"{number:04}.png").write_bytes(picture.read_bytes())
     return folder
@@ -191,7 +191,7 @@ def many_pictures(folder: Path, picture: Path, count: int) -> Path:
 
 def test_a_reader_that_leaves_ends_the_run_quietly(tmp_path: Path, pictures: Path) -> None:
     bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4})
-    source = many_pictures(tmp_path, pictures / "picture0.png", 50)
+    source = many_images(tmp_path, pictures / "picture0.png", 50)
     with subprocess.Popen(
         [*PROGRAM, "run", bundle, "--source", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:

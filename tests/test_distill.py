@@ -24,7 +24,7 @@ from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.parameters import choose_parameters
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
-from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, PictureError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, ImageError
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.models import normalise
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
@@ -74,7 +74,7 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     assert summary.fidelity.best > summary.fidelity.start
     trained = load_student(tmp_path / "out")
     assert trained.provenance.training == json.loads(json.dumps(write_record(summary)))
-    assert summary.pictures.trained_on == 10
+    assert summary.images.trained_on == 10
     assert not (tmp_path / "out.training" / checkpoint.CHECKPOINT).exists()
     assert list((tmp_path / "out.training" / "tensorboard").iterdir())
     before = load_student(start).model.state_dict()
@@ -116,7 +116,7 @@ def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start:
 def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(folder, tmp_path / "data")
     for name in ("dogs/04.png", "dogs/06.png", "dogs/08.png"):  # of which each process meets some
-        (folder / name).write_bytes(b"no picture")
+        (folder / name).write_bytes(b"no image")
     steps = (
         "distil.steps=3", "check_every=3", "pictures.held_out=2", "save_every=3", "budgets.keep=[0.2]",
         "pictures.cut_mix=0.0",
@@ -185,10 +185,10 @@ def test_weights_are_kept_only_once_their_loss_is_known(
     assert all(bool(torch.isfinite(v).all()) for v in content.student.values())
 
 
-def test_unreadable_pictures_are_skipped_counted_and_listed(folder: Path, start: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_counted_and_listed(folder: Path, start: Path, tmp_path: Path) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
-    (data / "cats" / "01.png").write_bytes(b"no picture")  # held out
-    (data / "cats" / "03.png").write_bytes(b"no picture")
+    (data / "cats" / "01.png").write_bytes(b"no image")  # held out
+    (data / "cats" / "03.png").write_bytes(b"no image")
     (data / "dogs" / "04.png").write_bytes((data / "dogs" / "06.png").read_bytes()[:300])
     outcome = process(
         "distill", start, "--data", data, *(x for s in SHORT for x in ("--set", s)), "-o", tmp_path / "out", "--json"
@@ -199,7 +199,7 @@ def test_unreadable_pictures_are_skipped_counted_and_listed(folder: Path, start:
     assert [Path(path).name for path in pictures["unreadable"]] == ["01.png", "03.png", "04.png"]
     for path in data.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         distill_student(start, data, tmp_path / "none", overrides=SHORT)
 
 
@@ -214,7 +214,7 @@ def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
         distill_student(start, folder / "cats", tmp_path / "x", labels=True, overrides=SHORT)
 
 
-def test_mixed_pictures_hold_a_rectangle_of_their_neighbour(folder: Path, start: Path, tmp_path: Path) -> None:
+def test_mixed_images_hold_a_rectangle_of_their_neighbour(folder: Path, start: Path, tmp_path: Path) -> None:
     plan, found = read_recipe("cpu", (*SHORT, "pictures.cut_mix=0.5")), load_student(start)
     training = Training(
         make_accelerator(plan), found, dense_twin(found), folder_source(folder, 2, False, None), plan, tmp_path
@@ -267,7 +267,7 @@ def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys:
 def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         distill_student(start, folder, tmp_path / "out", overrides=SHORT, progress=stop_after_three)
-    with pytest.raises(ConfigError, match="began with other pictures"):
+    with pytest.raises(ConfigError, match="began with other images"):
         distill_student(start, folder / "cats", tmp_path / "out", overrides=SHORT, resume=True)
     with pytest.raises(ConfigError, match="began with other steps: 6, now 9"):
         distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "distil.steps=9"), resume=True)

@@ -20,7 +20,7 @@ from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.parameters import digest, make_optimiser
-from sparsifiner_edge.distill.recipe import Losses, Phase, Pictures, Recipe, names, read_recipe
+from sparsifiner_edge.distill.recipe import Images, Losses, Phase, Recipe, names, read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator, together
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import write_record
@@ -32,7 +32,7 @@ from tests.models import images, student
 
 def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
     source = folder_source(folder, 2, labelled=True, held_out=None)
-    transform = augmentation(32, Pictures())
+    transform = augmentation(32, Images())
     shared: dict[str, Any] = {"seed": 3, "workers": 0}
     whole = batches(source, transform, batch=4, first=0, process=0, processes=1, **shared)
     halves = [batches(source, transform, batch=2, first=0, process=r, processes=2, **shared) for r in range(2)]
@@ -52,7 +52,7 @@ def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
 
 
 def make_shards(folder: Path, shards: Path) -> Path:
-    """The pictures of a folder as a WebDataset "mine"."""
+    """The images of a folder as a WebDataset "mine"."""
     import webdataset
 
     shards.mkdir()
@@ -70,18 +70,18 @@ def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
     held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
     by_folder = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
     assert len(by_folder) == 12
-    image, label, name, _ = Drawn(by_folder, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2).item(0)
+    image, label, name, _ = Drawn(by_folder, augmentation(32, Images(smallest_crop=1.0)), 0, 2).item(0)
     assert image.shape == (3, 32, 32)
     assert (label == 0) == ("cats" in name)
     pytest.importorskip("webdataset")
     shards = make_shards(folder, tmp_path / "shards")
     streamed = timm_source("wds/mine", shards, 2, labelled=True, held_out=held_out)
-    items = Streamed(streamed, augmentation(32, Pictures()), 0, 2).items()
+    items = Streamed(streamed, augmentation(32, Images()), 0, 2).items()
     seen = [next(items) for _ in range(15)]
     assert all(image.shape == (3, 32, 32) and label in (0, 1) for image, label, _, _ in seen)
     with pytest.raises(ConfigError, match="lies in the data set itself"):
         timm_source("folder", folder, 2, labelled=True, held_out=folder / "cats")
-    with pytest.raises(ConfigError, match="no pictures held out"):
+    with pytest.raises(ConfigError, match="no images held out"):
         timm_source("folder", folder, 2, labelled=False, held_out=None)
     with pytest.raises(ConfigError, match="cannot read the data set"):
         timm_source("wds/none", tmp_path, 2, labelled=False, held_out=held_out)
@@ -90,7 +90,7 @@ def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_classes_of_a_data_set_are_numbered_as_the_classifier_numbers_them(folder: Path, tmp_path: Path) -> None:
     """timm counts the folders class2 and class10 in this order."""
-    data, transform = tmp_path / "data", augmentation(32, Pictures(smallest_crop=1.0))
+    data, transform = tmp_path / "data", augmentation(32, Images(smallest_crop=1.0))
     for name, kind in (("class2", "cats"), ("class10", "dogs")):
         shutil.copytree(folder / kind, data / name)
     orders = {("class10", "class2"): "class10", ("class2", "class10"): "class2", (): "class10", ("a", "b"): "class10"}
@@ -106,7 +106,7 @@ def test_classes_of_a_data_set_are_numbered_as_the_classifier_numbers_them(folde
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_data_sets_of_equal_length_differ(folder: Path, tmp_path: Path) -> None:
     other, held_out = (shutil.copytree(folder, tmp_path / name) for name in ("other", "held-out"))
-    (other / "cats" / "01.png").write_bytes(b"another picture")
+    (other / "cats" / "01.png").write_bytes(b"another image")
     sources = [
         timm_source("folder", root, 2, labelled=labelled, held_out=held_out)
         for root, labelled in ((folder, True), (other, True), (other, False))
@@ -129,7 +129,7 @@ def test_a_class_held_out_is_still_a_class(folder: Path, tmp_path: Path) -> None
 def test_what_a_worker_meets_is_told_as_it_is(workers: int, folder: Path, tmp_path: Path) -> None:
     held_out = shutil.copytree(folder, tmp_path / "held-out")
     source = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
-    drawn = batches(source, augmentation(32, Pictures()), seed=0, batch=6, first=0, process=0, processes=1,
+    drawn = batches(source, augmentation(32, Images()), seed=0, batch=6, first=0, process=0, processes=1,
                     workers=workers, classes=1)  # fmt: skip
     with pytest.raises(
         ConfigError, match=r"^\S+ has the label 1; the student knows 1 classes\.\n  Leave --labels out\.$"
@@ -138,11 +138,11 @@ def test_what_a_worker_meets_is_told_as_it_is(workers: int, folder: Path, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_broken_picture_of_a_data_set_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_broken_image_of_a_data_set_is_told(folder: Path, tmp_path: Path) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
-    (data / "cats" / "03.png").write_bytes(b"no picture")
+    (data / "cats" / "03.png").write_bytes(b"no image")
     source = timm_source("folder", data, 2, labelled=True, held_out=folder)
-    drawn = Drawn(source, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2)
+    drawn = Drawn(source, augmentation(32, Images(smallest_crop=1.0)), 0, 2)
     items = [drawn.item(number) for number in range(12)]
     assert [Path(name).name for item in items for name in item[3]] == ["03.png"]
     assert not [name for _, _, name, _ in items if "03.png" in name]
@@ -151,7 +151,7 @@ def test_a_broken_picture_of_a_data_set_is_told(folder: Path, tmp_path: Path) ->
 def test_a_data_set_of_torchvision(folder: Path, tmp_path: Path) -> None:
     held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
     source = timm_source("torch/image_folder", folder, 2, labelled=True, held_out=held_out)
-    drawn = Drawn(source, augmentation(32, Pictures(smallest_crop=1.0)), 0, 2)
+    drawn = Drawn(source, augmentation(32, Images(smallest_crop=1.0)), 0, 2)
     assert sorted(drawn.item(number)[1] for number in range(12)) == [0] * 6 + [1] * 6
     assert not [name for number in range(12) for name in drawn.item(number)[3]]
 
@@ -173,7 +173,7 @@ def test_training_on_data_sets_of_timm(reader: str, folder: Path, tmp_path: Path
 
 
 def test_a_stream_tells_the_length_of_one_process_alone(folder: Path, tmp_path: Path) -> None:
-    """As timm's readers deal pictures out by themselves."""
+    """As timm's readers deal images out by themselves."""
 
     class Stream(torch.utils.data.IterableDataset[Any]):
         def __init__(self, length: int) -> None:
@@ -333,7 +333,7 @@ def test_relative_losses_keep_their_value_and_weigh_by_their_share() -> None:
     slopes, values = {}, {}
     for relative in (False, True):
         distiller = Distiller(side.model, dense_twin(side).model, Losses(relative=relative, tokens=1.0))
-        loss = torch.tensor([0.2, 0.01], requires_grad=True)  # of two pictures
+        loss = torch.tensor([0.2, 0.01], requires_grad=True)  # of two images
         total = distiller.total({"patches": loss, "tokens": torch.tensor(3.0)})
         total.backward()
         assert loss.grad is not None
@@ -343,7 +343,7 @@ def test_relative_losses_keep_their_value_and_weigh_by_their_share() -> None:
     assert values[True] == pytest.approx(values[False])
 
 
-def test_a_budget_or_picture_counts_by_the_share_of_its_error_that_goes() -> None:
+def test_a_budget_or_image_counts_by_the_share_of_its_error_that_goes() -> None:
     start = together([[0.95, 0.9], [0.99, 0.98]])
     assert together([[0.96, 0.92], [0.98, 0.96]]) < start  # a fifth off the large errors, the small ones doubled
     assert together([[0.94, 0.89], [0.995, 0.99]]) > start

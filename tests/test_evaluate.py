@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from sparsifiner_edge.camera.stills import run_pictures
+from sparsifiner_edge.camera.stills import run_images
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.cosine import CosineResult
 from sparsifiner_edge.evaluate.explain import draw, explain
 from sparsifiner_edge.export.check import golden_image
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def made(once: Once) -> dict[str, Path]:
-    """A student, its bundle, its dense teacher as weights and as bundle, and four pictures."""
+    """A student, its bundle, its dense teacher as weights and as bundle, and four images."""
 
     def make(folder: Path) -> None:
         save_file(vit().state_dict(), folder / "weights.safetensors")
@@ -77,7 +77,7 @@ def test_what_cannot_be_compared(made: dict[str, Path]) -> None:
         evaluate_student(made["pictures"], made["pictures"])
     with pytest.raises(ConfigError, match="metric is 'bleu'"):
         evaluate_student(made["student"], made["pictures"], metric="bleu")
-    with pytest.raises(PictureError, match="does not exist"):
+    with pytest.raises(ImageError, match="does not exist"):
         evaluate_student(made["student"], made["pictures"] / "none")
 
 
@@ -107,7 +107,7 @@ def test_explanation_maps(made: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_stills(made: dict[str, Path], tmp_path: Path) -> None:
-    records = list(run_pictures(made["bundle"], made["pictures"]))
+    records = list(run_images(made["bundle"], made["pictures"]))
     assert [Path(r.source).name for r in records] == ["0.png", "1.png", "2.png", "3.png"]
     for record in records:
         assert record.top is not None
@@ -117,10 +117,10 @@ def test_stills(made: dict[str, Path], tmp_path: Path) -> None:
         assert record.infer_ms > 0
     bad = tmp_path / "pictures"
     bad.mkdir()
-    (bad / "a.png").write_bytes(b"no picture")
+    (bad / "a.png").write_bytes(b"no image")
     (bad / "b.png").write_bytes((made["pictures"] / "1.png").read_bytes())
-    first, second = run_pictures(made["bundle"], bad)
+    first, second = run_images(made["bundle"], bad)
     assert "cannot be read" in (first.error or "")
     assert second.top == records[1].top
-    with pytest.raises(PictureError, match="cannot be read"):
-        list(run_pictures(made["bundle"], bad / "a.png"))
+    with pytest.raises(ImageError, match="cannot be read"):
+        list(run_images(made["bundle"], bad / "a.png"))

@@ -307,7 +307,7 @@ def test_more_keys_than_topk_takes(tmp_path: Path) -> None:
         ({"batch": 0}, "batch is 0"),
         ({"batch": "many"}, "batch is 'many'"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
-        ({"weights": "w.safetensors"}, "does not go with a student"),
+        ({"weights": "w.safetensors"}, "cannot be combined with a student"),
         ({"img_size": 161}, "not a multiple of the patch size 16"),
     ],
 )

@@ -24,14 +24,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibration")
-    for path in material.calibration_pictures():
+    for path in material.calibration_images():
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
 
 
-def test_the_calibration_pictures_are_not_among_the_eight() -> None:
+def test_the_calibration_images_are_not_among_the_eight() -> None:
     assert len(material.photographs()) == 8
-    assert not set(material.photographs()) & set(material.calibration_pictures())
+    assert not set(material.photographs()) & set(material.calibration_images())
 
 
 def test_untrained_fidelity(weights: Path, calibration: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_islands_stay_float32_and_the_rest_does_not(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_close_to_float32_on_another_picture(kind: str) -> None:
+def test_it_is_close_to_float32_on_another_image(kind: str) -> None:
     single = small_file(kind)
     half, found = halve(single, [golden_image(160)])
     image = golden_image(160, seed=9)
@@ -181,7 +181,7 @@ def test_a_weight_beyond_float16_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"calibrate": "pictures"}, "go with int8"), ({"recipe": "tensorrt"}, "goes with int8")]
+    ("options", "message"), [({"calibrate": "pictures"}, "go with int8"), ({"recipe": "tensorrt"}, "requires int8")]
 )
 def test_refusals(place: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

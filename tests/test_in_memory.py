@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sparsifiner_edge as se
 from sparsifiner_edge.errors import ConfigError, SparsifinerError, UnsupportedModelError
-from sparsifiner_edge.pictures import list_pictures, load_picture
+from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from tests.models import TINY, images, vit
@@ -52,7 +52,7 @@ def test_it_is_what_a_folder_holds(
 ) -> None:
     folder = se.sparsify(TINY, tmp_path / "student", weights=tiny_weights, calibrate=pictures, **settings)
     model = vit(num_classes=10)
-    seen = [torch.from_numpy(load_picture(path, 160))[None] for path in list_pictures(pictures)]
+    seen = [torch.from_numpy(load_image(path, 160))[None] for path in list_images(pictures)]
     se.sparsify_model(model, calibrate=normalise(torch.cat(seen), preprocessing(model)), **settings)
     assert same(model.state_dict(), safetensors.torch.load_file(folder / "model.safetensors"))
     x = images(model)

@@ -14,7 +14,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.ops import reference
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, sparse_layers
+from sparsifiner_edge.sparse.calibrate import calibrate_from_images, sparse_layers
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of
 from tests.models import images, student, vit
@@ -96,7 +96,7 @@ def test_from_student_to_bundle(tmp_path: Path) -> None:
     layer = sparse_layers(made.model)[0]
     assert layer.select.down.shape == (101, 101 // 6)
     assert layer.layout.keys == 26  # of 101 tokens, class token included
-    calibrate_from_pictures(made.model, [images(made.model, 1)])
+    calibrate_from_images(made.model, [images(made.model, 1)])
     folder = save_student(made, tmp_path / "s")
     again = load_student(folder)
     x = images(made.model)

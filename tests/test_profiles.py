@@ -74,7 +74,7 @@ def test_intervals_cover_the_truth_of_correlated_samples():
 
 
 @pytest.mark.parametrize("count", [5, 8, 30])
-def test_intervals_of_few_pictures_cover_the_truth(count):
+def test_intervals_of_few_images_cover_the_truth(count):
     random = np.random.default_rng(5)
 
     def interval(values):

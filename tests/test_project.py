@@ -32,7 +32,7 @@ LIGHT = (
     "artifacts",
     "config",
     "errors",
-    "pictures",
+    "images",
     "text",
     "process",
     "progress",

@@ -234,7 +234,7 @@ def test_the_command_line_prunes(tmp_path: Path, tiny_weights: Path, capsys: pyt
     assert_refused(call(capsys, *plain, "--token-keep", "3"), "token_keep holds '3'", "3:.7,6:.7")
     assert_refused(call(capsys, *plain, "--token-keep", "7:.5"), "layer 7: the model has 6 layers")
     assert_refused(call(capsys, *plain, "--token-keep", "3:1.5"), "outside (0, 1)")
-    assert_refused(call(capsys, *plain, "--fuse-tokens"), "goes with pruned tokens")
+    assert_refused(call(capsys, *plain, "--fuse-tokens"), "requires pruned tokens")
     assert not (tmp_path / "s").exists()
     assert call(capsys, *plain, "--token-keep", "1:.7,3:.5").code == 0
     outcome = call(capsys, "export", tmp_path / "s", "--keep", 0.3, "--token-keep", "2:.6", "-o", tmp_path / "b")

@@ -74,7 +74,7 @@ def test_every_linear_layer_and_nothing_else_is_int8(place: Path, recipe: str, s
         check_golden(session, open_bundle(made))
 
 
-def test_it_is_smaller_and_close_on_a_new_picture(place: Path) -> None:
+def test_it_is_smaller_and_close_on_a_new_image(place: Path) -> None:
     made = int8(place, "close", place / "student")
     image = golden_image(160, seed=99)
     outputs = [run_file(onnx.load(p / "model.onnx"), image)["tokens"] for p in (place / "fp32", made)]
@@ -167,9 +167,9 @@ def test_batches(place: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8"}, "int8 needs pictures"),
+        ({"precision": "int8"}, "int8 needs images"),
         ({"precision": "fp32", "calibrate": "pictures"}, "go with int8"),
-        ({"precision": "fp32", "recipe": "tensorrt"}, "goes with int8"),
+        ({"precision": "fp32", "recipe": "tensorrt"}, "requires int8"),
         ({"precision": "int8", "recipe": "gpu"}, "recipe is 'gpu'"),
         ({"precision": "int4"}, "precision is 'int4'"),
     ],
@@ -177,7 +177,7 @@ def test_batches(place: Path) -> None:
 def test_refusals(place: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         export_bundle(place / "student", place / "x", **options)
-    with pytest.raises(ConfigError, match="no pictures"):
+    with pytest.raises(ConfigError, match="no images"):
         quantise(onnx.load(place / "fp32" / "model.onnx"), [])
     assert not (place / "x").exists()
 

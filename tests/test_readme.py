@@ -24,12 +24,12 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encodi
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the weights and pictures that the blocks name."""
+    """A folder with the weights and images that the blocks name."""
     folder = tmp_path_factory.mktemp("readme")
     safetensors.numpy.save_file(material.dinov2_state(), folder / "dinov2.safetensors")
-    (folder / "pictures").mkdir()
-    for path in material.calibration_pictures()[:4]:
-        shutil.copy(path, folder / "pictures")
+    (folder / "images").mkdir()
+    for path in material.calibration_images()[:4]:
+        shutil.copy(path, folder / "images")
     return folder
 
 

@@ -96,7 +96,7 @@ def test_a_shortened_mlperf_run_is_reported_as_not_valid(tmp_path):
     assert 0 < figures["mlperf"]["discarded"] < 0.1 * figures["queries"]
 
 
-def test_mlperf_takes_one_picture_a_query(tmp_path):
+def test_mlperf_takes_one_image_a_query(tmp_path):
     bundle = make_bundle(tmp_path / "b", batch=4)
     with pytest.raises(ConfigError, match="subject's batch is fixed at 4"):
         profile_bundle(bundle, rules="mlperf")

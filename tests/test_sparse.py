@@ -20,7 +20,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import DenseAttention, SparseAttention
-from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, calibrate_from_weights, sparse_layers
+from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.patch import make_model_sparse, support_refusals
 from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, load_student, save_student
 from tests.models import TINY_CONFIG, images, student, vit
@@ -226,7 +226,7 @@ def test_calibration_reports_progress_and_leaves_no_trace() -> None:
     made = student()
     before = [layer.select.proj_q.clone() for layer in sparse_layers(made.model)]
     calls: list[tuple[float, ...]] = []
-    calibrate_from_pictures(made.model, [images(made.model, 1, s) for s in range(4)], lambda _, *c: calls.append(c))
+    calibrate_from_images(made.model, [images(made.model, 1, s) for s in range(4)], lambda _, *c: calls.append(c))
     assert calls == [(i + 1, 12) for i in range(12)]
     for layer, old in zip(sparse_layers(made.model), before, strict=True):
         assert not torch.equal(layer.select.proj_q, old)

@@ -32,7 +32,7 @@ def test_every_point_is_measured(bundles):
     assert result["kind"] == "sweep"
     assert set(result["samples"]) == {"threads=1,batch=1", "threads=1,batch=8"}
     one, eight = rows[0], rows[1]
-    # Eight pictures take longer than one, and there are eight times as many in a query.
+    # Eight images take longer than one, and there are eight times as many in a query.
     assert eight["latency_ms"]["p50"]["value"] > 2 * one["latency_ms"]["p50"]["value"]
     for row in (one, eight):
         throughput = row["throughput_per_s"]

@@ -24,7 +24,7 @@ class OutputCheck(Struct, frozen=True):
 
 
 class Check(Struct, frozen=True):
-    """The file held against torch.
+    """The file checked against PyTorch.
 
     Attributes:
         outputs: the worst of all runs.
@@ -50,12 +50,12 @@ class Tiling(Struct, frozen=True):
 
 
 class Retiled(Struct, frozen=True):
-    """Another tile than the student's own. cosine: mean of the final tokens to those before, over `pictures`."""
+    """Another tile than the student's own. cosine: mean of the final tokens to those before, over `images`."""
 
     before: Tiling = field(name="from", default=Tiling())
     after: Tiling = field(name="to", default=Tiling())
     cosine: float | None = None
-    pictures: int = 0
+    images: int = field(default=0, name="pictures")
 
 
 class Choice(Struct, frozen=True):
@@ -80,10 +80,10 @@ class Quantisation(Struct, frozen=True):
 
     Attributes:
         recipe: what will run the file.
-        cosines: per output, mean row cosine to the float32 file over held-out pictures, of the patches that both keep.
+        cosines: per output, mean row cosine to the float32 file over held-out images, of the patches that both keep.
         other_patches: share of the patches that only one of both files keeps, where tokens are pruned.
         quantised, kept: linear layers in int8; names of those left in float32.
-        calibrated, held_out: numbers of pictures.
+        calibrated, held_out: numbers of images.
         method: in words.
     """
 

@@ -152,7 +152,7 @@ class Bundle:
         return value
 
     @property
-    def picture_size(self) -> int:
+    def image_size(self) -> int:
         """Pixels along a side that it takes.
 
         Raises:

@@ -14,7 +14,7 @@ class Class(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model says of a picture.
+    """What a model says of an image.
 
     Attributes:
         top: of a classifier, the best first; empty where a logit is NaN or infinite.
@@ -55,8 +55,8 @@ class FrameRecord(Answer, frozen=True):
     frame_age_ms: float | None
 
 
-class PictureRecord(Answer, frozen=True):
-    """A still picture's line; one that cannot be read has an error, and no more."""
+class ImageRecord(Answer, frozen=True):
+    """A still image's line; one that cannot be read has an error, and no more."""
 
     source: str
     preprocess_ms: float | None = None

@@ -21,7 +21,7 @@ from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.camera.wire import (
     EndHeader,
     FrameHeader,
-    Picture,
+    Pixels,
     Request,
     StalledError,
     StateHeader,
@@ -44,8 +44,8 @@ class Frame(NamedTuple):
         skipped: frames since the one before that were dropped unseen.
     """
 
-    square: Picture
-    shown: Picture | None
+    square: Pixels
+    shown: Pixels | None
     times: FrameHeader
     skipped: int
 
@@ -60,9 +60,9 @@ class Mailbox:
         self._skipped = 0
         self.closed = False
 
-    def put(self, header: FrameHeader, pictures: list[Picture]) -> bool:
+    def put(self, header: FrameHeader, images: list[Pixels]) -> bool:
         """Leave a frame; True if that dropped another."""
-        square, *rest = pictures
+        square, *rest = images
         with self._changed:
             while self._frame is not None and not self._live and not self.closed:
                 self._changed.wait(0.5)
@@ -213,7 +213,7 @@ class Capture:
                 return True
             if isinstance(header, FrameHeader):
                 allowed = self._stall_s
-                self._frame(header, message.pictures)
+                self._frame(header, message.images)
                 self._status.count("bad_packets", max(0, header.bad_packets - bad))
                 bad = header.bad_packets
             else:
@@ -222,13 +222,13 @@ class Capture:
                 self._state(header)
         return True
 
-    def _frame(self, header: FrameHeader, pictures: list[Picture]) -> None:
-        if pictures[0].shape != (self._fit.size, self._fit.size, 3):
-            raise WireError(f"a picture of shape {pictures[0].shape}")
+    def _frame(self, header: FrameHeader, images: list[Pixels]) -> None:
+        if images[0].shape != (self._fit.size, self._fit.size, 3):
+            raise WireError(f"an image of shape {images[0].shape}")
         self._backoff.reset()
         self._status.count("captured")
         self._status.enter("streaming")
-        if self.mailbox.put(header, pictures):
+        if self.mailbox.put(header, images):
             self._status.count("dropped")
 
     def _state(self, header: StateHeader) -> None:

@@ -88,7 +88,7 @@ def _stream(frames: Frames, parent: int, backoff: Backoff) -> str | None:
     try:
         for decoded in frames():
             backoff.reset()
-            send(parent, decoded.header, decoded.pictures)
+            send(parent, decoded.header, decoded.images)
     except BrokenPipeError:
         raise
     # FFmpeg's errors are many; each means the same here: this attempt is over.
@@ -130,14 +130,14 @@ def import_decoder() -> None:
 def _test_frames(fps: float, fit: Fit) -> Iterator[Decoded]:
     from PIL import Image
 
-    from sparsifiner_edge.camera.pattern import paced_pictures
+    from sparsifiner_edge.camera.pattern import paced_images
 
-    for number, due, pixels in paced_pictures(fps):
+    for number, due, pixels in paced_images(fps):
         image, at = Image.fromarray(pixels), time.monotonic_ns()
-        pictures = [fit_pillow(image, fit)]
+        images = [fit_pillow(image, fit)]
         if fit.display:
-            pictures.append(np.asarray(image.resize(display_size(*image.size, fit.display))))
-        yield Decoded(tuple(pictures), FrameHeader(due, due, at, time.monotonic_ns(), number / fps))
+            images.append(np.asarray(image.resize(display_size(*image.size, fit.display))))
+        yield Decoded(tuple(images), FrameHeader(due, due, at, time.monotonic_ns(), number / fps))
 
 
 def _said(error: Exception) -> str:

@@ -1,6 +1,6 @@
-"""A number drawn into a picture, so that whoever reads the answer knows which frame it is about.
+"""A number drawn into an image, so that whoever reads the answer knows which frame it is about.
 
-The centre square of the picture is a grid of 8 x 8 cells; the upper four rows hold 32 bits, black or white: 24 of the
+The centre square of the image is a grid of 8 x 8 cells; the upper four rows hold 32 bits, black or white: 24 of the
 number, 8 of its check. Plain Python: servers in tests draw it without NumPy.
 """
 

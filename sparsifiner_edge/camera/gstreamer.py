@@ -26,7 +26,7 @@ _ERRORS, _LONGEST = 20, 10_000
 
 
 def launch_line(pipeline: str, fit: Fit, handle: int) -> list[str]:
-    """The command that writes RGB pictures of the model's size to the file descriptor `handle`."""
+    """The command that writes RGB images of the model's size to the file descriptor `handle`."""
     crop = "" if fit.letterbox else "aspectratiocrop aspect-ratio=1/1 !"
     caps = f"video/x-raw,format=RGB,width={fit.size},height={fit.size},pixel-aspect-ratio=1/1"
     tail = (
@@ -54,7 +54,7 @@ def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
     listener.start()
     with launched, os.fdopen(ours, "rb", buffering=1 << 20) as pixels:
         try:
-            yield from _pictures(pixels, fit)
+            yield from _images(pixels, fit)
             launched.wait()
         finally:
             launched.kill()
@@ -63,7 +63,7 @@ def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
         raise ValueError(_message(errors))
 
 
-def _pictures(pixels: BinaryIO, fit: Fit) -> Iterator[Decoded]:
+def _images(pixels: BinaryIO, fit: Fit) -> Iterator[Decoded]:
     row = -(-fit.size * 3 // 4) * 4  # GStreamer pads rows to four bytes.
     while len(data := pixels.read(row * fit.size)) == row * fit.size:
         at = time.monotonic_ns()

@@ -15,8 +15,8 @@ from sparsifiner_edge.camera.limits import MAX_PIXELS, require_sane_size
 from sparsifiner_edge.camera.prepare import Fit, display_size, scaled_size, to_square
 from sparsifiner_edge.camera.wire import FrameHeader
 
-Picture = npt.NDArray[np.uint8]
-# Containers that hold one video: no playlists, which name other files and addresses, and no pictures.
+Pixels = npt.NDArray[np.uint8]
+# Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
 _FILE = {"protocol_whitelist": "none", "format_whitelist": _FORMATS}
 _STREAM = {
@@ -35,11 +35,11 @@ class Decoded(NamedTuple):
     """A frame, ready for the model.
 
     Attributes:
-        pictures: see `wire.Message`.
+        images: see `wire.Message`.
         header: its times.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[Pixels, ...]
     header: FrameHeader
 
 
@@ -53,7 +53,7 @@ class Preparer:
         self._model: Any = VideoReformatter()
         self._display: Any = VideoReformatter()
 
-    def __call__(self, frame: Any) -> tuple[Picture, ...]:
+    def __call__(self, frame: Any) -> tuple[Pixels, ...]:
         """The model's input, and the frame for the overlay if one is asked for.
 
         Raises:
@@ -61,7 +61,7 @@ class Preparer:
         """
         require_sane_size(frame.width, frame.height)
         width, height = scaled_size(frame.width, frame.height, self._fit)
-        scaled: Picture = self._model.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+        scaled: Pixels = self._model.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
         square = to_square(scaled, self._fit.size)
         if not self._fit.display:
             return (square,)
@@ -132,10 +132,10 @@ class _Reader:
             stamp = None
         captured = self._clock.captured_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
-        pictures = self._prepare(frame)
+        images = self._prepare(frame)
         self.count += 1
         pts_s = None if stamp is None else stamp / 1e9
-        return Decoded(pictures, FrameHeader(captured, arrived, at, time.monotonic_ns(), pts_s, self.bad))
+        return Decoded(images, FrameHeader(captured, arrived, at, time.monotonic_ns(), pts_s, self.bad))
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""

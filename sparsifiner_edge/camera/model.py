@@ -49,7 +49,7 @@ class Model:
         kernels: str = "auto",
     ) -> None:
         bundle = checked_bundle(folder, public_key)
-        self.fit = Fit(bundle.picture_size, _letterbox(bundle))
+        self.fit = Fit(bundle.image_size, _letterbox(bundle))
         self.labels = bundle.labels()
         tokens = bundle.manifest.tokens
         self.tokens = None if tokens is None or tokens.grid is None else (tokens.prefix, *tokens.grid)
@@ -70,7 +70,7 @@ class Model:
         self.session.close()
 
     def infer(self, square: Array) -> dict[str, Array]:
-        """Outputs for one picture, uint8 [S,S,3]."""
+        """Outputs for one image, uint8 [S,S,3]."""
         return self.session.infer({"image": square[None]})
 
     def answer(self, outputs: dict[str, Array]) -> Answer:
@@ -105,7 +105,7 @@ class Model:
         return max(0.0, found)
 
     def change_map(self, outputs: dict[str, Array]) -> Array | None:
-        """Where the picture changed: 1 - cosine of each patch to itself one frame before, [rows, columns].
+        """Where the image changed: 1 - cosine of each patch to itself one frame before, [rows, columns].
 
         None for the first frame, and where the bundle gives no tokens or prunes them.
         """
@@ -134,7 +134,7 @@ def _require_image(session: Session, bundle: Bundle) -> None:
         ConfigError: it takes larger batches.
         ArtifactError: it takes something else.
     """
-    takes, size = session.inputs[0], bundle.picture_size
+    takes, size = session.inputs[0], bundle.image_size
     shape = takes.shape
     if len(session.inputs) != 1 or takes.name != "image" or takes.dtype != "uint8" or shape[1:] != (size, size, 3):
         raise ArtifactError(

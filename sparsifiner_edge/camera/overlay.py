@@ -16,7 +16,7 @@ from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import require_file_path
 
-Picture = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 SHOWN = 640
 """Pixels along the longer side of the frames that are asked for."""
@@ -88,11 +88,11 @@ class Overlay:
         except OSError as error:
             raise ArtifactError(f"{path} cannot be written: {error.strerror}.", "Choose another place.") from error
 
-    def write(self, picture: Picture, lines: list[str], changes: Array | None, at_s: float) -> None:
+    def write(self, image: Pixels, lines: list[str], changes: Array | None, at_s: float) -> None:
         """Add a frame.
 
         Args:
-            picture: uint8 RGB [h,w,3]; one of another size than the first is made to fit it.
+            image: uint8 RGB [h,w,3]; one of another size than the first is made to fit it.
             lines: text, top left.
             changes: see `Model.change_map`.
             at_s: seconds; the first frame's are zero.
@@ -104,8 +104,8 @@ class Overlay:
 
         with _as_os_errors():
             if self._stream is None:
-                self._open_stream(picture)
-            frame = av.VideoFrame.from_ndarray(self._drawn(picture, lines, changes), format="rgb24")
+                self._open_stream(image)
+            frame = av.VideoFrame.from_ndarray(self._drawn(image, lines, changes), format="rgb24")
             self._began = at_s if self._began is None else self._began
             self._last = max(self._last + 1, round((at_s - self._began) * 1000))
             frame.pts, frame.time_base = self._last, Fraction(1, 1000)
@@ -126,8 +126,8 @@ class Overlay:
         with contextlib.suppress(Exception):
             self._file.close()
 
-    def _open_stream(self, picture: Picture) -> None:
-        height, width = picture.shape[:2]
+    def _open_stream(self, image: Pixels) -> None:
+        height, width = image.shape[:2]
         self._size = width // 2 * 2, height // 2 * 2
         self._stream = self._file.add_stream(_CODEC, rate=25)
         self._stream.width, self._stream.height = self._size
@@ -135,7 +135,7 @@ class Overlay:
         self._stream.codec_context.time_base = Fraction(1, 1000)
         self._stream.options = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
 
-    def _drawn(self, pixels: Picture, lines: list[str], changes: Array | None) -> Picture:
+    def _drawn(self, pixels: Pixels, lines: list[str], changes: Array | None) -> Pixels:
         from PIL import Image, ImageDraw, ImageFont
 
         image = Image.fromarray(pixels)

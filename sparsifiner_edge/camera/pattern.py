@@ -10,25 +10,25 @@ import numpy.typing as npt
 
 from sparsifiner_edge.camera.code import GRID, cells_of
 
-Picture = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]
 
 
-def draw_pattern(number: int, width: int = 640, height: int = 480) -> Picture:
+def draw_pattern(number: int, width: int = 640, height: int = 480) -> Pixels:
     """Frame `number`: uint8 RGB [height, width, 3]."""
     across = (np.arange(width, dtype=np.uint32) + 3 * number).astype(np.uint8)
     down = np.arange(height, dtype=np.uint32).astype(np.uint8)
-    picture = np.empty((height, width, 3), np.uint8)
-    picture[..., 0], picture[..., 1], picture[..., 2] = across, down[:, None], 128
+    image = np.empty((height, width, 3), np.uint8)
+    image[..., 0], image[..., 1], image[..., 2] = across, down[:, None], 128
     side = min(width, height)
     left, top, cell = (width - side) // 2, (height - side) // 2, side // GRID
     for place, white in enumerate(cells_of(number)):
         y, x = top + place // GRID * cell, left + place % GRID * cell
-        picture[y : y + cell, x : x + cell] = 255 if white else 0
-    return picture
+        image[y : y + cell, x : x + cell] = 255 if white else 0
+    return image
 
 
-def paced_pictures(fps: float) -> Iterator[tuple[int, int, Picture]]:
-    """Frames at `fps`: number, nanoseconds of the monotonic clock when it was due, picture. Late ones are left out."""
+def paced_images(fps: float) -> Iterator[tuple[int, int, Pixels]]:
+    """Frames at `fps`: number, nanoseconds of the monotonic clock when it was due, image. Late ones are left out."""
     start, period, number = time.monotonic_ns(), 1e9 / fps, 0
     while True:
         due = start + round(number * period)

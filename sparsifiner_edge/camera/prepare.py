@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Picture = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]
 SQUARE, LETTERBOX = "centre square", "letterbox"
 
 
@@ -31,7 +31,7 @@ def scaled_size(width: int, height: int, fit: Fit) -> tuple[int, int]:
     return max(1, round(width * fit.size / side)), max(1, round(height * fit.size / side))
 
 
-def to_square(scaled: Picture, size: int) -> Picture:
+def to_square(scaled: Pixels, size: int) -> Pixels:
     """Crop or pad about the centre: uint8 [h,w,3] -> [size,size,3]."""
     height, width = scaled.shape[:2]
     top, left = max(0, height - size) // 2, max(0, width - size) // 2
@@ -50,7 +50,7 @@ def display_size(width: int, height: int, longest: int) -> tuple[int, int]:
     return max(2, round(width * scale / 2) * 2), max(2, round(height * scale / 2) * 2)
 
 
-def fit_pillow(image: Any, fit: Fit) -> Picture:
+def fit_pillow(image: Any, fit: Fit) -> Pixels:
     """A Pillow image as the model takes it."""
     from PIL import Image
 

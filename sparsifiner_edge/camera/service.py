@@ -24,7 +24,7 @@ from sparsifiner_edge.camera.notify import Notifier
 from sparsifiner_edge.camera.overlay import SHOWN, Overlay, Rate, require_overlay_path, text_lines
 from sparsifiner_edge.camera.sources import Source, require_decoder, require_other_file
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError, PictureError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime.session import Array
 
@@ -70,7 +70,7 @@ def run_service(bundle: Path, source: Source, options: Options) -> None:
     SIGTERM and SIGINT end it after the frame at hand; a second one ends it at once.
 
     Raises:
-        PictureError: a file that is no video, or a source that gave no frame in all the time allowed.
+        ImageError: a file that is no video, or a source that gave no frame in all the time allowed.
         ArtifactError: the output of a file's run cannot be written; a live source's run goes on and counts.
         BrokenPipeError: the reader of standard output has gone.
         SparsifinerError: the bundle, backend or options are unusable.
@@ -119,10 +119,10 @@ def _require_outputs(bundle: Path, source: Source, output: Path | None, overlay:
 
 def _require_frames(source: Source, status: Status, failure: str | None) -> None:
     if failure is not None:
-        raise PictureError(f"{source.shown} cannot be read as a video: {failure}.", "Replace or repair it.")
+        raise ImageError(f"{source.shown} cannot be read as a video: {failure}.", "Replace or repair it.")
     if status.counts["processed"] == 0:
         reason = f": {status.last_reason}" if status.last_reason else ""
-        raise PictureError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")
+        raise ImageError(f"{source.shown} gave no frame{reason}.", "Check that it is there, and its address.")
 
 
 def _duplicate(stream: Any) -> int | None:

@@ -21,20 +21,20 @@ from sparsifiner_edge.camera.hide import (
 )
 from sparsifiner_edge.camera.rtsp import parse_address
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
-from sparsifiner_edge.pictures import list_pictures
+from sparsifiner_edge.images import list_images
 
 VIDEO_SUFFIXES = frozenset(
     {".264", ".avi", ".flv", ".h264", ".h265", ".hevc", ".ivf", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov"}
     | {".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"}
 )
-KNOWN = "a picture, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test"
+KNOWN = "an image, a folder, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test"
 
 
 class Source(NamedTuple):
     """Where frames come from.
 
     Attributes:
-        kind: "pictures", "file", "rtsp", "gst" or "test".
+        kind: "images", "file", "rtsp", "gst" or "test".
         location: a path, an address, or a GStreamer pipeline.
         live: only the newest frame counts, and a loss is waited out; else every frame counts, and the end ends the run.
         shown: the location as it may be shown: without a password, and without all that may be one.
@@ -76,22 +76,22 @@ def parse_source(text: str) -> Source:
     if os.path.isfile(path) and path.suffix.lower() in VIDEO_SUFFIXES:  # noqa: PTH113
         return Source("file", str(path.absolute()), False, str(path))
     shown = str(path) if os.path.exists(path) else show_path(str(path))  # noqa: PTH110
-    return Source("pictures", str(path), False, shown)
+    return Source("images", str(path), False, shown)
 
 
 def require_other_file(path: Path, source: Source, bundle: Path) -> None:
     """Refuse an output that would overwrite what is read.
 
     Raises:
-        ArtifactError: `path` is the source, one of its pictures, or lies in the bundle.
-        PictureError: the source does not exist.
+        ArtifactError: `path` is the source, one of its images, or lies in the bundle.
+        ImageError: the source does not exist.
     """
     if bundle.is_dir() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
         raise ArtifactError(f"{path} is in the bundle, which is left as it is.", "Give the output another place.")
-    if source.kind not in ("file", "pictures") or not path.is_file():
+    if source.kind not in ("file", "images") or not path.is_file():
         return
-    if any(path.samefile(read) for read in list_pictures(Path(source.location))):
-        what = "the source itself" if Path(source.location).is_file() else "one of the source's pictures"
+    if any(path.samefile(read) for read in list_images(Path(source.location))):
+        what = "the source itself" if Path(source.location).is_file() else "one of the source's images"
         raise ArtifactError(f"{path} is {what}.", "Give the output another name.")
 
 

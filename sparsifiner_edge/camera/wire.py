@@ -20,7 +20,7 @@ import numpy.typing as npt
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.text import shown
 
-Picture = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]
 _LENGTH = struct.Struct("<I")
 _MAX_HEADER = 1 << 16
 MAX_SIDE = 4096
@@ -105,11 +105,11 @@ class Message(NamedTuple):
 
     Attributes:
         header: checked; what it says beside its fields is dropped.
-        pictures: of a frame the model's input [S,S,3], and for the overlay the whole frame, made smaller [h,w,3].
+        images: of a frame the model's input [S,S,3], and for the overlay the whole frame, made smaller [h,w,3].
     """
 
     header: Header
-    pictures: list[Picture]
+    images: list[Pixels]
 
 
 class WireError(Exception):
@@ -120,13 +120,13 @@ class StalledError(Exception):
     """Nothing came within the time allowed."""
 
 
-def send(handle: int, header: Header, pictures: tuple[Picture, ...] = ()) -> None:
+def send(handle: int, header: Header, images: tuple[Pixels, ...] = ()) -> None:
     """Write one message; waits while the reader is busy."""
-    shapes = [picture.shape for picture in pictures]
+    shapes = [image.shape for image in images]
     content = json.dumps(msgspec.to_builtins(header) | {"shapes": shapes}).encode()
     _write(handle, memoryview(_LENGTH.pack(len(content)) + content))
-    for picture in pictures:
-        _write(handle, np.ascontiguousarray(picture).data.cast("B"))
+    for image in images:
+        _write(handle, np.ascontiguousarray(image).data.cast("B"))
 
 
 def _write(handle: int, data: memoryview) -> None:
@@ -152,13 +152,13 @@ def receive(handle: int, seconds: float) -> Message | None:
     if content is None:
         return None
     header, shapes = _parsed(content)
-    pictures = []
+    images = []
     for shape in shapes:
         pixels = _read(handle, shape[0] * shape[1] * 3, deadline)
         if pixels is None:
             return None
-        pictures.append(np.frombuffer(pixels, np.uint8).reshape(shape))
-    return Message(header, pictures)
+        images.append(np.frombuffer(pixels, np.uint8).reshape(shape))
+    return Message(header, images)
 
 
 def _parsed(content: bytearray) -> tuple[Header, list[tuple[int, int, Literal[3]]]]:
@@ -167,7 +167,7 @@ def _parsed(content: bytearray) -> tuple[Header, list[tuple[int, int, Literal[3]
     except (ValueError, RecursionError) as error:
         raise WireError(f"a header that cannot be read: {shown(error, 100)}") from error
     if isinstance(header, FrameHeader) and not shapes:
-        raise WireError("a frame without picture")
+        raise WireError("a frame without image")
     return header, shapes
 
 

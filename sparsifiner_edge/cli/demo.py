@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True,
-              help="Folder for students, bundles, result and pictures.")  # fmt: skip
+              help="Folder for students, bundles, result and images.")  # fmt: skip
 @json_option
 def command(*, output: Path, as_json: bool) -> None:
     """DINOv2 ViT-S/14 with its real weights on eight photographs: dense beside sparse, untrained, at 224 and 518 px."""
@@ -60,7 +60,7 @@ def _print(result: DemoResult, output: Path) -> None:
     click.echo(f"Kernels: {result.method.kernels}.")
     for sentence in result.method.verdicts:
         click.echo(sentence)
-    click.echo(f"Pictures of what three queries attend to, students, bundles, result.json: {output}/")
+    click.echo(f"Images of what three queries attend to, students, bundles, result.json: {output}/")
 
 
 def _number(value: float | Unavailable) -> str:

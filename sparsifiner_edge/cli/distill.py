@@ -25,17 +25,19 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("student", type=click.Path(path_type=Path))
-@click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="Folder of pictures; labels are not needed."
-)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of images; labels are not needed.")
 @click.option("--teacher", metavar="MODEL", help="timm's name; by default the student's own weights, if never trained.")
 @weights_option
 @click.option("--labels", is_flag=True, help="Also learn from labels: each class has a folder in --data.")
 @click.option("--dataset", metavar="NAME", help="A data set by timm's name, such as wds/..., with --data as its root.")
-@click.option("--held-out", type=click.Path(path_type=Path), help="Pictures that decide; by default some of --data.")
+@click.option(
+    "--held-out",
+    type=click.Path(path_type=Path),
+    help="Validation images for choosing the checkpoint; by default some of --data.",
+)
 @click.option("--recipe", default="cpu", show_default=True, help="cpu, imagenet-deit-s, or a TOML file.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Another value, such as distil.steps=500."
+    "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a recipe value, such as distil.steps=500."
 )
 @click.option("--resume", is_flag=True, help="Go on where the last checkpoint of this output stands.")
 @click.option("--tensorboard", is_flag=True, help="Also write a history for TensorBoard.")
@@ -57,7 +59,7 @@ def command(
     as_json: bool,
     output: Path,
 ) -> None:
-    """Train STUDENT towards its dense teacher; the best on held-out pictures is written, the start included."""
+    """Train STUDENT towards its dense teacher; the best on held-out images is written, the start included."""
     import sparsifiner_edge
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
@@ -88,15 +90,15 @@ def print_summary(summary: Summary, output: Path) -> None:
     found = summary.fidelity
     if found.best is not None:
         click.echo(
-            f"{output}: {summary.kept} of {summary.steps} steps kept; cosine to the teacher on held-out pictures "
+            f"{output}: {summary.kept} of {summary.steps} steps kept; cosine to the teacher on held-out images "
             f"{found.best:.4f}, untrained {found.start:.4f}, all budgets together."
         )
         rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in found.budgets or []]
-        print_table("Cosine to the teacher, held-out pictures", ["budget", "untrained", "kept"], rows)
-    unreadable = summary.pictures.unreadable
+        print_table("Cosine to the teacher, held-out images", ["budget", "untrained", "kept"], rows)
+    unreadable = summary.images.unreadable
     if unreadable:
         listed = "\n  ".join(map(shown, unreadable[:10]))
-        click.echo(f"{len(unreadable)} pictures could not be read and were skipped:\n  {listed}", err=True)
+        click.echo(f"{len(unreadable)} images could not be read and were skipped:\n  {listed}", err=True)
     click.echo(f"Next: sparsifiner-edge export {output} -o BUNDLE/")
 
 

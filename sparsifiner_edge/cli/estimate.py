@@ -36,7 +36,7 @@ def command(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Estimate latency, memory and energy of BUNDLE on a board that is not at hand. Nothing is measured."""
+    """Estimate latency, memory and energy of BUNDLE on a board you do not have. Nothing is measured."""
     from sparsifiner_edge.profiles.boards.board import board_names, load_board, read_board
     from sparsifiner_edge.profiles.boards.table import COLUMNS, board_row
     from sparsifiner_edge.profiles.estimate import estimate_bundle

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 @click.option("--against", metavar="MODEL|BUNDLE", help="The dense teacher; for a student by default its own weights.")
 @weights_option
 @click.option("--data", type=click.Path(path_type=Path), required=True,
-              help="A picture or a folder; labelled: one folder per class, or fashion-mnist.")  # fmt: skip
+              help="An image or a folder; labelled: one folder per class, or fashion-mnist.")  # fmt: skip
 @click.option("--metric", type=click.Choice(["cosine", "knn", "linear", "top1"]), default="cosine", show_default=True,
               help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the classifier.")  # fmt: skip
-@click.option("--gallery", type=click.Path(path_type=Path), help="For knn and linear: labelled pictures to learn from.")
+@click.option("--gallery", type=click.Path(path_type=Path), help="For knn and linear: labelled images to learn from.")
 @click.option(
-    "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most so many pictures of --data, evenly taken."
+    "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most so many images of --data, evenly taken."
 )
 @click.option("--head", type=click.Path(path_type=Path), help="For linear: write the student with this classifier.")
 @keep_option
@@ -64,14 +64,14 @@ def command(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Compare SUBJECT with its dense teacher, picture by picture."""
+    """Compare SUBJECT with its dense teacher, image by image."""
     import sparsifiner_edge
     from sparsifiner_edge.records import write_record
     from sparsifiner_edge.results import write_result
 
     if output is not None:
         require_file_path(output)
-    with progress_bar("pictures") as progress:
+    with progress_bar("images") as progress:
         result = sparsifiner_edge.evaluate_student(
             subject,
             data,
@@ -120,10 +120,10 @@ def _print_cosines(result: CosineResult) -> None:
         if found is not None:
             low, high = found.mean.low, found.mean.high
             known = isinstance(low, float) and isinstance(high, float)
-            interval = f"{low:.4f} to {high:.4f}" if known else "too few pictures"
+            interval = f"{low:.4f} to {high:.4f}" if known else "too few images"
             rows.append([name, f"{found.mean.value:.4f}", interval, f"{found.least:.4f}"])
-    count = len(result.method.pictures)
-    print_table(f"Cosine to the dense teacher, {count} pictures", ["", "mean", "95 % interval", "least"], rows)
+    count = len(result.method.images)
+    print_table(f"Cosine to the dense teacher, {count} images", ["", "mean", "95 % interval", "least"], rows)
 
 
 def _print_accuracy(result: ClassResult) -> None:

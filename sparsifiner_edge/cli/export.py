@@ -34,7 +34,7 @@ from sparsifiner_edge.config import parse_token_keep
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
               help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path),
-              help="A folder of pictures: int8 is calibrated with them, --tile is judged by them.")  # fmt: skip
+              help="A folder of images: int8 is calibrated with them, --tile is judged by them.")  # fmt: skip
 @click.option("--recipe", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
               help="For int8: what will run it.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
@@ -126,7 +126,7 @@ def _changes(manifest: Manifest) -> Iterator[str]:
     """What another tile, int8 and float16 cost."""
     if found := manifest.retiled:
         sizes = f"tile {found.before.tile} -> {found.after.tile}, probe {found.before.probe} -> {found.after.probe}"
-        yield f"{sizes}: cosine to before {found.cosine:.4f}, {found.pictures} pictures"
+        yield f"{sizes}: cosine to before {found.cosine:.4f}, {found.images} images"
     if quantised := manifest.quantisation:
         least = min(quantised.cosines.values())
         others = f", other patches kept: {quantised.other_patches:.1%}" if quantised.other_patches else ""

@@ -21,15 +21,15 @@ from sparsifiner_edge.text import shown
 
 COMMANDS = {
     "sparsify": "Make a pretrained vision transformer sparse: MODEL -> STUDENT/.",
-    "distill": "Train a student towards its dense teacher on a folder of pictures.",
+    "distill": "Train a student towards its dense teacher on a folder of images.",
     "evaluate": "Compare a student or bundle with its dense teacher.",
     "export": "Export a student, or a dense model, to a bundle (ONNX and manifest).",
     "build": "Build engines for a bundle: TensorRT, TensorRT-RTX; ahead of time for other GPUs.",
     "profile": "Measure latency, throughput and memory of a bundle.",
-    "estimate": "Estimate latency, memory and energy of a bundle on a board that is not at hand.",
+    "estimate": "Estimate latency, memory and energy of a bundle on a board you do not have.",
     "report": "One page from result files: verdict, figures, method.",
-    "run": "Run a bundle on pictures, a video or a camera; one JSON line per picture or frame.",
-    "package": "Write a bundle as DeepStream, Triton server or GStreamer take it, with the commands.",
+    "run": "Run a bundle on images, a video or a camera; one JSON line per image or frame.",
+    "package": "Write a bundle for DeepStream, Triton server or GStreamer, with the commands.",
     "bundle": "Verify a bundle; sign it, so that what nobody signed can be refused.",
     "demo": "The whole way on real weights and photographs, dense beside sparse.",
     "doctor": "Say what is installed, what works, and what to do about the rest.",
@@ -142,7 +142,7 @@ def _in_native_import(frame: types.FrameType | None) -> bool:
 def _interrupted(number: int) -> int:
     if sys.stderr.isatty():
         click.echo(err=True)  # Ends the line in which the terminal shows ^C.
-    _say("interrupted; nothing half-written was left.")
+    _say("interrupted; no partial files were left.")
     return 128 + number
 
 

@@ -15,7 +15,7 @@ from sparsifiner_edge.text import shown
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--for", "target", required=True, type=click.Choice(["deepstream", "triton", "gstreamer"]),
-              help="The system that shall run it.")  # fmt: skip
+              help="Target system.")  # fmt: skip
 @output_option("Folder to write; an earlier package there is replaced.")
 @click.option("--batch", type=click.IntRange(1, MOST_BATCH),
               help="Greatest batch, for a bundle of dynamic batch; by default what suits the system.")  # fmt: skip

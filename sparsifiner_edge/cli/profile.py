@@ -34,7 +34,7 @@ Value: TypeAlias = Estimate | float | Unavailable | None
 @click.option("--kernels", default="auto", show_default=True,
               help="auto, native or portable: what runs the sparse operators.")  # fmt: skip
 @click.option("--seconds", type=FiniteRange(0, MOST_SECONDS, min_open=True),
-              help="Least time measured per bundle, or per point of a sweep.  [default: 10, in a sweep 3]")  # fmt: skip
+              help="Minimum measuring time per bundle, or per point of a sweep.  [default: 10; sweep: 3]")  # fmt: skip
 @click.option("--layers/--no-layers", "layers", default=None,
               help="Print the time of each kind of layer, which JSON always has; or time none.")  # fmt: skip
 @click.option("--sweep", "sweeps", multiple=True, metavar="AXIS=N,N,...",
@@ -73,7 +73,7 @@ def command(
             )
     else:
         if rules == "mlperf" and seconds is not None:
-            raise ConfigError("--seconds does not go with --rules mlperf.", "Those rules fix how long it lasts.")
+            raise ConfigError("--seconds cannot be combined with --rules mlperf.", "Those rules fix how long it lasts.")
         with progress_bar("starting") as progress:
             result = profile_bundle(
                 bundle,
@@ -99,7 +99,7 @@ def command(
 def _refuse_with_sweep(against: Path | None, rules: str, layers: bool | None) -> None:
     for given, name in ((against is not None, "--against"), (rules != "quick", "--rules"), (bool(layers), "--layers")):
         if given:
-            raise ConfigError(f"{name} does not go with --sweep.", "Run profile without the sweep for it.")
+            raise ConfigError(f"{name} cannot be combined with --sweep.", "Run profile without the sweep for it.")
 
 
 def _print(result: ProfileResult, with_layers: bool) -> None:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 @click.option("--price-device-hour", type=float, help="Price of an hour of the device, for the same.")
 @click.option("--currency", default="", help="Code or sign that is printed with costs, such as EUR.")
 @click.option("--strict", is_flag=True, help="Exit with 1, and write nothing, when the results cannot be compared.")
-@click.option("--no-pictures", is_flag=True, help="Write the page alone, without PNGs beside it.")
+@click.option(
+    "--no-images", "--no-pictures", "no_images", is_flag=True, help="Write the page alone, without PNGs beside it."
+)
 @json_option
 @output_option("HTML page to write.")
 def command(
@@ -37,7 +39,7 @@ def command(
     price_device_hour: float | None,
     currency: str,
     strict: bool,
-    no_pictures: bool,
+    no_images: bool,
     as_json: bool,
     output: Path,
 ) -> None:
@@ -51,7 +53,7 @@ def command(
         language=language,
         prices=Prices(price_kwh, price_device_hour, currency),
         strict=strict,
-        pictures=not no_pictures,
+        images=not no_images,
     )
     if as_json:
         print_json(write_record(written))
@@ -69,6 +71,6 @@ def _print(written: Report) -> None:
         click.echo(sentence)
     if written.flags:
         click.echo(f"{len(written.flags)} warning(s) about the measurements: see the page.")
-    pictures = written.pictures
-    count = f"no PNGs: {pictures.why}" if isinstance(pictures, Unavailable) else f"{len(pictures)} PNGs beside it"
+    images = written.images
+    count = f"no PNGs: {images.why}" if isinstance(images, Unavailable) else f"{len(images)} PNGs beside it"
     click.echo(f"{shown(written.page)}: page written; {count}")

@@ -14,11 +14,11 @@ import click
 
 from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS, MOST_THREADS
 from sparsifiner_edge.cli.common import FiniteRange, kernels_option
-from sparsifiner_edge.errors import ConfigError, PictureError
+from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.files import require_file_path
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.camera.answers import PictureRecord
+    from sparsifiner_edge.camera.answers import ImageRecord
     from sparsifiner_edge.camera.sources import Source
 
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "--source",
     metavar="URI",
     required=True,
-    help="A picture, a folder of pictures, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test.",
+    help="An image, a folder of images, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test.",
 )
 @click.option("--backend", default="onnxruntime", show_default=True, help="What runs the bundle.")
 @kernels_option
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     "--output",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Write the JSON lines to this file instead: a live source's are added to it; of pictures it appears when all "
+    help="Write the JSON lines to this file instead: a live source's are added to it; of images it appears when all "
     "are done, and cut short those that are stay in FILE.part.",
 )
 @click.option("--overlay", type=click.Path(path_type=Path), help="Also draw the answers into this video (.mp4, .mkv).")
@@ -89,7 +89,7 @@ def command(
     public_key: Path | None,
     allow_redirect: bool,
 ) -> None:
-    """Run BUNDLE on pictures, a video or a camera; one JSON line per picture or frame.
+    """Run BUNDLE on images, a video or a camera; one JSON line per image or frame.
 
     A live source is waited for and opened again when it is lost; what happens to it is told on standard error, one
     JSON line each. SIGTERM and Ctrl-C end it after the frame at hand, with exit code 0.
@@ -100,10 +100,10 @@ def command(
     from sparsifiner_edge.camera.sources import parse_source
 
     parsed = parse_source(source)
-    if parsed.kind == "pictures":
+    if parsed.kind == "images":
         _require_usable(bundle, parsed, output, overlay=overlay, metrics=metrics, duration=duration, frames=frames)
         place = Path(parsed.location)
-        records = stills.run_pictures(bundle, place, backend, threads, top, threshold, public_key, kernels)
+        records = stills.run_images(bundle, place, backend, threads, top, threshold, public_key, kernels)
         _write(records, output)
         return
     options = Options(
@@ -125,7 +125,7 @@ def command(
     run_service(bundle, parsed, options)
 
 
-def _write(records: Iterator[PictureRecord], output: Path | None) -> None:
+def _write(records: Iterator[ImageRecord], output: Path | None) -> None:
     from sparsifiner_edge.camera.lines import new_lines
 
     # The first before the file: what is wrong with the bundle is told before anything is made.
@@ -139,7 +139,7 @@ def _write(records: Iterator[PictureRecord], output: Path | None) -> None:
             count += 1
             failed += record.error is not None
     if failed:
-        click.echo(f"error: {failed} of {count} pictures could not be read; their lines say why.", err=True)
+        click.echo(f"error: {failed} of {count} images could not be read; their lines say why.", err=True)
         sys.exit(2)
 
 
@@ -147,10 +147,10 @@ def _require_usable(bundle: Path, source: Source, output: Path | None, **for_vid
     from sparsifiner_edge.camera.sources import KNOWN, require_other_file
 
     if not os.path.exists(source.location):  # noqa: PTH110  (of a name that is too long, too)
-        raise PictureError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
+        raise ImageError(f"{source.shown} does not exist.", f"Give {KNOWN}.")
     for name, value in for_video.items():
         if value is not None:
-            raise ConfigError(f"--{name} does not go with pictures.", "Give a video or a camera, or leave it out.")
+            raise ConfigError(f"--{name} cannot be combined with images.", "Give a video or a camera, or leave it out.")
     if output is not None:
         require_file_path(output)
         require_other_file(output, source, bundle)

@@ -36,8 +36,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
 @click.option("--cells", type=int, help="Background cells; by default the square root of the patches, at most 25.")
 @click.option("--dense-layers", default="", help="Layers that stay dense, such as 0,1.")
 @click.option("--token-keep", default="", metavar="LAYER:SHARE,...", help="Prune tokens, such as 3:.7,6:.7,9:.7.")
-@click.option("--fuse-tokens", is_flag=True, help="What is pruned goes on as one token.")
-@click.option("--calibrate", type=click.Path(path_type=Path), help="Folder of pictures to learn the predictor from.")
+@click.option("--fuse-tokens", is_flag=True, help="Merge pruned tokens into one.")
+@click.option("--calibrate", type=click.Path(path_type=Path), help="Folder of images to learn the predictor from.")
 @output_option("Student folder to write.")
 def command(
     *,

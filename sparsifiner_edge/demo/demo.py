@@ -1,4 +1,4 @@
-"""The demonstration: real weights and photographs, dense beside sparse, untrained; table, result and pictures."""
+"""The demonstration: real weights and photographs, dense beside sparse, untrained; table, result and images."""
 
 from __future__ import annotations
 
@@ -114,11 +114,11 @@ def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> DemoResu
     weights = output / "dinov2_vits14.safetensors"
     progress("unpacking weights", 0, STEPS)
     write_bytes(weights, safetensors.numpy.save(material.dinov2_state()))
-    pictures = output / "calibration"
-    _gather(material.calibration_pictures(), pictures)
+    images = output / "calibration"
+    _gather(material.calibration_images(), images)
     rows: dict[str, _Row] = {}
     for number, setting in enumerate(SETTINGS):
-        rows[setting.name] = _one(setting, output, weights, pictures, number * len(_STAGES), progress, seconds)
+        rows[setting.name] = _one(setting, output, weights, images, number * len(_STAGES), progress, seconds)
     result = _result(rows)
     write_result(output / RESULT, result)
     return result
@@ -135,14 +135,14 @@ def _require_ours(output: Path) -> None:
         (output / RESULT).unlink()
 
 
-def _gather(pictures: list[Path], folder: Path) -> None:
+def _gather(images: list[Path], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    for path in pictures:
+    for path in images:
         shutil.copyfile(path, folder / path.name)
 
 
 def _one(
-    setting: Setting, output: Path, weights: Path, pictures: Path, done: int, progress: Progress, seconds: float
+    setting: Setting, output: Path, weights: Path, images: Path, done: int, progress: Progress, seconds: float
 ) -> _Row:
     def stage(number: int) -> None:
         progress(f"{setting.size} px: {_STAGES[number]}", done + number, STEPS)
@@ -156,7 +156,7 @@ def _one(
         img_size=setting.size,
         keep=setting.keep,
         cells=setting.cells,
-        calibrate=pictures,
+        calibrate=images,
     )
     stage(1)
     sparse = export_bundle(student, output / f"sparse_{setting.size}")
@@ -182,7 +182,7 @@ def _result(rows: dict[str, _Row]) -> DemoResult:
         verdicts=[f"{name}: {found.sentence}" for name, found in verdicts if found is not None],
         fidelity={name: row.fidelity.method for name, row in rows.items()},
         profile={name: row.profile.method for name, row in rows.items()},
-        training="none; the predictor is calibrated on pictures that are not among the eight",
+        training="none; the predictor is calibrated on images that are not among the eight",
     )
     samples = {name: RowSamples(row.fidelity.samples, row.profile.samples) for name, row in rows.items()}
     subjects = [replace(subject, setting=name) for name, row in rows.items() for subject in row.profile.subjects]

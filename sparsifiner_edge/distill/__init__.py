@@ -1,1 +1,1 @@
-"""Distillation: a student learns from its teacher, on pictures, labelled or not."""
+"""Distillation: a student learns from its teacher, on images, labelled or not."""

@@ -1,4 +1,4 @@
-"""Pictures for training: any folder, or any data set that timm reads; what is drawn follows from the seed alone."""
+"""Images for training: any folder, or any data set that timm reads; what is drawn follows from the seed alone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
 
-from sparsifiner_edge.distill.recipe import Pictures
-from sparsifiner_edge.errors import ConfigError, PictureError, SparsifinerError
-from sparsifiner_edge.pictures import class_order, decode_picture, evenly, list_pictures, open_picture
+from sparsifiner_edge.distill.recipe import Images
+from sparsifiner_edge.errors import ConfigError, ImageError, SparsifinerError
+from sparsifiner_edge.images import class_order, decode_image, evenly, list_images, open_image
 
 
 class Batch(NamedTuple):
-    """Pictures uint8 [B,3,S,S], labels int64 [B] (-1: none), their files, and files that could not be read."""
+    """Images uint8 [B,3,S,S], labels int64 [B] (-1: none), their files, and files that could not be read."""
 
     images: Tensor
     labels: Tensor
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where pictures come from.
+    """Where images come from.
 
     Attributes:
         train: files, or a data set of timm. held_out: files that are not trained on.
@@ -90,29 +90,29 @@ def _told(path: Path, root: Path) -> str:
 def folder_source(
     folder: Path, count: int, labelled: bool, held_out: Path | None, classifier: tuple[str, ...] = ()
 ) -> Source:
-    """Every picture below a folder, `count` of them evenly taken and held out unless a folder of them is given.
+    """Every image below a folder, `count` of them evenly taken and held out unless a folder of them is given.
 
     Args:
-        labelled: the name of the folder below `folder` is a picture's class.
+        labelled: the name of the folder below `folder` is an image's class.
         classifier: its labels, in its order; see `class_order`.
 
     Raises:
-        PictureError: no pictures, or too few.
-        ConfigError: labelled, and a picture lies in no folder of its own.
+        ImageError: no images, or too few.
+        ConfigError: labelled, and an image lies in no folder of its own.
     """
-    files = list_pictures(folder)
-    kept = list_pictures(held_out) if held_out is not None else evenly(files, min(count, max(1, len(files) // 5)))
+    files = list_images(folder)
+    kept = list_images(held_out) if held_out is not None else evenly(files, min(count, max(1, len(files) // 5)))
     taken = {path.resolve() for path in kept}
     train = [path for path in files if path.resolve() not in taken]
     kept = evenly(kept, count)
     if not train:
-        raise PictureError(f"{folder} holds {len(files)} pictures, all of which are held out.", "Give more pictures.")
+        raise ImageError(f"{folder} holds {len(files)} images, all of which are held out.", "Give more images.")
     roots = (folder, folder if held_out is None else held_out)
     if not labelled:
         return Source(train, tuple(kept), *roots)
     parts = {path: path.relative_to(folder).parts for path in files}
     if folder.is_file() or any(len(part) < 2 for part in parts.values()):
-        raise ConfigError(f"{folder} holds pictures in no folder of their class.", "Sort them, or leave --labels out.")
+        raise ConfigError(f"{folder} holds images in no folder of their class.", "Sort them, or leave --labels out.")
     classes = class_order((part[0] for part in parts.values()), classifier)  # those held out are of classes too
     numbers = {name: number for number, name in enumerate(classes)}
     labels = tuple(numbers[parts[path][0]] for path in train)
@@ -128,7 +128,7 @@ def timm_source(
         classifier: its labels, in its order; where the data set names its classes, they are numbered as these are.
 
     Raises:
-        ConfigError: timm cannot make it, nothing is held out, pictures of the data set itself are, or some of its
+        ConfigError: timm cannot make it, nothing is held out, images of the data set itself are, or some of its
             classes are the classifier's and others are not.
     """
     try:
@@ -137,11 +137,11 @@ def timm_source(
     except Exception as error:
         raise ConfigError(f"timm cannot read the data set {name!r} at {root}: {error}.", "Check both.") from error
     if held_out is None:
-        raise ConfigError(f"The data set {name!r} has no pictures held out.", "Give a folder of some: --held-out DIR.")
-    kept = evenly(list_pictures(held_out), count)
+        raise ConfigError(f"The data set {name!r} has no images held out.", "Give a folder of some: --held-out DIR.")
+    kept = evenly(list_images(held_out), count)
     reader = getattr(dataset, "reader", None)
     if isinstance(reader, ReaderImageFolder) and any(p.resolve().is_relative_to(_root(reader)) for p in kept):
-        raise ConfigError(f"{held_out} lies in the data set itself.", "Hold out pictures that are not trained on.")
+        raise ConfigError(f"{held_out} lies in the data set itself.", "Hold out images that are not trained on.")
     numbers = _renumbered(dataset, classifier) if labelled else {}
     return Source(dataset, tuple(kept), root, held_out, labelled=labelled, name=name, renumbered=numbers)
 
@@ -162,24 +162,24 @@ def _root(reader: Any) -> Path:
     return Path(reader.root).resolve()
 
 
-def augmentation(size: int, pictures: Pictures) -> v2.Transform:
-    """PIL picture -> uint8 [3,S,S]."""
+def augmentation(size: int, images: Images) -> v2.Transform:
+    """PIL image -> uint8 [3,S,S]."""
     bicubic = v2.InterpolationMode.BICUBIC
-    if pictures.smallest_crop < 1:
+    if images.smallest_crop < 1:
         crop: list[Any] = [
-            v2.RandomResizedCrop(size, (pictures.smallest_crop, 1.0), interpolation=bicubic, antialias=True)
+            v2.RandomResizedCrop(size, (images.smallest_crop, 1.0), interpolation=bicubic, antialias=True)
         ]
     else:
         crop = [v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size)]
-    return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if pictures.flip else []), v2.PILToTensor()])
+    return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if images.flip else []), v2.PILToTensor()])
 
 
 Item = tuple[Tensor, int, str, tuple[str, ...]]
-"""A picture uint8 [3,S,S], its label (-1: none), its file, and files before it that could not be read."""
+"""An image uint8 [3,S,S], its label (-1: none), its file, and files before it that could not be read."""
 
 
 class Drawn(Dataset[Item | SparsifinerError]):
-    """Endless passes over the pictures, each in an order of its own: item n is the n-th picture of the training.
+    """Endless passes over the images, each in an order of its own: item n is the n-th image of the training.
 
     What ends a training is an item too: a worker process that raises it would give its traceback in place of it.
     """
@@ -195,22 +195,22 @@ class Drawn(Dataset[Item | SparsifinerError]):
             return error
 
     def item(self, number: int) -> Item:
-        """The n-th picture.
+        """The n-th image.
 
         Raises:
-            PictureError: none can be read. ConfigError: the student does not know its class.
+            ImageError: none can be read. ConfigError: the student does not know its class.
         """
         count = len(self.source)
         unreadable: list[str] = []
-        for further in range(count):  # an unreadable picture gives its place to the next one
+        for further in range(count):  # an unreadable image gives its place to the next one
             index = self._index(number // count, (number + further) % count)
             try:
-                picture, label, name = self._read(index)
-            except PictureError:
+                image, label, name = self._read(index)
+            except ImageError:
                 unreadable.append(self._name(index))
                 continue
-            return apply(self.transform, picture, self.seed + number), label, name, tuple(unreadable)
-        raise PictureError(f"None of the {count} pictures can be read.", f"Look at {unreadable[0]}, for instance.")
+            return apply(self.transform, image, self.seed + number), label, name, tuple(unreadable)
+        raise ImageError(f"None of the {count} images can be read.", f"Look at {unreadable[0]}, for instance.")
 
     def _index(self, epoch: int, place: int) -> int:
         if self._order[0] != epoch:
@@ -222,45 +222,45 @@ class Drawn(Dataset[Item | SparsifinerError]):
         train: Any = self.source.train
         if isinstance(train, list):
             return str(train[index])
-        return str(train.filename(index)) if hasattr(train, "filename") else f"picture {index}"
+        return str(train.filename(index)) if hasattr(train, "filename") else f"image {index}"
 
     def _read(self, index: int) -> tuple[Any, int, str]:
         train: Any = self.source.train
         if isinstance(train, list):
             label = self.source.labels[index] if self.source.labels else -1
-            return open_picture(train[index]), label, self._name(index)
+            return open_image(train[index]), label, self._name(index)
         name = self._name(index)
         try:
-            # Past timm's own class, which gives the next picture in place of a broken one and does not say so.
+            # Past timm's own class, which gives the next image in place of a broken one and does not say so.
             file, label = (train.reader if isinstance(train, ImageDataset) else train)[index][:2]
         except Exception as error:  # whatever timm's reader raises
-            raise PictureError(f"{name} cannot be read: {error}.", "Replace or remove it.") from error
+            raise ImageError(f"{name} cannot be read: {error}.", "Replace or remove it.") from error
         try:
-            picture = file.convert("RGB") if isinstance(file, Image.Image) else decode_picture(file, name)
+            image = file.convert("RGB") if isinstance(file, Image.Image) else decode_image(file, name)
         finally:
             if hasattr(file, "close"):  # timm leaves it open
                 file.close()
         label = -1 if label is None else self.source.renumbered.get(int(label), int(label))
         if self.source.labelled:
             check_label(label, self.classes, name)
-        return picture, label, name
+        return image, label, name
 
 
 def check_label(label: int, classes: int, name: str) -> None:
     """Refuse a label that the student has no class for.
 
     Raises:
-        ConfigError: names the picture.
+        ConfigError: names the image.
     """
     if not 0 <= label < classes:
         raise ConfigError(f"{name} has the label {label}; the student knows {classes} classes.", "Leave --labels out.")
 
 
-def apply(transform: Any, picture: Any, seed: int) -> Tensor:
+def apply(transform: Any, image: Any, seed: int) -> Tensor:
     """A transform whose draws follow from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cast(Tensor, transform(picture))
+        return cast(Tensor, transform(image))
 
 
 class Streamed(IterableDataset[Item | SparsifinerError]):
@@ -276,28 +276,28 @@ class Streamed(IterableDataset[Item | SparsifinerError]):
             yield error
 
     def items(self) -> Iterator[Item]:
-        """Pictures without end.
+        """Images without end.
 
         Raises:
-            PictureError: there is none. ConfigError: the student does not know a class.
+            ImageError: there is none. ConfigError: the student does not know a class.
         """
         number = before = 0
         while True:
-            for picture, given in self._once():
-                name, label = f"picture {number} of the stream", self.source.renumbered.get(int(given), int(given))
+            for image, given in self._once():
+                name, label = f"image {number} of the stream", self.source.renumbered.get(int(given), int(given))
                 if self.source.labelled:
                     check_label(label, self.classes, name)
-                yield apply(self.transform, picture.convert("RGB"), self.seed + number), label, name, ()
+                yield apply(self.transform, image.convert("RGB"), self.seed + number), label, name, ()
                 number += 1
             if number == before:
-                raise PictureError(f"The data set {self.source.name!r} gives no picture.", "Look at its files.")
+                raise ImageError(f"The data set {self.source.name!r} gives no image.", "Look at its files.")
             before = number
 
     def _once(self) -> Iterator[tuple[Any, Any]]:
         try:
             yield from cast(Any, self.source.train)
         except Exception as error:  # whatever timm's reader raises
-            raise PictureError(
+            raise ImageError(
                 f"The data set {self.source.name!r} cannot be read on: {error}.", "Look at its files."
             ) from error
 
@@ -330,11 +330,11 @@ def batches(
     Together the processes draw what one process would with batches as large as all of theirs.
 
     Raises:
-        SparsifinerError: by the iterator: a picture, or all of them, cannot be trained on.
+        SparsifinerError: by the iterator: an image, or all of them, cannot be trained on.
     """
     loader = functools.partial(DataLoader, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
     if isinstance(source.train, IterableDataset):
-        # The data set deals its pictures out to the processes by itself.
+        # The data set deals its images out to the processes by itself.
         stream = Streamed(source, transform, seed + 1_000_003 * process, classes)
         return _without_errors(loader(stream, batch_size=batch))
 

@@ -1,4 +1,4 @@
-"""`distill_student`: student, teacher and pictures -> a better student, never a worse one."""
+"""`distill_student`: student, teacher and images -> a better student, never a worse one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsifiner_edge.distill.summary import (
     Start,
     Summary,
     Teacher,
-    TrainingPictures,
+    TrainingImages,
 )
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -54,7 +54,7 @@ def distill_student(
 ) -> Summary:
     """Train a student towards its dense teacher and write the best that was found as a student folder.
 
-    "Best" is judged by the cosine to the teacher's final tokens over pictures that are not trained on, at every budget
+    "Best" is judged by the cosine to the teacher's final tokens over images that are not trained on, at every budget
     of the recipe (see `train.together`); the untrained start is judged too, and kept where nothing was better.
     Meanwhile the folder `<output>.training` holds a checkpoint and `history.jsonl`; the checkpoint goes when the
     student is written.
@@ -63,13 +63,13 @@ def distill_student(
 
     Args:
         student: student folder.
-        data: folder of pictures, with or without folders by class; with `dataset`, the root of that data set.
+        data: folder of images, with or without folders by class; with `dataset`, the root of that data set.
         output: student folder to write; an earlier student there is replaced.
         teacher: timm's name; None: the student's own weights with dense attention, if it was never trained.
         weights: of the teacher: .safetensors or .pth file; None lets timm download them.
         labels: also learn from labels; for a classifier.
         dataset: timm's name of a data set, such as "wds/..."; see timm's `create_dataset`.
-        held_out: folder of pictures that decide what is best; None takes some out of `data`.
+        held_out: folder of validation images, which choose the checkpoint; None takes some out of `data`.
         recipe, overrides: see `read_recipe`.
         resume: go on where the last checkpoint of this output stands.
         tensorboard: also write the history to `<output>.training/tensorboard`.
@@ -79,7 +79,7 @@ def distill_student(
         What was trained and how it went; the student's provenance holds the same.
 
     Raises:
-        GateError: a loss is no number or exploded; the checkpoint stays.
+        GateError: a loss is NaN or infinite, or exploded; the checkpoint stays.
         SparsifinerError: unusable input; nothing is written.
     """
     target = Path(output)
@@ -133,7 +133,7 @@ def _summary(training: Training, state: State, teacher: Student, recipe: str, be
         "the untrained start" if state.best_step == 0 else f"step {state.best_step}",
         fidelity,
         Teacher(teacher.name, **asdict(origin)),
-        TrainingPictures(
+        TrainingImages(
             trained_on=len(source) if hasattr(source.train, "__len__") else "a stream",
             held_out=[path.name for path in source.held_out],
             unreadable=sorted(state.unreadable),
@@ -149,7 +149,7 @@ def _source(
     classes = student.model.num_classes
     if labels and not classes:
         raise ConfigError(f"{student.name} has no classifier to learn labels.", "Leave --labels out.")
-    count = plan.pictures.held_out
+    count = plan.images.held_out
     if dataset is not None:
         return timm_source(dataset, data, count, labels, held_out, student.labels)
     source = folder_source(data, count, labels, held_out, student.labels)
@@ -181,7 +181,7 @@ def _teacher(student: Student, name: str | None, weights: Path | None) -> Studen
 
 
 def _outputs(model: Backbone) -> list[tuple[str, object]]:
-    """What must agree for tokens to be compared; both see the same normalised pictures."""
+    """What must agree for tokens to be compared; both see the same normalised images."""
     return [
         ("mean and standard deviation of pixels", preprocessing(model)),
         ("channels", model.embed_dim),

@@ -22,7 +22,7 @@ LEAST_LOSS = 1e-4
 
 
 class Distiller(nn.Module):
-    """A student beside its teacher: pictures in, losses out, so that engines of parallel training can wrap it.
+    """A student beside its teacher: images in, losses out, so that engines of parallel training can wrap it.
 
     The teacher's attention is never materialised; of the student's, each layer holds some rows while its predictor's
     loss is taken.
@@ -65,7 +65,7 @@ class Distiller(nn.Module):
         return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of losses, each a number or one number per picture [B], whose mean counts.
+        """The weighted sum of losses, each a number or one number per image [B], whose mean counts.
 
         Raises:
             ConfigError: none of them has a weight.
@@ -95,7 +95,7 @@ def token_losses(
     positions: Tensor | None,
     labels: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Losses of final tokens and classes against the teacher's: means, of patches and of prefix one per picture [B]."""
+    """Losses of final tokens and classes against the teacher's: means, of patches and of prefix one per image [B]."""
     prefix = student.num_prefix_tokens
     with torch.no_grad():
         wanted = teacher.forward_features(images)

@@ -30,7 +30,7 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A stretch of training; learning rates warm up linearly, then fall along a cosine.
 
     Attributes:
-        steps, epochs: optimiser steps, or passes over the pictures; one of them is 0.
+        steps, epochs: optimiser steps, or passes over the images; one of them is 0.
         learning_rate, predictor_learning_rate: highest, of the backbone and of the predictor.
         final: share of the learning rates that is left at the end.
         warmup: share of the steps that the learning rates rise.
@@ -52,8 +52,8 @@ class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tokens: mean squared error of all final tokens (Sparsifiner, equation 8).
         logits: Kullback-Leibler divergence of the classes from the teacher's. labels: cross-entropy, with --labels.
         selection: of the predictor, which has parameters of its own: the weight matters for clipping alone.
-        relative: whether `patches` and `classes` count, picture by picture, by the share of themselves that goes away
-            (their logarithm). Few keys, and some pictures, make errors ten times those of others, which would else be
+        relative: whether `patches` and `classes` count, image by image, by the share of themselves that goes away
+            (their logarithm). Few keys, and some images, make errors ten times those of others, which would else be
             learnt at the cost of all others.
     """
 
@@ -80,16 +80,16 @@ class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pruned: Share = 0.5
 
 
-class Pictures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is done to pictures.
+class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is done to images.
 
     Attributes:
-        smallest_crop: share of a picture's area that a random crop has at least; 1: the centre square.
+        smallest_crop: share of an image's area that a random crop has at least; 1: the centre square.
         flip: whether half of them are mirrored.
-        cut_mix: share of the batches whose pictures get a rectangle of their neighbour's (CutMix, Yun et al. 2019), so
-            that a few pictures make many scenes; such a batch teaches no label.
-        held_out: pictures taken out of the folder, that are never trained on and decide which checkpoint is best.
-        workers: processes that read pictures; 0: the training's own.
+        cut_mix: share of the batches whose images get a rectangle of their neighbour's (CutMix, Yun et al. 2019), so
+            that a few images make many scenes; such a batch teaches no label.
+        held_out: images taken out of the folder, that are never trained on and decide which checkpoint is best.
+        workers: processes that read images; 0: the training's own.
     """
 
     smallest_crop: Annotated[float, Meta(ge=0.01, le=1)] = 0.35
@@ -104,14 +104,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         seed: of everything that is drawn.
-        batch: pictures per process and pass. accumulate: passes per step.
+        batch: images per process and pass. accumulate: passes per step.
         learns: "all", or "attention": layers of attention, norms and the head alone, which is faster and less noisy.
         epsilon: of Adam, for the backbone: what is added to the root of its mean squared gradients. Large against
             gradients that are mostly noise, it keeps them from moving their weights as far as all others.
         weight_decay: of matrices. clip: norm that gradients are cut to, backbone and predictor apart; 0: never.
         ema: decay of the averaged weights, which are those that are judged and kept; 0: the weights themselves.
         precision: "no" (float32), "bf16" or "fp16" autocast.
-        check_every: steps between judgements on the held-out pictures. save_every: steps between checkpoints.
+        check_every: steps between judgements on the held-out images. save_every: steps between checkpoints.
         explosion: times the recent losses' median at which the training stops.
         reconstruct: first, the predictor alone, while all attention is dense. distil: then everything.
     """
@@ -132,7 +132,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     distil: Phase = Phase(steps=1000)
     losses: Losses = Losses()
     budgets: Budgets = Budgets()
-    pictures: Pictures = Pictures()
+    images: Images = msgspec.field(default_factory=Images, name="pictures")
+
+
+_STORED = {"images": "pictures"}
+"""Sections that files written by us, and recipes of before, know by an older name."""
 
 
 def names() -> list[str]:
@@ -147,13 +151,14 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: no such recipe, no TOML, a name is unknown, or a value is of the wrong type or out of range.
     """
-    content = _content(source)
+    content = {_STORED.get(name, name): value for name, value in _content(source).items()}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"--set {override!r} has no value.", "Give NAME=VALUE, such as distil.steps=500.")
         section: Any = content
-        *path, last = name.strip().split(".")
+        first, *rest = name.strip().split(".")
+        *path, last = _STORED.get(first, first), *rest
         for part in path:
             section = section.setdefault(part, {})
             if not isinstance(section, dict):

@@ -15,7 +15,7 @@ class NamedRecipe(Recipe, frozen=True):
 
 
 class BudgetFidelity(msgspec.Struct, frozen=True):
-    """Mean cosine over held-out pictures with one budget: of the untrained start, and of what was kept."""
+    """Mean cosine over held-out images with one budget: of the untrained start, and of what was kept."""
 
     keep: float
     token_keep: tuple[tuple[int, float], ...]
@@ -26,7 +26,7 @@ class BudgetFidelity(msgspec.Struct, frozen=True):
 class Fidelity(msgspec.Struct, frozen=True):
     """All budgets together, then each; of the first process alone."""
 
-    metric: str = "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out pictures and budgets"
+    metric: str = "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out images and budgets"
     start: float | None = None
     best: float | None = None
     budgets: list[BudgetFidelity] | None = None
@@ -38,7 +38,7 @@ class Teacher(Weights, frozen=True):
     name: str
 
 
-class TrainingPictures(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", " ")):
+class TrainingImages(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", " ")):
     """How many were trained on, or "a stream"; names of those held out; paths of those that could not be read."""
 
     trained_on: int | str
@@ -66,6 +66,6 @@ class Summary(msgspec.Struct, frozen=True):
     kept: str
     fidelity: Fidelity
     teacher: Teacher
-    pictures: TrainingPictures
+    images: TrainingImages = msgspec.field(name="pictures")
     processes: int
     start: Start = msgspec.field(name="from")

@@ -29,8 +29,8 @@ from sparsifiner_edge.distill.events import Record
 from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.parameters import choose_parameters, digest, make_optimiser
 from sparsifiner_edge.distill.recipe import Phase, Recipe
-from sparsifiner_edge.errors import ConfigError, GateError, PictureError
-from sparsifiner_edge.pictures import load_picture
+from sparsifiner_edge.errors import ConfigError, GateError, ImageError
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.models import Backbone, normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
@@ -62,7 +62,7 @@ def make_accelerator(recipe: Recipe) -> Any:
 
 
 class Training:
-    """A student, its teacher and their pictures, on the processes that accelerate was launched with."""
+    """A student, its teacher and their images, on the processes that accelerate was launched with."""
 
     def __init__(
         self,
@@ -106,20 +106,20 @@ class Training:
 
     @torch.no_grad()
     def _held_out(self, teacher: Backbone) -> list[tuple[Tensor, Tensor]]:
-        """Pictures that decide, and the teacher's tokens of them; judged by the first process alone."""
+        """Validation images, and the teacher's tokens of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []
         found = []
         for path in self.source.held_out:
             try:
-                pixels = load_picture(path, self.size)
-            except PictureError:
+                pixels = load_image(path, self.size)
+            except ImageError:
                 self.state.unreadable.add(str(path))
                 continue
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
             found.append((image, teacher.forward_features(image)))
         if not found:
-            raise PictureError("None of the pictures held out can be read.", f"Look at {self.source.held_out[0]}.")
+            raise ImageError("None of the images held out can be read.", f"Look at {self.source.held_out[0]}.")
         return found
 
     def budgets(self) -> list[SparsityConfig]:
@@ -177,14 +177,14 @@ class Training:
     def _stream(self) -> Iterator[Batch]:
         return batches(
             self.source,
-            augmentation(self.size, self.recipe.pictures),
+            augmentation(self.size, self.recipe.images),
             seed=self.recipe.seed,
             batch=self.recipe.batch,
             first=self.state.step * self.recipe.accumulate,
             process=self.accelerator.process_index,
             classes=self.distiller.student.num_classes,
             processes=self.accelerator.num_processes,
-            workers=self.recipe.pictures.workers,
+            workers=self.recipe.images.workers,
         )
 
     def _step(self, step: int, stream: Iterator[Batch]) -> dict[str, float]:
@@ -227,7 +227,7 @@ class Training:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         images = normalise(batch.images.permute(0, 2, 3, 1), self.pre).to(self.accelerator.device)
-        share = self.recipe.pictures.cut_mix
+        share = self.recipe.images.cut_mix
         if share and float(torch.rand(())) < share:
             images, _ = v2.CutMix(num_classes=1)(images, torch.zeros(len(images), dtype=torch.long))
             return images, None
@@ -242,9 +242,9 @@ class Training:
         """End all processes alike: the loss and the gradients are those of all."""
         names = ", ".join(gather_object(files))
         raise GateError(
-            f"Training stopped at step {step + 1}: {what}. Pictures of the batch: {names}.",
+            f"Training stopped at step {step + 1}: {what}. Images of the batch: {names}.",
             f"The last good checkpoint, of step {self._saved}, is in {self.folder}; go on with --resume and a lower "
-            "learning rate, or start again without those pictures.",
+            "learning rate, or start again without those images.",
         )
 
     def _clip(self, step: int, files: list[str]) -> None:
@@ -270,14 +270,14 @@ class Training:
             group["lr"] = factor * (phase.predictor_learning_rate if group["predictor"] else phase.learning_rate)
 
     def _judge(self, step: int) -> None:
-        """Cosines to the teacher's tokens of held-out pictures; the weights of the best are kept."""
+        """Cosines to the teacher's tokens of held-out images; the weights of the best are kept."""
         if self.accelerator.is_main_process:
             model = cast(nn.Module, self.average.module if self.average is not None else self.distiller.student)
             each = fidelities(cast(Backbone, model), self.held_out, self.budgets())
             found, cosines = together(each), [statistics.fmean(cosines) for cosines in each]
             if not math.isfinite(found):
                 if step == 0:
-                    raise GateError("The student's tokens of held-out pictures are no numbers.", "Look at its weights.")
+                    raise GateError("The student's tokens of held-out images are no numbers.", "Look at its weights.")
                 found, cosines = -1.0, [x if math.isfinite(x) else -1.0 for x in cosines]
             self.state.fidelity[step], self.state.cosines[step] = found, cosines
             if self.state.fidelity[step] >= max(self.state.fidelity.values()):
@@ -339,7 +339,7 @@ class Training:
     def fingerprint(self) -> Fingerprint:
         """What must be the same for a training to be resumed; learning rates, losses and limits may change."""
         recipe = self.recipe
-        crops = (recipe.pictures.smallest_crop, recipe.pictures.flip, recipe.pictures.cut_mix)
+        crops = (recipe.images.smallest_crop, recipe.images.flip, recipe.images.cut_mix)
         return {
             "pictures": self.source.fingerprint,
             "crops": str(crops),
@@ -347,7 +347,7 @@ class Training:
             "budgets": str(recipe.budgets),
             "sparsity": str(self.sparsity),
             "seed": recipe.seed,
-            "pictures per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
+            "images per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
             "steps": self.total,
             "ema": bool(recipe.ema),
             "precision": recipe.precision,
@@ -362,7 +362,7 @@ class Training:
 def fidelities(
     model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]
 ) -> list[list[float]]:
-    """Per budget and picture, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's."""
+    """Per budget and image, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's."""
     before, prefix, found = cast(Any, model).sparsity, model.num_prefix_tokens, []
     for sparsity in budgets:
         set_budget(model, sparsity)
@@ -378,9 +378,9 @@ def fidelities(
 
 
 def together(cosines: list[list[float]]) -> float:
-    """One figure for all budgets and pictures: 1 minus the geometric mean of 1 - cosine.
+    """One figure for all budgets and images: 1 minus the geometric mean of 1 - cosine.
 
-    Each counts by the share of its own error: else a small gain where errors are large, with few keys or on a picture
+    Each counts by the share of its own error: else a small gain where errors are large, with few keys or on an image
     unlike the others, would buy a great loss everywhere else. NaN where a cosine is.
     """
     every = [cosine for values in cosines for cosine in values]

@@ -20,7 +20,7 @@ from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.evaluate.extract import ONNXRUNTIME, Extractor, Runner, open_subject, open_teacher, with_roles
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
-from sparsifiner_edge.pictures import evenly
+from sparsifiner_edge.images import evenly
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Declared, Estimate
@@ -88,23 +88,23 @@ def evaluate_classes(
 
     Args:
         subject: student or bundle folder.
-        data: queries: a folder with one folder per class, or "fashion-mnist" (its test pictures).
+        data: queries: a folder with one folder per class, or "fashion-mnist" (its test images).
         metric: "knn": the class of most of the 20 nearest gallery features by cosine. "linear": logistic regression on
             the gallery's features. "top1": the classifier's own answer.
-        gallery: for knn and linear: labelled pictures; with "fashion-mnist" its training pictures are the default.
-            Of a larger gallery 5000 are taken, evenly, and a picture of each class that has none among them.
-        queries: at most so many pictures of `data`, evenly taken; None takes all.
+        gallery: for knn and linear: labelled images; with "fashion-mnist" its training images are the default.
+            Of a larger gallery 5000 are taken, evenly, and an image of each class that has none among them.
+        queries: at most so many images of `data`, evenly taken; None takes all.
         against, weights, keep, token_keep: see `evaluate_student`.
         runner: what runs bundles.
         head: for linear: student folder to write, the subject with the probe as its classifier.
-        progress: see `Progress`; counts pictures.
+        progress: see `Progress`; counts images.
 
     Returns:
         A result of kind "evaluation".
 
     Raises:
-        ConfigError: no gallery, a class without pictures, classes that differ, no classifier.
-        SparsifinerError: subject, teacher or pictures are unusable.
+        ConfigError: no gallery, a class without images, classes that differ, no classifier.
+        SparsifinerError: subject, teacher or images are unusable.
     """
     if metric not in METRICS:
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
@@ -149,24 +149,24 @@ class _Count:
     def __call__(self) -> None:
         self.done += 1
         if self.progress:
-            self.progress("pictures", self.done, self.total)
+            self.progress("images", self.done, self.total)
 
 
 def _gallery(data: str | Path, gallery: str | Path | None, asked: Labelled) -> Labelled:
     if gallery is None:
         if str(data) != FASHION:
-            raise ConfigError("Neighbours and probes need labelled pictures.", "Give some: --gallery DIR.")
+            raise ConfigError("Neighbours and probes need labelled images.", "Give some: --gallery DIR.")
         gallery = data
     every = labelled(gallery, "train", asked.classes)
     first = {label: place for place, label in reversed(list(enumerate(every.labels.tolist())))}
     missing = sorted(set(range(len(asked.classes))) - first.keys())
     if missing:
-        raise ConfigError(f"The gallery has no picture of {asked.classes[missing[0]]!r}.", "Give some of every class.")
+        raise ConfigError(f"The gallery has no image of {asked.classes[missing[0]]!r}.", "Give some of every class.")
     taken = evenly(range(len(every)), GALLERY)
-    passed_over = first.keys() - set(every.labels[taken].tolist())  # classes of few pictures
+    passed_over = first.keys() - set(every.labels[taken].tolist())  # classes of few images
     known = every.at(sorted([*taken, *(first[label] for label in passed_over)]))
     if len(asked.classes) < 2:
-        raise ConfigError(f"There is one class alone, {asked.classes[0]!r}.", "Give pictures of several.")
+        raise ConfigError(f"Only one class was found, {asked.classes[0]!r}.", "Give images of several.")
     return known
 
 
@@ -178,19 +178,19 @@ def _answers(
         logits = _outputs(side, asked, "logits", count)
         if logits.shape[1] != len(asked.classes):
             raise ConfigError(
-                f"The classifier knows {logits.shape[1]} classes, the pictures have {len(asked.classes)}.",
+                f"The classifier knows {logits.shape[1]} classes, the images have {len(asked.classes)}.",
                 "Give one folder per class, in the order of the classifier's labels.",
             )
         return np.asarray(logits.argmax(1)), None
-    features, queries = (_outputs(side, pictures, "features", count) for pictures in (known, asked))
+    features, queries = (_outputs(side, images, "features", count) for images in (known, asked))
     fitted = fit_neighbours(features, known.labels) if metric == "knn" else fit_probe(features, known.labels)
     return np.asarray(fitted.predict(queries)), fitted
 
 
-def _outputs(side: Extractor, pictures: Labelled, name: str, count: Callable[[], None]) -> Array:
+def _outputs(side: Extractor, images: Labelled, name: str, count: Callable[[], None]) -> Array:
     rows = []
-    for index in range(len(pictures)):
-        outputs = side.extract(pictures.load(index, side.size)[None])
+    for index in range(len(images)):
+        outputs = side.extract(images.load(index, side.size)[None])
         if name not in outputs:
             raise ConfigError(f"{side.about.path} has no {name}.", "Choose another metric, or a classifier.")
         rows.append(outputs[name][0])

@@ -1,4 +1,4 @@
-"""Cosine of class and patch features between a student or bundle and its dense teacher, picture by picture."""
+"""Cosine of class and patch features between a student or bundle and its dense teacher, image by image."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sparsifiner_edge.evaluate.extract import (
     open_teacher,
     with_roles,
 )
+from sparsifiner_edge.images import load_batch
 from sparsifiner_edge.metrics import POSITIONS, cosine
-from sparsifiner_edge.pictures import load_batch
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Declared, Estimate
@@ -27,11 +27,11 @@ from sparsifiner_edge.runtime.session import Runtime
 
 
 class Cosine(msgspec.Struct, frozen=True):
-    """Over pictures: the mean with Student's t interval, and the least."""
+    """Over images: the mean with Student's t interval, and the least."""
 
     mean: Estimate
     least: float
-    pictures: int
+    images: int = msgspec.field(name="pictures")
 
 
 class Cosines(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,13 +45,13 @@ class CosineMethod(msgspec.Struct, frozen=True, kw_only=True):
     """How it was compared; runtime by role."""
 
     metric: str
-    pictures: list[str]
+    images: list[str] = msgspec.field(name="pictures")
     preprocessing: str
     runtime: dict[str, Runtime]
 
 
 class CosineResult(Declared, frozen=True):
-    """Of kind "evaluation"; samples: one value per picture, by name."""
+    """Of kind "evaluation"; samples: one value per image, by name."""
 
     method: CosineMethod
     samples: dict[str, list[float]]
@@ -60,7 +60,7 @@ class CosineResult(Declared, frozen=True):
 
 def evaluate_cosine(
     subject: Path,
-    pictures: list[Path],
+    images: list[Path],
     *,
     against: str | Path | None = None,
     weights: str | Path | None = None,
@@ -75,10 +75,10 @@ def evaluate_cosine(
         teacher = stack.enter_context(open_teacher(subject, against, weights, ours.size, runner))
         if teacher.size != ours.size:
             raise ConfigError(f"The subject takes {ours.size} px, the teacher {teacher.size} px.", "Use one size.")
-        samples = _compare(ours, teacher, pictures, progress)
+        samples = _compare(ours, teacher, images, progress)
     method = CosineMethod(
-        metric="cosine similarity per picture, student or bundle against dense teacher",
-        pictures=[p.name for p in pictures],
+        metric="cosine similarity per image, student or bundle against dense teacher",
+        images=[p.name for p in images],
         preprocessing=f"centre square, bicubic to {ours.size} px",
         runtime={"subject": ours.runtime, "teacher": teacher.runtime},
     )
@@ -87,10 +87,10 @@ def evaluate_cosine(
 
 
 def _compare(
-    ours: Extractor, teacher: Extractor, pictures: list[Path], progress: Progress | None
+    ours: Extractor, teacher: Extractor, images: list[Path], progress: Progress | None
 ) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {}
-    for number, path in enumerate(pictures):
+    for number, path in enumerate(images):
         image = load_batch([path], ours.size)
         got, expected = ours.extract(image), teacher.extract(image)
         _require_comparable(got, expected)
@@ -102,7 +102,7 @@ def _compare(
         for name, value in values.items():
             samples.setdefault(name, []).append(value)
         if progress:
-            progress("pictures", number + 1, len(pictures))
+            progress("images", number + 1, len(images))
     return samples
 
 

@@ -8,7 +8,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
 from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
 from sparsifiner_edge.evaluate.extract import Runner
-from sparsifiner_edge.pictures import list_pictures
+from sparsifiner_edge.images import list_images
 from sparsifiner_edge.progress import Progress
 
 
@@ -28,30 +28,30 @@ def evaluate_student(
     kernels: str = "auto",
     progress: Progress | None = None,
 ) -> CosineResult | ClassResult:
-    """Compare a student or bundle with its dense teacher over pictures.
+    """Compare a student or bundle with its dense teacher over images.
 
     Args:
         subject: student or bundle folder.
-        data: a picture, a folder of pictures, or a list of pictures; labelled ones for the other metrics.
+        data: an image, a folder of images, or a list of images; labelled ones for the other metrics.
         against: the teacher: timm's name (with `weights`), or a bundle. None, for a student only: its own weights
             with dense attention everywhere.
         metric: "cosine"; or "knn", "linear", "top1": see `evaluate_classes`.
         gallery, queries, head: for the other metrics.
         keep, token_keep: for a student: other shares of keys and tokens than its own.
         backend, kernels: what runs bundles; see `open_session`.
-        progress: see `Progress`; counts pictures.
+        progress: see `Progress`; counts images.
 
     Returns:
         A result of kind "evaluation".
 
     Raises:
         ConfigError: no teacher for a bundle, sizes differ, or nothing to compare.
-        SparsifinerError: subject, teacher or pictures are unusable.
+        SparsifinerError: subject, teacher or images are unusable.
     """
     runner = Runner(backend, kernels)
     if metric in METRICS:
         if isinstance(data, list):
-            raise ConfigError(f"{metric} needs a folder of labelled pictures.", "Give the folder.")
+            raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
         return evaluate_classes(
             subject,
             data,
@@ -70,11 +70,11 @@ def evaluate_student(
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, {', '.join(METRICS)}.")
     if any(given is not None for given in (gallery, queries, head)):
         raise ConfigError(
-            "A gallery, a number of queries and a head go with other metrics.", f"Choose: {', '.join(METRICS)}."
+            "A gallery, a number of queries and a head require another metric.", f"Choose: {', '.join(METRICS)}."
         )
     return evaluate_cosine(
         Path(subject),
-        data if isinstance(data, list) else list_pictures(Path(data)),
+        data if isinstance(data, list) else list_images(Path(data)),
         against=against,
         weights=weights,
         keep=keep,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.pictures import load_picture
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.student import Student
@@ -38,7 +38,7 @@ class Explanation(NamedTuple):
 
 @torch.no_grad()
 def explain(student: Student, image: Array, queries: list[tuple[int, int]], layer: int) -> list[Explanation]:
-    """What `queries` attend to in layer `layer` for one picture uint8 [S,S,3].
+    """What `queries` attend to in layer `layer` for one image uint8 [S,S,3].
 
     Raises:
         ConfigError: the layer is not sparse or sees pruned tokens, the preset is the paper's, whose lists belong to
@@ -89,7 +89,7 @@ def _one(model: Any, attention: SparseAttention, weights: Tensor, lists: Tensor,
 
 
 def draw(student: Student, path: Path, layer: int, output: Path) -> None:
-    """A picture of what three queries attend to: photograph, dense attention, selected keys.
+    """An image of what three queries attend to: photograph, dense attention, selected keys.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -98,7 +98,7 @@ def draw(student: Student, path: Path, layer: int, output: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "demo") from error
-    image = load_picture(path, student.img_size)
+    image = load_image(path, student.img_size)
     side = student.img_size // cast(Any, student.model).patch_embed.grid_size[0]
     rows, columns = cast(Any, student.model).patch_embed.grid_size
     queries = [(rows // 4, columns // 3), (rows // 2, columns // 2), (3 * rows // 4, 2 * columns // 3)]

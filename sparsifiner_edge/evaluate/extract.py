@@ -1,4 +1,4 @@
-"""What turns pictures into features: a student in torch, or a bundle on a backend; subjects and their teachers."""
+"""What turns images into features: a student in torch, or a bundle on a backend; subjects and their teachers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 
 
 class Extractor(NamedTuple):
-    """Something that turns pictures uint8 [1,S,S,3] into features.
+    """Something that turns images uint8 [1,S,S,3] into features.
 
     Attributes:
         extract: -> {"features": [1,C], and where the source has them "logits": [1,classes], "tokens": [1,N,C], patches
@@ -137,7 +137,7 @@ def _bundle(folder: Path, runner: Runner) -> Iterator[Extractor]:
 
         name = bundle.required(bundle.manifest.name, "name")
         about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
-        size, tokens = bundle.picture_size, bundle.required(bundle.manifest.tokens, "tokens")
+        size, tokens = bundle.image_size, bundle.required(bundle.manifest.tokens, "tokens")
         yield Extractor(extract, size, tokens.prefix, about, session.description, tuple(bundle.labels()))
 
 

@@ -1,4 +1,4 @@
-"""Labelled pictures: a folder with one folder per class, or Fashion-MNIST as Debian packages it."""
+"""Labelled images: a folder with one folder per class, or Fashion-MNIST as Debian packages it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsifiner_edge.errors import ConfigError, PictureError
-from sparsifiner_edge.pictures import Picture, class_order, evenly, list_pictures, load_picture, resized
+from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.images import Pixels, class_order, evenly, list_images, load_image, resized
 
 FASHION = "fashion-mnist"
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -29,13 +29,13 @@ _MOST_BYTES = 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """Pictures and their classes.
+    """Images and their classes.
 
     Attributes:
         load: (index, size) -> uint8 [size,size,3]. labels: int64 [n]. classes: names. name: for results.
     """
 
-    load: Callable[[int, int], Picture]
+    load: Callable[[int, int], Pixels]
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     name: str
@@ -56,26 +56,26 @@ class Labelled:
 def labelled(
     source: str | Path, split: str, classes: tuple[str, ...] | None = None, classifier: tuple[str, ...] = ()
 ) -> Labelled:
-    """Pictures of a folder, or of "fashion-mnist".
+    """Images of a folder, or of "fashion-mnist".
 
     Args:
         split: "train" or "test", for Fashion-MNIST. classes: names in the order that labels count, if known.
         classifier: labels of the classifier that is asked, in its order; see `class_order`.
 
     Raises:
-        PictureError: nothing there. ConfigError: no folder per class, or a class that is not known.
+        ImageError: nothing there. ConfigError: no folder per class, or a class that is not known.
     """
     if str(source) == FASHION:
         # Labels none of which is a class here are no names, as for folders.
         named = bool(set(classifier) & set(FASHION_CLASSES))
         if classes not in (None, FASHION_CLASSES) or (named and classifier != FASHION_CLASSES):
-            raise ConfigError(f"{FASHION} has classes of its own.", "Give pictures with the classes that are known.")
+            raise ConfigError(f"{FASHION} has classes of its own.", "Give images with the classes that are known.")
         return _fashion(split)
     folder = Path(source)
-    files = list_pictures(folder)
+    files = list_images(folder)
     parts = [path.relative_to(folder).parts if folder.is_dir() else () for path in files]
     if any(len(part) < 2 for part in parts):
-        raise ConfigError(f"{folder} holds pictures in no folder of their class.", "Give one folder per class.")
+        raise ConfigError(f"{folder} holds images in no folder of their class.", "Give one folder per class.")
     names = classes or class_order((part[0] for part in parts), classifier)
     numbers = {name: number for number, name in enumerate(names)}
     unknown = sorted({part[0] for part in parts} - numbers.keys())
@@ -84,7 +84,7 @@ def labelled(
             f"{folder} holds the class {unknown[0]!r}, which is not known.", f"Known: {', '.join(names)}."
         )
     labels = np.array([numbers[part[0]] for part in parts], dtype=np.int64)
-    return Labelled(lambda i, size: load_picture(files[i], size), labels, names, str(folder))
+    return Labelled(lambda i, size: load_image(files[i], size), labels, names, str(folder))
 
 
 def _fashion(split: str) -> Labelled:
@@ -99,8 +99,6 @@ def _idx(path: Path, header: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         with gzip.open(path) as file:
             return np.frombuffer(file.read(_MOST_BYTES), np.uint8, offset=header).reshape(shape)
     except FileNotFoundError as error:
-        raise PictureError(
-            f"{path} does not exist.", "Debian, Ubuntu: apt-get install dataset-fashion-mnist"
-        ) from error
+        raise ImageError(f"{path} does not exist.", "Debian, Ubuntu: apt-get install dataset-fashion-mnist") from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise PictureError(f"{path} cannot be read: {error}.", "Install the package again.") from error
+        raise ImageError(f"{path} cannot be read: {error}.", "Install the package again.") from error

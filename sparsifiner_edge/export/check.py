@@ -41,7 +41,7 @@ after it choose from what came of it; where landmarks are shared, all their rows
 
 
 def golden_image(size: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.uint8]:
-    """Smooth random pictures, uint8 [batch,size,size,3]: unlike white noise they look like pictures to a model."""
+    """Smooth random images, uint8 [batch,size,size,3]: unlike white noise they look like images to a model."""
     rng = np.random.default_rng(seed)
     total = np.zeros((batch, size, size, 3))
     for cells in (2, 5, 11, 23):

@@ -29,7 +29,7 @@ def keep_dense_where_slower(model: Any) -> Measured:
     """Turn sparse layers of a model, in place, into dense ones where sparse attention is slower on this machine.
 
     Both run on the kernels that a session would use here, with the layer's own sizes, selection and cells included, one
-    picture at a time, in turn; medians decide. Layers of equal sizes are measured once.
+    image at a time, in turn; medians decide. Layers of equal sizes are measured once.
     """
     groups: dict[tuple[Any, ...], list[tuple[int, SparseAttention]]] = {}
     for number, block in enumerate(model.blocks):

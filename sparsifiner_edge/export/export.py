@@ -38,14 +38,14 @@ from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LE
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
 from sparsifiner_edge.export.int8 import RECIPES, quantise, run_file
 from sparsifiner_edge.export.retile import with_tile
+from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
-from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
-from sparsifiner_edge.sparse.student import MAX_CALIBRATION_PICTURES, Student, load_dense, load_student
+from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_dense, load_student
 from sparsifiner_edge.text import shown
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -90,7 +90,7 @@ def export_bundle(
             attention stays in float32, or with the recipe "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
         tokens: also give a classifier's tokens; a model without classifier always gives them.
-        calibrate: for int8 and for another tile: a folder of pictures like those that the model will see; at most 32
+        calibrate: for int8 and for another tile: a folder of images like those that the model will see; at most 32
             are used.
         recipe: for int8: one of `quantise.RECIPES`.
         measure: keep dense the layers where sparse attention is slower on this machine; the manifest says which.
@@ -113,7 +113,7 @@ def export_bundle(
     student = _load(source, weights, img_size, keep, token_keep)
     retiled = measured = None
     if retiles:
-        student, retiled = with_tile(student, tile, probe, numbers.pictures)
+        student, retiled = with_tile(student, tile, probe, numbers.images)
     if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
         student, measured = _measured(student)
     deployed = DeployedModel(student.model, tokens)
@@ -144,12 +144,12 @@ class _Numbers(NamedTuple):
     """What the file computes in, checked: see `export_bundle`.
 
     Attributes:
-        pictures: to calibrate int8 with, and to judge another tile by.
+        images: to calibrate int8 with, and to judge another tile by.
     """
 
     precision: str
     recipe: str
-    pictures: list[Path]
+    images: list[Path]
 
 
 class _Narrow(NamedTuple):
@@ -166,7 +166,7 @@ def _narrowed(
     """The file in fp16, or in int8 with the rest as its recipe wants it."""
     made, least = _Narrow(model), None
     if numbers.precision == "int8":
-        images = [np.repeat(load_picture(path, size)[None], batches[0], 0) for path in numbers.pictures]
+        images = [np.repeat(load_image(path, size)[None], batches[0], 0) for path in numbers.images]
         made, least = _Narrow(*quantise(model, images, numbers.recipe, progress)), LEAST_COSINE_INT8
     if numbers.precision == "fp16" or numbers.recipe == "tensorrt":
         images = [golden_image(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
@@ -176,21 +176,21 @@ def _narrowed(
 
 
 def _numbers(precision: str, recipe: str, calibrate: str | Path | None, retiles: bool) -> _Numbers:
-    """Refuse what does not go together; pictures are for int8 and for another tile alone."""
+    """Refuse what does not go together; images are for int8 and for another tile alone."""
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe is {recipe!r}.", f"Choose one of: {', '.join(RECIPES)}.")
     if precision == "int8" and calibrate is None:
-        raise ConfigError("int8 needs pictures to calibrate with.", "Give a folder of them with --calibrate.")
+        raise ConfigError("int8 needs images to calibrate with.", "Give a folder of them with --calibrate.")
     if precision != "int8" and calibrate is not None and not retiles:
         raise ConfigError(
-            "Pictures to calibrate with go with int8, or another tile.",
+            "Images to calibrate with go with int8, or another tile.",
             "Leave them out, or choose --precision int8.",
         )
     if precision != "int8" and recipe != RECIPES[0]:
-        raise ConfigError(f"recipe {recipe!r} goes with int8.", "Leave it out, or choose --precision int8.")
-    listed = [] if calibrate is None else evenly(list_pictures(Path(calibrate)), MAX_CALIBRATION_PICTURES)
+        raise ConfigError(f"recipe {recipe!r} requires int8.", "Leave it out, or choose --precision int8.")
+    listed = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
     return _Numbers(precision, recipe, listed)
 
 
@@ -234,7 +234,9 @@ def _load(
     if kind_of(folder) != "student":
         raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
     if weights:
-        raise ConfigError("--weights does not go with a student.", "A student has its own weights; leave it out.")
+        raise ConfigError(
+            "--weights cannot be combined with a student.", "A student has its own weights; leave it out."
+        )
     return load_student(folder, img_size, keep, token_keep)
 
 

@@ -3,7 +3,7 @@
 Quantisation itself is ONNX Runtime's static quantiser (MinMax: the outliers of DINO's activations carry
 information, and percentiles lose them), after channels far larger than the rest were evened out. Attention,
 normalisation and everything else stay in float32. Layers that hurt are found by measuring and stay in float32 too;
-pictures that were not calibrated on decide.
+images that were not calibrated on decide.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ RECIPES = ("cpu", "tensorrt")
 """cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0;
 `export_bundle` makes the rest of that file float16 afterwards (`half`), as GPUs have it."""
 OTHER_PATCHES = 0.1
-"""Share of the patches that an int8 file may keep in place of others, over all pictures. Where it is larger they count
+"""Share of the patches that an int8 file may keep in place of others, over all images. Where it is larger they count
 as lost; below, the class token, which has a gate of its own, tells whether they matter."""
 LEAST_COSINE = 0.99
-"""Gate: mean cosine of every output's rows to the float32 file, over pictures that were not calibrated on."""
+"""Gate: mean cosine of every output's rows to the float32 file, over images that were not calibrated on."""
 LEAST_WEIGHT = 1e-5
 """Share of a layer's largest weight below which a channel counts as not read when channels are evened out."""
 GOAL_COSINE = 0.997
@@ -66,13 +66,13 @@ def quantise(
         The file, and what was found.
 
     Raises:
-        ConfigError: no such recipe, or no pictures.
+        ConfigError: no such recipe, or no images.
         GateError: an output is further from the float32 file than `LEAST_COSINE` allows, whatever is put back.
     """
     if recipe not in RECIPES:
         raise ConfigError(f"recipe is {recipe!r}.", f"Choose one of: {', '.join(RECIPES)}.")
     if not images:
-        raise ConfigError("There are no pictures to calibrate with.", "Give a folder of pictures with --calibrate.")
+        raise ConfigError("There are no images to calibrate with.", "Give a folder of images with --calibrate.")
     held_out = list(images[2::3]) or list(images)
     calibrated = [x for number, x in enumerate(images) if number % 3 != 2] if len(images) > 2 else list(images)
     source, layers = _prepared(model)
@@ -94,7 +94,7 @@ def quantise(
     if min(cosines.values()) < goal:
         harm = {}
         for number, name in enumerate(layers):
-            # One picture ranks the layers; all that are held out decide how many of them are put back.
+            # One image ranks the layers; all that are held out decide how many of them are put back.
             harm[name] = min(found([other for other in layers if other != name], 1)[0].values())
             step(2 + number)
         for name in sorted(harm, key=lambda layer: harm[layer])[: int(MAX_FLOAT_SHARE * len(layers))]:
@@ -108,10 +108,10 @@ def quantise(
         raise GateError(
             f"Output {worst!r} of the int8 file has cosine {cosines[worst]:.4f} to float32, allowed {LEAST_COSINE}, "
             f"with {len(kept)} of {len(layers)} linear layers left in float32.",
-            "Calibrate with more pictures like those it will see, or export fp32.",
+            "Calibrate with more images like those it will see, or export fp32.",
         )
-    int8, pictures = len(layers) - len(kept), (len(calibrated), len(held_out))
-    report = Quantisation(recipe, cosines, others, int8, tuple(kept), *pictures, METHOD)
+    int8, counts = len(layers) - len(kept), (len(calibrated), len(held_out))
+    report = Quantisation(recipe, cosines, others, int8, tuple(kept), *counts, METHOD)
     return _restored(full, source, kept), report
 
 
@@ -283,7 +283,7 @@ def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str
 
 
 def _run(model: onnx.ModelProto, images: Sequence[Array]) -> list[dict[str, Array]]:
-    """Outputs of an exported file per picture, by native kernels where there are some."""
+    """Outputs of an exported file per image, by native kernels where there are some."""
     session = file_session(model)
     names = [output.name for output in session.get_outputs()]
     return [dict(zip(names, session.run(names, {"image": image}), strict=True)) for image in images]

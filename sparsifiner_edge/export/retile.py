@@ -1,7 +1,7 @@
 """Another tile than a student's own, for processors that want one, behind a gate on what it changes.
 
 A CPU core is busy with lists shared by 16 queries, tensor cores want 64. The predictor's parameters do not depend on
-either, so the tile is chosen at export; what a larger one loses is measured on pictures.
+either, so the tile is chosen at export; what a larger one loses is measured on images.
 """
 
 from __future__ import annotations
@@ -16,28 +16,26 @@ import torch
 
 from sparsifiner_edge.bundle.entries import Retiled, Tiling
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.pictures import load_picture
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 from sparsifiner_edge.sparse.student import Student
 
 LEAST_COSINE = 0.97
-"""Gate: mean cosine of the final tokens to those of the student with its own tile, over the pictures."""
+"""Gate: mean cosine of the final tokens to those of the student with its own tile, over the images."""
 
 
-def with_tile(
-    student: Student, tile: int | None, probe: int | None, pictures: Sequence[Path]
-) -> tuple[Student, Retiled]:
+def with_tile(student: Student, tile: int | None, probe: int | None, images: Sequence[Path]) -> tuple[Student, Retiled]:
     """A student with another tile or probe, and what that changed, for the manifest.
 
     Args:
         student: of the preset "edge"; left as it is.
         tile, probe: consecutive patches that share one list, and that ask as one; None keeps the student's own.
-        pictures: what the gate judges by.
+        images: what the gate judges by.
 
     Raises:
-        ConfigError: a dense student, the preset "paper", no pictures, or sizes that do not fit.
+        ConfigError: a dense student, the preset "paper", no images, or sizes that do not fit.
         GateError: the final tokens change by more than `LEAST_COSINE` allows.
     """
     if student.sparsity.is_dense or student.sparsity.preset != "edge":
@@ -47,8 +45,8 @@ def with_tile(
             "Of a student that prunes tokens, two tiles keep different tokens, which cannot be compared.",
             'Choose the tile with `sparsify --tile`, or export with --token-keep "".',
         )
-    if not pictures:
-        raise ConfigError("Another tile is judged by pictures, and there are none.", "Give some: --calibrate DIR.")
+    if not images:
+        raise ConfigError("Another tile is judged by images, and there are none.", "Give some: --calibrate DIR.")
     own = student.sparsity
     sparsity = dataclasses.replace(
         own, tile=own.tile if tile is None else tile, probe=own.probe if probe is None else probe
@@ -57,22 +55,22 @@ def with_tile(
     changed = copy.deepcopy(student.model)
     set_budget(changed, sparsity)
     made = dataclasses.replace(student, model=changed, sparsity=sparsity)
-    found = _cosine(student, made, pictures)
+    found = _cosine(student, made, images)
     if found < LEAST_COSINE:
         raise GateError(
             f"With {_text(Tiling(tile, probe))} the final tokens have cosine {found:.4f} to those with "
             f"{_text(before)}, allowed {LEAST_COSINE}.",
             "Choose a smaller tile, or read more keys: --keep.",
         )
-    return made, Retiled(before, after, found, len(pictures))
+    return made, Retiled(before, after, found, len(images))
 
 
 @torch.no_grad()
-def _cosine(own: Student, other: Student, pictures: Sequence[Path]) -> float:
-    """Mean over pictures and final tokens."""
+def _cosine(own: Student, other: Student, images: Sequence[Path]) -> float:
+    """Mean over images and final tokens."""
     pre, means = preprocessing(own.model), []
-    for path in pictures:
-        image = normalise(torch.from_numpy(load_picture(path, own.img_size))[None], pre)
+    for path in images:
+        image = normalise(torch.from_numpy(load_image(path, own.img_size))[None], pre)
         (mine, _), (theirs, _) = (final_tokens(side.model, image) for side in (own, other))
         means.append(float(torch.cosine_similarity(mine, theirs, dim=-1).mean()))
     return statistics.fmean(means)

@@ -345,7 +345,7 @@ def token_score(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:
 def rows_at(values: Tensor, index: Tensor) -> Tensor:
     """values [B,P,...] at index int64 [B,K] -> [B,K,...].
 
-    One gather of whole rows from all pictures: one along an axis would need an index for every channel.
+    One gather of whole rows from all images: one along an axis would need an index for every channel.
     """
     batch, patches = values.shape[:2]
     rows = index + patches * torch.arange(batch, device=values.device)[:, None]

@@ -26,7 +26,7 @@ _NAME = re.compile(r"[A-Za-z0-9_./:-]+")
 
 @dataclasses.dataclass(frozen=True)
 class Packaged(Bundle):
-    """A bundle that takes pictures.
+    """A bundle that takes images.
 
     Attributes:
         name: the model's, made fit for files and folders.
@@ -43,12 +43,12 @@ class Packaged(Bundle):
 
 
 def read_bundle(folder: Path) -> Packaged:
-    """Read a bundle that takes pictures.
+    """Read a bundle that takes images.
 
     Raises:
         ArtifactError: not a bundle, altered, with names of files or tensors that are no plain ones, or its manifest
             does not say what it takes and gives.
-        ConfigError: it takes something else than one uint8 picture `image` [B,S,S,3].
+        ConfigError: it takes something else than one uint8 image `image` [B,S,S,3].
     """
     bundle = open_bundle(folder)
     manifest = bundle.manifest
@@ -56,10 +56,10 @@ def read_bundle(folder: Path) -> Packaged:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactError(f"{folder} names the file {name!r}.", "Do not use this bundle.")
     bundle.model()  # What needs other files is not handed on.
-    size = bundle.picture_size
+    size = bundle.image_size
     _check_names(bundle)
     if [(t.name, t.dtype, t.shape[1:]) for t in manifest.inputs] != [("image", "uint8", (size, size, 3))]:
-        raise ConfigError(f"{folder} does not take one picture `image` uint8 [B,{size},{size},3].", "Export it again.")
+        raise ConfigError(f"{folder} does not take one image `image` uint8 [B,{size},{size},3].", "Export it again.")
     return Packaged(folder, manifest, safe_name(manifest.name or ""), tuple(bundle.labels()))
 
 
@@ -84,7 +84,7 @@ def golden_image(bundle: Packaged) -> npt.NDArray[np.uint8]:
         ArtifactError: there is none of that shape.
     """
     image = read_golden(bundle)[0].get("image", np.zeros(0))
-    size = bundle.picture_size
+    size = bundle.image_size
     if image.dtype != np.uint8 or image.shape[1:] != (size, size, 3):
         path = bundle.folder / GOLDEN_FILE
         raise ArtifactError(f"{path} holds {image.dtype} {list(image.shape)}.", AGAIN)

@@ -72,7 +72,7 @@ def _checked(groups: Mapping[str, Group], check: Callable[[str], Mapping[str, Ma
     """The text of a configuration that is read back as what it was made of: no other key has slipped in."""
     text = key_file(groups)
     if check(text) != {group: {k: str(v) for k, v in entries.items()} for group, entries in groups.items()}:
-        raise GateError("A configuration is read back as another.", "Report this with the bundle's manifest.")
+        raise GateError("A configuration does not round-trip.", "Report this with the bundle's manifest.")
     return text
 
 
@@ -95,7 +95,7 @@ def remarks(bundle: Packaged) -> list[str]:
     if not _letterbox(bundle):
         found.append(
             "The bundle takes the centre square of a frame. Gst-nvinfer cannot crop: it gets the whole frame with "
-            "black bars. Crop before it (nvvideoconvert src-crop=LEFT:TOP:SIDE:SIDE) for the same picture."
+            "black bars. Crop before it (nvvideoconvert src-crop=LEFT:TOP:SIDE:SIDE) for the same image."
         )
     return found
 
@@ -127,7 +127,7 @@ def nvinfer_config(bundle: Packaged, role: str, batch: int) -> Group:
         "onnx-file": MODEL,
         "model-engine-file": f"{MODEL}_b{batch}_gpu0_{_WORDS[mode]}.engine",
         "network-mode": mode,
-        "infer-dims": f"3;{bundle.picture_size};{bundle.picture_size}",
+        "infer-dims": f"3;{bundle.image_size};{bundle.image_size}",
         "network-input-order": 0,
         "model-color-format": 0,
         "net-scale-factor": 1.0,
@@ -209,7 +209,7 @@ def _letterbox(bundle: Packaged) -> bool:
 def _readme(bundle: Packaged, differences: Mapping[str, float]) -> str:
     checked = ", ".join(f"{name} {error:.1e}" for name, error in differences.items())
     notes = "\n".join(f"- {remark}" for remark in remarks(bundle))
-    size = bundle.picture_size
+    size = bundle.image_size
     found = (
         "Each frame (or object) gets the likeliest class above `classifier-threshold`, as classifier metadata."
         if bundle.classifier

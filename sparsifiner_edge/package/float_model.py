@@ -66,7 +66,7 @@ def float_model(model: Any) -> Any:
     """A copy that takes `image` float32 [B,3,H,W] instead of uint8 [B,H,W,3].
 
     Raises:
-        ConfigError: there is no Cast of `image` to float32, or what is around it is no picture's.
+        ConfigError: there is no Cast of `image` to float32, or what is around it is no image's.
     """
     try:
         return _float_model(model)
@@ -130,7 +130,7 @@ def classifier_model(model: Any) -> Any:
 
 
 class _Planes(OrtSession):
-    """A session on a float model that takes pictures as the bundle does."""
+    """A session on a float model that takes images as the bundle does."""
 
     def __init__(self, path: Path, bundle: Packaged) -> None:
         super().__init__(path, path.read_bytes(), available_cores(), "portable", bundle.precision)

@@ -32,7 +32,9 @@ def write(bundle: Packaged, folder: Path, batch: int | None, kernels: str) -> li
         ConfigError: the bundle takes a fixed batch above 1.
     """
     if batch is not None or kernels != "auto":
-        raise ConfigError("batch and kernels do not go with GStreamer.", "Leave them out; the element has `kernels`.")
+        raise ConfigError(
+            "batch and kernels cannot be combined with GStreamer.", "Leave them out; the element has `kernels`."
+        )
     fixed = bundle.manifest.batch
     if fixed not in (None, 1):
         raise ConfigError(f"{bundle.folder} takes batches of {fixed}.", "Export it with --batch 1 or dynamic.")
@@ -80,7 +82,7 @@ not load.
 ## GStreamer's own `onnxinference`
 
     gst-launch-1.0 videotestsrc num-buffers=25 ! \\
-        {square(bundle.picture_size)} ! \\
+        {square(bundle.image_size)} ! \\
         onnxinference model-file=bundle/{MODEL} input-image-format=hwc ! fakesink
 
 It attaches the outputs as a GstTensorMeta (1.24 or later, built with ONNX Runtime), each under the id

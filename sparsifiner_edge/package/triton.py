@@ -103,7 +103,7 @@ def _config(bundle: Packaged, name: str, most: int, kind: str, **own: object) ->
     Args:
         most: greatest batch, 0 where it is fixed. kind: of processor. own: what is the backend's alone.
     """
-    manifest, size = bundle.manifest, bundle.picture_size
+    manifest, size = bundle.manifest, bundle.image_size
     image = TensorSpec("image", "uint8", (manifest.batch, size, size, 3))
     labelled: Tensor = {"label_filename": LABELS_FILE} if bundle.class_names else {}
     warm = {"data_type": "TYPE_UINT8", "dims": _dims(image, most), "input_data_file": "image"}
@@ -156,7 +156,7 @@ def _remarks(
     if any(engine.backend == "tensorrt-rtx" for engine in listed):
         found.append("Engines of TensorRT-RTX are left out: Triton's backend runs those of TensorRT.")
     if any(engine.backend == "tensorrt" and not _takes_one(engine, bundle) for engine in listed):
-        found.append("Engines for batches above 1 alone are left out: the server sends single pictures too.")
+        found.append("Engines for batches above 1 alone are left out: the server sends single images too.")
     if engines:
         found.append("Plans are native code and run on the very TensorRT that built them; see the README.")
     return found
@@ -173,7 +173,7 @@ release notes name that version, and give it the GPU (`docker run --gpus all`; J
 are inside the plans: no plugin has to be loaded.
 """
     notes = "\n".join(f"- {remark}" for remark in remarks)
-    size = bundle.picture_size
+    size = bundle.image_size
     shape = f"{bundle.manifest.batch or 1},{size},{size},3"
     return f"""# {bundle.name} for Triton Inference Server
 

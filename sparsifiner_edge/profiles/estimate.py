@@ -1,4 +1,4 @@
-"""What a bundle would cost on a board that is not at hand: latency, memory and energy, as an estimate with bounds."""
+"""What a bundle would cost on a board you do not have: latency, memory and energy, as an estimate with bounds."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
 
 
 def _batch(bundle: Bundle) -> int:
-    """Of the file, where it is fixed; else one picture at a time.
+    """Of the file, where it is fixed; else one image at a time.
 
     Raises:
         ArtifactError: the manifest describes no input, or a batch that no file has.

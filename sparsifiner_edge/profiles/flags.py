@@ -1,4 +1,4 @@
-"""What makes a measurement less than it seems: one flag per reason, each with what was seen and what to do.
+"""What makes a measurement unreliable: one flag per reason, each with what was seen and what to do.
 
 Every threshold stands in `THRESHOLDS`, with where it comes from.
 """
@@ -18,32 +18,32 @@ from sparsifiner_edge.profiles.stats import Samples, percentile, quantile_interv
 from sparsifiner_edge.records import Unavailable
 
 THRESHOLDS: dict[str, float] = {
-    # (p90 - p10) / p50 of the latency. Ours: a quiet machine stays below .05, a shared one is well above .1.
+    # (p90 - p10) / p50 of the latency. Our choice: a quiet machine stays below .05, a shared one is well above .1.
     "spread": 0.10,
     # Coefficient of variation of the time on the device. trtexec (sampleReporting.cpp) warns above 1 %.
     "device_variation": 0.01,
-    # Medians of the first and the last third, their intervals apart. Ours: what a settled warm-up may move by.
+    # Medians of the first and the last third, their intervals apart. Our choice: what a settled warm-up may move by.
     "trend": 0.02,
     # Two groups: the share of the variance that telling them apart explains (a normal distribution has .64, a uniform
-    # one .75), the least share of samples in either, and the distance of their medians. Ours.
+    # one .75), the least share of samples in either, and the distance of their medians. Our choice.
     "bimodal_explained": 0.85,
     "bimodal_share": 0.10,
     "bimodal_distance": 0.05,
     # Seconds: trtexec's default duration. Queries: the least that bound p90 (MLPerf's early stopping).
     "seconds": 3.0,
     "queries": 64,
-    # Half the interval of the median over the median. Ours: five times the margin that a verdict asks for.
+    # Half the interval of the median over the median. Our choice: five times the margin that a verdict asks for.
     "interval": 0.05,
-    # Highest over lowest clock of the busiest core, or of the GPU, while queries ran. Ours: what p50 would move by.
+    # Highest over lowest clock of the busiest core, or of the GPU, while queries ran. Our choice: as p50 moves.
     "clock": 0.05,
     # Enqueue over compute, and transfer over compute, medians: trtexec's own (sampleReporting.cpp).
     "enqueue": 0.8,
     "transfer": 1.0,
-    # Page faults that waited for a disk, per query, and bytes moved to or from swap meanwhile. Ours: one in a hundred
-    # moves p99; 1 MB is beyond the noise of an idle machine.
+    # Page faults that waited for a disk, per query, and bytes moved to or from swap meanwhile. Our choice: one in a
+    # hundred moves p99; 1 MB is beyond the noise of an idle machine.
     "major_faults": 0.01,
     "swapped_bytes": 1e6,
-    # Cores that other programs kept busy. Ours: an idle desktop stays below .05.
+    # Cores that other programs kept busy. Our choice: an idle desktop stays below .05.
     "other_cores": 0.10,
 }
 

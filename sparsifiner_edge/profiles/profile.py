@@ -125,7 +125,7 @@ def _refuse_batches(bundles: dict[str, Bundle]) -> None:
         batch = bundle.manifest.batch
         if batch not in (None, 1):
             raise ConfigError(
-                f"The {role}'s batch is fixed at {batch}; mlperf takes one picture a query.",
+                f"The {role}'s batch is fixed at {batch}; mlperf takes one image a query.",
                 "Export it with a batch of 1, or dynamic.",
             )
 

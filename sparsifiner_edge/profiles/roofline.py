@@ -101,7 +101,7 @@ class Workload:
 
     Attributes:
         shape, sparsity: of the model.
-        batch: pictures at once.
+        batch: images at once.
         portable: sparse layers run as function bodies, which keep scores and gathered keys in memory.
         materialised: dense attention does so too, as in ONNX Runtime on a CPU.
     """

@@ -18,7 +18,7 @@ MARGIN = 0.01
 """Ratios within 1 +- MARGIN are never called a difference: two processes of one model differ by that much."""
 
 MIN_FOR_MEAN = 5
-"""Independent samples, such as pictures, that a mean's interval takes at least."""
+"""Independent samples, such as images, that a mean's interval takes at least."""
 
 _FEW = Unavailable("too few samples to bound it on this side")
 Samples = Sequence[float] | np.ndarray[Any, Any]

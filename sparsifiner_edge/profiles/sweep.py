@@ -28,7 +28,7 @@ from sparsifiner_edge.runtime.session import Description
 AXES = {"threads": MOST_THREADS, "batch": MOST_BATCH}
 """What can be swept, and the greatest value of each."""
 SECONDS = 3.0
-"""Least time measured at each point, where none is given."""
+"""Minimum measuring time at each point, where none is given."""
 
 
 class Point(stats.Summary, frozen=True, kw_only=True):

@@ -28,11 +28,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """What was written, and what it says.
 
     Attributes:
-        pictures: PNGs beside the page. verdict: sentences. differences: field -> values of results that differ.
+        images: PNGs beside the page. verdict: sentences. differences: field -> values of results that differ.
     """
 
     page: str
-    pictures: list[str] | Unavailable
+    images: list[str] | Unavailable = msgspec.field(name="pictures")
     verdict: list[str]
     differences: dict[str, list[str]]
     flags: list[dict[str, str]]
@@ -47,7 +47,7 @@ def write_report(
     language: str = "en",
     prices: Prices | None = None,
     strict: bool = False,
-    pictures: bool = True,
+    images: bool = True,
 ) -> Report:
     """Write one self-contained page, and beside it its figures as `<stem>-<figure>.png`.
 
@@ -61,7 +61,7 @@ def write_report(
         language: "en" or "ja".
         prices: None: no costs.
         strict: refuse results that differ as above, and write nothing.
-        pictures: also write PNGs.
+        images: also write PNGs.
 
     Raises:
         ArtifactError: a file is no result, of a newer schema, or holds NaN; or the disk refuses.
@@ -84,13 +84,13 @@ def write_report(
         values = "; ".join(f"{fields_named([name], Texts('en'))}: {' against '.join(v)}" for name, v in found.items())
         raise GateError(f"The results cannot be compared: {values}.", "Measure all of them under the same conditions.")
     content = _content(page, sources, manifests, prices)
-    charts, why_none = _charts(content, language, pictures)
+    charts, why_none = _charts(content, language, images)
     text = _render(page, sources, content, found, charts)
-    written = _write_pictures(target, charts)
+    written = _write_images(target, charts)
     write_text(target, text)
     return Report(
         page=str(target),
-        pictures=Unavailable(why_none) if why_none else written,
+        images=Unavailable(why_none) if why_none else written,
         verdict=lead(page.groups, sides, page.accuracies, texts),
         differences=found,
         flags=flags_of(sides, texts),
@@ -115,20 +115,20 @@ def _content(page: Page, sources: Sequence[Source], manifests: Sequence[Describe
     return [section for section in found if section is not None and section.blocks]
 
 
-def _charts(content: Sequence[Section], language: str, pictures: bool) -> tuple[dict[str, Drawn], str]:
+def _charts(content: Sequence[Section], language: str, images: bool) -> tuple[dict[str, Drawn], str]:
     """Every chart by its name, without matplotlib none, and why there is no PNG."""
     try:
         families = fonts(language)
     except MissingExtraError as error:
-        return {}, f"{error.what} {error.fix}"
-    why = "" if pictures else "not asked for"
-    if pictures and families is None:
+        return {}, f"{error.what} {error.fix}" if images else "not asked for"
+    why = "" if images else "not asked for"
+    if images and families is None:
         why = "no installed font has Japanese characters; install one, such as Noto Sans CJK (fonts-noto-cjk)"
     figures = [block for section in content for block in section.blocks if isinstance(block, Figure)]
     return {figure.name: drawn(figure, None if why else families) for figure in figures}, why
 
 
-def _write_pictures(target: Path, charts: dict[str, Drawn]) -> list[str]:
+def _write_images(target: Path, charts: dict[str, Drawn]) -> list[str]:
     """Paths of the PNGs written."""
     paths = {target.with_name(f"{target.stem}-{name}.png"): chart.png for name, chart in charts.items() if chart.png}
     for path, content in paths.items():

@@ -14,7 +14,7 @@ from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import Interval, clean, get, interval, mapping, number, plain, reason, shown
 
 PROFILE = "sparsifiner-edge profile BUNDLE/ --against DENSE/ -o result.json"
-EVALUATE = "sparsifiner-edge evaluate BUNDLE/ --against DENSE/ --data PICTURES/ -o accuracy.json"
+EVALUATE = "sparsifiner-edge evaluate BUNDLE/ --against DENSE/ --data IMAGES/ -o accuracy.json"
 MAX_LAYERS = 28
 
 

@@ -22,7 +22,7 @@ from sparsifiner_edge.runtime.open import find_backend, open_checked
 from sparsifiner_edge.runtime.session import Description
 
 DEFAULT_BATCH = BatchRange(1, 1, 8)
-"""For a bundle of dynamic batch: a camera gives one picture at a time."""
+"""For a bundle of dynamic batch: a camera gives one image at a time."""
 
 
 class Built(msgspec.Struct, frozen=True, kw_only=True):

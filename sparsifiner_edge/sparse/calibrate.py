@@ -1,8 +1,8 @@
-"""Projections of the predictor: from the weights alone, or better from a few pictures.
+"""Projections of the predictor: from the weights alone, or better from a few images.
 
 Both ways find, per head, the rank-c matrices that best preserve probe-query . key products: with moments
 M_q = E[a a^T] of probe means and M_k = E[(k - mean)(k - mean)^T] of keys (a constant shift of all keys changes no
-ranking), the singular vectors of M_q^1/2 M_k^1/2. A short gradient descent on the same pictures then lowers the
+ranking), the singular vectors of M_q^1/2 M_k^1/2. A short gradient descent on the same images then lowers the
 Kullback-Leibler divergence from what the queries of a probe want, to what the predictor answers for their mean. What
 they want is the maximum of their attention: a key that one of them needs must be read for all.
 
@@ -28,7 +28,7 @@ from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, Spa
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
 PASSES = 2
-STEPS_PER_PICTURE = 8
+STEPS_PER_IMAGE = 8
 QUERIES_PER_STEP = 128
 LEARNING_RATE = 0.06
 """Relative to the mean absolute entry of a projection."""
@@ -84,15 +84,15 @@ def _at_all_positions(attention: SparseAttention, x: Tensor, table: Tensor, posi
     return rotated(attention, few[:, None].expand(-1, some.shape[-2], -1, -1), some).flatten(0, 1).transpose(0, 1)
 
 
-def calibrate_from_pictures(
-    model: nn.Module, pictures: Sequence[Tensor], progress: Progress | None = None, seed: int = 0
+def calibrate_from_images(
+    model: nn.Module, images: Sequence[Tensor], progress: Progress | None = None, seed: int = 0
 ) -> None:
-    """Set the projections from pictures [1,3,H,W], normalised as the model expects.
+    """Set the projections from images [1,3,H,W], normalised as the model expects.
 
-    The layers attend densely meanwhile, so that each sees what its teacher sees. One picture is held at a time.
+    The layers attend densely meanwhile, so that each sees what its teacher sees. One image is held at a time.
     """
     layers = sparse_layers(model)
-    total = len(pictures) * (1 + PASSES)
+    total = len(images) * (1 + PASSES)
     done = 0
 
     def step() -> None:
@@ -102,27 +102,27 @@ def calibrate_from_pictures(
             progress("calibrating", done, total)
 
     moments: dict[SparseAttention, _Moments] = {}
-    for picture in pictures:
-        for attention, qkv in _dense_pass(model, picture):
+    for image in images:
+        for attention, qkv in _dense_pass(model, image):
             _add_moments(moments, attention, qkv)
         step()
     for attention in layers:
         _set_from_moments(attention, moments[attention])
     layers = [layer for layer in layers if isinstance(layer.select, KeySelector)]
-    learners = {a: _Learner(a, PASSES * len(pictures) * STEPS_PER_PICTURE) for a in layers}
+    learners = {a: _Learner(a, PASSES * len(images) * STEPS_PER_IMAGE) for a in layers}
     generator = torch.Generator().manual_seed(seed)
     for _ in range(PASSES):
-        for number in torch.randperm(len(pictures), generator=generator).tolist():
-            for attention, qkv in _dense_pass(model, pictures[number]) if learners else ():
+        for number in torch.randperm(len(images), generator=generator).tolist():
+            for attention, qkv in _dense_pass(model, images[number]) if learners else ():
                 learners[attention].learn(qkv, generator)
             step()
 
 
-def _dense_pass(model: nn.Module, picture: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:
+def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:
     """Run a model with dense attention and yield each sparse layer with its qkv [1,N,3C]."""
     seen: list[tuple[SparseAttention, Tensor]] = []
     with observed(model, lambda attention, qkv: seen.append((attention, qkv)), densely=True), torch.no_grad():
-        model(picture)
+        model(image)
     return seen
 
 
@@ -212,8 +212,8 @@ class _Learner:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, steps)
 
     def learn(self, qkv: Tensor, generator: torch.Generator) -> None:
-        """A few steps on one picture, each on other probes."""
-        for _ in range(STEPS_PER_PICTURE):
+        """A few steps on one image, each on other probes."""
+        for _ in range(STEPS_PER_IMAGE):
             with torch.enable_grad():
                 selection_loss(self.attention, qkv, generator).backward()
             self.optimiser.step()

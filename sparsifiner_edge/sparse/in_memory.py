@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsifiner_edge.config import SparsityConfig, default_cells
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.calibrate import calibrate_from_pictures, calibrate_from_weights, sparse_layers
+from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.models import Backbone
 from sparsifiner_edge.sparse.patch import SUPPORTED, SparseViTMixin, make_model_sparse, restore_backbone
 
@@ -139,7 +139,7 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
     if sparsity.preset == "edge":
         sparsity = dataclasses.replace(sparsity, token_keep=(), fuse_tokens=False)
     make_model_sparse(twin, sparsity)
-    calibrate_from_pictures(twin, [_resized(image, size).to(_pixels_like(twin)) for image in images], progress)
+    calibrate_from_images(twin, [_resized(image, size).to(_pixels_like(twin)) for image in images], progress)
     for layer, learnt in zip(sparse_layers(backbone), sparse_layers(twin), strict=True):
         layer.select.load_state_dict(learnt.select.state_dict())
 

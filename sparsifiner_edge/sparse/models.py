@@ -30,7 +30,7 @@ Backbone: TypeAlias = VisionTransformer | Eva
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What a model expects of a picture: x = (pixel / 255 - mean) / std per RGB channel, after a bicubic resize."""
+    """What a model expects of an image: x = (pixel / 255 - mean) / std per RGB channel, after a bicubic resize."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

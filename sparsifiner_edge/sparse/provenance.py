@@ -20,11 +20,11 @@ class Calibration(msgspec.Struct, frozen=True):
 
     Attributes:
         origin: "weights" alone, or "pictures".
-        pictures: how many. img_size: pixels along a side at which it learnt. files: their names.
+        images: how many. img_size: pixels along a side at which it learnt. files: their names.
     """
 
     origin: str = msgspec.field(name="from")
-    pictures: int | None = None
+    images: int | None = msgspec.field(default=None, name="pictures")
     img_size: int | None = None
     files: list[str] | None = None
 

@@ -26,7 +26,7 @@ from sparsifiner_edge.artifacts import (
 from sparsifiner_edge.bounds import flaw
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
-from sparsifiner_edge.pictures import evenly, list_pictures, load_picture
+from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
@@ -47,7 +47,7 @@ from sparsifiner_edge.sparse.patch import SUPPORTED, make_model_sparse, set_budg
 from sparsifiner_edge.sparse.provenance import Calibration, Provenance, Weights
 from sparsifiner_edge.text import dump_json
 
-MAX_CALIBRATION_PICTURES = 32
+MAX_CALIBRATION_IMAGES = 32
 MOST_LABEL = 1000
 """Characters of a class's name; ImageNet's longest has 130."""
 _HALF = re.compile("[\ud800-\udfff]")
@@ -109,14 +109,14 @@ def make_student(name: str, model: Backbone, sparsity: SparsityConfig, provenanc
 
 
 def calibrate_student(student: Student, folder: Path, progress: Progress | None = None) -> Student:
-    """Learn the predictor from at most 32 pictures below `folder`, evenly taken; see `in_memory.learn`.
+    """Learn the predictor from at most 32 images below `folder`, evenly taken; see `in_memory.learn`.
 
     Raises:
-        PictureError: no pictures, or one of those taken cannot be read.
+        ImageError: no images, or one of those taken cannot be read.
     """
-    taken = evenly(list_pictures(folder), MAX_CALIBRATION_PICTURES)
+    taken = evenly(list_images(folder), MAX_CALIBRATION_IMAGES)
     pre, size = preprocessing(student.model), calibration_size(student.model, student.sparsity.preset)[0]
-    learn(student.model, [normalise(torch.from_numpy(load_picture(p, size))[None], pre) for p in taken], progress)
+    learn(student.model, [normalise(torch.from_numpy(load_image(p, size))[None], pre) for p in taken], progress)
     how = Calibration("pictures", len(taken), size, [p.name for p in taken])
     return dataclasses.replace(student, provenance=replace(student.provenance, calibration=how))
 
@@ -148,8 +148,8 @@ def sparsify(
         img_size: pixels along a side; None takes the model's own.
         preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens: see `SparsityConfig`. None
             takes the preset's own; for cells that is `default_cells`, for the paper's channels half the head dimension.
-        calibrate: folder of pictures to learn the predictor from; None takes the weights alone.
-        progress: see `Progress`; counts pictures.
+        calibrate: folder of images to learn the predictor from; None takes the weights alone.
+        progress: see `Progress`; counts images.
 
     Returns:
         The folder.
@@ -165,7 +165,7 @@ def sparsify(
         token_keep=token_keep, fuse_tokens=fuse_tokens,
     )  # fmt: skip
     if calibrate is not None:
-        list_pictures(Path(calibrate))
+        list_images(Path(calibrate))
     vit = load_model(model, Path(weights) if weights else None, img_size)
     sparsity = fitted(sparsity, vit, channels, cells)
     tools = {name: version(name) for name in ("sparsifiner-edge", "timm", "torch")}

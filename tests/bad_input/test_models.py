@@ -85,7 +85,7 @@ def test_no_weights_and_no_net(tmp_path: Path) -> None:
         (["--img-size", "0"], ["--img-size", "0 is not in the range"]),
         (["--img-size", "-160"], ["--img-size"]),
         (["--preset", "magic"], ["--preset", "'magic'"]),
-        (["--calibrate", "nowhere"], ["nowhere does not exist", "folder of pictures"]),
+        (["--calibrate", "nowhere"], ["nowhere does not exist", "folder of images"]),
     ],
 )
 def test_settings_that_do_not_fit(arguments: list[str], texts: list[str], sparsify: Callable[..., Outcome]) -> None:

@@ -13,7 +13,7 @@ from sparsifiner_edge.bounds import MOST_DEPTH, decimal_number, flaw, is_number,
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.pictures import load_picture
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.sweep import parse_axes
 from sparsifiner_edge.report import Prices
@@ -110,7 +110,7 @@ def test_the_same_from_python(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_classes is 1000000000"):
         create(TINY, num_classes=10**9)
     with pytest.raises(ConfigError, match="64000 px"):
-        load_picture(tmp_path / "none.png", 64000)
+        load_image(tmp_path / "none.png", 64000)
 
 
 def test_what_a_number_is() -> None:

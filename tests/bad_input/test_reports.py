@@ -99,14 +99,14 @@ def test_figures_that_no_one_measured_are_left_out(wrong: Any, tmp_path: Path) -
 
     prices = Prices(kwh=1.0, device_hour=1.0)
     for language in ("en", "ja"):
-        write_report([written(tmp_path, change)], tmp_path / "r.html", language=language, prices=prices, pictures=False)
+        write_report([written(tmp_path, change)], tmp_path / "r.html", language=language, prices=prices, images=False)
     assert "inf" not in (tmp_path / "r.html").read_text().replace("information", "").replace("inference", "")
 
 
 @pytest.mark.parametrize("name", ["subject_percent", "teacher_percent", "difference_points"])
 def test_an_accuracy_alone_whose_figures_are_none(name: str, tmp_path: Path) -> None:
     path = written(tmp_path, lambda r: r["statistics"].update({name: {"unavailable": "x"}}), evaluated)
-    summary = write_report([path], tmp_path / "r.html", pictures=False)
+    summary = write_report([path], tmp_path / "r.html", images=False)
     assert summary["verdict"][0].startswith("These results hold none")
 
 
@@ -144,13 +144,13 @@ def test_any_result_makes_a_page_or_is_refused(counted: Path, tmp_path: Path) ->
     known: set[str] = set()
     for content in good:
         write_result(path, check_result(content, path, Result))
-        write_report([path], page, pictures=False)
+        write_report([path], page, images=False)
         known |= names_in(page)
     made = 0
     for number in range(100):
         path.write_bytes(mutated_json(good[number % 3], random.Random(number)))
         try:
-            write_report([path], page, language=("en", "ja")[number % 2], pictures=False)
+            write_report([path], page, language=("en", "ja")[number % 2], images=False)
         except SparsifinerError:
             continue
         made += 1

@@ -1,4 +1,4 @@
-"""Signals: nothing half-written stays."""
+"""Signals: no partial files stay."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_signal_at_any_moment(
     else:
         assert run.returncode == 128 + number, remarks
         # Before it, NumPy may say that its import was cut short.
-        assert remarks.endswith("error: interrupted; nothing half-written was left.\n")
+        assert remarks.endswith("error: interrupted; no partial files were left.\n")
         assert out == ""
         assert snapshot(target) == before
 
@@ -109,8 +109,8 @@ def test_nohup_is_respected(bundle: Path, pictures: Path) -> None:
         "from sparsifiner_edge.cli.main import main\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "import sparsifiner_edge.camera.stills as stills\n"
-        "run = stills.run_pictures\n"
-        "stills.run_pictures = lambda *a: (os.kill(os.getpid(), signal.SIGHUP), run(*a))[1]\n"
+        "run = stills.run_images\n"
+        "stills.run_images = lambda *a: (os.kill(os.getpid(), signal.SIGHUP), run(*a))[1]\n"
         "main(['run', sys.argv[1], '--source', sys.argv[2]])"
     )
     done = subprocess.run([sys.executable, "-c", code, bundle, pictures], capture_output=True, text=True, check=False)

@@ -97,7 +97,7 @@ def test_a_damaged_student(
         (["--batch", "9" * 5000], ["batch is '99"]),
         (["--precision", "int3"], ["--precision", "'int3'"]),
         (["--img-size", "100"], ["100 is not a multiple of the patch size 16"]),
-        (["--weights", "w.safetensors"], ["--weights does not go with a student"]),
+        (["--weights", "w.safetensors"], ["--weights cannot be combined with a student"]),
     ],
 )
 def test_exports_that_cannot_be(

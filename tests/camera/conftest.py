@@ -21,7 +21,7 @@ av = pytest.importorskip("av", reason="the extra camera is not installed")
 
 @pytest.fixture(scope="session")
 def cells(once: Once) -> Path:
-    """A bundle that reads the number in the picture."""
+    """A bundle that reads the number in the image."""
     return once("cells", lambda folder: make_cells_bundle(folder / "bundle", size=64)) / "bundle"
 
 

@@ -165,7 +165,7 @@ child.limit(pipeline=False)
 with contextlib.ExitStack() as opened:
     frames, numbers = child._prepared(msgspec.convert(request, Request), opened, os.getppid()), []
     for frame in frames():
-        numbers.append(frame.pictures[0].shape[0])
+        numbers.append(frame.images[0].shape[0])
         if len(numbers) == request["frames"]:
             break
 print(json.dumps({"frames": len(numbers), "threads": threads}))

@@ -19,9 +19,9 @@ import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
 from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.stills import run_pictures
+from sparsifiner_edge.camera.stills import run_images
 from sparsifiner_edge.errors import SparsifinerError
-from tests.bad_pictures import BAD_PICTURES, png_of_size
+from tests.bad_images import BAD_IMAGES, png_of_size
 from tests.camera.hostile import SECRET, make_hostile
 from tests.commands import process, snapshot
 from tests.seal import seal_bundle
@@ -53,7 +53,7 @@ while True:
         File.name = name.decode()
         try:
             for decoded in read_stream(File, Fit(32), 3):
-                assert decoded.pictures[0].shape == (32, 32, 3)
+                assert decoded.images[0].shape == (32, 32, 3)
                 frames += 1
         except Exception as error:
             reason = _said(error)
@@ -133,16 +133,16 @@ def test_the_command_says_so(name: str, hostile: list[Path], cells: Path, tmp_pa
     assert {p.name for p in tmp_path.iterdir()} <= {"lines", "o.mp4"}
 
 
-def test_pictures(cells: Path, tmp_path: Path) -> None:
-    for name, damage in BAD_PICTURES.items():
+def test_images(cells: Path, tmp_path: Path) -> None:
+    for name, damage in BAD_IMAGES.items():
         damage(tmp_path / name)
     for number, size in enumerate([(1, 1 << 30), (1 << 30, 1), (50_000, 50_000), (13_000, 14_000)]):
         (tmp_path / f"size{number}.png").write_bytes(png_of_size(*size))
     (tmp_path / "page.html").rename(tmp_path / "page.png")
     before, most = snapshot(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    records = list(run_pictures(cells, tmp_path))
+    records = list(run_images(cells, tmp_path))
     assert len(records) == 11
-    assert all("cannot be read as a picture" in (record.error or "") for record in records)
+    assert all("cannot be read as an image" in (record.error or "") for record in records)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 300_000
     assert snapshot(tmp_path) == before
 

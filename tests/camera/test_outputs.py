@@ -50,8 +50,8 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     [
         ("album/a.png", "album/a.png", "is the source itself"),
         ("album/a.png", "link", "is the source itself"),
-        ("album", "album/below/b.png", "is one of the source's pictures"),
-        ("album", "link", "is one of the source's pictures"),
+        ("album", "album/below/b.png", "is one of the source's images"),
+        ("album", "link", "is one of the source's images"),
         ("album", "bundle/model.onnx", "is in the bundle"),
         ("album", "bundle/new/lines.jsonl", "is in the bundle"),
         ("copy.mp4", "bundle/manifest.json", "is in the bundle"),
@@ -78,7 +78,7 @@ def test_an_overlay_is_not_put_into_a_bundle(cells: Path, video: Path, tmp_path:
     assert_refused(outcome, "is in the bundle")
 
 
-def test_records_may_lie_beside_the_pictures(album: Path, cells: Path, capsys: Capsys) -> None:
+def test_records_may_lie_beside_the_images(album: Path, cells: Path, capsys: Capsys) -> None:
     for _ in range(2):  # The second time it is there.
         outcome = call(capsys, "run", cells, "--source", album, "--output", album / "lines.jsonl")
         assert (outcome.code, outcome.out) == (0, "")

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sparsifiner_edge.camera import child
-from sparsifiner_edge.camera.answers import Class, FrameRecord, PictureRecord
+from sparsifiner_edge.camera.answers import Class, FrameRecord, ImageRecord
 from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
 from sparsifiner_edge.camera.capture import Mailbox
 from sparsifiner_edge.camera.clock import StreamClock
@@ -57,8 +57,8 @@ from tests.tiny import make_bundle
         ("gst:videotestsrc ! identity", "gst", True, "gst:videotestsrc ! identity"),
         ("gst:srtsrc uri=srt://h passphrase=secret ! a", "gst", True, "gst:srtsrc uri=srt://h passphrase=*** ! a"),
         ("gst:rtspsrc user-pw='se cret' proxy-pw=se\\ cret", "gst", True, "gst:rtspsrc user-pw=*** proxy-pw=***"),
-        ("missing.mp4", "pictures", False, "missing.mp4"),
-        ("folder/", "pictures", False, "folder"),
+        ("missing.mp4", "images", False, "missing.mp4"),
+        ("folder/", "images", False, "folder"),
     ],
 )
 def test_sources(text: str, kind: str, live: bool, shown: str) -> None:
@@ -108,7 +108,7 @@ def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, video:
     require_decoder(parse_source("test"))
 
 
-def test_the_number_in_a_picture() -> None:
+def test_the_number_in_a_image() -> None:
     for number in (0, 1, 12345, (1 << BITS) - 1, 1 << BITS):
         cells = [255.0 if cell else 0.0 for cell in cells_of(number)]
         assert number_of(cells) == number % (1 << BITS)
@@ -220,7 +220,7 @@ def test_messages_arrive_whole() -> None:
     writer.join()
     assert message is not None
     assert message.header == FrameHeader(**TIMES, pts_s=1.5)
-    np.testing.assert_array_equal(message.pictures[0], picture)
+    np.testing.assert_array_equal(message.images[0], picture)
     with pytest.raises(StalledError):
         receive(ours, 0.05)
     os.write(theirs, b"\x10")
@@ -396,7 +396,7 @@ def test_a_pipeline_that_remarks_much(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     seen, before = [], threading.active_count()
     with pytest.raises(ValueError, match=r"^ERROR: from element x: location=rtsp://u:secret@h is gone\n$"):
-        seen.extend(frame.pictures[0][0, 0, 0] for frame in read_pipeline("a", Fit(4)))
+        seen.extend(frame.images[0][0, 0, 0] for frame in read_pipeline("a", Fit(4)))
     assert seen == list(range(5))
     assert threading.active_count() == before
 
@@ -452,7 +452,7 @@ def test_a_line_begins_with_its_source_and_leaves_out_what_is_none() -> None:
     assert list(said)[:4] == ["source", "frame", "skipped", "monotonic_s"]
     assert list(said)[-2:] == ["end_to_end_ms", "top"]
     assert said["top"] == [{"class": 1, "label": "a", "probability": 0.5}]
-    assert json.loads(line_of(PictureRecord("x", error="no"))[0]) == {"source": "x", "error": "no"}
+    assert json.loads(line_of(ImageRecord("x", error="no"))[0]) == {"source": "x", "error": "no"}
 
 
 def test_no_clock_that_can_be_set_is_read() -> None:

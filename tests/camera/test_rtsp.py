@@ -1,4 +1,4 @@
-"""A real RTSP server on 127.0.0.1 that is killed, returns, and returns with another picture."""
+"""A real RTSP server on 127.0.0.1 that is killed, returns, and returns with another image."""
 
 from __future__ import annotations
 

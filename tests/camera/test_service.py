@@ -158,7 +158,7 @@ def test_an_overlay(suffix: str, cells: Path, video: Path, tmp_path: Path) -> No
     for mine, theirs in pairs:
         a, b = (frame.to_ndarray(format="rgb24").astype(int) for frame in (mine, theirs))
         assert a.shape == b.shape
-        assert np.abs(a[150:] - b[150:]).mean() < 12  # The same picture below,
+        assert np.abs(a[150:] - b[150:]).mean() < 12  # The same image below,
         assert np.abs(a[:44, :100] - b[:44, :100]).mean() > 20  # and text above.
 
 

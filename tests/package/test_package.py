@@ -144,9 +144,9 @@ def test_names_of_files_stay_in_their_folder(target: str, name: str, tmp_path: P
 @pytest.mark.parametrize(
     ("manifest", "said"),
     [
-        ({"preprocessing": {"size": 8}}, "does not take one picture"),
-        ({"inputs": []}, "does not take one picture"),
-        ({"inputs": [{"name": "image", "dtype": "uint8", "shape": []}]}, "does not take one picture"),
+        ({"preprocessing": {"size": 8}}, "does not take one image"),
+        ({"inputs": []}, "does not take one image"),
+        ({"inputs": [{"name": "image", "dtype": "uint8", "shape": []}]}, "does not take one image"),
         ({"inputs": ["image"]}, 'inputs[0] is "image", not dict'),
         (
             {"outputs": [{"name": "features", "dtype": "float32", "shape": [1, {}]}]},
@@ -173,7 +173,7 @@ def test_wrong_usage(tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFi
     run = ["package", tiny_bundle, "-o", out]
     assert "Invalid value for '--for'" in call(capsys, *run, "--for", "vhs").err
     assert_refused(call(capsys, *run, "--for", "triton", "--batch", 4), "has a fixed batch of 1")
-    assert_refused(call(capsys, *run, "--for", "gstreamer", "--batch", 1), "do not go with GStreamer")
+    assert_refused(call(capsys, *run, "--for", "gstreamer", "--batch", 1), "cannot be combined with GStreamer")
     assert_refused(call(capsys, *run, "--for", "deepstream", "--kernels", "portable"), "goes with Triton")
     assert_refused(call(capsys, "package", tmp_path, "--for", "triton", "-o", out), "does not exist")
     for options, said in (({"target": "vhs"}, "target is 'vhs'"), ({"target": "triton", "kernels": "x"}, "kernels is")):

@@ -169,7 +169,7 @@ def test_engines_that_triton_does_not_run(tmp_path: Path) -> None:
         package_bundle(bundle, "triton", tmp_path / "other")
 
 
-def test_plans_that_take_no_single_picture(tmp_path: Path) -> None:
+def test_plans_that_take_no_single_image(tmp_path: Path) -> None:
     """As `build --min-batch 4` makes them: the warm-up and the server's own batching send one."""
     least = engine("8.7", batch=BatchRange(4, 4, 8))
     bundle = with_engines(make_bundle(tmp_path / "b", preprocessing={"size": 4}, name="m"), engine("8.7"), least)

@@ -89,7 +89,7 @@ class Browser:
         return [url for url in found if not url.startswith("data:")]
 
     def picture(self, path: Path) -> Path:
-        """A picture of the whole page, not of the window alone."""
+        """An image of the whole page, not of the window alone."""
         size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         shot = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)

@@ -40,7 +40,7 @@ def pages(real, tmp_path_factory):
     results = [real[kind] for kind in ("comparison", "profile", "evaluation", "estimate", "sweep")]
     for language in ("en", "ja"):
         path = folder / f"{language}.html"
-        write_report(results, path, language=language, prices=Prices(0.3, 0.1, "EUR"), pictures=False)
+        write_report(results, path, language=language, prices=Prices(0.3, 0.1, "EUR"), images=False)
     return folder
 
 

@@ -107,11 +107,11 @@ def test_nothing_is_loaded_and_nothing_runs(real, tmp_path):
 
 def test_every_measured_section_names_the_command_that_made_it(changed, tmp_path):
     path = changed("comparison", lambda r: r.update(command=["/x/__main__.py", "profile", "a b", "--against", "c"]))
-    _, page = written([path], tmp_path / "report.html", pictures=False)
+    _, page = written([path], tmp_path / "report.html", images=False)
     command = "sparsifiner-edge profile 'a b' --against c"
     assert page.text.count(command) == 4  # latency, memory, layers, method
     path = changed("comparison", lambda r: r.update(command=["bench/x.py", "--all"]))
-    _, page = written([path], tmp_path / "report.html", pictures=False)
+    _, page = written([path], tmp_path / "report.html", images=False)
     assert "python bench/x.py --all" in page.text
 
 
@@ -144,7 +144,7 @@ DIFFERENT = {
 def test_results_that_differ_are_refused(capsys, real, changed, tmp_path, field):
     # The side named here is the dense one of the comparison, so that it alone could be compared.
     other = changed("profile", DIFFERENT[field])
-    summary, page = written([real["comparison"], other], tmp_path / "r.html", pictures=False)
+    summary, page = written([real["comparison"], other], tmp_path / "r.html", images=False)
     assert list(summary["differences"]) == [field]
     assert summary["verdict"][0].startswith("No overall verdict")
     assert "must not be compared" in page.text
@@ -165,7 +165,7 @@ def test_no_ratio_across_precisions_even_within_one_result(changed, tmp_path):
 
 
 def test_the_same_conditions_are_no_difference(real, tmp_path):
-    summary, _ = written([real["comparison"], real["profile"]], tmp_path / "r.html", pictures=False, strict=True)
+    summary, _ = written([real["comparison"], real["profile"]], tmp_path / "r.html", images=False, strict=True)
     assert summary["differences"] == {}
 
 
@@ -197,7 +197,7 @@ def test_the_verdict(changed, tmp_path, verdict, ratio, text):
     def change(result):
         result["statistics"]["comparison"] |= {"verdict": verdict, "ratio": {"value": value, **bounds}}
 
-    summary, _ = written([changed("comparison", change)], tmp_path / "r.html", pictures=False)
+    summary, _ = written([changed("comparison", change)], tmp_path / "r.html", images=False)
     assert text in summary["verdict"][0]
     assert "accuracy" in summary["verdict"][-1]
 
@@ -212,7 +212,7 @@ def test_accuracies_in_percent(changed, tmp_path):
         }  # fmt: skip
 
     path = changed("evaluation", change)
-    summary, page = written([path], tmp_path / "r.html", pictures=False)
+    summary, page = written([path], tmp_path / "r.html", images=False)
     assert (
         "91.00 % right (top-1 accuracy), the dense model 91.50 %; difference -0.50 (-1.25 to +0.25)"
         in summary["verdict"][0]
@@ -266,10 +266,10 @@ def test_flags_stand_out(changed, tmp_path):
         result["statistics"]["against"]["flags"] = []
 
     path = changed("comparison", change)
-    summary, page = written([path], tmp_path / "r.html", pictures=False)
+    summary, page = written([path], tmp_path / "r.html", images=False)
     assert [flag["name"] for flag in summary["flags"]] == ["the clocks were throttled", "brand-new"]
     assert "2 warning(s)" in page.text
-    summary, _ = written([path], tmp_path / "r.html", pictures=False, language="ja")
+    summary, _ = written([path], tmp_path / "r.html", images=False, language="ja")
     assert "スロットリング" in summary["flags"][0]["name"]
     assert "冷却" in summary["flags"][0]["do"]
 
@@ -283,7 +283,7 @@ def test_a_bundle_made_anew_is_not_taken_for_the_one_measured(real, changed, tmp
             subject["sha256"] = "0" * 63 + subject["role"][0]
 
     path = changed("comparison", change)
-    _, page = written([path], tmp_path / "r.html", pictures=False)
+    _, page = written([path], tmp_path / "r.html", images=False)
     assert "was made anew since" in page.text
     with pytest.raises(ConfigError, match="measured by none"):
         write_report([path], tmp_path / "x.html", bundles=[real["dense"]])
@@ -304,7 +304,7 @@ def test_choices_by_measurement_are_shown(real, changed, tmp_path):
     def change(result):
         result["subjects"][0] |= {"path": "gone", "sha256": bundle_hash(bundle)}
 
-    _, page = written([changed("comparison", change)], tmp_path / "r.html", bundles=[bundle], pictures=False)
+    _, page = written([changed("comparison", change)], tmp_path / "r.html", bundles=[bundle], images=False)
     assert "0, 1 2.50 1.25 kept dense: sparse was slower" in page.text
 
 
@@ -398,7 +398,7 @@ def test_figures_of_another_shape_are_left_out(real, changed, tmp_path, value):
             place[path[-1]] = given
 
         target = tmp_path / f"{number}.html"
-        _, page = written([changed("comparison", change)], target, pictures=False, prices=Prices(1, 1))
+        _, page = written([changed("comparison", change)], target, images=False, prices=Prices(1, 1))
         assert page.open == []
 
 
@@ -426,7 +426,7 @@ def test_many_results_on_one_page(changed, tmp_path):
     paths = [
         changed("comparison", lambda r, n=n: r["machine"].update(cpu_model=f"CPU {n}"), f"{n}.json") for n in range(12)
     ]
-    summary, _ = written(paths, tmp_path / "r.html", pictures=False)
+    summary, _ = written(paths, tmp_path / "r.html", images=False)
     assert len(summary["differences"]["machine"]) == 12
     assert (tmp_path / "r.html").stat().st_size < 3_000_000
 
@@ -456,7 +456,7 @@ def test_without_jinja2_the_pip_command_is_named(monkeypatch, real, tmp_path):
 
 def test_a_refused_page_leaves_the_earlier_one(real, changed, tmp_path):
     target = tmp_path / "r.html"
-    write_report([real["comparison"]], target, pictures=False)
+    write_report([real["comparison"]], target, images=False)
     before = target.read_bytes()
     with pytest.raises(GateError):
         write_report([real["comparison"], changed("profile", DIFFERENT["machine"])], target, strict=True)

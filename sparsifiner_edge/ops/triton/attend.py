@@ -88,16 +88,16 @@ def attend_kernel(
     """
     stride: tl.constexpr = 3 * heads * width
     prefix_blocks: tl.constexpr = (prefix + block_m - 1) // block_m
-    head, picture = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     everything = tl.program_id(0) < prefix_blocks
     chunk = tl.maximum(tl.program_id(0) - prefix_blocks, 0)
     number = chunk // chunks
     start = tl.where(everything, tl.program_id(0) * block_m, prefix + number * tile + chunk % chunks * block_m)
     rows = start + tl.arange(0, block_m)
     real_rows = rows < tl.where(everything, prefix, tl.minimum(prefix + (number + 1) * tile, tokens))
-    lane = picture * heads + head
+    lane = image * heads + head
     lists = indices + (lane * tiles + number) * keys
-    base = qkv + picture * tokens * stride + head * width
+    base = qkv + image * tokens * stride + head * width
     q = load_rows(base, rows, stride, real_rows, width, block_d)
     peak = tl.full([block_m], float("-inf"), tl.float32)
     total = tl.zeros([block_m], tl.float32)
@@ -120,7 +120,7 @@ def attend_kernel(
             offset = tl.load(rest_sizes + rest + entries, mask=entries < cells, other=float("-inf"))[None, :]
             peak, total, out = softmax_step(q, k, v, offset, peak, total, out, factor, precision)
     store_rows(
-        output + picture * tokens * heads * width + head * width,
+        output + image * tokens * heads * width + head * width,
         rows, heads * width, real_rows, width, block_d, out / total[:, None],
     )  # fmt: skip
     tl.store(sums + lane * tokens + rows, peak + tl.log2(total), mask=real_rows)

@@ -42,17 +42,17 @@ def queries_kernel(
     """
     stride: tl.constexpr = 3 * heads * width
     prefix_blocks: tl.constexpr = (prefix + block_m - 1) // block_m
-    head, picture = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     everything = tl.program_id(0) < prefix_blocks
     chunk = tl.maximum(tl.program_id(0) - prefix_blocks, 0)
     number = chunk // chunks
     start = tl.where(everything, tl.program_id(0) * block_m, prefix + number * tile + chunk % chunks * block_m)
     rows = start + tl.arange(0, block_m)
     real_rows = rows < tl.where(everything, prefix, tl.minimum(prefix + (number + 1) * tile, tokens))
-    lane = picture * heads + head
+    lane = image * heads + head
     lists = indices + (lane * tiles + number) * keys
-    base = qkv + picture * tokens * stride + head * width
-    place = picture * tokens * heads * width + head * width
+    base = qkv + image * tokens * stride + head * width
+    place = image * tokens * heads * width + head * width
     q = load_rows(base, rows, stride, real_rows, width, block_d)
     dout = load_rows(grad + place, rows, heads * width, real_rows, width, block_d)
     out = load_rows(output + place, rows, heads * width, real_rows, width, block_d)
@@ -91,7 +91,7 @@ def queries_kernel(
             owed = (lane * tiles * chunks + chunk) * cells * width
             store_rows(grad_rest_keys + owed, entries, width, real, width, block_d, dk)
             store_rows(grad_rest_values + owed, entries, width, real, width, block_d, dv)
-    store_rows(grad_qkv + picture * tokens * stride + head * width, rows, stride, real_rows, width, block_d, dq * scale)
+    store_rows(grad_qkv + image * tokens * stride + head * width, rows, stride, real_rows, width, block_d, dq * scale)
 
 
 @triton.jit
@@ -132,9 +132,9 @@ def keys_kernel(
 ):  # fmt: skip
     """Grid (key blocks, H, B): dk and dv of a block of tokens, over all rows that read any of them."""
     stride: tl.constexpr = 3 * heads * width
-    head, picture = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    lane = picture * heads + head
-    base = qkv + picture * tokens * stride + head * width
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    lane = image * heads + head
+    base = qkv + image * tokens * stride + head * width
     columns = tl.program_id(0) * block_n + tl.arange(0, block_n)
     real = columns < tokens
     k = load_rows(base + heads * width, columns, stride, real, width, block_d)
@@ -153,7 +153,7 @@ def keys_kernel(
         if tl.max(tl.max(read.to(tl.int32), 1), 0) > 0:
             q = load_rows(base, rows, stride, real_rows, width, block_d)
             dout = load_rows(
-                grad + picture * tokens * heads * width + head * width,
+                grad + image * tokens * heads * width + head * width,
                 rows, heads * width, real_rows, width, block_d,
             )  # fmt: skip
             row_sums = tl.load(sums + lane * tokens + rows, mask=real_rows, other=float("inf"))[None, :]
@@ -168,6 +168,6 @@ def keys_kernel(
         inside = real & (columns >= first)
         dk += load_rows(owed, columns - first, 2 * width, inside, width, block_d)
         dv += load_rows(owed + width, columns - first, 2 * width, inside, width, block_d)
-    target = grad_qkv + picture * tokens * stride + (heads + head) * width
+    target = grad_qkv + image * tokens * stride + (heads + head) * width
     store_rows(target, columns, stride, real, width, block_d, dk)
     store_rows(target + heads * width, columns, stride, real, width, block_d, dv)

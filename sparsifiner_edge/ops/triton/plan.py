@@ -22,7 +22,7 @@ _LOG2_E = math.log2(math.e)
 _GRID_LIMIT = 65535
 """CUDA's limit of a grid's second and third dimension."""
 _OFFSET_LIMIT = 2**31
-"""Offsets within one picture's tensors are 32 bits wide."""
+"""Offsets within one image's tensors are 32 bits wide."""
 
 
 Constant: TypeAlias = int | float | str
@@ -123,7 +123,7 @@ def _size_refusals(attributes: Mapping[str, AttributeValue], shapes: Sequence[Se
         "patches": "number of patches",
     }
     reasons = [f"{names[k]} {v} exceeds {MOST[k]}" for k, v in sizes.items() if v > MOST[k]]
-    reasons += [f"{k} has {v} elements a picture, above 2^31" for k, v in largest.items() if v >= _OFFSET_LIMIT]
+    reasons += [f"{k} has {v} elements an image, above 2^31" for k, v in largest.items() if v >= _OFFSET_LIMIT]
     if max(batch, heads) > _GRID_LIMIT:
         reasons.append(f"batch {batch} or heads {heads} exceed {_GRID_LIMIT}")
     return reasons

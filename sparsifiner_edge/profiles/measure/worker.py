@@ -56,7 +56,7 @@ def fixed_inputs(specs: list[TensorSpec], seed: int = SEED, batch: int = 1) -> d
         kind = np.dtype(spec.dtype)
         if len(sizes) != len(shape) or (kind != np.uint8 and kind.kind != "f"):
             raise BackendError(
-                f"Input {spec.name!r} ({spec}) cannot be made up for a measurement.",
+                f"Input {spec.name!r} ({spec}) cannot be synthesised for a measurement.",
                 "Export with uint8 or float inputs, dynamic in the batch alone.",
             )
         arrays[spec.name] = (

@@ -179,7 +179,7 @@ def version_text(number: int) -> str:
 _FIXES = (
     (_NO_DRIVER, "Install or update NVIDIA's driver; `nvidia-smi` must work first."),
     (_NO_DEVICE, "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it."),
-    (_MEMORY, "The device is out of memory: end other programs on it, or take a smaller batch or picture."),
+    (_MEMORY, "The device is out of memory: end other programs on it, or take a smaller batch or image."),
     (_LOST, "The device is lost to this process: start it again; if it happens again, build the engine again."),
 )
 

@@ -1,4 +1,4 @@
-"""Pictures that cannot be read."""
+"""Images that cannot be read."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def noise(path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
 
 
-BAD_PICTURES: dict[str, Callable[[Path], object]] = {
+BAD_IMAGES: dict[str, Callable[[Path], object]] = {
     "truncated.png": lambda p: (noise(p), os.truncate(p, 2000)),
     "truncated.jpg": lambda p: (noise(p), os.truncate(p, 1500)),
-    "text.png": lambda p: p.write_text("not a picture"),
+    "text.png": lambda p: p.write_text("not an image"),
     "empty.jpg": lambda p: p.write_bytes(b""),
     "bomb.png": lambda p: p.write_bytes(png_of_size(30_000, 30_000)),
     "sizeless.png": lambda p: p.write_bytes(png_of_size(0, 0)),

@@ -1,4 +1,4 @@
-"""Pictures from files and folders, as uint8 arrays of the size a model takes."""
+"""Images from files and folders, as uint8 arrays of the size a model takes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.bounds import MOST_SIDE
-from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError, PictureError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
 from sparsifiner_edge.files import open_regular
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What these endings stand for, and no other decoder: one of Pillow's starts another program."""
-Picture = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8]
 Item = TypeVar("Item")
 
 
-def list_pictures(source: Path) -> list[Path]:
-    """The picture `source` itself, or every picture below the folder `source`, sorted by path.
+def list_images(source: Path) -> list[Path]:
+    """The image `source` itself, or every image below the folder `source`, sorted by path.
 
     Raises:
-        PictureError: it does not exist or holds no picture.
+        ImageError: it does not exist or holds no image.
     """
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise PictureError(f"{source} does not exist.", "Give a picture or a folder of pictures.")
+        raise ImageError(f"{source} does not exist.", "Give an image or a folder of images.")
     found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
-        raise PictureError(f"{source} holds no picture.", f"Known endings: {', '.join(sorted(SUFFIXES))}.")
+        raise ImageError(f"{source} holds no image.", f"Known endings: {', '.join(sorted(SUFFIXES))}.")
     return found
 
 
@@ -66,42 +66,42 @@ def class_order(folders: Iterable[str], labels: Sequence[str]) -> tuple[str, ...
     return tuple(labels)
 
 
-def load_picture(path: Path, size: int) -> Picture:
-    """Centre square of a picture, resized bicubically: uint8 RGB [size, size, 3].
+def load_image(path: Path, size: int) -> Pixels:
+    """Centre square of an image, resized bicubically: uint8 RGB [size, size, 3].
 
     Raises:
-        PictureError: the file is missing, no regular file, truncated, no picture, or absurdly large.
+        ImageError: the file is missing, no regular file, truncated, no image, or absurdly large.
         ConfigError: so is the size.
     """
     if size > MOST_SIDE:
-        raise ConfigError(f"Pictures of {size} px are asked for.", f"Use at most {MOST_SIDE} pixels along a side.")
+        raise ConfigError(f"Images of {size} px are asked for.", f"Use at most {MOST_SIDE} pixels along a side.")
 
-    def square(image: Any) -> Picture:
+    def square(image: Any) -> Pixels:
         image.draft("RGB", (size, size))
         return np.array(_centre_square(image).convert("RGB").resize((size, size), _pillow().Resampling.BICUBIC))
 
-    picture: Picture = _read(path, square)
-    return picture
+    image: Pixels = _read(path, square)
+    return image
 
 
-def resized(pixels: npt.NDArray[np.uint8], size: int) -> Picture:
+def resized(pixels: npt.NDArray[np.uint8], size: int) -> Pixels:
     """A square of pixels, grey [s,s] or RGB [s,s,3], resized bicubically: uint8 RGB [size, size, 3]."""
     image_module = _pillow()
     image = image_module.fromarray(pixels).convert("RGB")
     return np.array(image.resize((size, size), image_module.Resampling.BICUBIC))
 
 
-def open_picture(path: Path) -> Any:
-    """A picture as Pillow's RGB image, read whole.
+def open_image(path: Path) -> Any:
+    """An image as Pillow's RGB image, read whole.
 
     Raises:
-        PictureError: as of `load_picture`.
+        ImageError: as of `load_image`.
     """
     return _read(path, lambda image: image.convert("RGB"))
 
 
-def decode_picture(file: BinaryIO, name: str) -> Any:
-    """As `open_picture`, of an open file; `name` is for messages."""
+def decode_image(file: BinaryIO, name: str) -> Any:
+    """As `open_image`, of an open file; `name` is for messages."""
     return _decoded(file, name, lambda image: image.convert("RGB"))
 
 
@@ -110,7 +110,7 @@ def _read(path: Path, use: Callable[[Any], Any]) -> Any:
         with open_regular(path) as file:
             return _decoded(file, str(path), use)
     except ArtifactError as error:  # Missing, a pipe, a device.
-        raise PictureError(f"{path} cannot be read as a picture: {error.what}", _FIX) from error
+        raise ImageError(f"{path} cannot be read as an image: {error.what}", _FIX) from error
 
 
 _FIX = "Replace or remove it."
@@ -128,12 +128,12 @@ def _decoded(file: BinaryIO, name: str, use: Callable[[Any], Any]) -> Any:
     except Exception as error:
         unknown = isinstance(error, image_module.UnidentifiedImageError)  # It would say in which object of Python's.
         why = f"it is none of {', '.join(_FORMATS)}" if unknown else error
-        raise PictureError(f"{name} cannot be read as a picture: {why}.", _FIX) from error
+        raise ImageError(f"{name} cannot be read as an image: {why}.", _FIX) from error
 
 
-def load_batch(paths: list[Path], size: int) -> Picture:
-    """Pictures stacked: uint8 [len(paths), size, size, 3]."""
-    return np.stack([load_picture(path, size) for path in paths])
+def load_batch(paths: list[Path], size: int) -> Pixels:
+    """Images stacked: uint8 [len(paths), size, size, 3]."""
+    return np.stack([load_image(path, size) for path in paths])
 
 
 def _centre_square(image: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Pictures that cannot be read, and folders without any."""
+"""Images that cannot be read, and folders without any."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sparsifiner_edge.errors import PictureError
-from sparsifiner_edge.pictures import load_picture, open_picture
-from tests.bad_pictures import BAD_PICTURES
+from sparsifiner_edge.errors import ImageError
+from sparsifiner_edge.images import load_image, open_image
+from tests.bad_images import BAD_IMAGES
 from tests.commands import Outcome, assert_refused, call
 
 Capsys = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_a_picture_that_cannot_be_read(
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_image_that_cannot_be_read(
     name: str, bundle: Path, tiny_student: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
-    BAD_PICTURES[name](tmp_path / name)
+    BAD_IMAGES[name](tmp_path / name)
     for command in (["run", bundle, "--source"], ["evaluate", tiny_student, "--data"]):
         outcome = call(capsys, *command, tmp_path / name)
-        assert_refused(outcome, f"{tmp_path / name} cannot be read as a picture", "Replace or remove it")
+        assert_refused(outcome, f"{tmp_path / name} cannot be read as an image", "Replace or remove it")
 
 
 def test_what_is_no_file_or_another_programs(tmp_path: Path) -> None:
@@ -36,39 +36,39 @@ def test_what_is_no_file_or_another_programs(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
     (tmp_path / "x.eps").rename(tmp_path / "eps.png")
     for name, text in (("pipe", "not a regular file"), ("zero", "not a regular file"), ("eps", "it is none of BMP,")):
-        for read in (open_picture, lambda path: load_picture(path, 8)):
-            with pytest.raises(PictureError, match=rf"{name}\.png cannot be read as a picture: .*{text}"):
+        for read in (open_image, lambda path: load_image(path, 8)):
+            with pytest.raises(ImageError, match=rf"{name}\.png cannot be read as an image: .*{text}"):
                 read(tmp_path / f"{name}.png")
 
 
 @pytest.mark.parametrize("where", ["missing", "empty", "without"])
-def test_folders_without_pictures(
+def test_folders_without_images(
     where: str, bundle: Path, tiny_student: Path, tmp_path: Path, sparsify: Callable[..., Outcome], capsys: Capsys
 ) -> None:
     folder = tmp_path / where
     if where != "missing":
         folder.mkdir()
     if where == "without":
-        (folder / "notes.txt").write_text("no picture")
-    said = f"{folder} does not exist" if where == "missing" else f"{folder} holds no picture"
+        (folder / "notes.txt").write_text("no image")
+    said = f"{folder} does not exist" if where == "missing" else f"{folder} holds no image"
     assert_refused(call(capsys, "run", bundle, "--source", folder), said)
     assert_refused(call(capsys, "evaluate", tiny_student, "--data", folder), said)
     assert_refused(sparsify("--calibrate", folder), said)
 
 
-def test_one_bad_picture_among_good_ones(bundle: Path, pictures: Path, tmp_path: Path, capsys: Capsys) -> None:
+def test_one_bad_image_among_good_ones(bundle: Path, pictures: Path, tmp_path: Path, capsys: Capsys) -> None:
     source, lines = Path(shutil.copytree(pictures, tmp_path / "source")), tmp_path / "lines"
-    BAD_PICTURES["text.png"](source / "picture1_bad.png")
+    BAD_IMAGES["text.png"](source / "picture1_bad.png")
     for to_file in (False, True):
         outcome = call(capsys, "run", bundle, "--source", source, *(["--output", lines] if to_file else []))
         assert outcome.code == 2
-        assert outcome.err == "error: 1 of 4 pictures could not be read; their lines say why.\n"
+        assert outcome.err == "error: 1 of 4 images could not be read; their lines say why.\n"
         records = [json.loads(line) for line in (lines.read_text() if to_file else outcome.out).splitlines()]
         assert ["error" in record for record in records] == [False, False, True, False]
-        assert "picture1_bad.png cannot be read as a picture" in records[2]["error"]
+        assert "picture1_bad.png cannot be read as an image" in records[2]["error"]
 
 
-def test_a_bad_picture_stops_calibration(pictures: Path, tmp_path: Path, sparsify: Callable[..., Outcome]) -> None:
+def test_a_bad_image_stops_calibration(pictures: Path, tmp_path: Path, sparsify: Callable[..., Outcome]) -> None:
     source = Path(shutil.copytree(pictures, tmp_path / "source"))
-    BAD_PICTURES["truncated.png"](source / "a.png")
+    BAD_IMAGES["truncated.png"](source / "a.png")
     assert_refused(sparsify("--calibrate", source), f"{source / 'a.png'} cannot be read")
