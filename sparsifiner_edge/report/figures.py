@@ -146,6 +146,6 @@ def _fitted_to_page(tag: str) -> str:
     if group:
         return f"<g><title>{group[1].removeprefix(NOTE)}</title>" if group[1].startswith(NOTE) else "<g>"
     tag = re.sub(' clip-path="[^"]*"', "", tag)
-    tag = re.sub(r"font: ((?:\d+ )?)([\d.]+px)[^;\"]*", r"font-weight: \1; font-size: \2", tag)  # Before 3.10.
+    tag = re.sub(r"font: ((?:\d+ )?)([\d.]+px)[^;\"]*", r"font-weight: \1; font-size: \2", tag)  # Of older versions.
     tag = re.sub(r"font-family: [^;\"]*(; )?", "", tag)
     return re.sub("#[0-9a-f]{6}", lambda colour: _NAMES.get(colour[0], colour[0]), tag)

@@ -284,7 +284,7 @@ def test_a_bundle_made_anew_is_not_taken_for_the_one_measured(real, changed, tmp
 
     path = changed("comparison", change)
     _, page = written([path], tmp_path / "r.html", images=False)
-    assert "was made anew since" in page.text
+    assert "was exported again since" in page.text
     with pytest.raises(ConfigError, match="measured by none"):
         write_report([path], tmp_path / "x.html", bundles=[real["dense"]])
     assert not (tmp_path / "x.html").exists()
