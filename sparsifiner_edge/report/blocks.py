@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sparsifiner_edge.report.draw import Drawing, svg
 from sparsifiner_edge.report.read import Source
-
-WIDE, NARROW = 720.0, 340.0
-"""Widths of a chart on a desk and on a telephone: the same text size on either."""
 
 
 class Figure(NamedTuple):
-    """A chart in both widths; `name` is that of its PNG."""
+    """A chart; `label` says in words what it shows.
+
+    Attributes:
+        name: that of its PNG. draw: width in pixels -> a matplotlib figure.
+    """
 
     name: str
     title: str
-    wide: Drawing
-    narrow: Drawing
+    label: str
+    draw: Callable[[float], Any]
     kind: str = "figure"
-
-    @property
-    def svg_wide(self) -> str:
-        """SVG for wide windows and paper."""
-        return svg(self.wide, "wide")
-
-    @property
-    def svg_narrow(self) -> str:
-        """SVG for telephones."""
-        return svg(self.narrow, "narrow")
 
 
 class Table(NamedTuple):
@@ -54,19 +44,11 @@ Block = Figure | Table | Note
 
 
 class Section(NamedTuple):
-    """A heading, what is below it, and the commands that reproduce its figures."""
+    """What is below a heading, and the commands that reproduce its figures; `name` leads to its title and intro."""
 
     name: str
-    title: str
-    intro: str
     blocks: Sequence[Block]
     commands: Sequence[str] = ()
-    estimate: bool = False
-
-
-def figure(name: str, title: str, draw: Callable[[float], Drawing]) -> Figure:
-    """A chart drawn at both widths."""
-    return Figure(name, title, draw(WIDE), draw(NARROW))
 
 
 def commands_of(sources: Iterable[Source]) -> list[str]:

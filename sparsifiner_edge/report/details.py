@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.bounds import finite_number
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.report import charts
-from sparsifiner_edge.report.blocks import Block, Note, Section, Table, commands_of, figure
+from sparsifiner_edge.report.blocks import Block, Note, Section, Table, commands_of
 from sparsifiner_edge.report.compare import board_of, context, machine_of
 from sparsifiner_edge.report.read import MEASURED, SWEEP, Described, Side, Source
 from sparsifiner_edge.report.sections import Page, energy_of
@@ -76,7 +75,7 @@ def sparsity_section(page: Page, manifests: Sequence[Described]) -> Section:
         blocks.append(
             Note(f"{names}: {texts('sparsity.away')}", True, "sparsifiner-edge report RESULT.json --bundle BUNDLE/")
         )
-    return Section("sparsity", texts("sparsity.title"), texts("sparsity.intro"), blocks)
+    return Section("sparsity", blocks)
 
 
 _SETTINGS = ("preset", "keep", "tile", "probe", "channels", "cells", "dense_layers", "token_keep", "fuse_tokens")
@@ -126,8 +125,7 @@ def _cost_chart(manifests: Sequence[Described], texts: Texts) -> list[Block]:
     kinds = {k: texts.known(f"kind.{k}", k) for k in COST_KINDS if any(k in stack.parts for stack in stacks)}
     if not stacks:
         return []
-    alt = texts.listed([f"{stack.label}: {stack.text}" for stack in stacks])
-    chart = figure("macs", texts("sparsity.chart"), partial(charts.stacks, stacks, kinds, label=alt))
+    chart = charts.stack_chart("macs", texts("sparsity.chart"), stacks, kinds, texts)
     return [chart, Note(texts("sparsity.computed"))]
 
 
@@ -157,7 +155,7 @@ def cost_section(page: Page, prices: Prices) -> Section:
         blocks.append(
             Note(texts("cost.none"), True, "sparsifiner-edge report RESULT.json --price-kwh 0.30 --currency EUR")
         )
-        return Section("cost", texts("cost.title"), texts("cost.intro"), blocks)
+        return Section("cost", blocks)
     table, money = [], prices.currency or texts("cost.units")
     sides = [side for side in page.sides if side.role != SWEEP]
     for side in sides:
@@ -170,7 +168,7 @@ def cost_section(page: Page, prices: Prices) -> Section:
         Table([texts("cost.model"), texts("cost.energy", money=money), texts("cost.device", money=money)], table)
     )
     blocks.append(Note(texts("cost.prices", prices=texts.listed(given))))
-    return Section("cost", texts("cost.title"), texts("cost.intro"), blocks, commands_of(s.source for s in sides))
+    return Section("cost", blocks, commands_of(s.source for s in sides))
 
 
 def _price(amount: Interval | None, price: float | None, texts: Texts) -> str:
@@ -214,15 +212,13 @@ def estimate_section(page: Page) -> Section | None:
         table.append([side.label, board_of(side), *figures, fits])
     blocks: list[Block] = [Note(texts("estimate.warning"))]
     if bars:
-        alt = texts.listed([f"{bar.label}: {bar.text}" for bar in bars])
-        blocks.append(figure("estimate", texts("estimate.chart"), partial(charts.bars, bars, label=alt)))
+        blocks.append(charts.bar_chart("estimate", texts("estimate.chart"), bars, texts))
     head = [texts(f"estimate.{n}") for n in ("model", "board", "latency", "memory", "energy", "fits")]
     blocks.append(Table(head, table))
     blocks += _estimated_parts(sides, texts)
     methods = dict.fromkeys(clean(get(s.figures, "latency_ms", "method") or "", 400) for s in sides)
     blocks += [Note(texts("estimate.method", method=method)) for method in methods if method]
-    commands = commands_of(side.source for side in sides)
-    return Section("estimate", texts("estimate.title"), texts("estimate.intro"), blocks, commands, estimate=True)
+    return Section("estimate", blocks, commands_of(side.source for side in sides))
 
 
 def _estimated_parts(sides: Sequence[Side], texts: Texts) -> list[Block]:
@@ -237,9 +233,7 @@ def _estimated_parts(sides: Sequence[Side], texts: Texts) -> list[Block]:
     if not stacks:
         return []
     kinds = {kind: texts.known(f"kind.{kind}", kind) for stack in stacks for kind in stack.parts}
-    alt = texts.listed([f"{stack.label}: {stack.text}" for stack in stacks])
-    title = texts("estimate.parts")
-    return [figure("estimate-parts", title, partial(charts.stacks, stacks, kinds, label=alt))]
+    return [charts.stack_chart("estimate-parts", texts("estimate.parts"), stacks, kinds, texts)]
 
 
 def sweep_section(page: Page) -> Section | None:
@@ -250,16 +244,13 @@ def sweep_section(page: Page) -> Section | None:
         found = rows(side.figures, SWEEP)
         bars = [bar for row in found[:MAX_BARS] if (bar := _sweep_bar(row, index, texts)) is not None]
         if bars:
-            alt = texts.listed([f"{bar.label}: {bar.text}" for bar in bars])
             title = f"{texts('sweep.chart')} — {side.label}, {machine_of(side.source.result)}"
-            name = f"sweep-{index + 1}"
-            blocks.append(figure(name, title, partial(charts.bars, bars, label=alt)))
+            blocks.append(charts.bar_chart(f"sweep-{index + 1}", title, bars, texts))
         head = [texts(f"sweep.{name}") for name in ("threads", "batch", "p50", "p90", "throughput", "flags")]
         blocks.append(Table(head, [_sweep_row(row, texts) for row in found[:MAX_ROWS]]))
     if not sides:
         return None
-    commands = commands_of(side.source for side in sides)
-    return Section("sweep", texts("sweep.title"), texts("sweep.intro"), blocks, commands)
+    return Section("sweep", blocks, commands_of(side.source for side in sides))
 
 
 def _sweep_bar(row: Any, colour: int, texts: Texts) -> charts.Bar | None:
@@ -294,7 +285,7 @@ def others_section(page: Page, sources: Sequence[Source]) -> Section | None:
             blocks.append(Table([texts("others.name"), texts("others.value")], cells))
         if len(found) > MAX_ROWS:
             blocks.append(Note(texts("others.more", count=len(found) - MAX_ROWS)))
-    return Section("others", texts("others.title"), texts("others.intro"), blocks, commands_of(used)) if used else None
+    return Section("others", blocks, commands_of(used)) if used else None
 
 
 def method_section(page: Page, sources: Sequence[Source]) -> Section:
@@ -303,7 +294,7 @@ def method_section(page: Page, sources: Sequence[Source]) -> Section:
     for source in sources:
         sides = [side for side in page.sides if side.source is source]
         blocks.append(Table([source.about, source.kind], _about(source, sides, texts), words=True))
-    return Section("method", texts("method.title"), texts("method.intro"), blocks, commands_of(sources))
+    return Section("method", blocks, commands_of(sources))
 
 
 def _about(source: Source, sides: Sequence[Side], texts: Texts) -> list[list[str]]:

@@ -15,16 +15,9 @@ from sparsifiner_edge.files import require_file_path, write_bytes, write_text
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import details, sections
 from sparsifiner_edge.report.blocks import Figure, Section
-from sparsifiner_edge.report.compare import (
-    comparisons_in,
-    differences,
-    fields_named,
-    flags_of,
-    groups_of,
-    lead,
-)  # fmt: skip
+from sparsifiner_edge.report.compare import comparisons_in, differences, fields_named, flags_of, groups_of, lead
 from sparsifiner_edge.report.details import Prices
-from sparsifiner_edge.report.draw import PALETTE
+from sparsifiner_edge.report.figures import PALETTE, Drawn, drawn, fonts
 from sparsifiner_edge.report.read import Described, Source, accuracies_of, manifests_of, read_sources, sides_of
 from sparsifiner_edge.report.sections import Page
 from sparsifiner_edge.report.texts import Texts
@@ -91,12 +84,13 @@ def write_report(
         values = "; ".join(f"{fields_named([name], Texts('en'))}: {' against '.join(v)}" for name, v in found.items())
         raise GateError(f"The results cannot be compared: {values}.", "Measure all of them under the same conditions.")
     content = _content(page, sources, manifests, prices)
-    text = _render(page, sources, content, found)
-    written = _write_images(target, content, language) if images else "not asked for"
+    charts, why_none = _charts(content, language, images)
+    text = _render(page, sources, content, found, charts)
+    written = _write_images(target, charts)
     write_text(target, text)
     return Report(
         page=str(target),
-        images=written if isinstance(written, list) else Unavailable(written),
+        images=Unavailable(why_none) if why_none else written,
         verdict=lead(page.groups, sides, page.accuracies, texts),
         differences=found,
         flags=flags_of(sides, texts),
@@ -121,7 +115,34 @@ def _content(page: Page, sources: Sequence[Source], manifests: Sequence[Describe
     return [section for section in found if section is not None and section.blocks]
 
 
-def _render(page: Page, sources: Sequence[Source], content: Sequence[Section], found: dict[str, list[str]]) -> str:
+def _charts(content: Sequence[Section], language: str, images: bool) -> tuple[dict[str, Drawn], str]:
+    """Every chart by its name, without matplotlib none, and why there is no PNG."""
+    try:
+        families = fonts(language)
+    except MissingExtraError as error:
+        return {}, f"{error.what} {error.fix}" if images else "not asked for"
+    why = "" if images else "not asked for"
+    if images and families is None:
+        why = "no installed font has Japanese characters; install one, such as Noto Sans CJK (fonts-noto-cjk)"
+    figures = [block for section in content for block in section.blocks if isinstance(block, Figure)]
+    return {figure.name: drawn(figure, None if why else families) for figure in figures}, why
+
+
+def _write_images(target: Path, charts: dict[str, Drawn]) -> list[str]:
+    """Paths of the PNGs written."""
+    paths = {target.with_name(f"{target.stem}-{name}.png"): chart.png for name, chart in charts.items() if chart.png}
+    for path, content in paths.items():
+        write_bytes(path, content)
+    return [str(path) for path in paths]
+
+
+def _render(
+    page: Page,
+    sources: Sequence[Source],
+    content: Sequence[Section],
+    found: dict[str, list[str]],
+    charts: dict[str, Drawn],
+) -> str:
     try:
         import jinja2
     except ImportError as error:
@@ -148,6 +169,8 @@ def _render(page: Page, sources: Sequence[Source], content: Sequence[Section], f
         flags=flags_of(page.sides, texts),
         measured=bool(page.groups),
         sections=content,
+        charts=charts,
+        undrawn=not charts and any(isinstance(block, Figure) for section in content for block in section.blocks),
         joined=_joined,
         version=version("sparsifiner-edge"),
     )
@@ -158,22 +181,3 @@ def _joined(cell: str) -> str:
     for dash in "–～":
         cell = cell.replace(dash, f"\N{WORD JOINER}{dash}\N{WORD JOINER}")
     return cell
-
-
-def _write_images(target: Path, content: Sequence[Section], language: str) -> list[str] | str:
-    """Paths of the PNGs written, or why there are none."""
-    from sparsifiner_edge.report.png import fonts, png
-
-    try:
-        families = fonts(language)
-    except MissingExtraError as error:
-        return f"{error.what} {error.fix}"
-    if families is None:
-        return "no installed font has Japanese characters; install one, such as Noto Sans CJK (fonts-noto-cjk)"
-    figures = [block for section in content for block in section.blocks if isinstance(block, Figure)]
-    written = []
-    for figure in figures:
-        path = target.with_name(f"{target.stem}-{figure.name}.png")
-        write_bytes(path, png(figure.wide, figure.title, families))
-        written.append(str(path))
-    return written

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.report import charts
-from sparsifiner_edge.report.blocks import Block, Note, Section, Table, commands_of, figure
+from sparsifiner_edge.report.blocks import Block, Figure, Note, Section, Table, commands_of
 from sparsifiner_edge.report.compare import Group, metric_name, missing, signed
 from sparsifiner_edge.report.read import Accuracy, Side, layers_of
 from sparsifiner_edge.report.texts import Texts
@@ -25,6 +25,11 @@ class Page(NamedTuple):
     sides: Sequence[Side]
     accuracies: Sequence[Accuracy]
     texts: Texts
+
+    @property
+    def measured(self) -> list[Side]:
+        """The sides of all groups."""
+        return [side for group in self.groups for side in group.sides]
 
     def titled(self, key: str, group: Group) -> str:
         """A chart's title, with what sets its group apart."""
@@ -48,8 +53,7 @@ def accuracy_section(page: Page) -> Section:
     if not page.accuracies:
         blocks.append(Note(missing(None, texts, EVALUATE), True))
     sources = [found.source for found in page.accuracies]
-    commands = commands_of([*sources, *(s.source for g in page.groups for s in g.sides)] if sources else [])
-    return Section("accuracy", texts("accuracy.title"), texts("accuracy.intro"), blocks, commands)
+    return Section("accuracy", blocks, commands_of([*sources, *(s.source for s in page.measured)] if sources else []))
 
 
 def _points(asked: Sequence[Accuracy], group: Group) -> list[charts.Point]:
@@ -82,16 +86,13 @@ def _wilson(share: float, count: float, z: float = 1.96) -> Interval:
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def _scatter(page: Page, group: Group, metric: str, points: list[charts.Point], name: str) -> Any:
+def _scatter(page: Page, group: Group, metric: str, points: list[charts.Point], name: str) -> Figure:
     texts = page.texts
     y_title = texts("axis.cosine") if metric == "cosine" else texts("axis.percent", metric=metric_name(metric, texts))
     most = 1.0 if metric == "cosine" else 100.0
     label = texts("accuracy.alt", points=texts.listed([f"{p.label}: {shown(p.x)} ms, {shown(p.y)}" for p in points]))
-    return figure(
-        name + _suffix(page, group),
-        page.titled("accuracy.chart", group),
-        partial(charts.scatter, points, texts("axis.p50"), y_title, label=label, most=most),
-    )
+    draw = partial(charts.scatter, points, texts("axis.p50"), y_title, most=most)
+    return Figure(name + _suffix(page, group), page.titled("accuracy.chart", group), label, draw)
 
 
 def _suffix(page: Page, group: Group) -> str:
@@ -130,22 +131,15 @@ def latency_section(page: Page) -> Section:
             alt = texts.listed(
                 [f"{r.label}: " + ", ".join(f"{n} {plain(v)} ms" for n, v in r.marks.items()) for r in rows]
             )
-            blocks.append(
-                figure(
-                    "latency" + _suffix(page, group),
-                    page.titled("latency.chart", group),
-                    partial(charts.strips, rows, texts("axis.latency"), texts("axis.latency.log"), label=alt),
-                )
-            )
+            draw = partial(charts.strips, rows, texts("axis.latency"), texts("axis.latency.log"))
+            blocks.append(Figure("latency" + _suffix(page, group), page.titled("latency.chart", group), alt, draw))
         bare = [side.label for side in group.sides if not len(side.samples)]
         if bare:
             blocks.append(Note(texts("latency.no_samples", names=texts.listed(bare)), True))
         blocks.append(_latency_table(group, texts))
     if not page.groups:
         blocks.append(Note(missing(None, texts, PROFILE), True))
-    sides = [side for group in page.groups for side in group.sides]
-    commands = commands_of(side.source for side in sides)
-    return Section("latency", texts("latency.title"), texts("latency.intro"), blocks, commands)
+    return Section("latency", blocks, commands_of(side.source for side in page.measured))
 
 
 _MARKS = ("p50", "p90", "p99")
@@ -202,14 +196,11 @@ def energy_section(page: Page) -> Section:
                     bars.append(charts.Bar(f"{side.label} · {texts(f'energy.{kind}')}", milli, index, text))
                     used.append(side)
         if bars:
-            alt = texts.listed([f"{bar.label}: {bar.text}" for bar in bars])
             title = page.titled("energy.chart", group)
-            blocks.append(figure("energy" + _suffix(page, group), title, partial(charts.bars, bars, label=alt)))
+            blocks.append(charts.bar_chart("energy" + _suffix(page, group), title, bars, texts))
             blocks.append(_power_table(group, texts))
-    without = [side for group in page.groups for side in group.sides if not any(side is other for other in used)]
-    blocks += _not_measured(without, "energy", texts)
-    commands = commands_of(side.source for side in used)
-    return Section("energy", texts("energy.title"), texts("energy.intro"), blocks, commands)
+    blocks += _not_measured(page, used, "energy")
+    return Section("energy", blocks, commands_of(side.source for side in used))
 
 
 def _power_table(group: Group, texts: Texts) -> Table:
@@ -221,10 +212,10 @@ def _power_table(group: Group, texts: Texts) -> Table:
     return Table([texts(f"energy.{name}") for name in ("model", "mean_w", "idle_w", "source")], rows)
 
 
-def _not_measured(sides: Sequence[Side], name: str, texts: Texts) -> list[Block]:
-    """One note per reason, with the names of those that it is about."""
-    reasons: dict[str, list[str]] = {}
-    for side in sides:
+def _not_measured(page: Page, used: Sequence[Side], name: str) -> list[Block]:
+    """Why sides that are not `used` have no such figures: one note per reason, with their names."""
+    texts, reasons = page.texts, {}  # type: tuple[Texts, dict[str, list[str]]]
+    for side in (side for side in page.measured if not any(side is other for other in used)):
         found = side.figures.get(name)
         if name == "energy" and reason(found) is None:
             found = get(found, "gross_j_per_inference")
@@ -243,17 +234,15 @@ def memory_section(page: Page) -> Section:
             if peak is not None
         ]
         if bars:
-            alt = texts.listed([f"{bar.label}: {bar.text}" for bar in bars])
             title = page.titled("memory.chart", group)
-            blocks.append(figure("memory" + _suffix(page, group), title, partial(charts.bars, bars, label=alt)))
+            blocks.append(charts.bar_chart("memory" + _suffix(page, group), title, bars, texts))
             blocks.append(_memory_table(group, texts))
         blocks += [
             Note(f"{side.label}: {missing(None, texts, PROFILE)}", True) for _, side, peak in peaks if peak is None
         ]
     if not page.groups:
         blocks.append(Note(missing(None, texts, PROFILE), True))
-    commands = commands_of(side.source for group in page.groups for side in group.sides)
-    return Section("memory", texts("memory.title"), texts("memory.intro"), blocks, commands)
+    return Section("memory", blocks, commands_of(side.source for side in page.measured))
 
 
 def peak_of(side: Side) -> Interval | None:
@@ -291,27 +280,18 @@ def _megabytes(content: Any, texts: Texts) -> str:
 def layers_section(page: Page) -> Section:
     """Time per layer, the choice of keys apart."""
     texts, blocks, used = page.texts, [], []  # type: tuple[Texts, list[Block], list[Side]]
-    for group in page.groups:
-        for side in group.sides:
-            stacks = _layer_stacks(layers_of(side), texts)
-            if not stacks:
-                continue
-            used.append(side)
-            present = {kind for stack in stacks for kind in stack.parts}
-            kinds = {kind: texts.known(f"kind.{kind}", kind) for kind in sorted(present, key=_kind_order)}
-            alt = texts.listed([f"{stack.label}: {stack.text}" for stack in stacks])
-            blocks.append(
-                figure(
-                    f"layers-{len(used)}",
-                    f"{texts('layers.chart')} — {side.label}",
-                    partial(charts.stacks, stacks, kinds, label=alt),
-                )
-            )
-            blocks += _layer_sum(side, texts)
-    without = [side for group in page.groups for side in group.sides if not any(side is other for other in used)]
-    blocks += _not_measured(without, "layers", texts)
-    commands = commands_of(side.source for side in used)
-    return Section("layers", texts("layers.title"), texts("layers.intro"), blocks, commands)
+    for side in page.measured:
+        stacks = _layer_stacks(layers_of(side), texts)
+        if not stacks:
+            continue
+        used.append(side)
+        present = {kind for stack in stacks for kind in stack.parts}
+        kinds = {kind: texts.known(f"kind.{kind}", kind) for kind in sorted(present, key=_kind_order)}
+        title = f"{texts('layers.chart')} — {side.label}"
+        blocks.append(charts.stack_chart(f"layers-{len(used)}", title, stacks, kinds, texts))
+        blocks += _layer_sum(side, texts)
+    blocks += _not_measured(page, used, "layers")
+    return Section("layers", blocks, commands_of(side.source for side in used))
 
 
 _KIND_ORDER = ("selection", "attention", "projections", "mlp", "norms")

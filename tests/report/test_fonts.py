@@ -10,24 +10,24 @@ matplotlib = pytest.importorskip("matplotlib", reason="the extra report is not i
 def test_a_font_newer_than_the_list_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.font_manager import fontManager
 
-    from sparsifiner_edge.report import png
+    from sparsifiner_edge.report import figures
 
-    if png.fonts("ja") is None:
+    if figures.fonts("ja") is None:
         pytest.skip("no Japanese font is installed (fonts-noto-cjk)")
-    new = {entry.fname for entry in fontManager.ttflist if entry.name in png._CJK}
+    new = {entry.fname for entry in fontManager.ttflist if entry.name in figures._CJK}
     old = [entry for entry in fontManager.ttflist if entry.fname not in new]
     monkeypatch.setattr(fontManager, "ttflist", old)
-    found = png.fonts("ja")
+    found = figures.fonts("ja")
     assert found is not None
-    assert found[0] in png._CJK
+    assert found[0] in figures._CJK
 
 
 def test_without_any_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.font_manager import fontManager
 
-    from sparsifiner_edge.report import png
+    from sparsifiner_edge.report import figures
 
     monkeypatch.setattr(fontManager, "ttflist", [])
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
-    assert png.fonts("ja") is None
-    assert png.fonts("en") == ["DejaVu Sans"]
+    assert figures.fonts("ja") is None
+    assert figures.fonts("en") == ["DejaVu Sans"]

@@ -284,7 +284,7 @@ def test_a_bundle_made_anew_is_not_taken_for_the_one_measured(real, changed, tmp
 
     path = changed("comparison", change)
     _, page = written([path], tmp_path / "r.html", images=False)
-    assert "was made anew since" in page.text
+    assert "was exported again since" in page.text
     with pytest.raises(ConfigError, match="measured by none"):
         write_report([path], tmp_path / "x.html", bundles=[real["dense"]])
     assert not (tmp_path / "x.html").exists()
@@ -439,8 +439,11 @@ def test_without_matplotlib_there_is_the_page_alone(monkeypatch, real, tmp_path)
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.font_manager", None)
-    summary, _ = written([real["comparison"]], tmp_path / "r.html")
+    summary, page = written([real["comparison"]], tmp_path / "r.html")
     assert "sparsifiner-edge[report]" in summary["pictures"]["unavailable"]
+    assert page.text.count('pip install "sparsifiner-edge[report]"') == 1
+    assert not [tag for tag, _ in page.tags if tag == "svg"]
+    assert re.search(r"layer 0: [0-9.]+ ms", page.text)  # What a chart shows stands there in words.
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
 
 
