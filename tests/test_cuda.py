@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.runtime.cuda import Driver, Lane, Times, driver, open_driver, probe, pycuda
+from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers, Times, driver, open_driver, probe, pycuda
 from sparsifiner_edge.runtime.cuda.driver import fail
 from tests.fakes.cuda_modules import cuda_bindings
 from tests.fakes.gpu import Gpu
@@ -60,7 +60,7 @@ def test_a_lane_copies_computes_and_gives_all_back(monkeypatch, package, integra
     gpu = Gpu(integrated=integrated)
     install_cuda(monkeypatch, gpu, package)
     driver = open_driver()
-    with Lane(driver, *TWO) as lane:
+    with StreamBuffers(driver, *TWO) as lane:
         taken = gpu.live()
         first = lane.run({"x": np.float32([1, 2, 3, 4])}, FLOATS, doubling(gpu, lane))["y"]
         second = lane.run({"x": np.float32([5, 6, 7, 8])}, FLOATS, doubling(gpu, lane))["y"]
@@ -76,7 +76,7 @@ def test_a_lane_copies_computes_and_gives_all_back(monkeypatch, package, integra
 def test_pinned_and_mapped_without_copies_on_shared_memory(monkeypatch):
     gpu = Gpu(integrated=True)
     install_cuda(monkeypatch, gpu)
-    with Lane(open_driver(), *TWO) as lane:
+    with StreamBuffers(open_driver(), *TWO) as lane:
         lane.run({"x": np.float32([1, 2, 3, 4])}, FLOATS, doubling(gpu, lane))
     assert gpu.calls["cudaMemcpyAsync"] == gpu.calls["cudaMalloc"] == 0
     assert gpu.calls["cudaHostGetDevicePointer"] == 2
@@ -86,7 +86,7 @@ def test_a_repeated_run_is_recorded_once_and_launched(monkeypatch):
     gpu = Gpu(integrated=False)
     install_cuda(monkeypatch, gpu)
     ran: list[int] = []
-    with Lane(open_driver(), *TWO) as lane:
+    with StreamBuffers(open_driver(), *TWO) as lane:
         outputs = [
             lane.run({"x": np.full(4, n, np.float32)}, FLOATS, doubling(gpu, lane, ran), name)["y"][0]
             for n, name in enumerate(["a", "a", "a", "a", "b", "a", "a"])
@@ -104,7 +104,7 @@ def test_pycuda_runs_without_graphs(monkeypatch):
     install_cuda(monkeypatch, gpu, "pycuda")
     driver = open_driver()
     ran: list[int] = []
-    with Lane(driver, *TWO) as lane:
+    with StreamBuffers(driver, *TWO) as lane:
         for _ in range(3):
             lane.run({"x": np.zeros(4, np.float32)}, FLOATS, doubling(gpu, lane, ran), "a")
     assert len(ran) == 3
@@ -119,7 +119,7 @@ def test_pycuda_refuses_another_thread(monkeypatch):
     gpu = Gpu()
     install_cuda(monkeypatch, gpu, "pycuda")
     caught: list[BaseException] = []
-    with Lane(open_driver(), *TWO) as lane:
+    with StreamBuffers(open_driver(), *TWO) as lane:
 
         def elsewhere():
             try:
@@ -143,7 +143,7 @@ def test_a_failure_while_opening_leaves_nothing(monkeypatch, function):
     driver = open_driver()
     gpu.fail[function] = "cudaErrorMemoryAllocation"
     with pytest.raises(BackendError, match=r"(?s)cudaErrorMemoryAllocation.*out of memory"):
-        Lane(driver, *TWO)
+        StreamBuffers(driver, *TWO)
     assert gpu.live() == {}
 
 
@@ -154,7 +154,7 @@ def test_a_failure_while_opening_leaves_nothing(monkeypatch, function):
 def test_a_failure_while_running_leaves_nothing(monkeypatch, function):
     gpu = Gpu(integrated=False)
     install_cuda(monkeypatch, gpu)
-    with Lane(open_driver(), *TWO) as lane:
+    with StreamBuffers(open_driver(), *TWO) as lane:
         lane.run({"x": np.zeros(4, np.float32)}, FLOATS, doubling(gpu, lane), "a")
         gpu.fail[function] = "cudaErrorLaunchFailure"
         with pytest.raises(BackendError, match=r"(?s)cudaErrorLaunchFailure.*lost to this process: start it again"):
@@ -166,7 +166,7 @@ def test_a_failure_while_running_leaves_nothing(monkeypatch, function):
 def test_a_recording_that_fails_is_ended(monkeypatch):
     gpu = Gpu()
     install_cuda(monkeypatch, gpu)
-    with Lane(open_driver(), *TWO) as lane:
+    with StreamBuffers(open_driver(), *TWO) as lane:
         compute = doubling(gpu, lane)
         lane.run({"x": np.zeros(4, np.float32)}, FLOATS, compute, "a")
 
@@ -182,7 +182,7 @@ def test_a_recording_that_fails_is_ended(monkeypatch):
 def test_closing_frees_all_even_when_one_step_fails(monkeypatch):
     gpu = Gpu(integrated=False)
     install_cuda(monkeypatch, gpu)
-    lane = Lane(open_driver(), *TWO)
+    lane = StreamBuffers(open_driver(), *TWO)
     gpu.fail["cudaEventDestroy"] = "cudaErrorLaunchFailure"
     with pytest.raises(BackendError, match="to free an event"):
         lane.close()
@@ -193,7 +193,10 @@ def test_closing_frees_all_even_when_one_step_fails(monkeypatch):
 def test_what_does_not_fit_is_refused(monkeypatch):
     gpu = Gpu()
     install_cuda(monkeypatch, gpu)
-    with Lane(open_driver(), *TWO) as lane, pytest.raises(BackendError, match="'x' needs 20 bytes; its buffer has 16"):
+    with (
+        StreamBuffers(open_driver(), *TWO) as lane,
+        pytest.raises(BackendError, match="'x' needs 20 bytes; its buffer has 16"),
+    ):
         lane.run({"x": np.zeros(5, np.float32)}, FLOATS, doubling(gpu, lane))
 
 

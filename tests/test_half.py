@@ -20,7 +20,7 @@ from sparsifiner_edge.export import fp16 as module
 from sparsifiner_edge.export.check import golden_image
 from sparsifiner_edge.export.deployed import DeployedModel
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.export.fp16 import convert, halve
+from sparsifiner_edge.export.fp16 import convert, to_fp16
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import run_file
 from sparsifiner_edge.metrics import aligned, cosine
@@ -91,7 +91,7 @@ def test_islands_stay_float32_and_the_rest_does_not(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_close_to_float32_on_another_image(kind: str) -> None:
     single = small_file(kind)
-    half, found = halve(single, [golden_image(160)])
+    half, found = to_fp16(single, [golden_image(160)])
     image = golden_image(160, seed=9)
     wanted = run_file(single, image)
     outputs, lost = aligned(run_file(half, image), wanted)
@@ -166,7 +166,7 @@ def test_overflow_fails_the_gate() -> None:
         values = numpy_helper.to_array(tensor)
         tensor.CopyFrom(numpy_helper.from_array(values * (largest / np.abs(values).max()), tensor.name))
     with pytest.raises(GateError, match=r"Activations of '\w+' reach \d\.\d+e\+0\d, beyond float16"):
-        halve(model, [golden_image(160)])
+        to_fp16(model, [golden_image(160)])
 
 
 def test_a_weight_beyond_float16_is_named() -> None:
@@ -177,7 +177,7 @@ def test_a_weight_beyond_float16_is_named() -> None:
     values[0, 0] = 7e4
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     with pytest.raises(GateError, match=f"Weight '{weight}' holds 70000, beyond float16"):
-        halve(model, [golden_image(160)])
+        to_fp16(model, [golden_image(160)])
 
 
 @pytest.mark.parametrize(

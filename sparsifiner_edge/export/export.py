@@ -34,7 +34,7 @@ from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.check import OTHERS, SAME, check_export, golden_image
 from sparsifiner_edge.export.choose import keep_dense_where_slower
 from sparsifiner_edge.export.deployed import DeployedModel
-from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_COSINE_INT8, halve
+from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_COSINE_INT8, to_fp16
 from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
 from sparsifiner_edge.export.int8 import RECIPES, quantise, run_file
 from sparsifiner_edge.export.retile import with_tile
@@ -170,7 +170,7 @@ def _narrowed(
         made, least = _Narrow(*quantise(model, images, numbers.recipe, progress)), LEAST_COSINE_INT8
     if numbers.precision == "fp16" or numbers.recipe == "tensorrt":
         images = [golden_image(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
-        half, found = halve(made.model, images, least)
+        half, found = to_fp16(made.model, images, least)
         made = made._replace(model=half, float16=found)
     return made
 

@@ -47,7 +47,7 @@ _IN_HALF = frozenset({
 })  # fmt: skip
 
 
-def halve(
+def to_fp16(
     model: onnx.ModelProto, images: Sequence[Array], least: float | None = None
 ) -> tuple[onnx.ModelProto, Float16]:
     """Make a float16 file of an exported float32 file, or of one with int8 products, which stay.

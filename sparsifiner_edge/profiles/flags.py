@@ -135,11 +135,11 @@ def length_flags(latency_ms: Samples, cut_short: str | None = None) -> list[Flag
 
 
 def settling_flags(settled: bool, seconds: float, queries: int) -> list[Flag]:
-    """ "not-settled" where warm-up ended, after so much, before the latency stood still."""
+    """ "not-warmed-up" where warm-up ended, after so much, before the latency stood still."""
     if settled:
         return []
     what = f"after {seconds:.1f} s and {queries} queries of warm-up the latency still moved"
-    return [Flag("not-settled", what, "Close other programs, or fix the clocks, and measure again.")]
+    return [Flag("not-warmed-up", what, "Close other programs, or fix the clocks, and measure again.")]
 
 
 def kernel_flags(kernels: str | Unavailable) -> list[Flag]:
@@ -203,7 +203,7 @@ def power_flags(short: str, least_s: float) -> list[Flag]:
 
 
 def condition_flags(conditions: Seen, on: str) -> list[Flag]:
-    """ "throttled" and "clock-varies", from `sensors.conditions` before, during and after.
+    """ "throttled" and "clock-drift", from `sensors.conditions` before, during and after.
 
     Args:
         on: "cpu" or "gpu", where inferences run; what the clock of an idle GPU does is no matter.
@@ -218,5 +218,5 @@ def condition_flags(conditions: Seen, on: str) -> list[Flag]:
         clock = conditions.during.get(key)
         if clock and clock.lowest > 0 and clock.highest / clock.lowest - 1 > THRESHOLDS["clock"]:
             what = f"{name} went from {clock.lowest:.0f} to {clock.highest:.0f} MHz while queries ran"
-            found.append(Flag("clock-varies", what, _LOCK))
+            found.append(Flag("clock-drift", what, _LOCK))
     return found

@@ -205,6 +205,10 @@ def signed(points: Interval, texts: Texts) -> str:
     return f"{points.value:+.2f} ({texts('interval.signed', low=low, high=high)})"
 
 
+FLAGS_BEFORE = {"not-settled": "not-warmed-up", "clock-varies": "clock-drift"}
+"""What files of before call a flag -> its name."""
+
+
 def flags_of(sides: Sequence[Side], texts: Texts) -> list[dict[str, str]]:
     """Warnings of measurements: `side`, `name`, `what` as recorded, `do`; those of files that record none, from theirs.
 
@@ -215,6 +219,7 @@ def flags_of(sides: Sequence[Side], texts: Texts) -> list[dict[str, str]]:
         recorded = side.figures.get("flags")
         for flag in recorded if isinstance(recorded, list) else _implied(side):
             name = clean(get(flag, "flag") or "?")
+            name = FLAGS_BEFORE.get(name, name)
             what, do = (clean(get(flag, part) or "", 400) for part in ("what", "do"))
             if texts.language != "en" or not do:
                 do = texts.known(f"flag.{name}.do", do)
@@ -232,7 +237,7 @@ def _implied(side: Side) -> list[dict[str, str]]:
     method = side.source.result.method
     unsettled = get(method, "warm_up", side.role, "settled") is False
     short = method.get("cut_short")
-    found = [{"flag": "not-settled"}] if unsettled else []
+    found = [{"flag": "not-warmed-up"}] if unsettled else []
     return found + ([{"flag": "too-short", "what": str(short)}] if short else [])
 
 

@@ -226,7 +226,7 @@ def make_dense(attention: Any) -> None:
     attention.__class__ = _mixed(DenseAttention, attention.__class__)
 
 
-def make_dense_again(attention: Any) -> None:
+def restore_dense(attention: Any) -> None:
     """Turn a sparse attention, in place, into `DenseAttention`: its predictor is dropped."""
     del attention.select
     attention.__class__ = _mixed(DenseAttention, type(attention).__bases__[1])

@@ -274,6 +274,16 @@ def test_flags_stand_out(changed, tmp_path):
     assert "冷却" in summary["flags"][0]["do"]
 
 
+@pytest.mark.parametrize(("before", "now"), [("not-settled", "not-warmed-up"), ("clock-varies", "clock-drift")])
+def test_flags_of_before_are_known(changed, tmp_path, before, now):
+    def change(result):
+        result["statistics"]["subject"]["flags"] = [{"flag": before, "what": "it moved", "do": "Wait."}]
+        result["statistics"]["against"]["flags"] = []
+
+    summary, _ = written([changed("comparison", change)], tmp_path / "r.html", images=False)
+    assert [flag["name"] for flag in summary["flags"]] == [Texts("en").known(f"flag.{now}", "")]
+
+
 # ---- bundles
 
 

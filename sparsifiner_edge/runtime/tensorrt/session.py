@@ -21,7 +21,7 @@ from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.runtime import cuda
-from sparsifiner_edge.runtime.cuda import Driver, Lane, Times, open_driver
+from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers, Times, open_driver
 from sparsifiner_edge.runtime.session import Array, Description, validate_inputs, validate_outputs
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error, unusable_engine
 
@@ -77,9 +77,9 @@ class EngineSession:
             self._context = self._make_context()
             self.inputs, self.outputs = self._specs(manifest)
             self._profile = {spec.name: self._range(spec) for spec in self.inputs}
-            self._lane = stack.enter_context(self._make_lane())
+            self._buffers = stack.enter_context(self._make_buffers())
             for spec in (*self.inputs, *self.outputs):
-                self._context.set_tensor_address(spec.name, self._lane.pointer(spec.name))
+                self._context.set_tensor_address(spec.name, self._buffers.pointer(spec.name))
             self._stack = stack.pop_all()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
 
@@ -132,13 +132,13 @@ class EngineSession:
         least, _best, most = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, 0))
         return least, most
 
-    def _make_lane(self) -> Lane:
+    def _make_buffers(self) -> StreamBuffers:
         """Buffers for the greatest shapes."""
         self._bind({name: most for name, (_, most) in self._profile.items()})
         shapes = {s.name: tuple(self._context.get_tensor_shape(s.name)) for s in (*self.inputs, *self.outputs)}
         sizes = {s.name: math.prod(shapes[s.name]) * np.dtype(s.dtype).itemsize for s in (*self.inputs, *self.outputs)}
         inputs = {spec.name: sizes.pop(spec.name) for spec in self.inputs}
-        return Lane(self._driver, inputs, sizes)
+        return StreamBuffers(self._driver, inputs, sizes)
 
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
         if shapes == self._bound:
@@ -162,13 +162,13 @@ class EngineSession:
             threads=1,
             cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",
             graph=self._graph and self._driver.graphs,
-            zero_copy=self._lane.zero_copy,
+            zero_copy=self._buffers.zero_copy,
         )
 
     @property
     def last_times(self) -> Times | None:
         """Of the latest run, by the device's clock: copy in, compute, copy out."""
-        return self._lane.last_times
+        return self._buffers.last_times
 
     @property
     def driver(self) -> Driver:
@@ -236,12 +236,12 @@ class EngineSession:
         self._bind(shapes)
         outputs = {s.name: (np.dtype(s.dtype), tuple(self._context.get_tensor_shape(s.name))) for s in self.outputs}
         key = tuple(sorted(shapes.items())) if self._graph else None
-        answer = self._lane.run(inputs, outputs, self._enqueue, key)
+        answer = self._buffers.run(inputs, outputs, self._enqueue, key)
         validate_outputs(self._path, answer)
         return answer
 
     def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._lane.stream_number):
+        if not self._context.execute_async_v3(self._buffers.stream_number):
             raise run_error(self._path, "to run", self._messages)
 
     def _require_open(self) -> None:

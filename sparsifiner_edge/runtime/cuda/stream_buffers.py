@@ -28,7 +28,7 @@ class _Slot(NamedTuple):
     size: int
 
 
-class Lane:
+class StreamBuffers:
     """Buffers for some inputs and outputs, and a stream that copies in, computes and copies out.
 
     A context manager; whatever happens, `close` gives back all that was taken. On a device that shares the processor's
@@ -194,7 +194,7 @@ class Lane:
         finally:
             self._stream, self._events = None, []  # pycuda gives them back with their last reference.
 
-    def __enter__(self) -> Lane:
+    def __enter__(self) -> StreamBuffers:
         return self
 
     def __exit__(
