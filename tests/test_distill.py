@@ -410,3 +410,22 @@ def test_labels_beyond_the_classes_are_refused(folder: Path, start: Path, tmp_pa
         distill_student(
             three, folder, tmp_path / "x", dataset="folder", labels=True, held_out=held_out, overrides=SHORT
         )
+
+
+def test_a_checkpoint_that_says_pictures_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from sparsifiner_edge.distill import checkpoint
+    from sparsifiner_edge.distill.distill import _restore
+
+    restored: list[object] = []
+    training: Any = SimpleNamespace(
+        fingerprint=lambda: {"images": "hash", "images per step": 4, "seed": 0}, restore=restored.append
+    )
+    saved = SimpleNamespace(fingerprint={"pictures": "hash", "pictures per step": 4, "seed": 0})
+    monkeypatch.setattr(checkpoint, "load", lambda _: saved)
+    _restore(training, tmp_path)
+    assert restored == [saved]
+    saved.fingerprint["pictures per step"] = 8
+    with pytest.raises(ConfigError, match="began with other images per step: 8, now 4"):
+        _restore(training, tmp_path)

@@ -214,7 +214,7 @@ def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="token_keep holds"):
             parse_token_keep(text)
     assert parse_token_keep(" 3:.7, 6:.5 ") == ((3, 0.7), (6, 0.5))
-    with pytest.raises(ConfigError, match="fuse_tokens goes with"):
+    with pytest.raises(ConfigError, match="fuse_tokens requires"):
         dataclasses.replace(PAPER, fuse_tokens=True)
     with pytest.raises(ConfigError, match="go with a student"):
         export_bundle(TINY, tmp_path / "x", keep=0.5)

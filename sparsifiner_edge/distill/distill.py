@@ -221,7 +221,8 @@ def _clear(folder: Path) -> None:
 
 def _restore(training: Training, folder: Path) -> None:
     content = checkpoint.load(folder)
-    now, then = training.fingerprint(), content.fingerprint
+    # Checkpoints of before say "pictures".
+    now, then = training.fingerprint(), {n.replace("pictures", "images"): x for n, x in content.fingerprint.items()}
     for name, value in now.items():
         if then.get(name) != value:
             raise ConfigError(

@@ -341,7 +341,7 @@ class Training:
         recipe = self.recipe
         crops = (recipe.images.smallest_crop, recipe.images.flip, recipe.images.cut_mix)
         return {
-            "pictures": self.source.fingerprint,
+            "images": self.source.fingerprint,
             "crops": str(crops),
             **self.origin,
             "budgets": str(recipe.budgets),

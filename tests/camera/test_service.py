@@ -168,7 +168,7 @@ def test_overlays_that_are_refused(cells: Path, video: Path, tmp_path: Path, pic
     assert copy.read_bytes() == before
     assert_refused(process("run", cells, "--source", copy, "--overlay", tmp_path / "a.txt"), "is no video's name")
     assert_refused(
-        process("run", cells, "--source", pictures, "--overlay", tmp_path / "a.mp4"), "--overlay does not go"
+        process("run", cells, "--source", pictures, "--overlay", tmp_path / "a.mp4"), "--overlay cannot be combined"
     )
 
 
