@@ -3,8 +3,9 @@
     python benchmarks/house.py [--files]
 
 `untyped`: `dict[str, Any]`, `dict[str, object]`, `Mapping[str, Any]`, `Mapping[str, object]`, and uses of names that
-stand for one of them. `unavailable`: files with that word. Then the files that lock, replace a file by renaming, ask
-the kernel to end with their parent, or check parsed TOML or JSON field by field.
+stand for one of them. `unavailable`: files with that word. Then the files that lock, replace a file by renaming (a
+new file that is moved into a bundle replaces none), ask the kernel to end with their parent, or check parsed TOML or
+JSON field by field.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ UNTYPED = re.compile(r"(?:dict|Mapping)\[str, (?:Any|object)\]")
 ALIAS = re.compile(r"^(\w+)(?:: TypeAlias)? = (?:dict|Mapping)\[str, (?:Any|object)\]$", re.MULTILINE)
 ONCE = {
     "lock": r"\bflock\(",
-    "replace": r"\.replace\((?:place|target|path|folder / \w+)\)|\.rename\(|os\.(?:replace|rename)\(|renameat2",
+    "replace": r"\.replace\((?:place|target|path|folder / \w+)\)|\.rename\((?!folder / name)"
+    r"|os\.(?:replace|rename)\(|\)\.renameat2",
     "parent_death": r"PDEATHSIG|prctl\(1, 9",
     "field_by_field": r"get_type_hints\(|type\(value\) is kind",
 }
