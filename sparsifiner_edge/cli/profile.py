@@ -144,7 +144,7 @@ def _rows(figures: list[Figures]) -> list[tuple[str, list[Value]]]:
     if any(isinstance(figure.memory.device_bytes, int) for figure in figures):
         rows.append(row("memory of the device, MB", lambda f: _megabytes(f.memory.device_bytes)))
     for label, name in _ENERGY if any(not isinstance(figure.energy, Unavailable) for figure in figures) else ():
-        rows.append(row(label, lambda f, name=name: getattr(f.energy, name, None)))  # type: ignore[misc]
+        rows.append((label, [getattr(figure.energy, name, None) for figure in figures]))
     return rows
 
 
