@@ -429,3 +429,16 @@ def test_a_checkpoint_that_says_pictures_is_resumed(monkeypatch: pytest.MonkeyPa
     saved.fingerprint["pictures per step"] = 8
     with pytest.raises(ConfigError, match="began with other images per step: 8, now 4"):
         _restore(training, tmp_path)
+
+
+def test_recipes_of_before_say_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("[distil]\nsteps = 1\n[pictures]\nheld_out = 3\n")
+    assert read_recipe(str(path)).images.held_out == 3
+    assert read_recipe(str(path), ["pictures.held_out=4"]).images.held_out == 4
+    assert read_recipe(str(path), ["images.held_out=5"]).images.held_out == 5
+    with pytest.raises(ConfigError, match=r"images\.held_out is \"x\""):
+        read_recipe(str(path), ["images.held_out=x"])
+    path.write_text("[pictures]\nheld_out = 3\n[images]\nheld_out = 4\n")
+    with pytest.raises(ConfigError, match="both pictures and images"):
+        read_recipe(str(path))

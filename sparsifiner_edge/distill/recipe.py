@@ -132,11 +132,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     distil: Phase = Phase(steps=1000)
     losses: Losses = Losses()
     budgets: Budgets = Budgets()
-    images: Images = msgspec.field(default_factory=Images, name="pictures")
+    images: Images = Images()
 
 
-_STORED = {"images": "pictures"}
-"""Sections that files written by us, and recipes of before, know by an older name."""
+_NOW = {"pictures": "images"}
+"""What recipes of before call a section -> its name."""
 
 
 def names() -> list[str]:
@@ -151,14 +151,18 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: no such recipe, no TOML, a name is unknown, or a value is of the wrong type or out of range.
     """
-    content = {_STORED.get(name, name): value for name, value in _content(source).items()}
+    content = _content(source)
+    for before, now in _NOW.items():
+        if {before, now} <= content.keys():
+            raise ConfigError(f"The recipe has both {before} and {now}.", f"{before} is an older name: keep {now}.")
+    content = {_NOW.get(name, name): value for name, value in content.items()}
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"--set {override!r} has no value.", "Give NAME=VALUE, such as distil.steps=500.")
         section: Any = content
         first, *rest = name.strip().split(".")
-        *path, last = _STORED.get(first, first), *rest
+        *path, last = _NOW.get(first, first), *rest
         for part in path:
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
