@@ -5,12 +5,13 @@
 `untyped`: `dict[str, Any]`, `dict[str, object]`, `Mapping[str, Any]`, `Mapping[str, object]`, and uses of names that
 stand for one of them. `unavailable`: files with that word. Then the files that lock, replace a file by renaming (a
 new file that is moved into a bundle replaces none), ask the kernel to end with their parent, or check parsed TOML or
-JSON field by field.
+JSON field by field. `names`: public names that more than one module defines, less those that mean the same everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
 import json
 import re
@@ -26,6 +27,38 @@ ONCE = {
     "parent_death": r"PDEATHSIG|prctl\(1, 9",
     "field_by_field": r"get_type_hints\(|type\(value\) is kind",
 }
+
+# One meaning, several modules: an operator in each of its implementations, what every command or package target has.
+MIRRORED = {"reference", "torch", "select", "attention", "run"}
+INTERFACES = {"command", "main", "write", "open_device", "MODULE"}
+
+
+def public_names(text: str) -> set[str]:
+    """Names that a module defines at its top level, without what it keeps to itself."""
+    found: set[str] = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+    return {name for name in found if not name.startswith("_")}
+
+
+def names_in_two_senses(texts: dict[Path, str]) -> dict[str, list[str]]:
+    """Public name to the modules that define it, where they are several and not one interface or operator."""
+    defined: dict[str, list[Path]] = collections.defaultdict(list)
+    for path, text in texts.items():
+        for name in public_names(text):
+            defined[name].append(path)
+    return {
+        name: [str(path.relative_to(PACKAGE)) for path in paths]
+        for name, paths in sorted(defined.items())
+        if len(paths) > 1
+        and name not in INTERFACES
+        and not all(path.is_relative_to(PACKAGE / "ops") and path.stem in MIRRORED for path in paths)
+    }
 
 
 def untyped(texts: dict[Path, str]) -> collections.Counter[Path]:
@@ -46,11 +79,13 @@ def main() -> None:
     given = parser.parse_args()
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
     found = untyped(texts)
+    native = [path for end in ("*.cc", "*.h") for path in PACKAGE.rglob(end)]
     counts: dict[str, object] = {
         "untyped": found.total(),
         "unavailable": sum("unavailable" in text for text in texts.values()),
         **{name: sum(bool(re.search(what, text)) for text in texts.values()) for name, what in ONCE.items()},
-        "lines": sum(text.count("\n") for text in texts.values()),
+        "names": len(names_in_two_senses(texts)),
+        "lines": sum(text.count("\n") for text in [*texts.values(), *(path.read_text("utf-8") for path in native)]),
     }
     if given.files:
         names = {str(path.relative_to(PACKAGE)): count for path, count in found.most_common() if count}
@@ -58,6 +93,7 @@ def main() -> None:
             name: [str(path.relative_to(PACKAGE)) for path, text in texts.items() if re.search(what, text)]
             for name, what in ONCE.items()
         }
+        counts["names_files"] = names_in_two_senses(texts)
         counts |= {"untyped_files": names, **{f"{name}_files": files for name, files in places.items()}}
     print(json.dumps(counts, indent=2))
 
