@@ -48,7 +48,7 @@ def _prepare(c: dict[str, Any]) -> tuple[int, int]:
     return 3 * 2 * (patches + math.ceil(patches / c["probe"])) * c["block_d"] * c["block_c"], 0
 
 
-def _peaks(c: dict[str, Any]) -> tuple[int, int]:
+def _lse(c: dict[str, Any]) -> tuple[int, int]:
     probes, patches = _pairs(c)
     return 3 * probes * patches * c["block_c"], probes * patches
 
@@ -69,7 +69,7 @@ def _attend(c: dict[str, Any]) -> tuple[int, int]:
     return 2 * pairs * c["block_d"], pairs
 
 
-_WORK = {"prepare": _prepare, "peaks": _peaks, "scores": _scores, "rest": _rest, "attend": _attend}
+_WORK = {"prepare": _prepare, "lse": _lse, "scores": _scores, "rest": _rest, "attend": _attend}
 """Multiply-accumulates and exponentials of a kernel for one head of one image."""
 
 

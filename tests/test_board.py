@@ -81,7 +81,7 @@ def test_a_board_gets_code_table_and_model(bundle):
         assert (folder / code_file(87, name, "cubin")).read_bytes()[:4] == b"\x7fELF"
         assert launch.spilled_bytes == 0
     kinds = [node.op_type.rpartition("_")[0] for node in onnx.load(folder / entry.model).graph.node if node.domain]
-    assert kinds == ["prepare", "peaks", "scores", "select", "membership", "rest", "attend"]
+    assert kinds == ["prepare", "lse", "scores", "select", "membership", "rest", "attend"]
 
 
 def test_no_file_names_the_machine_that_made_it(bundle):
@@ -265,7 +265,7 @@ def test_numbers_of_the_table_are_those_of_the_model(bundle):
     attend = next(launch for launch in table.launches.values() if launch.kernel == "attend")
     assert attend.tensors["qkv"] == LaunchTensor("float32", (64, 192))
     assert attend.tensors["output"] == LaunchTensor("float32", (64, 64))
-    assert attend.outputs == ("output", "sums")
+    assert attend.outputs == ("output", "lse")
     member = next(launch for launch in table.launches.values() if launch.kernel == "membership")
     # 63 patches in rows of 64 bytes, given as 16 words.
     assert member.tensors["member"] == LaunchTensor("int32", (2, 4, 16))

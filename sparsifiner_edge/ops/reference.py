@@ -121,9 +121,9 @@ def landmark_scores(
 ) -> Array:
     """Selection scores [B,H,N-1,N] of LandmarkKeySelect."""
     q, k, _ = split_heads(qkv, num_heads)
-    asking = q[:, :, 1:] @ proj_q.astype(np.float64).T + bias_q
+    projected_q = q[:, :, 1:] @ proj_q.astype(np.float64).T + bias_q
     landmarks = (k @ proj_k.astype(np.float64).T + bias_k).swapaxes(-1, -2) @ down.astype(np.float64)
-    coefficients = _softmax(scale * asking @ landmarks)
+    coefficients = _softmax(scale * projected_q @ landmarks)
     least = np.sort(coefficients, -1)[..., -top_coefficients, None]
     coefficients = np.where(coefficients >= least, coefficients, 0)
     basis = np.abs(up.astype(np.float64))

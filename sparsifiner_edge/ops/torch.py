@@ -59,9 +59,9 @@ def run_means(x: Tensor, run: int) -> Tensor:
 def probe_logits(q: Tensor, k: Tensor, proj_q: Tensor, proj_k: Tensor, *, probe: int, scale: float) -> Tensor:
     """Predictor logits: patch q, k [B,H,P,d] -> [B,H,ceil(P/probe),P], in float32 and differentiable."""
     with torch.autocast(q.device.type, enabled=False):
-        asking = scale * run_means(q.float(), probe) @ proj_q.float()
-        answering: Tensor = k.float() @ proj_k.float()
-        return asking.matmul(answering.transpose(-1, -2))
+        projected_q = scale * run_means(q.float(), probe) @ proj_q.float()
+        projected_k: Tensor = k.float() @ proj_k.float()
+        return projected_q.matmul(projected_k.transpose(-1, -2))
 
 
 def value_deviation(v: Tensor, cell: int) -> Tensor:
@@ -156,9 +156,9 @@ def landmark_coefficients(
 ) -> Tensor:
     """Coefficients of patch queries over landmarks: q, k [B,H,N,d] -> float32 [B,H,N-1,L], differentiable."""
     with torch.autocast(q.device.type, enabled=False):
-        asking = F.linear(q[:, :, 1:].float(), proj_q.float(), bias_q.float())
+        projected_q = F.linear(q[:, :, 1:].float(), proj_q.float(), bias_q.float())
         landmarks = F.linear(k.float(), proj_k.float(), bias_k.float()).transpose(-1, -2) @ down.float()
-        return torch.softmax(scale * asking @ landmarks, -1)
+        return torch.softmax(scale * projected_q @ landmarks, -1)
 
 
 def landmark_attention(

@@ -187,7 +187,7 @@ def test_attention_and_gradient_stay_within_their_tensors(case: Case) -> None:
     assert untouched(guards)
     weights = torch.randn_like(done["output"])
     plan = plan_backward(shapes, case.attributes, "float32", 80)
-    given = {"qkv": qkv, "indices": lists, "output": done["output"], "sums": done["sums"], "grad": weights}
+    given = {"qkv": qkv, "indices": lists, "output": done["output"], "lse": done["lse"], "grad": weights}
     inside, guards = guarded(plan, given)
     assert torch.equal(launch(plan, inside)["grad_qkv"], gradients(case, qkv, lists, weights))
     assert untouched(guards)

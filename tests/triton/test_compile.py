@@ -20,10 +20,10 @@ from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backwar
 pytestmark = pytest.mark.slow
 PATCHES, HEADS, KEYS = 1024, 6, 103
 SOME: list[tuple[int, str, int, int, str, str]] = [
-    (87, "float16", 64, 64, "select", "prepare peaks scores select"),
+    (87, "float16", 64, 64, "select", "prepare lse scores select"),
     (87, "float16", 64, 64, "attend", "membership rest"),
     (87, "float16", 64, 64, "backward", "queries cells keys"),
-    (75, "float16", 64, 16, "select", "peaks scores"),
+    (75, "float16", 64, 16, "select", "lse scores"),
     (86, "float32", 64, 64, "attend", "rest attend"),
     (86, "float32", 64, 64, "backward", "queries"),
     (90, "bfloat16", 128, 64, "attend", "attend"),
@@ -90,7 +90,7 @@ def test_what_a_launcher_is_told() -> None:
     assert parameters[1] == attend.symbol
     assert parameters[2].count(".param .u64") == len(attend.arguments) + attend.hidden
     assert [x.name for x in attend.arguments] == [
-        "qkv", "indices", "rest_keys", "rest_values", "rest_sizes", "output", "sums",
+        "qkv", "indices", "rest_keys", "rest_values", "rest_sizes", "output", "lse",
     ]  # fmt: skip
     assert attend.grid == (1 + 16, HEADS, 1)
     assert attend.threads == 128

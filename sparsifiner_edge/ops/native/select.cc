@@ -1,8 +1,9 @@
 // KeySelect (ops/schema.py): low-rank probe scores of all keys, then the K best of each tile.
 //
-//   keys   [P][d] --Transpose16, proj_k--> answers [P/16][c][16]     lanes are keys
-//   probes [G][d] (means of queries) --proj_q--> asking [G][c]
-//   asking x answers --> logits [16 probes][P] --> log-softmax, maximum of a tile's probes, value bonus --> scores [P]
+//   keys   [P][d] --Transpose16, proj_k--> projected_k [P/16][c][16]     lanes are keys
+//   probes [G][d] (means of queries) --proj_q--> projected_q [G][c]
+//   projected_q x projected_k --> logits [16 probes][P] --> log-softmax, maximum of a tile's probes, value bonus
+//   --> scores [P]
 //   scores --BestKeys--> indices, ascending: the K-th value by narrowing a bracket, never a sort
 
 #undef HWY_TARGET_INCLUDE
@@ -29,11 +30,11 @@ struct SelectJob {
   size_t patches, padded, probes, tiles, stride;
   size_t cell_run, runs;  // keys whose bonus is found together, and how many such runs there are
   size_t lane_blocks;   // of 16 channels of proj_q
-  size_t asking_stride;
+  size_t projected_q_stride;
   size_t rows;          // of logits
   float* proj_k;        // [heads][c][stride]: transposed
   float* proj_q;        // [heads][lane_blocks][d][16], with scale and log2(e)
-  float* answers;       // [batch * heads][padded / 16][c][16]
+  float* projected_k;   // [batch * heads][padded / 16][c][16]
   float* bonus;         // [batch * heads][padded]
   const float *given_q, *given_k;
 };
@@ -53,7 +54,7 @@ void PackProjections(const SelectJob& job) {
   }
 }
 
-// What a thread needs for a block of answers or a cell's bonus.
+// What a thread needs for a block of projected keys or a cell's bonus.
 struct PrepareWork {
   float *turned, *mean, *squares;
 };
@@ -104,8 +105,8 @@ HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell, cons
   }
 }
 
-// 16 keys: projected to answers.
-HWY_INLINE void Answer(const SelectJob& job, size_t batch_head, size_t block, const PrepareWork& work) {
+// 16 keys, projected.
+HWY_INLINE void ProjectKeys(const SelectJob& job, size_t batch_head, size_t block, const PrepareWork& work) {
   const Packed& in = job.in;
   const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
   const size_t begin = block * kQueries, valid = std::min(kQueries, job.patches - begin);
@@ -115,10 +116,10 @@ HWY_INLINE void Answer(const SelectJob& job, size_t batch_head, size_t block, co
   for (size_t i = 0; i < kQueries; ++i) rows[i] = keys + (i < valid ? i : 0) * row;
   Transpose16(rows, in.width, 1.0f, work.turned);
   Scores<false>(work.turned, job.proj_k + head * c * job.stride, job.stride, in.width, c,
-                job.answers + (batch_head * (job.padded / kQueries) + block) * c * kQueries);
+                job.projected_k + (batch_head * (job.padded / kQueries) + block) * c * kQueries);
 }
 
-// What all tiles of a head share: a block of answers, or a cell's bonus.
+// What all tiles of a head share: a block of projected keys, or a cell's bonus.
 HWY_NOINLINE void PrepareItem(void* data, size_t item, void* own) {
   const SelectJob& job = *static_cast<const SelectJob*>(data);
   PrepareWork work;
@@ -126,7 +127,7 @@ HWY_NOINLINE void PrepareItem(void* data, size_t item, void* own) {
   const size_t blocks = job.padded / kQueries, units = blocks + job.runs;
   const size_t unit = item % units, batch_head = item / units;
   if (unit < blocks) {
-    Answer(job, batch_head, unit, work);
+    ProjectKeys(job, batch_head, unit, work);
   } else {
     Bonus(job, batch_head, unit - blocks, work);
   }
@@ -134,32 +135,34 @@ HWY_NOINLINE void PrepareItem(void* data, size_t item, void* own) {
 
 constexpr size_t kProbes = 16;
 
-// Mean queries of up to 16 probes from `probe` on, projected: asking [16][asking_stride].
-HWY_INLINE void Ask(const SelectJob& job, size_t batch, size_t head, size_t probe, size_t count,
-                    float* HWY_RESTRICT means, float* HWY_RESTRICT wide, float* HWY_RESTRICT asking) {
+// Mean queries of up to 16 probes from `probe` on, projected: [16][projected_q_stride].
+HWY_INLINE void ProjectProbes(const SelectJob& job, size_t batch, size_t head, size_t probe, size_t count,
+                              float* HWY_RESTRICT means, float* HWY_RESTRICT wide,
+                              float* HWY_RESTRICT projected_q) {
   const Packed& in = job.in;
   const size_t c = job.settings.channels, run = job.settings.probe;
   const size_t begin = probe * run, end = std::min(begin + count * run, job.patches);
   CellMeans(in.Queries(batch, head) + (job.settings.prefix + begin) * in.Row(), in.Row(), end - begin, run, in.width,
             job.stride, means);
   for (size_t b = 0; b < job.lane_blocks; ++b) {
-    Scores<true>(job.proj_q + (head * job.lane_blocks + b) * in.width * kQueries, means, job.stride, in.width, count, wide);
+    Scores<true>(job.proj_q + (head * job.lane_blocks + b) * in.width * kQueries, means, job.stride, in.width, count,
+                 wide);
     const size_t some = std::min(kQueries, c - b * kQueries);
     for (size_t g = 0; g < count; ++g) {
-      std::memcpy(asking + g * job.asking_stride + b * kQueries, wide + g * kQueries, some * sizeof(float));
+      std::memcpy(projected_q + g * job.projected_q_stride + b * kQueries, wide + g * kQueries, some * sizeof(float));
     }
   }
 }
 
 // logits[g][padded] of `count` probes, and the log2-sum-exp2 of each row.
-HWY_INLINE void ProbeLogits(const SelectJob& job, size_t batch_head, const float* asking, size_t count, bool normalise,
-                            float* HWY_RESTRICT logits, float* HWY_RESTRICT log_sums) {
+HWY_INLINE void ProbeLogits(const SelectJob& job, size_t batch_head, const float* projected_q, size_t count,
+                            bool normalise, float* HWY_RESTRICT logits, float* HWY_RESTRICT log_sums) {
   const D d;
   const size_t c = job.settings.channels, blocks = job.padded / kQueries;
-  const float* answers = job.answers + batch_head * blocks * c * kQueries;
+  const float* projected_k = job.projected_k + batch_head * blocks * c * kQueries;
   for (size_t block = 0; block < blocks; ++block) {
-    Scores<true>(answers + block * c * kQueries, asking, job.asking_stride, c, count, logits + block * kQueries,
-                 job.padded);
+    Scores<true>(projected_k + block * c * kQueries, projected_q, job.projected_q_stride, c, count,
+                 logits + block * kQueries, job.padded);
   }
   for (size_t g = 0; g < count; ++g) {
     float* HWY_RESTRICT row = logits + g * job.padded;
@@ -224,14 +227,14 @@ HWY_INLINE size_t GroupTiles(const SelectSettings& s) {
 
 // What a thread needs for a group of tiles.
 struct SelectWork {
-  float *means, *wide, *asking, *logits, *best, *rest;
+  float *means, *wide, *projected_q, *logits, *best, *rest;
 };
 
 HWY_INLINE size_t LayOut(const SelectJob& job, void* base, SelectWork* work) {
   Layout layout(base);
   work->means = layout.Take<float>(kProbes, job.stride);
   work->wide = layout.Take<float>(kProbes, kQueries);
-  work->asking = layout.Take<float>(kProbes, job.asking_stride);
+  work->projected_q = layout.Take<float>(kProbes, job.projected_q_stride);
   work->logits = layout.Take<float>(job.rows, job.padded);
   work->best = layout.Take<float>(job.padded);
   work->rest = layout.Take<float>(job.padded + 32);
@@ -248,7 +251,8 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* own) {
   const size_t per_tile = s.tile / s.probe;
   SelectWork work;
   LayOut(job, own, &work);
-  float *means = work.means, *wide = work.wide, *asking = work.asking, *logits = work.logits, *best = work.best;
+  float *means = work.means, *wide = work.wide, *projected_q = work.projected_q;
+  float *logits = work.logits, *best = work.best;
   float log_sums[kProbes];
   const size_t first = group * group_tiles, end = std::min(first + group_tiles, job.tiles);
   const auto choose = [&](size_t tile, Range range, float guess) {
@@ -260,12 +264,12 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* own) {
   float guess = std::numeric_limits<float>::quiet_NaN();
   if (per_tile <= kProbes) {
     const size_t probe = first * per_tile, count = std::min(end * per_tile, job.probes) - probe;
-    Ask(job, batch, head, probe, count, means, wide, asking);
-    ProbeLogits(job, batch_head, asking, count, per_tile > 1, logits, log_sums);
+    ProjectProbes(job, batch, head, probe, count, means, wide, projected_q);
+    ProbeLogits(job, batch_head, projected_q, count, per_tile > 1, logits, log_sums);
     for (size_t tile = first; tile < end; ++tile) {
-      const size_t mine = (tile - first) * per_tile, some = std::min(per_tile, count - mine);
+      const size_t from = (tile - first) * per_tile, some = std::min(per_tile, count - from);
       const Range range =
-          TileScores(job, batch_head, logits + mine * job.padded, log_sums + mine, some, false, true, best);
+          TileScores(job, batch_head, logits + from * job.padded, log_sums + from, some, false, true, best);
       guess = choose(tile, range, guess);
     }
     return;
@@ -274,8 +278,8 @@ HWY_NOINLINE void SelectGroup(void* data, size_t item, void* own) {
   Range range{};
   for (size_t probe = first * per_tile; probe < probe_end; probe += kProbes) {
     const size_t count = std::min(kProbes, probe_end - probe);
-    Ask(job, batch, head, probe, count, means, wide, asking);
-    ProbeLogits(job, batch_head, asking, count, true, logits, log_sums);
+    ProjectProbes(job, batch, head, probe, count, means, wide, projected_q);
+    ProbeLogits(job, batch_head, projected_q, count, true, logits, log_sums);
     range = TileScores(job, batch_head, logits, log_sums, count, probe != first * per_tile,
                        probe + kProbes >= probe_end, best);
   }
@@ -299,7 +303,7 @@ bool KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k,
   job.runs = (job.patches + job.cell_run - 1) / job.cell_run;
   job.stride = PackedWidth(in.width);
   job.lane_blocks = (settings.channels + kQueries - 1) / kQueries;
-  job.asking_stride = job.lane_blocks * kQueries;
+  job.projected_q_stride = job.lane_blocks * kQueries;
   job.rows = RoundUp(std::min(kProbes, job.probes), kPaddedRows);
   const size_t heads = in.batch * in.heads, blocks = job.padded / kQueries;
   void* base = nullptr;
@@ -307,7 +311,7 @@ bool KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k,
     Layout layout(base);
     job.proj_k = layout.Take<float>(in.heads, settings.channels, job.stride);
     job.proj_q = layout.Take<float>(in.heads, job.lane_blocks, in.width, kQueries);
-    job.answers = layout.Take<float>(heads, job.padded, settings.channels);
+    job.projected_k = layout.Take<float>(heads, job.padded, settings.channels);
     job.bonus = layout.Take<float>(heads, job.padded);
     if (pass == 0 && (base = parallel.Shared(layout.used())) == nullptr) return false;
   }

@@ -75,7 +75,7 @@ def rest_kernel(
 
 @triton.jit
 def attend_kernel(
-    qkv, indices, rest_keys, rest_values, rest_sizes, output, sums,
+    qkv, indices, rest_keys, rest_values, rest_sizes, output, lse,
     tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, first: tl.constexpr,
     tile: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, cells: tl.constexpr, factor: tl.constexpr,
     chunks: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
@@ -123,4 +123,4 @@ def attend_kernel(
         output + image * tokens * heads * width + head * width,
         rows, heads * width, real_rows, width, block_d, out / total[:, None],
     )  # fmt: skip
-    tl.store(sums + lane * tokens + rows, peak + tl.log2(total), mask=real_rows)
+    tl.store(lse + lane * tokens + rows, peak + tl.log2(total), mask=real_rows)

@@ -1,6 +1,6 @@
 """Gradient of SparseAttention in qkv: membership, rest (as forward) -> queries -> cells -> keys.
 
-    queries: each tile over its entries again (weights from the saved sums): dq, row sums of dO x O, and what it owes
+    queries: each tile over its entries again (weights from the saved lse): dq, row sums of dO x O, and what it owes
              the keys and values of each cell
     cells:   that reaches what a tile did not select: one product (1 - membership)^T x gradient / n
     keys:    each block of keys over all rows, masked by membership: dk, dv
@@ -18,19 +18,19 @@ from sparsifiner_edge.ops.triton.common import listed_tokens, load_rows, store_r
 
 
 @triton.jit
-def _weight_gradients(q, k, grad, v, sums, delta, offset, factor: tl.constexpr, precision: tl.constexpr):
+def _weight_gradients(q, k, grad, v, lse, delta, offset, factor: tl.constexpr, precision: tl.constexpr):
     """Softmax weights p [rows, entries] and the gradient of their logits p (dO v - delta).
 
-    With (k, q, v, grad) instead, and sums and delta along the other axis, both come out transposed.
+    With (k, q, v, grad) instead, and lse and delta along the other axis, both come out transposed.
     """
     logits = tl.dot(q, tl.trans(k), input_precision=precision) * factor + offset
-    weights = tl.exp2(logits - sums)
+    weights = tl.exp2(logits - lse)
     return weights, weights * (tl.dot(grad, tl.trans(v), input_precision=precision) - delta)
 
 
 @triton.jit
 def queries_kernel(
-    qkv, indices, rest_keys, rest_values, rest_sizes, output, sums, grad, grad_qkv, delta, grad_rest_keys,
+    qkv, indices, rest_keys, rest_values, rest_sizes, output, lse, grad, grad_qkv, delta, grad_rest_keys,
     grad_rest_values,
     tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, first: tl.constexpr,
     tile: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, cells: tl.constexpr, factor: tl.constexpr,
@@ -58,7 +58,7 @@ def queries_kernel(
     out = load_rows(output + place, rows, heads * width, real_rows, width, block_d)
     row_delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta + lane * tokens + rows, row_delta, mask=real_rows)
-    row_sums = tl.load(sums + lane * tokens + rows, mask=real_rows, other=float("inf"))
+    row_lse = tl.load(lse + lane * tokens + rows, mask=real_rows, other=float("inf"))
     dq = tl.zeros([block_m, block_d], tl.float32)
     count = tl.where(everything, tokens, first + keys)
     for begin in range(0, count, block_n):
@@ -69,7 +69,7 @@ def queries_kernel(
         v = load_rows(base + 2 * heads * width, token, stride, real, width, block_d)
         offset = tl.where(real, 0.0, float("-inf"))[None, :]
         _, dlogits = _weight_gradients(
-            q, k, dout, v, row_sums[:, None], row_delta[:, None], offset, factor, precision
+            q, k, dout, v, row_lse[:, None], row_delta[:, None], offset, factor, precision
         )  # fmt: skip
         dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=precision)
     if cells:
@@ -81,7 +81,7 @@ def queries_kernel(
             v = load_rows(rest_values + rest * width, entries, width, real, width, block_d)
             logs = tl.load(rest_sizes + rest + entries, mask=real, other=float("-inf"))
             weights, dlogits = _weight_gradients(
-                q, k, dout, v, row_sums[:, None], row_delta[:, None], logs[None, :], factor, precision
+                q, k, dout, v, row_lse[:, None], row_delta[:, None], logs[None, :], factor, precision
             )  # fmt: skip
             dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision=precision)
             # The mean's gradient reaches each of its n keys as 1/n; where n is 0 there is none.
@@ -124,7 +124,7 @@ def cells_kernel(
 
 @triton.jit
 def keys_kernel(
-    qkv, member, sums, grad, delta, grad_cells, grad_qkv,
+    qkv, member, lse, grad, delta, grad_cells, grad_qkv,
     tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, first: tl.constexpr,
     tile: tl.constexpr, tiles: tl.constexpr, cells: tl.constexpr, pitch: tl.constexpr, factor: tl.constexpr,
     scale: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
@@ -156,10 +156,10 @@ def keys_kernel(
                 grad + image * tokens * heads * width + head * width,
                 rows, heads * width, real_rows, width, block_d,
             )  # fmt: skip
-            row_sums = tl.load(sums + lane * tokens + rows, mask=real_rows, other=float("inf"))[None, :]
+            row_lse = tl.load(lse + lane * tokens + rows, mask=real_rows, other=float("inf"))[None, :]
             row_delta = tl.load(delta + lane * tokens + rows, mask=real_rows, other=0.0)[None, :]
             offset = tl.where(read, 0.0, float("-inf"))
-            weights, dlogits = _weight_gradients(k, q, v, dout, row_sums, row_delta, offset, factor, precision)
+            weights, dlogits = _weight_gradients(k, q, v, dout, row_lse, row_delta, offset, factor, precision)
             dk = tl.dot(dlogits.to(q.dtype), q, dk, input_precision=precision)
             dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=precision)
     dk = dk * scale

@@ -8,10 +8,10 @@ from typing import Any
 
 import triton  # noqa: F401  fails here, at once, where it is missing
 
-from sparsifiner_edge.ops.triton.plan import KERNELS
+from sparsifiner_edge.ops.triton.plan import KERNEL_MODULES
 
 
 @functools.cache
 def kernel(name: str) -> Any:
-    """A kernel of `KERNELS` by its name."""
-    return getattr(importlib.import_module(f"sparsifiner_edge.ops.triton.{KERNELS[name]}"), f"{name}_kernel")
+    """A kernel of `KERNEL_MODULES` by its name."""
+    return getattr(importlib.import_module(f"sparsifiner_edge.ops.triton.{KERNEL_MODULES[name]}"), f"{name}_kernel")

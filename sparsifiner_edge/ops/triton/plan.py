@@ -44,7 +44,7 @@ class Launch:
     """One kernel launch.
 
     Attributes:
-        kernel: name of the function without `_kernel`; `KERNELS` says where it lives.
+        kernel: name of the function without `_kernel`; `KERNEL_MODULES` says where it lives.
         grid: blocks in x, y, z.
         arguments: the kernel's pointer parameters in order, each with the buffer it gets, or None where a variant of
             the kernel has no such parameter.
@@ -68,8 +68,8 @@ class Plan:
     launches: tuple[Launch, ...]
 
 
-KERNELS = {
-    "prepare": "select", "peaks": "select", "scores": "select", "select": "select",
+KERNEL_MODULES = {
+    "prepare": "select", "lse": "select", "scores": "select", "select": "select",
     "membership": "attend", "rest": "attend", "attend": "attend",
     "queries": "backward", "cells": "backward", "keys": "backward",
 }  # fmt: skip
@@ -154,7 +154,7 @@ def plan_select(
     asked = {"patches": patches, "probe": int(a["probe"]), "factor": float(a["scale"]) * _LOG2_E, **both}
     weighed = {"value_power": float(a["value_power"])}
     deviation = "deviation" if a["value_power"] else None
-    parts = {n: n for n in ("asking", "asking_powers", "answering", "answering_powers")}
+    parts = {n: n for n in ("projected_q", "projected_q_powers", "projected_k", "projected_k_powers")}
     most = 64 if capability >= 80 else 32  # Turing keeps both operands of a product in registers
     block_m, block_n = power_of_two(probes, most=most), power_of_two(patches, most=most)
     rows = power_of_two(tiles, most=most)
@@ -168,16 +168,16 @@ def plan_select(
             "precision": _precision(capability), **weighed, **both,
         },
     )  # fmt: skip
-    peaks = Launch(
-        "peaks",
+    lse = Launch(
+        "lse",
         (math.ceil(probes / block_m), heads, batch),
-        {**parts, "peaks": "peaks"},
+        {**parts, "lse": "lse"},
         {**asked, "block_m": block_m, "block_n": block_n},
     )
     scores = Launch(
         "scores",
         (math.ceil(tiles / rows) * math.ceil(patches / block_n), heads, batch),
-        {**parts, "peaks": "peaks", "deviation": deviation, "scores": "scores"},
+        {**parts, "lse": "lse", "deviation": deviation, "scores": "scores"},
         {**asked, **weighed, "tile": int(a["tile"]), "block_m": rows, "block_n": block_n},
     )
     row = power_of_two(patches, least=128)
@@ -189,20 +189,30 @@ def plan_select(
         | {"block_s": min(row, 4096)},
         warps=power_of_two(row // 1024, least=4, most=8),
     )
-    lead = (batch, heads)
-    shapes_of = {
+    buffers = _select_buffers(shapes, (tiles, int(a["keys"])), probes, patches, block_c, dtype)
+    if deviation is None:
+        del buffers["deviation"]
+    return _plan(buffers, prepare, lse, scores, select)
+
+
+def _select_buffers(
+    shapes: Sequence[Sequence[int]], lists: tuple[int, int], probes: int, patches: int, block_c: int, dtype: str
+) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Every tensor of KeySelect by its name: type, shape and role; `lists` are the tiles and their keys."""
+    lead = (shapes[0][0], shapes[1][0])
+    return {
         "qkv": (dtype, tuple(shapes[0]), "input"),
         "proj_q": ("float32", tuple(shapes[1]), "input"),
         "proj_k": ("float32", tuple(shapes[2]), "input"),
-        "indices": ("int32", (*lead, tiles, int(a["keys"])), "output"),
-        "asking": ("float16", (*lead, probes, 2, block_c), "scratch"),
-        "asking_powers": ("float32", (*lead, probes), "scratch"),
-        "answering": ("float16", (*lead, patches, 2, block_c), "scratch"),
-        "answering_powers": ("float32", (*lead, patches), "scratch"),
-        "peaks": ("float32", (*lead, probes), "scratch"),
-        "scores": ("float32", (*lead, tiles, patches), "scratch"),
-    } | ({"deviation": ("float32", (*lead, patches), "scratch")} if deviation else {})
-    return _plan(shapes_of, prepare, peaks, scores, select)
+        "indices": ("int32", (*lead, *lists), "output"),
+        "projected_q": ("float16", (*lead, probes, 2, block_c), "scratch"),
+        "projected_q_powers": ("float32", (*lead, probes), "scratch"),
+        "projected_k": ("float16", (*lead, patches, 2, block_c), "scratch"),
+        "projected_k_powers": ("float32", (*lead, patches), "scratch"),
+        "lse": ("float32", (*lead, probes), "scratch"),
+        "scores": ("float32", (*lead, lists[0], patches), "scratch"),
+        "deviation": ("float32", (*lead, patches), "scratch"),
+    }
 
 
 def _plan(shapes_of: Mapping[str, tuple[str, tuple[int, ...], str]], *launches: Launch) -> Plan:

@@ -79,7 +79,7 @@ def _sizes(
 def plan_attend(
     shapes: Sequence[Sequence[int]], attributes: Mapping[str, AttributeValue], dtype: str, capability: int
 ) -> Plan:
-    """SparseAttention: qkv, indices -> output, sums (for the backward; an inference program ignores them)."""
+    """SparseAttention: qkv, indices -> output, lse (for the backward; an inference program ignores them)."""
     s = _sizes(shapes, attributes, dtype, capability)
     launches = [*((_membership(s), _rest(s)) if s.cells else ()), _attend(s)]
     return Plan(_forward_buffers(s), tuple(launches))
@@ -91,7 +91,7 @@ def _forward_buffers(s: _Sizes) -> dict[str, Buffer]:
         Buffer("qkv", s.dtype, (s.batch, s.tokens, 3 * s.heads * s.width), "input"),
         Buffer("indices", "int32", (*lead, s.tiles, s.keys), "input"),
         Buffer("output", s.dtype, (s.batch, s.tokens, s.heads * s.width), "output"),
-        Buffer("sums", "float32", (*lead, s.tokens), "scratch"),
+        Buffer("lse", "float32", (*lead, s.tokens), "scratch"),
     ]
     if s.cells:
         buffers += [
@@ -154,7 +154,7 @@ def _attend(s: _Sizes) -> Launch:
     return Launch(
         "attend",
         _tile_grid(s),
-        {"qkv": "qkv", "indices": "indices", **_rest_arguments(s), "output": "output", "sums": "sums"},
+        {"qkv": "qkv", "indices": "indices", **_rest_arguments(s), "output": "output", "lse": "lse"},
         constants
         | {"factor": s.scale * _LOG2_E, "block_m": s.rows, "block_n": block_n}
         | {"block_r": power_of_two(s.cells, most=block_n)},
@@ -167,10 +167,10 @@ def _attend(s: _Sizes) -> Launch:
 def plan_backward(
     shapes: Sequence[Sequence[int]], attributes: Mapping[str, AttributeValue], dtype: str, capability: int
 ) -> Plan:
-    """Gradient of SparseAttention: qkv, indices, output, sums, grad [B,N,C] -> grad_qkv [B,N,3C]."""
+    """Gradient of SparseAttention: qkv, indices, output, lse, grad [B,N,C] -> grad_qkv [B,N,3C]."""
     s = _sizes(shapes, attributes, dtype, capability)
     buffers = _forward_buffers(s) | _backward_buffers(s)
-    buffers |= {name: dataclasses.replace(buffers[name], role="input") for name in ("output", "sums")}
+    buffers |= {name: dataclasses.replace(buffers[name], role="input") for name in ("output", "lse")}
     cells = (_rest(s), _queries(s), _cells(s)) if s.cells else (_queries(s),)
     return Plan(buffers, (_membership(s), *cells, _keys(s)))
 
@@ -198,7 +198,7 @@ def _owed(s: _Sizes) -> dict[str, str | None]:
 
 def _queries(s: _Sizes) -> Launch:
     block_n = 16 if s.dtype == "float32" else max(_entries(s) // 2, 16)
-    shared = ("output", "sums", "grad", "grad_qkv", "delta")
+    shared = ("output", "lse", "grad", "grad_qkv", "delta")
     return Launch(
         "queries",
         _tile_grid(s),
@@ -227,7 +227,7 @@ def _keys(s: _Sizes) -> Launch:
     block = 16 if s.wide else 32
     block_n = power_of_two(s.tokens, most=block)
     owed = "grad_cells" if s.cells else None
-    same = ("qkv", "member", "sums", "grad", "delta")
+    same = ("qkv", "member", "lse", "grad", "delta")
     return Launch(
         "keys",
         (math.ceil(s.tokens / block_n), s.heads, s.batch),

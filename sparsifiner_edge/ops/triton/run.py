@@ -124,18 +124,18 @@ def _sparse_attention(
     scale: float,
     prefix_keys: int,
 ) -> tuple[Tensor, Tensor]:
-    """SparseAttention: output [B,N,C] and the softmax sums [B,H,N] that its gradient needs."""
+    """SparseAttention: output [B,N,C] and the softmax lse [B,H,N] that its gradient needs."""
     a = _attention_attributes(num_heads, num_prefix, tile, cell, scale, prefix_keys)
     plan = _plan(plan_attend, (qkv, indices), a)
     done = launch(plan, {"qkv": qkv.contiguous(), "indices": indices.contiguous()})
-    return done["output"], done["sums"]
+    return done["output"], done["lse"]
 
 
 @_sparse_attention.register_fake
 def _(qkv: Tensor, _: Tensor, num_heads: int, *__: Any) -> tuple[Tensor, Tensor]:
     batch, tokens, packed = qkv.shape
-    sums = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
-    return qkv.new_empty((batch, tokens, packed // 3)), sums
+    lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
+    return qkv.new_empty((batch, tokens, packed // 3)), lse
 
 
 @torch.library.custom_op("sparsifiner_triton::sparse_attention_backward", mutates_args=())
@@ -144,7 +144,7 @@ def _sparse_attention_backward(
     qkv: Tensor,
     indices: Tensor,
     output: Tensor,
-    sums: Tensor,
+    lse: Tensor,
     num_heads: int,
     num_prefix: int,
     tile: int,
@@ -155,7 +155,7 @@ def _sparse_attention_backward(
     """Gradient of SparseAttention in qkv: [B,N,3C]."""
     a = _attention_attributes(num_heads, num_prefix, tile, cell, scale, prefix_keys)
     plan = _plan(plan_backward, (qkv, indices), a)
-    given = {"qkv": qkv, "indices": indices, "output": output, "sums": sums, "grad": grad}
+    given = {"qkv": qkv, "indices": indices, "output": output, "lse": lse, "grad": grad}
     return launch(plan, {name: x.contiguous() for name, x in given.items()})["grad_qkv"]
 
 

@@ -1,7 +1,7 @@
-"""KeySelect on a GPU: prepare -> peaks -> scores -> select.
+"""KeySelect on a GPU: prepare -> lse -> scores -> select.
 
     q ─ probe means ─ proj_q ─► a [G,c] ─┐
-    k ─────────────── proj_k ─► b [P,c] ─┴─► peaks: log-sum-exp of each probe over all keys ─┐
+    k ─────────────── proj_k ─► b [P,c] ─┴─► lse: log-sum-exp of each probe over all keys ─┐
     v ─ distance to cell mean ► deviation [P] ──► scores: max over a tile's probes + deviation ┴─► [T,P]
     ─► select: [T,K]
 
@@ -83,7 +83,7 @@ def _deviations(
 
 @triton.jit
 def prepare_kernel(
-    qkv, proj_q, proj_k, asking, asking_powers, answering, answering_powers, deviation,
+    qkv, proj_q, proj_k, projected_q, projected_q_powers, projected_k, projected_k_powers, deviation,
     tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, channels: tl.constexpr,
     probe: tl.constexpr, cell: tl.constexpr, value_power: tl.constexpr, floor: tl.constexpr,
     block_m: tl.constexpr, block_d: tl.constexpr, block_c: tl.constexpr, precision: tl.constexpr,
@@ -104,7 +104,7 @@ def prepare_kernel(
             k, _load_projection(proj_k, head, width, channels, block_d, block_c), input_precision=precision
         )
         _store_split(
-            answering + lane * patches * 2 * block_c, answering_powers + lane * patches,
+            projected_k + lane * patches * 2 * block_c, projected_k_powers + lane * patches,
             rows, rows < patches, projected, block_c,
         )  # fmt: skip
     elif block < key_blocks + probe_blocks:
@@ -120,7 +120,7 @@ def prepare_kernel(
             input_precision=precision,
         )
         _store_split(
-            asking + lane * probes * 2 * block_c, asking_powers + lane * probes,
+            projected_q + lane * probes * 2 * block_c, projected_q_powers + lane * probes,
             rows, rows < probes, projected, block_c,
         )  # fmt: skip
     elif value_power != 0:
@@ -147,8 +147,8 @@ def _logits(high, low, power, key_high, key_low, key_power, factor: tl.constexpr
 
 
 @triton.jit
-def peaks_kernel(
-    asking, asking_powers, answering, answering_powers, peaks,
+def lse_kernel(
+    projected_q, projected_q_powers, projected_k, projected_k_powers, lse,
     patches: tl.constexpr, heads: tl.constexpr, probe: tl.constexpr, factor: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
@@ -158,9 +158,9 @@ def peaks_kernel(
     rows = tl.program_id(0) * block_m + tl.arange(0, block_m)
     real = rows < probes
     high, low, power = _load_split(
-        asking + lane * probes * 2 * block_c, asking_powers + lane * probes, rows, real, block_c
+        projected_q + lane * probes * 2 * block_c, projected_q_powers + lane * probes, rows, real, block_c
     )
-    keys, key_powers = answering + lane * patches * 2 * block_c, answering_powers + lane * patches
+    keys, key_powers = projected_k + lane * patches * 2 * block_c, projected_k_powers + lane * patches
     peak = tl.full([block_m], float("-inf"), tl.float32)
     total = tl.zeros([block_m], tl.float32)
     for start in range(0, patches, block_n):
@@ -171,12 +171,12 @@ def peaks_kernel(
         higher = tl.maximum(peak, tl.max(logits, 1))
         total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
         peak = higher
-    tl.store(peaks + lane * probes + rows, peak + tl.log2(total), mask=real)
+    tl.store(lse + lane * probes + rows, peak + tl.log2(total), mask=real)
 
 
 @triton.jit
 def scores_kernel(
-    asking, asking_powers, answering, answering_powers, peaks, deviation, scores,
+    projected_q, projected_q_powers, projected_k, projected_k_powers, lse, deviation, scores,
     patches: tl.constexpr, heads: tl.constexpr, probe: tl.constexpr, tile: tl.constexpr, value_power: tl.constexpr,
     factor: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +189,7 @@ def scores_kernel(
     columns = tl.program_id(0) % key_blocks * block_n + tl.arange(0, block_n)
     rows = tl.program_id(0) // key_blocks * block_m + tl.arange(0, block_m)
     key_high, key_low, key_power = _load_split(
-        answering + lane * patches * 2 * block_c, answering_powers + lane * patches,
+        projected_k + lane * patches * 2 * block_c, projected_k_powers + lane * patches,
         columns, columns < patches, block_c,
     )  # fmt: skip
     best = tl.full([block_m, block_n], float("-inf"), tl.float32)
@@ -197,9 +197,9 @@ def scores_kernel(
     for number in range(per_tile):
         row = rows * per_tile + number
         high, low, power = _load_split(
-            asking + lane * probes * 2 * block_c, asking_powers + lane * probes, row, row < probes, block_c
+            projected_q + lane * probes * 2 * block_c, projected_q_powers + lane * probes, row, row < probes, block_c
         )
-        peak = tl.load(peaks + lane * probes + row, mask=row < probes, other=float("inf"))
+        peak = tl.load(lse + lane * probes + row, mask=row < probes, other=float("inf"))
         best = tl.maximum(best, _logits(high, low, power, key_high, key_low, key_power, factor) - peak[:, None])
         spoilt = spoilt | _is_nan(peak).to(tl.int32)
     best = tl.where((spoilt != 0)[:, None], float("-inf"), best)
