@@ -5,7 +5,6 @@ Shapes and symbols are those of `schema.py`.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,16 @@ def _merge_heads(heads: Array) -> Array:
     return np.asarray(heads.transpose(0, 2, 1, 3).reshape(batch, tokens, -1))
 
 
-def run_means(x: Array, run: int) -> Array:
-    """Means over runs of `run` consecutive rows: x [...,P,d] -> [...,ceil(P/run),d]; the last run may be short."""
-    return np.stack([x[..., i : i + run, :].mean(-2) for i in range(0, x.shape[-2], run)], -2)
+def run_means(x: Array, run: int, sizes: Array | None = None) -> Array:
+    """Means over runs of `run` consecutive rows: x [B,H,P,d] -> [B,H,ceil(P/run),d]; the last run may be short.
+
+    `sizes` [B,P] weigh the rows.
+    """
+    weights = np.ones((x.shape[0], x.shape[2])) if sizes is None else sizes.astype(np.float64)
+    rows = weights[:, None, :, None]
+    starts = range(0, x.shape[2], run)
+    sums = [(x * rows)[:, :, i : i + run].sum(2) / rows[:, :, i : i + run].sum(2) for i in starts]
+    return np.stack(sums, 2)
 
 
 def key_scores(
@@ -51,19 +57,23 @@ def key_scores(
     cell: int,
     scale: float,
     value_power: float,
+    sizes: Array | None = None,
 ) -> Array:
-    """Selection scores [B,H,T,P] of KeySelect."""
+    """Selection scores [B,H,T,P] of KeySelect, or with `sizes` [B,N] of MergedKeySelect."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
-    probes = run_means(q, probe) @ proj_q.astype(np.float64)
+    patches = None if sizes is None else sizes[:, num_prefix:]
+    probes = run_means(q, probe, patches) @ proj_q.astype(np.float64)
     keys = k @ proj_k.astype(np.float64)
     logits = scale * probes @ keys.swapaxes(-1, -2)
+    if patches is not None:
+        logits = logits + np.log(patches.astype(np.float64))[:, None, None]
     logits = logits - logits.max(-1, keepdims=True)
     log_weights = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     per_tile = tile // probe
     probe_count = log_weights.shape[2]
     scores = np.stack([log_weights[:, :, i : i + per_tile].max(2) for i in range(0, probe_count, per_tile)], 2)
     if value_power:
-        center = np.repeat(run_means(v, cell), cell, axis=2)[:, :, : v.shape[2]] if cell else 0
+        center = np.repeat(run_means(v, cell, patches), cell, axis=2)[:, :, : v.shape[2]] if cell else 0
         deviation = np.sqrt(((v - center) ** 2).sum(-1))
         scores = scores + value_power * np.log(np.maximum(deviation, DEVIATION_FLOOR))[:, :, None]
     return np.where(np.isnan(scores), -np.inf, scores)
@@ -146,30 +156,33 @@ def sparse_attention(
     cell: int,
     scale: float,
     prefix_keys: int = 1,
+    sizes: Array | None = None,
 ) -> Array:
-    """SparseAttention: float64 [B,N,C]."""
+    """SparseAttention, or with `sizes` [B,N] MergedSparseAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
+    counts = np.ones(qkv.shape[:2]) if sizes is None else sizes.astype(np.float64)
     out = np.empty_like(q)
-    out[:, :, :num_prefix] = _softmax(scale * q[:, :, :num_prefix] @ k.swapaxes(-1, -2)) @ v
+    logits = scale * q[:, :, :num_prefix] @ k.swapaxes(-1, -2) + np.log(counts)[:, None, None]
+    out[:, :, :num_prefix] = _softmax(logits) @ v
     first = num_prefix if prefix_keys else 0
     for batch, head, t in np.ndindex(*indices.shape[:3]):
         rows = slice(num_prefix + t * tile, min(num_prefix + (t + 1) * tile, q.shape[2]))
-        entries = _entries(k[batch, head], v[batch, head], indices[batch, head, t], first, cell)
+        entries = _entries(k[batch, head], v[batch, head], counts[batch], indices[batch, head, t], first, cell)
         out[batch, head, rows] = _attend(q[batch, head, rows], *entries, scale)
     return _merge_heads(out)
 
 
-def _entries(k: Array, v: Array, selected: Array, first: int, cell: int) -> tuple[Array, Array, Array]:
+def _entries(k: Array, v: Array, sizes: Array, selected: Array, first: int, cell: int) -> tuple[Array, Array, Array]:
     """Keys, values and logit offsets that one tile attends to: prefix, selection, background cells."""
     listed = np.concatenate([np.arange(first), first + selected.astype(np.int64)])
-    keys, values, offsets = [k[listed]], [v[listed]], [np.zeros(len(listed))]
+    keys, values, offsets = [k[listed]], [v[listed]], [np.log(sizes[listed])]
     patches = k.shape[0] - first
     for start in range(0, patches, cell) if cell else ():
-        rest = np.setdiff1d(np.arange(start, min(start + cell, patches)), selected)
+        rest = first + np.setdiff1d(np.arange(start, min(start + cell, patches)), selected)
         if len(rest):
-            keys.append(k[first + rest].mean(0, keepdims=True))
-            values.append(v[first + rest].mean(0, keepdims=True))
-            offsets.append(np.array([math.log(len(rest))]))
+            keys.append(np.average(k[rest], 0, sizes[rest])[None])
+            values.append(np.average(v[rest], 0, sizes[rest])[None])
+            offsets.append(np.log(sizes[rest].sum(keepdims=True)))
     return np.concatenate(keys), np.concatenate(values), np.concatenate(offsets)
 
 
@@ -177,13 +190,70 @@ def _attend(q: Array, keys: Array, values: Array, offsets: Array, scale: float) 
     return np.asarray(_softmax(scale * q @ keys.T + offsets) @ values)
 
 
-def dense_attention(qkv: Array, *, num_heads: int, scale: float) -> Array:
-    """DenseAttention: float64 [B,N,C]."""
+def dense_attention(qkv: Array, *, num_heads: int, scale: float, sizes: Array | None = None) -> Array:
+    """DenseAttention, or with `sizes` [B,N] MergedDenseAttention: float64 [B,N,C]."""
     q, k, v = split_heads(qkv, num_heads)
-    return _merge_heads(_softmax(scale * q @ k.swapaxes(-1, -2)) @ v)
+    offsets = np.zeros(qkv.shape[:2]) if sizes is None else np.log(sizes.astype(np.float64))
+    return _merge_heads(_softmax(scale * q @ k.swapaxes(-1, -2) + offsets[:, None, None]) @ v)
 
 
 def token_score(qkv: Array, *, num_heads: int, scale: float) -> Array:
     """TokenScore: float64 [B,N]."""
     q, k, _ = split_heads(qkv, num_heads)
     return np.asarray(_softmax(scale * q[:, :, :1] @ k.swapaxes(-1, -2))[:, :, 0].mean(1))
+
+
+def merged_key_select(qkv: Array, sizes: Array, proj_q: Array, proj_k: Array, *, keys: int, **settings: Any) -> Array:
+    """MergedKeySelect: indices int32 [B,H,T,K]; settings as in `key_scores`."""
+    return top_keys(key_scores(qkv, proj_q, proj_k, sizes=sizes, **settings), keys)
+
+
+def merged_sparse_attention(qkv: Array, sizes: Array, indices: Array, **settings: Any) -> Array:
+    """MergedSparseAttention: float64 [B,N,C]; settings as in `sparse_attention`."""
+    return sparse_attention(qkv, indices, sizes=sizes, **settings)
+
+
+def merged_dense_attention(qkv: Array, sizes: Array, **settings: Any) -> Array:
+    """MergedDenseAttention: float64 [B,N,C]; settings as in `dense_attention`."""
+    return dense_attention(qkv, sizes=sizes, **settings)
+
+
+def match_tokens(qkv: Array, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Array:
+    """MatchTokens: pairs int32 [B,N-merged,2]."""
+    metric = split_heads(qkv, num_heads)[1][:, :, num_prefix:].mean(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        metric = metric / np.sqrt((metric**2).sum(-1, keepdims=True))
+    return np.stack([_pairs(image, num_prefix, window, merged) for image in metric])
+
+
+def _pairs(metric: Array, prefix: int, window: int, merged: int) -> Array:
+    """Pairs of one image, from its metric [P,d]."""
+    patches = metric.shape[0]
+    sought = patches // 2
+    suitors: dict[int, tuple[float, int]] = {}
+    for e in range((patches + 1) // 2):
+        best, partner = -np.inf, -1
+        for j in range(max(0, e - window // 2), min(sought, e + window // 2)):
+            score = metric[2 * e] @ metric[2 * j + 1]
+            score = -2.0 if np.isnan(score) else score
+            if score > best:
+                best, partner = score, j
+        if partner >= 0 and (partner not in suitors or best > suitors[partner][0]):
+            suitors[partner] = (best, e)
+    ranked = sorted(range(sought), key=lambda j: (-suitors[j][0] if j in suitors else np.inf, j))[:merged]
+    taken = {suitors[j][1] for j in ranked if j in suitors}
+    free = iter(e for e in range((patches + 1) // 2) if e not in taken)
+    partners = {2 * j + 1: 2 * (suitors[j][1] if j in suitors else next(free)) for j in ranked}
+    gone = set(partners.values())
+    stays = [*range(-prefix, 0), *(i for i in range(patches) if i not in gone)]
+    return np.array([(prefix + i, prefix + partners.get(i, i)) for i in stays], np.int32)
+
+
+def merge_tokens(x: Array, sizes: Array, pairs: Array) -> Array:
+    """MergeTokens: float64 [B,M,C]."""
+    rows = np.arange(x.shape[0])[:, None]
+    first, second = pairs[..., 0], pairs[..., 1]
+    x, weight = x.astype(np.float64), sizes.astype(np.float64)
+    a, b = weight[rows, first][..., None], weight[rows, second][..., None]
+    both = (a * x[rows, first] + b * x[rows, second]) / (a + b)
+    return np.where((first == second)[..., None], x[rows, first], both)

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 DOMAIN = "sparsifiner"
-VERSION = 1
+VERSION = 2
+"""Of the domain. Version 2 added what merged tokens need; what files of version 1 use means the same in both."""
+FIRST_VERSION = 1
 TOPK_LIMIT = 3840
 """TensorRT's TopK layer accepts no larger K (TensorRT operator documentation, TopK)."""
 DEVIATION_FLOOR = 1e-6
@@ -61,6 +63,7 @@ class Operator:
             (for KeySelect: absolute, of selection scores).
         doc: the computation, in mathematical notation.
         check: reasons of its own why attributes and shapes do not go together; see `refusals`.
+        since: version of the domain that it came with.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Operator:
     tolerances: Mapping[str, float]
     doc: str
     check: Callable[[Attributes, Shapes, Sizes], list[str]] = lambda *_: []
+    since: int = FIRST_VERSION
 
     def refusals(self, attributes: Attributes, shapes: Shapes) -> list[str]:
         """Reasons why these attributes and input shapes are not allowed; empty when they are."""
@@ -84,6 +88,8 @@ class Operator:
         return reasons or self._size_refusals(attributes, shapes)
 
     def _size_refusals(self, attributes: Attributes, shapes: Shapes) -> list[str]:
+        if self.inputs[0] is not _QKV:
+            return self.check(attributes, shapes, Sizes(shapes[0][1], shapes[0][1], shapes[0][2]))
         _, tokens, packed = shapes[0]
         heads, prefix = int(attributes["num_heads"]), int(attributes.get("num_prefix", 0))
         if packed % (3 * heads):
@@ -271,4 +277,111 @@ TOKEN_SCORE = Operator(
     ),
 )
 
-OPERATORS = {op.name: op for op in (KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, TOKEN_SCORE)}
+_SIZES = Tensor("sizes", ("float32",), ("B", "N"), "patches that each token stands for, at least 1; of the prefix 1")
+
+
+def _over_merged_tokens(op: Operator, doc: str) -> Operator:
+    """The operator with `sizes` as its second input."""
+
+    def check(attributes: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
+        wanted = list(shapes[0][:2])
+        reasons = [] if list(shapes[1]) == wanted else [f"sizes must have shape {wanted}, got {list(shapes[1])}"]
+        return reasons + op.check(attributes, [shapes[0], *shapes[2:]], sizes)
+
+    return dataclasses.replace(
+        op,
+        name=f"Merged{op.name}",
+        inputs=(op.inputs[0], _SIZES, *op.inputs[1:]),
+        doc=f"{op.name} over merged tokens: a token of size s counts as s do (ToMe, ICLR 2023, section 3).\n{doc}",
+        check=check,
+        since=2,
+    )
+
+
+MERGED_KEY_SELECT = _over_merged_tokens(
+    KEY_SELECT,
+    "The log of its size is added to a key's logit before the log_softmax; the means of probes (queries) and of cells\n"
+    "(values) are weighted by size.",
+)
+
+MERGED_SPARSE_ATTENTION = _over_merged_tokens(
+    SPARSE_ATTENTION,
+    "The log of its size is added to a key's logit, for prefix queries too. Cells still hold `cell` consecutive\n"
+    "tokens; their mean key and value are weighted by size, and n is the sum of the sizes.",
+)
+
+MERGED_DENSE_ATTENTION = _over_merged_tokens(
+    DENSE_ATTENTION, "softmax(scale q k^T + log s) v per head. Softmax in float32."
+)
+
+
+def _match_refusals(a: Attributes, _: Shapes, sizes: Sizes) -> list[str]:
+    if a["window"] % 2:
+        return [f"window {a['window']} is odd: as many partners lie before as behind"]
+    if a["merged"] > sizes.patches // 2:
+        return [f"merged {a['merged']} exceeds half of the {sizes.patches} patches"]
+    return []
+
+
+def _merge_refusals(_: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
+    batch, tokens = shapes[0][0], sizes.tokens
+    reasons = [] if list(shapes[1]) == [batch, tokens] else [f"sizes must have shape [{batch}, {tokens}]"]
+    if shapes[2][0] != batch or shapes[2][2] != 2 or not 1 <= shapes[2][1] <= tokens:
+        reasons.append(f"pairs must have shape [{batch}, at most {tokens}, 2], got {list(shapes[2])}")
+    return reasons
+
+
+_PAIRS = Tensor(
+    "pairs",
+    ("int32",),
+    ("B", "M", "2"),
+    "the one or two tokens that make each new token; twice the same where one does",
+)
+
+MATCH_TOKENS = Operator(
+    name="MatchTokens",
+    check=_match_refusals,
+    inputs=(_QKV,),
+    attributes=(
+        _HEADS,
+        _PREFIX,
+        Attribute("window", int, 2, (16, 2, 8), "partners that a token looks at along the curve; even"),
+        Attribute("merged", int, 1, (5, 1, 18), "pairs that become one token; at most half the patches"),
+    ),
+    output=dataclasses.replace(_PAIRS, axes=("B", "N-merged", "2")),
+    tolerances={"float32": 1e-5, "float16": 1e-5, "bfloat16": 1e-5},
+    doc=(
+        "Which tokens merge: bipartite soft matching as in ToMe (ICLR 2023, section 3), within a window of the\n"
+        "curve and with one suitor for each. m_j = mean over the heads of k_j, divided by its length. Even patches\n"
+        "seek, odd ones are sought: the patch 2e takes the odd patch 2(e + o) + 1, o from -window / 2 to window / 2\n"
+        "- 1, with the highest m . m; ties go to the lower index, a product that is NaN counts as -2. Of its\n"
+        "suitors an odd patch takes the one with the highest product (lower index), and the `merged` odd patches\n"
+        "whose product is highest (lower index) merge with theirs. Where fewer have a suitor, the first others take\n"
+        "the first seekers that nobody took, in order. The merged token stands at the odd patch's place; order is\n"
+        "kept otherwise, and prefix tokens never merge. pairs[i] = (token that stays, its suitor or itself).\n"
+        "Computed in float32 whatever the element type."
+    ),
+    since=2,
+)
+
+MERGE_TOKENS = Operator(
+    name="MergeTokens",
+    check=_merge_refusals,
+    inputs=(Tensor("x", _FLOATS, ("B", "N", "C"), "tokens"), _SIZES, _PAIRS),
+    attributes=(),
+    output=Tensor("output", _FLOATS, ("B", "M", "C"), "new tokens"),
+    tolerances={"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2},
+    doc=(
+        "x[a] where a pair is (a, a), else (s_a x[a] + s_b x[b]) / (s_a + s_b). Computed in float32. Sizes and places\n"
+        "that go on are plain operators: the sum of a pair's sizes, and for each old token the pair that holds it."
+    ),
+    since=2,
+)
+
+OPERATORS = {
+    op.name: op
+    for op in (
+        KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, TOKEN_SCORE,
+        MERGED_KEY_SELECT, MERGED_SPARSE_ATTENTION, MERGED_DENSE_ATTENTION, MATCH_TOKENS, MERGE_TOKENS,
+    )
+}  # fmt: skip

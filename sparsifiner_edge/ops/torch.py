@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, VERSION, Attributes
+from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, FIRST_VERSION, Attributes
 from sparsifiner_edge.ops.triton import kernels_for
 
 LARGEST_MASK = 1 << 28
@@ -25,7 +25,7 @@ def _node(
     name: str, inputs: tuple[Tensor, ...], attributes: Attributes, dtype: torch.dtype, shape: list[Any]
 ) -> Tensor:
     node: Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=dtype, shape=shape, version=VERSION
+        f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=dtype, shape=shape, version=FIRST_VERSION
     )
     return node
 
@@ -50,25 +50,34 @@ def run_sizes(length: int, run: int, device: torch.device) -> Tensor:
     return (length - starts).clamp(max=run).float()
 
 
-def run_means(x: Tensor, run: int) -> Tensor:
-    """Means over runs of consecutive rows: x [...,P,d] -> [...,ceil(P/run),d]."""
-    sizes = run_sizes(x.shape[-2], run, x.device)[:, None].to(x.dtype)
-    return _runs(x, run).sum(-2) / sizes
+def run_means(x: Tensor, run: int, sizes: Tensor | None = None) -> Tensor:
+    """Means over runs of consecutive rows: x [...,P,d] -> [...,ceil(P/run),d]; `sizes` [B,P] weigh rows [B,H,P,d]."""
+    if sizes is None:
+        counts = run_sizes(x.shape[-2], run, x.device)[:, None].to(x.dtype)
+        return _runs(x, run).sum(-2) / counts
+    rows = sizes[:, None, :, None].to(x.dtype)
+    return _runs(x * rows, run).sum(-2) / _runs(rows, run).sum(-2)
 
 
-def probe_logits(q: Tensor, k: Tensor, proj_q: Tensor, proj_k: Tensor, *, probe: int, scale: float) -> Tensor:
-    """Predictor logits: patch q, k [B,H,P,d] -> [B,H,ceil(P/probe),P], in float32 and differentiable."""
+def probe_logits(
+    q: Tensor, k: Tensor, proj_q: Tensor, proj_k: Tensor, *, probe: int, scale: float, sizes: Tensor | None = None
+) -> Tensor:
+    """Predictor logits: patch q, k [B,H,P,d] -> [B,H,ceil(P/probe),P], in float32 and differentiable.
+
+    Where the patches stand for several each, `sizes` [B,P] says for how many.
+    """
     with torch.autocast(q.device.type, enabled=False):
-        projected_q = scale * run_means(q.float(), probe) @ proj_q.float()
+        projected_q = scale * run_means(q.float(), probe, sizes) @ proj_q.float()
         projected_k: Tensor = k.float() @ proj_k.float()
-        return projected_q.matmul(projected_k.transpose(-1, -2))
+        logits = projected_q.matmul(projected_k.transpose(-1, -2))
+        return logits if sizes is None else logits + sizes.log()[:, None, None]
 
 
-def value_deviation(v: Tensor, cell: int) -> Tensor:
+def value_deviation(v: Tensor, cell: int, sizes: Tensor | None = None) -> Tensor:
     """|v_j - mean value of its cell| (of v_j alone where cell is 0): patch v [B,H,P,d] -> float32 [B,H,P]."""
     v = v.float()
     if cell:
-        v = v - run_means(v, cell).repeat_interleave(cell, -2)[..., : v.shape[-2], :]
+        v = v - run_means(v, cell, sizes).repeat_interleave(cell, -2)[..., : v.shape[-2], :]
     distance: Tensor = torch.linalg.vector_norm(v, dim=-1)
     return distance.clamp_min(DEVIATION_FLOOR)
 
@@ -86,15 +95,18 @@ def key_scores(
     cell: int,
     scale: float,
     value_power: float,
+    sizes: Tensor | None = None,
 ) -> Tensor:
-    """Selection scores of KeySelect: float32 [B,H,T,P]."""
+    """Selection scores of KeySelect, or with `sizes` [B,N] of MergedKeySelect: float32 [B,H,T,P]."""
     q, k, v = (part[:, :, num_prefix:] for part in split_heads(qkv, num_heads))
-    scores: Tensor = probe_logits(q, k, proj_q, proj_k, probe=probe, scale=scale).log_softmax(-1)
+    sizes = None if sizes is None else sizes[:, num_prefix:]
+    logits = probe_logits(q, k, proj_q, proj_k, probe=probe, scale=scale, sizes=sizes)
+    scores: Tensor = logits.log_softmax(-1)
     per_tile = tile // probe
     missing = -scores.shape[2] % per_tile
     scores = F.pad(scores, (0, 0, 0, missing), value=-math.inf).unflatten(2, (-1, per_tile)).amax(3)
     if value_power:
-        scores = scores + value_power * value_deviation(v, cell).log()[:, :, None]
+        scores = scores + value_power * value_deviation(v, cell, sizes).log()[:, :, None]
     return scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
@@ -123,8 +135,9 @@ def key_select(
     keys: int,
     scale: float,
     value_power: float,
+    sizes: Tensor | None = None,
 ) -> Tensor:
-    """KeySelect: indices int32 [B,H,T,K]. No gradient flows through the choice."""
+    """KeySelect, or with `sizes` [B,N] MergedKeySelect: indices int32 [B,H,T,K]. Its choice has no gradient."""
     settings = {
         "num_heads": num_heads,
         "num_prefix": num_prefix,
@@ -137,14 +150,20 @@ def key_select(
     if torch.onnx.is_in_onnx_export():
         tiles = math.ceil((qkv.shape[1] - num_prefix) / tile)
         shape = [qkv.shape[0], num_heads, tiles, keys]
-        return _node("KeySelect", (qkv, proj_q, proj_k), {**settings, "keys": keys}, torch.int32, shape)
-    if _triton_runs("KeySelect", {**settings, "keys": keys}, qkv, proj_q, proj_k):
+        name, inputs = _merged("KeySelect", sizes, qkv, proj_q, proj_k)
+        return _node(name, inputs, {**settings, "keys": keys}, torch.int32, shape)
+    if sizes is None and _triton_runs("KeySelect", {**settings, "keys": keys}, qkv, proj_q, proj_k):
         from sparsifiner_edge.ops.triton import run
 
         with torch.no_grad():
             indices: Tensor = run.key_select(qkv, proj_q, proj_k, keys=keys, **settings)
         return indices
-    return top_keys(key_scores(qkv, proj_q, proj_k, **settings), keys)  # type: ignore[arg-type]
+    return top_keys(key_scores(qkv, proj_q, proj_k, sizes=sizes, **settings), keys)  # type: ignore[arg-type]
+
+
+def _merged(name: str, sizes: Tensor | None, qkv: Tensor, *others: Tensor) -> tuple[str, tuple[Tensor, ...]]:
+    """Name and inputs of an operator, or of its form over merged tokens."""
+    return (name, (qkv, *others)) if sizes is None else (f"Merged{name}", (qkv, sizes, *others))
 
 
 def _triton_runs(name: str, attributes: Attributes, *inputs: Tensor) -> bool:
@@ -237,8 +256,9 @@ def sparse_attention(
     cell: int,
     scale: float,
     prefix_keys: int = 1,
+    sizes: Tensor | None = None,
 ) -> Tensor:
-    """SparseAttention: [B,N,C], differentiable in qkv."""
+    """SparseAttention, or with `sizes` [B,N] MergedSparseAttention: [B,N,C], differentiable in qkv."""
     batch, tokens, packed = qkv.shape
     attributes = {
         "num_heads": num_heads,
@@ -250,20 +270,21 @@ def sparse_attention(
     }
     if torch.onnx.is_in_onnx_export():
         shape = [batch, tokens, packed // 3]
-        return _node("SparseAttention", (qkv, indices), attributes, qkv.dtype, shape)
-    if _triton_runs("SparseAttention", attributes, qkv, indices):
+        name, inputs = _merged("SparseAttention", sizes, qkv, indices)
+        return _node(name, inputs, attributes, qkv.dtype, shape)
+    if sizes is None and _triton_runs("SparseAttention", attributes, qkv, indices):
         from sparsifiner_edge.ops.triton import run
 
         return run.sparse_attention(qkv, indices, **attributes)
     q, k, v = split_heads(qkv, num_heads)
-    prefix_rows = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, scale=scale)
+    prefix_rows = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, _bias(sizes, q), scale=scale)
     # What autocast gave stays; what is computed in float32 here, differences above all, must not become less again.
     with torch.autocast(qkv.device.type, enabled=False):
         patches = q[:, :, num_prefix:]
-        if not prefix_keys and indices.shape[2] * tokens * batch * num_heads <= LARGEST_MASK:
+        if not prefix_keys and sizes is None and indices.shape[2] * tokens * batch * num_heads <= LARGEST_MASK:
             patch_rows = _masked_attention(patches, k, v, indices, scale)
         else:
-            patch_rows = _tile_attention(patches, k, v, indices, num_prefix * prefix_keys, tile, cell, scale)
+            patch_rows = _tile_attention(patches, k, v, indices, num_prefix * prefix_keys, tile, cell, scale, sizes)
     return torch.cat([prefix_rows, patch_rows], 2).transpose(1, 2).reshape(batch, tokens, packed // 3)
 
 
@@ -280,39 +301,54 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: f
 
 
 def _tile_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, first: int, tile: int, cell: int, scale: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, first: int, tile: int, cell: int, scale: float,
+    sizes: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Patch queries q [B,H,P,d] over prefix (rows before `first`), listed keys and cells -> [B,H,P,d].
 
     The mean of what a tile did not select is found from what it did: with l the logits, m selected of the s keys in a
     cell and n = s - m, mean over the rest = mean of the cell - (sum of selected - m * mean of the cell) / n. So neither
     keys nor values are averaged again per tile; on the value side the same identity lowers the selected keys' weights.
+    Merged tokens count by their sizes [B,N] in m, s and n, and in the sums.
     """
     tiles = _runs(q, tile)
     listed = indices.long()[..., None]
     keys = torch.take_along_dim(k[:, :, None, first:], listed, 3)
     values = torch.take_along_dim(v[:, :, None, first:], listed, 3)
     shared_keys, shared_values = k[:, :, None, :first], v[:, :, None, :first]
-    logits = [_logits(tiles, shared_keys, scale), _logits(tiles, keys, scale)]
+    bare = _logits(tiles, keys, scale)
+    logits = [_logits(tiles, shared_keys, scale), bare]
+    counts = None if sizes is None else sizes[:, first:]
+    weight = torch.ones_like(bare[:, :, :, :1])  # of each listed key [B,H,T,1,K]
+    if counts is not None and sizes is not None:
+        weight = torch.take_along_dim(counts[:, None, None], indices.long(), 3)[:, :, :, None]
+        logits = [logits[0] + sizes[:, None, None, None, :first].log(), bare + weight.log()]
     if cell:
-        sizes = run_sizes(k.shape[2] - first, cell, q.device)
-        cell_keys, cell_values = (run_means(x[:, :, first:].float(), cell)[:, :, None] for x in (k, v))
-        member = F.one_hot(indices.long() // cell, len(sizes)).float()
-        selected = member.sum(3)[:, :, :, None]
-        rest = sizes - selected
-        safe = rest.clamp_min(1)
+        total = run_sizes(k.shape[2] - first, cell, q.device)
+        member = F.one_hot(indices.long() // cell, len(total)).float()
+        is_left = total > member.sum(3)[:, :, :, None]
+        if counts is not None:
+            total = _runs(counts[..., None], cell).sum((2, 3))[:, None, None, None]
+        cell_keys, cell_values = (run_means(x[:, :, first:].float(), cell, counts)[:, :, None] for x in (k, v))
+        selected = weight @ member
+        safe = torch.where(is_left, total - selected, 1)
         whole = _logits(tiles.float(), cell_keys, scale)
-        mean = whole - (logits[1] @ member - selected * whole) / safe
-        logits.append((mean + safe.log()).masked_fill(rest == 0, -math.inf))
+        mean = whole - ((weight * bare) @ member - selected * whole) / safe
+        logits.append((mean + safe.log()).masked_fill(~is_left, -math.inf))
     weights = torch.cat(logits, -1).softmax(-1).split([x.shape[-1] for x in logits], -1)
     own = weights[1]
     out: Tensor = weights[0].to(v.dtype) @ shared_values
     if cell:
         share = weights[2] / safe
-        own = own - share @ member.transpose(-1, -2)
-        out = out + ((share * sizes) @ cell_values).to(v.dtype)
+        own = own - weight * (share @ member.transpose(-1, -2))
+        out = out + ((share * total) @ cell_values).to(v.dtype)
     out = out + own.to(v.dtype) @ values
     return out.flatten(2, 3)[:, :, : q.shape[2]]
+
+
+def _bias(sizes: Tensor | None, q: Tensor) -> Tensor | None:
+    """What sizes [B,N] add to logits, as a mask of `scaled_dot_product_attention`."""
+    return None if sizes is None else sizes.log()[:, None, None].to(q.dtype)
 
 
 def _logits(tiles: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -320,14 +356,15 @@ def _logits(tiles: Tensor, keys: Tensor, scale: float) -> Tensor:
     return logits.float()
 
 
-def dense_attention(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:
-    """DenseAttention: [B,N,C]."""
+def dense_attention(qkv: Tensor, *, num_heads: int, scale: float, sizes: Tensor | None = None) -> Tensor:
+    """DenseAttention, or with `sizes` [B,N] MergedDenseAttention: [B,N,C]."""
     batch, tokens, packed = qkv.shape
     if torch.onnx.is_in_onnx_export():
         shape = [batch, tokens, packed // 3]
-        return _node("DenseAttention", (qkv,), {"num_heads": num_heads, "scale": scale}, qkv.dtype, shape)
+        name, inputs = _merged("DenseAttention", sizes, qkv)
+        return _node(name, inputs, {"num_heads": num_heads, "scale": scale}, qkv.dtype, shape)
     q, k, v = split_heads(qkv, num_heads)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, _bias(sizes, q), scale=scale)
     return out.transpose(1, 2).reshape(batch, tokens, packed // 3)
 
 
@@ -358,3 +395,82 @@ def top_tokens(scores: Tensor, kept: int) -> Tensor:
     if torch.onnx.is_in_onnx_export():  # ONNX's TopK breaks ties as we do
         return scores.topk(kept, sorted=False).indices.sort().values
     return top_keys(scores.nan_to_num(nan=-math.inf), kept).long()
+
+
+def merged_key_select(qkv: Tensor, sizes: Tensor, proj_q: Tensor, proj_k: Tensor, **settings: Any) -> Tensor:
+    """MergedKeySelect: indices int32 [B,H,T,K]; settings as in `key_select`."""
+    return key_select(qkv, proj_q, proj_k, sizes=sizes, **settings)
+
+
+def merged_sparse_attention(qkv: Tensor, sizes: Tensor, indices: Tensor, **settings: Any) -> Tensor:
+    """MergedSparseAttention: [B,N,C]; settings as in `sparse_attention`."""
+    return sparse_attention(qkv, indices, sizes=sizes, **settings)
+
+
+def merged_dense_attention(qkv: Tensor, sizes: Tensor, **settings: Any) -> Tensor:
+    """MergedDenseAttention: [B,N,C]; settings as in `dense_attention`."""
+    return dense_attention(qkv, sizes=sizes, **settings)
+
+
+@torch.no_grad()
+def match_tokens(qkv: Tensor, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
+    """MatchTokens: pairs int32 [B,N-merged,2]. No gradient flows through the choice."""
+    batch, tokens, _ = qkv.shape
+    if torch.onnx.is_in_onnx_export():
+        attributes = {"num_heads": num_heads, "num_prefix": num_prefix, "window": window, "merged": merged}
+        return _node("MatchTokens", (qkv,), attributes, torch.int32, [batch, tokens - merged, 2])
+    metric = split_heads(qkv, num_heads)[1][:, :, num_prefix:].float().mean(1)
+    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
+    seek, sought = metric[:, ::2], metric[:, 1::2]
+    best, partner = _best_partners(seek, sought, window)
+    score, suitor = _best_suitors(best, partner, sought.shape[1], window)
+    # The lower index wins a tie in each step: `max` and a stable sort keep the first.
+    winners = score.sort(descending=True, stable=True).indices[:, :merged]
+    chosen = suitor.gather(1, winners)
+    alone = chosen < 0
+    seekers = torch.arange(best.shape[1] + 1, device=qkv.device).repeat(batch, 1)
+    # Those without a suitor mark the last place, which is nobody's.
+    free = seekers.scatter(1, torch.where(alone, best.shape[1], chosen), best.shape[1]).sort().values
+    # Winners without a suitor, in their order, take the free ones in theirs.
+    chosen = torch.where(alone, free.gather(1, (alone.cumsum(1) - 1).clamp_min(0)), chosen)
+    gone = torch.zeros(batch, tokens, dtype=torch.bool, device=qkv.device)
+    gone.scatter_(1, num_prefix + 2 * chosen, True)
+    second = torch.arange(tokens, device=qkv.device).repeat(batch, 1)
+    second.scatter_(1, num_prefix + 2 * winners + 1, num_prefix + 2 * chosen)
+    stays = (~gone).nonzero()[:, 1].view(batch, tokens - merged)
+    return torch.stack([stays, second.gather(1, stays)], -1).to(torch.int32)
+
+
+def _best_partners(seek: Tensor, sought: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Each seeker's highest product [B,E] within the window, and which of the sought that is [B,E]."""
+    places = torch.arange(seek.shape[1], device=seek.device)[:, None]
+    places = places + torch.arange(-window // 2, window // 2, device=seek.device)
+    outside = (places < 0) | (places >= sought.shape[1])
+    places = places.clamp(0, sought.shape[1] - 1)
+    products = (seek[:, :, None] * sought[:, places]).sum(-1)
+    best, arg = products.nan_to_num(nan=-2).masked_fill(outside, -3).max(-1)
+    return best, places.expand(len(seek), -1, -1).gather(2, arg[..., None])[..., 0]
+
+
+def _best_suitors(best: Tensor, partner: Tensor, sought: int, window: int) -> tuple[Tensor, Tensor]:
+    """Of each sought the highest product [B,O] that a suitor has with it (-3: none has), and that suitor or -1."""
+    places = torch.arange(sought, device=best.device)[:, None]
+    places = places + torch.arange(1 - window // 2, window // 2 + 1, device=best.device)
+    outside = (places < 0) | (places >= best.shape[1])
+    places = places.clamp(0, best.shape[1] - 1)
+    wooed = partner[:, places] == torch.arange(sought, device=best.device)[:, None]
+    score, arg = best[:, places].masked_fill(~wooed | outside, -3).max(-1)
+    suitor = places.expand(len(best), -1, -1).gather(2, arg[..., None])[..., 0]
+    return score, torch.where(score > -3, suitor, -1)
+
+
+def merge_tokens(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
+    """MergeTokens: [B,M,C], differentiable in x."""
+    if torch.onnx.is_in_onnx_export():
+        return _node("MergeTokens", (x, sizes, pairs), {}, x.dtype, [*pairs.shape[:2], x.shape[2]])
+    with torch.autocast(x.device.type, enabled=False):
+        first, second = pairs.long().unbind(-1)
+        a, b = sizes.gather(1, first), sizes.gather(1, second)
+        share = torch.where(first == second, 1, a / (a + b))[..., None]
+        both: Tensor = share * rows_at(x, first).float() + (1 - share) * rows_at(x, second).float()
+        return both.to(x.dtype)

@@ -1,26 +1,33 @@
 """ONNX function bodies: the operators in standard operators, so that any runtime can run an exported file.
 
-A body takes every size from `Shape`, gathers rows of a flattened [B H P, d] and holds no mask and no scatter. A file
-holds one body per operator, so structure that attributes decide (prefix or none, cells or none) is fixed per file by
-`Structure`; every number stays an attribute of the node.
+A body takes every size from `Shape`, gathers rows of a flattened [B H P, d] and holds no mask and no scatter that adds.
+A file holds one body per operator, so structure that attributes decide (prefix or none, cells or none) is fixed per
+file by `Structure`; every number stays an attribute of the node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx
 import onnx.parser
 
-from sparsifiner_edge.ops.bodies import attention, select
+from sparsifiner_edge.ops.bodies import attention, merge, select
 from sparsifiner_edge.ops.bodies.common import CONSTANTS, Structure
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 OPSET = 20
-_BODIES = {
+_BODIES: dict[str, Callable[[Structure], str]] = {
     "KeySelect": select.key_select,
     "LandmarkKeySelect": select.landmark_key_select,
     "SparseAttention": attention.sparse_attention,
     "DenseAttention": attention.dense_attention,
     "TokenScore": attention.token_score,
+    "MergedKeySelect": select.merged_key_select,
+    "MergedSparseAttention": attention.merged_sparse_attention,
+    "MergedDenseAttention": attention.merged_dense_attention,
+    "MatchTokens": merge.match_tokens,
+    "MergeTokens": merge.merge_tokens,
 }
 
 
@@ -32,14 +39,14 @@ def function_body(name: str, structure: Structure | None = None) -> onnx.Functio
     """
     op, structure = OPERATORS[name], structure or Structure()
     lines = _BODIES[name](structure)
-    attributes = ", ".join(a.name for a in op.attributes)
+    attributes = f"<{', '.join(a.name for a in op.attributes)}> " if op.attributes else ""
     inputs = ", ".join(t.name for t in op.inputs)
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["": {OPSET}]>\n'
-        f"{name} <{attributes}> ({inputs}) => ({op.output.name}) {{\n{CONSTANTS}{lines}}}"
+        f"{name} {attributes}({inputs}) => ({op.output.name}) {{\n{CONSTANTS}{lines}}}"
     )
     function = onnx.parser.parse_function(text)
-    function.doc_string = f"{DOMAIN}::{name} version {VERSION}. {op.doc}"
+    function.doc_string = f"{DOMAIN}::{name} version {op.since}. {op.doc}"
     _drop_unused(function)
     # ONNX Runtime 1.21 names fused nodes after the first of them and refuses a file in which two bear one name.
     for node in function.node:

@@ -1,11 +1,16 @@
-"""Bodies of SparseAttention, DenseAttention and TokenScore."""
+"""Bodies of SparseAttention, DenseAttention (both over merged tokens too) and TokenScore."""
 
 from __future__ import annotations
 
-from sparsifiner_edge.ops.bodies.common import SPLIT, Structure, attribute, mean, runs
+from sparsifiner_edge.ops.bodies.common import SPLIT, Structure, attribute, mean, runs, sized_mean
 
 
-def sparse_attention(structure: Structure) -> str:
+def merged_sparse_attention(structure: Structure) -> str:
+    """Lines of MergedSparseAttention; see the schema."""
+    return sparse_attention(structure, merged=True)
+
+
+def sparse_attention(structure: Structure, merged: bool = False) -> str:
     """Lines of SparseAttention; see the schema."""
     ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "tile", "cell"))
     shared = structure.prefix and structure.prefix_keys
@@ -20,15 +25,15 @@ def sparse_attention(structure: Structure) -> str:
         k_patch = Slice (k, {first}, c_end, c2)
         v_patch = Slice (v, {first}, c_end, c2)
         patches = Shape <start = 2, end = 3> (k_patch){runs("q_patch", "a_tile", "queries", "tile")}""",
-        _SELECTED,
-        _CELLS if structure.cells else "",
+        _SELECTED + (_listed_sizes(first) if merged else _LISTED),
+        _cells(merged) if structure.cells else "",
         _shared(shared, structure.cells),
         """
         out_rows = Concat <axis = 2> (prefix_out, patch_out)"""
         if structure.prefix
         else """
         out_rows = Identity (patch_out)""",
-        _PREFIX_ROWS if structure.prefix else "",
+        _prefix_rows(merged) if structure.prefix else "",
     ]
     # The prefix rows come before the concatenation that reads them.
     body = "".join([*parts[:4], parts[5], parts[4]])
@@ -59,22 +64,64 @@ _SELECTED = """
         listed_logits = Cast <to = 1> (listed_typed)
         listed_count = Shape <start = 4, end = 5> (listed_logits)"""
 
-_CELLS = f"""
+_LISTED = """
+        listed_biased = Identity (listed_logits)"""
+
+
+def _listed_sizes(first: str) -> str:
+    """Sizes of the listed keys: `listed_sizes` [B,H,T,K], and their logits raised by them."""
+    return f"""
+        sizes_patch = Slice (sizes, {first}, c_end, c1)
+        sizes_shape = Constant <value_ints: ints = [0, 1, -1, 1]> ()
+        sizes_rows = Reshape (sizes_patch, sizes_shape)
+        sizes_open = Unsqueeze (sizes_patch, c1)
+        sizes_lead = Shape <start = 0, end = 3> (k_patch)
+        sizes_heads = Expand (sizes_open, sizes_lead)
+        sizes_flat = Reshape (sizes_heads, c_1)
+        listed_sizes = Gather <axis = 0> (sizes_flat, flat_index)
+        listed_sizes_open = Unsqueeze (listed_sizes, c3)
+        listed_log_sizes = Log (listed_sizes_open)
+        listed_biased = Add (listed_logits, listed_log_sizes)"""
+
+
+def _cells(merged: bool) -> str:
+    """Means of the cells, and of each tile what is left of them: `rest`, `safe`, `has_rest` [B,H,T,1,R]."""
+    lines = f"""
         k_single = Cast <to = 1> (k_patch)
-        v_single = Cast <to = 1> (v_patch){runs("k_single", "a_cell", "patches", "kc")}{mean("kc")}
+        v_single = Cast <to = 1> (v_patch){runs("k_single", "a_cell", "patches", "kc")}
         vc_padded = Pad (v_single, kc_pads)
-        vc_runs = Reshape (vc_padded, kc_shape)
-        vc_sum = ReduceSum <keepdims = 0> (vc_runs, c3)
-        vc_mean = Div (vc_sum, kc_size)
-        cell_sizes = Squeeze (kc_size, c1)
+        vc_runs = Reshape (vc_padded, kc_shape){sized_mean("kc", "a_cell") if merged else mean("kc")}
+        cell_counts = Squeeze (kc_size, c1)
         list_cell = Div (lists, a_cell)
         list_cell_open = Unsqueeze (list_cell, c4)
         is_member = Equal (list_cell_open, kc_range)
-        member = Cast <to = 1> (is_member)
+        is_member_f = Cast <to = 1> (is_member)
+        selected_counts = ReduceSum <keepdims = 0> (is_member_f, c3)
+        selected_counts_open = Unsqueeze (selected_counts, c3)
+        left_counts = Sub (cell_counts, selected_counts_open)
+        has_rest = Greater (left_counts, f0)"""
+    if merged:
+        lines += """
+        vc_weighted = Mul (vc_runs, kc_sizes)
+        vc_sum = ReduceSum <keepdims = 0> (vc_weighted, c3)
+        vc_mean = Div (vc_sum, kc_total)
+        cell_sizes_shape = Constant <value_ints: ints = [0, 1, 1, 1, -1]> ()
+        cell_sizes = Reshape (kc_total, cell_sizes_shape)
+        listed_sizes_column = Unsqueeze (listed_sizes, c4)
+        member = Mul (is_member_f, listed_sizes_column)
         selected = ReduceSum <keepdims = 0> (member, c3)
         selected_open = Unsqueeze (selected, c3)
-        rest = Sub (cell_sizes, selected_open)
-        safe = Max (rest, f1)
+        rest = Sub (cell_sizes, selected_open)"""
+    else:
+        lines += """
+        vc_sum = ReduceSum <keepdims = 0> (vc_runs, c3)
+        vc_mean = Div (vc_sum, kc_size)
+        cell_sizes = Identity (cell_counts)
+        member = Identity (is_member_f)
+        selected_open = Identity (selected_counts_open)
+        rest = Identity (left_counts)"""
+    return f"""{lines}
+        safe = Where (has_rest, rest, f1)
         selected_logits = MatMul (listed_logits, member)"""
 
 
@@ -82,7 +129,7 @@ def _shared(prefix: bool, cells: bool) -> str:
     """Attention over what all tiles share (prefix, cells) and over each tile's list -> `patch_out` [B,H,P,d]."""
     if not prefix and not cells:
         return f"""
-        weights = Softmax <axis = -1> (listed_logits)
+        weights = Softmax <axis = -1> (listed_biased)
         own = CastLike (weights, qkv)
         tiles_out = MatMul (own, v_listed){_CROP}"""
     lines = _shared_logits(prefix, cells) + _all_logits(prefix, cells)
@@ -120,7 +167,7 @@ def _all_logits(prefix: bool, cells: bool) -> str:
     """`logits` of prefix, cells and list, in this order; those of cells moved to the mean of what is not selected."""
     if not cells:
         return """
-        logits = Concat <axis = -1> (shared_logits, listed_logits)"""
+        logits = Concat <axis = -1> (shared_logits, listed_biased)"""
     lines = f"""
         cell_whole = Slice (shared_logits, {_cells_from(prefix)}, c_end, c4)
         selected_share = Mul (selected_open, cell_whole)
@@ -129,14 +176,13 @@ def _all_logits(prefix: bool, cells: bool) -> str:
         cell_rest = Sub (cell_whole, excess_mean)
         log_rest = Log (safe)
         cell_raised = Add (cell_rest, log_rest)
-        has_rest = Greater (rest, f0)
         cell_logits = Where (has_rest, cell_raised, f_inf)"""
     if not prefix:
         return f"""{lines}
-        logits = Concat <axis = -1> (cell_logits, listed_logits)"""
+        logits = Concat <axis = -1> (cell_logits, listed_biased)"""
     return f"""{lines}
         prefix_logits = Slice (shared_logits, c0, a_num_prefix, c4)
-        logits = Concat <axis = -1> (prefix_logits, cell_logits, listed_logits)"""
+        logits = Concat <axis = -1> (prefix_logits, cell_logits, listed_biased)"""
 
 
 def _weights(prefix: bool, cells: bool) -> str:
@@ -179,25 +225,41 @@ _CROP = """
         patch_rows = Reshape (tiles_out, crop_shape)
         patch_out = Slice (patch_rows, c0, queries, c2)"""
 
-_PREFIX_ROWS = """
+_LOG_SIZES = """
+        log_sizes_flat = Log (sizes)
+        log_sizes_shape = Constant <value_ints: ints = [0, 1, 1, -1]> ()
+        log_sizes = Reshape (log_sizes_flat, log_sizes_shape)"""
+
+
+def _prefix_rows(merged: bool) -> str:
+    biased = "Add (prefix_bare, log_sizes)" if merged else "Identity (prefix_bare)"
+    return f"""{_LOG_SIZES if merged else ""}
         q_prefix = Slice (q_scaled, c0, a_num_prefix, c2)
         k_all_t = Transpose <perm = [0, 1, 3, 2]> (k)
         prefix_typed = MatMul (q_prefix, k_all_t)
-        prefix_single = Cast <to = 1> (prefix_typed)
+        prefix_bare = Cast <to = 1> (prefix_typed)
+        prefix_single = {biased}
         prefix_soft = Softmax <axis = -1> (prefix_single)
         prefix_cast = CastLike (prefix_soft, qkv)
         prefix_out = MatMul (prefix_cast, v)"""
 
 
-def dense_attention(_: Structure) -> str:
+def merged_dense_attention(structure: Structure) -> str:
+    """Lines of MergedDenseAttention; see the schema."""
+    return dense_attention(structure, merged=True)
+
+
+def dense_attention(_: Structure, merged: bool = False) -> str:
     """Lines of DenseAttention; see the schema."""
-    return f"""{attribute("num_heads")}{attribute("scale", "float")}
+    biased = "Add (bare, log_sizes)" if merged else "Identity (bare)"
+    return f"""{attribute("num_heads")}{attribute("scale", "float")}{_LOG_SIZES if merged else ""}
         rows = Identity (qkv){SPLIT}
         scale = CastLike (a_scale, qkv)
         q_scaled = Mul (q, scale)
         k_t = Transpose <perm = [0, 2, 3, 1]> (k_rows)
         typed = MatMul (q_scaled, k_t)
-        logits = Cast <to = 1> (typed)
+        bare = Cast <to = 1> (typed)
+        logits = {biased}
         weights = Softmax <axis = -1> (logits)
         own = CastLike (weights, qkv)
         out = MatMul (own, v)

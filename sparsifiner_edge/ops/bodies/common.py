@@ -83,3 +83,24 @@ def mean(prefix: str) -> str:
     return f"""
         {prefix}_sum = ReduceSum <keepdims = 0> ({prefix}_runs, c3)
         {prefix}_mean = Div ({prefix}_sum, {prefix}_size)"""
+
+
+SIZES = """
+        sizes_patch = Slice (sizes, a_num_prefix, c_end, c1)
+        sizes_shape = Constant <value_ints: ints = [0, 1, -1, 1]> ()
+        sizes_rows = Reshape (sizes_patch, sizes_shape)"""
+"""`sizes_patch` [B,P] and `sizes_rows` [B,1,P,1] of merged tokens."""
+
+
+def sized_mean(prefix: str, run: str) -> str:
+    """Mean of each run of `runs` where tokens count by their sizes: `<prefix>_mean` [B,H,R,d], `<prefix>_total`
+    [B,1,R,1].
+    """
+    return f"""
+        {prefix}_sizes_padded = Pad (sizes_rows, {prefix}_pads)
+        {prefix}_sizes_shape = Concat <axis = 0> (c0, c0, c_1, {run}, c1)
+        {prefix}_sizes = Reshape ({prefix}_sizes_padded, {prefix}_sizes_shape)
+        {prefix}_total = ReduceSum <keepdims = 0> ({prefix}_sizes, c3)
+        {prefix}_weighted = Mul ({prefix}_runs, {prefix}_sizes)
+        {prefix}_sum = ReduceSum <keepdims = 0> ({prefix}_weighted, c3)
+        {prefix}_mean = Div ({prefix}_sum, {prefix}_total)"""

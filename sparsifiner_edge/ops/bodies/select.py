@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from sparsifiner_edge.ops.bodies.common import SPLIT, Structure, attribute, mean, runs
+from sparsifiner_edge.ops.bodies.common import SIZES, SPLIT, Structure, attribute, mean, runs, sized_mean
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
 
 
-def key_select(structure: Structure) -> str:
+def merged_key_select(structure: Structure) -> str:
+    """Lines of MergedKeySelect; see the schema."""
+    return key_select(structure, merged=True)
+
+
+def key_select(structure: Structure, merged: bool = False) -> str:
     """Lines of KeySelect; see the schema."""
-    center = runs("v_patch", "a_cell", "patches", "cell") + mean("cell") if structure.cells else ""
+    probe_mean = sized_mean("probe", "a_probe") if merged else mean("probe")
+    cell_mean = sized_mean("cell", "a_cell") if merged else mean("cell")
+    center = runs("v_patch", "a_cell", "patches", "cell") + cell_mean if structure.cells else ""
     deviation = (
         """
         cell_center = Unsqueeze (cell_mean, c3)
@@ -28,17 +35,27 @@ def key_select(structure: Structure) -> str:
         for name in "qkv"
     )
     ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "probe", "tile", "cell", "keys"))
+    logits = (
+        """
+        log_sizes_flat = Log (sizes_patch)
+        log_sizes_shape = Constant <value_ints: ints = [0, 1, 1, -1]> ()
+        log_sizes = Reshape (log_sizes_flat, log_sizes_shape)
+        logits_bare = MatMul (projected_q_scaled, projected_k_t)
+        logits = Add (logits_bare, log_sizes)"""
+        if merged
+        else """
+        logits = MatMul (projected_q_scaled, projected_k_t)"""
+    )
     return f"""{ints}{attribute("scale", "float")}{attribute("value_power", "float")}
         single = Cast <to = 1> (qkv)
-        rows = Identity (single){SPLIT}{patches}
-        patches = Shape <start = 2, end = 3> (q_patch){runs("q_patch", "a_probe", "patches", "probe")}{mean("probe")}
+        rows = Identity (single){SPLIT}{patches}{SIZES if merged else ""}
+        patches = Shape <start = 2, end = 3> (q_patch){runs("q_patch", "a_probe", "patches", "probe")}{probe_mean}
         proj_q_f = Cast <to = 1> (proj_q)
         proj_k_f = Cast <to = 1> (proj_k)
         projected_q = MatMul (probe_mean, proj_q_f)
         projected_q_scaled = Mul (projected_q, a_scale)
         projected_k = MatMul (k_patch, proj_k_f)
-        projected_k_t = Transpose <perm = [0, 1, 3, 2]> (projected_k)
-        logits = MatMul (projected_q_scaled, projected_k_t)
+        projected_k_t = Transpose <perm = [0, 1, 3, 2]> (projected_k){logits}
         log_weights = LogSoftmax <axis = -1> (logits)
         per_tile = Div (a_tile, a_probe)
         tiles_up = Add (probe_count, per_tile)
