@@ -35,8 +35,14 @@ def _triton_missing() -> str | None:
 
 
 NATIVE = Kernels(
-    ("KeySelect", "SparseAttention", "DenseAttention", "TokenScore"), "cpu", ("float32",), native.why_unusable
-)
+    (
+        "KeySelect", "SparseAttention", "DenseAttention", "TokenScore",
+        "MergedKeySelect", "MergedSparseAttention", "MergedDenseAttention", "MatchTokens", "MergeTokens",
+    ),
+    "cpu",
+    ("float32",),
+    native.why_unusable,
+)  # fmt: skip
 TRITON = Kernels(("KeySelect", "SparseAttention"), "cuda", ("float32", "float16", "bfloat16"), _triton_missing)
 
 

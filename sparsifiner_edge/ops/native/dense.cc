@@ -20,7 +20,8 @@ constexpr size_t kDenseKeys = 64;
 struct DenseJob {
   Packed in;
   float* output;
-  size_t groups;  // of kDenseTiles tiles, per head
+  size_t groups;      // of kDenseTiles tiles, per head
+  const float* bias;  // [batch][tokens]: log2 of sizes, or null
 };
 
 // What a thread needs for one group.
@@ -75,6 +76,12 @@ HWY_NOINLINE void DenseGroup(void* data, size_t item, void* own) {
     }
     for (size_t t = 0; t < tiles; ++t) {
       Scores<true>(qt + t * width * kQueries, keys, stride, width, count, scores);
+      for (size_t j = 0; job.bias != nullptr && j < count; ++j) {
+        const V bias = hn::Set(d, job.bias[batch * in.tokens + start + j]);
+        for (size_t v = 0; v < kQueries; v += kLanes) {
+          hn::Store(hn::Add(hn::Load(d, scores + j * kQueries + v), bias), d, scores + j * kQueries + v);
+        }
+      }
       float* highest = state + 2 * t * kQueries;
       float* total = highest + kQueries;
       HWY_ALIGN float carry[kQueries];
@@ -108,8 +115,15 @@ HWY_NOINLINE void DenseGroup(void* data, size_t item, void* own) {
 
 bool DenseAttentionTarget(const Packed& in, float* output, const Parallel& parallel) {
   const size_t per_group = kDenseTiles * kQueries;
-  DenseJob job{in, output, (in.tokens + per_group - 1) / per_group};
+  if (in.batch == 0) return true;
+  DenseJob job{in, output, (in.tokens + per_group - 1) / per_group, nullptr};
   DenseWork work;
+  if (in.sizes != nullptr) {
+    auto* bias = static_cast<float*>(parallel.Shared(Times(Times(in.batch, in.tokens), sizeof(float))));
+    if (bias == nullptr) return false;
+    LogSizes(in.sizes, in.batch * in.tokens, bias);
+    job.bias = bias;
+  }
   return parallel.For(in.batch * in.heads * job.groups, LayOut(job, nullptr, &work), DenseGroup, &job);
 }
 
@@ -129,7 +143,7 @@ HWY_NOINLINE void ScoreHead(void* data, size_t item, void*) {
   float* weights = job.rows + item * in.tokens;
   const auto at = [](size_t j) { return j; };
   const float total = WeighOne(in.Queries(batch, head), in.Keys(batch, head), in.Row(), at, in.tokens, in.scale,
-                               in.width, weights);
+                               in.width, nullptr, weights);
   const V share = hn::Set(d, 1.0f / (total * static_cast<float>(in.heads)));
   for (size_t j = 0; j < in.tokens; j += kLanes) {
     const size_t some = std::min(kLanes, in.tokens - j);

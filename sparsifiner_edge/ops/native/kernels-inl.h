@@ -282,10 +282,11 @@ HWY_INLINE void PackRow(const float* HWY_RESTRICT from, size_t width, size_t str
 }
 
 // One query against `count` keys at rows at(j): weights exp2(logit - highest), not yet normalised; returns their sum.
-// Lanes are channels.
+// Lanes are channels. bias: added to the logit of row at(j), or null.
 template <class At>
 HWY_INLINE float WeighOne(const float* HWY_RESTRICT query, const float* HWY_RESTRICT keys, size_t row, const At& at,
-                          size_t count, float scale, size_t width, float* HWY_RESTRICT weights) {
+                          size_t count, float scale, size_t width, const float* HWY_RESTRICT bias,
+                          float* HWY_RESTRICT weights) {
   const D d;
   const size_t whole = width / kLanes * kLanes;
   float highest = kLowest;
@@ -296,7 +297,7 @@ HWY_INLINE float WeighOne(const float* HWY_RESTRICT query, const float* HWY_REST
     if (whole < width) {
       sum = hn::MulAdd(hn::LoadN(d, query + whole, width - whole), hn::LoadN(d, key + whole, width - whole), sum);
     }
-    weights[j] = scale * kLog2e * hn::ReduceSum(d, sum);
+    weights[j] = scale * kLog2e * hn::ReduceSum(d, sum) + (bias == nullptr ? 0.0f : bias[at(j)]);
     highest = std::max(highest, weights[j]);
   }
   V total = hn::Zero(d);
@@ -311,22 +312,34 @@ HWY_INLINE float WeighOne(const float* HWY_RESTRICT query, const float* HWY_REST
 }
 
 // Means over runs of `cell` rows of a head's keys or values: rows [patches] of `row` floats -> means [cells][stride].
-HWY_INLINE void CellMeans(const float* rows, size_t row, size_t patches, size_t cell, size_t width, size_t stride,
-                          float* HWY_RESTRICT means) {
+// sizes: how much each row counts, or null: all the same.
+HWY_INLINE void CellMeans(const float* rows, size_t row, const float* sizes, size_t patches, size_t cell, size_t width,
+                          size_t stride, float* HWY_RESTRICT means) {
   const D d;
   for (size_t start = 0; start < patches; start += cell, means += stride) {
     const size_t end = std::min(start + cell, patches);
-    const V share = hn::Set(d, 1.0f / static_cast<float>(end - start));
+    float total = static_cast<float>(end - start);
+    if (sizes != nullptr) {
+      total = 0.0f;
+      for (size_t j = start; j < end; ++j) total += sizes[j];
+    }
+    const V share = hn::Set(d, 1.0f / total);
     for (size_t c = 0; c < stride; c += kLanes) {
       V sum = hn::Zero(d);
       const size_t some = std::min(kLanes, width - c);
       for (size_t j = start; j < end; ++j) {
         const float* from = rows + j * row + c;
-        sum = hn::Add(sum, some == kLanes ? hn::LoadU(d, from) : hn::LoadN(d, from, some));
+        const V x = some == kLanes ? hn::LoadU(d, from) : hn::LoadN(d, from, some);
+        sum = sizes == nullptr ? hn::Add(sum, x) : hn::MulAdd(hn::Set(d, sizes[j]), x, sum);
       }
       hn::Store(hn::Mul(sum, share), d, means + c);
     }
   }
+}
+
+// What the sizes of tokens add to logits: log2 of each of `count`.
+HWY_INLINE void LogSizes(const float* sizes, size_t count, float* HWY_RESTRICT logs) {
+  for (size_t i = 0; i < count; ++i) logs[i] = sizes[i] == 1.0f ? 0.0f : std::log2(sizes[i]);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -36,6 +36,7 @@ struct Packed {
   size_t heads;
   size_t width;  // d, channels of a head
   float scale;
+  const float* sizes = nullptr;  // [batch, tokens]: how many tokens each stands for; null: one
 
   size_t Row() const { return 3 * heads * width; }
   const float* Queries(size_t b, size_t h) const { return qkv + b * tokens * Row() + h * width; }
@@ -61,6 +62,23 @@ struct SelectSettings {
   float value_power;
 };
 
+struct MatchSettings {
+  size_t prefix;
+  size_t window;
+  size_t merged;
+};
+
+// Tokens that are merged: x [batch, tokens, channels], sizes [batch, tokens], pairs [batch, count, 2].
+struct Merging {
+  const float* x;
+  const float* sizes;
+  const int32_t* pairs;
+  size_t batch;
+  size_t tokens;
+  size_t channels;
+  size_t count;
+};
+
 // softmax(scale q k^T) v: output [batch, tokens, heads * width].
 [[nodiscard]] bool DenseAttention(const Packed& in, float* output, const Parallel& parallel);
 
@@ -74,6 +92,13 @@ struct SelectSettings {
 
 // The class token's (token 0) row of the softmax, mean over the heads: output [batch, tokens].
 [[nodiscard]] bool TokenScore(const Packed& in, float* output, const Parallel& parallel);
+
+// pairs [batch, tokens - merged, 2]: which tokens become one.
+[[nodiscard]] bool MatchTokens(const Packed& in, const MatchSettings& settings, int32_t* pairs,
+                               const Parallel& parallel);
+
+// output [batch, count, channels].
+[[nodiscard]] bool MergeTokens(const Merging& in, float* output, const Parallel& parallel);
 
 // Name of the instruction set that the kernels run on, such as "AVX3".
 const char* TargetName();

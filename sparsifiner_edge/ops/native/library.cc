@@ -116,6 +116,15 @@ class Tensors {
     return true;
   }
 
+  // The input `sizes` of merged tokens.
+  bool Sizes(size_t index, size_t batch, size_t tokens, const float** sizes) const {
+    Shape shape;
+    if (!Input(index, &shape, sizes)) return false;
+    const bool fits = shape.rank == 2 && shape.axes[0] == static_cast<int64_t>(batch) &&
+                      shape.axes[1] == static_cast<int64_t>(tokens);
+    return fits || problem_->Refuse("sizes must have shape [%zu, %zu], got %s", batch, tokens, Text(shape).text);
+  }
+
  private:
   OrtKernelContext* context_;
   Problem* problem_;
@@ -124,7 +133,8 @@ class Tensors {
 size_t Tiles(const Packed& in, size_t prefix, size_t tile) { return (in.tokens - prefix + tile - 1) / tile; }
 
 // A kernel reads its attributes once; Compute may run on several threads at a time. Both are false where they fail, and
-// the problem, if it is none of memory, is told.
+// the problem, if it is none of memory, is told. kMerged: the second input are the tokens' sizes.
+template <bool kMerged>
 struct DenseKernel {
   bool Read(const OrtKernelInfo* info, Problem* problem) {
     return WholeNumber(info, "num_heads", 1, &heads, problem) && Number(info, "scale", &scale, problem);
@@ -133,8 +143,8 @@ struct DenseKernel {
   bool Compute(const Tensors& tensors, Problem*, const Parallel& parallel) const {
     Packed in{};
     float* output = nullptr;
-    return tensors.Pack(heads, 0, scale, &in) && tensors.Output({in.batch, in.tokens, heads * in.width}, &output) &&
-           DenseAttention(in, output, parallel);
+    return tensors.Pack(heads, 0, scale, &in) && (!kMerged || tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) &&
+           tensors.Output({in.batch, in.tokens, heads * in.width}, &output) && DenseAttention(in, output, parallel);
   }
 
   size_t heads;
@@ -157,6 +167,7 @@ struct ScoreKernel {
   float scale;
 };
 
+template <bool kMerged>
 struct SparseKernel {
   bool Read(const OrtKernelInfo* info, Problem* problem) {
     if (!WholeNumber(info, "num_heads", 1, &heads, problem) || !Number(info, "scale", &scale, problem) ||
@@ -178,7 +189,11 @@ struct SparseKernel {
     Packed in{};
     Shape shape;
     const int32_t* indices = nullptr;
-    if (!tensors.Pack(heads, settings.prefix, scale, &in) || !tensors.Input(1, &shape, &indices)) return false;
+    if (!tensors.Pack(heads, settings.prefix, scale, &in) ||
+        (kMerged && !tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) ||
+        !tensors.Input(kMerged ? 2 : 1, &shape, &indices)) {
+      return false;
+    }
     Shape expected;
     for (size_t axis : {in.batch, heads, Tiles(in, settings.prefix, settings.tile)}) {
       expected.axes[expected.rank++] = static_cast<int64_t>(axis);
@@ -206,6 +221,7 @@ struct SparseKernel {
   SparseSettings settings{};
 };
 
+template <bool kMerged>
 struct SelectKernel {
   bool Read(const OrtKernelInfo* info, Problem* problem) {
     if (!WholeNumber(info, "num_heads", 1, &heads, problem) || !Number(info, "scale", &scale, problem) ||
@@ -224,8 +240,10 @@ struct SelectKernel {
     Packed in{};
     Shape shape, other;
     const float *proj_q = nullptr, *proj_k = nullptr;
-    if (!tensors.Pack(heads, settings.prefix, scale, &in) || !tensors.Input(1, &shape, &proj_q) ||
-        !tensors.Input(2, &other, &proj_k)) {
+    constexpr size_t kFirst = kMerged ? 2 : 1;
+    if (!tensors.Pack(heads, settings.prefix, scale, &in) ||
+        (kMerged && !tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) || !tensors.Input(kFirst, &shape, &proj_q) ||
+        !tensors.Input(kFirst + 1, &other, &proj_k)) {
       return false;
     }
     if (shape.rank != 3 || other.rank != 3 || !std::equal(shape.axes, shape.axes + 3, other.axes) ||
@@ -245,6 +263,56 @@ struct SelectKernel {
   size_t heads;
   float scale;
   SelectSettings settings{};
+};
+
+struct MatchKernel {
+  bool Read(const OrtKernelInfo* info, Problem* problem) {
+    if (!WholeNumber(info, "num_heads", 1, &heads, problem) ||
+        !WholeNumber(info, "num_prefix", 0, &settings.prefix, problem) ||
+        !WholeNumber(info, "window", 2, &settings.window, problem) ||
+        !WholeNumber(info, "merged", 1, &settings.merged, problem)) {
+      return false;
+    }
+    return settings.window % 2 == 0 || problem->Refuse("window %zu is odd", settings.window);
+  }
+
+  bool Compute(const Tensors& tensors, Problem* problem, const Parallel& parallel) const {
+    Packed in{};
+    if (!tensors.Pack(heads, settings.prefix, 1.0f, &in)) return false;
+    if (settings.merged > (in.tokens - settings.prefix) / 2) {
+      return problem->Refuse("merged %zu exceeds half of the %zu patches", settings.merged,
+                             in.tokens - settings.prefix);
+    }
+    int32_t* pairs = nullptr;
+    return tensors.Output({in.batch, in.tokens - settings.merged, 2}, &pairs) &&
+           MatchTokens(in, settings, pairs, parallel);
+  }
+
+  size_t heads;
+  MatchSettings settings{};
+};
+
+struct MergeKernel {
+  bool Read(const OrtKernelInfo*, Problem*) { return true; }
+
+  bool Compute(const Tensors& tensors, Problem* problem, const Parallel& parallel) const {
+    Merging in{};
+    Shape tokens, shape;
+    if (!tensors.Input(0, &tokens, &in.x)) return false;
+    if (tokens.rank != 3 || tokens.axes[1] < 1) {
+      return problem->Refuse("x must have shape [B, N, C], got %s", Text(tokens).text);
+    }
+    in.batch = static_cast<size_t>(tokens.axes[0]);
+    in.tokens = static_cast<size_t>(tokens.axes[1]);
+    in.channels = static_cast<size_t>(tokens.axes[2]);
+    if (!tensors.Sizes(1, in.batch, in.tokens, &in.sizes) || !tensors.Input(2, &shape, &in.pairs)) return false;
+    if (shape.rank != 3 || shape.axes[0] != tokens.axes[0] || shape.axes[2] != 2) {
+      return problem->Refuse("pairs must have shape [%zu, M, 2], got %s", in.batch, Text(shape).text);
+    }
+    in.count = static_cast<size_t>(shape.axes[1]);
+    float* output = nullptr;
+    return tensors.Output({in.batch, in.count, in.channels}, &output) && MergeTokens(in, output, parallel);
+  }
 };
 
 template <typename Kernel>
@@ -271,9 +339,10 @@ struct Node : Allocated {
 
 template <typename Kernel>
 struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus=*/true> {
-  Operator(const char* operator_name, size_t input_count, ONNXTensorElementDataType second,
+  // last: the type of the last input; all others are floats.
+  Operator(const char* operator_name, size_t input_count, ONNXTensorElementDataType last,
            ONNXTensorElementDataType output)
-      : name(operator_name), inputs(input_count), second_type(second), output_type(output) {}
+      : name(operator_name), inputs(input_count), last_type(last), output_type(output) {}
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** made) const {
     Problem problem;
@@ -289,14 +358,14 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus
   const char* GetName() const { return name; }
   size_t GetInputTypeCount() const { return inputs; }
   ONNXTensorElementDataType GetInputType(size_t index) const {
-    return index == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : second_type;
+    return index + 1 < inputs ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : last_type;
   }
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return output_type; }
 
   const char* name;
   size_t inputs;
-  ONNXTensorElementDataType second_type, output_type;
+  ONNXTensorElementDataType last_type, output_type;
 };
 
 // The operators, as sessions refer to them: for as long as the library is loaded. Made once, or again where it failed.
@@ -314,7 +383,8 @@ class Domain {
     if (OrtCustomOpDomain* made = made_.load()) return made;
     OrtCustomOpDomain* domain = nullptr;
     if (!problem->Check(api.CreateCustomOpDomain("sparsifiner", &domain)) || domain == nullptr) return nullptr;
-    const OrtCustomOp* const operators[] = {&select_, &sparse_, &dense_, &score_};
+    const OrtCustomOp* const operators[] = {&select_,        &sparse_,        &dense_, &score_, &merged_select_,
+                                            &merged_sparse_, &merged_dense_, &match_, &merge_};
     for (const OrtCustomOp* each : operators) {
       if (problem->Check(api.CustomOpDomain_Add(domain, each))) continue;
       api.ReleaseCustomOpDomain(domain);
@@ -332,9 +402,14 @@ class Domain {
 
  private:
   static constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-  const Operator<SelectKernel> select_{"KeySelect", 3, kFloat, kInt};
-  const Operator<SparseKernel> sparse_{"SparseAttention", 2, kInt, kFloat};
-  const Operator<DenseKernel> dense_{"DenseAttention", 1, kFloat, kFloat};
+  const Operator<SelectKernel<false>> select_{"KeySelect", 3, kFloat, kInt};
+  const Operator<SparseKernel<false>> sparse_{"SparseAttention", 2, kInt, kFloat};
+  const Operator<DenseKernel<false>> dense_{"DenseAttention", 1, kFloat, kFloat};
+  const Operator<SelectKernel<true>> merged_select_{"MergedKeySelect", 4, kFloat, kInt};
+  const Operator<SparseKernel<true>> merged_sparse_{"MergedSparseAttention", 3, kInt, kFloat};
+  const Operator<DenseKernel<true>> merged_dense_{"MergedDenseAttention", 2, kFloat, kFloat};
+  const Operator<MatchKernel> match_{"MatchTokens", 1, kFloat, kInt};
+  const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat};
   const Operator<ScoreKernel> score_{"TokenScore", 1, kFloat, kFloat};
   std::atomic<OrtCustomOpDomain*> made_{nullptr};
 };

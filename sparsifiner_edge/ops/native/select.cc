@@ -36,6 +36,7 @@ struct SelectJob {
   float* proj_q;        // [heads][lane_blocks][d][16], with scale and log2(e)
   float* projected_k;   // [batch * heads][padded / 16][c][16]
   float* bonus;         // [batch * heads][padded]
+  float* bias;          // [batch][tokens]: log2 of sizes, or null
   const float *given_q, *given_k;
 };
 
@@ -52,6 +53,11 @@ void PackProjections(const SelectJob& job) {
       }
     }
   }
+}
+
+// Sizes of an image's tokens from `token` on, or null.
+HWY_INLINE const float* SizesOf(const Packed& in, size_t batch, size_t token) {
+  return in.sizes == nullptr ? nullptr : in.sizes + batch * in.tokens + token;
 }
 
 // What a thread needs for a block of projected keys or a cell's bonus.
@@ -81,7 +87,8 @@ HWY_INLINE void Bonus(const SelectJob& job, size_t batch_head, size_t cell, cons
   }
   float *mean = work.mean, *squares = work.squares;
   if (job.settings.cell != 0) {
-    CellMeans(values, in.Row(), end - begin, run, in.width, job.stride, mean);
+    const float* sizes = SizesOf(in, batch_head / in.heads, job.settings.prefix + begin);
+    CellMeans(values, in.Row(), sizes, end - begin, run, in.width, job.stride, mean);
   } else {
     std::memset(mean, 0, job.stride * sizeof(float));
   }
@@ -142,7 +149,8 @@ HWY_INLINE void ProjectProbes(const SelectJob& job, size_t batch, size_t head, s
   const Packed& in = job.in;
   const size_t c = job.settings.channels, run = job.settings.probe;
   const size_t begin = probe * run, end = std::min(begin + count * run, job.patches);
-  CellMeans(in.Queries(batch, head) + (job.settings.prefix + begin) * in.Row(), in.Row(), end - begin, run, in.width,
+  const size_t token = job.settings.prefix + begin;
+  CellMeans(in.Queries(batch, head) + token * in.Row(), in.Row(), SizesOf(in, batch, token), end - begin, run, in.width,
             job.stride, means);
   for (size_t b = 0; b < job.lane_blocks; ++b) {
     Scores<true>(job.proj_q + (head * job.lane_blocks + b) * in.width * kQueries, means, job.stride, in.width, count,
@@ -166,6 +174,13 @@ HWY_INLINE void ProbeLogits(const SelectJob& job, size_t batch_head, const float
   }
   for (size_t g = 0; g < count; ++g) {
     float* HWY_RESTRICT row = logits + g * job.padded;
+    if (job.bias != nullptr) {
+      const float* bias = job.bias + batch_head / job.in.heads * job.in.tokens + job.settings.prefix;
+      for (size_t j = 0; j < job.patches; j += kLanes) {
+        const size_t some = std::min(kLanes, job.patches - j);
+        hn::Store(hn::Add(hn::Load(d, row + j), hn::LoadN(d, bias + j, some)), d, row + j);
+      }
+    }
     std::fill(row + job.patches, row + job.padded, kLowest);
     log_sums[g] = 0.0f;
     if (!normalise) continue;
@@ -313,9 +328,11 @@ bool KeySelectTarget(const Packed& in, const float* proj_q, const float* proj_k,
     job.proj_q = layout.Take<float>(in.heads, job.lane_blocks, in.width, kQueries);
     job.projected_k = layout.Take<float>(heads, job.padded, settings.channels);
     job.bonus = layout.Take<float>(heads, job.padded);
+    job.bias = in.sizes == nullptr ? nullptr : layout.Take<float>(in.batch, in.tokens);
     if (pass == 0 && (base = parallel.Shared(layout.used())) == nullptr) return false;
   }
   PackProjections(job);
+  if (in.sizes != nullptr) LogSizes(in.sizes, in.batch * in.tokens, job.bias);
   PrepareWork prepare;
   SelectWork select;
   const size_t group_tiles = GroupTiles(settings);

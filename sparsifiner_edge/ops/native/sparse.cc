@@ -28,13 +28,13 @@ struct List {
 // ---------------------------------------------------------------------------------------------------------------------
 // One query against many keys, lanes are channels: prefix tokens, and lists that belong to one query alone.
 
-// list: tokens to read, or null for all of [0, count). output: `width` floats.
+// list: tokens to read, or null for all of [0, count). bias: log2 of the tokens' sizes, or null. output: `width` floats.
 HWY_NOINLINE void AttendOne(const float* query, const float* keys, const float* values, size_t row, const List* list,
-                            size_t count, float scale, size_t width, float* HWY_RESTRICT weights,
+                            size_t count, float scale, size_t width, const float* bias, float* HWY_RESTRICT weights,
                             float* HWY_RESTRICT output) {
   const D d;
   const auto at = [&](size_t j) -> size_t { return list == nullptr ? j : list->At(j); };
-  const V share = hn::Set(d, 1.0f / WeighOne(query, keys, row, at, count, scale, width, weights));
+  const V share = hn::Set(d, 1.0f / WeighOne(query, keys, row, at, count, scale, width, bias, weights));
   for (size_t c = 0; c < width; c += kLanes) {
     const size_t some = std::min(kLanes, width - c);
     V even = hn::Zero(d), odd = hn::Zero(d);
@@ -73,6 +73,8 @@ struct SparseJob {
   float* cell_values;  // the same
   const float* logs;         // log2 of 0..cell; of 0: the lowest float
   const uint16_t* cell_of;   // [patches]
+  float* bias;         // [batch][tokens]: log2 of sizes; null, as are the next, where all tokens are single
+  float* cell_sizes;   // [batch][cells]: sums of sizes
 };
 
 HWY_INLINE const float* KeysOf(const SparseJob& job, size_t batch, size_t head) {
@@ -103,30 +105,52 @@ HWY_NOINLINE void PrepareRun(void* data, size_t item, void*) {
   if (job.cells == 0) return;
   float* means = (which ? job.cell_values : job.cell_keys) + (batch_head * job.cells + run) * job.stride;
   const size_t width = job.packed_keys == nullptr ? in.width : job.stride;
-  CellMeans(rows + begin * job.row, job.row, end - begin, job.run, width, job.stride, means);
+  const float* sizes = in.sizes == nullptr ? nullptr : in.sizes + batch * in.tokens + begin;
+  CellMeans(rows + begin * job.row, job.row, sizes, end - begin, job.run, width, job.stride, means);
 }
+
+// What a tile's list leaves of each cell, as numbers of single tokens.
+struct Rest {
+  float *whole, *listed, *rest, *log_rest;  // [R]; rest is 0 where all are listed
+  float* sizes;                             // [K]: of the listed keys, where tokens are merged
+};
 
 // Logits of the cells, less what was selected. selected: [count][16] logits of the listed keys; cells: [R][16], on entry
 // those of whole cells, on exit those of the rest, raised by the log of its number. sums: scratch [R][16].
+template <bool kSized>
 HWY_INLINE void RestOfCells(const SparseJob& job, const uint16_t* owner, size_t count, const float* selected,
-                            const uint32_t* number, float* HWY_RESTRICT sums, float* HWY_RESTRICT cells) {
+                            const Rest& left, float* HWY_RESTRICT sums, float* HWY_RESTRICT cells) {
   const D d;
   std::memset(sums, 0, job.cells * kQueries * sizeof(float));
   for (size_t v = 0; v < kQueries; v += kLanes) {
+    const auto logit = [&](size_t j) {
+      const V x = hn::Load(d, selected + j * kQueries + v);
+      return kSized ? hn::Mul(hn::Set(d, left.sizes[j]), x) : x;
+    };
     // Lists ascend, so that a cell's keys come in one run; any other order is right too, and slower.
     for (size_t j = 0; j < count;) {
       const size_t cell = owner[j];
-      V sum = hn::Load(d, selected + j * kQueries + v);
-      for (++j; j < count && owner[j] == cell; ++j) sum = hn::Add(sum, hn::Load(d, selected + j * kQueries + v));
+      V sum = logit(j);
+      for (++j; j < count && owner[j] == cell; ++j) sum = hn::Add(sum, logit(j));
       hn::Store(hn::Add(sum, hn::Load(d, sums + cell * kQueries + v)), d, sums + cell * kQueries + v);
     }
     for (size_t r = 0; r < job.cells; ++r) {
-      const size_t size = std::min(job.settings.cell, job.patches - r * job.settings.cell);
-      const size_t listed = std::min<size_t>(number[r], size), rest = size - listed;
       const V whole = hn::Load(d, cells + r * kQueries + v);
-      const V taken = hn::NegMulAdd(hn::Set(d, static_cast<float>(listed)), whole, hn::Load(d, sums + r * kQueries + v));
-      const V share = hn::Set(d, rest ? -1.0f / static_cast<float>(rest) : 0.0f);
-      hn::Store(hn::Add(hn::MulAdd(taken, share, whole), hn::Set(d, job.logs[rest])), d, cells + r * kQueries + v);
+      const V taken = hn::NegMulAdd(hn::Set(d, left.listed[r]), whole, hn::Load(d, sums + r * kQueries + v));
+      const V share = hn::Set(d, left.rest[r] > 0 ? -1.0f / left.rest[r] : 0.0f);
+      hn::Store(hn::Add(hn::MulAdd(taken, share, whole), hn::Set(d, left.log_rest[r])), d, cells + r * kQueries + v);
+    }
+  }
+}
+
+// scores[j][16] += bias of the token at places[j], which are `row` floats apart.
+HWY_INLINE void AddBias(const float* bias, const uint32_t* places, uint32_t row, size_t count,
+                        float* HWY_RESTRICT scores) {
+  const D d;
+  for (size_t j = 0; j < count; ++j) {
+    const V more = hn::Set(d, bias[places[j] / row]);
+    for (size_t v = 0; v < kQueries; v += kLanes) {
+      hn::Store(hn::Add(hn::Load(d, scores + j * kQueries + v), more), d, scores + j * kQueries + v);
     }
   }
 }
@@ -161,7 +185,8 @@ HWY_INLINE void GatherScores(const float* qt, const float* keys, const uint32_t*
 
 // Softmax of a tile over listed keys and cells. On entry logits, on exit weights: scores [count][16], cells [R][16];
 // shares [16]: what makes them sum to 1. sums: scratch [R][16].
-HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* owner, const uint32_t* number,
+template <bool kSized>
+HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* owner, const Rest& left,
                             float* HWY_RESTRICT scores, float* HWY_RESTRICT cells, float* HWY_RESTRICT sums,
                             float* HWY_RESTRICT shares) {
   const SparseSettings& s = job.settings;
@@ -172,15 +197,14 @@ HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* 
     for (size_t j = 1; j < rows; ++j) top = hn::Max(top, hn::Load(d, scores + j * kQueries + v));
     V total = hn::Zero(d);
     for (size_t r = 0; r < job.cells; ++r) {
-      const size_t size = std::min(s.cell, job.patches - r * s.cell);
-      const size_t rest = size - std::min<size_t>(number[r], size);
+      const float rest = left.rest[r];
       const V weight = Exp2(hn::Sub(hn::Load(d, cells + r * kQueries + v), top));
-      total = hn::Add(total, rest ? weight : hn::Zero(d));
+      total = hn::Add(total, rest > 0 ? weight : hn::Zero(d));
       // Each of the rest has this share. The cell's mean value stands for all its tokens, so those that were selected
       // must give their share back.
-      const V share = hn::Mul(weight, hn::Set(d, rest ? 1.0f / static_cast<float>(rest) : 0.0f));
+      const V share = hn::Mul(weight, hn::Set(d, rest > 0 ? 1.0f / rest : 0.0f));
       hn::Store(share, d, sums + r * kQueries + v);
-      hn::Store(hn::Mul(share, hn::Set(d, static_cast<float>(size))), d, cells + r * kQueries + v);
+      hn::Store(hn::Mul(share, hn::Set(d, left.whole[r])), d, cells + r * kQueries + v);
     }
     for (size_t j = 0; j < s.prefix_keys; ++j) {
       const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
@@ -191,8 +215,11 @@ HWY_NOINLINE void WeighTile(const SparseJob& job, size_t count, const uint16_t* 
     const auto weigh = [&](size_t j, V* sum) {
       const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
       *sum = hn::Add(*sum, weight);
-      const V back = job.cells ? hn::Load(d, sums + owner[j - s.prefix_keys] * kQueries + v) : hn::Zero(d);
-      hn::Store(hn::Sub(weight, back), d, scores + j * kQueries + v);
+      const size_t key = j - s.prefix_keys;
+      const V back = job.cells ? hn::Load(d, sums + owner[key] * kQueries + v) : hn::Zero(d);
+      const V own = kSized && job.cells ? hn::NegMulAdd(hn::Set(d, left.sizes[key]), back, weight)
+                                        : hn::Sub(weight, back);
+      hn::Store(own, d, scores + j * kQueries + v);
     };
     size_t j = s.prefix_keys;
     for (; j + 2 <= count; j += 2) {
@@ -225,6 +252,7 @@ struct Work {
   float *gathered, *partial, *qt, *scores, *sums;
   uint16_t* owner;
   uint32_t *number, *places;
+  Rest left;
 };
 
 HWY_INLINE size_t LayOut(const SparseJob& job, void* base, Work* work) {
@@ -238,11 +266,43 @@ HWY_INLINE size_t LayOut(const SparseJob& job, void* base, Work* work) {
   work->owner = layout.Take<uint16_t>(job.settings.keys);
   work->places = layout.Take<uint32_t>(count + kPlacesAhead);
   work->number = layout.Take<uint32_t>(4 * job.cells);
+  work->left.whole = layout.Take<float>(job.cells);
+  work->left.listed = layout.Take<float>(job.cells);
+  work->left.rest = layout.Take<float>(job.cells);
+  work->left.log_rest = layout.Take<float>(job.cells);
+  work->left.sizes = job.bias == nullptr ? nullptr : layout.Take<float>(job.settings.keys);
   return layout.used();
 }
 
+// What is left of each cell, once its listed keys are counted.
+HWY_INLINE void CountRest(const SparseJob& job, size_t batch, const List& list, const Work& work) {
+  const Rest& left = work.left;
+  for (size_t r = 0; r < job.cells; ++r) {
+    const size_t size = std::min(job.settings.cell, job.patches - r * job.settings.cell);
+    const size_t listed = std::min<size_t>(work.number[r], size);
+    left.whole[r] = static_cast<float>(size);
+    left.listed[r] = static_cast<float>(listed);
+    left.rest[r] = static_cast<float>(size - listed);
+    left.log_rest[r] = job.logs[size - listed];
+  }
+  if (job.bias == nullptr) return;
+  const float* sizes = job.in.sizes + batch * job.in.tokens + list.prefix;
+  std::memset(left.listed, 0, job.cells * sizeof(float));
+  for (size_t j = 0; j < job.settings.keys; ++j) {
+    left.sizes[j] = sizes[std::min<size_t>(static_cast<uint32_t>(list.patches[j]), list.limit - 1)];
+    if (job.cells != 0) left.listed[work.owner[j]] += left.sizes[j];
+  }
+  for (size_t r = 0; r < job.cells; ++r) {
+    left.whole[r] = job.cell_sizes[batch * job.cells + r];
+    if (left.rest[r] > 0) {
+      left.rest[r] = left.whole[r] - left.listed[r];
+      left.log_rest[r] = std::log2(left.rest[r]);
+    }
+  }
+}
+
 // Where the rows of a list lie, as floats from the first token's row; which cells its keys lie in.
-HWY_INLINE void PlaceList(const SparseJob& job, const List& list, const Work& work) {
+HWY_INLINE void PlaceList(const SparseJob& job, size_t batch, const List& list, const Work& work) {
   const uint32_t first = static_cast<uint32_t>(list.prefix), most = static_cast<uint32_t>(list.limit - 1);
   const uint32_t step = static_cast<uint32_t>(job.row);
   for (uint32_t j = 0; j < first; ++j) work.places[j] = j * step;
@@ -251,6 +311,7 @@ HWY_INLINE void PlaceList(const SparseJob& job, const List& list, const Work& wo
   }
   std::fill(work.places + list.count, work.places + list.count + kPlacesAhead, work.places[list.count - 1]);
   if (job.cells != 0) CountListed(job, list, job.settings.keys, work.owner, work.number);
+  CountRest(job, batch, list, work);
 }
 
 // output = weights x values of the list and of the cells, a chunk of the list at a time.
@@ -278,6 +339,7 @@ HWY_INLINE void SumValues(const SparseJob& job, const float* values, const Weigh
 }
 
 // A tile of at most 16 queries [begin, begin + valid) with one list, which is placed already unless `fresh`.
+template <bool kSized>
 HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, size_t begin, size_t valid,
                              const List& list, bool fresh, const Work& work) {
   const Packed& in = job.in;
@@ -286,16 +348,19 @@ HWY_NOINLINE void AttendTile(const SparseJob& job, size_t batch, size_t head, si
   const float* query_rows[kQueries];
   QueryRows(in.Queries(batch, head) + begin * in.Row(), in.Row(), valid, query_rows);
   Transpose16(query_rows, width, in.scale * kLog2e, work.qt);
-  if (fresh) PlaceList(job, list, work);
+  if (fresh) PlaceList(job, batch, list, work);
   GatherScores(work.qt, KeysOf(job, batch, head), work.places, count, width, stride, work.gathered, work.scores);
   const size_t of_head = (batch * in.heads + head) * job.cells * stride;
   float* cells = work.scores + count * kQueries;
   if (job.cells != 0) {
     Scores<true>(work.qt, job.cell_keys + of_head, stride, width, job.cells, cells);
-    RestOfCells(job, work.owner, s.keys, work.scores + s.prefix_keys * kQueries, work.number, work.sums, cells);
+    RestOfCells<kSized>(job, work.owner, s.keys, work.scores + s.prefix_keys * kQueries, work.left, work.sums, cells);
+  }
+  if (kSized) {
+    AddBias(job.bias + batch * in.tokens, work.places, static_cast<uint32_t>(job.row), count, work.scores);
   }
   HWY_ALIGN float shares[kQueries];
-  WeighTile(job, count, work.owner, work.number, work.scores, cells, work.sums, shares);
+  WeighTile<kSized>(job, count, work.owner, work.left, work.scores, cells, work.sums, shares);
   const Weighted background{cells, job.cell_values + of_head, job.cells, nullptr};
   SumValues(job, ValuesOf(job, batch, head), background, shares, count, valid, work,
             job.output + ((batch * in.tokens + begin) * in.heads + head) * width);
@@ -310,6 +375,7 @@ HWY_NOINLINE void SparseItem(void* data, size_t item, void* own) {
   const size_t count = s.prefix_keys + s.keys;
   const bool prefix_row = unit >= job.tiles;
   const float *keys = KeysOf(job, batch, head), *values = ValuesOf(job, batch, head);
+  const float* bias = job.bias == nullptr ? nullptr : job.bias + batch * in.tokens;
   Work work;
   LayOut(job, own, &work);
   const auto query = [&](size_t token) { return in.Queries(batch, head) + token * in.Row(); };
@@ -318,7 +384,7 @@ HWY_NOINLINE void SparseItem(void* data, size_t item, void* own) {
   };
   if (prefix_row) {
     const size_t token = unit - job.tiles;
-    AttendOne(query(token), keys, values, job.row, nullptr, in.tokens, in.scale, in.width, work.scores,
+    AttendOne(query(token), keys, values, job.row, nullptr, in.tokens, in.scale, in.width, bias, work.scores,
               result(token));
     return;
   }
@@ -326,12 +392,14 @@ HWY_NOINLINE void SparseItem(void* data, size_t item, void* own) {
   const List list{patches, s.prefix_keys, count, in.tokens - s.prefix_keys};
   if (s.tile == 1 && job.cells == 0) {
     const size_t token = s.prefix + unit;
-    AttendOne(query(token), keys, values, job.row, &list, count, in.scale, in.width, work.scores, result(token));
+    AttendOne(query(token), keys, values, job.row, &list, count, in.scale, in.width, bias, work.scores,
+              result(token));
     return;
   }
   const size_t begin = s.prefix + unit * s.tile, end = std::min(begin + s.tile, in.tokens);
   for (size_t some = begin; some < end; some += kQueries) {
-    AttendTile(job, batch, head, some, std::min(kQueries, end - some), list, some == begin, work);
+    const auto attend = bias == nullptr ? AttendTile<false> : AttendTile<true>;
+    attend(job, batch, head, some, std::min(kQueries, end - some), list, some == begin, work);
   }
 }
 
@@ -364,12 +432,22 @@ bool SparseAttentionTarget(const Packed& in, const int32_t* indices, const Spars
     job.cell_values = layout.Take<float>(heads * job.cells, job.stride);
     logs = layout.Take<float>(job.settings.cell + 1);
     cell_of = layout.Take<uint16_t>(job.patches);
+    job.bias = in.sizes == nullptr ? nullptr : layout.Take<float>(in.batch, in.tokens);
+    job.cell_sizes = in.sizes == nullptr ? nullptr : layout.Take<float>(in.batch, job.cells);
     if (pass == 0 && (base = parallel.Shared(layout.used())) == nullptr) return false;
   }
   if (job.cells != 0) {
     logs[0] = kLowest;
     for (size_t n = 1; n <= job.settings.cell; ++n) logs[n] = std::log2(static_cast<float>(n));
     for (size_t j = 0; j < job.patches; ++j) cell_of[j] = static_cast<uint16_t>(j / job.settings.cell);
+  }
+  if (in.sizes != nullptr) {
+    LogSizes(in.sizes, in.batch * in.tokens, job.bias);
+    std::memset(job.cell_sizes, 0, in.batch * job.cells * sizeof(float));
+    for (size_t i = 0; job.cells != 0 && i < in.batch * job.patches; ++i) {
+      const size_t batch = i / job.patches, j = i % job.patches;
+      job.cell_sizes[batch * job.cells + cell_of[j]] += in.sizes[batch * in.tokens + settings.prefix + j];
+    }
   }
   job.logs = logs;
   job.cell_of = cell_of;

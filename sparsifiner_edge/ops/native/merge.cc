@@ -1,0 +1,224 @@
+// MatchTokens and MergeTokens (ops/schema.py): which tokens are alike, and the mean of those that are.
+//
+//   keys [N][H][d] --mean of the heads, over its length--> metric [P][d]
+//   even rows x odd rows within the window --> best partner of each even row --> best suitor of each odd one
+//   the odd rows whose suitor is closest --> pairs, in the curve's order
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "merge.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+
+#include "hwy/highway.h"
+#include "kernels-inl.h"
+#include "kernels.h"
+#include "target.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sparsifiner {
+namespace HWY_NAMESPACE {
+
+constexpr size_t kRows = 64;           // handled at a time
+constexpr float kNoPartner = -3.0f;    // lower than any product of unit vectors
+constexpr float kBroken = -2.0f;       // what a product that is NaN counts as
+constexpr int32_t kNobody = -1;
+
+struct MatchJob {
+  Packed in;
+  MatchSettings settings;
+  int32_t* pairs;
+  size_t patches, seekers, sought, stride, blocks;
+  float* metric;     // [batch][patches][stride]
+  float* best;       // [batch][seekers]: product with the partner
+  int32_t* partner;  // [batch][seekers]
+  float* score;      // [batch][sought]: product with the suitor that it takes
+  int32_t* suitor;   // [batch][sought], or kNobody
+  int32_t* order;    // [batch][sought]
+  int32_t* source;   // [batch][patches]: the seeker that joins this patch, itself, or kNobody where it goes
+};
+
+// A block of the metric's rows.
+HWY_NOINLINE void MetricRows(void* data, size_t item, void*) {
+  const MatchJob& job = *static_cast<const MatchJob*>(data);
+  const Packed& in = job.in;
+  const D d;
+  const size_t block = item % job.blocks, batch = item / job.blocks;
+  const V share = hn::Set(d, 1.0f / static_cast<float>(in.heads));
+  for (size_t j = block * kRows; j < std::min(job.patches, (block + 1) * kRows); ++j) {
+    const float* keys = in.Keys(batch, 0) + (job.settings.prefix + j) * in.Row();
+    float* row = job.metric + (batch * job.patches + j) * job.stride;
+    V squares = hn::Zero(d);
+    for (size_t c = 0; c < job.stride; c += kLanes) {
+      const size_t some = std::min(kLanes, in.width - c);
+      V sum = hn::Zero(d);
+      for (size_t h = 0; h < in.heads; ++h) sum = hn::Add(sum, hn::LoadN(d, keys + h * in.width + c, some));
+      sum = hn::Mul(sum, share);
+      squares = hn::MulAdd(sum, sum, squares);
+      hn::Store(sum, d, row + c);
+    }
+    const V length = hn::Set(d, std::sqrt(hn::ReduceSum(d, squares)));
+    for (size_t c = 0; c < job.stride; c += kLanes) {
+      // What lies beyond the width stays 0, whatever the length is.
+      const auto real = hn::FirstN(d, std::min(kLanes, in.width - c));
+      hn::Store(hn::IfThenElseZero(real, hn::Div(hn::Load(d, row + c), length)), d, row + c);
+    }
+  }
+}
+
+// A block of seekers: the best partner of each.
+HWY_NOINLINE void Seek(void* data, size_t item, void*) {
+  const MatchJob& job = *static_cast<const MatchJob*>(data);
+  const D d;
+  const size_t block = item % job.blocks, batch = item / job.blocks, half = job.settings.window / 2;
+  const float* metric = job.metric + batch * job.patches * job.stride;
+  for (size_t e = block * kRows; e < std::min(job.seekers, (block + 1) * kRows); ++e) {
+    const float* a = metric + 2 * e * job.stride;
+    float best = kNoPartner;
+    int32_t partner = kNobody;
+    for (size_t j = e > half ? e - half : 0; j < std::min(job.sought, Plus(e, half)); ++j) {
+      const float* b = metric + (2 * j + 1) * job.stride;
+      V sum = hn::Zero(d);
+      for (size_t c = 0; c < job.stride; c += kLanes) sum = hn::MulAdd(hn::Load(d, a + c), hn::Load(d, b + c), sum);
+      const float product = hn::ReduceSum(d, sum);
+      const float value = product == product ? product : kBroken;
+      if (value > best) {
+        best = value;
+        partner = static_cast<int32_t>(j);
+      }
+    }
+    job.best[batch * job.seekers + e] = best;
+    job.partner[batch * job.seekers + e] = partner;
+  }
+}
+
+// One image: who takes whom, and the pairs.
+HWY_NOINLINE void Pair(void* data, size_t batch, void*) {
+  const MatchJob& job = *static_cast<const MatchJob*>(data);
+  const size_t merged = job.settings.merged, prefix = job.settings.prefix;
+  float* score = job.score + batch * job.sought;
+  int32_t *suitor = job.suitor + batch * job.sought, *order = job.order + batch * job.sought;
+  int32_t* source = job.source + batch * job.patches;
+  for (size_t j = 0; j < job.sought; ++j) {
+    score[j] = kNoPartner;
+    suitor[j] = kNobody;
+    order[j] = static_cast<int32_t>(j);
+  }
+  for (size_t e = 0; e < job.seekers; ++e) {
+    const int32_t j = job.partner[batch * job.seekers + e];
+    const float best = job.best[batch * job.seekers + e];
+    if (j != kNobody && best > score[j]) {
+      score[j] = best;
+      suitor[j] = static_cast<int32_t>(e);
+    }
+  }
+  const auto closer = [score](int32_t a, int32_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; };
+  std::nth_element(order, order + merged - 1, order + job.sought, closer);
+  std::sort(order, order + merged);  // by place: those without a suitor are served in this order
+  for (size_t i = 0; i < job.patches; ++i) source[i] = static_cast<int32_t>(i);
+  const auto join = [&](int32_t j, size_t e) {
+    source[2 * j + 1] = static_cast<int32_t>(2 * e);
+    source[2 * e] = kNobody;
+  };
+  for (size_t i = 0; i < merged; ++i) {
+    if (suitor[order[i]] != kNobody) join(order[i], static_cast<size_t>(suitor[order[i]]));
+  }
+  size_t free = 0;
+  for (size_t i = 0; i < merged; ++i) {
+    if (suitor[order[i]] != kNobody) continue;
+    while (source[2 * free] == kNobody) ++free;
+    join(order[i], free);
+  }
+  int32_t* pairs = job.pairs + batch * (job.in.tokens - merged) * 2;
+  for (size_t i = 0; i < prefix; ++i, pairs += 2) pairs[0] = pairs[1] = static_cast<int32_t>(i);
+  for (size_t i = 0; i < job.patches; ++i) {
+    if (source[i] == kNobody) continue;
+    pairs[0] = static_cast<int32_t>(prefix + i);
+    pairs[1] = static_cast<int32_t>(prefix) + source[i];
+    pairs += 2;
+  }
+}
+
+bool MatchTokensTarget(const Packed& in, const MatchSettings& settings, int32_t* pairs, const Parallel& parallel) {
+  if (in.batch == 0) return true;
+  MatchJob job{};
+  job.in = in;
+  job.settings = settings;
+  job.pairs = pairs;
+  job.patches = in.tokens - settings.prefix;
+  job.seekers = (job.patches + 1) / 2;
+  job.sought = job.patches / 2;
+  job.stride = PackedWidth(in.width);
+  void* base = nullptr;
+  for (int pass = 0; pass < 2; ++pass) {
+    Layout layout(base);
+    job.metric = layout.Take<float>(in.batch, job.patches, job.stride);
+    job.best = layout.Take<float>(in.batch, job.seekers);
+    job.partner = layout.Take<int32_t>(in.batch, job.seekers);
+    job.score = layout.Take<float>(in.batch, job.sought);
+    job.suitor = layout.Take<int32_t>(in.batch, job.sought);
+    job.order = layout.Take<int32_t>(in.batch, job.sought);
+    job.source = layout.Take<int32_t>(in.batch, job.patches);
+    if (pass == 0 && (base = parallel.Shared(layout.used())) == nullptr) return false;
+  }
+  job.blocks = (job.patches + kRows - 1) / kRows;
+  if (!parallel.For(in.batch * job.blocks, 0, MetricRows, &job)) return false;
+  job.blocks = (job.seekers + kRows - 1) / kRows;
+  return parallel.For(in.batch * job.blocks, 0, Seek, &job) && parallel.For(in.batch, 0, Pair, &job);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct MergeJob {
+  Merging in;
+  float* output;
+  size_t blocks;
+};
+
+HWY_NOINLINE void MergeRows(void* data, size_t item, void*) {
+  const MergeJob& job = *static_cast<const MergeJob*>(data);
+  const Merging& in = job.in;
+  const D d;
+  const size_t block = item % job.blocks, batch = item / job.blocks;
+  const float* sizes = in.sizes + batch * in.tokens;
+  for (size_t i = block * kRows; i < std::min(in.count, (block + 1) * kRows); ++i) {
+    const int32_t* pair = in.pairs + (batch * in.count + i) * 2;
+    const size_t a = std::min<size_t>(static_cast<uint32_t>(pair[0]), in.tokens - 1);
+    const size_t b = std::min<size_t>(static_cast<uint32_t>(pair[1]), in.tokens - 1);
+    const float* x = in.x + (batch * in.tokens + a) * in.channels;
+    const float* y = in.x + (batch * in.tokens + b) * in.channels;
+    float* output = job.output + (batch * in.count + i) * in.channels;
+    if (a == b) {
+      std::memcpy(output, x, in.channels * sizeof(float));
+      continue;
+    }
+    const float share = sizes[a] / (sizes[a] + sizes[b]);
+    const V first = hn::Set(d, share), second = hn::Set(d, 1.0f - share);
+    for (size_t c = 0; c < in.channels; c += kLanes) {
+      const size_t some = std::min(kLanes, in.channels - c);
+      const V sum = hn::MulAdd(first, hn::LoadN(d, x + c, some), hn::Mul(second, hn::LoadN(d, y + c, some)));
+      hn::StoreN(sum, d, output + c, some);
+    }
+  }
+}
+
+bool MergeTokensTarget(const Merging& in, float* output, const Parallel& parallel) {
+  MergeJob job{in, output, (in.count + kRows - 1) / kRows};
+  return parallel.For(in.batch * job.blocks, 0, MergeRows, &job);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sparsifiner
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace sparsifiner {
+
+bool MatchTokens(const Packed& in, const MatchSettings& settings, int32_t* pairs, const Parallel& parallel) {
+  return SPARSIFINER_BUILT(MatchTokensTarget)(in, settings, pairs, parallel);
+}
+
+bool MergeTokens(const Merging& in, float* output, const Parallel& parallel) {
+  return SPARSIFINER_BUILT(MergeTokensTarget)(in, output, parallel);
+}
+
+}  // namespace sparsifiner
+#endif
