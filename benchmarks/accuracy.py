@@ -5,16 +5,16 @@
     python benchmarks/accuracy.py classifier [--work FOLDER] -o BUNDLE    # a classifier of Fashion-MNIST, to run
 
 DINOv2 ViT-S/14 at 224 px with its real weights. Trainings see no label and none of the test images: photographs that
-Debian packages, whole and in crops, stamps, the calibration images of `material.py`, and some training images of
+Debian packages (`split.training`), whole and in crops, the calibration images, and some training images of
 Fashion-MNIST. Three trainings: `edge`, `paper` (the published preset), and `tokens`, which goes on from `edge` with
 tokens pruned at three layers and many more images of Fashion-MNIST, as one trains for the images that will be seen:
 
-    apt-get install --no-install-recommends budgie-backgrounds gnome-backgrounds lomiri-wallpapers-16.04 \\
-        lomiri-wallpapers-20.04 mate-backgrounds opencv-doc plasma-workspace-wallpapers ukui-wallpapers \\
-        tuxpaint-stamps-default dataset-fashion-mnist
+    apt-get install --no-install-recommends gnome-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04 \\
+        mate-backgrounds plasma-workspace-wallpapers ukui-wallpapers dataset-fashion-mnist \\
+        budgie-backgrounds opencv-doc    # to measure on
 
 Every sixth file of a photograph is held out with all its crops, and some of them decide which checkpoint is kept. (One
-wallpaper comes in two sizes, on both sides; the eight photographs that figures are given for are on neither.)
+wallpaper comes in two sizes, on both sides.)
 
 Both parts go on where they were stopped.
 """
@@ -36,16 +36,16 @@ from PIL import Image
 
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
-from sparsifiner_edge.demo import material
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.distill.distill import distill_student
-from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe, write_head
 from sparsifiner_edge.evaluate.cosine import CosineResult
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import locked
-from sparsifiner_edge.images import evenly, list_images, open_image
+from sparsifiner_edge.images import evenly, open_image
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
@@ -56,13 +56,11 @@ SIZE, CELLS, TOKENS = 224, 16, "3:.7,6:.7,9:.7"
 PRUNED = {"keep": 0.1, "token_keep": parse_token_keep(TOKENS), "fuse_tokens": True}
 """Of the student `tokens`."""
 KEEPS = (0.25, 0.1, 0.05)
-PHOTOGRAPHS = ("/usr/share/backgrounds", "/usr/share/doc/opencv-doc/examples", "/usr/share/wallpapers")
 FINER = ((16, 4), (8, 4))
 """Tile and probe of further rows: the student's own are 16 and 8."""
-STAMPS = Path("/usr/share/tuxpaint/stamps")
 DETAIL = 5.0
 """Mean difference of neighbouring pixels, of 255, that a crop has at least: the rest are skies and abstract art."""
-CROPS, STAMP_IMAGES, FASHION_IMAGES, GALLERY = 30, 300, 300, 5000
+CROPS, FASHION_IMAGES, GALLERY = 30, 300, 5000
 MORE_FASHION = 10100
 """Images of Fashion-MNIST for the student `tokens`, none of them in the gallery; every 101st is held out."""
 HELD_OUT = 6
@@ -128,17 +126,12 @@ def collect(folder: Path) -> Path:
     scratch, held_out = made / "train", made / "held-out"
     for part in (scratch, held_out):
         part.mkdir(parents=True)
-    for number, path in enumerate(_photographs()):
+    for number, path in enumerate(split.training()):
         decides = number % HELD_OUT == 0
         for name, picture in _crops(path, number):
             if not decides or name in ("whole", "crop1", "crop2", "crop3"):
                 file = f"photograph{number:03d}-{name}.jpg"
                 picture.save((held_out if decides else scratch) / file, quality=95)
-    stamps = sorted(STAMPS.rglob("*.png"))
-    if not stamps:
-        raise ImageError(f"{STAMPS} holds no stamps.", "Debian, Ubuntu: apt-get install tuxpaint-stamps-default")
-    for number, path in enumerate(evenly(stamps, STAMP_IMAGES)):
-        (scratch / f"stamp{number:04d}.png").symlink_to(path)
     for path in material.calibration_images():
         (scratch / path.name).symlink_to(path)
     fashion = labelled(FASHION, "train").first(FASHION_IMAGES)
@@ -166,15 +159,6 @@ def collect_fashion(folder: Path, others: Path) -> Path:
         Image.fromarray(fashion.load(number, 28)).save(made / part / f"fashion{place:04d}.png")
     made.rename(folder)
     return folder
-
-
-def _photographs() -> list[Path]:
-    """Photographs that are installed: large files, the largest size of each."""
-    found = [p for folder in PHOTOGRAPHS if Path(folder).is_dir() for p in list_images(Path(folder))]
-    large = [p for p in found if not p.is_symlink() and p.stat().st_size > 60_000 and "screenshot" not in p.name]
-    if len(large) < 50:
-        raise ImageError(f"Only {len(large)} photographs are installed.", "Install the packages named at the top.")
-    return large
 
 
 def _crops(path: Path, seed: int) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,113 @@
+"""Images that figures are published for are none that anything learned from, not even as smaller copies.
+
+`data/image_hashes.json` holds a hash of every image of the split, so that the sets can be held apart where the packages
+are not installed. After a change of the split: `python -m tests.test_split`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsifiner_edge.demo import split
+from sparsifiner_edge.errors import ImageError
+
+ROOT = Path(__file__).parents[1]
+HASHES = Path(__file__).parent / "data" / "image_hashes.json"
+SIDE = 16
+SAME = 40
+"""Bits of 256 in which copies of one image differ at most; others differ in 50 and more."""
+SETS = {
+    "development": split.development,
+    "calibration": split.calibration,
+    "publication": split.publication,
+    "training": split.training,
+}
+
+
+def difference_hash(image: Image.Image) -> int:
+    """Whether each of 16 x 16 places is brighter than its left neighbour, as bits: sizes and codecs hardly matter."""
+    small = image.convert("L").resize((SIDE + 1, SIDE), Image.Resampling.BOX)
+    grey = np.asarray(small, dtype=np.int16)
+    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
+
+
+def hash_of(path: Path) -> int:
+    with Image.open(path) as image:
+        image.draft("L", (256, 256))
+        return difference_hash(image)
+
+
+def apart(first: int, second: int) -> int:
+    """In how many bits two hashes differ."""
+    return (first ^ second).bit_count()
+
+
+def recorded() -> dict[str, dict[str, int]]:
+    content = json.loads(HASHES.read_text())
+    return {name: {key: int(text, 16) for key, text in images.items()} for name, images in content.items()}
+
+
+def test_no_image_is_in_two_sets() -> None:
+    for (one, images), (other, others) in itertools.combinations(recorded().items(), 2):
+        for (key, first), (name, second) in itertools.product(images.items(), others.items()):
+            assert apart(first, second) > SAME, f"{key} ({one}) is {name} ({other})"
+
+
+def test_every_set_is_recorded_whole() -> None:
+    kept = recorded()
+    assert set(kept) == set(SETS)
+    for name, wanted in (("development", split.DEVELOPMENT), ("publication", split.PUBLICATION)):
+        assert set(kept[name]) == {f"{package}/{file}" for package, files in wanted.items() for file in files}
+    assert len(kept["publication"]) >= 24
+    assert len(kept["training"]) >= 40
+    assert not {"skimage", "sklearn"} & set(split.PUBLICATION)
+    assert not set(split.TRAINING) & {"opencv-doc", "tuxpaint-stamps-default", "budgie-backgrounds"}
+
+
+@pytest.mark.parametrize("name", list(SETS))
+def test_recorded_hashes_are_those_of_the_files(name: str) -> None:
+    try:
+        paths = SETS[name]()
+    except ImageError as error:
+        pytest.skip(error.what)
+    kept = recorded()[name]
+    for path in paths:
+        assert hash_of(path) in kept.values(), f"{path} is not recorded: python -m tests.test_split"
+
+
+def test_smaller_and_recompressed_copies_are_found(tmp_path: Path) -> None:
+    for path in split.development():
+        with Image.open(path) as image:
+            copy = image.convert("RGB").resize((image.width // 2 + 7, image.height // 2 + 7))
+        copy.save(tmp_path / "copy.jpg", quality=60)
+        assert apart(hash_of(tmp_path / "copy.jpg"), hash_of(path)) <= SAME // 2
+
+
+def test_nobody_lists_images_of_their_own() -> None:
+    for folder in ("sparsifiner_edge", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name != "split.py":
+                assert "budgie" not in path.read_text(), path
+
+
+def main() -> None:
+    """Write the hashes of what is installed here."""
+    content = {name: {_key(name, path): f"{hash_of(path):064x}" for path in images()} for name, images in SETS.items()}
+    HASHES.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def _key(name: str, path: Path) -> str:
+    if name == "training":
+        return str(path)
+    wanted = {"development": split.DEVELOPMENT, "calibration": split.CALIBRATION, "publication": split.PUBLICATION}
+    return f"{next(p for p, files in wanted[name].items() if path.name in files)}/{path.name}"
+
+
+if __name__ == "__main__":
+    main()
