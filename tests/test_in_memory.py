@@ -155,7 +155,7 @@ class Unused(nn.Module):
 @pytest.mark.parametrize(
     ("make", "settings", "error", "said"),
     [
-        (lambda: nn.Linear(2, 2), {}, UnsupportedModelError, "This Linear contains none"),
+        (lambda: nn.Linear(2, 2), {}, UnsupportedModelError, "This Linear contains 0 vision transformers"),
         (lambda: nn.Sequential(vit(), vit()), {}, UnsupportedModelError, "contains 2 vision transformers: 0, 1"),
         (lambda: timm.create_model(TINY, dynamic_img_size=True), {}, UnsupportedModelError, "dynamic image size"),
         (vit, {"keep": 2.0}, ConfigError, "keep is 2.0"),
