@@ -23,33 +23,37 @@ from torch import Tensor, nn
 from sparsifiner_edge.bounds import MOST_CLASSES, MOST_SIDE
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsError
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 Backbone: TypeAlias = VisionTransformer | Eva
 """What can be made sparse: timm's plain vision transformers, the latter with rotary position embeddings too."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Preprocessing:
+class Normalisation:
     """What a model expects of an image: x = (pixel / 255 - mean) / std per RGB channel, after a bicubic resize."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str = "bicubic"
 
 
-def preprocessing(model: nn.Module) -> Preprocessing:
-    """The preprocessing that timm records for a model."""
+def preprocessing(model: nn.Module) -> Normalisation:
+    """The normalisation that timm records for a model."""
     data = resolve_model_data_config(model)
-    return Preprocessing(tuple(data["mean"]), tuple(data["std"]))
+    return Normalisation(tuple(data["mean"]), tuple(data["std"]))
 
 
-def normalise(images: Tensor, pre: Preprocessing) -> Tensor:
+def normalise(images: Tensor, pre: Normalisation) -> Tensor:
     """uint8 [B,H,W,3] -> float32 [B,3,H,W]."""
     mean, std = torch.tensor(pre.mean), torch.tensor(pre.std)
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def read_weights(path: Path) -> State:
+def brief(error: Exception) -> str:
+    """The first line of what a library says."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def read_weights(path: Path) -> StateDict:
     """Tensors of a .safetensors or .pth file; pickles are read with `weights_only=True`.
 
     Raises:
@@ -68,8 +72,7 @@ def read_weights(path: Path) -> State:
         ) from error
     # torch.load and safetensors raise many kinds of error on damaged files.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as weights: {reason}", "Download or make it again.") from error
+        raise WeightsError(f"{path} cannot be read as weights: {brief(error)}", "Download or make it again.") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -101,7 +104,7 @@ def on_paper(name: str, num_classes: int | None = None) -> Backbone:
         UnsupportedModelError, ConfigError: as of `create`.
     """
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"))
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("*it_*"))
         hint = (
             f"Did you mean {', '.join(close)}?"
             if close
@@ -110,7 +113,7 @@ def on_paper(name: str, num_classes: int | None = None) -> Backbone:
         raise UnsupportedModelError(f"timm has no model {name!r}.", hint)
     with _named(name), torch.device("meta"):
         kind = timm.create_model(name, pretrained=False, **_classes(num_classes))
-    if isinstance(kind, (VisionTransformer, Eva)):
+    if isinstance(kind, Backbone):
         return kind
     raise UnsupportedModelError(
         f"{name!r} is a {type(kind).__name__}, not a VisionTransformer or Eva.",
@@ -166,7 +169,7 @@ def load_model(name: str, weights: Path | None = None, img_size: int | None = No
     return model
 
 
-def load_state(model: Backbone, state: State, source: str) -> None:
+def load_state(model: Backbone, state: StateDict, source: str) -> None:
     """Load tensors into a model; the position embedding is resampled where sizes differ.
 
     Raises:
@@ -175,7 +178,7 @@ def load_state(model: Backbone, state: State, source: str) -> None:
     expected = model.state_dict()
     convert = (eva if isinstance(model, Eva) else vision_transformer).checkpoint_filter_fn
     try:
-        filtered = cast(State, convert(dict(state), model))
+        filtered = cast(StateDict, convert(dict(state), model))
     # timm takes tensors of any shape apart here; each way to fail means that they are another model's.
     except Exception as error:
         raise WeightsError(f"{source} does not fit this model: {error}.", _FIT) from error
@@ -226,7 +229,7 @@ def _download(name: str, img_size: int | None) -> Backbone:
         return cast(Backbone, model).eval()
     # The hub clients raise their own kinds of error; all mean that no weights arrived.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"The weights of {name!r} could not be downloaded: {reason}", "Connect, or give a file with --weights."
+            f"The weights of {name!r} could not be downloaded: {brief(error)}",
+            "Connect, or give a file with --weights.",
         ) from error

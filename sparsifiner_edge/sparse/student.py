@@ -33,7 +33,7 @@ from sparsifiner_edge.sparse.calibrate import calibrate_from_weights, sparse_lay
 from sparsifiner_edge.sparse.in_memory import calibration_size, fit_to_model, learn
 from sparsifiner_edge.sparse.models import (
     Backbone,
-    State,
+    StateDict,
     check_fit,
     create,
     load_model,
@@ -259,7 +259,7 @@ def checked_labels(labels: object, origin: object) -> tuple[str, ...]:
     return read_record({"labels": labels}, Labels, origin, _AGAIN).labels
 
 
-def _check_kin(name: str, classes: int, state: State, source: str) -> None:
+def _check_kin(name: str, classes: int, state: StateDict, source: str) -> None:
     """Refuse weights of another model before memory for this one is taken: a config may name the largest there is."""
     expected = on_paper(name, classes).state_dict()
     own = {key: tensor for key, tensor in state.items() if ".attn.select." not in key}
