@@ -16,12 +16,19 @@ import pytest
 import torch
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
+from sparsifiner_edge.distill.data import (
+    ShuffledBatches,
+    StreamedBatches,
+    augmentation,
+    batches,
+    folder_source,
+    timm_source,
+)
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.parameters import digest, make_optimiser
 from sparsifiner_edge.distill.recipe import Images, Losses, Phase, Recipe, names, read_recipe
-from sparsifiner_edge.distill.train import Training, make_accelerator, together
+from sparsifiner_edge.distill.train import Training, joint_fidelity, make_accelerator
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
@@ -48,7 +55,9 @@ def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
     assert sorted(files[:10]) == sorted(map(str, source.train))
     for batch in seen:
         assert [("cats" in name) for name in batch.files] == [label == 0 for label in batch.labels]
-    assert not torch.equal(Drawn(source, transform, 3)[0][0], Drawn(source, transform, 4)[0][0])
+    assert not torch.equal(
+        ShuffledBatches(source, transform, 3).sample(0)[0], ShuffledBatches(source, transform, 4).sample(0)[0]
+    )
 
 
 def make_shards(folder: Path, shards: Path) -> Path:
@@ -70,13 +79,13 @@ def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
     held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
     by_folder = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
     assert len(by_folder) == 12
-    image, label, name, _ = Drawn(by_folder, augmentation(32, Images(smallest_crop=1.0)), 0, 2).item(0)
+    image, label, name, _ = ShuffledBatches(by_folder, augmentation(32, Images(smallest_crop=1.0)), 0, 2).sample(0)
     assert image.shape == (3, 32, 32)
     assert (label == 0) == ("cats" in name)
     pytest.importorskip("webdataset")
     shards = make_shards(folder, tmp_path / "shards")
     streamed = timm_source("wds/mine", shards, 2, labelled=True, held_out=held_out)
-    items = Streamed(streamed, augmentation(32, Images()), 0, 2).items()
+    items = StreamedBatches(streamed, augmentation(32, Images()), 0, 2).samples()
     seen = [next(items) for _ in range(15)]
     assert all(image.shape == (3, 32, 32) and label in (0, 1) for image, label, _, _ in seen)
     with pytest.raises(ConfigError, match="lies in the data set itself"):
@@ -96,7 +105,7 @@ def test_classes_of_a_data_set_are_numbered_as_the_classifier_numbers_them(folde
     orders = {("class10", "class2"): "class10", ("class2", "class10"): "class2", (): "class10", ("a", "b"): "class10"}
     for labels, first in orders.items():
         source = timm_source("folder", data, 2, labelled=True, held_out=folder, classifier=labels)
-        items = [Drawn(source, transform, 0, 2).item(number) for number in range(12)]
+        items = [ShuffledBatches(source, transform, 0, 2).sample(number) for number in range(12)]
         assert [first in Path(name).parts for _, _, name, _ in items] == [label == 0 for _, label, _, _ in items]
         assert folder_source(data, 2, labelled=True, held_out=folder, classifier=labels).classes[0] == first
     with pytest.raises(ConfigError, match="'class10' is no class of the classifier"):
@@ -142,8 +151,8 @@ def test_a_broken_image_of_a_data_set_is_told(folder: Path, tmp_path: Path) -> N
     data = shutil.copytree(folder, tmp_path / "data")
     (data / "cats" / "03.png").write_bytes(b"no image")
     source = timm_source("folder", data, 2, labelled=True, held_out=folder)
-    drawn = Drawn(source, augmentation(32, Images(smallest_crop=1.0)), 0, 2)
-    items = [drawn.item(number) for number in range(12)]
+    drawn = ShuffledBatches(source, augmentation(32, Images(smallest_crop=1.0)), 0, 2)
+    items = [drawn.sample(number) for number in range(12)]
     assert [Path(name).name for item in items for name in item[3]] == ["03.png"]
     assert not [name for _, _, name, _ in items if "03.png" in name]
 
@@ -151,9 +160,9 @@ def test_a_broken_image_of_a_data_set_is_told(folder: Path, tmp_path: Path) -> N
 def test_a_data_set_of_torchvision(folder: Path, tmp_path: Path) -> None:
     held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
     source = timm_source("torch/image_folder", folder, 2, labelled=True, held_out=held_out)
-    drawn = Drawn(source, augmentation(32, Images(smallest_crop=1.0)), 0, 2)
-    assert sorted(drawn.item(number)[1] for number in range(12)) == [0] * 6 + [1] * 6
-    assert not [name for number in range(12) for name in drawn.item(number)[3]]
+    drawn = ShuffledBatches(source, augmentation(32, Images(smallest_crop=1.0)), 0, 2)
+    assert sorted(drawn.sample(number)[1] for number in range(12)) == [0] * 6 + [1] * 6
+    assert not [name for number in range(12) for name in drawn.sample(number)[3]]
 
 
 @pytest.mark.parametrize("reader", ["folder", "wds/mine"])
@@ -291,10 +300,10 @@ def test_recipes() -> None:
         ("distil.step=7", "unknown key distil.step"), ("batch=0", "batch is 0"),
         ("batch=two", 'batch is "two", not int'),
         ("distil=3", "distil is 3"), ("budgets.keep=[1.5]", "budgets.keep[0] is 1.5, not float < 1"),
-        ("precision=fp8", "precision is 'fp8'"),
-        ("distil.steps", "has no value"), ("batch.x=1", "batch is no section"),
+        ("precision=fp8", 'precision is "fp8", not str of the form'),
+        ("distil.steps", "has no value"), ("batch.x=1", "batch is not a section"),
         ("distil.epochs=2", "both steps and epochs"),
-        ("distil.steps=0", "trains for no step"), ("budgets.token_keep=4", "budgets.token_keep is 4, not str"),
+        ("distil.steps=0", "has no training steps"), ("budgets.token_keep=4", "budgets.token_keep is 4, not str"),
         ("budgets.token_keep='4'", "token_keep holds '4'"), ("losses.patches=nan", "losses.patches is NaN, not float"),
     ],
 )  # fmt: skip
@@ -344,9 +353,9 @@ def test_relative_losses_keep_their_value_and_weigh_by_their_share() -> None:
 
 
 def test_a_budget_or_image_counts_by_the_share_of_its_error_that_goes() -> None:
-    start = together([[0.95, 0.9], [0.99, 0.98]])
-    assert together([[0.96, 0.92], [0.98, 0.96]]) < start  # a fifth off the large errors, the small ones doubled
-    assert together([[0.94, 0.89], [0.995, 0.99]]) > start
-    assert together([[0.96, 0.9], [0.99, 0.98]]) == pytest.approx(together([[0.95, 0.9], [0.992, 0.98]]))
-    assert together([[1.0], [1.0]]) == pytest.approx(1, abs=1e-5)
-    assert math.isnan(together([[0.9, math.nan]]))
+    start = joint_fidelity([[0.95, 0.9], [0.99, 0.98]])
+    assert joint_fidelity([[0.96, 0.92], [0.98, 0.96]]) < start  # a fifth off the large errors, the small ones doubled
+    assert joint_fidelity([[0.94, 0.89], [0.995, 0.99]]) > start
+    assert joint_fidelity([[0.96, 0.9], [0.99, 0.98]]) == pytest.approx(joint_fidelity([[0.95, 0.9], [0.992, 0.98]]))
+    assert joint_fidelity([[1.0], [1.0]]) == pytest.approx(1, abs=1e-5)
+    assert math.isnan(joint_fidelity([[0.9, math.nan]]))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Where images come from.
 
     Attributes:
@@ -62,23 +62,33 @@ class Source:
         Of files their names below their folder and their sizes; of a data set that names no files, what it is called.
         """
         length = len(self.train) if hasattr(self.train, "__len__") else "endless"
-        told = [f"{self.name} {length} {self.labelled} {sorted(self.renumbered.items())}", *map(str, self.labels)]
-        told += [_told(path, self.root) for path in self._files()]
-        told += [_told(path, self.held_out_root) for path in self.held_out]
-        return hashlib.sha256("\n".join(told).encode("utf-8", "surrogateescape")).hexdigest()
-
-    def _files(self) -> list[Path]:
-        """What is trained on, where that is files."""
-        if isinstance(self.train, list):
-            return list(self.train)
+        lines = [f"{self.name} {length} {self.labelled} {sorted(self.renumbered.items())}", *map(str, self.labels)]
         reader = getattr(self.train, "reader", None)
-        return [Path(path) for path, _ in reader.samples] if isinstance(reader, ReaderImageFolder) else []
+        if isinstance(self.train, list):
+            lines += [_name_and_size(path, self.root) for path in self.train]
+        elif isinstance(reader, ReaderImageFolder):
+            lines += [_name_and_size(Path(path), self.root) for path, _ in reader.samples]
+        lines += [_name_and_size(path, self.held_out_root) for path in self.held_out]
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
         return len(self.train)
 
+    def label(self, given: Any, classes: int, name: str) -> int:
+        """The student's number of a data set's class; -1: none.
 
-def _told(path: Path, root: Path) -> str:
+        Raises:
+            ConfigError: labels count, and the student, of so many classes, has none for this image.
+        """
+        label = -1 if given is None else self.renumbered.get(int(given), int(given))
+        if self.labelled and not 0 <= label < classes:
+            raise ConfigError(
+                f"{name} has the label {label}; the student knows {classes} classes.", "Leave --labels out."
+            )
+        return label
+
+
+def _name_and_size(path: Path, root: Path) -> str:
     """A file's name below a folder, and its size; a folder may be named in many ways, and moved."""
     try:
         size = path.stat().st_size
@@ -89,7 +99,7 @@ def _told(path: Path, root: Path) -> str:
 
 def folder_source(
     folder: Path, count: int, labelled: bool, held_out: Path | None, classifier: tuple[str, ...] = ()
-) -> Source:
+) -> ImageSource:
     """Every image below a folder, `count` of them evenly taken and held out unless a folder of them is given.
 
     Args:
@@ -109,19 +119,19 @@ def folder_source(
         raise ImageError(f"{folder} holds {len(files)} images, all of which are held out.", "Give more images.")
     roots = (folder, folder if held_out is None else held_out)
     if not labelled:
-        return Source(train, tuple(kept), *roots)
+        return ImageSource(train, tuple(kept), *roots)
     parts = {path: path.relative_to(folder).parts for path in files}
     if folder.is_file() or any(len(part) < 2 for part in parts.values()):
         raise ConfigError(f"{folder} holds images in no folder of their class.", "Sort them, or leave --labels out.")
     classes = class_order((part[0] for part in parts.values()), classifier)  # those held out are of classes too
     numbers = {name: number for number, name in enumerate(classes)}
     labels = tuple(numbers[parts[path][0]] for path in train)
-    return Source(train, tuple(kept), *roots, labels, classes, labelled=True)
+    return ImageSource(train, tuple(kept), *roots, labels, classes, labelled=True)
 
 
 def timm_source(
     name: str, root: Path, count: int, labelled: bool, held_out: Path | None, classifier: tuple[str, ...] = ()
-) -> Source:
+) -> ImageSource:
     """A data set by timm's name, such as "wds/mine" or "hfds/..."; see timm's `create_dataset`.
 
     Args:
@@ -140,10 +150,11 @@ def timm_source(
         raise ConfigError(f"The data set {name!r} has no images held out.", "Give a folder of some: --held-out DIR.")
     kept = evenly(list_images(held_out), count)
     reader = getattr(dataset, "reader", None)
-    if isinstance(reader, ReaderImageFolder) and any(p.resolve().is_relative_to(_root(reader)) for p in kept):
+    own = Path(reader.root).resolve() if isinstance(reader, ReaderImageFolder) else None
+    if own and any(path.resolve().is_relative_to(own) for path in kept):
         raise ConfigError(f"{held_out} lies in the data set itself.", "Hold out images that are not trained on.")
     numbers = _renumbered(dataset, classifier) if labelled else {}
-    return Source(dataset, tuple(kept), root, held_out, labelled=labelled, name=name, renumbered=numbers)
+    return ImageSource(dataset, tuple(kept), root, held_out, labelled=labelled, name=name, renumbered=numbers)
 
 
 def _renumbered(dataset: Any, classifier: tuple[str, ...]) -> dict[int, int]:
@@ -158,43 +169,33 @@ def _renumbered(dataset: Any, classifier: tuple[str, ...]) -> dict[int, int]:
     return {number: order.index(name) for name, number in named.items()}
 
 
-def _root(reader: Any) -> Path:
-    return Path(reader.root).resolve()
-
-
 def augmentation(size: int, images: Images) -> v2.Transform:
     """PIL image -> uint8 [3,S,S]."""
     bicubic = v2.InterpolationMode.BICUBIC
+    crop: list[Any] = [v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size)]
     if images.smallest_crop < 1:
-        crop: list[Any] = [
-            v2.RandomResizedCrop(size, (images.smallest_crop, 1.0), interpolation=bicubic, antialias=True)
-        ]
-    else:
-        crop = [v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size)]
+        crop = [v2.RandomResizedCrop(size, (images.smallest_crop, 1.0), interpolation=bicubic, antialias=True)]
     return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if images.flip else []), v2.PILToTensor()])
 
 
-Item = tuple[Tensor, int, str, tuple[str, ...]]
+Sample = tuple[Tensor, int, str, tuple[str, ...]]
 """An image uint8 [3,S,S], its label (-1: none), its file, and files before it that could not be read."""
 
 
-class Drawn(Dataset[Item | SparsifinerError]):
-    """Endless passes over the images, each in an order of its own: item n is the n-th image of the training.
+class ShuffledBatches(Dataset[Batch | SparsifinerError]):
+    """Endless passes over the images, each in an order of its own: sample n is the n-th image of the training.
 
-    What ends a training is an item too: a worker process that raises it would give its traceback in place of it.
+    Indexed by the numbers of a batch's samples.
     """
 
-    def __init__(self, source: Source, transform: Any, seed: int, classes: int = 0) -> None:
+    def __init__(self, source: ImageSource, transform: Any, seed: int, classes: int = 0) -> None:
         self.source, self.transform, self.seed, self.classes = source, transform, seed, classes
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def __getitem__(self, number: int) -> Item | SparsifinerError:
-        try:
-            return self.item(number)
-        except SparsifinerError as error:
-            return error
+    def __getitem__(self, numbers: list[int]) -> Batch | SparsifinerError:
+        return _batch(map(self.sample, numbers))
 
-    def item(self, number: int) -> Item:
+    def sample(self, number: int) -> Sample:
         """The n-th image.
 
         Raises:
@@ -209,7 +210,7 @@ class Drawn(Dataset[Item | SparsifinerError]):
             except ImageError:
                 unreadable.append(self._name(index))
                 continue
-            return apply(self.transform, image, self.seed + number), label, name, tuple(unreadable)
+            return seeded(self.transform, image, self.seed + number), label, name, tuple(unreadable)
         raise ImageError(f"None of the {count} images can be read.", f"Look at {unreadable[0]}, for instance.")
 
     def _index(self, epoch: int, place: int) -> int:
@@ -240,42 +241,29 @@ class Drawn(Dataset[Item | SparsifinerError]):
         finally:
             if hasattr(file, "close"):  # timm leaves it open
                 file.close()
-        label = -1 if label is None else self.source.renumbered.get(int(label), int(label))
-        if self.source.labelled:
-            check_label(label, self.classes, name)
-        return image, label, name
+        return image, self.source.label(label, self.classes, name), name
 
 
-def check_label(label: int, classes: int, name: str) -> None:
-    """Refuse a label that the student has no class for.
-
-    Raises:
-        ConfigError: names the image.
-    """
-    if not 0 <= label < classes:
-        raise ConfigError(f"{name} has the label {label}; the student knows {classes} classes.", "Leave --labels out.")
-
-
-def apply(transform: Any, image: Any, seed: int) -> Tensor:
+def seeded(transform: Any, image: Any, seed: int) -> Tensor:
     """A transform whose draws follow from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cast(Tensor, transform(image))
 
 
-class Streamed(IterableDataset[Item | SparsifinerError]):
+class StreamedBatches(IterableDataset[Batch | SparsifinerError]):
     """A data set that can only be read on, again and again: WebDataset and the like, in timm's order."""
 
-    def __init__(self, source: Source, transform: Any, seed: int, classes: int = 0) -> None:
-        self.source, self.transform, self.seed, self.classes = source, transform, seed, classes
+    def __init__(self, source: ImageSource, transform: Any, seed: int, classes: int = 0, batch: int = 1) -> None:
+        self.source, self.transform, self.seed, self.classes, self.batch = source, transform, seed, classes, batch
 
-    def __iter__(self) -> Iterator[Item | SparsifinerError]:
-        try:
-            yield from self.items()
-        except SparsifinerError as error:
-            yield error
+    def __iter__(self) -> Iterator[Batch | SparsifinerError]:
+        samples = self.samples()
+        while isinstance(batch := _batch(itertools.islice(samples, self.batch)), Batch):
+            yield batch
+        yield batch
 
-    def items(self) -> Iterator[Item]:
+    def samples(self) -> Iterator[Sample]:
         """Images without end.
 
         Raises:
@@ -284,10 +272,9 @@ class Streamed(IterableDataset[Item | SparsifinerError]):
         number = before = 0
         while True:
             for image, given in self._once():
-                name, label = f"image {number} of the stream", self.source.renumbered.get(int(given), int(given))
-                if self.source.labelled:
-                    check_label(label, self.classes, name)
-                yield apply(self.transform, image.convert("RGB"), self.seed + number), label, name, ()
+                name = f"image {number} of the stream"
+                label = self.source.label(given, self.classes, name)
+                yield seeded(self.transform, image.convert("RGB"), self.seed + number), label, name, ()
                 number += 1
             if number == before:
                 raise ImageError(f"The data set {self.source.name!r} gives no image.", "Look at its files.")
@@ -302,19 +289,21 @@ class Streamed(IterableDataset[Item | SparsifinerError]):
             ) from error
 
 
-def collate(items: list[Item | SparsifinerError]) -> Batch | SparsifinerError:
-    """Items -> a batch, or the first error."""
-    errors = [item for item in items if isinstance(item, SparsifinerError)]
-    if errors:
-        return errors[0]
-    images, labels, files, unreadable = zip(*cast(list[Item], items), strict=True)
-    return Batch(
-        torch.stack(images), torch.tensor(labels), files, tuple(name for names in unreadable for name in names)
-    )
+def _batch(samples: Iterable[Sample]) -> Batch | SparsifinerError:
+    """A batch; what ends a training is returned: a worker process that raised it would show its traceback instead."""
+    try:
+        images, labels, files, unreadable = zip(*samples, strict=True)
+    except SparsifinerError as error:
+        return error
+    return Batch(torch.stack(images), torch.tensor(labels), files, tuple(itertools.chain(*unreadable)))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def batches(
-    source: Source,
+    source: ImageSource,
     transform: Any,
     *,
     seed: int,
@@ -332,25 +321,18 @@ def batches(
     Raises:
         SparsifinerError: by the iterator: an image, or all of them, cannot be trained on.
     """
-    loader = functools.partial(DataLoader, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0)
+    dataset: Any = ShuffledBatches(source, transform, seed, classes)
+    places: Any = (
+        list(range(start, start + batch))
+        for start in itertools.count((first * processes + process) * batch, processes * batch)
+    )
     if isinstance(source.train, IterableDataset):
         # The data set deals its images out to the processes by itself.
-        stream = Streamed(source, transform, seed + 1_000_003 * process, classes)
-        return _without_errors(loader(stream, batch_size=batch))
-
-    def places() -> Iterator[list[int]]:
-        number = first
-        while True:
-            start = (number * processes + process) * batch
-            yield list(range(start, start + batch))
-            number += 1
-
-    drawn = Drawn(source, transform, seed, classes)
-    return _without_errors(loader(drawn, batch_sampler=cast(Any, places())))
-
-
-def _without_errors(loader: Any) -> Iterator[Batch]:
-    for batch in loader:
-        if isinstance(batch, SparsifinerError):
-            raise batch
-        yield batch
+        dataset, places = StreamedBatches(source, transform, seed + 1_000_003 * process, classes, batch), None
+    loader = DataLoader(
+        dataset, None, sampler=places, num_workers=workers, collate_fn=_unchanged, persistent_workers=workers > 0
+    )
+    for found in loader:
+        if isinstance(found, SparsifinerError):
+            raise found
+        yield found

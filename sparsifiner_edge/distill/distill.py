@@ -5,25 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
 from sparsifiner_edge.distill import checkpoint
-from sparsifiner_edge.distill.checkpoint import State
-from sparsifiner_edge.distill.data import Source, folder_source, timm_source
-from sparsifiner_edge.distill.events import recorder
+from sparsifiner_edge.distill.checkpoint import TrainingState
+from sparsifiner_edge.distill.data import ImageSource, folder_source, timm_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
 from sparsifiner_edge.distill.summary import (
     BudgetFidelity,
     Fidelity,
     NamedRecipe,
     Start,
-    Summary,
     Teacher,
     TrainingImages,
+    TrainingSummary,
 )
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -49,17 +48,13 @@ def distill_student(
     recipe: str = DEFAULT,
     overrides: Sequence[str] = (),
     resume: bool = False,
-    tensorboard: bool = False,
     progress: Progress | None = None,
-) -> Summary:
+) -> TrainingSummary:
     """Train a student towards its dense teacher and write the best that was found as a student folder.
 
     "Best" is judged by the cosine to the teacher's final tokens over images that are not trained on, at every budget
-    of the recipe (see `train.together`); the untrained start is judged too, and kept where nothing was better.
-    Meanwhile the folder `<output>.training` holds a checkpoint and `history.jsonl`; the checkpoint goes when the
-    student is written.
-
-    Run under `accelerate launch` it uses all its processes.
+    of the recipe (see `train.joint_fidelity`); the untrained start counts. Meanwhile `<output>.training` holds a
+    checkpoint and `history.jsonl`. Run under `accelerate launch` it uses all its processes.
 
     Args:
         student: student folder.
@@ -70,9 +65,7 @@ def distill_student(
         labels: also learn from labels; for a classifier.
         dataset: timm's name of a data set, such as "wds/..."; see timm's `create_dataset`.
         held_out: folder of validation images, which choose the checkpoint; None takes some out of `data`.
-        recipe, overrides: see `read_recipe`.
-        resume: go on where the last checkpoint of this output stands.
-        tensorboard: also write the history to `<output>.training/tensorboard`.
+        recipe, overrides: see `read_recipe`. resume: continue from the last checkpoint of this output.
         progress: see `Progress`; counts steps, and the stage says the loss.
 
     Returns:
@@ -84,50 +77,56 @@ def distill_student(
     """
     target = Path(output)
     require_replaceable(target, "student")
-    folder = target.with_name(f"{target.name}.training")
-    plan = read_recipe(recipe, overrides)
-    found = load_student(student)
-    if found.sparsity.is_dense:
-        raise ConfigError(f"{student} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
-    if (plan.reconstruct.steps or plan.reconstruct.epochs) and not sparse_layers(found.model):
-        raise ConfigError("No layer of this student has a predictor to reconstruct.", "Set reconstruct.steps to 0.")
+    plan, found = read_recipe(recipe, overrides), load_student(student)
+    _require_learnable(found, plan)
     # First of all that differs between processes: data sets of timm ask which one they are in.
     accelerator = make_accelerator(plan)
     source = _source(Path(data), plan, found, labels, dataset, Path(held_out) if held_out else None)
     dense = _teacher(found, teacher, Path(weights) if weights else None)
-    _check_folder(folder, resume)
-    training = Training(accelerator, found, dense, source, plan, folder)
-    accelerator.wait_for_everyone()
-    with contextlib.ExitStack() as stack:
-        first = accelerator.is_main_process
-        record = stack.enter_context(recorder(folder / "tensorboard")) if tensorboard and first else None
-        if first:
-            stack.enter_context(checkpoint.held(folder))
-        if resume:
-            _restore(training, folder)
-        elif first:
-            _clear(folder)
-        state = training.run(progress, record)
-        begun = Start(Path(student).resolve().name, sha256(Path(student) / STUDENT_FILE))
-        summary = _summary(training, state, dense, recipe, begun)
-        if first:
+    training = Training(accelerator, found, dense, source, plan, target.with_name(f"{target.name}.training"))
+    with _begun(training, resume):
+        state = training.run(progress)
+        start = Start(Path(student).resolve().name, sha256(Path(student) / STUDENT_FILE))
+        summary = _summary(training, state, dense, recipe, start)
+        if accelerator.is_main_process:
             found.model.cpu().load_state_dict(state.best)
             provenance = replace(found.provenance, training=write_record(summary))
             save_student(dataclasses.replace(found, provenance=provenance), target)
-            (folder / checkpoint.CHECKPOINT).unlink()
+            (training.folder / checkpoint.CHECKPOINT).unlink()
         accelerator.end_training()
     return summary
 
 
-def _summary(training: Training, state: State, teacher: Student, recipe: str, begun: Start) -> Summary:
+def _require_learnable(student: Student, plan: Recipe) -> None:
+    if student.sparsity.is_dense:
+        raise ConfigError(f"{student.name} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
+    if (plan.reconstruct.steps or plan.reconstruct.epochs) and not sparse_layers(student.model):
+        raise ConfigError("No layer of this student has a predictor to reconstruct.", "Set reconstruct.steps to 0.")
+
+
+@contextlib.contextmanager
+def _begun(training: Training, resume: bool) -> Iterator[None]:
+    """A training in its folder, which its first process holds alone, from the start or from its checkpoint."""
+    first, folder = training.accelerator.is_main_process, training.folder
+    _check_folder(folder, resume)
+    training.accelerator.wait_for_everyone()
+    with checkpoint.held(folder) if first else contextlib.nullcontext():
+        if resume:
+            _restore(training, folder)
+        elif first:
+            _clear(folder)
+        yield
+
+
+def _summary(training: Training, state: TrainingState, teacher: Student, recipe: str, start: Start) -> TrainingSummary:
     """What was trained and how it went; figures are the first process's."""
     fidelity = Fidelity()
     if state.fidelity:
         cosines = zip(training.budgets(), state.cosines[0], state.cosines[state.best_step], strict=True)
-        each = [BudgetFidelity(budget.keep, budget.token_keep, start, best) for budget, start, best in cosines]
+        each = [BudgetFidelity(budget.keep, budget.token_keep, *pair) for budget, *pair in cosines]
         fidelity = Fidelity(start=state.fidelity[0], best=state.fidelity[state.best_step], budgets=each)
     source, origin = training.source, teacher.provenance.weights or Weights()
-    return Summary(
+    return TrainingSummary(
         NamedRecipe(recipe, **asdict(training.recipe)),
         state.step,
         "the untrained start" if state.best_step == 0 else f"step {state.best_step}",
@@ -139,13 +138,13 @@ def _summary(training: Training, state: State, teacher: Student, recipe: str, be
             unreadable=sorted(state.unreadable),
         ),
         training.accelerator.num_processes,
-        begun,
+        start,
     )
 
 
 def _source(
     data: Path, plan: Recipe, student: Student, labels: bool, dataset: str | None, held_out: Path | None
-) -> Source:
+) -> ImageSource:
     classes = student.model.num_classes
     if labels and not classes:
         raise ConfigError(f"{student.name} has no classifier to learn labels.", "Leave --labels out.")
@@ -191,14 +190,15 @@ def _outputs(model: Backbone) -> list[tuple[str, object]]:
     ]
 
 
-_OURS = {checkpoint.CHECKPOINT, f"{checkpoint.CHECKPOINT}.part", checkpoint.HISTORY, "history.part", "tensorboard"}
+# Of older versions too.
+_OWN_FILES = {checkpoint.CHECKPOINT, f"{checkpoint.CHECKPOINT}.part", checkpoint.HISTORY, "history.part", "tensorboard"}
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
     with io_errors(folder):
-        foreign = sorted(path.name for path in folder.iterdir() if path.name not in _OURS) if folder.is_dir() else []
+        foreign = sorted({path.name for path in folder.iterdir()} - _OWN_FILES) if folder.is_dir() else []
     if foreign or (folder.exists() and not folder.is_dir()):
-        what = f"holds {foreign[0]!r}" if foreign else "is no folder"
+        what = f"holds {foreign[0]!r}" if foreign else "is not a folder"
         raise ConfigError(f"{folder} is where checkpoints go, but {what}.", "Move it, or give another -o.")
     found = (folder / checkpoint.CHECKPOINT).is_file()
     if resume and not found:
@@ -212,7 +212,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
 def _clear(folder: Path) -> None:
     """An empty folder for a new training; what an earlier one left there goes."""
     with io_errors(folder):
-        for name in _OURS & {path.name for path in folder.iterdir()}:
+        for name in _OWN_FILES & {path.name for path in folder.iterdir()}:
             if name == "tensorboard":
                 shutil.rmtree(folder / name)
             else:
@@ -221,7 +221,7 @@ def _clear(folder: Path) -> None:
 
 def _restore(training: Training, folder: Path) -> None:
     content = checkpoint.load(folder)
-    # Checkpoints of before say "pictures".
+    # Older checkpoints say "pictures".
     now, then = training.fingerprint(), {n.replace("pictures", "images"): x for n, x in content.fingerprint.items()}
     for name, value in now.items():
         if then.get(name) != value:

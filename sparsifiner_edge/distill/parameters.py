@@ -1,4 +1,4 @@
-"""A model's parameters: which learn, how each group does, and what tells models apart."""
+"""A model's parameters: how each group learns, and what tells models apart."""
 
 from __future__ import annotations
 
@@ -19,19 +19,10 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def choose_parameters(model: nn.Module, learns: str) -> None:
-    """Let only what shall learn have gradients; see `Recipe`."""
-    parts = (".attn.", ".norm1.", ".norm2.", "norm.", "head")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(learns == "all" or any(part in f".{name}" for part in parts))
-
-
 def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """Of backbone and predictor in turn: matrices, which decay, then the rest; the predictor and tokens never decay."""
     matrices, predictor, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         if ".attn.select." in name:
             predictor.append(parameter)
         else:

@@ -9,7 +9,7 @@ from sparsifiner_edge.sparse.provenance import Weights
 
 
 class NamedRecipe(Recipe, frozen=True):
-    """A recipe, and what it was called."""
+    """A recipe and its name."""
 
     name: str
 
@@ -53,7 +53,7 @@ class Start(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Summary(msgspec.Struct, frozen=True):
+class TrainingSummary(msgspec.Struct, frozen=True):
     """A training.
 
     Attributes:

@@ -23,11 +23,10 @@ from torchvision.transforms import v2
 
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
-from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, State
-from sparsifiner_edge.distill.data import Batch, Source, augmentation, batches
-from sparsifiner_edge.distill.events import Record
+from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
+from sparsifiner_edge.distill.data import Batch, ImageSource, augmentation, batches
 from sparsifiner_edge.distill.losses import Distiller, at_positions
-from sparsifiner_edge.distill.parameters import choose_parameters, digest, make_optimiser
+from sparsifiner_edge.distill.parameters import digest, make_optimiser
 from sparsifiner_edge.distill.recipe import Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
@@ -69,7 +68,7 @@ class Training:
         accelerator: Any,
         student: Student,
         teacher: Student,
-        source: Source,
+        source: ImageSource,
         recipe: Recipe,
         folder: Path,
     ) -> None:
@@ -77,14 +76,13 @@ class Training:
         self.recipe, self.source, self.folder = recipe, source, folder
         self.size, self.pre = student.img_size, preprocessing(student.model)
         teacher.model.to(self.accelerator.device)
-        choose_parameters(student.model, recipe.learns)
         distiller = Distiller(student.model, teacher.model, recipe.losses)
         self.optimiser = make_optimiser(student.model, recipe)
         self.wrapped, self.optimiser = self.accelerator.prepare(distiller, self.optimiser)
         self.distiller = cast(Distiller, self.accelerator.unwrap_model(self.wrapped))
         decay = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(self.distiller.student, multi_avg_fn=decay) if recipe.ema else None
-        self.state, self.recent, self._saved = State(0, {}, {}, 0, {}, set()), list[float](), 0
+        self.state, self.recent, self._saved = TrainingState(0, {}, {}, 0, {}, set()), list[float](), 0
         self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
@@ -94,12 +92,11 @@ class Training:
     def _steps(self, phase: Phase) -> int:
         if not phase.epochs:
             return phase.steps
-        if not hasattr(self.source.train, "__len__"):
-            raise ConfigError("A stream has no length, so that epochs cannot be counted.", "Give steps in their place.")
-        length, per_step = len(self.source), self.recipe.batch * self.recipe.accumulate
+        length = len(self.source) if hasattr(self.source.train, "__len__") else 0
         if not length:
-            raise ConfigError("This data set does not know its length.", "Give steps in place of epochs.")
-        # A stream is dealt out to the processes by timm, and tells the length of this one's part.
+            raise ConfigError("This data set does not know its length.", "Give steps instead of epochs.")
+        per_step = self.recipe.batch * self.recipe.accumulate
+        # timm splits a stream between the processes; its length is that of this process's part.
         if not isinstance(self.source.train, IterableDataset):
             per_step *= self.accelerator.num_processes
         return max(1, math.ceil(phase.epochs * length / per_step))
@@ -119,7 +116,7 @@ class Training:
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
             found.append((image, teacher.forward_features(image)))
         if not found:
-            raise ImageError("None of the images held out can be read.", f"Look at {self.source.held_out[0]}.")
+            raise ImageError("None of the held-out images can be read.", f"Look at {self.source.held_out[0]}.")
         return found
 
     def budgets(self) -> list[SparsityConfig]:
@@ -147,14 +144,11 @@ class Training:
         pruned = [c for c in choices if c.token_keep != self.sparsity.token_keep]
         return draw.choice(pruned if pruned and draw.random() < self.recipe.budgets.pruned else whole)
 
-    def run(self, progress: Progress | None = None, record: Record | None = None) -> State:
+    def run(self, progress: Progress | None = None) -> TrainingState:
         """Train from where the state stands to the end.
 
-        Args:
-            progress: see `Progress`. record: called with each step and its losses.
-
         Raises:
-            GateError: a loss is no number, or has exploded.
+            GateError: a loss is NaN or infinite, or has exploded.
         """
         if 0 not in self.state.fidelity:
             self._judge(0)
@@ -167,8 +161,6 @@ class Training:
                 checkpoint.append_history(self.folder, step + 1, **losses)
             if (step + 1) % self.recipe.check_every == 0 or step + 1 == self.total:
                 self._judge(step + 1)
-            if record:
-                record(step + 1, losses)
             if progress:
                 progress(f"loss {losses['loss']:.4f}", step + 1, self.total)
         self._save()
@@ -257,8 +249,8 @@ class Training:
                 limit = self.recipe.clip or math.inf
                 norms.append(float(nn.utils.clip_grad_norm_(parameters, limit)))
         # A scaler of fp16 gradients skips steps that overflow, by itself.
-        if self.accelerator.scaler is None and not all(math.isfinite(norm) for norm in norms):
-            self._stop(step, "a gradient is no number", files)
+        if self.accelerator.scaler is None and not all(map(math.isfinite, norms)):
+            self._stop(step, "a gradient is NaN or infinite", files)
 
     def _set_rates(self, phase: Phase, share: float) -> None:
         if share <= phase.warmup:
@@ -274,10 +266,12 @@ class Training:
         if self.accelerator.is_main_process:
             model = cast(nn.Module, self.average.module if self.average is not None else self.distiller.student)
             each = fidelities(cast(Backbone, model), self.held_out, self.budgets())
-            found, cosines = together(each), [statistics.fmean(cosines) for cosines in each]
+            found, cosines = joint_fidelity(each), [statistics.fmean(cosines) for cosines in each]
             if not math.isfinite(found):
                 if step == 0:
-                    raise GateError("The student's tokens of held-out images are no numbers.", "Look at its weights.")
+                    raise GateError(
+                        "The student's tokens of held-out images are NaN or infinite.", "Look at its weights."
+                    )
                 found, cosines = -1.0, [x if math.isfinite(x) else -1.0 for x in cosines]
             self.state.fidelity[step], self.state.cosines[step] = found, cosines
             if self.state.fidelity[step] >= max(self.state.fidelity.values()):
@@ -352,7 +346,6 @@ class Training:
             "ema": bool(recipe.ema),
             "precision": recipe.precision,
             # Of the optimiser's state, which comes from the checkpoint:
-            "learns": recipe.learns,
             "epsilon": recipe.epsilon,
             "weight_decay": recipe.weight_decay,
         }
@@ -377,7 +370,7 @@ def fidelities(
     return found
 
 
-def together(cosines: list[list[float]]) -> float:
+def joint_fidelity(cosines: list[list[float]]) -> float:
     """One figure for all budgets and images: 1 minus the geometric mean of 1 - cosine.
 
     Each counts by the share of its own error: else a small gain where errors are large, with few keys or on an image
