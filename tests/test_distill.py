@@ -388,17 +388,6 @@ def test_what_is_not_ours_is_left_alone(folder: Path, start: Path, tmp_path: Pat
     distill_student(start, folder, tmp_path / "slash", overrides=SHORT)  # a finished training is no obstacle
 
 
-# timm leaves files open.
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_labels_beyond_the_classes_are_refused(folder: Path, start: Path, tmp_path: Path) -> None:
-    three = save_student(student(num_classes=1), tmp_path / "one")
-    held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
-    with pytest.raises(ConfigError, match="has the label 1; the student knows 1 classes"):
-        distill_student(
-            three, folder, tmp_path / "x", dataset="folder", labels=True, held_out=held_out, overrides=SHORT
-        )
-
-
 def test_a_checkpoint_that_says_pictures_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from types import SimpleNamespace
 

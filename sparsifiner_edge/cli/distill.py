@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 @click.option("--teacher", metavar="MODEL", help="timm's name; by default the student's own weights, if never trained.")
 @weights_option
 @click.option("--labels", is_flag=True, help="Also learn from labels: each class has a folder in --data.")
-@click.option("--dataset", metavar="NAME", help="A data set by timm's name, such as wds/..., with --data as its root.")
 @click.option(
     "--held-out",
     type=click.Path(path_type=Path),

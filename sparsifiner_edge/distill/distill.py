@@ -13,7 +13,7 @@ from msgspec.structs import asdict, replace
 from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import TrainingState
-from sparsifiner_edge.distill.data import ImageSource, folder_source, timm_source
+from sparsifiner_edge.distill.data import ImageSource, folder_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
 from sparsifiner_edge.distill.summary import (
     BudgetFidelity,
@@ -43,7 +43,6 @@ def distill_student(
     teacher: str | None = None,
     weights: str | Path | None = None,
     labels: bool = False,
-    dataset: str | None = None,
     held_out: str | Path | None = None,
     recipe: str = DEFAULT,
     overrides: Sequence[str] = (),
@@ -58,12 +57,11 @@ def distill_student(
 
     Args:
         student: student folder.
-        data: folder of images, with or without folders by class; with `dataset`, the root of that data set.
+        data: folder of images, with or without folders by class.
         output: student folder to write; an earlier student there is replaced.
         teacher: timm's name; None: the student's own weights with dense attention, if it was never trained.
         weights: of the teacher: .safetensors or .pth file; None lets timm download them.
         labels: also learn from labels; for a classifier.
-        dataset: timm's name of a data set, such as "wds/..."; see timm's `create_dataset`.
         held_out: folder of validation images, which choose the checkpoint; None takes some out of `data`.
         recipe, overrides: see `read_recipe`. resume: continue from the last checkpoint of this output.
         progress: see `Progress`; counts steps, and the stage says the loss.
@@ -79,10 +77,9 @@ def distill_student(
     require_replaceable(target, "student")
     plan, found = read_recipe(recipe, overrides), load_student(student)
     _require_learnable(found, plan)
-    # First of all that differs between processes: data sets of timm ask which one they are in.
-    accelerator = make_accelerator(plan)
-    source = _source(Path(data), plan, found, labels, dataset, Path(held_out) if held_out else None)
+    source = _source(Path(data), plan, found, labels, Path(held_out) if held_out else None)
     dense = _teacher(found, teacher, Path(weights) if weights else None)
+    accelerator = make_accelerator(plan)
     training = Training(accelerator, found, dense, source, plan, target.with_name(f"{target.name}.training"))
     with _begun(training, resume):
         state = training.run(progress)
@@ -133,7 +130,7 @@ def _summary(training: Training, state: TrainingState, teacher: Student, recipe:
         fidelity,
         Teacher(teacher.name, **asdict(origin)),
         TrainingImages(
-            trained_on=len(source) if hasattr(source.train, "__len__") else "a stream",
+            trained_on=len(source.train),
             held_out=[path.name for path in source.held_out],
             unreadable=sorted(state.unreadable),
         ),
@@ -142,16 +139,11 @@ def _summary(training: Training, state: TrainingState, teacher: Student, recipe:
     )
 
 
-def _source(
-    data: Path, plan: Recipe, student: Student, labels: bool, dataset: str | None, held_out: Path | None
-) -> ImageSource:
+def _source(data: Path, plan: Recipe, student: Student, labels: bool, held_out: Path | None) -> ImageSource:
     classes = student.model.num_classes
     if labels and not classes:
         raise ConfigError(f"{student.name} has no classifier to learn labels.", "Leave --labels out.")
-    count = plan.images.held_out
-    if dataset is not None:
-        return timm_source(dataset, data, count, labels, held_out, student.labels)
-    source = folder_source(data, count, labels, held_out, student.labels)
+    source = folder_source(data, plan.images.held_out, labels, held_out, student.labels)
     if labels and len(source.classes) != classes:
         raise ConfigError(
             f"{data} holds {len(source.classes)} classes, the student knows {classes}.", "Give one folder per class."

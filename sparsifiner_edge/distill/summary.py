@@ -39,9 +39,9 @@ class Teacher(Weights, frozen=True):
 
 
 class TrainingImages(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", " ")):
-    """How many were trained on, or "a stream"; names of those held out; paths of those that could not be read."""
+    """How many were trained on; names of those held out; paths of those that could not be read."""
 
-    trained_on: int | str
+    trained_on: int
     held_out: list[str]
     unreadable: list[str]
 

@@ -18,7 +18,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import IterableDataset
 from torchvision.transforms import v2
 
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep
@@ -92,14 +91,8 @@ class Training:
     def _steps(self, phase: Phase) -> int:
         if not phase.epochs:
             return phase.steps
-        length = len(self.source) if hasattr(self.source.train, "__len__") else 0
-        if not length:
-            raise ConfigError("This data set does not know its length.", "Give steps instead of epochs.")
-        per_step = self.recipe.batch * self.recipe.accumulate
-        # timm splits a stream between the processes; its length is that of this process's part.
-        if not isinstance(self.source.train, IterableDataset):
-            per_step *= self.accelerator.num_processes
-        return max(1, math.ceil(phase.epochs * length / per_step))
+        per_step: int = self.recipe.batch * self.recipe.accumulate * self.accelerator.num_processes
+        return max(1, math.ceil(phase.epochs * len(self.source.train) / per_step))
 
     @torch.no_grad()
     def _held_out(self, teacher: Backbone) -> list[tuple[Tensor, Tensor]]:
@@ -174,7 +167,6 @@ class Training:
             batch=self.recipe.batch,
             first=self.state.step * self.recipe.accumulate,
             process=self.accelerator.process_index,
-            classes=self.distiller.student.num_classes,
             processes=self.accelerator.num_processes,
             workers=self.recipe.images.workers,
         )
@@ -223,7 +215,7 @@ class Training:
         if share and float(torch.rand(())) < share:
             images, _ = v2.CutMix(num_classes=1)(images, torch.zeros(len(images), dtype=torch.long))
             return images, None
-        return images, batch.labels.to(self.accelerator.device) if self.source.labelled else None
+        return images, batch.labels.to(self.accelerator.device) if self.source.labels else None
 
     def _check(self, step: int, loss: float, files: list[str]) -> None:
         exploded = len(self.recent) == RECENT and loss > self.recipe.explosion * statistics.median(self.recent)
