@@ -259,7 +259,7 @@ def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys:
     assert_refused(call(capsys, *plain, "--resume"), "checkpoint.pt is damaged")
     assert (work / checkpoint.CHECKPOINT).read_bytes() == b"no checkpoint"
     torch.save({"state": torch.zeros(2)}, work / checkpoint.CHECKPOINT)
-    assert_refused(call(capsys, *plain, "--resume"), "is no checkpoint of a training")
+    assert_refused(call(capsys, *plain, "--resume"), "is not a training's checkpoint")
 
 
 def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path: Path) -> None:

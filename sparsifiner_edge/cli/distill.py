@@ -20,7 +20,7 @@ from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.distill.summary import BudgetFidelity, TrainingSummary
+    from sparsifiner_edge.distill.distill import BudgetFidelity, TrainingSummary
 
 
 @click.command()

@@ -56,17 +56,18 @@ class Checkpoint(msgspec.Struct, forbid_unknown_fields=True):
     """A training that can go on.
 
     Attributes:
-        average: averaged weights. scaler: of fp16 gradients. None where the training has none.
+        average: averaged weights; None where the training has none.
         recent: losses that an explosion is measured against.
+        scaler: what older versions trained in fp16 with; none of theirs can be resumed.
     """
 
     fingerprint: Fingerprint
     student: Tensors
     optimiser: Optimiser
     average: Tensors | None
-    scaler: dict[str, int | float] | None
     recent: list[float]
     state: TrainingState
+    scaler: None = None
 
 
 def save(folder: Path, content: Checkpoint) -> None:
@@ -81,10 +82,8 @@ def save(folder: Path, content: Checkpoint) -> None:
     try:
         with replaced_file(path) as scratch, scratch.open("wb") as file:
             torch.save(plain, file)
-    except ArtifactError as error:
-        raise ArtifactError(error.what, "Free space; go on with --resume.") from error
-    except RuntimeError as error:  # By torch's writer, in words of its own.
-        what = f"{path} cannot be written: a write came short."
+    except (ArtifactError, RuntimeError) as error:  # The latter by torch's writer, in words of its own.
+        what = error.what if isinstance(error, ArtifactError) else f"{path} cannot be written: a write came short."
         raise ArtifactError(what, "Free space; go on with --resume.") from error
 
 
@@ -120,14 +119,12 @@ def load(folder: Path) -> Checkpoint:
         # torch.load raises many kinds of error on damaged files.
         except Exception as error:
             raise ArtifactError(f"{path} is damaged: {brief(error)}", f"Remove {folder}; start again.") from error
-    try:
+    # A tensor in the place of a dict has errors of its own.
+    with contextlib.suppress(Exception):
         content = msgspec.convert(plain, Checkpoint)
         if all(map(is_number, content.recent)):
             return content
-    # A tensor in the place of a dict has errors of its own.
-    except Exception as error:
-        raise ArtifactError(f"{path} is no checkpoint of a training.", "Move it, or give another -o.") from error
-    raise ArtifactError(f"{path} is no checkpoint of a training.", "Move it, or give another -o.")
+    raise ArtifactError(f"{path} is not a training's checkpoint.", "Move it, or give another -o.")
 
 
 def require_like(found: Any, like: Any, label: str) -> None:
@@ -196,7 +193,7 @@ def append_history(folder: Path, step: int, **figures: float | list[float]) -> N
     Raises:
         ArtifactError: the disk refuses.
     """
-    line = dump_json(finite({"step": step} | figures)[0], indent=None)  # A loss without weight may be NaN.
+    line = dump_json(finite({"step": step} | figures)[0], indent=None)  # A loss whose weight is 0 may be NaN.
     with io_errors(folder / HISTORY), (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(line)
 

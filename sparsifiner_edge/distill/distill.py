@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
@@ -15,15 +16,6 @@ from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import TrainingState
 from sparsifiner_edge.distill.data import ImageSource, folder_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
-from sparsifiner_edge.distill.summary import (
-    BudgetFidelity,
-    Fidelity,
-    NamedRecipe,
-    Start,
-    Teacher,
-    TrainingImages,
-    TrainingSummary,
-)
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors
@@ -31,8 +23,70 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
-from sparsifiner_edge.sparse.provenance import Weights
-from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
+from sparsifiner_edge.sparse.student import Student, Weights, dense_twin, load_dense, load_student, save_student
+
+
+class NamedRecipe(Recipe, frozen=True):
+    """A recipe and its name."""
+
+    name: str
+
+
+class BudgetFidelity(msgspec.Struct, frozen=True):
+    """Mean cosine over held-out images with one budget: of the untrained start, and of what was kept."""
+
+    keep: float
+    token_keep: tuple[tuple[int, float], ...]
+    start: float
+    best: float
+
+
+class Fidelity(msgspec.Struct, frozen=True):
+    """All budgets together, then each; of the first process alone."""
+
+    metric: str = "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out images and budgets"
+    start: float | None = None
+    best: float | None = None
+    budgets: list[BudgetFidelity] | None = None
+
+
+class Teacher(Weights, frozen=True):
+    """Its name, and where its weights came from."""
+
+    name: str
+
+
+class TrainingImages(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", " ")):
+    """How many were trained on; names of those held out; paths of those that could not be read."""
+
+    trained_on: int
+    held_out: list[str]
+    unreadable: list[str]
+
+
+class Start(msgspec.Struct, frozen=True):
+    """The student that was trained: its folder's name, and the SHA-256 of its `config.json`."""
+
+    student: str
+    sha256: str
+
+
+class TrainingSummary(msgspec.Struct, frozen=True):
+    """A training.
+
+    Attributes:
+        steps: of the optimiser. kept: "the untrained start", or the step whose weights were kept.
+        processes: that trained together. start: what was trained.
+    """
+
+    recipe: NamedRecipe
+    steps: int
+    kept: str
+    fidelity: Fidelity
+    teacher: Teacher
+    images: TrainingImages = msgspec.field(name="pictures")
+    processes: int
+    start: Start = msgspec.field(name="from")
 
 
 def distill_student(

@@ -107,7 +107,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             gradients that are mostly noise, it keeps them from moving their weights as far as all others.
         weight_decay: of matrices. clip: norm that gradients are cut to, backbone and predictor apart; 0: never.
         ema: decay of the averaged weights, which are those that are judged and kept; 0: the weights themselves.
-        precision: "no" (float32), "bf16" or "fp16" autocast.
+        precision: "no" (float32), or "bf16" autocast.
         check_every: steps between judgements on the held-out images. save_every: steps between checkpoints.
         explosion: times the recent losses' median at which the training stops.
         reconstruct: first, the predictor alone, while all attention is dense. distil: then everything.
@@ -120,7 +120,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     weight_decay: Weight = 0.0
     clip: Weight = 1.0
     ema: Annotated[float, Meta(ge=0, le=0.999999)] = 0.0
-    precision: Annotated[str, Meta(pattern="^(no|bf16|fp16)$")] = "no"
+    precision: Annotated[str, Meta(pattern="^(no|bf16)$")] = "no"
     check_every: Every = 100
     save_every: Every = 50
     explosion: Annotated[float, Meta(ge=1, le=1e300)] = 20.0

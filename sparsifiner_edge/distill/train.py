@@ -233,15 +233,13 @@ class Training:
 
     def _clip(self, step: int, files: list[str]) -> None:
         """Cut the gradients of backbone and predictor apart: those of the predictor are much larger."""
-        self.accelerator.unscale_gradients()
         norms = []
         for group in self.optimiser.param_groups[::2], self.optimiser.param_groups[1::2]:
             parameters = [p for part in group for p in part["params"] if p.grad is not None]
             if parameters:
                 limit = self.recipe.clip or math.inf
                 norms.append(float(nn.utils.clip_grad_norm_(parameters, limit)))
-        # A scaler of fp16 gradients skips steps that overflow, by itself.
-        if self.accelerator.scaler is None and not all(map(math.isfinite, norms)):
+        if not all(map(math.isfinite, norms)):
             self._stop(step, "a gradient is NaN or infinite", files)
 
     def _set_rates(self, phase: Phase, share: float) -> None:
@@ -281,7 +279,6 @@ class Training:
                 student=self.distiller.student.state_dict(),
                 optimiser=Optimiser(**self.optimiser.state_dict()),
                 average=None if self.average is None else self.average.state_dict(),
-                scaler=None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 recent=self.recent,
                 state=self.state,
             )
@@ -301,8 +298,6 @@ class Training:
         self.optimiser.load_state_dict({"state": content.optimiser.state, "param_groups": groups})
         if self.average is not None and content.average is not None:
             self.average.load_state_dict(content.average)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(content.scaler)
         self.recent = content.recent
         unreadable = self.state.unreadable | content.state.unreadable
         self.state = msgspec.structs.replace(content.state, unreadable=unreadable)
@@ -311,13 +306,10 @@ class Training:
             checkpoint.cut_history(self.folder, self.state.step)
 
     def _check_restored(self, content: Checkpoint) -> None:
-        weights, scaler = self.distiller.student.state_dict(), self.accelerator.scaler
-        like = {
-            "student": weights,
-            "average": None if self.average is None else self.average.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-        checkpoint.require_like({name: getattr(content, name) for name in like}, like, "content")
+        weights = self.distiller.student.state_dict()
+        average = None if self.average is None else self.average.state_dict()
+        checkpoint.require_like(content.student, weights, "content.student")
+        checkpoint.require_like(content.average, average, "content.average")
         checkpoint.require_like(content.state.best, weights, "best")
         checkpoint.require_moments(content.optimiser.state, self.optimiser)
         checkpoint.require_course(content.state, self.total, len(self.budgets()))

@@ -177,16 +177,16 @@ def _arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[T
 
 
 def _check_images(batch: Any) -> None:
-    if not isinstance(batch, Tensor):
-        raise ConfigError(f"An image to calibrate with is a {type(batch).__name__}.", "Give tensors [B,3,H,W].")
-    if batch.ndim != 4 or batch.shape[1] != 3 or not batch.numel() or not batch.is_floating_point():
-        kind = str(batch.dtype).removeprefix("torch.")
-        raise ConfigError(
-            f"Images to calibrate with are {kind} {list(batch.shape)}.",
-            "Give floating-point [B,3,H,W], normalised as the module expects them.",
-        )
-    if not bool(torch.isfinite(batch).all()):
-        raise ConfigError("An image to calibrate with holds NaN or infinity.", "Leave it out.")
+    found = type(batch).__name__
+    if isinstance(batch, Tensor):
+        found = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+        if batch.ndim == 4 and batch.shape[1] == 3 and batch.numel() and batch.is_floating_point():
+            if not bool(torch.isfinite(batch).all()):
+                raise ConfigError("An image to calibrate with holds NaN or infinity.", "Leave it out.")
+            return
+    raise ConfigError(
+        f"Images to calibrate with are {found}.", "Give floating-point [B,3,H,W], normalised as the module expects."
+    )
 
 
 def _pixels_like(backbone: nn.Module) -> Tensor:

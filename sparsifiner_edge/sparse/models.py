@@ -89,11 +89,17 @@ def create(name: str, img_size: int | None = None, num_classes: int | None = Non
         UnsupportedModelError: timm has no such model, or it is no VisionTransformer or Eva.
         ConfigError: the image size is no multiple of the patch size, or there are too many pixels or classes.
     """
-    kind = on_paper(name)
-    size = kind.patch_embed.img_size[0] if img_size is None else img_size
-    _check_size(name, size, kind.patch_embed.patch_size)
+    kind = on_paper(name, num_classes)
+    size, patch = kind.patch_embed.img_size[0] if img_size is None else img_size, kind.patch_embed.patch_size[0]
+    if size > MOST_SIDE:
+        raise ConfigError(f"image size {size} is too large.", f"Use at most {MOST_SIDE} pixels along a side.")
+    if size < patch or size % patch:
+        raise ConfigError(
+            f"image size {size} is not a multiple of the patch size {patch} of {name}.",
+            f"Use {max(round(size / patch), 1) * patch}, for instance.",
+        )
     with _named(name):
-        options = {"img_size": size, "dynamic_img_size": False} | _classes(num_classes)
+        options = {"img_size": size, "dynamic_img_size": False, "num_classes": kind.num_classes}
         return cast(Backbone, timm.create_model(name, pretrained=False, **options).eval())
 
 
@@ -111,8 +117,11 @@ def on_paper(name: str, num_classes: int | None = None) -> Backbone:
             else "Names: python -c 'import timm; print(timm.list_models())'"
         )
         raise UnsupportedModelError(f"timm has no model {name!r}.", hint)
+    if num_classes is not None and not 0 <= num_classes <= MOST_CLASSES:
+        raise ConfigError(f"num_classes is {num_classes}.", f"Give from 0 to {MOST_CLASSES} classes.")
+    options = {} if num_classes is None else {"num_classes": num_classes}
     with _named(name), torch.device("meta"):
-        kind = timm.create_model(name, pretrained=False, **_classes(num_classes))
+        kind = timm.create_model(name, pretrained=False, **options)
     if isinstance(kind, Backbone):
         return kind
     raise UnsupportedModelError(
@@ -130,23 +139,6 @@ def _named(name: str) -> Iterator[None]:
         raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
 
 
-def _classes(count: int | None) -> dict[str, int]:
-    if count is not None and not 0 <= count <= MOST_CLASSES:
-        raise ConfigError(f"num_classes is {count}.", f"Give from 0 to {MOST_CLASSES} classes.")
-    return {} if count is None else {"num_classes": count}
-
-
-def _check_size(name: str, size: int, patch: tuple[int, int]) -> None:
-    side = patch[0]
-    if size > MOST_SIDE:
-        raise ConfigError(f"image size {size} is too large.", f"Use at most {MOST_SIDE} pixels along a side.")
-    if size < side or size % side:
-        near = max(round(size / side), 1) * side
-        raise ConfigError(
-            f"image size {size} is not a multiple of the patch size {side} of {name}.", f"Use {near}, for instance."
-        )
-
-
 def load_model(name: str, weights: Path | None = None, img_size: int | None = None) -> Backbone:
     """A pretrained model of timm, in evaluation mode.
 
@@ -159,14 +151,22 @@ def load_model(name: str, weights: Path | None = None, img_size: int | None = No
         UnsupportedModelError, ConfigError: see `create`.
         WeightsError: unreadable, of another architecture, or not to be downloaded.
     """
-    if weights is None:
-        return _download(name, img_size)
-    state = read_weights(weights)
-    head = state.get("head.weight")
-    classes = 0 if head is None or head.ndim == 0 else len(head)
-    model = create(name, img_size, classes)
-    load_state(model, state, str(weights))
-    return model
+    if weights is not None:
+        state = read_weights(weights)
+        head = state.get("head.weight")
+        classes = 0 if head is None or head.ndim == 0 else len(head)
+        model = create(name, img_size, classes)
+        load_state(model, state, str(weights))
+        return model
+    size = create(name, img_size).patch_embed.img_size[0]
+    try:
+        return cast(Backbone, timm.create_model(name, pretrained=True, img_size=size, dynamic_img_size=False).eval())
+    # The hub clients raise their own kinds of error; all mean that no weights arrived.
+    except Exception as error:
+        raise WeightsError(
+            f"The weights of {name!r} could not be downloaded: {brief(error)}",
+            "Connect, or give a file with --weights.",
+        ) from error
 
 
 def load_state(model: Backbone, state: StateDict, source: str) -> None:
@@ -220,16 +220,3 @@ def _check_numbers(tensor: Tensor, floating: bool, label: str) -> None:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if keys else "nothing"
-
-
-def _download(name: str, img_size: int | None) -> Backbone:
-    size = create(name, img_size).patch_embed.img_size[0]
-    try:
-        model = timm.create_model(name, pretrained=True, img_size=size, dynamic_img_size=False)
-        return cast(Backbone, model).eval()
-    # The hub clients raise their own kinds of error; all mean that no weights arrived.
-    except Exception as error:
-        raise WeightsError(
-            f"The weights of {name!r} could not be downloaded: {brief(error)}",
-            "Connect, or give a file with --weights.",
-        ) from error

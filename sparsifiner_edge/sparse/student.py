@@ -44,7 +44,6 @@ from sparsifiner_edge.sparse.models import (
     read_weights,
 )
 from sparsifiner_edge.sparse.patch import make_model_sparse, require_supported, set_budget
-from sparsifiner_edge.sparse.provenance import Calibration, Provenance, Weights
 from sparsifiner_edge.text import dump_json
 
 MAX_CALIBRATION_IMAGES = 32
@@ -59,6 +58,42 @@ class Labels(msgspec.Struct):
     """Names of a classifier's classes, alone."""
 
     labels: ClassNames
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """A file by name and SHA-256, or where else they are from."""
+
+    file: str | None = None
+    sha256: str | None = None
+    origin: str | None = msgspec.field(default=None, name="from")
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """What the predictor was learnt from.
+
+    Attributes:
+        origin: "weights" alone, or "pictures".
+        images: how many. img_size: pixels along a side at which it learnt. files: their names.
+    """
+
+    origin: str = msgspec.field(name="from")
+    images: int | None = msgspec.field(default=None, name="pictures")
+    img_size: int | None = None
+    files: list[str] | None = None
+
+
+class Provenance(msgspec.Struct, frozen=True):
+    """What is known of a student's making.
+
+    Attributes:
+        tools: package -> version.
+        training: JSON of `distill.distill.TrainingSummary`, as the version that trained wrote it; None: never trained.
+    """
+
+    weights: Weights | None = None
+    calibration: Calibration | None = None
+    tools: dict[str, str] | None = None
+    training: Any = None
 
 
 class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
