@@ -20,9 +20,8 @@ from sparsifiner_edge.distill.data import (
     folder_source,
 )
 from sparsifiner_edge.distill.losses import Distiller, at_positions
-from sparsifiner_edge.distill.parameters import digest, make_optimiser
 from sparsifiner_edge.distill.recipe import Images, Losses, Phase, Recipe, names, read_recipe
-from sparsifiner_edge.distill.train import Training, joint_fidelity, make_accelerator
+from sparsifiner_edge.distill.train import Training, digest, joint_fidelity, make_accelerator, make_optimiser
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers

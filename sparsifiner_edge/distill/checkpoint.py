@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -156,19 +156,11 @@ def _same_kind(found: Tensor, like: Tensor) -> bool:
     return found.layout is torch.strided and found.device.type == "cpu" and bool(torch.isfinite(found).all())
 
 
-def require_moments(found: dict[int, Tensors], optimiser: Any) -> None:
-    """Refuse what AdamW would not have kept of its parameters; those that never had a gradient have none.
-
-    Raises:
-        ArtifactError: see `require_like`.
-    """
+def moments_like(optimiser: Any, numbers: Container[int]) -> dict[int, Tensors]:
+    """What AdamW keeps of those of its parameters that ever had a gradient, by their numbers."""
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    like = {
-        number: {"exp_avg": x, "exp_avg_sq": x, "step": torch.zeros(())}
-        for number, x in enumerate(parameters)
-        if number in found
-    }
-    require_like(found, like, "optimiser")
+    kept = [(number, x) for number, x in enumerate(parameters) if number in numbers]
+    return {number: {"exp_avg": x, "exp_avg_sq": x, "step": torch.zeros(())} for number, x in kept}
 
 
 def require_course(state: TrainingState, total: int, budgets: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import random
@@ -25,7 +26,6 @@ from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
 from sparsifiner_edge.distill.data import Batch, ImageSource, augmentation, batches
 from sparsifiner_edge.distill.losses import Distiller, at_positions
-from sparsifiner_edge.distill.parameters import digest, make_optimiser
 from sparsifiner_edge.distill.recipe import Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
@@ -57,6 +57,34 @@ def make_accelerator(recipe: Recipe) -> Any:
         )
     except ValueError as error:
         raise ConfigError(f"precision {recipe.precision}: {error}.", "Choose another: --set precision=no.") from error
+
+
+def digest(model: nn.Module) -> str:
+    """Tells models apart by their weights."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Of backbone and predictor in turn: matrices, which decay, then the rest; the predictor and tokens never decay."""
+    matrices, predictor, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+    for name, parameter in model.named_parameters():
+        if ".attn.select." in name:
+            predictor.append(parameter)
+        else:
+            decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
+            (matrices if decays else rest).append(parameter)
+    backbone = {"eps": recipe.epsilon, "predictor": False}
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": recipe.weight_decay, **backbone},
+            {"params": predictor, "weight_decay": 0.0, "predictor": True},
+            {"params": rest, "weight_decay": 0.0, **backbone},
+        ]
+    )
 
 
 class Training:
@@ -306,12 +334,15 @@ class Training:
             checkpoint.cut_history(self.folder, self.state.step)
 
     def _check_restored(self, content: Checkpoint) -> None:
-        weights = self.distiller.student.state_dict()
-        average = None if self.average is None else self.average.state_dict()
-        checkpoint.require_like(content.student, weights, "content.student")
-        checkpoint.require_like(content.average, average, "content.average")
-        checkpoint.require_like(content.state.best, weights, "best")
-        checkpoint.require_moments(content.optimiser.state, self.optimiser)
+        weights, found = self.distiller.student.state_dict(), content.optimiser.state
+        like = {
+            "student": weights,
+            "best": weights,
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimiser": checkpoint.moments_like(self.optimiser, found),
+        }
+        parts = {"student": content.student, "best": content.state.best, "average": content.average, "optimiser": found}
+        checkpoint.require_like(parts, like, "content")
         checkpoint.require_course(content.state, self.total, len(self.budgets()))
 
     def fingerprint(self) -> Fingerprint:
