@@ -21,7 +21,6 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.data import Batch, folder_source
 from sparsifiner_edge.distill.distill import distill_student
-from sparsifiner_edge.distill.parameters import choose_parameters
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError, ImageError
@@ -66,7 +65,7 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     changes = (*SHORT, "distil.steps=30", "distil.learning_rate=1e-5", "ema=0.0", "budgets.keep=[]")
     summary = distill_student(
         start, folder, tmp_path / "out", overrides=changes,
-        progress=lambda _, done, total: steps.append((done, total)), tensorboard=True,
+        progress=lambda _, done, total: steps.append((done, total)),
     )  # fmt: skip
     assert summary.fidelity.best is not None
     assert summary.fidelity.start is not None
@@ -76,7 +75,6 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     assert trained.provenance.training == json.loads(json.dumps(write_record(summary)))
     assert summary.images.trained_on == 10
     assert not (tmp_path / "out.training" / checkpoint.CHECKPOINT).exists()
-    assert list((tmp_path / "out.training" / "tensorboard").iterdir())
     before = load_student(start).model.state_dict()
     after = trained.model.state_dict()
     assert any(not torch.equal(after[k], before[k]) for k in after if ".select." in k)
@@ -108,9 +106,9 @@ def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start:
     assert process(*arguments, "-o", broken, "--resume").code == 0
     assert losses(broken) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
     assert [e["step"] for e in history(broken)] == [e["step"] for e in history(tmp_path / "whole")]
-    ours, theirs = (load_student(x).model.state_dict() for x in (broken, tmp_path / "whole"))
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4)
+    resumed, unbroken = (load_student(x).model.state_dict() for x in (broken, tmp_path / "whole"))
+    for name, value in unbroken.items():
+        torch.testing.assert_close(resumed[name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -139,9 +137,9 @@ def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Pat
     assert len(trainings[0]["pictures"]["unreadable"]) == 3
     assert trainings[0]["pictures"] == trainings[1]["pictures"]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
-    ours, theirs = (load_student(tmp_path / x).model.state_dict() for x in ("two", "one"))
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, atol=2e-4, rtol=2e-3)
+    two, one = (load_student(tmp_path / x).model.state_dict() for x in ("two", "one"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-4, rtol=2e-3)
 
 
 def test_no_number_stops_with_step_files_and_checkpoint(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -155,7 +153,7 @@ def test_no_number_stops_with_step_files_and_checkpoint(folder: Path, start: Pat
     with torch.no_grad():
         wrong.model.blocks[2].mlp.fc1.weight[:] = 3e38  # every activation overflows
     save_student(wrong, tmp_path / "wrong")
-    with pytest.raises(GateError, match="no numbers"):
+    with pytest.raises(GateError, match="NaN or infinite"):
         distill_student(tmp_path / "wrong", folder, tmp_path / "none", overrides=SHORT)
 
 
@@ -261,7 +259,7 @@ def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys:
     assert_refused(call(capsys, *plain, "--resume"), "checkpoint.pt is damaged")
     assert (work / checkpoint.CHECKPOINT).read_bytes() == b"no checkpoint"
     torch.save({"state": torch.zeros(2)}, work / checkpoint.CHECKPOINT)
-    assert_refused(call(capsys, *plain, "--resume"), "is no checkpoint of a training")
+    assert_refused(call(capsys, *plain, "--resume"), "is not a training's checkpoint")
 
 
 def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -271,7 +269,7 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
         distill_student(start, folder / "cats", tmp_path / "out", overrides=SHORT, resume=True)
     with pytest.raises(ConfigError, match="began with other steps: 6, now 9"):
         distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "distil.steps=9"), resume=True)
-    for name, value in (("epsilon", "0.001"), ("weight_decay", "0.1"), ("learns", "attention")):
+    for name, value in (("epsilon", "0.001"), ("weight_decay", "0.1")):
         with pytest.raises(ConfigError, match=f"began with other {name}: .*, now {value}"):
             distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, f"{name}={value}"), resume=True)
     with pytest.raises(ConfigError, match="began with other precision: no, now bf16"):
@@ -288,19 +286,8 @@ def test_passes_add_up_to_one_step(folder: Path, start: Path, tmp_path: Path) ->
     distill_student(start, folder, tmp_path / "one", overrides=(*fixed, "batch=4"))
     distill_student(start, folder, tmp_path / "two", overrides=(*fixed, "batch=2", "accumulate=2"))
     for name in ("patches", "classes", "logits"):
-        ours, theirs = ([e[name] for e in history(tmp_path / x) if name in e] for x in ("two", "one"))
-        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-6), name
-
-
-def test_attention_alone_can_learn(folder: Path, start: Path, tmp_path: Path) -> None:
-    found = load_student(start)
-    choose_parameters(found.model, "attention")
-    learning = {name for name, parameter in found.model.named_parameters() if parameter.requires_grad}
-    assert {"blocks.2.attn.qkv.weight", "blocks.2.attn.select.proj_q", "blocks.0.norm1.bias", "norm.weight"} <= learning
-    assert not [name for name in learning if ".mlp." in name or "embed" in name]
-    distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "learns=attention", "ema=0.0"))
-    before, after = found.model.state_dict(), load_student(tmp_path / "out").model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before if name not in learning)
+        two, one = ([e[name] for e in history(tmp_path / x) if name in e] for x in ("two", "one"))
+        assert two == pytest.approx(one, rel=2e-3, abs=1e-6), name
 
 
 def test_bf16_trains(folder: Path, start: Path, tmp_path: Path) -> None:
@@ -399,17 +386,6 @@ def test_what_is_not_ours_is_left_alone(folder: Path, start: Path, tmp_path: Pat
     distill_student(start, folder, f"{tmp_path}/slash/", overrides=SHORT)
     assert (tmp_path / "slash.training" / checkpoint.HISTORY).is_file()
     distill_student(start, folder, tmp_path / "slash", overrides=SHORT)  # a finished training is no obstacle
-
-
-# timm leaves files open.
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_labels_beyond_the_classes_are_refused(folder: Path, start: Path, tmp_path: Path) -> None:
-    three = save_student(student(num_classes=1), tmp_path / "one")
-    held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
-    with pytest.raises(ConfigError, match="has the label 1; the student knows 1 classes"):
-        distill_student(
-            three, folder, tmp_path / "x", dataset="folder", labels=True, held_out=held_out, overrides=SHORT
-        )
 
 
 def test_a_checkpoint_that_says_pictures_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

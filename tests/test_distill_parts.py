@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +13,20 @@ import pytest
 import torch
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.distill.data import Drawn, Streamed, augmentation, batches, folder_source, timm_source
-from sparsifiner_edge.distill.distill import distill_student
+from sparsifiner_edge.distill.data import (
+    ShuffledBatches,
+    augmentation,
+    batches,
+    folder_source,
+)
 from sparsifiner_edge.distill.losses import Distiller, at_positions
-from sparsifiner_edge.distill.parameters import digest, make_optimiser
 from sparsifiner_edge.distill.recipe import Images, Losses, Phase, Recipe, names, read_recipe
-from sparsifiner_edge.distill.train import Training, make_accelerator, together
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.distill.train import Training, digest, joint_fidelity, make_accelerator, make_optimiser
+from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.patch import final_tokens
-from sparsifiner_edge.sparse.student import dense_twin, save_student
+from sparsifiner_edge.sparse.student import dense_twin
 from tests.models import images, student
 
 
@@ -48,70 +48,20 @@ def test_what_is_drawn_follows_from_the_seed_alone(folder: Path) -> None:
     assert sorted(files[:10]) == sorted(map(str, source.train))
     for batch in seen:
         assert [("cats" in name) for name in batch.files] == [label == 0 for label in batch.labels]
-    assert not torch.equal(Drawn(source, transform, 3)[0][0], Drawn(source, transform, 4)[0][0])
+    assert not torch.equal(
+        ShuffledBatches(source, transform, 3).sample(0)[0], ShuffledBatches(source, transform, 4).sample(0)[0]
+    )
 
 
-def make_shards(folder: Path, shards: Path) -> Path:
-    """The images of a folder as a WebDataset "mine"."""
-    import webdataset
-
-    shards.mkdir()
-    with webdataset.TarWriter(str(shards / "mine-000000.tar")) as writer:
-        for number, path in enumerate(sorted(folder.rglob("*.png"))):
-            writer.write({"__key__": f"{number:04d}", "png": path.read_bytes(), "cls": number % 2})
-    described = {"name": "train", "filenames": ["mine-000000.tar"], "num_samples": 12, "shard_lengths": [12]}
-    (shards / "_info.json").write_text(json.dumps({"splits": {"train": described}}))
-    return shards
-
-
-# timm and webdataset leave files open.
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_data_sets_of_timm(folder: Path, tmp_path: Path) -> None:
-    held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
-    by_folder = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
-    assert len(by_folder) == 12
-    image, label, name, _ = Drawn(by_folder, augmentation(32, Images(smallest_crop=1.0)), 0, 2).item(0)
-    assert image.shape == (3, 32, 32)
-    assert (label == 0) == ("cats" in name)
-    pytest.importorskip("webdataset")
-    shards = make_shards(folder, tmp_path / "shards")
-    streamed = timm_source("wds/mine", shards, 2, labelled=True, held_out=held_out)
-    items = Streamed(streamed, augmentation(32, Images()), 0, 2).items()
-    seen = [next(items) for _ in range(15)]
-    assert all(image.shape == (3, 32, 32) and label in (0, 1) for image, label, _, _ in seen)
-    with pytest.raises(ConfigError, match="lies in the data set itself"):
-        timm_source("folder", folder, 2, labelled=True, held_out=folder / "cats")
-    with pytest.raises(ConfigError, match="no images held out"):
-        timm_source("folder", folder, 2, labelled=False, held_out=None)
-    with pytest.raises(ConfigError, match="cannot read the data set"):
-        timm_source("wds/none", tmp_path, 2, labelled=False, held_out=held_out)
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_classes_of_a_data_set_are_numbered_as_the_classifier_numbers_them(folder: Path, tmp_path: Path) -> None:
-    """timm counts the folders class2 and class10 in this order."""
-    data, transform = tmp_path / "data", augmentation(32, Images(smallest_crop=1.0))
+def test_classes_are_numbered_as_the_classifier_numbers_them(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
     for name, kind in (("class2", "cats"), ("class10", "dogs")):
         shutil.copytree(folder / kind, data / name)
     orders = {("class10", "class2"): "class10", ("class2", "class10"): "class2", (): "class10", ("a", "b"): "class10"}
     for labels, first in orders.items():
-        source = timm_source("folder", data, 2, labelled=True, held_out=folder, classifier=labels)
-        items = [Drawn(source, transform, 0, 2).item(number) for number in range(12)]
-        assert [first in Path(name).parts for _, _, name, _ in items] == [label == 0 for _, label, _, _ in items]
         assert folder_source(data, 2, labelled=True, held_out=folder, classifier=labels).classes[0] == first
     with pytest.raises(ConfigError, match="'class10' is no class of the classifier"):
-        timm_source("folder", data, 2, labelled=True, held_out=folder, classifier=("class2", "class3"))
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_data_sets_of_equal_length_differ(folder: Path, tmp_path: Path) -> None:
-    other, held_out = (shutil.copytree(folder, tmp_path / name) for name in ("other", "held-out"))
-    (other / "cats" / "01.png").write_bytes(b"another image")
-    sources = [
-        timm_source("folder", root, 2, labelled=labelled, held_out=held_out)
-        for root, labelled in ((folder, True), (other, True), (other, False))
-    ]
-    assert len({source.fingerprint for source in sources}) == 3
+        folder_source(data, 2, labelled=True, held_out=folder, classifier=("class2", "class3"))
 
 
 def test_a_class_held_out_is_still_a_class(folder: Path, tmp_path: Path) -> None:
@@ -125,77 +75,24 @@ def test_a_class_held_out_is_still_a_class(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_a_worker_meets_is_told_as_it_is(workers: int, folder: Path, tmp_path: Path) -> None:
-    held_out = shutil.copytree(folder, tmp_path / "held-out")
-    source = timm_source("folder", folder, 2, labelled=True, held_out=held_out)
-    drawn = batches(source, augmentation(32, Images()), seed=0, batch=6, first=0, process=0, processes=1,
-                    workers=workers, classes=1)  # fmt: skip
-    with pytest.raises(
-        ConfigError, match=r"^\S+ has the label 1; the student knows 1 classes\.\n  Leave --labels out\.$"
-    ):
-        list(islice(drawn, 3))
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_broken_image_of_a_data_set_is_told(folder: Path, tmp_path: Path) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
-    (data / "cats" / "03.png").write_bytes(b"no image")
-    source = timm_source("folder", data, 2, labelled=True, held_out=folder)
-    drawn = Drawn(source, augmentation(32, Images(smallest_crop=1.0)), 0, 2)
-    items = [drawn.item(number) for number in range(12)]
-    assert [Path(name).name for item in items for name in item[3]] == ["03.png"]
-    assert not [name for _, _, name, _ in items if "03.png" in name]
-
-
-def test_a_data_set_of_torchvision(folder: Path, tmp_path: Path) -> None:
-    held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
-    source = timm_source("torch/image_folder", folder, 2, labelled=True, held_out=held_out)
-    drawn = Drawn(source, augmentation(32, Images(smallest_crop=1.0)), 0, 2)
-    assert sorted(drawn.item(number)[1] for number in range(12)) == [0] * 6 + [1] * 6
-    assert not [name for number in range(12) for name in drawn.item(number)[3]]
-
-
-@pytest.mark.parametrize("reader", ["folder", "wds/mine"])
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_training_on_data_sets_of_timm(reader: str, folder: Path, tmp_path: Path) -> None:
-    root = folder
-    if reader != "folder":
-        pytest.importorskip("webdataset")
-        root = make_shards(folder, tmp_path / "shards")
-    held_out = shutil.copytree(folder / "cats", tmp_path / "held-out")
-    start = save_student(student(num_classes=2), tmp_path / "start")
-    steps = ("batch=2", "check_every=9", "save_every=9", "distil.steps=0", "distil.epochs=0.5", "budgets.keep=[0.2]")
-    summary = distill_student(
-        start, root, tmp_path / "out", dataset=reader, held_out=held_out, labels=True, overrides=steps
+    source = folder_source(data, 2, labelled=True, held_out=None)
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"no image")
+    drawn = batches(
+        source, augmentation(32, Images()), seed=0, batch=6, first=0, process=0, processes=1, workers=workers
     )
-    assert summary.steps == 3  # half of twelve, two at a time
+    with pytest.raises(ImageError, match=r"^None of the 10 images can be read\.\n  Look at \S+\.png, for instance\.$"):
+        next(drawn)
 
 
-def test_a_stream_tells_the_length_of_one_process_alone(folder: Path, tmp_path: Path) -> None:
-    """As timm's readers deal images out by themselves."""
-
-    class Stream(torch.utils.data.IterableDataset[Any]):
-        def __init__(self, length: int) -> None:
-            self.length = length
-
-        def __len__(self) -> int:
-            return self.length
-
-        def __iter__(self) -> Iterator[Any]:
-            return iter(())
-
+def test_epochs_are_counted_over_all_processes(folder: Path, tmp_path: Path) -> None:
     plan, found = read_recipe("cpu", ("batch=2", "pictures.held_out=2")), student(num_classes=2)
     source = folder_source(folder, 2, False, None)
     training = Training(make_accelerator(plan), found, dense_twin(found), source, plan, tmp_path)
     training.accelerator = SimpleNamespace(num_processes=4)
-    epochs = Phase(steps=0, epochs=8.0)
-    assert training._steps(epochs) == 8 * 10 / (2 * 4)
-    training.source = dataclasses.replace(source, train=Stream(40))
-    assert training._steps(epochs) == 8 * 40 / 2
-    training.source = dataclasses.replace(source, train=Stream(0))
-    with pytest.raises(ConfigError, match="does not know its length"):
-        training._steps(epochs)
+    assert training._steps(Phase(steps=0, epochs=8.0)) == 8 * 10 / (2 * 4)
 
 
 def test_models_are_told_apart_by_their_weights_on_any_number_of_threads() -> None:
@@ -291,10 +188,10 @@ def test_recipes() -> None:
         ("distil.step=7", "unknown key distil.step"), ("batch=0", "batch is 0"),
         ("batch=two", 'batch is "two", not int'),
         ("distil=3", "distil is 3"), ("budgets.keep=[1.5]", "budgets.keep[0] is 1.5, not float < 1"),
-        ("precision=fp8", "precision is 'fp8'"),
-        ("distil.steps", "has no value"), ("batch.x=1", "batch is no section"),
+        ("precision=fp8", 'precision is "fp8", not str of the form'),
+        ("distil.steps", "has no value"), ("batch.x=1", "batch is not a section"),
         ("distil.epochs=2", "both steps and epochs"),
-        ("distil.steps=0", "trains for no step"), ("budgets.token_keep=4", "budgets.token_keep is 4, not str"),
+        ("distil.steps=0", "has no training steps"), ("budgets.token_keep=4", "budgets.token_keep is 4, not str"),
         ("budgets.token_keep='4'", "token_keep holds '4'"), ("losses.patches=nan", "losses.patches is NaN, not float"),
     ],
 )  # fmt: skip
@@ -344,9 +241,9 @@ def test_relative_losses_keep_their_value_and_weigh_by_their_share() -> None:
 
 
 def test_a_budget_or_image_counts_by_the_share_of_its_error_that_goes() -> None:
-    start = together([[0.95, 0.9], [0.99, 0.98]])
-    assert together([[0.96, 0.92], [0.98, 0.96]]) < start  # a fifth off the large errors, the small ones doubled
-    assert together([[0.94, 0.89], [0.995, 0.99]]) > start
-    assert together([[0.96, 0.9], [0.99, 0.98]]) == pytest.approx(together([[0.95, 0.9], [0.992, 0.98]]))
-    assert together([[1.0], [1.0]]) == pytest.approx(1, abs=1e-5)
-    assert math.isnan(together([[0.9, math.nan]]))
+    start = joint_fidelity([[0.95, 0.9], [0.99, 0.98]])
+    assert joint_fidelity([[0.96, 0.92], [0.98, 0.96]]) < start  # a fifth off the large errors, the small ones doubled
+    assert joint_fidelity([[0.94, 0.89], [0.995, 0.99]]) > start
+    assert joint_fidelity([[0.96, 0.9], [0.99, 0.98]]) == pytest.approx(joint_fidelity([[0.95, 0.9], [0.992, 0.98]]))
+    assert joint_fidelity([[1.0], [1.0]]) == pytest.approx(1, abs=1e-5)
+    assert math.isnan(joint_fidelity([[0.9, math.nan]]))

@@ -155,7 +155,7 @@ class Unused(nn.Module):
 @pytest.mark.parametrize(
     ("make", "settings", "error", "said"),
     [
-        (lambda: nn.Linear(2, 2), {}, UnsupportedModelError, "This Linear contains none"),
+        (lambda: nn.Linear(2, 2), {}, UnsupportedModelError, "This Linear contains 0 vision transformers"),
         (lambda: nn.Sequential(vit(), vit()), {}, UnsupportedModelError, "contains 2 vision transformers: 0, 1"),
         (lambda: timm.create_model(TINY, dynamic_img_size=True), {}, UnsupportedModelError, "dynamic image size"),
         (vit, {"keep": 2.0}, ConfigError, "keep is 2.0"),
@@ -167,7 +167,7 @@ class Unused(nn.Module):
         (vit, {"calibrate": torch.zeros(2, 160, 160)}, ConfigError, "are float32 [2, 160, 160]"),
         (vit, {"calibrate": torch.zeros(1, 3, 160, 160, dtype=torch.uint8)}, ConfigError, "are uint8"),
         (vit, {"calibrate": torch.full((1, 3, 160, 160), torch.nan)}, ConfigError, "NaN or infinity"),
-        (vit, {"calibrate": ["a.png"]}, ConfigError, "is a str"),
+        (vit, {"calibrate": ["a.png"]}, ConfigError, "are str"),
         (Unused, {"calibrate": torch.zeros(1, 3, 160, 160)}, ConfigError, "did not use its vision transformer"),
     ],
 )

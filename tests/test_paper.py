@@ -123,7 +123,7 @@ def test_pooled_start_reads_the_class_token_everywhere() -> None:
 def test_what_does_not_go_with_the_paper() -> None:
     with pytest.raises(ConfigError, match="cells is 4, but the preset 'paper' has 0"):
         SparsityConfig.for_preset("paper", cells=4)
-    with pytest.raises(ConfigError, match="needs one class token"):
+    with pytest.raises(ConfigError, match="requires one class token"):
         student("deit_tiny_distilled_patch16_224", PAPER)
     with pytest.raises(ConfigError, match="landmarks"):
         student("test_vit", PAPER, img_size=96)

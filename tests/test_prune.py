@@ -27,7 +27,7 @@ from sparsifiner_edge.metrics import aligned
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.patch import make_model_sparse
-from sparsifiner_edge.sparse.prune import PrunedBlock, prune
+from sparsifiner_edge.sparse.prune import PrunedBlock, Pruning
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
 from tests.commands import assert_refused, call, manifest_of
 from tests.models import TINY, images, student, vit
@@ -49,7 +49,7 @@ def test_the_best_stay_in_order(patches: int, prefix: int, kept: int, fuse: bool
     x = torch.randn(2, prefix + patches, 5, generator=rng)
     scores = torch.rand(2, prefix + patches, generator=rng)
     places = torch.arange(patches).expand(2, -1)
-    got, positions = prune(x, scores, places, kept=kept, prefix=prefix, fuse=fuse)
+    got, positions = Pruning(kept, prefix, fuse)(x, scores, places)
     assert got.shape == (2, prefix + fuse + kept, 5)
     for row in range(2):
         wanted = scores[row, prefix:].sort(descending=True, stable=True).indices[:kept].sort().values
@@ -94,7 +94,7 @@ def test_what_is_dropped_counts_however_little_it_weighs(dtype: torch.dtype) -> 
     torch.manual_seed(0)
     x = torch.randn(1, 1 + 8, 5).to(dtype)
     scores = torch.tensor([[0.0, 0.7, 0.1, 0.1, 0.1, 1e-8, 2e-8, 1e-9, 0.0]])
-    got, _ = prune(x, scores, torch.arange(8)[None], kept=4, prefix=1, fuse=True)
+    got, _ = Pruning(4, prefix=1, fuse=True)(x, scores, torch.arange(8)[None])
     weights = scores[0, 5:].double() / scores[0, 5:].double().sum()
     torch.testing.assert_close(got[0, 1], (weights @ x[0, 5:].double()).to(dtype))
 
@@ -203,7 +203,7 @@ def test_costs_are_what_torch_counts() -> None:
 def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layer 9: the model has 6 layers"):
         student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((9, 0.5),)))
-    with pytest.raises(ConfigError, match="ranked by a class token"):
+    with pytest.raises(ConfigError, match="and a class token"):
         student(sparsity=PRUNED, class_token=False, global_pool="avg")
     with pytest.raises(ConfigError, match="tile 16 exceeds"):
         student(sparsity=dataclasses.replace(PRUNED, token_keep=((1, 0.1),)))

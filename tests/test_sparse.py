@@ -21,7 +21,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModel
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import DenseAttention, SparseAttention
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
-from sparsifiner_edge.sparse.patch import make_model_sparse, support_refusals
+from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, load_student, save_student
 from tests.models import TINY_CONFIG, images, student, vit
 
@@ -196,7 +196,7 @@ def test_gradient_of_sparse_attention_is_that_of_its_formula() -> None:
         (lambda: timm.create_model("test_vit", dynamic_img_size=True), "dynamic image size"),
         (
             lambda: timm.create_model("test_vit", dynamic_img_size=False, attn_drop_rate=0.1),
-            "layer 0, 1, 2, 3, 4, 5: attention dropout 0.1",
+            "layer 0: attention dropout 0.1",
         ),
         (lambda: timm.create_model("test_vit", dynamic_img_size=False, patch_drop_rate=0.5), "patch dropout"),
         (lambda: timm.create_model("vit_small_patch16_18x2_224"), "ParallelThingsBlock"),
@@ -210,10 +210,8 @@ def test_gradient_of_sparse_attention_is_that_of_its_formula() -> None:
     ],
 )
 def test_anything_else_is_refused_with_the_reason(model: Any, reason: str) -> None:
-    made = model()
-    assert any(reason in r for r in support_refusals(made)), support_refusals(made)
-    with pytest.raises(UnsupportedModelError, match=reason.replace("(", r"\(")):
-        make_model_sparse(made, TINY_CONFIG)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        make_model_sparse(model(), TINY_CONFIG)
 
 
 def test_attention_masks_are_refused() -> None:

@@ -20,7 +20,7 @@ from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.distill.summary import BudgetFidelity, Summary
+    from sparsifiner_edge.distill.distill import BudgetFidelity, TrainingSummary
 
 
 @click.command()
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 @click.option("--teacher", metavar="MODEL", help="timm's name; by default the student's own weights, if never trained.")
 @weights_option
 @click.option("--labels", is_flag=True, help="Also learn from labels: each class has a folder in --data.")
-@click.option("--dataset", metavar="NAME", help="A data set by timm's name, such as wds/..., with --data as its root.")
 @click.option(
     "--held-out",
     type=click.Path(path_type=Path),
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a recipe value, such as distil.steps=500."
 )
 @click.option("--resume", is_flag=True, help="Go on where the last checkpoint of this output stands.")
-@click.option("--tensorboard", is_flag=True, help="Also write a history for TensorBoard.")
 @json_option
 @output_option("Student folder to write.")
 def command(*, student: Path, data: Path, output: Path, as_json: bool, **options: Any) -> None:
@@ -56,7 +54,7 @@ def command(*, student: Path, data: Path, output: Path, as_json: bool, **options
         print_summary(summary, output)
 
 
-def print_summary(summary: Summary, output: Path) -> None:
+def print_summary(summary: TrainingSummary, output: Path) -> None:
     """What was kept, and what could not be read."""
     found = summary.fidelity
     if found.best is not None:

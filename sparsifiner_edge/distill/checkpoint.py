@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,9 +13,10 @@ import torch
 from msgspec.structs import asdict
 from torch import Tensor
 
-from sparsifiner_edge.bounds import flaw, is_number
+from sparsifiner_edge.bounds import is_number
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.files import io_errors, lock, open_regular, read_bytes, replaced_file, write_text
+from sparsifiner_edge.files import io_errors, lock, open_regular, read_bytes, replaced_file, write_bytes
+from sparsifiner_edge.sparse.models import brief
 from sparsifiner_edge.text import dump_json, finite
 
 CHECKPOINT, HISTORY = "checkpoint.pt", "history.jsonl"
@@ -28,7 +28,7 @@ Fingerprint: TypeAlias = dict[str, str | bool | int | float]
 """What must be the same for a training to be resumed."""
 
 
-class State(msgspec.Struct, forbid_unknown_fields=True):
+class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
     """Where a training stands.
 
     Attributes:
@@ -56,17 +56,18 @@ class Checkpoint(msgspec.Struct, forbid_unknown_fields=True):
     """A training that can go on.
 
     Attributes:
-        average: averaged weights. scaler: of fp16 gradients. None where the training has none.
+        average: averaged weights; None where the training has none.
         recent: losses that an explosion is measured against.
+        scaler: what older versions trained in fp16 with; none of theirs can be resumed.
     """
 
     fingerprint: Fingerprint
     student: Tensors
     optimiser: Optimiser
     average: Tensors | None
-    scaler: dict[str, int | float] | None
     recent: list[float]
-    state: State
+    state: TrainingState
+    scaler: None = None
 
 
 def save(folder: Path, content: Checkpoint) -> None:
@@ -81,10 +82,8 @@ def save(folder: Path, content: Checkpoint) -> None:
     try:
         with replaced_file(path) as scratch, scratch.open("wb") as file:
             torch.save(plain, file)
-    except ArtifactError as error:
-        raise ArtifactError(error.what, "Free space; go on with --resume.") from error
-    except RuntimeError as error:  # By torch's writer, in words of its own.
-        what = f"{path} cannot be written: a write came short."
+    except (ArtifactError, RuntimeError) as error:  # The latter by torch's writer, in words of its own.
+        what = error.what if isinstance(error, ArtifactError) else f"{path} cannot be written: a write came short."
         raise ArtifactError(what, "Free space; go on with --resume.") from error
 
 
@@ -114,40 +113,29 @@ def load(folder: Path) -> Checkpoint:
         ArtifactError: it is damaged, or another kind of file.
     """
     path = folder / CHECKPOINT
-    plain = _read(path)
-    try:
-        content = msgspec.convert(plain, Checkpoint)
-    # A tensor in the place of a dict has errors of its own.
-    except Exception as error:
-        raise _foreign(path) from error
-    if not all(map(is_number, content.recent)):
-        raise _foreign(path)
-    return content
-
-
-def _foreign(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path} is no checkpoint of a training.", "Move it, or give another -o.")
-
-
-def _read(path: Path) -> Any:
     with open_regular(path) as file:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            plain = torch.load(file, map_location="cpu", weights_only=True)
         # torch.load raises many kinds of error on damaged files.
         except Exception as error:
-            why = str(error).partition("\n")[0] or type(error).__name__
-            raise ArtifactError(f"{path} is damaged: {why}", f"Remove {path.parent}; start again.") from error
+            raise ArtifactError(f"{path} is damaged: {brief(error)}", f"Remove {folder}; start again.") from error
+    # A tensor in the place of a dict has errors of its own.
+    with contextlib.suppress(Exception):
+        content = msgspec.convert(plain, Checkpoint)
+        if all(map(is_number, content.recent)):
+            return content
+    raise ArtifactError(f"{path} is not a training's checkpoint.", "Move it, or give another -o.")
 
 
 def require_like(found: Any, like: Any, label: str) -> None:
     """Refuse a part of a checkpoint that is not what this training itself would have saved.
 
     Args:
-        found: as read. like: dicts, lists, tensors and numbers, of the names, types and shapes that it must have.
+        found: as read. like: dicts, tensors and numbers, of the names, types and shapes that it must have.
         label: for the message.
 
     Raises:
-        ArtifactError: a name, type or shape differs, or a number is none.
+        ArtifactError: a name, type or shape differs, or a number is NaN or infinite.
     """
     if isinstance(like, Tensor):
         fits = isinstance(found, Tensor) and _same_kind(found, like)
@@ -155,10 +143,8 @@ def require_like(found: Any, like: Any, label: str) -> None:
         fits = isinstance(found, Mapping) and found.keys() == like.keys()
         for name in like if fits else ():
             require_like(found[name], like[name], f"{label}.{name}")
-    elif isinstance(like, float):
-        fits = is_number(found)
     else:
-        fits = type(found) is type(like)
+        fits = is_number(found) if isinstance(like, float) else type(found) is type(like)
     if not fits:
         raise ArtifactError(f"The checkpoint's {label} is none of this training.", ANEW)
 
@@ -170,44 +156,42 @@ def _same_kind(found: Tensor, like: Tensor) -> bool:
     return found.layout is torch.strided and found.device.type == "cpu" and bool(torch.isfinite(found).all())
 
 
-def require_moments(found: dict[int, Tensors], optimiser: Any) -> None:
-    """Refuse what AdamW would not have kept of its parameters; those that never had a gradient have none.
-
-    Raises:
-        ArtifactError: see `require_like`.
-    """
-    numbered = zip(optimiser.param_groups, optimiser.state_dict()["param_groups"], strict=True)
-    pairs = [pair for group, told in numbered for pair in zip(told["params"], group["params"], strict=True)]
-    like = {number: {"exp_avg": x, "exp_avg_sq": x, "step": torch.zeros(())} for number, x in pairs if number in found}
-    require_like(found, like, "optimiser")
+def moments_like(optimiser: Any, numbers: Container[int]) -> dict[int, Tensors]:
+    """What AdamW keeps of those of its parameters that ever had a gradient, by their numbers."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    kept = [(number, x) for number, x in enumerate(parameters) if number in numbers]
+    return {number: {"exp_avg": x, "exp_avg_sq": x, "step": torch.zeros(())} for number, x in kept}
 
 
-def require_course(state: State, total: int, budgets: int) -> None:
+def require_course(state: TrainingState, total: int, budgets: int) -> None:
     """Refuse steps and judgements that a training of `total` steps, judged at so many budgets, does not make.
 
     Raises:
-        ArtifactError: a step lies elsewhere, or a judgement is missing or none.
+        ArtifactError: a step lies elsewhere, or a judgement is missing, NaN or infinite.
     """
-    fidelity, cosines = state.fidelity, state.cosines
-    steps = [state.step, state.best_step, *fidelity]
+    figures = [*state.fidelity.values(), *(x for cosines in state.cosines.values() for x in cosines)]
     if not (
-        all(0 <= step <= state.step <= total for step in steps)
-        and {0, state.best_step} <= fidelity.keys() == cosines.keys()
-        and all(map(is_number, fidelity.values()))
-        and all(len(x) == budgets and all(map(is_number, x)) for x in cosines.values())
+        all(0 <= step <= state.step <= total for step in [state.step, state.best_step, *state.fidelity])
+        and {0, state.best_step} <= state.fidelity.keys() == state.cosines.keys()
+        and all(len(cosines) == budgets for cosines in state.cosines.values())
+        and all(map(is_number, figures))
     ):
         raise ArtifactError("The checkpoint's steps are none of this training.", ANEW)
 
 
-def append_history(folder: Path, step: int, **found: float | list[float]) -> None:
-    """One line of JSON more: the step, and what was found there.
+def append_history(folder: Path, step: int, **figures: float | list[float]) -> None:
+    """One line of JSON more: the step, and figures of it.
 
     Raises:
         ArtifactError: the disk refuses.
     """
-    line = dump_json(finite({"step": step} | found)[0], indent=None)  # A loss without weight may be no number.
+    line = dump_json(finite({"step": step} | figures)[0], indent=None)  # A loss whose weight is 0 may be NaN.
     with io_errors(folder / HISTORY), (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(line)
+
+
+class _Entry(msgspec.Struct):
+    step: int
 
 
 def cut_history(folder: Path, step: int) -> None:
@@ -216,21 +200,9 @@ def cut_history(folder: Path, step: int) -> None:
     Raises:
         ArtifactError: the file is none, or the disk refuses.
     """
-    path = folder / HISTORY
-    lines = read_bytes(path, _MOST_HISTORY).decode("utf-8", "replace").splitlines() if path.exists() else []
-    kept = [entry for line in lines if (entry := _entry(line, step)) is not None]
-    write_text(path, "".join(dump_json(entry, indent=None) for entry in kept))
-
-
-class _Entry(msgspec.Struct):
-    step: int
-
-
-def _entry(line: str, last: int) -> object | None:
-    """What a line holds; None where it is no entry up to the `last` step."""
-    try:
-        entry = json.loads(line)
-        fits = flaw(entry) is None and msgspec.convert(entry, _Entry).step <= last
-    except (ValueError, RecursionError):
-        return None
-    return entry if fits else None
+    path, kept = folder / HISTORY, []
+    for line in read_bytes(path, _MOST_HISTORY).splitlines() if path.exists() else []:
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            if msgspec.json.decode(line, type=_Entry).step <= step:
+                kept.append(line + b"\n")
+    write_bytes(path, b"".join(kept))

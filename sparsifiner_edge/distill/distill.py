@@ -5,26 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
 from sparsifiner_edge.distill import checkpoint
-from sparsifiner_edge.distill.checkpoint import State
-from sparsifiner_edge.distill.data import Source, folder_source, timm_source
-from sparsifiner_edge.distill.events import recorder
+from sparsifiner_edge.distill.checkpoint import TrainingState
+from sparsifiner_edge.distill.data import ImageSource, folder_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
-from sparsifiner_edge.distill.summary import (
-    BudgetFidelity,
-    Fidelity,
-    NamedRecipe,
-    Start,
-    Summary,
-    Teacher,
-    TrainingImages,
-)
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors
@@ -32,8 +23,70 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
-from sparsifiner_edge.sparse.provenance import Weights
-from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
+from sparsifiner_edge.sparse.student import Student, Weights, dense_twin, load_dense, load_student, save_student
+
+
+class NamedRecipe(Recipe, frozen=True):
+    """A recipe and its name."""
+
+    name: str
+
+
+class BudgetFidelity(msgspec.Struct, frozen=True):
+    """Mean cosine over held-out images with one budget: of the untrained start, and of what was kept."""
+
+    keep: float
+    token_keep: tuple[tuple[int, float], ...]
+    start: float
+    best: float
+
+
+class Fidelity(msgspec.Struct, frozen=True):
+    """All budgets together, then each; of the first process alone."""
+
+    metric: str = "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out images and budgets"
+    start: float | None = None
+    best: float | None = None
+    budgets: list[BudgetFidelity] | None = None
+
+
+class Teacher(Weights, frozen=True):
+    """Its name, and where its weights came from."""
+
+    name: str
+
+
+class TrainingImages(msgspec.Struct, frozen=True, rename=lambda name: name.replace("_", " ")):
+    """How many were trained on; names of those held out; paths of those that could not be read."""
+
+    trained_on: int
+    held_out: list[str]
+    unreadable: list[str]
+
+
+class Start(msgspec.Struct, frozen=True):
+    """The student that was trained: its folder's name, and the SHA-256 of its `config.json`."""
+
+    student: str
+    sha256: str
+
+
+class TrainingSummary(msgspec.Struct, frozen=True):
+    """A training.
+
+    Attributes:
+        steps: of the optimiser. kept: "the untrained start", or the step whose weights were kept.
+        processes: that trained together. start: what was trained.
+    """
+
+    recipe: NamedRecipe
+    steps: int
+    kept: str
+    fidelity: Fidelity
+    teacher: Teacher
+    images: TrainingImages = msgspec.field(name="pictures")
+    processes: int
+    start: Start = msgspec.field(name="from")
 
 
 def distill_student(
@@ -44,35 +97,27 @@ def distill_student(
     teacher: str | None = None,
     weights: str | Path | None = None,
     labels: bool = False,
-    dataset: str | None = None,
     held_out: str | Path | None = None,
     recipe: str = DEFAULT,
     overrides: Sequence[str] = (),
     resume: bool = False,
-    tensorboard: bool = False,
     progress: Progress | None = None,
-) -> Summary:
+) -> TrainingSummary:
     """Train a student towards its dense teacher and write the best that was found as a student folder.
 
     "Best" is judged by the cosine to the teacher's final tokens over images that are not trained on, at every budget
-    of the recipe (see `train.together`); the untrained start is judged too, and kept where nothing was better.
-    Meanwhile the folder `<output>.training` holds a checkpoint and `history.jsonl`; the checkpoint goes when the
-    student is written.
-
-    Run under `accelerate launch` it uses all its processes.
+    of the recipe (see `train.joint_fidelity`); the untrained start counts. Meanwhile `<output>.training` holds a
+    checkpoint and `history.jsonl`. Run under `accelerate launch` it uses all its processes.
 
     Args:
         student: student folder.
-        data: folder of images, with or without folders by class; with `dataset`, the root of that data set.
+        data: folder of images, with or without folders by class.
         output: student folder to write; an earlier student there is replaced.
         teacher: timm's name; None: the student's own weights with dense attention, if it was never trained.
         weights: of the teacher: .safetensors or .pth file; None lets timm download them.
         labels: also learn from labels; for a classifier.
-        dataset: timm's name of a data set, such as "wds/..."; see timm's `create_dataset`.
         held_out: folder of validation images, which choose the checkpoint; None takes some out of `data`.
-        recipe, overrides: see `read_recipe`.
-        resume: go on where the last checkpoint of this output stands.
-        tensorboard: also write the history to `<output>.training/tensorboard`.
+        recipe, overrides: see `read_recipe`. resume: continue from the last checkpoint of this output.
         progress: see `Progress`; counts steps, and the stage says the loss.
 
     Returns:
@@ -84,75 +129,75 @@ def distill_student(
     """
     target = Path(output)
     require_replaceable(target, "student")
-    folder = target.with_name(f"{target.name}.training")
-    plan = read_recipe(recipe, overrides)
-    found = load_student(student)
-    if found.sparsity.is_dense:
-        raise ConfigError(f"{student} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
-    if (plan.reconstruct.steps or plan.reconstruct.epochs) and not sparse_layers(found.model):
-        raise ConfigError("No layer of this student has a predictor to reconstruct.", "Set reconstruct.steps to 0.")
-    # First of all that differs between processes: data sets of timm ask which one they are in.
-    accelerator = make_accelerator(plan)
-    source = _source(Path(data), plan, found, labels, dataset, Path(held_out) if held_out else None)
+    plan, found = read_recipe(recipe, overrides), load_student(student)
+    _require_learnable(found, plan)
+    source = _source(Path(data), plan, found, labels, Path(held_out) if held_out else None)
     dense = _teacher(found, teacher, Path(weights) if weights else None)
-    _check_folder(folder, resume)
-    training = Training(accelerator, found, dense, source, plan, folder)
-    accelerator.wait_for_everyone()
-    with contextlib.ExitStack() as stack:
-        first = accelerator.is_main_process
-        record = stack.enter_context(recorder(folder / "tensorboard")) if tensorboard and first else None
-        if first:
-            stack.enter_context(checkpoint.held(folder))
-        if resume:
-            _restore(training, folder)
-        elif first:
-            _clear(folder)
-        state = training.run(progress, record)
-        begun = Start(Path(student).resolve().name, sha256(Path(student) / STUDENT_FILE))
-        summary = _summary(training, state, dense, recipe, begun)
-        if first:
+    accelerator = make_accelerator(plan)
+    training = Training(accelerator, found, dense, source, plan, target.with_name(f"{target.name}.training"))
+    with _begun(training, resume):
+        state = training.run(progress)
+        start = Start(Path(student).resolve().name, sha256(Path(student) / STUDENT_FILE))
+        summary = _summary(training, state, dense, recipe, start)
+        if accelerator.is_main_process:
             found.model.cpu().load_state_dict(state.best)
             provenance = replace(found.provenance, training=write_record(summary))
             save_student(dataclasses.replace(found, provenance=provenance), target)
-            (folder / checkpoint.CHECKPOINT).unlink()
+            (training.folder / checkpoint.CHECKPOINT).unlink()
         accelerator.end_training()
     return summary
 
 
-def _summary(training: Training, state: State, teacher: Student, recipe: str, begun: Start) -> Summary:
+def _require_learnable(student: Student, plan: Recipe) -> None:
+    if student.sparsity.is_dense:
+        raise ConfigError(f"{student.name} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
+    if (plan.reconstruct.steps or plan.reconstruct.epochs) and not sparse_layers(student.model):
+        raise ConfigError("No layer of this student has a predictor to reconstruct.", "Set reconstruct.steps to 0.")
+
+
+@contextlib.contextmanager
+def _begun(training: Training, resume: bool) -> Iterator[None]:
+    """A training in its folder, which its first process holds alone, from the start or from its checkpoint."""
+    first, folder = training.accelerator.is_main_process, training.folder
+    _check_folder(folder, resume)
+    training.accelerator.wait_for_everyone()
+    with checkpoint.held(folder) if first else contextlib.nullcontext():
+        if resume:
+            _restore(training, folder)
+        elif first:
+            _clear(folder)
+        yield
+
+
+def _summary(training: Training, state: TrainingState, teacher: Student, recipe: str, start: Start) -> TrainingSummary:
     """What was trained and how it went; figures are the first process's."""
     fidelity = Fidelity()
     if state.fidelity:
         cosines = zip(training.budgets(), state.cosines[0], state.cosines[state.best_step], strict=True)
-        each = [BudgetFidelity(budget.keep, budget.token_keep, start, best) for budget, start, best in cosines]
+        each = [BudgetFidelity(budget.keep, budget.token_keep, *pair) for budget, *pair in cosines]
         fidelity = Fidelity(start=state.fidelity[0], best=state.fidelity[state.best_step], budgets=each)
     source, origin = training.source, teacher.provenance.weights or Weights()
-    return Summary(
+    return TrainingSummary(
         NamedRecipe(recipe, **asdict(training.recipe)),
         state.step,
         "the untrained start" if state.best_step == 0 else f"step {state.best_step}",
         fidelity,
         Teacher(teacher.name, **asdict(origin)),
         TrainingImages(
-            trained_on=len(source) if hasattr(source.train, "__len__") else "a stream",
+            trained_on=len(source.train),
             held_out=[path.name for path in source.held_out],
             unreadable=sorted(state.unreadable),
         ),
         training.accelerator.num_processes,
-        begun,
+        start,
     )
 
 
-def _source(
-    data: Path, plan: Recipe, student: Student, labels: bool, dataset: str | None, held_out: Path | None
-) -> Source:
+def _source(data: Path, plan: Recipe, student: Student, labels: bool, held_out: Path | None) -> ImageSource:
     classes = student.model.num_classes
     if labels and not classes:
         raise ConfigError(f"{student.name} has no classifier to learn labels.", "Leave --labels out.")
-    count = plan.images.held_out
-    if dataset is not None:
-        return timm_source(dataset, data, count, labels, held_out, student.labels)
-    source = folder_source(data, count, labels, held_out, student.labels)
+    source = folder_source(data, plan.images.held_out, labels, held_out, student.labels)
     if labels and len(source.classes) != classes:
         raise ConfigError(
             f"{data} holds {len(source.classes)} classes, the student knows {classes}.", "Give one folder per class."
@@ -191,14 +236,15 @@ def _outputs(model: Backbone) -> list[tuple[str, object]]:
     ]
 
 
-_OURS = {checkpoint.CHECKPOINT, f"{checkpoint.CHECKPOINT}.part", checkpoint.HISTORY, "history.part", "tensorboard"}
+# Of older versions too.
+_OWN_FILES = {checkpoint.CHECKPOINT, f"{checkpoint.CHECKPOINT}.part", checkpoint.HISTORY, "history.part", "tensorboard"}
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
     with io_errors(folder):
-        foreign = sorted(path.name for path in folder.iterdir() if path.name not in _OURS) if folder.is_dir() else []
+        foreign = sorted({path.name for path in folder.iterdir()} - _OWN_FILES) if folder.is_dir() else []
     if foreign or (folder.exists() and not folder.is_dir()):
-        what = f"holds {foreign[0]!r}" if foreign else "is no folder"
+        what = f"holds {foreign[0]!r}" if foreign else "is not a folder"
         raise ConfigError(f"{folder} is where checkpoints go, but {what}.", "Move it, or give another -o.")
     found = (folder / checkpoint.CHECKPOINT).is_file()
     if resume and not found:
@@ -212,7 +258,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
 def _clear(folder: Path) -> None:
     """An empty folder for a new training; what an earlier one left there goes."""
     with io_errors(folder):
-        for name in _OURS & {path.name for path in folder.iterdir()}:
+        for name in _OWN_FILES & {path.name for path in folder.iterdir()}:
             if name == "tensorboard":
                 shutil.rmtree(folder / name)
             else:
@@ -221,7 +267,7 @@ def _clear(folder: Path) -> None:
 
 def _restore(training: Training, folder: Path) -> None:
     content = checkpoint.load(folder)
-    # Checkpoints of before say "pictures".
+    # Older checkpoints say "pictures".
     now, then = training.fingerprint(), {n.replace("pictures", "images"): x for n, x in content.fingerprint.items()}
     for name, value in now.items():
         if then.get(name) != value:

@@ -22,8 +22,6 @@ Steps = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
 Every = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Weight = Annotated[float, Meta(ge=0, le=1e300)]
-PRECISIONS = ("no", "bf16", "fp16")
-LEARNS = ("all", "attention")
 
 
 class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,12 +103,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     Attributes:
         seed: of everything that is drawn.
         batch: images per process and pass. accumulate: passes per step.
-        learns: "all", or "attention": layers of attention, norms and the head alone, which is faster and less noisy.
         epsilon: of Adam, for the backbone: what is added to the root of its mean squared gradients. Large against
             gradients that are mostly noise, it keeps them from moving their weights as far as all others.
         weight_decay: of matrices. clip: norm that gradients are cut to, backbone and predictor apart; 0: never.
         ema: decay of the averaged weights, which are those that are judged and kept; 0: the weights themselves.
-        precision: "no" (float32), "bf16" or "fp16" autocast.
+        precision: "no" (float32), or "bf16" autocast.
         check_every: steps between judgements on the held-out images. save_every: steps between checkpoints.
         explosion: times the recent losses' median at which the training stops.
         reconstruct: first, the predictor alone, while all attention is dense. distil: then everything.
@@ -119,12 +116,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
     batch: Annotated[int, Meta(ge=1, le=65536)] = 8
     accumulate: Annotated[int, Meta(ge=1, le=65536)] = 1
-    learns: str = "all"
     epsilon: Annotated[float, Meta(ge=1e-12, le=1)] = 1e-8
     weight_decay: Weight = 0.0
     clip: Weight = 1.0
     ema: Annotated[float, Meta(ge=0, le=0.999999)] = 0.0
-    precision: str = "no"
+    precision: Annotated[str, Meta(pattern="^(no|bf16)$")] = "no"
     check_every: Every = 100
     save_every: Every = 50
     explosion: Annotated[float, Meta(ge=1, le=1e300)] = 20.0
@@ -133,10 +129,6 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     losses: Losses = Losses()
     budgets: Budgets = Budgets()
     images: Images = Images()
-
-
-_NOW = {"pictures": "images"}
-"""What recipes of before call a section -> its name."""
 
 
 def names() -> list[str]:
@@ -152,25 +144,41 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: no such recipe, no TOML, a name is unknown, or a value is of the wrong type or out of range.
     """
     content = _content(source)
-    for before, now in _NOW.items():
-        if {before, now} <= content.keys():
-            raise ConfigError(f"The recipe has both {before} and {now}.", f"{before} is an older name: keep {now}.")
-    content = {_NOW.get(name, name): value for name, value in content.items()}
+    if {"pictures", "images"} <= content.keys():
+        raise ConfigError("The recipe has both pictures and images.", "pictures is an older name: keep images.")
+    content = {_current(name): value for name, value in content.items()}
     for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override!r} has no value.", "Give NAME=VALUE, such as distil.steps=500.")
-        section: Any = content
-        first, *rest = name.strip().split(".")
-        *path, last = _NOW.get(first, first), *rest
-        for part in path:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise ConfigError(f"--set {override!r}: {part} is no section.", "See the recipe's names.")
-        section[last] = _value(text.strip())
+        _set(content, override)
     recipe = read_record(content, Recipe, "The recipe", _DOCUMENT, ConfigError)
-    _check(recipe)
+    for name, phase in (("reconstruct", recipe.reconstruct), ("distil", recipe.distil)):
+        if phase.steps and phase.epochs:
+            raise ConfigError(f"{name} has both steps and epochs.", "Set one of them to 0.")
+    if not any(phase.steps or phase.epochs for phase in (recipe.reconstruct, recipe.distil)):
+        raise ConfigError("The recipe has no training steps.", "Give distil.steps or distil.epochs.")
+    parse_token_keep(recipe.budgets.token_keep)
     return recipe
+
+
+def _current(name: str) -> str:
+    """A section's name; older recipes call the images pictures."""
+    return "images" if name == "pictures" else name
+
+
+def _set(content: dict[str, Any], override: str) -> None:
+    """Put the value of an override such as "distil.steps=500" in its place."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override!r} has no value.", "Give NAME=VALUE, such as distil.steps=500.")
+    *path, last = name.strip().split(".")
+    section: Any = content
+    for part in map(_current, path):
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override!r}: {part} is not a section.", "See the recipe's names.")
+    try:
+        section[last] = parse_toml(f"x = {text.strip()}", text, _DOCUMENT)["x"]
+    except ConfigError:
+        section[last] = text.strip()  # strings need no quotes on a command line
 
 
 def _content(source: str) -> Any:
@@ -181,24 +189,3 @@ def _content(source: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"There is no recipe {source!r}.", f"Name a TOML file, or one of: {', '.join(names())}.")
     return read_toml(path, f"Give a TOML file in UTF-8. {_DOCUMENT}")
-
-
-def _value(text: str) -> Any:
-    try:
-        return parse_toml(f"x = {text}", text, _DOCUMENT)["x"]
-    except ConfigError:
-        return text  # strings need no quotes on a command line
-
-
-def _check(recipe: Recipe) -> None:
-    if recipe.precision not in PRECISIONS:
-        raise ConfigError(f"precision is {recipe.precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
-    if recipe.learns not in LEARNS:
-        raise ConfigError(f"learns is {recipe.learns!r}.", f"Choose one of: {', '.join(LEARNS)}.")
-    for name in ("reconstruct", "distil"):
-        phase: Phase = getattr(recipe, name)
-        if phase.steps and phase.epochs:
-            raise ConfigError(f"{name} has both steps and epochs.", "Set one of them to 0.")
-    if not any((p.steps or p.epochs) for p in (recipe.reconstruct, recipe.distil)):
-        raise ConfigError("The recipe trains for no step.", "Give distil.steps or distil.epochs.")
-    parse_token_keep(recipe.budgets.token_keep)

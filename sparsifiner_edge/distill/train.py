@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import random
@@ -18,16 +19,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import IterableDataset
 from torchvision.transforms import v2
 
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
-from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, State
-from sparsifiner_edge.distill.data import Batch, Source, augmentation, batches
-from sparsifiner_edge.distill.events import Record
+from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
+from sparsifiner_edge.distill.data import Batch, ImageSource, augmentation, batches
 from sparsifiner_edge.distill.losses import Distiller, at_positions
-from sparsifiner_edge.distill.parameters import choose_parameters, digest, make_optimiser
 from sparsifiner_edge.distill.recipe import Phase, Recipe
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
@@ -61,6 +59,34 @@ def make_accelerator(recipe: Recipe) -> Any:
         raise ConfigError(f"precision {recipe.precision}: {error}.", "Choose another: --set precision=no.") from error
 
 
+def digest(model: nn.Module) -> str:
+    """Tells models apart by their weights."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """Of backbone and predictor in turn: matrices, which decay, then the rest; the predictor and tokens never decay."""
+    matrices, predictor, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+    for name, parameter in model.named_parameters():
+        if ".attn.select." in name:
+            predictor.append(parameter)
+        else:
+            decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
+            (matrices if decays else rest).append(parameter)
+    backbone = {"eps": recipe.epsilon, "predictor": False}
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": recipe.weight_decay, **backbone},
+            {"params": predictor, "weight_decay": 0.0, "predictor": True},
+            {"params": rest, "weight_decay": 0.0, **backbone},
+        ]
+    )
+
+
 class Training:
     """A student, its teacher and their images, on the processes that accelerate was launched with."""
 
@@ -69,7 +95,7 @@ class Training:
         accelerator: Any,
         student: Student,
         teacher: Student,
-        source: Source,
+        source: ImageSource,
         recipe: Recipe,
         folder: Path,
     ) -> None:
@@ -77,14 +103,13 @@ class Training:
         self.recipe, self.source, self.folder = recipe, source, folder
         self.size, self.pre = student.img_size, preprocessing(student.model)
         teacher.model.to(self.accelerator.device)
-        choose_parameters(student.model, recipe.learns)
         distiller = Distiller(student.model, teacher.model, recipe.losses)
         self.optimiser = make_optimiser(student.model, recipe)
         self.wrapped, self.optimiser = self.accelerator.prepare(distiller, self.optimiser)
         self.distiller = cast(Distiller, self.accelerator.unwrap_model(self.wrapped))
         decay = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(self.distiller.student, multi_avg_fn=decay) if recipe.ema else None
-        self.state, self.recent, self._saved = State(0, {}, {}, 0, {}, set()), list[float](), 0
+        self.state, self.recent, self._saved = TrainingState(0, {}, {}, 0, {}, set()), list[float](), 0
         self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
@@ -94,15 +119,8 @@ class Training:
     def _steps(self, phase: Phase) -> int:
         if not phase.epochs:
             return phase.steps
-        if not hasattr(self.source.train, "__len__"):
-            raise ConfigError("A stream has no length, so that epochs cannot be counted.", "Give steps in their place.")
-        length, per_step = len(self.source), self.recipe.batch * self.recipe.accumulate
-        if not length:
-            raise ConfigError("This data set does not know its length.", "Give steps in place of epochs.")
-        # A stream is dealt out to the processes by timm, and tells the length of this one's part.
-        if not isinstance(self.source.train, IterableDataset):
-            per_step *= self.accelerator.num_processes
-        return max(1, math.ceil(phase.epochs * length / per_step))
+        per_step: int = self.recipe.batch * self.recipe.accumulate * self.accelerator.num_processes
+        return max(1, math.ceil(phase.epochs * len(self.source.train) / per_step))
 
     @torch.no_grad()
     def _held_out(self, teacher: Backbone) -> list[tuple[Tensor, Tensor]]:
@@ -119,7 +137,7 @@ class Training:
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
             found.append((image, teacher.forward_features(image)))
         if not found:
-            raise ImageError("None of the images held out can be read.", f"Look at {self.source.held_out[0]}.")
+            raise ImageError("None of the held-out images can be read.", f"Look at {self.source.held_out[0]}.")
         return found
 
     def budgets(self) -> list[SparsityConfig]:
@@ -147,14 +165,11 @@ class Training:
         pruned = [c for c in choices if c.token_keep != self.sparsity.token_keep]
         return draw.choice(pruned if pruned and draw.random() < self.recipe.budgets.pruned else whole)
 
-    def run(self, progress: Progress | None = None, record: Record | None = None) -> State:
+    def run(self, progress: Progress | None = None) -> TrainingState:
         """Train from where the state stands to the end.
 
-        Args:
-            progress: see `Progress`. record: called with each step and its losses.
-
         Raises:
-            GateError: a loss is no number, or has exploded.
+            GateError: a loss is NaN or infinite, or has exploded.
         """
         if 0 not in self.state.fidelity:
             self._judge(0)
@@ -167,8 +182,6 @@ class Training:
                 checkpoint.append_history(self.folder, step + 1, **losses)
             if (step + 1) % self.recipe.check_every == 0 or step + 1 == self.total:
                 self._judge(step + 1)
-            if record:
-                record(step + 1, losses)
             if progress:
                 progress(f"loss {losses['loss']:.4f}", step + 1, self.total)
         self._save()
@@ -182,7 +195,6 @@ class Training:
             batch=self.recipe.batch,
             first=self.state.step * self.recipe.accumulate,
             process=self.accelerator.process_index,
-            classes=self.distiller.student.num_classes,
             processes=self.accelerator.num_processes,
             workers=self.recipe.images.workers,
         )
@@ -231,7 +243,7 @@ class Training:
         if share and float(torch.rand(())) < share:
             images, _ = v2.CutMix(num_classes=1)(images, torch.zeros(len(images), dtype=torch.long))
             return images, None
-        return images, batch.labels.to(self.accelerator.device) if self.source.labelled else None
+        return images, batch.labels.to(self.accelerator.device) if self.source.labels else None
 
     def _check(self, step: int, loss: float, files: list[str]) -> None:
         exploded = len(self.recent) == RECENT and loss > self.recipe.explosion * statistics.median(self.recent)
@@ -249,16 +261,14 @@ class Training:
 
     def _clip(self, step: int, files: list[str]) -> None:
         """Cut the gradients of backbone and predictor apart: those of the predictor are much larger."""
-        self.accelerator.unscale_gradients()
         norms = []
         for group in self.optimiser.param_groups[::2], self.optimiser.param_groups[1::2]:
             parameters = [p for part in group for p in part["params"] if p.grad is not None]
             if parameters:
                 limit = self.recipe.clip or math.inf
                 norms.append(float(nn.utils.clip_grad_norm_(parameters, limit)))
-        # A scaler of fp16 gradients skips steps that overflow, by itself.
-        if self.accelerator.scaler is None and not all(math.isfinite(norm) for norm in norms):
-            self._stop(step, "a gradient is no number", files)
+        if not all(map(math.isfinite, norms)):
+            self._stop(step, "a gradient is NaN or infinite", files)
 
     def _set_rates(self, phase: Phase, share: float) -> None:
         if share <= phase.warmup:
@@ -274,10 +284,12 @@ class Training:
         if self.accelerator.is_main_process:
             model = cast(nn.Module, self.average.module if self.average is not None else self.distiller.student)
             each = fidelities(cast(Backbone, model), self.held_out, self.budgets())
-            found, cosines = together(each), [statistics.fmean(cosines) for cosines in each]
+            found, cosines = joint_fidelity(each), [statistics.fmean(cosines) for cosines in each]
             if not math.isfinite(found):
                 if step == 0:
-                    raise GateError("The student's tokens of held-out images are no numbers.", "Look at its weights.")
+                    raise GateError(
+                        "The student's tokens of held-out images are NaN or infinite.", "Look at its weights."
+                    )
                 found, cosines = -1.0, [x if math.isfinite(x) else -1.0 for x in cosines]
             self.state.fidelity[step], self.state.cosines[step] = found, cosines
             if self.state.fidelity[step] >= max(self.state.fidelity.values()):
@@ -295,7 +307,6 @@ class Training:
                 student=self.distiller.student.state_dict(),
                 optimiser=Optimiser(**self.optimiser.state_dict()),
                 average=None if self.average is None else self.average.state_dict(),
-                scaler=None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
                 recent=self.recent,
                 state=self.state,
             )
@@ -315,8 +326,6 @@ class Training:
         self.optimiser.load_state_dict({"state": content.optimiser.state, "param_groups": groups})
         if self.average is not None and content.average is not None:
             self.average.load_state_dict(content.average)
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(content.scaler)
         self.recent = content.recent
         unreadable = self.state.unreadable | content.state.unreadable
         self.state = msgspec.structs.replace(content.state, unreadable=unreadable)
@@ -325,15 +334,15 @@ class Training:
             checkpoint.cut_history(self.folder, self.state.step)
 
     def _check_restored(self, content: Checkpoint) -> None:
-        weights, scaler = self.distiller.student.state_dict(), self.accelerator.scaler
+        weights, found = self.distiller.student.state_dict(), content.optimiser.state
         like = {
             "student": weights,
+            "best": weights,
             "average": None if self.average is None else self.average.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "optimiser": checkpoint.moments_like(self.optimiser, found),
         }
-        checkpoint.require_like({name: getattr(content, name) for name in like}, like, "content")
-        checkpoint.require_like(content.state.best, weights, "best")
-        checkpoint.require_moments(content.optimiser.state, self.optimiser)
+        parts = {"student": content.student, "best": content.state.best, "average": content.average, "optimiser": found}
+        checkpoint.require_like(parts, like, "content")
         checkpoint.require_course(content.state, self.total, len(self.budgets()))
 
     def fingerprint(self) -> Fingerprint:
@@ -352,7 +361,6 @@ class Training:
             "ema": bool(recipe.ema),
             "precision": recipe.precision,
             # Of the optimiser's state, which comes from the checkpoint:
-            "learns": recipe.learns,
             "epsilon": recipe.epsilon,
             "weight_decay": recipe.weight_decay,
         }
@@ -377,7 +385,7 @@ def fidelities(
     return found
 
 
-def together(cosines: list[list[float]]) -> float:
+def joint_fidelity(cosines: list[list[float]]) -> float:
     """One figure for all budgets and images: 1 minus the geometric mean of 1 - cosine.
 
     Each counts by the share of its own error: else a small gain where errors are large, with few keys or on an image

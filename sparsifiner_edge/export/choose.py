@@ -19,7 +19,7 @@ from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION, AttributeValue
 from sparsifiner_edge.runtime.onnxruntime.session import native_library
 from sparsifiner_edge.runtime.session import Array
-from sparsifiner_edge.sparse.attention import SparseAttention, restore_dense
+from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 
 ROUNDS, RUNS = 7, 5
@@ -42,7 +42,8 @@ def keep_dense_where_slower(model: Any) -> Measured:
         sparse, dense = _measure(members[0][1])
         slower = sparse > dense
         for _, layer in members if slower else ():
-            restore_dense(layer)
+            restore_attention(layer)
+            make_dense(layer)
         choices.append(Choice(tuple(number for number, _ in members), sparse, dense, slower))
     kernels = described(NATIVE.operators, native_library("auto") is not None)
     return Measured(kernels, tuple(choices), len(sparse_layers(model)))

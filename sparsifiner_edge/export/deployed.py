@@ -10,7 +10,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from sparsifiner_edge.metrics import POSITIONS
-from sparsifiner_edge.sparse.models import Backbone, Preprocessing, preprocessing
+from sparsifiner_edge.sparse.models import Backbone, Normalisation, preprocessing
 from sparsifiner_edge.sparse.patch import SparseViTMixin, final_tokens
 
 
@@ -69,7 +69,7 @@ def fold_layer_scale(model: Backbone) -> None:
 
 
 @torch.no_grad()
-def fold_normalisation(model: Backbone, pre: Preprocessing) -> None:
+def fold_normalisation(model: Backbone, pre: Normalisation) -> None:
     """Let the patch embedding take pixels 0 to 255: its kernel has no padding, so the change is exact."""
     projection = cast(Any, model.patch_embed.proj)
     weight = projection.weight.double()

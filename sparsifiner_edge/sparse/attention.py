@@ -82,22 +82,22 @@ class PackedAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B,N,D] -> q, k, v [B,N,H,d], after bias and qk-norm, before RoPE."""
-        mine = cast(Any, self)
-        q, k, v = self.projected(x).unflatten(-1, (3, mine.num_heads, mine.head_dim)).unbind(2)
-        return mine.q_norm(q), mine.k_norm(k), v
+        layer = cast(Any, self)
+        q, k, v = self.projected(x).unflatten(-1, (3, layer.num_heads, layer.head_dim)).unbind(2)
+        return layer.q_norm(q), layer.k_norm(k), v
 
     def projected(self, x: Tensor) -> Tensor:
         """x [B,N,D] -> qkv [B,N,3C], after bias."""
         return F.linear(x, *qkv_projection(self))
 
     def packed(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x [B,N,D] and a table for the patches -> qkv [B,N,3C], after bias, qk-norm and RoPE."""
-        mine = cast(Any, self)
-        if rope is None and isinstance(mine.q_norm, nn.Identity) and isinstance(mine.k_norm, nn.Identity):
+        """x [B,N,D] and a rotary table for the patches -> qkv [B,N,3C], after bias, qk-norm and RoPE."""
+        layer = cast(Any, self)
+        if rope is None and isinstance(layer.q_norm, nn.Identity) and isinstance(layer.k_norm, nn.Identity):
             return self.projected(x)
         q, k, v = self.heads(x)
         if rope is not None:
-            prefix = mine.num_prefix_tokens
+            prefix = layer.num_prefix_tokens
             q, k = (torch.cat([y[:, :prefix], rotated(self, y[:, prefix:], rope)], 1) for y in (q, k))
         return torch.stack([q, k, v], 2).flatten(2)
 
@@ -111,11 +111,11 @@ class PackedAttention(nn.Module):
 
     def merged(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's input x [B,N,D] and heads' results [B,N,C] -> [B,N,D]."""
-        mine = cast(Any, self)
-        out = mine.norm(attended)
-        if mine.gate is not None:
-            out = out * mine.gate(x).sigmoid()
-        return cast(Tensor, mine.proj_drop(mine.proj(out)))
+        layer = cast(Any, self)
+        out = layer.norm(attended)
+        if layer.gate is not None:
+            out = out * layer.gate(x).sigmoid()
+        return cast(Tensor, layer.proj_drop(layer.proj(out)))
 
 
 class DenseAttention(PackedAttention):
@@ -123,8 +123,8 @@ class DenseAttention(PackedAttention):
 
     def attend(self, qkv: Tensor) -> Tensor:
         """qkv [B,N,3C] -> [B,N,C]."""
-        mine = cast(Any, self)
-        return ops.dense_attention(qkv, num_heads=mine.num_heads, scale=mine.scale)
+        layer = cast(Any, self)
+        return ops.dense_attention(qkv, num_heads=layer.num_heads, scale=layer.scale)
 
 
 class SparseAttention(PackedAttention):
@@ -133,6 +133,7 @@ class SparseAttention(PackedAttention):
     Attributes:
         select: the predictor.
         sparsity, layout, num_prefix: what is sparse, the sizes that follow, and the tokens that are no patches.
+        prefix_keys: whether every query reads the prefix tokens without listing them (1 or 0).
         observer: while a predictor learns: called with the layer and its qkv [B,N,3C].
         densely: while a predictor learns: attend to all.
     """
@@ -144,6 +145,7 @@ class SparseAttention(PackedAttention):
     sparsity: SparsityConfig
     layout: Layout
     num_prefix: int
+    prefix_keys = 1
     observer: Callable[[SparseAttention, Tensor], None] | None = None
     densely: bool = False
 
@@ -153,7 +155,16 @@ class SparseAttention(PackedAttention):
             self.observer(self, qkv)
         if self.densely:
             return ops.dense_attention(qkv, num_heads=self.num_heads, scale=self.scale)
-        return self.attend_sparsely(qkv)
+        return ops.sparse_attention(
+            qkv,
+            self.indices(qkv),
+            num_heads=self.num_heads,
+            num_prefix=self.num_prefix,
+            tile=self.sparsity.tile,
+            cell=self.layout.cell,
+            scale=self.scale,
+            prefix_keys=self.prefix_keys,
+        )
 
     def indices(self, qkv: Tensor) -> Tensor:
         """Patch keys that each head and tile reads: int32 [B,H,T,K]."""
@@ -172,21 +183,11 @@ class SparseAttention(PackedAttention):
             value_power=self.sparsity.value_power,
         )
 
-    def attend_sparsely(self, qkv: Tensor) -> Tensor:
-        """qkv [B,N,3C] -> [B,N,C]."""
-        return ops.sparse_attention(
-            qkv,
-            self.indices(qkv),
-            num_heads=self.num_heads,
-            num_prefix=self.num_prefix,
-            tile=self.sparsity.tile,
-            cell=self.layout.cell,
-            scale=self.scale,
-        )
-
 
 class LandmarkAttention(SparseAttention):
     """The published method: one list per query over all tokens, class token included; no cells."""
+
+    prefix_keys = 0
 
     def indices(self, qkv: Tensor) -> Tensor:
         """Tokens that each head and patch query reads: int32 [B,H,N-1,K]."""
@@ -201,19 +202,6 @@ class LandmarkAttention(SparseAttention):
             basis_threshold=self.sparsity.basis_threshold,
         )
 
-    def attend_sparsely(self, qkv: Tensor) -> Tensor:
-        """qkv [B,N,3C] -> [B,N,C]."""
-        return ops.sparse_attention(
-            qkv,
-            self.indices(qkv),
-            num_heads=self.num_heads,
-            num_prefix=self.num_prefix,
-            tile=1,
-            cell=0,
-            scale=self.scale,
-            prefix_keys=0,
-        )
-
 
 @functools.cache
 def _mixed(kind: Any, timm_kind: Any) -> Any:
@@ -226,12 +214,6 @@ def make_dense(attention: Any) -> None:
     attention.__class__ = _mixed(DenseAttention, attention.__class__)
 
 
-def restore_dense(attention: Any) -> None:
-    """Turn a sparse attention, in place, into `DenseAttention`: its predictor is dropped."""
-    del attention.select
-    attention.__class__ = _mixed(DenseAttention, type(attention).__bases__[1])
-
-
 def restore_attention(attention: Any) -> None:
     """Turn an attention, in place, into timm's own again."""
     if not isinstance(attention, PackedAttention):
@@ -242,19 +224,25 @@ def restore_attention(attention: Any) -> None:
     attention.__class__ = type(attention).__bases__[1]
 
 
-def make_sparse(attention: Any, sparsity: SparsityConfig, layout: Layout, num_prefix: int) -> None:
-    """Turn an attention of timm, in place, into `SparseAttention`; projections are zero (see `calibrate.py`)."""
+def make_sparse(attention: Any, sparsity: SparsityConfig, patches: int, num_prefix: int) -> None:
+    """Turn an attention of timm, in place, into `SparseAttention`.
+
+    Its projections are zero (see `calibrate.py`); its sizes are given by `patch.set_budget`.
+
+    Raises:
+        ConfigError: the model's heads or tokens do not suit the settings.
+    """
     if sparsity.channels > attention.head_dim:
         raise ConfigError(
             f"channels {sparsity.channels} exceed the head dimension {attention.head_dim}.",
             f"Give at most {attention.head_dim} channels.",
         )
     if sparsity.preset == "paper":
-        tokens = layout.patches + num_prefix
+        tokens = patches + num_prefix
         landmarks = tokens // sparsity.landmark_factor
         if num_prefix != 1 or not 1 <= sparsity.top_coefficients <= landmarks:
             raise ConfigError(
-                f"Preset 'paper' needs one class token and {sparsity.top_coefficients} landmarks; this model has "
+                f"Preset 'paper' requires one class token and {sparsity.top_coefficients} landmarks; this model has "
                 f"{num_prefix} prefix tokens and {landmarks} landmarks.",
                 "Use the preset edge, or a larger image.",
             )
@@ -264,4 +252,3 @@ def make_sparse(attention: Any, sparsity: SparsityConfig, layout: Layout, num_pr
         attention.__class__ = _mixed(SparseAttention, attention.__class__)
         select = KeySelector(attention.num_heads, attention.head_dim, sparsity.channels)
     attention.select = select.to(attention.proj.weight)
-    attention.sparsity, attention.layout, attention.num_prefix = sparsity, layout, num_prefix

@@ -13,14 +13,14 @@ each read and written as one, so that it is of use before training too.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.progress import Progress
@@ -34,8 +34,9 @@ LEARNING_RATE = 0.06
 """Relative to the mean absolute entry of a projection."""
 
 
-@dataclasses.dataclass
-class _Moments:
+class _Moments(NamedTuple):
+    """Of probe means and of centred keys, per head: [H,d,d] each."""
+
     queries: Tensor
     keys: Tensor
 
@@ -108,13 +109,13 @@ def calibrate_from_images(
         step()
     for attention in layers:
         _set_from_moments(attention, moments[attention])
-    layers = [layer for layer in layers if isinstance(layer.select, KeySelector)]
-    learners = {a: _Learner(a, PASSES * len(images) * STEPS_PER_IMAGE) for a in layers}
+    steps = PASSES * len(images) * STEPS_PER_IMAGE
+    optimisers = {layer: _optimiser(layer.select, steps) for layer in layers if isinstance(layer.select, KeySelector)}
     generator = torch.Generator().manual_seed(seed)
     for _ in range(PASSES):
         for number in torch.randperm(len(images), generator=generator).tolist():
-            for attention, qkv in _dense_pass(model, images[number]) if learners else ():
-                learners[attention].learn(qkv, generator)
+            for attention, qkv in _dense_pass(model, images[number]) if optimisers else ():
+                _learn(attention, qkv, *optimisers[attention], generator)
             step()
 
 
@@ -156,35 +157,34 @@ def _add_moments(moments: dict[SparseAttention, _Moments], attention: SparseAtte
     moments[attention] = new if old is None else _Moments(old.queries + new.queries, old.keys + new.keys)
 
 
+@torch.no_grad()
 def _set_from_moments(attention: SparseAttention, moments: _Moments) -> None:
+    select, channels = attention.select, attention.sparsity.channels
+    if isinstance(select, LandmarkSelector):
+        shared = _Moments(*(moment.mean(0, keepdim=True) for moment in moments))
+        # The operator scales by the number of heads; the attention it stands for, by the head dimension.
+        proj_q, proj_k = _factors(shared, channels, (attention.scale * attention.num_heads**0.5) ** 0.5)
+        select.proj_q.copy_(proj_q[0].mT)
+        select.proj_k.copy_(proj_k[0].mT)
+        _set_landmarks(select, attention.layout.patches)
+    elif isinstance(select, KeySelector):
+        proj_q, proj_k = _factors(moments, channels)
+        select.proj_q.copy_(proj_q)
+        select.proj_k.copy_(proj_k)
+
+
+def _factors(moments: _Moments, channels: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
     """Best rank-c factors of the bilinear form q . k under the two moments (truncated SVD after whitening)."""
-    if isinstance(attention.select, LandmarkSelector):
-        _set_landmarks(attention, attention.select, moments)
-        return
     root_q, unroot_q = _roots(moments.queries)
     root_k, unroot_k = _roots(moments.keys)
     left, values, right = torch.linalg.svd(root_q @ root_k)
-    channels = attention.sparsity.channels
-    share = values[:, None, :channels].sqrt()
-    select = cast(KeySelector, attention.select)
-    with torch.no_grad():
-        select.proj_q.copy_(unroot_q @ left[:, :, :channels] * share)
-        select.proj_k.copy_(unroot_k @ right.mT[:, :, :channels] * share)
+    share = values[:, None, :channels].sqrt() * gain
+    return unroot_q @ left[:, :, :channels] * share, unroot_k @ right.mT[:, :, :channels] * share
 
 
-@torch.no_grad()
-def _set_landmarks(attention: SparseAttention, select: LandmarkSelector, moments: _Moments) -> None:
-    """Pooled start: shared projections from the heads' mean moments, landmarks from runs of the curve."""
-    root_q, unroot_q = _roots(moments.queries.mean(0, keepdim=True))
-    root_k, unroot_k = _roots(moments.keys.mean(0, keepdim=True))
-    left, values, right = torch.linalg.svd(root_q @ root_k)
-    channels = attention.sparsity.channels
-    # The operator scales by the number of heads; the attention it stands for, by the head dimension.
-    share = values[:, None, :channels].sqrt() * (attention.scale * attention.num_heads**0.5) ** 0.5
-    select.proj_q.copy_((unroot_q @ left[:, :, :channels] * share)[0].mT)
-    select.proj_k.copy_((unroot_k @ right.mT[:, :, :channels] * share)[0].mT)
-    patches, landmarks = attention.layout.patches, select.down.shape[1]
-    side = math.isqrt(patches)
+def _set_landmarks(select: LandmarkSelector, patches: int) -> None:
+    """Pooled start: landmarks are runs of the curve."""
+    landmarks, side = select.down.shape[1], math.isqrt(patches)
     grid = (side, side) if side * side == patches else (1, patches)
     place = torch.from_numpy(inverse(hilbert_order(*grid)))
     member = F.one_hot(place * landmarks // patches, landmarks).float()
@@ -200,25 +200,26 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * values.sqrt()[:, None]) @ vectors.mT, (vectors * values.rsqrt()[:, None]) @ vectors.mT
 
 
-class _Learner:
-    """Gradient descent on one layer's projections."""
+def _optimiser(select: KeySelector, steps: int) -> tuple[torch.optim.Adam, CosineAnnealingLR]:
+    rate = LEARNING_RATE * select.proj_q.detach().abs().mean().item()
+    optimiser = torch.optim.Adam([select.proj_q, select.proj_k], lr=rate)
+    return optimiser, CosineAnnealingLR(optimiser, steps)
 
-    def __init__(self, attention: SparseAttention, steps: int) -> None:
-        self.attention = attention
-        select = cast(KeySelector, attention.select)
-        self.weights = [select.proj_q, select.proj_k]
-        rate = LEARNING_RATE * self.weights[0].detach().abs().mean().item()
-        self.optimiser = torch.optim.Adam(self.weights, lr=rate)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimiser, steps)
 
-    def learn(self, qkv: Tensor, generator: torch.Generator) -> None:
-        """A few steps on one image, each on other probes."""
-        for _ in range(STEPS_PER_IMAGE):
-            with torch.enable_grad():
-                selection_loss(self.attention, qkv, generator).backward()
-            self.optimiser.step()
-            self.optimiser.zero_grad()
-            self.schedule.step()
+def _learn(
+    attention: SparseAttention,
+    qkv: Tensor,
+    optimiser: torch.optim.Adam,
+    schedule: CosineAnnealingLR,
+    generator: torch.Generator,
+) -> None:
+    """A few steps on one image, each on other probes."""
+    for _ in range(STEPS_PER_IMAGE):
+        with torch.enable_grad():
+            selection_loss(attention, qkv, generator).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
 
 
 def selection_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
@@ -229,9 +230,8 @@ def selection_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Gen
     attention, summed over the heads. Preset "paper": squared error of some rows of the predicted attention, summed over
     keys and heads (Sparsifiner, section 3.3). Both are means over batch and rows, and hold no n x n matrix.
     """
-    if isinstance(attention.select, LandmarkSelector):
-        return _landmark_loss(attention, qkv.detach(), generator)
-    return _probe_loss(attention, qkv.detach(), generator)
+    loss = _landmark_loss if isinstance(attention.select, LandmarkSelector) else _probe_loss
+    return loss(attention, qkv.detach(), generator)
 
 
 def _probe_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
@@ -244,13 +244,13 @@ def _probe_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Genera
         runs = q[:, :, : q.shape[2] // probe * probe].unflatten(2, (-1, probe))
         some = torch.randperm(runs.shape[2], generator=generator)[: QUERIES_PER_STEP // probe].to(runs.device)
         queries = runs[:, :, some]
-        asking = queries.mean(3)
+        averaged = queries.mean(3)
         each = (attention.scale * queries.flatten(2, 3) @ k.mT).log_softmax(-1)
         wanted = each.unflatten(2, queries.shape[2:4]).amax(3)
         true = (wanted + bonus).log_softmax(-1)
-    guess = ops.probe_logits(asking, k, select.proj_q, select.proj_k, probe=1, scale=attention.scale)
+    guess = ops.probe_logits(averaged, k, select.proj_q, select.proj_k, probe=1, scale=attention.scale)
     loss = F.kl_div((guess + bonus).log_softmax(-1), true, reduction="sum", log_target=True)
-    mean: Tensor = loss / (asking.shape[0] * asking.shape[2])
+    mean: Tensor = loss / (averaged.shape[0] * averaged.shape[2])
     return mean
 
 
@@ -262,7 +262,7 @@ def _landmark_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Gen
         rows = q[:, :, some]
         true = (attention.scale * rows @ k.mT).softmax(-1)
     # The first row stands for the class token, whose attention is not predicted.
-    asking = torch.cat([q[:, :, :1], rows], 2)
-    guess = ops.landmark_attention(asking, k, *select.inputs(), scale=attention.num_heads**-0.5)
+    queries = torch.cat([q[:, :, :1], rows], 2)
+    guess = ops.landmark_attention(queries, k, *select.inputs(), scale=attention.num_heads**-0.5)
     loss: Tensor = (guess - true).square().sum() / (true.shape[0] * true.shape[2])
     return loss

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,14 @@ from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.models import Backbone
-from sparsifiner_edge.sparse.patch import SUPPORTED, SparseViTMixin, make_model_sparse, restore_backbone
+from sparsifiner_edge.sparse.patch import SUPPORTED, AnyModule, SparseViTMixin, make_model_sparse, restore_backbone
 
 CALIBRATION_SIDE = 16
 """Patches along the longer side of the images that a predictor learns from, at most."""
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def sparsify_model(
-    module: Module,
+    module: AnyModule,
     *,
     preset: str = "edge",
     keep: float = 0.25,
@@ -38,7 +37,7 @@ def sparsify_model(
     fuse_tokens: bool = False,
     calibrate: Tensor | Iterable[Tensor] | None = None,
     progress: Progress | None = None,
-) -> Module:
+) -> AnyModule:
     """Make the vision transformer in a module sparse, in place.
 
     Args:
@@ -61,13 +60,16 @@ def sparsify_model(
         preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells, dense_layers=dense_layers,
         token_keep=token_keep, fuse_tokens=fuse_tokens,
     )  # fmt: skip
-    sparsity = fitted(sparsity, backbone, channels, cells)
-    images = None if calibrate is None else _arriving(module, backbone, calibrate)
-    apply(backbone, sparsity, images, progress)
+    sparsity = fit_to_model(sparsity, backbone, channels, cells)
+    images = [] if calibrate is None else _arriving(module, backbone, calibrate)
+    make_model_sparse(backbone, sparsity)
+    calibrate_from_weights(backbone)
+    if images and sparse_layers(backbone):
+        learn(backbone, images, progress)
     return module
 
 
-def restore_model(module: Module) -> Module:
+def restore_model(module: AnyModule) -> AnyModule:
     """Undo `sparsify_model`, in place: timm's own classes and the weights that were there, no predictor.
 
     Args:
@@ -91,37 +93,22 @@ def find_backbone(module: nn.Module) -> Backbone:
     found = {name: part for name, part in module.named_modules() if isinstance(part, Backbone)}
     if len(found) == 1:
         return next(iter(found.values()))
-    what = f"contains {len(found)} vision transformers: {', '.join(found)}" if found else "contains none"
+    names = f": {', '.join(found)}" if found else ""
     raise UnsupportedModelError(
-        f"This {type(module).__name__} {what}.",
-        "Give one of them at a time." if found else f"Supported are {SUPPORTED}, alone or within a module.",
+        f"This {type(module).__name__} contains {len(found)} vision transformers{names}.",
+        f"Give one at a time: {SUPPORTED}, alone or within a module.",
     )
 
 
-def fitted(sparsity: SparsityConfig, backbone: Backbone, channels: int | None, cells: int | None) -> SparsityConfig:
+def fit_to_model(
+    sparsity: SparsityConfig, backbone: Backbone, channels: int | None, cells: int | None
+) -> SparsityConfig:
     """The config with what suits the model: the paper's channels, and other presets' cells, where they are None."""
-    if sparsity.preset == "paper":
-        half = int(cast(Any, backbone).blocks[0].attn.head_dim) // 2
-        return dataclasses.replace(sparsity, channels=half) if channels is None else sparsity
-    fitting = default_cells(int(backbone.patch_embed.num_patches))
-    return dataclasses.replace(sparsity, cells=fitting) if cells is None else sparsity
-
-
-def apply(
-    backbone: Backbone,
-    sparsity: SparsityConfig,
-    images: Sequence[Tensor] | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Make a transformer sparse in place, its predictor set from the weights, or from images [1,3,H,W] normalised.
-
-    Raises:
-        UnsupportedModelError, ConfigError: see `make_model_sparse`; the model is unchanged.
-    """
-    make_model_sparse(backbone, sparsity)
-    calibrate_from_weights(backbone)
-    if images and sparse_layers(backbone):
-        learn(backbone, images, progress)
+    if sparsity.preset == "paper" and channels is None:
+        return dataclasses.replace(sparsity, channels=cast(Any, backbone).blocks[0].attn.head_dim // 2)
+    if sparsity.preset != "paper" and cells is None:
+        return dataclasses.replace(sparsity, cells=default_cells(int(backbone.patch_embed.num_patches)))
+    return sparsity
 
 
 def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | None = None) -> None:
@@ -135,19 +122,16 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
     twin = cast(Any, restore_backbone(copy.deepcopy(backbone))).float().eval()
     if size != tuple(twin.patch_embed.img_size):
         twin.set_input_size(img_size=size)
-        sparsity = _fitted_to(sparsity, int(twin.patch_embed.num_patches))
+        # What a predictor learns hardly depends on tile and cells, which must fit the smaller image.
+        patches = int(twin.patch_embed.num_patches)
+        tile = sparsity.tile if sparsity.tile <= patches else sparsity.probe
+        sparsity = dataclasses.replace(sparsity, tile=tile, cells=min(sparsity.cells, default_cells(patches)))
     if sparsity.preset == "edge":
         sparsity = dataclasses.replace(sparsity, token_keep=(), fuse_tokens=False)
     make_model_sparse(twin, sparsity)
     calibrate_from_images(twin, [_resized(image, size).to(_pixels_like(twin)) for image in images], progress)
     for layer, learnt in zip(sparse_layers(backbone), sparse_layers(twin), strict=True):
         layer.select.load_state_dict(learnt.select.state_dict())
-
-
-def _fitted_to(sparsity: SparsityConfig, patches: int) -> SparsityConfig:
-    """Tile and cells that fit `patches` patches; what a predictor learns hardly depends on them."""
-    tile = sparsity.tile if sparsity.tile <= patches else sparsity.probe
-    return dataclasses.replace(sparsity, tile=tile, cells=min(sparsity.cells, default_cells(patches)))
 
 
 def calibration_size(backbone: Backbone, preset: str) -> tuple[int, int]:
@@ -193,16 +177,16 @@ def _arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[T
 
 
 def _check_images(batch: Any) -> None:
-    if not isinstance(batch, Tensor):
-        raise ConfigError(f"An image to calibrate with is a {type(batch).__name__}.", "Give tensors [B,3,H,W].")
-    if batch.ndim != 4 or batch.shape[1] != 3 or not batch.numel() or not batch.is_floating_point():
-        kind = str(batch.dtype).removeprefix("torch.")
-        raise ConfigError(
-            f"Images to calibrate with are {kind} {list(batch.shape)}.",
-            "Give floating-point [B,3,H,W], normalised as the module expects them.",
-        )
-    if not bool(torch.isfinite(batch).all()):
-        raise ConfigError("An image to calibrate with holds NaN or infinity.", "Leave it out.")
+    found = type(batch).__name__
+    if isinstance(batch, Tensor):
+        found = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+        if batch.ndim == 4 and batch.shape[1] == 3 and batch.numel() and batch.is_floating_point():
+            if not bool(torch.isfinite(batch).all()):
+                raise ConfigError("An image to calibrate with holds NaN or infinity.", "Leave it out.")
+            return
+    raise ConfigError(
+        f"Images to calibrate with are {found}.", "Give floating-point [B,3,H,W], normalised as the module expects."
+    )
 
 
 def _pixels_like(backbone: nn.Module) -> Tensor:

@@ -23,33 +23,37 @@ from torch import Tensor, nn
 from sparsifiner_edge.bounds import MOST_CLASSES, MOST_SIDE
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsError
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 Backbone: TypeAlias = VisionTransformer | Eva
 """What can be made sparse: timm's plain vision transformers, the latter with rotary position embeddings too."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Preprocessing:
+class Normalisation:
     """What a model expects of an image: x = (pixel / 255 - mean) / std per RGB channel, after a bicubic resize."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str = "bicubic"
 
 
-def preprocessing(model: nn.Module) -> Preprocessing:
-    """The preprocessing that timm records for a model."""
+def preprocessing(model: nn.Module) -> Normalisation:
+    """The normalisation that timm records for a model."""
     data = resolve_model_data_config(model)
-    return Preprocessing(tuple(data["mean"]), tuple(data["std"]))
+    return Normalisation(tuple(data["mean"]), tuple(data["std"]))
 
 
-def normalise(images: Tensor, pre: Preprocessing) -> Tensor:
+def normalise(images: Tensor, pre: Normalisation) -> Tensor:
     """uint8 [B,H,W,3] -> float32 [B,3,H,W]."""
     mean, std = torch.tensor(pre.mean), torch.tensor(pre.std)
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-def read_weights(path: Path) -> State:
+def brief(error: Exception) -> str:
+    """The first line of what a library says."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def read_weights(path: Path) -> StateDict:
     """Tensors of a .safetensors or .pth file; pickles are read with `weights_only=True`.
 
     Raises:
@@ -68,8 +72,7 @@ def read_weights(path: Path) -> State:
         ) from error
     # torch.load and safetensors raise many kinds of error on damaged files.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} cannot be read as weights: {reason}", "Download or make it again.") from error
+        raise WeightsError(f"{path} cannot be read as weights: {brief(error)}", "Download or make it again.") from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -86,11 +89,17 @@ def create(name: str, img_size: int | None = None, num_classes: int | None = Non
         UnsupportedModelError: timm has no such model, or it is no VisionTransformer or Eva.
         ConfigError: the image size is no multiple of the patch size, or there are too many pixels or classes.
     """
-    kind = on_paper(name)
-    size = kind.patch_embed.img_size[0] if img_size is None else img_size
-    _check_size(name, size, kind.patch_embed.patch_size)
+    kind = on_paper(name, num_classes)
+    size, patch = kind.patch_embed.img_size[0] if img_size is None else img_size, kind.patch_embed.patch_size[0]
+    if size > MOST_SIDE:
+        raise ConfigError(f"image size {size} is too large.", f"Use at most {MOST_SIDE} pixels along a side.")
+    if size < patch or size % patch:
+        raise ConfigError(
+            f"image size {size} is not a multiple of the patch size {patch} of {name}.",
+            f"Use {max(round(size / patch), 1) * patch}, for instance.",
+        )
     with _named(name):
-        options = {"img_size": size, "dynamic_img_size": False} | _classes(num_classes)
+        options = {"img_size": size, "dynamic_img_size": False, "num_classes": kind.num_classes}
         return cast(Backbone, timm.create_model(name, pretrained=False, **options).eval())
 
 
@@ -101,16 +110,19 @@ def on_paper(name: str, num_classes: int | None = None) -> Backbone:
         UnsupportedModelError, ConfigError: as of `create`.
     """
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"))
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models("*it_*"))
         hint = (
             f"Did you mean {', '.join(close)}?"
             if close
             else "Names: python -c 'import timm; print(timm.list_models())'"
         )
         raise UnsupportedModelError(f"timm has no model {name!r}.", hint)
+    if num_classes is not None and not 0 <= num_classes <= MOST_CLASSES:
+        raise ConfigError(f"num_classes is {num_classes}.", f"Give from 0 to {MOST_CLASSES} classes.")
+    options = {} if num_classes is None else {"num_classes": num_classes}
     with _named(name), torch.device("meta"):
-        kind = timm.create_model(name, pretrained=False, **_classes(num_classes))
-    if isinstance(kind, (VisionTransformer, Eva)):
+        kind = timm.create_model(name, pretrained=False, **options)
+    if isinstance(kind, Backbone):
         return kind
     raise UnsupportedModelError(
         f"{name!r} is a {type(kind).__name__}, not a VisionTransformer or Eva.",
@@ -127,23 +139,6 @@ def _named(name: str) -> Iterator[None]:
         raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
 
 
-def _classes(count: int | None) -> dict[str, int]:
-    if count is not None and not 0 <= count <= MOST_CLASSES:
-        raise ConfigError(f"num_classes is {count}.", f"Give from 0 to {MOST_CLASSES} classes.")
-    return {} if count is None else {"num_classes": count}
-
-
-def _check_size(name: str, size: int, patch: tuple[int, int]) -> None:
-    side = patch[0]
-    if size > MOST_SIDE:
-        raise ConfigError(f"image size {size} is too large.", f"Use at most {MOST_SIDE} pixels along a side.")
-    if size < side or size % side:
-        near = max(round(size / side), 1) * side
-        raise ConfigError(
-            f"image size {size} is not a multiple of the patch size {side} of {name}.", f"Use {near}, for instance."
-        )
-
-
 def load_model(name: str, weights: Path | None = None, img_size: int | None = None) -> Backbone:
     """A pretrained model of timm, in evaluation mode.
 
@@ -156,17 +151,25 @@ def load_model(name: str, weights: Path | None = None, img_size: int | None = No
         UnsupportedModelError, ConfigError: see `create`.
         WeightsError: unreadable, of another architecture, or not to be downloaded.
     """
-    if weights is None:
-        return _download(name, img_size)
-    state = read_weights(weights)
-    head = state.get("head.weight")
-    classes = 0 if head is None or head.ndim == 0 else len(head)
-    model = create(name, img_size, classes)
-    load_state(model, state, str(weights))
-    return model
+    if weights is not None:
+        state = read_weights(weights)
+        head = state.get("head.weight")
+        classes = 0 if head is None or head.ndim == 0 else len(head)
+        model = create(name, img_size, classes)
+        load_state(model, state, str(weights))
+        return model
+    size = create(name, img_size).patch_embed.img_size[0]
+    try:
+        return cast(Backbone, timm.create_model(name, pretrained=True, img_size=size, dynamic_img_size=False).eval())
+    # The hub clients raise their own kinds of error; all mean that no weights arrived.
+    except Exception as error:
+        raise WeightsError(
+            f"The weights of {name!r} could not be downloaded: {brief(error)}",
+            "Connect, or give a file with --weights.",
+        ) from error
 
 
-def load_state(model: Backbone, state: State, source: str) -> None:
+def load_state(model: Backbone, state: StateDict, source: str) -> None:
     """Load tensors into a model; the position embedding is resampled where sizes differ.
 
     Raises:
@@ -175,7 +178,7 @@ def load_state(model: Backbone, state: State, source: str) -> None:
     expected = model.state_dict()
     convert = (eva if isinstance(model, Eva) else vision_transformer).checkpoint_filter_fn
     try:
-        filtered = cast(State, convert(dict(state), model))
+        filtered = cast(StateDict, convert(dict(state), model))
     # timm takes tensors of any shape apart here; each way to fail means that they are another model's.
     except Exception as error:
         raise WeightsError(f"{source} does not fit this model: {error}.", _FIT) from error
@@ -217,16 +220,3 @@ def _check_numbers(tensor: Tensor, floating: bool, label: str) -> None:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if keys else "nothing"
-
-
-def _download(name: str, img_size: int | None) -> Backbone:
-    size = create(name, img_size).patch_embed.img_size[0]
-    try:
-        model = timm.create_model(name, pretrained=True, img_size=size, dynamic_img_size=False)
-        return cast(Backbone, model).eval()
-    # The hub clients raise their own kinds of error; all mean that no weights arrived.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(
-            f"The weights of {name!r} could not be downloaded: {reason}", "Connect, or give a file with --weights."
-        ) from error

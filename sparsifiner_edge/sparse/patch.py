@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig
@@ -21,7 +20,7 @@ from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.prune import PrunedBlock, make_pruned, make_whole
 
-Module = TypeVar("Module", bound=nn.Module)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 SUPPORTED = "timm's VisionTransformer (ViT, DeiT, DINOv2) and Eva (EVA-02, DINOv3, ViT with RoPE)"
 
 
@@ -105,40 +104,41 @@ def final_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | Non
     return cast(Any, model).forward_features(images), None
 
 
-def token_order(sparsity: SparsityConfig, grid: tuple[int, int]) -> npt.NDArray[np.int64]:
-    """Raster indices in the order of the tokens: the Hilbert curve; the published method knows raster order alone."""
-    return np.arange(grid[0] * grid[1]) if sparsity.preset == "paper" else hilbert_order(*grid)
+def require_supported(model: nn.Module) -> None:
+    """Refuse a model that cannot be made sparse.
+
+    Raises:
+        UnsupportedModelError: with the first reason.
+    """
+    reason = _refusal(model)
+    if reason is not None:
+        raise UnsupportedModelError(f"This model cannot be made sparse: {reason}.", f"Choose one of {SUPPORTED}.")
 
 
-def support_refusals(model: nn.Module) -> list[str]:
-    """Reasons why a model cannot be made sparse; empty when it can."""
+def _refusal(model: Any) -> str | None:
     if isinstance(model, SparseViTMixin):
-        return ["it is sparse already"]
+        return "it is sparse already"
     if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva):
-        return [f"it is a {type(model).__name__}; supported are {SUPPORTED}"]
-    checks = [
-        (type(model.patch_embed) is PatchEmbed, f"patch embedding {type(model.patch_embed).__name__}"),
-        (not model.dynamic_img_size, "dynamic image size (the token order is fixed): create it with img_size"),
-        (model.patch_drop is None or isinstance(model.patch_drop, nn.Identity), "patch dropout"),
-    ]
-    reasons = [reason for fine, reason in checks if not fine]
-    layers: dict[str, list[int]] = {}
-    for number, block in enumerate(cast(Any, model).blocks):
-        for reason in _block_refusals(block):
-            layers.setdefault(reason, []).append(number)
-    return reasons + [f"layer {', '.join(map(str, numbers))}: {reason}" for reason, numbers in layers.items()]
+        return f"it is a {type(model).__name__}"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"patch embedding {type(model.patch_embed).__name__}"
+    if model.dynamic_img_size:
+        return "dynamic image size (the token order is fixed): create it with img_size"
+    if not (model.patch_drop is None or isinstance(model.patch_drop, nn.Identity)):
+        return "patch dropout"
+    reasons = [(number, _block_refusal(block)) for number, block in enumerate(model.blocks)]
+    return next((f"layer {number}: {reason}" for number, reason in reasons if reason), None)
 
 
-def _block_refusals(block: nn.Module) -> list[str]:
+def _block_refusal(block: nn.Module) -> str | None:
     attention: Any = getattr(block, "attn", None)
     if type(attention) not in (Attention, AttentionRope, EvaAttention):
-        return [f"{type(block).__name__} with {type(attention).__name__} in place of timm's Attention"]
+        return f"{type(block).__name__} with {type(attention).__name__} instead of timm's Attention"
     if getattr(attention, "num_kv_groups", 1) > 1:
-        return [f"grouped-query attention, {attention.num_kv_groups} query heads to a key head"]
+        return f"grouped-query attention, {attention.num_kv_groups} query heads per key head"
     if isinstance(block, (ResPostBlock, EvaBlockPostNorm)):
-        return [f"{type(block).__name__} normalises after attention"]
-    dropout = attention.attn_drop.p
-    return [f"attention dropout {dropout}"] if dropout else []
+        return f"{type(block).__name__} normalises after attention"
+    return f"attention dropout {attention.attn_drop.p}" if attention.attn_drop.p else None
 
 
 def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
@@ -152,14 +152,10 @@ def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
         The same object.
 
     Raises:
-        UnsupportedModelError: with every reason.
+        UnsupportedModelError: with the reason.
         ConfigError: tile, cells or dense layers do not fit this model; it is unchanged then.
     """
-    reasons = support_refusals(model)
-    if reasons:
-        raise UnsupportedModelError(
-            f"This model cannot be made sparse: {'; '.join(reasons)}.", f"Choose one of {SUPPORTED}."
-        )
+    require_supported(model)
     if sparsity.is_dense:
         return model
     try:
@@ -171,17 +167,15 @@ def make_model_sparse(model: nn.Module, sparsity: SparsityConfig) -> nn.Module:
 
 
 def _make_sparse(vit: Any, sparsity: SparsityConfig) -> None:
-    grid = cast("tuple[int, int]", tuple(vit.patch_embed.grid_size))
-    if sparsity.token_keep:
-        _check_pruning(vit)
-    counts = sparsity.layer_tokens(len(vit.blocks), grid[0] * grid[1], vit.num_prefix_tokens)
+    counts = sparsity.layer_tokens(len(vit.blocks), vit.patch_embed.num_patches, vit.num_prefix_tokens)
     sparse_layers = sparsity.sparse_layers(len(vit.blocks))
-    order = token_order(sparsity, grid)
+    # The published method knows raster order alone.
+    grid: tuple[int, int] = vit.patch_embed.grid_size
+    order = np.arange(grid[0] * grid[1]) if sparsity.preset == "paper" else hilbert_order(*grid)
     vit.__class__ = type(f"Sparse{type(vit).__name__}", (SparseViTMixin, type(vit)), {})
     for number, block in enumerate(vit.blocks):
         if number in sparse_layers:
-            patches, prefix = counts[number]
-            make_sparse(block.attn, sparsity, sparsity.layout(patches, prefix), prefix)
+            make_sparse(block.attn, sparsity, *counts[number])
         else:
             make_dense(block.attn)
     device = vit.patch_embed.proj.weight.device
@@ -191,7 +185,7 @@ def _make_sparse(vit: Any, sparsity: SparsityConfig) -> None:
     set_budget(vit, sparsity)
 
 
-def restore_backbone(model: Module) -> Module:
+def restore_backbone(model: AnyModule) -> AnyModule:
     """Undo `make_model_sparse`, in place; a model that is not sparse is left as it is."""
     if not isinstance(model, SparseViTMixin):
         return model
@@ -206,17 +200,6 @@ def restore_backbone(model: Module) -> Module:
     return model
 
 
-def _check_pruning(vit: Any) -> None:
-    """Refuse to prune tokens where that is not possible."""
-    if isinstance(vit, Eva):
-        raise ConfigError(
-            "Tokens of a model with timm's Eva blocks cannot be pruned.",
-            "Leave --token-keep out, or choose a plain ViT.",
-        )
-    if vit.cls_token is None:
-        raise ConfigError("Tokens are ranked by a class token, and this model has none.", "Leave --token-keep out.")
-
-
 def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
     """Give a sparse model, in place, another share of keys or tokens to keep; its parameters stay.
 
@@ -228,8 +211,12 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
         ConfigError: the model cannot do that, or tile or cells exceed the patches that are left.
     """
     vit = cast(Any, model)
-    if sparsity.token_keep:
-        _check_pruning(vit)
+    prunable = vit.cls_token is not None and all(type(block) in (Block, PrunedBlock) for block in vit.blocks)
+    if sparsity.token_keep and not prunable:
+        raise ConfigError(
+            "Token pruning requires the blocks of a plain ViT (Eva has others) and a class token.",
+            "Leave --token-keep out, or choose a ViT with a class token.",
+        )
     counts = sparsity.layer_tokens(len(vit.blocks), vit.patch_embed.num_patches, vit.num_prefix_tokens)
     if sparsity.preset == "paper" and counts != vit.sparsity.layer_tokens(len(vit.blocks), *counts[0]):
         raise ConfigError("The published predictor is tied to its tokens.", "Give --token-keep to sparsify.")

@@ -13,7 +13,6 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
 
 
@@ -21,7 +20,8 @@ class Pruning(nn.Module):
     """What a pruned block does between attention and MLP; it has no parameters.
 
     Attributes:
-        kept: patch tokens that go on. prefix: tokens before the patches on entry. fuse: see `SparsityConfig`.
+        kept: patch tokens that go on. prefix: tokens before the patches on entry.
+        fuse: add the mean of what is dropped, weighted by its scores, to the end of the prefix.
     """
 
     def __init__(self, kept: int, prefix: int, fuse: bool) -> None:
@@ -29,8 +29,23 @@ class Pruning(nn.Module):
         self.kept, self.prefix, self.fuse = kept, prefix, fuse
 
     def forward(self, x: Tensor, scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """See `prune`."""
-        return prune(x, scores, positions, kept=self.kept, prefix=self.prefix, fuse=self.fuse)
+        """Keep the `kept` patches with the highest scores, in their order.
+
+        Args:
+            x: tokens [B,N,C]. scores: [B,N], see `ops.token_score`. positions: places of the patches, [B,P].
+
+        Returns:
+            Tokens [B, prefix (+ 1) + kept, C] and places [B,kept].
+        """
+        patches, weights = x[:, self.prefix :], scores[:, self.prefix :]
+        winners = ops.top_tokens(weights, self.kept)
+        left, parts = ops.rows_at(patches, winners), [x[:, : self.prefix]]
+        if self.fuse:
+            rest = _rest(weights, winners)[:, None]
+            with torch.autocast(x.device.type, enabled=False):
+                dropped = rest @ patches.float() / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            parts.append(dropped.to(x.dtype))
+        return torch.cat([*parts, left], 1), ops.rows_at(positions, winners)
 
 
 class PrunedBlock(Block):  # type: ignore[misc]  # timm carries no types
@@ -58,28 +73,6 @@ class PrunedBlock(Block):  # type: ignore[misc]  # timm carries no types
         return ops.token_score(qkv, num_heads=attention.num_heads, scale=attention.scale)
 
 
-def prune(x: Tensor, scores: Tensor, positions: Tensor, *, kept: int, prefix: int, fuse: bool) -> tuple[Tensor, Tensor]:
-    """Keep the `kept` patches with the highest scores, in their order.
-
-    Args:
-        x: tokens [B,N,C], `prefix` of which come before the patches.
-        scores: [B,N], see `ops.token_score`. positions: places of the patches, [B,P].
-        fuse: add the mean of what is dropped, weighted by its scores, to the end of the prefix.
-
-    Returns:
-        Tokens [B, prefix (+ 1) + kept, C] and places [B,kept].
-    """
-    patches, weights = x[:, prefix:], scores[:, prefix:]
-    winners = ops.top_tokens(weights, kept)
-    left, parts = ops.rows_at(patches, winners), [x[:, :prefix]]
-    if fuse:
-        rest = _rest(weights, winners)[:, None]
-        with torch.autocast(x.device.type, enabled=False):
-            dropped = rest @ patches.float() / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        parts.append(dropped.to(x.dtype))
-    return torch.cat([*parts, left], 1), ops.rows_at(positions, winners)
-
-
 def _rest(weights: Tensor, winners: Tensor) -> Tensor:
     """Weights [B,P] of what is dropped; of the winners [B,K] 0, not their sum taken off: it may be a millionth of all.
 
@@ -94,18 +87,8 @@ def _rest(weights: Tensor, winners: Tensor) -> Tensor:
 
 
 def make_pruned(block: Any, kept: int, prefix: int, fuse: bool) -> None:
-    """Turn a block of timm, in place, into a `PrunedBlock`.
-
-    Raises:
-        ConfigError: it is another kind of block.
-    """
-    if not isinstance(block, PrunedBlock):
-        if type(block) is not Block:
-            raise ConfigError(
-                f"Tokens cannot be pruned in a {type(block).__name__}.",
-                "Leave --token-keep out, or choose a plain ViT.",
-            )
-        block.__class__ = PrunedBlock
+    """Turn a `Block` of timm, in place, into a `PrunedBlock`."""
+    block.__class__ = PrunedBlock
     block.pruning = Pruning(kept, prefix, fuse)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import safetensors.torch
 import torch
+from msgspec import Meta
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -25,15 +25,15 @@ from sparsifiner_edge.artifacts import (
 )
 from sparsifiner_edge.bounds import flaw
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
+from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
-from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.in_memory import apply, calibration_size, fitted, learn
+from sparsifiner_edge.sparse.calibrate import calibrate_from_weights, sparse_layers
+from sparsifiner_edge.sparse.in_memory import calibration_size, fit_to_model, learn
 from sparsifiner_edge.sparse.models import (
     Backbone,
-    State,
+    StateDict,
     check_fit,
     create,
     load_model,
@@ -43,23 +43,64 @@ from sparsifiner_edge.sparse.models import (
     preprocessing,
     read_weights,
 )
-from sparsifiner_edge.sparse.patch import SUPPORTED, make_model_sparse, set_budget, support_refusals
-from sparsifiner_edge.sparse.provenance import Calibration, Provenance, Weights
+from sparsifiner_edge.sparse.patch import make_model_sparse, require_supported, set_budget
 from sparsifiner_edge.text import dump_json
 
 MAX_CALIBRATION_IMAGES = 32
-MOST_LABEL = 1000
-"""Characters of a class's name; ImageNet's longest has 130."""
-_HALF = re.compile("[\ud800-\udfff]")
-"""Halves of characters: bytes in a folder's name that are no UTF-8, and what no file takes."""
 _AGAIN = "Make the student again."
+
+
+ClassNames = tuple[Annotated[str, Meta(pattern=r"^[^\ud800-\udfff]{1,1000}$")], ...]
+"""ImageNet's longest has 130 characters. Surrogates stand for bytes in a folder's name that are not UTF-8."""
+
+
+class Labels(msgspec.Struct):
+    """Names of a classifier's classes, alone."""
+
+    labels: ClassNames
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """A file by name and SHA-256, or where else they are from."""
+
+    file: str | None = None
+    sha256: str | None = None
+    origin: str | None = msgspec.field(default=None, name="from")
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """What the predictor was learnt from.
+
+    Attributes:
+        origin: "weights" alone, or "pictures".
+        images: how many. img_size: pixels along a side at which it learnt. files: their names.
+    """
+
+    origin: str = msgspec.field(name="from")
+    images: int | None = msgspec.field(default=None, name="pictures")
+    img_size: int | None = None
+    files: list[str] | None = None
+
+
+class Provenance(msgspec.Struct, frozen=True):
+    """What is known of a student's making.
+
+    Attributes:
+        tools: package -> version.
+        training: JSON of `distill.distill.TrainingSummary`, as the version that trained wrote it; None: never trained.
+    """
+
+    weights: Weights | None = None
+    calibration: Calibration | None = None
+    tools: dict[str, str] | None = None
+    training: Any = None
 
 
 class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A student's file.
 
     Attributes:
-        labels: see `checked_labels`. sparsity: see `SparsityConfig.from_dict`.
+        sparsity: see `SparsityConfig.from_dict`.
         weights_sha256: of the file beside it.
     """
 
@@ -68,7 +109,7 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     img_size: int
     num_classes: int
-    labels: Any = ()
+    labels: ClassNames = ()
     sparsity: Any
     provenance: Provenance
     weights_sha256: str | None = None
@@ -104,7 +145,8 @@ def make_student(name: str, model: Backbone, sparsity: SparsityConfig, provenanc
     Raises:
         UnsupportedModelError, ConfigError: see `make_model_sparse`.
     """
-    apply(model, sparsity)
+    make_model_sparse(model, sparsity)
+    calibrate_from_weights(model)
     return Student(model.eval(), name, sparsity, provenance or Provenance())
 
 
@@ -167,7 +209,7 @@ def sparsify(
     if calibrate is not None:
         list_images(Path(calibrate))
     vit = load_model(model, Path(weights) if weights else None, img_size)
-    sparsity = fitted(sparsity, vit, channels, cells)
+    sparsity = fit_to_model(sparsity, vit, channels, cells)
     tools = {name: version(name) for name in ("sparsifiner-edge", "timm", "torch")}
     provenance = Provenance(_origin(Path(weights) if weights else None), Calibration("weights"), tools)
     student = make_student(model, vit, sparsity, provenance)
@@ -180,7 +222,7 @@ def save_student(student: Student, output: Path) -> Path:
     """Write a student folder, whole or not at all.
 
     Raises:
-        ArtifactError: labels that no student takes (see `checked_labels`), or the disk refuses.
+        ArtifactError: labels that no student takes (see `ClassNames`), or the disk refuses.
     """
     checked_labels(student.labels, "The student")
     state: dict[str, Tensor] = {k: v.contiguous() for k, v in student.model.state_dict().items()}
@@ -215,7 +257,7 @@ def load_student(
     folder = Path(folder)
     origin, weights = folder / STUDENT_FILE, folder / WEIGHTS_FILE
     config = _read_config(origin)
-    sparsity, labels = SparsityConfig.from_dict(config.sparsity), checked_labels(config.labels, origin)
+    sparsity, labels = SparsityConfig.from_dict(config.sparsity), config.labels
     if labels and len(labels) != config.num_classes:
         raise ArtifactError(f"{origin} names {len(labels)} labels for {config.num_classes} classes.", _AGAIN)
     if not weights.is_file():
@@ -241,26 +283,18 @@ def _read_config(path: Path) -> StudentConfig:
 
 
 def checked_labels(labels: object, origin: object) -> tuple[str, ...]:
-    """Names of classes as a student takes them: a list of texts of 1 to `MOST_LABEL` characters.
+    """Names of classes as a student takes them; see `ClassNames`.
 
     Args:
         labels: whatever was read. origin: where, for the message.
 
     Raises:
-        ArtifactError: it is no such list.
+        ArtifactError: something else.
     """
-    if not isinstance(labels, (list, tuple)):
-        raise ArtifactError(f"{origin}: labels are {labels!r}, no list.", _AGAIN)
-    for number, label in enumerate(labels):
-        if not isinstance(label, str) or not 0 < len(label) <= MOST_LABEL or _HALF.search(label):
-            wrong = f"{label!r:.80}"
-            raise ArtifactError(
-                f"{origin}: label {number} is {wrong}, no text of at most {MOST_LABEL} letters.", _AGAIN
-            )
-    return tuple(labels)
+    return read_record({"labels": labels}, Labels, origin, _AGAIN).labels
 
 
-def _check_kin(name: str, classes: int, state: State, source: str) -> None:
+def _check_kin(name: str, classes: int, state: StateDict, source: str) -> None:
     """Refuse weights of another model before memory for this one is taken: a config may name the largest there is."""
     expected = on_paper(name, classes).state_dict()
     own = {key: tensor for key, tensor in state.items() if ".attn.select." not in key}
@@ -299,9 +333,7 @@ def load_dense(name: str, weights: Path | None = None, img_size: int | None = No
         UnsupportedModelError: it could not be made sparse, so it is no baseline for anything here.
     """
     model = load_model(name, weights, img_size)
-    reasons = support_refusals(model)
-    if reasons:
-        raise UnsupportedModelError(f"{name!r} is not supported: {'; '.join(reasons)}.", f"Choose one of {SUPPORTED}.")
+    require_supported(model)
     return Student(model, name, SparsityConfig(keep=1), Provenance(_origin(weights)))
 
 
