@@ -6,8 +6,7 @@ One function per verb, imported when first used, so that a part of the package n
 from __future__ import annotations
 
 import importlib
-
-from sparsifiner_edge.quiet import switch_off_telemetry
+import os
 
 TYPE_CHECKING = False
 """As type checkers read it, without the time that importing `typing` takes."""
@@ -29,7 +28,11 @@ if TYPE_CHECKING:
     from sparsifiner_edge.sparse.student import load_student as load_student
     from sparsifiner_edge.sparse.student import sparsify as sparsify
 
-switch_off_telemetry()
+NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+"""Environment of this process, set before any library is imported that would report to someone, and of all that it
+starts; who has set one of these otherwise has asked for that."""
+for _name, _value in NO_TELEMETRY.items():
+    os.environ.setdefault(_name, _value)
 
 _HOMES = {
     "SparsityConfig": "config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +25,7 @@ BUNDLE_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 PACKAGE_FILE = "package.json"
 ENGINE_FOLDER = "engines"
-SCRATCH = ".build."
+SCRATCH = "build"
 MAX_JSON = 1 << 26
 """Bytes of a manifest and the like."""
 MAX_FILE = 1 << 34
@@ -86,21 +86,6 @@ def parse_json(text: bytes, path: Path, schema: int) -> dict[str, Any]:
     return dict(content)
 
 
-def field(content: object, origin: Path, name: str, kind: type) -> Any:
-    """The entry `name` (dotted where nested) of what was read from `origin`.
-
-    Raises:
-        ArtifactError: it is missing or of another type.
-    """
-    value: Any = content
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        said = json.dumps(value)[:60]
-        raise ArtifactError(f"{origin}: {name} is {said}, not {kind.__name__}.", "Make it again, or restore it.")
-    return value
-
-
 def kind_of(folder: Path) -> str | None:
     """ "student", "bundle", "package", or None for a folder that is neither.
 
@@ -140,16 +125,19 @@ def require_replaceable(folder: Path, kind: str) -> None:
 
 def _own_files(folder: Path, kind: str) -> set[str]:
     """The files that we wrote into a folder of this kind; none if it is of another kind, or damaged."""
+    path = folder / _KIND_FILES[kind]
     with contextlib.suppress(ArtifactError):
-        if kind_of(folder) == kind == "student":
+        if kind_of(folder) != kind:
+            return set()
+        if kind == "student":
             return {STUDENT_FILE, WEIGHTS_FILE}
-        if kind_of(folder) == kind == "bundle":
-            manifest = read_json(folder / BUNDLE_FILE, schema=1 << 30)
-            left = {str(p.relative_to(folder)) for p in leftovers(folder, manifest)}
-            return {BUNDLE_FILE, SIGNATURE_FILE, *field(manifest, folder / BUNDLE_FILE, "files", dict), *left}
-        if kind_of(folder) == kind == "package":
-            content = read_json(folder / PACKAGE_FILE, schema=1 << 30)
-            return {PACKAGE_FILE, *field(content, folder / PACKAGE_FILE, "files", dict)}
+        files = read_json(path, schema=1 << 30).get("files")
+        own = {path.name, *(files if isinstance(files, dict) else ())}
+        if kind == "bundle":
+            left = [file for scratch in scratches(folder) for file in scratch.rglob("*") if file.is_file()]
+            left += unlisted_engines(folder, own)
+            own |= {SIGNATURE_FILE, *(str(file.relative_to(folder)) for file in left)}
+        return own
     return set()
 
 
@@ -165,14 +153,13 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
         yield scratch
 
 
-def leftovers(folder: Path, manifest: Any) -> list[Path]:
-    """Files in a bundle that builds left which were killed: in scratch folders, and engines that nothing lists."""
-    known, engines = manifest.get("files", {}), folder / ENGINE_FOLDER
-    built = [] if engines.is_symlink() else list(engines.glob("*.engine"))
-    unknown = [path for path in built if str(path.relative_to(folder)) not in known]
-    return [path for scratch in scratches(folder) for path in scratch.rglob("*") if path.is_file()] + unknown
+def unlisted_engines(folder: Path, known: Container[str]) -> list[Path]:
+    """Engines in a bundle that nothing lists: a build was killed."""
+    engines = folder / ENGINE_FOLDER
+    built = [] if engines.is_symlink() else engines.glob("*.engine")
+    return [path for path in built if str(path.relative_to(folder)) not in known]
 
 
 def scratches(folder: Path) -> list[Path]:
     """Folders of builds in a bundle; a link of such a name is not ours, and leads anywhere."""
-    return [path for path in folder.glob(f"{SCRATCH}*") if path.is_dir() and not path.is_symlink()]
+    return [path for path in folder.glob(f".{SCRATCH}.*") if path.is_dir() and not path.is_symlink()]

@@ -23,7 +23,6 @@ MOST_CLASSES = 1 << 17
 MOST_DEPTH = 64
 """Levels of lists and objects, one in the other, in what is read; files of ours have ten."""
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
-_DECIMAL = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
 
 
 def whole_number(text: str, name: str, least: int = 0, most: int = MOST_COUNT) -> int:
@@ -53,21 +52,6 @@ def finite_number(value: float, name: str, least: float = 0.0, most: float = MOS
     return value
 
 
-def decimal_number(text: str, name: str, least: float = 0.0, most: float = MOST_SECONDS) -> float:
-    """A number in decimal digits, such as 0.25, .7 or 1e-3.
-
-    Args:
-        text: as given. name: what it is, for the message.
-        least, most: where it must lie.
-
-    Raises:
-        ConfigError: it is none, or lies elsewhere.
-    """
-    if not _DECIMAL.fullmatch(text.strip()):
-        raise ConfigError(f"{name} is {text:.40}.", f"Give a number from {least:g} to {most:g}.")
-    return finite_number(float(text), name, least, most)
-
-
 def is_number(value: object) -> TypeGuard[float]:
     """Whether something read is a number to compute with: no truth value, not NaN, not infinite, not beyond floats."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -78,12 +62,12 @@ def is_number(value: object) -> TypeGuard[float]:
         return False
 
 
-def flaw(content: Any, finite: bool = True) -> str | None:
-    """What is wrong with lists and objects that were read, whatever they mean: deep nesting, NaN, infinity.
+def flaw(content: Any, finite: bool = True, nulls: bool = True) -> str | None:
+    """What is wrong with lists and objects that were read, whatever they mean: deep nesting, NaN, infinity, null.
 
     Args:
         content: as of `json.loads` or `tomllib.loads`, neither of which refuses these.
-        finite: look for NaN and infinity too.
+        finite: refuse NaN and infinity. nulls: allow null.
 
     Returns:
         Where and what, such as "samples.latency_ms[3] is nan"; None: nothing.
@@ -99,6 +83,8 @@ def flaw(content: Any, finite: bool = True) -> str | None:
                 left.append((child, (path, name), depth + 1))
             elif finite and isinstance(child, float) and not math.isfinite(child):
                 return f"{_place((path, name))} is {child}"
+            elif child is None and not nulls:
+                return f"{_place((path, name))} is null, where a value or the reason for its absence must stand"
     return None
 
 

@@ -41,9 +41,7 @@ class Environment(msgspec.Struct, frozen=True):
 
 def available_cores() -> int:
     """Logical cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def _read(path: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from sparsifiner_edge.errors import ArtifactError
@@ -57,21 +57,8 @@ def _messages(message: Any) -> Iterator[Any]:
                 waiting += [value] if hasattr(value, "ListFields") else value
 
 
-def all_nodes(model: Any) -> Iterator[Any]:
+def all_nodes(model: Any) -> list[Any]:
     """Every node of a model, those of its functions' bodies and of subgraphs (If, Loop) included."""
-    yield from _with_inner(model.graph.node)
-    for function in model.functions:
-        yield from _with_inner(function.node)
+    import onnx
 
-
-def _with_inner(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        for graph in subgraphs(node):
-            yield from _with_inner(graph.node)
-
-
-def subgraphs(node: Any) -> Iterator[Any]:
-    """Graphs that a node holds."""
-    for attribute in node.attribute:
-        yield from (attribute.g, *attribute.graphs)
+    return [message for message in _messages(model) if isinstance(message, onnx.NodeProto)]

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.quiet import NO_TELEMETRY
+from sparsifiner_edge import NO_TELEMETRY
 
 _SOURCE = str(Path(__file__).resolve().parents[1])
 _MOST_FILES = 4096
@@ -96,19 +96,9 @@ def _serve(module: str, parent: int) -> None:
 
 def end_with_parent(parent: int) -> None:
     """Let the kernel end this process as soon as the thread that started it ends."""
-    if sys.platform != "linux":
-        return
-    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # It has ended already.
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def _prctl(option: int, value: int) -> None:
-    assert _libc is not None
-    _libc.prctl(option, value, 0, 0, 0)
 
 
 def limit_resource(kind: int, most: int) -> None:

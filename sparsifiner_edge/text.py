@@ -66,11 +66,7 @@ def dump_json(content: Any, indent: int | None = 2) -> str:
 
 
 def _json_escape(character: str) -> str:
-    code = ord(character)
-    if code < 0x10000:
-        return f"\\u{code:04x}"
-    code -= 0x10000
-    return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
+    return json.dumps(character)[1:-1]
 
 
 def finite(content: Any) -> tuple[Any, int]:

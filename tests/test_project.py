@@ -36,7 +36,6 @@ LIGHT = (
     "text",
     "process",
     "progress",
-    "quiet",
     "files",
     "bounds",
     "onnx_file",

@@ -1,10 +1,8 @@
 """Compiled CUDA kernels in a bundle: their table, and the model whose nodes are launches of them.
 
-    kernels/sm87.json                 the table: schema version, launches, and which nodes of the model they replace
-    kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin takes it
-    kernels/sm87/attend_1a2b3c.cubin  the same as machine code, for programs that launch with the driver API
-
-`KernelTable` is the table's form.
+kernels/sm87.json                 the table: schema version, launches, and which nodes of the model they replace
+kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin takes it
+kernels/sm87/attend_1a2b3c.cubin  the same as machine code, for programs that launch with the driver API
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import read_record
 
-SCHEMA = 1
+KERNELS_SCHEMA = 1
 FOLDER = "kernels"
 NAMESPACE = "sparsifiner_kernels"
 """Domain of nodes that are launches; TensorRT reads it as the namespace of plugins."""
@@ -32,8 +30,8 @@ DType = Literal["float32", "float16", "bfloat16", "int32"]
 """Types of tensors that launches take."""
 _Size = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
 _Bytes = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
-_Parameter = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
+"""Of a parameter, or of a launch: a file and a plugin are called so."""
 
 
 class LaunchTensor(Struct, frozen=True):
@@ -58,8 +56,8 @@ class CompiledLaunch(Struct, frozen=True, kw_only=True):
     grid: tuple[_Size, _Size]
     threads: _Size
     shared_bytes: _Bytes = field(name="shared")
-    inputs: tuple[_Parameter, ...]
-    outputs: tuple[_Parameter, ...]
+    inputs: tuple[_Name, ...]
+    outputs: tuple[_Name, ...]
     tensors: dict[str, LaunchTensor]
     registers: int | None = None
     spilled_bytes: int | None = field(name="spilled", default=None)
@@ -83,9 +81,9 @@ class KernelTable(Struct, frozen=True, kw_only=True):
         triton, assembler, ptx_version: what made the code.
     """
 
-    schema_version: int = SCHEMA
+    schema_version: int = KERNELS_SCHEMA
     compute_capability: str | None = None
-    launches: dict[str, CompiledLaunch]
+    launches: dict[_Name, CompiledLaunch]
     nodes: dict[str, tuple[NodeLaunch, ...]]
     float32: dict[str, str] = {}
     triton: str | None = None
@@ -113,22 +111,15 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
     path = bundle.folder / name
     if name not in bundle.manifest.files:
         return None
-    content = parse_json(bundle.read(name, MAX_JSON), path, SCHEMA)
+    content = parse_json(bundle.read(name, MAX_JSON), path, KERNELS_SCHEMA)
     table = read_record(content, KernelTable, path, AGAIN)
     for name, launch in table.launches.items():
-        if not _NAME.fullmatch(name):  # It becomes the name of a file and of a plugin.
-            raise ArtifactError(f"{path} names a launch {name!r:.60}.", AGAIN)
         unknown = {*launch.inputs, *launch.outputs} - launch.tensors.keys()
         if unknown:
             raise ArtifactError(f"{path}: {name} does not describe its tensor {min(unknown)!r:.60}.", AGAIN)
-    names = [*table.float32, *table.float32.values()]
     for node in (node for nodes in table.nodes.values() for node in nodes):
         if node.launch not in table.launches:
             raise ArtifactError(f"{path} has no launch {node.launch!r:.60}.", AGAIN)
-        names += [node.name, *node.inputs, *node.outputs]
-    hidden = [name for name in names if not name.isprintable()]
-    if hidden:  # Half a character, for one, which JSON can hold and a model cannot.
-        raise ArtifactError(f"{path} has the name {hidden[0]!r:.60}.", AGAIN)
     return table
 
 
@@ -151,7 +142,12 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
         raise ArtifactError(f"The kernels are for another model: it has no node {min(missing)!r}.", "Export it again.")
     for node in made.graph.node:
         launches = table.nodes.get(node.name) if node.domain == DOMAIN else None
-        replaced += [node] if launches is None else [_node(launch) for launch in launches]
+        if launches is None:
+            replaced.append(node)
+            continue
+        for launch in launches:
+            names = {"domain": NAMESPACE, "plugin_namespace": NAMESPACE, "plugin_version": "1"}
+            replaced.append(onnx.helper.make_node(launch.launch, launch.inputs, launch.outputs, launch.name, **names))
     _add_float_copies(made, table)
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in replaced]
     del made.graph.node[:]
@@ -159,15 +155,6 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
     drop_unused(made)
     made.opset_import.append(onnx.helper.make_opsetid(NAMESPACE, 1))
     return made
-
-
-def _node(entry: NodeLaunch) -> Any:
-    import onnx
-
-    return onnx.helper.make_node(
-        entry.launch, entry.inputs, entry.outputs, entry.name,
-        domain=NAMESPACE, plugin_namespace=NAMESPACE, plugin_version="1",
-    )  # fmt: skip
 
 
 def _add_float_copies(model: Any, table: KernelTable) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +22,10 @@ from sparsifiner_edge.artifacts import (
     MAX_JSON,
     SCRATCH,
     blocks,
-    leftovers,
     read_json,
     scratches,
     sha256,
+    unlisted_engines,
 )
 from sparsifiner_edge.bundle.manifest import (
     AGAIN,
@@ -40,11 +39,12 @@ from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import (
     io_errors,
     is_locked,
-    lock,
     locked,
     open_regular,
     read_bytes,
+    scratch_beside,
     signals_held,
+    sync,
     write_text,
 )
 from sparsifiner_edge.onnx_file import read_model
@@ -57,7 +57,7 @@ _MAX_LABELS = 1 << 24
 MAX_MODEL = 1 << 31
 """Bytes of an ONNX file, by its format (protobuf)."""
 GOLDEN_FILE = "golden.npz"
-Value = TypeVar("Value")
+_Entry = TypeVar("_Entry")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -141,7 +141,7 @@ class Bundle:
         lines = self.read(LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").split("\n")
         return [shown(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
 
-    def required(self, value: Value | None, name: str) -> Value:
+    def required(self, value: _Entry | None, name: str) -> _Entry:
         """An entry of the manifest that a use needs.
 
         Raises:
@@ -244,26 +244,15 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: the disk refuses.
     """
-    handle, scratch = -1, None
-    try:
-        with io_errors(folder), locked(folder), signals_held():
+    with contextlib.ExitStack() as stack:
+        with io_errors(folder), locked(folder):
             for old in scratches(folder):
                 if not is_locked(old):
                     shutil.rmtree(old, ignore_errors=True)
-            in_use = scratches(folder)
-            for path in leftovers(folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)):
-                if not any(path.is_relative_to(other) for other in in_use):
-                    path.unlink(missing_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
-            handle = os.open(scratch, os.O_RDONLY)
-            lock(handle, wait=True)
+            for path in unlisted_engines(folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA).get("files", ())):
+                path.unlink(missing_ok=True)
+            scratch = stack.enter_context(scratch_beside(folder / SCRATCH, folder=True))
         yield scratch
-    finally:
-        with signals_held():
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
-            if handle >= 0:
-                os.close(handle)
 
 
 def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Manifest], Manifest]) -> None:
@@ -287,8 +276,7 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
         # What this version does not know stays.
         content = json.loads(text) | {"files": kept, "engines": write_record(after.engines)}
         for path in files.values():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
         with signals_held():
             _move_in(folder, files, dump_json(content))
             for name in set(before.files) - set(kept):

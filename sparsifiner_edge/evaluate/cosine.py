@@ -18,7 +18,7 @@ from sparsifiner_edge.evaluate.extract import (
     open_teacher,
     with_roles,
 )
-from sparsifiner_edge.images import load_batch
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
@@ -91,7 +91,7 @@ def _compare(
 ) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {}
     for number, path in enumerate(images):
-        image = load_batch([path], ours.size)
+        image = load_image(path, ours.size)[np.newaxis]
         got, expected = ours.extract(image), teacher.extract(image)
         _require_comparable(got, expected)
         values = {"features_cosine": float(cosine(got["features"], expected["features"]).mean())}

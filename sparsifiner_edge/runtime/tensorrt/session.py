@@ -31,9 +31,9 @@ BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
 _KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
 
 
-def target(backend: str, trt: Any, device: cuda.Device) -> engines.Device:
+def target(backend: str, trt: Any, device: cuda.Device) -> engines.EngineDevice:
     """What an engine must fit to run on a device under the module `trt`."""
-    return engines.Device(backend, str(trt.__version__), device.compute_capability, device.name)
+    return engines.EngineDevice(backend, str(trt.__version__), device.compute_capability, device.name)
 
 
 class EngineSession:
