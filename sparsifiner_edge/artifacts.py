@@ -1,15 +1,17 @@
-"""Students, bundles and packages: folders that pass between steps, known by their files."""
+"""Students, bundles and packages: folders that pass between steps, known by their files; and JSON and TOML in files."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.bounds import flaw
+from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import (
     io_errors,
     is_locked,
@@ -17,6 +19,11 @@ from sparsifiner_edge.files import (
     read_bytes,
     replaced,
 )
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 STUDENT_SCHEMA = 1
 STUDENT_FILE = "config.json"
@@ -30,6 +37,8 @@ MAX_JSON = 1 << 26
 """Bytes of a manifest and the like."""
 MAX_FILE = 1 << 34
 """Bytes of any other file: more than an engine has."""
+MAX_TOML = 1 << 15
+"""Bytes; our largest file has 4,000. Parsing time grows with the square of the parts of a dotted name."""
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
 
 
@@ -61,7 +70,7 @@ def blocks(file: BinaryIO, path: Path, most: int) -> Iterator[bytes]:
 
 
 def read_json(path: Path, schema: int) -> dict[str, Any]:
-    """Read a JSON object that carries `schema_version`: a dict of whatever stands there; see `records.read_record`.
+    """Read a JSON object that carries `schema_version`: a dict of whatever it holds; see `records.read_record`.
 
     Raises:
         ArtifactError: missing, not a regular file, larger than 64 MiB, not JSON, or of a newer schema than `schema`.
@@ -73,7 +82,7 @@ def parse_json(text: bytes, path: Path, schema: int) -> dict[str, Any]:
     """`read_json` of bytes that were read from `path`."""
     try:
         content = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # No UTF-8, no JSON, or a number of more digits than Python takes.
+    except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or a number of more digits than Python takes.
         raise ArtifactError(f"{path} cannot be read: {error}.", "Make it again, or restore it.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
@@ -84,6 +93,48 @@ def parse_json(text: bytes, path: Path, schema: int) -> dict[str, Any]:
             "Upgrade: pip install -U sparsifiner-edge",
         )
     return dict(content)
+
+
+def read_toml(path: Path, fix: str) -> Any:
+    """The content of a TOML file: a dict of whatever it holds; see `records.read_record`.
+
+    Args:
+        path: the file, or a link to it.
+        fix: what to do if it cannot be read, for the message.
+
+    Raises:
+        ConfigError: missing, not a regular file, too large, not UTF-8, or see `parse_toml`.
+    """
+    try:
+        text = read_bytes(path, MAX_TOML).decode("utf-8")
+    except ArtifactError as error:
+        why = error.what.removeprefix(f"{path} ").removeprefix("cannot be read: ")
+        raise ConfigError(f"{path} cannot be read: {why}", fix) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", fix) from error
+    return parse_toml(text, str(path), fix)
+
+
+def parse_toml(text: str, origin: str, fix: str) -> Any:
+    """The content of TOML text; `origin` and `fix` stand in messages.
+
+    Raises:
+        ConfigError: not TOML, a number of thousands of digits, or deep nesting. NaN and infinity are TOML: whoever
+            reads a value checks it.
+    """
+    try:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # Each kind of damage has a ValueError of its own.
+        raise ConfigError(f"{origin} is not TOML: {error}.", fix) from error
+    found = flaw(content, finite=False)
+    if found is not None:
+        raise ConfigError(f"{origin}: {found}.", fix)
+    return content
+
+
+def files_in(folder: Path) -> set[str]:
+    """All files below a folder, and links of any kind."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
 
 
 def kind_of(folder: Path) -> str | None:
@@ -111,7 +162,7 @@ def require_replaceable(folder: Path, kind: str) -> None:
             raise ArtifactError(f"{folder} is not a folder.", "Choose another output.")
         if not folder.exists() or not any(folder.iterdir()):
             return
-        present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+        present = files_in(folder)
         busy = [path for path in scratches(folder) if is_locked(path)]
     if busy:
         raise ArtifactError(f"An engine is being built in {folder}.", "Wait for it, or choose another output folder.")
@@ -143,7 +194,7 @@ def _own_files(folder: Path, kind: str) -> set[str]:
 
 @contextlib.contextmanager
 def new_folder(target: Path, kind: str) -> Iterator[Path]:
-    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it vanishes.
+    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it is removed.
 
     Raises:
         ArtifactError: `target` is not replaceable (see `require_replaceable`), or the disk refuses.
@@ -161,5 +212,5 @@ def unlisted_engines(folder: Path, known: Container[str]) -> list[Path]:
 
 
 def scratches(folder: Path) -> list[Path]:
-    """Folders of builds in a bundle; a link of such a name is not ours, and leads anywhere."""
+    """Folders of builds in a bundle; a link of such a name is not ours, and may lead anywhere."""
     return [path for path in folder.glob(f".{SCRATCH}.*") if path.is_dir() and not path.is_symlink()]

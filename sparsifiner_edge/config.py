@@ -20,10 +20,10 @@ PRESETS: dict[str, dict[str, float]] = {
 _COUNTS = {"tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1}
 """Whole numbers, and the least value of each."""
 _WEIGHTS = {"value_power": 64.0, "basis_threshold": 1e6}
-"""Numbers from 0 to far beyond what is of use, within what float32 bears."""
+"""Numbers and their upper limits: far beyond useful values, within the range of float32."""
 
 _PRUNING = re.compile(r"([0-9]{1,9})\s*:\s*([0-9]{0,9}\.?[0-9]{1,18}(?:e[+-]?[0-9]{1,2})?)", re.IGNORECASE)
-"""Layer and share: of nine and some digits, so that neither is beyond what Python reads."""
+"""Layer and share, with few enough digits for Python to read."""
 
 
 def _require(condition: bool, what: str, fix: str) -> None:
@@ -63,14 +63,14 @@ class SparsityConfig:
             (Sparsifiner, CVPR 2023), one list per query and nothing else.
         keep: share of the patch keys that each tile of queries reads, in (0, 1]; 1 means dense.
         tile: consecutive queries that share one key list.
-        probe: consecutive queries whose mean asks the predictor; divides `tile`.
+        probe: consecutive queries whose mean is the predictor's query; divides `tile`.
         channels: low-rank width c of the predictor, at most the head dimension.
         cells: background cells R that stand for the keys not selected; 0 for none.
         value_power: weight, in the selection, of how far a key's value lies from its cell's mean.
         dense_layers: indices of layers that keep plain attention.
         token_keep: (layer, share) pairs, layers ascending: after the attention of each such layer only that share of
-            the patch tokens goes on, those that the class token attends to most (EViT, ICLR 2022, section 3).
-        fuse_tokens: what is pruned goes on as one more prefix token, its mean weighted by the same attention.
+            the patch tokens is kept, those that the class token attends to most (EViT, ICLR 2022, section 3).
+        fuse_tokens: merge pruned tokens into one more prefix token, their mean weighted by the same attention.
         landmark_factor: preset "paper": tokens per landmark, n // factor landmarks.
         top_coefficients, basis_threshold: preset "paper": coefficients kept per query, entries of the basis that count.
 
@@ -221,7 +221,7 @@ class SparsityConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            ConfigError: it is no dict, or a field is unknown, of another type or out of range.
+            ConfigError: it is not a dict, or a field is unknown, of another type or out of range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         fix = f"Known fields: {', '.join(known)}."
@@ -231,7 +231,7 @@ class SparsityConfig:
 
 
 def share_of(share: float, count: int) -> int:
-    """How many are kept of `count`, rounded up, at least one."""
+    """How many of `count` are kept, rounded up, at least one."""
     # Rounded first: 0.1 * 1370 is 137.00000000000003 in binary and must not become 138.
     return min(max(1, math.ceil(round(share * count, 9))), count)
 

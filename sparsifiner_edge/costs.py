@@ -62,7 +62,7 @@ class LayerCosts:
     pruning_bytes: int
 
 
-COST_KINDS = ("projections", "predictor", "attention", "cells", "mlp", "pruning")
+MAC_KINDS = ("projections", "predictor", "attention", "cells", "mlp", "pruning")
 
 
 def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]:
@@ -138,7 +138,7 @@ def _landmarks(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
 def summary(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
     """Totals per kind over all layers, as a manifest holds them: `<kind>_macs`, `<kind>_bytes`, totals."""
     layers = layer_costs(shape, sparsity)
-    macs = {f"{kind}_macs": sum(getattr(c, kind) for c in layers) for kind in COST_KINDS}
+    macs = {f"{kind}_macs": sum(getattr(c, kind) for c in layers) for kind in MAC_KINDS}
     macs["embedding_macs"] = shape.patches * 3 * shape.patch * shape.patch * shape.width
-    moved = {f"{kind}_bytes": sum(getattr(c, f"{kind}_bytes") for c in layers) for kind in COST_KINDS}
+    moved = {f"{kind}_bytes": sum(getattr(c, f"{kind}_bytes") for c in layers) for kind in MAC_KINDS}
     return {**macs, "total_macs": sum(macs.values()), **moved, "total_bytes": sum(moved.values())}

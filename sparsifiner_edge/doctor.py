@@ -9,11 +9,11 @@ import re
 
 import msgspec
 
-from sparsifiner_edge import NO_TELEMETRY
 from sparsifiner_edge.camera.confine import Confinement, confinement
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.machine import Environment, Machine, environment, machine, package_version
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime import cuda
 from sparsifiner_edge.runtime.backend import EngineBackend

@@ -45,7 +45,7 @@ def signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def io_errors(path: Path) -> Iterator[None]:
-    """What the disk refuses in the block becomes an `ArtifactError` about `path`."""
+    """Errors of the disk in the block become an `ArtifactError` about `path`."""
     try:
         yield
     except OSError as error:
@@ -55,7 +55,7 @@ def io_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(target: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it vanishes.
+    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it is removed.
 
     What a killed process left of an earlier try is removed.
 
@@ -74,10 +74,10 @@ def replaced(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_file(target: Path) -> Iterator[Path]:
-    """Fill a temporary file beside `target`; on success it takes the place of `target`, on any failure it vanishes.
+    """Fill a temporary file beside `target`; on success it takes the place of `target`, on any failure it is removed.
 
     Args:
-        target: a file's name; a link stays one, and what it names is replaced.
+        target: a file's name; of a link, the file that it names is replaced.
 
     Raises:
         ArtifactError: `target` is a folder or a device, or the disk refuses.
@@ -94,7 +94,7 @@ def replaced_file(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder in the system's place for temporary files; it vanishes, and what killed processes left does, too."""
+    """A folder in the system's place for temporary files; it is removed, as is what killed processes left."""
     place = Path(tempfile.gettempdir()) / f"sparsifiner-edge-{os.getuid()}"
     with contextlib.ExitStack() as stack:
         with io_errors(place):
@@ -146,7 +146,7 @@ def lock(handle: int, wait: bool = False) -> bool:
     """Lock an open file or folder until it is closed, by whatever way this process ends.
 
     Args:
-        handle: its descriptor. wait: until whoever has it lets go.
+        handle: its descriptor. wait: until its present holder releases it.
 
     Returns:
         Whether it is ours now. A disk without locks gives every one.
@@ -228,7 +228,7 @@ def require_file_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, open for reading; nothing waits for whoever would write into a pipe, and a device has no end.
+    """A regular file, open for reading: opening a pipe would block, and a device may have no end.
 
     Args:
         path: the file, or a link to it.
@@ -259,7 +259,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         ArtifactError: see `open_regular`; or it is larger.
     """
     with open_regular(path) as file:
-        # Python makes room for what it is asked to read, so that is never the limit itself.
+        # Python allocates as much as it is asked to read, so the limit itself is never asked for.
         content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
         while len(content) <= most and (more := file.read(1 << 20)):
             content += more

@@ -63,7 +63,7 @@ def class_order(folders: Iterable[str], labels: Sequence[str]) -> tuple[str, ...
     if not labels or len(unknown) == len(names):
         return tuple(names)
     if unknown:
-        raise ConfigError(f"{unknown[0]!r} is no class of the classifier.", f"Its classes: {', '.join(labels)}.")
+        raise ConfigError(f"{unknown[0]!r} is not a class of the classifier.", f"Its classes: {', '.join(labels)}.")
     return tuple(labels)
 
 
@@ -121,7 +121,7 @@ def _decoded(file: BinaryIO, name: str, use: Callable[[Any], Any]) -> Any:
     image_module = _pillow()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of palettes with transparency, which is dropped
+            warnings.simplefilter("ignore", UserWarning)  # about palettes with transparency, which is dropped
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
             with image_module.open(file, formats=_FORMATS) as image:
                 return use(image)

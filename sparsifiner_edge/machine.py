@@ -32,7 +32,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """Python, the packages that a measurement depends on, and the variables that steer threads and devices."""
+    """Python, the packages that a measurement depends on, and the variables that control threads and devices."""
 
     python: str
     packages: dict[str, str | Unavailable]
@@ -72,7 +72,7 @@ def machine(root: Path = Path("/")) -> Machine:
     """This machine.
 
     Args:
-        root: where `proc` and `sys` are; tests give a made-up tree.
+        root: where `proc` and `sys` are; tests give another tree.
     """
     system = re.search(r'^PRETTY_NAME="?([^"\n]+)', _read(root / "etc/os-release") or "", re.MULTILINE)
     return Machine(

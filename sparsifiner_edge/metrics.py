@@ -67,14 +67,14 @@ OTHER_TOKENS = 0.02
 
 
 def aligned(got: Mapping[str, Array], expected: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
-    """Outputs of a model that prunes tokens, its patches in the places of another's.
+    """Outputs of a model that prunes tokens, with its patches at another's positions.
 
     Args:
         got, expected: outputs by name.
 
     Returns:
         `got` without positions, where a patch that only `expected` kept is that of `expected`; and the number of those.
-        Other outputs, and those of models that prune nothing, are as they were.
+        Other outputs, and those of models that do not prune, are unchanged.
     """
     outputs = {name: value for name, value in got.items() if name != POSITIONS}
     if POSITIONS not in got or POSITIONS not in expected:

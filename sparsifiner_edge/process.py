@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge import NO_TELEMETRY
+from sparsifiner_edge.quiet import NO_TELEMETRY
 
 _SOURCE = str(Path(__file__).resolve().parents[1])
 _MOST_FILES = 4096
@@ -43,7 +43,7 @@ _BECOME = (
 
 
 def start_python(module: str, environment: Mapping[str, str] | None = None, **pipes: Any) -> subprocess.Popen[bytes]:
-    """`python -m module`, as a session of its own: Ctrl-C is for whoever started it, who then ends it.
+    """`python -m module`, as a session of its own: Ctrl-C reaches only its parent, which then ends it.
 
     Args:
         module: one of this package's.
@@ -60,8 +60,8 @@ def start_python(module: str, environment: Mapping[str, str] | None = None, **pi
 def start_program(command: Sequence[str], **pipes: Any) -> subprocess.Popen[bytes]:
     """A program that is not Python, in the session and the folder of this process.
 
-    Python starts first, without any file but its own, and becomes the program: what it asks of the kernel stays. (Code
-    between fork and exec, which `subprocess` offers, is not safe where there are threads.)
+    Python starts first, without site packages, and execs the program, which inherits the parent-death signal. (Code
+    between fork and exec, which `subprocess` offers, is not safe with threads.)
 
     Args:
         command: program and arguments; no shell reads them.

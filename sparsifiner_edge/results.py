@@ -93,7 +93,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Declared(Result, frozen=True):
-    """A result all of which is declared, by the class of its kind."""
+    """A result whose fields are all declared, by the class of its kind."""
 
     machine: Machine = msgspec.field(default_factory=machine)
     environment: Environment = msgspec.field(default_factory=environment)
@@ -168,8 +168,8 @@ def read_result(path: Path, form: type[Result] = Result) -> Result:
 
     Args:
         path: a file of `write_result`.
-        form: `Result` reads the head, and leaves the rest as it is: a file may be of another version, or of a
-            benchmark. The class of a kind reads all of it.
+        form: `Result` checks the head, and takes the rest as it is: a file may be of another version, or of a
+            benchmark. The class of a kind checks all of it.
 
     Raises:
         ArtifactError: missing, not a regular file, not JSON, of a newer schema, or see `check_result`.

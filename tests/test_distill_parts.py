@@ -99,7 +99,7 @@ def test_classes_of_a_data_set_are_numbered_as_the_classifier_numbers_them(folde
         items = [Drawn(source, transform, 0, 2).item(number) for number in range(12)]
         assert [first in Path(name).parts for _, _, name, _ in items] == [label == 0 for _, label, _, _ in items]
         assert folder_source(data, 2, labelled=True, held_out=folder, classifier=labels).classes[0] == first
-    with pytest.raises(ConfigError, match="'class10' is no class of the classifier"):
+    with pytest.raises(ConfigError, match="'class10' is not a class of the classifier"):
         timm_source("folder", data, 2, labelled=True, held_out=folder, classifier=("class2", "class3"))
 
 

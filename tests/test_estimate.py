@@ -17,7 +17,7 @@ from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.bundle.kernels import table_file
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import COST_KINDS, ModelShape, summary
+from sparsifiner_edge.costs import MAC_KINDS, ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board, load_board
@@ -322,4 +322,4 @@ def test_memory_on_a_cpu_is_what_was_recorded(folder: str) -> None:
 
 def test_kinds_are_those_of_the_costs() -> None:
     pruned = SparsityConfig(keep=0.2, token_keep=((2, 0.5),))
-    assert {o.kind for o in roofline.operators(Workload(VIT_S, pruned))} == {*COST_KINDS, "embedding"}
+    assert {o.kind for o in roofline.operators(Workload(VIT_S, pruned))} == {*MAC_KINDS, "embedding"}

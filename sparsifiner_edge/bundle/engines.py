@@ -57,7 +57,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Details(msgspec.Struct, frozen=True, kw_only=True):
-    """What the builder of an engine says about it, for people; a backend leaves out what it does not know.
+    """What the builder of an engine reports, for people; a backend leaves out what it does not know.
 
     Attributes:
         layers: of the network as parsed. warnings: the first ten.
@@ -200,7 +200,7 @@ def fitting_engine(engines: Sequence[Engine], device: EngineDevice, folder: Path
         folder: the bundle, for messages.
 
     Raises:
-        BackendError: there is none; the message says what each one lacks and which command builds one.
+        BackendError: no engine runs there; the message says why not, and which command builds one.
     """
     own = [e for e in engines if e.backend == device.backend]
     for engine in reversed(own):

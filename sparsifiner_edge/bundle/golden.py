@@ -53,7 +53,7 @@ def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float
     outputs = session.infer(inputs)
     if POSITIONS in expected:
         if POSITIONS not in outputs or outputs[POSITIONS].shape != expected[POSITIONS].shape:
-            raise GateError(f"Output {POSITIONS!r} is missing or of another shape.", "Export it again.")
+            raise GateError(f"Output {POSITIONS!r} is missing or has another shape.", "Export it again.")
         outputs, missing = aligned(outputs, expected)
         total = expected.pop(POSITIONS).size
         if missing > OTHER_TOKENS * total:

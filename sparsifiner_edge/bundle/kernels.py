@@ -30,8 +30,8 @@ DType = Literal["float32", "float16", "bfloat16", "int32"]
 """Types of tensors that launches take."""
 _Size = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
 _Bytes = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
-_Name = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
-"""Of a parameter, or of a launch: a file and a plugin are called so."""
+_Parameter = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class LaunchTensor(Struct, frozen=True):
@@ -56,8 +56,8 @@ class CompiledLaunch(Struct, frozen=True, kw_only=True):
     grid: tuple[_Size, _Size]
     threads: _Size
     shared_bytes: _Bytes = field(name="shared")
-    inputs: tuple[_Name, ...]
-    outputs: tuple[_Name, ...]
+    inputs: tuple[_Parameter, ...]
+    outputs: tuple[_Parameter, ...]
     tensors: dict[str, LaunchTensor]
     registers: int | None = None
     spilled_bytes: int | None = field(name="spilled", default=None)
@@ -77,13 +77,13 @@ class KernelTable(Struct, frozen=True, kw_only=True):
 
     Attributes:
         launches: by name. nodes: name of a node that they replace -> its launches, in order.
-        float32: name of a weight that launches want in float32 -> the model's own, of another type.
+        float32: name of a weight that launches read as float32 -> the model's own, of another type.
         triton, assembler, ptx_version: what made the code.
     """
 
     schema_version: int = KERNELS_SCHEMA
     compute_capability: str | None = None
-    launches: dict[_Name, CompiledLaunch]
+    launches: dict[str, CompiledLaunch]
     nodes: dict[str, tuple[NodeLaunch, ...]]
     float32: dict[str, str] = {}
     triton: str | None = None
@@ -114,12 +114,19 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
     content = parse_json(bundle.read(name, MAX_JSON), path, KERNELS_SCHEMA)
     table = read_record(content, KernelTable, path, AGAIN)
     for name, launch in table.launches.items():
+        if not _NAME.fullmatch(name):  # It becomes the name of a file and of a plugin.
+            raise ArtifactError(f"{path} names a launch {name!r:.60}.", AGAIN)
         unknown = {*launch.inputs, *launch.outputs} - launch.tensors.keys()
         if unknown:
             raise ArtifactError(f"{path}: {name} does not describe its tensor {min(unknown)!r:.60}.", AGAIN)
+    names = [*table.float32, *table.float32.values()]
     for node in (node for nodes in table.nodes.values() for node in nodes):
         if node.launch not in table.launches:
             raise ArtifactError(f"{path} has no launch {node.launch!r:.60}.", AGAIN)
+        names += [node.name, *node.inputs, *node.outputs]
+    hidden = [name for name in names if not name.isprintable()]
+    if hidden:  # Half a character, for one, which JSON can hold and a model cannot.
+        raise ArtifactError(f"{path} has the name {hidden[0]!r:.60}.", AGAIN)
     return table
 
 
@@ -172,14 +179,14 @@ def _add_float_copies(model: Any, table: KernelTable) -> None:
 
 
 def plain_ptx(ptx: str) -> str:
-    """PTX without what is for debuggers: it names files of the machine that compiled it."""
+    """PTX without debugging information, which names files of the machine that compiled it."""
     ptx = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{.*?\}\s*$", "", ptx, flags=re.MULTILINE | re.DOTALL)
     kept = [line for line in ptx.splitlines() if not re.match(r"\s*\.(loc|file)\s", line)]
     return "\n".join(kept).rstrip() + "\n"
 
 
 def ordered_ptx(ptx: str, symbol: str, order: Sequence[int]) -> str:
-    """PTX whose kernel takes its parameters in another order, and not at all those that `order` leaves out.
+    """PTX whose kernel takes its parameters in another order, without those that `order` leaves out.
 
     The body names parameters, so only their declarations move. TensorRT passes inputs, then outputs, and nothing else;
     a compiler's own parameters at the end, which no instruction reads, must go.
@@ -188,7 +195,7 @@ def ordered_ptx(ptx: str, symbol: str, order: Sequence[int]) -> str:
         order: numbers of the parameters that stay, from 0.
 
     Raises:
-        ArtifactError: there is no such kernel, or one that goes is read.
+        ArtifactError: there is no such kernel, or it reads a parameter that is left out.
     """
     head = re.compile(rf"(\.entry\s+{re.escape(symbol)}\s*\()([^)]*)(\))")
     match = head.search(ptx)

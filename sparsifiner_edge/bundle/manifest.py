@@ -124,7 +124,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     """The manifest in bytes that were read from `path`.
 
     Raises:
-        ArtifactError: it is no manifest of a bundle, of a newer schema, or a field is of another type, NaN or infinite.
+        ArtifactError: it is not a bundle's manifest, of a newer schema, or a field is mistyped, NaN or infinite.
     """
     content = parse_json(text, path, BUNDLE_SCHEMA)
     files = content.get("files")

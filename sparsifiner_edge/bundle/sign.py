@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, read_json
-from sparsifiner_edge.bundle.store import Bundle, check_bundle, read_manifest
+from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, files_in, read_json
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, MissingExtraError
 from sparsifiner_edge.files import io_errors, read_bytes, write_text
 from sparsifiner_edge.records import read_record, write_record
@@ -91,7 +91,7 @@ def fingerprint_of(public_key: Path) -> str:
     """The fingerprint of a public key's file.
 
     Raises:
-        ArtifactError: it is no Ed25519 public key.
+        ArtifactError: it is not an Ed25519 public key.
         MissingExtraError: `cryptography` is not installed.
     """
     return fingerprint(_read_key(public_key, private=False))
@@ -112,9 +112,9 @@ def sign_bundle(folder: Path, key: Path) -> Signature:
         MissingExtraError: `cryptography` is not installed.
     """
     private = _read_key(key, private=True)
-    bundle, text = _read_whole(folder)
+    bundle = _open_whole(folder)
     bundle.model()  # One that names other files would run with whatever lies there.
-    encoded = base64.b64encode(private.sign(_CONTEXT + text)).decode()
+    encoded = base64.b64encode(private.sign(_CONTEXT + bundle.text)).decode()
     made = Signature(algorithm="ed25519", key=fingerprint(private.public_key()), signature=encoded)
     write_text(folder / SIGNATURE_FILE, dump_json(write_record(made)))
     return made
@@ -133,7 +133,7 @@ def read_signature(folder: Path) -> Signature | None:
 
 
 def require_signature(folder: Path, public_key: Path) -> Bundle:
-    """A bundle that the holder of a key signed, as it is: every file, and no other.
+    """A bundle that the holder of a key signed: every file in it, and no other.
 
     Its manifest was parsed from the bytes that were signed: read its files by `Bundle.read`, and nothing that anyone
     writes into the folder meanwhile is used.
@@ -153,8 +153,8 @@ def require_signature(folder: Path, public_key: Path) -> Bundle:
             f"{folder} is not signed.",
             f"Do not use it, or sign it: sparsifiner-edge bundle sign {folder} --key KEY.pem",
         )
-    bundle, text = _read_whole(folder)
-    if not _fits(public, signature.signature, text):
+    bundle = _open_whole(folder)
+    if not _fits(public, signature.signature, bundle.text):
         why = "was changed after it was signed; building an engine changes it too"
         if signature.key != fingerprint(public):
             why = f"is signed by another key ({signature.key[:16]}, wanted {fingerprint(public)[:16]})"
@@ -172,26 +172,23 @@ def _fits(public: Any, encoded: str, text: bytes) -> bool:
     return True
 
 
-def _read_whole(folder: Path) -> tuple[Bundle, bytes]:
-    """A checked bundle and its manifest's bytes.
+def _open_whole(folder: Path) -> Bundle:
+    """A checked bundle.
 
     Raises:
         ArtifactError: not a bundle, altered, or with files that the manifest does not list: some are code.
     """
-    text = read_manifest(folder)
-    bundle = check_bundle(folder, text)
+    bundle = open_bundle(folder)
     extra = unlisted_files(bundle)
     if extra:
         raise ArtifactError(f"{folder} also holds {extra[0]}, which its manifest does not list.", "Remove that file.")
-    return bundle, text
+    return bundle
 
 
 def unlisted_files(bundle: Bundle) -> list[str]:
     """Files of a bundle's folder that its manifest does not list; the signature is one only as a link."""
-    folder = bundle.folder
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
-    own = {name for name in (BUNDLE_FILE, SIGNATURE_FILE) if not (folder / name).is_symlink()}
-    return sorted(present - own - set(bundle.manifest.files))
+    own = {name for name in (BUNDLE_FILE, SIGNATURE_FILE) if not (bundle.folder / name).is_symlink()}
+    return sorted(files_in(bundle.folder) - own - set(bundle.manifest.files))
 
 
 def _read_key(path: Path, private: bool) -> Any:
@@ -205,10 +202,10 @@ def _read_key(path: Path, private: bool) -> Any:
             key, kind = serialization.load_pem_public_key(content), ed25519.Ed25519PublicKey
     except Exception as error:  # Damaged, with a password, or of an algorithm that cryptography does not know.
         raise ArtifactError(
-            f"{path} is no {'private key without password' if private else 'public key'}.", fix
+            f"{path} is not a {'private key without password' if private else 'public key'}.", fix
         ) from error
     if not isinstance(key, kind):
-        raise ArtifactError(f"{path} is no Ed25519 key.", fix)
+        raise ArtifactError(f"{path} is not an Ed25519 key.", fix)
     return key
 
 

@@ -68,15 +68,17 @@ class Bundle:
     Attributes:
         folder: as given; messages name it.
         manifest: made of the very bytes that were checked, the signature included where one is required.
+        text: those bytes.
     """
 
     folder: Path
     manifest: Manifest
+    text: bytes = dataclasses.field(default=b"", kw_only=True)
 
     def read(self, name: str, most: int = MAX_FILE) -> bytes:
         """The content of one of its files: these very bytes have the hash that the manifest says.
 
-        Whoever swaps the file after it was checked reaches nothing: use what this returns, never the path.
+        Swapping the file after it was checked has no effect: use what this returns, never the path.
 
         Args:
             name: as in the manifest's `files`.
@@ -95,7 +97,7 @@ class Bundle:
     def sealed_copy(self, name: str) -> Iterator[str]:
         """A path to a copy of one of its files, in memory: it has the manifest's hash, and nobody can change it.
 
-        For libraries that read a file: given bytes they would hold them beside what they make of them.
+        For libraries that read files: given bytes, they would keep them in memory beside what they load.
 
         Raises:
             ArtifactError: see `read`; or there is no memory for it.
@@ -126,12 +128,12 @@ class Bundle:
         """Its `onnx.ModelProto`.
 
         Raises:
-            ArtifactError: its file is none, was altered, or needs another file.
+            ArtifactError: its file is not an ONNX file, was altered, or needs another file.
         """
         return read_model(self.read(MODEL_FILE), self.folder / MODEL_FILE)
 
     def labels(self) -> list[str]:
-        """Its labels, made harmless (`text.shown`); a file that the manifest does not name is none.
+        """Its labels, made harmless (`text.shown`); none where the manifest lists no such file.
 
         Raises:
             ArtifactError: the file was altered, or is too large to be labels.
@@ -142,10 +144,10 @@ class Bundle:
         return [shown(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
 
     def required(self, value: _Entry | None, name: str) -> _Entry:
-        """An entry of the manifest that a use needs.
+        """An entry of the manifest that the caller requires.
 
         Raises:
-            ArtifactError: there is none.
+            ArtifactError: it is missing.
         """
         if value is None:
             raise ArtifactError(f"{self.folder}: {name} is missing.", AGAIN)
@@ -162,7 +164,7 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """Its own word for it, such as "fp16"."""
+        """Such as "fp16"."""
         return self.manifest.precision or "fp32"
 
     def subject(self, role: str | None = None) -> Subject:
@@ -174,32 +176,28 @@ class Bundle:
 def open_bundle(folder: Path) -> Bundle:
     """A bundle whose files all match their hashes.
 
-    What is used of those files later is read by `Bundle.read`, which holds the very bytes against the hash again.
+    Those files are read later by `Bundle.read`, which checks the very bytes against the hash again.
 
     Raises:
         ArtifactError: not a bundle, newer schema, a file missing, altered, or outside the folder.
     """
-    return check_bundle(folder, read_manifest(folder))
+    text = read_manifest(folder)
+    bundle = Bundle(folder, parse_manifest(text, folder / BUNDLE_FILE), text=text)
+    for name, digest in bundle.manifest.files.items():
+        if sha256(_place(folder, name)) != digest:
+            raise _altered(folder / name)
+    return bundle
 
 
 def read_manifest(folder: Path) -> bytes:
     """The bytes of a bundle's manifest.
 
     Raises:
-        ArtifactError: `folder` is none, or the manifest cannot be read.
+        ArtifactError: `folder` is not a folder, or the manifest cannot be read.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
     return read_bytes(folder / BUNDLE_FILE, MAX_JSON)
-
-
-def check_bundle(folder: Path, text: bytes) -> Bundle:
-    """See `open_bundle`; `text` is what was read of the manifest."""
-    bundle = Bundle(folder, parse_manifest(text, folder / BUNDLE_FILE))
-    for name, digest in bundle.manifest.files.items():
-        if sha256(_place(folder, name)) != digest:
-            raise _altered(folder / name)
-    return bundle
 
 
 def _place(folder: Path, name: str) -> Path:
@@ -239,7 +237,7 @@ def seal_bundle(folder: Path, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def bundle_scratch(folder: Path) -> Iterator[Path]:
-    """A folder in a bundle for files that are being made; it vanishes with the block, as does what killed builds left.
+    """A folder in a bundle for files that are being made; it is removed after the block, as is what killed builds left.
 
     Raises:
         ArtifactError: the disk refuses.
@@ -256,11 +254,11 @@ def bundle_scratch(folder: Path) -> Iterator[Path]:
 
 
 def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Manifest], Manifest]) -> None:
-    """Move files into a bundle and replace its manifest: both or neither. Files that nothing lists any more vanish.
+    """Move files into a bundle and replace its manifest: both or neither. Files that are no longer listed are removed.
 
     Args:
         files: place in the bundle -> where the file is now, on the same file system; places must be new.
-        change: manifest as it now stands -> as it shall be; its `files` name what is kept, their hashes are its own,
+        change: present manifest -> new manifest; its `files` name what is kept, their hashes are its own,
             those of the new files are added here.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Is a bundle whole, does its manifest say what its model is, and does it answer as it did?"""
+"""Is a bundle whole, does its manifest match its model, and does the golden pair pass?"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from msgspec import Struct
 from sparsifiner_edge.bundle.engines import Engine
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.bundle.sign import fingerprint_of, read_signature, require_signature, unlisted_files
-from sparsifiner_edge.bundle.store import LABELS_FILE, Bundle, check_bundle, read_manifest
+from sparsifiner_edge.bundle.store import LABELS_FILE, Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.schema import DOMAIN
@@ -42,13 +42,12 @@ def run_checks(folder: Path, golden: Callable[[Bundle], str], public_key: Path |
     Args:
         folder: made by `sparsifiner-edge export`.
         golden: runs the golden pair, given the checked bundle, and says how far it is off.
-        public_key: of whoever must have signed it.
+        public_key: the bundle must be signed by its holder.
 
     Raises:
         ArtifactError, MissingExtraError: as there.
     """
-    text = read_manifest(folder)
-    bundle = check_bundle(folder, text)
+    bundle = open_bundle(folder)
     model = bundle.model()
     checks: dict[str, Callable[[], str]] = {
         "files": lambda: _files(bundle),
@@ -57,16 +56,16 @@ def run_checks(folder: Path, golden: Callable[[Bundle], str], public_key: Path |
         "inputs, outputs": lambda: _interface(bundle.manifest, model.graph),
         "operators": lambda: _operators(bundle.manifest.ops, model),
         "metadata": lambda: _metadata(bundle, model),
-        "engines": lambda: _engines(bundle.manifest.engines),
+        "engines": lambda: ", ".join(map(_engine, bundle.manifest.engines)) or "none",
         "golden pair": lambda: golden(bundle),
     }
     results: list[CheckResult] = []
     for name, check in checks.items():
         results.append(_run(name, check))
         if name in ("signature", "model") and not results[-1].passed:
-            break  # What nobody vouches for is not run, and what is no model is not looked into.
+            break  # An unsigned bundle is not run, and an invalid model is not examined further.
     passed = all(result.passed for result in results)
-    return Verification(str(folder), hashlib.sha256(text).hexdigest(), passed, tuple(results))
+    return Verification(str(folder), hashlib.sha256(bundle.text).hexdigest(), passed, tuple(results))
 
 
 def _run(name: str, check: Callable[[], str]) -> CheckResult:
@@ -74,7 +73,7 @@ def _run(name: str, check: Callable[[], str]) -> CheckResult:
         return CheckResult(name, True, check())
     except GateError as error:
         return CheckResult(name, False, error.what)
-    except (KeyError, IndexError, ValueError, TypeError) as error:  # A form that no export of ours has.
+    except (KeyError, IndexError, ValueError, TypeError) as error:  # A form that export does not write.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return CheckResult(name, False, f"cannot be checked: {reason}")
 
@@ -135,7 +134,7 @@ def _tensor(value: Any) -> TensorSpec:
 
 
 def _operators(stated: dict[str, int], model: Any) -> str:
-    """Operators of ours: those in the manifest are those in the file, each with its body."""
+    """The operators in the manifest are those in the file, each with its body."""
     used = {f"{DOMAIN}::{node.op_type}" for node in all_nodes(model) if node.domain == DOMAIN}
     bodies = {f"{function.domain}::{function.name}" for function in model.functions}
     versions = {entry.version for entry in model.opset_import if entry.domain == DOMAIN}
@@ -154,7 +153,8 @@ def _metadata(bundle: Bundle, model: Any) -> str:
         raise GateError(f"no entry for {', '.join(lacking)}: GStreamer's onnxinference refuses the file")
     if entries.get("name") != bundle.manifest.name:
         raise GateError(f"name {entries.get('name')!r}, the manifest says {bundle.manifest.name!r}")
-    classes = _classes(model.graph.output)
+    shapes = {output.name: output.type.tensor_type.shape for output in model.graph.output}
+    classes = shapes["logits"].dim[-1].dim_value if "logits" in shapes else 0
     labels = bundle.labels()
     stated = entries["classes"].splitlines() if entries.get("classes") else []
     if labels and (labels != stated or len(labels) != classes):
@@ -162,9 +162,5 @@ def _metadata(bundle: Bundle, model: Any) -> str:
     return f"an id for each output; {len(stated) or 'no'} classes"
 
 
-def _classes(outputs: Iterable[Any]) -> int:
-    return next((o.type.tensor_type.shape.dim[-1].dim_value for o in outputs if o.name == "logits"), 0)
-
-
-def _engines(engines: Iterable[Engine]) -> str:
-    return ", ".join(f"{e.backend} {e.version} for {e.compute_capability}" for e in engines) or "none"
+def _engine(engine: Engine) -> str:
+    return f"{engine.backend} {engine.version} for {engine.compute_capability}"

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from sparsifiner_edge.bundle.entries import Choice, Measured
+from sparsifiner_edge.bundle.entries import LayerChoice, Measured
 from sparsifiner_edge.export.graph import IR_VERSION
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
@@ -43,7 +43,7 @@ def keep_dense_where_slower(model: Any) -> Measured:
         slower = sparse > dense
         for _, layer in members if slower else ():
             restore_dense(layer)
-        choices.append(Choice(tuple(number for number, _ in members), sparse, dense, slower))
+        choices.append(LayerChoice(tuple(number for number, _ in members), sparse, dense, slower))
     kernels = described(NATIVE.operators, native_library("auto") is not None)
     return Measured(kernels, tuple(choices), len(sparse_layers(model)))
 

@@ -183,7 +183,7 @@ def test_signatures(
     assert call(capsys, "bundle", "sign", folder, "--key", key).code == 0
     assert call(capsys, *verify).code == 0
     assert "not checked without --public-key" in call(capsys, "bundle", "verify", folder, "--json").out
-    assert_refused(call(capsys, *verify[:-1], key), "is no public key")
+    assert_refused(call(capsys, *verify[:-1], key), "is not a public key")
 
 
 def test_unusable_bundles_are_no_failed_checks(
@@ -202,5 +202,5 @@ def test_a_file_that_is_no_model(
     folder = altered(tiny_bundle)
     (folder / "model.onnx").write_bytes(b"\xff" * 100)
     reseal(folder)
-    assert_refused(call(capsys, "bundle", "verify", folder), "is no ONNX file")
+    assert_refused(call(capsys, "bundle", "verify", folder), "is not an ONNX file")
     assert_refused(call(capsys, "package", folder, "--for", "deepstream", "-o", folder.parent / "out"))
