@@ -42,31 +42,22 @@ MAX_TOML = 1 << 15
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a regular file, in hexadecimal.
+def sha256(path: Path, copy: BinaryIO | None = None) -> str:
+    """SHA-256 of a regular file, in hexadecimal; its content is written to `copy`, too.
 
     Raises:
-        ArtifactError: see `files.open_regular`.
+        ArtifactError: see `files.open_regular`; or it has more than `MAX_FILE` bytes.
     """
-    digest = hashlib.sha256()
+    digest, left = hashlib.sha256(), MAX_FILE
     with open_regular(path) as file:
-        for block in blocks(file, path, MAX_FILE):
+        while block := file.read(1 << 20):
+            left -= len(block)
+            if left < 0:
+                raise ArtifactError(f"{path} has more than {MAX_FILE} bytes.", "Do not use it.")
             digest.update(block)
+            if copy is not None:
+                copy.write(block)
     return digest.hexdigest()
-
-
-def blocks(file: BinaryIO, path: Path, most: int) -> Iterator[bytes]:
-    """A file's content, piece by piece.
-
-    Raises:
-        ArtifactError: it has more bytes.
-    """
-    left = most
-    while block := file.read(1 << 20):
-        left -= len(block)
-        if left < 0:
-            raise ArtifactError(f"{path} has more than {most} bytes.", "Do not use it.")
-        yield block
 
 
 def read_json(path: Path, schema: int) -> dict[str, Any]:

@@ -42,21 +42,23 @@ class Agreement:
 
 
 def agreement(got: Array, expected: Array, tolerance: float) -> Agreement:
-    """Compare two arrays of one shape; a difference that is NaN counts as infinite."""
+    """Compare two arrays of one shape; a difference that is NaN or infinite counts as infinite."""
     a, b = got.astype(np.float64), expected.astype(np.float64)
     scale = float(np.ptp(b)) or float(np.abs(b).max()) or 1.0
-    difference = np.nan_to_num(np.abs(a - b), nan=np.inf, posinf=np.inf)
-    worst = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
-    cosines = np.nan_to_num(cosine(a, b), nan=-1.0)
+    difference = np.abs(a - b)
+    relative = np.where(np.isfinite(difference / scale), difference / scale, np.inf)
+    worst = tuple(int(i) for i in np.unravel_index(int(relative.argmax()), relative.shape))
+    with np.errstate(invalid="ignore"):
+        cosines = np.nan_to_num(cosine(a, b), nan=-1.0)
     return Agreement(
         difference=float(difference[worst]),
-        error=float(difference[worst]) / scale,
+        error=float(relative[worst]),
         cosine=float(cosines.min()),
         mean=float(cosines.mean()),
         worst=worst,
         got=float(a[worst]),
         expected=float(b[worst]),
-        beyond=float((difference / scale > tolerance).mean()),
+        beyond=float((relative > tolerance).mean()),
     )
 
 

@@ -21,7 +21,6 @@ from sparsifiner_edge.artifacts import (
     MAX_FILE,
     MAX_JSON,
     SCRATCH,
-    blocks,
     read_json,
     scratches,
     sha256,
@@ -40,7 +39,6 @@ from sparsifiner_edge.files import (
     io_errors,
     is_locked,
     locked,
-    open_regular,
     read_bytes,
     scratch_beside,
     signals_held,
@@ -54,8 +52,6 @@ from sparsifiner_edge.text import dump_json, shown
 
 LABELS_FILE = "labels.txt"
 _MAX_LABELS = 1 << 24
-MAX_MODEL = 1 << 31
-"""Bytes of an ONNX file, by its format (protobuf)."""
 GOLDEN_FILE = "golden.npz"
 _Entry = TypeVar("_Entry")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -87,10 +83,8 @@ class Bundle:
         Raises:
             ArtifactError: the manifest does not list it; it is missing, altered, larger, or outside the folder.
         """
-        expected = self._expected(name)
-        content = read_bytes(_place(self.folder, name), most)
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise _altered(self.folder / name)
+        content = read_bytes(self.path(name), most)
+        self.require_hash(name, hashlib.sha256(content).hexdigest())
         return content
 
     @contextlib.contextmanager
@@ -102,27 +96,41 @@ class Bundle:
         Raises:
             ArtifactError: see `read`; or there is no memory for it.
         """
-        expected = self._expected(name)
-        digest = hashlib.sha256()
-        with contextlib.ExitStack() as stack:
-            with open_regular(_place(self.folder, name)) as file:
-                handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-                copy = stack.enter_context(os.fdopen(handle, "wb"))
-                for block in blocks(file, self.folder / name, MAX_MODEL):
-                    digest.update(block)
-                    copy.write(block)
-                copy.flush()
-            if digest.hexdigest() != expected:
-                raise _altered(self.folder / name)
+        handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with os.fdopen(handle, "wb") as copy:
+            self.require_hash(name, sha256(self.path(name), copy))
+            copy.flush()
             fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _SEALS)
             yield f"/proc/self/fd/{handle}"
 
-    def _expected(self, name: str) -> str:
-        """The hash of a file by the manifest."""
-        expected = self.manifest.files.get(name)
-        if expected is None:
+    def path(self, name: str) -> Path:
+        """Where one of its files is; read it by `read`.
+
+        Raises:
+            ArtifactError: the manifest does not list it; it is missing, or outside the folder.
+        """
+        if name not in self.manifest.files:
             raise ArtifactError(f"{self.folder} has no {name}.", AGAIN)
-        return expected
+        path = self.folder / name
+        try:
+            inside = "\0" not in name and path.resolve().is_relative_to(self.folder.resolve())
+            there = inside and path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, invalid names.
+            raise ArtifactError(f"{self.folder} cannot be read: {error}.", "Do not use this bundle.") from error
+        if not inside:
+            raise ArtifactError(f"{self.folder} names the file {name!r} outside itself.", "Do not use this bundle.")
+        if not there:
+            raise ArtifactError(f"{path} is missing.", AGAIN)
+        return path
+
+    def require_hash(self, name: str, digest: str) -> None:
+        """Refuse content whose SHA-256 is not the manifest's.
+
+        Raises:
+            ArtifactError: it is not.
+        """
+        if digest != self.manifest.files[name]:
+            raise ArtifactError(f"{self.folder / name} does not match its SHA-256 in the manifest.", AGAIN)
 
     def model(self) -> Any:
         """Its `onnx.ModelProto`.
@@ -183,9 +191,8 @@ def open_bundle(folder: Path) -> Bundle:
     """
     text = read_manifest(folder)
     bundle = Bundle(folder, parse_manifest(text, folder / BUNDLE_FILE), text=text)
-    for name, digest in bundle.manifest.files.items():
-        if sha256(_place(folder, name)) != digest:
-            raise _altered(folder / name)
+    for name in bundle.manifest.files:
+        bundle.require_hash(name, sha256(bundle.path(name)))
     return bundle
 
 
@@ -198,29 +205,6 @@ def read_manifest(folder: Path) -> bytes:
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
     return read_bytes(folder / BUNDLE_FILE, MAX_JSON)
-
-
-def _place(folder: Path, name: str) -> Path:
-    """Where a file of a bundle is.
-
-    Raises:
-        ArtifactError: it is missing, or outside the folder.
-    """
-    path = folder / name
-    try:
-        inside = "\0" not in name and path.resolve().is_relative_to(folder.resolve())
-        there = inside and path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, what no system takes.
-        raise ArtifactError(f"{folder} cannot be read: {error}.", "Do not use this bundle.") from error
-    if not inside:
-        raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
-    if not there:
-        raise ArtifactError(f"{path} is missing.", AGAIN)
-    return path
-
-
-def _altered(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", AGAIN)
 
 
 def bundle_hash(folder: Path) -> str:
