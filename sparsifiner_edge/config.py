@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sparsifiner_edge.bounds import MOST_COUNT
+from sparsifiner_edge.bounds import MOST_COUNT, is_number
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import read_record, write_record
 
@@ -33,7 +33,9 @@ def _require(condition: bool, what: str, fix: str) -> None:
 
 def _are_layers(layers: Sequence[int]) -> bool:
     """Whether these are distinct indices from 0."""
-    return all(0 <= layer <= MOST_COUNT for layer in layers) and len(set(layers)) == len(layers)
+    return all(isinstance(layer, int) and 0 <= layer <= MOST_COUNT for layer in layers) and len(set(layers)) == len(
+        layers
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +95,18 @@ class SparsityConfig:
     basis_threshold: float = 0.02
 
     def __post_init__(self) -> None:
-        _require(self.preset in PRESETS, f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
+        _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
         fix = "Give the share of keys to read, such as 0.25; 1 means dense."
-        _require(0 < self.keep <= 1, f"keep is {self.keep!r}, outside (0, 1].", fix)
+        _require(is_number(self.keep) and 0 < self.keep <= 1, f"keep is {self.keep!r}, outside (0, 1].", fix)
         for name, least in _COUNTS.items():
             value = getattr(self, name)
-            _require(least <= value <= MOST_COUNT, f"{name} is {value!r}.", f"Give a whole number of at least {least}.")
+            fits = isinstance(value, int) and least <= value <= MOST_COUNT
+            _require(fits, f"{name} is {value!r}.", f"Give a whole number of at least {least}.")
         for name, most in _WEIGHTS.items():
             value = getattr(self, name)
-            _require(0 <= value <= most, f"{name} is {value!r}.", f"Give a number from 0 to {most:g}.")
+            _require(
+                is_number(value) and 0 <= value <= most, f"{name} is {value!r}.", f"Give a number from 0 to {most:g}."
+            )
             object.__setattr__(self, name, float(value))  # An operator's attribute is of one type, as JSON's 7 is not.
         for name, value in PRESETS[self.preset].items():
             _require(
@@ -127,7 +132,7 @@ class SparsityConfig:
         )
         for layer, share in self.token_keep:
             _require(
-                0 < share < 1,
+                is_number(share) and 0 < share < 1,
                 f"token_keep at layer {layer} is {share!r}, outside (0, 1).",
                 "Give the share of patch tokens to keep, such as 0.7.",
             )
