@@ -19,7 +19,7 @@ from sparsifiner_edge import costs as costs_module
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import ModelShape, attention_core, layer_costs
+from sparsifiner_edge.costs import ModelShape, layer_costs
 from sparsifiner_edge.results import Result, Subject, write_result
 
 DEIT_S = ModelShape(depth=12, heads=6, width=384, hidden=1536, prefix=1, patches=196, patch=16)
@@ -50,7 +50,7 @@ def row(name: str, shape: ModelShape, tokens: float, keep: float, published: flo
     sparsity = paper if keep < 1 else SparsityConfig(keep=1, token_keep=pruned)
     costs = layer_costs(shape, sparsity)
     patches = [count for count, _ in sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)][:-1]
-    core = attention_core(costs) / 1e6
+    core = sum(c.attention + c.cells for c in costs) / 1e6
     fitted = sum(FITTED * ((count + 1) / 197) ** 2 for count in patches) / 1e6 if keep < 1 else 0.0
     own = sum(c.predictor for c in costs) / 1e6
     return {

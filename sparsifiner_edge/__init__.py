@@ -32,29 +32,22 @@ if TYPE_CHECKING:
 switch_off_telemetry()
 
 _HOMES = {
-    "SparsityConfig": "config",
-    "SparsifinerError": "errors",
-    "build_engine": "runtime.build",
-    "distill_student": "distill.distill",
-    "evaluate_student": "evaluate.evaluate",
-    "export_bundle": "export.export",
-    "load_student": "sparse.student",
-    "open_session": "runtime",
-    "package_bundle": "package",
-    "profile_bundle": "profiles.profile",
-    "restore_model": "sparse.in_memory",
-    "sparsify": "sparse.student",
-    "sparsify_model": "sparse.in_memory",
-    "verify_bundle": "runtime.verify",
+    "SparsityConfig": ("config", ""),
+    "SparsifinerError": ("errors", ""),
+    "build_engine": ("runtime.build", ""),
+    "distill_student": ("distill.distill", "train"),
+    "evaluate_student": ("evaluate.evaluate", "train,cpu"),
+    "export_bundle": ("export.export", "train,cpu"),
+    "load_student": ("sparse.student", "train"),
+    "open_session": ("runtime", ""),
+    "package_bundle": ("package", ""),
+    "profile_bundle": ("profiles.profile", ""),
+    "restore_model": ("sparse.in_memory", "train"),
+    "sparsify": ("sparse.student", "train"),
+    "sparsify_model": ("sparse.in_memory", "train"),
+    "verify_bundle": ("runtime.verify", ""),
 }
-_EXTRAS = {
-    "sparse.in_memory": "train",
-    "sparse.student": "train",
-    "distill.distill": "train",
-    "export.export": "train,cpu",
-    "evaluate.evaluate": "train,cpu",
-}
-_OPTIONAL = ("torch", "torchvision", "accelerate", "timm", "safetensors", "onnxscript", "onnxruntime", "PIL")
+"""Name to its module, and the extras that importing it needs."""
 
 __all__ = list(_HOMES)
 
@@ -62,15 +55,15 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]
+    module, extras = _HOMES[name]
     try:
-        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     except ModuleNotFoundError as error:
-        if home not in _EXTRAS or error.name not in _OPTIONAL:
+        if not extras or str(error.name).startswith(__name__):
             raise
         from sparsifiner_edge.errors import MissingExtraError
 
-        raise MissingExtraError(str(error.name), _EXTRAS[home]) from error
+        raise MissingExtraError(str(error.name), extras) from error
 
 
 def __dir__() -> list[str]:

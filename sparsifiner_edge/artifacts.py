@@ -1,15 +1,17 @@
-"""Students, bundles and packages: folders that pass between steps, known by their files."""
+"""Students, bundles and packages: folders that pass between steps, known by their files; and JSON and TOML in files."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.bounds import flaw
+from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import (
     io_errors,
     is_locked,
@@ -18,6 +20,11 @@ from sparsifiner_edge.files import (
     replaced,
 )
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 STUDENT_SCHEMA = 1
 STUDENT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -25,43 +32,36 @@ BUNDLE_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 PACKAGE_FILE = "package.json"
 ENGINE_FOLDER = "engines"
-SCRATCH = ".build."
+SCRATCH = "build"
 MAX_JSON = 1 << 26
 """Bytes of a manifest and the like."""
 MAX_FILE = 1 << 34
 """Bytes of any other file: more than an engine has."""
+MAX_TOML = 1 << 15
+"""Bytes; our largest file has 4,000. Parsing time grows with the square of the parts of a dotted name."""
 _KIND_FILES = {"student": STUDENT_FILE, "bundle": BUNDLE_FILE, "package": PACKAGE_FILE}
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a regular file, in hexadecimal.
+def sha256(path: Path, copy: BinaryIO | None = None) -> str:
+    """SHA-256 of a regular file, in hexadecimal; its content is written to `copy`, too.
 
     Raises:
-        ArtifactError: see `files.open_regular`.
+        ArtifactError: see `files.open_regular`; or it has more than `MAX_FILE` bytes.
     """
-    digest = hashlib.sha256()
+    digest, left = hashlib.sha256(), MAX_FILE
     with open_regular(path) as file:
-        for block in blocks(file, path, MAX_FILE):
+        while block := file.read(1 << 20):
+            left -= len(block)
+            if left < 0:
+                raise ArtifactError(f"{path} has more than {MAX_FILE} bytes.", "Do not use it.")
             digest.update(block)
+            if copy is not None:
+                copy.write(block)
     return digest.hexdigest()
 
 
-def blocks(file: BinaryIO, path: Path, most: int) -> Iterator[bytes]:
-    """A file's content, piece by piece.
-
-    Raises:
-        ArtifactError: it has more bytes.
-    """
-    left = most
-    while block := file.read(1 << 20):
-        left -= len(block)
-        if left < 0:
-            raise ArtifactError(f"{path} has more than {most} bytes.", "Do not use it.")
-        yield block
-
-
 def read_json(path: Path, schema: int) -> dict[str, Any]:
-    """Read a JSON object that carries `schema_version`: a dict of whatever stands there; see `records.read_record`.
+    """Read a JSON object that carries `schema_version`: a dict of whatever it holds; see `records.read_record`.
 
     Raises:
         ArtifactError: missing, not a regular file, larger than 64 MiB, not JSON, or of a newer schema than `schema`.
@@ -73,7 +73,7 @@ def parse_json(text: bytes, path: Path, schema: int) -> dict[str, Any]:
     """`read_json` of bytes that were read from `path`."""
     try:
         content = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # No UTF-8, no JSON, or a number of more digits than Python takes.
+    except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or a number of more digits than Python takes.
         raise ArtifactError(f"{path} cannot be read: {error}.", "Make it again, or restore it.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
@@ -86,19 +86,46 @@ def parse_json(text: bytes, path: Path, schema: int) -> dict[str, Any]:
     return dict(content)
 
 
-def field(content: object, origin: Path, name: str, kind: type) -> Any:
-    """The entry `name` (dotted where nested) of what was read from `origin`.
+def read_toml(path: Path, fix: str) -> Any:
+    """The content of a TOML file: a dict of whatever it holds; see `records.read_record`.
+
+    Args:
+        path: the file, or a link to it.
+        fix: what to do if it cannot be read, for the message.
 
     Raises:
-        ArtifactError: it is missing or of another type.
+        ConfigError: missing, not a regular file, too large, not UTF-8, or see `parse_toml`.
     """
-    value: Any = content
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        said = json.dumps(value)[:60]
-        raise ArtifactError(f"{origin}: {name} is {said}, not {kind.__name__}.", "Make it again, or restore it.")
-    return value
+    try:
+        text = read_bytes(path, MAX_TOML).decode("utf-8")
+    except ArtifactError as error:
+        why = error.what.removeprefix(f"{path} ").removeprefix("cannot be read: ")
+        raise ConfigError(f"{path} cannot be read: {why}", fix) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", fix) from error
+    return parse_toml(text, str(path), fix)
+
+
+def parse_toml(text: str, origin: str, fix: str) -> Any:
+    """The content of TOML text; `origin` and `fix` stand in messages.
+
+    Raises:
+        ConfigError: not TOML, a number of thousands of digits, or deep nesting. NaN and infinity are TOML: whoever
+            reads a value checks it.
+    """
+    try:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # Each kind of damage has a ValueError of its own.
+        raise ConfigError(f"{origin} is not TOML: {error}.", fix) from error
+    found = flaw(content, finite=False)
+    if found is not None:
+        raise ConfigError(f"{origin}: {found}.", fix)
+    return content
+
+
+def files_in(folder: Path) -> set[str]:
+    """All files below a folder, and links of any kind."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
 
 
 def kind_of(folder: Path) -> str | None:
@@ -126,7 +153,7 @@ def require_replaceable(folder: Path, kind: str) -> None:
             raise ArtifactError(f"{folder} is not a folder.", "Choose another output.")
         if not folder.exists() or not any(folder.iterdir()):
             return
-        present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
+        present = files_in(folder)
         busy = [path for path in scratches(folder) if is_locked(path)]
     if busy:
         raise ArtifactError(f"An engine is being built in {folder}.", "Wait for it, or choose another output folder.")
@@ -140,22 +167,25 @@ def require_replaceable(folder: Path, kind: str) -> None:
 
 def _own_files(folder: Path, kind: str) -> set[str]:
     """The files that we wrote into a folder of this kind; none if it is of another kind, or damaged."""
+    path = folder / _KIND_FILES[kind]
     with contextlib.suppress(ArtifactError):
-        if kind_of(folder) == kind == "student":
+        if kind_of(folder) != kind:
+            return set()
+        if kind == "student":
             return {STUDENT_FILE, WEIGHTS_FILE}
-        if kind_of(folder) == kind == "bundle":
-            manifest = read_json(folder / BUNDLE_FILE, schema=1 << 30)
-            left = {str(p.relative_to(folder)) for p in leftovers(folder, manifest)}
-            return {BUNDLE_FILE, SIGNATURE_FILE, *field(manifest, folder / BUNDLE_FILE, "files", dict), *left}
-        if kind_of(folder) == kind == "package":
-            content = read_json(folder / PACKAGE_FILE, schema=1 << 30)
-            return {PACKAGE_FILE, *field(content, folder / PACKAGE_FILE, "files", dict)}
+        files = read_json(path, schema=1 << 30).get("files")
+        own = {path.name, *(files if isinstance(files, dict) else ())}
+        if kind == "bundle":
+            left = [file for scratch in scratches(folder) for file in scratch.rglob("*") if file.is_file()]
+            left += unlisted_engines(folder, own)
+            own |= {SIGNATURE_FILE, *(str(file.relative_to(folder)) for file in left)}
+        return own
     return set()
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, kind: str) -> Iterator[Path]:
-    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it vanishes.
+    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it is removed.
 
     Raises:
         ArtifactError: `target` is not replaceable (see `require_replaceable`), or the disk refuses.
@@ -165,14 +195,13 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
         yield scratch
 
 
-def leftovers(folder: Path, manifest: Any) -> list[Path]:
-    """Files in a bundle that builds left which were killed: in scratch folders, and engines that nothing lists."""
-    known, engines = manifest.get("files", {}), folder / ENGINE_FOLDER
-    built = [] if engines.is_symlink() else list(engines.glob("*.engine"))
-    unknown = [path for path in built if str(path.relative_to(folder)) not in known]
-    return [path for scratch in scratches(folder) for path in scratch.rglob("*") if path.is_file()] + unknown
+def unlisted_engines(folder: Path, known: Container[str]) -> list[Path]:
+    """Engines in a bundle that nothing lists: a build was killed."""
+    engines = folder / ENGINE_FOLDER
+    built = [] if engines.is_symlink() else engines.glob("*.engine")
+    return [path for path in built if str(path.relative_to(folder)) not in known]
 
 
 def scratches(folder: Path) -> list[Path]:
-    """Folders of builds in a bundle; a link of such a name is not ours, and leads anywhere."""
-    return [path for path in folder.glob(f"{SCRATCH}*") if path.is_dir() and not path.is_symlink()]
+    """Folders of builds in a bundle; a link of such a name is not ours, and may lead anywhere."""
+    return [path for path in folder.glob(f".{SCRATCH}.*") if path.is_dir() and not path.is_symlink()]

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from sparsifiner_edge.errors import ConfigError
 
 MOST_THREADS = 1024
-"""More than any board has cores, and few enough to be started."""
+"""More than the cores of any board, and few enough to be started."""
 MOST_SIDE = 8192
 """Pixels along a side of a model's image: some 340,000 patches of 14 px."""
 MOST_SECONDS = 10 * 366 * 86400.0
@@ -21,9 +21,8 @@ MOST_BATCH = 99_999
 MOST_CLASSES = 1 << 17
 """Classes of a classifier: six times those of the largest image data sets."""
 MOST_DEPTH = 64
-"""Levels of lists and objects, one in the other, in what is read; files of ours have ten."""
+"""Nesting of lists and objects in what is read; our files have ten levels."""
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
-_DECIMAL = re.compile(r"[+-]?([0-9]{1,18}(\.[0-9]{0,18})?|\.[0-9]{1,18})(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
 
 
 def whole_number(text: str, name: str, least: int = 0, most: int = MOST_COUNT) -> int:
@@ -34,7 +33,7 @@ def whole_number(text: str, name: str, least: int = 0, most: int = MOST_COUNT) -
         least, most: where it must lie.
 
     Raises:
-        ConfigError: it is none, or lies elsewhere.
+        ConfigError: it is not one, or lies outside.
     """
     number = int(text) if _WHOLE.fullmatch(text.strip()) else None
     if number is None or not least <= number <= most:
@@ -46,26 +45,11 @@ def finite_number(value: float, name: str, least: float = 0.0, most: float = MOS
     """The number, if it is finite and lies in a range; for options that NaN would pass.
 
     Raises:
-        ConfigError: it is NaN, infinite, or lies elsewhere.
+        ConfigError: it is NaN, infinite, or lies outside.
     """
     if not math.isfinite(value) or not least <= value <= most:
         raise ConfigError(f"{name} is {value}.", f"Give a number from {least:g} to {most:g}.")
     return value
-
-
-def decimal_number(text: str, name: str, least: float = 0.0, most: float = MOST_SECONDS) -> float:
-    """A number in decimal digits, such as 0.25, .7 or 1e-3.
-
-    Args:
-        text: as given. name: what it is, for the message.
-        least, most: where it must lie.
-
-    Raises:
-        ConfigError: it is none, or lies elsewhere.
-    """
-    if not _DECIMAL.fullmatch(text.strip()):
-        raise ConfigError(f"{name} is {text:.40}.", f"Give a number from {least:g} to {most:g}.")
-    return finite_number(float(text), name, least, most)
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -78,34 +62,33 @@ def is_number(value: object) -> TypeGuard[float]:
         return False
 
 
-def flaw(content: Any, finite: bool = True) -> str | None:
-    """What is wrong with lists and objects that were read, whatever they mean: deep nesting, NaN, infinity.
+def flaw(content: Any, finite: bool = True, nulls: bool = True) -> str | None:
+    """What is wrong with lists and objects that were read, whatever they mean: deep nesting, NaN, infinity, null.
 
     Args:
         content: as of `json.loads` or `tomllib.loads`, neither of which refuses these.
-        finite: look for NaN and infinity too.
+        finite: refuse NaN and infinity. nulls: allow null.
 
     Returns:
         Where and what, such as "samples.latency_ms[3] is nan"; None: nothing.
     """
-    left: list[tuple[Any, Any, int]] = [(content, None, 0)]
+    left: list[tuple[Any, str, int]] = [(content, "", 0)]
     while left:
         value, path, depth = left.pop()
         if depth > MOST_DEPTH:
-            return f"{_place(path):.60} is nested deeper than {MOST_DEPTH} levels"
+            return f"{path:.60} is nested deeper than {MOST_DEPTH} levels"
         children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for name, child in children:
             if isinstance(child, (dict, list)):
-                left.append((child, (path, name), depth + 1))
+                left.append((child, _place(path, name), depth + 1))
             elif finite and isinstance(child, float) and not math.isfinite(child):
-                return f"{_place((path, name))} is {child}"
+                return f"{_place(path, name)} is {child}"
+            elif child is None and not nulls:
+                return f"{_place(path, name)} is null, where a value or the reason for its absence must stand"
     return None
 
 
-def _place(path: Any) -> str:
-    """A chain of (parent, key or index) as text: written where it is needed alone, for keys may be long."""
-    names: list[str] = []
-    while path is not None:
-        path, name = path
-        names.append(f"[{name}]" if isinstance(name, int) else f".{name}")
-    return "".join(reversed(names)).lstrip(".")
+def _place(path: str, name: str | int) -> str:
+    """Where a child is; cut, for keys may be long and are repeated for each child."""
+    place = f"{path:.200}[{name}]" if isinstance(name, int) else f"{path:.200}.{name:.200}"
+    return place.lstrip(".")

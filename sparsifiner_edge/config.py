@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from sparsifiner_edge.bounds import MOST_COUNT, decimal_number, is_number, whole_number
+from sparsifiner_edge.bounds import MOST_COUNT, is_number
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.records import read_record, write_record
 
 PRESETS: dict[str, dict[str, float]] = {
     "edge": {},
     "paper": {"tile": 1, "probe": 1, "cells": 0, "value_power": 0.0},
 }
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
-_GREATEST = {"value_power": 64, "basis_threshold": 1e6}
-"""Far beyond what is of use, and within what float32 bears."""
+_COUNTS = {"tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1}
+"""Whole numbers, and the least value of each."""
+_WEIGHTS = {"value_power": 64.0, "basis_threshold": 1e6}
+"""Numbers and their upper limits: far beyond useful values, within the range of float32."""
+
+_PRUNING = re.compile(r"([0-9]{1,9})\s*:\s*([0-9]{0,9}\.?[0-9]{1,18}(?:e[+-]?[0-9]{1,2})?)", re.IGNORECASE)
+"""Layer and share, with few enough digits for Python to read."""
 
 
 def _require(condition: bool, what: str, fix: str) -> None:
@@ -24,9 +31,11 @@ def _require(condition: bool, what: str, fix: str) -> None:
         raise ConfigError(what, fix)
 
 
-def _is_index(value: object) -> bool:
-    """Whether a value counts something, from 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_COUNT
+def _are_layers(layers: Sequence[int]) -> bool:
+    """Whether these are distinct indices from 0."""
+    return all(isinstance(layer, int) and 0 <= layer <= MOST_COUNT for layer in layers) and len(set(layers)) == len(
+        layers
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +65,14 @@ class SparsityConfig:
             (Sparsifiner, CVPR 2023), one list per query and nothing else.
         keep: share of the patch keys that each tile of queries reads, in (0, 1]; 1 means dense.
         tile: consecutive queries that share one key list.
-        probe: consecutive queries whose mean asks the predictor; divides `tile`.
+        probe: consecutive queries whose mean is the predictor's query; divides `tile`.
         channels: low-rank width c of the predictor, at most the head dimension.
         cells: background cells R that stand for the keys not selected; 0 for none.
         value_power: weight, in the selection, of how far a key's value lies from its cell's mean.
         dense_layers: indices of layers that keep plain attention.
         token_keep: (layer, share) pairs, layers ascending: after the attention of each such layer only that share of
-            the patch tokens goes on, those that the class token attends to most (EViT, ICLR 2022, section 3).
-        fuse_tokens: what is pruned goes on as one more prefix token, its mean weighted by the same attention.
+            the patch tokens is kept, those that the class token attends to most (EViT, ICLR 2022, section 3).
+        fuse_tokens: merge pruned tokens into one more prefix token, their mean weighted by the same attention.
         landmark_factor: preset "paper": tokens per landmark, n // factor landmarks.
         top_coefficients, basis_threshold: preset "paper": coefficients kept per query, entries of the basis that count.
 
@@ -87,25 +96,16 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
-        _require(
-            is_number(self.keep) and 0 < self.keep <= 1,
-            f"keep is {self.keep!r}, outside (0, 1].",
-            "Give the share of keys to read, such as 0.25; 1 means dense.",
-        )
-        counts = {"tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1}
-        for name, least in counts.items():
+        fix = "Give the share of keys to read, such as 0.25; 1 means dense."
+        _require(is_number(self.keep) and 0 < self.keep <= 1, f"keep is {self.keep!r}, outside (0, 1].", fix)
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            fits = isinstance(value, int) and least <= value <= MOST_COUNT
+            _require(fits, f"{name} is {value!r}.", f"Give a whole number of at least {least}.")
+        for name, most in _WEIGHTS.items():
             value = getattr(self, name)
             _require(
-                _is_index(value) and value >= least,
-                f"{name} is {value!r}.",
-                f"Give a whole number of at least {least}.",
-            )
-        for name, greatest in _GREATEST.items():
-            value = getattr(self, name)
-            _require(
-                is_number(value) and 0 <= value <= greatest,
-                f"{name} is {value!r}.",
-                f"Give a number from 0 to {greatest:g}.",
+                is_number(value) and 0 <= value <= most, f"{name} is {value!r}.", f"Give a number from 0 to {most:g}."
             )
             object.__setattr__(self, name, float(value))  # An operator's attribute is of one type, as JSON's 7 is not.
         for name, value in PRESETS[self.preset].items():
@@ -119,25 +119,22 @@ class SparsityConfig:
             f"tile {self.tile} is not a multiple of probe {self.probe}.",
             "Choose a probe that divides the tile, such as 4 and 16.",
         )
-        _require(
-            all(map(_is_index, self.dense_layers)) and len(set(self.dense_layers)) == len(self.dense_layers),
-            f"dense layers are {self.dense_layers!r}.",
-            "Give distinct layer indices from 0, such as 0,1.",
-        )
+        fix = "Give distinct layer indices from 0, such as 0,1."
+        _require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
         self._check_pruning()
 
     def _check_pruning(self) -> None:
         layers = [layer for layer, _ in self.token_keep]
         _require(
-            all(map(_is_index, layers)) and layers == sorted(set(layers)),
+            _are_layers(layers) and layers == sorted(layers),
             f"tokens are pruned at layers {layers}.",
             "Give distinct layer indices from 0, ascending, such as 3:.7,6:.7.",
         )
         for layer, share in self.token_keep:
             _require(
-                isinstance(share, float) and 0 < share < 1,
+                is_number(share) and 0 < share < 1,
                 f"token_keep at layer {layer} is {share!r}, outside (0, 1).",
-                "Give the share of patch tokens that goes on, such as 0.7.",
+                "Give the share of patch tokens to keep, such as 0.7.",
             )
         _require(
             not self.fuse_tokens or (bool(self.token_keep) and self.preset == "edge"),
@@ -210,50 +207,36 @@ class SparsityConfig:
             cells=math.ceil(patches / cell) if cell else 0,
         )
 
-    def to_dict(self) -> dict[str, str | float | list[int] | list[list[float]]]:
+    def to_dict(self) -> Any:
         """JSON-ready fields."""
-        lists = {"dense_layers": list(self.dense_layers), "token_keep": [list(pair) for pair in self.token_keep]}
-        return dataclasses.asdict(self) | lists
+        return write_record(self)
 
     @classmethod
     def for_preset(cls, preset: str, **settings: Any) -> SparsityConfig:
         """The defaults of a preset, with those `settings` that are not None.
 
         Raises:
-            ConfigError: no such preset, or a value is out of range or does not go with it.
+            ConfigError: no such preset, or a value is out of range or cannot be combined with it.
         """
-        _require(preset in PRESETS, f"preset is {preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
         given = {name: value for name, value in settings.items() if value is not None}
-        return cls(**{"preset": preset, **PRESETS[preset], **given})
+        return cls(**{"preset": preset, **PRESETS.get(preset, {}), **given})
 
     @classmethod
     def from_dict(cls, fields: object) -> SparsityConfig:
         """Inverse of `to_dict`.
 
         Raises:
-            ConfigError: it is no dict, or a field is unknown or out of range.
+            ConfigError: it is not a dict, or a field is unknown, of another type or out of range.
         """
-        if not isinstance(fields, dict):
-            raise ConfigError(f"sparsity is {json.dumps(fields):.60}, not dict.", "Give the fields by their names.")
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(fields) - known)
-        _require(not unknown, f"unknown sparsity field {unknown}.", f"Known fields: {', '.join(sorted(known))}.")
-        values = dict(fields)
-        dense = values.get("dense_layers", ())
-        _require(isinstance(dense, (list, tuple)), f"dense_layers is {dense!r}.", "Give a list of layer indices.")
-        values["dense_layers"] = tuple(dense)
-        pruned = values.get("token_keep", ())
-        _require(
-            isinstance(pruned, (list, tuple)) and all(isinstance(x, (list, tuple)) and len(x) == 2 for x in pruned),
-            f"token_keep is {pruned!r}.",
-            "Give pairs of layer and share, such as [[3, 0.7]].",
-        )
-        values["token_keep"] = tuple((layer, share) for layer, share in pruned)
-        return cls(**values)
+        known = [field.name for field in dataclasses.fields(cls)]
+        fix = f"Known fields: {', '.join(known)}."
+        unknown = sorted(set(fields) - set(known)) if isinstance(fields, dict) else []
+        _require(not unknown, f"unknown sparsity field {unknown}.", fix)
+        return read_record(fields, cls, "sparsity", fix, ConfigError)
 
 
 def share_of(share: float, count: int) -> int:
-    """How many are kept of `count`, rounded up, at least one."""
+    """How many of `count` are kept, rounded up, at least one."""
     # Rounded first: 0.1 * 1370 is 137.00000000000003 in binary and must not become 138.
     return min(max(1, math.ceil(round(share * count, 9))), count)
 
@@ -265,13 +248,11 @@ def parse_token_keep(text: str) -> tuple[tuple[int, float], ...]:
         ConfigError: not a list of layer:share.
     """
     pairs = []
-    for part in (part.strip() for part in text.split(",") if part.strip()):
-        layer, colon, share = part.partition(":")
-        try:
-            pairs.append((whole_number(layer, "layer"), decimal_number(share, "share", -math.inf, math.inf)))
-        except ConfigError:
-            colon = ""
-        _require(bool(colon), f"token_keep holds {part!r}.", "Give layer:share pairs such as 3:.7,6:.7,9:.7.")
+    for part in filter(str.strip, text.split(",")):
+        match = _PRUNING.fullmatch(part.strip())
+        if match is None:
+            raise ConfigError(f"token_keep holds {part.strip()!r}.", "Give layer:share pairs such as 3:.7,6:.7,9:.7.")
+        pairs.append((int(match[1]), float(match[2])))
     return tuple(pairs)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from typing import Annotated
+
+from msgspec import Meta
 
 from sparsifiner_edge.config import Layout, SparsityConfig
 
 FLOAT = 4
 """Bytes of an element; half or quarter them for fp16 or int8."""
+_Size = Annotated[int, Meta(ge=1, le=1 << 20)]
+"""No size of a model comes near; checked where a file says it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +25,13 @@ class ModelShape:
         prefix: tokens that are no patches. patches: P. patch: side of a patch in pixels.
     """
 
-    depth: int
-    heads: int
-    width: int
-    hidden: int
-    prefix: int
-    patches: int
-    patch: int
+    depth: Annotated[int, Meta(ge=1, le=1024)]
+    heads: _Size
+    width: _Size
+    hidden: _Size
+    prefix: Annotated[int, Meta(ge=0, le=1 << 20)]
+    patches: _Size
+    patch: _Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,7 @@ class LayerCosts:
     pruning_bytes: int
 
 
-KINDS = ("projections", "predictor", "attention", "cells", "mlp", "pruning")
+MAC_KINDS = ("projections", "predictor", "attention", "cells", "mlp", "pruning")
 
 
 def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]:
@@ -76,14 +80,14 @@ def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]
 def _layer(shape: ModelShape, sparsity: SparsityConfig | None, left: int, pruned: bool) -> LayerCosts:
     """`left`: tokens that the MLP sees; `pruned`: it is fewer, and finding them costs one row of attention more."""
     tokens, width = shape.prefix + shape.patches, shape.width
-    ranking = {"macs": tokens * width, "bytes": FLOAT * tokens * width} if pruned else {"macs": 0, "bytes": 0}
+    ranked = tokens * width if pruned else 0
     fixed = {
         "projections": 4 * tokens * width * width,
         "projections_bytes": FLOAT * (4 * width * width + 6 * tokens * width),
         "mlp": 2 * left * width * shape.hidden,
         "mlp_bytes": FLOAT * (2 * width * shape.hidden + 2 * left * (width + shape.hidden)),
-        "pruning": ranking["macs"],
-        "pruning_bytes": ranking["bytes"],
+        "pruning": ranked,
+        "pruning_bytes": FLOAT * ranked,
     }
     if sparsity is None:
         dense = {"attention": 2 * tokens * tokens * width, "attention_bytes": FLOAT * 4 * tokens * width}
@@ -131,15 +135,10 @@ def _landmarks(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
     }
 
 
-def attention_core(costs: Sequence[LayerCosts]) -> int:
-    """MACs of logits and weighted sums over all layers, without predictor: what published tables count, less theirs."""
-    return sum(c.attention + c.cells for c in costs)
-
-
 def summary(shape: ModelShape, sparsity: SparsityConfig) -> dict[str, int]:
     """Totals per kind over all layers, as a manifest holds them: `<kind>_macs`, `<kind>_bytes`, totals."""
     layers = layer_costs(shape, sparsity)
-    macs = {f"{kind}_macs": sum(getattr(c, kind) for c in layers) for kind in KINDS}
+    macs = {f"{kind}_macs": sum(getattr(c, kind) for c in layers) for kind in MAC_KINDS}
     macs["embedding_macs"] = shape.patches * 3 * shape.patch * shape.patch * shape.width
-    moved = {f"{kind}_bytes": sum(getattr(c, f"{kind}_bytes") for c in layers) for kind in KINDS}
+    moved = {f"{kind}_bytes": sum(getattr(c, f"{kind}_bytes") for c in layers) for kind in MAC_KINDS}
     return {**macs, "total_macs": sum(macs.values()), **moved, "total_bytes": sum(moved.values())}

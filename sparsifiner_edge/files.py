@@ -45,7 +45,7 @@ def signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def io_errors(path: Path) -> Iterator[None]:
-    """What the disk refuses in the block becomes an `ArtifactError` about `path`."""
+    """Errors of the disk in the block become an `ArtifactError` about `path`."""
     try:
         yield
     except OSError as error:
@@ -55,79 +55,79 @@ def io_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(target: Path) -> Iterator[Path]:
-    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it vanishes.
+    """Fill a temporary folder beside `target`; on success it takes the place of `target`, on any failure it is removed.
 
     What a killed process left of an earlier try is removed.
 
     Raises:
         ArtifactError: the disk refuses.
     """
-    with contextlib.ExitStack() as stack, io_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with signals_held():
-            scratch = stack.enter_context(_scratch(target, folder=True))
+    with io_errors(target), scratch_beside(target, folder=True) as scratch:
         scratch.chmod(0o777 & ~umask())
         yield scratch
-        _sync(scratch)
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                sync(path)
         with signals_held():
             _swap(scratch, target)
 
 
 @contextlib.contextmanager
-def replaced_file(target: Path, mode: int = 0o666) -> Iterator[Path]:
-    """Fill a temporary file beside `target`; on success it takes the place of `target`, on any failure it vanishes.
+def replaced_file(target: Path) -> Iterator[Path]:
+    """Fill a temporary file beside `target`; on success it takes the place of `target`, on any failure it is removed.
 
     Args:
-        target: a file's name; a link stays one, and what it names is replaced.
-        mode: of the new file, less the umask.
+        target: a file's name; of a link, the file that it names is replaced.
 
     Raises:
         ArtifactError: `target` is a folder or a device, or the disk refuses.
     """
     require_file_path(target)
-    with contextlib.ExitStack() as stack, io_errors(target):
-        place = Path(os.path.realpath(target))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with signals_held():
-            scratch = stack.enter_context(_scratch(place, folder=False))
+    place = Path(os.path.realpath(target))
+    with io_errors(target), scratch_beside(place, folder=False) as scratch:
         yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.chmod(mode & ~umask())
+        sync(scratch)
+        scratch.chmod(0o666 & ~umask())
         with signals_held():
             scratch.replace(place)
 
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder in the system's place for temporary files; it vanishes, and what killed processes left does, too."""
+    """A folder in the system's place for temporary files; it is removed, as is what killed processes left."""
     place = Path(tempfile.gettempdir()) / f"sparsifiner-edge-{os.getuid()}"
     with contextlib.ExitStack() as stack:
-        with io_errors(place), signals_held():
-            scratch = stack.enter_context(_scratch(place, folder=True))
+        with io_errors(place):
+            scratch = stack.enter_context(scratch_beside(place, folder=True))
         yield scratch
 
 
 @contextlib.contextmanager
-def _scratch(target: Path, folder: bool) -> Iterator[Path]:
-    """A new file or folder beside `target`, locked as long as this process works on it, gone afterwards."""
-    handle, scratch = _new_scratch(target, folder)
-    try:
-        yield scratch
-    finally:
+def scratch_beside(target: Path, folder: bool) -> Iterator[Path]:
+    """A new file or folder beside `target`, locked as long as this process works on it, gone afterwards.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    with contextlib.ExitStack() as stack:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with signals_held():
-            _remove(scratch)
-            os.close(handle)
+            handle, scratch = _new_scratch(target, folder)
+            stack.callback(_remove_scratch, handle, scratch)
+        yield scratch
+
+
+def _remove_scratch(handle: int, scratch: Path) -> None:
+    with signals_held():
+        _remove(scratch)
+        os.close(handle)
 
 
 def _new_scratch(target: Path, folder: bool) -> tuple[int, Path]:
     """A new file or folder `.NAME.{8 hex digits}.tmp` beside `target`; those that dead processes left are removed.
 
     Returns:
-        A file descriptor, open for writing where it is a file, which holds a lock until it is closed; and the path.
-
-    Raises:
-        OSError: the disk refuses.
+        A file descriptor, which holds a lock until it is closed; and the path.
     """
     _remove_dead(target)
     while True:
@@ -146,10 +146,10 @@ def lock(handle: int, wait: bool = False) -> bool:
     """Lock an open file or folder until it is closed, by whatever way this process ends.
 
     Args:
-        handle: its descriptor. wait: until whoever has it lets go.
+        handle: its descriptor. wait: until its present holder releases it.
 
     Returns:
-        Whether it is ours now. A disk that knows no locks gives every one.
+        Whether it is ours now. A disk without locks gives every one.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -209,11 +209,10 @@ def umask() -> int:
     return current
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content before its name says so."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def require_file_path(path: Path) -> None:
@@ -229,7 +228,7 @@ def require_file_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, open for reading: a pipe would be waited for, a device may have no end.
+    """A regular file, open for reading: opening a pipe would block, and a device may have no end.
 
     Args:
         path: the file, or a link to it.
@@ -238,7 +237,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         ArtifactError: missing, not a regular file, or the disk refuses, then or in the block.
     """
     try:
-        with open(path, "rb", opener=_open_now) as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ArtifactError(f"{path} is not a regular file.", "Do not use it.")
             yield file
@@ -260,18 +259,13 @@ def read_bytes(path: Path, most: int) -> bytes:
         ArtifactError: see `open_regular`; or it is larger.
     """
     with open_regular(path) as file:
-        # Python makes room for what it is asked to read, so that is never the limit itself.
+        # Python allocates as much as it is asked to read, so the limit itself is never asked for.
         content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
         while len(content) <= most and (more := file.read(1 << 20)):
             content += more
     if len(content) > most:
         raise ArtifactError(f"{path} has more than {most} bytes.", "Do not use it.")
     return content
-
-
-def _open_now(path: str, flags: int) -> int:
-    """Without waiting for who would write into a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import MOST_SIDE
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
 from sparsifiner_edge.files import open_regular
@@ -17,7 +18,7 @@ from sparsifiner_edge.files import open_regular
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What these endings stand for, and no other decoder: one of Pillow's starts another program."""
-Pixels = npt.NDArray[np.uint8]
+_FIX = "Replace or remove it."
 Item = TypeVar("Item")
 
 
@@ -45,24 +46,24 @@ def evenly(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def class_order(folders: Iterable[str], labels: Sequence[str]) -> tuple[str, ...]:
-    """Names of the folders that hold one class each, in the order in which a classifier counts them.
+    """Names of the folders that hold one class each, in the order of the classifier's outputs.
 
     Args:
-        folders: their names. labels: the classifier's own, in its order; empty where it has none.
+        folders: their names. labels: the classifier's own, in that order; empty where it has none.
 
     Returns:
-        The labels, where every folder bears one; the sorted folders, where no folder does, as data sets are sorted that
-        name folders by number or code.
+        The labels, where every folder is named after one; the sorted folders, where none is, as in data sets whose
+        folders are numbers or codes.
 
     Raises:
-        ConfigError: some folders bear a label and others do not.
+        ConfigError: some folders are named after a label and others are not.
     """
     names = sorted(set(folders))
     unknown = [name for name in names if name not in labels]
     if not labels or len(unknown) == len(names):
         return tuple(names)
     if unknown:
-        raise ConfigError(f"{unknown[0]!r} is no class of the classifier.", f"Its classes: {', '.join(labels)}.")
+        raise ConfigError(f"{unknown[0]!r} is not a class of the classifier.", f"Its classes: {', '.join(labels)}.")
     return tuple(labels)
 
 
@@ -70,17 +71,20 @@ def load_image(path: Path, size: int) -> Pixels:
     """Centre square of an image, resized bicubically: uint8 RGB [size, size, 3].
 
     Raises:
-        ImageError: the file is missing, no regular file, truncated, no image, or absurdly large.
-        ConfigError: so is the size.
+        ImageError: the file is missing, not a regular file, truncated, no image, or absurdly large.
+        ConfigError: the size is beyond `MOST_SIDE`.
     """
     if size > MOST_SIDE:
-        raise ConfigError(f"Images of {size} px are asked for.", f"Use at most {MOST_SIDE} pixels along a side.")
+        raise ConfigError(f"Images of {size} px were requested.", f"Use at most {MOST_SIDE} pixels along a side.")
 
     def square(image: Any) -> Pixels:
         image.draft("RGB", (size, size))
-        return np.array(_centre_square(image).convert("RGB").resize((size, size), _pillow().Resampling.BICUBIC))
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        centre = image.crop((left, top, left + side, top + side))
+        return np.array(centre.convert("RGB").resize((size, size), _pillow().Resampling.BICUBIC))
 
-    image: Pixels = _read(path, square)
+    image: Pixels = _use(path, square)
     return image
 
 
@@ -97,7 +101,7 @@ def open_image(path: Path) -> Any:
     Raises:
         ImageError: as of `load_image`.
     """
-    return _read(path, lambda image: image.convert("RGB"))
+    return _use(path, lambda image: image.convert("RGB"))
 
 
 def decode_image(file: BinaryIO, name: str) -> Any:
@@ -105,7 +109,7 @@ def decode_image(file: BinaryIO, name: str) -> Any:
     return _decoded(file, name, lambda image: image.convert("RGB"))
 
 
-def _read(path: Path, use: Callable[[Any], Any]) -> Any:
+def _use(path: Path, use: Callable[[Any], Any]) -> Any:
     try:
         with open_regular(path) as file:
             return _decoded(file, str(path), use)
@@ -113,14 +117,11 @@ def _read(path: Path, use: Callable[[Any], Any]) -> Any:
         raise ImageError(f"{path} cannot be read as an image: {error.what}", _FIX) from error
 
 
-_FIX = "Replace or remove it."
-
-
 def _decoded(file: BinaryIO, name: str, use: Callable[[Any], Any]) -> Any:
     image_module = _pillow()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of palettes with transparency, which is dropped
+            warnings.simplefilter("ignore", UserWarning)  # about palettes with transparency, which is dropped
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
             with image_module.open(file, formats=_FORMATS) as image:
                 return use(image)
@@ -129,18 +130,6 @@ def _decoded(file: BinaryIO, name: str, use: Callable[[Any], Any]) -> Any:
         unknown = isinstance(error, image_module.UnidentifiedImageError)  # It would say in which object of Python's.
         why = f"it is none of {', '.join(_FORMATS)}" if unknown else error
         raise ImageError(f"{name} cannot be read as an image: {why}.", _FIX) from error
-
-
-def load_batch(paths: list[Path], size: int) -> Pixels:
-    """Images stacked: uint8 [len(paths), size, size, 3]."""
-    return np.stack([load_image(path, size) for path in paths])
-
-
-def _centre_square(image: Any) -> Any:
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 def _pillow() -> Any:

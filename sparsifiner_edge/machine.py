@@ -32,7 +32,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """Python, the packages that a measurement depends on, and the variables that steer threads and devices."""
+    """Python, the packages that a measurement depends on, and the variables that control threads and devices."""
 
     python: str
     packages: dict[str, str | Unavailable]
@@ -41,9 +41,7 @@ class Environment(msgspec.Struct, frozen=True):
 
 def available_cores() -> int:
     """Logical cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def _read(path: Path) -> str | None:
@@ -74,7 +72,7 @@ def machine(root: Path = Path("/")) -> Machine:
     """This machine.
 
     Args:
-        root: where `proc` and `sys` are; tests give a made-up tree.
+        root: where `proc` and `sys` are; tests give another tree.
     """
     system = re.search(r'^PRETTY_NAME="?([^"\n]+)', _read(root / "etc/os-release") or "", re.MULTILINE)
     return Machine(

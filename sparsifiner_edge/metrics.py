@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from sparsifiner_edge.arrays import Array
 
 
 def cosine(a: Array, b: Array) -> Array:
@@ -24,12 +22,14 @@ class Agreement:
     """How one output compares with its reference.
 
     Attributes:
-        error: greatest difference, relative to the range of the reference.
+        difference: greatest difference.
+        error: greatest difference, relative to the range of the reference (for a constant its magnitude; for zeros 1).
         cosine, mean: least and mean cosine over the rows of the last axis.
         worst: index of the element with the greatest difference; got, expected: its values.
         beyond: share of elements whose difference exceeds the tolerance.
     """
 
+    difference: float
     error: float
     cosine: float
     mean: float
@@ -40,47 +40,50 @@ class Agreement:
 
 
 def agreement(got: Array, expected: Array, tolerance: float) -> Agreement:
-    """Compare two arrays of one shape; NaN and infinity count as an infinite difference."""
+    """Compare two arrays of one shape; a difference that is NaN or infinite counts as infinite."""
     a, b = got.astype(np.float64), expected.astype(np.float64)
-    difference = np.abs(a - b) / max(float(np.ptp(b)), 1e-30)
-    difference = np.where(np.isfinite(difference), difference, np.inf)
-    worst = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
-    cosines = np.nan_to_num(cosine(a, b), nan=-1.0)
+    scale = float(np.ptp(b)) or float(np.abs(b).max()) or 1.0
+    difference = np.abs(a - b)
+    relative = np.where(np.isfinite(difference / scale), difference / scale, np.inf)
+    worst = tuple(int(i) for i in np.unravel_index(int(relative.argmax()), relative.shape))
+    with np.errstate(invalid="ignore"):
+        cosines = np.nan_to_num(cosine(a, b), nan=-1.0)
     return Agreement(
-        error=float(difference.max()),
+        difference=float(difference[worst]),
+        error=float(relative[worst]),
         cosine=float(cosines.min()),
         mean=float(cosines.mean()),
         worst=worst,
         got=float(a[worst]),
         expected=float(b[worst]),
-        beyond=float((difference > tolerance).mean()),
+        beyond=float((relative > tolerance).mean()),
     )
 
 
 POSITIONS = "token_positions"
 """Output that says where the patches in "tokens" lie, in models that prune tokens."""
 OTHER_TOKENS = 0.02
-"""Share of the tokens that may be others than the reference's: of two with equal scores either may stay."""
+"""Share of the tokens that may differ from the reference's: of two with equal scores either may stay."""
 
 
 def aligned(got: Mapping[str, Array], expected: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
-    """Outputs of a model that prunes tokens, its patches in the places of another's.
+    """Outputs of a model that prunes tokens, with its patches at another's positions.
 
     Args:
         got, expected: outputs by name.
 
     Returns:
         `got` without positions, where a patch that only `expected` kept is that of `expected`; and the number of those.
-        Other outputs, and those of models that prune nothing, are as they were.
+        Other outputs, and those of models that do not prune, are unchanged.
     """
     outputs = {name: value for name, value in got.items() if name != POSITIONS}
     if POSITIONS not in got or POSITIONS not in expected:
         return outputs, 0
     wanted, tokens, missing = expected[POSITIONS], expected["tokens"].copy(), 0
     prefix = tokens.shape[1] - wanted.shape[1]
-    for number, (mine, theirs) in enumerate(zip(got[POSITIONS], wanted, strict=True)):
-        place = np.searchsorted(mine, theirs).clip(max=len(mine) - 1)
-        found = mine[place] == theirs
+    for number, (own, other) in enumerate(zip(got[POSITIONS], wanted, strict=True)):
+        place = np.searchsorted(own, other).clip(max=len(own) - 1)
+        found = own[place] == other
         tokens[number, :prefix] = got["tokens"][number, :prefix]
         tokens[number, prefix:][found] = got["tokens"][number, prefix:][place[found]]
         missing += int((~found).sum())

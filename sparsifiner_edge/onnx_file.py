@@ -1,15 +1,15 @@
-"""Reading ONNX files that come from outside: whole in themselves, or refused."""
+"""Reading untrusted ONNX files: self-contained, or refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from sparsifiner_edge.errors import ArtifactError
 
 
 def read_model(content: bytes, origin: object) -> Any:
-    """An ONNX file that holds all of itself, as onnx's ModelProto.
+    """A self-contained ONNX file, as onnx's ModelProto.
 
     A model may name other files: weights (external data), or a compiled context (EPContext). Neither a hash nor a
     signature of the model covers those, and ONNX Runtime would read whatever file is named there.
@@ -19,14 +19,14 @@ def read_model(content: bytes, origin: object) -> Any:
         origin: where it is from, for messages.
 
     Raises:
-        ArtifactError: it is no ONNX file, or needs another file.
+        ArtifactError: it is not an ONNX file, or needs another file.
     """
     import onnx
 
     try:
         model = onnx.load_from_string(content)
     except Exception as error:  # Protobuf's error, of whichever implementation.
-        raise ArtifactError(f"{origin} is no ONNX file: {error}.", "Export the bundle again.") from error
+        raise ArtifactError(f"{origin} is not an ONNX file: {error}.", "Export the bundle again.") from error
     for message in _messages(model):
         if isinstance(message, onnx.TensorProto) and (
             message.data_location == message.EXTERNAL or message.external_data
@@ -57,21 +57,8 @@ def _messages(message: Any) -> Iterator[Any]:
                 waiting += [value] if hasattr(value, "ListFields") else value
 
 
-def all_nodes(model: Any) -> Iterator[Any]:
+def all_nodes(model: Any) -> list[Any]:
     """Every node of a model, those of its functions' bodies and of subgraphs (If, Loop) included."""
-    yield from _with_inner(model.graph.node)
-    for function in model.functions:
-        yield from _with_inner(function.node)
+    import onnx
 
-
-def _with_inner(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        for graph in subgraphs(node):
-            yield from _with_inner(graph.node)
-
-
-def subgraphs(node: Any) -> Iterator[Any]:
-    """Graphs that a node holds."""
-    for attribute in node.attribute:
-        yield from (attribute.g, *attribute.graphs)
+    return [message for message in _messages(model) if isinstance(message, onnx.NodeProto)]

@@ -43,7 +43,7 @@ _BECOME = (
 
 
 def start_python(module: str, environment: Mapping[str, str] | None = None, **pipes: Any) -> subprocess.Popen[bytes]:
-    """`python -m module`, as a session of its own: Ctrl-C is for whoever started it, who then ends it.
+    """`python -m module`, as a session of its own: Ctrl-C reaches only its parent, which then ends it.
 
     Args:
         module: one of this package's.
@@ -60,8 +60,8 @@ def start_python(module: str, environment: Mapping[str, str] | None = None, **pi
 def start_program(command: Sequence[str], **pipes: Any) -> subprocess.Popen[bytes]:
     """A program that is not Python, in the session and the folder of this process.
 
-    Python starts first, without any file but its own, and becomes the program: what it asks of the kernel stays. (Code
-    between fork and exec, which `subprocess` offers, is not safe where there are threads.)
+    Python starts first, without site packages, and execs the program, which inherits the parent-death signal. (Code
+    between fork and exec, which `subprocess` offers, is not safe with threads.)
 
     Args:
         command: program and arguments; no shell reads them.
@@ -96,19 +96,9 @@ def _serve(module: str, parent: int) -> None:
 
 def end_with_parent(parent: int) -> None:
     """Let the kernel end this process as soon as the thread that started it ends."""
-    if sys.platform != "linux":
-        return
-    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # It has ended already.
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def _prctl(option: int, value: int) -> None:
-    assert _libc is not None
-    _libc.prctl(option, value, 0, 0, 0)
 
 
 def limit_resource(kind: int, most: int) -> None:

@@ -1,11 +1,11 @@
-"""No library that we use reports to anyone: switched off before the first of them is imported."""
+"""Telemetry of libraries is switched off before the first of them is imported."""
 
 from __future__ import annotations
 
 import os
 
 NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-"""Environment of this process and of all that it starts; who has set one of these otherwise has asked for that."""
+"""Environment of this process and of all that it starts; a value that the user has set stays."""
 
 
 def switch_off_telemetry() -> None:

@@ -1,4 +1,4 @@
-"""Declared types read from JSON or TOML, by msgspec; what does not fit is told in our own words."""
+"""Declared types read from JSON or TOML by msgspec, with error texts of our own."""
 
 from __future__ import annotations
 
@@ -46,26 +46,26 @@ def read_record(
 
     Args:
         content: of `json.loads` or `tomllib.loads`.
-        kind: a msgspec.Struct or dataclass; whether fields that it lacks are refused or left out is its own setting.
-        origin: where the content is from, for messages. fix: what to do where it does not fit.
+        kind: a msgspec.Struct or dataclass; whether unknown fields are refused or ignored is its own setting.
+        origin: where the content is from, for messages. fix: what to do if it does not fit.
         error: raised.
 
     Raises:
         SparsifinerError: `error`: a field is unknown, missing, of another type or out of range; names it, its value,
-            and what it must be. Or a text holds half a character.
+            and what it must be. Or a text holds half of a surrogate pair.
     """
     try:
         return msgspec.convert(content, kind, dec_hook=_known)
     except msgspec.ValidationError as found:
         raise error(f"{origin}: {_told(content, str(found))}.", fix) from found
     except UnicodeEncodeError as found:  # Half a character, which JSON can hold and UTF-8 cannot.
-        raise error(f"{origin} holds a text that is no Unicode: {found.reason}.", fix) from found
+        raise error(f"{origin} holds a text that is not Unicode: {found.reason}.", fix) from found
 
 
 def _known(kind: Any, content: object) -> object:
     """A `Known` of some record."""
     if get_origin(kind) is not Known:
-        raise NotImplementedError(f"{kind} is read by no one")
+        raise NotImplementedError(f"{kind} cannot be read")
     found = isinstance(content, dict) and content.keys() == {MISSING}
     try:
         return msgspec.convert(content, Unavailable if found else get_args(kind)[0], dec_hook=_known)

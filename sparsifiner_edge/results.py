@@ -9,9 +9,8 @@ from __future__ import annotations
 import datetime
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, overload
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, overload
 
 import msgspec
 from msgspec import Meta
@@ -26,7 +25,6 @@ from sparsifiner_edge.text import dump_json
 
 RESULT_SCHEMA = 1
 Kind = Literal["profile", "evaluation", "comparison", "sweep", "demo", "estimate"]
-KINDS: tuple[str, ...] = get_args(Kind)
 _FIX = "Measure again, or restore the file."
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -66,7 +64,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime(_TIME)
 
 
-def command() -> list[str]:
+def command_line() -> list[str]:
     """What was typed: the program by its place below the working directory, or by its name."""
     program = os.path.relpath(sys.argv[0])
     return [Path(program).name if program.startswith("..") else program, *sys.argv[1:]]
@@ -89,39 +87,47 @@ class Result(msgspec.Struct, frozen=True):
     statistics: Any
     schema_version: int = RESULT_SCHEMA
     created: str = msgspec.field(default_factory=_now)
-    command: list[Any] = msgspec.field(default_factory=command)
+    command: list[Any] = msgspec.field(default_factory=command_line)
     machine: Any = msgspec.field(default_factory=machine)
     environment: Any = msgspec.field(default_factory=environment)
 
 
 class Declared(Result, frozen=True):
-    """A result all of which is declared, by the class of its kind."""
+    """A result whose fields are all declared, by the class of its kind."""
 
     machine: Machine = msgspec.field(default_factory=machine)
     environment: Environment = msgspec.field(default_factory=environment)
 
 
 Form = TypeVar("Form", bound=Result)
-_HELD = {"machine": Machine.__struct_fields__, "environment": Environment.__struct_fields__}
-_OBJECTS = ("method", "samples", "statistics", *_HELD)
+_OBJECTS: dict[str, tuple[str, ...]] = {
+    "method": (),
+    "samples": (),
+    "statistics": (),
+    "machine": Machine.__struct_fields__,
+    "environment": Environment.__struct_fields__,
+}
+"""Objects in every result, and what each holds at least."""
 
 
 def check_result(content: dict[str, Any], origin: object, form: type[Form]) -> Form:
     """A result's JSON as a record.
 
     Raises:
-        ArtifactError: names the first field that is missing, mistyped or null.
+        ArtifactError: names the first field that is missing, mistyped, null, NaN or infinite; or it is nested deeply.
     """
     for name in Result.__struct_fields__:
         if name not in content:
             _refuse(origin, f"{name} is missing")
-    for name in _OBJECTS:
+    for name, fields in _OBJECTS.items():
         if not isinstance(content[name], dict):
             _refuse(origin, f"{name} is {content[name]!r:.60}, not dict")
-        for field in _HELD.get(name, ()):
+        for field in fields:
             if field not in content[name]:
                 _refuse(origin, f"{name}.{field} is missing")
-    _refuse_nulls(content, "", origin)
+    found = flaw(content, nulls=False)
+    if found is not None:
+        _refuse(origin, found)
     result = read_record(content, form, origin, _FIX)
     try:
         datetime.datetime.strptime(result.created, _TIME)
@@ -132,17 +138,6 @@ def check_result(content: dict[str, Any], origin: object, form: type[Form]) -> F
 
 def _refuse(origin: object, problem: str) -> NoReturn:
     raise ArtifactError(f"{origin}: {problem}.", _FIX)
-
-
-def _refuse_nulls(value: object, path: str, origin: object) -> None:
-    if value is None:
-        _refuse(origin, f"{path} is null, where a value or the reason for its absence must stand")
-    if isinstance(value, Mapping):
-        for name, child in value.items():
-            _refuse_nulls(child, f"{path}.{name}" if path else str(name), origin)
-    elif isinstance(value, (list, tuple)):
-        for number, child in enumerate(value):
-            _refuse_nulls(child, f"{path}[{number}]", origin)
 
 
 def write_result(path: Path, result: Result) -> None:
@@ -173,15 +168,10 @@ def read_result(path: Path, form: type[Result] = Result) -> Result:
 
     Args:
         path: a file of `write_result`.
-        form: `Result` reads the head, and leaves the rest as it is: a file may be of another version, or of a
-            benchmark. The class of a kind reads all of it.
+        form: `Result` checks the head, and takes the rest as it is: a file may be of another version, or of a
+            benchmark. The class of a kind checks all of it.
 
     Raises:
-        ArtifactError: missing, no regular file, not JSON, of a newer schema, nested deeply, NaN or infinity in it, or a
-            field is missing, mistyped or null.
+        ArtifactError: missing, not a regular file, not JSON, of a newer schema, or see `check_result`.
     """
-    content = read_json(path, RESULT_SCHEMA)
-    found = flaw(content)
-    if found is not None:
-        raise ArtifactError(f"{path}: {found}.", "Measure again: such a file cannot be believed.")
-    return check_result(content, path, form)
+    return check_result(read_json(path, RESULT_SCHEMA), path, form)

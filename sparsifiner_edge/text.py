@@ -1,4 +1,4 @@
-"""What a stranger wrote, shown: names of files, labels, keys and messages, in terminals, JSON and configurations.
+"""Showing untrusted text: names of files, labels, keys and messages, in terminals, JSON and configurations.
 
 A name may hold escape sequences that rewrite a terminal, characters that reverse the direction of what follows, line
 breaks that fake a line, or bytes that are no text. `shown` makes all of that visible and harmless.
@@ -17,7 +17,7 @@ _FILLERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {
     for first, last in ((0x180B, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
     for code in range(first, last + 1)
 }
-"""Printable by their category, and not to be seen: fillers and variation selectors."""
+"""Printable by their category, yet invisible: fillers and variation selectors."""
 
 
 def _is_hidden(character: str) -> bool:
@@ -32,7 +32,7 @@ def _escaped(text: str, escape: Callable[[str], str]) -> str:
 
 
 def shown(text: object, most: int = _SHORT) -> str:
-    r"""Text in one line that does nothing to whatever shows it: hidden characters become escapes such as \x1b.
+    r"""Text in one line that is safe to display: hidden characters become escapes such as \x1b.
 
     Args:
         text: anything; its `str`.
@@ -53,24 +53,16 @@ def _escape(character: str) -> str:
 
 
 def dump_json(content: Any, indent: int | None = 2) -> str:
-    r"""JSON text as every file and line of ours is written, with a line break at its end.
+    r"""JSON text of every file and line that we write, with a line break at its end.
 
     Letters of all languages stay as they are; hidden characters are escaped (\u009b).
 
     Raises:
-        ValueError: NaN or infinity, which JSON has not; see `finite`.
+        ValueError: NaN or infinity, which JSON lacks; see `finite`.
     """
     text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
     # Outside of strings JSON's text holds no hidden character but its own line breaks.
-    return "\n".join(_escaped(line, _json_escape) for line in text.split("\n")) + "\n"
-
-
-def _json_escape(character: str) -> str:
-    code = ord(character)
-    if code < 0x10000:
-        return f"\\u{code:04x}"
-    code -= 0x10000
-    return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
+    return "\n".join(_escaped(line, lambda character: json.dumps(character)[1:-1]) for line in text.split("\n")) + "\n"
 
 
 def finite(content: Any) -> tuple[Any, int]:

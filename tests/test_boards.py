@@ -126,7 +126,7 @@ def test_an_unknown_power_mode_lists_those_that_there_are() -> None:
         ("tdp_w = 20", "tdp_w = 20\nunverified = 3", "unverified is 3, not list"),
         ("tdp_w = 20", "tdp_w = 20\njetpack = [3]", r"jetpack\[0\] is 3, not dict"),
         ("tdp_w = 20", 'tdp_w = 20\nrails = { names = ["A"], total = "B" }', "rails has no source"),
-        ("sm = 87", "sm = = 87", "here is no TOML"),
+        ("sm = 87", "sm = = 87", "here is not TOML"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(old: str, new: str, message: str) -> None:

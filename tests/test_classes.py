@@ -111,7 +111,7 @@ def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], tmp_path: 
     strange = save_student(dataclasses.replace(found, labels=("a", "b", "c")), tmp_path / "strange")
     assert evaluate_classes(strange, made["queries"], metric="top1")["method"]["classes_from"] == "folders, sorted"
     mixed = save_student(dataclasses.replace(found, labels=(*labels[:2], "c")), tmp_path / "mixed")
-    with pytest.raises(ConfigError, match="is no class of the classifier"):
+    with pytest.raises(ConfigError, match="is not a class of the classifier"):
         evaluate_classes(mixed, made["queries"], metric="top1")
     with pytest.raises(ConfigError, match="knows 3 classes, the images have 10"):
         evaluate_classes(other, "fashion-mnist", metric="top1")

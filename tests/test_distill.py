@@ -247,7 +247,7 @@ def test_bad_input_is_refused(folder: Path, start: Path, tmp_path: Path, capsys:
     plain = ["distill", start, "--data", folder, *short, "-o", out]
     assert_refused(call(capsys, *plain, "--recipe", "none"), "no recipe 'none'", "imagenet-deit-s")
     (tmp_path / "broken.toml").write_text("batch = = 2")
-    assert_refused(call(capsys, *plain, "--recipe", tmp_path / "broken.toml"), "is no TOML")
+    assert_refused(call(capsys, *plain, "--recipe", tmp_path / "broken.toml"), "is not TOML")
     assert_refused(call(capsys, *plain, "--weights", tmp_path / "w.safetensors"), "teacher's, and none is named")
     assert_refused(call(capsys, *plain, "--resume"), "no checkpoint to resume from")
     assert_refused(call(capsys, *plain, "--data", tmp_path / "none"), "does not exist")

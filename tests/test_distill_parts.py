@@ -60,7 +60,7 @@ def test_classes_are_numbered_as_the_classifier_numbers_them(folder: Path, tmp_p
     orders = {("class10", "class2"): "class10", ("class2", "class10"): "class2", (): "class10", ("a", "b"): "class10"}
     for labels, first in orders.items():
         assert folder_source(data, 2, labelled=True, held_out=folder, classifier=labels).classes[0] == first
-    with pytest.raises(ConfigError, match="'class10' is no class of the classifier"):
+    with pytest.raises(ConfigError, match="'class10' is not a class of the classifier"):
         folder_source(data, 2, labelled=True, held_out=folder, classifier=("class2", "class3"))
 
 

@@ -17,12 +17,11 @@ from sparsifiner_edge.bundle.engines import (
     VERSION_COMPATIBLE,
     BatchRange,
     Details,
-    Device,
     Engine,
+    EngineDevice,
     fitting_engine,
     mismatches,
     parse_capability,
-    read_engines,
 )
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
@@ -31,7 +30,7 @@ from sparsifiner_edge.runtime import open_session
 from tests.tiny import make_bundle
 
 ENGINE = Engine("tensorrt-rtx", "1.7.1", "8.6", "linux", "x86_64", "fp16", BatchRange(1, 1, 8))
-DEVICE = Device("tensorrt-rtx", "1.7.1", "8.6", "NVIDIA RTX A2000", "linux", "x86_64")
+DEVICE = EngineDevice("tensorrt-rtx", "1.7.1", "8.6", "NVIDIA RTX A2000", "linux", "x86_64")
 
 
 def changed(**values: Any) -> Engine:
@@ -69,7 +68,6 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     folder = forge(tmp_path / "b", ENGINE, other)
     engines = open_bundle(folder).manifest.engines
     assert [msgspec.structs.replace(e, file="") for e in engines] == [ENGINE, other]
-    assert read_engines([], {}, folder) == ()
 
 
 def test_what_this_version_does_not_know_of_an_engine_is_passed_over(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import sparsifiner_edge
+from sparsifiner_edge.artifacts import read_toml
 from sparsifiner_edge.cli.main import COMMANDS
 from sparsifiner_edge.ops.document import operators_markdown
-from sparsifiner_edge.toml import read_toml
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / ".venv" / "bare" / "bin" / "python"
@@ -36,6 +36,7 @@ LIGHT = (
     "text",
     "process",
     "progress",
+    "arrays",
     "quiet",
     "files",
     "bounds",

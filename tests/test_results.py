@@ -123,4 +123,4 @@ def test_a_command_names_no_place_outside(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for given, told in (("tools/x.py", "tools/x.py"), ("../bin/sparsifiner-edge", "sparsifiner-edge")):
         monkeypatch.setattr("sys.argv", [str(tmp_path / given), "-o", "f"])
-        assert results.command() == [told, "-o", "f"]
+        assert results.command_line() == [told, "-o", "f"]

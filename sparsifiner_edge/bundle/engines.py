@@ -10,25 +10,24 @@ from __future__ import annotations
 import dataclasses
 import platform
 import re
-from collections.abc import Container, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import msgspec
 
-from sparsifiner_edge.artifacts import ENGINE_FOLDER
-from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
-from sparsifiner_edge.records import Known, read_record
+from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.records import Known
 
 VERSION_COMPATIBLE = "version"
 """In `Engine.compatible`: runs on later versions of the same major version (TensorRT's VERSION_COMPATIBLE flag)."""
 AMPERE_PLUS = "ampere+"
 """In `Engine.compatible`: runs on every GPU of compute capability 8.0 and later (HardwareCompatibilityLevel)."""
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)", re.ASCII)
-Word: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.+_-]{0,64}\Z")]
-"""What goes into names of files, into configurations and to people."""
+_Word: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.+_-]{0,64}\Z")]
+"""Fit for names of files, configurations and terminals."""
 Golden: TypeAlias = dict[str, dict[str, float]]
-"""What `golden.check_golden` found."""
+"""What `golden.check_golden` returns."""
 
 
 class BatchRange(msgspec.Struct, frozen=True):
@@ -43,12 +42,12 @@ class BatchRange(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One way of carrying out sparse attention, tried on the device; see `runtime.tensorrt.choose`.
+    """Kernels for sparse attention that were tried on the device; see `runtime.tensorrt.choose`.
 
     Attributes:
-        golden: what the golden check found, or said where it failed.
+        golden: what the golden check returned, or its message where it failed.
         compute_ms: median of `runs` runs.
-        failed: why there is no engine of this kind, or none that runs.
+        failed: why there is no such engine, or why it does not run.
     """
 
     golden: Golden | str | None = None
@@ -58,14 +57,14 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Details(msgspec.Struct, frozen=True, kw_only=True):
-    """What the builder of an engine says about it, for people; a backend leaves out what it does not know.
+    """What the builder of an engine reports, for people; a backend leaves out what it does not know.
 
     Attributes:
         layers: of the network as parsed. warnings: the first ten.
         cpu_seconds: of the building process; build_seconds: by the clock, its start included.
         timing_cache: "new", "reused" or "not used". device, driver: what it was built on.
         kernels: the candidate that won; candidates: all of them, where there was a choice.
-        bytes: size of the file. golden: what the golden check found before the engine was taken.
+        bytes: size of the file. golden: what the golden check returned before the engine was put into the bundle.
     """
 
     layers: int | None = None
@@ -102,14 +101,14 @@ class Engine(msgspec.Struct, frozen=True):
         file: its path in the bundle; "" before it is built.
     """
 
-    backend: Word
-    version: Word
-    compute_capability: Word
-    os: Word
-    cpu: Word
-    precision: Word
+    backend: _Word
+    version: _Word
+    compute_capability: _Word
+    os: _Word
+    cpu: _Word
+    precision: _Word
     batch: BatchRange
-    variant: Word = ""
+    variant: _Word = ""
     compatible: tuple[str, ...] = ()
     details: Details = Details()
     file: str = ""
@@ -117,18 +116,21 @@ class Engine(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         """Such as "tensorrt-rtx-1.7.1.116-sm86-linux-x86_64-fp16-b1"; two engines of one name take the same place."""
-        parts = (self.backend, self.version, _sm(self.compute_capability), self.os, self.cpu, self.precision)
+        parts = (
+            self.backend,
+            self.version,
+            f"sm{self.compute_capability.replace('.', '')}",
+            self.os,
+            self.cpu,
+            self.precision,
+        )
         compatible = [part.replace("+", "plus") for part in self.compatible]
         return "-".join([*parts, f"b{self.batch}", *filter(None, [self.variant]), *compatible])
 
 
-class _Engines(msgspec.Struct):
-    engines: tuple[Engine, ...]
-
-
 @dataclasses.dataclass(frozen=True)
-class Device:
-    """What an engine must fit: the machine that would run it.
+class EngineDevice:
+    """The machine that would run an engine.
 
     Attributes:
         version: of the backend's package there.
@@ -163,36 +165,7 @@ def parse_capability(text: str) -> str:
     return text.strip()
 
 
-def capability_numbers(capability: str) -> tuple[int, int]:
-    """ "12.0" -> (12, 0)."""
-    major, _, minor = parse_capability(capability).partition(".")
-    return int(major), int(minor)
-
-
-def _sm(capability: str) -> str:
-    return f"sm{capability.replace('.', '')}"
-
-
-def read_engines(entries: object, files: Container[str], folder: Path) -> tuple[Engine, ...]:
-    """Engines that a manifest lists, in the order in which they were built.
-
-    Args:
-        entries: the manifest's `engines`. files: the names that it has hashes of. folder: the bundle, for messages.
-
-    Raises:
-        ArtifactError: an entry is malformed, or its file is not one of the bundle's hashed files in `engines/`.
-    """
-    engines = read_record({"engines": entries}, _Engines, folder, "Export the bundle again.").engines
-    for engine in engines:
-        if engine.file not in files or PurePosixPath(engine.file).parent.name != ENGINE_FOLDER:
-            raise ArtifactError(
-                f"{folder} lists the engine {engine.file!r} without a hash, or outside {ENGINE_FOLDER}/.",
-                "Export the bundle again and build it anew.",
-            )
-    return engines
-
-
-def mismatches(engine: Engine, device: Device) -> list[str]:
+def mismatches(engine: Engine, device: EngineDevice) -> list[str]:
     """Why an engine does not run on a device; empty where it does."""
     reasons = []
     if (engine.os, engine.cpu) != (device.os, device.cpu):
@@ -206,22 +179,20 @@ def mismatches(engine: Engine, device: Device) -> list[str]:
     return reasons
 
 
-def _same_version(engine: Engine, device: Device) -> bool:
+def _same_version(engine: Engine, device: EngineDevice) -> bool:
     if VERSION_COMPATIBLE not in engine.compatible:
         return engine.version == device.version
     built, here = (tuple(int(x) for x in re.findall(r"\d+", v)) for v in (engine.version, device.version))
     return built[:1] == here[:1] and here >= built
 
 
-def _same_architecture(engine: Engine, device: Device) -> bool:
-    if not device.compute_capability:
-        return True
-    if AMPERE_PLUS in engine.compatible:
-        return capability_numbers(device.compute_capability) >= (8, 0)
-    return engine.compute_capability == device.compute_capability
+def _same_architecture(engine: Engine, device: EngineDevice) -> bool:
+    if AMPERE_PLUS in engine.compatible and device.compute_capability:
+        return int(device.compute_capability.partition(".")[0]) >= 8
+    return device.compute_capability in ("", engine.compute_capability)
 
 
-def fitting_engine(engines: Sequence[Engine], device: Device, folder: Path) -> Engine:
+def fitting_engine(engines: Sequence[Engine], device: EngineDevice, folder: Path) -> Engine:
     """The engine built last that runs on a device.
 
     Args:
@@ -229,16 +200,16 @@ def fitting_engine(engines: Sequence[Engine], device: Device, folder: Path) -> E
         folder: the bundle, for messages.
 
     Raises:
-        BackendError: there is none; the message says what each one lacks and which command builds one.
+        BackendError: no engine runs there; the message says why not, and which command builds one.
     """
-    mine = [e for e in engines if e.backend == device.backend]
-    for engine in reversed(mine):
+    own = [e for e in engines if e.backend == device.backend]
+    for engine in reversed(own):
         if not mismatches(engine, device):
             return engine
     fix = f"On a machine like this one: sparsifiner-edge build {folder} --backend {device.backend}"
     if device.compute_capability:
         fix += f" --compute-capability {device.compute_capability}"
-    if not mine:
+    if not own:
         raise BackendError(f"{folder} holds no engine for {device.backend}.", fix)
-    found = "; ".join(f"{engine.file}: {', '.join(mismatches(engine, device))}" for engine in mine)
+    found = "; ".join(f"{engine.file}: {', '.join(mismatches(engine, device))}" for engine in own)
     raise BackendError(f"No engine of {folder} runs here. {found}.", fix)

@@ -1,5 +1,5 @@
-"""What export found on its way, as a manifest says it, for people. Bundles run without, and older ones lack some of it:
-everything has a default, and None is what the manifest does not say.
+"""What export found, as a manifest says it, for people. Bundles run without it, and older ones lack some of it:
+everything has a default, and None means that the manifest does not say.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Folded(Struct, frozen=True):
 
 
 class OutputCheck(Struct, frozen=True):
-    """An output of the file beside torch's; the last has torch read the keys that the file chose."""
+    """An output of the file compared with torch's; the last with torch reading the keys that the file selected."""
 
     error_relative_to_range: float | None = None
     least_row_cosine: float | None = None
@@ -43,7 +43,7 @@ class Check(Struct, frozen=True):
 
 
 class Tiling(Struct, frozen=True):
-    """Consecutive patches that share one list, and that ask as one."""
+    """Consecutive patches that share one key list (tile), and whose mean query selects it (probe)."""
 
     tile: int | None = None
     probe: int | None = None
@@ -58,7 +58,7 @@ class Retiled(Struct, frozen=True):
     images: int = field(default=0, name="pictures")
 
 
-class Choice(Struct, frozen=True):
+class LayerChoice(Struct, frozen=True):
     """Layers of equal sizes: medians of one's attention, at batch 1, and whether they were kept dense."""
 
     layers: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ class Measured(Struct, frozen=True):
     """Where sparse attention pays on the machine that exported. kernels: what ran it."""
 
     kernels: str | None = None
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[LayerChoice, ...] = ()
     sparse_layers_left: int | None = None
 
 

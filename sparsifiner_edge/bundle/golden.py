@@ -6,25 +6,25 @@ import io
 import math
 import zipfile
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
-from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, aligned
+from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, agreement, aligned
 
 _MOST_TOLERANCE = 1.0
 """Of an output's range: more would pass anything."""
 _MOST_BYTES = 1 << 31
 """Of the golden pair, packed or not."""
-Array = np.ndarray[Any, Any]
 Pair = tuple[dict[str, Array], dict[str, Array]]
 
 
-class Answering(Protocol):
-    """What a golden pair is held against: an open session."""
+class Runnable(Protocol):
+    """What a golden pair is run through: an open session."""
 
     @property
     def backend(self) -> str:
@@ -34,7 +34,7 @@ class Answering(Protocol):
         """Run the model once."""
 
 
-def check_golden(session: Answering, bundle: Bundle) -> dict[str, dict[str, float]]:
+def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float]]:
     """Run the bundle's golden input and compare every golden output.
 
     Where a session takes only larger batches (its `least_batch`), the input is repeated, and each answer must agree.
@@ -54,7 +54,7 @@ def check_golden(session: Answering, bundle: Bundle) -> dict[str, dict[str, floa
     outputs = session.infer(inputs)
     if POSITIONS in expected:
         if POSITIONS not in outputs or outputs[POSITIONS].shape != expected[POSITIONS].shape:
-            raise GateError(f"Output {POSITIONS!r} is missing or of another shape.", "Export it again.")
+            raise GateError(f"Output {POSITIONS!r} is missing or has another shape.", "Export it again.")
         outputs, missing = aligned(outputs, expected)
         total = expected.pop(POSITIONS).size
         if missing > OTHER_TOKENS * total:
@@ -127,23 +127,14 @@ def _repeated(pair: Pair, least: int) -> Pair:
     return inputs, outputs
 
 
-def _compare(name: str, got: Array, wanted: Array, tolerance: float, session: Answering) -> dict[str, float]:
+def _compare(name: str, got: Array, wanted: Array, tolerance: float, session: Runnable) -> dict[str, float]:
     if got.shape != wanted.shape:
         raise GateError(f"Output {name!r} has shape {got.shape}; golden is {wanted.shape}.", AGAIN)
-    reference: Any = wanted.astype(np.float64)
-    difference = np.abs(got.astype(np.float64) - reference)
-    worst = float(difference.max())
-    relative = worst / _range(reference)
-    if not relative <= tolerance:  # Written so that NaN fails.
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(difference)), difference.shape))
+    found = agreement(got, wanted, tolerance)
+    if found.error > tolerance:
         raise GateError(
-            f"Output {name!r} differs from golden by {relative:.3g} of its range (tolerance {tolerance:.3g}); "
-            f"worst at {list(at)}: {got[at]} instead of {wanted[at]}.",
+            f"Output {name!r} differs from golden by {found.error:.3g} of its range (tolerance {tolerance:.3g}); "
+            f"worst at {list(found.worst)}: {found.got:.9g} instead of {found.expected:.9g}.",
             f"Do not trust {session.backend} with this bundle on this machine; export it again or report it.",
         )
-    return {"max_abs_difference": worst, "range_relative_error": relative, "tolerance": tolerance}
-
-
-def _range(values: Any) -> float:
-    """Maximum minus minimum; for a constant its magnitude, and 1 for zeros, so that there is always a yardstick."""
-    return float(values.max() - values.min()) or float(np.abs(values).max()) or 1.0
+    return {"max_abs_difference": found.difference, "range_relative_error": found.error, "tolerance": tolerance}

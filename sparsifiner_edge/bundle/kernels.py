@@ -1,10 +1,8 @@
 """Compiled CUDA kernels in a bundle: their table, and the model whose nodes are launches of them.
 
-    kernels/sm87.json                 the table: schema version, launches, and which nodes of the model they replace
-    kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin takes it
-    kernels/sm87/attend_1a2b3c.cubin  the same as machine code, for programs that launch with the driver API
-
-`KernelTable` is the table's form.
+kernels/sm87.json                 the table: schema version, launches, and which nodes of the model they replace
+kernels/sm87/attend_1a2b3c.ptx    one launch: assembly, as TensorRT's plugin takes it
+kernels/sm87/attend_1a2b3c.cubin  the same as machine code, for programs that launch with the driver API
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import read_record
 
-SCHEMA = 1
+KERNELS_SCHEMA = 1
 FOLDER = "kernels"
 NAMESPACE = "sparsifiner_kernels"
 """Domain of nodes that are launches; TensorRT reads it as the namespace of plugins."""
@@ -79,11 +77,11 @@ class KernelTable(Struct, frozen=True, kw_only=True):
 
     Attributes:
         launches: by name. nodes: name of a node that they replace -> its launches, in order.
-        float32: name of a weight that launches want in float32 -> the model's own, of another type.
+        float32: name of a weight that launches read as float32 -> the model's own, of another type.
         triton, assembler, ptx_version: what made the code.
     """
 
-    schema_version: int = SCHEMA
+    schema_version: int = KERNELS_SCHEMA
     compute_capability: str | None = None
     launches: dict[str, CompiledLaunch]
     nodes: dict[str, tuple[NodeLaunch, ...]]
@@ -113,7 +111,7 @@ def read_table(bundle: Bundle, capability: int) -> KernelTable | None:
     path = bundle.folder / name
     if name not in bundle.manifest.files:
         return None
-    content = parse_json(bundle.read(name, MAX_JSON), path, SCHEMA)
+    content = parse_json(bundle.read(name, MAX_JSON), path, KERNELS_SCHEMA)
     table = read_record(content, KernelTable, path, AGAIN)
     for name, launch in table.launches.items():
         if not _NAME.fullmatch(name):  # It becomes the name of a file and of a plugin.
@@ -151,7 +149,12 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
         raise ArtifactError(f"The kernels are for another model: it has no node {min(missing)!r}.", "Export it again.")
     for node in made.graph.node:
         launches = table.nodes.get(node.name) if node.domain == DOMAIN else None
-        replaced += [node] if launches is None else [_node(launch) for launch in launches]
+        if launches is None:
+            replaced.append(node)
+            continue
+        for launch in launches:
+            names = {"domain": NAMESPACE, "plugin_namespace": NAMESPACE, "plugin_version": "1"}
+            replaced.append(onnx.helper.make_node(launch.launch, launch.inputs, launch.outputs, launch.name, **names))
     _add_float_copies(made, table)
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in replaced]
     del made.graph.node[:]
@@ -159,15 +162,6 @@ def kernel_model(model: Any, table: KernelTable) -> Any:
     drop_unused(made)
     made.opset_import.append(onnx.helper.make_opsetid(NAMESPACE, 1))
     return made
-
-
-def _node(entry: NodeLaunch) -> Any:
-    import onnx
-
-    return onnx.helper.make_node(
-        entry.launch, entry.inputs, entry.outputs, entry.name,
-        domain=NAMESPACE, plugin_namespace=NAMESPACE, plugin_version="1",
-    )  # fmt: skip
 
 
 def _add_float_copies(model: Any, table: KernelTable) -> None:
@@ -185,14 +179,14 @@ def _add_float_copies(model: Any, table: KernelTable) -> None:
 
 
 def plain_ptx(ptx: str) -> str:
-    """PTX without what is for debuggers: it names files of the machine that compiled it."""
+    """PTX without debugging information, which names files of the machine that compiled it."""
     ptx = re.sub(r"^\s*\.section\s+\.debug_\w+\s*\{.*?\}\s*$", "", ptx, flags=re.MULTILINE | re.DOTALL)
     kept = [line for line in ptx.splitlines() if not re.match(r"\s*\.(loc|file)\s", line)]
     return "\n".join(kept).rstrip() + "\n"
 
 
 def ordered_ptx(ptx: str, symbol: str, order: Sequence[int]) -> str:
-    """PTX whose kernel takes its parameters in another order, and not at all those that `order` leaves out.
+    """PTX whose kernel takes its parameters in another order, without those that `order` leaves out.
 
     The body names parameters, so only their declarations move. TensorRT passes inputs, then outputs, and nothing else;
     a compiler's own parameters at the end, which no instruction reads, must go.
@@ -201,7 +195,7 @@ def ordered_ptx(ptx: str, symbol: str, order: Sequence[int]) -> str:
         order: numbers of the parameters that stay, from 0.
 
     Raises:
-        ArtifactError: there is no such kernel, or one that goes is read.
+        ArtifactError: there is no such kernel, or it reads a parameter that is left out.
     """
     head = re.compile(rf"(\.entry\s+{re.escape(symbol)}\s*\()([^)]*)(\))")
     match = head.search(ptx)

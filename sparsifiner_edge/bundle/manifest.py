@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-from sparsifiner_edge.artifacts import parse_json
+from sparsifiner_edge.artifacts import ENGINE_FOLDER, parse_json
 from sparsifiner_edge.bounds import MOST_SIDE, flaw
-from sparsifiner_edge.bundle.engines import Engine, read_engines
+from sparsifiner_edge.bundle.engines import Engine
 from sparsifiner_edge.bundle.entries import BoardKernels, Check, Float16, Folded, Measured, Quantisation, Retiled
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
@@ -22,9 +21,7 @@ BUNDLE_SCHEMA = 2
 """1: no `shape`. Bundles of 1 are read; what needs the shape refuses them."""
 MODEL_FILE = "model.onnx"
 AGAIN = "Export the bundle again."
-Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
-_MOST, _MOST_DEPTH = 1 << 20, 1024
-"""No size of a model comes near, nor its number of layers."""
+_Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -65,7 +62,7 @@ class Preprocessing(msgspec.Struct, frozen=True):
         folded: mean, standard deviation and scale, which the file applies.
     """
 
-    size: int
+    size: _Side
     resize: str = "centre square, bicubic"
     folded: Folded | None = None
 
@@ -74,7 +71,7 @@ class Tokens(msgspec.Struct, frozen=True):
     """Tokens of an image: `prefix` before the patches, and patches in a `grid` of rows and columns."""
 
     prefix: Annotated[int, Meta(ge=0, le=MOST_SIDE)]
-    grid: tuple[Side, Side] | None = None
+    grid: tuple[_Side, _Side] | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +124,7 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     """The manifest in bytes that were read from `path`.
 
     Raises:
-        ArtifactError: it is no manifest of a bundle, of a newer schema, or a field is of another type, NaN or infinite.
+        ArtifactError: it is not a bundle's manifest, of a newer schema, or a field is mistyped, NaN or infinite.
     """
     content = parse_json(text, path, BUNDLE_SCHEMA)
     files = content.get("files")
@@ -136,36 +133,24 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     found = flaw(content)
     if found is not None:
         raise ArtifactError(f"{path}: {found}.", AGAIN)
-    settings, engines = content.pop("sparsity", None), read_engines(content.pop("engines", []), files, path.parent)
+    sparsity = _sparsity(content.pop("sparsity", None), path.parent)
     manifest = read_record(content, Manifest, path.parent, AGAIN)
-    if manifest.preprocessing is not None and not 1 <= manifest.preprocessing.size <= MOST_SIDE:
-        said = manifest.preprocessing.size
-        raise ArtifactError(f"{path.parent}: preprocessing.size is {said}; at most {MOST_SIDE}.", AGAIN)
-    if manifest.shape is not None and not _possible(manifest.shape):
-        raise ArtifactError(f"{path.parent}: shape is {manifest.shape}, that of no model.", AGAIN)
-    return msgspec.structs.replace(manifest, sparsity=_sparsity(settings, path.parent), engines=engines)
-
-
-def _possible(shape: ModelShape) -> bool:
-    sizes = dataclasses.asdict(dataclasses.replace(shape, prefix=shape.prefix + 1))
-    return all(1 <= size <= _MOST for size in sizes.values()) and shape.depth <= _MOST_DEPTH
+    for engine in manifest.engines:
+        if engine.file not in files or PurePosixPath(engine.file).parent.name != ENGINE_FOLDER:
+            raise ArtifactError(
+                f"{path.parent} lists the engine {engine.file!r} without a hash, or outside {ENGINE_FOLDER}/.",
+                "Export the bundle again and build it anew.",
+            )
+    return msgspec.structs.replace(manifest, sparsity=sparsity)
 
 
 def _sparsity(settings: object, folder: Path) -> SparsityConfig | None:
-    if settings is None:
-        return None
-    if not isinstance(settings, dict):
-        raise ArtifactError(f"{folder}: sparsity is {settings!r:.60}, not dict.", AGAIN)
     try:
-        return SparsityConfig.from_dict(settings)
+        return None if settings is None else SparsityConfig.from_dict(settings)
     except ConfigError as error:
         raise ArtifactError(f"{folder}: {error.what}", AGAIN) from error
 
 
 def manifest_content(manifest: Manifest) -> Any:
     """JSON-ready, as `manifest.json` holds it."""
-    plain = write_record(msgspec.structs.replace(manifest, sparsity=None, engines=()))
-    return {"schema_version": manifest.schema_version, "kind": "bundle"} | plain | {
-        "sparsity": manifest.sparsity and manifest.sparsity.to_dict(),
-        "engines": write_record(manifest.engines),
-    }  # fmt: skip
+    return {"schema_version": manifest.schema_version, "kind": "bundle", "sparsity": None} | write_record(manifest)

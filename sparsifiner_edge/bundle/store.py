@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +21,10 @@ from sparsifiner_edge.artifacts import (
     MAX_FILE,
     MAX_JSON,
     SCRATCH,
-    blocks,
-    leftovers,
     read_json,
     scratches,
     sha256,
+    unlisted_engines,
 )
 from sparsifiner_edge.bundle.manifest import (
     AGAIN,
@@ -40,11 +38,11 @@ from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.files import (
     io_errors,
     is_locked,
-    lock,
     locked,
-    open_regular,
     read_bytes,
+    scratch_beside,
     signals_held,
+    sync,
     write_text,
 )
 from sparsifiner_edge.onnx_file import read_model
@@ -54,10 +52,8 @@ from sparsifiner_edge.text import dump_json, shown
 
 LABELS_FILE = "labels.txt"
 _MAX_LABELS = 1 << 24
-MAX_MODEL = 1 << 31
-"""Bytes of an ONNX file, by its format (protobuf)."""
 GOLDEN_FILE = "golden.npz"
-Value = TypeVar("Value")
+_Entry = TypeVar("_Entry")
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -68,15 +64,17 @@ class Bundle:
     Attributes:
         folder: as given; messages name it.
         manifest: made of the very bytes that were checked, the signature included where one is required.
+        text: those bytes.
     """
 
     folder: Path
     manifest: Manifest
+    text: bytes = dataclasses.field(default=b"", kw_only=True)
 
     def read(self, name: str, most: int = MAX_FILE) -> bytes:
         """The content of one of its files: these very bytes have the hash that the manifest says.
 
-        Whoever swaps the file after it was checked reaches nothing: use what this returns, never the path.
+        Swapping the file after it was checked has no effect: use what this returns, never the path.
 
         Args:
             name: as in the manifest's `files`.
@@ -85,53 +83,65 @@ class Bundle:
         Raises:
             ArtifactError: the manifest does not list it; it is missing, altered, larger, or outside the folder.
         """
-        expected = self._expected(name)
-        content = read_bytes(_place(self.folder, name), most)
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise _altered(self.folder / name)
+        content = read_bytes(self.path(name), most)
+        self.require_hash(name, hashlib.sha256(content).hexdigest())
         return content
 
     @contextlib.contextmanager
     def sealed_copy(self, name: str) -> Iterator[str]:
         """A path to a copy of one of its files, in memory: it has the manifest's hash, and nobody can change it.
 
-        For libraries that read a file: given bytes they would hold them beside what they make of them.
+        For libraries that read files: given bytes, they would keep them in memory beside what they load.
 
         Raises:
             ArtifactError: see `read`; or there is no memory for it.
         """
-        expected = self._expected(name)
-        digest = hashlib.sha256()
-        with contextlib.ExitStack() as stack:
-            with open_regular(_place(self.folder, name)) as file:
-                handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-                copy = stack.enter_context(os.fdopen(handle, "wb"))
-                for block in blocks(file, self.folder / name, MAX_MODEL):
-                    digest.update(block)
-                    copy.write(block)
-                copy.flush()
-            if digest.hexdigest() != expected:
-                raise _altered(self.folder / name)
+        handle = os.memfd_create("sparsifiner-edge", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with os.fdopen(handle, "wb") as copy:
+            self.require_hash(name, sha256(self.path(name), copy))
+            copy.flush()
             fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _SEALS)
             yield f"/proc/self/fd/{handle}"
 
-    def _expected(self, name: str) -> str:
-        """The hash of a file by the manifest."""
-        expected = self.manifest.files.get(name)
-        if expected is None:
+    def path(self, name: str) -> Path:
+        """Where one of its files is; read it by `read`.
+
+        Raises:
+            ArtifactError: the manifest does not list it; it is missing, or outside the folder.
+        """
+        if name not in self.manifest.files:
             raise ArtifactError(f"{self.folder} has no {name}.", AGAIN)
-        return expected
+        path = self.folder / name
+        try:
+            inside = "\0" not in name and path.resolve().is_relative_to(self.folder.resolve())
+            there = inside and path.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, invalid names.
+            raise ArtifactError(f"{self.folder} cannot be read: {error}.", "Do not use this bundle.") from error
+        if not inside:
+            raise ArtifactError(f"{self.folder} names the file {name!r} outside itself.", "Do not use this bundle.")
+        if not there:
+            raise ArtifactError(f"{path} is missing.", AGAIN)
+        return path
+
+    def require_hash(self, name: str, digest: str) -> None:
+        """Refuse content whose SHA-256 is not the manifest's.
+
+        Raises:
+            ArtifactError: it is not.
+        """
+        if digest != self.manifest.files[name]:
+            raise ArtifactError(f"{self.folder / name} does not match its SHA-256 in the manifest.", AGAIN)
 
     def model(self) -> Any:
         """Its `onnx.ModelProto`.
 
         Raises:
-            ArtifactError: its file is none, was altered, or needs another file.
+            ArtifactError: its file is not an ONNX file, was altered, or needs another file.
         """
         return read_model(self.read(MODEL_FILE), self.folder / MODEL_FILE)
 
     def labels(self) -> list[str]:
-        """Its labels, made harmless (`text.shown`); a file that the manifest does not name is none.
+        """Its labels, made harmless (`text.shown`); none where the manifest lists no such file.
 
         Raises:
             ArtifactError: the file was altered, or is too large to be labels.
@@ -141,11 +151,11 @@ class Bundle:
         lines = self.read(LABELS_FILE, _MAX_LABELS).decode("utf-8", "replace").split("\n")
         return [shown(line.rstrip("\r")) for line in (lines[:-1] if lines[-1] == "" else lines)]
 
-    def required(self, value: Value | None, name: str) -> Value:
-        """An entry of the manifest that a use needs.
+    def required(self, value: _Entry | None, name: str) -> _Entry:
+        """An entry of the manifest that the caller requires.
 
         Raises:
-            ArtifactError: there is none.
+            ArtifactError: it is missing.
         """
         if value is None:
             raise ArtifactError(f"{self.folder}: {name} is missing.", AGAIN)
@@ -162,7 +172,7 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """Its own word for it, such as "fp16"."""
+        """Such as "fp16"."""
         return self.manifest.precision or "fp32"
 
     def subject(self, role: str | None = None) -> Subject:
@@ -174,55 +184,27 @@ class Bundle:
 def open_bundle(folder: Path) -> Bundle:
     """A bundle whose files all match their hashes.
 
-    What is used of those files later is read by `Bundle.read`, which holds the very bytes against the hash again.
+    Those files are read later by `Bundle.read`, which checks the very bytes against the hash again.
 
     Raises:
         ArtifactError: not a bundle, newer schema, a file missing, altered, or outside the folder.
     """
-    return check_bundle(folder, read_manifest(folder))
+    text = read_manifest(folder)
+    bundle = Bundle(folder, parse_manifest(text, folder / BUNDLE_FILE), text=text)
+    for name in bundle.manifest.files:
+        bundle.require_hash(name, sha256(bundle.path(name)))
+    return bundle
 
 
 def read_manifest(folder: Path) -> bytes:
     """The bytes of a bundle's manifest.
 
     Raises:
-        ArtifactError: `folder` is none, or the manifest cannot be read.
+        ArtifactError: `folder` is not a folder, or the manifest cannot be read.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
     return read_bytes(folder / BUNDLE_FILE, MAX_JSON)
-
-
-def check_bundle(folder: Path, text: bytes) -> Bundle:
-    """See `open_bundle`; `text` is what was read of the manifest."""
-    bundle = Bundle(folder, parse_manifest(text, folder / BUNDLE_FILE))
-    for name, digest in bundle.manifest.files.items():
-        if sha256(_place(folder, name)) != digest:
-            raise _altered(folder / name)
-    return bundle
-
-
-def _place(folder: Path, name: str) -> Path:
-    """Where a file of a bundle is.
-
-    Raises:
-        ArtifactError: it is missing, or outside the folder.
-    """
-    path = folder / name
-    try:
-        inside = "\0" not in name and path.resolve().is_relative_to(folder.resolve())
-        there = inside and path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, what no system takes.
-        raise ArtifactError(f"{folder} cannot be read: {error}.", "Do not use this bundle.") from error
-    if not inside:
-        raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
-    if not there:
-        raise ArtifactError(f"{path} is missing.", AGAIN)
-    return path
-
-
-def _altered(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path} does not match its SHA-256 in the manifest.", AGAIN)
 
 
 def bundle_hash(folder: Path) -> str:
@@ -239,39 +221,28 @@ def seal_bundle(folder: Path, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def bundle_scratch(folder: Path) -> Iterator[Path]:
-    """A folder in a bundle for files that are being made; it vanishes with the block, as does what killed builds left.
+    """A folder in a bundle for files that are being made; it is removed after the block, as is what killed builds left.
 
     Raises:
         ArtifactError: the disk refuses.
     """
-    handle, scratch = -1, None
-    try:
-        with io_errors(folder), locked(folder), signals_held():
+    with contextlib.ExitStack() as stack:
+        with io_errors(folder), locked(folder):
             for old in scratches(folder):
                 if not is_locked(old):
                     shutil.rmtree(old, ignore_errors=True)
-            in_use = scratches(folder)
-            for path in leftovers(folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA)):
-                if not any(path.is_relative_to(other) for other in in_use):
-                    path.unlink(missing_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
-            handle = os.open(scratch, os.O_RDONLY)
-            lock(handle, wait=True)
+            for path in unlisted_engines(folder, read_json(folder / BUNDLE_FILE, BUNDLE_SCHEMA).get("files", ())):
+                path.unlink(missing_ok=True)
+            scratch = stack.enter_context(scratch_beside(folder / SCRATCH, folder=True))
         yield scratch
-    finally:
-        with signals_held():
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
-            if handle >= 0:
-                os.close(handle)
 
 
 def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Manifest], Manifest]) -> None:
-    """Move files into a bundle and replace its manifest: both or neither. Files that nothing lists any more vanish.
+    """Move files into a bundle and replace its manifest: both or neither. Files that are no longer listed are removed.
 
     Args:
         files: place in the bundle -> where the file is now, on the same file system; places must be new.
-        change: manifest as it now stands -> as it shall be; its `files` name what is kept, their hashes are its own,
+        change: present manifest -> new manifest; its `files` name what is kept, their hashes are its own,
             those of the new files are added here.
 
     Raises:
@@ -287,8 +258,7 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
         # What this version does not know stays.
         content = json.loads(text) | {"files": kept, "engines": write_record(after.engines)}
         for path in files.values():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
         with signals_held():
             _move_in(folder, files, dump_json(content))
             for name in set(before.files) - set(kept):

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from sparsifiner_edge.artifacts import parse_toml, read_toml
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import read_record
-from sparsifiner_edge.toml import parse_toml, read_toml
 
 DEFAULT = "cpu"
 _DOCUMENT = "See docs/distillation.md for the form."

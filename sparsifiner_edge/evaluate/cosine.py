@@ -8,17 +8,17 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.extract import (
     ONNXRUNTIME,
-    Array,
     Extractor,
     Runner,
     open_subject,
     open_teacher,
     with_roles,
 )
-from sparsifiner_edge.images import load_batch
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
@@ -91,7 +91,7 @@ def _compare(
 ) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {}
     for number, path in enumerate(images):
-        image = load_batch([path], ours.size)
+        image = load_image(path, ours.size)[np.newaxis]
         got, expected = ours.extract(image), teacher.extract(image)
         _require_comparable(got, expected)
         values = {"features_cosine": float(cosine(got["features"], expected["features"]).mean())}

@@ -11,14 +11,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from sparsifiner_edge.bundle.entries import Choice, Measured
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.bundle.entries import LayerChoice, Measured
 from sparsifiner_edge.export.graph import IR_VERSION
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION, AttributeValue
 from sparsifiner_edge.runtime.onnxruntime.session import native_library
-from sparsifiner_edge.runtime.session import Array
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 
@@ -44,7 +44,7 @@ def keep_dense_where_slower(model: Any) -> Measured:
         for _, layer in members if slower else ():
             restore_attention(layer)
             make_dense(layer)
-        choices.append(Choice(tuple(number for number, _ in members), sparse, dense, slower))
+        choices.append(LayerChoice(tuple(number for number, _ in members), sparse, dense, slower))
     kernels = described(NATIVE.operators, native_library("auto") is not None)
     return Measured(kernels, tuple(choices), len(sparse_layers(model)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sparsifiner_edge.onnx_file import subgraphs
 from sparsifiner_edge.ops.schema import DOMAIN
 
 
@@ -27,7 +26,7 @@ def drop_unused(model: Any) -> None:
 def _read_by(node: Any) -> Iterator[str]:
     """Inputs of a node and of everything in its subgraphs."""
     yield from node.input
-    for graph in subgraphs(node):
+    for graph in (graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)):
         for inner in graph.node:
             yield from _read_by(inner)
         yield from (value.name for value in graph.output)

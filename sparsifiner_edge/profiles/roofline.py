@@ -66,7 +66,7 @@ class Operator:
 
     Attributes:
         layer: from 0; -1: before the layers.
-        kind: as in `sparsifiner_edge.costs.KINDS`, or "embedding".
+        kind: as in `sparsifiner_edge.costs.MAC_KINDS`, or "embedding".
         engine: which share of `Calibration` holds: "linear", "attention" or "predictor".
         macs: multiply-accumulates.
         weights, activations: elements moved, at the operator's precision.

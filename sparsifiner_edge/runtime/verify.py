@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.bundle.verify import Verification, verify
+from sparsifiner_edge.bundle.verify import Verification, run_checks
 from sparsifiner_edge.runtime.open import open_checked
 
 
@@ -36,4 +36,4 @@ def verify_bundle(
         parts = (f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}" for name, f in found.items())
         return f"{', '.join(parts)} ({backend})"
 
-    return verify(Path(bundle), answer, None if public_key is None else Path(public_key))
+    return run_checks(Path(bundle), answer, None if public_key is None else Path(public_key))

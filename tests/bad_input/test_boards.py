@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sparsifiner_edge.artifacts import MAX_TOML, parse_toml, read_toml
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.export.board import _toolkit
 from sparsifiner_edge.profiles.boards.board import load_board, parse_board, read_board
-from sparsifiner_edge.toml import MAX_TOML, parse_toml, read_toml
 from tests.commands import assert_refused, process
 from tests.fuzz.mutate import mutated_toml
 
@@ -38,13 +38,13 @@ def test_files_that_have_no_end_or_no_beginning(tmp_path: Path, bundle: Path) ->
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("sm = 87", f"sm = {'9' * 5000}", "is no TOML"),
+        ("sm = 87", f"sm = {'9' * 5000}", "is not TOML"),
         ("tdp_w = 15.0", f"tdp_w = 1{'0' * 400}", "tdp_w is 1000"),
         ("tdp_w = 15.0", "tdp_w = 1e999", "tdp_w is Infinity, not float <= 5000"),
-        ("sm = 87", f"sm = {'[' * 3000}", "is no TOML"),
+        ("sm = 87", f"sm = {'[' * 3000}", "is not TOML"),
         ("sm = 87", f"sm = {'[' * 100}{']' * 100}", "nested deeper than 64 levels"),
         ("sm = 87", f"{'.'.join('a' * 500)} = 1", "nested deeper than 64 levels"),
-        ("sm = 87", "sm = 8٧", "is no TOML"),
+        ("sm = 87", "sm = 8٧", "is not TOML"),
         ('tensorrt = "10.3"', 'tensorrt = "ten"', r"jetpack\[1\]\.tensorrt is \"ten\", not str of the form"),
         ('tensorrt = "10.3"', f'tensorrt = "{"9" * 5000}"', r"jetpack\[1\]\.tensorrt is \"999"),
         ('cuda = "12.6"', 'cuda = "12.6; rm"', r"jetpack\[1\]\.cuda is \"12\.6; rm\""),
@@ -67,7 +67,7 @@ def test_text_that_is_no_toml_is_told_as_such(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     for content in (b"\xff\xfe", b"\x00", b"a = 1\na = 2", b"[" * 10_000, b"a = " + b"1" * 5000, b"a = '\xed\xa0\x80'"):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"cannot be read|is no TOML") as caught:
+        with pytest.raises(ConfigError, match=r"cannot be read|is not TOML") as caught:
             read_toml(path, "Do this.")
         assert caught.value.fix == "Do this."
     assert parse_toml("a = nan", "here", "") != {}

@@ -82,10 +82,10 @@ def drop_outputs(folder: Path) -> None:
         (lambda b: (b / "model.onnx").unlink(), ["model.onnx is missing"]),
         (
             lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)),
-            ["model.onnx is no ONNX file", "Export the bundle"],
+            ["model.onnx is not an ONNX file", "Export the bundle"],
         ),
         (lambda b: ((b / "model.onnx").write_bytes(b""), reseal(b)), ["ONNX Runtime refuses"]),
-        (lambda b: ((b / "model.onnx").write_bytes(b"\xff" * 4096), reseal(b)), ["model.onnx is no ONNX file"]),
+        (lambda b: ((b / "model.onnx").write_bytes(b"\xff" * 4096), reseal(b)), ["model.onnx is not an ONNX file"]),
         (lambda b: (drop_outputs(b), reseal(b)), ["gives other; needed are logits or features"]),
         (shutil.rmtree, ["is not a folder", "sparsifiner-edge export"]),
         (lambda b: (shutil.rmtree(b), b.write_text("x")), ["is not a folder"]),

@@ -489,7 +489,7 @@ def test_every_flag_and_kind_of_a_measurement_has_words():
     from pathlib import Path
 
     from sparsifiner_edge import profiles
-    from sparsifiner_edge.costs import KINDS as COST_KINDS
+    from sparsifiner_edge.costs import MAC_KINDS
     from sparsifiner_edge.profiles.measure.kinds import KINDS as LAYER_KINDS
 
     source = (Path(profiles.__file__).parent / "flags.py").read_text()
@@ -497,4 +497,4 @@ def test_every_flag_and_kind_of_a_measurement_has_words():
     assert len(flags) > 5
     known = Texts("ja")._texts
     assert not [flag for flag in flags if f"flag.{flag}" not in known or f"flag.{flag}.do" not in known]
-    assert not [kind for kind in (*COST_KINDS, *LAYER_KINDS) if f"kind.{kind}" not in known]
+    assert not [kind for kind in (*MAC_KINDS, *LAYER_KINDS) if f"kind.{kind}" not in known]

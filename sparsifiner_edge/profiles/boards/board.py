@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from sparsifiner_edge.artifacts import parse_toml, read_toml
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.text import shown
-from sparsifiner_edge.toml import parse_toml, read_toml
 
 PRECISIONS = ("fp32", "tf32", "fp16", "int8")
 KINDS = ("gpu", "cpu")

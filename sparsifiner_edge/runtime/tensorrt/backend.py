@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import Device, Engine, fitting_engine, mismatches
+from sparsifiner_edge.bundle.engines import Engine, EngineDevice, fitting_engine, mismatches
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.runtime.backend import EngineBackend
@@ -69,7 +69,7 @@ class TensorRtBackend(EngineBackend):
             )
         engines = portable if kernels == "portable" else engines
         # What needs no GPU to be seen comes first: another system's engine would not run with one either.
-        fitting_engine(engines, Device(self.name, str(trt.__version__), ""), folder)
+        fitting_engine(engines, EngineDevice(self.name, str(trt.__version__), ""), folder)
         engine = fitting_engine(engines, target(self.name, trt, probe()), folder)
         content = bundle.read(engine.file)
         return EngineSession(trt, folder / engine.file, engine, bundle.manifest, content=content)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import MAX_FILE
 from sparsifiner_edge.bundle import engines
 from sparsifiner_edge.bundle.engines import Engine
@@ -22,7 +23,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.runtime import cuda
 from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers, Times, open_driver
-from sparsifiner_edge.runtime.session import Array, Description, validate_inputs, validate_outputs
+from sparsifiner_edge.runtime.session import Description, validate_inputs, validate_outputs
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error, unusable_engine
 
 Shape = tuple[int, ...]
@@ -31,9 +32,9 @@ BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
 _KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
 
 
-def target(backend: str, trt: Any, device: cuda.Device) -> engines.Device:
+def target(backend: str, trt: Any, device: cuda.Device) -> engines.EngineDevice:
     """What an engine must fit to run on a device under the module `trt`."""
-    return engines.Device(backend, str(trt.__version__), device.compute_capability, device.name)
+    return engines.EngineDevice(backend, str(trt.__version__), device.compute_capability, device.name)
 
 
 class EngineSession:
