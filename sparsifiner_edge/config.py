@@ -19,6 +19,8 @@ PRESETS: dict[str, dict[str, float]] = {
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
 _COUNTS = {"tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1}
 """Whole numbers, and the least value of each."""
+LARGEST_MERGE, LEAST_PATCHES = 4, 16
+"""One of so many patches may merge in a layer, and so many must be left after the last."""
 _WEIGHTS = {"value_power": 64.0, "basis_threshold": 1e6}
 """Numbers and their upper limits: far beyond useful values, within the range of float32."""
 
@@ -72,6 +74,10 @@ class SparsityConfig:
         dense_layers: indices of layers that keep plain attention.
         token_keep: (layer, share) pairs, layers ascending: after the attention of each such layer only that share of
             the patch tokens is kept, those that the class token attends to most (EViT, ICLR 2022, section 3).
+        merge: pairs of patch tokens that become one after the attention of each layer (`sparse.merge`): one rate for
+            all layers, the first and the last, or one of each; empty: none. A layer merges at most a quarter of its
+            patches.
+        merge_window: partners along the curve that a token is compared with; see the operator MatchTokens.
         fuse_tokens: merge pruned tokens into one more prefix token, their mean weighted by the same attention.
         landmark_factor: preset "paper": tokens per landmark, n // factor landmarks.
         top_coefficients, basis_threshold: preset "paper": coefficients kept per query, entries of the basis that count.
@@ -90,6 +96,8 @@ class SparsityConfig:
     dense_layers: tuple[int, ...] = ()
     token_keep: tuple[tuple[int, float], ...] = ()
     fuse_tokens: bool = False
+    merge: tuple[int, ...] = ()
+    merge_window: int = 16
     landmark_factor: int = 6
     top_coefficients: int = 8
     basis_threshold: float = 0.02
@@ -122,6 +130,21 @@ class SparsityConfig:
         fix = "Give distinct layer indices from 0, such as 0,1."
         _require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
         self._check_pruning()
+        self._check_merging()
+
+    def _check_merging(self) -> None:
+        _require(
+            all(isinstance(rate, int) and 0 <= rate <= MOST_COUNT for rate in self.merge),
+            f"merge is {self.merge!r}.",
+            "Give whole numbers from 0, such as 80, or 160..0 for a rate that falls from the first layer to the last.",
+        )
+        fits = self.merge_window >= 2 and self.merge_window % 2 == 0
+        _require(fits, f"merge_window is {self.merge_window}.", "Give an even number of at least 2, such as 16.")
+        _require(
+            not any(self.merge) or (not self.token_keep and self.preset == "edge"),
+            "merge cannot be combined with token_keep or the preset paper.",
+            "Leave one of them out.",
+        )
 
     def _check_pruning(self) -> None:
         layers = [layer for layer, _ in self.token_keep]
@@ -145,7 +168,7 @@ class SparsityConfig:
     @property
     def is_dense(self) -> bool:
         """True when nothing is left out: plain attention in every layer, and all tokens to the end."""
-        return self.keep == 1 and not self.token_keep
+        return self.keep == 1 and not self.token_keep and not any(self.merge)
 
     def sparse_layers(self, depth: int) -> tuple[int, ...]:
         """Indices of the sparse layers in a model of `depth` layers.
@@ -160,11 +183,44 @@ class SparsityConfig:
         )
         return () if self.keep == 1 else tuple(i for i in range(depth) if i not in self.dense_layers)
 
+    def merge_rates(self, depth: int) -> list[int]:
+        """Pairs that each layer of a model shall merge, as asked for.
+
+        Raises:
+            ConfigError: neither one rate, nor the first and the last, nor one of each layer.
+        """
+        if len(self.merge) == 2:
+            first, last = self.merge
+            return [round(first + (last - first) * layer / max(depth - 1, 1)) for layer in range(depth)]
+        _require(
+            len(self.merge) in (0, 1, depth),
+            f"merge has {len(self.merge)} rates: the model has {depth} layers.",
+            f"Give one rate, the first and the last as 160..0, or {depth}.",
+        )
+        return list(self.merge) if len(self.merge) == depth else [*self.merge, 0][:1] * depth
+
+    def layer_merges(self, depth: int, patches: int) -> list[int]:
+        """Pairs that each layer merges: as asked for, but at most a quarter of the patches that it sees.
+
+        Raises:
+            ConfigError: a layer would leave fewer than `LEAST_PATCHES`, or see `merge_rates`.
+        """
+        merged = []
+        for layer, rate in enumerate(self.merge_rates(depth)):
+            merged.append(min(rate, patches // LARGEST_MERGE))
+            patches -= merged[-1]
+            _require(
+                patches >= LEAST_PATCHES or not any(self.merge),
+                f"merging {rate} tokens in layer {layer} leaves {patches} patches.",
+                f"Merge less, so that {LEAST_PATCHES} are left, or choose a larger image.",
+            )
+        return merged
+
     def layer_tokens(self, depth: int, patches: int, prefix: int) -> list[tuple[int, int]]:
         """(patches, prefix) that each layer's attention sees, and as entry `depth` what leaves the last layer.
 
         Raises:
-            ConfigError: tokens are pruned at a layer that does not exist.
+            ConfigError: tokens are pruned at a layer that does not exist, or see `layer_merges`.
         """
         last = max((layer for layer, _ in self.token_keep), default=0)
         _require(
@@ -173,12 +229,13 @@ class SparsityConfig:
             f"Give indices from 0 to {depth - 1}.",
         )
         shares = dict(self.token_keep)
+        merged = self.layer_merges(depth, patches)
         counts = [(patches, prefix)]
         for layer in range(depth):
             patches, prefix = counts[-1]
             if layer in shares:
                 patches, prefix = share_of(shares[layer], patches), prefix + self.fuse_tokens
-            counts.append((patches, prefix))
+            counts.append((patches - merged[layer], prefix))
         return counts
 
     def layout(self, patches: int, prefix: int = 1) -> Layout:
@@ -192,12 +249,14 @@ class SparsityConfig:
             f"tile {self.tile} exceeds the {patches} patches of this image size.",
             "Choose a smaller tile or a larger image.",
         )
+        # Where tokens merge, later layers see too few for as many cells: then each holds four tokens.
+        wanted = min(self.cells, patches // 4) if any(self.merge) else self.cells
         _require(
-            self.cells <= patches,
+            wanted <= patches,
             f"{self.cells} cells exceed the {patches} patches of this image size.",
             "Choose fewer cells or a larger image.",
         )
-        cell = math.ceil(patches / self.cells) if self.cells else 0
+        cell = math.ceil(patches / wanted) if wanted else 0
         choices = patches + prefix if self.preset == "paper" else patches
         return Layout(
             patches=patches,
@@ -254,6 +313,18 @@ def parse_token_keep(text: str) -> tuple[tuple[int, float], ...]:
             raise ConfigError(f"token_keep holds {part.strip()!r}.", "Give layer:share pairs such as 3:.7,6:.7,9:.7.")
         pairs.append((int(match[1]), float(match[2])))
     return tuple(pairs)
+
+
+def parse_merge(text: str) -> tuple[int, ...]:
+    """ "80" -> (80,); "160..0" -> (160, 0), from the first layer to the last; "160,140,0" -> one of each layer.
+
+    Raises:
+        ConfigError: neither of these.
+    """
+    numbers = text.split("..") if ".." in text else text.split(",")
+    fits = all(re.fullmatch(r"\s*\d{1,6}\s*", part) for part in numbers) and (".." not in text or len(numbers) == 2)
+    _require(fits, f"merge is {text!r}.", "Give a rate such as 80, the first and the last such as 160..0, or a list.")
+    return tuple(int(part) for part in numbers)
 
 
 def default_cells(patches: int) -> int:

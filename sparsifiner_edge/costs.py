@@ -66,28 +66,31 @@ MAC_KINDS = ("projections", "predictor", "attention", "cells", "mlp", "pruning")
 
 
 def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]:
-    """Costs of every layer, first to last; after each place where tokens are pruned, of those that are left."""
+    """Costs of every layer, first to last; after each place where tokens are pruned or merged, of those that are
+    left.
+    """
     counts = sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
     sparse = set(sparsity.sparse_layers(shape.depth))
     costs = []
     for number in range(shape.depth):
         here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
-        pruned = counts[number] != counts[number + 1]
-        costs.append(_layer(here, sparsity if number in sparse else None, sum(counts[number + 1]), pruned))
+        ranking = sum(counts[number]) * shape.width if counts[number] != counts[number + 1] else 0
+        if ranking and any(sparsity.merge):
+            ranking += counts[number][0] // 2 * sparsity.merge_window * shape.width // shape.heads
+        costs.append(_layer(here, sparsity if number in sparse else None, sum(counts[number + 1]), ranking))
     return costs
 
 
-def _layer(shape: ModelShape, sparsity: SparsityConfig | None, left: int, pruned: bool) -> LayerCosts:
-    """`left`: tokens that the MLP sees; `pruned`: it is fewer, and finding them costs one row of attention more."""
+def _layer(shape: ModelShape, sparsity: SparsityConfig | None, left: int, ranking: int) -> LayerCosts:
+    """`left`: tokens that the MLP sees; `ranking`: MACs that find those, where it is fewer."""
     tokens, width = shape.prefix + shape.patches, shape.width
-    ranked = tokens * width if pruned else 0
     fixed = {
         "projections": 4 * tokens * width * width,
         "projections_bytes": FLOAT * (4 * width * width + 6 * tokens * width),
         "mlp": 2 * left * width * shape.hidden,
         "mlp_bytes": FLOAT * (2 * width * shape.hidden + 2 * left * (width + shape.hidden)),
-        "pruning": ranked,
-        "pruning_bytes": FLOAT * ranked,
+        "pruning": ranking,
+        "pruning_bytes": FLOAT * tokens * width if ranking else 0,
     }
     if sparsity is None:
         dense = {"attention": 2 * tokens * tokens * width, "attention_bytes": FLOAT * 4 * tokens * width}

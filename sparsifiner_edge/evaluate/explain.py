@@ -50,12 +50,12 @@ def explain(student: Student, image: Array, queries: list[tuple[int, int]], laye
         raise ConfigError("Lists of the preset paper belong to no tile.", "Choose a student of another preset.")
     height, width = model.patch_embed.grid_size
     if attention.layout.patches != height * width:
-        raise ConfigError(f"Layer {layer} sees pruned tokens.", "Choose an earlier layer.")
+        raise ConfigError(f"Layer {layer} sees pruned or merged tokens.", "Choose an earlier layer.")
     seen: list[Tensor] = []
 
-    def attend(qkv: Tensor) -> Tensor:
+    def attend(qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         seen.append(qkv)
-        return type(attention).attend(attention, qkv)
+        return type(attention).attend(attention, qkv, sizes)
 
     try:
         attention.attend = attend  # type: ignore[method-assign]

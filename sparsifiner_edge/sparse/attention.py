@@ -62,8 +62,10 @@ def qkv_projection(attention: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def rotated(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary position embedding: heads [...,P,H,d] with a table [P,2d], or [H,P,2d] where heads differ (sin | cos)."""
-    table = rope.transpose(0, 1) if rope.ndim == 3 else rope[:, None]
+    """Rotary position embedding: heads [...,P,H,d] with a table (sin | cos) [P,2d], [H,P,2d] where heads differ, or
+    [B,P,1 or H,2d] where images do.
+    """
+    table = rope if rope.ndim == 4 else rope.transpose(0, 1) if rope.ndim == 3 else rope[:, None]
     out: Tensor = apply_rot_embed_cat(x, table, half=attention.rotate_half)
     return out.type_as(x)
 
@@ -76,8 +78,8 @@ class PackedAttention(nn.Module):
         - attention masks are refused.
     """
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """qkv [B,N,3C] -> [B,N,C]."""
+    def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """qkv [B,N,3C], and the tokens' sizes [B,N] where they are merged -> [B,N,C]."""
         raise NotImplementedError
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,9 +109,9 @@ class PackedAttention(nn.Module):
         """x [B,N,D] -> [B,N,D]."""
         if attn_mask is not None or is_causal:
             raise ConfigError("Sparse attention takes no attention mask.", "Call the model without attn_mask.")
-        return self.merged(x, self.attend(self.packed(x, rope)))
+        return self.joined(x, self.attend(self.packed(x, rope)))
 
-    def merged(self, x: Tensor, attended: Tensor) -> Tensor:
+    def joined(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer's input x [B,N,D] and heads' results [B,N,C] -> [B,N,D]."""
         layer = cast(Any, self)
         out = layer.norm(attended)
@@ -121,10 +123,10 @@ class PackedAttention(nn.Module):
 class DenseAttention(PackedAttention):
     """Plain attention as one operator: the dense layers of a student that has sparse ones."""
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """qkv [B,N,3C] -> [B,N,C]."""
+    def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """See `PackedAttention`."""
         layer = cast(Any, self)
-        return ops.dense_attention(qkv, num_heads=layer.num_heads, scale=layer.scale)
+        return ops.dense_attention(qkv, num_heads=layer.num_heads, scale=layer.scale, sizes=sizes)
 
 
 class SparseAttention(PackedAttention):
@@ -149,24 +151,25 @@ class SparseAttention(PackedAttention):
     observer: Callable[[SparseAttention, Tensor], None] | None = None
     densely: bool = False
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """qkv [B,N,3C] -> [B,N,C]."""
+    def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """See `PackedAttention`."""
         if self.observer is not None:
             self.observer(self, qkv)
         if self.densely:
-            return ops.dense_attention(qkv, num_heads=self.num_heads, scale=self.scale)
+            return ops.dense_attention(qkv, num_heads=self.num_heads, scale=self.scale, sizes=sizes)
         return ops.sparse_attention(
             qkv,
-            self.indices(qkv),
+            self.indices(qkv, sizes),
             num_heads=self.num_heads,
             num_prefix=self.num_prefix,
             tile=self.sparsity.tile,
             cell=self.layout.cell,
             scale=self.scale,
             prefix_keys=self.prefix_keys,
+            sizes=sizes,
         )
 
-    def indices(self, qkv: Tensor) -> Tensor:
+    def indices(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Patch keys that each head and tile reads: int32 [B,H,T,K]."""
         select = cast(KeySelector, self.select)
         return ops.key_select(
@@ -181,6 +184,7 @@ class SparseAttention(PackedAttention):
             keys=self.layout.keys,
             scale=self.scale,
             value_power=self.sparsity.value_power,
+            sizes=sizes,
         )
 
 
@@ -189,8 +193,8 @@ class LandmarkAttention(SparseAttention):
 
     prefix_keys = 0
 
-    def indices(self, qkv: Tensor) -> Tensor:
-        """Tokens that each head and patch query reads: int32 [B,H,N-1,K]."""
+    def indices(self, qkv: Tensor, _: Tensor | None = None) -> Tensor:
+        """Tokens that each head and patch query reads: int32 [B,H,N-1,K]. They are never merged here."""
         return ops.landmark_key_select(
             qkv,
             *cast(LandmarkSelector, self.select).inputs(),

@@ -131,15 +131,22 @@ def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttenti
 def observed(
     model: nn.Module, observer: Callable[[SparseAttention, Tensor], None], densely: bool = False
 ) -> Iterator[None]:
-    """Let `observer` see every sparse layer and its qkv [B,N,3C]; meanwhile they attend to all keys if `densely`."""
+    """Let `observer` see every sparse layer and its qkv [B,N,3C]; meanwhile, if `densely`, they attend to all keys and
+    no tokens are merged.
+    """
     layers = sparse_layers(model)
+    merging: list[Any] = [part for part in model.modules() if hasattr(part, "unmerged")]
     try:
         for layer in layers:
             layer.observer, layer.densely = observer, densely
+        for part in merging:
+            part.unmerged = densely
         yield
     finally:
         for layer in layers:
             layer.observer, layer.densely = None, False
+        for part in merging:
+            part.unmerged = False
 
 
 def _patch_heads(attention: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.patch_embed import PatchEmbed
+from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse, restore_attention
+from sparsifiner_edge.sparse.merge import MergedTokens, Merging, MergingBlock, make_merging, stop_merging
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.prune import PrunedBlock, make_pruned, make_whole
 
@@ -30,7 +33,9 @@ class SparseViTMixin:
     - `_pos_embed`: afterwards the patch tokens are laid along the curve, and with them the tables of rotary embeddings;
       all blocks are indifferent to order.
     - `forward_features`, `forward_intermediates`: patch tokens are returned in raster order, as timm returns them.
+      Where tokens are merged, each patch gets those of the token that it went into.
     - `forward_tokens`: where tokens are pruned, those that are left, and where they lie.
+    - `unmerged`: while a predictor learns: merge nothing.
     - `sparsity`: the SparsityConfig; `token_order`, `raster_order`: int64 [P] permutations.
     """
 
@@ -38,6 +43,7 @@ class SparseViTMixin:
     num_prefix_tokens: int
     token_order: Tensor
     raster_order: Tensor
+    unmerged: bool = False
 
     def _permuted(self, x: Tensor, order: Tensor) -> Tensor:
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
@@ -56,8 +62,38 @@ class SparseViTMixin:
         """Images [B,3,H,W] -> tokens [B,N,C] after the final norm: prefix, then patches in raster order."""
         if self.sparsity.token_keep:
             return self.forward_tokens(x)[0]
+        if self._merges:
+            *_, (x, state) = self._merged_layers(x)
+            return self._whole(cast(Any, self).norm(x), state)
         tokens = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[misc]
         return self._permuted(tokens, self.raster_order)
+
+    @property
+    def _merges(self) -> bool:
+        return any(self.sparsity.merge) and not self.unmerged
+
+    def _merged_layers(self, x: Tensor) -> Iterator[tuple[Tensor, MergedTokens]]:
+        """Images [B,3,H,W] -> tokens after each layer, and what is known of them."""
+        model = cast(Any, self)
+        placed = self._pos_embed(model.patch_embed(x))
+        tokens, rope = placed if isinstance(placed, tuple) else (placed, None)
+        tokens = model.norm_pre(tokens)
+        places = torch.arange(len(self.token_order), device=tokens.device).expand(len(tokens), -1)
+        state = MergedTokens(None, places, None if rope is None else places)
+        for number, block in enumerate(model.blocks):
+            # Tables of their own, where layers have them.
+            table = rope[number] if rope is not None and rope.ndim == 4 else rope
+            if isinstance(block, MergingBlock):
+                given = {} if table is None else {"rope": _at(table, cast(Tensor, state.origins))}
+                tokens, state = block(tokens, state=state, **given)
+            else:
+                tokens = block(tokens) if table is None else block(tokens, rope=table)
+            yield tokens, state
+
+    def _whole(self, x: Tensor, state: MergedTokens) -> Tensor:
+        """Tokens [B,N',C] -> [B,N,C]: prefix, then every original patch in raster order."""
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        return torch.cat([prefix, ops.rows_at(patches, state.places.index_select(1, self.raster_order))], 1)
 
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B,3,H,W] -> tokens [B,N',C] as of `forward_features`, and the raster places [B,P'] of the patches."""
@@ -74,18 +110,50 @@ class SparseViTMixin:
         positions, order = positions.sort()
         return torch.cat([prefix, ops.rows_at(patches, order)], 1), positions
 
-    def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **options: Any) -> Any:
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, *, output_fmt: str = "NCHW", **options: Any
+    ) -> Any:
         """As timm's, with patches in raster order; `output_dict` is not supported."""
         if self.sparsity.token_keep:
             raise ConfigError("A model that prunes tokens has no maps of its layers.", "Use forward_tokens.")
         if options.get("output_dict"):
             raise ConfigError("forward_intermediates of a sparse model takes no output_dict.", "Leave it out.")
-        result = super().forward_intermediates(x, *args, output_fmt="NLC", **options)  # type: ignore[misc]
+        if self._merges:
+            return self._merged_intermediates(x, indices, output_fmt, **options)
+        result = super().forward_intermediates(x, indices, output_fmt="NLC", **options)  # type: ignore[misc]
         grid = cast(Any, self).patch_embed.grid_size if output_fmt == "NCHW" else None
         if options.get("intermediates_only"):
             return [self._raster(item, grid) for item in result]
         final, items = result
         return self._permuted(final, self.raster_order), [self._raster(item, grid) for item in items]
+
+    def _merged_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None,
+        output_fmt: str,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        intermediates_only: bool = False,
+        **_: Any,
+    ) -> Any:
+        """`forward_intermediates` where tokens are merged."""
+        model = cast(Any, self)
+        taken, last = feature_take_indices(len(model.blocks), indices)
+        items: list[Any] = []
+        for number, (tokens, state) in enumerate(self._merged_layers(x)):
+            if number in taken:
+                whole = self._whole(model.norm(tokens) if norm else tokens, state)
+                prefix, patches = whole[:, : self.num_prefix_tokens], whole[:, self.num_prefix_tokens :]
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, model.patch_embed.grid_size).contiguous()
+                items.append((patches, prefix) if return_prefix_tokens else patches)
+            if stop_early and number == last:
+                break
+        if intermediates_only:
+            return items
+        return self._whole(model.norm(tokens), state), items
 
     def _raster(self, item: Any, grid: tuple[int, int] | None) -> Any:
         """One intermediate, patches [B,P,C] or (patches, prefix): raster order, as a map [B,C,h,w] if `grid`."""
@@ -93,6 +161,12 @@ class SparseViTMixin:
             return self._raster(item[0], grid), item[1]
         item = item.index_select(1, self.raster_order)
         return item.transpose(1, 2).unflatten(2, grid).contiguous() if grid else item
+
+
+def _at(table: Tensor, origins: Tensor) -> Tensor:
+    """A rotary table [P,2d] or [H,P,2d] at the patches' origins [B,P'] -> [B,P',1 or H,2d]."""
+    rows = table[..., origins, :]
+    return rows.permute(1, 2, 0, 3) if table.ndim == 3 else rows[:, :, None]
 
 
 def final_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -192,6 +266,7 @@ def restore_backbone(model: AnyModule) -> AnyModule:
     vit = cast(Any, model)
     for block in vit.blocks:
         make_whole(block)
+        stop_merging(block)
         restore_attention(block.attn)
     for name in ("token_order", "raster_order", "sparsity"):
         if hasattr(vit, name):
@@ -205,7 +280,7 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
 
     Args:
         model: made by `make_model_sparse`.
-        sparsity: as the model's own but for `keep`, `token_keep` and `fuse_tokens`.
+        sparsity: as the model's own but for `keep`, `token_keep`, `fuse_tokens`, `merge` and `merge_window`.
 
     Raises:
         ConfigError: the model cannot do that, or tile or cells exceed the patches that are left.
@@ -217,9 +292,15 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
             "Token pruning requires the blocks of a plain ViT (Eva has others) and a class token.",
             "Leave --token-keep out, or choose a ViT with a class token.",
         )
+    kinds = {type(block).__name__ for block in vit.blocks if not isinstance(block, (Block, EvaBlock))}
+    if any(sparsity.merge) and kinds:
+        raise ConfigError(
+            f"Tokens cannot be merged in {' and '.join(sorted(kinds))}.", "Leave --merge out, or choose another model."
+        )
     counts = sparsity.layer_tokens(len(vit.blocks), vit.patch_embed.num_patches, vit.num_prefix_tokens)
     if sparsity.preset == "paper" and counts != vit.sparsity.layer_tokens(len(vit.blocks), *counts[0]):
         raise ConfigError("The published predictor is tied to its tokens.", "Give --token-keep to sparsify.")
+    merged = sparsity.layer_merges(len(vit.blocks), vit.patch_embed.num_patches)
     layouts = {
         number: sparsity.layout(*counts[number])
         for number, block in enumerate(vit.blocks)
@@ -229,8 +310,11 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
         if number in layouts:
             block.attn.sparsity, block.attn.layout = sparsity, layouts[number]
             block.attn.num_prefix = counts[number][1]
-        if counts[number + 1] == counts[number]:
-            make_whole(block)
-        else:
+        make_whole(block)
+        stop_merging(block)
+        if any(merged[: number + 1]):
+            here = Merging(merged[number], counts[number][1], sparsity.merge_window) if merged[number] else None
+            make_merging(block, here)
+        elif counts[number + 1] != counts[number]:
             make_pruned(block, counts[number + 1][0], counts[number][1], sparsity.fuse_tokens)
     vit.sparsity = sparsity

@@ -62,7 +62,7 @@ class PrunedBlock(Block):  # type: ignore[misc]  # timm carries no types
         attention = cast(Any, self.attn)
         normed = self.norm1(x)
         qkv = attention.packed(normed)
-        x = x + self.drop_path1(self.ls1(attention.merged(normed, attention.attend(qkv))))
+        x = x + self.drop_path1(self.ls1(attention.joined(normed, attention.attend(qkv))))
         x, positions = self.pruning(x, self.scores(qkv), positions)
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x, positions
