@@ -1,0 +1,121 @@
+"""The rival of `frontier.py`: token merging (ToMe, Bolya et al. 2023) by its published rule, as one plain module.
+
+In every layer, between attention and MLP, r tokens are merged by bipartite soft matching on the keys (mean of the
+heads): tokens alternate between two sets, each of the first finds its best match in the second, the r best pairs merge
+into their size-weighted mean; attention adds the logarithm of sizes (proportional attention). At most half of the
+tokens merge at a time. Patch outputs are copied back to their sources.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.sparse.models import Backbone
+
+
+def constant(rate: int, depth: int) -> list[int]:
+    """The same rate in every layer."""
+    return [rate] * depth
+
+
+def falling(first: int, depth: int) -> list[int]:
+    """A rate that falls linearly to 0 in the last layer, as ToMe's own "decreasing schedule"."""
+    return [round(first * (1 - layer / (depth - 1))) for layer in range(depth)]
+
+
+class ToMe(nn.Module):
+    """uint8 images [B,H,W,3] -> class features [B,C] and tokens [B,N,C], merged at given rates per layer."""
+
+    def __init__(self, model: Backbone, rates: list[int]) -> None:
+        super().__init__()
+        self.model: Any = DeployedModel(model).model  # normalisation and layer scale folded, as in our own files
+        self.rates = rates
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        x = model.norm_pre(model._pos_embed(model.patch_embed(image.float().permute(0, 3, 1, 2))))
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        sizes = torch.ones_like(x[:, :, :1])
+        for block, rate in zip(model.blocks, self.rates, strict=True):
+            attention = block.attn
+            packed = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
+            q, k, v = packed.permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=sizes.log()[:, None, :, 0][:, None])
+            x = x + attention.proj(out.transpose(1, 2).flatten(2))
+            pairs = min(rate, (x.shape[1] - 1) // 2)
+            if pairs:
+                x, sizes, places = merge(k.mean(1), x, sizes, places, pairs)
+            x = x + block.mlp(block.norm2(x))
+        x = model.norm(x)
+        tokens = x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+        return tokens[:, 0], tokens
+
+
+def merge(metric: Tensor, x: Tensor, sizes: Tensor, places: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B,N,C], sizes [B,N,1] and places of the original tokens [B,N0] after `rate` merges by metric [B,N,d]."""
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    first, second = metric[:, ::2], metric[:, 1::2]
+    scores = first @ second.transpose(1, 2)
+    # The class token never merges.
+    scores = torch.cat([torch.full_like(scores[:, :1], -1e9), scores[:, 1:]], 1)
+    best, partner = scores.max(-1)
+    count = best.shape[1]
+    order = best.topk(count, dim=-1).indices
+    merged, stays = order[:, :rate], order[:, rate:].sort(-1).values
+    target = partner.gather(1, merged)
+
+    def joined(values: Tensor) -> Tensor:
+        width = values.shape[2]
+        a, b = values[:, ::2], values[:, 1::2]
+        moved = a.gather(1, merged[:, :, None].expand(-1, -1, width))
+        kept = a.gather(1, stays[:, :, None].expand(-1, -1, width))
+        b = b.scatter_reduce(1, target[:, :, None].expand(-1, -1, width), moved, "sum")
+        return torch.cat([kept, b], 1)
+
+    total = joined(sizes)
+    x = joined(x * sizes) / total
+    left = count - rate
+    new = torch.zeros_like(places[:, :1]).expand(-1, count + scores.shape[2])
+    kept_places = torch.arange(left, device=x.device).expand(len(x), -1)
+    second_places = torch.arange(scores.shape[2], device=x.device).expand(len(x), -1)
+    new = new.scatter(1, 2 * stays, kept_places).scatter(1, 2 * second_places + 1, second_places + left)
+    new = new.scatter(1, 2 * merged, target + left)
+    return x, total, new.gather(1, places)
+
+
+def token_counts(rates: list[int], tokens: int) -> list[int]:
+    """Tokens that each layer's attention sees, and last those that leave the model."""
+    counts = [tokens]
+    for rate in rates:
+        counts.append(counts[-1] - min(rate, (counts[-1] - 1) // 2))
+    return counts
+
+
+def macs(rates: list[int], tokens: int, width: int, hidden: int) -> int:
+    """Multiply-accumulates of all layers; the MLP of a layer sees the merged tokens already. Matching is left out."""
+    counts = token_counts(rates, tokens)
+    return sum(
+        4 * before * width**2 + 2 * before**2 * width + 2 * after * width * hidden
+        for before, after in itertools.pairwise(counts)
+    )
+
+
+def export(model: Backbone, rates: list[int], size: int, path: Path) -> Path:
+    """One plain ONNX file of the module, batch 1."""
+    module = ToMe(model, rates).eval()
+    example = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            module, (example,), input_names=["image"], output_names=["features", "tokens"], opset_version=20,
+            dynamo=True, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    program.save(str(path))
+    return path
