@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.bounds import MOST_SIDE
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
 from sparsifiner_edge.files import open_regular
@@ -17,7 +18,6 @@ from sparsifiner_edge.files import open_regular
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What these endings stand for, and no other decoder: one of Pillow's starts another program."""
-Pixels = npt.NDArray[np.uint8]
 _FIX = "Replace or remove it."
 Item = TypeVar("Item")
 

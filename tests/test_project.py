@@ -36,6 +36,7 @@ LIGHT = (
     "text",
     "process",
     "progress",
+    "arrays",
     "quiet",
     "files",
     "bounds",

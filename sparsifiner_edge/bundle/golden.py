@@ -10,10 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle
 from sparsifiner_edge.errors import ArtifactError, GateError
-from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, Array, agreement, aligned
+from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, agreement, aligned
 
 _MOST_TOLERANCE = 1.0
 """Of an output's range: more would pass anything."""

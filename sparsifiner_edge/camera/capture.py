@@ -13,8 +13,9 @@ from typing import NamedTuple
 from msgspec import to_builtins
 from msgspec.structs import replace
 
+from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.camera.backoff import Backoff
-from sparsifiner_edge.camera.prepare import Fit, Pixels
+from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.relay import Relay
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status

@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.camera.clock import StreamClock
 from sparsifiner_edge.camera.limits import MAX_PIXELS, require_sane_size
-from sparsifiner_edge.camera.prepare import Fit, Pixels, display_size, scaled_size, to_square
+from sparsifiner_edge.camera.prepare import Fit, display_size, scaled_size, to_square
 from sparsifiner_edge.camera.wire import FrameHeader
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.

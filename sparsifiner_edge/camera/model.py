@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class
@@ -15,7 +16,6 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import Session
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
-from sparsifiner_edge.runtime.session import Array
 from sparsifiner_edge.text import finite
 
 TOP = 5

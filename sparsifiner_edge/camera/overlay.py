@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.camera.answers import FrameRecord
-from sparsifiner_edge.camera.prepare import Pixels
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import require_file_path
 
-Array = npt.NDArray[Any]
 SHOWN = 640
 """Pixels along the longer side of the frames that are asked for."""
 _SUFFIXES = (".mkv", ".mp4")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.camera.code import GRID, cells_of
-from sparsifiner_edge.camera.prepare import Pixels
 
 
 def draw_pattern(number: int, width: int = 640, height: int = 480) -> Pixels:

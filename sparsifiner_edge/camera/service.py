@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import asdict, replace
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.camera.answers import Answer, FrameRecord
 from sparsifiner_edge.camera.capture import Capture, Frame
 from sparsifiner_edge.camera.confine import confinement
@@ -26,7 +27,6 @@ from sparsifiner_edge.camera.sources import Source, require_decoder, require_oth
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.runtime.session import Array
 
 _TICK_S = 0.1
 STALL_S = 3.0

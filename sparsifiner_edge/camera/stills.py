@@ -8,9 +8,10 @@ from pathlib import Path
 
 from msgspec.structs import asdict
 
+from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.camera.answers import ImageRecord
 from sparsifiner_edge.camera.model import TOP, Model
-from sparsifiner_edge.camera.prepare import Pixels, fit_pillow
+from sparsifiner_edge.camera.prepare import fit_pillow
 from sparsifiner_edge.errors import ImageError
 from sparsifiner_edge.images import list_images, load_image, open_image
 

@@ -16,7 +16,8 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias
 import msgspec
 import numpy as np
 
-from sparsifiner_edge.camera.prepare import Fit, Pixels
+from sparsifiner_edge.arrays import Pixels
+from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.text import shown
 
 _LENGTH = struct.Struct("<I")

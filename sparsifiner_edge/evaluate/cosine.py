@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.extract import (
     ONNXRUNTIME,
-    Array,
     Extractor,
     Runner,
     open_subject,

@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.student import Student
-
-Array = npt.NDArray[Any]
 
 
 class Explanation(NamedTuple):

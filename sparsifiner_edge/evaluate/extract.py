@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy.typing as npt
 import torch
 from msgspec.structs import replace
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.errors import ConfigError
@@ -21,8 +21,6 @@ from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
-
-Array = npt.NDArray[Any]
 
 
 class Extractor(NamedTuple):

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.images import Pixels, class_order, evenly, list_images, load_image, resized
+from sparsifiner_edge.images import class_order, evenly, list_images, load_image, resized
 
 FASHION = "fashion-mnist"
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Check, OutputCheck
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.deployed import DeployedModel
@@ -21,8 +22,6 @@ from sparsifiner_edge.runtime.onnxruntime.session import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.prune import PrunedBlock
-
-Array = npt.NDArray[Any]
 
 
 class Limits(NamedTuple):

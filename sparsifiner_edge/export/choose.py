@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import LayerChoice, Measured
 from sparsifiner_edge.export.graph import IR_VERSION
 from sparsifiner_edge.export.sessions import file_session
@@ -18,7 +19,6 @@ from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION, AttributeValue
 from sparsifiner_edge.runtime.onnxruntime.session import native_library
-from sparsifiner_edge.runtime.session import Array
 from sparsifiner_edge.sparse.attention import SparseAttention, restore_dense
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 

@@ -15,20 +15,19 @@ model, float32 by their schema, would come to be ranked in float16, where small 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Float16
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned, cosine
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
-Array = npt.NDArray[Any]
 SINGLE, HALF = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
 LEAST_COSINE = 0.999
 """Gate: least cosine of any row of any output to the float32 file."""

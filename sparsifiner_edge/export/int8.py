@@ -13,13 +13,12 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_session
@@ -28,7 +27,6 @@ from sparsifiner_edge.metrics import POSITIONS, aligned, cosine
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.progress import Progress
 
-Array = npt.NDArray[Any]
 RECIPES = ("cpu", "tensorrt")
 """cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0;
 `export_bundle` makes the rest of that file float16 afterwards (`half`), as GPUs have it."""

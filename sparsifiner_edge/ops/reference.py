@@ -9,11 +9,9 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
-
-Array = npt.NDArray[Any]
 
 
 def split_heads(qkv: Array, num_heads: int) -> tuple[Array, Array, Array]:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
@@ -23,7 +24,6 @@ from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.package.common import MODEL, Packaged, golden_image
 from sparsifiner_edge.runtime.onnxruntime.session import OrtSession
-from sparsifiner_edge.runtime.session import Array
 
 PROBABILITIES = "probabilities"
 _TO_PLANES = [0, 3, 1, 2]

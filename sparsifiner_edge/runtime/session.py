@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec, shape_text
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.records import Unavailable
 
-Array = np.ndarray[Any, Any]
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
 """Axes of the outputs that have a meaning by name."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
@@ -21,7 +22,7 @@ from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.profiles.measure.kinds import Row, merge
 from sparsifiner_edge.runtime.onnxruntime.session import load_backend, native_library
 from sparsifiner_edge.runtime.open import open_checked
-from sparsifiner_edge.runtime.session import Array, Session
+from sparsifiner_edge.runtime.session import Session
 
 SECONDS = 1.0
 """About as long the profiled queries run, within `MIN_QUERIES` and `MAX_QUERIES`."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, SparsifinerError
 from sparsifiner_edge.profiles.measure.memory import read_memory
@@ -30,7 +31,7 @@ from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import Parent
 from sparsifiner_edge.runtime.open import load_backend
-from sparsifiner_edge.runtime.session import Array, Description
+from sparsifiner_edge.runtime.session import Description
 
 if TYPE_CHECKING:
     from sparsifiner_edge.profiles.measure.layers import LayerTimes

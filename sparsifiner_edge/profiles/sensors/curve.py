@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from sparsifiner_edge.arrays import Array
+
 Spans = list[tuple[float, float]]
 
 _GAP_PERIODS = 5.0

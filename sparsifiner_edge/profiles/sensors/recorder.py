@@ -16,9 +16,9 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.profiles.sensors.base import Described, PowerSensor, Reading, UnavailableError, why
 from sparsifiner_edge.profiles.sensors.conditions import Conditions, Seen, conditions, summarise_conditions
-from sparsifiner_edge.profiles.sensors.curve import Array
 from sparsifiner_edge.profiles.sensors.nvml import nvml_device
 from sparsifiner_edge.records import MISSING
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.cuda.driver import Device, Driver, HostMemory, check_index, fail, no_driver, version_text
-from sparsifiner_edge.runtime.session import Array
 
 MODULE = "cuda.bindings"
 

@@ -11,8 +11,8 @@ import importlib.util
 import re
 from typing import Any, NamedTuple, NoReturn, Protocol
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.runtime.session import Array
 
 ADAPTERS = {
     "cuda-python": "sparsifiner_edge.runtime.cuda.cuda_python",

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.cuda.driver import Driver, HostMemory
-from sparsifiner_edge.runtime.session import Array
 
 
 class Times(NamedTuple):

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.session import Array, Description, validate_inputs, validate_outputs
+from sparsifiner_edge.runtime.session import Description, validate_inputs, validate_outputs
 
 _ERRORS_ONLY = 3
 _TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.

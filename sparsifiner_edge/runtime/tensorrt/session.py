@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import MAX_FILE
 from sparsifiner_edge.bundle import engines
 from sparsifiner_edge.bundle.engines import Engine
@@ -22,7 +23,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.runtime import cuda
 from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers, Times, open_driver
-from sparsifiner_edge.runtime.session import Array, Description, validate_inputs, validate_outputs
+from sparsifiner_edge.runtime.session import Description, validate_inputs, validate_outputs
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error, unusable_engine
 
 Shape = tuple[int, ...]
