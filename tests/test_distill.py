@@ -208,7 +208,7 @@ def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
         assert sum("labels" in entry for entry in history(tmp_path / f"out{mixed}")) == wanted
     with pytest.raises(ConfigError, match="1 classes, the student knows 2"):
         distill_student(start, _one_class(folder, tmp_path), tmp_path / "x", labels=True, overrides=SHORT)
-    with pytest.raises(ConfigError, match="in no folder of their class"):
+    with pytest.raises(ConfigError, match="outside the folders of classes"):
         distill_student(start, folder / "cats", tmp_path / "x", labels=True, overrides=SHORT)
 
 

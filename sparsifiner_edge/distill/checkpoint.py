@@ -1,4 +1,4 @@
-"""What survives a training that is killed: one file, written whole or not at all, and believed only where it fits."""
+"""Checkpoints: one file, written whole or not at all, and used only where it fits the training that resumes."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def require_like(found: Any, like: Any, label: str) -> None:
     else:
         fits = is_number(found) if isinstance(like, float) else type(found) is type(like)
     if not fits:
-        raise ArtifactError(f"The checkpoint's {label} is none of this training.", ANEW)
+        raise ArtifactError(f"The checkpoint's {label} does not belong to this training.", ANEW)
 
 
 def _same_kind(found: Tensor, like: Tensor) -> bool:
@@ -176,7 +176,7 @@ def require_course(state: TrainingState, total: int, budgets: int) -> None:
         and all(len(cosines) == budgets for cosines in state.cosines.values())
         and all(map(is_number, figures))
     ):
-        raise ArtifactError("The checkpoint's steps are none of this training.", ANEW)
+        raise ArtifactError("The checkpoint's steps do not belong to this training.", ANEW)
 
 
 def append_history(folder: Path, step: int, **figures: float | list[float]) -> None:
@@ -198,7 +198,7 @@ def cut_history(folder: Path, step: int) -> None:
     """Drop what was written after `step`, and any line that was cut short or is no entry.
 
     Raises:
-        ArtifactError: the file is none, or the disk refuses.
+        ArtifactError: it is not a regular file, or the disk refuses.
     """
     path, kept = folder / HISTORY, []
     for line in read_bytes(path, _MOST_HISTORY).splitlines() if path.exists() else []:

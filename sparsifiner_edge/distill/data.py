@@ -78,7 +78,7 @@ def folder_source(
 
     Raises:
         ImageError: no images, or too few.
-        ConfigError: labelled, and an image lies in no folder of its own.
+        ConfigError: labelled, and an image is not in the folder of a class.
     """
     files = list_images(folder)
     kept = list_images(held_out) if held_out is not None else evenly(files, min(count, max(1, len(files) // 5)))
@@ -92,7 +92,7 @@ def folder_source(
         return ImageSource(train, tuple(kept), *roots)
     parts = {path: path.relative_to(folder).parts for path in files}
     if folder.is_file() or any(len(part) < 2 for part in parts.values()):
-        raise ConfigError(f"{folder} holds images in no folder of their class.", "Sort them, or leave --labels out.")
+        raise ConfigError(f"{folder} has images outside the folders of classes.", "Sort them, or leave --labels out.")
     classes = class_order((part[0] for part in parts.values()), classifier)  # those held out are of classes too
     numbers = {name: number for number, name in enumerate(classes)}
     labels = tuple(numbers[parts[path][0]] for path in train)

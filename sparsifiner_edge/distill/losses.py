@@ -1,4 +1,4 @@
-"""What a student is held against, step by step."""
+"""Losses of a student against its teacher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST_LOSS = 1e-4
 
 
 class Distiller(nn.Module):
-    """A student beside its teacher: images in, losses out, so that engines of parallel training can wrap it.
+    """A student beside its teacher: images in, losses out, so that accelerate can wrap it.
 
     The teacher's attention is never materialised; of the student's, each layer holds some rows while its predictor's
     loss is taken.

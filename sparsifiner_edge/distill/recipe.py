@@ -65,7 +65,7 @@ class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the student learns to do with.
+    """Shares of keys and tokens that the student learns to work with.
 
     Attributes:
         keep: shares of keys; each step takes one. Empty: the student's own alone.

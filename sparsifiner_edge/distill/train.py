@@ -223,7 +223,7 @@ class Training:
                 total = self.distiller.total(losses)
                 self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), files)
                 if number == 0 and step and step % self.recipe.save_every == 0:
-                    self._save()  # not before these weights have shown a loss that is none to stop at
+                    self._save()  # only once these weights have shown a sound loss
                 self.accelerator.backward(total)
                 if self.accelerator.sync_gradients:
                     self._clip(step, files)

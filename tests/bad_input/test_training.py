@@ -35,6 +35,7 @@ pytestmark = pytest.mark.slow
 
 SHORT = ("distil.steps=4", "batch=2", "check_every=2", "save_every=2", "pictures.held_out=2", "ema=0.9")
 Content = dict[str, Any]
+FOREIGN_NORM = "student.norm.weight does not belong to this training"
 
 
 class Stop(Exception):
@@ -225,26 +226,26 @@ def test_a_file_that_is_no_checkpoint(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda c: put(c.state, step=-1), "steps are none of this training"),
-        (lambda c: put(c.state, step=99), "steps are none of this training"),
-        (lambda c: put(c.state, best_step=1), "steps are none of this training"),
-        (lambda c: put(c.state, fidelity={}), "steps are none of this training"),
-        (lambda c: c.state.fidelity.update({0: "1"}), "steps are none of this training"),
-        (lambda c: c.state.cosines.update({0: [0.5]}), "steps are none of this training"),
-        (lambda c: put(c.state, best={}), "best is none of this training"),
-        (lambda c: c.student.pop("norm.weight"), "content.student is none of this training"),
-        (lambda c: c.student.update(x=torch.zeros(1)), "content.student is none of this training"),
-        (lambda c: c.student.update({"norm.weight": torch.zeros(3)}), "student.norm.weight is none"),
-        (lambda c: c.student.update({"norm.weight": "x"}), "student.norm.weight is none"),
-        (lambda c: c.student["norm.weight"].fill_(torch.inf), "student.norm.weight is none"),
-        (lambda c: c.student.update({"norm.weight": torch.zeros(64).to_sparse()}), "student.norm.weight is none"),
-        (lambda c: c.student.update({"norm.weight": torch.zeros(1).expand(10**12)}), "student.norm.weight is none"),
-        (lambda c: put(c, average=None), "content.average is none"),
-        (lambda c: put(c.optimiser, state=[1]), "optimiser is none"),
-        (lambda c: c.optimiser.state.update({10**6: {}}), "optimiser is none"),
-        (lambda c: _first(c).pop("exp_avg"), "is none of this training"),
-        (lambda c: _first(c).update(step="x"), "is none of this training"),
-        (lambda c: _first(c)["exp_avg"].fill_(torch.nan), "is none of this training"),
+        (lambda c: put(c.state, step=-1), "steps do not belong to this training"),
+        (lambda c: put(c.state, step=99), "steps do not belong to this training"),
+        (lambda c: put(c.state, best_step=1), "steps do not belong to this training"),
+        (lambda c: put(c.state, fidelity={}), "steps do not belong to this training"),
+        (lambda c: c.state.fidelity.update({0: "1"}), "steps do not belong to this training"),
+        (lambda c: c.state.cosines.update({0: [0.5]}), "steps do not belong to this training"),
+        (lambda c: put(c.state, best={}), "best does not belong to this training"),
+        (lambda c: c.student.pop("norm.weight"), "content.student does not belong to this training"),
+        (lambda c: c.student.update(x=torch.zeros(1)), "content.student does not belong to this training"),
+        (lambda c: c.student.update({"norm.weight": torch.zeros(3)}), FOREIGN_NORM),
+        (lambda c: c.student.update({"norm.weight": "x"}), FOREIGN_NORM),
+        (lambda c: c.student["norm.weight"].fill_(torch.inf), FOREIGN_NORM),
+        (lambda c: c.student.update({"norm.weight": torch.zeros(64).to_sparse()}), FOREIGN_NORM),
+        (lambda c: c.student.update({"norm.weight": torch.zeros(1).expand(10**12)}), FOREIGN_NORM),
+        (lambda c: put(c, average=None), "content.average does not belong"),
+        (lambda c: put(c.optimiser, state=[1]), "optimiser does not belong"),
+        (lambda c: c.optimiser.state.update({10**6: {}}), "optimiser does not belong"),
+        (lambda c: _first(c).pop("exp_avg"), "does not belong to this training"),
+        (lambda c: _first(c).update(step="x"), "does not belong to this training"),
+        (lambda c: _first(c)["exp_avg"].fill_(torch.nan), "does not belong to this training"),
     ],
 )
 def test_a_checkpoint_of_something_else(
