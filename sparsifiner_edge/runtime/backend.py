@@ -4,20 +4,51 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 
 from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine
-from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
+from sparsifiner_edge.errors import ArtifactError, BackendError, MissingExtraError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.session import Session
 
 Option: TypeAlias = bool | int | str
 """A setting of a build that only some backends know."""
+
+
+def cache_folder() -> Path:
+    """The user's own folder for what is kept between runs outside of bundles: it belongs to a machine, and native code
+    reads it. It need not exist yet.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsifiner-edge"
+
+
+def import_package(module: str, package: str, extra: str, fix: str) -> Any:
+    """Import a backend's Python module; that touches no driver.
+
+    Args:
+        module, package, extra: its names in Python and for pip, and the extra that installs it.
+        fix: what to do where it is installed and does not import.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        BackendError: it is installed and cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, f"{module}_bindings", f"{module}_libs"):
+            raise BackendError(f"{module} lacks the module {error.name}.", f"Reinstall {package}.") from error
+        raise MissingExtraError(package, extra) from error
+    except Exception as error:  # Its libraries may be missing, or be those of another version.
+        raise BackendError(f"{module} cannot be imported: {error}.", fix) from error
 
 
 class Backend(abc.ABC):
@@ -65,36 +96,40 @@ class BuildRequest:
     options: Mapping[str, Option]
 
 
-class Planned(NamedTuple):
-    """One engine to build: what it will be (no file, no details), and the backend's own record for `build`, if any."""
-
-    engine: Engine
-    settings: msgspec.Struct | None = None
-
-
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One engine to build, as it goes to the process that builds it.
 
     Attributes:
-        model, model_sha256: path and hash of the ONNX file; see `build_worker.job_model`.
+        bundle: its folder. model_sha256: of its model when the engine was planned.
         output: path of the engine to write.
-        engine, settings: as planned; the settings are read by the backend.
+        engine: as planned: no file, no details.
+        options: as in the request.
     """
 
-    backend: str
-    model: str
+    bundle: str
     model_sha256: str
     output: str
     engine: Engine
-    settings: Any = None
+    options: dict[str, Option] = {}
+
+    def checked_bundle(self) -> Bundle:
+        """The bundle, opened in this process.
+
+        Raises:
+            ArtifactError: it is damaged, or its model is another by now.
+        """
+        bundle = open_bundle(Path(self.bundle))
+        if bundle.manifest.files[MODEL_FILE] != self.model_sha256:
+            raise ArtifactError(f"{self.bundle} was exported anew while the engines were built.", "Build them again.")
+        return bundle
 
 
 class EngineBackend(Backend):
     """A backend that runs engines, and builds them."""
 
     @abc.abstractmethod
-    def plan(self, request: BuildRequest) -> list[Planned]:
-        """Refuse what cannot be built, before anything is; one entry per engine.
+    def plan(self, request: BuildRequest) -> list[Engine]:
+        """What each engine will be, without file and details; what cannot be built is rejected before anything is.
 
         Raises:
             SparsifinerError: says what, and what to do.

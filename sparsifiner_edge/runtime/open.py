@@ -14,9 +14,9 @@ from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {
-    "onnxruntime": "onnxruntime.cpu:OnnxRuntime",
-    "onnxruntime-cuda": "onnxruntime.gpu:OnnxRuntimeCuda",
-    "onnxruntime-tensorrt": "onnxruntime.gpu:OnnxRuntimeTensorRt",
+    "onnxruntime": "onnxruntime.backends:OnnxRuntime",
+    "onnxruntime-cuda": "onnxruntime.backends:OnnxRuntimeCuda",
+    "onnxruntime-tensorrt": "onnxruntime.backends:OnnxRuntimeTensorRt",
     "tensorrt": "tensorrt.full:TensorRt",
     "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
 }

@@ -15,70 +15,66 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sparsifiner_edge.bundle.engines import Candidate, Details, Golden
+from sparsifiner_edge.bundle.engines import Candidate, Details, Engine
 from sparsifiner_edge.bundle.golden import check_golden
-from sparsifiner_edge.bundle.store import Bundle, open_bundle
-from sparsifiner_edge.errors import BackendError, ConfigError, GateError, SparsifinerError
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.bundle.store import Bundle
+from sparsifiner_edge.errors import BackendError, GateError, SparsifinerError
+from sparsifiner_edge.files import io_errors
+from sparsifiner_edge.ops.bodies import function_body
+from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.runtime.backend import Job
-from sparsifiner_edge.runtime.cuda import Device, Driver
+from sparsifiner_edge.progress import Progress, prefixed
+from sparsifiner_edge.runtime.cuda import CudaDevice, Driver
 from sparsifiner_edge.runtime.tensorrt import plugin
-from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file, write_engine
-from sparsifiner_edge.runtime.tensorrt.models import dense_model
+from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
 from sparsifiner_edge.runtime.tensorrt.session import BODIES, DENSE, PLUGIN, EngineSession
 
-MEASURED = "measured"
+MEASURED_VARIANT = "measured"
 """In `Engine.variant`: the details say which candidate was the fastest."""
-KERNELS = ("auto", "portable", "plugin")
 WARM_UP, RUNS = 10, 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One engine to build, with everything that candidates share. content: the bundle's `model.onnx`."""
+    """One engine to build, with everything that its candidates share."""
 
     trt: Any
-    content: bytes
-    job: Job
-    settings: Settings
+    bundle: Bundle
+    engine: Engine
+    options: BuilderOptions
     driver: Driver
 
-    def bundle(self) -> Bundle:
-        """The bundle, checked anew: this process has only its place."""
-        return open_bundle(Path(self.settings.bundle))
 
-
-def candidates(trt: Any, bundle: Bundle, device: Device, kernels: str) -> tuple[str, ...]:
+def candidates(trt: Any, bundle: Bundle, device: CudaDevice, kernels: str) -> tuple[str, ...]:
     """The ways that are possible for a bundle on a device, the one that always works first.
 
     Args:
-        kernels: "auto", or "portable" or "plugin" for that alone.
+        kernels: see `BuilderOptions`.
 
     Raises:
-        ConfigError: no such choice.
         BackendError: "plugin" is asked for and not possible; says why.
     """
-    if kernels not in KERNELS:
-        raise ConfigError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNELS)}.")
     sparse = f"{DOMAIN}::SparseAttention" in bundle.manifest.ops
     reason = plugin.why_not(trt, bundle, device) if sparse else "the model has no sparse attention"
-    if kernels == PLUGIN and reason:
-        raise BackendError(f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable.")
     if kernels == PLUGIN:
+        if reason:
+            raise BackendError(
+                f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable."
+            )
         return (PLUGIN,)
     if kernels == "portable" or not sparse:
         return (BODIES,)
     return (BODIES, DENSE) if reason else (BODIES, PLUGIN, DENSE)
 
 
-def build_fastest(work: Work, tell: Progress) -> Details:
-    """Build every candidate, time those that give the golden output, and leave the fastest at the job's `output`.
+def build_fastest(work: Work, output: Path, tell: Progress) -> Details:
+    """Build every candidate, time those that give the golden output, and leave the fastest at `output`.
 
     Raises:
         SparsifinerError: not one of them could be built, or not one gives the golden output.
     """
-    names, output = work.settings.candidates, Path(work.job.output)
+    names = candidates(work.trt, work.bundle, work.driver.device, work.options.kernels)
     if len(names) == 1:
         return msgspec.structs.replace(_build(work, names[0], output, tell), kernels=names[0])
     found: dict[str, Candidate] = {}
@@ -87,8 +83,8 @@ def build_fastest(work: Work, tell: Progress) -> Details:
     for name in names:
         path = output.with_name(f"{name}.candidate")
         try:
-            built[name] = _build(work, name, path, _prefixed(tell, name))
-            found[name] = measure(work, path)
+            built[name] = _build(work, name, path, prefixed(tell, f"{name}: "))
+            found[name] = time_engine(work, path)
         except SparsifinerError as error:
             failures.append(error)
             found[name] = Candidate(failed=error.what)
@@ -96,38 +92,34 @@ def build_fastest(work: Work, tell: Progress) -> Details:
     if not passed:
         raise failures[0] if failures else GateError(str(found[names[0]].golden), "Export the bundle again.")
     best = min(passed, key=passed.__getitem__)
-    for name in built:
-        path = output.with_name(f"{name}.candidate")
-        if name == best:
-            path.replace(output)
-        else:
-            path.unlink(missing_ok=True)
+    output.with_name(f"{best}.candidate").replace(output)
+    for name in names:
+        output.with_name(f"{name}.candidate").unlink(missing_ok=True)
     return msgspec.structs.replace(built[best], kernels=best, candidates=found)
 
 
-def _prefixed(tell: Progress, name: str) -> Progress:
-    return lambda stage, done, total: tell(f"{name}: {stage}", done, total)
-
-
 def _build(work: Work, name: str, path: Path, tell: Progress) -> Details:
-    content, driver = work.content, work.driver
+    model, device = work.bundle.read(MODEL_FILE), work.driver.device
     if name == DENSE:
-        content = dense_model(content)
+        model = dense_model(model)
     if name == PLUGIN:
-        content = plugin.prepare(work.trt, content, work.bundle(), driver.device)
-    free = driver.free_bytes()
-    built = build_engine_file(work.trt, content, driver.device, free, work.job.engine, work.settings, tell)
-    write_engine(path, built.content)
-    return built.details
+        model = plugin.prepare(work.trt, model, work.bundle, device)
+    free = work.driver.free_bytes()
+    content, details = build_engine_file(work.trt, model, device, free, work.engine, work.options, tell)
+    with io_errors(path):
+        path.write_bytes(content)
+    return details
 
 
-def measure(work: Work, path: Path) -> Candidate:
+def time_engine(work: Work, path: Path) -> Candidate:
     """Median milliseconds that the device computes, at the batch size that the engine is tuned for, and the gate."""
-    bundle = work.bundle()
-    with EngineSession(work.trt, path, work.job.engine, bundle.manifest) as session:
-        golden = _golden(session, bundle)
+    with EngineSession(work.trt, path, path.read_bytes(), work.engine, work.bundle.manifest) as session:
+        try:
+            golden: Any = check_golden(session, work.bundle)
+        except GateError as error:
+            golden = error.what
         spec = session.inputs[0]
-        shape = [work.job.engine.batch.best, *(size for size in spec.shape[1:] if isinstance(size, int))]
+        shape = [work.engine.batch.best, *(size for size in spec.shape[1:] if isinstance(size, int))]
         image = np.random.default_rng(0).integers(0, 256, shape).astype(spec.dtype)
         times = []
         for number in range(WARM_UP + RUNS):
@@ -137,8 +129,22 @@ def measure(work: Work, path: Path) -> Candidate:
     return Candidate(golden=golden, compute_ms=statistics.median(times), runs=len(times))
 
 
-def _golden(session: EngineSession, bundle: Bundle) -> Golden | str:
-    try:
-        return check_golden(session, bundle)
-    except GateError as error:
-        return error.what
+def dense_model(content: bytes) -> bytes:
+    """The model with DenseAttention, in standard operators, where it has SparseAttention: for comparison.
+
+    Args:
+        content: an ONNX file.
+    """
+    import onnx
+
+    model = onnx.load_from_string(content)
+    for node in model.graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, "SparseAttention"):
+            kept = [a for a in node.attribute if a.name in ("num_heads", "scale")]
+            made = onnx.helper.make_node("DenseAttention", node.input[:1], node.output, node.name, domain=DOMAIN)
+            made.attribute.extend(kept)
+            node.CopyFrom(made)
+    drop_unused(model)
+    if not any(function.name == "DenseAttention" for function in model.functions):
+        model.functions.append(function_body("DenseAttention"))
+    return bytes(model.SerializeToString())

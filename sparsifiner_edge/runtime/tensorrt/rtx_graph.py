@@ -1,57 +1,46 @@
-"""What TensorRT-RTX cannot take in an ONNX file: refused by name before its parser, or written otherwise."""
+"""What TensorRT-RTX cannot take in an ONNX file: rejected by name before its parser, or written otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.onnx_file import all_nodes
 
 if TYPE_CHECKING:
     import onnx
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 _REFUSED = {
-    "NonZero": "its number of results depends on the data",
-    "Compress": "its number of results depends on the data",
-    "Unique": "its number of results depends on the data",
-    "BitwiseAnd": "it has no bitwise operators",
-    "BitwiseOr": "it has no bitwise operators",
-    "BitwiseXor": "it has no bitwise operators",
-    "BitwiseNot": "it has no bitwise operators",
-    "BitShift": "it has no bitwise operators",
-    "MatMulInteger": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
-    "ConvInteger": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
-    "DynamicQuantizeLinear": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
-    "QLinearMatMul": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
-    "QLinearConv": "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
+    **dict.fromkeys(("NonZero", "Compress", "Unique"), "its number of results depends on the data"),
+    **dict.fromkeys(("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "BitShift"), "it has no bitwise operators"),
+    **dict.fromkeys(
+        ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearMatMul", "QLinearConv"),
+        "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
+    ),
 }
 """Operator -> why; found with TensorRT-RTX 1.7."""
 
 
 def check_operators(model: onnx.ModelProto) -> None:
-    """Refuse what TensorRT-RTX's parser would refuse less clearly, or abort on.
+    """Reject what TensorRT-RTX's parser would reject less clearly, or abort on, bodies and branches included.
 
     Raises:
         BackendError: names every such node, with the reason.
     """
-    problems = [f"{where}: {reason}" for where, reason in refused_nodes(model)]
+    functions = {(f.domain, f.name) for f in model.functions}
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    problems = [
+        f"{node.op_type} ({node.name or next(iter(node.output), 'without a name')}): {reason}"
+        for node in all_nodes(model)
+        if (reason := _reason(node, functions, types))
+    ]
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BackendError(
             f"TensorRT-RTX cannot take this file. {'; '.join(problems[:5])}{more}.",
             "Run it with --backend onnxruntime, or export the model again with this version.",
         )
-
-
-def refused_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
-    """Each node that cannot be taken, bodies and branches included: its place, and why."""
-    functions = {(f.domain, f.name) for f in model.functions}
-    types = {t.name: t.data_type for t in model.graph.initializer}
-    for place, node in _placed_nodes(model):
-        reason = _reason(node, functions, types)
-        if reason:
-            yield f"{node.op_type} ({place})", reason
 
 
 def _reason(node: onnx.NodeProto, functions: set[tuple[str, str]], types: dict[str, int]) -> str | None:
@@ -68,22 +57,6 @@ def _reason(node: onnx.NodeProto, functions: set[tuple[str, str]], types: dict[s
         if types.get(node.input[2]) == TensorProto.UINT8:
             return "uint8 quantisation, where it takes int8 with zero point 0 (export with --recipe tensorrt)"
     return _REFUSED.get(node.op_type)
-
-
-def _placed_nodes(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.NodeProto]]:
-    """Every node with its place, such as "node_7" or "node_7 in the body of KeySelect"."""
-    yield from _nodes(model.graph.node, "")
-    for function in model.functions:
-        yield from _nodes(function.node, f" in the body of {function.name}")
-
-
-def _nodes(nodes: Iterable[onnx.NodeProto], where: str) -> Iterator[tuple[str, onnx.NodeProto]]:
-    for node in nodes:
-        name = node.name or (node.output[0] if node.output else "without a name")
-        yield name + where, node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _nodes(graph.node, f" in {name}{where}")
 
 
 def without_single_products(model: onnx.ModelProto) -> onnx.ModelProto:
