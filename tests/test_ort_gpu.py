@@ -125,7 +125,7 @@ def test_the_cpu_is_reported_as_before(bundle):
         assert (session.backend, session.description.provider) == ("onnxruntime", "CPUExecutionProvider")
     warnings.simplefilter("ignore", UserWarning)
     with pytest.raises(BackendError, match="NoSuchProvider"):
-        OrtSession(path, path.read_bytes(), 1, execution=Execution(providers=["NoSuchProvider"]))
+        OrtSession(path, path.read_bytes(), 1, execution=Execution(provider="NoSuchProvider"))
 
 
 def test_standard_output_stays_clean(bundle):

@@ -16,7 +16,7 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
     """A session on the CPU.
 
     Args:
-        kernels: one of `sparsifiner_edge.runtime.KERNELS`; "auto" takes the bodies for a float16 file.
+        kernels: one of `sparsifiner_edge.runtime.KERNEL_CHOICES`; "auto" takes the bodies for a float16 file.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.

@@ -70,7 +70,7 @@ class Backend(abc.ABC):
         """A session on a bundle; see `open_session`. `kernels` is what `choose_kernels` returned."""
 
     def choose_kernels(self, bundle: Bundle, kernels: str) -> str:  # noqa: ARG002
-        """What a choice of kernels (`open.KERNELS`) means for a bundle here.
+        """What a choice of kernels (`open.KERNEL_CHOICES`) means for a bundle here.
 
         Raises:
             BackendError: it cannot be.

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from sparsifiner_edge.artifacts import ENGINE_FOLDER, sha256
-from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine, Golden, parse_capability
+from sparsifiner_edge.bundle.engines import BatchRange, Engine, Golden, parse_capability
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle
@@ -140,46 +140,42 @@ def _build_all(
     backend: EngineBackend, request: BuildRequest, timeout_s: float, progress: Progress | None
 ) -> tuple[Engine, ...]:
     planned = backend.plan(request)
-    engines: list[Engine] = []
-    with bundle_scratch(request.bundle.folder) as scratch:
+    bundle, engines = request.bundle, []
+    with bundle_scratch(bundle.folder) as scratch:
         files: dict[str, Path] = {}
         for number, engine in enumerate(planned):
+            start, path = time.monotonic(), scratch / f"{engine.name}.engine"
+            job = Job(
+                bundle=str(bundle.folder.resolve()),
+                model_sha256=bundle.manifest.files[MODEL_FILE],
+                output=str(path.resolve()),
+                engine=engine,
+                options=dict(request.options),
+            )
             prefix = f"{number + 1} of {len(planned)}, compute capability {engine.compute_capability}: "
-            path = scratch / f"{engine.name}.engine"
-            details = _build_one(request, engine, path, timeout_s, progress and prefixed(progress, prefix))
-            details = msgspec.structs.replace(details, golden=_gate(backend, engine, path, request))
+            built = run_job(job, timeout_s, progress and prefixed(progress, prefix))
+            if not path.is_file():
+                raise ArtifactError(
+                    f"{path} vanished while it was built.", "Leave the bundle in place and build again."
+                )
+            seconds, size = time.monotonic() - start, path.stat().st_size
+            golden = _check_engine(backend, engine, path, bundle)
+            details = msgspec.structs.replace(built, build_seconds=seconds, bytes=size, golden=golden)
             # The hash in the name keeps an earlier engine of this kind whole until the manifest is replaced.
             place = f"{ENGINE_FOLDER}/{engine.name}-{sha256(path)[:8]}.engine"
             engines.append(msgspec.structs.replace(engine, file=place, details=details))
             files[place] = path
-        extend_bundle(request.bundle.folder, files, lambda manifest: with_engines(manifest, engines, request.bundle))
+        extend_bundle(bundle.folder, files, lambda manifest: with_engines(manifest, engines, bundle))
     return tuple(engines)
 
 
-def _build_one(
-    request: BuildRequest, engine: Engine, path: Path, timeout_s: float, progress: Progress | None
-) -> Details:
-    start = time.monotonic()
-    job = Job(
-        bundle=str(request.bundle.folder.resolve()),
-        model_sha256=request.bundle.manifest.files[MODEL_FILE],
-        output=str(path.resolve()),
-        engine=engine,
-        options=dict(request.options),
-    )
-    details = run_job(job, timeout_s, progress)
-    if not path.is_file():
-        raise ArtifactError(f"{path} vanished while it was built.", "Leave the bundle in its place and build again.")
-    return msgspec.structs.replace(details, build_seconds=time.monotonic() - start, bytes=path.stat().st_size)
-
-
-def _gate(backend: EngineBackend, engine: Engine, path: Path, request: BuildRequest) -> Known[Golden]:
+def _check_engine(backend: EngineBackend, engine: Engine, path: Path, bundle: Bundle) -> Known[Golden]:
     """The golden pair through a fresh engine, or why it was not run."""
     reason = backend.why_not_here(engine)
     if reason is not None:
         return Unavailable(reason)
-    with backend.open_engine(path, engine, request.bundle) as session:
-        return check_golden(session, request.bundle)
+    with backend.open_engine(path, engine, bundle) as session:
+        return check_golden(session, bundle)
 
 
 def with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundle) -> Manifest:

@@ -12,15 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda.driver import (
-    Buffer,
-    CudaDevice,
-    Driver,
-    fail,
-    no_driver,
-    require_device,
-    version_text,
-)
+from sparsifiner_edge.runtime.cuda.driver import Buffer, CudaDevice, Driver, check_device, fail, no_driver, version_text
 from sparsifiner_edge.runtime.session import Array
 
 MODULE = "cuda.bindings"
@@ -44,41 +36,28 @@ class _CudaPython(Driver):
     def __init__(self, runtime: Any, package: str) -> None:
         self._r = runtime
         self.package = package
-        require_device(self._device_count())
-        self.use()
-        self.device = self._describe()
-
-    def _device_count(self) -> int:
         try:
-            version = self._do("to read the driver's version", "cudaDriverGetVersion")
-            if version == 0:  # How the runtime says that there is no driver.
-                no_driver(self.package, "CUDA gives 0 as its version")
-            return int(self._do("to count devices", "cudaGetDeviceCount"))
+            version = int(self._do("to read the driver's version", "cudaDriverGetVersion"))
         except RuntimeError as error:  # Up to 12.8 and from its path finder on: libcuda.so cannot be loaded.
-            no_driver(self.package, str(error))
-
-    def _describe(self) -> CudaDevice:
-        properties = self._do("to describe the device", "cudaGetDeviceProperties", 0)
-        name = properties.name.decode("utf-8", "replace") if isinstance(properties.name, bytes) else properties.name
-        return CudaDevice(
-            0,
-            str(name).strip("\0 "),
-            (int(properties.major), int(properties.minor)),
-            int(properties.totalGlobalMem),
-            bool(properties.integrated),
-            version_text(int(self._do("to read the driver's version", "cudaDriverGetVersion"))),
-        )
+            no_driver(package, str(error))
+        if version == 0:  # How the runtime says that there is no driver.
+            no_driver(package, "CUDA gives 0 as its version")
+        check_device(int(self._do("to count devices", "cudaGetDeviceCount")))
+        self.use()
+        found = self._do("to describe the device", "cudaGetDeviceProperties", 0)
+        name = found.name.decode("utf-8", "replace") if isinstance(found.name, bytes) else found.name
+        sm = (int(found.major), int(found.minor))
+        memory, integrated = int(found.totalGlobalMem), bool(found.integrated)
+        self.device = CudaDevice(0, str(name).strip("\0 "), sm, memory, integrated, version_text(version))
 
     def _do(self, action: str, function: str, *arguments: Any) -> Any:
         """Call a function of CUDA; returns what it gives beside its status."""
         status, *values = getattr(self._r, function)(*arguments)
         if int(status) != 0:
-            fail(self.package, action, str(getattr(status, "name", status)), self._meaning(status))
+            meaning = self._r.cudaGetErrorString(status)[1]
+            name = str(getattr(status, "name", status))
+            fail(self.package, action, name, meaning.decode() if isinstance(meaning, bytes) else "")
         return values[0] if len(values) == 1 else tuple(values)
-
-    def _meaning(self, status: Any) -> str:
-        found, text = self._r.cudaGetErrorString(status)
-        return text.decode() if int(found) == 0 and isinstance(text, bytes) else ""
 
     def use(self) -> None:
         self._do("to take the device", "cudaSetDevice", 0)

@@ -186,7 +186,7 @@ def no_driver(package: str, reason: str) -> NoReturn:
     )
 
 
-def require_device(count: int) -> None:
+def check_device(count: int) -> None:
     """Refuse a machine whose driver counts no device."""
     if count < 1:
         raise BackendError("CUDA finds no device.", _FIXES["NODEVICE"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import threading
 from contextlib import ExitStack
 from typing import Any
@@ -11,15 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda.driver import (
-    Buffer,
-    CudaDevice,
-    Driver,
-    fail,
-    no_driver,
-    require_device,
-    version_text,
-)
+from sparsifiner_edge.runtime.cuda.driver import Buffer, CudaDevice, Driver, check_device, fail, no_driver, version_text
 
 MODULE = "pycuda"
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
@@ -28,17 +19,12 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 def open_device() -> Driver:
     """See `open_driver`."""
     try:
-        version = importlib.metadata.version("pycuda")
-    except importlib.metadata.PackageNotFoundError:
-        version = ""
-    package = f"pycuda {version}".strip()
-    try:
-        driver = importlib.import_module("pycuda.driver")
+        module, driver = (importlib.import_module(name) for name in ("pycuda", "pycuda.driver"))
     except ImportError as error:  # Its extension is linked to libcuda.so.1.
         if "libcuda" in str(error):
-            no_driver(package, str(error))
+            no_driver("pycuda", str(error))
         raise BackendError(f"pycuda cannot be imported: {error}.", "Reinstall pycuda.") from error
-    return _PyCuda(driver, package)
+    return _PyCuda(driver, f"pycuda {getattr(module, 'VERSION_TEXT', '')}".strip())
 
 
 class _PyCuda(Driver):
@@ -49,22 +35,15 @@ class _PyCuda(Driver):
         self.package = package
         self._context: Any = None
         self._do("to start", driver.init)
-        require_device(int(self._do("to count devices", driver.Device.count)))
+        check_device(int(self._do("to count devices", driver.Device.count)))
         found = self._do("to take the device", driver.Device, 0)
-        self.device = self._describe(found)
+        sm, memory = tuple(found.compute_capability()), int(found.total_memory())
+        integrated = bool(found.get_attribute(driver.device_attribute.INTEGRATED))
+        version = version_text(int(driver.get_driver_version()))
+        self.device = CudaDevice(0, str(found.name()), sm, memory, integrated, version)
         self._context = self._do("to take the device", found.retain_primary_context)
         self._do("to take the device", self._context.push)
         self._thread = threading.get_ident()
-
-    def _describe(self, found: Any) -> CudaDevice:
-        return CudaDevice(
-            0,
-            str(found.name()),
-            tuple(found.compute_capability()),
-            int(found.total_memory()),
-            bool(found.get_attribute(self._d.device_attribute.INTEGRATED)),
-            version_text(int(self._d.get_driver_version())),
-        )
 
     def _do(self, action: str, function: Any, *arguments: Any, **named: Any) -> Any:
         try:

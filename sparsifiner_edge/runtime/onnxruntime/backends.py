@@ -73,7 +73,8 @@ class GpuProvider(Backend):
         device = probe()
         execution = Execution(
             self.name,
-            [(self.provider, self.options(bundle.manifest)), "CPUExecutionProvider"],
+            self.provider,
+            self.options(bundle.manifest),
             f"{device.name} (compute capability {device.compute_capability})",
         )
         # ONNX Runtime prints what it misses and why it falls back, and standard output is for results.

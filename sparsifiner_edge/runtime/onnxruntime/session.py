@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,19 +28,14 @@ class Execution(NamedTuple):
 
     Attributes:
         backend: as given to `open_session`.
-        providers: as ONNX Runtime takes them; the first one must really run.
+        provider: ONNX Runtime's name of it; it must really run. options: of it.
         device: for people.
     """
 
     backend: str = "onnxruntime"
-    providers: Sequence[Any] = ("CPUExecutionProvider",)
+    provider: str = "CPUExecutionProvider"
+    options: Mapping[str, Any] = {}
     device: str = "CPU"
-
-    @property
-    def provider(self) -> str:
-        """The name of the provider that must run."""
-        first = self.providers[0]
-        return str(first if isinstance(first, str) else first[0])
 
 
 ON_CPU = Execution()
@@ -60,7 +55,7 @@ def import_onnxruntime() -> Any:
 
 
 def native_library(kernels: str) -> Path | None:
-    """The library to register for a choice of kernels (`open.KERNELS`); None for function bodies.
+    """The library to register for a choice of kernels (`open.KERNEL_CHOICES`); None for function bodies.
 
     Raises:
         BackendError: "native" where it cannot be used, or the variable `SPARSIFINER_TARGET` names no instruction set.
@@ -72,7 +67,7 @@ def native_library(kernels: str) -> Path | None:
 
 
 def why_portable(kernels: str) -> str | None:
-    """Why a choice of kernels (`open.KERNELS`) means function bodies here; None where the native library runs.
+    """Why a choice of kernels (`open.KERNEL_CHOICES`) means function bodies here; None where the native library runs.
 
     Raises:
         BackendError: the variable `SPARSIFINER_TARGET` names no instruction set.
@@ -120,6 +115,9 @@ class OrtSession(Session):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
+        providers: list[Any] = [(execution.provider, dict(execution.options))]
+        if execution.provider != ON_CPU.provider:
+            providers.append(ON_CPU.provider)
         library = native_library(kernels)
         start = time.perf_counter_ns()
         if library is not None:
@@ -131,7 +129,7 @@ class OrtSession(Session):
                     "Upgrade onnxruntime, or choose the portable kernels.",
                 ) from error
         try:
-            session = ort.InferenceSession(source, options, providers=list(execution.providers))
+            session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
             raise BackendError(f"ONNX Runtime refuses {model}: {_line(error)}", "Export the bundle again.") from error
         _require_provider(session, execution)
