@@ -167,7 +167,7 @@ def test_a_corrupt_model_is_a_message(tmp_path, content):
     model = folder / "model.onnx"
     model.write_bytes(model.read_bytes()[:-50] if content is None else content)
     reseal(folder)
-    with pytest.raises(SparsifinerError, match=r"(ONNX Runtime refuses .*model.onnx|model.onnx is no ONNX file)"):
+    with pytest.raises(SparsifinerError, match=r"(ONNX Runtime rejects .*model.onnx|model.onnx is no ONNX file)"):
         open_session(folder)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -21,6 +20,7 @@ from sparsifiner_edge.runtime.session import Session
 
 Option: TypeAlias = bool | int | str
 """A setting of a build that only some backends know."""
+OptionValues: TypeAlias = Mapping[str, Option]
 
 
 def cache_folder() -> Path:
@@ -80,22 +80,6 @@ class Backend(abc.ABC):
         return kernels
 
 
-@dataclasses.dataclass(frozen=True)
-class BuildRequest:
-    """What a backend is asked to plan.
-
-    Attributes:
-        capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
-        batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
-        options: what only some backends know, checked by them; see the backend's module.
-    """
-
-    bundle: Bundle
-    capabilities: tuple[str, ...]
-    batch: BatchRange
-    options: Mapping[str, Option]
-
-
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One engine to build, as it goes to the process that builds it.
 
@@ -103,7 +87,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         bundle: its folder. model_sha256: of its model when the engine was planned.
         output: path of the engine to write.
         engine: as planned: no file, no details.
-        options: as in the request.
+        options: as `plan` had them.
     """
 
     bundle: str
@@ -128,8 +112,15 @@ class EngineBackend(Backend):
     """A backend that runs engines, and builds them."""
 
     @abc.abstractmethod
-    def plan(self, request: BuildRequest) -> list[Engine]:
+    def plan(
+        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
+    ) -> list[Engine]:
         """What each engine will be, without file and details; what cannot be built is rejected before anything is.
+
+        Args:
+            capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
+            batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
+            options: what only some backends know, checked here; see the backend's module.
 
         Raises:
             SparsifinerError: says what, and what to do.

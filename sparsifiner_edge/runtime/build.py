@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle,
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.progress import Progress, prefixed
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime.backend import BuildRequest, EngineBackend, Job, Option
+from sparsifiner_edge.runtime.backend import EngineBackend, Job, OptionValues
 from sparsifiner_edge.runtime.build_worker import run_job
 from sparsifiner_edge.runtime.open import find_backend, open_checked
 from sparsifiner_edge.runtime.session import Description
@@ -51,7 +51,7 @@ def build_engine(
     compute_capabilities: Sequence[str] = (),
     batch: tuple[int, int, int] | None = None,
     timeout_s: float = 600,
-    options: Mapping[str, Option] | None = None,
+    options: OptionValues | None = None,
     kernels: str = "auto",
     progress: Progress | None = None,
 ) -> BuildResult:
@@ -83,8 +83,8 @@ def build_engine(
     if isinstance(found, EngineBackend):
         if kernels != "auto":
             raise ConfigError(f"kernels {kernels} are ONNX Runtime's.", f"For {backend}: --option kernels=portable.")
-        request = BuildRequest(checked, capabilities, batch_range(checked, batch), options or {})
-        engines = _build_all(found, request, timeout_s, progress)
+        planned = found.plan(checked, capabilities, batch_range(checked, batch), options or {})
+        engines = _build_all(found, checked, planned, options or {}, timeout_s, progress)
     elif backend != "onnxruntime":
         raise ConfigError(
             f"{backend} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
@@ -137,10 +137,14 @@ def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRang
 
 
 def _build_all(
-    backend: EngineBackend, request: BuildRequest, timeout_s: float, progress: Progress | None
+    backend: EngineBackend,
+    bundle: Bundle,
+    planned: Sequence[Engine],
+    options: OptionValues,
+    timeout_s: float,
+    progress: Progress | None,
 ) -> tuple[Engine, ...]:
-    planned = backend.plan(request)
-    bundle, engines = request.bundle, []
+    engines: list[Engine] = []
     with bundle_scratch(bundle.folder) as scratch:
         files: dict[str, Path] = {}
         for number, engine in enumerate(planned):
@@ -150,7 +154,7 @@ def _build_all(
                 model_sha256=bundle.manifest.files[MODEL_FILE],
                 output=str(path.resolve()),
                 engine=engine,
-                options=dict(request.options),
+                options=dict(options),
             )
             prefix = f"{number + 1} of {len(planned)}, compute capability {engine.compute_capability}: "
             built = run_job(job, timeout_s, progress and prefixed(progress, prefix))

@@ -67,7 +67,7 @@ def open_session(
 
     Raises:
         ArtifactError: not a bundle, altered, of a newer schema, or not signed by that key.
-        BackendError: no such backend or kernels, `threads` below 1 or absurd, or the backend refuses the model.
+        BackendError: no such backend or kernels, `threads` below 1 or absurd, or the backend rejects the model.
         MissingExtraError: the backend's package is not installed, or what checks signatures.
     """
     return open_checked(checked_bundle(Path(bundle), public_key), backend, threads, kernels)

@@ -18,7 +18,7 @@ from sparsifiner_edge.errors import (
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.tensorrt.build import load_timing_cache, timing_cache_path, workspace_bytes
+from sparsifiner_edge.runtime.tensorrt.build import load_timing_cache, timing_cache_path
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.tensorrt import Behaviour
 from tests.package.reseal import reseal
@@ -171,11 +171,6 @@ def test_a_disk_that_refuses_costs_no_build(tmp_path, machine):
     assert build_engine(make_bundle(tmp_path / "b"), "tensorrt").engines
     config = type("Config", (), {"create_timing_cache": lambda *_: None})
     assert load_timing_cache(config, tmp_path / "cache" / "x") is False
-
-
-def test_workspace_leaves_the_system_its_share():
-    assert workspace_bytes(1000, integrated=True) == 500
-    assert workspace_bytes(1000, integrated=False) == 750
 
 
 def test_no_cuda_no_tensorrt_object(tmp_path, machine):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import ExitStack
-from types import TracebackType
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +22,10 @@ class Times(NamedTuple):
     d2h_ms: float
 
 
-class StreamBuffers:
+class StreamBuffers(AbstractContextManager["StreamBuffers"]):
     """Buffers for some inputs and outputs, and a stream that copies in, computes and copies out.
 
-    A context manager; whatever happens, `close` gives back all that was taken. On a device that shares the processor's
+    A context manager; whatever happens, `close` releases all that was taken. On a device that shares the processor's
     memory nothing is copied: the engine works in the page-locked memory itself.
 
     Args:
@@ -133,7 +132,7 @@ class StreamBuffers:
         return self._launch or compute
 
     def close(self) -> None:
-        """Give everything back; closing twice is harmless.
+        """Release everything; closing twice is harmless.
 
         Raises:
             BackendError: CUDA fails in one of the steps; the others are done all the same.
@@ -142,12 +141,7 @@ class StreamBuffers:
         try:
             self._stack.close()
         finally:
-            self._stream, self._events = None, []  # pycuda gives them back with their last reference.
+            self._stream, self._events = None, []  # pycuda frees them with their last reference.
 
-    def __enter__(self) -> StreamBuffers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()

@@ -93,7 +93,7 @@ class OrtSession(Session):
 
     Raises:
         ArtifactError: it is no ONNX file, or needs another file.
-        BackendError: ONNX Runtime refuses the model, or would quietly run it on the CPU instead of what was asked for.
+        BackendError: ONNX Runtime rejects the model, or would quietly run it on the CPU instead of what was asked for.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
@@ -131,7 +131,7 @@ class OrtSession(Session):
         try:
             session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
-            raise BackendError(f"ONNX Runtime refuses {model}: {_line(error)}", "Export the bundle again.") from error
+            raise BackendError(f"ONNX Runtime rejects {model}: {_line(error)}", "Export the bundle again.") from error
         _require_provider(session, execution)
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs = [_spec(node) for node in session.get_inputs()]

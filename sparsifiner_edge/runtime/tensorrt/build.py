@@ -23,9 +23,6 @@ from sparsifiner_edge.runtime.backend import cache_folder
 from sparsifiner_edge.runtime.cuda import CudaDevice
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, build_error, make_logger, rejected_model
 
-SHARE_DISCRETE, SHARE_INTEGRATED = 0.75, 0.5
-"""Of the free memory, how much the builder may use as workspace; an integrated GPU leaves the rest to the system."""
-
 
 class BuilderOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of a build, beside those of every backend.
@@ -73,7 +70,8 @@ def build_engine_file(
         BackendError: TensorRT builds no engine, or was stopped.
     """
     builder, network, config, messages = prepare_build(trt, model, engine.batch, f"TensorRT {trt.__version__}")
-    workspace = options.workspace_mib << 20 if options.workspace_mib else workspace_bytes(free, device.integrated)
+    # Of the free memory an integrated GPU leaves half to the system.
+    workspace = options.workspace_mib << 20 if options.workspace_mib else free // 4 * (2 if device.integrated else 3)
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.builder_optimization_level = options.optimisation_level
     if engines.VERSION_COMPATIBLE in engine.compatible:
@@ -144,11 +142,6 @@ def _add_profile(builder: Any, network: Any, config: Any, batch: BatchRange) -> 
         config.add_optimization_profile(profile)
 
 
-def workspace_bytes(free: int, integrated: bool) -> int:
-    """Scratch memory that the builder may use."""
-    return int(free * (SHARE_INTEGRATED if integrated else SHARE_DISCRETE))
-
-
 def make_monitor(trt: Any, tell: Progress) -> Any:
     """TensorRT's progress, reported as (phase, done, total); where nobody listens any more it asks TensorRT to stop."""
 
@@ -201,7 +194,7 @@ def load_timing_cache(config: Any, path: Path) -> bool:
 
 
 def save_timing_cache(config: Any, path: Path) -> None:
-    """Keep what TensorRT has measured; a disk that refuses costs the next build some time, no more."""
+    """Keep what TensorRT has measured; a disk that fails costs the next build some time, no more."""
     cache = config.get_timing_cache()
     if cache is not None:
         with contextlib.suppress(ArtifactError):

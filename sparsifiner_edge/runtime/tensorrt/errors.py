@@ -1,4 +1,4 @@
-"""What TensorRT says, and what a user is told about it. `trt` is the module `tensorrt` or `tensorrt_rtx`."""
+"""What TensorRT says, and what the user sees of it. `trt` is the module `tensorrt` or `tensorrt_rtx`."""
 
 from __future__ import annotations
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE, Details, Engine, system
+from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE, BatchRange, Details, Engine, system
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record
-from sparsifiner_edge.runtime.backend import BuildRequest, Job, Option, import_package
+from sparsifiner_edge.runtime.backend import Job, OptionValues, import_package
 from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver, probe
 from sparsifiner_edge.runtime.tensorrt import choose
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
@@ -38,24 +39,26 @@ class TensorRt(TensorRtBackend):
             )
         return trt
 
-    def plan(self, request: BuildRequest) -> list[Engine]:
+    def plan(
+        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
+    ) -> list[Engine]:
         """See `EngineBackend.plan`."""
         trt = self.load()
-        options = _read_options(request.options)
+        wanted = _read_options(options)
         device = probe()
-        others = [c for c in request.capabilities if c != device.compute_capability]
+        others = [c for c in capabilities if c != device.compute_capability]
         if others:
             raise ConfigError(
                 f"TensorRT builds for the GPU that it runs on ({device.name}, {device.compute_capability}), "
                 f"not for {', '.join(others)}.",
                 "Build on a machine that has that GPU, or use --backend tensorrt-rtx, which builds ahead of time.",
             )
-        compatible = _compatible(options, device)
-        candidates = choose.candidates(trt, request.bundle, device, options.kernels)
+        compatible = _compatible(wanted, device)
+        candidates = choose.candidates(trt, bundle, device, wanted.kernels)
         variant = candidates[0] if len(candidates) == 1 else choose.MEASURED_VARIANT
         engine = Engine(
-            self.name, str(trt.__version__), device.compute_capability, *system(), request.bundle.precision,
-            request.batch, "" if variant == BODIES else variant, compatible,
+            self.name, str(trt.__version__), device.compute_capability, *system(), bundle.precision,
+            batch, "" if variant == BODIES else variant, compatible,
         )  # fmt: skip
         return [engine]
 
@@ -67,7 +70,7 @@ class TensorRt(TensorRtBackend):
             return choose.build_fastest(work, Path(job.output), tell)
 
 
-def _read_options(options: Mapping[str, Option]) -> BuilderOptions:
+def _read_options(options: OptionValues) -> BuilderOptions:
     fix = f"tensorrt has the options {', '.join(BuilderOptions.__struct_fields__)}."
     return read_record(options, BuilderOptions, "--option", fix, ConfigError)
 

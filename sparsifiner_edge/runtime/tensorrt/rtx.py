@@ -6,14 +6,16 @@ The bodies in the file are what runs: a registered plugin would end the process.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import Details, Engine, system
+from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine, system
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.runtime.backend import BuildRequest, Job, import_package
+from sparsifiner_edge.runtime.backend import Job, OptionValues, import_package
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.build import make_monitor, prepare_build
@@ -33,14 +35,16 @@ class TensorRtRtx(TensorRtBackend):
         """The module `tensorrt_rtx`; see `Backend.load`."""
         return import_package("tensorrt_rtx", "tensorrt-rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
 
-    def plan(self, request: BuildRequest) -> list[Engine]:
+    def plan(
+        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
+    ) -> list[Engine]:
         """See `EngineBackend.plan`."""
         import onnx
 
         version = str(self.load().__version__)
-        if request.options:
-            raise ConfigError(f"tensorrt-rtx has no option {min(request.options)!r}.", "Leave it out.")
-        capabilities = request.capabilities or (probe().compute_capability,)
+        if options:
+            raise ConfigError(f"tensorrt-rtx has no option {min(options)!r}.", "Leave it out.")
+        capabilities = capabilities or (probe().compute_capability,)
         for capability in capabilities:
             if capability not in ARCHITECTURES:
                 raise ConfigError(
@@ -48,18 +52,17 @@ class TensorRtRtx(TensorRtBackend):
                     f"It takes {', '.join(ARCHITECTURES)}; for others, such as a Jetson, build on the device with "
                     "--backend tensorrt.",
                 )
-        model = request.bundle.model()
+        model = bundle.model()
         check_operators(model)
         half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
         if _TURING in capabilities and not half:
             raise ConfigError(
-                f"Compute capability 7.5 (Turing) takes no {request.bundle.precision} bundle like this one: "
+                f"Compute capability 7.5 (Turing) takes no {bundle.precision} bundle like this one: "
                 "TensorRT-RTX compiles no product of float32 matrices for it.",
                 "Export with --precision fp16, or with --precision int8 --recipe tensorrt, or leave 7.5 out.",
             )
         return [
-            Engine(self.name, version, capability, *system(), request.bundle.precision, request.batch)
-            for capability in capabilities
+            Engine(self.name, version, capability, *system(), bundle.precision, batch) for capability in capabilities
         ]
 
     def build(self, job: Job, tell: Progress) -> Details:

@@ -65,7 +65,7 @@ class EngineSession(Session):
         self._logger = make_logger(self._trt, self._messages)
         runtime = self._trt.Runtime(self._logger)
         if engines.VERSION_COMPATIBLE in self._engine_info.compatible:
-            # Such an engine carries code for the processor; TensorRT runs it only when told that the file is trusted.
+            # Such an engine carries code for the processor; TensorRT runs it only when the file is declared trusted.
             runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
