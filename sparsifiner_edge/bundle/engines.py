@@ -43,7 +43,7 @@ class BatchRange(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One way of carrying out sparse attention, tried on the device; see `runtime.tensorrt.choose`.
+    """One way of carrying out sparse attention, tried on the device; see `runtime.tensorrt.candidates`.
 
     Attributes:
         golden: what the golden check found, or said where it failed.

@@ -1,7 +1,7 @@
 """Engines are built in a process of their own, since a parser or compiler of native code may abort or hang.
 
-`python -m sparsifiner_edge.runtime.build_worker` takes one `backend.Job` and sends `Report`s: as many as the builder
-likes that say how far it is, and a last one with what came of it.
+`python -m sparsifiner_edge.runtime.build_worker` takes one `backend.Job` and sends `BuilderReport`s: as many as the
+builder likes that say how far it is, and a last one with what came of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Failure(msgspec.Struct, frozen=True):
     fix: str
 
 
-class Report(msgspec.Struct, frozen=True):
+class BuilderReport(msgspec.Struct, frozen=True):
     """How far a builder is (stage, done, total), or what came of the job: an engine, or why there is none."""
 
     step: tuple[str, float, float] | None = None
@@ -67,7 +67,7 @@ def run_job(job: Job, timeout_s: float, progress: Progress | None = None) -> Det
             child.send(write_record(job))
         try:
             while (message := child.receive(deadline)) is not None:
-                report = read_record(message, Report, "The builder", _REPORT)
+                report = read_record(message, BuilderReport, "The builder", _REPORT)
                 if report.details is not None:
                     return report.details
                 if report.failure is not None:
@@ -102,14 +102,14 @@ def main() -> None:
         nonlocal last_stage, last_time
         if stage != last_stage or time.monotonic() - last_time > _EVERY_S:  # Some phases have thousands of steps.
             last_stage, last_time = stage, time.monotonic()
-            parent.send(write_record(Report(step=(stage, done, total))))
+            parent.send(write_record(BuilderReport(step=(stage, done, total))))
 
     backend = find_backend(job.engine.backend)
     assert isinstance(backend, EngineBackend)
     try:
-        report = Report(details=backend.build(job, tell))
+        report = BuilderReport(details=backend.build(job, tell))
     except SparsifinerError as error:
-        report = Report(failure=Failure(type(error).__name__, error.what, error.fix))
+        report = BuilderReport(failure=Failure(type(error).__name__, error.what, error.fix))
     parent.send(write_record(report))
 
 

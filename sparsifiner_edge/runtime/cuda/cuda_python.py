@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda.driver import Buffer, CudaDevice, Driver, check_device, fail, no_driver, version_text
+from sparsifiner_edge.runtime.cuda.driver import (
+    CudaDevice,
+    Driver,
+    PinnedBuffer,
+    check_device,
+    fail,
+    no_driver,
+    version_text,
+)
 from sparsifiner_edge.runtime.session import Array
 
 MODULE = "cuda.bindings"
@@ -70,12 +78,12 @@ class _CudaPython(Driver):
         stack.callback(self._do, "to free memory", "cudaFree", pointer)
         return pointer
 
-    def allocate_host(self, size: int, stack: ExitStack) -> Buffer:
+    def allocate_host(self, size: int, stack: ExitStack) -> PinnedBuffer:
         pointer = int(self._do(f"to pin {size} bytes", "cudaHostAlloc", size, self._r.cudaHostAllocMapped))
         stack.callback(self._do, "to free pinned memory", "cudaFreeHost", pointer)
         mapped = int(self._do("to map pinned memory", "cudaHostGetDevicePointer", pointer, 0))
         view: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
-        return Buffer(view, mapped)
+        return PinnedBuffer(view, mapped)
 
     def stream(self, stack: ExitStack) -> Any:
         stream = self._do("to make a stream", "cudaStreamCreateWithFlags", self._r.cudaStreamNonBlocking)
@@ -99,11 +107,11 @@ class _CudaPython(Driver):
     def elapsed_ms(self, start: Any, end: Any) -> float:
         return float(self._do("to read events", "cudaEventElapsedTime", start, end))
 
-    def copy_in(self, buffer: Buffer, size: int, stream: Any) -> None:
+    def copy_in(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
         kind, source = self._r.cudaMemcpyKind.cudaMemcpyHostToDevice, buffer.host.ctypes.data
         self._do("to copy to the device", "cudaMemcpyAsync", buffer.pointer, source, size, kind, stream)
 
-    def copy_out(self, buffer: Buffer, size: int, stream: Any) -> None:
+    def copy_out(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
         kind, target = self._r.cudaMemcpyKind.cudaMemcpyDeviceToHost, buffer.host.ctypes.data
         self._do("to copy from the device", "cudaMemcpyAsync", target, buffer.pointer, size, kind, stream)
 

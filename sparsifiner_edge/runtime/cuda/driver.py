@@ -51,7 +51,7 @@ class CudaDevice(msgspec.Struct, frozen=True):
         msgspec.structs.force_setattr(self, "compute_capability", f"{self.sm[0]}.{self.sm[1]}")
 
 
-class Buffer(NamedTuple):
+class PinnedBuffer(NamedTuple):
     """Page-locked bytes of the processor, and a device address: of these bytes, or of what they are copied to."""
 
     host: Array
@@ -83,7 +83,7 @@ class Driver(Protocol):
     def allocate(self, size: int, stack: ExitStack) -> int:
         """Device memory of `size` bytes; returns its address."""
 
-    def allocate_host(self, size: int, stack: ExitStack) -> Buffer:
+    def allocate_host(self, size: int, stack: ExitStack) -> PinnedBuffer:
         """Page-locked memory of `size` bytes, mapped into the device's address space."""
 
     def stream(self, stack: ExitStack) -> Any:
@@ -104,10 +104,10 @@ class Driver(Protocol):
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two recorded events whose stream has been waited for."""
 
-    def copy_in(self, buffer: Buffer, size: int, stream: Any) -> None:
+    def copy_in(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
         """Copy the first `size` bytes of page-locked memory to the device."""
 
-    def copy_out(self, buffer: Buffer, size: int, stream: Any) -> None:
+    def copy_out(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
         """Copy `size` bytes of the device to page-locked memory."""
 
     def capture(self, stream: Any, compute: Callable[[], None], stack: ExitStack) -> Callable[[], None]:  # noqa: ARG002

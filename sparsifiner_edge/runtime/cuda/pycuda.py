@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda.driver import Buffer, CudaDevice, Driver, check_device, fail, no_driver, version_text
+from sparsifiner_edge.runtime.cuda.driver import (
+    CudaDevice,
+    Driver,
+    PinnedBuffer,
+    check_device,
+    fail,
+    no_driver,
+    version_text,
+)
 
 MODULE = "pycuda"
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
@@ -67,11 +75,11 @@ class _PyCuda(Driver):
         stack.callback(self._do, "to free memory", allocation.free)
         return int(allocation)
 
-    def allocate_host(self, size: int, stack: ExitStack) -> Buffer:
+    def allocate_host(self, size: int, stack: ExitStack) -> PinnedBuffer:
         flags = self._d.host_alloc_flags.DEVICEMAP
         view = self._do(f"to pin {size} bytes", self._d.pagelocked_empty, size, np.uint8, mem_flags=flags)
         stack.callback(self._do, "to free pinned memory", view.base.free)
-        return Buffer(view, int(self._do("to map pinned memory", view.base.get_device_pointer)))
+        return PinnedBuffer(view, int(self._do("to map pinned memory", view.base.get_device_pointer)))
 
     def stream(self, stack: ExitStack) -> Any:  # noqa: ARG002 - pycuda frees streams and events with their last reference.
         return self._do("to make a stream", self._d.Stream, _NON_BLOCKING)
@@ -91,10 +99,10 @@ class _PyCuda(Driver):
     def elapsed_ms(self, start: Any, end: Any) -> float:
         return float(self._do("to read events", start.time_till, end))
 
-    def copy_in(self, buffer: Buffer, size: int, stream: Any) -> None:
+    def copy_in(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
         self._do("to copy to the device", self._d.memcpy_htod_async, buffer.pointer, buffer.host[:size], stream)
 
-    def copy_out(self, buffer: Buffer, size: int, stream: Any) -> None:
+    def copy_out(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
         self._do("to copy from the device", self._d.memcpy_dtoh_async, buffer.host[:size], buffer.pointer, stream)
 
     def close(self) -> None:

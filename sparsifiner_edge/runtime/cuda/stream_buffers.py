@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda.driver import Buffer, Driver
+from sparsifiner_edge.runtime.cuda.driver import Driver, PinnedBuffer
 from sparsifiner_edge.runtime.session import Array
 
 
@@ -50,9 +50,9 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
             self._graph = stack.enter_context(ExitStack())
             self._stack = stack.pop_all()
 
-    def _buffer(self, size: int, stack: ExitStack) -> Buffer:
+    def _buffer(self, size: int, stack: ExitStack) -> PinnedBuffer:
         mapped = self._driver.allocate_host(size, stack)
-        return mapped if self.zero_copy else Buffer(mapped.host, self._driver.allocate(size, stack))
+        return mapped if self.zero_copy else PinnedBuffer(mapped.host, self._driver.allocate(size, stack))
 
     @property
     def stream_number(self) -> int:

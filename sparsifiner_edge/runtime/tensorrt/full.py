@@ -15,9 +15,9 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.runtime.backend import Job, OptionValues, import_package
 from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver, probe
-from sparsifiner_edge.runtime.tensorrt import choose
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions
+from sparsifiner_edge.runtime.tensorrt.candidates import MEASURED_VARIANT, Work, build_fastest, possible_candidates
 from sparsifiner_edge.runtime.tensorrt.session import BODIES
 
 OLDEST = (10, 3)
@@ -54,8 +54,8 @@ class TensorRt(TensorRtBackend):
                 "Build on a machine that has that GPU, or use --backend tensorrt-rtx, which builds ahead of time.",
             )
         compatible = _compatible(wanted, device)
-        candidates = choose.candidates(trt, bundle, device, wanted.kernels)
-        variant = candidates[0] if len(candidates) == 1 else choose.MEASURED_VARIANT
+        candidates = possible_candidates(trt, bundle, device, wanted.kernels)
+        variant = candidates[0] if len(candidates) == 1 else MEASURED_VARIANT
         engine = Engine(
             self.name, str(trt.__version__), device.compute_capability, *system(), bundle.precision,
             batch, "" if variant == BODIES else variant, compatible,
@@ -66,8 +66,8 @@ class TensorRt(TensorRtBackend):
         """See `EngineBackend.build`."""
         trt, options = self.load(), _read_options(job.options)
         with contextlib.closing(open_driver()) as driver:  # Stays open while TensorRT has objects.
-            work = choose.Work(trt, job.checked_bundle(), job.engine, options, driver)
-            return choose.build_fastest(work, Path(job.output), tell)
+            work = Work(trt, job.checked_bundle(), job.engine, options, driver)
+            return build_fastest(work, Path(job.output), tell)
 
 
 def _read_options(options: OptionValues) -> BuilderOptions:

@@ -21,7 +21,7 @@ from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_
 
 Shape = tuple[int, ...]
 BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
-"""What carries out sparse attention: `kernels` in an engine's details; see `choose`."""
+"""What carries out sparse attention: `kernels` in an engine's details; see `candidates`."""
 _KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
 
 

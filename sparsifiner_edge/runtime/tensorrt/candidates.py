@@ -46,7 +46,7 @@ class Work:
     driver: Driver
 
 
-def candidates(trt: Any, bundle: Bundle, device: CudaDevice, kernels: str) -> tuple[str, ...]:
+def possible_candidates(trt: Any, bundle: Bundle, device: CudaDevice, kernels: str) -> tuple[str, ...]:
     """The ways that are possible for a bundle on a device, the one that always works first.
 
     Args:
@@ -74,7 +74,7 @@ def build_fastest(work: Work, output: Path, tell: Progress) -> Details:
     Raises:
         SparsifinerError: not one of them could be built, or not one gives the golden output.
     """
-    names = candidates(work.trt, work.bundle, work.driver.device, work.options.kernels)
+    names = possible_candidates(work.trt, work.bundle, work.driver.device, work.options.kernels)
     if len(names) == 1:
         return msgspec.structs.replace(_build(work, names[0], output, tell), kernels=names[0])
     found: dict[str, Candidate] = {}

@@ -16,7 +16,7 @@ from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.tensorrt.choose import dense_model
+from sparsifiner_edge.runtime.tensorrt.candidates import dense_model
 from tests.fakes.tensorrt import Behaviour
 from tests.seal import seal_bundle
 from tests.sparse_graph import sparse_model
