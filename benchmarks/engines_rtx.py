@@ -25,7 +25,7 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, write_result
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.open import load_backend
+from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.sparse.student import sparsify
 
 SETTINGS = {224: (0.25, 16), 518: (0.10, 25)}
@@ -129,7 +129,7 @@ def main(*, bundles: Path | None, output: Path) -> None:
 def save(output: Path, subjects: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
     method = {
         "backend": "tensorrt-rtx",
-        "version": load_backend("tensorrt-rtx"),
+        "version": str(find_backend("tensorrt-rtx").load().__version__),
         "what": "built ahead of time, in a process each, without a GPU; none of the engines was run",
         "settings": {str(size): {"keep": keep, "cells": cells} for size, (keep, cells) in SETTINGS.items()},
     }

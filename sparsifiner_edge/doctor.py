@@ -15,10 +15,10 @@ from sparsifiner_edge.machine import Environment, Machine, environment, machine,
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime import cuda
 from sparsifiner_edge.runtime.backend import EngineBackend
-from sparsifiner_edge.runtime.onnxruntime.gpu import GpuProvider, OnnxRuntimeCuda, OnnxRuntimeTensorRt
-from sparsifiner_edge.runtime.onnxruntime.session import load_backend
+from sparsifiner_edge.runtime.cuda import CudaDevice, probe
+from sparsifiner_edge.runtime.onnxruntime.backends import GpuProvider, OnnxRuntimeCuda, OnnxRuntimeTensorRt
+from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
 
@@ -34,18 +34,6 @@ class BackendState(msgspec.Struct, frozen=True):
     available: bool
     reason: str
     version: str | Unavailable
-
-
-class CudaDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """Device 0, as CUDA describes it; see `runtime.cuda.Device`."""
-
-    number: int
-    name: str
-    sm: tuple[int, int]
-    memory_bytes: int
-    integrated: bool
-    driver_version: str
-    compute_capability: str
 
 
 class Extra(msgspec.Struct, frozen=True):
@@ -115,15 +103,14 @@ def _native_library() -> tuple[str | None, str]:
 def _cuda() -> Known[CudaDevice]:
     """The device 0, or why there is none; nothing of TensorRT's may be touched where there is none."""
     try:
-        found = cuda.probe()
+        return probe()
     except SparsifinerError as error:
         return Unavailable(f"{error.what} {error.fix}")
-    return CudaDevice(**found._asdict(), compute_capability=found.compute_capability)
 
 
 def _onnxruntime() -> BackendState:
     try:
-        module = load_backend()
+        module = import_onnxruntime()
     except SparsifinerError as error:
         return BackendState(False, f"{error.what} {error.fix}", Unavailable("cannot be imported"))
     providers = ", ".join(module.get_available_providers())

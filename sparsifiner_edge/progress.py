@@ -7,3 +7,8 @@ from collections.abc import Callable
 Progress = Callable[[str, float, float], None]
 """Called now and then with (stage, done, total): what is going on, and how much of how much is done, in one unit of the
 work's own, such as images, steps or seconds."""
+
+
+def prefixed(progress: Progress, prefix: str) -> Progress:
+    """The same, with words before every stage."""
+    return lambda stage, done, total: progress(prefix + stage, done, total)

@@ -15,7 +15,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.onnxruntime.gpu import OnnxRuntimeCuda, OnnxRuntimeTensorRt
+from sparsifiner_edge.runtime.onnxruntime.backends import OnnxRuntimeCuda, OnnxRuntimeTensorRt
 from sparsifiner_edge.runtime.onnxruntime.session import Execution, OrtSession
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
@@ -125,7 +125,7 @@ def test_the_cpu_is_reported_as_before(bundle):
         assert (session.backend, session.description.provider) == ("onnxruntime", "CPUExecutionProvider")
     warnings.simplefilter("ignore", UserWarning)
     with pytest.raises(BackendError, match="NoSuchProvider"):
-        OrtSession(path, path.read_bytes(), 1, execution=Execution(providers=["NoSuchProvider"]))
+        OrtSession(path, path.read_bytes(), 1, execution=Execution(provider="NoSuchProvider"))
 
 
 def test_standard_output_stays_clean(bundle):
@@ -134,13 +134,13 @@ def test_standard_output_stays_clean(bundle):
         "import sys, json, onnxruntime\n"
         "onnxruntime.preload_dlls = lambda: print('Failed to load libcudnn')\n"
         "onnxruntime.get_available_providers = lambda: ['CUDAExecutionProvider']\n"
-        "from sparsifiner_edge.runtime.onnxruntime import gpu\n"
-        "from sparsifiner_edge.runtime.cuda import Device\n"
-        "gpu.probe = lambda: Device(0, 'x', (8, 7), 1, True, '12.6')\n"
+        "from sparsifiner_edge.runtime.onnxruntime import backends\n"
+        "from sparsifiner_edge.runtime.cuda import CudaDevice\n"
+        "backends.probe = lambda: CudaDevice(0, 'x', (8, 7), 1, True, '12.6')\n"
         "from pathlib import Path\n"
         "from sparsifiner_edge.bundle.store import open_bundle\n"
         "folder = Path(sys.argv[1])\n"
-        "try: gpu.OnnxRuntimeCuda().open(open_bundle(folder), 1, 'auto')\n"
+        "try: backends.OnnxRuntimeCuda().open(open_bundle(folder), 1, 'auto')\n"
         "except Exception as error: print(json.dumps(str(error)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=False)

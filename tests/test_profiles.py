@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -328,12 +329,16 @@ def test_prints_of_libraries_do_not_reach_the_replies():
         "def noisy(*a):\n    print('noise', flush=True); os.write(1, b'more noise\\n'); return answer(*a)\n"
         "w._answer = noisy\nw.main()"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], input='{"op": "usage"}\n', capture_output=True, text=True, check=True
-    )
-    assert list(json.loads(run.stdout)) == ["ok"]
-    assert "noise" in run.stderr
-    assert "more noise" in run.stderr
+    near, far = Pipe()
+    handle = far.fileno()
+    with near, subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"SPARSIFINER_PIPE": str(handle)}, pass_fds=[handle],
+        stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        near.send_bytes(b'{"op": "usage"}')
+        assert list(json.loads(near.recv_bytes())) == ["ok"]
+        near.send_bytes(b'{"op": "close"}')
+        assert process.communicate()[0] == "noise\nmore noise\n"
 
 
 def test_a_worker_ends_with_its_parent(bundles):

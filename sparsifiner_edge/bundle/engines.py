@@ -42,7 +42,7 @@ class BatchRange(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """Kernels for sparse attention that were tried on the device; see `runtime.tensorrt.choose`.
+    """One way of carrying out sparse attention, tried on the device; see `runtime.tensorrt.candidates`.
 
     Attributes:
         golden: what the golden check returned, or its message where it failed.

@@ -16,7 +16,7 @@ from sparsifiner_edge.text import shown
 if TYPE_CHECKING:
     from sparsifiner_edge.bundle.engines import Engine
     from sparsifiner_edge.runtime.backend import Option
-    from sparsifiner_edge.runtime.build import Built
+    from sparsifiner_edge.runtime.build import BuildResult
 
 _BATCH = click.IntRange(1, MOST_BATCH)
 _MOST_OPTION = (1 << 59) - 1
@@ -96,7 +96,7 @@ def _option(text: str) -> tuple[str, Option]:
     return name, truth.get(value, whole_number(value, f"--option {name}", most=_MOST_OPTION) if digits else value)
 
 
-def _print(result: Built) -> None:
+def _print(result: BuildResult) -> None:
     if result.description is not None:
         described = result.description
         click.echo(f"onnxruntime {result.version} runs model.onnx itself: no engine is needed, none was written.")

@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.onnxruntime.session import load_backend, native_library
+from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime, native_library
 
 _ERRORS_ONLY = 3
 
@@ -16,13 +16,13 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
     """A session on the CPU.
 
     Args:
-        kernels: one of `sparsifiner_edge.runtime.KERNELS`; "auto" takes the bodies for a float16 file.
+        kernels: one of `sparsifiner_edge.runtime.KERNEL_CHOICES`; "auto" takes the bodies for a float16 file.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
         BackendError: the native library is missing or cannot be used, or ONNX Runtime refuses the file.
     """
-    ort = load_backend()
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     library = None if kernels == "auto" and _is_half(model) else native_library(kernels)

@@ -2,7 +2,7 @@
 
 What no kernel takes runs by the function body in the file, or in PyTorch. ONNX Runtime takes the native ones
 (`runtime.onnxruntime.session.native_library`), PyTorch those in Triton (`ops.triton.kernels_for`), and TensorRT those
-in Triton that export compiled into the bundle, where they are the fastest (`runtime.tensorrt.choose`).
+in Triton that export compiled into the bundle, where they are the fastest (`runtime.tensorrt.candidates`).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.profiles.rules import RULES, make_rules
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.runtime.open import check_backend, check_kernels
+from sparsifiner_edge.runtime.open import check_choices
 from sparsifiner_edge.runtime.session import Description
 
 __all__ = ["RULES", "Progress", "profile_bundle"]
@@ -65,7 +65,7 @@ def profile_bundle(
         against: the bundle to compare with.
         rules: "quick", or "mlperf" for MLPerf's single stream: 600 s and 1,024 queries, or 24,576 queries.
         threads: threads inside one operator; None takes the cores that this process may run on.
-        kernels: one of `sparsifiner_edge.runtime.KERNELS`, for both bundles.
+        kernels: one of `sparsifiner_edge.runtime.KERNEL_CHOICES`, for both bundles.
         seconds: least time measured per bundle; None takes the rules' own (quick: 10 s), as below.
         min_queries: least number of queries per bundle (quick: 64).
         max_seconds: most time spent per bundle, even when `min_queries` is not reached; at least twice `seconds`
@@ -84,8 +84,7 @@ def profile_bundle(
         ConfigError: a number is out of range.
     """
     settings = make_rules(rules, seconds, min_queries, max_seconds, seed)
-    check_backend(backend)
-    check_kernels(kernels)
+    check_choices(backend, kernels)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     bundles = {role: open_bundle(path) for role, path in folders.items()}
     if rules == "mlperf":

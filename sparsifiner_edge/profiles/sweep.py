@@ -22,7 +22,7 @@ from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.profiles.rules import Rules, make_rules
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Declared
-from sparsifiner_edge.runtime.open import check_backend, check_kernels
+from sparsifiner_edge.runtime.open import check_choices
 from sparsifiner_edge.runtime.session import Description
 
 AXES = {"threads": MOST_THREADS, "batch": MOST_BATCH}
@@ -86,7 +86,7 @@ def sweep_bundle(
             needs one that was exported with a dynamic batch.
         backend: one of `sparsifiner_edge.runtime.BACKENDS`.
         threads: where `axes` has none; None takes the cores that this process may run on.
-        kernels: one of `sparsifiner_edge.runtime.KERNELS`.
+        kernels: one of `sparsifiner_edge.runtime.KERNEL_CHOICES`.
         seconds: least time measured at each point; None takes `SECONDS`. min_queries: least queries, as in `quick`.
         progress: called now and then.
 
@@ -99,8 +99,7 @@ def sweep_bundle(
         ConfigError: an axis is unknown or has bad values, or the bundle's batch is fixed at another size.
     """
     rules = make_rules("quick", SECONDS if seconds is None else seconds, min_queries, None, 0)
-    check_backend(backend)
-    check_kernels(kernels)
+    check_choices(backend, kernels)
     checked = open_bundle(Path(bundle))
     place = str(checked.folder.resolve())
     points = _points(axes, threads, checked)

@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
-from collections.abc import Mapping
+import importlib
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 
 from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine
-from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.bundle.store import Bundle, open_bundle
+from sparsifiner_edge.errors import ArtifactError, BackendError, MissingExtraError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.session import Session
 
 Option: TypeAlias = bool | int | str
 """A setting of a build that only some backends know."""
+OptionValues: TypeAlias = Mapping[str, Option]
+
+
+def cache_folder() -> Path:
+    """The user's own folder for what is kept between runs outside of bundles: it belongs to a machine, and native code
+    reads it. It need not exist yet.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsifiner-edge"
+
+
+def import_package(module: str, package: str, extra: str, fix: str) -> Any:
+    """Import a backend's Python module; that touches no driver.
+
+    Args:
+        module, package, extra: its names in Python and for pip, and the extra that installs it.
+        fix: what to do where it is installed and does not import.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        BackendError: it is installed and cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, f"{module}_bindings", f"{module}_libs"):
+            raise BackendError(f"{module} lacks the module {error.name}.", f"Reinstall {package}.") from error
+        raise MissingExtraError(package, extra) from error
+    except Exception as error:  # Its libraries may be missing, or be those of another version.
+        raise BackendError(f"{module} cannot be imported: {error}.", fix) from error
 
 
 class Backend(abc.ABC):
@@ -39,7 +70,7 @@ class Backend(abc.ABC):
         """A session on a bundle; see `open_session`. `kernels` is what `choose_kernels` returned."""
 
     def choose_kernels(self, bundle: Bundle, kernels: str) -> str:  # noqa: ARG002
-        """What a choice of kernels (`open.KERNELS`) means for a bundle here.
+        """What a choice of kernels (`open.KERNEL_CHOICES`) means for a bundle here.
 
         Raises:
             BackendError: it cannot be.
@@ -49,52 +80,47 @@ class Backend(abc.ABC):
         return kernels
 
 
-@dataclasses.dataclass(frozen=True)
-class BuildRequest:
-    """What a backend is asked to plan.
-
-    Attributes:
-        capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
-        batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
-        options: what only some backends know, checked by them; see the backend's module.
-    """
-
-    bundle: Bundle
-    capabilities: tuple[str, ...]
-    batch: BatchRange
-    options: Mapping[str, Option]
-
-
-class Planned(NamedTuple):
-    """One engine to build: what it will be (no file, no details), and the backend's own record for `build`, if any."""
-
-    engine: Engine
-    settings: msgspec.Struct | None = None
-
-
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One engine to build, as it goes to the process that builds it.
 
     Attributes:
-        model, model_sha256: path and hash of the ONNX file; see `build_worker.job_model`.
+        bundle: its folder. model_sha256: of its model when the engine was planned.
         output: path of the engine to write.
-        engine, settings: as planned; the settings are read by the backend.
+        engine: as planned: no file, no details.
+        options: as `plan` had them.
     """
 
-    backend: str
-    model: str
+    bundle: str
     model_sha256: str
     output: str
     engine: Engine
-    settings: Any = None
+    options: dict[str, Option] = {}
+
+    def checked_bundle(self) -> Bundle:
+        """The bundle, opened in this process.
+
+        Raises:
+            ArtifactError: it is damaged, or its model is another by now.
+        """
+        bundle = open_bundle(Path(self.bundle))
+        if bundle.manifest.files[MODEL_FILE] != self.model_sha256:
+            raise ArtifactError(f"{self.bundle} was exported anew while the engines were built.", "Build them again.")
+        return bundle
 
 
 class EngineBackend(Backend):
     """A backend that runs engines, and builds them."""
 
     @abc.abstractmethod
-    def plan(self, request: BuildRequest) -> list[Planned]:
-        """Refuse what cannot be built, before anything is; one entry per engine.
+    def plan(
+        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
+    ) -> list[Engine]:
+        """What each engine will be, without file and details; what cannot be built is rejected before anything is.
+
+        Args:
+            capabilities: compute capabilities asked for, such as ("8.6", "8.9"); none: this machine's GPU.
+            batch: sizes that the engines shall take; all equal where the bundle's batch is fixed.
+            options: what only some backends know, checked here; see the backend's module.
 
         Raises:
             SparsifinerError: says what, and what to do.

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from sparsifiner_edge.artifacts import ENGINE_FOLDER, sha256
-from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine, Golden, parse_capability
+from sparsifiner_edge.bundle.engines import BatchRange, Engine, Golden, parse_capability
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
-from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.progress import Progress, prefixed
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime.backend import BuildRequest, EngineBackend, Job, Option, Planned
+from sparsifiner_edge.runtime.backend import EngineBackend, Job, OptionValues
 from sparsifiner_edge.runtime.build_worker import run_job
 from sparsifiner_edge.runtime.open import find_backend, open_checked
 from sparsifiner_edge.runtime.session import Description
@@ -25,7 +25,7 @@ DEFAULT_BATCH = BatchRange(1, 1, 8)
 """For a bundle of dynamic batch: a camera gives one image at a time."""
 
 
-class Built(msgspec.Struct, frozen=True, kw_only=True):
+class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
     """What `build_engine` did.
 
     Attributes:
@@ -51,10 +51,10 @@ def build_engine(
     compute_capabilities: Sequence[str] = (),
     batch: tuple[int, int, int] | None = None,
     timeout_s: float = 600,
-    options: Mapping[str, Option] | None = None,
+    options: OptionValues | None = None,
     kernels: str = "auto",
     progress: Progress | None = None,
-) -> Built:
+) -> BuildResult:
     """Build engines for a bundle and put them into it.
 
     Each engine is built in a process of its own. Where this machine has the GPU that it is for, the golden pair is
@@ -83,18 +83,22 @@ def build_engine(
     if isinstance(found, EngineBackend):
         if kernels != "auto":
             raise ConfigError(f"kernels {kernels} are ONNX Runtime's.", f"For {backend}: --option kernels=portable.")
-        request = BuildRequest(checked, capabilities, batch_range(checked, batch), options or {})
-        engines = _build_all(found, request, timeout_s, progress)
-    elif backend == "onnxruntime":
-        _refuse_settings(capabilities, batch, options)
-        with open_checked(checked, kernels=kernels) as session:
-            golden = check_golden(session, checked)
-            described = session.description
-    else:
+        planned = found.plan(checked, capabilities, batch_range(checked, batch), options or {})
+        engines = _build_all(found, checked, planned, options or {}, timeout_s, progress)
+    elif backend != "onnxruntime":
         raise ConfigError(
             f"{backend} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
         )
-    return Built(
+    elif capabilities or batch or options:
+        raise ConfigError(
+            "onnxruntime builds no engine: compute capability, batch sizes and options are for TensorRT.",
+            "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
+        )
+    else:
+        with open_checked(checked, kernels=kernels) as session:
+            golden = check_golden(session, checked)
+            described = session.description
+    return BuildResult(
         bundle=str(checked.folder),
         backend=backend,
         version=str(found.load().__version__),
@@ -103,16 +107,6 @@ def build_engine(
         golden=golden,
         seconds=time.monotonic() - start,
     )
-
-
-def _refuse_settings(
-    capabilities: Sequence[str], batch: tuple[int, int, int] | None, options: Mapping[str, Option] | None
-) -> None:
-    if capabilities or batch or options:
-        raise ConfigError(
-            "onnxruntime builds no engine: compute capability, batch sizes and options are for TensorRT.",
-            "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
-        )
 
 
 def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRange:
@@ -143,58 +137,49 @@ def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRang
 
 
 def _build_all(
-    backend: EngineBackend, request: BuildRequest, timeout_s: float, progress: Progress | None
+    backend: EngineBackend,
+    bundle: Bundle,
+    planned: Sequence[Engine],
+    options: OptionValues,
+    timeout_s: float,
+    progress: Progress | None,
 ) -> tuple[Engine, ...]:
-    planned = backend.plan(request)
     engines: list[Engine] = []
-    with bundle_scratch(request.bundle.folder) as scratch:
+    with bundle_scratch(bundle.folder) as scratch:
         files: dict[str, Path] = {}
-        for number, plan in enumerate(planned):
-            tell = _numbered(progress, plan.engine, number, len(planned))
-            path = scratch / f"{plan.engine.name}.engine"
-            details = _build_one(request, plan, path, timeout_s, tell)
-            details = msgspec.structs.replace(details, golden=_gate(backend, plan.engine, path, request))
+        for number, engine in enumerate(planned):
+            start, path = time.monotonic(), scratch / f"{engine.name}.engine"
+            job = Job(
+                bundle=str(bundle.folder.resolve()),
+                model_sha256=bundle.manifest.files[MODEL_FILE],
+                output=str(path.resolve()),
+                engine=engine,
+                options=dict(options),
+            )
+            prefix = f"{number + 1} of {len(planned)}, compute capability {engine.compute_capability}: "
+            built = run_job(job, timeout_s, progress and prefixed(progress, prefix))
+            if not path.is_file():
+                raise ArtifactError(
+                    f"{path} vanished while it was built.", "Leave the bundle in place and build again."
+                )
+            seconds, size = time.monotonic() - start, path.stat().st_size
+            golden = _check_engine(backend, engine, path, bundle)
+            details = msgspec.structs.replace(built, build_seconds=seconds, bytes=size, golden=golden)
             # The hash in the name keeps an earlier engine of this kind whole until the manifest is replaced.
-            place = f"{ENGINE_FOLDER}/{plan.engine.name}-{sha256(path)[:8]}.engine"
-            engines.append(msgspec.structs.replace(plan.engine, file=place, details=details))
+            place = f"{ENGINE_FOLDER}/{engine.name}-{sha256(path)[:8]}.engine"
+            engines.append(msgspec.structs.replace(engine, file=place, details=details))
             files[place] = path
-        extend_bundle(request.bundle.folder, files, lambda manifest: with_engines(manifest, engines, request.bundle))
+        extend_bundle(bundle.folder, files, lambda manifest: with_engines(manifest, engines, bundle))
     return tuple(engines)
 
 
-def _numbered(progress: Progress | None, engine: Engine, number: int, total: int) -> Progress | None:
-    if progress is None:
-        return None
-    tell: Callable[[str, float, float], None] = progress
-    prefix = f"{number + 1} of {total}, compute capability {engine.compute_capability}: "
-    return lambda stage, done, steps: tell(prefix + stage, done, steps)
-
-
-def _build_one(
-    request: BuildRequest, plan: Planned, path: Path, timeout_s: float, progress: Progress | None
-) -> Details:
-    start = time.monotonic()
-    job = Job(
-        backend=plan.engine.backend,
-        model=str((request.bundle.folder / MODEL_FILE).resolve()),
-        model_sha256=request.bundle.manifest.files[MODEL_FILE],
-        output=str(path.resolve()),
-        engine=plan.engine,
-        settings=plan.settings,
-    )
-    details = run_job(job, timeout_s, progress)
-    if not path.is_file():
-        raise ArtifactError(f"{path} vanished while it was built.", "Leave the bundle in its place and build again.")
-    return msgspec.structs.replace(details, build_seconds=time.monotonic() - start, bytes=path.stat().st_size)
-
-
-def _gate(backend: EngineBackend, engine: Engine, path: Path, request: BuildRequest) -> Known[Golden]:
+def _check_engine(backend: EngineBackend, engine: Engine, path: Path, bundle: Bundle) -> Known[Golden]:
     """The golden pair through a fresh engine, or why it was not run."""
     reason = backend.why_not_here(engine)
     if reason is not None:
         return Unavailable(reason)
-    with backend.open_engine(path, engine, request.bundle) as session:
-        return check_golden(session, request.bundle)
+    with backend.open_engine(path, engine, bundle) as session:
+        return check_golden(session, bundle)
 
 
 def with_engines(manifest: Manifest, engines: Sequence[Engine], built_of: Bundle) -> Manifest:

@@ -1,6 +1,7 @@
 """Processes of ours that work for this one, since native code may abort or hang: started, heard, and always ended.
 
-Both sides speak JSON, one message per line. What the child writes to standard error is kept for messages.
+Both sides speak JSON, one message at a time, on a pipe of their own: what a library prints in the child, on either
+output, is kept for messages and mixes with nothing.
 """
 
 from __future__ import annotations
@@ -8,29 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import IO, Any
 
 from sparsifiner_edge.process import start_python
 
 _TAIL_BYTES = 2000
+_PIPE = "SPARSIFINER_PIPE"
+"""Variable of the child's environment: the number of its end of the pipe."""
 
 
 class Child:
     """The parent's side; see `start_child`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-        assert process.stdin is not None
-        assert process.stdout is not None
+    def __init__(self, process: subprocess.Popen[bytes], pipe: Connection, log: IO[bytes]) -> None:
         self.pid = process.pid
-        self._process = process
-        self._requests, self._replies = process.stdin, process.stdout
-        self._log = log
-        self._buffer = b""
+        self._process, self._pipe, self._log = process, pipe, log
 
     def send(self, message: object) -> None:
         """Send one message, JSON-ready.
@@ -38,11 +37,10 @@ class Child:
         Raises:
             OSError: it is gone.
         """
-        self._requests.write(json.dumps(message).encode() + b"\n")
-        self._requests.flush()
+        self._pipe.send_bytes(json.dumps(message).encode())
 
     def receive(self, deadline: float) -> Any:
-        """The next message, or None where it has closed its output.
+        """The next message, or None where it has ended.
 
         Args:
             deadline: by `time.monotonic`.
@@ -50,23 +48,19 @@ class Child:
         Raises:
             TimeoutError: there is none by then.
         """
-        while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._replies], [], [], left)[0]:
-                raise TimeoutError
-            chunk = os.read(self._replies.fileno(), 1 << 16)
-            if not chunk:
-                return None
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
+        if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        try:
+            return json.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError):  # Between two messages, or within one.
+            return None
 
     def wait(self) -> int:
         """Its exit status, once it has ended; negative where a signal ended it."""
         return self._process.wait()
 
     def written(self) -> str:
-        """The end of what it wrote to standard error, in one line."""
+        """The end of what it wrote to standard output and error, in one line."""
         self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, self._log.tell() - _TAIL_BYTES))
         return " ".join(self._log.read().decode("utf-8", "replace").split()) or "nothing"
@@ -75,19 +69,19 @@ class Child:
         """Kill it and reap it: nothing in it is worth saving, and what hangs hears nothing gentler."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._requests, self._replies):
-            with contextlib.suppress(OSError):  # What is still unsent meets a broken pipe.
-                pipe.close()
 
 
 @contextlib.contextmanager
 def start_child(module: str) -> Iterator[Child]:
     """`python -m module`, killed when the block ends, by whatever way."""
-    with (
-        tempfile.TemporaryFile() as log,
-        start_python(module, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process,
-    ):
-        child = Child(process, log)
+    near, far = Pipe()
+    with tempfile.TemporaryFile() as log, near:
+        with far:
+            process = start_python(
+                module, {_PIPE: str(far.fileno())}, pass_fds=[far.fileno()],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        child = Child(process, near, log)
         try:
             yield child
         finally:
@@ -95,20 +89,18 @@ def start_child(module: str) -> Iterator[Child]:
 
 
 class Parent:
-    """The child's side. From here on whatever a library prints goes to standard error, and none can read requests."""
+    """The child's side."""
 
     def __init__(self) -> None:
-        self._requests = os.fdopen(os.dup(0), encoding="utf-8")
-        self._replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
+        handle = int(os.environ.pop(_PIPE))
+        os.set_inheritable(handle, False)  # Programs that a library starts must not hold the pipe open.
+        self._pipe = Connection(handle)
 
     def messages(self) -> Iterator[Any]:
         """What it sends, until it closes the pipe."""
-        for line in iter(self._requests.readline, ""):
-            yield json.loads(line)
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                yield json.loads(self._pipe.recv_bytes())
 
     def send(self, message: object) -> None:
         """Send one message, JSON-ready.
@@ -116,5 +108,4 @@ class Parent:
         Raises:
             OSError: it is gone.
         """
-        self._replies.write(json.dumps(message) + "\n")
-        self._replies.flush()
+        self._pipe.send_bytes(json.dumps(message).encode())

@@ -14,25 +14,27 @@ from sparsifiner_edge.runtime.backend import Backend
 from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {
-    "onnxruntime": "onnxruntime.cpu:OnnxRuntime",
-    "onnxruntime-cuda": "onnxruntime.gpu:OnnxRuntimeCuda",
-    "onnxruntime-tensorrt": "onnxruntime.gpu:OnnxRuntimeTensorRt",
+    "onnxruntime": "onnxruntime.backends:OnnxRuntime",
+    "onnxruntime-cuda": "onnxruntime.backends:OnnxRuntimeCuda",
+    "onnxruntime-tensorrt": "onnxruntime.backends:OnnxRuntimeTensorRt",
     "tensorrt": "tensorrt.full:TensorRt",
     "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
 }
 """Name -> module beside this one, imported when it is asked for, and class in it."""
-KERNELS = ("auto", "native", "portable")
+KERNEL_CHOICES = ("auto", "native", "portable")
 """What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
 
 
-def check_backend(backend: str) -> None:
-    """Refuse a name that is no backend.
+def check_choices(backend: str, kernels: str = "auto") -> None:
+    """Reject a name that is no backend, or no choice of kernels.
 
     Raises:
-        BackendError: lists the backends of this version.
+        BackendError: lists those of this version.
     """
     if backend not in BACKENDS:
         raise BackendError(f"Unknown backend {backend!r}.", f"Choose one of: {', '.join(BACKENDS)}.")
+    if kernels not in KERNEL_CHOICES:
+        raise BackendError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNEL_CHOICES)}.")
 
 
 def find_backend(backend: str) -> Backend:
@@ -41,30 +43,10 @@ def find_backend(backend: str) -> Backend:
     Raises:
         BackendError: there is none.
     """
-    check_backend(backend)
+    check_choices(backend)
     module, _, kind = BACKENDS[backend].partition(":")
     made: Backend = getattr(importlib.import_module(f"sparsifiner_edge.runtime.{module}"), kind)()
     return made
-
-
-def check_kernels(kernels: str) -> None:
-    """Refuse a name that is no choice of kernels.
-
-    Raises:
-        BackendError: lists the choices.
-    """
-    if kernels not in KERNELS:
-        raise BackendError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNELS)}.")
-
-
-def load_backend(backend: str) -> str:
-    """Import the backend's package, so that opening a session afterwards does not pay for it; returns its version.
-
-    Raises:
-        BackendError: no such backend, or its package is broken.
-        MissingExtraError: its package is not installed.
-    """
-    return str(find_backend(backend).load().__version__)
 
 
 def open_session(
@@ -80,28 +62,19 @@ def open_session(
         bundle: a folder made by `sparsifiner-edge export`.
         backend: one of `BACKENDS`.
         threads: threads inside one operator; None takes the cores that this process may run on.
-        kernels: one of `KERNELS`; the session's `description` says what runs.
+        kernels: one of `KERNEL_CHOICES`; the session's `description` says what runs.
         public_key: the bundle must be signed by this key; see `sign.require_signature`.
 
     Raises:
         ArtifactError: not a bundle, altered, of a newer schema, or not signed by that key.
-        BackendError: no such backend or kernels, `threads` below 1 or absurd, or the backend refuses the model.
+        BackendError: no such backend or kernels, `threads` below 1 or absurd, or the backend rejects the model.
         MissingExtraError: the backend's package is not installed, or what checks signatures.
     """
     return open_checked(checked_bundle(Path(bundle), public_key), backend, threads, kernels)
 
 
 def checked_bundle(folder: Path, public_key: str | Path | None = None) -> Bundle:
-    """Everything that is demanded of a bundle before any of it is loaded; returns it.
-
-    Args:
-        folder: the bundle.
-        public_key: it must be signed by this key; without it a signature is not looked at.
-
-    Raises:
-        ArtifactError: not a bundle, altered, or of a newer schema; not signed by that key.
-        MissingExtraError: what checks signatures is not installed.
-    """
+    """Everything that is demanded of a bundle before any of it is loaded, as `open_session` does it; returns it."""
     return open_bundle(folder) if public_key is None else require_signature(folder, Path(public_key))
 
 
@@ -109,10 +82,10 @@ def open_checked(
     bundle: Bundle, backend: str = "onnxruntime", threads: int | None = None, kernels: str = "auto"
 ) -> Session:
     """`open_session` with what `checked_bundle` returned: only files that its manifest vouches for are used."""
+    check_choices(backend, kernels)
     found = find_backend(backend)
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise BackendError(
             f"threads is {threads}.", f"Give 1 to {MOST_THREADS}, or leave it out to use every core allowed."
         )
-    check_kernels(kernels)
     return found.open(bundle, threads or available_cores(), found.choose_kernels(bundle, kernels))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -14,6 +13,7 @@ from sparsifiner_edge.bundle.manifest import TensorSpec, shape_text
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.records import Unavailable
 
+Own = TypeVar("Own", bound="Session")
 RANKS = {"logits": 2, "features": 2, "tokens": 3}
 """Axes of the outputs that have a meaning by name."""
 
@@ -51,30 +51,22 @@ class Description(Runtime, frozen=True, kw_only=True):
 
 
 class Session(Protocol):
-    """A bundle, loaded and ready to run. A context manager: leaving the block closes it."""
+    """A bundle, loaded and ready to run. A context manager: leaving the block closes it.
 
-    @property
-    def backend(self) -> str:
-        """Name of the backend, as given to `open_session`."""
+    Attributes:
+        backend: its name, as given to `open_session`.
+        inputs, outputs: every one, in the model's order.
+        load_ms: milliseconds that the backend took to make the session; hashing and reading the manifest excluded.
+    """
 
-    @property
-    def inputs(self) -> list[TensorSpec]:
-        """Every input, in the model's order."""
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        """Every output, in the model's order."""
-
-    @property
-    def load_ms(self) -> float:
-        """Milliseconds that the backend took to make the session; hashing and reading the manifest excluded."""
+    backend: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    load_ms: float
 
     @property
     def description(self) -> Description:
-        """What really runs.
-
-        Found on first use, from the model file: that costs time and memory, so ask after measuring either.
-        """
+        """What really runs."""
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """Check names, types and shapes.
@@ -82,6 +74,7 @@ class Session(Protocol):
         Raises:
             BackendError: names the input, what it got and what it expected.
         """
+        validate_inputs(self.inputs, inputs)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model once.
@@ -93,17 +86,17 @@ class Session(Protocol):
             One array per entry of `outputs`.
 
         Raises:
-            BackendError: `validate` refuses the inputs, the backend fails, or the session is closed.
+            BackendError: `validate` rejects the inputs, the backend fails, or the session is closed.
         """
 
     def close(self) -> None:
         """Release the model. Closing twice is harmless."""
 
-    def __enter__(self) -> Session: ...
+    def __enter__(self: Own) -> Own:
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
 
 def validate_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> None:

@@ -18,7 +18,7 @@ def verify_bundle(
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
         backend, kernels: what runs the golden pair; see `open_session`.
-        public_key: the signature must be that key's; without it a signature is told and not checked.
+        public_key: the signature must be that key's; without it a signature is reported and not checked.
 
     Returns:
         What each check found. A model that is no valid ONNX is the last that is checked, and so is a signature that

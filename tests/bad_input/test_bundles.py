@@ -84,7 +84,7 @@ def drop_outputs(folder: Path) -> None:
             lambda b: (os.truncate(b / "model.onnx", 400), reseal(b)),
             ["model.onnx is not an ONNX file", "Export the bundle"],
         ),
-        (lambda b: ((b / "model.onnx").write_bytes(b""), reseal(b)), ["ONNX Runtime refuses"]),
+        (lambda b: ((b / "model.onnx").write_bytes(b""), reseal(b)), ["ONNX Runtime rejects"]),
         (lambda b: ((b / "model.onnx").write_bytes(b"\xff" * 4096), reseal(b)), ["model.onnx is not an ONNX file"]),
         (lambda b: (drop_outputs(b), reseal(b)), ["gives other; needed are logits or features"]),
         (shutil.rmtree, ["is not a folder", "sparsifiner-edge export"]),

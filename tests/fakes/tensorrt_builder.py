@@ -56,7 +56,6 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
 
     class IBuilderConfig:
         builder_optimization_level = 3
-        profiling_verbosity = None
         hardware_compatibility_level = None
         progress_monitor = None
 
@@ -164,7 +163,7 @@ def builder_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             return IOptimizationProfile()
 
         def build_serialized_network(self, network: Any, config: Any) -> Any:
-            for name in ("builder_optimization_level", "profiling_verbosity", "hardware_compatibility_level"):
+            for name in ("builder_optimization_level", "hardware_compatibility_level"):
                 b.seen[name] = getattr(config, name)
             for message in b.warnings:
                 self._logger.log(ILogger.WARNING, message)

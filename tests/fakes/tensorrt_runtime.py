@@ -98,17 +98,6 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
                 trt._logger.log(trt.ILogger.ERROR, message)
             return None if b.context is not None else IExecutionContext(self)
 
-        def create_engine_inspector(self) -> Any:
-            return EngineInspector(self)
-
-    class EngineInspector:
-        def __init__(self, engine: ICudaEngine) -> None:
-            self._engine = engine
-
-        def get_engine_information(self, format: Any) -> str:
-            assert format == trt.LayerInformationFormat.JSON
-            return json.dumps({"Layers": [node.op_type for node in self._engine._model.graph.node], "Bindings": []})
-
     class IExecutionContext:
         def __init__(self, engine: ICudaEngine) -> None:
             self._engine = engine
@@ -199,4 +188,4 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
                 return None
             return engine
 
-    return [ICudaEngine, EngineInspector, IExecutionContext, Runtime]
+    return [ICudaEngine, IExecutionContext, Runtime]

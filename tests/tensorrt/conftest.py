@@ -9,7 +9,7 @@ import pytest
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime import build as build_module
 from sparsifiner_edge.runtime.backend import Job
-from sparsifiner_edge.runtime.build_worker import Reply
+from sparsifiner_edge.runtime.build_worker import BuilderReport
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda, install_tensorrt
@@ -36,7 +36,9 @@ def machine(monkeypatch):
 
         def run(job, timeout, progress=None):
             job = sent(job, Job)
-            return sent(Reply(ok=TensorRt().build(job, progress or (lambda *_: None))), Reply).ok
+            return sent(
+                BuilderReport(details=TensorRt().build(job, progress or (lambda *_: None))), BuilderReport
+            ).details
 
         monkeypatch.setattr(build_module, "run_job", run)
         return gpu, trt

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.bundle.kernels import CompiledLaunch
-from sparsifiner_edge.runtime.cuda import Device
-from sparsifiner_edge.runtime.tensorrt import plugin as ours
+from sparsifiner_edge.runtime.cuda import CudaDevice
+from sparsifiner_edge.runtime.tensorrt import plugin as kernel_plugin
 from tests.tables import bundle_of, table_of
 
-ORIN = Device(0, "Orin", (8, 7), 8 << 30, True, "12.6")
+ORIN = CudaDevice(0, "Orin", (8, 7), 8 << 30, True, "12.6")
 
 
 class Registry:
@@ -58,13 +58,13 @@ def called(trt: Any, identifier: str, launch: CompiledLaunch) -> dict[str, Any]:
 def result(folder: Path) -> dict[str, Any]:
     registry = Registry()
     trt = bindings(registry)
-    reason = ours.why_not(trt, bundle_of(folder), ORIN)
+    reason = kernel_plugin.why_not(trt, bundle_of(folder), ORIN)
     if reason is not None:
         return {"reason": reason}
     table = table_of(folder, 87)
     assert table is not None
-    made = ours.register(trt, table, bundle_of(folder), 87)
-    again = ours.register(trt, table, bundle_of(folder), 87)
+    made = kernel_plugin.register(trt, table, bundle_of(folder), 87)
+    again = kernel_plugin.register(trt, table, bundle_of(folder), 87)
     found = {name: called(trt, name, table.launches[name.partition("::")[2]]) for name in made}
     return {"found": found, "again": made == again, "registered": len(registry.creators)}
 

@@ -9,7 +9,6 @@ import pytest
 
 from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE
 from sparsifiner_edge.errors import (
-    ArtifactError,
     BackendError,
     ConfigError,
     GateError,
@@ -19,7 +18,7 @@ from sparsifiner_edge.errors import (
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.tensorrt.build import TimingCache, timing_cache_path, workspace_bytes, write_engine
+from sparsifiner_edge.runtime.tensorrt.build import load_timing_cache, timing_cache_path
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.tensorrt import Behaviour
 from tests.package.reseal import reseal
@@ -46,14 +45,13 @@ def test_options_reach_the_builder(tmp_path, machine):
     folder = make_bundle(tmp_path / "b")
     options = {
         "optimisation_level": 5, "workspace_mib": 64, "version_compatible": True, "hardware_compatible": True,
-        "timing_cache": False, "detailed": True,
+        "timing_cache": False,
     }  # fmt: skip
     (engine,) = build_engine(folder, "tensorrt", options=options).engines
     assert behaviour.seen["builder_optimization_level"] == 5
     assert behaviour.seen["WORKSPACE"] == 64 << 20
     assert behaviour.seen["flags"] == {"VERSION_COMPATIBLE"}
     assert behaviour.seen["hardware_compatibility_level"] == trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    assert behaviour.seen["profiling_verbosity"] == trt.ProfilingVerbosity.DETAILED
     assert engine.compatible == (VERSION_COMPATIBLE, AMPERE_PLUS)
     assert engine.details.timing_cache == "not used"
     assert not (tmp_path / "cache").exists()
@@ -64,12 +62,13 @@ def test_options_reach_the_builder(tmp_path, machine):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speed": 1}, "no option 'speed'"),
-        ({"detailed": 1}, "option detailed is 1"),
+        ({"speed": 1}, r"(?s)unknown key speed.*has the options kernels, optimisation_level, workspace_mib"),
+        ({"timing_cache": 1}, "timing_cache is 1, not bool"),
+        ({"optimisation_level": True}, "optimisation_level is true, not int"),
         ({"optimisation_level": 6}, "optimisation_level is 6"),
         ({"workspace_mib": 0}, "workspace_mib is 0"),
-        ({"kernels": "fast"}, "kernels is 'fast'"),
-        ({"hardware_compatible": True}, "Orin is a Jetson's"),
+        ({"kernels": "fast"}, 'kernels is "fast"'),
+        ({"hardware_compatible": True}, r"no Jetson, .*; this is Orin, 8\.7"),
     ],
 )
 def test_options_are_checked_before_anything_is_built(tmp_path, machine, options, message):
@@ -82,7 +81,7 @@ def test_options_are_checked_before_anything_is_built(tmp_path, machine, options
 
 def test_an_older_card_has_no_hardware_compatibility(tmp_path, machine):
     machine(name="Tesla T4", sm=(7, 5), integrated=False)
-    with pytest.raises(ConfigError, match="Tesla T4 is an older"):
+    with pytest.raises(ConfigError, match=r"of compute capability 8\.0 or later; this is Tesla T4, 7\.5"):
         build_engine(make_bundle(tmp_path / "b"), "tensorrt", options={"hardware_compatible": True})
 
 
@@ -101,12 +100,12 @@ BUILD_FAILURES = [
     (
         ("[virtualMemoryBuffer.cpp] Error Code 2: OutOfMemory (Requested size was 524288000 bytes.)",),
         (),
-        "wanted 500 MiB",
+        "ran out of memory while building",
     ),
     (
         ("Error Code 10: Internal Error (Could not find any implementation for node /blocks.0/MatMul.)",),
         (),
-        "has no implementation for node /blocks.0/MatMul",
+        "find any implementation for node /blocks.0/MatMul",
     ),
     (("Internal Error: assertion failed",), (), r"TensorRT built no engine: Internal Error: assertion failed"),
     ((), (), "TensorRT gave no reason"),
@@ -170,15 +169,8 @@ def test_a_disk_that_refuses_costs_no_build(tmp_path, machine):
     machine()
     (tmp_path / "cache").write_text("a file in the place of the folder")
     assert build_engine(make_bundle(tmp_path / "b"), "tensorrt").engines
-    assert (
-        TimingCache(tmp_path / "cache" / "x").load(type("Config", (), {"create_timing_cache": lambda *_: None}))
-        is False
-    )
-
-
-def test_workspace_leaves_the_system_its_share():
-    assert workspace_bytes(1000, integrated=True) == 500
-    assert workspace_bytes(1000, integrated=False) == 750
+    config = type("Config", (), {"create_timing_cache": lambda *_: None})
+    assert load_timing_cache(config, tmp_path / "cache" / "x") is False
 
 
 def test_no_cuda_no_tensorrt_object(tmp_path, machine):
@@ -207,8 +199,3 @@ def test_a_missing_or_old_or_broken_tensorrt(tmp_path, machine, monkeypatch):
 def test_the_cache_of_a_device_has_a_plain_name(machine):
     machine(name="NVIDIA GeForce RTX 4060 Ti/16", sm=(8, 9))
     assert timing_cache_path(probe(), "10.7.0").name == "tensorrt-10.7.0-sm89-nvidia-geforce-rtx-4060-ti-16.cache"
-
-
-def test_an_engine_that_cannot_be_written_is_a_message(tmp_path):
-    with pytest.raises(ArtifactError, match=r"(?s)nowhere/e.engine cannot be written: No such file.*Free space"):
-        write_engine(tmp_path / "nowhere" / "e.engine", b"content")

@@ -29,21 +29,16 @@ RUNTIME = Path(tensorrt_build.__file__).parent
 FILES = sorted(path for path in RUNTIME.glob("*.py") if not path.name.startswith("rtx"))  # another library
 MODULES = ("trt", "self._trt", "work.trt")
 PLUGIN = "trtp"
-"""Variable that holds the module `tensorrt.plugin`, of which ours needs what came with ahead-of-time plugins."""
+"""Variable that holds the module `tensorrt.plugin`, of which the package needs what came with ahead-of-time plugins."""
 RECEIVERS = {
     "build.py": {
         "builder": "Builder", "config": "IBuilderConfig", "network": "INetworkDefinition", "parser": "OnnxParser",
         "tensor": "ITensor", "profile": "IOptimizationProfile", "cache": "ITimingCache",
     },
     "errors.py": {"parser": "OnnxParser", "error": "ParserError"},
-    "session.py": {
-        "runtime": "Runtime", "self._engine": "ICudaEngine", "self._context": "IExecutionContext",
-        "inspector": "EngineInspector",
-    },
+    "session.py": {"runtime": "Runtime", "self._engine": "ICudaEngine", "self._context": "IExecutionContext"},
 }  # fmt: skip
 """File -> variable -> class of TensorRT that it holds there."""
-OURS = {"build.py": {"cache": {"load", "save"}}}
-"""Methods of our own classes on variables of the same names."""
 PLUGIN_SINCE = "10.9"
 GUARDED = {"QuickPluginCreationRequest": PLUGIN_SINCE}
 """Name that older versions lack -> first version that has it; the code asks with hasattr before."""
@@ -120,7 +115,7 @@ def problems(file: str, source: str, version: str) -> list[str]:
     for receiver, name, arguments in uses(source):
         if receiver == PLUGIN and numbers(version) >= numbers(PLUGIN_SINCE) and name not in surface["plugin"]:
             found.append(f"{file}: tensorrt.plugin has no {name} in {version}")
-        if receiver not in receivers or name.partition(".")[0] in OURS.get(file, {}).get(receiver, ()):
+        if receiver not in receivers:
             continue
         since = GUARDED.get(name.partition(".")[0])
         if since and numbers(version) < numbers(since):
@@ -188,7 +183,7 @@ def test_guards_say_the_truth():
 
 @pytest.mark.parametrize("version", EVERY)
 def test_what_tensorrt_calls_has_its_parameters(version):
-    """Methods that we override take the arguments that the bindings pass."""
+    """Methods that are overridden take the arguments that the bindings pass."""
     trt = make_tensorrt(version, Gpu())
     surface = load(version)["classes"]
     made = {
@@ -212,10 +207,10 @@ def test_the_fake_is_modelled_on_the_surface(version):
             if name.startswith("_") or not inspect.isfunction(value) or name not in surface.get(cls.__name__, {}):
                 continue
             parameters = list(inspect.signature(value).parameters.values())[1:]
-            mine = (sum(p.default is p.empty for p in parameters), len(parameters))
+            taken = (sum(p.default is p.empty for p in parameters), len(parameters))
             ranges = [parameter_range(s) for s in surface[cls.__name__][name]]
             if ranges:  # Of several overloads the fake has one; None stands for defaults of the newest.
-                assert any(least <= mine[0] and mine[1] <= most for least, most in ranges), (cls.__name__, name)
+                assert any(least <= taken[0] and taken[1] <= most for least, most in ranges), (cls.__name__, name)
 
 
 def test_the_records_are_small():

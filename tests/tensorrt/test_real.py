@@ -11,14 +11,15 @@ import pytest
 
 from sparsifiner_edge.bundle.engines import BatchRange, Engine
 from sparsifiner_edge.errors import BackendError, UnsupportedModelError
-from sparsifiner_edge.runtime.cuda import Device
-from sparsifiner_edge.runtime.tensorrt.build import Settings, build_engine_file
+from sparsifiner_edge.runtime.cuda import CudaDevice
+from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
 from tests.tiny import make_bundle
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-CARD = Device(0, "a card that is not here", (8, 6), 12 << 30, False, "12.8")
+CARD = CudaDevice(0, "a card that is not here", (8, 6), 12 << 30, False, "12.8")
 ENGINE = Engine("tensorrt", "10.3", "8.6", "linux", "x86_64", "fp32", BatchRange(1, 2, 4))
+OPTIONS = BuilderOptions(timing_cache=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +48,14 @@ def model(tmp_path_factory):
     return (folder / "model.onnx").read_bytes()
 
 
-def test_an_engine_is_built_and_progress_told(trt, model):
-    told = []
-    built = build_engine_file(trt, model, CARD, 1 << 30, ENGINE, Settings(), lambda *step: told.append(step))
-    assert len(built.content) > 1000
-    assert built.details.layers > 3
-    assert built.details.workspace_bytes == (1 << 30) * 3 // 4
-    assert told
-    assert all(done <= total for _, done, total in told)
+def test_an_engine_is_built_and_progress_reported(trt, model):
+    steps = []
+    content, details = build_engine_file(trt, model, CARD, 1 << 30, ENGINE, OPTIONS, lambda *step: steps.append(step))
+    assert len(content) > 1000
+    assert details.layers > 3
+    assert details.workspace_bytes == (1 << 30) * 3 // 4
+    assert steps
+    assert all(done <= total for _, done, total in steps)
 
 
 def test_nobody_listening_stops_it(trt, model):
@@ -62,7 +63,7 @@ def test_nobody_listening_stops_it(trt, model):
         raise BrokenPipeError
 
     with pytest.raises(BackendError, match="The build was stopped"):
-        build_engine_file(trt, model, CARD, 1 << 30, ENGINE, Settings(), gone)
+        build_engine_file(trt, model, CARD, 1 << 30, ENGINE, OPTIONS, gone)
 
 
 def test_the_parser_names_the_node(trt, model):
@@ -71,9 +72,9 @@ def test_the_parser_names_the_node(trt, model):
     bad = onnx.load_from_string(model)
     bad.graph.node[2].op_type, bad.graph.node[2].name = "NoSuchOperator", "the culprit"
     with pytest.raises(UnsupportedModelError, match=r"the culprit \(NoSuchOperator\)"):
-        build_engine_file(trt, bad.SerializeToString(), CARD, 1 << 30, ENGINE, Settings(), lambda *_: None)
+        build_engine_file(trt, bad.SerializeToString(), CARD, 1 << 30, ENGINE, OPTIONS, lambda *_: None)
     with pytest.raises(UnsupportedModelError, match="cannot read the model"):
-        build_engine_file(trt, b"not a model", CARD, 1 << 30, ENGINE, Settings(), lambda *_: None)
+        build_engine_file(trt, b"not a model", CARD, 1 << 30, ENGINE, OPTIONS, lambda *_: None)
 
 
 def test_the_logger_keeps_what_is_said(trt):

@@ -131,7 +131,9 @@ def test_a_truncated_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None
         open_session(tiny, RTX)
     reseal(tiny, engines=[engine])  # Now its hash is right; the GPU is made up, what refuses the file is TensorRT-RTX.
     install_cuda(monkeypatch, Gpu("NVIDIA RTX A2000", (8, 6), 12 << 30, False, 13000), "cuda-python")
-    with pytest.raises(BackendError, match=r"sm86.*engine (is refused|was built by another version or is damaged)"):
+    with pytest.raises(
+        BackendError, match=r"(?s)fails to load an engine \(.*sm86.*built by another version or is damaged"
+    ):
         open_session(tiny, RTX)
 
 
@@ -150,7 +152,7 @@ REFUSED = {
     "branch": (
         "g (bool c, float[4,4] x) => (y) { [pick] y = If (c) <then_branch = a () => (int64[2,n] p)"
         " { [inner] p = NonZero (x) }, else_branch = b () => (int64[2,n] q) { q = NonZero (x) }> }",
-        "NonZero (inner in pick)",
+        "NonZero (inner)",
     ),
 }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -36,8 +35,8 @@ def test_build_and_run(tmp_path, machine, version, package):
     behaviour = Behaviour()
     gpu, trt = machine(version, behaviour, package)
     folder = make_bundle(tmp_path / "b")
-    told = []
-    result = build_engine(folder, "tensorrt", progress=lambda *step: told.append(step))
+    steps = []
+    result = build_engine(folder, "tensorrt", progress=lambda *step: steps.append(step))
     (engine,) = result.engines
     assert engine.compute_capability == "8.7"
     assert engine.version == trt.__version__
@@ -47,19 +46,18 @@ def test_build_and_run(tmp_path, machine, version, package):
     assert behaviour.seen["cleared"] == {"TF32"}
     assert "flags" not in behaviour.seen
     assert behaviour.seen["WORKSPACE"] == engine.details.workspace_bytes == (8 << 30) // 2
-    assert [step[1:] for step in told if step[0].endswith(": Build")] == [(0, 2), (1, 2), (2, 2), (2, 2)]
-    assert any("Tactics" in step[0] for step in told)
-    assert not any("One" in step[0] for step in told)  # the third level
-    pictures = image(3)
+    assert [step[1:] for step in steps if step[0].endswith(": Build")] == [(0, 2), (1, 2), (2, 2), (2, 2)]
+    assert any("Tactics" in step[0] for step in steps)
+    assert not any("One" in step[0] for step in steps)  # the third level
+    images = image(3)
     with open_session(folder, "tensorrt") as session, open_session(folder) as reference:
         np.testing.assert_allclose(
-            session.infer({"image": pictures})["features"], reference.infer({"image": pictures})["features"], rtol=1e-5
+            session.infer({"image": images})["features"], reference.infer({"image": images})["features"], rtol=1e-5
         )
         described = session.description
         assert session.inputs == reference.inputs
         assert session.outputs == reference.outputs
         assert session.last_times.compute_ms == 2.0
-        assert session.layers()["Layers"][0] == "Cast"
         assert check_golden(session, open_bundle(folder))
     assert described.device == "Orin (compute capability 8.7)"
     assert described.graph is (package == "cuda-python")
@@ -167,22 +165,13 @@ def test_a_version_compatible_engine_runs_on_a_later_version(tmp_path, machine):
         open_session(folder, "tensorrt")
 
 
-def test_a_session_checks_the_machine_itself(tmp_path, machine):
-    machine()
-    folder = make_bundle(tmp_path / "b")
-    engine = built_engine(folder)
-    wrong = msgspec.structs.replace(engine, compute_capability="8.9")
-    with pytest.raises(BackendError, match=r"does not run here: built for compute capability 8\.9"):
-        TensorRt().open_engine(folder / engine.file, wrong, open_bundle(folder))
-
-
 def test_a_damaged_engine_is_a_message(tmp_path, machine):
     gpu, _ = machine()
     folder = make_bundle(tmp_path / "b")
     engine = built_engine(folder)
     path = tmp_path / "cut.engine"
     path.write_bytes((folder / engine.file).read_bytes()[:40])
-    with pytest.raises(BackendError, match=r"(?s)was built by another version or is damaged.*Build it again"):
+    with pytest.raises(BackendError, match=r"(?s)was built by another version or is damaged.*build it again"):
         TensorRt().open_engine(path, engine, open_bundle(folder))
     assert gpu.live() == {}
 
@@ -249,9 +238,9 @@ def test_a_closed_session_refuses(tmp_path, machine):
     session = open_session(folder, "tensorrt")
     session.close()
     session.close()
-    for call in (lambda: session.infer({"image": image()}), session.layers):
+    for call in (session.infer, lambda inputs: session.layer_times(inputs, 1)):
         with pytest.raises(BackendError, match="closed"):
-            call()
+            call({"image": image()})
 
 
 def test_a_bundle_without_engines_says_how_to_build(tmp_path, machine):

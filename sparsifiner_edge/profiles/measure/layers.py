@@ -20,7 +20,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.profiles.measure.kinds import Row, merge
-from sparsifiner_edge.runtime.onnxruntime.session import load_backend, native_library
+from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime, native_library
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Session
 
@@ -114,7 +114,7 @@ def _run_profiled(
     model: bytes, folder: Path, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int
 ) -> Trace:
     """Run `queries` times with ONNX Runtime's profiler on; its trace, and the optimised graph in `folder`."""
-    ort = load_backend()
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -30,7 +30,7 @@ from sparsifiner_edge.profiles.measure.usage import ProcessUsage, process_usage
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import Parent
-from sparsifiner_edge.runtime.open import load_backend
+from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.session import Description
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class _Worker:
     def load(self, **given: Any) -> Loaded:
         asked = Load(**given)
         start = time.perf_counter_ns()
-        version = load_backend(asked.backend)
+        version = str(find_backend(asked.backend).load().__version__)
         import_ms = _since(start)
         before = read_memory().rss_bytes
         self.session = open_session(asked.bundle, asked.backend, asked.threads, asked.kernels)

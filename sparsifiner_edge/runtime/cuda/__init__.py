@@ -1,6 +1,6 @@
 """CUDA as far as running an engine needs it: one protocol, two adapters, and buffers that are always given back."""
 
-from sparsifiner_edge.runtime.cuda.driver import Device, Driver, HostMemory, open_driver, probe
+from sparsifiner_edge.runtime.cuda.driver import CudaDevice, Driver, open_driver, probe
 from sparsifiner_edge.runtime.cuda.stream_buffers import StreamBuffers, Times
 
-__all__ = ["Device", "Driver", "HostMemory", "StreamBuffers", "Times", "open_driver", "probe"]
+__all__ = ["CudaDevice", "Driver", "StreamBuffers", "Times", "open_driver", "probe"]

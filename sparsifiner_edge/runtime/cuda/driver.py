@@ -6,10 +6,15 @@ come up all the same and end the process when they are used.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import re
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple, NoReturn, Protocol
+
+import msgspec
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError, MissingExtraError
@@ -18,11 +23,11 @@ ADAPTERS = {
     "cuda-python": "sparsifiner_edge.runtime.cuda.cuda_python",
     "pycuda": "sparsifiner_edge.runtime.cuda.pycuda",
 }
-"""Package -> module that has `MODULE` and `open_device(index)`; the first one that is installed is used."""
+"""Package -> module that has `MODULE` and `open_device()`; the first one that is installed is used."""
 
 
-class Device(NamedTuple):
-    """A CUDA device as found.
+class CudaDevice(msgspec.Struct, frozen=True):
+    """CUDA's first device; `CUDA_VISIBLE_DEVICES` says which one that is.
 
     Attributes:
         number: CUDA's index of it.
@@ -31,6 +36,7 @@ class Device(NamedTuple):
         memory_bytes: its memory; on an integrated device that of the whole board.
         integrated: it shares the processor's memory, as on a Jetson.
         driver_version: the newest CUDA that the driver supports, such as "12.6".
+        compute_capability: `sm` as text, such as "8.7".
     """
 
     number: int
@@ -39,26 +45,24 @@ class Device(NamedTuple):
     memory_bytes: int
     integrated: bool
     driver_version: str
+    compute_capability: str = ""
 
-    @property
-    def compute_capability(self) -> str:
-        """Such as "8.7"."""
-        return f"{self.sm[0]}.{self.sm[1]}"
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "compute_capability", f"{self.sm[0]}.{self.sm[1]}")
 
 
-class HostMemory(NamedTuple):
-    """Page-locked memory: the processor's view of it as bytes, and the address under which the device sees it."""
+class PinnedBuffer(NamedTuple):
+    """Page-locked bytes of the processor, and a device address: of these bytes, or of what they are copied to."""
 
-    bytes: Array
-    device_pointer: int
-    handle: Any
+    host: Array
+    pointer: int
 
 
 class Driver(Protocol):
     """What running an engine needs of CUDA, on one device.
 
-    Streams, events and graphs are handles that only their adapter understands; `stream_number` gives the number that
-    TensorRT wants. Every method raises BackendError with CUDA's name of the error.
+    Streams and events are handles that only their adapter understands. What a method takes is given back when `stack`
+    closes. Every method raises BackendError with CUDA's name of the error.
 
     Attributes:
         package: package and version, such as "cuda-python 13.4.4".
@@ -67,7 +71,7 @@ class Driver(Protocol):
     """
 
     package: str
-    device: Device
+    device: CudaDevice
     graphs: bool = False
 
     def use(self) -> None:
@@ -76,35 +80,23 @@ class Driver(Protocol):
     def free_bytes(self) -> int:
         """Device memory that is free now."""
 
-    def allocate(self, size: int) -> int:
+    def allocate(self, size: int, stack: ExitStack) -> int:
         """Device memory of `size` bytes; returns its address."""
 
-    def free(self, pointer: int) -> None:
-        """Give device memory back."""
-
-    def allocate_host(self, size: int) -> HostMemory:
+    def allocate_host(self, size: int, stack: ExitStack) -> PinnedBuffer:
         """Page-locked memory of `size` bytes, mapped into the device's address space."""
 
-    def free_host(self, memory: HostMemory) -> None:
-        """Give page-locked memory back; its view must not be used afterwards."""
-
-    def stream(self) -> Any:
+    def stream(self, stack: ExitStack) -> Any:
         """A new stream that does not wait for the default one."""
 
     def stream_number(self, stream: Any) -> int:
-        """The stream's address."""
-
-    def free_stream(self, stream: Any) -> None:
-        """Give a stream back."""
+        """The stream's address, which TensorRT takes."""
 
     def synchronise(self, stream: Any) -> None:
         """Wait until everything in the stream is done."""
 
-    def event(self) -> Any:
+    def event(self, stack: ExitStack) -> Any:
         """A new event that keeps the time."""
-
-    def free_event(self, event: Any) -> None:
-        """Give an event back."""
 
     def record(self, event: Any, stream: Any) -> None:
         """Put an event into a stream."""
@@ -112,38 +104,23 @@ class Driver(Protocol):
     def elapsed_ms(self, start: Any, end: Any) -> float:
         """Milliseconds between two recorded events whose stream has been waited for."""
 
-    def copy_in(self, pointer: int, memory: HostMemory, size: int, stream: Any) -> None:
+    def copy_in(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
         """Copy the first `size` bytes of page-locked memory to the device."""
 
-    def copy_out(self, memory: HostMemory, pointer: int, size: int, stream: Any) -> None:
+    def copy_out(self, buffer: PinnedBuffer, size: int, stream: Any) -> None:
         """Copy `size` bytes of the device to page-locked memory."""
 
-    def begin_capture(self, stream: Any) -> None:
-        """From here on record what is put into the stream instead of running it."""
-        self._no_graphs(stream)
-
-    def end_capture(self, stream: Any) -> Any:
-        """End recording; returns a graph ready to launch."""
-        self._no_graphs(stream)
-
-    def launch(self, graph: Any, stream: Any) -> None:
-        """Put a graph into a stream."""
-        self._no_graphs(graph, stream)
-
-    def free_graph(self, graph: Any) -> None:
-        """Give a graph back."""
-        self._no_graphs(graph)
+    def capture(self, stream: Any, compute: Callable[[], None], stack: ExitStack) -> Callable[[], None]:  # noqa: ARG002
+        """Record what `compute` puts into the stream; returns what launches the recording, a CUDA graph, there."""
+        raise BackendError(f"{self.package} has no CUDA graphs.", "Install cuda-python for them.")
 
     def close(self) -> None:
         """Let go of the device; the runtime API's context stays with the process."""
         return
 
-    def _no_graphs(self, *_handles: object) -> NoReturn:
-        raise BackendError(f"{self.package} has no CUDA graphs.", "Install cuda-python for them.")
 
-
-def open_driver(index: int = 0) -> Driver:
-    """The driver of the first adapter whose package is installed, on device `index`.
+def open_driver() -> Driver:
+    """The driver of the first adapter whose package is installed.
 
     Raises:
         MissingExtraError: neither package is installed.
@@ -152,7 +129,7 @@ def open_driver(index: int = 0) -> Driver:
     for name in ADAPTERS.values():
         adapter = importlib.import_module(name)
         if installed(adapter.MODULE):
-            driver: Driver = adapter.open_device(index)
+            driver: Driver = adapter.open_device()
             return driver
     raise MissingExtraError(" or ".join(ADAPTERS), "gpu")
 
@@ -165,17 +142,14 @@ def installed(module: str) -> bool:
         return False
 
 
-def probe(index: int = 0) -> Device:
-    """The CUDA device `index`, after CUDA itself has answered.
+def probe() -> CudaDevice:
+    """The CUDA device, after CUDA itself has answered.
 
     Raises:
         MissingExtraError, BackendError: see `open_driver`.
     """
-    driver = open_driver(index)
-    try:
+    with contextlib.closing(open_driver()) as driver:
         return driver.device
-    finally:
-        driver.close()
 
 
 def version_text(number: int) -> str:
@@ -212,9 +186,7 @@ def no_driver(package: str, reason: str) -> NoReturn:
     )
 
 
-def check_index(index: int, count: int) -> None:
-    """Refuse a device that is not there."""
+def check_device(count: int) -> None:
+    """Refuse a machine whose driver counts no device."""
     if count < 1:
         raise BackendError("CUDA finds no device.", _FIXES["NODEVICE"])
-    if not 0 <= index < count:
-        raise BackendError(f"There is no CUDA device {index}.", f"Choose one from 0 to {count - 1}.")

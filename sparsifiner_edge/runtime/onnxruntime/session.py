@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
-from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime.session import Description, validate_inputs, validate_outputs
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.runtime.backend import import_package
+from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
 
 _ERRORS_ONLY = 3
 _TYPES = {"float": "float32", "double": "float64"}  # The others have NumPy's names.
@@ -28,46 +29,34 @@ class Execution(NamedTuple):
 
     Attributes:
         backend: as given to `open_session`.
-        providers: as ONNX Runtime takes them; the first one must really run.
+        provider: ONNX Runtime's name of it; it must really run. options: of it.
         device: for people.
     """
 
     backend: str = "onnxruntime"
-    providers: Sequence[Any] = ("CPUExecutionProvider",)
+    provider: str = "CPUExecutionProvider"
+    options: Mapping[str, Any] = {}
     device: str = "CPU"
 
-    @property
-    def provider(self) -> str:
-        """The name of the provider that must run."""
-        first = self.providers[0]
-        return str(first if isinstance(first, str) else first[0])
+
+ON_CPU = Execution()
 
 
-CPU = Execution()
-
-
-def load_backend() -> Any:
+def import_onnxruntime() -> Any:
     """The module `onnxruntime`.
 
     Raises:
         MissingExtraError: it is not installed.
         BackendError: it is installed and cannot be imported.
     """
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise BackendError(f"onnxruntime lacks the module {error.name}.", "Reinstall onnxruntime.") from error
-        raise MissingExtraError("onnxruntime", "cpu") from error
-    except ImportError as error:
-        raise BackendError(f"onnxruntime cannot be imported: {error}.", "Reinstall onnxruntime.") from error
+    onnxruntime = import_package("onnxruntime", "onnxruntime", "cpu", "Reinstall onnxruntime.")
     if hasattr(onnxruntime, "disable_telemetry_events"):  # Whoever imported it before us may have left them on.
         onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 
 def native_library(kernels: str) -> Path | None:
-    """The library to register for a choice of kernels (`open.KERNELS`); None for function bodies.
+    """The library to register for a choice of kernels (`open.KERNEL_CHOICES`); None for function bodies.
 
     Raises:
         BackendError: "native" where it cannot be used, or the variable `SPARSIFINER_TARGET` names no instruction set.
@@ -79,7 +68,7 @@ def native_library(kernels: str) -> Path | None:
 
 
 def why_portable(kernels: str) -> str | None:
-    """Why a choice of kernels (`open.KERNELS`) means function bodies here; None where the native library runs.
+    """Why a choice of kernels (`open.KERNEL_CHOICES`) means function bodies here; None where the native library runs.
 
     Raises:
         BackendError: the variable `SPARSIFINER_TARGET` names no instruction set.
@@ -92,7 +81,7 @@ def why_portable(kernels: str) -> str | None:
         raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
 
 
-class OrtSession:
+class OrtSession(Session):
     """A `Session` on ONNX Runtime.
 
     Args:
@@ -100,12 +89,12 @@ class OrtSession:
         source: its content, or the path of a copy that nobody changes meanwhile.
         threads: threads inside one operator.
         kernels: see `open_session`.
-        precision: the bundle's own word for it; None derives it from the weights.
+        precision: the bundle's own word for it, if it has one.
         execution: the provider.
 
     Raises:
         ArtifactError: it is no ONNX file, or needs another file.
-        BackendError: ONNX Runtime refuses the model, or would quietly run it on the CPU instead of what was asked for.
+        BackendError: ONNX Runtime rejects the model, or would quietly run it on the CPU instead of what was asked for.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
@@ -116,34 +105,34 @@ class OrtSession:
         threads: int,
         kernels: str = "auto",
         precision: str | None = None,
-        execution: Execution = CPU,
+        execution: Execution = ON_CPU,
     ) -> None:
-        ort = load_backend()
+        ort = import_onnxruntime()
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        self._operators, own = _inspect(read_model(content, model))
+        operators = {node.op_type for node in all_nodes(read_model(content, model)) if node.domain == DOMAIN}
         del content  # Before ONNX Runtime reads it: memory is short on a board.
-        self.backend = execution.backend
-        self._device = execution.device
+        self.backend, self._model = execution.backend, model
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
-        self._native, reason = native_library(kernels), why_portable(kernels)
-        # What was not chosen is told: function bodies are several times slower.
-        self._why_bodies = reason if kernels == "auto" else None
+        providers: list[Any] = [(execution.provider, dict(execution.options))]
+        if execution.provider != ON_CPU.provider:
+            providers.append(ON_CPU.provider)
+        library = native_library(kernels)
         start = time.perf_counter_ns()
-        if self._native is not None:
+        if library is not None:
             try:
-                options.register_custom_ops_library(str(self._native))
+                options.register_custom_ops_library(str(library))
             except Exception as error:  # Such as an ONNX Runtime older than the library's interface.
                 raise BackendError(
-                    f"ONNX Runtime {ort.__version__} refuses the native library: {_line(error)}",
+                    f"ONNX Runtime {ort.__version__} rejects the native library: {_line(error)}",
                     "Upgrade onnxruntime, or choose the portable kernels.",
                 ) from error
         try:
-            session = ort.InferenceSession(source, options, providers=list(execution.providers))
+            session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
-            raise BackendError(f"ONNX Runtime refuses {model}: {_line(error)}", "Export the bundle again.") from error
+            raise BackendError(f"ONNX Runtime rejects {model}: {_line(error)}", "Export the bundle again.") from error
         _require_provider(session, execution)
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs = [_spec(node) for node in session.get_inputs()]
@@ -151,28 +140,22 @@ class OrtSession:
         if not self.inputs or not self.outputs:
             raise BackendError(f"{model} has no {'output' if self.inputs else 'input'}.", "Export the bundle again.")
         self._session: Any = session
-        self._model = model
-        self._precision = precision or own
-        self._threads = threads
-        self._version = str(ort.__version__)
-        self._provider = str(session.get_providers()[0])
+        # What was not chosen is said: function bodies are several times slower.
+        why_bodies = why_portable(kernels) if kernels == "auto" else None
+        self._description = Description(
+            backend=self.backend,
+            version=str(ort.__version__),
+            provider=execution.provider,
+            device=execution.device,
+            precision=precision or Unavailable("the bundle does not say"),
+            kernels=described(operators, library is not None, why_bodies),
+            threads=threads,
+        )
 
     @property
     def description(self) -> Description:
         """See `Session.description`."""
-        return Description(
-            backend=self.backend,
-            version=self._version,
-            provider=self._provider,
-            device=self._device,
-            precision=self._precision,
-            kernels=described(self._operators, self._native is not None, self._why_bodies),
-            threads=self._threads,
-        )
-
-    def validate(self, inputs: Mapping[str, Array]) -> None:
-        """See `Session.validate`."""
-        validate_inputs(self.inputs, inputs)
+        return self._description
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """See `Session.infer`."""
@@ -191,14 +174,6 @@ class OrtSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._session = None
-
-    def __enter__(self) -> OrtSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _require_provider(session: Any, execution: Execution) -> None:
@@ -227,19 +202,3 @@ def _spec(node: Any) -> TensorSpec:
             f"{node.name!r} has type {node.type}, which NumPy lacks.", "Export it with another type."
         ) from error
     return TensorSpec(str(node.name), dtype, tuple(node.shape))
-
-
-def _inspect(content: Any) -> tuple[set[str], str]:
-    """The `sparsifiner` operators of a model, and the type that most of its weights have."""
-    import onnx
-
-    operators = {node.op_type for node in all_nodes(content) if node.domain == DOMAIN}
-    sizes: dict[int, int] = {}
-    for tensor in content.graph.initializer:
-        sizes[tensor.data_type] = sizes.get(tensor.data_type, 0) + int(np.prod(tensor.dims, dtype=np.int64))
-    names: dict[int, str] = {
-        onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.DOUBLE: "fp64",
-        onnx.TensorProto.BFLOAT16: "bf16", onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8",
-    }  # fmt: skip
-    weights = {kind: size for kind, size in sizes.items() if kind in names}
-    return operators, names[max(weights, key=lambda kind: weights[kind])] if weights else "unknown (no weights)"

@@ -1,38 +1,18 @@
-"""What TensorRT and TensorRT-RTX do alike as backends: import their package, open engines, and say why they cannot."""
+"""What TensorRT and TensorRT-RTX do alike as backends: open engines, and say why they cannot."""
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.artifacts import MAX_FILE
 from sparsifiner_edge.bundle.engines import Engine, EngineDevice, fitting_engine, mismatches
 from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.errors import BackendError, MissingExtraError, SparsifinerError
+from sparsifiner_edge.errors import BackendError, SparsifinerError
+from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.runtime.backend import EngineBackend
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.tensorrt.session import BODIES, EngineSession, target
-
-
-def import_package(module: str, package: str, fix: str) -> Any:
-    """Import TensorRT's Python module; that touches no driver.
-
-    Args:
-        module, package: its names in Python and for pip; the extra is named as the package.
-        fix: what to do where it is installed and does not import.
-
-    Raises:
-        MissingExtraError: it is not installed.
-        BackendError: it is installed and cannot be imported.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name not in (module, f"{module}_bindings", f"{module}_libs"):
-            raise BackendError(f"{module} lacks the module {error.name}.", f"Reinstall {package}.") from error
-        raise MissingExtraError(package, package) from error
-    except Exception as error:  # Its libraries may be missing, or be those of another version.
-        raise BackendError(f"{module} cannot be imported: {error}.", fix) from error
+from sparsifiner_edge.runtime.tensorrt.session import BODIES, EngineSession
 
 
 class TensorRtBackend(EngineBackend):
@@ -41,14 +21,19 @@ class TensorRtBackend(EngineBackend):
     def why_not_here(self, engine: Engine) -> str | None:
         """See `EngineBackend.why_not_here`."""
         try:
-            reasons = mismatches(engine, target(engine.backend, self.load(), probe()))
+            reasons = mismatches(engine, self._this_machine(self.load()))
         except SparsifinerError as error:
             return error.what
         return "; ".join(reasons) or None
 
+    def _this_machine(self, trt: Any) -> EngineDevice:
+        """What an engine must fit to run here, after CUDA has answered."""
+        found = probe()
+        return EngineDevice(self.name, str(trt.__version__), found.compute_capability, found.name)
+
     def open_engine(self, path: Path, engine: Engine, bundle: Bundle) -> EngineSession:
         """See `EngineBackend.open_engine`."""
-        return EngineSession(self.load(), path, engine, bundle.manifest)
+        return EngineSession(self.load(), path, read_bytes(path, MAX_FILE), engine, bundle.manifest)
 
     def open(self, bundle: Bundle, threads: int, kernels: str) -> EngineSession:  # noqa: ARG002
         """The engine of a bundle that runs on this machine; see `Backend.open`.
@@ -70,6 +55,5 @@ class TensorRtBackend(EngineBackend):
         engines = portable if kernels == "portable" else engines
         # What needs no GPU to be seen comes first: another system's engine would not run with one either.
         fitting_engine(engines, EngineDevice(self.name, str(trt.__version__), ""), folder)
-        engine = fitting_engine(engines, target(self.name, trt, probe()), folder)
-        content = bundle.read(engine.file)
-        return EngineSession(trt, folder / engine.file, engine, bundle.manifest, content=content)
+        engine = fitting_engine(engines, self._this_machine(trt), folder)
+        return EngineSession(trt, folder / engine.file, bundle.read(engine.file), engine, bundle.manifest)

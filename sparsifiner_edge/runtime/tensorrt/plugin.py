@@ -12,17 +12,9 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from sparsifiner_edge.bundle.kernels import (
-    NAMESPACE,
-    CompiledLaunch,
-    KernelTable,
-    code_file,
-    kernel_model,
-    read_table,
-)
+from sparsifiner_edge.bundle.kernels import NAMESPACE, CompiledLaunch, KernelTable, code_file, kernel_model, read_table
 from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda import Device
+from sparsifiner_edge.runtime.cuda import CudaDevice
 
 _TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
 """Types of launches' tensors, and TensorRT's names of them."""
@@ -30,7 +22,7 @@ _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
 
 
-def why_not(trt: Any, bundle: Bundle, device: Device) -> str | None:
+def why_not(trt: Any, bundle: Bundle, device: CudaDevice) -> str | None:
     """Why the kernels of a bundle cannot go into an engine for a device; None where they can."""
     if not hasattr(trt, "QuickPluginCreationRequest"):
         return f"TensorRT {trt.__version__} has no ahead-of-time plugins (10.9 and later have)"
@@ -39,26 +31,23 @@ def why_not(trt: Any, bundle: Bundle, device: Device) -> str | None:
     return None
 
 
-def _capability(device: Device) -> int:
+def _capability(device: CudaDevice) -> int:
     return 10 * device.sm[0] + device.sm[1]
 
 
-def prepare(trt: Any, content: bytes, bundle: Bundle, device: Device) -> bytes:
-    """Register the plugins of a bundle for a device, and give the model that uses them.
+def prepare(trt: Any, content: bytes, bundle: Bundle, device: CudaDevice) -> bytes:
+    """Register the plugins of a bundle for a device, where `why_not` has no reason; returns the model that uses them.
 
     Args:
         content: the bundle's `model.onnx`.
 
     Raises:
-        BackendError: there are none for this device and TensorRT.
         ArtifactError: the table does not fit the model.
     """
     import onnx
 
-    reason = why_not(trt, bundle, device)
-    table = read_table(bundle, _capability(device)) if reason is None else None
-    if table is None:
-        raise BackendError(f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable.")
+    table = read_table(bundle, _capability(device))
+    assert table is not None
     register(trt, table, bundle, _capability(device))
     return bytes(kernel_model(onnx.load_from_string(content), table).SerializeToString())
 

@@ -6,30 +6,37 @@ The bodies in the file are what runs: a registered plugin would end the process.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparsifiner_edge.bundle.engines import Details, Engine, system
+from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine, system
+from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.onnx_file import read_model
+from sparsifiner_edge.files import io_errors
+from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.runtime.backend import BuildRequest, Job, Planned
-from sparsifiner_edge.runtime.build_worker import job_model
+from sparsifiner_edge.runtime.backend import Job, OptionValues, import_package
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend, import_package
-from sparsifiner_edge.runtime.tensorrt.build import add_profile, make_monitor, parse, write_engine
-from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
-from sparsifiner_edge.runtime.tensorrt.rtx_graph import check_operators, without_single_products
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
+from sparsifiner_edge.runtime.tensorrt.build import make_monitor, prepare_build
 
-CAPABILITIES = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}
+if TYPE_CHECKING:
+    import onnx
+
+ARCHITECTURES = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}
 """Compute capability -> its name in `tensorrt_rtx.ComputeCapability`."""
-_OTHERS = {
-    "7.2": "a Jetson Xavier", "8.7": "a Jetson Orin", "10.1": "a Jetson Thor", "11.0": "a Jetson Thor",
-    "12.1": "a GB10, whose processor is an Arm",
-    "7.0": "a data centre's GPU", "9.0": "a data centre's GPU", "10.0": "a data centre's GPU",
-    "10.3": "a data centre's GPU",
-}  # fmt: skip
 _TURING = "7.5"
+STANDARD_DOMAINS = ("", "ai.onnx")
+_REFUSED = {
+    **dict.fromkeys(("NonZero", "Compress", "Unique"), "its number of results depends on the data"),
+    **dict.fromkeys(("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "BitShift"), "it has no bitwise operators"),
+    **dict.fromkeys(
+        ("MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearMatMul", "QLinearConv"),
+        "int8 reaches it through QuantizeLinear and DequantizeLinear alone",
+    ),
+}
+"""Operator -> why; found with TensorRT-RTX 1.7."""
 
 
 class TensorRtRtx(TensorRtBackend):
@@ -39,30 +46,36 @@ class TensorRtRtx(TensorRtBackend):
 
     def load(self) -> Any:
         """The module `tensorrt_rtx`; see `Backend.load`."""
-        return import_package("tensorrt_rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
+        return import_package("tensorrt_rtx", "tensorrt-rtx", "tensorrt-rtx", "Reinstall tensorrt-rtx.")
 
-    def plan(self, request: BuildRequest) -> list[Planned]:
+    def plan(
+        self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
+    ) -> list[Engine]:
         """See `EngineBackend.plan`."""
         import onnx
 
         version = str(self.load().__version__)
-        if request.options:
-            raise ConfigError(f"tensorrt-rtx has no option {min(request.options)!r}.", "Leave it out.")
-        capabilities = request.capabilities or (probe().compute_capability,)
+        if options:
+            raise ConfigError(f"tensorrt-rtx has no option {min(options)!r}.", "Leave it out.")
+        capabilities = capabilities or (probe().compute_capability,)
         for capability in capabilities:
-            _check_capability(capability)
-        model = request.bundle.model()
+            if capability not in ARCHITECTURES:
+                raise ConfigError(
+                    f"TensorRT-RTX builds nothing for compute capability {capability}.",
+                    f"It takes {', '.join(ARCHITECTURES)}; for others, such as a Jetson, build on the device with "
+                    "--backend tensorrt.",
+                )
+        model = bundle.model()
         check_operators(model)
         half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
         if _TURING in capabilities and not half:
             raise ConfigError(
-                f"Compute capability 7.5 (Turing) takes no {request.bundle.precision} bundle like this one: "
+                f"Compute capability 7.5 (Turing) takes no {bundle.precision} bundle like this one: "
                 "TensorRT-RTX compiles no product of float32 matrices for it.",
                 "Export with --precision fp16, or with --precision int8 --recipe tensorrt, or leave 7.5 out.",
             )
         return [
-            Planned(Engine(self.name, version, capability, *system(), request.bundle.precision, request.batch))
-            for capability in capabilities
+            Engine(self.name, version, capability, *system(), bundle.precision, batch) for capability in capabilities
         ]
 
     def build(self, job: Job, tell: Progress) -> Details:
@@ -71,23 +84,27 @@ class TensorRtRtx(TensorRtBackend):
         capability = job.engine.compute_capability
         start = time.monotonic()
         tell("reading the model", 0, 1)
-        model = read_model(job_model(job), job.model)
+        model = job.checked_bundle().model()
         if capability == _TURING:
             model = without_single_products(model)
-        messages = Messages()
-        logger = make_logger(trt, messages)
-        builder = trt.Builder(logger)
         tell("parsing the model", 0, 1)
-        network = parse(trt, builder, logger, model.SerializeToString(), f"TensorRT-RTX {trt.__version__}")
+        content, name = model.SerializeToString(), f"TensorRT-RTX {trt.__version__}"
+        builder, network, config, messages = prepare_build(trt, content, job.engine.batch, name)
         parsed = time.monotonic()
-        config = _configure(trt, builder, capability)
-        add_profile(builder, network, config, job.engine.batch)
+        config.num_compute_capabilities = 1
+        kind = getattr(trt.ComputeCapability, ARCHITECTURES[capability], None)
+        if kind is None or not config.set_compute_capability(kind, 0):
+            raise BackendError(f"{name} does not know compute capability {capability}.", "Upgrade tensorrt-rtx.")
         config.progress_monitor = make_monitor(trt, tell)
-        content = builder.build_serialized_network(network, config)
-        if content is None:
-            raise _failed(messages, capability)
+        serialised = builder.build_serialized_network(network, config)
+        if serialised is None:
+            raise BackendError(
+                f"TensorRT-RTX built no engine for compute capability {capability}: {messages.text()}.",
+                "Export the model in another precision, or upgrade tensorrt-rtx.",
+            )
         tell("writing the engine", 0, 1)
-        write_engine(Path(job.output), content)
+        with io_errors(Path(job.output)):
+            Path(job.output).write_bytes(serialised)
         return Details(
             layers=int(network.num_layers),
             parse_seconds=parsed - start,
@@ -96,32 +113,89 @@ class TensorRtRtx(TensorRtBackend):
         )
 
 
-def _check_capability(capability: str) -> None:
-    if capability in CAPABILITIES:
-        return
-    kind = _OTHERS.get(capability)
-    reason = f"that is {kind}" if kind else "it knows no such architecture"
-    raise ConfigError(
-        f"TensorRT-RTX builds nothing for compute capability {capability}: {reason}.",
-        f"It takes {', '.join(CAPABILITIES)}; for others build on the device with --backend tensorrt.",
-    )
+def check_operators(model: onnx.ModelProto) -> None:
+    """Reject what TensorRT-RTX's parser would reject less clearly, or abort on, bodies and branches included.
 
-
-def _configure(trt: Any, builder: Any, capability: str) -> Any:
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    kind = getattr(trt.ComputeCapability, CAPABILITIES[capability], None)
-    if kind is None or not config.set_compute_capability(kind, 0):
+    Raises:
+        BackendError: names every such node, with the reason.
+    """
+    functions = {(f.domain, f.name) for f in model.functions}
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    problems = [
+        f"{node.op_type} ({node.name or next(iter(node.output), 'without a name')}): {reason}"
+        for node in all_nodes(model)
+        if (reason := _reason(node, functions, types))
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise BackendError(
-            f"TensorRT-RTX {trt.__version__} does not know compute capability {capability}.", "Upgrade tensorrt-rtx."
+            f"TensorRT-RTX cannot take this file. {'; '.join(problems[:5])}{more}.",
+            "Run it with --backend onnxruntime, or export the model again with this version.",
         )
-    # TF32 keeps 10 bits of a float32 product: an fp32 bundle would not give its golden output any more.
-    config.clear_flag(trt.BuilderFlag.TF32)
-    return config
 
 
-def _failed(messages: Messages, capability: str) -> BackendError:
-    return BackendError(
-        f"TensorRT-RTX built no engine for compute capability {capability}: {messages.text()}.",
-        "Export the model in another precision, or upgrade tensorrt-rtx.",
-    )
+def _reason(node: onnx.NodeProto, functions: set[tuple[str, str]], types: dict[str, int]) -> str | None:
+    if node.domain not in STANDARD_DOMAINS:
+        if (node.domain, node.op_type) in functions:
+            return None
+        return f"an operator of the domain {node.domain!r} without a function body in the file"
+    if node.op_type.startswith("Scatter"):
+        reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
+        return f"it cannot scatter with reduction {reduction!r}" if reduction != "none" else None
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) > 2:
+        from onnx import TensorProto
+
+        if types.get(node.input[2]) == TensorProto.UINT8:
+            return "uint8 quantisation, where it takes int8 with zero point 0 (export with --recipe tensorrt)"
+    return _REFUSED.get(node.op_type)
+
+
+def without_single_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """For Turing, where TensorRT-RTX compiles no product of float32 matrices: those inside the operators' bodies, in a
+    float16 file, become sums of elementwise products.
+
+        MatMul (a [.., n, k], b [.., k, m])  ->  ReduceSum over k of a [.., n, 1, k] * b^T [.., 1, m, k]
+
+    Returns:
+        The file with its bodies inlined.
+    """
+    import numpy as np
+    import onnx
+    import onnx.inliner
+
+    flat = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model), data_prop=True)
+    values = [*flat.graph.value_info, *flat.graph.input, *flat.graph.output]
+    types = {v.name: v.type.tensor_type.elem_type for v in values} | {
+        t.name: t.data_type for t in flat.graph.initializer
+    }
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in values}
+    ranks |= {t.name: len(t.dims) for t in flat.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in flat.graph.node:
+        single = node.op_type == "MatMul" and types[node.input[0]] == onnx.TensorProto.FLOAT
+        nodes += _as_sum(node, ranks[node.input[1]]) if single else [node]
+    del flat.graph.node[:]
+    flat.graph.node.extend(nodes)
+    for axis, name in _AXES.items():
+        flat.graph.initializer.append(onnx.numpy_helper.from_array(np.array([axis], np.int64), name))
+    return flat
+
+
+_AXES = {-1: "turing_last", -2: "turing_second", -3: "turing_third"}
+
+
+def _as_sum(node: onnx.NodeProto, rank: int) -> list[onnx.NodeProto]:
+    from onnx import helper
+
+    def step(kind: str, inputs: list[str], output: str, **attributes: Any) -> onnx.NodeProto:
+        return helper.make_node(kind, inputs, [output], name=f"node_{output}", **attributes)
+
+    (left, right), result = node.input, node.output[0]
+    turned = [*range(rank - 2), rank - 1, rank - 2]
+    return [
+        step("Unsqueeze", [left, _AXES[-2]], f"{result}_rows"),
+        step("Transpose", [right], f"{result}_turned", perm=turned),
+        step("Unsqueeze", [f"{result}_turned", _AXES[-3]], f"{result}_columns"),
+        step("Mul", [f"{result}_rows", f"{result}_columns"], f"{result}_products"),
+        step("ReduceSum", [f"{result}_products", _AXES[-1]], result, keepdims=0),
+    ]

@@ -3,110 +3,77 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.artifacts import MAX_FILE
 from sparsifiner_edge.bundle import engines
 from sparsifiner_edge.bundle.engines import Engine
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.files import read_bytes
-from sparsifiner_edge.runtime import cuda
-from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers, Times, open_driver
-from sparsifiner_edge.runtime.session import Description, validate_inputs, validate_outputs
-from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error, unusable_engine
+from sparsifiner_edge.runtime.cuda import StreamBuffers, Times, open_driver
+from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
+from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error
 
 Shape = tuple[int, ...]
 BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
-"""What carries out sparse attention: `kernels` in an engine's details; see `choose`."""
+"""What carries out sparse attention: `kernels` in an engine's details; see `candidates`."""
 _KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
 
 
-def target(backend: str, trt: Any, device: cuda.Device) -> engines.EngineDevice:
-    """What an engine must fit to run on a device under the module `trt`."""
-    return engines.EngineDevice(backend, str(trt.__version__), device.compute_capability, device.name)
-
-
-class EngineSession:
-    """A `Session` on an engine.
-
-    CUDA is probed, and the engine's target compared with this machine, before the first object of TensorRT is made.
+class EngineSession(Session):
+    """A `Session` on an engine. Whoever makes one has seen that the engine fits this machine's CUDA device.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
-        path: the engine's file.
+        path: the engine's file, for messages. content: of it.
         engine: what it was built for.
         manifest: of its bundle; names the dynamic axes.
-        graph: record runs of one shape as a CUDA graph, where the CUDA package can.
-        content: of the file, as `Bundle.read` gives it; None for one that was just built: it is read here.
 
     Raises:
-        BackendError: no CUDA device, another machine than the engine is for, or TensorRT refuses it.
+        BackendError: no CUDA device, or TensorRT rejects the engine.
     """
 
-    def __init__(
-        self,
-        trt: Any,
-        path: Path,
-        engine: Engine,
-        manifest: Manifest,
-        graph: bool = True,
-        content: bytes | None = None,
-    ) -> None:
+    def __init__(self, trt: Any, path: Path, content: bytes, engine: Engine, manifest: Manifest) -> None:
         start = time.perf_counter_ns()
         self.backend = engine.backend
-        self._trt, self._engine_info, self._graph = trt, engine, graph
-        self._path = path
+        self._trt, self._engine_info, self._path = trt, engine, path
         self._messages = Messages()
+        self._graphs = True
         self._bound: dict[str, Shape] = {}
         with contextlib.ExitStack() as stack:
             self._driver = open_driver()
             stack.callback(self._driver.close)
-            self._check_machine()
-            self._engine = self._deserialise(path, content)
+            self._engine = self._deserialise(content)
             stack.callback(self._drop)
-            self._context = self._make_context()
+            self._context = self._engine.create_execution_context()
+            if self._context is None:
+                raise run_error(path, "to prepare a run", self._messages, self._driver.free_bytes())
             self.inputs, self.outputs = self._specs(manifest)
-            self._profile = {spec.name: self._range(spec) for spec in self.inputs}
+            self._ranges = {spec.name: self._range(spec.name) for spec in self.inputs}
             self._buffers = stack.enter_context(self._make_buffers())
             for spec in (*self.inputs, *self.outputs):
                 self._context.set_tensor_address(spec.name, self._buffers.pointer(spec.name))
             self._stack = stack.pop_all()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
 
-    def _check_machine(self) -> None:
-        reasons = engines.mismatches(self._engine_info, target(self.backend, self._trt, self._driver.device))
-        if reasons:
-            raise BackendError(f"{self._path} does not run here: {'; '.join(reasons)}.", "Build it on this machine.")
-
-    def _deserialise(self, path: Path, content: bytes | None) -> Any:
-        trt = self._trt
-        self._logger = make_logger(trt, self._messages)
-        runtime = trt.Runtime(self._logger)
+    def _deserialise(self, content: bytes) -> Any:
+        self._logger = make_logger(self._trt, self._messages)
+        runtime = self._trt.Runtime(self._logger)
         if engines.VERSION_COMPATIBLE in self._engine_info.compatible:
-            # Such an engine carries code for the processor; TensorRT runs it only when told that the file is trusted.
+            # Such an engine carries code for the processor; TensorRT runs it only when the file is declared trusted.
             runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(read_bytes(path, MAX_FILE) if content is None else content)
+        engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise unusable_engine(path, self._messages)
+            fix = "It was built by another version or is damaged: build it again on this machine."
+            raise run_error(self._path, "to load an engine", self._messages, fix=fix)
         self._runtime = runtime
         return engine
-
-    def _make_context(self) -> Any:
-        context = self._engine.create_execution_context()
-        if context is None:
-            raise run_error(self._path, "to prepare a run", self._messages, self._driver.free_bytes())
-        return context
 
     def _specs(self, manifest: Manifest) -> tuple[list[TensorSpec], list[TensorSpec]]:
         """Inputs and outputs, with the manifest's names of dynamic axes."""
@@ -128,18 +95,18 @@ class EngineSession:
         except TypeError as error:
             raise BackendError(f"{name!r} has type {kind}, which NumPy lacks.", "Export with another type.") from error
 
-    def _range(self, spec: TensorSpec) -> tuple[Shape, Shape]:
+    def _range(self, name: str) -> tuple[Shape, Shape]:
         """Least and greatest shape of an input."""
-        least, _best, most = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, 0))
+        least, _best, most = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, 0))
         return least, most
 
     def _make_buffers(self) -> StreamBuffers:
         """Buffers for the greatest shapes."""
-        self._bind({name: most for name, (_, most) in self._profile.items()})
-        shapes = {s.name: tuple(self._context.get_tensor_shape(s.name)) for s in (*self.inputs, *self.outputs)}
-        sizes = {s.name: math.prod(shapes[s.name]) * np.dtype(s.dtype).itemsize for s in (*self.inputs, *self.outputs)}
-        inputs = {spec.name: sizes.pop(spec.name) for spec in self.inputs}
-        return StreamBuffers(self._driver, inputs, sizes)
+        self._bind({name: most for name, (_, most) in self._ranges.items()})
+        return StreamBuffers(self._driver, {
+            spec.name: math.prod(self._context.get_tensor_shape(spec.name)) * np.dtype(spec.dtype).itemsize
+            for spec in (*self.inputs, *self.outputs)
+        })  # fmt: skip
 
     def _bind(self, shapes: Mapping[str, Shape]) -> None:
         if shapes == self._bound:
@@ -149,7 +116,7 @@ class EngineSession:
                 raise run_error(self._path, f"to take {name!r} of shape {list(shape)}", self._messages)
         self._bound = dict(shapes)
 
-    @functools.cached_property
+    @property
     def description(self) -> Description:
         """See `Session.description`."""
         device = self._driver.device
@@ -162,7 +129,7 @@ class EngineSession:
             kernels=_KERNELS.get(str(self._engine_info.details.kernels), "function bodies"),
             threads=1,
             cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",
-            graph=self._graph and self._driver.graphs,
+            graph=self._driver.graphs,
             zero_copy=self._buffers.zero_copy,
         )
 
@@ -170,21 +137,6 @@ class EngineSession:
     def last_times(self) -> Times | None:
         """Of the latest run, by the device's clock: copy in, compute, copy out."""
         return self._buffers.last_times
-
-    @property
-    def driver(self) -> Driver:
-        """The CUDA device that the engine runs on."""
-        return self._driver
-
-    def layers(self) -> Any:
-        """What TensorRT made of the model, layer by layer, as its inspector tells; detail as it was built with.
-
-        Raises:
-            BackendError: the session is closed.
-        """
-        self._require_open()
-        inspector = self._engine.create_engine_inspector()
-        return json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def layer_times(self, inputs: Mapping[str, Array], queries: int) -> list[dict[str, str | float]]:
         """Milliseconds per query of each layer, in the order of execution, by TensorRT's own profiler.
@@ -203,13 +155,13 @@ class EngineSession:
         """
         self._require_open()
         profiler = make_profiler(self._trt)
-        graph, self._graph = self._graph, False
+        self._graphs = False
         self._context.profiler = profiler  # with it attached, a run tells its layers before it returns
         try:
             for _ in range(queries):
                 self.infer(inputs)
         finally:
-            self._graph = graph
+            self._graphs = True
         return [{"name": name, "ms": total / queries} for name, total in profiler.totals.items()]
 
     @property
@@ -219,8 +171,8 @@ class EngineSession:
 
     def validate(self, inputs: Mapping[str, Array]) -> None:
         """See `Session.validate`; sizes must also be in the range that the engine was built for."""
-        validate_inputs(self.inputs, inputs)
-        for name, (least, most) in self._profile.items():
+        super().validate(inputs)
+        for name, (least, most) in self._ranges.items():
             for axis, size in enumerate(inputs[name].shape):
                 if not least[axis] <= size <= most[axis]:
                     raise BackendError(
@@ -236,7 +188,7 @@ class EngineSession:
         self._driver.use()
         self._bind(shapes)
         outputs = {s.name: (np.dtype(s.dtype), tuple(self._context.get_tensor_shape(s.name))) for s in self.outputs}
-        key = tuple(sorted(shapes.items())) if self._graph else None
+        key = tuple(sorted(shapes.items())) if self._graphs else None
         answer = self._buffers.run(inputs, outputs, self._enqueue, key)
         validate_outputs(self._path, answer)
         return answer
@@ -256,14 +208,6 @@ class EngineSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._stack.close()
-
-    def __enter__(self) -> EngineSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def make_profiler(trt: Any) -> Any:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU: its CUDA and its TensorRT provider."""
+"""ONNX Runtime as a backend: on the processor, and on an NVIDIA GPU by its CUDA or its TensorRT provider."""
 
 from __future__ import annotations
 
@@ -11,10 +11,33 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.runtime.backend import Backend, Option
-from sparsifiner_edge.runtime.cache import cache_folder
+from sparsifiner_edge.ops.kernels import NATIVE
+from sparsifiner_edge.runtime.backend import Backend, Option, cache_folder
 from sparsifiner_edge.runtime.cuda import probe
-from sparsifiner_edge.runtime.onnxruntime.session import Execution, OrtSession, load_backend
+from sparsifiner_edge.runtime.onnxruntime.session import ON_CPU, Execution, OrtSession, import_onnxruntime
+
+
+class OnnxRuntime(Backend):
+    """ONNX Runtime's CPU provider, with the native library where it was built."""
+
+    name = ON_CPU.backend
+
+    def load(self) -> Any:
+        """See `Backend.load`."""
+        return import_onnxruntime()
+
+    def choose_kernels(self, bundle: Bundle, kernels: str) -> str:
+        """See `Backend.choose_kernels`: a file of a type that the native kernels do not take runs by its bodies."""
+        if bundle.manifest.float16 is None or "float16" in NATIVE.dtypes:
+            return kernels
+        if kernels == "native":
+            raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
+        return "portable"
+
+    def open(self, bundle: Bundle, threads: int, kernels: str) -> OrtSession:
+        """See `Backend.open`."""
+        with bundle.sealed_copy(MODEL_FILE) as copy:
+            return OrtSession(bundle.folder / MODEL_FILE, copy, threads, kernels, bundle.manifest.precision)
 
 
 class GpuProvider(Backend):
@@ -28,7 +51,7 @@ class GpuProvider(Backend):
 
     def load(self) -> Any:
         """The module `onnxruntime`, built with this provider; see `Backend.load`."""
-        ort = load_backend()
+        ort = import_onnxruntime()
         offered = ort.get_available_providers()
         if self.provider not in offered:
             gpu = package_version("onnxruntime-gpu")
@@ -50,7 +73,8 @@ class GpuProvider(Backend):
         device = probe()
         execution = Execution(
             self.name,
-            [(self.provider, self.options(bundle.manifest)), "CPUExecutionProvider"],
+            self.provider,
+            self.options(bundle.manifest),
             f"{device.name} (compute capability {device.compute_capability})",
         )
         # ONNX Runtime prints what it misses and why it falls back, and standard output is for results.

@@ -16,7 +16,7 @@ from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
-from sparsifiner_edge.runtime.tensorrt.models import dense_model
+from sparsifiner_edge.runtime.tensorrt.candidates import dense_model
 from tests.fakes.tensorrt import Behaviour
 from tests.seal import seal_bundle
 from tests.sparse_graph import sparse_model
@@ -147,11 +147,11 @@ def test_no_candidate_left_is_an_error_and_changes_nothing(tmp_path, machine):
     with pytest.raises(BackendError, match="ran out of memory"):
         build_engine(folder, "tensorrt")
     behaviour.build = None
-    spoilt = make_sparse_bundle(tmp_path / "c")
-    spoil_golden(spoilt, lambda features: features * 1.5)
+    corrupted = make_sparse_bundle(tmp_path / "c")
+    spoil_golden(corrupted, lambda features: features * 1.5)
     with pytest.raises(GateError, match="differs from golden"):
-        build_engine(spoilt, "tensorrt")
-    assert not (spoilt / "engines").exists()
+        build_engine(corrupted, "tensorrt")
+    assert not (corrupted / "engines").exists()
 
 
 def test_the_choice_can_be_made_by_hand(tmp_path, machine):
