@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sparsifiner_edge.camera.stills import run_images
+from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.classes import ClassResult, accuracy_statistics
 from sparsifiner_edge.evaluate.labelled import FASHION_CLASSES, labelled

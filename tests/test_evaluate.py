@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from sparsifiner_edge.camera.stills import run_images
+from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.cosine import CosineResult

@@ -14,19 +14,20 @@ from msgspec import to_builtins
 from msgspec.structs import replace
 
 from sparsifiner_edge.camera.backoff import Backoff
-from sparsifiner_edge.camera.prepare import Fit, Pixels
-from sparsifiner_edge.camera.relay import Relay
-from sparsifiner_edge.camera.sources import Source
-from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.camera.wire import (
+from sparsifiner_edge.camera.decoder_protocol import (
     EndHeader,
     FrameHeader,
+    ProtocolError,
     Request,
     StalledError,
     StateHeader,
-    WireError,
     receive,
 )
+from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera.relay import Relay
+from sparsifiner_edge.camera.sources import Source
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.images import Pixels
 from sparsifiner_edge.process import start_python
 
 _START_S = 20.0
@@ -163,7 +164,7 @@ class Capture:
         except StalledError:
             self._status.count("stalls")
             self._gone("stalled", f"nothing came for {self._stall_s:g} s; the decoder was ended")
-        except WireError as error:
+        except ProtocolError as error:
             self._crashed(f"the decoder sent {error}")
         finally:
             self._kill()
@@ -207,7 +208,7 @@ class Capture:
             header = message.header
             if isinstance(header, EndHeader):
                 if self._source.live:
-                    raise WireError("the end of a live source")
+                    raise ProtocolError("the end of a live source")
                 self.failure = self._reason(header.reason)
                 return True
             if isinstance(header, FrameHeader):
@@ -223,7 +224,7 @@ class Capture:
 
     def _frame(self, header: FrameHeader, images: list[Pixels]) -> None:
         if images[0].shape != (self._fit.size, self._fit.size, 3):
-            raise WireError(f"an image of shape {images[0].shape}")
+            raise ProtocolError(f"an image of shape {images[0].shape}")
         self._backoff.reset()
         self._status.count("captured")
         self._status.enter("streaming")

@@ -17,9 +17,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sparsifiner_edge.camera.decoder_protocol import FrameHeader
 from sparsifiner_edge.camera.libav import Decoded
 from sparsifiner_edge.camera.prepare import Fit
-from sparsifiner_edge.camera.wire import FrameHeader
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000

@@ -9,8 +9,8 @@ import numpy as np
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class
+from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
 from sparsifiner_edge.camera.prepare import LETTERBOX, SQUARE, Fit
-from sparsifiner_edge.camera.wire import MAX_SIDE
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import Session

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.camera.answers import FrameRecord
-from sparsifiner_edge.camera.prepare import Pixels
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import require_file_path
+from sparsifiner_edge.images import Pixels
 
 Array = npt.NDArray[Any]
 SHOWN = 640

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Pixels = npt.NDArray[np.uint8]
+from sparsifiner_edge.images import Pixels
+
 SQUARE, LETTERBOX = "centre square", "letterbox"
 
 

@@ -18,7 +18,7 @@ from sparsifiner_edge.camera.answers import Answer, FrameRecord
 from sparsifiner_edge.camera.capture import Capture, Frame
 from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.camera.health import HealthServer
-from sparsifiner_edge.camera.lines import LineWriter, open_output
+from sparsifiner_edge.camera.json_lines import LineWriter, open_output
 from sparsifiner_edge.camera.model import TOP, Model
 from sparsifiner_edge.camera.notify import Notifier
 from sparsifiner_edge.camera.overlay import SHOWN, Overlay, Rate, require_overlay_path, text_lines
@@ -33,7 +33,7 @@ STALL_S = 3.0
 _PIPELINE = {"missing": ["A GStreamer pipeline is your own command line, and is not confined."]}
 
 
-class Options(NamedTuple):
+class RunOptions(NamedTuple):
     """How to run.
 
     Attributes:
@@ -68,7 +68,7 @@ class Options(NamedTuple):
         return self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels
 
 
-def run_service(bundle: Path, source: Source, options: Options) -> None:
+def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
     """Run a bundle on a video, a camera or the test pattern: one JSON line per frame, one per event on standard error.
 
     SIGTERM and SIGINT end it after the frame at hand; a second one ends it at once.
@@ -168,7 +168,9 @@ def _ms(began_ns: int, ended_ns: int) -> float:
 class _Run:
     """One run's capture, sinks and loop."""
 
-    def __init__(self, model: Model, source: Source, options: Options, status: Status, stop: threading.Event) -> None:
+    def __init__(
+        self, model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event
+    ) -> None:
         self._stop = stop
         self._model, self._source, self._options, self._status = model, source, options, status
         self._notifier, self._rate = Notifier(), Rate()

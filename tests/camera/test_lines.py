@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from sparsifiner_edge.camera import lines
-from sparsifiner_edge.camera.lines import LineWriter, line_of, new_lines, open_output
+from sparsifiner_edge.camera import json_lines as lines
+from sparsifiner_edge.camera.json_lines import LineWriter, line_of, new_lines, open_output
 from sparsifiner_edge.errors import ArtifactError
 from tests.commands import PROGRAM, assert_refused, call, process
 
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 Capsys = pytest.CaptureFixture[str]
 WRITE = """
 import sys, threading
-from sparsifiner_edge.camera import lines
-from sparsifiner_edge.camera.lines import LineWriter
+from sparsifiner_edge.camera import json_lines as lines
+from sparsifiner_edge.camera.json_lines import LineWriter
 hurry = threading.Event()
 writer = LineWriter(1, patient=bool(int(sys.argv[1])), hurry=hurry)
 for number in range(20):
@@ -39,7 +39,7 @@ print(writer.dropped, int(getattr(writer, "cut", False)), file=sys.stderr)
 GROW = """
 import sys
 from pathlib import Path
-from sparsifiner_edge.camera.lines import new_lines
+from sparsifiner_edge.camera.json_lines import new_lines
 with new_lines(Path(sys.argv[1])) as write:
     write({"a": 1})
     print("ready", flush=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsifiner_edge.camera.lines import LineWriter, new_lines, open_output
+from sparsifiner_edge.camera.json_lines import LineWriter, new_lines, open_output
 from sparsifiner_edge.camera.overlay import Overlay, require_overlay_path
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import umask

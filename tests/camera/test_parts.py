@@ -20,27 +20,25 @@ from sparsifiner_edge.camera import child
 from sparsifiner_edge.camera.answers import Class, FrameRecord, ImageRecord
 from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
 from sparsifiner_edge.camera.capture import Mailbox
-from sparsifiner_edge.camera.clock import StreamClock
-from sparsifiner_edge.camera.code import BITS, cells_of
-from sparsifiner_edge.camera.gstreamer import launch_line, read_pipeline
-from sparsifiner_edge.camera.health import parse_address
-from sparsifiner_edge.camera.limits import require_sane_size
-from sparsifiner_edge.camera.lines import LineWriter, line_of
-from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.overlay import text_lines
-from sparsifiner_edge.camera.pattern import draw_pattern
-from sparsifiner_edge.camera.prepare import Fit, fit_pillow, scaled_size, to_square
-from sparsifiner_edge.camera.sources import parse_source, require_decoder
-from sparsifiner_edge.camera.wire import (
+from sparsifiner_edge.camera.decoder_protocol import (
+    DecoderMessage,
     EndHeader,
     FrameHeader,
-    Message,
+    ProtocolError,
     StalledError,
     StateHeader,
-    WireError,
     receive,
     send,
 )
+from sparsifiner_edge.camera.gstreamer import launch_line, read_pipeline
+from sparsifiner_edge.camera.health import parse_host_port
+from sparsifiner_edge.camera.json_lines import LineWriter, line_of
+from sparsifiner_edge.camera.libav import StreamClock, require_sane_size
+from sparsifiner_edge.camera.model import Model
+from sparsifiner_edge.camera.overlay import text_lines
+from sparsifiner_edge.camera.pattern import BITS, cells_of, draw_pattern
+from sparsifiner_edge.camera.prepare import Fit, fit_pillow, scaled_size, to_square
+from sparsifiner_edge.camera.sources import parse_source, require_decoder
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
 from tests.tiny import make_bundle
 
@@ -250,12 +248,12 @@ def test_what_is_no_message_is_refused_before_anything_is_allocated(data: bytes)
     ours, theirs = os.pipe()
     os.write(theirs, data)
     os.close(theirs)
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         receive(ours, 1)
     os.close(ours)
 
 
-def received(**fields: Any) -> Message:
+def received(**fields: Any) -> DecoderMessage:
     """What a process that says this is understood to say."""
     ours, theirs = os.pipe()
     frame = fields["kind"] == "frame"
@@ -287,7 +285,7 @@ def test_no_field_of_a_message_is_believed(kind: Any, fields: dict[str, Any]) ->
     needed = {"frame": TIMES, "state": {"state": "lost"}}
     for known in ("frame", "state", "end"):
         received(kind=known, **needed.get(known, {}))
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         received(kind=kind, **needed.get(str(kind), {}) | fields)
 
 
@@ -362,13 +360,13 @@ def test_a_reader_that_left() -> None:
     [("9090", ("127.0.0.1", 9090)), ("0.0.0.0:80", ("0.0.0.0", 80)), (":7", ("127.0.0.1", 7)), ("[::1]:5", ("::1", 5))],
 )
 def test_addresses(text: str, address: tuple[str, int]) -> None:
-    assert parse_address(text) == address
+    assert parse_host_port(text) == address
 
 
 @pytest.mark.parametrize("text", ["", "x", "1:", "70000", "-1", "a:b"])
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is no \[HOST:\]PORT|^The port of .* is "):
-        parse_address(text)
+        parse_host_port(text)
 
 
 def test_what_is_added_to_a_pipeline() -> None:

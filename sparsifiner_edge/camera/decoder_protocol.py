@@ -16,7 +16,8 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias
 import msgspec
 import numpy as np
 
-from sparsifiner_edge.camera.prepare import Fit, Pixels
+from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.images import Pixels
 from sparsifiner_edge.text import shown
 
 _LENGTH = struct.Struct("<I")
@@ -98,7 +99,7 @@ class _Announced(msgspec.Struct):
 _HEADERS, _SHAPES = msgspec.json.Decoder(Header), msgspec.json.Decoder(_Announced)
 
 
-class Message(NamedTuple):
+class DecoderMessage(NamedTuple):
     """What the decoding process says.
 
     Attributes:
@@ -110,7 +111,7 @@ class Message(NamedTuple):
     images: list[Pixels]
 
 
-class WireError(Exception):
+class ProtocolError(Exception):
     """The other side sent what is no message."""
 
 
@@ -132,12 +133,12 @@ def _write(handle: int, data: memoryview) -> None:
         data = data[os.write(handle, data) :]
 
 
-def receive(handle: int, seconds: float) -> Message | None:
+def receive(handle: int, seconds: float) -> DecoderMessage | None:
     """Read one message; None at the end of the stream.
 
     Raises:
         StalledError: it did not come whole within `seconds`.
-        WireError: it is no message.
+        ProtocolError: it is no message.
     """
     deadline = time.monotonic() + seconds
     prefix = _read(handle, _LENGTH.size, deadline)
@@ -145,7 +146,7 @@ def receive(handle: int, seconds: float) -> Message | None:
         return None
     (length,) = _LENGTH.unpack(prefix)
     if length > _MAX_HEADER:
-        raise WireError(f"a header of {length} bytes")
+        raise ProtocolError(f"a header of {length} bytes")
     content = _read(handle, length, deadline)
     if content is None:
         return None
@@ -156,16 +157,16 @@ def receive(handle: int, seconds: float) -> Message | None:
         if pixels is None:
             return None
         images.append(np.frombuffer(pixels, np.uint8).reshape(shape))
-    return Message(header, images)
+    return DecoderMessage(header, images)
 
 
 def _parsed(content: bytearray) -> tuple[Header, list[tuple[int, int, Literal[3]]]]:
     try:
         header, shapes = _HEADERS.decode(content), _SHAPES.decode(content).shapes
     except (ValueError, RecursionError) as error:
-        raise WireError(f"a header that cannot be read: {shown(error, 100)}") from error
+        raise ProtocolError(f"a header that cannot be read: {shown(error, 100)}") from error
     if isinstance(header, FrameHeader) and not shapes:
-        raise WireError("a frame without image")
+        raise ProtocolError("a frame without image")
     return header, shapes
 
 

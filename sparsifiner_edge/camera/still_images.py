@@ -10,9 +10,9 @@ from msgspec.structs import asdict
 
 from sparsifiner_edge.camera.answers import ImageRecord
 from sparsifiner_edge.camera.model import TOP, Model
-from sparsifiner_edge.camera.prepare import Pixels, fit_pillow
+from sparsifiner_edge.camera.prepare import fit_pillow
 from sparsifiner_edge.errors import ImageError
-from sparsifiner_edge.images import list_images, load_image, open_image
+from sparsifiner_edge.images import Pixels, list_images, load_image, open_image
 
 
 def run_images(
