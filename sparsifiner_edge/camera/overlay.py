@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -184,20 +183,3 @@ def text_lines(record: FrameRecord, rate: float) -> list[str]:
 def _short(label: str) -> str:
     shown = "".join(c if c.isprintable() else "?" for c in label)
     return shown if len(shown) <= _TEXT_WIDTH else shown[: _TEXT_WIDTH - 1] + "\u2026"
-
-
-class Rate:
-    """Frames per second, over about a second."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None
-        self._period: float | None = None
-
-    def tick(self) -> float:
-        """A frame is done; the rate now, 0 before the second."""
-        now = time.monotonic()
-        if self._last is not None:
-            period = now - self._last
-            self._period = period if self._period is None else 0.9 * self._period + 0.1 * period
-        self._last = now
-        return 1 / self._period if self._period else 0.0

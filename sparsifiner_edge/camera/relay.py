@@ -20,9 +20,8 @@ import ssl
 import threading
 import time
 
-from sparsifiner_edge.camera.connect import connect
 from sparsifiner_edge.camera.credentials import Credentials
-from sparsifiner_edge.camera.rtsp import Message, Splitter, parse_address
+from sparsifiner_edge.camera.rtsp import Address, Message, Splitter, parse_address
 
 _CHUNK = 1 << 16
 _BUFFER = 1 << 17
@@ -270,5 +269,20 @@ class _Session:
         if self._server is not None:
             self._server.close()
         self._answered, self._pending = Splitter(), {}
-        self._server = connect(self._target, self._relay.patience_s)
+        self._server = _connected(self._target, self._relay.patience_s)
         self.connected = True
+
+
+def _connected(camera: Address, patience_s: float) -> socket.socket:
+    """A connection to a camera, over TLS where its address says so; reads and writes have `patience_s`, too."""
+    plain = socket.create_connection((camera.host, camera.port), patience_s)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if not camera.secure:
+        return plain
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # No certificate that anybody signed: cameras have none.
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        return context.wrap_socket(plain, server_hostname=camera.host)
+    except BaseException:
+        plain.close()
+        raise

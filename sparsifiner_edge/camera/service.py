@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,11 @@ from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.json_lines import LineWriter, open_output
 from sparsifiner_edge.camera.model import TOP, Model
-from sparsifiner_edge.camera.notify import Notifier
-from sparsifiner_edge.camera.overlay import SHOWN, Overlay, Rate, require_overlay_path, text_lines
+from sparsifiner_edge.camera.overlay import SHOWN, Overlay, require_overlay_path, text_lines
 from sparsifiner_edge.camera.sources import Source, require_decoder, require_other_file
-from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
+from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime.session import Array
 
@@ -173,7 +174,7 @@ class _Run:
     ) -> None:
         self._stop = stop
         self._model, self._source, self._options, self._status = model, source, options, status
-        self._notifier, self._rate = Notifier(), Rate()
+        self._done_at: deque[float] = deque(maxlen=26)
         self._overlay: Overlay | None = None
         self.failure: str | None = None
 
@@ -191,7 +192,7 @@ class _Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._notifier.say("STOPPING=1")
+        notify_systemd("STOPPING=1")
         self._capture.__exit__()
         self.failure = self._capture.failure
         try:
@@ -199,16 +200,17 @@ class _Run:
         finally:
             with self._disk_errors() if kind is None else contextlib.suppress(OSError):
                 self._lines.close()
-            if self._lines.cut:
-                self._status.event("output_cut")
             self._sync_counts()
 
     def loop(self) -> None:
         """Frames through the model until the source ends, enough is done, or someone asks to stop."""
         deadline = None if self._options.duration_s is None else time.monotonic() + self._options.duration_s
-        self._notifier.say("READY=1")
+        notify_systemd("READY=1")
+        alive_at = 0.0
         while not self._stop.is_set() and (deadline is None or time.monotonic() < deadline):
-            self._notifier.alive()
+            if time.monotonic() >= alive_at + 1:
+                alive_at = time.monotonic()
+                notify_systemd("WATCHDOG=1")
             frame = self._capture.mailbox.take(_TICK_S)
             if frame is None:
                 if self._capture.mailbox.closed:
@@ -253,7 +255,9 @@ class _Run:
         )
 
     def _draw(self, frame: Frame, record: FrameRecord, outputs: dict[str, Array]) -> None:
-        rate = self._rate.tick()
+        self._done_at.append(time.monotonic())
+        span_s = self._done_at[-1] - self._done_at[0]
+        rate = (len(self._done_at) - 1) / span_s if span_s else 0.0
         if self._overlay is None or frame.shown is None:
             return
         changes = self._model.change_map(outputs) if record.top is None else None
@@ -281,27 +285,12 @@ class _Run:
             except OSError as error:
                 self._overlay_failed(error)
 
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            if self._options.output is None:
-                raise
-            raise ArtifactError(
-                f"{self._options.output} cannot be written: {error.strerror}.", "Free space or choose another place."
-            ) from error
+    def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._options.output is None else io_errors(self._options.output)
 
     def _sync_counts(self) -> None:
-        """Tell when the output begins to fail, and when it works again."""
+        """And tell when the output fails for the first time."""
         counts, lines = self._status.counts, self._lines
-        if lines.errors > counts["output_errors"] and not self._failing:
+        if lines.errors and not counts["output_errors"]:
             self._status.event("output_failing", errors=lines.errors)
-        elif lines.errors == counts["output_errors"] and self._failing:
-            self._status.event("output_works", errors=lines.errors)
-        self._failing = lines.errors > counts["output_errors"]
         counts["lines_dropped"], counts["output_errors"] = lines.dropped, lines.errors
-
-    _failing = False
