@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.camera.backoff import Backoff
 from sparsifiner_edge.camera.decoder_protocol import (
-    EndHeader,
     FrameHeader,
     ProtocolError,
     Request,
@@ -130,11 +129,6 @@ class Capture:
         if self._relay is not None:
             self._relay.close()
 
-    @property
-    def pid(self) -> int | None:
-        """Of the decoding process."""
-        return None if self._process is None else self._process.pid
-
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
@@ -206,16 +200,16 @@ class Capture:
                     self._crashed("the decoder crashed")
                 return False
             header = message.header
-            if isinstance(header, EndHeader):
-                if self._source.live:
-                    raise ProtocolError("the end of a live source")
-                self.failure = self._reason(header.reason)
-                return True
             if isinstance(header, FrameHeader):
                 allowed = self._stall_s
                 self._frame(header, message.images)
                 self._status.count("bad_packets", max(0, header.bad_packets - bad))
                 bad = header.bad_packets
+            elif header.state == "ended":
+                if self._source.live:
+                    raise ProtocolError("the end of a live source")
+                self.failure = self._reason(header.reason)
+                return True
             else:
                 # Connecting has time limits of its own; those of the watchdog only come after them.
                 allowed = 2 * self._stall_s + 5

@@ -23,7 +23,7 @@ import numpy as np
 
 from sparsifiner_edge.camera.backoff import Backoff
 from sparsifiner_edge.camera.confine import confine, limit_resources
-from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, EndHeader, FrameHeader, Request, StateHeader, send
+from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, FrameHeader, Request, StateHeader, send
 from sparsifiner_edge.camera.hide import hide
 from sparsifiner_edge.camera.libav import Decoded
 from sparsifiner_edge.camera.prepare import Fit, display_size, fit_pillow
@@ -76,7 +76,7 @@ def _serve(request: Request, frames: Frames, parent: int) -> None:
         reason = _stream(frames, parent, backoff)
         reason = None if reason is None else _cut(hide(reason, request.secrets))
         if not request.live:
-            send(parent, EndHeader(reason))
+            send(parent, StateHeader("ended", reason=reason))
             return
         wait, reason = backoff.next_s(), reason or "the stream ended"
         send(parent, StateHeader("lost", backoff.attempts, reason, round(wait, 3)))

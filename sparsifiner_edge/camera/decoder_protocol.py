@@ -67,27 +67,22 @@ class FrameHeader(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="ki
 
 
 class StateHeader(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind", tag="state"):
-    """What becomes of a live source; `retry_s` is 0 while it connects."""
+    """What becomes of the source.
 
-    state: Literal["connecting", "lost"]
+    A live one connects, and is lost for `retry_s`; another ends, by itself or for a reason.
+    """
+
+    state: Literal["connecting", "lost", "ended"]
     attempt: _Count = 0
     reason: str | None = None
     retry_s: _Seconds = 0.0
 
     def __post_init__(self) -> None:
-        _require_reason(self.reason)
+        if self.reason is not None and (len(self.reason) > MAX_REASON or not self.reason.isprintable()):
+            raise ValueError("a reason that cannot be")
 
 
-class EndHeader(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind", tag="end"):
-    """The source came to its end, or why it ended before."""
-
-    reason: str | None = None
-
-    def __post_init__(self) -> None:
-        _require_reason(self.reason)
-
-
-Header: TypeAlias = FrameHeader | StateHeader | EndHeader
+Header: TypeAlias = FrameHeader | StateHeader
 
 
 class _Announced(msgspec.Struct):
@@ -168,11 +163,6 @@ def _parsed(content: bytearray) -> tuple[Header, list[tuple[int, int, Literal[3]
     if isinstance(header, FrameHeader) and not shapes:
         raise ProtocolError("a frame without image")
     return header, shapes
-
-
-def _require_reason(reason: str | None) -> None:
-    if reason is not None and (len(reason) > MAX_REASON or not reason.isprintable()):
-        raise ValueError("a reason that cannot be")
 
 
 def _read(handle: int, count: int, deadline: float) -> bytearray | None:

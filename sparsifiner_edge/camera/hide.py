@@ -18,7 +18,6 @@ _NAMED = re.compile(
 )
 """In a text that is not ours, such as a decoder's message: beside the secrets that are known by themselves."""
 _PLACE = re.compile(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[\w.-]*)(?::[0-9]{0,5})?")
-_NAME = re.compile(r"[A-Za-z_][\w.-]{0,30}")
 _PATH = re.compile(r"[\w.,~+-]{0,12}|[A-Za-z]?[a-z._-]{0,40}")
 """A part of a path that no key looks like: short, or plain words."""
 _ELEMENT = re.compile(r"[a-z][a-z0-9_-]{0,40}")
@@ -37,7 +36,7 @@ _HARMLESS = {"device": _WORD, "format": _WORD} | dict.fromkeys(
 
 
 def split_address(text: str) -> tuple[str, tuple[str, ...]]:
-    """An address without user, password, what its query and fragment say, and what in its path may be a key.
+    """An address without user, password, query, fragment, and what in its path may be a key.
 
     All up to the last @ is the user and the password, whatever signs they hold.
 
@@ -95,18 +94,11 @@ def _address(text: str) -> Iterator[_Part]:
     user, at, rest = rest.rpartition("@")
     place = re.split(r"[/?#;]", rest, maxsplit=1)[0]
     path = re.split(r"[?#]", rest[len(place) :], maxsplit=1)[0]
-    query, mark, fragment = rest[len(place) + len(path) :].partition("#")
+    after = rest[len(place) + len(path) :]
     yield from [(scheme + colon, True), (user, False), (at, True), (place, _PLACE.fullmatch(place) is not None)]
     for part in re.split(r"([/;&])", path):
-        yield from _pair(part) if "=" in part else [(part, part in "/;&" or _PATH.fullmatch(part) is not None)]
-    for part in re.split(r"([?;&])", query):
-        yield from _pair(part) if "=" in part else [(part, part in "?;&")]
-    yield from [(mark, True), (fragment, False)]
-
-
-def _pair(text: str) -> Iterator[_Part]:
-    name, equals, value = text.partition("=")
-    yield from [(name, _NAME.fullmatch(name) is not None), (equals, True), (value, False)]
+        yield part, part in "/;&" or _PATH.fullmatch(part) is not None
+    yield from [(after[:1], True), (after[1:], False)]
 
 
 def _pipeline(words: list[str]) -> Iterator[list[_Part]]:

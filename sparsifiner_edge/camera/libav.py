@@ -155,7 +155,7 @@ class _Reader:
     def _resized(self, frame: Any) -> tuple[Pixels, ...]:
         """The model's input, and the frame for the overlay if one is asked for."""
         require_sane_size(frame.width, frame.height)
-        width, height = scaled_size(frame.width, frame.height, self._fit)
+        width, height = scaled_size(frame.width, frame.height, self._fit.size)
         scaled = self._model_scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
         square = to_square(scaled, self._fit.size)
         if not self._fit.display:

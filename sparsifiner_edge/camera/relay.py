@@ -53,7 +53,6 @@ class Relay:
         port: on 127.0.0.1.
         url: what the decoder opens. It holds a secret of its own: no other user of this machine gets at the camera so.
         reason: why the last connection ended where the camera was the cause; None else.
-        latest: the last connection of the decoder.
 
     Raises:
         OSError: no port can be had.
@@ -66,7 +65,6 @@ class Relay:
         self.port = int(self._listener.getsockname()[1])
         self.url = f"rtsp://127.0.0.1:{self.port}/{secrets.token_hex(16)}"
         self.reason: str | None = None
-        self.latest: _Session | None = None
         self._clients = threading.Semaphore(_MOST_CLIENTS)
         threading.Thread(target=self._listen, name="relay", daemon=True).start()
 
@@ -104,7 +102,7 @@ class Relay:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
         finally:
-            if session.known and (session is self.latest or not (self.latest and self.latest.connected)):
+            if session.known and reason is not None:
                 self.reason = reason  # Also late, of a name that was looked up in vain.
             session.close()
             self._clients.release()
@@ -123,8 +121,8 @@ class _Session:
         self._pending: dict[int, tuple[Message, int]] = {}
         """Requests by the number that the camera knows, and how often each was sent."""
         self._count, self._hops = 0, 0
-        self.known, self.connected = False, False
-        """That it is the decoder who connected; that the camera took the connection."""
+        self.known = False
+        """That it is the decoder who connected."""
 
     def run(self) -> None:
         """Until one side leaves.
@@ -180,7 +178,7 @@ class _Session:
         if self._server is None:
             if not hmac.compare_digest(request.uri.encode("latin-1"), self._relay.url.encode()):
                 raise _LeftError
-            self.known, self._relay.latest, self._relay.reason = True, self, None
+            self.known = True
             self._connect()
         self._send(request, 1)
 
@@ -270,7 +268,7 @@ class _Session:
             self._server.close()
         self._answered, self._pending = Splitter(), {}
         self._server = _connected(self._target, self._relay.patience_s)
-        self.connected = True
+        self._relay.reason = None
 
 
 def _connected(camera: Address, patience_s: float) -> socket.socket:

@@ -83,6 +83,7 @@ def command(
     """
     from sparsifiner_edge.camera import still_images
     from sparsifiner_edge.camera.health import parse_host_port
+    from sparsifiner_edge.camera.model import Model
     from sparsifiner_edge.camera.service import RunOptions, run_service
     from sparsifiner_edge.camera.sources import parse_source
 
@@ -94,7 +95,8 @@ def command(
     address = None if metrics is None else parse_host_port(metrics)
     chosen = RunOptions(output=output, overlay=overlay, metrics=address, **options)
     if still:
-        _write(still_images.run_images(bundle, parsed.location, *chosen.model()), output)
+        with Model(bundle, *chosen.model()) as model:
+            _write(still_images.run_images(model, Path(parsed.location)), output)
     else:
         run_service(bundle, parsed, chosen)
 

@@ -129,7 +129,7 @@ def test_no_word_of_a_decoder_ends_a_live_source(tmp_path: Path, monkeypatch: py
     fake_decoder(
         tmp_path,
         monkeypatch,
-        "from sparsifiner_edge.camera.decoder_protocol import EndHeader, send\nsend(1, EndHeader())",
+        "from sparsifiner_edge.camera.decoder_protocol import StateHeader, send\nsend(1, StateHeader('ended'))",
     )
     events: list[dict[str, Any]] = []
     status = Status("test", events.append)
@@ -147,7 +147,8 @@ def test_the_mailbox_is_closed_whatever_becomes_of_the_events(tmp_path: Path, mo
     fake_decoder(
         tmp_path,
         monkeypatch,
-        "from sparsifiner_edge.camera.decoder_protocol import EndHeader, send\nsend(1, EndHeader('x'))",
+        "from sparsifiner_edge.camera.decoder_protocol import StateHeader, send\n"
+        "send(1, StateHeader('ended', reason='x'))",
     )
     with Capture(Source("file", "v.mp4", False, "v.mp4"), Fit(8), 1, 3, Status("x", tell)) as running:
         wait_until(lambda: running.mailbox.closed)

@@ -139,7 +139,8 @@ def test_images(cells: Path, tmp_path: Path) -> None:
         (tmp_path / f"size{number}.png").write_bytes(png_of_size(*size))
     (tmp_path / "page.html").rename(tmp_path / "page.png")
     before, most = snapshot(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    records = list(run_images(cells, tmp_path))
+    with Model(cells, "onnxruntime", None) as model:
+        records = list(run_images(model, tmp_path))
     assert len(records) == 11
     assert all("cannot be read as an image" in (record.error or "") for record in records)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 300_000

@@ -246,7 +246,7 @@ def failing(error: Exception) -> Any:
 
 
 def test_an_encoder_that_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overlay = Overlay(tmp_path / "o.mp4", letterbox=False)
+    overlay = Overlay(tmp_path / "o.mp4")
     overlay.write(np.zeros((64, 64, 3), np.uint8), ["text"], None, 0.0)
 
     class Stream:
