@@ -1,6 +1,6 @@
 """A bundle whose features are the brightness of the image's 8 x 8 cells.
 
-What a frame's image carries (see `sparsifiner_edge.camera.code`) so comes out of the whole chain, model included, in
+What a frame's image carries (see `sparsifiner_edge.camera.pattern`) so comes out of the whole chain, model included, in
 the records of `sparsifiner-edge run`: measurements of age need no special code in what they measure.
 """
 
@@ -15,21 +15,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sparsifiner_edge.bundle.manifest import BUNDLE_SCHEMA, InputSpec, Manifest, Preprocessing, TensorSpec
 from sparsifiner_edge.bundle.store import seal_bundle
-from sparsifiner_edge.camera import code
+from sparsifiner_edge.camera import pattern
 
-GRID = code.GRID
+GRID = pattern.GRID
 CELLS = GRID * GRID
 _UNSURE = 0.2
 
 
 def number_of(brightness: Sequence[float]) -> int | None:
     """The number that cells of mean brightness 0-255, at least the first 32 of the grid, say; None if they do not."""
-    levels = brightness[: code.CELLS]
+    levels = brightness[: pattern.CELLS]
     if any(abs(level / 255 - 0.5) < _UNSURE for level in levels):
         return None
     cells = [level > 127.5 for level in levels]
-    number = sum(white << place for place, white in enumerate(reversed(cells[: code.BITS])))
-    return number if cells == code.cells_of(number) else None
+    number = sum(white << place for place, white in enumerate(reversed(cells[: pattern.BITS])))
+    return number if cells == pattern.cells_of(number) else None
 
 
 def make_cells_bundle(folder: Path, size: int = 224, work: int = 0) -> Path:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.camera_cells import make_cells_bundle, number_of
 from sparsifiner_edge.bundle.store import bundle_hash
-from sparsifiner_edge.camera.code import BITS
+from sparsifiner_edge.camera.pattern import BITS
 from sparsifiner_edge.results import Result, Subject, write_result
 
 SERVER = Path(__file__).resolve().parent / "rtsp_server.py"

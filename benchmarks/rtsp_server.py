@@ -1,6 +1,6 @@
 """A real RTSP server on 127.0.0.1 for tests and measurements; run by a Python that has gi and GstRtspServer.
 
-Each image carries the milliseconds of the monotonic clock at which it was drawn (see `sparsifiner_edge.camera.code`),
+Each image carries the milliseconds of the monotonic clock at which it was drawn (see `camera.pattern`),
 H.264 encoded without delay. Usage: rtsp_server.py PORT [FPS [WIDTH HEIGHT [FILE]]]; with FILE that video is served.
 PORT basic|digest: it asks for a password, `us@er` and `p ss:/`, that way.
 """
@@ -29,7 +29,7 @@ ENCODE = (
 
 def load_code() -> Any:
     """The module that draws numbers, without the package: this Python need not have its dependencies."""
-    path = Path(__file__).resolve().parent.parent / "sparsifiner_edge" / "camera" / "code.py"
+    path = Path(__file__).resolve().parent.parent / "sparsifiner_edge" / "camera" / "pattern.py"
     spec = importlib.util.spec_from_file_location("code_in_pictures", path)
     assert spec is not None
     assert spec.loader is not None

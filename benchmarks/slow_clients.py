@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.artifacts import sha256
-from sparsifiner_edge.camera import server as page_server
+from sparsifiner_edge.camera import health
 from sparsifiner_edge.camera.health import HealthServer
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.results import Result, Subject, write_result
 
 LATENCY_S, CORES, DESCRIPTORS = 1.0, 0.1, 200
-SERVED = "sparsifiner_edge/camera/server.py"
+SERVED = "sparsifiner_edge/camera/health.py"
 KINDS = ("none", "kept", "reopened")
 _REQUEST = b"GET /healthz HTTP/1.1\r\nHost: h\r\n"
 _MODULE = "benchmarks.slow_clients"
@@ -199,7 +199,7 @@ def main() -> None:
     if given.output is not None:
         allowed = {"wait_s": LATENCY_S, "cores": CORES, "descriptors": DESCRIPTORS}
         method = {"connections": given.connections, "seconds": given.seconds, "allowed": allowed}
-        subject = Subject(path=SERVED, sha256=sha256(Path(page_server.__file__)))
+        subject = Subject(path=SERVED, sha256=sha256(Path(health.__file__)))
         write_result(given.output, Result("evaluation", [subject], method, samples, {"kinds": figures, "wrong": wrong}))
     raise SystemExit(1 if wrong else 0)
 

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sparsifiner_edge.camera.stills import run_images
+from sparsifiner_edge.camera.model import Model
+from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.classes import ClassResult, accuracy_statistics
 from sparsifiner_edge.evaluate.labelled import FASHION_CLASSES, labelled
@@ -87,7 +88,8 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, 
     bundle = export_bundle(head, tmp_path / "bundle")
     assert (bundle / "labels.txt").read_text().split() == list(COLOURS)
     assert manifest_of(bundle)["outputs"][0]["shape"] == [1, 3]
-    (record,) = run_images(bundle, made["queries"] / "green" / "1.png")
+    with Model(bundle, "onnxruntime", None) as model:
+        (record,) = run_images(model, made["queries"] / "green" / "1.png")
     assert record.top is not None
     assert record.top[0].label == "green"
 

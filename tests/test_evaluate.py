@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from sparsifiner_edge.camera.stills import run_images
+from sparsifiner_edge.camera.model import Model
+from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.cosine import CosineResult
@@ -107,7 +108,12 @@ def test_explanation_maps(made: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_stills(made: dict[str, Path], tmp_path: Path) -> None:
-    records = list(run_images(made["bundle"], made["pictures"]))
+    with Model(made["bundle"], "onnxruntime", None) as model:
+        check_stills(model, made["pictures"], tmp_path)
+
+
+def check_stills(model: Model, pictures: Path, tmp_path: Path) -> None:
+    records = list(run_images(model, pictures))
     assert [Path(r.source).name for r in records] == ["0.png", "1.png", "2.png", "3.png"]
     for record in records:
         assert record.top is not None
@@ -118,9 +124,9 @@ def test_stills(made: dict[str, Path], tmp_path: Path) -> None:
     bad = tmp_path / "pictures"
     bad.mkdir()
     (bad / "a.png").write_bytes(b"no image")
-    (bad / "b.png").write_bytes((made["pictures"] / "1.png").read_bytes())
-    first, second = run_images(made["bundle"], bad)
+    (bad / "b.png").write_bytes((pictures / "1.png").read_bytes())
+    first, second = run_images(model, bad)
     assert "cannot be read" in (first.error or "")
     assert second.top == records[1].top
     with pytest.raises(ImageError, match="cannot be read"):
-        list(run_images(made["bundle"], bad / "a.png"))
+        list(run_images(model, bad / "a.png"))

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 import sparsifiner_edge
-from sparsifiner_edge.camera.service import Options
+from sparsifiner_edge.camera.service import RunOptions
 
 TAKES: dict[str, Callable[..., Any]] = {
     "sparsify": sparsifiner_edge.sparsify,
     "export": sparsifiner_edge.export_bundle,
     "distill": sparsifiner_edge.distill_student,
     "evaluate": sparsifiner_edge.evaluate_student,
-    "run": Options,
+    "run": RunOptions,
 }
 
 

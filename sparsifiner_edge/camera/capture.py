@@ -15,19 +15,18 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.camera.backoff import Backoff
+from sparsifiner_edge.camera.decoder_protocol import (
+    FrameHeader,
+    ProtocolError,
+    Request,
+    StalledError,
+    StateHeader,
+    receive,
+)
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.relay import Relay
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.camera.wire import (
-    EndHeader,
-    FrameHeader,
-    Request,
-    StalledError,
-    StateHeader,
-    WireError,
-    receive,
-)
 from sparsifiner_edge.process import start_python
 
 _START_S = 20.0
@@ -130,11 +129,6 @@ class Capture:
         if self._relay is not None:
             self._relay.close()
 
-    @property
-    def pid(self) -> int | None:
-        """Of the decoding process."""
-        return None if self._process is None else self._process.pid
-
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
@@ -164,7 +158,7 @@ class Capture:
         except StalledError:
             self._status.count("stalls")
             self._gone("stalled", f"nothing came for {self._stall_s:g} s; the decoder was ended")
-        except WireError as error:
+        except ProtocolError as error:
             self._crashed(f"the decoder sent {error}")
         finally:
             self._kill()
@@ -206,16 +200,16 @@ class Capture:
                     self._crashed("the decoder crashed")
                 return False
             header = message.header
-            if isinstance(header, EndHeader):
-                if self._source.live:
-                    raise WireError("the end of a live source")
-                self.failure = self._reason(header.reason)
-                return True
             if isinstance(header, FrameHeader):
                 allowed = self._stall_s
                 self._frame(header, message.images)
                 self._status.count("bad_packets", max(0, header.bad_packets - bad))
                 bad = header.bad_packets
+            elif header.state == "ended":
+                if self._source.live:
+                    raise ProtocolError("the end of a live source")
+                self.failure = self._reason(header.reason)
+                return True
             else:
                 # Connecting has time limits of its own; those of the watchdog only come after them.
                 allowed = 2 * self._stall_s + 5
@@ -224,7 +218,7 @@ class Capture:
 
     def _frame(self, header: FrameHeader, images: list[Pixels]) -> None:
         if images[0].shape != (self._fit.size, self._fit.size, 3):
-            raise WireError(f"an image of shape {images[0].shape}")
+            raise ProtocolError(f"an image of shape {images[0].shape}")
         self._backoff.reset()
         self._status.count("captured")
         self._status.enter("streaming")

@@ -22,12 +22,11 @@ import msgspec
 import numpy as np
 
 from sparsifiner_edge.camera.backoff import Backoff
-from sparsifiner_edge.camera.confine import confine
+from sparsifiner_edge.camera.confine import confine, limit_resources
+from sparsifiner_edge.camera.decoder_protocol import MAX_REASON, FrameHeader, Request, StateHeader, send
 from sparsifiner_edge.camera.hide import hide
 from sparsifiner_edge.camera.libav import Decoded
-from sparsifiner_edge.camera.limits import limit
 from sparsifiner_edge.camera.prepare import Fit, display_size, fit_pillow
-from sparsifiner_edge.camera.wire import MAX_REASON, EndHeader, FrameHeader, Request, StateHeader, send
 from sparsifiner_edge.files import open_regular
 
 Frames: TypeAlias = Callable[[], Iterator[Decoded]]
@@ -39,7 +38,8 @@ def main() -> None:
     starter, request = os.getppid(), msgspec.convert(json.loads(sys.stdin.read()), Request)
     parent = os.dup(1)
     os.dup2(2, 1)  # Whatever a library prints must not end up between the messages.
-    limit(pipeline=request.kind == "gst")
+    if request.kind != "gst":  # A pipeline is the user's own: it caches a registry, may record, and reserves addresses.
+        limit_resources()
     with contextlib.ExitStack() as opened:
         frames = _prepared(request, opened, starter)
         try:
@@ -76,7 +76,7 @@ def _serve(request: Request, frames: Frames, parent: int) -> None:
         reason = _stream(frames, parent, backoff)
         reason = None if reason is None else _cut(hide(reason, request.secrets))
         if not request.live:
-            send(parent, EndHeader(reason))
+            send(parent, StateHeader("ended", reason=reason))
             return
         wait, reason = backoff.next_s(), reason or "the stream ended"
         send(parent, StateHeader("lost", backoff.attempts, reason, round(wait, 3)))

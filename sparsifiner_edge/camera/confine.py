@@ -2,11 +2,9 @@
 
 Whatever the kernel offers of: a user of its own (where started as root), Landlock, a filter of system calls. Each alone
 refuses files, programs and other processes; a kernel without one of them still has the other. `confinement` says what
-there is; the limits of `limits` hold everywhere.
+there is; the limits of `limit_resources` hold everywhere.
 
-Landlock is used by its three system calls. Of the libraries on PyPI, `landlock` knows files alone and has had
-pre-releases only, py-landlock was released twice within two days, landlockpy thrice within five, and sandlock, which is
-kept, brings 13 MB of native code, asks for Linux 6.12, and restricts no ports of a process that runs.
+Landlock is used by its three system calls: no library on PyPI is both kept and able to restrict ports of this process.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import resource
 import struct
 import sys
 from pathlib import Path
@@ -22,8 +21,9 @@ from pathlib import Path
 import msgspec
 
 from sparsifiner_edge.camera.syscalls import filter_calls, filter_works
-from sparsifiner_edge.process import end_with_parent
+from sparsifiner_edge.process import end_with_parent, limit_resource
 
+MEMORY_BYTES = 6 << 30
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 """On every architecture."""
 _FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
@@ -51,6 +51,12 @@ class Confinement(msgspec.Struct, frozen=True):
     landlock: int | None
     system_calls: bool
     missing: list[str]
+
+
+def limit_resources() -> None:
+    """Limit this process: it writes no file (pipes are none) and has bounded memory; see `process` for the rest."""
+    limit_resource(resource.RLIMIT_FSIZE, 0)
+    limit_resource(resource.RLIMIT_AS, MEMORY_BYTES)
 
 
 def confine(parent: int, port: int | None = None) -> Confinement:
@@ -88,16 +94,16 @@ def confinement() -> Confinement:
 
 
 def _missing(own_user: bool, landlock: int | None, system_calls: bool) -> list[str]:
-    told = []
+    sentences = []
     if not own_user:
-        told.append("No user of its own: that takes root, with CAP_KILL, CAP_SETGID and CAP_SETUID.")
+        sentences.append("No user of its own: that takes root, with CAP_KILL, CAP_SETGID and CAP_SETUID.")
     if landlock is None:
-        told.append("No Landlock: this kernel lacks it, or has it switched off (lsm=landlock,...).")
+        sentences.append("No Landlock: this kernel lacks it, or has it switched off (lsm=landlock,...).")
     elif landlock < _PORTS_SINCE:
-        told.append(f"Landlock {landlock} limits no TCP ports; 4, of Linux 6.7, does.")
+        sentences.append(f"Landlock {landlock} limits no TCP ports; 4, of Linux 6.7, does.")
     if not system_calls:
-        told.append(f"No filter of system calls: not with this kernel, or not on {platform.machine()}.")
-    return told
+        sentences.append(f"No filter of system calls: not with this kernel, or not on {platform.machine()}.")
+    return sentences
 
 
 def _libc() -> ctypes.CDLL:

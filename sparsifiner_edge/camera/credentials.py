@@ -7,22 +7,20 @@ import hashlib
 import re
 import secrets
 from typing import NamedTuple
+from urllib.request import parse_http_list, parse_keqv_list
 
 from sparsifiner_edge.camera.rtsp import Message
 
-_FIELD = re.compile(r'([\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
 _NEXT = re.compile(r",\s*(?=(?:Basic|Digest)\s)", re.IGNORECASE)
-_ALGORITHM = re.compile(r"(MD5|SHA-256)(-sess)?", re.IGNORECASE)
-_HASHES = ("BASIC", "MD5", "SHA-256")
+_WAYS = ("BASIC", "MD5", "SHA-256")
 """The better last."""
 
 
 class _Challenge(NamedTuple):
-    """What a server asks for: `way` is one of `_HASHES`, `fields` are its own words, `session` is of -sess."""
+    """What a server asks for: `way` is one of `_WAYS`, `fields` are its own words."""
 
     way: str
     fields: dict[str, str]
-    session: bool = False
     qop: bool = False
 
 
@@ -40,7 +38,7 @@ class Credentials:
         offered = [found for header in headers if (found := _challenge(header)) is not None]
         if not offered:
             return False
-        best = max(offered, key=lambda found: _HASHES.index(found.way))
+        best = max(offered, key=lambda found: _WAYS.index(found.way))
         same = self._asked is not None and self._asked.fields.get("nonce") == best.fields.get("nonce")
         if same and best.fields.get("stale", "").lower() != "true":
             return False
@@ -60,15 +58,13 @@ class Credentials:
         fields, nonce, realm = asked.fields, _bytes(asked.fields["nonce"]), _bytes(asked.fields.get("realm", ""))
         count, own = f"{self._count:08x}", secrets.token_hex(8)
         user = _hash(asked.way, self._user, realm, self._password)
-        if asked.session:
-            user = _hash(asked.way, _bytes(user), nonce, own.encode())
         between = [count, own, "auth"] if asked.qop else []
         request = _hash(asked.way, method.encode(), _bytes(uri))
         response = _hash(asked.way, _bytes(user), nonce, *map(_bytes, between), _bytes(request))
         said = {"username": self._user.decode("latin-1"), "realm": fields.get("realm", ""), "nonce": fields["nonce"]}
-        said |= {"uri": uri, "response": response} | {name: fields[name] for name in ("opaque",) if name in fields}
-        said |= {"cnonce": own} if asked.qop or asked.session else {}
-        plain = {name: fields[name] for name in ("algorithm",) if name in fields}
+        said |= {"uri": uri, "response": response} | ({"cnonce": own} if asked.qop else {})
+        said |= {"opaque": fields["opaque"]} if "opaque" in fields else {}
+        plain = {"algorithm": fields["algorithm"]} if "algorithm" in fields else {}
         plain |= {"qop": "auth", "nc": count} if asked.qop else {}
         return "Digest " + ", ".join([_quoted(*pair) for pair in said.items()] + ["=".join(p) for p in plain.items()])
 
@@ -76,14 +72,17 @@ class Credentials:
 def _challenge(header: str) -> _Challenge | None:
     """None for what cannot be answered: other schemes and hashes, qop=auth-int alone."""
     scheme, _, rest = header.strip().partition(" ")
-    fields = {m[1].lower(): m[3] if m[2] is None else re.sub(r"\\(.)", r"\1", m[2]) for m in _FIELD.finditer(rest)}
     if scheme.lower() == "basic":
         return _Challenge("BASIC", {})
-    algorithm = _ALGORITHM.fullmatch(fields.get("algorithm", "MD5"))
-    qops = {word.strip().lower() for word in fields.get("qop", "").split(",")} - {""}
-    if scheme.lower() != "digest" or algorithm is None or "nonce" not in fields or (qops and "auth" not in qops):
+    try:
+        fields = {name.lower(): value for name, value in parse_keqv_list(parse_http_list(rest)).items()}
+    except (ValueError, IndexError):
         return None
-    return _Challenge(algorithm[1].upper(), fields, algorithm[2] is not None, bool(qops))
+    way = fields.get("algorithm", "MD5").upper()
+    qops = {word.strip().lower() for word in fields.get("qop", "").split(",")} - {""}
+    if scheme.lower() != "digest" or way not in _WAYS[1:] or "nonce" not in fields or (qops and "auth" not in qops):
+        return None
+    return _Challenge(way, fields, bool(qops))
 
 
 def _hash(way: str, *parts: bytes) -> str:

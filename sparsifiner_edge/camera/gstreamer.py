@@ -17,9 +17,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sparsifiner_edge.camera.decoder_protocol import FrameHeader
 from sparsifiner_edge.camera.libav import Decoded
 from sparsifiner_edge.camera.prepare import Fit
-from sparsifiner_edge.camera.wire import FrameHeader
 from sparsifiner_edge.process import start_program
 
 _ERRORS, _LONGEST = 20, 10_000
@@ -27,11 +27,10 @@ _ERRORS, _LONGEST = 20, 10_000
 
 def launch_line(pipeline: str, fit: Fit, handle: int) -> list[str]:
     """The command that writes RGB images of the model's size to the file descriptor `handle`."""
-    crop = "" if fit.letterbox else "aspectratiocrop aspect-ratio=1/1 !"
     caps = f"video/x-raw,format=RGB,width={fit.size},height={fit.size},pixel-aspect-ratio=1/1"
     tail = (
-        f"! queue leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! {crop} "
-        f"videoscale add-borders={'true' if fit.letterbox else 'false'} ! {caps} ! fdsink fd={handle} sync=false"
+        f"! queue leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! "
+        f"aspectratiocrop aspect-ratio=1/1 ! videoscale add-borders=false ! {caps} ! fdsink fd={handle} sync=false"
     )
     return ["gst-launch-1.0", "-q", *shlex.split(pipeline), *shlex.split(tail)]
 

@@ -18,7 +18,6 @@ _NAMED = re.compile(
 )
 """In a text that is not ours, such as a decoder's message: beside the secrets that are known by themselves."""
 _PLACE = re.compile(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[\w.-]*)(?::[0-9]{0,5})?")
-_NAME = re.compile(r"[A-Za-z_][\w.-]{0,30}")
 _PATH = re.compile(r"[\w.,~+-]{0,12}|[A-Za-z]?[a-z._-]{0,40}")
 """A part of a path that no key looks like: short, or plain words."""
 _ELEMENT = re.compile(r"[a-z][a-z0-9_-]{0,40}")
@@ -26,23 +25,18 @@ _PROPERTY = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,40}(?:::[A-Za-z][A-Za-z0-9-]{0,4
 _MEDIA = re.compile(r"(?:application|audio|image|video)/[a-z0-9.+-]+(?:\([\w:, ]*\))?")
 _LINKS = ("!", ":", "(", ")", "{", "}")
 _ADDRESSES = frozenset({"location", "proxy", "uri", "url"})
-_NUMBERS = frozenset(
-    {"aspect-ratio", "bitrate", "blocksize", "brightness", "buffer-size", "channels", "contrast", "device-index"}
-    | {"do-timestamp", "drop", "enable-max-performance", "fps", "framerate", "gain", "height", "is-live", "latency"}
-    | {"max-buffers", "max-size-buffers", "max-size-bytes", "max-size-time", "num-buffers", "payload", "port", "rate"}
-    | {"pixel-aspect-ratio", "sensor-id", "sensor-mode", "sync", "timeout", "width"}
-)
-_WORDS = frozenset(
-    {"colorimetry", "device", "flip-method", "format", "interlace-mode", "io-mode", "leaky", "mode", "name", "pattern"}
-    | {"protocols"}
-)
-"""Properties, and fields of caps, that no secret stands in."""
 _NUMBER = re.compile(r"(?:[0-9.,:/{}\[\] +-]|\((?:int|fraction|float|double|boolean)\)|true|false)*")
 _WORD = re.compile(r"(?:[\w./:,{} -]|\(string\))*")
+_HARMLESS = {"device": _WORD, "format": _WORD} | dict.fromkeys(
+    ("bitrate", "channels", "fps", "framerate", "height", "latency", "max-buffers", "payload", "port", "sensor-id",
+     "sensor-mode", "sync", "timeout", "width"),
+    _NUMBER,
+)  # fmt: skip
+"""Properties, and fields of caps, that no secret stands in, and how their values look."""
 
 
 def split_address(text: str) -> tuple[str, tuple[str, ...]]:
-    """An address without user, password, what its query and fragment say, and what in its path may be a key.
+    """An address without user, password, query, fragment, and what in its path may be a key.
 
     All up to the last @ is the user and the password, whatever signs they hold.
 
@@ -100,50 +94,27 @@ def _address(text: str) -> Iterator[_Part]:
     user, at, rest = rest.rpartition("@")
     place = re.split(r"[/?#;]", rest, maxsplit=1)[0]
     path = re.split(r"[?#]", rest[len(place) :], maxsplit=1)[0]
-    query, mark, fragment = rest[len(place) + len(path) :].partition("#")
+    after = rest[len(place) + len(path) :]
     yield from [(scheme + colon, True), (user, False), (at, True), (place, _PLACE.fullmatch(place) is not None)]
     for part in re.split(r"([/;&])", path):
-        yield from _pair(part) if "=" in part else [(part, part in "/;&" or _PATH.fullmatch(part) is not None)]
-    for part in re.split(r"([?;&])", query):
-        yield from _pair(part) if "=" in part else [(part, part in "?;&")]
-    yield from [(mark, True), (fragment, False)]
-
-
-def _pair(text: str) -> Iterator[_Part]:
-    name, equals, value = text.partition("=")
-    yield from [(name, _NAME.fullmatch(name) is not None), (equals, True), (value, False)]
+        yield part, part in "/;&" or _PATH.fullmatch(part) is not None
+    yield from [(after[:1], True), (after[1:], False)]
 
 
 def _pipeline(words: list[str]) -> Iterator[list[_Part]]:
     """A word alone is shown where an element stands: at the beginning and after a link."""
-    joined = list(_joined(words))
-    names = {word[len("name=") :] for word in joined if word.startswith("name=")}
     element = True
-    for word in joined:
-        if word in _LINKS or word.partition(".")[0] in names:  # t. and t.src_0 are pads of an element of that name.
-            yield [(word, _ELEMENT.fullmatch(word.partition(".")[2]) is not None or word[-1] in ".!:(){}")]
-            element = True
-            continue
-        if element and _MEDIA.match(word):
+    for word in words:
+        if word in _LINKS:
+            yield [(word, True)]
+        elif element and _MEDIA.match(word):
             yield list(_caps(word))
         elif "=" in word:
             name, _, value = word.partition("=")
             yield [(name, _PROPERTY.fullmatch(name) is not None), ("=", True), *_value(name, value)]
         else:
             yield list(_address(word)) if "://" in word else [(word, element and _ELEMENT.fullmatch(word) is not None)]
-        element = False
-
-
-def _joined(words: list[str]) -> Iterator[str]:
-    """`name = value` as one word."""
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        if left and _PROPERTY.fullmatch(word) and left[0].startswith("="):
-            word += left.pop(0)
-        if left and word.endswith("=") and _PROPERTY.fullmatch(word[:-1]):
-            word += left.pop(0)
-        yield word
+        element = word in _LINKS
 
 
 def _value(name: str, value: str) -> Iterator[_Part]:
@@ -152,25 +123,15 @@ def _value(name: str, value: str) -> Iterator[_Part]:
     elif name in _ADDRESSES and "://" in value:
         yield from _address(value)
     else:
-        yield value, _is_harmless(name, value)
-
-
-def _is_harmless(name: str, value: str) -> bool:
-    known = _NUMBER if name in _NUMBERS else _WORD if name in _WORDS else None
-    return known is not None and known.fullmatch(value) is not None
+        yield value, name in _HARMLESS and _HARMLESS[name].fullmatch(value) is not None
 
 
 def _caps(text: str) -> Iterator[_Part]:
-    """`video/x-raw(memory:NVMM), format={NV12, RGB}, width=64`."""
-    media = _MEDIA.match(text)
-    yield media[0] if media else "", True
-    name, harmless = "", media is not None
-    for part in re.split(r"([,;])", text[media.end() if media else 0 :]):
-        if "=" not in part:  # A separator, or more of the value before it.
-            yield part, part in ",;" or (harmless and _is_harmless(name, part))
-            continue
-        name, equals, value = part.partition("=")
-        yield from [(name, _PROPERTY.fullmatch(name.strip()) is not None), (equals, True)]
-        name = name.strip()
-        harmless = _is_harmless(name, value)
-        yield value, harmless
+    """`video/x-raw(memory:NVMM), format=NV12, width=64`; of a list only its first value is shown."""
+    for part in re.split(r"([,;])", text):
+        if "=" in part:
+            name, _, value = part.partition("=")
+            yield name, _PROPERTY.fullmatch(name.strip()) is not None
+            yield from [("=", True), *_value(name.strip(), value)]
+        else:
+            yield part, part in ",;" or _MEDIA.fullmatch(part.strip()) is not None

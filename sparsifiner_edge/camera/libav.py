@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from sparsifiner_edge.arrays import Pixels
-from sparsifiner_edge.camera.clock import StreamClock
-from sparsifiner_edge.camera.limits import MAX_PIXELS, require_sane_size
+from sparsifiner_edge.camera.decoder_protocol import FrameHeader
 from sparsifiner_edge.camera.prepare import Fit, display_size, scaled_size, to_square
-from sparsifiner_edge.camera.wire import FrameHeader
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
@@ -24,6 +22,10 @@ _STREAM = {
     "analyzeduration": "500000",
 }
 _CHUNK = 1 << 18
+MAX_PIXELS = 40_000_000
+"""Of one frame: 8K is 33 million. Told to the decoder, which refuses more before it allocates."""
+MAX_ASPECT = 16
+_WINDOW_NS, _JUMP_NS = 30_000_000_000, 5_000_000_000
 _BEHIND_S, _CAUGHT_UP_S = 0.3, 0.1
 _MAX_BAD_PACKETS = 1000
 
@@ -32,7 +34,7 @@ class Decoded(NamedTuple):
     """A frame, ready for the model.
 
     Attributes:
-        images: see `wire.Message`.
+        images: see `decoder_protocol.DecoderMessage`.
         header: its times.
     """
 
@@ -40,30 +42,16 @@ class Decoded(NamedTuple):
     header: FrameHeader
 
 
-class Preparer:
-    """Resizes frames and keeps FFmpeg's scalers between them."""
+def require_sane_size(width: int, height: int) -> None:
+    """Refuse a frame that no camera gives.
 
-    def __init__(self, fit: Fit) -> None:
-        from av.video.reformatter import VideoReformatter
-
-        self._fit = fit
-        self._model: Any = VideoReformatter()
-        self._display: Any = VideoReformatter()
-
-    def __call__(self, frame: Any) -> tuple[Pixels, ...]:
-        """The model's input, and the frame for the overlay if one is asked for.
-
-        Raises:
-            ValueError: the frame's size is absurd.
-        """
-        require_sane_size(frame.width, frame.height)
-        width, height = scaled_size(frame.width, frame.height, self._fit)
-        scaled: Pixels = self._model.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-        square = to_square(scaled, self._fit.size)
-        if not self._fit.display:
-            return (square,)
-        width, height = display_size(frame.width, frame.height, self._fit.display)
-        return square, self._display.reformat(frame, width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
+    Raises:
+        ValueError: empty, above `MAX_PIXELS`, or more than `MAX_ASPECT` times longer than wide.
+    """
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise ValueError(f"frames of {width} x {height} px; at most {MAX_PIXELS} px are taken")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"frames of {width} x {height} px, longer than {MAX_ASPECT} times their width")
 
 
 def read_stream(source: BinaryIO | str, fit: Fit, patience_s: float) -> Iterator[Decoded]:
@@ -96,12 +84,42 @@ def read_stream(source: BinaryIO | str, fit: Fit, patience_s: float) -> Iterator
             raise ValueError(f"it holds no frame that can be decoded ({reader.bad} damaged packets)")
 
 
+class StreamClock:
+    """When a frame was taken, in nanoseconds of this machine's monotonic clock.
+
+    A stream's timestamps run on the camera's clock. Their offset from this machine's is the least seen within a minute:
+    whatever is above it is delay, in the network or in a backlog, and is part of the frame's age.
+    """
+
+    def __init__(self) -> None:
+        self._began = 0
+        self._least: list[int] = []
+
+    def captured_ns(self, stamp_ns: int | None, arrived_ns: int) -> int:
+        """When the frame that arrived at `arrived_ns` was taken, by the least delay seen; never after its arrival."""
+        if stamp_ns is None:
+            return arrived_ns
+        offset = arrived_ns - stamp_ns
+        if not self._least or abs(offset - self._least[-1]) > _JUMP_NS:  # A camera's clock was set.
+            self._least, self._began = [offset], arrived_ns
+        elif arrived_ns - self._began > _WINDOW_NS:
+            # Two windows: the older one forgets, so that clocks that run apart add nothing to the age.
+            self._least, self._began = [*self._least[-1:], offset], arrived_ns
+        else:
+            self._least[-1] = min(self._least[-1], offset)
+        return min(arrived_ns, stamp_ns + min(self._least))
+
+
 class _Reader:
     """Decodes packets; remembers when each arrived, since a decoder gives frames back later and in another order."""
 
     def __init__(self, stream: Any, fit: Fit, live: bool) -> None:
-        self._stream, self._live = stream, live
-        self._prepare, self._clock = Preparer(fit), StreamClock()
+        from av.video.reformatter import VideoReformatter
+
+        self._stream, self._fit, self._live = stream, fit, live
+        self._clock = StreamClock()
+        self._model_scaler: Any = VideoReformatter()  # Two, since each keeps what it needs between frames.
+        self._display_scaler: Any = VideoReformatter()
         self._arrived: dict[int | None, int] = {}
         self.bad, self.count = 0, 0
 
@@ -129,10 +147,22 @@ class _Reader:
             stamp = None
         captured = self._clock.captured_ns(stamp, arrived) if self._live else arrived
         self._keep_up((at - captured) / 1e9)
-        images = self._prepare(frame)
+        images = self._resized(frame)
         self.count += 1
         pts_s = None if stamp is None else stamp / 1e9
         return Decoded(images, FrameHeader(captured, arrived, at, time.monotonic_ns(), pts_s, self.bad))
+
+    def _resized(self, frame: Any) -> tuple[Pixels, ...]:
+        """The model's input, and the frame for the overlay if one is asked for."""
+        require_sane_size(frame.width, frame.height)
+        width, height = scaled_size(frame.width, frame.height, self._fit.size)
+        scaled = self._model_scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+        square = to_square(scaled, self._fit.size)
+        if not self._fit.display:
+            return (square,)
+        width, height = display_size(frame.width, frame.height, self._fit.display)
+        display = self._display_scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
+        return square, display.to_ndarray()
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""

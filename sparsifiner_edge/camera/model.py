@@ -10,8 +10,8 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class
-from sparsifiner_edge.camera.prepare import LETTERBOX, SQUARE, Fit
-from sparsifiner_edge.camera.wire import MAX_SIDE
+from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
+from sparsifiner_edge.camera.prepare import SQUARE, Fit
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import Session
@@ -49,7 +49,8 @@ class Model:
         kernels: str = "auto",
     ) -> None:
         bundle = checked_bundle(folder, public_key)
-        self.fit = Fit(bundle.image_size, _letterbox(bundle))
+        _require_square(bundle)
+        self.fit = Fit(bundle.image_size)
         self.labels = bundle.labels()
         tokens = bundle.manifest.tokens
         self.tokens = None if tokens is None or tokens.grid is None else (tokens.prefix, *tokens.grid)
@@ -145,13 +146,12 @@ def _require_image(session: Session, bundle: Bundle) -> None:
         raise ConfigError(f"{bundle.folder} takes batches of {shape[0]}.", "Export it with --batch 1 or dynamic.")
 
 
-def _letterbox(bundle: Bundle) -> bool:
+def _require_square(bundle: Bundle) -> None:
     folder, preprocessing = bundle.folder, bundle.required(bundle.manifest.preprocessing, "preprocessing")
     if preprocessing.size > MAX_SIDE:
         raise ArtifactError(f"{folder}: preprocessing.size is {preprocessing.size}; at most {MAX_SIDE}.", AGAIN)
-    if not preprocessing.resize.startswith((SQUARE, LETTERBOX)):
+    if not preprocessing.resize.startswith(SQUARE):
         raise ArtifactError(
-            f"{folder}: preprocessing.resize is {preprocessing.resize!r:.60}; known are {SQUARE} and {LETTERBOX}.",
+            f"{folder}: preprocessing.resize is {preprocessing.resize!r:.60}; known is {SQUARE}.",
             "Upgrade: pip install -U sparsifiner-edge",
         )
-    return bool(preprocessing.resize.startswith(LETTERBOX))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -63,17 +62,16 @@ class Overlay:
 
     Args:
         path: .mp4 (in fragments, so that a file cut short still plays) or .mkv.
-        letterbox: what of the frame the model saw: all of it, else its centre square, which is outlined.
 
     Raises:
         ArtifactError: the file cannot be made.
     """
 
-    def __init__(self, path: Path, letterbox: bool) -> None:
+    def __init__(self, path: Path) -> None:
         import av
 
         require_overlay_path(path)
-        self.path, self._letterbox = path, letterbox
+        self.path = path
         self._size: tuple[int, int] | None = None
         self._stream: Any = None
         self._began: float | None = None
@@ -139,14 +137,13 @@ class Overlay:
         image = Image.fromarray(pixels)
         if self._size is not None and image.size != self._size:
             image = image.resize(self._size)
-        box = model_square(*image.size, self._letterbox)
+        box = model_square(*image.size)
         if changes is not None:
             image.paste(
                 Image.new("RGB", (box[2] - box[0], box[3] - box[1]), (255, 40, 0)), box[:2], _heat(changes, box)
             )
         draw = ImageDraw.Draw(image, "RGBA")
-        if not self._letterbox:
-            draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 255, 255, 160))
+        draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 255, 255, 160))
         font = ImageFont.load_default(_TEXT)
         width = max((draw.textlength(line, font=font) for line in lines), default=0)
         draw.rectangle((0, 0, width + 2 * _MARGIN, len(lines) * _LINE + _MARGIN), fill=(0, 0, 0, 150))
@@ -155,9 +152,9 @@ class Overlay:
         return np.asarray(image)
 
 
-def model_square(width: int, height: int, letterbox: bool) -> tuple[int, int, int, int]:
-    """What the model's input covers in a frame: left, top, right, bottom; with letterbox beyond the frame."""
-    side = max(width, height) if letterbox else min(width, height)
+def model_square(width: int, height: int) -> tuple[int, int, int, int]:
+    """What the model's input covers in a frame, which is outlined: left, top, right, bottom."""
+    side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
@@ -182,20 +179,3 @@ def text_lines(record: FrameRecord, rate: float) -> list[str]:
 def _short(label: str) -> str:
     shown = "".join(c if c.isprintable() else "?" for c in label)
     return shown if len(shown) <= _TEXT_WIDTH else shown[: _TEXT_WIDTH - 1] + "\u2026"
-
-
-class Rate:
-    """Frames per second, over about a second."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None
-        self._period: float | None = None
-
-    def tick(self) -> float:
-        """A frame is done; the rate now, 0 before the second."""
-        now = time.monotonic()
-        if self._last is not None:
-            period = now - self._last
-            self._period = period if self._period is None else 0.9 * self._period + 0.1 * period
-        self._last = now
-        return 1 / self._period if self._period else 0.0

@@ -20,9 +20,8 @@ import ssl
 import threading
 import time
 
-from sparsifiner_edge.camera.connect import connect
 from sparsifiner_edge.camera.credentials import Credentials
-from sparsifiner_edge.camera.rtsp import Message, Splitter, parse_address
+from sparsifiner_edge.camera.rtsp import Address, Message, Splitter, parse_address
 
 _CHUNK = 1 << 16
 _BUFFER = 1 << 17
@@ -54,7 +53,6 @@ class Relay:
         port: on 127.0.0.1.
         url: what the decoder opens. It holds a secret of its own: no other user of this machine gets at the camera so.
         reason: why the last connection ended where the camera was the cause; None else.
-        latest: the last connection of the decoder.
 
     Raises:
         OSError: no port can be had.
@@ -67,7 +65,6 @@ class Relay:
         self.port = int(self._listener.getsockname()[1])
         self.url = f"rtsp://127.0.0.1:{self.port}/{secrets.token_hex(16)}"
         self.reason: str | None = None
-        self.latest: _Session | None = None
         self._clients = threading.Semaphore(_MOST_CLIENTS)
         threading.Thread(target=self._listen, name="relay", daemon=True).start()
 
@@ -105,7 +102,7 @@ class Relay:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
         finally:
-            if session.known and (session is self.latest or not (self.latest and self.latest.connected)):
+            if session.known and reason is not None:
                 self.reason = reason  # Also late, of a name that was looked up in vain.
             session.close()
             self._clients.release()
@@ -124,8 +121,8 @@ class _Session:
         self._pending: dict[int, tuple[Message, int]] = {}
         """Requests by the number that the camera knows, and how often each was sent."""
         self._count, self._hops = 0, 0
-        self.known, self.connected = False, False
-        """That it is the decoder who connected; that the camera took the connection."""
+        self.known = False
+        """That it is the decoder who connected."""
 
     def run(self) -> None:
         """Until one side leaves.
@@ -181,7 +178,7 @@ class _Session:
         if self._server is None:
             if not hmac.compare_digest(request.uri.encode("latin-1"), self._relay.url.encode()):
                 raise _LeftError
-            self.known, self._relay.latest, self._relay.reason = True, self, None
+            self.known = True
             self._connect()
         self._send(request, 1)
 
@@ -270,5 +267,20 @@ class _Session:
         if self._server is not None:
             self._server.close()
         self._answered, self._pending = Splitter(), {}
-        self._server = connect(self._target, self._relay.patience_s)
-        self.connected = True
+        self._server = _connected(self._target, self._relay.patience_s)
+        self._relay.reason = None
+
+
+def _connected(camera: Address, patience_s: float) -> socket.socket:
+    """A connection to a camera, over TLS where its address says so; reads and writes have `patience_s`, too."""
+    plain = socket.create_connection((camera.host, camera.port), patience_s)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if not camera.secure:
+        return plain
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # No certificate that anybody signed: cameras have none.
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        return context.wrap_socket(plain, server_hostname=camera.host)
+    except BaseException:
+        plain.close()
+        raise

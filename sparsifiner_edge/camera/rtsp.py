@@ -14,7 +14,10 @@ _PLACE = re.compile(
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REPLY = re.compile(r"RTSP/1\.[01] +(?P<status>[1-5][0-9]{2})(?: .*)?")
 _REQUEST = re.compile(r"(?P<method>[A-Z_]{1,20}) (?P<uri>[^ ].*) RTSP/1\.[01]")
-_END = re.compile(rb"\r?\n\r?\n")
+_FRAME = ord("$")
+"""Before a channel and a length of two bytes."""
+_ENDS = (b"\n\r\n", b"\n\n")
+"""Of a head."""
 _MAX_HEAD, _MAX_BODY = 1 << 14, 1 << 20
 
 
@@ -137,70 +140,65 @@ class Splitter:
     def __init__(self) -> None:
         self.patient = False
         self._blind = False
-        self._skip = 0
-        """Bytes of a frame that are still to come."""
-        self._kept, self._wanted, self._searched = bytearray(), 0, 0
-        """The beginning of a message; as many bytes as make a next look worth while; where its head does not end."""
+        self._kept = bytearray()
+        self._wanted = 0
+        """So many bytes make a next look worth while: a long body may come byte by byte."""
 
     def feed(self, data: bytes) -> Iterator[bytes | Message]:
-        """All that can go on: of a frame what is there, of a message the whole.
+        """All that is whole.
 
         Raises:
             ValueError: it is no RTSP.
         """
-        if self._kept or self._wanted:  # However small the pieces are: each costs its own length.
-            self._kept += data
-            if len(self._kept) < self._wanted:
-                return
-            data, self._kept, self._wanted = bytes(self._kept), bytearray(), 0
-        place, start = self._skip, 0
-        while place < len(data) and not self._blind:
-            if data[place] == 0x24:  # $, channel, length in two bytes
-                if len(data) < place + 4:
-                    break
-                place += 4 + (data[place + 2] << 8 | data[place + 3])
-                continue
-            if place > start:
-                yield data[start:place]
-                start = place
-            message, length = self._message(data, place)
+        self._kept += data
+        while self._kept and len(self._kept) >= self._wanted:
+            part, length = self._next()
             if not length:
-                break
-            if message is not None:
-                yield message
-            place = start = start + length
-        if self._blind:
-            place = len(data)
-        if start < (end := min(place, len(data))):
-            yield data[start:end]
-        self._skip, self._kept = place - end, bytearray(data[end:])
+                return
+            del self._kept[:length]
+            self._wanted = 0
+            if part:
+                yield part
 
-    def _message(self, data: bytes, start: int) -> tuple[Message | None, int]:
-        """The message there and its length; 0 while it is not whole."""
+    def _next(self) -> tuple[bytes | Message, int]:
+        """What comes first, and its length; 0 while it is not whole."""
+        kept = self._kept
+        if kept[0] in b"\r\n":  # Some send empty lines between messages.
+            return b"", 1
+        if kept[0] == _FRAME:
+            end = self._frames_end()
+            return bytes(kept[:end]), end
         try:
-            return self._parsed(data, start)
+            return (bytes(kept), len(kept)) if self._blind else self._message()
         except ValueError:
-            self._blind = self.patient
             if not self.patient:
                 raise
-            return None, 0
+            self._blind = True
+            return bytes(kept), len(kept)
 
-    def _parsed(self, data: bytes, start: int) -> tuple[Message | None, int]:
-        if data[start] in b"\r\n":  # Some send empty lines between messages.
-            return None, 1
-        found = _END.search(data, start + self._searched, start + _MAX_HEAD)
-        if found is None:
-            if len(data) - start >= _MAX_HEAD:
+    def _frames_end(self) -> int:
+        """Where the last whole frame ends."""
+        kept, end = self._kept, 0
+        while len(kept) >= end + 4 and kept[end] == _FRAME:
+            following = end + 4 + int.from_bytes(kept[end + 2 : end + 4], "big")
+            if following > len(kept):
+                break
+            end = following
+        return end
+
+    def _message(self) -> tuple[bytes | Message, int]:
+        kept = self._kept
+        ends = [place + len(end) for end in _ENDS if (place := kept.find(end, 0, _MAX_HEAD)) >= 0]
+        if not ends:
+            if len(kept) >= _MAX_HEAD:
                 raise ValueError("a head without end")
-            self._searched = max(0, len(data) - start - 3)
-            return None, 0
-        head = _head(data[start : found.start()])
-        length = int(head.get("Content-Length") or 0)
-        if len(data) < found.end() + length:
-            self._wanted = found.end() + length - start
-            return None, 0
-        self._searched = 0
-        return head._replace(body=data[found.end() : found.end() + length]), found.end() + length - start
+            return b"", 0
+        head = _head(bytes(kept[: min(ends)]))
+        whole = min(ends) + int(head.get("Content-Length") or 0)
+        if len(kept) < whole:
+            self._wanted = whole
+            return b"", 0
+        return head._replace(body=bytes(kept[min(ends) : whole])), whole
 
 
 def _head(data: bytes) -> Message:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +20,13 @@ from sparsifiner_edge.camera.answers import Answer, FrameRecord
 from sparsifiner_edge.camera.capture import Capture, Frame
 from sparsifiner_edge.camera.confine import confinement
 from sparsifiner_edge.camera.health import HealthServer
-from sparsifiner_edge.camera.lines import LineWriter, open_output
+from sparsifiner_edge.camera.json_lines import LineWriter, open_output
 from sparsifiner_edge.camera.model import TOP, Model
-from sparsifiner_edge.camera.notify import Notifier
-from sparsifiner_edge.camera.overlay import SHOWN, Overlay, Rate, require_overlay_path, text_lines
+from sparsifiner_edge.camera.overlay import SHOWN, Overlay, require_overlay_path, text_lines
 from sparsifiner_edge.camera.sources import Source, require_decoder, require_other_file
-from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.camera.status import Status, notify_systemd
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
+from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.records import write_record
 
 _TICK_S = 0.1
@@ -33,7 +34,7 @@ STALL_S = 3.0
 _PIPELINE = {"missing": ["A GStreamer pipeline is your own command line, and is not confined."]}
 
 
-class Options(NamedTuple):
+class RunOptions(NamedTuple):
     """How to run.
 
     Attributes:
@@ -68,7 +69,7 @@ class Options(NamedTuple):
         return self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels
 
 
-def run_service(bundle: Path, source: Source, options: Options) -> None:
+def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
     """Run a bundle on a video, a camera or the test pattern: one JSON line per frame, one per event on standard error.
 
     SIGTERM and SIGINT end it after the frame at hand; a second one ends it at once.
@@ -168,10 +169,12 @@ def _ms(began_ns: int, ended_ns: int) -> float:
 class _Run:
     """One run's capture, sinks and loop."""
 
-    def __init__(self, model: Model, source: Source, options: Options, status: Status, stop: threading.Event) -> None:
+    def __init__(
+        self, model: Model, source: Source, options: RunOptions, status: Status, stop: threading.Event
+    ) -> None:
         self._stop = stop
         self._model, self._source, self._options, self._status = model, source, options, status
-        self._notifier, self._rate = Notifier(), Rate()
+        self._done_at: deque[float] = deque(maxlen=26)
         self._overlay: Overlay | None = None
         self.failure: str | None = None
 
@@ -182,14 +185,14 @@ class _Run:
         handle = _duplicate(sys.stdout) if output is None else open_output(output, append=live)
         self._lines = LineWriter(handle, not live, self._stop)
         if options.overlay is not None:
-            self._overlay = Overlay(options.overlay, self._model.fit.letterbox)
+            self._overlay = Overlay(options.overlay)
         fit = self._model.fit._replace(display=SHOWN if self._overlay else 0)
         self._capture = Capture(self._source, fit, options.fps, options.stall_s, self._status, options.allow_redirect)
         self._capture.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._notifier.say("STOPPING=1")
+        notify_systemd("STOPPING=1")
         self._capture.__exit__()
         self.failure = self._capture.failure
         try:
@@ -197,16 +200,17 @@ class _Run:
         finally:
             with self._disk_errors() if kind is None else contextlib.suppress(OSError):
                 self._lines.close()
-            if self._lines.cut:
-                self._status.event("output_cut")
             self._sync_counts()
 
     def loop(self) -> None:
         """Frames through the model until the source ends, enough is done, or someone asks to stop."""
         deadline = None if self._options.duration_s is None else time.monotonic() + self._options.duration_s
-        self._notifier.say("READY=1")
+        notify_systemd("READY=1")
+        alive_at = 0.0
         while not self._stop.is_set() and (deadline is None or time.monotonic() < deadline):
-            self._notifier.alive()
+            if time.monotonic() >= alive_at + 1:
+                alive_at = time.monotonic()
+                notify_systemd("WATCHDOG=1")
             frame = self._capture.mailbox.take(_TICK_S)
             if frame is None:
                 if self._capture.mailbox.closed:
@@ -251,7 +255,9 @@ class _Run:
         )
 
     def _draw(self, frame: Frame, record: FrameRecord, outputs: dict[str, Array]) -> None:
-        rate = self._rate.tick()
+        self._done_at.append(time.monotonic())
+        span_s = self._done_at[-1] - self._done_at[0]
+        rate = (len(self._done_at) - 1) / span_s if span_s else 0.0
         if self._overlay is None or frame.shown is None:
             return
         changes = self._model.change_map(outputs) if record.top is None else None
@@ -279,27 +285,12 @@ class _Run:
             except OSError as error:
                 self._overlay_failed(error)
 
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            if self._options.output is None:
-                raise
-            raise ArtifactError(
-                f"{self._options.output} cannot be written: {error.strerror}.", "Free space or choose another place."
-            ) from error
+    def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._options.output is None else io_errors(self._options.output)
 
     def _sync_counts(self) -> None:
-        """Tell when the output begins to fail, and when it works again."""
+        """And tell when the output fails for the first time."""
         counts, lines = self._status.counts, self._lines
-        if lines.errors > counts["output_errors"] and not self._failing:
+        if lines.errors and not counts["output_errors"]:
             self._status.event("output_failing", errors=lines.errors)
-        elif lines.errors == counts["output_errors"] and self._failing:
-            self._status.event("output_works", errors=lines.errors)
-        self._failing = lines.errors > counts["output_errors"]
         counts["lines_dropped"], counts["output_errors"] = lines.dropped, lines.errors
-
-    _failing = False

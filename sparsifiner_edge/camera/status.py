@@ -1,8 +1,10 @@
-"""What a run is doing: counters, state, and one JSON line on standard error for each change of state."""
+"""What a run is doing: counters, state, one JSON line for each change of state, and what systemd is told."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -94,3 +96,14 @@ class Status:
     def silent_s(self) -> float | None:
         """Seconds since the last answer; None before the first."""
         return None if self._processed_at is None else time.monotonic() - self._processed_at
+
+
+def notify_systemd(text: str) -> None:
+    """Send READY=1, WATCHDOG=1 or STOPPING=1 to the socket that systemd names (sd_notify), if it does."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    address = "\0" + address[1:] if address.startswith("@") else address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
+        service.setblocking(False)
+        service.sendto(text.encode(), address)

@@ -4,8 +4,7 @@ Refused is what names a file, another process or the machine. Calls younger than
 architectures number them alike, from `_YOUNG` on, and libraries know how to do without. So the table below is whole and
 stays so: what it does not refuse touches the memory, descriptors and threads of the process itself.
 
-By one system call of our own. Of the libraries on PyPI, pyseccomp was last released in January 2021 and needs the
-system's libseccomp, and sandlock (13 MB of native code) filters only processes that it starts.
+By one system call of our own: the libraries on PyPI need the system's libseccomp, or filter only what they start.
 """
 
 from __future__ import annotations

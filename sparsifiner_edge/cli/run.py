@@ -81,9 +81,10 @@ def command(
     A live source is waited for and opened again when it is lost; what happens to it is told on standard error, one
     JSON line each. SIGTERM and Ctrl-C end it after the frame at hand, with exit code 0.
     """
-    from sparsifiner_edge.camera import stills
-    from sparsifiner_edge.camera.health import parse_address
-    from sparsifiner_edge.camera.service import Options, run_service
+    from sparsifiner_edge.camera import still_images
+    from sparsifiner_edge.camera.health import parse_host_port
+    from sparsifiner_edge.camera.model import Model
+    from sparsifiner_edge.camera.service import RunOptions, run_service
     from sparsifiner_edge.camera.sources import parse_source
 
     parsed = parse_source(source)
@@ -91,16 +92,17 @@ def command(
     if still:
         duration, frames = options["duration_s"], options["frames"]
         _require_usable(bundle, parsed, output, overlay=overlay, metrics=metrics, duration=duration, frames=frames)
-    address = None if metrics is None else parse_address(metrics)
-    chosen = Options(output=output, overlay=overlay, metrics=address, **options)
+    address = None if metrics is None else parse_host_port(metrics)
+    chosen = RunOptions(output=output, overlay=overlay, metrics=address, **options)
     if still:
-        _write(stills.run_images(bundle, parsed.location, *chosen.model()), output)
+        with Model(bundle, *chosen.model()) as model:
+            _write(still_images.run_images(model, Path(parsed.location)), output)
     else:
         run_service(bundle, parsed, chosen)
 
 
 def _write(records: Iterator[ImageRecord], output: Path | None) -> None:
-    from sparsifiner_edge.camera.lines import new_lines
+    from sparsifiner_edge.camera.json_lines import new_lines
 
     # The first before the file: what is wrong with the bundle is told before anything is made.
     records = itertools.chain([next(records)], records)
@@ -131,6 +133,6 @@ def _require_usable(bundle: Path, source: Source, output: Path | None, **for_vid
 
 
 def _print(record: object) -> None:
-    from sparsifiner_edge.camera.lines import line_of
+    from sparsifiner_edge.camera.json_lines import line_of
 
     click.echo(line_of(record)[0].decode(), nl=False)

@@ -108,12 +108,12 @@ def test_errors_anywhere_become_messages(error: Exception, monkeypatch: Any, tmp
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("sparsifiner_edge.camera.stills.run_images", fail)
+    monkeypatch.setattr("sparsifiner_edge.camera.model.Model", fail)
     assert_refused(call(capsys, "run", tmp_path, "--source", tmp_path))
 
 
 def test_a_bug_stays_a_traceback(monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr("sparsifiner_edge.camera.stills.run_images", lambda *_: 1 / 0)
+    monkeypatch.setattr("sparsifiner_edge.camera.model.Model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["run", str(tmp_path), "--source", str(tmp_path)])
 

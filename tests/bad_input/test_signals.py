@@ -108,7 +108,7 @@ def test_nohup_is_respected(bundle: Path, pictures: Path) -> None:
         "import os, signal, sys\n"
         "from sparsifiner_edge.cli.main import main\n"
         "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "import sparsifiner_edge.camera.stills as stills\n"
+        "import sparsifiner_edge.camera.still_images as stills\n"
         "run = stills.run_images\n"
         "stills.run_images = lambda *a: (os.kill(os.getpid(), signal.SIGHUP), run(*a))[1]\n"
         "main(['run', sys.argv[1], '--source', sys.argv[2]])"

@@ -110,7 +110,7 @@ def test_attempts_of_a_process_count_for_the_next(tmp_path: Path, monkeypatch: p
         tmp_path,
         monkeypatch,
         "import json, os, sys\n"
-        "from sparsifiner_edge.camera.wire import StateHeader, send\n"
+        "from sparsifiner_edge.camera.decoder_protocol import StateHeader, send\n"
         "attempt = json.load(sys.stdin)['attempts']\n"
         "for number in (1, 2):\n"
         "    send(1, StateHeader('lost', attempt + number, 'no route'))\n",
@@ -127,7 +127,9 @@ def test_attempts_of_a_process_count_for_the_next(tmp_path: Path, monkeypatch: p
 
 def test_no_word_of_a_decoder_ends_a_live_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_decoder(
-        tmp_path, monkeypatch, "from sparsifiner_edge.camera.wire import EndHeader, send\nsend(1, EndHeader())"
+        tmp_path,
+        monkeypatch,
+        "from sparsifiner_edge.camera.decoder_protocol import StateHeader, send\nsend(1, StateHeader('ended'))",
     )
     events: list[dict[str, Any]] = []
     status = Status("test", events.append)
@@ -143,7 +145,10 @@ def test_the_mailbox_is_closed_whatever_becomes_of_the_events(tmp_path: Path, mo
 
     monkeypatch.setattr(capture.threading, "excepthook", lambda _: None)
     fake_decoder(
-        tmp_path, monkeypatch, "from sparsifiner_edge.camera.wire import EndHeader, send\nsend(1, EndHeader('x'))"
+        tmp_path,
+        monkeypatch,
+        "from sparsifiner_edge.camera.decoder_protocol import StateHeader, send\n"
+        "send(1, StateHeader('ended', reason='x'))",
     )
     with Capture(Source("file", "v.mp4", False, "v.mp4"), Fit(8), 1, 3, Status("x", tell)) as running:
         wait_until(lambda: running.mailbox.closed)

@@ -149,7 +149,7 @@ def test_older_versions_of_landlock(version: int) -> None:
 DECODE = """
 import contextlib, json, os, sys, msgspec
 from sparsifiner_edge.camera import child, libav
-from sparsifiner_edge.camera.wire import Request
+from sparsifiner_edge.camera.decoder_protocol import Request
 request = json.loads(sys.stdin.read())
 child.import_decoder()
 if request["user"] is not None:
@@ -161,7 +161,7 @@ def confine(*arguments):
     threads.append(len(os.listdir("/proc/self/task")))
     return real(*arguments)
 child.confine = confine
-child.limit(pipeline=False)
+child.limit_resources()
 with contextlib.ExitStack() as opened:
     frames, numbers = child._prepared(msgspec.convert(request, Request), opened, os.getppid()), []
     for frame in frames():

@@ -19,7 +19,7 @@ import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, sha256
 from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.stills import run_images
+from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.errors import SparsifinerError
 from tests.bad_images import BAD_IMAGES, png_of_size
 from tests.camera.hostile import SECRET, make_hostile
@@ -33,12 +33,11 @@ READ = """
 import io, json, os, re, socket, time
 from pathlib import Path
 from sparsifiner_edge.camera.child import _said, import_decoder
-from sparsifiner_edge.camera.confine import confine
+from sparsifiner_edge.camera.confine import confine, limit_resources
 from sparsifiner_edge.camera.libav import read_stream
-from sparsifiner_edge.camera.limits import limit
 from sparsifiner_edge.camera.prepare import Fit
 files = socket.socket(fileno=0)
-limit(pipeline=False)
+limit_resources()
 import_decoder()
 status = open("/proc/self/status")  # getrusage would tell of the process that started this one, too.
 confine(os.getppid())
@@ -140,7 +139,8 @@ def test_images(cells: Path, tmp_path: Path) -> None:
         (tmp_path / f"size{number}.png").write_bytes(png_of_size(*size))
     (tmp_path / "page.html").rename(tmp_path / "page.png")
     before, most = snapshot(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    records = list(run_images(cells, tmp_path))
+    with Model(cells, "onnxruntime", None) as model:
+        records = list(run_images(model, tmp_path))
     assert len(records) == 11
     assert all("cannot be read as an image" in (record.error or "") for record in records)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 300_000

@@ -26,7 +26,7 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def spoilt(folder: Path, value: float, output: str = "features") -> Path:
+def corrupted(folder: Path, value: float, output: str = "features") -> Path:
     """A bundle whose first channel is always `value`."""
     bundle = make_bundle(folder, size=8, preprocessing={"size": 8})
     model = onnx.load(bundle / "model.onnx")
@@ -41,7 +41,7 @@ def spoilt(folder: Path, value: float, output: str = "features") -> Path:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_features(value: float, tmp_path: Path) -> None:
-    bundle = spoilt(tmp_path / "bundle", value)
+    bundle = corrupted(tmp_path / "bundle", value)
     outcome = process("run", bundle, "--source", "test", "--frames", 3)
     assert outcome.code == 0, outcome.err
     records = [strict(line) for line in outcome.out.splitlines()]
@@ -60,7 +60,7 @@ def test_features(value: float, tmp_path: Path) -> None:
 
 
 def test_a_classifier_answers_no_class(tmp_path: Path) -> None:
-    bundle = spoilt(tmp_path / "bundle", np.nan, "logits")
+    bundle = corrupted(tmp_path / "bundle", np.nan, "logits")
     outcome = process("run", bundle, "--source", "test", "--frames", 1)
     record = strict(outcome.out)
     assert (record["top"], record["not_finite"]) == ([], 1)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsifiner_edge.camera.lines import LineWriter, new_lines, open_output
+from sparsifiner_edge.camera.json_lines import LineWriter, new_lines, open_output
 from sparsifiner_edge.camera.overlay import Overlay, require_overlay_path
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import umask
@@ -246,7 +246,7 @@ def failing(error: Exception) -> Any:
 
 
 def test_an_encoder_that_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overlay = Overlay(tmp_path / "o.mp4", letterbox=False)
+    overlay = Overlay(tmp_path / "o.mp4")
     overlay.write(np.zeros((64, 64, 3), np.uint8), ["text"], None, 0.0)
 
     class Stream:

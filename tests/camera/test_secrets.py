@@ -142,19 +142,19 @@ def test_what_is_taken_for_a_path_but_is_none(text: str) -> None:
     [
         ("rtsp://u:p@h/Streaming/Channels/101", "rtsp://***@h/Streaming/Channels/101"),
         ("rtsp://u@[fe80::1%eth0]:8554", "rtsp://***@[fe80::1%eth0]:8554"),
-        ("rtsp://h:8554/cam/realmonitor?channel=1&subtype=0", "rtsp://h:8554/cam/realmonitor?channel=***&subtype=***"),
+        ("rtsp://h:8554/cam/realmonitor?channel=1&subtype=0", "rtsp://h:8554/cam/realmonitor?***"),
         ("rtsp://h/axis-media/media.amp", "rtsp://h/axis-media/media.amp"),
         (
-            "gst:nvarguscamerasrc sensor-id=1 ! video/x-raw(memory:NVMM), width=1280, format={NV12,I420}, "
+            "gst:nvarguscamerasrc sensor-id=1 ! video/x-raw(memory:NVMM), width=1280, format=NV12, "
             "framerate=30/1 ! nvvidconv ! video/x-raw",
         )
         * 2,
         ("gst:rtspsrc location=rtsp://u:p@h latency=0 ! x", "gst:rtspsrc location=rtsp://***@h latency=0 ! x"),
-        ("gst:tee name=t t. ! queue ! fakesink t.src_1 ! queue foo=bar",) * 2,
+        ("gst:videotestsrc num-buffers=5 ! queue foo=bar", "gst:videotestsrc num-buffers=*** ! queue foo=***"),
     ],
 )  # fmt: skip
 def test_what_is_harmless_is_shown(text: str, shown: str) -> None:
-    assert parse_source(text).shown == shown.replace("foo=bar", "foo=***")
+    assert parse_source(text).shown == shown
 
 
 def test_messages_of_others() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import slow_clients
-from sparsifiner_edge.camera import server as page_server
-from sparsifiner_edge.camera.health import HealthServer, parse_address
+from sparsifiner_edge.camera import health
+from sparsifiner_edge.camera.health import HealthServer, parse_host_port
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ConfigError
 
@@ -65,19 +65,19 @@ def test_clients_without_end(kind: str) -> None:
     found = slow_clients.summary(slow_clients.measure(kind, 1500, 2))
     assert found["unanswered"] == 0
     assert found["longest_wait_s"] < 5
-    assert found["descriptors"] < page_server.MOST_CONNECTIONS + 20
+    assert found["descriptors"] < health.MOST_CONNECTIONS + 20
     assert found["cores"] < 0.3
 
 
 def test_the_oldest_makes_room(port: int) -> None:
     before = descriptors()
-    clients = [connect(port) for _ in range(page_server.MOST_CONNECTIONS + 50)]
+    clients = [connect(port) for _ in range(health.MOST_CONNECTIONS + 50)]
     for client in clients:
         client.sendall(b"GET /")
-    with clients[0], pytest.raises(ConnectionResetError):
-        clients[0].recv(1)
+    with clients[0]:
+        assert_closed(clients[0])
     assert answer_to(port, GET).startswith(b"HTTP/1.1 503 ")
-    assert descriptors() - before < len(clients) + page_server.MOST_CONNECTIONS + 5
+    assert descriptors() - before < len(clients) + health.MOST_CONNECTIONS + 5
     with clients[-1]:
         clients[-1].sendall(GET.removeprefix(b"GET /"))
         assert b'"healthy": false' in rest(clients[-1])
@@ -87,7 +87,7 @@ def test_the_oldest_makes_room(port: int) -> None:
 
 def test_the_whole_request_has_a_deadline(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However often the client sends a byte; one that never reads its answer is closed, too."""
-    monkeypatch.setattr(page_server, "DEADLINE_S", 0.5)
+    monkeypatch.setattr(health, "DEADLINE_S", 0.5)
     with connect(port) as dripping, connect(port) as deaf:
         deaf.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
         drip(dripping)
@@ -104,13 +104,19 @@ def drip(client: socket.socket) -> None:
             time.sleep(0.02)
 
 
+def assert_closed(client: socket.socket) -> None:
+    """Without an answer."""
+    with contextlib.suppress(ConnectionResetError):
+        assert client.recv(1) == b""
+
+
 def status_of(said: bytes) -> int:
     return int(said.split(b" ", 2)[1])
 
 
 REQUESTS = [
-    ("a line without end", [b"GET /" + b"x" * 9000], 414),
-    ("too many headers", [b"GET /healthz HTTP/1.1\r\n" + b"A: b\r\n" * 2000], 431),
+    ("a line without end", [b"GET /" + b"x" * 9000], 400),
+    ("too many headers", [b"GET /healthz HTTP/1.1\r\n" + b"A: b\r\n" * 2000], 400),
     ("HTTP/0.9", [b"GET /healthz\r\n"], 400),
     ("no HTTP", [b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\n"], 400),
     ("another method", [b"POST /metrics HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * 5000], 405),
@@ -131,8 +137,7 @@ def test_any_request_is_answered_once_and_closed(port: int) -> None:
             assert f"Content-Length: {len(content)}".encode() in head
             assert b"Connection: close" in head
     assert answer_to(port, GET * 3).count(b"HTTP/1.1 503") == 1
-    with pytest.raises(ConnectionResetError):
-        answer_to(port, GET.removesuffix(b"\r\n"), half_close=True)
+    assert answer_to(port, GET.removesuffix(b"\r\n"), half_close=True) == b""
 
 
 def test_head(port: int) -> None:
@@ -151,8 +156,8 @@ def test_nothing_is_left_at_the_end() -> None:
     with clients[0]:
         assert clients[0].recv(1) == b""
     for client in clients[1:]:
-        with client, pytest.raises(ConnectionResetError):
-            client.recv(1)
+        with client:
+            assert_closed(client)
     assert descriptors() == before
 
 
@@ -175,7 +180,7 @@ def test_a_page_that_cannot_be_made_takes_no_other_with_it() -> None:
 )  # fmt: skip
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_address(text)
+        parse_host_port(text)
     assert caught.value.fix
     assert len(caught.value.what) < 300
     assert caught.value.what.isprintable()

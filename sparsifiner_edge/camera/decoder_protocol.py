@@ -67,27 +67,22 @@ class FrameHeader(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="ki
 
 
 class StateHeader(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind", tag="state"):
-    """What becomes of a live source; `retry_s` is 0 while it connects."""
+    """What becomes of the source.
 
-    state: Literal["connecting", "lost"]
+    A live one connects, and is lost for `retry_s`; another ends, by itself or for a reason.
+    """
+
+    state: Literal["connecting", "lost", "ended"]
     attempt: _Count = 0
     reason: str | None = None
     retry_s: _Seconds = 0.0
 
     def __post_init__(self) -> None:
-        _require_reason(self.reason)
+        if self.reason is not None and (len(self.reason) > MAX_REASON or not self.reason.isprintable()):
+            raise ValueError("a reason that cannot be")
 
 
-class EndHeader(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="kind", tag="end"):
-    """The source came to its end, or why it ended before."""
-
-    reason: str | None = None
-
-    def __post_init__(self) -> None:
-        _require_reason(self.reason)
-
-
-Header: TypeAlias = FrameHeader | StateHeader | EndHeader
+Header: TypeAlias = FrameHeader | StateHeader
 
 
 class _Announced(msgspec.Struct):
@@ -99,7 +94,7 @@ class _Announced(msgspec.Struct):
 _HEADERS, _SHAPES = msgspec.json.Decoder(Header), msgspec.json.Decoder(_Announced)
 
 
-class Message(NamedTuple):
+class DecoderMessage(NamedTuple):
     """What the decoding process says.
 
     Attributes:
@@ -111,7 +106,7 @@ class Message(NamedTuple):
     images: list[Pixels]
 
 
-class WireError(Exception):
+class ProtocolError(Exception):
     """The other side sent what is no message."""
 
 
@@ -133,12 +128,12 @@ def _write(handle: int, data: memoryview) -> None:
         data = data[os.write(handle, data) :]
 
 
-def receive(handle: int, seconds: float) -> Message | None:
+def receive(handle: int, seconds: float) -> DecoderMessage | None:
     """Read one message; None at the end of the stream.
 
     Raises:
         StalledError: it did not come whole within `seconds`.
-        WireError: it is no message.
+        ProtocolError: it is no message.
     """
     deadline = time.monotonic() + seconds
     prefix = _read(handle, _LENGTH.size, deadline)
@@ -146,7 +141,7 @@ def receive(handle: int, seconds: float) -> Message | None:
         return None
     (length,) = _LENGTH.unpack(prefix)
     if length > _MAX_HEADER:
-        raise WireError(f"a header of {length} bytes")
+        raise ProtocolError(f"a header of {length} bytes")
     content = _read(handle, length, deadline)
     if content is None:
         return None
@@ -157,22 +152,17 @@ def receive(handle: int, seconds: float) -> Message | None:
         if pixels is None:
             return None
         images.append(np.frombuffer(pixels, np.uint8).reshape(shape))
-    return Message(header, images)
+    return DecoderMessage(header, images)
 
 
 def _parsed(content: bytearray) -> tuple[Header, list[tuple[int, int, Literal[3]]]]:
     try:
         header, shapes = _HEADERS.decode(content), _SHAPES.decode(content).shapes
     except (ValueError, RecursionError) as error:
-        raise WireError(f"a header that cannot be read: {shown(error, 100)}") from error
+        raise ProtocolError(f"a header that cannot be read: {shown(error, 100)}") from error
     if isinstance(header, FrameHeader) and not shapes:
-        raise WireError("a frame without image")
+        raise ProtocolError("a frame without image")
     return header, shapes
-
-
-def _require_reason(reason: str | None) -> None:
-    if reason is not None and (len(reason) > MAX_REASON or not reason.isprintable()):
-        raise ValueError("a reason that cannot be")
 
 
 def _read(handle: int, count: int, deadline: float) -> bytearray | None:

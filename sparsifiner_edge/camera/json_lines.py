@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import queue
 import select
 import stat
-import struct
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +20,6 @@ from sparsifiner_edge.text import dump_json, finite
 _WAITING = 64
 _DRAIN_S = 2.0
 _STUCK_S = 1.0
-_MOST_PIPE = 1 << 20
-"""Bytes that a pipe may be widened to by anyone, unless the system is set up otherwise."""
 
 
 def line_of(content: object) -> tuple[bytes, int]:
@@ -39,10 +34,10 @@ def line_of(content: object) -> tuple[bytes, int]:
 
 
 class LineWriter:
-    """Writes lines from a thread of its own, whole or not at all.
+    """Writes lines from a thread of its own.
 
-    No line is begun before there is room for all of it, wherever the system can tell (files, and pipes up to 1 MiB a
-    line). Whether the descriptor blocks, which all its holders have in common, makes no difference.
+    A pipe, socket or terminal gets no more at a time than it has room for, so that a reader who does not read holds
+    nothing up; whether the descriptor blocks, which all its holders have in common, makes no difference.
 
     Args:
         handle: a file descriptor, closed at the end; None discards every line.
@@ -51,14 +46,12 @@ class LineWriter:
         hurry: once set, patience ends: somebody asked to stop.
 
     Attributes:
-        dropped: lines that were not written, for want of room.
+        dropped: lines that were not written, for want of room; of the last one a part may have been.
         errors: lines that the disk refused.
-        cut: the last line has no end: it was too long for its pipe, or went to a socket or terminal, and the reader
-            took no more before patience ended.
     """
 
     def __init__(self, handle: int | None, patient: bool, hurry: threading.Event | None = None) -> None:
-        self.dropped, self.errors, self.cut = 0, 0, False
+        self.dropped, self.errors = 0, 0
         self.error: OSError | None = None
         self._handle, self._patient = handle, patient
         self._hurry, self._over = hurry or threading.Event(), threading.Event()
@@ -120,78 +113,36 @@ class LineWriter:
             os.close(self._handle)
 
     def _write(self, handle: int, line: bytes) -> None:
-        done = 0
+        done, is_file = 0, stat.S_ISREG(os.fstat(handle).st_mode)
+        most = len(line) if is_file else select.PIPE_BUF
         try:
-            while done < len(line) and (room := self._room(handle, len(line) - done)):
-                done += _write_now(handle, line[done : done + room])
+            while done < len(line) and self._has_room(handle):
+                with contextlib.suppress(BlockingIOError):  # Another process was faster to take the room.
+                    done += os.write(handle, line[done : done + most])
         except OSError as error:
             self.errors += 1
             if self._patient or isinstance(error, BrokenPipeError):
                 self.error = error
         else:
             self.dropped += done < len(line)
-        if 0 < done < len(line):
-            self._take_back(handle, done)
+        if is_file and 0 < done < len(line):
+            _take_back(handle, done)
 
-    def _room(self, handle: int, wanted: int) -> int:
-        """Wait for the reader; bytes that can be written at once, 0 if patience ended before there was room."""
-        pause = 0.0005
+    def _has_room(self, handle: int) -> bool:
+        """Wait for the reader; False if patience ended before there was room."""
+        room = select.poll()
+        room.register(handle, select.POLLOUT)
         while not self._over.is_set():
-            room = _room_now(handle, wanted)
-            if room:
-                return room
-            self._over.wait(pause)
-            pause = min(2 * pause, 0.05)
-        return 0
-
-    def _take_back(self, handle: int, done: int) -> None:
-        """No half lines, where that can be: the begun one is removed."""
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            self.cut = True
-            return
-        with contextlib.suppress(OSError):
-            end = os.lseek(handle, -done, os.SEEK_CUR)
-            os.ftruncate(handle, min(end, os.fstat(handle).st_size))  # Logs are rotated by being emptied.
+            if room.poll(100):
+                return True
+        return False
 
 
-def _write_now(handle: int, data: bytes) -> int:
-    """Bytes written; 0 where another process was faster to take the room."""
-    try:
-        return os.write(handle, data)
-    except BlockingIOError:
-        time.sleep(0.001)
-        return 0
-
-
-def _room_now(handle: int, wanted: int) -> int:
-    """How many of so many bytes can be written without being held up, after a look of at most 0.1 s."""
-    kind = os.fstat(handle).st_mode
-    if stat.S_ISREG(kind):
-        return wanted
-    ready = select.poll()
-    ready.register(handle, select.POLLOUT)
-    events = ready.poll(100)
-    if not events:
-        return 0
-    if events[0][1] != select.POLLOUT or wanted <= select.PIPE_BUF:  # Else: who read has left; writing tells.
-        return wanted
-    if not stat.S_ISFIFO(kind):
-        return select.PIPE_BUF
-    # A pipe with something in it may hold little more, since parts of its pages lie idle; empty, it holds its size.
-    return 0 if _unread(handle) else min(wanted, _widened(handle, wanted))
-
-
-def _unread(handle: int) -> int:
-    return int(struct.unpack("i", fcntl.ioctl(handle, termios.FIONREAD, bytes(4)))[0])
-
-
-def _widened(handle: int, wanted: int) -> int:
-    """Bytes that a pipe holds, after it was widened for so many where that is allowed."""
-    size = fcntl.fcntl(handle, fcntl.F_GETPIPE_SZ)
-    if size < wanted:
-        with contextlib.suppress(OSError):
-            size = fcntl.fcntl(handle, fcntl.F_SETPIPE_SZ, min(wanted, _MOST_PIPE))
-    return size
+def _take_back(handle: int, done: int) -> None:
+    """No half lines: the begun one is removed."""
+    with contextlib.suppress(OSError):
+        end = os.lseek(handle, -done, os.SEEK_CUR)
+        os.ftruncate(handle, min(end, os.fstat(handle).st_size))  # Logs are rotated by being emptied.
 
 
 def open_output(path: Path, append: bool) -> int:
@@ -210,7 +161,7 @@ def open_output(path: Path, append: bool) -> int:
         # Always at the end, wherever that is after the file was emptied: logs are rotated so.
         handle = os.open(path, os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | (os.O_RDWR if append else os.O_WRONLY), 0o666)
         try:
-            _claim(handle, path)
+            _require_free(lock(handle), path)
             if append:
                 _end_line(handle)
             else:
@@ -221,13 +172,9 @@ def open_output(path: Path, append: bool) -> int:
         return handle
 
 
-def _claim(handle: int, path: Path) -> None:
-    if not lock(handle):
-        raise _busy(path)
-
-
-def _busy(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path} is written by another run.", "Give another file, or end that run.")
+def _require_free(free: bool, path: Path) -> None:
+    if not free:
+        raise ArtifactError(f"{path} is written by another run.", "Give another file, or end that run.")
 
 
 def _end_line(handle: int) -> None:
@@ -250,8 +197,7 @@ def new_lines(path: Path) -> Iterator[Callable[[object], None]]:
     require_file_path(path)
     place = Path(os.path.realpath(path))
     with io_errors(path):
-        if os.access(place, os.R_OK) and is_locked(place):
-            raise _busy(path)
+        _require_free(not os.access(place, os.R_OK) or not is_locked(place), path)
     with replaced_file(path) as scratch:
         try:
             writer = LineWriter(os.open(scratch, os.O_WRONLY | os.O_CLOEXEC), patient=True)
