@@ -10,8 +10,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles.measure import layers
 from sparsifiner_edge.profiles.measure.attribution import find_places
-from sparsifiner_edge.profiles.measure.kinds import KINDS, Row, by_kind
-from sparsifiner_edge.profiles.measure.layers import measure_layers, read_trace
+from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS, Row, measure_layers, ms_by_kind, read_trace
 from sparsifiner_edge.profiles.measure.worker import fixed_inputs
 from sparsifiner_edge.records import write_record
 from tests.plain import profile_bundle
@@ -84,7 +83,9 @@ def test_times_add_up_and_lie_within_the_profiled_query(exported):
     assert report["queries"] == 20
     assert sum(row["ms"] for row in report["layers"]) == pytest.approx(report["layers_total_ms"])
     assert sum(row["share"] for row in report["layers"]) == pytest.approx(1)
-    assert sum(by_kind([Row(**row) for row in report["layers"]]).values()) == pytest.approx(report["layers_total_ms"])
+    assert sum(ms_by_kind([Row(**row) for row in report["layers"]]).values()) == pytest.approx(
+        report["layers_total_ms"]
+    )
     assert 0 < report["layers_total_ms"] <= 1.2 * report["profiled_ms"]
     assert min(row["ms"] for row in report["layers"]) >= 0
 
@@ -100,7 +101,7 @@ def test_a_costly_part_is_found_costly(tmp_path):
 def test_a_profile_has_layers_and_how_they_compare(exported):
     result = profile_bundle(exported["dense"], seconds=0.1, min_queries=8, threads=1, power=False)
     figures = result["statistics"]["subject"]
-    assert {row["kind"] for row in figures["layers"]} <= set(KINDS)
+    assert {row["kind"] for row in figures["layers"]} <= set(LAYER_KINDS)
     compared = figures["layers_compared"]
     assert compared["latency_p50_ms"] == figures["latency_ms"]["p50"]["value"]
     assert compared["total_over_latency"] == figures["layers_total_ms"] / compared["latency_p50_ms"]
@@ -193,7 +194,7 @@ def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
             pass
 
     monkeypatch.setattr(layers, "open_checked", lambda *_: Session())
-    with pytest.raises(BackendError, match="onnxruntime on GPU tells no times per layer"):
+    with pytest.raises(BackendError, match="onnxruntime on GPU gives no times per layer"):
         measured(exported["dense"], "portable")
 
 

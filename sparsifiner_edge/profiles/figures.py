@@ -6,10 +6,10 @@ import msgspec
 
 from sparsifiner_edge.profiles.flags import Flag
 from sparsifiner_edge.profiles.measure.comparison import Comparison
-from sparsifiner_edge.profiles.measure.kinds import Row
-from sparsifiner_edge.profiles.measure.memory import Bytes, Phase
+from sparsifiner_edge.profiles.measure.layers import Row
+from sparsifiner_edge.profiles.measure.memory import Bytes, PhaseMemory
+from sparsifiner_edge.profiles.measure.resource_usage import Usage
 from sparsifiner_edge.profiles.measure.side import WarmUp
-from sparsifiner_edge.profiles.measure.usage import Usage
 from sparsifiner_edge.profiles.rules import Mlperf, Rules
 from sparsifiner_edge.profiles.sensors import Energy
 from sparsifiner_edge.profiles.sensors.base import Described
@@ -24,9 +24,9 @@ from sparsifiner_edge.runtime.session import Description
 class Phases(msgspec.Struct, frozen=True, kw_only=True):
     """Memory phase by phase, and the device's in the steady one, with its source."""
 
-    load: Phase
-    first_inference: Phase
-    steady: Phase
+    load: PhaseMemory
+    first_inference: PhaseMemory
+    steady: PhaseMemory
     device_bytes: Bytes
     device_source: str
 
@@ -46,7 +46,7 @@ class Figures(Summary, frozen=True, kw_only=True):
     Attributes:
         import_ms to rss_after_first_inference_bytes: see `worker.Loading` and `worker.First`.
         rss_bytes, pss_bytes, peak_rss_bytes: of the whole process at the end; see `memory.Memory`.
-        parts_ms: medians by part of a query, where the session tells. mlperf: under these rules alone.
+        parts_ms: medians by part of a query, where the session gives them. mlperf: under these rules alone.
         layers, layers_total_ms, layers_compared: where asked for.
     """
 
@@ -108,13 +108,13 @@ class Input(msgspec.Struct, frozen=True):
 class Method(msgspec.Struct, frozen=True, kw_only=True):
     """How it was measured; by role where sides may differ. The last four: of two sides, or where cut short."""
 
-    scenario: str
-    clock: str
+    scenario: str = "single stream: one query at a time, from Session.infer's call to its return"
+    clock: str = "time.perf_counter_ns"
     rules: Rules
     input: Input
-    isolation: str
-    load_ms: str
-    peak_rss_bytes: str
+    isolation: str = "one process per bundle"
+    load_ms: str = "the session's creation alone, after importing the backend (import_ms)"
+    peak_rss_bytes: str = "VmHWM of the whole process: Python, the backend and the model"
     memory_sources: dict[str, str]
     runtime: dict[str, Description]
     warm_up: dict[str, WarmUp]
@@ -123,7 +123,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     conditions: dict[str, Seen]
     problems: list[str]
     flag_thresholds: dict[str, float]
-    layers: str
+    layers: str = "the backend's own profiler, in a process of its own after the latency was measured"
     ratio: str | None = None
     first_in_round: list[str] | None = None
     rewarm_queries: dict[str, int] | None = None

@@ -64,33 +64,25 @@ class Rules(msgspec.Struct, frozen=True):
         return expected if self.max_seconds is None else min(expected, self.max_seconds)
 
 
-def make_rules(
-    name: str, seconds: float | None, min_queries: int | None, max_seconds: float | None, seed: int
-) -> Rules:
-    """The rules called `name`, with the numbers that are given in place of its own.
+def make_rules(name: str, seconds: float | None = None, min_queries: int | None = None, seed: int = 0) -> Rules:
+    """The rules called `name`, with the numbers that are given in place of their own.
 
     Raises:
         ConfigError: no such rules, or a number is out of range.
     """
     if name not in RULES:
         raise ConfigError(f"rules is {name!r}.", f"Choose one of: {', '.join(RULES)}.")
-    _check(seconds, min_queries, max_seconds)
-    if name == "mlperf":
-        own = (seconds, min_queries, max_seconds) == (None, None, None)
-        length = (seconds or MLPERF_SECONDS, min_queries or MLPERF_QUERIES)
-        return Rules(name, *length, seed, max_seconds, MLPERF_ENOUGH_QUERIES, own)
-    seconds = seconds or _QUICK_SECONDS
-    # Twice, because a comparison also spends time on unrecorded queries.
-    most = max(2 * seconds, max_seconds or _QUICK_MAX_SECONDS)
-    return Rules(name, seconds, min_queries or _QUICK_QUERIES, seed, most)
-
-
-def _check(seconds: float | None, min_queries: int | None, max_seconds: float | None) -> None:
-    for name, value in (("seconds", seconds), ("max_seconds", max_seconds)):
-        if value is not None and finite_number(value, name) == 0:
-            raise ConfigError(f"{name} is {value}.", "Give a number above 0.")
+    if seconds is not None and finite_number(seconds, "seconds") == 0:
+        raise ConfigError(f"seconds is {seconds}.", "Give a number above 0.")
     if min_queries is not None and not 1 <= min_queries <= MOST_COUNT:
         raise ConfigError(f"min_queries is {min_queries}.", f"Give from 1 to {MOST_COUNT}.")
+    if name == "mlperf":
+        own = seconds is None and min_queries is None
+        length = (seconds or MLPERF_SECONDS, min_queries or MLPERF_QUERIES)
+        return Rules(name, *length, seed, enough_queries=MLPERF_ENOUGH_QUERIES, valid=own)
+    seconds = seconds or _QUICK_SECONDS
+    # Twice, because a comparison also spends time on unrecorded queries.
+    return Rules(name, seconds, min_queries or _QUICK_QUERIES, seed, max(2 * seconds, _QUICK_MAX_SECONDS))
 
 
 def early_stopping(

@@ -11,7 +11,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.runtime.child import Child, start_child
 
-Reply = TypeVar("Reply")
+Record = TypeVar("Record")
 
 
 class Worker:
@@ -21,7 +21,7 @@ class Worker:
         self.pid = child.pid
         self._child = child
 
-    def ask(self, op: str, timeout_s: float, form: type[Reply], **arguments: object) -> Reply:
+    def ask(self, op: str, timeout_s: float, form: type[Record], **arguments: object) -> Record:
         """Send one request, of `worker.OPERATIONS`, and wait for its reply, a record of the class `form`.
 
         Raises:
@@ -52,6 +52,6 @@ class Worker:
 
 @contextlib.contextmanager
 def start_worker() -> Iterator[Worker]:
-    """A fresh worker, killed when the block ends, by whatever way."""
+    """A fresh worker, killed when the block ends, however it ends."""
     with start_child("sparsifiner_edge.profiles.measure.worker") as child:
         yield Worker(child)

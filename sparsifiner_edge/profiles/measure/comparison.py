@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.profiles.measure.side import Side
+from sparsifiner_edge.profiles.measure.side import MeasuredSide
 from sparsifiner_edge.results import Estimate, Subject
 
 
@@ -26,7 +26,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     sentence: str
 
 
-def compare(subject: Side, against: Side, names: list[str]) -> Comparison:
+def compare(subject: MeasuredSide, against: MeasuredSide, names: list[str]) -> Comparison:
     """The ratio of two sides."""
     ratios = stats.round_ratios(subject.blocks, against.blocks)
     low, high = stats.quantile_interval(ratios, 0.5)

@@ -1,6 +1,6 @@
 """Memory of a measured process, phase by phase: resident, proportional, on the device; each with its source.
 
-From outside or inside the process, at the end of each phase:
+From outside the process or inside it, at the end of each phase:
 
     memory = MemoryPhases(worker.pid)
     ...load...              memory.end("load")
@@ -28,7 +28,7 @@ SOURCES = {
     "rss_bytes": "VmRSS at the phase's end",
     "peak_rss_bytes": "VmHWM, reset through clear_refs at the phase's start",
     "pss_bytes": "Pss of smaps_rollup at the phase's end (the kernel keeps no peak of it)",
-    "device_bytes": "NVML's memory of this process; where NVML does not name it, the rise of the card's used "
+    "device_bytes": "NVML's memory of this process; where NVML does not list it, the rise of the card's used "
     "memory since before the first phase, other programs included (then `device_source` says so)",
     "unified_bytes": "fall of MemAvailable since before the first phase: process and device together, other "
     "programs included",
@@ -45,7 +45,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     pss_bytes: Bytes
 
 
-class Phase(Memory, frozen=True, kw_only=True):
+class PhaseMemory(Memory, frozen=True, kw_only=True):
     """Of a process, at the end of a phase.
 
     Attributes:
@@ -95,13 +95,13 @@ class MemoryPhases:
         self._process = root / "proc" / str(pid)
         self._unified = (root / "etc/nv_tegra_release").exists()
         self._available = self._mem_available()
-        self._card_used = _card_used()
-        self.phases: dict[str, Phase] = {}
+        self._card_used, _ = _card_memory(pid)
+        self.phases: dict[str, PhaseMemory] = {}
         self._peak: Bytes | None = None
         self._reset = ""
         self._begin()
 
-    def end(self, name: str) -> Phase:
+    def end(self, name: str) -> PhaseMemory:
         """End a phase and begin the next."""
         now = read_memory(self._process)
         peak = now.peak_rss_bytes
@@ -123,45 +123,34 @@ class MemoryPhases:
     def _mem_available(self) -> Bytes:
         return _kilobytes(self._root / "proc/meminfo", "MemAvailable")
 
-    def _with_device(self, process: Memory) -> Phase:
+    def _with_device(self, process: Memory) -> PhaseMemory:
+        device: Bytes = Unavailable("processor and GPU share their memory: see unified_bytes")
+        unified: Bytes = Unavailable("processor and GPU have memories of their own, or there is no GPU")
+        source = None
         if self._unified:
-            device: Bytes = Unavailable("processor and GPU share their memory: see unified_bytes")
-            source = None
-            unified = _fall(self._available, self._mem_available())
+            unified = _difference(self._available, self._mem_available())
         else:
-            device, source = _device_memory(self._pid, self._card_used)
-            unified = Unavailable("processor and GPU have memories of their own, or there is no GPU")
-        return Phase(**asdict(process), device_bytes=device, device_source=source, unified_bytes=unified)
+            used, device = _card_memory(self._pid)
+            if isinstance(used, int) and isinstance(device, Unavailable):
+                source = f"{device.why}: rise of the card's used memory"
+                device = _difference(used, self._card_used)
+        return PhaseMemory(**asdict(process), device_bytes=device, device_source=source, unified_bytes=unified)
 
 
-def _fall(before: Bytes, now: Bytes) -> Bytes:
-    if isinstance(before, int) and isinstance(now, int):
-        return max(0, before - now)
-    return now if isinstance(before, int) else before
+def _difference(more: Bytes, less: Bytes) -> Bytes:
+    if isinstance(more, int) and isinstance(less, int):
+        return max(0, more - less)
+    return less if isinstance(more, int) else more
 
 
-def _card_used() -> Bytes:
-    """Bytes in use on the card, by whomever."""
+def _card_memory(pid: int) -> tuple[Bytes, Bytes]:
+    """Bytes in use on the card, by any process and by this one."""
     try:
         with nvml_device() as (nvml, card):
-            return int(nvml.nvmlDeviceGetMemoryInfo(card).used)
-    except UnavailableError as error:
-        return Unavailable(why(error))
-
-
-def _device_memory(pid: int, used_before: Bytes) -> tuple[Bytes, str | None]:
-    """`device_bytes` of a process; where NVML does not tell it by process, the card's rise, and `device_source`."""
-    try:
-        with nvml_device() as (nvml, card):
+            used = int(nvml.nvmlDeviceGetMemoryInfo(card).used)
             processes = nvml.nvmlDeviceGetComputeRunningProcesses(card)
     except UnavailableError as error:
-        return Unavailable(why(error)), None
-    used = [process.usedGpuMemory for process in processes if process.pid == pid]
-    if used and used[0] is not None:
-        return int(used[0]), None
-    now = _card_used()
-    if not isinstance(now, int) or not isinstance(used_before, int):
-        return (used_before if isinstance(now, int) else now), None
-    # In a container the driver counts processes by other numbers; on some systems it tells no memory by process.
-    reason = "NVML gives no memory of this process" if used else "NVML does not list this process"
-    return max(0, now - used_before), f"{reason}: rise of the card's used memory"
+        return Unavailable(why(error)), Unavailable(why(error))
+    own = next((process.usedGpuMemory for process in processes if process.pid == pid), None)
+    # In a container the driver counts processes by other numbers; on some systems it gives no memory by process.
+    return used, Unavailable("NVML gives no memory of this process") if own is None else int(own)

@@ -7,7 +7,7 @@
     {"op": "usage"}                                                 -> processor time and page faults so far
     {"op": "layers", "bundle": ..., ..., "query_ms": ...}           -> times per layer (in a worker that loaded nothing)
     {"op": "describe"}                                              -> Session.description (costs memory: ask last)
-    {"op": "close"}                                                 -> leaves; so does the end of standard input
+    {"op": "close"}                                                 -> ends; so does the end of standard input
 
 A reply is {"ok": ...} or {"error": {"what": ..., "fix": ...}}.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,7 +26,7 @@ import numpy as np
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, SparsifinerError
 from sparsifiner_edge.profiles.measure.memory import read_memory
-from sparsifiner_edge.profiles.measure.usage import ProcessUsage, process_usage
+from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage, process_usage
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import Parent
@@ -35,19 +36,17 @@ from sparsifiner_edge.runtime.session import Array, Description
 if TYPE_CHECKING:
     from sparsifiner_edge.profiles.measure.layers import LayerTimes
 
-SEED = 0
 
-
-def fixed_inputs(specs: list[TensorSpec], seed: int = SEED, batch: int = 1) -> dict[str, Array]:
+def fixed_inputs(specs: list[TensorSpec], batch: int = 1) -> dict[str, Array]:
     """One random array per input, the same on every call: uint8 over its range, floats in [0, 1).
 
     Args:
-        specs: a session's inputs. seed: of the values. batch: size of a dynamic first axis.
+        specs: a session's inputs. batch: size of a dynamic first axis.
 
     Raises:
         BackendError: an input of another type, or dynamic beyond its first axis.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     arrays: dict[str, Array] = {}
     for spec in specs:
         shape = [batch if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(spec.shape)]
@@ -86,7 +85,6 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded, and how that went."""
 
-    backend_version: str
     input_shapes: dict[str, list[int]]
     loading: Loading
 
@@ -98,12 +96,12 @@ class First(msgspec.Struct, frozen=True, kw_only=True):
     rss_after_first_inference_bytes: int | Unavailable
 
 
-class Block(msgspec.Struct, frozen=True, kw_only=True):
+class QueryBlock(msgspec.Struct, frozen=True, kw_only=True):
     """Queries one after the other.
 
     Attributes:
         latency_ms: of each. window_ns: when it began and ended, CLOCK_MONOTONIC.
-        parts_ms: of each, by part, where the session tells.
+        parts_ms: of each, by part, where the session gives them.
     """
 
     latency_ms: list[float]
@@ -121,20 +119,18 @@ class _Worker:
     def load(self, **given: Any) -> Loaded:
         asked = Load(**given)
         start = time.perf_counter_ns()
-        version = load_backend(asked.backend)
+        load_backend(asked.backend)
         import_ms = _since(start)
         before = read_memory().rss_bytes
         self.session = open_session(asked.bundle, asked.backend, asked.threads, asked.kernels)
-        loaded = read_memory().rss_bytes
-        self.inputs = fixed_inputs(self.session.inputs, batch=asked.batch)
         loading = Loading(
             import_ms=import_ms,
             load_ms=self.session.load_ms,
             rss_before_load_bytes=before,
-            rss_after_load_bytes=loaded,
+            rss_after_load_bytes=read_memory().rss_bytes,
         )
-        shapes = {name: list(value.shape) for name, value in self.inputs.items()}
-        return Loaded(backend_version=version, input_shapes=shapes, loading=loading)
+        self.inputs = fixed_inputs(self.session.inputs, asked.batch)
+        return Loaded(input_shapes={name: list(value.shape) for name, value in self.inputs.items()}, loading=loading)
 
     def first(self) -> First:
         session = self._loaded()
@@ -143,7 +139,7 @@ class _Worker:
         first_ms = _since(start)
         return First(first_inference_ms=first_ms, rss_after_first_inference_bytes=read_memory().rss_bytes)
 
-    def block(self, queries: int, rewarm: int) -> Block:
+    def block(self, queries: int, rewarm: int) -> QueryBlock:
         session, inputs, clock = self._loaded(), self.inputs, time.perf_counter_ns
         for _ in range(rewarm):
             session.infer(inputs)
@@ -161,7 +157,7 @@ class _Worker:
         finally:
             window = (begin, time.monotonic_ns())
             gc.enable()
-        return Block(latency_ms=[ns / 1e6 for ns in times], window_ns=window, parts_ms=parts)
+        return QueryBlock(latency_ms=[ns / 1e6 for ns in times], window_ns=window, parts_ms=parts)
 
     def usage(self) -> ProcessUsage:
         return process_usage()
@@ -170,16 +166,11 @@ class _Worker:
         return self._loaded().description
 
     def layers(self, query_ms: float, **given: Any) -> LayerTimes:
-        from sparsifiner_edge.profiles.measure.layers import (
-            measure_layers,  # imports onnx, which measuring has no use for
-        )
+        from sparsifiner_edge.profiles.measure.layers import measure_layers
 
         asked = Load(**given)
-
-        def inputs(specs: list[TensorSpec]) -> dict[str, Array]:
-            return fixed_inputs(specs, batch=asked.batch)
-
-        return measure_layers(asked.bundle, asked.backend, asked.threads, asked.kernels, inputs, query_ms)
+        make_inputs = partial(fixed_inputs, batch=asked.batch)
+        return measure_layers(asked.bundle, asked.backend, asked.threads, asked.kernels, make_inputs, query_ms)
 
     def _loaded(self) -> Session:
         if self.session is None:
