@@ -55,8 +55,7 @@ class Peak(NamedTuple):
 
 
 def predicted_ms(point: Point, board: Board, share: RooflineFit) -> float:
-    chosen = roofline.precisions(point.precision, board)
-    return 1e3 * sum(n * roofline.cost(o, board, chosen, share).seconds for o, n in point.operators.items())
+    return 1e3 * sum(n * roofline.cost(o, board, point.precision, share).seconds for o, n in point.operators.items())
 
 
 def _operators(work: Workload) -> Counter[OperatorWork]:

@@ -212,8 +212,12 @@ def test_a_fixed_batch_costs_more_and_less_for_each(tmp_path: Path) -> None:
 
 def test_precisions_and_what_is_int8() -> None:
     orin = load_board("jetson-orin-nano-8gb")
-    assert roofline.precisions("int8", orin) == {"linear": "int8", "attention": "fp16", "predictor": "fp16"}
-    assert roofline.precisions("int8", load_board("cpu-generic"))["attention"] == "fp32"
+    assert roofline.other_precision("int8", orin) == "fp16"
+    assert roofline.other_precision("fp32", orin) == "fp32"
+    assert roofline.other_precision("int8", load_board("cpu-generic")) == "fp32"
+    products = {engine: roofline.OperatorWork(0, "mlp", engine, 1e12, 0, 0, 0) for engine in ("linear", "attention")}
+    linear, other = (roofline.cost(work, orin, "int8", IDEAL).seconds for work in products.values())
+    assert other / linear == pytest.approx(orin.peak("int8") / orin.peak("fp16"))
     times = [total(Workload(VIT_S, DENSE), orin, precision) for precision in ("fp32", "tf32", "fp16", "int8")]
     assert times == sorted(times, reverse=True)
 

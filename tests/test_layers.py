@@ -1,4 +1,5 @@
 import json
+import time
 import types
 
 import numpy as np
@@ -78,15 +79,16 @@ def test_a_dense_file_has_no_selection_and_the_same_parts(exported):
     assert all("layer" not in row and row["kind"] == "other" for row in head)
 
 
-def test_times_add_up_and_lie_within_the_profiled_query(exported):
+def test_times_add_up_and_lie_within_the_time_of_twenty_queries(exported):
+    start = time.perf_counter()
     report = measured(exported["dense"], "portable")
-    assert report["queries"] == 20
+    wall_ms = 1000 * (time.perf_counter() - start)
     assert sum(row["ms"] for row in report["layers"]) == pytest.approx(report["layers_total_ms"])
     assert sum(row["share"] for row in report["layers"]) == pytest.approx(1)
     assert sum(ms_by_kind([Row(**row) for row in report["layers"]]).values()) == pytest.approx(
         report["layers_total_ms"]
     )
-    assert 0 < report["layers_total_ms"] <= 1.2 * report["profiled_ms"]
+    assert 0 < 20 * report["layers_total_ms"] < wall_ms
     assert min(row["ms"] for row in report["layers"]) >= 0
 
 
@@ -109,7 +111,7 @@ def test_a_profile_has_layers_and_how_they_compare(exported):
 
 def test_a_profiler_that_fails_costs_the_layers_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("sparsifiner_edge.profiles.profile.LOAD_TIMEOUT_S", 1e-3)
-    monkeypatch.setattr("sparsifiner_edge.profiles.measure.client.Worker.ask", _ask_with_time(30))
+    monkeypatch.setattr("sparsifiner_edge.profiles.measure.side.Worker.ask", _ask_with_time(30))
     bundle = make_bundle(tmp_path / "b")
     figures = profile_bundle(bundle, seconds=0.05, min_queries=1, threads=1, power=False)["statistics"]["subject"]
     assert figures["queries"] > 0
@@ -118,7 +120,7 @@ def test_a_profiler_that_fails_costs_the_layers_alone(tmp_path, monkeypatch):
 
 
 def _ask_with_time(seconds):
-    from sparsifiner_edge.profiles.measure.client import Worker
+    from sparsifiner_edge.profiles.measure.side import Worker
 
     ask = Worker.ask
     return lambda self, op, wait_s, form, **more: ask(self, op, wait_s if op == "layers" else seconds, form, **more)
@@ -136,10 +138,9 @@ def test_a_trace_gives_medians_of_the_last_runs():
     trace = [{"cat": "Session", "name": "session_initialization", "dur": 5}]
     for first, second in ((90, 50), (1, 4), (3, 4), (2, 40)):
         trace += [event("a", first), event("twins", second), event("twins", 1, "Add"), run(first + second + 2)]
-    times, operators, whole = read_trace(trace, 3)
+    times, operators = read_trace(trace, 3)
     assert times == {"a": 2, "twins": 5}
     assert operators == {"a": "MatMul", "twins": "Add"}
-    assert whole == 9
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,6 @@ def test_a_session_with_a_profiler_of_its_own_is_asked(exported, monkeypatch):
         (0, "MatMul", "mlp", 0.75),
         (None, "fused", "other", 0.25),
     ]
-    assert "profiled_ms" not in report
 
 
 def test_a_device_without_a_profiler_says_so(exported, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.measure import observe as observation
-from sparsifiner_edge.profiles.measure.client import Worker
+from sparsifiner_edge.profiles.measure.side import Worker
 from sparsifiner_edge.profiles.measure.worker import _Worker
 from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.sensors import PowerSensor, Reading

@@ -44,14 +44,6 @@ def test_mlperf_ends_by_time_and_queries_or_by_many_queries(seconds, queries, en
     assert rules().enough(seconds, queries, blocks=1000) is enough
 
 
-def test_what_mlperf_will_take_is_foreseen():
-    assert rules().expected_s(100.0) == 600
-    assert rules().expected_s(1000.0) == 1024
-    assert rules().expected_s(10.0) == pytest.approx(245.76)
-    assert rules("quick").expected_s(1.0) == 10
-    assert rules("quick").expected_s(10_000.0) == 60
-
-
 def test_quick_needs_its_time_and_its_queries():
     quick = rules("quick", seconds=1.0)
     assert not quick.enough(0.9, 1000, 1000)
@@ -89,7 +81,7 @@ def test_a_shortened_mlperf_run_is_reported_as_not_valid(tmp_path):
     figures = result["statistics"]["subject"]
     assert result["method"]["rules"]["valid"] is False
     assert figures["mlperf"]["valid"] is False
-    assert figures["mlperf"]["queries"] == figures["queries"] >= 64
+    assert figures["queries"] >= 64
     p90 = figures["latency_ms"]["p90"]
     assert p90["value"] <= figures["mlperf"]["early_stopping_p90_ms"] <= max(result["samples"]["subject"]["latency_ms"])
     # 1,000 queries and more: the bound is close to the percentile, not the largest of all.

@@ -43,7 +43,7 @@ _AGAIN = "Export the bundle again."
 
 
 class Bounded(msgspec.Struct, frozen=True, kw_only=True):
-    """A value, and what it lies between; in the unit of the field that holds it."""
+    """A value and its bounds, in the unit of the field that holds it."""
 
     value: float
     low: float
@@ -69,7 +69,7 @@ class OperatorCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EstimateStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle would cost; fits_memory: "yes", "no" or "perhaps"."""
+    """What a bundle would cost; fits_memory: "yes" by the upper bound, "no" by the lower one, else "perhaps"."""
 
     latency_ms: Bounded
     memory_bytes: Bounded
@@ -86,7 +86,7 @@ class Assumed(msgspec.Struct, frozen=True):
 
 
 class EstimateMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was computed; board: as it is set. precision: of linear layers and of the rest."""
+    """How it was computed; board: in its power mode. precision: of linear layers and of the rest."""
 
     estimate: str
     board: dict[str, Any]
@@ -144,12 +144,12 @@ def estimate_bundle(
     device = device if power_mode is None else device.in_mode(power_mode)
     plan = _plan(checked, device, precision, kernels)
     spent = roofline.costs(plan.work, device, plan.precision, plan.fit)
-    latency, memory = _latency(plan, spent), _memory(plan)
+    latency, memory, room = _latency(plan, spent), _memory(plan), device.memory_gb * 1e9
     statistics = EstimateStatistics(
         latency_ms=latency,
         memory_bytes=memory,
         energy_j=_energy(plan, spent, latency),
-        fits_memory=_fits(memory, device),
+        fits_memory="yes" if memory.high <= room else "no" if memory.low > room else "perhaps",
         operators=_by_kind(spent),
     )
     return EstimateResult("estimate", [checked.subject()], _method(plan, power_mode), {}, statistics)
@@ -256,12 +256,6 @@ def peak_activations(work: Workload, size: int) -> tuple[float, float]:
     return work.batch * float(layer), work.batch * scores
 
 
-def _fits(memory: Bounded, board: Board) -> str:
-    """ "yes", "no" or "perhaps": even the upper bound fits, not even the lower one does, or between."""
-    room = board.memory_gb * 1e9
-    return "yes" if memory.high <= room else "no" if memory.low > room else "perhaps"
-
-
 def _energy(plan: _Plan, found: Sequence[Cost], latency: Bounded) -> EnergyJ:
     """(idle + utilisation x (cap - idle)) x time; the cap is the power mode's, else the most that the board takes."""
     board = plan.board
@@ -297,7 +291,7 @@ def _by_kind(found: Sequence[Cost]) -> list[OperatorCost]:
 def _method(plan: _Plan, power_mode: str | None) -> EstimateMethod:
     left_out = ("sources", "power_modes", "jetpack", "rails")
     described = {name: value for name, value in msgspec.structs.asdict(plan.board).items() if name not in left_out}
-    others = roofline.precisions(plan.precision, plan.board)["attention"]
+    others = roofline.other_precision(plan.precision, plan.board)
     return EstimateMethod(
         estimate="computed, not measured; `machine` is where it was computed, not the board",
         board=described,

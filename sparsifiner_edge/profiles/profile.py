@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import numpy as np
 from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import (
+    Comparison,
     Figures,
     Input,
     LayersCompared,
@@ -20,20 +22,23 @@ from sparsifiner_edge.profiles.figures import (
     SideSamples,
     Statistics,
 )
-from sparsifiner_edge.profiles.measure.client import start_worker
-from sparsifiner_edge.profiles.measure.comparison import compare, two_names
 from sparsifiner_edge.profiles.measure.layers import LayerTimes
-from sparsifiner_edge.profiles.measure.memory import SOURCES
 from sparsifiner_edge.profiles.measure.observe import Observation, observe, side_figures
-from sparsifiner_edge.profiles.measure.side import LOAD_TIMEOUT_S, MeasuredSide, TimedProgress, load_side
+from sparsifiner_edge.profiles.measure.side import (
+    LOAD_TIMEOUT_S,
+    MeasuredSide,
+    OnStage,
+    load_side,
+    stage_progress,
+    start_worker,
+)
 from sparsifiner_edge.profiles.measure.worker import Load
-from sparsifiner_edge.profiles.rules import RULES, make_rules
+from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import check_backend, check_kernels
 from sparsifiner_edge.runtime.session import Description
-
-__all__ = ["RULES", "Progress", "profile_bundle"]
 
 
 def profile_bundle(
@@ -81,17 +86,17 @@ def profile_bundle(
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     bundles = {role: open_bundle(path) for role, path in folders.items()}
     if rules == "mlperf":
-        _refuse_batches(bundles)
-    timed = TimedProgress(progress, len(bundles) * (settings.seconds + 1.0))
+        _reject_batches(bundles)
+    on_stage = stage_progress(progress, len(bundles) * (settings.seconds + 1.0))
     with contextlib.ExitStack() as stack:
         sides = []
         for role, path in folders.items():
-            timed.stage(f"loading {path.name}")
+            on_stage(f"loading {path.name}")
             request = Load(bundle=str(path.resolve()), backend=backend, threads=threads, kernels=kernels)
             sides.append(load_side(role, stack.enter_context(start_worker()), request))
-        seen = observe(sides, settings, timed, power)
+        seen = observe(sides, settings, on_stage, power)
         described = {side.role: _described(side) for side in sides}
-    return _result(bundles, sides, seen, described, timed if layers else None)
+    return _result(bundles, sides, seen, described, on_stage if layers else None)
 
 
 def _result(
@@ -99,15 +104,15 @@ def _result(
     sides: list[MeasuredSide],
     seen: Observation,
     described: dict[str, Description],
-    layers: TimedProgress | None,
+    on_layers: OnStage | None,
 ) -> ProfileResult:
-    """The result of what was measured; where `layers` is given, their times are measured now."""
+    """The result of what was measured; where `on_layers` is given, layers are timed first."""
     subjects = [bundle.subject(role) for role, bundle in bundles.items()]
     figures = {side.role: side_figures(side, seen, described[side.role].kernels) for side in sides}
-    compared = compare(sides[0], sides[1], two_names(subjects)) if len(sides) == 2 else None
-    if layers is not None:
+    compared = _compare(sides[0], sides[1], _two_names(subjects)) if len(sides) == 2 else None
+    if on_layers is not None:
         for side in sides:
-            layers.stage(f"timing the layers of {side.role}")
+            on_layers(f"timing the layers of {side.role}")
             figures[side.role] = _with_layers(figures[side.role], side)
     samples = {side.role: SideSamples(side.latency_ms, side.parts_ms or None) for side in sides}
     return ProfileResult(
@@ -119,15 +124,12 @@ def _result(
     )
 
 
-def _refuse_batches(bundles: dict[str, Bundle]) -> None:
+def _reject_batches(bundles: dict[str, Bundle]) -> None:
     """MLPerf's single stream has one sample a query: better rejected now than after ten minutes."""
     for role, bundle in bundles.items():
-        batch = bundle.manifest.batch
-        if batch not in (None, 1):
-            raise ConfigError(
-                f"The {role}'s batch is fixed at {batch}; mlperf takes one image a query.",
-                "Export it with a batch of 1, or dynamic.",
-            )
+        if bundle.manifest.batch not in (None, 1):
+            what = f"The {role}'s batch is fixed at {bundle.manifest.batch}; mlperf takes one image a query."
+            raise ConfigError(what, "Export it with a batch of 1, or dynamic.")
 
 
 def _described(side: MeasuredSide) -> Description:
@@ -149,9 +151,7 @@ def _with_layers(figures: Figures, side: MeasuredSide) -> Figures:
         why = Unavailable(error.what)
         return replace(figures, layers=why, layers_total_ms=why, layers_compared=why)
     total = found.layers_total_ms
-    compared = LayersCompared(
-        latency_p50_ms=p50, total_over_latency=total / p50, queries=found.queries, profiled_ms=found.profiled_ms
-    )
+    compared = LayersCompared(latency_p50_ms=p50, total_over_latency=total / p50)
     return replace(figures, layers=found.layers, layers_total_ms=total, layers_compared=compared)
 
 
@@ -160,7 +160,6 @@ def _method(sides: list[MeasuredSide], seen: Observation, described: dict[str, D
     return Method(
         rules=seen.rules,
         input=Input("uniform random, seed 0, made once", sides[0].loaded.input_shapes),
-        memory_sources=SOURCES,
         runtime=described,
         warm_up={side.role: side.warm_up for side in sides},
         block_queries={side.role: len(side.blocks[0]) for side in sides},
@@ -170,6 +169,37 @@ def _method(sides: list[MeasuredSide], seen: Observation, described: dict[str, D
         flag_thresholds=flags.THRESHOLDS,
         ratio="median over rounds of: against's median latency over the subject's, within one round" if two else None,
         first_in_round=seen.order if two else None,
-        rewarm_queries={side.role: side.rewarm for side in sides} if two else None,
         cut_short=seen.cut_short or None,
     )
+
+
+def _compare(subject: MeasuredSide, against: MeasuredSide, names: list[str]) -> Comparison:
+    ratios = stats.round_ratios(subject.blocks, against.blocks)
+    low, high = stats.quantile_interval(ratios, 0.5)
+    ratio = float(np.median(ratios))
+    verdict = stats.judge(low, high)
+    return Comparison(
+        ratio=stats.estimate(ratio, low, high, "order statistics of paired rounds, effective sample size"),
+        rounds=len(ratios),
+        verdict=verdict,
+        sentence=_sentence(verdict, names, ratio, low, high),
+    )
+
+
+def _two_names(subjects: list[Subject]) -> list[str]:
+    """Two names that differ: the models', else the folders', else by place."""
+    for key in ("name", "path"):
+        names = [Path(getattr(subject, key)).name for subject in subjects]
+        if names[0] != names[1]:
+            return names
+    return [f"{names[0]} (first)", f"{names[1]} (second)"]
+
+
+def _sentence(verdict: str, names: list[str], ratio: float, low: float | None, high: float | None) -> str:
+    subject, against = names
+    if low is None or high is None:
+        return f"No difference shown between {subject} and {against}: too few independent rounds; measure longer."
+    interval = f"95 % interval {low:.3f} to {high:.3f}"
+    if verdict == "no difference shown":
+        return f"No difference shown between {subject} and {against}: ratio {ratio:.3f}, {interval}, not beyond +-1 %."
+    return f"{subject} is {verdict} than {against}: {ratio:.3f} times its speed, {interval}."

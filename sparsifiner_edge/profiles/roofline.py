@@ -7,7 +7,7 @@ shares are fitted to published and recorded measurements by `benchmarks/estimate
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs
@@ -169,19 +169,18 @@ def _bodies(number: int, shape: ModelShape, work: Workload) -> list[OperatorWork
     ]
 
 
-def precisions(precision: str, board: Board) -> dict[str, str]:
-    """Precision of each engine. int8 is for linear layers alone; the rest runs in fp16 where the board has it."""
-    rest = ("fp16" if board.fp16_tflops else "fp32") if precision == "int8" else precision
-    return {"linear": precision, "attention": rest, "predictor": rest}
+def other_precision(precision: str, board: Board) -> str:
+    """Of what is no linear layer: int8 is for those alone; the rest runs in fp16 where the board has it."""
+    return ("fp16" if board.fp16_tflops else "fp32") if precision == "int8" else precision
 
 
-def cost(operator: OperatorWork, board: Board, precision: Mapping[str, str], fit: RooflineFit) -> Cost:
+def cost(operator: OperatorWork, board: Board, precision: str, fit: RooflineFit) -> Cost:
     """Time of one operator; with `IDEAL` as `fit`, what no program can beat at these peaks.
 
     Raises:
         ConfigError: the board has no arithmetic for the precision.
     """
-    chosen = precision[operator.engine]
+    chosen = precision if operator.engine == "linear" else other_precision(precision, board)
     peak = board.peak(chosen) * getattr(fit, operator.engine) * (fit.int8 if chosen == "int8" else 1.0)
     moved = (operator.weights + operator.activations) * SIZES[chosen]
     moved += 4 * (operator.scores + operator.body * fit.body_passes)
@@ -204,8 +203,7 @@ def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> lis
     Raises:
         ConfigError: see `cost`.
     """
-    chosen = precisions(precision, board)
-    return [cost(operator, board, chosen, fit) for operator in operators(work)]
+    return [cost(operator, board, precision, fit) for operator in operators(work)]
 
 
 def seconds(found: Sequence[Cost]) -> float:

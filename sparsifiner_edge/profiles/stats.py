@@ -46,7 +46,7 @@ def percentile(samples: Series, share: float) -> float:
 
 
 def effective_size(series: Series) -> int:
-    """How many independent samples tell as much about the mean as this series, which may be correlated in time.
+    """How many independent samples say as much about the mean as this series, which may be correlated in time.
 
     Geyer's initial positive sequence (Statistical Science 7, 1992): autocorrelations are summed in pairs until a pair
     is not positive. Between 1 and len(series).
@@ -145,10 +145,9 @@ def summarise(latency_ms: Series) -> Summary:
 def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.ndarray[Any, Any]:
     """Per round, against's median over the subject's: above 1 where the subject is faster.
 
-    A round holds a block of either side, run back to back: what slows the machine for longer than a round slows both,
-    and cancels. The ratio of two bundles is the median over rounds; its interval is `quantile_interval(ratios, 0.5)`.
-    A bootstrap over rounds was tried: beside another program on the machine, when ratios fall on either side of 1 in
-    runs, it missed the truth for equal bundles four times as often as its 95 % allow; order statistics did not.
+    A round holds a block of either side, run back to back: what slows the machine for longer slows both, and cancels.
+    The ratio of two bundles is the median over rounds, its interval `quantile_interval(ratios, 0.5)`; a bootstrap over
+    rounds missed the truth four times as often as its 95 % allow, beside another program on the machine.
     """
     return np.array([np.median(b) / np.median(a) for a, b in zip(subject, against, strict=True)])
 

@@ -15,14 +15,14 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import Input, SideSamples
-from sparsifiner_edge.profiles.measure.client import start_worker
 from sparsifiner_edge.profiles.measure.side import (
     LOAD_TIMEOUT_S,
     MeasuredSide,
-    TimedProgress,
     WarmUp,
     load_side,
     measure_blocks,
+    stage_progress,
+    start_worker,
     warm_up,
 )
 from sparsifiner_edge.profiles.measure.worker import Load
@@ -110,7 +110,7 @@ def sweep_bundle(
     check_kernels(kernels)
     checked = open_bundle(Path(bundle))
     place, points = str(checked.folder.resolve()), _points(axes, threads, checked)
-    timed = TimedProgress(progress, len(points) * (rules.seconds + 2.0))
+    on_stage = stage_progress(progress, len(points) * (rules.seconds + 2.0))
     rows: list[SweepPoint] = []
     samples: dict[str, SideSamples] = {}
     warm_ups: dict[str, WarmUp] = {}
@@ -118,10 +118,10 @@ def sweep_bundle(
         name = f"threads={count},batch={batch}"
         request = Load(bundle=place, backend=backend, threads=count, kernels=kernels, batch=batch)
         with start_worker() as worker:
-            timed.stage(f"measuring {name}")
+            on_stage(f"measuring {name}")
             side = load_side(name, worker, request)
-            warm_up(side, timed)
-            measure_blocks([side], rules, TimedProgress(None, 0.0))
+            warm_up(side, on_stage)
+            measure_blocks([side], rules, on_stage, f"measuring {name}")
             description = worker.ask("describe", LOAD_TIMEOUT_S, Description)
         rows.append(_row(side, count, batch))
         samples[name], warm_ups[name] = SideSamples(side.latency_ms), side.warm_up
@@ -136,8 +136,7 @@ def sweep_bundle(
 
 
 def _row(side: MeasuredSide, threads: int, batch: int) -> SweepPoint:
-    latency = side.latency_ms
-    found = stats.summarise(latency)
+    latency, found = side.latency_ms, stats.summarise(side.latency_ms)
     return SweepPoint(
         threads=threads,
         batch=batch,
@@ -168,7 +167,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _points(axes: Mapping[str, Sequence[int]], threads: int | None, bundle: Bundle) -> list[tuple[int, int]]:
-    """Every combination of threads and batch; a clear refusal before anything is measured."""
+    """Every combination of threads and batch; bad values are rejected before anything is measured."""
     if not axes:
         raise ConfigError("The sweep has no axis.", f"Choose of: {', '.join(AXES)}.")
     for name, values in axes.items():

@@ -21,7 +21,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.runtime.onnxruntime.session import load_backend, native_library
 from sparsifiner_edge.runtime.open import open_checked
-from sparsifiner_edge.runtime.session import Array, Session
+from sparsifiner_edge.runtime.session import Array
 
 LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "other")
 """Parts of a layer. selection: KeySelect, LandmarkKeySelect, TokenScore and the pruning that follows it. other: adds,
@@ -33,7 +33,6 @@ _WARM_UP = 2
 _SUFFIX = "_kernel_time"
 _FIX = "Leave it out (--no-layers)."
 Trace = list[dict[str, Any]]
-"""Events as ONNX Runtime writes them."""
 MakeInputs = Callable[[list[TensorSpec]], dict[str, Array]]
 
 
@@ -55,16 +54,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Time per node, in the order of execution, per query.
-
-    Attributes:
-        profiled_ms: a whole query with the profiler on, where the profiler gives it. queries: how many were profiled.
-    """
+    """Time per node, in the order of execution, per query; and the sum."""
 
     layers: list[Row]
     layers_total_ms: float
-    queries: int
-    profiled_ms: float | None = None
 
 
 def ms_by_kind(rows: Sequence[Row]) -> dict[str, float]:
@@ -94,19 +87,14 @@ def measure_layers(
         if layer_times is not None:
             for _ in range(_WARM_UP):
                 session.infer(inputs)
-            return _merged(_session_rows(layer_times(inputs, queries), model), queries)
-        _require_trace(session)
+            return _merged(_session_rows(layer_times(inputs, queries), model))
         ran = session.description
+        if session.backend != "onnxruntime" or ran.device != "CPU":
+            # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
+            raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
     assert isinstance(ran.threads, int)
     native = str(ran.kernels).startswith("native")
     return _ort_layers(model, ran.threads, "native" if native else "portable", inputs, queries)
-
-
-def _require_trace(session: Session) -> None:
-    device = session.description.device
-    if session.backend != "onnxruntime" or device != "CPU":
-        # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
-        raise BackendError(f"{session.backend} on {device} gives no times per layer.", "Profile it on the CPU.")
 
 
 def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int) -> LayerTimes:
@@ -116,7 +104,7 @@ def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, A
 
     with scratch_folder() as folder:
         trace = _run_profiled(model, folder, threads, kernels, inputs, queries + _WARM_UP)
-        times, operators, whole = read_trace(trace, queries)
+        times, operators = read_trace(trace, queries)
         optimised = onnx.load(str(folder / "optimised.onnx"), load_external_data=False)
     places = place_nodes(optimised, find_places(onnx.load_from_string(model)))
     rows = []
@@ -124,7 +112,7 @@ def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, A
         place = places.get(node, Place(None, "other", node))
         op = place.function or operators[node]
         rows.append(Row(layer=place.layer, name=place.name, op=op, kind=place.kind, ms=ms))
-    return _merged(rows, queries, whole)
+    return _merged(rows)
 
 
 def _run_profiled(
@@ -155,8 +143,8 @@ def _run_profiled(
     return trace
 
 
-def read_trace(trace: Trace, queries: int) -> tuple[dict[str, float], dict[str, str], float]:
-    """Median milliseconds of each node over the last `queries` runs, its operator, and a whole run's median.
+def read_trace(trace: Trace, queries: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Median milliseconds of each node over the last `queries` runs, and its operator.
 
     Args:
         trace: events of ONNX Runtime's profiler: `cat`, `name`, `dur` in microseconds, `args`; a run's nodes come
@@ -166,26 +154,23 @@ def read_trace(trace: Trace, queries: int) -> tuple[dict[str, float], dict[str, 
         BackendError: there are no such events.
     """
     operators: dict[str, str] = {}
-    nodes: list[dict[str, float]] = [{}]
-    runs: list[float] = []
+    runs: list[dict[str, float]] = [{}]
     try:
         for event in trace:
             name = event["name"]
             if event["cat"] == "Node" and name.endswith(_SUFFIX):
                 node = name.removesuffix(_SUFFIX)
                 # Several nodes may share a name: their times add up.
-                nodes[-1][node] = nodes[-1].get(node, 0.0) + event["dur"] / 1000
+                runs[-1][node] = runs[-1].get(node, 0.0) + event["dur"] / 1000
                 operators[node] = str(event["args"]["op_name"])
             elif event["cat"] == "Session" and name == "model_run":
-                runs.append(event["dur"] / 1000)
-                nodes.append({})
+                runs.append({})
     except (KeyError, TypeError, AttributeError) as error:
         raise BackendError(f"ONNX Runtime's trace holds an event without {error}.", _FIX) from error
-    if not operators or not runs:
+    if not operators or len(runs) == 1:
         raise BackendError("ONNX Runtime's trace holds no nodes.", _FIX)
-    last = nodes[:-1][-queries:]
-    times = {node: statistics.median(run.get(node, 0.0) for run in last) for node in operators}
-    return times, operators, statistics.median(runs[-queries:])
+    last = runs[:-1][-queries:]
+    return {node: statistics.median(run.get(node, 0.0) for run in last) for node in operators}, operators
 
 
 def _session_rows(times: Sequence[Mapping[str, Any]], model: bytes) -> list[Row]:
@@ -211,7 +196,7 @@ def _session_rows(times: Sequence[Mapping[str, Any]], model: bytes) -> list[Row]
     return rows
 
 
-def _merged(rows: Sequence[Row], queries: int, whole_ms: float | None = None) -> LayerTimes:
+def _merged(rows: Sequence[Row]) -> LayerTimes:
     """Rows of one layer, name, operator and kind become one, with their number and share; order is kept."""
     groups: dict[tuple[int | None, str, str, str], list[Row]] = {}
     for row in rows:
@@ -221,4 +206,4 @@ def _merged(rows: Sequence[Row], queries: int, whole_ms: float | None = None) ->
     for group in groups.values():
         ms = sum(row.ms for row in group)
         merged.append(replace(group[0], nodes=len(group), ms=ms, share=ms / total if total else 0.0))
-    return LayerTimes(layers=merged, layers_total_ms=total, queries=queries, profiled_ms=whole_ms)
+    return LayerTimes(layers=merged, layers_total_ms=total)

@@ -1,13 +1,5 @@
 """Memory of a measured process, phase by phase: resident, proportional, on the device; each with its source.
 
-From outside the process or inside it, at the end of each phase:
-
-    memory = MemoryPhases(worker.pid)
-    ...load...              memory.end("load")
-    ...first inference...   memory.end("first_inference")
-    ...many more...         memory.end("steady")
-    memory.phases
-
 Files: proc_pid_status(5), proc_pid_clear_refs(5) and the kernel's filesystems/proc.rst.
 """
 
@@ -23,17 +15,8 @@ from sparsifiner_edge.profiles.sensors.base import UnavailableError, read_text, 
 from sparsifiner_edge.profiles.sensors.nvml import nvml_device
 from sparsifiner_edge.records import Unavailable
 
-_RESET_PEAK = "5"
-SOURCES = {
-    "rss_bytes": "VmRSS at the phase's end",
-    "peak_rss_bytes": "VmHWM, reset through clear_refs at the phase's start",
-    "pss_bytes": "Pss of smaps_rollup at the phase's end (the kernel keeps no peak of it)",
-    "device_bytes": "NVML's memory of this process; where NVML does not list it, the rise of the card's used "
-    "memory since before the first phase, other programs included (then `device_source` says so)",
-    "unified_bytes": "fall of MemAvailable since before the first phase: process and device together, other "
-    "programs included",
-}
-"""Where each figure comes from."""
+DEVICE_SOURCE = "NVML's memory of this process"
+UNIFIED_SOURCE = "fall of MemAvailable since before the first phase: process and device, other programs included"
 Bytes = int | Unavailable
 
 
@@ -49,7 +32,7 @@ class PhaseMemory(Memory, frozen=True, kw_only=True):
     """Of a process, at the end of a phase.
 
     Attributes:
-        device_bytes: of an NVIDIA card; device_source: where another source than `SOURCES` says was taken.
+        device_bytes: of an NVIDIA card; device_source: where another source than `DEVICE_SOURCE` was taken.
         unified_bytes: of a Jetson, whose processor and GPU share their memory.
     """
 
@@ -91,10 +74,10 @@ class MemoryPhases:
 
     def __init__(self, pid: int, root: Path = Path("/")) -> None:
         self._pid = pid
-        self._root = root
+        self._meminfo = root / "proc/meminfo"
         self._process = root / "proc" / str(pid)
         self._unified = (root / "etc/nv_tegra_release").exists()
-        self._available = self._mem_available()
+        self._available = _kilobytes(self._meminfo, "MemAvailable")
         self._card_used, _ = _card_memory(pid)
         self.phases: dict[str, PhaseMemory] = {}
         self._peak: Bytes | None = None
@@ -107,32 +90,28 @@ class MemoryPhases:
         peak = now.peak_rss_bytes
         if self._reset and peak == self._peak:
             peak = Unavailable(f"it lies before this phase, and cannot be reset: {self._reset}")
-        phase = self._with_device(replace(now, peak_rss_bytes=peak))
-        self.phases[name] = phase
+        self.phases[name] = self._with_device(replace(now, peak_rss_bytes=peak))
         self._begin()
-        return phase
+        return self.phases[name]
 
     def _begin(self) -> None:
         try:
-            (self._process / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+            (self._process / "clear_refs").write_text("5", encoding="ascii")  # Resets VmHWM.
             self._reset = ""
         except OSError as error:
             self._reset = why(error)
         self._peak = read_memory(self._process).peak_rss_bytes
-
-    def _mem_available(self) -> Bytes:
-        return _kilobytes(self._root / "proc/meminfo", "MemAvailable")
 
     def _with_device(self, process: Memory) -> PhaseMemory:
         device: Bytes = Unavailable("processor and GPU share their memory: see unified_bytes")
         unified: Bytes = Unavailable("processor and GPU have memories of their own, or there is no GPU")
         source = None
         if self._unified:
-            unified = _difference(self._available, self._mem_available())
+            unified = _difference(self._available, _kilobytes(self._meminfo, "MemAvailable"))
         else:
             used, device = _card_memory(self._pid)
             if isinstance(used, int) and isinstance(device, Unavailable):
-                source = f"{device.why}: rise of the card's used memory"
+                source = f"{device.why}: rise of the card's used memory since before the first phase"
                 device = _difference(used, self._card_used)
         return PhaseMemory(**asdict(process), device_bytes=device, device_source=source, unified_bytes=unified)
 

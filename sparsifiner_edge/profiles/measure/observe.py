@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 from msgspec.structs import asdict
 
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import Figures, Phases
-from sparsifiner_edge.profiles.measure.memory import SOURCES, Memory
-from sparsifiner_edge.profiles.measure.resource_usage import (
-    ProcessUsage,
-    Usage,
-    machine_usage,
-    process_usage,
-    usage_between,
-)
-from sparsifiner_edge.profiles.measure.side import MeasuredSide, TimedProgress, measure_blocks, warm_up
+from sparsifiner_edge.profiles.measure.memory import DEVICE_SOURCE, UNIFIED_SOURCE, Memory
+from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage, Usage, busy_s, other_cores, process_usage
+from sparsifiner_edge.profiles.measure.side import MeasuredSide, OnStage, measure_blocks, warm_up
 from sparsifiner_edge.profiles.rules import Rules, mlperf_figures
 from sparsifiner_edge.profiles.sensors import Energy, PowerSensor, Recorder, Recording, energy, find_sensor
 from sparsifiner_edge.profiles.sensors.conditions import Seen
@@ -54,36 +50,41 @@ class Observation(NamedTuple):
         return self.recording.conditions([c for at, c in self.recording.during if within(at, side.windows)])
 
 
-def observe(sides: list[MeasuredSide], rules: Rules, progress: TimedProgress, power: bool) -> Observation:
+def observe(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, power: bool) -> Observation:
     """Warm every side up and measure it, with a sensor beside it.
 
     The idle baseline comes before warm-up, so that nothing cools down between warm-up and the first query.
     """
-    on = _runs_on(sides[0])
+    on = "cpu" if sides[0].request.backend == "onnxruntime" else "gpu"
     sensor = find_sensor(on=on) if power else no_sensor({"power": "not asked for"})
     idle_s = _idle_s(sensor, rules)
     look_s = min(max(_LOOK_SHARE * rules.seconds, _LOOK_S[0]), _LOOK_S[1])
     with Recorder(sensor, conditions_period_s=look_s) as recorder:
         if sensor.available:
-            progress.stage("idling, for the baseline")
+            on_stage("idling, for the baseline")
             recorder.idle(idle_s)
         for side in sides:
-            warm_up(side, progress)
-        own, before = _usages(sides), machine_usage()
-        order = measure_blocks(sides, rules, progress)
-        after, own_after = machine_usage(), _usages(sides)
+            warm_up(side, on_stage)
+        own, busy, start = _usages(sides), busy_s(), time.monotonic()
+        order = measure_blocks(sides, rules, on_stage)
+        seconds, busy_after, own_after = time.monotonic() - start, busy_s(), _usages(sides)
         for side in sides:
             side.memory.end("steady")
         if sensor.available:
-            progress.stage("idling, for the baseline")
+            on_stage("idling, for the baseline")
             recorder.idle(idle_s)
-    spent = sum(own_after[role].cpu_s - own[role].cpu_s for role in own)
-    usage = {s.role: usage_between((own[s.role], own_after[s.role]), (before, after), spent) for s in sides}
+    spent = {role: used.cpu_s - own[role].cpu_s for role, used in own_after.items()}
+    others = other_cores(busy, busy_after, sum(spent.values()), seconds)
+    usage = {
+        side.role: Usage(
+            cpu_s=spent[side.role],
+            major_faults=own_after[side.role].major_faults - own[side.role].major_faults,
+            other_cores=others,
+            allowed_cores=available_cores(),
+        )
+        for side in sides
+    }
     return Observation(rules, order, recorder.recording, usage, _cut_short(sides, rules), on)
-
-
-def _runs_on(side: MeasuredSide) -> str:
-    return "cpu" if side.request.backend == "onnxruntime" else "gpu"
 
 
 def _idle_s(sensor: PowerSensor, rules: Rules) -> float:
@@ -105,16 +106,21 @@ def _cut_short(sides: list[MeasuredSide], rules: Rules) -> str:
 
 def side_figures(side: MeasuredSide, seen: Observation, kernels: str | Unavailable) -> Figures:
     """A side's part of `statistics`, layers apart; `kernels` as its session describes them."""
-    latency = side.latency_ms
+    latency, recording = side.latency_ms, seen.recording
     parts = {name: stats.percentile(times, 0.5) for name, times in side.parts_ms.items()}
+    joules: Known[Energy] = Unavailable(recording.sensor.total.removeprefix(f"{MISSING}: "))
+    if recording.sensor.available:
+        joules = energy(recording, side.windows, side.queries)
     return Figures(
         **asdict(stats.summarise(latency)),
-        **asdict(side.loaded.loading),
-        **asdict(side.first),
+        import_ms=side.loaded.import_ms,
+        load_ms=side.loaded.load_ms,
+        rss_before_load_bytes=side.loaded.rss_before_load_bytes,
+        first_inference_ms=side.first_ms,
         **asdict(_whole(side)),
         queries=side.queries,
         memory=_phases(side),
-        energy=_energy(side, seen.recording),
+        energy=joules,
         usage=seen.usage[side.role],
         parts_ms=parts or None,
         mlperf=mlperf_figures(latency, seen.rules) if seen.rules.name == "mlperf" else None,
@@ -124,25 +130,19 @@ def side_figures(side: MeasuredSide, seen: Observation, kernels: str | Unavailab
             *flags.spread_flags(latency),
             *flags.part_flags(side.parts_ms),
             *flags.condition_flags(seen.conditions(side), seen.on),
-            *flags.power_flags(seen.recording, side.windows),
+            *flags.power_flags(recording, side.windows),
             *flags.usage_flags(seen.usage[side.role], side.queries),
             *flags.kernel_flags(kernels),
         ],
     )
 
 
-def _energy(side: MeasuredSide, recording: Recording) -> Known[Energy]:
-    if not recording.sensor.available:
-        return Unavailable(recording.sensor.total.removeprefix(f"{MISSING}: "))
-    return energy(recording, side.windows, side.queries)
-
-
 def _phases(side: MeasuredSide) -> Phases:
     """Memory by phase, and the device's in the steady one."""
     steady = side.memory.phases["steady"]
-    device, source = steady.device_bytes, steady.device_source or SOURCES["device_bytes"]
+    device, source = steady.device_bytes, steady.device_source or DEVICE_SOURCE
     if isinstance(steady.unified_bytes, int):
-        device, source = steady.unified_bytes, SOURCES["unified_bytes"]
+        device, source = steady.unified_bytes, UNIFIED_SOURCE
     return Phases(**side.memory.phases, device_bytes=device, device_source=source)
 
 

@@ -1,15 +1,7 @@
 """The measured process, `python -m sparsifiner_edge.profiles.measure.worker`: a JSON request and a JSON reply per line.
 
-    {"op": "load", "bundle": ..., "backend": ..., "threads": ..., "kernels": ..., "batch": ...}
-                                                                    -> times, input and memory of loading
-    {"op": "first"}                                                 -> time and memory of the first inference
-    {"op": "block", "queries": n, "rewarm": m}                      -> latency_ms of n queries, after m unrecorded ones
-    {"op": "usage"}                                                 -> processor time and page faults so far
-    {"op": "layers", "bundle": ..., ..., "query_ms": ...}           -> times per layer (in a worker that loaded nothing)
-    {"op": "describe"}                                              -> Session.description (costs memory: ask last)
-    {"op": "close"}                                                 -> ends; so does the end of standard input
-
-A reply is {"ok": ...} or {"error": {"what": ..., "fix": ...}}.
+A request is {"op": ..., and its arguments}, of `OPERATIONS`, which are methods of `_Worker`; a reply is {"ok": ...} or
+{"error": {"what": ..., "fix": ...}}.
 """
 
 from __future__ import annotations
@@ -25,9 +17,9 @@ import numpy as np
 
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, SparsifinerError
-from sparsifiner_edge.profiles.measure.memory import read_memory
+from sparsifiner_edge.profiles.measure.memory import Bytes, read_memory
 from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage, process_usage
-from sparsifiner_edge.records import Unavailable, write_record
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import Parent
 from sparsifiner_edge.runtime.open import load_backend
@@ -73,27 +65,13 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 1
 
 
-class Loading(msgspec.Struct, frozen=True, kw_only=True):
-    """Times and memory: import_ms of the backend's package, load_ms of the session alone."""
-
-    import_ms: float
-    load_ms: float
-    rss_before_load_bytes: int | Unavailable
-    rss_after_load_bytes: int | Unavailable
-
-
 class Loaded(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded, and how that went."""
+    """What was loaded; import_ms: of the backend's package, load_ms: of the session alone."""
 
     input_shapes: dict[str, list[int]]
-    loading: Loading
-
-
-class First(msgspec.Struct, frozen=True, kw_only=True):
-    """How the first inference went."""
-
-    first_inference_ms: float
-    rss_after_first_inference_bytes: int | Unavailable
+    import_ms: float
+    load_ms: float
+    rss_before_load_bytes: Bytes
 
 
 class QueryBlock(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +88,7 @@ class QueryBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Worker:
-    """One session and its one input."""
+    """One session and its one input; each public method is an operation."""
 
     def __init__(self) -> None:
         self.session: Session | None = None
@@ -120,24 +98,22 @@ class _Worker:
         asked = Load(**given)
         start = time.perf_counter_ns()
         load_backend(asked.backend)
-        import_ms = _since(start)
+        import_ms = (time.perf_counter_ns() - start) / 1e6
         before = read_memory().rss_bytes
         self.session = open_session(asked.bundle, asked.backend, asked.threads, asked.kernels)
-        loading = Loading(
+        self.inputs = fixed_inputs(self.session.inputs, asked.batch)
+        return Loaded(
+            input_shapes={name: list(value.shape) for name, value in self.inputs.items()},
             import_ms=import_ms,
             load_ms=self.session.load_ms,
             rss_before_load_bytes=before,
-            rss_after_load_bytes=read_memory().rss_bytes,
         )
-        self.inputs = fixed_inputs(self.session.inputs, asked.batch)
-        return Loaded(input_shapes={name: list(value.shape) for name, value in self.inputs.items()}, loading=loading)
 
-    def first(self) -> First:
+    def first(self) -> float:
         session = self._loaded()
         start = time.perf_counter_ns()
         session.infer(self.inputs)
-        first_ms = _since(start)
-        return First(first_inference_ms=first_ms, rss_after_first_inference_bytes=read_memory().rss_bytes)
+        return (time.perf_counter_ns() - start) / 1e6
 
     def block(self, queries: int, rewarm: int) -> QueryBlock:
         session, inputs, clock = self._loaded(), self.inputs, time.perf_counter_ns
@@ -162,10 +138,10 @@ class _Worker:
     def usage(self) -> ProcessUsage:
         return process_usage()
 
-    def describe(self) -> Description:
+    def describe(self) -> Description:  # Costs memory: asked last.
         return self._loaded().description
 
-    def layers(self, query_ms: float, **given: Any) -> LayerTimes:
+    def layers(self, query_ms: float, **given: Any) -> LayerTimes:  # Of a worker that loaded nothing.
         from sparsifiner_edge.profiles.measure.layers import measure_layers
 
         asked = Load(**given)
@@ -184,10 +160,6 @@ def _last_parts(session: Session) -> dict[str, float]:
     return {} if times is None else {name.removesuffix("_ms"): float(ms) for name, ms in times._asdict().items()}
 
 
-def _since(start: int) -> float:
-    return (time.perf_counter_ns() - start) / 1e6
-
-
 OPERATIONS = ("load", "first", "block", "usage", "describe", "layers")
 
 
@@ -201,15 +173,10 @@ def _answer(worker: _Worker, op: str, arguments: Mapping[str, object]) -> dict[s
 
 
 def main() -> None:
-    """Serve requests until `close` or the end of standard input."""
+    """Serve requests until the end of standard input."""
     parent, worker = Parent(), _Worker()
     for request in parent.messages():
-        op = request.pop("op")
-        if op == "close":
-            break
-        parent.send(_answer(worker, op, request))
-    if worker.session is not None:
-        worker.session.close()
+        parent.send(_answer(worker, request.pop("op"), request))
 
 
 if __name__ == "__main__":
