@@ -32,7 +32,7 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
-from sparsifiner_edge.profiles.roofline import CPU
+from sparsifiner_edge.profiles.roofline import CPU_FIT
 from sparsifiner_edge.results import Result, Subject, write_result
 
 MODEL = "vit_small_patch14_dinov2.lvd142m"
@@ -163,7 +163,7 @@ def main(output: Path | None, threads: int | None, no_machine: bool) -> None:
     cpu_values["body_passes"] = fitting.body_passes(cpu_values)
     spread = statistics["left_out_chip"]["factor_nine_of_ten"]
     statistics["GPU"] = dataclasses.asdict(fitting.gpu_share(gpu_values, spread, len(gpu)))
-    statistics["CPU"] = dataclasses.asdict(fitting.cpu_share(cpu_values, CPU.spread, len(cpu)))
+    statistics["CPU"] = dataclasses.asdict(fitting.cpu_share(cpu_values, CPU_FIT.spread, len(cpu)))
     samples: dict[str, Any] = {
         "left_out_board": _rows(by_board), "left_out_chip": _rows(by_chip), "left_out_model_cpu": _rows(by_model),
         "checks": [_sample(p, fitting.gpu_ratio(p, gpu_values)) for p in fitting.published(fitted=False)],

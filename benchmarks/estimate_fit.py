@@ -18,7 +18,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board, load_board
-from sparsifiner_edge.profiles.roofline import GPU, Calibration, Operator, Workload
+from sparsifiner_edge.profiles.roofline import GPU_FIT, OperatorWork, RooflineFit, Workload
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,7 +42,7 @@ class Point(NamedTuple):
     board: Board
     model: str
     precision: str
-    operators: Counter[Operator]
+    operators: Counter[OperatorWork]
     ms: float
 
 
@@ -54,12 +54,11 @@ class Peak(NamedTuple):
     peak: int
 
 
-def predicted_ms(point: Point, board: Board, share: Calibration) -> float:
-    chosen = roofline.precisions(point.precision, board)
-    return 1e3 * sum(n * roofline.cost(o, board, chosen, share).seconds for o, n in point.operators.items())
+def predicted_ms(point: Point, board: Board, share: RooflineFit) -> float:
+    return 1e3 * sum(n * roofline.cost(o, board, point.precision, share).seconds for o, n in point.operators.items())
 
 
-def _operators(work: Workload) -> Counter[Operator]:
+def _operators(work: Workload) -> Counter[OperatorWork]:
     return Counter(dataclasses.replace(operator, layer=0) for operator in roofline.operators(work))
 
 
@@ -120,17 +119,17 @@ def recorded_memory(folder: str) -> Iterable[Peak]:
             yield Peak(work, weights, row["peak_memory"][f"{engine} fp32"]["peak_rss_bytes"])
 
 
-def gpu_share(values: Values, spread: float = 1.0, points: int = 0) -> Calibration:
+def gpu_share(values: Values, spread: float = 1.0, points: int = 0) -> RooflineFit:
     one = values["arithmetic"]
-    return Calibration(
-        one, one, one, values["int8"], values["bandwidth"], values["launch_us"], GPU.body_passes, spread, points
+    return RooflineFit(
+        one, one, one, values["int8"], values["bandwidth"], values["launch_us"], GPU_FIT.body_passes, spread, points
     )
 
 
-def cpu_share(values: Values, spread: float = 1.0, points: int = 0) -> Calibration:
+def cpu_share(values: Values, spread: float = 1.0, points: int = 0) -> RooflineFit:
     own = {name: values[name] for name in ("linear", "attention", "predictor", "int8", "launch_us")}
     passes = values.get("body_passes", 0.0)
-    return Calibration(**own, bandwidth=1.0, body_passes=passes, spread=spread, points=points)
+    return RooflineFit(**own, bandwidth=1.0, body_passes=passes, spread=spread, points=points)
 
 
 def gpu_ratio(point: Point, values: Values) -> float:

@@ -27,8 +27,8 @@ from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.profiles.measure.client import Worker, start_worker
-from sparsifiner_edge.profiles.measure.worker import Block, First, Load, Loaded
+from sparsifiner_edge.profiles.measure.side import Worker, start_worker
+from sparsifiner_edge.profiles.measure.worker import Load, Loaded, QueryBlock
 from sparsifiner_edge.profiles.sensors import PowerSensor, Recorder, find_sensor
 from sparsifiner_edge.results import Result, write_result
 
@@ -94,10 +94,10 @@ def _ready(worker: Worker, bundle: Path, threads: int | None, seconds: float) ->
     """Load and warm up; what it returns measures a block of about so many seconds."""
     request = Load(bundle=str(bundle.resolve()), backend="onnxruntime", threads=threads)
     worker.ask("load", _TIMEOUT_S, Loaded, **asdict(request))
-    worker.ask("first", _TIMEOUT_S, First)
-    query_ms = float(np.median(worker.ask("block", _TIMEOUT_S, Block, queries=10, rewarm=10).latency_ms))
+    worker.ask("first", _TIMEOUT_S, float)
+    query_ms = float(np.median(worker.ask("block", _TIMEOUT_S, QueryBlock, queries=10, rewarm=10).latency_ms))
     queries = max(5, round(seconds * 1000 / query_ms))
-    return lambda: np.array(worker.ask("block", _TIMEOUT_S, Block, queries=queries, rewarm=2).latency_ms)
+    return lambda: np.array(worker.ask("block", _TIMEOUT_S, QueryBlock, queries=queries, rewarm=2).latency_ms)
 
 
 def _in_turn(

@@ -1,4 +1,5 @@
 import json
+import time
 import types
 
 import numpy as np
@@ -10,8 +11,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles.measure import layers
 from sparsifiner_edge.profiles.measure.attribution import find_places
-from sparsifiner_edge.profiles.measure.kinds import KINDS, Row, by_kind
-from sparsifiner_edge.profiles.measure.layers import measure_layers, read_trace
+from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS, Row, measure_layers, ms_by_kind, read_trace
 from sparsifiner_edge.profiles.measure.worker import fixed_inputs
 from sparsifiner_edge.records import write_record
 from tests.plain import profile_bundle
@@ -79,13 +79,16 @@ def test_a_dense_file_has_no_selection_and_the_same_parts(exported):
     assert all("layer" not in row and row["kind"] == "other" for row in head)
 
 
-def test_times_add_up_and_lie_within_the_profiled_query(exported):
+def test_times_add_up_and_lie_within_the_time_of_twenty_queries(exported):
+    start = time.perf_counter()
     report = measured(exported["dense"], "portable")
-    assert report["queries"] == 20
+    wall_ms = 1000 * (time.perf_counter() - start)
     assert sum(row["ms"] for row in report["layers"]) == pytest.approx(report["layers_total_ms"])
     assert sum(row["share"] for row in report["layers"]) == pytest.approx(1)
-    assert sum(by_kind([Row(**row) for row in report["layers"]]).values()) == pytest.approx(report["layers_total_ms"])
-    assert 0 < report["layers_total_ms"] <= 1.2 * report["profiled_ms"]
+    assert sum(ms_by_kind([Row(**row) for row in report["layers"]]).values()) == pytest.approx(
+        report["layers_total_ms"]
+    )
+    assert 0 < 20 * report["layers_total_ms"] < wall_ms
     assert min(row["ms"] for row in report["layers"]) >= 0
 
 
@@ -100,7 +103,7 @@ def test_a_costly_part_is_found_costly(tmp_path):
 def test_a_profile_has_layers_and_how_they_compare(exported):
     result = profile_bundle(exported["dense"], seconds=0.1, min_queries=8, threads=1, power=False)
     figures = result["statistics"]["subject"]
-    assert {row["kind"] for row in figures["layers"]} <= set(KINDS)
+    assert {row["kind"] for row in figures["layers"]} <= set(LAYER_KINDS)
     compared = figures["layers_compared"]
     assert compared["latency_p50_ms"] == figures["latency_ms"]["p50"]["value"]
     assert compared["total_over_latency"] == figures["layers_total_ms"] / compared["latency_p50_ms"]
@@ -108,7 +111,7 @@ def test_a_profile_has_layers_and_how_they_compare(exported):
 
 def test_a_profiler_that_fails_costs_the_layers_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("sparsifiner_edge.profiles.profile.LOAD_TIMEOUT_S", 1e-3)
-    monkeypatch.setattr("sparsifiner_edge.profiles.measure.client.Worker.ask", _ask_with_time(30))
+    monkeypatch.setattr("sparsifiner_edge.profiles.measure.side.Worker.ask", _ask_with_time(30))
     bundle = make_bundle(tmp_path / "b")
     figures = profile_bundle(bundle, seconds=0.05, min_queries=1, threads=1, power=False)["statistics"]["subject"]
     assert figures["queries"] > 0
@@ -117,7 +120,7 @@ def test_a_profiler_that_fails_costs_the_layers_alone(tmp_path, monkeypatch):
 
 
 def _ask_with_time(seconds):
-    from sparsifiner_edge.profiles.measure.client import Worker
+    from sparsifiner_edge.profiles.measure.side import Worker
 
     ask = Worker.ask
     return lambda self, op, wait_s, form, **more: ask(self, op, wait_s if op == "layers" else seconds, form, **more)
@@ -135,10 +138,9 @@ def test_a_trace_gives_medians_of_the_last_runs():
     trace = [{"cat": "Session", "name": "session_initialization", "dur": 5}]
     for first, second in ((90, 50), (1, 4), (3, 4), (2, 40)):
         trace += [event("a", first), event("twins", second), event("twins", 1, "Add"), run(first + second + 2)]
-    times, operators, whole = read_trace(trace, 3)
+    times, operators = read_trace(trace, 3)
     assert times == {"a": 2, "twins": 5}
     assert operators == {"a": "MatMul", "twins": "Add"}
-    assert whole == 9
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,6 @@ def test_a_session_with_a_profiler_of_its_own_is_asked(exported, monkeypatch):
         (0, "MatMul", "mlp", 0.75),
         (None, "fused", "other", 0.25),
     ]
-    assert "profiled_ms" not in report
 
 
 def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
@@ -193,7 +194,7 @@ def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
             pass
 
     monkeypatch.setattr(layers, "open_checked", lambda *_: Session())
-    with pytest.raises(BackendError, match="onnxruntime on GPU tells no times per layer"):
+    with pytest.raises(BackendError, match="onnxruntime on GPU gives no times per layer"):
         measured(exported["dense"], "portable")
 
 

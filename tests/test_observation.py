@@ -11,7 +11,7 @@ import pytest
 
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.measure import observe as observation
-from sparsifiner_edge.profiles.measure.client import Worker
+from sparsifiner_edge.profiles.measure.side import Worker
 from sparsifiner_edge.profiles.measure.worker import _Worker
 from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.sensors import PowerSensor, Reading
@@ -98,7 +98,7 @@ def test_power_is_read_where_the_backend_runs(monkeypatch, backend, on):
     monkeypatch.setattr(observation, "find_sensor", find)
     side = types.SimpleNamespace(request=types.SimpleNamespace(backend=backend))
     with pytest.raises(StopIteration):
-        observation.observe([side], make_rules("quick", 1, None, None, 0), None, power=True)
+        observation.observe([side], make_rules("quick", 1), None, power=True)
     assert asked == [on]
 
 

@@ -15,9 +15,9 @@ from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.figures import ProfileResult
-from sparsifiner_edge.profiles.measure.client import start_worker
-from sparsifiner_edge.profiles.measure.usage import ProcessUsage
-from sparsifiner_edge.profiles.measure.worker import Block, Loaded, fixed_inputs
+from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage
+from sparsifiner_edge.profiles.measure.side import start_worker
+from sparsifiner_edge.profiles.measure.worker import Loaded, QueryBlock, fixed_inputs
 from sparsifiner_edge.results import check_result
 from tests.plain import profile_bundle, read_memory
 from tests.tiny import make_bundle
@@ -236,7 +236,7 @@ def test_peak_memory_holds_the_weights(tmp_path, bundles):
     peak = {}
     for name, folder in (("light", bundles["fast"]), ("heavy", heavy)):
         figures = profile_bundle(folder, seconds=0.1, **BARE)["statistics"]["subject"]
-        assert figures["peak_rss_bytes"] >= figures["rss_after_load_bytes"] >= figures["rss_before_load_bytes"]
+        assert figures["peak_rss_bytes"] >= figures["memory"]["load"]["rss_bytes"] >= figures["rss_before_load_bytes"]
         assert 0 < figures["pss_bytes"] <= figures["rss_bytes"]
         peak[name] = figures["peak_rss_bytes"]
         memory = figures["memory"]
@@ -294,10 +294,10 @@ def test_inputs_that_cannot_be_made_up_are_refused(spec):
 def test_a_dead_worker_is_reported_with_what_it_wrote(bundles):
     with start_worker() as worker:
         request = {"bundle": str(bundles["fast"]), "backend": "onnxruntime", "threads": 1}
-        assert worker.ask("load", 60, Loaded, **request).loading.load_ms > 0
+        assert worker.ask("load", 60, Loaded, **request).load_ms > 0
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(BackendError, match=r"measuring process died .*exit status -9"):
-            worker.ask("block", 60, Block, queries=10, rewarm=0)
+            worker.ask("block", 60, QueryBlock, queries=10, rewarm=0)
     with start_worker() as worker, pytest.raises(BackendError, match=r"(?s)died during 'nonsense'.*no operation"):
         worker.ask("nonsense", 60, object)
 
@@ -316,7 +316,7 @@ def test_a_hung_worker_is_killed(bundles):
 def test_an_error_in_the_worker_keeps_its_message(tmp_path):
     with start_worker() as worker:
         with pytest.raises(BackendError, match="no session"):
-            worker.ask("block", 60, Block, queries=1, rewarm=0)
+            worker.ask("block", 60, QueryBlock, queries=1, rewarm=0)
         with pytest.raises(BackendError, match=r"not a folder"):
             worker.ask("load", 60, Loaded, bundle=str(tmp_path / "none"), backend="onnxruntime", threads=1)
         assert worker.ask("usage", 60, ProcessUsage).cpu_s > 0  # It lives on.
@@ -343,7 +343,7 @@ def test_prints_of_libraries_do_not_reach_the_replies():
 
 def test_a_worker_ends_with_its_parent(bundles):
     code = (
-        "import sys, time\nfrom sparsifiner_edge.profiles.measure.client import start_worker\n"
+        "import sys, time\nfrom sparsifiner_edge.profiles.measure.side import start_worker\n"
         "with start_worker() as worker:\n"
         "    worker.ask('usage', 60, dict)\n    print(worker.pid, flush=True)\n    time.sleep(600)"
     )
@@ -373,8 +373,9 @@ def test_a_users_file_does_not_take_a_librarys_place(tmp_path, monkeypatch, bund
     assert profile_bundle(os.path.relpath(bundles["fast"]), seconds=0.05, min_queries=1, **BARE)["kind"] == "profile"
 
 
-def test_few_queries_are_said_to_be_few(bundles):
-    result = profile_bundle(bundles["slow"], seconds=0.01, min_queries=100_000, max_seconds=0.2, **BARE)
+def test_few_queries_are_said_to_be_few(monkeypatch, bundles):
+    monkeypatch.setattr("sparsifiner_edge.profiles.rules._QUICK_MAX_SECONDS", 0.2)
+    result = profile_bundle(bundles["slow"], seconds=0.01, min_queries=100_000, **BARE)
     assert "100000 queries" in result["method"]["cut_short"]
     assert 1 <= result["statistics"]["subject"]["queries"] < 100_000
 

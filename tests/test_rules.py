@@ -32,8 +32,8 @@ def test_early_stopping_bounds_the_percentile_with_its_confidence(queries):
         assert np.mean(below) < 0.99
 
 
-def rules(name="mlperf", seconds=None, min_queries=None, max_seconds=None):
-    return make_rules(name, seconds, min_queries, max_seconds, seed=0)
+def rules(name="mlperf", seconds=None, min_queries=None):
+    return make_rules(name, seconds, min_queries)
 
 
 @pytest.mark.parametrize(
@@ -42,14 +42,6 @@ def rules(name="mlperf", seconds=None, min_queries=None, max_seconds=None):
 )
 def test_mlperf_ends_by_time_and_queries_or_by_many_queries(seconds, queries, enough):
     assert rules().enough(seconds, queries, blocks=1000) is enough
-
-
-def test_what_mlperf_will_take_is_foreseen():
-    assert rules().expected_s(100.0) == 600
-    assert rules().expected_s(1000.0) == 1024
-    assert rules().expected_s(10.0) == pytest.approx(245.76)
-    assert rules("quick").expected_s(1.0) == 10
-    assert rules("quick").expected_s(10_000.0) == 60
 
 
 def test_quick_needs_its_time_and_its_queries():
@@ -89,7 +81,7 @@ def test_a_shortened_mlperf_run_is_reported_as_not_valid(tmp_path):
     figures = result["statistics"]["subject"]
     assert result["method"]["rules"]["valid"] is False
     assert figures["mlperf"]["valid"] is False
-    assert figures["mlperf"]["queries"] == figures["queries"] >= 64
+    assert figures["queries"] >= 64
     p90 = figures["latency_ms"]["p90"]
     assert p90["value"] <= figures["mlperf"]["early_stopping_p90_ms"] <= max(result["samples"]["subject"]["latency_ms"])
     # 1,000 queries and more: the bound is close to the percentile, not the largest of all.
@@ -108,7 +100,7 @@ def test_mlperf_takes_one_image_a_query(tmp_path):
         ({"name": "slow"}, "rules is 'slow'"),
         ({"seconds": float("inf")}, "seconds is inf"),
         ({"seconds": float("nan")}, "seconds is nan"),
-        ({"max_seconds": -1.0}, "max_seconds is -1.0"),
+        ({"seconds": -1.0}, "seconds is -1.0"),
         ({"min_queries": 0}, "min_queries is 0"),
     ],
 )

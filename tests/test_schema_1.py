@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -82,12 +83,31 @@ def test_what_needs_the_shape_says_so(tmp_path: Path, capsys: Capsys) -> None:
     assert_refused(call(capsys, "estimate", bundle, "--board", "t4"), "shape is missing", "Export the bundle again")
 
 
+GONE = {
+    "memory_sources", "rewarm_queries", "window_queries", "window_medians_ms",
+    "rss_after_load_bytes", "rss_after_first_inference_bytes",
+    "minor_faults", "minor_faults_per_query", "involuntary_switches", "usage.swapped_bytes", "usage.seconds",
+    "mlperf.percentile", "mlperf.confidence", "mlperf.seconds", "mlperf.queries",
+    "layers_compared.queries", "layers_compared.profiled_ms",
+    "memory_bytes.weights", "memory_bytes.layer", "memory_bytes.scores",
+}  # fmt: skip
+"""What results no longer hold."""
+
+
+def still_there(content: Any, parent: str = "") -> Any:
+    if isinstance(content, dict):
+        kept = {name: value for name, value in content.items() if not GONE & {name, f"{parent}.{name}"}}
+        return {name: still_there(value, name) for name, value in kept.items()}
+    return content
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results(path: Path, tmp_path: Path, capsys: Capsys) -> None:
-    """Every figure has a place in the class of its kind, and is written back the same."""
+    """Every figure that there still is has a place in the class of its kind, and is written back the same."""
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["kind"] == path.stem
-    assert write_record(read_result(path, FORMS[path.stem])) == write_record(read_result(path)) == content
+    assert write_record(read_result(path)) == content
+    assert write_record(read_result(path, FORMS[path.stem])) == still_there(content)
     outcome = call(capsys, "report", path, "-o", tmp_path / "page.html")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "page.html").stat().st_size > 10_000

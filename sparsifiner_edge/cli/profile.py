@@ -166,13 +166,13 @@ def _remarks(figure: Figures) -> list[str]:
 
 
 def _print_layers(name: str, figure: Figures) -> None:
-    from sparsifiner_edge.profiles.measure.kinds import by_kind
+    from sparsifiner_edge.profiles.measure.layers import ms_by_kind
 
     rows, total, compared = figure.layers, figure.layers_total_ms, figure.layers_compared
     if isinstance(rows, Unavailable):
         click.echo(f"{shown(name)}: layers {MISSING}: {shown(rows.why, 2000)}")
     elif rows is not None and isinstance(total, float) and compared and not isinstance(compared, Unavailable):
-        times = sorted(by_kind(rows).items(), key=lambda item: -item[1])
+        times = sorted(ms_by_kind(rows).items(), key=lambda item: -item[1])
         cells = [[kind, _cell(ms), f"{ms / total:.1%}" if total else "?"] for kind, ms in times]
         cells.append(["sum", _cell(total), f"{compared.total_over_latency:.0%} of the latency"])
         print_table(f"{name}: time by kind of layer", ["", "ms", "share"], cells)

@@ -10,21 +10,23 @@ import msgspec
 
 from sparsifiner_edge.bounds import MOST_BATCH
 from sparsifiner_edge.bundle.kernels import table_file
-from sparsifiner_edge.bundle.manifest import Manifest
+from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
-from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
+from sparsifiner_edge.errors import ArtifactError, SparsifinerError
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board, load_board
-from sparsifiner_edge.profiles.roofline import CPU, GPU, IDEAL, SIZES, SPARSE, Calibration, Cost, Workload
+from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, IDEAL, SIZES, Cost, RooflineFit, Workload
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Declared
+from sparsifiner_edge.runtime.open import check_choices
 
-KERNELS = ("auto", "native", "portable")
 UNFITTED = 1.5
 """Widens the bounds for a GPU precision that no measurement was fitted for."""
 FITTED = ("fp16", "int8")
+SPARSE_KINDS = ("predictor", "cells", "attention")
+"""Kinds of operator whose cost in a sparse layer depends on the kernels."""
 SPARSE_BOUNDS = {"native": (0.5, 2.5), "portable": (0.3, 4.0)}
 """Least and most that sparse layers' own operators may take on a GPU, as factors: judged, for no one published it."""
 IDLE_SHARE = (0.1, 0.25, 0.4)
@@ -41,7 +43,7 @@ _AGAIN = "Export the bundle again."
 
 
 class Bounded(msgspec.Struct, frozen=True, kw_only=True):
-    """A value, and what it lies between; in the unit of the field that holds it."""
+    """A value and its bounds, in the unit of the field that holds it."""
 
     value: float
     low: float
@@ -49,29 +51,16 @@ class Bounded(msgspec.Struct, frozen=True, kw_only=True):
     method: str
 
 
-class MemoryBytes(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the process at its peak; weights, one layer's tensors and scores once each."""
-
-    value: int
-    low: int
-    high: int
-    weights: int
-    layer: int
-    scores: int
-    method: str
-
-
 class EnergyJ(Bounded, frozen=True, kw_only=True):
-    """Of one query; utilisation: share of the time that the board works."""
+    """Of one query; utilisation: share of the time that the board computes."""
 
     power_w: float
     utilisation: float
 
 
 class OperatorCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Of all operators of a kind, or of one layer's; bound: what most of the time is spent on."""
+    """Of all operators of a kind; bound: what most of the time is spent on."""
 
-    layer: int | None = None
     kind: str
     macs: int
     bytes: int
@@ -80,30 +69,24 @@ class OperatorCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EstimateStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle would cost; fits_memory: "yes", "no" or "perhaps"."""
+    """What a bundle would cost; fits_memory: "yes" by the upper bound, "no" by the lower one, else "perhaps"."""
 
     latency_ms: Bounded
-    memory_bytes: MemoryBytes
+    memory_bytes: Bounded
     energy_j: EnergyJ
     fits_memory: str
     operators: list[OperatorCost]
 
 
-class EstimateSamples(msgspec.Struct, frozen=True):
-    """Every operator."""
-
-    layers: list[OperatorCost]
-
-
 class Assumed(msgspec.Struct, frozen=True):
-    """Kernels that sparse operators are taken to run by, and why these."""
+    """The kernels that are assumed to run sparse operators, and why."""
 
     assumed: str
     because: str
 
 
 class EstimateMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was computed; board: as it is set. precision: of linear layers and of the rest."""
+    """How it was computed; board: in its power mode. precision: of linear layers and of the rest."""
 
     estimate: str
     board: dict[str, Any]
@@ -111,25 +94,25 @@ class EstimateMethod(msgspec.Struct, frozen=True, kw_only=True):
     precision: dict[str, str]
     kernels: Assumed
     batch: int
-    calibration: Calibration
+    calibration: RooflineFit
 
 
 class EstimateResult(Declared, frozen=True):
-    """Of kind "estimate"."""
+    """Of kind "estimate"; it has no samples."""
 
     method: EstimateMethod
-    samples: EstimateSamples
+    samples: dict[str, Any]
     statistics: EstimateStatistics
 
 
 class _Plan(NamedTuple):
-    """What is estimated: the board as it is set, the work, and how the operators are taken to run."""
+    """What is estimated: the board in its power mode, the work, and how the operators are assumed to run."""
 
     board: Board
     work: Workload
     precision: str
-    kernels: str
-    because: str
+    kernels: Assumed
+    fit: RooflineFit
     model_bytes: float
 
 
@@ -153,26 +136,23 @@ def estimate_bundle(
 
     Raises:
         ArtifactError: not a bundle, altered, of a newer schema, or its costs are missing or do not fit its model.
-        ConfigError: unknown board, mode, precision or kernels.
+        BackendError: unknown kernels.
+        ConfigError: unknown board, mode or precision.
     """
     checked = open_bundle(Path(bundle))
     device = board if isinstance(board, Board) else load_board(board)
     device = device if power_mode is None else device.in_mode(power_mode)
     plan = _plan(checked, device, precision, kernels)
-    share = CPU if device.kind == "cpu" else GPU
-    spent = roofline.costs(plan.work, device, plan.precision, share)
-    latency = _latency(plan, spent, share)
-    memory = _memory(plan)
+    spent = roofline.costs(plan.work, device, plan.precision, plan.fit)
+    latency, memory, room = _latency(plan, spent), _memory(plan), device.memory_gb * 1e9
     statistics = EstimateStatistics(
         latency_ms=latency,
         memory_bytes=memory,
-        energy_j=_energy(device, spent, latency),
-        fits_memory=_fits(memory, device),
+        energy_j=_energy(plan, spent, latency),
+        fits_memory="yes" if memory.high <= room else "no" if memory.low > room else "perhaps",
         operators=_by_kind(spent),
     )
-    layers = [_row(c.operator.kind, [c], c.operator.layer) for c in spent if c.operator.launches]
-    method = _method(plan, power_mode, share)
-    return EstimateResult("estimate", [checked.subject()], method, EstimateSamples(layers), statistics)
+    return EstimateResult("estimate", [checked.subject()], _method(plan, power_mode), {}, statistics)
 
 
 def _plan(bundle: Bundle, board: Board, precision: str | None, kernels: str) -> _Plan:
@@ -180,29 +160,30 @@ def _plan(bundle: Bundle, board: Board, precision: str | None, kernels: str) -> 
     shape, sparsity = model_of(bundle)
     own = bundle.required(manifest.precision, "precision")
     chosen = own if precision is None else precision
-    board.peak(chosen)  # Refuses what the board cannot do before anything is computed.
-    size = (bundle.folder / "model.onnx").stat().st_size * SIZES[chosen] / SIZES.get(own, 4)
-    taken, because = _kernels(kernels, manifest, board)
-    if taken == "none" and sparsity.sparse_layers(shape.depth):
+    board.peak(chosen)  # Rejects what the board cannot do before anything is computed.
+    assumed = _kernels(kernels, manifest, board)
+    if assumed.assumed == "none" and sparsity.sparse_layers(shape.depth):
         raise ArtifactError(f"{bundle.folder}: the manifest names no operators for its sparse layers.", _AGAIN)
-    portable, plain = taken == "portable", not manifest.ops
-    work = Workload(shape, sparsity, _batch(bundle), portable, board.kind == "cpu" and (portable or plain))
-    return _Plan(board, work, chosen, taken, because, size)
+    batch = 1 if manifest.batch is None else manifest.batch
+    if not 0 < batch <= MOST_BATCH:
+        raise ArtifactError(f"{bundle.folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)
+    portable, plain = assumed.assumed == "portable", not manifest.ops
+    work = Workload(shape, sparsity, batch, portable, board.kind == "cpu" and (portable or plain))
+    size = (bundle.folder / MODEL_FILE).stat().st_size * SIZES[chosen] / SIZES.get(own, 4)
+    return _Plan(board, work, chosen, assumed, CPU_FIT if board.kind == "cpu" else GPU_FIT, size)
 
 
-def _kernels(asked: str, manifest: Manifest, board: Board) -> tuple[str, str]:
-    """Which kernels run the sparse operators, and why."""
-    if asked not in KERNELS:
-        raise ConfigError(f"kernels is {asked!r}.", f"Choose one of: {', '.join(KERNELS)}.")
+def _kernels(asked: str, manifest: Manifest, board: Board) -> Assumed:
+    check_choices("onnxruntime", asked)
     if not manifest.ops:
-        return "none", "the bundle has standard operators alone"
+        return Assumed("none", "the bundle has standard operators alone")
     if asked != "auto":
-        return asked, "asked for"
+        return Assumed(asked, "asked for")
     if board.kind == "cpu":
-        return "native", "the native library is taken to be installed there"
+        return Assumed("native", "the native library is assumed to be installed there")
     if table_file(board.sm) in manifest.files:
-        return "native", f"the bundle carries kernels compiled for SM {board.sm}"
-    return "portable", f"the bundle carries no kernels compiled for SM {board.sm}"
+        return Assumed("native", f"the bundle carries kernels compiled for SM {board.sm}")
+    return Assumed("portable", f"the bundle carries no kernels compiled for SM {board.sm}")
 
 
 def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
@@ -222,29 +203,17 @@ def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
     return shape, sparsity
 
 
-def _batch(bundle: Bundle) -> int:
-    """Of the file, where it is fixed; else one image at a time.
-
-    Raises:
-        ArtifactError: the manifest describes no input, or a batch that no file has.
-    """
-    manifest = bundle.manifest
-    if not manifest.inputs:
-        raise ArtifactError(f"{bundle.folder}: inputs is missing.", _AGAIN)
-    batch = manifest.batch
-    if batch is not None and not 0 < batch <= MOST_BATCH:
-        raise ArtifactError(f"{bundle.folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)
-    return batch or 1
-
-
-def _latency(plan: _Plan, found: Sequence[Cost], share: Calibration) -> Bounded:
-    board = plan.board
-    spread = share.spread * (UNFITTED if board.kind == "gpu" and plan.precision not in FITTED else 1.0)
+def _latency(plan: _Plan, found: Sequence[Cost]) -> Bounded:
+    board, work = plan.board, plan.work
+    spread = plan.fit.spread * (UNFITTED if board.kind == "gpu" and plan.precision not in FITTED else 1.0)
     fast = msgspec.structs.replace(board, fp16_tflops=max(board.fp16_tflops, board.fp16_fast_tflops))
-    ideal = roofline.seconds(roofline.costs(plan.work, fast, plan.precision, IDEAL))
+    ideal = roofline.seconds(roofline.costs(work, fast, plan.precision, IDEAL))
+    # On a CPU sparse operators were measured and fitted; on a GPU they were not.
+    judged = work.sparsity.sparse_layers(work.shape.depth) if board.kind == "gpu" else ()
     least = most = 0.0
     for cost in found:
-        few, many = _sparse_bounds(plan, cost)
+        sparse = cost.operator.layer in judged and cost.operator.kind in SPARSE_KINDS
+        few, many = SPARSE_BOUNDS[plan.kernels.assumed] if sparse else (1.0, 1.0)
         least += cost.seconds * few / spread
         most += cost.seconds * many * spread
     value = roofline.seconds(found)
@@ -256,31 +225,15 @@ def _latency(plan: _Plan, found: Sequence[Cost], share: Calibration) -> Bounded:
     )
 
 
-def _sparse_bounds(plan: _Plan, cost: Cost) -> tuple[float, float]:
-    """On a CPU sparse operators were measured and fitted; on a GPU they were not."""
-    layer = cost.operator.layer
-    inside = cost.operator.kind in (*SPARSE, "attention") and layer in plan.work.sparsity.sparse_layers(
-        plan.work.shape.depth
-    )
-    return SPARSE_BOUNDS[plan.kernels] if inside and plan.board.kind == "gpu" else (1.0, 1.0)
-
-
-def _memory(plan: _Plan) -> MemoryBytes:
+def _memory(plan: _Plan) -> Bounded:
     layer, scores = peak_activations(plan.work, SIZES[plan.precision])
-    low, value, high = memory_bytes(plan.board.kind, plan.model_bytes, layer, scores)
-    return MemoryBytes(
-        value=round(value),
-        low=round(low),
-        high=round(high),
-        weights=round(plan.model_bytes),
-        layer=round(layer),
-        scores=round(scores),
-        method="runtime, weights as often as they are held, tensors of some layers, and scores kept in memory",
-    )
+    low, value, high = map(round, memory_bytes(plan.board.kind, plan.model_bytes, layer, scores))
+    method = "runtime, weights as often as they are held, tensors of some layers, and scores kept in memory"
+    return Bounded(value=value, low=low, high=high, method=method)
 
 
 def memory_bytes(kind: str, weights: float, layer: float, scores: float) -> tuple[float, float, float]:
-    """Least, likely and most memory of a process on a board of `kind` with so many bytes of each."""
+    """Least, likely and most memory of a process on a board of `kind` with this many bytes of each."""
     parts = zip(RUNTIME_BYTES[kind], WEIGHT_COPIES[kind], LAYER_COPIES[kind], SCORE_COPIES, strict=True)
     low, value, high = (own + a * weights + b * layer + c * scores for own, a, b, c in parts)
     return low, value, high
@@ -303,17 +256,11 @@ def peak_activations(work: Workload, size: int) -> tuple[float, float]:
     return work.batch * float(layer), work.batch * scores
 
 
-def _fits(memory: MemoryBytes, board: Board) -> str:
-    """ "yes", "no" or "perhaps": even the upper bound fits, not even the lower one does, or between."""
-    room = board.memory_gb * 1e9
-    return "yes" if memory.high <= room else "no" if memory.low > room else "perhaps"
-
-
-def _energy(board: Board, found: Sequence[Cost], latency: Bounded) -> EnergyJ:
+def _energy(plan: _Plan, found: Sequence[Cost], latency: Bounded) -> EnergyJ:
     """(idle + utilisation x (cap - idle)) x time; the cap is the power mode's, else the most that the board takes."""
-    total = roofline.seconds(found)
-    launching = sum(c.operator.launches * (CPU if board.kind == "cpu" else GPU).launch_us for c in found) * 1e-6
-    busy = 1 - launching / total if board.kind == "gpu" else 1.0
+    board = plan.board
+    launching = sum(c.operator.launches * plan.fit.launch_us for c in found) * 1e-6
+    busy = 1 - launching / roofline.seconds(found) if board.kind == "gpu" else 1.0
     shares = (board.idle_w / board.tdp_w,) * 3 if board.idle_w else IDLE_SHARE
     low_w, idle_w, _ = (share * board.tdp_w for share in shares)
     power = idle_w + busy * (board.tdp_w - idle_w)
@@ -323,42 +270,34 @@ def _energy(board: Board, found: Sequence[Cost], latency: Bounded) -> EnergyJ:
         high=board.tdp_w * latency.high / 1e3,
         power_w=power,
         utilisation=busy,
-        method=f"{idle_w:.3g} W at rest, up to {board.tdp_w:.3g} W, by the share of time that it works",
+        method=f"{idle_w:.3g} W at rest, up to {board.tdp_w:.3g} W, by the share of time that it computes",
     )
 
 
 def _by_kind(found: Sequence[Cost]) -> list[OperatorCost]:
-    groups: dict[str, list[Cost]] = {}
-    for cost in found:
-        groups.setdefault(cost.operator.kind, []).append(cost)
-    return [_row(kind, group) for kind, group in groups.items() if any(c.seconds for c in group)]
+    rows = []
+    for kind in dict.fromkeys(cost.operator.kind for cost in found):
+        group = [cost for cost in found if cost.operator.kind == kind]
+        times: dict[str, float] = {}
+        for cost in group:
+            times[cost.bound] = times.get(cost.bound, 0.0) + cost.seconds
+        if any(times.values()):
+            macs, moved = sum(c.operator.macs for c in group), sum(c.moved_bytes for c in group)
+            ms, bound = roofline.seconds(group) * 1e3, max(times, key=lambda name: times[name])
+            rows.append(OperatorCost(kind=kind, macs=round(macs), bytes=round(moved), ms=ms, bound=bound))
+    return rows
 
 
-def _row(kind: str, group: Sequence[Cost], layer: int | None = None) -> OperatorCost:
-    times: dict[str, float] = {}
-    for cost in group:
-        times[cost.bound] = times.get(cost.bound, 0.0) + cost.seconds
-    return OperatorCost(
-        layer=layer,
-        kind=kind,
-        macs=round(sum(c.operator.macs for c in group)),
-        bytes=round(sum(c.moved_bytes for c in group)),
-        ms=roofline.seconds(group) * 1e3,
-        bound=max(times, key=lambda name: times[name]),
-    )
-
-
-def _method(plan: _Plan, power_mode: str | None, share: Calibration) -> EstimateMethod:
-    board = plan.board
+def _method(plan: _Plan, power_mode: str | None) -> EstimateMethod:
     left_out = ("sources", "power_modes", "jetpack", "rails")
-    described = {name: value for name, value in msgspec.structs.asdict(board).items() if name not in left_out}
-    others = roofline.precisions(plan.precision, board)["attention"]
+    described = {name: value for name, value in msgspec.structs.asdict(plan.board).items() if name not in left_out}
+    others = roofline.other_precision(plan.precision, plan.board)
     return EstimateMethod(
         estimate="computed, not measured; `machine` is where it was computed, not the board",
         board=described,
         power_mode=power_mode or Unavailable("none chosen: full clocks"),
         precision={"linear": plan.precision, "other": others},
-        kernels=Assumed(plan.kernels, plan.because),
+        kernels=plan.kernels,
         batch=plan.work.batch,
-        calibration=share,
+        calibration=plan.fit,
     )

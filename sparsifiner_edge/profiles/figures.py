@@ -5,11 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from sparsifiner_edge.profiles.flags import Flag
-from sparsifiner_edge.profiles.measure.comparison import Comparison
-from sparsifiner_edge.profiles.measure.kinds import Row
-from sparsifiner_edge.profiles.measure.memory import Bytes, Phase
+from sparsifiner_edge.profiles.measure.layers import Row
+from sparsifiner_edge.profiles.measure.memory import Bytes, PhaseMemory
+from sparsifiner_edge.profiles.measure.resource_usage import Usage
 from sparsifiner_edge.profiles.measure.side import WarmUp
-from sparsifiner_edge.profiles.measure.usage import Usage
 from sparsifiner_edge.profiles.rules import Mlperf, Rules
 from sparsifiner_edge.profiles.sensors import Energy
 from sparsifiner_edge.profiles.sensors.base import Described
@@ -17,45 +16,37 @@ from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.sensors.recorder import Columns
 from sparsifiner_edge.profiles.stats import Summary
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.results import Declared
+from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.runtime.session import Description
 
 
 class Phases(msgspec.Struct, frozen=True, kw_only=True):
     """Memory phase by phase, and the device's in the steady one, with its source."""
 
-    load: Phase
-    first_inference: Phase
-    steady: Phase
+    load: PhaseMemory
+    first_inference: PhaseMemory
+    steady: PhaseMemory
     device_bytes: Bytes
     device_source: str
 
 
 class LayersCompared(msgspec.Struct, frozen=True, kw_only=True):
-    """The sum over layers beside the latency measured before; profiled_ms: a whole query with the profiler on."""
+    """The sum over layers beside the latency measured before."""
 
     latency_p50_ms: float
     total_over_latency: float
-    queries: int
-    profiled_ms: float | None = None
 
 
 class Figures(Summary, frozen=True, kw_only=True):
-    """One bundle's.
+    """One bundle's; rss_bytes, pss_bytes, peak_rss_bytes: of the whole process at the end.
 
-    Attributes:
-        import_ms to rss_after_first_inference_bytes: see `worker.Loading` and `worker.First`.
-        rss_bytes, pss_bytes, peak_rss_bytes: of the whole process at the end; see `memory.Memory`.
-        parts_ms: medians by part of a query, where the session tells. mlperf: under these rules alone.
-        layers, layers_total_ms, layers_compared: where asked for.
+    parts_ms: medians by part of a query, where the session gives them. layers: where asked for.
     """
 
     import_ms: float
     load_ms: float
     rss_before_load_bytes: Bytes
-    rss_after_load_bytes: Bytes
     first_inference_ms: float
-    rss_after_first_inference_bytes: Bytes
     rss_bytes: Bytes
     pss_bytes: Bytes
     peak_rss_bytes: Bytes
@@ -69,6 +60,20 @@ class Figures(Summary, frozen=True, kw_only=True):
     layers: list[Row] | Unavailable | None = None
     layers_total_ms: float | Unavailable | None = None
     layers_compared: Known[LayersCompared] | None = None
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """Two sides measured in turn.
+
+    Attributes:
+        ratio: against's latency over the subject's: above 1 the subject is faster. rounds: that it is the median of.
+        verdict: "faster", "slower", "no difference shown". sentence: with both names.
+    """
+
+    ratio: Estimate
+    rounds: int
+    verdict: str
+    sentence: str
 
 
 class Statistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,16 +111,15 @@ class Input(msgspec.Struct, frozen=True):
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was measured; by role where sides may differ. The last four: of two sides, or where cut short."""
+    """How it was measured; by role where sides may differ. The last three: of two sides, or where cut short."""
 
-    scenario: str
-    clock: str
+    scenario: str = "single stream: one query at a time, from Session.infer's call to its return"
+    clock: str = "time.perf_counter_ns"
     rules: Rules
     input: Input
-    isolation: str
-    load_ms: str
-    peak_rss_bytes: str
-    memory_sources: dict[str, str]
+    isolation: str = "one process per bundle"
+    load_ms: str = "the session's creation alone, after importing the backend (import_ms)"
+    peak_rss_bytes: str = "VmHWM of the whole process: Python, the backend and the model"
     runtime: dict[str, Description]
     warm_up: dict[str, WarmUp]
     block_queries: dict[str, int]
@@ -123,10 +127,9 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     conditions: dict[str, Seen]
     problems: list[str]
     flag_thresholds: dict[str, float]
-    layers: str
+    layers: str = "the backend's own profiler, in a process of its own after the latency was measured"
     ratio: str | None = None
     first_in_round: list[str] | None = None
-    rewarm_queries: dict[str, int] | None = None
     cut_short: str | None = None
 
 

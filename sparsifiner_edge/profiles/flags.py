@@ -12,67 +12,49 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sparsifiner_edge.profiles.measure.usage import Usage
+from sparsifiner_edge.profiles.measure.resource_usage import Usage
+from sparsifiner_edge.profiles.measure.side import WarmUp
+from sparsifiner_edge.profiles.sensors import Recording, least_window_s, too_short
 from sparsifiner_edge.profiles.sensors.conditions import Seen
-from sparsifiner_edge.profiles.stats import Samples, percentile, quantile_interval
+from sparsifiner_edge.profiles.stats import Series, percentile, quantile_interval
 from sparsifiner_edge.records import Unavailable
 
 THRESHOLDS: dict[str, float] = {
     # (p90 - p10) / p50 of the latency. Our choice: a quiet machine stays below .05, a shared one is well above .1.
     "spread": 0.10,
-    # Coefficient of variation of the time on the device. trtexec (sampleReporting.cpp) warns above 1 %.
-    "device_variation": 0.01,
     # Medians of the first and the last third, their intervals apart. Our choice: what a settled warm-up may move by.
     "trend": 0.02,
-    # Two groups: the share of the variance that telling them apart explains (a normal distribution has .64, a uniform
-    # one .75), the least share of samples in either, and the distance of their medians. Our choice.
-    "bimodal_explained": 0.85,
-    "bimodal_share": 0.10,
-    "bimodal_distance": 0.05,
     # Seconds: trtexec's default duration. Queries: the least that bound p90 (MLPerf's early stopping).
     "seconds": 3.0,
     "queries": 64,
-    # Half the interval of the median over the median. Our choice: five times the margin that a verdict asks for.
-    "interval": 0.05,
     # Highest over lowest clock of the busiest core, or of the GPU, while queries ran. Our choice: as p50 moves.
     "clock": 0.05,
     # Enqueue over compute, and transfer over compute, medians: trtexec's own (sampleReporting.cpp).
     "enqueue": 0.8,
     "transfer": 1.0,
-    # Page faults that waited for a disk, per query, and bytes moved to or from swap meanwhile. Our choice: one in a
-    # hundred moves p99; 1 MB is beyond the noise of an idle machine.
+    # Page faults that waited for a disk, per query. Our choice: one in a hundred moves p99.
     "major_faults": 0.01,
-    "swapped_bytes": 1e6,
     # Cores that other programs kept busy. Our choice: an idle desktop stays below .05.
     "other_cores": 0.10,
 }
 
 
 class Flag(msgspec.Struct, frozen=True):
-    """A reason to believe a figure less: its name, what was seen, what to do."""
+    """Why a measurement is unreliable: the reason's name, what was seen, what to do."""
 
     flag: str
     what: str
     do: str
 
 
-_LOCK = "Fix the clocks (jetson_clocks, nvidia-smi -lgc, the performance governor), and measure again."
-
-
-def spread_flags(latency_ms: Samples) -> list[Flag]:
-    """ "unstable" where the latency scatters, drifts, or falls into two groups; each at most once."""
+def spread_flags(latency_ms: Series) -> list[Flag]:
+    """ "unstable" where the latency scatters, and where it drifts."""
     values = np.asarray(latency_ms, dtype=np.float64)
-    found = []
-    for seen in (_bimodal(values) or _spread(values), _trend(values)):
-        if seen is not None:
-            found.append(Flag("unstable", seen, "Close other programs, let the machine cool, and measure longer."))
-    return found
-
-
-def _spread(values: np.ndarray[Any, Any]) -> str | None:
     low, middle, high = (percentile(values, share) for share in (0.1, 0.5, 0.9))
-    spread = (high - low) / middle
-    return f"p10 to p90 spans {spread:.0%} of the median" if spread > THRESHOLDS["spread"] else None
+    spread, trend = (high - low) / middle, _trend(values)
+    seen = [f"p10 to p90 spans {spread:.0%} of the median"] if spread > THRESHOLDS["spread"] else []
+    seen += [trend] if trend is not None else []
+    return [Flag("unstable", what, "Close other programs, let the machine cool, and measure longer.") for what in seen]
 
 
 def _trend(values: np.ndarray[Any, Any]) -> str | None:
@@ -90,55 +72,25 @@ def _trend(values: np.ndarray[Any, Any]) -> str | None:
     return f"the last third is {abs(change):.1%} {'slower' if slower else 'faster'} than the first"
 
 
-def _bimodal(values: np.ndarray[Any, Any]) -> str | None:
-    """The best cut of the sorted samples into two groups (Otsu, 1979); outliers beyond p1 and p99 do not decide."""
-    inner = np.sort(values)
-    inner = inner[len(inner) // 100 : len(inner) - len(inner) // 100]
-    least = int(THRESHOLDS["bimodal_share"] * len(inner))
-    variance = float(inner.var())
-    if least < 5 or variance == 0:
-        return None
-    sums = np.cumsum(inner)[:-1]
-    low = np.arange(1, len(inner))
-    high = len(inner) - low
-    between = low * high * (sums / low - (inner.sum() - sums) / high) ** 2 / len(inner) ** 2
-    cut = int(np.argmax(between)) + 1
-    modes = float(np.median(inner[:cut])), float(np.median(inner[cut:]))
-    distance = (modes[1] - modes[0]) / float(np.median(inner))
-    if (
-        between[cut - 1] < THRESHOLDS["bimodal_explained"] * variance
-        or min(cut, len(inner) - cut) < least
-        or distance <= THRESHOLDS["bimodal_distance"]
-    ):
-        return None
-    share = (len(inner) - cut) / len(inner)
-    return (
-        f"two groups: {1 - share:.0%} of the queries take about {modes[0]:.3g} ms, {share:.0%} about {modes[1]:.3g} ms"
-    )
-
-
-def length_flags(latency_ms: Samples, cut_short: str | None = None) -> list[Flag]:
+def length_flags(latency_ms: Series, cut_short: str | None = None) -> list[Flag]:
     """ "too-short" where there are too few seconds, queries, or independent samples."""
     values = np.asarray(latency_ms, dtype=np.float64)
-    seconds, middle = float(values.sum()) / 1000, float(np.median(values))
-    low, high = quantile_interval(values, 0.5)
+    seconds = float(values.sum()) / 1000
     reasons = [cut_short] if cut_short else []
     if seconds < THRESHOLDS["seconds"]:
         reasons.append(f"{seconds:.2g} s of queries, less than {THRESHOLDS['seconds']:.0f} s")
     if len(values) < THRESHOLDS["queries"]:
         reasons.append(f"{len(values)} queries, less than {THRESHOLDS['queries']:.0f}")
-    if low is None or high is None:
+    if None in quantile_interval(values, 0.5):
         reasons.append("too few independent queries to bound the median")
-    elif (high - low) / 2 > THRESHOLDS["interval"] * middle:
-        reasons.append(f"the median is known to +-{(high - low) / 2 / middle:.0%} only")
     return [Flag("too-short", "; ".join(reasons), "Measure longer (--seconds).")] if reasons else []
 
 
-def settling_flags(settled: bool, seconds: float, queries: int) -> list[Flag]:
-    """ "not-warmed-up" where warm-up ended, after so much, before the latency stood still."""
-    if settled:
+def warm_up_flags(warm_up: WarmUp) -> list[Flag]:
+    """ "not-warmed-up" where warm-up ended before the latency settled."""
+    if warm_up.settled:
         return []
-    what = f"after {seconds:.1f} s and {queries} queries of warm-up the latency still moved"
+    what = f"after {warm_up.seconds:.1f} s and {warm_up.queries} queries of warm-up the latency still moved"
     return [Flag("not-warmed-up", what, "Close other programs, or fix the clocks, and measure again.")]
 
 
@@ -151,14 +103,14 @@ def kernel_flags(kernels: str | Unavailable) -> list[Flag]:
     if isinstance(kernels, Unavailable) or "(the native library" not in kernels:
         return []
     what = f"sparse attention ran as {kernels}"
-    return [Flag("portable-kernels", what, "Mend the native library: sparsifiner-edge doctor says what it lacks.")]
+    return [Flag("portable-kernels", what, "Repair the native library: sparsifiner-edge doctor says what it lacks.")]
 
 
 def part_flags(parts_ms: Mapping[str, Sequence[float]]) -> list[Flag]:
-    """ "enqueue-bound", "transfer-bound" and "unstable" of a device, from a session's times, as trtexec tells them.
+    """ "enqueue-bound" and "transfer-bound" of a device, from a session's times, by trtexec's rules.
 
     Args:
-        parts_ms: times by part, "enqueue", "h2d", "compute", "d2h", one for each query; {} where a session tells none.
+        parts_ms: times by part, "enqueue", "h2d", "compute", "d2h", one for each query; {} where a session gives none.
     """
     compute = parts_ms.get("compute")
     if not compute:
@@ -172,32 +124,25 @@ def part_flags(parts_ms: Mapping[str, Sequence[float]]) -> list[Flag]:
         if middle.get(name, 0.0) >= THRESHOLDS["transfer"] * middle["compute"]:
             what = f"copying {way} the device takes {middle[name]:.3g} ms, computing {middle['compute']:.3g} ms"
             found.append(Flag("transfer-bound", what, "Keep inputs and outputs on the device, or in pinned memory."))
-    variation = float(np.std(compute) / np.mean(compute))
-    if variation > THRESHOLDS["device_variation"]:
-        what = f"the time on the device varies by {variation:.1%} (coefficient of variation)"
-        found.append(Flag("unstable", what, _LOCK))
     return found
 
 
 def usage_flags(usage: Usage, queries: int) -> list[Flag]:
     """ "swapping" and "other-load"."""
     found = []
-    faults, swapped, other = usage.major_faults, usage.swapped_bytes, usage.other_cores
-    reasons = []
-    if faults >= max(1.0, THRESHOLDS["major_faults"] * queries):
-        reasons.append(f"{faults} page faults waited for the disk in {queries} queries")
-    if isinstance(swapped, int) and swapped > THRESHOLDS["swapped_bytes"]:
-        reasons.append(f"the machine moved {swapped / 1e6:.0f} MB to and from swap")
-    if reasons:
-        found.append(Flag("swapping", "; ".join(reasons), "Free memory, or take a smaller model."))
-    if isinstance(other, float) and other > THRESHOLDS["other_cores"]:
-        what = f"other programs kept {other:.2f} of {usage.allowed_cores} cores busy"
+    if usage.major_faults >= max(1.0, THRESHOLDS["major_faults"] * queries):
+        what = f"{usage.major_faults} page faults waited for the disk in {queries} queries"
+        found.append(Flag("swapping", what, "Free memory, or take a smaller model."))
+    if isinstance(usage.other_cores, float) and usage.other_cores > THRESHOLDS["other_cores"]:
+        what = f"other programs kept {usage.other_cores:.2f} of {usage.allowed_cores} cores busy"
         found.append(Flag("other-load", what, "Close other programs, and measure again."))
     return found
 
 
-def power_flags(short: str, least_s: float) -> list[Flag]:
-    """ "power-too-short" where there is a power sensor and queries were `short` for it; `least_s` would do."""
+def power_flags(recording: Recording, windows: Sequence[tuple[int, int]]) -> list[Flag]:
+    """ "power-too-short" where there is a power sensor and the windows of the queries were too short for it."""
+    short = too_short(recording, windows) if recording.sensor.available else ""
+    least_s = least_window_s(recording.sensor)
     do = f"For energy, measure one bundle alone, for at least {least_s:.2g} s (--seconds)."
     return [Flag("power-too-short", short, do)] if short else []
 
@@ -206,7 +151,7 @@ def condition_flags(conditions: Seen, on: str) -> list[Flag]:
     """ "throttled" and "clock-drift", from `sensors.conditions` before, during and after.
 
     Args:
-        on: "cpu" or "gpu", where inferences run; what the clock of an idle GPU does is no matter.
+        on: "cpu" or "gpu", where inferences run; the clock of an idle GPU does not matter.
     """
     found = []
     throttled = conditions.throttled_by
@@ -218,5 +163,6 @@ def condition_flags(conditions: Seen, on: str) -> list[Flag]:
         clock = conditions.during.get(key)
         if clock and clock.lowest > 0 and clock.highest / clock.lowest - 1 > THRESHOLDS["clock"]:
             what = f"{name} went from {clock.lowest:.0f} to {clock.highest:.0f} MHz while queries ran"
-            found.append(Flag("clock-drift", what, _LOCK))
+            do = "Fix the clocks (jetson_clocks, nvidia-smi -lgc, the performance governor), and measure again."
+            found.append(Flag("clock-drift", what, do))
     return found

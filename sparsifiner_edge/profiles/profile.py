@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import numpy as np
 from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import (
+    Comparison,
     Figures,
     Input,
     LayersCompared,
@@ -20,20 +22,23 @@ from sparsifiner_edge.profiles.figures import (
     SideSamples,
     Statistics,
 )
-from sparsifiner_edge.profiles.measure.client import start_worker
-from sparsifiner_edge.profiles.measure.comparison import compare, two_names
 from sparsifiner_edge.profiles.measure.layers import LayerTimes
-from sparsifiner_edge.profiles.measure.memory import SOURCES
 from sparsifiner_edge.profiles.measure.observe import Observation, observe, side_figures
-from sparsifiner_edge.profiles.measure.side import LOAD_TIMEOUT_S, Clock, Side, load_side
+from sparsifiner_edge.profiles.measure.side import (
+    LOAD_TIMEOUT_S,
+    MeasuredSide,
+    OnStage,
+    load_side,
+    stage_progress,
+    start_worker,
+)
 from sparsifiner_edge.profiles.measure.worker import Load
-from sparsifiner_edge.profiles.rules import RULES, make_rules
+from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import check_choices
 from sparsifiner_edge.runtime.session import Description
-
-__all__ = ["RULES", "Progress", "profile_bundle"]
 
 
 def profile_bundle(
@@ -46,69 +51,71 @@ def profile_bundle(
     kernels: str = "auto",
     seconds: float | None = None,
     min_queries: int | None = None,
-    max_seconds: float | None = None,
     seed: int = 0,
     layers: bool = True,
     power: bool = True,
     progress: Progress | None = None,
 ) -> ProfileResult:
-    """Measure a bundle; with `against`, also the ratio between the two.
-
-    Each bundle lives in a process of its own, warmed until the medians of three consecutive windows lie within 2 %
-    (at most about 5 s; the result says whether they did). Then one query follows another. With `against`, both
-    processes stay alive and run in turn, in short blocks, in an order drawn from ABBA and BAAB; one idles meanwhile.
-    Power, clocks and temperatures are read by this process meanwhile; layers are timed afterwards, in another process.
+    """Measure a bundle; with `against`, also the ratio between the two (docs/profiling.md).
 
     Args:
         bundle: the bundle that is judged.
         backend: one of `sparsifiner_edge.runtime.BACKENDS`, for both bundles.
-        against: the bundle to compare with.
+        against: the bundle to compare with, in turn with the first.
         rules: "quick", or "mlperf" for MLPerf's single stream: 600 s and 1,024 queries, or 24,576 queries.
         threads: threads inside one operator; None takes the cores that this process may run on.
         kernels: one of `sparsifiner_edge.runtime.KERNEL_CHOICES`, for both bundles.
-        seconds: least time measured per bundle; None takes the rules' own (quick: 10 s), as below.
-        min_queries: least number of queries per bundle (quick: 64).
-        max_seconds: most time spent per bundle, even when `min_queries` is not reached; at least twice `seconds`
-            (quick: 60 s; mlperf: as long as it takes). Any of these three makes an mlperf run one that is not valid.
+        seconds, min_queries: least time measured and least number of queries, per bundle; None takes the rules' own
+            (quick: 10 s and 64, in at most twice `seconds` or 60 s). Either makes an mlperf run one that is not valid.
         seed: of the order.
-        layers: also time each layer.
+        layers: also time each layer, afterwards and in another process.
         power: also read power, where there is a sensor; False spares the idle baselines.
         progress: called now and then.
 
     Returns:
-        A result of kind "profile", or "comparison" with `against`. docs/profiling.md names every figure.
+        A result of kind "profile", or "comparison" with `against`.
 
     Raises:
         ArtifactError: not a bundle, altered, or of a newer schema.
-        BackendError: unknown backend, the backend refuses the model, or a process died or hung.
+        BackendError: unknown backend, the backend rejects the model, or a process died or hung.
         ConfigError: a number is out of range.
     """
-    settings = make_rules(rules, seconds, min_queries, max_seconds, seed)
+    settings = make_rules(rules, seconds, min_queries, seed)
     check_choices(backend, kernels)
     folders = {"subject": Path(bundle)} | ({"against": Path(against)} if against is not None else {})
     bundles = {role: open_bundle(path) for role, path in folders.items()}
     if rules == "mlperf":
-        _refuse_batches(bundles)
-    subjects = [checked.subject(role) for role, checked in bundles.items()]
-    clock = Clock(progress, len(folders) * (settings.seconds + 1.0))
+        _reject_batches(bundles)
+    on_stage = stage_progress(progress, len(bundles) * (settings.seconds + 1.0))
     with contextlib.ExitStack() as stack:
         sides = []
         for role, path in folders.items():
-            clock.tell(f"loading {path.name}")
-            worker = stack.enter_context(start_worker())
+            on_stage(f"loading {path.name}")
             request = Load(bundle=str(path.resolve()), backend=backend, threads=threads, kernels=kernels)
-            sides.append(load_side(role, worker, request))
-        seen = observe(sides, settings, clock, power)
+            sides.append(load_side(role, stack.enter_context(start_worker()), request))
+        seen = observe(sides, settings, on_stage, power)
         described = {side.role: _described(side) for side in sides}
+    return _result(bundles, sides, seen, described, on_stage if layers else None)
+
+
+def _result(
+    bundles: dict[str, Bundle],
+    sides: list[MeasuredSide],
+    seen: Observation,
+    described: dict[str, Description],
+    on_layers: OnStage | None,
+) -> ProfileResult:
+    """The result of what was measured; where `on_layers` is given, layers are timed first."""
+    subjects = [bundle.subject(role) for role, bundle in bundles.items()]
     figures = {side.role: side_figures(side, seen, described[side.role].kernels) for side in sides}
-    compared = compare(sides[0], sides[1], two_names(subjects)) if len(sides) == 2 else None
-    if layers:
+    compared = _compare(sides[0], sides[1], _two_names(subjects)) if len(sides) == 2 else None
+    if on_layers is not None:
         for side in sides:
-            clock.tell(f"timing the layers of {side.role}")
+            on_layers(f"timing the layers of {side.role}")
             figures[side.role] = _with_layers(figures[side.role], side)
     samples = {side.role: SideSamples(side.latency_ms, side.parts_ms or None) for side in sides}
     return ProfileResult(
-        "comparison" if against is not None else "profile",
+        "profile" if compared is None else "comparison",
         subjects,
         _method(sides, seen, described),
         Samples(**samples, power=seen.recording.samples() or None),
@@ -116,18 +123,15 @@ def profile_bundle(
     )
 
 
-def _refuse_batches(bundles: dict[str, Bundle]) -> None:
-    """MLPerf's single stream has one sample a query: better told now than after ten minutes."""
+def _reject_batches(bundles: dict[str, Bundle]) -> None:
+    """MLPerf's single stream has one sample a query: better rejected now than after ten minutes."""
     for role, bundle in bundles.items():
-        batch = bundle.manifest.batch
-        if batch not in (None, 1):
-            raise ConfigError(
-                f"The {role}'s batch is fixed at {batch}; mlperf takes one image a query.",
-                "Export it with a batch of 1, or dynamic.",
-            )
+        if bundle.manifest.batch not in (None, 1):
+            what = f"The {role}'s batch is fixed at {bundle.manifest.batch}; mlperf takes one image a query."
+            raise ConfigError(what, "Export it with a batch of 1, or dynamic.")
 
 
-def _described(side: Side) -> Description:
+def _described(side: MeasuredSide) -> Description:
     """What ran. Reading the model once more may fail where memory is short; the figures stand all the same."""
     try:
         return side.worker.ask("describe", LOAD_TIMEOUT_S, Description)
@@ -136,7 +140,7 @@ def _described(side: Side) -> Description:
         return Description(backend=why, version=why, provider=why, device=why, precision=why, kernels=why, threads=why)
 
 
-def _with_layers(figures: Figures, side: Side) -> Figures:
+def _with_layers(figures: Figures, side: MeasuredSide) -> Figures:
     """Times per layer, from a process of its own; a profiler that fails costs nothing else."""
     p50 = stats.percentile(side.latency_ms, 0.5)
     try:
@@ -146,23 +150,15 @@ def _with_layers(figures: Figures, side: Side) -> Figures:
         why = Unavailable(error.what)
         return replace(figures, layers=why, layers_total_ms=why, layers_compared=why)
     total = found.layers_total_ms
-    compared = LayersCompared(
-        latency_p50_ms=p50, total_over_latency=total / p50, queries=found.queries, profiled_ms=found.profiled_ms
-    )
+    compared = LayersCompared(latency_p50_ms=p50, total_over_latency=total / p50)
     return replace(figures, layers=found.layers, layers_total_ms=total, layers_compared=compared)
 
 
-def _method(sides: list[Side], seen: Observation, described: dict[str, Description]) -> Method:
+def _method(sides: list[MeasuredSide], seen: Observation, described: dict[str, Description]) -> Method:
     two = len(sides) == 2
     return Method(
-        scenario="single stream: one query at a time, from Session.infer's call to its return",
-        clock="time.perf_counter_ns",
         rules=seen.rules,
         input=Input("uniform random, seed 0, made once", sides[0].loaded.input_shapes),
-        isolation="one process per bundle",
-        load_ms="the session's creation alone, after importing the backend (import_ms)",
-        peak_rss_bytes="VmHWM of the whole process: Python, the backend and the model",
-        memory_sources=SOURCES,
         runtime=described,
         warm_up={side.role: side.warm_up for side in sides},
         block_queries={side.role: len(side.blocks[0]) for side in sides},
@@ -170,9 +166,39 @@ def _method(sides: list[Side], seen: Observation, described: dict[str, Descripti
         conditions={side.role: seen.conditions(side) for side in sides},
         problems=seen.recording.told(),
         flag_thresholds=flags.THRESHOLDS,
-        layers="the backend's own profiler, in a process of its own after the latency was measured",
         ratio="median over rounds of: against's median latency over the subject's, within one round" if two else None,
         first_in_round=seen.order if two else None,
-        rewarm_queries={side.role: side.rewarm for side in sides} if two else None,
         cut_short=seen.cut_short or None,
     )
+
+
+def _compare(subject: MeasuredSide, against: MeasuredSide, names: list[str]) -> Comparison:
+    ratios = stats.round_ratios(subject.blocks, against.blocks)
+    low, high = stats.quantile_interval(ratios, 0.5)
+    ratio = float(np.median(ratios))
+    verdict = stats.judge(low, high)
+    return Comparison(
+        ratio=stats.estimate(ratio, low, high, "order statistics of paired rounds, effective sample size"),
+        rounds=len(ratios),
+        verdict=verdict,
+        sentence=_sentence(verdict, names, ratio, low, high),
+    )
+
+
+def _two_names(subjects: list[Subject]) -> list[str]:
+    """Two names that differ: the models', else the folders', else by place."""
+    for key in ("name", "path"):
+        names = [Path(getattr(subject, key)).name for subject in subjects]
+        if names[0] != names[1]:
+            return names
+    return [f"{names[0]} (first)", f"{names[1]} (second)"]
+
+
+def _sentence(verdict: str, names: list[str], ratio: float, low: float | None, high: float | None) -> str:
+    subject, against = names
+    if low is None or high is None:
+        return f"No difference shown between {subject} and {against}: too few independent rounds; measure longer."
+    interval = f"95 % interval {low:.3f} to {high:.3f}"
+    if verdict == "no difference shown":
+        return f"No difference shown between {subject} and {against}: ratio {ratio:.3f}, {interval}, not beyond +-1 %."
+    return f"{subject} is {verdict} than {against}: {ratio:.3f} times its speed, {interval}."

@@ -7,7 +7,7 @@ shares are fitted to published and recorded measurements by `benchmarks/estimate
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs
@@ -15,14 +15,12 @@ from sparsifiner_edge.profiles.boards.board import Board
 
 SIZES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}
 """Bytes of an element in memory."""
-SPARSE = ("predictor", "cells")
-"""Kinds of operator that only a sparse layer has; its attention is another."""
 SCORE_PASSES = 6
 """Times that plain attention writes or reads its scores: product, scale, softmax, product."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
+class RooflineFit:
     """What real kernels reach, fitted.
 
     Attributes:
@@ -47,12 +45,12 @@ class Calibration:
     points: int
 
 
-GPU = Calibration(
+GPU_FIT = RooflineFit(
     linear=0.341, attention=0.341, predictor=0.341, int8=0.824, bandwidth=0.825, launch_us=13.9, body_passes=16.0,
     spread=1.44, points=26,
 )  # fmt: skip
 """Published latencies of dense models; one share for all arithmetic. `body_passes` is judged: compilers fuse them."""
-CPU = Calibration(
+CPU_FIT = RooflineFit(
     linear=0.991, attention=1.0, predictor=0.153, int8=0.738, bandwidth=1.0, launch_us=56.1, body_passes=63.9,
     spread=1.35, points=24,
 )  # fmt: skip
@@ -61,13 +59,13 @@ judged, since peaks are seldom known as well."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Operator:
+class OperatorWork:
     """Work of one kind in one layer, for one inference of a whole batch.
 
     Attributes:
         layer: from 0; -1: before the layers.
         kind: as in `sparsifiner_edge.costs.MAC_KINDS`, or "embedding".
-        engine: which share of `Calibration` holds: "linear", "attention" or "predictor".
+        engine: which share of `RooflineFit` holds: "linear", "attention" or "predictor".
         macs: multiply-accumulates.
         weights, activations: elements moved, at the operator's precision.
         scores: elements moved at four bytes, whatever the precision. body: the same, once for each of `body_passes`.
@@ -89,7 +87,7 @@ class Operator:
 class Cost:
     """Seconds of an operator, and what takes them: "compute", "memory" or "launch"."""
 
-    operator: Operator
+    operator: OperatorWork
     moved_bytes: float
     seconds: float
     bound: str
@@ -113,7 +111,7 @@ class Workload:
     materialised: bool = False
 
 
-def operators(work: Workload) -> list[Operator]:
+def operators(work: Workload) -> list[OperatorWork]:
     """Every operator of an inference, in order."""
     shape, found = work.shape, [_embedding(work)]
     counts = work.sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
@@ -124,19 +122,21 @@ def operators(work: Workload) -> list[Operator]:
     return found
 
 
-def _embedding(work: Workload) -> Operator:
+def _embedding(work: Workload) -> OperatorWork:
     shape, pixels = work.shape, 3 * work.shape.patch**2
     macs = work.batch * shape.patches * pixels * shape.width
     moved = work.batch * shape.patches * (pixels + 3 * shape.width)
-    return Operator(-1, "embedding", "linear", macs, pixels * shape.width, moved, 4)
+    return OperatorWork(-1, "embedding", "linear", macs, pixels * shape.width, moved, 4)
 
 
-def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sparse: bool) -> list[Operator]:
+def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sparse: bool) -> list[OperatorWork]:
     """Projections and MLP, each with its normalisation and residual; pruning; attention."""
 
-    def operator(kind: str, engine: str, launches: int, weights: int = 0) -> Operator:
+    def operator(kind: str, engine: str, launches: int, weights: int = 0) -> OperatorWork:
         moved = getattr(costs, f"{kind}_bytes") / FLOAT - weights  # The bytes of `costs` hold the weights once.
-        return Operator(number, kind, engine, work.batch * getattr(costs, kind), weights, work.batch * moved, launches)
+        return OperatorWork(
+            number, kind, engine, work.batch * getattr(costs, kind), weights, work.batch * moved, launches
+        )
 
     found = [
         operator("projections", "linear", 3, 4 * shape.width**2),
@@ -151,11 +151,11 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sp
     found.append(operator("attention", "attention", 1))
     if work.materialised:
         scores = work.batch * shape.heads * (shape.prefix + shape.patches) ** 2 * SCORE_PASSES
-        found.append(Operator(number, "attention", "attention", 0, 0, 0, 4, scores=scores))
+        found.append(OperatorWork(number, "attention", "attention", 0, 0, 0, 4, scores=scores))
     return found
 
 
-def _bodies(number: int, shape: ModelShape, work: Workload) -> list[Operator]:
+def _bodies(number: int, shape: ModelShape, work: Workload) -> list[OperatorWork]:
     """What function bodies move beyond a kernel's own traffic: scores, and gathered keys written and read back."""
     sparsity, patches = work.sparsity, shape.patches
     layout = sparsity.layout(patches, shape.prefix)
@@ -164,48 +164,46 @@ def _bodies(number: int, shape: ModelShape, work: Workload) -> list[Operator]:
     gathered = work.batch * 4 * layout.tiles * read * shape.width
     scores = work.batch * shape.heads * patches * (read + layout.cells)
     return [
-        Operator(number, "predictor", "predictor", 0, 0, 0, 12, body=ranked),
-        Operator(number, "attention", "attention", 0, 0, gathered, 20, body=scores),
+        OperatorWork(number, "predictor", "predictor", 0, 0, 0, 12, body=ranked),
+        OperatorWork(number, "attention", "attention", 0, 0, gathered, 20, body=scores),
     ]
 
 
-def precisions(precision: str, board: Board) -> dict[str, str]:
-    """Precision of each engine. int8 is for linear layers alone; the rest runs in fp16 where the board has it."""
-    rest = ("fp16" if board.fp16_tflops else "fp32") if precision == "int8" else precision
-    return {"linear": precision, "attention": rest, "predictor": rest}
+def other_precision(precision: str, board: Board) -> str:
+    """Of what is no linear layer: int8 is for those alone; the rest runs in fp16 where the board has it."""
+    return ("fp16" if board.fp16_tflops else "fp32") if precision == "int8" else precision
 
 
-def cost(operator: Operator, board: Board, precision: Mapping[str, str], share: Calibration) -> Cost:
-    """Time of one operator; with `IDEAL` as `share`, what no program can beat at these peaks.
+def cost(operator: OperatorWork, board: Board, precision: str, fit: RooflineFit) -> Cost:
+    """Time of one operator; with `IDEAL` as `fit`, what no program can beat at these peaks.
 
     Raises:
         ConfigError: the board has no arithmetic for the precision.
     """
-    chosen = precision[operator.engine]
-    peak = board.peak(chosen) * getattr(share, operator.engine) * (share.int8 if chosen == "int8" else 1.0)
+    chosen = precision if operator.engine == "linear" else other_precision(precision, board)
+    peak = board.peak(chosen) * getattr(fit, operator.engine) * (fit.int8 if chosen == "int8" else 1.0)
     moved = (operator.weights + operator.activations) * SIZES[chosen]
-    moved += 4 * (operator.scores + operator.body * share.body_passes)
+    moved += 4 * (operator.scores + operator.body * fit.body_passes)
     parts = {
         "compute": 2 * operator.macs / peak,
-        "memory": moved / (board.bandwidth_gb_s * 1e9 * share.bandwidth),
-        "launch": operator.launches * share.launch_us * 1e-6,
+        "memory": moved / (board.bandwidth_gb_s * 1e9 * fit.bandwidth),
+        "launch": operator.launches * fit.launch_us * 1e-6,
     }
     seconds = max(parts["compute"], parts["memory"]) + parts["launch"]
     return Cost(operator, moved, seconds, max(parts, key=lambda name: parts[name]))
 
 
-IDEAL = Calibration(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0)
+IDEAL = RooflineFit(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0)
 """Every peak reached, and no launch costs anything."""
 
 
-def costs(work: Workload, board: Board, precision: str, share: Calibration) -> list[Cost]:
+def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> list[Cost]:
     """Times of all operators of an inference.
 
     Raises:
         ConfigError: see `cost`.
     """
-    chosen = precisions(precision, board)
-    return [cost(operator, board, chosen, share) for operator in operators(work)]
+    return [cost(operator, board, precision, fit) for operator in operators(work)]
 
 
 def seconds(found: Sequence[Cost]) -> float:

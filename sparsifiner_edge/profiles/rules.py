@@ -19,8 +19,8 @@ MLPERF_SECONDS = 600.0
 MLPERF_QUERIES = 1024
 """Least queries beside those 600 s (loadgen's `min_query_count` for single stream before early stopping)."""
 MLPERF_ENOUGH_QUERIES = 24_576
-"""As many queries bound p90 within .5 % at 99 % confidence, however short they are (MLPerf Inference Rules, "number of
-queries": 3 * 2^13). They end a run of a fast model before its 600 s; a submission to MLPerf would have to go on."""
+"""They bound p90 within .5 % at 99 % confidence (MLPerf Inference Rules, "number of queries": 3 * 2^13), and end a fast
+model's run before its 600 s; a submission to MLPerf would have to go on."""
 MLPERF_PERCENTILE = 0.9
 MLPERF_CONFIDENCE = 0.99
 
@@ -50,62 +50,45 @@ class Rules(msgspec.Struct, frozen=True):
     enough_queries: int | None = None
     valid: bool = True
 
-    def enough(self, seconds: float, queries: int, blocks: int) -> bool:
-        """Whether a side with so much measured is done; `max_seconds` apart."""
+    def enough(self, seconds: float, queries: int, blocks: int, wall_s: float = 0.0) -> bool:
+        """Whether a side with so much measured, in so much wall time, is done."""
         done = seconds >= self.seconds and queries >= self.min_queries
         many = self.enough_queries is not None and queries >= self.enough_queries
-        return (done or many) and blocks >= MIN_BLOCKS
-
-    def expected_s(self, query_ms: float) -> float:
-        """Seconds that a side will take, its queries being as long as they were in warm-up."""
-        expected = max(self.seconds, self.min_queries * query_ms / 1000)
-        if self.enough_queries is not None:
-            expected = min(expected, self.enough_queries * query_ms / 1000)
-        return expected if self.max_seconds is None else min(expected, self.max_seconds)
+        late = self.max_seconds is not None and wall_s >= self.max_seconds
+        return ((done or many) and blocks >= MIN_BLOCKS) or late
 
 
-def make_rules(
-    name: str, seconds: float | None, min_queries: int | None, max_seconds: float | None, seed: int
-) -> Rules:
-    """The rules called `name`, with the numbers that are given in place of its own.
+def make_rules(name: str, seconds: float | None = None, min_queries: int | None = None, seed: int = 0) -> Rules:
+    """The rules called `name`, with the numbers that are given in place of their own.
 
     Raises:
         ConfigError: no such rules, or a number is out of range.
     """
     if name not in RULES:
         raise ConfigError(f"rules is {name!r}.", f"Choose one of: {', '.join(RULES)}.")
-    _check(seconds, min_queries, max_seconds)
-    if name == "mlperf":
-        own = (seconds, min_queries, max_seconds) == (None, None, None)
-        length = (seconds or MLPERF_SECONDS, min_queries or MLPERF_QUERIES)
-        return Rules(name, *length, seed, max_seconds, MLPERF_ENOUGH_QUERIES, own)
-    seconds = seconds or _QUICK_SECONDS
-    # Twice, because a comparison also spends time on unrecorded queries.
-    most = max(2 * seconds, max_seconds or _QUICK_MAX_SECONDS)
-    return Rules(name, seconds, min_queries or _QUICK_QUERIES, seed, most)
-
-
-def _check(seconds: float | None, min_queries: int | None, max_seconds: float | None) -> None:
-    for name, value in (("seconds", seconds), ("max_seconds", max_seconds)):
-        if value is not None and finite_number(value, name) == 0:
-            raise ConfigError(f"{name} is {value}.", "Give a number above 0.")
+    if seconds is not None and finite_number(seconds, "seconds") == 0:
+        raise ConfigError(f"seconds is {seconds}.", "Give a number above 0.")
     if min_queries is not None and not 1 <= min_queries <= MOST_COUNT:
         raise ConfigError(f"min_queries is {min_queries}.", f"Give from 1 to {MOST_COUNT}.")
+    if name == "mlperf":
+        own = seconds is None and min_queries is None
+        length = (seconds or MLPERF_SECONDS, min_queries or MLPERF_QUERIES)
+        return Rules(name, *length, seed, enough_queries=MLPERF_ENOUGH_QUERIES, valid=own)
+    seconds = seconds or _QUICK_SECONDS
+    # Twice, because a comparison also spends time on unrecorded queries.
+    return Rules(name, seconds, min_queries or _QUICK_QUERIES, seed, max(2 * seconds, _QUICK_MAX_SECONDS))
 
 
-def early_stopping(
-    latency: Sequence[float], share: float = MLPERF_PERCENTILE, confidence: float = MLPERF_CONFIDENCE
-) -> tuple[float, int] | None:
-    """MLPerf's early-stopping estimate of a percentile: an upper bound that holds with `confidence`.
+def early_stopping(latency: Sequence[float], share: float = MLPERF_PERCENTILE) -> tuple[float, int] | None:
+    """MLPerf's early-stopping estimate of a percentile: an upper bound with 99 % confidence.
 
-    With n queries, t is the largest number, at least 1, such that t or fewer queries above the true percentile would be
-    less likely than 1 - confidence: P(Binomial(n, 1 - share) <= t) < 1 - confidence. The t-th largest latency is the
-    estimate, so t - 1 are discarded (MLPerf Inference Rules, "early stopping criterion", tolerance 0; as loadgen does).
+    With n queries, t is the largest number, from 1, for which P(Binomial(n, 1 - share) <= t) < .01; the t-th largest
+    latency is the estimate (MLPerf Inference Rules, "early stopping criterion", tolerance 0; as loadgen does).
 
     Returns:
-        The estimate and t - 1; None where there are too few queries (64 for p90, 662 for p99).
+        The estimate, and the t - 1 queries above it; None where there are too few queries (64 for p90, 662 for p99).
     """
-    rare = int((binomial_cdf(len(latency), 1 - share) < 1 - confidence).sum())
+    rare = int((binomial_cdf(len(latency), 1 - share) < 1 - MLPERF_CONFIDENCE).sum())
     t = rare - 1  # The first of them is t = 0.
     if t < 1:
         return None
@@ -113,18 +96,10 @@ def early_stopping(
 
 
 class Mlperf(msgspec.Struct, frozen=True, kw_only=True):
-    """MLPerf's view of a side: the early-stopping estimate, and whether each condition of the rules was met.
+    """MLPerf's view of a side: the early-stopping estimate, the queries above it, and which conditions were met."""
 
-    Attributes:
-        discarded: queries above the estimate. valid: whether all conditions were met; why: or why not.
-    """
-
-    percentile: float
-    confidence: float
     early_stopping_p90_ms: float | Unavailable
     discarded: int | Unavailable
-    seconds: float
-    queries: int
     min_duration_met: bool
     min_queries_met: bool
     enough_queries_met: bool
@@ -146,12 +121,8 @@ def mlperf_figures(latency_ms: Sequence[float], rules: Rules) -> Mlperf:
     valid, why = _verdict(met, rules)
     few = Unavailable(f"{queries} queries are too few for an estimate at {MLPERF_CONFIDENCE:.0%} confidence")
     return Mlperf(
-        percentile=MLPERF_PERCENTILE,
-        confidence=MLPERF_CONFIDENCE,
         early_stopping_p90_ms=few if found is None else found[0],
         discarded=few if found is None else found[1],
-        seconds=seconds,
-        queries=queries,
         **met,
         valid=valid,
         why=why,

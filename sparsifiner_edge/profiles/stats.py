@@ -1,4 +1,4 @@
-"""Percentiles, ratios and their intervals. Pure functions of the samples; times in, times out, whatever the unit."""
+"""Percentiles, ratios and their intervals. Pure functions of the samples, in any unit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIN_FOR_MEAN = 5
 """Independent samples, such as images, that a mean's interval takes at least."""
 
 _FEW = Unavailable("too few samples to bound it on this side")
-Samples = Sequence[float] | np.ndarray[Any, Any]
+Series = Sequence[float] | np.ndarray[Any, Any]
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -34,19 +34,19 @@ class Latency(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What queries one after the other tell."""
+    """Of queries one after the other."""
 
     latency_ms: Latency
     throughput_per_s: Estimate
 
 
-def percentile(samples: Samples, share: float) -> float:
+def percentile(samples: Series, share: float) -> float:
     """Quantile of `samples` at `share` in [0, 1], linear between neighbours (NumPy's default)."""
     return float(np.quantile(np.asarray(samples, dtype=np.float64), share))
 
 
-def effective_size(series: Samples) -> int:
-    """How many independent samples tell as much about the mean as this series, which may be correlated in time.
+def effective_size(series: Series) -> int:
+    """How many independent samples say as much about the mean as this series, which may be correlated in time.
 
     Geyer's initial positive sequence (Statistical Science 7, 1992): autocorrelations are summed in pairs until a pair
     is not positive. Between 1 and len(series).
@@ -73,7 +73,7 @@ def binomial_cdf(trials: int, share: float) -> np.ndarray[Any, Any]:
     return np.asarray(np.cumsum(np.exp(logs)))
 
 
-def quantile_interval(samples: Samples, share: float) -> tuple[float | None, float | None]:
+def quantile_interval(samples: Series, share: float) -> tuple[float | None, float | None]:
     """95 % interval of a quantile from order statistics, which needs no assumption about the distribution.
 
     The number of samples below the quantile is binomial; correlation in time shrinks the number of trials.
@@ -94,7 +94,7 @@ def quantile_interval(samples: Samples, share: float) -> tuple[float | None, flo
     return low, high
 
 
-def mean_interval(samples: Samples) -> tuple[float, float]:
+def mean_interval(samples: Series) -> tuple[float, float]:
     """95 % interval of the mean: normal, with the standard error of the effective number of samples."""
     values = np.asarray(samples, dtype=np.float64)
     spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
@@ -102,7 +102,7 @@ def mean_interval(samples: Samples) -> tuple[float, float]:
     return float(values.mean()) - error, float(values.mean()) + error
 
 
-def small_sample_mean(samples: Samples) -> Estimate:
+def small_sample_mean(samples: Series) -> Estimate:
     """Mean of independent samples with Student's t interval, which holds for few; no bounds below `MIN_FOR_MEAN`."""
     values = np.asarray(samples, dtype=np.float64)
     mean, low, high = float(values.mean()), None, None
@@ -127,7 +127,7 @@ def estimate(value: float, low: float | None, high: float | None, method: str) -
     return Estimate(value, _FEW if low is None else low, _FEW if high is None else high, CONFIDENCE, method)
 
 
-def summarise(latency_ms: Samples) -> Summary:
+def summarise(latency_ms: Series) -> Summary:
     """p50, p90, p99 and mean of the latency in ms, and the throughput in queries per second, with intervals."""
 
     def quantile(share: float) -> Estimate:
@@ -142,13 +142,12 @@ def summarise(latency_ms: Samples) -> Summary:
     return Summary(latency_ms=latency, throughput_per_s=estimate(1000 / mean, 1000 / high, fastest, normal))
 
 
-def round_ratios(subject: Sequence[Samples], against: Sequence[Samples]) -> np.ndarray[Any, Any]:
+def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.ndarray[Any, Any]:
     """Per round, against's median over the subject's: above 1 where the subject is faster.
 
-    A round holds a block of either side, run back to back: what slows the machine for longer than a round slows both,
-    and cancels. The ratio of two bundles is the median over rounds; its interval is `quantile_interval(ratios, 0.5)`.
-    A bootstrap over rounds was tried: beside another program on the machine, when ratios fall on either side of 1 in
-    runs, it missed the truth for equal bundles four times as often as its 95 % allow; order statistics did not.
+    A round holds a block of either side, run back to back: what slows the machine for longer slows both, and cancels.
+    The ratio of two bundles is the median over rounds, its interval `quantile_interval(ratios, 0.5)`; a bootstrap over
+    rounds missed the truth four times as often as its 95 % allow, beside another program on the machine.
     """
     return np.array([np.median(b) / np.median(a) for a, b in zip(subject, against, strict=True)])
 

@@ -15,9 +15,16 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import Input, SideSamples
-from sparsifiner_edge.profiles.measure.client import start_worker
-from sparsifiner_edge.profiles.measure.observe import settling
-from sparsifiner_edge.profiles.measure.side import LOAD_TIMEOUT_S, Clock, Side, WarmUp, load_side, measure, warm_up
+from sparsifiner_edge.profiles.measure.side import (
+    LOAD_TIMEOUT_S,
+    MeasuredSide,
+    WarmUp,
+    load_side,
+    measure_blocks,
+    stage_progress,
+    start_worker,
+    warm_up,
+)
 from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.profiles.rules import Rules, make_rules
 from sparsifiner_edge.progress import Progress
@@ -27,11 +34,11 @@ from sparsifiner_edge.runtime.session import Description
 
 AXES = {"threads": MOST_THREADS, "batch": MOST_BATCH}
 """What can be swept, and the greatest value of each."""
-SECONDS = 3.0
+DEFAULT_POINT_S = 3.0
 """Minimum measuring time at each point, where none is given."""
 
 
-class Point(stats.Summary, frozen=True, kw_only=True):
+class SweepPoint(stats.Summary, frozen=True, kw_only=True):
     """Latency of a whole batch, and throughput in images per second."""
 
     threads: int
@@ -43,17 +50,17 @@ class Point(stats.Summary, frozen=True, kw_only=True):
 class Sweep(msgspec.Struct, frozen=True):
     """Its points, in order."""
 
-    sweep: list[Point]
+    sweep: list[SweepPoint]
 
 
 class SweepMethod(msgspec.Struct, frozen=True, kw_only=True):
     """How it was measured; warm_up by point."""
 
-    scenario: str
-    clock: str
+    scenario: str = "single stream: one batch at a time, from Session.infer's call to its return"
+    clock: str = "time.perf_counter_ns"
     rules: Rules
     input: Input
-    isolation: str
+    isolation: str = "one process per point, one point after the other"
     runtime: dict[str, Description]
     warm_up: dict[str, WarmUp]
     flag_thresholds: dict[str, float]
@@ -87,7 +94,7 @@ def sweep_bundle(
         backend: one of `sparsifiner_edge.runtime.BACKENDS`.
         threads: where `axes` has none; None takes the cores that this process may run on.
         kernels: one of `sparsifiner_edge.runtime.KERNEL_CHOICES`.
-        seconds: least time measured at each point; None takes `SECONDS`. min_queries: least queries, as in `quick`.
+        seconds, min_queries: minimum at each point; None takes `DEFAULT_POINT_S` and those of the rules "quick".
         progress: called now and then.
 
     Returns:
@@ -95,33 +102,48 @@ def sweep_bundle(
 
     Raises:
         ArtifactError: not a bundle, altered, or of a newer schema.
-        BackendError: unknown backend, the backend refuses the model, or a process died or hung.
+        BackendError: unknown backend, the backend rejects the model, or a process died or hung.
         ConfigError: an axis is unknown or has bad values, or the bundle's batch is fixed at another size.
     """
-    rules = make_rules("quick", SECONDS if seconds is None else seconds, min_queries, None, 0)
+    rules = make_rules("quick", DEFAULT_POINT_S if seconds is None else seconds, min_queries)
     check_choices(backend, kernels)
     checked = open_bundle(Path(bundle))
-    place = str(checked.folder.resolve())
-    points = _points(axes, threads, checked)
-    clock = Clock(progress, len(points) * (rules.seconds + 2.0))
-    rows: list[Point] = []
+    place, points = str(checked.folder.resolve()), _points(axes, threads, checked)
+    on_stage = stage_progress(progress, len(points) * (rules.seconds + 2.0))
+    rows: list[SweepPoint] = []
     samples: dict[str, SideSamples] = {}
     warm_ups: dict[str, WarmUp] = {}
-    description: Description | None = None
     for count, batch in points:
         name = f"threads={count},batch={batch}"
         request = Load(bundle=place, backend=backend, threads=count, kernels=kernels, batch=batch)
         with start_worker() as worker:
-            clock.tell(f"measuring {name}")
+            on_stage(f"measuring {name}")
             side = load_side(name, worker, request)
-            warm_up(side, clock)
-            measure([side], rules, Clock(None, 0.0))
-            description = description or worker.ask("describe", LOAD_TIMEOUT_S, Description)
-        rows.append(_point(side, count, batch))
+            warm_up(side, on_stage)
+            measure_blocks([side], rules, on_stage, f"measuring {name}")
+            description = worker.ask("describe", LOAD_TIMEOUT_S, Description)
+        rows.append(_row(side, count, batch))
         samples[name], warm_ups[name] = SideSamples(side.latency_ms), side.warm_up
-    assert description is not None
-    method = _method(rules, replace(description, threads=None), warm_ups)
+    method = SweepMethod(
+        rules=rules,
+        input=Input("uniform random, seed 0, made once"),
+        runtime={"subject": replace(description, threads=None)},
+        warm_up=warm_ups,
+        flag_thresholds=flags.THRESHOLDS,
+    )
     return SweepResult("sweep", [checked.subject("subject")], method, samples, Sweep(rows))
+
+
+def _row(side: MeasuredSide, threads: int, batch: int) -> SweepPoint:
+    latency, found = side.latency_ms, stats.summarise(side.latency_ms)
+    return SweepPoint(
+        threads=threads,
+        batch=batch,
+        latency_ms=found.latency_ms,
+        throughput_per_s=found.throughput_per_s.times(batch),
+        queries=side.queries,
+        flags=[*flags.length_flags(latency), *flags.warm_up_flags(side.warm_up), *flags.spread_flags(latency)],
+    )
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:
@@ -144,7 +166,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _points(axes: Mapping[str, Sequence[int]], threads: int | None, bundle: Bundle) -> list[tuple[int, int]]:
-    """Every combination of threads and batch; a clear refusal before anything is measured."""
+    """Every combination of threads and batch; bad values are rejected before anything is measured."""
     if not axes:
         raise ConfigError("The sweep has no axis.", f"Choose of: {', '.join(AXES)}.")
     for name, values in axes.items():
@@ -161,29 +183,3 @@ def _points(axes: Mapping[str, Sequence[int]], threads: int | None, bundle: Bund
         )
     counts = list(dict.fromkeys(axes.get("threads", [threads or available_cores()])))
     return list(itertools.product(counts, batches))
-
-
-def _point(side: Side, threads: int, batch: int) -> Point:
-    found = stats.summarise(side.latency_ms)
-    seen = [*flags.length_flags(side.latency_ms), *settling(side), *flags.spread_flags(side.latency_ms)]
-    return Point(
-        threads=threads,
-        batch=batch,
-        latency_ms=found.latency_ms,
-        throughput_per_s=found.throughput_per_s.times(batch),
-        queries=side.queries,
-        flags=seen,
-    )
-
-
-def _method(rules: Rules, description: Description, warm_ups: dict[str, WarmUp]) -> SweepMethod:
-    return SweepMethod(
-        scenario="single stream: one batch at a time, from Session.infer's call to its return",
-        clock="time.perf_counter_ns",
-        rules=rules,
-        input=Input("uniform random, seed 0, made once"),
-        isolation="one process per point, one point after the other",
-        runtime={"subject": description},
-        warm_up=warm_ups,
-        flag_thresholds=flags.THRESHOLDS,
-    )

@@ -99,7 +99,7 @@ def test_whole_numbers_of_a_setting_become_what_operators_take() -> None:
 def test_the_same_from_python(bundle: Path, tmp_path: Path) -> None:
     for wrong in ((math.nan, None), (1e300, None), (None, 2**31)):
         with pytest.raises(ConfigError, match=r"seconds is|min_queries is"):
-            make_rules("quick", wrong[0], wrong[1], None, 0)
+            make_rules("quick", wrong[0], wrong[1])
     for axes in ({"threads": [10**9]}, {"batch": [10**9]}):
         with pytest.raises(ConfigError, match="sweep is over"):
             sweep_bundle(bundle, axes)

@@ -490,7 +490,7 @@ def test_every_flag_and_kind_of_a_measurement_has_words():
 
     from sparsifiner_edge import profiles
     from sparsifiner_edge.costs import MAC_KINDS
-    from sparsifiner_edge.profiles.measure.kinds import KINDS as LAYER_KINDS
+    from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS
 
     source = (Path(profiles.__file__).parent / "flags.py").read_text()
     flags = set(re.findall(r'Flag\(\s*"([a-z-]+)"', source))

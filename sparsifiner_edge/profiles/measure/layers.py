@@ -8,51 +8,61 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.profiles.measure.kinds import Row, merge
 from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime, native_library
 from sparsifiner_edge.runtime.open import open_checked
-from sparsifiner_edge.runtime.session import Session
 
-SECONDS = 1.0
-"""About as long the profiled queries run, within `MIN_QUERIES` and `MAX_QUERIES`."""
+LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "other")
+"""Parts of a layer. selection: KeySelect, LandmarkKeySelect, TokenScore and the pruning that follows it. other: adds,
+layer scale, embedding and head."""
 MIN_QUERIES, MAX_QUERIES = 3, 100
+_PROFILED_S = 1.0
+"""About as long the profiled queries run, within `MIN_QUERIES` and `MAX_QUERIES`."""
 _WARM_UP = 2
 _SUFFIX = "_kernel_time"
+_FIX = "Leave it out (--no-layers)."
 Trace = list[dict[str, Any]]
-"""Events as ONNX Runtime writes them."""
 MakeInputs = Callable[[list[TensorSpec]], dict[str, Array]]
 
 
-class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Time per node, in the order of execution, per query.
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """Time of a node of the exported file, per query.
 
     Attributes:
-        profiled_ms: a whole query with the profiler on, where that tells. queries: how many were profiled.
+        layer: from 0; None outside the layers. name: of the node. op: its operator. kind: one of `LAYER_KINDS`.
+        ms: ONNX Runtime's median, TensorRT's mean. share: of the total. nodes: that the backend made of it.
     """
+
+    layer: int | None = None
+    name: str
+    op: str
+    kind: str
+    nodes: int = 1
+    ms: float
+    share: float = 0.0
+
+
+class LayerTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Time per node, in the order of execution, per query; and the sum."""
 
     layers: list[Row]
     layers_total_ms: float
-    queries: int
-    profiled_ms: float | None = None
 
 
-class _Timed(msgspec.Struct, frozen=True):
-    """What a session's own profiler says of a layer."""
-
-    name: str
-    ms: float
-    op: str = ""
+def ms_by_kind(rows: Sequence[Row]) -> dict[str, float]:
+    """Milliseconds of each of `LAYER_KINDS` over all layers, from the rows of a result's `layers`."""
+    return {kind: sum((row.ms for row in rows if row.kind == kind), 0.0) for kind in LAYER_KINDS}
 
 
 def measure_layers(
@@ -68,46 +78,41 @@ def measure_layers(
     Raises:
         BackendError: the backend has no profiler, or its profile cannot be read.
     """
-    queries = max(MIN_QUERIES, min(MAX_QUERIES, round(SECONDS * 1000 / max(query_ms, 1e-3))))
+    queries = max(MIN_QUERIES, min(MAX_QUERIES, round(_PROFILED_S * 1000 / max(query_ms, 1e-3))))
     checked = open_bundle(Path(bundle))
     model = checked.read(MODEL_FILE)
     with open_checked(checked, backend, threads, kernels) as session:
         inputs = make_inputs(session.inputs)
-        own = getattr(session, "layer_times", None)
-        if own is not None:
+        layer_times = getattr(session, "layer_times", None)
+        if layer_times is not None:
             for _ in range(_WARM_UP):
                 session.infer(inputs)
-            return _finish(_named_rows(own(inputs, queries), model), queries)
-        _require_trace(session)
+            return _merged(_session_rows(layer_times(inputs, queries), model))
         ran = session.description
+        if session.backend != "onnxruntime" or ran.device != "CPU":
+            # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
+            raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
     assert isinstance(ran.threads, int)
     native = str(ran.kernels).startswith("native")
     return _ort_layers(model, ran.threads, "native" if native else "portable", inputs, queries)
 
 
-def _require_trace(session: Session) -> None:
-    device = session.description.device
-    if session.backend != "onnxruntime" or device != "CPU":
-        # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
-        raise BackendError(f"{session.backend} on {device} tells no times per layer.", "Profile it on the CPU.")
-
-
 def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int) -> LayerTimes:
     import onnx
 
-    from sparsifiner_edge.profiles.measure.attribution import find_places, operator_of, place_nodes
+    from sparsifiner_edge.profiles.measure.attribution import Place, find_places, place_nodes
 
     with scratch_folder() as folder:
         trace = _run_profiled(model, folder, threads, kernels, inputs, queries + _WARM_UP)
-        times, operators, whole = read_trace(trace, queries)
+        times, operators = read_trace(trace, queries)
         optimised = onnx.load(str(folder / "optimised.onnx"), load_external_data=False)
-    placed = place_nodes(optimised, find_places(onnx.load_from_string(model)))
+    places = place_nodes(optimised, find_places(onnx.load_from_string(model)))
     rows = []
     for node, ms in times.items():
-        place = placed.get(node)
-        layer, kind, label = (None, "other", node) if place is None else place
-        rows.append(Row(layer=layer, name=label, op=operator_of(node, operators[node]), kind=kind, ms=ms))
-    return _finish(rows, queries, whole)
+        place = places.get(node, Place(None, "other", node))
+        op = place.function or operators[node]
+        rows.append(Row(layer=place.layer, name=place.name, op=op, kind=place.kind, ms=ms))
+    return _merged(rows)
 
 
 def _run_profiled(
@@ -130,76 +135,75 @@ def _run_profiled(
         if library is not None:
             options.register_custom_ops_library(str(library))
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
         for _ in range(queries):
-            session.run(names, dict(inputs))
-        text = Path(session.end_profiling()).read_text(encoding="utf-8")
-        trace: Trace = json.loads(text)
+            session.run(None, dict(inputs))
+        trace: Trace = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     except Exception as error:  # ONNX Runtime's errors share no base but Exception.
-        raise BackendError(f"ONNX Runtime's profiler failed: {error}", "Leave it out (--no-layers).") from error
+        raise BackendError(f"ONNX Runtime's profiler failed: {error}", _FIX) from error
     return trace
 
 
-def read_trace(trace: Trace, queries: int) -> tuple[dict[str, float], dict[str, str], float]:
-    """Median milliseconds of each node over the last `queries` runs, its operator, and a whole run's median.
+def read_trace(trace: Trace, queries: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Median milliseconds of each node over the last `queries` runs, and its operator.
 
     Args:
-        trace: events of ONNX Runtime's profiler: `cat`, `name`, `dur` in microseconds, `args`.
+        trace: events of ONNX Runtime's profiler: `cat`, `name`, `dur` in microseconds, `args`; a run's nodes come
+            before the run itself.
 
     Raises:
         BackendError: there are no such events.
     """
-    durations: dict[str, list[float]] = {}
     operators: dict[str, str] = {}
-    runs: list[float] = []
+    runs: list[dict[str, float]] = [{}]
     try:
         for event in trace:
             name = event["name"]
             if event["cat"] == "Node" and name.endswith(_SUFFIX):
                 node = name.removesuffix(_SUFFIX)
-                durations.setdefault(node, []).append(event["dur"] / 1000)
+                # Several nodes may share a name: their times add up.
+                runs[-1][node] = runs[-1].get(node, 0.0) + event["dur"] / 1000
                 operators[node] = str(event["args"]["op_name"])
             elif event["cat"] == "Session" and name == "model_run":
-                runs.append(event["dur"] / 1000)
+                runs.append({})
     except (KeyError, TypeError, AttributeError) as error:
-        raise BackendError(
-            f"ONNX Runtime's trace holds an event without {error}.", "Leave it out (--no-layers)."
-        ) from error
-    if not durations or not runs:
-        raise BackendError("ONNX Runtime's trace holds no nodes.", "Leave it out (--no-layers).")
-    # A name that several nodes share gives several times for each run: they add up.
-    times = {}
-    for node, each in durations.items():
-        per_run = max(1, len(each) // len(runs))
-        sums = [sum(each[i : i + per_run]) for i in range(0, len(each), per_run)]
-        times[node] = statistics.median(sums[-queries:])
-    return times, operators, statistics.median(runs[-queries:])
+        raise BackendError(f"ONNX Runtime's trace holds an event without {error}.", _FIX) from error
+    if not operators or len(runs) == 1:
+        raise BackendError("ONNX Runtime's trace holds no nodes.", _FIX)
+    last = runs[:-1][-queries:]
+    return {node: statistics.median(run.get(node, 0.0) for run in last) for node in operators}, operators
 
 
-def _named_rows(times: object, model: bytes) -> list[Row]:
+def _session_rows(times: Sequence[Mapping[str, Any]], model: bytes) -> list[Row]:
     """Rows of a profiler that gives names alone: a fused layer's name holds those of its nodes, joined by "+"."""
     import onnx
 
     from sparsifiner_edge.profiles.measure.attribution import find_places
 
     exported = onnx.load_from_string(model)
-    places = find_places(exported)
+    places = find_places(exported).nodes
     operators = {node.name: node.op_type for node in exported.graph.node}
     rows = []
-    for entry in msgspec.convert(times, list[_Timed]):
-        name = entry.name
+    for entry in times:
+        name, ms = entry["name"], entry["ms"]
         parts = [part.strip().split("/")[0] for part in name.replace("(", "+").replace(")", "+").split("+")]
-        known = [part for part in parts if part in places.nodes]
         # The products in it cost most of its time.
-        main = next((part for part in known if operators[part] in ("MatMul", "Gemm")), known[0] if known else None)
-        if main is None:
-            rows.append(Row(name=name, op=entry.op or "fused", kind="other", ms=entry.ms))
+        known = sorted((part for part in parts if part in places), key=lambda p: operators[p] not in ("MatMul", "Gemm"))
+        if known:
+            place, op = places[known[0]], operators[known[0]]
+            rows.append(Row(layer=place.layer, name=name, op=op, kind=place.kind, ms=ms))
         else:
-            place = places.nodes[main]
-            rows.append(Row(layer=place.layer, name=name, op=operators[main], kind=place.kind, ms=entry.ms))
+            rows.append(Row(name=name, op="fused", kind="other", ms=ms))
     return rows
 
 
-def _finish(rows: list[Row], queries: int, whole_ms: float | None = None) -> LayerTimes:
-    merged, total = merge(rows), sum(row.ms for row in rows)
-    return LayerTimes(layers=merged, layers_total_ms=total, queries=queries, profiled_ms=whole_ms)
+def _merged(rows: Sequence[Row]) -> LayerTimes:
+    """Rows of one layer, name, operator and kind become one, with their number and share; order is kept."""
+    groups: dict[tuple[int | None, str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.layer, row.name, row.op, row.kind), []).append(row)
+    total = sum(row.ms for row in rows)
+    merged = []
+    for group in groups.values():
+        ms = sum(row.ms for row in group)
+        merged.append(replace(group[0], nodes=len(group), ms=ms, share=ms / total if total else 0.0))
+    return LayerTimes(layers=merged, layers_total_ms=total)

@@ -1,13 +1,5 @@
 """Memory of a measured process, phase by phase: resident, proportional, on the device; each with its source.
 
-From outside or inside the process, at the end of each phase:
-
-    memory = MemoryPhases(worker.pid)
-    ...load...              memory.end("load")
-    ...first inference...   memory.end("first_inference")
-    ...many more...         memory.end("steady")
-    memory.phases
-
 Files: proc_pid_status(5), proc_pid_clear_refs(5) and the kernel's filesystems/proc.rst.
 """
 
@@ -23,17 +15,8 @@ from sparsifiner_edge.profiles.sensors.base import UnavailableError, read_text, 
 from sparsifiner_edge.profiles.sensors.nvml import nvml_device
 from sparsifiner_edge.records import Unavailable
 
-_RESET_PEAK = "5"
-SOURCES = {
-    "rss_bytes": "VmRSS at the phase's end",
-    "peak_rss_bytes": "VmHWM, reset through clear_refs at the phase's start",
-    "pss_bytes": "Pss of smaps_rollup at the phase's end (the kernel keeps no peak of it)",
-    "device_bytes": "NVML's memory of this process; where NVML does not name it, the rise of the card's used "
-    "memory since before the first phase, other programs included (then `device_source` says so)",
-    "unified_bytes": "fall of MemAvailable since before the first phase: process and device together, other "
-    "programs included",
-}
-"""Where each figure comes from."""
+DEVICE_SOURCE = "NVML's memory of this process"
+UNIFIED_SOURCE = "fall of MemAvailable since before the first phase: process and device, other programs included"
 Bytes = int | Unavailable
 
 
@@ -45,11 +28,11 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     pss_bytes: Bytes
 
 
-class Phase(Memory, frozen=True, kw_only=True):
+class PhaseMemory(Memory, frozen=True, kw_only=True):
     """Of a process, at the end of a phase.
 
     Attributes:
-        device_bytes: of an NVIDIA card; device_source: where another source than `SOURCES` says was taken.
+        device_bytes: of an NVIDIA card; device_source: where another source than `DEVICE_SOURCE` was taken.
         unified_bytes: of a Jetson, whose processor and GPU share their memory.
     """
 
@@ -91,77 +74,62 @@ class MemoryPhases:
 
     def __init__(self, pid: int, root: Path = Path("/")) -> None:
         self._pid = pid
-        self._root = root
+        self._meminfo = root / "proc/meminfo"
         self._process = root / "proc" / str(pid)
         self._unified = (root / "etc/nv_tegra_release").exists()
-        self._available = self._mem_available()
-        self._card_used = _card_used()
-        self.phases: dict[str, Phase] = {}
+        self._available = _kilobytes(self._meminfo, "MemAvailable")
+        self._card_used, _ = _card_memory(pid)
+        self.phases: dict[str, PhaseMemory] = {}
         self._peak: Bytes | None = None
         self._reset = ""
         self._begin()
 
-    def end(self, name: str) -> Phase:
+    def end(self, name: str) -> PhaseMemory:
         """End a phase and begin the next."""
         now = read_memory(self._process)
         peak = now.peak_rss_bytes
         if self._reset and peak == self._peak:
             peak = Unavailable(f"it lies before this phase, and cannot be reset: {self._reset}")
-        phase = self._with_device(replace(now, peak_rss_bytes=peak))
-        self.phases[name] = phase
+        self.phases[name] = self._with_device(replace(now, peak_rss_bytes=peak))
         self._begin()
-        return phase
+        return self.phases[name]
 
     def _begin(self) -> None:
         try:
-            (self._process / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+            (self._process / "clear_refs").write_text("5", encoding="ascii")  # Resets VmHWM.
             self._reset = ""
         except OSError as error:
             self._reset = why(error)
         self._peak = read_memory(self._process).peak_rss_bytes
 
-    def _mem_available(self) -> Bytes:
-        return _kilobytes(self._root / "proc/meminfo", "MemAvailable")
-
-    def _with_device(self, process: Memory) -> Phase:
+    def _with_device(self, process: Memory) -> PhaseMemory:
+        device: Bytes = Unavailable("processor and GPU share their memory: see unified_bytes")
+        unified: Bytes = Unavailable("processor and GPU have memories of their own, or there is no GPU")
+        source = None
         if self._unified:
-            device: Bytes = Unavailable("processor and GPU share their memory: see unified_bytes")
-            source = None
-            unified = _fall(self._available, self._mem_available())
+            unified = _difference(self._available, _kilobytes(self._meminfo, "MemAvailable"))
         else:
-            device, source = _device_memory(self._pid, self._card_used)
-            unified = Unavailable("processor and GPU have memories of their own, or there is no GPU")
-        return Phase(**asdict(process), device_bytes=device, device_source=source, unified_bytes=unified)
+            used, device = _card_memory(self._pid)
+            if isinstance(used, int) and isinstance(device, Unavailable):
+                source = f"{device.why}: rise of the card's used memory since before the first phase"
+                device = _difference(used, self._card_used)
+        return PhaseMemory(**asdict(process), device_bytes=device, device_source=source, unified_bytes=unified)
 
 
-def _fall(before: Bytes, now: Bytes) -> Bytes:
-    if isinstance(before, int) and isinstance(now, int):
-        return max(0, before - now)
-    return now if isinstance(before, int) else before
+def _difference(more: Bytes, less: Bytes) -> Bytes:
+    if isinstance(more, int) and isinstance(less, int):
+        return max(0, more - less)
+    return less if isinstance(more, int) else more
 
 
-def _card_used() -> Bytes:
-    """Bytes in use on the card, by whomever."""
+def _card_memory(pid: int) -> tuple[Bytes, Bytes]:
+    """Bytes in use on the card, by any process and by this one."""
     try:
         with nvml_device() as (nvml, card):
-            return int(nvml.nvmlDeviceGetMemoryInfo(card).used)
-    except UnavailableError as error:
-        return Unavailable(why(error))
-
-
-def _device_memory(pid: int, used_before: Bytes) -> tuple[Bytes, str | None]:
-    """`device_bytes` of a process; where NVML does not tell it by process, the card's rise, and `device_source`."""
-    try:
-        with nvml_device() as (nvml, card):
+            used = int(nvml.nvmlDeviceGetMemoryInfo(card).used)
             processes = nvml.nvmlDeviceGetComputeRunningProcesses(card)
     except UnavailableError as error:
-        return Unavailable(why(error)), None
-    used = [process.usedGpuMemory for process in processes if process.pid == pid]
-    if used and used[0] is not None:
-        return int(used[0]), None
-    now = _card_used()
-    if not isinstance(now, int) or not isinstance(used_before, int):
-        return (used_before if isinstance(now, int) else now), None
-    # In a container the driver counts processes by other numbers; on some systems it tells no memory by process.
-    reason = "NVML gives no memory of this process" if used else "NVML does not list this process"
-    return max(0, now - used_before), f"{reason}: rise of the card's used memory"
+        return Unavailable(why(error)), Unavailable(why(error))
+    own = next((process.usedGpuMemory for process in processes if process.pid == pid), None)
+    # In a container the driver counts processes by other numbers; on some systems it gives no memory by process.
+    return used, Unavailable("NVML gives no memory of this process") if own is None else int(own)

@@ -1,20 +1,25 @@
-"""One bundle under measurement: its worker, its warm-up, and its blocks of queries, alone or in turn with another's."""
+"""A bundle under measurement: its worker process, its warm-up, and its blocks of queries, alone or in turn."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 from msgspec.structs import asdict
 
-from sparsifiner_edge.profiles.measure.client import Worker
+from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.profiles.measure.memory import MemoryPhases
-from sparsifiner_edge.profiles.measure.worker import Block, First, Load, Loaded
+from sparsifiner_edge.profiles.measure.worker import Load, Loaded, QueryBlock
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS, Rules
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.records import read_record
+from sparsifiner_edge.runtime.child import Child, start_child
 
 LOAD_TIMEOUT_S = 900.0
 _SETTLED = 0.02
@@ -22,34 +27,75 @@ _WARM_UP_S = 5.0
 _WINDOW_MS = 100.0
 _WINDOWS = 3
 _BLOCK_MS = 200.0
-# After the other process ran, its threads still spin for some milliseconds and the caches hold its data.
 _REWARM_MS = 20.0
+"""Run and not recorded after the other process: its threads spin for a while, and the caches hold its data."""
+
+_Reply = TypeVar("_Reply")
+OnStage = Callable[[str], None]
+"""Called with what is going on."""
+
+
+class Worker:
+    """A running worker process; see `start_worker`."""
+
+    def __init__(self, child: Child) -> None:
+        self.pid = child.pid
+        self._child = child
+
+    def ask(self, op: str, timeout_s: float, form: type[_Reply], **arguments: object) -> _Reply:
+        """Send one request, of `worker.OPERATIONS`, and wait for its reply, a record of the class `form`.
+
+        Raises:
+            BackendError: the worker failed, died (with the end of its standard error), or was silent for `timeout_s`.
+        """
+        try:
+            self._child.send({"op": op, **arguments})
+        except OSError as error:
+            raise self._lost(f"died before {op!r}") from error
+        try:
+            reply = self._child.receive(time.monotonic() + timeout_s)
+        except TimeoutError as error:
+            raise self._lost(f"gave no reply to {op!r} within {timeout_s:.0f} s") from error
+        if reply is None:
+            raise self._lost(f"died during {op!r}")
+        if "error" in reply:
+            raise BackendError(reply["error"]["what"], reply["error"]["fix"])
+        return read_record(reply["ok"], form, "The measuring process", "Report this as a bug.", BackendError)
+
+    def _lost(self, what: str) -> BackendError:
+        self._child.end()
+        return BackendError(
+            f"The measuring process {what} (exit status {self._child.wait()}). It wrote: {self._child.written()}",
+            "If it ran out of memory, close other programs or take a smaller model.",
+        )
+
+
+@contextlib.contextmanager
+def start_worker() -> Iterator[Worker]:
+    """A fresh worker, killed when the block ends, however it ends."""
+    with start_child("sparsifiner_edge.profiles.measure.worker") as child:
+        yield Worker(child)
 
 
 class WarmUp(msgspec.Struct, frozen=True, kw_only=True):
-    """How warm-up went: whether the medians of windows stood still, and what was run."""
+    """How warm-up went: whether the medians of windows settled, and what was run."""
 
-    settled: bool
-    queries: int
-    seconds: float
-    window_queries: int
-    window_medians_ms: list[float]
-
-
-COLD = WarmUp(settled=False, queries=0, seconds=0.0, window_queries=0, window_medians_ms=[])
+    settled: bool = False
+    queries: int = 0
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass
-class Side:
-    """One of the bundles.
+class MeasuredSide:
+    """A bundle in a worker, and what was measured of it.
 
     Attributes:
-        role: "subject" or "against".
+        role: "subject" or "against"; of a sweep the point.
         worker: its process. request: what it was asked to load.
-        loaded, first: what loading and the first inference reported. memory: its phases so far.
-        warm_up: how warm-up went; `COLD` before. query_ms: a query's time after it.
+        loaded: what loading reported. first_ms: of the first inference. memory: its phases so far.
+        warm_up: how warm-up went. query_ms: a query's time after it.
         blocks: latencies in ms, block by block. windows: start and end of each block, CLOCK_MONOTONIC nanoseconds.
-        parts_ms: times by part of each query, where the session tells them.
+        parts_ms: times by part of each query, where the session gives them.
         seconds, queries: how much was recorded.
     """
 
@@ -57,9 +103,9 @@ class Side:
     worker: Worker
     request: Load
     loaded: Loaded
-    first: First
+    first_ms: float
     memory: MemoryPhases
-    warm_up: WarmUp = COLD
+    warm_up: WarmUp = dataclasses.field(default_factory=WarmUp)
     query_ms: float = 0.0
     blocks: list[list[float]] = dataclasses.field(default_factory=list)
     windows: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -72,18 +118,13 @@ class Side:
         """Every query's latency, in order."""
         return [ms for block in self.blocks for ms in block]
 
-    @property
-    def rewarm(self) -> int:
-        """Queries that are run and not recorded after the other side had its turn."""
-        return int(_REWARM_MS / self.query_ms)
-
-    def run(self, queries: int, rewarm: int) -> Block:
-        """One block. A hundredfold slowdown is still waited for; a hang is not."""
-        timeout = 60 + 0.1 * (queries + rewarm) * (self.query_ms or self.first.first_inference_ms)
-        return self.worker.ask("block", timeout, Block, queries=queries, rewarm=rewarm)
+    def run(self, queries: int, rewarm: int = 0) -> QueryBlock:
+        """Run one block. A hundredfold slowdown is still waited for; a hang is not."""
+        timeout = 60 + 0.1 * (queries + rewarm) * (self.query_ms or self.first_ms)
+        return self.worker.ask("block", timeout, QueryBlock, queries=queries, rewarm=rewarm)
 
     def record(self, queries: int, rewarm: int) -> None:
-        """One block, kept."""
+        """Run one block and keep it."""
         block = self.run(queries, rewarm)
         self.blocks.append(block.latency_ms)
         self.seconds += sum(block.latency_ms) / 1000
@@ -93,77 +134,59 @@ class Side:
             self.parts_ms.setdefault(name, []).extend(times)
 
 
-class Clock:
-    """Seconds done and planned over the whole measurement, for a progress bar with the time left."""
+def stage_progress(progress: Progress | None, planned_s: float) -> OnStage:
+    """From names of stages to a `Progress` in seconds, of about `planned_s` from now on."""
+    start = time.monotonic()
 
-    def __init__(self, progress: Progress | None, planned_s: float) -> None:
-        self._progress = progress or (lambda *_: None)
-        self._start = time.monotonic()
-        self._planned = planned_s
+    def on_stage(name: str) -> None:
+        done = time.monotonic() - start
+        if progress is not None:
+            progress(name, done, max(planned_s, done))
 
-    def plan(self, seconds_left: float) -> None:
-        """From here on it takes so long."""
-        self._planned = time.monotonic() - self._start + seconds_left
-
-    def tell(self, stage: str) -> None:
-        """Report what is going on."""
-        done = time.monotonic() - self._start
-        self._progress(stage, done, max(self._planned, done))
+    return on_stage
 
 
-def load_side(role: str, worker: Worker, request: Load) -> Side:
+def load_side(role: str, worker: Worker, request: Load) -> MeasuredSide:
     """Load a bundle into a fresh worker and run it once, following its memory."""
     memory = MemoryPhases(worker.pid)
     loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **asdict(request))
     memory.end("load")
-    first = worker.ask("first", LOAD_TIMEOUT_S, First)
+    first = worker.ask("first", LOAD_TIMEOUT_S, float)
     memory.end("first_inference")
-    return Side(role, worker, request, loaded, first, memory)
+    return MeasuredSide(role, worker, request, loaded, first, memory)
 
 
-def warm_up(side: Side, clock: Clock) -> None:
+def warm_up(side: MeasuredSide, on_stage: OnStage) -> None:
     """Run windows of about 100 ms until three medians in a row lie within 2 %, for about 5 s at most."""
     start = time.monotonic()
-    side.query_ms = max(side.run(1, 0).latency_ms[0], 1e-3)
+    side.query_ms = max(side.run(1).latency_ms[0], 1e-3)
     window = max(1, round(_WINDOW_MS / side.query_ms))
     medians: list[float] = []
     settled = False
-    while not settled and (time.monotonic() - start < _WARM_UP_S or len(medians) < 1):
-        medians.append(statistics.median(side.run(window, 0).latency_ms))
+    while not settled and (time.monotonic() - start < _WARM_UP_S or not medians):
+        medians.append(statistics.median(side.run(window).latency_ms))
         last = medians[-_WINDOWS:]
         settled = len(last) == _WINDOWS and max(last) <= min(last) * (1 + _SETTLED)
-        clock.tell(f"warming up {side.role}")
-    side.warm_up = WarmUp(
-        settled=settled,
-        queries=1 + window * len(medians),
-        seconds=time.monotonic() - start,
-        window_queries=window,
-        window_medians_ms=medians,
-    )
+        on_stage(f"warming up {side.role}")
+    side.warm_up = WarmUp(settled=settled, queries=1 + window * len(medians), seconds=time.monotonic() - start)
     side.query_ms = medians[-1]
 
 
-def measure(sides: list[Side], rules: Rules, clock: Clock) -> list[str]:
+def measure_blocks(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, stage: str = "measuring") -> list[str]:
     """Fill every side's blocks; returns who was first in each round, such as ["subject", "against"]."""
     block_ms = min(_BLOCK_MS, rules.seconds * 1000 / MIN_BLOCKS)
     sizes = {side.role: max(1, round(block_ms / side.query_ms)) for side in sides}
-    rewarm = {side.role: side.rewarm if len(sides) > 1 else 0 for side in sides}
+    rewarm = {side.role: int(_REWARM_MS / side.query_ms) if len(sides) > 1 else 0 for side in sides}
     random = np.random.default_rng(rules.seed)
     order: list[str] = []
     wall = dict.fromkeys(sizes, 0.0)
-    clock.plan(sum(rules.expected_s(side.query_ms) * (1 + rewarm[side.role] / sizes[side.role]) for side in sides))
-    while not all(_enough(side, wall[side.role], rules) for side in sides):
+    while not all(rules.enough(s.seconds, s.queries, len(s.blocks), wall[s.role]) for s in sides):
         first = sides[::-1] if random.integers(2) else sides
         for turn in (first, first[::-1]):  # ABBA or BAAB: each side is first as often as second.
             for side in turn:
                 start = time.monotonic()
                 side.record(sizes[side.role], rewarm[side.role])
                 wall[side.role] += time.monotonic() - start
-                clock.tell("measuring")
+                on_stage(stage)
             order.append(turn[0].role)
     return order
-
-
-def _enough(side: Side, wall_s: float, rules: Rules) -> bool:
-    done = rules.enough(side.seconds, side.queries, len(side.blocks))
-    return done or (rules.max_seconds is not None and wall_s >= rules.max_seconds)

@@ -1,15 +1,7 @@
 """The measured process, `python -m sparsifiner_edge.profiles.measure.worker`: a JSON request and a JSON reply per line.
 
-    {"op": "load", "bundle": ..., "backend": ..., "threads": ..., "kernels": ..., "batch": ...}
-                                                                    -> times, input and memory of loading
-    {"op": "first"}                                                 -> time and memory of the first inference
-    {"op": "block", "queries": n, "rewarm": m}                      -> latency_ms of n queries, after m unrecorded ones
-    {"op": "usage"}                                                 -> processor time and page faults so far
-    {"op": "layers", "bundle": ..., ..., "query_ms": ...}           -> times per layer (in a worker that loaded nothing)
-    {"op": "describe"}                                              -> Session.description (costs memory: ask last)
-    {"op": "close"}                                                 -> leaves; so does the end of standard input
-
-A reply is {"ok": ...} or {"error": {"what": ..., "fix": ...}}.
+A request is {"op": ..., and its arguments}, of `OPERATIONS`, which are methods of `_Worker`; a reply is {"ok": ...} or
+{"error": {"what": ..., "fix": ...}}.
 """
 
 from __future__ import annotations
@@ -17,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,9 +18,9 @@ import numpy as np
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError, SparsifinerError
-from sparsifiner_edge.profiles.measure.memory import read_memory
-from sparsifiner_edge.profiles.measure.usage import ProcessUsage, process_usage
-from sparsifiner_edge.records import Unavailable, write_record
+from sparsifiner_edge.profiles.measure.memory import Bytes, read_memory
+from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage, process_usage
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import Parent
 from sparsifiner_edge.runtime.open import find_backend
@@ -36,19 +29,17 @@ from sparsifiner_edge.runtime.session import Description
 if TYPE_CHECKING:
     from sparsifiner_edge.profiles.measure.layers import LayerTimes
 
-SEED = 0
 
-
-def fixed_inputs(specs: list[TensorSpec], seed: int = SEED, batch: int = 1) -> dict[str, Array]:
+def fixed_inputs(specs: list[TensorSpec], batch: int = 1) -> dict[str, Array]:
     """One random array per input, the same on every call: uint8 over its range, floats in [0, 1).
 
     Args:
-        specs: a session's inputs. seed: of the values. batch: size of a dynamic first axis.
+        specs: a session's inputs. batch: size of a dynamic first axis.
 
     Raises:
         BackendError: an input of another type, or dynamic beyond its first axis.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     arrays: dict[str, Array] = {}
     for spec in specs:
         shape = [batch if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(spec.shape)]
@@ -75,36 +66,21 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 1
 
 
-class Loading(msgspec.Struct, frozen=True, kw_only=True):
-    """Times and memory: import_ms of the backend's package, load_ms of the session alone."""
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded; import_ms: of the backend's package, load_ms: of the session alone."""
 
+    input_shapes: dict[str, list[int]]
     import_ms: float
     load_ms: float
-    rss_before_load_bytes: int | Unavailable
-    rss_after_load_bytes: int | Unavailable
+    rss_before_load_bytes: Bytes
 
 
-class Loaded(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded, and how that went."""
-
-    backend_version: str
-    input_shapes: dict[str, list[int]]
-    loading: Loading
-
-
-class First(msgspec.Struct, frozen=True, kw_only=True):
-    """How the first inference went."""
-
-    first_inference_ms: float
-    rss_after_first_inference_bytes: int | Unavailable
-
-
-class Block(msgspec.Struct, frozen=True, kw_only=True):
+class QueryBlock(msgspec.Struct, frozen=True, kw_only=True):
     """Queries one after the other.
 
     Attributes:
         latency_ms: of each. window_ns: when it began and ended, CLOCK_MONOTONIC.
-        parts_ms: of each, by part, where the session tells.
+        parts_ms: of each, by part, where the session gives them.
     """
 
     latency_ms: list[float]
@@ -113,7 +89,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Worker:
-    """One session and its one input."""
+    """One session and its one input; each public method is an operation."""
 
     def __init__(self) -> None:
         self.session: Session | None = None
@@ -122,29 +98,25 @@ class _Worker:
     def load(self, **given: Any) -> Loaded:
         asked = Load(**given)
         start = time.perf_counter_ns()
-        version = str(find_backend(asked.backend).load().__version__)
-        import_ms = _since(start)
+        find_backend(asked.backend).load()
+        import_ms = (time.perf_counter_ns() - start) / 1e6
         before = read_memory().rss_bytes
         self.session = open_session(asked.bundle, asked.backend, asked.threads, asked.kernels)
-        loaded = read_memory().rss_bytes
-        self.inputs = fixed_inputs(self.session.inputs, batch=asked.batch)
-        loading = Loading(
+        self.inputs = fixed_inputs(self.session.inputs, asked.batch)
+        return Loaded(
+            input_shapes={name: list(value.shape) for name, value in self.inputs.items()},
             import_ms=import_ms,
             load_ms=self.session.load_ms,
             rss_before_load_bytes=before,
-            rss_after_load_bytes=loaded,
         )
-        shapes = {name: list(value.shape) for name, value in self.inputs.items()}
-        return Loaded(backend_version=version, input_shapes=shapes, loading=loading)
 
-    def first(self) -> First:
+    def first(self) -> float:
         session = self._loaded()
         start = time.perf_counter_ns()
         session.infer(self.inputs)
-        first_ms = _since(start)
-        return First(first_inference_ms=first_ms, rss_after_first_inference_bytes=read_memory().rss_bytes)
+        return (time.perf_counter_ns() - start) / 1e6
 
-    def block(self, queries: int, rewarm: int) -> Block:
+    def block(self, queries: int, rewarm: int) -> QueryBlock:
         session, inputs, clock = self._loaded(), self.inputs, time.perf_counter_ns
         for _ in range(rewarm):
             session.infer(inputs)
@@ -162,25 +134,20 @@ class _Worker:
         finally:
             window = (begin, time.monotonic_ns())
             gc.enable()
-        return Block(latency_ms=[ns / 1e6 for ns in times], window_ns=window, parts_ms=parts)
+        return QueryBlock(latency_ms=[ns / 1e6 for ns in times], window_ns=window, parts_ms=parts)
 
     def usage(self) -> ProcessUsage:
         return process_usage()
 
-    def describe(self) -> Description:
+    def describe(self) -> Description:  # Costs memory: asked last.
         return self._loaded().description
 
-    def layers(self, query_ms: float, **given: Any) -> LayerTimes:
-        from sparsifiner_edge.profiles.measure.layers import (
-            measure_layers,  # imports onnx, which measuring has no use for
-        )
+    def layers(self, query_ms: float, **given: Any) -> LayerTimes:  # Of a worker that loaded nothing.
+        from sparsifiner_edge.profiles.measure.layers import measure_layers
 
         asked = Load(**given)
-
-        def inputs(specs: list[TensorSpec]) -> dict[str, Array]:
-            return fixed_inputs(specs, batch=asked.batch)
-
-        return measure_layers(asked.bundle, asked.backend, asked.threads, asked.kernels, inputs, query_ms)
+        make_inputs = partial(fixed_inputs, batch=asked.batch)
+        return measure_layers(asked.bundle, asked.backend, asked.threads, asked.kernels, make_inputs, query_ms)
 
     def _loaded(self) -> Session:
         if self.session is None:
@@ -192,10 +159,6 @@ def _last_parts(session: Session) -> dict[str, float]:
     """Milliseconds of the latest query's parts: of a session that offers `last_times`, a named tuple of `<part>_ms`."""
     times = getattr(session, "last_times", None)
     return {} if times is None else {name.removesuffix("_ms"): float(ms) for name, ms in times._asdict().items()}
-
-
-def _since(start: int) -> float:
-    return (time.perf_counter_ns() - start) / 1e6
 
 
 OPERATIONS = ("load", "first", "block", "usage", "describe", "layers")
@@ -211,15 +174,10 @@ def _answer(worker: _Worker, op: str, arguments: Mapping[str, object]) -> dict[s
 
 
 def main() -> None:
-    """Serve requests until `close` or the end of standard input."""
+    """Serve requests until the end of standard input."""
     parent, worker = Parent(), _Worker()
     for request in parent.messages():
-        op = request.pop("op")
-        if op == "close":
-            break
-        parent.send(_answer(worker, op, request))
-    if worker.session is not None:
-        worker.session.close()
+        parent.send(_answer(worker, request.pop("op"), request))
 
 
 if __name__ == "__main__":
