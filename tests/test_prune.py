@@ -20,7 +20,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep, share_of
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned
@@ -109,7 +109,7 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
     assert "sparsifiner::TokenScore" in manifest["ops"]
     assert manifest["costs"]["total_macs"] < manifest["dense_costs"]["total_macs"]
-    image = golden_image(160, 1, seed=5)
+    image = smooth_images(160, 1, seed=5)
     results = []
     for kernels in ("native", "portable"):
         with open_session(bundle, kernels=kernels) as session:

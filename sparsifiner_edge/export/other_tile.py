@@ -17,12 +17,11 @@ import torch
 from sparsifiner_edge.bundle.entries import Retiled, Tiling
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.images import load_image
-from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 from sparsifiner_edge.sparse.student import Student
 
-LEAST_COSINE = 0.97
+LEAST_TOKENS_COSINE = 0.97
 """Gate: mean cosine of the final tokens to those of the student with its own tile, over the images."""
 
 
@@ -36,45 +35,40 @@ def with_tile(student: Student, tile: int | None, probe: int | None, images: Seq
 
     Raises:
         ConfigError: a dense student, the preset "paper", no images, or sizes that do not fit.
-        GateError: the final tokens change by more than `LEAST_COSINE` allows.
+        GateError: the final tokens change by more than `LEAST_TOKENS_COSINE` allows.
     """
     if student.sparsity.is_dense or student.sparsity.preset != "edge":
-        raise ConfigError("--tile and --probe go with a sparse student of the preset 'edge'.", "Leave them out.")
+        raise ConfigError("--tile and --probe require a sparse student of the preset 'edge'.", "Leave them out.")
     if student.sparsity.token_keep:
         raise ConfigError(
-            "Of a student that prunes tokens, two tiles keep different tokens, which cannot be compared.",
+            "A student that prunes tokens keeps different tokens with another tile, so the two cannot be compared.",
             'Choose the tile with `sparsify --tile`, or export with --token-keep "".',
         )
     if not images:
-        raise ConfigError("Another tile is judged by images, and there are none.", "Give some: --calibrate DIR.")
+        raise ConfigError("Another tile requires images to judge it by.", "Give some: --calibrate DIR.")
     own = student.sparsity
     sparsity = dataclasses.replace(
         own, tile=own.tile if tile is None else tile, probe=own.probe if probe is None else probe
     )
-    before, after = (Tiling(config.tile, config.probe) for config in (own, sparsity))
-    changed = copy.deepcopy(student.model)
-    set_budget(changed, sparsity)
-    made = dataclasses.replace(student, model=changed, sparsity=sparsity)
-    found = _cosine(student, made, images)
-    if found < LEAST_COSINE:
+    changed = dataclasses.replace(student, model=copy.deepcopy(student.model), sparsity=sparsity)
+    set_budget(changed.model, sparsity)
+    found = _cosine(student, changed, images)
+    if found < LEAST_TOKENS_COSINE:
         raise GateError(
-            f"With {_text(Tiling(tile, probe))} the final tokens have cosine {found:.4f} to those with "
-            f"{_text(before)}, allowed {LEAST_COSINE}.",
+            f"With tile {sparsity.tile}, probe {sparsity.probe} the final tokens have cosine {found:.4f} to those "
+            f"with tile {own.tile}, probe {own.probe}, allowed {LEAST_TOKENS_COSINE}.",
             "Choose a smaller tile, or read more keys: --keep.",
         )
-    return made, Retiled(before, after, found, len(images))
+    before, after = (Tiling(x.tile, x.probe) for x in (own, sparsity))
+    return changed, Retiled(before, after, found, len(images))
 
 
 @torch.no_grad()
-def _cosine(own: Student, other: Student, images: Sequence[Path]) -> float:
+def _cosine(own: Student, changed: Student, images: Sequence[Path]) -> float:
     """Mean over images and final tokens."""
     pre, means = preprocessing(own.model), []
     for path in images:
         image = normalise(torch.from_numpy(load_image(path, own.img_size))[None], pre)
-        (mine, _), (theirs, _) = (final_tokens(side.model, image) for side in (own, other))
-        means.append(float(torch.cosine_similarity(mine, theirs, dim=-1).mean()))
+        before, after = (final_tokens(student.model, image)[0] for student in (own, changed))
+        means.append(float(torch.cosine_similarity(before, after, dim=-1).mean()))
     return statistics.fmean(means)
-
-
-def _text(sizes: Tiling) -> str:
-    return ", ".join(f"{name} {value}" for name, value in write_record(sizes).items())
