@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from torch.nn import functional
 
 from sparsifiner_edge.bundle.entries import Check, OutputCheck
 from sparsifiner_edge.errors import GateError
@@ -42,19 +43,12 @@ after it choose from what came of it; where landmarks are shared, all their rows
 def smooth_images(size: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.uint8]:
     """Smooth random images, uint8 [batch,size,size,3]: unlike white noise they look like images to a model."""
     rng = np.random.default_rng(seed)
-    total = np.zeros((batch, size, size, 3))
+    total = torch.zeros(batch, 3, size, size, dtype=torch.float64)
     for cells in (2, 5, 11, 23):
-        coarse = rng.normal(size=(batch, cells + 1, cells + 1, 3)) / np.sqrt(cells)
-        total += _upsample(_upsample(coarse, size, 1), size, 2)
-    low, high = total.min(axis=(1, 2, 3), keepdims=True), total.max(axis=(1, 2, 3), keepdims=True)
-    return np.asarray(np.round(255 * (total - low) / (high - low)), dtype=np.uint8)
-
-
-def _upsample(x: Array, size: int, axis: int) -> Array:
-    position = np.linspace(0, x.shape[axis] - 1, size)
-    left = np.minimum(position.astype(int), x.shape[axis] - 2)
-    share = (position - left).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-    return np.asarray(np.take(x, left, axis) * (1 - share) + np.take(x, left + 1, axis) * share)
+        coarse = torch.from_numpy(rng.normal(size=(batch, cells + 1, cells + 1, 3)) / np.sqrt(cells))
+        total += functional.interpolate(coarse.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True)
+    low, high = total.amin((1, 2, 3), keepdim=True), total.amax((1, 2, 3), keepdim=True)
+    return (255 * (total - low) / (high - low)).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def check_export(

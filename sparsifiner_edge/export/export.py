@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, whole_number
-from sparsifiner_edge.bundle.entries import Check, Folded, Measured
+from sparsifiner_edge.bundle.entries import Check, Folded
 from sparsifiner_edge.bundle.manifest import (
     BUNDLE_SCHEMA,
     MODEL_FILE,
@@ -109,27 +109,16 @@ def export_bundle(
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
     wanted = [load_board(name) for name in boards]
-    retiles = tile is not None or probe is not None
-    numbers = _numbers(precision, int8_target, calibrate, retiles)
-    student = _load(source, weights, img_size, keep, token_keep)
-    retiled = measured = None
-    if retiles:
-        student, retiled = with_tile(student, tile, probe, numbers.images)
-    if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
-        student, measured = _measured(student)
+    numbers = _numbers(precision, int8_target, calibrate, retiles=tile is not None or probe is not None)
+    student, changes = _changed(_load(source, weights, img_size, keep, token_keep), tile, probe, measure, numbers)
     file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, progress)
-    manifest = msgspec.structs.replace(file.manifest, retiled=retiled, measured=measured)
     with new_folder(target, "bundle") as folder:
-        _write(folder, file, manifest, wanted)
+        _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)
     return target
 
 
 class _Numbers(NamedTuple):
-    """What the file computes in, checked: see `export_bundle`.
-
-    Attributes:
-        images: to calibrate int8 with, and to judge another tile by.
-    """
+    """What the file computes in; `images` calibrate int8, and judge another tile."""
 
     precision: str
     int8_target: str
@@ -196,12 +185,20 @@ def _numbers(precision: str, int8_target: str, calibrate: str | Path | None, ret
     return _Numbers(precision, int8_target, listed)
 
 
-def _measured(student: Student) -> tuple[Student, Measured]:
-    """The student with layers kept dense where that is faster here, and what was measured."""
-    measured = keep_dense_where_slower(student.model)
-    kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
-    dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
-    return dataclasses.replace(student, sparsity=dataclasses.replace(student.sparsity, dense_layers=dense)), measured
+def _changed(
+    student: Student, tile: int | None, probe: int | None, measure: bool, numbers: _Numbers
+) -> tuple[Student, dict[str, Any]]:
+    """The student with another tile, and layers kept dense where that is faster here; what of it the manifest says."""
+    changes: dict[str, Any] = {}
+    if tile is not None or probe is not None:
+        student, changes["retiled"] = with_tile(student, tile, probe, numbers.images)
+    if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
+        measured = changes["measured"] = keep_dense_where_slower(student.model)
+        kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
+        dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
+        sparsity = dataclasses.replace(student.sparsity, dense_layers=dense)
+        student = dataclasses.replace(student, sparsity=sparsity)
+    return student, changes
 
 
 def parse_batch(batch: int | str) -> BatchSize:
