@@ -167,7 +167,7 @@ def test_a_class_of_few_images_is_in_the_gallery(
 def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = ["evaluate", made["student"], "--data", made["queries"]]
     gallery = ["--gallery", made["gallery"]]
-    assert_refused(call(capsys, *plain, "--metric", "knn"), "need labelled images", "--gallery")
+    assert_refused(call(capsys, *plain, "--metric", "knn"), "require labelled images", "--gallery")
     assert_refused(call(capsys, *plain, "--metric", "top1"), "has no logits")
     assert_refused(call(capsys, *plain, *gallery), "require another metric")
     assert_refused(call(capsys, *plain, *gallery, "--metric", "knn", "--head", tmp_path / "h"), "linear probe")
@@ -186,7 +186,7 @@ def test_bad_input_is_refused(made: dict[str, Path], tmp_path: Path, capsys: pyt
         capsys, "evaluate", made["student"], "--data", made["queries"], "--metric", "knn", "--gallery", other
     )
     assert_refused(refused, "no image of 'red'")
-    assert_refused(call(capsys, *plain, *gallery, "--metric", "top1"), "asks the classifier itself")
+    assert_refused(call(capsys, *plain, *gallery, "--metric", "top1"), "uses the classifier itself")
     for own in ([], ["--against", made["bundle"]]):
         refused = call(capsys, *plain, *gallery, *own, "--metric", "knn", "--weights", made["weights"])
         assert_refused(refused, "none is named")

@@ -22,7 +22,7 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
-from sparsifiner_edge.export import check, other_tile, slower_layers
+from sparsifiner_edge.export import check, student_changes
 from sparsifiner_edge.export.check import check_export, count_differing, smooth_images
 from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.export import export_bundle
@@ -174,8 +174,8 @@ def test_dense_layers_are_kept_where_sparse_ones_are_slower(folder: Path, tmp_pa
 def test_layers_that_turn_dense_compute_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, options in (("test_vit", {}), ("vit_small_patch16_dinov3", {"img_size": 96})):
         made = student(name, SparsityConfig(keep=0.2, cells=4, channels=8), **options).model
-        monkeypatch.setattr(slower_layers, "_measure", lambda layer: (2.0, 1.0))
-        found = slower_layers.keep_dense_where_slower(made)
+        monkeypatch.setattr(student_changes, "_measure", lambda layer: (2.0, 1.0))
+        found = student_changes.keep_dense_where_slower(made)
         assert found.sparse_layers_left == 0
         assert all(choice.kept_dense for choice in found.choices)
         plain = vit(name, **options)
@@ -329,7 +329,7 @@ def test_count_differing() -> None:
     assert count_differing(a, b) == 1
 
 
-def test_another_tile_is_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_anstudent_changes_is_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
     own = load_student(folder).sparsity
     bundle = export_bundle(folder, tmp_path / "b", tile=4 * own.tile, probe=own.probe, keep=0.9, calibrate=pictures)
     manifest = manifest_of(bundle)
@@ -341,7 +341,7 @@ def test_another_tile_is_chosen_at_export(folder: Path, pictures: Path, tmp_path
     assert manifest["retiled"]["pictures"] == 3
 
 
-def test_another_tile_is_refused_where_it_cannot_be_judged(
+def test_anstudent_changes_is_refused_where_it_cannot_be_judged(
     folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="--calibrate"):
@@ -351,7 +351,7 @@ def test_another_tile_is_refused_where_it_cannot_be_judged(
     pruned = {"token_keep": ((0, 0.5),), "calibrate": pictures, "tile": 32}
     with pytest.raises(ConfigError, match="different tokens"):
         export_bundle(folder, tmp_path / "b", **pruned)
-    monkeypatch.setattr(other_tile, "LEAST_TOKENS_COSINE", 0.999999)
+    monkeypatch.setattr(student_changes, "LEAST_TOKENS_COSINE", 0.999999)
     with pytest.raises(GateError, match=r"allowed 0\.999999"):
         export_bundle(folder, tmp_path / "b", tile=64, keep=0.1, calibrate=pictures)
     assert list(tmp_path.iterdir()) == []

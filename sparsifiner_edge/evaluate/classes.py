@@ -1,5 +1,5 @@
 """Classification: nearest neighbours and linear probes on frozen features, and top-1 of a classifier; subject and
-teacher answer the same queries, and the difference comes with a paired interval.
+teacher predict the same queries, and the difference comes with a paired interval.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Accuracies(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether an answer was right, 1 or 0, of each query."""
+    """Of each query, whether the predicted class was right: 1 or 0."""
 
     subject_right: list[int]
     teacher_right: list[int]
@@ -82,37 +82,37 @@ def evaluate_classes(
 ) -> ClassResult:
     """Accuracy of a student or bundle beside its teacher's; see `evaluate_student`."""
     if metric == "top1" and gallery is not None:
-        raise ConfigError("--metric top1 asks the classifier itself.", "Leave --gallery out, or use knn or linear.")
+        raise ConfigError("--metric top1 uses the classifier itself.", "Leave --gallery out, or use knn or linear.")
     if head is not None:
         if metric != "linear" or kind_of(compared.subject) != "student":
             raise ConfigError("A head is written for a student's linear probe.", "Use --metric linear, and a student.")
         require_replaceable(Path(head), "student")
     with contextlib.ExitStack() as stack:
         subject = open_subject(compared, stack)
-        asked = labelled(data, classifier=subject.labels if metric == "top1" else ()).first(queries)
+        query_set = labelled(data, classifier=subject.labels if metric == "top1" else ()).first(queries)
         if head is not None:
-            checked_labels(asked.classes, data)  # Before minutes of work that could not be written.
-        known = None if metric == "top1" else _gallery(gallery, asked)
+            checked_labels(query_set.classes, data)  # Before minutes of work that could not be written.
+        gallery_set = None if metric == "top1" else _gallery(gallery, query_set)
         teacher = open_teacher(compared, subject.size, stack)
-        count = _counter(progress, 2 * (len(asked) + (len(known) if known else 0)))
-        answers, fitted = _answers(subject, metric, asked, known, count)
-        expected, _ = _answers(teacher, metric, asked, known, count)
+        count = _counter(progress, 2 * (len(query_set) + (len(gallery_set) if gallery_set else 0)))
+        predicted, fitted = _predictions(subject, metric, query_set, gallery_set, count)
+        expected, _ = _predictions(teacher, metric, query_set, gallery_set, count)
     if head is not None:
         student = load_student(compared.subject, keep=compared.keep, token_keep=compared.token_keep)
-        write_head(student, fitted, asked.classes, Path(head))
+        write_head(student, fitted, query_set.classes, Path(head))
     method = ClassMethod(
         metric={"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}[metric],
-        queries=f"{len(asked)} of {asked.name}",
-        gallery=f"{len(known)} of {known.name}" if known else "none",
-        classes=list(asked.classes),
-        classes_from="the classifier's labels" if asked.classes == subject.labels else "folders, sorted",
+        queries=f"{len(query_set)} of {query_set.name}",
+        gallery=f"{len(gallery_set)} of {gallery_set.name}" if gallery_set else "none",
+        classes=list(query_set.classes),
+        classes_from="the classifier's labels" if query_set.classes == subject.labels else "folders, sorted",
         preprocessing=f"centre square, bicubic to {subject.size} px",
         runtime={"subject": subject.runtime, "teacher": teacher.runtime},
     )
-    right, teacher_right = answers == asked.labels, expected == asked.labels
+    right, teacher_right = predicted == query_set.labels, expected == query_set.labels
     answered = Answered(subject_right=right.astype(int).tolist(), teacher_right=teacher_right.astype(int).tolist())
-    compared_accuracy = accuracy_statistics(right, teacher_right)
-    return ClassResult("evaluation", with_roles(subject, teacher), method, answered, compared_accuracy)
+    accuracies = accuracy_statistics(right, teacher_right)
+    return ClassResult("evaluation", with_roles(subject, teacher), method, answered, accuracies)
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
@@ -125,44 +125,48 @@ def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
     return count
 
 
-def _gallery(folder: str | Path | None, asked: Labelled) -> Labelled:
+def _gallery(folder: str | Path | None, query_set: Labelled) -> Labelled:
     if folder is None:
-        raise ConfigError("Neighbours and probes need labelled images.", "Give some: --gallery DIR.")
-    if len(asked.classes) < 2:
-        raise ConfigError(f"Only one class was found, {asked.classes[0]!r}.", "Give images of several.")
-    every = labelled(Path(folder), asked.classes)
+        raise ConfigError("Neighbours and probes require labelled images.", "Give some: --gallery DIR.")
+    if len(query_set.classes) < 2:
+        raise ConfigError(f"Only one class was found, {query_set.classes[0]!r}.", "Give images of several.")
+    every = labelled(Path(folder), query_set.classes)
     found, first = np.unique(every.labels, return_index=True)
-    missing = set(range(len(asked.classes))).difference(found.tolist())
+    missing = set(range(len(query_set.classes))).difference(found.tolist())
     if missing:
-        raise ConfigError(f"The gallery has no image of {asked.classes[min(missing)]!r}.", "Give some of every class.")
+        raise ConfigError(
+            f"The gallery has no image of {query_set.classes[min(missing)]!r}.", "Give some of every class."
+        )
     taken = evenly(range(len(every)), GALLERY)
     passed_over = first[~np.isin(found, every.labels[taken])]  # classes of few images
     return every.at(sorted([*taken, *passed_over.tolist()]))
 
 
-def _answers(
-    side: Extractor, metric: str, asked: Labelled, known: Labelled | None, count: Callable[[], None]
+def _predictions(
+    extractor: Extractor, metric: str, query_set: Labelled, gallery_set: Labelled | None, count: Callable[[], None]
 ) -> tuple[Array, Any]:
-    """Classes that one side gives, and what was fitted to give them."""
-    if known is None:
-        logits = _outputs(side, asked, "logits", count)
-        if logits.shape[1] != len(asked.classes):
+    """Classes that subject or teacher predicts, and what was fitted to predict them."""
+    if gallery_set is None:
+        logits = _outputs(extractor, query_set, "logits", count)
+        if logits.shape[1] != len(query_set.classes):
             raise ConfigError(
-                f"The classifier knows {logits.shape[1]} classes, the images have {len(asked.classes)}.",
+                f"The classifier knows {logits.shape[1]} classes, the images have {len(query_set.classes)}.",
                 "Give one folder per class, in the order of the classifier's labels.",
             )
         return np.asarray(logits.argmax(1)), None
-    features, queries = (_outputs(side, images, "features", count) for images in (known, asked))
-    fitted = fit_neighbours(features, known.labels) if metric == "knn" else fit_probe(features, known.labels)
+    features, queries = (_outputs(extractor, images, "features", count) for images in (gallery_set, query_set))
+    fitted = (
+        fit_neighbours(features, gallery_set.labels) if metric == "knn" else fit_probe(features, gallery_set.labels)
+    )
     return np.asarray(fitted.predict(queries)), fitted
 
 
-def _outputs(side: Extractor, images: Labelled, name: str, count: Callable[[], None]) -> Array:
+def _outputs(extractor: Extractor, images: Labelled, name: str, count: Callable[[], None]) -> Array:
     rows = []
     for index in range(len(images)):
-        outputs = side.extract(images.load(index, side.size)[None])
+        outputs = extractor.extract(images.load(index, extractor.size)[None])
         if name not in outputs:
-            raise ConfigError(f"{side.about.path} has no {name}.", "Choose another metric, or a classifier.")
+            raise ConfigError(f"{extractor.about.path} has no {name}.", "Choose another metric, or a classifier.")
         rows.append(outputs[name][0])
         count()
     return np.stack(rows)
@@ -192,7 +196,7 @@ def fit_probe(features: Array, labels: Array) -> Any:
 
 
 def accuracy_statistics(subject: Array, teacher: Array) -> Accuracies:
-    """Of answers to the same queries, each right or not."""
+    """Of predictions for the same queries, each right or not."""
     difference = subject.astype(int) - teacher.astype(int)
     # Differences take three values: to draw queries again is to draw how often each comes.
     kinds = np.array([-1, 0, 1])

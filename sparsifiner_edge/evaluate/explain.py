@@ -24,10 +24,8 @@ class Explanation(NamedTuple):
     """One query in one layer, as maps over the patch grid [h,w].
 
     Attributes:
-        query: row and column of the query's patch.
-        tile: 1 for the patches that share its key list.
-        attention: dense attention of the query, mean of the heads.
-        selected: share of the heads that read a patch.
+        query: row and column of the query's patch. tile: 1 for the patches that share its key list.
+        attention: dense attention of the query, mean of the heads. selected: share of the heads that read a patch.
     """
 
     query: tuple[int, int]

@@ -108,9 +108,7 @@ class Assembler:
     """A `ptxas`.
 
     Attributes:
-        path: the program.
-        version: such as "12.6".
-        origin: the package that it came with.
+        path: the program. version: such as "12.6". origin: the package that it came with.
     """
 
     path: Path
@@ -136,7 +134,7 @@ class Assembler:
         """Machine code for the target that the PTX names.
 
         Raises:
-            BackendError: it refuses the PTX.
+            BackendError: it rejects the PTX.
         """
         target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
         with scratch_folder() as scratch:
@@ -147,7 +145,7 @@ class Assembler:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise BackendError(
-                    f"{self.text} refuses a kernel: {done.stderr.strip()[:400]}.", "Install a newer one."
+                    f"{self.text} rejects a kernel: {done.stderr.strip()[:400]}.", "Install a newer one."
                 )
             return made.read_bytes()
 
@@ -254,7 +252,7 @@ def _plan(node: Any, types: Types, sm: int) -> Plan | str:
 
 def _write(made: Compiled, plan: Plan, target: _Target, table: KernelTable) -> str:
     """Write the code of a launch, enter it into the table; returns its name."""
-    inputs, outputs = _sides(made, plan)
+    inputs, outputs = _reads_and_writes(made, plan)
     order = [[b.name for b in made.arguments].index(name) for name in (*inputs, *outputs)]
     ptx = ordered_ptx(plain_ptx(made.ptx), made.symbol, order)
     launch = CompiledLaunch(
@@ -272,13 +270,13 @@ def _write(made: Compiled, plan: Plan, target: _Target, table: KernelTable) -> s
     return name
 
 
-def _sides(made: Compiled, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _reads_and_writes(made: Compiled, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of what a launch reads and writes: it writes what is no input of the plan and no launch before it has."""
     known = {name for name, buffer in plan.buffers.items() if buffer.role == "input"}
     for launch in plan.launches:
         if launch.kernel == made.kernel:
             break
-        known |= {buffer for buffer in launch.arguments.values() if buffer is not None}
+        known.update(filter(None, launch.arguments.values()))
     names = [buffer.name for buffer in made.arguments]
     return tuple(name for name in names if name in known), tuple(name for name in names if name not in known)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,9 +35,8 @@ from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_ROW_COSINE_INT8, to_fp16
 from sparsifiner_edge.export.graph import DYNAMIC, BatchSize, export_graph, set_metadata
 from sparsifiner_edge.export.int8 import INT8_TARGETS, quantise
-from sparsifiner_edge.export.other_tile import with_tile
 from sparsifiner_edge.export.sessions import file_runner
-from sparsifiner_edge.export.slower_layers import keep_dense_where_slower
+from sparsifiner_edge.export.student_changes import changed
 from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
@@ -86,7 +84,7 @@ def export_bundle(
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels along a side; None takes the student's or model's own.
         keep, token_keep: for a student: other shares of keys and tokens than its own (see `SparsityConfig`).
-        tile, probe: for a sparse student: other ones than its own, behind a gate (see `other_tile`); GPUs want 64.
+        tile, probe: for a sparse student: other ones than its own, behind a gate (see `student_changes`); GPUs want 64.
         precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
             attention stays in float32, or for the target "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
@@ -110,7 +108,8 @@ def export_bundle(
     size_of_batch = parse_batch(batch)
     wanted = [load_board(name) for name in boards]
     numbers = _numbers(precision, int8_target, calibrate, retiles=tile is not None or probe is not None)
-    student, changes = _changed(_load(source, weights, img_size, keep, token_keep), tile, probe, measure, numbers)
+    student = _load(source, weights, img_size, keep, token_keep)
+    student, changes = changed(student, tile, probe, measure, numbers.images)
     file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)
@@ -183,22 +182,6 @@ def _numbers(precision: str, int8_target: str, calibrate: str | Path | None, ret
         raise ConfigError(f"int8 target {int8_target!r} requires int8.", "Leave it out, or choose --precision int8.")
     listed = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
     return _Numbers(precision, int8_target, listed)
-
-
-def _changed(
-    student: Student, tile: int | None, probe: int | None, measure: bool, numbers: _Numbers
-) -> tuple[Student, dict[str, Any]]:
-    """The student with another tile, and layers kept dense where that is faster here; what of it the manifest says."""
-    changes: dict[str, Any] = {}
-    if tile is not None or probe is not None:
-        student, changes["retiled"] = with_tile(student, tile, probe, numbers.images)
-    if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
-        measured = changes["measured"] = keep_dense_where_slower(student.model)
-        kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
-        dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
-        sparsity = dataclasses.replace(student.sparsity, dense_layers=dense)
-        student = dataclasses.replace(student, sparsity=sparsity)
-    return student, changes
 
 
 def parse_batch(batch: int | str) -> BatchSize:
