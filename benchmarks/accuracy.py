@@ -31,6 +31,7 @@ from typing import Any
 
 import click
 import numpy as np
+from fashion import fashion_mnist
 from fidelity_subject import weights_file
 from PIL import Image
 
@@ -42,7 +43,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe, write_head
 from sparsifiner_edge.evaluate.cosine import CosineResult
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
-from sparsifiner_edge.evaluate.labelled import FASHION, Labelled, labelled
+from sparsifiner_edge.evaluate.labelled import Labelled
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import locked
 from sparsifiner_edge.images import evenly, open_image
@@ -134,7 +135,7 @@ def collect(folder: Path) -> Path:
                 picture.save((held_out if decides else scratch) / file, quality=95)
     for path in material.calibration_images():
         (scratch / path.name).symlink_to(path)
-    fashion = labelled(FASHION, "train").first(FASHION_IMAGES)
+    fashion = fashion_mnist("train").first(FASHION_IMAGES)
     for number in range(len(fashion)):
         Image.fromarray(fashion.load(number, 28)).save(scratch / f"fashion{number:04d}.png")
     made.rename(folder)
@@ -152,7 +153,7 @@ def collect_fashion(folder: Path, others: Path) -> Path:
         for path in (others / part).iterdir():
             if not path.name.startswith("fashion"):
                 (made / part / path.name).symlink_to(path.resolve())
-    fashion = labelled(FASHION, "train")
+    fashion = fashion_mnist("train")
     gallery = set(evenly(range(len(fashion)), GALLERY))
     for place, number in enumerate(evenly([n for n in range(len(fashion)) if n not in gallery], MORE_FASHION)):
         part = "train" if place % 101 else "held-out"
@@ -328,7 +329,7 @@ def features(bundle: Path, pictures: Labelled, tell: Any) -> Any:
 
 def fashion(work: Path, tell: Any) -> dict[str, Any]:
     """Neighbours and linear probe on frozen features: teacher, keep .10, and keep .10 with token pruning."""
-    gallery, queries = labelled(FASHION, "train").first(GALLERY), labelled(FASHION, "test")
+    gallery, queries = fashion_mnist("train").first(GALLERY), fashion_mnist("test")
     right: dict[str, dict[str, Any]] = {"knn": {}, "linear": {}}
     for label in ("teacher", *LARGEST_DROP):
         bundle = fashion_bundle(work, label)
@@ -389,7 +390,7 @@ def measure(work: Path, with_fashion: bool, output: Path | None) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 def classifier(work: Path, output: Path) -> None:
     """Export a real classifier: the trained student, keep .10, with a linear head of Fashion-MNIST, and labels."""
-    gallery = labelled(FASHION, "train").first(GALLERY)
+    gallery = fashion_mnist("train").first(GALLERY)
     with err_console.status("") as status:
         known = features(fashion_bundle(work, "keep .10"), gallery, status.update)
         status.update("linear probe")

@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from sparsifiner_edge.artifacts import read_json
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.demo import material
-from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.export.int8 import LEAST_COSINE, quantise
+from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import POSITIONS, cosine
@@ -86,7 +86,7 @@ def build(
     made[DENSE] = export_bundle(name, folder / "dense", weights=weights, img_size=size)
     tell(f"export {DENSE8}")
     images = [load_image(path, size)[None] for path in material.calibration_images()]
-    quantised, found = quantise(onnx.load(made[DENSE] / "model.onnx"), images, goal=LEAST_COSINE)
+    quantised, found = quantise(onnx.load(made[DENSE] / "model.onnx"), images, goal=LEAST_MEAN_COSINE)
     made[DENSE8] = folder / "dense-int8"
     made[DENSE8].mkdir()
     onnx.save(quantised, made[DENSE8] / "model.onnx")
@@ -95,7 +95,7 @@ def build(
 
 
 def engines(bundles: dict[str, Path], name: str, size: int, threads: int) -> dict[str, Run]:
-    image = golden_image(size)
+    image = smooth_images(size)
     runs: dict[str, Run] = {}
     for label, bundle in bundles.items():
         session = ort_session(str(bundle / "model.onnx"), threads)

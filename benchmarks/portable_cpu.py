@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.demo import material
-from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import profile_bundle
@@ -69,7 +69,7 @@ def operator_times(bundle: Path, img_size: int) -> dict[str, float]:
     options.enable_profiling = True
     options.profile_file_prefix = str(bundle / "profile")
     session = onnxruntime.InferenceSession(bundle / "model.onnx", options, providers=["CPUExecutionProvider"])
-    image = golden_image(img_size)
+    image = smooth_images(img_size)
     for _ in range(RUNS):
         session.run(None, {"image": image})
     events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())

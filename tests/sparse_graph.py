@@ -46,6 +46,10 @@ def sparse_model(batch: int | str = "batch", dtype: type = np.float32) -> onnx.M
         [helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, SIDE, SIDE, 3])],
         [helper.make_tensor_value_info("features", kind, [batch, HEADS * WIDTH])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
+        value_info=[
+            helper.make_tensor_value_info("indices", TensorProto.INT32, [batch, HEADS, 4, SELECT["keys"]]),
+            helper.make_tensor_value_info("attended", kind, [batch, SIDE * SIDE, HEADS * WIDTH]),
+        ],
     )
     structure = Structure(prefix=True, cells=True, prefix_keys=True)
     return helper.make_model(

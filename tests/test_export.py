@@ -22,9 +22,9 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
-from sparsifiner_edge.export import check, choose, retile
-from sparsifiner_edge.export.check import check_export, count_differing, golden_image
-from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export import check, student_changes
+from sparsifiner_edge.export.check import check_export, count_differing, smooth_images
+from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
 from sparsifiner_edge.metrics import Agreement
@@ -85,7 +85,7 @@ def two_token_axes(shapes: dict[str, tuple[int, ...]], patches: int, widths: set
 def test_no_tensor_of_a_sparse_layer_has_two_token_axes(bundle: Path, dense: Path) -> None:
     # 100 patches, 101 tokens; channel widths 64, 192, 256, none of them a number of tokens. The image has pixels.
     widths = {160, 192, 256}
-    image = golden_image(160)
+    image = smooth_images(160)
     assert two_token_axes(tensor_shapes(model_of(bundle), image), 100, widths) == []
     assert len(two_token_axes(tensor_shapes(model_of(dense), image), 100, widths)) >= 6
 
@@ -123,7 +123,7 @@ def test_manifest_and_metadata(bundle: Path) -> None:
 
 def test_a_bundle_runs_from_pixels_as_torch_does(bundle: Path, folder: Path) -> None:
     made = student().model
-    image = golden_image(160, seed=5)
+    image = smooth_images(160, seed=5)
     with torch.no_grad():
         expected = made(normalise(torch.from_numpy(image), preprocessing(made))).numpy()
     for kernels, said in (("portable", "function bodies"), ("native", f"native, {native.target()}")):
@@ -151,7 +151,7 @@ def test_layer_scale_is_folded(tmp_path: Path) -> None:
         )  # held to the unfolded model
         model = model_of(bundle)
         assert not [t.name for t in model.graph.initializer if "gamma" in t.name]
-        image = golden_image(size, seed=3)
+        image = smooth_images(size, seed=3)
         with torch.no_grad():
             expected = made.model(normalise(torch.from_numpy(image), preprocessing(made.model))).numpy()
         with open_session(bundle) as session:
@@ -174,8 +174,8 @@ def test_dense_layers_are_kept_where_sparse_ones_are_slower(folder: Path, tmp_pa
 def test_layers_that_turn_dense_compute_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, options in (("test_vit", {}), ("vit_small_patch16_dinov3", {"img_size": 96})):
         made = student(name, SparsityConfig(keep=0.2, cells=4, channels=8), **options).model
-        monkeypatch.setattr(choose, "_measure", lambda layer: (2.0, 1.0))
-        found = choose.keep_dense_where_slower(made)
+        monkeypatch.setattr(student_changes, "_measure", lambda layer: (2.0, 1.0))
+        found = student_changes.keep_dense_where_slower(made)
         assert found.sparse_layers_left == 0
         assert all(choice.kept_dense for choice in found.choices)
         plain = vit(name, **options)
@@ -193,7 +193,7 @@ def test_dynamic_batch_runs_at_any_size(folder: Path, tmp_path: Path, sparse: bo
     manifest = manifest_of(made)
     assert manifest["inputs"][0]["shape"] == ["batch", 160, 160, 3]
     assert manifest["check"]["batches_run"] == [1, 3]
-    images = golden_image(160, 5)
+    images = smooth_images(160, 5)
     with open_session(made) as session:
         together = session.infer({"image": images})["logits"]
         alone = [session.infer({"image": images[i : i + 1]})["logits"] for i in range(5)]
@@ -329,7 +329,7 @@ def test_count_differing() -> None:
     assert count_differing(a, b) == 1
 
 
-def test_another_tile_is_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_anstudent_changes_is_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
     own = load_student(folder).sparsity
     bundle = export_bundle(folder, tmp_path / "b", tile=4 * own.tile, probe=own.probe, keep=0.9, calibrate=pictures)
     manifest = manifest_of(bundle)
@@ -341,7 +341,7 @@ def test_another_tile_is_chosen_at_export(folder: Path, pictures: Path, tmp_path
     assert manifest["retiled"]["pictures"] == 3
 
 
-def test_another_tile_is_refused_where_it_cannot_be_judged(
+def test_anstudent_changes_is_refused_where_it_cannot_be_judged(
     folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="--calibrate"):
@@ -351,7 +351,7 @@ def test_another_tile_is_refused_where_it_cannot_be_judged(
     pruned = {"token_keep": ((0, 0.5),), "calibrate": pictures, "tile": 32}
     with pytest.raises(ConfigError, match="different tokens"):
         export_bundle(folder, tmp_path / "b", **pruned)
-    monkeypatch.setattr(retile, "LEAST_COSINE", 0.999999)
+    monkeypatch.setattr(student_changes, "LEAST_TOKENS_COSINE", 0.999999)
     with pytest.raises(GateError, match=r"allowed 0\.999999"):
         export_bundle(folder, tmp_path / "b", tile=64, keep=0.1, calibrate=pictures)
     assert list(tmp_path.iterdir()) == []

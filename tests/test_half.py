@@ -17,12 +17,12 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.export import fp16 as module
-from sparsifiner_edge.export.check import golden_image
-from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.check import smooth_images
+from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.fp16 import convert, to_fp16
 from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.export.int8 import run_file
+from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.metrics import aligned, cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
@@ -91,15 +91,15 @@ def test_islands_stay_float32_and_the_rest_does_not(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_close_to_float32_on_another_image(kind: str) -> None:
     single = small_file(kind)
-    half, found = to_fp16(single, [golden_image(160)])
-    image = golden_image(160, seed=9)
-    wanted = run_file(single, image)
-    outputs, lost = aligned(run_file(half, image), wanted)
+    half, found = to_fp16(single, [smooth_images(160)])
+    image = smooth_images(160, seed=9)
+    wanted = file_runner(single)(image)
+    outputs, lost = aligned(file_runner(half)(image), wanted)
     assert lost <= 2
     for name, value in outputs.items():
         assert value.dtype == np.float32
         assert cosine(value, wanted[name]).min() > 0.999
-        assert found.least_row_cosines[name] >= module.LEAST_COSINE
+        assert found.least_row_cosines[name] >= module.LEAST_ROW_COSINE
     assert any(not np.array_equal(value, wanted[name]) for name, value in outputs.items())
 
 
@@ -132,8 +132,8 @@ def test_a_bundle_says_what_it_is_and_what_ran(place: Path) -> None:
         check_golden(session, open_bundle(place / "fp16"))
         assert session.description.precision == "fp16"
         assert session.description.kernels == "function bodies"
-        together = session.infer({"image": golden_image(160, 3)})["logits"]
-        alone = session.infer({"image": golden_image(160, 3)[1:2]})["logits"]
+        together = session.infer({"image": smooth_images(160, 3)})["logits"]
+        alone = session.infer({"image": smooth_images(160, 3)[1:2]})["logits"]
     np.testing.assert_allclose(together[1:2], alone, atol=2e-2 * np.ptp(alone))
 
 
@@ -152,7 +152,7 @@ def test_a_dense_bundle_of_fixed_batch(place: Path) -> None:
 
 
 def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEAST_COSINE", 1.1)
+    monkeypatch.setattr(module, "LEAST_ROW_COSINE", 1.1)
     with pytest.raises(GateError, match=r"float16 file has cosine \d\.\d+ to float32, allowed 1.1"):
         export_bundle(place / "student", place / "refused", precision="fp16")
     assert not (place / "refused").exists()
@@ -166,7 +166,7 @@ def test_overflow_fails_the_gate() -> None:
         values = numpy_helper.to_array(tensor)
         tensor.CopyFrom(numpy_helper.from_array(values * (largest / np.abs(values).max()), tensor.name))
     with pytest.raises(GateError, match=r"Activations of '\w+' reach \d\.\d+e\+0\d, beyond float16"):
-        to_fp16(model, [golden_image(160)])
+        to_fp16(model, [smooth_images(160)])
 
 
 def test_a_weight_beyond_float16_is_named() -> None:
@@ -177,11 +177,12 @@ def test_a_weight_beyond_float16_is_named() -> None:
     values[0, 0] = 7e4
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     with pytest.raises(GateError, match=f"Weight '{weight}' holds 70000, beyond float16"):
-        to_fp16(model, [golden_image(160)])
+        to_fp16(model, [smooth_images(160)])
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"calibrate": "pictures"}, "go with int8"), ({"recipe": "tensorrt"}, "requires int8")]
+    ("options", "message"),
+    [({"calibrate": "pictures"}, "require int8"), ({"int8_target": "tensorrt"}, "requires int8")],
 )
 def test_refusals(place: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

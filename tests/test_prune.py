@@ -20,7 +20,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig, parse_token_keep, share_of
 from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned
@@ -109,7 +109,7 @@ def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any
     assert manifest["check"]["kernels_run"] == ["portable", "native"]
     assert "sparsifiner::TokenScore" in manifest["ops"]
     assert manifest["costs"]["total_macs"] < manifest["dense_costs"]["total_macs"]
-    image = golden_image(160, 1, seed=5)
+    image = smooth_images(160, 1, seed=5)
     results = []
     for kernels in ("native", "portable"):
         with open_session(bundle, kernels=kernels) as session:
@@ -216,7 +216,7 @@ def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
     assert parse_token_keep(" 3:.7, 6:.5 ") == ((3, 0.7), (6, 0.5))
     with pytest.raises(ConfigError, match="fuse_tokens requires"):
         dataclasses.replace(PAPER, fuse_tokens=True)
-    with pytest.raises(ConfigError, match="go with a student"):
+    with pytest.raises(ConfigError, match="require a student"):
         export_bundle(TINY, tmp_path / "x", keep=0.5)
     with pytest.raises(ConfigError, match="no maps of its layers"):
         student(sparsity=PRUNED).model.forward_intermediates(torch.zeros(1, 3, 160, 160))
@@ -240,4 +240,4 @@ def test_the_command_line_prunes(tmp_path: Path, tiny_weights: Path, capsys: pyt
     outcome = call(capsys, "export", tmp_path / "s", "--keep", 0.3, "--token-keep", "2:.6", "-o", tmp_path / "b")
     assert outcome.code == 0, outcome.err
     assert manifest_of(tmp_path / "b")["sparsity"]["token_keep"] == [[2, 0.6]]
-    assert_refused(call(capsys, "export", TINY, "--keep", 0.3, "-o", tmp_path / "c"), "go with a student")
+    assert_refused(call(capsys, "export", TINY, "--keep", 0.3, "-o", tmp_path / "c"), "require a student")

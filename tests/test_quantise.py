@@ -15,9 +15,10 @@ from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import int8 as module
-from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.export.int8 import RECIPES, _compared, quantise, run_file
+from sparsifiner_edge.export.int8 import INT8_TARGETS, _compared, quantise
+from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
@@ -32,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8")
     (folder / "pictures").mkdir()
     for number in range(6):
-        Image.fromarray(golden_image(160, seed=10 + number)[0]).save(folder / "pictures" / f"{number}.png")
+        Image.fromarray(smooth_images(160, seed=10 + number)[0]).save(folder / "pictures" / f"{number}.png")
     save_student(student(), folder / "student")
     save_file(vit().state_dict(), folder / "w.safetensors")
     export_bundle(folder / "student", folder / "fp32", tokens=True)
@@ -45,16 +46,16 @@ def int8(place: Path, name: str, source: str | Path, **options: Any) -> Path:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("target", INT8_TARGETS)
 @pytest.mark.parametrize("sparse", [True, False])
-def test_every_linear_layer_and_nothing_else_is_int8(place: Path, recipe: str, sparse: bool) -> None:
+def test_every_linear_layer_and_nothing_else_is_int8(place: Path, target: str, sparse: bool) -> None:
     source, options = (place / "student", {}) if sparse else ("test_vit", {"weights": place / "w.safetensors"})
-    made = int8(place, f"{recipe}-{sparse}", source, recipe=recipe, **options)
+    made = int8(place, f"{target}-{sparse}", source, int8_target=target, **options)
     manifest = manifest_of(made)
     found = manifest["quantisation"]
-    assert (found["recipe"], found["calibrated"], found["held_out"]) == (recipe, 4, 2)
+    assert (found["recipe"], found["calibrated"], found["held_out"]) == (target, 4, 2)
     assert found["quantised"] + len(found["kept"]) == 4 * 6  # qkv, proj, fc1 and fc2; the head stays
-    assert min(found["cosines"].values()) >= module.LEAST_COSINE
+    assert min(found["cosines"].values()) >= module.LEAST_MEAN_COSINE
     model = onnx.load(made / "model.onnx")
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("QuantizeLinear") == found["quantised"]
@@ -62,9 +63,9 @@ def test_every_linear_layer_and_nothing_else_is_int8(place: Path, recipe: str, s
     assert (kinds.count("SparseAttention") == 6) == sparse
     types = {t.name: t.data_type for t in model.graph.initializer}
     zero_points = [node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    wanted = onnx.TensorProto.UINT8 if recipe == "cpu" else onnx.TensorProto.INT8
+    wanted = onnx.TensorProto.UINT8 if target == "cpu" else onnx.TensorProto.INT8
     assert {types[name] for name in zero_points} == {wanted}
-    if recipe == "tensorrt":
+    if target == "tensorrt":
         values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
         assert all(int(values[name]) == 0 for name in zero_points)
     scales = [t for t in model.graph.initializer if t.name.endswith("_scale") and len(t.dims) == 1]
@@ -76,8 +77,8 @@ def test_every_linear_layer_and_nothing_else_is_int8(place: Path, recipe: str, s
 
 def test_it_is_smaller_and_close_on_a_new_image(place: Path) -> None:
     made = int8(place, "close", place / "student")
-    image = golden_image(160, seed=99)
-    outputs = [run_file(onnx.load(p / "model.onnx"), image)["tokens"] for p in (place / "fp32", made)]
+    image = smooth_images(160, seed=99)
+    outputs = [file_runner(onnx.load(p / "model.onnx"))(image)["tokens"] for p in (place / "fp32", made)]
     assert cosine(*outputs).mean() > 0.98
     sizes = [(p / "model.onnx").stat().st_size for p in (place / "fp32", made)]
     assert sizes[1] < 0.6 * sizes[0]  # the head and the patch embedding stay
@@ -86,7 +87,7 @@ def test_it_is_smaller_and_close_on_a_new_image(place: Path) -> None:
 def test_channels_that_exceed_all_others_cost_nothing(place: Path) -> None:
     """The same function in float32, with one channel of each normalisation's output 100 times as large."""
     plain, loud = (onnx.load(place / "fp32" / "model.onnx") for _ in range(2))
-    images = [golden_image(160, seed=20 + n) for n in range(6)]
+    images = [smooth_images(160, seed=20 + n) for n in range(6)]
     weights = {tensor.name: tensor for tensor in loud.graph.initializer}
     norms = {n.output[0]: n for n in loud.graph.node if n.op_type == "LayerNormalization"}
     readers = [n for n in loud.graph.node if n.op_type == "MatMul" and n.input[0] in norms and n.input[1] in weights]
@@ -98,7 +99,7 @@ def test_channels_that_exceed_all_others_cost_nothing(place: Path) -> None:
             reader.input[place] = f"{reader.name}_{place}"  # equal tensors are shared
             loud.graph.initializer.append(onnx.numpy_helper.from_array(values, reader.input[place]))
     assert len(readers) == 2 * 6
-    assert cosine(*(run_file(model, images[0])["tokens"] for model in (plain, loud))).min() > 0.99999
+    assert cosine(*(file_runner(model)(images[0])["tokens"] for model in (plain, loud))).min() > 0.99999
     found = [quantise(model, images)[1] for model in (plain, loud)]
     assert found[1].cosines == pytest.approx(found[0].cosines, abs=1e-3)
     assert found[1].kept == found[0].kept
@@ -107,7 +108,7 @@ def test_channels_that_exceed_all_others_cost_nothing(place: Path) -> None:
 def test_channels_that_nothing_reads_cost_nothing(place: Path) -> None:
     """A channel of weights 0, as pruning leaves them, whose input is 100 times as large as any other's."""
     model = onnx.load(place / "fp32" / "model.onnx")
-    images = [golden_image(160, seed=20 + n) for n in range(6)]
+    images = [smooth_images(160, seed=20 + n) for n in range(6)]
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     norms = {n.output[0]: n for n in model.graph.node if n.op_type == "LayerNormalization"}
     for node in model.graph.node:
@@ -125,8 +126,8 @@ def test_channels_that_nothing_reads_cost_nothing(place: Path) -> None:
 
 def test_no_number_fails_the_gate(place: Path) -> None:
     model = onnx.load(place / "fp32" / "model.onnx")
-    images = [golden_image(160, seed=20 + n) for n in range(3)]
-    wanted = run_file(model, images[0])
+    images = [smooth_images(160, seed=20 + n) for n in range(3)]
+    wanted = file_runner(model)(images[0])
     wrong = {name: values.copy() for name, values in wanted.items()}
     wrong["tokens"][0, 3] = np.nan
     assert module._compared([wrong], [wanted])[0]["tokens"] == -1
@@ -135,7 +136,7 @@ def test_no_number_fails_the_gate(place: Path) -> None:
 
 def test_layers_that_hurt_stay_in_float32(place: Path) -> None:
     model = onnx.load(place / "fp32" / "model.onnx")
-    images = [golden_image(160, seed=20 + n) for n in range(6)]
+    images = [smooth_images(160, seed=20 + n) for n in range(6)]
     _, all_int8 = quantise(model, images)
     steps: list[tuple[int, int]] = []
     made, found = quantise(model, images, progress=lambda _, *step: steps.append(step), goal=1.1)
@@ -149,7 +150,7 @@ def test_layers_that_hurt_stay_in_float32(place: Path) -> None:
 
 
 def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEAST_COSINE", 1.1)
+    monkeypatch.setattr(module, "LEAST_MEAN_COSINE", 1.1)
     with pytest.raises(GateError, match=r"int8 file has cosine 0\.\d+ to float32, allowed 1.1, with \d+ of 24"):
         int8(place, "refused", place / "student")
     assert not (place / "refused").exists()
@@ -159,7 +160,7 @@ def test_batches(place: Path) -> None:
     for batch in (2, "dynamic"):
         made = int8(place, f"batch-{batch}", place / "student", batch=batch)
         with open_session(made) as session:
-            got = session.infer({"image": golden_image(160, 2)})
+            got = session.infer({"image": smooth_images(160, 2)})
         assert got["logits"].shape == (2, 1000)
         assert np.isfinite(got["tokens"]).all()
 
@@ -167,10 +168,10 @@ def test_batches(place: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8"}, "int8 needs images"),
-        ({"precision": "fp32", "calibrate": "pictures"}, "go with int8"),
-        ({"precision": "fp32", "recipe": "tensorrt"}, "requires int8"),
-        ({"precision": "int8", "recipe": "gpu"}, "recipe is 'gpu'"),
+        ({"precision": "int8"}, "int8 requires images"),
+        ({"precision": "fp32", "calibrate": "pictures"}, "require int8"),
+        ({"precision": "fp32", "int8_target": "tensorrt"}, "requires int8"),
+        ({"precision": "int8", "int8_target": "gpu"}, "int8 target is 'gpu'"),
         ({"precision": "int4"}, "precision is 'int4'"),
     ],
 )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--against", metavar="MODEL|BUNDLE", help="The dense teacher; for a student by default its own weights.")
 @weights_option
 @click.option("--data", type=click.Path(path_type=Path), required=True,
-              help="An image or a folder; labelled: one folder per class, or fashion-mnist.")  # fmt: skip
+              help="An image or a folder; labelled: one folder per class.")  # fmt: skip
 @click.option("--metric", type=click.Choice(["cosine", "knn", "linear", "top1"]), default="cosine", show_default=True,
               help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the classifier.")  # fmt: skip
 @click.option("--gallery", type=click.Path(path_type=Path), help="For knn and linear: labelled images to learn from.")

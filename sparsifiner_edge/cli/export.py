@@ -36,17 +36,17 @@ from sparsifiner_edge.config import parse_token_keep
               help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path),
               help="A folder of images: int8 is calibrated with them, --tile is judged by them.")  # fmt: skip
-@click.option("--recipe", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
-              help="For int8: what will run it.")  # fmt: skip
+@click.option("--int8-target", "--recipe", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
+              show_default=True, help="For int8: what will run it.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile GPU kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
-@click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")
+@click.option("--tokens", is_flag=True, help="Also output a classifier's tokens (other models always do).")
 @json_option
 @output_option("Bundle folder to write.")
 def command(*, source: str, output: Path, token_keep: str | None, as_json: bool, **options: Any) -> None:
-    """Export a student folder, or timm's MODEL as the dense baseline, to ONNX; the file is run and held to torch."""
+    """Export a student folder, or timm's MODEL as the dense baseline, to ONNX, and check the file against torch."""
     import sparsifiner_edge
 
     pruning = parse_token_keep(token_keep) if token_keep is not None else None

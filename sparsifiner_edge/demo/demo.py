@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +16,12 @@ from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.demo import material
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult
+from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult, Cosines
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.explain import draw
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import write_bytes
-from sparsifiner_edge.profiles.figures import Method, ProfileResult, Samples
+from sparsifiner_edge.profiles.figures import Method, ProfileResult, Samples, Statistics
 from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS
 from sparsifiner_edge.progress import Progress
@@ -42,11 +44,11 @@ class Setting(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """What was measured of one setting; `manifest` is the sparse bundle's."""
+    """What was measured of one setting."""
 
     fidelity: CosineResult
     profile: ProfileResult
-    manifest: Manifest
+    figures: RowFigures
 
 
 class RowFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,9 +92,8 @@ class DemoResult(Declared, frozen=True):
 SETTINGS = (Setting(224, 0.25, 16), Setting(518, 0.10, 25))
 LAYER = 8
 """The layer whose selection is drawn: late enough to be semantic, early enough to differ between queries."""
-RESULT = "result.json"
-_STAGES = ("sparsify", "export sparse", "export dense", "evaluate", "profile", "draw")
-STEPS = len(SETTINGS) * len(_STAGES)
+RESULT, CALIBRATION, WEIGHTS = "result.json", "calibration", "dinov2_vits14.safetensors"
+STEPS = 6 * len(SETTINGS)
 
 
 def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> DemoResult:
@@ -109,69 +110,66 @@ def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> DemoResu
         ArtifactError: `output` holds something else.
         MissingExtraError: a package of the extra `demo` is not installed.
     """
-    _require_ours(output)
+    _require_demonstration(output)
     output.mkdir(parents=True, exist_ok=True)
-    weights = output / "dinov2_vits14.safetensors"
+    weights, calibration = output / WEIGHTS, output / CALIBRATION
     progress("unpacking weights", 0, STEPS)
     write_bytes(weights, safetensors.numpy.save(material.dinov2_state()))
-    images = output / "calibration"
-    _gather(material.calibration_images(), images)
+    calibration.mkdir(exist_ok=True)
+    for path in material.calibration_images():
+        shutil.copyfile(path, calibration / path.name)
+    done = itertools.count()
     rows: dict[str, _Row] = {}
-    for number, setting in enumerate(SETTINGS):
-        rows[setting.name] = _one(setting, output, weights, images, number * len(_STAGES), progress, seconds)
+    for setting in SETTINGS:
+
+        def stage(name: str, size: int = setting.size) -> None:
+            progress(f"{size} px: {name}", next(done), STEPS)
+
+        rows[setting.name] = _one(setting, output, stage, seconds)
+    progress("done", STEPS, STEPS)
     result = _result(rows)
     write_result(output / RESULT, result)
     return result
 
 
-def _require_ours(output: Path) -> None:
+def _require_demonstration(output: Path) -> None:
+    """Refuse a folder that holds something else; drop the result of an earlier demonstration."""
     if not output.exists() and not output.is_symlink():
         return
-    ours = {RESULT, "calibration", "dinov2_vits14.safetensors"}
-    if not output.is_dir() or (any(output.iterdir()) and not ours & {p.name for p in output.iterdir()}):
+    if not output.is_dir() or (
+        any(output.iterdir()) and not any((output / name).exists() for name in (RESULT, CALIBRATION, WEIGHTS))
+    ):
         raise ArtifactError(f"{output} exists and holds no demonstration; it is left untouched.", "Choose another -o.")
     if (output / RESULT).exists():
         read_result(output / RESULT)
         (output / RESULT).unlink()
 
 
-def _gather(images: list[Path], folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for path in images:
-        shutil.copyfile(path, folder / path.name)
-
-
-def _one(
-    setting: Setting, output: Path, weights: Path, images: Path, done: int, progress: Progress, seconds: float
-) -> _Row:
-    def stage(number: int) -> None:
-        progress(f"{setting.size} px: {_STAGES[number]}", done + number, STEPS)
-
-    stage(0)
-    student = output / f"student_{setting.size}"
+def _one(setting: Setting, output: Path, stage: Callable[[str], None], seconds: float) -> _Row:
+    size, weights, student = setting.size, output / WEIGHTS, output / f"student_{setting.size}"
+    stage("sparsify")
     sparsify(
         material.DINOV2,
         student,
         weights=weights,
-        img_size=setting.size,
+        img_size=size,
         keep=setting.keep,
         cells=setting.cells,
-        calibrate=images,
+        calibrate=output / CALIBRATION,
     )
-    stage(1)
-    sparse = export_bundle(student, output / f"sparse_{setting.size}")
-    stage(2)
-    dense = export_bundle(material.DINOV2, output / f"dense_{setting.size}", weights=weights, img_size=setting.size)
-    stage(3)
+    stage("export sparse")
+    sparse = export_bundle(student, output / f"sparse_{size}")
+    stage("export dense")
+    dense = export_bundle(material.DINOV2, output / f"dense_{size}", weights=weights, img_size=size)
+    stage("evaluate")
     fidelity = evaluate_student(sparse, material.photographs(), against=dense)
-    stage(4)
+    stage("profile")
     # What the table shows, and no more: neither time per layer nor power.
     profile = profile_bundle(sparse, against=dense, seconds=seconds, min_queries=MIN_BLOCKS, layers=False, power=False)
-    stage(5)
-    draw(load_student(student), material.photographs()[2], LAYER, output / f"attention_{setting.size}.png")
-    progress(f"{setting.size} px: done", done + len(_STAGES), STEPS)
+    stage("draw")
+    draw(load_student(student), material.photographs()[2], LAYER, output / f"attention_{size}.png")
     assert isinstance(fidelity, CosineResult)
-    return _Row(fidelity, profile, open_bundle(sparse).manifest)
+    return _Row(fidelity, profile, _figures(fidelity.statistics, profile.statistics, open_bundle(sparse).manifest))
 
 
 def _result(rows: dict[str, _Row]) -> DemoResult:
@@ -186,11 +184,10 @@ def _result(rows: dict[str, _Row]) -> DemoResult:
     )
     samples = {name: RowSamples(row.fidelity.samples, row.profile.samples) for name, row in rows.items()}
     subjects = [replace(subject, setting=name) for name, row in rows.items() for subject in row.profile.subjects]
-    return DemoResult("demo", subjects, method, samples, {name: _figures(row) for name, row in rows.items()})
+    return DemoResult("demo", subjects, method, samples, {name: row.figures for name, row in rows.items()})
 
 
-def _figures(row: _Row) -> RowFigures:
-    fidelity, profile, manifest = row.fidelity.statistics, row.profile.statistics, row.manifest
+def _figures(fidelity: Cosines, profile: Statistics, manifest: Manifest) -> RowFigures:
     costs, dense, sparsity, shape = manifest.costs, manifest.dense_costs, manifest.sparsity, manifest.shape
     assert fidelity.patches_cosine is not None
     assert profile.against is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
 from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
-from sparsifiner_edge.evaluate.extract import Runner
+from sparsifiner_edge.evaluate.extract import Comparison
 from sparsifiner_edge.images import list_images
 from sparsifiner_edge.progress import Progress
 
@@ -32,11 +32,16 @@ def evaluate_student(
 
     Args:
         subject: student or bundle folder.
-        data: an image, a folder of images, or a list of images; labelled ones for the other metrics.
+        data: an image, a folder of images, or a list of images; for the other metrics a folder with one folder of
+            images per class.
         against: the teacher: timm's name (with `weights`), or a bundle. None, for a student only: its own weights
             with dense attention everywhere.
-        metric: "cosine"; or "knn", "linear", "top1": see `evaluate_classes`.
-        gallery, queries, head: for the other metrics.
+        metric: "cosine". "knn": accuracy of the class of most of the 20 nearest gallery features by cosine. "linear":
+            of logistic regression on the gallery's features. "top1": of the classifier's own answer.
+        gallery: for knn and linear: labelled images. Of a larger gallery 5000 are taken, evenly, and an image of each
+            class that has none among them.
+        queries: for accuracies: use at most so many images of `data`, evenly taken; None takes all.
+        head: for linear: student folder to write, the subject with the probe as its classifier.
         keep, token_keep: for a student: other shares of keys and tokens than its own.
         backend, kernels: what runs bundles; see `open_session`.
         progress: see `Progress`; counts images.
@@ -45,40 +50,19 @@ def evaluate_student(
         A result of kind "evaluation".
 
     Raises:
-        ConfigError: no teacher for a bundle, sizes differ, or nothing to compare.
+        ConfigError: no teacher for a bundle, sizes differ, or nothing to compare; for accuracies: no gallery, a class
+            without images, classes that differ, or no classifier.
         SparsifinerError: subject, teacher or images are unusable.
     """
-    runner = Runner(backend, kernels)
+    compared = Comparison(Path(subject), against, weights, keep, token_keep, backend, kernels)
     if metric in METRICS:
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
-        return evaluate_classes(
-            subject,
-            data,
-            metric=metric,
-            gallery=gallery,
-            queries=queries,
-            against=against,
-            weights=weights,
-            keep=keep,
-            token_keep=token_keep,
-            head=head,
-            runner=runner,
-            progress=progress,
-        )
+        return evaluate_classes(compared, Path(data), metric, gallery, queries, head, progress)
     if metric != "cosine":
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, {', '.join(METRICS)}.")
     if any(given is not None for given in (gallery, queries, head)):
         raise ConfigError(
             "A gallery, a number of queries and a head require another metric.", f"Choose: {', '.join(METRICS)}."
         )
-    return evaluate_cosine(
-        Path(subject),
-        data if isinstance(data, list) else list_images(Path(data)),
-        against=against,
-        weights=weights,
-        keep=keep,
-        token_keep=token_keep,
-        runner=runner,
-        progress=progress,
-    )
+    return evaluate_cosine(compared, data if isinstance(data, list) else list_images(Path(data)), progress)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,69 +41,59 @@ class Extractor(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-class Runner(NamedTuple):
-    """What runs bundles; see `open_session`."""
+class Comparison(NamedTuple):
+    """What is compared with which teacher, and what runs bundles: arguments of `evaluate_student`."""
 
-    backend: str = "onnxruntime"
-    kernels: str = "auto"
+    subject: Path
+    against: str | Path | None
+    weights: str | Path | None
+    keep: float | None
+    token_keep: tuple[tuple[int, float], ...] | None
+    backend: str
+    kernels: str
 
 
-ONNXRUNTIME = Runner()
-
-
-@contextlib.contextmanager
-def open_subject(
-    folder: Path,
-    runner: Runner,
-    keep: float | None = None,
-    token_keep: tuple[tuple[int, float], ...] | None = None,
-) -> Iterator[Extractor]:
-    """A student or bundle; `keep` and `token_keep` are other budgets than a student's own.
+def open_subject(compared: Comparison, stack: contextlib.ExitStack) -> Extractor:
+    """A student or bundle, open until the stack is left.
 
     Raises:
         ConfigError: it is neither, or a bundle is given another budget.
     """
+    folder, keep, token_keep = compared.subject, compared.keep, compared.token_keep
     kind = kind_of(folder)
-    if kind == "bundle":
-        if keep is not None or token_keep is not None:
-            raise ConfigError("What a bundle keeps is fixed.", "Give --keep and --token-keep to export.")
-        with _bundle(folder, runner) as extractor:
-            yield extractor
-    elif kind == "student":
+    if kind == "student":
         student = load_student(folder, keep=keep, token_keep=token_keep)
-        yield _torch(student, str(folder), sha256(folder / STUDENT_FILE))
-    else:
+        return _torch(student, str(folder), sha256(folder / STUDENT_FILE))
+    if kind != "bundle":
         raise ConfigError(f"{folder} is neither a student nor a bundle.", "Give a folder made by sparsify or export.")
+    if keep is not None or token_keep is not None:
+        raise ConfigError("What a bundle keeps is fixed.", "Give --keep and --token-keep to export.")
+    return _bundle(folder, compared, stack)
 
 
-@contextlib.contextmanager
-def open_teacher(
-    subject: Path, against: str | Path | None, weights: str | Path | None, size: int, runner: Runner
-) -> Iterator[Extractor]:
+def open_teacher(compared: Comparison, size: int, stack: contextlib.ExitStack) -> Extractor:
     """The dense teacher: a bundle, a timm model, or (None) the subject's own weights with dense attention.
 
     Raises:
         ConfigError: there is none, because the subject is a bundle or was trained; weights without their model.
     """
+    against, weights = compared.against, compared.weights
     if weights is not None and (against is None or Path(against).is_dir()):
         raise ConfigError("--weights are those of a timm model, and none is named.", "Name it: --against MODEL.")
-    if against is None:
-        if kind_of(subject) != "student":
-            raise ConfigError("A bundle does not hold its teacher.", "Name it: --against MODEL --weights FILE.")
-        student = load_student(subject)
-        if student.provenance.training is not None:
-            raise ConfigError(
-                "This student was trained: its weights are no longer its teacher's.",
-                "Name the teacher: --against MODEL --weights FILE.",
-            )
-        yield _torch(dense_twin(student), f"{student.name} (the student's weights, dense attention)", "as the subject")
-    elif Path(against).is_dir():
-        with _bundle(Path(against), runner) as extractor:
-            yield extractor
-    else:
+    if against is not None:
+        if Path(against).is_dir():
+            return _bundle(Path(against), compared, stack)
         path = Path(weights) if weights else None
-        dense = load_dense(str(against), path, size)
-        yield _torch(dense, str(against), sha256(path) if path else "timm hub")
+        return _torch(load_dense(str(against), path, size), str(against), sha256(path) if path else "timm hub")
+    if kind_of(compared.subject) != "student":
+        raise ConfigError("A bundle does not hold its teacher.", "Name it: --against MODEL --weights FILE.")
+    student = load_student(compared.subject)
+    if student.provenance.training is not None:
+        raise ConfigError(
+            "This student was trained: its weights are no longer its teacher's.",
+            "Name the teacher: --against MODEL --weights FILE.",
+        )
+    return _torch(dense_twin(student), f"{student.name} (the student's weights, dense attention)", "as the subject")
 
 
 def _torch(student: Student, path: str, digest: str) -> Extractor:
@@ -125,18 +115,17 @@ def _torch(student: Student, path: str, digest: str) -> Extractor:
     return Extractor(extract, student.img_size, int(model.num_prefix_tokens), about, runtime, student.labels)
 
 
-@contextlib.contextmanager
-def _bundle(folder: Path, runner: Runner) -> Iterator[Extractor]:
+def _bundle(folder: Path, compared: Comparison, stack: contextlib.ExitStack) -> Extractor:
     bundle = open_bundle(folder)
-    with open_checked(bundle, runner.backend, kernels=runner.kernels) as session:
+    session = stack.enter_context(open_checked(bundle, compared.backend, kernels=compared.kernels))
 
-        def extract(image: Array) -> dict[str, Array]:
-            return session.infer({"image": image})
+    def extract(image: Array) -> dict[str, Array]:
+        return session.infer({"image": image})
 
-        name = bundle.required(bundle.manifest.name, "name")
-        about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
-        size, tokens = bundle.image_size, bundle.required(bundle.manifest.tokens, "tokens")
-        yield Extractor(extract, size, tokens.prefix, about, session.description, tuple(bundle.labels()))
+    name = bundle.required(bundle.manifest.name, "name")
+    about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
+    tokens = bundle.required(bundle.manifest.tokens, "tokens")
+    return Extractor(extract, bundle.image_size, tokens.prefix, about, session.description, tuple(bundle.labels()))
 
 
 def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:

@@ -108,9 +108,7 @@ class Assembler:
     """A `ptxas`.
 
     Attributes:
-        path: the program.
-        version: such as "12.6".
-        origin: the package that it came with.
+        path: the program. version: such as "12.6". origin: the package that it came with.
     """
 
     path: Path
@@ -136,7 +134,7 @@ class Assembler:
         """Machine code for the target that the PTX names.
 
         Raises:
-            BackendError: it refuses the PTX.
+            BackendError: it rejects the PTX.
         """
         target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
         with scratch_folder() as scratch:
@@ -147,7 +145,7 @@ class Assembler:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise BackendError(
-                    f"{self.text} refuses a kernel: {done.stderr.strip()[:400]}.", "Install a newer one."
+                    f"{self.text} rejects a kernel: {done.stderr.strip()[:400]}.", "Install a newer one."
                 )
             return made.read_bytes()
 
@@ -222,23 +220,7 @@ def _compile(model: onnx.ModelProto, nodes: Sequence[Any], target: _Target, tabl
 
 
 def _tensor_types(model: onnx.ModelProto) -> Types:
-    """Where ONNX's inference does not find what a body makes: outputs of ours follow from their inputs."""
-    known = onnx.ModelProto()
-    known.CopyFrom(model)
-    while True:
-        found = _inferred(known)
-        told = [_output(node, found) for node in known.graph.node if node.domain == DOMAIN]
-        new = [value for value in told if value is not None]
-        if not new:
-            return found
-        names = {value.name for value in new}
-        for old in [value for value in known.graph.value_info if value.name in names]:
-            known.graph.value_info.remove(old)
-        known.graph.value_info.extend(new)
-
-
-def _inferred(model: onnx.ModelProto) -> Types:
-    """What ONNX's inference finds; tensors with an axis other than the first unknown are left out."""
+    """What the file states, and what follows; tensors with an axis other than the first unknown are left out."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     found = {t.name: (_element(t.data_type), tuple(t.dims)) for t in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
@@ -249,23 +231,7 @@ def _inferred(model: onnx.ModelProto) -> Types:
     return found
 
 
-def _output(node: Any, types: Types) -> onnx.ValueInfoProto | None:
-    """Type and shape of an output that is not known yet, where those of its inputs are."""
-    if node.op_type not in OPERATORS_PLANNED or node.output[0] in types or node.input[0] not in types:
-        return None
-    dtype, (batch, tokens, packed) = types[node.input[0]]
-    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) if dtype != "bfloat16" else onnx.TensorProto.BFLOAT16
-    if node.op_type == "SparseAttention":
-        return onnx.helper.make_tensor_value_info(node.output[0], kind, [batch, tokens, packed // 3])
-    a = {x.name: onnx.helper.get_attribute_value(x) for x in node.attribute}
-    tiles = math.ceil((tokens - a["num_prefix"]) / a["tile"])
-    shape = [batch, a["num_heads"], tiles, a["keys"]]
-    return onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.INT32, shape)
-
-
 def _element(number: int) -> str:
-    if number == onnx.TensorProto.BFLOAT16:
-        return "bfloat16"
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).name if number else "unknown"
 
 
@@ -286,7 +252,7 @@ def _plan(node: Any, types: Types, sm: int) -> Plan | str:
 
 def _write(made: Compiled, plan: Plan, target: _Target, table: KernelTable) -> str:
     """Write the code of a launch, enter it into the table; returns its name."""
-    inputs, outputs = _sides(made, plan)
+    inputs, outputs = _reads_and_writes(made, plan)
     order = [[b.name for b in made.arguments].index(name) for name in (*inputs, *outputs)]
     ptx = ordered_ptx(plain_ptx(made.ptx), made.symbol, order)
     launch = CompiledLaunch(
@@ -304,13 +270,13 @@ def _write(made: Compiled, plan: Plan, target: _Target, table: KernelTable) -> s
     return name
 
 
-def _sides(made: Compiled, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _reads_and_writes(made: Compiled, plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of what a launch reads and writes: it writes what is no input of the plan and no launch before it has."""
     known = {name for name, buffer in plan.buffers.items() if buffer.role == "input"}
     for launch in plan.launches:
         if launch.kernel == made.kernel:
             break
-        known |= {buffer for buffer in launch.arguments.values() if buffer is not None}
+        known.update(filter(None, launch.arguments.values()))
     names = [buffer.name for buffer in made.arguments]
     return tuple(name for name in names if name in known), tuple(name for name in names if name not in known)
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from torch.nn import functional
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Check, OutputCheck
 from sparsifiner_edge.errors import GateError
-from sparsifiner_edge.export.deployed import DeployedModel
-from sparsifiner_edge.export.sessions import file_session
+from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.export.sessions import file_runner, with_outputs
 from sparsifiner_edge.metrics import OTHER_TOKENS, POSITIONS, Agreement, agreement, aligned
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.onnxruntime.session import native_library
@@ -39,22 +39,15 @@ OTHERS = Limits(5e-2, 0.99, 0.999)
 after it choose from what came of it; where landmarks are shared, all their rows do."""
 
 
-def golden_image(size: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.uint8]:
+def smooth_images(size: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.uint8]:
     """Smooth random images, uint8 [batch,size,size,3]: unlike white noise they look like images to a model."""
     rng = np.random.default_rng(seed)
-    total = np.zeros((batch, size, size, 3))
+    total = torch.zeros(batch, 3, size, size, dtype=torch.float64)
     for cells in (2, 5, 11, 23):
-        coarse = rng.normal(size=(batch, cells + 1, cells + 1, 3)) / np.sqrt(cells)
-        total += _upsample(_upsample(coarse, size, 1), size, 2)
-    low, high = total.min(axis=(1, 2, 3), keepdims=True), total.max(axis=(1, 2, 3), keepdims=True)
-    return np.asarray(np.round(255 * (total - low) / (high - low)), dtype=np.uint8)
-
-
-def _upsample(x: Array, size: int, axis: int) -> Array:
-    position = np.linspace(0, x.shape[axis] - 1, size)
-    left = np.minimum(position.astype(int), x.shape[axis] - 2)
-    share = (position - left).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-    return np.asarray(np.take(x, left, axis) * (1 - share) + np.take(x, left + 1, axis) * share)
+        coarse = torch.from_numpy(rng.normal(size=(batch, cells + 1, cells + 1, 3)) / np.sqrt(cells))
+        total += functional.interpolate(coarse.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True)
+    low, high = total.amin((1, 2, 3), keepdim=True), total.amax((1, 2, 3), keepdim=True)
+    return (255 * (total - low) / (high - low)).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def check_export(
@@ -74,24 +67,23 @@ def check_export(
     """
     sparse = any(node.domain == DOMAIN for node in model.graph.node)
     kernels = ("portable", "native") if sparse and native_library("auto") else ("portable",)
-    sessions = [_session(model, kind) for kind in kernels]
-    names = [o.name for o in sessions[0].get_outputs()]
+    selects, scores = _outputs_of(model, "KeySelect"), _outputs_of(model, "TokenScore")
+    runners = [file_runner(with_outputs(model, selects + scores), kind) for kind in kernels]
     free: dict[str, Agreement] = {}
     equal: dict[str, Agreement] = {}
     golden: dict[str, Array] = {}
     indices = differing = pruned = 0
     for number, batch in enumerate(batches):
-        image = golden_image(size, batch, seed=number)
+        image = smooth_images(size, batch, seed=number)
         expected, chosen = _run_torch(deployed, image)
         golden = golden or {"input.image": image, **{f"output.{k}": v for k, v in expected.items()}}
-        for session in sessions:
-            results = dict(zip(names, session.run(None, {"image": image}), strict=True))
-            lists = [results[name] for name in _probed(model, "KeySelect")]
-            scores = [results[name] for name in _probed(model, "TokenScore")]
-            same = _run_torch(deployed, image, lists, scores)[0]
-            mine, lost = aligned(results, same)
+        for run in runners:
+            results = run(image)
+            lists = [results[name] for name in selects]
+            same, _ = _run_torch(deployed, image, lists, [results[name] for name in scores])
+            with_same_keys, lost = aligned(results, same)
             _require_tokens(lost, 0, batch)
-            _compare(equal, mine, same, SAME, batch)
+            _compare(equal, with_same_keys, same, SAME, batch)
             results, missing = aligned(results, expected)
             others = sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
             _compare(free, results, expected, OTHERS if others or missing else SAME, batch)
@@ -115,7 +107,14 @@ def _compare(
         if name == POSITIONS:
             continue
         found = agreement(results[name], reference, limits.error)
-        _require(name, batch, found, limits)
+        if not (found.error <= limits.error and found.cosine >= limits.least and found.mean >= limits.mean):
+            raise GateError(
+                f"Output {name!r} at batch {batch} differs from torch: at {list(found.worst)} {found.got:.6g} instead "
+                f"of {found.expected:.6g} ({found.error:.2e} of the range, allowed {limits.error:.0e}; "
+                f"{found.beyond:.2%} of the elements beyond; least cosine of a row {found.cosine:.6f}, allowed "
+                f"{limits.least}; mean {found.mean:.6f}, allowed {limits.mean}).",
+                "Nothing was written. Report this with the command.",
+            )
         if name not in worst or found.error > worst[name].error:
             worst[name] = found
 
@@ -134,34 +133,9 @@ def count_differing(a: Array, b: Array) -> int:
     return sum(len(np.setdiff1d(x, y, assume_unique=True)) for x, y in pairs)
 
 
-def _require(name: str, batch: int, found: Agreement, limits: Limits) -> None:
-    if found.error <= limits.error and found.cosine >= limits.least and found.mean >= limits.mean:
-        return
-    raise GateError(
-        f"Output {name!r} at batch {batch} differs from torch: at {list(found.worst)} {found.got:.6g} instead of "
-        f"{found.expected:.6g} ({found.error:.2e} of the range, allowed {limits.error:.0e}; {found.beyond:.2%} of the "
-        f"elements beyond; least cosine of a row {found.cosine:.6f}, allowed {limits.least}; mean {found.mean:.6f}, "
-        f"allowed {limits.mean}).",
-        "Nothing was written. Report this with the command.",
-    )
-
-
-def _probed(model: onnx.ModelProto, kind: str) -> list[str]:
+def _outputs_of(model: onnx.ModelProto, kind: str) -> list[str]:
     """Results of the operators whose name ends in `kind`, first layer first."""
     return [node.output[0] for node in model.graph.node if node.domain == DOMAIN and node.op_type.endswith(kind)]
-
-
-def _session(model: onnx.ModelProto, kernels: str) -> Any:
-    """A session whose selections, of keys and of tokens, are outputs too."""
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    for name in _probed(model, "KeySelect") + _probed(model, "TokenScore"):
-        probed.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    return file_session(probed, kernels)
-
-
-def _given(scores: Array, _: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(scores)
 
 
 @torch.no_grad()
@@ -188,7 +162,7 @@ def _run_torch(
         for layer in layers:
             layer.indices = choose(layer)  # type: ignore[method-assign,assignment]
         for block, given in zip(pruning, scores, strict=True) if lists is not None else ():
-            block.scores = functools.partial(_given, given)  # type: ignore[method-assign]
+            block.scores = lambda _, given=given: torch.from_numpy(given)  # type: ignore[method-assign,misc]
         outputs = deployed(torch.from_numpy(image))
     finally:
         for layer in layers:

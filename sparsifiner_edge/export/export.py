@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, whole_number
-from sparsifiner_edge.bundle.entries import Check, Float16, Folded, Measured, Quantisation
+from sparsifiner_edge.bundle.entries import Check, Folded
 from sparsifiner_edge.bundle.manifest import (
     BUNDLE_SCHEMA,
     MODEL_FILE,
@@ -31,24 +30,24 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export.board import board_files
-from sparsifiner_edge.export.check import OTHERS, SAME, check_export, golden_image
-from sparsifiner_edge.export.choose import keep_dense_where_slower
-from sparsifiner_edge.export.deployed import DeployedModel
-from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_COSINE_INT8, to_fp16
-from sparsifiner_edge.export.graph import DYNAMIC, Batch, export_graph, set_metadata
-from sparsifiner_edge.export.int8 import RECIPES, quantise, run_file
-from sparsifiner_edge.export.retile import with_tile
+from sparsifiner_edge.export.check import OTHERS, SAME, check_export, smooth_images
+from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_ROW_COSINE_INT8, to_fp16
+from sparsifiner_edge.export.graph import DYNAMIC, BatchSize, export_graph, set_metadata
+from sparsifiner_edge.export.int8 import INT8_TARGETS, quantise
+from sparsifiner_edge.export.sessions import file_runner
+from sparsifiner_edge.export.student_changes import changed
 from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, VERSION
-from sparsifiner_edge.profiles.boards.board import load_board
+from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.models import Backbone, preprocessing
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_dense, load_student
 from sparsifiner_edge.text import shown
 
-PRECISIONS = ("fp32", "fp16", "int8")
+EXPORT_PRECISIONS = ("fp32", "fp16", "int8")
 INT8_TOLERANCE = 5e-2
 """Greatest difference of a session's outputs from the golden ones, relative to their range: int8 products of different
 processors round, and select, differently."""
@@ -72,7 +71,7 @@ def export_bundle(
     batch: int | str = 1,
     tokens: bool = False,
     calibrate: str | Path | None = None,
-    recipe: str = "cpu",
+    int8_target: str = "cpu",
     measure: bool = False,
     boards: Sequence[str | Path] = (),
     progress: Progress | None = None,
@@ -85,14 +84,14 @@ def export_bundle(
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels along a side; None takes the student's or model's own.
         keep, token_keep: for a student: other shares of keys and tokens than its own (see `SparsityConfig`).
-        tile, probe: for a sparse student: other ones than its own, behind a gate (see `retile`); GPUs want tiles of 64.
+        tile, probe: for a sparse student: other ones than its own, behind a gate (see `student_changes`); GPUs want 64.
         precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
-            attention stays in float32, or with the recipe "tensorrt" becomes float16.
+            attention stays in float32, or for the target "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
-        tokens: also give a classifier's tokens; a model without classifier always gives them.
+        tokens: also output a classifier's tokens; a model without classifier always does.
         calibrate: for int8 and for another tile: a folder of images like those that the model will see; at most 32
             are used.
-        recipe: for int8: one of `quantise.RECIPES`.
+        int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
         measure: keep dense the layers where sparse attention is slower on this machine; the manifest says which.
         boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle.
         progress: for int8; see `Progress`.
@@ -108,101 +107,84 @@ def export_bundle(
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
     wanted = [load_board(name) for name in boards]
-    retiles = tile is not None or probe is not None
-    numbers = _numbers(precision, recipe, calibrate, retiles)
+    numbers = _numbers(precision, int8_target, calibrate, retiles=tile is not None or probe is not None)
     student = _load(source, weights, img_size, keep, token_keep)
-    retiled = measured = None
-    if retiles:
-        student, retiled = with_tile(student, tile, probe, numbers.images)
-    if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
-        student, measured = _measured(student)
-    deployed = DeployedModel(student.model, tokens)
-    model = export_graph(deployed, student.img_size, size_of_batch, deployed.output_names)
-    batches = (1, 3) if size_of_batch is None else (size_of_batch,)
-    check, golden = check_export(model, deployed, student.img_size, batches)
-    narrow = _narrowed(model, student.img_size, batches, numbers, progress)
-    if narrow.model is not model:
-        golden |= {f"output.{name}": x for name, x in run_file(narrow.model, golden["input.image"]).items()}
-    # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
-    labels = [shown(label) for label in student.labels or class_labels(student.model)]
-    set_metadata(narrow.model, _metadata(student, deployed, labels))
-    manifest = msgspec.structs.replace(
-        _manifest(student, deployed, narrow.model, check, numbers),
-        retiled=retiled, measured=measured, quantisation=narrow.quantisation, float16=narrow.float16,
-    )  # fmt: skip
+    student, changes = changed(student, tile, probe, measure, numbers.images)
+    file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
-        (folder / MODEL_FILE).write_bytes(narrow.model.SerializeToString())
-        np.savez_compressed(folder / GOLDEN_FILE, **cast(Any, golden))
-        if labels:
-            (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        kernels = tuple(board_files(narrow.model, student.name, board, folder) for board in wanted)
-        seal_bundle(folder, msgspec.structs.replace(manifest, boards=kernels))
+        _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)
     return target
 
 
 class _Numbers(NamedTuple):
-    """What the file computes in, checked: see `export_bundle`.
-
-    Attributes:
-        images: to calibrate int8 with, and to judge another tile by.
-    """
+    """What the file computes in; `images` calibrate int8, and judge another tile."""
 
     precision: str
-    recipe: str
+    int8_target: str
     images: list[Path]
 
 
-class _Narrow(NamedTuple):
-    """A file in fewer bits, or the float32 file itself, and what its making found."""
+class _File(NamedTuple):
+    """A checked file, and what goes beside it."""
 
     model: onnx.ModelProto
-    quantisation: Quantisation | None = None
-    float16: Float16 | None = None
+    golden: dict[str, Any]
+    labels: list[str]
+    manifest: Manifest
 
 
-def _narrowed(
-    model: onnx.ModelProto, size: int, batches: Sequence[int], numbers: _Numbers, progress: Progress | None
-) -> _Narrow:
-    """The file in fp16, or in int8 with the rest as its recipe wants it."""
-    made, least = _Narrow(model), None
+def _file(
+    student: Student, deployed: DeployedModel, batch: BatchSize, numbers: _Numbers, progress: Progress | None
+) -> _File:
+    """Export and check a module; then the same in fp16, or in int8 with the rest as its target wants it."""
+    size, batches = student.img_size, (1, 3) if batch is None else (batch,)
+    model = export_graph(deployed, size, batch, deployed.output_names)
+    check, golden = check_export(model, deployed, size, batches)
+    quantisation = float16 = None
     if numbers.precision == "int8":
         images = [np.repeat(load_image(path, size)[None], batches[0], 0) for path in numbers.images]
-        made, least = _Narrow(*quantise(model, images, numbers.recipe, progress)), LEAST_COSINE_INT8
-    if numbers.precision == "fp16" or numbers.recipe == "tensorrt":
-        images = [golden_image(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
-        half, found = to_fp16(made.model, images, least)
-        made = made._replace(model=half, float16=found)
-    return made
+        model, quantisation = quantise(model, images, numbers.int8_target, progress)
+    if numbers.precision == "fp16" or numbers.int8_target == "tensorrt":
+        images = [smooth_images(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
+        model, float16 = to_fp16(model, images, LEAST_ROW_COSINE_INT8 if quantisation else None)
+    if numbers.precision != "fp32":
+        golden |= {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
+    # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
+    labels = [shown(label) for label in student.labels or class_labels(student.model)]
+    set_metadata(model, _metadata(student, deployed, labels))
+    manifest = _manifest(student, deployed, model, check, numbers)
+    manifest = msgspec.structs.replace(manifest, quantisation=quantisation, float16=float16)
+    return _File(model, golden, labels, manifest)
 
 
-def _numbers(precision: str, recipe: str, calibrate: str | Path | None, retiles: bool) -> _Numbers:
-    """Refuse what does not go together; images are for int8 and for another tile alone."""
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
-    if recipe not in RECIPES:
-        raise ConfigError(f"recipe is {recipe!r}.", f"Choose one of: {', '.join(RECIPES)}.")
+def _write(folder: Path, file: _File, manifest: Manifest, boards: Sequence[Board]) -> None:
+    (folder / MODEL_FILE).write_bytes(file.model.SerializeToString())
+    np.savez_compressed(folder / GOLDEN_FILE, **file.golden)
+    if file.labels:
+        (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in file.labels), encoding="utf-8")
+    kernels = tuple(board_files(file.model, file.manifest.name or "", board, folder) for board in boards)
+    seal_bundle(folder, msgspec.structs.replace(manifest, boards=kernels))
+
+
+def _numbers(precision: str, int8_target: str, calibrate: str | Path | None, retiles: bool) -> _Numbers:
+    """Refuse what cannot be combined; images are for int8 and for another tile alone."""
+    if precision not in EXPORT_PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(EXPORT_PRECISIONS)}.")
+    if int8_target not in INT8_TARGETS:
+        raise ConfigError(f"int8 target is {int8_target!r}.", f"Choose one of: {', '.join(INT8_TARGETS)}.")
     if precision == "int8" and calibrate is None:
-        raise ConfigError("int8 needs images to calibrate with.", "Give a folder of them with --calibrate.")
+        raise ConfigError("int8 requires images to calibrate with.", "Give a folder of them with --calibrate.")
     if precision != "int8" and calibrate is not None and not retiles:
         raise ConfigError(
-            "Images to calibrate with go with int8, or another tile.",
-            "Leave them out, or choose --precision int8.",
+            "Images to calibrate with require int8, or another tile.", "Leave them out, or choose --precision int8."
         )
-    if precision != "int8" and recipe != RECIPES[0]:
-        raise ConfigError(f"recipe {recipe!r} requires int8.", "Leave it out, or choose --precision int8.")
+    if precision != "int8" and int8_target != INT8_TARGETS[0]:
+        raise ConfigError(f"int8 target {int8_target!r} requires int8.", "Leave it out, or choose --precision int8.")
     listed = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
-    return _Numbers(precision, recipe, listed)
+    return _Numbers(precision, int8_target, listed)
 
 
-def _measured(student: Student) -> tuple[Student, Measured]:
-    """The student with layers kept dense where that is faster here, and what was measured."""
-    measured = keep_dense_where_slower(student.model)
-    kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
-    dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
-    return dataclasses.replace(student, sparsity=dataclasses.replace(student.sparsity, dense_layers=dense)), measured
-
-
-def parse_batch(batch: int | str) -> Batch:
+def parse_batch(batch: int | str) -> BatchSize:
     """1, "1" or "dynamic" -> 1, 1 or None.
 
     Raises:
@@ -228,7 +210,7 @@ def _load(
     if not folder.is_dir():
         if keep is not None or token_keep is not None:
             raise ConfigError(
-                "--keep and --token-keep go with a student.", "Make one with `sparsifiner-edge sparsify`."
+                "--keep and --token-keep require a student.", "Make one with `sparsifiner-edge sparsify`."
             )
         return load_dense(str(source), Path(weights) if weights else None, img_size)
     if kind_of(folder) != "student":
@@ -311,7 +293,7 @@ def _tolerance(numbers: _Numbers, selects: bool, check: Check) -> float:
     """Greatest difference of a session's outputs from the golden ones, relative to their range; in fp32 the wide one
     only where the check itself met as much."""
     if numbers.precision == "int8":
-        return INT8_HALF_TOLERANCE if numbers.recipe == "tensorrt" else INT8_TOLERANCE
+        return INT8_HALF_TOLERANCE if numbers.int8_target == "tensorrt" else INT8_TOLERANCE
     if numbers.precision == "fp16":
         return HALF_TOLERANCE_FREE if selects else HALF_TOLERANCE
     if not selects:

@@ -8,6 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import onnx
 import torch
@@ -24,11 +25,11 @@ IR_VERSION = 10
 DYNAMIC = "batch"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter says which modules a node comes from, outermost first, and last a name of its own."""
-Batch = int | None
+BatchSize = int | None
 """A fixed batch size, or None for a dynamic one."""
 
 
-def export_graph(module: nn.Module, image_size: int, batch: Batch, outputs: list[str]) -> onnx.ModelProto:
+def export_graph(module: nn.Module, image_size: int, batch: BatchSize, outputs: list[str]) -> onnx.ModelProto:
     """Export a module that takes `image` uint8 [B,S,S,3].
 
     Raises:
@@ -39,6 +40,16 @@ def export_graph(module: nn.Module, image_size: int, batch: Batch, outputs: list
     # Traced with two images where the batch is dynamic: one would be taken for a constant.
     example = torch.zeros(batch or 2, image_size, image_size, 3, dtype=torch.uint8)
     shapes = {"image": {0: torch.export.Dim(DYNAMIC)}} if batch is None else None
+    model = to_onnx(module, {"image": example}, outputs, shapes)
+    _tidy(model)
+    check_structure(model)
+    return model
+
+
+def to_onnx(
+    module: nn.Module, inputs: Mapping[str, torch.Tensor], outputs: list[str], shapes: dict[str, Any] | None = None
+) -> onnx.ModelProto:
+    """What torch exports, with the bodies of our operators; shapes: dynamic axes of the inputs."""
     with warnings.catch_warnings(), torch.no_grad():
         # Deprecations inside torch's exporter concern its own calls.
         warnings.simplefilter("ignore", FutureWarning)
@@ -46,8 +57,8 @@ def export_graph(module: nn.Module, image_size: int, batch: Batch, outputs: list
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module,
-            (example,),
-            input_names=["image"],
+            tuple(inputs.values()),
+            input_names=list(inputs),
             output_names=outputs,
             opset_version=OPSET,
             dynamic_shapes=shapes,
@@ -57,9 +68,8 @@ def export_graph(module: nn.Module, image_size: int, batch: Batch, outputs: list
     if program is None:
         raise GateError("torch exported nothing.", "Report this with the model's name.")
     model = program.model_proto
-    _tidy(model)
+    model.ir_version = min(model.ir_version, IR_VERSION)
     add_bodies(model)
-    check_structure(model)
     return model
 
 
@@ -77,7 +87,6 @@ def _tidy(model: onnx.ModelProto) -> None:
     cast = next(n for n in model.graph.node if n.op_type == "Cast" and n.input[0] == "image")
     model.graph.node.remove(cast)
     model.graph.node.insert(0, cast)
-    model.ir_version = min(model.ir_version, IR_VERSION)
     model.producer_name = "sparsifiner-edge"
     model.graph.name = "sparsifiner_edge"
     model.graph.doc_string = ""
@@ -85,6 +94,10 @@ def _tidy(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         node.doc_string = ""
         del node.metadata_props[:]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    shapes = [value for value in model.graph.value_info if value.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(shapes)
     for value in [*model.graph.value_info, *model.graph.initializer, *model.graph.input, *model.graph.output]:
         del value.metadata_props[:]
 

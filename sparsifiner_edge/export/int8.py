@@ -8,11 +8,10 @@ images that were not calibrated on decide.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -21,19 +20,19 @@ from onnx import numpy_helper
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export.sessions import file_session
+from sparsifiner_edge.export.sessions import file_runner, with_outputs
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.metrics import POSITIONS, aligned, cosine
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.progress import Progress
 
-RECIPES = ("cpu", "tensorrt")
+INT8_TARGETS = ("cpu", "tensorrt")
 """cpu: uint8 activations, int8 weights per channel (ONNX Runtime). tensorrt: both int8 and symmetric, zero point 0;
-`export_bundle` makes the rest of that file float16 afterwards (`half`), as GPUs have it."""
+`export_bundle` makes the rest of that file float16 afterwards (`fp16`), as GPUs have it."""
 OTHER_PATCHES = 0.1
 """Share of the patches that an int8 file may keep in place of others, over all images. Where it is larger they count
 as lost; below, the class token, which has a gate of its own, tells whether they matter."""
-LEAST_COSINE = 0.99
+LEAST_MEAN_COSINE = 0.99
 """Gate: mean cosine of every output's rows to the float32 file, over images that were not calibrated on."""
 LEAST_WEIGHT = 1e-5
 """Share of a layer's largest weight below which a channel counts as not read when channels are evened out."""
@@ -47,7 +46,7 @@ MAX_FLOAT_SHARE = 0.25
 def quantise(
     model: onnx.ModelProto,
     images: Sequence[Array],
-    recipe: str = "cpu",
+    int8_target: str = "cpu",
     progress: Progress | None = None,
     goal: float = GOAL_COSINE,
 ) -> tuple[onnx.ModelProto, Quantisation]:
@@ -56,7 +55,7 @@ def quantise(
     Args:
         model: left as it is.
         images: uint8 [1,S,S,3]; every third is held out and decides, if there are at least three.
-        recipe: one of `RECIPES`.
+        int8_target: one of `INT8_TARGETS`.
         progress: see `Progress`.
         goal: cosine of the outputs below which layers are put back to float32.
 
@@ -64,53 +63,63 @@ def quantise(
         The file, and what was found.
 
     Raises:
-        ConfigError: no such recipe, or no images.
-        GateError: an output is further from the float32 file than `LEAST_COSINE` allows, whatever is put back.
+        ConfigError: no images.
+        GateError: an output is further from the float32 file than `LEAST_MEAN_COSINE` allows, whatever is put back.
     """
-    if recipe not in RECIPES:
-        raise ConfigError(f"recipe is {recipe!r}.", f"Choose one of: {', '.join(RECIPES)}.")
     if not images:
         raise ConfigError("There are no images to calibrate with.", "Give a folder of images with --calibrate.")
     held_out = list(images[2::3]) or list(images)
     calibrated = [x for number, x in enumerate(images) if number % 3 != 2] if len(images) > 2 else list(images)
     source, layers = _prepared(model)
-    wanted = _run(source, held_out)
+    run = file_runner(source)
+    wanted = [run(image) for image in held_out]
     _equalise(source, layers, calibrated)
-    full = _quantise_all(source, layers, calibrated, recipe)
-    steps = len(layers) + 2
+    full = _quantise_all(source, layers, calibrated, symmetric=int8_target == "tensorrt")
 
-    def found(kept: Sequence[str], count: int = len(held_out)) -> tuple[dict[str, float], float]:
-        return _compared(_run(_restored(full, source, kept), held_out[:count]), wanted[:count])
+    def measure(kept: Sequence[str], count: int = len(held_out)) -> tuple[dict[str, float], float]:
+        run = file_runner(_restored(full, source, kept))
+        return _compared([run(image) for image in held_out[:count]], wanted[:count])
 
-    def step(done: int) -> None:
-        if progress:
-            progress("int8: finding layers that hurt", done, steps)
-
-    step(1)
-    kept: list[str] = []
-    cosines, others = found(kept)
-    if min(cosines.values()) < goal:
-        harm = {}
-        for number, name in enumerate(layers):
-            # One image ranks the layers; all that are held out decide how many of them are put back.
-            harm[name] = min(found([other for other in layers if other != name], 1)[0].values())
-            step(2 + number)
-        for name in sorted(harm, key=lambda layer: harm[layer])[: int(MAX_FLOAT_SHARE * len(layers))]:
-            kept.append(name)
-            cosines, others = found(kept)
-            if min(cosines.values()) >= goal:
-                break
-    step(steps)
+    kept = _layers_that_hurt(measure, layers, goal, progress)
+    cosines, others = measure(kept)
     worst = min(cosines, key=lambda output: cosines[output])
-    if cosines[worst] < LEAST_COSINE:
+    if cosines[worst] < LEAST_MEAN_COSINE:
         raise GateError(
-            f"Output {worst!r} of the int8 file has cosine {cosines[worst]:.4f} to float32, allowed {LEAST_COSINE}, "
-            f"with {len(kept)} of {len(layers)} linear layers left in float32.",
+            f"Output {worst!r} of the int8 file has cosine {cosines[worst]:.4f} to float32, allowed "
+            f"{LEAST_MEAN_COSINE}, with {len(kept)} of {len(layers)} linear layers left in float32.",
             "Calibrate with more images like those it will see, or export fp32.",
         )
     int8, counts = len(layers) - len(kept), (len(calibrated), len(held_out))
-    report = Quantisation(recipe, cosines, others, int8, tuple(kept), *counts, METHOD)
+    report = Quantisation(int8_target, cosines, others, int8, tuple(kept), *counts, METHOD)
     return _restored(full, source, kept), report
+
+
+def _layers_that_hurt(
+    measure: Callable[..., tuple[dict[str, float], float]], layers: list[str], goal: float, progress: Progress | None
+) -> list[str]:
+    """Names of the layers to put back to float32, the worst first, until the outputs reach the goal.
+
+    measure: (layers in float32, number of images to judge by) -> cosines of the outputs, share of other patches.
+    """
+
+    def step(done: int) -> None:
+        if progress:
+            progress("int8: finding layers that hurt", done, len(layers) + 2)
+
+    step(1)
+    kept: list[str] = []
+    if min(measure(kept)[0].values()) < goal:
+        harm = {}
+        for number, name in enumerate(layers):
+            # One image ranks the layers; all that are held out decide how many of them are put back.
+            harm[name] = min(measure([other for other in layers if other != name], 1)[0].values())
+            step(2 + number)
+        for name in sorted(harm, key=lambda layer: harm[layer])[: int(MAX_FLOAT_SHARE * len(layers))]:
+            kept.append(name)
+            if min(measure(kept)[0].values()) >= goal:
+                break
+    step(len(layers) + 2)
+    return kept
 
 
 def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
@@ -128,9 +137,6 @@ def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
                 if name in weights and len(weights[name].dims) == 1:
                     bias = numpy_helper.to_array(weights[name])
                     weights[name].CopyFrom(numpy_helper.from_array(bias[None, None], name))
-    stated = [value for value in source.graph.value_info if value.name not in weights]
-    del source.graph.value_info[:]
-    source.graph.value_info.extend(stated)
     return source, list(linear.values())
 
 
@@ -151,14 +157,12 @@ def _equalise(source: onnx.ModelProto, layers: Sequence[str], images: Sequence[A
             pairs.append((norm, node))
     if not pairs:
         return
-    watched = onnx.ModelProto()
-    watched.CopyFrom(source)
-    del watched.graph.output[:]
-    watched.graph.output.extend(onnx.helper.make_empty_tensor_value_info(norm.output[0]) for norm, _ in pairs)
-    session = file_session(watched)
+    run = file_runner(with_outputs(source, [norm.output[0] for norm, _ in pairs]))
     largest = [np.zeros(weights[node.input[1]].dims[0], np.float32) for _, node in pairs]
     for image in images:
-        for highest, x in zip(largest, session.run(None, {"image": image}), strict=True):
+        outputs = run(image)
+        for highest, (norm, _) in zip(largest, pairs, strict=True):
+            x = outputs[norm.output[0]]
             np.maximum(highest, np.abs(x).reshape(-1, x.shape[-1]).max(0), out=highest)
     for (norm, node), highest in zip(pairs, largest, strict=True):
         matrix = numpy_helper.to_array(weights[node.input[1]])
@@ -180,43 +184,30 @@ def _equalise(source: onnx.ModelProto, layers: Sequence[str], images: Sequence[A
     drop_unused(source)
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """The quantiser advises preprocessing, on the root logger, that exported files have no need of."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def _quantise_all(
+    source: onnx.ModelProto, layers: list[str], images: Sequence[Array], symmetric: bool
+) -> onnx.ModelProto:
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-
-def _quantise_all(source: onnx.ModelProto, layers: list[str], images: Sequence[Array], recipe: str) -> onnx.ModelProto:
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        CalibrationMethod,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime carries no types
-        def __init__(self) -> None:
-            self.left = iter(images)
-
-        def get_next(self) -> dict[str, Array] | None:
-            image = next(self.left, None)
-            return None if image is None else {"image": image}
-
-    symmetric = recipe == "tensorrt"
-    hidden = _hidden(source, layers)
-    with scratch_folder() as folder, _quietly():
+    # The quantiser watches every MatMul, and keeps what it watches until the end of a run: the score matrices of all
+    # dense layers at once. So products of activations bear another name meanwhile.
+    products = {n.name for n in source.graph.node if n.op_type == "MatMul"}.difference(layers)
+    hidden = onnx.ModelProto()
+    hidden.CopyFrom(source)
+    for node in hidden.graph.node:
+        if node.name in products:
+            node.op_type = "Einsum"
+            node.attribute.append(onnx.helper.make_attribute("equation", "...ij,...jk->...ik"))
+    # Without this the quantiser advises preprocessing, which exported files do not need.
+    hidden.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    feeds = iter([{"image": image} for image in images])
+    with scratch_folder() as folder:
         before, after = folder / "before.onnx", folder / "after.onnx"
-        onnx.save(hidden, str(before))
+        onnx.save(hidden, before)
         quantize_static(
-            str(before),
-            str(after),
-            Reader(),
+            before,
+            after,
+            SimpleNamespace(get_next=lambda: next(feeds, None)),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["MatMul"],
             nodes_to_quantize=layers,
@@ -231,31 +222,9 @@ def _quantise_all(source: onnx.ModelProto, layers: list[str], images: Sequence[A
                 "OpTypesToExcludeOutputQuantization": ["MatMul"],
             },
         )
-        return _shown(onnx.load(str(after)))
-
-
-_PRODUCT = "...ij,...jk->...ik"
-
-
-def _hidden(source: onnx.ModelProto, layers: list[str]) -> onnx.ModelProto:
-    """A copy in which products of activations are no MatMul.
-
-    The quantiser watches every MatMul, and keeps what it watches until the end of a run: the score matrices of all
-    dense layers at once.
-    """
-    model = onnx.ModelProto()
-    model.CopyFrom(source)
+        model = onnx.load(after)
     for node in model.graph.node:
-        if node.op_type == "MatMul" and node.name not in layers:
-            node.op_type = "Einsum"
-            node.attribute.append(onnx.helper.make_attribute("equation", _PRODUCT))
-    return model
-
-
-def _shown(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The inverse of `_hidden`, in place."""
-    for node in model.graph.node:
-        if node.op_type == "Einsum" and node.attribute[0].s.decode() == _PRODUCT:
+        if node.name in products:
             node.op_type = "MatMul"
             del node.attribute[:]
     return model
@@ -280,18 +249,6 @@ def _restored(full: onnx.ModelProto, source: onnx.ModelProto, kept: Sequence[str
     return model
 
 
-def _run(model: onnx.ModelProto, images: Sequence[Array]) -> list[dict[str, Array]]:
-    """Outputs of an exported file per image, by native kernels where there are some."""
-    session = file_session(model)
-    names = [output.name for output in session.get_outputs()]
-    return [dict(zip(names, session.run(names, {"image": image}), strict=True)) for image in images]
-
-
-def run_file(model: onnx.ModelProto, image: Array) -> dict[str, Array]:
-    """Outputs of an exported file for one input."""
-    return _run(model, [image])[0]
-
-
 def _compared(got: Sequence[dict[str, Array]], wanted: Sequence[dict[str, Array]]) -> tuple[dict[str, float], float]:
     """Mean row cosine of each output, over the patches that both files keep, and the share of the others.
 
@@ -301,13 +258,13 @@ def _compared(got: Sequence[dict[str, Array]], wanted: Sequence[dict[str, Array]
     sums: dict[str, float] = {}
     rows: dict[str, int] = {}
     others = patches = 0
-    for mine, theirs in zip(got, wanted, strict=True):
-        outputs, missing = aligned(mine, theirs)
-        others, patches = others + missing, patches + theirs.get(POSITIONS, np.empty(0)).size
+    for int8, single in zip(got, wanted, strict=True):
+        outputs, missing = aligned(int8, single)
+        others, patches = others + missing, patches + single.get(POSITIONS, np.empty(0)).size
         for name, values in outputs.items():
-            similar = cosine(values, theirs[name])
+            similar = cosine(values, single[name])
             common = similar.size - (missing if name == "tokens" else 0)
-            # Patches of `theirs` alone are aligned to themselves: cosine 1.
+            # Patches of `single` alone are aligned to themselves: cosine 1.
             sums[name] = sums.get(name, 0.0) + float(similar.sum()) - (similar.size - common)
             rows[name] = rows.get(name, 0) + common
     share = others / max(1, patches)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import onnx
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime, native_library
 
@@ -25,7 +27,9 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
-    library = None if kernels == "auto" and _is_half(model) else native_library(kernels)
+    # The native kernels do not compute in float16.
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    library = None if kernels == "auto" and half else native_library(kernels)
     if library is not None:
         options.register_custom_ops_library(str(library))
     try:
@@ -38,6 +42,16 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
         ) from error
 
 
-def _is_half(model: onnx.ModelProto) -> bool:
-    """Whether it computes in float16, which the native kernels do not."""
-    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[[Array], dict[str, Array]]:
+    """A function from the input `image` to the outputs by name; see `file_session`."""
+    session = file_session(model, kernels)
+    names = [output.name for output in session.get_outputs()]
+    return lambda image: dict(zip(names, session.run(names, {"image": image}), strict=True))
+
+
+def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """A copy of a file that gives inner tensors too."""
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    return watched

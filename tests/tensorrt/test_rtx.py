@@ -16,11 +16,12 @@ import pytest
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError
-from sparsifiner_edge.export.check import golden_image
-from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.check import smooth_images
+from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.export.fp16 import convert
 from sparsifiner_edge.export.graph import export_graph
-from sparsifiner_edge.export.int8 import quantise, run_file
+from sparsifiner_edge.export.int8 import quantise
+from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.runtime import open_session
 from tests.commands import manifest_of, snapshot
 from tests.fakes.gpu import Gpu
@@ -47,12 +48,12 @@ def vit_bundle(folder: Path, sparsity: SparsityConfig, precision: str, batch: in
     if precision == "fp16":
         model = convert(model).model
     if precision == "int8":
-        model = quantise(model, [golden_image(160, batch or 1, seed) for seed in range(2)], "tensorrt")[0]
+        model = quantise(model, [smooth_images(160, batch or 1, seed) for seed in range(2)], "tensorrt")[0]
         model = convert(model).model
     folder.mkdir()
     onnx.save(model, folder / "model.onnx")
-    image = golden_image(160, batch or 1)
-    outputs = {f"output.{name}": value for name, value in run_file(model, image).items()}
+    image = smooth_images(160, batch or 1)
+    outputs = {f"output.{name}": value for name, value in file_runner(model)(image).items()}
     np.savez(folder / "golden.npz", **{"input.image": image}, **outputs)
     shape = [batch or "batch", 160, 160, 3]
     inputs = [{"name": "image", "dtype": "uint8", "shape": shape}]

@@ -1,0 +1,35 @@
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017) as Debian packages it: apt-get install dataset-fashion-mnist."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsifiner_edge.errors import ImageError
+from sparsifiner_edge.evaluate.labelled import Labelled
+from sparsifiner_edge.images import resized
+
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
+CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+"""In the order of the labels (table 2)."""
+
+
+def fashion_mnist(split: str) -> Labelled:
+    """Its images; split: "train" or "test"."""
+    prefix = "train" if split == "train" else "t10k"
+    images = _read(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+    labels = _read(f"{prefix}-labels-idx1-ubyte.gz", 8).astype(np.int64)
+    return Labelled(lambda i, size: resized(images[i], size), labels, CLASSES, f"fashion-mnist {split}")
+
+
+def _read(name: str, header: int) -> Any:
+    path = FOLDER / name
+    if not path.is_file():
+        raise ImageError(f"{path} does not exist.", "Debian, Ubuntu: apt-get install dataset-fashion-mnist")
+    with gzip.open(path) as file:
+        return np.frombuffer(file.read(), np.uint8, offset=header)

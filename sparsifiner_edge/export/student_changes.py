@@ -1,0 +1,157 @@
+"""What export changes in a student, each measured: another tile, and dense layers where sparse attention is slower.
+
+A CPU core is busy with lists shared by 16 queries, tensor cores want 64. The predictor's parameters do not depend on
+either, so the tile is chosen at export; what a larger one loses is measured on images.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsifiner_edge.bundle.entries import LayerChoice, Measured, Retiled, Tiling
+from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.export.graph import to_onnx
+from sparsifiner_edge.export.sessions import file_session
+from sparsifiner_edge.images import load_image
+from sparsifiner_edge.ops.kernels import NATIVE, described
+from sparsifiner_edge.runtime.onnxruntime.session import native_library
+from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
+from sparsifiner_edge.sparse.calibrate import sparse_layers
+from sparsifiner_edge.sparse.models import normalise, preprocessing
+from sparsifiner_edge.sparse.patch import final_tokens, set_budget
+from sparsifiner_edge.sparse.student import Student
+
+LEAST_TOKENS_COSINE = 0.97
+"""Gate: mean cosine of the final tokens to those of the student with its own tile, over the images."""
+ROUNDS, RUNS = 7, 5
+"""Of each kind of attention, in turn; runs of a round."""
+
+
+def changed(
+    student: Student, tile: int | None, probe: int | None, measure: bool, images: Sequence[Path]
+) -> tuple[Student, dict[str, Any]]:
+    """The student with another tile, and layers kept dense where that is faster here; what of it the manifest says."""
+    changes: dict[str, Any] = {}
+    if tile is not None or probe is not None:
+        student, changes["retiled"] = with_tile(student, tile, probe, images)
+    if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
+        measured = changes["measured"] = keep_dense_where_slower(student.model)
+        kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
+        dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
+        sparsity = dataclasses.replace(student.sparsity, dense_layers=dense)
+        student = dataclasses.replace(student, sparsity=sparsity)
+    return student, changes
+
+
+def with_tile(student: Student, tile: int | None, probe: int | None, images: Sequence[Path]) -> tuple[Student, Retiled]:
+    """A student with another tile or probe, and what that changed, for the manifest.
+
+    Args:
+        student: of the preset "edge"; left as it is.
+        tile, probe: consecutive patches that share one list, and that ask as one; None keeps the student's own.
+        images: what the gate judges by.
+
+    Raises:
+        ConfigError: a dense student, the preset "paper", no images, or sizes that do not fit.
+        GateError: the final tokens change by more than `LEAST_TOKENS_COSINE` allows.
+    """
+    if student.sparsity.is_dense or student.sparsity.preset != "edge":
+        raise ConfigError("--tile and --probe require a sparse student of the preset 'edge'.", "Leave them out.")
+    if student.sparsity.token_keep:
+        raise ConfigError(
+            "A student that prunes tokens keeps different tokens with another tile, so the two cannot be compared.",
+            'Choose the tile with `sparsify --tile`, or export with --token-keep "".',
+        )
+    if not images:
+        raise ConfigError("Another tile requires images to judge it by.", "Give some: --calibrate DIR.")
+    own = student.sparsity
+    sparsity = dataclasses.replace(
+        own, tile=own.tile if tile is None else tile, probe=own.probe if probe is None else probe
+    )
+    made = dataclasses.replace(student, model=copy.deepcopy(student.model), sparsity=sparsity)
+    set_budget(made.model, sparsity)
+    found = _cosine(student, made, images)
+    if found < LEAST_TOKENS_COSINE:
+        raise GateError(
+            f"With tile {sparsity.tile}, probe {sparsity.probe} the final tokens have cosine {found:.4f} to those "
+            f"with tile {own.tile}, probe {own.probe}, allowed {LEAST_TOKENS_COSINE}.",
+            "Choose a smaller tile, or read more keys: --keep.",
+        )
+    before, after = (Tiling(x.tile, x.probe) for x in (own, sparsity))
+    return made, Retiled(before, after, found, len(images))
+
+
+@torch.no_grad()
+def _cosine(own: Student, changed: Student, images: Sequence[Path]) -> float:
+    """Mean over images and final tokens."""
+    pre, means = preprocessing(own.model), []
+    for path in images:
+        image = normalise(torch.from_numpy(load_image(path, own.img_size))[None], pre)
+        before, after = (final_tokens(student.model, image)[0] for student in (own, changed))
+        means.append(float(torch.cosine_similarity(before, after, dim=-1).mean()))
+    return statistics.fmean(means)
+
+
+def keep_dense_where_slower(model: Any) -> Measured:
+    """Turn sparse layers of a model, in place, into dense ones where sparse attention is slower on this machine.
+
+    Both run on the kernels that a session would use here, with the layer's own sizes, selection and cells included, one
+    image at a time, in turn; medians decide. Layers of equal sizes are measured once.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[int, SparseAttention]]] = {}
+    for number, block in enumerate(model.blocks):
+        layer = block.attn
+        if isinstance(layer, SparseAttention):
+            key = (layer.num_heads, layer.head_dim, layer.num_prefix, layer.layout, layer.sparsity)
+            groups.setdefault(key, []).append((number, layer))
+    choices = []
+    for members in groups.values():
+        sparse, dense = _measure(members[0][1])
+        slower = sparse > dense
+        for _, layer in members if slower else ():
+            restore_attention(layer)
+            make_dense(layer)
+        choices.append(LayerChoice(tuple(number for number, _ in members), sparse, dense, slower))
+    kernels = described(NATIVE.operators, native_library("auto") is not None)
+    return Measured(kernels, tuple(choices), len(sparse_layers(model)))
+
+
+class _Attend(nn.Module):
+    """A layer's attention alone: qkv [1,N,3C] -> [1,N,C]."""
+
+    def __init__(self, layer: SparseAttention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
+        return self.layer.attend(qkv)
+
+
+def _measure(layer: SparseAttention) -> tuple[float, float]:
+    """Median milliseconds of a layer's selection and sparse attention, and of dense attention."""
+    tokens = layer.layout.patches + layer.num_prefix
+    qkv = np.random.default_rng(0).normal(size=(1, tokens, 3 * layer.num_heads * layer.head_dim)).astype(np.float32)
+    sessions = []
+    for densely in (False, True):
+        layer.densely = densely
+        sessions.append(file_session(to_onnx(_Attend(layer).eval(), {"qkv": torch.from_numpy(qkv)}, ["output"])))
+    layer.densely = False
+    times: list[list[float]] = [[], []]
+    for _ in range(ROUNDS):
+        for session, taken in zip(sessions, times, strict=True):
+            session.run(None, {"qkv": qkv})  # the other's threads may still spin
+            for _ in range(RUNS):
+                start = time.perf_counter_ns()
+                session.run(None, {"qkv": qkv})
+                taken.append((time.perf_counter_ns() - start) / 1e6)
+    return statistics.median(times[0]), statistics.median(times[1])
