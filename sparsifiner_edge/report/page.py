@@ -13,15 +13,21 @@ import msgspec
 from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
 from sparsifiner_edge.files import require_file_path, write_bytes, write_text
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report import details, sections
+from sparsifiner_edge.report import measured_sections, other_sections
 from sparsifiner_edge.report.blocks import Figure, Section
-from sparsifiner_edge.report.compare import comparisons_in, differences, fields_named, flags_of, groups_of, lead
-from sparsifiner_edge.report.details import Prices
-from sparsifiner_edge.report.figures import PALETTE, Drawn, drawn, fonts
-from sparsifiner_edge.report.read import Described, Source, accuracies_of, manifests_of, read_sources, sides_of
-from sparsifiner_edge.report.sections import Page
+from sparsifiner_edge.report.conditions import ReportData, report_data
+from sparsifiner_edge.report.other_sections import Prices
+from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render
+from sparsifiner_edge.report.result_files import (
+    LabelledManifest,
+    ResultFile,
+    accuracies_of,
+    manifests_of,
+    read_result_files,
+    sides_of,
+)
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.tiles import tiles_of
+from sparsifiner_edge.report.verdict import field_names, flags_of, tiles_of, verdict_sentences
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,47 +81,58 @@ def write_report(
     paths = [Path(path) for path in results]
     if os.path.realpath(target) in map(os.path.realpath, paths):
         raise ConfigError(f"{target} is one of the results.", "Give the page another name.")
-    sources = read_sources(paths)
-    sides = sides_of(sources)
-    page = Page(groups_of(sides), sides, accuracies_of(sources, sides), texts)
+    files = read_result_files(paths)
+    sides = sides_of(files)
+    data = report_data(sides, accuracies_of(files, sides), texts)
     manifests = manifests_of(sides, [Path(folder) for folder in bundles])
-    found = differences(sides)
-    if strict and found:
-        values = "; ".join(f"{fields_named([name], Texts('en'))}: {' against '.join(v)}" for name, v in found.items())
-        raise GateError(f"The results cannot be compared: {values}.", "Measure all of them under the same conditions.")
-    content = _content(page, sources, manifests, prices)
-    charts, why_none = _charts(content, language, images)
-    text = _render(page, sources, content, found, charts)
+    if strict:
+        _require_comparable(data)
+    sections = _sections(data, files, manifests, prices)
+    charts, why_none = _charts(sections, language, images)
+    text = _html(data, files, sections, charts)
     written = _write_images(target, charts)
     write_text(target, text)
     return Report(
         page=str(target),
         images=Unavailable(why_none) if why_none else written,
-        verdict=lead(page.groups, sides, page.accuracies, texts),
-        differences=found,
-        flags=flags_of(sides, texts),
-        sections=[section.name for section in content],
+        verdict=verdict_sentences(data),
+        differences=data.differences,
+        flags=flags_of(data),
+        sections=[section.name for section in sections],
     )
 
 
-def _content(page: Page, sources: Sequence[Source], manifests: Sequence[Described], prices: Prices) -> list[Section]:
+def _require_comparable(data: ReportData) -> None:
+    if data.differences:
+        fields = [
+            f"{field_names([name], Texts('en'))}: {' against '.join(values)}"
+            for name, values in data.differences.items()
+        ]
+        raise GateError(
+            f"The results cannot be compared: {'; '.join(fields)}.", "Measure all of them under the same conditions."
+        )
+
+
+def _sections(
+    data: ReportData, files: Sequence[ResultFile], manifests: Sequence[LabelledManifest], prices: Prices
+) -> list[Section]:
     found = [
-        sections.accuracy_section(page),
-        sections.latency_section(page),
-        sections.energy_section(page),
-        sections.memory_section(page),
-        sections.layers_section(page),
-        details.sparsity_section(page, manifests),
-        details.cost_section(page, prices),
-        details.sweep_section(page),
-        details.estimate_section(page),
-        details.others_section(page, sources),
-        details.method_section(page, sources),
+        measured_sections.accuracy_section(data),
+        measured_sections.latency_section(data),
+        measured_sections.energy_section(data),
+        measured_sections.memory_section(data),
+        measured_sections.layers_section(data),
+        other_sections.sparsity_section(data, manifests),
+        other_sections.cost_section(data, prices),
+        other_sections.sweep_section(data),
+        other_sections.estimate_section(data),
+        other_sections.unknown_section(data, files),
+        other_sections.method_section(data, files),
     ]
-    return [section for section in found if section is not None and section.blocks]
+    return [section for section in found if section.blocks]
 
 
-def _charts(content: Sequence[Section], language: str, images: bool) -> tuple[dict[str, Drawn], str]:
+def _charts(sections: Sequence[Section], language: str, images: bool) -> tuple[dict[str, RenderedChart], str]:
     """Every chart by its name, without matplotlib none, and why there is no PNG."""
     try:
         families = fonts(language)
@@ -124,11 +141,11 @@ def _charts(content: Sequence[Section], language: str, images: bool) -> tuple[di
     why = "" if images else "not asked for"
     if images and families is None:
         why = "no installed font has Japanese characters; install one, such as Noto Sans CJK (fonts-noto-cjk)"
-    figures = [block for section in content for block in section.blocks if isinstance(block, Figure)]
-    return {figure.name: drawn(figure, None if why else families) for figure in figures}, why
+    figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
+    return {figure.name: render(figure, None if why else families) for figure in figures}, why
 
 
-def _write_images(target: Path, charts: dict[str, Drawn]) -> list[str]:
+def _write_images(target: Path, charts: dict[str, RenderedChart]) -> list[str]:
     """Paths of the PNGs written."""
     paths = {target.with_name(f"{target.stem}-{name}.png"): chart.png for name, chart in charts.items() if chart.png}
     for path, content in paths.items():
@@ -136,12 +153,8 @@ def _write_images(target: Path, charts: dict[str, Drawn]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _render(
-    page: Page,
-    sources: Sequence[Source],
-    content: Sequence[Section],
-    found: dict[str, list[str]],
-    charts: dict[str, Drawn],
+def _html(
+    data: ReportData, files: Sequence[ResultFile], sections: Sequence[Section], charts: dict[str, RenderedChart]
 ) -> str:
     try:
         import jinja2
@@ -151,26 +164,25 @@ def _render(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    texts = page.texts
-    names = list(dict.fromkeys(side.label.partition(" · ")[0] for side in page.sides))
-    first, *others = lead(page.groups, page.sides, page.accuracies, texts)
-    verdict = next((c.verdict for group in page.groups for c in comparisons_in(group)), "")
+    texts, sentences = data.texts, verdict_sentences(data)
+    names = list(dict.fromkeys(side.bundle_name for side in data.sides))
+    verdict = next((compared.verdict for group in data.groups for compared in group.compared()), "")
     return environment.from_string((folder / "page.html").read_text(encoding="utf-8")).render(
         t=texts,
         style=(folder / "style.css").read_text(encoding="utf-8"),
         palette=PALETTE,
-        names=texts("names.separator").join(names[:4]) or sources[0].about,
-        created=sorted({str(source.result.created)[:16].replace("T", " ") for source in sources}),
-        verdict=first,
-        tone="refused" if found else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
-        others=others,
-        tiles=tiles_of(page),
-        differences=[(texts(f"field.{name}"), values) for name, values in found.items()],
-        flags=flags_of(page.sides, texts),
-        measured=bool(page.groups),
-        sections=content,
+        names=texts("names.separator").join(names[:4]) or files[0].name,
+        created=sorted({str(file.result.created)[:16].replace("T", " ") for file in files}),
+        verdict=sentences[0],
+        tone="refused" if data.differences else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
+        others=sentences[1:],
+        tiles=tiles_of(data),
+        differences=[(texts(f"field.{name}"), values) for name, values in data.differences.items()],
+        flags=flags_of(data),
+        measured=bool(data.groups),
+        sections=sections,
         charts=charts,
-        undrawn=not charts and any(isinstance(block, Figure) for section in content for block in section.blocks),
+        undrawn=not charts and any(isinstance(block, Figure) for section in sections for block in section.blocks),
         joined=_joined,
         version=version("sparsifiner-edge"),
     )

@@ -57,7 +57,7 @@ _STYLE = {
 _NAMES = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
 
 
-class Drawn(NamedTuple):
+class RenderedChart(NamedTuple):
     """`<svg>` elements for either width, and the bytes of a PNG of the wide one."""
 
     wide: str
@@ -99,7 +99,7 @@ def _add_new_fonts(manager: Any) -> None:
             manager.addfont(path)
 
 
-def drawn(chart: Figure, families: list[str] | None) -> Drawn:
+def render(chart: Figure, families: list[str] | None) -> RenderedChart:
     """The chart at both widths, and as PNG in these fonts; None: no PNG, `png` is empty."""
     from matplotlib import style
 
@@ -108,7 +108,7 @@ def drawn(chart: Figure, families: list[str] | None) -> Drawn:
         warnings.simplefilter("ignore")  # A name may hold characters that no font has; they become boxes.
         sheet = chart.draw(WIDE)
         wide, narrow = _svg(chart, sheet, "wide"), _svg(chart, chart.draw(NARROW), "narrow")
-        return Drawn(wide, narrow, _png(sheet, chart.title) if families else b"")
+        return RenderedChart(wide, narrow, _png(sheet, chart.title) if families else b"")
 
 
 def _png(sheet: Any, title: str, above: float = 36) -> bytes:
