@@ -17,11 +17,11 @@ import onnx
 from onnx import TensorProto, helper
 
 from sparsifiner_edge.bundle.golden import check_golden
-from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.graph import drop_unused
-from sparsifiner_edge.package.common import MODEL, Packaged, golden_image
+from sparsifiner_edge.package.common import ImageBundle, read_golden_image
 from sparsifiner_edge.runtime.onnxruntime.session import OrtSession
 from sparsifiner_edge.runtime.session import Array
 
@@ -31,7 +31,7 @@ _CLOSE = 1e-4
 """Greatest difference of a probability from the softmax of the logits: both come from one runtime."""
 
 
-def write_float_model(bundle: Packaged, folder: Path) -> dict[str, float]:
+def write_float_model(bundle: ImageBundle, folder: Path) -> dict[str, float]:
     """Write `model.onnx` with float planes in; for a classifier `probabilities` [B,classes] is its only output.
 
     The golden pair is run through it first.
@@ -50,15 +50,15 @@ def write_float_model(bundle: Packaged, folder: Path) -> dict[str, float]:
     if present != [output.name for output in bundle.manifest.outputs]:
         said = ", ".join(map(repr, present))
         raise ArtifactError(f"{bundle.folder}: the model gives {said:.100}; its manifest differs.", "Do not use it.")
-    path = folder / MODEL
+    path = folder / MODEL_FILE
     path.write_bytes(model.SerializeToString())
     with _Planes(path, bundle) as session:
         found = check_golden(session, bundle)
-        logits = session.infer({"image": golden_image(bundle)}).get("logits")
+        logits = session.infer({"image": read_golden_image(bundle)}).get("logits")
     if logits is not None:
         path.write_bytes(classifier_model(model).SerializeToString())
         with _Planes(path, bundle) as session:
-            _check_probabilities(session.infer({"image": golden_image(bundle)})[PROBABILITIES], logits)
+            _check_probabilities(session.infer({"image": read_golden_image(bundle)})[PROBABILITIES], logits)
     return {name: values["range_relative_error"] for name, values in found.items()}
 
 
@@ -132,7 +132,7 @@ def classifier_model(model: Any) -> Any:
 class _Planes(OrtSession):
     """A session on a float model that takes images as the bundle does."""
 
-    def __init__(self, path: Path, bundle: Packaged) -> None:
+    def __init__(self, path: Path, bundle: ImageBundle) -> None:
         super().__init__(path, path.read_bytes(), available_cores(), "portable", bundle.precision)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sparsifiner_edge.report.result_files import SWEEP, Accuracy, ResultSide
+from sparsifiner_edge.report.result_files import SWEEP, Accuracy, ResultFile, ResultSide, accuracies_of, sides_of
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import Interval, clean, get, interval, mapping, number, reason
 from sparsifiner_edge.results import Result
@@ -45,6 +45,7 @@ class SideGroup(NamedTuple):
 class ReportData(NamedTuple):
     """What sections draw from. `differences`: fields of the conditions in which measured sides differ, with values."""
 
+    files: Sequence[ResultFile]
     sides: Sequence[ResultSide]
     groups: Sequence[SideGroup]
     accuracies: Sequence[Accuracy]
@@ -113,8 +114,9 @@ def _power_mode(side: ResultSide) -> str:
     return _joined([_said(mode), watts, _said(side.file.result.machine["governor"])], " / ")
 
 
-def report_data(sides: Sequence[ResultSide], accuracies: Sequence[Accuracy], texts: Texts) -> ReportData:
-    """Measured sides grouped by their conditions, in the order in which they come."""
+def report_data(files: Sequence[ResultFile], texts: Texts) -> ReportData:
+    """What the files hold: measured sides are grouped by their conditions, in the order in which they come."""
+    sides = sides_of(files)
     found: dict[Conditions, list[ResultSide]] = {}
     for side in sides:
         if not side.estimated and side.role != SWEEP:
@@ -124,7 +126,7 @@ def report_data(sides: Sequence[ResultSide], accuracies: Sequence[Accuracy], tex
         SideGroup(" · ".join(value for field, value in conditions if field in differences), members)
         for conditions, members in found.items()
     ]
-    return ReportData(sides, groups, accuracies, differences, texts)
+    return ReportData(files, sides, groups, accuracies_of(files, sides), differences, texts)
 
 
 def _differences(sides: Sequence[ResultSide]) -> dict[str, list[str]]:

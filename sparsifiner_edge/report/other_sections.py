@@ -218,11 +218,11 @@ def _sweep_row(row: Any, texts: Texts) -> list[str]:
     return [clean(row.get("threads", "–"), 8), clean(row.get("batch", "–"), 8), *figures, names or "–"]
 
 
-def unknown_section(data: ReportData, files: Sequence[ResultFile]) -> Section:
+def unknown_section(data: ReportData) -> Section:
     """Figures with intervals in results of a form that this page does not know."""
     texts, blocks = data.texts, []  # type: tuple[Texts, list[Block]]
     known = {side.file.sha256 for side in data.sides} | {found.file.sha256 for found in data.accuracies}
-    unknown = [file for file in files if file.sha256 not in known]
+    unknown = [file for file in data.files if file.sha256 not in known]
     for file in unknown:
         found = list(figures_in(file.result.statistics))
         what = f"{file.name} ({file.result.kind}, {machine_of(file.result)})"
@@ -235,13 +235,13 @@ def unknown_section(data: ReportData, files: Sequence[ResultFile]) -> Section:
     return Section("others", blocks, unknown)
 
 
-def method_section(data: ReportData, files: Sequence[ResultFile]) -> Section:
+def method_section(data: ReportData) -> Section:
     """Machine, software and way of measuring of every result, and its file's hash."""
     blocks = []
-    for file in files:
+    for file in data.files:
         sides = [side for side in data.sides if side.file is file]
         blocks.append(Table([file.name, file.result.kind], _method_rows(file, sides, data.texts), words=True))
-    return Section("method", blocks, files)
+    return Section("method", blocks, data.files)
 
 
 _MACHINE = ("os", "kernel", "architecture", "cpu_model")

@@ -13,19 +13,26 @@ import msgspec
 from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
 from sparsifiner_edge.files import require_file_path, write_bytes, write_text
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report import measured_sections, other_sections
 from sparsifiner_edge.report.blocks import Figure, Section
 from sparsifiner_edge.report.conditions import ReportData, report_data
-from sparsifiner_edge.report.other_sections import Prices
-from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render
-from sparsifiner_edge.report.result_files import (
-    LabelledManifest,
-    ResultFile,
-    accuracies_of,
-    manifests_of,
-    read_result_files,
-    sides_of,
+from sparsifiner_edge.report.measured_sections import (
+    accuracy_section,
+    energy_section,
+    latency_section,
+    layers_section,
+    memory_section,
 )
+from sparsifiner_edge.report.other_sections import (
+    Prices,
+    cost_section,
+    estimate_section,
+    method_section,
+    sparsity_section,
+    sweep_section,
+    unknown_section,
+)
+from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render
+from sparsifiner_edge.report.result_files import manifests_of, read_result_files
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.verdict import field_names, flags_of, tiles_of, verdict_sentences
 
@@ -81,15 +88,22 @@ def write_report(
     paths = [Path(path) for path in results]
     if os.path.realpath(target) in map(os.path.realpath, paths):
         raise ConfigError(f"{target} is one of the results.", "Give the page another name.")
-    files = read_result_files(paths)
-    sides = sides_of(files)
-    data = report_data(sides, accuracies_of(files, sides), texts)
-    manifests = manifests_of(sides, [Path(folder) for folder in bundles])
-    if strict:
-        _require_comparable(data)
-    sections = _sections(data, files, manifests, prices)
+    data = report_data(read_result_files(paths), texts)
+    manifests = manifests_of(data.sides, [Path(folder) for folder in bundles])
+    if strict and data.differences:
+        names = {name: field_names([name], Texts("en")) for name in data.differences}
+        said = "; ".join(f"{names[name]}: {' against '.join(values)}" for name, values in data.differences.items())
+        raise GateError(f"The results cannot be compared: {said}.", "Measure all of them under the same conditions.")
+    sections = [
+        *(section(data) for section in (accuracy_section, latency_section, energy_section, memory_section)),
+        layers_section(data),
+        sparsity_section(data, manifests),
+        cost_section(data, prices),
+        *(section(data) for section in (sweep_section, estimate_section, unknown_section, method_section)),
+    ]
+    sections = [section for section in sections if section.blocks]
     charts, why_none = _charts(sections, language, images)
-    text = _html(data, files, sections, charts)
+    text = _html(data, sections, charts)
     written = _write_images(target, charts)
     write_text(target, text)
     return Report(
@@ -100,36 +114,6 @@ def write_report(
         flags=flags_of(data),
         sections=[section.name for section in sections],
     )
-
-
-def _require_comparable(data: ReportData) -> None:
-    if data.differences:
-        fields = [
-            f"{field_names([name], Texts('en'))}: {' against '.join(values)}"
-            for name, values in data.differences.items()
-        ]
-        raise GateError(
-            f"The results cannot be compared: {'; '.join(fields)}.", "Measure all of them under the same conditions."
-        )
-
-
-def _sections(
-    data: ReportData, files: Sequence[ResultFile], manifests: Sequence[LabelledManifest], prices: Prices
-) -> list[Section]:
-    found = [
-        measured_sections.accuracy_section(data),
-        measured_sections.latency_section(data),
-        measured_sections.energy_section(data),
-        measured_sections.memory_section(data),
-        measured_sections.layers_section(data),
-        other_sections.sparsity_section(data, manifests),
-        other_sections.cost_section(data, prices),
-        other_sections.sweep_section(data),
-        other_sections.estimate_section(data),
-        other_sections.unknown_section(data, files),
-        other_sections.method_section(data, files),
-    ]
-    return [section for section in found if section.blocks]
 
 
 def _charts(sections: Sequence[Section], language: str, images: bool) -> tuple[dict[str, RenderedChart], str]:
@@ -153,9 +137,7 @@ def _write_images(target: Path, charts: dict[str, RenderedChart]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _html(
-    data: ReportData, files: Sequence[ResultFile], sections: Sequence[Section], charts: dict[str, RenderedChart]
-) -> str:
+def _html(data: ReportData, sections: Sequence[Section], charts: dict[str, RenderedChart]) -> str:
     try:
         import jinja2
     except ImportError as error:
@@ -171,8 +153,8 @@ def _html(
         t=texts,
         style=(folder / "style.css").read_text(encoding="utf-8"),
         palette=PALETTE,
-        names=texts("names.separator").join(names[:4]) or files[0].name,
-        created=sorted({str(file.result.created)[:16].replace("T", " ") for file in files}),
+        names=texts("names.separator").join(names[:4]) or data.files[0].name,
+        created=sorted({str(file.result.created)[:16].replace("T", " ") for file in data.files}),
         verdict=sentences[0],
         tone="refused" if data.differences else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
         others=sentences[1:],

@@ -72,31 +72,18 @@ def fonts(language: str) -> list[str] | None:
         MissingExtraError: matplotlib is not installed.
     """
     try:
-        from matplotlib.font_manager import fontManager
+        from matplotlib.font_manager import findSystemFonts, fontManager
     except ImportError as error:
         raise MissingExtraError("matplotlib", "report") from error
-    eastern = _present(fontManager)
-    if not eastern:
-        _add_new_fonts(fontManager)
-        eastern = _present(fontManager)
+    # Also those installed after matplotlib made its list, which it keeps in the user's cache.
+    for path in sorted(set(findSystemFonts()) - {entry.fname for entry in fontManager.ttflist}):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # A font that it cannot read it does not need.
+            fontManager.addfont(path)
+    installed = {entry.name for entry in fontManager.ttflist}
+    eastern = [name for name in _CJK if name in installed]
     if language == "ja":
         return [*eastern[:1], "DejaVu Sans"] if eastern else None
     return ["DejaVu Sans", *eastern[:1]]
-
-
-def _present(manager: Any) -> list[str]:
-    names = {entry.name for entry in manager.ttflist}
-    return [name for name in _CJK if name in names]
-
-
-def _add_new_fonts(manager: Any) -> None:
-    """Fonts that were installed after matplotlib made its list, which it keeps in the user's cache."""
-    from matplotlib.font_manager import findSystemFonts
-
-    known = {entry.fname for entry in manager.ttflist}
-    for path in sorted(set(findSystemFonts()) - known):
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # A font that it cannot read it does not need.
-            manager.addfont(path)
 
 
 def render(chart: Figure, families: list[str] | None) -> RenderedChart:
