@@ -32,10 +32,11 @@ _TYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float16": "FP16
 
 def write(bundle: ImageBundle, folder: Path, batch: int | None, kernels: str) -> list[str]:
     """Fill `folder`; see `package_bundle`."""
-    models = folder / "models"
-    library = _library(bundle, kernels)
+    models, listed = folder / "models", bundle.manifest.engines
+    # The native library computes in float32 alone.
+    wanted = kernels == "auto" and bundle.manifest.ops and bundle.manifest.float16 is None
+    library = native.library_path() if wanted else None
     _write_onnx(bundle, models / bundle.name, batch, library)
-    listed = bundle.manifest.engines
     engines = newest_engines([engine for engine in listed if _takes_one(engine, bundle)])
     if engines:
         _write_plans(bundle, models / f"{bundle.name}_tensorrt", engines)
@@ -47,12 +48,6 @@ def write(bundle: ImageBundle, folder: Path, batch: int | None, kernels: str) ->
 def _takes_one(engine: Engine, bundle: ImageBundle) -> bool:
     """Whether the server can use an engine: it sends requests alone where it has no others to join them."""
     return bundle.manifest.batch is not None or engine.batch.least <= 1
-
-
-def _library(bundle: ImageBundle, kernels: str) -> Path | None:
-    """The native library, for models that have operators it runs: it computes in float32 alone."""
-    wanted = kernels == "auto" and bundle.manifest.ops and bundle.manifest.float16 is None
-    return native.library_path() if wanted else None
 
 
 def _write_onnx(bundle: ImageBundle, folder: Path, batch: int | None, library: Path | None) -> None:
@@ -71,15 +66,13 @@ def _write_plans(bundle: ImageBundle, folder: Path, engines: Mapping[str, Engine
     """Triton takes the plan of the GPU that it finds."""
     most = 0 if bundle.manifest.batch else min(engine.batch.most for engine in engines.values())
     plans = {capability: f"model_{capability.replace('.', '_')}.plan" for capability in engines}
-    files = [{"key": capability, "value": plan} for capability, plan in plans.items()]
-    first = next(iter(plans.values()))
-    _write_common(
-        bundle, folder, most, "KIND_GPU",
-        runs={"platform": "tensorrt_plan"}, own={"default_model_filename": first, "cc_model_filenames": files},
-    )  # fmt: skip
+    own = {
+        "default_model_filename": next(iter(plans.values())),
+        "cc_model_filenames": [{"key": capability, "value": plan} for capability, plan in plans.items()],
+    }
+    _write_common(bundle, folder, most, "KIND_GPU", runs={"platform": "tensorrt_plan"}, own=own)
     for capability, plan in plans.items():
-        content = bundle.read(engines[capability].file)
-        (folder / "1" / plan).write_bytes(content)
+        (folder / "1" / plan).write_bytes(bundle.read(engines[capability].file))
 
 
 def newest_engines(engines: list[Engine]) -> dict[str, Engine]:
@@ -122,23 +115,16 @@ def _config(
 
 
 def pbtxt(indent: str = "", /, **entries: object) -> str:
-    """Protobuf's text format.
-
-    Args:
-        indent: of every line. entries: by the names of fields, in their order; None for what is left out.
-    """
+    """Protobuf's text format: entries by the names of fields, in their order; None is left out."""
     lines = []
     for key, value in entries.items():
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, dict):
                 lines.append(f"{indent}{key} {{\n{pbtxt(indent + '  ', **one)}{indent}}}\n")
             elif one is not None:
-                lines.append(f"{indent}{key}: {_scalar(key, one)}\n")
+                bare = isinstance(one, int) or key in ("data_type", "kind")
+                lines.append(f"{indent}{key}: {one if bare else json.dumps(one)}\n")
     return "".join(lines)
-
-
-def _scalar(key: str, value: object) -> str:
-    return str(value) if isinstance(value, int) or key in ("data_type", "kind") else json.dumps(value)
 
 
 def _tensor(tensor: TensorSpec, most: int) -> dict[str, Any]:

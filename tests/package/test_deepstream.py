@@ -171,9 +171,9 @@ def test_planes_in_another_order_are_noticed(
     """Blue first, as a wrong model-color-format would give it, is beyond the tolerance that the check allows."""
     from sparsifiner_edge.package import float_model as module
 
-    plain = module._Planes.infer
+    plain = module._PlanesSession.infer
     monkeypatch.setattr(
-        module._Planes, "infer", lambda self, inputs: plain(self, {"image": inputs["image"][..., ::-1]})
+        module._PlanesSession, "infer", lambda self, inputs: plain(self, {"image": inputs["image"][..., ::-1]})
     )
     with pytest.raises(GateError, match="differs from golden"):
         package_bundle(tiny_bundle, "deepstream", tmp_path / "out")
