@@ -84,7 +84,7 @@ def read_golden_image(bundle: ImageBundle) -> npt.NDArray[np.uint8]:
     """The golden input, uint8 [B,S,S,3].
 
     Raises:
-        ArtifactError: there is none of that shape.
+        ArtifactError: the golden pair has no such input.
     """
     image = read_golden(bundle)[0].get("image", np.zeros(0))
     size = bundle.image_size

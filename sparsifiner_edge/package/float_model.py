@@ -65,7 +65,7 @@ def float_model(model: Any) -> Any:
     """A copy that takes `image` float32 [B,3,H,W] instead of uint8 [B,H,W,3].
 
     Raises:
-        ConfigError: there is no Cast of `image` to float32, or what is around it is no image's.
+        ConfigError: there is no Cast of `image` to float32, or what surrounds it does not take an image.
     """
     try:
         return _float_model(model)
@@ -87,7 +87,7 @@ def _float_model(model: Any) -> Any:
     transposed = [n for n in graph.node if n.op_type == "Transpose" and list(n.input) == [pixels]]
     transposed = [n for n in transposed if [list(a.ints) for a in n.attribute if a.name == "perm"] == [_TO_PLANES]]
     planes = {node.output[0] for node in transposed}
-    for node in transposed:
+    for node in [n for n in graph.node if n.output[0] in planes]:  # A node without outputs is rejected here.
         graph.node.remove(node)
     for node in graph.node:
         for number, name in enumerate(node.input):

@@ -23,7 +23,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.package.common import ImageBundle, read_golden_image, template
 
 BATCH = 8
-"""Greatest batch of a bundle of dynamic batch, unless told."""
+"""Greatest batch of a bundle of dynamic batch, where none is given."""
 QUEUE_US = 2000
 """How long a request may wait for others to share its batch."""
 MOUNT = "/models"
@@ -157,16 +157,16 @@ def _remarks(
     if library is not None:
         found.append(
             f"{library.name} was built on this machine and is native code: the server needs such a processor, and a C "
-            "library and ONNX Runtime as new. --kernels portable leaves it out."
+            "library and ONNX Runtime at least as new. --kernels portable leaves it out."
         )
     elif bundle.manifest.ops:
-        found.append("Without the native library the operators run by their bodies: slower on a processor.")
+        found.append("Without the native library the operators run by their function bodies: slower on a CPU.")
     if any(engine.backend == "tensorrt-rtx" for engine in listed):
         found.append("Engines of TensorRT-RTX are left out: Triton's backend runs those of TensorRT.")
     if any(engine.backend == "tensorrt" and not _takes_one(engine, bundle) for engine in listed):
         found.append("Engines for batches above 1 alone are left out: the server sends single images too.")
     if engines:
-        found.append("Plans are native code and run on the very TensorRT that built them; see the README.")
+        found.append("Plans are native code and run only on the TensorRT version that built them; see the README.")
     return found
 
 

@@ -10,7 +10,7 @@ from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import Interval, clean, get, interval, mapping, number, reason
 from sparsifiner_edge.results import Result
 
-Conditions = tuple[tuple[str, str], ...]
+SharedConditions = tuple[tuple[str, str], ...]
 """(field, value) pairs in which two sides must agree before their figures stand side by side."""
 
 
@@ -34,11 +34,10 @@ class SideGroup(NamedTuple):
         found = []
         for subject in (side for side in self.sides if side.role == "subject"):
             recorded = mapping(subject.file.result.statistics, "comparison")
-            ratio, verdict = interval(recorded, "ratio"), str(recorded.get("verdict"))
-            for against in self.sides:
-                one_run = against.file is subject.file and against.role == "against"
-                if one_run and ratio is not None and ratio.value > 0:
-                    found.append(ComparedSides(subject, against, ratio, verdict))
+            ratio = interval(recorded, "ratio")
+            others = [side for side in self.sides if side.file is subject.file and side.role == "against"]
+            if others and ratio is not None and ratio.value > 0:
+                found.append(ComparedSides(subject, others[0], ratio, str(recorded.get("verdict"))))
         return found
 
 
@@ -66,7 +65,7 @@ class ReportData(NamedTuple):
         return f"{name}-{list(self.groups).index(group) + 1}" if len(self.groups) > 1 else name
 
 
-def conditions_of(side: ResultSide) -> Conditions:
+def conditions_of(side: ResultSide) -> SharedConditions:
     """Machine, power mode, device, threads, backend and precision of a side, as text."""
     runtime = side.runtime
     backend = [_said(runtime.get(name)) for name in ("backend", "version", "provider")]
@@ -117,7 +116,7 @@ def _power_mode(side: ResultSide) -> str:
 def report_data(files: Sequence[ResultFile], texts: Texts) -> ReportData:
     """What the files hold: measured sides are grouped by their conditions, in the order in which they come."""
     sides = sides_of(files)
-    found: dict[Conditions, list[ResultSide]] = {}
+    found: dict[SharedConditions, list[ResultSide]] = {}
     for side in sides:
         if not side.estimated and side.role != SWEEP:
             found.setdefault(conditions_of(side), []).append(side)

@@ -12,11 +12,12 @@ from sparsifiner_edge.report.conditions import ReportData, SideGroup
 from sparsifiner_edge.report.result_files import Accuracy, ResultSide
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean, get, interval, mapping, number, plain, reason, rows, with_interval
-from sparsifiner_edge.report.verdict import PEAK_MEMORY, metric_name
+from sparsifiner_edge.report.verdict import metric_name
 
 PROFILE = "sparsifiner-edge profile BUNDLE/ --against DENSE/ -o result.json"
 EVALUATE = "sparsifiner-edge evaluate BUNDLE/ --against DENSE/ --data IMAGES/ -o accuracy.json"
 MAX_LAYERS = 28
+PEAK_MEMORY = ("memory", "steady", "peak_rss_bytes")
 
 
 def accuracy_section(data: ReportData) -> Section:
@@ -96,6 +97,10 @@ def latency_section(data: ReportData) -> Section:
 
 
 _MARKS = ("p50", "p90", "p99")
+_LATENCY_ROWS = (
+    *(("latency_ms", name) for name in (*_MARKS, "mean")),
+    *((name,) for name in ("throughput_per_s", "queries", "load_ms", "first_inference_ms")),
+)
 
 
 def _strip(side: ResultSide) -> charts.Strip:
@@ -105,14 +110,11 @@ def _strip(side: ResultSide) -> charts.Strip:
 
 def _latency_table(group: SideGroup, texts: Texts) -> Table:
     table = []
-    for path in (*(("latency_ms", name) for name in (*_MARKS, "mean")), *_LATENCY_ROWS):
+    for path in _LATENCY_ROWS:
         table.append([texts(f"latency.{path[-1]}"), *(_cell(get(side.figures, *path), texts) for side in group.sides)])
     if any("mlperf" in side.figures for side in group.sides):
         table.append([texts("latency.mlperf"), *(_mlperf(side, texts) for side in group.sides)])
     return Table(["", *(side.label for side in group.sides)], table)
-
-
-_LATENCY_ROWS = (("throughput_per_s",), ("queries",), ("load_ms",), ("first_inference_ms",))
 
 
 def _mlperf(side: ResultSide, texts: Texts) -> str:

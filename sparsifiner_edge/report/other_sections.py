@@ -13,25 +13,11 @@ from sparsifiner_edge.report.blocks import Block, Note, Section, Table
 from sparsifiner_edge.report.conditions import ReportData, board_of, conditions_of, machine_of
 from sparsifiner_edge.report.result_files import MEASURED_KINDS, SWEEP, LabelledManifest, ResultFile, ResultSide
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.values import (
-    Interval,
-    clean,
-    figures_in,
-    get,
-    interval,
-    mapping,
-    number,
-    plain,
-    reason,
-    rows,
-)  # fmt: skip
+from sparsifiner_edge.report.values import Interval, clean, get, interval, mapping, number, plain, reason, rows
 
 MAX_ROWS, MAX_BARS = 200, 24
-COST_KINDS = ("predictor", "attention", "cells", "pruning", "projections", "mlp", "embedding")
-_MILLION = 1e6
-_MOST_PRICE = 1e12
-_JOULES_PER_KWH = 3.6e6
-_MS_PER_HOUR = 3.6e6
+_MILLION, _MOST_PRICE = 1e6, 1e12
+_JOULES_PER_KWH, _MS_PER_HOUR = 3.6e6, 3.6e6
 
 
 class Prices(NamedTuple):
@@ -61,7 +47,7 @@ def sparsity_section(data: ReportData, manifests: Sequence[LabelledManifest]) ->
     """Settings, the computation that is left, and the layers that were kept dense by measurement."""
     texts, blocks = data.texts, []  # type: tuple[Texts, list[Block]]
     if manifests:
-        blocks += [_settings_table(manifests, texts), *_cost_chart(manifests, texts)]
+        blocks += [_settings_table(manifests, texts), Note(texts("sparsity.computed"))]
         choices = [row for manifest in manifests for row in _choices(manifest, texts)]
         if choices:
             head = texts.heads("sparsity", ("model", "layers", "sparse_ms", "dense_ms", "decision"))
@@ -85,6 +71,7 @@ def _settings_table(manifests: Sequence[LabelledManifest], texts: Texts) -> Tabl
         cells = [_setting(one.manifest, name, texts) for one in manifests]
         if any(cell != "–" for cell in cells):
             table.append([texts(f"sparsity.{name}"), *cells])
+    table.append([texts("sparsity.macs"), *(_macs(one.manifest) for one in manifests)])
     return Table([texts("sparsity.setting"), *(manifest.label for manifest in manifests)], table)
 
 
@@ -101,28 +88,11 @@ def _setting(manifest: Manifest, name: str, texts: Texts) -> str:
     return "–" if value is None else clean(value, 40)
 
 
-def _cost_chart(manifests: Sequence[LabelledManifest], texts: Texts) -> list[Block]:
-    """Multiply-accumulates by kind, and those of dense models that no bundle on the page is."""
-    stacks, measured = [], [_macs(one.manifest.costs) for one in manifests]
-    for one, costs in zip(manifests, measured, strict=True):
-        dense = _macs(one.manifest.dense_costs)
-        if not costs:
-            continue
-        share = f" · {100 * sum(costs.values()) / sum(dense.values()):.0f} %" if dense else ""
-        stacks.append(charts.Stack(one.label, costs, f"{plain(sum(costs.values()))} M{share}"))
-        if dense and dense not in [*measured, *(stack.parts for stack in stacks)]:
-            label = texts("sparsity.dense_of", model=one.label)
-            stacks.append(charts.Stack(label, dense, f"{plain(sum(dense.values()))} M · 100 %"))
-    if not stacks:
-        return []
-    kinds = {k: texts.known(f"kind.{k}", k) for k in COST_KINDS if any(k in stack.parts for stack in stacks)}
-    chart = charts.stack_chart("macs", texts("sparsity.chart"), stacks, kinds, texts)
-    return [chart, Note(texts("sparsity.computed"))]
-
-
-def _macs(costs: Any) -> dict[str, float]:
-    found = {kind: number(costs.get(f"{kind}_macs")) for kind in COST_KINDS}
-    return {kind: value / 1e6 for kind, value in found.items() if value}
+def _macs(manifest: Manifest) -> str:
+    """Millions of multiply-accumulates per image, and their share of the dense model's."""
+    macs, dense = (number(costs.get("total_macs")) for costs in (manifest.costs, manifest.dense_costs))
+    share = f" ({100 * macs / dense:.0f} %)" if macs and dense else ""
+    return f"{plain(macs / 1e6)}{share}" if macs else "–"
 
 
 def _choices(side: LabelledManifest, texts: Texts) -> list[list[str]]:
@@ -218,29 +188,14 @@ def _sweep_row(row: Any, texts: Texts) -> list[str]:
     return [clean(row.get("threads", "–"), 8), clean(row.get("batch", "–"), 8), *figures, names or "–"]
 
 
-def unknown_section(data: ReportData) -> Section:
-    """Figures with intervals in results of a form that this page does not know."""
-    texts, blocks = data.texts, []  # type: tuple[Texts, list[Block]]
-    known = {side.file.sha256 for side in data.sides} | {found.file.sha256 for found in data.accuracies}
-    unknown = [file for file in data.files if file.sha256 not in known]
-    for file in unknown:
-        found = list(figures_in(file.result.statistics))
-        what = f"{file.name} ({file.result.kind}, {machine_of(file.result)})"
-        blocks.append(Note(what if found else f"{what}: {texts('others.nothing')}"))
-        if found:
-            cells = [[clean(" · ".join(path), 120), texts.figure(value)] for path, value in found[:MAX_ROWS]]
-            blocks.append(Table(texts.heads("others", ("name", "value")), cells))
-        if len(found) > MAX_ROWS:
-            blocks.append(Note(texts("others.more", count=len(found) - MAX_ROWS)))
-    return Section("others", blocks, unknown)
-
-
 def method_section(data: ReportData) -> Section:
     """Machine, software and way of measuring of every result, and its file's hash."""
-    blocks = []
+    texts, blocks = data.texts, []  # type: tuple[Texts, list[Block]]
     for file in data.files:
         sides = [side for side in data.sides if side.file is file]
-        blocks.append(Table([file.name, file.result.kind], _method_rows(file, sides, data.texts), words=True))
+        blocks.append(Table([file.name, file.result.kind], _method_rows(file, sides, texts), words=True))
+        if not sides and not any(found.file is file for found in data.accuracies):
+            blocks.append(Note(f"{file.name}: {texts('method.not_shown')}", True))
     return Section("method", blocks, data.files)
 
 
@@ -261,8 +216,8 @@ def _method_rows(file: ResultFile, sides: Sequence[ResultSide], texts: Texts) ->
     table.append([texts("method.packages"), _pairs(result.environment, "packages", " ", ", ")])
     variables = _pairs(result.environment, "variables", "=", " ")
     table += [[texts("method.variables"), variables]] if variables else []
-    texts_in = [name for name in _METHOD if isinstance(method.get(name), str)]
-    table += [[texts(f"method.{name}"), clean(method[name], 300)] for name in texts_in]
+    stated = [name for name in _METHOD if isinstance(method.get(name), str)]
+    table += [[texts(f"method.{name}"), clean(method[name], 300)] for name in stated]
     if result.kind in MEASURED_KINDS and isinstance(method.get("rules"), Mapping):
         table.append([texts("method.rules"), _pairs(method, "rules", " ", ", ")])
     return [*table, [texts("method.file"), file.sha256]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,28 +12,14 @@ import msgspec
 from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
 from sparsifiner_edge.files import require_file_path, write_bytes, write_text
 from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.report import measured_sections, other_sections
 from sparsifiner_edge.report.blocks import Figure, Section
 from sparsifiner_edge.report.conditions import ReportData, report_data
-from sparsifiner_edge.report.measured_sections import (
-    accuracy_section,
-    energy_section,
-    latency_section,
-    layers_section,
-    memory_section,
-)
-from sparsifiner_edge.report.other_sections import (
-    Prices,
-    cost_section,
-    estimate_section,
-    method_section,
-    sparsity_section,
-    sweep_section,
-    unknown_section,
-)
+from sparsifiner_edge.report.other_sections import Prices
 from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render
-from sparsifiner_edge.report.result_files import manifests_of, read_result_files
+from sparsifiner_edge.report.result_files import LabelledManifest, manifests_of, read_result_files
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.verdict import field_names, flags_of, tiles_of, verdict_sentences
+from sparsifiner_edge.report.verdict import field_names, flags_of, verdict_sentences
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,11 +58,11 @@ def write_report(
         bundles: folders of bundles in the results, for what was sparse; those still at their place are found by hash.
         language: "en" or "ja".
         prices: None: no costs.
-        strict: refuse results that differ as above, and write nothing.
+        strict: reject results that differ as above, and write nothing.
         images: also write PNGs.
 
     Raises:
-        ArtifactError: a file is no result, of a newer schema, or holds NaN; or the disk refuses.
+        ArtifactError: a file is not a result, of a newer schema, or holds NaN; or the disk refuses.
         ConfigError: no result, no such language, an impossible price, a bundle in none of the results.
         GateError: `strict`, and the results cannot be compared.
         MissingExtraError: jinja2 is not installed.
@@ -94,14 +79,7 @@ def write_report(
         names = {name: field_names([name], Texts("en")) for name in data.differences}
         said = "; ".join(f"{names[name]}: {' against '.join(values)}" for name, values in data.differences.items())
         raise GateError(f"The results cannot be compared: {said}.", "Measure all of them under the same conditions.")
-    sections = [
-        *(section(data) for section in (accuracy_section, latency_section, energy_section, memory_section)),
-        layers_section(data),
-        sparsity_section(data, manifests),
-        cost_section(data, prices),
-        *(section(data) for section in (sweep_section, estimate_section, unknown_section, method_section)),
-    ]
-    sections = [section for section in sections if section.blocks]
+    sections = _sections(data, manifests, prices)
     charts, why_none = _charts(sections, language, images)
     text = _html(data, sections, charts)
     written = _write_images(target, charts)
@@ -114,6 +92,22 @@ def write_report(
         flags=flags_of(data),
         sections=[section.name for section in sections],
     )
+
+
+def _sections(data: ReportData, manifests: Sequence[LabelledManifest], prices: Prices) -> list[Section]:
+    sections = [
+        measured_sections.accuracy_section(data),
+        measured_sections.latency_section(data),
+        measured_sections.energy_section(data),
+        measured_sections.memory_section(data),
+        measured_sections.layers_section(data),
+        other_sections.sparsity_section(data, manifests),
+        other_sections.cost_section(data, prices),
+        other_sections.sweep_section(data),
+        other_sections.estimate_section(data),
+        other_sections.method_section(data),
+    ]
+    return [section for section in sections if section.blocks]
 
 
 def _charts(sections: Sequence[Section], language: str, images: bool) -> tuple[dict[str, RenderedChart], str]:
@@ -142,36 +136,26 @@ def _html(data: ReportData, sections: Sequence[Section], charts: dict[str, Rende
         import jinja2
     except ImportError as error:
         raise MissingExtraError("jinja2", "report") from error
-    folder = importlib.resources.files("sparsifiner_edge.report") / "template"
+    loader = jinja2.PackageLoader("sparsifiner_edge.report", "template")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     texts, sentences = data.texts, verdict_sentences(data)
     names = list(dict.fromkeys(side.bundle_name for side in data.sides))
     verdict = next((compared.verdict for group in data.groups for compared in group.compared()), "")
-    return environment.from_string((folder / "page.html").read_text(encoding="utf-8")).render(
+    return environment.get_template("page.html").render(
         t=texts,
-        style=(folder / "style.css").read_text(encoding="utf-8"),
         palette=PALETTE,
         names=texts("names.separator").join(names[:4]) or data.files[0].name,
         created=sorted({str(file.result.created)[:16].replace("T", " ") for file in data.files}),
         verdict=sentences[0],
         tone="refused" if data.differences else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
         others=sentences[1:],
-        tiles=tiles_of(data),
         differences=[(texts(f"field.{name}"), values) for name, values in data.differences.items()],
         flags=flags_of(data),
         measured=bool(data.groups),
         sections=sections,
         charts=charts,
         undrawn=not charts and any(isinstance(block, Figure) for section in sections for block in section.blocks),
-        joined=_joined,
         version=version("sparsifiner-edge"),
     )
-
-
-def _joined(cell: str) -> str:
-    """A cell whose intervals never break at their dash."""
-    for dash in "–～":
-        cell = cell.replace(dash, f"\N{WORD JOINER}{dash}\N{WORD JOINER}")
-    return cell

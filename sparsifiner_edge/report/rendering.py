@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import html
+import importlib.resources
 import io
 import re
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.errors import MissingExtraError
@@ -34,25 +36,12 @@ NOTE = "note:"
 """What an artist's `gid` begins with if the rest of it is to be shown on hovering."""
 _CJK = ["Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "IPAGothic", "TakaoGothic", "VL Gothic"]
 _CJK += ["Source Han Sans JP"]
-_STYLE = {
-    "font.size": 12,
+_COLOURS = {
     "text.color": INK,
-    "text.parse_math": False,  # Names are no formulas, whatever dollars they hold.
     "figure.facecolor": CARD,
-    "axes.facecolor": "none",
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": MUTED,
-    "axes.titlesize": 12,
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
     "grid.color": GRID,
-    "xtick.bottom": False,
-    "xtick.labelcolor": MUTED,
-    "ytick.left": False,
-    "ytick.labelcolor": MUTED,
-    "svg.fonttype": "none",
+    **{f"axes.{part}": MUTED for part in ("edgecolor", "labelcolor", "titlecolor")},
+    **{f"{axis}tick.labelcolor": MUTED for axis in "xy"},
 }
 _NAMES = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
 
@@ -90,8 +79,9 @@ def render(chart: Figure, families: list[str] | None) -> RenderedChart:
     """The chart at both widths, and as PNG in these fonts; None: no PNG, `png` is empty."""
     from matplotlib import style
 
-    fonts_used = {"font.family": families or ["DejaVu Sans"]}
-    with style.context(_STYLE | fonts_used, after_reset=True), warnings.catch_warnings():
+    sheet_style = Path(str(importlib.resources.files("sparsifiner_edge.report") / "template" / "chart.mplstyle"))
+    given = _COLOURS | {"font.family": families or ["DejaVu Sans"]}
+    with style.context([sheet_style, given], after_reset=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A name may hold characters that no font has; they become boxes.
         sheet = chart.draw(WIDE)
         wide, narrow = _svg(chart, sheet, "wide"), _svg(chart, chart.draw(NARROW), "narrow")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.bounds import is_number
@@ -13,7 +13,6 @@ from sparsifiner_edge.text import shown
 MAX_NAME = 80
 GREATEST, LEAST = 1e30, 1e-30
 """Nothing measured comes near these: a number beyond them is not shown, and computing with it would leave floats."""
-MAX_DEPTH = 8
 _LONG = 10_000
 """Characters that are looked at: the page's own limits are far below."""
 
@@ -77,19 +76,6 @@ def interval(content: Any, *path: str) -> Interval | None:
     if error is not None:
         return Interval(value, value - error, value + error)
     return Interval(value, number(content.get("low")), number(content.get("high")))
-
-
-def figures_in(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Interval]]:
-    """Every figure with an interval below `content`, with its path."""
-    if not isinstance(content, Mapping) or len(path) > MAX_DEPTH:
-        return
-    if "value" in content:
-        found = interval(content)
-        if found is not None:
-            yield path, found
-        return
-    for name, child in content.items():
-        yield from figures_in(child, (*path, str(name)))
 
 
 def reason(content: Any) -> str | None:

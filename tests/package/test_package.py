@@ -47,17 +47,17 @@ def test_a_package_is_replaced(tmp_path: Path, tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "change",
     [
         lambda out: (out / "mine.txt").write_text("mine"),
         lambda out: (out / "package.json").unlink(),
         lambda out: (out / "package.json").write_text('{"schema_version": 1, "kind": "package"}'),
     ],
 )
-def test_what_is_not_ours_stays(spoil: Callable[[Path], object], tmp_path: Path) -> None:
+def test_what_is_not_ours_stays(change: Callable[[Path], object], tmp_path: Path) -> None:
     bundle, out = tiny(tmp_path / "bundle"), tmp_path / "out"
     package_bundle(bundle, "triton", out)
-    spoil(out)
+    change(out)
     before = snapshot(tmp_path)
     with pytest.raises(ArtifactError, match=r"(not|of) ours"):
         package_bundle(bundle, "triton", out)

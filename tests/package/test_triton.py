@@ -117,7 +117,7 @@ def test_the_native_library(fixed: Path, tiny_bundle: Path, tmp_path: Path) -> N
     assert "tritonserver --model-repository=/models" in readme
     assert "-e ORT_DISABLE_TELEMETRY=1" in readme
     remarks = package_bundle(tiny_bundle, "triton", tmp_path / "out", kernels="portable").remarks
-    assert any("slower on a processor" in remark for remark in remarks)
+    assert any("slower on a CPU" in remark for remark in remarks)
 
 
 def engine(capability: str, **changes: Any) -> Engine:
@@ -156,7 +156,7 @@ def test_plans(tmp_path: Path) -> None:
     assert {path.name for path in (folder / "1").iterdir()} == {"model_8_7.plan", "model_8_6.plan"}
     assert (folder / "warmup" / "image").stat().st_size == 4 * 4 * 3
     assert "TensorRT 10.3.0 for compute capability 8.7, 8.6" in (tmp_path / "out" / "README.md").read_text()
-    assert any("very TensorRT" in remark for remark in remarks)
+    assert any("only on the TensorRT version" in remark for remark in remarks)
 
 
 def test_engines_that_triton_does_not_run(tmp_path: Path) -> None:
