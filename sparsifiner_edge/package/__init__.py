@@ -16,7 +16,6 @@ TARGETS = {
     "gstreamer": "sparsifiner_edge.package.gst",
 }
 """Target -> module with `write(bundle, folder, batch, kernels)`: fills an empty folder, returns remarks."""
-KERNELS = ("auto", "portable")
 
 
 class Package(Struct, frozen=True):
@@ -41,20 +40,26 @@ def package_bundle(
         kernels: for Triton: "auto" brings the native library of this machine where there is one, "portable" does not.
 
     Raises:
-        ConfigError: no such target, or the bundle does not fit it.
+        ConfigError: no such target, or the bundle or an option does not fit it.
         GateError: a variant of the model disagrees with the golden pair; nothing is written.
         SparsifinerError: unusable input; nothing is written.
     """
-    if target not in TARGETS:
-        raise ConfigError(f"target is {target!r}.", f"Choose one of: {', '.join(TARGETS)}.")
-    if kernels not in KERNELS:
-        raise ConfigError(f"kernels is {kernels!r}.", f"Choose one of: {', '.join(KERNELS)}.")
-    module = importlib.import_module(TARGETS[target])
+    for name, value, choices in (("target", target, TARGETS), ("kernels", kernels, ("auto", "portable"))):
+        if value not in choices:
+            raise ConfigError(f"{name} is {value!r}.", f"Choose one of: {', '.join(choices)}.")
+    if (kernels != "auto" and target != "triton") or (batch is not None and target == "gstreamer"):
+        option = "batch" if kernels == "auto" else "kernels"
+        raise ConfigError(f"--{option} cannot be combined with --for {target}.", "Leave it out.")
     read = read_bundle(Path(bundle))
-    if batch is not None and (batch < 1 or read.manifest.batch not in (None, batch)):
-        fixed = f"{bundle} has a fixed batch of {read.manifest.batch}" if read.manifest.batch else f"batch is {batch}"
-        raise ConfigError(f"{fixed}.", "Leave --batch out, or export the bundle with --batch dynamic.")
+    fixed = read.manifest.batch
+    if target != "triton" and fixed not in (None, 1):
+        raise ConfigError(
+            f"{bundle} takes batches of {fixed}; frames come one by one.", "Export it with --batch 1 or dynamic."
+        )
+    if batch is not None and (batch < 1 or fixed not in (None, batch)):
+        said = f"{bundle} has a fixed batch of {fixed}" if fixed else f"batch is {batch}"
+        raise ConfigError(f"{said}.", "Leave --batch out, or export the bundle with --batch dynamic.")
     with new_package(Path(output), read, target) as folder:
-        remarks = module.write(read, folder, batch, kernels)
+        remarks = importlib.import_module(TARGETS[target]).write(read, folder, batch, kernels)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return Package(str(output), target, tuple(files), tuple(remarks))

@@ -15,58 +15,48 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
 
-from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
 from sparsifiner_edge.bundle.store import LABELS_FILE
-from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.package.common import MODEL, Packaged
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.package.common import ImageBundle, template
 from sparsifiner_edge.package.float_model import PROBABILITIES, write_float_model
 
-PRIMARY_ID, SECONDARY_ID = 1, 2
+ROLES = ("primary", "secondary")
 OBJECTS = 8
 """Objects of a frame that a secondary classifier takes at once, where the batch is dynamic."""
-Group: TypeAlias = dict[str, int | float | str]
-"""Keys of a group of a configuration, and their values."""
 _MOST_CLASSES = 1 << 20
 _SAMPLES = "/opt/nvidia/deepstream/deepstream/samples"
 _MODES = {"fp32": 0, "fp16": 2}
-_WORDS = {0: "fp32", 2: "fp16"}
+_TENSORS = "network-type=100\noutput-tensor-meta=1\n"
+_FRAMES = "interval=0\n"
+_OBJECTS = "operate-on-gie-id=1\ninput-object-min-width=32\ninput-object-min-height=32\nsecondary-reinfer-interval=10\n"
 
 
-def write(bundle: Packaged, folder: Path, batch: int | None, kernels: str) -> list[str]:
+def write(bundle: ImageBundle, folder: Path, batch: int | None, _kernels: str) -> list[str]:
     """Fill `folder`; see `package_bundle`.
 
     Raises:
         ConfigError: an int8 bundle, or labels that are not one per class.
-        GateError: the model disagrees with the golden pair, or a value would not fit a line of a configuration.
+        GateError: the model disagrees with the golden pair.
     """
-    if kernels != "auto":
-        raise ConfigError(f"kernels {kernels!r} goes with Triton.", "Leave it out: TensorRT compiles the bodies.")
     if bundle.precision not in _MODES:
         raise ConfigError(
             f"{bundle.folder} is {bundle.precision}: Gst-nvinfer builds int8 only with a calibration table of its own.",
             "Export it with --precision fp32 or fp16.",
         )
-    fixed = bundle.manifest.batch
-    if fixed not in (None, 1):
-        raise ConfigError(
-            f"{bundle.folder} takes batches of {fixed}; Gst-nvinfer fills them as frames or objects come.",
-            "Export it with --batch dynamic, or 1.",
-        )
     if bundle.classifier:
-        (folder / LABELS_FILE).write_text(";".join(nvinfer_labels(bundle)) + "\n", encoding="utf-8")
+        (folder / LABELS_FILE).write_text(";".join(_labels(bundle)) + "\n", encoding="utf-8")
     differences = write_float_model(bundle, folder)
-    sizes = {"primary": fixed or batch or 1, "secondary": fixed or batch or OBJECTS}
-    for role, size in sizes.items():
-        config = {"property": nvinfer_config(bundle, role, size)}
-        (folder / f"config_infer_{role}.txt").write_text(key_file(config), encoding="utf-8")
-        (folder / f"deepstream_app_{role}.txt").write_text(key_file(app_config(role, sizes)), encoding="utf-8")
+    for role in ROLES:
+        size = bundle.manifest.batch or batch or (1 if role == "primary" else OBJECTS)
+        (folder / f"config_infer_{role}.txt").write_text(nvinfer_config(bundle, role, size), encoding="utf-8")
+        (folder / f"deepstream_app_{role}.txt").write_text(app_config(role, size), encoding="utf-8")
     (folder / "README.md").write_text(_readme(bundle, differences), encoding="utf-8")
-    return remarks(bundle)
+    return _remarks(bundle)
 
 
-def remarks(bundle: Packaged) -> list[str]:
+def _remarks(bundle: ImageBundle) -> list[str]:
     """What is different there from the bundle."""
     found = [
         "Gst-nvinfer scales frames bilinearly (scaling-filter=1; left out, it would take the nearest pixel), "
@@ -82,7 +72,8 @@ def remarks(bundle: Packaged) -> list[str]:
             "Gst-nvinfer builds networks whose types TensorRT may change: islands of float32 may become float16. "
             "Compare its answers with those of `sparsifiner-edge run`, or package an fp32 bundle."
         )
-    if not _letterbox(bundle):
+    preprocessing = bundle.manifest.preprocessing
+    if preprocessing is None or not preprocessing.resize.startswith("letterbox"):
         found.append(
             "The bundle takes the centre square of a frame. Gst-nvinfer cannot crop: it gets the whole frame with "
             "black bars. Crop before it (nvvideoconvert src-crop=LEFT:TOP:SIDE:SIDE) for the same image."
@@ -90,7 +81,7 @@ def remarks(bundle: Packaged) -> list[str]:
     return found
 
 
-def nvinfer_labels(bundle: Packaged) -> list[str]:
+def _labels(bundle: ImageBundle) -> list[str]:
     """One label per class, without semicolons, which separate them.
 
     Raises:
@@ -105,125 +96,49 @@ def nvinfer_labels(bundle: Packaged) -> list[str]:
     return [label.replace(";", ",").strip() or "-" for label in labels]
 
 
-def nvinfer_config(bundle: Packaged, role: str, batch: int) -> Group:
-    """The group `property` for whole frames ("primary") or for a detector's objects ("secondary")."""
-    mode = _MODES[bundle.precision]
-    outputs = [PROBABILITIES] if bundle.classifier else [output.name for output in bundle.manifest.outputs]
-    entries: Group = {
-        "gpu-id": 0,
-        "gie-unique-id": PRIMARY_ID if role == "primary" else SECONDARY_ID,
-        "process-mode": 1 if role == "primary" else 2,
-        "batch-size": batch,
-        "onnx-file": MODEL,
-        "model-engine-file": f"{MODEL}_b{batch}_gpu0_{_WORDS[mode]}.engine",
-        "network-mode": mode,
-        "infer-dims": f"3;{bundle.image_size};{bundle.image_size}",
-        "network-input-order": 0,
-        "model-color-format": 0,
-        "net-scale-factor": 1.0,
-        "maintain-aspect-ratio": 1,
-        "symmetric-padding": 1,
-        "scaling-filter": 1,
-        "output-blob-names": ";".join(outputs),
-    }
-    if bundle.classifier:
-        # The type tells this classifier's answers from another's.
-        kind = re.sub(r"[^A-Za-z0-9_-]", "_", bundle.name)
-        entries |= {"network-type": 1, "classifier-type": kind, "classifier-threshold": 0.2}
-        entries |= {"labelfile-path": LABELS_FILE}
-    else:
-        entries |= {"network-type": 100, "output-tensor-meta": 1}
-    if role == "primary":
-        return entries | {"interval": 0}
-    return entries | {
-        "operate-on-gie-id": PRIMARY_ID,
-        "input-object-min-width": 32,
-        "input-object-min-height": 32,
-        "secondary-reinfer-interval": 10,
-    }
+def nvinfer_config(bundle: ImageBundle, role: str, batch: int) -> str:
+    """Gst-nvinfer's key file for whole frames ("primary") or for a detector's objects ("secondary").
 
-
-def app_config(role: str, sizes: Mapping[str, int]) -> dict[str, Group]:
-    """Groups for deepstream-app: the samples' video through the model, drawn into a file."""
-    detector = f"{_SAMPLES}/configs/deepstream-app/config_infer_primary.txt"
-    groups: dict[str, Group] = {
-        "application": {"enable-perf-measurement": 1, "perf-measurement-interval-sec": 5},
-        "tiled-display": {"enable": 0},
-        "source0": {"enable": 1, "type": 3, "uri": f"file://{_SAMPLES}/streams/sample_720p.mp4", "num-sources": 1,
-                    "gpu-id": 0},
-        "streammux": {"gpu-id": 0, "live-source": 0, "batch-size": 1, "batched-push-timeout": 40000, "width": 1280,
-                      "height": 720},
-        "primary-gie": {"enable": 1, "gpu-id": 0, "gie-unique-id": PRIMARY_ID, "batch-size": sizes["primary"],
-                        "config-file": "config_infer_primary.txt"},
-        "osd": {"enable": 1, "gpu-id": 0, "border-width": 2, "text-size": 15},
-        "sink0": {"enable": 1, "type": 3, "container": 1, "codec": 1, "enc-type": 1, "sync": 0, "source-id": 0,
-                  "output-file": f"{role}.mp4"},
-        "tests": {"file-loop": 0},
-    }  # fmt: skip
-    if role == "secondary":
-        groups["primary-gie"] |= {"config-file": detector, "batch-size": 1}
-        groups["tracker"] = {
-            "enable": 1, "tracker-width": 640, "tracker-height": 384,
-            "ll-lib-file": "/opt/nvidia/deepstream/deepstream/lib/libnvds_nvmultiobjecttracker.so",
-            "ll-config-file": f"{_SAMPLES}/configs/deepstream-app/config_tracker_NvDCF_perf.yml",
-        }  # fmt: skip
-        groups["secondary-gie0"] = {
-            "enable": 1, "gpu-id": 0, "gie-unique-id": SECONDARY_ID, "operate-on-gie-id": PRIMARY_ID,
-            "batch-size": sizes["secondary"], "config-file": "config_infer_secondary.txt",
-        }  # fmt: skip
-    return groups
-
-
-def key_file(groups: Mapping[str, Group]) -> str:
-    """GLib's key file format.
-
-    Raises:
-        GateError: a value holds what would end its line.
+    No value can add a key: `read_bundle` takes no name of an output that holds more than a word.
     """
-    for group, entries in groups.items():
-        for key, value in entries.items():
-            if not str(value).isprintable():
-                raise GateError(f"[{group}] {key} is {str(value)!r:.60}.", "A value is one line of printable text.")
-    blocks = [
-        f"[{group}]\n" + "".join(f"{key}={value}\n" for key, value in entries.items())
-        for group, entries in groups.items()
-    ]
-    return "\n".join(blocks)
-
-
-def _letterbox(bundle: Packaged) -> bool:
-    preprocessing = bundle.manifest.preprocessing
-    return preprocessing is not None and preprocessing.resize.startswith("letterbox")
-
-
-def _readme(bundle: Packaged, differences: Mapping[str, float]) -> str:
-    checked = ", ".join(f"{name} {error:.1e}" for name, error in differences.items())
-    notes = "\n".join(f"- {remark}" for remark in remarks(bundle))
-    size = bundle.image_size
-    found = (
-        "Each frame (or object) gets the likeliest class above `classifier-threshold`, as classifier metadata."
-        if bundle.classifier
-        else "Each frame (or object) gets the raw outputs as NvDsInferTensorMeta; nothing is drawn."
+    outputs = [PROBABILITIES] if bundle.classifier else [output.name for output in bundle.manifest.outputs]
+    text = template(
+        "nvinfer.txt",
+        number=1 + ROLES.index(role),
+        batch=batch,
+        model=MODEL_FILE,
+        precision=bundle.precision,
+        mode=_MODES[bundle.precision],
+        size=bundle.image_size,
+        outputs=";".join(outputs),
     )
-    return f"""# {bundle.name} for DeepStream
+    # The type tells this classifier's answers from another's.
+    kind = re.sub(r"[^A-Za-z0-9_-]", "_", bundle.name)
+    text += template("nvinfer_classifier.txt", kind=kind, labels=LABELS_FILE) if bundle.classifier else _TENSORS
+    return text + (_FRAMES if role == "primary" else _OBJECTS)
 
-    deepstream-app -c deepstream_app_primary.txt      # whole frames
-    deepstream-app -c deepstream_app_secondary.txt    # objects of the samples' detector
 
-Needs DeepStream 7.1 or later (TensorRT 10): older parsers do not know the file's functions. The first start builds the
-engine, which takes minutes, and leaves it under `model-engine-file`; an engine fits one GPU and one TensorRT.
+def app_config(role: str, batch: int) -> str:
+    """deepstream-app's key file: the samples' video through the model, drawn into a file."""
+    detector = f"{_SAMPLES}/configs/deepstream-app/config_infer_primary.txt"
+    first = ("config_infer_primary.txt", batch) if role == "primary" else (detector, 1)
+    text = template("deepstream_app.txt", samples=_SAMPLES, role=role, config=first[0], batch=first[1])
+    if role == "primary":
+        return text
+    return text + template("deepstream_app_secondary.txt", samples=_SAMPLES, batch=batch)
 
-{found}
 
-In a pipeline of your own:
-
-    gst-launch-1.0 filesrc location=film.mp4 ! qtdemux ! h264parse ! nvv4l2decoder ! mux.sink_0 \\
-        nvstreammux name=mux batch-size=1 width=1280 height=720 ! \\
-        nvinfer config-file-path=config_infer_primary.txt ! nvvideoconvert ! nvdsosd ! fakesink
-
-`model.onnx` takes float32 [B,3,{size},{size}], red first, 0 to 255. Mean and deviation are folded into
-its first layer, so `net-scale-factor` is 1 and there are no offsets. Run in ONNX Runtime on the bundle's golden input
-it differs from the golden output, relative to its range, by: {checked}.
-
-{notes}
-"""
+def _readme(bundle: ImageBundle, differences: Mapping[str, float]) -> str:
+    found = (
+        "the likeliest class above `classifier-threshold`, as classifier metadata."
+        if bundle.classifier
+        else "the raw outputs as NvDsInferTensorMeta; nothing is drawn."
+    )
+    return template(
+        "deepstream.md",
+        name=bundle.name,
+        size=bundle.image_size,
+        found=f"Each frame (or object) gets {found}",
+        checked=", ".join(f"{name} {error:.1e}" for name, error in differences.items()),
+        notes="\n".join(f"- {remark}" for remark in _remarks(bundle)),
+    )

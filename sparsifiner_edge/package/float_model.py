@@ -18,11 +18,11 @@ from onnx import TensorProto, helper
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.golden import check_golden
-from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.graph import drop_unused
-from sparsifiner_edge.package.common import MODEL, Packaged, golden_image
+from sparsifiner_edge.package.common import ImageBundle, read_golden_image
 from sparsifiner_edge.runtime.onnxruntime.session import OrtSession
 
 PROBABILITIES = "probabilities"
@@ -31,7 +31,7 @@ _CLOSE = 1e-4
 """Greatest difference of a probability from the softmax of the logits: both come from one runtime."""
 
 
-def write_float_model(bundle: Packaged, folder: Path) -> dict[str, float]:
+def write_float_model(bundle: ImageBundle, folder: Path) -> dict[str, float]:
     """Write `model.onnx` with float planes in; for a classifier `probabilities` [B,classes] is its only output.
 
     The golden pair is run through it first.
@@ -50,15 +50,14 @@ def write_float_model(bundle: Packaged, folder: Path) -> dict[str, float]:
     if present != [output.name for output in bundle.manifest.outputs]:
         said = ", ".join(map(repr, present))
         raise ArtifactError(f"{bundle.folder}: the model gives {said:.100}; its manifest differs.", "Do not use it.")
-    path = folder / MODEL
+    path, inputs = folder / MODEL_FILE, {"image": read_golden_image(bundle)}
     path.write_bytes(model.SerializeToString())
-    with _Planes(path, bundle) as session:
-        found = check_golden(session, bundle)
-        logits = session.infer({"image": golden_image(bundle)}).get("logits")
+    with _PlanesSession(path, bundle) as session:
+        found, logits = check_golden(session, bundle), session.infer(inputs).get("logits")
     if logits is not None:
         path.write_bytes(classifier_model(model).SerializeToString())
-        with _Planes(path, bundle) as session:
-            _check_probabilities(session.infer({"image": golden_image(bundle)})[PROBABILITIES], logits)
+        with _PlanesSession(path, bundle) as session:
+            _check_probabilities(session.infer(inputs)[PROBABILITIES], logits)
     return {name: values["range_relative_error"] for name, values in found.items()}
 
 
@@ -66,7 +65,7 @@ def float_model(model: Any) -> Any:
     """A copy that takes `image` float32 [B,3,H,W] instead of uint8 [B,H,W,3].
 
     Raises:
-        ConfigError: there is no Cast of `image` to float32, or what is around it is no image's.
+        ConfigError: there is no Cast of `image` to float32, or what surrounds it does not take an image.
     """
     try:
         return _float_model(model)
@@ -85,8 +84,10 @@ def _float_model(model: Any) -> Any:
     shape = [batch.dim_param or batch.dim_value, channels.dim_value, height.dim_value, width.dim_value]
     pixels = cast.output[0]
     graph.node.remove(cast)
-    planes = {n.output[0] for n in graph.node if _is_to_planes(n, pixels)}
-    for node in [n for n in graph.node if n.output[0] in planes]:
+    transposed = [n for n in graph.node if n.op_type == "Transpose" and list(n.input) == [pixels]]
+    transposed = [n for n in transposed if [list(a.ints) for a in n.attribute if a.name == "perm"] == [_TO_PLANES]]
+    planes = {node.output[0] for node in transposed}
+    for node in [n for n in graph.node if n.output[0] in planes]:  # A node without outputs is rejected here.
         graph.node.remove(node)
     for node in graph.node:
         for number, name in enumerate(node.input):
@@ -102,23 +103,13 @@ def _float_model(model: Any) -> Any:
     return made
 
 
-def _is_to_planes(node: Any, pixels: str) -> bool:
-    return (
-        node.op_type == "Transpose"
-        and list(node.input) == [pixels]
-        and [list(a.ints) for a in node.attribute if a.name == "perm"] == [_TO_PLANES]
-    )
-
-
 def classifier_model(model: Any) -> Any:
     """A copy whose only output is the softmax of `logits`: Gst-nvinfer reads each output as a classifier's answer."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
     logits = next(output for output in graph.output if output.name == "logits")
-    answer = onnx.ValueInfoProto()
-    answer.CopyFrom(logits)
-    answer.name = PROBABILITIES
+    answer = onnx.ValueInfoProto(name=PROBABILITIES, type=logits.type)
     gone = {output.name for output in graph.output}
     del graph.output[:]
     graph.output.append(answer)
@@ -129,10 +120,10 @@ def classifier_model(model: Any) -> Any:
     return made
 
 
-class _Planes(OrtSession):
+class _PlanesSession(OrtSession):
     """A session on a float model that takes images as the bundle does."""
 
-    def __init__(self, path: Path, bundle: Packaged) -> None:
+    def __init__(self, path: Path, bundle: ImageBundle) -> None:
         super().__init__(path, path.read_bytes(), available_cores(), "portable", bundle.precision)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -13,33 +13,30 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from sparsifiner_edge.bundle.engines import Engine, parse_capability
-from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import LABELS_FILE
-from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import native
-from sparsifiner_edge.package.common import MODEL, Packaged, golden_image
+from sparsifiner_edge.package.common import ImageBundle, read_golden_image, template
 
 BATCH = 8
-"""Greatest batch of a bundle of dynamic batch, unless told."""
+"""Greatest batch of a bundle of dynamic batch, where none is given."""
 QUEUE_US = 2000
 """How long a request may wait for others to share its batch."""
 MOUNT = "/models"
-MOST_NUMBER = (1 << 31) - 1
-"""Triton's greatest batch is an int32; no tensor has a longer axis."""
-Tensor: TypeAlias = dict[str, str | list[int]]
-"""A ModelInput or ModelOutput."""
 _TYPES = {"uint8": "UINT8", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 
 
-def write(bundle: Packaged, folder: Path, batch: int | None, kernels: str) -> list[str]:
+def write(bundle: ImageBundle, folder: Path, batch: int | None, kernels: str) -> list[str]:
     """Fill `folder`; see `package_bundle`."""
-    models = folder / "models"
-    library = _library(bundle, kernels)
+    models, listed = folder / "models", bundle.manifest.engines
+    # The native library computes in float32 alone.
+    wanted = kernels == "auto" and bundle.manifest.ops and bundle.manifest.float16 is None
+    library = native.library_path() if wanted else None
     _write_onnx(bundle, models / bundle.name, batch, library)
-    listed = bundle.manifest.engines
     engines = newest_engines([engine for engine in listed if _takes_one(engine, bundle)])
     if engines:
         _write_plans(bundle, models / f"{bundle.name}_tensorrt", engines)
@@ -48,42 +45,34 @@ def write(bundle: Packaged, folder: Path, batch: int | None, kernels: str) -> li
     return remarks
 
 
-def _takes_one(engine: Engine, bundle: Packaged) -> bool:
+def _takes_one(engine: Engine, bundle: ImageBundle) -> bool:
     """Whether the server can use an engine: it sends requests alone where it has no others to join them."""
     return bundle.manifest.batch is not None or engine.batch.least <= 1
 
 
-def _library(bundle: Packaged, kernels: str) -> Path | None:
-    """The native library, for models that have operators it runs: it computes in float32 alone."""
-    wanted = kernels == "auto" and bundle.manifest.ops and bundle.manifest.float16 is None
-    return native.library_path() if wanted else None
-
-
-def _write_onnx(bundle: Packaged, folder: Path, batch: int | None, library: Path | None) -> None:
+def _write_onnx(bundle: ImageBundle, folder: Path, batch: int | None, library: Path | None) -> None:
     most = 0 if bundle.manifest.batch else batch or BATCH
     libraries = None if library is None else {"op_library_filename": [f"{MOUNT}/{folder.name}/{library.name}"]}
     _write_common(
         bundle, folder, most, "KIND_CPU",  # The native library is the CPU provider's.
-        runs={"backend": "onnxruntime"}, own={"model_operations": libraries, "default_model_filename": MODEL},
+        runs={"backend": "onnxruntime"}, own={"model_operations": libraries, "default_model_filename": MODEL_FILE},
     )  # fmt: skip
     if library is not None:
         shutil.copyfile(library, folder / library.name)
-    (folder / "1" / MODEL).write_bytes(bundle.read(MODEL))
+    (folder / "1" / MODEL_FILE).write_bytes(bundle.read(MODEL_FILE))
 
 
-def _write_plans(bundle: Packaged, folder: Path, engines: Mapping[str, Engine]) -> None:
+def _write_plans(bundle: ImageBundle, folder: Path, engines: Mapping[str, Engine]) -> None:
     """Triton takes the plan of the GPU that it finds."""
     most = 0 if bundle.manifest.batch else min(engine.batch.most for engine in engines.values())
     plans = {capability: f"model_{capability.replace('.', '_')}.plan" for capability in engines}
-    files = [{"key": capability, "value": plan} for capability, plan in plans.items()]
-    first = next(iter(plans.values()))
-    _write_common(
-        bundle, folder, most, "KIND_GPU",
-        runs={"platform": "tensorrt_plan"}, own={"default_model_filename": first, "cc_model_filenames": files},
-    )  # fmt: skip
+    own = {
+        "default_model_filename": next(iter(plans.values())),
+        "cc_model_filenames": [{"key": capability, "value": plan} for capability, plan in plans.items()],
+    }
+    _write_common(bundle, folder, most, "KIND_GPU", runs={"platform": "tensorrt_plan"}, own=own)
     for capability, plan in plans.items():
-        content = bundle.read(engines[capability].file)
-        (folder / "1" / plan).write_bytes(content)
+        (folder / "1" / plan).write_bytes(bundle.read(engines[capability].file))
 
 
 def newest_engines(engines: list[Engine]) -> dict[str, Engine]:
@@ -99,22 +88,19 @@ def newest_engines(engines: list[Engine]) -> dict[str, Engine]:
     return found
 
 
-def _config(bundle: Packaged, name: str, most: int, kind: str, *, runs: dict[str, str], own: dict[str, object]) -> str:
+def _config(
+    bundle: ImageBundle, name: str, most: int, kind: str, *, runs: dict[str, str], own: dict[str, object]
+) -> str:
     """The text of a configuration.
 
     Args:
         most: greatest batch, 0 where it is fixed. kind: of processor. runs: `platform` or `backend`. own: its last
             fields, in Triton's order.
-
-    Raises:
-        GateError: there is no output, or a number does not fit its field.
     """
     manifest, size = bundle.manifest, bundle.image_size
     image = TensorSpec("image", "uint8", (manifest.batch, size, size, 3))
-    labelled: Tensor = {"label_filename": LABELS_FILE} if bundle.class_names else {}
+    labelled = {"label_filename": LABELS_FILE} if bundle.class_names else {}
     warm = {"data_type": "TYPE_UINT8", "dims": _dims(image, most), "input_data_file": "image"}
-    if not manifest.outputs:
-        raise GateError("config.pbtxt lacks output.", AGAIN)
     return pbtxt(
         name=name,
         **runs,
@@ -129,37 +115,22 @@ def _config(bundle: Packaged, name: str, most: int, kind: str, *, runs: dict[str
 
 
 def pbtxt(indent: str = "", /, **entries: object) -> str:
-    """Protobuf's text format.
-
-    Args:
-        indent: of every line. entries: by the names of fields, in their order; None for what is left out.
-
-    Raises:
-        GateError: a number does not fit its field.
-    """
+    """Protobuf's text format: entries by the names of fields, in their order; None is left out."""
     lines = []
     for key, value in entries.items():
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, dict):
                 lines.append(f"{indent}{key} {{\n{pbtxt(indent + '  ', **one)}{indent}}}\n")
             elif one is not None:
-                lines.append(f"{indent}{key}: {_scalar(key, one)}\n")
+                bare = isinstance(one, int) or key in ("data_type", "kind")
+                lines.append(f"{indent}{key}: {one if bare else json.dumps(one)}\n")
     return "".join(lines)
 
 
-def _scalar(key: str, value: object) -> str:
-    if isinstance(value, int) and abs(value) > MOST_NUMBER:
-        raise GateError(f"config.pbtxt: {key} {value:.0e} is out of range.", AGAIN)
-    return str(value) if isinstance(value, int) or key in ("data_type", "kind") else json.dumps(value)
-
-
-def _tensor(tensor: TensorSpec, most: int) -> Tensor:
+def _tensor(tensor: TensorSpec, most: int) -> dict[str, Any]:
     if tensor.dtype not in _TYPES:
         raise ConfigError(f"{tensor.name} is {tensor.dtype}: Triton has no such type.", AGAIN)
-    dims = _dims(tensor, most)
-    if not dims:
-        raise GateError(f"config.pbtxt: tensor {tensor.name!r} lacks its dims.", AGAIN)
-    return {"name": tensor.name, "data_type": f"TYPE_{_TYPES[tensor.dtype]}", "dims": dims}
+    return {"name": tensor.name, "data_type": f"TYPE_{_TYPES[tensor.dtype]}", "dims": _dims(tensor, most)}
 
 
 def _dims(tensor: TensorSpec, most: int) -> list[int]:
@@ -168,67 +139,48 @@ def _dims(tensor: TensorSpec, most: int) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in shape]
 
 
-def _write_common(bundle: Packaged, folder: Path, most: int, kind: str, **fields: Any) -> None:
+def _write_common(bundle: ImageBundle, folder: Path, most: int, kind: str, **fields: Any) -> None:
     """What both backends need; see `_config`."""
     (folder / "1").mkdir(parents=True)
     (folder / "warmup").mkdir()
     (folder / "config.pbtxt").write_text(_config(bundle, folder.name, most, kind, **fields), encoding="utf-8")
-    image = golden_image(bundle)
+    image = read_golden_image(bundle)
     (folder / "warmup" / "image").write_bytes((image[0] if most else image).tobytes())
     if bundle.class_names:
         (folder / LABELS_FILE).write_text("".join(f"{label}\n" for label in bundle.class_names), encoding="utf-8")
 
 
 def _remarks(
-    bundle: Packaged, library: Path | None, engines: Mapping[str, Engine], listed: Sequence[Engine]
+    bundle: ImageBundle, library: Path | None, engines: Mapping[str, Engine], listed: Sequence[Engine]
 ) -> list[str]:
     found = []
     if library is not None:
         found.append(
             f"{library.name} was built on this machine and is native code: the server needs such a processor, and a C "
-            "library and ONNX Runtime as new. --kernels portable leaves it out."
+            "library and ONNX Runtime at least as new. --kernels portable leaves it out."
         )
     elif bundle.manifest.ops:
-        found.append("Without the native library the operators run by their bodies: slower on a processor.")
+        found.append("Without the native library the operators run by their function bodies: slower on a CPU.")
     if any(engine.backend == "tensorrt-rtx" for engine in listed):
         found.append("Engines of TensorRT-RTX are left out: Triton's backend runs those of TensorRT.")
     if any(engine.backend == "tensorrt" and not _takes_one(engine, bundle) for engine in listed):
         found.append("Engines for batches above 1 alone are left out: the server sends single images too.")
     if engines:
-        found.append("Plans are native code and run on the very TensorRT that built them; see the README.")
+        found.append("Plans are native code and run only on the TensorRT version that built them; see the README.")
     return found
 
 
-def _readme(bundle: Packaged, engines: Mapping[str, Engine], remarks: list[str]) -> str:
-    built = ""
+def _readme(bundle: ImageBundle, engines: Mapping[str, Engine], remarks: Sequence[str]) -> str:
+    built, size = "", bundle.image_size
     if engines:
         version = next(iter(engines.values())).version
-        cards = ", ".join(engines)
-        built = f"""
-`{bundle.name}_tensorrt` holds plans of TensorRT {version} for compute capability {cards}: take the container whose
-release notes name that version, and give it the GPU (`docker run --gpus all`; Jetson: `--runtime nvidia`). The kernels
-are inside the plans: no plugin has to be loaded.
-"""
-    notes = "\n".join(f"- {remark}" for remark in remarks)
-    size = bundle.image_size
-    shape = f"{bundle.manifest.batch or 1},{size},{size},3"
-    return f"""# {bundle.name} for Triton Inference Server
-
-    docker run --rm -p 8000-8002:8000-8002 -v "$PWD/models:{MOUNT}" -e ORT_DISABLE_TELEMETRY=1 \\
-        nvcr.io/nvidia/tritonserver:YY.MM-py3 tritonserver --model-repository={MOUNT}
-    curl -f localhost:8000/v2/models/{bundle.name}/ready
-
-Put a release of the container in the place of YY.MM. The variable keeps ONNX Runtime from reporting its use. The
-repository must be at `{MOUNT}` there: `config.pbtxt` names the operators' library by that path. One request, from
-Python (`pip install "tritonclient[http]"`):
-
-    import numpy as np, tritonclient.http as http
-    image = http.InferInput("image", [{shape}], "UINT8")
-    image.set_data_from_numpy(np.zeros(({shape}), np.uint8))
-    print(http.InferenceServerClient("localhost:8000").infer("{bundle.name}", [image]).get_response())
-
-The input is uint8 RGB as a camera gives it, {size} px square; preprocessing is in the model. The warm-up is the
-bundle's golden input.
-{built}
-{notes}
-"""
+        built = template("triton_plans.md", name=bundle.name, version=version, cards=", ".join(engines))
+    return template(
+        "triton.md",
+        name=bundle.name,
+        size=size,
+        shape=f"{bundle.manifest.batch or 1},{size},{size},3",
+        mount=MOUNT,
+        built=built,
+        notes="\n".join(f"- {remark}" for remark in remarks),
+    )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sparsifiner_edge.report.read import Source
+from sparsifiner_edge.report.result_files import ResultFile
 
 
 class Figure(NamedTuple):
@@ -44,13 +44,13 @@ Block = Figure | Table | Note
 
 
 class Section(NamedTuple):
-    """What is below a heading, and the commands that reproduce its figures; `name` leads to its title and intro."""
+    """What is below a heading, and the files that its figures are from; `name` leads to its title and intro."""
 
     name: str
     blocks: Sequence[Block]
-    commands: Sequence[str] = ()
+    files: Sequence[ResultFile] = ()
 
-
-def commands_of(sources: Iterable[Source]) -> list[str]:
-    """Their commands, each once."""
-    return list(dict.fromkeys(source.command for source in sources))
+    @property
+    def commands(self) -> list[str]:
+        """The commands that reproduce its figures, each once."""
+        return list(dict.fromkeys(file.command for file in self.files))

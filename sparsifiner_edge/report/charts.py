@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsifiner_edge.report.blocks import Figure
-from sparsifiner_edge.report.figures import CARD, GRID, INK, MUTED, NOTE, PIXELS_PER_INCH, SERIES
-from sparsifiner_edge.report.read import Samples
+from sparsifiner_edge.report.rendering import CARD, GRID, INK, MUTED, NOTE, PIXELS_PER_INCH, SERIES
+from sparsifiner_edge.report.result_files import LatencySamples
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.values import Interval, plain, shown
+from sparsifiner_edge.report.values import Interval, plain, with_interval
 
 BINS = 90
 _EDGE = 8.0
@@ -21,12 +21,11 @@ _LANE, _STRIP = 42.0, 104.0
 """Pixels: air at either side; heights of a bar with its label, and of a histogram with its labels."""
 _THICK = 0.4
 """Of a bar, as a share of its lane."""
-_KIND_COLOURS = {"attention": 0, "selection": 1, "predictor": 1, "cells": 2, "norms": 2, "projections": 3}
-_KIND_COLOURS |= {"other": 4, "pruning": 4, "mlp": 5}
+_KIND_COLOURS = {"attention": 0, "selection": 1, "norms": 2, "projections": 3, "other": 4, "mlp": 5}
 """Kinds of operators keep their colours from chart to chart; choosing keys stands out."""
 
 
-class Point(NamedTuple):
+class ScatterPoint(NamedTuple):
     """One model in the scatter."""
 
     label: str
@@ -39,7 +38,7 @@ class Strip(NamedTuple):
     """Samples of one side; `marks`: name -> value, such as p50."""
 
     label: str
-    samples: Samples
+    samples: LatencySamples
     marks: dict[str, float]
 
 
@@ -72,7 +71,7 @@ def width_of(text: str, bold: bool = False) -> float:
     return 13 * (wide + (len(text) - wide) * 0.6) if bold else 12 * (wide + (len(text) - wide) * 0.56)
 
 
-def fitted(text: str, space: float, bold: bool = False) -> str:
+def shortened(text: str, space: float, bold: bool = False) -> str:
     """The text, shortened to fit into `space` pixels."""
     if width_of(text, bold) <= space:
         return text
@@ -99,7 +98,7 @@ def _words(sheet: Any, y: float, text: str, space: float, paint: str = MUTED, bo
     width, height = sheet.bbox.size
     look: dict[str, Any] = {"fontsize": 13, "fontweight": "bold"} if bold else {"ha": "right"}
     place = (_EDGE if bold else width - _EDGE) / width, 1 - y / height
-    sheet.text(*place, fitted(text, space, bold), color=paint, **look)
+    sheet.text(*place, shortened(text, space, bold), color=paint, **look)
 
 
 def _ticks(axes: Any, width: float) -> None:
@@ -115,7 +114,9 @@ def _ticks(axes: Any, width: float) -> None:
     axes.grid(True)
 
 
-def scatter(points: Sequence[Point], x_title: str, y_title: str, width: float, most: float = float("inf")) -> Any:
+def scatter(
+    points: Sequence[ScatterPoint], x_title: str, y_title: str, width: float, most: float = float("inf")
+) -> Any:
     """Points with intervals in both directions; x from 0, so that lengths can be compared; no y tick above `most`."""
     height = 340.0 if width > 500 else 300.0
     sheet = _sheet(width, height)
@@ -126,7 +127,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: float, m
     axes.locator_params(axis="y", nbins=5)
     axes.set_yticks([tick for tick in axes.get_yticks() if low - room <= tick <= min(high + room, most * (1 + 1e-9))])
     _ticks(axes, width)
-    sheet.text(_EDGE / width, 1 - 14 / height, fitted(y_title, width - 16), color=MUTED)
+    sheet.text(_EDGE / width, 1 - 14 / height, shortened(y_title, width - 16), color=MUTED)
     _words(sheet, height - 10, x_title, width - 16)
     taken: list[float] = []
     for point in sorted(points, key=lambda point: -point.y.value):
@@ -140,7 +141,7 @@ def _errors(figure: Interval) -> list[list[float]]:
     return [[figure.value - low], [high - figure.value]]
 
 
-def _point(axes: Any, point: Point, taken: list[float]) -> None:
+def _point(axes: Any, point: ScatterPoint, taken: list[float]) -> None:
     """The label goes to the side with more room, below those that `taken` lists."""
     place, paint = (point.x.value, point.y.value), colour(point.colour)
     across, level = axes.transData.transform(place)
@@ -150,9 +151,9 @@ def _point(axes: Any, point: Point, taken: list[float]) -> None:
     taken.append(row)
     whiskers = {"xerr": _errors(point.x), "yerr": _errors(point.y), "elinewidth": 1.5}
     dot = axes.errorbar(*place, fmt="o", markersize=11, color=paint, **whiskers)[0]
-    dot.set_gid(f"{NOTE}{point.label}: {shown(point.x)}, {shown(point.y)}")
+    dot.set_gid(f"{NOTE}{point.label}: {with_interval(point.x)}, {with_interval(point.y)}")
     left, right = across - axes.bbox.x0, axes.bbox.x1 - across
-    text = fitted(point.label, max(left, right) - 12, bold=True)
+    text = shortened(point.label, max(left, right) - 12, bold=True)
     offset, side = (10 if right > left else -10, row - level), "left" if right > left else "right"
     look = {"ha": side, "color": paint, "fontsize": 13, "fontweight": "bold"}
     axes.annotate(text, place, offset, textcoords="offset points", **look)
@@ -246,7 +247,7 @@ def _legend(sheet: Any, paints: Sequence[str], names: Sequence[str], columns: in
     look = {"frameon": False, "labelcolor": MUTED, "borderpad": 0, "borderaxespad": 0, "labelspacing": 0.5}
     shape = {"handlelength": 1, "handleheight": 1, "handletextpad": 0.5, "columnspacing": 1.2}
     place = {"loc": "upper left", "bbox_to_anchor": (_EDGE / width, 1 - 4 / height), "ncols": columns}
-    texts = [fitted(name, width - 40).lstrip("_") for name in names]  # matplotlib leaves out what begins with "_".
+    texts = [shortened(name, width - 40).lstrip("_") for name in names]  # matplotlib leaves out what begins with "_".
     sheet.legend([Patch(color=paint) for paint in paints], texts, **look, **place, **shape)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,15 +12,14 @@ import msgspec
 from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
 from sparsifiner_edge.files import require_file_path, write_bytes, write_text
 from sparsifiner_edge.records import Unavailable
-from sparsifiner_edge.report import details, sections
+from sparsifiner_edge.report import measured_sections, other_sections
 from sparsifiner_edge.report.blocks import Figure, Section
-from sparsifiner_edge.report.compare import comparisons_in, differences, fields_named, flags_of, groups_of, lead
-from sparsifiner_edge.report.details import Prices
-from sparsifiner_edge.report.figures import PALETTE, Drawn, drawn, fonts
-from sparsifiner_edge.report.read import Described, Source, accuracies_of, manifests_of, read_sources, sides_of
-from sparsifiner_edge.report.sections import Page
+from sparsifiner_edge.report.conditions import ReportData, report_data
+from sparsifiner_edge.report.other_sections import Prices
+from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render
+from sparsifiner_edge.report.result_files import LabelledManifest, manifests_of, read_result_files
 from sparsifiner_edge.report.texts import Texts
-from sparsifiner_edge.report.tiles import tiles_of
+from sparsifiner_edge.report.verdict import field_names, flags_of, verdict_sentences
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,11 +58,11 @@ def write_report(
         bundles: folders of bundles in the results, for what was sparse; those still at their place are found by hash.
         language: "en" or "ja".
         prices: None: no costs.
-        strict: refuse results that differ as above, and write nothing.
+        strict: reject results that differ as above, and write nothing.
         images: also write PNGs.
 
     Raises:
-        ArtifactError: a file is no result, of a newer schema, or holds NaN; or the disk refuses.
+        ArtifactError: a file is not a result, of a newer schema, or holds NaN; or the disk refuses.
         ConfigError: no result, no such language, an impossible price, a bundle in none of the results.
         GateError: `strict`, and the results cannot be compared.
         MissingExtraError: jinja2 is not installed.
@@ -75,47 +73,44 @@ def write_report(
     paths = [Path(path) for path in results]
     if os.path.realpath(target) in map(os.path.realpath, paths):
         raise ConfigError(f"{target} is one of the results.", "Give the page another name.")
-    sources = read_sources(paths)
-    sides = sides_of(sources)
-    page = Page(groups_of(sides), sides, accuracies_of(sources, sides), texts)
-    manifests = manifests_of(sides, [Path(folder) for folder in bundles])
-    found = differences(sides)
-    if strict and found:
-        values = "; ".join(f"{fields_named([name], Texts('en'))}: {' against '.join(v)}" for name, v in found.items())
-        raise GateError(f"The results cannot be compared: {values}.", "Measure all of them under the same conditions.")
-    content = _content(page, sources, manifests, prices)
-    charts, why_none = _charts(content, language, images)
-    text = _render(page, sources, content, found, charts)
+    data = report_data(read_result_files(paths), texts)
+    manifests = manifests_of(data.sides, [Path(folder) for folder in bundles])
+    if strict and data.differences:
+        names = {name: field_names([name], Texts("en")) for name in data.differences}
+        said = "; ".join(f"{names[name]}: {' against '.join(values)}" for name, values in data.differences.items())
+        raise GateError(f"The results cannot be compared: {said}.", "Measure all of them under the same conditions.")
+    sections = _sections(data, manifests, prices)
+    charts, why_none = _charts(sections, language, images)
+    text = _html(data, sections, charts)
     written = _write_images(target, charts)
     write_text(target, text)
     return Report(
         page=str(target),
         images=Unavailable(why_none) if why_none else written,
-        verdict=lead(page.groups, sides, page.accuracies, texts),
-        differences=found,
-        flags=flags_of(sides, texts),
-        sections=[section.name for section in content],
+        verdict=verdict_sentences(data),
+        differences=data.differences,
+        flags=flags_of(data),
+        sections=[section.name for section in sections],
     )
 
 
-def _content(page: Page, sources: Sequence[Source], manifests: Sequence[Described], prices: Prices) -> list[Section]:
-    found = [
-        sections.accuracy_section(page),
-        sections.latency_section(page),
-        sections.energy_section(page),
-        sections.memory_section(page),
-        sections.layers_section(page),
-        details.sparsity_section(page, manifests),
-        details.cost_section(page, prices),
-        details.sweep_section(page),
-        details.estimate_section(page),
-        details.others_section(page, sources),
-        details.method_section(page, sources),
+def _sections(data: ReportData, manifests: Sequence[LabelledManifest], prices: Prices) -> list[Section]:
+    sections = [
+        measured_sections.accuracy_section(data),
+        measured_sections.latency_section(data),
+        measured_sections.energy_section(data),
+        measured_sections.memory_section(data),
+        measured_sections.layers_section(data),
+        other_sections.sparsity_section(data, manifests),
+        other_sections.cost_section(data, prices),
+        other_sections.sweep_section(data),
+        other_sections.estimate_section(data),
+        other_sections.method_section(data),
     ]
-    return [section for section in found if section is not None and section.blocks]
+    return [section for section in sections if section.blocks]
 
 
-def _charts(content: Sequence[Section], language: str, images: bool) -> tuple[dict[str, Drawn], str]:
+def _charts(sections: Sequence[Section], language: str, images: bool) -> tuple[dict[str, RenderedChart], str]:
     """Every chart by its name, without matplotlib none, and why there is no PNG."""
     try:
         families = fonts(language)
@@ -124,11 +119,11 @@ def _charts(content: Sequence[Section], language: str, images: bool) -> tuple[di
     why = "" if images else "not asked for"
     if images and families is None:
         why = "no installed font has Japanese characters; install one, such as Noto Sans CJK (fonts-noto-cjk)"
-    figures = [block for section in content for block in section.blocks if isinstance(block, Figure)]
-    return {figure.name: drawn(figure, None if why else families) for figure in figures}, why
+    figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
+    return {figure.name: render(figure, None if why else families) for figure in figures}, why
 
 
-def _write_images(target: Path, charts: dict[str, Drawn]) -> list[str]:
+def _write_images(target: Path, charts: dict[str, RenderedChart]) -> list[str]:
     """Paths of the PNGs written."""
     paths = {target.with_name(f"{target.stem}-{name}.png"): chart.png for name, chart in charts.items() if chart.png}
     for path, content in paths.items():
@@ -136,48 +131,31 @@ def _write_images(target: Path, charts: dict[str, Drawn]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _render(
-    page: Page,
-    sources: Sequence[Source],
-    content: Sequence[Section],
-    found: dict[str, list[str]],
-    charts: dict[str, Drawn],
-) -> str:
+def _html(data: ReportData, sections: Sequence[Section], charts: dict[str, RenderedChart]) -> str:
     try:
         import jinja2
     except ImportError as error:
         raise MissingExtraError("jinja2", "report") from error
-    folder = importlib.resources.files("sparsifiner_edge.report") / "template"
+    loader = jinja2.PackageLoader("sparsifiner_edge.report", "template")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    texts = page.texts
-    names = list(dict.fromkeys(side.label.partition(" · ")[0] for side in page.sides))
-    first, *others = lead(page.groups, page.sides, page.accuracies, texts)
-    verdict = next((c.verdict for group in page.groups for c in comparisons_in(group)), "")
-    return environment.from_string((folder / "page.html").read_text(encoding="utf-8")).render(
+    texts, sentences = data.texts, verdict_sentences(data)
+    names = list(dict.fromkeys(side.bundle_name for side in data.sides))
+    verdict = next((compared.verdict for group in data.groups for compared in group.compared()), "")
+    return environment.get_template("page.html").render(
         t=texts,
-        style=(folder / "style.css").read_text(encoding="utf-8"),
         palette=PALETTE,
-        names=texts("names.separator").join(names[:4]) or sources[0].about,
-        created=sorted({str(source.result.created)[:16].replace("T", " ") for source in sources}),
-        verdict=first,
-        tone="refused" if found else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
-        others=others,
-        tiles=tiles_of(page),
-        differences=[(texts(f"field.{name}"), values) for name, values in found.items()],
-        flags=flags_of(page.sides, texts),
-        measured=bool(page.groups),
-        sections=content,
+        names=texts("names.separator").join(names[:4]) or data.files[0].name,
+        created=sorted({str(file.result.created)[:16].replace("T", " ") for file in data.files}),
+        verdict=sentences[0],
+        tone="refused" if data.differences else {"faster": "good", "slower": "bad"}.get(verdict, "plain"),
+        others=sentences[1:],
+        differences=[(texts(f"field.{name}"), values) for name, values in data.differences.items()],
+        flags=flags_of(data),
+        measured=bool(data.groups),
+        sections=sections,
         charts=charts,
-        undrawn=not charts and any(isinstance(block, Figure) for section in content for block in section.blocks),
-        joined=_joined,
+        undrawn=not charts and any(isinstance(block, Figure) for section in sections for block in section.blocks),
         version=version("sparsifiner-edge"),
     )
-
-
-def _joined(cell: str) -> str:
-    """A cell whose intervals never break at their dash."""
-    for dash in "–～":
-        cell = cell.replace(dash, f"\N{WORD JOINER}{dash}\N{WORD JOINER}")
-    return cell

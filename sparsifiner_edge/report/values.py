@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.bounds import is_number
 from sparsifiner_edge.records import MISSING
-from sparsifiner_edge.text import shown as harmless
+from sparsifiner_edge.text import shown
 
 MAX_NAME = 80
 GREATEST, LEAST = 1e30, 1e-30
-"""Beyond, a figure is none: nothing measured comes near, and what is computed from it would leave floats."""
-MAX_DEPTH = 8
+"""Nothing measured comes near these: a number beyond them is not shown, and computing with it would leave floats."""
 _LONG = 10_000
-"""Characters that are looked at: the pages' own limits are far below."""
+"""Characters that are looked at: the page's own limits are far below."""
 
 
 class Interval(NamedTuple):
@@ -65,8 +64,9 @@ def number(content: Any) -> float | None:
     return float(content) if abs(content) >= LEAST else 0.0
 
 
-def interval(content: Any) -> Interval | None:
-    """A figure, bare or as `profiles.stats.estimate` writes it (`error`: half its width), or None."""
+def interval(content: Any, *path: str) -> Interval | None:
+    """The figure at `path`, bare or as results write it (`low` and `high`, or `error`: half the width), or None."""
+    content = get(content, *path)
     if not isinstance(content, Mapping):
         value = number(content)
         return None if value is None else Interval(value)
@@ -86,31 +86,29 @@ def reason(content: Any) -> str | None:
 
 def clean(text: Any, most: int = MAX_NAME) -> str:
     """Text from a file, fit for a page and a terminal: hidden characters as escapes, at most `most` characters."""
-    kept = harmless(text, _LONG)
+    kept = shown(text, _LONG)
     return kept if len(kept) <= most else kept[: most - 1] + "…"
 
 
 def plain(value: float) -> str:
-    """Three significant digits, thousands parted by commas: 0.0334, 12.3, 1,906."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size >= 1e15 or size < 1e-6:
-        return f"{value:.2e}"
-    digits = max(0, 2 - math.floor(math.log10(size)))
-    return f"{value:,.{digits}f}"
+    """Three significant digits, thousands separated by commas: 0.0334, 12.3, 1,906."""
+    return "0" if value == 0 else _rounded(value, _digits(value, 0.0))
 
 
-def shown(figure: Interval, to: str = "–", unit: str = "", digits: int | None = None) -> str:
+def with_interval(figure: Interval, to: str = "–", unit: str = "", digits: int | None = None) -> str:
     """A figure and its interval with as many decimals as the interval bears, or `digits`: "0.334 ms (0.332–0.337)"."""
     low, high = figure.reach
     digits = _digits(figure.value, high - low) if digits is None else digits
-    value = f"{figure.value:,.{digits}f}" if digits is not None else plain(figure.value)
+    value = plain(figure.value) if digits is None else _rounded(figure.value, digits)
     value = f"{value} {unit}" if unit else value
     if figure.low is None and figure.high is None:
         return value
-    bounds = (("?" if b is None else f"{b:,.{digits}f}" if digits is not None else plain(b)) for b in figure[1:])
+    bounds = ["?" if b is None else plain(b) if digits is None else _rounded(b, digits) for b in figure[1:]]
     return f"{value} ({to.join(bounds)})"
+
+
+def _rounded(value: float, digits: int | None) -> str:
+    return f"{value:.2e}" if digits is None else f"{value:,.{digits}f}"
 
 
 def _digits(value: float, width: float) -> int | None:
@@ -120,16 +118,3 @@ def _digits(value: float, width: float) -> int | None:
     own = 2 - math.floor(math.log10(abs(value)))
     finer = 1 - math.floor(math.log10(width)) if width > 0 else own
     return max(0, min(max(own, finer), own + 3))
-
-
-def figures_in(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Interval]]:
-    """Every figure with an interval below `content`, with its path."""
-    if not isinstance(content, Mapping) or len(path) > MAX_DEPTH:
-        return
-    if "value" in content:
-        found = interval(content)
-        if found is not None:
-            yield path, found
-        return
-    for name, child in content.items():
-        yield from figures_in(child, (*path, str(name)))

@@ -47,17 +47,17 @@ def test_a_package_is_replaced(tmp_path: Path, tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "change",
     [
         lambda out: (out / "mine.txt").write_text("mine"),
         lambda out: (out / "package.json").unlink(),
         lambda out: (out / "package.json").write_text('{"schema_version": 1, "kind": "package"}'),
     ],
 )
-def test_what_is_not_ours_stays(spoil: Callable[[Path], object], tmp_path: Path) -> None:
+def test_what_is_not_ours_stays(change: Callable[[Path], object], tmp_path: Path) -> None:
     bundle, out = tiny(tmp_path / "bundle"), tmp_path / "out"
     package_bundle(bundle, "triton", out)
-    spoil(out)
+    change(out)
     before = snapshot(tmp_path)
     with pytest.raises(ArtifactError, match=r"(not|of) ours"):
         package_bundle(bundle, "triton", out)
@@ -173,8 +173,11 @@ def test_wrong_usage(tmp_path: Path, tiny_bundle: Path, capsys: pytest.CaptureFi
     run = ["package", tiny_bundle, "-o", out]
     assert "Invalid value for '--for'" in call(capsys, *run, "--for", "vhs").err
     assert_refused(call(capsys, *run, "--for", "triton", "--batch", 4), "has a fixed batch of 1")
-    assert_refused(call(capsys, *run, "--for", "gstreamer", "--batch", 1), "cannot be combined with GStreamer")
-    assert_refused(call(capsys, *run, "--for", "deepstream", "--kernels", "portable"), "goes with Triton")
+    assert_refused(call(capsys, *run, "--for", "gstreamer", "--batch", 1), "cannot be combined with --for gstreamer")
+    assert_refused(
+        call(capsys, *run, "--for", "deepstream", "--kernels", "portable"),
+        "--for deepstream",
+    )
     assert_refused(call(capsys, "package", tmp_path, "--for", "triton", "-o", out), "does not exist")
     for options, said in (({"target": "vhs"}, "target is 'vhs'"), ({"target": "triton", "kernels": "x"}, "kernels is")):
         with pytest.raises(ConfigError, match=said):

@@ -15,15 +15,15 @@ pytest.importorskip("matplotlib", reason="the extra report is not installed")
 
 from PIL import Image
 
-from sparsifiner_edge.report import charts, figures
+from sparsifiner_edge.report import charts, rendering
 from sparsifiner_edge.report.blocks import Figure
 from sparsifiner_edge.report.values import Interval
 
 ODD = "a_b $x^2$ <b id='x'> & \"#0a66c2\""
 SAMPLES = np.random.default_rng(0).lognormal(0, 0.2, 500)
-DRAWN: dict[str, Callable[[float], Any]] = {
+CHARTS: dict[str, Callable[[float], Any]] = {
     "scatter": partial(
-        charts.scatter, [charts.Point(ODD, Interval(2, 1, 3), Interval(0.9, 0.8, 1.0))] * 3, "x", "y", most=1.0
+        charts.scatter, [charts.ScatterPoint(ODD, Interval(2, 1, 3), Interval(0.9, 0.8, 1.0))] * 3, "x", "y", most=1.0
     ),
     "strips": partial(charts.strips, [charts.Strip(ODD, SAMPLES, {"p50": 1.0, "p99": 1.6})] * 2, "ms", "log ms"),
     "wide-strips": partial(charts.strips, [charts.Strip(ODD, SAMPLES**9, {"p50": 1.0})], "ms", "log ms"),
@@ -35,13 +35,13 @@ DRAWN: dict[str, Callable[[float], Any]] = {
 }
 
 
-def drawn(name: str, families: list[str] | None = None) -> figures.Drawn:
-    return figures.drawn(Figure(name, "Title $x$", ODD, DRAWN[name]), families)
+def rendered(name: str, families: list[str] | None = None) -> rendering.RenderedChart:
+    return rendering.render(Figure(name, "Title $x$", ODD, CHARTS[name]), families)
 
 
-@pytest.mark.parametrize("name", sorted(DRAWN))
+@pytest.mark.parametrize("name", sorted(CHARTS))
 def test_a_chart_follows_the_page(name: str) -> None:
-    for svg in (chart := drawn(name))[:2]:
+    for svg in (chart := rendered(name))[:2]:
         outside = re.sub(">[^<]*<", "><", svg)
         assert not re.search("url\\(|https?:|<style|<script|font-family|clip-path|<!--", svg)
         assert set(re.findall("#[0-9a-f]{6}", re.sub('aria-label="[^"]*"', "", outside))) == set()
@@ -54,26 +54,26 @@ def test_a_chart_follows_the_page(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["scatter", "bars", "stacks"])
 def test_names_stay_as_they_are(name: str) -> None:
-    wide = drawn(name).wide
+    wide = rendered(name).wide
     assert ">a_b $x^2$ &lt;b id='x'&gt; &amp; \"#0a66c2\"" in wide
     assert re.search("<title>a_b [$]x\\^2[$] &lt;b", wide)
 
 
 def test_ids_are_the_same_again_and_no_other_charts() -> None:
     ids: list[str] = []
-    for name in DRAWN:
-        chart = drawn(name)
-        assert chart == drawn(name)
+    for name in CHARTS:
+        chart = rendered(name)
+        assert chart == rendered(name)
         ids += re.findall(' id="([^"]*)"', chart.wide + chart.narrow)
     assert len(ids) == len(set(ids))
 
 
 def test_the_png_is_the_chart_below_its_title() -> None:
-    svg, png = drawn("bars").wide, drawn("bars", ["DejaVu Sans"]).png
+    svg, png = rendered("bars").wide, rendered("bars", ["DejaVu Sans"]).png
     height = float(re.findall('viewBox="0 0 720 ([0-9.]+)"', svg)[0])
     image = Image.open(io.BytesIO(png)).convert("RGB")
     assert image.size == (1440, 2 * (height + 36))
     pixels = np.asarray(image)
     assert tuple(pixels[0, 0]) == tuple(pixels[-1, -1]) == (255, 255, 255)
     assert (pixels[:72] < 100).any(axis=(0, 1)).all()
-    assert drawn("bars", ["DejaVu Sans"]).wide == svg
+    assert rendered("bars", ["DejaVu Sans"]).wide == svg

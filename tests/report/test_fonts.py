@@ -10,24 +10,24 @@ matplotlib = pytest.importorskip("matplotlib", reason="the extra report is not i
 def test_a_font_newer_than_the_list_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.font_manager import fontManager
 
-    from sparsifiner_edge.report import figures
+    from sparsifiner_edge.report import rendering
 
-    if figures.fonts("ja") is None:
+    if rendering.fonts("ja") is None:
         pytest.skip("no Japanese font is installed (fonts-noto-cjk)")
-    new = {entry.fname for entry in fontManager.ttflist if entry.name in figures._CJK}
+    new = {entry.fname for entry in fontManager.ttflist if entry.name in rendering._CJK}
     old = [entry for entry in fontManager.ttflist if entry.fname not in new]
     monkeypatch.setattr(fontManager, "ttflist", old)
-    found = figures.fonts("ja")
+    found = rendering.fonts("ja")
     assert found is not None
-    assert found[0] in figures._CJK
+    assert found[0] in rendering._CJK
 
 
 def test_without_any_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.font_manager import fontManager
 
-    from sparsifiner_edge.report import figures
+    from sparsifiner_edge.report import rendering
 
     monkeypatch.setattr(fontManager, "ttflist", [])
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
-    assert figures.fonts("ja") is None
-    assert figures.fonts("en") == ["DejaVu Sans"]
+    assert rendering.fonts("ja") is None
+    assert rendering.fonts("en") == ["DejaVu Sans"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import html
+import importlib.resources
 import io
 import re
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.errors import MissingExtraError
@@ -34,30 +36,17 @@ NOTE = "note:"
 """What an artist's `gid` begins with if the rest of it is to be shown on hovering."""
 _CJK = ["Noto Sans CJK JP", "Noto Sans JP", "IPAexGothic", "IPAGothic", "TakaoGothic", "VL Gothic"]
 _CJK += ["Source Han Sans JP"]
-_STYLE = {
-    "font.size": 12,
+_COLOURS = {
     "text.color": INK,
-    "text.parse_math": False,  # Names are no formulas, whatever dollars they hold.
     "figure.facecolor": CARD,
-    "axes.facecolor": "none",
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": MUTED,
-    "axes.titlesize": 12,
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
     "grid.color": GRID,
-    "xtick.bottom": False,
-    "xtick.labelcolor": MUTED,
-    "ytick.left": False,
-    "ytick.labelcolor": MUTED,
-    "svg.fonttype": "none",
+    **{f"axes.{part}": MUTED for part in ("edgecolor", "labelcolor", "titlecolor")},
+    **{f"{axis}tick.labelcolor": MUTED for axis in "xy"},
 }
 _NAMES = {light: f"var(--{name})" for name, (light, _) in PALETTE.items()}
 
 
-class Drawn(NamedTuple):
+class RenderedChart(NamedTuple):
     """`<svg>` elements for either width, and the bytes of a PNG of the wide one."""
 
     wide: str
@@ -72,43 +61,31 @@ def fonts(language: str) -> list[str] | None:
         MissingExtraError: matplotlib is not installed.
     """
     try:
-        from matplotlib.font_manager import fontManager
+        from matplotlib.font_manager import findSystemFonts, fontManager
     except ImportError as error:
         raise MissingExtraError("matplotlib", "report") from error
-    eastern = _present(fontManager)
-    if not eastern:
-        _add_new_fonts(fontManager)
-        eastern = _present(fontManager)
+    # Also those installed after matplotlib made its list, which it keeps in the user's cache.
+    for path in sorted(set(findSystemFonts()) - {entry.fname for entry in fontManager.ttflist}):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # A font that it cannot read it does not need.
+            fontManager.addfont(path)
+    installed = {entry.name for entry in fontManager.ttflist}
+    eastern = [name for name in _CJK if name in installed]
     if language == "ja":
         return [*eastern[:1], "DejaVu Sans"] if eastern else None
     return ["DejaVu Sans", *eastern[:1]]
 
 
-def _present(manager: Any) -> list[str]:
-    names = {entry.name for entry in manager.ttflist}
-    return [name for name in _CJK if name in names]
-
-
-def _add_new_fonts(manager: Any) -> None:
-    """Fonts that were installed after matplotlib made its list, which it keeps in the user's cache."""
-    from matplotlib.font_manager import findSystemFonts
-
-    known = {entry.fname for entry in manager.ttflist}
-    for path in sorted(set(findSystemFonts()) - known):
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # A font that it cannot read it does not need.
-            manager.addfont(path)
-
-
-def drawn(chart: Figure, families: list[str] | None) -> Drawn:
+def render(chart: Figure, families: list[str] | None) -> RenderedChart:
     """The chart at both widths, and as PNG in these fonts; None: no PNG, `png` is empty."""
     from matplotlib import style
 
-    fonts_used = {"font.family": families or ["DejaVu Sans"]}
-    with style.context(_STYLE | fonts_used, after_reset=True), warnings.catch_warnings():
+    sheet_style = Path(str(importlib.resources.files("sparsifiner_edge.report") / "template" / "chart.mplstyle"))
+    given = _COLOURS | {"font.family": families or ["DejaVu Sans"]}
+    with style.context([sheet_style, given], after_reset=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A name may hold characters that no font has; they become boxes.
         sheet = chart.draw(WIDE)
         wide, narrow = _svg(chart, sheet, "wide"), _svg(chart, chart.draw(NARROW), "narrow")
-        return Drawn(wide, narrow, _png(sheet, chart.title) if families else b"")
+        return RenderedChart(wide, narrow, _png(sheet, chart.title) if families else b"")
 
 
 def _png(sheet: Any, title: str, above: float = 36) -> bytes:
