@@ -96,7 +96,7 @@ def test_several_ina238_without_names_are_not_guessed_at(tmp_path):
     trees.thor(tmp_path)
     trees.write_tree(tmp_path, {f"{trees.I2C}/ina238/2-0045/hwmon/hwmon9/power1_input": 5000000})
     sensor = find_sensor(tmp_path)
-    assert "none is named as the board's input" in sensor.probes["ina238"]
+    assert "only one alone is known as the board's input" in sensor.probes["ina238"]
     assert sensor.name == "ina3221"
 
 
@@ -301,26 +301,28 @@ def test_throttling_that_came_and_went_is_told(tmp_path):
         (tmp_path / "sys/class/hwmon/hwmon3/oc3_event_cnt").write_text("4")
 
     recording, _ = record(tmp_path, during)
-    told = write_record(recording.conditions())
+    told = write_record(recording.conditions([(recording.start_ns, recording.end_ns)]))
     assert told["throttled_by"] == ["cpu-throttle-alert", "over-current oc3"]
     assert told["before"]["throttled_by"] == told["after"]["throttled_by"] == []
     assert told["looks"] >= 2
 
 
-def test_clocks_during_leave_the_idle_baselines_out(tmp_path):
+def test_clocks_during_are_those_within_the_windows(tmp_path):
     trees.orin_nano(tmp_path)
     clock = tmp_path / "sys/class/devfreq/17000000.gpu/cur_freq"
     with Recorder(find_sensor(tmp_path), tmp_path, period_s=0.01, conditions_period_s=0.03) as recorder:
         recorder.idle(0.15)
         clock.write_text("1020000000")
+        start = time.monotonic_ns()
         time.sleep(0.3)
         clock.write_text("306000000")
         time.sleep(0.3)
+        end = time.monotonic_ns()
         falling = threading.Timer(0.1, clock.write_text, ["114000000"])
         falling.start()
         recorder.idle(0.3)
         falling.join()
-    seen = write_record(recorder.recording.conditions())["during"]
+    seen = write_record(recorder.recording.conditions([(start, end)]))["during"]
     assert seen["gpu_mhz"]["lowest"] >= 305
     assert seen["gpu_mhz"]["highest"] == 1020
     assert seen["temperature_c.cpu-thermal"]["median"] == pytest.approx(46.531)

@@ -31,7 +31,6 @@ from sparsifiner_edge.profiles.sensors import (
 )  # fmt: skip
 from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.sensors.find import no_sensor
-from sparsifiner_edge.profiles.sensors.recorder import within
 from sparsifiner_edge.records import MISSING, Known, Unavailable
 
 _IDLE_S = (0.5, 3.0)
@@ -61,7 +60,7 @@ class Observation(NamedTuple):
 
     def conditions(self, side: Side) -> Seen:
         """Clocks, temperatures and throttling before, during (while this side ran) and after."""
-        return self.recording.conditions([c for at, c in self.recording.during if within(at, side.windows)])
+        return self.recording.conditions(side.windows)
 
 
 def observe(sides: list[Side], rules: Rules, clock: Clock, power: bool) -> Observation:

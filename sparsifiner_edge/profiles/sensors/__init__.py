@@ -6,9 +6,9 @@
         recorder.idle(3.0)
     figures = energy(recorder.recording, windows, inferences)      # for a result's `statistics`
     recorder.recording.samples()                                   # for its `samples`
-    recorder.recording.described(), .conditions(), .told()         # for its `method`: sensor, conditions, problems
+    recorder.recording.described(), .conditions(windows), .told()  # for its `method`: sensor, conditions, problems
 
-Nothing here raises for what a sensor does: what is not known is `records.Unavailable`; `problems` tells the rest.
+Nothing here raises for what a sensor does: what is not known is `records.Unavailable`; `problems` lists the rest.
 """
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading

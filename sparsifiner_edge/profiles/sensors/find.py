@@ -23,19 +23,17 @@ PROBES: dict[str, Callable[[Path], PowerSensor]] = {
 }
 """In the order of preference: whole boards before a GPU before a processor, files before another program."""
 
-
 _ELSEWHERE: dict[tuple[str, str | None], str] = {
     ("nvml", "cpu"): "it sees the card alone, and inferences run on the processor",
     ("rapl", "gpu"): "it sees the processor alone, and inferences run on a card",
 }
 
 
-def find_sensor(root: Path = Path("/"), only: str | None = None, on: str | None = None) -> PowerSensor:
+def find_sensor(root: Path = Path("/"), on: str | None = None) -> PowerSensor:
     """The best power sensor of this machine; its `probes` say why those before it are not there.
 
     Args:
         root: where `proc`, `sys` and `usr` are; tests give a made-up tree.
-        only: the one to probe, of `PROBES`; None probes them in order.
         on: "cpu" or "gpu", where inferences run: a sensor that does not see it is passed over. None passes over none.
 
     Returns:
@@ -43,8 +41,6 @@ def find_sensor(root: Path = Path("/"), only: str | None = None, on: str | None 
     """
     probes: dict[str, str] = {}
     for name, probe in PROBES.items():
-        if only not in (None, name):
-            continue
         if (name, on) in _ELSEWHERE:
             probes[name] = _ELSEWHERE[name, on]
             continue
@@ -59,7 +55,7 @@ def find_sensor(root: Path = Path("/"), only: str | None = None, on: str | None 
 
 def no_sensor(probes: dict[str, str]) -> PowerSensor:
     """What stands where no sensor answers: `total` begins with `records.MISSING`."""
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in probes.items()) or "no sensor was asked for"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in probes.items())
 
     def read() -> Reading:
         raise UnavailableError(f"no power sensor: {reasons}")

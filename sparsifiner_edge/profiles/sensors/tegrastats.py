@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sparsifiner_edge.process import start_program
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError, why
-from sparsifiner_edge.profiles.sensors.ina import board_notes, describe_total
+from sparsifiner_edge.profiles.sensors.ina import board_sensor
 
 # "VDD_IN 5704mW/5704mW": now, then a running average; JetPack 7 adds a third, JetPack 4 leaves the unit out.
 # "RAM 2461/7620MB" looks alike but for its unit.
@@ -35,13 +35,10 @@ def find_tegrastats(root: Path) -> PowerSensor:
         raise UnavailableError(f"{program} does not exist: not a Jetson")
     reader = _Reader(program)
     try:
-        rails = dict(reader.read().watts)
+        rails = list(reader.read().watts)
     finally:
         reader.close()
-    total, total_rails = describe_total(rails)
-    return PowerSensor(
-        "tegrastats", total, tuple(rails), total_rails, _PERIOD_S, reader.read, reader.close, notes=board_notes(rails)
-    )
+    return board_sensor("tegrastats", rails, _PERIOD_S, reader.read, reader.close)
 
 
 def parse_line(line: str) -> dict[str, float]:
@@ -64,11 +61,10 @@ class _Reader:
         except UnavailableError:
             self.close()
             raise
-        moment = time.monotonic_ns()
         watts = parse_line(line)
         if not watts:
             raise UnavailableError(f"{self._program} names no power rail: {line[:80]!r}")
-        return Reading(watts, time_ns=moment)
+        return Reading(watts)
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
