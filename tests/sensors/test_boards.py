@@ -100,18 +100,6 @@ def test_several_ina238_without_names_are_not_guessed_at(tmp_path):
     assert sensor.name == "ina3221"
 
 
-def test_a_carrier_board_that_feeds_the_module_is_not_added_to_it(tmp_path):
-    trees.agx_orin(tmp_path)
-    carrier = {"CVB_ATX_12V": (12000, 900), "CVB_ATX_3V3": (3300, 100), "CVB_ATX_5V": (5000, 300)}
-    sensor = find_sensor(trees.write_tree(tmp_path, trees.hwmon_ina3221("2-0041", 5, carrier)))
-    assert set(carrier) < set(sensor.rails)
-    assert sensor.total_rails == ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO")
-
-
-def test_the_chips_own_averaging_is_known(tmp_path):
-    assert find_sensor(trees.orin_nano(tmp_path)).averaging_s == pytest.approx(0.026)
-
-
 def test_a_sensor_that_does_not_see_where_inferences_run_is_passed_over(tmp_path):
     trees.x86(tmp_path)
     assert find_sensor(tmp_path, on="cpu").name == "rapl"
@@ -172,7 +160,8 @@ def test_no_sensor_says_why_for_every_probe(tmp_path):
     with Recorder(sensor, tmp_path) as recorder:
         recorder.idle(0.05)
     figures = energy(recorder.recording, [(recorder.recording.start_ns, recorder.recording.end_ns)], 3)
-    assert "no power sensor" in figures["gross_j_per_inference"]["unavailable"]
+    assert "no power sensor" in figures["total"]
+    assert "unavailable" in figures["gross_j_per_inference"]
     assert recorder.recording.samples() == {}
 
 
@@ -193,7 +182,6 @@ def test_a_file_that_vanishes_midway(tmp_path):
     assert "cover" in figures["gross_j_per_inference"]["unavailable"]
     assert "No such file" in " ".join(recording.told())
     # The other rails are still known.
-    assert figures["rails_w"] == {} or "VDD_SOC" in figures["rails_w"]
     assert recording.readings[-1].watts.keys() == {"VDD_CPU_GPU_CV", "VDD_SOC"}
 
 

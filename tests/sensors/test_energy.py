@@ -186,8 +186,6 @@ def test_a_total_and_its_parts_are_never_added():
     readings = [Reading(watts={"VDD_IN": float(w), "VDD_CPU_GPU_CV": w * 0.5, "VDD_SOC": w * 0.2}) for w in watts]
     figures = judged(recording(times, readings, sensor_of(rails, ("VDD_IN",))))
     assert figures["mean_w"] == pytest.approx(20.0, rel=0.01)
-    assert figures["rails_w"]["VDD_CPU_GPU_CV"] == pytest.approx(10.0, rel=0.01)
-    assert set(figures["rails_w"]) == set(rails)
 
 
 def test_a_sum_is_the_sum_of_all_its_rails():
@@ -269,7 +267,7 @@ def test_a_window_outside_the_recording():
 def test_too_few_readings(count):
     times = sample_times(TOTAL, 0.1, 0)[:count]
     figures = judged(record_power(scene("constant"), times))
-    assert f"gave {count} readings" in figures["gross_j_per_inference"]["unavailable"]
+    assert "cover 0%" in figures["gross_j_per_inference"]["unavailable"]
 
 
 def test_without_idle_there_is_no_net():

@@ -170,7 +170,7 @@ def test_a_program_that_stays_dead(tmp_path, monkeypatch):
         wait_for(lambda: any("No such file" in p for p in recorder.recording.problems))
     recording = recorder.recording
     figures = energy(recording, [(recording.start_ns, recording.end_ns)], 10)
-    assert "gave 1 readings" in figures["gross_j_per_inference"]["unavailable"]
+    assert "cover 0%" in figures["gross_j_per_inference"]["unavailable"]
     assert any("No such file" in p for p in figures["problems"])
 
 

@@ -24,13 +24,13 @@ from sparsifiner_edge.profiles.sensors import (
     PowerSensor,
     Recorder,
     Recording,
+    Seen,
     energy,
     find_sensor,
     least_window_s,
+    no_sensor,
     too_short,
 )  # fmt: skip
-from sparsifiner_edge.profiles.sensors.conditions import Seen
-from sparsifiner_edge.profiles.sensors.find import no_sensor
 from sparsifiner_edge.records import MISSING, Known, Unavailable
 
 _IDLE_S = (0.5, 3.0)

@@ -40,7 +40,6 @@ class SensorDescription(msgspec.Struct, frozen=True, kw_only=True):
     rails: list[str]
     period_s: float
     averaging_s: float
-    notes: list[str]
     not_used: dict[str, str]
     idle_s: list[float] | None = None
     readings: int | None = None
@@ -60,7 +59,6 @@ class PowerSensor:
         close: releases what reading holds, such as a process.
         averaging_s: the time over which the sensor itself averages, or after which it refreshes its value.
         wraps_j: the joules at which a rail's counter starts again from 0; a rail that is not named never wraps.
-        notes: what a reader of the figures must know.
         probes: by sensor, why those that are preferred to this one are not there.
     """
 
@@ -73,7 +71,6 @@ class PowerSensor:
     close: Callable[[], None] = lambda: None
     averaging_s: float = 0.0
     wraps_j: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
     probes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -89,7 +86,6 @@ class PowerSensor:
             rails=list(self.rails),
             period_s=self.period_s,
             averaging_s=self.averaging_s,
-            notes=list(self.notes),
             not_used=dict(self.probes),
             idle_s=idle_s,
             readings=readings,

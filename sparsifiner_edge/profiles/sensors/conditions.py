@@ -6,6 +6,7 @@ import contextlib
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.machine import NO_CPUFREQ
 from sparsifiner_edge.profiles.sensors.base import UnavailableError, read_number, read_text, why
-from sparsifiner_edge.profiles.sensors.nvml import CardConditions, nvml_conditions
+from sparsifiner_edge.profiles.sensors.nvml import THROTTLING, nvml_device, nvml_number
 from sparsifiner_edge.records import Known, Unavailable
 
 # Jetson's names of its GPU in devfreq: gpu, gp10b (TX2), gv11b (Xavier), ga10b (Orin), gpu-gpc-0 (Thor).
@@ -117,27 +118,34 @@ def conditions(root: Path = Path("/")) -> Conditions:
         l4t=_tried(lambda: _release(root)),
     )
     try:
-        return _with_card(here, nvml_conditions())
+        return _with_card(here)
     except UnavailableError as error:
         return replace(here, nvml=Unavailable(why(error)))
 
 
-def _with_card(here: Conditions, card: CardConditions) -> Conditions:
+def _with_card(here: Conditions) -> Conditions:
     """An NVIDIA card's beside the machine's."""
-    zones, throttled = here.temperature_c, here.throttled_by
-    if card.gpu_c is not None:
-        zones = ({} if isinstance(zones, Unavailable) else zones) | {"NVML": float(card.gpu_c)}
-    if card.throttled_by is not None:
-        throttled = ([] if isinstance(throttled, Unavailable) else throttled) + card.throttled_by
-    clock = here.gpu_mhz if card.gpu_mhz is None else card.gpu_mhz
-    return replace(
-        here,
-        gpu_mhz=clock,
-        temperature_c=zones,
-        throttled_by=throttled,
-        memory_mhz=card.memory_mhz,
-        power_limit_mw=card.power_limit_mw,
-    )
+    with nvml_device() as (nvml, card):
+        number = partial(nvml_number, nvml, card)
+        clock = number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM)
+        celsius = number("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU)
+        # Under its new name, or the old one, which drivers before 535 know alone and CUDA 14 is to drop.
+        bits = number("nvmlDeviceGetCurrentClocksEventReasons")
+        bits = number("nvmlDeviceGetCurrentClocksThrottleReasons") if bits is None else bits
+        here = replace(
+            here,
+            gpu_mhz=here.gpu_mhz if clock is None else clock,
+            memory_mhz=number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            power_limit_mw=number("nvmlDeviceGetEnforcedPowerLimit"),
+        )
+    if celsius is not None:
+        zones = here.temperature_c
+        here = replace(here, temperature_c=(zones if isinstance(zones, dict) else {}) | {"NVML": float(celsius)})
+    if bits is not None:
+        slowed = [name for bit, name in THROTTLING.values() if bits & bit]
+        known = here.throttled_by
+        here = replace(here, throttled_by=(known if isinstance(known, list) else []) + slowed)
+    return here
 
 
 def _tried(read: Callable[[], Found]) -> Found | Unavailable:

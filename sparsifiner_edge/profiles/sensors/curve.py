@@ -69,7 +69,7 @@ def power_curve(seconds: Array, watts: Array, period_s: float) -> Curve:
     near = steps <= max(_GAP_PERIODS * period_s, _GAP_S)
     half = np.where(near, steps / 2, 0.0)
     start, end = seconds - np.append(0.0, half), seconds + np.append(half, 0.0)
-    return Curve(start, end, seconds, seconds, watts, float(np.median(steps)), float(steps[~near].sum()), False)
+    return Curve(start, end, seconds, seconds, watts, _usual(steps), float(steps[~near].sum()), False)
 
 
 def counter_curve(seconds: Array, joules: Array, wraps_j: Array) -> Curve:
@@ -82,7 +82,11 @@ def counter_curve(seconds: Array, joules: Array, wraps_j: Array) -> Curve:
     gains = np.where((gains < 0) & np.isfinite(wraps_j), gains + wraps_j, gains)
     kept = np.all((gains >= 0) & (gains <= _MOST_WATTS * steps[:, None]), axis=1)
     start, end, watts = seconds[:-1][kept], seconds[1:][kept], (gains.sum(axis=1) / steps)[kept]
-    return Curve(start, end, start, end, watts, float(np.median(steps)), float(steps[~kept].sum()), True)
+    return Curve(start, end, start, end, watts, _usual(steps), float(steps[~kept].sum()), True)
+
+
+def _usual(steps: Array) -> float:
+    return float(np.median(steps)) if len(steps) else 0.0
 
 
 def integrate(curve: Curve, windows: Spans) -> Integral:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor
 from sparsifiner_edge.profiles.sensors.curve import (
@@ -46,11 +45,11 @@ def least_window_s(sensor: PowerSensor) -> float:
 def too_short(recording: Recording, windows: Sequence[Window]) -> str:
     """Why `energy` says little of these windows, too few readings or refreshes; empty where there are enough."""
     sensor, spans = recording.sensor, _spans(recording, windows)
-    longest = _longest(sensor, spans)
+    longest, whole = _longest(sensor, spans), sum(end - begin for begin, end in spans)
     if longest < _REFRESHES * sensor.averaging_s:
         return f"{longest:.2g} s without a pause, and {sensor.name} averages over {sensor.averaging_s:g} s"
-    if _length(spans) < _READINGS * sensor.period_s:
-        return f"{_length(spans):.2g} s of queries, and {sensor.name} is read every {sensor.period_s:g} s"
+    if whole < _READINGS * sensor.period_s:
+        return f"{whole:.2g} s of queries, and {sensor.name} is read every {sensor.period_s:g} s"
     return ""
 
 
@@ -60,7 +59,7 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         sensor, total: what was read. window_s: how long inferences ran.
         gross_j_per_inference, net_j_per_inference: at 95 %. idle_w: the mean of before and after.
-        rails_w: mean of every rail. method: how power was integrated.
+        method: how power was integrated.
         samples: readings inside the windows; covered: share of the windows that they cover.
     """
 
@@ -74,7 +73,6 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
     idle_w: float | Unavailable
     idle_before_w: float | Unavailable
     idle_after_w: float | Unavailable
-    rails_w: dict[str, float | Unavailable] = {}
     method: str | None = None
     samples: int = 0
     covered: float = 0.0
@@ -102,34 +100,34 @@ def energy(recording: Recording, windows: Sequence[Window], inferences: int) -> 
         inferences: how many they were, all windows together.
     """
     sensor, spans = recording.sensor, _spans(recording, windows)
-    curve = _curve(recording, sensor.total_rails)
-    refused = _refusal(recording, curve, spans, inferences)
-    if refused or curve is None:
-        return _without_figures(recording, spans, inferences, refused)
+    curve = _curve(recording)
     inside = integrate(curve, spans)
     before, after = _baselines(recording, curve, spans)
     idle = _mean_idle(before, after)
-    too_little = _too_little(sensor, spans, inside, curve.counted)
-    found = replace(
-        _without_figures(recording, spans, inferences, too_little),
+    reason = _why_none(sensor, curve, inside, spans, inferences)
+    gross: Known[Estimate] = Unavailable(reason)
+    net: Known[Estimate] = Unavailable(reason)
+    mean_w: float | Unavailable = Unavailable(reason)
+    if not reason:
+        error, mean_w = _error(sensor, curve, spans, inside), inside.watts
+        gross = _per_inference(inside, _Idle(0.0, 0.0), error, inferences)
+        net = _per_inference(inside, idle, error, inferences)
+    lost = f"no readings, or a counter that was reset, for {curve.lost_s:.3g} s"
+    return Energy(
+        sensor=sensor.name,
+        total=sensor.total,
+        inferences=inferences,
+        window_s=inside.asked_s,
+        gross_j_per_inference=gross,
+        net_j_per_inference=net,
+        mean_w=mean_w,
+        idle_w=_watts(idle),
+        idle_before_w=_watts(before),
+        idle_after_w=_watts(after),
         method="energy counter" if curve.counted else "trapezoid rule",
         samples=inside.readings,
         covered=inside.share,
-        idle_before_w=_watts(before),
-        idle_after_w=_watts(after),
-        idle_w=_watts(idle),
-    )
-    if curve.lost_s > 0:
-        found.problems.append(f"no readings, or a counter that was reset, for {curve.lost_s:.3g} s")
-    if too_little:
-        return found
-    error = _error(sensor, curve, spans, inside)
-    return replace(
-        found,
-        gross_j_per_inference=_per_inference(inside, _Idle(0.0, 0.0), error, inferences),
-        net_j_per_inference=_per_inference(inside, idle, error, inferences),
-        mean_w=inside.watts,
-        rails_w={rail: _rail_w(recording, rail, spans) for rail in sensor.rails},
+        problems=recording.told() + ([lost] if curve.lost_s > 0 else []),
     )
 
 
@@ -139,66 +137,30 @@ def _spans(recording: Recording, windows: Sequence[Window]) -> Spans:
     return joined([((begin - start) / 1e9, (end - start) / 1e9) for begin, end in windows if end > begin])
 
 
-def _length(spans: Spans) -> float:
-    return sum(end - begin for begin, end in spans)
-
-
 def _longest(sensor: PowerSensor, spans: Spans) -> float:
     """Seconds of the longest window, over pauses of up to a period: the sensor does not see such pauses."""
     return max((end - begin for begin, end in joined(spans, sensor.period_s)), default=0.0)
 
 
-def _curve(recording: Recording, rails: Sequence[str]) -> Curve | None:
-    """Power of rails, together, over seconds since the recording's start; None without two readings.
-
-    From their energy counters where the sensor has them.
-    """
-    kinds: tuple[Literal["joules", "watts"], ...] = ("joules", "watts")
-    for kind in kinds:
-        moments, values = recording.series(rails, kind)
-        seconds = (moments - recording.start_ns) / 1e9
-        if len(seconds) >= 2 and kind == "joules":
-            wraps_j = np.array([recording.sensor.wraps_j.get(rail, math.nan) for rail in rails])
-            return counter_curve(seconds, values, wraps_j)
-        if len(seconds) >= 2:
-            return power_curve(seconds, values.sum(axis=1), recording.sensor.period_s)
-    return None
+def _curve(recording: Recording) -> Curve:
+    """Power of the sensor's total over seconds since the recording's start; from energy counters where it has them."""
+    sensor, start = recording.sensor, recording.start_ns
+    moments, joules = recording.series(sensor.total_rails, "joules")
+    if len(moments) >= 2:
+        wraps_j = np.array([sensor.wraps_j.get(rail, math.nan) for rail in sensor.total_rails])
+        return counter_curve((moments - start) / 1e9, joules, wraps_j)
+    moments, watts = recording.series(sensor.total_rails, "watts")
+    return power_curve((moments - start) / 1e9, watts.sum(axis=1), sensor.period_s)
 
 
-def _refusal(recording: Recording, curve: Curve | None, spans: Spans, inferences: int) -> str:
-    """Why there can be no figure at all; empty where there may."""
-    sensor = recording.sensor
-    if not sensor.available:
-        return "no power sensor answers (`total` says why)"
+def _why_none(sensor: PowerSensor, curve: Curve, inside: Integral, spans: Spans, inferences: int) -> str:
+    """Why there can be no figure; empty where there is one."""
     if inferences < 1 or not spans:
-        return f"{inferences} inferences in {_length(spans):g} s of windows: there is nothing to divide"
-    if curve is None:
-        return f"{sensor.name} gave {len(recording.readings)} readings: {'; '.join(recording.told()) or 'too short'}"
-    return ""
-
-
-def _without_figures(recording: Recording, spans: Spans, inferences: int, reason: str) -> Energy:
-    why = Unavailable(reason)
-    return Energy(
-        sensor=recording.sensor.name,
-        total=recording.sensor.total,
-        inferences=inferences,
-        window_s=_length(spans),
-        gross_j_per_inference=why,
-        net_j_per_inference=why,
-        mean_w=why,
-        idle_w=why,
-        idle_before_w=why,
-        idle_after_w=why,
-        problems=recording.told(),
-    )
-
-
-def _too_little(sensor: PowerSensor, spans: Spans, inside: Integral, counted: bool) -> str:
+        return f"{inferences} inferences in {inside.asked_s:g} s of windows: there is nothing to divide"
     if inside.share < _LEAST_COVERED:
         return f"readings of {sensor.name} cover {inside.share:.0%} of the windows' {inside.asked_s:.3g} s"
     longest = _longest(sensor, spans)
-    if not counted and longest < sensor.averaging_s:
+    if not curve.counted and longest < sensor.averaging_s:
         average = f"{sensor.name} averages over {sensor.averaging_s:g} s"
         return f"{average}, and no window is as long (longest {longest:.3g} s)"
     return ""
@@ -230,8 +192,9 @@ def _baselines(recording: Recording, curve: Curve, spans: Spans) -> tuple[Known[
     # The sensor's average still holds what was before; so do the readings next to the edge.
     settle = recording.sensor.averaging_s + curve.interval_s
     idle = [(begin + settle, end) for begin, end in _spans(recording, recording.idle) if end > begin + settle]
-    first, last = spans[0][0], spans[-1][1]
-    return _baseline(curve, [s for s in idle if s[1] <= first]), _baseline(curve, [s for s in idle if s[0] >= last])
+    before = [(begin, end) for begin, end in idle if spans and end <= spans[0][0]]
+    after = [(begin, end) for begin, end in idle if spans and begin >= spans[-1][1]]
+    return _baseline(curve, before), _baseline(curve, after)
 
 
 def _baseline(curve: Curve, spans: Spans) -> Known[_Idle]:
@@ -266,11 +229,3 @@ def _per_inference(inside: Integral, idle: Known[_Idle], error: float, inference
     joules = (inside.watts - idle.watts) * inside.asked_s
     error = math.hypot(error, idle.error * inside.asked_s)
     return estimate(joules / inferences, (joules - error) / inferences, (joules + error) / inferences, _METHOD)
-
-
-def _rail_w(recording: Recording, rail: str, spans: Spans) -> float | Unavailable:
-    """Mean power of a rail within the windows; rails overlap, so they do not add up to the total."""
-    curve = _curve(recording, [rail])
-    inside = integrate(curve, spans) if curve else None
-    known = inside is not None and inside.share >= _LEAST_COVERED
-    return inside.watts if inside and known else Unavailable("too few readings in the windows")

@@ -6,7 +6,6 @@ Files: the kernel's Documentation/hwmon/ina3221.rst and ina238.rst (JetPack 5 an
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,12 +23,10 @@ from sparsifiner_edge.profiles.sensors.base import (
 
 _WHOLE_BOARD = ("VIN", "VDD_IN", "POM_5V_IN", "5V_IN", "VDD_5V_IN")
 """Rails that feed all the others, first found counts: a sum with one of them would count power twice."""
-_CARRIER = "CVB_"
-"""Rails of a carrier board (IGX), which feed the module's."""
 _DRIVERS = Path("sys/bus/i2c/drivers")
 # Six files of an INA3221 on a 400 kHz bus take some 2 ms, most of them waiting: 2 % of one core at this period.
 _PERIOD_S = 0.1
-_MICRO, _MILLI = 1e-6, 1e-3
+_MICRO = 1e-6
 
 
 def find_ina238(root: Path) -> PowerSensor:
@@ -75,18 +72,17 @@ def board_sensor(
     period_s: float,
     read: Callable[[], Reading],
     close: Callable[[], None] = lambda: None,
-    averaging_s: float = 0.0,
 ) -> PowerSensor:
     """Of a Jetson's rails: its total is the rail that feeds the others, else their sum."""
     whole = [rail for rail in _WHOLE_BOARD if rail in rails][:1]
-    parts = whole or [rail for rail in rails if not rail.startswith(_CARRIER)] or list(rails)
+    parts = whole or list(rails)
     if whole:
         total = f"{whole[0]}, which feeds the other rails"
     elif len(parts) == 1:
         total = f"{parts[0]} alone"
     else:
         total = f"sum of {', '.join(parts)}; reads below a wall meter"
-    return PowerSensor(name, total, tuple(rails), tuple(parts), period_s, read, close, averaging_s)
+    return PowerSensor(name, total, tuple(rails), tuple(parts), period_s, read, close)
 
 
 def _sensor(name: str, rails: dict[str, ReadNumber], driver: Path) -> PowerSensor:
@@ -98,19 +94,10 @@ def _sensor(name: str, rails: dict[str, ReadNumber], driver: Path) -> PowerSenso
         watts, problems = read_rails(rails)
         return Reading(watts, problems=problems)
 
-    sensor = board_sensor(name, list(rails), _PERIOD_S, read, averaging_s=_averaging_s(driver))
+    sensor = board_sensor(name, list(rails), _PERIOD_S, read)
     for rail in sensor.total_rails:
         rails[rail]()
     return sensor
-
-
-def _averaging_s(driver: Path) -> float:
-    """Longest time that a chip of the driver averages over, channels and samples included; 0 where it does not tell."""
-    found = [0.0]
-    for folder in _chips(driver):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(read_number(folder / "update_interval") * _MILLI)
-    return max(found)
 
 
 def _chips(driver: Path) -> list[Path]:

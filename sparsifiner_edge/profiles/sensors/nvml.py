@@ -10,7 +10,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError
 from sparsifiner_edge.records import Unavailable
@@ -79,20 +79,15 @@ def find_nvml(root: Path) -> PowerSensor:  # noqa: ARG001  NVML has no files
     with nvml_device() as (nvml, handle):
         name, cards = nvml.nvmlDeviceGetName(handle), int(nvml.nvmlDeviceGetCount())
     counted = bool(_read().joules)
-    notes = ["some cards look at their power a quarter of the time (arXiv 2312.02741): measure long, and repeat"]
-    if not counted:
-        notes.append("power is a running average of about a second on Ampere and later")
-    if cards > 1:
-        notes.append(f"one of {cards} cards: the first of CUDA_VISIBLE_DEVICES, counted in the order of the PCI bus")
+    others = f", one of {cards}: the first of CUDA_VISIBLE_DEVICES, by PCI bus" if cards > 1 else ""
     return PowerSensor(
         "nvml",
-        f"{name}: the whole card, nothing of the computer around it",
+        f"{name}: the whole card, nothing of the computer around it{others}",
         (_RAIL,),
         (_RAIL,),
         _PERIOD_S,
         _read,
         averaging_s=_REFRESH_S if counted else _AVERAGE_S,
-        notes=tuple(notes),
     )
 
 
@@ -115,36 +110,8 @@ def _ask(nvml: Any, read: Callable[..., Any], *arguments: Any) -> Any:
         return Unavailable(str(error))
 
 
-class CardConditions(NamedTuple):
-    """Of an NVIDIA card at a moment; None where it does not say."""
-
-    gpu_mhz: int | None
-    memory_mhz: int | None
-    gpu_c: int | None
-    power_limit_mw: int | None
-    throttled_by: list[str] | None
-
-
-def nvml_conditions() -> CardConditions:
-    """The card's.
-
-    Raises:
-        UnavailableError: no NVML or no card.
-    """
-    with nvml_device() as (nvml, card):
-
-        def number(name: str, *arguments: Any) -> int | None:
-            read = getattr(nvml, name, None)
-            value = None if read is None else _ask(nvml, read, card, *arguments)
-            return None if value is None or isinstance(value, Unavailable) else int(value)
-
-        # Under its new name, or the old one, which drivers before 535 know alone and CUDA 14 is to drop.
-        bits = number("nvmlDeviceGetCurrentClocksEventReasons")
-        bits = number("nvmlDeviceGetCurrentClocksThrottleReasons") if bits is None else bits
-        return CardConditions(
-            gpu_mhz=number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-            memory_mhz=number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
-            gpu_c=number("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-            power_limit_mw=number("nvmlDeviceGetEnforcedPowerLimit"),
-            throttled_by=None if bits is None else [name for bit, name in THROTTLING.values() if bits & bit],
-        )
+def nvml_number(nvml: Any, card: Any, name: str, *arguments: Any) -> int | None:
+    """What a function of NVML says of a card; None where NVML, or the card, lacks it."""
+    read = getattr(nvml, name, None)
+    value = None if read is None else _ask(nvml, read, card, *arguments)
+    return None if value is None or isinstance(value, Unavailable) else int(value)
