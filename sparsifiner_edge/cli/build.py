@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,8 +32,8 @@ _MOST_OPTION = (1 << 59) - 1
 @click.option("--min-batch", type=_BATCH, help="For a dynamic batch: the least size; by default 1.")
 @click.option("--opt-batch", type=_BATCH, help="The size that it is tuned for; by default the least.")
 @click.option("--max-batch", type=_BATCH, help="The greatest size; by default 8.")
-@click.option("--timeout", type=common.FiniteRange(0, MOST_SECONDS, min_open=True), default=600.0, show_default=True,
-              help="Seconds that one engine may take.")  # fmt: skip
+@click.option("--timeout", "timeout_s", type=common.FiniteRange(0, MOST_SECONDS, min_open=True), default=600.0,
+              show_default=True, help="Seconds that one engine may take.")  # fmt: skip
 @click.option("--option", "options", metavar="NAME=VALUE", multiple=True,
               help="A setting of one backend, such as optimisation_level=5; may be repeated.")  # fmt: skip
 @common.kernels_option
@@ -41,15 +41,13 @@ _MOST_OPTION = (1 << 59) - 1
 def command(
     *,
     bundle: Path,
-    backend: str,
     compute_capability: str | None,
     min_batch: int | None,
     opt_batch: int | None,
     max_batch: int | None,
-    timeout: float,
     options: tuple[str, ...],
-    kernels: str,
     as_json: bool,
+    **passed: Any,
 ) -> None:
     """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
     import sparsifiner_edge
@@ -57,13 +55,11 @@ def command(
     with common.progress_bar("starting") as progress:
         result = sparsifiner_edge.build_engine(
             bundle,
-            backend,
             compute_capabilities=compute_capability.split(",") if compute_capability is not None else (),
             batch=_batch(min_batch, opt_batch, max_batch),
-            timeout_s=timeout,
             options=dict(map(_option, options)),
-            kernels=kernels,
             progress=progress,
+            **passed,
         )
     common.print_result(result, as_json, _print)
     if result.engines and (bundle / SIGNATURE_FILE).is_file():

@@ -12,6 +12,7 @@ from sparsifiner_edge.profiles.measure.memory import MemoryPhases
 from sparsifiner_edge.profiles.sensors import Recorder, find_sensor
 from sparsifiner_edge.profiles.sensors.nvml import THROTTLING
 from tests.plain import conditions, energy
+from tests.sensors.curves import often
 from tests.sensors.fake_nvml import FUNCTIONS, FakeNvml
 
 NOT_SUPPORTED = pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -95,7 +96,7 @@ def run(nvml, during=None, seconds=0.5):
     began = time.monotonic()
     nvml.energy_mj = lambda: int((time.monotonic() - began) * 100e3)
     nvml.power_mw = lambda: 100_000 + int(time.monotonic() * 1e6) % 100
-    with Recorder(find_sensor(on="gpu"), period_s=0.01) as recorder:
+    with Recorder(often(find_sensor(on="gpu"))) as recorder:
         recorder.idle(0.3)
         start = time.monotonic_ns()
         time.sleep(seconds / 2)

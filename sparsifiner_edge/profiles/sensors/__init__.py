@@ -40,7 +40,11 @@ PROBES: dict[str, Callable[[Path], PowerSensor]] = {
     "nvml": find_nvml,
     "rapl": find_rapl,
 }
-"""In the order of preference: whole boards before a GPU before a processor, files before another program."""
+"""In the order of preference: whole boards before a GPU before a processor, files before another program.
+
+Each raises UnavailableError where its sensor is not there or does not answer, OSError or ValueError where its files are
+not readable.
+"""
 
 _ELSEWHERE: dict[tuple[str, str | None], str] = {
     ("nvml", "cpu"): "it sees the card alone, and inferences run on the processor",

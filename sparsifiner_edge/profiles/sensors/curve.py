@@ -122,11 +122,6 @@ def steps_within(curve: Curve, windows: Spans) -> tuple[float, int]:
     return float(np.sqrt(np.mean(steps**2))), len(steps)
 
 
-def power_at(curve: Curve, moments: Array) -> Array:
-    """Watts [m] at `moments` [m] in seconds, linear between the middles of pieces."""
-    return np.asarray(np.interp(moments, (curve.since + curve.until) / 2, curve.watts))
-
-
 def joined(windows: Sequence[tuple[float, float]], pause_s: float = 0.0) -> Spans:
     """Ascending windows, those with no more than `pause_s` between them as one."""
     found: Spans = []

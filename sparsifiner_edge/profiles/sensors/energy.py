@@ -17,7 +17,6 @@ from sparsifiner_edge.profiles.sensors.curve import (
     counter_curve,
     integrate,
     joined,
-    power_at,
     power_curve,
     steps_within,
 )
@@ -170,13 +169,14 @@ def _error(sensor: PowerSensor, curve: Curve, spans: Spans, inside: Integral) ->
     """Joules, 95 %: what the integral over all windows may be off by, the sensor's own accuracy apart."""
     edges = np.ravel(joined(spans, max(sensor.period_s, curve.interval_s)))
     delay = curve.interval_s + sensor.averaging_s
-    before, after = power_at(curve, edges - delay), power_at(curve, edges + delay)
+    middles = (curve.since + curve.until) / 2
+    before, after, at_edges = (np.interp(edges + late, middles, curve.watts) for late in (-delay, delay, 0.0))
     # A step of power lies anywhere within an interval, evenly and independently.
     placing = _Z95 / math.sqrt(12) * curve.interval_s * float(np.linalg.norm(after - before))
     # A running average lags by half its time: at the start of a window it still holds what came before, in place of
     # what the end of the window held. Always the same way, so that many windows do not help. A tenth more, since the
     # average also blurs the step that is looked at.
-    lost = np.abs(before[::2] - power_at(curve, edges[1::2]))
+    lost = np.abs(before[::2] - at_edges[1::2])
     lagging = 1.1 * sensor.averaging_s / 2 * float(np.sum(lost))
     # What was not seen, or only together with what ran outside, may have held anything between lowest and highest.
     unseen = (inside.asked_s - inside.covered_s + inside.mixed_s / 2) * float(np.ptp(curve.watts))

@@ -30,12 +30,7 @@ _MICRO = 1e-6
 
 
 def find_ina238(root: Path) -> PowerSensor:
-    """Thor: VIN on an INA238, and the rails of its INA3221 beside it.
-
-    Raises:
-        UnavailableError: there is not exactly one INA238, or it does not answer.
-        OSError, ValueError: its files are not readable.
-    """
+    """Thor: VIN on an INA238, and the rails of its INA3221 beside it."""
     driver = root / _DRIVERS / "ina238"
     chips = _chips(driver)
     if len(chips) != 1:  # The driver names no channel.
@@ -45,23 +40,13 @@ def find_ina238(root: Path) -> PowerSensor:
 
 
 def find_ina3221(root: Path) -> PowerSensor:
-    """JetPack 5 and later: INA3221 through hwmon.
-
-    Raises:
-        UnavailableError: there is none, or none of its rails answers.
-        OSError, ValueError: its files are not readable.
-    """
+    """JetPack 5 and later: INA3221 through hwmon."""
     driver = root / _DRIVERS / "ina3221"
     return _sensor("ina3221", dict(_hwmon_rails(driver)), driver)
 
 
 def find_ina3221_iio(root: Path) -> PowerSensor:
-    """JetPack 4: INA3221 through L4T's iio driver.
-
-    Raises:
-        UnavailableError: there is none.
-        OSError, ValueError: its files are not readable.
-    """
+    """JetPack 4: INA3221 through L4T's iio driver."""
     driver = root / _DRIVERS / "ina3221x"
     return _sensor("ina3221-iio", dict(_iio_rails(driver)), driver)
 

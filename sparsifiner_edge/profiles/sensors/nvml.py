@@ -71,11 +71,7 @@ def _handle(nvml: Any) -> Any:
 
 
 def find_nvml(root: Path) -> PowerSensor:  # noqa: ARG001  NVML has no files
-    """A card's energy counter (Volta and later) and its power.
-
-    Raises:
-        UnavailableError: there is no NVML, no card, or it tells neither (as on Orin).
-    """
+    """A card's energy counter (Volta and later) and its power; Orin's NVML tells neither."""
     with nvml_device() as (nvml, handle):
         name, cards = nvml.nvmlDeviceGetName(handle), int(nvml.nvmlDeviceGetCount())
     counted = bool(_read().joules)

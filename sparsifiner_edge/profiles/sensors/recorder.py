@@ -96,22 +96,14 @@ class Recorder:
     Args:
         sensor: from `find_sensor`.
         root: where `proc`, `sys`, `etc` and `var` are; for `conditions`.
-        period_s: time between readings; None takes the sensor's.
         conditions_period_s: time between looks at clocks and temperatures.
     """
 
-    def __init__(
-        self,
-        sensor: PowerSensor,
-        root: Path = Path("/"),
-        *,
-        period_s: float | None = None,
-        conditions_period_s: float = 2.0,
-    ) -> None:
+    def __init__(self, sensor: PowerSensor, root: Path = Path("/"), *, conditions_period_s: float = 2.0) -> None:
         self.recording = Recording(sensor, time.monotonic_ns())
         self._sensor = sensor
         self._root = root
-        self._period_s = sensor.period_s if period_s is None else period_s
+        self._period_s = sensor.period_s
         self._conditions_period_s = conditions_period_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="power sensor", daemon=True)

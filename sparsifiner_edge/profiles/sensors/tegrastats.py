@@ -25,11 +25,7 @@ _MILLI = 1e-3
 
 
 def find_tegrastats(root: Path) -> PowerSensor:
-    """tegrastats, tried for one line.
-
-    Raises:
-        UnavailableError: it is not there, does not run, prints nothing, or no rails.
-    """
+    """tegrastats, tried for one line."""
     program = root / "usr/bin/tegrastats"
     if not program.exists():
         raise UnavailableError(f"{program} does not exist: not a Jetson")
@@ -57,7 +53,7 @@ class _Reader:
     def read(self) -> Reading:
         """Wait for a line; of several that wait, the newest."""
         try:
-            line = self._line(self._running())
+            line = self._line(self._process or self._start())
         except UnavailableError:
             self.close()
             raise
@@ -66,19 +62,16 @@ class _Reader:
             raise UnavailableError(f"{self._program} names no power rail: {line[:80]!r}")
         return Reading(watts)
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            self._buffer = b""
-            try:
-                self._process = start_program(
-                    [str(self._program), "--interval", str(int(_PERIOD_S * 1000))],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise UnavailableError(why(error)) from error
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [str(self._program), "--interval", str(int(_PERIOD_S * 1000))]
+        quiet = subprocess.DEVNULL
+        try:
+            self._process = start_program(
+                command, stdin=quiet, stdout=subprocess.PIPE, stderr=quiet, start_new_session=True
+            )
+        except OSError as error:
+            raise UnavailableError(why(error)) from error
+        self._buffer = b""
         return self._process
 
     def _line(self, process: subprocess.Popen[bytes]) -> str:
