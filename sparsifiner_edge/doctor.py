@@ -36,6 +36,18 @@ class BackendState(msgspec.Struct, frozen=True):
     version: str | Unavailable
 
 
+class CudaDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """Device 0, as CUDA describes it; see `runtime.cuda.Device`."""
+
+    number: int
+    name: str
+    sm: tuple[int, int]
+    memory_bytes: int
+    integrated: bool
+    driver_version: str
+    compute_capability: str
+
+
 class Extra(msgspec.Struct, frozen=True):
     """An extra of this distribution: its packages' versions, whether all are there, and what installs them."""
 
@@ -50,14 +62,13 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         native_library: its path, or None, with the reason.
         telemetry: per library "off", or what switches it on.
-        cuda: device 0, as `runtime.cuda.Device` describes it, and its `compute_capability`.
         decoding: what confines the process that decodes videos and streams here.
     """
 
     native_library: str | None
     native_library_reason: str
     backends: dict[str, BackendState]
-    cuda: Known[dict[str, object]]
+    cuda: Known[CudaDevice]
     triton: BackendState
     telemetry: dict[str, str]
     decoding: Confinement
@@ -101,13 +112,13 @@ def _native_library() -> tuple[str | None, str]:
     return str(native.library_path()), f"loads, and uses {native.target()}"
 
 
-def _cuda() -> Known[dict[str, object]]:
+def _cuda() -> Known[CudaDevice]:
     """The device 0, or why there is none; nothing of TensorRT's may be touched where there is none."""
     try:
         found = cuda.probe()
     except SparsifinerError as error:
         return Unavailable(f"{error.what} {error.fix}")
-    return found._asdict() | {"compute_capability": found.compute_capability}
+    return CudaDevice(**found._asdict(), compute_capability=found.compute_capability)
 
 
 def _onnxruntime() -> BackendState:
@@ -119,7 +130,7 @@ def _onnxruntime() -> BackendState:
     return BackendState(True, f"imports, and offers {providers}; uses CPUExecutionProvider", str(module.__version__))
 
 
-def _provider(backend: GpuProvider, device: Known[dict[str, object]]) -> BackendState:
+def _provider(backend: GpuProvider, device: Known[CudaDevice]) -> BackendState:
     """That a build offers a provider says nothing about the machine: it does so without any GPU."""
     try:
         version = str(backend.load().__version__)
@@ -132,14 +143,14 @@ def _provider(backend: GpuProvider, device: Known[dict[str, object]]) -> Backend
     )
 
 
-def _engines(backend: EngineBackend, device: Known[dict[str, object]], skill: str) -> BackendState:
+def _engines(backend: EngineBackend, device: Known[CudaDevice], skill: str) -> BackendState:
     """A backend that runs engines: they run where there is a device; TensorRT-RTX also builds where there is none."""
     try:
         version = str(backend.load().__version__)
     except SparsifinerError as error:
         return BackendState(False, f"{error.what} {error.fix}", package_version(backend.name))
     if not isinstance(device, Unavailable):
-        return BackendState(True, f"imports; {skill}, and runs them on {device['name']}", version)
+        return BackendState(True, f"imports; {skill}, and runs them on {device.name}", version)
     ahead = isinstance(backend, TensorRtRtx)
     does = f"{skill}, and cannot run them here" if ahead else "cannot be used here"
     return BackendState(ahead, f"imports; {does}: {device.why}", version)

@@ -100,12 +100,17 @@ def print_json(content: Any) -> None:
 Shown = TypeVar("Shown")
 
 
-def print_result(result: Shown, as_json: bool, show: Callable[[Shown], None]) -> None:
-    """A record as one JSON document, or as `show` prints it for people."""
+def print_result(result: Shown, as_json: bool, show: Callable[[Shown], None], output: Path | None = None) -> None:
+    """A record as one JSON document, or as `show` prints it for people; a `Result` also into the file `output`."""
     if as_json:
         print_json(write_record(result))
     else:
         show(result)
+    if output is not None:  # Last: a full disk should not cost the reader the figures.
+        from sparsifiner_edge.results import Result, write_result
+
+        assert isinstance(result, Result)
+        write_result(output, result)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

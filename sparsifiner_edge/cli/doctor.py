@@ -38,8 +38,8 @@ def _backend_rows(findings: doctor.Findings) -> list[list[str]]:
     if isinstance(device, Unavailable):
         rows.append(["CUDA device", "no", "", device.why])
     else:
-        remark = f"{device['name']}, compute capability {device['compute_capability']}"
-        rows.append(["CUDA device", "yes", str(device["driver_version"]), remark])
+        remark = f"{device.name}, compute capability {device.compute_capability}"
+        rows.append(["CUDA device", "yes", device.driver_version, remark])
     rows.append(["decoding confined", "no" if missing else "yes", "", "; ".join(missing)])
     rows.append(["telemetry", "", "", findings.telemetry["onnxruntime"]])
     return [*rows, ["native library", "yes" if library else "no", "", findings.native_library_reason]]

@@ -29,7 +29,6 @@ def command(
 ) -> None:
     """Estimate latency, memory and energy of BUNDLE on a board you do not have. Nothing is measured."""
     from sparsifiner_edge.profiles.estimate import estimate_bundle
-    from sparsifiner_edge.results import write_result
 
     if listed:
         _list_boards(as_json)
@@ -39,9 +38,7 @@ def command(
     if board is None:
         raise click.UsageError("Missing option '--board'; --list shows the boards.")
     result = estimate_bundle(bundle, board, **options)
-    common.print_result(result, as_json, _print)
-    if output is not None:
-        write_result(output, result)
+    common.print_result(result, as_json, _print, output)
 
 
 def _list_boards(as_json: bool) -> None:

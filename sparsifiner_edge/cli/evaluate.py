@@ -41,14 +41,11 @@ def command(
 ) -> None:
     """Compare SUBJECT with its dense teacher, image by image."""
     import sparsifiner_edge
-    from sparsifiner_edge.results import write_result
 
     pruning = parse_token_keep(token_keep) if token_keep is not None else None
     with common.progress_bar("images") as progress:
         result = sparsifiner_edge.evaluate_student(subject, data, token_keep=pruning, progress=progress, **options)
-    common.print_result(result, as_json, _print)
-    if output is not None:  # Last: a full disk should not cost the reader the figures.
-        write_result(output, result)
+    common.print_result(result, as_json, _print, output)
 
 
 def _print(result: CosineResult | ClassResult) -> None:

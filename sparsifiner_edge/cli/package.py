@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from sparsifiner_edge.bounds import MOST_BATCH
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import shown
-
-if TYPE_CHECKING:
-    from sparsifiner_edge.package import Package
 
 
 @click.command()
@@ -30,10 +27,9 @@ def command(*, bundle: Path, target: str, output: Path, batch: int | None, kerne
     from sparsifiner_edge.package import package_bundle
 
     result = package_bundle(bundle, target, output, batch=batch, kernels=kernels)
-    common.print_result(result, as_json, lambda packaged: _print(packaged, target, output))
-
-
-def _print(result: Package, target: str, output: Path) -> None:
+    if as_json:
+        common.print_json(write_record(result))
+        return
     click.echo(f"{output}: {len(result.files)} files for {target}; {output}/README.md says how to run it.")
     for remark in result.remarks:
         click.echo(f"- {shown(remark, 2000)}")

@@ -51,25 +51,21 @@ def command(
 ) -> None:
     """Measure latency, throughput, energy, memory and layers of BUNDLE, each bundle in a process of its own."""
     from sparsifiner_edge.profiles import parse_axes, profile_bundle, sweep_bundle
-    from sparsifiner_edge.results import write_result
 
-    result: ProfileResult | SweepResult
     if sweeps:
         _refuse_with_sweep(against, rules, layers)
         axes = parse_axes(sweeps)
         with common.progress_bar("starting") as progress:
-            result = sweep_bundle(bundle, axes, progress=progress, **options)
-        common.print_result(result, as_json, _print_sweep)
-    else:
-        if rules == "mlperf" and options["seconds"] is not None:
-            raise ConfigError("--seconds cannot be combined with --rules mlperf.", "Those rules fix how long it lasts.")
-        with common.progress_bar("starting") as progress:
-            result = profile_bundle(
-                bundle, against=against, rules=rules, layers=layers is not False, progress=progress, **options
-            )
-        common.print_result(result, as_json, lambda found: _print(found, with_layers=bool(layers)))
-    if output is not None:  # Last: a full disk should not cost the reader the figures.
-        write_result(output, result)
+            points = sweep_bundle(bundle, axes, progress=progress, **options)
+        common.print_result(points, as_json, _print_sweep, output)
+        return
+    if rules == "mlperf" and options["seconds"] is not None:
+        raise ConfigError("--seconds cannot be combined with --rules mlperf.", "Those rules fix how long it lasts.")
+    with common.progress_bar("starting") as progress:
+        result = profile_bundle(
+            bundle, against=against, rules=rules, layers=layers is not False, progress=progress, **options
+        )
+    common.print_result(result, as_json, lambda found: _print(found, with_layers=bool(layers)), output)
 
 
 def _refuse_with_sweep(against: Path | None, rules: str, layers: bool | None) -> None:

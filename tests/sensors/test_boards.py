@@ -49,8 +49,6 @@ def total_w(sensor):
     [
         (trees.orin_nano, "ina3221", ["VDD_IN"], 3, 5.040 * 1.132),
         (trees.xavier_nx, "ina3221", ["VDD_IN"], 3, 4.960 * 0.9),
-        (lambda root: trees.xavier_nx(root, 4), "ina3221-iio", ["VDD_IN"], 3, 4.464),
-        (trees.nano, "ina3221-iio", ["POM_5V_IN"], 3, 4.094),
         (trees.thor, "ina238", ["VIN"], 4, 19.78),
         (
             trees.agx_orin,
@@ -108,11 +106,6 @@ def test_a_sensor_that_does_not_see_where_inferences_run_is_passed_over(tmp_path
     sensor = find_sensor(tmp_path, on="gpu")
     assert sensor.name == "none"
     assert "processor alone" in sensor.probes["rapl"]
-
-
-def test_iio_without_power_multiplies(tmp_path):
-    trees.write_tree(tmp_path, trees.iio_ina3221("6-0040", 0, {"POM_5V_IN": (5112, 801)}, power=False))
-    assert total_w(find_sensor(tmp_path)) == pytest.approx(5.112 * 0.801)
 
 
 def test_rapl_counts_each_package_once(tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError, why
 from sparsifiner_edge.profiles.sensors.conditions import Seen, conditions
 from sparsifiner_edge.profiles.sensors.energy import Energy, energy, least_window_s, too_short
-from sparsifiner_edge.profiles.sensors.ina import find_ina238, find_ina3221, find_ina3221_iio
+from sparsifiner_edge.profiles.sensors.ina import find_ina238, find_ina3221
 from sparsifiner_edge.profiles.sensors.nvml import find_nvml
 from sparsifiner_edge.profiles.sensors.rapl import find_rapl
 from sparsifiner_edge.profiles.sensors.recorder import Recorder, Recording
@@ -35,7 +35,6 @@ __all__ = [
 PROBES: dict[str, Callable[[Path], PowerSensor]] = {
     "ina238": find_ina238,
     "ina3221": find_ina3221,
-    "ina3221-iio": find_ina3221_iio,
     "tegrastats": find_tegrastats,
     "nvml": find_nvml,
     "rapl": find_rapl,

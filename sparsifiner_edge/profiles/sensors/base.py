@@ -50,7 +50,7 @@ class PowerSensor:
     """A way to read power; see `find_sensor`.
 
     Attributes:
-        name: "ina238", "ina3221", "ina3221-iio", "tegrastats", "nvml", "rapl" or "none".
+        name: "ina238", "ina3221", "tegrastats", "nvml", "rapl" or "none".
         total: what the total is made of, for people.
         rails: every rail, those of the total included.
         total_rails: the rails whose sum is the total: never a rail together with a part of it.

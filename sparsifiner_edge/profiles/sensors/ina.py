@@ -1,7 +1,7 @@
 """The power monitors of NVIDIA's Jetson boards through the kernel: INA3221 (three rails each), INA238 (the input).
 
-Files: the kernel's Documentation/hwmon/ina3221.rst and ina238.rst (JetPack 5 and later), and L4T's own iio driver
-(JetPack 4): millivolts, milliamperes; INA238's power in microwatts.
+Files: the kernel's Documentation/hwmon/ina3221.rst and ina238.rst (JetPack 5 and later): millivolts, milliamperes;
+power in microwatts. JetPack 4 has them in `tegrastats` alone.
 """
 
 from __future__ import annotations
@@ -43,12 +43,6 @@ def find_ina3221(root: Path) -> PowerSensor:
     """JetPack 5 and later: INA3221 through hwmon."""
     driver = root / _DRIVERS / "ina3221"
     return _sensor("ina3221", dict(_hwmon_rails(driver)), driver)
-
-
-def find_ina3221_iio(root: Path) -> PowerSensor:
-    """JetPack 4: INA3221 through L4T's iio driver."""
-    driver = root / _DRIVERS / "ina3221x"
-    return _sensor("ina3221-iio", dict(_iio_rails(driver)), driver)
 
 
 def board_sensor(
@@ -97,19 +91,6 @@ def _hwmon_rails(driver: Path) -> Iterator[tuple[str, ReadNumber]]:
             label = _label(folder / f"in{channel}_label")
             if label and _label(folder / f"in{channel}_enable") != "0":
                 yield label, partial(_watts, folder / f"in{channel}_input", folder / f"curr{channel}_input")
-
-
-def _iio_rails(driver: Path) -> Iterator[tuple[str, ReadNumber]]:
-    for name in sorted(driver.glob("*-00*/iio:device*/rail_name_*")):
-        channel = name.name.removeprefix("rail_name_")
-        label = _label(name)
-        if label:
-            yield (
-                label,
-                partial(
-                    _watts, name.with_name(f"in_voltage{channel}_input"), name.with_name(f"in_current{channel}_input")
-                ),
-            )
 
 
 def _label(path: Path) -> str | None:
