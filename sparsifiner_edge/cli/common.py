@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsifiner_edge.bounds import MOST_THREADS
+from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
@@ -50,6 +51,11 @@ def _require_file(ctx: click.Context, param: click.Parameter, value: Path | None
     return value
 
 
+def parse_pruning(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:  # noqa: ARG001
+    """What `--token-keep` says, by layer."""
+    return None if value is None else parse_token_keep(value)
+
+
 bundle_argument = click.argument("bundle", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 result_option = click.option("-o", "--output", type=PATH, callback=_require_file,
@@ -68,7 +74,7 @@ weights_option = click.option("--weights", type=PATH,
     help="Weights with timm's key names (.safetensors or .pth); without it, timm downloads them.")  # fmt: skip
 keep_option = click.option("--keep", type=float,
                            help="Share of keys that each tile reads; by default the student's own.")  # fmt: skip
-token_keep_option = click.option("--token-keep", metavar="LAYER:SHARE,...",
+token_keep_option = click.option("--token-keep", callback=parse_pruning, metavar="LAYER:SHARE,...",
     help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.')  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import click
 
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
@@ -36,15 +35,12 @@ if TYPE_CHECKING:
 @common.kernels_option
 @common.json_option
 @common.result_option
-def command(
-    *, subject: str, data: Path, token_keep: str | None, as_json: bool, output: Path | None, **options: Any
-) -> None:
+def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **options: Any) -> None:
     """Compare SUBJECT with its dense teacher, image by image."""
     import sparsifiner_edge
 
-    pruning = parse_token_keep(token_keep) if token_keep is not None else None
     with common.progress_bar("images") as progress:
-        result = sparsifiner_edge.evaluate_student(subject, data, token_keep=pruning, progress=progress, **options)
+        result = sparsifiner_edge.evaluate_student(subject, data, progress=progress, **options)
     common.print_result(result, as_json, _print, output)
 
 

@@ -13,7 +13,6 @@ from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.config import parse_token_keep
 
 
 @click.command()
@@ -37,13 +36,12 @@ from sparsifiner_edge.config import parse_token_keep
 @click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")
 @common.json_option
 @common.output_option("Bundle folder to write.")
-def command(*, source: str, output: Path, token_keep: str | None, as_json: bool, **options: Any) -> None:
-    """Export a student folder, or timm's MODEL as the dense baseline, to ONNX; the file is run and held to torch."""
+def command(*, source: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Export a student folder, or timm's MODEL as the dense baseline, to ONNX, checked against PyTorch."""
     import sparsifiner_edge
 
-    pruning = parse_token_keep(token_keep) if token_keep is not None else None
     with common.progress_bar("exporting and checking") as progress:
-        folder = sparsifiner_edge.export_bundle(source, output, token_keep=pruning, progress=progress, **options)
+        folder = sparsifiner_edge.export_bundle(source, output, progress=progress, **options)
     bundle = open_bundle(folder)
     if as_json:
         common.print_json(manifest_content(bundle.manifest))

@@ -23,7 +23,7 @@ from sparsifiner_edge.text import shown
               help="For Triton: auto brings this machine's native library, portable does not.")  # fmt: skip
 @common.json_option
 def command(*, bundle: Path, target: str, output: Path, batch: int | None, kernels: str, as_json: bool) -> None:
-    """Write BUNDLE as another system's pipeline takes it: configuration, model and a README with the commands."""
+    """Write BUNDLE for another system: configuration, model and a README with the commands."""
     from sparsifiner_edge.package import package_bundle
 
     result = package_bundle(bundle, target, output, batch=batch, kernels=kernels)

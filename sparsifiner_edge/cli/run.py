@@ -37,15 +37,21 @@ if TYPE_CHECKING:
     "--output",
     metavar="FILE",
     type=common.PATH,
-    help="Write the JSON lines to this file instead: a live source's are added to it; of images it appears when all "
-    "are done, and cut short those that are stay in FILE.part.",
+    help="Write the JSON lines to this file instead: a live source appends to it; for images it appears when all are "
+    "done, and an interrupted run leaves its lines in FILE.part.",
 )
 @click.option("--overlay", type=common.PATH, help="Also draw the answers into this video (.mp4, .mkv).")
 @click.option(
     "--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True, help="Most classes per answer."
 )
 @click.option("--threshold", type=common.FiniteRange(0, 1), default=0.0, help="Leave out less probable classes.")
-@click.option("--fps", type=common.FiniteRange(0.1, 1000), default=25.0, show_default=True, help="Of the source test.")
+@click.option(
+    "--fps",
+    type=common.FiniteRange(0.1, 1000),
+    default=25.0,
+    show_default=True,
+    help="Frames per second of the source test.",
+)
 @click.option(
     "--duration",
     "duration_s",
@@ -60,7 +66,7 @@ if TYPE_CHECKING:
     type=common.FiniteRange(0.1, MOST_SECONDS),
     default=3.0,
     show_default=True,
-    help="Seconds without a frame after which a live source is opened anew.",
+    help="Seconds without a frame after which a live source is reopened.",
 )
 @click.option(
     "--require-signature",
@@ -79,8 +85,8 @@ def command(
 ) -> None:
     """Run BUNDLE on images, a video or a camera; one JSON line per image or frame.
 
-    A live source is waited for and opened again when it is lost; what happens to it is told on standard error, one
-    JSON line each. SIGTERM and Ctrl-C end it after the frame at hand, with exit code 0.
+    A live source is waited for, and opened again when it is lost; events of it go to standard error, one JSON line
+    each. SIGTERM and Ctrl-C end the run after the current frame, with exit code 0.
     """
     from sparsifiner_edge.camera import stills
     from sparsifiner_edge.camera.health import parse_address
@@ -103,7 +109,7 @@ def command(
 def _write(records: Iterator[ImageRecord], output: Path | None) -> None:
     from sparsifiner_edge.camera.lines import new_lines
 
-    # The first before the file: what is wrong with the bundle is told before anything is made.
+    # The first before the file: a bad bundle is an error before anything is written.
     records = itertools.chain([next(records)], records)
     sink: contextlib.AbstractContextManager[Callable[[object], None]]
     sink = contextlib.nullcontext(_print) if output is None else new_lines(output)

@@ -1,7 +1,7 @@
 """The power monitors of NVIDIA's Jetson boards through the kernel: INA3221 (three rails each), INA238 (the input).
 
 Files: the kernel's Documentation/hwmon/ina3221.rst and ina238.rst (JetPack 5 and later): millivolts, milliamperes;
-power in microwatts. JetPack 4 has them in `tegrastats` alone.
+power in microwatts. JetPack 4 shows them through `tegrastats` alone.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from sparsifiner_edge.process import start_program
-from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError, why
+from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError
 from sparsifiner_edge.profiles.sensors.ina import board_sensor
 
 # "VDD_IN 5704mW/5704mW": now, then a running average; JetPack 7 adds a third, JetPack 4 leaves the unit out.
@@ -65,12 +65,9 @@ class _Reader:
     def _start(self) -> subprocess.Popen[bytes]:
         command = [str(self._program), "--interval", str(int(_PERIOD_S * 1000))]
         quiet = subprocess.DEVNULL
-        try:
-            self._process = start_program(
-                command, stdin=quiet, stdout=subprocess.PIPE, stderr=quiet, start_new_session=True
-            )
-        except OSError as error:
-            raise UnavailableError(why(error)) from error
+        self._process = start_program(
+            command, stdin=quiet, stdout=subprocess.PIPE, stderr=quiet, start_new_session=True
+        )
         self._buffer = b""
         return self._process
 
@@ -92,9 +89,5 @@ class _Reader:
         process, self._process = self._process, None
         if process is not None:
             # Its whole group, in case a script stands before the program.
-            with contextlib.suppress(ProcessLookupError):
+            with process, contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if process.stdout is not None:
-                with contextlib.suppress(OSError):
-                    process.stdout.close()
