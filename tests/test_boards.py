@@ -8,8 +8,16 @@ import msgspec
 import pytest
 
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.profiles.boards.board import SUM, Board, board_names, load_board, parse_board, read_board
-from sparsifiner_edge.profiles.boards.table import board_row, boards_markdown
+from sparsifiner_edge.profiles.boards.board import (
+    BOARD_COLUMNS,
+    SUM,
+    Board,
+    board_names,
+    board_row,
+    load_board,
+    parse_board,
+    read_board,
+)
 from tests.commands import assert_refused, process
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -109,20 +117,16 @@ def test_an_unknown_power_mode_lists_those_that_there_are() -> None:
         ("fp32_tflops = 2.0", "fp32_tflops = nan", "fp32_tflops is NaN, not float"),
         ("fp32_tflops = 2.0", "fp32_tflops = inf", "fp32_tflops is Infinity, not float <= 10000"),
         ("unified_memory = true", "unified_memory = 1", "unified_memory is 1, not bool"),
-        ('kind = "gpu"', 'kind = "fpga"', "kind is 'fpga'"),
+        ('kind = "gpu"', 'kind = "fpga"', 'kind is "fpga", not str of the form'),
         ('name = "mine"', 'name = " "', 'name is " ", not str with something in it'),
         ("cuda_cores = 512", "cuda_cores = 4096", "power mode MODE_10W: cuda_cores exceeds the board's"),
         ("gpu_ghz = 0.5", "gpu_ghz = 1.5", "power mode MODE_10W: gpu_ghz exceeds the board's"),
         ("bandwidth_gb_s = 50", "bandwidth_gb_s = 500", "bandwidth_gb_s exceeds the board's"),
-        ("id = 1", "id = 0", "two power modes have the same id"),
-        ('name = "MAXN"', 'name = "mode_10w"', "two power modes have the same name"),
         ("id = 1,", "", r"power_modes\[1\].id is missing"),
         ("cap_w = 10", "watts = 10", r"unknown key power_modes\[0\].watts"),
         ("fp16_tflops = 16.0", "fp16_tflops = 16.0\nfp16_fast_tflops = 8.0", "fp16_fast_tflops has no source"),
         ('tdp_w = "x"\n', "", "tdp_w has no source"),
         ('tdp_w = "x"', 'tdp_w = ""', "an entry of sources is not str with something in it"),
-        ('tdp_w = "x"', 'tdp_w = "x"\nidle_w = "x"', "sources.idle_w speaks of a key that is not there"),
-        ("tdp_w = 20", 'tdp_w = 20\nunverified = ["dla"]', "unverified names dla"),
         ("tdp_w = 20", "tdp_w = 20\nunverified = 3", "unverified is 3, not list"),
         ("tdp_w = 20", "tdp_w = 20\njetpack = [3]", r"jetpack\[0\] is 3, not dict"),
         ("tdp_w = 20", 'tdp_w = 20\nrails = { names = ["A"], total = "B" }', "rails has no source"),
@@ -135,12 +139,6 @@ def test_what_is_wrong_with_a_file_is_said(old: str, new: str, message: str) -> 
         parse_board(GOOD.replace(old, new, 1), "here")
     assert caught.value.what.startswith("here")
     assert caught.value.fix
-
-
-def test_sums_in_fp16_are_never_slower() -> None:
-    text = GOOD.replace("fp16_tflops = 16.0", "fp16_tflops = 16.0\nfp16_fast_tflops = 8.0") + 'fp16_fast_tflops = "x"\n'
-    with pytest.raises(ConfigError, match="fp16_fast_tflops is less than fp16_tflops"):
-        parse_board(text, "here")
 
 
 def test_a_total_that_is_no_rail(tmp_path: Path) -> None:
@@ -169,13 +167,15 @@ def test_a_peak_that_is_not_stated() -> None:
     assert load_board("a100").peak("fp16") == 312e12
     with pytest.raises(ConfigError, match=r"t4 states no peak for tf32.\n  Choose one of: fp32, fp16, int8"):
         load_board("t4").peak("tf32")
-    with pytest.raises(ConfigError, match="precision is 'fp8'"):
+    with pytest.raises(ConfigError, match="t4 states no peak for fp8"):
         load_board("t4").peak("fp8")
 
 
 def test_the_page_holds_the_table_and_the_example_loads() -> None:
     page = (DOCS / "boards.md").read_text("utf-8")
-    assert boards_markdown() in page, "write profiles.document.boards_markdown() into docs/boards.md"
+    rows = [BOARD_COLUMNS, ["---"] * len(BOARD_COLUMNS), *(board_row(load_board(name)) for name in board_names())]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    assert table in page, table
     example = page.split("```toml\n")[1].split("```")[0]
     assert parse_board(example, "docs/boards.md").kind == "cpu"
 
@@ -193,7 +193,5 @@ def test_the_list_on_the_command_line() -> None:
     assert (done.code, done.err) == (0, "")
     for name in board_names():
         assert name in done.out
-    assert_refused(
-        process("estimate", "x", "--board", "t4", "--board-file", "y"), "Give either --board or --board-file"
-    )
+    assert_refused(process("estimate", "x"), "Missing option '--board'")
     assert_refused(process("estimate", "--board", "t4"), "Missing argument 'BUNDLE'")

@@ -125,13 +125,13 @@ def test_the_table_says_that_it_is_an_estimate_and_what_is_assumed(tiny_bundle: 
 def test_bad_use_is_a_message_and_exit_2(tmp_path: Path, tiny_bundle: Path) -> None:
     refused = {
         "There is no board 'abacus'": [tiny_bundle, "--board", "abacus"],
-        "precision is 'fp8'": [tiny_bundle, "--board", "t4", "--precision", "fp8"],
+        "t4 states no peak for fp8": [tiny_bundle, "--board", "t4", "--precision", "fp8"],
         "cpu-generic states no peak for fp16": [tiny_bundle, "--board", "cpu-generic", "--precision", "fp16"],
         "kernels is 'fast'": [tiny_bundle, "--board", "t4", "--kernels", "fast"],
         "no power mode 'MAXN'": [tiny_bundle, "--board", "t4", "--power-mode", "MAXN"],
         "nowhere.toml cannot be read": [tiny_bundle, "--board-file", tmp_path / "nowhere.toml"],
         "is not a folder": [tmp_path / "nowhere", "--board", "t4"],
-        "is a folder; give a file's name": [tiny_bundle, "--board", "t4", "-o", tmp_path],
+        "is a folder or a device. Give a file's name": [tiny_bundle, "--board", "t4", "-o", tmp_path],
     }
     for message, arguments in refused.items():
         assert_refused(process("estimate", *arguments), message)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
-from sparsifiner_edge.cli.common import FiniteRange, json_option, kernels_option, print_json, print_table, progress_bar
-from sparsifiner_edge.records import Unavailable, write_record
+from sparsifiner_edge.cli import common
+from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _MOST_OPTION = (1 << 59) - 1
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@common.bundle_argument
 @click.option("--backend", default="onnxruntime", show_default=True,
               help="onnxruntime (needs no engine: the golden pair is run), tensorrt or tensorrt-rtx.")  # fmt: skip
 @click.option("--compute-capability", metavar="X.Y,...",
@@ -32,43 +32,36 @@ _MOST_OPTION = (1 << 59) - 1
 @click.option("--min-batch", type=_BATCH, help="For a dynamic batch: the least size; by default 1.")
 @click.option("--opt-batch", type=_BATCH, help="The size that it is tuned for; by default the least.")
 @click.option("--max-batch", type=_BATCH, help="The greatest size; by default 8.")
-@click.option("--timeout", type=FiniteRange(0, MOST_SECONDS, min_open=True), default=600.0, show_default=True,
-              help="Seconds that one engine may take.")  # fmt: skip
+@click.option("--timeout", "timeout_s", type=common.FiniteRange(0, MOST_SECONDS, min_open=True), default=600.0,
+              show_default=True, help="Seconds that one engine may take.")  # fmt: skip
 @click.option("--option", "options", metavar="NAME=VALUE", multiple=True,
               help="A setting of one backend, such as optimisation_level=5; may be repeated.")  # fmt: skip
-@kernels_option
-@json_option
+@common.kernels_option
+@common.json_option
 def command(
     *,
     bundle: Path,
-    backend: str,
     compute_capability: str | None,
     min_batch: int | None,
     opt_batch: int | None,
     max_batch: int | None,
-    timeout: float,
     options: tuple[str, ...],
-    kernels: str,
     as_json: bool,
+    **passed: Any,
 ) -> None:
     """Build engines for BUNDLE and put them into it; each is checked with the golden pair where its GPU is present."""
     import sparsifiner_edge
 
-    with progress_bar("starting") as progress:
+    with common.progress_bar("starting") as progress:
         result = sparsifiner_edge.build_engine(
             bundle,
-            backend,
             compute_capabilities=compute_capability.split(",") if compute_capability is not None else (),
             batch=_batch(min_batch, opt_batch, max_batch),
-            timeout_s=timeout,
             options=dict(map(_option, options)),
-            kernels=kernels,
             progress=progress,
+            **passed,
         )
-    if as_json:
-        print_json(write_record(result))
-    else:
-        _print(result)
+    common.print_result(result, as_json, _print)
     if result.engines and (bundle / SIGNATURE_FILE).is_file():
         click.echo(
             f"warning: {bundle} was signed before, and its signature no longer holds. Sign it again: "
@@ -108,7 +101,7 @@ def _print(result: BuildResult) -> None:
             )
         return
     heads = ["compute capability", "precision", "batch", "MB", "seconds", "golden pair"]
-    print_table(f"{result.backend} {result.version}", heads, [_row(engine) for engine in result.engines])
+    common.print_table(f"{result.backend} {result.version}", heads, [_row(engine) for engine in result.engines])
     for engine in result.engines:
         click.echo(shown(f"{result.bundle}/{engine.file}", 5000))
         if isinstance(engine.details.golden, Unavailable):

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparsifiner_edge.cli.common import json_option, print_json, print_table
-from sparsifiner_edge.records import write_record
+from sparsifiner_edge.cli import common
 
 if TYPE_CHECKING:
     from sparsifiner_edge.bundle.verify import Verification
@@ -20,58 +19,54 @@ def command() -> None:
     """Verify a bundle; sign it, so that `run` can refuse what nobody signed."""
 
 
-@command.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the golden pair.")
-@click.option("--kernels", default="auto", show_default=True, help="auto, native or portable operators.")
-@click.option("--public-key", type=click.Path(path_type=Path), help="It must be signed by this key.")
-@json_option
-def verify(*, bundle: Path, backend: str, kernels: str, public_key: Path | None, as_json: bool) -> None:
+@command.command("verify")
+@common.bundle_argument
+@common.backend_option
+@common.kernels_option
+@click.option("--public-key", type=common.PATH, help="It must be signed by this key.")
+@common.json_option
+def verify_command(*, bundle: Path, backend: str, kernels: str, public_key: Path | None, as_json: bool) -> None:
     """Check BUNDLE: hashes, signature, manifest against model, and the golden pair. Exit code 1: a check failed."""
     from sparsifiner_edge.runtime.verify import verify_bundle
 
     result = verify_bundle(bundle, backend=backend, kernels=kernels, public_key=public_key)
-    if as_json:
-        print_json(write_record(result))
-    else:
-        _print(result)
+    common.print_result(result, as_json, _print)
     if not result.passed:
         sys.exit(1)
 
 
 def _print(result: Verification) -> None:
     rows = [[check.name, "ok" if check.passed else "FAILED", check.details] for check in result.checks]
-    print_table(f"{result.bundle} ({result.hash[:16]})", ["check", "", "found"], rows)
+    common.print_table(f"{result.bundle} ({result.hash[:16]})", ["check", "", "found"], rows)
     failed = [check for check in result.checks if not check.passed]
     if failed:
         click.echo(f"error: {len(failed)} of {len(rows)} checks failed.\n  Do not use this bundle.", err=True)
 
 
 @command.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--key", type=click.Path(path_type=Path), required=True, help="Private key, PEM; see keygen.")
-@json_option
+@common.bundle_argument
+@click.option("--key", type=common.PATH, required=True, help="Private key, PEM; see keygen.")
+@common.json_option
 def sign(*, bundle: Path, key: Path, as_json: bool) -> None:
     """Sign BUNDLE as it is: manifest.sig covers the manifest, which holds the hash of every other file."""
     from sparsifiner_edge.artifacts import SIGNATURE_FILE
     from sparsifiner_edge.bundle.sign import sign_bundle
 
     result = sign_bundle(bundle, key)
-    if as_json:
-        print_json(write_record(result))
-    else:
-        click.echo(f"{bundle / SIGNATURE_FILE}: signed by the key {result.key[:16]}")
+    common.print_result(
+        result, as_json, lambda _: click.echo(f"{bundle / SIGNATURE_FILE}: signed by the key {result.key[:16]}")
+    )
 
 
 @command.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Private key to write: KEY.pem.")
-@json_option
+@common.output_option("Private key to write: KEY.pem.")
+@common.json_option
 def keygen(*, output: Path, as_json: bool) -> None:
     """Make a key pair: KEY.pem, which only you may read, and KEY.pub, which may go to every device."""
     from sparsifiner_edge.bundle.sign import generate_key
 
     public, fingerprint = generate_key(output)
     if as_json:
-        print_json({"private": str(output), "public": str(public), "key": fingerprint})
+        common.print_json({"private": str(output), "public": str(public), "key": fingerprint})
     else:
         click.echo(f"{output}: keep it secret.\n{public}: for those who check; key {fingerprint[:16]}")

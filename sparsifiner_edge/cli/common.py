@@ -15,52 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.table import Table
 from rich.text import Text
 
+from sparsifiner_edge.bounds import MOST_THREADS
+from sparsifiner_edge.config import parse_token_keep
+from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json, finite, shown
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 err_console = Console(stderr=True)
 """For progress and remarks: standard output carries results alone."""
-
-
-def json_option(command: Command) -> Command:
-    """`--json`: print one JSON document on standard output instead of a table."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")(command)
-
-
-def output_option(what: str, required: bool = True) -> Callable[[Command], Command]:
-    """`-o/--output FOLDER`."""
-    return click.option("-o", "--output", type=click.Path(path_type=Path), required=required, help=what)
-
-
-def weights_option(command: Command) -> Command:
-    """`--weights FILE`."""
-    return click.option(
-        "--weights",
-        type=click.Path(path_type=Path),
-        help="Weights with timm's key names (.safetensors or .pth); without it, timm downloads them.",
-    )(command)
-
-
-def keep_option(command: Command) -> Command:
-    """`--keep SHARE`, where a student's own is the default."""
-    return click.option("--keep", type=float, help="Share of keys that each tile reads; by default the student's own.")(
-        command
-    )
-
-
-def token_keep_option(command: Command) -> Command:
-    """`--token-keep LAYER:SHARE,...`, where a student's own is the default."""
-    return click.option(
-        "--token-keep",
-        metavar="LAYER:SHARE,...",
-        help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.',
-    )(command)
+PATH = click.Path(path_type=Path)
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range; NaN, which compares with nothing, is refused too."""
+    """A number in a range; NaN, which compares with nothing, is rejected too."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read and check one value."""
@@ -70,15 +40,42 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-def kernels_option(command: Command) -> Command:
-    """`--kernels CHOICE`."""
-    return click.option(
-        "--kernels",
-        type=click.Choice(("auto", "native", "portable")),
-        default="auto",
-        show_default=True,
-        help="Operators of sparse attention: the native library where it can be loaded, only it, or function bodies.",
-    )(command)
+def output_option(what: str, required: bool = True) -> Callable[[Command], Command]:
+    """`-o/--output FOLDER`."""
+    return click.option("-o", "--output", type=PATH, required=required, help=what)
+
+
+def _require_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001
+    if value is not None:
+        require_file_path(value)
+    return value
+
+
+def parse_pruning(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:  # noqa: ARG001
+    """What `--token-keep` says, by layer."""
+    return None if value is None else parse_token_keep(value)
+
+
+bundle_argument = click.argument("bundle", type=PATH)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+result_option = click.option("-o", "--output", type=PATH, callback=_require_file,
+                             help="Also write the result, raw samples included, to this JSON file.")  # fmt: skip
+backend_option = click.option("--backend", default="onnxruntime", show_default=True, help="What runs a bundle.")
+kernels_option = click.option(
+    "--kernels",
+    type=click.Choice(("auto", "native", "portable")),
+    default="auto",
+    show_default=True,
+    help="Operators of sparse attention: the native library where it can be loaded, only it, or function bodies.",
+)
+threads_option = click.option("--threads", type=click.IntRange(1, MOST_THREADS),
+                              help="Threads; by default the cores this process may use.")  # fmt: skip
+weights_option = click.option("--weights", type=PATH,
+    help="Weights with timm's key names (.safetensors or .pth); without it, timm downloads them.")  # fmt: skip
+keep_option = click.option("--keep", type=float,
+                           help="Share of keys that each tile reads; by default the student's own.")  # fmt: skip
+token_keep_option = click.option("--token-keep", callback=parse_pruning, metavar="LAYER:SHARE,...",
+    help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.')  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -104,6 +101,22 @@ def progress_bar(stage: str, visible: bool = True) -> Iterator[Progress]:
 def print_json(content: Any) -> None:
     """One JSON document on standard output; null where a figure is NaN or infinite."""
     click.echo(dump_json(finite(content)[0]), nl=False)
+
+
+Shown = TypeVar("Shown")
+
+
+def print_result(result: Shown, as_json: bool, show: Callable[[Shown], None], output: Path | None = None) -> None:
+    """A record as one JSON document, or as `show` prints it for people; a `Result` also into the file `output`."""
+    if as_json:
+        print_json(write_record(result))
+    else:
+        show(result)
+    if output is not None:  # Last: a full disk should not cost the reader the figures.
+        from sparsifiner_edge.results import Result, write_result
+
+        assert isinstance(result, Result)
+        write_result(output, result)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

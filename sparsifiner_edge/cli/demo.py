@@ -7,33 +7,30 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparsifiner_edge.cli.common import json_option, print_json, print_table, progress_bar
-from sparsifiner_edge.records import Unavailable, write_record
+from sparsifiner_edge.cli import common
+from sparsifiner_edge.records import Unavailable
 
 if TYPE_CHECKING:
     from sparsifiner_edge.demo.demo import DemoResult
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True,
+@click.option("-o", "--output", type=common.PATH, default=Path("demo"), show_default=True,
               help="Folder for students, bundles, result and images.")  # fmt: skip
-@json_option
+@common.json_option
 def command(*, output: Path, as_json: bool) -> None:
     """DINOv2 ViT-S/14 with its real weights on eight photographs: dense beside sparse, untrained, at 224 and 518 px."""
     try:
         from sparsifiner_edge.demo.demo import run_demo
     except ModuleNotFoundError as error:
         if str(error.name).startswith("sparsifiner_edge"):
-            raise  # A fault of ours, which no package mends.
+            raise  # A fault of this package, which no other mends.
         from sparsifiner_edge.errors import MissingExtraError
 
         raise MissingExtraError(str(error.name), "demo") from error
-    with progress_bar("starting") as progress:
+    with common.progress_bar("starting") as progress:
         result = run_demo(output, progress)
-    if as_json:
-        print_json(write_record(result))
-    else:
-        _print(result, output)
+    common.print_result(result, as_json, lambda found: _print(found, output))
 
 
 def _print(result: DemoResult, output: Path) -> None:
@@ -52,7 +49,7 @@ def _print(result: DemoResult, output: Path) -> None:
                 f"{ratio.value:.2f} ({_number(ratio.low)} to {_number(ratio.high)})",
             ]
         )
-    print_table(
+    common.print_table(
         "DINOv2 ViT-S/14, untrained, eight photographs; ONNX Runtime on this CPU",
         ["", "keys read", "CLS cosine", "patch cosine", "attention MACs", "dense ms", "sparse ms", "speed ratio"],
         rows,

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsifiner_edge.cli.common import (
-    json_option,
-    output_option,
-    print_json,
-    print_table,
-    progress_bar,
-    weights_option,
-)
-from sparsifiner_edge.records import write_record
+from sparsifiner_edge.cli import common
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
@@ -24,14 +16,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("student", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of images; labels are not needed.")
+@click.argument("student", type=common.PATH)
+@click.option("--data", type=common.PATH, required=True, help="Folder of images; labels are not needed.")
 @click.option("--teacher", metavar="MODEL", help="timm's name; by default the student's own weights, if never trained.")
-@weights_option
+@common.weights_option
 @click.option("--labels", is_flag=True, help="Also learn from labels: each class has a folder in --data.")
 @click.option(
     "--held-out",
-    type=click.Path(path_type=Path),
+    type=common.PATH,
     help="Validation images for choosing the checkpoint; by default some of --data.",
 )
 @click.option("--recipe", default="cpu", show_default=True, help="cpu, imagenet-deit-s, or a TOML file.")
@@ -39,22 +31,21 @@ if TYPE_CHECKING:
     "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a recipe value, such as distil.steps=500."
 )
 @click.option("--resume", is_flag=True, help="Go on where the last checkpoint of this output stands.")
-@json_option
-@output_option("Student folder to write.")
+@click.option("--tensorboard", is_flag=True, help="Also write a history for TensorBoard.")
+@common.json_option
+@common.output_option("Student folder to write.")
 def command(*, student: Path, data: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Train STUDENT towards its dense teacher; the best on held-out images is written, the start included."""
     import sparsifiner_edge
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
-    with progress_bar("preparing", visible=first) as progress:
+    with common.progress_bar("preparing", visible=first) as progress:
         summary = sparsifiner_edge.distill_student(student, data, output, progress=progress, **options)
-    if first and as_json:
-        print_json(write_record(summary))
-    elif first:
-        print_summary(summary, output)
+    if first:
+        common.print_result(summary, as_json, lambda found: _print(found, output))
 
 
-def print_summary(summary: TrainingSummary, output: Path) -> None:
+def _print(summary: TrainingSummary, output: Path) -> None:
     """What was kept, and what could not be read."""
     found = summary.fidelity
     if found.best is not None:
@@ -63,7 +54,7 @@ def print_summary(summary: TrainingSummary, output: Path) -> None:
             f"{found.best:.4f}, untrained {found.start:.4f}, all budgets together."
         )
         rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in found.budgets or []]
-        print_table("Cosine to the teacher, held-out images", ["budget", "untrained", "kept"], rows)
+        common.print_table("Cosine to the teacher, held-out images", ["budget", "untrained", "kept"], rows)
     unreadable = summary.images.unreadable
     if unreadable:
         listed = "\n  ".join(map(shown, unreadable[:10]))

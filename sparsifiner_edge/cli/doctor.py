@@ -6,21 +6,21 @@ import click
 import msgspec
 
 from sparsifiner_edge import doctor
-from sparsifiner_edge.cli.common import json_option, print_json, print_table
+from sparsifiner_edge.cli import common
 from sparsifiner_edge.records import Known, Unavailable
 
 
 @click.command()
-@json_option
+@common.json_option
 def command(as_json: bool) -> None:
     """Say what is installed, what works, and what to do about the rest."""
     findings = doctor.examine()
     if as_json:
-        print_json(msgspec.to_builtins(findings))
+        common.print_json(msgspec.to_builtins(findings))
         return
-    print_table("Backends", ["backend", "available", "version", "remark"], _backend_rows(findings))
-    print_table("Extras", ["extra", "package", "version", "install"], _extra_rows(findings.extras))
-    print_table("Machine", ["what", "value"], _machine_rows(findings))
+    common.print_table("Backends", ["backend", "available", "version", "remark"], _backend_rows(findings))
+    common.print_table("Extras", ["extra", "package", "version", "install"], _extra_rows(findings.extras))
+    common.print_table("Machine", ["what", "value"], _machine_rows(findings))
     for warning in findings.warnings:
         click.echo(f"warning: {warning}")
 

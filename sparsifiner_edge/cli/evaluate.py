@@ -8,19 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.cli.common import (
-    json_option,
-    keep_option,
-    kernels_option,
-    output_option,
-    print_json,
-    print_table,
-    progress_bar,
-    token_keep_option,
-    weights_option,
-)
-from sparsifiner_edge.config import parse_token_keep
-from sparsifiner_edge.files import require_file_path
+from sparsifiner_edge.cli import common
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
@@ -31,44 +19,32 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("subject", metavar="STUDENT|BUNDLE")
 @click.option("--against", metavar="MODEL|BUNDLE", help="The dense teacher; for a student by default its own weights.")
-@weights_option
-@click.option("--data", type=click.Path(path_type=Path), required=True,
+@common.weights_option
+@click.option("--data", type=common.PATH, required=True,
               help="An image or a folder; labelled: one folder per class.")  # fmt: skip
 @click.option("--metric", type=click.Choice(["cosine", "knn", "linear", "top1"]), default="cosine", show_default=True,
               help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the classifier.")  # fmt: skip
-@click.option("--gallery", type=click.Path(path_type=Path), help="For knn and linear: labelled images to learn from.")
+@click.option("--gallery", type=common.PATH, help="For knn and linear: labelled images to learn from.")
 @click.option(
     "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most so many images of --data, evenly taken."
 )
-@click.option("--head", type=click.Path(path_type=Path), help="For linear: write the student with this classifier.")
-@keep_option
-@token_keep_option
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs bundles.")
-@kernels_option
-@json_option
-@output_option("Also write the result to this JSON file.", required=False)
-def command(
-    *, subject: str, data: Path, token_keep: str | None, as_json: bool, output: Path | None, **options: Any
-) -> None:
+@click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
+@common.keep_option
+@common.token_keep_option
+@common.backend_option
+@common.kernels_option
+@common.json_option
+@common.result_option
+def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **options: Any) -> None:
     """Compare SUBJECT with its dense teacher, image by image."""
     import sparsifiner_edge
-    from sparsifiner_edge.records import write_record
-    from sparsifiner_edge.results import write_result
 
-    if output is not None:
-        require_file_path(output)
-    pruning = parse_token_keep(token_keep) if token_keep is not None else None
-    with progress_bar("images") as progress:
-        result = sparsifiner_edge.evaluate_student(subject, data, token_keep=pruning, progress=progress, **options)
-    if as_json:
-        print_json(write_record(result))
-    else:
-        print_evaluation(result)
-    if output is not None:  # Last: a full disk should not cost the reader the figures.
-        write_result(output, result)
+    with common.progress_bar("images") as progress:
+        result = sparsifiner_edge.evaluate_student(subject, data, progress=progress, **options)
+    common.print_result(result, as_json, _print, output)
 
 
-def print_evaluation(result: CosineResult | ClassResult) -> None:
+def _print(result: CosineResult | ClassResult) -> None:
     """The figures; then who was compared with whom, and what ran each."""
     from sparsifiner_edge.evaluate.cosine import CosineResult
 
@@ -96,7 +72,7 @@ def _print_cosines(result: CosineResult) -> None:
             interval = f"{low:.4f} to {high:.4f}" if known else "too few images"
             rows.append([name, f"{found.mean.value:.4f}", interval, f"{found.least:.4f}"])
     count = len(result.method.images)
-    print_table(f"Cosine to the dense teacher, {count} images", ["", "mean", "95 % interval", "least"], rows)
+    common.print_table(f"Cosine to the dense teacher, {count} images", ["", "mean", "95 % interval", "least"], rows)
 
 
 def _print_accuracy(result: ClassResult) -> None:
@@ -108,4 +84,4 @@ def _print_accuracy(result: ClassResult) -> None:
         ["teacher", f"{found.teacher_percent:.2f} %"],
         ["difference", f"{paired.value:+.2f} points ({paired.low:+.2f} to {paired.high:+.2f})"],
     ]
-    print_table(f"{method.metric}: {method.queries}, gallery {method.gallery}", ["", "accuracy"], rows)
+    common.print_table(f"{method.metric}: {method.queries}, gallery {method.gallery}", ["", "accuracy"], rows)

@@ -12,29 +12,20 @@ from sparsifiner_edge.bounds import MOST_COUNT, MOST_SIDE
 from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
-from sparsifiner_edge.cli.common import (
-    json_option,
-    keep_option,
-    output_option,
-    print_json,
-    progress_bar,
-    token_keep_option,
-    weights_option,
-)
-from sparsifiner_edge.config import parse_token_keep
+from sparsifiner_edge.cli import common
 
 
 @click.command()
 @click.argument("source", metavar="STUDENT|MODEL")
-@weights_option
+@common.weights_option
 @click.option("--img-size", type=click.IntRange(1, MOST_SIDE), help="Pixels along a side; by default the source's own.")
-@keep_option
-@token_keep_option
+@common.keep_option
+@common.token_keep_option
 @click.option("--tile", type=click.IntRange(1, MOST_COUNT), help="Queries that share one list of keys; GPUs want 64.")
 @click.option("--probe", type=click.IntRange(1, MOST_COUNT), help="Queries that ask as one; divides the tile.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
               help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
-@click.option("--calibrate", type=click.Path(path_type=Path),
+@click.option("--calibrate", type=common.PATH,
               help="A folder of images: int8 is calibrated with them, --tile is judged by them.")  # fmt: skip
 @click.option("--int8-target", "--recipe", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
               show_default=True, help="For int8: what will run it.")  # fmt: skip
@@ -42,19 +33,18 @@ from sparsifiner_edge.config import parse_token_keep
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile GPU kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
-@click.option("--tokens", is_flag=True, help="Also output a classifier's tokens (other models always do).")
-@json_option
-@output_option("Bundle folder to write.")
-def command(*, source: str, output: Path, token_keep: str | None, as_json: bool, **options: Any) -> None:
-    """Export a student folder, or timm's MODEL as the dense baseline, to ONNX, and check the file against torch."""
+@click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")
+@common.json_option
+@common.output_option("Bundle folder to write.")
+def command(*, source: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Export a student folder, or timm's MODEL as the dense baseline, to ONNX, checked against PyTorch."""
     import sparsifiner_edge
 
-    pruning = parse_token_keep(token_keep) if token_keep is not None else None
-    with progress_bar("exporting and checking") as progress:
-        folder = sparsifiner_edge.export_bundle(source, output, token_keep=pruning, progress=progress, **options)
+    with common.progress_bar("exporting and checking") as progress:
+        folder = sparsifiner_edge.export_bundle(source, output, progress=progress, **options)
     bundle = open_bundle(folder)
     if as_json:
-        print_json(manifest_content(bundle.manifest))
+        common.print_json(manifest_content(bundle.manifest))
     else:
         _print(bundle)
 

@@ -177,7 +177,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _flushed(code: int) -> int:
-    """Flush standard output now, where a failure still can be told; afterwards Python would print a traceback."""
+    """Flush standard output now, where a failure can still be reported; later Python would print a traceback."""
     if sys.stdout is None:
         return code
     try:

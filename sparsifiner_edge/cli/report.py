@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsifiner_edge.cli.common import json_option, output_option, print_json
-from sparsifiner_edge.records import Unavailable, write_record
+from sparsifiner_edge.cli import common
+from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("results", nargs=-1, metavar="RESULT.json...", type=click.Path(path_type=Path))
-@click.option("--bundle", "bundles", multiple=True, type=click.Path(path_type=Path),
+@click.argument("results", nargs=-1, metavar="RESULT.json...", type=common.PATH)
+@click.option("--bundle", "bundles", multiple=True, type=common.PATH,
               help="A bundle in the results, for what was sparse; may be given again.")  # fmt: skip
 @click.option("--lang", "language", type=click.Choice(["en", "ja"]), default="en", show_default=True,
               help="English or Japanese.")  # fmt: skip
@@ -28,37 +28,25 @@ if TYPE_CHECKING:
 @click.option(
     "--no-images", "--no-pictures", "no_images", is_flag=True, help="Write the page alone, without PNGs beside it."
 )
-@json_option
-@output_option("HTML page to write.")
+@common.json_option
+@common.output_option("HTML page to write.")
 def command(
     *,
     results: tuple[Path, ...],
-    bundles: tuple[Path, ...],
-    language: str,
+    output: Path,
     price_kwh: float | None,
     price_device_hour: float | None,
     currency: str,
-    strict: bool,
     no_images: bool,
     as_json: bool,
-    output: Path,
+    **options: Any,
 ) -> None:
     """Write one self-contained page from the result files of profile, evaluate and estimate."""
     from sparsifiner_edge.report import Prices, write_report
 
-    written = write_report(
-        results,
-        output,
-        bundles=bundles,
-        language=language,
-        prices=Prices(price_kwh, price_device_hour, currency),
-        strict=strict,
-        images=not no_images,
-    )
-    if as_json:
-        print_json(write_record(written))
-    else:
-        _print(written)
+    prices = Prices(price_kwh, price_device_hour, currency)
+    written = write_report(results, output, prices=prices, images=not no_images, **options)
+    common.print_result(written, as_json, _print)
 
 
 def _print(written: Report) -> None:

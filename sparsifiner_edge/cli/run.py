@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS, MOST_THREADS
-from sparsifiner_edge.cli.common import FiniteRange, kernels_option
+from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS
+from sparsifiner_edge.cli import common
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.files import require_file_path
 
@@ -23,49 +23,56 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@common.bundle_argument
 @click.option(
     "--source",
     metavar="URI",
     required=True,
     help="An image, a folder of images, a video file, 0 or /dev/video0, rtsp://..., gst:PIPELINE, or test.",
 )
-@click.option("--backend", default="onnxruntime", show_default=True, help="What runs the bundle.")
-@kernels_option
-@click.option(
-    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads; by default the cores this process may use."
-)
+@common.backend_option
+@common.kernels_option
+@common.threads_option
 @click.option(
     "--output",
     metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Write the JSON lines to this file instead: a live source's are added to it; of images it appears when all "
-    "are done, and cut short those that are stay in FILE.part.",
+    type=common.PATH,
+    help="Write the JSON lines to this file instead: a live source appends to it; for images it appears when all are "
+    "done, and an interrupted run leaves its lines in FILE.part.",
 )
-@click.option("--overlay", type=click.Path(path_type=Path), help="Also draw the answers into this video (.mp4, .mkv).")
+@click.option("--overlay", type=common.PATH, help="Also draw the answers into this video (.mp4, .mkv).")
 @click.option(
     "--top", type=click.IntRange(1, MOST_COUNT), default=5, show_default=True, help="Most classes per answer."
 )
-@click.option("--threshold", type=FiniteRange(0, 1), default=0.0, help="Leave out less probable classes.")
-@click.option("--fps", type=FiniteRange(0.1, 1000), default=25.0, show_default=True, help="Of the source test.")
+@click.option("--threshold", type=common.FiniteRange(0, 1), default=0.0, help="Leave out less probable classes.")
 @click.option(
-    "--duration", "duration_s", type=FiniteRange(0, MOST_SECONDS, min_open=True), help="Stop after so many seconds."
+    "--fps",
+    type=common.FiniteRange(0.1, 1000),
+    default=25.0,
+    show_default=True,
+    help="Frames per second of the source test.",
+)
+@click.option(
+    "--duration",
+    "duration_s",
+    type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
+    help="Stop after so many seconds.",
 )
 @click.option("--frames", type=click.IntRange(1, MOST_COUNT), help="Stop after so many frames.")
 @click.option("--metrics", metavar="[HOST:]PORT", help="Serve /metrics and /healthz; on this machine alone by default.")
 @click.option(
     "--stall",
     "stall_s",
-    type=FiniteRange(0.1, MOST_SECONDS),
+    type=common.FiniteRange(0.1, MOST_SECONDS),
     default=3.0,
     show_default=True,
-    help="Seconds without a frame after which a live source is opened anew.",
+    help="Seconds without a frame after which a live source is reopened.",
 )
 @click.option(
     "--require-signature",
     "public_key",
     metavar="KEY.pub",
-    type=click.Path(path_type=Path),
+    type=common.PATH,
     help="Refuse a bundle that the holder of this key did not sign, or that was altered since.",
 )
 @click.option(
@@ -78,8 +85,8 @@ def command(
 ) -> None:
     """Run BUNDLE on images, a video or a camera; one JSON line per image or frame.
 
-    A live source is waited for and opened again when it is lost; what happens to it is told on standard error, one
-    JSON line each. SIGTERM and Ctrl-C end it after the frame at hand, with exit code 0.
+    A live source is waited for, and opened again when it is lost; events of it go to standard error, one JSON line
+    each. SIGTERM and Ctrl-C end the run after the current frame, with exit code 0.
     """
     from sparsifiner_edge.camera import still_images
     from sparsifiner_edge.camera.health import parse_host_port
@@ -104,7 +111,7 @@ def command(
 def _write(records: Iterator[ImageRecord], output: Path | None) -> None:
     from sparsifiner_edge.camera.json_lines import new_lines
 
-    # The first before the file: what is wrong with the bundle is told before anything is made.
+    # The first before the file: a bad bundle is an error before anything is written.
     records = itertools.chain([next(records)], records)
     sink: contextlib.AbstractContextManager[Callable[[object], None]]
     sink = contextlib.nullcontext(_print) if output is None else new_lines(output)

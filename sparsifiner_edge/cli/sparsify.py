@@ -8,26 +8,13 @@ from typing import Any
 import click
 
 from sparsifiner_edge.bounds import MOST_SIDE, whole_number
-from sparsifiner_edge.cli.common import output_option, progress_bar, weights_option
-from sparsifiner_edge.config import PRESETS, parse_token_keep
-from sparsifiner_edge.errors import ConfigError
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """ "0,1" -> (0, 1).
-
-    Raises:
-        ConfigError: not a list of indices.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all((part.isascii() and part.isdigit()) for part in parts):
-        raise ConfigError(f"dense layers are {text!r}.", "Give layer indices separated by commas, such as 0,1.")
-    return tuple(whole_number(part, "A dense layer") for part in parts)
+from sparsifiner_edge.cli import common
+from sparsifiner_edge.config import PRESETS
 
 
 @click.command()
 @click.argument("model")
-@weights_option
+@common.weights_option
 @click.option("--img-size", type=click.IntRange(1, MOST_SIDE), help="Pixels along a side; by default the model's own.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="edge", show_default=True, help="Kind of sparsity.")
 @click.option("--keep", type=float, default=0.25, show_default=True, help="Share of keys each tile reads; 1 is dense.")
@@ -36,15 +23,16 @@ def parse_layers(text: str) -> tuple[int, ...]:
 @click.option("--channels", type=int, help="Low-rank width of the predictor (edge: 24).")
 @click.option("--cells", type=int, help="Background cells; by default the square root of the patches, at most 25.")
 @click.option("--dense-layers", default="", help="Layers that stay dense, such as 0,1.")
-@click.option("--token-keep", default="", metavar="LAYER:SHARE,...", help="Prune tokens, such as 3:.7,6:.7,9:.7.")
+@click.option("--token-keep", default="", callback=common.parse_pruning, metavar="LAYER:SHARE,...",
+              help="Prune tokens, such as 3:.7,6:.7,9:.7.")  # fmt: skip
 @click.option("--fuse-tokens", is_flag=True, help="Merge pruned tokens into one.")
-@click.option("--calibrate", type=click.Path(path_type=Path), help="Folder of images to learn the predictor from.")
-@output_option("Student folder to write.")
-def command(*, model: str, output: Path, dense_layers: str, token_keep: str, **options: Any) -> None:
+@click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
+@common.output_option("Student folder to write.")
+def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> None:
     """Make MODEL (timm's name of a ViT, DeiT or DINOv2) sparse, without training, and write a student folder."""
     import sparsifiner_edge
 
-    options |= {"dense_layers": parse_layers(dense_layers), "token_keep": parse_token_keep(token_keep)}
-    with progress_bar("sparsify") as progress:
-        folder = sparsifiner_edge.sparsify(model, output, progress=progress, **options)
+    layers = tuple(whole_number(part, "A dense layer") for part in dense_layers.split(",") if part.strip())
+    with common.progress_bar("sparsify") as progress:
+        folder = sparsifiner_edge.sparsify(model, output, dense_layers=layers, progress=progress, **options)
     click.echo(f"{folder}: student written. Next: sparsifiner-edge export {folder} -o BUNDLE/")

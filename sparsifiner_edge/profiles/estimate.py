@@ -129,7 +129,7 @@ def estimate_bundle(
     Args:
         bundle: its manifest says what there is to compute.
         board: a name, a TOML file, or one that was loaded.
-        precision: one of `sparsifiner_edge.profiles.boards.board.PRECISIONS`; None takes the bundle's.
+        precision: "fp32", "tf32", "fp16" or "int8"; None takes the bundle's.
         power_mode: name or number; None takes full clocks.
         kernels: "native", "portable" (function bodies), or "auto": on a CPU native; on a GPU native where the bundle
             carries kernels compiled for its SM.

@@ -11,7 +11,7 @@ from sparsifiner_edge.profiles.measure.resource_usage import Usage
 from sparsifiner_edge.profiles.measure.side import WarmUp
 from sparsifiner_edge.profiles.rules import Mlperf, Rules
 from sparsifiner_edge.profiles.sensors import Energy
-from sparsifiner_edge.profiles.sensors.base import Described
+from sparsifiner_edge.profiles.sensors.base import SensorDescription
 from sparsifiner_edge.profiles.sensors.conditions import Seen
 from sparsifiner_edge.profiles.sensors.recorder import Columns
 from sparsifiner_edge.profiles.stats import Summary
@@ -123,7 +123,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     runtime: dict[str, Description]
     warm_up: dict[str, WarmUp]
     block_queries: dict[str, int]
-    sensor: Described
+    sensor: SensorDescription
     conditions: dict[str, Seen]
     problems: list[str]
     flag_thresholds: dict[str, float]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -93,6 +94,11 @@ def record_counter(power: Power, times: Array, wrap: float | None = None, start:
 def recording(times: Array, readings: list[Reading], sensor: PowerSensor) -> Recording:
     moments = [int(t * SECOND) for t in times]
     return Recording(sensor, 0, int(times[-1] * SECOND) if len(times) else 0, moments, readings)
+
+
+def often(sensor: PowerSensor) -> PowerSensor:
+    """The same, worth reading every hundredth of a second."""
+    return dataclasses.replace(sensor, period_s=0.01)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:

@@ -16,6 +16,7 @@ from sparsifiner_edge.profiles.sensors.recorder import Recorder
 from sparsifiner_edge.records import write_record
 from tests.plain import conditions, energy
 from tests.sensors import trees
+from tests.sensors.curves import often
 
 pytestmark = pytest.mark.usefixtures("no_nvml")
 ORIN = Path(trees.I2C) / "ina3221/1-0040/hwmon/hwmon1"
@@ -48,8 +49,6 @@ def total_w(sensor):
     [
         (trees.orin_nano, "ina3221", ["VDD_IN"], 3, 5.040 * 1.132),
         (trees.xavier_nx, "ina3221", ["VDD_IN"], 3, 4.960 * 0.9),
-        (lambda root: trees.xavier_nx(root, 4), "ina3221-iio", ["VDD_IN"], 3, 4.464),
-        (trees.nano, "ina3221-iio", ["POM_5V_IN"], 3, 4.094),
         (trees.thor, "ina238", ["VIN"], 4, 19.78),
         (
             trees.agx_orin,
@@ -96,20 +95,8 @@ def test_several_ina238_without_names_are_not_guessed_at(tmp_path):
     trees.thor(tmp_path)
     trees.write_tree(tmp_path, {f"{trees.I2C}/ina238/2-0045/hwmon/hwmon9/power1_input": 5000000})
     sensor = find_sensor(tmp_path)
-    assert "none is named as the board's input" in sensor.probes["ina238"]
+    assert "only one alone is known as the board's input" in sensor.probes["ina238"]
     assert sensor.name == "ina3221"
-
-
-def test_a_carrier_board_that_feeds_the_module_is_not_added_to_it(tmp_path):
-    trees.agx_orin(tmp_path)
-    carrier = {"CVB_ATX_12V": (12000, 900), "CVB_ATX_3V3": (3300, 100), "CVB_ATX_5V": (5000, 300)}
-    sensor = find_sensor(trees.write_tree(tmp_path, trees.hwmon_ina3221("2-0041", 5, carrier)))
-    assert set(carrier) < set(sensor.rails)
-    assert sensor.total_rails == ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO")
-
-
-def test_the_chips_own_averaging_is_known(tmp_path):
-    assert find_sensor(trees.orin_nano(tmp_path)).averaging_s == pytest.approx(0.026)
 
 
 def test_a_sensor_that_does_not_see_where_inferences_run_is_passed_over(tmp_path):
@@ -121,11 +108,6 @@ def test_a_sensor_that_does_not_see_where_inferences_run_is_passed_over(tmp_path
     assert "processor alone" in sensor.probes["rapl"]
 
 
-def test_iio_without_power_multiplies(tmp_path):
-    trees.write_tree(tmp_path, trees.iio_ina3221("6-0040", 0, {"POM_5V_IN": (5112, 801)}, power=False))
-    assert total_w(find_sensor(tmp_path)) == pytest.approx(5.112 * 0.801)
-
-
 def test_rapl_counts_each_package_once(tmp_path):
     sensor = find_sensor(trees.x86(tmp_path))
     assert sensor.name == "rapl"
@@ -134,7 +116,7 @@ def test_rapl_counts_each_package_once(tmp_path):
     assert sum(joules[rail] for rail in sensor.total_rails) == pytest.approx(1000 + 200 + 3000 + 500)
     assert sensor.wraps_j["package-0"] == pytest.approx(262143.32885)
     assert sensor.wraps_j["dram (package-1)"] == pytest.approx(65712.999613)
-    assert {"psys", "core (package-0)"} <= set(sensor.rails)
+    assert sensor.rails == sensor.total_rails
 
 
 def test_rapl_that_only_root_may_read(tmp_path, deny):
@@ -172,13 +154,14 @@ def test_no_sensor_says_why_for_every_probe(tmp_path):
     with Recorder(sensor, tmp_path) as recorder:
         recorder.idle(0.05)
     figures = energy(recorder.recording, [(recorder.recording.start_ns, recorder.recording.end_ns)], 3)
-    assert "no power sensor" in figures["gross_j_per_inference"]["unavailable"]
+    assert "no power sensor" in figures["total"]
+    assert "unavailable" in figures["gross_j_per_inference"]
     assert recorder.recording.samples() == {}
 
 
 def record(root, during, seconds=0.4):
     """The sensor of `root`, and `during` called in the middle of the recording."""
-    with Recorder(find_sensor(root), root, period_s=0.01, conditions_period_s=0.1) as recorder:
+    with Recorder(often(find_sensor(root)), root, conditions_period_s=0.1) as recorder:
         time.sleep(seconds / 2)
         during()
         time.sleep(seconds / 2)
@@ -193,7 +176,6 @@ def test_a_file_that_vanishes_midway(tmp_path):
     assert "cover" in figures["gross_j_per_inference"]["unavailable"]
     assert "No such file" in " ".join(recording.told())
     # The other rails are still known.
-    assert figures["rails_w"] == {} or "VDD_SOC" in figures["rails_w"]
     assert recording.readings[-1].watts.keys() == {"VDD_CPU_GPU_CV", "VDD_SOC"}
 
 
@@ -301,26 +283,28 @@ def test_throttling_that_came_and_went_is_told(tmp_path):
         (tmp_path / "sys/class/hwmon/hwmon3/oc3_event_cnt").write_text("4")
 
     recording, _ = record(tmp_path, during)
-    told = write_record(recording.conditions())
+    told = write_record(recording.conditions([(recording.start_ns, recording.end_ns)]))
     assert told["throttled_by"] == ["cpu-throttle-alert", "over-current oc3"]
     assert told["before"]["throttled_by"] == told["after"]["throttled_by"] == []
     assert told["looks"] >= 2
 
 
-def test_clocks_during_leave_the_idle_baselines_out(tmp_path):
+def test_clocks_during_are_those_within_the_windows(tmp_path):
     trees.orin_nano(tmp_path)
     clock = tmp_path / "sys/class/devfreq/17000000.gpu/cur_freq"
-    with Recorder(find_sensor(tmp_path), tmp_path, period_s=0.01, conditions_period_s=0.03) as recorder:
+    with Recorder(often(find_sensor(tmp_path)), tmp_path, conditions_period_s=0.03) as recorder:
         recorder.idle(0.15)
         clock.write_text("1020000000")
+        start = time.monotonic_ns()
         time.sleep(0.3)
         clock.write_text("306000000")
         time.sleep(0.3)
+        end = time.monotonic_ns()
         falling = threading.Timer(0.1, clock.write_text, ["114000000"])
         falling.start()
         recorder.idle(0.3)
         falling.join()
-    seen = write_record(recorder.recording.conditions())["during"]
+    seen = write_record(recorder.recording.conditions([(start, end)]))["during"]
     assert seen["gpu_mhz"]["lowest"] >= 305
     assert seen["gpu_mhz"]["highest"] == 1020
     assert seen["temperature_c.cpu-thermal"]["median"] == pytest.approx(46.531)

@@ -12,6 +12,7 @@ from sparsifiner_edge.profiles.measure.memory import MemoryPhases
 from sparsifiner_edge.profiles.sensors import Recorder, find_sensor
 from sparsifiner_edge.profiles.sensors.nvml import THROTTLING
 from tests.plain import conditions, energy
+from tests.sensors.curves import often
 from tests.sensors.fake_nvml import FUNCTIONS, FakeNvml
 
 NOT_SUPPORTED = pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -38,15 +39,15 @@ def test_throttling_bits_are_those_of_the_installed_module(name):
 
 def test_without_a_driver_the_real_module_is_told_why(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: (_ for _ in ()).throw(pynvml.NVMLError(12)))
-    assert "NVML Shared Library Not Found" in find_sensor(only="nvml").probes["nvml"]
+    assert "NVML Shared Library Not Found" in find_sensor(on="gpu").probes["nvml"]
 
 
 def test_without_nvidia_ml_py(no_nvml):
-    assert 'pip install "sparsifiner-edge[gpu]"' in find_sensor(only="nvml").probes["nvml"]
+    assert 'pip install "sparsifiner-edge[gpu]"' in find_sensor(on="gpu").probes["nvml"]
 
 
 def test_a_card_with_an_energy_counter(nvml):
-    sensor = find_sensor(only="nvml")
+    sensor = find_sensor(on="gpu")
     assert (sensor.name, sensor.total_rails) == ("nvml", ("gpu",))
     assert "RTX 4070" in sensor.total
     assert sensor.averaging_s == 0.1
@@ -59,16 +60,15 @@ def test_a_card_with_an_energy_counter(nvml):
 
 def test_a_card_without_one_averages_over_a_second(nvml):
     nvml.energy_mj = NOT_SUPPORTED
-    sensor = find_sensor(only="nvml")
+    sensor = find_sensor(on="gpu")
     assert sensor.averaging_s == 1.0
-    assert any("running average" in note for note in sensor.notes)
     assert sensor.read().joules == {}
     sensor.close()
 
 
 def test_orin_tells_no_power(nvml):
     nvml.power_mw = nvml.energy_mj = NOT_SUPPORTED
-    sensor = find_sensor(only="nvml")
+    sensor = find_sensor(on="gpu")
     assert not sensor.available
     assert "tells no power of NVIDIA GeForce RTX 4070: Not Supported" in sensor.probes["nvml"]
 
@@ -81,14 +81,14 @@ def test_the_card_is_the_one_that_inferences_see(nvml, monkeypatch, variable, as
     nvml.cards = 2
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    sensor = find_sensor(only="nvml")
+    sensor = find_sensor(on="gpu")
     assert set(nvml.asked) == {asked}
-    assert "one of 2 cards" in sensor.notes[-1]
+    assert "one of 2: the first of CUDA_VISIBLE_DEVICES" in sensor.total
 
 
 def test_a_card_that_is_not_there(nvml, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert "Invalid Argument" in find_sensor(only="nvml").probes["nvml"]
+    assert "Invalid Argument" in find_sensor(on="gpu").probes["nvml"]
 
 
 def run(nvml, during=None, seconds=0.5):
@@ -96,7 +96,7 @@ def run(nvml, during=None, seconds=0.5):
     began = time.monotonic()
     nvml.energy_mj = lambda: int((time.monotonic() - began) * 100e3)
     nvml.power_mw = lambda: 100_000 + int(time.monotonic() * 1e6) % 100
-    with Recorder(find_sensor(only="nvml"), period_s=0.01) as recorder:
+    with Recorder(often(find_sensor(on="gpu"))) as recorder:
         recorder.idle(0.3)
         start = time.monotonic_ns()
         time.sleep(seconds / 2)

@@ -37,22 +37,6 @@ def hwmon_ina3221(address: str, number: int, rails: dict[str, tuple[int, int]]) 
     return files
 
 
-def iio_ina3221(address: str, number: int, rails: dict[str, tuple[int, int]], power: bool = True) -> dict[str, object]:
-    """One chip as L4T's iio driver of JetPack 4 shows it: channels from 0."""
-    folder = f"{I2C}/ina3221x/{address}/iio:device{number}"
-    files: dict[str, object] = {f"{folder}/name": "ina3221x"}
-    for channel, (label, (millivolts, milliamperes)) in enumerate(rails.items()):
-        files |= {
-            f"{folder}/rail_name_{channel}": label,
-            f"{folder}/in_voltage{channel}_input": millivolts,
-            f"{folder}/in_current{channel}_input": milliamperes,
-            f"{folder}/warn_current_limit_{channel}": "32760 ma",
-        }
-        if power:
-            files[f"{folder}/in_power{channel}_input"] = millivolts * milliamperes // 1000
-    return files
-
-
 def jetson(release: str, revision: str, mode: str, conf: dict[int, str]) -> dict[str, object]:
     """What every Jetson has: release, power mode and its names."""
     text = "\n".join(f"< POWER_MODEL ID={number} NAME={name} >\nCPU_ONLINE CORE_0 1" for number, name in conf.items())
@@ -133,19 +117,16 @@ def thor(root: Path) -> Path:
     )
 
 
-def xavier_nx(root: Path, jetpack: int = 5) -> Path:
+def xavier_nx(root: Path) -> Path:
     rails = {"VDD_IN": (4960, 900), "VDD_CPU_GPU_CV": (4960, 150), "VDD_SOC": (4960, 240)}
-    chip = hwmon_ina3221("7-0040", 6, rails) if jetpack == 5 else iio_ina3221("7-0040", 0, rails)
-    return write_tree(root, chip | devfreq("17000000.gv11b", 114750000, 1109250000))
+    return write_tree(root, hwmon_ina3221("7-0040", 6, rails) | devfreq("17000000.gv11b", 114750000, 1109250000))
 
 
 def nano(root: Path) -> Path:
     """JetPack 4, which its 4 GB model ends with."""
-    rails = {"POM_5V_IN": (5112, 801), "POM_5V_GPU": (5112, 8), "POM_5V_CPU": (5112, 120)}
     return write_tree(
         root,
-        iio_ina3221("6-0040", 0, rails)
-        | jetson("32", "7.1", "pmode:0000 fmode:fanNull", {0: "MAXN", 1: "5W"})
+        jetson("32", "7.1", "pmode:0000 fmode:fanNull", {0: "MAXN", 1: "5W"})
         | devfreq("57000000.gpu", 76800000, 921600000)
         | {"sys/kernel/debug/clk/emc/clk_rate": 1600000000},
     )

@@ -15,13 +15,11 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.text import shown
 
-PRECISIONS = ("fp32", "tf32", "fp16", "int8")
-KINDS = ("gpu", "cpu")
 SUM = "sum"
 """As `rails.total`: no rail carries all, the total is the sum of those that are named."""
 Text = Annotated[str, Meta(pattern=r"\S")]
 Version = Annotated[str, Meta(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){0,3}$")]
-Clock = Annotated[float, Meta(ge=0.05, le=10)]
+Gigahertz = Annotated[float, Meta(ge=0.05, le=10)]
 Watts = Annotated[float, Meta(ge=0.5, le=5000)]
 Bandwidth = Annotated[float, Meta(ge=0.1, le=1e5)]
 Cores = Annotated[int, Meta(ge=0, le=200_000)]
@@ -41,7 +39,7 @@ class PowerMode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     id: Annotated[int, Meta(ge=0, le=255)]
     name: Text
     cap_w: Watts = 0.0
-    gpu_ghz: Clock = 0.0
+    gpu_ghz: Gigahertz = 0.0
     cuda_cores: Cores = 0
     bandwidth_gb_s: Bandwidth = 0.0
 
@@ -89,8 +87,8 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     name: Text
     title: Text
-    kind: Text
-    clock_ghz: Clock
+    kind: Annotated[str, Meta(pattern=r"^(gpu|cpu)$")]
+    clock_ghz: Gigahertz
     fp32_tflops: Annotated[float, Meta(ge=1e-4, le=1e4)]
     memory_gb: Annotated[float, Meta(ge=0.1, le=1e4)]
     bandwidth_gb_s: Bandwidth
@@ -113,19 +111,16 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     unverified: tuple[Text, ...] = ()
 
     def peak(self, precision: str) -> float:
-        """Operations per second at a precision of `PRECISIONS`.
+        """Operations per second at "fp32", "tf32", "fp16" or "int8".
 
         Raises:
             ConfigError: no such precision, or the board has no arithmetic for it.
         """
-        peaks = dict(
-            zip(PRECISIONS, (self.fp32_tflops, self.tf32_tflops, self.fp16_tflops, self.int8_tops), strict=True)
-        )
+        stated = {"fp32": self.fp32_tflops, "tf32": self.tf32_tflops, "fp16": self.fp16_tflops, "int8": self.int8_tops}
+        peaks = {name: peak for name, peak in stated.items() if peak}
         if precision not in peaks:
-            raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(PRECISIONS)}.")
-        if not peaks[precision]:
-            known = ", ".join(name for name, peak in peaks.items() if peak)
-            raise ConfigError(f"{self.name} states no peak for {precision}.", f"Choose one of: {known}.")
+            what = f"{self.name} states no peak for {shown(precision)}."
+            raise ConfigError(what, f"Choose one of: {', '.join(peaks)}.")
         return peaks[precision] * 1e12
 
     def in_mode(self, mode: str) -> Board:
@@ -204,12 +199,6 @@ def parse_board(text: str, origin: str) -> Board:
     return _board(parse_toml(text, origin, _DOCUMENT), origin)
 
 
-def _board(content: Mapping[str, Any], origin: str) -> Board:
-    board = read_record(_harmless(content), Board, origin, _DOCUMENT, ConfigError)
-    _check(board, content, origin)
-    return board
-
-
 def _harmless(value: Any) -> Any:
     """Texts go into tables, results and manifests."""
     if isinstance(value, Mapping):
@@ -223,33 +212,32 @@ def _refuse(origin: str, problem: str, fix: str = _DOCUMENT) -> None:
     raise ConfigError(f"{origin}: {problem}.", fix)
 
 
-def _check(board: Board, content: Mapping[str, Any], origin: str) -> None:
-    if board.kind not in KINDS:
-        _refuse(origin, f"kind is {board.kind!r}", f"Choose one of: {', '.join(KINDS)}.")
-    needed = ("sm", "cuda_cores") if board.kind == "gpu" else ("cores",)
-    for name in needed:
+def _board(content: Mapping[str, Any], origin: str) -> Board:
+    board = read_record(_harmless(content), Board, origin, _DOCUMENT, ConfigError)
+    for name in ("sm", "cuda_cores") if board.kind == "gpu" else ("cores",):
         if not getattr(board, name):
             _refuse(origin, f"{name} is missing, for a board of kind {board.kind!r}")
-    values = content.keys() - _BARE
-    for name in sorted(values - board.sources.keys()):
+    for name in sorted(content.keys() - _BARE - board.sources.keys()):
         _refuse(origin, f"{name} has no source", f"Add it to the section [sources]. {_DOCUMENT}")
-    for name in sorted(board.sources.keys() - values):
-        _refuse(origin, f"sources.{name} speaks of a key that is not there")
-    for name in sorted(set(board.unverified) - values):
-        _refuse(origin, f"unverified names {name}, which is not there")
-    if board.fp16_fast_tflops and board.fp16_fast_tflops < board.fp16_tflops:
-        _refuse(origin, "fp16_fast_tflops is less than fp16_tflops", "Leave it out where it is not faster.")
-    _check_modes(board, origin)
-
-
-def _check_modes(board: Board, origin: str) -> None:
-    for what in ("id", "name"):
-        seen = [str(getattr(mode, what)).casefold() for mode in board.power_modes]
-        if len(set(seen)) < len(seen):
-            _refuse(origin, f"two power modes have the same {what}")
     for mode in board.power_modes:
         for name, own in (("cuda_cores", "cuda_cores"), ("gpu_ghz", "clock_ghz"), ("bandwidth_gb_s", "bandwidth_gb_s")):
             if getattr(mode, name) > getattr(board, own):
                 _refuse(origin, f"power mode {mode.name}: {name} exceeds the board's")
     if board.rails and board.rails.total not in (SUM, *board.rails.names):
         _refuse(origin, f"rails.total is {board.rails.total!r}", f'Name one of the rails, or "{SUM}".')
+    return board
+
+
+BOARD_COLUMNS = (
+    "board", "SM", "GHz", "fp32", "fp16", "int8", "memory, GB", "GB/s", "W", "power modes", "total power", "JetPack",
+)  # fmt: skip
+_FIGURES = ("sm", "clock_ghz", "fp32_tflops", "fp16_tflops", "int8_tops", "memory_gb", "bandwidth_gb_s", "tdp_w")
+
+
+def board_row(board: Board) -> list[str]:
+    """A board under `BOARD_COLUMNS`; a star after what no document confirmed."""
+    texts = {name: f"{getattr(board, name):g}" if getattr(board, name) else "" for name in _FIGURES}
+    texts["power_modes"] = ", ".join(f"{mode.id} {mode.name}" for mode in board.power_modes)
+    texts["rails"] = board.rails.total if board.rails else ""
+    cells = [f"{text}*" if text and name in board.unverified else text or "-" for name, text in texts.items()]
+    return [board.name, *cells, ", ".join(entry.version for entry in board.jetpack) or "-"]

@@ -14,10 +14,16 @@ from sparsifiner_edge.profiles.measure.memory import DEVICE_SOURCE, UNIFIED_SOUR
 from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage, Usage, busy_s, other_cores, process_usage
 from sparsifiner_edge.profiles.measure.side import MeasuredSide, OnStage, measure_blocks, warm_up
 from sparsifiner_edge.profiles.rules import Rules, mlperf_figures
-from sparsifiner_edge.profiles.sensors import Energy, PowerSensor, Recorder, Recording, energy, find_sensor
-from sparsifiner_edge.profiles.sensors.conditions import Seen
-from sparsifiner_edge.profiles.sensors.find import no_sensor
-from sparsifiner_edge.profiles.sensors.recorder import within
+from sparsifiner_edge.profiles.sensors import (
+    Energy,
+    PowerSensor,
+    Recorder,
+    Recording,
+    Seen,
+    energy,
+    find_sensor,
+    no_sensor,
+)  # fmt: skip
 from sparsifiner_edge.records import MISSING, Known, Unavailable
 
 _IDLE_S = (0.5, 3.0)
@@ -47,7 +53,7 @@ class Observation(NamedTuple):
 
     def conditions(self, side: MeasuredSide) -> Seen:
         """Clocks, temperatures and throttling before, during (while this side ran) and after."""
-        return self.recording.conditions([c for at, c in self.recording.during if within(at, side.windows)])
+        return self.recording.conditions(side.windows)
 
 
 def observe(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, power: bool) -> Observation:

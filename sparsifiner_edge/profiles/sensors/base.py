@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import msgspec
 
+ReadNumber = Callable[[], float]
+"""Reads one rail; raises OSError or ValueError."""
+
 
 class UnavailableError(Exception):
     """A sensor is not there, or does not answer; the message says why. Never leaves this folder's public functions."""
@@ -19,23 +22,17 @@ class Reading(NamedTuple):
     """One look at a sensor.
 
     Attributes:
-        watts: power by rail; a rail whose value was unusable is left out and told in `problems`.
+        watts: power by rail; a rail whose value was unusable is left out, and named in `problems`.
         joules: energy counters by rail, as the sensor counts them: they start anywhere and may wrap.
         problems: what was wrong with this reading, one short sentence each.
-        time_ns: CLOCK_MONOTONIC nanoseconds at which the values arrived; None: now.
     """
 
     watts: Mapping[str, float] = {}
     joules: Mapping[str, float] = {}
     problems: tuple[str, ...] = ()
-    time_ns: int | None = None
 
 
-def _nothing() -> None:
-    pass
-
-
-class Described(msgspec.Struct, frozen=True, kw_only=True):
+class SensorDescription(msgspec.Struct, frozen=True, kw_only=True):
     """A `PowerSensor` in a result; not_used: its `probes`. idle_s, readings: of a recording by it."""
 
     name: str
@@ -43,7 +40,6 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     rails: list[str]
     period_s: float
     averaging_s: float
-    notes: list[str]
     not_used: dict[str, str]
     idle_s: list[float] | None = None
     readings: int | None = None
@@ -54,16 +50,15 @@ class PowerSensor:
     """A way to read power; see `find_sensor`.
 
     Attributes:
-        name: "ina238", "ina3221", "ina3221-iio", "tegrastats", "nvml", "rapl" or "none".
+        name: "ina238", "ina3221", "tegrastats", "nvml", "rapl" or "none".
         total: what the total is made of, for people.
         rails: every rail, those of the total included.
         total_rails: the rails whose sum is the total: never a rail together with a part of it.
         period_s: how often it is worth reading.
         read: takes a reading; raises OSError, ValueError or UnavailableError. May be called again after it did.
-        close: releases what reading holds (a process, a driver handle).
+        close: releases what reading holds, such as a process.
         averaging_s: the time over which the sensor itself averages, or after which it refreshes its value.
         wraps_j: the joules at which a rail's counter starts again from 0; a rail that is not named never wraps.
-        notes: what a reader of the figures must know.
         probes: by sensor, why those that are preferred to this one are not there.
     """
 
@@ -73,10 +68,9 @@ class PowerSensor:
     total_rails: tuple[str, ...]
     period_s: float
     read: Callable[[], Reading]
-    close: Callable[[], None] = _nothing
+    close: Callable[[], None] = lambda: None
     averaging_s: float = 0.0
     wraps_j: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
     probes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -84,16 +78,17 @@ class PowerSensor:
         """Whether there is any power to read."""
         return bool(self.rails)
 
-    def describe(self) -> Described:
+    def describe(self, idle_s: list[float] | None = None, readings: int | None = None) -> SensorDescription:
         """For a result's `method`."""
-        return Described(
+        return SensorDescription(
             name=self.name,
             total=self.total,
             rails=list(self.rails),
             period_s=self.period_s,
             averaging_s=self.averaging_s,
-            notes=list(self.notes),
             not_used=dict(self.probes),
+            idle_s=idle_s,
+            readings=readings,
         )
 
 
@@ -117,9 +112,9 @@ def read_number(path: Path) -> float:
     try:
         value = float(text.split()[0])
     except (IndexError, ValueError):
-        raise ValueError(f"{path} holds {text[:40]!r}, not a number") from None
+        value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{path} holds {text[:40]!r}")
+        raise ValueError(f"{path} holds {text[:40]!r}, not a number")
     return value
 
 
@@ -130,7 +125,7 @@ def why(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def read_rails(rails: Mapping[str, Callable[[], float]]) -> tuple[dict[str, float], tuple[str, ...]]:
+def read_rails(rails: Mapping[str, ReadNumber]) -> tuple[dict[str, float], tuple[str, ...]]:
     """All rails, one after another, and why some of them failed, which leaves a gap.
 
     Raises:

@@ -6,6 +6,7 @@ import contextlib
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.machine import NO_CPUFREQ
 from sparsifiner_edge.profiles.sensors.base import UnavailableError, read_number, read_text, why
-from sparsifiner_edge.profiles.sensors.nvml import CardConditions, nvml_conditions
+from sparsifiner_edge.profiles.sensors.nvml import THROTTLING, nvml_device, nvml_number
 from sparsifiner_edge.records import Known, Unavailable
 
 # Jetson's names of its GPU in devfreq: gpu, gp10b (TX2), gv11b (Xavier), ga10b (Orin), gpu-gpc-0 (Thor).
@@ -30,7 +31,7 @@ _MODE_NAME = re.compile(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>")
 _RELEASE = re.compile(r"R(\d+).*?REVISION:\s*([\d.]+)")
 _COLDEST_C = -100.0  # A zone that is switched off tells -256.
 _KHZ, _HZ, _MILLI = 1e-3, 1e-6, 1e-3
-Value = TypeVar("Value")
+Found = TypeVar("Found")
 
 
 class Extremes(msgspec.Struct, frozen=True):
@@ -46,7 +47,7 @@ class Range(Extremes, frozen=True):
     median: float
 
 
-class PowerMode(msgspec.Struct, frozen=True):
+class CurrentPowerMode(msgspec.Struct, frozen=True):
     """Of a Jetson, as nvpmodel names it."""
 
     id: int
@@ -60,7 +61,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
         cpu_mhz: of the cores that are on. emc_mhz: of Jetson's memory. temperature_c: by zone.
         throttled_by: names of what slows the machine down now. throttle_counts: counters that only rise.
         l4t: Jetson's release. nvml: why there is nothing of an NVIDIA card.
-        memory_mhz, performance_state, power_limit_mw: of an NVIDIA card.
+        memory_mhz, power_limit_mw: of an NVIDIA card.
     """
 
     cpu_mhz: Known[Extremes]
@@ -73,11 +74,10 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     temperature_c: Known[dict[str, float]]
     throttled_by: list[str] | Unavailable
     throttle_counts: dict[str, int]
-    power_mode: Known[PowerMode]
+    power_mode: Known[CurrentPowerMode]
     l4t: str | Unavailable
     nvml: Unavailable | None = None
     memory_mhz: int | None = None
-    performance_state: int | None = None
     power_limit_mw: int | None = None
 
 
@@ -104,7 +104,7 @@ def conditions(root: Path = Path("/")) -> Conditions:
         root: where `sys`, `etc`, `var` and `proc` are; tests give a made-up tree.
     """
     here = Conditions(
-        cpu_mhz=_tried(lambda: _extremes([read_number(f / "scaling_cur_freq") * _KHZ for f in _cpus(root)])),
+        cpu_mhz=_tried(lambda: _cpu_clocks(root)),
         cpu_limit_mhz=_tried(lambda: max(read_number(f / "scaling_max_freq") * _KHZ for f in _cpus(root))),
         governor=_tried(lambda: ", ".join(dict.fromkeys(read_text(f / "scaling_governor") for f in _cpus(root)))),
         gpu_mhz=_tried(lambda: read_number(_gpu(root) / "cur_freq") * _HZ),
@@ -112,30 +112,43 @@ def conditions(root: Path = Path("/")) -> Conditions:
         gpu_governor=_tried(lambda: read_text(_gpu(root) / "governor")),
         emc_mhz=_tried(lambda: _emc(root)),
         temperature_c=_tried(lambda: _temperatures(root)),
-        throttled_by=_cooling(root),
+        throttled_by=_tried(lambda: _cooling(root)),
         throttle_counts=dict(_counts(root)),
         power_mode=_tried(lambda: _power_mode(root)),
         l4t=_tried(lambda: _release(root)),
     )
     try:
-        return _with_card(here, nvml_conditions())
+        return _with_card(here)
     except UnavailableError as error:
         return replace(here, nvml=Unavailable(why(error)))
 
 
-def _with_card(here: Conditions, card: CardConditions) -> Conditions:
+def _with_card(here: Conditions) -> Conditions:
     """An NVIDIA card's beside the machine's."""
-    zones, throttled = here.temperature_c, here.throttled_by
-    if card.gpu_c is not None:
-        zones = ({} if isinstance(zones, Unavailable) else zones) | {"NVML": float(card.gpu_c)}
-    if card.throttled_by is not None:
-        throttled = ([] if isinstance(throttled, Unavailable) else throttled) + card.throttled_by
-    names = ("gpu_mhz", "memory_mhz", "performance_state", "power_limit_mw")
-    told = {name: value for name in names if (value := getattr(card, name)) is not None}
-    return replace(here, temperature_c=zones, throttled_by=throttled, **told)
+    with nvml_device() as (nvml, card):
+        number = partial(nvml_number, nvml, card)
+        clock = number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM)
+        celsius = number("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU)
+        # Under its new name, or the old one, which drivers before 535 know alone and CUDA 14 is to drop.
+        bits = number("nvmlDeviceGetCurrentClocksEventReasons")
+        bits = number("nvmlDeviceGetCurrentClocksThrottleReasons") if bits is None else bits
+        here = replace(
+            here,
+            gpu_mhz=here.gpu_mhz if clock is None else clock,
+            memory_mhz=number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            power_limit_mw=number("nvmlDeviceGetEnforcedPowerLimit"),
+        )
+    if celsius is not None:
+        zones = here.temperature_c
+        here = replace(here, temperature_c=(zones if isinstance(zones, dict) else {}) | {"NVML": float(celsius)})
+    if bits is not None:
+        slowed = [name for bit, name in THROTTLING.values() if bits & bit]
+        known = here.throttled_by
+        here = replace(here, throttled_by=(known if isinstance(known, list) else []) + slowed)
+    return here
 
 
-def _tried(read: Callable[[], Value]) -> Value | Unavailable:
+def _tried(read: Callable[[], Found]) -> Found | Unavailable:
     try:
         return read()
     except (OSError, ValueError, UnavailableError) as error:
@@ -149,8 +162,9 @@ def _cpus(root: Path) -> list[Path]:
     return folders
 
 
-def _extremes(values: Sequence[float]) -> Extremes:
-    return Extremes(min(values), max(values))
+def _cpu_clocks(root: Path) -> Extremes:
+    clocks = [read_number(folder / "scaling_cur_freq") * _KHZ for folder in _cpus(root)]
+    return Extremes(min(clocks), max(clocks))
 
 
 def _gpu(root: Path) -> Path:
@@ -161,46 +175,38 @@ def _gpu(root: Path) -> Path:
 
 
 def _emc(root: Path) -> float:
-    reason: OSError | None = None
     for name in _EMC:
-        try:
+        with contextlib.suppress(OSError):
             return read_number(root / name) * _HZ
-        except PermissionError as error:
-            reason = error  # There, but only for root: that says more than that the next is not there.
-        except OSError as error:
-            reason = reason or error
-    if isinstance(reason, PermissionError):
-        raise UnavailableError(f"{why(reason)}: only root may read the memory's clock here")
     raise UnavailableError("no memory controller in devfreq or debugfs, which only root may read")
+
+
+def _thermal(root: Path, pattern: str, file: str) -> Iterator[tuple[str, str, float]]:
+    """Folder, type and the number in a file of each thermal zone or cooling device that answers."""
+    for folder in sorted((root / "sys/class/thermal").glob(pattern)):
+        with contextlib.suppress(OSError, ValueError):
+            yield folder.name, read_text(folder / "type"), read_number(folder / file)
 
 
 def _temperatures(root: Path) -> dict[str, float]:
     """Degrees Celsius by zone. A zone of a unit that is off answers with an error or far below zero: left out."""
     found: dict[str, float] = {}
-    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        try:
-            name, celsius = read_text(zone / "type"), read_number(zone / "temp") * _MILLI
-        except (OSError, ValueError):
-            continue
-        if celsius > _COLDEST_C:
-            found[name if name not in found else f"{name} ({zone.name})"] = celsius
+    for zone, name, value in _thermal(root, "thermal_zone*", "temp"):
+        if value * _MILLI > _COLDEST_C:
+            found[name if name not in found else f"{name} ({zone})"] = value * _MILLI
     if not found:
         raise UnavailableError("no thermal zone answers, as in most virtual machines")
     return found
 
 
-def _cooling(root: Path) -> list[str] | Unavailable:
+def _cooling(root: Path) -> list[str]:
     """Passive cooling at work: Jetson's "cpu-throttle-alert" and the like, x86's "Processor"; not fans."""
-    active: list[str] = []
-    devices = sorted((root / "sys/class/thermal").glob("cooling_device*"))
-    for device in devices:
-        try:
-            kind, state = read_text(device / "type"), read_number(device / "cur_state")
-        except (OSError, ValueError):
-            continue
-        if state > 0 and "fan" not in kind.lower() and kind != "intel_powerclamp":
-            active.append(kind)
-    return active if devices else Unavailable("the kernel names no cooling device")
+    devices = list(_thermal(root, "cooling_device*", "cur_state"))
+    if not devices:
+        raise UnavailableError("the kernel names no cooling device")
+    return [
+        kind for _, kind, state in devices if state > 0 and "fan" not in kind.lower() and kind != "intel_powerclamp"
+    ]
 
 
 def _counts(root: Path) -> Iterator[tuple[str, int]]:
@@ -213,20 +219,22 @@ def _counts(root: Path) -> Iterator[tuple[str, int]]:
                 yield f"{prefix} {path.name.removesuffix(suffix)}", int(read_number(path))
 
 
-def _power_mode(root: Path) -> PowerMode:
-    path = root / "var/lib/nvpmodel/status"
+def _power_mode(root: Path) -> CurrentPowerMode:
+    path, conf = root / "var/lib/nvpmodel/status", root / "etc/nvpmodel.conf"
     if not path.exists():
         raise UnavailableError(f"{path} does not exist: not a Jetson, or nvpmodel never ran")
     match = _MODE.search(read_text(path))
     if match is None:
         raise UnavailableError(f"{path} names no mode: {read_text(path)[:40]!r}")
     number = int(match[1])
-    conf = root / "etc/nvpmodel.conf"
-    names = _tried(lambda: dict(_MODE_NAME.findall(read_text(conf))))
-    if isinstance(names, Unavailable):
-        return PowerMode(number, names)
-    name = next((text for key, text in names.items() if int(key) == number), None)
-    return PowerMode(number, name or Unavailable(f"{conf} has no mode {number}"))
+    return CurrentPowerMode(number, _tried(lambda: _mode_name(conf, number)))
+
+
+def _mode_name(conf: Path, number: int) -> str:
+    for key, name in _MODE_NAME.findall(read_text(conf)):
+        if int(key) == number:
+            return str(name)
+    raise UnavailableError(f"{conf} has no mode {number}")
 
 
 def _release(root: Path) -> str:

@@ -70,7 +70,7 @@ def power_curve(seconds: Array, watts: Array, period_s: float) -> Curve:
     near = steps <= max(_GAP_PERIODS * period_s, _GAP_S)
     half = np.where(near, steps / 2, 0.0)
     start, end = seconds - np.append(0.0, half), seconds + np.append(half, 0.0)
-    return Curve(start, end, seconds, seconds, watts, float(np.median(steps)), float(steps[~near].sum()), False)
+    return Curve(start, end, seconds, seconds, watts, _usual(steps), float(steps[~near].sum()), False)
 
 
 def counter_curve(seconds: Array, joules: Array, wraps_j: Array) -> Curve:
@@ -83,7 +83,11 @@ def counter_curve(seconds: Array, joules: Array, wraps_j: Array) -> Curve:
     gains = np.where((gains < 0) & np.isfinite(wraps_j), gains + wraps_j, gains)
     kept = np.all((gains >= 0) & (gains <= _MOST_WATTS * steps[:, None]), axis=1)
     start, end, watts = seconds[:-1][kept], seconds[1:][kept], (gains.sum(axis=1) / steps)[kept]
-    return Curve(start, end, start, end, watts, float(np.median(steps)), float(steps[~kept].sum()), True)
+    return Curve(start, end, start, end, watts, _usual(steps), float(steps[~kept].sum()), True)
+
+
+def _usual(steps: Array) -> float:
+    return float(np.median(steps)) if len(steps) else 0.0
 
 
 def integrate(curve: Curve, windows: Spans) -> Integral:
@@ -117,11 +121,6 @@ def steps_within(curve: Curve, windows: Spans) -> tuple[float, int]:
     if not len(steps):
         return float(np.ptp(curve.watts)) if len(curve.watts) else 0.0, 0
     return float(np.sqrt(np.mean(steps**2))), len(steps)
-
-
-def power_at(curve: Curve, moments: Array) -> Array:
-    """Watts [m] at `moments` [m] in seconds, linear between the middles of pieces."""
-    return np.asarray(np.interp(moments, (curve.since + curve.until) / 2, curve.watts))
 
 
 def joined(windows: Sequence[tuple[float, float]], pause_s: float = 0.0) -> Spans:

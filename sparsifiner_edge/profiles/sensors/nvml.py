@@ -10,7 +10,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError
 from sparsifiner_edge.records import Unavailable
@@ -20,6 +20,7 @@ _MILLI = 1e-3
 # The counter refreshes about every 100 ms; power is a one-second average on Ampere and later (arXiv 2312.02741).
 _REFRESH_S = 0.1
 _AVERAGE_S = 1.0
+_RAIL = "gpu"
 THROTTLING = {
     "SwPowerCap": (0x04, "power cap"),
     "HwSlowdown": (0x08, "hardware slowdown"),
@@ -27,7 +28,7 @@ THROTTLING = {
     "HwThermalSlowdown": (0x40, "thermal slowdown (hardware)"),
     "HwPowerBrakeSlowdown": (0x80, "power brake"),
 }
-"""What slows a card down against the user's will: NVML's name (after nvmlClocksEventReason), its bit, and ours."""
+"""What slows a card down against the user's will: NVML's name (after nvmlClocksEventReason), its bit, our word."""
 
 
 def load_nvml() -> Any:
@@ -70,73 +71,31 @@ def _handle(nvml: Any) -> Any:
 
 
 def find_nvml(root: Path) -> PowerSensor:  # noqa: ARG001  NVML has no files
-    """A card's energy counter (Volta and later) and its power.
-
-    Raises:
-        UnavailableError: there is no NVML, no card, or it tells neither (as on Orin).
-    """
+    """A card's energy counter (Volta and later) and its power; Orin's NVML tells neither."""
     with nvml_device() as (nvml, handle):
-        name = nvml.nvmlDeviceGetName(handle)
-        name = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
-        watts, joules = _power(nvml, handle)
-        if isinstance(watts, Unavailable) and isinstance(joules, Unavailable):
-            raise UnavailableError(f"NVML tells no power of {name}: {watts.why}")
-        cards = int(nvml.nvmlDeviceGetCount())
-    reader, counted = _Reader(), not isinstance(joules, Unavailable)
+        name, cards = nvml.nvmlDeviceGetName(handle), int(nvml.nvmlDeviceGetCount())
+    counted = bool(_read().joules)
+    others = f", one of {cards}: the first of CUDA_VISIBLE_DEVICES, by PCI bus" if cards > 1 else ""
     return PowerSensor(
         "nvml",
-        f"{name}: the whole card, nothing of the computer around it",
+        f"{name}: the whole card, nothing of the computer around it{others}",
         (_RAIL,),
         (_RAIL,),
         _PERIOD_S,
-        reader.read,
-        reader.close,
+        _read,
         averaging_s=_REFRESH_S if counted else _AVERAGE_S,
-        notes=_notes(counted, cards),
     )
 
 
-_RAIL = "gpu"
-
-
-def _notes(counted: bool, cards: int) -> tuple[str, ...]:
-    notes = ["some cards look at their power a quarter of the time (arXiv 2312.02741): measure long, and repeat"]
-    if not counted:
-        notes.append("power is a running average of about a second on Ampere and later")
-    if cards > 1:
-        notes.append(f"one of {cards} cards: the first of CUDA_VISIBLE_DEVICES, counted in the order of the PCI bus")
-    return tuple(notes)
-
-
-class _Reader:
-    """Holds NVML open between readings, and opens it anew after an error: a card may come back after a reset."""
-
-    def __init__(self) -> None:
-        self._open: contextlib.ExitStack | None = None
-        self._nvml: Any = None
-        self._card: Any = None
-
-    def read(self) -> Reading:
-        if self._open is None:
-            self._open = contextlib.ExitStack()
-            self._nvml, self._card = self._open.enter_context(nvml_device())
-        found = _power(self._nvml, self._card)
-        reasons = [value.why for value in found if isinstance(value, Unavailable)]
-        if len(reasons) == len(found):
-            self.close()
-            raise UnavailableError(f"NVML: {'; '.join(dict.fromkeys(reasons))}")
-        watts, joules = ({} if isinstance(value, Unavailable) else {_RAIL: value * _MILLI} for value in found)
-        return Reading(watts, joules)
-
-    def close(self) -> None:
-        opened, self._open = self._open, None
-        if opened is not None:
-            opened.close()
-
-
-def _power(nvml: Any, card: Any) -> tuple[float | Unavailable, float | Unavailable]:
-    """Milliwatts now, and millijoules since the driver was loaded."""
-    return _ask(nvml, nvml.nvmlDeviceGetPowerUsage, card), _ask(nvml, nvml.nvmlDeviceGetTotalEnergyConsumption, card)
+def _read() -> Reading:
+    """Power now, and energy since the driver was loaded. NVML is cheap to open where it is open already."""
+    with nvml_device() as (nvml, card):
+        power = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, card)
+        energy = _ask(nvml, nvml.nvmlDeviceGetTotalEnergyConsumption, card)
+        if isinstance(power, Unavailable) and isinstance(energy, Unavailable):
+            raise UnavailableError(f"NVML tells no power of {nvml.nvmlDeviceGetName(card)}: {power.why}")
+    watts, joules = ({} if isinstance(value, Unavailable) else {_RAIL: value * _MILLI} for value in (power, energy))
+    return Reading(watts, joules)
 
 
 def _ask(nvml: Any, read: Callable[..., Any], *arguments: Any) -> Any:
@@ -147,38 +106,8 @@ def _ask(nvml: Any, read: Callable[..., Any], *arguments: Any) -> Any:
         return Unavailable(str(error))
 
 
-class CardConditions(NamedTuple):
-    """Of an NVIDIA card at a moment; None where it does not say."""
-
-    gpu_mhz: int | None
-    memory_mhz: int | None
-    gpu_c: int | None
-    performance_state: int | None
-    power_limit_mw: int | None
-    throttled_by: list[str] | None
-
-
-def nvml_conditions() -> CardConditions:
-    """The card's.
-
-    Raises:
-        UnavailableError: no NVML or no card.
-    """
-    with nvml_device() as (nvml, card):
-
-        def number(name: str, *arguments: Any) -> int | None:
-            read = getattr(nvml, name, None)
-            value = None if read is None else _ask(nvml, read, card, *arguments)
-            return None if value is None or isinstance(value, Unavailable) else int(value)
-
-        # Under its new name, or the old one, which drivers before 535 know alone and CUDA 14 is to drop.
-        bits = number("nvmlDeviceGetCurrentClocksEventReasons")
-        bits = number("nvmlDeviceGetCurrentClocksThrottleReasons") if bits is None else bits
-        return CardConditions(
-            gpu_mhz=number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-            memory_mhz=number("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
-            gpu_c=number("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-            performance_state=number("nvmlDeviceGetPerformanceState"),
-            power_limit_mw=number("nvmlDeviceGetEnforcedPowerLimit"),
-            throttled_by=None if bits is None else [name for bit, name in THROTTLING.values() if bits & bit],
-        )
+def nvml_number(nvml: Any, card: Any, name: str, *arguments: Any) -> int | None:
+    """What a function of NVML says of a card; None where NVML, or the card, lacks it."""
+    read = getattr(nvml, name, None)
+    value = None if read is None else _ask(nvml, read, card, *arguments)
+    return None if value is None or isinstance(value, Unavailable) else int(value)

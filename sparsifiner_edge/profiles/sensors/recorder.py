@@ -8,16 +8,15 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import msgspec
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.profiles.sensors.base import Described, PowerSensor, Reading, UnavailableError, why
+from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, SensorDescription, UnavailableError, why
 from sparsifiner_edge.profiles.sensors.conditions import Conditions, Seen, conditions, summarise_conditions
 from sparsifiner_edge.profiles.sensors.nvml import nvml_device
 from sparsifiner_edge.records import MISSING
@@ -29,7 +28,6 @@ Columns = dict[str, list[float | str]]
 """Of a table, by name."""
 _RETRY_S = 1.0
 _JOIN_S = 5.0
-_JUMP_S = 0.5
 
 
 @dataclasses.dataclass
@@ -39,7 +37,7 @@ class Recording:
     Attributes:
         sensor: what was read.
         start_ns, end_ns: from entering the recorder's block to leaving it.
-        times_ns: when each reading was taken, ascending.
+        times_ns: when each reading arrived, ascending.
         readings: the readings, one for each time.
         idle: the idle baselines, in order.
         before, after: `conditions` on entering and leaving.
@@ -76,17 +74,15 @@ class Recording:
                 columns[f"{rail}_{unit}"] = [getattr(r, kind).get(rail, MISSING) for r in self.readings]
         return columns
 
-    def described(self) -> Described:
+    def described(self) -> SensorDescription:
         """The sensor, the idle baselines, and how many readings there are."""
-        idle_s = [(end - start) / 1e9 for start, end in self.idle]
-        return msgspec.structs.replace(self.sensor.describe(), idle_s=idle_s, readings=len(self.readings))
+        return self.sensor.describe([(end - start) / 1e9 for start, end in self.idle], len(self.readings))
 
-    def conditions(self, during: Sequence[Conditions] | None = None) -> Seen:
-        """Before, during (all that were not idle, or some) and after. Once the recorder's block is left."""
+    def conditions(self, windows: Sequence[Window]) -> Seen:
+        """Before, during (within `windows`) and after. Once the recorder's block is left."""
         assert self.before is not None
         assert self.after is not None
-        if during is None:  # At rest clocks may well be low.
-            during = [look for moment, look in self.during if not within(moment, self.idle)]
+        during = [look for moment, look in self.during if any(start <= moment <= end for start, end in windows)]
         return summarise_conditions(self.before, during, self.after)
 
     def told(self) -> list[str]:
@@ -100,39 +96,26 @@ class Recorder:
     Args:
         sensor: from `find_sensor`.
         root: where `proc`, `sys`, `etc` and `var` are; for `conditions`.
-        period_s: time between readings; None takes the sensor's.
         conditions_period_s: time between looks at clocks and temperatures.
-        clock: nanoseconds of CLOCK_MONOTONIC.
     """
 
-    def __init__(
-        self,
-        sensor: PowerSensor,
-        root: Path = Path("/"),
-        *,
-        period_s: float | None = None,
-        conditions_period_s: float = 2.0,
-        clock: Callable[[], int] = time.monotonic_ns,
-    ) -> None:
-        self.recording = Recording(sensor, clock())
+    def __init__(self, sensor: PowerSensor, root: Path = Path("/"), *, conditions_period_s: float = 2.0) -> None:
+        self.recording = Recording(sensor, time.monotonic_ns())
         self._sensor = sensor
         self._root = root
-        self._period_s = sensor.period_s if period_s is None else period_s
+        self._period_s = sensor.period_s
         self._conditions_period_s = conditions_period_s
-        self._clock = clock
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="power sensor", daemon=True)
         self._held = contextlib.ExitStack()
         self._held.callback(sensor.close)
-        self._finished = False
 
     def __enter__(self) -> Recorder:
         # Opening NVML may take a second where no daemon keeps the driver awake: once, not at each look.
         with contextlib.suppress(UnavailableError):
             self._held.enter_context(nvml_device())
         self.recording.before = conditions(self._root)
-        self.recording.start_ns = self._clock()
-        self._suspended_s = _suspended_s()
+        self.recording.start_ns = time.monotonic_ns()
         self._thread.start()
         return self
 
@@ -143,25 +126,18 @@ class Recorder:
         self._thread.join(_JOIN_S + self._period_s)
         if self._thread.is_alive():
             self._tell(f"the sensor did not answer for {_JOIN_S:g} s at the end: its last reading is missing")
-        elif not self._finished:
-            self._tell("the sampling thread died")
-        self.recording.end_ns = self._clock()
-        if _suspended_s() - self._suspended_s > _JUMP_S:
-            self._tell("the machine was suspended during the recording")
+        self.recording.end_ns = time.monotonic_ns()
         self.recording.after = conditions(self._root)
-        self._close()
+        try:
+            self._held.close()
+        except Exception as failure:  # Whatever a driver does when it is let go of, the figures stand.
+            self._tell(f"closing the sensor: {why(failure)}")
 
     def idle(self, seconds: float) -> None:
         """Wait, and mark the time as idle: call it before and after the inferences, with the model loaded."""
-        start = self._clock()
+        start = time.monotonic_ns()
         time.sleep(seconds)
-        self.recording.idle.append((start, self._clock()))
-
-    def _close(self) -> None:
-        try:
-            self._held.close()
-        except Exception as error:  # Whatever a driver does when it is let go of, the figures stand.
-            self._tell(f"closing the sensor: {why(error)}")
+        self.recording.idle.append((start, time.monotonic_ns()))
 
     def _tell(self, problem: str) -> None:
         self.recording.problems[problem] += 1
@@ -171,16 +147,15 @@ class Recorder:
             self._sample()
         except Exception as error:  # A measurement must outlive its sensors.
             self._tell(f"the sampling thread died: {type(error).__name__}: {why(error)}")
-        self._finished = True
 
     def _sample(self) -> None:
-        next_conditions = self._clock() + int(self._conditions_period_s * 1e9)
         deadline = time.monotonic()
+        next_conditions = deadline + self._conditions_period_s
         while not self._stop.is_set():
             wait_s = self._period_s if self._read() else max(self._period_s, _RETRY_S)
-            if self._clock() >= next_conditions:
-                self.recording.during.append((self._clock(), conditions(self._root)))
-                next_conditions = self._clock() + int(self._conditions_period_s * 1e9)
+            if time.monotonic() >= next_conditions:
+                self.recording.during.append((time.monotonic_ns(), conditions(self._root)))
+                next_conditions = time.monotonic() + self._conditions_period_s
             # Deadlines, so that reading's own time does not stretch the period; after a delay none is caught up on.
             deadline = max(deadline + wait_s, time.monotonic())
             self._stop.wait(deadline - time.monotonic())
@@ -189,44 +164,21 @@ class Recorder:
         """Take one reading; False when the sensor gave none, so that a lost one is not asked at full rate."""
         if not self._sensor.available:
             return True
-        start = self._clock()
         try:
             reading = self._sensor.read()
         except (OSError, ValueError, UnavailableError) as error:
             self._tell(why(error))
             return False
+        moment = time.monotonic_ns()
         for problem in reading.problems:
             self._tell(problem)
-        # A reading takes time: its middle is the best guess of when it was true.
-        moment = (start + self._clock()) // 2 if reading.time_ns is None else reading.time_ns
-        self._keep(moment, self._checked(reading))
+        self.recording.readings.append(Reading(self._checked(reading.watts), self._checked(reading.joules)))
+        self.recording.times_ns.append(moment)
         return True
 
-    def _checked(self, reading: Reading) -> Reading:
-        """The reading without values that cannot be."""
-        kept: list[dict[str, float]] = []
-        for values in (reading.watts, reading.joules):
-            kept.append({rail: value for rail, value in values.items() if math.isfinite(value) and value >= 0})
-            for rail in values.keys() - kept[-1].keys():
-                problem = "below zero" if math.isfinite(values[rail]) else "no number"
-                self._tell(f"{rail} reads {problem}: those readings were dropped")
-        return reading._replace(watts=kept[0], joules=kept[1])
-
-    def _keep(self, moment: int, reading: Reading) -> None:
-        times = self.recording.times_ns
-        if times and moment < times[-1]:
-            self._tell("the clock went backwards: that reading was dropped")
-        elif not times or moment > times[-1]:
-            times.append(moment)
-            self.recording.readings.append(reading)
-
-
-def within(moment: int, windows: Sequence[Window]) -> bool:
-    """Whether a moment lies in one of the windows."""
-    return any(start <= moment <= end for start, end in windows)
-
-
-def _suspended_s() -> float:
-    """Seconds that the machine has slept: CLOCK_BOOTTIME counts them, CLOCK_MONOTONIC does not."""
-    boot = getattr(time, "CLOCK_BOOTTIME", None)
-    return 0.0 if boot is None else time.clock_gettime(boot) - time.monotonic()
+    def _checked(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Without values that cannot be."""
+        kept = {rail: value for rail, value in values.items() if 0 <= value < math.inf}
+        for rail in values.keys() - kept.keys():
+            self._tell(f"{rail} reads below zero, or no number: those readings were dropped")
+        return kept

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from sparsifiner_edge.process import start_program
-from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError, why
-from sparsifiner_edge.profiles.sensors.ina import board_notes, describe_total
+from sparsifiner_edge.profiles.sensors.base import PowerSensor, Reading, UnavailableError
+from sparsifiner_edge.profiles.sensors.ina import board_sensor
 
 # "VDD_IN 5704mW/5704mW": now, then a running average; JetPack 7 adds a third, JetPack 4 leaves the unit out.
 # "RAM 2461/7620MB" looks alike but for its unit.
@@ -25,23 +25,16 @@ _MILLI = 1e-3
 
 
 def find_tegrastats(root: Path) -> PowerSensor:
-    """tegrastats, tried for one line.
-
-    Raises:
-        UnavailableError: it is not there, does not run, prints nothing, or no rails.
-    """
+    """tegrastats, tried for one line."""
     program = root / "usr/bin/tegrastats"
     if not program.exists():
         raise UnavailableError(f"{program} does not exist: not a Jetson")
     reader = _Reader(program)
     try:
-        rails = dict(reader.read().watts)
+        rails = list(reader.read().watts)
     finally:
         reader.close()
-    total, total_rails = describe_total(rails)
-    return PowerSensor(
-        "tegrastats", total, tuple(rails), total_rails, _PERIOD_S, reader.read, reader.close, notes=board_notes(rails)
-    )
+    return board_sensor("tegrastats", rails, _PERIOD_S, reader.read, reader.close)
 
 
 def parse_line(line: str) -> dict[str, float]:
@@ -60,29 +53,22 @@ class _Reader:
     def read(self) -> Reading:
         """Wait for a line; of several that wait, the newest."""
         try:
-            line = self._line(self._running())
+            line = self._line(self._process or self._start())
         except UnavailableError:
             self.close()
             raise
-        moment = time.monotonic_ns()
         watts = parse_line(line)
         if not watts:
             raise UnavailableError(f"{self._program} names no power rail: {line[:80]!r}")
-        return Reading(watts, time_ns=moment)
+        return Reading(watts)
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            self._buffer = b""
-            try:
-                self._process = start_program(
-                    [str(self._program), "--interval", str(int(_PERIOD_S * 1000))],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise UnavailableError(why(error)) from error
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [str(self._program), "--interval", str(int(_PERIOD_S * 1000))]
+        quiet = subprocess.DEVNULL
+        self._process = start_program(
+            command, stdin=quiet, stdout=subprocess.PIPE, stderr=quiet, start_new_session=True
+        )
+        self._buffer = b""
         return self._process
 
     def _line(self, process: subprocess.Popen[bytes]) -> str:
@@ -103,9 +89,5 @@ class _Reader:
         process, self._process = self._process, None
         if process is not None:
             # Its whole group, in case a script stands before the program.
-            with contextlib.suppress(ProcessLookupError):
+            with process, contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if process.stdout is not None:
-                with contextlib.suppress(OSError):
-                    process.stdout.close()
