@@ -65,7 +65,7 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     changes = (*SHORT, "distil.steps=30", "distil.learning_rate=1e-5", "ema=0.0", "budgets.keep=[]")
     summary = distill_student(
         start, folder, tmp_path / "out", overrides=changes,
-        progress=lambda _, done, total: steps.append((done, total)),
+        progress=lambda _, done, total: steps.append((done, total)), tensorboard=True,
     )  # fmt: skip
     assert summary.fidelity.best is not None
     assert summary.fidelity.start is not None
@@ -75,6 +75,7 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     assert trained.provenance.training == json.loads(json.dumps(write_record(summary)))
     assert summary.images.trained_on == 10
     assert not (tmp_path / "out.training" / checkpoint.CHECKPOINT).exists()
+    assert list((tmp_path / "out.training" / "tensorboard").iterdir())
     before = load_student(start).model.state_dict()
     after = trained.model.state_dict()
     assert any(not torch.equal(after[k], before[k]) for k in after if ".select." in k)

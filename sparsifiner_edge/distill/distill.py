@@ -16,6 +16,7 @@ from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import TrainingState
 from sparsifiner_edge.distill.data import ImageSource, folder_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
+from sparsifiner_edge.distill.tensorboard import RecordLosses, recorder
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors
@@ -101,6 +102,7 @@ def distill_student(
     recipe: str = DEFAULT,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    tensorboard: bool = False,
     progress: Progress | None = None,
 ) -> TrainingSummary:
     """Train a student towards its dense teacher and write the best that was found as a student folder.
@@ -118,6 +120,7 @@ def distill_student(
         labels: also learn from labels; for a classifier.
         held_out: folder of validation images, which choose the checkpoint; None takes some out of `data`.
         recipe, overrides: see `read_recipe`. resume: continue from the last checkpoint of this output.
+        tensorboard: also write the history to `<output>.training/tensorboard`.
         progress: see `Progress`; counts steps, and the stage says the loss.
 
     Returns:
@@ -135,8 +138,8 @@ def distill_student(
     dense = _teacher(found, teacher, Path(weights) if weights else None)
     accelerator = make_accelerator(plan)
     training = Training(accelerator, found, dense, source, plan, target.with_name(f"{target.name}.training"))
-    with _begun(training, resume):
-        state = training.run(progress)
+    with _begun(training, resume), _recorder(training, tensorboard) as record:
+        state = training.run(progress, record)
         start = Start(Path(student).resolve().name, sha256(Path(student) / STUDENT_FILE))
         summary = _summary(training, state, dense, recipe, start)
         if accelerator.is_main_process:
@@ -146,6 +149,11 @@ def distill_student(
             (training.folder / checkpoint.CHECKPOINT).unlink()
         accelerator.end_training()
     return summary
+
+
+def _recorder(training: Training, wanted: bool) -> contextlib.AbstractContextManager[RecordLosses | None]:
+    first = training.accelerator.is_main_process
+    return recorder(training.folder / "tensorboard") if wanted and first else contextlib.nullcontext()
 
 
 def _require_learnable(student: Student, plan: Recipe) -> None:
@@ -236,7 +244,6 @@ def _outputs(model: Backbone) -> list[tuple[str, object]]:
     ]
 
 
-# Of older versions too.
 _OWN_FILES = {checkpoint.CHECKPOINT, f"{checkpoint.CHECKPOINT}.part", checkpoint.HISTORY, "history.part", "tensorboard"}
 
 

@@ -27,6 +27,7 @@ from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimis
 from sparsifiner_edge.distill.data import Batch, ImageSource, augmentation, batches
 from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.recipe import Phase, Recipe
+from sparsifiner_edge.distill.tensorboard import RecordLosses
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
@@ -165,7 +166,7 @@ class Training:
         pruned = [c for c in choices if c.token_keep != self.sparsity.token_keep]
         return draw.choice(pruned if pruned and draw.random() < self.recipe.budgets.pruned else whole)
 
-    def run(self, progress: Progress | None = None) -> TrainingState:
+    def run(self, progress: Progress | None = None, record: RecordLosses | None = None) -> TrainingState:
         """Train from where the state stands to the end.
 
         Raises:
@@ -180,6 +181,8 @@ class Training:
             self.state.step = step + 1
             if self.accelerator.is_main_process:
                 checkpoint.append_history(self.folder, step + 1, **losses)
+            if record:
+                record(step + 1, losses)
             if (step + 1) % self.recipe.check_every == 0 or step + 1 == self.total:
                 self._judge(step + 1)
             if progress:

@@ -22,6 +22,7 @@ from sparsifiner_edge.distill.checkpoint import Checkpoint, Optimiser, TrainingS
 from sparsifiner_edge.distill.data import folder_source
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.recipe import read_recipe
+from sparsifiner_edge.distill.tensorboard import recorder
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
 from sparsifiner_edge.records import write_record
@@ -313,9 +314,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_takes_no_history(tmp_path: Path) -> None:
-    def write() -> None:
+    def write(function: Callable[..., None], *arguments: Any) -> None:
         for _ in range(1000):
-            checkpoint.append_history(tmp_path, 1)
+            function(*arguments)
 
-    with disk_of(3000), pytest.raises(ArtifactError, match=r"history\.jsonl cannot be written: File too large"):
-        write()
+    with disk_of(3000), recorder(tmp_path / "tensorboard") as record:
+        with pytest.raises(ArtifactError, match=r"events.* cannot be written: File too large"):
+            write(record, 1, {"loss": 1.0})
+        with pytest.raises(ArtifactError, match=r"history\.jsonl cannot be written: File too large"):
+            write(checkpoint.append_history, tmp_path, 1)
