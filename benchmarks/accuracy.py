@@ -133,7 +133,7 @@ def collect(folder: Path) -> Path:
             if not decides or name in ("whole", "crop1", "crop2", "crop3"):
                 file = f"photograph{number:03d}-{name}.jpg"
                 picture.save((held_out if decides else scratch) / file, quality=95)
-    for path in material.calibration_images():
+    for path in split.calibration():
         (scratch / path.name).symlink_to(path)
     fashion = fashion_mnist("train").first(FASHION_IMAGES)
     for number in range(len(fashion)):
@@ -179,7 +179,7 @@ def _crops(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
 def calibration(folder: Path) -> Path:
     """The eleven calibration images as a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in material.calibration_images():
+    for path in split.calibration():
         if not (folder / path.name).exists():
             (folder / path.name).symlink_to(path)
     return folder
@@ -208,7 +208,7 @@ def photographs(work: Path) -> Path:
     """The eight photographs as a folder."""
     folder = work / "photographs"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in material.photographs():
+    for path in split.development():
         if not (folder / path.name).exists():
             (folder / path.name).symlink_to(path)
     return folder

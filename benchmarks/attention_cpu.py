@@ -24,7 +24,7 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import OPSET
-from sparsifiner_edge.ops.schema import DOMAIN, VERSION
+from sparsifiner_edge.ops.schema import DOMAIN, FIRST_VERSION
 from sparsifiner_edge.results import Result, Subject, write_result
 
 HEADS, WIDTH, TILE, PROBE, CHANNELS, SCALE = 6, 64, 16, 8, 24, 0.125
@@ -48,7 +48,7 @@ def model(nodes: list[Any], inputs: dict[str, np.ndarray], output: int = TensorP
         helper.make_tensor_value_info(n, TensorProto.INT32, x.shape) for n, x in inputs.items() if x.dtype == np.int32
     ]
     out = helper.make_tensor_value_info(nodes[-1].output[0], output, None)
-    opsets = [("", OPSET), (DOMAIN, VERSION), ("com.microsoft", 1)]
+    opsets = [("", OPSET), (DOMAIN, FIRST_VERSION), ("com.microsoft", 1)]
     return helper.make_model(
         helper.make_graph(nodes, "operator", values, [out]),
         opset_imports=[helper.make_opsetid(*pair) for pair in opsets],

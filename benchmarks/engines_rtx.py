@@ -19,7 +19,7 @@ from fidelity_subject import weights_file
 
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.cli.common import print_table
-from sparsifiner_edge.demo import material
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.records import write_record
@@ -40,7 +40,7 @@ KEPT = ("build_seconds", "compile_seconds", "cpu_seconds", "bytes", "layers")
 def calibration_folder(root: Path) -> Path:
     folder = root / "calibration"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in material.calibration_images()[:IMAGES]:
+    for path in split.calibration()[:IMAGES]:
         shutil.copy(path, folder)
     return folder
 

@@ -38,7 +38,7 @@ from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import layer_costs
-from sparsifiner_edge.demo import material
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import Result, write_result
@@ -318,8 +318,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     method = {
         "metric": "cosine to the dense teacher, patches and class token, untrained",
-        "photographs": [p.name for p in material.photographs()],
-        "calibration": [p.name for p in material.calibration_images()],
+        "photographs": [p.name for p in split.development()],
+        "calibration": [p.name for p in split.calibration()],
         "intervals": "Student's t over photographs",
     }
     statistics = {}

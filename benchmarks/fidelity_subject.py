@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.demo import material
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse import calibrate
@@ -71,7 +71,7 @@ class Subject:
         pre = preprocessing(self.model)
         self.photographs, self.calibration = (
             [normalise(torch.from_numpy(load_image(path, size))[None], pre) for path in paths]
-            for paths in (material.photographs(), material.calibration_images())
+            for paths in (split.development(), split.calibration())
         )
         teacher = dense_twin(self.student).model
         with torch.no_grad():

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from sparsifiner_edge.artifacts import read_json
 from sparsifiner_edge.cli.common import err_console, print_table
-from sparsifiner_edge.demo import material
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
@@ -70,7 +70,7 @@ def build(
         save_file(create(name, size, 0).state_dict(), weights)
     pictures = folder / "pictures"
     pictures.mkdir()
-    for path in material.calibration_images():
+    for path in split.calibration():
         (pictures / path.name).symlink_to(path)
     tell("sparsify")
     student = sparsify(
@@ -85,7 +85,7 @@ def build(
     tell(f"export {DENSE}")
     made[DENSE] = export_bundle(name, folder / "dense", weights=weights, img_size=size)
     tell(f"export {DENSE8}")
-    images = [load_image(path, size)[None] for path in material.calibration_images()]
+    images = [load_image(path, size)[None] for path in split.calibration()]
     quantised, found = quantise(onnx.load(made[DENSE] / "model.onnx"), images, goal=LEAST_MEAN_COSINE)
     made[DENSE8] = folder / "dense-int8"
     made[DENSE8].mkdir()
@@ -155,7 +155,7 @@ def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any
     tokens = {}
     for label in (OURS, OURS8, DENSE):
         session = ort_session(str(bundles[label] / "model.onnx"), threads)
-        feeds = ({"image": load_image(path, size)[None]} for path in material.photographs())
+        feeds = ({"image": load_image(path, size)[None]} for path in split.development())
         names = [output.name for output in session.get_outputs()]
         tokens[label] = [dict(zip(names, session.run(names, feed), strict=True)) for feed in feeds]
 

@@ -25,7 +25,7 @@ from sparsifiner_edge.artifacts import read_json
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.costs import summary
-from sparsifiner_edge.demo import material
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
@@ -123,7 +123,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for pareto.json and .png.")
 def main(work: Path, threads: int, rounds: int, output: Path | None) -> None:
     work.mkdir(parents=True, exist_ok=True)
-    images = [{"image": load_image(path, SIZE)[None]} for path in material.photographs()]
+    images = [{"image": load_image(path, SIZE)[None]} for path in split.development()]
     rows, runs, dense = [], {}, []
     with err_console.status("") as status:
         for family, label, model, macs in points(work, status.update):
@@ -146,7 +146,7 @@ def main(work: Path, threads: int, rounds: int, output: Path | None) -> None:
     if output:
         output.mkdir(parents=True, exist_ok=True)
         subjects = [Subject(path=name, sha256="exported in this run") for name in runs]
-        method = {"threads": threads, "rounds": rounds, "pictures": [p.name for p in material.photographs()]}
+        method = {"threads": threads, "rounds": rounds, "pictures": [p.name for p in split.development()]}
         samples = {label: taken.tolist() for label, taken in times.items()}
         write_result(output / "pareto.json", Result("comparison", subjects, method, samples, {"points": rows}))
         picture(rows, output / "pareto.png")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsifiner_edge.export.deployed import DeployedModel
+from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.sparse.models import Backbone
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import pkgutil
 import re
 import subprocess
@@ -165,3 +166,10 @@ def test_the_drawing_of_rooms_is_the_contract() -> None:
         assert list((ROOT / "sparsifiner_edge").glob(f"**/{name}")), name
     rooms = {path.name for path in (ROOT / "sparsifiner_edge").iterdir() if (path / "__init__.py").is_file()}
     assert rooms <= set(re.findall(r"`(\w+)`", page))
+
+
+def test_no_public_name_means_two_things() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "house.py", "--files"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["names_files"] == {}

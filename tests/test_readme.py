@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.numpy
 
-from sparsifiner_edge.demo import material
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.ops import native
 from tests.plain import read_result
 
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     safetensors.numpy.save_file(material.dinov2_state(), folder / "dinov2.safetensors")
     (folder / "images").mkdir()
-    for path in material.calibration_images()[:4]:
+    for path in split.calibration()[:4]:
         shutil.copy(path, folder / "images")
     return folder
 

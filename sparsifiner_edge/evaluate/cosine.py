@@ -9,7 +9,7 @@ import msgspec
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.extract import Comparison, Extractor, open_subject, open_teacher, with_roles
+from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_subject, open_teacher, with_roles
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.profiles import stats
@@ -50,7 +50,7 @@ class CosineResult(Declared, frozen=True):
     statistics: Cosines
 
 
-def evaluate_cosine(compared: Comparison, images: list[Path], progress: Progress | None) -> CosineResult:
+def evaluate_cosine(compared: TeacherComparison, images: list[Path], progress: Progress | None) -> CosineResult:
     """Features and patches of a student or bundle beside its teacher's; see `evaluate_student`."""
     with contextlib.ExitStack() as stack:
         subject = open_subject(compared, stack)

@@ -7,7 +7,7 @@ from pathlib import Path
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
 from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
-from sparsifiner_edge.evaluate.extract import Comparison
+from sparsifiner_edge.evaluate.extract import TeacherComparison
 from sparsifiner_edge.images import list_images
 from sparsifiner_edge.progress import Progress
 
@@ -54,7 +54,7 @@ def evaluate_student(
             without images, classes that differ, or no classifier.
         SparsifinerError: subject, teacher or images are unusable.
     """
-    compared = Comparison(Path(subject), against, weights, keep, token_keep, backend, kernels)
+    compared = TeacherComparison(Path(subject), against, weights, keep, token_keep, backend, kernels)
     if metric in METRICS:
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")

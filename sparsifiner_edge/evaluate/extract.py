@@ -41,7 +41,7 @@ class Extractor(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-class Comparison(NamedTuple):
+class TeacherComparison(NamedTuple):
     """What is compared with which teacher, and what runs bundles: arguments of `evaluate_student`."""
 
     subject: Path
@@ -53,7 +53,7 @@ class Comparison(NamedTuple):
     kernels: str
 
 
-def open_subject(compared: Comparison, stack: contextlib.ExitStack) -> Extractor:
+def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
     """A student or bundle, open until the stack is left.
 
     Raises:
@@ -71,7 +71,7 @@ def open_subject(compared: Comparison, stack: contextlib.ExitStack) -> Extractor
     return _bundle(folder, compared, stack)
 
 
-def open_teacher(compared: Comparison, size: int, stack: contextlib.ExitStack) -> Extractor:
+def open_teacher(compared: TeacherComparison, size: int, stack: contextlib.ExitStack) -> Extractor:
     """The dense teacher: a bundle, a timm model, or (None) the subject's own weights with dense attention.
 
     Raises:
@@ -115,7 +115,7 @@ def _torch(student: Student, path: str, digest: str) -> Extractor:
     return Extractor(extract, student.img_size, int(model.num_prefix_tokens), about, runtime, student.labels)
 
 
-def _bundle(folder: Path, compared: Comparison, stack: contextlib.ExitStack) -> Extractor:
+def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
     bundle = open_bundle(folder)
     session = stack.enter_context(open_checked(bundle, compared.backend, kernels=compared.kernels))
 

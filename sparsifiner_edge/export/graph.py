@@ -17,7 +17,7 @@ from torch import nn
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
-from sparsifiner_edge.ops.schema import DOMAIN, TOPK_LIMIT, VERSION
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT
 from sparsifiner_edge.sparse.attention import SparseAttention
 
 IR_VERSION = 10
@@ -136,7 +136,8 @@ def add_bodies(model: onnx.ModelProto) -> None:
     for entry in [e for e in model.opset_import if e.domain == DOMAIN]:
         model.opset_import.remove(entry)
     if nodes:
-        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, VERSION))
+        version = max(OPERATORS[node.op_type].since for node in nodes)
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, version))
 
 
 def _structure(node: onnx.NodeProto) -> Structure:
@@ -152,7 +153,7 @@ def check_structure(model: onnx.ModelProto) -> None:
     """Refuse what old or small runtimes cannot load.
 
     Raises:
-        GateError: operator set or IR too new, a foreign domain, or a scatter.
+        GateError: operator set or IR too new, a foreign domain, or a scatter that adds up.
     """
     problems = []
     for entry in model.opset_import:
@@ -162,11 +163,17 @@ def check_structure(model: onnx.ModelProto) -> None:
             problems.append(f"domain {entry.domain!r}")
     if model.ir_version > IR_VERSION:
         problems.append(f"IR version {model.ir_version} is newer than {IR_VERSION}")
-    problems += [f"a {node.op_type} node ({node.name})" for node in all_nodes(model) if "Scatter" in node.op_type]
+    problems += [f"a {node.op_type} node ({node.name})" for node in all_nodes(model) if _adds_up(node)]
     if next(iter(model.graph.node)).op_type != "Cast":
         problems.append(f"first node {model.graph.node[0].op_type}, not Cast")
     if problems:
         raise GateError(f"The exported file holds {'; '.join(problems)}.", "Report this with the model's name.")
+
+
+def _adds_up(node: onnx.NodeProto) -> bool:
+    """Whether a node scatters with a reduction, or in a way that not every engine has."""
+    replaces = not any(entry.name == "reduction" and entry.s not in (b"", b"none") for entry in node.attribute)
+    return "Scatter" in node.op_type and not (node.op_type == "ScatterElements" and replaces)
 
 
 def set_metadata(model: onnx.ModelProto, entries: Mapping[str, str]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import textwrap
 
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT, VERSION, Operator
+from sparsifiner_edge.ops.schema import DOMAIN, FIRST_VERSION, OPERATORS, TOPK_LIMIT, VERSION, Operator
 
 _HEAD = f"""# Operators
 
-ONNX domain `{DOMAIN}`, version {VERSION}, frozen: a change of meaning makes a new version.
+ONNX domain `{DOMAIN}`, version {VERSION}: version 1 is frozen, and what it has means the same in version 2, which adds
+operators for merged tokens. A file imports version 2 only where it uses those.
 
 A file that uses these operators carries a function body of standard operators (operator set 20) for each, so any
 ONNX runtime can run it; a runtime in which a native library is registered runs that instead. Each operator has one
@@ -35,7 +36,9 @@ def operators_markdown() -> str:
 
 def _section(op: Operator) -> str:
     inputs = "\n".join(f"| `{t.name}` | {', '.join(t.dtypes)} | [{', '.join(t.axes)}] | {t.doc} |" for t in op.inputs)
-    attributes = "\n".join(f"| `{a.name}` | {a.type.__name__} | {a.minimum:g} | {a.doc} |" for a in op.attributes)
+    rows = "\n".join(f"| `{a.name}` | {a.type.__name__} | {a.minimum:g} | {a.doc} |" for a in op.attributes)
+    attributes = f"| attribute | type | least | |\n| --- | --- | --- | --- |\n{rows}\n\n" if rows else ""
+    since = "" if op.since == FIRST_VERSION else f" Since version {op.since}."
     tolerances = ", ".join(f"{dtype} {value:g}" for dtype, value in op.tolerances.items())
     output = op.output
     result = (
@@ -43,9 +46,9 @@ def _section(op: Operator) -> str:
         f"Tolerance: {tolerances}."
     )
     return (
-        f"## {op.name}\n\n{op.doc}\n\n"
+        f"## {op.name}\n\n{op.doc}{since}\n\n"
         f"| input | types | shape | |\n| --- | --- | --- | --- |\n{inputs}\n\n"
-        f"| attribute | type | least | |\n| --- | --- | --- | --- |\n{attributes}\n\n"
+        f"{attributes}"
         f"{textwrap.fill(result, 120, break_on_hyphens=False)}\n"
     )
 

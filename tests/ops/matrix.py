@@ -17,7 +17,7 @@ from onnx import helper
 from sparsifiner_edge.ops import reference
 from sparsifiner_edge.ops import torch as torch_ops
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, VERSION, Operator
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, Operator
 
 PATCHES = (130, 37, 64, 1)
 BATCHES = (1, 2)
@@ -162,7 +162,7 @@ def body_model(case: Case, inputs: list[np.ndarray]) -> onnx.ModelProto:
     return helper.make_model(
         graph,
         functions=[function_body(case.op.name, structure)],
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, case.op.since)],
         ir_version=10,
     )
 

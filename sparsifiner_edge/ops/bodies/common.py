@@ -85,7 +85,7 @@ def mean(prefix: str) -> str:
         {prefix}_mean = Div ({prefix}_sum, {prefix}_size)"""
 
 
-SIZES = """
+MERGED_SIZES = """
         sizes_patch = Slice (sizes, a_num_prefix, c_end, c1)
         sizes_shape = Constant <value_ints: ints = [0, 1, -1, 1]> ()
         sizes_rows = Reshape (sizes_patch, sizes_shape)"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsifiner_edge.ops.bodies.common import SIZES, SPLIT, Structure, attribute, mean, runs, sized_mean
+from sparsifiner_edge.ops.bodies.common import MERGED_SIZES, SPLIT, Structure, attribute, mean, runs, sized_mean
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
 
 
@@ -48,7 +48,7 @@ def key_select(structure: Structure, merged: bool = False) -> str:
     )
     return f"""{ints}{attribute("scale", "float")}{attribute("value_power", "float")}
         single = Cast <to = 1> (qkv)
-        rows = Identity (single){SPLIT}{patches}{SIZES if merged else ""}
+        rows = Identity (single){SPLIT}{patches}{MERGED_SIZES if merged else ""}
         patches = Shape <start = 2, end = 3> (q_patch){runs("q_patch", "a_probe", "patches", "probe")}{probe_mean}
         proj_q_f = Cast <to = 1> (proj_q)
         proj_k_f = Cast <to = 1> (proj_k)
