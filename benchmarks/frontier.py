@@ -28,10 +28,11 @@ from cpu_engines import Run, openvino_run, ort_session, time_in_turn
 from fidelity_subject import weights_file
 
 from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.config import parse_merge
 from sparsifiner_edge.demo import material, split
-from sparsifiner_edge.export.check import golden_image
+from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.export.int8 import LEAST_COSINE, quantise
+from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
@@ -105,8 +106,8 @@ def ours(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: An
             tell(f"export ours, {budget}, {precision}")
             more = {"precision": "int8", "calibrate": images} if precision == "int8" else {}
             name = f"ours-{merge}-{keep}-{precision}"
-            bundle = export_bundle(student, folder / name, merge=merge, keep=keep, measure=True, **more)
-            macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
+            bundle = export_bundle(student, folder / name, merge=parse_merge(merge), keep=keep, measure=True, **more)
+            macs = sum_of_layers(load_student(student, merge=parse_merge(merge), keep=keep))
             session = ort_session(str(bundle / "model.onnx"), threads)
             points.append(_ort_point(session, f"ours {precision}", budget, macs, precision, size))
     return points
@@ -122,7 +123,7 @@ def sum_of_layers(student: Any) -> float:
 
 
 def _ort_point(session: Any, family: str, budget: str, macs: float, precision: str, size: int) -> Point:
-    image = golden_image(size)
+    image = smooth_images(size)
     return Point(
         family, budget, lambda: session.run(None, {"image": image}),
         lambda x: session.run(["tokens"], {"image": x})[0], macs, precision,
@@ -151,7 +152,7 @@ def rivals(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: 
         points.append(_torch_point(tome.ToMe(model, rates).eval(), f"{kind}, torch fp32", budget, macs, size))
         if int8:
             tell(f"quantise {kind}, {budget}")
-            quantised, _ = quantise(onnx.load(path), calibration, goal=LEAST_COSINE)
+            quantised, _ = quantise(onnx.load(path), calibration, goal=LEAST_MEAN_COSINE)
             path8 = folder / f"{kind}-{budget}-int8.onnx"
             onnx.save(quantised, path8)
             session = ort_session(str(path8), threads, False)
@@ -165,7 +166,7 @@ def rivals(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: 
 def _openvino_point(
     path: Path, family: str, budget: str, macs: float, hint: str, threads: int, size: int, precision: str = ""
 ) -> Point:
-    image = golden_image(size)
+    image = smooth_images(size)
     feed = {"image": image}
     run = openvino_run(str(path), feed, threads, hint)
 
@@ -179,7 +180,7 @@ def _openvino_point(
 
 
 def _torch_point(module: Any, family: str, budget: str, macs: float, size: int) -> Point:
-    image = torch.from_numpy(golden_image(size))
+    image = torch.from_numpy(smooth_images(size))
 
     def tokens(x: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

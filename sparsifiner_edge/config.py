@@ -129,6 +129,8 @@ class SparsityConfig:
         )
         fix = "Give distinct layer indices from 0, such as 0,1."
         _require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
+        if not any(self.merge):
+            object.__setattr__(self, "merge", ())
         self._check_pruning()
         self._check_merging()
 
@@ -141,7 +143,7 @@ class SparsityConfig:
         fits = self.merge_window >= 2 and self.merge_window % 2 == 0
         _require(fits, f"merge_window is {self.merge_window}.", "Give an even number of at least 2, such as 16.")
         _require(
-            not any(self.merge) or (not self.token_keep and self.preset == "edge"),
+            not self.merge or (not self.token_keep and self.preset == "edge"),
             "merge cannot be combined with token_keep or the preset paper.",
             "Leave one of them out.",
         )
@@ -168,7 +170,7 @@ class SparsityConfig:
     @property
     def is_dense(self) -> bool:
         """True when nothing is left out: plain attention in every layer, and all tokens to the end."""
-        return self.keep == 1 and not self.token_keep and not any(self.merge)
+        return self.keep == 1 and not self.token_keep and not self.merge
 
     def sparse_layers(self, depth: int) -> tuple[int, ...]:
         """Indices of the sparse layers in a model of `depth` layers.
@@ -210,7 +212,7 @@ class SparsityConfig:
             merged.append(min(rate, patches // LARGEST_MERGE))
             patches -= merged[-1]
             _require(
-                patches >= LEAST_PATCHES or not any(self.merge),
+                patches >= LEAST_PATCHES or not self.merge,
                 f"merging {rate} tokens in layer {layer} leaves {patches} patches.",
                 f"Merge less, so that {LEAST_PATCHES} are left, or choose a larger image.",
             )
@@ -250,7 +252,7 @@ class SparsityConfig:
             "Choose a smaller tile or a larger image.",
         )
         # Where tokens merge, later layers see too few for as many cells: then each holds four tokens.
-        wanted = min(self.cells, patches // 4) if any(self.merge) else self.cells
+        wanted = min(self.cells, patches // 4) if self.merge else self.cells
         _require(
             wanted <= patches,
             f"{self.cells} cells exceed the {patches} patches of this image size.",

@@ -75,7 +75,7 @@ def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]
     for number in range(shape.depth):
         here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
         ranking = sum(counts[number]) * shape.width if counts[number] != counts[number + 1] else 0
-        if ranking and any(sparsity.merge):
+        if ranking and sparsity.merge:
             ranking += counts[number][0] // 2 * sparsity.merge_window * shape.width // shape.heads
         costs.append(_layer(here, sparsity if number in sparse else None, sum(counts[number + 1]), ranking))
     return costs

@@ -82,7 +82,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         name: of the model, as timm has it. precision: "fp32", "fp16" or "int8"; None: it does not say.
         shape: the sizes that decide costs. ops: operators of the domain `sparsifiner` -> version.
         inputs, outputs: of the model, in its order.
-        sparsity: None where attention is dense. costs, dense_costs: see `costs.summary`.
+        sparsity: None where attention is dense. merged: tokens that each layer merges; None where none does.
+        costs, dense_costs: see `costs.summary`.
         tolerances: output -> greatest difference from golden, relative to its range.
         engines: in the order in which they were built.
         check, retiled, measured, quantisation, float16, boards: what export found, for people.
@@ -100,6 +101,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     preprocessing: Preprocessing | None = None
     tokens: Tokens | None = None
     sparsity: SparsityConfig | None = None
+    merged: tuple[int, ...] | None = None
     costs: dict[str, int] = {}
     dense_costs: dict[str, int] = {}
     tolerances: dict[str, float] = {}

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsifiner_edge.bounds import MOST_THREADS
-from sparsifiner_edge.config import parse_token_keep
+from sparsifiner_edge.config import parse_merge, parse_token_keep
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
@@ -56,6 +56,11 @@ def parse_pruning(ctx: click.Context, param: click.Parameter, value: str | None)
     return None if value is None else parse_token_keep(value)
 
 
+def parse_merging(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:  # noqa: ARG001
+    """What `--merge` says, by layer."""
+    return None if value is None else parse_merge(value)
+
+
 bundle_argument = click.argument("bundle", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 result_option = click.option("-o", "--output", type=PATH, callback=_require_file,
@@ -74,6 +79,9 @@ weights_option = click.option("--weights", type=PATH,
     help="Weights with timm's key names (.safetensors or .pth); without it, timm downloads them.")  # fmt: skip
 keep_option = click.option("--keep", type=float,
                            help="Share of keys that each tile reads; by default the student's own.")  # fmt: skip
+merge_option = click.option("--merge", callback=parse_merging, metavar="N|FIRST..LAST",
+    help="Tokens that each layer merges: one rate, FIRST..LAST layer's, or a list; by default the student's own.",
+)  # fmt: skip
 token_keep_option = click.option("--token-keep", callback=parse_pruning, metavar="LAYER:SHARE,...",
     help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.')  # fmt: skip
 

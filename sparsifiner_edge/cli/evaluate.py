@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
 @common.keep_option
 @common.token_keep_option
+@common.merge_option
 @common.backend_option
 @common.kernels_option
 @common.json_option

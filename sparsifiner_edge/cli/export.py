@@ -21,6 +21,7 @@ from sparsifiner_edge.cli import common
 @click.option("--img-size", type=click.IntRange(1, MOST_SIDE), help="Pixels along a side; by default the source's own.")
 @common.keep_option
 @common.token_keep_option
+@common.merge_option
 @click.option("--tile", type=click.IntRange(1, MOST_COUNT), help="Queries that share one list of keys; GPUs want 64.")
 @click.option("--probe", type=click.IntRange(1, MOST_COUNT), help="Queries that ask as one; divides the tile.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,

@@ -26,6 +26,15 @@ from sparsifiner_edge.config import PRESETS
 @click.option("--token-keep", default="", callback=common.parse_pruning, metavar="LAYER:SHARE,...",
               help="Prune tokens, such as 3:.7,6:.7,9:.7.")  # fmt: skip
 @click.option("--fuse-tokens", is_flag=True, help="Merge pruned tokens into one.")
+@click.option(
+    "--merge",
+    default="0",
+    show_default=True,
+    callback=common.parse_merging,
+    metavar="N|FIRST..LAST",
+    help="Tokens that each layer merges with their like: one rate, the first and the last layer's, or a list.",
+)
+@click.option("--merge-window", type=int, help="Partners along the curve that a token is compared with (16).")
 @click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
 @common.output_option("Student folder to write.")
 def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> None:

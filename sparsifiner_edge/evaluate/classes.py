@@ -97,7 +97,9 @@ def evaluate_classes(
         predicted, fitted = _predictions(subject, metric, query_set, gallery_set, count)
         expected, _ = _predictions(teacher, metric, query_set, gallery_set, count)
     if head is not None:
-        student = load_student(compared.subject, keep=compared.keep, token_keep=compared.token_keep)
+        student = load_student(
+            compared.subject, keep=compared.keep, token_keep=compared.token_keep, merge=compared.merge
+        )
         write_head(student, fitted, query_set.classes, Path(head))
     method = ClassMethod(
         metric={"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}[metric],

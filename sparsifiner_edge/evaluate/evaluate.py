@@ -21,6 +21,7 @@ def evaluate_student(
     metric: str = "cosine",
     keep: float | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
+    merge: tuple[int, ...] | None = None,
     gallery: str | Path | None = None,
     queries: int | None = None,
     head: str | Path | None = None,
@@ -42,7 +43,7 @@ def evaluate_student(
             class that has none among them.
         queries: for accuracies: use at most so many images of `data`, evenly taken; None takes all.
         head: for linear: student folder to write, the subject with the probe as its classifier.
-        keep, token_keep: for a student: other shares of keys and tokens than its own.
+        keep, token_keep, merge: for a student: other budgets than its own.
         backend, kernels: what runs bundles; see `open_session`.
         progress: see `Progress`; counts images.
 
@@ -54,7 +55,7 @@ def evaluate_student(
             without images, classes that differ, or no classifier.
         SparsifinerError: subject, teacher or images are unusable.
     """
-    compared = TeacherComparison(Path(subject), against, weights, keep, token_keep, backend, kernels)
+    compared = TeacherComparison(Path(subject), against, weights, keep, token_keep, merge, backend, kernels)
     if metric in METRICS:
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")

@@ -49,6 +49,7 @@ class TeacherComparison(NamedTuple):
     weights: str | Path | None
     keep: float | None
     token_keep: tuple[tuple[int, float], ...] | None
+    merge: tuple[int, ...] | None
     backend: str
     kernels: str
 
@@ -59,15 +60,15 @@ def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Ex
     Raises:
         ConfigError: it is neither, or a bundle is given another budget.
     """
-    folder, keep, token_keep = compared.subject, compared.keep, compared.token_keep
+    folder, budget = compared.subject, (compared.keep, compared.token_keep, compared.merge)
     kind = kind_of(folder)
     if kind == "student":
-        student = load_student(folder, keep=keep, token_keep=token_keep)
+        student = load_student(folder, None, *budget)
         return _torch(student, str(folder), sha256(folder / STUDENT_FILE))
     if kind != "bundle":
         raise ConfigError(f"{folder} is neither a student nor a bundle.", "Give a folder made by sparsify or export.")
-    if keep is not None or token_keep is not None:
-        raise ConfigError("What a bundle keeps is fixed.", "Give --keep and --token-keep to export.")
+    if budget != (None, None, None):
+        raise ConfigError("What a bundle keeps is fixed.", "Give --keep, --token-keep and --merge to export.")
     return _bundle(folder, compared, stack)
 
 

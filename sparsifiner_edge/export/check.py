@@ -21,6 +21,7 @@ from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.onnxruntime.session import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
+from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.prune import PrunedBlock
 
 
@@ -68,7 +69,8 @@ def check_export(
     sparse = any(node.domain == DOMAIN for node in model.graph.node)
     kernels = ("portable", "native") if sparse and native_library("auto") else ("portable",)
     selects, scores = _outputs_of(model, "KeySelect"), _outputs_of(model, "TokenScore")
-    runners = [file_runner(with_outputs(model, selects + scores), kind) for kind in kernels]
+    matches = _outputs_of(model, "MatchTokens")
+    runners = [file_runner(with_outputs(model, selects + scores + matches), kind) for kind in kernels]
     free: dict[str, Agreement] = {}
     equal: dict[str, Agreement] = {}
     golden: dict[str, Array] = {}
@@ -79,12 +81,13 @@ def check_export(
         golden = golden or {"input.image": image, **{f"output.{k}": v for k, v in expected.items()}}
         for run in runners:
             results = run(image)
-            lists = [results[name] for name in selects]
-            same, _ = _run_torch(deployed, image, lists, [results[name] for name in scores])
+            lists, pairs = ([results[name] for name in names] for names in (selects, matches))
+            same, _ = _run_torch(deployed, image, lists, [results[name] for name in scores], pairs)
             with_same_keys, lost = aligned(results, same)
             _require_tokens(lost, 0, batch)
             _compare(equal, with_same_keys, same, SAME, batch)
             results, missing = aligned(results, expected)
+            lists += [_as_numbers(x) for x in pairs]
             others = sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
             _compare(free, results, expected, OTHERS if others or missing else SAME, batch)
             _require_tokens(missing, OTHER_TOKENS * expected.get(POSITIONS, np.empty(0)).size, batch)
@@ -138,21 +141,41 @@ def _outputs_of(model: onnx.ModelProto, kind: str) -> list[str]:
     return [node.output[0] for node in model.graph.node if node.domain == DOMAIN and node.op_type.endswith(kind)]
 
 
+def _as_numbers(pairs: Array) -> Array:
+    """Pairs int32 [B,M,2] as one number each [B,M]."""
+    return pairs[..., 0].astype(np.int64) << 32 | pairs[..., 1]
+
+
 @torch.no_grad()
 def _run_torch(
-    deployed: DeployedModel, image: Array, lists: Sequence[Array] | None = None, scores: Sequence[Array] = ()
+    deployed: DeployedModel,
+    image: Array,
+    lists: Sequence[Array] | None = None,
+    scores: Sequence[Array] = (),
+    pairs: Sequence[Array] = (),
 ) -> tuple[dict[str, Array], list[Array]]:
-    """Outputs, and the keys each sparse layer read: those in `lists`, layer by layer, or its own choice.
+    """Outputs, and what was chosen: the keys each sparse layer read, then the pairs each merging layer made.
 
-    With `lists`, tokens are pruned by `scores`, one array per layer that prunes.
+    With `lists`, the keys are those, layer by layer, tokens are pruned by `scores`, one array per layer that prunes,
+    and merged by `pairs`, one per layer that merges.
     """
     read: list[Array] = []
+    matched: list[Array] = []
+    merging = [part for part in deployed.modules() if isinstance(part, Merging)]
     layers = sparse_layers(deployed)
     pruning = [block for block in deployed.modules() if isinstance(block, PrunedBlock)]
 
-    def choose(layer: SparseAttention) -> Callable[[torch.Tensor], torch.Tensor]:
-        def indices(qkv: torch.Tensor) -> torch.Tensor:
-            own = type(layer).indices(layer, qkv) if lists is None else torch.from_numpy(lists[len(read)])
+    def match(part: Merging) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        def found(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
+            own = Merging.pairs(part, qkv, num_heads) if lists is None else torch.from_numpy(pairs[len(matched)])
+            matched.append(_as_numbers(own.numpy()))
+            return own
+
+        return found
+
+    def choose(layer: SparseAttention) -> Callable[..., torch.Tensor]:
+        def indices(qkv: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+            own = type(layer).indices(layer, qkv, sizes) if lists is None else torch.from_numpy(lists[len(read)])
             read.append(own.numpy())
             return own
 
@@ -160,7 +183,9 @@ def _run_torch(
 
     try:
         for layer in layers:
-            layer.indices = choose(layer)  # type: ignore[method-assign,assignment]
+            layer.indices = choose(layer)  # type: ignore[method-assign]
+        for part in merging:
+            part.pairs = match(part)  # type: ignore[method-assign,assignment]
         for block, given in zip(pruning, scores, strict=True) if lists is not None else ():
             block.scores = lambda _, given=given: torch.from_numpy(given)  # type: ignore[method-assign,misc]
         outputs = deployed(torch.from_numpy(image))
@@ -169,4 +194,6 @@ def _run_torch(
             layer.__dict__.pop("indices", None)
         for block in pruning:
             block.__dict__.pop("scores", None)
-    return {name: x.numpy() for name, x in zip(deployed.output_names, outputs, strict=True)}, read
+        for part in merging:
+            part.__dict__.pop("pairs", None)
+    return {name: x.numpy() for name, x in zip(deployed.output_names, outputs, strict=True)}, read + matched

@@ -65,6 +65,7 @@ def export_bundle(
     img_size: int | None = None,
     keep: float | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
+    merge: tuple[int, ...] | None = None,
     tile: int | None = None,
     probe: int | None = None,
     precision: str = "fp32",
@@ -83,7 +84,7 @@ def export_bundle(
         output: folder to write; an earlier bundle there is replaced.
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels along a side; None takes the student's or model's own.
-        keep, token_keep: for a student: other shares of keys and tokens than its own (see `SparsityConfig`).
+        keep, token_keep, merge: for a student: other budgets than its own (see `SparsityConfig`).
         tile, probe: for a sparse student: other ones than its own, behind a gate (see `student_changes`); GPUs want 64.
         precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
             attention stays in float32, or for the target "tensorrt" becomes float16.
@@ -108,7 +109,7 @@ def export_bundle(
     size_of_batch = parse_batch(batch)
     wanted = [load_board(name) for name in boards]
     numbers = _numbers(precision, int8_target, calibrate, retiles=tile is not None or probe is not None)
-    student = _load(source, weights, img_size, keep, token_keep)
+    student = _load(source, weights, img_size, keep, token_keep, merge)
     student, changes = changed(student, tile, probe, measure, numbers.images)
     file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
@@ -205,12 +206,13 @@ def _load(
     img_size: int | None,
     keep: float | None,
     token_keep: tuple[tuple[int, float], ...] | None,
+    merge: tuple[int, ...] | None,
 ) -> Student:
     folder = Path(source)
     if not folder.is_dir():
-        if keep is not None or token_keep is not None:
+        if keep is not None or token_keep is not None or merge is not None:
             raise ConfigError(
-                "--keep and --token-keep require a student.", "Make one with `sparsifiner-edge sparsify`."
+                "--keep, --token-keep and --merge require a student.", "Make one with `sparsifiner-edge sparsify`."
             )
         return load_dense(str(source), Path(weights) if weights else None, img_size)
     if kind_of(folder) != "student":
@@ -219,7 +221,7 @@ def _load(
         raise ConfigError(
             "--weights cannot be combined with a student.", "A student has its own weights; leave it out."
         )
-    return load_student(folder, img_size, keep, token_keep)
+    return load_student(folder, img_size, keep, token_keep, merge)
 
 
 def class_labels(model: Backbone) -> list[str]:
@@ -276,7 +278,10 @@ def _manifest(
         outputs=tuple(TensorSpec(*_tensor(v)) for v in model.graph.output),
         preprocessing=Preprocessing(size=student.img_size, folded=Folded(pre.mean, pre.std, "1/255")),
         tokens=Tokens(shape.prefix, tuple(student.model.patch_embed.grid_size)),
-        sparsity=student.sparsity if sparse or deployed.prunes else None,
+        sparsity=student.sparsity if sparse or not student.sparsity.is_dense else None,
+        merged=tuple(student.sparsity.layer_merges(shape.depth, shape.patches))
+        if bool(student.sparsity.merge)
+        else None,
         costs=summary(shape, student.sparsity),
         dense_costs=summary(shape, SparsityConfig(keep=1)),
         tolerances=dict.fromkeys(

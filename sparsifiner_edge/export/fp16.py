@@ -132,7 +132,8 @@ class _Walk:
         kind = SINGLE
         if floats or node.op_type == "Cast":
             kind = self._kind(node, floats)
-            made.input[:] = [self._as(name, kind) if name in floats else name for name in node.input]
+            wanted = dict(zip(node.input, _input_types(node, kind), strict=False))
+            made.input[:] = [self._as(name, wanted[name]) if name in floats else name for name in node.input]
             self.counts[kind] += 1
         self.nodes.append(made)
         fixed = node.domain == DOMAIN and OPERATORS[node.op_type].output.dtypes == ("float32",)
@@ -191,6 +192,13 @@ class _Walk:
             for names in (node.input, node.output):
                 names[:] = [inner if other == name else other for other in names]
         self.nodes.append(onnx.helper.make_node("Cast", [inner], [name], name=f"node_{name}_out", to=SINGLE))
+
+
+def _input_types(node: onnx.NodeProto, kind: int) -> list[int]:
+    """The type of each input of a node that computes in `kind`: what an operator's schema has in float32 alone is so."""
+    if node.domain != DOMAIN:
+        return [kind] * len(node.input)
+    return [SINGLE if tensor.dtypes == ("float32",) else kind for tensor in OPERATORS[node.op_type].inputs]
 
 
 def _named_in(name: str, kind: int) -> str:

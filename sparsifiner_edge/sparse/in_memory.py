@@ -34,6 +34,8 @@ def sparsify_model(
     cells: int | None = None,
     dense_layers: tuple[int, ...] = (),
     token_keep: tuple[tuple[int, float], ...] = (),
+    merge: int | tuple[int, ...] = (),
+    merge_window: int | None = None,
     fuse_tokens: bool = False,
     calibrate: Tensor | Iterable[Tensor] | None = None,
     progress: Progress | None = None,
@@ -43,7 +45,8 @@ def sparsify_model(
     Args:
         module: a VisionTransformer or Eva of timm with a fixed image size, or any module that contains one; on any
             device, in any mode. Its own weights stay as they are.
-        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens: as of `sparsify`.
+        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens, merge, merge_window: as of
+            `sparsify`; merge may be one number.
         calibrate: images to learn the predictor from, float [B,3,H,W] or several of those, as the module is called
             with them; a dozen helps a lot, more than 32 do not. None takes the weights alone.
         progress: see `Progress`; counts images.
@@ -58,7 +61,8 @@ def sparsify_model(
     backbone = find_backbone(module)
     sparsity = SparsityConfig.for_preset(
         preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells, dense_layers=dense_layers,
-        token_keep=token_keep, fuse_tokens=fuse_tokens,
+        token_keep=token_keep, fuse_tokens=fuse_tokens, merge=(merge,) if isinstance(merge, int) else merge,
+        merge_window=merge_window,
     )  # fmt: skip
     sparsity = fit_to_model(sparsity, backbone, channels, cells)
     images = [] if calibrate is None else _arriving(module, backbone, calibrate)

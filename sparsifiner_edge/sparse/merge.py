@@ -43,9 +43,7 @@ class Merging(nn.Module):
 
     def forward(self, x: Tensor, qkv: Tensor, num_heads: int, state: MergedTokens) -> tuple[Tensor, MergedTokens]:
         """Tokens x [B,N,C] and their qkv [B,N,3C] -> [B,N-merged,C], and what is known of those."""
-        pairs = ops.match_tokens(
-            qkv, num_heads=num_heads, num_prefix=self.prefix, window=self.window, merged=self.merged
-        )
+        pairs = self.pairs(qkv, num_heads)
         sizes = torch.ones_like(x[:, :, 0], dtype=torch.float32) if state.sizes is None else state.sizes
         first, second = pairs.long().unbind(-1)
         alone = first == second
@@ -57,6 +55,12 @@ class Merging(nn.Module):
             origins = origins.gather(1, larger)
         return ops.merge_tokens(x, sizes, pairs), MergedTokens(
             torch.where(alone, a, a + b), self._carried(first, second, state.places), origins
+        )
+
+    def pairs(self, qkv: Tensor, num_heads: int) -> Tensor:
+        """Which tokens become one: int32 [B,N-merged,2], see the operator MatchTokens."""
+        return ops.match_tokens(
+            qkv, num_heads=num_heads, num_prefix=self.prefix, window=self.window, merged=self.merged
         )
 
     def _carried(self, first: Tensor, second: Tensor, places: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class SparseViTMixin:
 
     @property
     def _merges(self) -> bool:
-        return any(self.sparsity.merge) and not self.unmerged
+        return bool(self.sparsity.merge) and not self.unmerged
 
     def _merged_layers(self, x: Tensor) -> Iterator[tuple[Tensor, MergedTokens]]:
         """Images [B,3,H,W] -> tokens after each layer, and what is known of them."""
@@ -78,7 +78,7 @@ class SparseViTMixin:
         placed = self._pos_embed(model.patch_embed(x))
         tokens, rope = placed if isinstance(placed, tuple) else (placed, None)
         tokens = model.norm_pre(tokens)
-        places = torch.arange(len(self.token_order), device=tokens.device).expand(len(tokens), -1)
+        places = torch.arange(len(self.token_order), device=tokens.device).expand(tokens.shape[0], -1)
         state = MergedTokens(None, places, None if rope is None else places)
         for number, block in enumerate(model.blocks):
             # Tables of their own, where layers have them.
@@ -293,7 +293,7 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
             "Leave --token-keep out, or choose a ViT with a class token.",
         )
     kinds = {type(block).__name__ for block in vit.blocks if not isinstance(block, (Block, EvaBlock))}
-    if any(sparsity.merge) and kinds:
+    if sparsity.merge and kinds:
         raise ConfigError(
             f"Tokens cannot be merged in {' and '.join(sorted(kinds))}.", "Leave --merge out, or choose another model."
         )

@@ -178,6 +178,8 @@ def sparsify(
     dense_layers: tuple[int, ...] = (),
     token_keep: tuple[tuple[int, float], ...] = (),
     fuse_tokens: bool = False,
+    merge: tuple[int, ...] = (),
+    merge_window: int | None = None,
     calibrate: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -188,8 +190,9 @@ def sparsify(
         output: folder to write; an earlier student there is replaced.
         weights: .safetensors or .pth with timm's key names; None lets timm download them.
         img_size: pixels along a side; None takes the model's own.
-        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens: see `SparsityConfig`. None
-            takes the preset's own; for cells that is `default_cells`, for the paper's channels half the head dimension.
+        preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens, merge, merge_window: see
+            `SparsityConfig`. None takes the preset's own; for cells that is `default_cells`, for the paper's channels
+            half the head dimension.
         calibrate: folder of images to learn the predictor from; None takes the weights alone.
         progress: see `Progress`; counts images.
 
@@ -204,7 +207,7 @@ def sparsify(
     # Settings are checked before the weights are read: a typing mistake should not cost minutes.
     sparsity = SparsityConfig.for_preset(
         preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells, dense_layers=dense_layers,
-        token_keep=token_keep, fuse_tokens=fuse_tokens,
+        token_keep=token_keep, fuse_tokens=fuse_tokens, merge=merge, merge_window=merge_window,
     )  # fmt: skip
     if calibrate is not None:
         list_images(Path(calibrate))
@@ -247,8 +250,9 @@ def load_student(
     img_size: int | None = None,
     keep: float | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
+    merge: tuple[int, ...] | None = None,
 ) -> Student:
-    """Read a student folder, optionally at another image size, or with other shares of keys and tokens than its own.
+    """Read a student folder, optionally at another image size, or with other budgets than its own (`SparsityConfig`).
 
     Raises:
         ArtifactError: no student, corrupt, altered, or of a newer schema.
@@ -267,6 +271,8 @@ def load_student(
     state = read_weights(weights)
     _check_kin(config.model, config.num_classes, state, str(weights))
     model = create(config.model, config.img_size if img_size is None else img_size, config.num_classes)
+    # At another size the student's own rate may be too much: what was asked for counts.
+    sparsity = sparsity if merge is None else dataclasses.replace(sparsity, merge=merge)
     make_model_sparse(model, sparsity)
     load_state(model, state, str(weights))
     return with_budget(Student(model, config.model, sparsity, config.provenance, labels), keep, token_keep)
