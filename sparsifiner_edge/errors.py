@@ -5,6 +5,8 @@ The command line prints the message alone and exits with `exit_code`: 2 for unus
 
 from __future__ import annotations
 
+from typing import Any
+
 from sparsifiner_edge.text import shown
 
 _LONGEST = 2000
@@ -25,6 +27,16 @@ class SparsifinerError(Exception):
         self.what = shown(what, _LONGEST)
         self.fix = shown(fix, _LONGEST)
         super().__init__(f"{self.what}\n  {self.fix}" if fix else self.what)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Processes hand errors on, whatever their own arguments were."""
+        return _rebuilt, (type(self), self.what, self.fix)
+
+
+def _rebuilt(kind: type[SparsifinerError], what: str, fix: str) -> SparsifinerError:
+    error = kind.__new__(kind)
+    SparsifinerError.__init__(error, what, fix)
+    return error
 
 
 class ConfigError(SparsifinerError):

@@ -110,7 +110,7 @@ def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], tmp_path: 
     strange = save_student(dataclasses.replace(found, labels=("a", "b", "c")), tmp_path / "strange")
     assert evaluate_student(strange, made["queries"], metric="top1")["method"]["classes_from"] == "folders, sorted"
     mixed = save_student(dataclasses.replace(found, labels=(*labels[:2], "c")), tmp_path / "mixed")
-    with pytest.raises(ConfigError, match="is no class of the classifier"):
+    with pytest.raises(ConfigError, match="is not a class of the classifier"):
         evaluate_student(mixed, made["queries"], metric="top1")
     shutil.copytree(made["queries"], tmp_path / "four")
     for name in COLOURS:

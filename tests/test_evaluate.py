@@ -98,7 +98,7 @@ def test_explanation_maps(made: dict[str, Path], tmp_path: Path) -> None:
         explain(one, image, [(0, 0)], layer=9)
     pruned = dataclasses.replace(one.sparsity, token_keep=((1, 0.7),))
     assert explain(student(sparsity=pruned), image, [(0, 0)], layer=1)
-    with pytest.raises(ConfigError, match="Layer 3 sees pruned tokens"):
+    with pytest.raises(ConfigError, match="Layer 3 sees pruned or merged tokens"):
         explain(student(sparsity=pruned), image, [(0, 0)], layer=3)
     paper = SparsityConfig.for_preset("paper", keep=0.25, channels=8)
     with pytest.raises(ConfigError, match="belong to no tile"):

@@ -337,7 +337,7 @@ def test_prints_of_libraries_do_not_reach_the_replies():
     ) as process:  # fmt: skip
         near.send_bytes(b'{"op": "usage"}')
         assert list(json.loads(near.recv_bytes())) == ["ok"]
-        near.send_bytes(b'{"op": "close"}')
+        near.close()
         assert process.communicate()[0] == "noise\nmore noise\n"
 
 

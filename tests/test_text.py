@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
 from sparsifiner_edge.text import dump_json, finite, shown
 from tests.commands import call
 
@@ -70,3 +71,9 @@ def test_the_command_line_quotes_harmlessly(tmp_path: Path, capsys: pytest.Captu
         assert outcome.code == 2
         for text in (outcome.out, outcome.err):
             assert all(c.isprintable() or c == "\n" for c in text), text
+
+
+def test_errors_pass_between_processes() -> None:
+    for error in (ConfigError("what \x1b", "fix"), MissingExtraError("av", "camera"), GateError("gate")):
+        found = pickle.loads(pickle.dumps(error))
+        assert (type(found), found.what, found.fix, str(found)) == (type(error), error.what, error.fix, str(error))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.bounds import MOST_SIDE, whole_number
+from sparsifiner_edge.bounds import MOST_SIDE
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import PRESETS
 
@@ -41,7 +41,7 @@ def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> N
     """Make MODEL (timm's name of a ViT, DeiT or DINOv2) sparse, without training, and write a student folder."""
     import sparsifiner_edge
 
-    layers = tuple(whole_number(part, "A dense layer") for part in dense_layers.split(",") if part.strip())
+    layers = common.parse_layers(dense_layers)
     with common.progress_bar("sparsify") as progress:
         folder = sparsifiner_edge.sparsify(model, output, dense_layers=layers, progress=progress, **options)
     click.echo(f"{folder}: student written. Next: sparsifiner-edge export {folder} -o BUNDLE/")

@@ -195,7 +195,7 @@ class _Walk:
 
 
 def _input_types(node: onnx.NodeProto, kind: int) -> list[int]:
-    """The type of each input of a node that computes in `kind`: what an operator's schema has in float32 alone is so."""
+    """The type of each input of a node that computes in `kind`; what a schema has in float32 alone stays so."""
     if node.domain != DOMAIN:
         return [kind] * len(node.input)
     return [SINGLE if tensor.dtypes == ("float32",) else kind for tensor in OPERATORS[node.op_type].inputs]

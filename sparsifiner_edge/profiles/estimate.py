@@ -164,6 +164,8 @@ def _plan(bundle: Bundle, board: Board, precision: str | None, kernels: str) -> 
     assumed = _kernels(kernels, manifest, board)
     if assumed.assumed == "none" and sparsity.sparse_layers(shape.depth):
         raise ArtifactError(f"{bundle.folder}: the manifest names no operators for its sparse layers.", _AGAIN)
+    if not manifest.inputs:
+        raise ArtifactError(f"{bundle.folder}: inputs is missing.", _AGAIN)
     batch = 1 if manifest.batch is None else manifest.batch
     if not 0 < batch <= MOST_BATCH:
         raise ArtifactError(f"{bundle.folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)

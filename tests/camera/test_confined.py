@@ -174,7 +174,7 @@ print(json.dumps({"frames": len(numbers), "threads": threads}))
 
 def decode(user: int | None, **request: Any) -> dict[str, Any]:
     request = {
-        "fit": [64, False, 32], "patience_s": 10, "port": None, "user": user, "frames": 1000, "live": False, "fps": 25,
+        "fit": [64, 32], "patience_s": 10, "port": None, "user": user, "frames": 1000, "live": False, "fps": 25,
         "attempts": 0, "secrets": [],
     } | request  # fmt: skip
     done = subprocess.run(
