@@ -301,6 +301,10 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
     if sparsity.preset == "paper" and counts != vit.sparsity.layer_tokens(len(vit.blocks), *counts[0]):
         raise ConfigError("The published predictor is tied to its tokens.", "Give --token-keep to sparsify.")
     merged = sparsity.layer_merges(len(vit.blocks), vit.patch_embed.num_patches)
+    for block in vit.blocks:
+        if sparsity.keep == 1 and isinstance(block.attn, SparseAttention):
+            restore_attention(block.attn)
+            make_dense(block.attn)
     layouts = {
         number: sparsity.layout(*counts[number])
         for number, block in enumerate(vit.blocks)

@@ -325,7 +325,7 @@ def with_budget(
     if token_keep is not None:
         fuse = sparsity.fuse_tokens and token_keep != ()
         sparsity = dataclasses.replace(sparsity, token_keep=token_keep, fuse_tokens=fuse)
-    if (sparsity.keep == 1) != (student.sparsity.keep == 1) or (student.sparsity.is_dense and token_keep):
+    if (sparsity.keep < 1 and student.sparsity.keep == 1) or sparsity.is_dense != student.sparsity.is_dense:
         raise ConfigError("A sparse student cannot be made dense, nor a dense one sparse.", "Use `sparsify`.")
     if not student.sparsity.is_dense:
         set_budget(student.model, sparsity)
