@@ -363,6 +363,7 @@ def test_onnx_runtime_1_21_runs_every_structure(bundle: Path, dense: Path, tmp_p
     for name, sparsity, options in (
         ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, cells=0), {"img_size": 96}),
         ("test_vit", SparsityConfig(keep=0.3, cells=5, channels=8, dense_layers=(1,)), {}),
+        ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, cells=4, merge=(6, 0)), {"img_size": 112}),
     ):
         folder = save_student(student(name, sparsity, **options), tmp_path / f"s_{name}")
         made[name] = export_bundle(folder, tmp_path / name, batch="dynamic")

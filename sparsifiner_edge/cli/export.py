@@ -52,7 +52,7 @@ def command(*, source: str, output: Path, as_json: bool, **options: Any) -> None
 
 def _print(bundle: Bundle) -> None:
     folder, manifest = bundle.folder, bundle.manifest
-    for line in (*_check(manifest), *_changes(manifest), *_measured(manifest)):
+    for line in (*_check(manifest), *_merged(manifest), *_changes(manifest), *_measured(manifest)):
         click.echo(line)
     for board in manifest.boards:
         counts = f"{board.launches} kernels for {board.nodes} nodes"
@@ -63,6 +63,16 @@ def _print(bundle: Bundle) -> None:
     ops = ", ".join(manifest.ops) or "none: plain dense attention in standard operators"
     click.echo(f"custom operators (with bodies in standard operators): {ops}")
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")
+
+
+def _merged(manifest: Manifest) -> Iterator[str]:
+    """What each layer merges, and where that is less than was asked for."""
+    if manifest.merged is None or manifest.sparsity is None:
+        return
+    asked = manifest.sparsity.merge_rates(len(manifest.merged))
+    less = f" ({', '.join(map(str, asked))} asked for: a layer merges a quarter of its patches at most)"
+    lowered = asked != list(manifest.merged)
+    yield f"tokens merged per layer: {', '.join(map(str, manifest.merged))}{less if lowered else ''}"
 
 
 def _check(manifest: Manifest) -> Iterator[str]:

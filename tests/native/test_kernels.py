@@ -130,6 +130,16 @@ def test_any_shape_agrees(patches: int, prefix: int, heads: int, tile: int, cell
     check(attend, [inputs[0], lists], run_native(attend, [inputs[0], lists]))
 
 
+def test_tokens_that_are_equal_or_nan_match_the_first() -> None:
+    for case in cases("MatchTokens"):
+        (qkv,) = case.inputs()
+        for value in (1.0, 0.0, np.nan):
+            qkv[:] = value
+            np.testing.assert_array_equal(
+                run_native(case, [qkv]), run_reference(case, [qkv]), err_msg=f"{case} {value}"
+            )
+
+
 def test_ties_infinities_and_nan() -> None:
     case = next(c for c in cases("KeySelect") if c.patches == 130 and c.attributes["keys"] == 40)
     qkv, proj_q, proj_k = case.inputs()
@@ -159,6 +169,19 @@ def test_indices_outside_touch_nothing_outside(wrong: int) -> None:
     np.testing.assert_array_equal(got[:, rows], fine[:, rows])  # other tiles are as they were
     unsorted = np.ascontiguousarray(lists[..., ::-1])
     np.testing.assert_allclose(run_native(case, [qkv, unsorted]), fine, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [-1, 130, 2**31 - 1, -(2**31)])
+def test_merged_tokens_outside_touch_nothing_outside(wrong: int) -> None:
+    attend = next(c for c in cases("MergedSparseAttention") if c.patches == 130 and c.attributes["cell"])
+    qkv, sizes, lists = attend.inputs()
+    lists[:, 0, 0] = wrong
+    assert run_native(attend, [qkv, sizes, lists]).shape == (*qkv.shape[:2], qkv.shape[2] // 3)
+    merge = next(c for c in cases("MergeTokens") if c.patches == 130)
+    x, sizes, pairs = merge.inputs()
+    fine = run_native(merge, [x, sizes, pairs])
+    pairs[:, 0] = wrong
+    np.testing.assert_array_equal(run_native(merge, [x, sizes, pairs])[:, 1:], fine[:, 1:])
 
 
 @pytest.mark.parametrize("name", NATIVE.operators)
@@ -234,6 +257,11 @@ def growing_session() -> Callable[[], Any]:
         ("KeySelect", {"probe": 3}, "tile is not a multiple of probe"),
         ("KeySelect", {"scale": float("nan")}, "scale is nan"),
         ("DenseAttention", {"num_heads": 0}, "num_heads is 0"),
+        ("MatchTokens", {"merged": 66}, "merged 66 exceeds half of the 130 patches"),
+        ("MatchTokens", {"merged": 0}, "merged is 0"),
+        ("MatchTokens", {"window": 0}, "window is 0"),
+        ("MatchTokens", {"window": 3}, "window 3 is odd"),
+        ("MergedKeySelect", {"keys": 5000}, "keys exceed the patches"),
     ],
 )
 def test_what_the_schema_refuses_is_refused(op: str, change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,279 @@
+"""Token merging: pairs of what is alike, sizes and places carried along, outputs whole; in torch and in files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sparsifiner_edge as se
+from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.config import LEAST_PATCHES, SparsityConfig, parse_merge
+from sparsifiner_edge.costs import layer_costs, summary
+from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.export import check
+from sparsifiner_edge.export.export import export_bundle, model_shape
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.sparse.calibrate import observed, sparse_layers
+from sparsifiner_edge.sparse.merge import MergedTokens, Merging, MergingBlock
+from sparsifiner_edge.sparse.patch import make_model_sparse, restore_backbone
+from sparsifiner_edge.sparse.student import load_student, save_student, with_budget
+from tests.commands import assert_refused, call, manifest_of
+from tests.models import TINY, images, student, vit
+from tests.plain import evaluate_student
+
+pytestmark = pytest.mark.slow
+
+MERGED = SparsityConfig(keep=0.4, cells=4, channels=8, merge=(12, 2))
+ALONE = SparsityConfig(keep=1, merge=(8,))
+ROTARY = {"eva02_tiny_patch14_224": 112, "vit_small_patch16_dinov3": 128, "vit_small_patch16_rope_mixed_224": 128}
+
+
+@given(st.integers(2, 90), st.integers(0, 3), st.sampled_from([2, 8, 16]), st.floats(0, 0.5), st.integers(0, 99))
+def test_every_patch_goes_into_one_token(patches: int, prefix: int, window: int, share: float, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    tokens, merged = prefix + patches, max(1, int(share * patches))
+    qkv, x = (torch.randn(2, tokens, width, generator=rng) for width in (3 * 2 * 4, 5))
+    state = MergedTokens(None, torch.arange(patches).expand(2, -1), torch.arange(patches).expand(2, -1))
+    module = Merging(merged, prefix, window)
+    pairs = module.pairs(qkv, 2)
+    joined = pairs[0][pairs[0, :, 0] != pairs[0, :, 1]]
+    assert len(joined) == merged
+    out, after = module(x, qkv, 2, state)
+    assert out.shape == (2, tokens - merged, 5)
+    assert after.sizes is not None
+    assert after.sizes[:, prefix:].sum(1).tolist() == [patches] * 2
+    counts = torch.stack([torch.bincount(row, minlength=patches - merged) for row in after.places])
+    assert torch.equal(counts.float(), after.sizes[:, prefix:])
+    # What a token is made of is where its patches say that they are.
+    means = torch.zeros(2, patches - merged, 5).scatter_add_(
+        1, after.places[..., None].expand(-1, -1, 5), x[:, prefix:]
+    )
+    torch.testing.assert_close(out[:, prefix:], means / after.sizes[:, prefix:, None])
+    assert torch.equal(out[:, :prefix], x[:, :prefix])
+    assert after.origins is not None
+    assert torch.equal(after.places.gather(1, after.origins), torch.arange(patches - merged).expand(2, -1))
+
+
+def test_sizes_add_up_and_the_larger_source_gives_its_angle() -> None:
+    qkv, x = torch.randn(1, 9, 24), torch.randn(1, 9, 4)
+    sizes = torch.tensor([[1.0, 5, 1, 1, 1, 1, 1, 1, 1]])
+    state = MergedTokens(sizes, torch.arange(8)[None], torch.arange(8)[None])
+    part = Merging(1, 1, 2)
+    part.pairs = lambda *_: torch.tensor([[[0, 0], [2, 1], *([i, i] for i in range(3, 9))]], dtype=torch.int32)  # type: ignore[method-assign]
+    out, after = part(x, qkv, 2, state)
+    assert after.sizes is not None
+    assert after.sizes[0, 1] == 6
+    torch.testing.assert_close(out[0, 1], (5 * x[0, 1] + x[0, 2]) / 6)
+    assert after.origins is not None
+    assert after.origins[0, 0] == 0  # patch 0 was five times as large
+
+
+def test_merging_what_is_equal_changes_nothing() -> None:
+    """Attention in proportion to sizes: equal tokens may merge without a trace."""
+    dense, merged = vit(), vit()
+    x = torch.full((1, 3, 160, 160), 0.3)
+    for model in (dense, merged):
+        with torch.no_grad():
+            model.pos_embed[:, 1:] = model.pos_embed[:, 1:2]
+    make_model_sparse(merged, ALONE)
+    with torch.no_grad():
+        torch.testing.assert_close(merged.forward_features(x), dense.forward_features(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [TINY, "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2", *ROTARY])
+def test_outputs_are_whole_and_in_raster_order(name: str) -> None:
+    size = {TINY: 160, "vit_small_patch14_reg4_dinov2": 112, **ROTARY}.get(name, 128)
+    model = vit(name, img_size=size)
+    x = images(model)
+    with torch.no_grad():
+        plain = model.forward_features(x)
+        maps = model.forward_intermediates(x, indices=2, intermediates_only=True, norm=True)
+        make_model_sparse(model, dataclasses.replace(ALONE, merge=(3,)))
+        whole = model.forward_features(x)
+        final, items = model.forward_intermediates(x, indices=2, norm=True)
+        pairs = model.forward_intermediates(
+            x, indices=[0, 1], return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC", stop_early=True
+        )
+    assert whole.shape == plain.shape
+    assert torch.equal(final, whole)
+    assert [item.shape for item in items] == [item.shape for item in maps]
+    grid = model.patch_embed.grid_size
+    assert torch.equal(items[-1].flatten(2).mT, whole[:, model.num_prefix_tokens :])
+    assert [(a.shape[1], b.shape[1]) for a, b in pairs] == [(grid[0] * grid[1], model.num_prefix_tokens)] * 2
+    assert torch.cosine_similarity(plain, whole, dim=-1).mean() > 0.9
+    with observed(model, lambda *_: None, densely=True), torch.no_grad():
+        torch.testing.assert_close(model.forward_features(x), plain, atol=1e-4, rtol=1e-4)
+    restore_backbone(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(x), plain)
+
+
+def test_images_that_are_not_square() -> None:
+    model = vit(img_size=(96, 160))
+    x = torch.randn(1, 3, 96, 160)
+    se.sparsify_model(model, keep=0.5, merge=4, cells=4, channels=8)
+    with torch.no_grad():
+        assert model.forward_features(x).shape == (1, 61, 64)
+        (last,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
+    assert last.shape == (1, 64, 6, 10)
+    se.restore_model(model)
+    assert not any(isinstance(block, MergingBlock) for block in model.blocks)
+
+
+def test_gradients_reach_every_weight_through_merges() -> None:
+    made = student(sparsity=MERGED)
+    made.model.train()
+    made.model.forward_features(images(made.model)).square().mean().backward()
+    missing = [name for name, p in made.model.named_parameters() if p.grad is None and "head" not in name]
+    assert all("select" in name for name in missing)  # a choice has no gradient
+
+
+def test_costs_count_the_tokens_that_are_left() -> None:
+    shape = model_shape(vit())
+    counts = MERGED.layer_tokens(shape.depth, shape.patches, shape.prefix)
+    assert [patches for patches, _ in counts] == [100, 88, 78, 70, 64, 60, 58]
+    dense, layers = layer_costs(shape, SparsityConfig(keep=1)), layer_costs(shape, ALONE)
+    assert layers[0].projections == dense[0].projections
+    assert layers[0].mlp == dense[0].mlp * 93 // 101
+    assert layers[1].attention == 2 * 93 * 93 * shape.width
+    assert layers[0].pruning == 101 * shape.width + 50 * 16 * shape.width // shape.heads
+    assert summary(shape, ALONE)["total_macs"] < summary(shape, SparsityConfig(keep=1))["total_macs"]
+
+
+def test_rates() -> None:
+    assert SparsityConfig(merge=(8,)).merge_rates(3) == [8, 8, 8]
+    assert SparsityConfig(merge=(9, 0)).merge_rates(4) == [9, 6, 3, 0]
+    assert SparsityConfig(merge=(5, 0, 2)).merge_rates(3) == [5, 0, 2]
+    assert SparsityConfig(merge=(0, 0)).merge == ()
+    assert SparsityConfig(merge=(40,)).layer_merges(4, 100) == [25, 18, 14, 10]  # a quarter of what is there at most
+    assert parse_merge("80") == (80,)
+    assert parse_merge("160..0") == (160, 0)
+    assert parse_merge("3, 2,1") == (3, 2, 1)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1..2..3", "..", "4..", "1.5", "3,,2", "²", "9999999"])
+def test_what_is_no_rate(text: str) -> None:
+    with pytest.raises(ConfigError, match="merge is"):
+        parse_merge(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"merge": (8,), "token_keep": ((1, 0.5),)}, "cannot be combined"),
+        ({"merge": (8,), "merge_window": 0}, "merge_window is 0"),
+        ({"merge": (8,), "merge_window": 7}, "merge_window is 7"),
+        ({"merge": (-1,)}, r"merge is \(-1,\)"),
+        ({"merge": (True,)}, r"merge is \(True,\)"),
+        ({"merge": (1, 2, 3)}, "has 3 rates: the model has 6 layers"),
+        ({"merge": (25,)}, "merging 25 tokens in layer 5 leaves"),
+    ],
+)
+def test_what_cannot_be_merged(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SparsityConfig(**settings).layer_tokens(6, 64 if settings["merge"] == (25,) else 100, 1)
+
+
+def test_the_published_method_merges_nothing() -> None:
+    with pytest.raises(ConfigError, match="preset paper"):
+        SparsityConfig.for_preset("paper", merge=(8,))
+
+
+@pytest.mark.parametrize("batch", [1, "dynamic"])
+@pytest.mark.parametrize(
+    ("name", "sparsity"),
+    [(TINY, MERGED), (TINY, ALONE), ("eva02_tiny_patch14_224", MERGED)],
+    ids=["both", "alone", "eva"],
+)
+def test_exported_files_merge_as_torch_does(name: str, sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:
+    options = {"img_size": 112} if name != TINY else {}
+    folder = save_student(student(name, sparsity, **options), tmp_path / "s")
+    bundle = open_bundle(export_bundle(folder, tmp_path / "b", batch=batch))
+    manifest = bundle.manifest
+    assert manifest.check is not None
+    assert manifest.check.kernels_run == ("portable", "native")
+    assert manifest.check.differing_indices == 0
+    assert manifest.ops["sparsifiner::MatchTokens"] == 2
+    assert manifest.merged == tuple(sparsity.layer_merges(manifest.shape.depth, manifest.shape.patches))
+    assert dict(manifest.costs) == summary(manifest.shape, sparsity)
+    opsets = {entry.domain: entry.version for entry in bundle.model().opset_import}
+    assert opsets["sparsifiner"] == 2
+    kinds = {node.op_type for node in bundle.model().graph.node if node.domain == "sparsifiner"}
+    # The first layer's attention sees no merged token.
+    assert kinds >= (
+        {"KeySelect", "MergedKeySelect"} if sparsity.keep < 1 else {"DenseAttention", "MergedDenseAttention"}
+    )
+    for kernels in ("portable", "native"):
+        with se.open_session(bundle.folder, kernels=kernels) as session:
+            check_golden(session, bundle)
+
+
+def test_a_file_that_merges_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = save_student(student(sparsity=MERGED), tmp_path / "s")
+    right = check._run_torch
+
+    def wrong(*given: Any) -> Any:
+        outputs, chosen = right(*given)
+        return ({name: value + (len(given) > 2) * 0.1 for name, value in outputs.items()}, chosen)
+
+    monkeypatch.setattr(check, "_run_torch", wrong)
+    with pytest.raises(GateError, match="differs from torch"):
+        export_bundle(folder, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
+    folder = save_student(student(sparsity=MERGED), tmp_path / "s")
+    assert load_student(folder).sparsity.merge == (12, 2)
+    assert load_student(folder, merge=(4,)).sparsity.merge == (4,)
+    assert load_student(folder, merge=(0,)).sparsity.merge == ()
+    alone = load_student(folder, keep=1)
+    assert sparse_layers(alone.model) == []
+    with pytest.raises(ConfigError, match="cannot be made dense"):
+        load_student(folder, keep=1, merge=(0,))
+    with pytest.raises(ConfigError, match="nor a dense one sparse"):
+        with_budget(alone, keep=0.5)
+    with pytest.raises(ConfigError, match="in layer 5 leaves"):
+        load_student(folder, img_size=64, merge=(4,))
+    whole = evaluate_student(folder, pictures, merge=(1,))["statistics"]["patches_cosine"]["value"]
+    assert whole > evaluate_student(folder, pictures, merge=(20,))["statistics"]["patches_cosine"]["value"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_other_precisions(precision: str, tmp_path: Path, pictures: Path) -> None:
+    folder = save_student(student(sparsity=MERGED), tmp_path / "s")
+    more = {"calibrate": pictures} if precision == "int8" else {}
+    bundle = open_bundle(export_bundle(folder, tmp_path / "b", precision=precision, **more))
+    assert bundle.manifest.precision == precision
+    with se.open_session(bundle.folder) as session:
+        check_golden(session, bundle)
+
+
+def test_the_command_line_merges(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = ["sparsify", TINY, "--weights", tiny_weights, "--cells", 4, "-o", tmp_path / "s"]
+    assert_refused(call(capsys, *plain, "--merge", "many"), "merge is 'many'", "160..0")
+    assert_refused(call(capsys, *plain, "--merge", "8", "--merge-window", "0"), "merge_window is 0")
+    assert_refused(call(capsys, *plain, "--merge", "8", "--token-keep", "1:.5"), "cannot be combined")
+    assert_refused(call(capsys, *plain, "--merge", "200"), f"{LEAST_PATCHES} are left")
+    assert not (tmp_path / "s").exists()
+    assert call(capsys, *plain, "--merge", "12..2").code == 0
+    outcome = call(capsys, "export", tmp_path / "s", "--merge", "30..0", "-o", tmp_path / "b")
+    assert outcome.code == 0, outcome.err
+    assert "25, 18" in outcome.out  # lowered where a layer has too few
+    manifest = manifest_of(tmp_path / "b")
+    assert manifest["sparsity"]["merge"] == [30, 0]
+    assert manifest["merged"][:2] == [25, 18]
+    assert_refused(call(capsys, "export", TINY, "--merge", "8", "-o", tmp_path / "c"), "require a student")
+
+
+def test_what_the_operators_are_called_in_torch() -> None:
+    qkv, sizes = torch.randn(1, 11, 24), torch.ones(1, 11)
+    settings = {"num_heads": 2, "scale": 0.5}
+    torch.testing.assert_close(ops.merged_dense_attention(qkv, sizes, **settings), ops.dense_attention(qkv, **settings))
