@@ -85,16 +85,8 @@ def build_engine(
             raise ConfigError(f"kernels {kernels} are ONNX Runtime's.", f"For {backend}: --option kernels=portable.")
         planned = found.plan(checked, capabilities, batch_range(checked, batch), options or {})
         engines = _build_all(found, checked, planned, options or {}, timeout_s, progress)
-    elif backend != "onnxruntime":
-        raise ConfigError(
-            f"{backend} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
-        )
-    elif capabilities or batch or options:
-        raise ConfigError(
-            "onnxruntime builds no engine: compute capability, batch sizes and options are for TensorRT.",
-            "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
-        )
     else:
+        _require_plain(backend, bool(capabilities or batch or options))
         with open_checked(checked, kernels=kernels) as session:
             golden = check_golden(session, checked)
             described = session.description
@@ -107,6 +99,19 @@ def build_engine(
         golden=golden,
         seconds=time.monotonic() - start,
     )
+
+
+def _require_plain(backend: str, for_engines: bool) -> None:
+    """Refuse what only backends with engines take."""
+    if backend != "onnxruntime":
+        raise ConfigError(
+            f"{backend} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
+        )
+    if for_engines:
+        raise ConfigError(
+            "onnxruntime builds no engine: compute capability, batch sizes and options are for TensorRT.",
+            "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
+        )
 
 
 def batch_range(bundle: Bundle, batch: tuple[int, int, int] | None) -> BatchRange:

@@ -15,18 +15,7 @@ def key_select(structure: Structure, merged: bool = False) -> str:
     """Lines of KeySelect; see the schema."""
     probe_mean = sized_mean("probe", "a_probe") if merged else mean("probe")
     cell_mean = sized_mean("cell", "a_cell") if merged else mean("cell")
-    center = runs("v_patch", "a_cell", "patches", "cell") + cell_mean if structure.cells else ""
-    deviation = (
-        """
-        cell_center = Unsqueeze (cell_mean, c3)
-        apart_runs = Sub (cell_runs, cell_center)
-        flat_shape = Concat <axis = 0> (c0, c0, c_1, d)
-        apart_padded = Reshape (apart_runs, flat_shape)
-        apart = Slice (apart_padded, c0, patches, c2)"""
-        if structure.cells
-        else """
-        apart = Identity (v_patch)"""
-    )
+    deviation = runs("v_patch", "a_cell", "patches", "cell") + cell_mean + _FROM_CENTER if structure.cells else _ALONE
     # Sliced after the heads are apart: TensorRT-RTX 1.7 fails to compile a product whose rows are sliced for this
     # operator and read whole by SparseAttention.
     patches = "".join(
@@ -35,17 +24,7 @@ def key_select(structure: Structure, merged: bool = False) -> str:
         for name in "qkv"
     )
     ints = "".join(attribute(a) for a in ("num_heads", "num_prefix", "probe", "tile", "cell", "keys"))
-    logits = (
-        """
-        log_sizes_flat = Log (sizes_patch)
-        log_sizes_shape = Constant <value_ints: ints = [0, 1, 1, -1]> ()
-        log_sizes = Reshape (log_sizes_flat, log_sizes_shape)
-        logits_bare = MatMul (projected_q_scaled, projected_k_t)
-        logits = Add (logits_bare, log_sizes)"""
-        if merged
-        else """
-        logits = MatMul (projected_q_scaled, projected_k_t)"""
-    )
+    logits = _SIZED_LOGITS if merged else _LOGITS
     return f"""{ints}{attribute("scale", "float")}{attribute("value_power", "float")}
         single = Cast <to = 1> (qkv)
         rows = Identity (single){SPLIT}{patches}{MERGED_SIZES if merged else ""}
@@ -67,7 +46,7 @@ def key_select(structure: Structure, merged: bool = False) -> str:
         log_weights_padded = Pad (log_weights, tile_pads, f_inf)
         tile_shape = Concat <axis = 0> (c0, c0, c_1, per_tile, patches)
         by_tile = Reshape (log_weights_padded, tile_shape)
-        best = ReduceMax <keepdims = 0> (by_tile, c3){center}{deviation}
+        best = ReduceMax <keepdims = 0> (by_tile, c3){deviation}
         squares = Mul (apart, apart)
         distance = ReduceSum <keepdims = 0> (squares, c3)
         floor = Constant <value_float: float = {DEVIATION_FLOOR**2}> ()
@@ -80,6 +59,24 @@ def key_select(structure: Structure, merged: bool = False) -> str:
         scores_raw = Add (best, bonus)
         broken = IsNaN (scores_raw)
         scores = Where (broken, f_inf, scores_raw){_TOP}"""
+
+
+_FROM_CENTER = """
+        cell_center = Unsqueeze (cell_mean, c3)
+        apart_runs = Sub (cell_runs, cell_center)
+        flat_shape = Concat <axis = 0> (c0, c0, c_1, d)
+        apart_padded = Reshape (apart_runs, flat_shape)
+        apart = Slice (apart_padded, c0, patches, c2)"""
+_ALONE = """
+        apart = Identity (v_patch)"""
+_LOGITS = """
+        logits = MatMul (projected_q_scaled, projected_k_t)"""
+_SIZED_LOGITS = """
+        log_sizes_flat = Log (sizes_patch)
+        log_sizes_shape = Constant <value_ints: ints = [0, 1, 1, -1]> ()
+        log_sizes = Reshape (log_sizes_flat, log_sizes_shape)
+        logits_bare = MatMul (projected_q_scaled, projected_k_t)
+        logits = Add (logits_bare, log_sizes)"""
 
 
 def landmark_key_select(_: Structure) -> str:
