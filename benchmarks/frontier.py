@@ -273,8 +273,8 @@ def compare(
 def measure(size: int, threads: int, rounds: int, int8: bool, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     case = CASES[size]
     with tempfile.TemporaryDirectory() as scratch:
-        points = rivals(case, size, Path(scratch), threads, int8, tell)
-        points += ours(case, size, Path(scratch), threads, int8, tell)
+        points = ours(case, size, Path(scratch), threads, int8, tell)
+        points += rivals(case, size, Path(scratch), threads, int8, tell)
         found = fidelity(points, size, tell)
         times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if size < 1000 else 1, tell)
     rows = {

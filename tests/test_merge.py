@@ -23,7 +23,7 @@ from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, sparse_layers
 from sparsifiner_edge.sparse.merge import MergedTokens, Merging, MergingBlock
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_backbone
-from sparsifiner_edge.sparse.student import load_student, save_student, with_budget
+from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
 from tests.commands import assert_refused, call, manifest_of
 from tests.models import TINY, images, student, vit
 from tests.plain import evaluate_student
@@ -244,6 +244,13 @@ def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
         load_student(folder, img_size=64, merge=(4,))
     whole = evaluate_student(folder, pictures, merge=(1,))["statistics"]["patches_cosine"]["value"]
     assert whole > evaluate_student(folder, pictures, merge=(20,))["statistics"]["patches_cosine"]["value"]
+
+
+def test_calibration_sees_whole_images_whatever_the_size(tmp_path: Path, tiny_weights: Path, pictures: Path) -> None:
+    folder = sparsify(
+        TINY, tmp_path / "s", weights=tiny_weights, img_size=320, merge=(60,), cells=4, calibrate=pictures
+    )
+    assert load_student(folder).sparsity.merge == (60,)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

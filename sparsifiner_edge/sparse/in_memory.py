@@ -131,7 +131,7 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
         tile = sparsity.tile if sparsity.tile <= patches else sparsity.probe
         sparsity = dataclasses.replace(sparsity, tile=tile, cells=min(sparsity.cells, default_cells(patches)))
     if sparsity.preset == "edge":
-        sparsity = dataclasses.replace(sparsity, token_keep=(), fuse_tokens=False)
+        sparsity = dataclasses.replace(sparsity, token_keep=(), fuse_tokens=False, merge=())
     make_model_sparse(twin, sparsity)
     calibrate_from_images(twin, [_resized(image, size).to(_pixels_like(twin)) for image in images], progress)
     for layer, learnt in zip(sparse_layers(backbone), sparse_layers(twin), strict=True):
