@@ -26,11 +26,14 @@ from sparsifiner_edge.sparse.prune import PrunedBlock
 
 
 class Limits(NamedTuple):
-    """What an output must keep to: greatest difference relative to its range; least and mean cosine of its rows."""
+    """What an output must keep to: greatest difference relative to its range, but for a share of its elements; least and
+    mean cosine of its rows.
+    """
 
     error: float
     least: float
     mean: float
+    beyond: float = 0.0
 
 
 SAME = Limits(1e-3, 0.9999, 0.9999)
@@ -38,6 +41,10 @@ SAME = Limits(1e-3, 0.9999, 0.9999)
 OTHERS = Limits(5e-2, 0.99, 0.999)
 """Where each chooses for itself and some keys are others: of two with equal scores either may be read, and the layers
 after it choose from what came of it; where landmarks are shared, all their rows do."""
+
+
+MERGED_OTHERS = Limits(5e-2, -1.0, 0.99, OTHER_TOKENS)
+"""Where some tokens that merge are others: the patches of such a pair have another token's features."""
 
 
 def smooth_images(size: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -89,7 +96,8 @@ def check_export(
             results, missing = aligned(results, expected)
             lists += [_as_numbers(x) for x in pairs]
             others = sum(count_differing(a, b) for a, b in zip(lists, chosen, strict=True))
-            _compare(free, results, expected, OTHERS if others or missing else SAME, batch)
+            looser = MERGED_OTHERS if matches else OTHERS
+            _compare(free, results, expected, looser if others or missing else SAME, batch)
             _require_tokens(missing, OTHER_TOKENS * expected.get(POSITIONS, np.empty(0)).size, batch)
             pruned += missing
             indices += sum(x.size for x in chosen)
@@ -110,7 +118,8 @@ def _compare(
         if name == POSITIONS:
             continue
         found = agreement(results[name], reference, limits.error)
-        if not (found.error <= limits.error and found.cosine >= limits.least and found.mean >= limits.mean):
+        near = found.error <= limits.error or found.beyond <= limits.beyond
+        if not (near and found.cosine >= limits.least and found.mean >= limits.mean):
             raise GateError(
                 f"Output {name!r} at batch {batch} differs from torch: at {list(found.worst)} {found.got:.6g} instead "
                 f"of {found.expected:.6g} ({found.error:.2e} of the range, allowed {limits.error:.0e}; "

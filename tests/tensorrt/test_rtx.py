@@ -76,6 +76,8 @@ def vit_bundle(folder: Path, sparsity: SparsityConfig, precision: str, batch: in
         ("dense", "int8", 1, "8.6"),
         ("paper", "fp16", 1, "8.9"),
         ("pruned", "fp16", DYNAMIC, "8.6"),
+        ("merged", "fp32", 1, "8.9"),
+        ("merged", "fp16", DYNAMIC, "8.6"),
     ],
 )
 def test_every_kind_of_file_builds(
@@ -86,6 +88,7 @@ def test_every_kind_of_file_builds(
         "dense": SparsityConfig(keep=1),
         "paper": SparsityConfig.for_preset("paper", keep=0.25),
         "pruned": SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((0, 0.7),)),
+        "merged": SparsityConfig(keep=0.2, cells=4, channels=8, merge=(12, 2)),
     }[kind]
     bundle = vit_bundle(tmp_path / "b", sparsity, precision, batch)
     stages: list[str] = []
