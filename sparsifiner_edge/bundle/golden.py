@@ -133,7 +133,7 @@ def _repeated(pair: Pair, least: int) -> Pair:
 def _compare(
     name: str, got: Array, wanted: Array, tolerance: float, beyond: float, session: Runnable
 ) -> dict[str, float]:
-    """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens that are as close, either merges."""
+    """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens as close, either may merge."""
     if got.shape != wanted.shape:
         raise GateError(f"Output {name!r} has shape {got.shape}; golden is {wanted.shape}.", AGAIN)
     found = agreement(got, wanted, tolerance)

@@ -26,8 +26,8 @@ from sparsifiner_edge.sparse.prune import PrunedBlock
 
 
 class Limits(NamedTuple):
-    """What an output must keep to: greatest difference relative to its range, but for a share of its elements; least and
-    mean cosine of its rows.
+    """What an output must keep to: greatest difference relative to its range, but for a share of its elements (`beyond`);
+    least and mean cosine of its rows.
     """
 
     error: float
