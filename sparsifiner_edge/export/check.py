@@ -26,7 +26,7 @@ from sparsifiner_edge.sparse.prune import PrunedBlock
 
 
 class Limits(NamedTuple):
-    """What an output must keep to: greatest difference relative to its range, but for a share of its elements (`beyond`);
+    """What an output must keep to: greatest difference relative to its range, but for a share `beyond` of its elements;
     least and mean cosine of its rows.
     """
 
