@@ -362,7 +362,7 @@ def main(sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, o
             }  # fmt: skip
             subject = Subject(path=material.DINOV2, sha256="")
             result = Result("benchmark", [subject], method, samples, statistics)
-            write_result(result, output / f"frontier_{size}.json")
+            write_result(output / f"frontier_{size}.json", result)
             draw(size, statistics, output / f"frontier_{size}.png")
 
 

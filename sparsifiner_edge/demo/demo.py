@@ -34,13 +34,14 @@ class Setting(NamedTuple):
     """One row of the demonstration."""
 
     size: int
+    merge: tuple[int, ...]
     keep: float
     cells: int
 
     @property
     def name(self) -> str:
         """As tables show it."""
-        return f"{self.size} px, keep {self.keep:.2f}, {self.cells} cells"
+        return f"{self.size} px, merge {'..'.join(map(str, self.merge))}, keep {self.keep:.2f}, {self.cells} cells"
 
 
 class _Row(NamedTuple):
@@ -52,12 +53,13 @@ class _Row(NamedTuple):
 
 
 class RowFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one setting."""
+    """Of one setting; shares are of the dense model's multiply-accumulates, tokens those that leave the last layer."""
 
     features_cosine: float
     patches_cosine: float
-    keys_read_share: float
+    tokens_left_share: float
     attention_macs_share: float
+    macs_share: float
     dense_p50_ms: float
     sparse_p50_ms: float
     speed_ratio: Estimate
@@ -89,7 +91,9 @@ class DemoResult(Declared, frozen=True):
     statistics: dict[str, RowFigures]
 
 
-SETTINGS = (Setting(224, 0.25, 16), Setting(518, 0.10, 25))
+SETTINGS = (Setting(224, (8,), 1.0, 16), Setting(518, (160, 0), 0.5, 49))
+DRAWN_KEEP = 0.1
+"""Share of keys in the drawn layer, where nothing is merged."""
 LAYER = 8
 """The layer whose selection is drawn: late enough to be semantic, early enough to differ between queries."""
 RESULT, CALIBRATION, WEIGHTS = "result.json", "calibration", "dinov2_vits14.safetensors"
@@ -153,12 +157,13 @@ def _one(setting: Setting, output: Path, stage: Callable[[str], None], seconds: 
         student,
         weights=weights,
         img_size=size,
-        keep=setting.keep,
+        keep=DRAWN_KEEP,
         cells=setting.cells,
+        merge=setting.merge,
         calibrate=output / CALIBRATION,
     )
     stage("export sparse")
-    sparse = export_bundle(student, output / f"sparse_{size}")
+    sparse = export_bundle(student, output / f"sparse_{size}", keep=setting.keep)
     stage("export dense")
     dense = export_bundle(material.DINOV2, output / f"dense_{size}", weights=weights, img_size=size)
     stage("evaluate")
@@ -167,7 +172,7 @@ def _one(setting: Setting, output: Path, stage: Callable[[str], None], seconds: 
     # What the table shows, and no more: neither time per layer nor power.
     profile = profile_bundle(sparse, against=dense, seconds=seconds, min_queries=MIN_BLOCKS, layers=False, power=False)
     stage("draw")
-    draw(load_student(student), split.development()[2], LAYER, output / f"attention_{size}.png")
+    draw(load_student(student, merge=()), split.development()[2], LAYER, output / f"attention_{size}.png")
     assert isinstance(fidelity, CosineResult)
     return _Row(fidelity, profile, _figures(fidelity.statistics, profile.statistics, open_bundle(sparse).manifest))
 
@@ -188,18 +193,18 @@ def _result(rows: dict[str, _Row]) -> DemoResult:
 
 
 def _figures(fidelity: Cosines, profile: Statistics, manifest: Manifest) -> RowFigures:
-    costs, dense, sparsity, shape = manifest.costs, manifest.dense_costs, manifest.sparsity, manifest.shape
+    costs, dense, shape = manifest.costs, manifest.dense_costs, manifest.shape
     assert fidelity.patches_cosine is not None
     assert profile.against is not None
     assert profile.comparison is not None
-    assert sparsity is not None
     assert shape is not None
     core = costs["attention_macs"] + costs["cells_macs"] + costs["predictor_macs"]
     return RowFigures(
         features_cosine=fidelity.features_cosine.mean.value,
         patches_cosine=fidelity.patches_cosine.mean.value,
-        keys_read_share=sparsity.keep + sparsity.cells / shape.patches,
+        tokens_left_share=1 - sum(manifest.merged or ()) / shape.patches,
         attention_macs_share=core / dense["attention_macs"],
+        macs_share=costs["total_macs"] / dense["total_macs"],
         dense_p50_ms=profile.against.latency_ms.p50.value,
         sparse_p50_ms=profile.subject.latency_ms.p50.value,
         speed_ratio=profile.comparison.ratio,
