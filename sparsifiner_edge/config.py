@@ -136,7 +136,7 @@ class SparsityConfig:
 
     def _check_merging(self) -> None:
         _require(
-            all(isinstance(rate, int) and 0 <= rate <= MOST_COUNT for rate in self.merge),
+            all(type(rate) is int and 0 <= rate <= MOST_COUNT for rate in self.merge),
             f"merge is {self.merge!r}.",
             "Give whole numbers from 0, such as 80, or 160..0 for a rate that falls from the first layer to the last.",
         )
