@@ -60,7 +60,7 @@ def sparsity_section(data: ReportData, manifests: Sequence[LabelledManifest]) ->
     return Section("sparsity", blocks)
 
 
-_SETTINGS = ("preset", "keep", "tile", "probe", "channels", "cells", "dense_layers", "token_keep", "fuse_tokens")
+_SETTINGS = ("preset", "keep", "tile", "probe", "channels", "cells", "dense_layers", "token_keep", "fuse_tokens", "merged")
 
 
 def _settings_table(manifests: Sequence[LabelledManifest], texts: Texts) -> Table:
@@ -77,6 +77,8 @@ def _settings_table(manifests: Sequence[LabelledManifest], texts: Texts) -> Tabl
 
 def _setting(manifest: Manifest, name: str, texts: Texts) -> str:
     value: Any = manifest.sparsity.to_dict().get(name) if manifest.sparsity else None
+    if name == "merged":
+        value = None if manifest.merged is None else list(manifest.merged)
     if name == "keep" and value is not None:
         return f"{100 * value:.3g} %"
     if name == "token_keep" and value is not None:

@@ -77,7 +77,7 @@ def _kind(parts: list[str]) -> str:
         return "norms"
     if parts[0] == "attn":
         return "projections" if len(parts) > 1 and parts[1] in _PROJECTIONS else "attention"
-    return {"mlp": "mlp", "pruning": "selection"}.get(parts[0], "other")
+    return {"mlp": "mlp", "pruning": "selection", "merging": "selection"}.get(parts[0], "other")
 
 
 def place_nodes(optimised: onnx.ModelProto, places: Places) -> dict[str, Place]:
