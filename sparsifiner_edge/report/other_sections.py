@@ -60,7 +60,9 @@ def sparsity_section(data: ReportData, manifests: Sequence[LabelledManifest]) ->
     return Section("sparsity", blocks)
 
 
-_SETTINGS = ("preset", "keep", "tile", "probe", "channels", "cells", "dense_layers", "token_keep", "fuse_tokens", "merged")
+_SETTINGS = (
+    "preset", "keep", "tile", "probe", "channels", "cells", "dense_layers", "token_keep", "fuse_tokens", "merged",
+)  # fmt: skip
 
 
 def _settings_table(manifests: Sequence[LabelledManifest], texts: Texts) -> Table:
