@@ -129,7 +129,7 @@ class SparsityConfig:
         )
         fix = "Give distinct layer indices from 0, such as 0,1."
         _require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
-        if not any(self.merge):
+        if self.merge and not any(self.merge):
             object.__setattr__(self, "merge", ())
         self._check_pruning()
         self._check_merging()

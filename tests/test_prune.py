@@ -174,7 +174,7 @@ def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(ConfigError, match="fixed"):
         evaluate_student(whole, pictures, keep=0.5, against=TINY)
     with pytest.raises(ConfigError, match="cannot be made dense"):
-        with_budget(other, keep=1.0)
+        with_budget(student(), keep=1.0)
     with pytest.raises(ConfigError, match="tied to its tokens"):
         with_budget(student(sparsity=PAPER), token_keep=((2, 0.5),))
 

@@ -122,7 +122,7 @@ def test_a_student(tmp_path: Path) -> None:
     (tmp_path / STUDENT_FILE).write_text(json.dumps(config))
     loaded = load_student(tmp_path)
     assert write_record(loaded.provenance) == config["provenance"]
-    assert loaded.sparsity.to_dict() == {**config["sparsity"], "merge": [], "merge_window": 16}
+    assert loaded.sparsity.to_dict() == config["sparsity"]
     save_student(loaded, tmp_path / "again")
     assert json.loads((tmp_path / "again" / STUDENT_FILE).read_text()) == config
     x = images(vit())

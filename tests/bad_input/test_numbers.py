@@ -56,7 +56,7 @@ def test_numbers_that_no_command_takes(
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        (["--dense-layers", DIGITS], ["A dense layer is 999"]),
+        (["--dense-layers", DIGITS], ["dense layers are '999"]),
         (["--token-keep", f"{DIGITS}:.7"], ["token_keep holds '999"]),
         (["--token-keep", "٣:.7"], ["token_keep holds"]),
         (["--token-keep", "3:nan"], ["token_keep holds '3:nan'"]),
