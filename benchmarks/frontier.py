@@ -305,10 +305,10 @@ def show(size: int, found: dict[str, Any]) -> None:
     for label, row in found["at_equal_fidelity"].items():
         aim = REQUIRED.get((size, row["patches_cosine"], label.partition(", ")[2]))
         estimate = row["ratio"]
+        bounds = " to ".join(f"{estimate[k]:.2f}" if isinstance(estimate[k], float) else "?" for k in ("low", "high"))
         click.echo(
             f"at {label}: {row['ours_ms']:.1f} ms against {row['rival_ms']:.1f} ({row['rival']}): "
-            f"{estimate['value']:.2f} times ({estimate['low']:.2f} to {estimate['high']:.2f})"
-            + (f", required {aim[0]}, aim {aim[1]}" if aim else "")
+            f"{estimate['value']:.2f} times ({bounds})" + (f", required {aim[0]}, aim {aim[1]}" if aim else "")
         )
 
 
@@ -353,7 +353,6 @@ def main(sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, o
     for size in map(int, sizes):
         with err_console.status("") as status:
             samples, statistics = measure(size, threads, rounds, int8, status.update)
-        show(size, statistics)
         if output:
             output.mkdir(parents=True, exist_ok=True)
             method = {
@@ -361,9 +360,10 @@ def main(sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, o
                 "rounds": rounds, "interpolation": "linear in log(1 - patch cosine) between points of one family",
             }  # fmt: skip
             subject = Subject(path=material.DINOV2, sha256="")
-            result = Result("benchmark", [subject], method, samples, statistics)
+            result = Result("comparison", [subject], method, samples, statistics)
             write_result(output / f"frontier_{size}.json", result)
             draw(size, statistics, output / f"frontier_{size}.png")
+        show(size, statistics)
 
 
 if __name__ == "__main__":
