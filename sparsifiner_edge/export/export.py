@@ -265,7 +265,8 @@ def _manifest(
     student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, numbers: _Numbers
 ) -> Manifest:
     pre = preprocessing(student.model)
-    sparse = bool(student.sparsity.sparse_layers(len(student.model.blocks)))
+    # Keys, tokens that stay, or pairs that merge.
+    selects = bool(student.sparsity.sparse_layers(len(student.model.blocks)) or deployed.prunes or student.sparsity.merge)
     shape = model_shape(student.model)
     return Manifest(
         schema_version=BUNDLE_SCHEMA,
@@ -278,7 +279,7 @@ def _manifest(
         outputs=tuple(TensorSpec(*_tensor(v)) for v in model.graph.output),
         preprocessing=Preprocessing(size=student.img_size, folded=Folded(pre.mean, pre.std, "1/255")),
         tokens=Tokens(shape.prefix, tuple(student.model.patch_embed.grid_size)),
-        sparsity=student.sparsity if sparse or not student.sparsity.is_dense else None,
+        sparsity=student.sparsity if selects else None,
         merged=tuple(student.sparsity.layer_merges(shape.depth, shape.patches))
         if bool(student.sparsity.merge)
         else None,
@@ -286,7 +287,7 @@ def _manifest(
         dense_costs=summary(shape, SparsityConfig(keep=1)),
         tolerances=dict.fromkeys(
             [name for name in deployed.output_names if name != POSITIONS],
-            _tolerance(numbers, sparse or deployed.prunes, check),
+            _tolerance(numbers, selects, check),
         ),
         check=check,
         provenance=write_record(student.provenance),
