@@ -266,7 +266,8 @@ def _manifest(
 ) -> Manifest:
     pre = preprocessing(student.model)
     # Keys, tokens that stay, or pairs that merge.
-    selects = bool(student.sparsity.sparse_layers(len(student.model.blocks)) or deployed.prunes or student.sparsity.merge)
+    sparse = student.sparsity.sparse_layers(len(student.model.blocks))
+    selects = bool(sparse or deployed.prunes or student.sparsity.merge)
     shape = model_shape(student.model)
     return Manifest(
         schema_version=BUNDLE_SCHEMA,
