@@ -199,7 +199,9 @@ class SparsityConfig:
             f"merge has {len(self.merge)} rates: the model has {depth} layers.",
             f"Give one rate, the first and the last as 160..0, or {depth}.",
         )
-        return list(self.merge) if len(self.merge) == depth else [*self.merge, 0][:1] * depth
+        if len(self.merge) == depth:
+            return list(self.merge)
+        return [self.merge[0] if self.merge else 0] * depth
 
     def layer_merges(self, depth: int, patches: int) -> list[int]:
         """Pairs that each layer merges: as asked for, but at most a quarter of the patches that it sees.

@@ -281,9 +281,7 @@ def _manifest(
         preprocessing=Preprocessing(size=student.img_size, folded=Folded(pre.mean, pre.std, "1/255")),
         tokens=Tokens(shape.prefix, tuple(student.model.patch_embed.grid_size)),
         sparsity=student.sparsity if selects else None,
-        merged=tuple(student.sparsity.layer_merges(shape.depth, shape.patches))
-        if bool(student.sparsity.merge)
-        else None,
+        merged=tuple(student.sparsity.layer_merges(shape.depth, shape.patches)) if student.sparsity.merge else None,
         costs=summary(shape, student.sparsity),
         dense_costs=summary(shape, SparsityConfig(keep=1)),
         tolerances=dict.fromkeys(
