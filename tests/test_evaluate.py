@@ -96,6 +96,8 @@ def test_explanation_maps(made: dict[str, Path], tmp_path: Path) -> None:
     assert np.asarray(Image.open(tmp_path / "picture.png")).std() > 10
     with pytest.raises(ConfigError, match="Layer 9 is not sparse"):
         explain(one, image, [(0, 0)], layer=9)
+    with pytest.raises(ConfigError, match="outside the 10 x 10 grid"):
+        explain(one, image, [(0, 10)], layer=3)
     pruned = dataclasses.replace(one.sparsity, token_keep=((1, 0.7),))
     assert explain(student(sparsity=pruned), image, [(0, 0)], layer=1)
     with pytest.raises(ConfigError, match="Layer 3 sees pruned or merged tokens"):

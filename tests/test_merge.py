@@ -20,7 +20,7 @@ from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import check
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.calibrate import observed, sparse_layers
+from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.merge import MergedTokens, Merging, MergingBlock
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_backbone
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
@@ -138,6 +138,18 @@ def test_gradients_reach_every_weight_through_merges() -> None:
     made.model.forward_features(images(made.model)).square().mean().backward()
     missing = [name for name, p in made.model.named_parameters() if p.grad is None and "head" not in name]
     assert all("select" in name for name in missing)  # a choice has no gradient
+
+
+def test_a_predictor_learns_what_merged_tokens_count() -> None:
+    settings = dataclasses.replace(MERGED, probe=1, tile=1, cells=0, value_power=0.0)
+    layer = sparse_layers(student(sparsity=settings).model)[0]
+    qkv, sizes = torch.randn(1, 41, 3 * 64), torch.ones(1, 41)
+    plain, single = (selection_loss(layer, qkv, torch.Generator().manual_seed(0), s) for s in (None, sizes))
+    torch.testing.assert_close(plain, single)
+    sizes[:, 1:20] = 5
+    sized = selection_loss(layer, qkv, torch.Generator().manual_seed(0), sizes)
+    assert sized.requires_grad
+    assert not torch.allclose(sized, plain)
 
 
 def test_costs_count_the_tokens_that_are_left() -> None:

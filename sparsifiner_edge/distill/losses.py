@@ -49,9 +49,9 @@ class Distiller(nn.Module):
         """
         selection: list[Tensor] = []
 
-        def watch(attention: Any, qkv: Tensor) -> None:
+        def watch(attention: Any, qkv: Tensor, sizes: Tensor | None) -> None:
             with torch.enable_grad(), torch.autocast(qkv.device.type, enabled=False):
-                selection.append(selection_loss(attention, qkv.float(), generator))
+                selection.append(selection_loss(attention, qkv.float(), generator, sizes))
 
         with observed(self.student, watch, densely=reconstruct):
             if reconstruct:

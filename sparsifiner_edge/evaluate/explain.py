@@ -60,6 +60,10 @@ def explain(student: Student, image: Array, queries: list[tuple[int, int]], laye
 
     found = []
     for row, column in queries:
+        if not (0 <= row < height and 0 <= column < width):
+            raise ConfigError(
+                f"Query {(row, column)} lies outside the {height} x {width} grid.", "Choose another patch."
+            )
         place = int(model.raster_order[row * width + column])
         read = lists[:, tiles[place]].flatten()
         selected = torch.bincount(read, minlength=height * width) / len(lists)
@@ -71,7 +75,7 @@ def explain(student: Student, image: Array, queries: list[tuple[int, int]], laye
 def _qkv(model: Any, attention: SparseAttention, image: Array) -> Tensor:
     """What a layer attends with, [1,N,3C]."""
     seen: list[Tensor] = []
-    attention.observer = lambda _, qkv: seen.append(qkv)
+    attention.observer = lambda _, qkv, __: seen.append(qkv)
     try:
         model(normalise(torch.from_numpy(image)[None], preprocessing(model)))
     finally:

@@ -72,12 +72,10 @@ def _remarks(bundle: ImageBundle) -> list[str]:
             "Gst-nvinfer builds networks whose types TensorRT may change: islands of float32 may become float16. "
             "Compare its answers with those of `sparsifiner-edge run`, or package an fp32 bundle."
         )
-    preprocessing = bundle.manifest.preprocessing
-    if preprocessing is None or not preprocessing.resize.startswith("letterbox"):
-        found.append(
-            "The bundle takes the centre square of a frame. Gst-nvinfer cannot crop: it gets the whole frame with "
-            "black bars. Crop before it (nvvideoconvert src-crop=LEFT:TOP:SIDE:SIDE) for the same image."
-        )
+    found.append(
+        "The bundle takes the centre square of a frame. Gst-nvinfer cannot crop: it gets the whole frame with "
+        "black bars. Crop before it (nvvideoconvert src-crop=LEFT:TOP:SIDE:SIDE) for the same image."
+    )
     return found
 
 

@@ -129,6 +129,10 @@ class DenseAttention(PackedAttention):
         return ops.dense_attention(qkv, num_heads=layer.num_heads, scale=layer.scale, sizes=sizes)
 
 
+Observer = Callable[["SparseAttention", Tensor, "Tensor | None"], None]
+"""Called with a sparse layer, its qkv [B,N,3C], and the sizes [B,N] of its tokens where they are merged."""
+
+
 class SparseAttention(PackedAttention):
     """KeySelect and SparseAttention over the layer's own q, k and v.
 
@@ -136,7 +140,7 @@ class SparseAttention(PackedAttention):
         select: the predictor.
         sparsity, layout, num_prefix: what is sparse, the sizes that follow, and the tokens that are no patches.
         prefix_keys: whether every query reads the prefix tokens without listing them (1 or 0).
-        observer: while a predictor learns: called with the layer and its qkv [B,N,3C].
+        observer: while a predictor learns: called with the layer, its qkv [B,N,3C] and the tokens' sizes [B,N] or None.
         densely: while a predictor learns: attend to all.
     """
 
@@ -148,13 +152,13 @@ class SparseAttention(PackedAttention):
     layout: Layout
     num_prefix: int
     prefix_keys = 1
-    observer: Callable[[SparseAttention, Tensor], None] | None = None
+    observer: Observer | None = None
     densely: bool = False
 
     def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """See `PackedAttention`."""
         if self.observer is not None:
-            self.observer(self, qkv)
+            self.observer(self, qkv, sizes)
         if self.densely:
             return ops.dense_attention(qkv, num_heads=self.num_heads, scale=self.scale, sizes=sizes)
         return ops.sparse_attention(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, SparseAttention, rotated
+from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, Observer, SparseAttention, rotated
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
 PASSES = 2
@@ -122,15 +122,13 @@ def calibrate_from_images(
 def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:
     """Run a model with dense attention and yield each sparse layer with its qkv [1,N,3C]."""
     seen: list[tuple[SparseAttention, Tensor]] = []
-    with observed(model, lambda attention, qkv: seen.append((attention, qkv)), densely=True), torch.no_grad():
+    with observed(model, lambda attention, qkv, _: seen.append((attention, qkv)), densely=True), torch.no_grad():
         model(image)
     return seen
 
 
 @contextlib.contextmanager
-def observed(
-    model: nn.Module, observer: Callable[[SparseAttention, Tensor], None], densely: bool = False
-) -> Iterator[None]:
+def observed(model: nn.Module, observer: Observer, densely: bool = False) -> Iterator[None]:
     """Let `observer` see every sparse layer and its qkv [B,N,3C]; meanwhile, if `densely`, they attend to all keys and
     no tokens are merged.
     """
@@ -229,34 +227,40 @@ def _learn(
         schedule.step()
 
 
-def selection_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
-    """How far a predictor is from what its layer's queries want; qkv [B,N,3C] counts as given, gradient flows to the
-    predictor alone.
+def selection_loss(
+    attention: SparseAttention, qkv: Tensor, generator: torch.Generator, sizes: Tensor | None = None
+) -> Tensor:
+    """How far a predictor is from what its layer's queries want; qkv [B,N,3C] counts as given, and so do the sizes
+    [B,N] of merged tokens; gradient flows to the predictor alone.
 
     Preset "edge": Kullback-Leibler divergence of the scores of some probes from the maximum of their queries'
     attention, summed over the heads. Preset "paper": squared error of some rows of the predicted attention, summed over
     keys and heads (Sparsifiner, section 3.3). Both are means over batch and rows, and hold no n x n matrix.
     """
-    loss = _landmark_loss if isinstance(attention.select, LandmarkSelector) else _probe_loss
-    return loss(attention, qkv.detach(), generator)
+    if isinstance(attention.select, LandmarkSelector):
+        return _landmark_loss(attention, qkv.detach(), generator)
+    return _probe_loss(attention, qkv.detach(), generator, sizes)
 
 
-def _probe_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
+def _probe_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator, sizes: Tensor | None) -> Tensor:
     select = cast(KeySelector, attention.select)
     probe = attention.sparsity.probe
     with torch.no_grad():
         q, k, v = (x.float() for x in _patch_heads(attention, qkv))
-        bonus = attention.sparsity.value_power / 2 * ops.value_deviation(v, attention.layout.cell).log()[:, :, None]
+        sizes = None if sizes is None else sizes[:, attention.num_prefix :]
+        counts = 0.0 if sizes is None else sizes.log()[:, None, None]
+        deviation = ops.value_deviation(v, attention.layout.cell, sizes)
+        bonus = attention.sparsity.value_power / 2 * deviation.log()[:, :, None]
         # A ragged last probe is left out: its filling would want keys too.
         runs = q[:, :, : q.shape[2] // probe * probe].unflatten(2, (-1, probe))
         some = torch.randperm(runs.shape[2], generator=generator)[: QUERIES_PER_STEP // probe].to(runs.device)
         queries = runs[:, :, some]
         averaged = queries.mean(3)
-        each = (attention.scale * queries.flatten(2, 3) @ k.mT).log_softmax(-1)
+        each = (attention.scale * queries.flatten(2, 3) @ k.mT + counts).log_softmax(-1)
         wanted = each.unflatten(2, queries.shape[2:4]).amax(3)
         true = (wanted + bonus).log_softmax(-1)
     guess = ops.probe_logits(averaged, k, select.proj_q, select.proj_k, probe=1, scale=attention.scale)
-    loss = F.kl_div((guess + bonus).log_softmax(-1), true, reduction="sum", log_target=True)
+    loss = F.kl_div((guess + counts + bonus).log_softmax(-1), true, reduction="sum", log_target=True)
     mean: Tensor = loss / (averaged.shape[0] * averaged.shape[2])
     return mean
 

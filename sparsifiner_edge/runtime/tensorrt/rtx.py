@@ -72,7 +72,7 @@ class TensorRtRtx(TensorRtBackend):
             raise ConfigError(
                 f"Compute capability 7.5 (Turing) takes no {bundle.precision} bundle like this one: "
                 "TensorRT-RTX compiles no product of float32 matrices for it.",
-                "Export with --precision fp16, or with --precision int8 --recipe tensorrt, or leave 7.5 out.",
+                "Export with --precision fp16, or with --precision int8 --int8-target tensorrt, or leave 7.5 out.",
             )
         return [
             Engine(self.name, version, capability, *system(), bundle.precision, batch) for capability in capabilities
@@ -146,7 +146,7 @@ def _reason(node: onnx.NodeProto, functions: set[tuple[str, str]], types: dict[s
         from onnx import TensorProto
 
         if types.get(node.input[2]) == TensorProto.UINT8:
-            return "uint8 quantisation, where it takes int8 with zero point 0 (export with --recipe tensorrt)"
+            return "uint8 quantisation, where it takes int8 with zero point 0 (export with --int8-target tensorrt)"
     return _REFUSED.get(node.op_type)
 
 
