@@ -17,7 +17,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import LEAST_PATCHES, SparsityConfig, parse_merge
 from sparsifiner_edge.costs import layer_costs, summary
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export import check
+from sparsifiner_edge.export import check, student_changes
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
@@ -244,6 +244,23 @@ def test_a_file_that_merges_other_tokens_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(GateError, match="differs from torch"):
         export_bundle(folder, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_layers_are_measured_with_the_sizes_of_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    right = student_changes.to_onnx
+
+    def watched(*given: Any) -> Any:
+        model = right(*given)
+        seen.append({node.op_type for node in model.graph.node if node.domain == "sparsifiner"})
+        return model
+
+    monkeypatch.setattr(student_changes, "to_onnx", watched)
+    folder = save_student(student(sparsity=dataclasses.replace(MERGED, merge=(0, 0, 0, 0, 12, 0))), tmp_path / "s")
+    bundle = export_bundle(folder, tmp_path / "b", measure=True)
+    assert seen[:2] == [{"KeySelect", "SparseAttention"}, {"DenseAttention"}]
+    assert seen[2:] == [{"MergedKeySelect", "MergedSparseAttention"}, {"MergedDenseAttention"}]
+    assert [c["layers"] for c in manifest_of(bundle)["measured"]["choices"]] == [[0, 1, 2, 3, 4], [5]]
 
 
 def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:

@@ -46,7 +46,8 @@ def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float
 
     Returns:
         Per output: `max_abs_difference`, `range_relative_error` (that difference over the output's range: its
-        maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed).
+        maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed);
+        where a bundle merges tokens and some of them are others, `share_beyond`, of the elements beyond tolerance.
 
     Raises:
         ArtifactError: `golden.npz` or a tolerance is missing or corrupt.
@@ -143,4 +144,11 @@ def _compare(
             f"worst at {list(found.worst)}: {found.got:.9g} instead of {found.expected:.9g}.",
             f"Do not trust {session.backend} with this bundle on this machine; export it again or report it.",
         )
-    return {"max_abs_difference": found.difference, "range_relative_error": found.error, "tolerance": tolerance}
+    figures = {"max_abs_difference": found.difference, "range_relative_error": found.error, "tolerance": tolerance}
+    return figures | ({"share_beyond": found.beyond} if found.error > tolerance else {})
+
+
+def beyond_text(found: dict[str, float]) -> str:
+    """What of an output lies beyond its tolerance, which only a bundle that merges may have: " (.3 % ...)" or ""."""
+    share = found.get("share_beyond", 0.0)
+    return f" ({share:.2%} of it beyond: other tokens merged)" if share else ""

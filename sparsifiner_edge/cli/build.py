@@ -9,6 +9,7 @@ import click
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
+from sparsifiner_edge.bundle.golden import beyond_text
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import shown
@@ -97,7 +98,7 @@ def _print(result: BuildResult) -> None:
         for name, found in (result.golden or {}).items():
             click.echo(
                 f"{shown(name)}: differs from golden by {found['range_relative_error']:.1e} of its range, "
-                f"allowed {found['tolerance']:.0e}"
+                f"allowed {found['tolerance']:.0e}{beyond_text(found)}"
             )
         return
     heads = ["compute capability", "precision", "batch", "MB", "seconds", "golden pair"]
@@ -119,4 +120,5 @@ def _checked(engine: Engine) -> str:
     golden = engine.details.golden
     if golden is None or isinstance(golden, Unavailable):
         return "not run"
-    return f"within {max(found['range_relative_error'] for found in golden.values()):.1e}"
+    worst = max(golden.values(), key=lambda found: found["range_relative_error"])
+    return f"within {worst['range_relative_error']:.1e}{beyond_text(worst)}"

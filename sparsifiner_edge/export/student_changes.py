@@ -27,6 +27,7 @@ from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.runtime.onnxruntime.session import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
+from sparsifiner_edge.sparse.merge import MergingBlock
 from sparsifiner_edge.sparse.models import normalise, preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 from sparsifiner_edge.sparse.student import Student
@@ -109,14 +110,16 @@ def keep_dense_where_slower(model: Any) -> Measured:
     image at a time, in turn; medians decide. Layers of equal sizes are measured once.
     """
     groups: dict[tuple[Any, ...], list[tuple[int, SparseAttention]]] = {}
+    merged = False
     for number, block in enumerate(model.blocks):
         layer = block.attn
         if isinstance(layer, SparseAttention):
-            key = (layer.num_heads, layer.head_dim, layer.num_prefix, layer.layout, layer.sparsity)
+            key = (merged, layer.num_heads, layer.head_dim, layer.num_prefix, layer.layout, layer.sparsity)
             groups.setdefault(key, []).append((number, layer))
+        merged = merged or isinstance(block, MergingBlock)  # The first of them attends to single tokens yet.
     choices = []
-    for members in groups.values():
-        sparse, dense = _measure(members[0][1])
+    for key, members in groups.items():
+        sparse, dense = _measure(members[0][1], merged=key[0])
         slower = sparse > dense
         for _, layer in members if slower else ():
             restore_attention(layer)
@@ -127,31 +130,33 @@ def keep_dense_where_slower(model: Any) -> Measured:
 
 
 class _Attend(nn.Module):
-    """A layer's attention alone: qkv [1,N,3C] -> [1,N,C]."""
+    """A layer's attention alone: qkv [1,N,3C], and sizes [1,N] where tokens are merged -> [1,N,C]."""
 
     def __init__(self, layer: SparseAttention) -> None:
         super().__init__()
         self.layer = layer
 
-    def forward(self, qkv: torch.Tensor) -> torch.Tensor:
-        return self.layer.attend(qkv)
+    def forward(self, qkv: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+        return self.layer.attend(qkv, sizes)
 
 
-def _measure(layer: SparseAttention) -> tuple[float, float]:
-    """Median milliseconds of a layer's selection and sparse attention, and of dense attention."""
+def _measure(layer: SparseAttention, merged: bool = False) -> tuple[float, float]:
+    """Median milliseconds of selection and sparse attention, and of dense attention, over merged tokens or not."""
     tokens = layer.layout.patches + layer.num_prefix
     qkv = np.random.default_rng(0).normal(size=(1, tokens, 3 * layer.num_heads * layer.head_dim)).astype(np.float32)
+    feed = {"qkv": qkv} | ({"sizes": np.ones((1, tokens), np.float32)} if merged else {})
+    given = {name: torch.from_numpy(value) for name, value in feed.items()}
     sessions = []
     for densely in (False, True):
         layer.densely = densely
-        sessions.append(file_session(to_onnx(_Attend(layer).eval(), {"qkv": torch.from_numpy(qkv)}, ["output"])))
+        sessions.append(file_session(to_onnx(_Attend(layer).eval(), given, ["output"])))
     layer.densely = False
     times: list[list[float]] = [[], []]
     for _ in range(ROUNDS):
         for session, taken in zip(sessions, times, strict=True):
-            session.run(None, {"qkv": qkv})  # the other's threads may still spin
+            session.run(None, feed)  # the other's threads may still spin
             for _ in range(RUNS):
                 start = time.perf_counter_ns()
-                session.run(None, {"qkv": qkv})
+                session.run(None, feed)
                 taken.append((time.perf_counter_ns() - start) / 1e6)
     return statistics.median(times[0]), statistics.median(times[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.golden import beyond_text, check_golden
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.bundle.verify import Verification, run_checks
 from sparsifiner_edge.runtime.open import open_checked
@@ -33,7 +33,10 @@ def verify_bundle(
     def answer(checked: Bundle) -> str:
         with open_checked(checked, backend, kernels=kernels) as session:
             found = check_golden(session, checked)
-        parts = (f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}" for name, f in found.items())
+        parts = (
+            f"{name} {f['range_relative_error']:.1e} of {f['tolerance']:.0e}{beyond_text(f)}"
+            for name, f in found.items()
+        )
         return f"{', '.join(parts)} ({backend})"
 
     return run_checks(Path(bundle), answer, None if public_key is None else Path(public_key))
