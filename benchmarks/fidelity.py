@@ -21,6 +21,9 @@ from typing import Any
 
 import click
 import numpy as np
+import tome
+import torch
+import torch.nn.functional as F
 from fidelity_subject import (
     ORDERS,
     Fidelity,
@@ -37,12 +40,14 @@ from fidelity_subject import (
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import layer_costs
+from sparsifiner_edge.costs import MAC_KINDS, layer_costs
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.export import model_shape
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.results import Result, write_result
 from sparsifiner_edge.results import Subject as Measured
+from sparsifiner_edge.sparse.student import dense_twin
 
 KEEP = {224: 0.25, 518: 0.10, 1036: 0.05}
 CELLS = {224: 16, 518: 25, 1036: 49}
@@ -181,10 +186,41 @@ def run(variant: Variant, subject: Subject) -> dict[str, Any]:
 
 
 def merged_tokens(size: int) -> dict[str, Any]:
-    """ToMe at the attention MACs of the default: see `fidelity_merge.py`."""
-    from fidelity_merge import measure_merging
-
-    return measure_merging(size, base(size))
+    """ToMe (`tome.py`) at the MACs of a whole model with the defaults."""
+    subject = Subject(size)
+    shape = model_shape(subject.model)
+    tokens, dense = shape.prefix + shape.patches, SparsityConfig(keep=1)
+    wanted = sum(getattr(c, kind) for c in layer_costs(shape, base(size)) for kind in MAC_KINDS)
+    rates = next(
+        rates
+        for rates in (tome.constant(rate, shape.depth) for rate in range(1, shape.patches))
+        if tome.macs(rates, tokens, shape.width, shape.hidden) <= wanted
+    )
+    model = tome.ToMe(dense_twin(subject.student).model, rates).eval()
+    features, patches = [], []
+    with torch.no_grad():
+        for path, teacher in zip(split.development(), subject.teacher, strict=True):
+            found = F.cosine_similarity(model(torch.from_numpy(load_image(path, size)[None]))[1], teacher, dim=-1)[0]
+            features.append(float(found[0]))
+            patches.append(float(found[1:].mean()))
+    counts = tome.token_counts(rates, tokens)[:-1]
+    whole = sum(c.attention for c in layer_costs(shape, dense))
+    return {
+        "group": "baselines",
+        "name": f"ToMe, r = {rates[0]} a layer",
+        "size": size,
+        "sparsity": {},
+        "projections": "none",
+        "order": "raster",
+        "keys_share": sum(counts) / len(counts) / counts[0],
+        "macs_share": sum(2 * n * n * shape.width for n in counts)
+        / sum(c.attention for c in layer_costs(shape, dense)),
+        "predictor_share": 0.0,
+        "features_cosine": features,
+        "patches_cosine": patches,
+        "layer_errors": {"unavailable": "merged tokens have no counterpart in the teacher"},
+        "seconds": 0.0,
+    }
 
 
 def paper_preset(size: int) -> dict[str, Any]:
