@@ -213,8 +213,7 @@ def merged_tokens(size: int) -> dict[str, Any]:
         "projections": "none",
         "order": "raster",
         "keys_share": sum(counts) / len(counts) / counts[0],
-        "macs_share": sum(2 * n * n * shape.width for n in counts)
-        / sum(c.attention for c in layer_costs(shape, dense)),
+        "macs_share": sum(2 * n * n * shape.width for n in counts) / whole,
         "predictor_share": 0.0,
         "features_cosine": features,
         "patches_cosine": patches,

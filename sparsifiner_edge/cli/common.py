@@ -46,7 +46,7 @@ def output_option(what: str, required: bool = True) -> Callable[[Command], Comma
     return click.option("-o", "--output", type=PATH, required=required, help=what)
 
 
-def _require_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001
+def _require_file(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
     if value is not None:
         require_file_path(value)
     return value
@@ -64,12 +64,12 @@ def parse_layers(text: str) -> tuple[int, ...]:
         raise ConfigError(f"dense layers are {text!r}.", "Give layer indices from 0, such as 0,1.") from error
 
 
-def parse_pruning(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:  # noqa: ARG001
+def parse_pruning(_: click.Context, __: click.Parameter, value: str | None) -> Any:
     """What `--token-keep` says, by layer."""
     return None if value is None else parse_token_keep(value)
 
 
-def parse_merging(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:  # noqa: ARG001
+def parse_merging(_: click.Context, __: click.Parameter, value: str | None) -> Any:
     """What `--merge` says, by layer."""
     return None if value is None else parse_merge(value)
 

@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         """As tables show it."""
-        return f"{self.size} px, merge {'..'.join(map(str, self.merge))}, keep {self.keep:.2f}, {self.cells} cells"
+        return f"{self.size} px, merge {'..'.join(map(str, self.merge))}, keep {self.keep:g}"
 
 
 class _Row(NamedTuple):
