@@ -19,7 +19,6 @@ from sparsifiner_edge.costs import layer_costs, summary
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import check, student_changes
 from sparsifiner_edge.export.export import export_bundle, model_shape
-from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.merge import MergedTokens, Merging, MergingBlock
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_backbone
@@ -312,9 +311,3 @@ def test_the_command_line_merges(tmp_path: Path, tiny_weights: Path, capsys: pyt
     assert manifest["sparsity"]["merge"] == [30, 0]
     assert manifest["merged"][:2] == [25, 18]
     assert_refused(call(capsys, "export", TINY, "--merge", "8", "-o", tmp_path / "c"), "require a student")
-
-
-def test_what_the_operators_are_called_in_torch() -> None:
-    qkv, sizes = torch.randn(1, 11, 24), torch.ones(1, 11)
-    settings = {"num_heads": 2, "scale": 0.5}
-    torch.testing.assert_close(ops.merged_dense_attention(qkv, sizes, **settings), ops.dense_attention(qkv, **settings))

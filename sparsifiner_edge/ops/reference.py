@@ -83,34 +83,9 @@ def top_keys(scores: Array, keys: int) -> Array:
     return np.sort(order, axis=-1).astype(np.int32)
 
 
-def key_select(
-    qkv: Array,
-    proj_q: Array,
-    proj_k: Array,
-    *,
-    num_heads: int,
-    num_prefix: int,
-    probe: int,
-    tile: int,
-    cell: int,
-    keys: int,
-    scale: float,
-    value_power: float,
-) -> Array:
-    """KeySelect: indices int32 [B,H,T,K]."""
-    scores = key_scores(
-        qkv,
-        proj_q,
-        proj_k,
-        num_heads=num_heads,
-        num_prefix=num_prefix,
-        probe=probe,
-        tile=tile,
-        cell=cell,
-        scale=scale,
-        value_power=value_power,
-    )
-    return top_keys(scores, keys)
+def key_select(qkv: Array, proj_q: Array, proj_k: Array, *, keys: int, **settings: Any) -> Array:
+    """KeySelect, or with `sizes` MergedKeySelect: indices int32 [B,H,T,K]; settings as in `key_scores`."""
+    return top_keys(key_scores(qkv, proj_q, proj_k, **settings), keys)
 
 
 def landmark_scores(
@@ -199,21 +174,6 @@ def token_score(qkv: Array, *, num_heads: int, scale: float) -> Array:
     """TokenScore: float64 [B,N]."""
     q, k, _ = split_heads(qkv, num_heads)
     return np.asarray(_softmax(scale * q[:, :, :1] @ k.swapaxes(-1, -2))[:, :, 0].mean(1))
-
-
-def merged_key_select(qkv: Array, sizes: Array, proj_q: Array, proj_k: Array, *, keys: int, **settings: Any) -> Array:
-    """MergedKeySelect: indices int32 [B,H,T,K]; settings as in `key_scores`."""
-    return top_keys(key_scores(qkv, proj_q, proj_k, sizes=sizes, **settings), keys)
-
-
-def merged_sparse_attention(qkv: Array, sizes: Array, indices: Array, **settings: Any) -> Array:
-    """MergedSparseAttention: float64 [B,N,C]; settings as in `sparse_attention`."""
-    return sparse_attention(qkv, indices, sizes=sizes, **settings)
-
-
-def merged_dense_attention(qkv: Array, sizes: Array, **settings: Any) -> Array:
-    """MergedDenseAttention: float64 [B,N,C]; settings as in `dense_attention`."""
-    return dense_attention(qkv, sizes=sizes, **settings)
 
 
 def match_tokens(qkv: Array, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Array:

@@ -21,9 +21,10 @@ LARGEST_MASK = 1 << 28
 """Bytes of a mask over all keys, above which lists per query are gathered."""
 
 
-def _node(
+def bare_node(
     name: str, inputs: tuple[Tensor, ...], attributes: Attributes, dtype: torch.dtype, shape: list[Any]
 ) -> Tensor:
+    """One node of the domain in the file that is exported: outputs of this type and shape."""
     node: Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{name}", inputs, {**attributes}, dtype=dtype, shape=shape, version=FIRST_VERSION
     )
@@ -151,7 +152,7 @@ def key_select(
         tiles = math.ceil((qkv.shape[1] - num_prefix) / tile)
         shape = [qkv.shape[0], num_heads, tiles, keys]
         name, inputs = _merged("KeySelect", sizes, qkv, proj_q, proj_k)
-        return _node(name, inputs, {**settings, "keys": keys}, torch.int32, shape)
+        return bare_node(name, inputs, {**settings, "keys": keys}, torch.int32, shape)
     if sizes is None and _triton_runs("KeySelect", {**settings, "keys": keys}, qkv, proj_q, proj_k):
         from sparsifiner_edge.ops.triton import run
 
@@ -242,7 +243,7 @@ def landmark_key_select(
     }
     if torch.onnx.is_in_onnx_export():
         shape = [qkv.shape[0], num_heads, qkv.shape[1] - 1, keys]
-        return _node("LandmarkKeySelect", (qkv, *weights), {**settings, "keys": keys}, torch.int32, shape)
+        return bare_node("LandmarkKeySelect", (qkv, *weights), {**settings, "keys": keys}, torch.int32, shape)
     return top_keys(landmark_scores(qkv, *weights, **settings), keys)  # type: ignore[arg-type]
 
 
@@ -271,7 +272,7 @@ def sparse_attention(
     if torch.onnx.is_in_onnx_export():
         shape = [batch, tokens, packed // 3]
         name, inputs = _merged("SparseAttention", sizes, qkv, indices)
-        return _node(name, inputs, attributes, qkv.dtype, shape)
+        return bare_node(name, inputs, attributes, qkv.dtype, shape)
     if sizes is None and _triton_runs("SparseAttention", attributes, qkv, indices):
         from sparsifiner_edge.ops.triton import run
 
@@ -362,7 +363,7 @@ def dense_attention(qkv: Tensor, *, num_heads: int, scale: float, sizes: Tensor 
     if torch.onnx.is_in_onnx_export():
         shape = [batch, tokens, packed // 3]
         name, inputs = _merged("DenseAttention", sizes, qkv)
-        return _node(name, inputs, {"num_heads": num_heads, "scale": scale}, qkv.dtype, shape)
+        return bare_node(name, inputs, {"num_heads": num_heads, "scale": scale}, qkv.dtype, shape)
     q, k, v = split_heads(qkv, num_heads)
     out = F.scaled_dot_product_attention(q, k, v, _bias(sizes, q), scale=scale)
     return out.transpose(1, 2).reshape(batch, tokens, packed // 3)
@@ -372,7 +373,7 @@ def token_score(qkv: Tensor, *, num_heads: int, scale: float) -> Tensor:
     """TokenScore: float32 [B,N], the class token's attention, mean over the heads. No gradient flows through it."""
     if torch.onnx.is_in_onnx_export():
         shape = list(qkv.shape[:2])
-        return _node("TokenScore", (qkv,), {"num_heads": num_heads, "scale": scale}, torch.float32, shape)
+        return bare_node("TokenScore", (qkv,), {"num_heads": num_heads, "scale": scale}, torch.float32, shape)
     with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
         q, k, _ = (x.float() for x in split_heads(qkv, num_heads))
         scores: Tensor = (scale * q[:, :, :1] @ k.mT).softmax(-1)[:, :, 0].mean(1)
@@ -395,82 +396,3 @@ def top_tokens(scores: Tensor, kept: int) -> Tensor:
     if torch.onnx.is_in_onnx_export():  # ONNX's TopK breaks ties as we do
         return scores.topk(kept, sorted=False).indices.sort().values
     return top_keys(scores.nan_to_num(nan=-math.inf), kept).long()
-
-
-def merged_key_select(qkv: Tensor, sizes: Tensor, proj_q: Tensor, proj_k: Tensor, **settings: Any) -> Tensor:
-    """MergedKeySelect: indices int32 [B,H,T,K]; settings as in `key_select`."""
-    return key_select(qkv, proj_q, proj_k, sizes=sizes, **settings)
-
-
-def merged_sparse_attention(qkv: Tensor, sizes: Tensor, indices: Tensor, **settings: Any) -> Tensor:
-    """MergedSparseAttention: [B,N,C]; settings as in `sparse_attention`."""
-    return sparse_attention(qkv, indices, sizes=sizes, **settings)
-
-
-def merged_dense_attention(qkv: Tensor, sizes: Tensor, **settings: Any) -> Tensor:
-    """MergedDenseAttention: [B,N,C]; settings as in `dense_attention`."""
-    return dense_attention(qkv, sizes=sizes, **settings)
-
-
-@torch.no_grad()
-def match_tokens(qkv: Tensor, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
-    """MatchTokens: pairs int32 [B,N-merged,2]. No gradient flows through the choice."""
-    batch, tokens, _ = qkv.shape
-    if torch.onnx.is_in_onnx_export():
-        attributes = {"num_heads": num_heads, "num_prefix": num_prefix, "window": window, "merged": merged}
-        return _node("MatchTokens", (qkv,), attributes, torch.int32, [batch, tokens - merged, 2])
-    metric = split_heads(qkv, num_heads)[1][:, :, num_prefix:].float().mean(1)
-    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
-    seek, sought = metric[:, ::2], metric[:, 1::2]
-    best, partner = _best_partners(seek, sought, window)
-    score, suitor = _best_suitors(best, partner, sought.shape[1], window)
-    # The lower index wins a tie in each step: `max` and a stable sort keep the first.
-    winners = score.sort(descending=True, stable=True).indices[:, :merged]
-    chosen = suitor.gather(1, winners)
-    alone = chosen < 0
-    seekers = torch.arange(best.shape[1] + 1, device=qkv.device).repeat(batch, 1)
-    # Those without a suitor mark the last place, which is nobody's.
-    free = seekers.scatter(1, torch.where(alone, best.shape[1], chosen), best.shape[1]).sort().values
-    # Winners without a suitor, in their order, take the free ones in theirs.
-    chosen = torch.where(alone, free.gather(1, (alone.cumsum(1) - 1).clamp_min(0)), chosen)
-    gone = torch.zeros(batch, tokens, dtype=torch.bool, device=qkv.device)
-    gone.scatter_(1, num_prefix + 2 * chosen, True)
-    second = torch.arange(tokens, device=qkv.device).repeat(batch, 1)
-    second.scatter_(1, num_prefix + 2 * winners + 1, num_prefix + 2 * chosen)
-    stays = (~gone).nonzero()[:, 1].view(batch, tokens - merged)
-    return torch.stack([stays, second.gather(1, stays)], -1).to(torch.int32)
-
-
-def _best_partners(seek: Tensor, sought: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Each seeker's highest product [B,E] within the window, and which of the sought that is [B,E]."""
-    places = torch.arange(seek.shape[1], device=seek.device)[:, None]
-    places = places + torch.arange(-window // 2, window // 2, device=seek.device)
-    outside = (places < 0) | (places >= sought.shape[1])
-    places = places.clamp(0, sought.shape[1] - 1)
-    products = (seek[:, :, None] * sought[:, places]).sum(-1)
-    best, arg = products.nan_to_num(nan=-2).masked_fill(outside, -3).max(-1)
-    return best, places.expand(len(seek), -1, -1).gather(2, arg[..., None])[..., 0]
-
-
-def _best_suitors(best: Tensor, partner: Tensor, sought: int, window: int) -> tuple[Tensor, Tensor]:
-    """Of each sought the highest product [B,O] that a suitor has with it (-3: none has), and that suitor or -1."""
-    places = torch.arange(sought, device=best.device)[:, None]
-    places = places + torch.arange(1 - window // 2, window // 2 + 1, device=best.device)
-    outside = (places < 0) | (places >= best.shape[1])
-    places = places.clamp(0, best.shape[1] - 1)
-    wooed = partner[:, places] == torch.arange(sought, device=best.device)[:, None]
-    score, arg = best[:, places].masked_fill(~wooed | outside, -3).max(-1)
-    suitor = places.expand(len(best), -1, -1).gather(2, arg[..., None])[..., 0]
-    return score, torch.where(score > -3, suitor, -1)
-
-
-def merge_tokens(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
-    """MergeTokens: [B,M,C], differentiable in x."""
-    if torch.onnx.is_in_onnx_export():
-        return _node("MergeTokens", (x, sizes, pairs), {}, x.dtype, [*pairs.shape[:2], x.shape[2]])
-    with torch.autocast(x.device.type, enabled=False):
-        first, second = pairs.long().unbind(-1)
-        a, b = sizes.gather(1, first), sizes.gather(1, second)
-        share = torch.where(first == second, 1, a / (a + b))[..., None]
-        both: Tensor = share * rows_at(x, first).float() + (1 - share) * rows_at(x, second).float()
-        return both.to(x.dtype)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.ops import torch_merge as ops
 
 
 class MergedTokens(NamedTuple):

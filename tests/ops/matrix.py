@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 from onnx import helper
 
-from sparsifiner_edge.ops import reference
+from sparsifiner_edge.ops import reference, torch_merge
 from sparsifiner_edge.ops import torch as torch_ops
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, Operator
@@ -120,13 +120,22 @@ def allowed(case: Case) -> bool:
 
 def run_reference(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
     """The NumPy reference."""
-    return getattr(reference, _snake(case.op.name))(*inputs, **case.attributes)
+    return _apply([reference], case, inputs)
 
 
 def run_torch(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
     """The PyTorch implementation."""
-    function: Callable[..., torch.Tensor] = getattr(torch_ops, _snake(case.op.name))
-    return function(*(torch.from_numpy(x) for x in inputs), **case.attributes).numpy()
+    return _apply([torch_ops, torch_merge], case, [torch.from_numpy(x) for x in inputs]).numpy()
+
+
+def _apply(modules: list[Any], case: Case, inputs: list[Any]) -> Any:
+    """An operator in the module that has it; one over merged tokens is the plain one, told the sizes."""
+    name, settings = case.op.name, case.attributes
+    if name.startswith("Merged"):
+        name, settings = name.removeprefix("Merged"), {**settings, "sizes": inputs[1]}
+        inputs = [inputs[0], *inputs[2:]]
+    function = next(getattr(module, _snake(name)) for module in modules if hasattr(module, _snake(name)))
+    return function(*inputs, **settings)
 
 
 def run_body(case: Case, inputs: list[np.ndarray]) -> np.ndarray:

@@ -1,0 +1,72 @@
+"""MatchTokens and MergeTokens in PyTorch; see `torch.py`, which has the operators of attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsifiner_edge.ops.torch import bare_node, rows_at, split_heads
+
+
+@torch.no_grad()
+def match_tokens(qkv: Tensor, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
+    """MatchTokens: pairs int32 [B,N-merged,2]. No gradient flows through the choice."""
+    batch, tokens, _ = qkv.shape
+    if torch.onnx.is_in_onnx_export():
+        attributes = {"num_heads": num_heads, "num_prefix": num_prefix, "window": window, "merged": merged}
+        return bare_node("MatchTokens", (qkv,), attributes, torch.int32, [batch, tokens - merged, 2])
+    metric = split_heads(qkv, num_heads)[1][:, :, num_prefix:].float().mean(1)
+    metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
+    seek, sought = metric[:, ::2], metric[:, 1::2]
+    best, partner = _best_partners(seek, sought, window)
+    score, suitor = _best_suitors(best, partner, sought.shape[1], window)
+    # The lower index wins a tie in each step: `max` and a stable sort keep the first.
+    winners = score.sort(descending=True, stable=True).indices[:, :merged]
+    chosen = suitor.gather(1, winners)
+    alone = chosen < 0
+    seekers = torch.arange(best.shape[1] + 1, device=qkv.device).repeat(batch, 1)
+    # Those without a suitor mark the last place, which is nobody's.
+    free = seekers.scatter(1, torch.where(alone, best.shape[1], chosen), best.shape[1]).sort().values
+    # Winners without a suitor, in their order, take the free ones in theirs.
+    chosen = torch.where(alone, free.gather(1, (alone.cumsum(1) - 1).clamp_min(0)), chosen)
+    gone = torch.zeros(batch, tokens, dtype=torch.bool, device=qkv.device)
+    gone.scatter_(1, num_prefix + 2 * chosen, True)
+    second = torch.arange(tokens, device=qkv.device).repeat(batch, 1)
+    second.scatter_(1, num_prefix + 2 * winners + 1, num_prefix + 2 * chosen)
+    stays = (~gone).nonzero()[:, 1].view(batch, tokens - merged)
+    return torch.stack([stays, second.gather(1, stays)], -1).to(torch.int32)
+
+
+def _best_partners(seek: Tensor, sought: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Each seeker's highest product [B,E] within the window, and which of the sought that is [B,E]."""
+    places = torch.arange(seek.shape[1], device=seek.device)[:, None]
+    places = places + torch.arange(-window // 2, window // 2, device=seek.device)
+    outside = (places < 0) | (places >= sought.shape[1])
+    places = places.clamp(0, sought.shape[1] - 1)
+    products = (seek[:, :, None] * sought[:, places]).sum(-1)
+    best, arg = products.nan_to_num(nan=-2).masked_fill(outside, -3).max(-1)
+    return best, places.expand(len(seek), -1, -1).gather(2, arg[..., None])[..., 0]
+
+
+def _best_suitors(best: Tensor, partner: Tensor, sought: int, window: int) -> tuple[Tensor, Tensor]:
+    """Of each sought the highest product [B,O] that a suitor has with it (-3: none has), and that suitor or -1."""
+    places = torch.arange(sought, device=best.device)[:, None]
+    places = places + torch.arange(1 - window // 2, window // 2 + 1, device=best.device)
+    outside = (places < 0) | (places >= best.shape[1])
+    places = places.clamp(0, best.shape[1] - 1)
+    wooed = partner[:, places] == torch.arange(sought, device=best.device)[:, None]
+    score, arg = best[:, places].masked_fill(~wooed | outside, -3).max(-1)
+    suitor = places.expand(len(best), -1, -1).gather(2, arg[..., None])[..., 0]
+    return score, torch.where(score > -3, suitor, -1)
+
+
+def merge_tokens(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
+    """MergeTokens: [B,M,C], differentiable in x."""
+    if torch.onnx.is_in_onnx_export():
+        return bare_node("MergeTokens", (x, sizes, pairs), {}, x.dtype, [*pairs.shape[:2], x.shape[2]])
+    with torch.autocast(x.device.type, enabled=False):
+        first, second = pairs.long().unbind(-1)
+        a, b = sizes.gather(1, first), sizes.gather(1, second)
+        share = torch.where(first == second, 1, a / (a + b))[..., None]
+        both: Tensor = share * rows_at(x, first).float() + (1 - share) * rows_at(x, second).float()
+        return both.to(x.dtype)
