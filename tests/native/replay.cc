@@ -58,7 +58,7 @@ void Write(const T* values, size_t count) {
 
 // What a record begins with; the tensors follow, in the schema's order.
 struct Header {
-  int64_t op, batch, tokens, heads, width, prefix, prefix_keys, tile, probe, cell, keys, channels;
+  int64_t op, sized, batch, tokens, heads, width, prefix, prefix_keys, tile, probe, cell, keys, channels, window, merged;
   float scale, value_power;
 };
 
@@ -71,8 +71,26 @@ int main(int argc, char** argv) {
   Header h;
   while (std::fread(&h, sizeof(h), 1, stdin) == 1) {
     const size_t batch = h.batch, tokens = h.tokens, heads = h.heads, width = h.width;
+    if (h.op == 5) {
+      const auto x = Read<float>(batch * tokens * width), sizes = Read<float>(batch * tokens);
+      const auto pairs = Read<int32_t>(batch * h.keys * 2);
+      std::unique_ptr<float[]> output(new float[batch * h.keys * width]);
+      if (!MergeTokens({x.get(), sizes.get(), pairs.get(), batch, tokens, width, size_t(h.keys)}, output.get(), parallel)) {
+        return 5;
+      }
+      Write(output.get(), batch * h.keys * width);
+      continue;
+    }
     const auto qkv = Read<float>(batch * tokens * 3 * heads * width);
-    const Packed in{qkv.get(), batch, tokens, heads, width, h.scale};
+    const auto sizes = Read<float>(h.sized ? batch * tokens : 0);
+    const Packed in{qkv.get(), batch, tokens, heads, width, h.scale, h.sized ? sizes.get() : nullptr};
+    if (h.op == 4) {
+      const size_t left = batch * (tokens - h.merged) * 2;
+      std::unique_ptr<int32_t[]> pairs(new int32_t[left]);
+      if (!MatchTokens(in, {size_t(h.prefix), size_t(h.window), size_t(h.merged)}, pairs.get(), parallel)) return 5;
+      Write(pairs.get(), left);
+      continue;
+    }
     const size_t tiles = h.tile ? (tokens - h.prefix + h.tile - 1) / h.tile : 0;
     const size_t listed = batch * heads * tiles * h.keys, size = batch * tokens * (h.op == 3 ? 1 : heads * width);
     if (h.op == 2) {

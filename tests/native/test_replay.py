@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import shutil
@@ -23,14 +24,17 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "sparsifiner_edge" / "ops" / "native"
-OPS = {"DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2, "TokenScore": 3}
+OPS = {
+    "DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2, "TokenScore": 3, "MatchTokens": 4, "MergeTokens": 5,
+    "MergedDenseAttention": 0, "MergedSparseAttention": 1, "MergedKeySelect": 2,
+}  # fmt: skip
 DISABLED = re.findall(r'"(HWY_DISABLED_TARGETS=[^"]*)"', (SOURCES / "CMakeLists.txt").read_text())[0]
 AARCH64 = Path(sys.prefix) / "aarch64"
 """Highway for AArch64, unpacked by `make aarch64`."""
 
 
 def build(compiler: str, output: Path, *options: str) -> Path:
-    files = [*(SOURCES / f"{name}.cc" for name in ("dense", "select", "sparse", "target")), HERE / "replay.cc"]
+    files = [*(SOURCES / f"{name}.cc" for name in ("dense", "merge", "select", "sparse", "target")), HERE / "replay.cc"]
     command = [compiler, "-std=c++17", f"-I{SOURCES}", f"-D{DISABLED}", *map(str, files), *options, "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -38,15 +42,16 @@ def build(compiler: str, output: Path, *options: str) -> Path:
 
 
 def record(case: Case, inputs: list[np.ndarray]) -> bytes:
-    a, qkv = case.attributes, inputs[0]
-    heads, sparse = a["num_heads"], case.op.name == "SparseAttention"
-    prefix = a.get("num_prefix", 0)
-    keys = inputs[1].shape[-1] if sparse else a.get("keys", 0)
-    channels = inputs[1].shape[-1] if case.op.name == "KeySelect" else 0
+    a, name, (batch, tokens, packed) = case.attributes, case.op.name, inputs[0].shape
+    heads, prefix = a.get("num_heads", 1), a.get("num_prefix", 0)
+    keys = inputs[-1].shape[-1] if name.endswith("SparseAttention") else a.get("keys", 0)
+    keys = inputs[2].shape[1] if name == "MergeTokens" else keys
+    width = packed if name == "MergeTokens" else packed // (3 * heads)
+    channels = inputs[-1].shape[-1] if name.endswith("KeySelect") else 0
     header = struct.pack(
-        "<12q2f", OPS[case.op.name], qkv.shape[0], qkv.shape[1], heads, qkv.shape[2] // (3 * heads), prefix,
+        "<15q2f", OPS[name], name.startswith("Merged"), batch, tokens, heads, width, prefix,
         prefix * a.get("prefix_keys", 0), a.get("tile", 0), a.get("probe", 0), a.get("cell", 0), keys, channels,
-        a["scale"], a.get("value_power", 0.0),
+        a.get("window", 0), a.get("merged", 0), a.get("scale", 1.0), a.get("value_power", 0.0),
     )  # fmt: skip
     return header + b"".join(np.ascontiguousarray(x).tobytes() for x in inputs)
 
@@ -58,14 +63,17 @@ def replay(command: list[str], made: list[tuple[Case, list[np.ndarray]]]) -> lis
     results, place = [], 0
     for case, inputs in made:
         batch, tokens, packed = inputs[0].shape
-        select = case.op.name == "KeySelect"
-        score = case.op.name == "TokenScore"
-        shape: tuple[int, ...] = (batch, tokens) if score else (batch, tokens, packed // 3)
-        if select:
+        name = case.op.name
+        shape: tuple[int, ...] = (batch, tokens) if name == "TokenScore" else (batch, tokens, packed // 3)
+        if name.endswith("KeySelect"):
             tiles = math.ceil(case.patches / case.attributes["tile"])
             shape = (batch, case.attributes["num_heads"], tiles, case.attributes["keys"])
+        if name == "MatchTokens":
+            shape = (batch, tokens - case.attributes["merged"], 2)
+        if name == "MergeTokens":
+            shape = (batch, inputs[2].shape[1], packed)
         count = math.prod(shape)
-        kind = np.int32 if select else np.float32
+        kind = np.int32 if name == "MatchTokens" or name.endswith("KeySelect") else np.float32
         results.append(np.frombuffer(done.stdout, kind, count, place).reshape(shape))
         place += 4 * count
     assert place == len(done.stdout)
@@ -126,9 +134,22 @@ def test_fuzzed_shapes_and_indices_under_sanitizers(sanitised: Path, target: str
         dense = Case(OPERATORS["DenseAttention"], {"num_heads": heads, "scale": 0.2}, patches + prefix, 1)
         score = Case(OPERATORS["TokenScore"], dense.attributes, patches + prefix, 1)
         made += [(select, spoiled), (attend, [spoiled[0], lists]), (dense, [spoiled[0]]), (score, [spoiled[0]])]
+        sizes = rng.choice([1, 7, 0, -1, np.nan, np.inf], (1, patches + prefix)).astype(np.float32)
+        for case, rest in ((select, spoiled[1:]), (attend, [lists]), (dense, [])):
+            merged = dataclasses.replace(case, op=OPERATORS[f"Merged{case.op.name}"])
+            made.append((merged, [spoiled[0], sizes, *rest]))
+        if patches > 1:
+            settings = {"num_heads": heads, "num_prefix": prefix, "window": 2 * int(rng.integers(1, 40))}
+            settings |= {"merged": int(rng.integers(1, patches // 2 + 1))}
+            made.append((Case(OPERATORS["MatchTokens"], settings, patches, 1), [spoiled[0]]))
+        pairs = rng.integers(-(2**31), 2**31, (1, keys, 2)).astype(np.int32)
+        made.append((Case(OPERATORS["MergeTokens"], {}, patches, 1), [spoiled[0], sizes, pairs]))
     matrix.HEAD_DIM, matrix.CHANNELS = 8, 4
     for (case, _), got in zip(made, replay([str(sanitised), target], made), strict=True):
-        if case.op.name == "KeySelect":
+        if case.op.name == "MatchTokens":
+            stays, joins = got[0].T  # Every token once, whatever the keys are.
+            assert sorted({*stays, *joins}) == list(range(case.patches + case.prefix))
+        if case.op.name.endswith("KeySelect"):
             assert (np.diff(got, axis=-1) > 0).all()
             assert got.min() >= 0
             assert got.max() < case.patches
