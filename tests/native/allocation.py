@@ -31,6 +31,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.schema import OPERATORS
 
 HERE = Path(__file__).parent
 LIMIT_S = 10.0
@@ -56,10 +57,12 @@ class Subject:
     def inputs(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
         made = {"qkv": rng.normal(size=(1, self.tokens, 3 * self.heads * self.width)).astype(np.float32)}
-        if self.op == "KeySelect":
+        if self.op.startswith("Merged"):
+            made["sizes"] = rng.integers(1, 9, (1, self.tokens)).astype(np.float32)
+        if self.op.endswith("KeySelect"):
             for name in ("proj_q", "proj_k"):
                 made[name] = rng.normal(size=(self.heads, self.width, CHANNELS)).astype(np.float32)
-        if self.op == "SparseAttention":
+        if self.op.endswith("SparseAttention"):
             patches = self.tokens - self.attributes["num_prefix"]
             tiles = -(-patches // self.attributes["tile"])
             lists = [np.sort(rng.permutation(patches)[: self.keys]) for _ in range(self.heads * tiles)]
@@ -68,15 +71,17 @@ class Subject:
 
     def model(self, inputs: dict[str, np.ndarray]) -> bytes:
         """The node alone: without a function body only the library can run it."""
-        attributes = {"num_heads": self.heads, "scale": 0.2, **self.attributes}
+        known = {attribute.name for attribute in OPERATORS[self.op].attributes}
+        given = {"num_heads": self.heads, "scale": 0.2, **self.attributes}
+        attributes = {name: value for name, value in given.items() if name in known}
         values = [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
             for name, x in inputs.items()
         ]
-        kind = TensorProto.INT32 if self.op == "KeySelect" else TensorProto.FLOAT
+        kind = TensorProto.INT32 if OPERATORS[self.op].output.dtypes == ("int32",) else TensorProto.FLOAT
         node = helper.make_node(self.op, list(inputs), ["output"], domain="sparsifiner", **attributes)
         graph = helper.make_graph([node], "one_node", values, [helper.make_tensor_value_info("output", kind, None)])
-        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", 1)]
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsifiner", OPERATORS[self.op].since)]
         made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
         return made
 
@@ -89,6 +94,7 @@ def _attend(tile: int, cell: int, prefix_keys: int = 1) -> dict[str, Any]:
     return {"num_prefix": 1, "tile": tile, "cell": cell, "prefix_keys": prefix_keys}
 
 
+# MergeTokens takes no memory of its own.
 SUBJECTS = {
     "select": Subject("KeySelect", 301, 2, 16, _select(16, 8, 0, 0.0)),
     "select, cells": Subject("KeySelect", 301, 2, 16, _select(16, 8, 20, 2.0)),
@@ -100,6 +106,10 @@ SUBJECTS = {
     "attend, packed": Subject("SparseAttention", 2050, 1, 16, _attend(64, 100), 50),
     "dense": Subject("DenseAttention", 301, 2, 16, {}),
     "score": Subject("TokenScore", 301, 2, 16, {}),
+    "select, merged": Subject("MergedKeySelect", 301, 2, 16, _select(16, 8, 20, 2.0)),
+    "attend, merged": Subject("MergedSparseAttention", 301, 2, 16, _attend(16, 20), 50),
+    "dense, merged": Subject("MergedDenseAttention", 301, 2, 16, {}),
+    "match": Subject("MatchTokens", 301, 2, 16, {"num_prefix": 1, "window": 16, "merged": 40}),
 }
 
 
