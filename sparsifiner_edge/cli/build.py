@@ -9,7 +9,6 @@ import click
 
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bounds import MOST_BATCH, MOST_SECONDS, whole_number
-from sparsifiner_edge.bundle.golden import beyond_text
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.text import shown
@@ -91,6 +90,8 @@ def _option(text: str) -> tuple[str, Option]:
 
 
 def _print(result: BuildResult) -> None:
+    from sparsifiner_edge.bundle.golden import beyond_text
+
     if result.description is not None:
         described = result.description
         click.echo(f"onnxruntime {result.version} runs model.onnx itself: no engine is needed, none was written.")
@@ -117,6 +118,8 @@ def _row(engine: Engine) -> list[str]:
 
 
 def _checked(engine: Engine) -> str:
+    from sparsifiner_edge.bundle.golden import beyond_text
+
     golden = engine.details.golden
     if golden is None or isinstance(golden, Unavailable):
         return "not run"
