@@ -19,6 +19,8 @@ PRESETS: dict[str, dict[str, float]] = {
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
 _COUNTS = {"tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1}
 """Whole numbers, and the least value of each."""
+Keep = float | tuple[float, ...]
+"""One share of keys for all layers, or one of each; the last goes on to the layers that are left."""
 LARGEST_MERGE, LEAST_PATCHES = 4, 16
 """One of so many patches may merge in a layer, and so many must be left after the last."""
 _WEIGHTS = {"value_power": 64.0, "basis_threshold": 1e6}
@@ -65,7 +67,8 @@ class SparsityConfig:
     Attributes:
         preset: "edge": tile-shared key lists, probe predictor and background cells. "paper": the published method
             (Sparsifiner, CVPR 2023), one list per query and nothing else.
-        keep: share of the patch keys that each tile of queries reads, in (0, 1]; 1 means dense.
+        keep: share of the patch keys that each tile of queries reads, in (0, 1]; 1 means dense. Several: of the layers
+            from the first; the last goes on to those left, so that (.1, .1, .25, 1) is dense from layer 3.
         tile: consecutive queries that share one key list.
         probe: consecutive queries whose mean is the predictor's query; divides `tile`.
         channels: low-rank width c of the predictor, at most the head dimension.
@@ -87,7 +90,7 @@ class SparsityConfig:
     """
 
     preset: str = "edge"
-    keep: float = 0.25
+    keep: Keep = 0.25
     tile: int = 16
     probe: int = 8
     channels: int = 24
@@ -104,8 +107,7 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
-        fix = "Give the share of keys to read, such as 0.25; 1 means dense."
-        _require(is_number(self.keep) and 0 < self.keep <= 1, f"keep is {self.keep!r}, outside (0, 1].", fix)
+        self._check_keep()
         for name, least in _COUNTS.items():
             value = getattr(self, name)
             fits = isinstance(value, int) and least <= value <= MOST_COUNT
@@ -133,6 +135,16 @@ class SparsityConfig:
             object.__setattr__(self, "merge", ())
         self._check_pruning()
         self._check_merging()
+
+    def _check_keep(self) -> None:
+        given = self.keep if isinstance(self.keep, (tuple, list)) else (self.keep,)
+        _require(
+            bool(given) and all(is_number(share) and 0 < share <= 1 for share in given),
+            f"keep is {self.keep!r}, outside (0, 1].",
+            "Give the share of keys to read, such as 0.25, or several from the first layer; 1 means dense.",
+        )
+        one = len(set(given)) == 1
+        object.__setattr__(self, "keep", given[0] if one else tuple(map(float, given)))
 
     def _check_merging(self) -> None:
         _require(
@@ -172,18 +184,37 @@ class SparsityConfig:
         """True when nothing is left out: plain attention in every layer, and all tokens to the end."""
         return self.keep == 1 and not self.token_keep and not self.merge
 
-    def sparse_layers(self, depth: int) -> tuple[int, ...]:
-        """Indices of the sparse layers in a model of `depth` layers.
+    def layer_keep(self, depth: int) -> list[float]:
+        """Share of keys that each layer of a model reads; 1 where it is dense.
 
         Raises:
-            ConfigError: a dense layer's index does not exist.
+            ConfigError: there are more shares than layers, or a dense layer's index does not exist.
         """
+        given = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        _require(
+            len(given) <= depth,
+            f"keep has {len(given)} shares: the model has {depth} layers.",
+            f"Give {depth} at most; the last goes on to the layers that are left.",
+        )
         _require(
             all(i < depth for i in self.dense_layers),
             f"dense layer {max(self.dense_layers, default=0)} does not exist: the model has {depth} layers.",
             f"Give indices from 0 to {depth - 1}.",
         )
-        return () if self.keep == 1 else tuple(i for i in range(depth) if i not in self.dense_layers)
+        shares = [given[min(layer, len(given) - 1)] for layer in range(depth)]
+        return [1.0 if layer in self.dense_layers else share for layer, share in enumerate(shares)]
+
+    def of_layer(self, layer: int, depth: int) -> SparsityConfig:
+        """The config with the share of keys of one layer."""
+        return dataclasses.replace(self, keep=self.layer_keep(depth)[layer], dense_layers=())
+
+    def sparse_layers(self, depth: int) -> tuple[int, ...]:
+        """Indices of the sparse layers in a model of `depth` layers.
+
+        Raises:
+            ConfigError: see `layer_keep`.
+        """
+        return tuple(layer for layer, share in enumerate(self.layer_keep(depth)) if share < 1)
 
     def merge_rates(self, depth: int) -> list[int]:
         """Pairs that each layer of a model shall merge, as asked for.
@@ -243,7 +274,7 @@ class SparsityConfig:
         return counts
 
     def layout(self, patches: int, prefix: int = 1) -> Layout:
-        """Sizes for `patches` patch tokens after `prefix` others.
+        """Sizes for `patches` patch tokens after `prefix` others, where one share of keys is for all layers.
 
         Raises:
             ConfigError: tile or cells exceed the number of patches.
@@ -262,6 +293,8 @@ class SparsityConfig:
         )
         cell = math.ceil(patches / wanted) if wanted else 0
         choices = patches + prefix if self.preset == "paper" else patches
+        if isinstance(self.keep, tuple):
+            raise TypeError("the layout of which layer? See of_layer.")
         return Layout(
             patches=patches,
             keys=share_of(self.keep, choices),
@@ -317,6 +350,25 @@ def parse_token_keep(text: str) -> tuple[tuple[int, float], ...]:
             raise ConfigError(f"token_keep holds {part.strip()!r}.", "Give layer:share pairs such as 3:.7,6:.7,9:.7.")
         pairs.append((int(match[1]), float(match[2])))
     return tuple(pairs)
+
+
+def parse_keep(text: str) -> Keep:
+    """ "0.25" -> .25; ".1,.1,1" -> (.1, .1, 1.0), from the first layer on.
+
+    Raises:
+        ConfigError: neither of these.
+    """
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        fix = "Give a share such as 0.25, or shares from the first layer on, such as .1,.1,.25,1."
+        raise ConfigError(f"keep is {text!r}.", fix) from None
+    return shares if len(shares) > 1 else shares[0]
+
+
+def keep_text(keep: Keep) -> str:
+    """As `parse_keep` reads it: "0.25", "0.1,0.1,1"."""
+    return ",".join(f"{share:g}" for share in (keep if isinstance(keep, tuple) else (keep,)))
 
 
 def parse_merge(text: str) -> tuple[int, ...]:

@@ -77,7 +77,8 @@ def layer_costs(shape: ModelShape, sparsity: SparsityConfig) -> list[LayerCosts]
         ranking = sum(counts[number]) * shape.width if counts[number] != counts[number + 1] else 0
         if ranking and sparsity.merge:
             ranking += counts[number][0] // 2 * sparsity.merge_window * shape.width // shape.heads
-        costs.append(_layer(here, sparsity if number in sparse else None, sum(counts[number + 1]), ranking))
+        reads = sparsity.of_layer(number, shape.depth) if number in sparse else None
+        costs.append(_layer(here, reads, sum(counts[number + 1]), ranking))
     return costs
 
 

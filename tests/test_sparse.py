@@ -16,8 +16,11 @@ from PIL import Image
 from timm.models.eva import Eva
 from torch.nn.functional import cosine_similarity
 
-from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.config import SparsityConfig, keep_text, parse_keep
+from sparsifiner_edge.costs import summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError, UnsupportedModelError
+from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import DenseAttention, SparseAttention
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
@@ -158,6 +161,45 @@ def test_dense_layers_stay_dense() -> None:
     kinds = [block.attn for block in made.model.blocks]
     assert [isinstance(kind, DenseAttention) for kind in kinds] == [True, False, False, True, False, False]
     assert [isinstance(kind, SparseAttention) for kind in kinds] == [False, True, True, False, True, True]
+
+
+def test_shares_of_keys_by_layer(tmp_path: Path) -> None:
+    some = dataclasses.replace(FULL, keep=(0.1, 0.25, 1))
+    assert some.layer_keep(5) == [0.1, 0.25, 1, 1, 1]
+    assert dataclasses.replace(some, dense_layers=(0,)).layer_keep(3) == [1, 0.25, 1]
+    assert some.sparse_layers(5) == (0, 1)
+    assert SparsityConfig.from_dict(some.to_dict()) == some
+    assert dataclasses.replace(FULL, keep=(0.5, 0.5)).keep == 0.5
+    assert dataclasses.replace(FULL, keep=(1, 1)).is_dense
+    made = student(sparsity=some)
+    assert [layer.layout.keys for layer in sparse_layers(made.model)] == [10, 25]
+    one = summary(model_shape(made.model), dataclasses.replace(some, keep=0.25))
+    assert summary(model_shape(made.model), some)["attention_macs"] > one["attention_macs"]
+    folder = save_student(made, tmp_path / "s")
+    bundle = open_bundle(export_bundle(folder, tmp_path / "b"))
+    assert bundle.manifest.sparsity == some
+    assert bundle.manifest.ops == dict.fromkeys(
+        ("sparsifiner::DenseAttention", "sparsifiner::KeySelect", "sparsifiner::SparseAttention"), 1
+    )
+    other = load_student(folder, keep=(0.5, 1))
+    assert [layer.layout.keys for layer in sparse_layers(other.model)] == [50]
+    with pytest.raises(ConfigError, match="layer 2 is dense: it has no predictor"):
+        load_student(folder, keep=0.5)
+    with pytest.raises(ConfigError, match="keep has 13 shares: the model has"):
+        load_student(folder, keep=(0.5,) * 12 + (0.4,))
+
+
+@pytest.mark.parametrize("text", ["", ",", ".1,", "x", "1..2", "0", "0,1", "2", "nan", ".1,nan", "-1"])
+def test_what_is_no_share_of_keys(text: str) -> None:
+    with pytest.raises(ConfigError, match="keep is"):
+        SparsityConfig(keep=parse_keep(text))
+
+
+def test_shares_as_text() -> None:
+    assert parse_keep(".25") == 0.25
+    assert parse_keep("0.1, .1,1") == (0.1, 0.1, 1)
+    assert keep_text(parse_keep("0.1,0.1,1")) == "0.1,0.1,1"
+    assert keep_text(0.25) == "0.25"
 
 
 def test_keep_one_leaves_the_model_untouched() -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsifiner_edge.bounds import MOST_THREADS, whole_number
-from sparsifiner_edge.config import parse_merge, parse_token_keep
+from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.progress import Progress
@@ -74,6 +74,11 @@ def parse_merging(_: click.Context, __: click.Parameter, value: str | None) -> A
     return None if value is None else parse_merge(value)
 
 
+def parse_keeping(_: click.Context, __: click.Parameter, value: str | None) -> Any:
+    """What `--keep` says, by layer."""
+    return None if value is None else parse_keep(value)
+
+
 bundle_argument = click.argument("bundle", type=PATH)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 result_option = click.option("-o", "--output", type=PATH, callback=_require_file,
@@ -90,8 +95,9 @@ threads_option = click.option("--threads", type=click.IntRange(1, MOST_THREADS),
                               help="Threads; by default the cores this process may use.")  # fmt: skip
 weights_option = click.option("--weights", type=PATH,
     help="Weights with timm's key names (.safetensors or .pth); without it, timm downloads them.")  # fmt: skip
-keep_option = click.option("--keep", type=float,
-                           help="Share of keys that each tile reads; by default the student's own.")  # fmt: skip
+keep_option = click.option("--keep", callback=parse_keeping, metavar="SHARE|SHARE,...",
+    help="Share of keys that each tile reads, or shares of the layers from the first, such as .1,.1,.25,1; "
+         "by default the student's own.")  # fmt: skip
 merge_option = click.option("--merge", callback=parse_merging, metavar="N|FIRST..LAST",
     help="Tokens that each layer merges: one rate, FIRST..LAST layer's, or a list; by default the student's own.",
 )  # fmt: skip

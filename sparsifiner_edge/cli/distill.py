@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.config import keep_text
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
@@ -65,4 +66,4 @@ def _print(summary: TrainingSummary, output: Path) -> None:
 def _budget(row: BudgetFidelity) -> str:
     """Such as "keep 0.1, tokens 3:0.7,6:0.7"."""
     places = ",".join(f"{layer}:{share:g}" for layer, share in row.token_keep)
-    return f"keep {row.keep:g}" + (f", tokens {places}" if places else "")
+    return f"keep {keep_text(row.keep)}" + (f", tokens {places}" if places else "")

@@ -17,7 +17,9 @@ from sparsifiner_edge.config import PRESETS
 @common.weights_option
 @click.option("--img-size", type=click.IntRange(1, MOST_SIDE), help="Pixels along a side; by default the model's own.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="edge", show_default=True, help="Kind of sparsity.")
-@click.option("--keep", type=float, default=0.25, show_default=True, help="Share of keys each tile reads; 1 is dense.")
+@click.option("--keep", callback=common.parse_keeping, default="0.25", show_default=True, metavar="SHARE|SHARE,...",
+              help="Share of keys each tile reads, 1 is dense; or shares of the layers from the first, such as "
+                   ".1,.1,.25,1: the last goes on.")  # fmt: skip
 @click.option("--tile", type=int, help="Consecutive queries that share one key list (edge: 16).")
 @click.option("--probe", type=int, help="Queries averaged to ask the predictor (edge: 8).")
 @click.option("--channels", type=int, help="Low-rank width of the predictor (edge: 24).")

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult, Cosines
@@ -35,13 +36,13 @@ class Setting(NamedTuple):
 
     size: int
     merge: tuple[int, ...]
-    keep: float
+    keep: Keep
     cells: int
 
     @property
     def name(self) -> str:
         """As tables show it."""
-        return f"{self.size} px, merge {'..'.join(map(str, self.merge))}, keep {self.keep:g}"
+        return f"{self.size} px, merge {'..'.join(map(str, self.merge))}, keep {keep_text(self.keep)}"
 
 
 class _Row(NamedTuple):

@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
+from sparsifiner_edge.config import Keep
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import TrainingState
 from sparsifiner_edge.distill.data import ImageSource, folder_source
@@ -36,7 +37,7 @@ class NamedRecipe(Recipe, frozen=True):
 class BudgetFidelity(msgspec.Struct, frozen=True):
     """Mean cosine over held-out images with one budget: of the untrained start, and of what was kept."""
 
-    keep: float
+    keep: Keep
     token_keep: tuple[tuple[int, float], ...]
     start: float
     best: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsifiner_edge.config import Keep
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
 from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
@@ -19,7 +20,7 @@ def evaluate_student(
     against: str | Path | None = None,
     weights: str | Path | None = None,
     metric: str = "cosine",
-    keep: float | None = None,
+    keep: Keep | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
     merge: tuple[int, ...] | None = None,
     gallery: str | Path | None = None,

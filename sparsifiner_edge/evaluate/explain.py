@@ -109,6 +109,6 @@ def draw(student: Student, path: Path, layer: int, output: Path) -> None:
             axis.imshow(values, cmap=colours, alpha=0.65, extent=(0, student.img_size, student.img_size, 0))
             axis.plot((found.query[1] + 0.5) * side, (found.query[0] + 0.5) * side, "c+", markersize=12, mew=2)
             axis.set_axis_off()
-    keys = student.sparsity.layout(rows * columns).keys
+    keys = student.sparsity.of_layer(layer, len(cast(Any, student.model).blocks)).layout(rows * columns).keys
     figure.suptitle(f"{path.stem}, layer {layer}: each tile reads {keys} of {rows * columns} patch keys per head")
     figure.savefig(output, dpi=80)

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
+from sparsifiner_edge.config import Keep
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.results import Subject
@@ -47,7 +48,7 @@ class TeacherComparison(NamedTuple):
     subject: Path
     against: str | Path | None
     weights: str | Path | None
-    keep: float | None
+    keep: Keep | None
     token_keep: tuple[tuple[int, float], ...] | None
     merge: tuple[int, ...] | None
     backend: str

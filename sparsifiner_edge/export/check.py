@@ -174,9 +174,9 @@ def _run_torch(
     layers = sparse_layers(deployed)
     pruning = [block for block in deployed.modules() if isinstance(block, PrunedBlock)]
 
-    def match(part: Merging) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        def found(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
-            own = Merging.pairs(part, qkv, num_heads) if lists is None else torch.from_numpy(pairs[len(matched)])
+    def match(part: Merging) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+        def found(qkv: torch.Tensor, sizes: torch.Tensor, num_heads: int) -> torch.Tensor:
+            own = Merging.pairs(part, qkv, sizes, num_heads) if lists is None else torch.from_numpy(pairs[len(matched)])
             matched.append(_as_numbers(own.numpy()))
             return own
 

@@ -26,7 +26,7 @@ from sparsifiner_edge.bundle.manifest import (
     Tokens,
 )
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, LABELS_FILE, seal_bundle
-from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.config import Keep, SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export.board import board_files
@@ -63,7 +63,7 @@ def export_bundle(
     *,
     weights: str | Path | None = None,
     img_size: int | None = None,
-    keep: float | None = None,
+    keep: Keep | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
     merge: tuple[int, ...] | None = None,
     tile: int | None = None,
@@ -204,7 +204,7 @@ def _load(
     source: str | Path,
     weights: str | Path | None,
     img_size: int | None,
-    keep: float | None,
+    keep: Keep | None,
     token_keep: tuple[tuple[int, float], ...] | None,
     merge: tuple[int, ...] | None,
 ) -> Student:

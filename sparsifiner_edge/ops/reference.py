@@ -176,24 +176,26 @@ def token_score(qkv: Array, *, num_heads: int, scale: float) -> Array:
     return np.asarray(_softmax(scale * q[:, :, :1] @ k.swapaxes(-1, -2))[:, :, 0].mean(1))
 
 
-def match_tokens(qkv: Array, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Array:
+def match_tokens(qkv: Array, sizes: Array, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Array:
     """MatchTokens: pairs int32 [B,N-merged,2]."""
     metric = split_heads(qkv, num_heads)[1][:, :, num_prefix:].mean(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         metric = metric / np.sqrt((metric**2).sum(-1, keepdims=True))
-    return np.stack([_pairs(image, num_prefix, window, merged) for image in metric])
+        weights = sizes.astype(np.float64)[:, num_prefix:]
+        return np.stack([_pairs(*image, num_prefix, window, merged) for image in zip(metric, weights, strict=True)])
 
 
-def _pairs(metric: Array, prefix: int, window: int, merged: int) -> Array:
-    """Pairs of one image, from its metric [P,d]."""
+def _pairs(metric: Array, sizes: Array, prefix: int, window: int, merged: int) -> Array:
+    """Pairs of one image, from its metric [P,d] and sizes [P]."""
     patches = metric.shape[0]
     sought = patches // 2
     suitors: dict[int, tuple[float, int]] = {}
     for e in range((patches + 1) // 2):
         best, partner = -np.inf, -1
         for j in range(max(0, e - window // 2), min(sought, e + window // 2)):
-            score = metric[2 * e] @ metric[2 * j + 1]
-            score = -2.0 if np.isnan(score) else score
+            a, b = sizes[2 * e], sizes[2 * j + 1]
+            score = np.sqrt(a * b / (a + b)) * (metric[2 * e] @ metric[2 * j + 1] - 1)
+            score = -1e30 if np.isnan(score) else max(score, -1e30)
             if score > best:
                 best, partner = score, j
         if partner >= 0 and (partner not in suitors or best > suitors[partner][0]):

@@ -284,9 +284,7 @@ def _over_merged_tokens(op: Operator, doc: str) -> Operator:
     """The operator with `sizes` as its second input."""
 
     def check(attributes: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
-        wanted = list(shapes[0][:2])
-        reasons = [] if list(shapes[1]) == wanted else [f"sizes must have shape {wanted}, got {list(shapes[1])}"]
-        return reasons + op.check(attributes, [shapes[0], *shapes[2:]], sizes)
+        return _wrong_sizes(*shapes[:2]) + op.check(attributes, [shapes[0], *shapes[2:]], sizes)
 
     return dataclasses.replace(
         op,
@@ -315,12 +313,18 @@ MERGED_DENSE_ATTENTION = _over_merged_tokens(
 )
 
 
-def _match_refusals(a: Attributes, _: Shapes, sizes: Sizes) -> list[str]:
+def _wrong_sizes(qkv: Sequence[int], sizes: Sequence[int]) -> list[str]:
+    wanted = list(qkv[:2])
+    return [] if list(sizes) == wanted else [f"sizes must have shape {wanted}, got {list(sizes)}"]
+
+
+def _match_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
+    reasons = _wrong_sizes(*shapes)
     if a["window"] % 2:
-        return [f"window {a['window']} is odd: as many partners lie before as behind"]
+        reasons.append(f"window {a['window']} is odd: as many partners lie before as behind")
     if a["merged"] > sizes.patches // 2:
-        return [f"merged {a['merged']} exceeds half of the {sizes.patches} patches"]
-    return []
+        reasons.append(f"merged {a['merged']} exceeds half of the {sizes.patches} patches")
+    return reasons
 
 
 def _merge_refusals(_: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
@@ -341,7 +345,7 @@ _PAIRS = Tensor(
 MATCH_TOKENS = Operator(
     name="MatchTokens",
     check=_match_refusals,
-    inputs=(_QKV,),
+    inputs=(_QKV, _SIZES),
     attributes=(
         _HEADS,
         _PREFIX,
@@ -352,14 +356,15 @@ MATCH_TOKENS = Operator(
     tolerances={"float32": 1e-5, "float16": 1e-5, "bfloat16": 1e-5},
     doc=(
         "Which tokens merge: bipartite soft matching as in ToMe (ICLR 2023, section 3), within a window of the\n"
-        "curve and with one suitor for each. m_j = mean over the heads of k_j, divided by its length. Even patches\n"
-        "seek, odd ones are sought: the patch 2e takes the odd patch 2(e + o) + 1, o from -window / 2 to window / 2\n"
-        "- 1, with the highest m . m; ties go to the lower index, a product that is NaN counts as -2. Of its\n"
-        "suitors an odd patch takes the one with the highest product (lower index), and the `merged` odd patches\n"
-        "whose product is highest (lower index) merge with theirs. Where fewer have a suitor, the first others take\n"
-        "the first seekers that nobody took, in order. The merged token stands at the odd patch's place; order is\n"
-        "kept otherwise, and prefix tokens never merge. pairs[i] = (token that stays, its suitor or itself).\n"
-        "Computed in float32 whatever the element type."
+        "curve and with one suitor for each. m_j = mean over the heads of k_j, divided by its length. Tokens of\n"
+        "sizes a and b are as alike as sqrt(ab / (a + b)) (m . m - 1): of pairs as close the smaller merges, as in\n"
+        "Ward's method (1963), whose factor is the square; at least -1e30, which NaN counts as. Even patches seek,\n"
+        "odd ones are sought: the patch 2e takes the odd patch 2(e + o) + 1, o from -window / 2 to window / 2 - 1,\n"
+        "that is most alike; ties go to the lower index. Of its suitors an odd patch takes the one most alike (lower\n"
+        "index), and the `merged` odd patches most like theirs (lower index) merge with them. Where fewer have a\n"
+        "suitor, the first others take the first seekers that nobody took, in order. The merged token stands at the\n"
+        "odd patch's place; order is kept otherwise, and prefix tokens never merge. pairs[i] = (token that stays, its\n"
+        "suitor or itself). Computed in float32 whatever the element type."
     ),
     since=2,
 )

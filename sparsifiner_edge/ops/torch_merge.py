@@ -7,19 +7,21 @@ from torch import Tensor
 
 from sparsifiner_edge.ops.torch import bare_node, rows_at, split_heads
 
+_BROKEN, _NOBODY = -1e30, -3e30
+"""How alike tokens are at least, and what is less than that."""
+
 
 @torch.no_grad()
-def match_tokens(qkv: Tensor, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
+def match_tokens(qkv: Tensor, sizes: Tensor, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
     """MatchTokens: pairs int32 [B,N-merged,2]. No gradient flows through the choice."""
     batch, tokens, _ = qkv.shape
     if torch.onnx.is_in_onnx_export():
         attributes = {"num_heads": num_heads, "num_prefix": num_prefix, "window": window, "merged": merged}
-        return bare_node("MatchTokens", (qkv,), attributes, torch.int32, [batch, tokens - merged, 2])
+        return bare_node("MatchTokens", (qkv, sizes), attributes, torch.int32, [batch, tokens - merged, 2])
     metric = split_heads(qkv, num_heads)[1][:, :, num_prefix:].float().mean(1)
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
-    seek, sought = metric[:, ::2], metric[:, 1::2]
-    best, partner = _best_partners(seek, sought, window)
-    score, suitor = _best_suitors(best, partner, sought.shape[1], window)
+    best, partner = _best_partners(metric, sizes[:, num_prefix:], window)
+    score, suitor = _best_suitors(best, partner, metric.shape[1] // 2, window)
     # The lower index wins a tie in each step: `max` and a stable sort keep the first.
     winners = score.sort(descending=True, stable=True).indices[:, :merged]
     chosen = suitor.gather(1, winners)
@@ -37,27 +39,29 @@ def match_tokens(qkv: Tensor, *, num_heads: int, num_prefix: int, window: int, m
     return torch.stack([stays, second.gather(1, stays)], -1).to(torch.int32)
 
 
-def _best_partners(seek: Tensor, sought: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Each seeker's highest product [B,E] within the window, and which of the sought that is [B,E]."""
+def _best_partners(metric: Tensor, sizes: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """How alike each seeker's best partner within the window is [B,E], and which of the sought that is [B,E]."""
+    seek, sought = metric[:, ::2], metric[:, 1::2]
     places = torch.arange(seek.shape[1], device=seek.device)[:, None]
     places = places + torch.arange(-window // 2, window // 2, device=seek.device)
     outside = (places < 0) | (places >= sought.shape[1])
     places = places.clamp(0, sought.shape[1] - 1)
-    products = (seek[:, :, None] * sought[:, places]).sum(-1)
-    best, arg = products.nan_to_num(nan=-2).masked_fill(outside, -3).max(-1)
+    a, b = sizes[:, ::2, None], sizes[:, 1::2][:, places]
+    alike = (a * b / (a + b)).sqrt() * ((seek[:, :, None] * sought[:, places]).sum(-1) - 1)
+    best, arg = alike.nan_to_num(nan=_BROKEN).clamp_min(_BROKEN).masked_fill(outside, _NOBODY).max(-1)
     return best, places.expand(len(seek), -1, -1).gather(2, arg[..., None])[..., 0]
 
 
 def _best_suitors(best: Tensor, partner: Tensor, sought: int, window: int) -> tuple[Tensor, Tensor]:
-    """Of each sought the highest product [B,O] that a suitor has with it (-3: none has), and that suitor or -1."""
+    """How alike each sought token's best suitor is [B,O] (_NOBODY: it has none), and that suitor or -1."""
     places = torch.arange(sought, device=best.device)[:, None]
     places = places + torch.arange(1 - window // 2, window // 2 + 1, device=best.device)
     outside = (places < 0) | (places >= best.shape[1])
     places = places.clamp(0, best.shape[1] - 1)
     wooed = partner[:, places] == torch.arange(sought, device=best.device)[:, None]
-    score, arg = best[:, places].masked_fill(~wooed | outside, -3).max(-1)
+    score, arg = best[:, places].masked_fill(~wooed | outside, _NOBODY).max(-1)
     suitor = places.expand(len(best), -1, -1).gather(2, arg[..., None])[..., 0]
-    return score, torch.where(score > -3, suitor, -1)
+    return score, torch.where(score > _NOBODY, suitor, -1)
 
 
 def merge_tokens(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:

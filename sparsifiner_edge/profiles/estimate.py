@@ -248,7 +248,8 @@ def peak_activations(work: Workload, size: int) -> tuple[float, float]:
     layer = size * tokens * (2 * shape.width + max(4 * shape.width, shape.hidden))
     scores, sparse = 0.0, sparsity.sparse_layers(shape.depth)
     if work.portable and sparse:
-        layout = sparsity.layout(shape.patches, shape.prefix)
+        widest = max(sparse, key=sparsity.layer_keep(shape.depth).__getitem__)
+        layout = sparsity.of_layer(widest, shape.depth).layout(shape.patches, shape.prefix)
         read = layout.keys + shape.prefix
         scores = 2.0 * size * layout.tiles * read * shape.width + 4.0 * shape.heads * shape.patches * (
             read + layout.cells

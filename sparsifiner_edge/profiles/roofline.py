@@ -157,7 +157,7 @@ def _layer(number: int, costs: LayerCosts, shape: ModelShape, work: Workload, sp
 
 def _bodies(number: int, shape: ModelShape, work: Workload) -> list[OperatorWork]:
     """What function bodies move beyond a kernel's own traffic: scores, and gathered keys written and read back."""
-    sparsity, patches = work.sparsity, shape.patches
+    sparsity, patches = work.sparsity.of_layer(number, shape.depth), shape.patches
     layout = sparsity.layout(patches, shape.prefix)
     read = layout.keys if sparsity.preset == "paper" else layout.keys + shape.prefix
     ranked = work.batch * shape.heads * (-(-patches // sparsity.probe) + layout.tiles) * patches

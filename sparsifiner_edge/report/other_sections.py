@@ -82,7 +82,7 @@ def _setting(manifest: Manifest, name: str, texts: Texts) -> str:
     if name == "merged":
         value = None if manifest.merged is None else list(manifest.merged)
     if name == "keep" and value is not None:
-        return f"{100 * value:.3g} %"
+        return texts.listed([f"{100 * share:.3g} %" for share in (value if isinstance(value, list) else [value])])
     if name == "token_keep" and value is not None:
         return texts.listed([f"{layer}: {100 * share:.3g} %" for layer, share in value]) or texts("none")
     if isinstance(value, list):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsifiner_edge.config import SparsityConfig, default_cells
+from sparsifiner_edge.config import Keep, SparsityConfig, default_cells
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
@@ -27,7 +27,7 @@ def sparsify_model(
     module: AnyModule,
     *,
     preset: str = "edge",
-    keep: float = 0.25,
+    keep: Keep = 0.25,
     tile: int | None = None,
     probe: int | None = None,
     channels: int | None = None,

@@ -1,5 +1,6 @@
-"""Token merging along the curve (ToMe, ICLR 2023, section 3, with partners within a window): after a layer's attention
-and before its MLP, pairs of patches that are alike become one token each, which counts as many as it stands for.
+"""Token merging along the curve (ToMe, ICLR 2023, section 3, with partners within a window, and smaller tokens first):
+after a layer's attention and before its MLP, pairs of patches that are alike become one token each, which counts as
+many as it stands for.
 
 Every later layer sees fewer tokens. The order of the curve is kept, so that runs of tokens remain compact, and the
 place of every original patch is carried along, so that outputs are whole again.
@@ -43,8 +44,8 @@ class Merging(nn.Module):
 
     def forward(self, x: Tensor, qkv: Tensor, num_heads: int, state: MergedTokens) -> tuple[Tensor, MergedTokens]:
         """Tokens x [B,N,C] and their qkv [B,N,3C] -> [B,N-merged,C], and what is known of those."""
-        pairs = self.pairs(qkv, num_heads)
         sizes = torch.ones_like(x[:, :, 0], dtype=torch.float32) if state.sizes is None else state.sizes
+        pairs = self.pairs(qkv, sizes, num_heads)
         first, second = pairs.long().unbind(-1)
         alone = first == second
         a, b = sizes.gather(1, first), sizes.gather(1, second)
@@ -57,10 +58,10 @@ class Merging(nn.Module):
             torch.where(alone, a, a + b), self._carried(first, second, state.places), origins
         )
 
-    def pairs(self, qkv: Tensor, num_heads: int) -> Tensor:
+    def pairs(self, qkv: Tensor, sizes: Tensor, num_heads: int) -> Tensor:
         """Which tokens become one: int32 [B,N-merged,2], see the operator MatchTokens."""
         return ops.match_tokens(
-            qkv, num_heads=num_heads, num_prefix=self.prefix, window=self.window, merged=self.merged
+            qkv, sizes, num_heads=num_heads, num_prefix=self.prefix, window=self.window, merged=self.merged
         )
 
     def _carried(self, first: Tensor, second: Tensor, places: Tensor) -> Tensor:

@@ -249,7 +249,7 @@ def _make_sparse(vit: Any, sparsity: SparsityConfig) -> None:
     vit.__class__ = type(f"Sparse{type(vit).__name__}", (SparseViTMixin, type(vit)), {})
     for number, block in enumerate(vit.blocks):
         if number in sparse_layers:
-            make_sparse(block.attn, sparsity, *counts[number])
+            make_sparse(block.attn, sparsity.of_layer(number, len(vit.blocks)), *counts[number])
         else:
             make_dense(block.attn)
     device = vit.patch_embed.proj.weight.device
@@ -301,19 +301,18 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
     if sparsity.preset == "paper" and counts != vit.sparsity.layer_tokens(len(vit.blocks), *counts[0]):
         raise ConfigError("The published predictor is tied to its tokens.", "Give --token-keep to sparsify.")
     merged = sparsity.layer_merges(len(vit.blocks), vit.patch_embed.num_patches)
-    for block in vit.blocks:
-        if sparsity.keep == 1 and isinstance(block.attn, SparseAttention):
+    sparse = {number: sparsity.of_layer(number, len(vit.blocks)) for number in sparsity.sparse_layers(len(vit.blocks))}
+    layouts = {number: of_layer.layout(*counts[number]) for number, of_layer in sparse.items()}
+    for number, block in enumerate(vit.blocks):
+        if number in sparse and not isinstance(block.attn, SparseAttention):
+            raise ConfigError(f"layer {number} is dense: it has no predictor.", "Give --keep to sparsify.")
+    for number, block in enumerate(vit.blocks):
+        if number in sparse:
+            block.attn.sparsity, block.attn.layout = sparse[number], layouts[number]
+            block.attn.num_prefix = counts[number][1]
+        elif isinstance(block.attn, SparseAttention):
             restore_attention(block.attn)
             make_dense(block.attn)
-    layouts = {
-        number: sparsity.layout(*counts[number])
-        for number, block in enumerate(vit.blocks)
-        if isinstance(block.attn, SparseAttention)
-    }
-    for number, block in enumerate(vit.blocks):
-        if number in layouts:
-            block.attn.sparsity, block.attn.layout = sparsity, layouts[number]
-            block.attn.num_prefix = counts[number][1]
         make_whole(block)
         stop_merging(block)
         if any(merged[: number + 1]):

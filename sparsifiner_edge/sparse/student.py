@@ -24,7 +24,7 @@ from sparsifiner_edge.artifacts import (
     sha256,
 )
 from sparsifiner_edge.bounds import flaw
-from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.config import Keep, SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
@@ -170,7 +170,7 @@ def sparsify(
     weights: str | Path | None = None,
     img_size: int | None = None,
     preset: str = "edge",
-    keep: float = 0.25,
+    keep: Keep = 0.25,
     tile: int | None = None,
     probe: int | None = None,
     channels: int | None = None,
@@ -248,7 +248,7 @@ def save_student(student: Student, output: Path) -> Path:
 def load_student(
     folder: str | Path,
     img_size: int | None = None,
-    keep: float | None = None,
+    keep: Keep | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
     merge: tuple[int, ...] | None = None,
 ) -> Student:
@@ -310,7 +310,7 @@ def _check_kin(name: str, classes: int, state: StateDict, source: str) -> None:
 
 
 def with_budget(
-    student: Student, keep: float | None = None, token_keep: tuple[tuple[int, float], ...] | None = None
+    student: Student, keep: Keep | None = None, token_keep: tuple[tuple[int, float], ...] | None = None
 ) -> Student:
     """The student, its model changed in place, with another share of keys and tokens; None leaves its own.
 
@@ -325,7 +325,7 @@ def with_budget(
     if token_keep is not None:
         fuse = sparsity.fuse_tokens and token_keep != ()
         sparsity = dataclasses.replace(sparsity, token_keep=token_keep, fuse_tokens=fuse)
-    if (sparsity.keep < 1 and student.sparsity.keep == 1) or sparsity.is_dense != student.sparsity.is_dense:
+    if (sparsity.keep != 1 and student.sparsity.keep == 1) or sparsity.is_dense != student.sparsity.is_dense:
         raise ConfigError("A sparse student cannot be made dense, nor a dense one sparse.", "Use `sparsify`.")
     if not student.sparsity.is_dense:
         set_budget(student.model, sparsity)

@@ -57,7 +57,7 @@ class Subject:
     def inputs(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
         made = {"qkv": rng.normal(size=(1, self.tokens, 3 * self.heads * self.width)).astype(np.float32)}
-        if self.op.startswith("Merged"):
+        if self.op == "MatchTokens" or self.op.startswith("Merged"):
             made["sizes"] = rng.integers(1, 9, (1, self.tokens)).astype(np.float32)
         if self.op.endswith("KeySelect"):
             for name in ("proj_q", "proj_k"):

@@ -23,7 +23,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.schema import OPERATORS
 from tests.ops import matrix
-from tests.ops.matrix import Case, body_model, cases, check, run_reference
+from tests.ops.matrix import Case, body_model, cases, check, run_body, run_reference, run_torch
 from tests.ops.test_parity import PAPER
 from tests.plain import examine
 
@@ -132,12 +132,29 @@ def test_any_shape_agrees(patches: int, prefix: int, heads: int, tile: int, cell
 
 def test_tokens_that_are_equal_or_nan_match_the_first() -> None:
     for case in cases("MatchTokens"):
-        (qkv,) = case.inputs()
-        for value in (1.0, 0.0, np.nan):
-            qkv[:] = value
+        qkv, sizes = case.inputs()
+        for value, size in ((1.0, 1), (0.0, 2), (np.nan, 3), (1.0, np.nan), (1.0, -1)):
+            qkv[:], sizes[:] = value, size
+            inputs = [qkv, sizes]
             np.testing.assert_array_equal(
-                run_native(case, [qkv]), run_reference(case, [qkv]), err_msg=f"{case} {value}"
+                run_native(case, inputs), run_reference(case, inputs), err_msg=f"{case} {value} {size}"
             )
+
+
+def test_of_pairs_as_close_the_smaller_merges() -> None:
+    case = next(c for c in cases("MatchTokens") if c.patches == 37)
+    case = dataclasses.replace(case, attributes={**case.attributes, "merged": 1})
+    prefix = case.attributes["num_prefix"]
+    qkv, sizes = case.inputs()
+    qkv[:, prefix:] = qkv[:, prefix, None]
+    turned = qkv[:, prefix] * np.where(np.arange(qkv.shape[-1]) % 2, 1, -1)
+    qkv[:, prefix + 1 :: 2] = turned[:, None]  # Seekers are alike, the sought are alike, and each pair as close.
+    sizes[:] = 5
+    sizes[:, [prefix + 20, prefix + 21]] = 1
+    for run in (run_native, run_reference, run_torch, run_body):
+        pairs = run(case, [qkv, sizes])[0]
+        (made,) = pairs[pairs[:, 0] != pairs[:, 1]]
+        assert made.tolist() == [prefix + 21, prefix + 20], run
 
 
 def test_ties_infinities_and_nan() -> None:

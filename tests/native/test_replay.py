@@ -49,7 +49,7 @@ def record(case: Case, inputs: list[np.ndarray]) -> bytes:
     width = packed if name == "MergeTokens" else packed // (3 * heads)
     channels = inputs[-1].shape[-1] if name.endswith("KeySelect") else 0
     header = struct.pack(
-        "<15q2f", OPS[name], name.startswith("Merged"), batch, tokens, heads, width, prefix,
+        "<15q2f", OPS[name], name == "MatchTokens" or name.startswith("Merged"), batch, tokens, heads, width, prefix,
         prefix * a.get("prefix_keys", 0), a.get("tile", 0), a.get("probe", 0), a.get("cell", 0), keys, channels,
         a.get("window", 0), a.get("merged", 0), a.get("scale", 1.0), a.get("value_power", 0.0),
     )  # fmt: skip
@@ -141,7 +141,7 @@ def test_fuzzed_shapes_and_indices_under_sanitizers(sanitised: Path, target: str
         if patches > 1:
             settings = {"num_heads": heads, "num_prefix": prefix, "window": 2 * int(rng.integers(1, 40))}
             settings |= {"merged": int(rng.integers(1, patches // 2 + 1))}
-            made.append((Case(OPERATORS["MatchTokens"], settings, patches, 1), [spoiled[0]]))
+            made.append((Case(OPERATORS["MatchTokens"], settings, patches, 1), [spoiled[0], sizes]))
         pairs = rng.integers(-(2**31), 2**31, (1, keys, 2)).astype(np.int32)
         made.append((Case(OPERATORS["MergeTokens"], {}, patches, 1), [spoiled[0], sizes, pairs]))
     matrix.HEAD_DIM, matrix.CHANNELS = 8, 4

@@ -49,7 +49,8 @@ class Case:
         qkv[:, :: max(tokens // 5, 1)] *= 3
         packed = qkv.reshape(self.batch, tokens, -1).astype(self.dtype)
         # Those of version 2 draw after the others: what version 1 is tested with stays as it was.
-        first = [packed, self._sizes(rng, tokens)] if self.op.name.startswith("Merged") else [packed]
+        sized = self.op.name == "MatchTokens" or self.op.name.startswith("Merged")
+        first = [packed, self._sizes(rng, tokens)] if sized else [packed]
         if self.op.name.endswith("KeySelect") and self.op.name != "LandmarkKeySelect":
             return [*first, *(rng.normal(size=(heads, HEAD_DIM, CHANNELS)).astype(self.dtype) for _ in range(2))]
         if self.op.name.endswith("SparseAttention"):

@@ -36,8 +36,8 @@ _METRIC = """
         sought_range = Range (i0, places_0, i1)
         seeker_column = Unsqueeze (seeker_range, c1)
         sought_column = Unsqueeze (sought_range, c1)
-        least = Constant <value_float: float = -3.0> ()
-        broken_score = Constant <value_float: float = -2.0> ()"""
+        least = Constant <value_float: float = -3e30> ()
+        broken_score = Constant <value_float: float = -1e30> ()"""
 
 _PARTNERS = """
         ahead = Sub (window_range, half)
@@ -51,11 +51,23 @@ _PARTNERS = """
         seek_open = Unsqueeze (seek, c2)
         products_wide = Mul (seek_open, partners)
         products_raw = ReduceSum <keepdims = 0> (products_wide, c3)
-        products_broken = IsNaN (products_raw)
-        products_fine = Where (products_broken, broken_score, products_raw)
-        products = Where (partner_outside, least, products_fine)
-        best = ReduceMax <keepdims = 0> (products, c2)
-        best_arg = ArgMax <axis = 2, keepdims = 0> (products)
+        products_less = Sub (products_raw, f1)
+        size_patch = Slice (sizes, a_num_prefix, c_end, c1)
+        size_seek = Slice (size_patch, c0, c_end, c1, c2)
+        size_sought = Slice (size_patch, c1, c_end, c1, c2)
+        size_a = Unsqueeze (size_seek, c2)
+        size_b = Gather <axis = 1> (size_sought, partner_clamped)
+        size_times = Mul (size_a, size_b)
+        size_sum = Add (size_a, size_b)
+        size_ratio = Div (size_times, size_sum)
+        size_root = Sqrt (size_ratio)
+        alike_raw = Mul (size_root, products_less)
+        alike_broken = IsNaN (alike_raw)
+        alike_number = Where (alike_broken, broken_score, alike_raw)
+        alike_fine = Max (alike_number, broken_score)
+        alike = Where (partner_outside, least, alike_fine)
+        best = ReduceMax <keepdims = 0> (alike, c2)
+        best_arg = ArgMax <axis = 2, keepdims = 0> (alike)
         seeker_first = Sub (seeker_range, half)
         partner = Add (best_arg, seeker_first)"""
 
@@ -82,7 +94,7 @@ _SUITORS = """
 _WINNERS = """
         won, winners = TopK <axis = 1, largest = 1, sorted = 1> (score, a_merged)
         wooer = GatherElements <axis = 1> (suitor, winners)
-        alone_above = Constant <value_float: float = -2.5> ()
+        alone_above = Constant <value_float: float = -2e30> ()
         alone = Less (won, alone_above)
         batch = Shape <start = 0, end = 1> (qkv)
         last = Identity (seekers_0)

@@ -93,7 +93,7 @@ struct Merging {
 // The class token's (token 0) row of the softmax, mean over the heads: output [batch, tokens].
 [[nodiscard]] bool TokenScore(const Packed& in, float* output, const Parallel& parallel);
 
-// pairs [batch, tokens - merged, 2]: which tokens become one.
+// pairs [batch, tokens - merged, 2]: which tokens become one; needs in.sizes.
 [[nodiscard]] bool MatchTokens(const Packed& in, const MatchSettings& settings, int32_t* pairs,
                                const Parallel& parallel);
 

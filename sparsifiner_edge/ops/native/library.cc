@@ -167,7 +167,9 @@ struct MatchKernel {
 
   bool Compute(const Tensors& tensors, Problem* problem, const Parallel& parallel) const {
     Packed in{};
-    if (!tensors.Pack(heads, settings.prefix, 1.0f, &in)) return false;
+    if (!tensors.Pack(heads, settings.prefix, 1.0f, &in) || !tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) {
+      return false;
+    }
     if (settings.merged > (in.tokens - settings.prefix) / 2) {
       return problem->Refuse("merged %zu exceeds half of the %zu patches", settings.merged,
                              in.tokens - settings.prefix);
@@ -297,7 +299,7 @@ class Domain {
   const Operator<SelectKernel<true>> merged_select_{"MergedKeySelect", 4, kFloat, kInt};
   const Operator<SparseKernel<true>> merged_sparse_{"MergedSparseAttention", 3, kInt, kFloat};
   const Operator<DenseKernel<true>> merged_dense_{"MergedDenseAttention", 2, kFloat, kFloat};
-  const Operator<MatchKernel> match_{"MatchTokens", 1, kFloat, kInt};
+  const Operator<MatchKernel> match_{"MatchTokens", 2, kFloat, kInt};
   const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat};
   const Operator<ScoreKernel> score_{"TokenScore", 1, kFloat, kFloat};
   std::atomic<OrtCustomOpDomain*> made_{nullptr};

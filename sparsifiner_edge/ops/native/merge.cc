@@ -1,7 +1,7 @@
 // MatchTokens and MergeTokens (ops/schema.py): which tokens are alike, and the mean of those that are.
 //
 //   keys [N][H][d] --mean of the heads, over its length--> metric [P][d]
-//   even rows x odd rows within the window --> best partner of each even row --> best suitor of each odd one
+//   even rows x odd rows within the window, sizes --> best partner of each even row --> best suitor of each odd one
 //   the odd rows whose suitor is closest --> pairs, in the curve's order
 
 #undef HWY_TARGET_INCLUDE
@@ -18,8 +18,8 @@ namespace sparsifiner {
 namespace HWY_NAMESPACE {
 
 constexpr size_t kRows = 64;           // handled at a time
-constexpr float kNoPartner = -3.0f;    // lower than any product of unit vectors
-constexpr float kBroken = -2.0f;       // what a product that is NaN counts as
+constexpr float kNoPartner = -3e30f;   // less than how alike any two are
+constexpr float kBroken = -1e30f;      // how alike tokens are at least; what NaN counts as
 constexpr int32_t kNobody = -1;
 
 struct MatchJob {
@@ -28,9 +28,9 @@ struct MatchJob {
   int32_t* pairs;
   size_t patches, seekers, sought, stride, blocks;
   float* metric;     // [batch][patches][stride]
-  float* best;       // [batch][seekers]: product with the partner
+  float* best;       // [batch][seekers]: how alike the partner is
   int32_t* partner;  // [batch][seekers]
-  float* score;      // [batch][sought]: product with the suitor that it takes
+  float* score;      // [batch][sought]: how alike the suitor is that it takes
   int32_t* suitor;   // [batch][sought], or kNobody
   int32_t* order;    // [batch][sought]
   int32_t* source;   // [batch][patches]: the seeker that joins this patch, itself, or kNobody where it goes
@@ -70,6 +70,7 @@ HWY_NOINLINE void Seek(void* data, size_t item, void*) {
   const D d;
   const size_t block = item % job.blocks, batch = item / job.blocks, half = job.settings.window / 2;
   const float* metric = job.metric + batch * job.patches * job.stride;
+  const float* sizes = job.in.sizes + batch * job.in.tokens + job.settings.prefix;
   for (size_t e = block * kRows; e < std::min(job.seekers, (block + 1) * kRows); ++e) {
     const float* a = metric + 2 * e * job.stride;
     float best = kNoPartner;
@@ -78,8 +79,9 @@ HWY_NOINLINE void Seek(void* data, size_t item, void*) {
       const float* b = metric + (2 * j + 1) * job.stride;
       V sum = hn::Zero(d);
       for (size_t c = 0; c < job.stride; c += kLanes) sum = hn::MulAdd(hn::Load(d, a + c), hn::Load(d, b + c), sum);
-      const float product = hn::ReduceSum(d, sum);
-      const float value = product == product ? product : kBroken;
+      const float both = sizes[2 * e] * sizes[2 * j + 1] / (sizes[2 * e] + sizes[2 * j + 1]);
+      const float alike = std::sqrt(both) * (hn::ReduceSum(d, sum) - 1.0f);
+      const float value = alike > kBroken ? alike : kBroken;  // NaN is not
       if (value > best) {
         best = value;
         partner = static_cast<int32_t>(j);
