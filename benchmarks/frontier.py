@@ -29,7 +29,7 @@ from cpu_engines import Run, openvino_run, ort_session, time_in_turn
 from fidelity_subject import weights_file
 
 from sparsifiner_edge.cli.common import err_console, print_table
-from sparsifiner_edge.config import parse_merge
+from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
@@ -46,26 +46,31 @@ from sparsifiner_edge.sparse.student import load_student, sparsify
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One image size: our budgets as (merge, keep), cells, the rivals' rates, and fidelities to compare at."""
+    """One image size: our budgets as (what merges, keep), cells, the rivals' rates, and fidelities to compare at.
 
-    budgets: tuple[tuple[str, float], ...]
+    What merges: a constant rate, or the first layer's rate and the power by which it falls to 0 in the last.
+    """
+
+    budgets: tuple[tuple[int | tuple[int, float], Keep], ...]
     cells: int
     constant: tuple[int, ...]
     falling: tuple[int, ...]
     compared: tuple[float, ...]
 
 
+EARLY = (0.1, 0.1, 0.2, 1.0)
+"""The first layers have the most tokens and need the fewest keys; see the table of layers in docs/selection.md."""
 CASES = {
     224: Case(
-        (("6", 1.0), ("8", 1.0), ("10", 1.0), ("12", 1.0), ("20..0", 1.0)), 16,
+        ((8, 1), (10, 1), (12, 1), ((20, 1), 1), ((24, 1), 1)), 16,
         (4, 6, 8, 10, 12), (8, 12, 16, 20, 24), (0.98, 0.985, 0.99),
     ),
     518: Case(
-        (("120..40", 0.5), ("140..20", 0.5), ("160..0", 0.5), ("160..0", 0.25), ("180..0", 0.25)), 49,
+        (((140, 1), EARLY), ((160, 1), EARLY), ((200, 1.5), EARLY), ((240, 2), EARLY), ((300, 3), EARLY)), 49,
         (40, 60, 80, 90, 100), (80, 120, 140, 160, 180), (0.975, 0.98, 0.985),
     ),
     1036: Case(
-        (("300", 0.25), ("350", 0.25), ("400", 0.25), ("400", 0.1), ("450", 0.1)), 49,
+        ((300, 0.25), (350, 0.25), (400, 0.25), (400, 0.1), (450, 0.1)), 49,
         (200, 300, 350, 400, 450), (400, 500, 600, 700, 800), (0.975, 0.98, 0.985),
     ),
 }  # fmt: skip
@@ -90,7 +95,7 @@ class Point:
 
 
 def ours(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: Any) -> list[Point]:
-    """Our budgets, exported with the faster of sparse and dense attention per layer."""
+    """Our budgets."""
     tell("sparsify")
     images = folder / "calibration"
     images.mkdir()
@@ -100,18 +105,28 @@ def ours(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: An
         material.DINOV2, folder / "student", weights=weights_file(), img_size=size, keep=0.25, cells=case.cells,
         merge=(case.constant[0],), calibrate=images,
     )  # fmt: skip
-    points = []
-    for merge, keep in case.budgets:
+    points: list[Point] = []
+    depth = len(load_student(student).model.blocks)
+    for rate, keep in case.budgets:
+        merge, named = schedule(rate, depth)
         for precision in ("fp32", "int8") if int8 else ("fp32",):
-            budget = f"merge {merge}, keep {keep:g}"
+            budget = f"merge {named}, keep {keep_text(keep)}"
             tell(f"export ours, {budget}, {precision}")
             more = {"precision": "int8", "calibrate": images} if precision == "int8" else {}
-            name = f"ours-{merge}-{keep}-{precision}"
-            bundle = export_bundle(student, folder / name, merge=parse_merge(merge), keep=keep, measure=True, **more)
-            macs = sum_of_layers(load_student(student, merge=parse_merge(merge), keep=keep))
+            bundle = export_bundle(student, folder / f"ours-{len(points)}", merge=merge, keep=keep, **more)
+            macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
             session = ort_session(str(bundle / "model.onnx"), threads)
             points.append(_ort_point(session, f"ours {precision}", budget, macs, precision, size))
     return points
+
+
+def schedule(rate: int | tuple[int, float], depth: int) -> tuple[tuple[int, ...], str]:
+    """Rates of every layer, and their name."""
+    if isinstance(rate, int):
+        return (rate,), str(rate)
+    first, power = rate
+    rates = tuple(round(first * (1 - layer / (depth - 1)) ** power) for layer in range(depth))
+    return rates, f"{first}..0" + (f" ^ {power:g}" if power != 1 else "")
 
 
 def sum_of_layers(student: Any) -> float:

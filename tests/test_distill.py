@@ -318,6 +318,24 @@ def test_pruning_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path:
     assert found.sparsity.keep == load_student(start).sparsity.keep
 
 
+def test_merging_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path: Path) -> None:
+    merging = (*SHORT, "distil.steps=8", 'budgets.merge=["0","6","9..0"]')
+    plan, found = read_recipe("cpu", merging), load_student(start)
+    training = Training(
+        make_accelerator(plan), found, dense_twin(found), folder_source(folder, 2, False, None), plan, tmp_path
+    )
+    every = {(keep, merge) for keep in (0.1, 0.2) for merge in ((), (6,), (9, 0))}
+    assert {(b.keep, b.merge) for b in training.budgets()} == every
+    assert {(b.keep, b.merge) for b in map(training.budget, range(100))} == every
+    summary = distill_student(start, folder, tmp_path / "out", overrides=merging)
+    assert [row.merge for row in summary.fidelity.budgets or []] == [(), (), (6,), (6,), (9, 0), (9, 0)]
+    trained = load_student(tmp_path / "out", merge=(6,))
+    assert trained.sparsity.merge == (6,)
+    assert load_student(tmp_path / "out").sparsity.merge == ()  # its own budget stays what it was
+    with pytest.raises(ConfigError, match="merging 60 tokens in layer"):
+        distill_student(start, folder, tmp_path / "x", overrides=(*SHORT, 'budgets.merge=["60"]'))
+
+
 def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsifiner_edge.distill.train.RECENT", 3)
     # The first phase's losses are a hundredth of the second's: no explosion, another phase.

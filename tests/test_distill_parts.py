@@ -192,7 +192,8 @@ def test_recipes() -> None:
         ("distil.steps", "has no value"), ("batch.x=1", "batch is not a section"),
         ("distil.epochs=2", "both steps and epochs"),
         ("distil.steps=0", "has no training steps"), ("budgets.token_keep=4", "budgets.token_keep is 4, not str"),
-        ("budgets.token_keep='4'", "token_keep holds '4'"), ("losses.patches=nan", "losses.patches is NaN, not float"),
+        ("budgets.token_keep='4'", "token_keep holds '4'"),
+        ('budgets.merge=["x"]', "merge is 'x'"), ("losses.patches=nan", "losses.patches is NaN, not float"),
     ],
 )  # fmt: skip
 def test_bad_recipes_are_refused(override: str, message: str) -> None:

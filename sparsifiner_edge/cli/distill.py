@@ -64,6 +64,8 @@ def _print(summary: TrainingSummary, output: Path) -> None:
 
 
 def _budget(row: BudgetFidelity) -> str:
-    """Such as "keep 0.1, tokens 3:0.7,6:0.7"."""
+    """Such as "keep 0.1, tokens 3:0.7,6:0.7" or "keep 0.1, merge 20..0"."""
     places = ",".join(f"{layer}:{share:g}" for layer, share in row.token_keep)
-    return f"keep {keep_text(row.keep)}" + (f", tokens {places}" if places else "")
+    merge = ("..".join if len(row.merge) == 2 else ",".join)(map(str, row.merge))
+    parts = [f"keep {keep_text(row.keep)}", f"tokens {places}" if places else "", f"merge {merge}" if merge else ""]
+    return ", ".join(filter(None, parts))

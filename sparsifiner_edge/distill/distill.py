@@ -41,6 +41,7 @@ class BudgetFidelity(msgspec.Struct, frozen=True):
     token_keep: tuple[tuple[int, float], ...]
     start: float
     best: float
+    merge: tuple[int, ...] = ()
 
 
 class Fidelity(msgspec.Struct, frozen=True):
@@ -183,7 +184,7 @@ def _summary(training: Training, state: TrainingState, teacher: Student, recipe:
     fidelity = Fidelity()
     if state.fidelity:
         cosines = zip(training.budgets(), state.cosines[0], state.cosines[state.best_step], strict=True)
-        each = [BudgetFidelity(budget.keep, budget.token_keep, *pair) for budget, *pair in cosines]
+        each = [BudgetFidelity(budget.keep, budget.token_keep, *pair, budget.merge) for budget, *pair in cosines]
         fidelity = Fidelity(start=state.fidelity[0], best=state.fidelity[state.best_step], budgets=each)
     source, origin = training.source, teacher.provenance.weights or Weights()
     return TrainingSummary(

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from sparsifiner_edge.artifacts import parse_toml, read_toml
 from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.config import parse_token_keep
+from sparsifiner_edge.config import parse_merge, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import read_record
 
@@ -71,11 +71,13 @@ class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         keep: shares of keys; each step takes one. Empty: the student's own alone.
         token_keep: places and shares of token pruning, as "3:.7,6:.7,9:.7"; "": the student's own alone.
         pruned: share of the steps that prune tokens, where there is a token_keep; 1 where the student itself prunes.
+        merge: what merges, each as "8", "20..0" or "0"; each step takes one. Empty: the student's own alone.
     """
 
     keep: tuple[Annotated[float, Meta(gt=0, lt=1)], ...] = ()
     token_keep: str = ""
     pruned: Share = 0.5
+    merge: tuple[str, ...] = ()
 
 
 class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,6 +158,8 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
     if not any(phase.steps or phase.epochs for phase in (recipe.reconstruct, recipe.distil)):
         raise ConfigError("The recipe has no training steps.", "Give distil.steps or distil.epochs.")
     parse_token_keep(recipe.budgets.token_keep)
+    for text in recipe.budgets.merge:
+        parse_merge(text)
     return recipe
 
 

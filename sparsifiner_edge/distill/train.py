@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-from sparsifiner_edge.config import SparsityConfig, parse_token_keep
+from sparsifiner_edge.config import SparsityConfig, parse_merge, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
 from sparsifiner_edge.distill.data import Batch, ImageSource, augmentation, batches
@@ -114,7 +114,8 @@ class Training:
         self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
-        self.budgets()  # refuses those that contradict the student
+        for budget in self.budgets():  # refuses those that contradict the student
+            budget.layer_tokens(len(student.model.blocks), student.model.patch_embed.num_patches, 1)
         self.held_out = self._held_out(teacher.model)
 
     def _steps(self, phase: Phase) -> int:
@@ -142,12 +143,15 @@ class Training:
         return found
 
     def budgets(self) -> list[SparsityConfig]:
-        """What the student is judged at: every share of keys, with and without token pruning where that is learnt."""
+        """What the student is judged at: every share of keys with everything that merges, and with and without token
+        pruning where that is learnt.
+        """
         given = self.recipe.budgets
         keeps = given.keep or (self.sparsity.keep,)
         if self.sparsity.keep == 1:
             keeps = (1,)
-        configs = [dataclasses.replace(self.sparsity, keep=keep) for keep in keeps]
+        merges = tuple(map(parse_merge, given.merge)) or (self.sparsity.merge,)
+        configs = [dataclasses.replace(self.sparsity, keep=keep, merge=merge) for merge in merges for keep in keeps]
         pruned = parse_token_keep(given.token_keep)
         if pruned and self.sparsity.token_keep not in ((), pruned):
             raise ConfigError(
