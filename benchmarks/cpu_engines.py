@@ -22,6 +22,13 @@ from sparsifiner_edge.records import write_record
 
 Run = Callable[[], Any]
 PAUSE_S = 0.05
+# One arena for all sessions: each would keep its own largest scores, over a gigabyte at 1036 px.
+onnxruntime.create_and_register_allocator(
+    onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    ),
+    None,
+)
 
 
 def ort_session(model: bytes | str, threads: int, kernels: bool = True) -> Any:
@@ -29,6 +36,7 @@ def ort_session(model: bytes | str, threads: int, kernels: bool = True) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.use_env_allocators", "1")
     if kernels:
         path = native.library_path()
         if path is None:

@@ -1,10 +1,10 @@
 """The front of fidelity and time: ours against what a user would pick instead, on images that nothing was tuned on.
 
-    python benchmarks/frontier.py [--size 518] [--rounds 7] [--int8] [-o FOLDER]
+    python benchmarks/frontier.py [--size 518] [--rounds 11] [--int8] [-o FOLDER]
 
 DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals: the dense model, and token merging by its published rule at
-five constant and five falling rates (`tome.py`), each as one plain file in ONNX Runtime, OpenVINO (fp32, and bf16 where
-the processor has it) and torch; with `--int8` the quantised files too. Ours: five budgets of merging and sparse
+five constant and five falling rates (`tome.py`), each as one plain file in ONNX Runtime, OpenVINO and torch; with
+`--int8` the quantised files too, and bf16 where the processor has it. Ours: five budgets of merging and sparse
 attention. Every point's fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of the
 patches and of the class token to the dense model's. All are timed in turn in one process. "At equal fidelity" is the
 time that the best rival needs for a fidelity, interpolated between its neighbouring points, over ours.
@@ -34,7 +34,7 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
-from sparsifiner_edge.images import load_image
+from sparsifiner_edge.images import evenly, load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.profiles import stats
@@ -58,8 +58,8 @@ class Case:
     compared: tuple[float, ...]
 
 
-EARLY = (0.1, 0.1, 0.2, 1.0)
-"""The first layers have the most tokens and need the fewest keys; see the table of layers in docs/selection.md."""
+EARLY, LONG = (0.1, 0.1, 0.2, 1.0), (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0)
+"""The first layers have the most tokens and need the fewest keys; found by `merging.py`."""
 CASES = {
     224: Case(
         ((8, 1), (10, 1), (12, 1), ((20, 1), 1), ((24, 1), 1)), 16,
@@ -70,7 +70,7 @@ CASES = {
         (40, 60, 80, 90, 100), (80, 120, 140, 160, 180), (0.975, 0.98, 0.985),
     ),
     1036: Case(
-        ((300, 0.25), (350, 0.25), (400, 0.25), (400, 0.1), (450, 0.1)), 49,
+        (((600, 1), LONG), ((700, 1), LONG), ((900, 1.5), LONG), ((1000, 2), LONG), ((1200, 2), LONG)), 49,
         (200, 300, 350, 400, 450), (400, 500, 600, 700, 800), (0.975, 0.98, 0.985),
     ),
 }  # fmt: skip
@@ -153,7 +153,8 @@ def rivals(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: 
     settings = [("dense", "dense", [0] * depth)]
     settings += [("ToMe", f"{rate} a layer", tome.constant(rate, depth)) for rate in case.constant]
     settings += [("ToMe falling", f"{first}..0", tome.falling(first, depth)) for first in case.falling]
-    bf16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text() or "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    flags = Path("/proc/cpuinfo").read_text()
+    bf16 = int8 and ("avx512_bf16" in flags or "amx_bf16" in flags)
     calibration = [load_image(path, size)[None] for path in split.calibration()]
     torch.set_num_threads(threads)
     points = []
@@ -209,9 +210,14 @@ def _torch_point(module: Any, family: str, budget: str, macs: float, size: int) 
     return Point(family, budget, run, tokens, macs)
 
 
+def photographs(size: int) -> list[Path]:
+    """Of the publication set; at 1036 px, where a photograph takes a minute, 24 of them."""
+    return evenly(split.publication(), 24) if size > 1000 else split.publication()
+
+
 def fidelity(points: list[Point], size: int, tell: Any) -> dict[str, dict[str, Any]]:
     """Cosine of patches and class token to the dense model's, per publication photograph."""
-    images = [load_image(path, size)[None] for path in split.publication()]
+    images = [load_image(path, size)[None] for path in photographs(size)]
     model = load_model(material.DINOV2, weights_file(), size)
     dense = tome.ToMe(model, [0] * len(model.blocks)).eval()
     with torch.inference_mode():
@@ -316,7 +322,7 @@ def show(size: int, found: dict[str, Any]) -> None:
          f"{row['class_cosine']:.4f}"]
         for name, row in found["points"].items()
     ]  # fmt: skip
-    print_table(f"{size} px, {len(split.publication())} photographs", ["", "G MACs", "ms", "patches", "class"], rows)
+    print_table(f"{size} px, {len(photographs(size))} photographs", ["", "G MACs", "ms", "patches", "class"], rows)
     for label, row in found["at_equal_fidelity"].items():
         aim = REQUIRED.get((size, row["patches_cosine"], label.partition(", ")[2]))
         estimate = row["ratio"]
@@ -357,7 +363,7 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
 
 @click.command()
 @click.option("--size", "sizes", type=click.Choice([str(size) for size in CASES]), multiple=True, default=["518"])
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--rounds", default=11, show_default=True, help="Six at least, for intervals.")
 @click.option("--threads", default=None, type=int, help="Default: all cores.")
 @click.option("--int8", is_flag=True, help="Quantised files too, ours and theirs.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for frontier_<size>.json and .png.")
@@ -371,7 +377,7 @@ def main(sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, o
         if output:
             output.mkdir(parents=True, exist_ok=True)
             method = {
-                "photographs": [path.name for path in split.publication()], "size": size, "threads": threads,
+                "photographs": [path.name for path in photographs(size)], "size": size, "threads": threads,
                 "rounds": rounds, "interpolation": "linear in log(1 - patch cosine) between points of one family",
             }  # fmt: skip
             subject = Subject(path=material.DINOV2, sha256="")

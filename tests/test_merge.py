@@ -6,6 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx.inliner
+import openvino
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 
 import sparsifiner_edge as se
 from sparsifiner_edge.bundle.golden import check_golden
-from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.bundle.store import GOLDEN_FILE, open_bundle
 from sparsifiner_edge.config import LEAST_PATCHES, SparsityConfig, parse_merge
 from sparsifiner_edge.costs import layer_costs, summary
 from sparsifiner_edge.errors import ConfigError, GateError
@@ -229,6 +232,27 @@ def test_exported_files_merge_as_torch_does(name: str, sparsity: SparsityConfig,
     for kernels in ("portable", "native"):
         with se.open_session(bundle.folder, kernels=kernels) as session:
             check_golden(session, bundle)
+
+
+def test_openvino_runs_the_bodies_once_they_are_inlined(tmp_path: Path) -> None:
+    sparsity = dataclasses.replace(MERGED, keep=(0.4, 0.4, 0.4, 1))
+    folder = save_student(student(sparsity=sparsity), tmp_path / "s")
+    bundle = open_bundle(export_bundle(folder, tmp_path / "b"))
+    assert set(bundle.manifest.ops) == {
+        f"sparsifiner::{name}"
+        for name in (
+            "KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention", "MergedDenseAttention",
+            "MatchTokens", "MergeTokens",
+        )
+    }  # fmt: skip
+    onnx.save(onnx.inliner.inline_local_functions(bundle.model()), tmp_path / "inlined.onnx")
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(tmp_path / "inlined.onnx", "CPU", settings)
+    golden = np.load(bundle.folder / GOLDEN_FILE)
+    found = compiled([golden["input.image"]])
+    for name in ("tokens", "features"):
+        wanted = golden[f"output.{name}"]
+        assert np.abs(found[name] - wanted).max() <= 1e-3 * np.ptp(wanted), name
 
 
 def test_a_file_that_merges_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

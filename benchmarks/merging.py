@@ -1,0 +1,244 @@
+"""What to merge and what to read: every choice that was tried, on images to choose by.
+
+    python benchmarks/merging.py [--size 518] [-o FOLDER]
+
+DINOv2 ViT-S/14, real weights, untrained. Patch cosine to the dense model's over the eight development photographs and
+ten that are trained on (`demo/split.py`), both calibrated on others, beside the multiply-accumulates of all layers.
+Rows of one group differ in one thing; "default" rows say what the product does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import tome
+import torch
+import torch.nn.functional as F
+from fidelity_subject import weights_file
+from frontier import schedule, sum_of_layers
+from torch import Tensor
+
+from sparsifiner_edge.cli.common import print_table, progress_bar
+from sparsifiner_edge.config import Keep, keep_text
+from sparsifiner_edge.demo import material, split
+from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.images import load_image
+from sparsifiner_edge.ops import torch_merge as ops
+from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.sparse.merge import Merging
+from sparsifiner_edge.sparse.models import load_model
+from sparsifiner_edge.sparse.student import load_student, sparsify
+
+Rate = int | tuple[int, float]
+Pairs = Callable[..., Tensor]
+USUAL: dict[int, Rate] = {224: (20, 1), 518: (160, 1), 1036: (700, 1)}
+"""What merges, where something else is varied: see `frontier.schedule`."""
+SCHEDULES: dict[int, tuple[Rate, ...]] = {
+    224: (8, 10, 12, (16, 1), (20, 1), (24, 1), (24, 1.5), (28, 1.5), (32, 2)),
+    518: (60, 80, 100, (160, 1), (180, 1), (200, 1.5), (240, 2), (300, 3)),
+    1036: (400, (700, 1), (900, 1.5), (1000, 2)),
+}
+KEEPS: dict[int, tuple[Keep, ...]] = {
+    224: (0.5, (0.25, 0.25, 0.5, 1.0)),
+    518: (0.5, 0.25, (0.1, 0.1, 1.0), (0.1, 0.1, 0.2, 1.0), (0.1, 0.1, 0.2, 0.5), (0.05, 0.05, 0.05, 1.0)),
+    1036: (0.25, (0.05, 0.05, 0.1, 0.25), (0.05, 0.05, 0.1, 0.25, 0.25, 0.25, 0.5), (0.05, 0.05, 0.1, 1.0)),
+}
+CELLS = {224: 16, 518: 49, 1036: 49}
+TRAINING_IMAGES, FEW = 10, 4
+"""Photographs beside the eight; of each kind at 1036 px, where one takes a minute."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One row.
+
+    Attributes:
+        group, name: where and as what the table shows it.
+        rate: see `frontier.schedule`. keep: shares of keys. cells: None for the size's own.
+        pairs: chooses pairs in the place of MatchTokens. calibrated: whether the predictor saw merged tokens.
+    """
+
+    group: str
+    name: str
+    rate: Rate
+    keep: Keep = 1.0
+    cells: int | None = None
+    pairs: Pairs | None = None
+    calibrated: bool = True
+
+
+def pairs_by(
+    part: Merging, qkv: Tensor, sizes: Tensor, num_heads: int, *, metric: str = "keys", power: float = 1,
+    window: int | None = None,
+) -> Tensor:  # fmt: skip
+    """MatchTokens with another metric, window, or power of the sizes."""
+    keys, values = (qkv.unflatten(-1, (3, num_heads, -1))[:, :, part_] for part_ in (1, 2))
+    made = {"keys": keys.mean(2), "all heads": keys.flatten(2), "values": values.mean(2), "features": part.seen}[metric]
+    # MatchTokens takes the mean of the heads' keys: one head holds any metric.
+    packed = torch.cat([made, made, made], -1)
+    return ops.match_tokens(
+        packed, sizes**power, num_heads=1, num_prefix=part.prefix,
+        window=window or part.window, merged=part.merged,
+    )  # fmt: skip
+
+
+def variants(size: int) -> list[Variant]:
+    """Every row of a size."""
+    usual, many = USUAL[size], size < 1000
+    rows = [Variant("schedule", "default matching", rate) for rate in SCHEDULES[size]]
+    rows += [Variant("keep", "default", usual, keep) for keep in KEEPS[size]]
+    if many:
+        tried: dict[str, dict[str, Any]] = {
+            "all heads": {"metric": "all heads"}, "values": {"metric": "values"}, "features": {"metric": "features"},
+            "sizes do not count": {"power": 0}, "roots of sizes": {"power": 0.5}, "sizes squared": {"power": 2},
+            "window 4": {"window": 4}, "window 64": {"window": 64}, "window 256": {"window": 256},
+        }  # fmt: skip
+        rows += [Variant("matching", name, usual, pairs=functools.partial(pairs_by, **x)) for name, x in tried.items()]
+        rows += [
+            Variant("sparse in one layer", f"layer {layer}", usual, (1.0,) * layer + (0.1, 1.0)) for layer in range(12)
+        ]
+        early = KEEPS[size][-2]
+        rows += [Variant("cells", f"{cells} cells", usual, early, cells=cells) for cells in (9, 16, 25, 49, 100)]
+        rows += [Variant("calibration", "on whole images", usual, 0.25, calibrated=False)]
+    return rows
+
+
+class Images:
+    """What is measured on, and the dense model's patches of it."""
+
+    def __init__(self, size: int) -> None:
+        training = sorted(split.training())
+        chosen = training[:: len(training) // TRAINING_IMAGES][:TRAINING_IMAGES]
+        few = FEW if size > 1000 else None
+        self.paths = [split.development()[:few], chosen[:few]]
+        self.images = [[torch.from_numpy(load_image(path, size)[None]) for path in paths] for paths in self.paths]
+        model: Any = load_model(material.DINOV2, weights_file(), size)
+        dense = tome.ToMe(model, [0] * len(model.blocks)).eval()
+        with torch.inference_mode():
+            self.wanted = [[dense(image)[1][0, 1:] for image in images] for images in self.images]
+
+    @torch.inference_mode()
+    def cosines(self, tokens: Callable[[Tensor], Tensor]) -> list[list[float]]:
+        """Mean patch cosine per image of either set."""
+        return [
+            [
+                float(F.cosine_similarity(tokens(x)[0, 1:], y, dim=-1).mean())
+                for x, y in zip(images, wanted, strict=True)
+            ]
+            for images, wanted in zip(self.images, self.wanted, strict=True)
+        ]
+
+
+def run(variant: Variant, images: Images, students: dict[tuple[int, bool], Path], size: int) -> dict[str, Any]:
+    """One row: fidelity and cost."""
+    folder = students[variant.cells or CELLS[size], variant.calibrated]
+    rates, named = schedule(variant.rate, 12)
+    student = load_student(folder, merge=rates, keep=variant.keep)
+    model = DeployedModel(student.model).eval()
+    for part in model.modules():
+        if isinstance(part, Merging) and variant.pairs:
+            part.forward = functools.partial(_remembering, part)
+            part.pairs = functools.partial(variant.pairs, part)
+    place = model.output_names.index("tokens")
+    found = images.cosines(lambda image: model(image)[place])
+    return {
+        "group": variant.group, "name": variant.name, "merge": named, "keep": keep_text(variant.keep),
+        "cells": variant.cells or CELLS[size], "macs": sum_of_layers(student), "development": found[0],
+        "training": found[1],
+    }  # fmt: skip
+
+
+def _remembering(part: Any, x: Tensor, *given: Any) -> Any:
+    part.seen = x
+    return Merging.forward(part, x, *given)
+
+
+def suitors(size: int, images: Images) -> dict[str, Any]:
+    """ToMe's own rule at the same rates: partners anywhere, many suitors for one."""
+    model: Any = load_model(material.DINOV2, weights_file(), size)
+    rates = list(schedule(USUAL[size], len(model.blocks))[0])
+    whole, width = model.patch_embed.num_patches + 1, model.embed_dim
+    merged = tome.ToMe(model, rates).eval()
+    found = images.cosines(lambda image: merged(image)[1])
+    return {
+        "group": "matching", "name": "ToMe's", "merge": schedule(USUAL[size], 12)[1], "keep": "1", "cells": 0,
+        "macs": tome.macs(rates, whole, width, 4 * width), "development": found[0], "training": found[1],
+    }  # fmt: skip
+
+
+def measure(size: int) -> list[dict[str, Any]]:
+    rows = variants(size)
+    images = Images(size)
+    with tempfile.TemporaryDirectory() as scratch, progress_bar(f"{size} px") as progress:
+        calibration, students = Path(scratch) / "calibration", {}
+        calibration.mkdir()
+        for path in split.calibration():
+            (calibration / path.name).symlink_to(path)
+        for cells, calibrated in {(row.cells or CELLS[size], row.calibrated) for row in rows}:
+            rate = schedule(USUAL[size], 12)[0] if calibrated else (0,)
+            students[cells, calibrated] = sparsify(
+                material.DINOV2, Path(scratch) / f"{cells}-{calibrated}", weights=weights_file(), img_size=size,
+                keep=0.25, cells=cells, merge=rate, calibrate=calibration,
+            )  # fmt: skip
+        found = [] if size > 1000 else [suitors(size, images)]
+        for number, row in enumerate(rows):
+            progress(f"{row.group}, {row.name}", number, len(rows))
+            found.append(run(row, images, students, size))
+    return found
+
+
+def show(size: int, rows: list[dict[str, Any]]) -> None:
+    cells = [
+        [row["group"], row["name"], row["merge"], row["keep"], str(row["cells"]), f"{row['macs'] / 1e9:.1f}",
+         f"{np.mean(row['development']):.4f}", f"{np.mean(row['training']):.4f}"]
+        for row in rows
+    ]  # fmt: skip
+    heads = ["", "", "merge", "keep", "cells", "G MACs", "development", "training"]
+    print_table(f"{size} px, patch cosine", heads, cells)
+
+
+def draw(size: int, rows: list[dict[str, Any]], path: Path) -> None:
+    """Error against cost; one colour per group."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axis = figure.subplots()
+    for number, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
+        mine = [row for row in rows if row["group"] == group]
+        errors = [1 - math.sqrt(np.mean(r["development"]) * np.mean(r["training"])) for r in mine]
+        axis.plot([r["macs"] / 1e9 for r in mine], errors, "o", color=f"C{number}", label=group)
+        for row, error in zip(mine, errors, strict=True):
+            label = row["merge"] if group == "schedule" else row["keep"] if group == "keep" else row["name"]
+            axis.annotate(label, (row["macs"] / 1e9, error), fontsize=6)
+    axis.set(yscale="log", xlabel="G multiply-accumulates of all layers", ylabel="1 - patch cosine", title=f"{size} px")
+    axis.grid(which="both", alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+@click.command()
+@click.option("--size", "sizes", type=click.Choice([str(size) for size in USUAL]), multiple=True, default=["518"])
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for merging_<size>.json and .png.")
+def main(sizes: tuple[str, ...], output: Path | None) -> None:
+    """See the module's documentation."""
+    for size in map(int, sizes):
+        rows = measure(size)
+        if output:
+            output.mkdir(parents=True, exist_ok=True)
+            method = {"development": [p.name for p in split.development()], "size": size}
+            result = Result("comparison", [Subject(path=material.DINOV2, sha256="")], method, {}, {"rows": rows})
+            write_result(output / f"merging_{size}.json", result)
+            draw(size, rows, output / f"merging_{size}.png")
+        show(size, rows)
+
+
+if __name__ == "__main__":
+    main()
