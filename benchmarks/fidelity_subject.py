@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class Fidelity:
 class Subject:
     """A student whose settings can be changed in place; projections are kept per way of finding them."""
 
-    def __init__(self, size: int, preset: str = "edge") -> None:
+    def __init__(self, size: int, preset: str = "edge", photographs: Sequence[Path] | None = None) -> None:
+        """`photographs`: what is measured; None for those to choose by."""
         self.size, self.preset = size, preset
         model = load_model(material.DINOV2, weights_file(), size)
         start = SparsityConfig.for_preset(preset, keep=0.5, channels=32 if preset == "paper" else None)
@@ -71,7 +72,7 @@ class Subject:
         pre = preprocessing(self.model)
         self.photographs, self.calibration = (
             [normalise(torch.from_numpy(load_image(path, size))[None], pre) for path in paths]
-            for paths in (split.development(), split.calibration())
+            for paths in (photographs or split.development(), split.calibration())
         )
         teacher = dense_twin(self.student).model
         with torch.no_grad():

@@ -38,6 +38,7 @@ from sparsifiner_edge.images import evenly, load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.profiles.measure.layers import measure_layers
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse.models import load_model
@@ -76,6 +77,8 @@ CASES = {
 }  # fmt: skip
 REQUIRED = {(518, 0.98, "fp32"): (1.15, 1.4), (1036, 0.98, "fp32"): (1.6, 2.2)}
 """Times the best rival: required, aimed at."""
+MOST_MERGING = (0.04, 0.02)
+"""Share of a layer's time that matching and merging may take at 518 px, and should."""
 
 
 @dataclasses.dataclass
@@ -108,7 +111,7 @@ def ours(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: An
     points: list[Point] = []
     depth = len(load_student(student).model.blocks)
     for rate, keep in case.budgets:
-        merge, named = schedule(rate, depth)
+        merge, named = tome.schedule(rate, depth)
         for precision in ("fp32", "int8") if int8 else ("fp32",):
             budget = f"merge {named}, keep {keep_text(keep)}"
             tell(f"export ours, {budget}, {precision}")
@@ -120,13 +123,13 @@ def ours(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: An
     return points
 
 
-def schedule(rate: int | tuple[int, float], depth: int) -> tuple[tuple[int, ...], str]:
-    """Rates of every layer, and their name."""
-    if isinstance(rate, int):
-        return (rate,), str(rate)
-    first, power = rate
-    rates = tuple(round(first * (1 - layer / (depth - 1)) ** power) for layer in range(depth))
-    return rates, f"{first}..0" + (f" ^ {power:g}" if power != 1 else "")
+def merging_in_first_layer(bundle: Path, threads: int, size: int) -> dict[str, float]:
+    """Milliseconds of all that matches and merges in the first layer, and of the whole layer."""
+    image = smooth_images(size)
+    times = measure_layers(str(bundle), "onnxruntime", threads, "native", lambda _: {"image": image}, 200)
+    rows = [row for row in times.layers if row.layer == 0]
+    whole, merging = (sum(row.ms for row in rows if part in row.name) for part in ("", ".merging."))
+    return {"layer_ms": whole, "merging_ms": merging, "share": merging / whole}
 
 
 def sum_of_layers(student: Any) -> float:
@@ -295,6 +298,7 @@ def measure(size: int, threads: int, rounds: int, int8: bool, tell: Any) -> tupl
     case = CASES[size]
     with tempfile.TemporaryDirectory() as scratch:
         points = ours(case, size, Path(scratch), threads, int8, tell)
+        first = merging_in_first_layer(Path(scratch) / "ours-0", threads, size)
         points += rivals(case, size, Path(scratch), threads, int8, tell)
         found = fidelity(points, size, tell)
         times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if size < 1000 else 1, tell)
@@ -313,7 +317,7 @@ def measure(size: int, threads: int, rounds: int, int8: bool, tell: Any) -> tupl
         if int8:
             compared[f"{wanted}, any"] = compare(points, found, times, wanted, ("fp32", "bf16", "int8"), "ours int8")
     samples = {name: {"ms": times[name].tolist(), **found[name]} for name in rows}
-    return samples, {"points": rows, "at_equal_fidelity": compared}
+    return samples, {"points": rows, "at_equal_fidelity": compared, "merging_in_first_layer": first}
 
 
 def show(size: int, found: dict[str, Any]) -> None:
@@ -331,6 +335,12 @@ def show(size: int, found: dict[str, Any]) -> None:
             f"at {label}: {row['ours_ms']:.1f} ms against {row['rival_ms']:.1f} ({row['rival']}): "
             f"{estimate['value']:.2f} times ({bounds})" + (f", required {aim[0]}, aim {aim[1]}" if aim else "")
         )
+
+    first = found["merging_in_first_layer"]
+    click.echo(
+        f"matching and merging take {first['merging_ms']:.2f} of {first['layer_ms']:.2f} ms of the first layer: "
+        f"{first['share']:.1%}, required {MOST_MERGING[0]:.0%}, aim {MOST_MERGING[1]:.0%} at 518 px"
+    )
 
 
 def draw(size: int, found: dict[str, Any], path: Path) -> None:

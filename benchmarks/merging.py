@@ -23,7 +23,7 @@ import tome
 import torch
 import torch.nn.functional as F
 from fidelity_subject import weights_file
-from frontier import schedule, sum_of_layers
+from frontier import sum_of_layers
 from torch import Tensor
 
 from sparsifiner_edge.cli.common import print_table, progress_bar
@@ -40,7 +40,7 @@ from sparsifiner_edge.sparse.student import load_student, sparsify
 Rate = int | tuple[int, float]
 Pairs = Callable[..., Tensor]
 USUAL: dict[int, Rate] = {224: (20, 1), 518: (160, 1), 1036: (700, 1)}
-"""What merges, where something else is varied: see `frontier.schedule`."""
+"""What merges, where something else is varied: see `tome.schedule`."""
 SCHEDULES: dict[int, tuple[Rate, ...]] = {
     224: (8, 10, 12, (16, 1), (20, 1), (24, 1), (24, 1.5), (28, 1.5), (32, 2)),
     518: (60, 80, 100, (160, 1), (180, 1), (200, 1.5), (240, 2), (300, 3)),
@@ -62,7 +62,7 @@ class Variant:
 
     Attributes:
         group, name: where and as what the table shows it.
-        rate: see `frontier.schedule`. keep: shares of keys. cells: None for the size's own.
+        rate: see `tome.schedule`. keep: shares of keys. cells: None for the size's own.
         pairs: chooses pairs in the place of MatchTokens. calibrated: whether the predictor saw merged tokens.
     """
 
@@ -140,7 +140,7 @@ class Images:
 def run(variant: Variant, images: Images, students: dict[tuple[int, bool], Path], size: int) -> dict[str, Any]:
     """One row: fidelity and cost."""
     folder = students[variant.cells or CELLS[size], variant.calibrated]
-    rates, named = schedule(variant.rate, 12)
+    rates, named = tome.schedule(variant.rate, 12)
     student = load_student(folder, merge=rates, keep=variant.keep)
     model = DeployedModel(student.model).eval()
     for part in model.modules():
@@ -164,12 +164,12 @@ def _remembering(part: Any, x: Tensor, *given: Any) -> Any:
 def suitors(size: int, images: Images) -> dict[str, Any]:
     """ToMe's own rule at the same rates: partners anywhere, many suitors for one."""
     model: Any = load_model(material.DINOV2, weights_file(), size)
-    rates = list(schedule(USUAL[size], len(model.blocks))[0])
+    rates = list(tome.schedule(USUAL[size], len(model.blocks))[0])
     whole, width = model.patch_embed.num_patches + 1, model.embed_dim
     merged = tome.ToMe(model, rates).eval()
     found = images.cosines(lambda image: merged(image)[1])
     return {
-        "group": "matching", "name": "ToMe's", "merge": schedule(USUAL[size], 12)[1], "keep": "1", "cells": 0,
+        "group": "matching", "name": "ToMe's", "merge": tome.schedule(USUAL[size], 12)[1], "keep": "1", "cells": 0,
         "macs": tome.macs(rates, whole, width, 4 * width), "development": found[0], "training": found[1],
     }  # fmt: skip
 
@@ -183,7 +183,7 @@ def measure(size: int) -> list[dict[str, Any]]:
         for path in split.calibration():
             (calibration / path.name).symlink_to(path)
         for cells, calibrated in {(row.cells or CELLS[size], row.calibrated) for row in rows}:
-            rate = schedule(USUAL[size], 12)[0] if calibrated else (0,)
+            rate = tome.schedule(USUAL[size], 12)[0] if calibrated else (0,)
             students[cells, calibrated] = sparsify(
                 material.DINOV2, Path(scratch) / f"{cells}-{calibrated}", weights=weights_file(), img_size=size,
                 keep=0.25, cells=cells, merge=rate, calibrate=calibration,

@@ -17,7 +17,8 @@ import click
 import numpy as np
 import onnx
 import torch
-from accuracy import SIZE, TOKENS, calibration, untrained
+from accuracy import SIZE, TOKENS, untrained
+from accuracy_images import linked
 from cpu_engines import ort_session, time_in_turn
 from fidelity_subject import local_window, weights_file
 
@@ -71,8 +72,9 @@ def points(work: Path, tell: Any) -> Iterator[Point]:
         tell(f"local window, keep {keep:g}")
         model, _ = _exported(work, edge, keep=keep)
         yield "local window", f"{keep:g}", *_windowed(model, load_student(edge, keep=keep))
+    calibration = linked(work / "calibration", split.calibration())
     whole = sparsify(material.DINOV2, work / "pareto-whole", weights=weights_file(), img_size=SIZE, keep=1,
-                     token_keep=parse_token_keep(TOKENS), calibrate=calibration(work / "calibration"))  # fmt: skip
+                     token_keep=parse_token_keep(TOKENS), calibrate=calibration)  # fmt: skip
     for share in SHARES:
         tell(f"pruning alone, {share:g}")
         pruned = tuple((layer, share) for layer, _ in parse_token_keep(TOKENS))

@@ -30,6 +30,15 @@ def falling(first: int, depth: int) -> list[int]:
     return [round(first * (1 - layer / (depth - 1))) for layer in range(depth)]
 
 
+def schedule(rate: int | tuple[int, float], depth: int) -> tuple[tuple[int, ...], str]:
+    """Rates of every layer, and their name."""
+    if isinstance(rate, int):
+        return (rate,), str(rate)
+    first, power = rate
+    rates = tuple(round(first * (1 - layer / (depth - 1)) ** power) for layer in range(depth))
+    return rates, f"{first}..0" + (f" ^ {power:g}" if power != 1 else "")
+
+
 class ToMe(nn.Module):
     """uint8 images [B,H,W,3] -> class features [B,C] and tokens [B,N,C], merged at given rates per layer."""
 

@@ -64,7 +64,7 @@ def test_make_demo(tmp_path: Path) -> None:
         f"BIN={Path(sys.executable).parent}",
     ]
     out = run(command, ROOT)
-    assert "518 px, merge 160..0, keep 0.5" in out
+    assert "518 px, merge 160..0, keep 0.1,0.1,0.2,1" in out
     assert f"Kernels: native, {native.target()}." in out
     result = read_result(tmp_path / "demo" / "result.json")
     found = list(result["statistics"].values())

@@ -92,7 +92,7 @@ class DemoResult(Declared, frozen=True):
     statistics: dict[str, RowFigures]
 
 
-SETTINGS = (Setting(224, (8,), 1.0, 16), Setting(518, (160, 0), 0.5, 49))
+SETTINGS = (Setting(224, (8,), 1.0, 16), Setting(518, (160, 0), (0.1, 0.1, 0.2, 1.0), 49))
 DRAWN_KEEP = 0.1
 """Share of keys in the drawn layer, where nothing is merged."""
 LAYER = 8

@@ -1,0 +1,95 @@
+"""The images that `accuracy.py` trains on and measures with: photographs in crops, and some of Fashion-MNIST.
+
+Every sixth file of a photograph is held out with all its crops, and some of them decide which checkpoint is kept. (One
+wallpaper comes in two sizes, on both sides.)
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fashion import fashion_mnist
+from PIL import Image
+
+from sparsifiner_edge.demo import split
+from sparsifiner_edge.images import evenly, open_image
+
+SIZE = 224
+DETAIL = 5.0
+"""Mean difference of neighbouring pixels, of 255, that a crop has at least: the rest are skies and abstract art."""
+CROPS, FASHION_IMAGES, GALLERY = 30, 300, 5000
+MORE_FASHION = 10100
+"""Images of Fashion-MNIST for the student `tokens`, none of them in the gallery; every 101st is held out."""
+HELD_OUT = 6
+"""Of so many photographs one is held out."""
+
+
+def collect(folder: Path) -> Path:
+    """The images to train on, in `train`, and those that decide, in `held-out`."""
+    if folder.exists():
+        return folder
+    made = folder.with_suffix(".part")
+    shutil.rmtree(made, ignore_errors=True)  # of a run that was stopped
+    scratch, held_out = made / "train", made / "held-out"
+    for part in (scratch, held_out):
+        part.mkdir(parents=True)
+    for number, path in enumerate(split.training()):
+        decides = number % HELD_OUT == 0
+        for name, picture in _crops(path, number):
+            if not decides or name in ("whole", "crop1", "crop2", "crop3"):
+                file = f"photograph{number:03d}-{name}.jpg"
+                picture.save((held_out if decides else scratch) / file, quality=95)
+    for path in split.calibration():
+        (scratch / path.name).symlink_to(path)
+    fashion = fashion_mnist("train").first(FASHION_IMAGES)
+    for number in range(len(fashion)):
+        Image.fromarray(fashion.load(number, 28)).save(scratch / f"fashion{number:04d}.png")
+    made.rename(folder)
+    return folder
+
+
+def collect_fashion(folder: Path, others: Path) -> Path:
+    """The images of `collect`, those of Fashion-MNIST replaced by many more."""
+    if folder.exists():
+        return folder
+    made = folder.with_suffix(".part")
+    shutil.rmtree(made, ignore_errors=True)
+    for part in ("train", "held-out"):
+        (made / part).mkdir(parents=True)
+        for path in (others / part).iterdir():
+            if not path.name.startswith("fashion"):
+                (made / part / path.name).symlink_to(path.resolve())
+    fashion = fashion_mnist("train")
+    gallery = set(evenly(range(len(fashion)), GALLERY))
+    for place, number in enumerate(evenly([n for n in range(len(fashion)) if n not in gallery], MORE_FASHION)):
+        part = "train" if place % 101 else "held-out"
+        Image.fromarray(fashion.load(number, 28)).save(made / part / f"fashion{place:04d}.png")
+    made.rename(folder)
+    return folder
+
+
+def _crops(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
+    """The centre square, and random squares, at twice the size that is trained on, or less."""
+    rng = np.random.default_rng(seed)
+    picture = open_image(path)
+    short = min(picture.size)
+    for number in range(CROPS + 1):
+        side = short if number == 0 else int(short * rng.uniform(0.2, 0.7))
+        left, top = (int((length - side) * (0.5 if number == 0 else rng.random())) for length in picture.size)
+        crop = picture.crop((left, top, left + side, top + side)).resize((min(side, 2 * SIZE),) * 2)
+        grey = np.asarray(crop.resize((SIZE, SIZE)).convert("L"), dtype=float)
+        if np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean() >= 2 * DETAIL:
+            yield ("whole" if number == 0 else f"crop{number}"), crop
+
+
+def linked(folder: Path, paths: Sequence[Path]) -> Path:
+    """Images as a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        if not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+    return folder
