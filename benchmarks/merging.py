@@ -103,10 +103,10 @@ def variants(size: int) -> list[Variant]:
         }  # fmt: skip
         rows += [Variant("matching", name, usual, pairs=functools.partial(pairs_by, **x)) for name, x in tried.items()]
         rows += [
-            Variant("sparse in one layer", f"layer {layer}", usual, (1.0,) * layer + (0.1, 1.0)) for layer in range(12)
+            Variant("sparse in one layer", f"layer {layer}", usual, ((1.0,) * layer + (0.1, 1.0))[:12])
+            for layer in range(12)
         ]
-        early = KEEPS[size][-2]
-        rows += [Variant("cells", f"{cells} cells", usual, early, cells=cells) for cells in (9, 16, 25, 49, 100)]
+        rows += [Variant("cells", f"{cells} cells", usual, 0.25, cells=cells) for cells in (9, 16, 25, 49, 100)]
         rows += [Variant("calibration", "on whole images", usual, 0.25, calibrated=False)]
     return rows
 
