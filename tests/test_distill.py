@@ -332,8 +332,8 @@ def test_merging_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path:
     trained = load_student(tmp_path / "out", merge=(6,))
     assert trained.sparsity.merge == (6,)
     assert load_student(tmp_path / "out").sparsity.merge == ()  # its own budget stays what it was
-    with pytest.raises(ConfigError, match="merging 60 tokens in layer"):
-        distill_student(start, folder, tmp_path / "x", overrides=(*SHORT, 'budgets.merge=["60"]'))
+    with pytest.raises(ConfigError, match="merge has 3 rates"):
+        distill_student(start, folder, tmp_path / "x", overrides=(*SHORT, 'budgets.merge=["3,2,1"]'))
 
 
 def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

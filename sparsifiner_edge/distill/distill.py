@@ -184,7 +184,9 @@ def _summary(training: Training, state: TrainingState, teacher: Student, recipe:
     fidelity = Fidelity()
     if state.fidelity:
         cosines = zip(training.budgets(), state.cosines[0], state.cosines[state.best_step], strict=True)
-        each = [BudgetFidelity(budget.keep, budget.token_keep, *pair, budget.merge) for budget, *pair in cosines]
+        each = [
+            BudgetFidelity(budget.keep, budget.token_keep, start, best, budget.merge) for budget, start, best in cosines
+        ]
         fidelity = Fidelity(start=state.fidelity[0], best=state.fidelity[state.best_step], budgets=each)
     source, origin = training.source, teacher.provenance.weights or Weights()
     return TrainingSummary(

@@ -61,7 +61,7 @@ def test_no_weights_and_no_net(tmp_path: Path) -> None:
         (["--keep", "1.5"], ["keep is 1.5"]),
         (["--keep", "nan"], ["keep is nan"]),
         (["--keep", "inf"], ["keep is inf"]),
-        (["--keep", "half"], ["'half' is not a valid float"]),
+        (["--keep", "half"], ["keep is 'half'", "such as 0.25"]),
         (["--tile", "0"], ["tile is 0"]),
         (["--tile", "-16"], ["tile is -16"]),
         (["--tile", "10", "--probe", "4"], ["tile 10 is not a multiple of probe 4", "divides the tile"]),
