@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import stats
@@ -33,8 +34,8 @@ _STAGES = ("preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms")
 
 def bare_ms(bundle: Path, frames: int, threads: int | None) -> list[float]:
     """Milliseconds of each call of the bare model."""
-    size = open_bundle(bundle).image_size
-    image = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+    size = height_width(open_bundle(bundle).image_size)
+    image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
     taken = []
     with open_session(bundle, "onnxruntime", threads) as session:
         for _ in range(frames):

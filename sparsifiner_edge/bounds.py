@@ -1,10 +1,12 @@
-"""Limits of numbers that come from outside: command lines, configurations, manifests. One place for all of them."""
+"""Limits of numbers that come from outside: command lines, configurations, manifests. One place for all of them. And
+the size of an image, which all of those say."""
 
 from __future__ import annotations
 
 import math
+import operator
 import re
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 from sparsifiner_edge.errors import ConfigError
 
@@ -22,6 +24,8 @@ MOST_CLASSES = 1 << 17
 """Classes of a classifier: six times those of the largest image data sets."""
 MOST_DEPTH = 64
 """Nesting of lists and objects in what is read; our files have ten levels."""
+ImageSize: TypeAlias = int | tuple[int, int]
+"""Pixels of an image: along each side of a square, or height and width."""
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 
 
@@ -39,6 +43,31 @@ def whole_number(text: str, name: str, least: int = 0, most: int = MOST_COUNT) -
     if number is None or not least <= number <= most:
         raise ConfigError(f"{name} is {text:.40}.", f"Give a whole number from {least} to {most}.")
     return number
+
+
+def height_width(size: int | tuple[int, ...]) -> tuple[int, int]:
+    """Height and width in pixels, of a square too.
+
+    Raises:
+        ConfigError: the size is neither one whole number nor two.
+    """
+    try:
+        height, width = map(operator.index, size if isinstance(size, (tuple, list)) else (size, size))
+    except (TypeError, ValueError) as error:
+        fix = "Give one whole number for a square, or two: height and width."
+        raise ConfigError(f"The image size is {size!r:.80}.", fix) from error
+    return height, width
+
+
+def size_of(height: int, width: int) -> ImageSize:
+    """A size as files hold it: one number for a square."""
+    return height if height == width else (height, width)
+
+
+def size_text(size: ImageSize) -> str:
+    """Such as "224", or "294x518", height first: as `--img-size` takes it."""
+    height, width = height_width(size)
+    return f"{height}" if height == width else f"{height}x{width}"
 
 
 def finite_number(value: float, name: str, least: float = 0.0, most: float = MOST_SECONDS) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.arrays import Pixels
-from sparsifiner_edge.bounds import MOST_SIDE
+from sparsifiner_edge.bounds import MOST_SIDE, ImageSize, height_width, size_text
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError, MissingExtraError
 from sparsifiner_edge.files import open_regular
 
@@ -67,25 +67,51 @@ def class_order(folders: Iterable[str], labels: Sequence[str]) -> tuple[str, ...
     return tuple(labels)
 
 
-def load_image(path: Path, size: int) -> Pixels:
-    """Centre square of an image, resized bicubically: uint8 RGB [size, size, 3].
+def load_image(path: Path, size: ImageSize) -> Pixels:
+    """The centre of an image, resized bicubically: uint8 RGB [height, width, 3]; see `centred`.
 
     Raises:
         ImageError: the file is missing, not a regular file, truncated, no image, or absurdly large.
-        ConfigError: the size is beyond `MOST_SIDE`.
+        ConfigError: the size is beyond `MOST_SIDE`, or none.
     """
-    if size > MOST_SIDE:
-        raise ConfigError(f"Images of {size} px were requested.", f"Use at most {MOST_SIDE} pixels along a side.")
+    height, width = height_width(size)
+    if max(height, width) > MOST_SIDE:
+        fix = f"Use at most {MOST_SIDE} pixels along a side."
+        raise ConfigError(f"Images of {size_text(size)} px were requested.", fix)
 
-    def square(image: Any) -> Pixels:
-        image.draft("RGB", (size, size))
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        centre = image.crop((left, top, left + side, top + side))
-        return np.array(centre.convert("RGB").resize((size, size), _pillow().Resampling.BICUBIC))
+    def read(image: Any) -> Pixels:
+        image.draft("RGB", (width, height))
+        return np.array(centred(image, size))
 
-    image: Pixels = _use(path, square)
+    image: Pixels = _use(path, read)
     return image
+
+
+def centred(image: Any, size: ImageSize) -> Any:
+    """What `centre_box` takes of a Pillow image, resized bicubically to `size`: Pillow's RGB image."""
+    own_width, own_height = image.size
+    height, width = height_width(size)
+    centre = image.crop(centre_box(own_width, own_height, size))
+    return centre.convert("RGB").resize((width, height), _pillow().Resampling.BICUBIC)
+
+
+def centre_box(width: int, height: int, size: ImageSize) -> tuple[int, int, int, int]:
+    """The largest box of the shape of `size` about the centre of an image of width x height pixels.
+
+    Returns:
+        Left, top, right, bottom in pixels.
+    """
+    rows, columns = height_width(size)
+    across = min(width, max(1, round(height * columns / rows)))
+    down = min(height, max(1, round(width * rows / columns)))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
+
+
+def centre_text(size: ImageSize) -> str:
+    """How manifests and results name what `centre_box` takes: "centre square" or "centre rectangle"."""
+    height, width = height_width(size)
+    return "centre square" if height == width else "centre rectangle"
 
 
 def resized(pixels: npt.NDArray[np.uint8], size: int) -> Pixels:

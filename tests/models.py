@@ -33,7 +33,6 @@ def student(name: str = TINY, sparsity: SparsityConfig = TINY_CONFIG, **options:
 
 
 def images(model: Backbone, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    """Random float images [batch,3,S,S]."""
+    """Random float images [batch,3,H,W]."""
     generator = torch.Generator().manual_seed(seed)
-    side = model.patch_embed.img_size[0]
-    return torch.randn(batch, 3, side, side, generator=generator)
+    return torch.randn(batch, 3, *model.patch_embed.img_size, generator=generator)

@@ -92,6 +92,13 @@ def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, 
     assert record.top[0].label == "green"
 
 
+def test_accuracies_of_a_rectangle(made: dict[str, Path], tmp_path: Path) -> None:
+    subject = save_student(student(num_classes=0, img_size=(96, 160)), tmp_path / "student")
+    result = evaluate_student(subject, made["queries"], metric="knn", gallery=made["gallery"])
+    assert result["method"]["preprocessing"] == "centre rectangle, bicubic to 96x160 px"
+    assert result["statistics"]["subject_percent"] == result["statistics"]["teacher_percent"] == 100
+
+
 def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], tmp_path: Path) -> None:
     """A classifier's own order, which is not the alphabet's."""
     evaluate_student(made["student"], made["queries"], metric="linear", gallery=made["gallery"], head=tmp_path / "head")

@@ -213,6 +213,14 @@ def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
         distill_student(start, folder / "cats", tmp_path / "x", labels=True, overrides=SHORT)
 
 
+def test_students_of_rectangles_train(folder: Path, tmp_path: Path) -> None:
+    start = save_student(student(num_classes=2, img_size=(96, 160)), tmp_path / "start")
+    summary = distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "pictures.cut_mix=0.5"))
+    assert summary.steps == 6
+    assert all(np.isfinite(losses(tmp_path / "out")))
+    assert load_student(tmp_path / "out").img_size == (96, 160)
+
+
 def test_mixed_images_hold_a_rectangle_of_their_neighbour(folder: Path, start: Path, tmp_path: Path) -> None:
     plan, found = read_recipe("cpu", (*SHORT, "pictures.cut_mix=0.5")), load_student(start)
     training = Training(

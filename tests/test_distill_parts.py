@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.data import (
@@ -18,11 +20,13 @@ from sparsifiner_edge.distill.data import (
     augmentation,
     batches,
     folder_source,
+    seeded,
 )
 from sparsifiner_edge.distill.losses import Distiller, at_positions
 from sparsifiner_edge.distill.recipe import Images, Losses, Phase, Recipe, names, read_recipe
 from sparsifiner_edge.distill.train import Training, digest, joint_fidelity, make_accelerator, make_optimiser
 from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.images import load_image, open_image
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.patch import final_tokens
@@ -85,6 +89,28 @@ def test_what_a_worker_meets_is_told_as_it_is(workers: int, folder: Path, tmp_pa
     )
     with pytest.raises(ImageError, match=r"^None of the 10 images can be read\.\n  Look at \S+\.png, for instance\.$"):
         next(drawn)
+
+
+@pytest.mark.parametrize("size", [32, (24, 40), (40, 24)])
+def test_images_of_any_shape(size: Any, folder: Path) -> None:
+    path = folder / "dogs" / "00.png"
+    image = open_image(path)
+    whole = augmentation(size, Images(smallest_crop=1, flip=False))(image)
+    assert torch.equal(whole, torch.from_numpy(load_image(path, size)).permute(2, 0, 1))
+    drawn = seeded(augmentation(size, Images(smallest_crop=0.99, flip=False)), image, 0)
+    assert drawn.shape == whole.shape
+
+
+@pytest.mark.parametrize("size", [(20, 80), (80, 20), (40, 40)])
+def test_random_crops_have_the_shape_of_the_model(size: tuple[int, int]) -> None:
+    """A gradient from left to right and one from top to bottom: how much of each a crop holds tells its sides."""
+    across, down = np.meshgrid(np.arange(256), np.arange(256))
+    image = Image.fromarray(np.stack([across, down, 0 * down], -1).astype(np.uint8))
+    shapes = []
+    for seed in range(40):
+        red, green, _ = seeded(augmentation(size, Images(smallest_crop=0.05, flip=False)), image, seed).int()
+        shapes.append(float(np.ptp(red.numpy()) / np.ptp(green.numpy())))
+    assert float(np.median(shapes)) == pytest.approx(size[1] / size[0], rel=0.25)
 
 
 def test_epochs_are_counted_over_all_processes(folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from sparsifiner_edge.evaluate.explain import draw, explain
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.results import check_result
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.models import student, vit
 from tests.once import Once
@@ -80,6 +81,47 @@ def test_what_cannot_be_compared(made: dict[str, Path]) -> None:
         evaluate_student(made["student"], made["pictures"], metric="bleu")
     with pytest.raises(ImageError, match="does not exist"):
         evaluate_student(made["student"], made["pictures"] / "none")
+
+
+def test_rectangles(made: dict[str, Path], tmp_path: Path) -> None:
+    size, weights = (96, 160), tmp_path / "w.safetensors"
+    one = student(img_size=size)
+    save_student(one, tmp_path / "student")
+    save_file(vit(img_size=size).state_dict(), weights)
+    bundle = export_bundle(tmp_path / "student", tmp_path / "bundle", tokens=True)
+    own = evaluate_student(tmp_path / "student", made["pictures"])
+    other = evaluate_student(bundle, made["pictures"], against="test_vit", weights=weights)
+    assert own["method"]["preprocessing"] == other["method"]["preprocessing"]
+    assert own["method"]["preprocessing"] == "centre rectangle, bicubic to 96x160 px"
+    assert means(other) == pytest.approx(means(own), abs=1e-3)
+    assert 0.5 < means(own)["patches_cosine"] < 0.99999
+    with pytest.raises(ConfigError, match="The subject takes 96x160 px, the teacher 160 px"):
+        evaluate_student(bundle, made["pictures"], against=made["dense"])
+    with Model(bundle, "onnxruntime", None) as model:
+        check_stills(model, made["pictures"], tmp_path)
+        (record,) = run_images(model, made["pictures"] / "2.png")
+    with Image.open(made["pictures"] / "2.png") as image:  # 200 x 200: the middle 120 rows are as the model is shaped
+        middle = image.crop((0, 40, 200, 160)).resize((160, 96), Image.Resampling.BICUBIC)
+    with open_session(bundle) as session:
+        logits = session.infer({"image": np.asarray(middle)[None]})["logits"][0]
+    assert record.top is not None
+    assert record.top[0].number == logits.argmax()
+    assert record.top[0].probability == pytest.approx(np.exp(logits.max()) / np.exp(logits).sum(), abs=1e-4)
+
+
+def test_an_explained_rectangle(made: dict[str, Path], tmp_path: Path) -> None:
+    one = student(img_size=(96, 160))
+    (found,) = explain(one, smooth_images((96, 160))[0], [(5, 7)], layer=3)
+    assert found.tile.shape == found.attention.shape == found.selected.shape == (6, 10)
+    assert found.tile[5, 7] == 1
+    with pytest.raises(ConfigError, match="outside the 6 x 10 grid"):
+        explain(one, smooth_images((96, 160))[0], [(7, 5)], layer=3)
+    draw(one, made["pictures"] / "0.png", 3, tmp_path / "wide.png")
+    draw(student(img_size=(160, 96)), made["pictures"] / "0.png", 3, tmp_path / "tall.png")
+    for name, size in (("wide.png", (800, 528)), ("tall.png", (480, 848))):
+        with Image.open(tmp_path / name) as drawn:
+            assert drawn.size == size
+            assert np.asarray(drawn).std() > 10
 
 
 def test_explanation_maps(made: dict[str, Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import sparsifiner_edge as se
 from sparsifiner_edge.errors import ConfigError, SparsifinerError, UnsupportedModelError
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.models import normalise, preprocessing
+from sparsifiner_edge.sparse.models import load_model, normalise, preprocessing
 from tests.models import TINY, images, vit
 
 pytestmark = pytest.mark.slow
@@ -57,6 +57,20 @@ def test_it_is_what_a_folder_holds(
     assert same(model.state_dict(), safetensors.torch.load_file(folder / "model.safetensors"))
     x = images(model)
     assert torch.equal(model(x), se.load_student(folder).model(x))
+
+
+def test_a_rectangle_is_what_a_folder_holds(tmp_path: Path, tiny_weights: Path, pictures: Path) -> None:
+    size = (320, 128)
+    folder = se.sparsify(TINY, tmp_path / "student", weights=tiny_weights, img_size=size, calibrate=pictures)
+    model = load_model(TINY, tiny_weights, size)
+    # 20 x 8 patches: learnt at 16 x 6.
+    seen = torch.cat([torch.from_numpy(load_image(path, (256, 96)))[None] for path in list_images(pictures)])
+    se.sparsify_model(model, calibrate=normalise(seen, preprocessing(model)))
+    assert same(model.state_dict(), safetensors.torch.load_file(folder / "model.safetensors"))
+    found = se.load_student(folder)
+    assert found.img_size == size
+    x = images(model)
+    assert torch.equal(model(x), found.model(x))
 
 
 def test_a_predictor_learns_at_sixteen_patches_a_side_whatever_is_given() -> None:

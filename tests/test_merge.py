@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparsifiner_edge as se
+from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, open_bundle
 from sparsifiner_edge.config import LEAST_PATCHES, SparsityConfig, parse_merge
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.slow
 
 MERGED = SparsityConfig(keep=0.4, cells=4, channels=8, merge=(12, 2))
 ALONE = SparsityConfig(keep=1, merge=(8,))
+EVA_MERGED = dataclasses.replace(MERGED, merge=(4, 0))
 ROTARY = {"eva02_tiny_patch14_224": 112, "vit_small_patch16_dinov3": 128, "vit_small_patch16_rope_mixed_224": 128}
 
 
@@ -207,13 +209,20 @@ def test_the_published_method_merges_nothing() -> None:
 
 @pytest.mark.parametrize("batch", [1, "dynamic"])
 @pytest.mark.parametrize(
-    ("name", "sparsity"),
-    [(TINY, MERGED), (TINY, ALONE), ("eva02_tiny_patch14_224", dataclasses.replace(MERGED, merge=(4, 0)))],
-    ids=["both", "alone", "eva"],
+    ("name", "size", "sparsity"),
+    [
+        (TINY, 160, MERGED),
+        (TINY, (96, 160), MERGED),
+        (TINY, 160, ALONE),
+        ("eva02_tiny_patch14_224", 112, EVA_MERGED),
+        ("eva02_tiny_patch14_224", (84, 140), EVA_MERGED),
+    ],
+    ids=["both", "rectangle", "alone", "eva", "eva rectangle"],
 )
-def test_exported_files_merge_as_torch_does(name: str, sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:
-    options = {"img_size": 112} if name != TINY else {}
-    folder = save_student(student(name, sparsity, **options), tmp_path / "s")
+def test_exported_files_merge_as_torch_does(
+    name: str, size: ImageSize, sparsity: SparsityConfig, batch: Any, tmp_path: Path
+) -> None:
+    folder = save_student(student(name, sparsity, img_size=size), tmp_path / "s")
     bundle = open_bundle(export_bundle(folder, tmp_path / "b", batch=batch))
     manifest = bundle.manifest
     assert manifest.check is not None

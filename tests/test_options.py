@@ -21,6 +21,28 @@ TAKES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ([], None),
+        (["--img-size", "518"], 518),
+        (["--img-size=518"], 518),
+        (["--img-size", "294", "518"], (294, 518)),
+        (["--img-size", "294x518"], (294, 518)),
+        (["--img-size=294x518"], (294, 518)),
+        (["--img-size", "518", "518"], 518),
+        (["--img-size", "7", "8", "--img-size", "294", "518"], (294, 518)),
+    ],
+)
+@pytest.mark.parametrize(("name", "argument"), [("sparsify", "model"), ("export", "source")])
+def test_an_image_size_is_one_number_or_two(name: str, argument: str, given: list[str], size: object) -> None:
+    command = importlib.import_module(f"sparsifiner_edge.cli.{name}").command
+    for words in ([*given, "thing", "-o", "x"], ["thing", *given, "-o", "x"], ["thing", "-o", "x", *given]):
+        found = command.make_context(name, list(words)).params
+        assert (found["img_size"], found[argument]) == (size, "thing")
+    assert command.make_context(name, ["-o", "x", "--", "--img-size"]).params[argument] == "--img-size"
+
+
 @pytest.mark.parametrize("name", TAKES)
 def test_options_are_arguments(name: str) -> None:
     command = importlib.import_module(f"sparsifiner_edge.cli.{name}").command

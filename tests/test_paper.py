@@ -15,6 +15,7 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.ops import reference
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, sparse_layers
+from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of
 from tests.models import images, student, vit
@@ -118,6 +119,23 @@ def test_pooled_start_reads_the_class_token_everywhere() -> None:
     lists = layer.indices(torch.randn(1, 101, 192))
     assert bool((lists[..., 0] == 0).all())
     assert np.isclose(float(layer.select.down.detach().sum(0)[0]), 1.0)
+
+
+@pytest.mark.parametrize("size", [160, (64, 400)])
+def test_landmarks_are_runs_of_the_curve_over_the_images_own_grid(size: int | tuple[int, int]) -> None:
+    made = student(sparsity=PAPER, img_size=size)
+    curve = torch.from_numpy(inverse(hilbert_order(*made.model.patch_embed.grid_size)))
+    for layer in sparse_layers(made.model):
+        down = layer.select.down.detach()
+        assert torch.equal(down[1:].argmax(1), curve * down.shape[1] // 100)
+
+
+def test_the_published_predictor_stays_at_its_size(tmp_path: Path) -> None:
+    save_student(student(sparsity=PAPER, img_size=(64, 400)), tmp_path / "s")
+    assert load_student(tmp_path / "s").img_size == (64, 400)
+    for other in ((400, 64), 160, 208):
+        with pytest.raises(ConfigError, match="published predictor is tied to its tokens"):
+            load_student(tmp_path / "s", img_size=other)
 
 
 def test_what_does_not_go_with_the_paper() -> None:

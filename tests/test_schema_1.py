@@ -63,6 +63,9 @@ def test_a_manifest_of_a_real_export() -> None:
     assert [spec.name for spec in manifest.outputs] == ["logits", "features"]
     assert manifest.costs["total_macs"] < manifest.dense_costs["total_macs"]
     assert manifest.shape is None
+    assert manifest.preprocessing is not None
+    assert (manifest.preprocessing.size, manifest.preprocessing.resize) == (160, "centre square, bicubic")
+    assert open_bundle(OLD / "bundle").image_size == 8
 
 
 @pytest.mark.parametrize("entry", ["check", "retiled", "measured", "quantisation", "float16"])
@@ -123,6 +126,7 @@ def test_a_student(tmp_path: Path) -> None:
     loaded = load_student(tmp_path)
     assert write_record(loaded.provenance) == config["provenance"]
     assert loaded.sparsity.to_dict() == config["sparsity"]
+    assert loaded.img_size == 160
     save_student(loaded, tmp_path / "again")
     assert json.loads((tmp_path / "again" / STUDENT_FILE).read_text()) == config
     x = images(vit())

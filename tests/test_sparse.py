@@ -50,13 +50,23 @@ SUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_nearly_everything_kept_gives_nearly_the_dense_model(name: str) -> None:
-    dense = vit(name, **SUPPORTED[name])
+RECTANGLES = {
+    "test_vit": (96, 160),
+    "eva02_tiny_patch14_224": (70, 126),
+    "vit_small_patch16_dinov3": (112, 64),
+    "vit_small_patch16_rope_mixed_224": (64, 112),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*SUPPORTED.items(), *((name, {"img_size": size}) for name, size in RECTANGLES.items())]
+)
+def test_nearly_everything_kept_gives_nearly_the_dense_model(name: str, options: dict[str, Any]) -> None:
+    dense = vit(name, **options)
     x = images(dense)
     with torch.no_grad():
         expected, expected_head = dense.forward_features(x), dense(x)
-        made = student(name, FULL, **SUPPORTED[name])
+        made = student(name, FULL, **options)
         got, head = made.model.forward_features(x), made.model(x)
     assert len(sparse_layers(made.model)) == len(made.model.blocks)
     assert cosine_similarity(got, expected, dim=-1).min() > 0.999
@@ -85,15 +95,19 @@ def eva(**options: Any) -> Eva:
     return model
 
 
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
 @pytest.mark.parametrize("options", EVA.values(), ids=EVA)
-def test_every_way_that_timm_stores_and_turns_queries_is_the_same_attention(options: dict[str, Any]) -> None:
-    dense, made = eva(**options), eva(**options)
-    layout = FULL.layout(64, 1)
+def test_every_way_that_timm_stores_and_turns_queries_is_the_same_attention(
+    options: dict[str, Any], size: tuple[int, int]
+) -> None:
+    dense, made = eva(img_size=size, **options), eva(img_size=size, **options)
+    patches = made.patch_embed.num_patches
+    layout = FULL.layout(patches, 1)
     make_model_sparse(made, dataclasses.replace(FULL, keep=0.999, cells=0))
     for layer in sparse_layers(made):
         # Everything listed: sparse attention is then dense attention, and only packing could differ.
-        layer.layout = dataclasses.replace(layout, keys=64, cell=0)
-    x = torch.randn(2, 3, 64, 64)
+        layer.layout = dataclasses.replace(layout, keys=patches, cell=0)
+    x = torch.randn(2, 3, *size)
     with torch.no_grad():
         torch.testing.assert_close(made.forward_features(x), dense.forward_features(x), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(made(x), dense(x), atol=1e-5, rtol=1e-4)
@@ -314,6 +328,10 @@ def test_calibration_is_recorded_and_repeatable(tmp_path: Path) -> None:
     first, second = (calibrate_student(student(), tmp_path) for _ in range(2))
     assert first.provenance.calibration is not None
     assert first.provenance.calibration.files == ["0.png", "1.png", "2.png"]
+    assert first.provenance.calibration.img_size == 160
+    wide = calibrate_student(student(img_size=(320, 640)), tmp_path).provenance.calibration
+    assert wide is not None
+    assert wide.img_size == (128, 256)  # at most sixteen patches along the longer side
     for a, b in zip(sparse_layers(first.model), sparse_layers(second.model), strict=True):
         assert torch.equal(a.select.proj_q, b.select.proj_q)
 

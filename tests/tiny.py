@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from sparsifiner_edge.bounds import ImageSize, height_width
 from tests.seal import seal_bundle
 
 DOMAIN = "sparsifiner"
@@ -20,27 +21,29 @@ def make_bundle(
     *,
     depth: int = 1,
     width: int = 8,
-    size: int = 4,
+    size: ImageSize = 4,
     batch: int | str = "batch",
     function: bool = False,
     ballast_mb: int = 0,
     dtype: type = np.float32,
     **manifest: Any,
 ) -> Path:
-    """A bundle of `depth` MatMuls over `size`^2 tokens of `width` channels: `image` uint8 -> `features` [batch, width].
+    """A bundle of `depth` MatMuls over one token of `width` channels per pixel: `image` uint8 -> `features`
+    [batch, width].
 
     `function` puts a node of domain sparsifiner, with a body, before the output; `ballast_mb` adds that much weight.
     """
     folder.mkdir(parents=True)
-    model = _model(depth, width, size, batch, function, ballast_mb, dtype)
+    sides = height_width(size)
+    model = _model(depth, width, sides, batch, function, ballast_mb, dtype)
     onnx.save(model, folder / "model.onnx")
-    image = np.random.default_rng(1).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+    image = np.random.default_rng(1).integers(0, 256, (1, *sides, 3), dtype=np.uint8)
     golden = ReferenceEvaluator(model).run(["features"], {"image": image})[0]
     np.savez(folder / "golden.npz", **{"input.image": image, "output.features": golden})
     content = {
         "name": folder.name,
         "precision": "fp32",
-        "inputs": [{"name": "image", "dtype": "uint8", "shape": [batch, size, size, 3], "layout": "NHWC"}],
+        "inputs": [{"name": "image", "dtype": "uint8", "shape": [batch, *sides, 3], "layout": "NHWC"}],
         "outputs": [{"name": "features", "dtype": np.dtype(dtype).name, "shape": [batch, width]}],
         "tolerances": {"features": 1e-5},
     }
@@ -49,7 +52,7 @@ def make_bundle(
 
 
 def _model(
-    depth: int, width: int, size: int, batch: int | str, function: bool, ballast_mb: int, dtype: type
+    depth: int, width: int, sides: tuple[int, int], batch: int | str, function: bool, ballast_mb: int, dtype: type
 ) -> onnx.ModelProto:
     random = np.random.default_rng(0)
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
@@ -77,7 +80,7 @@ def _model(
     graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, size, size, 3])],
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, *sides, 3])],
         [helper.make_tensor_value_info("features", kind, [batch, width])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )

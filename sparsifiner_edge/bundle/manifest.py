@@ -22,6 +22,8 @@ BUNDLE_SCHEMA = 2
 MODEL_FILE = "model.onnx"
 AGAIN = "Export the bundle again."
 _Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
+_ImageSize = _Side | Annotated[tuple[_Side, ...], Meta(min_length=2, max_length=2)]
+"""`bounds.ImageSize`. (msgspec 0.22 crashes on a tuple of fixed length beside a number with limits.)"""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
@@ -58,11 +60,12 @@ class Preprocessing(msgspec.Struct, frozen=True):
     """What is done to an image before the model, and what the model does itself.
 
     Attributes:
-        size: pixels along a side. resize: how an image gets there, such as "centre square, bicubic".
+        size: pixels, one number for a square, else height and width.
+        resize: how an image gets there, "centre square, bicubic" or "centre rectangle, bicubic".
         folded: mean, standard deviation and scale, which the file applies.
     """
 
-    size: _Side
+    size: _ImageSize
     resize: str = "centre square, bicubic"
     folded: Folded | None = None
 

@@ -26,6 +26,7 @@ from sparsifiner_edge.artifacts import (
     sha256,
     unlisted_engines,
 )
+from sparsifiner_edge.bounds import ImageSize, height_width, size_of
 from sparsifiner_edge.bundle.manifest import (
     AGAIN,
     BUNDLE_SCHEMA,
@@ -162,13 +163,13 @@ class Bundle:
         return value
 
     @property
-    def image_size(self) -> int:
-        """Pixels along a side that it takes.
+    def image_size(self) -> ImageSize:
+        """Pixels of the images that it takes: one number for a square.
 
         Raises:
             ArtifactError: the manifest does not say.
         """
-        return self.required(self.manifest.preprocessing, "preprocessing").size
+        return size_of(*height_width(self.required(self.manifest.preprocessing, "preprocessing").size))
 
     @property
     def precision(self) -> str:

@@ -14,6 +14,7 @@ from msgspec import to_builtins
 from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Pixels
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.camera.backoff import Backoff
 from sparsifiner_edge.camera.decoder_protocol import (
     FrameHeader,
@@ -37,13 +38,13 @@ class Frame(NamedTuple):
     """A frame for the model.
 
     Attributes:
-        square: uint8 [S,S,3].
+        image: uint8 [H,W,3].
         shown: the frame for the overlay, uint8 [h,w,3], or None.
         times: of the decoding process.
         skipped: frames since the one before that were dropped unseen.
     """
 
-    square: Pixels
+    image: Pixels
     shown: Pixels | None
     times: FrameHeader
     skipped: int
@@ -61,7 +62,7 @@ class Mailbox:
 
     def put(self, header: FrameHeader, images: list[Pixels]) -> bool:
         """Leave a frame; True if that dropped another."""
-        square, *rest = images
+        image, *rest = images
         with self._changed:
             while self._frame is not None and not self._live and not self.closed:
                 self._changed.wait(0.5)
@@ -69,7 +70,7 @@ class Mailbox:
                 return False
             dropped = self._frame is not None
             self._skipped += dropped
-            self._frame = Frame(square, rest[0] if rest else None, header, self._skipped)
+            self._frame = Frame(image, rest[0] if rest else None, header, self._skipped)
             self._changed.notify_all()
         return dropped
 
@@ -217,7 +218,7 @@ class Capture:
         return True
 
     def _frame(self, header: FrameHeader, images: list[Pixels]) -> None:
-        if images[0].shape != (self._fit.size, self._fit.size, 3):
+        if images[0].shape != (*height_width(self._fit.size), 3):
             raise ProtocolError(f"an image of shape {images[0].shape}")
         self._backoff.reset()
         self._status.count("captured")

@@ -99,7 +99,7 @@ class DecoderMessage(NamedTuple):
 
     Attributes:
         header: checked; what it says beside its fields is dropped.
-        images: of a frame the model's input [S,S,3], and for the overlay the whole frame, made smaller [h,w,3].
+        images: of a frame the model's input [H,W,3], and for the overlay the whole frame, made smaller [h,w,3].
     """
 
     header: Header

@@ -6,6 +6,7 @@ older ones stands between. GStreamer's own delay before that queue is not seen: 
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.camera.decoder_protocol import FrameHeader
 from sparsifiner_edge.camera.libav import Decoded
 from sparsifiner_edge.camera.prepare import Fit
@@ -27,10 +29,13 @@ _ERRORS, _LONGEST = 20, 10_000
 
 def launch_line(pipeline: str, fit: Fit, handle: int) -> list[str]:
     """The command that writes RGB images of the model's size to the file descriptor `handle`."""
-    caps = f"video/x-raw,format=RGB,width={fit.size},height={fit.size},pixel-aspect-ratio=1/1"
+    height, width = height_width(fit.size)
+    both = math.gcd(height, width)
+    caps = f"video/x-raw,format=RGB,width={width},height={height},pixel-aspect-ratio=1/1"
     tail = (
         f"! queue leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert ! "
-        f"aspectratiocrop aspect-ratio=1/1 ! videoscale add-borders=false ! {caps} ! fdsink fd={handle} sync=false"
+        f"aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale add-borders=false ! {caps} ! "
+        f"fdsink fd={handle} sync=false"
     )
     return ["gst-launch-1.0", "-q", *shlex.split(pipeline), *shlex.split(tail)]
 
@@ -63,12 +68,13 @@ def read_pipeline(pipeline: str, fit: Fit) -> Iterator[Decoded]:
 
 
 def _images(pixels: BinaryIO, fit: Fit) -> Iterator[Decoded]:
-    row = -(-fit.size * 3 // 4) * 4  # GStreamer pads rows to four bytes.
-    while len(data := pixels.read(row * fit.size)) == row * fit.size:
+    height, width = height_width(fit.size)
+    row = -(-width * 3 // 4) * 4  # GStreamer pads rows to four bytes.
+    while len(data := pixels.read(row * height)) == row * height:
         at = time.monotonic_ns()
-        square = np.frombuffer(data, np.uint8).reshape(fit.size, row)[:, : fit.size * 3].reshape(fit.size, fit.size, 3)
+        image = np.frombuffer(data, np.uint8).reshape(height, row)[:, : width * 3].reshape(height, width, 3)
         header = FrameHeader(at, at, at, time.monotonic_ns())
-        yield Decoded((square, square) if fit.display else (square,), header)
+        yield Decoded((image, image) if fit.display else (image,), header)
 
 
 def _listen(remarks: BinaryIO, errors: deque[bytes]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.camera.decoder_protocol import FrameHeader
-from sparsifiner_edge.camera.prepare import Fit, display_size, scaled_size, to_square
+from sparsifiner_edge.camera.prepare import Fit, cropped, display_size, scaled_size
 
 # Containers that hold one video: no playlists, which name other files and addresses, and no images.
 _FORMATS = "avi,mov,mp4,matroska,webm,mpegts,mpeg,mpegvideo,h264,hevc,ivf,flv,ogg,asf,m4v,mjpeg,yuv4mpegpipe"
@@ -157,12 +157,12 @@ class _Reader:
         require_sane_size(frame.width, frame.height)
         width, height = scaled_size(frame.width, frame.height, self._fit.size)
         scaled = self._model_scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-        square = to_square(scaled, self._fit.size)
+        image = cropped(scaled, self._fit.size)
         if not self._fit.display:
-            return (square,)
+            return (image,)
         width, height = display_size(frame.width, frame.height, self._fit.display)
         display = self._display_scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
-        return square, display.to_ndarray()
+        return image, display.to_ndarray()
 
     def _keep_up(self, behind_s: float) -> None:
         """A processor too slow for the stream decodes key frames alone until it has caught up."""

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.bounds import height_width, size_text
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class
 from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
-from sparsifiner_edge.camera.prepare import SQUARE, Fit
+from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
+from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import Session
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
@@ -49,7 +51,7 @@ class Model:
         kernels: str = "auto",
     ) -> None:
         bundle = checked_bundle(folder, public_key)
-        _require_square(bundle)
+        _require_centre(bundle)
         self.fit = Fit(bundle.image_size)
         self.labels = bundle.labels()
         tokens = bundle.manifest.tokens
@@ -70,9 +72,9 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.session.close()
 
-    def infer(self, square: Array) -> dict[str, Array]:
-        """Outputs for one image, uint8 [S,S,3]."""
-        return self.session.infer({"image": square[None]})
+    def infer(self, image: Array) -> dict[str, Array]:
+        """Outputs for one image, uint8 [H,W,3]."""
+        return self.session.infer({"image": image[None]})
 
     def answer(self, outputs: dict[str, Array]) -> Answer:
         """`top` of a classifier, else `features`.
@@ -135,23 +137,25 @@ def _require_image(session: Session, bundle: Bundle) -> None:
         ConfigError: it takes larger batches.
         ArtifactError: it takes something else.
     """
-    takes, size = session.inputs[0], bundle.image_size
+    takes, (height, width) = session.inputs[0], height_width(bundle.image_size)
     shape = takes.shape
-    if len(session.inputs) != 1 or takes.name != "image" or takes.dtype != "uint8" or shape[1:] != (size, size, 3):
+    if len(session.inputs) != 1 or takes.name != "image" or takes.dtype != "uint8" or shape[1:] != (height, width, 3):
         raise ArtifactError(
             f"{bundle.folder} takes {', '.join(f'{spec.name} ({spec})' for spec in session.inputs)}.",
-            f"Export it again: one uint8 image [B, {size}, {size}, 3] is needed.",
+            f"Export it again: one uint8 image [B, {height}, {width}, 3] is needed.",
         )
     if isinstance(shape[0], int) and shape[0] != 1:
         raise ConfigError(f"{bundle.folder} takes batches of {shape[0]}.", "Export it with --batch 1 or dynamic.")
 
 
-def _require_square(bundle: Bundle) -> None:
-    folder, preprocessing = bundle.folder, bundle.required(bundle.manifest.preprocessing, "preprocessing")
-    if preprocessing.size > MAX_SIDE:
-        raise ArtifactError(f"{folder}: preprocessing.size is {preprocessing.size}; at most {MAX_SIDE}.", AGAIN)
-    if not preprocessing.resize.startswith(SQUARE):
+def _require_centre(bundle: Bundle) -> None:
+    """Refuse a bundle whose images are made in another way than frames are, or larger than the decoder sends."""
+    folder, size = bundle.folder, bundle.image_size
+    if max(height_width(size)) > MAX_SIDE:
+        raise ArtifactError(f"{folder}: preprocessing.size is {size_text(size)}; at most {MAX_SIDE}.", AGAIN)
+    resize, known = bundle.required(bundle.manifest.preprocessing, "preprocessing").resize, centre_text(size)
+    if not resize.startswith(known):
         raise ArtifactError(
-            f"{folder}: preprocessing.resize is {preprocessing.resize!r:.60}; known is {SQUARE}.",
+            f"{folder}: preprocessing.resize is {resize!r:.60}; known is {known}.",
             "Upgrade: pip install -U sparsifiner-edge",
         )

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.camera.answers import FrameRecord
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import require_file_path
+from sparsifiner_edge.images import centre_box
 
 SHOWN = 640
 """Pixels along the longer side of the frames that are asked for."""
@@ -62,16 +64,17 @@ class Overlay:
 
     Args:
         path: .mp4 (in fragments, so that a file cut short still plays) or .mkv.
+        model_size: of the model's images: what of a frame it sees is outlined.
 
     Raises:
         ArtifactError: the file cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model_size: ImageSize) -> None:
         import av
 
         require_overlay_path(path)
-        self.path = path
+        self.path, self._model_size = path, model_size
         self._size: tuple[int, int] | None = None
         self._stream: Any = None
         self._began: float | None = None
@@ -137,7 +140,7 @@ class Overlay:
         image = Image.fromarray(pixels)
         if self._size is not None and image.size != self._size:
             image = image.resize(self._size)
-        box = model_square(*image.size)
+        box = centre_box(*image.size, self._model_size)
         if changes is not None:
             image.paste(
                 Image.new("RGB", (box[2] - box[0], box[3] - box[1]), (255, 40, 0)), box[:2], _heat(changes, box)
@@ -150,13 +153,6 @@ class Overlay:
         for number, line in enumerate(lines):
             draw.text((_MARGIN, _MARGIN // 2 + number * _LINE), line, fill=(255, 255, 255, 255), font=font)
         return np.asarray(image)
-
-
-def model_square(width: int, height: int) -> tuple[int, int, int, int]:
-    """What the model's input covers in a frame, which is outlined: left, top, right, bottom."""
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
 
 
 def _heat(changes: Array, box: tuple[int, int, int, int]) -> Any:

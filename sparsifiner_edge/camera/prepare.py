@@ -7,34 +7,35 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsifiner_edge.arrays import Pixels
-
-SQUARE = "centre square"
-"""How a bundle's manifest says so."""
+from sparsifiner_edge.bounds import ImageSize, height_width
 
 
 class Fit(NamedTuple):
     """What the model takes.
 
     Attributes:
-        size: pixels along a side.
+        size: pixels of the image.
         display: pixels along the longer side of the frame for the overlay; 0: none.
     """
 
-    size: int
+    size: ImageSize
     display: int = 0
 
 
-def scaled_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """Width and height of the resized frame before it is cropped: its shorter side is `size`."""
-    side = min(width, height)
-    return round(width * size / side), round(height * size / side)
+def scaled_size(width: int, height: int, size: ImageSize) -> tuple[int, int]:
+    """Width and height of the resized frame before it is cropped: no smaller than `size`, one side as long."""
+    rows, columns = height_width(size)
+    if width * rows <= height * columns:
+        return columns, round(height * columns / width)
+    return round(width * rows / height), rows
 
 
-def to_square(scaled: Pixels, size: int) -> Pixels:
-    """Crop about the centre: uint8 [h,w,3] -> [size,size,3]."""
+def cropped(scaled: Pixels, size: ImageSize) -> Pixels:
+    """Crop about the centre: uint8 [h,w,3] -> [H,W,3] of `size`."""
     height, width = scaled.shape[:2]
-    top, left = (height - size) // 2, (width - size) // 2
-    return np.ascontiguousarray(scaled[top : top + size, left : left + size])
+    rows, columns = height_width(size)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return np.ascontiguousarray(scaled[top : top + rows, left : left + columns])
 
 
 def display_size(width: int, height: int, longest: int) -> tuple[int, int]:
@@ -49,4 +50,4 @@ def fit_pillow(image: Any, fit: Fit) -> Pixels:
 
     width, height = image.size
     resized = image.convert("RGB").resize(scaled_size(width, height, fit.size), Image.Resampling.BICUBIC)
-    return to_square(np.asarray(resized), fit.size)
+    return cropped(np.asarray(resized), fit.size)

@@ -185,7 +185,7 @@ class _Run:
         handle = _duplicate(sys.stdout) if output is None else open_output(output, append=live)
         self._lines = LineWriter(handle, not live, self._stop)
         if options.overlay is not None:
-            self._overlay = Overlay(options.overlay)
+            self._overlay = Overlay(options.overlay, self._model.fit.size)
         fit = self._model.fit._replace(display=SHOWN if self._overlay else 0)
         self._capture = Capture(self._source, fit, options.fps, options.stall_s, self._status, options.allow_redirect)
         self._capture.__enter__()
@@ -222,7 +222,7 @@ class _Run:
 
     def _one(self, frame: Frame) -> None:
         model, began = self._model, time.monotonic_ns()
-        outputs = model.infer(frame.square)
+        outputs = model.infer(frame.image)
         inferred = time.monotonic_ns()
         answer = model.answer(outputs)
         self._status.count("not_finite", answer.not_finite or 0)

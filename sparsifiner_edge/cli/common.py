@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.table import Table
 from rich.text import Text
 
-from sparsifiner_edge.bounds import MOST_THREADS, whole_number
+from sparsifiner_edge.bounds import MOST_SIDE, MOST_THREADS, ImageSize, size_of, whole_number
 from sparsifiner_edge.config import parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.files import require_file_path
@@ -39,6 +39,30 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class SizedCommand(click.Command):
+    """A command whose `--img-size` takes a height and a width as well as one value.
+
+    A second number after the option counts as the width, so a folder that is named by a number goes before it.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """`--img-size 294 518` is read as `--img-size 294x518`: no option of click takes one value or two."""
+        words = list(args)
+        for place, word in enumerate(words):
+            if word == "--":
+                break
+            sides = words[place + 1 : place + 3]
+            if word == "--img-size" and len(sides) == 2 and all(s.isascii() and s.isdigit() for s in sides):
+                words[place + 1 : place + 3] = ["x".join(sides)]
+        return super().parse_args(ctx, words)
+
+
+def img_size_option(whose: str) -> Callable[[Command], Command]:
+    """`--img-size`, of a `SizedCommand`; `whose`: where the size comes from without it."""
+    what = f"Pixels: a square's side, or height and width; by default the {whose}'s own."
+    return click.option("--img-size", callback=parse_size, metavar="SIDE|HEIGHT WIDTH", help=what)
 
 
 def output_option(what: str, required: bool = True) -> Callable[[Command], Command]:
@@ -77,6 +101,25 @@ def parse_merging(_: click.Context, __: click.Parameter, value: str | None) -> A
 def parse_keeping(_: click.Context, __: click.Parameter, value: str | None) -> Any:
     """What `--keep` says, by layer."""
     return None if value is None else parse_keep(value)
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str | None) -> ImageSize | None:
+    """What `--img-size` says: a square's side, or HEIGHTxWIDTH, in pixels.
+
+    Raises:
+        click.BadParameter: something else.
+    """
+    if value is None:
+        return None
+    try:
+        sides = [int(side) for side in value.split("x")]
+    except ValueError:  # No number, or one of thousands of digits.
+        sides = []
+    if len(sides) not in (1, 2):
+        said = f"{value!r:.80} is neither a side nor a height and a width, such as 518 or 294x518."
+        raise click.BadParameter(said, ctx, param)
+    height, width = (click.IntRange(1, MOST_SIDE).convert(side, param, ctx) for side in (sides[0], sides[-1]))
+    return size_of(height, width)
 
 
 bundle_argument = click.argument("bundle", type=PATH)

@@ -8,17 +8,17 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.bounds import MOST_COUNT, MOST_SIDE
+from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.cli import common
 
 
-@click.command()
+@click.command(cls=common.SizedCommand)
 @click.argument("source", metavar="STUDENT|MODEL")
 @common.weights_option
-@click.option("--img-size", type=click.IntRange(1, MOST_SIDE), help="Pixels along a side; by default the source's own.")
+@common.img_size_option("source")
 @common.keep_option
 @common.token_keep_option
 @common.merge_option

@@ -7,15 +7,14 @@ from typing import Any
 
 import click
 
-from sparsifiner_edge.bounds import MOST_SIDE
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.config import PRESETS
 
 
-@click.command()
+@click.command(cls=common.SizedCommand)
 @click.argument("model")
 @common.weights_option
-@click.option("--img-size", type=click.IntRange(1, MOST_SIDE), help="Pixels along a side; by default the model's own.")
+@common.img_size_option("model")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="edge", show_default=True, help="Kind of sparsity.")
 @click.option("--keep", callback=common.parse_keeping, default="0.25", show_default=True, metavar="SHARE|SHARE,...",
               help="Share of keys each tile reads, 1 is dense; or shares of the layers from the first, such as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -15,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.distill.recipe import Images
 from sparsifiner_edge.errors import ConfigError, ImageError, SparsifinerError
-from sparsifiner_edge.images import class_order, evenly, list_images, open_image
+from sparsifiner_edge.images import centred, class_order, evenly, list_images, open_image
 
 
 class Batch(NamedTuple):
-    """Images uint8 [B,3,S,S], labels int64 [B] (-1: none), their files, and files that could not be read."""
+    """Images uint8 [B,3,H,W], labels int64 [B] (-1: none), their files, and files that could not be read."""
 
     images: Tensor
     labels: Tensor
@@ -99,17 +101,20 @@ def folder_source(
     return ImageSource(train, tuple(kept), *roots, labels, classes)
 
 
-def augmentation(size: int, images: Images) -> v2.Transform:
-    """PIL image -> uint8 [3,S,S]."""
-    bicubic = v2.InterpolationMode.BICUBIC
-    crop: list[Any] = [v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size)]
+def augmentation(size: ImageSize, images: Images) -> v2.Transform:
+    """PIL image -> uint8 [3,H,W]; shapes of random crops vary by a third about that of `size`."""
+    height, width = height_width(size)
+    crop: Any = functools.partial(centred, size=size)
     if images.smallest_crop < 1:
-        crop = [v2.RandomResizedCrop(size, (images.smallest_crop, 1.0), interpolation=bicubic, antialias=True)]
-    return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if images.flip else []), v2.PILToTensor()])
+        shapes = (3 / 4 * (width / height), 4 / 3 * (width / height))
+        crop = v2.RandomResizedCrop(
+            (height, width), (images.smallest_crop, 1.0), shapes, v2.InterpolationMode.BICUBIC, antialias=True
+        )
+    return v2.Compose([crop, *([v2.RandomHorizontalFlip()] if images.flip else []), v2.PILToTensor()])
 
 
 Sample = tuple[Tensor, int, str, tuple[str, ...]]
-"""An image uint8 [3,S,S], its label (-1: none), its file, and files before it that could not be read."""
+"""An image uint8 [3,H,W], its label (-1: none), its file, and files before it that could not be read."""
 
 
 class ShuffledBatches(Dataset[Batch | SparsifinerError]):

@@ -84,7 +84,7 @@ class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is done to images.
 
     Attributes:
-        smallest_crop: share of an image's area that a random crop has at least; 1: the centre square.
+        smallest_crop: share of an image's area that a random crop has at least; 1: its centre, whole.
         flip: whether half of them are mirrored.
         cut_mix: share of the batches whose images get a rectangle of their neighbour's (CutMix, Yun et al. 2019), so
             that a few images make many scenes; such a batch teaches no label.

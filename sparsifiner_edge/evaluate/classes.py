@@ -19,10 +19,11 @@ import torch
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import kind_of, require_replaceable
+from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_subject, open_teacher, with_roles
 from sparsifiner_edge.evaluate.labelled import Labelled, labelled
-from sparsifiner_edge.images import evenly
+from sparsifiner_edge.images import centre_text, evenly
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Declared, Estimate
@@ -107,7 +108,7 @@ def evaluate_classes(
         gallery=f"{len(gallery_set)} of {gallery_set.name}" if gallery_set else "none",
         classes=list(query_set.classes),
         classes_from="the classifier's labels" if query_set.classes == subject.labels else "folders, sorted",
-        preprocessing=f"centre square, bicubic to {subject.size} px",
+        preprocessing=f"{centre_text(subject.size)}, bicubic to {size_text(subject.size)} px",
         runtime={"subject": subject.runtime, "teacher": teacher.runtime},
     )
     right, teacher_right = predicted == query_set.labels, expected == query_set.labels

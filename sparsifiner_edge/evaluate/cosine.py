@@ -8,9 +8,10 @@ from pathlib import Path
 import msgspec
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_subject, open_teacher, with_roles
-from sparsifiner_edge.images import load_image
+from sparsifiner_edge.images import centre_text, load_image
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
@@ -56,12 +57,13 @@ def evaluate_cosine(compared: TeacherComparison, images: list[Path], progress: P
         subject = open_subject(compared, stack)
         teacher = open_teacher(compared, subject.size, stack)
         if teacher.size != subject.size:
-            raise ConfigError(f"The subject takes {subject.size} px, the teacher {teacher.size} px.", "Use one size.")
+            sizes = f"{size_text(subject.size)} px, the teacher {size_text(teacher.size)} px"
+            raise ConfigError(f"The subject takes {sizes}.", "Use one size.")
         samples = _compare(subject, teacher, images, progress)
     method = CosineMethod(
         metric="cosine similarity per image, student or bundle against dense teacher",
         images=[p.name for p in images],
-        preprocessing=f"centre square, bicubic to {subject.size} px",
+        preprocessing=f"{centre_text(subject.size)}, bicubic to {size_text(subject.size)} px",
         runtime={"subject": subject.runtime, "teacher": teacher.runtime},
     )
     statistics = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
@@ -34,7 +35,7 @@ class Explanation(NamedTuple):
 
 @torch.no_grad()
 def explain(student: Student, image: Array, queries: list[tuple[int, int]], layer: int) -> list[Explanation]:
-    """What `queries` attend to in layer `layer` for one image uint8 [S,S,3].
+    """What `queries` attend to in layer `layer` for one image uint8 [H,W,3].
 
     Raises:
         ConfigError: the layer is not sparse, sees pruned or merged tokens, or is of the preset "paper", whose lists
@@ -95,9 +96,11 @@ def draw(student: Student, path: Path, layer: int, output: Path) -> None:
         raise MissingExtraError("matplotlib", "demo") from error
     image = load_image(path, student.img_size)
     rows, columns = cast(Any, student.model).patch_embed.grid_size
-    side = student.img_size // rows
+    height, width = height_width(student.img_size)
+    down, across = height // rows, width // columns
     queries = [(rows // 4, columns // 3), (rows // 2, columns // 2), (3 * rows // 4, 2 * columns // 3)]
-    figure = Figure(figsize=(10, 10.6), layout="constrained")
+    longer = max(height, width)
+    figure = Figure(figsize=(10 * width / longer, 10 * height / longer + 0.6), layout="constrained")
     axes = figure.subplots(3, 3)
     titles = ("query (cross) and its tile", "dense attention, mean of heads", "keys read, share of heads")
     for title, axis in zip(titles, axes[0], strict=True):
@@ -106,8 +109,8 @@ def draw(student: Student, path: Path, layer: int, output: Path) -> None:
         maps = ((found.tile, "Blues"), (found.attention**0.5, "magma"), (found.selected, "magma"))
         for axis, (values, colours) in zip(row, maps, strict=True):
             axis.imshow(image)
-            axis.imshow(values, cmap=colours, alpha=0.65, extent=(0, student.img_size, student.img_size, 0))
-            axis.plot((found.query[1] + 0.5) * side, (found.query[0] + 0.5) * side, "c+", markersize=12, mew=2)
+            axis.imshow(values, cmap=colours, alpha=0.65, extent=(0, width, height, 0))
+            axis.plot((found.query[1] + 0.5) * across, (found.query[0] + 0.5) * down, "c+", markersize=12, mew=2)
             axis.set_axis_off()
     keys = student.sparsity.of_layer(layer, len(cast(Any, student.model).blocks)).layout(rows * columns).keys
     figure.suptitle(f"{path.stem}, layer {layer}: each tile reads {keys} of {rows * columns} patch keys per head")

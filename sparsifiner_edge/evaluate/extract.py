@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
+from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.config import Keep
 from sparsifiner_edge.errors import ConfigError
@@ -25,17 +26,17 @@ from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, loa
 
 
 class Extractor(NamedTuple):
-    """Something that turns images uint8 [1,S,S,3] into features.
+    """Something that turns images uint8 [1,H,W,3] into features.
 
     Attributes:
         extract: -> {"features": [1,C], and where the source has them "logits": [1,classes], "tokens": [1,N,C], patches
             in raster order, and with pruned tokens "token_positions": [1,P], the raster places of those that are left}.
-        size: S. prefix: tokens that are no patches. about: how a result names it. runtime: what ran it.
+        size: of the images. prefix: tokens that are no patches. about: how a result names it. runtime: what ran it.
         labels: of a classifier that has them, in its order.
     """
 
     extract: Callable[[Array], dict[str, Array]]
-    size: int
+    size: ImageSize
     prefix: int
     about: Subject
     runtime: Runtime
@@ -73,7 +74,7 @@ def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Ex
     return _bundle(folder, compared, stack)
 
 
-def open_teacher(compared: TeacherComparison, size: int, stack: contextlib.ExitStack) -> Extractor:
+def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib.ExitStack) -> Extractor:
     """The dense teacher: a bundle, a timm model, or (None) the subject's own weights with dense attention.
 
     Raises:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.arrays import Pixels
+from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import class_order, evenly, list_images, load_image
 
@@ -19,10 +20,10 @@ class Labelled:
     """Images and their classes.
 
     Attributes:
-        load: (index, size) -> uint8 [size,size,3]. labels: int64 [n]. classes: names. name: for results.
+        load: (index, size) -> uint8 [H,W,3]. labels: int64 [n]. classes: names. name: for results.
     """
 
-    load: Callable[[int, int], Pixels]
+    load: Callable[[int, ImageSize], Pixels]
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     name: str

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.bundle.entries import Check, OutputCheck
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.deployed_model import DeployedModel
@@ -47,25 +48,25 @@ MERGED_OTHERS = Limits(5e-2, -1.0, 0.99, OTHER_TOKENS)
 """Where some tokens that merge are others: the patches of such a pair have another token's features."""
 
 
-def smooth_images(size: int, batch: int = 1, seed: int = 0) -> npt.NDArray[np.uint8]:
-    """Smooth random images, uint8 [batch,size,size,3]: unlike white noise they look like images to a model."""
-    rng = np.random.default_rng(seed)
-    total = torch.zeros(batch, 3, size, size, dtype=torch.float64)
+def smooth_images(size: ImageSize, batch: int = 1, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """Smooth random images, uint8 [batch,height,width,3]: unlike white noise they look like images to a model."""
+    rng, sides = np.random.default_rng(seed), height_width(size)
+    total = torch.zeros(batch, 3, *sides, dtype=torch.float64)
     for cells in (2, 5, 11, 23):
         coarse = torch.from_numpy(rng.normal(size=(batch, cells + 1, cells + 1, 3)) / np.sqrt(cells))
-        total += functional.interpolate(coarse.permute(0, 3, 1, 2), size, mode="bilinear", align_corners=True)
+        total += functional.interpolate(coarse.permute(0, 3, 1, 2), sides, mode="bilinear", align_corners=True)
     low, high = total.amin((1, 2, 3), keepdim=True), total.amax((1, 2, 3), keepdim=True)
     return (255 * (total - low) / (high - low)).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def check_export(
-    model: onnx.ModelProto, deployed: DeployedModel, size: int, batches: Sequence[int]
+    model: onnx.ModelProto, deployed: DeployedModel, size: ImageSize, batches: Sequence[int]
 ) -> tuple[Check, dict[str, Array]]:
     """Run an exported model in ONNX Runtime and hold it against torch, twice: with the keys that the file chose, where
     only rounding may differ, and with torch's own (`OTHERS`, if some of them are others).
 
     Args:
-        batches: batch sizes to run; the first gives the golden pair.
+        size: of the images. batches: batch sizes to run; the first gives the golden pair.
 
     Returns:
         The check, and the golden arrays "input.image" and "output.<name>" (torch's).

@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
-from sparsifiner_edge.bounds import MOST_BATCH, whole_number
+from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, whole_number
 from sparsifiner_edge.bundle.entries import Check, Folded
 from sparsifiner_edge.bundle.manifest import (
     BUNDLE_SCHEMA,
@@ -37,7 +37,7 @@ from sparsifiner_edge.export.graph import DYNAMIC, BatchSize, export_graph, set_
 from sparsifiner_edge.export.int8 import INT8_TARGETS, quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.export.student_changes import changed
-from sparsifiner_edge.images import evenly, list_images, load_image
+from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.profiles.boards.board import Board, load_board
@@ -62,7 +62,7 @@ def export_bundle(
     output: str | Path,
     *,
     weights: str | Path | None = None,
-    img_size: int | None = None,
+    img_size: ImageSize | None = None,
     keep: Keep | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
     merge: tuple[int, ...] | None = None,
@@ -83,7 +83,7 @@ def export_bundle(
         source: student folder, or timm's name of a model.
         output: folder to write; an earlier bundle there is replaced.
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
-        img_size: pixels along a side; None takes the student's or model's own.
+        img_size: pixels: a square's side, or height and width; None takes the student's or model's own.
         keep, token_keep, merge: for a student: other budgets than its own (see `SparsityConfig`).
         tile, probe: for a sparse student: other ones than its own, behind a gate (see `student_changes`); GPUs want 64.
         precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
@@ -203,7 +203,7 @@ def parse_batch(batch: int | str) -> BatchSize:
 def _load(
     source: str | Path,
     weights: str | Path | None,
-    img_size: int | None,
+    img_size: ImageSize | None,
     keep: Keep | None,
     token_keep: tuple[tuple[int, float], ...] | None,
     merge: tuple[int, ...] | None,
@@ -264,7 +264,7 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
 def _manifest(
     student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, numbers: _Numbers
 ) -> Manifest:
-    pre = preprocessing(student.model)
+    pre, size = preprocessing(student.model), student.img_size
     # Keys, tokens that stay, or pairs that merge.
     sparse = student.sparsity.sparse_layers(len(student.model.blocks))
     selects = bool(sparse or deployed.prunes or student.sparsity.merge)
@@ -278,7 +278,7 @@ def _manifest(
         ops={f"{DOMAIN}::{f.name}": OPERATORS[f.name].since for f in model.functions},
         inputs=tuple(InputSpec(*_tensor(v), layout="NHWC", range=(0, 255), colour="RGB") for v in model.graph.input),
         outputs=tuple(TensorSpec(*_tensor(v)) for v in model.graph.output),
-        preprocessing=Preprocessing(size=student.img_size, folded=Folded(pre.mean, pre.std, "1/255")),
+        preprocessing=Preprocessing(size, f"{centre_text(size)}, bicubic", Folded(pre.mean, pre.std, "1/255")),
         tokens=Tokens(shape.prefix, tuple(student.model.patch_embed.grid_size)),
         sparsity=student.sparsity if selects else None,
         merged=tuple(student.sparsity.layer_merges(shape.depth, shape.patches)) if student.sparsity.merge else None,

@@ -53,7 +53,7 @@ def to_fp16(
 
     Args:
         model: left as it is.
-        images: uint8 [B,S,S,3]; both files are run on them and compared.
+        images: uint8 [B,H,W,3]; both files are run on them and compared.
         least: cosine that every row of every output must reach; None: `LEAST_ROW_COSINE`.
 
     Returns:

@@ -14,6 +14,7 @@ import onnx
 import torch
 from torch import nn
 
+from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
@@ -29,8 +30,8 @@ BatchSize = int | None
 """A fixed batch size, or None for a dynamic one."""
 
 
-def export_graph(module: nn.Module, image_size: int, batch: BatchSize, outputs: list[str]) -> onnx.ModelProto:
-    """Export a module that takes `image` uint8 [B,S,S,3].
+def export_graph(module: nn.Module, size: ImageSize, batch: BatchSize, outputs: list[str]) -> onnx.ModelProto:
+    """Export a module that takes `image` uint8 [B,H,W,3] of a size.
 
     Raises:
         ConfigError: more keys than TensorRT's TopK takes.
@@ -38,7 +39,7 @@ def export_graph(module: nn.Module, image_size: int, batch: BatchSize, outputs: 
     """
     _check_keys(module)
     # Traced with two images where the batch is dynamic: one would be taken for a constant.
-    example = torch.zeros(batch or 2, image_size, image_size, 3, dtype=torch.uint8)
+    example = torch.zeros(batch or 2, *height_width(size), 3, dtype=torch.uint8)
     shapes = {"image": {0: torch.export.Dim(DYNAMIC)}} if batch is None else None
     model = to_onnx(module, {"image": example}, outputs, shapes)
     _tidy(model)

@@ -54,7 +54,7 @@ def quantise(
 
     Args:
         model: left as it is.
-        images: uint8 [1,S,S,3]; every third is held out and decides, if there are at least three.
+        images: uint8 [1,H,W,3]; every third is held out and decides, if there are at least three.
         int8_target: one of `INT8_TARGETS`.
         progress: see `Progress`.
         goal: cosine of the outputs below which layers are put back to float32.

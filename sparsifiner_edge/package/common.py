@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsifiner_edge.artifacts import PACKAGE_FILE, new_folder, sha256
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.golden import read_golden
 from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle, bundle_hash, open_bundle
@@ -49,18 +50,18 @@ def read_bundle(folder: Path) -> ImageBundle:
     Raises:
         ArtifactError: not a bundle, altered, names of files or tensors that could lead elsewhere, or its manifest does
             not say what it takes and gives.
-        ConfigError: it takes something else than one uint8 image `image` [B,S,S,3].
+        ConfigError: it takes something else than one uint8 image `image` [B,H,W,3].
     """
     bundle = open_bundle(folder)
-    manifest, size = bundle.manifest, bundle.image_size
+    manifest, (height, width) = bundle.manifest, height_width(bundle.image_size)
     for name in manifest.files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ArtifactError(f"{folder} names the file {name!r}.", "Do not use this bundle.")
     bundle.model()  # A model that needs other files is not passed on.
     _check_tensors(folder, "inputs", manifest.inputs)
     _check_tensors(folder, "outputs", manifest.outputs)
-    if [(t.name, t.dtype, t.shape[1:]) for t in manifest.inputs] != [("image", "uint8", (size, size, 3))]:
-        raise ConfigError(f"{folder} does not take one image `image` uint8 [B,{size},{size},3].", "Export it again.")
+    if [(t.name, t.dtype, t.shape[1:]) for t in manifest.inputs] != [("image", "uint8", (height, width, 3))]:
+        raise ConfigError(f"{folder} does not take one image `image` uint8 [B,{height},{width},3].", "Export it again.")
     return ImageBundle(folder, manifest, safe_name(manifest.name or ""), tuple(bundle.labels()))
 
 
@@ -81,14 +82,13 @@ def _check_tensors(folder: Path, key: str, specs: tuple[TensorSpec, ...]) -> Non
 
 
 def read_golden_image(bundle: ImageBundle) -> npt.NDArray[np.uint8]:
-    """The golden input, uint8 [B,S,S,3].
+    """The golden input, uint8 [B,H,W,3].
 
     Raises:
         ArtifactError: the golden pair has no such input.
     """
     image = read_golden(bundle)[0].get("image", np.zeros(0))
-    size = bundle.image_size
-    if image.dtype != np.uint8 or image.shape[1:] != (size, size, 3):
+    if image.dtype != np.uint8 or image.shape[1:] != (*height_width(bundle.image_size), 3):
         raise ArtifactError(f"{bundle.folder / GOLDEN_FILE} holds {image.dtype} {list(image.shape)}.", AGAIN)
     return image
 

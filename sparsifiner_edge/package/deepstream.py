@@ -1,6 +1,6 @@
 """NVIDIA DeepStream: a model that Gst-nvinfer's preprocessing fits, its configurations, and an application's.
 
-    model.onnx                    float32 [B,3,S,S], 0 to 255; classifiers give `probabilities` alone
+    model.onnx                    float32 [B,3,H,W], 0 to 255; classifiers give `probabilities` alone
     labels.txt                    all classes in one line, with semicolons
     config_infer_primary.txt      Gst-nvinfer on whole frames
     config_infer_secondary.txt    Gst-nvinfer on objects that a detector found
@@ -16,9 +16,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
 from sparsifiner_edge.bundle.store import LABELS_FILE
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.package.common import ImageBundle, template
 from sparsifiner_edge.package.float_model import PROBABILITIES, write_float_model
 
@@ -73,8 +75,8 @@ def _remarks(bundle: ImageBundle) -> list[str]:
             "Compare its answers with those of `sparsifiner-edge run`, or package an fp32 bundle."
         )
     found.append(
-        "The bundle takes the centre square of a frame. Gst-nvinfer cannot crop: it gets the whole frame with "
-        "black bars. Crop before it (nvvideoconvert src-crop=LEFT:TOP:SIDE:SIDE) for the same image."
+        f"The bundle takes the {centre_text(bundle.image_size)} of a frame. Gst-nvinfer cannot crop: it gets the whole "
+        "frame with black bars. Crop before it (nvvideoconvert src-crop=LEFT:TOP:WIDTH:HEIGHT) for the same image."
     )
     return found
 
@@ -99,6 +101,7 @@ def nvinfer_config(bundle: ImageBundle, role: str, batch: int) -> str:
 
     No value can add a key: `read_bundle` takes no name of an output that holds more than a word.
     """
+    height, width = height_width(bundle.image_size)
     outputs = [PROBABILITIES] if bundle.classifier else [output.name for output in bundle.manifest.outputs]
     text = template(
         "nvinfer.txt",
@@ -107,7 +110,8 @@ def nvinfer_config(bundle: ImageBundle, role: str, batch: int) -> str:
         model=MODEL_FILE,
         precision=bundle.precision,
         mode=_MODES[bundle.precision],
-        size=bundle.image_size,
+        height=height,
+        width=width,
         outputs=";".join(outputs),
     )
     # The type tells this classifier's answers from another's.
@@ -132,10 +136,12 @@ def _readme(bundle: ImageBundle, differences: Mapping[str, float]) -> str:
         if bundle.classifier
         else "the raw outputs as NvDsInferTensorMeta; nothing is drawn."
     )
+    height, width = height_width(bundle.image_size)
     return template(
         "deepstream.md",
         name=bundle.name,
-        size=bundle.image_size,
+        height=height,
+        width=width,
         found=f"Each frame (or object) gets {found}",
         checked=", ".join(f"{name} {error:.1e}" for name, error in differences.items()),
         notes="\n".join(f"- {remark}" for remark in _remarks(bundle)),

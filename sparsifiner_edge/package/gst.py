@@ -10,10 +10,12 @@ The element's Python file is data of this package: GStreamer's loader imports it
 from __future__ import annotations
 
 import importlib.resources
+import math
 import shutil
 from pathlib import Path
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE
+from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.package.common import ImageBundle, template
 
@@ -39,13 +41,15 @@ def write(bundle: ImageBundle, folder: Path, _batch: int | None, _kernels: str) 
     return [remark] if bundle.manifest.ops else []
 
 
-def square(size: int) -> str:
-    """Elements that make frames what the model takes: RGB, the centre square."""
+def fitting(size: ImageSize) -> str:
+    """Elements that make frames what the model takes: RGB, the centre in the shape of `size`."""
+    height, width = height_width(size)
+    both = math.gcd(height, width)
     return (
-        f"videoconvert ! aspectratiocrop aspect-ratio=1/1 ! videoscale ! "
-        f"video/x-raw,format=RGB,width={size},height={size},pixel-aspect-ratio=1/1"
+        f"videoconvert ! aspectratiocrop aspect-ratio={width // both}/{height // both} ! videoscale ! "
+        f"video/x-raw,format=RGB,width={width},height={height},pixel-aspect-ratio=1/1"
     )
 
 
 def _readme(bundle: ImageBundle) -> str:
-    return template("gstreamer.md", name=bundle.name, square=square(bundle.image_size), model=MODEL_FILE)
+    return template("gstreamer.md", name=bundle.name, fitting=fitting(bundle.image_size), model=MODEL_FILE)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.engines import Engine, parse_capability
 from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import LABELS_FILE
@@ -97,8 +98,8 @@ def _config(
         most: greatest batch, 0 where it is fixed. kind: of processor. runs: `platform` or `backend`. own: its last
             fields, in Triton's order.
     """
-    manifest, size = bundle.manifest, bundle.image_size
-    image = TensorSpec("image", "uint8", (manifest.batch, size, size, 3))
+    manifest = bundle.manifest
+    image = TensorSpec("image", "uint8", (manifest.batch, *height_width(bundle.image_size), 3))
     labelled = {"label_filename": LABELS_FILE} if bundle.class_names else {}
     warm = {"data_type": "TYPE_UINT8", "dims": _dims(image, most), "input_data_file": "image"}
     return pbtxt(
@@ -171,15 +172,15 @@ def _remarks(
 
 
 def _readme(bundle: ImageBundle, engines: Mapping[str, Engine], remarks: Sequence[str]) -> str:
-    built, size = "", bundle.image_size
+    built, (height, width) = "", height_width(bundle.image_size)
     if engines:
         version = next(iter(engines.values())).version
         built = template("triton_plans.md", name=bundle.name, version=version, cards=", ".join(engines))
     return template(
         "triton.md",
         name=bundle.name,
-        size=size,
-        shape=f"{bundle.manifest.batch or 1},{size},{size},3",
+        size=f"{height} px square" if height == width else f"{height} px high and {width} px wide",
+        shape=f"{bundle.manifest.batch or 1},{height},{width},3",
         mount=MOUNT,
         built=built,
         notes="\n".join(f"- {remark}" for remark in remarks),

@@ -64,7 +64,8 @@ def calibrate_from_weights(model: nn.Module) -> None:
             table = tables[number] if tables.ndim == 4 else tables
             queries, keys = (_at_all_positions(attention, x, table) for x in (queries, keys))
         keys = keys - keys.mean(1, keepdim=True)
-        _set_from_moments(attention, _Moments(*(x.mT @ x / x.shape[1] for x in (queries, keys))))
+        moments = _Moments(*(x.mT @ x / x.shape[1] for x in (queries, keys)))
+        _set_from_moments(attention, moments, cast(Any, model).patch_embed.grid_size)
 
 
 def _rotary_tables(model: Any) -> Tensor | None:
@@ -108,7 +109,7 @@ def calibrate_from_images(
             _add_moments(moments, attention, qkv)
         step()
     for attention in layers:
-        _set_from_moments(attention, moments[attention])
+        _set_from_moments(attention, moments[attention], cast(Any, model).patch_embed.grid_size)
     steps = PASSES * len(images) * STEPS_PER_IMAGE
     optimisers = {layer: _optimiser(layer.select, steps) for layer in layers if isinstance(layer.select, KeySelector)}
     generator = torch.Generator().manual_seed(seed)
@@ -163,7 +164,7 @@ def _add_moments(moments: dict[SparseAttention, _Moments], attention: SparseAtte
 
 
 @torch.no_grad()
-def _set_from_moments(attention: SparseAttention, moments: _Moments) -> None:
+def _set_from_moments(attention: SparseAttention, moments: _Moments, grid: tuple[int, int]) -> None:
     select, channels = attention.select, attention.sparsity.channels
     if isinstance(select, LandmarkSelector):
         shared = _Moments(*(moment.mean(0, keepdim=True) for moment in moments))
@@ -171,7 +172,7 @@ def _set_from_moments(attention: SparseAttention, moments: _Moments) -> None:
         proj_q, proj_k = _factors(shared, channels, (attention.scale * attention.num_heads**0.5) ** 0.5)
         select.proj_q.copy_(proj_q[0].mT)
         select.proj_k.copy_(proj_k[0].mT)
-        _set_landmarks(select, attention.layout.patches)
+        _set_landmarks(select, attention.layout.patches, grid)
     elif isinstance(select, KeySelector):
         proj_q, proj_k = _factors(moments, channels)
         select.proj_q.copy_(proj_q)
@@ -187,11 +188,10 @@ def _factors(moments: _Moments, channels: int, gain: float = 1.0) -> tuple[Tenso
     return unroot_q @ left[:, :, :channels] * share, unroot_k @ right.mT[:, :, :channels] * share
 
 
-def _set_landmarks(select: LandmarkSelector, patches: int) -> None:
-    """Pooled start: landmarks are runs of the curve."""
-    landmarks, side = select.down.shape[1], math.isqrt(patches)
-    grid = (side, side) if side * side == patches else (1, patches)
-    place = torch.from_numpy(inverse(hilbert_order(*grid)))
+def _set_landmarks(select: LandmarkSelector, patches: int, grid: tuple[int, int]) -> None:
+    """Pooled start: landmarks are runs of the curve; of the order of the tokens, where some of the grid are pruned."""
+    landmarks = select.down.shape[1]
+    place = torch.from_numpy(inverse(hilbert_order(*(grid if math.prod(grid) == patches else (1, patches)))))
     member = F.one_hot(place * landmarks // patches, landmarks).float()
     select.down.copy_(F.pad(member / member.sum(0), (0, 0, 1, 0)))
     # The class token belongs to every landmark: every query reads it, as trained predictors do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,12 +16,13 @@ import safetensors.torch
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import resample_abs_pos_embed
 from timm.models import eva, vision_transformer
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner_edge.bounds import MOST_CLASSES, MOST_SIDE
+from sparsifiner_edge.bounds import MOST_CLASSES, MOST_SIDE, ImageSize, height_width, size_of, size_text
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError, WeightsError
 
 StateDict = dict[str, Tensor]
@@ -82,25 +84,33 @@ def read_weights(path: Path) -> StateDict:
     return tensors
 
 
-def create(name: str, img_size: int | None = None, num_classes: int | None = None) -> Backbone:
+def create(name: str, img_size: ImageSize | None = None, num_classes: int | None = None) -> Backbone:
     """A vision transformer of timm with random weights, in evaluation mode.
 
     Raises:
         UnsupportedModelError: timm has no such model, or it is no VisionTransformer or Eva.
-        ConfigError: the image size is no multiple of the patch size, or there are too many pixels or classes.
+        ConfigError: a side of the image is no multiple of the patch size, or there are too many pixels or classes.
     """
     kind = on_paper(name, num_classes)
-    size, patch = kind.patch_embed.img_size[0] if img_size is None else img_size, kind.patch_embed.patch_size[0]
-    if size > MOST_SIDE:
-        raise ConfigError(f"image size {size} is too large.", f"Use at most {MOST_SIDE} pixels along a side.")
-    if size < patch or size % patch:
-        raise ConfigError(
-            f"image size {size} is not a multiple of the patch size {patch} of {name}.",
-            f"Use {max(round(size / patch), 1) * patch}, for instance.",
-        )
+    height, width = height_width(kind.patch_embed.img_size if img_size is None else img_size)
+    _check_size(height, width, kind.patch_embed.patch_size, name)
     with _named(name):
-        options = {"img_size": size, "dynamic_img_size": False, "num_classes": kind.num_classes}
+        options = {"img_size": size_of(height, width), "dynamic_img_size": False, "num_classes": kind.num_classes}
         return cast(Backbone, timm.create_model(name, pretrained=False, **options).eval())
+
+
+def _check_size(height: int, width: int, patch: tuple[int, int], name: str) -> None:
+    text = size_text((height, width))
+    if max(height, width) > MOST_SIDE:
+        raise ConfigError(f"image size {text} is too large.", f"Use at most {MOST_SIDE} pixels along a side.")
+    near_height, near_width = (max(round(n / p), 1) * p for n, p in zip((height, width), patch, strict=True))
+    if (near_height, near_width) != (height, width):
+        side, step = (height, patch[0]) if near_height != height else (width, patch[1])
+        what = f"image {'height' if near_height != height else 'width'}" if height != width else "image size"
+        raise ConfigError(
+            f"{what} {side} is not a multiple of the patch size {step} of {name}.",
+            f"Use {size_text((near_height, near_width))}, for instance.",
+        )
 
 
 def on_paper(name: str, num_classes: int | None = None) -> Backbone:
@@ -139,13 +149,13 @@ def _named(name: str) -> Iterator[None]:
         raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
 
 
-def load_model(name: str, weights: Path | None = None, img_size: int | None = None) -> Backbone:
+def load_model(name: str, weights: Path | None = None, img_size: ImageSize | None = None) -> Backbone:
     """A pretrained model of timm, in evaluation mode.
 
     Args:
         name: timm's name, such as "vit_small_patch14_dinov2.lvd142m".
         weights: file with timm's key names; None lets timm download its own.
-        img_size: pixels along a side; the position embedding is resampled as timm does.
+        img_size: pixels: a square's side, or height and width; the position embedding is resampled as timm does.
 
     Raises:
         UnsupportedModelError, ConfigError: see `create`.
@@ -158,7 +168,7 @@ def load_model(name: str, weights: Path | None = None, img_size: int | None = No
         model = create(name, img_size, classes)
         load_state(model, state, str(weights))
         return model
-    size = create(name, img_size).patch_embed.img_size[0]
+    size = size_of(*create(name, img_size).patch_embed.img_size)
     try:
         return cast(Backbone, timm.create_model(name, pretrained=True, img_size=size, dynamic_img_size=False).eval())
     # The hub clients raise their own kinds of error; all mean that no weights arrived.
@@ -169,8 +179,12 @@ def load_model(name: str, weights: Path | None = None, img_size: int | None = No
         ) from error
 
 
-def load_state(model: Backbone, state: StateDict, source: str) -> None:
+def load_state(model: Backbone, state: StateDict, source: str, grid: tuple[int, int] | None = None) -> None:
     """Load tensors into a model; the position embedding is resampled where sizes differ.
+
+    Args:
+        grid: rows and columns of patches that the position embedding is of; None takes a square wherever their number
+            is one's, and otherwise what timm knows of the model.
 
     Raises:
         WeightsError: a tensor is missing, left over, of another shape, or holds no plain finite numbers.
@@ -178,7 +192,10 @@ def load_state(model: Backbone, state: StateDict, source: str) -> None:
     expected = model.state_dict()
     convert = (eva if isinstance(model, Eva) else vision_transformer).checkpoint_filter_fn
     try:
-        filtered = cast(StateDict, convert(dict(state), model))
+        positions = _positions(state, model, grid)
+        # timm would take a grid of as many patches for the model's own.
+        rest = {key: tensor for key, tensor in state.items() if key not in positions}
+        filtered = cast(StateDict, convert(rest, model)) | positions
     # timm takes tensors of any shape apart here; each way to fail means that they are another model's.
     except Exception as error:
         raise WeightsError(f"{source} does not fit this model: {error}.", _FIT) from error
@@ -186,6 +203,21 @@ def load_state(model: Backbone, state: StateDict, source: str) -> None:
     for key, tensor in filtered.items():
         _check_numbers(tensor, expected[key].is_floating_point(), f"{source}: {key}")
     model.load_state_dict(filtered)
+
+
+def _positions(state: StateDict, model: Backbone, grid: tuple[int, int] | None) -> StateDict:
+    """The position embedding, resampled to the model's grid; empty where there is none, or its own grid is unknown."""
+    vit, found = cast(Any, model), state.get("pos_embed")
+    if found is None or vit.pos_embed is None:
+        return {}
+    prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+    side = math.isqrt(found.shape[1] - prefix)
+    if grid is None and side * side == found.shape[1] - prefix:
+        grid = (side, side)
+    if grid is None:
+        return {}
+    new = tuple(vit.patch_embed.grid_size)
+    return {"pos_embed": found if grid == new else resample_abs_pos_embed(found, list(new), list(grid), prefix)}
 
 
 _FIT = "Give weights of the same architecture, with timm's key names."

@@ -23,7 +23,7 @@ from sparsifiner_edge.artifacts import (
     require_replaceable,
     sha256,
 )
-from sparsifiner_edge.bounds import flaw
+from sparsifiner_edge.bounds import ImageSize, flaw, height_width, size_of
 from sparsifiner_edge.config import Keep, SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.images import evenly, list_images, load_image
@@ -73,12 +73,12 @@ class Calibration(msgspec.Struct, frozen=True):
 
     Attributes:
         origin: "weights" alone, or "pictures".
-        images: how many. img_size: pixels along a side at which it learnt. files: their names.
+        images: how many. img_size: pixels at which it learnt. files: their names.
     """
 
     origin: str = msgspec.field(name="from")
     images: int | None = msgspec.field(default=None, name="pictures")
-    img_size: int | None = None
+    img_size: ImageSize | None = None
     files: list[str] | None = None
 
 
@@ -100,14 +100,14 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A student's file.
 
     Attributes:
-        sparsity: see `SparsityConfig.from_dict`.
+        img_size: pixels, one number for a square. sparsity: see `SparsityConfig.from_dict`.
         weights_sha256: of the file beside it.
     """
 
     schema_version: int = STUDENT_SCHEMA
     kind: str = "student"
     model: str
-    img_size: int
+    img_size: ImageSize
     num_classes: int
     labels: ClassNames = ()
     sparsity: Any
@@ -134,9 +134,10 @@ class Student:
     labels: tuple[str, ...] = ()
 
     @property
-    def img_size(self) -> int:
-        """Pixels along a side."""
-        return int(self.model.patch_embed.img_size[0])
+    def img_size(self) -> ImageSize:
+        """Pixels of its images: one number for a square."""
+        height, width = self.model.patch_embed.img_size
+        return size_of(int(height), int(width))
 
 
 def make_student(name: str, model: Backbone, sparsity: SparsityConfig, provenance: Provenance | None = None) -> Student:
@@ -157,7 +158,7 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
         ImageError: no images, or one of those taken cannot be read.
     """
     taken = evenly(list_images(folder), MAX_CALIBRATION_IMAGES)
-    pre, size = preprocessing(student.model), calibration_size(student.model, student.sparsity.preset)[0]
+    pre, size = preprocessing(student.model), size_of(*calibration_size(student.model, student.sparsity.preset))
     learn(student.model, [normalise(torch.from_numpy(load_image(p, size))[None], pre) for p in taken], progress)
     how = Calibration("pictures", len(taken), size, [p.name for p in taken])
     return dataclasses.replace(student, provenance=replace(student.provenance, calibration=how))
@@ -168,7 +169,7 @@ def sparsify(
     output: str | Path,
     *,
     weights: str | Path | None = None,
-    img_size: int | None = None,
+    img_size: ImageSize | None = None,
     preset: str = "edge",
     keep: Keep = 0.25,
     tile: int | None = None,
@@ -189,7 +190,7 @@ def sparsify(
         model: timm's name.
         output: folder to write; an earlier student there is replaced.
         weights: .safetensors or .pth with timm's key names; None lets timm download them.
-        img_size: pixels along a side; None takes the model's own.
+        img_size: pixels: a square's side, or height and width; None takes the model's own.
         preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens, merge, merge_window: see
             `SparsityConfig`. None takes the preset's own; for cells that is `default_cells`, for the paper's channels
             half the head dimension.
@@ -247,7 +248,7 @@ def save_student(student: Student, output: Path) -> Path:
 
 def load_student(
     folder: str | Path,
-    img_size: int | None = None,
+    img_size: ImageSize | None = None,
     keep: Keep | None = None,
     token_keep: tuple[tuple[int, float], ...] | None = None,
     merge: tuple[int, ...] | None = None,
@@ -274,8 +275,17 @@ def load_student(
     # At another size the student's own rate may be too much: what was asked for counts.
     sparsity = sparsity if merge is None else dataclasses.replace(sparsity, merge=merge)
     make_model_sparse(model, sparsity)
-    load_state(model, state, str(weights))
+    grid = _grid(config.img_size, model)
+    if sparsity.preset == "paper" and not sparsity.is_dense and grid != tuple(model.patch_embed.grid_size):
+        raise ConfigError("The published predictor is tied to its tokens.", "Make a student of this size: sparsify.")
+    load_state(model, state, str(weights), grid)
     return with_budget(Student(model, config.model, sparsity, config.provenance, labels), keep, token_keep)
+
+
+def _grid(size: ImageSize, model: Backbone) -> tuple[int, int]:
+    """Rows and columns of a model's patches in images of a size."""
+    rows, columns = (side // step for side, step in zip(height_width(size), model.patch_embed.patch_size, strict=True))
+    return rows, columns
 
 
 def _read_config(path: Path) -> StudentConfig:
@@ -332,7 +342,7 @@ def with_budget(
     return dataclasses.replace(student, sparsity=sparsity)
 
 
-def load_dense(name: str, weights: Path | None = None, img_size: int | None = None) -> Student:
+def load_dense(name: str, weights: Path | None = None, img_size: ImageSize | None = None) -> Student:
     """A timm model as the dense baseline: plain attention, untouched.
 
     Raises:

@@ -57,6 +57,24 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: 
             ["takes image (uint8 [batch, 4, 4, 3])", "[B, 5, 5, 3] is needed"],
         ),
         (lambda m: m.update(preprocessing={"size": -4}), ["preprocessing.size is -4"]),
+        (lambda m: m.update(preprocessing={"size": [4]}), ["preprocessing.size is [4], not list of length >= 2"]),
+        (lambda m: m.update(preprocessing={"size": [4, 0]}), ["preprocessing.size[1] is 0"]),
+        (
+            lambda m: m.update(preprocessing={"size": [4, 6], "resize": "centre rectangle, bicubic"}),
+            ["takes image (uint8 [batch, 4, 4, 3])", "[B, 4, 6, 3] is needed"],
+        ),
+        (
+            lambda m: m.update(preprocessing={"size": [4, 6]}),
+            ["preprocessing.resize is 'centre square, bicubic'; known is centre rectangle"],
+        ),
+        (
+            lambda m: m.update(preprocessing={"size": 4, "resize": "centre rectangle, bicubic"}),
+            ["preprocessing.resize is 'centre rectangle, bicubic'; known is centre square"],
+        ),
+        (
+            lambda m: m.update(preprocessing={"size": [4, 5000], "resize": "centre rectangle"}),
+            ["preprocessing.size is 4x5000; at most 4096"],
+        ),
     ],
 )
 def test_a_bundle_with_another_manifest(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sparsifiner_edge.bounds import MOST_DEPTH, flaw, is_number, whole_number
@@ -111,6 +112,14 @@ def test_the_same_from_python(bundle: Path, tmp_path: Path) -> None:
         create(TINY, num_classes=10**9)
     with pytest.raises(ConfigError, match="64000 px"):
         load_image(tmp_path / "none.png", 64000)
+    with pytest.raises(ConfigError, match="Images of 8x64000 px"):
+        load_image(tmp_path / "none.png", (8, 64000))
+    with pytest.raises(ConfigError, match="image size 96x64000 is too large"):
+        create(TINY, (96, 64000))
+    for size in ("160", (96, 160, 3), (96,), (96.0, 160.0), 160.5, (96, None)):
+        with pytest.raises(ConfigError, match=r"The image size is .*\n.*height and width"):
+            create(TINY, size)
+    assert create(TINY, [96, np.int64(160)]).patch_embed.grid_size == (6, 10)
 
 
 def test_what_a_number_is() -> None:

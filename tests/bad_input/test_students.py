@@ -40,6 +40,10 @@ def export_refused(capsys: Capsys, student: Path, target: Path, *texts: str) -> 
         (lambda c: c.update(img_size="160"), ['img_size is "160", not int']),
         (lambda c: c.update(img_size=True), ["img_size is true, not int"]),
         (lambda c: c.update(img_size=-16), ["image size -16"]),
+        (lambda c: c.update(img_size=[160]), ["img_size is [160], not list of length 2"]),
+        (lambda c: c.update(img_size=[96, "160"]), ['img_size[1] is "160", not int']),
+        (lambda c: c.update(img_size=[96, -160]), ["image width -160 is not a multiple", "Use 96x16"]),
+        (lambda c: c.update(img_size=[96, 64_000]), ["image size 96x64000 is too large"]),
         (lambda c: c.update(num_classes=1.5), ["num_classes is 1.5, not int"]),
         (lambda c: c.update(num_classes=11), ["head.bias has shape [10]"]),
         (lambda c: c.update(sparsity=None), ["sparsity: it is null, not dict"]),
@@ -97,6 +101,7 @@ def test_a_damaged_student(
         (["--batch", "9" * 5000], ["batch is '99"]),
         (["--precision", "int3"], ["--precision", "'int3'"]),
         (["--img-size", "100"], ["100 is not a multiple of the patch size 16"]),
+        (["--img-size", "96", "100"], ["image width 100 is not a multiple of the patch size 16"]),
         (["--weights", "w.safetensors"], ["--weights cannot be combined with a student"]),
     ],
 )

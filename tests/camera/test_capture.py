@@ -46,6 +46,16 @@ def test_a_decoder_that_cannot_be_started_for_a_while(monkeypatch: pytest.Monkey
     assert reasons == [f"the decoder cannot be started: {os.strerror(n)}" for n in (errno.EAGAIN, errno.ENOMEM)]
 
 
+def test_frames_of_a_rectangle() -> None:
+    events: list[dict[str, Any]] = []
+    with Capture(parse_source("test"), Fit((6, 10), display=64), 50, 3, Status("test", events.append)) as running:
+        frame = running.mailbox.take(60)
+    assert frame is not None
+    assert frame.image.shape == (6, 10, 3)
+    assert frame.shown is not None
+    assert frame.shown.shape == (48, 64, 3)
+
+
 @pytest.mark.parametrize("source", ["test", "rtsp://127.0.0.1:1/x"])
 def test_a_process_that_runs_out_of_descriptors(source: str) -> None:
     """For the decoder, and for the relay of a camera; it recovers when some are free again."""

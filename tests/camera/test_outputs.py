@@ -246,7 +246,7 @@ def failing(error: Exception) -> Any:
 
 
 def test_an_encoder_that_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    overlay = Overlay(tmp_path / "o.mp4")
+    overlay = Overlay(tmp_path / "o.mp4", 8)
     overlay.write(np.zeros((64, 64, 3), np.uint8), ["text"], None, 0.0)
 
     class Stream:
@@ -256,6 +256,21 @@ def test_an_encoder_that_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="it broke"):
         overlay.close()
     overlay.abandon()
+
+
+@pytest.mark.parametrize(("size", "first", "last"), [((30, 60), 16, 47), (224, 0, 63)])
+def test_what_the_model_sees_is_outlined(size: Any, first: int, last: int, tmp_path: Path) -> None:
+    overlay = Overlay(tmp_path / "o.mp4", size)
+    overlay.write(np.zeros((64, 64, 3), np.uint8), [], np.ones((3, 6)), 0.0)
+    overlay.close()
+    with av.open(str(tmp_path / "o.mp4")) as file:
+        (frame,) = (frame.to_ndarray(format="rgb24").astype(int) for frame in file.decode(video=0))
+    green, red = frame[:, 40, 1], frame[:, 40, 0]
+    assert [row for row in range(10, 64) if green[row] > 100] == [row for row in (first, last) if row >= 10]
+    inside = slice(first + 4, last - 3)
+    assert red[inside].min() > 100  # All of it changed.
+    assert red[10 : max(first - 3, 10)].max(initial=0) < 60
+    assert red[last + 4 :].max(initial=0) < 60
 
 
 def test_an_ffmpeg_without_the_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

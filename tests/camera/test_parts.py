@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.camera_cells import number_of
+from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.camera import child
 from sparsifiner_edge.camera.answers import Class, FrameRecord, ImageRecord
 from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
@@ -29,16 +31,17 @@ from sparsifiner_edge.camera.decoder_protocol import (
     receive,
     send,
 )
-from sparsifiner_edge.camera.gstreamer import launch_line, read_pipeline
+from sparsifiner_edge.camera.gstreamer import _images, launch_line, read_pipeline
 from sparsifiner_edge.camera.health import parse_host_port
 from sparsifiner_edge.camera.json_lines import LineWriter, line_of
 from sparsifiner_edge.camera.libav import StreamClock, require_sane_size
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.overlay import text_lines
 from sparsifiner_edge.camera.pattern import BITS, cells_of, draw_pattern
-from sparsifiner_edge.camera.prepare import Fit, fit_pillow, scaled_size, to_square
+from sparsifiner_edge.camera.prepare import Fit, cropped, fit_pillow, scaled_size
 from sparsifiner_edge.camera.sources import parse_source, require_decoder
 from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
+from sparsifiner_edge.images import centre_box, load_image
 from tests.tiny import make_bundle
 
 
@@ -118,22 +121,56 @@ def test_the_number_in_a_image() -> None:
     assert number_of(square.reshape(8, 8, 8, 8, 3).mean((1, 3, 4)).ravel().tolist()) == 777
 
 
+@pytest.mark.parametrize("model", [50, (30, 50), (50, 30), (7, 112)])
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (100, 100), (33, 500), (1, 16)])
-def test_fitting(size: tuple[int, int]) -> None:
-    assert min(scaled_size(*size, 50)) == 50
-    square = fit_pillow(Image.new("RGB", size, (200, 200, 200)), Fit(50))
-    assert square.shape == (50, 50, 3)
-    assert (square > 0).all()
-    assert to_square(np.ones((50, 50, 3), np.uint8), 50).flags.c_contiguous
+def test_fitting(size: tuple[int, int], model: ImageSize) -> None:
+    height, width = height_width(model)
+    scaled = scaled_size(*size, model)
+    assert scaled[0] == width or scaled[1] == height
+    assert scaled[0] >= width
+    assert scaled[1] >= height
+    assert scaled[0] / scaled[1] == pytest.approx(size[0] / size[1], rel=0.6 / min(scaled))
+    image = fit_pillow(Image.new("RGB", size, (200, 200, 200)), Fit(model))
+    assert image.shape == (height, width, 3)
+    assert (image > 0).all()
+    assert cropped(np.ones((60, 120, 3), np.uint8), model).flags.c_contiguous
 
 
-def test_the_middle_stays_in_the_middle() -> None:
-    image = np.zeros((100, 300, 3), np.uint8)
-    image[45:55, 145:155] = 255
-    square = fit_pillow(Image.fromarray(image), Fit(60))
-    rows, columns = np.nonzero(square[..., 0] > 100)
-    assert abs(rows.mean() - 29.5) < 1
-    assert abs(columns.mean() - 29.5) < 1
+@pytest.mark.parametrize("model", [60, (40, 60), (90, 60)])
+def test_the_middle_stays_in_the_middle(model: ImageSize, tmp_path: Path) -> None:
+    pixels = np.zeros((100, 300, 3), np.uint8)
+    pixels[45:55, 145:155] = 255
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    for image in (fit_pillow(Image.fromarray(pixels), Fit(model)), load_image(tmp_path / "image.png", model)):
+        rows, columns = np.nonzero(image[..., 0] > 100)
+        height, width = height_width(model)
+        assert abs(rows.mean() - (height - 1) / 2) < 1
+        assert abs(columns.mean() - (width - 1) / 2) < 1
+        assert np.ptp(rows) == pytest.approx(np.ptp(columns), abs=1)  # Nothing is distorted.
+
+
+@pytest.mark.parametrize(
+    ("frame", "model", "box"),
+    [
+        ((640, 480), 224, (80, 0, 560, 480)),
+        ((480, 641), 224, (0, 80, 480, 560)),
+        ((640, 480), (224, 224), (80, 0, 560, 480)),
+        ((640, 480), (294, 518), (0, 58, 640, 421)),
+        ((1920, 1080), (294, 518), (8, 0, 1911, 1080)),
+        ((640, 480), (518, 294), (184, 0, 456, 480)),
+        ((3, 1000), (16, 160), (0, 499, 3, 500)),
+        ((1, 1), (14, 140), (0, 0, 1, 1)),
+    ],
+)
+def test_the_largest_box_of_a_shape(
+    frame: tuple[int, int], model: ImageSize, box: tuple[int, ...], tmp_path: Path
+) -> None:
+    assert centre_box(*frame, model) == box
+    pixels = np.random.default_rng(0).integers(0, 256, (frame[1], frame[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    height, width = height_width(model)
+    expected = Image.fromarray(pixels).crop(box).resize((width, height), Image.Resampling.BICUBIC)
+    assert np.array_equal(load_image(tmp_path / "image.png", model), np.asarray(expected))
 
 
 @pytest.mark.parametrize("size", [(0, 5), (-1, 4), (100_000, 100_000), (40_000, 2), (16, 273)])
@@ -367,8 +404,20 @@ def test_what_is_no_address(text: str) -> None:
 def test_what_is_added_to_a_pipeline() -> None:
     line = launch_line("videotestsrc pattern=ball ! video/x-raw,width=64", Fit(20), 7)
     assert line[:5] == ["gst-launch-1.0", "-q", "videotestsrc", "pattern=ball", "!"]
-    assert "aspectratiocrop" in line
+    assert "aspectratiocrop aspect-ratio=1/1 !" in " ".join(line)
     assert line[-2:] == ["fd=7", "sync=false"]
+    wide = " ".join(launch_line("a", Fit((294, 518)), 7))
+    assert "aspectratiocrop aspect-ratio=37/21 !" in wide
+    assert "width=518,height=294," in wide
+
+
+def test_rows_of_a_rectangle_from_a_pipeline() -> None:
+    pixels = np.arange(2 * 3 * 7 * 3, dtype=np.uint8).reshape(2, 3, 7, 3)
+    padded = np.pad(pixels.reshape(2, 3, 21), ((0, 0), (0, 0), (0, 3)))  # to four bytes
+    frames = [frame.images for frame in _images(io.BytesIO(padded.tobytes() + b"a part"), Fit((3, 7)))]
+    assert len(frames) == 2
+    for (image,), expected in zip(frames, pixels, strict=True):
+        assert np.array_equal(image, expected)
 
 
 def test_a_pipeline_that_remarks_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +447,21 @@ def test_a_manifest_that_resizes_otherwise(value: Any, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4, "resize": value})
     with pytest.raises(ArtifactError, match=r"preprocessing\.resize is"):
         Model(bundle, "onnxruntime", 1)
+
+
+def test_a_rectangular_model_on_frames(tmp_path: Path) -> None:
+    manifest = {"size": [40, 60], "resize": "centre rectangle, bicubic"}
+    bundle = make_bundle(tmp_path / "b", size=(40, 60), preprocessing=manifest)
+    frame = np.zeros((480, 640, 3), np.uint8)
+    frame[18:462] = (255, 0, 0)  # A model of this shape sees the middle 427 rows.
+    with Model(bundle, "onnxruntime", 1) as model:
+        assert model.fit.size == (40, 60)
+        found, red = (
+            model.answer(model.infer(fit_pillow(Image.fromarray(pixels), model.fit))).features
+            for pixels in (frame, np.broadcast_to(frame[240], frame.shape))
+        )
+    assert found is not None
+    np.testing.assert_allclose(found, red, atol=0.02 * np.ptp(red))
 
 
 def test_a_scene_that_stays_does_not_change(cells: Path) -> None:

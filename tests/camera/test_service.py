@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from benchmarks.camera_cells import make_cells_bundle, number_of
+from tests.camera.conftest import encode
 from tests.commands import assert_refused, process
 from tests.tiny import make_bundle
 
@@ -104,6 +105,31 @@ def test_a_classifier(tiny_bundle: Path, video: Path) -> None:
 def test_any_pipeline(cells: Path, video: Path) -> None:
     outcome = process("run", cells, "--source", f"gst:filesrc location={video} ! decodebin", "--frames", 5)
     assert None not in numbers_of(records_of(outcome))
+
+
+WIDE = {"size": [32, 64], "resize": "centre rectangle, bicubic"}
+
+
+@pytest.mark.parametrize("source", ["image", "video", pytest.param("pipeline", marks=needs_gst)])
+def test_a_rectangle_sees_the_centre_in_its_shape(source: str, tmp_path: Path) -> None:
+    """Of 320 x 240 pixels the middle 160 rows; as a square, or made narrower, blue would be in it."""
+    from PIL import Image
+
+    bundle = make_bundle(tmp_path / "b", size=(32, 64), preprocessing=WIDE)
+    frame = np.full((240, 320, 3), (0, 0, 255), np.uint8)
+    frame[30:210] = (255, 0, 0)
+    video = encode(tmp_path / "v.mp4", [frame] * 3)
+    for name, pixels in (("image", frame), ("red", np.full((10, 10, 3), (255, 0, 0), np.uint8))):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    sources = {"image": tmp_path / "image.png", "video": video, "pipeline": f"gst:filesrc location={video} ! decodebin"}
+    options = [] if source == "image" else ["--frames", 1, "--overlay", tmp_path / "o.mp4"]
+    record, *_ = records_of(process("run", bundle, "--source", sources[source], *options))
+    (expected,) = records_of(process("run", bundle, "--source", tmp_path / "red.png"))
+    np.testing.assert_allclose(record["features"], expected["features"], atol=0.05 * np.ptp(expected["features"]))
+    if source == "video":
+        with av.open(str(tmp_path / "o.mp4")) as drawn:
+            rows = next(drawn.decode(video=0)).to_ndarray(format="rgb24")[60:, 160, 1].astype(int)
+        assert rows.argmax() == 199 - 60  # The outline's lower edge.
 
 
 @needs_gst

@@ -20,7 +20,7 @@ from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bundle.sign import generate_key, sign_bundle
 from sparsifiner_edge.camera.prepare import Fit, fit_pillow
 from sparsifiner_edge.package import package_bundle
-from sparsifiner_edge.package.gst import element_file, square
+from sparsifiner_edge.package.gst import element_file, fitting
 from sparsifiner_edge.runtime import open_session
 
 pytestmark = pytest.mark.slow
@@ -215,7 +215,7 @@ def test_the_plain_file_in_onnxinference(
     out = tmp_path / "out"
     package_bundle(bundle, "gstreamer", out)
     inference = f"onnxinference model-file={out / 'bundle' / 'model.onnx'} input-image-format=hwc"
-    pipeline = f"videotestsrc pattern=snow num-buffers=1 ! {square(160)} ! {inference} ! appsink name=out sync=false"
+    pipeline = f"videotestsrc pattern=snow num-buffers=1 ! {fitting(160)} ! {inference} ! appsink name=out sync=false"
     _, (frame,) = pull(pipeline, environment, out / "plugins", tmp_path)
     image = np.frombuffer((tmp_path / "frame0").read_bytes(), np.uint8).reshape(1, 160, 160, 3)
     with open_session(bundle, threads=1, kernels="portable") as session:

@@ -38,6 +38,37 @@ def test_every_target(target: str, tmp_path: Path, tiny_bundle: Path, capsys: py
     assert printed["remarks"]
 
 
+RECTANGLE = {
+    "deepstream": {
+        "config_infer_primary.txt": "infer-dims=3;4;6\n",
+        "config_infer_secondary.txt": "infer-dims=3;4;6\n",
+        "README.md": "float32 [B,3,4,6]",
+    },
+    "triton": {"models/b/config.pbtxt": "dims: 4\n  dims: 6\n  dims: 3\n", "README.md": "4 px high and 6 px wide"},
+    "gstreamer": {"README.md": "aspect-ratio=3/2 ! videoscale ! video/x-raw,format=RGB,width=6,height=4,"},
+}
+SQUARE = {
+    "deepstream": {"config_infer_primary.txt": "infer-dims=3;4;4\n", "README.md": "takes the centre square of a frame"},
+    "triton": {"models/b/config.pbtxt": "dims: 4\n  dims: 4\n  dims: 3\n", "README.md": "4 px square"},
+    "gstreamer": {"README.md": "aspect-ratio=1/1 ! videoscale ! video/x-raw,format=RGB,width=4,height=4,"},
+}
+
+
+@pytest.mark.parametrize(("size", "expected"), [((4, 6), RECTANGLE), (4, SQUARE)], ids=["rectangle", "square"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_sizes_in_configurations(target: str, size: Any, expected: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    shape = "centre square" if size == 4 else "centre rectangle"
+    bundle = make_bundle(tmp_path / "b", size=size, preprocessing={"size": size, "resize": f"{shape}, bicubic"})
+    remarks = package_bundle(bundle, target, tmp_path / "out").remarks
+    for name, text in expected[target].items():
+        assert text in (tmp_path / "out" / name).read_text(), name
+    if target == "deepstream":
+        assert any(f"takes the {shape} of a frame" in remark for remark in remarks)
+    if target == "triton":
+        height, width = (size, size) if size == 4 else size
+        assert len((tmp_path / "out" / "models" / "b" / "warmup" / "image").read_bytes()) == height * width * 3
+
+
 def test_a_package_is_replaced(tmp_path: Path, tiny_bundle: Path) -> None:
     out = tmp_path / "out"
     package_bundle(tiny_bundle, "triton", out)
@@ -145,6 +176,7 @@ def test_names_of_files_stay_in_their_folder(target: str, name: str, tmp_path: P
     ("manifest", "said"),
     [
         ({"preprocessing": {"size": 8}}, "does not take one image"),
+        ({"preprocessing": {"size": [4, 6]}}, "does not take one image `image` uint8 [B,4,6,3]"),
         ({"inputs": []}, "does not take one image"),
         ({"inputs": [{"name": "image", "dtype": "uint8", "shape": []}]}, "does not take one image"),
         ({"inputs": ["image"]}, 'inputs[0] is "image", not dict'),

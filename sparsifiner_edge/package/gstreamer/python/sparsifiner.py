@@ -108,9 +108,9 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
     def do_transform_ip(self, buffer: Any) -> Any:
         """One frame."""
         try:
-            square = self._square(buffer)
+            image = self._image(buffer)
             begun = time.monotonic()
-            outputs = self._model.infer(square)
+            outputs = self._model.infer(image)
             elapsed = (time.monotonic() - begun) * 1e3
             answer = self._model.answer(outputs)
             change = self._model.change(outputs) if answer.top is None else None
@@ -122,8 +122,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             return Gst.FlowReturn.ERROR
         return Gst.FlowReturn.OK
 
-    def _square(self, buffer: Any) -> Any:
-        """The frame as the model takes it, uint8 [S,S,3]."""
+    def _image(self, buffer: Any) -> Any:
+        """The frame as the model takes it, uint8 [H,W,3]."""
         from PIL import Image
 
         from sparsifiner_edge.camera.prepare import fit_pillow
