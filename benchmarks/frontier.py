@@ -5,9 +5,9 @@
 DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals: the dense model, and token merging by its published rule at
 five constant and five falling rates (`tome.py`), each as one plain file in ONNX Runtime, OpenVINO and torch; with
 `--int8` the quantised files too, and bf16 where the processor has it. Ours: five budgets of merging and sparse
-attention. Every point's fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of the
-patches and of the class token to the dense model's. All are timed in turn in one process. "At equal fidelity" is the
-time that the best rival needs for a fidelity, interpolated between its neighbouring points, over ours.
+attention. Fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of patches and class
+token to the dense model's. All are timed in turn in one process. "At equal fidelity" is the time that the best rival
+needs for a fidelity, interpolated between its neighbouring points, over ours.
 """
 
 from __future__ import annotations

@@ -143,9 +143,7 @@ class Training:
         return found
 
     def budgets(self) -> list[SparsityConfig]:
-        """What the student is judged at: every share of keys with everything that merges, and with and without token
-        pruning where that is learnt.
-        """
+        """What the student is judged at: every keep with every merge, and where pruning is learnt, with and without."""
         given = self.recipe.budgets
         keeps = given.keep or (self.sparsity.keep,)
         if self.sparsity.keep == 1:

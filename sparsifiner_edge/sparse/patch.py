@@ -305,7 +305,9 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
     layouts = {number: of_layer.layout(*counts[number]) for number, of_layer in sparse.items()}
     for number, block in enumerate(vit.blocks):
         if number in sparse and not isinstance(block.attn, SparseAttention):
-            raise ConfigError(f"layer {number} is dense: it has no predictor.", "Give --keep to sparsify.")
+            raise ConfigError(
+                f"layer {number} is dense: it has no predictor.", "Give it a share of 1, or sparsify again."
+            )
     for number, block in enumerate(vit.blocks):
         if number in sparse:
             block.attn.sparsity, block.attn.layout = sparse[number], layouts[number]
