@@ -60,14 +60,14 @@ LONG = {"img_size": 518, "merge": tome.schedule((200, 1.5), 12)[0], "keep": (0.1
 """What the student `merge`, which learns at 224 px, does at 518 px: 16.5 G multiply-accumulates."""
 REQUIRED = {
     "merge, trained, keep 0.25, merge 8": (0.99, 0.994),
-    "merge, trained, 518 px": (0.0, 0.985),
     "edge, trained, keep 0.25": (0.994, 0.997),
     "edge, trained, keep 0.1": (0.981, 0.988),
     "edge, trained, keep 0.05": (0.965, 0.978),
     "edge, trained, keep 0.05, tile 16, probe 4": (0.965, 0.978),
     "edge, trained, keep 0.05, tile 8, probe 4": (0.965, 0.978),
 }
-"""Cosine of the patches to the teacher: required, aimed at."""
+"""Cosine of the patches to the teacher: required, aimed at. At 518 px the student `merge` must be better than untrained
+by more than the interval, and aims at .985."""
 LARGEST_DROP = {"keep .10": (0.5, 0.2), "keep .10, tokens .7": (1.0, 0.5), "keep .25, merge 8": (0.5, 0.2)}
 """Points of accuracy: allowed, aimed at; of the students `edge`, `tokens` and `merge`."""
 
@@ -244,12 +244,17 @@ def beside_paper(rows: dict[str, Any]) -> dict[str, Any]:
     return dict(write_record(stats.small_sample_mean(ours - theirs)))
 
 
+def student_of(label: str) -> str:
+    """The training that a row of `LARGEST_DROP` measures."""
+    return "tokens" if "tokens" in label else "merge" if "merge" in label else "edge"
+
+
 def fashion_bundle(work: Path, label: str) -> Path:
     """What Fashion-MNIST is measured with; names hold the trained weights' hash, so that none outlives its student."""
     if label == "teacher":
         source, name, options = material.DINOV2, "teacher", {"weights": weights_file(), "img_size": SIZE}
     else:
-        source = work / ("tokens" if "tokens" in label else "merge" if "merge" in label else "edge")
+        source = work / student_of(label)
         digest = json.loads((source / "config.json").read_text())["weights_sha256"]
         name = f"{label.replace(' ', '-').replace(',', '')}-{digest[:8]}"
         options = {"keep": 0.25, "merge": (8,)} if "merge" in label else {"keep": 0.1}
@@ -274,10 +279,10 @@ def features(bundle: Path, pictures: Labelled, tell: Any) -> Any:
 
 
 def fashion(work: Path, tell: Any) -> dict[str, Any]:
-    """Neighbours and linear probe on frozen features: teacher, keep .10, and keep .10 with token pruning."""
+    """Neighbours and linear probe on frozen features: the teacher, and what of `LARGEST_DROP` is trained."""
     gallery, queries = fashion_mnist("train").first(GALLERY), fashion_mnist("test")
     right: dict[str, dict[str, Any]] = {"knn": {}, "linear": {}}
-    for label in ("teacher", *LARGEST_DROP):
+    for label in ("teacher", *(label for label in LARGEST_DROP if (work / student_of(label)).exists())):
         bundle = fashion_bundle(work, label)
         known, asked = (features(bundle, pictures, tell) for pictures in (gallery, queries))
         for metric, fit in (("knn", fit_neighbours), ("linear", fit_probe)):

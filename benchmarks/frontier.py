@@ -6,8 +6,8 @@ DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals: the dense model, and 
 five constant and five falling rates (`tome.py`), each as one plain file in ONNX Runtime, OpenVINO and torch; with
 `--int8` the quantised files too, and bf16 where the processor has it. Ours: five budgets of merging and sparse
 attention. Fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of patches and class
-token to the dense model's. All are timed in turn in one process. "At equal fidelity" is the time that the best rival
-needs for a fidelity, interpolated between its neighbouring points, over ours.
+token to the dense model's. All are timed in turn in one process. "At equal fidelity": the best rival's time for a
+fidelity, interpolated between its neighbouring points, over ours.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ from sparsifiner_edge.sparse.student import load_student, sparsify
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One image size: our budgets as (what merges, keep), cells, the rivals' rates, and fidelities to compare at.
-
-    What merges: a constant rate, or the first layer's rate and the power by which it falls to 0 in the last.
+    """One image size: our budgets as (what merges: see `tome.schedule`; keep), cells, the rivals' rates, and
+    fidelities to compare at.
     """
 
     budgets: tuple[tuple[int | tuple[int, float], Keep], ...]
@@ -60,7 +59,7 @@ class Case:
 
 
 EARLY, LONG = (0.1, 0.1, 0.2, 1.0), (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0)
-"""The first layers have the most tokens and need the fewest keys; found by `merging.py`."""
+"""The first layers have the most tokens and need the fewest keys: see `merging.py`."""
 CASES = {
     224: Case(
         ((8, 1), (10, 1), (12, 1), ((20, 1), 1), ((24, 1), 1)), 16,

@@ -49,7 +49,7 @@ SCHEDULES: dict[int, tuple[Rate, ...]] = {
 KEEPS: dict[int, tuple[Keep, ...]] = {
     224: (0.5, (0.25, 0.25, 0.5, 1.0)),
     518: (0.5, 0.25, (0.1, 0.1, 1.0), (0.1, 0.1, 0.2, 1.0), (0.1, 0.1, 0.2, 0.5), (0.05, 0.05, 0.05, 1.0)),
-    1036: (0.25, (0.05, 0.05, 0.1, 0.25), (0.05, 0.05, 0.1, 0.25, 0.25, 0.25, 0.5), (0.05, 0.05, 0.1, 1.0)),
+    1036: (0.25, (0.05, 0.05, 0.1, 0.25), (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0), (0.05, 0.05, 0.1, 1.0)),
 }
 CELLS = {224: 16, 518: 49, 1036: 49}
 TRAINING_IMAGES, FEW = 10, 4
@@ -63,7 +63,7 @@ class Variant:
     Attributes:
         group, name: where and as what the table shows it.
         rate: see `tome.schedule`. keep: shares of keys. cells: None for the size's own.
-        pairs: chooses pairs in the place of MatchTokens. calibrated: whether the predictor saw merged tokens.
+        pairs: chooses pairs in the place of MatchTokens.
     """
 
     group: str
@@ -72,7 +72,6 @@ class Variant:
     keep: Keep = 1.0
     cells: int | None = None
     pairs: Pairs | None = None
-    calibrated: bool = True
 
 
 def pairs_by(
@@ -107,7 +106,6 @@ def variants(size: int) -> list[Variant]:
             for layer in range(12)
         ]
         rows += [Variant("cells", f"{cells} cells", usual, 0.25, cells=cells) for cells in (9, 16, 25, 49, 100)]
-        rows += [Variant("calibration", "on whole images", usual, 0.25, calibrated=False)]
     return rows
 
 
@@ -137,9 +135,9 @@ class Images:
         ]
 
 
-def run(variant: Variant, images: Images, students: dict[tuple[int, bool], Path], size: int) -> dict[str, Any]:
+def run(variant: Variant, images: Images, students: dict[int, Path], size: int) -> dict[str, Any]:
     """One row: fidelity and cost."""
-    folder = students[variant.cells or CELLS[size], variant.calibrated]
+    folder = students[variant.cells or CELLS[size]]
     rates, named = tome.schedule(variant.rate, 12)
     student = load_student(folder, merge=rates, keep=variant.keep)
     model = DeployedModel(student.model).eval()
@@ -182,11 +180,10 @@ def measure(size: int) -> list[dict[str, Any]]:
         calibration.mkdir()
         for path in split.calibration():
             (calibration / path.name).symlink_to(path)
-        for cells, calibrated in {(row.cells or CELLS[size], row.calibrated) for row in rows}:
-            rate = tome.schedule(USUAL[size], 12)[0] if calibrated else (0,)
-            students[cells, calibrated] = sparsify(
-                material.DINOV2, Path(scratch) / f"{cells}-{calibrated}", weights=weights_file(), img_size=size,
-                keep=0.25, cells=cells, merge=rate, calibrate=calibration,
+        for cells in {row.cells or CELLS[size] for row in rows}:
+            students[cells] = sparsify(
+                material.DINOV2, Path(scratch) / f"{cells}", weights=weights_file(), img_size=size,
+                keep=0.25, cells=cells, calibrate=calibration,
             )  # fmt: skip
         found = [] if size > 1000 else [suitors(size, images)]
         for number, row in enumerate(rows):

@@ -31,7 +31,9 @@ def falling(first: int, depth: int) -> list[int]:
 
 
 def schedule(rate: int | tuple[int, float], depth: int) -> tuple[tuple[int, ...], str]:
-    """Rates of every layer, and their name."""
+    """Rates as `--merge` takes them, and their name: a constant rate, or the first layer's and the power by which it
+    falls to 0 in the last.
+    """
     if isinstance(rate, int):
         return (rate,), str(rate)
     first, power = rate

@@ -344,6 +344,16 @@ def test_merging_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path:
         distill_student(start, folder, tmp_path / "x", overrides=(*SHORT, 'budgets.merge=["3,2,1"]'))
 
 
+def test_layers_that_are_dense_stay_dense(folder: Path, tmp_path: Path) -> None:
+    sparsity = SparsityConfig(keep=(0.3, 0.2, 1), cells=0, channels=8)
+    start = save_student(student(sparsity=sparsity, num_classes=0), tmp_path / "start")
+    summary = distill_student(start, folder, tmp_path / "out", overrides=SHORT)
+    assert [row.keep for row in summary.fidelity.budgets or []] == [0.1, 0.2]
+    assert load_student(tmp_path / "out").sparsity == sparsity
+    summary = distill_student(start, folder, tmp_path / "own", overrides=(*SHORT, "budgets.keep=[]"))
+    assert [row.keep for row in summary.fidelity.budgets or []] == [(0.3, 0.2, 1)]
+
+
 def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsifiner_edge.distill.train.RECENT", 3)
     # The first phase's losses are a hundredth of the second's: no explosion, another phase.

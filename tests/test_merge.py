@@ -18,7 +18,7 @@ import sparsifiner_edge as se
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, open_bundle
-from sparsifiner_edge.config import LEAST_PATCHES, SparsityConfig, parse_merge
+from sparsifiner_edge.config import LEAST_PATCHES, SparsityConfig, merge_text, parse_merge
 from sparsifiner_edge.costs import layer_costs, summary
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import check, student_changes
@@ -177,6 +177,7 @@ def test_rates() -> None:
     assert parse_merge("80") == (80,)
     assert parse_merge("160..0") == (160, 0)
     assert parse_merge("3, 2,1") == (3, 2, 1)
+    assert [merge_text(parse_merge(text)) for text in ("80", "160..0", "3,2,1")] == ["80", "160..0", "3,2,1"]
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "1..2..3", "..", "4..", "1.5", "3,,2", "²", "9999999"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.config import keep_text
+from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
@@ -66,6 +66,6 @@ def _print(summary: TrainingSummary, output: Path) -> None:
 def _budget(row: BudgetFidelity) -> str:
     """Such as "keep 0.1, tokens 3:0.7,6:0.7" or "keep 0.1, merge 20..0"."""
     places = ",".join(f"{layer}:{share:g}" for layer, share in row.token_keep)
-    merge = ("..".join if len(row.merge) == 2 else ",".join)(map(str, row.merge))
-    parts = [f"keep {keep_text(row.keep)}", f"tokens {places}" if places else "", f"merge {merge}" if merge else ""]
+    merge = f"merge {merge_text(row.merge)}" if row.merge else ""
+    parts = [f"keep {keep_text(row.keep)}", f"tokens {places}" if places else "", merge]
     return ", ".join(filter(None, parts))

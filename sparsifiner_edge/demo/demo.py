@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.config import Keep, keep_text
+from sparsifiner_edge.config import Keep, keep_text, merge_text
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.evaluate.cosine import CosineMethod, CosineResult, Cosines
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         """As tables show it."""
-        return f"{self.size} px, merge {'..'.join(map(str, self.merge))}, keep {keep_text(self.keep)}"
+        return f"{self.size} px, merge {merge_text(self.merge)}, keep {keep_text(self.keep)}"
 
 
 class _Row(NamedTuple):

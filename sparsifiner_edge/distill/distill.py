@@ -110,7 +110,7 @@ def distill_student(
     """Train a student towards its dense teacher and write the best that was found as a student folder.
 
     "Best" is judged by the cosine to the teacher's final tokens over images that are not trained on, at every budget
-    of the recipe (see `train.joint_fidelity`); the untrained start counts. Meanwhile `<output>.training` holds a
+    of the recipe (see `fidelity.joint_fidelity`); the untrained start counts. Meanwhile `<output>.training` holds a
     checkpoint and `history.jsonl`. Run under `accelerate launch` it uses all its processes.
 
     Args:

@@ -25,20 +25,19 @@ from sparsifiner_edge.config import SparsityConfig, parse_merge, parse_token_kee
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
 from sparsifiner_edge.distill.data import Batch, ImageSource, augmentation, batches
-from sparsifiner_edge.distill.losses import Distiller, at_positions
+from sparsifiner_edge.distill.fidelity import fidelities, joint_fidelity
+from sparsifiner_edge.distill.losses import Distiller
 from sparsifiner_edge.distill.recipe import Phase, Recipe
 from sparsifiner_edge.distill.tensorboard import RecordLosses
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.models import Backbone, normalise, preprocessing
-from sparsifiner_edge.sparse.patch import final_tokens, set_budget
+from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 
 RECENT = 50
 """Losses that an explosion is measured against."""
-LEAST_ERROR = 1e-6
-"""Cosine distance at which a budget counts as perfect: rounding is as large."""
 
 
 def make_accelerator(recipe: Recipe) -> Any:
@@ -114,8 +113,9 @@ class Training:
         self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
+        self.depth = len(student.model.blocks)
         for budget in self.budgets():  # refuses those that contradict the student
-            budget.layer_tokens(len(student.model.blocks), student.model.patch_embed.num_patches, 1)
+            budget.layer_tokens(self.depth, student.model.patch_embed.num_patches, 1)
         self.held_out = self._held_out(teacher.model)
 
     def _steps(self, phase: Phase) -> int:
@@ -143,13 +143,18 @@ class Training:
         return found
 
     def budgets(self) -> list[SparsityConfig]:
-        """What the student is judged at: every keep with every merge, and where pruning is learnt, with and without."""
-        given = self.recipe.budgets
-        keeps = given.keep or (self.sparsity.keep,)
-        if self.sparsity.keep == 1:
-            keeps = (1,)
-        merges = tuple(map(parse_merge, given.merge)) or (self.sparsity.merge,)
-        configs = [dataclasses.replace(self.sparsity, keep=keep, merge=merge) for merge in merges for keep in keeps]
+        """What the student is judged at: every keep with every merge, and where pruning is learnt, with and without.
+
+        Layers that are dense in the student have no predictor, and stay dense.
+        """
+        given, own = self.recipe.budgets, self.sparsity
+        if given.keep and own.keep != 1:
+            dense = tuple(layer for layer, share in enumerate(own.layer_keep(self.depth)) if share == 1)
+            kept = [dataclasses.replace(own, keep=keep, dense_layers=dense) for keep in given.keep]
+        else:
+            kept = [own]
+        merges = tuple(map(parse_merge, given.merge)) or (own.merge,)
+        configs = [dataclasses.replace(config, merge=merge) for merge in merges for config in kept]
         pruned = parse_token_keep(given.token_keep)
         if pruned and self.sparsity.token_keep not in ((), pruned):
             raise ConfigError(
@@ -369,34 +374,3 @@ class Training:
             "epsilon": recipe.epsilon,
             "weight_decay": recipe.weight_decay,
         }
-
-
-@torch.no_grad()
-def fidelities(
-    model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]
-) -> list[list[float]]:
-    """Per budget and image, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's."""
-    before, prefix, found = cast(Any, model).sparsity, model.num_prefix_tokens, []
-    for sparsity in budgets:
-        set_budget(model, sparsity)
-        values = []
-        for image, wanted in held_out:
-            tokens, positions = final_tokens(model, image)
-            cosine = torch.cosine_similarity(tokens, at_positions(wanted, positions, prefix), dim=-1)[0]
-            parts = [cosine[:prefix], cosine[prefix:]] if prefix else [cosine]
-            values.append(statistics.fmean(float(part.mean()) for part in parts))
-        found.append(values)
-    set_budget(model, before)
-    return found
-
-
-def joint_fidelity(cosines: list[list[float]]) -> float:
-    """One figure for all budgets and images: 1 minus the geometric mean of 1 - cosine.
-
-    Each counts by the share of its own error: else a small gain where errors are large, with few keys or on an image
-    unlike the others, would buy a great loss everywhere else. NaN where a cosine is.
-    """
-    every = [cosine for values in cosines for cosine in values]
-    if not all(map(math.isfinite, every)):
-        return math.nan
-    return 1 - statistics.geometric_mean(max(1 - cosine, LEAST_ERROR) for cosine in every)

@@ -1,0 +1,49 @@
+"""How close a student is to its teacher on held-out images, by which a training keeps its best weights."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.distill.losses import at_positions
+from sparsifiner_edge.sparse.models import Backbone
+from sparsifiner_edge.sparse.patch import final_tokens, set_budget
+
+LEAST_ERROR = 1e-6
+"""Cosine distance at which a budget counts as perfect: rounding is as large."""
+
+
+@torch.no_grad()
+def fidelities(
+    model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]
+) -> list[list[float]]:
+    """Per budget and image, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's."""
+    before, prefix, found = cast(Any, model).sparsity, model.num_prefix_tokens, []
+    for sparsity in budgets:
+        set_budget(model, sparsity)
+        values = []
+        for image, wanted in held_out:
+            tokens, positions = final_tokens(model, image)
+            cosine = torch.cosine_similarity(tokens, at_positions(wanted, positions, prefix), dim=-1)[0]
+            parts = [cosine[:prefix], cosine[prefix:]] if prefix else [cosine]
+            values.append(statistics.fmean(float(part.mean()) for part in parts))
+        found.append(values)
+    set_budget(model, before)
+    return found
+
+
+def joint_fidelity(cosines: list[list[float]]) -> float:
+    """One figure for all budgets and images: 1 minus the geometric mean of 1 - cosine.
+
+    Each counts by the share of its own error: else a small gain where errors are large, with few keys or on an image
+    unlike the others, would buy a great loss everywhere else. NaN where a cosine is.
+    """
+    every = [cosine for values in cosines for cosine in values]
+    if not all(map(math.isfinite, every)):
+        return math.nan
+    return 1 - statistics.geometric_mean(max(1 - cosine, LEAST_ERROR) for cosine in every)
