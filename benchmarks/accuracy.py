@@ -302,6 +302,8 @@ def fashion(work: Path, tell: Any) -> dict[str, Any]:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for accuracy.json.")
 def measure(work: Path, with_fashion: bool, output: Path | None) -> None:
     """Measure what was trained."""
+    if not any((work / name).exists() for name in RUNS):
+        raise click.UsageError(f"nothing is trained in {work}: python benchmarks/accuracy.py train")
     with err_console.status("") as status:
         cosines = fidelity(work, status.update)
         accuracies = fashion(work, status.update) if with_fashion else {}
