@@ -97,7 +97,7 @@ RUNS = {
     # The published method knows no mixed images.
     "paper": Run(
         {"preset": "paper", "keep": 0.25},
-        ("budgets.keep=[0.25]", "precision=bf16", "pictures.cut_mix=0", "distil.learning_rate=3e-6"),
+        ("budgets.keep=[0.25]", "precision=bf16", "images.cut_mix=0", "distil.learning_rate=3e-6"),
     ),
     "tokens": Run(
         PRUNED,
@@ -106,8 +106,8 @@ RUNS = {
             "budgets.keep=[0.1]",
             "precision=bf16",
             "distil.steps=1000",
-            "pictures.smallest_crop=0.8",
-            "pictures.cut_mix=0",
+            "images.smallest_crop=0.8",
+            "images.cut_mix=0",
             "losses.classes=0.06",
             "losses.patches=0.02",
         ),

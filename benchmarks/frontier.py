@@ -1,6 +1,7 @@
 """The front of fidelity and time: ours against what a user would pick instead, on images that nothing was tuned on.
 
     python benchmarks/frontier.py [--size 518] [--rounds 11] [--int8] [-o FOLDER]
+    python benchmarks/frontier.py --batch 4 | --base ... -o FOLDER    # times alone
 
 DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals: the dense model, and token merging by its published rule at
 five constant and five falling rates (`tome.py`), each as one plain file in ONNX Runtime, OpenVINO and torch; with
@@ -8,11 +9,13 @@ five constant and five falling rates (`tome.py`), each as one plain file in ONNX
 attention. Fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of patches and class
 token to the dense model's. All are timed in turn in one process. "At equal fidelity": the best rival's time for a
 fidelity, interpolated between its neighbouring points, over ours.
+
+With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured; fidelities are those
+that the run of batch 1 has left in FOLDER.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tempfile
 import warnings
@@ -22,41 +25,22 @@ from typing import Any
 
 import click
 import numpy as np
-import onnx
 import tome
 import torch
-from cpu_engines import Run, openvino_run, ort_session, time_in_turn
+from cpu_engines import time_in_turn
 from fidelity_subject import weights_file
+from frontier_points import LARGER, Case, Point, Setting, ours, rivals, setting
 
 from sparsifiner_edge.cli.common import err_console, print_table
-from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.demo import material, split
-from sparsifiner_edge.export.check import smooth_images
-from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
 from sparsifiner_edge.images import evenly, load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.measure.layers import measure_layers
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject, read_result, write_result
 from sparsifiner_edge.sparse.models import load_model
-from sparsifiner_edge.sparse.student import load_student, sparsify
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One image size: our budgets as (what merges: see `tome.schedule`; keep), cells, the rivals' rates, and
-    fidelities to compare at.
-    """
-
-    budgets: tuple[tuple[int | tuple[int, float], Keep], ...]
-    cells: int
-    constant: tuple[int, ...]
-    falling: tuple[int, ...]
-    compared: tuple[float, ...]
-
 
 EARLY, LONG = (0.1, 0.1, 0.2, 1.0), (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0)
 """The first layers have the most tokens and need the fewest keys: see `merging.py`."""
@@ -80,136 +64,13 @@ MOST_MERGING = (0.04, 0.02)
 """Share of a layer's time that matching and merging may take at 518 px, and should."""
 
 
-@dataclasses.dataclass
-class Point:
-    """One file in one engine. family: what it is interpolated with; macs: of all layers."""
-
-    family: str
-    budget: str
-    run: Run
-    tokens: Callable[[np.ndarray], np.ndarray]
-    macs: float
-    precision: str = "fp32"
-
-    @property
-    def name(self) -> str:
-        return f"{self.family} | {self.budget}"
-
-
-def ours(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: Any) -> list[Point]:
-    """Our budgets."""
-    tell("sparsify")
-    images = folder / "calibration"
-    images.mkdir()
-    for path in split.calibration():
-        (images / path.name).symlink_to(path)
-    student = sparsify(
-        material.DINOV2, folder / "student", weights=weights_file(), img_size=size, keep=0.25, cells=case.cells,
-        merge=(case.constant[0],), calibrate=images,
-    )  # fmt: skip
-    points: list[Point] = []
-    depth = len(load_student(student).model.blocks)
-    for rate, keep in case.budgets:
-        merge, named = tome.schedule(rate, depth)
-        for precision in ("fp32", "int8") if int8 else ("fp32",):
-            budget = f"merge {named}, keep {keep_text(keep)}"
-            tell(f"export ours, {budget}, {precision}")
-            more = {"precision": "int8", "calibrate": images} if precision == "int8" else {}
-            bundle = export_bundle(student, folder / f"ours-{len(points)}", merge=merge, keep=keep, **more)
-            macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
-            session = ort_session(str(bundle / "model.onnx"), threads)
-            points.append(_ort_point(session, f"ours {precision}", budget, macs, precision, size))
-    return points
-
-
-def merging_in_first_layer(bundle: Path, threads: int, size: int) -> dict[str, float]:
+def merging_in_first_layer(bundle: Path, of: Setting) -> dict[str, float]:
     """Milliseconds of all that matches and merges in the first layer, and of the whole layer."""
-    image = smooth_images(size)
-    times = measure_layers(str(bundle), "onnxruntime", threads, "native", lambda _: {"image": image}, 200)
+    images = of.images
+    times = measure_layers(str(bundle), "onnxruntime", of.threads, "native", lambda _: {"image": images}, 200)
     rows = [row for row in times.layers if row.layer == 0]
     whole, merging = (sum(row.ms for row in rows if part in row.name) for part in ("", ".merging."))
     return {"layer_ms": whole, "merging_ms": merging, "share": merging / whole}
-
-
-def sum_of_layers(student: Any) -> float:
-    """Multiply-accumulates of all layers."""
-    from sparsifiner_edge.costs import MAC_KINDS, layer_costs
-    from sparsifiner_edge.export.export import model_shape
-
-    costs = layer_costs(model_shape(student.model), student.sparsity)
-    return float(sum(getattr(layer, kind) for layer in costs for kind in MAC_KINDS))
-
-
-def _ort_point(session: Any, family: str, budget: str, macs: float, precision: str, size: int) -> Point:
-    image = smooth_images(size)
-    return Point(
-        family, budget, lambda: session.run(None, {"image": image}),
-        lambda x: session.run(["tokens"], {"image": x})[0], macs, precision,
-    )  # fmt: skip
-
-
-def rivals(case: Case, size: int, folder: Path, threads: int, int8: bool, tell: Any) -> list[Point]:
-    """Dense and merging by its published rule in every engine."""
-    model: Any = load_model(material.DINOV2, weights_file(), size)
-    depth, tokens, width = len(model.blocks), model.patch_embed.num_patches + 1, model.embed_dim
-    settings = [("dense", "dense", [0] * depth)]
-    settings += [("ToMe", f"{rate} a layer", tome.constant(rate, depth)) for rate in case.constant]
-    settings += [("ToMe falling", f"{first}..0", tome.falling(first, depth)) for first in case.falling]
-    flags = Path("/proc/cpuinfo").read_text()
-    bf16 = int8 and ("avx512_bf16" in flags or "amx_bf16" in flags)
-    calibration = [load_image(path, size)[None] for path in split.calibration()]
-    torch.set_num_threads(threads)
-    points = []
-    for kind, budget, rates in settings:
-        tell(f"export {kind}, {budget}")
-        path = tome.export(model, rates, size, folder / f"{kind}-{budget}.onnx")
-        macs = float(tome.macs(rates, tokens, width, 4 * width))
-        points.append(_ort_point(ort_session(str(path), threads, False), f"{kind}, ONNX Runtime fp32", budget, macs,
-                                 "fp32", size))  # fmt: skip
-        for hint in ("f32", "bf16") if bf16 else ("f32",):
-            points.append(_openvino_point(path, f"{kind}, OpenVINO {hint}", budget, macs, hint, threads, size))
-        points.append(_torch_point(tome.ToMe(model, rates).eval(), f"{kind}, torch fp32", budget, macs, size))
-        if int8:
-            tell(f"quantise {kind}, {budget}")
-            quantised, _ = quantise(onnx.load(path), calibration, goal=LEAST_MEAN_COSINE)
-            path8 = folder / f"{kind}-{budget}-int8.onnx"
-            onnx.save(quantised, path8)
-            session = ort_session(str(path8), threads, False)
-            points.append(_ort_point(session, f"{kind}, ONNX Runtime int8", budget, macs, "int8", size))
-            for hint in ("f32", "bf16") if bf16 else ("f32",):
-                family = f"{kind}, OpenVINO int8, rest {hint}"
-                points.append(_openvino_point(path8, family, budget, macs, hint, threads, size, "int8"))
-    return points
-
-
-def _openvino_point(
-    path: Path, family: str, budget: str, macs: float, hint: str, threads: int, size: int, precision: str = ""
-) -> Point:
-    image = smooth_images(size)
-    feed = {"image": image}
-    run = openvino_run(str(path), feed, threads, hint)
-
-    def tokens(x: np.ndarray) -> np.ndarray:
-        feed["image"] = x
-        found = np.array(run()["tokens"])
-        feed["image"] = image
-        return found
-
-    return Point(family, budget, run, tokens, macs, precision or ("fp32" if hint == "f32" else "bf16"))
-
-
-def _torch_point(module: Any, family: str, budget: str, macs: float, size: int) -> Point:
-    image = torch.from_numpy(smooth_images(size))
-
-    def tokens(x: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return np.asarray(module(torch.from_numpy(x))[1].numpy())
-
-    def run() -> Any:
-        with torch.inference_mode():
-            return module(image)
-
-    return Point(family, budget, run, tokens, macs)
 
 
 def photographs(size: int) -> list[Path]:
@@ -238,6 +99,18 @@ def fidelity(points: list[Point], size: int, tell: Any) -> dict[str, dict[str, A
             }
         found[point.name] = same[key]
     return found
+
+
+def fidelity_of_before(points: list[Point], path: Path) -> dict[str, dict[str, Any]]:
+    """What the run of batch 1 and ViT-S/14 found."""
+    if not path.is_file():
+        raise click.UsageError(f"{path} is missing: measure the same without --batch and --base first")
+    samples = read_result(path).samples
+    missing = [point.name for point in points if point.name not in samples]
+    if missing:
+        raise click.UsageError(f"{path} knows no {missing[0]!r}: measure the same without --batch and --base first")
+    return {point.name: {key: samples[point.name][key] for key in ("patches_cosine", "class_cosine")}
+            for point in points}  # fmt: skip
 
 
 def time_at(points: list[tuple[float, float]], wanted: float) -> float:
@@ -293,13 +166,17 @@ def compare(
     }  # fmt: skip
 
 
-def measure(size: int, threads: int, rounds: int, int8: bool, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(
+    size: int, rounds: int, tell: Any, known: Path | None, **shared: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Samples and statistics. known: where fidelities are read from; None measures them. shared: see `setting`."""
     case = CASES[size]
     with tempfile.TemporaryDirectory() as scratch:
-        points = ours(case, size, Path(scratch), threads, int8, tell)
-        first = merging_in_first_layer(Path(scratch) / "ours-0", threads, size)
-        points += rivals(case, size, Path(scratch), threads, int8, tell)
-        found = fidelity(points, size, tell)
+        of = setting(size, folder=Path(scratch), **shared)
+        points = ours(case, of, Path(scratch), tell)
+        first = merging_in_first_layer(Path(scratch) / "ours-0", of)
+        points += rivals(case, of, Path(scratch), tell)
+        found = fidelity_of_before(points, known) if known else fidelity(points, size, tell)
         times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if size < 1000 else 1, tell)
     rows = {
         point.name: {
@@ -313,7 +190,7 @@ def measure(size: int, threads: int, rounds: int, int8: bool, tell: Any) -> tupl
     compared = {}
     for wanted in case.compared:
         compared[f"{wanted}, fp32"] = compare(points, found, times, wanted, ("fp32",), "ours fp32")
-        if int8:
+        if of.int8:
             compared[f"{wanted}, any"] = compare(points, found, times, wanted, ("fp32", "bf16", "int8"), "ours int8")
     samples = {name: {"ms": times[name].tolist(), **found[name]} for name in rows}
     return samples, {"points": rows, "at_equal_fidelity": compared, "merging_in_first_layer": first}
@@ -375,24 +252,35 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
 @click.option("--rounds", default=11, show_default=True, help="Six at least, for intervals.")
 @click.option("--threads", default=None, type=int, help="Default: all cores.")
 @click.option("--int8", is_flag=True, help="Quantised files too, ours and theirs.")
+@click.option("--batch", default=1, show_default=True, help="Images at a time; more than 1: times alone.")
+@click.option("--base", is_flag=True, help="ViT-B/14 with random weights: times alone.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for frontier_<size>.json and .png.")
-def main(sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, output: Path | None) -> None:
+def main(
+    sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, batch: int, base: bool, output: Path | None
+) -> None:
     """See the module's documentation."""
     warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter, about its own calls
-    threads = threads or available_cores()
+    times_alone = batch > 1 or base
+    if times_alone and not output:
+        raise click.UsageError("--batch and --base take their fidelities from an earlier run: give its folder by -o")
+    shared = {"threads": threads or available_cores(), "int8": int8, "batch": batch, "base": base}
+    more = ("_int8" if int8 else "") + (f"_batch{batch}" if batch > 1 else "") + ("_base" if base else "")
     for size in map(int, sizes):
+        known = output / f"frontier_{size}{'_int8' * int8}.json" if output and times_alone else None
         with err_console.status("") as status:
-            samples, statistics = measure(size, threads, rounds, int8, status.update)
+            samples, statistics = measure(size, rounds, status.update, known, **shared)
         if output:
             output.mkdir(parents=True, exist_ok=True)
             method = {
-                "photographs": [path.name for path in photographs(size)], "size": size, "threads": threads,
-                "rounds": rounds, "interpolation": "linear in log(1 - patch cosine) between points of one family",
+                "photographs": [path.name for path in photographs(size)], "size": size, "rounds": rounds,
+                "fidelities from": known.name if known else "this run",
+                "interpolation": "linear in log(1 - patch cosine) between points of one family", **shared,
             }  # fmt: skip
-            subject = Subject(path=material.DINOV2, sha256="")
+            subject = Subject(path=LARGER if base else material.DINOV2, sha256="")
             result = Result("comparison", [subject], method, samples, statistics)
-            write_result(output / f"frontier_{size}.json", result)
-            draw(size, statistics, output / f"frontier_{size}.png")
+            write_result(output / f"frontier_{size}{more}.json", result)
+            if not times_alone:
+                draw(size, statistics, output / f"frontier_{size}{more}.png")
         show(size, statistics)
 
 

@@ -23,7 +23,7 @@ import tome
 import torch
 import torch.nn.functional as F
 from fidelity_subject import weights_file
-from frontier import sum_of_layers
+from frontier_points import sum_of_layers
 from torch import Tensor
 
 from sparsifiner_edge.cli.common import print_table, progress_bar

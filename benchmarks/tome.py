@@ -118,10 +118,10 @@ def macs(rates: list[int], tokens: int, width: int, hidden: int) -> int:
     )
 
 
-def export(model: Backbone, rates: list[int], size: int, path: Path) -> Path:
-    """One plain ONNX file of the module, batch 1."""
+def export(model: Backbone, rates: list[int], size: int, path: Path, batch: int = 1) -> Path:
+    """One plain ONNX file of the module."""
     module = ToMe(model, rates).eval()
-    example = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    example = torch.zeros(batch, size, size, 3, dtype=torch.uint8)
     with torch.no_grad():
         program = torch.onnx.export(
             module, (example,), input_names=["image"], output_names=["features", "tokens"], opset_version=20,

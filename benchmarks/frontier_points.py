@@ -1,0 +1,189 @@
+"""What `frontier.py` measures: our budgets and the rivals, each file in each engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import tome
+import torch
+from cpu_engines import Run, openvino_run, ort_session
+from fidelity_subject import weights_file
+from safetensors.torch import save_file
+
+from sparsifiner_edge.config import Keep, keep_text
+from sparsifiner_edge.costs import MAC_KINDS, layer_costs
+from sparsifiner_edge.demo import material, split
+from sparsifiner_edge.export.check import smooth_images
+from sparsifiner_edge.export.export import export_bundle, model_shape
+from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
+from sparsifiner_edge.images import load_image
+from sparsifiner_edge.sparse.models import create, load_model
+from sparsifiner_edge.sparse.student import load_student, sparsify
+
+LARGER = "vit_base_patch14_dinov2.lvd142m"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One image size: our budgets as (what merges: see `tome.schedule`; keep), cells, the rivals' rates, and
+    fidelities to compare at.
+    """
+
+    budgets: tuple[tuple[int | tuple[int, float], Keep], ...]
+    cells: int
+    constant: tuple[int, ...]
+    falling: tuple[int, ...]
+    compared: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all points of one run share. model, weights: ViT-S/14 with its own, or a larger one with random ones."""
+
+    size: int
+    threads: int
+    int8: bool
+    batch: int
+    model: str
+    weights: Path
+
+    @property
+    def images(self) -> np.ndarray:
+        return smooth_images(self.size, self.batch)
+
+
+def setting(size: int, threads: int, int8: bool, batch: int, base: bool, folder: Path) -> Setting:
+    if not base:
+        return Setting(size, threads, int8, batch, material.DINOV2, weights_file())
+    torch.manual_seed(0)
+    weights = folder / "random.safetensors"
+    save_file({name: value.contiguous() for name, value in create(LARGER, size).state_dict().items()}, weights)
+    return Setting(size, threads, int8, batch, LARGER, weights)
+
+
+@dataclasses.dataclass
+class Point:
+    """One file in one engine. family: what it is interpolated with; macs: of all layers, per image."""
+
+    family: str
+    budget: str
+    run: Run
+    tokens: Callable[[np.ndarray], np.ndarray]
+    macs: float
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} | {self.budget}"
+
+
+def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
+    """Our budgets."""
+    tell("sparsify")
+    images = folder / "calibration"
+    images.mkdir()
+    for path in split.calibration():
+        (images / path.name).symlink_to(path)
+    student = sparsify(
+        of.model, folder / "student", weights=of.weights, img_size=of.size, keep=0.25, cells=case.cells,
+        merge=(case.constant[0],), calibrate=images,
+    )  # fmt: skip
+    points: list[Point] = []
+    depth = len(load_student(student).model.blocks)
+    for rate, keep in case.budgets:
+        merge, named = tome.schedule(rate, depth)
+        for precision in ("fp32", "int8") if of.int8 else ("fp32",):
+            budget = f"merge {named}, keep {keep_text(keep)}"
+            tell(f"export ours, {budget}, {precision}")
+            more = {"precision": "int8", "calibrate": images} if precision == "int8" else {}
+            bundle = export_bundle(
+                student, folder / f"ours-{len(points)}", merge=merge, keep=keep, batch=of.batch, **more
+            )
+            macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
+            session = ort_session(str(bundle / "model.onnx"), of.threads)
+            points.append(_ort_point(session, f"ours {precision}", budget, macs, precision, of))
+    return points
+
+
+def sum_of_layers(student: Any) -> float:
+    """Multiply-accumulates of all layers."""
+    costs = layer_costs(model_shape(student.model), student.sparsity)
+    return float(sum(getattr(layer, kind) for layer in costs for kind in MAC_KINDS))
+
+
+def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
+    """Dense and merging by its published rule in every engine."""
+    model: Any = load_model(of.model, of.weights, of.size)
+    depth, tokens, width = len(model.blocks), model.patch_embed.num_patches + 1, model.embed_dim
+    settings = [("dense", "dense", [0] * depth)]
+    settings += [("ToMe", f"{rate} a layer", tome.constant(rate, depth)) for rate in case.constant]
+    settings += [("ToMe falling", f"{first}..0", tome.falling(first, depth)) for first in case.falling]
+    flags = Path("/proc/cpuinfo").read_text()
+    bf16 = of.int8 and ("avx512_bf16" in flags or "amx_bf16" in flags)
+    hints = ("f32", "bf16") if bf16 else ("f32",)
+    calibration = [np.repeat(load_image(path, of.size)[None], of.batch, 0) for path in split.calibration()]
+    torch.set_num_threads(of.threads)
+    points = []
+    for kind, budget, rates in settings:
+        tell(f"export {kind}, {budget}")
+        path = tome.export(model, rates, of.size, folder / f"{kind}-{budget}.onnx", of.batch)
+        macs = float(tome.macs(rates, tokens, width, 4 * width))
+        session = ort_session(str(path), of.threads, False)
+        points.append(_ort_point(session, f"{kind}, ONNX Runtime fp32", budget, macs, "fp32", of))
+        points += [_openvino_point(path, f"{kind}, OpenVINO {hint}", budget, macs, hint, of) for hint in hints]
+        points.append(_torch_point(tome.ToMe(model, rates).eval(), f"{kind}, torch fp32", budget, macs, of))
+        if of.int8:
+            tell(f"quantise {kind}, {budget}")
+            quantised, _ = quantise(onnx.load(path), calibration, goal=LEAST_MEAN_COSINE)
+            path8 = folder / f"{kind}-{budget}-int8.onnx"
+            onnx.save(quantised, path8)
+            session = ort_session(str(path8), of.threads, False)
+            points.append(_ort_point(session, f"{kind}, ONNX Runtime int8", budget, macs, "int8", of))
+            for hint in hints:
+                family = f"{kind}, OpenVINO int8, rest {hint}"
+                points.append(_openvino_point(path8, family, budget, macs, hint, of, "int8"))
+    return points
+
+
+def _ort_point(session: Any, family: str, budget: str, macs: float, precision: str, of: Setting) -> Point:
+    images = of.images
+
+    def tokens(x: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run(["tokens"], {"image": x})[0])
+
+    return Point(family, budget, lambda: session.run(None, {"image": images}), tokens, macs, precision)
+
+
+def _openvino_point(
+    path: Path, family: str, budget: str, macs: float, hint: str, of: Setting, precision: str = ""
+) -> Point:
+    images = of.images
+    feed = {"image": images}
+    run = openvino_run(str(path), feed, of.threads, hint)
+
+    def tokens(x: np.ndarray) -> np.ndarray:
+        feed["image"] = x
+        found = np.array(run()["tokens"])
+        feed["image"] = images
+        return found
+
+    return Point(family, budget, run, tokens, macs, precision or ("fp32" if hint == "f32" else "bf16"))
+
+
+def _torch_point(module: Any, family: str, budget: str, macs: float, of: Setting) -> Point:
+    images = torch.from_numpy(of.images)
+
+    def tokens(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return np.asarray(module(torch.from_numpy(x))[1].numpy())
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return module(images)
+
+    return Point(family, budget, run, tokens, macs)
