@@ -386,8 +386,3 @@ def parse_merge(text: str) -> tuple[int, ...]:
 def merge_text(merge: tuple[int, ...]) -> str:
     """As `parse_merge` reads it: "80", "160..0", "3,2,1"."""
     return ("..".join if len(merge) == 2 else ",".join)(map(str, merge))
-
-
-def default_cells(patches: int) -> int:
-    """Background cells that suit `patches` patches: their square root, at most 25 (docs/selection.md)."""
-    return min(25, max(1, round(math.sqrt(patches))))

@@ -329,7 +329,7 @@ def test_count_differing() -> None:
     assert count_differing(a, b) == 1
 
 
-def test_anstudent_changes_is_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
     own = load_student(folder).sparsity
     bundle = export_bundle(folder, tmp_path / "b", tile=4 * own.tile, probe=own.probe, keep=0.9, calibrate=pictures)
     manifest = manifest_of(bundle)
@@ -341,7 +341,7 @@ def test_anstudent_changes_is_chosen_at_export(folder: Path, pictures: Path, tmp
     assert manifest["retiled"]["pictures"] == 3
 
 
-def test_anstudent_changes_is_refused_where_it_cannot_be_judged(
+def test_a_tile_is_refused_where_it_cannot_be_judged(
     folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="--calibrate"):

@@ -24,6 +24,7 @@ from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export import check, student_changes
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
+from sparsifiner_edge.sparse.defaults import default_cells, default_keep
 from sparsifiner_edge.sparse.merge import MergedTokens, Merging, MergingBlock
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_backbone
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
@@ -322,6 +323,29 @@ def test_calibration_sees_whole_images_whatever_the_size(tmp_path: Path, tiny_we
     assert load_student(folder).sparsity.merge == (60,)
 
 
+def test_what_is_left_open_suits_size_and_depth() -> None:
+    assert [default_cells(patches) for patches in (1, 256, 1369, 5476)] == [1, 24, 49, 49]
+    assert [default_keep(patches, 12) for patches in (256, 1369)] == [1.0, (0.1, 0.1, 0.2, 1.0)]
+    assert default_keep(5476, 12) == (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0)
+    assert default_keep(1369, 24) == (0.1, 0.1, 0.1, 0.1, 0.2, 0.2, 1.0)
+    assert default_keep(1369, 3) == (0.1, 1.0)
+    for depth in range(1, 49):
+        for patches in (16, 1369, 5476):
+            SparsityConfig(keep=default_keep(patches, depth)).layer_keep(depth)
+
+
+def test_shares_by_layer_only_where_tokens_merge_and_nothing_was_asked_for() -> None:
+    def made(**settings: Any) -> SparsityConfig:
+        model = vit(img_size=416)  # 676 patches
+        return se.sparsify_model(model, channels=8, **settings).sparsity
+
+    assert (made().keep, made().cells) == (0.25, 39)
+    assert made(merge=8).keep == default_keep(676, len(vit().blocks))
+    assert made(merge=8, keep=0.3, cells=5).keep == 0.3
+    assert made(merge=8, keep=0.3, cells=5).cells == 5
+    assert made(preset="paper").keep == 0.25
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_other_precisions(precision: str, tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=MERGED), tmp_path / "s")
@@ -339,7 +363,9 @@ def test_the_command_line_merges(tmp_path: Path, tiny_weights: Path, capsys: pyt
     assert_refused(call(capsys, *plain, "--merge", "8", "--token-keep", "1:.5"), "cannot be combined")
     assert_refused(call(capsys, *plain, "--img-size", "96", "--merge", "200"), f"{LEAST_PATCHES} are left")
     assert not (tmp_path / "s").exists()
-    assert call(capsys, *plain, "--merge", "12..2").code == 0
+    made = call(capsys, *plain, "--merge", "12..2")
+    assert made.code == 0
+    assert "student written, keep 1, 4 cells, merge 12..2." in made.out
     outcome = call(capsys, "export", tmp_path / "s", "--merge", "30..0", "-o", tmp_path / "b")
     assert outcome.code == 0, outcome.err
     assert "25, 18" in outcome.out  # lowered where a layer has too few

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.config import PRESETS
+from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_text
 
 
 @click.command(cls=common.SizedCommand)
@@ -16,13 +16,13 @@ from sparsifiner_edge.config import PRESETS
 @common.weights_option
 @common.img_size_option("model")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="edge", show_default=True, help="Kind of sparsity.")
-@click.option("--keep", callback=common.parse_keeping, default="0.25", show_default=True, metavar="SHARE|SHARE,...",
+@click.option("--keep", callback=common.parse_keeping, metavar="SHARE|SHARE,...",
               help="Share of keys each tile reads, 1 is dense; or shares of the layers from the first, such as "
-                   ".1,.1,.25,1: the last goes on.")  # fmt: skip
+                   ".1,.1,.25,1: the last goes on. By default 0.25, with --merge what suits the size.")  # fmt: skip
 @click.option("--tile", type=int, help="Consecutive queries that share one key list (edge: 16).")
 @click.option("--probe", type=int, help="Queries averaged to ask the predictor (edge: 8).")
 @click.option("--channels", type=int, help="Low-rank width of the predictor (edge: 24).")
-@click.option("--cells", type=int, help="Background cells; by default the square root of the patches, at most 25.")
+@click.option("--cells", type=int, help="Background cells; by default 1.5 times the root of the patches, at most 49.")
 @click.option("--dense-layers", default="", help="Layers that stay dense, such as 0,1.")
 @click.option("--token-keep", default="", callback=common.parse_pruning, metavar="LAYER:SHARE,...",
               help="Prune tokens, such as 3:.7,6:.7,9:.7.")  # fmt: skip
@@ -41,8 +41,14 @@ from sparsifiner_edge.config import PRESETS
 def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> None:
     """Make MODEL (timm's name of a ViT, DeiT or DINOv2) sparse, without training, and write a student folder."""
     import sparsifiner_edge
+    from sparsifiner_edge.sparse.student import read_config
 
     layers = common.parse_layers(dense_layers)
     with common.progress_bar("sparsify") as progress:
         folder = sparsifiner_edge.sparsify(model, output, dense_layers=layers, progress=progress, **options)
-    click.echo(f"{folder}: student written. Next: sparsifiner-edge export {folder} -o BUNDLE/")
+    made = SparsityConfig.from_dict(read_config(folder).sparsity)
+    merging = f", merge {merge_text(made.merge)}" if any(made.merge) else ""
+    click.echo(
+        f"{folder}: student written, keep {keep_text(made.keep)}, {made.cells} cells{merging}. "
+        f"Next: sparsifiner-edge export {folder} -o BUNDLE/"
+    )

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsifiner_edge.config import Keep, SparsityConfig, default_cells
+from sparsifiner_edge.config import Keep, SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
+from sparsifiner_edge.sparse.defaults import default_cells, fit_to_model
 from sparsifiner_edge.sparse.models import Backbone
 from sparsifiner_edge.sparse.patch import SUPPORTED, AnyModule, SparseViTMixin, make_model_sparse, restore_backbone
 
@@ -27,7 +28,7 @@ def sparsify_model(
     module: AnyModule,
     *,
     preset: str = "edge",
-    keep: Keep = 0.25,
+    keep: Keep | None = None,
     tile: int | None = None,
     probe: int | None = None,
     channels: int | None = None,
@@ -64,7 +65,7 @@ def sparsify_model(
         token_keep=token_keep, fuse_tokens=fuse_tokens, merge=(merge,) if isinstance(merge, int) else merge,
         merge_window=merge_window,
     )  # fmt: skip
-    sparsity = fit_to_model(sparsity, backbone, channels, cells)
+    sparsity = fit_to_model(sparsity, backbone, keep, channels, cells)
     images = [] if calibrate is None else _arriving(module, backbone, calibrate)
     make_model_sparse(backbone, sparsity)
     calibrate_from_weights(backbone)
@@ -102,17 +103,6 @@ def find_backbone(module: nn.Module) -> Backbone:
         f"This {type(module).__name__} contains {len(found)} vision transformers{names}.",
         f"Give one at a time: {SUPPORTED}, alone or within a module.",
     )
-
-
-def fit_to_model(
-    sparsity: SparsityConfig, backbone: Backbone, channels: int | None, cells: int | None
-) -> SparsityConfig:
-    """The config with what suits the model: the paper's channels, and other presets' cells, where they are None."""
-    if sparsity.preset == "paper" and channels is None:
-        return dataclasses.replace(sparsity, channels=cast(Any, backbone).blocks[0].attn.head_dim // 2)
-    if sparsity.preset != "paper" and cells is None:
-        return dataclasses.replace(sparsity, cells=default_cells(int(backbone.patch_embed.num_patches)))
-    return sparsity
 
 
 def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | None = None) -> None:

@@ -30,7 +30,8 @@ from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.sparse.calibrate import calibrate_from_weights, sparse_layers
-from sparsifiner_edge.sparse.in_memory import calibration_size, fit_to_model, learn
+from sparsifiner_edge.sparse.defaults import fit_to_model
+from sparsifiner_edge.sparse.in_memory import calibration_size, learn
 from sparsifiner_edge.sparse.models import (
     Backbone,
     StateDict,
@@ -171,7 +172,7 @@ def sparsify(
     weights: str | Path | None = None,
     img_size: ImageSize | None = None,
     preset: str = "edge",
-    keep: Keep = 0.25,
+    keep: Keep | None = None,
     tile: int | None = None,
     probe: int | None = None,
     channels: int | None = None,
@@ -192,8 +193,8 @@ def sparsify(
         weights: .safetensors or .pth with timm's key names; None lets timm download them.
         img_size: pixels: a square's side, or height and width; None takes the model's own.
         preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens, merge, merge_window: see
-            `SparsityConfig`. None takes the preset's own; for cells that is `default_cells`, for the paper's channels
-            half the head dimension.
+            `SparsityConfig`. None takes the preset's own, or what suits the model (`sparse.defaults`): cells, shares of
+            keys where tokens merge, and for the paper's channels half the head dimension.
         calibrate: folder of images to learn the predictor from; None takes the weights alone.
         progress: see `Progress`; counts images.
 
@@ -213,7 +214,7 @@ def sparsify(
     if calibrate is not None:
         list_images(Path(calibrate))
     vit = load_model(model, Path(weights) if weights else None, img_size)
-    sparsity = fit_to_model(sparsity, vit, channels, cells)
+    sparsity = fit_to_model(sparsity, vit, keep, channels, cells)
     tools = {name: version(name) for name in ("sparsifiner-edge", "timm", "torch")}
     provenance = Provenance(_origin(Path(weights) if weights else None), Calibration("weights"), tools)
     student = make_student(model, vit, sparsity, provenance)
@@ -260,11 +261,13 @@ def load_student(
         SparsifinerError: its settings do not fit.
     """
     folder = Path(folder)
-    origin, weights = folder / STUDENT_FILE, folder / WEIGHTS_FILE
-    config = _read_config(origin)
+    weights = folder / WEIGHTS_FILE
+    config = read_config(folder)
     sparsity, labels = SparsityConfig.from_dict(config.sparsity), config.labels
     if labels and len(labels) != config.num_classes:
-        raise ArtifactError(f"{origin} names {len(labels)} labels for {config.num_classes} classes.", _AGAIN)
+        raise ArtifactError(
+            f"{folder / STUDENT_FILE} names {len(labels)} labels for {config.num_classes} classes.", _AGAIN
+        )
     if not weights.is_file():
         raise ArtifactError(f"{weights} is missing.", _AGAIN)
     if sha256(weights) != config.weights_sha256:
@@ -288,10 +291,16 @@ def _grid(size: ImageSize, model: Backbone) -> tuple[int, int]:
     return rows, columns
 
 
-def _read_config(path: Path) -> StudentConfig:
+def read_config(folder: Path) -> StudentConfig:
+    """What a student folder says of itself, without its weights.
+
+    Raises:
+        ArtifactError: no student, corrupt, or of a newer schema.
+    """
+    path = folder / STUDENT_FILE
     content = read_json(path, STUDENT_SCHEMA)
     if content.get("kind") != "student":
-        raise ArtifactError(f"{path.parent} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
     found = flaw(content)
     if found is not None:
         raise ArtifactError(f"{path}: {found}.", _AGAIN)

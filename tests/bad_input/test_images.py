@@ -20,7 +20,7 @@ Capsys = pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_a_image_that_cannot_be_read(
+def test_an_image_that_cannot_be_read(
     name: str, bundle: Path, tiny_student: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     BAD_IMAGES[name](tmp_path / name)

@@ -109,7 +109,7 @@ def test_a_decoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, video:
     require_decoder(parse_source("test"))
 
 
-def test_the_number_in_a_image() -> None:
+def test_the_number_in_an_image() -> None:
     for number in (0, 1, 12345, (1 << BITS) - 1, 1 << BITS):
         cells = [255.0 if cell else 0.0 for cell in cells_of(number)]
         assert number_of(cells) == number % (1 << BITS)
