@@ -1,130 +1,33 @@
-"""The relay between a camera and FFmpeg: redirects, passwords, and what is no RTSP; and real servers behind it."""
+"""The relay between a camera and FFmpeg: redirects, addresses, and what is no RTSP; and real servers behind it."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import random
-import re
 import socket
 import ssl
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import av
 import pytest
 
 from benchmarks.camera_soak import Server, free_port, python_with_rtsp
-from sparsifiner_edge.camera import credentials
-from sparsifiner_edge.camera.credentials import Credentials
-from sparsifiner_edge.camera.relay import Relay
 from sparsifiner_edge.camera.rtsp import Message, Splitter, parse_address
+from tests.camera.scripted import (
+    BASIC,
+    DIGEST,
+    OLD_DIGEST,
+    Camera,
+    gone,
+    open_stream,
+    reason_of,
+    relay_to,
+    reply,
+    until,
+)
 from tests.commands import process
 
 PYTHON = python_with_rtsp()
-SDP = (
-    "v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nt=0 0\r\nm=video 0 RTP/AVP 96\r\na=rtpmap:96 H264/90000\r\n"
-    "a=control:track1\r\n"
-)
-BASIC = 'Basic realm="camera"'
-DIGEST = 'Digest realm="camera", nonce="abc", qop="auth,auth-int", algorithm=SHA-256, opaque="o"'
-OLD_DIGEST = 'Digest realm="camera", nonce="abc"'
-
-
-class Camera:
-    """Answers RTSP as a script says, and remembers what it was asked."""
-
-    def __init__(self, answer: Callable[[Message], str | bytes], host: str = "127.0.0.1", tls: Any = None) -> None:
-        self.requests: list[Message] = []
-        self.connections = 0
-        self._answer, self._tls = answer, tls
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family)
-        self.port = self._listener.getsockname()[1]
-        self.place = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client = self._listener.accept()[0]
-                self.connections += 1
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError, ValueError), client:
-            if self._tls is not None:
-                client = self._tls.wrap_socket(client, server_side=True)
-            splitter = Splitter()
-            while data := client.recv(65536):
-                for part in splitter.feed(data):
-                    if isinstance(part, Message):
-                        self.requests.append(part)
-                        answer = self._answer(part)
-                        client.sendall(answer.encode() if isinstance(answer, str) else answer)
-            client.close()
-
-    def __enter__(self) -> Camera:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def asked(self) -> list[tuple[str, str, bool]]:
-        """Method, URI, and whether user and password were shown."""
-        return [(request.method, request.uri, bool(request.get("Authorization"))) for request in self.requests]
-
-
-def reply(request: Message, status: str, body: str = "", **headers: str) -> str:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    lines = [f"RTSP/1.0 {status}", f"CSeq: {request.get('CSeq')}", *(f"{n}: {v}" for n, v in named.items())]
-    return "\r\n".join([*lines, *([f"Content-Length: {len(body)}"] if body else []), "", ""]) + body
-
-
-def until(stage: str, then: Callable[[Message], str], challenge: str | None = None) -> Callable[[Message], str]:
-    """A camera that works up to a request, and then does something else."""
-
-    def answer(request: Message) -> str:
-        if challenge and not request.get("Authorization"):
-            return reply(request, "401 Unauthorized", WWW_Authenticate=challenge)
-        if request.method == stage:
-            return then(request)
-        return reply(request, "200 OK", SDP if request.method == "DESCRIBE" else "", Session="1")
-
-    return answer
-
-
-def gone(request: Message) -> str:
-    return reply(request, "404 Not Found")
-
-
-@contextlib.contextmanager
-def relay_to(location: str, **options: Any) -> Iterator[Relay]:
-    relay = Relay(location, **{"patience_s": 3} | options)
-    try:
-        yield relay
-    finally:
-        relay.close()
-
-
-def open_stream(url: str) -> Exception:
-    """As the decoding process does; none of these servers has a video."""
-    with pytest.raises((av.FFmpegError, OSError)) as caught:
-        av.open(url, options={"rtsp_transport": "tcp", "protocol_whitelist": "rtsp,tcp"}, timeout=5)
-    return caught.value
-
-
-def reason_of(relay: Relay) -> str:
-    deadline = time.monotonic() + 10
-    while relay.reason is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert relay.reason is not None
-    return relay.reason
 
 
 # Redirects.
@@ -223,117 +126,6 @@ def test_the_service_says_so(cells: Path) -> None:
     assert outcome.code == 2
     assert f"the server redirects to {other.place} (refused; allow it with --allow-redirect)" in outcome.err
     assert "secret" not in outcome.err
-
-
-# Passwords.
-
-
-def test_known_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The examples of RFC 7616 and RFC 2617 (without qop, as RFC 2069)."""
-    monkeypatch.setattr(credentials.secrets, "token_hex", lambda _: "f2/wE4q74E6zIJEtWaHKaf5wv/H5QzzpXusqGemxURZJ")
-    nonce = "7ypf/xlj9XXwfDPEoM4URrv/xwf94BcCAzFZH4GiTo0v"
-    begin = f'Digest realm="http-auth@example.org", qop="auth, auth-int", nonce="{nonce}"'
-    for algorithm, response in (
-        ("MD5", "8ca523f5e9506fed4657c9700eebdbec"),
-        ("SHA-256", "753927fa0e85d155564e2e272a28d1802ca10daf4496794697cf8db5856cb6c1"),
-    ):
-        known = Credentials(b"Mufasa", b"Circle of Life")
-        assert known.challenged(Message("", (("WWW-Authenticate", f"{begin}, algorithm={algorithm}"),)))
-        assert f'response="{response}"' in (known.answer("GET", "/dir/index.html") or "")
-    known = Credentials(b"Mufasa", b"Circle Of Life")
-    old = 'Digest realm="testrealm@host.com", nonce="dcd98b7102dd2f0e8b11d0f600bfb0c093"'
-    assert known.challenged(Message("", (("WWW-Authenticate", old),)))
-    assert 'response="670fd8c2df070c60b045671b8b24ff02"' in (known.answer("GET", "/dir/index.html") or "")
-
-
-@pytest.mark.parametrize(
-    ("offered", "answered"),
-    [
-        ([BASIC, OLD_DIGEST, DIGEST], "SHA-256"),
-        ([BASIC, OLD_DIGEST], "Digest"),
-        ([f"{BASIC}, {OLD_DIGEST}"], "Digest"),
-        ([BASIC, 'Digest realm="r", nonce="n", algorithm=SHA-512-256'], "Basic"),
-        ([BASIC, 'Digest realm="r", nonce="n", qop="auth-int"'], "Basic"),
-        ([BASIC, 'Digest realm="r", nonce="n", algorithm="MD5-sess", qop="auth"'], "Basic"),
-        (["Bearer x", "Digest realm", "", "x" * 9999], None),
-    ],
-)
-def test_the_best_that_is_offered(offered: list[str], answered: str | None) -> None:
-    known = Credentials(b'us"er', b"secret")
-    challenged = known.challenged(Message("", tuple(("WWW-Authenticate", header) for header in offered)))
-    said = known.answer("OPTIONS", "rtsp://h/x")
-    assert challenged is (answered is not None)
-    assert said is None if answered is None else answered in str(said)
-    assert answered in (None, "Basic") or 'username="us\\"er"' in str(said)
-
-
-@pytest.mark.parametrize(
-    ("userinfo", "user", "password"),
-    [
-        ("us er:p@ss", b"us er", b"p@ss"),
-        ("us%40er:p%20a%3ass%2f", b"us@er", b"p a:ss/"),
-        ("token", b"token", b""),
-        (":x", b"", b"x"),
-        ("\u00fc:\u00e4", "\u00fc".encode(), "\u00e4".encode()),
-    ],
-)
-def test_what_the_camera_is_told(userinfo: str, user: bytes, password: bytes) -> None:
-    with Camera(until("OPTIONS", gone, BASIC)) as camera, relay_to(f"rtsp://{userinfo}@{camera.place}/x") as relay:
-        open_stream(relay.url)
-        said = camera.requests[-1].get("Authorization")
-        assert base64.b64decode(said.removeprefix("Basic ")) == user + b":" + password
-
-
-def test_a_wrong_password_is_tried_once() -> None:
-    with (
-        Camera(lambda r: reply(r, "401 Unauthorized", WWW_Authenticate=DIGEST)) as camera,
-        relay_to(f"rtsp://u:wrong@{camera.place}/x") as relay,
-    ):
-        assert "401 Unauthorized" in str(open_stream(relay.url))
-        assert camera.asked() == [("OPTIONS", f"rtsp://{camera.place}/x", shown) for shown in (False, True)]
-
-
-def test_a_challenge_that_always_changes_is_given_up() -> None:
-    def answer(request: Message) -> str:
-        return reply(request, "401 Unauthorized", WWW_Authenticate=f'Digest realm="r", nonce="{random.random()}"')
-
-    with Camera(answer) as camera, relay_to(f"rtsp://u:secret@{camera.place}/x") as relay:
-        assert "401 Unauthorized" in str(open_stream(relay.url))
-        assert len(camera.requests) == 2
-
-
-def digest_is_right(request: Message, password: str) -> bool:
-    said = dict(re.findall(r'(\w+)="?([^",]*)', request.get("Authorization")))
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()  # noqa: E731
-    secret, asked = digest(f"u:camera:{password}"), digest(f"{request.method}:{request.uri}")
-    expected = digest(f"{secret}:{said['nonce']}:{said['nc']}:{said['cnonce']}:auth:{asked}")
-    return said["uri"] == request.uri and said["response"] == expected
-
-
-def test_every_request_is_proven_over_what_the_camera_sees() -> None:
-    """Also those of a session that goes on, after the camera has changed its nonce: by a client that asks by hand."""
-    nonces = ["abc"]
-
-    def answer(request: Message) -> str:
-        if f'nonce="{nonces[-1]}"' not in request.get("Authorization"):
-            return reply(request, "401 No", WWW_Authenticate=DIGEST.replace("abc", nonces[-1]))
-        assert digest_is_right(request, "secret")
-        return reply(request, "200 OK", WWW_Authenticate="x", Location="rtsp://elsewhere/")
-
-    with Camera(answer) as camera, relay_to(f"rtsp://u:secret@{camera.place}/x?y=1") as relay:
-        with socket.create_connection(("127.0.0.1", relay.port), 5) as client, client.makefile("rb") as lines:
-            for number, (method, uri) in enumerate(
-                [("OPTIONS", ""), ("DESCRIBE", ""), ("SETUP", "/track1"), ("PLAY", ""), ("GET_PARAMETER", "")]
-            ):
-                if method == "GET_PARAMETER":
-                    nonces.append("def")
-                request = f"{method} {relay.url}{uri} RTSP/1.0\r\nCSeq: {7 * number}\r\nAuthorization: fake\r\n\r\n"
-                client.sendall(request.encode())
-                said = b"".join(iter(lines.readline, b"\r\n")).decode()
-                assert said == f"RTSP/1.0 200 OK\r\nCSeq: {7 * number}\r\n"
-                assert camera.requests[-1].uri == f"rtsp://{camera.place}/x?y=1{uri}"
-        assert [request.get("CSeq") for request in camera.requests] == [str(n + 1) for n in range(7)]
-        assert [shown for _, _, shown in camera.asked()] == [False, *[True] * 6]
 
 
 # Addresses.

@@ -1,14 +1,10 @@
-"""The camera's rooms one by one."""
+"""How a frame arrives: sources, fitting, waiting, clocks, messages of the decoder."""
 
 from __future__ import annotations
 
-import ast
-import io
 import json
 import os
-import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,6 @@ from PIL import Image
 
 from benchmarks.camera_cells import number_of
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.camera import child
-from sparsifiner_edge.camera.answers import Class, FrameRecord, ImageRecord
 from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
 from sparsifiner_edge.camera.capture import Mailbox
 from sparsifiner_edge.camera.decoder_protocol import (
@@ -31,18 +25,12 @@ from sparsifiner_edge.camera.decoder_protocol import (
     receive,
     send,
 )
-from sparsifiner_edge.camera.gstreamer import _images, launch_line, read_pipeline
-from sparsifiner_edge.camera.health import parse_host_port
-from sparsifiner_edge.camera.json_lines import LineWriter, line_of
 from sparsifiner_edge.camera.libav import StreamClock, require_sane_size
-from sparsifiner_edge.camera.model import Model
-from sparsifiner_edge.camera.overlay import text_lines
 from sparsifiner_edge.camera.pattern import BITS, cells_of, draw_pattern
 from sparsifiner_edge.camera.prepare import Fit, cropped, fit_pillow, scaled_size
 from sparsifiner_edge.camera.sources import parse_source, require_decoder
-from sparsifiner_edge.errors import ArtifactError, ConfigError, MissingExtraError
+from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.images import centre_box, load_image
-from tests.tiny import make_bundle
 
 
 @pytest.mark.parametrize(
@@ -328,196 +316,3 @@ def test_what_a_message_may_say() -> None:
     state = {"state": "lost", "attempt": 7, "retry_s": 1, "reason": "x" * 300}
     assert received(kind="state", **state, more="is dropped").header == StateHeader(**state)
     assert received(kind="state", state="ended", reason=None).header == StateHeader("ended")
-
-
-def test_a_slow_reader_costs_lines_and_no_memory() -> None:
-    ours, theirs = os.pipe()
-    writer = LineWriter(theirs, patient=False)
-    line = {"text": "x" * 1000}
-    start = time.monotonic()
-    for _ in range(2000):
-        writer.write(line)
-    assert time.monotonic() - start < 5
-    assert writer.dropped > 1500
-    threading.Thread(target=writer.close).start()
-    with os.fdopen(ours) as reader:
-        lines = reader.read().splitlines()
-    assert all(json.loads(text) == line for text in lines)
-    assert len(lines) + writer.dropped == 2000
-
-
-def test_a_patient_writer_loses_nothing() -> None:
-    ours, theirs = os.pipe()
-    writer, got = LineWriter(theirs, patient=True), []
-
-    def read() -> None:
-        with os.fdopen(ours) as file:
-            got.extend(file.read().splitlines())
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for number in range(500):
-        writer.write({"n": number, "text": "x" * 500})
-    writer.close()
-    reader.join(5)
-    assert [json.loads(text)["n"] for text in got] == list(range(500))
-
-
-def test_a_full_disk_is_counted_by_a_service_and_told_by_others() -> None:
-    lossy = LineWriter(os.open("/dev/full", os.O_WRONLY), patient=False)
-    for _ in range(5):
-        lossy.write({"a": 1})
-        time.sleep(0.01)
-    lossy.close()
-    assert lossy.errors == 5
-    patient = LineWriter(os.open("/dev/full", os.O_WRONLY), patient=True)
-    patient.write({"a": 1})
-    with pytest.raises(OSError, match="No space left"):
-        patient.close()
-
-
-def test_a_reader_that_left() -> None:
-    for patient in (False, True):
-        ours, theirs = os.pipe()
-        os.close(ours)
-        writer = LineWriter(theirs, patient)
-        writer.write({"a": 1})
-        time.sleep(0.3)
-        with pytest.raises(BrokenPipeError):
-            writer.write({"a": 1})
-
-
-@pytest.mark.parametrize(
-    ("text", "address"),
-    [("9090", ("127.0.0.1", 9090)), ("0.0.0.0:80", ("0.0.0.0", 80)), (":7", ("127.0.0.1", 7)), ("[::1]:5", ("::1", 5))],
-)
-def test_addresses(text: str, address: tuple[str, int]) -> None:
-    assert parse_host_port(text) == address
-
-
-@pytest.mark.parametrize("text", ["", "x", "1:", "70000", "-1", "a:b"])
-def test_what_is_no_address(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no \[HOST:\]PORT|^The port of .* is "):
-        parse_host_port(text)
-
-
-def test_what_is_added_to_a_pipeline() -> None:
-    line = launch_line("videotestsrc pattern=ball ! video/x-raw,width=64", Fit(20), 7)
-    assert line[:5] == ["gst-launch-1.0", "-q", "videotestsrc", "pattern=ball", "!"]
-    assert "aspectratiocrop aspect-ratio=1/1 !" in " ".join(line)
-    assert line[-2:] == ["fd=7", "sync=false"]
-    wide = " ".join(launch_line("a", Fit((294, 518)), 7))
-    assert "aspectratiocrop aspect-ratio=37/21 !" in wide
-    assert "width=518,height=294," in wide
-
-
-def test_rows_of_a_rectangle_from_a_pipeline() -> None:
-    pixels = np.arange(2 * 3 * 7 * 3, dtype=np.uint8).reshape(2, 3, 7, 3)
-    padded = np.pad(pixels.reshape(2, 3, 21), ((0, 0), (0, 0), (0, 3)))  # to four bytes
-    frames = [frame.images for frame in _images(io.BytesIO(padded.tobytes() + b"a part"), Fit((3, 7)))]
-    assert len(frames) == 2
-    for (image,), expected in zip(frames, pixels, strict=True):
-        assert np.array_equal(image, expected)
-
-
-def test_a_pipeline_that_remarks_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe that nobody reads would be full after 64 KiB, and the pipeline would wait for ever."""
-    (tmp_path / "gst-launch-1.0").write_text(
-        f"#!{sys.executable}\n"
-        "import os, sys\n"
-        "fd = int(next(word for word in sys.argv if word.startswith('fd='))[3:])\n"
-        "for number in range(5):\n"
-        "    os.write(2, b'WARNING: a late frame\\n' * 10_000)\n"
-        "    os.write(fd, bytes([number]) * 48)\n"
-        "os.write(2, b'ERROR: from element x: location=rtsp://u:secret@h is gone\\nERROR: and more\\n')\n"
-        "os.write(2, b'x' * 1_000_000)\n"
-        "sys.exit(1)\n"
-    )
-    (tmp_path / "gst-launch-1.0").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    seen, before = [], threading.active_count()
-    with pytest.raises(ValueError, match=r"^ERROR: from element x: location=rtsp://u:secret@h is gone\n$"):
-        seen.extend(frame.images[0][0, 0, 0] for frame in read_pipeline("a", Fit(4)))
-    assert seen == list(range(5))
-    assert threading.active_count() == before
-
-
-@pytest.mark.parametrize("value", ["stretch", "letterbox", 5, None, ["centre square"]])
-def test_a_manifest_that_resizes_otherwise(value: Any, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path / "b", preprocessing={"size": 4, "resize": value})
-    with pytest.raises(ArtifactError, match=r"preprocessing\.resize is"):
-        Model(bundle, "onnxruntime", 1)
-
-
-def test_a_rectangular_model_on_frames(tmp_path: Path) -> None:
-    manifest = {"size": [40, 60], "resize": "centre rectangle, bicubic"}
-    bundle = make_bundle(tmp_path / "b", size=(40, 60), preprocessing=manifest)
-    frame = np.zeros((480, 640, 3), np.uint8)
-    frame[18:462] = (255, 0, 0)  # A model of this shape sees the middle 427 rows.
-    with Model(bundle, "onnxruntime", 1) as model:
-        assert model.fit.size == (40, 60)
-        found, red = (
-            model.answer(model.infer(fit_pillow(Image.fromarray(pixels), model.fit))).features
-            for pixels in (frame, np.broadcast_to(frame[240], frame.shape))
-        )
-    assert found is not None
-    np.testing.assert_allclose(found, red, atol=0.02 * np.ptp(red))
-
-
-def test_a_scene_that_stays_does_not_change(cells: Path) -> None:
-    with Model(cells, "onnxruntime", 1) as model:
-        picture = fit_pillow(Image.fromarray(draw_pattern(1)), model.fit)
-        other = fit_pillow(Image.fromarray(draw_pattern(123456)), model.fit)
-        found = [model.change(model.infer(p)) for p in (picture, picture, other, picture)]
-    assert found[0] == found[1] == pytest.approx(0, abs=1e-9)
-    assert found[2] is not None
-    assert found[3] is not None
-    assert found[2] > 0.05 > found[3]
-
-
-def test_a_map_of_changes(cells: Path) -> None:
-    with Model(cells, "onnxruntime", 1) as model:
-        model.tokens = (1, 2, 3)
-        tokens = np.random.default_rng(0).normal(size=(1, 7, 4))
-        assert model.change_map({"tokens": tokens}) is None
-        moved = tokens.copy()
-        moved[0, 1 + 4] *= -1
-        found = model.change_map({"tokens": moved})
-        assert found is not None
-        np.testing.assert_allclose(found, [[0, 0, 0], [0, 2, 0]], atol=1e-9)
-        assert model.change_map({"tokens": tokens, "token_positions": tokens}) is None
-
-
-def test_text_in_the_overlay() -> None:
-    top = [Class(1, "a\x00\u202eb" + "x" * 99, 0.5)]
-    first, second = text_lines(record(top=top, infer_ms=3.2), 24.99)
-    assert first.startswith("a??bx")
-    assert first.endswith("\u2026  50%")
-    assert second == "25.0 fps   model 3 ms"
-    assert text_lines(record(change=0.1, frame_age_ms=33.4), 5) == ["change 0.100 |||||||", "5.0 fps   age 33 ms"]
-
-
-def record(**fields: Any) -> FrameRecord:
-    times = ("monotonic_s", "capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
-    known = {"source": "x", "frame": 3, "skipped": 0, "pts_s": None, "frame_age_ms": None} | dict.fromkeys(times, 1.0)
-    return FrameRecord(**known | fields)
-
-
-def test_a_line_begins_with_its_source_and_leaves_out_what_is_none() -> None:
-    said = json.loads(line_of(record(top=[Class(1, "a", 0.5)]))[0])
-    assert list(said)[:4] == ["source", "frame", "skipped", "monotonic_s"]
-    assert list(said)[-2:] == ["end_to_end_ms", "top"]
-    assert said["top"] == [{"class": 1, "label": "a", "probability": 0.5}]
-    assert json.loads(line_of(ImageRecord("x", error="no"))[0]) == {"source": "x", "error": "no"}
-
-
-def test_no_clock_that_can_be_set_is_read() -> None:
-    """A jump of the wall clock then changes nothing."""
-    for path in Path(child.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
-                assert node.attr in ("monotonic", "monotonic_ns", "perf_counter_ns", "sleep", "thread_time"), (
-                    path,
-                    node.attr,
-                )
-            assert not (isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime")), path
