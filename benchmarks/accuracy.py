@@ -91,7 +91,7 @@ RUNS = {
         {"keep": 0.25, "cells": CELLS}, (f"budgets.token_keep={TOKENS}", "budgets.pruned=0.15", "precision=bf16")
     ),
     "merge": Run(
-        {"keep": 0.25, "cells": CELLS, "merge": (8,)},
+        {"keep": 0.25, "merge": (8,)},
         ("budgets.keep=[0.1,0.25,0.5]", 'budgets.merge=["8","20..0"]', "precision=bf16"),
     ),
     # The published method knows no mixed images.

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.data import (
+    Batch,
     ShuffledBatches,
     augmentation,
     batches,
@@ -30,6 +31,7 @@ from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.images import load_image, open_image
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
+from sparsifiner_edge.sparse.models import normalise
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import dense_twin
 from tests.models import images, student
@@ -275,3 +277,59 @@ def test_a_budget_or_image_counts_by_the_share_of_its_error_that_goes() -> None:
     assert joint_fidelity([[0.96, 0.9], [0.99, 0.98]]) == pytest.approx(joint_fidelity([[0.95, 0.9], [0.992, 0.98]]))
     assert joint_fidelity([[1.0], [1.0]]) == pytest.approx(1, abs=1e-5)
     assert math.isnan(joint_fidelity([[0.9, math.nan]]))
+
+
+def test_mixed_images_hold_a_rectangle_of_their_neighbour(folder: Path, tmp_path: Path) -> None:
+    plan, found = read_recipe("cpu", ("batch=2", "images.held_out=2", "images.cut_mix=0.5")), student()
+    training = Training(
+        make_accelerator(plan), found, dense_twin(found), folder_source(folder, 2, False, None), plan, tmp_path
+    )
+    size, count = found.img_size, 3
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, size, size) * 100
+    batch = Batch(images, torch.zeros(count), ("",) * count, ())
+    mixed, shares = 0, []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        made = training._inputs(batch)[0]
+        plain = normalise(images.permute(0, 2, 3, 1), training.pre)
+        other = (made != plain).all(1)  # [B,H,W], alike for the whole batch
+        assert torch.equal(other[0], other[1])
+        torch.testing.assert_close(torch.where(other[:, None], plain.roll(1, 0), plain), made)
+        rows, columns = other[0].any(1), other[0].any(0)
+        assert int(other[0].sum()) == int(rows.sum()) * int(columns.sum())  # a rectangle
+        mixed += bool(other.any())
+        shares.append(float(other[0].float().mean()))
+    assert 15 < mixed < 45
+    assert max(shares) > 0.5
+
+
+def test_a_checkpoint_that_says_pictures_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from sparsifiner_edge.distill import checkpoint
+    from sparsifiner_edge.distill.distill import _restore
+
+    restored: list[object] = []
+    training: Any = SimpleNamespace(
+        fingerprint=lambda: {"images": "hash", "images per step": 4, "seed": 0}, restore=restored.append
+    )
+    saved = SimpleNamespace(fingerprint={"pictures": "hash", "pictures per step": 4, "seed": 0})
+    monkeypatch.setattr(checkpoint, "load", lambda _: saved)
+    _restore(training, tmp_path)
+    assert restored == [saved]
+    saved.fingerprint["pictures per step"] = 8
+    with pytest.raises(ConfigError, match="began with other images per step: 8, now 4"):
+        _restore(training, tmp_path)
+
+
+def test_recipes_of_before_say_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("[distil]\nsteps = 1\n[pictures]\nheld_out = 3\n")
+    assert read_recipe(str(path)).images.held_out == 3
+    assert read_recipe(str(path), ["pictures.held_out=4"]).images.held_out == 4
+    assert read_recipe(str(path), ["images.held_out=5"]).images.held_out == 5
+    with pytest.raises(ConfigError, match=r"images\.held_out is \"x\""):
+        read_recipe(str(path), ["images.held_out=x"])
+    path.write_text("[pictures]\nheld_out = 3\n[images]\nheld_out = 4\n")
+    with pytest.raises(ConfigError, match="both pictures and images"):
+        read_recipe(str(path))
