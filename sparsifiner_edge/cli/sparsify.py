@@ -41,11 +41,12 @@ from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_te
 def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> None:
     """Make MODEL (timm's name of a ViT, DeiT or DINOv2) sparse, without training, and write a student folder."""
     import sparsifiner_edge
-    from sparsifiner_edge.sparse.student import read_config
 
     layers = common.parse_layers(dense_layers)
     with common.progress_bar("sparsify") as progress:
         folder = sparsifiner_edge.sparsify(model, output, dense_layers=layers, progress=progress, **options)
+    from sparsifiner_edge.sparse.student import read_config  # once the extra `train` is known to be there
+
     made = SparsityConfig.from_dict(read_config(folder).sparsity)
     merging = f", merge {merge_text(made.merge)}" if any(made.merge) else ""
     click.echo(
