@@ -48,6 +48,7 @@ from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.sparse.defaults import default_keep
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 
 TOKENS = "3:.7,6:.7,9:.7"
@@ -56,7 +57,7 @@ PRUNED = {"keep": 0.1, "token_keep": parse_token_keep(TOKENS), "fuse_tokens": Tr
 KEEPS = (0.25, 0.1, 0.05)
 FINER = ((16, 4), (8, 4))
 """Tile and probe of further rows: the student's own are 16 and 8."""
-LONG = {"img_size": 518, "merge": tome.schedule((200, 1.5), 12)[0], "keep": (0.1, 0.1, 0.2, 1.0)}
+LONG = {"img_size": 518, "merge": tome.schedule((200, 1.5), 12)[0], "keep": default_keep(37 * 37, 12)}
 """What the student `merge`, which learns at 224 px, does at 518 px: 16.5 G multiply-accumulates."""
 REQUIRED = {
     "merge, trained, keep 0.25, merge 8": (0.99, 0.994),

@@ -1,6 +1,6 @@
 """Fidelity of untrained students: what to select, and what to do with the rest.
 
-    python benchmarks/fidelity.py                      the defaults at 224 and 518 px, beside what is required
+    python benchmarks/fidelity.py                      the rule at 224 and 518 px, beside what is required
     python benchmarks/fidelity.py --all [-o FOLDER]    every variant, at 224, 518 and 1036 px: table, image, JSON;
                                                        begun again with the same FOLDER, it goes on where it was
 

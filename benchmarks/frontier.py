@@ -40,10 +40,11 @@ from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.measure.layers import measure_layers
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, read_result, write_result
+from sparsifiner_edge.sparse.defaults import default_keep
 from sparsifiner_edge.sparse.models import load_model
 
-EARLY, LONG = (0.1, 0.1, 0.2, 1.0), (0.05, 0.05, 0.1, 0.35, 0.35, 0.35, 1.0)
-"""The first layers have the most tokens and need the fewest keys: see `merging.py`."""
+EARLY, LONG = default_keep(37 * 37, 12), default_keep(74 * 74, 12)
+"""Shares of keys at 518 and 1036 px."""
 CASES = {
     224: Case(
         ((8, 1), (10, 1), (12, 1), ((20, 1), 1), ((24, 1), 1)), 16,

@@ -102,7 +102,10 @@ def test_a_challenge_that_always_changes_is_given_up() -> None:
 
 def digest_is_right(request: Message, password: str) -> bool:
     said = dict(re.findall(r'(\w+)="?([^",]*)', request.get("Authorization")))
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()  # noqa: E731
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()
+
     secret, asked = digest(f"u:camera:{password}"), digest(f"{request.method}:{request.uri}")
     expected = digest(f"{secret}:{said['nonce']}:{said['nc']}:{said['cnonce']}:auth:{asked}")
     return said["uri"] == request.uri and said["response"] == expected
