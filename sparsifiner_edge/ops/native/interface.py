@@ -123,7 +123,7 @@ class Operators:
 def _at(array: Array) -> int:
     if not array.flags.c_contiguous or array.dtype not in (np.float32, np.int32):
         raise BackendError(f"An operator got {array.dtype}, strides {array.strides}.", "Give contiguous float32.")
-    return cast(int, array.ctypes.data)
+    return array.ctypes.data
 
 
 def _arguments(name: str, a: Mapping[str, float], inputs: Sequence[Array], merged: bool) -> list[Any]:

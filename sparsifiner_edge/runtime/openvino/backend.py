@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle
@@ -14,13 +15,14 @@ from sparsifiner_edge.runtime.openvino.session import OpenVinoSession, import_op
 
 
 class OpenVino(Backend):
-    """OpenVINO's CPU plugin."""
+    """OpenVINO's CPU plugin. Attributes: precision: of the linear layers; the rest, and int8 layers, are as stored."""
 
-    name = OpenVinoSession.backend
+    name = "openvino"
+    precision: ClassVar[str] = "fp32"
 
     def load(self) -> Any:
         """See `Backend.load`."""
-        return import_openvino()
+        return import_openvino(self.precision)
 
     def choose_kernels(self, bundle: Bundle, kernels: str) -> str:
         """See `Backend.choose_kernels`: a file of a type that the native kernels do not take runs by its bodies."""
@@ -33,13 +35,26 @@ class OpenVino(Backend):
     def open(self, bundle: Bundle, threads: int, kernels: str) -> OpenVinoSession:
         """See `Backend.open`."""
         with bundle.sealed_copy(MODEL_FILE) as copy:
-            content = copy if isinstance(copy, bytes) else open(copy, "rb").read()
+            content = Path(copy).read_bytes()
         return OpenVinoSession(
+            self.name,
             bundle.folder / MODEL_FILE,
             content,
             threads,
             native_library(kernels) is not None,
             why_portable(kernels) if kernels == "auto" else None,
-            "fp32",
+            self.precision,
             bundle.manifest.precision,
         )
+
+
+class OpenVinoBf16(OpenVino):
+    """The same in bfloat16, on processors that have it: AVX-512 BF16, AMX, Arm's BF16."""
+
+    name, precision = "openvino-bf16", "bf16"
+
+
+class OpenVinoFp16(OpenVino):
+    """The same in float16, on processors that have it: AMX-FP16, Arm's FP16."""
+
+    name, precision = "openvino-fp16", "fp16"

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import onnx
-
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
@@ -24,14 +22,16 @@ def converters(openvino: Any, frontend: Any, names: Sequence[str], operators: Op
         openvino, frontend: the modules `openvino` and `openvino.frontend.onnx`.
         operators: what runs them; must live as long as what is compiled.
     """
-    kind = _op_class(openvino, operators)
+    base = _op_class(openvino, operators)
 
     def convert(name: str) -> Callable[[Any], Any]:
         attributes = [attribute.name for attribute in OPERATORS[name].attributes]
+        # A class each: OpenVINO takes nodes of one class, equal attributes and the same inputs for one node.
+        kind = type(name, (base,), {"operator": name})
 
         def made(node: Any) -> Any:
             given = {attribute: node.get_attribute(attribute) for attribute in attributes}
-            return kind([node.get_input(i) for i in range(node.get_input_size())], name, given).outputs()
+            return kind([node.get_input(i) for i in range(node.get_input_size())], given).outputs()
 
         return made
 
@@ -41,12 +41,14 @@ def converters(openvino: Any, frontend: Any, names: Sequence[str], operators: Op
 def _op_class(openvino: Any, operators: Operators) -> Any:
     """The op that stands for all of them; the class can only be made once OpenVINO is imported."""
 
-    class SparsifinerOp(openvino.Op):  # type: ignore[misc, name-defined]
-        """One node."""
+    class SparsifinerOp(openvino.Op):  # type: ignore[misc]
+        """One node. Attributes: operator: its name."""
 
-        def __init__(self, inputs: Any, name: str, attributes: dict[str, float]) -> None:
+        operator: str
+
+        def __init__(self, inputs: Any, attributes: dict[str, float]) -> None:
             super().__init__(self)
-            self.operator, self.settings = name, attributes
+            self.settings = attributes
             self.set_arguments(inputs)
             self.constructor_validate_and_infer_types()
 
@@ -64,9 +66,10 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
             return output_shape(self.operator, self.settings, shapes)
 
         def clone_with_new_inputs(self, inputs: Any) -> Any:
-            return SparsifinerOp(inputs, self.operator, self.settings)
+            return type(self)(inputs, self.settings)
 
-        def visit_attributes(self, visitor: Any) -> bool:  # noqa: ARG002
+        def visit_attributes(self, visitor: Any) -> bool:
+            visitor.on_attributes(dict(self.settings))
             return True
 
         def has_evaluate(self) -> bool:
@@ -97,15 +100,15 @@ def output_shape(name: str, attributes: dict[str, float], shapes: Sequence[Seque
     return [batch, tokens, last // 3]
 
 
-def without_bodies(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+def without_bodies(model: Any, names: Sequence[str]) -> Any:
     """A model whose local functions are gone: those of the operators named left out, all others inlined."""
     kept = [function for function in model.functions if not (function.domain == DOMAIN and function.name in names)]
     if not kept:
         del model.functions[:]
         return model
-    left_out = [(function.domain, function.name) for function in model.functions if function not in kept]
     import onnx.inliner
 
+    left_out = [(function.domain, function.name) for function in model.functions if function not in kept]
     inlined = onnx.inliner.inline_selected_functions(model, left_out, exclude=True)
     del inlined.functions[:]
     return inlined

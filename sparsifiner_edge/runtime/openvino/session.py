@@ -20,7 +20,6 @@ from sparsifiner_edge.onnx_file import all_nodes, read_model
 from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.backend import cache_folder, import_package
 from sparsifiner_edge.runtime.openvino.operators import converters, without_bodies
 from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
@@ -31,20 +30,27 @@ _LINEAR = ("FullyConnected", "MatMul")
 _DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64", "boolean": "bool"}
 
 
-def import_openvino() -> Any:
+def import_openvino(precision: str = "fp32") -> Any:
     """The module `openvino`.
 
     Raises:
         MissingExtraError: it is not installed.
-        BackendError: it is installed and cannot be imported.
+        BackendError: it is installed and cannot be imported, or has no arithmetic of this precision here.
     """
-    return import_package("openvino", "openvino", "openvino", "Reinstall openvino.")
+    openvino = import_package("openvino", "openvino", "openvino", "Reinstall openvino.")
+    known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision != "fp32" and precision.upper() not in known:
+        raise BackendError(
+            f"This processor has no {precision} arithmetic (OpenVINO: {', '.join(known)}).", "Choose openvino, fp32."
+        )
+    return openvino
 
 
 class OpenVinoSession(Session):
     """A `Session` on OpenVINO's CPU plugin. Runs of several threads take turns.
 
     Args:
+        backend: as given to `open_session`.
         model: where the ONNX file is from, for messages. content: the file.
         threads: of OpenVINO, and of the native library while OpenVINO's wait.
         native: the native library runs the operators that it has; else their function bodies, inlined.
@@ -58,10 +64,9 @@ class OpenVinoSession(Session):
         MissingExtraError: OpenVINO is not installed.
     """
 
-    backend = "openvino"
-
     def __init__(
         self,
+        backend: str,
         model: Path,
         content: bytes,
         threads: int,
@@ -70,12 +75,14 @@ class OpenVinoSession(Session):
         precision: str,
         stored: str | None,
     ) -> None:
-        openvino = import_openvino()
-        self._model, self._lock = model, threading.Lock()
+        openvino = import_openvino(precision)
+        self.backend, self._model, self._lock = backend, model, threading.Lock()
+        self._compiled: Any = None
+        self._request: Any = None
         graph = read_model(content, model)
         operators = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
         ours = sorted(operators & set(NATIVE.operators)) if native else []
-        self._operators = Operators(threads) if ours else None
+        self._operators: Operators | None = Operators(threads) if ours else None
         start = time.perf_counter_ns()
         try:
             self._compiled = self._compile(openvino, graph, content, ours, threads, precision)
@@ -87,8 +94,9 @@ class OpenVinoSession(Session):
             raise BackendError(f"OpenVINO rejects {model}: {_line(error)}", "Export the bundle again.") from error
         self._request = self._compiled.create_infer_request()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
-        self.inputs = [_spec(port) for port in self._compiled.inputs]
-        self.outputs = [_spec(port) for port in self._compiled.outputs]
+        names = {value.name for value in (*graph.graph.input, *graph.graph.output)}
+        self.inputs = [_spec(port, names) for port in self._compiled.inputs]
+        self.outputs = [_spec(port, names) for port in self._compiled.outputs]
         self._description = Description(
             backend=self.backend,
             version=str(openvino.__version__).partition("-")[0],
@@ -99,15 +107,8 @@ class OpenVinoSession(Session):
             threads=threads,
         )
 
-    def _compile(
-        self, openvino: Any, graph: Any, content: bytes, ours: list[str], threads: int, precision: str
-    ) -> Any:
+    def _compile(self, openvino: Any, graph: Any, content: bytes, ours: list[str], threads: int, precision: str) -> Any:
         core = openvino.Core()
-        known = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if precision != "fp32" and precision.upper() not in known:
-            raise BackendError(
-                f"This processor has no {precision} arithmetic (OpenVINO: {', '.join(known)}).", "Choose fp32."
-            )
         settings = {
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
@@ -178,7 +179,8 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
 
 
-def _spec(port: Any) -> TensorSpec:
+def _spec(port: Any, names: set[str]) -> TensorSpec:
+    """Of a port, which may have names of tensors inside the model besides its own."""
     shape = tuple(axis.get_length() if axis.is_static else "batch" for axis in port.get_partial_shape())
     kind = port.get_element_type().get_type_name()
-    return TensorSpec(str(port.get_any_name()), _DTYPES.get(kind, kind), shape)
+    return TensorSpec(next(iter(names & port.get_names())), _DTYPES.get(kind, kind), shape)
