@@ -130,7 +130,7 @@ def test_the_tables_hold_pip_commands_with_their_brackets(tmp_path):
 def test_a_bare_environment_is_enough():
     heavy = (
         "('onnxruntime', 'torch', 'timm', 'PIL', 'matplotlib', 'safetensors', 'tensorrt', 'tensorrt_rtx', 'triton', "
-        "'cuda', 'pycuda')"
+        "'cuda', 'pycuda', 'openvino')"
     )
     run = command("--json", before=f"sys.modules.update(dict.fromkeys({heavy}))")
     assert (run.returncode, run.stderr) == (0, "")

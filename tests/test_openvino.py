@@ -204,6 +204,14 @@ def test_every_command_takes_it(bundles: dict[str, Path], pictures: Path, tmp_pa
     verified = process("bundle", "verify", bundles["merged"])
     assert verified.code == 0, verified.err
     verify_bundle(bundles["merged"], backend="openvino", kernels="portable")
+    built = process("build", bundles["merged"], "--backend", "openvino", "--json")
+    assert built.code == 0, built.err
+    assert json.loads(built.out)["description"]["kernels"] == f"native, {native.target()}"
+    if "BF16" in KNOWN:
+        for name in ("edge", "dense", "int8"):
+            assert process("build", bundles[name], "--backend", "openvino-bf16").code == 0
+    refused = process("build", bundles["edge"], "--backend", "openvino", "--compute-capability", "8.6")
+    assert (refused.code, "openvino builds no engine" in refused.err) == (2, True)
     profiled = process(
         "profile", bundles["merged"], "--backend", "openvino", "--seconds", "0.3", "--json",
     )  # fmt: skip

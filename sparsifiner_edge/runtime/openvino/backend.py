@@ -18,6 +18,7 @@ class OpenVino(Backend):
     """OpenVINO's CPU plugin. Attributes: precision: of the linear layers; the rest, and int8 layers, are as stored."""
 
     name = "openvino"
+    on_processor = True
     precision: ClassVar[str] = "fp32"
 
     def load(self) -> Any:
