@@ -6,9 +6,9 @@
 DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals: the dense model, and token merging by its published rule at
 five constant and five falling rates (`tome.py`), each as one plain file in ONNX Runtime, OpenVINO and torch; with
 `--int8` the quantised files too, and bf16 where the processor has it. Ours: five budgets of merging and sparse
-attention, in ONNX Runtime and in OpenVINO. Fidelity is that of what ran, over the publication photographs (`demo/split.py`): cosine of patches and class
-token to the dense model's. All are timed in turn in one process. "At equal fidelity": the best rival's time for a
-fidelity, interpolated between its neighbouring points, over ours.
+attention, in ONNX Runtime and OpenVINO. Fidelity is that of what ran, over the publication photographs
+(`demo/split.py`): cosine of patches and class token to the dense model's. All are timed in turn in one process. "At
+equal fidelity": the best rival's time for a fidelity, interpolated between its neighbouring points, over ours.
 
 With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured; fidelities are those
 that the run of batch 1 has left in FOLDER.
