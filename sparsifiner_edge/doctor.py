@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import sys
 
 import msgspec
 
@@ -169,7 +170,9 @@ def _telemetry() -> dict[str, str]:
     """Whether a library may report its use from here: "off", or what switches it on."""
     name = "ORT_DISABLE_TELEMETRY"
     value = os.environ.get(name, "")
+    reports = sys.modules.get("openvino_telemetry") is not None
     return {
+        "openvino": "on: openvino_telemetry was imported by others" if reports else "off",
         "onnxruntime": "off" if value == NO_TELEMETRY[name] else f"on: {name} is set to {value!r} in the environment"
     }
 

@@ -16,13 +16,6 @@
 
 namespace sparsifiner {
 
-// Objects whose `new (std::nothrow)` is null where memory ran out; the standard one throws inside.
-struct Allocated {
-  static void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
-  static void operator delete(void* memory) noexcept { std::free(memory); }
-  static void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
-};
-
 // Pieces of a loop: enough for uneven cores, few enough to cost nothing, a bit each.
 constexpr size_t kPieces = 64;
 

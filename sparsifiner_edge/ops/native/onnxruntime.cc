@@ -8,10 +8,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
-#include <cstdlib>
 #include <new>
 
 #include "errors.h"
+#include "scratch.h"
 #include "sparsifiner.h"
 #include "tensors.h"
 
@@ -202,13 +202,6 @@ struct MergeKernel {
     float* output = nullptr;
     return asked(nullptr) && tensors.Output({batch, count, axes[2]}, &output) && asked(output);
   }
-};
-
-// Objects whose `new (std::nothrow)` is null where memory ran out; the standard one throws inside.
-struct Allocated {
-  static void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
-  static void operator delete(void* memory) noexcept { std::free(memory); }
-  static void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
 };
 
 template <typename Kernel>

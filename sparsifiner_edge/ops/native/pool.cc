@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "scratch.h"
 #include "sparsifiner.h"
 
 namespace {
@@ -48,7 +49,7 @@ class Lock {
 
 }  // namespace
 
-struct sparsifiner_pool {
+struct sparsifiner_pool : sparsifiner::Allocated {
   // False: a thread could not be started.
   bool Start(size_t threads) {
     if (threads <= 1) return true;

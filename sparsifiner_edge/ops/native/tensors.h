@@ -110,6 +110,10 @@ class Tensors {
     if (shape.rank != 3 || axes[2] <= 0 || axes[2] % (3 * in->num_heads) != 0) {
       return problem_->Refuse("qkv must have shape [B, N, 3 * num_heads * d], got %s", Text(shape).text);
     }
+    int64_t places = 0;
+    if (axes[1] >= kMost || __builtin_mul_overflow(axes[1], axes[2], &places) || places > int64_t{UINT32_MAX}) {
+      return problem_->Refuse("qkv of shape %s is too large for 32-bit places", Text(shape).text);
+    }
     in->batch = axes[0];
     in->tokens = axes[1];
     in->width = axes[2] / (3 * in->num_heads);

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -40,6 +41,8 @@ def import_openvino(precision: str = "fp32") -> Any:
         MissingExtraError: it is not installed.
         BackendError: it is installed and cannot be imported, or has no arithmetic of this precision here.
     """
+    # Its import reports itself over the network wherever this module is found and nobody has opted out.
+    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
     openvino = import_package("openvino", "openvino", "openvino", "Reinstall openvino.")
     known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision != "fp32" and precision.upper() not in known:
