@@ -19,6 +19,7 @@ import onnxruntime
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
+from sparsifiner_edge.runtime.openvino.session import import_openvino
 
 Run = Callable[[], Any]
 PAUSE_S = 0.05
@@ -47,8 +48,7 @@ def ort_session(model: bytes | str, threads: int, kernels: bool = True) -> Any:
 
 def openvino_run(model: Any, inputs: Mapping[str, np.ndarray] | list[np.ndarray], threads: int, precision: str) -> Run:
     """A model, or the path of an ONNX file, compiled by OpenVINO for the CPU. precision: "f32" or "bf16"."""
-    import openvino
-
+    openvino = import_openvino()
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     request = compiled.create_infer_request()

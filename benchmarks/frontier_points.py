@@ -22,6 +22,7 @@ from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
 from sparsifiner_edge.images import load_image
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.models import create, load_model
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
@@ -51,6 +52,12 @@ class Setting:
     batch: int
     model: str
     weights: Path
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """OpenVINO's precisions; the last is the fastest."""
+        flags = Path("/proc/cpuinfo").read_text()
+        return ("f32", "bf16") if self.int8 and ("avx512_bf16" in flags or "amx_bf16" in flags) else ("f32",)
 
     @property
     def images(self) -> np.ndarray:
@@ -106,7 +113,9 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
             )
             macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
             session = ort_session(str(bundle / "model.onnx"), of.threads)
-            points.append(_ort_point(session, f"ours {precision}", budget, macs, precision, of))
+            points.append(_ort_point(session, f"ours, ONNX Runtime {precision}", budget, macs, precision, of))
+            for hint in of.hints if precision == "fp32" else of.hints[-1:]:
+                points.append(_our_openvino_point(bundle, budget, macs, hint, of, precision))
     return points
 
 
@@ -123,9 +132,6 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     settings = [("dense", "dense", [0] * depth)]
     settings += [("ToMe", f"{rate} a layer", tome.constant(rate, depth)) for rate in case.constant]
     settings += [("ToMe falling", f"{first}..0", tome.falling(first, depth)) for first in case.falling]
-    flags = Path("/proc/cpuinfo").read_text()
-    bf16 = of.int8 and ("avx512_bf16" in flags or "amx_bf16" in flags)
-    hints = ("f32", "bf16") if bf16 else ("f32",)
     calibration = [np.repeat(load_image(path, of.size)[None], of.batch, 0) for path in split.calibration()]
     torch.set_num_threads(of.threads)
     points = []
@@ -135,7 +141,7 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
         macs = float(tome.macs(rates, tokens, width, 4 * width))
         session = ort_session(str(path), of.threads, False)
         points.append(_ort_point(session, f"{kind}, ONNX Runtime fp32", budget, macs, "fp32", of))
-        points += [_openvino_point(path, f"{kind}, OpenVINO {hint}", budget, macs, hint, of) for hint in hints]
+        points += [_openvino_point(path, f"{kind}, OpenVINO {hint}", budget, macs, hint, of) for hint in of.hints]
         points.append(_torch_point(tome.ToMe(model, rates).eval(), f"{kind}, torch fp32", budget, macs, of))
         if of.int8:
             tell(f"quantise {kind}, {budget}")
@@ -144,9 +150,8 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
             onnx.save(quantised, path8)
             session = ort_session(str(path8), of.threads, False)
             points.append(_ort_point(session, f"{kind}, ONNX Runtime int8", budget, macs, "int8", of))
-            for hint in hints:
-                family = f"{kind}, OpenVINO int8, rest {hint}"
-                points.append(_openvino_point(path8, family, budget, macs, hint, of, "int8"))
+            family = f"{kind}, OpenVINO int8, rest {of.hints[-1]}"
+            points.append(_openvino_point(path8, family, budget, macs, of.hints[-1], of, "int8"))
     return points
 
 
@@ -157,6 +162,17 @@ def _ort_point(session: Any, family: str, budget: str, macs: float, precision: s
         return np.asarray(session.run(["tokens"], {"image": x})[0])
 
     return Point(family, budget, lambda: session.run(None, {"image": images}), tokens, macs, precision)
+
+
+def _our_openvino_point(bundle: Path, budget: str, macs: float, hint: str, of: Setting, precision: str) -> Point:
+    backend, images = "openvino" if hint == "f32" else "openvino-bf16", of.images
+    session = open_session(bundle, backend, of.threads, "native")
+    int8 = precision == "int8"
+    return Point(
+        f"ours, OpenVINO {f'int8, rest {hint}' if int8 else hint}", budget, lambda: session.infer({"image": images}),
+        lambda x: np.asarray(session.infer({"image": x})["tokens"]), macs,
+        precision if int8 or hint == "f32" else "bf16",
+    )  # fmt: skip
 
 
 def _openvino_point(

@@ -3,6 +3,10 @@
     python benchmarks/model_cpu.py [--case vit_small_patch14_dinov2.lvd142m:518:0.1:25 ...] [-o FOLDER]
 
 DINOv2 ViT-S/14 with its real weights, ViT-B/14 with random ones (no weights install; time does not depend on them).
+Ours runs in ONNX Runtime and in OpenVINO, there in fp32, bf16 and with the int8 file; precisions that the processor has
+no arithmetic for are left out, ours and theirs. A case ends with a share of tokens (":0.7" at three layers), or with
+what merges (":merge=200^1.5": 200 in the first layer, falling to 0 with that power); KEEP may name several layers'
+shares.
 Rivals run the dense export of the same model: ONNX Runtime fp32 and int8 (as ours, but with every linear layer in int8
 that the gate allows, which is faster), OpenVINO fp32, bf16 (its default where the processor has it) and int8 (the same
 QDQ file, the rest in fp32 or bf16), torch.
@@ -16,11 +20,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 import onnx
+import tome
 import torch
 from cpu_engines import Run, openvino_run, ort_session, ratio, time_in_turn
 from fidelity_subject import weights_file
@@ -28,6 +33,7 @@ from safetensors.torch import save_file
 
 from sparsifiner_edge.artifacts import read_json
 from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.config import Keep, parse_keep
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
@@ -38,32 +44,63 @@ from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.models import create, load_model
 from sparsifiner_edge.sparse.student import sparsify
 
 BASE = "vit_base_patch14_dinov2.lvd142m"
 CASES = (
     f"{material.DINOV2}:224:0.25:16", f"{material.DINOV2}:518:0.1:25", f"{material.DINOV2}:1036:0.05:49",
+    f"{material.DINOV2}:224:1:24:merge=24^1", f"{material.DINOV2}:518:0.1,0.1,0.2,1:49:merge=200^1.5",
+    f"{material.DINOV2}:1036:0.05,0.05,0.1,0.35,0.35,0.35,1:49:merge=900^1.5",
     f"{BASE}:224:0.25:16", f"{BASE}:518:0.1:25", f"{BASE}:1036:0.05:49",
 )  # fmt: skip
-OURS, OURS8 = "ours fp32", "ours int8"
+OURS, OURS8 = "ours, ONNX Runtime fp32", "ours, ONNX Runtime int8"
+IN_OPENVINO = {
+    "ours, OpenVINO fp32": (OURS, "openvino"), "ours, OpenVINO bf16": (OURS, "openvino-bf16"),
+    "ours, OpenVINO int8, rest fp32": (OURS8, "openvino"), "ours, OpenVINO int8, rest bf16": (OURS8, "openvino-bf16"),
+}  # fmt: skip
+"""Which of our files, by which backend."""
 DENSE, DENSE8 = "ONNX Runtime fp32", "ONNX Runtime int8"
 FP32 = (DENSE, "OpenVINO fp32", "torch fp32")
 REQUIRED = {
-    (material.DINOV2, 518, False, OURS, "fp32"): (1.15, 1.25), (material.DINOV2, 1036, False, OURS, "fp32"): (1.8, 2.2),
-    (material.DINOV2, 518, False, OURS8, "any"): (1.15, 1.4), (material.DINOV2, 1036, False, OURS8, "any"): (1.8, 2.3),
-    (material.DINOV2, 518, True, OURS8, "any"): (1.6, 2.0), (material.DINOV2, 1036, True, OURS8, "any"): (2.5, 3.2),
+    (518, "keys"): (1.15, 1.4), (518, "merge"): (1.5, 2.0), (1036, "keys"): (1.8, 2.5), (1036, "merge"): (2.5, 4.0),
+    (224, "merge"): (1.05, 1.3),
 }  # fmt: skip
-"""Speed over the best dense engine in fp32, or at any precision, without and with token pruning: required, aimed at."""
+"""Ours at its best over the best dense engine, both at any precision, ViT-S/14, on a processor with AMX: required,
+aimed at; without AMX and with merging 2.3 and 3 at 518 px, 4.8 and 6 at 1036 px."""
 STAGES = (3, 6, 9)
 """Layers after which tokens are pruned."""
 
 
-def build(
-    name: str, size: int, keep: float, cells: int, pruned: tuple[tuple[int, float], ...], folder: Path, tell: Any
-) -> dict[str, Path]:
+class Case(NamedTuple):
+    """What is measured; see the module's documentation. kind: "keys", "tokens" or "merge"."""
+
+    model: str
+    size: int
+    keep: Keep
+    cells: int
+    kind: str = "keys"
+    pruned: tuple[tuple[int, float], ...] = ()
+    merge: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        name, size, keep, cells, *more = text.split(":")
+        made = cls(name, int(size), parse_keep(keep), int(cells))
+        if not more:
+            return made
+        if not more[0].startswith("merge="):
+            return made._replace(kind="tokens", pruned=tuple((layer, float(more[0])) for layer in STAGES))
+        first, _, power = more[0].removeprefix("merge=").partition("^")
+        depth = len(create(name, 224, 0).blocks)
+        merge = tome.schedule((int(first), float(power)) if power else int(first), depth)[0]
+        return made._replace(kind="merge", merge=merge)
+
+
+def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
     """Bundles: ours fp32 and int8, dense fp32; and a folder with dense int8, as fast as the gate allows."""
-    weights = weights_file()
+    name, size, weights = case.model, case.size, weights_file()
     if name != material.DINOV2:
         torch.manual_seed(0)
         weights = folder / "random.safetensors"
@@ -74,8 +111,8 @@ def build(
         (pictures / path.name).symlink_to(path)
     tell("sparsify")
     student = sparsify(
-        name, folder / "student", weights=weights, img_size=size, keep=keep, cells=cells, token_keep=pruned,
-        fuse_tokens=bool(pruned), calibrate=pictures,
+        name, folder / "student", weights=weights, img_size=size, keep=case.keep, cells=case.cells,
+        token_keep=case.pruned, fuse_tokens=bool(case.pruned), merge=case.merge, calibrate=pictures,
     )  # fmt: skip
     tell(f"export {OURS}")
     made = {OURS: export_bundle(student, folder / "ours", measure=True)}
@@ -94,18 +131,29 @@ def build(
     return made
 
 
+def has_bf16() -> bool:
+    """Whether the processor has bf16 arithmetic: without, OpenVINO emulates it, slower than fp32."""
+    flags = Path("/proc/cpuinfo").read_text()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def ours_in_openvino() -> dict[str, tuple[str, str]]:
+    return {label: (file, how) for label, (file, how) in IN_OPENVINO.items() if has_bf16() or how == "openvino"}
+
+
 def engines(bundles: dict[str, Path], name: str, size: int, threads: int) -> dict[str, Run]:
     image = smooth_images(size)
     runs: dict[str, Run] = {}
     for label, bundle in bundles.items():
         session = ort_session(str(bundle / "model.onnx"), threads)
         runs[label] = lambda session=session: session.run(None, {"image": image})
-    dense = str(bundles[DENSE] / "model.onnx")
-    runs["OpenVINO fp32"] = openvino_run(dense, {"image": image}, threads, "f32")
-    runs["OpenVINO bf16"] = openvino_run(dense, {"image": image}, threads, "bf16")
-    dense8 = str(bundles[DENSE8] / "model.onnx")
-    runs["OpenVINO int8, rest fp32"] = openvino_run(dense8, {"image": image}, threads, "f32")
-    runs["OpenVINO int8, rest bf16"] = openvino_run(dense8, {"image": image}, threads, "bf16")
+    for label, (file, backend) in ours_in_openvino().items():
+        opened = open_session(bundles[file], backend, threads, "native")
+        runs[label] = lambda opened=opened: opened.infer({"image": image})
+    for rest, hint in (("fp32", "f32"), ("bf16", "bf16"))[: 2 if has_bf16() else 1]:
+        dense, dense8 = (str(bundles[label] / "model.onnx") for label in (DENSE, DENSE8))
+        runs[f"OpenVINO {rest}"] = openvino_run(dense, {"image": image}, threads, hint)
+        runs[f"OpenVINO int8, rest {rest}"] = openvino_run(dense8, {"image": image}, threads, hint)
     torch.set_num_threads(threads)
     model = load_model(name, weights_file(), size) if name == material.DINOV2 else create(name, size, 0)
     tensor = torch.from_numpy(image).float().permute(0, 3, 1, 2)
@@ -151,21 +199,23 @@ def peak_memory(bundles: dict[str, Path], size: int, threads: int) -> dict[str, 
 
 
 def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any]:
-    """Mean patch cosine over the eight photographs: our int8 to our fp32, and ours to dense fp32."""
+    """Mean patch cosine over the eight photographs: of each of ours to ours in fp32, and to the dense model."""
     tokens = {}
-    for label in (OURS, OURS8, DENSE):
-        session = ort_session(str(bundles[label] / "model.onnx"), threads)
+    files = {label: (label, "onnxruntime") for label in (OURS, OURS8)} | ours_in_openvino()
+    for label, (file, backend) in files.items():
+        with open_session(bundles[file], backend, threads) as opened:
+            feeds = ({"image": load_image(path, size)[None]} for path in split.development())
+            tokens[label] = [opened.infer(feed) for feed in feeds]
+    with open_session(bundles[DENSE], threads=threads) as opened:
         feeds = ({"image": load_image(path, size)[None]} for path in split.development())
-        names = [output.name for output in session.get_outputs()]
-        tokens[label] = [dict(zip(names, session.run(names, feed), strict=True)) for feed in feeds]
+        tokens[DENSE] = [opened.infer(feed) for feed in feeds]
 
     def mean(a: str, b: str) -> float:
         return float(np.mean([_patches_cosine(x, y) for x, y in zip(tokens[a], tokens[b], strict=True)]))
 
     return {
-        "int8_to_fp32_student": mean(OURS8, OURS),
-        "fp32_to_dense": mean(OURS, DENSE),
-        "int8_to_dense": mean(OURS8, DENSE),
+        "to fp32 student": {label: mean(label, OURS) for label in files},
+        "to dense": {label: mean(label, DENSE) for label in files},
     }
 
 
@@ -176,25 +226,30 @@ def _patches_cosine(a: dict[str, Any], b: dict[str, Any]) -> float:
     return float(cosine(a["tokens"][0, 1 + mine], b["tokens"][0, 1 + theirs]).mean())
 
 
-def measure(case: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    name, size, keep, cells, *share = case.split(":")
-    pruned = tuple((layer, float(share[0])) for layer in STAGES) if share else ()
+def measure(text: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    case = Case.parse(text)
+    name, size = case.model, case.size
     with tempfile.TemporaryDirectory() as scratch:
-        bundles = build(name, int(size), float(keep), int(cells), pruned, Path(scratch), tell)
-        memory = peak_memory(bundles, int(size), threads)
-        times = time_in_turn(engines(bundles, name, int(size), threads), rounds, 2 if int(size) < 1000 else 1, tell)
+        bundles = build(case, Path(scratch), tell)
+        memory = peak_memory(bundles, size, threads)
+        times = time_in_turn(engines(bundles, name, size, threads), rounds, 2 if size < 1000 else 1, tell)
         manifests = {label: read_json(bundles[label] / "manifest.json", 1) for label in (OURS, OURS8)}
         rival8 = json.loads((bundles[DENSE8] / "quantisation.json").read_text())
         real = name == material.DINOV2
-        agreement = fidelity(bundles, int(size), threads) if real else {"unavailable": "random weights"}
+        agreement = fidelity(bundles, size, threads) if real else {"unavailable": "random weights"}
     medians = {label: float(np.median(x)) for label, x in times.items()}
-    dense = [label for label in times if label not in (OURS, OURS8)]
+    mine, dense = ([label for label in times if label.startswith("ours") == own] for own in (True, False))
     best = {"fp32": min(FP32, key=lambda x: medians[x]), "any": min(dense, key=lambda x: medians[x])}
-    ratios = {
-        f"{ours} against the best dense engine, {kind}": {"engine": rival, **ratio(times[rival], times[ours])}
-        for kind, rival in best.items()
-        for ours in (OURS, OURS8)
+    own = {
+        "fp32": min((x for x in mine if x.endswith("fp32") and "int8" not in x), key=lambda x: medians[x]),
+        "any": min(mine, key=lambda x: medians[x]),
     }
+    ratios = {
+        f"ours at its best against the best dense engine, {kind}": {
+            "ours": own[kind], "engine": rival, **ratio(times[rival], times[own[kind]])
+        }
+        for kind, rival in best.items()
+    }  # fmt: skip
     statistics = {
         "median_ms": medians, "best_dense": best, "ratios": ratios, "peak_memory": memory, "patch_cosine": agreement,
         "chosen": manifests[OURS].get("measured"),
@@ -204,7 +259,7 @@ def measure(case: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, 
 
 
 def show(case: str, found: dict[str, Any]) -> None:
-    name, size, keep, _, *share = case.split(":")
+    of = Case.parse(case)
     rows = [
         [
             label,
@@ -213,13 +268,12 @@ def show(case: str, found: dict[str, Any]) -> None:
         ]
         for label, ms in found["median_ms"].items()
     ]
-    print_table(f"{name}, {size} px, keep {keep}{', tokens ' + share[0] if share else ''}", ["", "ms", "peak MB"], rows)
+    print_table(case, ["", "ms", "peak MB"], rows)
     for label, estimate in found["ratios"].items():
-        ours, _, kind = label.partition(" against the best dense engine, ")
-        wanted = REQUIRED.get((name, int(size), bool(share), ours, kind))
+        wanted = REQUIRED.get((of.size, of.kind)) if of.model == material.DINOV2 and label.endswith("any") else None
         aim = f" (required {wanted[0]}, aim {wanted[1]})" if wanted else ""
         bounds = " to ".join(f"{estimate[k]:.2f}" if isinstance(estimate[k], float) else "?" for k in ("low", "high"))
-        click.echo(f"{ours}: {estimate['value']:.2f} times {estimate['engine']}, {bounds}{aim}")
+        click.echo(f"{estimate['ours']}: {estimate['value']:.2f} times {estimate['engine']}, {bounds}{aim}")
     click.echo(f"patch cosine: {found['patch_cosine']}")
 
 
@@ -230,20 +284,16 @@ def picture(statistics: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(statistics), 4.5), layout="constrained")
     axes = figure.subplots(1, len(statistics), squeeze=False)[0]
     for axis, (case, found) in zip(axes, statistics.items(), strict=True):
-        name, size, keep, _, *share = case.split(":")
         labels = sorted(found["median_ms"], key=lambda x: found["median_ms"][x])
         colours = ["C1" if label.startswith("ours") else "C0" for label in labels]
         axis.barh(labels, [found["median_ms"][x] for x in labels], color=colours)
         axis.invert_yaxis()
-        axis.set(
-            xlabel="ms",
-            title=f"{name.split('_patch')[0]}/14, {size} px, keep {keep}{', tokens ' + share[0] if share else ''}",
-        )
+        axis.set(xlabel="ms", title=case.replace("_patch14_dinov2.lvd142m", "/14").replace(":", " "))
     figure.savefig(path, dpi=80)
 
 
 @click.command()
-@click.option("--case", "cases", multiple=True, default=CASES, help="MODEL:SIZE:KEEP:CELLS[:TOKENS]; repeatable.")
+@click.option("--case", "cases", multiple=True, default=CASES, help="MODEL:SIZE:KEEP:CELLS[:MORE]; repeatable.")
 @click.option("--threads", type=int, default=available_cores())
 @click.option("--rounds", type=int, default=9, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for model_cpu.json and .png.")

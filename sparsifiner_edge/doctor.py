@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import sys
 
 import msgspec
 
@@ -19,6 +20,7 @@ from sparsifiner_edge.runtime.backend import EngineBackend
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.onnxruntime.backends import GpuProvider, OnnxRuntimeCuda, OnnxRuntimeTensorRt
 from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
+from sparsifiner_edge.runtime.openvino.backend import OpenVino, OpenVinoBf16, OpenVinoFp16
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
 
@@ -75,6 +77,7 @@ def examine() -> Findings:
         native_library_reason=reason,
         backends={
             "onnxruntime": _onnxruntime(),
+            **{kind.name: _openvino(kind()) for kind in (OpenVino, OpenVinoBf16, OpenVinoFp16)},
             **{kind.name: _provider(kind(), device) for kind in (OnnxRuntimeCuda, OnnxRuntimeTensorRt)},
             "tensorrt": _engines(TensorRt(), device, "builds engines for the GPU of this machine"),
             "tensorrt-rtx": _engines(TensorRtRtx(), device, "builds engines ahead of time for RTX cards"),
@@ -115,6 +118,14 @@ def _onnxruntime() -> BackendState:
         return BackendState(False, f"{error.what} {error.fix}", Unavailable("cannot be imported"))
     providers = ", ".join(module.get_available_providers())
     return BackendState(True, f"imports, and offers {providers}; uses CPUExecutionProvider", str(module.__version__))
+
+
+def _openvino(backend: OpenVino) -> BackendState:
+    try:
+        version = str(backend.load().__version__)
+    except SparsifinerError as error:
+        return BackendState(False, f"{error.what} {error.fix}", package_version("openvino"))
+    return BackendState(True, f"imports, and runs on the processor in {backend.precision}", version)
 
 
 def _provider(backend: GpuProvider, device: Known[CudaDevice]) -> BackendState:
@@ -159,7 +170,9 @@ def _telemetry() -> dict[str, str]:
     """Whether a library may report its use from here: "off", or what switches it on."""
     name = "ORT_DISABLE_TELEMETRY"
     value = os.environ.get(name, "")
+    reports = sys.modules.get("openvino_telemetry") is not None
     return {
+        "openvino": "on: openvino_telemetry was imported by others" if reports else "off",
         "onnxruntime": "off" if value == NO_TELEMETRY[name] else f"on: {name} is set to {value!r} in the environment"
     }
 

@@ -103,7 +103,7 @@ def test_a_signature_that_no_longer_holds_is_said(tiny: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--backend", "openvino"], "Unknown backend 'openvino'"),
+        (["--backend", "opencv"], "Unknown backend 'opencv'"),
         (["--compute-capability", "8.6"], "onnxruntime builds no engine"),
         (["--backend", "onnxruntime-cuda"], "onnxruntime-cuda builds no engine file"),
         (["--backend", RTX, "--compute-capability", "86"], "compute capability is '86'"),

@@ -39,7 +39,10 @@ def test_json_holds_every_backend():
     found = json.loads(run.stdout)
     assert found["native_library"].endswith(".so")
     assert "loads, and uses" in found["native_library_reason"]
-    names = {"onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "tensorrt", "tensorrt-rtx"}
+    names = {
+        "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino", "openvino-bf16", "openvino-fp16",
+        "tensorrt", "tensorrt-rtx",
+    }  # fmt: skip
     assert set(found["backends"]) == names
     assert set(BACKENDS) <= names
     for entry in (*found["backends"].values(), found["triton"]):
@@ -127,7 +130,7 @@ def test_the_tables_hold_pip_commands_with_their_brackets(tmp_path):
 def test_a_bare_environment_is_enough():
     heavy = (
         "('onnxruntime', 'torch', 'timm', 'PIL', 'matplotlib', 'safetensors', 'tensorrt', 'tensorrt_rtx', 'triton', "
-        "'cuda', 'pycuda')"
+        "'cuda', 'pycuda', 'openvino')"
     )
     run = command("--json", before=f"sys.modules.update(dict.fromkeys({heavy}))")
     assert (run.returncode, run.stderr) == (0, "")

@@ -135,8 +135,8 @@ def test_a_failure_inside_the_model_is_a_message(tmp_path):
 
 
 def test_an_unknown_backend_lists_the_known(bundle):
-    with pytest.raises(BackendError, match=r"'openvino'.*\n.*onnxruntime"):
-        open_session(bundle, backend="openvino")
+    with pytest.raises(BackendError, match=r"'opencv'.*\n.*onnxruntime"):
+        open_session(bundle, backend="opencv")
 
 
 def test_no_threads_is_refused(bundle):

@@ -26,7 +26,7 @@ _MOST_OPTION = (1 << 59) - 1
 @click.command()
 @common.bundle_argument
 @click.option("--backend", default="onnxruntime", show_default=True,
-              help="onnxruntime (needs no engine: the golden pair is run), tensorrt or tensorrt-rtx.")  # fmt: skip
+              help="onnxruntime, openvino (no engine: the golden pair is run), tensorrt or tensorrt-rtx.")  # fmt: skip
 @click.option("--compute-capability", metavar="X.Y,...",
               help="GPUs to build for, such as 8.6,8.9; by default this machine's.")  # fmt: skip
 @click.option("--min-batch", type=_BATCH, help="For a dynamic batch: the least size; by default 1.")

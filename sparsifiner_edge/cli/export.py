@@ -33,6 +33,8 @@ from sparsifiner_edge.cli import common
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile GPU kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
+@click.option("--inline", is_flag=True,
+              help="Standard operators alone, for runtimes that know no local functions; no kernels.")  # fmt: skip
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
 @click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")
 @common.json_option
@@ -60,8 +62,10 @@ def _print(bundle: Bundle) -> None:
         click.echo(f"{board.board}: {counts}, compute capability {board.compute_capability}{left}")
         for warning in board.warnings:
             click.echo(f"{board.board}: {warning}", err=True)
-    ops = ", ".join(manifest.ops) or "none: plain dense attention in standard operators"
-    click.echo(f"custom operators (with bodies in standard operators): {ops}")
+    none = "none: plain dense attention in standard operators"
+    if manifest.sparsity is not None:
+        none = "none: inlined, so that kernels have nothing to take; slow, wherever it runs"
+    click.echo(f"custom operators (with bodies in standard operators): {', '.join(manifest.ops) or none}")
     click.echo(f"{folder}: bundle written. Next: sparsifiner-edge profile {folder}")
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 import numpy as np
 import onnx
+import onnx.inliner
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
@@ -75,6 +76,7 @@ def export_bundle(
     int8_target: str = "cpu",
     measure: bool = False,
     boards: Sequence[str | Path] = (),
+    inline: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export a student folder, or a timm model as the dense baseline, to a bundle folder.
@@ -95,6 +97,8 @@ def export_bundle(
         int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
         measure: keep dense the layers where sparse attention is slower on this machine; the manifest says which.
         boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle.
+        inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
+            no kernels of ours can take them there.
         progress: for int8; see `Progress`.
 
     Returns:
@@ -108,10 +112,12 @@ def export_bundle(
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
     wanted = [load_board(name) for name in boards]
+    if inline and wanted:
+        raise ConfigError("--inline leaves no node that a board's kernels could run.", "Leave one of the two out.")
     numbers = _numbers(precision, int8_target, calibrate, retiles=tile is not None or probe is not None)
     student = _load(source, weights, img_size, keep, token_keep, merge)
     student, changes = changed(student, tile, probe, measure, numbers.images)
-    file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, progress)
+    file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, inline, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)
     return target
@@ -135,7 +141,12 @@ class _File(NamedTuple):
 
 
 def _file(
-    student: Student, deployed: DeployedModel, batch: BatchSize, numbers: _Numbers, progress: Progress | None
+    student: Student,
+    deployed: DeployedModel,
+    batch: BatchSize,
+    numbers: _Numbers,
+    inline: bool,
+    progress: Progress | None,
 ) -> _File:
     """Export and check a module; then the same in fp16, or in int8 with the rest as its target wants it."""
     size, batches = student.img_size, (1, 3) if batch is None else (batch,)
@@ -150,6 +161,8 @@ def _file(
         model, float16 = to_fp16(model, images, LEAST_ROW_COSINE_INT8 if quantisation else None)
     if numbers.precision != "fp32":
         golden |= {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
+    if inline:
+        model = onnx.inliner.inline_local_functions(model)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
     labels = [shown(label) for label in student.labels or class_labels(student.model)]
     set_metadata(model, _metadata(student, deployed, labels))

@@ -52,9 +52,15 @@ def import_package(module: str, package: str, extra: str, fix: str) -> Any:
 
 
 class Backend(abc.ABC):
-    """What runs bundles. Attributes: name: as given to `open_session`."""
+    """What runs bundles.
+
+    Attributes:
+        name: as given to `open_session`.
+        on_processor: runs the model itself, on the processor: `build` has nothing to write, and runs the golden pair.
+    """
 
     name: ClassVar[str]
+    on_processor: ClassVar[bool] = False
 
     @abc.abstractmethod
     def load(self) -> Any:

@@ -16,7 +16,7 @@ from sparsifiner_edge.bundle.store import Bundle, bundle_scratch, extend_bundle,
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.progress import Progress, prefixed
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime.backend import EngineBackend, Job, OptionValues
+from sparsifiner_edge.runtime.backend import Backend, EngineBackend, Job, OptionValues
 from sparsifiner_edge.runtime.build_worker import run_job
 from sparsifiner_edge.runtime.open import find_backend, open_checked
 from sparsifiner_edge.runtime.session import Description
@@ -30,7 +30,7 @@ class BuildResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         version: of the backend's package.
-        engines: those that were added; none for onnxruntime, which has `description` and `golden` instead: what ran
+        engines: those that were added; none on the processor, which has `description` and `golden` instead: what ran
             the model, and what the golden check found.
         seconds: all of it took.
     """
@@ -62,12 +62,13 @@ def build_engine(
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
-        backend: one of `open.BACKENDS`. onnxruntime needs no file: the model is loaded and the golden pair run.
+        backend: one of `open.BACKENDS`. Those on the processor need no file: the model is loaded, and the golden
+            pair run.
         compute_capabilities: such as ("8.6", "8.9"), one engine each; none: this machine's GPU.
         batch: least, best and greatest batch size, for a bundle of dynamic batch; None: `DEFAULT_BATCH`.
         timeout_s: seconds that one engine may take.
         options: see the backend's module.
-        kernels: what runs the golden pair in onnxruntime; see `open_session`. TensorRT's are an option of its own.
+        kernels: what runs the golden pair on the processor; see `open_session`. TensorRT's are an option of its own.
         progress: called with (stage, done, total).
 
     Raises:
@@ -86,8 +87,8 @@ def build_engine(
         planned = found.plan(checked, capabilities, batch_range(checked, batch), options or {})
         engines = _build_all(found, checked, planned, options or {}, timeout_s, progress)
     else:
-        _require_plain(backend, bool(capabilities or batch or options))
-        with open_checked(checked, kernels=kernels) as session:
+        _require_plain(found, bool(capabilities or batch or options))
+        with open_checked(checked, backend, kernels=kernels) as session:
             golden = check_golden(session, checked)
             described = session.description
     return BuildResult(
@@ -101,15 +102,15 @@ def build_engine(
     )
 
 
-def _require_plain(backend: str, for_engines: bool) -> None:
+def _require_plain(backend: Backend, for_engines: bool) -> None:
     """Refuse what only backends with engines take."""
-    if backend != "onnxruntime":
+    if not backend.on_processor:
         raise ConfigError(
-            f"{backend} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
+            f"{backend.name} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
         )
     if for_engines:
         raise ConfigError(
-            "onnxruntime builds no engine: compute capability, batch sizes and options are for TensorRT.",
+            f"{backend.name} builds no engine: compute capability, batch sizes and options are for TensorRT.",
             "Leave them out, or choose --backend tensorrt or tensorrt-rtx.",
         )
 

@@ -15,6 +15,9 @@ from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {
     "onnxruntime": "onnxruntime.backends:OnnxRuntime",
+    "openvino": "openvino.backend:OpenVino",
+    "openvino-bf16": "openvino.backend:OpenVinoBf16",
+    "openvino-fp16": "openvino.backend:OpenVinoFp16",
     "onnxruntime-cuda": "onnxruntime.backends:OnnxRuntimeCuda",
     "onnxruntime-tensorrt": "onnxruntime.backends:OnnxRuntimeTensorRt",
     "tensorrt": "tensorrt.full:TensorRt",

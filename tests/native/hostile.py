@@ -72,7 +72,7 @@ CASES = [
     _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]"),
     _attend([0, 40, 24], 2, [0, 2, 3, 5], "[0, 40, 8]", cell=MOST),
     # No tokens, no channels, no keys.
-    *_plain([1, 0, 24], 2, "leaves no patch"),
+    *_plain([1, 0, 24], 2, "leave no patch"),
     *_plain([1, 40, 0], 2, "qkv must have shape"),
     *_plain([1, 40, 24], MOST, "qkv must have shape"),
     _select(SMALL, 2, "proj_q and proj_k must have shape", channels=0),
@@ -81,9 +81,9 @@ CASES = [
     _select(SMALL, 2, "[1, 2, 1, 1]", probe=MOST, tile=MOST, cell=MOST),
     _select(SMALL, 2, "[1, 2, 1, 1]", probe=1, tile=MOST, cell=MOST, value_power=2.0),
     _select(SMALL, 2, "keys exceed", keys=MOST),
-    _select(SMALL, 2, "leaves no patch", num_prefix=MOST),
+    _select(SMALL, 2, "leave no patch", num_prefix=MOST),
     _attend(SMALL, 2, [1, 2, 1, 5], "[1, 40, 8]", tile=MOST, cell=MOST),
-    _attend(SMALL, 2, [1, 2, 1, 5], "leaves no patch", num_prefix=MOST),
+    _attend(SMALL, 2, [1, 2, 1, 5], "leave no patch", num_prefix=MOST),
     *(_select(SMALL, 2, f"{name} is {2**31}", **{name: 2**31}) for name in ("probe", "tile", "cell", "keys")),
     _attend(SMALL, 2, [1, 2, 3, 5], f"cell is {-(2**63)}", cell=-(2**63)),
     # More memory than there is: the call's, asked for on the calling thread.

@@ -267,7 +267,7 @@ def growing_session() -> Callable[[], Any]:
     ("op", "change", "message"),
     [
         ("SparseAttention", {"tile": 3}, "indices must have shape"),
-        ("SparseAttention", {"num_prefix": 500}, "leaves no patch after 500"),
+        ("SparseAttention", {"num_prefix": 500}, "leave no patch after 500"),
         ("SparseAttention", {"num_heads": 7}, r"qkv must have shape \[B, N, 3 \* num_heads \* d\]"),
         ("SparseAttention", {"prefix_keys": 0}, "prefix_keys 0 goes with tile 1"),
         ("KeySelect", {"keys": 5000}, "keys exceed the patches"),

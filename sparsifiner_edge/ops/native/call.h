@@ -1,9 +1,7 @@
-// What a call of a kernel runs on: the session's own threads, and memory that is kept for the next call.
+// What a call of a kernel runs on: the caller's threads, and memory that is kept for the next call.
 
 #ifndef SPARSIFINER_CALL_H_
 #define SPARSIFINER_CALL_H_
-
-#include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
 #include <atomic>
@@ -12,18 +10,11 @@
 #include <cstdlib>
 #include <new>
 
-#include "errors.h"
 #include "kernels.h"
 #include "scratch.h"
+#include "sparsifiner.h"
 
 namespace sparsifiner {
-
-// Objects whose `new (std::nothrow)` is null where memory ran out; the standard one throws inside.
-struct Allocated {
-  static void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
-  static void operator delete(void* memory) noexcept { std::free(memory); }
-  static void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
-};
 
 // Pieces of a loop: enough for uneven cores, few enough to cost nothing, a bit each.
 constexpr size_t kPieces = 64;
@@ -52,12 +43,11 @@ class CallMemory : public Allocated {
 };
 
 // Memory of calls that are over, for the next: as much as the largest needed, as often as calls ran at a time, and only
-// as long as there are kernels.
+// as long as somebody holds it.
 class IdleMemory {
  public:
-  static void AddKernel() { ++kernels_; }
-  static void RemoveKernel() {
-    if (--kernels_ != 0) return;
+  static void Hold(int more) {
+    if ((holds_ += more) > 0) return;
     for (auto& kept : kept_) delete kept.exchange(nullptr);
   }
 
@@ -71,6 +61,7 @@ class IdleMemory {
 
   static void Keep(CallMemory* memory) {
     for (auto& kept : kept_) {
+      if (holds_.load(std::memory_order_relaxed) <= 0) break;
       CallMemory* none = nullptr;
       if (kept.compare_exchange_strong(none, memory, std::memory_order_release, std::memory_order_relaxed)) return;
     }
@@ -78,15 +69,14 @@ class IdleMemory {
   }
 
  private:
-  static inline std::atomic<size_t> kernels_{0};
+  static inline std::atomic<int> holds_{0};
   static inline std::atomic<CallMemory*> kept_[16] = {};
 };
 
 // One call's threads and memory.
 class Call final : public Parallel {
  public:
-  Call(OrtKernelContext* context, Problem* problem)
-      : context_(context), problem_(problem), memory_(IdleMemory::Take()) {}
+  explicit Call(const sparsifiner_call& given) : given_(given), memory_(IdleMemory::Take()) {}
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
   ~Call() {
@@ -108,9 +98,14 @@ class Call final : public Parallel {
     failed_ = failed_ || memory_ == nullptr;
     if (failed_) return false;
     Loop loop{memory_, count, std::min(count, kPieces), bytes, fn, data, {false}, {0}};
-    OrtStatus* status = Ort::GetApi().KernelContext_ParallelFor(context_, RunPiece, loop.pieces, loop.pieces, &loop);
-    // Counted, since ONNX Runtime may lack the memory to say that it lacked memory.
-    failed_ = !problem_->Check(status) || loop.failed || loop.done != loop.pieces;
+    bool called = true;
+    if (given_.parallel_for == nullptr) {
+      for (size_t piece = 0; piece < loop.pieces; ++piece) RunPiece(&loop, piece);
+    } else {
+      called = given_.parallel_for(given_.threads, loop.pieces, RunPiece, &loop) != 0;
+    }
+    // Counted: the threads may be a runtime's that lacks the memory to say that it lacked memory.
+    failed_ = !called || loop.failed || loop.done != loop.pieces;
     return !failed_;
   }
 
@@ -124,7 +119,7 @@ class Call final : public Parallel {
     alignas(64) std::atomic<size_t> done;  // pieces
   };
 
-  // An even share of the loop, in order, on a thread of ONNX Runtime's.
+  // An even share of the loop, in order, on one of the threads.
   static void RunPiece(void* data, size_t piece) noexcept {
     Loop& loop = *static_cast<Loop*>(data);
     if (loop.failed.load(std::memory_order_relaxed)) return;
@@ -141,8 +136,7 @@ class Call final : public Parallel {
     loop.memory->Return(borrowed);
   }
 
-  OrtKernelContext* context_;
-  Problem* problem_;
+  const sparsifiner_call& given_;
   CallMemory* memory_;
   mutable bool failed_ = false;
 };

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
 namespace sparsifiner {
 
@@ -22,6 +23,13 @@ inline size_t Plus(size_t a, size_t b) {
   size_t sum;
   return __builtin_add_overflow(a, b, &sum) ? SIZE_MAX : sum;
 }
+
+// Objects whose `new (std::nothrow)` is null where memory ran out; the standard one throws inside.
+struct Allocated {
+  static void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return std::malloc(bytes); }
+  static void operator delete(void* memory) noexcept { std::free(memory); }
+  static void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
+};
 
 // Grows to the largest reservation, and is given back only as a whole.
 class Scratch {

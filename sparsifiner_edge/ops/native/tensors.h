@@ -1,4 +1,4 @@
-// What an operator reads and writes: attributes, and the tensors of a call, refused where the schema refuses them.
+// What ONNX Runtime hands to an operator: attributes, and the tensors of a call, refused where their shapes do not fit.
 //
 // ONNX Runtime's C functions are called directly: their C++ wrappers throw.
 
@@ -10,11 +10,11 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 
 #include "errors.h"
-#include "kernels.h"
-#include "scratch.h"
+#include "sparsifiner.h"
 
 namespace sparsifiner {
 
@@ -38,17 +38,26 @@ struct Text {
   char text[24 * Shape::kAxes];
 };
 
-inline bool WholeNumber(const OrtKernelInfo* info, const char* name, int64_t least, size_t* number, Problem* problem) {
-  int64_t value = 0;
-  if (!problem->Check(Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value))) return false;
-  *number = static_cast<size_t>(value);
-  return (value >= least && value < kMost) || problem->Refuse("%s is %" PRId64, name, value);
-}
+// Attributes of a node.
+class Attributes {
+ public:
+  Attributes(const OrtKernelInfo* info, Problem* problem) : info_(info), problem_(problem) {}
 
-inline bool Number(const OrtKernelInfo* info, const char* name, float* number, Problem* problem) {
-  if (!problem->Check(Ort::GetApi().KernelInfoGetAttribute_float(info, name, number))) return false;
-  return (std::isfinite(*number) && *number >= 0) || problem->Refuse("%s is %f", name, static_cast<double>(*number));
-}
+  bool Whole(const char* name, int64_t least, int64_t* number) const {
+    return problem_->Check(Ort::GetApi().KernelInfoGetAttribute_int64(info_, name, number)) &&
+           ((*number >= least && *number < kMost) || problem_->Refuse("%s is %" PRId64, name, *number));
+  }
+
+  bool Number(const char* name, float* number) const {
+    return problem_->Check(Ort::GetApi().KernelInfoGetAttribute_float(info_, name, number)) &&
+           ((std::isfinite(*number) && *number >= 0) ||
+            problem_->Refuse("%s is %f", name, static_cast<double>(*number)));
+  }
+
+ private:
+  const OrtKernelInfo* info_;
+  Problem* problem_;
+};
 
 // A call's inputs and outputs.
 class Tensors {
@@ -74,13 +83,11 @@ class Tensors {
   }
 
   template <typename T, size_t kRank>
-  bool Output(const size_t (&sizes)[kRank], T** elements) const {
+  bool Output(const int64_t (&axes)[kRank], T** elements) const {
     const OrtApi& api = Ort::GetApi();
-    int64_t axes[kRank];
     size_t bytes = sizeof(T);
-    for (size_t i = 0; i < kRank; ++i) {
-      axes[i] = static_cast<int64_t>(sizes[i]);
-      bytes = Times(bytes, sizes[i]);
+    for (int64_t axis : axes) {
+      if (__builtin_mul_overflow(bytes, static_cast<size_t>(axis), &bytes)) return problem_->OutOfMemory();
     }
     if (bytes > PTRDIFF_MAX) return problem_->OutOfMemory();
     OrtValue* value = nullptr;
@@ -89,36 +96,37 @@ class Tensors {
     if (value == nullptr) return problem_->OutOfMemory();
     if (!problem_->Check(api.GetTensorMutableData(value, &data))) return false;
     if (data == nullptr && bytes != 0) return problem_->OutOfMemory();
-    *elements = static_cast<T*>(data);
+    // Nothing to write, but to the interface null asks whether it would.
+    static T nothing;
+    *elements = data == nullptr ? &nothing : static_cast<T*>(data);
     return true;
   }
 
-  bool Pack(size_t heads, size_t prefix, float scale, Packed* in) const {
+  // Packed queries, keys and values, of as many heads as `in` has.
+  bool Pack(sparsifiner_qkv* in) const {
     Shape shape;
-    const float* qkv = nullptr;
-    if (!Input(0, &shape, &qkv)) return false;
+    if (!Input(0, &shape, &in->qkv)) return false;
     const int64_t* axes = shape.axes;
-    if (shape.rank != 3 || axes[2] <= 0 || axes[2] % static_cast<int64_t>(3 * heads) != 0) {
+    if (shape.rank != 3 || axes[2] <= 0 || axes[2] % (3 * in->num_heads) != 0) {
       return problem_->Refuse("qkv must have shape [B, N, 3 * num_heads * d], got %s", Text(shape).text);
     }
-    if (axes[1] <= static_cast<int64_t>(prefix)) {
-      return problem_->Refuse("qkv of shape %s leaves no patch after %zu prefix tokens", Text(shape).text, prefix);
-    }
-    *in = {qkv, static_cast<size_t>(axes[0]), static_cast<size_t>(axes[1]), heads,
-           static_cast<size_t>(axes[2]) / (3 * heads), scale};
-    if (axes[1] >= kMost || Times(in->tokens, static_cast<size_t>(axes[2])) > UINT32_MAX) {
+    int64_t places = 0;
+    if (axes[1] >= kMost || __builtin_mul_overflow(axes[1], axes[2], &places) || places > int64_t{UINT32_MAX}) {
       return problem_->Refuse("qkv of shape %s is too large for 32-bit places", Text(shape).text);
     }
+    in->batch = axes[0];
+    in->tokens = axes[1];
+    in->width = axes[2] / (3 * in->num_heads);
     return true;
   }
 
   // The input `sizes` of merged tokens.
-  bool Sizes(size_t index, size_t batch, size_t tokens, const float** sizes) const {
+  bool Sizes(size_t index, int64_t batch, int64_t tokens, const float** sizes) const {
     Shape shape;
     if (!Input(index, &shape, sizes)) return false;
-    const bool fits = shape.rank == 2 && shape.axes[0] == static_cast<int64_t>(batch) &&
-                      shape.axes[1] == static_cast<int64_t>(tokens);
-    return fits || problem_->Refuse("sizes must have shape [%zu, %zu], got %s", batch, tokens, Text(shape).text);
+    if (shape.rank == 2 && shape.axes[0] == batch && shape.axes[1] == tokens) return true;
+    return problem_->Refuse("sizes must have shape [%" PRId64 ", %" PRId64 "], got %s", batch, tokens,
+                            Text(shape).text);
   }
 
  private:

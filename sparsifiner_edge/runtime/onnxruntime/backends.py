@@ -21,6 +21,7 @@ class OnnxRuntime(Backend):
     """ONNX Runtime's CPU provider, with the native library where it was built."""
 
     name = ON_CPU.backend
+    on_processor = True
 
     def load(self) -> Any:
         """See `Backend.load`."""

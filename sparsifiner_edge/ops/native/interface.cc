@@ -1,0 +1,249 @@
+// The C interface (sparsifiner.h): refuses what the operators' specification refuses, and calls the kernels.
+
+#include <cinttypes>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+
+#include "call.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "sparsifiner.h"
+
+namespace sparsifiner {
+namespace {
+
+constexpr int64_t kMost = int64_t{1} << 31;  // no size or attribute reaches this
+
+// A call's answer. What checks return is whether things are well; the first problem is told.
+class Answer {
+ public:
+  explicit Answer(sparsifiner_call* call) : call_(call) {
+    if (call->version == SPARSIFINER_VERSION) return;
+    Tell(SPARSIFINER_WRONG_VERSION, "header of version %" PRId32 ", library of version %d", call->version,
+         SPARSIFINER_VERSION);
+  }
+  Answer(const Answer&) = delete;
+  Answer& operator=(const Answer&) = delete;
+
+  sparsifiner_status status() const { return status_; }
+  bool well() const { return status_ == SPARSIFINER_OK; }
+
+  [[gnu::format(printf, 2, 3)]] bool Refuse(const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    Write(SPARSIFINER_INVALID_ARGUMENT, format, values);
+    va_end(values);
+    return false;
+  }
+
+  bool OutOfMemory() {
+    Tell(SPARSIFINER_OUT_OF_MEMORY, "out of memory");
+    return false;
+  }
+
+  bool Whole(const char* name, int64_t value, int64_t least, size_t* number) {
+    *number = static_cast<size_t>(value);
+    return (value >= least && value < kMost) || Refuse("%s is %" PRId64, name, value);
+  }
+
+  bool Number(const char* name, float value) {
+    return (std::isfinite(value) && value >= 0) || Refuse("%s is %f", name, static_cast<double>(value));
+  }
+
+  // Whether a tensor of so many elements is there.
+  bool Given(const char* name, const void* tensor, size_t elements) {
+    return tensor != nullptr || elements == 0 || Refuse("%s is null", name);
+  }
+
+ private:
+  [[gnu::format(printf, 3, 4)]] void Tell(sparsifiner_status status, const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    Write(status, format, values);
+    va_end(values);
+  }
+
+  void Write(sparsifiner_status status, const char* format, va_list values) {
+    if (!well()) return;
+    status_ = status;
+    std::vsnprintf(call_->message, sizeof(call_->message), format, values);
+  }
+
+  sparsifiner_call* call_;
+  sparsifiner_status status_ = SPARSIFINER_OK;
+};
+
+size_t Groups(size_t count, size_t each) { return (count + each - 1) / each; }
+
+bool Check(const sparsifiner_qkv& in, size_t prefix, Answer* answer, Packed* packed) {
+  if (!answer->Whole("batch", in.batch, 0, &packed->batch) || !answer->Whole("tokens", in.tokens, 0, &packed->tokens) ||
+      !answer->Whole("num_heads", in.num_heads, 1, &packed->heads) ||
+      !answer->Whole("width", in.width, 1, &packed->width) || !answer->Number("scale", in.scale)) {
+    return false;
+  }
+  if (packed->tokens <= prefix) {
+    return answer->Refuse("%zu tokens leave no patch after %zu prefix tokens", packed->tokens, prefix);
+  }
+  if (Times(Times(packed->tokens, 3), Times(packed->heads, packed->width)) > UINT32_MAX) {
+    return answer->Refuse("%zu tokens of %zu heads and %zu channels are too large for 32-bit places", packed->tokens,
+                          packed->heads, packed->width);
+  }
+  packed->qkv = in.qkv;
+  packed->sizes = in.sizes;
+  packed->scale = in.scale;
+  return true;
+}
+
+// Whether the tensor is there that `Check` knows the sizes of.
+bool Given(const Packed& in, Answer* answer) { return answer->Given("qkv", in.qkv, in.batch * in.tokens * in.Row()); }
+
+bool Check(const sparsifiner_select& given, const sparsifiner_qkv& qkv, int64_t channels, Answer* answer, Packed* in,
+           SelectSettings* settings) {
+  if (!answer->Whole("num_prefix", given.num_prefix, 0, &settings->prefix) ||
+      !answer->Whole("probe", given.probe, 1, &settings->probe) ||
+      !answer->Whole("tile", given.tile, 1, &settings->tile) ||
+      !answer->Whole("cell", given.cell, 0, &settings->cell) ||
+      !answer->Whole("keys", given.keys, 1, &settings->keys) ||
+      !answer->Whole("channels", channels, 1, &settings->channels) ||
+      !answer->Number("value_power", given.value_power)) {
+    return false;
+  }
+  settings->value_power = given.value_power;
+  if (settings->tile % settings->probe != 0) return answer->Refuse("tile is not a multiple of probe");
+  if (!Check(qkv, settings->prefix, answer, in)) return false;
+  return settings->keys <= in->tokens - settings->prefix || answer->Refuse("keys exceed the patches");
+}
+
+bool Check(const sparsifiner_attend& given, const sparsifiner_qkv& qkv, int64_t keys, Answer* answer, Packed* in,
+           SparseSettings* settings) {
+  if (!answer->Whole("num_prefix", given.num_prefix, 0, &settings->prefix) ||
+      !answer->Whole("tile", given.tile, 1, &settings->tile) ||
+      !answer->Whole("cell", given.cell, 0, &settings->cell) ||
+      !answer->Whole("prefix_keys", given.prefix_keys, 0, &settings->prefix_keys) ||
+      !answer->Whole("keys", keys, 1, &settings->keys)) {
+    return false;
+  }
+  if (settings->prefix_keys > 1) return answer->Refuse("prefix_keys must be 0 or 1");
+  if (settings->prefix_keys == 0 && (settings->tile != 1 || settings->cell != 0)) {
+    return answer->Refuse("prefix_keys 0 goes with tile 1 and cell 0");
+  }
+  if (settings->prefix_keys == 1) settings->prefix_keys = settings->prefix;
+  if (!Check(qkv, settings->prefix, answer, in)) return false;
+  if (settings->keys > in->tokens - settings->prefix_keys) return answer->Refuse("keys exceed the patches");
+  if (settings->cell != 0 && Groups(in->tokens - settings->prefix, settings->cell) > 65535) {
+    return answer->Refuse("more than 65535 cells");
+  }
+  // Rows that are narrower than a vector grow where they are packed.
+  return Times(in->tokens, in->width + 15) <= UINT32_MAX ||
+         answer->Refuse("%zu tokens are too many for 32-bit places", in->tokens);
+}
+
+bool Check(const sparsifiner_match& given, const sparsifiner_qkv& qkv, Answer* answer, Packed* in,
+           MatchSettings* settings) {
+  if (!answer->Whole("num_prefix", given.num_prefix, 0, &settings->prefix) ||
+      !answer->Whole("window", given.window, 2, &settings->window) ||
+      !answer->Whole("merged", given.merged, 1, &settings->merged)) {
+    return false;
+  }
+  if (settings->window % 2 != 0) return answer->Refuse("window %zu is odd", settings->window);
+  if (!Check(qkv, settings->prefix, answer, in)) return false;
+  const size_t patches = in->tokens - settings->prefix;
+  return settings->merged <= patches / 2 ||
+         answer->Refuse("merged %zu exceeds half of the %zu patches", settings->merged, patches);
+}
+
+}  // namespace
+}  // namespace sparsifiner
+
+using sparsifiner::Answer;
+using sparsifiner::Call;
+using sparsifiner::Packed;
+
+extern "C" {
+
+int32_t sparsifiner_version(void) { return SPARSIFINER_VERSION; }
+
+const char* sparsifiner_target(void) { return sparsifiner::TargetName(); }
+
+int sparsifiner_limit_target(const char* name) { return sparsifiner::LimitTarget(name) ? 1 : 0; }
+
+void sparsifiner_hold_memory(int holds) { sparsifiner::IdleMemory::Hold(holds); }
+
+sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifiner_qkv* qkv, const float* proj_q,
+                                          const float* proj_k, int64_t channels, const sparsifiner_select* given,
+                                          int32_t* indices) {
+  Answer answer(call);
+  Packed in{};
+  sparsifiner::SelectSettings settings{};
+  if (!answer.well() || !Check(*given, *qkv, channels, &answer, &in, &settings) || indices == nullptr ||
+      !Given(in, &answer) || !answer.Given("proj_q", proj_q, 1) || !answer.Given("proj_k", proj_k, 1)) {
+    return answer.status();
+  }
+  if (!KeySelect(in, proj_q, proj_k, settings, indices, Call(*call))) answer.OutOfMemory();
+  return answer.status();
+}
+
+sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv,
+                                                const int32_t* indices, int64_t keys, const sparsifiner_attend* given,
+                                                float* output) {
+  Answer answer(call);
+  Packed in{};
+  sparsifiner::SparseSettings settings{};
+  if (!answer.well() || !Check(*given, *qkv, keys, &answer, &in, &settings) || output == nullptr ||
+      !Given(in, &answer) || !answer.Given("indices", indices, in.batch)) {
+    return answer.status();
+  }
+  if (!SparseAttention(in, indices, settings, output, Call(*call))) answer.OutOfMemory();
+  return answer.status();
+}
+
+sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv, float* output) {
+  Answer answer(call);
+  Packed in{};
+  if (!answer.well() || !Check(*qkv, 0, &answer, &in) || output == nullptr || !Given(in, &answer)) {
+    return answer.status();
+  }
+  if (!DenseAttention(in, output, Call(*call))) answer.OutOfMemory();
+  return answer.status();
+}
+
+sparsifiner_status sparsifiner_token_score(sparsifiner_call* call, const sparsifiner_qkv* qkv, float* scores) {
+  Answer answer(call);
+  Packed in{};
+  if (!answer.well() || !Check(*qkv, 0, &answer, &in) || scores == nullptr || !Given(in, &answer)) {
+    return answer.status();
+  }
+  if (!TokenScore(in, scores, Call(*call))) answer.OutOfMemory();
+  return answer.status();
+}
+
+sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* qkv,
+                                            const sparsifiner_match* given, int32_t* pairs) {
+  Answer answer(call);
+  Packed in{};
+  sparsifiner::MatchSettings settings{};
+  if (!answer.well() || !Check(*given, *qkv, &answer, &in, &settings) || pairs == nullptr || !Given(in, &answer) ||
+      !answer.Given("sizes", in.sizes, in.batch)) {
+    return answer.status();
+  }
+  if (!MatchTokens(in, settings, pairs, Call(*call))) answer.OutOfMemory();
+  return answer.status();
+}
+
+sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const float* x, const float* sizes,
+                                            const int32_t* pairs, int64_t batch, int64_t tokens, int64_t channels,
+                                            int64_t count, float* output) {
+  Answer answer(call);
+  sparsifiner::Merging in{x, sizes, pairs, 0, 0, 0, 0};
+  if (!answer.well() || !answer.Whole("batch", batch, 0, &in.batch) || !answer.Whole("tokens", tokens, 1, &in.tokens) ||
+      !answer.Whole("channels", channels, 0, &in.channels) || !answer.Whole("count", count, 0, &in.count) ||
+      output == nullptr || !answer.Given("x", x, in.batch * in.channels) || !answer.Given("sizes", sizes, in.batch) ||
+      !answer.Given("pairs", pairs, in.batch * in.count)) {
+    return answer.status();
+  }
+  if (!MergeTokens(in, output, Call(*call))) answer.OutOfMemory();
+  return answer.status();
+}
+
+}  // extern "C"

@@ -1,0 +1,328 @@
+// The custom-op library that ONNX Runtime loads, on the C interface (sparsifiner.h): reads attributes and shapes, and
+// calls the operators on the session's own threads.
+
+#define ORT_API_MANUAL_INIT
+#include <onnxruntime_cxx_api.h>
+#undef ORT_API_MANUAL_INIT
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <new>
+
+#include "errors.h"
+#include "scratch.h"
+#include "sparsifiner.h"
+#include "tensors.h"
+
+namespace sparsifiner {
+namespace {
+
+// A call of the C interface on the threads of a session.
+class Session {
+ public:
+  Session(OrtKernelContext* context, Problem* problem) : context_(context), problem_(problem) {
+    call_.version = SPARSIFINER_VERSION;
+    call_.parallel_for = &Session::ParallelFor;
+    call_.threads = this;
+  }
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  sparsifiner_call* call() { return &call_; }
+
+  // Whether the call did what it was to do.
+  bool Check(sparsifiner_status status) {
+    if (status == SPARSIFINER_OK) return true;
+    return status == SPARSIFINER_OUT_OF_MEMORY ? problem_->OutOfMemory() : problem_->Refuse("%s", call_.message);
+  }
+
+ private:
+  static int ParallelFor(void* self, size_t count, void (*run)(void*, size_t), void* data) {
+    auto* session = static_cast<Session*>(self);
+    return session->problem_->Check(
+        Ort::GetApi().KernelContext_ParallelFor(session->context_, run, count, count, data));
+  }
+
+  OrtKernelContext* context_;
+  Problem* problem_;
+  sparsifiner_call call_{};
+};
+
+int64_t Tiles(const sparsifiner_qkv& in, int64_t prefix, int64_t tile) { return (in.tokens - prefix + tile - 1) / tile; }
+
+// A kernel reads its attributes once; Compute may run on several threads at a time, and asks the interface first whether
+// it will refuse, for outputs of sizes that make no sense cannot be had. Both are false where they fail, and the problem,
+// if it is none of memory, is told. kMerged: the second input are the tokens' sizes.
+template <bool kMerged>
+struct DenseKernel {
+  bool Read(const Attributes& from) {
+    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
+  }
+
+  bool Compute(const Tensors& tensors, Problem*, Session* session) const {
+    sparsifiner_qkv in = qkv;
+    float* output = nullptr;
+    return tensors.Pack(&in) && (!kMerged || tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) &&
+           session->Check(sparsifiner_dense_attention(session->call(), &in, nullptr)) &&
+           tensors.Output({in.batch, in.tokens, in.num_heads * in.width}, &output) &&
+           session->Check(sparsifiner_dense_attention(session->call(), &in, output));
+  }
+
+  sparsifiner_qkv qkv{};
+};
+
+struct ScoreKernel {
+  bool Read(const Attributes& from) {
+    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
+  }
+
+  bool Compute(const Tensors& tensors, Problem*, Session* session) const {
+    sparsifiner_qkv in = qkv;
+    float* output = nullptr;
+    return tensors.Pack(&in) && session->Check(sparsifiner_token_score(session->call(), &in, nullptr)) &&
+           tensors.Output({in.batch, in.tokens}, &output) &&
+           session->Check(sparsifiner_token_score(session->call(), &in, output));
+  }
+
+  sparsifiner_qkv qkv{};
+};
+
+template <bool kMerged>
+struct SparseKernel {
+  bool Read(const Attributes& from) {
+    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale) &&
+           from.Whole("num_prefix", 0, &settings.num_prefix) && from.Whole("tile", 1, &settings.tile) &&
+           from.Whole("cell", 0, &settings.cell) && from.Whole("prefix_keys", 0, &settings.prefix_keys);
+  }
+
+  bool Compute(const Tensors& tensors, Problem* problem, Session* session) const {
+    sparsifiner_qkv in = qkv;
+    Shape shape;
+    const int32_t* indices = nullptr;
+    if (!tensors.Pack(&in) || (kMerged && !tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) ||
+        !tensors.Input(kMerged ? 2 : 1, &shape, &indices)) {
+      return false;
+    }
+    const auto asked = [&](int64_t keys, float* output) {
+      return session->Check(sparsifiner_sparse_attention(session->call(), &in, indices, keys, &settings, output));
+    };
+    if (!asked(1, nullptr)) return false;
+    const Shape expected{3, {in.batch, in.num_heads, Tiles(in, settings.num_prefix, settings.tile)}};
+    const int64_t keys = shape.rank == 4 ? shape.axes[3] : 0;
+    if (keys < 1 || keys > in.tokens - settings.prefix_keys * settings.num_prefix ||
+        !std::equal(expected.axes, expected.axes + 3, shape.axes)) {
+      return problem->Refuse("indices must have shape %s and K, got %s", Text(expected).text, Text(shape).text);
+    }
+    float* output = nullptr;
+    return tensors.Output({in.batch, in.tokens, in.num_heads * in.width}, &output) && asked(keys, output);
+  }
+
+  sparsifiner_qkv qkv{};
+  sparsifiner_attend settings{};
+};
+
+template <bool kMerged>
+struct SelectKernel {
+  bool Read(const Attributes& from) {
+    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale) &&
+           from.Whole("num_prefix", 0, &settings.num_prefix) && from.Whole("probe", 1, &settings.probe) &&
+           from.Whole("tile", 1, &settings.tile) && from.Whole("cell", 0, &settings.cell) &&
+           from.Whole("keys", 1, &settings.keys) && from.Number("value_power", &settings.value_power);
+  }
+
+  bool Compute(const Tensors& tensors, Problem* problem, Session* session) const {
+    sparsifiner_qkv in = qkv;
+    Shape shape, other;
+    const float *proj_q = nullptr, *proj_k = nullptr;
+    constexpr size_t kFirst = kMerged ? 2 : 1;
+    if (!tensors.Pack(&in) || (kMerged && !tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) ||
+        !tensors.Input(kFirst, &shape, &proj_q) || !tensors.Input(kFirst + 1, &other, &proj_k)) {
+      return false;
+    }
+    if (shape.rank != 3 || other.rank != 3 || !std::equal(shape.axes, shape.axes + 3, other.axes) ||
+        shape.axes[0] != in.num_heads || shape.axes[1] != in.width || shape.axes[2] < 1) {
+      return problem->Refuse("proj_q and proj_k must have shape [num_heads, d, c], got %s and %s", Text(shape).text,
+                             Text(other).text);
+    }
+    const auto asked = [&](int32_t* indices) {
+      return session->Check(
+          sparsifiner_key_select(session->call(), &in, proj_q, proj_k, shape.axes[2], &settings, indices));
+    };
+    int32_t* indices = nullptr;
+    return asked(nullptr) &&
+           tensors.Output({in.batch, in.num_heads, Tiles(in, settings.num_prefix, settings.tile), settings.keys},
+                          &indices) &&
+           asked(indices);
+  }
+
+  sparsifiner_qkv qkv{};
+  sparsifiner_select settings{};
+};
+
+struct MatchKernel {
+  bool Read(const Attributes& from) {
+    qkv.scale = 1.0f;
+    return from.Whole("num_heads", 1, &qkv.num_heads) && from.Whole("num_prefix", 0, &settings.num_prefix) &&
+           from.Whole("window", 2, &settings.window) && from.Whole("merged", 1, &settings.merged);
+  }
+
+  bool Compute(const Tensors& tensors, Problem*, Session* session) const {
+    sparsifiner_qkv in = qkv;
+    int32_t* pairs = nullptr;
+    return tensors.Pack(&in) && tensors.Sizes(1, in.batch, in.tokens, &in.sizes) &&
+           session->Check(sparsifiner_match_tokens(session->call(), &in, &settings, nullptr)) &&
+           tensors.Output({in.batch, in.tokens - settings.merged, 2}, &pairs) &&
+           session->Check(sparsifiner_match_tokens(session->call(), &in, &settings, pairs));
+  }
+
+  sparsifiner_qkv qkv{};
+  sparsifiner_match settings{};
+};
+
+struct MergeKernel {
+  bool Read(const Attributes&) { return true; }
+
+  bool Compute(const Tensors& tensors, Problem* problem, Session* session) const {
+    Shape tokens, shape;
+    const float *x = nullptr, *sizes = nullptr;
+    const int32_t* pairs = nullptr;
+    if (!tensors.Input(0, &tokens, &x)) return false;
+    const int64_t *axes = tokens.axes, batch = axes[0];
+    if (tokens.rank != 3 || axes[1] < 1) return problem->Refuse("x must have shape [B, N, C], got %s", Text(tokens).text);
+    if (!tensors.Sizes(1, batch, axes[1], &sizes) || !tensors.Input(2, &shape, &pairs)) return false;
+    if (shape.rank != 3 || shape.axes[0] != batch || shape.axes[2] != 2) {
+      return problem->Refuse("pairs must have shape [%" PRId64 ", M, 2], got %s", batch, Text(shape).text);
+    }
+    const int64_t count = shape.axes[1];
+    const auto asked = [&](float* output) {
+      return session->Check(
+          sparsifiner_merge_tokens(session->call(), x, sizes, pairs, batch, axes[1], axes[2], count, output));
+    };
+    float* output = nullptr;
+    return asked(nullptr) && tensors.Output({batch, count, axes[2]}, &output) && asked(output);
+  }
+};
+
+template <typename Kernel>
+struct Node : Allocated {
+  explicit Node(const char* operator_name) : name(operator_name) { sparsifiner_hold_memory(1); }
+  Node(const Node&) = delete;
+  Node& operator=(const Node&) = delete;
+  ~Node() { sparsifiner_hold_memory(-1); }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
+    Problem problem;
+    if (Run(context, &problem)) Reserve().Fill();
+    return problem.Get(name);
+  }
+
+  bool Run(OrtKernelContext* context, Problem* problem) const {
+    Session session(context, problem);
+    return kernel.Compute(Tensors(context, problem), problem, &session) || problem->OutOfMemory();
+  }
+
+  Kernel kernel{};
+  const char* name;
+};
+
+template <typename Kernel>
+struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus=*/true> {
+  // last: the type of the last input; all others are floats.
+  Operator(const char* operator_name, size_t input_count, ONNXTensorElementDataType last,
+           ONNXTensorElementDataType output)
+      : name(operator_name), inputs(input_count), last_type(last), output_type(output) {}
+
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** made) const {
+    Problem problem;
+    auto* node = new (std::nothrow) Node<Kernel>(name);
+    if (node == nullptr || !node->kernel.Read(Attributes(info, &problem))) {
+      problem.OutOfMemory();
+      delete node;
+      node = nullptr;
+    }
+    *made = node;
+    return problem.Get(name);
+  }
+  const char* GetName() const { return name; }
+  size_t GetInputTypeCount() const { return inputs; }
+  ONNXTensorElementDataType GetInputType(size_t index) const {
+    return index + 1 < inputs ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : last_type;
+  }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return output_type; }
+
+  const char* name;
+  size_t inputs;
+  ONNXTensorElementDataType last_type, output_type;
+};
+
+// The operators, as sessions refer to them: for as long as the library is loaded. Made once, or again where it failed.
+class Domain {
+ public:
+  Domain() = default;
+  Domain(const Domain&) = delete;
+  Domain& operator=(const Domain&) = delete;
+  ~Domain() {
+    if (OrtCustomOpDomain* domain = made_.exchange(nullptr)) Ort::GetApi().ReleaseCustomOpDomain(domain);
+  }
+
+  OrtCustomOpDomain* Get(Problem* problem) {
+    const OrtApi& api = Ort::GetApi();
+    if (OrtCustomOpDomain* made = made_.load()) return made;
+    OrtCustomOpDomain* domain = nullptr;
+    if (!problem->Check(api.CreateCustomOpDomain("sparsifiner", &domain)) || domain == nullptr) return nullptr;
+    const OrtCustomOp* const operators[] = {&select_,        &sparse_,        &dense_, &score_, &merged_select_,
+                                            &merged_sparse_, &merged_dense_, &match_, &merge_};
+    for (const OrtCustomOp* each : operators) {
+      if (problem->Check(api.CustomOpDomain_Add(domain, each))) continue;
+      api.ReleaseCustomOpDomain(domain);
+      return nullptr;
+    }
+    if (!StatusReserve::HasMemory()) {  // Some may be missing, for want of an error to say so.
+      api.ReleaseCustomOpDomain(domain);
+      return nullptr;
+    }
+    OrtCustomOpDomain* first = nullptr;
+    if (made_.compare_exchange_strong(first, domain)) return domain;
+    api.ReleaseCustomOpDomain(domain);
+    return first;
+  }
+
+ private:
+  static constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+  const Operator<SelectKernel<false>> select_{"KeySelect", 3, kFloat, kInt};
+  const Operator<SparseKernel<false>> sparse_{"SparseAttention", 2, kInt, kFloat};
+  const Operator<DenseKernel<false>> dense_{"DenseAttention", 1, kFloat, kFloat};
+  const Operator<SelectKernel<true>> merged_select_{"MergedKeySelect", 4, kFloat, kInt};
+  const Operator<SparseKernel<true>> merged_sparse_{"MergedSparseAttention", 3, kInt, kFloat};
+  const Operator<DenseKernel<true>> merged_dense_{"MergedDenseAttention", 2, kFloat, kFloat};
+  const Operator<MatchKernel> match_{"MatchTokens", 2, kFloat, kInt};
+  const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat};
+  const Operator<ScoreKernel> score_{"TokenScore", 1, kFloat, kFloat};
+  std::atomic<OrtCustomOpDomain*> made_{nullptr};
+};
+
+}  // namespace
+}  // namespace sparsifiner
+
+extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                           const OrtApiBase* base) noexcept {
+  using namespace sparsifiner;
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (api == nullptr) {
+    char message[200];
+    std::snprintf(message, sizeof(message), "the sparsifiner library needs ONNX Runtime 1.%d or newer, this is %s",
+                  ORT_API_VERSION, base->GetVersionString());
+    return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, message);
+  }
+  Ort::InitApi(api);
+  // Without errors in reserve nothing is registered. If there is not even one to say so, the session knows no operator
+  // of this library: it runs the function bodies in the file, or refuses the file.
+  if (!Reserve().Fill()) return Reserve().Find();
+  static Domain domain;
+  Problem problem;
+  OrtCustomOpDomain* made = domain.Get(&problem);
+  if (made == nullptr || !problem.Check(api->AddCustomOpDomain(options, made))) problem.OutOfMemory();
+  return problem.Find("library");
+}

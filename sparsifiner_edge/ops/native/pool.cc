@@ -1,0 +1,158 @@
+// Threads of the library's own (sparsifiner.h), for callers that bring none: OpenVINO's Python operators, C and C++.
+//
+// The caller takes part. Workers look for work for a moment after each loop, since the next layer's is near, and sleep
+// then: whoever called has threads of its own that want the cores meanwhile.
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "scratch.h"
+#include "sparsifiner.h"
+
+namespace {
+
+using Run = void (*)(void* data, size_t i);
+
+constexpr int kLooks = 2000;  // some tens of microseconds
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A loop as its threads see it. Those that come late find no item left.
+struct Loop {
+  Run run;
+  void* data;
+  size_t count;
+  std::atomic<size_t> next{0};
+};
+
+class Lock {
+ public:
+  explicit Lock(pthread_mutex_t* mutex) : mutex_(mutex) { pthread_mutex_lock(mutex_); }
+  Lock(const Lock&) = delete;
+  Lock& operator=(const Lock&) = delete;
+  ~Lock() { pthread_mutex_unlock(mutex_); }
+
+ private:
+  pthread_mutex_t* mutex_;
+};
+
+}  // namespace
+
+struct sparsifiner_pool : sparsifiner::Allocated {
+  // False: a thread could not be started.
+  bool Start(size_t threads) {
+    if (threads <= 1) return true;
+    workers_ = static_cast<pthread_t*>(std::calloc(threads - 1, sizeof(pthread_t)));
+    if (workers_ == nullptr) return false;
+    for (; started_ + 1 < threads; ++started_) {
+      if (pthread_create(&workers_[started_], nullptr, &sparsifiner_pool::Work, this) != 0) return false;
+    }
+    return true;
+  }
+
+  ~sparsifiner_pool() {
+    {
+      const Lock lock(&mutex_);
+      ending_.store(true);
+      pthread_cond_broadcast(&wake_);
+    }
+    for (size_t i = 0; i < started_; ++i) pthread_join(workers_[i], nullptr);
+    std::free(workers_);
+    pthread_cond_destroy(&wake_);
+    pthread_mutex_destroy(&mutex_);
+  }
+
+  void For(size_t count, Run run, void* data) {
+    bool idle = false;
+    if (count < 2 || started_ == 0 || !taken_.compare_exchange_strong(idle, true)) {
+      for (size_t i = 0; i < count; ++i) run(data, i);
+      return;
+    }
+    Loop loop{run, data, count, {}};
+    {
+      const Lock lock(&mutex_);
+      loop_ = &loop;
+      numbered_.fetch_add(1);
+      if (asleep_ != 0) pthread_cond_broadcast(&wake_);
+    }
+    RunItems(&loop);
+    {
+      const Lock lock(&mutex_);
+      loop_ = nullptr;  // whoever has not taken it never will
+    }
+    while (inside_.load() != 0) Pause();  // items that workers took are being run
+    taken_.store(false);
+  }
+
+ private:
+  static void RunItems(Loop* loop) {
+    for (size_t i = loop->next.fetch_add(1); i < loop->count; i = loop->next.fetch_add(1)) loop->run(loop->data, i);
+  }
+
+  static void* Work(void* data) {
+    auto* pool = static_cast<sparsifiner_pool*>(data);
+    uint64_t seen = 0;
+    while (Loop* loop = pool->Next(&seen)) {
+      RunItems(loop);
+      pool->inside_.fetch_sub(1);
+    }
+    return nullptr;
+  }
+
+  // The next loop, entered; null at the end.
+  Loop* Next(uint64_t* seen) {
+    for (;;) {
+      for (int look = 0; look < kLooks && numbered_.load() == *seen && !ending_.load(); ++look) Pause();
+      const Lock lock(&mutex_);
+      while (numbered_.load() == *seen && !ending_.load()) {
+        ++asleep_;
+        pthread_cond_wait(&wake_, &mutex_);
+        --asleep_;
+      }
+      if (ending_.load()) return nullptr;
+      *seen = numbered_.load();
+      if (loop_ == nullptr) continue;
+      inside_.fetch_add(1);
+      return loop_;
+    }
+  }
+
+  pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER;
+  pthread_t* workers_ = nullptr;
+  size_t started_ = 0;
+  Loop* loop_ = nullptr;  // guarded by the mutex, as `asleep_`
+  size_t asleep_ = 0;
+  std::atomic<uint64_t> numbered_{0};  // loops so far
+  std::atomic<size_t> inside_{0};      // workers that run items
+  std::atomic<bool> taken_{false}, ending_{false};
+};
+
+extern "C" {
+
+sparsifiner_pool* sparsifiner_pool_create(size_t threads) {
+  auto* pool = new (std::nothrow) sparsifiner_pool;
+  if (pool == nullptr || pool->Start(threads)) return pool;
+  delete pool;
+  return nullptr;
+}
+
+void sparsifiner_pool_destroy(sparsifiner_pool* pool) { delete pool; }
+
+int sparsifiner_pool_for(void* pool, size_t count, void (*run)(void* data, size_t i), void* data) {
+  static_cast<sparsifiner_pool*>(pool)->For(count, run, data);
+  return 1;
+}
+
+}  // extern "C"

@@ -1,0 +1,139 @@
+/* The operators of the domain `sparsifiner` on plain pointers, for C and C++, and for whatever can call C.
+ *
+ * Shapes, symbols and attributes are those of docs/operators.md: tensors are dense, row-major float32 (indices and pairs:
+ * int32), B images of N tokens, of which the first `num_prefix` are no patches, H heads of d channels. Indices outside of
+ * a tensor are clamped into it: whatever they say, no memory is touched that is not the call's own.
+ *
+ *     sparsifiner_pool* pool = sparsifiner_pool_create(4);
+ *     sparsifiner_call call = {SPARSIFINER_VERSION, sparsifiner_pool_for, pool, ""};
+ *     sparsifiner_qkv in = {qkv, NULL, 1, 1370, 6, 64, 0.125f};
+ *     if (sparsifiner_dense_attention(&call, &in, output) != SPARSIFINER_OK) puts(call.message);
+ *
+ * Any number of threads may call at a time, each with a `sparsifiner_call` of its own. Nothing throws or prints. A given
+ * operator, input and target give the same bits on any number of threads.
+ */
+
+#ifndef SPARSIFINER_H_
+#define SPARSIFINER_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SPARSIFINER_EXPORT __declspec(dllexport)
+#else
+#define SPARSIFINER_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Of this header. A library of another version refuses every call: SPARSIFINER_WRONG_VERSION. */
+#define SPARSIFINER_VERSION 1
+
+enum {
+  SPARSIFINER_OK = 0,
+  SPARSIFINER_INVALID_ARGUMENT = 1, /* what the operators' specification refuses; nothing was computed */
+  SPARSIFINER_OUT_OF_MEMORY = 2,    /* outputs are unspecified */
+  SPARSIFINER_WRONG_VERSION = 3     /* header and library are of different versions */
+};
+typedef int32_t sparsifiner_status;
+
+/* Of the library. */
+SPARSIFINER_EXPORT int32_t sparsifiner_version(void);
+
+/* Name of the instruction set that the kernels run on, such as "AVX3". */
+SPARSIFINER_EXPORT const char* sparsifiner_target(void);
+
+/* Lets the kernels use no better instruction set than the one named. 0: no such name, or not on this machine. */
+SPARSIFINER_EXPORT int sparsifiner_limit_target(const char* name);
+
+/* ---- Threads ---------------------------------------------------------------------------------------------------- */
+
+/* Calls run(data, i) for every i in [0, count), in any order and on any threads, and returns when all are done. 0: it
+ * could not, and some did not run. */
+typedef int (*sparsifiner_parallel_for)(void* threads, size_t count, void (*run)(void* data, size_t i), void* data);
+
+/* Threads of the library's own: `threads` of them, the caller's included. Null: none could be started. */
+typedef struct sparsifiner_pool sparsifiner_pool;
+SPARSIFINER_EXPORT sparsifiner_pool* sparsifiner_pool_create(size_t threads);
+
+/* Ends them; no call may be running. Null is left alone. */
+SPARSIFINER_EXPORT void sparsifiner_pool_destroy(sparsifiner_pool* pool);
+
+/* A sparsifiner_parallel_for; `pool` is a sparsifiner_pool. Of several calls at a time one has the pool's threads, and
+ * the others run on their callers'. */
+SPARSIFINER_EXPORT int sparsifiner_pool_for(void* pool, size_t count, void (*run)(void* data, size_t i), void* data);
+
+/* Memory of calls is kept for the next, as long as anybody holds it: +1 holds it, -1 lets go. Nobody: each call asks the
+ * system for its memory. */
+SPARSIFINER_EXPORT void sparsifiner_hold_memory(int holds);
+
+/* ---- Calls ------------------------------------------------------------------------------------------------------ */
+
+/* What a call runs on, and what went wrong in it. */
+typedef struct sparsifiner_call {
+  int32_t version;                       /* SPARSIFINER_VERSION */
+  sparsifiner_parallel_for parallel_for; /* null: the calling thread alone */
+  void* threads;                         /* handed to parallel_for */
+  char message[512];                     /* written where a call is not SPARSIFINER_OK */
+} sparsifiner_call;
+
+/* Queries, keys and values of every head: qkv [B, N, 3 * H * d], q|k|v along the last axis. */
+typedef struct sparsifiner_qkv {
+  const float* qkv;
+  const float* sizes; /* [B, N]: patches that each token stands for; null: one each */
+  int64_t batch, tokens, num_heads, width;
+  float scale; /* of the logits */
+} sparsifiner_qkv;
+
+typedef struct sparsifiner_select {
+  int64_t num_prefix, probe, tile, cell, keys;
+  float value_power;
+} sparsifiner_select;
+
+typedef struct sparsifiner_attend {
+  int64_t num_prefix, tile, cell, prefix_keys;
+} sparsifiner_attend;
+
+typedef struct sparsifiner_match {
+  int64_t num_prefix, window, merged;
+} sparsifiner_match;
+
+/* In all of these an output of null asks whether the call would be refused, and reads no tensor. */
+
+/* KeySelect, MergedKeySelect: proj_q, proj_k [H, d, channels] -> indices [B, H, T, keys], T = ceil(P / tile). */
+SPARSIFINER_EXPORT sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifiner_qkv* in,
+                                                             const float* proj_q, const float* proj_k,
+                                                             int64_t channels, const sparsifiner_select* settings,
+                                                             int32_t* indices);
+
+/* SparseAttention, MergedSparseAttention: indices [B, H, T, keys] -> output [B, N, H * d]. */
+SPARSIFINER_EXPORT sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sparsifiner_qkv* in,
+                                                                   const int32_t* indices, int64_t keys,
+                                                                   const sparsifiner_attend* settings, float* output);
+
+/* DenseAttention, MergedDenseAttention: output [B, N, H * d]. */
+SPARSIFINER_EXPORT sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const sparsifiner_qkv* in,
+                                                                  float* output);
+
+/* TokenScore: scores [B, N]. */
+SPARSIFINER_EXPORT sparsifiner_status sparsifiner_token_score(sparsifiner_call* call, const sparsifiner_qkv* in,
+                                                              float* scores);
+
+/* MatchTokens: pairs [B, N - merged, 2]; needs sizes. */
+SPARSIFINER_EXPORT sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* in,
+                                                               const sparsifiner_match* settings, int32_t* pairs);
+
+/* MergeTokens: x [B, N, channels], sizes [B, N], pairs [B, count, 2] -> output [B, count, channels]. */
+SPARSIFINER_EXPORT sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const float* x,
+                                                               const float* sizes, const int32_t* pairs, int64_t batch,
+                                                               int64_t tokens, int64_t channels, int64_t count,
+                                                               float* output);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* SPARSIFINER_H_ */

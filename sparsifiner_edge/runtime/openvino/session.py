@@ -1,0 +1,196 @@
+"""A session of OpenVINO on the processor."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.bundle.manifest import TensorSpec
+from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.machine import machine
+from sparsifiner_edge.onnx_file import all_nodes, read_model
+from sparsifiner_edge.ops.kernels import NATIVE, described
+from sparsifiner_edge.ops.native.interface import Operators
+from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.runtime.backend import cache_folder, import_package
+from sparsifiner_edge.runtime.openvino.operators import converters, without_bodies
+from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
+
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+"""Of the linear layers, by OpenVINO's names; int8 layers of a file stay int8 in each."""
+TOLERANCE, TOLERANCE_FREE = 5e-2, 1e-1
+"""Greatest difference from golden outputs, relative to their range, in bf16 and fp16: dense, and where keys are chosen.
+Measured on DINOv2 in bf16: .008 and .084."""
+_LINEAR = ("FullyConnected", "MatMul")
+_DTYPES = {"u8": "uint8", "f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64", "boolean": "bool"}
+
+
+def import_openvino(precision: str = "fp32") -> Any:
+    """The module `openvino`.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        BackendError: it is installed and cannot be imported, or has no arithmetic of this precision here.
+    """
+    # Its import reports itself over the network wherever this module is found and nobody has opted out.
+    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
+    openvino = import_package("openvino", "openvino", "openvino", "Reinstall openvino.")
+    known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision != "fp32" and precision.upper() not in known:
+        raise BackendError(
+            f"This processor has no {precision} arithmetic (OpenVINO: {', '.join(known)}).", "Choose openvino, fp32."
+        )
+    return openvino
+
+
+class OpenVinoSession(Session):
+    """A `Session` on OpenVINO's CPU plugin. Runs of several threads take turns.
+
+    Attributes:
+        least_tolerance: see `bundle.golden.check_golden`.
+
+    Args:
+        backend: as given to `open_session`.
+        model: where the ONNX file is from, for messages. content: the file.
+        threads: of OpenVINO, and of the native library while OpenVINO's wait.
+        native: the native library runs the operators that it has; else their function bodies, inlined.
+        why_bodies: why it does not, where that was expected.
+        precision: of the linear layers, one of `PRECISIONS`.
+        stored: the bundle's own word for what its file holds.
+
+    Raises:
+        ArtifactError: it is no ONNX file, or needs another file.
+        BackendError: OpenVINO rejects the model, or the processor lacks the precision.
+        MissingExtraError: OpenVINO is not installed.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        model: Path,
+        content: bytes,
+        threads: int,
+        native: bool,
+        why_bodies: str | None,
+        precision: str,
+        stored: str | None,
+    ) -> None:
+        openvino = import_openvino(precision)
+        self.backend, self._model, self._lock = backend, model, threading.Lock()
+        self._compiled: Any = None
+        self._request: Any = None
+        graph = read_model(content, model)
+        operators = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
+        self.least_tolerance = 0.0 if precision == "fp32" else TOLERANCE_FREE if operators else TOLERANCE
+        ours = sorted(operators & set(NATIVE.operators)) if native else []
+        self._operators: Operators | None = Operators(threads) if ours else None
+        start = time.perf_counter_ns()
+        try:
+            self._compiled = self._compile(openvino, graph, content, ours, threads, precision)
+        except BackendError:
+            self.close()
+            raise
+        except Exception as error:  # OpenVINO raises RuntimeError and others of its own.
+            self.close()
+            raise BackendError(f"OpenVINO rejects {model}: {_line(error)}", "Export the bundle again.") from error
+        self._request = self._compiled.create_infer_request()
+        self.load_ms = (time.perf_counter_ns() - start) / 1e6
+        names = {value.name for value in (*graph.graph.input, *graph.graph.output)}
+        self.inputs = [_spec(port, names) for port in self._compiled.inputs]
+        self.outputs = [_spec(port, names) for port in self._compiled.outputs]
+        self._description = Description(
+            backend=self.backend,
+            version=str(openvino.__version__).partition("-")[0],
+            provider="CPU",
+            device="CPU",
+            precision=self._precision(precision, stored),
+            kernels=described(operators, bool(ours), why_bodies),
+            threads=threads,
+        )
+
+    def _compile(self, openvino: Any, graph: Any, content: bytes, ours: list[str], threads: int, precision: str) -> Any:
+        core = openvino.Core()
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+        }
+        if self._operators is not None:
+            frontend = import_package("openvino.frontend.onnx", "openvino", "openvino", "Reinstall openvino.")
+            for extension in converters(openvino, frontend, ours, self._operators):
+                core.add_extension(extension)
+        else:
+            # Python ops cannot be stored; what has none is compiled once per file, version and processor.
+            digest, processor = hashlib.sha256(content).hexdigest()[:16], machine().cpu_model
+            name = f"{digest}-{openvino.__version__}-{processor if isinstance(processor, str) else 'cpu'}"
+            settings["CACHE_DIR"] = str(cache_folder() / "openvino" / "".join(c if c.isalnum() else "-" for c in name))
+        return core.compile_model(
+            core.read_model(without_bodies(graph, ours).SerializeToString(), b""), "CPU", settings
+        )
+
+    def _precision(self, asked: str, stored: str | None) -> str:
+        """What the linear layers really run in.
+
+        Raises:
+            BackendError: less was asked for and none of them does.
+        """
+        kinds: Counter[str] = Counter()
+        for node in self._compiled.get_runtime_model().get_ops():
+            about = {name: node.get_rt_info()[name].astype(str) for name in ("layerType", "runtimePrecision")}
+            if about["layerType"] in _LINEAR:
+                kinds[about["runtimePrecision"]] += 1
+        ran = {PRECISIONS[name]: name for name in PRECISIONS} | {"u8": "int8", "i8": "int8"}
+        found = [ran.get(kind, kind) for kind, _ in kinds.most_common()]
+        if asked != "fp32" and kinds and asked not in found:
+            self.close()
+            raise BackendError(f"OpenVINO runs {self._model} in {', '.join(found)}, not {asked}.", "Choose fp32.")
+        if stored == "int8":
+            return f"int8, rest {asked}"
+        return asked if not stored or stored == "fp32" else f"{stored}, {asked}"
+
+    @property
+    def description(self) -> Description:
+        """See `Session.description`."""
+        return self._description
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Session.infer`."""
+        self.validate(inputs)
+        with self._lock:
+            if self._request is None:
+                raise BackendError(f"The session of {self._model} is closed.", "Open it again.")
+            try:
+                given = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+                found = self._request.infer(given, share_inputs=True)
+                answer = {spec.name: np.array(found[spec.name]) for spec in self.outputs}
+            except Exception as error:
+                raise BackendError(f"OpenVINO failed in {self._model}: {_line(error)}", "Export it again.") from error
+        validate_outputs(self._model, answer)
+        return answer
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        with self._lock:
+            self._request = self._compiled = None
+            if self._operators is not None:
+                self._operators.close()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _spec(port: Any, names: set[str]) -> TensorSpec:
+    """Of a port, which may have names of tensors inside the model besides its own."""
+    shape = tuple(axis.get_length() if axis.is_static else "batch" for axis in port.get_partial_shape())
+    kind = port.get_element_type().get_type_name()
+    return TensorSpec(next(iter(names & port.get_names())), _DTYPES.get(kind, kind), shape)

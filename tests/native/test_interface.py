@@ -1,0 +1,112 @@
+"""The C interface: every operator against the NumPy reference, refusals, threads of its own; sanitizers in C."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.ops.kernels import NATIVE
+from sparsifiner_edge.ops.native.interface import Operators
+from tests.native.test_replay import DISABLED, SOURCES
+from tests.once import Once
+from tests.ops.matrix import Case, cases, check, run_reference
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+
+
+def run(operators: Operators, case: Case, inputs: list[np.ndarray]) -> np.ndarray:
+    like = run_reference(case, inputs)
+    output = np.full(like.shape, -1, np.int32 if like.dtype.kind == "i" else np.float32)
+    operators.run(case.op.name, case.attributes, inputs, output)
+    return output
+
+
+@pytest.mark.parametrize("name", NATIVE.operators)
+def test_agrees_with_the_reference_on_any_number_of_threads(name: str) -> None:
+    found = []
+    for threads in (1, 2, 5):
+        operators = Operators(threads)
+        made = [(case, case.inputs(seed)) for seed, case in enumerate(cases(name))]
+        results = [run(operators, case, inputs) for case, inputs in made]
+        for (case, inputs), got in zip(made, results, strict=True):
+            check(case, inputs, got)
+        found.append([got.tobytes() for got in results])
+        operators.close()
+        operators.close()
+    assert found[0] == found[1] == found[2]
+
+
+def test_callers_at_a_time_share_one_pool() -> None:
+    operators = Operators(3)
+    made = [(case, case.inputs(seed)) for seed, case in enumerate(cases("SparseAttention"))]
+    expected = [run(operators, case, inputs).tobytes() for case, inputs in made]
+    wrong: list[int] = []
+
+    def call() -> None:
+        for _ in range(20):
+            for number, (case, inputs) in enumerate(made):
+                if run(operators, case, inputs).tobytes() != expected[number]:
+                    wrong.append(number)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+    operators.close()
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("DenseAttention", {"num_heads": -1}, "num_heads is -1"),
+        ("DenseAttention", {"scale": float("nan")}, "scale is nan"),
+        ("KeySelect", {"keys": 5000}, "keys exceed the patches"),
+        ("KeySelect", {"probe": 3}, "tile is not a multiple of probe"),
+        ("MergedSparseAttention", {"num_prefix": 500}, "131 tokens leave no patch after 500"),
+        ("SparseAttention", {"prefix_keys": 0}, "prefix_keys 0 goes with tile 1"),
+        ("MatchTokens", {"window": 3}, "window 3 is odd"),
+        ("MatchTokens", {"merged": 2**31}, "merged is 2147483648"),
+    ],
+)
+def test_what_the_schema_refuses_is_refused(op: str, change: dict[str, float], message: str) -> None:
+    case = cases(op)[0]
+    inputs = case.inputs()
+    output = np.zeros(
+        run_reference(case, inputs).shape, np.int32 if case.op.output.dtypes == ("int32",) else np.float32
+    )
+    operators = Operators(1)
+    with pytest.raises(BackendError, match=f"sparsifiner::{op}: {message}"):
+        operators.run(op, {**case.attributes, **change}, inputs, output)
+    with pytest.raises(BackendError, match="float64"):
+        operators.run("DenseAttention", cases("DenseAttention")[0].attributes, [np.zeros((1, 3, 24))], output)
+    operators.close()
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_a_program_in_c_calls_every_operator_under_sanitizers(once: Once, sanitizers: str) -> None:
+    def build(folder: Path) -> None:
+        options = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+        parts = ["dense", "interface", "merge", "pool", "select", "sparse", "target"]
+        main = folder / "interface.o"
+        strict = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+        for command in (
+            ["gcc", *strict, f"-I{SOURCES}", *options, "-c", str(HERE / "interface.c"), "-o", str(main)],
+            ["g++", "-std=c++17", f"-I{SOURCES}", f"-D{DISABLED}", *(str(SOURCES / f"{part}.cc") for part in parts),
+             str(main), *options, "-lhwy", "-pthread", "-o", str(folder / "program")],
+        ):  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+    program = once(f"interface-{sanitizers.partition(',')[0]}", build) / "program"
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.stdout == "well\n"

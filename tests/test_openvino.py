@@ -1,0 +1,228 @@
+"""OpenVINO as a backend: the operators of every kind of student in its graph, plain and int8, in fp32 and bf16."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.artifacts import BUNDLE_FILE
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ArtifactError, BackendError, MissingExtraError
+from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.schema import OPERATORS
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.openvino import session as session_module
+from sparsifiner_edge.runtime.openvino.operators import output_shape
+from sparsifiner_edge.runtime.openvino.session import import_openvino
+from sparsifiner_edge.runtime.verify import verify_bundle
+from sparsifiner_edge.sparse.student import save_student
+from tests.commands import process
+from tests.models import TINY, student, vit
+from tests.ops.matrix import cases, run_reference
+from tests.seal import seal_bundle
+from tests.tiny import make_bundle
+
+KNOWN = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+STUDENTS: dict[str, tuple[SparsityConfig, dict[str, Any]]] = {
+    "edge": (SparsityConfig(keep=0.2, cells=4, channels=8), {}),
+    "merged": (SparsityConfig(keep=(0.2, 0.5, 1.0), cells=4, channels=8, merge=(9, 0)), {}),
+    "pruned": (SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((2, 0.5),), fuse_tokens=True), {}),
+    "paper": (SparsityConfig.for_preset("paper", keep=0.2, channels=8), {}),
+    "dense": (SparsityConfig(keep=1.0), {}),
+    "batch 3": (SparsityConfig(keep=0.2, cells=4, channels=8), {"batch": 3}),
+    "any batch": (SparsityConfig(keep=0.2, cells=4, channels=8), {"batch": "dynamic"}),
+    "rectangle": (SparsityConfig(keep=0.2, cells=4, channels=8), {"img_size": (96, 160)}),
+    "int8": (SparsityConfig(keep=0.2, cells=4, channels=8), {"precision": "int8"}),
+    "fp16": (SparsityConfig(keep=0.2, cells=4, channels=8), {"precision": "fp16"}),
+}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
+    folder, made = tmp_path_factory.mktemp("openvino"), {}
+    for name, (sparsity, options) in STUDENTS.items():
+        given = dict(options) | ({"calibrate": pictures} if options.get("precision") == "int8" else {})
+        size = {"img_size": given.pop("img_size")} if "img_size" in given else {}
+        saved = save_student(student(TINY, sparsity, **size), folder / f"student {name}")
+        made[name] = export_bundle(saved, folder / name, tokens=True, **given)
+    return made
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.ravel().astype(float), b.ravel().astype(float)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("kernels", ["native", "portable"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_gives_what_onnx_runtime_gives(bundles: dict[str, Path], name: str, kernels: str) -> None:
+    if name == "fp16" and kernels == "native":
+        with pytest.raises(BackendError, match="The native kernels take no float16"):
+            open_session(bundles[name], "openvino", kernels=kernels)
+        return
+    with open_session(bundles[name]) as ours, open_session(bundles[name], "openvino", 2, kernels) as theirs:
+        batch = 2 if name == "any batch" else ours.inputs[0].shape[0]
+        shape = (batch, *ours.inputs[0].shape[1:])
+        image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        wanted, got = ours.infer({"image": image}), theirs.infer({"image": image})
+        assert [spec.name for spec in theirs.inputs + theirs.outputs] == [s.name for s in ours.inputs + ours.outputs]
+        assert theirs.outputs[0].dtype == ours.outputs[0].dtype
+        described = theirs.description
+    # The paper's lists have ties.
+    least = {"int8": 0.98, "fp16": 0.98, "paper": 0.999}.get(name, 0.99999)
+    for output, value in wanted.items():
+        assert got[output].shape == value.shape
+        assert cosine(got[output], value) > least, output
+    assert (described.backend, described.threads) == ("openvino", 2)
+    if name == "dense":
+        assert described.kernels in ("none (standard operators)", f"native, {native.target()}")
+    elif kernels == "portable":
+        assert described.kernels == "function bodies"
+    elif name == "paper":
+        assert described.kernels == f"native, {native.target()}; function bodies: LandmarkKeySelect"
+    else:
+        assert described.kernels == f"native, {native.target()}"
+    assert described.precision == {"int8": "int8, rest fp32", "fp16": "fp16, fp32"}.get(name, "fp32")
+
+
+@pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
+@pytest.mark.parametrize("name", ["edge", "merged", "dense", "int8"])
+def test_bf16_is_what_really_runs(bundles: dict[str, Path], name: str) -> None:
+    with open_session(bundles[name], "openvino") as exact, open_session(bundles[name], "openvino-bf16") as session:
+        image = np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)
+        wanted, got = exact.infer({"image": image}), session.infer({"image": image})
+        assert session.description.precision == ("int8, rest bf16" if name == "int8" else "bf16")
+        assert session.description.backend == "openvino-bf16"
+    # Random weights have close calls among keys and pairs.
+    assert all(cosine(got[output], value) > 0.9 for output, value in wanted.items())
+    assert any((got[output] != value).any() for output, value in wanted.items())
+
+
+@pytest.mark.skipif("FP16" in KNOWN, reason="the processor has fp16 arithmetic")
+def test_an_inlined_file_runs_without_us(bundles: dict[str, Path], tmp_path: Path) -> None:
+    made = process(
+        "export", bundles["merged"].parent / "student merged", "--inline", "--tokens", "-o", tmp_path / "plain"
+    )
+    assert made.code == 0, made.err
+    assert "none: inlined" in made.out
+    image = np.random.default_rng(0).integers(0, 256, (1, 160, 160, 3), dtype=np.uint8)
+    openvino = import_openvino()
+    plain = openvino.Core().compile_model(tmp_path / "plain" / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with pytest.raises(RuntimeError, match="sparsifiner"):
+        openvino.Core().compile_model(bundles["merged"] / "model.onnx", "CPU")
+    with open_session(bundles["merged"]) as session:
+        wanted = session.infer({"image": image})
+    assert all(cosine(plain({"image": image})[name], value) > 0.9999 for name, value in wanted.items())
+    with open_session(tmp_path / "plain") as session:
+        assert session.description.kernels == "none (standard operators)"
+    refused = process("export", TINY, "--inline", "--board", "jetson-orin-nano-8gb", "-o", tmp_path / "none")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--inline leaves no node" in refused.err
+
+
+def test_a_precision_that_the_processor_lacks_is_refused(bundles: dict[str, Path]) -> None:
+    with pytest.raises(BackendError, match=r"(?s)no fp16 arithmetic \(OpenVINO: .*FP32.*Choose openvino"):
+        open_session(bundles["edge"], "openvino-fp16")
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "LandmarkKeySelect"])
+def test_shapes_are_the_operators(name: str) -> None:
+    for case in cases(name):
+        inputs = case.inputs()
+        assert output_shape(name, case.attributes, [x.shape for x in inputs]) == list(run_reference(case, inputs).shape)
+
+
+def test_runs_of_several_threads_take_turns(bundles: dict[str, Path]) -> None:
+    with open_session(bundles["merged"], "openvino", 2) as session:
+        shape = session.inputs[0].shape
+        images = [np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8) for i in range(3)]
+        wanted = [session.infer({"image": image})["tokens"] for image in images]
+        wrong: list[int] = []
+
+        def run(number: int) -> None:
+            for _ in range(10):
+                if (session.infer({"image": images[number]})["tokens"] != wanted[number]).any():
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+    with pytest.raises(BackendError, match="is closed"):
+        session.infer({"image": images[0]})
+    session.close()
+
+
+def test_what_has_no_operator_of_ours_is_kept_compiled(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    open_session(bundles["edge"], "openvino", kernels="native").close()
+    assert not (tmp_path / "sparsifiner-edge").exists()  # operators in Python cannot be stored
+    for _ in range(2):
+        open_session(bundles["edge"], "openvino", kernels="portable").close()
+    kept = list((tmp_path / "sparsifiner-edge" / "openvino").glob("*/*.blob"))
+    assert len(kept) == 1
+
+
+def test_what_is_missing_or_wrong_is_said(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_FILE", "no-such.so")
+    with open_session(bundles["edge"], "openvino") as session:
+        assert "function bodies (the native library is not built" in str(session.description.kernels)
+    with pytest.raises(BackendError, match="The native library is not built"):
+        open_session(bundles["edge"], "openvino", kernels="native")
+    damaged = make_bundle(tmp_path / "damaged")
+    content = json.loads((damaged / BUNDLE_FILE).read_text())
+    (damaged / "model.onnx").write_bytes(b"no model")
+    (damaged / BUNDLE_FILE).unlink()
+    seal_bundle(damaged, {key: value for key, value in content.items() if key != "files"})
+    with pytest.raises(ArtifactError, match="is not an ONNX file"):
+        open_session(damaged, "openvino")
+
+    def missing(*_: Any) -> None:
+        raise MissingExtraError("openvino", "openvino")
+
+    monkeypatch.setattr(session_module, "import_package", missing)
+    with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[openvino\]"):
+        open_session(bundles["edge"], "openvino")
+
+
+def test_every_command_takes_it(bundles: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    image = sorted(pictures.iterdir())[0]
+    ran = process("run", bundles["merged"], "--source", image, "--backend", "openvino")
+    assert ran.code == 0, ran.err
+    verified = process("bundle", "verify", bundles["merged"])
+    assert verified.code == 0, verified.err
+    verify_bundle(bundles["merged"], backend="openvino", kernels="portable")
+    built = process("build", bundles["merged"], "--backend", "openvino", "--json")
+    assert built.code == 0, built.err
+    assert json.loads(built.out)["description"]["kernels"] == f"native, {native.target()}"
+    if "BF16" in KNOWN:
+        for name in ("edge", "dense", "int8"):
+            assert process("build", bundles[name], "--backend", "openvino-bf16").code == 0
+    refused = process("build", bundles["edge"], "--backend", "openvino", "--compute-capability", "8.6")
+    assert (refused.code, "openvino builds no engine" in refused.err) == (2, True)
+    profiled = process(
+        "profile", bundles["merged"], "--backend", "openvino", "--seconds", "0.3", "--json",
+    )  # fmt: skip
+    assert profiled.code == 0, profiled.err
+    assert f"native, {native.target()}" in profiled.out
+    weights = tmp_path / "weights.safetensors"
+    from safetensors.torch import save_file
+
+    save_file(vit().state_dict(), weights)
+    found = process(
+        "evaluate", bundles["edge"], "--data", pictures, "--against", TINY, "--weights", weights,
+        "--backend", "openvino", "--json",
+    )  # fmt: skip
+    assert found.code == 0, found.err
