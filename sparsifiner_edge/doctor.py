@@ -173,7 +173,7 @@ def _telemetry() -> dict[str, str]:
     reports = sys.modules.get("openvino_telemetry") is not None
     return {
         "openvino": "on: openvino_telemetry was imported by others" if reports else "off",
-        "onnxruntime": "off" if value == NO_TELEMETRY[name] else f"on: {name} is set to {value!r} in the environment"
+        "onnxruntime": "off" if value == NO_TELEMETRY[name] else f"on: {name} is set to {value!r} in the environment",
     }
 
 
