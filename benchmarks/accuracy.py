@@ -29,6 +29,7 @@ from typing import Any
 import click
 import numpy as np
 import tome
+from accuracy_fashion import LARGEST_DROP, fashion, fashion_bundle, features
 from accuracy_images import GALLERY, SIZE, collect, collect_fashion, linked
 from fashion import fashion_mnist
 from fidelity_subject import weights_file
@@ -38,16 +39,14 @@ from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe, write_head
+from sparsifiner_edge.evaluate.classes import fit_probe, write_head
 from sparsifiner_edge.evaluate.cosine import CosineResult
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
-from sparsifiner_edge.evaluate.labelled import Labelled
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import locked
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
-from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 
 TOKENS = "3:.7,6:.7,9:.7"
@@ -72,8 +71,6 @@ REQUIRED = {
 }
 """Cosine of the patches to the teacher: required, aimed at. At 518 px the student `merge` must be better than untrained
 by more than the interval, and aims at .985."""
-LARGEST_DROP = {"keep .10": (0.5, 0.2), "keep .10, tokens .7": (1.0, 0.5), "keep .25, merge 8": (0.5, 0.2)}
-"""Points of accuracy: allowed, aimed at; of the students `edge`, `tokens` and `merge`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,60 +262,6 @@ def differences(rows: dict[str, Any]) -> dict[str, Any]:
             first, second = (np.asarray(rows[name]["samples"]["patches_cosine"]) for name in pair)
             found[label] = write_record(stats.small_sample_mean(first - second))
     return found
-
-
-def student_of(label: str) -> str:
-    """The training that a row of `LARGEST_DROP` measures."""
-    return "tokens" if "tokens" in label else "merge" if "merge" in label else "edge"
-
-
-def fashion_bundle(work: Path, label: str) -> Path:
-    """What Fashion-MNIST is measured with; names hold the trained weights' hash, so that none outlives its student."""
-    if label == "teacher":
-        source, name, options = material.DINOV2, "teacher", {"weights": weights_file(), "img_size": SIZE}
-    else:
-        source = work / student_of(label)
-        digest = json.loads((source / "config.json").read_text())["weights_sha256"]
-        name = f"{label.replace(' ', '-').replace(',', '')}-{digest[:8]}"
-        options = {"keep": 0.25, "merge": (8,)} if "merge" in label else {"keep": 0.1}
-    made = work / f"bundle-{name}"
-    return made if made.exists() else export_bundle(source, made, **options)
-
-
-def features(bundle: Path, pictures: Labelled, tell: Any) -> Any:
-    """Class features of labelled images, kept on disk."""
-    path = bundle.with_name(f"features-{bundle.name}-{pictures.name.split()[-1]}.npy")
-    if path.exists():
-        return np.load(path)
-    rows = []
-    with open_session(bundle) as session:
-        for number in range(len(pictures)):
-            rows.append(session.infer({"image": pictures.load(number, SIZE)[None]})["features"][0])
-            if number % 100 == 0:
-                tell(f"{bundle.name}: {number} of {len(pictures)}")
-    np.save(path.with_suffix(".part.npy"), np.stack(rows))
-    path.with_suffix(".part.npy").rename(path)
-    return np.stack(rows)
-
-
-def fashion(work: Path, tell: Any) -> dict[str, Any]:
-    """Neighbours and linear probe on frozen features: the teacher, and what of `LARGEST_DROP` is trained."""
-    gallery, queries = fashion_mnist("train").first(GALLERY), fashion_mnist("test")
-    right: dict[str, dict[str, Any]] = {"knn": {}, "linear": {}}
-    for label in ("teacher", *(label for label in LARGEST_DROP if (work / student_of(label)).exists())):
-        bundle = fashion_bundle(work, label)
-        known, asked = (features(bundle, pictures, tell) for pictures in (gallery, queries))
-        for metric, fit in (("knn", fit_neighbours), ("linear", fit_probe)):
-            tell(f"{label}: {metric}")
-            right[metric][label] = fit(known, gallery.labels).predict(asked) == queries.labels
-    return {
-        metric: {
-            label: write_record(accuracy_statistics(ours, found["teacher"]))
-            for label, ours in found.items()
-            if label != "teacher"
-        }
-        for metric, found in right.items()
-    }
 
 
 @main.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ def ort_session(model: bytes | str, threads: int, kernels: bool = True) -> Any:
             raise SystemExit(f"the native library is {native.why_missing()}")
         options.register_custom_ops_library(str(path))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def has_bf16() -> bool:
+    """Whether the processor has bf16 arithmetic: without, OpenVINO emulates it, slower than fp32."""
+    flags = Path("/proc/cpuinfo").read_text()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def openvino_run(model: Any, inputs: Mapping[str, np.ndarray] | list[np.ndarray], threads: int, precision: str) -> Run:

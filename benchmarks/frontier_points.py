@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import tome
 import torch
-from cpu_engines import Run, openvino_run, ort_session
+from cpu_engines import Run, has_bf16, openvino_run, ort_session
 from fidelity_subject import weights_file
 from safetensors.torch import save_file
 
@@ -56,8 +56,7 @@ class Setting:
     @property
     def hints(self) -> tuple[str, ...]:
         """OpenVINO's precisions; the last is the fastest."""
-        flags = Path("/proc/cpuinfo").read_text()
-        return ("f32", "bf16") if self.int8 and ("avx512_bf16" in flags or "amx_bf16" in flags) else ("f32",)
+        return ("f32", "bf16") if self.int8 and has_bf16() else ("f32",)
 
     @property
     def images(self) -> np.ndarray:

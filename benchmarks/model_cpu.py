@@ -27,7 +27,7 @@ import numpy as np
 import onnx
 import tome
 import torch
-from cpu_engines import Run, openvino_run, ort_session, ratio, time_in_turn
+from cpu_engines import Run, has_bf16, openvino_run, ort_session, ratio, time_in_turn
 from fidelity_subject import weights_file
 from safetensors.torch import save_file
 
@@ -129,12 +129,6 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
     onnx.save(quantised, made[DENSE8] / "model.onnx")
     (made[DENSE8] / "quantisation.json").write_text(json.dumps(write_record(found)))
     return made
-
-
-def has_bf16() -> bool:
-    """Whether the processor has bf16 arithmetic: without, OpenVINO emulates it, slower than fp32."""
-    flags = Path("/proc/cpuinfo").read_text()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def ours_in_openvino() -> dict[str, tuple[str, str]]:

@@ -31,7 +31,7 @@ from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import profile_bundle, stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, write_result
-from sparsifiner_edge.runtime.onnxruntime.session import native_library
+from sparsifiner_edge.runtime.processor import native_library
 
 REQUIRED = {"no_verdict_share": 0.95, "agreement": 0.03}
 Tell = Callable[[str], None]

@@ -111,24 +111,23 @@ def export_bundle(
     target = Path(output)
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
-    wanted = [load_board(name) for name in boards]
-    if inline and wanted:
-        raise ConfigError("--inline leaves no node that a board's kernels could run.", "Leave one of the two out.")
-    numbers = _numbers(precision, int8_target, calibrate, retiles=tile is not None or probe is not None)
+    wanted = _boards(boards, inline)
+    numbers = _numbers(precision, int8_target, calibrate, tile is not None or probe is not None, inline)
     student = _load(source, weights, img_size, keep, token_keep, merge)
     student, changes = changed(student, tile, probe, measure, numbers.images)
-    file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, inline, progress)
+    file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)
     return target
 
 
 class _Numbers(NamedTuple):
-    """What the file computes in; `images` calibrate int8, and judge another tile."""
+    """What the file computes in; `images` calibrate int8, and judge another tile. inline: standard operators alone."""
 
     precision: str
     int8_target: str
     images: list[Path]
+    inline: bool
 
 
 class _File(NamedTuple):
@@ -141,12 +140,7 @@ class _File(NamedTuple):
 
 
 def _file(
-    student: Student,
-    deployed: DeployedModel,
-    batch: BatchSize,
-    numbers: _Numbers,
-    inline: bool,
-    progress: Progress | None,
+    student: Student, deployed: DeployedModel, batch: BatchSize, numbers: _Numbers, progress: Progress | None
 ) -> _File:
     """Export and check a module; then the same in fp16, or in int8 with the rest as its target wants it."""
     size, batches = student.img_size, (1, 3) if batch is None else (batch,)
@@ -161,7 +155,7 @@ def _file(
         model, float16 = to_fp16(model, images, LEAST_ROW_COSINE_INT8 if quantisation else None)
     if numbers.precision != "fp32":
         golden |= {f"output.{name}": x for name, x in file_runner(model)(golden["input.image"]).items()}
-    if inline:
+    if numbers.inline:
         model = onnx.inliner.inline_local_functions(model)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
     labels = [shown(label) for label in student.labels or class_labels(student.model)]
@@ -180,7 +174,13 @@ def _write(folder: Path, file: _File, manifest: Manifest, boards: Sequence[Board
     seal_bundle(folder, msgspec.structs.replace(manifest, boards=kernels))
 
 
-def _numbers(precision: str, int8_target: str, calibrate: str | Path | None, retiles: bool) -> _Numbers:
+def _boards(names: Sequence[str | Path], inline: bool) -> list[Board]:
+    if inline and names:
+        raise ConfigError("--inline leaves no node that a board's kernels could run.", "Leave one of the two out.")
+    return [load_board(name) for name in names]
+
+
+def _numbers(precision: str, int8_target: str, calibrate: str | Path | None, retiles: bool, inline: bool) -> _Numbers:
     """Refuse what cannot be combined; images are for int8 and for another tile alone."""
     if precision not in EXPORT_PRECISIONS:
         raise ConfigError(f"precision is {precision!r}.", f"Choose one of: {', '.join(EXPORT_PRECISIONS)}.")
@@ -195,7 +195,7 @@ def _numbers(precision: str, int8_target: str, calibrate: str | Path | None, ret
     if precision != "int8" and int8_target != INT8_TARGETS[0]:
         raise ConfigError(f"int8 target {int8_target!r} requires int8.", "Leave it out, or choose --precision int8.")
     listed = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)
-    return _Numbers(precision, int8_target, listed)
+    return _Numbers(precision, int8_target, listed, inline)
 
 
 def parse_batch(batch: int | str) -> BatchSize:

@@ -9,7 +9,8 @@ import onnx
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime, native_library
+from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
+from sparsifiner_edge.runtime.processor import native_library
 
 _ERRORS_ONLY = 3
 

@@ -24,7 +24,7 @@ from sparsifiner_edge.export.graph import to_onnx
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops.kernels import NATIVE, described
-from sparsifiner_edge.runtime.onnxruntime.session import native_library
+from sparsifiner_edge.runtime.processor import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.merge import MergingBlock

@@ -1,7 +1,7 @@
 """The kernels that there are: which operators they run, on what, and why not here.
 
-What no kernel takes runs by the function body in the file, or in PyTorch. ONNX Runtime takes the native ones
-(`runtime.onnxruntime.session.native_library`), PyTorch those in Triton (`ops.triton.kernels_for`), and TensorRT those
+What no kernel takes runs by the function body in the file, or in PyTorch. ONNX Runtime and OpenVINO take the native
+ones (`runtime.processor.native_library`), PyTorch those in Triton (`ops.triton.kernels_for`), and TensorRT those
 in Triton that export compiled into the bundle, where they are the fastest (`runtime.tensorrt.candidates`).
 """
 

@@ -52,15 +52,9 @@ def import_package(module: str, package: str, extra: str, fix: str) -> Any:
 
 
 class Backend(abc.ABC):
-    """What runs bundles.
-
-    Attributes:
-        name: as given to `open_session`.
-        on_processor: runs the model itself, on the processor: `build` has nothing to write, and runs the golden pair.
-    """
+    """What runs bundles. Attributes: name: as given to `open_session`."""
 
     name: ClassVar[str]
-    on_processor: ClassVar[bool] = False
 
     @abc.abstractmethod
     def load(self) -> Any:
@@ -82,7 +76,9 @@ class Backend(abc.ABC):
             BackendError: it cannot be.
         """
         if kernels == "native":
-            raise BackendError("The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime.")
+            raise BackendError(
+                "The native kernels are the processor's.", "Leave --kernels out, or use onnxruntime or openvino."
+            )
         return kernels
 
 

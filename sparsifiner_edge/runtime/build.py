@@ -19,6 +19,7 @@ from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.backend import Backend, EngineBackend, Job, OptionValues
 from sparsifiner_edge.runtime.build_worker import run_job
 from sparsifiner_edge.runtime.open import find_backend, open_checked
+from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.runtime.session import Description
 
 DEFAULT_BATCH = BatchRange(1, 1, 8)
@@ -104,7 +105,7 @@ def build_engine(
 
 def _require_plain(backend: Backend, for_engines: bool) -> None:
     """Refuse what only backends with engines take."""
-    if not backend.on_processor:
+    if not isinstance(backend, ProcessorBackend):
         raise ConfigError(
             f"{backend.name} builds no engine file.", "Open the bundle with it; engines are kept in the user's cache."
         )

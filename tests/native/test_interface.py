@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
 from tests.native.test_replay import DISABLED, SOURCES
@@ -89,6 +90,16 @@ def test_what_the_schema_refuses_is_refused(op: str, change: dict[str, float], m
     with pytest.raises(BackendError, match="float64"):
         operators.run("DenseAttention", cases("DenseAttention")[0].attributes, [np.zeros((1, 3, 24))], output)
     operators.close()
+
+
+def test_a_program_in_c_links_the_library_that_was_built(tmp_path: Path) -> None:
+    library = native.library_path()
+    assert library is not None
+    command = ["gcc", "-std=c99", f"-I{library.parent}", str(HERE / "interface.c"), str(library), "-pthread"]
+    done = subprocess.run([*command, "-o", str(tmp_path / "program")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([str(tmp_path / "program")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "well\n"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])

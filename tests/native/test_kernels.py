@@ -99,7 +99,7 @@ def test_every_instruction_set_agrees(target: str) -> None:
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
-    script = "from sparsifiner_edge.runtime.onnxruntime.session import native_library; native_library('auto')"
+    script = "from sparsifiner_edge.runtime.processor import native_library; native_library('auto')"
     environment = os.environ | {native.TARGET_VARIABLE: "AVX9"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert "BackendError" in done.stderr

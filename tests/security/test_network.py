@@ -77,6 +77,7 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
         "evaluate": ["evaluate", tiny_student, "--data", pictures],
         "export": ["export", tiny_student, "-o", tmp_path / "exported"],
         "build": ["build", bundle],
+        "build openvino": ["build", bundle, "--backend", "openvino"],
         "estimate": ["estimate", bundle, "--board", "jetson-orin-nano-8gb"],
         "report": ["report", result, "-o", tmp_path / "page.html"],
         "package": ["package", bundle, "--for", "triton", "-o", tmp_path / "package"],

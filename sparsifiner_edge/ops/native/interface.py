@@ -81,10 +81,8 @@ class Operators:
             )
         for name, arguments in _FUNCTIONS.items():
             getattr(self._library, f"sparsifiner_{name}").argtypes = (POINTER(_Call), *arguments)
-        self._library.sparsifiner_pool_create.argtypes, self._library.sparsifiner_pool_create.restype = (
-            [c_size_t],
-            c_void_p,
-        )
+        self._library.sparsifiner_pool_create.argtypes = [c_size_t]
+        self._library.sparsifiner_pool_create.restype = c_void_p
         self._library.sparsifiner_pool_destroy.argtypes = [c_void_p]
         self._pool = self._library.sparsifiner_pool_create(threads)
         if not self._pool:

@@ -19,15 +19,15 @@ namespace sparsifiner {
 namespace {
 
 // A call of the C interface on the threads of a session.
-class Session {
+class SessionCall {
  public:
-  Session(OrtKernelContext* context, Problem* problem) : context_(context), problem_(problem) {
+  SessionCall(OrtKernelContext* context, Problem* problem) : context_(context), problem_(problem) {
     call_.version = SPARSIFINER_VERSION;
-    call_.parallel_for = &Session::ParallelFor;
+    call_.parallel_for = &SessionCall::ParallelFor;
     call_.threads = this;
   }
-  Session(const Session&) = delete;
-  Session& operator=(const Session&) = delete;
+  SessionCall(const SessionCall&) = delete;
+  SessionCall& operator=(const SessionCall&) = delete;
 
   sparsifiner_call* call() { return &call_; }
 
@@ -39,7 +39,7 @@ class Session {
 
  private:
   static int ParallelFor(void* self, size_t count, void (*run)(void*, size_t), void* data) {
-    auto* session = static_cast<Session*>(self);
+    auto* session = static_cast<SessionCall*>(self);
     return session->problem_->Check(
         Ort::GetApi().KernelContext_ParallelFor(session->context_, run, count, count, data));
   }
@@ -60,7 +60,7 @@ struct DenseKernel {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
   }
 
-  bool Compute(const Tensors& tensors, Problem*, Session* session) const {
+  bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
     float* output = nullptr;
     return tensors.Pack(&in) && (!kMerged || tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) &&
@@ -77,7 +77,7 @@ struct ScoreKernel {
     return from.Whole("num_heads", 1, &qkv.num_heads) && from.Number("scale", &qkv.scale);
   }
 
-  bool Compute(const Tensors& tensors, Problem*, Session* session) const {
+  bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
     float* output = nullptr;
     return tensors.Pack(&in) && session->Check(sparsifiner_token_score(session->call(), &in, nullptr)) &&
@@ -96,7 +96,7 @@ struct SparseKernel {
            from.Whole("cell", 0, &settings.cell) && from.Whole("prefix_keys", 0, &settings.prefix_keys);
   }
 
-  bool Compute(const Tensors& tensors, Problem* problem, Session* session) const {
+  bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
     Shape shape;
     const int32_t* indices = nullptr;
@@ -131,7 +131,7 @@ struct SelectKernel {
            from.Whole("keys", 1, &settings.keys) && from.Number("value_power", &settings.value_power);
   }
 
-  bool Compute(const Tensors& tensors, Problem* problem, Session* session) const {
+  bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
     Shape shape, other;
     const float *proj_q = nullptr, *proj_k = nullptr;
@@ -167,7 +167,7 @@ struct MatchKernel {
            from.Whole("window", 2, &settings.window) && from.Whole("merged", 1, &settings.merged);
   }
 
-  bool Compute(const Tensors& tensors, Problem*, Session* session) const {
+  bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
     int32_t* pairs = nullptr;
     return tensors.Pack(&in) && tensors.Sizes(1, in.batch, in.tokens, &in.sizes) &&
@@ -183,7 +183,7 @@ struct MatchKernel {
 struct MergeKernel {
   bool Read(const Attributes&) { return true; }
 
-  bool Compute(const Tensors& tensors, Problem* problem, Session* session) const {
+  bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
     Shape tokens, shape;
     const float *x = nullptr, *sizes = nullptr;
     const int32_t* pairs = nullptr;
@@ -218,7 +218,7 @@ struct Node : Allocated {
   }
 
   bool Run(OrtKernelContext* context, Problem* problem) const {
-    Session session(context, problem);
+    SessionCall session(context, problem);
     return kernel.Compute(Tensors(context, problem), problem, &session) || problem->OutOfMemory();
   }
 

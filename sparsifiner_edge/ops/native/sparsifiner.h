@@ -19,11 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define SPARSIFINER_EXPORT __declspec(dllexport)
-#else
 #define SPARSIFINER_EXPORT __attribute__((visibility("default")))
-#endif
 
 #ifdef __cplusplus
 extern "C" {

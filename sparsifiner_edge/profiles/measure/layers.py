@@ -20,8 +20,9 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime, native_library
+from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
 from sparsifiner_edge.runtime.open import open_checked
+from sparsifiner_edge.runtime.processor import native_library
 
 LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "other")
 """Parts of a layer. selection: KeySelect, LandmarkKeySelect, TokenScore and the pruning that follows it. other: adds,

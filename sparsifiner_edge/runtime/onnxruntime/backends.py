@@ -11,29 +11,20 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.runtime.backend import Backend, Option, cache_folder
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.onnxruntime.session import ON_CPU, Execution, OrtSession, import_onnxruntime
+from sparsifiner_edge.runtime.processor import ProcessorBackend
 
 
-class OnnxRuntime(Backend):
+class OnnxRuntime(ProcessorBackend):
     """ONNX Runtime's CPU provider, with the native library where it was built."""
 
     name = ON_CPU.backend
-    on_processor = True
 
     def load(self) -> Any:
         """See `Backend.load`."""
         return import_onnxruntime()
-
-    def choose_kernels(self, bundle: Bundle, kernels: str) -> str:
-        """See `Backend.choose_kernels`: a file of a type that the native kernels do not take runs by its bodies."""
-        if bundle.manifest.float16 is None or "float16" in NATIVE.dtypes:
-            return kernels
-        if kernels == "native":
-            raise BackendError("The native kernels take no float16.", "Choose auto or portable, or export fp32.")
-        return "portable"
 
     def open(self, bundle: Bundle, threads: int, kernels: str) -> OrtSession:
         """See `Backend.open`."""

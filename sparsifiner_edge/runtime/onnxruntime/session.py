@@ -13,11 +13,11 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.onnx_file import all_nodes, read_model
-from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.kernels import NATIVE, described
+from sparsifiner_edge.ops.kernels import described
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.backend import import_package
+from sparsifiner_edge.runtime.processor import line_of, native_library, why_portable
 from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
 
 _ERRORS_ONLY = 3
@@ -53,32 +53,6 @@ def import_onnxruntime() -> Any:
     if hasattr(onnxruntime, "disable_telemetry_events"):  # Whoever imported it before us may have left them on.
         onnxruntime.disable_telemetry_events()
     return onnxruntime
-
-
-def native_library(kernels: str) -> Path | None:
-    """The library to register for a choice of kernels (`open.KERNEL_CHOICES`); None for function bodies.
-
-    Raises:
-        BackendError: "native" where it cannot be used, or the variable `SPARSIFINER_TARGET` names no instruction set.
-    """
-    reason = why_portable(kernels)
-    if reason is not None and kernels == "native":
-        raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
-    return native.library_path() if reason is None else None
-
-
-def why_portable(kernels: str) -> str | None:
-    """Why a choice of kernels (`open.KERNEL_CHOICES`) means function bodies here; None where the native library runs.
-
-    Raises:
-        BackendError: the variable `SPARSIFINER_TARGET` names no instruction set.
-    """
-    if kernels == "portable":
-        return "was not asked for"
-    try:
-        return NATIVE.why_missing()
-    except ValueError as error:
-        raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
 
 
 class OrtSession(Session):
@@ -126,13 +100,13 @@ class OrtSession(Session):
                 options.register_custom_ops_library(str(library))
             except Exception as error:  # Such as an ONNX Runtime older than the library's interface.
                 raise BackendError(
-                    f"ONNX Runtime {ort.__version__} rejects the native library: {_line(error)}",
+                    f"ONNX Runtime {ort.__version__} rejects the native library: {line_of(error)}",
                     "Upgrade onnxruntime, or choose the portable kernels.",
                 ) from error
         try:
             session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
-            raise BackendError(f"ONNX Runtime rejects {model}: {_line(error)}", "Export the bundle again.") from error
+            raise BackendError(f"ONNX Runtime rejects {model}: {line_of(error)}", "Export the bundle again.") from error
         _require_provider(session, execution)
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs = [_spec(node) for node in session.get_inputs()]
@@ -166,7 +140,7 @@ class OrtSession(Session):
         try:
             outputs = self._session.run(names, {name: np.ascontiguousarray(value) for name, value in inputs.items()})
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in {self._model}: {_line(error)}", "Export it again.") from error
+            raise BackendError(f"ONNX Runtime failed in {self._model}: {line_of(error)}", "Export it again.") from error
         answer = dict(zip(names, outputs, strict=True))
         validate_outputs(self._model, answer)
         return answer
@@ -185,10 +159,6 @@ def _require_provider(session: Any, execution: Execution) -> None:
             "Its reason is in the lines above this one, often a CUDA, cuDNN or TensorRT that is missing or that it was "
             'not built for: pip install "onnxruntime-gpu[cuda,cudnn]". Or choose --backend onnxruntime.',
         )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def _spec(node: Any) -> TensorSpec:

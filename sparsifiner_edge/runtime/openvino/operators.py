@@ -53,17 +53,14 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
             self.constructor_validate_and_infer_types()
 
         def validate_and_infer_types(self) -> None:
-            """Type and shape of the output; axes that are open stay open."""
+            """Type and shape of the output; a batch that is open stays open."""
             shapes = [self.get_input_partial_shape(i) for i in range(self.get_input_size())]
             sizes = [[axis.get_length() if axis.is_static else None for axis in shape] for shape in shapes]
             whole = OPERATORS[self.operator].output.dtypes == ("int32",)
             kind = openvino.Type.i32 if whole else openvino.Type.f32
-            axes = [openvino.Dimension() if n is None else openvino.Dimension(n) for n in self.output_shape(sizes)]
+            shape = output_shape(self.operator, self.settings, sizes)
+            axes = [openvino.Dimension() if n is None else openvino.Dimension(n) for n in shape]
             self.set_output_type(0, kind, openvino.PartialShape(axes))
-
-        def output_shape(self, shapes: Sequence[Sequence[Any]]) -> list[Any]:
-            """See docs/operators.md; None where an axis is open."""
-            return output_shape(self.operator, self.settings, shapes)
 
         def clone_with_new_inputs(self, inputs: Any) -> Any:
             return type(self)(inputs, self.settings)
@@ -77,7 +74,7 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
 
         def evaluate(self, outputs: Any, inputs: Any) -> bool:
             given = [tensor.data for tensor in inputs]
-            outputs[0].shape = self.output_shape([x.shape for x in given])
+            outputs[0].shape = output_shape(self.operator, self.settings, [x.shape for x in given])
             operators.run(self.operator, self.settings, given, outputs[0].data)
             return True
 
@@ -85,7 +82,7 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
 
 
 def output_shape(name: str, attributes: dict[str, float], shapes: Sequence[Sequence[Any]]) -> list[Any]:
-    """Axes of an operator's output (docs/operators.md); None where an axis that it depends on is None."""
+    """Axes of an operator's output (docs/operators.md); the batch, and no other, may be None: open."""
     batch, tokens, last = shapes[0]
     kind = name.removeprefix("Merged")
     if kind == "KeySelect":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import threading
@@ -23,6 +24,7 @@ from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import cache_folder, import_package
 from sparsifiner_edge.runtime.openvino.operators import converters, without_bodies
+from sparsifiner_edge.runtime.processor import line_of
 from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -44,11 +46,12 @@ def import_openvino(precision: str = "fp32") -> Any:
     # Its import reports itself over the network wherever this module is found and nobody has opted out.
     sys.modules.setdefault("openvino_telemetry", cast(Any, None))
     openvino = import_package("openvino", "openvino", "openvino", "Reinstall openvino.")
-    known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if precision != "fp32" and precision.upper() not in known:
-        raise BackendError(
-            f"This processor has no {precision} arithmetic (OpenVINO: {', '.join(known)}).", "Choose openvino, fp32."
-        )
+    if precision != "fp32":
+        known = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision.upper() not in known:
+            raise BackendError(
+                f"This processor has no {precision} arithmetic (OpenVINO: {', '.join(known)}).", "Choose openvino."
+            )
     return openvino
 
 
@@ -96,12 +99,13 @@ class OpenVinoSession(Session):
         start = time.perf_counter_ns()
         try:
             self._compiled = self._compile(openvino, graph, content, ours, threads, precision)
+            ran = self._precision(precision, stored)
         except BackendError:
             self.close()
             raise
         except Exception as error:  # OpenVINO raises RuntimeError and others of its own.
             self.close()
-            raise BackendError(f"OpenVINO rejects {model}: {_line(error)}", "Export the bundle again.") from error
+            raise BackendError(f"OpenVINO rejects {model}: {line_of(error)}", "Export the bundle again.") from error
         self._request = self._compiled.create_infer_request()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         names = {value.name for value in (*graph.graph.input, *graph.graph.output)}
@@ -112,7 +116,7 @@ class OpenVinoSession(Session):
             version=str(openvino.__version__).partition("-")[0],
             provider="CPU",
             device="CPU",
-            precision=self._precision(precision, stored),
+            precision=ran,
             kernels=described(operators, bool(ours), why_bodies),
             threads=threads,
         )
@@ -132,7 +136,10 @@ class OpenVinoSession(Session):
             # Python ops cannot be stored; what has none is compiled once per file, version and processor.
             digest, processor = hashlib.sha256(content).hexdigest()[:16], machine().cpu_model
             name = f"{digest}-{openvino.__version__}-{processor if isinstance(processor, str) else 'cpu'}"
-            settings["CACHE_DIR"] = str(cache_folder() / "openvino" / "".join(c if c.isalnum() else "-" for c in name))
+            folder = cache_folder() / "openvino" / "".join(c if c.isalnum() else "-" for c in name)
+            with contextlib.suppress(OSError):  # Without one it compiles each time.
+                folder.mkdir(parents=True, exist_ok=True)
+                settings["CACHE_DIR"] = str(folder)
         return core.compile_model(
             core.read_model(without_bodies(graph, ours).SerializeToString(), b""), "CPU", settings
         )
@@ -141,7 +148,7 @@ class OpenVinoSession(Session):
         """What the linear layers really run in.
 
         Raises:
-            BackendError: less was asked for and none of them does.
+            BackendError: none of them runs in what was asked for.
         """
         linear: Counter[str] = Counter()
         others = set()
@@ -153,13 +160,12 @@ class OpenVinoSession(Session):
         names = {PRECISIONS[name]: name for name in PRECISIONS} | {"u8": "int8", "i8": "int8"}
         found = [names.get(kind, kind) for kind, _ in linear.most_common()]
         # A file may hold every linear layer in int8.
-        ran = asked in found or (stored == "int8" and PRECISIONS[asked] in others)
-        if asked != "fp32" and linear and not ran:
-            self.close()
-            raise BackendError(f"OpenVINO runs {self._model} in {', '.join(found)}, not {asked}.", "Choose fp32.")
+        if found and asked not in found and not (stored == "int8" and PRECISIONS[asked] in others):
+            raise BackendError(f"OpenVINO runs {self._model} in {', '.join(found)}, not {asked}.", "Choose openvino.")
+        ran = ", ".join(kind for kind in found if kind != "int8") or asked
         if stored == "int8":
-            return f"int8, rest {asked}"
-        return asked if not stored or stored == "fp32" else f"{stored}, {asked}"
+            return f"int8, rest {ran}"
+        return ran if not stored or stored == "fp32" else f"{stored}, run in {ran}"
 
     @property
     def description(self) -> Description:
@@ -177,7 +183,7 @@ class OpenVinoSession(Session):
                 found = self._request.infer(given, share_inputs=True)
                 answer = {spec.name: np.array(found[spec.name]) for spec in self.outputs}
             except Exception as error:
-                raise BackendError(f"OpenVINO failed in {self._model}: {_line(error)}", "Export it again.") from error
+                raise BackendError(f"OpenVINO failed in {self._model}: {line_of(error)}", "Export it again.") from error
         validate_outputs(self._model, answer)
         return answer
 
@@ -187,10 +193,6 @@ class OpenVinoSession(Session):
             self._request = self._compiled = None
             if self._operators is not None:
                 self._operators.close()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def _spec(port: Any, names: set[str]) -> TensorSpec:

@@ -1,0 +1,76 @@
+"""What `accuracy.py` measures on Fashion-MNIST: neighbours and a linear probe on frozen features of what it trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accuracy_images import GALLERY, SIZE
+from fashion import fashion_mnist
+from fidelity_subject import weights_file
+
+from sparsifiner_edge.demo import material
+from sparsifiner_edge.evaluate.classes import accuracy_statistics, fit_neighbours, fit_probe
+from sparsifiner_edge.evaluate.labelled import Labelled
+from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.records import write_record
+from sparsifiner_edge.runtime import open_session
+
+LARGEST_DROP = {"keep .10": (0.5, 0.2), "keep .10, tokens .7": (1.0, 0.5), "keep .25, merge 8": (0.5, 0.2)}
+"""Points of accuracy: allowed, aimed at; of the students `edge`, `tokens` and `merge`."""
+
+
+def student_of(label: str) -> str:
+    """The training that a row of `LARGEST_DROP` measures."""
+    return "tokens" if "tokens" in label else "merge" if "merge" in label else "edge"
+
+
+def fashion_bundle(work: Path, label: str) -> Path:
+    """What Fashion-MNIST is measured with; names hold the trained weights' hash, so that none outlives its student."""
+    if label == "teacher":
+        source, name, options = material.DINOV2, "teacher", {"weights": weights_file(), "img_size": SIZE}
+    else:
+        source = work / student_of(label)
+        digest = json.loads((source / "config.json").read_text())["weights_sha256"]
+        name = f"{label.replace(' ', '-').replace(',', '')}-{digest[:8]}"
+        options = {"keep": 0.25, "merge": (8,)} if "merge" in label else {"keep": 0.1}
+    made = work / f"bundle-{name}"
+    return made if made.exists() else export_bundle(source, made, **options)
+
+
+def features(bundle: Path, pictures: Labelled, tell: Any) -> Any:
+    """Class features of labelled images, kept on disk."""
+    path = bundle.with_name(f"features-{bundle.name}-{pictures.name.split()[-1]}.npy")
+    if path.exists():
+        return np.load(path)
+    rows = []
+    with open_session(bundle) as session:
+        for number in range(len(pictures)):
+            rows.append(session.infer({"image": pictures.load(number, SIZE)[None]})["features"][0])
+            if number % 100 == 0:
+                tell(f"{bundle.name}: {number} of {len(pictures)}")
+    np.save(path.with_suffix(".part.npy"), np.stack(rows))
+    path.with_suffix(".part.npy").rename(path)
+    return np.stack(rows)
+
+
+def fashion(work: Path, tell: Any) -> dict[str, Any]:
+    """Neighbours and linear probe on frozen features: the teacher, and what of `LARGEST_DROP` is trained."""
+    gallery, queries = fashion_mnist("train").first(GALLERY), fashion_mnist("test")
+    right: dict[str, dict[str, Any]] = {"knn": {}, "linear": {}}
+    for label in ("teacher", *(label for label in LARGEST_DROP if (work / student_of(label)).exists())):
+        bundle = fashion_bundle(work, label)
+        known, asked = (features(bundle, pictures, tell) for pictures in (gallery, queries))
+        for metric, fit in (("knn", fit_neighbours), ("linear", fit_probe)):
+            tell(f"{label}: {metric}")
+            right[metric][label] = fit(known, gallery.labels).predict(asked) == queries.labels
+    return {
+        metric: {
+            label: write_record(accuracy_statistics(ours, found["teacher"]))
+            for label, ours in found.items()
+            if label != "teacher"
+        }
+        for metric, found in right.items()
+    }
