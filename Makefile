@@ -63,7 +63,7 @@ $(VENV)/bin/python:
 $(VENV)/.native: | $(VENV)/bin/python
 	@if [ -e /usr/include/hwy/highway.h ] && [ -e /usr/include/onnxruntime/onnxruntime_cxx_api.h ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && apt-get install -y -qq g++ libhwy-dev libonnxruntime-dev; \
+	  apt-get update -qq && apt-get install -o DPkg::Lock::Timeout=300 -y -qq g++ libhwy-dev libonnxruntime-dev; \
 	else \
 	  echo "Native kernels are left out, the portable path is slower. To build them (Debian, Ubuntu), and then again:"; \
 	  echo "  sudo apt-get install g++ libhwy-dev libonnxruntime-dev && make clean"; \
@@ -83,7 +83,7 @@ TESTING := chromium fonts-noto-cjk iproute2 python3-gi python3-venv gir1.2-gst-r
   gstreamer1.0-plugins-ugly
 $(VENV)/.testing: | $(VENV)/bin/python
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(TESTING); \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -o DPkg::Lock::Timeout=300 -y -qq --no-install-recommends $(TESTING); \
 	else \
 	  echo "For the tests of pages and streams (Debian, Ubuntu): sudo apt-get install $(TESTING)"; \
 	fi
