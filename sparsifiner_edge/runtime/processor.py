@@ -49,6 +49,6 @@ def why_portable(kernels: str) -> str | None:
         raise BackendError(f"The native library cannot be used: {error}.", "Choose the portable kernels.") from error
 
 
-def one_line(error: Exception) -> str:
+def as_line(error: Exception) -> str:
     """What a runtime says, as one line of a message."""
     return " ".join(str(error).split())[:500]

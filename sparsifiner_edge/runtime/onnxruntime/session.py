@@ -17,7 +17,7 @@ from sparsifiner_edge.ops.kernels import described
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.backend import import_package
-from sparsifiner_edge.runtime.processor import one_line, native_library, why_portable
+from sparsifiner_edge.runtime.processor import as_line, native_library, why_portable
 from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
 
 _ERRORS_ONLY = 3
@@ -100,13 +100,13 @@ class OrtSession(Session):
                 options.register_custom_ops_library(str(library))
             except Exception as error:  # Such as an ONNX Runtime older than the library's interface.
                 raise BackendError(
-                    f"ONNX Runtime {ort.__version__} rejects the native library: {one_line(error)}",
+                    f"ONNX Runtime {ort.__version__} rejects the native library: {as_line(error)}",
                     "Upgrade onnxruntime, or choose the portable kernels.",
                 ) from error
         try:
             session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base but Exception.
-            raise BackendError(f"ONNX Runtime rejects {model}: {one_line(error)}", "Export the bundle again.") from error
+            raise BackendError(f"ONNX Runtime rejects {model}: {as_line(error)}", "Export the bundle again.") from error
         _require_provider(session, execution)
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         self.inputs = [_spec(node) for node in session.get_inputs()]
@@ -140,7 +140,7 @@ class OrtSession(Session):
         try:
             outputs = self._session.run(names, {name: np.ascontiguousarray(value) for name, value in inputs.items()})
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in {self._model}: {one_line(error)}", "Export it again.") from error
+            raise BackendError(f"ONNX Runtime failed in {self._model}: {as_line(error)}", "Export it again.") from error
         answer = dict(zip(names, outputs, strict=True))
         validate_outputs(self._model, answer)
         return answer

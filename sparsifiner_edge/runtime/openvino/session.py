@@ -24,7 +24,7 @@ from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.backend import cache_folder, import_package
 from sparsifiner_edge.runtime.openvino.operators import converters, without_bodies
-from sparsifiner_edge.runtime.processor import one_line
+from sparsifiner_edge.runtime.processor import as_line
 from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -105,7 +105,7 @@ class OpenVinoSession(Session):
             raise
         except Exception as error:  # OpenVINO raises RuntimeError and others of its own.
             self.close()
-            raise BackendError(f"OpenVINO rejects {model}: {one_line(error)}", "Export the bundle again.") from error
+            raise BackendError(f"OpenVINO rejects {model}: {as_line(error)}", "Export the bundle again.") from error
         self._request = self._compiled.create_infer_request()
         self.load_ms = (time.perf_counter_ns() - start) / 1e6
         names = {value.name for value in (*graph.graph.input, *graph.graph.output)}
@@ -183,7 +183,7 @@ class OpenVinoSession(Session):
                 found = self._request.infer(given, share_inputs=True)
                 answer = {spec.name: np.array(found[spec.name]) for spec in self.outputs}
             except Exception as error:
-                raise BackendError(f"OpenVINO failed in {self._model}: {one_line(error)}", "Export it again.") from error
+                raise BackendError(f"OpenVINO failed in {self._model}: {as_line(error)}", "Export it again.") from error
         validate_outputs(self._model, answer)
         return answer
 
