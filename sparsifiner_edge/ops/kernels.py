@@ -46,11 +46,14 @@ NATIVE = Kernels(
 TRITON = Kernels(("KeySelect", "SparseAttention"), "cuda", ("float32", "float16", "bfloat16"), _triton_missing)
 
 
-def described(operators: Collection[str], native_library: bool, reason: str | None = None) -> str:
-    """What runs a model's `sparsifiner` operators in ONNX Runtime, for people.
+def described(
+    operators: Collection[str], native_library: bool, reason: str | None = None, precision: str = "float32"
+) -> str:
+    """What runs a model's `sparsifiner` operators on the processor, for people.
 
     Args:
         native_library: it is registered. reason: why it is not, where that was expected.
+        precision: of attention in the native library.
     """
     native_ones = set(operators) & set(NATIVE.operators) if native_library else set()
     bodies = sorted(set(operators) - native_ones)
@@ -59,4 +62,5 @@ def described(operators: Collection[str], native_library: bool, reason: str | No
     if not native_ones:
         return "function bodies" if reason is None else f"function bodies (the native library {reason})"
     rest = f"; function bodies: {', '.join(bodies)}" if bodies else ""
-    return f"native, {native.target()}{rest}"
+    how = f", attention in {precision}" if precision != "float32" else ""
+    return f"native, {native.target()}{how}{rest}"

@@ -1,6 +1,7 @@
 /* Calls every operator of the C interface as a C program does: on threads of its own, from several callers at a time, with
  * what must be refused. Prints "well". */
 
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +39,7 @@ static void fill(float* values, size_t count, unsigned seed) {
 }
 
 static void run(const float* token_sizes, sparsifiner_parallel_for loop, struct Results* to) {
-  sparsifiner_call call = {SPARSIFINER_VERSION, loop, pool, ""};
+  sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, loop, pool, ""};
   const sparsifiner_qkv in = {qkv, token_sizes, kBatch, kTokens, kHeads, kWidth, 0.2f};
   const sparsifiner_qkv sized = {qkv, sizes, kBatch, kTokens, kHeads, kWidth, 0.2f};
   const sparsifiner_select select = {1, 8, kTile, 20, kKeys, 2.0f};
@@ -63,8 +64,37 @@ static void* caller(void* data) {
   return NULL;
 }
 
+/* The same bits on any threads, close to float32; refused where the instruction set has no bfloat16. */
+static void run_bfloat16(void) {
+  static float alone[kBatch * kTokens * kHeads * kWidth], pooled[kBatch * kTokens * kHeads * kWidth];
+  const sparsifiner_qkv in = {qkv, sizes, kBatch, kTokens, kHeads, kWidth, 0.2f};
+  const sparsifiner_attend attend = {1, kTile, 20, 1};
+  sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_BFLOAT16, NULL, NULL, ""}, many = call, exact = call;
+  many.parallel_for = sparsifiner_pool_for;
+  many.threads = pool;
+  exact.precision = SPARSIFINER_FLOAT32;
+  if (!sparsifiner_has_bfloat16()) {
+    REQUIRE(sparsifiner_dense_attention(&call, &in, alone) == SPARSIFINER_INVALID_ARGUMENT);
+    REQUIRE(strstr(call.message, "has no bfloat16") != NULL);
+    return;
+  }
+  for (int sparse = 0; sparse < 2; ++sparse) {
+    sparsifiner_call* const calls[] = {&many, &call, &exact};
+    for (int i = 0; i < 3; ++i) {
+      float* to = i == 0 ? pooled : alone;
+      if (i == 2) REQUIRE(memcmp(alone, pooled, sizeof(alone)) == 0);
+      REQUIRE((sparse ? sparsifiner_sparse_attention(calls[i], &in, expected.lists, kKeys, &attend, to)
+                      : sparsifiner_dense_attention(calls[i], &in, to)) == SPARSIFINER_OK);
+    }
+    REQUIRE(memcmp(alone, pooled, sizeof(alone)) != 0);
+    for (size_t i = 0; i < sizeof(alone) / sizeof(float); ++i) REQUIRE(fabsf(alone[i] - pooled[i]) < 0.03f);
+  }
+  call.precision = 7;
+  REQUIRE(sparsifiner_dense_attention(&call, &in, alone) == SPARSIFINER_INVALID_ARGUMENT);
+}
+
 static void refused(void) {
-  sparsifiner_call call = {SPARSIFINER_VERSION, NULL, NULL, ""};
+  sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, NULL, NULL, ""};
   sparsifiner_qkv in = {qkv, NULL, kBatch, kTokens, kHeads, kWidth, 0.2f};
   sparsifiner_match match = {1, 16, kMerged};
   REQUIRE(sparsifiner_match_tokens(&call, &in, &match, expected.pairs) == SPARSIFINER_INVALID_ARGUMENT);
@@ -88,7 +118,7 @@ int main(void) {
   pthread_t callers[3];
   int wrong[3] = {0, 0, 0};
   static struct Results merged, alone;
-  sparsifiner_call call = {SPARSIFINER_VERSION, NULL, NULL, ""};
+  sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, NULL, NULL, ""};
   fill(qkv, sizeof(qkv) / sizeof(float), 1);
   fill(proj_q, sizeof(proj_q) / sizeof(float), 2);
   fill(proj_k, sizeof(proj_k) / sizeof(float), 3);
@@ -106,6 +136,7 @@ int main(void) {
   run(sizes, NULL, &alone);
   REQUIRE(memcmp(&merged, &alone, sizeof(alone)) == 0);
   REQUIRE(memcmp(merged.dense, expected.dense, sizeof(expected.dense)) != 0);
+  run_bfloat16();
   sparsifiner_hold_memory(-1);
   sparsifiner_pool_destroy(pool);
   sparsifiner_pool_destroy(NULL);

@@ -1,6 +1,7 @@
 // Runs the kernels on recorded inputs, without ONNX Runtime: under sanitizers, or for another processor under emulation.
 // Standard input holds records, standard output takes the raw result of each. Every buffer is its own allocation, exactly
-// as long as its tensor, so that a sanitizer sees the first element touched outside.
+// as long as its tensor, so that a sanitizer sees the first element touched outside. On an instruction set with bfloat16
+// attention runs in it.
 
 #include <cstdint>
 #include <cstdio>
@@ -110,13 +111,15 @@ int main(int argc, char** argv) {
     bool done = false;
     if (h.op == 1) {
       const auto lists = Read<int32_t>(listed);
-      done = SparseAttention(in, lists.get(),
-                             {size_t(h.prefix), size_t(h.prefix_keys), size_t(h.tile), size_t(h.cell), size_t(h.keys)},
-                             output.get(), parallel);
+      const auto attend = sparsifiner::HasBf16() ? sparsifiner::SparseAttentionBf16 : sparsifiner::SparseAttention;
+      done = attend(in, lists.get(),
+                    {size_t(h.prefix), size_t(h.prefix_keys), size_t(h.tile), size_t(h.cell), size_t(h.keys)},
+                    output.get(), parallel);
     } else if (h.op == 3) {
       done = TokenScore(in, output.get(), parallel);
     } else {
-      done = DenseAttention(in, output.get(), parallel);
+      const auto attend = sparsifiner::HasBf16() ? sparsifiner::DenseAttentionBf16 : sparsifiner::DenseAttention;
+      done = attend(in, output.get(), parallel);
     }
     if (!done) return 5;
     Write(output.get(), size);

@@ -106,7 +106,7 @@ def test_a_program_in_c_links_the_library_that_was_built(tmp_path: Path) -> None
 def test_a_program_in_c_calls_every_operator_under_sanitizers(once: Once, sanitizers: str) -> None:
     def build(folder: Path) -> None:
         options = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-        parts = ["dense", "interface", "merge", "pool", "select", "sparse", "target"]
+        parts = ["bf16", "dense", "interface", "merge", "pool", "select", "sparse", "target"]
         main = folder / "interface.o"
         strict = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
         for command in (

@@ -19,9 +19,14 @@ constexpr int64_t kMost = int64_t{1} << 31;  // no size or attribute reaches thi
 class Answer {
  public:
   explicit Answer(sparsifiner_call* call) : call_(call) {
-    if (call->version == SPARSIFINER_VERSION) return;
-    Tell(SPARSIFINER_WRONG_VERSION, "header of version %" PRId32 ", library of version %d", call->version,
-         SPARSIFINER_VERSION);
+    if (call->version != SPARSIFINER_VERSION) {
+      Tell(SPARSIFINER_WRONG_VERSION, "header of version %" PRId32 ", library of version %d", call->version,
+           SPARSIFINER_VERSION);
+    } else if (call->precision != SPARSIFINER_FLOAT32 && call->precision != SPARSIFINER_BFLOAT16) {
+      Refuse("precision is %" PRId32, call->precision);
+    } else if (call->precision == SPARSIFINER_BFLOAT16 && !HasBf16()) {
+      Refuse("%s has no bfloat16", TargetName());
+    }
   }
   Answer(const Answer&) = delete;
   Answer& operator=(const Answer&) = delete;
@@ -166,6 +171,8 @@ int32_t sparsifiner_version(void) { return SPARSIFINER_VERSION; }
 
 const char* sparsifiner_target(void) { return sparsifiner::TargetName(); }
 
+int sparsifiner_has_bfloat16(void) { return sparsifiner::HasBf16() ? 1 : 0; }
+
 int sparsifiner_limit_target(const char* name) { return sparsifiner::LimitTarget(name) ? 1 : 0; }
 
 void sparsifiner_hold_memory(int holds) { sparsifiner::IdleMemory::Hold(holds); }
@@ -194,7 +201,9 @@ sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sp
       !Given(in, &answer) || !answer.Given("indices", indices, in.batch)) {
     return answer.status();
   }
-  if (!SparseAttention(in, indices, settings, output, Call(*call))) answer.OutOfMemory();
+  const bool halves = call->precision == SPARSIFINER_BFLOAT16 && (settings.tile != 1 || settings.cell != 0);
+  const auto attend = halves ? sparsifiner::SparseAttentionBf16 : sparsifiner::SparseAttention;
+  if (!attend(in, indices, settings, output, Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 
@@ -204,7 +213,9 @@ sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const spa
   if (!answer.well() || !Check(*qkv, 0, &answer, &in) || output == nullptr || !Given(in, &answer)) {
     return answer.status();
   }
-  if (!DenseAttention(in, output, Call(*call))) answer.OutOfMemory();
+  const bool halves = call->precision == SPARSIFINER_BFLOAT16;
+  const auto attend = halves ? sparsifiner::DenseAttentionBf16 : sparsifiner::DenseAttention;
+  if (!attend(in, output, Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 

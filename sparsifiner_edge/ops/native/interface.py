@@ -16,12 +16,17 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 
-_VERSION = 1
+_VERSION = 2
 """SPARSIFINER_VERSION of the header that this follows."""
+
+_PRECISIONS = {"float32": 0, "bfloat16": 1}
 
 
 class _Call(Structure):
-    _fields_ = (("version", c_int32), ("parallel_for", c_void_p), ("threads", c_void_p), ("message", c_char * 512))
+    _fields_ = (
+        ("version", c_int32), ("precision", c_int32), ("parallel_for", c_void_p), ("threads", c_void_p),
+        ("message", c_char * 512),
+    )  # fmt: skip
 
 
 class _Qkv(Structure):
@@ -65,12 +70,16 @@ class Operators:
 
     Args:
         threads: the caller's included.
+        bfloat16: attention's products are bfloat16 where the kernels' instruction set has it.
+
+    Attributes:
+        precision: of attention's products, "bfloat16" or "float32"; of the other operators it is float32.
 
     Raises:
         BackendError: the library is not built or cannot be loaded, is of another version, or starts no threads.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, bfloat16: bool = False) -> None:
         if (reason := native.why_unusable()) is not None:
             raise BackendError(f"The native library {reason}.", "Or choose the portable kernels.")
         self._library = ctypes.CDLL(str(native.library_path()))
@@ -81,6 +90,7 @@ class Operators:
             )
         for name, arguments in _FUNCTIONS.items():
             getattr(self._library, f"sparsifiner_{name}").argtypes = (POINTER(_Call), *arguments)
+        self.precision = "bfloat16" if bfloat16 and self._library.sparsifiner_has_bfloat16() else "float32"
         self._library.sparsifiner_pool_create.argtypes = [c_size_t]
         self._library.sparsifiner_pool_create.restype = c_void_p
         self._library.sparsifiner_pool_destroy.argtypes = [c_void_p]
@@ -102,7 +112,7 @@ class Operators:
         """
         merged = op.startswith("Merged")
         name = _NAMES[op.removeprefix("Merged")]
-        call = _Call(_VERSION, self._loop, self._pool)
+        call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
         arguments = _arguments(name, attributes, inputs, merged)
         status = getattr(self._library, f"sparsifiner_{name}")(byref(call), *arguments, _at(output))
         if status:

@@ -273,6 +273,12 @@ HWY_NOINLINE void Accumulate(const Weighted* parts, size_t count, size_t stride,
   }
 }
 
+// Brings a row of `width` words of four bytes into the first-level cache.
+template <typename Word>
+HWY_INLINE void FetchRow(const Word* row, size_t width) {
+  for (size_t c = 0; c < width; c += 16) hwy::Prefetch(row + c);
+}
+
 // One row of `width` floats to a packed row of `stride`, the rest zero.
 HWY_INLINE void PackRow(const float* HWY_RESTRICT from, size_t width, size_t stride, float* HWY_RESTRICT to) {
   const D d;
@@ -292,6 +298,7 @@ HWY_INLINE float WeighOne(const float* HWY_RESTRICT query, const float* HWY_REST
   float highest = kLowest;
   for (size_t j = 0; j < count; ++j) {
     const float* key = keys + at(j) * row;
+    FetchRow(keys + at(std::min(j + kRowsAhead, count - 1)) * row, width);
     V sum = hn::Zero(d);
     for (size_t c = 0; c < whole; c += kLanes) sum = hn::MulAdd(hn::LoadU(d, query + c), hn::LoadU(d, key + c), sum);
     if (whole < width) {

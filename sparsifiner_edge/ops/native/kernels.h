@@ -86,6 +86,11 @@ struct Merging {
 [[nodiscard]] bool SparseAttention(const Packed& in, const int32_t* indices, const SparseSettings& settings,
                                    float* output, const Parallel& parallel);
 
+// The same, products of patches in bfloat16, where `HasBf16` (else in float32).
+[[nodiscard]] bool DenseAttentionBf16(const Packed& in, float* output, const Parallel& parallel);
+[[nodiscard]] bool SparseAttentionBf16(const Packed& in, const int32_t* indices, const SparseSettings& settings,
+                                       float* output, const Parallel& parallel);
+
 // proj_q, proj_k [heads, width, channels] -> indices [batch, heads, tiles, keys], ascending.
 [[nodiscard]] bool KeySelect(const Packed& in, const float* proj_q, const float* proj_k,
                              const SelectSettings& settings, int32_t* indices, const Parallel& parallel);
@@ -102,6 +107,9 @@ struct Merging {
 
 // Name of the instruction set that the kernels run on, such as "AVX3".
 const char* TargetName();
+
+// Whether the instruction set multiplies bfloat16.
+bool HasBf16();
 
 // Lets the kernels use no better instruction set than the one named. False: no such name, or not on this machine.
 bool LimitTarget(const char* name);

@@ -27,6 +27,35 @@ struct List {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
+// One query against many keys, lanes are channels: prefix tokens, and lists that belong to one query alone.
+
+// list: tokens to read, or null for all of [0, count). bias: log2 of the tokens' sizes, or null. output: `width` floats.
+inline HWY_NOINLINE void AttendOne(const float* query, const float* keys, const float* values, size_t row, const List* list,
+                            size_t count, float scale, size_t width, const float* bias, float* HWY_RESTRICT weights,
+                            float* HWY_RESTRICT output) {
+  const D d;
+  const auto at = [&](size_t j) -> size_t { return list == nullptr ? j : list->At(j); };
+  const V share = hn::Set(d, 1.0f / WeighOne(query, keys, row, at, count, scale, width, bias, weights));
+  for (size_t c = 0; c < width; c += kLanes) {
+    const size_t some = std::min(kLanes, width - c);
+    V even = hn::Zero(d), odd = hn::Zero(d);
+    size_t j = 0;
+    for (; j + 2 <= count; j += 2) {
+      const float *x = values + at(j) * row + c, *y = values + at(j + 1) * row + c;
+      if (c == 0) FetchRow(values + at(std::min(j + kRowsAhead, count - 1)) * row, width);
+      if (c == 0) FetchRow(values + at(std::min(j + kRowsAhead + 1, count - 1)) * row, width);
+      even = hn::MulAdd(hn::Set(d, weights[j]), some == kLanes ? hn::LoadU(d, x) : hn::LoadN(d, x, some), even);
+      odd = hn::MulAdd(hn::Set(d, weights[j + 1]), some == kLanes ? hn::LoadU(d, y) : hn::LoadN(d, y, some), odd);
+    }
+    if (j < count) {
+      const float* x = values + at(j) * row + c;
+      even = hn::MulAdd(hn::Set(d, weights[j]), some == kLanes ? hn::LoadU(d, x) : hn::LoadN(d, x, some), even);
+    }
+    hn::StoreN(hn::Mul(share, hn::Add(even, odd)), d, output + c, some);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Tiles: 16 queries, one list.
 
 // Tokens from which a head's keys and values are packed first. In qkv its rows lie far apart, most of them on pages of
@@ -40,16 +69,56 @@ struct SparseJob {
   float* output;
   size_t patches, tiles, cells, stride;
   size_t run, runs;    // patches packed together, a cell's where there are cells
-  size_t row;            // floats between a head's keys, and its values
+  size_t row;            // floats (in bfloat16: words) between the rows that places count
   float* packed_keys;    // [batch * heads][tokens][stride], or null: read where they are
   float* packed_values;  // the same
   float* cell_keys;    // [batch * heads][cells][stride]
   float* cell_values;  // the same
-  const float* logs;         // log2 of 0..cell; of 0: the lowest float
-  const uint16_t* cell_of;   // [patches]
+  float* logs;         // log2 of 0..cell; of 0: the lowest float
+  uint16_t* cell_of;   // [patches]
   float* bias;         // [batch][tokens]: log2 of sizes; null, as are the next, where all tokens are single
   float* cell_sizes;   // [batch][cells]: sums of sizes
 };
+
+// What follows from sizes and settings alone; packed keys and values are still to come.
+HWY_INLINE SparseJob Describe(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output) {
+  SparseJob job{};
+  job.in = in;
+  job.settings = settings;
+  job.indices = indices;
+  job.output = output;
+  job.patches = in.tokens - settings.prefix;
+  job.settings.cell = std::min(settings.cell, job.patches);
+  job.tiles = (job.patches + settings.tile - 1) / settings.tile;
+  job.cells = settings.cell ? (job.patches + job.settings.cell - 1) / job.settings.cell : 0;
+  job.run = job.cells ? job.settings.cell : std::min<size_t>(64, job.patches);
+  job.runs = (job.patches + job.run - 1) / job.run;
+  return job;
+}
+
+// Tables that all tiles read.
+HWY_INLINE void TakeTables(Layout* layout, SparseJob* job) {
+  job->logs = layout->Take<float>(job->settings.cell + 1);
+  job->cell_of = layout->Take<uint16_t>(job->patches);
+  job->bias = job->in.sizes == nullptr ? nullptr : layout->Take<float>(job->in.batch, job->in.tokens);
+  job->cell_sizes = job->in.sizes == nullptr ? nullptr : layout->Take<float>(job->in.batch, job->cells);
+}
+
+HWY_INLINE void FillTables(const SparseJob& job) {
+  const Packed& in = job.in;
+  if (job.cells != 0) {
+    job.logs[0] = kLowest;
+    for (size_t n = 1; n <= job.settings.cell; ++n) job.logs[n] = std::log2(static_cast<float>(n));
+    for (size_t j = 0; j < job.patches; ++j) job.cell_of[j] = static_cast<uint16_t>(j / job.settings.cell);
+  }
+  if (in.sizes == nullptr) return;
+  LogSizes(in.sizes, in.batch * in.tokens, job.bias);
+  std::memset(job.cell_sizes, 0, in.batch * job.cells * sizeof(float));
+  for (size_t i = 0; job.cells != 0 && i < in.batch * job.patches; ++i) {
+    const size_t batch = i / job.patches, j = i % job.patches;
+    job.cell_sizes[batch * job.cells + job.cell_of[j]] += in.sizes[batch * in.tokens + job.settings.prefix + j];
+  }
+}
 
 HWY_INLINE const float* KeysOf(const SparseJob& job, size_t batch, size_t head) {
   if (job.packed_keys == nullptr) return job.in.Keys(batch, head);
@@ -59,28 +128,6 @@ HWY_INLINE const float* KeysOf(const SparseJob& job, size_t batch, size_t head) 
 HWY_INLINE const float* ValuesOf(const SparseJob& job, size_t batch, size_t head) {
   if (job.packed_values == nullptr) return job.in.Values(batch, head);
   return job.packed_values + (batch * job.in.heads + head) * job.in.tokens * job.stride;
-}
-
-// One run of a head's keys or values: packed where they shall be, and their mean where there are cells.
-HWY_NOINLINE void PrepareRun(void* data, size_t item, void*) {
-  const SparseJob& job = *static_cast<const SparseJob*>(data);
-  const Packed& in = job.in;
-  const size_t run = item % job.runs, which = item / job.runs % 2, batch_head = item / job.runs / 2;
-  const size_t head = batch_head % in.heads, batch = batch_head / in.heads;
-  const float* rows = which ? in.Values(batch, head) : in.Keys(batch, head);
-  const size_t begin = job.settings.prefix + run * job.run, end = std::min(begin + job.run, in.tokens);
-  if (job.packed_keys != nullptr) {
-    float* packed = (which ? job.packed_values : job.packed_keys) + batch_head * in.tokens * job.stride;
-    for (size_t j = run ? begin : 0; j < end; ++j) {
-      PackRow(rows + j * in.Row(), in.width, job.stride, packed + j * job.stride);
-    }
-    rows = packed;
-  }
-  if (job.cells == 0) return;
-  float* means = (which ? job.cell_values : job.cell_keys) + (batch_head * job.cells + run) * job.stride;
-  const size_t width = job.packed_keys == nullptr ? in.width : job.stride;
-  const float* sizes = in.sizes == nullptr ? nullptr : in.sizes + batch * in.tokens + begin;
-  CellMeans(rows + begin * job.row, job.row, sizes, end - begin, job.run, width, job.stride, means);
 }
 
 // What a tile's list leaves of each cell, as numbers of single tokens.
@@ -218,6 +265,96 @@ HWY_INLINE void CountListed(const SparseJob& job, const List& list, size_t count
   }
   for (size_t r = 0; r < job.cells; ++r) {
     number[r] += number[job.cells + r] + number[2 * job.cells + r] + number[3 * job.cells + r];
+  }
+}
+
+// What a thread needs for a tile's list, its scores and its cells.
+struct ListWork {
+  float *scores, *sums;
+  uint16_t* owner;
+  uint32_t *number, *places;
+  Rest left;
+};
+
+HWY_INLINE void TakeList(const SparseJob& job, Layout* layout, ListWork* work) {
+  const size_t count = job.settings.prefix_keys + job.settings.keys;
+  work->scores = layout->Take<float>(std::max((count + job.cells + kPaddedRows) * kQueries, job.in.tokens));
+  work->sums = layout->Take<float>(job.cells, kQueries);
+  work->owner = layout->Take<uint16_t>(job.settings.keys);
+  work->places = layout->Take<uint32_t>(count + kPlacesAhead);
+  work->number = layout->Take<uint32_t>(4 * job.cells);
+  work->left.whole = layout->Take<float>(job.cells);
+  work->left.listed = layout->Take<float>(job.cells);
+  work->left.rest = layout->Take<float>(job.cells);
+  work->left.log_rest = layout->Take<float>(job.cells);
+  work->left.sizes = job.bias == nullptr ? nullptr : layout->Take<float>(job.settings.keys);
+}
+
+// What is left of each cell, once its listed keys are counted.
+HWY_INLINE void CountRest(const SparseJob& job, size_t batch, const List& list, const ListWork& work) {
+  const Rest& left = work.left;
+  for (size_t r = 0; r < job.cells; ++r) {
+    const size_t size = std::min(job.settings.cell, job.patches - r * job.settings.cell);
+    const size_t listed = std::min<size_t>(work.number[r], size);
+    left.whole[r] = static_cast<float>(size);
+    left.listed[r] = static_cast<float>(listed);
+    left.rest[r] = static_cast<float>(size - listed);
+    left.log_rest[r] = job.logs[size - listed];
+  }
+  if (job.bias == nullptr) return;
+  const float* sizes = job.in.sizes + batch * job.in.tokens + list.prefix;
+  std::memset(left.listed, 0, job.cells * sizeof(float));
+  for (size_t j = 0; j < job.settings.keys; ++j) {
+    left.sizes[j] = sizes[std::min<size_t>(static_cast<uint32_t>(list.patches[j]), list.limit - 1)];
+    if (job.cells != 0) left.listed[work.owner[j]] += left.sizes[j];
+  }
+  for (size_t r = 0; r < job.cells; ++r) {
+    left.whole[r] = job.cell_sizes[batch * job.cells + r];
+    if (left.rest[r] > 0) {
+      left.rest[r] = left.whole[r] - left.listed[r];
+      left.log_rest[r] = std::log2(left.rest[r]);
+    }
+  }
+}
+
+// Where the rows of a list lie, as floats from the first token's row; which cells its keys lie in.
+HWY_INLINE void PlaceList(const SparseJob& job, size_t batch, const List& list, const ListWork& work) {
+  const uint32_t first = static_cast<uint32_t>(list.prefix), most = static_cast<uint32_t>(list.limit - 1);
+  const uint32_t step = static_cast<uint32_t>(job.row);
+  for (uint32_t j = 0; j < first; ++j) work.places[j] = j * step;
+  for (size_t j = 0; j < job.settings.keys; ++j) {
+    work.places[first + j] = (first + std::min(static_cast<uint32_t>(list.patches[j]), most)) * step;
+  }
+  std::fill(work.places + list.count, work.places + list.count + kPlacesAhead, work.places[list.count - 1]);
+  if (job.cells != 0) CountListed(job, list, job.settings.keys, work.owner, work.number);
+  CountRest(job, batch, list, work);
+}
+
+// One unit of a head: a prefix token's row, a token with a list of its own, or a tile, of which attend(batch, head,
+// begin, valid, list, fresh) takes 16 queries at a time.
+template <class Attend>
+HWY_INLINE void RunUnit(const SparseJob& job, size_t item, const ListWork& work, const Attend& attend) {
+  const Packed& in = job.in;
+  const SparseSettings& s = job.settings;
+  const size_t units = job.tiles + s.prefix;
+  const size_t unit = item % units, head = item / units % in.heads, batch = item / units / in.heads;
+  const size_t count = s.prefix_keys + s.keys;
+  const bool prefix_row = unit >= job.tiles;
+  const size_t number = (batch * in.heads + head) * job.tiles + unit;
+  const List list{prefix_row ? nullptr : job.indices + number * s.keys, s.prefix_keys, count,
+                  in.tokens - s.prefix_keys};
+  if (prefix_row || (s.tile == 1 && job.cells == 0)) {
+    const size_t token = prefix_row ? unit - job.tiles : s.prefix + unit;
+    const size_t row = job.packed_keys == nullptr ? in.Row() : job.stride;
+    AttendOne(in.Queries(batch, head) + token * in.Row(), KeysOf(job, batch, head), ValuesOf(job, batch, head), row,
+              prefix_row ? nullptr : &list, prefix_row ? in.tokens : count, in.scale, in.width,
+              job.bias == nullptr ? nullptr : job.bias + batch * in.tokens, work.scores,
+              job.output + ((batch * in.tokens + token) * in.heads + head) * in.width);
+    return;
+  }
+  const size_t begin = s.prefix + unit * s.tile, end = std::min(begin + s.tile, in.tokens);
+  for (size_t some = begin; some < end; some += kQueries) {
+    attend(batch, head, some, std::min(kQueries, end - some), list, some == begin);
   }
 }
 

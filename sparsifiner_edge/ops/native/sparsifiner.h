@@ -5,7 +5,7 @@
  * a tensor are clamped into it: whatever they say, no memory is touched that is not the call's own.
  *
  *     sparsifiner_pool* pool = sparsifiner_pool_create(4);
- *     sparsifiner_call call = {SPARSIFINER_VERSION, sparsifiner_pool_for, pool, ""};
+ *     sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, sparsifiner_pool_for, pool, ""};
  *     sparsifiner_qkv in = {qkv, NULL, 1, 1370, 6, 64, 0.125f};
  *     if (sparsifiner_dense_attention(&call, &in, output) != SPARSIFINER_OK) puts(call.message);
  *
@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 /* Of this header. A library of another version refuses every call: SPARSIFINER_WRONG_VERSION. */
-#define SPARSIFINER_VERSION 1
+#define SPARSIFINER_VERSION 2
 
 enum {
   SPARSIFINER_OK = 0,
@@ -68,9 +68,21 @@ SPARSIFINER_EXPORT void sparsifiner_hold_memory(int holds);
 
 /* ---- Calls ------------------------------------------------------------------------------------------------------ */
 
+enum {
+  SPARSIFINER_FLOAT32 = 0,
+  /* Dense and sparse attention: queries, keys, values and weights of patches are rounded to bfloat16; sums and softmax,
+   * rows of prefix tokens, lists of one query (tile 1, cell 0), and all other operators are float32. */
+  SPARSIFINER_BFLOAT16 = 1
+};
+typedef int32_t sparsifiner_precision;
+
+/* Whether the kernels' instruction set multiplies bfloat16. Where not, calls that ask for it are refused. */
+SPARSIFINER_EXPORT int sparsifiner_has_bfloat16(void);
+
 /* What a call runs on, and what went wrong in it. */
 typedef struct sparsifiner_call {
   int32_t version;                       /* SPARSIFINER_VERSION */
+  sparsifiner_precision precision;       /* of products */
   sparsifiner_parallel_for parallel_for; /* null: the calling thread alone */
   void* threads;                         /* handed to parallel_for */
   char message[512];                     /* written where a call is not SPARSIFINER_OK */

@@ -29,13 +29,22 @@ int64_t Supported() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")) {
       targets |= HWY_AVX3;
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+          __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+          __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq") &&
+          __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("vaes")) {
+        targets |= HWY_AVX3_ZEN4;
+      }
     }
   }
 #elif HWY_ARCH_ARM_A64
-  constexpr unsigned long kAes = 1ul << 3;  // HWCAP_AES: what Highway's NEON has beyond the floor
-  if (getauxval(AT_HWCAP) & kAes) targets |= HWY_NEON;
+  // HWCAP_AES is what Highway's NEON has beyond the floor; its NEON_BF16 has FPHP, ASIMDHP and ASIMDDP too.
+  constexpr unsigned long kAes = 1ul << 3, kHalf = kAes | 1ul << 9 | 1ul << 10 | 1ul << 20, kBf16 = 1ul << 14;
+  const unsigned long has = getauxval(AT_HWCAP);
+  if (has & kAes) targets |= HWY_NEON;
+  if ((has & kHalf) == kHalf && (getauxval(AT_HWCAP2) & kBf16)) targets |= HWY_NEON_BF16;
 #endif
-  return targets & HWY_TARGETS;
+  return targets & (HWY_TARGETS | kBf16Targets);
 }
 
 std::atomic<int64_t> chosen{0};
@@ -53,6 +62,8 @@ int64_t Target() {
 }
 
 const char* TargetName() { return hwy::TargetName(Target()); }
+
+bool HasBf16() { return (Target() & kBf16Targets) != 0; }
 
 bool LimitTarget(const char* name) {
   for (int64_t left = Supported(); left != 0; left &= left - 1) {

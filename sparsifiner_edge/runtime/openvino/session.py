@@ -95,7 +95,7 @@ class OpenVinoSession(Session):
         operators = {node.op_type for node in all_nodes(graph) if node.domain == DOMAIN}
         self.least_tolerance = 0.0 if precision == "fp32" else TOLERANCE_FREE if operators else TOLERANCE
         ours = sorted(operators & set(NATIVE.operators)) if native else []
-        self._operators: Operators | None = Operators(threads) if ours else None
+        self._operators: Operators | None = Operators(threads, precision == "bf16") if ours else None
         start = time.perf_counter_ns()
         try:
             self._compiled = self._compile(openvino, graph, content, ours, threads, precision)
@@ -117,7 +117,9 @@ class OpenVinoSession(Session):
             provider="CPU",
             device="CPU",
             precision=ran,
-            kernels=described(operators, bool(ours), why_bodies),
+            kernels=described(
+                operators, bool(ours), why_bodies, self._operators.precision if self._operators else "float32"
+            ),
             threads=threads,
         )
 

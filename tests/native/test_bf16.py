@@ -1,0 +1,147 @@
+"""Attention in bfloat16: against the NumPy reference, repeatable on any threads, bounded, never silently float32."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.native.interface import Operators
+from sparsifiner_edge.ops.schema import OPERATORS
+from tests.native.test_interface import run
+from tests.native.test_replay import BF16_SETS
+from tests.ops import matrix
+from tests.ops.matrix import Case, cases, check, run_reference
+from tests.ops.test_parity import PAPER
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(native.target() not in BF16_SETS, reason="the processor multiplies no bfloat16"),
+]
+ATTENTION = ("SparseAttention", "MergedSparseAttention", "DenseAttention", "MergedDenseAttention")
+
+
+def held(case: Case) -> Case:
+    """The case, held to what the schema allows bfloat16."""
+    return dataclasses.replace(case, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("width", [8, 64, 20, 72, 17])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_agrees_with_the_reference_on_any_number_of_threads(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "HEAD_DIM", width)
+    one, five, exact = Operators(1, True), Operators(5, True), Operators(1)
+    assert (one.precision, exact.precision) == ("bfloat16", "float32")
+    rounded = False
+    for seed, case in enumerate(cases(name, full=width == 64)):
+        inputs = case.inputs(seed)
+        got = run(one, case, inputs)
+        check(held(case), inputs, got)
+        assert got.tobytes() == run(five, case, inputs).tobytes(), case
+        rounded |= got.tobytes() != run(exact, case, inputs).tobytes()
+    assert rounded
+    for operators in (one, five, exact):
+        operators.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    patches=st.integers(1, 150), prefix=st.integers(0, 3), tile=st.sampled_from([8, 16, 48]),
+    cell=st.integers(0, 40), keep=st.floats(0.01, 1), merged=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_agrees(
+    patches: int, prefix: int, tile: int, cell: int, keep: float, merged: bool, seed: int
+) -> None:
+    keys = max(1, int(keep * patches))
+    case = Case(
+        OPERATORS["MergedSparseAttention" if merged else "SparseAttention"],
+        {"num_heads": 2, "num_prefix": prefix, "tile": tile, "cell": cell, "scale": 0.3, "prefix_keys": 1},
+        patches, 1,
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    inputs = case.inputs(seed)
+    tiles = -(-patches // tile)
+    lists = [np.sort(rng.permutation(patches)[:keys]) for _ in range(2 * tiles)]
+    inputs[-1] = np.stack(lists).reshape(1, 2, tiles, keys).astype(np.int32)
+    operators = Operators(2, True)
+    check(held(case), inputs, run(operators, case, inputs))
+    operators.close()
+
+
+@pytest.mark.parametrize("wrong", [-1, 130, 2**31 - 1, -(2**31)])
+def test_indices_outside_touch_nothing_outside(wrong: int) -> None:
+    case = next(c for c in cases("SparseAttention") if c.patches == 130 and c.attributes["cell"])
+    operators = Operators(1, True)
+    qkv, lists = case.inputs()
+    fine = run(operators, case, [qkv, lists])
+    lists[:, 0, 0] = wrong
+    got = np.full_like(fine, np.nan)
+    operators.run(case.op.name, case.attributes, [qkv, lists], got)
+    rows = slice(case.prefix + case.attributes["tile"], None)
+    np.testing.assert_array_equal(got[:, rows], fine[:, rows])
+    assert np.isfinite(got).all()
+    operators.close()
+
+
+def test_what_is_not_finite_stays_where_it_is_read() -> None:
+    case = next(c for c in cases("DenseAttention") if c.batch == 2)
+    (qkv,) = case.inputs()
+    operators = Operators(1, True)
+    fine = run(operators, case, [qkv])
+    qkv[0] = np.nan
+    got = run(operators, case, [qkv])
+    assert np.isnan(got[0]).all()
+    np.testing.assert_array_equal(got[1], fine[1])
+    operators.close()
+
+
+def test_lists_of_one_query_and_prefix_rows_stay_float32() -> None:
+    halves, exact = Operators(1, True), Operators(1)
+    single = PAPER[0]
+    assert (single.attributes["tile"], single.attributes["cell"]) == (1, 0)
+    tiles = next(c for c in cases("SparseAttention") if c.attributes["num_prefix"] and c.attributes["tile"] > 1)
+    inputs = single.inputs()
+    np.testing.assert_array_equal(run(halves, single, inputs), run(exact, single, inputs))
+    inputs, prefix = tiles.inputs(), tiles.attributes["num_prefix"]
+    got, wanted = run(halves, tiles, inputs), run(exact, tiles, inputs)
+    np.testing.assert_array_equal(got[:, :prefix], wanted[:, :prefix])
+    assert (got[:, prefix:] != wanted[:, prefix:]).any()
+    for operators in (halves, exact):
+        operators.close()
+
+
+def test_a_lesser_instruction_set_says_float32() -> None:
+    script = (
+        "from sparsifiner_edge.ops.kernels import described\n"
+        "from sparsifiner_edge.ops.native.interface import Operators\n"
+        "operators = Operators(1, True)\n"
+        "print(operators.precision, '|', described({'DenseAttention'}, True, None, operators.precision))\n"
+    )
+    for target, said in (
+        ("", f"bfloat16 | native, {native.target()}, attention in bfloat16"), ("AVX2", "float32 | native, AVX2"),
+    ):  # fmt: skip
+        environment = os.environ | {native.TARGET_VARIABLE: target}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.stdout.strip() == said, done.stderr
+
+
+def test_errors_are_those_of_rounding() -> None:
+    """On average far below the tolerance."""
+    case = next(c for c in cases("SparseAttention") if c.patches == 130 and c.attributes["cell"])
+    operators = Operators(1, True)
+    inputs = case.inputs()
+    error = run(operators, case, inputs) - run_reference(case, inputs)
+    spread = float(np.ptp(run_reference(case, inputs)))
+    assert 0 < float(np.abs(error).mean()) < 1e-3 * spread
+    operators.close()
