@@ -5,7 +5,8 @@
 H = 6 heads of 64, one class token, tiles of 16, probes of 8, 24 channels: the shapes of a ViT-S and this project's
 defaults. Rivals: ONNX Runtime's fused MultiHeadAttention (given q, k and v apart, which costs it nothing here),
 OpenVINO's scaled_dot_product_attention, and the MatMul, Softmax, MatMul that exporters write. "both" is KeySelect and
-SparseAttention in one graph, background cells included. GFLOP/s count what the operator needs; their share is of a
+SparseAttention in one graph, background cells included. Where the processor multiplies bfloat16 there are rows of ours in
+it, called by the C interface on float32 tensors, and OpenVINO's attention in it as a rival of theirs. GFLOP/s count what the operator needs; their share is of a
 float32 matrix product of 1024 x 1024 in ONNX Runtime, measured in the same run.
 """
 
@@ -17,13 +18,14 @@ from typing import Any
 
 import click
 import numpy as np
-from cpu_engines import Run, gemm_peak, openvino_run, ort_session, ratio, time_in_turn
+from cpu_engines import Run, gemm_peak, has_bf16, openvino_run, ort_session, ratio, time_in_turn
 from onnx import TensorProto, helper
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import OPSET
+from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN, FIRST_VERSION
 from sparsifiner_edge.results import Result, Subject, write_result
 
@@ -32,6 +34,7 @@ KEEPS = (0.25, 0.10, 0.05)
 SIZES = ("257:16", "577:24", "1025:25", "1370:25", "2305:49", "4097:64", "5477:49", "9217:96")
 """Tokens and cells."""
 FUSED, OPENVINO, PLAIN, DENSE = "ORT MultiHeadAttention", "OpenVINO SDPA", "ORT MatMul/Softmax/MatMul", "ours, dense"
+OPENVINO16, IN_BF16 = "OpenVINO SDPA, bf16", ", bf16"
 REQUIRED = {
     ("both", 1370, 0.25): (2.3, 3.0), ("both", 1370, 0.10): (3.8, 5.0), ("both", 1370, 0.05): (4.5, 6.5),
     ("both", 4097, 0.10): (4.0, 6.0), ("both", 4097, 0.05): (5.0, 8.0),
@@ -96,6 +99,8 @@ def rivals(qkv: np.ndarray, threads: int) -> dict[str, Run]:
     attended = ops.transpose(ops.scaled_dot_product_attention(*heads, causal=False), [0, 2, 1, 3])
     whole = openvino.Model([ops.reshape(attended, [1, tokens, channels], False)], given)
     made[OPENVINO] = openvino_run(whole, [q, k, v], threads, "f32")
+    if has_bf16():
+        made[OPENVINO16] = openvino_run(whole, [q, k, v], threads, "bf16")
     return made
 
 
@@ -109,6 +114,15 @@ def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dic
     shared = {"domain": DOMAIN, "num_heads": HEADS, "scale": SCALE}
     runs = {DENSE: runner([helper.make_node("DenseAttention", ["qkv"], ["o"], **shared)], {"qkv": qkv}, threads)}
     work = {DENSE: 4 * tokens * tokens * channels / 1e9}
+    halves = Operators(threads, bfloat16=True) if has_bf16() else None
+    if halves is not None and halves.precision != "bfloat16":
+        raise SystemExit(f"the native library runs on {native.target()}, without bfloat16")
+    output = np.empty((1, tokens, channels), np.float32)
+    settings = {"num_heads": HEADS, "scale": SCALE, "num_prefix": 1, "probe": PROBE, "tile": TILE, "cell": cell,
+                "value_power": 2.0, "prefix_keys": 1}  # fmt: skip
+    if halves is not None:
+        runs[DENSE + IN_BF16] = lambda: halves.run("DenseAttention", settings, [qkv], output)
+        work[DENSE + IN_BF16] = work[DENSE]
     for keep in KEEPS:
         keys = math.ceil(round(keep * patches, 9))
         select = helper.make_node(
@@ -124,7 +138,27 @@ def ours(qkv: np.ndarray, cells: int, threads: int) -> tuple[dict[str, Run], dic
         runs[f"attend {keep:g}"] = runner([attend], {"qkv": qkv, "i": lists}, threads)
         runs[f"both {keep:g}"] = runner([select, attend], inputs, threads)
         work[f"attend {keep:g}"] = 4 * (patches * (1 + keys + cells) + tokens) * channels / 1e9
+        if halves is not None:
+            runs |= _in_bf16(halves, qkv, lists, projections, settings | {"keys": keys}, f"{keep:g}")
+            work[f"attend {keep:g}{IN_BF16}"] = work[f"attend {keep:g}"]
     return runs, work
+
+
+def _in_bf16(
+    halves: Operators, qkv: np.ndarray, lists: np.ndarray, projections: dict[str, np.ndarray],
+    settings: dict[str, float], keep: str,
+) -> dict[str, Run]:  # fmt: skip
+    """Attention in bfloat16 alone, and after selection, which is float32."""
+    found, output = np.empty_like(lists), np.empty((1, qkv.shape[1], qkv.shape[2] // 3), np.float32)
+
+    def attend() -> None:
+        halves.run("SparseAttention", settings, [qkv, lists], output)
+
+    def both() -> None:
+        halves.run("KeySelect", settings, [qkv, *projections.values()], found)
+        halves.run("SparseAttention", settings, [qkv, found], output)
+
+    return {f"attend {keep}{IN_BF16}": attend, f"both {keep}{IN_BF16}": both}
 
 
 def measure(tokens: int, cells: int, threads: int, rounds: int, tell: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -137,18 +171,26 @@ def measure(tokens: int, cells: int, threads: int, rounds: int, tell: Any) -> tu
     times = time_in_turn(runs, rounds, burst, lambda what: tell(f"{tokens} tokens, {what}"))
     medians = {name: float(np.median(x)) for name, x in times.items()}
     best = min((FUSED, OPENVINO), key=lambda name: medians[name])
+    best16 = min((best, OPENVINO16), key=lambda name: medians.get(name, math.inf))
     peak = work["gemm"] / medians["gemm"]
     figures = {
         name: {
             "median_ms": medians[name],
-            "times_faster_than_best_dense": ratio(times[best], times[name]),
+            "times_faster_than_best_dense": ratio(times[best16 if name.endswith(IN_BF16) else best], times[name]),
+            **({"times_faster_than_fp32": ratio(times[name.removesuffix(IN_BF16)], times[name])}
+               if name.endswith(IN_BF16) and name != OPENVINO16 else {}),
             **({"gflops": 1e3 * work[name] / medians[name], "share_of_gemm": work[name] / medians[name] / peak}
                if name in work else {}),
         }
         for name in runs
     }  # fmt: skip
     figures[DENSE]["times_faster_than_fused"] = ratio(times[FUSED], times[DENSE])
-    return {n: x.tolist() for n, x in times.items()}, {"cells": cells, "best_dense": best, "operators": figures}
+    return {n: x.tolist() for n, x in times.items()}, {
+        "cells": cells,
+        "best_dense": best,
+        "best_dense_any": best16,
+        "operators": figures,
+    }
 
 
 def show(statistics: dict[str, Any]) -> None:
@@ -158,7 +200,9 @@ def show(statistics: dict[str, Any]) -> None:
         for name, figure in found["operators"].items():
             speed = figure["times_faster_than_best_dense"]
             kind, _, keep = name.partition(" ")
-            wanted = REQUIRED.get((kind, int(tokens), float(keep))) if kind == "both" else None
+            fp32 = not name.endswith(IN_BF16)
+            wanted = REQUIRED.get((kind, int(tokens), float(keep))) if kind == "both" and fp32 else None
+            twin = figure.get("times_faster_than_fp32", {}).get("value", math.nan)
             low, high = (x if isinstance(x, float) else math.nan for x in (speed["low"], speed["high"]))
             rows.append(
                 [
@@ -166,11 +210,13 @@ def show(statistics: dict[str, Any]) -> None:
                     f"{figure['median_ms']:.2f}",
                     f"{speed['value']:.2f} ({low:.2f} to {high:.2f})",
                     f"{wanted[0]:g} / {wanted[1]:g}" if wanted else "",
+                    f"{twin:.2f}" if not math.isnan(twin) else "",
                     f"{figure['gflops']:.0f}" if "gflops" in figure else "",
                     f"{figure['share_of_gemm']:.0%}" if "gflops" in figure else "",
                 ]
             )
-        columns = ["", "ms", f"times {found['best_dense']}", "required / aim", "GFLOP/s", "of gemm"]
+        rival = f"times {found['best_dense']} (bf16: {found['best_dense_any']})"
+        columns = ["", "ms", rival, "required / aim", "times fp32", "GFLOP/s", "of gemm"]
         print_table(f"{tokens} tokens, {found['cells']} cells", columns, rows)
 
 

@@ -135,14 +135,19 @@ def ours_in_openvino() -> dict[str, tuple[str, str]]:
     return {label: (file, how) for label, (file, how) in IN_OPENVINO.items() if has_bf16() or how == "openvino"}
 
 
-def engines(bundles: dict[str, Path], name: str, size: int, threads: int) -> dict[str, Run]:
+def engines(
+    bundles: dict[str, Path], name: str, size: int, threads: int
+) -> tuple[dict[str, Run], dict[str, dict[str, str]]]:
+    """What runs each, and what ours in OpenVINO say that they run in."""
     image = smooth_images(size)
     runs: dict[str, Run] = {}
+    said = {}
     for label, bundle in bundles.items():
         session = ort_session(str(bundle / "model.onnx"), threads)
         runs[label] = lambda session=session: session.run(None, {"image": image})
     for label, (file, backend) in ours_in_openvino().items():
         opened = open_session(bundles[file], backend, threads, "native")
+        said[label] = {"precision": opened.description.precision, "kernels": opened.description.kernels}
         runs[label] = lambda opened=opened: opened.infer({"image": image})
     for rest, hint in (("fp32", "f32"), ("bf16", "bf16"))[: 2 if has_bf16() else 1]:
         dense, dense8 = (str(bundles[label] / "model.onnx") for label in (DENSE, DENSE8))
@@ -156,7 +161,7 @@ def engines(bundles: dict[str, Path], name: str, size: int, threads: int) -> dic
         with torch.inference_mode():
             return model.forward_features(tensor)
 
-    return runs | {"torch fp32": run_torch}
+    return runs | {"torch fp32": run_torch}, said
 
 
 PEAK = """
@@ -226,7 +231,8 @@ def measure(text: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, 
     with tempfile.TemporaryDirectory() as scratch:
         bundles = build(case, Path(scratch), tell)
         memory = peak_memory(bundles, size, threads)
-        times = time_in_turn(engines(bundles, name, size, threads), rounds, 2 if size < 1000 else 1, tell)
+        runs, said = engines(bundles, name, size, threads)
+        times = time_in_turn(runs, rounds, 2 if size < 1000 else 1, tell)
         manifests = {label: read_json(bundles[label] / "manifest.json", 1) for label in (OURS, OURS8)}
         rival8 = json.loads((bundles[DENSE8] / "quantisation.json").read_text())
         real = name == material.DINOV2
@@ -246,7 +252,7 @@ def measure(text: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, 
     }  # fmt: skip
     statistics = {
         "median_ms": medians, "best_dense": best, "ratios": ratios, "peak_memory": memory, "patch_cosine": agreement,
-        "chosen": manifests[OURS].get("measured"),
+        "chosen": manifests[OURS].get("measured"), "ran in": said,
         "quantisation": {OURS8: manifests[OURS8]["quantisation"], DENSE8: rival8},
     }  # fmt: skip
     return {label: x.tolist() for label, x in times.items()}, statistics

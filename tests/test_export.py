@@ -174,7 +174,7 @@ def test_dense_layers_are_kept_where_sparse_ones_are_slower(folder: Path, tmp_pa
 def test_layers_that_turn_dense_compute_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, options in (("test_vit", {}), ("vit_small_patch16_dinov3", {"img_size": 96})):
         made = student(name, SparsityConfig(keep=0.2, cells=4, channels=8), **options).model
-        monkeypatch.setattr(student_changes, "_measure", lambda layer, merged: (2.0, 1.0))
+        monkeypatch.setattr(student_changes, "_measure", lambda layer, merged, backend: (2.0, 1.0, "kernels"))
         found = student_changes.keep_dense_where_slower(made)
         assert found.sparse_layers_left == 0
         assert all(choice.kept_dense for choice in found.choices)

@@ -12,7 +12,7 @@ import pytest
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.errors import ArtifactError, BackendError, MissingExtraError
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.schema import OPERATORS
@@ -24,6 +24,7 @@ from sparsifiner_edge.runtime.verify import verify_bundle
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import process
 from tests.models import TINY, student, vit
+from tests.native.test_replay import BF16_SETS
 from tests.ops.matrix import cases, run_reference
 from tests.seal import seal_bundle
 from tests.tiny import make_bundle
@@ -217,7 +218,9 @@ def test_every_command_takes_it(bundles: dict[str, Path], pictures: Path, tmp_pa
     assert json.loads(built.out)["description"]["kernels"] == f"native, {native.target()}"
     if "BF16" in KNOWN:
         for name in ("edge", "dense", "int8"):
-            assert process("build", bundles[name], "--backend", "openvino-bf16").code == 0
+            checked = process("build", bundles[name], "--backend", "openvino-bf16")
+            assert checked.code == 0, checked.err
+            assert checked.out.startswith("openvino-bf16 20"), checked.out
     refused = process("build", bundles["edge"], "--backend", "openvino", "--compute-capability", "8.6")
     assert (refused.code, "openvino builds no engine" in refused.err) == (2, True)
     profiled = process(
@@ -234,3 +237,29 @@ def test_every_command_takes_it(bundles: dict[str, Path], pictures: Path, tmp_pa
         "--backend", "openvino", "--json",
     )  # fmt: skip
     assert found.code == 0, found.err
+
+
+@pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
+def test_export_measures_in_the_backend_that_will_run_the_file(bundles: dict[str, Path], tmp_path: Path) -> None:
+    source = bundles["merged"].parent / "student merged"
+    made = process("export", source, "--measure-in", "openvino-bf16", "--json", "-o", tmp_path / "b")
+    assert made.code == 0, made.err
+    measured = json.loads(made.out)["measured"]
+    assert measured["backend"] == "openvino-bf16"
+    assert measured["kernels"].startswith(f"native, {native.target()}")
+    assert ("attention in bfloat16" in measured["kernels"]) == (native.target() in BF16_SETS)
+    assert all(c["kept_dense"] == (c["sparse_ms"] > c["dense_ms"]) for c in measured["choices"])
+    refused = process("export", source, "--measure-in", "tensorrt", "-o", tmp_path / "none")
+    assert (refused.code, refused.out) == (2, "")
+    with pytest.raises(ConfigError, match="tensorrt-rtx does not run on the processor"):
+        export_bundle(source, tmp_path / "none", measure_in="tensorrt-rtx")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
+def test_attention_in_bfloat16_is_told(bundles: dict[str, Path]) -> None:
+    said = f"native, {native.target()}" + ", attention in bfloat16" * (native.target() in BF16_SETS)
+    with open_session(bundles["merged"], "openvino-bf16", kernels="native") as session:
+        assert session.description.kernels == said
+    with open_session(bundles["merged"], "openvino") as session:
+        assert session.description.kernels == f"native, {native.target()}"

@@ -68,11 +68,12 @@ class LayerChoice(Struct, frozen=True):
 
 
 class Measured(Struct, frozen=True):
-    """Where sparse attention pays on the machine that exported. kernels: what ran it."""
+    """Where sparse attention pays on the machine that exported. kernels: what ran it. backend: in which."""
 
     kernels: str | None = None
     choices: tuple[LayerChoice, ...] = ()
     sparse_layers_left: int | None = None
+    backend: str = "onnxruntime"
 
 
 class Quantisation(Struct, frozen=True):

@@ -94,7 +94,8 @@ def _print(result: BuildResult) -> None:
 
     if result.description is not None:
         described = result.description
-        click.echo(f"onnxruntime {result.version} runs model.onnx itself: no engine is needed, none was written.")
+        package = f"{result.backend} {result.version}"
+        click.echo(shown(f"{package} runs model.onnx itself: no engine is needed, none was written."))
         click.echo(shown(f"{described.device}, {described.precision}, kernels: {described.kernels}"))
         for name, found in (result.golden or {}).items():
             click.echo(

@@ -31,6 +31,8 @@ from sparsifiner_edge.cli import common
 @click.option("--int8-target", "--recipe", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
               show_default=True, help="For int8: what will run it.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
+@click.option("--measure-in", type=click.Choice(["onnxruntime", "openvino", "openvino-bf16", "openvino-fp16"]),
+              help="The same in this backend.  [--measure alone: onnxruntime]")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile GPU kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip
 @click.option("--inline", is_flag=True,
@@ -112,7 +114,10 @@ def _changes(manifest: Manifest) -> Iterator[str]:
 
 def _measured(manifest: Manifest) -> Iterator[str]:
     """Which layers are kept dense on this machine."""
-    for choice in manifest.measured.choices if manifest.measured else ():
+    if manifest.measured is None:
+        return
+    yield f"measured in {manifest.measured.backend}, {manifest.measured.kernels}:"
+    for choice in manifest.measured.choices:
         yield (
             f"layers {choice.layers[0]} to {choice.layers[-1]}: sparse attention {choice.sparse_ms:.2f} ms, "
             f"dense {choice.dense_ms:.2f} ms: {'kept dense' if choice.kept_dense else 'sparse'}"

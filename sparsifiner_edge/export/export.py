@@ -75,6 +75,7 @@ def export_bundle(
     calibrate: str | Path | None = None,
     int8_target: str = "cpu",
     measure: bool = False,
+    measure_in: str | None = None,
     boards: Sequence[str | Path] = (),
     inline: bool = False,
     progress: Progress | None = None,
@@ -96,6 +97,7 @@ def export_bundle(
             are used.
         int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
         measure: keep dense the layers where sparse attention is slower on this machine; the manifest says which.
+        measure_in: the same, in this backend of the processor; None is ONNX Runtime.
         boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle.
         inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
             no kernels of ours can take them there.
@@ -114,7 +116,7 @@ def export_bundle(
     wanted = _boards(boards, inline)
     numbers = _numbers(precision, int8_target, calibrate, tile is not None or probe is not None, inline)
     student = _load(source, weights, img_size, keep, token_keep, merge)
-    student, changes = changed(student, tile, probe, measure, numbers.images)
+    student, changes = changed(student, tile, probe, measure_in or ("onnxruntime" if measure else None), numbers.images)
     file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)

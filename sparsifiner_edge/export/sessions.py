@@ -1,16 +1,23 @@
-"""ONNX Runtime sessions on exported files that are still in memory: for the check, for int8, for `--measure`."""
+"""Sessions on exported files that are still in memory: for the check, for int8, for `--measure`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
-from sparsifiner_edge.runtime.processor import native_library
+from sparsifiner_edge.runtime.open import find_backend
+from sparsifiner_edge.runtime.openvino.backend import OpenVino
+from sparsifiner_edge.runtime.openvino.session import OpenVinoSession
+from sparsifiner_edge.runtime.processor import native_library, why_portable
 
 _ERRORS_ONLY = 3
 
@@ -41,6 +48,27 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
             f"ONNX Runtime {ort.__version__} refuses the file that would be written: {why}",
             "Choose other settings, and report this as a bug.",
         ) from error
+
+
+@contextlib.contextmanager
+def processor_run(model: onnx.ModelProto, backend: str) -> Iterator[tuple[Callable[[Mapping[str, Array]], Any], str]]:
+    """What runs a float32 graph in a backend of the processor, on all cores, and the kernels that it does so on.
+
+    Raises:
+        ConfigError: the backend is none of the processor's.
+        MissingExtraError, BackendError: as `open_session`.
+    """
+    if backend == "onnxruntime":
+        session = file_session(model)
+        yield lambda feed: session.run(None, feed), described(NATIVE.operators, native_library("auto") is not None)
+        return
+    found = find_backend(backend)
+    if not isinstance(found, OpenVino):
+        raise ConfigError(f"{backend} does not run on the processor.", "Measure in onnxruntime or openvino.")
+    why = why_portable("auto")
+    content, threads = model.SerializeToString(), available_cores()
+    with OpenVinoSession(backend, Path("layer"), content, threads, why is None, why, found.precision, None) as opened:
+        yield opened.infer, opened.description.kernels
 
 
 def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[[Array], dict[str, Array]]:

@@ -21,10 +21,8 @@ from torch import nn
 from sparsifiner_edge.bundle.entries import LayerChoice, Measured, Retiled, Tiling
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.graph import to_onnx
-from sparsifiner_edge.export.sessions import file_session
+from sparsifiner_edge.export.sessions import processor_run
 from sparsifiner_edge.images import load_image
-from sparsifiner_edge.ops.kernels import NATIVE, described
-from sparsifiner_edge.runtime.processor import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.merge import MergingBlock
@@ -39,14 +37,16 @@ ROUNDS, RUNS = 7, 5
 
 
 def changed(
-    student: Student, tile: int | None, probe: int | None, measure: bool, images: Sequence[Path]
+    student: Student, tile: int | None, probe: int | None, measure_in: str | None, images: Sequence[Path]
 ) -> tuple[Student, dict[str, Any]]:
-    """The student with another tile, and layers kept dense where that is faster here; what of it the manifest says."""
+    """The student with another tile, and layers kept dense where that is faster in a backend here; what of it the
+    manifest says.
+    """
     changes: dict[str, Any] = {}
     if tile is not None or probe is not None:
         student, changes["retiled"] = with_tile(student, tile, probe, images)
-    if measure and student.sparsity.sparse_layers(len(student.model.blocks)):
-        measured = changes["measured"] = keep_dense_where_slower(student.model)
+    if measure_in is not None and student.sparsity.sparse_layers(len(student.model.blocks)):
+        measured = changes["measured"] = keep_dense_where_slower(student.model, measure_in)
         kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
         dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
         sparsity = dataclasses.replace(student.sparsity, dense_layers=dense)
@@ -103,11 +103,11 @@ def _cosine(own: Student, changed: Student, images: Sequence[Path]) -> float:
     return statistics.fmean(means)
 
 
-def keep_dense_where_slower(model: Any) -> Measured:
+def keep_dense_where_slower(model: Any, backend: str = "onnxruntime") -> Measured:
     """Turn sparse layers of a model, in place, into dense ones where sparse attention is slower on this machine.
 
-    Both run on the kernels that a session would use here, with the layer's own sizes, selection and cells included, one
-    image at a time, in turn; medians decide. Layers of equal sizes are measured once.
+    Both run on the kernels that a session of the backend would use here, with the layer's own sizes, selection and
+    cells included, one image at a time, in turn; medians decide. Layers of equal sizes are measured once.
     """
     groups: dict[tuple[Any, ...], list[tuple[int, SparseAttention]]] = {}
     merged = False
@@ -117,16 +117,15 @@ def keep_dense_where_slower(model: Any) -> Measured:
             key = (merged, layer.num_heads, layer.head_dim, layer.num_prefix, layer.layout, layer.sparsity)
             groups.setdefault(key, []).append((number, layer))
         merged = merged or isinstance(block, MergingBlock)  # The first of them attends to single tokens yet.
-    choices = []
+    choices, kernels = [], None
     for key, members in groups.items():
-        sparse, dense = _measure(members[0][1], merged=key[0])
+        sparse, dense, kernels = _measure(members[0][1], key[0], backend)
         slower = sparse > dense
         for _, layer in members if slower else ():
             restore_attention(layer)
             make_dense(layer)
         choices.append(LayerChoice(tuple(number for number, _ in members), sparse, dense, slower))
-    kernels = described(NATIVE.operators, native_library("auto") is not None)
-    return Measured(kernels, tuple(choices), len(sparse_layers(model)))
+    return Measured(kernels, tuple(choices), len(sparse_layers(model)), backend)
 
 
 class _Attend(nn.Module):
@@ -140,23 +139,25 @@ class _Attend(nn.Module):
         return self.layer.attend(qkv, sizes)
 
 
-def _measure(layer: SparseAttention, merged: bool = False) -> tuple[float, float]:
-    """Median milliseconds of selection and sparse attention, and of dense attention, over merged tokens or not."""
+def _measure(layer: SparseAttention, merged: bool, backend: str) -> tuple[float, float, str]:
+    """Median milliseconds of selection and sparse attention, and of dense attention, over merged tokens or not; on which
+    kernels.
+    """
     tokens = layer.layout.patches + layer.num_prefix
     qkv = np.random.default_rng(0).normal(size=(1, tokens, 3 * layer.num_heads * layer.head_dim)).astype(np.float32)
     feed = {"qkv": qkv} | ({"sizes": np.ones((1, tokens), np.float32)} if merged else {})
     given = {name: torch.from_numpy(value) for name, value in feed.items()}
-    sessions = []
-    for densely in (False, True):
+    graphs = []
+    for densely in (True, False):
         layer.densely = densely
-        sessions.append(file_session(to_onnx(_Attend(layer).eval(), given, ["output"])))
-    layer.densely = False
+        graphs.append(to_onnx(_Attend(layer).eval(), given, ["output"]))
     times: list[list[float]] = [[], []]
-    for _ in range(ROUNDS):
-        for session, taken in zip(sessions, times, strict=True):
-            session.run(None, feed)  # the other's threads may still spin
-            for _ in range(RUNS):
-                start = time.perf_counter_ns()
-                session.run(None, feed)
-                taken.append((time.perf_counter_ns() - start) / 1e6)
-    return statistics.median(times[0]), statistics.median(times[1])
+    with processor_run(graphs[0], backend) as (dense, _), processor_run(graphs[1], backend) as (sparse, kernels):
+        for _ in range(ROUNDS):
+            for run, taken in zip((dense, sparse), times, strict=True):
+                run(feed)  # the other's threads may still spin
+                for _ in range(RUNS):
+                    start = time.perf_counter_ns()
+                    run(feed)
+                    taken.append((time.perf_counter_ns() - start) / 1e6)
+    return statistics.median(times[1]), statistics.median(times[0]), kernels
