@@ -5,9 +5,10 @@
 H = 6 heads of 64, one class token, tiles of 16, probes of 8, 24 channels: the shapes of a ViT-S and this project's
 defaults. Rivals: ONNX Runtime's fused MultiHeadAttention (given q, k and v apart, which costs it nothing here),
 OpenVINO's scaled_dot_product_attention, and the MatMul, Softmax, MatMul that exporters write. "both" is KeySelect and
-SparseAttention in one graph, background cells included. Where the processor multiplies bfloat16 there are rows of ours in
-it, called by the C interface on float32 tensors, and OpenVINO's attention in it as a rival of theirs. GFLOP/s count what the operator needs; their share is of a
-float32 matrix product of 1024 x 1024 in ONNX Runtime, measured in the same run.
+SparseAttention in one graph, background cells included. Where the processor multiplies bfloat16 there are rows of ours
+in it, called by the C interface on float32 tensors, and OpenVINO's attention in it as a rival of theirs. GFLOP/s count
+what the operator needs; their share is of a float32 matrix product of 1024 x 1024 in ONNX Runtime, measured in the same
+run.
 """
 
 from __future__ import annotations

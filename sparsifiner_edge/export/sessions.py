@@ -68,7 +68,7 @@ def processor_run(model: onnx.ModelProto, backend: str) -> Iterator[tuple[Callab
     why = why_portable("auto")
     content, threads = model.SerializeToString(), available_cores()
     with OpenVinoSession(backend, Path("layer"), content, threads, why is None, why, found.precision, None) as opened:
-        yield opened.infer, opened.description.kernels
+        yield opened.infer, str(opened.description.kernels)
 
 
 def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[[Array], dict[str, Array]]:

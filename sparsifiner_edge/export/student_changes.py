@@ -140,7 +140,7 @@ class _Attend(nn.Module):
 
 
 def _measure(layer: SparseAttention, merged: bool, backend: str) -> tuple[float, float, str]:
-    """Median milliseconds of selection and sparse attention, and of dense attention, over merged tokens or not; on which
+    """Median milliseconds of selection and sparse attention, and of dense attention, over merged tokens or not; and the
     kernels.
     """
     tokens = layer.layout.patches + layer.num_prefix
