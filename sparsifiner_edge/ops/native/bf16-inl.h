@@ -21,7 +21,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
-#if HWY_NATIVE_DOT_BF16
+#if HWY_TARGET == HWY_AVX3_ZEN4 || HWY_TARGET == HWY_NEON_BF16
 
 using Words = hn::RebindToUnsigned<D>;
 using W = hn::Vec<Words>;
@@ -181,7 +181,7 @@ HWY_NOINLINE void SumWords(const uint32_t* weights, const uint32_t* values, size
   }
 }
 
-#endif  // HWY_NATIVE_DOT_BF16
+#endif  // a target with bfloat16
 }  // namespace HWY_NAMESPACE
 }  // namespace sparsifiner
 HWY_AFTER_NAMESPACE();

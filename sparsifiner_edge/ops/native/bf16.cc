@@ -20,7 +20,7 @@
 HWY_BEFORE_NAMESPACE();
 namespace sparsifiner {
 namespace HWY_NAMESPACE {
-#if HWY_NATIVE_DOT_BF16
+#if HWY_TARGET == HWY_AVX3_ZEN4 || HWY_TARGET == HWY_NEON_BF16
 
 // ---------------------------------------------------------------------------------------------------------------------
 // SparseAttention: a tile's list and its cells are rows of one table.
@@ -303,7 +303,7 @@ bool DenseAttentionTarget(const Packed& in, float* output, const Parallel& paral
   return parallel.For(in.batch * in.heads * job.groups, LayOut(job, nullptr, &work), GroupItem, &job);
 }
 
-#endif  // HWY_NATIVE_DOT_BF16
+#endif  // a target with bfloat16
 }  // namespace HWY_NAMESPACE
 }  // namespace sparsifiner
 HWY_AFTER_NAMESPACE();
