@@ -13,7 +13,7 @@ from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
-from tests.native.test_replay import DISABLED, SOURCES
+from tests.native.test_replay import SOURCES, sanitised_objects
 from tests.once import Once
 from tests.ops.matrix import Case, cases, check, run_reference
 
@@ -104,16 +104,14 @@ def test_a_program_in_c_links_the_library_that_was_built(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_a_program_in_c_calls_every_operator_under_sanitizers(once: Once, sanitizers: str) -> None:
+    made, options = sanitised_objects(once, sanitizers)
+
     def build(folder: Path) -> None:
-        options = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-        parts = ["bf16", "dense", "interface", "merge", "pool", "select", "sparse", "target"]
-        main = folder / "interface.o"
-        strict = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
+        strict, main = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"], str(folder / "main.o")
         for command in (
-            ["gcc", *strict, f"-I{SOURCES}", *options, "-c", str(HERE / "interface.c"), "-o", str(main)],
-            ["g++", "-std=c++17", f"-I{SOURCES}", f"-D{DISABLED}", *(str(SOURCES / f"{part}.cc") for part in parts),
-             str(main), *options, "-lhwy", "-pthread", "-o", str(folder / "program")],
-        ):  # fmt: skip
+            ["gcc", *strict, f"-I{SOURCES}", *options, "-c", str(HERE / "interface.c"), "-o", main],
+            ["g++", main, *made, *options, "-o", str(folder / "program")],
+        ):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
 

@@ -38,13 +38,26 @@ AARCH64 = Path(sys.prefix) / "aarch64"
 """Highway for AArch64, unpacked by `make aarch64`."""
 
 
-def build(compiler: str, output: Path, *options: str) -> Path:
-    kernels = ("bf16", "dense", "merge", "select", "sparse", "target")
-    files = [*(SOURCES / f"{name}.cc" for name in kernels), HERE / "replay.cc"]
-    command = [compiler, "-std=c++17", f"-I{SOURCES}", f"-D{DISABLED}", *map(str, files), *options, "-o", str(output)]
+def compiled(compiler: str, source: Path, output: Path, *options: str) -> Path:
+    """An object file, or a program where `options` name what to link."""
+    command = [compiler, "-std=c++17", f"-I{SOURCES}", f"-D{DISABLED}", str(source), *options, "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return output
+
+
+def objects(compiler: str, folder: Path, *options: str) -> list[str]:
+    """The library without ONNX Runtime's adapter, compiled."""
+    sources = [path for path in sorted(SOURCES.glob("*.cc")) if path.name != "onnxruntime.cc"]
+    return [str(compiled(compiler, path, folder / f"{path.stem}.o", "-c", *options)) for path in sources]
+
+
+def sanitised_objects(once: Once, sanitizers: str) -> tuple[list[str], list[str]]:
+    """The same under sanitizers, made once for all tests, and the options that what links them needs."""
+    # Highway's own assertions are in, which call its library.
+    options = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    folder = once(f"objects-{sanitizers.partition(',')[0]}", lambda made: objects("g++", made, *options))
+    return [str(path) for path in sorted(folder.glob("*.o"))], [*options, "-lhwy", "-pthread"]
 
 
 def record(case: Case, inputs: list[np.ndarray]) -> bytes:
@@ -110,9 +123,9 @@ def agree(command: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def sanitised(once: Once) -> Path:
-    # Highway's own assertions are in, which call its library.
-    options = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-lhwy")
-    return once("sanitised", lambda folder: build("g++", folder / "replay", *options)) / "replay"
+    made, options = sanitised_objects(once, "address,undefined")
+    program = HERE / "replay.cc"
+    return once("sanitised", lambda folder: compiled("g++", program, folder / "replay", *made, *options)) / "replay"
 
 
 @pytest.mark.long
@@ -172,6 +185,8 @@ def test_fuzzed_shapes_and_indices_under_sanitizers(sanitised: Path, target: str
     reason="no AArch64 compiler, emulator or Highway: `make aarch64` installs them (root, Debian)",
 )
 def test_the_matrix_on_aarch64(tmp_path: Path) -> None:
-    binary = build("aarch64-linux-gnu-g++", tmp_path / "replay", "-O2", f"-I{AARCH64 / 'usr/include'}")
+    compiler, options = "aarch64-linux-gnu-g++", ("-O2", f"-I{AARCH64 / 'usr/include'}")
+    made = objects(compiler, tmp_path, *options)
+    binary = compiled(compiler, HERE / "replay.cc", tmp_path / "replay", *made, *options)
     for target in ("NEON", "NEON_BF16"):
         agree(["qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu", str(binary), target])

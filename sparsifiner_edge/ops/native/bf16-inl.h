@@ -70,6 +70,18 @@ HWY_INLINE void PackWords(const float* HWY_RESTRICT from, size_t width, size_t w
   }
 }
 
+// sums [2 * words] += weight * what a packed row of `words` holds.
+HWY_INLINE void AddWords(const uint32_t* HWY_RESTRICT row, size_t words, float weight, float* HWY_RESTRICT sums) {
+  const hn::Repartition<hwy::bfloat16_t, D> halves;
+  const D d;
+  const V share = hn::Set(d, weight);
+  for (size_t w = 0; w < words; w += kLanes, sums += 2 * kLanes) {
+    const auto pairs = hn::BitCast(halves, hn::Load(Words(), row + w));
+    hn::Store(hn::MulAdd(share, hn::PromoteLowerTo(d, pairs), hn::Load(d, sums)), d, sums);
+    hn::Store(hn::MulAdd(share, hn::PromoteUpperTo(d, pairs), hn::Load(d, sums + kLanes)), d, sums + kLanes);
+  }
+}
+
 // Two packed rows to one of words of two rows, `2 * words` long.
 HWY_INLINE void Interleave(const uint32_t* HWY_RESTRICT low, const uint32_t* HWY_RESTRICT high, size_t words,
                            uint32_t* HWY_RESTRICT to) {

@@ -1,5 +1,7 @@
 // SparseAttention and DenseAttention in bfloat16, where the instruction set has its dot product: queries, keys, values
-// and weights are rounded, sums and softmax are float32. Rows of prefix tokens stay float32 (sparse-tile-inl.h).
+// and weights are rounded, sums and softmax are float32. Rows of prefix tokens stay float32 (sparse-tile-inl.h). Where
+// what is listed of a cell far outweighs the rest, and yet the rest attracts more, the cell's rounded weight errs by as
+// many times more: selection lists what attracts.
 
 // Built for those sets alone (and the floor, which is empty); in float32 they gain nothing over their lesser ones.
 #undef HWY_DISABLED_TARGETS
@@ -29,12 +31,13 @@ struct WordsJob {
   SparseJob sparse;
   size_t words;                       // of a packed row
   uint32_t *keys, *values;            // [batch * heads][tokens][words]: of two channels
-  uint32_t *cell_keys, *cell_values;  // [batch * heads][cells][words]
+  uint32_t *cell_keys, *cell_values;  // [batch * heads][cells][words]: means of rounded rows
+  uint32_t* cell_rests;               // what rounding takes from cell_keys
 };
 
 // What a thread needs for one tile.
 struct WordsWork : ListWork {
-  float* turned;
+  float *turned, *rests;
   uint32_t *qt, *keys, *values, *weights;
 };
 
@@ -43,6 +46,7 @@ HWY_INLINE size_t LayOut(const WordsJob& job, void* base, WordsWork* work) {
   const size_t rows = sparse.settings.prefix_keys + sparse.settings.keys + sparse.cells, pairs = (rows + 1) / 2;
   Layout layout(base);
   work->turned = layout.Take<float>(sparse.in.width, kQueries);
+  work->rests = layout.Take<float>(sparse.cells + kPaddedRows, kQueries);
   work->qt = layout.Take<uint32_t>(job.words, kQueries);
   work->keys = layout.Take<uint32_t>(rows + kPaddedRows, job.words);
   work->values = layout.Take<uint32_t>(pairs, 2 * job.words);
@@ -52,6 +56,9 @@ HWY_INLINE size_t LayOut(const WordsJob& job, void* base, WordsWork* work) {
 }
 
 // One run of a head's keys or values: packed, and their mean where there are cells.
+//
+// What a list takes out of a cell is the sum of its rounded keys' logits. So the cell's logit is that of the mean of
+// rounded keys, to twice the precision: where little is left of a cell, any difference between both counts many times.
 HWY_NOINLINE void PackRun(void* data, size_t item, void* own) {
   const WordsJob& job = *static_cast<const WordsJob*>(data);
   const SparseJob& sparse = job.sparse;
@@ -66,11 +73,20 @@ HWY_NOINLINE void PackRun(void* data, size_t item, void* own) {
     PackWords(rows + j * in.Row(), in.width, job.words, packed + j * job.words);
   }
   if (sparse.cells == 0) return;
-  float* mean = static_cast<float*>(own);
-  const float* sizes = in.sizes == nullptr ? nullptr : in.sizes + batch * in.tokens + begin;
-  CellMeans(rows + begin * in.Row(), in.Row(), sizes, end - begin, sparse.run, in.width, PackedWidth(in.width), mean);
-  PackWords(mean, in.width, job.words,
-            (which ? job.cell_values : job.cell_keys) + (batch_head * sparse.cells + run) * job.words);
+  float *mean = static_cast<float*>(own), total = 0.0f;
+  std::memset(mean, 0, 2 * job.words * sizeof(float));
+  for (size_t j = begin; j < end; ++j) {
+    const float size = in.sizes == nullptr ? 1.0f : in.sizes[batch * in.tokens + j];
+    AddWords(packed + j * job.words, job.words, size, mean);
+    total += size;
+  }
+  for (size_t c = 0; c < 2 * job.words; ++c) mean[c] *= 1.0f / total;
+  const size_t cell = (batch_head * sparse.cells + run) * job.words;
+  uint32_t* to = (which ? job.cell_values : job.cell_keys) + cell;
+  PackWords(mean, 2 * job.words, job.words, to);
+  if (which) return;
+  AddWords(to, job.words, -1.0f, mean);
+  PackWords(mean, 2 * job.words, job.words, job.cell_rests + cell);
 }
 
 // The rows of a list, then the cells: keys as they are, values of two rows together; the last of an odd number counts
@@ -117,6 +133,10 @@ HWY_NOINLINE void AttendWords(const WordsJob& job, size_t batch, size_t head, si
   ScoresOfWords(work.qt, work.keys, job.words, rows, work.scores);
   float* cells = work.scores + count * kQueries;
   if (sparse.cells != 0) {
+    ScoresOfWords(work.qt, job.cell_rests + batch_head * sparse.cells * job.words, job.words, sparse.cells, work.rests);
+    for (size_t i = 0; i < sparse.cells * kQueries; i += kLanes) {
+      hn::Store(hn::Add(hn::Load(D(), cells + i), hn::Load(D(), work.rests + i)), D(), cells + i);
+    }
     const float* selected = work.scores + s.prefix_keys * kQueries;
     RestOfCells<kSized>(sparse, work.owner, s.keys, selected, work.left, work.sums, cells);
   }
@@ -156,11 +176,12 @@ bool SparseAttentionTarget(const Packed& in, const int32_t* indices, const Spars
     job.values = layout.Take<uint32_t>(heads, in.tokens, job.words);
     job.cell_keys = layout.Take<uint32_t>(heads, sparse.cells, job.words);
     job.cell_values = layout.Take<uint32_t>(heads, sparse.cells, job.words);
+    job.cell_rests = layout.Take<uint32_t>(heads * sparse.cells + kPaddedRows, job.words);
     TakeTables(&layout, &sparse);
     if (pass == 0 && (base = parallel.Shared(layout.used())) == nullptr) return false;
   }
   FillTables(sparse);
-  const size_t mean = Times(PackedWidth(in.width), sizeof(float));
+  const size_t mean = Times(2 * job.words, sizeof(float));
   if (!parallel.For(heads * 2 * sparse.runs, mean, PackRun, &job)) return false;
   WordsWork work;
   return parallel.For(heads * (sparse.tiles + settings.prefix), LayOut(job, nullptr, &work), WordsItem, &job);
