@@ -31,7 +31,8 @@ from cpu_engines import Run, has_bf16, openvino_run, ort_session, ratio, time_in
 from fidelity_subject import weights_file
 from safetensors.torch import save_file
 
-from sparsifiner_edge.artifacts import read_json
+from sparsifiner_edge.bundle.manifest import manifest_content
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import Keep, parse_keep
 from sparsifiner_edge.demo import material, split
@@ -233,7 +234,7 @@ def measure(text: str, threads: int, rounds: int, tell: Any) -> tuple[dict[str, 
         memory = peak_memory(bundles, size, threads)
         runs, said = engines(bundles, name, size, threads)
         times = time_in_turn(runs, rounds, 2 if size < 1000 else 1, tell)
-        manifests = {label: read_json(bundles[label] / "manifest.json", 1) for label in (OURS, OURS8)}
+        manifests = {label: manifest_content(open_bundle(bundles[label]).manifest) for label in (OURS, OURS8)}
         rival8 = json.loads((bundles[DENSE8] / "quantisation.json").read_text())
         real = name == material.DINOV2
         agreement = fidelity(bundles, size, threads) if real else {"unavailable": "random weights"}
