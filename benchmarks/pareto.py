@@ -22,7 +22,7 @@ from accuracy_images import linked
 from cpu_engines import ort_session, time_in_turn
 from fidelity_subject import local_window, weights_file
 
-from sparsifiner_edge.artifacts import read_json
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.costs import summary
@@ -46,7 +46,7 @@ Point = tuple[str, str, onnx.ModelProto, int]
 def points(work: Path, tell: Any) -> Iterator[Point]:
     """Every point of the image, the dense model first."""
     bundle = export_bundle(material.DINOV2, work / "pareto-dense", weights=weights_file(), img_size=SIZE)
-    yield DENSE, "1", onnx.load(bundle / "model.onnx"), read_json(bundle / "manifest.json", 1)["costs"]["total_macs"]
+    yield DENSE, "1", *_file(bundle)
     edge = untrained(work, "edge")
     for family, folder in (("ours, untrained", edge), ("ours, trained", work / "edge")):
         if not folder.exists():
@@ -82,8 +82,11 @@ def points(work: Path, tell: Any) -> Iterator[Point]:
 
 
 def _exported(work: Path, student: Path, **budget: Any) -> tuple[onnx.ModelProto, int]:
-    bundle = export_bundle(student, work / "pareto-bundle", **budget)
-    return onnx.load(bundle / "model.onnx"), read_json(bundle / "manifest.json", 1)["costs"]["total_macs"]
+    return _file(export_bundle(student, work / "pareto-bundle", **budget))
+
+
+def _file(bundle: Path) -> tuple[onnx.ModelProto, int]:
+    return onnx.load(bundle / "model.onnx"), open_bundle(bundle).manifest.costs["total_macs"]
 
 
 def _windowed(model: onnx.ModelProto, student: Any) -> tuple[onnx.ModelProto, int]:
