@@ -258,7 +258,8 @@ def test_export_measures_in_the_backend_that_will_run_the_file(bundles: dict[str
 
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 def test_attention_in_bfloat16_is_told(bundles: dict[str, Path]) -> None:
-    said = f"native, {native.target()}" + ", attention in bfloat16" * (native.target() in BF16_SETS)
+    precision = "bfloat16" if native.target() in BF16_SETS else "float32"
+    said = f"native, {native.target()}, attention in {precision}"
     with open_session(bundles["merged"], "openvino-bf16", kernels="native") as session:
         assert session.description.kernels == said
     with open_session(bundles["merged"], "openvino") as session:

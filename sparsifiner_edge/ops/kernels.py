@@ -47,13 +47,13 @@ TRITON = Kernels(("KeySelect", "SparseAttention"), "cuda", ("float32", "float16"
 
 
 def described(
-    operators: Collection[str], native_library: bool, reason: str | None = None, precision: str = "float32"
+    operators: Collection[str], native_library: bool, reason: str | None = None, precision: str | None = None
 ) -> str:
     """What runs a model's `sparsifiner` operators on the processor, for people.
 
     Args:
         native_library: it is registered. reason: why it is not, where that was expected.
-        precision: of attention in the native library.
+        precision: of attention in the native library, where that is worth a word.
     """
     native_ones = set(operators) & set(NATIVE.operators) if native_library else set()
     bodies = sorted(set(operators) - native_ones)
@@ -62,5 +62,5 @@ def described(
     if not native_ones:
         return "function bodies" if reason is None else f"function bodies (the native library {reason})"
     rest = f"; function bodies: {', '.join(bodies)}" if bodies else ""
-    how = f", attention in {precision}" if precision != "float32" else ""
+    how = f", attention in {precision}" if precision else ""
     return f"native, {native.target()}{how}{rest}"

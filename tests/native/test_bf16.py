@@ -133,7 +133,8 @@ def test_a_lesser_instruction_set_says_float32() -> None:
         "print(operators.precision, '|', described({'DenseAttention'}, True, None, operators.precision))\n"
     )
     for target, said in (
-        ("", f"bfloat16 | native, {native.target()}, attention in bfloat16"), ("AVX2", "float32 | native, AVX2"),
+        ("", f"bfloat16 | native, {native.target()}, attention in bfloat16"),
+        ("AVX2", "float32 | native, AVX2, attention in float32"),
     ):  # fmt: skip
         environment = os.environ | {native.TARGET_VARIABLE: target}
         done = subprocess.run(

@@ -111,15 +111,14 @@ class OpenVinoSession(Session):
         names = {value.name for value in (*graph.graph.input, *graph.graph.output)}
         self.inputs = [_spec(port, names) for port in self._compiled.inputs]
         self.outputs = [_spec(port, names) for port in self._compiled.outputs]
+        said = self._operators.precision if self._operators is not None and precision == "bf16" else None
         self._description = Description(
             backend=self.backend,
             version=str(openvino.__version__).partition("-")[0],
             provider="CPU",
             device="CPU",
             precision=ran,
-            kernels=described(
-                operators, bool(ours), why_bodies, self._operators.precision if self._operators else "float32"
-            ),
+            kernels=described(operators, bool(ours), why_bodies, said),
             threads=threads,
         )
 
