@@ -1,0 +1,149 @@
+"""Intervals and verdicts: they cover the truth as often as they say, and no program beside makes a bundle faster."""
+
+import numpy as np
+import pytest
+
+from sparsifiner_edge.profiles import stats
+
+pytestmark = pytest.mark.slow
+
+
+def correlated(random, count, memory=0.9):
+    """A stationary AR(1) series, standard normal at each moment."""
+    noise = random.normal(size=count) * np.sqrt(1 - memory**2)
+    series = np.empty(count)
+    series[0] = random.normal()
+    for i in range(1, count):
+        series[i] = memory * series[i - 1] + noise[i]
+    return series
+
+
+def coverage(interval, truth, draw, trials=400):
+    def holds(low, high):
+        return (low is None or low <= truth) and (high is None or truth <= high)
+
+    return np.mean([holds(*interval(draw())) for _ in range(trials)])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("count", [64, 1000])
+def test_quantile_intervals_cover_the_truth_of_a_skewed_distribution(share, count):
+    random = np.random.default_rng(3)
+    rate = coverage(
+        lambda x: stats.quantile_interval(x, share), -np.log1p(-share), lambda: random.exponential(size=count)
+    )
+    assert rate >= 0.93
+
+
+def test_intervals_cover_the_truth_of_correlated_samples():
+    random = np.random.default_rng(4)
+    assert coverage(lambda x: stats.quantile_interval(x, 0.5), 0.0, lambda: correlated(random, 1000)) >= 0.9
+    assert coverage(stats.mean_interval, 0.0, lambda: correlated(random, 1000)) >= 0.9
+    # The correction is what does it.
+    assert coverage(lambda x: stats.mean_interval(random.permutation(x)), 0.0, lambda: correlated(random, 1000)) < 0.6
+
+
+@pytest.mark.parametrize("count", [5, 8, 30])
+def test_intervals_of_few_images_cover_the_truth(count):
+    random = np.random.default_rng(5)
+
+    def interval(values):
+        found = stats.small_sample_mean(values)
+        return found.low, found.high
+
+    assert 0.92 <= coverage(interval, 0.0, lambda: random.normal(size=count)) <= 0.99
+    assert "too few" in stats.small_sample_mean([1.0, 2.0, 3.0, 4.0]).low.why
+    for freedom, value in ((4, 2.776), (7, 2.365), (29, 2.045)):  # Student's table
+        assert stats.student_t(freedom) == pytest.approx(value, abs=0.002)
+
+
+def test_intervals_are_no_wider_than_they_need_be():
+    random = np.random.default_rng(5)
+    widths = [np.subtract(*stats.mean_interval(random.normal(size=1000))[::-1]) for _ in range(200)]
+    assert np.mean(widths) == pytest.approx(2 * 1.96 / np.sqrt(1000), rel=0.2)
+    low, high = stats.quantile_interval(random.permutation(10001), 0.5)
+    assert 4880 < low < 4960  # Exactly 5000 -+ 1.96 * 50 for independent samples.
+    assert 5040 < high < 5120
+
+
+def test_too_few_samples_do_not_bound_p99_from_above():
+    low, high = stats.quantile_interval(np.random.default_rng(0).random(64), 0.99)
+    assert low is not None
+    assert high is None
+    p99 = stats.summarise(np.random.default_rng(0).random(64)).latency_ms.p99
+    assert "too few" in p99.high.why
+
+
+def test_the_number_of_independent_samples_is_found():
+    random = np.random.default_rng(6)
+    assert stats.effective_size(np.ones(10)) == 10
+    assert 800 <= stats.effective_size(random.normal(size=1000)) <= 1000
+    # AR(1) with memory m: count (1 - m) / (1 + m).
+    assert stats.effective_size(correlated(random, 20000)) == pytest.approx(20000 * 0.1 / 1.9, rel=0.3)
+
+
+def test_summary_of_known_samples():
+    summary = stats.summarise(np.arange(1.0, 102.0))
+    assert summary.latency_ms.p50.value == 51
+    assert summary.latency_ms.p90.value == 91
+    assert summary.latency_ms.mean.value == 51
+    throughput = summary.throughput_per_s
+    assert throughput.value == pytest.approx(1000 / 51)
+    assert throughput.low < throughput.value < throughput.high
+
+
+def paired_rounds(random, true_ratio, rounds=40):
+    """Blocks of ten queries; the whole machine drifts by up to half, slowly, and every query has noise of its own."""
+    drift = np.exp(0.5 * correlated(random, rounds, 0.95))
+
+    def side(scale):
+        return [scale * d * random.lognormal(0, 0.1, 10) for d in drift]
+
+    return stats.round_ratios(side(1.0), side(true_ratio))
+
+
+def ratio_interval(ratios):
+    return stats.quantile_interval(ratios, 0.5)
+
+
+def busy_ratios(random, rounds=20):
+    """What another program on the machine does to equal bundles: for some rounds in a row, one of them takes twice."""
+    return np.exp(np.log(2) * np.sign(correlated(random, rounds, 0.5)) * (random.random(rounds) < 0.7))
+
+
+def test_ratio_interval_covers_the_truth_although_the_machine_drifts():
+    random = np.random.default_rng(7)
+    assert coverage(ratio_interval, 1.5, lambda: paired_rounds(random, 1.5)) >= 0.92
+
+
+def test_equal_bundles_seldom_get_a_verdict_and_different_ones_do():
+    random = np.random.default_rng(8)
+
+    def share_of_verdicts(true_ratio, verdict):
+        found = [stats.judge(*ratio_interval(paired_rounds(random, true_ratio))) for _ in range(300)]
+        return np.mean([v == verdict for v in found])
+
+    busy = [stats.judge(*ratio_interval(busy_ratios(random))) for _ in range(1000)]
+    assert np.mean([v == "no difference shown" for v in busy]) >= 0.95
+    assert share_of_verdicts(1.0, "no difference shown") >= 0.97
+    assert share_of_verdicts(1.2, "faster") >= 0.95
+    assert share_of_verdicts(1 / 1.2, "slower") >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((1.02, 1.05), "faster"),
+        ((1.005, 1.05), "no difference shown"),
+        ((0.9, 0.98), "slower"),
+        ((0.9, 0.995), "no difference shown"),
+        ((0.9, 1.1), "no difference shown"),
+        ((None, None), "no difference shown"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval_beyond_one_percent(interval, verdict):
+    assert stats.judge(*interval) == verdict
+
+
+def test_few_rounds_bear_no_interval():
+    assert stats.quantile_interval([1.5, 1.6, 1.4, 1.5, 1.55], 0.5) == (None, None)

@@ -1,0 +1,77 @@
+"""What export changes in a student: another tile, behind a gate, and dense layers where sparse attention is slower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ConfigError, GateError
+from sparsifiner_edge.export import student_changes
+from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.sparse.student import load_student, save_student
+from tests.commands import manifest_of
+from tests.models import student, vit
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_student(student(), tmp_path_factory.mktemp("student") / "student")
+
+
+def test_dense_layers_are_kept_where_sparse_ones_are_slower(folder: Path, tmp_path: Path) -> None:
+    manifest = manifest_of(export_bundle(folder, tmp_path / "b", measure=True))
+    (choice,) = manifest["measured"]["choices"]
+    assert choice["layers"] == [0, 1, 2, 3, 4, 5]
+    assert choice["kept_dense"] == (choice["sparse_ms"] > choice["dense_ms"])
+    wanted = {"sparsifiner::DenseAttention"}
+    if not choice["kept_dense"]:
+        wanted = {"sparsifiner::KeySelect", "sparsifiner::SparseAttention"}
+    assert set(manifest["ops"]) == wanted
+    assert (manifest["sparsity"] is None) == choice["kept_dense"]
+
+
+def test_layers_that_turn_dense_compute_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, options in (("test_vit", {}), ("vit_small_patch16_dinov3", {"img_size": 96})):
+        made = student(name, SparsityConfig(keep=0.2, cells=4, channels=8), **options).model
+        monkeypatch.setattr(student_changes, "_measure", lambda layer, merged, backend: (2.0, 1.0, "kernels"))
+        found = student_changes.keep_dense_where_slower(made)
+        assert found.sparse_layers_left == 0
+        assert all(choice.kept_dense for choice in found.choices)
+        plain = vit(name, **options)
+        x = torch.randn(1, 3, *plain.patch_embed.img_size)
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), plain(x), atol=1e-4, rtol=1e-3)
+
+
+def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    own = load_student(folder).sparsity
+    bundle = export_bundle(folder, tmp_path / "b", tile=4 * own.tile, probe=own.probe, keep=0.9, calibrate=pictures)
+    manifest = manifest_of(bundle)
+    nodes = [node for node in onnx.load(bundle / "model.onnx").graph.node if node.op_type == "SparseAttention"]
+    tiles = {a.i for node in nodes for a in node.attribute if a.name == "tile"}
+    assert tiles == {4 * own.tile} == {manifest["sparsity"]["tile"]}
+    assert manifest["retiled"]["from"] == {"tile": own.tile, "probe": own.probe}
+    assert 0.97 <= manifest["retiled"]["cosine"] < 1
+    assert manifest["retiled"]["pictures"] == 3
+
+
+def test_a_tile_is_refused_where_it_cannot_be_judged(
+    folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="--calibrate"):
+        export_bundle(folder, tmp_path / "b", tile=32)
+    with pytest.raises(ConfigError, match="multiple of probe"):
+        export_bundle(folder, tmp_path / "b", tile=9, calibrate=pictures)
+    pruned = {"token_keep": ((0, 0.5),), "calibrate": pictures, "tile": 32}
+    with pytest.raises(ConfigError, match="different tokens"):
+        export_bundle(folder, tmp_path / "b", **pruned)
+    monkeypatch.setattr(student_changes, "LEAST_TOKENS_COSINE", 0.999999)
+    with pytest.raises(GateError, match=r"allowed 0\.999999"):
+        export_bundle(folder, tmp_path / "b", tile=64, keep=0.1, calibrate=pictures)
+    assert list(tmp_path.iterdir()) == []
