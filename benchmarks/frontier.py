@@ -16,6 +16,7 @@ that the run of batch 1 has left in FOLDER.
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import warnings
@@ -234,7 +235,7 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
     families: dict[str, list[dict[str, Any]]] = {}
     for row in found["points"].values():
         families.setdefault(row["family"], []).append(row)
-    marks = iter("osD^v")
+    marks = itertools.cycle("osD^v")
     for number, (family, rows) in enumerate(families.items()):
         if family.startswith("dense"):
             axis.plot([r["median_ms"] for r in rows], [1e-4] * len(rows), "|", color="grey", markersize=14)

@@ -252,7 +252,7 @@ def test_export_measures_in_the_backend_that_will_run_the_file(bundles: dict[str
     refused = process("export", source, "--measure-in", "tensorrt", "-o", tmp_path / "none")
     assert (refused.code, refused.out) == (2, "")
     with pytest.raises(ConfigError, match="tensorrt-rtx does not run on the processor"):
-        export_bundle(source, tmp_path / "none", measure_in="tensorrt-rtx")
+        export_bundle(source, tmp_path / "none", measure="tensorrt-rtx")
     assert not (tmp_path / "none").exists()
 
 

@@ -41,12 +41,14 @@ from sparsifiner_edge.cli import common
 @click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")
 @common.json_option
 @common.output_option("Bundle folder to write.")
-def command(*, source: str, output: Path, as_json: bool, **options: Any) -> None:
+def command(*, source: str, output: Path, as_json: bool, measure: bool, measure_in: str | None, **options: Any) -> None:
     """Export a student folder, or timm's MODEL as the dense baseline, to ONNX, checked against PyTorch."""
     import sparsifiner_edge
 
     with common.progress_bar("exporting and checking") as progress:
-        folder = sparsifiner_edge.export_bundle(source, output, progress=progress, **options)
+        folder = sparsifiner_edge.export_bundle(
+            source, output, measure=measure_in or measure, progress=progress, **options
+        )
     bundle = open_bundle(folder)
     if as_json:
         common.print_json(manifest_content(bundle.manifest))

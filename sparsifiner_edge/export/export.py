@@ -74,8 +74,7 @@ def export_bundle(
     tokens: bool = False,
     calibrate: str | Path | None = None,
     int8_target: str = "cpu",
-    measure: bool = False,
-    measure_in: str | None = None,
+    measure: bool | str = False,
     boards: Sequence[str | Path] = (),
     inline: bool = False,
     progress: Progress | None = None,
@@ -96,8 +95,8 @@ def export_bundle(
         calibrate: for int8 and for another tile: a folder of images like those that the model will see; at most 32
             are used.
         int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
-        measure: keep dense the layers where sparse attention is slower on this machine; the manifest says which.
-        measure_in: the same, in this backend of the processor; None is ONNX Runtime.
+        measure: keep dense the layers where sparse attention is slower on this machine, in the backend named, or in
+            ONNX Runtime; the manifest says which.
         boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle.
         inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
             no kernels of ours can take them there.
@@ -116,7 +115,7 @@ def export_bundle(
     wanted = _boards(boards, inline)
     numbers = _numbers(precision, int8_target, calibrate, tile is not None or probe is not None, inline)
     student = _load(source, weights, img_size, keep, token_keep, merge)
-    student, changes = changed(student, tile, probe, measure_in or ("onnxruntime" if measure else None), numbers.images)
+    student, changes = changed(student, tile, probe, "onnxruntime" if measure is True else measure, numbers.images)
     file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)

@@ -16,8 +16,7 @@ from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.openvino.backend import OpenVino
-from sparsifiner_edge.runtime.openvino.session import OpenVinoSession
-from sparsifiner_edge.runtime.processor import native_library, why_portable
+from sparsifiner_edge.runtime.processor import native_library
 
 _ERRORS_ONLY = 3
 
@@ -65,9 +64,7 @@ def processor_run(model: onnx.ModelProto, backend: str) -> Iterator[tuple[Callab
     found = find_backend(backend)
     if not isinstance(found, OpenVino):
         raise ConfigError(f"{backend} does not run on the processor.", "Measure in onnxruntime or openvino.")
-    why = why_portable("auto")
-    content, threads = model.SerializeToString(), available_cores()
-    with OpenVinoSession(backend, Path("layer"), content, threads, why is None, why, found.precision, None) as opened:
+    with found.session(Path("layer"), model.SerializeToString(), available_cores(), "auto") as opened:
         yield opened.infer, str(opened.description.kernels)
 
 

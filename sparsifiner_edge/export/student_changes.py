@@ -37,16 +37,16 @@ ROUNDS, RUNS = 7, 5
 
 
 def changed(
-    student: Student, tile: int | None, probe: int | None, measure_in: str | None, images: Sequence[Path]
+    student: Student, tile: int | None, probe: int | None, backend: str | bool, images: Sequence[Path]
 ) -> tuple[Student, dict[str, Any]]:
-    """The student with another tile, and layers kept dense where that is faster in a backend here; what of it the
-    manifest says.
+    """The student with another tile, and layers kept dense where that is faster here, in a backend (False: none); what
+    of it the manifest says.
     """
     changes: dict[str, Any] = {}
     if tile is not None or probe is not None:
         student, changes["retiled"] = with_tile(student, tile, probe, images)
-    if measure_in is not None and student.sparsity.sparse_layers(len(student.model.blocks)):
-        measured = changes["measured"] = keep_dense_where_slower(student.model, measure_in)
+    if isinstance(backend, str) and student.sparsity.sparse_layers(len(student.model.blocks)):
+        measured = changes["measured"] = keep_dense_where_slower(student.model, backend)
         kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
         dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
         sparsity = dataclasses.replace(student.sparsity, dense_layers=dense)

@@ -21,10 +21,8 @@ from tests.ops import matrix
 from tests.ops.matrix import Case, cases, check, run_reference
 from tests.ops.test_parity import PAPER
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(native.target() not in BF16_SETS, reason="the processor multiplies no bfloat16"),
-]
+LACKING = native.why_unusable() is None and native.target() not in BF16_SETS
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(LACKING, reason="the processor multiplies no bfloat16")]
 ATTENTION = ("SparseAttention", "MergedSparseAttention", "DenseAttention", "MergedDenseAttention")
 
 

@@ -28,7 +28,7 @@ HWY_INLINE float Unordered(int32_t place) {
 }
 
 // Stores the lanes of `mask`, side by side, and others after them; returns their number. In a register, not by a store
-// that compresses: that one is microcode on Zen 4, and took half of selection there.
+// that compresses: that one is microcode on Zen 4.
 template <class T, class M>
 HWY_INLINE size_t Compact(T d, hn::Vec<T> x, M mask, hn::TFromD<T>* HWY_RESTRICT to) {
   hn::StoreU(hn::Compress(x, mask), d, to);

@@ -25,16 +25,15 @@ class OpenVino(ProcessorBackend):
         """See `Backend.open`."""
         with bundle.sealed_copy(MODEL_FILE) as copy:
             content = Path(copy).read_bytes()
-        return OpenVinoSession(
-            self.name,
-            bundle.folder / MODEL_FILE,
-            content,
-            threads,
-            native_library(kernels) is not None,
-            why_portable(kernels) if kernels == "auto" else None,
-            self.precision,
-            bundle.manifest.precision,
-        )
+        return self.session(bundle.folder / MODEL_FILE, content, threads, kernels, bundle.manifest.precision)
+
+    def session(
+        self, model: Path, content: bytes, threads: int, kernels: str, stored: str | None = None
+    ) -> OpenVinoSession:
+        """A session on a file's content; see `OpenVinoSession`."""
+        why = why_portable(kernels) if kernels == "auto" else None
+        native = native_library(kernels) is not None
+        return OpenVinoSession(self.name, model, content, threads, native, why, self.precision, stored)
 
 
 class OpenVinoBf16(OpenVino):
