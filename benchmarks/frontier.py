@@ -10,8 +10,8 @@ attention, in ONNX Runtime and OpenVINO. Fidelity is that of what ran, over the 
 (`demo/split.py`): cosine of patches and class token to the dense model's. All are timed in turn in one process. "At
 equal fidelity": the best rival's time for a fidelity, interpolated between its neighbouring points, over ours.
 
-With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured; fidelities are those
-that the run of batch 1 has left in FOLDER.
+With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured, without torch, which
+was never the best; fidelities are those that the run of batch 1 has left in FOLDER.
 """
 
 from __future__ import annotations

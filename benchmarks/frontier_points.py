@@ -141,7 +141,8 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
         session = ort_session(str(path), of.threads, False)
         points.append(_ort_point(session, f"{kind}, ONNX Runtime fp32", budget, macs, "fp32", of))
         points += [_openvino_point(path, f"{kind}, OpenVINO {hint}", budget, macs, hint, of) for hint in of.hints]
-        points.append(_torch_point(tome.ToMe(model, rates).eval(), f"{kind}, torch fp32", budget, macs, of))
+        if of.batch == 1 and of.model != LARGER:
+            points.append(_torch_point(tome.ToMe(model, rates).eval(), f"{kind}, torch fp32", budget, macs, of))
         if of.int8:
             tell(f"quantise {kind}, {budget}")
             plain = onnx.load(path)

@@ -18,7 +18,7 @@ from sparsifiner_edge.export import int8 as module
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import INT8_TARGETS, _compared, quantise
-from sparsifiner_edge.export.sessions import file_runner
+from sparsifiner_edge.export.sessions import file_runner, with_outputs
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
@@ -122,6 +122,26 @@ def test_channels_that_nothing_reads_cost_nothing(place: Path) -> None:
     _, found = quantise(model, images)
     assert not found.kept
     assert min(found.cosines.values()) > 0.999
+
+
+def test_what_merges_is_no_error_of_the_layers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = export_bundle(place / "student", place / "merged", merge=(12,), tokens=True)
+    model = onnx.load(merged / "model.onnx")
+    matches = [name for node in model.graph.node if node.op_type == "MatchTokens" for name in node.output]
+    assert len(matches) > 3
+    image = smooth_images(160, seed=99)
+    outputs = file_runner(with_outputs(model, matches))(image)
+    given = {name: outputs.pop(name) for name in matches}
+    for name, values in file_runner(module._matched(model, matches))(image, given).items():
+        np.testing.assert_array_equal(values, outputs[name])
+    # Noise, whose patches are all as alike.
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 1, 160, 160, 3), dtype=np.uint8))
+    with pytest.raises(GateError, match="where its own matches merge"):
+        quantise(onnx.load(merged / "model.onnx"), images)
+    monkeypatch.setattr(module, "LEAST_OWN_COSINE", 0)
+    _, found = quantise(onnx.load(merged / "model.onnx"), images)
+    assert found.cosines["tokens"] > 0.995 > 0.9 > found.own_matches_cosines["tokens"]
+    assert not quantise(onnx.load(place / "fp32" / "model.onnx"), images)[1].own_matches_cosines
 
 
 def test_no_number_fails_the_gate(place: Path) -> None:

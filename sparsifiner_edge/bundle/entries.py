@@ -81,7 +81,9 @@ class Quantisation(Struct, frozen=True):
 
     Attributes:
         recipe: what will run the file.
-        cosines: per output, mean row cosine to the float32 file over held-out images, of the patches that both keep.
+        cosines: per output, mean row cosine to the float32 file over held-out images, of the patches that both keep;
+            where tokens merge, with the float32 file's matches.
+        own_matches_cosines: the same with its own matches; empty where no tokens merge.
         other_patches: share of the patches that only one of both files keeps, where tokens are pruned.
         quantised, kept: linear layers in int8; names of those left in float32.
         calibrated, held_out: numbers of images.
@@ -90,6 +92,7 @@ class Quantisation(Struct, frozen=True):
 
     recipe: str | None = None
     cosines: dict[str, float] = {}
+    own_matches_cosines: dict[str, float] = {}
     other_patches: float = 0.0
     quantised: int = 0
     kept: tuple[str, ...] = ()

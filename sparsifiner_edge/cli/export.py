@@ -106,6 +106,8 @@ def _changes(manifest: Manifest) -> Iterator[str]:
     if quantised := manifest.quantisation:
         least = min(quantised.cosines.values())
         others = f", other patches kept: {quantised.other_patches:.1%}" if quantised.other_patches else ""
+        if own := quantised.own_matches_cosines:
+            others += f" with the same merges, {min(own.values()):.4f} with its own"
         counts = f"{quantised.quantised} linear layers, {len(quantised.kept)} left out"
         yield f"int8: {counts}, cosine {least:.4f}{others}"
     if half := manifest.float16:

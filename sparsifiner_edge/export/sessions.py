@@ -68,11 +68,15 @@ def processor_run(model: onnx.ModelProto, backend: str) -> Iterator[tuple[Callab
         yield opened.infer, str(opened.description.kernels)
 
 
-def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[[Array], dict[str, Array]]:
-    """A function from the input `image` to the outputs by name; see `file_session`."""
+def file_runner(model: onnx.ModelProto, kernels: str = "auto") -> Callable[..., dict[str, Array]]:
+    """A function from the input `image`, and other inputs by name, to the outputs by name; see `file_session`."""
     session = file_session(model, kernels)
     names = [output.name for output in session.get_outputs()]
-    return lambda image: dict(zip(names, session.run(names, {"image": image}), strict=True))
+
+    def run(image: Array, others: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        return dict(zip(names, session.run(names, {"image": image, **(others or {})}), strict=True))
+
+    return run
 
 
 def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""The kernels built apart: with address and undefined-behaviour sanitizers, and for AArch64, emulated."""
+"""The kernels built apart: with sanitizers of addresses and undefined behaviour, AMX emulated, and for AArch64."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ OPS = {
     "DenseAttention": 0, "SparseAttention": 1, "KeySelect": 2, "TokenScore": 3, "MatchTokens": 4, "MergeTokens": 5,
     "MergedDenseAttention": 0, "MergedSparseAttention": 1, "MergedKeySelect": 2,
 }  # fmt: skip
-BF16_SETS = ("AVX3_ZEN4", "NEON_BF16")
-SETS = (*FLOAT_SETS, "AVX3_ZEN4") if os.uname().machine == "x86_64" else (*FLOAT_SETS, "NEON_BF16")
+BF16_SETS = ("AMX", "AVX3_ZEN4", "NEON_BF16")
+SETS = (*FLOAT_SETS, "AMX", "AVX3_ZEN4") if os.uname().machine == "x86_64" else (*FLOAT_SETS, "NEON_BF16")
 DISABLED = re.findall(r'"(HWY_DISABLED_TARGETS=[^"]*)"', (SOURCES / "CMakeLists.txt").read_text())[0]
 NO_SUCH_SET = 2
 AARCH64 = Path(sys.prefix) / "aarch64"
@@ -55,7 +55,7 @@ def objects(compiler: str, folder: Path, *options: str) -> list[str]:
 def sanitised_objects(once: Once, sanitizers: str) -> tuple[list[str], list[str]]:
     """The same under sanitizers, made once for all tests, and the options that what links them needs."""
     # Highway's own assertions are in, which call its library.
-    options = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    options = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-DSPARSIFINER_EMULATE_AMX=1"]
     folder = once(f"objects-{sanitizers.partition(',')[0]}", lambda made: objects("g++", made, *options))
     return [str(path) for path in sorted(folder.glob("*.o"))], [*options, "-lhwy", "-pthread"]
 

@@ -72,7 +72,7 @@ def _require_whole(path: Path) -> None:
 
 @functools.cache
 def target() -> str:
-    """Instruction set that the kernels run on, such as "AVX3" (AVX-512), "AVX3_ZEN4" (with bfloat16), "AVX2", "NEON".
+    """Instruction set that the kernels run on, such as "AVX3" (AVX-512), "AVX3_ZEN4" (with bfloat16), "AMX", "AVX2".
 
     Raises:
         ValueError: the variable `SPARSIFINER_TARGET` names none that this machine has.

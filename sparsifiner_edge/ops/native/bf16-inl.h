@@ -93,6 +93,26 @@ HWY_INLINE void Interleave(const uint32_t* HWY_RESTRICT low, const uint32_t* HWY
   }
 }
 
+// The same of two rows of floats.
+HWY_INLINE void PackPair(const float* HWY_RESTRICT low, const float* HWY_RESTRICT high, size_t width, size_t words,
+                         uint32_t* HWY_RESTRICT to) {
+  HWY_ALIGN uint32_t rows[2][2 * kLanes];
+  for (size_t w = 0; w < words; w += kLanes, to += 2 * kLanes) {
+    const size_t c = 2 * w, some = c < width ? std::min(width - c, 2 * kLanes) : 0;
+    PackWords(low + c, some, kLanes, rows[0]);
+    PackWords(high + c, some, kLanes, rows[1]);
+    Interleave(rows[0], rows[1], kLanes, to);
+  }
+}
+
+// rows: 16 pointers to `width` floats each -> words of two channels [words][16], times `factor`. turned: [width][16].
+HWY_INLINE void PackTurned(const float* const* rows, size_t width, float factor, float* turned, uint32_t* qt) {
+  Transpose16(rows, width, factor, turned);
+  PairRows(turned, width, qt);
+  const size_t filled = (width + 1) / 2;
+  std::memset(qt + filled * kQueries, 0, (PackedWords(width) - filled) * kQueries * sizeof(uint32_t));
+}
+
 template <size_t kKeys>
 HWY_INLINE void ScoreWords(const uint32_t* HWY_RESTRICT qt, const uint32_t* HWY_RESTRICT keys, size_t words,
                            float* HWY_RESTRICT scores) {
@@ -121,18 +141,12 @@ HWY_INLINE void ScoreWords(const uint32_t* HWY_RESTRICT qt, const uint32_t* HWY_
   }
 }
 
-// scores[j][16] of packed rows; rows up to the next multiple of 4 are read, and scores written.
 template <size_t kWords>
 HWY_INLINE void ScoreAll(const uint32_t* qt, const uint32_t* keys, size_t words, size_t rows, float* scores) {
   if constexpr (kWords != 0) words = kWords;
   size_t j = 0;
   for (; j + kKeyBlock <= rows; j += kKeyBlock) ScoreWords<kKeyBlock>(qt, keys + j * words, words, scores + j * kQueries);
   for (; j < rows; j += 4) ScoreWords<4>(qt, keys + j * words, words, scores + j * kQueries);
-}
-
-inline HWY_NOINLINE void ScoresOfWords(const uint32_t* qt, const uint32_t* keys, size_t words, size_t rows, float* scores) {
-  // A constant stride lets the compiler use displacements in place of pointers.
-  return words == 32 ? ScoreAll<32>(qt, keys, words, rows, scores) : ScoreAll<0>(qt, keys, words, rows, scores);
 }
 
 // output[i][c] = factor[i] * (carry[i] * before[i][c] + sum over pairs of weights * values): without kBefore the sum
@@ -192,6 +206,32 @@ HWY_NOINLINE void SumWords(const uint32_t* weights, const uint32_t* values, size
     }
   }
 }
+
+// Pairs of rows that weights and values have room for.
+HWY_INLINE size_t PaddedPairs(size_t rows) { return RoundUp((rows + 1) / 2, kPaddedRows); }
+
+// The products of attention, by the dot product; amx-inl.h has them too. Strides are multiples of 32; weights and values
+// have room for whole tiles of pairs, and are spoiled.
+struct DotProducts {
+  struct Session {};  // what a thread holds meanwhile
+
+  // scores[j][16] of packed rows; rows up to the next multiple of 16 may be read, and scores written.
+  static HWY_NOINLINE void Scores(const uint32_t* qt, const uint32_t* keys, size_t words, size_t rows, float* scores) {
+    // A constant stride lets the compiler use displacements in place of pointers.
+    return words == 32 ? ScoreAll<32>(qt, keys, words, rows, scores) : ScoreAll<0>(qt, keys, words, rows, scores);
+  }
+
+  // output[i][c] = factor[i] * sum over pairs of weights * values: [0, valid) rows of `width`, `out_stride` apart.
+  static void Sums(uint32_t* weights, uint32_t* values, size_t pairs, size_t stride, float* /*scratch [16][stride]*/,
+                   const float* factor, size_t valid, size_t width, float* output, size_t out_stride) {
+    SumWords<false>(weights, values, pairs, stride, nullptr, nullptr, factor, valid, width, output, out_stride);
+  }
+
+  // sums[i][c] = carry[i] * sums[i][c] + sum over pairs of weights * values.
+  static void AddSums(uint32_t* weights, uint32_t* values, size_t pairs, size_t stride, const float* carry, float* sums) {
+    SumWords<true>(weights, values, pairs, stride, sums, carry, nullptr, kQueries, stride, sums, stride);
+  }
+};
 
 #endif  // a target with bfloat16
 }  // namespace HWY_NAMESPACE

@@ -1,7 +1,7 @@
-// SparseAttention and DenseAttention in bfloat16, where the instruction set has its dot product: queries, keys, values
-// and weights are rounded, sums and softmax are float32. Rows of prefix tokens stay float32 (sparse-tile-inl.h). Where
-// what is listed of a cell far outweighs the rest, and yet the rest attracts more, the cell's rounded weight errs by as
-// many times more: selection lists what attracts.
+// SparseAttention and DenseAttention in bfloat16, where the instruction set has its dot product, or matrix tiles
+// (amx-inl.h): queries, keys, values and weights are rounded, sums and softmax are float32. Rows of prefix tokens stay
+// float32 (sparse-tile-inl.h). Where what is listed of a cell far outweighs the rest, and yet the rest attracts more, the
+// cell's rounded weight errs by as many times more: selection lists what attracts.
 
 // Built for those sets alone (and the floor, which is empty); in float32 they gain nothing over their lesser ones.
 #undef HWY_DISABLED_TARGETS
@@ -12,7 +12,9 @@
 #define HWY_TARGET_INCLUDE "bf16.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 
+#include "amx-inl.h"
 #include "bf16-inl.h"
+#include "dense-inl.h"
 #include "hwy/highway.h"
 #include "kernels-inl.h"
 #include "kernels.h"
@@ -37,16 +39,17 @@ struct WordsJob {
 
 // What a thread needs for one tile.
 struct WordsWork : ListWork {
-  float *turned, *rests;
+  float *turned, *rests, *summed;
   uint32_t *qt, *keys, *values, *weights;
 };
 
 HWY_INLINE size_t LayOut(const WordsJob& job, void* base, WordsWork* work) {
   const SparseJob& sparse = job.sparse;
-  const size_t rows = sparse.settings.prefix_keys + sparse.settings.keys + sparse.cells, pairs = (rows + 1) / 2;
+  const size_t rows = sparse.settings.prefix_keys + sparse.settings.keys + sparse.cells, pairs = PaddedPairs(rows);
   Layout layout(base);
   work->turned = layout.Take<float>(sparse.in.width, kQueries);
   work->rests = layout.Take<float>(sparse.cells + kPaddedRows, kQueries);
+  work->summed = layout.Take<float>(kQueries, 2 * job.words);
   work->qt = layout.Take<uint32_t>(job.words, kQueries);
   work->keys = layout.Take<uint32_t>(rows + kPaddedRows, job.words);
   work->values = layout.Take<uint32_t>(pairs, 2 * job.words);
@@ -113,7 +116,7 @@ HWY_INLINE void GatherWords(const WordsJob& job, size_t batch_head, size_t count
 }
 
 // A tile of at most 16 queries [begin, begin + valid) with one list, which is gathered already unless `fresh`.
-template <bool kSized>
+template <class Products, bool kSized>
 HWY_NOINLINE void AttendWords(const WordsJob& job, size_t batch, size_t head, size_t begin, size_t valid,
                               const List& list, bool fresh, const WordsWork& work) {
   const SparseJob& sparse = job.sparse;
@@ -122,18 +125,15 @@ HWY_NOINLINE void AttendWords(const WordsJob& job, size_t batch, size_t head, si
   const size_t count = list.count, rows = count + sparse.cells, batch_head = batch * in.heads + head;
   const float* query_rows[kQueries];
   QueryRows(in.Queries(batch, head) + begin * in.Row(), in.Row(), valid, query_rows);
-  Transpose16(query_rows, in.width, in.scale * kLog2e, work.turned);
-  PairRows(work.turned, in.width, work.qt);
-  const size_t filled = (in.width + 1) / 2;
-  std::memset(work.qt + filled * kQueries, 0, (job.words - filled) * kQueries * sizeof(uint32_t));
+  PackTurned(query_rows, in.width, in.scale * kLog2e, work.turned, work.qt);
   if (fresh) {
     PlaceList(sparse, batch, list, work);
     GatherWords(job, batch_head, count, work);
   }
-  ScoresOfWords(work.qt, work.keys, job.words, rows, work.scores);
+  Products::Scores(work.qt, work.keys, job.words, rows, work.scores);
   float* cells = work.scores + count * kQueries;
   if (sparse.cells != 0) {
-    ScoresOfWords(work.qt, job.cell_rests + batch_head * sparse.cells * job.words, job.words, sparse.cells, work.rests);
+    Products::Scores(work.qt, job.cell_rests + batch_head * sparse.cells * job.words, job.words, sparse.cells, work.rests);
     for (size_t i = 0; i < sparse.cells * kQueries; i += kLanes) {
       hn::Store(hn::Add(hn::Load(D(), cells + i), hn::Load(D(), work.rests + i)), D(), cells + i);
     }
@@ -146,23 +146,26 @@ HWY_NOINLINE void AttendWords(const WordsJob& job, size_t batch, size_t head, si
   HWY_ALIGN float shares[kQueries];
   WeighTile<kSized>(sparse, count, work.owner, work.left, work.scores, cells, work.sums, shares);
   PairRows(work.scores, rows, work.weights);
-  SumWords<false>(work.weights, work.values, (rows + 1) / 2, 2 * job.words, nullptr, nullptr, shares, valid, in.width,
-                  sparse.output + ((batch * in.tokens + begin) * in.heads + head) * in.width, in.heads * in.width);
+  Products::Sums(work.weights, work.values, (rows + 1) / 2, 2 * job.words, work.summed, shares, valid, in.width,
+                 sparse.output + ((batch * in.tokens + begin) * in.heads + head) * in.width, in.heads * in.width);
 }
 
+template <class Products>
 HWY_NOINLINE void WordsItem(void* data, size_t item, void* own) {
   const WordsJob& job = *static_cast<const WordsJob*>(data);
   WordsWork work;
   LayOut(job, own, &work);
+  [[maybe_unused]] const typename Products::Session session;
   const auto tile = [&](size_t batch, size_t head, size_t begin, size_t valid, const List& list, bool fresh) {
-    const auto attend = job.sparse.bias == nullptr ? AttendWords<false> : AttendWords<true>;
+    const auto attend = job.sparse.bias == nullptr ? AttendWords<Products, false> : AttendWords<Products, true>;
     attend(job, batch, head, begin, valid, list, fresh, work);
   };
   RunUnit(job.sparse, item, work, tile);
 }
 
+template <class Products>
 bool SparseAttentionTarget(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
-                         const Parallel& parallel) {
+                           const Parallel& parallel) {
   if (in.batch == 0) return true;
   WordsJob job{};
   SparseJob& sparse = job.sparse;
@@ -184,144 +187,52 @@ bool SparseAttentionTarget(const Packed& in, const int32_t* indices, const Spars
   const size_t mean = Times(2 * job.words, sizeof(float));
   if (!parallel.For(heads * 2 * sparse.runs, mean, PackRun, &job)) return false;
   WordsWork work;
-  return parallel.For(heads * (sparse.tiles + settings.prefix), LayOut(job, nullptr, &work), WordsItem, &job);
+  return parallel.For(heads * (sparse.tiles + settings.prefix), LayOut(job, nullptr, &work), WordsItem<Products>, &job);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// DenseAttention: as in dense.cc, tiles of 16 queries share chunks of packed keys and values.
+// DenseAttention (dense-inl.h): values of two rows together.
 
-constexpr size_t kGroupTiles = 16;
-constexpr size_t kGroupKeys = 64;
+template <class Products>
+struct WordsKind {
+  using Word = uint32_t;
+  using Session = typename Products::Session;
 
-struct GroupJob {
-  Packed in;
-  float* output;
-  size_t groups, words;
-  const float* bias;  // [batch][tokens]: log2 of sizes, or null
+  static size_t RowWords(size_t width) { return PackedWords(width); }
+  static size_t Stride(size_t width) { return 2 * PackedWords(width); }
+
+  static void PackQueries(const float* const* rows, size_t width, float factor, float* turned, uint32_t* qt) {
+    PackTurned(rows, width, factor, turned, qt);
+  }
+
+  static void PackChunk(const float* keys, const float* values, size_t row, size_t width, size_t count,
+                        const GroupWork<uint32_t>& work) {
+    const size_t words = PackedWords(width);
+    for (size_t j = 0; j < count; ++j) {
+      const size_t ahead = std::min(j + kRowsAhead, count - 1) * row;
+      FetchRow(keys + ahead, width);
+      FetchRow(values + ahead, width);
+      PackWords(keys + j * row, width, words, work.keys + j * words);
+    }
+    for (size_t j = 0; j < count; j += 2) {
+      // Of an odd number the last counts with a weight of 0 for the row that is not there.
+      PackPair(values + j * row, values + std::min(j + 1, count - 1) * row, width, words, work.values + j * words);
+    }
+  }
+
+  static void Scores(const uint32_t* qt, const uint32_t* keys, size_t width, size_t count, float* scores) {
+    Products::Scores(qt, keys, PackedWords(width), count, scores);
+  }
+
+  static void AddSums(const GroupWork<uint32_t>& work, size_t count, size_t stride, const float* carry, float* sums) {
+    PairRows(work.scores, count, work.weights);
+    Products::AddSums(work.weights, work.values, (count + 1) / 2, stride, carry, sums);
+  }
 };
 
-// What a thread needs for one group.
-struct GroupWork {
-  float *turned, *scores, *sums, *highest, *totals;
-  uint32_t *qt, *keys, *values, *weights, *rows;
-};
-
-HWY_INLINE size_t LayOut(const GroupJob& job, void* base, GroupWork* work) {
-  const size_t tiles = std::min(kGroupTiles, (job.in.tokens + kQueries - 1) / kQueries);
-  Layout layout(base);
-  work->turned = layout.Take<float>(job.in.width, kQueries);
-  work->scores = layout.Take<float>(kGroupKeys, kQueries);
-  work->sums = layout.Take<float>(tiles, kQueries, 2 * job.words);
-  work->highest = layout.Take<float>(tiles, kQueries);
-  work->totals = layout.Take<float>(tiles, kQueries);
-  work->qt = layout.Take<uint32_t>(tiles, job.words, kQueries);
-  work->keys = layout.Take<uint32_t>(kGroupKeys, job.words);
-  work->values = layout.Take<uint32_t>(kGroupKeys, job.words);
-  work->weights = layout.Take<uint32_t>(kGroupKeys / 2, kQueries);
-  work->rows = layout.Take<uint32_t>(2, job.words);
-  return layout.used();
-}
-
-// `count` keys and values from token `start` on, packed.
-HWY_INLINE void PackChunk(const GroupJob& job, size_t batch, size_t head, size_t start, size_t count,
-                          const GroupWork& work) {
-  const Packed& in = job.in;
-  const float *keys = in.Keys(batch, head) + start * in.Row(), *values = in.Values(batch, head) + start * in.Row();
-  for (size_t j = 0; j < count; ++j) PackWords(keys + j * in.Row(), in.width, job.words, work.keys + j * job.words);
-  for (size_t j = 0; j < count; j += 2) {
-    for (size_t i = 0; i < 2; ++i) {
-      const size_t from = std::min(j + i, count - 1);
-      PackWords(values + from * in.Row(), in.width, job.words, work.rows + i * job.words);
-    }
-    Interleave(work.rows, work.rows + job.words, job.words, work.values + j * job.words);
-  }
-}
-
-// Softmax is carried from chunk to chunk: logits become weights, and `carry` what the sums so far count.
-HWY_INLINE void WeighChunk(size_t count, float* HWY_RESTRICT scores, float* HWY_RESTRICT highest,
-                           float* HWY_RESTRICT totals, float* HWY_RESTRICT carry) {
-  const D d;
-  for (size_t v = 0; v < kQueries; v += kLanes) {
-    const V old = hn::Load(d, highest + v);
-    V top = old;
-    for (size_t j = 0; j < count; ++j) top = hn::Max(top, hn::Load(d, scores + j * kQueries + v));
-    V even = hn::Zero(d), odd = hn::Zero(d);
-    const auto weigh = [&](size_t j, V* sum) {
-      const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
-      hn::Store(weight, d, scores + j * kQueries + v);
-      *sum = hn::Add(*sum, weight);
-    };
-    size_t j = 0;
-    for (; j + 2 <= count; j += 2) {
-      weigh(j, &even);
-      weigh(j + 1, &odd);
-    }
-    if (j < count) weigh(j, &even);
-    const V factor = Exp2(hn::Sub(old, top));
-    hn::Store(factor, d, carry + v);
-    hn::Store(top, d, highest + v);
-    hn::Store(hn::MulAdd(hn::Load(d, totals + v), factor, hn::Add(even, odd)), d, totals + v);
-  }
-}
-
-HWY_NOINLINE void GroupItem(void* data, size_t item, void* own) {
-  const GroupJob& job = *static_cast<const GroupJob*>(data);
-  const Packed& in = job.in;
-  const D d;
-  const size_t group = item % job.groups, head = item / job.groups % in.heads, batch = item / job.groups / in.heads;
-  const size_t begin = group * kGroupTiles * kQueries, queries = std::min(in.tokens - begin, kGroupTiles * kQueries);
-  const size_t tiles = (queries + kQueries - 1) / kQueries, stride = 2 * job.words;
-  const float* first = in.Queries(batch, head) + begin * in.Row();
-  GroupWork work;
-  LayOut(job, own, &work);
-  std::memset(work.qt, 0, tiles * job.words * kQueries * sizeof(uint32_t));
-  std::memset(work.sums, 0, tiles * kQueries * stride * sizeof(float));
-  std::memset(work.totals, 0, tiles * kQueries * sizeof(float));
-  std::fill(work.highest, work.highest + tiles * kQueries, kLowest);
-  for (size_t t = 0; t < tiles; ++t) {
-    const float* rows[kQueries];
-    QueryRows(first + t * kQueries * in.Row(), in.Row(), std::min(kQueries, queries - t * kQueries), rows);
-    Transpose16(rows, in.width, in.scale * kLog2e, work.turned);
-    PairRows(work.turned, in.width, work.qt + t * job.words * kQueries);
-  }
-  for (size_t start = 0; start < in.tokens; start += kGroupKeys) {
-    const size_t count = std::min(kGroupKeys, in.tokens - start);
-    PackChunk(job, batch, head, start, count, work);
-    for (size_t t = 0; t < tiles; ++t) {
-      ScoresOfWords(work.qt + t * job.words * kQueries, work.keys, job.words, count, work.scores);
-      for (size_t j = 0; job.bias != nullptr && j < count; ++j) {
-        const V bias = hn::Set(d, job.bias[batch * in.tokens + start + j]);
-        for (size_t v = 0; v < kQueries; v += kLanes) {
-          hn::Store(hn::Add(hn::Load(d, work.scores + j * kQueries + v), bias), d, work.scores + j * kQueries + v);
-        }
-      }
-      HWY_ALIGN float carry[kQueries];
-      WeighChunk(count, work.scores, work.highest + t * kQueries, work.totals + t * kQueries, carry);
-      PairRows(work.scores, count, work.weights);
-      float* sums = work.sums + t * kQueries * stride;
-      SumWords<true>(work.weights, work.values, (count + 1) / 2, stride, sums, carry, nullptr, kQueries, stride, sums,
-                     stride);
-    }
-  }
-  for (size_t i = 0; i < queries; ++i) {
-    const float share = 1.0f / work.totals[i];
-    float* to = job.output + ((batch * in.tokens + begin + i) * in.heads + head) * in.width;
-    for (size_t c = 0; c < in.width; ++c) to[c] = share * work.sums[i * stride + c];
-  }
-}
-
+template <class Products>
 bool DenseAttentionTarget(const Packed& in, float* output, const Parallel& parallel) {
-  if (in.batch == 0) return true;
-  const size_t per_group = kGroupTiles * kQueries;
-  GroupJob job{in, output, (in.tokens + per_group - 1) / per_group, PackedWords(in.width), nullptr};
-  if (in.sizes != nullptr) {
-    auto* bias = static_cast<float*>(parallel.Shared(Times(Times(in.batch, in.tokens), sizeof(float))));
-    if (bias == nullptr) return false;
-    LogSizes(in.sizes, in.batch * in.tokens, bias);
-    job.bias = bias;
-  }
-  GroupWork work;
-  return parallel.For(in.batch * in.heads * job.groups, LayOut(job, nullptr, &work), GroupItem, &job);
+  return AttendDensely<WordsKind<Products>>(in, output, parallel);
 }
 
 #endif  // a target with bfloat16
@@ -335,20 +246,26 @@ namespace sparsifiner {
 bool SparseAttentionBf16(const Packed& in, const int32_t* indices, const SparseSettings& settings, float* output,
                          const Parallel& parallel) {
 #if HWY_TARGETS & HWY_AVX3_ZEN4
-  if (Target() == HWY_AVX3_ZEN4) return N_AVX3_ZEN4::SparseAttentionTarget(in, indices, settings, output, parallel);
+  using namespace N_AVX3_ZEN4;
+  if (Target() == kAmx) return SparseAttentionTarget<TileProducts>(in, indices, settings, output, parallel);
+  if (Target() == HWY_AVX3_ZEN4) return SparseAttentionTarget<DotProducts>(in, indices, settings, output, parallel);
 #endif
 #if HWY_TARGETS & HWY_NEON_BF16
-  if (Target() == HWY_NEON_BF16) return N_NEON_BF16::SparseAttentionTarget(in, indices, settings, output, parallel);
+  using namespace N_NEON_BF16;
+  if (Target() == HWY_NEON_BF16) return SparseAttentionTarget<DotProducts>(in, indices, settings, output, parallel);
 #endif
   return SparseAttention(in, indices, settings, output, parallel);
 }
 
 bool DenseAttentionBf16(const Packed& in, float* output, const Parallel& parallel) {
 #if HWY_TARGETS & HWY_AVX3_ZEN4
-  if (Target() == HWY_AVX3_ZEN4) return N_AVX3_ZEN4::DenseAttentionTarget(in, output, parallel);
+  using namespace N_AVX3_ZEN4;
+  if (Target() == kAmx) return DenseAttentionTarget<TileProducts>(in, output, parallel);
+  if (Target() == HWY_AVX3_ZEN4) return DenseAttentionTarget<DotProducts>(in, output, parallel);
 #endif
 #if HWY_TARGETS & HWY_NEON_BF16
-  if (Target() == HWY_NEON_BF16) return N_NEON_BF16::DenseAttentionTarget(in, output, parallel);
+  using namespace N_NEON_BF16;
+  if (Target() == HWY_NEON_BF16) return DenseAttentionTarget<DotProducts>(in, output, parallel);
 #endif
   return DenseAttention(in, output, parallel);
 }

@@ -44,7 +44,7 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // Keys that are scored, and queries and channel vectors that are accumulated, at a time: what fits the registers.
 constexpr size_t kKeyBlock = kLanes == 16 ? 16 : 4;
-constexpr size_t kPaddedRows = 4;  // room for the rows that a padded number exceeds the real one by
+constexpr size_t kPaddedRows = 16;  // room for the rows that a padded number exceeds the real one by
 constexpr size_t kQueryBlock = kLanes == 8 ? 4 : 8;
 constexpr size_t kChannelBlock = 2;
 

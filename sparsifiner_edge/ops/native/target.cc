@@ -9,12 +9,29 @@
 
 #if HWY_ARCH_X86
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif HWY_ARCH_ARM_A64
 #include <sys/auxv.h>
 #endif
 
 namespace sparsifiner {
 namespace {
+
+#if HWY_ARCH_X86 && SPARSIFINER_EMULATE_AMX
+bool HasTiles() { return true; }
+#elif HWY_ARCH_X86
+// Linux gives a process the state of tiles, eight kilobytes a thread, once it asks.
+bool HasTiles() {
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kTile | kBf16)) != (kTile | kBf16)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+const char* Name(int64_t target) { return target == kAmx ? "AMX" : hwy::TargetName(target); }
 
 // Those that the kernels are built for and this machine and its system have: the compiler's own floor at least.
 int64_t Supported() {
@@ -34,6 +51,7 @@ int64_t Supported() {
           __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq") &&
           __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("gfni") && __builtin_cpu_supports("vaes")) {
         targets |= HWY_AVX3_ZEN4;
+        if (HasTiles()) targets |= kAmx;
       }
     }
   }
@@ -61,14 +79,14 @@ int64_t Target() {
   return target;
 }
 
-const char* TargetName() { return hwy::TargetName(Target()); }
+const char* TargetName() { return Name(Target()); }
 
 bool HasBf16() { return (Target() & kBf16Targets) != 0; }
 
 bool LimitTarget(const char* name) {
   for (int64_t left = Supported(); left != 0; left &= left - 1) {
     const int64_t target = left & -left;
-    if (std::strcmp(hwy::TargetName(target), name) != 0) continue;
+    if (std::strcmp(Name(target), name) != 0) continue;
     chosen.store(target, std::memory_order_relaxed);
     return true;
   }

@@ -10,10 +10,13 @@
 
 namespace sparsifiner {
 
+// Matrix tiles beside HWY_AVX3_ZEN4: no target of Highway's. Processors that have them are better than that one.
+constexpr int64_t kAmx = HWY_AVX3_SPR;
+
 // Those with a dot product of bfloat16, for which bf16.cc alone is built; the rest runs as on the next lesser one, which
 // must be there.
-constexpr int64_t kBf16Targets = ((HWY_TARGETS & HWY_AVX3 ? HWY_AVX3_ZEN4 : 0) |
-                                  (HWY_TARGETS & HWY_NEON ? HWY_NEON_BF16 : 0)) & ~HWY_BROKEN_TARGETS;
+constexpr int64_t kBf16Targets = (HWY_TARGETS & HWY_AVX3 && !(HWY_BROKEN_TARGETS & HWY_AVX3_ZEN4) ? kAmx | HWY_AVX3_ZEN4 : 0) |
+                                 (HWY_TARGETS & HWY_NEON ? HWY_NEON_BF16 & ~HWY_BROKEN_TARGETS : 0);
 
 // The best one of this machine, or a lesser one that LimitTarget chose: a bit of HWY_TARGETS or kBf16Targets.
 int64_t Target();
@@ -21,6 +24,7 @@ int64_t Target();
 template <typename Function>
 Function* Choose(Function* avx3, Function* avx2, Function* neon, Function* baseline) {
   switch (Target()) {
+    case kAmx:
     case HWY_AVX3_ZEN4:
     case HWY_AVX3:
       return avx3;

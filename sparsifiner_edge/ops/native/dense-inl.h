@@ -1,0 +1,147 @@
+// DenseAttention (ops/schema.py), in float32 and in bfloat16: tiles of 16 queries share chunks of packed keys and values;
+// softmax is carried from chunk to chunk, so that no score matrix is larger than one tile's of one chunk.
+
+#if defined(SPARSIFINER_DENSE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SPARSIFINER_DENSE_INL_H_
+#undef SPARSIFINER_DENSE_INL_H_
+#else
+#define SPARSIFINER_DENSE_INL_H_
+#endif
+
+#include "hwy/highway.h"
+#include "kernels-inl.h"
+#include "kernels.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sparsifiner {
+namespace HWY_NAMESPACE {
+
+constexpr size_t kGroupTiles = 16;  // about as many share a chunk
+constexpr size_t kGroupKeys = 64;
+
+struct GroupJob {
+  Packed in;
+  float* output;
+  const float* bias;     // [batch][tokens]: log2 of sizes, or null
+  size_t groups, tiles;  // of a head; of a group, the last may have less
+};
+
+// What a thread needs for one group. Words of four bytes: what a kind of arithmetic packs queries, keys and values into.
+template <class Word>
+struct GroupWork {
+  float *turned, *scores, *sums, *highest, *totals;
+  Word *qt, *keys, *values, *weights;
+};
+
+template <class Kind>
+HWY_INLINE size_t LayOut(const GroupJob& job, void* base, GroupWork<typename Kind::Word>* work) {
+  using Word = typename Kind::Word;
+  const size_t row = Kind::RowWords(job.in.width), stride = Kind::Stride(job.in.width);
+  Layout layout(base);
+  work->turned = layout.Take<float>(job.in.width, kQueries);
+  work->scores = layout.Take<float>(kGroupKeys + kPaddedRows, kQueries);
+  work->sums = layout.Take<float>(job.tiles, kQueries, stride);
+  work->highest = layout.Take<float>(job.tiles, kQueries);
+  work->totals = layout.Take<float>(job.tiles, kQueries);
+  work->qt = layout.Take<Word>(job.tiles, row, kQueries);
+  work->keys = layout.Take<Word>(kGroupKeys + kPaddedRows, row);
+  work->values = layout.Take<Word>(kGroupKeys, stride);
+  work->weights = layout.Take<Word>(kGroupKeys, kQueries);
+  return layout.used();
+}
+
+// Softmax is carried from chunk to chunk: logits become weights, and `carry` what the sums so far count. biases: of each
+// key, or null.
+HWY_INLINE void WeighChunk(const float* biases, size_t count, float* HWY_RESTRICT scores, float* HWY_RESTRICT highest,
+                           float* HWY_RESTRICT totals, float* HWY_RESTRICT carry) {
+  const D d;
+  for (size_t v = 0; v < kQueries; v += kLanes) {
+    const V old = hn::Load(d, highest + v);
+    V top = old;
+    for (size_t j = 0; j < count; ++j) {
+      float* score = scores + j * kQueries + v;
+      if (biases != nullptr) hn::Store(hn::Add(hn::Load(d, score), hn::Set(d, biases[j])), d, score);
+      top = hn::Max(top, hn::Load(d, score));
+    }
+    V even = hn::Zero(d), odd = hn::Zero(d);
+    const auto weigh = [&](size_t j, V* sum) {
+      const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
+      hn::Store(weight, d, scores + j * kQueries + v);
+      *sum = hn::Add(*sum, weight);
+    };
+    size_t j = 0;
+    for (; j + 2 <= count; j += 2) {
+      weigh(j, &even);
+      weigh(j + 1, &odd);
+    }
+    if (j < count) weigh(j, &even);
+    const V factor = Exp2(hn::Sub(old, top));
+    hn::Store(factor, d, carry + v);
+    hn::Store(top, d, highest + v);
+    hn::Store(hn::MulAdd(hn::Load(d, totals + v), factor, hn::Add(even, odd)), d, totals + v);
+  }
+}
+
+template <class Kind>
+HWY_NOINLINE void GroupItem(void* data, size_t item, void* own) {
+  const GroupJob& job = *static_cast<const GroupJob*>(data);
+  const Packed& in = job.in;
+  const size_t group = item % job.groups, head = item / job.groups % in.heads, batch = item / job.groups / in.heads;
+  const size_t begin = group * job.tiles * kQueries, end = std::min(begin + job.tiles * kQueries, in.tokens);
+  const size_t row = Kind::RowWords(in.width), stride = Kind::Stride(in.width);
+  const float *keys = in.Keys(batch, head), *values = in.Values(batch, head), *queries = in.Queries(batch, head);
+  GroupWork<typename Kind::Word> work;
+  LayOut<Kind>(job, own, &work);
+  [[maybe_unused]] const typename Kind::Session session;
+  std::memset(work.sums, 0, job.tiles * kQueries * stride * sizeof(float));
+  std::memset(work.totals, 0, job.tiles * kQueries * sizeof(float));
+  std::fill(work.highest, work.highest + job.tiles * kQueries, kLowest);
+  for (size_t q = begin; q < end; q += kQueries) {
+    const float* rows[kQueries];
+    QueryRows(queries + q * in.Row(), in.Row(), std::min(kQueries, end - q), rows);
+    for (size_t i = 0; i < kQueries; ++i) FetchRow(rows[i] + (q + kQueries < end ? kQueries * in.Row() : 0), in.width);
+    Kind::PackQueries(rows, in.width, in.scale * kLog2e, work.turned, work.qt + (q - begin) * row);
+  }
+  for (size_t start = 0; start < in.tokens; start += kGroupKeys) {
+    const size_t count = std::min(kGroupKeys, in.tokens - start);
+    Kind::PackChunk(keys + start * in.Row(), values + start * in.Row(), in.Row(), in.width, count, work);
+    for (size_t q = begin; q < end; q += kQueries) {
+      float *sums = work.sums + (q - begin) * stride, *state = work.highest + (q - begin);
+      Kind::Scores(work.qt + (q - begin) * row, work.keys, in.width, count, work.scores);
+      HWY_ALIGN float carry[kQueries];
+      WeighChunk(job.bias == nullptr ? nullptr : job.bias + batch * in.tokens + start, count, work.scores, state,
+                 work.totals + (q - begin), carry);
+      Kind::AddSums(work, count, stride, carry, sums);
+    }
+  }
+  for (size_t q = begin; q < end; ++q) {
+    const float share = 1.0f / work.totals[q - begin];
+    float* to = job.output + ((batch * in.tokens + q) * in.heads + head) * in.width;
+    for (size_t c = 0; c < in.width; ++c) to[c] = share * work.sums[(q - begin) * stride + c];
+  }
+}
+
+template <class Kind>
+bool AttendDensely(const Packed& in, float* output, const Parallel& parallel) {
+  if (in.batch == 0) return true;
+  GroupJob job{in, output, nullptr, 0, 0};
+  // Groups of a head are alike: a small one would pack all keys too.
+  const size_t tiles = (in.tokens + kQueries - 1) / kQueries;
+  const size_t least = std::max<size_t>(1, (tiles + kGroupTiles / 2) / kGroupTiles);
+  job.tiles = (tiles + least - 1) / least;
+  job.groups = (tiles + job.tiles - 1) / job.tiles;
+  if (in.sizes != nullptr) {
+    auto* bias = static_cast<float*>(parallel.Shared(Times(Times(in.batch, in.tokens), sizeof(float))));
+    if (bias == nullptr) return false;
+    LogSizes(in.sizes, in.batch * in.tokens, bias);
+    job.bias = bias;
+  }
+  GroupWork<typename Kind::Word> work;
+  return parallel.For(in.batch * in.heads * job.groups, LayOut<Kind>(job, nullptr, &work), GroupItem<Kind>, &job);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace sparsifiner
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard
