@@ -115,6 +115,10 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
             points.append(_ort_point(session, f"ours, ONNX Runtime {precision}", budget, macs, precision, of))
             for hint in of.hints if precision == "fp32" else of.hints[-1:]:
                 points.append(_our_openvino_point(bundle, budget, macs, hint, of, precision))
+            if precision == "int8" and "bf16" in of.hints:
+                points.append(
+                    _our_point(bundle, "ONNX Runtime int8, attention bf16", budget, macs, "onnxruntime-bf16", of)
+                )
     return points
 
 
@@ -167,13 +171,19 @@ def _ort_point(session: Any, family: str, budget: str, macs: float, precision: s
 
 
 def _our_openvino_point(bundle: Path, budget: str, macs: float, hint: str, of: Setting, precision: str) -> Point:
-    backend, images = "openvino" if hint == "f32" else "openvino-bf16", of.images
-    session = open_session(bundle, backend, of.threads, "native")
     int8 = precision == "int8"
+    how, backend = f"int8, rest {hint}" if int8 else hint, "openvino" if hint == "f32" else "openvino-bf16"
+    kind = precision if int8 or hint == "f32" else "bf16"
+    return _our_point(bundle, f"OpenVINO {how}", budget, macs, backend, of, kind)
+
+
+def _our_point(
+    bundle: Path, how: str, budget: str, macs: float, backend: str, of: Setting, precision: str = "int8"
+) -> Point:
+    session, images = open_session(bundle, backend, of.threads, "native"), of.images
     return Point(
-        f"ours, OpenVINO {f'int8, rest {hint}' if int8 else hint}", budget, lambda: session.infer({"image": images}),
-        lambda x: np.asarray(session.infer({"image": x})["tokens"]), macs,
-        precision if int8 or hint == "f32" else "bf16",
+        f"ours, {how}", budget, lambda: session.infer({"image": images}),
+        lambda x: np.asarray(session.infer({"image": x})["tokens"]), macs, precision,
     )  # fmt: skip
 
 

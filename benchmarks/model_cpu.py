@@ -3,10 +3,10 @@
     python benchmarks/model_cpu.py [--case vit_small_patch14_dinov2.lvd142m:518:0.1:25 ...] [-o FOLDER]
 
 DINOv2 ViT-S/14 with its real weights, ViT-B/14 with random ones (no weights install; time does not depend on them).
-Ours runs in ONNX Runtime and in OpenVINO, there in fp32, bf16 and with the int8 file; precisions that the processor has
-no arithmetic for are left out, ours and theirs. A case ends with a share of tokens (":0.7" at three layers), or with
-what merges (":merge=200^1.5": 200 in the first layer, falling to 0 with that power); KEEP may name several layers'
-shares.
+Ours runs in ONNX Runtime, the int8 file with attention in bf16 too, and in OpenVINO, there in fp32, bf16 and with the
+int8 file; precisions that the processor has no arithmetic for are left out, ours and theirs. A case ends with a share of
+tokens (":0.7" at three layers), or with what merges (":merge=200^1.5": 200 in the first layer, falling to 0 with that
+power); KEEP may name several layers' shares.
 Rivals run the dense export of the same model: ONNX Runtime fp32 and int8 (as ours, but with every linear layer in int8
 that the gate allows, which is faster), OpenVINO fp32, bf16 (its default where the processor has it) and int8 (the same
 QDQ file, the rest in fp32 or bf16), torch.
@@ -55,9 +55,12 @@ CASES = (
     f"{material.DINOV2}:224:1:24:merge=24^1", f"{material.DINOV2}:518:0.1,0.1,0.2,1:49:merge=200^1.5",
     f"{material.DINOV2}:1036:0.05,0.05,0.1,0.35,0.35,0.35,1:49:merge=900^1.5",
     f"{BASE}:224:0.25:16", f"{BASE}:518:0.1:25", f"{BASE}:1036:0.05:49",
+    f"{BASE}:518:0.1,0.1,0.2,1:49:merge=200^1.5",
 )  # fmt: skip
 OURS, OURS8 = "ours, ONNX Runtime fp32", "ours, ONNX Runtime int8"
-IN_OPENVINO = {
+IN_BF16 = "ours, ONNX Runtime int8, attention bf16"
+ELSEWHERE = {
+    IN_BF16: (OURS8, "onnxruntime-bf16"),
     "ours, OpenVINO fp32": (OURS, "openvino"), "ours, OpenVINO bf16": (OURS, "openvino-bf16"),
     "ours, OpenVINO int8, rest fp32": (OURS8, "openvino"), "ours, OpenVINO int8, rest bf16": (OURS8, "openvino-bf16"),
 }  # fmt: skip
@@ -132,21 +135,21 @@ def build(case: Case, folder: Path, tell: Any) -> dict[str, Path]:
     return made
 
 
-def ours_in_openvino() -> dict[str, tuple[str, str]]:
-    return {label: (file, how) for label, (file, how) in IN_OPENVINO.items() if has_bf16() or how == "openvino"}
+def ours_elsewhere() -> dict[str, tuple[str, str]]:
+    return {label: (file, how) for label, (file, how) in ELSEWHERE.items() if has_bf16() or how == "openvino"}
 
 
 def engines(
     bundles: dict[str, Path], name: str, size: int, threads: int
 ) -> tuple[dict[str, Run], dict[str, dict[str, str]]]:
-    """What runs each, and what ours in OpenVINO say that they run in."""
+    """What runs each, and what ours by other backends say that they run in."""
     image = smooth_images(size)
     runs: dict[str, Run] = {}
     said = {}
     for label, bundle in bundles.items():
         session = ort_session(str(bundle / "model.onnx"), threads)
         runs[label] = lambda session=session: session.run(None, {"image": image})
-    for label, (file, backend) in ours_in_openvino().items():
+    for label, (file, backend) in ours_elsewhere().items():
         opened = open_session(bundles[file], backend, threads, "native")
         said[label] = {"precision": opened.description.precision, "kernels": opened.description.kernels}
         runs[label] = lambda opened=opened: opened.infer({"image": image})
@@ -201,7 +204,7 @@ def peak_memory(bundles: dict[str, Path], size: int, threads: int) -> dict[str, 
 def fidelity(bundles: dict[str, Path], size: int, threads: int) -> dict[str, Any]:
     """Mean patch cosine over the eight photographs: of each of ours to ours in fp32, and to the dense model."""
     tokens = {}
-    files = {label: (label, "onnxruntime") for label in (OURS, OURS8)} | ours_in_openvino()
+    files = {label: (label, "onnxruntime") for label in (OURS, OURS8)} | ours_elsewhere()
     for label, (file, backend) in files.items():
         with open_session(bundles[file], backend, threads) as opened:
             feeds = ({"image": load_image(path, size)[None]} for path in split.development())

@@ -40,8 +40,8 @@ def test_json_holds_every_backend():
     assert found["native_library"].endswith(".so")
     assert "loads, and uses" in found["native_library_reason"]
     names = {
-        "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino", "openvino-bf16", "openvino-fp16",
-        "tensorrt", "tensorrt-rtx",
+        "onnxruntime", "onnxruntime-bf16", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino", "openvino-bf16",
+        "openvino-fp16", "tensorrt", "tensorrt-rtx",
     }  # fmt: skip
     assert set(found["backends"]) == names
     assert set(BACKENDS) <= names

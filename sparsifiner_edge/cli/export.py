@@ -13,6 +13,7 @@ from sparsifiner_edge.bundle.entries import Check
 from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.cli import common
+from sparsifiner_edge.runtime.open import ON_PROCESSOR
 
 
 @click.command(cls=common.SizedCommand)
@@ -31,7 +32,7 @@ from sparsifiner_edge.cli import common
 @click.option("--int8-target", "--recipe", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
               show_default=True, help="For int8: what will run it.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
-@click.option("--measure-in", type=click.Choice(["onnxruntime", "openvino", "openvino-bf16", "openvino-fp16"]),
+@click.option("--measure-in", type=click.Choice(ON_PROCESSOR),
               help="The same in this backend.  [--measure alone: onnxruntime]")  # fmt: skip
 @click.option("--board", "boards", multiple=True, metavar="NAME|FILE",
               help="Also compile GPU kernels for this board (see `estimate --list`); repeatable.")  # fmt: skip

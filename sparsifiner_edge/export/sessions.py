@@ -12,11 +12,9 @@ import onnx
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.ops.kernels import NATIVE, described
 from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
 from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.runtime.openvino.backend import OpenVino
-from sparsifiner_edge.runtime.processor import native_library
+from sparsifiner_edge.runtime.processor import ProcessorBackend, native_library
 
 _ERRORS_ONLY = 3
 
@@ -57,12 +55,8 @@ def processor_run(model: onnx.ModelProto, backend: str) -> Iterator[tuple[Callab
         ConfigError: the backend is none of the processor's.
         MissingExtraError, BackendError: as `open_session`.
     """
-    if backend == "onnxruntime":
-        session = file_session(model)
-        yield lambda feed: session.run(None, feed), described(NATIVE.operators, native_library("auto") is not None)
-        return
     found = find_backend(backend)
-    if not isinstance(found, OpenVino):
+    if not isinstance(found, ProcessorBackend):
         raise ConfigError(f"{backend} does not run on the processor.", "Measure in onnxruntime or openvino.")
     with found.session(Path("layer"), model.SerializeToString(), available_cores(), "auto") as opened:
         yield opened.infer, str(opened.description.kernels)

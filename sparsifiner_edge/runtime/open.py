@@ -15,6 +15,7 @@ from sparsifiner_edge.runtime.session import Session
 
 BACKENDS = {
     "onnxruntime": "onnxruntime.backends:OnnxRuntime",
+    "onnxruntime-bf16": "onnxruntime.backends:OnnxRuntimeBf16",
     "openvino": "openvino.backend:OpenVino",
     "openvino-bf16": "openvino.backend:OpenVinoBf16",
     "openvino-fp16": "openvino.backend:OpenVinoFp16",
@@ -24,6 +25,8 @@ BACKENDS = {
     "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
 }
 """Name -> module beside this one, imported when it is asked for, and class in it."""
+ON_PROCESSOR = ("onnxruntime", "onnxruntime-bf16", "openvino", "openvino-bf16", "openvino-fp16")
+"""Those that run the file itself on the processor."""
 KERNEL_CHOICES = ("auto", "native", "portable")
 """What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
 

@@ -6,15 +6,25 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import OPERATORS
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.sparse.student import save_student
+from tests.commands import process
+from tests.models import TINY, student
 from tests.native.test_interface import run
 from tests.native.test_replay import BF16_SETS
 from tests.ops import matrix
@@ -139,6 +149,44 @@ def test_a_lesser_instruction_set_says_float32() -> None:
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
         )
         assert done.stdout.strip() == said, done.stderr
+
+
+def test_a_session_of_onnx_runtime_says_so_and_leaves_others_alone(tmp_path: Path) -> None:
+    sparsity = SparsityConfig(keep=(0.2, 0.5, 1.0), cells=4, channels=8, merge=(9, 0))
+    bundle = export_bundle(
+        save_student(student(TINY, sparsity), tmp_path / "student"), tmp_path / "bundle", tokens=True
+    )
+    with open_session(bundle) as exact, open_session(bundle, "onnxruntime-bf16") as session:
+        image = {"image": np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)}
+        wanted, got, again = exact.infer(image), session.infer(image), exact.infer(image)
+        assert exact.description.kernels == f"native, {native.target()}"
+        assert session.description.kernels == f"native, {native.target()}, attention in bfloat16"
+        assert session.description.backend == "onnxruntime-bf16"
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(again[name], value)
+        assert cosine(got[name], value).min() > 0.9  # random weights have close calls among keys and pairs
+    assert any((got[name] != value).any() for name, value in wanted.items())
+    built = process("build", bundle, "--backend", "onnxruntime-bf16")
+    assert built.code == 0, built.err
+
+
+def test_a_session_of_onnx_runtime_is_never_silently_float32(tmp_path: Path) -> None:
+    bundle = export_bundle(save_student(student(TINY), tmp_path / "student"), tmp_path / "bundle")
+    refused = process("profile", bundle, "--backend", "onnxruntime-bf16", env={native.TARGET_VARIABLE: "AVX2"})
+    assert (refused.code, refused.out) == (2, "")
+    assert "AVX2 has no bfloat16" in refused.err
+    with pytest.raises(BackendError, match="Function bodies have no bfloat16"):
+        open_session(bundle, "onnxruntime-bf16", kernels="portable")
+    plain = export_bundle(save_student(student(TINY, SparsityConfig(keep=1)), tmp_path / "dense"), tmp_path / "plain")
+    with pytest.raises(BackendError, match=r"no attention that could run in bfloat16\.\n.*onnxruntime"):
+        open_session(plain, "onnxruntime-bf16")
+
+
+def test_a_wrong_precision_of_a_session_is_refused() -> None:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("sparsifiner.attention", "half")
+    with pytest.raises(Exception, match=r"sparsifiner.attention is half, not float32 or bfloat16"):
+        options.register_custom_ops_library(str(native.library_path()))
 
 
 def test_errors_are_those_of_rounding() -> None:

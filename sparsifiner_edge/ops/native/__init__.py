@@ -70,6 +70,16 @@ def _require_whole(path: Path) -> None:
         raise OSError(f"{path} is cut short ({len(content)} of {max(ends)} bytes); install this package again")
 
 
+def has_bfloat16() -> bool:
+    """Whether the kernels' instruction set multiplies bfloat16.
+
+    Raises:
+        ValueError, OSError: see `target`.
+    """
+    target()  # The variable counts for the library as soon as it is loaded.
+    return bool(ctypes.CDLL(str(library_path())).sparsifiner_has_bfloat16())
+
+
 @functools.cache
 def target() -> str:
     """Instruction set that the kernels run on, such as "AVX3" (AVX-512), "AVX3_ZEN4" (with bfloat16), "AMX", "AVX2".

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <cstring>
 #include <new>
 
 #include "errors.h"
@@ -21,8 +22,9 @@ namespace {
 // A call of the C interface on the threads of a session.
 class SessionCall {
  public:
-  SessionCall(OrtKernelContext* context, Problem* problem) : context_(context), problem_(problem) {
+  SessionCall(OrtKernelContext* context, Problem* problem, int32_t precision) : context_(context), problem_(problem) {
     call_.version = SPARSIFINER_VERSION;
+    call_.precision = precision;
     call_.parallel_for = &SessionCall::ParallelFor;
     call_.threads = this;
   }
@@ -206,7 +208,9 @@ struct MergeKernel {
 
 template <typename Kernel>
 struct Node : Allocated {
-  explicit Node(const char* operator_name) : name(operator_name) { sparsifiner_hold_memory(1); }
+  Node(const char* operator_name, int32_t of_attention) : name(operator_name), precision(of_attention) {
+    sparsifiner_hold_memory(1);
+  }
   Node(const Node&) = delete;
   Node& operator=(const Node&) = delete;
   ~Node() { sparsifiner_hold_memory(-1); }
@@ -218,24 +222,25 @@ struct Node : Allocated {
   }
 
   bool Run(OrtKernelContext* context, Problem* problem) const {
-    SessionCall session(context, problem);
+    SessionCall session(context, problem, precision);
     return kernel.Compute(Tensors(context, problem), problem, &session) || problem->OutOfMemory();
   }
 
   Kernel kernel{};
   const char* name;
+  int32_t precision;
 };
 
 template <typename Kernel>
 struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus=*/true> {
-  // last: the type of the last input; all others are floats.
+  // last: the type of the last input; all others are floats. of_attention: what its products are computed in.
   Operator(const char* operator_name, size_t input_count, ONNXTensorElementDataType last,
-           ONNXTensorElementDataType output)
-      : name(operator_name), inputs(input_count), last_type(last), output_type(output) {}
+           ONNXTensorElementDataType output, int32_t of_attention)
+      : name(operator_name), inputs(input_count), last_type(last), output_type(output), precision(of_attention) {}
 
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** made) const {
     Problem problem;
-    auto* node = new (std::nothrow) Node<Kernel>(name);
+    auto* node = new (std::nothrow) Node<Kernel>(name, precision);
     if (node == nullptr || !node->kernel.Read(Attributes(info, &problem))) {
       problem.OutOfMemory();
       delete node;
@@ -255,12 +260,14 @@ struct Operator : Ort::CustomOpBase<Operator<Kernel>, Node<Kernel>, /*WithStatus
   const char* name;
   size_t inputs;
   ONNXTensorElementDataType last_type, output_type;
+  int32_t precision;
 };
 
-// The operators, as sessions refer to them: for as long as the library is loaded. Made once, or again where it failed.
+// The operators with attention in one precision, as sessions refer to them: for as long as the library is loaded. Made
+// once, or again where it failed.
 class Domain {
  public:
-  Domain() = default;
+  explicit Domain(int32_t precision) : precision_(precision) {}
   Domain(const Domain&) = delete;
   Domain& operator=(const Domain&) = delete;
   ~Domain() {
@@ -291,17 +298,34 @@ class Domain {
 
  private:
   static constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-  const Operator<SelectKernel<false>> select_{"KeySelect", 3, kFloat, kInt};
-  const Operator<SparseKernel<false>> sparse_{"SparseAttention", 2, kInt, kFloat};
-  const Operator<DenseKernel<false>> dense_{"DenseAttention", 1, kFloat, kFloat};
-  const Operator<SelectKernel<true>> merged_select_{"MergedKeySelect", 4, kFloat, kInt};
-  const Operator<SparseKernel<true>> merged_sparse_{"MergedSparseAttention", 3, kInt, kFloat};
-  const Operator<DenseKernel<true>> merged_dense_{"MergedDenseAttention", 2, kFloat, kFloat};
-  const Operator<MatchKernel> match_{"MatchTokens", 2, kFloat, kInt};
-  const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat};
-  const Operator<ScoreKernel> score_{"TokenScore", 1, kFloat, kFloat};
+  const int32_t precision_;
+  const Operator<SelectKernel<false>> select_{"KeySelect", 3, kFloat, kInt, precision_};
+  const Operator<SparseKernel<false>> sparse_{"SparseAttention", 2, kInt, kFloat, precision_};
+  const Operator<DenseKernel<false>> dense_{"DenseAttention", 1, kFloat, kFloat, precision_};
+  const Operator<SelectKernel<true>> merged_select_{"MergedKeySelect", 4, kFloat, kInt, precision_};
+  const Operator<SparseKernel<true>> merged_sparse_{"MergedSparseAttention", 3, kInt, kFloat, precision_};
+  const Operator<DenseKernel<true>> merged_dense_{"MergedDenseAttention", 2, kFloat, kFloat, precision_};
+  const Operator<MatchKernel> match_{"MatchTokens", 2, kFloat, kInt, precision_};
+  const Operator<MergeKernel> merge_{"MergeTokens", 3, kInt, kFloat, precision_};
+  const Operator<ScoreKernel> score_{"TokenScore", 1, kFloat, kFloat, precision_};
   std::atomic<OrtCustomOpDomain*> made_{nullptr};
 };
+
+// What attention computes in: the session's configuration may say so under "sparsifiner.attention".
+bool AttentionPrecision(const OrtApi& api, const OrtSessionOptions* options, Problem* problem, int32_t* precision) {
+  constexpr char kEntry[] = "sparsifiner.attention";
+  int given = 0;
+  *precision = SPARSIFINER_FLOAT32;
+  if (!problem->Check(api.HasSessionConfigEntry(options, kEntry, &given))) return false;
+  if (!given) return true;
+  char value[16] = "";
+  size_t size = sizeof(value);
+  if (!problem->Check(api.GetSessionConfigEntry(options, kEntry, value, &size))) return false;
+  if (std::strcmp(value, "float32") == 0) return true;
+  if (std::strcmp(value, "bfloat16") != 0) return problem->Refuse("%s is %s, not float32 or bfloat16", kEntry, value);
+  *precision = SPARSIFINER_BFLOAT16;
+  return sparsifiner_has_bfloat16() || problem->Refuse("%s has no bfloat16", sparsifiner_target());
+}
 
 }  // namespace
 }  // namespace sparsifiner
@@ -320,9 +344,12 @@ extern "C" SPARSIFINER_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* op
   // Without errors in reserve nothing is registered. If there is not even one to say so, the session knows no operator
   // of this library: it runs the function bodies in the file, or refuses the file.
   if (!Reserve().Fill()) return Reserve().Find();
-  static Domain domain;
+  static Domain float32(SPARSIFINER_FLOAT32), bfloat16(SPARSIFINER_BFLOAT16);
   Problem problem;
-  OrtCustomOpDomain* made = domain.Get(&problem);
-  if (made == nullptr || !problem.Check(api->AddCustomOpDomain(options, made))) problem.OutOfMemory();
+  int32_t precision = 0;
+  if (AttentionPrecision(*api, options, &problem, &precision)) {
+    OrtCustomOpDomain* made = (precision == SPARSIFINER_BFLOAT16 ? bfloat16 : float32).Get(&problem);
+    if (made == nullptr || !problem.Check(api->AddCustomOpDomain(options, made))) problem.OutOfMemory();
+  }
   return problem.Find("library");
 }

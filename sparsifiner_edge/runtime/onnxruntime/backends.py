@@ -5,31 +5,62 @@ from __future__ import annotations
 import abc
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.machine import package_version
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime.backend import Backend, Option, cache_folder
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.onnxruntime.session import ON_CPU, Execution, OrtSession, import_onnxruntime
-from sparsifiner_edge.runtime.processor import ProcessorBackend
+from sparsifiner_edge.runtime.processor import ProcessorBackend, native_library
 
 
 class OnnxRuntime(ProcessorBackend):
     """ONNX Runtime's CPU provider, with the native library where it was built."""
 
     name = ON_CPU.backend
+    execution: ClassVar[Execution] = ON_CPU
 
     def load(self) -> Any:
         """See `Backend.load`."""
         return import_onnxruntime()
 
-    def open(self, bundle: Bundle, threads: int, kernels: str) -> OrtSession:
-        """See `Backend.open`."""
-        with bundle.sealed_copy(MODEL_FILE) as copy:
-            return OrtSession(bundle.folder / MODEL_FILE, copy, threads, kernels, bundle.manifest.precision)
+    def session(
+        self, model: Path, content: bytes | str, threads: int, kernels: str, stored: str | None = None
+    ) -> OrtSession:
+        """See `ProcessorBackend.session`."""
+        return OrtSession(model, content, threads, kernels, stored, self.execution)
+
+
+class OnnxRuntimeBf16(OnnxRuntime):
+    """The same with attention in bfloat16, which the native library alone has; linear layers are as stored."""
+
+    name = "onnxruntime-bf16"
+    execution = Execution(name, bfloat16=True)
+
+    def load(self) -> Any:
+        """See `Backend.load`."""
+        native_library("native")
+        if not native.has_bfloat16():
+            raise BackendError(f"{native.target()} has no bfloat16.", "Choose onnxruntime.")
+        return import_onnxruntime()
+
+    def choose_kernels(self, bundle: Bundle, kernels: str) -> str:
+        """See `Backend.choose_kernels`: the native ones, or none."""
+        if kernels == "portable":
+            raise BackendError("Function bodies have no bfloat16.", "Choose onnxruntime.")
+        return super().choose_kernels(bundle, "native")
+
+    def session(
+        self, model: Path, content: bytes | str, threads: int, kernels: str, stored: str | None = None
+    ) -> OrtSession:
+        """See `ProcessorBackend.session`."""
+        self.load()
+        return super().session(model, content, threads, kernels, stored)
 
 
 class GpuProvider(Backend):

@@ -17,7 +17,7 @@ from sparsifiner_edge.ops.kernels import described
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.runtime.backend import import_package
-from sparsifiner_edge.runtime.processor import as_line, native_library, why_portable
+from sparsifiner_edge.runtime.processor import BF16_TOLERANCE_FREE, as_line, native_library, why_portable
 from sparsifiner_edge.runtime.session import Description, Session, validate_outputs
 
 _ERRORS_ONLY = 3
@@ -31,12 +31,14 @@ class Execution(NamedTuple):
         backend: as given to `open_session`.
         provider: ONNX Runtime's name of it; it must really run. options: of it.
         device: for people.
+        bfloat16: attention multiplies bfloat16 in the native library; the rest is as the file has it.
     """
 
     backend: str = "onnxruntime"
     provider: str = "CPUExecutionProvider"
     options: Mapping[str, Any] = {}
     device: str = "CPU"
+    bfloat16: bool = False
 
 
 ON_CPU = Execution()
@@ -58,6 +60,9 @@ def import_onnxruntime() -> Any:
 class OrtSession(Session):
     """A `Session` on ONNX Runtime.
 
+    Attributes:
+        least_tolerance: see `bundle.golden.check_golden`.
+
     Args:
         model: where the ONNX file is from, for messages; it is not read.
         source: its content, or the path of a copy that nobody changes meanwhile.
@@ -68,7 +73,8 @@ class OrtSession(Session):
 
     Raises:
         ArtifactError: it is no ONNX file, or needs another file.
-        BackendError: ONNX Runtime rejects the model, or would quietly run it on the CPU instead of what was asked for.
+        BackendError: ONNX Runtime rejects the model, or would quietly run it on the CPU, or in float32, instead of what
+            was asked for.
         MissingExtraError: ONNX Runtime is not installed.
     """
 
@@ -94,6 +100,11 @@ class OrtSession(Session):
         if execution.provider != ON_CPU.provider:
             providers.append(ON_CPU.provider)
         library = native_library(kernels)
+        self.least_tolerance = 0.0
+        if execution.bfloat16:
+            _require_attention(operators, model)
+            options.add_session_config_entry("sparsifiner.attention", "bfloat16")
+            self.least_tolerance = BF16_TOLERANCE_FREE
         start = time.perf_counter_ns()
         if library is not None:
             try:
@@ -122,7 +133,7 @@ class OrtSession(Session):
             provider=execution.provider,
             device=execution.device,
             precision=precision or Unavailable("the bundle does not say"),
-            kernels=described(operators, library is not None, why_bodies),
+            kernels=described(operators, library is not None, why_bodies, "bfloat16" if execution.bfloat16 else None),
             threads=threads,
         )
 
@@ -148,6 +159,12 @@ class OrtSession(Session):
     def close(self) -> None:
         """See `Session.close`."""
         self._session = None
+
+
+def _require_attention(operators: set[str], model: Path) -> None:
+    """Something of a file must be attention as an operator, or nothing of it would be bfloat16."""
+    if not any(name.endswith("Attention") for name in operators):
+        raise BackendError(f"{model} has no attention that could run in bfloat16.", "Choose onnxruntime.")
 
 
 def _require_provider(session: Any, execution: Execution) -> None:

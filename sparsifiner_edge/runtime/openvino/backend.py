@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sparsifiner_edge.bundle.manifest import MODEL_FILE
-from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.runtime.openvino.session import OpenVinoSession, import_openvino
 from sparsifiner_edge.runtime.processor import ProcessorBackend, native_library, why_portable
 
@@ -21,16 +19,11 @@ class OpenVino(ProcessorBackend):
         """See `Backend.load`."""
         return import_openvino(self.precision)
 
-    def open(self, bundle: Bundle, threads: int, kernels: str) -> OpenVinoSession:
-        """See `Backend.open`."""
-        with bundle.sealed_copy(MODEL_FILE) as copy:
-            content = Path(copy).read_bytes()
-        return self.session(bundle.folder / MODEL_FILE, content, threads, kernels, bundle.manifest.precision)
-
     def session(
-        self, model: Path, content: bytes, threads: int, kernels: str, stored: str | None = None
+        self, model: Path, content: bytes | str, threads: int, kernels: str, stored: str | None = None
     ) -> OpenVinoSession:
-        """A session on a file's content; see `OpenVinoSession`."""
+        """See `ProcessorBackend.session`."""
+        content = content if isinstance(content, bytes) else Path(content).read_bytes()
         why = why_portable(kernels) if kernels == "auto" else None
         native = native_library(kernels) is not None
         return OpenVinoSession(self.name, model, content, threads, native, why, self.precision, stored)
