@@ -4,9 +4,9 @@
 
 DINOv2 ViT-S/14 with its real weights, ViT-B/14 with random ones (no weights install; time does not depend on them).
 Ours runs in ONNX Runtime, the int8 file with attention in bf16 too, and in OpenVINO, there in fp32, bf16 and with the
-int8 file; precisions that the processor has no arithmetic for are left out, ours and theirs. A case ends with a share of
-tokens (":0.7" at three layers), or with what merges (":merge=200^1.5": 200 in the first layer, falling to 0 with that
-power); KEEP may name several layers' shares.
+int8 file; precisions that the processor has no arithmetic for are left out, ours and theirs. A case ends with a share
+of tokens (":0.7" at three layers), or with what merges (":merge=200^1.5": 200 in the first layer, falling to 0 with
+that power); KEEP may name several layers' shares.
 Rivals run the dense export of the same model: ONNX Runtime fp32 and int8 (as ours, but with every linear layer in int8
 that the gate allows, which is faster), OpenVINO fp32, bf16 (its default where the processor has it) and int8 (the same
 QDQ file, the rest in fp32 or bf16), torch.
