@@ -18,8 +18,13 @@ from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.backend import EngineBackend
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
-from sparsifiner_edge.runtime.onnxruntime.backends import GpuProvider, OnnxRuntimeCuda, OnnxRuntimeTensorRt
-from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
+from sparsifiner_edge.runtime.onnxruntime.backends import (
+    GpuProvider,
+    OnnxRuntime,
+    OnnxRuntimeBf16,
+    OnnxRuntimeCuda,
+    OnnxRuntimeTensorRt,
+)
 from sparsifiner_edge.runtime.openvino.backend import OpenVino, OpenVinoBf16, OpenVinoFp16
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
@@ -76,7 +81,7 @@ def examine() -> Findings:
         native_library=library,
         native_library_reason=reason,
         backends={
-            "onnxruntime": _onnxruntime(),
+            **{kind.name: _onnxruntime(kind()) for kind in (OnnxRuntime, OnnxRuntimeBf16)},
             **{kind.name: _openvino(kind()) for kind in (OpenVino, OpenVinoBf16, OpenVinoFp16)},
             **{kind.name: _provider(kind(), device) for kind in (OnnxRuntimeCuda, OnnxRuntimeTensorRt)},
             "tensorrt": _engines(TensorRt(), device, "builds engines for the GPU of this machine"),
@@ -111,13 +116,15 @@ def _cuda() -> Known[CudaDevice]:
         return Unavailable(f"{error.what} {error.fix}")
 
 
-def _onnxruntime() -> BackendState:
+def _onnxruntime(backend: OnnxRuntime) -> BackendState:
     try:
-        module = import_onnxruntime()
+        module = backend.load()
     except SparsifinerError as error:
-        return BackendState(False, f"{error.what} {error.fix}", Unavailable("cannot be imported"))
+        return BackendState(False, f"{error.what} {error.fix}", package_version("onnxruntime"))
     providers = ", ".join(module.get_available_providers())
-    return BackendState(True, f"imports, and offers {providers}; uses CPUExecutionProvider", str(module.__version__))
+    how = "; attention in bfloat16" if backend.execution.bfloat16 else ""
+    reason = f"imports, and offers {providers}; uses CPUExecutionProvider{how}"
+    return BackendState(True, reason, str(module.__version__))
 
 
 def _openvino(backend: OpenVino) -> BackendState:

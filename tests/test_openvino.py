@@ -228,6 +228,7 @@ def test_every_command_takes_it(bundles: dict[str, Path], pictures: Path, tmp_pa
     )  # fmt: skip
     assert profiled.code == 0, profiled.err
     assert f"native, {native.target()}" in profiled.out
+    assert "inferences run on the processor" in profiled.out  # No card's sensor was asked.
     weights = tmp_path / "weights.safetensors"
     from safetensors.torch import save_file
 

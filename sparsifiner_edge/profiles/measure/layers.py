@@ -20,7 +20,7 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
+from sparsifiner_edge.runtime.onnxruntime.session import attend_in_bfloat16, import_onnxruntime
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.processor import native_library
 
@@ -90,21 +90,25 @@ def measure_layers(
                 session.infer(inputs)
             return _merged(_session_rows(layer_times(inputs, queries), model))
         ran = session.description
-        if session.backend != "onnxruntime" or ran.device != "CPU":
+        if session.backend not in ("onnxruntime", "onnxruntime-bf16"):
             # On a GPU, ONNX Runtime's trace holds the time to launch a kernel, not the time that it takes.
             raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
     assert isinstance(ran.threads, int)
     native = str(ran.kernels).startswith("native")
-    return _ort_layers(model, ran.threads, "native" if native else "portable", inputs, queries)
+    options = import_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = ran.threads
+    if session.backend == "onnxruntime-bf16":
+        attend_in_bfloat16(options)
+    return _ort_layers(model, options, "native" if native else "portable", inputs, queries)
 
 
-def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int) -> LayerTimes:
+def _ort_layers(model: bytes, options: Any, kernels: str, inputs: Mapping[str, Array], queries: int) -> LayerTimes:
     import onnx
 
     from sparsifiner_edge.profiles.measure.attribution import Place, find_places, place_nodes
 
     with scratch_folder() as folder:
-        trace = _run_profiled(model, folder, threads, kernels, inputs, queries + _WARM_UP)
+        trace = _run_profiled(model, options, folder, kernels, inputs, queries + _WARM_UP)
         times, operators = read_trace(trace, queries)
         optimised = onnx.load(str(folder / "optimised.onnx"), load_external_data=False)
     places = place_nodes(optimised, find_places(onnx.load_from_string(model)))
@@ -117,12 +121,10 @@ def _ort_layers(model: bytes, threads: int, kernels: str, inputs: Mapping[str, A
 
 
 def _run_profiled(
-    model: bytes, folder: Path, threads: int, kernels: str, inputs: Mapping[str, Array], queries: int
+    model: bytes, options: Any, folder: Path, kernels: str, inputs: Mapping[str, Array], queries: int
 ) -> Trace:
     """Run `queries` times with ONNX Runtime's profiler on; its trace, and the optimised graph in `folder`."""
     ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_profiling = True

@@ -25,6 +25,7 @@ from sparsifiner_edge.profiles.sensors import (
     no_sensor,
 )  # fmt: skip
 from sparsifiner_edge.records import MISSING, Known, Unavailable
+from sparsifiner_edge.runtime.open import ON_PROCESSOR
 
 _IDLE_S = (0.5, 3.0)
 _IDLE_SHARE = 0.3
@@ -61,7 +62,7 @@ def observe(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, power: b
 
     The idle baseline comes before warm-up, so that nothing cools down between warm-up and the first query.
     """
-    on = "cpu" if sides[0].request.backend == "onnxruntime" else "gpu"
+    on = "cpu" if sides[0].request.backend in ON_PROCESSOR else "gpu"
     sensor = find_sensor(on=on) if power else no_sensor({"power": "not asked for"})
     idle_s = _idle_s(sensor, rules)
     look_s = min(max(_LOOK_SHARE * rules.seconds, _LOOK_S[0]), _LOOK_S[1])

@@ -103,7 +103,7 @@ class OrtSession(Session):
         self.least_tolerance = 0.0
         if execution.bfloat16:
             _require_attention(operators, model)
-            options.add_session_config_entry("sparsifiner.attention", "bfloat16")
+            attend_in_bfloat16(options)
             self.least_tolerance = BF16_TOLERANCE_FREE
         start = time.perf_counter_ns()
         if library is not None:
@@ -159,6 +159,11 @@ class OrtSession(Session):
     def close(self) -> None:
         """See `Session.close`."""
         self._session = None
+
+
+def attend_in_bfloat16(options: Any) -> None:
+    """Have the native library, once it is registered with these options of a session, multiply bfloat16."""
+    options.add_session_config_entry("sparsifiner.attention", "bfloat16")
 
 
 def _require_attention(operators: set[str], model: Path) -> None:
