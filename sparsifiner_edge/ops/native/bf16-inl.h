@@ -35,14 +35,21 @@ HWY_INLINE V Dot(W a, W b, V sum) {
   return hn::ReorderWidenMulAccumulate(D(), hn::BitCast(halves, a), hn::BitCast(halves, b), sum, unused);
 }
 
+// Of a vector's halves: those of the lower and of the upper half in turn.
+struct InTurn {
+  constexpr InTurn() {
+    for (size_t i = 0; i < 2 * kLanes; ++i) from[i] = static_cast<uint16_t>(i / 2 + i % 2 * kLanes);
+  }
+  alignas(64) uint16_t from[2 * kLanes] = {};
+};
+constexpr InTurn kInTurn;
+
 // Words of `low`, and of `high` in their upper halves.
 HWY_INLINE W Pair(V low, V high) {
-  const hn::Rebind<hwy::bfloat16_t, D> halves;
-  const hn::Rebind<uint16_t, D> bits;
-  const Words words;
-  const W a = hn::PromoteTo(words, hn::BitCast(bits, hn::DemoteTo(halves, low)));
-  const W b = hn::PromoteTo(words, hn::BitCast(bits, hn::DemoteTo(halves, high)));
-  return hn::Or(a, hn::ShiftLeft<16>(b));
+  const hn::Repartition<hwy::bfloat16_t, D> halves;
+  const hn::Repartition<uint16_t, D> bits;
+  const auto both = hn::BitCast(bits, hn::OrderedDemote2To(halves, low, high));
+  return hn::BitCast(Words(), hn::TableLookupLanes(both, hn::SetTableIndices(bits, kInTurn.from)));
 }
 
 // out[k][16] = words of two rows of [rows][16] floats; the last of an odd number stands alone.

@@ -224,8 +224,11 @@ struct WordsKind {
     Products::Scores(qt, keys, PackedWords(width), count, scores);
   }
 
+  static void KeepWeights(V a, V b, size_t j, size_t v, const GroupWork<uint32_t>& work) {
+    hn::Store(Pair(a, b), Words(), work.weights + j / 2 * kQueries + v);
+  }
+
   static void AddSums(const GroupWork<uint32_t>& work, size_t count, size_t stride, const float* carry, float* sums) {
-    PairRows(work.scores, count, work.weights);
     Products::AddSums(work.weights, work.values, (count + 1) / 2, stride, carry, sums);
   }
 };

@@ -50,11 +50,13 @@ HWY_INLINE size_t LayOut(const GroupJob& job, void* base, GroupWork<typename Kin
   return layout.used();
 }
 
-// Softmax is carried from chunk to chunk: logits become weights, and `carry` what the sums so far count. biases: of each
-// key, or null.
-HWY_INLINE void WeighChunk(const float* biases, size_t count, float* HWY_RESTRICT scores, float* HWY_RESTRICT highest,
-                           float* HWY_RESTRICT totals, float* HWY_RESTRICT carry) {
+// Softmax is carried from chunk to chunk: logits become weights, which the kind keeps, and `carry` what the sums so far
+// count. biases: of each key, or null.
+template <class Kind>
+HWY_INLINE void WeighChunk(const float* biases, size_t count, const GroupWork<typename Kind::Word>& work,
+                           float* HWY_RESTRICT highest, float* HWY_RESTRICT totals, float* HWY_RESTRICT carry) {
   const D d;
+  float* HWY_RESTRICT scores = work.scores;
   for (size_t v = 0; v < kQueries; v += kLanes) {
     const V old = hn::Load(d, highest + v);
     V top = old;
@@ -64,17 +66,19 @@ HWY_INLINE void WeighChunk(const float* biases, size_t count, float* HWY_RESTRIC
       top = hn::Max(top, hn::Load(d, score));
     }
     V even = hn::Zero(d), odd = hn::Zero(d);
-    const auto weigh = [&](size_t j, V* sum) {
-      const V weight = Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top));
-      hn::Store(weight, d, scores + j * kQueries + v);
-      *sum = hn::Add(*sum, weight);
-    };
+    const auto weight = [&](size_t j) { return Exp2(hn::Sub(hn::Load(d, scores + j * kQueries + v), top)); };
     size_t j = 0;
     for (; j + 2 <= count; j += 2) {
-      weigh(j, &even);
-      weigh(j + 1, &odd);
+      const V a = weight(j), b = weight(j + 1);
+      even = hn::Add(even, a);
+      odd = hn::Add(odd, b);
+      Kind::KeepWeights(a, b, j, v, work);
     }
-    if (j < count) weigh(j, &even);
+    if (j < count) {
+      const V a = weight(j);
+      even = hn::Add(even, a);
+      Kind::KeepWeights(a, hn::Zero(d), j, v, work);
+    }
     const V factor = Exp2(hn::Sub(old, top));
     hn::Store(factor, d, carry + v);
     hn::Store(top, d, highest + v);
@@ -109,8 +113,8 @@ HWY_NOINLINE void GroupItem(void* data, size_t item, void* own) {
       float *sums = work.sums + (q - begin) * stride, *state = work.highest + (q - begin);
       Kind::Scores(work.qt + (q - begin) * row, work.keys, in.width, count, work.scores);
       HWY_ALIGN float carry[kQueries];
-      WeighChunk(job.bias == nullptr ? nullptr : job.bias + batch * in.tokens + start, count, work.scores, state,
-                 work.totals + (q - begin), carry);
+      WeighChunk<Kind>(job.bias == nullptr ? nullptr : job.bias + batch * in.tokens + start, count, work, state,
+                       work.totals + (q - begin), carry);
       Kind::AddSums(work, count, stride, carry, sums);
     }
   }

@@ -42,6 +42,12 @@ struct Floats {
     HWY_NAMESPACE::Scores<true>(qt, keys, Stride(width), width, count, scores);
   }
 
+  // Of the keys j and j + 1; room for one more key is there.
+  static void KeepWeights(V a, V b, size_t j, size_t v, const GroupWork<float>& work) {
+    hn::Store(a, D(), work.scores + j * kQueries + v);
+    hn::Store(b, D(), work.scores + (j + 1) * kQueries + v);
+  }
+
   static void AddSums(const GroupWork<float>& work, size_t count, size_t stride, const float* carry, float* sums) {
     const Weighted part{work.scores, work.values, count, nullptr};
     Accumulate<true, true>(&part, 1, stride, sums, carry, nullptr, kQueries, stride, sums, stride);
