@@ -73,9 +73,11 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
             return True
 
         def evaluate(self, outputs: Any, inputs: Any) -> bool:
-            given = [tensor.data for tensor in inputs]
-            outputs[0].shape = output_shape(self.operator, self.settings, [x.shape for x in given])
-            operators.run(self.operator, self.settings, given, outputs[0].data)
+            # By index: these lists end an iteration with an exception in C++, tens of microseconds each.
+            given = [inputs[i].data for i in range(len(inputs))]
+            output = outputs[0]
+            output.shape = output_shape(self.operator, self.settings, [x.shape for x in given])
+            operators.run(self.operator, self.settings, given, output.data)
             return True
 
     return SparsifinerOp
