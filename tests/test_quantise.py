@@ -134,9 +134,13 @@ def test_what_merges_is_no_error_of_the_layers(place: Path, monkeypatch: pytest.
     given = {name: outputs.pop(name) for name in matches}
     for name, values in file_runner(module._matched(model, matches))(image, given).items():
         np.testing.assert_array_equal(values, outputs[name])
-    # Noise, whose patches are all as alike.
+    # Noise, whose patches are all as alike: rounding decides, unless the layers that matter most stay in float32.
     images = list(np.random.default_rng(0).integers(0, 256, (3, 1, 160, 160, 3), dtype=np.uint8))
-    with pytest.raises(GateError, match="where its own matches merge"):
+    _, found = quantise(onnx.load(merged / "model.onnx"), images)
+    assert 0 < len(found.kept) <= 6
+    assert min(found.own_matches_cosines.values()) >= module.LEAST_OWN_COSINE
+    monkeypatch.setattr(module, "MAX_FLOAT_SHARE", 0)
+    with pytest.raises(GateError, match=r"where its own matches merge, with 0 of 24 linear layers left"):
         quantise(onnx.load(merged / "model.onnx"), images)
     monkeypatch.setattr(module, "LEAST_OWN_COSINE", 0)
     _, found = quantise(onnx.load(merged / "model.onnx"), images)

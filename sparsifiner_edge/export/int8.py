@@ -9,6 +9,7 @@ tokens that are alike, rounding decides which merge, and that is no error of the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -82,31 +83,37 @@ def quantise(
     _equalise(source, layers, calibrated)
     full = _quantise_all(source, layers, calibrated, symmetric=int8_target == "tensorrt")
 
-    def measure(kept: Sequence[str], count: int = len(held_out)) -> tuple[dict[str, float], float]:
-        run = file_runner(_matched(_restored(full, source, kept), matches))
-        return _compared([run(*each) for each in zip(held_out[:count], matched, strict=False)], wanted[:count])
+    def measure(kept: Sequence[str], count: int = len(held_out), own: bool = False) -> tuple[dict[str, float], float]:
+        made = _restored(full, source, kept)
+        run = file_runner(made if own else _matched(made, matches))
+        given = [{}] * count if own else matched
+        return _compared([run(*each) for each in zip(held_out[:count], given, strict=False)], wanted[:count])
 
     kept = _layers_that_hurt(measure, layers, goal, progress)
-    made = _restored(full, source, kept)
+    own: dict[str, float] = measure(kept, own=True)[0] if matches else {}
+    if own and min(own.values()) < LEAST_OWN_COSINE:
+        more = _layers_that_hurt(functools.partial(measure, own=True), layers, LEAST_OWN_COSINE, progress)
+        kept = list(dict.fromkeys([*kept, *more]))
+        own = measure(kept, own=True)[0]
     cosines, others = measure(kept)
-    own = _compared([file_runner(made)(image) for image in held_out], wanted)[0] if matches else {}
-    for found, least, how in (
-        (cosines, LEAST_MEAN_COSINE, ""),
-        (own, LEAST_OWN_COSINE, " where its own matches merge"),
-    ):
-        worst = min(found, key=lambda output: found[output], default=None)
-        if worst is not None and found[worst] < least:
-            raise GateError(
-                f"Output {worst!r} of the int8 file has cosine {found[worst]:.4f} to float32{how}, allowed {least}, "
-                f"with {len(kept)} of {len(layers)} linear layers left in float32.",
-                "Calibrate with more images like those it will see, or export fp32.",
-            )
+    how = f"with {len(kept)} of {len(layers)} linear layers left in float32"
+    _require(cosines, LEAST_MEAN_COSINE, how)
+    _require(own, LEAST_OWN_COSINE, f"where its own matches merge, {how}")
     report = Quantisation(
         recipe=int8_target, cosines=cosines, own_matches_cosines=own, other_patches=others,
         quantised=len(layers) - len(kept), kept=tuple(kept), calibrated=len(calibrated), held_out=len(held_out),
         method=METHOD,
     )  # fmt: skip
-    return made, report
+    return _restored(full, source, kept), report
+
+
+def _require(cosines: dict[str, float], least: float, how: str) -> None:
+    for name, found in cosines.items():
+        if found < least:
+            raise GateError(
+                f"Output {name!r} of the int8 file has cosine {found:.4f} to float32, allowed {least}, {how}.",
+                "Calibrate with more images like those it will see, or export fp32.",
+            )
 
 
 def _layers_that_hurt(
