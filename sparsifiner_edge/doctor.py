@@ -120,7 +120,7 @@ def _onnxruntime(backend: OnnxRuntime) -> BackendState:
     try:
         module = backend.load()
     except SparsifinerError as error:
-        return BackendState(False, f"{error.what} {error.fix}", package_version("onnxruntime"))
+        return BackendState(False, f"{error.what} {error.fix}", Unavailable("cannot be imported"))
     providers = ", ".join(module.get_available_providers())
     how = "; attention in bfloat16" if backend.execution.bfloat16 else ""
     reason = f"imports, and offers {providers}; uses CPUExecutionProvider{how}"

@@ -185,7 +185,7 @@ def test_a_session_with_a_profiler_of_its_own_is_asked(exported, monkeypatch):
 
 def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
     class Session:
-        backend, inputs, description = "onnxruntime", (), types.SimpleNamespace(device="GPU")
+        backend, inputs, description = "onnxruntime-cuda", (), types.SimpleNamespace(device="GPU")
 
         def __enter__(self):
             return self
@@ -194,7 +194,7 @@ def test_a_device_without_a_profiler_says_so(exported, monkeypatch):
             pass
 
     monkeypatch.setattr(layers, "open_checked", lambda *_: Session())
-    with pytest.raises(BackendError, match="onnxruntime on GPU gives no times per layer"):
+    with pytest.raises(BackendError, match="onnxruntime-cuda on GPU gives no times per layer"):
         measured(exported["dense"], "portable")
 
 

@@ -58,6 +58,10 @@ class Retiled(Struct, frozen=True):
     images: int = field(default=0, name="pictures")
 
 
+ON_PROCESSOR = ("onnxruntime", "onnxruntime-bf16", "openvino", "openvino-bf16", "openvino-fp16")
+"""Backends (`runtime.open.BACKENDS`) that run the file itself on the processor."""
+
+
 class LayerChoice(Struct, frozen=True):
     """Layers of equal sizes: medians of one's attention, at batch 1, and whether they were kept dense."""
 

@@ -9,11 +9,10 @@ from typing import Any
 import click
 
 from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.bundle.entries import Check
+from sparsifiner_edge.bundle.entries import ON_PROCESSOR, Check
 from sparsifiner_edge.bundle.manifest import Manifest, manifest_content
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.runtime.open import ON_PROCESSOR
 
 
 @click.command(cls=common.SizedCommand)

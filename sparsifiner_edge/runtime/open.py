@@ -25,8 +25,6 @@ BACKENDS = {
     "tensorrt-rtx": "tensorrt.rtx:TensorRtRtx",
 }
 """Name -> module beside this one, imported when it is asked for, and class in it."""
-ON_PROCESSOR = ("onnxruntime", "onnxruntime-bf16", "openvino", "openvino-bf16", "openvino-fp16")
-"""Those that run the file itself on the processor."""
 KERNEL_CHOICES = ("auto", "native", "portable")
 """What runs the operators of the domain `sparsifiner`: the native library if it was built, only it, or the bodies."""
 

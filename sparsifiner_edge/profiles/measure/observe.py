@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from msgspec.structs import asdict
 
+from sparsifiner_edge.bundle.entries import ON_PROCESSOR
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import flags, stats
 from sparsifiner_edge.profiles.figures import Figures, Phases
@@ -25,7 +26,6 @@ from sparsifiner_edge.profiles.sensors import (
     no_sensor,
 )  # fmt: skip
 from sparsifiner_edge.records import MISSING, Known, Unavailable
-from sparsifiner_edge.runtime.open import ON_PROCESSOR
 
 _IDLE_S = (0.5, 3.0)
 _IDLE_SHARE = 0.3
