@@ -58,9 +58,8 @@ CASES = (
     f"{BASE}:518:0.1,0.1,0.2,1:49:merge=200^1.5",
 )  # fmt: skip
 OURS, OURS8 = "ours, ONNX Runtime fp32", "ours, ONNX Runtime int8"
-IN_BF16 = "ours, ONNX Runtime int8, attention bf16"
 ELSEWHERE = {
-    IN_BF16: (OURS8, "onnxruntime-bf16"),
+    "ours, ONNX Runtime int8, attention bf16": (OURS8, "onnxruntime-bf16"),
     "ours, OpenVINO fp32": (OURS, "openvino"), "ours, OpenVINO bf16": (OURS, "openvino-bf16"),
     "ours, OpenVINO int8, rest fp32": (OURS8, "openvino"), "ours, OpenVINO int8, rest bf16": (OURS8, "openvino-bf16"),
 }  # fmt: skip

@@ -25,6 +25,7 @@ from sparsifiner_edge.runtime.onnxruntime.backends import (
     OnnxRuntimeCuda,
     OnnxRuntimeTensorRt,
 )
+from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
 from sparsifiner_edge.runtime.openvino.backend import OpenVino, OpenVinoBf16, OpenVinoFp16
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
@@ -117,14 +118,17 @@ def _cuda() -> Known[CudaDevice]:
 
 
 def _onnxruntime(backend: OnnxRuntime) -> BackendState:
+    version: Known[str] = Unavailable("cannot be imported")
     try:
-        module = backend.load()
+        module = import_onnxruntime()
+        version = str(module.__version__)
+        backend.load()  # What it needs besides.
     except SparsifinerError as error:
-        return BackendState(False, f"{error.what} {error.fix}", Unavailable("cannot be imported"))
+        return BackendState(False, f"{error.what} {error.fix}", version)
     providers = ", ".join(module.get_available_providers())
     how = "; attention in bfloat16" if backend.execution.bfloat16 else ""
     reason = f"imports, and offers {providers}; uses CPUExecutionProvider{how}"
-    return BackendState(True, reason, str(module.__version__))
+    return BackendState(True, reason, version)
 
 
 def _openvino(backend: OpenVino) -> BackendState:

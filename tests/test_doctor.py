@@ -1,5 +1,6 @@
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 
@@ -125,6 +126,15 @@ def test_the_tables_hold_pip_commands_with_their_brackets(tmp_path):
     printed = command(before=before).stdout
     assert 'pip install "sparsifiner-edge[gpu]"' in printed
     assert "sparsifiner-edge[cpu]" in printed
+
+
+def test_a_processor_without_bfloat16_has_onnxruntime_all_the_same():
+    lesser = "AVX2" if os.uname().machine == "x86_64" else "NEON"
+    run = command("--json", before=f"import os; os.environ['SPARSIFINER_TARGET'] = {lesser!r}")
+    found = json.loads(run.stdout)["backends"]
+    assert (found["onnxruntime"]["available"], found["onnxruntime-bf16"]["available"]) == (True, False)
+    assert "has no bfloat16" in found["onnxruntime-bf16"]["reason"]
+    assert found["onnxruntime-bf16"]["version"] == onnxruntime.__version__
 
 
 def test_a_bare_environment_is_enough():
