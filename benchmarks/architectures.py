@@ -21,8 +21,7 @@ from sparsifiner_edge.config import SparsityConfig, default_cells
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
-from sparsifiner_edge.sparse.attention import qkv_projection
-from sparsifiner_edge.sparse.models import create
+from sparsifiner_edge.sparse.hosts.timm import TimmAttention, create
 from sparsifiner_edge.sparse.student import make_student, save_student
 
 MODELS = (
@@ -49,12 +48,12 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     model: Any = create(name, size)
     for block in model.blocks:
-        weight = qkv_projection(block.attn)[0]
+        weight = TimmAttention.projection(block.attn)[0]
         weight[: 2 * len(weight) // 3] *= (LOGIT_SPREAD / model.embed_dim) ** 0.5 / float(weight.std())
     keep = 0.25 if model.patch_embed.num_patches < 1000 else 0.10
     sparsity = SparsityConfig(keep=keep, cells=default_cells(model.patch_embed.num_patches))
     student = make_student(name, model, sparsity)
-    heads = {type(block.attn).__mro__[2].__name__ for block in model.blocks}
+    heads = {type(block.attn).__bases__[-1].__name__ for block in model.blocks}
     manifest = open_bundle(export_bundle(save_student(student, folder / "student"), folder / "bundle")).manifest
     return {
         "name": name,

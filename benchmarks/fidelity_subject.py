@@ -21,9 +21,10 @@ from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse import calibrate
 from sparsifiner_edge.sparse.attention import KeySelector, SparseAttention
-from sparsifiner_edge.sparse.models import load_model, normalise, preprocessing
+from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.student import dense_twin, make_student
+from sparsifiner_edge.sparse.weights import normalise
 
 Chooser = Callable[[SparseAttention, Tensor], Tensor]
 """Another way to choose keys: (layer, qkv [1,N,3C]) -> indices int32 [1,H,T,K]."""
@@ -82,8 +83,8 @@ class Subject:
 
     def reorder(self, order: np.ndarray) -> None:
         """Lay patch tokens along another curve."""
-        self.model.token_order = torch.from_numpy(order)
-        self.model.raster_order = torch.from_numpy(inverse(order))
+        curve = self.model.blocks[0].curve
+        curve.order, curve.raster = torch.from_numpy(order), torch.from_numpy(inverse(order))
         self._projections.clear()
 
     def configure(self, sparsity: SparsityConfig, source: str = "descent", keeps: list[float] | None = None) -> None:
@@ -106,7 +107,7 @@ class Subject:
     def _set(self, layer: SparseAttention, sparsity: SparsityConfig) -> None:
         layer.sparsity, layer.layout = sparsity, sparsity.layout(self.patches)
         if isinstance(layer.select, KeySelector) and layer.select.proj_q.shape[-1] != sparsity.channels:
-            layer.select = KeySelector(layer.num_heads, layer.head_dim, sparsity.channels)
+            layer.select = KeySelector(layer.geometry.heads, layer.geometry.dim, sparsity.channels)
 
     def _find(self, source: str, sparsity: SparsityConfig) -> list[dict[str, Tensor]]:
         if source in ("moments", "descent") and self.size > 224 and self.preset == "edge":
@@ -117,7 +118,7 @@ class Subject:
             calibrate.calibrate_from_weights(self.model)
         elif source == "exact":
             for layer in self.layers:
-                eye = torch.eye(layer.head_dim).expand(layer.num_heads, -1, -1)
+                eye = torch.eye(layer.geometry.dim).expand(layer.geometry.heads, -1, -1)
                 layer.select.load_state_dict({"proj_q": eye, "proj_k": eye})
         else:
             passes, calibrate.PASSES = calibrate.PASSES, 0 if source == "moments" else calibrate.PASSES
@@ -151,7 +152,7 @@ class Subject:
         for picture in self.photographs[:ERROR_IMAGES]:
             seen = list(calibrate._dense_pass(self.model, picture))
             for number, (layer, qkv) in enumerate(seen):
-                dense = ops.dense_attention(qkv, num_heads=layer.num_heads, scale=layer.scale)
+                dense = ops.dense_attention(qkv, num_heads=layer.geometry.heads, scale=layer.geometry.scale)
                 ours = changed[number](qkv) if changed[number] else layer.attend(qkv)
                 totals[number] += float((ours - dense).norm() / dense.norm())
         return list(totals / len(self.photographs[:ERROR_IMAGES]))
@@ -159,7 +160,7 @@ class Subject:
 
 def heads_of(layer: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Patch q, k, v [1,H,P,d]."""
-    q, k, v = (x[:, :, layer.num_prefix :] for x in ops.split_heads(qkv, layer.num_heads))
+    q, k, v = (x[:, :, layer.num_prefix :] for x in ops.split_heads(qkv, layer.geometry.heads))
     return q, k, v
 
 
@@ -171,7 +172,7 @@ def from_scores(layer: SparseAttention, scores: Tensor) -> Tensor:
 def random_keys(layer: SparseAttention, _: Tensor) -> Tensor:
     """Keys drawn at random for each head and tile."""
     generator = torch.Generator().manual_seed(0)
-    shape = (1, layer.num_heads, layer.layout.tiles, layer.layout.patches)
+    shape = (1, layer.geometry.heads, layer.layout.tiles, layer.layout.patches)
     return from_scores(layer, torch.rand(shape, generator=generator))
 
 
@@ -180,10 +181,11 @@ def local_window(model: Any) -> Chooser:
     width = model.patch_embed.grid_size[1]
 
     def choose(layer: SparseAttention, _: Tensor) -> Tensor:
-        place = torch.stack([model.token_order // width, model.token_order % width], -1).float()
+        order = model.blocks[0].curve.order
+        place = torch.stack([order // width, order % width], -1).float()
         centres = ops.run_means(place, layer.sparsity.tile)
         scores = -torch.cdist(centres, place)
-        return from_scores(layer, scores.expand(1, layer.num_heads, -1, -1))
+        return from_scores(layer, scores.expand(1, layer.geometry.heads, -1, -1))
 
     return choose
 
@@ -193,7 +195,7 @@ def true_attention(power: float | None) -> Chooser:
 
     def choose(layer: SparseAttention, qkv: Tensor) -> Tensor:
         q, k, v = heads_of(layer, qkv)
-        return from_scores(layer, _aggregate(layer, layer.scale * q @ k.mT, v, 1, power))
+        return from_scores(layer, _aggregate(layer, layer.geometry.scale * q @ k.mT, v, 1, power))
 
     return choose
 
@@ -204,7 +206,7 @@ def aggregated(power: float) -> Chooser:
     def choose(layer: SparseAttention, qkv: Tensor) -> Tensor:
         q, k, v = heads_of(layer, qkv)
         select, probe = layer.select, layer.sparsity.probe
-        logits = ops.probe_logits(q, k, select.proj_q, select.proj_k, probe=probe, scale=layer.scale)
+        logits = ops.probe_logits(q, k, select.proj_q, select.proj_k, probe=probe, scale=layer.geometry.scale)
         return from_scores(layer, _aggregate(layer, logits, v, probe, power))
 
     return choose
@@ -240,9 +242,9 @@ def cell_means(over: str, temperature: float = 1.0) -> Callable[[SparseAttention
     def attend(layer: SparseAttention, qkv: Tensor) -> Tensor:
         q, k, v = heads_of(layer, qkv)
         layout, tile = layer.layout, layer.sparsity.tile
-        mask = torch.zeros(1, layer.num_heads, layout.tiles, layout.patches)
+        mask = torch.zeros(1, layer.geometry.heads, layout.tiles, layout.patches)
         mask.scatter_(3, layer.indices(qkv).long(), 1.0)
-        logits = (layer.scale * q @ k.mT).masked_fill(
+        logits = (layer.geometry.scale * q @ k.mT).masked_fill(
             mask.repeat_interleave(tile, 2)[:, :, : q.shape[2]] == 0, -math.inf
         )
         member = F.one_hot(torch.arange(layout.patches) // layout.cell, layout.cells).float()
@@ -251,15 +253,17 @@ def cell_means(over: str, temperature: float = 1.0) -> Callable[[SparseAttention
         weights = weights / weights.sum(3, keepdim=True).clamp_min(1)
         keys, values = (torch.einsum("bhtpr,bhpd->bhtrd", weights, x) for x in (k, v))
         tiles = ops._runs(q, tile)
-        cells = layer.scale * tiles @ keys.mT / temperature + rest.log()[:, :, :, None]
+        cells = layer.geometry.scale * tiles @ keys.mT / temperature + rest.log()[:, :, :, None]
         cells = cells.flatten(2, 3)[:, :, : q.shape[2]]
-        full_k, full_v = (x[:, :, : layer.num_prefix] for x in ops.split_heads(qkv, layer.num_heads)[1:])
-        parts = [layer.scale * q @ full_k.mT, logits, cells]
+        full_k, full_v = (x[:, :, : layer.num_prefix] for x in ops.split_heads(qkv, layer.geometry.heads)[1:])
+        parts = [layer.geometry.scale * q @ full_k.mT, logits, cells]
         shares = torch.cat(parts, -1).softmax(-1).split([p.shape[-1] for p in parts], -1)
         spread = ops._runs(shares[2], tile) @ values
         out = shares[0] @ full_v + shares[1] @ v + spread.flatten(2, 3)[:, :, : q.shape[2]]
-        all_q, all_k, all_v = ops.split_heads(qkv, layer.num_heads)
-        prefix = F.scaled_dot_product_attention(all_q[:, :, : layer.num_prefix], all_k, all_v, scale=layer.scale)
+        all_q, all_k, all_v = ops.split_heads(qkv, layer.geometry.heads)
+        prefix = F.scaled_dot_product_attention(
+            all_q[:, :, : layer.num_prefix], all_k, all_v, scale=layer.geometry.scale
+        )
         return torch.cat([prefix, out], 2).transpose(1, 2).flatten(2)
 
     return attend

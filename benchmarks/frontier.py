@@ -42,7 +42,7 @@ from sparsifiner_edge.profiles.measure.layers import measure_layers
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, read_result, write_result
 from sparsifiner_edge.sparse.defaults import default_keep
-from sparsifiner_edge.sparse.models import load_model
+from sparsifiner_edge.sparse.hosts.timm import load_model
 
 EARLY, LONG = default_keep(37 * 37, 12), default_keep(74 * 74, 12)
 """Shares of keys at 518 and 1036 px."""

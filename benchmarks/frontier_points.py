@@ -23,7 +23,7 @@ from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.sparse.models import create, load_model
+from sparsifiner_edge.sparse.hosts.timm import create, load_model
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
 LARGER = "vit_base_patch14_dinov2.lvd142m"

@@ -33,8 +33,8 @@ from sparsifiner_edge.export.deployed_model import DeployedModel
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch_merge as ops
 from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.merge import Merging
-from sparsifiner_edge.sparse.models import load_model
 from sparsifiner_edge.sparse.student import load_student, sparsify
 
 Rate = int | tuple[int, float]

@@ -46,7 +46,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.sparse.models import create, load_model
+from sparsifiner_edge.sparse.hosts.timm import create, load_model
 from sparsifiner_edge.sparse.student import sparsify
 
 BASE = "vit_base_patch14_dinov2.lvd142m"

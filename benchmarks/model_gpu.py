@@ -20,7 +20,7 @@ from gpu_engines import Run, by_backend, energy_joules, fastest, graph, ratio, r
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.results import Result, Subject, write_result
-from sparsifiner_edge.sparse.models import create
+from sparsifiner_edge.sparse.hosts.timm import create
 from sparsifiner_edge.sparse.student import make_student
 
 SIZES = (448, 672, 896, 1344)

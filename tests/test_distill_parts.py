@@ -31,9 +31,9 @@ from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.images import load_image, open_image
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
-from sparsifiner_edge.sparse.models import normalise
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import dense_twin
+from sparsifiner_edge.sparse.weights import normalise
 from tests.models import images, student
 
 

@@ -30,8 +30,9 @@ from sparsifiner_edge.export.graph import add_bodies, check_structure, export_gr
 from sparsifiner_edge.metrics import Agreement
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.sparse.models import normalise, preprocessing
+from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.student import save_student, sparsify
+from sparsifiner_edge.sparse.weights import normalise
 from tests.commands import manifest_of
 from tests.models import TINY_CONFIG, student, vit
 

@@ -25,7 +25,8 @@ from sparsifiner_edge.export import check, student_changes
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.defaults import default_cells, default_keep
-from sparsifiner_edge.sparse.merge import MergedTokens, Merging, MergingBlock
+from sparsifiner_edge.sparse.layer import SparseLayer, Tokens
+from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_backbone
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
 from tests.commands import assert_refused, call, manifest_of
@@ -45,14 +46,16 @@ def test_every_patch_goes_into_one_token(patches: int, prefix: int, window: int,
     rng = torch.Generator().manual_seed(seed)
     tokens, merged = prefix + patches, max(1, int(share * patches))
     qkv, x = (torch.randn(2, tokens, width, generator=rng) for width in (3 * 2 * 4, 5))
-    state = MergedTokens(None, torch.arange(patches).expand(2, -1), torch.arange(patches).expand(2, -1))
+    before = Tokens(x, None, None, torch.arange(patches).expand(2, -1))
     module = Merging(merged, prefix, window)
     pairs = module.pairs(qkv, torch.ones(2, tokens), 2)
     joined = pairs[0][pairs[0, :, 0] != pairs[0, :, 1]]
     assert len(joined) == merged
-    out, after = module(x, qkv, 2, state)
+    after = module(before, qkv, 2)
+    out = after.values
     assert out.shape == (2, tokens - merged, 5)
     assert after.sizes is not None
+    assert after.places is not None
     assert after.sizes[:, prefix:].sum(1).tolist() == [patches] * 2
     counts = torch.stack([torch.bincount(row, minlength=patches - merged) for row in after.places])
     assert torch.equal(counts.float(), after.sizes[:, prefix:])
@@ -62,22 +65,20 @@ def test_every_patch_goes_into_one_token(patches: int, prefix: int, window: int,
     )
     torch.testing.assert_close(out[:, prefix:], means / after.sizes[:, prefix:, None])
     assert torch.equal(out[:, :prefix], x[:, :prefix])
-    assert after.origins is not None
-    assert torch.equal(after.places.gather(1, after.origins), torch.arange(patches - merged).expand(2, -1))
+    assert torch.equal(after.places.gather(1, after.positions), torch.arange(patches - merged).expand(2, -1))
 
 
 def test_sizes_add_up_and_the_larger_source_gives_its_angle() -> None:
     qkv, x = torch.randn(1, 9, 24), torch.randn(1, 9, 4)
     sizes = torch.tensor([[1.0, 5, 1, 1, 1, 1, 1, 1, 1]])
-    state = MergedTokens(sizes, torch.arange(8)[None], torch.arange(8)[None])
+    before = Tokens(x, sizes, torch.arange(8)[None], torch.arange(8)[None])
     part = Merging(1, 1, 2)
     part.pairs = lambda *_: torch.tensor([[[0, 0], [2, 1], *([i, i] for i in range(3, 9))]], dtype=torch.int32)  # type: ignore[method-assign]
-    out, after = part(x, qkv, 2, state)
+    after = part(before, qkv, 2)
     assert after.sizes is not None
     assert after.sizes[0, 1] == 6
-    torch.testing.assert_close(out[0, 1], (5 * x[0, 1] + x[0, 2]) / 6)
-    assert after.origins is not None
-    assert after.origins[0, 0] == 0  # patch 0 was five times as large
+    torch.testing.assert_close(after.values[0, 1], (5 * x[0, 1] + x[0, 2]) / 6)
+    assert after.positions[0, 0] == 0  # patch 0 was five times as large
 
 
 def test_merging_what_is_equal_changes_nothing() -> None:
@@ -134,7 +135,7 @@ def test_images_that_are_not_square() -> None:
         (last,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
     assert last.shape == (1, 64, 6, 10)
     se.restore_model(model)
-    assert not any(isinstance(block, MergingBlock) for block in model.blocks)
+    assert not any(isinstance(block, SparseLayer) for block in model.blocks)
 
 
 def test_gradients_reach_every_weight_through_merges() -> None:

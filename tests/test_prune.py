@@ -26,8 +26,9 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.sparse.patch import make_model_sparse
-from sparsifiner_edge.sparse.prune import PrunedBlock, Pruning
+from sparsifiner_edge.sparse.layer import Tokens
+from sparsifiner_edge.sparse.patch import final_tokens, make_model_sparse
+from sparsifiner_edge.sparse.prune import Pruning
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
 from tests.commands import assert_refused, call, manifest_of
 from tests.models import TINY, images, student, vit
@@ -49,7 +50,7 @@ def test_the_best_stay_in_order(patches: int, prefix: int, kept: int, fuse: bool
     x = torch.randn(2, prefix + patches, 5, generator=rng)
     scores = torch.rand(2, prefix + patches, generator=rng)
     places = torch.arange(patches).expand(2, -1)
-    got, positions = Pruning(kept, prefix, fuse)(x, scores, places)
+    got, _, _, positions = Pruning(kept, prefix, fuse)(Tokens(x, None, None, places), scores)
     assert got.shape == (2, prefix + fuse + kept, 5)
     for row in range(2):
         wanted = scores[row, prefix:].sort(descending=True, stable=True).indices[:kept].sort().values
@@ -71,8 +72,8 @@ def test_ties_go_to_the_lower_index_and_nan_loses() -> None:
 def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
     dense = vit()
     pruned = make_model_sparse(vit(), ALONE)
-    x = images(dense, 1)
-    tokens = dense._pos_embed(dense.patch_embed(x))[:, torch.cat([torch.zeros(1), pruned.token_order + 1]).long()]
+    x, order = images(dense, 1), pruned.blocks[0].curve.order
+    tokens = dense._pos_embed(dense.patch_embed(x))[:, torch.cat([torch.zeros(1), order + 1]).long()]
     kept = torch.arange(100)
     for number, block in enumerate(dense.blocks):
         q, k, _ = ops.split_heads(block.attn.qkv(block.norm1(tokens)), block.attn.num_heads)
@@ -82,8 +83,9 @@ def test_pruning_alone_is_timms_model_on_fewer_tokens() -> None:
             best = attention[1:].topk(share_of(dict(STAGES)[number], len(kept))).indices.sort().values
             tokens, kept = torch.cat([tokens[:, :1], tokens[:, 1 + best]], 1), kept[best]
         tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
-    tokens, places = dense.norm(tokens), pruned.token_order[kept]
-    got, positions = pruned.forward_tokens(x)
+    tokens, places = dense.norm(tokens), order[kept]
+    got, positions = final_tokens(pruned, x)
+    assert positions is not None
     assert torch.equal(positions[0], places.sort().values)
     torch.testing.assert_close(got[:, 1:], tokens[:, 1 + places.argsort()], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(pruned(x), dense.forward_head(tokens), atol=1e-5, rtol=1e-4)
@@ -94,7 +96,7 @@ def test_what_is_dropped_counts_however_little_it_weighs(dtype: torch.dtype) -> 
     torch.manual_seed(0)
     x = torch.randn(1, 1 + 8, 5).to(dtype)
     scores = torch.tensor([[0.0, 0.7, 0.1, 0.1, 0.1, 1e-8, 2e-8, 1e-9, 0.0]])
-    got, _ = Pruning(4, prefix=1, fuse=True)(x, scores, torch.arange(8)[None])
+    got = Pruning(4, prefix=1, fuse=True)(Tokens(x, None, None, torch.arange(8)[None]), scores).values
     weights = scores[0, 5:].double() / scores[0, 5:].double().sum()
     torch.testing.assert_close(got[0, 1], (weights @ x[0, 5:].double()).to(dtype))
 
@@ -164,8 +166,8 @@ def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
     assert (sparsity["keep"], sparsity["token_keep"]) == (0.2, [])
     other = load_student(folder, keep=0.6, token_keep=((2, 0.5),))
     assert other.sparsity.token_keep == ((2, 0.5),)
-    assert [isinstance(block, PrunedBlock) for block in other.model.blocks] == [n == 2 for n in range(6)]
-    assert other.model.forward_tokens(images(other.model))[0].shape == (2, 51, 64)
+    assert [block.pruning is not None for block in other.model.blocks] == [n == 2 for n in range(6)]
+    assert other.model.forward_features(images(other.model)).shape == (2, 51, 64)
     scores = [
         evaluate_student(folder, pictures, keep=keep)["statistics"]["features_cosine"]["mean"]["value"]
         for keep in (0.05, 0.9)
@@ -203,7 +205,7 @@ def test_costs_are_what_torch_counts() -> None:
 def test_what_cannot_prune_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layer 9: the model has 6 layers"):
         student(sparsity=SparsityConfig(keep=0.5, cells=4, channels=8, token_keep=((9, 0.5),)))
-    with pytest.raises(ConfigError, match="and a class token"):
+    with pytest.raises(ConfigError, match="requires a class token"):
         student(sparsity=PRUNED, class_token=False, global_pool="avg")
     with pytest.raises(ConfigError, match="tile 16 exceeds"):
         student(sparsity=dataclasses.replace(PRUNED, token_keep=((1, 0.1),)))

@@ -20,7 +20,7 @@ from sparsifiner_edge.errors import WeightsError
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.sparse.models import load_model
+from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of
 from tests.models import TINY, images, student, vit

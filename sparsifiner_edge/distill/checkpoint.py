@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsifiner_edge.bounds import is_number
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors, lock, open_regular, read_bytes, replaced_file, write_bytes
-from sparsifiner_edge.sparse.models import brief
+from sparsifiner_edge.sparse.weights import brief
 from sparsifiner_edge.text import dump_json, finite
 
 CHECKPOINT, HISTORY = "checkpoint.pt", "history.jsonl"

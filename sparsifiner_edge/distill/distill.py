@@ -24,7 +24,8 @@ from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.models import Backbone, preprocessing
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.hosts.timm import Model, preprocessing
 from sparsifiner_edge.sparse.student import Student, Weights, dense_twin, load_dense, load_student, save_student
 
 
@@ -237,13 +238,14 @@ def _teacher(student: Student, name: str | None, weights: Path | None) -> Studen
     return teacher
 
 
-def _outputs(model: Backbone) -> list[tuple[str, object]]:
+def _outputs(model: Model) -> list[tuple[str, object]]:
     """What must agree for tokens to be compared; both see the same normalised images."""
+    backbone = backbone_of(model)
     return [
         ("mean and standard deviation of pixels", preprocessing(model)),
-        ("channels", model.embed_dim),
-        ("patches", model.patch_embed.num_patches),
-        ("tokens before them", model.num_prefix_tokens),
+        ("channels", backbone.width),
+        ("patches", backbone.patches),
+        ("tokens before them", backbone.prefix),
         ("classes", model.num_classes),
     ]
 

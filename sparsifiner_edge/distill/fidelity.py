@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.losses import at_positions
-from sparsifiner_edge.sparse.models import Backbone
+from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 
 LEAST_ERROR = 1e-6
@@ -20,10 +20,11 @@ LEAST_ERROR = 1e-6
 
 @torch.no_grad()
 def fidelities(
-    model: Backbone, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]
+    model: nn.Module, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]
 ) -> list[list[float]]:
     """Per budget and image, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's."""
-    before, prefix, found = cast(Any, model).sparsity, model.num_prefix_tokens, []
+    backbone = backbone_of(model)
+    before, prefix, found = cast(SparsityConfig, backbone.sparsity), backbone.prefix, []
     for sparsity in budgets:
         set_budget(model, sparsity)
         values = []

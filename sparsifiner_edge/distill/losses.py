@@ -12,7 +12,8 @@ from sparsifiner_edge.distill.recipe import Losses
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss
-from sparsifiner_edge.sparse.models import Backbone
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.hosts.timm import Model
 from sparsifiner_edge.sparse.patch import final_tokens
 
 RELATIVE = ("patches", "classes")
@@ -31,7 +32,7 @@ class Distiller(nn.Module):
         student: learns. teacher: does not, and is no part of this module's state.
     """
 
-    def __init__(self, student: Backbone, teacher: Backbone, weights: Losses) -> None:
+    def __init__(self, student: Model, teacher: Model, weights: Losses) -> None:
         super().__init__()
         self.student = student
         self.weights = weights
@@ -59,7 +60,7 @@ class Distiller(nn.Module):
                     self.student(images)
                 return {"selection": torch.stack(selection).mean()}
             tokens, positions = final_tokens(self.student, images)
-        losses = token_losses(self.student, cast(Backbone, self.teacher), images, tokens, positions, labels)
+        losses = token_losses(self.student, cast(Model, self.teacher), images, tokens, positions, labels)
         if selection:
             losses["selection"] = torch.stack(selection).mean()
         return losses
@@ -88,15 +89,15 @@ class Distiller(nn.Module):
 
 
 def token_losses(
-    student: Backbone,
-    teacher: Backbone,
+    student: Model,
+    teacher: Model,
     images: Tensor,
     tokens: Tensor,
     positions: Tensor | None,
     labels: Tensor | None,
 ) -> dict[str, Tensor]:
     """Losses of final tokens and classes against the teacher's: means, of patches and of prefix one per image [B]."""
-    prefix = student.num_prefix_tokens
+    prefix = backbone_of(student).prefix
     with torch.no_grad():
         wanted = teacher.forward_features(images)
         classes = teacher.forward_head(wanted) if student.num_classes and teacher.num_classes else None

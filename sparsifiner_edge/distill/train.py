@@ -32,9 +32,10 @@ from sparsifiner_edge.distill.tensorboard import RecordLosses
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.models import Backbone, normalise, preprocessing
+from sparsifiner_edge.sparse.hosts.timm import Model, preprocessing
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
+from sparsifiner_edge.sparse.weights import normalise
 
 RECENT = 50
 """Losses that an explosion is measured against."""
@@ -113,9 +114,9 @@ class Training:
         self.origin = {name: digest(side.model) for name, side in (("student", student), ("teacher", teacher))}
         self.phases = [(phase, self._steps(phase)) for phase in (recipe.reconstruct, recipe.distil)]
         self.total = sum(steps for _, steps in self.phases)
-        self.depth = len(student.model.blocks)
+        self.depth = len(student.backbone.layers)
         for budget in self.budgets():  # refuses those that contradict the student
-            budget.layer_tokens(self.depth, student.model.patch_embed.num_patches, 1)
+            budget.layer_tokens(self.depth, student.backbone.patches, 1)
         self.held_out = self._held_out(teacher.model)
 
     def _steps(self, phase: Phase) -> int:
@@ -125,7 +126,7 @@ class Training:
         return max(1, math.ceil(phase.epochs * len(self.source.train) / per_step))
 
     @torch.no_grad()
-    def _held_out(self, teacher: Backbone) -> list[tuple[Tensor, Tensor]]:
+    def _held_out(self, teacher: Model) -> list[tuple[Tensor, Tensor]]:
         """Validation images, and the teacher's tokens of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []
@@ -293,7 +294,7 @@ class Training:
         """Cosines to the teacher's tokens of held-out images; the weights of the best are kept."""
         if self.accelerator.is_main_process:
             model = cast(nn.Module, self.average.module if self.average is not None else self.distiller.student)
-            each = fidelities(cast(Backbone, model), self.held_out, self.budgets())
+            each = fidelities(cast(Model, model), self.held_out, self.budgets())
             found, cosines = joint_fidelity(each), [statistics.fmean(cosines) for cosines in each]
             if not math.isfinite(found):
                 if step == 0:

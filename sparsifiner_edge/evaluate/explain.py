@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import SparseAttention
-from sparsifiner_edge.sparse.models import normalise, preprocessing
+from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.student import Student
+from sparsifiner_edge.sparse.weights import normalise
 
 
 class Explanation(NamedTuple):
@@ -41,23 +42,23 @@ def explain(student: Student, image: Array, queries: list[tuple[int, int]], laye
         ConfigError: the layer is not sparse, sees pruned or merged tokens, or is of the preset "paper", whose lists
             belong to queries and not to tiles.
     """
-    model = cast(Any, student.model)
-    attention = model.blocks[layer].attn if layer < len(model.blocks) else None
+    backbone = student.backbone
+    attention = backbone.attentions[layer] if layer < len(backbone.layers) else None
     if not isinstance(attention, SparseAttention):
         raise ConfigError(f"Layer {layer} is not sparse.", "Choose another layer.")
     if student.sparsity.preset == "paper":
         raise ConfigError("Lists of the preset paper belong to no tile.", "Choose a student of another preset.")
-    height, width = model.patch_embed.grid_size
+    height, width = backbone.grid
     if attention.layout.patches != height * width:
         raise ConfigError(f"Layer {layer} sees pruned or merged tokens.", "Choose an earlier layer.")
-    qkv = _qkv(model, attention, image)
-    q, k, _ = ops.split_heads(qkv, attention.num_heads)
-    dense = (attention.scale * q[0] @ k[0].mT).softmax(-1).mean(0)[:, attention.num_prefix :]
+    qkv, raster = _qkv(student, attention, image), backbone.layers[0].curve.raster
+    q, k, _ = ops.split_heads(qkv, attention.geometry.heads)
+    dense = (attention.geometry.scale * q[0] @ k[0].mT).softmax(-1).mean(0)[:, attention.num_prefix :]
     lists = attention.indices(qkv)[0].long()
     tiles = torch.arange(height * width) // attention.sparsity.tile
 
     def grid(values: Tensor) -> Array:
-        return np.asarray(values[model.raster_order].reshape(height, width).numpy())
+        return np.asarray(values[raster].reshape(height, width).numpy())
 
     found = []
     for row, column in queries:
@@ -65,7 +66,7 @@ def explain(student: Student, image: Array, queries: list[tuple[int, int]], laye
             raise ConfigError(
                 f"Query {(row, column)} lies outside the {height} x {width} grid.", "Choose another patch."
             )
-        place = int(model.raster_order[row * width + column])
+        place = int(raster[row * width + column])
         read = lists[:, tiles[place]].flatten()
         selected = torch.bincount(read, minlength=height * width) / len(lists)
         attended = dense[attention.num_prefix + place]
@@ -73,14 +74,14 @@ def explain(student: Student, image: Array, queries: list[tuple[int, int]], laye
     return found
 
 
-def _qkv(model: Any, attention: SparseAttention, image: Array) -> Tensor:
+def _qkv(student: Student, attention: SparseAttention, image: Array) -> Tensor:
     """What a layer attends with, [1,N,3C]."""
     seen: list[Tensor] = []
     attention.observer = lambda _, qkv, __: seen.append(qkv)
     try:
-        model(normalise(torch.from_numpy(image)[None], preprocessing(model)))
+        student.model(normalise(torch.from_numpy(image)[None], preprocessing(student.model)))
     finally:
-        attention.observer = None
+        del attention.observer
     return seen[0]
 
 
@@ -95,7 +96,7 @@ def draw(student: Student, path: Path, layer: int, output: Path) -> None:
     except ImportError as error:
         raise MissingExtraError("matplotlib", "demo") from error
     image = load_image(path, student.img_size)
-    rows, columns = cast(Any, student.model).patch_embed.grid_size
+    rows, columns = student.backbone.grid
     height, width = height_width(student.img_size)
     down, across = height // rows, width // columns
     queries = [(rows // 4, columns // 3), (rows // 2, columns // 2), (3 * rows // 4, 2 * columns // 3)]
@@ -112,6 +113,6 @@ def draw(student: Student, path: Path, layer: int, output: Path) -> None:
             axis.imshow(values, cmap=colours, alpha=0.65, extent=(0, width, height, 0))
             axis.plot((found.query[1] + 0.5) * across, (found.query[0] + 0.5) * down, "c+", markersize=12, mew=2)
             axis.set_axis_off()
-    keys = student.sparsity.of_layer(layer, len(cast(Any, student.model).blocks)).layout(rows * columns).keys
+    keys = student.sparsity.of_layer(layer, len(student.backbone.layers)).layout(rows * columns).keys
     figure.suptitle(f"{path.stem}, layer {layer}: each tile reads {keys} of {rows * columns} patch keys per head")
     figure.savefig(output, dpi=80)

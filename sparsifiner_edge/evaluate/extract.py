@@ -20,9 +20,10 @@ from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Runtime
-from sparsifiner_edge.sparse.models import normalise, preprocessing
+from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
+from sparsifiner_edge.sparse.weights import normalise
 
 
 class Extractor(NamedTuple):
@@ -115,7 +116,7 @@ def _torch(student: Student, path: str, digest: str) -> Extractor:
 
     runtime = Runtime(backend=f"torch {torch.__version__}", precision="fp32", threads=torch.get_num_threads())
     about = Subject(name=student.name, path=path, sha256=digest)
-    return Extractor(extract, student.img_size, int(model.num_prefix_tokens), about, runtime, student.labels)
+    return Extractor(extract, student.img_size, student.backbone.prefix, about, runtime, student.labels)
 
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:

@@ -22,8 +22,8 @@ from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.processor import native_library
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
+from sparsifiner_edge.sparse.layer import SparseLayer
 from sparsifiner_edge.sparse.merge import Merging
-from sparsifiner_edge.sparse.prune import PrunedBlock
 
 
 class Limits(NamedTuple):
@@ -173,7 +173,7 @@ def _run_torch(
     matched: list[Array] = []
     merging = [part for part in deployed.modules() if isinstance(part, Merging)]
     layers = sparse_layers(deployed)
-    pruning = [block for block in deployed.modules() if isinstance(block, PrunedBlock)]
+    pruning = [part for part in deployed.modules() if isinstance(part, SparseLayer) and part.pruning is not None]
 
     def match(part: Merging) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
         def found(qkv: torch.Tensor, sizes: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -196,14 +196,14 @@ def _run_torch(
             layer.indices = choose(layer)  # type: ignore[method-assign]
         for part in merging:
             part.pairs = match(part)  # type: ignore[method-assign,assignment]
-        for block, given in zip(pruning, scores, strict=True) if lists is not None else ():
-            block.scores = lambda _, given=given: torch.from_numpy(given)  # type: ignore[method-assign,misc]
+        for pruned, given in zip(pruning, scores, strict=True) if lists is not None else ():
+            pruned.scores = lambda _, given=given: torch.from_numpy(given)  # type: ignore[method-assign,misc]
         outputs = deployed(torch.from_numpy(image))
     finally:
         for layer in layers:
             layer.__dict__.pop("indices", None)
-        for block in pruning:
-            block.__dict__.pop("scores", None)
+        for pruned in pruning:
+            pruned.__dict__.pop("scores", None)
         for part in merging:
             part.__dict__.pop("pairs", None)
     return {name: x.numpy() for name, x in zip(deployed.output_names, outputs, strict=True)}, read + matched

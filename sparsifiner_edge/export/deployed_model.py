@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from sparsifiner_edge.metrics import POSITIONS
-from sparsifiner_edge.sparse.models import Backbone, Normalisation, preprocessing
-from sparsifiner_edge.sparse.patch import SparseViTMixin, final_tokens
+from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
+from sparsifiner_edge.sparse.hosts.timm import Model, preprocessing
+from sparsifiner_edge.sparse.patch import final_tokens
+from sparsifiner_edge.sparse.weights import Normalisation
 
 
 class DeployedModel(nn.Module):
@@ -23,17 +23,18 @@ class DeployedModel(nn.Module):
             Where tokens are pruned, "token_positions" follows "tokens".
     """
 
-    def __init__(self, model: Backbone, tokens: bool = False) -> None:
+    def __init__(self, model: Model, tokens: bool = False) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval().float()
-        fold_normalisation(self.model, preprocessing(model))
-        fold_layer_scale(self.model)
+        backbone = backbone_of(self.model)
+        fold_normalisation(backbone, preprocessing(model))
+        backbone.host.fold_layer_scale(backbone)
         classifier = model.num_classes > 0
         self.eval()
         self.output_names = ["logits", "features"] if classifier else ["features", "tokens"]
         if classifier and tokens:
             self.output_names.append("tokens")
-        self.prunes = isinstance(model, SparseViTMixin) and bool(model.sparsity.token_keep)
+        self.prunes = backbone.sparsity is not None and bool(backbone.sparsity.token_keep)
         if self.prunes and "tokens" in self.output_names:
             self.output_names.append(POSITIONS)
 
@@ -51,27 +52,9 @@ class DeployedModel(nn.Module):
 
 
 @torch.no_grad()
-def fold_layer_scale(model: Backbone) -> None:
-    """Multiply what a block adds to its input into the linear layer that makes it: one pass over the tokens less."""
-    for block in cast(Any, model).blocks:
-        for last, name, parameter in ((block.attn.proj, "ls1", "gamma_1"), (block.mlp.fc2, "ls2", "gamma_2")):
-            scale = getattr(block, name, None)
-            gamma = scale.gamma if isinstance(scale, LayerScale) else getattr(block, parameter, None)
-            if gamma is None:
-                continue
-            last.weight.mul_(gamma[:, None])
-            if last.bias is not None:
-                last.bias.mul_(gamma)
-            if isinstance(scale, LayerScale):
-                setattr(block, name, nn.Identity())
-            else:
-                setattr(block, parameter, None)
-
-
-@torch.no_grad()
-def fold_normalisation(model: Backbone, pre: Normalisation) -> None:
+def fold_normalisation(backbone: Backbone, pre: Normalisation) -> None:
     """Let the patch embedding take pixels 0 to 255: its kernel has no padding, so the change is exact."""
-    projection = cast(Any, model.patch_embed.proj)
+    projection = backbone.embedding
     weight = projection.weight.double()
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (pre.mean, pre.std))
     shift = (weight * mean / std).sum((1, 2, 3))

@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 import onnx
 import onnx.inliner
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
@@ -44,7 +43,8 @@ from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.sparse.models import Backbone, preprocessing
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.hosts.timm import class_labels, preprocessing
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_dense, load_student
 from sparsifiner_edge.text import shown
 
@@ -238,28 +238,19 @@ def _load(
     return load_student(folder, img_size, keep, token_keep, merge)
 
 
-def class_labels(model: Backbone) -> list[str]:
-    """One label per class: ImageNet's where timm knows the set, else class_0, class_1, ...; none without classifier."""
-    subset = infer_imagenet_subset(model) if model.num_classes else None
-    if subset:
-        info = ImageNetInfo(subset)
-        return [str(info.index_to_description(i)) for i in range(model.num_classes)]
-    return [f"class_{i}" for i in range(model.num_classes)]
-
-
-def model_shape(model: Backbone) -> ModelShape:
+def model_shape(model: nn.Module) -> ModelShape:
     """The sizes that decide a model's costs."""
-    vit = cast(Any, model)
-    linear = [x for x in vit.blocks[0].mlp.modules() if isinstance(x, nn.Linear)]
+    backbone = backbone_of(model)
+    linear = [x for x in backbone.host.mlp(backbone.layers[0]).modules() if isinstance(x, nn.Linear)]
     return ModelShape(
-        depth=len(vit.blocks),
-        heads=vit.blocks[0].attn.num_heads,
-        width=vit.embed_dim,
+        depth=len(backbone.layers),
+        heads=backbone.geometry.heads,
+        width=backbone.width,
         # A gated MLP has three matrices: it counts as one and a half times as wide.
-        hidden=round(sum(x.weight.numel() for x in linear) / (2 * vit.embed_dim)),
-        prefix=vit.num_prefix_tokens,
-        patches=vit.patch_embed.num_patches,
-        patch=vit.patch_embed.patch_size[0],
+        hidden=round(sum(x.weight.numel() for x in linear) / (2 * backbone.width)),
+        prefix=backbone.prefix,
+        patches=backbone.patches,
+        patch=backbone.patch[0],
     )
 
 
@@ -280,7 +271,8 @@ def _manifest(
 ) -> Manifest:
     pre, size = preprocessing(student.model), student.img_size
     # Keys, tokens that stay, or pairs that merge.
-    sparse = student.sparsity.sparse_layers(len(student.model.blocks))
+    backbone = student.backbone
+    sparse = student.sparsity.sparse_layers(len(backbone.layers))
     selects = bool(sparse or deployed.prunes or student.sparsity.merge)
     shape = model_shape(student.model)
     return Manifest(
@@ -293,7 +285,7 @@ def _manifest(
         inputs=tuple(InputSpec(*_tensor(v), layout="NHWC", range=(0, 255), colour="RGB") for v in model.graph.input),
         outputs=tuple(TensorSpec(*_tensor(v)) for v in model.graph.output),
         preprocessing=Preprocessing(size, f"{centre_text(size)}, bicubic", Folded(pre.mean, pre.std, "1/255")),
-        tokens=Tokens(shape.prefix, tuple(student.model.patch_embed.grid_size)),
+        tokens=Tokens(shape.prefix, backbone.grid),
         sparsity=student.sparsity if selects else None,
         merged=tuple(student.sparsity.layer_merges(shape.depth, shape.patches)) if student.sparsity.merge else None,
         costs=summary(shape, student.sparsity),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import collections
 import logging
-import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import onnx
@@ -19,7 +18,7 @@ from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT
-from sparsifiner_edge.sparse.attention import SparseAttention
+from sparsifiner_edge.sparse.attention import PackedAttention, SparseAttention
 
 IR_VERSION = 10
 """The newest that ONNX Runtime 1.21 and GStreamer 1.26's onnxinference load."""
@@ -42,7 +41,8 @@ def export_graph(module: nn.Module, size: ImageSize, batch: BatchSize, outputs: 
     example = torch.zeros(batch or 2, *height_width(size), 3, dtype=torch.uint8)
     shapes = {"image": {0: torch.export.Dim(DYNAMIC)}} if batch is None else None
     model = to_onnx(module, {"image": example}, outputs, shapes)
-    _tidy(model)
+    packed = {_named(name) for name, part in module.named_modules() if isinstance(part, PackedAttention)}
+    _tidy(model, packed)
     check_structure(model)
     return model
 
@@ -83,7 +83,7 @@ def _check_keys(module: nn.Module) -> None:
             )
 
 
-def _tidy(model: onnx.ModelProto) -> None:
+def _tidy(model: onnx.ModelProto, packed: Set[str]) -> None:
     """Drop what only the exporter needs; put the Cast of the image first: a dynamic batch has a Shape before it."""
     cast = next(n for n in model.graph.node if n.op_type == "Cast" and n.input[0] == "image")
     model.graph.node.remove(cast)
@@ -91,7 +91,7 @@ def _tidy(model: onnx.ModelProto) -> None:
     model.producer_name = "sparsifiner-edge"
     model.graph.name = "sparsifiner_edge"
     model.graph.doc_string = ""
-    _name_nodes(model.graph)
+    _name_nodes(model.graph, packed)
     for node in model.graph.node:
         node.doc_string = ""
         del node.metadata_props[:]
@@ -103,16 +103,18 @@ def _tidy(model: onnx.ModelProto) -> None:
         del value.metadata_props[:]
 
 
-def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Name each node by its module and operator, such as "blocks.3.mlp.fc1.MatMul"; times per layer go by that."""
+def _name_nodes(graph: onnx.GraphProto, packed: Set[str]) -> None:
+    """Name each node by its module and operator, such as "blocks.3.mlp.fc1.MatMul"; times per layer go by that.
+
+    packed: modules that make q, k and v by one product, whose weights may be of several modules.
+    """
     weights, taken = {tensor.name for tensor in graph.initializer}, collections.Counter[str]()
     paths: dict[str, str] = {}
     for node in graph.node:
         # What the exporter's own rewriting made says nothing, and is where its input is.
         path = _module(node) if node.metadata_props else paths.get(node.input[0], "")
-        # The product that makes q, k and v is no module's: its weights may be of several.
-        if node.op_type in ("MatMul", "Gemm", "Add") and re.fullmatch(r"blocks\.\d+(\.attn)?", path):
-            path = f"{path.removesuffix('.attn')}.attn.qkv" if weights.intersection(node.input) else path
+        if path in packed and node.op_type in ("MatMul", "Gemm", "Add") and weights.intersection(node.input):
+            path = f"{path}.qkv"
         name = f"{path}.{node.op_type}".lstrip(".")
         node.name = f"{name}_{taken[name]}" if taken[name] else name
         taken[name] += 1
@@ -123,7 +125,12 @@ def _module(node: onnx.NodeProto) -> str:
     """The innermost module that a node comes from, such as "blocks.3.mlp.fc1"; "" for the model itself."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
     modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith("model.")]
-    return str(modules[-1].removeprefix("model.")) if modules else ""
+    return _named(modules[-1]) if modules else ""
+
+
+def _named(module: str) -> str:
+    """A module's name in the model that was deployed."""
+    return module.removeprefix("model.")
 
 
 def add_bodies(model: onnx.ModelProto) -> None:

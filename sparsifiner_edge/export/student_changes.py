@@ -25,10 +25,11 @@ from sparsifiner_edge.export.sessions import processor_run
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.merge import MergingBlock
-from sparsifiner_edge.sparse.models import normalise, preprocessing
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 from sparsifiner_edge.sparse.student import Student
+from sparsifiner_edge.sparse.weights import normalise
 
 LEAST_TOKENS_COSINE = 0.97
 """Gate: mean cosine of the final tokens to those of the student with its own tile, over the images."""
@@ -45,7 +46,7 @@ def changed(
     changes: dict[str, Any] = {}
     if tile is not None or probe is not None:
         student, changes["retiled"] = with_tile(student, tile, probe, images)
-    if isinstance(backend, str) and student.sparsity.sparse_layers(len(student.model.blocks)):
+    if isinstance(backend, str) and student.sparsity.sparse_layers(len(student.backbone.layers)):
         measured = changes["measured"] = keep_dense_where_slower(student.model, backend)
         kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
         dense = tuple(sorted(kept | set(student.sparsity.dense_layers)))
@@ -110,20 +111,19 @@ def keep_dense_where_slower(model: Any, backend: str = "onnxruntime") -> Measure
     cells included, one image at a time, in turn; medians decide. Layers of equal sizes are measured once.
     """
     groups: dict[tuple[Any, ...], list[tuple[int, SparseAttention]]] = {}
-    merged = False
-    for number, block in enumerate(model.blocks):
-        layer = block.attn
-        if isinstance(layer, SparseAttention):
-            key = (merged, layer.num_heads, layer.head_dim, layer.num_prefix, layer.layout, layer.sparsity)
-            groups.setdefault(key, []).append((number, layer))
-        merged = merged or isinstance(block, MergingBlock)  # The first of them attends to single tokens yet.
+    merged, backbone = False, backbone_of(model)
+    for number, (layer, attention) in enumerate(zip(backbone.layers, backbone.attentions, strict=True)):
+        if isinstance(attention, SparseAttention):
+            key = (merged, attention.geometry, attention.num_prefix, attention.layout, attention.sparsity)
+            groups.setdefault(key, []).append((number, attention))
+        merged = merged or layer.merging is not None  # The first of them attends to single tokens yet.
     choices, kernels = [], None
     for key, members in groups.items():
         sparse, dense, kernels = _measure(members[0][1], key[0], backend)
         slower = sparse > dense
-        for _, layer in members if slower else ():
-            restore_attention(layer)
-            make_dense(layer)
+        for _, attention in members if slower else ():
+            restore_attention(attention)
+            make_dense(attention, backbone.host.attention_kind)
         choices.append(LayerChoice(tuple(number for number, _ in members), sparse, dense, slower))
     return Measured(kernels, tuple(choices), len(sparse_layers(model)), backend)
 
@@ -144,7 +144,8 @@ def _measure(layer: SparseAttention, merged: bool, backend: str) -> tuple[float,
     kernels.
     """
     tokens = layer.layout.patches + layer.num_prefix
-    qkv = np.random.default_rng(0).normal(size=(1, tokens, 3 * layer.num_heads * layer.head_dim)).astype(np.float32)
+    channels = layer.geometry.heads * layer.geometry.dim
+    qkv = np.random.default_rng(0).normal(size=(1, tokens, 3 * channels)).astype(np.float32)
     feed = {"qkv": qkv} | ({"sizes": np.ones((1, tokens), np.float32)} if merged else {})
     given = {name: torch.from_numpy(value) for name, value in feed.items()}
     graphs = []

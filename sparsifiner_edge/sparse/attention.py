@@ -1,14 +1,12 @@
-"""Attention modules that take the place of timm's, in the same object and with the same weights."""
+"""Attention modules that take the place of a host's, in the same object and with the same weights."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from sparsifiner_edge.config import Layout, SparsityConfig
@@ -50,74 +48,89 @@ class LandmarkSelector(nn.Module):
         return self.proj_q, self.bias_q, self.proj_k, self.bias_k, self.down, self.up
 
 
-def qkv_projection(attention: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [3C,D] and bias [3C] (None: without) that make q, k and v, however timm stores them."""
-    if attention.qkv is not None:
-        apart = getattr(attention, "q_bias", None)
-        separate = None if apart is None else torch.cat([apart, attention.k_bias, attention.v_bias])
-        return attention.qkv.weight, attention.qkv.bias if separate is None else separate
-    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [torch.zeros_like(x.weight[:, 0]) if x.bias is None else x.bias for x in parts]
-    return torch.cat([x.weight for x in parts]), torch.cat(biases)
+class HeadGeometry(NamedTuple):
+    """Sizes of a layer's heads: how many, channels of each, and the factor of a query's product with a key."""
+
+    heads: int
+    dim: int
+    scale: float
 
 
-def rotated(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary position embedding: heads [...,P,H,d] with a table (sin | cos) [P,2d], [H,P,2d] where heads differ, or
-    [B,P,1 or H,2d] where images do.
+def rotated(x: Tensor, table: Tensor, half: bool) -> Tensor:
+    """Rotary position embedding of heads x [B,P,H,d].
+
+    Args:
+        table: sines, then cosines: [P,2d], [H,P,2d] where heads differ, or [B,P,1 or H,2d] where images do.
+        half: whether channel i turns with channel i + d/2 (DINOv3) or with its neighbour (EVA-02).
     """
-    table = rope if rope.ndim == 4 else rope.transpose(0, 1) if rope.ndim == 3 else rope[:, None]
-    out: Tensor = apply_rot_embed_cat(x, table, half=attention.rotate_half)
-    return out.type_as(x)
+    table = table if table.ndim == 4 else table.transpose(0, 1) if table.ndim == 3 else table[:, None]
+    sines, cosines = table.chunk(2, -1)
+    if half:
+        left, right = x.chunk(2, -1)
+        turned = torch.cat([-right, left], -1)
+    else:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape)
+    return (x * cosines + turned * sines).type_as(x)
 
 
 class PackedAttention(nn.Module):
-    """What both kinds of attention share, mixed into the class that timm gave the object.
+    """What both kinds of attention share; each host adds how it stores a layer's weights (`hosts`).
 
-    Modifications of timm's `Attention`, `AttentionRope` and `EvaAttention`:
-        - q, k and v stay packed as [B,N,3C] after bias, qk-norm and RoPE, which is what the operators read.
-        - attention masks are refused.
+    q, k and v stay packed as [B,N,3C] after bias, normalisation and rotation, which is what the operators read.
     """
+
+    @property
+    def geometry(self) -> HeadGeometry:
+        """Of the host's heads."""
+        raise NotImplementedError
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [3C,D] and bias [3C] (None: without) that make q, k and v, however the host stores them."""
+        raise NotImplementedError
+
+    @property
+    def norms(self) -> tuple[nn.Module, nn.Module] | None:
+        """What normalises the heads' queries and keys before rotation; None: nothing does."""
+        return None
+
+    def rotated(self, x: Tensor, table: Tensor) -> Tensor:
+        """Heads [B,P,H,d] of the patches turned to their places; see the function `rotated`."""
+        raise NotImplementedError
+
+    def joined(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The layer's input x [B,N,D] and heads' results [B,N,C] -> [B,N,D]."""
+        raise NotImplementedError
 
     def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """qkv [B,N,3C], and the tokens' sizes [B,N] where they are merged -> [B,N,C]."""
         raise NotImplementedError
 
+    def forward(self, x: Tensor, table: Tensor | None = None, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """For the layer alone, which knows how its tokens lie: x [B,N,D] along the curve, the patches' rotary table and
+        the tokens' sizes [B,N] -> [B,N,D], and qkv [B,N,3C].
+        """
+        qkv = self.packed(x, table)
+        return self.joined(x, self.attend(qkv, sizes)), qkv
+
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,N,D] -> q, k, v [B,N,H,d], after bias and qk-norm, before RoPE."""
-        layer = cast(Any, self)
-        q, k, v = self.projected(x).unflatten(-1, (3, layer.num_heads, layer.head_dim)).unbind(2)
-        return layer.q_norm(q), layer.k_norm(k), v
+        """x [B,N,D] -> q, k, v [B,N,H,d], before rotation."""
+        q, k, v = self.projected(x).unflatten(-1, (3, self.geometry.heads, self.geometry.dim)).unbind(2)
+        norms = self.norms
+        return (q, k, v) if norms is None else (norms[0](q), norms[1](k), v)
 
     def projected(self, x: Tensor) -> Tensor:
         """x [B,N,D] -> qkv [B,N,3C], after bias."""
-        return F.linear(x, *qkv_projection(self))
+        return F.linear(x, *self.projection())
 
-    def packed(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x [B,N,D] and a rotary table for the patches -> qkv [B,N,3C], after bias, qk-norm and RoPE."""
-        layer = cast(Any, self)
-        if rope is None and isinstance(layer.q_norm, nn.Identity) and isinstance(layer.k_norm, nn.Identity):
+    def packed(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """x [B,N,D], and a rotary table for the patches, which come last -> qkv [B,N,3C]."""
+        if table is None and self.norms is None:
             return self.projected(x)
         q, k, v = self.heads(x)
-        if rope is not None:
-            prefix = layer.num_prefix_tokens
-            q, k = (torch.cat([y[:, :prefix], rotated(self, y[:, prefix:], rope)], 1) for y in (q, k))
+        if table is not None:
+            prefix = x.shape[1] - table.shape[-3 if table.ndim == 4 else -2]
+            q, k = (torch.cat([y[:, :prefix], self.rotated(y[:, prefix:], table)], 1) for y in (q, k))
         return torch.stack([q, k, v], 2).flatten(2)
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """x [B,N,D] -> [B,N,D]."""
-        if attn_mask is not None or is_causal:
-            raise ConfigError("Sparse attention takes no attention mask.", "Call the model without attn_mask.")
-        return self.joined(x, self.attend(self.packed(x, rope)))
-
-    def joined(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer's input x [B,N,D] and heads' results [B,N,C] -> [B,N,D]."""
-        layer = cast(Any, self)
-        out = layer.norm(attended)
-        if layer.gate is not None:
-            out = out * layer.gate(x).sigmoid()
-        return cast(Tensor, layer.proj_drop(layer.proj(out)))
 
 
 class DenseAttention(PackedAttention):
@@ -125,8 +138,7 @@ class DenseAttention(PackedAttention):
 
     def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """See `PackedAttention`."""
-        layer = cast(Any, self)
-        return ops.dense_attention(qkv, num_heads=layer.num_heads, scale=layer.scale, sizes=sizes)
+        return ops.dense_attention(qkv, num_heads=self.geometry.heads, scale=self.geometry.scale, sizes=sizes)
 
 
 Observer = Callable[["SparseAttention", Tensor, "Tensor | None"], None]
@@ -144,9 +156,6 @@ class SparseAttention(PackedAttention):
         densely: while a predictor learns: attend to all.
     """
 
-    num_heads: int
-    head_dim: int
-    scale: float
     select: nn.Module
     sparsity: SparsityConfig
     layout: Layout
@@ -160,15 +169,15 @@ class SparseAttention(PackedAttention):
         if self.observer is not None:
             self.observer(self, qkv, sizes)
         if self.densely:
-            return ops.dense_attention(qkv, num_heads=self.num_heads, scale=self.scale, sizes=sizes)
+            return ops.dense_attention(qkv, num_heads=self.geometry.heads, scale=self.geometry.scale, sizes=sizes)
         return ops.sparse_attention(
             qkv,
             self.indices(qkv, sizes),
-            num_heads=self.num_heads,
+            num_heads=self.geometry.heads,
             num_prefix=self.num_prefix,
             tile=self.sparsity.tile,
             cell=self.layout.cell,
-            scale=self.scale,
+            scale=self.geometry.scale,
             prefix_keys=self.prefix_keys,
             sizes=sizes,
         )
@@ -180,13 +189,13 @@ class SparseAttention(PackedAttention):
             qkv,
             select.proj_q,
             select.proj_k,
-            num_heads=self.num_heads,
+            num_heads=self.geometry.heads,
             num_prefix=self.num_prefix,
             probe=self.sparsity.probe,
             tile=self.sparsity.tile,
             cell=self.layout.cell,
             keys=self.layout.keys,
-            scale=self.scale,
+            scale=self.geometry.scale,
             value_power=self.sparsity.value_power,
             sizes=sizes,
         )
@@ -202,48 +211,62 @@ class LandmarkAttention(SparseAttention):
         return ops.landmark_key_select(
             qkv,
             *cast(LandmarkSelector, self.select).inputs(),
-            num_heads=self.num_heads,
+            num_heads=self.geometry.heads,
             keys=self.layout.keys,
             # The published code scales by the number of heads, not by the head dimension.
-            scale=self.num_heads**-0.5,
+            scale=self.geometry.heads**-0.5,
             top_coefficients=self.sparsity.top_coefficients,
             basis_threshold=self.sparsity.basis_threshold,
         )
 
 
-@functools.cache
-def _mixed(kind: Any, timm_kind: Any) -> Any:
-    """The class of an attention object of timm that has become `kind`."""
-    return type(kind.__name__, (kind, timm_kind), {"__doc__": kind.__doc__})
+_MIXED: dict[tuple[Any, ...], Any] = {}
 
 
-def make_dense(attention: Any) -> None:
-    """Turn an attention of timm, in place, into `DenseAttention`."""
-    attention.__class__ = _mixed(DenseAttention, attention.__class__)
+def mixed(name: str, *kinds: Any) -> Any:
+    """The class of an object of a host (the last kind) that has become something else as well (the first ones)."""
+    if kinds not in _MIXED:
+        _MIXED[kinds] = type(name, kinds, {"__doc__": kinds[0].__doc__})
+    return _MIXED[kinds]
+
+
+def unmixed(part: Any) -> None:
+    """Turn an object of a class made by `mixed`, in place, into the host's own again."""
+    part.__class__ = type(part).__bases__[-1]
+
+
+def make_dense(attention: Any, host: type[PackedAttention]) -> None:
+    """Turn an attention of a host, in place, into `DenseAttention`; host: how it stores its weights."""
+    attention.__class__ = mixed("DenseAttention", DenseAttention, host, type(attention))
 
 
 def restore_attention(attention: Any) -> None:
-    """Turn an attention, in place, into timm's own again."""
+    """Turn an attention, in place, into the host's own again."""
     if not isinstance(attention, PackedAttention):
         return
     for name in ("select", "sparsity", "layout", "num_prefix"):
         if hasattr(attention, name):
             delattr(attention, name)
-    attention.__class__ = type(attention).__bases__[1]
+    unmixed(attention)
 
 
-def make_sparse(attention: Any, sparsity: SparsityConfig, patches: int, num_prefix: int) -> None:
-    """Turn an attention of timm, in place, into `SparseAttention`.
+def make_sparse(
+    attention: Any, host: type[PackedAttention], sparsity: SparsityConfig, patches: int, num_prefix: int
+) -> None:
+    """Turn an attention of a host, in place, into `SparseAttention`; host: how it stores its weights.
 
     Its projections are zero (see `calibrate.py`); its sizes are given by `patch.set_budget`.
 
     Raises:
         ConfigError: the model's heads or tokens do not suit the settings.
     """
-    if sparsity.channels > attention.head_dim:
+    own = type(attention)
+    make_dense(attention, host)
+    heads, head_dim, _ = attention.geometry
+    if sparsity.channels > head_dim:
         raise ConfigError(
-            f"channels {sparsity.channels} exceed the head dimension {attention.head_dim}.",
-            f"Give at most {attention.head_dim} channels.",
+            f"channels {sparsity.channels} exceed the head dimension {head_dim}.",
+            f"Give at most {head_dim} channels.",
         )
     if sparsity.preset == "paper":
         tokens = patches + num_prefix
@@ -254,9 +277,10 @@ def make_sparse(attention: Any, sparsity: SparsityConfig, patches: int, num_pref
                 f"{num_prefix} prefix tokens and {landmarks} landmarks.",
                 "Use the preset edge, or a larger image.",
             )
-        attention.__class__ = _mixed(LandmarkAttention, attention.__class__)
-        select: nn.Module = LandmarkSelector(attention.head_dim, sparsity.channels, tokens, landmarks)
+        kind: type[SparseAttention] = LandmarkAttention
+        select: nn.Module = LandmarkSelector(head_dim, sparsity.channels, tokens, landmarks)
     else:
-        attention.__class__ = _mixed(SparseAttention, attention.__class__)
-        select = KeySelector(attention.num_heads, attention.head_dim, sparsity.channels)
-    attention.select = select.to(attention.proj.weight)
+        kind, select = SparseAttention, KeySelector(heads, head_dim, sparsity.channels)
+    weight = attention.projection()[0]
+    attention.__class__ = mixed(kind.__name__, kind, host, own)
+    attention.select = select.to(weight)

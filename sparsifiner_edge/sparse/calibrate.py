@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, Observer, SparseAttention, rotated
+from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, Observer, SparseAttention
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.layer import SparseLayer
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
 PASSES = 2
@@ -49,32 +51,24 @@ def sparse_layers(model: nn.Module) -> list[SparseAttention]:
 @torch.no_grad()
 def calibrate_from_weights(model: nn.Module) -> None:
     """Set the projections from the weights, as if the normalised input of each layer were white noise."""
-    tables = _rotary_tables(model)
-    for number, block in enumerate(cast(Any, model).blocks):
-        attention = block.attn
+    backbone = backbone_of(model)
+    tables = backbone.host.rotary_table(backbone)
+    for number, (layer, attention) in enumerate(zip(backbone.layers, backbone.attentions, strict=True)):
         if not isinstance(attention, SparseAttention):
             continue
         # Any orthogonal basis and its negative has white noise's moments; a random one is fair to qk-norm, too.
-        width = len(block.norm1.weight)
+        norm, width = layer.entry_norm, backbone.width
         noise = torch.randn(width, width, generator=torch.Generator().manual_seed(number))
-        basis = (torch.linalg.qr(noise)[0] * width**0.5).to(block.norm1.weight)
-        q, k, _ = attention.heads(torch.cat([basis, -basis])[None] * block.norm1.weight + block.norm1.bias)
+        basis = (torch.linalg.qr(noise)[0] * width**0.5).to(norm.weight)
+        bias = 0 if getattr(norm, "bias", None) is None else norm.bias  # RMSNorm has none
+        q, k, _ = attention.heads(torch.cat([basis, -basis])[None] * norm.weight + bias)
         queries, keys = (x[0].transpose(0, 1).double() for x in (q, k))
         if tables is not None:
-            table = tables[number] if tables.ndim == 4 else tables
+            table = (tables[number] if tables.ndim == 4 else tables).index_select(-2, layer.curve.order)
             queries, keys = (_at_all_positions(attention, x, table) for x in (queries, keys))
         keys = keys - keys.mean(1, keepdim=True)
         moments = _Moments(*(x.mT @ x / x.shape[1] for x in (queries, keys)))
-        _set_from_moments(attention, moments, cast(Any, model).patch_embed.grid_size)
-
-
-def _rotary_tables(model: Any) -> Tensor | None:
-    """The model's table of rotary embeddings, patches in the order of its tokens; None without."""
-    if getattr(model, "rope", None) is None:
-        return None
-    tokens = model.patch_embed.proj.weight.new_zeros(1, model.patch_embed.num_patches, model.embed_dim)
-    table: Tensor = model._pos_embed(tokens)[1]
-    return table
+        _set_from_moments(attention, moments, backbone.grid)
 
 
 def _at_all_positions(attention: SparseAttention, x: Tensor, table: Tensor, positions: int = 256) -> Tensor:
@@ -83,7 +77,7 @@ def _at_all_positions(attention: SparseAttention, x: Tensor, table: Tensor, posi
     mean = x.mean(1, keepdim=True)
     spread = _roots((x - mean).mT @ (x - mean) / x.shape[1])[0] * x.shape[2] ** 0.5
     few = torch.cat([mean + spread, mean - spread], 1).transpose(0, 1)
-    return rotated(attention, few[:, None].expand(-1, some.shape[-2], -1, -1), some).flatten(0, 1).transpose(0, 1)
+    return attention.rotated(few[:, None].expand(-1, some.shape[-2], -1, -1), some).flatten(0, 1).transpose(0, 1)
 
 
 def calibrate_from_images(
@@ -109,7 +103,7 @@ def calibrate_from_images(
             _add_moments(moments, attention, qkv)
         step()
     for attention in layers:
-        _set_from_moments(attention, moments[attention], cast(Any, model).patch_embed.grid_size)
+        _set_from_moments(attention, moments[attention], backbone_of(model).grid)
     steps = PASSES * len(images) * STEPS_PER_IMAGE
     optimisers = {layer: _optimiser(layer.select, steps) for layer in layers if isinstance(layer.select, KeySelector)}
     generator = torch.Generator().manual_seed(seed)
@@ -133,23 +127,23 @@ def observed(model: nn.Module, observer: Observer, densely: bool = False) -> Ite
     """Let `observer` see every sparse layer and its qkv [B,N,3C]; meanwhile, if `densely`, they attend to all keys and
     no tokens are merged.
     """
-    layers = sparse_layers(model)
-    merging: list[Any] = [part for part in model.modules() if hasattr(part, "unmerged")]
+    attentions = sparse_layers(model)
+    layers = [part for part in model.modules() if isinstance(part, SparseLayer)]
     try:
+        for attention in attentions:
+            attention.observer, attention.densely = observer, densely
         for layer in layers:
-            layer.observer, layer.densely = observer, densely
-        for part in merging:
-            part.unmerged = densely
+            layer.unmerged = densely
         yield
     finally:
+        for attention in attentions:
+            del attention.observer, attention.densely
         for layer in layers:
-            layer.observer, layer.densely = None, False
-        for part in merging:
-            part.unmerged = False
+            del layer.unmerged
 
 
 def _patch_heads(attention: SparseAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x[:, :, attention.num_prefix :] for x in ops.split_heads(qkv, attention.num_heads))
+    q, k, v = (x[:, :, attention.num_prefix :] for x in ops.split_heads(qkv, attention.geometry.heads))
     return q, k, v
 
 
@@ -169,7 +163,7 @@ def _set_from_moments(attention: SparseAttention, moments: _Moments, grid: tuple
     if isinstance(select, LandmarkSelector):
         shared = _Moments(*(moment.mean(0, keepdim=True) for moment in moments))
         # The operator scales by the number of heads; the attention it stands for, by the head dimension.
-        proj_q, proj_k = _factors(shared, channels, (attention.scale * attention.num_heads**0.5) ** 0.5)
+        proj_q, proj_k = _factors(shared, channels, (attention.geometry.scale * attention.geometry.heads**0.5) ** 0.5)
         select.proj_q.copy_(proj_q[0].mT)
         select.proj_k.copy_(proj_k[0].mT)
         _set_landmarks(select, attention.layout.patches, grid)
@@ -256,10 +250,10 @@ def _probe_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Genera
         some = torch.randperm(runs.shape[2], generator=generator)[: QUERIES_PER_STEP // probe].to(runs.device)
         queries = runs[:, :, some]
         averaged = queries.mean(3)
-        each = (attention.scale * queries.flatten(2, 3) @ k.mT + counts).log_softmax(-1)
+        each = (attention.geometry.scale * queries.flatten(2, 3) @ k.mT + counts).log_softmax(-1)
         wanted = each.unflatten(2, queries.shape[2:4]).amax(3)
         true = (wanted + bonus).log_softmax(-1)
-    guess = ops.probe_logits(averaged, k, select.proj_q, select.proj_k, probe=1, scale=attention.scale)
+    guess = ops.probe_logits(averaged, k, select.proj_q, select.proj_k, probe=1, scale=attention.geometry.scale)
     loss = F.kl_div((guess + counts + bonus).log_softmax(-1), true, reduction="sum", log_target=True)
     mean: Tensor = loss / (averaged.shape[0] * averaged.shape[2])
     return mean
@@ -268,12 +262,12 @@ def _probe_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Genera
 def _landmark_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
     select = cast(LandmarkSelector, attention.select)
     with torch.no_grad():
-        q, k, _ = (x.float() for x in ops.split_heads(qkv, attention.num_heads))
+        q, k, _ = (x.float() for x in ops.split_heads(qkv, attention.geometry.heads))
         some = 1 + torch.randperm(q.shape[2] - 1, generator=generator)[:QUERIES_PER_STEP].to(q.device)
         rows = q[:, :, some]
-        true = (attention.scale * rows @ k.mT).softmax(-1)
+        true = (attention.geometry.scale * rows @ k.mT).softmax(-1)
     # The first row stands for the class token, whose attention is not predicted.
     queries = torch.cat([q[:, :, :1], rows], 2)
-    guess = ops.landmark_attention(queries, k, *select.inputs(), scale=attention.num_heads**-0.5)
+    guess = ops.landmark_attention(queries, k, *select.inputs(), scale=attention.geometry.heads**-0.5)
     loss: Tensor = (guess - true).square().sum() / (true.shape[0] * true.shape[2])
     return loss

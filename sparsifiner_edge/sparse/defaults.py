@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, cast
 
 from sparsifiner_edge.config import Keep, SparsityConfig
-from sparsifiner_edge.sparse.models import Backbone
+from sparsifiner_edge.sparse.hosts import Backbone
 
 MOST_CELLS = 49
 _BY_LAYER: tuple[tuple[int, tuple[float, ...]], ...] = (
@@ -42,11 +41,10 @@ def fit_to_model(
     """The config with what suits the model where these are None: the paper's channels; other presets' cells, and shares
     of keys where tokens merge.
     """
-    patches, blocks = int(backbone.patch_embed.num_patches), cast(Any, backbone).blocks
     if sparsity.preset == "paper":
-        return sparsity if channels else dataclasses.replace(sparsity, channels=blocks[0].attn.head_dim // 2)
+        return sparsity if channels else dataclasses.replace(sparsity, channels=backbone.geometry.dim // 2)
     if cells is None:
-        sparsity = dataclasses.replace(sparsity, cells=default_cells(patches))
+        sparsity = dataclasses.replace(sparsity, cells=default_cells(backbone.patches))
     if keep is None and any(sparsity.merge):
-        sparsity = dataclasses.replace(sparsity, keep=default_keep(patches, len(blocks)))
+        sparsity = dataclasses.replace(sparsity, keep=default_keep(backbone.patches, len(backbone.layers)))
     return sparsity

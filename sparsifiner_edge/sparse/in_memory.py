@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsifiner_edge.config import Keep, SparsityConfig
-from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.defaults import default_cells, fit_to_model
-from sparsifiner_edge.sparse.models import Backbone
-from sparsifiner_edge.sparse.patch import SUPPORTED, AnyModule, SparseViTMixin, make_model_sparse, restore_backbone
+from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
+from sparsifiner_edge.sparse.patch import AnyModule, make_model_sparse, require_supported, restore_backbone
 
 CALIBRATION_SIDE = 16
 """Patches along the longer side of the images that a predictor learns from, at most."""
@@ -59,7 +59,7 @@ def sparsify_model(
         UnsupportedModelError: the module contains no such transformer, or several, or one that cannot be made sparse.
         ConfigError: a value is out of range or does not fit the model, or the images do not. The module is unchanged.
     """
-    backbone = find_backbone(module)
+    backbone = require_supported(module)
     sparsity = SparsityConfig.for_preset(
         preset, keep=keep, tile=tile, probe=probe, channels=channels, cells=cells, dense_layers=dense_layers,
         token_keep=token_keep, fuse_tokens=fuse_tokens, merge=(merge,) if isinstance(merge, int) else merge,
@@ -67,15 +67,15 @@ def sparsify_model(
     )  # fmt: skip
     sparsity = fit_to_model(sparsity, backbone, keep, channels, cells)
     images = [] if calibrate is None else _arriving(module, backbone, calibrate)
-    make_model_sparse(backbone, sparsity)
-    calibrate_from_weights(backbone)
-    if images and sparse_layers(backbone):
+    make_model_sparse(module, sparsity)
+    calibrate_from_weights(module)
+    if images and sparse_layers(module):
         learn(backbone, images, progress)
     return module
 
 
 def restore_model(module: AnyModule) -> AnyModule:
-    """Undo `sparsify_model`, in place: timm's own classes and the weights that were there, no predictor.
+    """Undo `sparsify_model`, in place: the host's own classes and the weights that were there, no predictor.
 
     Args:
         module: what `sparsify_model` returned, or any other module, which is left as it is.
@@ -83,26 +83,7 @@ def restore_model(module: AnyModule) -> AnyModule:
     Returns:
         The same object.
     """
-    for part in module.modules():
-        if isinstance(part, SparseViTMixin):
-            restore_backbone(cast(nn.Module, part))
-    return module
-
-
-def find_backbone(module: nn.Module) -> Backbone:
-    """The one vision transformer in a module.
-
-    Raises:
-        UnsupportedModelError: there is none, or there are several.
-    """
-    found = {name: part for name, part in module.named_modules() if isinstance(part, Backbone)}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    names = f": {', '.join(found)}" if found else ""
-    raise UnsupportedModelError(
-        f"This {type(module).__name__} contains {len(found)} vision transformers{names}.",
-        f"Give one at a time: {SUPPORTED}, alone or within a module.",
-    )
+    return restore_backbone(module)
 
 
 def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | None = None) -> None:
@@ -111,20 +92,20 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
     It learns in a dense copy, in float32, of `calibration_size`: with the preset "edge" that is faster than at a larger
     size, and no worse on held-out photographs (benchmarks/results/fidelity, row "at size").
     """
-    sparsity: SparsityConfig = cast(Any, backbone).sparsity
+    sparsity = cast(SparsityConfig, backbone.sparsity)
     size = calibration_size(backbone, sparsity.preset)
-    twin = cast(Any, restore_backbone(copy.deepcopy(backbone))).float().eval()
-    if size != tuple(twin.patch_embed.img_size):
-        twin.set_input_size(img_size=size)
+    dense = restore_backbone(copy.deepcopy(cast(nn.Module, backbone.module))).float().eval()
+    twin = backbone_of(dense)
+    if size != twin.image_size:
+        twin.host.resize(twin, size)
+        twin = backbone_of(dense)
         # What a predictor learns hardly depends on tile and cells, which must fit the smaller image.
-        patches = int(twin.patch_embed.num_patches)
-        tile = sparsity.tile if sparsity.tile <= patches else sparsity.probe
-        sparsity = dataclasses.replace(sparsity, tile=tile, cells=min(sparsity.cells, default_cells(patches)))
-    if sparsity.preset == "edge":
-        sparsity = dataclasses.replace(sparsity, token_keep=(), fuse_tokens=False, merge=())
-    make_model_sparse(twin, sparsity)
-    calibrate_from_images(twin, [_resized(image, size).to(_pixels_like(twin)) for image in images], progress)
-    for layer, learnt in zip(sparse_layers(backbone), sparse_layers(twin), strict=True):
+        tile = sparsity.tile if sparsity.tile <= twin.patches else sparsity.probe
+        sparsity = dataclasses.replace(sparsity, tile=tile, cells=min(sparsity.cells, default_cells(twin.patches)))
+    make_model_sparse(dense, sparsity)
+    like = twin.embedding.weight
+    calibrate_from_images(dense, [_resized(image, size).to(like) for image in images], progress)
+    for layer, learnt in zip(sparse_layers(backbone.module), sparse_layers(dense), strict=True):
         layer.select.load_state_dict(learnt.select.state_dict())
 
 
@@ -134,12 +115,11 @@ def calibration_size(backbone: Backbone, preset: str) -> tuple[int, int]:
     The model's own, and with the preset "edge", whose predictor is free of the resolution, at most `CALIBRATION_SIDE`
     patches along the longer side.
     """
-    embed = cast(Any, backbone).patch_embed
-    longer = max(embed.grid_size)
+    longer = max(backbone.grid)
     if preset != "edge" or longer <= CALIBRATION_SIDE:
-        return cast("tuple[int, int]", tuple(embed.img_size))
-    height, width = (max(1, round(side * CALIBRATION_SIDE / longer)) for side in embed.grid_size)
-    return height * embed.patch_size[0], width * embed.patch_size[1]
+        return backbone.image_size
+    height, width = (max(1, round(side * CALIBRATION_SIDE / longer)) for side in backbone.grid)
+    return height * backbone.patch[0], width * backbone.patch[1]
 
 
 def _arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -149,13 +129,12 @@ def _arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[T
         _check_images(batch)
     if not batches:
         raise ConfigError("There is no image to calibrate with.", "Give some, or leave calibrate out.")
-    like = _pixels_like(backbone)
+    like = backbone.embedding.weight
     seen: list[Tensor] = []
-    if module is cast(nn.Module, backbone):
+    if module is backbone.module:
         seen = [batch.to(like) for batch in batches]
     else:
-        embed = cast(nn.Module, backbone.patch_embed)
-        hook = embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        hook = backbone.embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
         try:
             with _evaluating(module), torch.no_grad():
                 for batch in batches:
@@ -181,11 +160,6 @@ def _check_images(batch: Any) -> None:
     raise ConfigError(
         f"Images to calibrate with are {found}.", "Give floating-point [B,3,H,W], normalised as the module expects."
     )
-
-
-def _pixels_like(backbone: nn.Module) -> Tensor:
-    """A tensor of the type and on the device of what a transformer reads."""
-    return cast(Tensor, cast(Any, backbone).patch_embed.proj.weight)
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:

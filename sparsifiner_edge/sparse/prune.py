@@ -7,13 +7,11 @@ consecutive tokens remain compact.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.sparse.layer import Tokens
 
 
 class Pruning(nn.Module):
@@ -28,15 +26,11 @@ class Pruning(nn.Module):
         super().__init__()
         self.kept, self.prefix, self.fuse = kept, prefix, fuse
 
-    def forward(self, x: Tensor, scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the `kept` patches with the highest scores, in their order.
-
-        Args:
-            x: tokens [B,N,C]. scores: [B,N], see `ops.token_score`. positions: places of the patches, [B,P].
-
-        Returns:
-            Tokens [B, prefix (+ 1) + kept, C] and places [B,kept].
+    def forward(self, tokens: Tokens, scores: Tensor) -> Tokens:
+        """Keep the `kept` patches with the highest scores [B,N] (see `ops.token_score`), in their order: tokens
+        [B, prefix (+ 1) + kept, C].
         """
+        x = tokens.values
         patches, weights = x[:, self.prefix :], scores[:, self.prefix :]
         winners = ops.top_tokens(weights, self.kept)
         left, parts = ops.rows_at(patches, winners), [x[:, : self.prefix]]
@@ -45,32 +39,7 @@ class Pruning(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 dropped = rest @ patches.float() / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
             parts.append(dropped.to(x.dtype))
-        return torch.cat([*parts, left], 1), ops.rows_at(positions, winners)
-
-
-class PrunedBlock(Block):  # type: ignore[misc]  # timm carries no types
-    """Modifications of timm's `Block`: tokens are removed between attention and MLP.
-
-    Attributes:
-        pruning: how many, and how.
-    """
-
-    pruning: Pruning
-
-    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B,N,C] and the patches' places [B,P] -> x [B,N',C] and the places [B,P'] of those that are left."""
-        attention = cast(Any, self.attn)
-        normed = self.norm1(x)
-        qkv = attention.packed(normed)
-        x = x + self.drop_path1(self.ls1(attention.joined(normed, attention.attend(qkv))))
-        x, positions = self.pruning(x, self.scores(qkv), positions)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x, positions
-
-    def scores(self, qkv: Tensor) -> Tensor:
-        """What the class token attends to: qkv [B,N,3C] -> float32 [B,N]."""
-        attention = cast(Any, self.attn)
-        return ops.token_score(qkv, num_heads=attention.num_heads, scale=attention.scale)
+        return tokens._replace(values=torch.cat([*parts, left], 1), positions=ops.rows_at(tokens.positions, winners))
 
 
 def _rest(weights: Tensor, winners: Tensor) -> Tensor:
@@ -84,16 +53,3 @@ def _rest(weights: Tensor, winners: Tensor) -> Tensor:
     above = (weights > least).float().sum(-1, keepdim=True)
     dropped = 1 - (winners.shape[1] - above) / tied.sum(-1, keepdim=True)
     return torch.where(weights < least, weights, tied * dropped * least)
-
-
-def make_pruned(block: Any, kept: int, prefix: int, fuse: bool) -> None:
-    """Turn a `Block` of timm, in place, into a `PrunedBlock`."""
-    block.__class__ = PrunedBlock
-    block.pruning = Pruning(kept, prefix, fuse)
-
-
-def make_whole(block: Any) -> None:
-    """Undo `make_pruned`."""
-    if isinstance(block, PrunedBlock):
-        del block.pruning
-        block.__class__ = Block

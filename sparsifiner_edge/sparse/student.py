@@ -31,20 +31,11 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.sparse.calibrate import calibrate_from_weights, sparse_layers
 from sparsifiner_edge.sparse.defaults import fit_to_model
+from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
+from sparsifiner_edge.sparse.hosts.timm import Model, create, load_model, load_state, on_paper, preprocessing
 from sparsifiner_edge.sparse.in_memory import calibration_size, learn
-from sparsifiner_edge.sparse.models import (
-    Backbone,
-    StateDict,
-    check_fit,
-    create,
-    load_model,
-    load_state,
-    normalise,
-    on_paper,
-    preprocessing,
-    read_weights,
-)
 from sparsifiner_edge.sparse.patch import make_model_sparse, require_supported, set_budget
+from sparsifiner_edge.sparse.weights import StateDict, check_fit, normalise, read_weights
 from sparsifiner_edge.text import dump_json
 
 MAX_CALIBRATION_IMAGES = 32
@@ -128,20 +119,24 @@ class Student:
         labels: names of a classifier's classes, where its own are known.
     """
 
-    model: Backbone
+    model: Model
     name: str
     sparsity: SparsityConfig
     provenance: Provenance
     labels: tuple[str, ...] = ()
 
     @property
+    def backbone(self) -> Backbone:
+        """The vision transformer in the model."""
+        return backbone_of(self.model)
+
+    @property
     def img_size(self) -> ImageSize:
         """Pixels of its images: one number for a square."""
-        height, width = self.model.patch_embed.img_size
-        return size_of(int(height), int(width))
+        return size_of(*self.backbone.image_size)
 
 
-def make_student(name: str, model: Backbone, sparsity: SparsityConfig, provenance: Provenance | None = None) -> Student:
+def make_student(name: str, model: Model, sparsity: SparsityConfig, provenance: Provenance | None = None) -> Student:
     """Make `model` sparse in place, with projections from its weights.
 
     Raises:
@@ -159,8 +154,9 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
         ImageError: no images, or one of those taken cannot be read.
     """
     taken = evenly(list_images(folder), MAX_CALIBRATION_IMAGES)
-    pre, size = preprocessing(student.model), size_of(*calibration_size(student.model, student.sparsity.preset))
-    learn(student.model, [normalise(torch.from_numpy(load_image(p, size))[None], pre) for p in taken], progress)
+    backbone = student.backbone
+    pre, size = preprocessing(student.model), size_of(*calibration_size(backbone, student.sparsity.preset))
+    learn(backbone, [normalise(torch.from_numpy(load_image(p, size))[None], pre) for p in taken], progress)
     how = Calibration("pictures", len(taken), size, [p.name for p in taken])
     return dataclasses.replace(student, provenance=replace(student.provenance, calibration=how))
 
@@ -214,7 +210,7 @@ def sparsify(
     if calibrate is not None:
         list_images(Path(calibrate))
     vit = load_model(model, Path(weights) if weights else None, img_size)
-    sparsity = fit_to_model(sparsity, vit, keep, channels, cells)
+    sparsity = fit_to_model(sparsity, backbone_of(vit), keep, channels, cells)
     tools = {name: version(name) for name in ("sparsifiner-edge", "timm", "torch")}
     provenance = Provenance(_origin(Path(weights) if weights else None), Calibration("weights"), tools)
     student = make_student(model, vit, sparsity, provenance)
@@ -278,16 +274,17 @@ def load_student(
     # At another size the student's own rate may be too much: what was asked for counts.
     sparsity = sparsity if merge is None else dataclasses.replace(sparsity, merge=merge)
     make_model_sparse(model, sparsity)
-    grid = _grid(config.img_size, model)
-    if sparsity.preset == "paper" and not sparsity.is_dense and grid != tuple(model.patch_embed.grid_size):
+    backbone = backbone_of(model)
+    grid = _grid(config.img_size, backbone)
+    if sparsity.preset == "paper" and not sparsity.is_dense and grid != backbone.grid:
         raise ConfigError("The published predictor is tied to its tokens.", "Make a student of this size: sparsify.")
     load_state(model, state, str(weights), grid)
     return with_budget(Student(model, config.model, sparsity, config.provenance, labels), keep, token_keep)
 
 
-def _grid(size: ImageSize, model: Backbone) -> tuple[int, int]:
+def _grid(size: ImageSize, backbone: Backbone) -> tuple[int, int]:
     """Rows and columns of a model's patches in images of a size."""
-    rows, columns = (side // step for side, step in zip(height_width(size), model.patch_embed.patch_size, strict=True))
+    rows, columns = (side // step for side, step in zip(height_width(size), backbone.patch, strict=True))
     return rows, columns
 
 
@@ -322,10 +319,15 @@ def checked_labels(labels: object, origin: object) -> tuple[str, ...]:
 def _check_kin(name: str, classes: int, state: StateDict, source: str) -> None:
     """Refuse weights of another model before memory for this one is taken: a config may name the largest there is."""
     expected = on_paper(name, classes).state_dict()
-    own = {key: tensor for key, tensor in state.items() if ".attn.select." not in key}
+    own = {key: tensor for key, tensor in state.items() if not is_predictor(key)}
     for tensors in (expected, own):
         tensors.pop("pos_embed", None)  # It alone depends on the image's size.
     check_fit(expected, own, source)
+
+
+def is_predictor(key: str) -> bool:
+    """Whether a tensor of a student is its predictor's, by its name."""
+    return ".select." in key
 
 
 def with_budget(
@@ -369,6 +371,6 @@ def _origin(weights: Path | None) -> Weights:
 def dense_twin(student: Student) -> Student:
     """The student's own weights in timm's untouched model: its teacher, as long as nothing was trained."""
     model = create(student.name, student.img_size, student.model.num_classes)
-    state = {k: v for k, v in student.model.state_dict().items() if ".attn.select." not in k}
+    state = {k: v for k, v in student.model.state_dict().items() if not is_predictor(k)}
     model.load_state_dict(state)
     return Student(model, student.name, SparsityConfig(keep=1), student.provenance)

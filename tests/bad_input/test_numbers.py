@@ -18,7 +18,7 @@ from sparsifiner_edge.images import load_image
 from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.sweep import parse_axes
 from sparsifiner_edge.report import Prices
-from sparsifiner_edge.sparse.models import create
+from sparsifiner_edge.sparse.hosts.timm import create
 from tests.commands import Outcome, assert_refused, call
 from tests.models import TINY
 from tests.plain import sweep_bundle

@@ -1,0 +1,180 @@
+"""A layer of a host made sparse, in place: what happens between its first norm and its residual after the MLP.
+
+To its host such a layer is what it was: tokens go in and come out whole and in raster order, so that hooks, loops over
+layers and decoders that read some of them never notice. What the next layer needs rides along on the tensor that comes
+out: the tokens as they lie along the curve, merged or pruned, and what is known of them. In an exported file the way
+back to raster order is there only where something reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.sparse.attention import PackedAttention, mixed, unmixed
+
+_RIDER = "_sparsifiner_tokens"
+
+
+class Tokens(NamedTuple):
+    """Tokens between two layers, and what is known of them.
+
+    Attributes:
+        values: [B,N',C]: prefix, then patches along the curve.
+        sizes: patches that each token stands for, float32 [B,N']; None before the first merge.
+        places: token, counted from the first patch, that each original patch is in now: int64 [B,P], curve's order;
+            None before the first merge.
+        positions: raster place of each patch token, merged ones where their larger source was: int64 [B,P'].
+    """
+
+    values: Tensor
+    sizes: Tensor | None
+    places: Tensor | None
+    positions: Tensor
+
+
+class Curve(nn.Module):
+    """How the tokens of a model lie, shared by its layers.
+
+    Attributes:
+        order: raster place of each patch along the curve, int64 [P]. raster: its inverse.
+        prefix: tokens before the patches.
+    """
+
+    order: Tensor
+    raster: Tensor
+
+    def __init__(self, order: Tensor, raster: Tensor, prefix: int) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("raster", raster, persistent=False)
+
+
+class SparseLayer(nn.Module):
+    """Mixed into the class of a host's layer; each host adds where it keeps the layer's parts (`hosts`).
+
+    Attributes:
+        curve: see there. entering: patches that this layer sees.
+        merging, pruning: what happens to tokens between attention and MLP; at most one of them.
+        unmerged: while a predictor learns: merge nothing.
+    """
+
+    curve: Curve
+    entering: int
+    merging: nn.Module | None
+    pruning: nn.Module | None
+    unmerged: bool = False
+
+    @property
+    def own_attention(self) -> PackedAttention:
+        """The layer's attention."""
+        raise NotImplementedError
+
+    def rotary_table(self, *given: Any, **options: Any) -> Tensor | None:
+        """Of what the host calls the layer with, the table of rotary embeddings: sines, then cosines, patches in raster
+        order: [P,2d], or [H,P,2d] where heads differ.
+
+        Raises:
+            ConfigError: an attention mask.
+        """
+        raise NotImplementedError
+
+    @property
+    def entry_norm(self) -> nn.Module:
+        """The norm before attention."""
+        raise NotImplementedError
+
+    def after_attention(self, x: Tensor) -> Tensor:
+        """What is added to the tokens: the residual branch of attention, scaled and dropped as the host does."""
+        raise NotImplementedError
+
+    def after_mlp(self, x: Tensor) -> Tensor:
+        """The other branch, from its norm on."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *given: Any, **options: Any) -> Tensor:
+        """x [B,N,C] as the host has it -> the same."""
+        tokens, attention = self._arrived(x), self.own_attention
+        table = self.rotary_table(*given, **options)
+        turns = None if table is None else self._at(table, tokens.positions)
+        attended, qkv = attention(self.entry_norm(tokens.values), turns, tokens.sizes)
+        tokens = tokens._replace(values=tokens.values + self.after_attention(attended))
+        if self.pruning is not None:
+            tokens = self.pruning(tokens, self.scores(qkv))
+        elif self.merging is not None and not self.unmerged:
+            tokens = self.merging(tokens, qkv, attention.geometry.heads)
+        return self._leaving(tokens._replace(values=tokens.values + self.after_mlp(tokens.values)))
+
+    def scores(self, qkv: Tensor) -> Tensor:
+        """What the class token attends to: qkv [B,N,3C] -> float32 [B,N]."""
+        geometry = self.own_attention.geometry
+        return ops.token_score(qkv, num_heads=geometry.heads, scale=geometry.scale)
+
+    def _arrived(self, x: Tensor) -> Tokens:
+        known: Tokens | None = getattr(x, _RIDER, None)
+        if known is not None:
+            return known
+        order, prefix = self.curve.order, self.curve.prefix
+        if self.entering != len(order) and not self.unmerged:
+            raise ConfigError(
+                "A layer behind merged or pruned tokens was called with tokens that no layer of the model returned.",
+                "Call the model as a whole, and change nothing between its layers.",
+            )
+        if x.shape[1] != prefix + len(order):
+            raise ConfigError(
+                f"The model was made sparse for {len(order)} patches and {prefix} tokens before them; it got "
+                f"{x.shape[1]} tokens.",
+                "Give images of that size, or make it sparse for this one: img_size.",
+            )
+        values = torch.cat([x[:, :prefix], x[:, prefix:].index_select(1, order)], 1)
+        return Tokens(values, None, None, order.expand(x.shape[0], -1))
+
+    def _at(self, table: Tensor, positions: Tensor) -> Tensor:
+        """Rows of a rotary table at the raster places [B,P'] of the patches: [P,2d], [H,P,2d] or [B,P',1 or H,2d]."""
+        if self.entering == len(self.curve.order) or self.unmerged:
+            return table.index_select(-2, self.curve.order)
+        rows = table[..., positions, :]
+        return rows.permute(1, 2, 0, 3) if table.ndim == 3 else rows[:, :, None]
+
+    def _leaving(self, tokens: Tokens) -> Tensor:
+        """Tokens as the host knows them: prefix, then every original patch in raster order; where some were pruned,
+        those that are left.
+        """
+        raster, values = self.curve.raster, tokens.values
+        patches = values[:, values.shape[1] - tokens.positions.shape[1] :]
+        if tokens.places is not None:
+            patches = ops.rows_at(patches, tokens.places.index_select(1, raster))
+        elif patches.shape[1] == len(raster):
+            patches = patches.index_select(1, raster)
+        else:
+            patches = ops.rows_at(patches, tokens.positions.argsort(1))
+        # A token that pruned ones were fused into is of use to later layers alone.
+        whole = torch.cat([values[:, : self.curve.prefix], patches], 1)
+        setattr(whole, _RIDER, tokens)
+        return whole
+
+
+def riding(x: Tensor) -> Tokens:
+    """What rides along on the output of a `SparseLayer`."""
+    return cast(Tokens, getattr(x, _RIDER))
+
+
+def make_layer(layer: Any, host: type[SparseLayer], curve: Curve) -> None:
+    """Turn a layer of a host, in place, into a `SparseLayer`; host: where it keeps the layer's parts."""
+    layer.__class__ = mixed(f"Sparse{type(layer).__name__}", host, type(layer))
+    layer.curve, layer.merging, layer.pruning = curve, None, None
+
+
+def restore_layer(layer: Any) -> None:
+    """Undo `make_layer`."""
+    if not isinstance(layer, SparseLayer):
+        return
+    for name in ("curve", "entering", "merging", "pruning"):
+        if hasattr(layer, name):
+            delattr(layer, name)
+    unmixed(layer)
