@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from sparsifiner_edge.sparse.attention import HeadGeometry, PackedAttention
     from sparsifiner_edge.sparse.layer import SparseLayer
 
-SUPPORTED = "timm's VisionTransformer (ViT, DeiT, DINOv2) and Eva (EVA-02, DINOv3, ViT with RoPE)"
+SUPPORTED = (
+    "timm's VisionTransformer (ViT, DeiT, DINOv2) and Eva (EVA-02, DINOv3, ViT with RoPE), transformers' ViT, DINOv2, "
+    "DINOv3, SigLIP and CLIP"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,10 @@ class Host(abc.ABC):
         """A module as a backbone; None if it is none of this host's."""
 
     @abc.abstractmethod
+    def near_miss(self, module: nn.Module) -> str | None:
+        """Why a module of this host's is no backbone, where that is worth a word."""
+
+    @abc.abstractmethod
     def refusal(self, backbone: Backbone) -> str | None:
         """Why a backbone cannot be made sparse; None: it can."""
 
@@ -125,10 +133,15 @@ class Host(abc.ABC):
 
 
 def _hosts() -> Iterator[Host]:
-    """Of the libraries that are in use: a module of another cannot be about."""
-    from sparsifiner_edge.sparse.hosts.timm import TIMM
+    """Of the libraries that are in use: no module of another can be about."""
+    if "timm" in sys.modules:
+        from sparsifiner_edge.sparse.hosts.timm import TIMM
 
-    yield TIMM
+        yield TIMM
+    if "transformers" in sys.modules:
+        from sparsifiner_edge.sparse.hosts.transformers import TRANSFORMERS
+
+        yield TRANSFORMERS
 
 
 def backbones(module: nn.Module) -> dict[str, Backbone]:
@@ -152,7 +165,9 @@ def backbone_of(module: nn.Module) -> Backbone:
     if len(found) == 1:
         return next(iter(found.values()))
     names = f": {', '.join(found)}" if found else ""
+    near = (host.near_miss(part) for host in _hosts() for part in module.modules()) if not found else ()
+    reason = next((f" ({text})" for text in near if text), "")
     raise UnsupportedModelError(
-        f"This {type(module).__name__} contains {len(found)} vision transformers{names}.",
+        f"This {type(module).__name__} contains {len(found)} vision transformers{names}{reason}.",
         f"Give one at a time: {SUPPORTED}, alone or within a module.",
     )

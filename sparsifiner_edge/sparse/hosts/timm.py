@@ -131,6 +131,10 @@ class Timm(Host):
             width=vit.embed_dim, rotary=getattr(vit, "rope", None) is not None,
         )  # fmt: skip
 
+    def near_miss(self, module: nn.Module) -> str | None:  # noqa: ARG002
+        """See `Host`."""
+        return None
+
     def refusal(self, backbone: Backbone) -> str | None:
         """See `Host`."""
         model = backbone.module

@@ -1,0 +1,65 @@
+"""Small models of transformers, with random weights that attend to something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+SIXTEEN = {**SIZES, "intermediate_size": 128, "image_size": 160, "patch_size": 16}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT": ("ViTModel", SIXTEEN),
+    "DINOv2": ("Dinov2Model", {**SIZES, "image_size": 140}),
+    "DINOv2-registers": ("Dinov2WithRegistersModel", {**SIZES, "image_size": 140}),
+    "DINOv2-gated": ("Dinov2Model", {**SIZES, "image_size": 140, "use_swiglu_ffn": True}),
+    "DINOv3": ("DINOv3ViTModel", {**SIXTEEN, "num_register_tokens": 4}),
+    "SigLIP": ("SiglipVisionModel", SIXTEEN),
+    "CLIP": ("CLIPVisionModel", SIXTEEN),
+}
+
+
+def model(name: str, seed: int = 0, **options: Any) -> Any:
+    """One of `MODELS`; queries and keys are scaled up, since fresh weights attend to everything alike."""
+    kind, own = MODELS[name]
+    torch.manual_seed(seed)
+    cls = getattr(transformers, kind)
+    made = cls(cls.config_class(**own | options)).eval()
+    if name != "SigLIP":  # its fresh weights are sharp
+        sharpen(made)
+    return made
+
+
+@torch.no_grad()
+def sharpen(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.mul_(8)
+
+
+def images(size: tuple[int, int], batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's weights under timm's names -> transformers'."""
+    swaps = {
+        "patch_embed.proj": "embeddings.patch_embeddings.projection", "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings", "blocks.": "encoder.layer.", ".attn.proj": ".attention.o_proj",
+        ".ls1.gamma": ".layer_scale1.lambda1", ".ls2.gamma": ".layer_scale2.lambda1",
+    }  # fmt: skip
+    found: dict[str, Tensor] = {"embeddings.mask_token": torch.zeros(1, len(state["cls_token"][0, 0]))}
+    for key, value in state.items():
+        name = key
+        for old, new in swaps.items():
+            name = name.replace(old, new)
+        if name in ("norm.weight", "norm.bias"):
+            name = f"layer{name}"
+        if ".attn.qkv." in name:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                found[name.replace(".attn.qkv.", f".attention.{part}_proj.")] = rows
+        else:
+            found[name] = value
+    return found
