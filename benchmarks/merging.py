@@ -29,7 +29,7 @@ from torch import Tensor
 from sparsifiner_edge.cli.common import print_table, progress_bar
 from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.demo import material, split
-from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch_merge as ops
 from sparsifiner_edge.results import Result, Subject, write_result
@@ -140,7 +140,7 @@ def run(variant: Variant, images: Images, students: dict[int, Path], size: int) 
     folder = students[variant.cells or CELLS[size]]
     rates, named = tome.schedule(variant.rate, 12)
     student = load_student(folder, merge=rates, keep=variant.keep)
-    model = DeployedModel(student.model).eval()
+    model = deploy(student).eval()
     for part in model.modules():
         if isinstance(part, Merging) and variant.pairs:
             part.forward = functools.partial(_remembering, part)

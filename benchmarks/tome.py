@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsifiner_edge.export.deployed_model import DeployedModel
-from sparsifiner_edge.sparse.hosts.timm import Model
+from sparsifiner_edge.sparse.hosts.timm import Model, preprocessing
 
 
 def constant(rate: int, depth: int) -> list[int]:
@@ -46,7 +46,9 @@ class ToMe(nn.Module):
 
     def __init__(self, model: Model, rates: list[int]) -> None:
         super().__init__()
-        self.model: Any = DeployedModel(model).model  # normalisation and layer scale folded, as in our own files
+        self.model: Any = DeployedModel(
+            model, preprocessing(model)
+        ).model  # normalisation and layer scale folded, as in our own files
         self.rates = rates
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsifiner_edge.errors import SparsifinerError as SparsifinerError
     from sparsifiner_edge.evaluate.evaluate import evaluate_student as evaluate_student
     from sparsifiner_edge.export.export import export_bundle as export_bundle
+    from sparsifiner_edge.export.export import export_model as export_model
     from sparsifiner_edge.package import package_bundle as package_bundle
     from sparsifiner_edge.profiles.profile import profile_bundle as profile_bundle
     from sparsifiner_edge.runtime import open_session as open_session
@@ -38,6 +39,7 @@ _HOMES = {
     "distill_student": ("distill.distill", "train"),
     "evaluate_student": ("evaluate.evaluate", "train,cpu"),
     "export_bundle": ("export.export", "train,cpu"),
+    "export_model": ("export.export", "train,cpu"),
     "load_student": ("sparse.student", "train"),
     "open_session": ("runtime", ""),
     "package_bundle": ("package", ""),

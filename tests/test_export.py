@@ -24,7 +24,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.export import check
 from sparsifiner_edge.export.check import check_export, count_differing, smooth_images
-from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
 from sparsifiner_edge.metrics import Agreement
@@ -222,7 +222,7 @@ def test_keep_one_is_the_plain_dense_bundle(tmp_path: Path) -> None:
 
 def test_a_wrong_file_fails_and_says_where(folder: Path) -> None:
     made = student()
-    deployed = DeployedModel(made.model)
+    deployed = deploy(made)
     model = export_graph(deployed, 160, 1, deployed.output_names)
     for tensor in model.graph.initializer:
         if tensor.name.endswith("pos_embed"):
@@ -239,7 +239,7 @@ def test_a_wrong_file_fails_and_says_where(folder: Path) -> None:
     ("operator", "output", "wrong"), [("SparseAttention", "log_rest", "Neg"), ("KeySelect", "log_distance", "Neg")]
 )
 def test_a_wrong_body_fails(folder: Path, operator: str, output: str, wrong: str) -> None:
-    deployed = DeployedModel(student().model)
+    deployed = deploy(student())
     model = export_graph(deployed, 160, 1, deployed.output_names)
     del model.functions[:]
     add_bodies(model)

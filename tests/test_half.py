@@ -18,7 +18,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.export import fp16 as module
 from sparsifiner_edge.export.check import smooth_images
-from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.fp16 import convert, to_fp16
 from sparsifiner_edge.export.graph import export_graph
@@ -43,7 +43,7 @@ KINDS = {
 
 @functools.cache
 def _file(kind: str) -> bytes:
-    deployed = DeployedModel(student(sparsity=KINDS[kind], depth=2).model, tokens=True)
+    deployed = deploy(student(sparsity=KINDS[kind], depth=2), tokens=True)
     return export_graph(deployed, 160, 1, deployed.output_names).SerializeToString()
 
 

@@ -32,7 +32,7 @@ from sparsifiner_edge.distill.tensorboard import RecordLosses
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.hosts.timm import Model, preprocessing
+from sparsifiner_edge.sparse.hosts.timm import Model
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
@@ -102,7 +102,7 @@ class Training:
     ) -> None:
         self.accelerator, self.sparsity = accelerator, student.sparsity
         self.recipe, self.source, self.folder = recipe, source, folder
-        self.size, self.pre = student.img_size, preprocessing(student.model)
+        self.size, self.pre = student.img_size, student.normalisation
         teacher.model.to(self.accelerator.device)
         distiller = Distiller(student.model, teacher.model, recipe.losses)
         self.optimiser = make_optimiser(student.model, recipe)

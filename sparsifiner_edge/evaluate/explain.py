@@ -15,7 +15,6 @@ from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import SparseAttention
-from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
@@ -79,7 +78,7 @@ def _qkv(student: Student, attention: SparseAttention, image: Array) -> Tensor:
     seen: list[Tensor] = []
     attention.observer = lambda _, qkv, __: seen.append(qkv)
     try:
-        student.model(normalise(torch.from_numpy(image)[None], preprocessing(student.model)))
+        student.model(normalise(torch.from_numpy(image)[None], student.normalisation))
     finally:
         del attention.observer
     return seen[0]

@@ -20,7 +20,6 @@ from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Runtime
-from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
 from sparsifiner_edge.sparse.weights import normalise
@@ -102,7 +101,7 @@ def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib
 
 def _torch(student: Student, path: str, digest: str) -> Extractor:
     model = student.model.eval()
-    pre = preprocessing(model)
+    pre = student.normalisation
 
     @torch.no_grad()
     def extract(image: Array) -> dict[str, Array]:

@@ -3,52 +3,109 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.metrics import POSITIONS
+from sparsifiner_edge.sparse.calibrate import observed
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
-from sparsifiner_edge.sparse.hosts.timm import Model, preprocessing
-from sparsifiner_edge.sparse.patch import final_tokens
-from sparsifiner_edge.sparse.weights import Normalisation
+from sparsifiner_edge.sparse.outputs import ALONE, outputs_of
+from sparsifiner_edge.sparse.student import Student
+from sparsifiner_edge.sparse.weights import Normalisation, brief
 
 
 class DeployedModel(nn.Module):
-    """A vision transformer that takes uint8 RGB images [B,H,W,3]; normalisation is folded into the patch embedding,
-    layer scale into the linear layers before it.
+    """A vision transformer, or a module that contains one, that takes uint8 RGB images [B,H,W,3].
+
+    Normalisation is folded into the patch embedding where nothing else reads the pixels, layer scale into the linear
+    layers before it.
 
     Attributes:
-        output_names: "logits" and "features" for a classifier, "tokens" too where asked; else "features" and "tokens".
-            Where tokens are pruned, "token_positions" follows "tokens".
+        output_names: of a vision transformer alone "logits" and "features" if it is a classifier, "tokens" too where
+            asked; else "features" and "tokens"; where tokens are pruned, "token_positions" follows "tokens". Of other
+            modules as named, or their own (see `outputs_of`).
+        folded: whether normalisation is. prunes: whether the model removes tokens.
     """
 
-    def __init__(self, model: Model, tokens: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, pre: Normalisation, tokens: bool = False, names: Sequence[str] | None = None
+    ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval().float()
         backbone = backbone_of(self.model)
-        fold_normalisation(backbone, preprocessing(model))
+        backbone.host.settle(backbone)
         backbone.host.fold_layer_scale(backbone)
-        classifier = model.num_classes > 0
+        self.names, self.pre = names, pre
+        self.mean, self.std = (nn.Buffer(torch.tensor(x)[:, None, None], persistent=False) for x in (pre.mean, pre.std))
         self.eval()
-        self.output_names = ["logits", "features"] if classifier else ["features", "tokens"]
-        if classifier and tokens:
-            self.output_names.append("tokens")
+        alone = backbone.module is self.model
         self.prunes = backbone.sparsity is not None and bool(backbone.sparsity.token_keep)
-        if self.prunes and "tokens" in self.output_names:
-            self.output_names.append(POSITIONS)
+        self.output_names = _names_alone(backbone, tokens, self.prunes) if alone else self._own_names(backbone)
+        self.folded = alone or self._reads_pixels_alone(backbone)
+        if self.folded:
+            fold_normalisation(backbone, pre)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """uint8 [B,H,W,3] -> the outputs, in the order of `output_names`."""
         pixels = image.float().permute(0, 3, 1, 2)
-        outputs: dict[str, Tensor] = {}
-        tokens, positions = final_tokens(self.model, pixels)
-        if positions is not None:
-            outputs[POSITIONS] = positions.int()
-        outputs |= {"tokens": tokens, "features": self.model.forward_head(tokens, pre_logits=True)}
-        if "logits" in self.output_names:
-            outputs["logits"] = self.model.forward_head(tokens)
+        outputs = outputs_of(self.model, pixels if self.folded else self._normalised(pixels), self.names)
+        if POSITIONS in outputs:
+            outputs[POSITIONS] = outputs[POSITIONS].int()
         return tuple(outputs[name] for name in self.output_names)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return (pixels / 255 - self.mean) / self.std
+
+    @torch.no_grad()
+    def _own_names(self, backbone: Backbone) -> list[str]:
+        some = torch.zeros(1, 3, *backbone.image_size)
+        try:
+            return list(outputs_of(self.model, some, self.names))
+        except SparsifinerError:
+            raise
+        # A module is a user's own: whatever it raises is about it.
+        except Exception as error:
+            raise ConfigError(
+                f"{type(self.model).__name__} failed when it was called with images {list(some.shape)}: "
+                f"{type(error).__name__}: {brief(error)}.",
+                "Give a module that takes images alone, in this size.",
+            ) from error
+
+    @torch.no_grad()
+    def _reads_pixels_alone(self, backbone: Backbone) -> bool:
+        """Whether the backbone gets what the module gets, and nothing else in the module reads it: tried."""
+        generator = torch.Generator().manual_seed(0)
+        some = torch.randint(256, (1, 3, *backbone.image_size), generator=generator).float()
+        projection = backbone.embedding
+        weight, bias = projection.weight.detach().clone(), projection.bias
+        with observed(self.model, lambda *_: None, densely=True):
+            expected = outputs_of(self.model, self._normalised(some), self.names)
+            fold_normalisation(backbone, self.pre)
+            try:
+                got = outputs_of(self.model, some, self.names)
+            finally:
+                projection.weight.copy_(weight)
+                projection.bias = bias
+        return all(torch.allclose(got[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
+
+
+def _names_alone(backbone: Backbone, tokens: bool, prunes: bool) -> list[str]:
+    """Outputs of a vision transformer alone."""
+    some = backbone.embedding.weight.new_zeros(1, backbone.prefix + backbone.patches, backbone.width)
+    with torch.no_grad():
+        heads = backbone.host.heads(backbone, some)
+    names = [name for name in ALONE[:2] if name in heads]
+    if tokens or "logits" not in heads:
+        names += [ALONE[2], *([POSITIONS] if prunes else [])]
+    return names
+
+
+def deploy(student: Student, tokens: bool = False) -> DeployedModel:
+    """A student's model as it is exported."""
+    return DeployedModel(student.model, student.normalisation, tokens, student.outputs)
 
 
 @torch.no_grad()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import onnx
 import onnx.inliner
-from torch import nn
+from torch import Tensor, nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
-from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, whole_number
+from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_number
 from sparsifiner_edge.bundle.entries import Check, Folded
 from sparsifiner_edge.bundle.manifest import (
     BUNDLE_SCHEMA,
@@ -31,7 +32,7 @@ from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.export.check import OTHERS, SAME, check_export, smooth_images
-from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
 from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_ROW_COSINE_INT8, to_fp16
 from sparsifiner_edge.export.graph import DYNAMIC, BatchSize, export_graph, set_metadata
 from sparsifiner_edge.export.int8 import INT8_TARGETS, quantise
@@ -44,8 +45,18 @@ from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.hosts.timm import class_labels, preprocessing
-from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_dense, load_student
+from sparsifiner_edge.sparse.hosts.timm import Model, class_labels
+from sparsifiner_edge.sparse.in_memory import require_images
+from sparsifiner_edge.sparse.outputs import checked_names
+from sparsifiner_edge.sparse.student import (
+    MAX_CALIBRATION_IMAGES,
+    Provenance,
+    Student,
+    checked_labels,
+    load_dense,
+    load_student,
+)
+from sparsifiner_edge.sparse.weights import Normalisation
 from sparsifiner_edge.text import shown
 
 EXPORT_PRECISIONS = ("fp32", "fp16", "int8")
@@ -116,10 +127,76 @@ def export_bundle(
     numbers = _numbers(precision, int8_target, calibrate, tile is not None or probe is not None, inline)
     student = _load(source, weights, img_size, keep, token_keep, merge)
     student, changes = changed(student, tile, probe, "onnxruntime" if measure is True else measure, numbers.images)
-    file = _file(student, DeployedModel(student.model, tokens), size_of_batch, numbers, progress)
+    file = _file(student, deploy(student, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)
     return target
+
+
+def export_model(
+    module: nn.Module,
+    example: Tensor,
+    output: str | Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    outputs: Sequence[str] | None = None,
+    name: str | None = None,
+    labels: Sequence[str] = (),
+    precision: str = "fp32",
+    batch: int | str = 1,
+    calibrate: str | Path | None = None,
+    int8_target: str = "cpu",
+    inline: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Export a module in memory that contains a vision transformer, sparse or not, decoder and all, to a bundle folder.
+
+    Args:
+        module: called with images [B,3,H,W] alone, on the CPU.
+        example: such images, floating-point; their size is the bundle's.
+        output: folder to write; an earlier bundle there is replaced.
+        mean, std: of pixels / 255, per RGB channel, which the module expects to be taken off and divided by; 0 and 1
+            where it wants pixels from 0 to 1.
+        outputs: names of what it gives: of a dictionary some of its keys; None takes the module's own.
+        name: of the model, for people; None takes its class. labels: of its classes, if "logits" is an output.
+        precision, batch, calibrate, int8_target, inline, progress: as of `export_bundle`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        GateError: the file disagrees with torch, or fp16 or int8 with float32; nothing is written.
+        SparsifinerError: unusable input; nothing is written.
+    """
+    target = Path(output)
+    require_replaceable(target, "bundle")
+    size_of_batch, names = parse_batch(batch), checked_names(outputs)
+    numbers = _numbers(precision, int8_target, calibrate, False, inline)
+    backbone = backbone_of(module)
+    require_images(example)
+    height, width = (int(side) for side in example.shape[-2:])
+    if (height, width) != backbone.image_size:
+        raise ConfigError(
+            f"The example is of {size_text((height, width))} pixels, the model of {size_text(backbone.image_size)}.",
+            "Give an example of the size that the model is used at.",
+        )
+    student = Student(
+        module, name or type(module).__name__, backbone.sparsity or SparsityConfig(keep=1), Provenance(),
+        checked_labels(list(labels), "labels"), Normalisation(_three(mean, "mean"), _three(std, "std")), names,
+    )  # fmt: skip
+    file = _file(student, deploy(student), size_of_batch, numbers, progress)
+    with new_folder(target, "bundle") as folder:
+        _write(folder, file, file.manifest, ())
+    return target
+
+
+def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:
+    """One finite number per channel; a standard deviation is above 0."""
+    found = tuple(float(value) for value in values)
+    if len(found) != 3 or not all(map(math.isfinite, found)) or (what == "std" and min(found) <= 0):
+        raise ConfigError(f"{what} is {found}.", "Give one number for each of red, green and blue.")
+    return found
 
 
 class _Numbers(NamedTuple):
@@ -159,7 +236,7 @@ def _file(
     if numbers.inline:
         model = onnx.inliner.inline_local_functions(model)
     # One line each, whatever a folder's name holds; `Bundle.labels` and the model's metadata then say the same.
-    labels = [shown(label) for label in student.labels or class_labels(student.model)]
+    labels = [shown(label) for label in student.labels or _own_labels(student.model)]
     set_metadata(model, _metadata(student, deployed, labels))
     manifest = _manifest(student, deployed, model, check, numbers)
     manifest = msgspec.structs.replace(manifest, quantisation=quantisation, float16=float16)
@@ -254,8 +331,13 @@ def model_shape(model: nn.Module) -> ModelShape:
     )
 
 
+def _own_labels(model: nn.Module) -> list[str]:
+    """Of a classifier of timm."""
+    return class_labels(model) if isinstance(model, Model) else []
+
+
 def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> dict[str, str]:
-    licence = (cast(Any, student.model).pretrained_cfg or {}).get("license")
+    licence = (getattr(student.model, "pretrained_cfg", None) or {}).get("license")
     entries = {
         "name": student.name,
         "version": version("sparsifiner-edge"),
@@ -269,7 +351,7 @@ def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> d
 def _manifest(
     student: Student, deployed: DeployedModel, model: onnx.ModelProto, check: Check, numbers: _Numbers
 ) -> Manifest:
-    pre, size = preprocessing(student.model), student.img_size
+    pre, size = student.normalisation, student.img_size
     # Keys, tokens that stay, or pairs that merge.
     backbone = student.backbone
     sparse = student.sparsity.sparse_layers(len(backbone.layers))

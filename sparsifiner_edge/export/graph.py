@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import collections
 import logging
+import re
 import warnings
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -19,6 +20,7 @@ from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT
 from sparsifiner_edge.sparse.attention import PackedAttention, SparseAttention
+from sparsifiner_edge.sparse.hosts import backbones
 
 IR_VERSION = 10
 """The newest that ONNX Runtime 1.21 and GStreamer 1.26's onnxinference load."""
@@ -41,8 +43,7 @@ def export_graph(module: nn.Module, size: ImageSize, batch: BatchSize, outputs: 
     example = torch.zeros(batch or 2, *height_width(size), 3, dtype=torch.uint8)
     shapes = {"image": {0: torch.export.Dim(DYNAMIC)}} if batch is None else None
     model = to_onnx(module, {"image": example}, outputs, shapes)
-    packed = {_named(name) for name, part in module.named_modules() if isinstance(part, PackedAttention)}
-    _tidy(model, packed)
+    _tidy(model, _Names.of(module))
     check_structure(model)
     return model
 
@@ -83,7 +84,7 @@ def _check_keys(module: nn.Module) -> None:
             )
 
 
-def _tidy(model: onnx.ModelProto, packed: Set[str]) -> None:
+def _tidy(model: onnx.ModelProto, names: _Names) -> None:
     """Drop what only the exporter needs; put the Cast of the image first: a dynamic batch has a Shape before it."""
     cast = next(n for n in model.graph.node if n.op_type == "Cast" and n.input[0] == "image")
     model.graph.node.remove(cast)
@@ -91,7 +92,7 @@ def _tidy(model: onnx.ModelProto, packed: Set[str]) -> None:
     model.producer_name = "sparsifiner-edge"
     model.graph.name = "sparsifiner_edge"
     model.graph.doc_string = ""
-    _name_nodes(model.graph, packed)
+    _name_nodes(model.graph, names)
     for node in model.graph.node:
         node.doc_string = ""
         del node.metadata_props[:]
@@ -103,17 +104,49 @@ def _tidy(model: onnx.ModelProto, packed: Set[str]) -> None:
         del value.metadata_props[:]
 
 
-def _name_nodes(graph: onnx.GraphProto, packed: Set[str]) -> None:
-    """Name each node by its module and operator, such as "blocks.3.mlp.fc1.MatMul"; times per layer go by that.
+class _Names(NamedTuple):
+    """Names of modules as nodes bear them: layers are "blocks.3" and their attention "blocks.3.attn", whatever the host
+    calls them; what lies outside of the backbone, if anything does, is "decoder.".
 
-    packed: modules that make q, k and v by one product, whose weights may be of several modules.
+    Attributes:
+        backbone: name of the backbone in the deployed model, with a dot; "" where it is that model.
+        layers: name of its list of layers. packed: attentions that make q, k and v by one product, whose weights may be
+            of several modules.
     """
+
+    backbone: str
+    layers: str
+    packed: Set[str]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Names:
+        """Of a module that holds what is deployed as `model`."""
+        (path, backbone) = next(iter(backbones(module).items()), ("", None))
+        if backbone is None:
+            return cls("", "blocks", frozenset())
+        names = cls(f"{path.removeprefix('model').removeprefix('.')}.".lstrip("."), backbone.layers_name, frozenset())
+        found = {names.own(name) for name, part in module.named_modules() if isinstance(part, PackedAttention)}
+        return names._replace(packed=found)
+
+    def own(self, scope: str) -> str:
+        """What the name of a module becomes."""
+        name = scope.removeprefix("model.")
+        if f"{name}." == self.backbone:
+            return ""
+        if not name.startswith(self.backbone):
+            return name if name.startswith("decoder") else f"decoder.{name}"
+        inside = re.sub(rf"^{re.escape(self.layers)}\.(\d+)", r"blocks.\1", name.removeprefix(self.backbone))
+        return re.sub(r"^(blocks\.\d+)\.(?:attention|self_attn)\b", r"\1.attn", inside)
+
+
+def _name_nodes(graph: onnx.GraphProto, names: _Names) -> None:
+    """Name each node by its module and operator, such as "blocks.3.mlp.fc1.MatMul"; times per layer go by that."""
     weights, taken = {tensor.name for tensor in graph.initializer}, collections.Counter[str]()
     paths: dict[str, str] = {}
     for node in graph.node:
         # What the exporter's own rewriting made says nothing, and is where its input is.
-        path = _module(node) if node.metadata_props else paths.get(node.input[0], "")
-        if path in packed and node.op_type in ("MatMul", "Gemm", "Add") and weights.intersection(node.input):
+        path = _module(node, names) if node.metadata_props else paths.get(node.input[0], "")
+        if path in names.packed and node.op_type in ("MatMul", "Gemm", "Add") and weights.intersection(node.input):
             path = f"{path}.qkv"
         name = f"{path}.{node.op_type}".lstrip(".")
         node.name = f"{name}_{taken[name]}" if taken[name] else name
@@ -121,16 +154,11 @@ def _name_nodes(graph: onnx.GraphProto, packed: Set[str]) -> None:
         paths.update(dict.fromkeys(node.output, path))
 
 
-def _module(node: onnx.NodeProto) -> str:
+def _module(node: onnx.NodeProto, names: _Names) -> str:
     """The innermost module that a node comes from, such as "blocks.3.mlp.fc1"; "" for the model itself."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
     modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope.startswith("model.")]
-    return _named(modules[-1]) if modules else ""
-
-
-def _named(module: str) -> str:
-    """A module's name in the model that was deployed."""
-    return module.removeprefix("model.")
+    return names.own(modules[-1]) if modules else ""
 
 
 def add_bodies(model: onnx.ModelProto) -> None:

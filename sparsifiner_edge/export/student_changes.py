@@ -26,7 +26,6 @@ from sparsifiner_edge.images import load_image
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
@@ -96,7 +95,7 @@ def with_tile(student: Student, tile: int | None, probe: int | None, images: Seq
 @torch.no_grad()
 def _cosine(own: Student, changed: Student, images: Sequence[Path]) -> float:
     """Mean over images and final tokens."""
-    pre, means = preprocessing(own.model), []
+    pre, means = own.normalisation, []
     for path in images:
         image = normalise(torch.from_numpy(load_image(path, own.img_size))[None], pre)
         before, after = (final_tokens(student.model, image)[0] for student in (own, changed))

@@ -21,7 +21,7 @@ _LANE, _STRIP = 42.0, 104.0
 """Pixels: air at either side; heights of a bar with its label, and of a histogram with its labels."""
 _THICK = 0.4
 """Of a bar, as a share of its lane."""
-_KIND_COLOURS = {"attention": 0, "selection": 1, "norms": 2, "projections": 3, "other": 4, "mlp": 5}
+_KIND_COLOURS = {"attention": 0, "selection": 1, "norms": 2, "projections": 3, "other": 4, "mlp": 5, "decoder": 6}
 """Kinds of operators keep their colours from chart to chart; choosing keys stands out."""
 
 

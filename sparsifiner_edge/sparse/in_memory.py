@@ -126,7 +126,7 @@ def _arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[T
     """Images as they reach the transformer, [1,3,H,W] each, when the module around it is called with them."""
     batches = [images] if isinstance(images, Tensor) else list(images)
     for batch in batches:
-        _check_images(batch)
+        require_images(batch)
     if not batches:
         raise ConfigError("There is no image to calibrate with.", "Give some, or leave calibrate out.")
     like = backbone.embedding.weight
@@ -149,17 +149,20 @@ def _arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[T
     return [image[None] for batch in seen for image in batch]
 
 
-def _check_images(batch: Any) -> None:
+def require_images(batch: Any) -> None:
+    """Refuse what is no floating-point [B,3,H,W] of finite numbers.
+
+    Raises:
+        ConfigError: says what it is.
+    """
     found = type(batch).__name__
     if isinstance(batch, Tensor):
         found = f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
         if batch.ndim == 4 and batch.shape[1] == 3 and batch.numel() and batch.is_floating_point():
             if not bool(torch.isfinite(batch).all()):
-                raise ConfigError("An image to calibrate with holds NaN or infinity.", "Leave it out.")
+                raise ConfigError("An image holds NaN or infinity.", "Leave it out.")
             return
-    raise ConfigError(
-        f"Images to calibrate with are {found}.", "Give floating-point [B,3,H,W], normalised as the module expects."
-    )
+    raise ConfigError(f"Images are {found}.", "Give floating-point [B,3,H,W], normalised as the module expects.")
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -35,7 +35,7 @@ from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
 from sparsifiner_edge.sparse.hosts.timm import Model, create, load_model, load_state, on_paper, preprocessing
 from sparsifiner_edge.sparse.in_memory import calibration_size, learn
 from sparsifiner_edge.sparse.patch import make_model_sparse, require_supported, set_budget
-from sparsifiner_edge.sparse.weights import StateDict, check_fit, normalise, read_weights
+from sparsifiner_edge.sparse.weights import Normalisation, StateDict, check_fit, normalise, read_weights
 from sparsifiner_edge.text import dump_json
 
 MAX_CALIBRATION_IMAGES = 32
@@ -117,13 +117,22 @@ class Student:
         sparsity: what is sparse.
         provenance: where weights and projections came from.
         labels: names of a classifier's classes, where its own are known.
+        pixels: what it expects of them; None: as timm records for the model.
+        outputs: names for what it gives (see `outputs_of`); None: its own.
     """
 
-    model: Model
+    model: Any
     name: str
     sparsity: SparsityConfig
     provenance: Provenance
     labels: tuple[str, ...] = ()
+    pixels: Normalisation | None = None
+    outputs: tuple[str, ...] | None = None
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What it expects of pixels."""
+        return preprocessing(self.model) if self.pixels is None else self.pixels
 
     @property
     def backbone(self) -> Backbone:
@@ -155,7 +164,7 @@ def calibrate_student(student: Student, folder: Path, progress: Progress | None 
     """
     taken = evenly(list_images(folder), MAX_CALIBRATION_IMAGES)
     backbone = student.backbone
-    pre, size = preprocessing(student.model), size_of(*calibration_size(backbone, student.sparsity.preset))
+    pre, size = student.normalisation, size_of(*calibration_size(backbone, student.sparsity.preset))
     learn(backbone, [normalise(torch.from_numpy(load_image(p, size))[None], pre) for p in taken], progress)
     how = Calibration("pictures", len(taken), size, [p.name for p in taken])
     return dataclasses.replace(student, provenance=replace(student.provenance, calibration=how))

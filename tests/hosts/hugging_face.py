@@ -32,6 +32,24 @@ def model(name: str, seed: int = 0, **options: Any) -> Any:
     return made
 
 
+def depth_anything(seed: int = 0) -> Any:
+    """Depth Anything V2 in small: reads four layers of DINOv2, gives depth [B,H,W]."""
+    backbone = transformers.Dinov2Config(
+        **SIZES, image_size=140, out_indices=[1, 2, 3, 4], apply_layernorm=True, reshape_hidden_states=False
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=64, neck_hidden_sizes=[16, 16, 16, 16], fusion_hidden_size=16,
+        head_hidden_size=8, patch_size=14, depth_estimation_type="metric",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    made = transformers.DepthAnythingForDepthEstimation(config).eval()
+    for part in [*made.neck.modules(), *made.head.modules()]:
+        if isinstance(part, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            torch.nn.init.kaiming_normal_(part.weight)  # fresh ones give a constant
+    sharpen(made)
+    return made
+
+
 @torch.no_grad()
 def sharpen(module: torch.nn.Module) -> None:
     for name, parameter in module.named_parameters():

@@ -17,7 +17,7 @@ import pytest
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.export.check import smooth_images
-from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.fp16 import convert
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import quantise
@@ -43,7 +43,7 @@ def tiny(tmp_path: Path) -> Path:
 
 def vit_bundle(folder: Path, sparsity: SparsityConfig, precision: str, batch: int | None) -> Path:
     """A bundle of two layers, made as `export_bundle` makes it, without its checks."""
-    deployed = DeployedModel(student(sparsity=sparsity, depth=2).model)
+    deployed = deploy(student(sparsity=sparsity, depth=2))
     model = export_graph(deployed, 160, batch, deployed.output_names)
     if precision == "fp16":
         model = convert(model).model

@@ -15,7 +15,7 @@ import onnx
 
 from sparsifiner_edge.ops.schema import DOMAIN
 
-_PROJECTIONS = ("qkv", "proj", "q_proj", "k_proj", "v_proj", "gate")
+_PROJECTIONS = ("qkv", "proj", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate")
 _BETWEEN = ("QuantizeLinear", "DequantizeLinear", "Cast")
 _INLINED = "_inlfunc_"
 """How ONNX Runtime names the nodes of a function body: "_inlfunc_KeySelect_token_3_KeySelect/top"."""
@@ -68,12 +68,14 @@ def _place_of(node: onnx.NodeProto) -> Place:
     layer = int(found[1]) if found else None
     if node.domain == DOMAIN:
         return Place(layer, "attention" if node.op_type.endswith("Attention") else "selection", name, node.op_type)
-    return Place(layer, _kind((found[2] or "").split(".")) if found else "other", name)
+    if found is None:
+        return Place(layer, "decoder" if name.startswith("decoder") else "other", name)
+    return Place(layer, _kind((found[2] or "").split(".")), name)
 
 
 def _kind(parts: list[str]) -> str:
     """Of a module within a block, such as ["attn", "qkv"]."""
-    if any(part.startswith("norm") or part.endswith("_norm") for part in parts):
+    if any("norm" in part for part in parts):
         return "norms"
     if parts[0] == "attn":
         return "projections" if len(parts) > 1 and parts[1] in _PROJECTIONS else "attention"

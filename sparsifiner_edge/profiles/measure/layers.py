@@ -24,7 +24,7 @@ from sparsifiner_edge.runtime.onnxruntime.session import attend_in_bfloat16, imp
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.processor import native_library
 
-LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "other")
+LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "decoder", "other")
 """Parts of a layer. selection: KeySelect, LandmarkKeySelect, TokenScore and the pruning that follows it. other: adds,
 layer scale, embedding and head."""
 MIN_QUERIES, MAX_QUERIES = 3, 100

@@ -131,6 +131,16 @@ class Host(abc.ABC):
     def tokens(self, backbone: Backbone, images: Tensor) -> Tensor:
         """Images [B,3,H,W], normalised -> tokens [B,N,C] after the final norm, as the host has them."""
 
+    @abc.abstractmethod
+    def heads(self, backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
+        """What a model that is a backbone alone makes of its tokens: "features" [B,C], and "logits" where it has
+        classes.
+        """
+
+    @abc.abstractmethod
+    def settle(self, backbone: Backbone) -> None:
+        """Work out, in place and for good, what depends on the images' size alone, so that no exported file does."""
+
 
 def _hosts() -> Iterator[Host]:
     """Of the libraries that are in use: no module of another can be about."""

@@ -193,6 +193,14 @@ class Timm(Host):
         """See `Host`."""
         return cast(Tensor, backbone.module.forward_features(images))
 
+    def heads(self, backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
+        """See `Host`."""
+        found = {"features": backbone.module.forward_head(tokens, pre_logits=True)}
+        return found | ({"logits": backbone.module.forward_head(tokens)} if backbone.module.num_classes else {})
+
+    def settle(self, backbone: Backbone) -> None:
+        """See `Host`: sizes are fixed when a model is made."""
+
 
 TIMM = Timm()
 

@@ -1,9 +1,8 @@
 """Vision transformers of Hugging Face's transformers: ViT, DINOv2 (registers too), DINOv3, SigLIP, CLIP's image tower,
 and what is built on them, such as Depth Anything V2.
 
-Its layers have one form under several names, so that the parts are found by name and the library itself is never
-imported here. Its own `AttentionInterface` is not used: it hands over q, k and v apart, after three products, where the
-operators read one.
+Its layers have one form under several names, so that the parts are found by name. Its own `AttentionInterface` does not
+serve sparse layers: it hands over q, k and v apart, after three products, where the operators read one.
 """
 
 from __future__ import annotations
@@ -22,6 +21,10 @@ from sparsifiner_edge.sparse.layer import SparseLayer
 
 _SIZE = "sparsifiner_image_size"
 """Attribute of a model: pixels of its images, where they are not its configuration's."""
+
+
+_UNMASKED = "sparsifiner_unmasked"
+"""Name of the attention of dense models that are exported: torch's own, without a mask."""
 
 
 class _Family(NamedTuple):
@@ -251,8 +254,43 @@ class Transformers(Host):
             hook.remove()
         return cast(Tensor, _first(module, "layernorm", "norm")(seen[0]))
 
+    def heads(self, backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
+        """See `Host`."""
+        module = backbone.module
+        if type(module).__name__ == "CLIPVisionModel":
+            return {"features": module.post_layernorm(tokens[:, 0])}
+        pool = _first(module, "pooler", "head")
+        if pool is None:
+            return {"features": tokens[:, 0] if backbone.class_token else tokens.mean(1)}
+        return {"features": pool(tokens)}
+
+    @torch.no_grad()
+    def settle(self, backbone: Backbone) -> None:
+        """See `Host`: DINOv2 interpolates its position embedding in every call, and all of them make a mask that masks
+        nothing, wherever they are traced.
+        """
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+        AttentionMaskInterface.register(_UNMASKED, _no_mask)
+        backbone.module.config._attn_implementation = _UNMASKED
+        embeddings = backbone.module.embeddings
+        if cast(_Family, _family(backbone.module)).positions or backbone.rotary:
+            return
+        some = backbone.embedding.weight.new_zeros(1, 1 + backbone.patches, backbone.width)
+        found = embeddings.interpolate_pos_encoding(some, *backbone.image_size)
+        embeddings.register_buffer("settled_positions", found.detach().clone())
+        embeddings.interpolate_pos_encoding = lambda *_: embeddings.settled_positions
+
 
 TRANSFORMERS = Transformers()
+
+
+def _no_mask(attention_mask: Tensor | None = None, **_: Any) -> None:
+    """In place of a mask that masks nothing."""
+    if attention_mask is not None:
+        raise ConfigError("A model is exported without attention masks.", "Call it without attention_mask.")
 
 
 def _family(module: nn.Module) -> _Family | None:

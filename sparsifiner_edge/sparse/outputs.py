@@ -1,0 +1,86 @@
+"""What a model gives, by name: of a vision transformer alone, or of any module that contains one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.metrics import POSITIONS
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.patch import final_tokens
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+ALONE = ("logits", "features", "tokens")
+"""What a vision transformer alone gives, in this order."""
+
+
+def outputs_of(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Call a module with images [B,3,H,W], as it wants them.
+
+    Args:
+        names: of its outputs; None takes the module's own: for a vision transformer alone "logits" (where it has
+            classes), "features" and "tokens", for a dictionary its keys, else "output" or "output_0", ...
+
+    Raises:
+        ConfigError: the module gives something else than tensors, or what was named.
+    """
+    backbone = backbone_of(module)
+    if backbone.module is not module:
+        return _named(module(images), names)
+    tokens, positions = final_tokens(module, images)
+    found = backbone.host.heads(backbone, tokens) | {"tokens": tokens}
+    return found if positions is None else found | {POSITIONS: positions}
+
+
+def _named(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:
+    """The tensors in what a module returned."""
+    if isinstance(result, Mapping):
+        found = {str(name): value for name, value in result.items() if isinstance(value, Tensor)}
+        if names is not None:
+            missing = [name for name in names if name not in found]
+            if missing:
+                raise ConfigError(
+                    f"The module gives no tensor {missing[0]!r}.", f"Name some of: {', '.join(found) or 'nothing'}."
+                )
+            found = {name: found[name] for name in names}
+    else:
+        values = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, (tuple, list)) else []
+        if names is None:
+            names = ["output"] if isinstance(result, Tensor) else [f"output_{i}" for i in range(len(values))]
+        if len(names) != len(values) or not all(isinstance(value, Tensor) for value in values):
+            raise ConfigError(
+                f"The module returns {_kinds(result)}, for {len(names)} outputs {', '.join(names)}.",
+                "Let it return tensors, alone, as a tuple or by name, and name each.",
+            )
+        found = dict(zip(names, values, strict=True))
+    if not found:
+        raise ConfigError(f"The module returns {_kinds(result)}: no tensor.", "Let it return some, best by name.")
+    return found
+
+
+def _kinds(result: Any) -> str:
+    """The types in what a module returned."""
+    if isinstance(result, (tuple, list)):
+        return f"{len(result)} values ({', '.join(type(value).__name__ for value in result)})"
+    return f"a {type(result).__name__}"
+
+
+def checked_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names as they may stand in a file.
+
+    Raises:
+        ConfigError: one is none, or occurs twice.
+    """
+    if names is None:
+        return None
+    for name in names:
+        if not _NAME.fullmatch(name) or name in ("image", *ALONE[2:]) or list(names).count(name) > 1:
+            raise ConfigError(
+                f"{name!r} cannot name an output.",
+                "Give letters, digits and underscores, each name once; image and tokens mean something else.",
+            )
+    return tuple(names)

@@ -1,0 +1,169 @@
+"""Any module that contains a vision transformer, exported as a whole: named outputs, dense maps, sparse layers inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsifiner_edge as se
+from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.export.deployed_model import DeployedModel
+from sparsifiner_edge.export.sessions import file_runner
+from sparsifiner_edge.profiles.measure.attribution import find_places
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.weights import Normalisation
+from tests.hosts.hugging_face import MODELS, depth_anything, images, model
+from tests.models import vit
+
+pytestmark = pytest.mark.slow
+SEEN = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+MERGED = {"keep": 0.4, "cells": 4, "channels": 8, "merge": 4}
+
+
+class Segmenter(nn.Module):
+    """Pixels normalised by itself, intermediate layers of timm, two maps out."""
+
+    def __init__(self, answer: str = "dict", **options: Any) -> None:
+        super().__init__()
+        self.encoder = vit(**options)
+        self.decoder = nn.Sequential(nn.Conv2d(64, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 2, 16, 16))
+        self.answer = answer
+
+    def forward(self, pixels: Tensor) -> Any:
+        early, late = self.encoder.forward_intermediates((pixels - 0.5) / 0.25, indices=[2, 5], intermediates_only=True)
+        maps = self.decoder(late), early.mean(1, keepdim=True)
+        return {"mask": maps[0], "heat": maps[1]} if self.answer == "dict" else maps
+
+
+@pytest.mark.parametrize("settings", [{}, MERGED])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    made = model(name)
+    size = backbone_of(made).image_size
+    if settings:
+        se.sparsify_model(made, **settings)
+    bundle = open_bundle(se.export_model(made, images(size), tmp_path / "bundle", **SEEN))
+    manifest = bundle.manifest
+    assert [output.name for output in manifest.outputs] == ["features", "tokens"]
+    assert manifest.shape is not None
+    assert (manifest.shape.depth, manifest.shape.width, manifest.shape.heads) == (4, 64, 2)
+    assert manifest.costs["total_macs"] < manifest.dense_costs["total_macs"] or not settings
+    assert manifest.merged == ((4, 4, 4, 4) if settings else None)
+    places = find_places(bundle.model()).nodes.values()
+    assert {place.layer for place in places} == {None, 0, 1, 2, 3}
+    assert {"projections", "mlp", "norms"} <= {place.kind for place in places if place.layer == 3}
+    with open_session(bundle.folder) as session:
+        assert check_golden(session, bundle)
+
+
+def test_depth_anything(tmp_path: Path) -> None:
+    made = depth_anything()
+    size = (140, 140)
+    x = images(size, 1)
+    with torch.no_grad():
+        dense = made(x).predicted_depth
+        se.sparsify_model(made, keep=0.999, cells=4, channels=8, merge=1)
+        sparse = made(x).predicted_depth
+        se.sparsify_model(se.restore_model(made), **MERGED)
+    assert sparse.shape == dense.shape == (1, 140, 140)
+    here, beside = (torch.corrcoef(torch.stack([sparse.roll(n, 2).flatten(), dense.flatten()]))[0, 1] for n in (0, 14))
+    assert here > 0.7
+    assert here > beside + 0.1
+    bundle = open_bundle(se.export_model(made, x, tmp_path / "bundle", **SEEN))
+    assert [(output.name, output.shape) for output in bundle.manifest.outputs] == [("predicted_depth", (1, 140, 140))]
+    places = find_places(bundle.model()).nodes
+    assert {place.kind for place in places.values() if place.layer is None} == {"decoder", "other"}
+    assert any(name.startswith("decoder.neck.") for name in places)
+    assert {place.layer for place in places.values()} == {None, 0, 1, 2, 3}
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 140, 140, 3), dtype=np.uint8)
+    wanted = DeployedModel(made, Normalisation(**SEEN))(torch.from_numpy(pixels))[0].detach().numpy()
+    np.testing.assert_allclose(file_runner(bundle.model())(pixels)["predicted_depth"], wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_users_decoder(tmp_path: Path, pictures: Path, precision: str) -> None:
+    made = se.sparsify_model(Segmenter(), **MERGED)
+    given = {"calibrate": pictures} if precision == "int8" else {}
+    bundle = open_bundle(
+        se.export_model(
+            made, torch.zeros(1, 3, 160, 160), tmp_path / "bundle", mean=(0,) * 3, std=(1,) * 3, precision=precision,
+            **given,
+        )
+    )  # fmt: skip
+    assert {output.name: output.shape for output in bundle.manifest.outputs} == {
+        "mask": (1, 2, 160, 160), "heat": (1, 1, 10, 10),
+    }  # fmt: skip
+    assert bundle.manifest.name == "Segmenter"
+    assert bundle.manifest.precision == precision
+    with open_session(bundle.folder) as session:
+        assert check_golden(session, bundle)
+
+
+@pytest.mark.parametrize("batch", [2, "dynamic"])
+def test_batches_and_names(tmp_path: Path, batch: int | str) -> None:
+    made = Segmenter("tuple")
+    where = tmp_path / "bundle"
+    example = torch.zeros(1, 3, 160, 160)
+    unit = {"mean": (0,) * 3, "std": (1,) * 3}
+    bundle = open_bundle(se.export_model(made, example, where, outputs=["m", "h"], batch=batch, name="mine", **unit))
+    assert [output.name for output in bundle.manifest.outputs] == ["m", "h"]
+    assert bundle.manifest.name == "mine"
+    assert bundle.manifest.sparsity is None
+    bundle = open_bundle(se.export_model(Segmenter(), example, where, outputs=["heat"], **unit))
+    assert [output.name for output in bundle.manifest.outputs] == ["heat"]
+
+
+def test_normalisation_is_folded_where_nothing_else_reads_the_pixels() -> None:
+    pre = Normalisation(**SEEN)
+    assert DeployedModel(vit(), pre).folded
+    assert DeployedModel(depth_anything(), pre).folded
+    assert not DeployedModel(Segmenter(), pre).folded
+
+
+class Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = vit()
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x + other
+
+
+class Wordy(Failing):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return "a mask", self.encoder(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "error", "said"),
+    [
+        (lambda: nn.Linear(2, 2), {}, UnsupportedModelError, "contains 0 vision transformers"),
+        (Failing, {}, ConfigError, "Failing failed when it was called"),
+        (Wordy, {}, ConfigError, "returns 2 values (str, Tensor)"),
+        (Segmenter, {"outputs": ["masks"]}, ConfigError, "gives no tensor 'masks'"),
+        (Segmenter, {"outputs": ["a b"]}, ConfigError, "'a b' cannot name an output"),
+        (Segmenter, {"outputs": ["image"]}, ConfigError, "'image' cannot name an output"),
+        (lambda: Segmenter("tuple"), {"outputs": ["a"]}, ConfigError, "for 1 outputs a"),
+        (Segmenter, {"std": (1, 0, 1)}, ConfigError, "std is (1.0, 0.0, 1.0)"),
+        (Segmenter, {"mean": (1,)}, ConfigError, "mean is (1.0,)"),
+        (Segmenter, {"example": torch.zeros(1, 3, 96, 96)}, ConfigError, "of 96 pixels, the model of 160"),
+        (Segmenter, {"example": torch.zeros(3, 160, 160)}, ConfigError, "Images are float32 [3, 160, 160]"),
+        (Segmenter, {"precision": "int8"}, ConfigError, "int8 requires images"),
+    ],
+)
+def test_what_is_refused_writes_nothing(
+    tmp_path: Path, make: Any, settings: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    given = {"example": torch.zeros(1, 3, 160, 160), "mean": (0,) * 3, "std": (1,) * 3} | settings
+    with pytest.raises(error) as caught:
+        se.export_model(make(), given.pop("example"), tmp_path / "bundle", **given)
+    assert said in str(caught.value)
+    assert not list(tmp_path.iterdir())
