@@ -137,7 +137,7 @@ kernels_option = click.option(
 threads_option = click.option("--threads", type=click.IntRange(1, MOST_THREADS),
                               help="Threads; by default the cores this process may use.")  # fmt: skip
 weights_option = click.option("--weights", type=PATH,
-    help="Weights with timm's key names (.safetensors or .pth); without it, timm downloads them.")  # fmt: skip
+    help="For timm's names: weights (.safetensors or .pth); without it, timm downloads them.")  # fmt: skip
 keep_option = click.option("--keep", callback=parse_keeping, metavar="SHARE|SHARE,...",
     help="Share of keys that each tile reads, or shares of the layers from the first, such as .1,.1,.25,1; "
          "by default the student's own.")  # fmt: skip
@@ -146,6 +146,10 @@ merge_option = click.option("--merge", callback=parse_merging, metavar="N|FIRST.
 )  # fmt: skip
 token_keep_option = click.option("--token-keep", callback=parse_pruning, metavar="LAYER:SHARE,...",
     help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.')  # fmt: skip
+
+
+trust_option = click.option("--trust", multiple=True, metavar="MODULE",
+    help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("student", type=common.PATH)
 @click.option("--data", type=common.PATH, required=True, help="Folder of images; labels are not needed.")
-@click.option("--teacher", metavar="MODEL", help="timm's name; by default the student's own weights, if never trained.")
+@click.option(
+    "--teacher", metavar="MODEL", help="See sparsify; by default the student's own weights, if never trained."
+)
 @common.weights_option
 @click.option("--labels", is_flag=True, help="Also learn from labels: each class has a folder in --data.")
 @click.option(
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Go on where the last checkpoint of this output stands.")
 @click.option("--tensorboard", is_flag=True, help="Also write a history for TensorBoard.")
+@common.trust_option
 @common.json_option
 @common.output_option("Student folder to write.")
 def command(*, student: Path, data: Path, output: Path, as_json: bool, **options: Any) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @common.keep_option
 @common.token_keep_option
 @common.merge_option
+@common.trust_option
 @common.backend_option
 @common.kernels_option
 @common.json_option

@@ -22,6 +22,7 @@ from sparsifiner_edge.cli import common
 @common.keep_option
 @common.token_keep_option
 @common.merge_option
+@common.trust_option
 @click.option("--tile", type=click.IntRange(1, MOST_COUNT), help="Queries that share one list of keys; GPUs want 64.")
 @click.option("--probe", type=click.IntRange(1, MOST_COUNT), help="Queries that ask as one; divides the tile.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
@@ -42,7 +43,7 @@ from sparsifiner_edge.cli import common
 @common.json_option
 @common.output_option("Bundle folder to write.")
 def command(*, source: str, output: Path, as_json: bool, measure: bool, measure_in: str | None, **options: Any) -> None:
-    """Export a student folder, or timm's MODEL as the dense baseline, to ONNX, checked against PyTorch."""
+    """Export a student folder, or MODEL (see sparsify) as the dense baseline, to ONNX, checked against PyTorch."""
     import sparsifiner_edge
 
     with common.progress_bar("exporting and checking") as progress:

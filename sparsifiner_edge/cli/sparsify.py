@@ -39,13 +39,17 @@ from sparsifiner_edge.config import PRESETS, SparsityConfig, keep_text, merge_te
 @click.option("--calibrate", type=common.PATH, help="Folder of images to learn the predictor from.")
 @common.output_option("Student folder to write.")
 def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> None:
-    """Make MODEL (timm's name of a ViT, DeiT or DINOv2) sparse, without training, and write a student folder."""
+    """Make MODEL sparse, without training, and write a student folder.
+
+    MODEL is timm's name of a vision transformer, a folder or hub name of Hugging Face's, or package.module:factory, a
+    function of yours that makes a torch module.
+    """
     import sparsifiner_edge
 
     layers = common.parse_layers(dense_layers)
     with common.progress_bar("sparsify") as progress:
         folder = sparsifiner_edge.sparsify(model, output, dense_layers=layers, progress=progress, **options)
-    from sparsifiner_edge.sparse.student import read_config  # once the extra `train` is known to be there
+    from sparsifiner_edge.sparse.student_file import read_config  # once the extra `train` is known to be there
 
     made = SparsityConfig.from_dict(read_config(folder).sparsity)
     merging = f", merge {merge_text(made.merge)}" if any(made.merge) else ""

@@ -24,9 +24,8 @@ from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.hosts.timm import Model, preprocessing
-from sparsifiner_edge.sparse.student import Student, Weights, dense_twin, load_dense, load_student, save_student
+from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
+from sparsifiner_edge.sparse.student_file import Weights
 
 
 class NamedRecipe(Recipe, frozen=True):
@@ -106,6 +105,7 @@ def distill_student(
     overrides: Sequence[str] = (),
     resume: bool = False,
     tensorboard: bool = False,
+    trust: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> TrainingSummary:
     """Train a student towards its dense teacher and write the best that was found as a student folder.
@@ -118,12 +118,14 @@ def distill_student(
         student: student folder.
         data: folder of images, with or without folders by class.
         output: student folder to write; an earlier student there is replaced.
-        teacher: timm's name; None: the student's own weights with dense attention, if it was never trained.
+        teacher: a model (see `load_source`); None: the student's own weights, if it was never
+            trained, with dense attention.
         weights: of the teacher: .safetensors or .pth file; None lets timm download them.
         labels: also learn from labels; for a classifier.
         held_out: folder of validation images, which choose the checkpoint; None takes some out of `data`.
         recipe, overrides: see `read_recipe`. resume: continue from the last checkpoint of this output.
         tensorboard: also write the history to `<output>.training/tensorboard`.
+        trust: see `load_student`.
         progress: see `Progress`; counts steps, and the stage says the loss.
 
     Returns:
@@ -135,7 +137,7 @@ def distill_student(
     """
     target = Path(output)
     require_replaceable(target, "student")
-    plan, found = read_recipe(recipe, overrides), load_student(student)
+    plan, found = read_recipe(recipe, overrides), load_student(student, trust=trust)
     _require_learnable(found, plan)
     source = _source(Path(data), plan, found, labels, Path(held_out) if held_out else None)
     dense = _teacher(found, teacher, Path(weights) if weights else None)
@@ -207,7 +209,7 @@ def _summary(training: Training, state: TrainingState, teacher: Student, recipe:
 
 
 def _source(data: Path, plan: Recipe, student: Student, labels: bool, held_out: Path | None) -> ImageSource:
-    classes = student.model.num_classes
+    classes = student.backbone.classes
     if labels and not classes:
         raise ConfigError(f"{student.name} has no classifier to learn labels.", "Leave --labels out.")
     source = folder_source(data, plan.images.held_out, labels, held_out, student.labels)
@@ -229,7 +231,7 @@ def _teacher(student: Student, name: str | None, weights: Path | None) -> Studen
             )
         return dense_twin(student)
     teacher = load_dense(name, weights, student.img_size)
-    for (what, value), (_, own) in zip(_outputs(teacher.model), _outputs(student.model), strict=True):
+    for (what, value), (_, own) in zip(_outputs(teacher), _outputs(student), strict=True):
         if value != own and not (what == "classes" and 0 in (value, own)):
             raise ConfigError(
                 f"The teacher {name} has {value} {what}, the student {own}.",
@@ -238,15 +240,15 @@ def _teacher(student: Student, name: str | None, weights: Path | None) -> Studen
     return teacher
 
 
-def _outputs(model: Model) -> list[tuple[str, object]]:
+def _outputs(student: Student) -> list[tuple[str, object]]:
     """What must agree for tokens to be compared; both see the same normalised images."""
-    backbone = backbone_of(model)
+    backbone = student.backbone
     return [
-        ("mean and standard deviation of pixels", preprocessing(model)),
+        ("mean and standard deviation of pixels", student.normalisation),
         ("channels", backbone.width),
         ("patches", backbone.patches),
         ("tokens before them", backbone.prefix),
-        ("classes", model.num_classes),
+        ("classes", backbone.classes),
     ]
 
 

@@ -13,7 +13,6 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.hosts.timm import Model
 from sparsifiner_edge.sparse.patch import final_tokens
 
 RELATIVE = ("patches", "classes")
@@ -32,7 +31,7 @@ class Distiller(nn.Module):
         student: learns. teacher: does not, and is no part of this module's state.
     """
 
-    def __init__(self, student: Model, teacher: Model, weights: Losses) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, weights: Losses) -> None:
         super().__init__()
         self.student = student
         self.weights = weights
@@ -60,7 +59,7 @@ class Distiller(nn.Module):
                     self.student(images)
                 return {"selection": torch.stack(selection).mean()}
             tokens, positions = final_tokens(self.student, images)
-        losses = token_losses(self.student, cast(Model, self.teacher), images, tokens, positions, labels)
+        losses = token_losses(self.student, cast(nn.Module, self.teacher), images, tokens, positions, labels)
         if selection:
             losses["selection"] = torch.stack(selection).mean()
         return losses
@@ -89,26 +88,27 @@ class Distiller(nn.Module):
 
 
 def token_losses(
-    student: Model,
-    teacher: Model,
+    student: nn.Module,
+    teacher: nn.Module,
     images: Tensor,
     tokens: Tensor,
     positions: Tensor | None,
     labels: Tensor | None,
 ) -> dict[str, Tensor]:
     """Losses of final tokens and classes against the teacher's: means, of patches and of prefix one per image [B]."""
-    prefix = backbone_of(student).prefix
+    backbone, model = backbone_of(student), backbone_of(teacher)
+    prefix = backbone.prefix
     with torch.no_grad():
-        wanted = teacher.forward_features(images)
-        classes = teacher.forward_head(wanted) if student.num_classes and teacher.num_classes else None
+        wanted = model.tokens(images)
+        classes = model.heads(wanted)["logits"] if backbone.classes and model.classes else None
         wanted = at_positions(wanted, positions, prefix).float()
     got = tokens.float()
     apart = 1 - F.cosine_similarity(got, wanted, dim=-1)
     losses = {"patches": apart[:, prefix:].mean(1), "tokens": F.mse_loss(got, wanted)}
     if prefix:
         losses["classes"] = apart[:, :prefix].mean(1)
-    if student.num_classes and (classes is not None or labels is not None):
-        logits = student.forward_head(tokens).float()
+    if backbone.classes and (classes is not None or labels is not None):
+        logits = backbone.heads(tokens)["logits"].float()
         if classes is not None:
             want = classes.float().log_softmax(-1)
             losses["logits"] = F.kl_div(logits.log_softmax(-1), want, reduction="batchmean", log_target=True)

@@ -32,7 +32,7 @@ from sparsifiner_edge.distill.tensorboard import RecordLosses
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.hosts.timm import Model
+from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
@@ -126,7 +126,7 @@ class Training:
         return max(1, math.ceil(phase.epochs * len(self.source.train) / per_step))
 
     @torch.no_grad()
-    def _held_out(self, teacher: Model) -> list[tuple[Tensor, Tensor]]:
+    def _held_out(self, teacher: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Validation images, and the teacher's tokens of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []
@@ -138,7 +138,7 @@ class Training:
                 self.state.unreadable.add(str(path))
                 continue
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
-            found.append((image, teacher.forward_features(image)))
+            found.append((image, backbone_of(teacher).tokens(image)))
         if not found:
             raise ImageError("None of the held-out images can be read.", f"Look at {self.source.held_out[0]}.")
         return found
@@ -293,8 +293,8 @@ class Training:
     def _judge(self, step: int) -> None:
         """Cosines to the teacher's tokens of held-out images; the weights of the best are kept."""
         if self.accelerator.is_main_process:
-            model = cast(nn.Module, self.average.module if self.average is not None else self.distiller.student)
-            each = fidelities(cast(Model, model), self.held_out, self.budgets())
+            model = self.average.module if self.average is not None else self.distiller.student
+            each = fidelities(model, self.held_out, self.budgets())
             found, cosines = joint_fidelity(each), [statistics.fmean(cosines) for cosines in each]
             if not math.isfinite(found):
                 if step == 0:

@@ -28,7 +28,8 @@ from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.runtime.session import Runtime
-from sparsifiner_edge.sparse.student import Student, checked_labels, load_student, save_student
+from sparsifiner_edge.sparse.student import Student, load_student, save_student
+from sparsifiner_edge.sparse.student_file import checked_labels, read_config
 
 NEIGHBOURS = 20
 GALLERY = 5000
@@ -86,6 +87,8 @@ def evaluate_classes(
     if head is not None:
         if metric != "linear" or kind_of(compared.subject) != "student":
             raise ConfigError("A head is written for a student's linear probe.", "Use --metric linear, and a student.")
+        if read_config(compared.subject).host != "timm":
+            raise ConfigError("A head is written for a model of timm alone.", "Leave --head out.")
         require_replaceable(Path(head), "student")
     with contextlib.ExitStack() as stack:
         subject = open_subject(compared, stack)
@@ -99,7 +102,11 @@ def evaluate_classes(
         expected, _ = _predictions(teacher, metric, query_set, gallery_set, count)
     if head is not None:
         student = load_student(
-            compared.subject, keep=compared.keep, token_keep=compared.token_keep, merge=compared.merge
+            compared.subject,
+            keep=compared.keep,
+            token_keep=compared.token_keep,
+            merge=compared.merge,
+            trust=compared.trust,
         )
         write_head(student, fitted, query_set.classes, Path(head))
     method = ClassMethod(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparsifiner_edge.config import Keep
@@ -28,6 +29,7 @@ def evaluate_student(
     head: str | Path | None = None,
     backend: str = "onnxruntime",
     kernels: str = "auto",
+    trust: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> CosineResult | ClassResult:
     """Compare a student or bundle with its dense teacher over images.
@@ -36,7 +38,7 @@ def evaluate_student(
         subject: student or bundle folder.
         data: an image, a folder of images, or a list of images; for the other metrics a folder with one folder of
             images per class.
-        against: the teacher: timm's name (with `weights`), or a bundle. None, for a student only: its own weights
+        against: the teacher: a model (see `load_source`), or a bundle. None, for a student only: its own weights
             with dense attention everywhere.
         metric: "cosine". "knn": accuracy of the class of most of the 20 nearest gallery features by cosine. "linear":
             of logistic regression on the gallery's features. "top1": of the classifier's own answer.
@@ -45,7 +47,7 @@ def evaluate_student(
         queries: for accuracies: use at most so many images of `data`, evenly taken; None takes all.
         head: for linear: student folder to write, the subject with the probe as its classifier.
         keep, token_keep, merge: for a student: other budgets than its own.
-        backend, kernels: what runs bundles; see `open_session`.
+        backend, kernels: what runs bundles; see `open_session`. trust: see `load_student`.
         progress: see `Progress`; counts images.
 
     Returns:
@@ -56,7 +58,7 @@ def evaluate_student(
             without images, classes that differ, or no classifier.
         SparsifinerError: subject, teacher or images are unusable.
     """
-    compared = TeacherComparison(Path(subject), against, weights, keep, token_keep, merge, backend, kernels)
+    compared = TeacherComparison(Path(subject), against, weights, keep, token_keep, merge, backend, kernels, trust)
     if metric in METRICS:
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")

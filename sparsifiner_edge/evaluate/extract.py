@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Runtime
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
+from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise
 
 
@@ -54,6 +55,7 @@ class TeacherComparison(NamedTuple):
     merge: tuple[int, ...] | None
     backend: str
     kernels: str
+    trust: Sequence[str] = ()
 
 
 def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
@@ -65,7 +67,7 @@ def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Ex
     folder, budget = compared.subject, (compared.keep, compared.token_keep, compared.merge)
     kind = kind_of(folder)
     if kind == "student":
-        student = load_student(folder, None, *budget)
+        student = load_student(folder, None, *budget, compared.trust)
         return _torch(student, str(folder), sha256(folder / STUDENT_FILE))
     if kind != "bundle":
         raise ConfigError(f"{folder} is neither a student nor a bundle.", "Give a folder made by sparsify or export.")
@@ -75,22 +77,24 @@ def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Ex
 
 
 def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib.ExitStack) -> Extractor:
-    """The dense teacher: a bundle, a timm model, or (None) the subject's own weights with dense attention.
+    """The dense teacher: a bundle, a model (see `load_source`), or (None) the subject's own weights, dense.
 
     Raises:
         ConfigError: there is none, because the subject is a bundle or was trained; weights without their model.
     """
     against, weights = compared.against, compared.weights
-    if weights is not None and (against is None or Path(against).is_dir()):
+    bundle = against is not None and Path(against).is_dir() and kind_of(Path(against)) is not None
+    if weights is not None and (against is None or bundle):
         raise ConfigError("--weights are those of a timm model, and none is named.", "Name it: --against MODEL.")
     if against is not None:
-        if Path(against).is_dir():
+        if bundle:
             return _bundle(Path(against), compared, stack)
-        path = Path(weights) if weights else None
-        return _torch(load_dense(str(against), path, size), str(against), sha256(path) if path else "timm hub")
+        dense = load_dense(str(against), Path(weights) if weights else None, size)
+        origin = dense.provenance.weights or Weights()
+        return _torch(dense, str(against), origin.sha256 or origin.origin or "its own code")
     if kind_of(compared.subject) != "student":
         raise ConfigError("A bundle does not hold its teacher.", "Name it: --against MODEL --weights FILE.")
-    student = load_student(compared.subject)
+    student = load_student(compared.subject, trust=compared.trust)
     if student.provenance.training is not None:
         raise ConfigError(
             "This student was trained: its weights are no longer its teacher's.",
@@ -100,22 +104,20 @@ def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib
 
 
 def _torch(student: Student, path: str, digest: str) -> Extractor:
-    model = student.model.eval()
+    model, backbone = student.model.eval(), student.backbone
     pre = student.normalisation
 
     @torch.no_grad()
     def extract(image: Array) -> dict[str, Array]:
         tokens, positions = final_tokens(model, normalise(torch.from_numpy(image), pre))
-        outputs = {"features": model.forward_head(tokens, pre_logits=True), "tokens": tokens}
+        outputs = {**backbone.heads(tokens), "tokens": tokens}
         if positions is not None:
             outputs[POSITIONS] = positions
-        if model.num_classes:
-            outputs["logits"] = model.forward_head(tokens)
         return {name: value.numpy() for name, value in outputs.items()}
 
     runtime = Runtime(backend=f"torch {torch.__version__}", precision="fp32", threads=torch.get_num_threads())
     about = Subject(name=student.name, path=path, sha256=digest)
-    return Extractor(extract, student.img_size, student.backbone.prefix, about, runtime, student.labels)
+    return Extractor(extract, student.img_size, backbone.prefix, about, runtime, student.labels)
 
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:

@@ -96,7 +96,7 @@ def _names_alone(backbone: Backbone, tokens: bool, prunes: bool) -> list[str]:
     """Outputs of a vision transformer alone."""
     some = backbone.embedding.weight.new_zeros(1, backbone.prefix + backbone.patches, backbone.width)
     with torch.no_grad():
-        heads = backbone.host.heads(backbone, some)
+        heads = backbone.heads(some)
     names = [name for name in ALONE[:2] if name in heads]
     if tokens or "logits" not in heads:
         names += [ALONE[2], *([POSITIONS] if prunes else [])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -48,17 +47,12 @@ from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.hosts.timm import Model, class_labels
 from sparsifiner_edge.sparse.in_memory import require_images
 from sparsifiner_edge.sparse.outputs import checked_names
-from sparsifiner_edge.sparse.student import (
-    MAX_CALIBRATION_IMAGES,
-    Provenance,
-    Student,
-    checked_labels,
-    load_dense,
-    load_student,
-)
+from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_dense, load_student
+from sparsifiner_edge.sparse.student_file import Provenance, checked_labels
 from sparsifiner_edge.sparse.weights import Normalisation
 from sparsifiner_edge.text import shown
 
+_TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
 EXPORT_PRECISIONS = ("fp32", "fp16", "int8")
 INT8_TOLERANCE = 5e-2
 """Greatest difference of a session's outputs from the golden ones, relative to their range: int8 products of different
@@ -88,12 +82,13 @@ def export_bundle(
     measure: bool | str = False,
     boards: Sequence[str | Path] = (),
     inline: bool = False,
+    trust: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
-    """Export a student folder, or a timm model as the dense baseline, to a bundle folder.
+    """Export a student folder, or a pretrained model as the dense baseline, to a bundle folder.
 
     Args:
-        source: student folder, or timm's name of a model.
+        source: student folder, or a model (see `load_source`).
         output: folder to write; an earlier bundle there is replaced.
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels: a square's side, or height and width; None takes the student's or model's own.
@@ -111,6 +106,7 @@ def export_bundle(
         boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle.
         inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
             no kernels of ours can take them there.
+        trust: see `load_student`.
         progress: for int8; see `Progress`.
 
     Returns:
@@ -125,7 +121,7 @@ def export_bundle(
     size_of_batch = parse_batch(batch)
     wanted = _boards(boards, inline)
     numbers = _numbers(precision, int8_target, calibrate, tile is not None or probe is not None, inline)
-    student = _load(source, weights, img_size, keep, token_keep, merge)
+    student = _load(source, weights, img_size, keep, token_keep, merge, trust)
     student, changes = changed(student, tile, probe, "onnxruntime" if measure is True else measure, numbers.images)
     file = _file(student, deploy(student, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
@@ -183,20 +179,12 @@ def export_model(
         )
     student = Student(
         module, name or type(module).__name__, backbone.sparsity or SparsityConfig(keep=1), Provenance(),
-        checked_labels(list(labels), "labels"), Normalisation(_three(mean, "mean"), _three(std, "std")), names,
+        checked_labels(list(labels), "labels"), Normalisation.checked(mean, std), names,
     )  # fmt: skip
     file = _file(student, deploy(student), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, file.manifest, ())
     return target
-
-
-def _three(values: Sequence[float], what: str) -> tuple[float, float, float]:
-    """One finite number per channel; a standard deviation is above 0."""
-    found = tuple(float(value) for value in values)
-    if len(found) != 3 or not all(map(math.isfinite, found)) or (what == "std" and min(found) <= 0):
-        raise ConfigError(f"{what} is {found}.", "Give one number for each of red, green and blue.")
-    return found
 
 
 class _Numbers(NamedTuple):
@@ -298,21 +286,23 @@ def _load(
     keep: Keep | None,
     token_keep: tuple[tuple[int, float], ...] | None,
     merge: tuple[int, ...] | None,
+    trust: Sequence[str],
 ) -> Student:
     folder = Path(source)
-    if not folder.is_dir():
+    kind = kind_of(folder) if folder.is_dir() else None
+    if kind is None:
         if keep is not None or token_keep is not None or merge is not None:
             raise ConfigError(
                 "--keep, --token-keep and --merge require a student.", "Make one with `sparsifiner-edge sparsify`."
             )
         return load_dense(str(source), Path(weights) if weights else None, img_size)
-    if kind_of(folder) != "student":
+    if kind != "student":
         raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
     if weights:
         raise ConfigError(
             "--weights cannot be combined with a student.", "A student has its own weights; leave it out."
         )
-    return load_student(folder, img_size, keep, token_keep, merge)
+    return load_student(folder, img_size, keep, token_keep, merge, trust)
 
 
 def model_shape(model: nn.Module) -> ModelShape:
@@ -378,7 +368,7 @@ def _manifest(
         ),
         check=check,
         provenance=write_record(student.provenance),
-        tools={name: version(name) for name in ("sparsifiner-edge", "torch", "timm", "onnx", "onnxscript", "numpy")},
+        tools={name: version(name) for name in (*_TOOLS, backbone.host.name)},
     )
 
 

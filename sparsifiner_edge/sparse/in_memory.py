@@ -66,7 +66,7 @@ def sparsify_model(
         merge_window=merge_window,
     )  # fmt: skip
     sparsity = fit_to_model(sparsity, backbone, keep, channels, cells)
-    images = [] if calibrate is None else _arriving(module, backbone, calibrate)
+    images = [] if calibrate is None else arriving(module, backbone, calibrate)
     make_model_sparse(module, sparsity)
     calibrate_from_weights(module)
     if images and sparse_layers(module):
@@ -122,7 +122,7 @@ def calibration_size(backbone: Backbone, preset: str) -> tuple[int, int]:
     return height * backbone.patch[0], width * backbone.patch[1]
 
 
-def _arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
+def arriving(module: nn.Module, backbone: Backbone, images: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """Images as they reach the transformer, [1,3,H,W] each, when the module around it is called with them."""
     batches = [images] if isinstance(images, Tensor) else list(images)
     for batch in batches:

@@ -32,7 +32,7 @@ def outputs_of(module: nn.Module, images: Tensor, names: Sequence[str] | None = 
     if backbone.module is not module:
         return _named(module(images), names)
     tokens, positions = final_tokens(module, images)
-    found = backbone.host.heads(backbone, tokens) | {"tokens": tokens}
+    found = backbone.heads(tokens) | {"tokens": tokens}
     return found if positions is None else found | {POSITIONS: positions}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.prune import Pruning
 
+_MAPS = ("forward_intermediates", "get_intermediate_layers")
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -26,11 +27,11 @@ def final_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | Non
     """
     backbone = backbone_of(model)
     if backbone.sparsity is None or not backbone.sparsity.token_keep:
-        return backbone.host.tokens(backbone, images), None
+        return backbone.tokens(images), None
     left: list[Tensor] = []
     hook = backbone.layers[-1].register_forward_hook(lambda _, __, out: left.append(riding(out).positions))
     try:
-        tokens = backbone.host.tokens(backbone, images)
+        tokens = backbone.tokens(images)
     finally:
         hook.remove()
     return tokens, left[0].sort(1).values
@@ -95,11 +96,24 @@ def _make_sparse(backbone: Backbone, sparsity: SparsityConfig) -> None:
 def restore_backbone(model: AnyModule) -> AnyModule:
     """Undo `make_model_sparse`, in place; a model that is not sparse is left as it is."""
     for backbone in backbones(model).values():
+        _offer_maps(backbone.module, True)
         for layer, attention in zip(backbone.layers, backbone.attentions, strict=True):
             restore_layer(layer)
             restore_attention(attention)
         backbone.module.__dict__.pop("sparsity", None)
     return model
+
+
+def _offer_maps(module: nn.Module, possible: bool) -> None:
+    """Let timm's ways to maps of layers be, or refuse them."""
+    for name in _MAPS:
+        module.__dict__.pop(name, None)
+        if not possible and hasattr(module, name):
+            module.__dict__[name] = _no_maps
+
+
+def _no_maps(*_: Any, **__: Any) -> Any:
+    raise ConfigError("A model that prunes tokens has no maps of its layers.", "Leave --token-keep out: token_keep=().")
 
 
 def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
@@ -145,3 +159,4 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
         elif counts[number + 1] != counts[number]:
             layer.pruning = Pruning(kept, prefix, sparsity.fuse_tokens)
     backbone.module.sparsity = sparsity
+    _offer_maps(backbone.module, not sparsity.token_keep)

@@ -1,4 +1,4 @@
-"""Any module that contains a vision transformer, exported as a whole: named outputs, dense maps, sparse layers inside."""
+"""Any module that contains a vision transformer, exported whole: named outputs, dense maps, sparse layers inside."""
 
 from __future__ import annotations
 

@@ -69,6 +69,19 @@ class Backbone:
         return self.host.geometry(self.layers[0])
 
     @property
+    def classes(self) -> int:
+        """Of a classifier that is a backbone alone; 0: it is none."""
+        return self.host.classes(self)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images [B,3,H,W], normalised -> tokens [B,N,C] after the final norm, as the host has them."""
+        return self.host.tokens(self, images)
+
+    def heads(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Final tokens [B,N,C] -> "features" [B,C], and "logits" of a classifier."""
+        return self.host.heads(self, tokens)
+
+    @property
     def attentions(self) -> list[Any]:
         """Of the layers."""
         return [self.host.attention(layer) for layer in self.layers]
@@ -83,9 +96,10 @@ class Host(abc.ABC):
     """What a library's file gives.
 
     Attributes:
-        layer_kind, attention_kind: where it keeps the parts of a layer, and of its attention.
+        name: of its package. layer_kind, attention_kind: where it keeps the parts of a layer, and of its attention.
     """
 
+    name: str
     layer_kind: type[SparseLayer]
     attention_kind: type[PackedAttention]
 
@@ -128,14 +142,16 @@ class Host(abc.ABC):
         """
 
     @abc.abstractmethod
+    def classes(self, backbone: Backbone) -> int:
+        """See `Backbone`."""
+
+    @abc.abstractmethod
     def tokens(self, backbone: Backbone, images: Tensor) -> Tensor:
-        """Images [B,3,H,W], normalised -> tokens [B,N,C] after the final norm, as the host has them."""
+        """See `Backbone`."""
 
     @abc.abstractmethod
     def heads(self, backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
-        """What a model that is a backbone alone makes of its tokens: "features" [B,C], and "logits" where it has
-        classes.
-        """
+        """See `Backbone`."""
 
     @abc.abstractmethod
     def settle(self, backbone: Backbone) -> None:

@@ -117,6 +117,7 @@ class TimmLayer(SparseLayer):
 class Timm(Host):
     """See `Host`."""
 
+    name = "timm"
     layer_kind: type[SparseLayer] = TimmLayer
     attention_kind: type[PackedAttention] = TimmAttention
 
@@ -188,6 +189,10 @@ class Timm(Host):
                     setattr(layer, name, nn.Identity())
                 else:
                     setattr(layer, parameter, None)
+
+    def classes(self, backbone: Backbone) -> int:
+        """See `Host`."""
+        return int(backbone.module.num_classes)
 
     def tokens(self, backbone: Backbone, images: Tensor) -> Tensor:
         """See `Host`."""

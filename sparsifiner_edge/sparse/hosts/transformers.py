@@ -165,6 +165,7 @@ class TransformersLayer(SparseLayer):
 class Transformers(Host):
     """See `Host`."""
 
+    name = "transformers"
     layer_kind: type[SparseLayer] = TransformersLayer
     attention_kind: type[PackedAttention] = TransformersAttention
 
@@ -239,6 +240,10 @@ class Transformers(Host):
                 if last.bias is not None:
                     last.bias.mul_(scale.lambda1)
                 setattr(layer, name, nn.Identity())
+
+    def classes(self, backbone: Backbone) -> int:  # noqa: ARG002
+        """See `Host`: classifiers are modules around a backbone."""
+        return 0
 
     def tokens(self, backbone: Backbone, images: Tensor) -> Tensor:
         """See `Host`."""

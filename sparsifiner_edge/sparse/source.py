@@ -1,0 +1,131 @@
+"""Where models come from: a name of timm's, a folder or name of Hugging Face's, or a user's own factory."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.hosts.timm import Model, load_model, preprocessing
+from sparsifiner_edge.sparse.student_file import Kind
+from sparsifiner_edge.sparse.weights import Normalisation, brief
+
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A dense model and where it is from.
+
+    Attributes:
+        kind, name: as a student's file has them: timm's name, transformers' class, or "package.module:factory".
+        model: in evaluation mode. pixels: what it expects of them. outputs: names for what it gives; None: its own.
+        origin: of the weights, for people.
+    """
+
+    kind: Kind
+    name: str
+    model: nn.Module
+    pixels: Normalisation
+    outputs: tuple[str, ...] | None = None
+    origin: str | None = None
+
+
+def load_source(source: str, weights: Path | None = None, img_size: ImageSize | None = None) -> Loaded:
+    """A pretrained model.
+
+    Args:
+        source: timm's name; a folder with config.json and model.safetensors, or a name such as
+            "facebook/dinov2-small", which transformers downloads; or "package.module:factory", which is imported.
+        weights: for timm's names: file with its key names; None lets timm download them.
+        img_size: pixels: a square's side, or height and width; None takes the model's own.
+
+    Raises:
+        SparsifinerError: there is no such model, it cannot be had, or the size does not suit it.
+    """
+    if _FACTORY.fullmatch(source):
+        _require_no_weights(weights, source)
+        return from_factory(source, img_size)
+    if source and not timm.is_model(source) and (Path(source).is_dir() or _HUB.fullmatch(source)):
+        _require_no_weights(weights, source)
+        from sparsifiner_edge.sparse.hosts import hugging_face
+
+        name, module, pixels = hugging_face.load(source, img_size)
+        return Loaded("transformers", name, module, pixels, None, source)
+    model = load_model(source, weights, img_size)
+    return Loaded("timm", source, model, preprocessing(model), None, None if weights else "timm hub")
+
+
+def _require_no_weights(weights: Path | None, source: str) -> None:
+    if weights is not None:
+        raise ConfigError(f"--weights are for timm's names; {source!r} brings its own.", "Leave --weights out.")
+
+
+def from_factory(source: str, img_size: ImageSize | None = None) -> Loaded:
+    """What a user's own function makes: it is imported, and called with `img_size` where it takes that.
+
+    The module may say what it expects of pixels (`image_mean`, `image_std`, per RGB channel, of pixels / 255), and what
+    it gives (`output_names`); else that is what timm records for the backbone in it, and what it returns.
+
+    Raises:
+        ConfigError: it cannot be imported, fails, or makes no module; what it says of pixels is nonsense.
+        UnsupportedModelError: the module contains no vision transformer, or several.
+    """
+    factory = _imported(source)
+    options: dict[str, Any] = {}
+    if img_size is not None:
+        if "img_size" not in inspect.signature(factory).parameters:
+            raise ConfigError(f"{source} takes no img_size.", "Leave --img-size out, or let the function take it.")
+        options["img_size"] = img_size
+    try:
+        model = factory(**options)
+    # A user's own code may raise anything.
+    except Exception as error:
+        raise ConfigError(f"{source} failed: {type(error).__name__}: {brief(error)}.", "Mend the function.") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{source} made a {type(model).__name__}.", "Let it return a torch.nn.Module.")
+    backbone = backbone_of(model)
+    if img_size is not None and backbone.image_size != height_width(img_size):
+        raise ConfigError(
+            f"{source} was asked for {height_width(img_size)} pixels and made a model of {backbone.image_size}.",
+            "Let the function pass img_size on.",
+        )
+    names = getattr(model, "output_names", None)
+    return Loaded("factory", source, model.eval(), _pixels(model, source), None if names is None else tuple(names))
+
+
+def _imported(source: str) -> Any:
+    module, _, name = source.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ConfigError(
+            f"{source} cannot be imported: {type(error).__name__}: {brief(error)}.",
+            "Name a function as package.module:function, with its package installed or in PYTHONPATH.",
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"{source} is a {type(found).__name__}.", "Name a function that makes a module.")
+    return found
+
+
+def _pixels(model: Any, source: str) -> Normalisation:
+    mean, std = getattr(model, "image_mean", None), getattr(model, "image_std", None)
+    if mean is not None and std is not None:
+        return Normalisation.checked(mean, std)
+    backbone = backbone_of(model).module
+    if isinstance(backbone, Model):
+        return preprocessing(backbone)
+    raise ConfigError(
+        f"{source} does not say what its module expects of pixels.",
+        "Set image_mean and image_std on the module: three numbers each, of pixels / 255.",
+    )

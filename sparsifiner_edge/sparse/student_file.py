@@ -1,0 +1,122 @@
+"""A student's file: what it says of itself, as types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from sparsifiner_edge.artifacts import STUDENT_FILE, STUDENT_SCHEMA, read_json
+from sparsifiner_edge.bounds import ImageSize, flaw
+from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.records import read_record
+
+AGAIN = "Make the student again."
+Kind = Literal["timm", "transformers", "factory"]
+"""Where a model is from: a name of timm's, a configuration of transformers', or a user's own function."""
+ClassNames = tuple[Annotated[str, Meta(pattern=r"^[^\ud800-\udfff]{1,1000}$")], ...]
+"""ImageNet's longest has 130 characters. Surrogates stand for bytes in a folder's name that are not UTF-8."""
+
+
+class Labels(msgspec.Struct):
+    """Names of a classifier's classes, alone."""
+
+    labels: ClassNames
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """A file by name and SHA-256, or where else they are from."""
+
+    file: str | None = None
+    sha256: str | None = None
+    origin: str | None = msgspec.field(default=None, name="from")
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """What the predictor was learnt from.
+
+    Attributes:
+        origin: "weights" alone, or "pictures".
+        images: how many. img_size: pixels at which it learnt. files: their names.
+    """
+
+    origin: str = msgspec.field(name="from")
+    images: int | None = msgspec.field(default=None, name="pictures")
+    img_size: ImageSize | None = None
+    files: list[str] | None = None
+
+
+class Provenance(msgspec.Struct, frozen=True):
+    """What is known of a student's making.
+
+    Attributes:
+        tools: package -> version.
+        training: JSON of `distill.distill.TrainingSummary`, as the version that trained wrote it; None: never trained.
+    """
+
+    weights: Weights | None = None
+    calibration: Calibration | None = None
+    tools: dict[str, str] | None = None
+    training: Any = None
+
+
+class Pixels(msgspec.Struct, frozen=True):
+    """What a model expects of pixels / 255, per RGB channel; see `Normalisation`."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A student's file.
+
+    Attributes:
+        host: where the model is from. model: timm's name, transformers' class (its configuration lies beside), or the
+            function as "package.module:function".
+        img_size: pixels, one number for a square. sparsity: see `SparsityConfig.from_dict`.
+        pixels: None: as timm records. outputs: names for what the model gives; None: its own.
+        weights_sha256: of the file beside it.
+    """
+
+    schema_version: int = STUDENT_SCHEMA
+    kind: str = "student"
+    host: Kind = "timm"
+    model: str
+    img_size: ImageSize
+    num_classes: int
+    labels: ClassNames = ()
+    pixels: Pixels | None = None
+    outputs: tuple[str, ...] | None = None
+    sparsity: Any
+    provenance: Provenance
+    weights_sha256: str | None = None
+
+
+def read_config(folder: Path) -> StudentConfig:
+    """What a student folder says of itself, without its weights.
+
+    Raises:
+        ArtifactError: no student, corrupt, or of a newer schema.
+    """
+    path = folder / STUDENT_FILE
+    content = read_json(path, STUDENT_SCHEMA)
+    if content.get("kind") != "student":
+        raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
+    found = flaw(content)
+    if found is not None:
+        raise ArtifactError(f"{path}: {found}.", AGAIN)
+    return read_record(content, StudentConfig, path, AGAIN)
+
+
+def checked_labels(labels: object, origin: object) -> tuple[str, ...]:
+    """Names of classes as a student takes them; see `ClassNames`.
+
+    Args:
+        labels: whatever was read. origin: where, for the message.
+
+    Raises:
+        ArtifactError: something else.
+    """
+    return read_record({"labels": labels}, Labels, origin, AGAIN).labels

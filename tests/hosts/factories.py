@@ -1,0 +1,68 @@
+"""Functions of a user's own that make models, good and bad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.hosts.hugging_face import model
+from tests.models import vit
+
+
+class Segmenter(nn.Module):
+    """timm's encoder and a decoder; what it expects of pixels is what timm records."""
+
+    output_names = ("mask", "heat")
+
+    def __init__(self, img_size: int | tuple[int, int] = 160) -> None:
+        super().__init__()
+        self.encoder = vit(img_size=img_size)
+        torch.manual_seed(1)
+        self.head = nn.Sequential(nn.Conv2d(64, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 2, 16, 16))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        early, late = self.encoder.forward_intermediates(pixels, indices=[2, 5], intermediates_only=True)
+        return self.head(late), early.mean(1, keepdim=True)
+
+
+def segmenter(img_size: int | tuple[int, int] = 160) -> nn.Module:
+    return Segmenter(img_size)
+
+
+class Depth(nn.Module):
+    """transformers' backbone, which records nothing of pixels."""
+
+    def __init__(self, says: bool) -> None:
+        super().__init__()
+        self.backbone = model("DINOv2")
+        self.head = nn.Linear(64, 1)
+        if says:
+            self.image_mean, self.image_std = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return {"depth": self.head(self.backbone(pixels).last_hidden_state[:, 1:])}
+
+
+def depth() -> nn.Module:
+    return Depth(says=True)
+
+
+def silent() -> nn.Module:
+    return Depth(says=False)
+
+
+def fails() -> nn.Module:
+    raise RuntimeError("no such checkpoint")
+
+
+def number() -> Any:
+    return 7
+
+
+def stubborn(img_size: int) -> nn.Module:
+    return Segmenter()
+
+
+NOTHING = None
