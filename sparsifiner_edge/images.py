@@ -87,6 +87,22 @@ def load_image(path: Path, size: ImageSize) -> Pixels:
     return image
 
 
+def load_mask(path: Path, size: ImageSize) -> npt.NDArray[np.bool_]:
+    """The same part of a mask as `load_image` takes of its image: bool [height, width], where it is brighter than half.
+
+    Raises:
+        ImageError: see `load_image`.
+    """
+    height, width = height_width(size)
+
+    def read(image: Any) -> Any:
+        own_width, own_height = image.size
+        centre = image.convert("L").crop(centre_box(own_width, own_height, size))
+        return np.array(centre.resize((width, height), _pillow().Resampling.BILINEAR)) > 127
+
+    return np.asarray(_use(path, read), dtype=np.bool_)
+
+
 def centred(image: Any, size: ImageSize) -> Any:
     """What `centre_box` takes of a Pillow image, resized bicubically to `size`: Pillow's RGB image."""
     own_width, own_height = image.size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -58,6 +60,52 @@ def agreement(got: Array, expected: Array, tolerance: float) -> Agreement:
         expected=float(b[worst]),
         beyond=float((relative > tolerance).mean()),
     )
+
+
+def mean_absolute_error(got: Array, expected: Array) -> float:
+    """Over all elements."""
+    return float(np.abs(got.astype(np.float64) - expected.astype(np.float64)).mean())
+
+
+def intersection_over_union(got: Array, expected: Array) -> float:
+    """Of two masks; 1 where both are empty."""
+    union = int(np.logical_or(got, expected).sum())
+    return int(np.logical_and(got, expected).sum()) / union if union else 1.0
+
+
+def auroc(scores: Array, truth: Array) -> float | None:
+    """Area under the receiver operating characteristic of scores for a mask, ties counted half; None where the mask is
+    all or nothing: no order can be right or wrong then.
+    """
+    flat, wanted = scores.ravel(), truth.ravel().astype(bool)
+    positive = int(wanted.sum())
+    negative = wanted.size - positive
+    if not positive or not negative:
+        return None
+    _, inverse, counts = np.unique(flat, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return float((ranks[wanted].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+class TaskMetric(Protocol):
+    """How well a model does a user's task; `evaluate --metric task --task package.module:class` makes one for the model
+    and one for its teacher.
+
+    Attributes:
+        higher_is_better: of `result`, and of what `update` returns.
+    """
+
+    higher_is_better: bool
+
+    def update(self, outputs: Mapping[str, Array], path: Path) -> float | None:
+        """Take a model's outputs, batch 1, for one image.
+
+        Returns:
+            How well it did on that image, if that can be said; paired intervals come of these.
+        """
+
+    def result(self) -> float:
+        """How well it did on all."""
 
 
 POSITIONS = "token_positions"

@@ -149,6 +149,12 @@ def test_modes_gradients_and_types_stay() -> None:
     assert model.encoder.blocks[0].attn.qkv.weight.grad is not None
 
 
+def test_a_rate_that_only_larger_images_bear_is_calibrated_too() -> None:
+    model = vit(img_size=640)
+    se.sparsify_model(model, keep=0.2, merge=60, calibrate=images(model, 2))
+    assert all(tensor.abs().max() > 0 for tensor in predictors(model).values())
+
+
 def test_images_need_not_be_square() -> None:
     wide = vit(img_size=(96, 512))
     before = wide(torch.ones(1, 3, 96, 512))

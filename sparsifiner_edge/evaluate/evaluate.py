@@ -10,7 +10,8 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
 from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
 from sparsifiner_edge.evaluate.extract import TeacherComparison
-from sparsifiner_edge.images import list_images
+from sparsifiner_edge.evaluate.task import MAPS, THRESHOLD, Task, TaskResult, evaluate_task
+from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.progress import Progress
 
 
@@ -30,8 +31,12 @@ def evaluate_student(
     backend: str = "onnxruntime",
     kernels: str = "auto",
     trust: Sequence[str] = (),
+    task: str | None = None,
+    map_name: str | None = None,
+    masks: str | Path | None = None,
+    threshold: float | None = None,
     progress: Progress | None = None,
-) -> CosineResult | ClassResult:
+) -> CosineResult | ClassResult | TaskResult:
     """Compare a student or bundle with its dense teacher over images.
 
     Args:
@@ -41,13 +46,14 @@ def evaluate_student(
         against: the teacher: a model (see `load_source`), or a bundle. None, for a student only: its own weights
             with dense attention everywhere.
         metric: "cosine". "knn": accuracy of the class of most of the 20 nearest gallery features by cosine. "linear":
-            of logistic regression on the gallery's features. "top1": of the classifier's own answer.
+            of logistic regression on the gallery's features. "top1": of the classifier's own answer. "task": see task.
         gallery: for knn and linear: labelled images. Of a larger gallery 5000 are taken, evenly, and an image of each
             class that has none among them.
         queries: for accuracies: use at most so many images of `data`, evenly taken; None takes all.
         head: for linear: student folder to write, the subject with the probe as its classifier.
         keep, token_keep, merge: for a student: other budgets than its own.
         backend, kernels: what runs bundles; see `open_session`. trust: see `load_student`.
+        task, map_name, masks, threshold: for the metric "task"; see `Task`. None takes what that has.
         progress: see `Progress`; counts images.
 
     Returns:
@@ -63,8 +69,14 @@ def evaluate_student(
         if isinstance(data, list):
             raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
         return evaluate_classes(compared, Path(data), metric, gallery, queries, head, progress)
+    chosen = Task(task or MAPS, map_name, Path(masks) if masks else None, THRESHOLD if threshold is None else threshold)
+    if chosen != Task() and metric != "task":
+        raise ConfigError("A task, masks and a threshold require --metric task.", "Leave them out.")
+    if metric == "task":
+        files = data if isinstance(data, list) else list_images(Path(data))
+        return evaluate_task(compared, files if queries is None else evenly(files, queries), chosen, progress)
     if metric != "cosine":
-        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, {', '.join(METRICS)}.")
+        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, task, {', '.join(METRICS)}.")
     if any(given is not None for given in (gallery, queries, head)):
         raise ConfigError(
             "A gallery, a number of queries and a head require another metric.", f"Choose: {', '.join(METRICS)}."

@@ -16,11 +16,10 @@ from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.config import Keep
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Runtime
-from sparsifiner_edge.sparse.patch import final_tokens
+from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
 from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise
@@ -30,8 +29,9 @@ class Extractor(NamedTuple):
     """Something that turns images uint8 [1,H,W,3] into features.
 
     Attributes:
-        extract: -> {"features": [1,C], and where the source has them "logits": [1,classes], "tokens": [1,N,C], patches
-            in raster order, and with pruned tokens "token_positions": [1,P], the raster places of those that are left}.
+        extract: -> outputs by name: of a vision transformer alone {"features": [1,C], and where it has them "logits":
+            [1,classes], "tokens": [1,N,C], patches in raster order, and with pruned tokens "token_positions": [1,P],
+            the raster places of those that are left}; of other models their own.
         size: of the images. prefix: tokens that are no patches. about: how a result names it. runtime: what ran it.
         labels: of a classifier that has them, in its order.
     """
@@ -104,20 +104,16 @@ def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib
 
 
 def _torch(student: Student, path: str, digest: str) -> Extractor:
-    model, backbone = student.model.eval(), student.backbone
-    pre = student.normalisation
+    model, pre = student.model.eval(), student.normalisation
 
     @torch.no_grad()
     def extract(image: Array) -> dict[str, Array]:
-        tokens, positions = final_tokens(model, normalise(torch.from_numpy(image), pre))
-        outputs = {**backbone.heads(tokens), "tokens": tokens}
-        if positions is not None:
-            outputs[POSITIONS] = positions
+        outputs = outputs_of(model, normalise(torch.from_numpy(image), pre), student.outputs)
         return {name: value.numpy() for name, value in outputs.items()}
 
     runtime = Runtime(backend=f"torch {torch.__version__}", precision="fp32", threads=torch.get_num_threads())
     about = Subject(name=student.name, path=path, sha256=digest)
-    return Extractor(extract, student.img_size, backbone.prefix, about, runtime, student.labels)
+    return Extractor(extract, student.img_size, student.backbone.prefix, about, runtime, student.labels)
 
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:

@@ -102,7 +102,8 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
         # What a predictor learns hardly depends on tile and cells, which must fit the smaller image.
         tile = sparsity.tile if sparsity.tile <= twin.patches else sparsity.probe
         sparsity = dataclasses.replace(sparsity, tile=tile, cells=min(sparsity.cells, default_cells(twin.patches)))
-    make_model_sparse(dense, sparsity)
+    # Nothing is merged while a predictor learns, and a rate may be too much for the smaller image.
+    make_model_sparse(dense, dataclasses.replace(sparsity, merge=()))
     like = twin.embedding.weight
     calibrate_from_images(dense, [_resized(image, size).to(like) for image in images], progress)
     for layer, learnt in zip(sparse_layers(backbone.module), sparse_layers(dense), strict=True):
