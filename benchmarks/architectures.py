@@ -2,8 +2,8 @@
 
     python benchmarks/architectures.py [-o FOLDER] [NAME@SIZE ...]
 
-Weights are random, queries and keys scaled up so that heads attend to something: parity and costs do not depend on what
-was learnt; accuracy does, and is measured elsewhere on real weights (`fidelity.py`).
+Of timm, and of transformers. Weights are random, queries and keys scaled up so that heads attend to something: parity
+and costs do not depend on what was learnt; accuracy does, and is measured elsewhere on real weights (`fidelity.py`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 
 import click
 import torch
+import transformers
 
+import sparsifiner_edge as se
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
-from sparsifiner_edge.config import SparsityConfig, default_cells
-from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, Subject, write_result
-from sparsifiner_edge.sparse.hosts.timm import TimmAttention, create
-from sparsifiner_edge.sparse.student import make_student, save_student
+from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
+from sparsifiner_edge.sparse.hosts.timm import create
 
 MODELS = (
     "deit_tiny_patch16_224@224",
@@ -36,32 +36,68 @@ MODELS = (
     "eva02_tiny_patch14_224@336",
     "vit_small_patch16_dinov3@512",
     "vit_small_patch16_rope_mixed_224@224",
+    "ViTModel@224",
+    "Dinov2Model@518",
+    "Dinov2WithRegistersModel@518",
+    "DINOv3ViTModel@512",
+    "SiglipVisionModel@384",
+    "CLIPVisionModel@336",
+    "DepthAnythingForDepthEstimation@518",
 )
+SMALL = {"hidden_size": 384, "num_attention_heads": 6}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "Dinov2Model": SMALL | {"image_size": 518},
+    "Dinov2WithRegistersModel": SMALL | {"image_size": 518},
+    "DINOv3ViTModel": SMALL | {"intermediate_size": 1536, "num_register_tokens": 4},
+    "CLIPVisionModel": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                        "num_attention_heads": 16, "patch_size": 14},
+}  # fmt: skip
+"""Of transformers' classes, where they are not its own: DINOv2 and DINOv3 ViT-S, CLIP ViT-L/14."""
 LOGIT_SPREAD = 3.0
 """Standard deviation of the attention logits: fresh weights would attend to everything alike."""
 COSTS = ("projections_macs", "predictor_macs", "attention_macs", "cells_macs", "mlp_macs", "total_macs")
 
 
+def random_model(name: str, size: int) -> Any:
+    """A model of timm's name, or of transformers' class, with random weights."""
+    torch.manual_seed(0)
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        return create(name, size)
+    if name.startswith("DepthAnything"):
+        backbone = transformers.Dinov2Config(
+            **CONFIGURATIONS["Dinov2Model"], out_indices=[3, 6, 9, 12], reshape_hidden_states=False
+        )
+        sizes = {"neck_hidden_sizes": [48, 96, 192, 384], "reassemble_hidden_size": 384, "fusion_hidden_size": 64}
+        return kind(transformers.DepthAnythingConfig(backbone_config=backbone, **sizes)).eval()
+    return hugging_face.resized(kind(kind.config_class(**CONFIGURATIONS.get(name, {}))).eval(), size)
+
+
 @torch.no_grad()
 def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
-    """One row: export a student with random weights, read the check and costs that its manifest records."""
-    torch.manual_seed(0)
-    model: Any = create(name, size)
-    for block in model.blocks:
-        weight = TimmAttention.projection(block.attn)[0]
-        weight[: 2 * len(weight) // 3] *= (LOGIT_SPREAD / model.embed_dim) ** 0.5 / float(weight.std())
-    keep = 0.25 if model.patch_embed.num_patches < 1000 else 0.10
-    sparsity = SparsityConfig(keep=keep, cells=default_cells(model.patch_embed.num_patches))
-    student = make_student(name, model, sparsity)
-    heads = {type(block.attn).__bases__[-1].__name__ for block in model.blocks}
-    manifest = open_bundle(export_bundle(save_student(student, folder / "student"), folder / "bundle")).manifest
+    """One row: export a model with random weights, read the check and costs that its manifest records."""
+    model = random_model(name, size)
+    backbone = backbone_of(model)
+    for attention in backbone.attentions:
+        packed = getattr(attention, "qkv", None)
+        parts = [packed.weight[: 2 * len(packed.weight) // 3]] if packed is not None else [
+            attention.q_proj.weight, attention.k_proj.weight,
+        ]  # fmt: skip
+        for weight in parts:
+            weight.mul_((LOGIT_SPREAD / backbone.width) ** 0.5 / float(weight.std()))
+    se.sparsify_model(model, keep=0.25 if backbone.patches < 1000 else 0.10)
+    example = torch.zeros(1, 3, *backbone.image_size)
+    bundle = open_bundle(se.export_model(model, example, folder / "bundle", mean=(0.5,) * 3, std=(0.25,) * 3))
+    manifest, sparsity = bundle.manifest, backbone.sparsity
+    assert sparsity is not None
     return {
         "name": name,
+        "host": backbone.host.name,
         "size": size,
-        "attention": sorted(heads),
+        "outputs": {output.name: list(output.shape) for output in manifest.outputs},
         "sparsity": sparsity.to_dict(),
-        "prefix": manifest.tokens.prefix,
-        "patches": model.patch_embed.num_patches,
+        "prefix": backbone.prefix,
+        "patches": backbone.patches,
         "check": write_record(manifest.check),
         "costs": manifest.costs,
         "dense_costs": manifest.dense_costs,

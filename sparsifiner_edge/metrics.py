@@ -13,10 +13,21 @@ from sparsifiner_edge.arrays import Array
 
 
 def cosine(a: Array, b: Array) -> Array:
-    """Cosine similarity along the last axis, in float64: [..., C] x [..., C] -> [...]."""
+    """Cosine similarity along the last axis, in float64: [..., C] x [..., C] -> [...]; of nothing with nothing 1."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.asarray((a * b).sum(-1) / np.maximum(norms, 1e-30))
+    of_a, of_b = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
+    found = (a * b).sum(-1) / np.maximum(of_a * of_b, 1e-30)
+    return np.asarray(np.where((of_a == 0) & (of_b == 0), 1.0, found))
+
+
+def row_cosines(name: str, got: Array, expected: Array) -> Array:
+    """Cosines of an output's rows: of each of "tokens" [B,N,C]; of other outputs each image's as a whole.
+
+    A row of a map that is nearly empty says nothing.
+    """
+    if name != "tokens":
+        got, expected = (x.reshape(len(x), -1) for x in (got, expected))
+    return cosine(got, expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Agreement:
     Attributes:
         difference: greatest difference.
         error: greatest difference, relative to the range of the reference (for a constant its magnitude; for zeros 1).
-        cosine, mean: least and mean cosine over the rows of the last axis.
+        cosine, mean: least and mean cosine over its rows; see `row_cosines`.
         worst: index of the element with the greatest difference; got, expected: its values.
         beyond: share of elements whose difference exceeds the tolerance.
     """
@@ -41,15 +52,15 @@ class Agreement:
     beyond: float
 
 
-def agreement(got: Array, expected: Array, tolerance: float) -> Agreement:
-    """Compare two arrays of one shape; a difference that is NaN or infinite counts as infinite."""
+def agreement(name: str, got: Array, expected: Array, tolerance: float) -> Agreement:
+    """Compare two outputs of one name and shape; a difference that is NaN or infinite counts as infinite."""
     a, b = got.astype(np.float64), expected.astype(np.float64)
     scale = float(np.ptp(b)) or float(np.abs(b).max()) or 1.0
     difference = np.abs(a - b)
     relative = np.where(np.isfinite(difference / scale), difference / scale, np.inf)
     worst = tuple(int(i) for i in np.unravel_index(int(relative.argmax()), relative.shape))
     with np.errstate(invalid="ignore"):
-        cosines = np.nan_to_num(cosine(a, b), nan=-1.0)
+        cosines = np.nan_to_num(row_cosines(name, a, b), nan=-1.0)
     return Agreement(
         difference=float(difference[worst]),
         error=float(relative[worst]),

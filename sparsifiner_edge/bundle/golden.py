@@ -139,7 +139,7 @@ def _compare(
     """`beyond`: share of the elements that may lie beyond the tolerance: of two tokens as close, either may merge."""
     if got.shape != wanted.shape:
         raise GateError(f"Output {name!r} has shape {got.shape}; golden is {wanted.shape}.", AGAIN)
-    found = agreement(got, wanted, tolerance)
+    found = agreement(name, got, wanted, tolerance)
     if found.error > tolerance and not (found.beyond <= beyond and found.mean >= _LEAST_MEAN):
         raise GateError(
             f"Output {name!r} differs from golden by {found.error:.3g} of its range (tolerance {tolerance:.3g}); "

@@ -118,7 +118,7 @@ def _compare(
     for name, reference in expected.items():
         if name == POSITIONS:
             continue
-        found = agreement(results[name], reference, limits.error)
+        found = agreement(name, results[name], reference, limits.error)
         near = found.error <= limits.error or found.beyond <= limits.beyond
         if not (near and found.cosine >= limits.least and found.mean >= limits.mean):
             raise GateError(

@@ -25,7 +25,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Float16
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.sessions import file_runner, with_outputs
-from sparsifiner_edge.metrics import aligned, cosine
+from sparsifiner_edge.metrics import aligned, row_cosines
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 SINGLE, HALF = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
@@ -235,7 +235,7 @@ def _compare(
         outputs, _ = aligned(run_half(image), wanted)
         for name, x in outputs.items():
             with np.errstate(all="ignore"):  # What overflowed is found by the gate.
-                found = np.nan_to_num(cosine(x, wanted[name]), nan=-1.0).min()
+                found = np.nan_to_num(row_cosines(name, x, wanted[name]), nan=-1.0).min()
             least[name] = min(least.get(name, 1.0), float(found))
     return least, largest
 

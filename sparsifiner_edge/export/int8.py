@@ -24,7 +24,7 @@ from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_runner, with_outputs
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.metrics import POSITIONS, aligned, cosine
+from sparsifiner_edge.metrics import POSITIONS, aligned, row_cosines
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.progress import Progress
 
@@ -293,7 +293,7 @@ def _compared(got: Sequence[dict[str, Array]], wanted: Sequence[dict[str, Array]
         outputs, missing = aligned(int8, single)
         others, patches = others + missing, patches + single.get(POSITIONS, np.empty(0)).size
         for name, values in outputs.items():
-            similar = cosine(values, single[name])
+            similar = row_cosines(name, values, single[name])
             common = similar.size - (missing if name == "tokens" else 0)
             # Patches of `single` alone are aligned to themselves: cosine 1.
             sums[name] = sums.get(name, 0.0) + float(similar.sum()) - (similar.size - common)

@@ -31,6 +31,20 @@ def segmenter(img_size: int | tuple[int, int] = 160) -> nn.Module:
     return Segmenter(img_size)
 
 
+class Masked(Segmenter):
+    """A mask [B,H,W] from 0 to 1, and another map."""
+
+    output_names = None  # type: ignore[assignment]
+
+    def forward(self, pixels: Tensor) -> Any:
+        mask, heat = super().forward(pixels)
+        return {"mask": mask[:, 0].sigmoid(), "heat": heat}
+
+
+def masked(img_size: int | tuple[int, int] = 160) -> nn.Module:
+    return Masked(img_size)
+
+
 class Depth(nn.Module):
     """transformers' backbone, which records nothing of pixels."""
 

