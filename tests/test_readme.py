@@ -64,15 +64,19 @@ def test_make_demo(tmp_path: Path) -> None:
         f"BIN={Path(sys.executable).parent}",
     ]
     out = run(command, ROOT)
-    assert "518 px, merge 160..0, keep 0.1,0.1,0.2,1" in out
+    assert "merge 160..0, keep 0.1,0.1,0.2,1" in out
     assert f"Kernels: native, {native.target()}." in out
     result = read_result(tmp_path / "demo" / "result.json")
     found = list(result["statistics"].values())
-    assert found[0]["patches_cosine"] >= 0.993
-    assert found[1]["patches_cosine"] >= 0.985
+    assert found[0]["iou"] >= 0.99
+    assert found[0]["error"] <= 0.004
+    assert found[1]["iou"] >= 0.94
     assert found[1]["macs_share"] < 0.45
-    for size in (224, 518):
-        assert (tmp_path / "demo" / f"attention_{size}.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
+    assert "mean absolute error" in page
+    for name in ("maps", "attention"):
+        assert (tmp_path / "demo" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_make_test() -> None:

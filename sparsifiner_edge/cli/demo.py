@@ -19,7 +19,7 @@ if TYPE_CHECKING:
               help="Folder for students, bundles, result and images.")  # fmt: skip
 @common.json_option
 def command(*, output: Path, as_json: bool) -> None:
-    """DINOv2 ViT-S/14 with its real weights on eight photographs: dense beside sparse, untrained, at 224 and 518 px."""
+    """A trained saliency model on DINOv2 ViT-S/14, eight photographs: dense beside sparse, untrained, at 518 px."""
     try:
         from sparsifiner_edge.demo.demo import run_demo
     except ModuleNotFoundError as error:
@@ -40,8 +40,8 @@ def _print(result: DemoResult, output: Path) -> None:
         rows.append(
             [
                 name,
-                f"{found.features_cosine:.4f}",
-                f"{found.patches_cosine:.4f}",
+                f"{found.error:.4f}",
+                f"{found.iou:.3f}",
                 f"{found.tokens_left_share:.0%}",
                 f"{found.macs_share:.0%}",
                 f"{found.dense_p50_ms:.1f}",
@@ -50,14 +50,16 @@ def _print(result: DemoResult, output: Path) -> None:
             ]
         )
     common.print_table(
-        "DINOv2 ViT-S/14, untrained, eight photographs; ONNX Runtime on this CPU",
-        ["", "CLS cosine", "patch cosine", "tokens left", "MACs", "dense ms", "sparse ms", "speed ratio"],
+        "Saliency with DINOv2 ViT-S/14, 518 px, untrained, eight photographs; ONNX Runtime on this CPU",
+        ["", "map's error", "IoU", "tokens left", "MACs", "dense ms", "sparse ms", "speed ratio"],
         rows,
     )
     click.echo(f"Kernels: {result.method.kernels}.")
     for sentence in result.method.verdicts:
         click.echo(sentence)
-    click.echo(f"Images of what three queries attend to, students, bundles, result.json: {output}/")
+    click.echo(
+        f"{output}/report.html shows it, {output}/maps.png the maps side by side; bundles and result.json are there too."
+    )
 
 
 def _number(value: float | Unavailable) -> str:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 @click.option(
     "--no-images", "--no-pictures", "no_images", is_flag=True, help="Write the page alone, without PNGs beside it."
 )
+@click.option("--picture", "pictures", multiple=True, type=common.PATH,
+              help="A PNG or JPEG that the page shows; may be given again.")  # fmt: skip
 @common.json_option
 @common.output_option("HTML page to write.")
 def command(

@@ -22,6 +22,14 @@ class Figure(NamedTuple):
     kind: str = "figure"
 
 
+class Picture(NamedTuple):
+    """A picture that was given; `source`: a data URI of it."""
+
+    title: str
+    source: str
+    kind: str = "picture"
+
+
 class Table(NamedTuple):
     """Rows of text under `head`; the first column is on the left, the others right unless `words`."""
 
@@ -40,7 +48,7 @@ class Note(NamedTuple):
     kind: str = "note"
 
 
-Block = Figure | Table | Note
+Block = Figure | Picture | Table | Note
 
 
 class Section(NamedTuple):

@@ -9,7 +9,7 @@ from sparsifiner_edge.bounds import finite_number
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.report import charts
-from sparsifiner_edge.report.blocks import Block, Note, Section, Table
+from sparsifiner_edge.report.blocks import Block, Note, Picture, Section, Table
 from sparsifiner_edge.report.conditions import ReportData, board_of, conditions_of, machine_of
 from sparsifiner_edge.report.result_files import MEASURED_KINDS, SWEEP, LabelledManifest, ResultFile, ResultSide
 from sparsifiner_edge.report.texts import Texts
@@ -41,6 +41,28 @@ class Prices(NamedTuple):
         if self.currency and self.kwh is None and self.device_hour is None:
             raise ConfigError("There is a currency but no price.", "Give --price-kwh or --price-device-hour.")
         return self
+
+
+_OF = ("subject", "teacher", "lost")
+
+
+def task_section(data: ReportData, pictures: Sequence[Picture]) -> Section:
+    """How models did their own task, and pictures of it."""
+    texts, blocks = data.texts, list(pictures)  # type: tuple[Texts, list[Block]]
+    files = [file for file in data.files if file.result.kind == "evaluation" and "task" in file.result.method]
+    for file in files:
+        method, table = file.result.method, []
+        for name, found in list(file.result.statistics.items())[:MAX_ROWS]:
+            of, _, figure = name.partition("_") if name.partition("_")[0] in _OF else ("", "", name)
+            told = texts.known(f"task.{figure}", clean(figure, 40))
+            count = number(get(found, "pictures"))
+            table.append([
+                f"{texts(f'task.{of}')}: {told}" if of else told, texts.figure(interval(found, "mean"), digits=4),
+                "–" if count is None else str(int(count)),
+            ])  # fmt: skip
+        blocks.append(Note(f"{file.name}: {clean(method.get('output') or method.get('task', '?'), 80)}"))
+        blocks.append(Table(texts.heads("task", ("figure", "value", "images")), table))
+    return Section("task", blocks, files)
 
 
 def sparsity_section(data: ReportData, manifests: Sequence[LabelledManifest]) -> Section:

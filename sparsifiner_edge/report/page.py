@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -9,17 +10,22 @@ from pathlib import Path
 
 import msgspec
 
-from sparsifiner_edge.errors import ConfigError, GateError, MissingExtraError
-from sparsifiner_edge.files import require_file_path, write_bytes, write_text
+from sparsifiner_edge.errors import ConfigError, GateError, ImageError, MissingExtraError
+from sparsifiner_edge.files import read_bytes, require_file_path, write_bytes, write_text
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import measured_sections, other_sections
-from sparsifiner_edge.report.blocks import Figure, Section
+from sparsifiner_edge.report.blocks import Figure, Picture, Section
 from sparsifiner_edge.report.conditions import ReportData, report_data
 from sparsifiner_edge.report.other_sections import Prices
 from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render
 from sparsifiner_edge.report.result_files import LabelledManifest, manifests_of, read_result_files
 from sparsifiner_edge.report.texts import Texts
+from sparsifiner_edge.report.values import clean
 from sparsifiner_edge.report.verdict import field_names, flags_of, verdict_sentences
+
+MOST_PICTURE = 8 << 20
+"""Bytes of a picture that a page takes."""
+_PICTURES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +52,7 @@ def write_report(
     prices: Prices | None = None,
     strict: bool = False,
     images: bool = True,
+    pictures: Sequence[str | Path] = (),
 ) -> Report:
     """Write one self-contained page, and beside it its figures as `<stem>-<figure>.png`.
 
@@ -60,10 +67,12 @@ def write_report(
         prices: None: no costs.
         strict: reject results that differ as above, and write nothing.
         images: also write PNGs.
+        pictures: PNG or JPEG files that the page shows, such as what a model makes of photographs.
 
     Raises:
         ArtifactError: a file is not a result, of a newer schema, or holds NaN; or the disk refuses.
         ConfigError: no result, no such language, an impossible price, a bundle in none of the results.
+        ImageError: a picture is none, or too large.
         GateError: `strict`, and the results cannot be compared.
         MissingExtraError: jinja2 is not installed.
     """
@@ -79,7 +88,7 @@ def write_report(
         names = {name: field_names([name], Texts("en")) for name in data.differences}
         said = "; ".join(f"{names[name]}: {' against '.join(values)}" for name, values in data.differences.items())
         raise GateError(f"The results cannot be compared: {said}.", "Measure all of them under the same conditions.")
-    sections = _sections(data, manifests, prices)
+    sections = _sections(data, manifests, prices, [_picture(Path(path)) for path in pictures])
     charts, why_none = _charts(sections, language, images)
     text = _html(data, sections, charts)
     written = _write_images(target, charts)
@@ -94,8 +103,20 @@ def write_report(
     )
 
 
-def _sections(data: ReportData, manifests: Sequence[LabelledManifest], prices: Prices) -> list[Section]:
+def _picture(path: Path) -> Picture:
+    """A picture as the page holds it, under its file's name."""
+    content = read_bytes(path, MOST_PICTURE)
+    kind = next((kind for kind, start in _PICTURES.items() if content.startswith(start)), None)
+    if kind is None:
+        raise ImageError(f"{path} is no PNG or JPEG.", "Give one that is.")
+    return Picture(clean(path.stem, 80), f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
+
+
+def _sections(
+    data: ReportData, manifests: Sequence[LabelledManifest], prices: Prices, pictures: Sequence[Picture]
+) -> list[Section]:
     sections = [
+        other_sections.task_section(data, pictures),
         measured_sections.accuracy_section(data),
         measured_sections.latency_section(data),
         measured_sections.energy_section(data),
