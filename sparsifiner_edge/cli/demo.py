@@ -57,9 +57,7 @@ def _print(result: DemoResult, output: Path) -> None:
     click.echo(f"Kernels: {result.method.kernels}.")
     for sentence in result.method.verdicts:
         click.echo(sentence)
-    click.echo(
-        f"{output}/report.html shows it, {output}/maps.png the maps side by side; bundles and result.json are there too."
-    )
+    click.echo(f"{output}/report.html shows it, {output}/maps.png the maps side by side; bundles and result.json too.")
 
 
 def _number(value: float | Unavailable) -> str:

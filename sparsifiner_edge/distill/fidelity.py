@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.losses import at_positions
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.patch import final_tokens, set_budget
+from sparsifiner_edge.sparse.outputs import Seen, seen_by
+from sparsifiner_edge.sparse.patch import set_budget
 
 LEAST_ERROR = 1e-6
 """Cosine distance at which a budget counts as perfect: rounding is as large."""
@@ -20,22 +21,36 @@ LEAST_ERROR = 1e-6
 
 @torch.no_grad()
 def fidelities(
-    model: nn.Module, held_out: list[tuple[Tensor, Tensor]], budgets: list[SparsityConfig]
+    model: nn.Module,
+    held_out: list[tuple[Tensor, Seen]],
+    budgets: list[SparsityConfig],
+    names: tuple[str, ...] | None = None,
 ) -> list[list[float]]:
-    """Per budget and image, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's."""
+    """Per budget and image, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's, and of the
+    correlation with each output of what is around the backbone.
+    """
     backbone = backbone_of(model)
     before, prefix, found = cast(SparsityConfig, backbone.sparsity), backbone.prefix, []
     for sparsity in budgets:
         set_budget(model, sparsity)
         values = []
         for image, wanted in held_out:
-            tokens, positions = final_tokens(model, image)
-            cosine = torch.cosine_similarity(tokens, at_positions(wanted, positions, prefix), dim=-1)[0]
+            seen = seen_by(model, image, names)
+            expected = at_positions(wanted.tokens, seen.positions, prefix)
+            cosine = torch.cosine_similarity(seen.tokens, expected, dim=-1)[0]
             parts = [cosine[:prefix], cosine[prefix:]] if prefix else [cosine]
+            parts += [_correlation(seen.outputs[name], output) for name, output in wanted.outputs.items()]
             values.append(statistics.fmean(float(part.mean()) for part in parts))
         found.append(values)
     set_budget(model, before)
     return found
+
+
+def _correlation(got: Tensor, wanted: Tensor) -> Tensor:
+    """Of all elements; 1 where both are constant."""
+    a, b = (x.flatten() - x.mean() for x in (got, wanted))
+    norms = a.norm() * b.norm()
+    return a @ b / norms if float(norms) > 0 else torch.ones(())
 
 
 def joint_fidelity(cosines: list[list[float]]) -> float:

@@ -13,10 +13,12 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.patch import final_tokens
+from sparsifiner_edge.sparse.outputs import Seen, seen_by
 
-RELATIVE = ("patches", "classes")
+RELATIVE = ("patches", "classes", "outputs")
 """Losses that the recipe's `losses.relative` concerns."""
+LEAST_SPREAD = 1e-4
+"""Variance within an image below which an output counts as empty: what errors are relative to then."""
 LEAST_LOSS = 1e-4
 """Below this cosine distance there is nothing left to learn: noise would be learnt."""
 
@@ -29,11 +31,14 @@ class Distiller(nn.Module):
 
     Attributes:
         student: learns. teacher: does not, and is no part of this module's state.
+        names: of the outputs around the backbone; see `outputs_of`.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, weights: Losses) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, weights: Losses, names: tuple[str, ...] | None = None
+    ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.names = student, names
         self.weights = weights
         object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
 
@@ -58,8 +63,12 @@ class Distiller(nn.Module):
                 with torch.no_grad():
                     self.student(images)
                 return {"selection": torch.stack(selection).mean()}
-            tokens, positions = final_tokens(self.student, images)
-        losses = token_losses(self.student, cast(nn.Module, self.teacher), images, tokens, positions, labels)
+            got = seen_by(self.student, images, self.names)
+        with torch.no_grad():
+            wanted = seen_by(cast(nn.Module, self.teacher), images, self.names)
+        losses = token_losses(self.student, cast(nn.Module, self.teacher), got, wanted, labels)
+        if got.outputs:
+            losses["outputs"] = output_loss(got.outputs, wanted.outputs)
         if selection:
             losses["selection"] = torch.stack(selection).mean()
         return losses
@@ -90,18 +99,16 @@ class Distiller(nn.Module):
 def token_losses(
     student: nn.Module,
     teacher: nn.Module,
-    images: Tensor,
-    tokens: Tensor,
-    positions: Tensor | None,
+    seen: Seen,
+    expected: Seen,
     labels: Tensor | None,
 ) -> dict[str, Tensor]:
     """Losses of final tokens and classes against the teacher's: means, of patches and of prefix one per image [B]."""
     backbone, model = backbone_of(student), backbone_of(teacher)
-    prefix = backbone.prefix
+    prefix, tokens = backbone.prefix, seen.tokens
     with torch.no_grad():
-        wanted = model.tokens(images)
-        classes = model.heads(wanted)["logits"] if backbone.classes and model.classes else None
-        wanted = at_positions(wanted, positions, prefix).float()
+        classes = model.heads(expected.tokens)["logits"] if backbone.classes and model.classes else None
+        wanted = at_positions(expected.tokens, seen.positions, prefix).float()
     got = tokens.float()
     apart = 1 - F.cosine_similarity(got, wanted, dim=-1)
     losses = {"patches": apart[:, prefix:].mean(1), "tokens": F.mse_loss(got, wanted)}
@@ -115,6 +122,16 @@ def token_losses(
         if labels is not None:
             losses["labels"] = F.cross_entropy(logits, labels)
     return losses
+
+
+def output_loss(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
+    """Squared error of all outputs, each relative to the variance of the teacher's within an image: [B]."""
+    each = []
+    for name, expected in wanted.items():
+        answer, target = (x.float().flatten(1) for x in (got[name], expected))
+        spread = target.var(1, correction=0).clamp_min(LEAST_SPREAD)
+        each.append((answer - target).square().mean(1) / spread)
+    return torch.stack(each).mean(0)
 
 
 def at_positions(tokens: Tensor, positions: Tensor | None, prefix: int) -> Tensor:

@@ -49,9 +49,10 @@ class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         patches, classes: 1 - cosine of final patch tokens, and of the tokens before them, to the teacher's.
         tokens: mean squared error of all final tokens (Sparsifiner, equation 8).
         logits: Kullback-Leibler divergence of the classes from the teacher's. labels: cross-entropy, with --labels.
+        outputs: squared error of what is around the backbone, a decoder's maps, relative to the teacher's variance.
         selection: of the predictor, which has parameters of its own: the weight matters for clipping alone.
-        relative: whether `patches` and `classes` count, image by image, by the share of themselves that goes away
-            (their logarithm). Few keys, and some images, make errors ten times those of others, which would else be
+        relative: whether `patches`, `classes` and `outputs` count, image by image, by the share of themselves that goes
+            away (their logarithm). Few keys, and some images, make errors ten times those of others, which would else be
             learnt at the cost of all others.
     """
 
@@ -60,6 +61,7 @@ class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens: Weight = 0.0
     logits: Weight = 0.5
     labels: Weight = 1.0
+    outputs: Weight = 0.5
     selection: Weight = 1.0
     relative: bool = False
 
@@ -109,6 +111,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             gradients that are mostly noise, it keeps them from moving their weights as far as all others.
         weight_decay: of matrices. clip: norm that gradients are cut to, backbone and predictor apart; 0: never.
         ema: decay of the averaged weights, which are those that are judged and kept; 0: the weights themselves.
+        freeze_decoder: whether what is around the backbone stays as it is.
         precision: "no" (float32), or "bf16" autocast.
         check_every: steps between judgements on the held-out images. save_every: steps between checkpoints.
         explosion: times the recent losses' median at which the training stops.
@@ -122,6 +125,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     weight_decay: Weight = 0.0
     clip: Weight = 1.0
     ema: Annotated[float, Meta(ge=0, le=0.999999)] = 0.0
+    freeze_decoder: bool = False
     precision: Annotated[str, Meta(pattern="^(no|bf16)$")] = "no"
     check_every: Every = 100
     save_every: Every = 50

@@ -33,8 +33,9 @@ from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.outputs import Seen, seen_by
 from sparsifiner_edge.sparse.patch import set_budget
-from sparsifiner_edge.sparse.student import Student
+from sparsifiner_edge.sparse.student import Student, is_predictor
 from sparsifiner_edge.sparse.weights import normalise
 
 RECENT = 50
@@ -70,10 +71,16 @@ def digest(model: nn.Module) -> str:
 
 
 def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Of backbone and predictor in turn: matrices, which decay, then the rest; the predictor and tokens never decay."""
+    """Of backbone and predictor in turn: matrices, which decay, then the rest; the predictor and tokens never decay.
+
+    A decoder that is frozen is left out, and gets no gradient.
+    """
     matrices, predictor, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
+    inside = set(map(id, backbone_of(model).module.parameters()))
     for name, parameter in model.named_parameters():
-        if ".attn.select." in name:
+        if recipe.freeze_decoder and id(parameter) not in inside:
+            parameter.requires_grad_(False)
+        elif is_predictor(name):
             predictor.append(parameter)
         else:
             decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
@@ -104,7 +111,7 @@ class Training:
         self.recipe, self.source, self.folder = recipe, source, folder
         self.size, self.pre = student.img_size, student.normalisation
         teacher.model.to(self.accelerator.device)
-        distiller = Distiller(student.model, teacher.model, recipe.losses)
+        distiller = Distiller(student.model, teacher.model, recipe.losses, student.outputs)
         self.optimiser = make_optimiser(student.model, recipe)
         self.wrapped, self.optimiser = self.accelerator.prepare(distiller, self.optimiser)
         self.distiller = cast(Distiller, self.accelerator.unwrap_model(self.wrapped))
@@ -126,8 +133,8 @@ class Training:
         return max(1, math.ceil(phase.epochs * len(self.source.train) / per_step))
 
     @torch.no_grad()
-    def _held_out(self, teacher: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Validation images, and the teacher's tokens of them; judged by the first process alone."""
+    def _held_out(self, teacher: nn.Module) -> list[tuple[Tensor, Seen]]:
+        """Validation images, and what the teacher makes of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []
         found = []
@@ -138,7 +145,7 @@ class Training:
                 self.state.unreadable.add(str(path))
                 continue
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
-            found.append((image, backbone_of(teacher).tokens(image)))
+            found.append((image, seen_by(teacher, image, self.distiller.names)))
         if not found:
             raise ImageError("None of the held-out images can be read.", f"Look at {self.source.held_out[0]}.")
         return found
@@ -294,7 +301,7 @@ class Training:
         """Cosines to the teacher's tokens of held-out images; the weights of the best are kept."""
         if self.accelerator.is_main_process:
             model = self.average.module if self.average is not None else self.distiller.student
-            each = fidelities(model, self.held_out, self.budgets())
+            each = fidelities(model, self.held_out, self.budgets(), self.distiller.names)
             found, cosines = joint_fidelity(each), [statistics.fmean(cosines) for cosines in each]
             if not math.isfinite(found):
                 if step == 0:

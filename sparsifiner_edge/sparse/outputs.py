@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.layer import riding
 from sparsifiner_edge.sparse.patch import final_tokens
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -34,6 +35,42 @@ def outputs_of(module: nn.Module, images: Tensor, names: Sequence[str] | None = 
     tokens, positions = final_tokens(module, images)
     found = backbone.heads(tokens) | {"tokens": tokens}
     return found if positions is None else found | {POSITIONS: positions}
+
+
+class Seen(NamedTuple):
+    """What a model makes of images.
+
+    Attributes:
+        tokens: of its backbone, after the final norm: [B,N,C]. positions: where some are pruned, the raster places
+            [B,P] of the patches that are left.
+        outputs: of what is around the backbone, by name; none where the model is the backbone alone.
+    """
+
+    tokens: Tensor
+    positions: Tensor | None
+    outputs: dict[str, Tensor]
+
+
+def seen_by(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> Seen:
+    """Call a module with images [B,3,H,W], as it wants them; see `Seen`.
+
+    Raises:
+        ConfigError: it gives no tensors; it does not run its backbone to the last layer.
+    """
+    backbone = backbone_of(module)
+    if backbone.module is module:
+        return Seen(*final_tokens(module, images), {})
+    last: list[Tensor] = []
+    hook = backbone.layers[-1].register_forward_hook(lambda _, __, out: last.append(out))
+    try:
+        outputs = _named(module(images), names)
+    finally:
+        hook.remove()
+    if not last:
+        raise ConfigError("This module does not run its vision transformer to the last layer.", "Let it read that too.")
+    pruned = backbone.sparsity is not None and backbone.sparsity.token_keep
+    positions = riding(last[0]).positions.sort(1).values if pruned else None
+    return Seen(backbone.host.final_norm(backbone)(last[0]), positions, outputs)
 
 
 def _named(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:

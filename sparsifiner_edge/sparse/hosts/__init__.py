@@ -150,6 +150,10 @@ class Host(abc.ABC):
         """See `Backbone`."""
 
     @abc.abstractmethod
+    def final_norm(self, backbone: Backbone) -> nn.Module:
+        """What `tokens` does to what leaves the last layer."""
+
+    @abc.abstractmethod
     def heads(self, backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
         """See `Backbone`."""
 

@@ -198,6 +198,10 @@ class Timm(Host):
         """See `Host`."""
         return cast(Tensor, backbone.module.forward_features(images))
 
+    def final_norm(self, backbone: Backbone) -> nn.Module:
+        """See `Host`."""
+        return cast(nn.Module, backbone.module.norm)
+
     def heads(self, backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
         """See `Host`."""
         found = {"features": backbone.module.forward_head(tokens, pre_logits=True)}

@@ -257,7 +257,13 @@ class Transformers(Host):
             module(images)
         finally:
             hook.remove()
-        return cast(Tensor, _first(module, "layernorm", "norm")(seen[0]))
+        return cast(Tensor, self.final_norm(backbone)(seen[0]))
+
+    def final_norm(self, backbone: Backbone) -> nn.Module:
+        """See `Host`; CLIP normalises the class token alone, on its way to the features."""
+        if type(backbone.module).__name__ == "CLIPVisionModel":
+            return nn.Identity()
+        return cast(nn.Module, _first(backbone.module, "layernorm", "norm", "post_layernorm"))
 
     def heads(self, backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
         """See `Host`."""

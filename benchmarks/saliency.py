@@ -1,0 +1,155 @@
+"""A trained dense task at 518 px: maps of the saliency model, sparse beside dense, on photographs nothing was tuned on.
+
+    python benchmarks/saliency.py [--student FOLDER] [--stamps FOLDER] [--time] [-o FOLDER]
+
+The model is `sparsifiner_edge.demo.saliency`. Per budget: mean absolute error, IoU at .5 and AUROC of the map against
+the dense model's over the publication photographs; with --stamps (see `stamps.py`) IoU and AUROC of both against the
+true masks, and what is lost, image by image. --student: a student that was trained (`distill`); without, untrained.
+--time: the whole model with its decoder in fp32, ours in ONNX Runtime and OpenVINO against the dense one in ONNX
+Runtime, OpenVINO and torch, interleaved in one run; the ratio is that of the fastest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from cpu_engines import openvino_run, ort_session, ratio, time_in_turn
+from frontier_points import sum_of_layers
+
+import sparsifiner_edge as se
+from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.config import Keep, keep_text, merge_text
+from sparsifiner_edge.demo import split
+from sparsifiner_edge.export.check import smooth_images
+from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.records import write_record
+from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.sparse.source import from_factory
+from sparsifiner_edge.sparse.weights import normalise
+
+MODULE, SIZE = "sparsifiner_edge.demo.saliency", 518
+READ: Keep = (0.1, 0.1, 0.2, 1.0)
+BUDGETS: tuple[tuple[tuple[int, ...], Keep], ...] = (
+    ((40,), 1.0), ((80, 0), READ), ((120, 0), READ), ((160, 0), READ), ((180, 0), READ),
+)  # fmt: skip
+REQUIRED = ((37e9, "untrained", 0.003, 0.985), (24e9, "trained", 0.010, 0.93), (18e9, "trained", 0.014, 0.90))
+"""Multiply-accumulates of the layers at most, error at most, IoU at least."""
+ROUNDS = 11
+
+
+def name_of(merge: tuple[int, ...], keep: Keep) -> str:
+    return f"merge {merge_text(merge)}, keep {keep_text(keep)}"
+
+
+def untrained(folder: Path) -> Path:
+    calibration = folder / "calibration"
+    calibration.mkdir()
+    for path in split.calibration():
+        (calibration / path.name).symlink_to(path)
+    return se.sparsify(f"{MODULE}:saliency", folder / "student", keep=0.1, cells=49, calibrate=calibration)
+
+
+def fidelity(student: Path, stamps: Path | None, tell: Any) -> dict[str, dict[str, Any]]:
+    """Per budget: multiply-accumulates, and the figures of the task."""
+    rows: dict[str, dict[str, Any]] = {}
+    for merge, keep in BUDGETS:
+        name, shared = name_of(merge, keep), {"merge": merge, "keep": keep, "trust": [MODULE], "metric": "task"}
+        tell(f"maps, {name}")
+        against: Any = {"against": f"{MODULE}:saliency"}
+        found = se.evaluate_student(student, split.publication(), **shared, **against)
+        row = {"macs": sum_of_layers(se.load_student(student, merge=merge, keep=keep, trust=[MODULE]))}
+        row["photographs"], samples = write_record(found.statistics), {"photographs": found.samples}
+        if stamps:
+            tell(f"stamps, {name}")
+            found = se.evaluate_student(student, stamps / "images", masks=stamps / "masks", **shared, **against)
+            row["stamps"], samples["stamps"] = write_record(found.statistics), found.samples
+        rows[name] = row | {"samples": samples}
+    return rows
+
+
+def times(student: Path, folder: Path, tell: Any) -> dict[str, Any]:
+    """Milliseconds [rounds, 1] of every engine, and the ratio of the fastest dense to the fastest of ours."""
+    threads = available_cores()
+    image = smooth_images(SIZE)
+    tell("export dense")
+    dense = se.export_bundle(f"{MODULE}:saliency", folder / "dense")
+    loaded = from_factory(f"{MODULE}:saliency", None)
+    pixels = normalise(torch.from_numpy(image), loaded.pixels)
+    torch.set_num_threads(threads)
+
+    def in_torch() -> Any:
+        with torch.inference_mode():
+            return loaded.model(pixels)
+
+    plain = ort_session(str(dense / "model.onnx"), threads, False)
+    runs = {
+        "dense, ONNX Runtime": lambda: plain.run(None, {"image": image}),
+        "dense, OpenVINO": openvino_run(str(dense / "model.onnx"), {"image": image}, threads, "f32"),
+        "dense, torch": in_torch,
+    }
+    for merge, keep in BUDGETS[1:]:
+        name = name_of(merge, keep)
+        tell(f"export {name}")
+        bundle = se.export_bundle(student, folder / name, merge=merge, keep=keep, trust=[MODULE])
+        for engine, backend in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
+            session = open_session(bundle, backend, threads, "native")
+            runs[f"{name}, {engine}"] = lambda session=session: session.infer({"image": image})
+    taken = time_in_turn(runs, ROUNDS, 1, tell)
+    medians = {key: float(np.median(value)) for key, value in taken.items()}
+    best = min((key for key in medians if key.startswith("dense")), key=medians.__getitem__)
+    ratios = {}
+    for merge, keep in BUDGETS[1:]:
+        name = name_of(merge, keep)
+        ours = min((key for key in medians if key.startswith(name)), key=medians.__getitem__)
+        ratios[name] = {"dense": best, "ours": ours, **ratio(taken[best], taken[ours])}
+    return {"ms": {key: value.tolist() for key, value in taken.items()}, "median_ms": medians, "ratios": ratios}
+
+
+def show(rows: dict[str, dict[str, Any]], timed: dict[str, Any] | None) -> None:
+    table = []
+    for name, row in rows.items():
+        maps, stamps = row["photographs"], row.get("stamps", {})
+        cells = [name, f"{row['macs'] / 1e9:.1f}", f"{maps['error']['mean']['value']:.4f}",
+                 f"{maps['iou']['mean']['value']:.3f}", f"{maps['auroc']['mean']['value']:.4f}"]  # fmt: skip
+        for figure in ("teacher_iou", "lost_iou", "lost_auroc"):
+            cells.append(f"{stamps[figure]['mean']['value']:.4f}" if figure in stamps else "-")
+        if timed:
+            found = timed["ratios"].get(name)
+            cells.append(f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})" if found else "-")
+        table.append(cells)
+    head = ["", "G MACs", "error", "IoU", "AUROC", "stamps: dense IoU", "lost IoU", "lost AUROC"]
+    print_table("Saliency at 518 px, against the dense model's maps", head + (["times dense"] if timed else []), table)
+    for most, how, error, overlap in REQUIRED:
+        click.echo(f"required at <= {most / 1e9:.0f} G, {how}: error {error}, IoU {overlap}")
+
+
+@click.command()
+@click.option("--student", type=click.Path(path_type=Path, exists=True), help="One that was trained.")
+@click.option("--stamps", type=click.Path(path_type=Path, exists=True), help="What stamps.py wrote.")
+@click.option("--time", "timed", is_flag=True, help="Measure time too.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for saliency.json.")
+def main(student: Path | None, stamps: Path | None, timed: bool, output: Path | None) -> None:
+    """See the module's documentation."""
+    with tempfile.TemporaryDirectory() as scratch, err_console.status("") as status:
+        made = student or untrained(Path(scratch))
+        rows = fidelity(made, stamps, status.update)
+        found = times(made, Path(scratch), status.update) if timed else None
+    samples = {name: row.pop("samples") for name, row in rows.items()}
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        method = {"photographs": [path.name for path in split.publication()], "size": SIZE,
+                  "student": "trained" if student else "untrained", "rounds": ROUNDS if timed else 0}  # fmt: skip
+        subject = Subject(path=MODULE, sha256="")
+        result = Result("comparison", [subject], method, samples, {"budgets": rows, "times": found or {}})
+        write_result(output / f"saliency{'_trained' if student else ''}.json", result)
+    show(rows, found)
+
+
+if __name__ == "__main__":
+    main()

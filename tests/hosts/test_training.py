@@ -1,0 +1,118 @@
+"""Distillation with the task in it: a decoder's outputs towards the teacher's own, beside tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsifiner_edge as se
+from sparsifiner_edge.distill.fidelity import fidelities
+from sparsifiner_edge.distill.losses import Distiller, output_loss
+from sparsifiner_edge.distill.recipe import Losses, Recipe
+from sparsifiner_edge.distill.train import make_optimiser
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.sparse.hosts import backbone_of
+from sparsifiner_edge.sparse.outputs import seen_by
+from sparsifiner_edge.sparse.patch import final_tokens
+from sparsifiner_edge.sparse.student import dense_twin, is_predictor, load_student
+from tests.hosts.factories import Segmenter
+from tests.hosts.hugging_face import images, model
+from tests.models import vit
+
+pytestmark = pytest.mark.slow
+FACTORY = "tests.hosts.factories"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    folder = tmp_path_factory.mktemp("training") / "student"
+    return se.sparsify(f"{FACTORY}:segmenter", folder, keep=0.3, channels=8, merge=(4,), calibrate=pictures)
+
+
+def test_a_models_tokens_are_those_of_its_backbone() -> None:
+    """Whatever it does to pixels before, and whatever reads them after."""
+    made = Segmenter()
+    x = images((160, 160))
+    with torch.no_grad():
+        alone, within = final_tokens(made.encoder, x)[0], seen_by(made, x, made.output_names)
+        torch.testing.assert_close(within.tokens, alone)
+        assert torch.equal(within.outputs["mask"], made(x)[0])
+        se.sparsify_model(made, keep=0.3, cells=4, channels=8, token_keep=((1, 0.5),))
+        made.__dict__["forward"] = made.encoder.forward
+        pruned = seen_by(made, x, ["logits"])
+    assert pruned.positions is not None
+    assert pruned.tokens.shape == (2, 51, 64)
+    tokens, positions = final_tokens(made.encoder, x)
+    assert torch.equal(pruned.positions, positions)
+    torch.testing.assert_close(pruned.tokens, tokens)
+
+
+def test_a_module_that_leaves_layers_out_has_no_final_tokens() -> None:
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = vit()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.encoder.forward_intermediates(x, indices=[1], intermediates_only=True, stop_early=True)[0]
+
+    with pytest.raises(ConfigError, match="to the last layer"):
+        seen_by(Early(), images((160, 160)))
+
+
+def test_outputs_are_judged_relative_to_their_spread() -> None:
+    wanted = {"a": torch.tensor([[0.0, 2.0], [0.0, 0.2]]), "b": torch.zeros(2, 3)}
+    got = {"a": wanted["a"] + torch.tensor([[1.0], [0.1]]), "b": torch.full((2, 3), 0.01)}
+    torch.testing.assert_close(output_loss(got, wanted), torch.tensor([1.0, 1.0]))
+    assert torch.equal(output_loss(wanted, wanted), torch.zeros(2))
+
+
+def test_the_teacher_itself_loses_nothing(student: Path) -> None:
+    found = load_student(student, trust=[FACTORY])
+    x, names = images((160, 160)), ("mask", "heat")
+    losses = Distiller(dense_twin(found).model, dense_twin(found).model, Losses(), names)(
+        x, None, torch.Generator(), False
+    )
+    assert losses.keys() == {"patches", "tokens", "classes", "outputs"}
+    assert float(losses["outputs"].detach().max()) < 1e-9
+    losses = Distiller(found.model, dense_twin(found).model, Losses(), names)(x, None, torch.Generator(), False)
+    assert losses["outputs"].shape == (2,)
+    assert float(losses["outputs"].detach().min()) > 1e-4
+    held_out = [(x[:1], seen_by(dense_twin(found).model, x[:1], names))]
+    own, same = (fidelities(side, held_out, [found.sparsity], names)[0][0] for side in (found.model, found.model))
+    assert own == same < 1
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_training_brings_the_outputs_nearer(tmp_path: Path, student: Path, pictures: Path, frozen: bool) -> None:
+    settings = [
+        "distil.steps=12", "batch=2", "ema=0", "distil.learning_rate=1e-3", "images.held_out=1",
+        "losses.relative=false", "losses.outputs=1.0", "budgets.keep=[]", f"freeze_decoder={str(frozen).lower()}", "images.cut_mix=0.0",
+        "check_every=6", "images.smallest_crop=1.0", "images.flip=false",
+    ]  # fmt: skip
+    folder = tmp_path / "better"
+    se.distill_student(student, pictures, folder, overrides=settings, trust=[FACTORY])
+    before, after = (load_student(path, trust=[FACTORY]) for path in (student, folder))
+    result = [
+        se.evaluate_student(path, pictures, metric="task", against=f"{FACTORY}:segmenter", map_name="heat",
+                            trust=[FACTORY]) for path in (student, folder)
+    ]  # fmt: skip
+    first, last = (found.statistics["error"].mean.value for found in result)
+    assert last < 0.9 * first
+    inside = {f"encoder.{name}" for name, _ in backbone_of(before.model).module.named_parameters()}
+    old, new = (dict(side.model.named_parameters()) for side in (before, after))
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    assert inside & moved
+    assert bool(moved - inside) is not frozen
+
+
+def test_predictors_of_every_host_have_a_rate_of_their_own() -> None:
+    made = se.sparsify_model(model("CLIP"), keep=0.3, cells=4, channels=8)
+    groups = make_optimiser(made, Recipe()).param_groups
+    predictors = {id(parameter) for name, parameter in made.named_parameters() if is_predictor(name)}
+    assert len(predictors) == 8
+    assert {id(parameter) for group in groups if group["predictor"] for parameter in group["params"]} == predictors
