@@ -13,18 +13,37 @@ class Class(msgspec.Struct, frozen=True):
     probability: float
 
 
+class MapSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A dense map in a few numbers.
+
+    Attributes:
+        output: its name. mean, least, greatest: of its values.
+        area: where all values lie between 0 and 1: share of the image above one half. centroid: of that part, x and y
+            from 0 (left, top) to 1 of the image that the model sees; None where there is none.
+    """
+
+    output: str
+    mean: float
+    least: float
+    greatest: float
+    area: float | None = None
+    centroid: tuple[float, float] | None = None
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What a model says of an image.
 
     Attributes:
         top: of a classifier, the best first; empty where a logit is NaN or infinite.
         features: of another model; None for those that are NaN or infinite.
+        maps: of a model that gives dense maps; empty where a value is NaN or infinite.
         not_finite: how many were, where any was.
         change: of a video's features; see `Model.change`.
     """
 
     top: list[Class] | None = None
     features: list[float | None] | None = None
+    maps: list[MapSummary] | None = None
     not_finite: int | None = None
     change: float | None = None
 

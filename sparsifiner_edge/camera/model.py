@@ -10,7 +10,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import height_width, size_text
 from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.camera.answers import Answer, Class
+from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
@@ -21,6 +21,8 @@ from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.text import finite
 
 TOP = 5
+FULL_CHANGE = 0.3
+"""Change of a patch that an overlay shows as its most."""
 _FOLLOW = 0.05
 """How far the reference that a change is measured against moves with each frame: it forgets in some twenty."""
 
@@ -77,10 +79,10 @@ class Model:
         return self.session.infer({"image": image[None]})
 
     def answer(self, outputs: dict[str, Array]) -> Answer:
-        """`top` of a classifier, else `features`.
+        """`top` of a classifier, else `features`, else `maps`.
 
         Raises:
-            ArtifactError: the bundle gives neither.
+            ArtifactError: the bundle gives none of them.
         """
         if "logits" in outputs:
             logits = outputs["logits"][0].astype(np.float64)
@@ -89,9 +91,26 @@ class Model:
         if "features" in outputs:
             features, bad = finite([round(float(x), 6) for x in outputs["features"][0]])
             return Answer(features=features, not_finite=bad or None)
+        maps = dense_maps(outputs)
+        if maps:
+            bad = sum(int(np.count_nonzero(~np.isfinite(found))) for found in maps.values())
+            return Answer(maps=[] if bad else [_summary(*found) for found in maps.items()], not_finite=bad or None)
         raise ArtifactError(
-            f"The bundle gives {', '.join(outputs)}; needed are logits or features.", "Export it again."
+            f"The bundle gives {', '.join(outputs)}; needed are logits, features or a dense map.", "Export it again."
         )
+
+    def heat(self, outputs: dict[str, Array]) -> Array | None:
+        """What an overlay shows where, 0 to 1, [rows, columns]: the first dense map, else where the image changed; None
+        where there is neither.
+        """
+        for found in dense_maps(outputs).values():
+            values = np.nan_to_num(found.astype(np.float64))
+            low, high = float(values.min()), float(values.max())
+            if low < 0 or high > 1:
+                values = (values - low) / max(high - low, 1e-12)
+            return values
+        changes = None if "logits" in outputs else self.change_map(outputs)
+        return None if changes is None else np.clip(changes / FULL_CHANGE, 0, 1)
 
     def change(self, outputs: dict[str, Array]) -> float | None:
         """How far a scene's features are from those of the frames before: 1 - cosine to a mean that forgets.
@@ -128,6 +147,26 @@ class Model:
         best = np.argsort(-probabilities, kind="stable")[: self._top]
         names = self.labels if len(self.labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
         return [Class(int(i), names[i], float(probabilities[i])) for i in best if probabilities[i] >= self._threshold]
+
+
+def dense_maps(outputs: dict[str, Array]) -> dict[str, Array]:
+    """Outputs for one image that are maps of one channel, [rows, columns]."""
+    squeezed = {name: np.squeeze(values) for name, values in outputs.items() if values.ndim > 2 and name != "tokens"}
+    return {name: values for name, values in squeezed.items() if values.ndim == 2}
+
+
+def _summary(name: str, values: Array) -> MapSummary:
+    found = values.astype(np.float64)
+    low, high = float(found.min()), float(found.max())
+    area, centroid = None, None
+    if low >= 0 and high <= 1:
+        rows, columns = np.nonzero(found > 0.5)
+        area = round(rows.size / found.size, 6)
+        if rows.size:
+            place = (columns.mean() + 0.5) / found.shape[1], (rows.mean() + 0.5) / found.shape[0]
+            centroid = round(float(place[0]), 6), round(float(place[1]), 6)
+    mean, low, high = (round(value, 6) for value in (float(found.mean()), low, high))
+    return MapSummary(output=name, mean=mean, least=low, greatest=high, area=area, centroid=centroid)
 
 
 def _require_image(session: Session, bundle: Bundle) -> None:

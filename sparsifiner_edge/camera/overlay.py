@@ -13,6 +13,7 @@ import numpy as np
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.camera.answers import FrameRecord
+from sparsifiner_edge.camera.model import FULL_CHANGE
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import require_file_path
 from sparsifiner_edge.images import centre_box
@@ -22,7 +23,6 @@ SHOWN = 640
 _SUFFIXES = (".mkv", ".mp4")
 _CODEC = "libx264"
 _TEXT, _LINE, _MARGIN = 16, 20, 8
-_FULL_CHANGE = 0.3
 _TEXT_WIDTH = 44
 
 
@@ -87,13 +87,13 @@ class Overlay:
         except OSError as error:
             raise ArtifactError(f"{path} cannot be written: {error.strerror}.", "Choose another place.") from error
 
-    def write(self, image: Pixels, lines: list[str], changes: Array | None, at_s: float) -> None:
+    def write(self, image: Pixels, lines: list[str], heat: Array | None, at_s: float) -> None:
         """Add a frame.
 
         Args:
             image: uint8 RGB [h,w,3]; one of another size than the first is made to fit it.
             lines: text, top left.
-            changes: see `Model.change_map`.
+            heat: see `Model.heat`.
             at_s: seconds; the first frame's are zero.
 
         Raises:
@@ -104,7 +104,7 @@ class Overlay:
         with _as_os_errors():
             if self._stream is None:
                 self._open_stream(image)
-            frame = av.VideoFrame.from_ndarray(self._drawn(image, lines, changes), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(self._drawn(image, lines, heat), format="rgb24")
             self._began = at_s if self._began is None else self._began
             self._last = max(self._last + 1, round((at_s - self._began) * 1000))
             frame.pts, frame.time_base = self._last, Fraction(1, 1000)
@@ -134,17 +134,15 @@ class Overlay:
         self._stream.codec_context.time_base = Fraction(1, 1000)
         self._stream.options = {"preset": "ultrafast", "crf": "23", "tune": "zerolatency", "g": "50"}
 
-    def _drawn(self, pixels: Pixels, lines: list[str], changes: Array | None) -> Pixels:
+    def _drawn(self, pixels: Pixels, lines: list[str], heat: Array | None) -> Pixels:
         from PIL import Image, ImageDraw, ImageFont
 
         image = Image.fromarray(pixels)
         if self._size is not None and image.size != self._size:
             image = image.resize(self._size)
         box = centre_box(*image.size, self._model_size)
-        if changes is not None:
-            image.paste(
-                Image.new("RGB", (box[2] - box[0], box[3] - box[1]), (255, 40, 0)), box[:2], _heat(changes, box)
-            )
+        if heat is not None:
+            image.paste(Image.new("RGB", (box[2] - box[0], box[3] - box[1]), (255, 40, 0)), box[:2], _mask(heat, box))
         draw = ImageDraw.Draw(image, "RGBA")
         draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 255, 255, 160))
         font = ImageFont.load_default(_TEXT)
@@ -155,10 +153,10 @@ class Overlay:
         return np.asarray(image)
 
 
-def _heat(changes: Array, box: tuple[int, int, int, int]) -> Any:
+def _mask(heat: Array, box: tuple[int, int, int, int]) -> Any:
     from PIL import Image
 
-    strength = (np.clip(changes / _FULL_CHANGE, 0, 1) * 170).astype(np.uint8)
+    strength = (heat * 170).astype(np.uint8)
     return Image.fromarray(strength).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR)
 
 
@@ -166,7 +164,10 @@ def text_lines(record: FrameRecord, rate: float) -> list[str]:
     """What is written into a frame."""
     lines = [f"{_short(top.label)}  {top.probability:.0%}" for top in record.top or []]
     if record.change is not None:
-        lines.append(f"change {record.change:.3f} " + "|" * min(20, round(record.change / _FULL_CHANGE * 20)))
+        lines.append(f"change {record.change:.3f} " + "|" * min(20, round(record.change / FULL_CHANGE * 20)))
+    for found in record.maps or []:
+        area = f"mean {found.mean:.3g}" if found.area is None else f"{found.area:.0%} of the image"
+        lines.append(f"{_short(found.output)}  {area}")
     age = record.frame_age_ms
     lines.append(f"{rate:.1f} fps   " + (f"model {record.infer_ms:.0f} ms" if age is None else f"age {age:.0f} ms"))
     return lines

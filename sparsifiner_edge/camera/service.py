@@ -226,7 +226,7 @@ class _Run:
         inferred = time.monotonic_ns()
         answer = model.answer(outputs)
         self._status.count("not_finite", answer.not_finite or 0)
-        change = model.change(outputs) if answer.top is None else None
+        change = model.change(outputs) if answer.features is not None else None
         if change is not None:
             answer = replace(answer, change=round(change, 6))
         record = self._record(frame, began, inferred, answer)
@@ -260,10 +260,10 @@ class _Run:
         rate = (len(self._done_at) - 1) / span_s if span_s else 0.0
         if self._overlay is None or frame.shown is None:
             return
-        changes = self._model.change_map(outputs) if record.top is None else None
+        heat = self._model.heat(outputs)
         at_s = frame.times.captured_ns / 1e9 if self._source.live else record.pts_s
         try:
-            self._overlay.write(frame.shown, text_lines(record, rate), changes, at_s or 0.0)
+            self._overlay.write(frame.shown, text_lines(record, rate), heat, at_s or 0.0)
         except OSError as error:
             self._overlay_failed(error)
 

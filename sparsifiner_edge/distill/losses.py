@@ -106,15 +106,17 @@ def token_losses(
     """Losses of final tokens and classes against the teacher's: means, of patches and of prefix one per image [B]."""
     backbone, model = backbone_of(student), backbone_of(teacher)
     prefix, tokens = backbone.prefix, seen.tokens
+    # Of a backbone within something else nobody asks for classes.
+    classifies = bool(backbone.classes) and not expected.outputs
     with torch.no_grad():
-        classes = model.heads(expected.tokens)["logits"] if backbone.classes and model.classes else None
+        classes = model.heads(expected.tokens)["logits"] if classifies and model.classes else None
         wanted = at_positions(expected.tokens, seen.positions, prefix).float()
     got = tokens.float()
     apart = 1 - F.cosine_similarity(got, wanted, dim=-1)
     losses = {"patches": apart[:, prefix:].mean(1), "tokens": F.mse_loss(got, wanted)}
     if prefix:
         losses["classes"] = apart[:, :prefix].mean(1)
-    if backbone.classes and (classes is not None or labels is not None):
+    if classifies and (classes is not None or labels is not None):
         logits = backbone.heads(tokens)["logits"].float()
         if classes is not None:
             want = classes.float().log_softmax(-1)

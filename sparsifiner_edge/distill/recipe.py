@@ -52,8 +52,8 @@ class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         outputs: squared error of what is around the backbone, a decoder's maps, relative to the teacher's variance.
         selection: of the predictor, which has parameters of its own: the weight matters for clipping alone.
         relative: whether `patches`, `classes` and `outputs` count, image by image, by the share of themselves that goes
-            away (their logarithm). Few keys, and some images, make errors ten times those of others, which would else be
-            learnt at the cost of all others.
+            away (their logarithm). Few keys, and some images, make errors ten times those of others, which would else
+            be learnt at the cost of all others.
     """
 
     patches: Weight = 1.0

@@ -187,6 +187,33 @@ def test_a_map_of_changes(cells: Path) -> None:
         assert model.change_map({"tokens": tokens, "token_positions": tokens}) is None
 
 
+def test_a_dense_map_in_a_few_numbers(cells: Path) -> None:
+    mask = np.zeros((1, 4, 8), np.float32)
+    mask[0, 1:3, 6:] = 0.9
+    depth = np.linspace(2, 5, 16, dtype=np.float32).reshape(1, 1, 4, 4)
+    with Model(cells, "onnxruntime", 1) as model:
+        answer = model.answer({"mask": mask, "depth": depth, "tokens": mask})
+        assert answer.maps is not None
+        first, second = answer.maps
+        assert (first.output, first.area, first.centroid) == ("mask", 4 / 32, (7 / 8, 0.5))
+        assert first.greatest == pytest.approx(0.9)
+        assert (second.output, second.least, second.greatest, second.area) == ("depth", 2, 5, None)
+        heat = model.heat({"depth": depth})
+        assert heat is not None
+        assert (heat.min(), heat.max()) == (0, 1)
+        assert np.array_equal(model.heat({"mask": mask, "depth": depth}), mask[0])
+        empty = model.answer({"mask": np.zeros((1, 4, 8), np.float32)}).maps
+        assert empty is not None
+        assert (empty[0].area, empty[0].centroid) == (0, None)
+        mask[0, 0, 0] = np.nan
+        broken = model.answer({"mask": mask})
+        assert (broken.maps, broken.not_finite) == ([], 1)
+        with pytest.raises(ArtifactError, match="needed are logits, features or a dense map"):
+            model.answer({"mask": np.zeros((1, 2, 4, 8), np.float32)})
+    lines = text_lines(record(maps=list(answer.maps), infer_ms=3.2), 25.0)
+    assert lines[:2] == ["mask  12% of the image", "depth  mean 3.5"]
+
+
 def test_text_in_the_overlay() -> None:
     top = [Class(1, "a\x00\u202eb" + "x" * 99, 0.5)]
     first, second = text_lines(record(top=top, infer_ms=3.2), 24.99)

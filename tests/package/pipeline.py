@@ -31,6 +31,22 @@ def classes(buffer):
     return [[GLib.quark_to_string(meta.get_quark(i)), meta.get_level(i)] for i in range(meta.get_length())]
 
 
+def mask(buffer):
+    """A segmentation mask: its rows, the place that it covers, and the ids of its regions."""
+    relations = GstAnalytics.buffer_get_analytics_relation_meta(buffer)
+    found, meta = relations.get_segmentation_mtd(0) if relations else (False, None)
+    if not found:
+        return None
+    held, *place = meta.get_mask()
+    video = GstVideo.buffer_get_video_meta(held)
+    _, mapped = held.map(Gst.MapFlags.READ)
+    data, stride = bytes(mapped.data), video.stride[0]
+    held.unmap(mapped)
+    rows = [list(data[row * stride : row * stride + video.width]) for row in range(video.height)]
+    ids = [meta.get_region_id(number) for number in range(meta.get_region_count())]
+    return {"rows": rows, "place": place, "format": video.format.value_nick, "ids": ids}
+
+
 def tensors(buffer):
     meta = GstAnalytics.buffer_get_tensor_meta(buffer)
     found = {}
@@ -63,7 +79,8 @@ def main():
             break
         path = Path(sys.argv[2]) / f"frame{len(frames)}"
         path.write_bytes(pixels(sample))
-        frames.append({"classes": classes(sample.get_buffer()), "tensors": tensors(sample.get_buffer())})
+        buffer = sample.get_buffer()
+        frames.append({"classes": classes(buffer), "tensors": tensors(buffer), "mask": mask(buffer)})
     bus = pipeline.get_bus()
     while (message := bus.pop()) is not None:
         if message.type == Gst.MessageType.ERROR:

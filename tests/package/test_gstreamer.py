@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import SIGNATURE_FILE
 from sparsifiner_edge.bundle.sign import generate_key, sign_bundle
 from sparsifiner_edge.camera.prepare import Fit, fit_pillow
@@ -144,6 +145,26 @@ def test_a_model_without_classes(
     assert [len(message["features"]) for message in messages] == [64, 64]
     assert messages[0]["change"] == 0 < messages[1]["change"]
     assert [frame["classes"] for frame in frames] == [None, None]
+
+
+@needs_element
+def test_a_dense_map_is_a_mask_on_the_frame(
+    package: Path, environment: dict[str, str], tmp_path: Path, pictures: Path
+) -> None:
+    bundle = se.export_bundle("tests.hosts.factories:masked", tmp_path / "bundle")
+    element = f"sparsifiner bundle={bundle} threads=1"
+    source = "videotestsrc pattern=smpte num-buffers=1 ! video/x-raw,width=334,height=250 ! videoconvert"
+    (tmp_path / "frames").mkdir()
+    messages, frames = pull(f"{source} ! {element} ! appsink name=out", environment, package / "plugins",
+                            tmp_path / "frames")  # fmt: skip
+    pixels = np.frombuffer((tmp_path / "frames" / "frame0").read_bytes(), np.uint8).reshape(250, 334, 3)
+    with open_session(bundle, threads=1) as session:
+        found = session.infer({"image": fit_pillow(Image.fromarray(pixels), Fit(160))[None]})["mask"][0]
+    assert messages[0]["map"] == "mask"
+    assert messages[0]["area"] == pytest.approx((found > 0.5).mean(), abs=1e-3)
+    mask = frames[0]["mask"]
+    assert (mask["format"], mask["ids"], mask["place"]) == ("gray8", [0, 1], [42, 0, 250, 250])
+    assert (np.array(mask["rows"]) != (found > 0.5)).mean() < 1e-3
 
 
 @needs_element

@@ -3,7 +3,9 @@
 GStreamer's Python loader finds this file as GST_PLUGIN_PATH/python/sparsifiner.py. Frames pass unchanged. A
 classifier's answer is attached as GstAnalytics classification metadata (GStreamer 1.24) and posted on the bus, as a
 message of the element with the structure `sparsifiner`: `pts`, `infer-ms`, and `classes`, `labels`, `probabilities`,
-best first. A model without classes posts `features` and `change` instead (see docs/camera.md). Where GStreamer has no
+best first. A model without classes posts `features` and `change` instead (see docs/camera.md). One that gives a dense
+map from 0 to 1 posts `map`, `area` and `centroid` (x, y), and attaches the part above one half as segmentation metadata
+(GStreamer 1.26): a GRAY8 mask, 1 where it is, over the part of the frame that the model sees. Where GStreamer has no
 GstAnalytics, answers come as messages alone, and a warning says so.
 """
 
@@ -28,7 +30,7 @@ from gi.repository import (  # type: ignore[import-not-found,unused-ignore]  # n
 )
 
 if TYPE_CHECKING:
-    from sparsifiner_edge.camera.answers import Answer, Class
+    from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 
 try:
     gi.require_version("GstAnalytics", "1.0")
@@ -116,6 +118,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             change = self._model.change(outputs) if answer.top is None else None
             if answer.top is not None and GstAnalytics is not None:
                 self._attach(buffer, answer.top)
+            if answer.maps and hasattr(GstAnalytics, "SegmentationMtd"):
+                self._attach_mask(buffer, outputs, answer.maps[0])
             self._post(buffer, answer, change, elapsed)
         except Exception as error:  # It would vanish in the binding.
             self._fail(str(error))
@@ -148,6 +152,26 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             quarks = [GLib.quark_from_string(entry.label) for entry in top]
             relations.add_cls_mtd([entry.probability for entry in top], quarks)
 
+    def _attach_mask(self, buffer: Any, outputs: Any, found: MapSummary) -> None:
+        from sparsifiner_edge.camera.model import dense_maps
+        from sparsifiner_edge.images import centre_box
+
+        if found.area is None:
+            return
+        mask = dense_maps(outputs)[found.output] > 0.5
+        rows, columns = mask.shape
+        # Rows of a video buffer begin at multiples of four bytes.
+        stride = -(-columns // 4) * 4
+        padded = b"".join(row.tobytes().ljust(stride, b"\0") for row in mask)
+        held = Gst.Buffer.new_wrapped(padded)
+        GstVideo.buffer_add_video_meta(held, GstVideo.VideoFrameFlags.NONE, GstVideo.VideoFormat.GRAY8, columns, rows)
+        left, top, right, bottom = centre_box(self._info.width, self._info.height, self._model.fit.size)
+        relations = GstAnalytics.buffer_add_analytics_relation_meta(buffer)
+        if relations is None:
+            raise RuntimeError("The frame takes no metadata.")
+        kind = GstAnalytics.SegmentationType.SEMANTIC
+        relations.add_segmentation_mtd(held, kind, [0, 1], left, top, right - left, bottom - top)
+
     def _post(self, buffer: Any, answer: Answer, change: float | None, elapsed: float) -> None:
         structure = Gst.Structure.new_empty("sparsifiner")
         if buffer.pts != Gst.CLOCK_TIME_NONE:
@@ -156,6 +180,11 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
         if answer.top is not None:
             for field, key in (("classes", "number"), ("labels", "label"), ("probabilities", "probability")):
                 structure.set_value(field, Gst.ValueArray([getattr(entry, key) for entry in answer.top]))
+        elif answer.maps:
+            found = answer.maps[0]
+            structure.set_value("map", found.output)
+            structure.set_value("area", math.nan if found.area is None else found.area)
+            structure.set_value("centroid", Gst.ValueArray(list(found.centroid or ())))
         else:
             features = answer.features or []
             structure.set_value("features", Gst.ValueArray([math.nan if x is None else x for x in features]))
