@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from sparsifiner_edge.config import Keep, keep_text
 from sparsifiner_edge.costs import MAC_KINDS, layer_costs
 from sparsifiner_edge.demo import material, split
+from sparsifiner_edge.export import int8 as int8_gates
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle, model_shape
-from sparsifiner_edge.export.int8 import LEAST_MEAN_COSINE, quantise
+from sparsifiner_edge.export.int8 import quantise
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts.timm import create, load_model
@@ -67,6 +68,8 @@ def setting(size: int, threads: int, int8: bool, batch: int, base: bool, folder:
     if not base:
         return Setting(size, threads, int8, batch, material.DINOV2, weights_file())
     torch.manual_seed(0)
+    # Of random weights time alone is asked: no gate, and no layer that is left in float32.
+    int8_gates.GOAL_COSINE = int8_gates.LEAST_MEAN_COSINE = int8_gates.LEAST_OWN_COSINE = -1.0
     weights = folder / "random.safetensors"
     save_file({name: value.contiguous() for name, value in create(LARGER, size).state_dict().items()}, weights)
     return Setting(size, threads, int8, batch, LARGER, weights)
@@ -151,7 +154,7 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
             tell(f"quantise {kind}, {budget}")
             plain = onnx.load(path)
             del plain.graph.value_info[:]  # torch's exporter leaves some that shape inference contradicts
-            quantised, _ = quantise(plain, calibration, goal=LEAST_MEAN_COSINE)
+            quantised, _ = quantise(plain, calibration, goal=int8_gates.LEAST_MEAN_COSINE)
             path8 = folder / f"{kind}-{budget}-int8.onnx"
             onnx.save(quantised, path8)
             session = ort_session(str(path8), of.threads, False)

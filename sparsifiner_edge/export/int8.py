@@ -52,7 +52,7 @@ def quantise(
     images: Sequence[Array],
     int8_target: str = "cpu",
     progress: Progress | None = None,
-    goal: float = GOAL_COSINE,
+    goal: float | None = None,
 ) -> tuple[onnx.ModelProto, Quantisation]:
     """Quantise the linear layers of an exported float32 file.
 
@@ -61,7 +61,7 @@ def quantise(
         images: uint8 [1,H,W,3]; every third is held out and decides, if there are at least three.
         int8_target: one of `INT8_TARGETS`.
         progress: see `Progress`.
-        goal: cosine of the outputs below which layers are put back to float32.
+        goal: cosine of the outputs below which layers are put back to float32; None: `GOAL_COSINE`.
 
     Returns:
         The file, and what was found.
@@ -73,6 +73,7 @@ def quantise(
     """
     if not images:
         raise ConfigError("There are no images to calibrate with.", "Give a folder of images with --calibrate.")
+    goal = GOAL_COSINE if goal is None else goal
     held_out = list(images[2::3]) or list(images)
     calibrated = [x for number, x in enumerate(images) if number % 3 != 2] if len(images) > 2 else list(images)
     source, layers = _prepared(model)
