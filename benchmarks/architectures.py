@@ -70,7 +70,7 @@ def random_model(name: str, size: int) -> Any:
         )
         sizes = {"neck_hidden_sizes": [48, 96, 192, 384], "reassemble_hidden_size": 384, "fusion_hidden_size": 64}
         return kind(transformers.DepthAnythingConfig(backbone_config=backbone, **sizes)).eval()
-    return hugging_face.resized(kind(kind.config_class(**CONFIGURATIONS.get(name, {}))).eval(), size)
+    return hugging_face.for_size(kind(kind.config_class(**CONFIGURATIONS.get(name, {}))).eval(), size)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsifiner_edge.export.deployed_model import DeployedModel
-from sparsifiner_edge.sparse.hosts.timm import Model, preprocessing
+from sparsifiner_edge.sparse.hosts.timm import TimmModel, preprocessing
 
 
 def constant(rate: int, depth: int) -> list[int]:
@@ -44,7 +44,7 @@ def schedule(rate: int | tuple[int, float], depth: int) -> tuple[tuple[int, ...]
 class ToMe(nn.Module):
     """uint8 images [B,H,W,3] -> class features [B,C] and tokens [B,N,C], merged at given rates per layer."""
 
-    def __init__(self, model: Model, rates: list[int]) -> None:
+    def __init__(self, model: TimmModel, rates: list[int]) -> None:
         super().__init__()
         self.model: Any = DeployedModel(
             model, preprocessing(model)
@@ -120,7 +120,7 @@ def macs(rates: list[int], tokens: int, width: int, hidden: int) -> int:
     )
 
 
-def export(model: Model, rates: list[int], size: int, path: Path, batch: int = 1) -> Path:
+def export(model: TimmModel, rates: list[int], size: int, path: Path, batch: int = 1) -> Path:
     """One plain ONNX file of the module."""
     module = ToMe(model, rates).eval()
     example = torch.zeros(batch, size, size, 3, dtype=torch.uint8)

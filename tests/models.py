@@ -8,7 +8,7 @@ import timm
 import torch
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.sparse.hosts.timm import Model
+from sparsifiner_edge.sparse.hosts.timm import TimmModel
 from sparsifiner_edge.sparse.student import Student, make_student
 
 TINY = "test_vit"
@@ -16,7 +16,7 @@ TINY = "test_vit"
 TINY_CONFIG = SparsityConfig(keep=0.2, cells=4, channels=8)
 
 
-def vit(name: str = TINY, seed: int = 0, **options: Any) -> Model:
+def vit(name: str = TINY, seed: int = 0, **options: Any) -> TimmModel:
     """A timm model; queries and keys are scaled up, since fresh weights attend to everything alike."""
     torch.manual_seed(seed)
     model = timm.create_model(name, pretrained=False, dynamic_img_size=False, **options).eval()
@@ -32,7 +32,7 @@ def student(name: str = TINY, sparsity: SparsityConfig = TINY_CONFIG, **options:
     return make_student(name, vit(name, **options), sparsity)
 
 
-def images(model: Model, batch: int = 2, seed: int = 0) -> torch.Tensor:
+def images(model: TimmModel, batch: int = 2, seed: int = 0) -> torch.Tensor:
     """Random float images [batch,3,H,W]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, *model.patch_embed.img_size, generator=generator)

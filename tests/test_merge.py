@@ -25,7 +25,7 @@ from sparsifiner_edge.export import check, student_changes
 from sparsifiner_edge.export.export import export_bundle, model_shape
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.defaults import default_cells, default_keep
-from sparsifiner_edge.sparse.layer import SparseLayer, Tokens
+from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_backbone
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
@@ -46,7 +46,7 @@ def test_every_patch_goes_into_one_token(patches: int, prefix: int, window: int,
     rng = torch.Generator().manual_seed(seed)
     tokens, merged = prefix + patches, max(1, int(share * patches))
     qkv, x = (torch.randn(2, tokens, width, generator=rng) for width in (3 * 2 * 4, 5))
-    before = Tokens(x, None, None, torch.arange(patches).expand(2, -1))
+    before = CarriedTokens(x, None, None, torch.arange(patches).expand(2, -1))
     module = Merging(merged, prefix, window)
     pairs = module.pairs(qkv, torch.ones(2, tokens), 2)
     joined = pairs[0][pairs[0, :, 0] != pairs[0, :, 1]]
@@ -71,7 +71,7 @@ def test_every_patch_goes_into_one_token(patches: int, prefix: int, window: int,
 def test_sizes_add_up_and_the_larger_source_gives_its_angle() -> None:
     qkv, x = torch.randn(1, 9, 24), torch.randn(1, 9, 4)
     sizes = torch.tensor([[1.0, 5, 1, 1, 1, 1, 1, 1, 1]])
-    before = Tokens(x, sizes, torch.arange(8)[None], torch.arange(8)[None])
+    before = CarriedTokens(x, sizes, torch.arange(8)[None], torch.arange(8)[None])
     part = Merging(1, 1, 2)
     part.pairs = lambda *_: torch.tensor([[[0, 0], [2, 1], *([i, i] for i in range(3, 9))]], dtype=torch.int32)  # type: ignore[method-assign]
     after = part(before, qkv, 2)

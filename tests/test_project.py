@@ -63,6 +63,7 @@ def test_no_code_goes_through_the_links() -> None:
 def test_public_names() -> None:
     assert set(sparsifiner_edge.__all__) == {
         "SparsifinerError", "SparsityConfig", "build_engine", "distill_student", "evaluate_student", "export_bundle",
+        "export_model",
         "load_student", "open_session", "package_bundle", "profile_bundle", "restore_model", "sparsify",
         "sparsify_model", "verify_bundle",
     }  # fmt: skip

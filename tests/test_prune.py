@@ -26,7 +26,7 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.metrics import aligned
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.sparse.layer import Tokens
+from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.patch import final_tokens, make_model_sparse
 from sparsifiner_edge.sparse.prune import Pruning
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
@@ -50,7 +50,7 @@ def test_the_best_stay_in_order(patches: int, prefix: int, kept: int, fuse: bool
     x = torch.randn(2, prefix + patches, 5, generator=rng)
     scores = torch.rand(2, prefix + patches, generator=rng)
     places = torch.arange(patches).expand(2, -1)
-    got, _, _, positions = Pruning(kept, prefix, fuse)(Tokens(x, None, None, places), scores)
+    got, _, _, positions = Pruning(kept, prefix, fuse)(CarriedTokens(x, None, None, places), scores)
     assert got.shape == (2, prefix + fuse + kept, 5)
     for row in range(2):
         wanted = scores[row, prefix:].sort(descending=True, stable=True).indices[:kept].sort().values
@@ -96,7 +96,7 @@ def test_what_is_dropped_counts_however_little_it_weighs(dtype: torch.dtype) -> 
     torch.manual_seed(0)
     x = torch.randn(1, 1 + 8, 5).to(dtype)
     scores = torch.tensor([[0.0, 0.7, 0.1, 0.1, 0.1, 1e-8, 2e-8, 1e-9, 0.0]])
-    got = Pruning(4, prefix=1, fuse=True)(Tokens(x, None, None, torch.arange(8)[None]), scores).values
+    got = Pruning(4, prefix=1, fuse=True)(CarriedTokens(x, None, None, torch.arange(8)[None]), scores).values
     weights = scores[0, 5:].double() / scores[0, 5:].double().sum()
     torch.testing.assert_close(got[0, 1], (weights @ x[0, 5:].double()).to(dtype))
 

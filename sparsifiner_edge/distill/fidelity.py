@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.losses import at_positions
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.outputs import Seen, seen_by
+from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
 from sparsifiner_edge.sparse.patch import set_budget
 
 LEAST_ERROR = 1e-6
@@ -22,7 +22,7 @@ LEAST_ERROR = 1e-6
 @torch.no_grad()
 def fidelities(
     model: nn.Module,
-    held_out: list[tuple[Tensor, Seen]],
+    held_out: list[tuple[Tensor, ModelAnswer]],
     budgets: list[SparsityConfig],
     names: tuple[str, ...] | None = None,
 ) -> list[list[float]]:

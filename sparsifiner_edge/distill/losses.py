@@ -13,7 +13,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.outputs import Seen, seen_by
+from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
 
 RELATIVE = ("patches", "classes", "outputs")
 """Losses that the recipe's `losses.relative` concerns."""
@@ -99,8 +99,8 @@ class Distiller(nn.Module):
 def token_losses(
     student: nn.Module,
     teacher: nn.Module,
-    seen: Seen,
-    expected: Seen,
+    seen: ModelAnswer,
+    expected: ModelAnswer,
     labels: Tensor | None,
 ) -> dict[str, Tensor]:
     """Losses of final tokens and classes against the teacher's: means, of patches and of prefix one per image [B]."""

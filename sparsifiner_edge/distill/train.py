@@ -33,7 +33,7 @@ from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.outputs import Seen, seen_by
+from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student, is_predictor
 from sparsifiner_edge.sparse.weights import normalise
@@ -133,7 +133,7 @@ class Training:
         return max(1, math.ceil(phase.epochs * len(self.source.train) / per_step))
 
     @torch.no_grad()
-    def _held_out(self, teacher: nn.Module) -> list[tuple[Tensor, Seen]]:
+    def _held_out(self, teacher: nn.Module) -> list[tuple[Tensor, ModelAnswer]]:
         """Validation images, and what the teacher makes of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []

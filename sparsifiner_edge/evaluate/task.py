@@ -42,7 +42,7 @@ class Task(NamedTuple):
     threshold: float = THRESHOLD
 
 
-class Figure(msgspec.Struct, frozen=True):
+class TaskFigure(msgspec.Struct, frozen=True):
     """Over images: the mean with Student's t interval. Images for which it says nothing are left out."""
 
     mean: Estimate
@@ -72,7 +72,7 @@ class TaskResult(Declared, frozen=True):
 
     method: TaskMethod
     samples: dict[str, list[float | None]]
-    statistics: dict[str, Figure]
+    statistics: dict[str, TaskFigure]
 
 
 def evaluate_task(
@@ -103,7 +103,7 @@ def evaluate_task(
         runtime={"subject": subject.runtime, "teacher": teacher.runtime}, **judge.said(),
     )  # fmt: skip
     known = {name: [x for x in values if x is not None] for name, values in judge.samples.items()}
-    statistics = {name: Figure(stats.small_sample_mean(x), len(x)) for name, x in known.items() if x}
+    statistics = {name: TaskFigure(stats.small_sample_mean(x), len(x)) for name, x in known.items() if x}
     return TaskResult("evaluation", with_roles(subject, teacher), method, judge.samples, statistics)
 
 

@@ -44,7 +44,7 @@ from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.hosts.timm import Model, class_labels
+from sparsifiner_edge.sparse.hosts.timm import TimmModel, class_labels
 from sparsifiner_edge.sparse.in_memory import require_images
 from sparsifiner_edge.sparse.outputs import ALONE, checked_names
 from sparsifiner_edge.sparse.student import MAX_CALIBRATION_IMAGES, Student, load_dense, load_student
@@ -323,7 +323,7 @@ def model_shape(model: nn.Module) -> ModelShape:
 
 def _own_labels(model: nn.Module) -> list[str]:
     """Of a classifier of timm."""
-    return class_labels(model) if isinstance(model, Model) else []
+    return class_labels(model) if isinstance(model, TimmModel) else []
 
 
 def _metadata(student: Student, deployed: DeployedModel, labels: list[str]) -> dict[str, str]:

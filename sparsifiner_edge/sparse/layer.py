@@ -20,7 +20,7 @@ from sparsifiner_edge.sparse.attention import PackedAttention, mixed, unmixed
 _RIDER = "_sparsifiner_tokens"
 
 
-class Tokens(NamedTuple):
+class CarriedTokens(NamedTuple):
     """Tokens between two layers, and what is known of them.
 
     Attributes:
@@ -37,7 +37,7 @@ class Tokens(NamedTuple):
     positions: Tensor
 
 
-class Curve(nn.Module):
+class TokenOrder(nn.Module):
     """How the tokens of a model lie, shared by its layers.
 
     Attributes:
@@ -64,7 +64,7 @@ class SparseLayer(nn.Module):
         unmerged: while a predictor learns: merge nothing.
     """
 
-    curve: Curve
+    curve: TokenOrder
     entering: int
     merging: nn.Module | None
     pruning: nn.Module | None
@@ -115,8 +115,8 @@ class SparseLayer(nn.Module):
         geometry = self.own_attention.geometry
         return ops.token_score(qkv, num_heads=geometry.heads, scale=geometry.scale)
 
-    def _arrived(self, x: Tensor) -> Tokens:
-        known: Tokens | None = getattr(x, _RIDER, None)
+    def _arrived(self, x: Tensor) -> CarriedTokens:
+        known: CarriedTokens | None = getattr(x, _RIDER, None)
         if known is not None:
             return known
         order, prefix = self.curve.order, self.curve.prefix
@@ -132,7 +132,7 @@ class SparseLayer(nn.Module):
                 "Give images of that size, or make it sparse for this one: img_size.",
             )
         values = torch.cat([x[:, :prefix], x[:, prefix:].index_select(1, order)], 1)
-        return Tokens(values, None, None, order.expand(x.shape[0], -1))
+        return CarriedTokens(values, None, None, order.expand(x.shape[0], -1))
 
     def _at(self, table: Tensor, positions: Tensor) -> Tensor:
         """Rows of a rotary table at the raster places [B,P'] of the patches: [P,2d], [H,P,2d] or [B,P',1 or H,2d]."""
@@ -141,7 +141,7 @@ class SparseLayer(nn.Module):
         rows = table[..., positions, :]
         return rows.permute(1, 2, 0, 3) if table.ndim == 3 else rows[:, :, None]
 
-    def _leaving(self, tokens: Tokens) -> Tensor:
+    def _leaving(self, tokens: CarriedTokens) -> Tensor:
         """Tokens as the host knows them: prefix, then every original patch in raster order; where some were pruned,
         those that are left.
         """
@@ -159,12 +159,12 @@ class SparseLayer(nn.Module):
         return whole
 
 
-def riding(x: Tensor) -> Tokens:
+def riding(x: Tensor) -> CarriedTokens:
     """What rides along on the output of a `SparseLayer`."""
-    return cast(Tokens, getattr(x, _RIDER))
+    return cast(CarriedTokens, getattr(x, _RIDER))
 
 
-def make_layer(layer: Any, host: type[SparseLayer], curve: Curve) -> None:
+def make_layer(layer: Any, host: type[SparseLayer], curve: TokenOrder) -> None:
     """Turn a layer of a host, in place, into a `SparseLayer`; host: where it keeps the layer's parts."""
     layer.__class__ = mixed(f"Sparse{type(layer).__name__}", host, type(layer))
     layer.curve, layer.merging, layer.pruning = curve, None, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner_edge.ops import torch_merge as ops
-from sparsifiner_edge.sparse.layer import Tokens
+from sparsifiner_edge.sparse.layer import CarriedTokens
 
 
 class Merging(nn.Module):
@@ -26,7 +26,7 @@ class Merging(nn.Module):
         super().__init__()
         self.merged, self.prefix, self.window = merged, prefix, window
 
-    def forward(self, tokens: Tokens, qkv: Tensor, num_heads: int) -> Tokens:
+    def forward(self, tokens: CarriedTokens, qkv: Tensor, num_heads: int) -> CarriedTokens:
         """Tokens and their qkv [B,N,3C] -> `merged` fewer of them."""
         x = tokens.values
         sizes = torch.ones_like(x[:, :, 0], dtype=torch.float32) if tokens.sizes is None else tokens.sizes
@@ -36,7 +36,7 @@ class Merging(nn.Module):
         # The patches alone, counted from the first.
         here, there = (side[:, self.prefix :] - self.prefix for side in (first, second))
         larger = torch.where((b > a)[:, self.prefix :], there, here)
-        return Tokens(
+        return CarriedTokens(
             ops.merge_tokens(x, sizes, pairs),
             torch.where(first == second, a, a + b),
             self._carried(here, there, tokens.places),

@@ -37,7 +37,7 @@ def outputs_of(module: nn.Module, images: Tensor, names: Sequence[str] | None = 
     return found if positions is None else found | {POSITIONS: positions}
 
 
-class Seen(NamedTuple):
+class ModelAnswer(NamedTuple):
     """What a model makes of images.
 
     Attributes:
@@ -51,15 +51,15 @@ class Seen(NamedTuple):
     outputs: dict[str, Tensor]
 
 
-def seen_by(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> Seen:
-    """Call a module with images [B,3,H,W], as it wants them; see `Seen`.
+def seen_by(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> ModelAnswer:
+    """Call a module with images [B,3,H,W], as it wants them; see `ModelAnswer`.
 
     Raises:
         ConfigError: it gives no tensors; it does not run its backbone to the last layer.
     """
     backbone = backbone_of(module)
     if backbone.module is module:
-        return Seen(*final_tokens(module, images), {})
+        return ModelAnswer(*final_tokens(module, images), {})
     last: list[Tensor] = []
     hook = backbone.layers[-1].register_forward_hook(lambda _, __, out: last.append(out))
     try:
@@ -70,7 +70,7 @@ def seen_by(module: nn.Module, images: Tensor, names: Sequence[str] | None = Non
         raise ConfigError("This module does not run its vision transformer to the last layer.", "Let it read that too.")
     pruned = backbone.sparsity is not None and backbone.sparsity.token_keep
     positions = riding(last[0]).positions.sort(1).values if pruned else None
-    return Seen(backbone.host.final_norm(backbone)(last[0]), positions, outputs)
+    return ModelAnswer(backbone.host.final_norm(backbone)(last[0]), positions, outputs)
 
 
 def _named(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse, restore_attention
 from sparsifiner_edge.sparse.hosts import SUPPORTED, Backbone, backbone_of, backbones
-from sparsifiner_edge.sparse.layer import Curve, make_layer, restore_layer, riding
+from sparsifiner_edge.sparse.layer import TokenOrder, make_layer, restore_layer, riding
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.prune import Pruning
@@ -81,7 +81,7 @@ def _make_sparse(backbone: Backbone, sparsity: SparsityConfig) -> None:
     sparse_layers = sparsity.sparse_layers(depth)
     # The published method knows raster order alone.
     order = np.arange(backbone.patches) if sparsity.preset == "paper" else hilbert_order(*backbone.grid)
-    curve = Curve(torch.from_numpy(order), torch.from_numpy(inverse(order)), backbone.prefix)
+    curve = TokenOrder(torch.from_numpy(order), torch.from_numpy(inverse(order)), backbone.prefix)
     curve.to(backbone.embedding.weight.device)
     backbone.module.sparsity = sparsity
     for number, layer in enumerate(backbone.layers):

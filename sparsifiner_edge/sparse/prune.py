@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.layer import Tokens
+from sparsifiner_edge.sparse.layer import CarriedTokens
 
 
 class Pruning(nn.Module):
@@ -26,7 +26,7 @@ class Pruning(nn.Module):
         super().__init__()
         self.kept, self.prefix, self.fuse = kept, prefix, fuse
 
-    def forward(self, tokens: Tokens, scores: Tensor) -> Tokens:
+    def forward(self, tokens: CarriedTokens, scores: Tensor) -> CarriedTokens:
         """Keep the `kept` patches with the highest scores [B,N] (see `ops.token_score`), in their order: tokens
         [B, prefix (+ 1) + kept, C].
         """

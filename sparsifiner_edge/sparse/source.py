@@ -13,10 +13,10 @@ import timm
 from torch import nn
 
 from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.hosts.timm import Model, load_model, preprocessing
-from sparsifiner_edge.sparse.student_file import Kind
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
+from sparsifiner_edge.sparse.hosts.timm import TimmModel, load_model, preprocessing
+from sparsifiner_edge.sparse.student_file import HostKind
 from sparsifiner_edge.sparse.weights import Normalisation, brief
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
@@ -24,7 +24,7 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A dense model and where it is from.
 
     Attributes:
@@ -33,7 +33,7 @@ class Loaded:
         origin: of the weights, for people.
     """
 
-    kind: Kind
+    kind: HostKind
     name: str
     model: nn.Module
     pixels: Normalisation
@@ -41,7 +41,7 @@ class Loaded:
     origin: str | None = None
 
 
-def load_source(source: str, weights: Path | None = None, img_size: ImageSize | None = None) -> Loaded:
+def load_source(source: str, weights: Path | None = None, img_size: ImageSize | None = None) -> LoadedModel:
     """A pretrained model.
 
     Args:
@@ -57,13 +57,16 @@ def load_source(source: str, weights: Path | None = None, img_size: ImageSize | 
         _require_no_weights(weights, source)
         return from_factory(source, img_size)
     if source and not timm.is_model(source) and (Path(source).is_dir() or _HUB.fullmatch(source)):
+        if Path(source).is_dir() and not hugging_face.is_saved(Path(source)):
+            raise ArtifactError(
+                f"{source} is not a student, nor a folder that transformers has saved.",
+                "Make one with `sparsifiner-edge sparsify`.",
+            )
         _require_no_weights(weights, source)
-        from sparsifiner_edge.sparse.hosts import hugging_face
-
-        name, module, pixels = hugging_face.load(source, img_size)
-        return Loaded("transformers", name, module, pixels, None, source)
+        name, module, pixels = hugging_face.load_pretrained(source, img_size)
+        return LoadedModel("transformers", name, module, pixels, None, source)
     model = load_model(source, weights, img_size)
-    return Loaded("timm", source, model, preprocessing(model), None, None if weights else "timm hub")
+    return LoadedModel("timm", source, model, preprocessing(model), None, None if weights else "timm hub")
 
 
 def _require_no_weights(weights: Path | None, source: str) -> None:
@@ -71,7 +74,7 @@ def _require_no_weights(weights: Path | None, source: str) -> None:
         raise ConfigError(f"--weights are for timm's names; {source!r} brings its own.", "Leave --weights out.")
 
 
-def from_factory(source: str, img_size: ImageSize | None = None) -> Loaded:
+def from_factory(source: str, img_size: ImageSize | None = None) -> LoadedModel:
     """What a user's own function makes: it is imported, and called with `img_size` where it takes that.
 
     The module may say what it expects of pixels (`image_mean`, `image_std`, per RGB channel, of pixels / 255), and what
@@ -101,7 +104,7 @@ def from_factory(source: str, img_size: ImageSize | None = None) -> Loaded:
             "Let the function pass img_size on.",
         )
     names = getattr(model, "output_names", None)
-    return Loaded("factory", source, model.eval(), _pixels(model, source), None if names is None else tuple(names))
+    return LoadedModel("factory", source, model.eval(), _pixels(model, source), None if names is None else tuple(names))
 
 
 def _imported(source: str) -> Any:
@@ -123,7 +126,7 @@ def _pixels(model: Any, source: str) -> Normalisation:
     if mean is not None and std is not None:
         return Normalisation.checked(mean, std)
     backbone = backbone_of(model).module
-    if isinstance(backbone, Model):
+    if isinstance(backbone, TimmModel):
         return preprocessing(backbone)
     raise ConfigError(
         f"{source} does not say what its module expects of pixels.",

@@ -27,12 +27,12 @@ from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import create, load_state, on_paper, preprocessing
 from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
 from sparsifiner_edge.sparse.patch import make_model_sparse, require_supported, restore_backbone, set_budget
-from sparsifiner_edge.sparse.source import Loaded, from_factory, load_source
+from sparsifiner_edge.sparse.source import LoadedModel, from_factory, load_source
 from sparsifiner_edge.sparse.student_file import (
-    AGAIN,
+    SPARSIFY_AGAIN,
     Calibration,
-    Kind,
-    Pixels,
+    ExpectedPixels,
+    HostKind,
     Provenance,
     StudentConfig,
     Weights,
@@ -73,7 +73,7 @@ class Student:
     labels: tuple[str, ...] = ()
     pixels: Normalisation | None = None
     outputs: tuple[str, ...] | None = None
-    kind: Kind = "timm"
+    kind: HostKind = "timm"
 
     @property
     def normalisation(self) -> Normalisation:
@@ -87,7 +87,7 @@ class Student:
 
     @property
     def img_size(self) -> ImageSize:
-        """Pixels of its images: one number for a square."""
+        """ExpectedPixels of its images: one number for a square."""
         return size_of(*self.backbone.image_size)
 
 
@@ -197,7 +197,7 @@ def save_student(student: Student, output: Path) -> Path:
             img_size=student.img_size,
             num_classes=student.backbone.classes or len(student.labels),
             labels=student.labels,
-            pixels=None if student.pixels is None else Pixels(*student.pixels.triples),
+            pixels=None if student.pixels is None else ExpectedPixels(*student.pixels.triples),
             outputs=student.outputs,
             sparsity=student.sparsity.to_dict(),
             provenance=student.provenance,
@@ -230,12 +230,12 @@ def load_student(
     sparsity, labels = SparsityConfig.from_dict(config.sparsity), config.labels
     if labels and len(labels) != config.num_classes:
         raise ArtifactError(
-            f"{folder / STUDENT_FILE} names {len(labels)} labels for {config.num_classes} classes.", AGAIN
+            f"{folder / STUDENT_FILE} names {len(labels)} labels for {config.num_classes} classes.", SPARSIFY_AGAIN
         )
     if not weights.is_file():
-        raise ArtifactError(f"{weights} is missing.", AGAIN)
+        raise ArtifactError(f"{weights} is missing.", SPARSIFY_AGAIN)
     if sha256(weights) != config.weights_sha256:
-        raise ArtifactError(f"{weights} does not match its SHA-256.", AGAIN)
+        raise ArtifactError(f"{weights} does not match its SHA-256.", SPARSIFY_AGAIN)
     state = read_weights(weights)
     own = {key: tensor for key, tensor in state.items() if not is_predictor(key)}
     model = _dense(folder, config, own, img_size, trust)
@@ -273,7 +273,7 @@ def _dense(
             # Before memory is taken: a configuration may name the largest model there is.
             check_fit(hugging_face.blank(folder, config.img_size).state_dict(), state, source)
         blank = hugging_face.blank(folder, config.img_size)
-        return hugging_face.resized(_load(blank, state, source), size)
+        return hugging_face.for_size(_load(blank, state, source), size)
     _require_trust(config.model, trust, folder)
     model = _load(from_factory(config.model, config.img_size).model, state, source)
     if size == config.img_size:
@@ -355,14 +355,14 @@ def load_dense(source: str, weights: Path | None = None, img_size: ImageSize | N
     return _of_source(loaded, Student(loaded.model, loaded.name, SparsityConfig(keep=1), provenance))
 
 
-def _of_source(loaded: Loaded, student: Student) -> Student:
+def _of_source(loaded: LoadedModel, student: Student) -> Student:
     """A student with what its source says of it."""
     if loaded.kind == "timm":
         return student
     return dataclasses.replace(student, pixels=loaded.pixels, outputs=loaded.outputs, kind=loaded.kind)
 
 
-def _origin(loaded: Loaded, weights: Path | None) -> Weights:
+def _origin(loaded: LoadedModel, weights: Path | None) -> Weights:
     return Weights(file=weights.name, sha256=sha256(weights)) if weights else Weights(origin=loaded.origin)
 
 

@@ -13,8 +13,8 @@ from sparsifiner_edge.bounds import ImageSize, flaw
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.records import read_record
 
-AGAIN = "Make the student again."
-Kind = Literal["timm", "transformers", "factory"]
+SPARSIFY_AGAIN = "Make the student again."
+HostKind = Literal["timm", "transformers", "factory"]
 """Where a model is from: a name of timm's, a configuration of transformers', or a user's own function."""
 ClassNames = tuple[Annotated[str, Meta(pattern=r"^[^\ud800-\udfff]{1,1000}$")], ...]
 """ImageNet's longest has 130 characters. Surrogates stand for bytes in a folder's name that are not UTF-8."""
@@ -62,7 +62,7 @@ class Provenance(msgspec.Struct, frozen=True):
     training: Any = None
 
 
-class Pixels(msgspec.Struct, frozen=True):
+class ExpectedPixels(msgspec.Struct, frozen=True):
     """What a model expects of pixels / 255, per RGB channel; see `Normalisation`."""
 
     mean: tuple[float, float, float]
@@ -82,12 +82,12 @@ class StudentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     schema_version: int = STUDENT_SCHEMA
     kind: str = "student"
-    host: Kind = "timm"
+    host: HostKind = "timm"
     model: str
     img_size: ImageSize
     num_classes: int
     labels: ClassNames = ()
-    pixels: Pixels | None = None
+    pixels: ExpectedPixels | None = None
     outputs: tuple[str, ...] | None = None
     sparsity: Any
     provenance: Provenance
@@ -106,8 +106,8 @@ def read_config(folder: Path) -> StudentConfig:
         raise ArtifactError(f"{folder} is not a student.", "Make one with `sparsifiner-edge sparsify`.")
     found = flaw(content)
     if found is not None:
-        raise ArtifactError(f"{path}: {found}.", AGAIN)
-    return read_record(content, StudentConfig, path, AGAIN)
+        raise ArtifactError(f"{path}: {found}.", SPARSIFY_AGAIN)
+    return read_record(content, StudentConfig, path, SPARSIFY_AGAIN)
 
 
 def checked_labels(labels: object, origin: object) -> tuple[str, ...]:
@@ -119,4 +119,4 @@ def checked_labels(labels: object, origin: object) -> tuple[str, ...]:
     Raises:
         ArtifactError: something else.
     """
-    return read_record({"labels": labels}, Labels, origin, AGAIN).labels
+    return read_record({"labels": labels}, Labels, origin, SPARSIFY_AGAIN).labels

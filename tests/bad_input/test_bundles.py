@@ -104,7 +104,7 @@ def drop_outputs(folder: Path) -> None:
         ),
         (lambda b: ((b / "model.onnx").write_bytes(b""), reseal(b)), ["ONNX Runtime rejects"]),
         (lambda b: ((b / "model.onnx").write_bytes(b"\xff" * 4096), reseal(b)), ["model.onnx is not an ONNX file"]),
-        (lambda b: (drop_outputs(b), reseal(b)), ["gives other; needed are logits or features"]),
+        (lambda b: (drop_outputs(b), reseal(b)), ["gives other; needed are logits, features"]),
         (shutil.rmtree, ["is not a folder", "sparsifiner-edge export"]),
         (lambda b: (shutil.rmtree(b), b.write_text("x")), ["is not a folder"]),
     ],

@@ -204,7 +204,7 @@ def _shorter(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (_without("config.json"), "could not be loaded by transformers"),
+        (_without("config.json"), "nor a folder that transformers has saved"),
         (_without("model.safetensors"), "could not be loaded by transformers"),
         (_without("preprocessor_config.json"), "could not be loaded by transformers"),
         (_pickled, "could not be loaded by transformers"),

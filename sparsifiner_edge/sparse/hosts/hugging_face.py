@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sparsifiner_edge.artifacts import MAX_JSON
 from sparsifiner_edge.bounds import MOST_SIDE, ImageSize, height_width, size_text
 from sparsifiner_edge.errors import (
     ConfigError,
@@ -22,6 +23,7 @@ from sparsifiner_edge.errors import (
     UnsupportedModelError,
     WeightsError,
 )
+from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
 from sparsifiner_edge.sparse.weights import Normalisation, brief
 
@@ -43,12 +45,18 @@ def library() -> Any:
         raise MissingExtraError("transformers", "transformers") from error
 
 
-def load(source: str, img_size: ImageSize | None = None) -> tuple[str, nn.Module, Normalisation]:
+def is_saved(folder: Path) -> bool:
+    """Whether a folder has a configuration of transformers'."""
+    path = folder / "config.json"
+    return path.is_file() and b'"model_type"' in read_bytes(path, MAX_JSON)
+
+
+def load_pretrained(source: str, img_size: ImageSize | None = None) -> tuple[str, nn.Module, Normalisation]:
     """A pretrained model: its class, itself, and what it expects of pixels.
 
     Args:
         source: folder, or a name on the hub, which is downloaded.
-        img_size: see `resized`.
+        img_size: see `for_size`.
 
     Raises:
         SparsifinerError: it cannot be had, does not fit its configuration, or is none that can be taken.
@@ -74,7 +82,7 @@ def load(source: str, img_size: ImageSize | None = None) -> tuple[str, nn.Module
                 "Give the folder whole, as transformers saves it.",
             )
     backbone_of(model)
-    return kind.__name__, resized(model.eval(), img_size), _pixels(given, source)
+    return kind.__name__, for_size(model.eval(), img_size), _pixels(given, source)
 
 
 def blank(folder: Path, img_size: ImageSize) -> nn.Module:
@@ -89,7 +97,7 @@ def blank(folder: Path, img_size: ImageSize) -> nn.Module:
             folder / ARCHITECTURE, local_files_only=True, trust_remote_code=False
         )
         model: nn.Module = _class(config, str(folder))(config)
-    return resized(model.eval(), img_size)
+    return for_size(model.eval(), img_size)
 
 
 def write_configuration(model: nn.Module, folder: Path) -> None:
@@ -99,7 +107,7 @@ def write_configuration(model: nn.Module, folder: Path) -> None:
     config.save_pretrained(folder / ARCHITECTURE)
 
 
-def resized(model: nn.Module, img_size: ImageSize | None) -> nn.Module:
+def for_size(model: nn.Module, img_size: ImageSize | None) -> nn.Module:
     """The model for images of another size, in place; None leaves it at its configuration's.
 
     Raises:

@@ -28,7 +28,7 @@ from sparsifiner_edge.sparse.hosts import Backbone, Host
 from sparsifiner_edge.sparse.layer import SparseLayer
 from sparsifiner_edge.sparse.weights import FIT, Normalisation, StateDict, brief, check_fit, check_numbers, read_weights
 
-Model: TypeAlias = VisionTransformer | Eva
+TimmModel: TypeAlias = VisionTransformer | Eva
 """What can be made sparse: timm's plain vision transformers, the latter with rotary position embeddings too."""
 
 
@@ -123,7 +123,7 @@ class Timm(Host):
 
     def backbone(self, module: nn.Module) -> Backbone | None:
         """See `Host`."""
-        if not isinstance(module, Model):
+        if not isinstance(module, TimmModel):
             return None
         vit = cast(Any, module)
         return Backbone(
@@ -233,7 +233,7 @@ def preprocessing(model: nn.Module) -> Normalisation:
     return Normalisation(tuple(data["mean"]), tuple(data["std"]))
 
 
-def class_labels(model: Model) -> list[str]:
+def class_labels(model: TimmModel) -> list[str]:
     """One label per class: ImageNet's where timm knows the set, else class_0, class_1, ...; none without classifier."""
     subset = infer_imagenet_subset(model) if model.num_classes else None
     if subset:
@@ -242,7 +242,7 @@ def class_labels(model: Model) -> list[str]:
     return [f"class_{i}" for i in range(model.num_classes)]
 
 
-def create(name: str, img_size: ImageSize | None = None, num_classes: int | None = None) -> Model:
+def create(name: str, img_size: ImageSize | None = None, num_classes: int | None = None) -> TimmModel:
     """A vision transformer of timm with random weights, in evaluation mode.
 
     Raises:
@@ -254,7 +254,7 @@ def create(name: str, img_size: ImageSize | None = None, num_classes: int | None
     _check_size(height, width, kind.patch_embed.patch_size, name)
     with _named(name):
         options = {"img_size": size_of(height, width), "dynamic_img_size": False, "num_classes": kind.num_classes}
-        return cast(Model, timm.create_model(name, pretrained=False, **options).eval())
+        return cast(TimmModel, timm.create_model(name, pretrained=False, **options).eval())
 
 
 def _check_size(height: int, width: int, patch: tuple[int, int], name: str) -> None:
@@ -271,7 +271,7 @@ def _check_size(height: int, width: int, patch: tuple[int, int], name: str) -> N
         )
 
 
-def on_paper(name: str, num_classes: int | None = None) -> Model:
+def on_paper(name: str, num_classes: int | None = None) -> TimmModel:
     """A model of timm for which nothing is allocated: it tells what it is, and what its weights are.
 
     Raises:
@@ -290,7 +290,7 @@ def on_paper(name: str, num_classes: int | None = None) -> Model:
     options = {} if num_classes is None else {"num_classes": num_classes}
     with _named(name), torch.device("meta"):
         kind = timm.create_model(name, pretrained=False, **options)
-    if isinstance(kind, Model):
+    if isinstance(kind, TimmModel):
         return kind
     raise UnsupportedModelError(
         f"{name!r} is a {type(kind).__name__}, not a VisionTransformer or Eva.",
@@ -307,7 +307,7 @@ def _named(name: str) -> Iterator[None]:
         raise UnsupportedModelError(f"timm cannot create {name!r}: {error}.", "Check the model's name.") from error
 
 
-def load_model(name: str, weights: Path | None = None, img_size: ImageSize | None = None) -> Model:
+def load_model(name: str, weights: Path | None = None, img_size: ImageSize | None = None) -> TimmModel:
     """A pretrained model of timm, in evaluation mode.
 
     Args:
@@ -328,7 +328,7 @@ def load_model(name: str, weights: Path | None = None, img_size: ImageSize | Non
         return model
     size = size_of(*create(name, img_size).patch_embed.img_size)
     try:
-        return cast(Model, timm.create_model(name, pretrained=True, img_size=size, dynamic_img_size=False).eval())
+        return cast(TimmModel, timm.create_model(name, pretrained=True, img_size=size, dynamic_img_size=False).eval())
     # The hub clients raise their own kinds of error; all mean that no weights arrived.
     except Exception as error:
         raise WeightsError(
@@ -337,7 +337,7 @@ def load_model(name: str, weights: Path | None = None, img_size: ImageSize | Non
         ) from error
 
 
-def load_state(model: Model, state: StateDict, source: str, grid: tuple[int, int] | None = None) -> None:
+def load_state(model: TimmModel, state: StateDict, source: str, grid: tuple[int, int] | None = None) -> None:
     """Load tensors into a model; the position embedding is resampled where sizes differ.
 
     Args:
@@ -363,7 +363,7 @@ def load_state(model: Model, state: StateDict, source: str, grid: tuple[int, int
     model.load_state_dict(filtered)
 
 
-def _positions(state: StateDict, model: Model, grid: tuple[int, int] | None) -> StateDict:
+def _positions(state: StateDict, model: TimmModel, grid: tuple[int, int] | None) -> StateDict:
     """The position embedding, resampled to the model's grid; empty where there is none, or its own grid is unknown."""
     vit, found = cast(Any, model), state.get("pos_embed")
     if found is None or vit.pos_embed is None:
