@@ -380,6 +380,7 @@ def main(every: bool, sizes: tuple[int, ...], output: Path | None) -> None:
     rows = everything(sizes or ALL_SIZES, kept) if every else defaults()
     table(rows)
     if output:
+        rows = json.loads(json.dumps(rows, default=float))  # some figures are NumPy's
         write_result(output / "fidelity.json", result(rows))
         picture(rows, output / "fidelity.png")
 

@@ -74,7 +74,9 @@ def masks(tmp_path: Path, pictures: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Path) -> None:
+def test_maps_and_masks(
+    tmp_path: Path, student: Path, pictures: Path, masks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = process("evaluate", student, "--trust", FACTORY, "--data", pictures, "--metric", "task", "--masks", masks,
                    "--map", "mask", "-o", tmp_path / "result.json", "--json")  # fmt: skip
     assert done.code == 0, done
@@ -95,10 +97,12 @@ def test_maps_and_masks(tmp_path: Path, student: Path, pictures: Path, masks: Pa
     assert samples["error"][0] == pytest.approx(float((own - dense).abs().mean()), rel=1e-4)
     true = torch.from_numpy(load_mask(masks / f"{path.stem}.png", 160))
     assert samples["teacher_error"][0] == pytest.approx(float((dense - true.float()).abs().mean()), rel=1e-4)
-    text = process("evaluate", student, "--trust", FACTORY, "--data", pictures, "--metric", "task", "--map", "mask")
+    text = call(
+        capsys, "evaluate", student, "--trust", FACTORY, "--data", pictures, "--metric", "task", "--map", "mask"
+    )
     assert "mask, 3 images" in text.out
     page = tmp_path / "page.html"
-    assert process("report", tmp_path / "result.json", "-o", page).code == 0
+    assert call(capsys, "report", tmp_path / "result.json", "-o", page).code == 0
 
 
 @pytest.mark.slow

@@ -43,8 +43,7 @@ class Segmenter(nn.Module):
         return {"mask": maps[0], "heat": maps[1]} if self.answer == "dict" else maps
 
 
-@pytest.mark.parametrize("settings", [{}, MERGED])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "settings"), [("DINOv2", {}), ("SigLIP", {}), *((name, MERGED) for name in MODELS)])
 def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
     made = model(name)
     size = backbone_of(made).image_size

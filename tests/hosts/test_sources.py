@@ -15,7 +15,7 @@ import sparsifiner_edge as se
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import WeightsError
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.hosts import hugging_face
+from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.source import load_source
 from sparsifiner_edge.sparse.student import dense_twin, load_student
 from tests.commands import Outcome, assert_refused, call, manifest_of, process, snapshot
@@ -55,7 +55,9 @@ def test_a_folder_of_hugging_face(tmp_path: Path, pictures: Path, name: str) -> 
         assert not torch.equal(found.model(x).last_hidden_state, made(x).last_hidden_state)
 
 
-def test_from_folder_to_bundle_on_the_command_line(tmp_path: Path, dinov2: Path, pictures: Path) -> None:
+def test_from_folder_to_bundle_on_the_command_line(
+    tmp_path: Path, dinov2: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     student, better, bundle, dense = (tmp_path / name for name in ("student", "better", "bundle", "dense"))
     done = process("sparsify", dinov2, "--keep", ".5", "--channels", "8", "--calibrate", pictures, "-o", student)
     assert done.code == 0, done
@@ -63,11 +65,11 @@ def test_from_folder_to_bundle_on_the_command_line(tmp_path: Path, dinov2: Path,
                    "--set", "reconstruct.steps=1", "-o", better)  # fmt: skip
     assert done.code == 0, done
     assert (better / "architecture" / "config.json").is_file()
-    assert process("export", better, "-o", bundle).code == 0
-    assert process("export", dinov2, "-o", dense).code == 0
+    assert call(capsys, "export", better, "-o", bundle).code == 0
+    assert call(capsys, "export", dinov2, "-o", dense).code == 0
     assert manifest_of(bundle)["preprocessing"]["folded"]["mean"] == [0.5, 0.4, 0.3]
     assert manifest_of(bundle)["tools"]["transformers"]
-    done = process("evaluate", bundle, "--against", dinov2, "--data", pictures, "--json")
+    done = call(capsys, "evaluate", bundle, "--against", dinov2, "--data", pictures, "--json")
     assert done.code == 0, done
     assert json.loads(done.out)["statistics"]["patches_cosine"]["pictures"] == 3
     assert process("profile", bundle, "--against", dense, "--seconds", "0.2", "--json").code == 0
@@ -134,14 +136,14 @@ def test_a_processor_that_does_not_normalise(tmp_path: Path) -> None:
     assert load_source(str(folder)).pixels.mean == pytest.approx((0.5 / 255, 0.4 / 255, 0.3 / 255))
 
 
-def test_a_users_function(tmp_path: Path, pictures: Path) -> None:
+def test_a_users_function(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student, bundle = tmp_path / "student", tmp_path / "bundle"
     done = process("sparsify", f"{HERE}:segmenter", "--keep", ".5", "--channels", "8", "--merge", "2",
                    "--calibrate", pictures, "-o", student)  # fmt: skip
     assert done.code == 0, done
-    assert_refused(process("export", student, "-o", bundle), f"made by the code of '{HERE}'", f"--trust {HERE}")
+    assert_refused(call(capsys, "export", student, "-o", bundle), f"made by the code of '{HERE}'", f"--trust {HERE}")
     assert not bundle.exists()
-    assert process("export", student, "--trust", HERE, "-o", bundle).code == 0
+    assert call(capsys, "export", student, "--trust", HERE, "-o", bundle).code == 0
     outputs = {output["name"]: output["shape"] for output in manifest_of(bundle)["outputs"]}
     assert outputs == {"mask": [1, 2, 160, 160], "heat": [1, 1, 10, 10]}
     found = load_student(student, trust=[HERE])
@@ -152,7 +154,7 @@ def test_a_users_function(tmp_path: Path, pictures: Path) -> None:
         assert torch.nn.functional.cosine_similarity(found.model(x)[1], expected[1], dim=0).mean() > 0.5
     other = load_student(student, img_size=(96, 192), trust=[HERE])
     assert other.model(images((96, 192)))[0].shape == (2, 2, 96, 192)
-    assert process("export", f"{HERE}:depth", "-o", tmp_path / "depth").code == 0
+    assert call(capsys, "export", f"{HERE}:depth", "-o", tmp_path / "depth").code == 0
     assert manifest_of(tmp_path / "depth")["preprocessing"]["folded"]["std"] == [0.25] * 3
 
 
@@ -247,6 +249,22 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     outcome = call(capsys, "sparsify", dinov2, "-o", dinov2.parent / "out")
     assert_refused(outcome, "transformers", "sparsifiner-edge[transformers]")
+
+
+@pytest.mark.parametrize("make", [lambda: model("DINOv2"), depth_anything])
+def test_attention_that_a_configuration_names_is_never_fetched(tmp_path: Path, make: Any) -> None:
+    folder = saved(make(), tmp_path / "model")
+    evil = dict.fromkeys(
+        ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"), "evil/kernel"
+    )
+    content = json.loads((folder / "config.json").read_text()) | evil
+    if "backbone_config" in content:
+        content["backbone_config"] |= evil
+    (folder / "config.json").write_text(json.dumps(content))
+    student = se.sparsify(str(folder), tmp_path / "student")
+    _config(**evil)(student / "architecture")
+    for loaded in (load_source(str(folder)).model, load_student(student).model):
+        assert backbone_of(loaded).module.config._attn_implementation == "sdpa"
 
 
 def test_a_students_configuration_is_held_against_its_weights(tmp_path: Path, dinov2: Path) -> None:

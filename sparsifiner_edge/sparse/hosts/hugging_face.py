@@ -29,6 +29,8 @@ from sparsifiner_edge.sparse.weights import Normalisation, brief
 
 ARCHITECTURE = "architecture"
 """Folder of a student that holds the configuration."""
+_ATTENTION = "eager"
+"""What every model has, whatever its configuration names."""
 _TOWERS = {"CLIPModel": "CLIPVisionModel", "SiglipModel": "SiglipVisionModel"}
 """Models of images and text: their image tower is taken."""
 
@@ -73,6 +75,7 @@ def load_pretrained(source: str, img_size: ImageSize | None = None) -> tuple[str
             output_loading_info=True,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # to say which
+            attn_implementation=_ATTENTION,
         )
     for what in ("missing_keys", "mismatched_keys"):
         if found[what]:
@@ -81,8 +84,7 @@ def load_pretrained(source: str, img_size: ImageSize | None = None) -> tuple[str
                 f"The weights in {source} do not fit its configuration: {what.replace('_', ' ')} {', '.join(some)}.",
                 "Give the folder whole, as transformers saves it.",
             )
-    backbone_of(model)
-    return kind.__name__, for_size(model.eval(), img_size), _pixels(given, source)
+    return kind.__name__, for_size(_with_attention(model), img_size), _pixels(given, source)
 
 
 def blank(folder: Path, img_size: ImageSize) -> nn.Module:
@@ -96,8 +98,15 @@ def blank(folder: Path, img_size: ImageSize) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(
             folder / ARCHITECTURE, local_files_only=True, trust_remote_code=False
         )
+        config._attn_implementation = _ATTENTION
         model: nn.Module = _class(config, str(folder))(config)
-    return for_size(model.eval(), img_size)
+    return for_size(_with_attention(model), img_size)
+
+
+def _with_attention(model: nn.Module) -> nn.Module:
+    """The model, its backbone with torch's own attention: a configuration may name others, even code on a hub."""
+    backbone_of(model).module.config._attn_implementation = "sdpa"
+    return model.eval()
 
 
 def write_configuration(model: nn.Module, folder: Path) -> None:
