@@ -103,6 +103,11 @@ def test_maps_and_masks(
     assert "mask, 3 images" in text.out
     page = tmp_path / "page.html"
     assert call(capsys, "report", tmp_path / "result.json", "-o", page).code == 0
+    assert "mean absolute error" in page.read_text(encoding="utf-8")
+    arguments = ["report", tmp_path / "result.json", "-o", page, "--picture"]
+    assert_refused(call(capsys, *arguments, __file__), "is no PNG or JPEG")
+    assert call(capsys, *arguments, pictures / "picture0.png").code == 0
+    assert "data:image/png;base64," in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

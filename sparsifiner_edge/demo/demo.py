@@ -33,8 +33,9 @@ from sparsifiner_edge.sparse.student import load_student, sparsify
 
 
 class Setting(NamedTuple):
-    """One row of the demonstration: how much is merged, and which keys are read."""
+    """One row of the demonstration: its bundle's folder, how much is merged, and which keys are read."""
 
+    folder: str
     merge: tuple[int, ...]
     keep: Keep
 
@@ -95,7 +96,7 @@ class DemoResult(Declared, frozen=True):
 
 
 SIZE, CELLS = 518, 49
-SETTINGS = (Setting((40,), 1.0), Setting((160, 0), (0.1, 0.1, 0.2, 1.0)))
+SETTINGS = (Setting("sparse_close", (40,), 1.0), Setting("sparse_fast", (160, 0), (0.1, 0.1, 0.2, 1.0)))
 MODULE = "sparsifiner_edge.demo.saliency"
 DRAWN_KEEP = 0.1
 """Share of keys in the drawn layer, where nothing is merged."""
@@ -136,7 +137,7 @@ def run_demo(output: Path, progress: Progress) -> DemoResult:
              calibrate=calibration)  # fmt: skip
     stage("export dense")
     dense = export_bundle(source, output / "dense", img_size=SIZE)
-    rows = {setting.name: _one(number, setting, output, dense, stage) for number, setting in enumerate(SETTINGS, 1)}
+    rows = {setting.name: _one(setting, output, dense, stage) for setting in SETTINGS}
     stage("draw")
     photographs = [split.development()[number] for number in DRAWN]
     sides = [Drawn(row.bundle, name, row.figures.sparse_p50_ms) for name, row in rows.items()]
@@ -154,9 +155,9 @@ def run_demo(output: Path, progress: Progress) -> DemoResult:
 
 def _write_page(output: Path, rows: dict[str, _Row]) -> None:
     results = []
-    for number, row in enumerate(rows.values(), 1):
+    for row in rows.values():
         for kind, result in (("task", row.task), ("speed", row.profile)):
-            results.append(output / f"{kind}_{number}.json")
+            results.append(output / f"{row.bundle.name}_{kind}.json")
             write_result(results[-1], result)
     write_report(results, output / PAGE, images=False, pictures=[output / "maps.png", output / "attention.png"])
 
@@ -174,10 +175,10 @@ def _require_demonstration(output: Path) -> None:
         (output / RESULT).unlink()
 
 
-def _one(number: int, setting: Setting, output: Path, dense: Path, stage: Callable[[str], None]) -> _Row:
+def _one(setting: Setting, output: Path, dense: Path, stage: Callable[[str], None]) -> _Row:
     stage(f"{setting.name}: export")
     bundle = export_bundle(
-        output / STUDENT, output / f"sparse_{number}", keep=setting.keep, merge=setting.merge, trust=[MODULE]
+        output / STUDENT, output / setting.folder, keep=setting.keep, merge=setting.merge, trust=[MODULE]
     )
     stage(f"{setting.name}: evaluate")
     task = evaluate_student(bundle, split.development(), against=dense, metric="task")

@@ -56,6 +56,11 @@ class ReportData(NamedTuple):
         """The sides of all groups."""
         return [side for group in self.groups for side in group.sides]
 
+    @property
+    def task_files(self) -> list[ResultFile]:
+        """Evaluations of models by their own task."""
+        return [file for file in self.files if file.result.kind == "evaluation" and "task" in file.result.method]
+
     def title(self, key: str, group: SideGroup) -> str:
         """A chart's title, with what sets its group apart."""
         return self.texts(key) + (f" — {group.name}" if group.name else "")

@@ -49,7 +49,7 @@ _OF = ("subject", "teacher", "lost")
 def task_section(data: ReportData, pictures: Sequence[Picture]) -> Section:
     """How models did their own task, and pictures of it."""
     texts, blocks = data.texts, list(pictures)  # type: tuple[Texts, list[Block]]
-    files = [file for file in data.files if file.result.kind == "evaluation" and "task" in file.result.method]
+    files = data.task_files
     for file in files:
         method, table = file.result.method, []
         for name, found in list(file.result.statistics.items())[:MAX_ROWS]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sparsifiner_edge.report.conditions import ComparedSides, ReportData, board_of
-from sparsifiner_edge.report.result_files import Accuracy, ResultSide
+from sparsifiner_edge.report.result_files import Accuracy, ResultFile, ResultSide
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import Interval, clean, get, interval, plain, rows
 
@@ -24,8 +24,10 @@ def verdict_sentences(data: ReportData) -> list[str]:
     if not data.groups:
         sentences += [_single(side, texts) for side in data.sides if side.estimated]
     sentences += [text for found in data.accuracies if (text := _accuracy_sentence(found, texts))]
+    sentences += [text for file in data.task_files if (text := _task_sentence(file, data))]
+    tried = {str(s.sha256) for file in data.task_files for s in file.result.subjects}
     judged = {side.sha for side in data.measured if side.role != "against"}
-    if judged and judged.isdisjoint(found.sha for found in data.accuracies):
+    if judged and judged.isdisjoint(tried.union(found.sha for found in data.accuracies)):
         sentences.append(texts("verdict.no_accuracy"))
     return sentences or [texts("verdict.nothing")]
 
@@ -53,6 +55,16 @@ def _single(side: ResultSide, texts: Texts) -> str:
         return texts("verdict.no_latency", subject=side.label)
     key = "verdict.estimate" if side.estimated else "verdict.alone"
     return texts(key, subject=side.label, board=board_of(side), latency=texts.figure(latency, "ms"))
+
+
+def _task_sentence(file: ResultFile, data: ReportData) -> str:
+    """How near a map comes to the dense model's; "" where the task is a user's own."""
+    texts, statistics = data.texts, file.result.statistics
+    known = [(name, interval(statistics, name, "mean")) for name in ("error", "iou") if name in statistics]
+    shas = {str(subject.sha256) for subject in file.result.subjects if subject.role == "subject"}
+    label = next((side.bundle_name for side in data.sides if side.sha in shas), file.name)
+    figures = [f"{texts(f'task.{name}')} {texts.figure(value, digits=4)}" for name, value in known]
+    return texts("verdict.task", file=label, figures=texts.listed(figures)) if figures else ""
 
 
 def _accuracy_sentence(found: Accuracy, texts: Texts) -> str:
