@@ -28,6 +28,8 @@ else:
 STUDENT_SCHEMA = 1
 STUDENT_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+ARCHITECTURE_FILE = "architecture/config.json"
+"""transformers' configuration, in a student of one of its models."""
 BUNDLE_FILE = "manifest.json"
 SIGNATURE_FILE = "manifest.sig"
 PACKAGE_FILE = "package.json"
@@ -177,7 +179,7 @@ def _own_files(folder: Path, kind: str) -> set[str]:
         if kind_of(folder) != kind:
             return set()
         if kind == "student":
-            return {STUDENT_FILE, WEIGHTS_FILE}
+            return {STUDENT_FILE, WEIGHTS_FILE, ARCHITECTURE_FILE}
         files = read_json(path, schema=1 << 30).get("files")
         own = {path.name, *(files if isinstance(files, dict) else ())}
         if kind == "bundle":

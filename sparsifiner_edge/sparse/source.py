@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.bounds import ImageSize, height_width, size_text
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import TimmModel, load_model, preprocessing
@@ -56,6 +56,9 @@ def load_source(source: str, weights: Path | None = None, img_size: ImageSize | 
     if _FACTORY.fullmatch(source):
         _require_no_weights(weights, source)
         return from_factory(source, img_size)
+    if _HUB.fullmatch(source) and not Path(source).exists() and Path(source).parent.is_dir():
+        # A slip in a path is no reason to ask a network.
+        raise ArtifactError(f"{source} does not exist.", "Give a folder, or a hub's name from another place.")
     if source and not timm.is_model(source) and (Path(source).is_dir() or _HUB.fullmatch(source)):
         if Path(source).is_dir() and not hugging_face.is_saved(Path(source)):
             raise ArtifactError(
@@ -85,11 +88,8 @@ def from_factory(source: str, img_size: ImageSize | None = None) -> LoadedModel:
         UnsupportedModelError: the module contains no vision transformer, or several.
     """
     factory = _imported(source)
-    options: dict[str, Any] = {}
-    if img_size is not None:
-        if "img_size" not in inspect.signature(factory).parameters:
-            raise ConfigError(f"{source} takes no img_size.", "Leave --img-size out, or let the function take it.")
-        options["img_size"] = img_size
+    takes_size = "img_size" in inspect.signature(factory).parameters
+    options = {"img_size": img_size} if takes_size and img_size is not None else {}
     try:
         model = factory(**options)
     # A user's own code may raise anything.
@@ -100,8 +100,9 @@ def from_factory(source: str, img_size: ImageSize | None = None) -> LoadedModel:
     backbone = backbone_of(model)
     if img_size is not None and backbone.image_size != height_width(img_size):
         raise ConfigError(
-            f"{source} was asked for {height_width(img_size)} pixels and made a model of {backbone.image_size}.",
-            "Let the function pass img_size on.",
+            f"{source} was asked for {size_text(height_width(img_size))} pixels and made a model of "
+            f"{size_text(backbone.image_size)}" + ("." if takes_size else ": it takes no img_size."),
+            "Let the function take img_size and pass it on, or leave --img-size out.",
         )
     names = getattr(model, "output_names", None)
     return LoadedModel("factory", source, model.eval(), _pixels(model, source), None if names is None else tuple(names))

@@ -87,7 +87,7 @@ class Student:
 
     @property
     def img_size(self) -> ImageSize:
-        """ExpectedPixels of its images: one number for a square."""
+        """Pixels of its images: one number for a square."""
         return size_of(*self.backbone.image_size)
 
 

@@ -13,11 +13,11 @@ import torch
 
 import sparsifiner_edge as se
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.errors import WeightsError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, WeightsError
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.source import load_source
-from sparsifiner_edge.sparse.student import dense_twin, load_student
+from sparsifiner_edge.sparse.student import dense_twin, load_dense, load_student
 from tests.commands import Outcome, assert_refused, call, manifest_of, process, snapshot
 from tests.hosts.factories import Segmenter
 from tests.hosts.hugging_face import MODELS, depth_anything, images, model
@@ -158,6 +158,29 @@ def test_a_users_function(tmp_path: Path, pictures: Path, capsys: pytest.Capture
     assert manifest_of(tmp_path / "depth")["preprocessing"]["folded"]["std"] == [0.25] * 3
 
 
+def test_a_function_of_one_size_makes_students_and_teachers_too(tmp_path: Path) -> None:
+    student = se.sparsify(f"{HERE}:depth", tmp_path / "student", keep=0.5, channels=8, cells=4)
+    se.sparsify(f"{HERE}:depth", student, keep=0.6, channels=8, cells=4)
+    found = load_student(student, trust=[HERE])
+    assert found.sparsity.keep == 0.6
+    assert load_dense(f"{HERE}:depth", img_size=found.img_size).img_size == found.img_size
+    with pytest.raises(ConfigError, match="it takes no img_size"):
+        load_dense(f"{HERE}:depth", img_size=(96, 192))
+
+
+def test_a_student_is_replaced_by_a_student(tmp_path: Path, dinov2: Path) -> None:
+    student = se.sparsify(str(dinov2), tmp_path / "student", keep=0.5)
+    se.sparsify(str(dinov2), student, keep=0.6)
+    assert load_student(student).sparsity.keep == 0.6
+
+
+def test_a_slip_in_a_path_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="models/dinov does not exist"):
+        load_source("models/dinov")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -167,8 +190,8 @@ def test_a_users_function(tmp_path: Path, pictures: Path, capsys: pytest.Capture
         (["sparsify", f"{HERE}:nowhere"], "cannot be imported: AttributeError"),
         (["sparsify", "no.such.package:f"], "cannot be imported: ModuleNotFoundError"),
         (["sparsify", f"{HERE}:silent"], "does not say what its module expects of pixels"),
-        (["sparsify", f"{HERE}:depth", "--img-size", "140"], "takes no img_size"),
-        (["sparsify", f"{HERE}:stubborn", "--img-size", "96"], "made a model of (160, 160)"),
+        (["sparsify", f"{HERE}:depth", "--img-size", "154"], "made a model of 140: it takes no img_size"),
+        (["sparsify", f"{HERE}:stubborn", "--img-size", "96"], "was asked for 96 pixels and made a model of 160"),
         (["sparsify", f"{HERE}:segmenter", "--weights", "x.pth"], "--weights are for timm's names"),
         (["export", f"{HERE}:fails"], "no such checkpoint"),
     ],

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sparsifiner_edge.artifacts import MAX_JSON
+from sparsifiner_edge.artifacts import ARCHITECTURE_FILE, MAX_JSON
 from sparsifiner_edge.bounds import MOST_SIDE, ImageSize, height_width, size_text
 from sparsifiner_edge.errors import (
     ConfigError,
@@ -27,8 +27,6 @@ from sparsifiner_edge.files import read_bytes
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of
 from sparsifiner_edge.sparse.weights import Normalisation, brief
 
-ARCHITECTURE = "architecture"
-"""Folder of a student that holds the configuration."""
 _ATTENTION = "eager"
 """What every model has, whatever its configuration names."""
 _TOWERS = {"CLIPModel": "CLIPVisionModel", "SiglipModel": "SiglipVisionModel"}
@@ -96,7 +94,7 @@ def blank(folder: Path, img_size: ImageSize) -> nn.Module:
     transformers = library()
     with _quiet(transformers), _about(str(folder)):
         config = transformers.AutoConfig.from_pretrained(
-            folder / ARCHITECTURE, local_files_only=True, trust_remote_code=False
+            (folder / ARCHITECTURE_FILE).parent, local_files_only=True, trust_remote_code=False
         )
         config._attn_implementation = _ATTENTION
         model: nn.Module = _class(config, str(folder))(config)
@@ -113,7 +111,7 @@ def write_configuration(model: nn.Module, folder: Path) -> None:
     """Write into a student's folder what `blank` reads."""
     config = copy.deepcopy(cast(Any, model).config)
     config.architectures = [type(model).__name__]
-    config.save_pretrained(folder / ARCHITECTURE)
+    config.save_pretrained((folder / ARCHITECTURE_FILE).parent)
 
 
 def for_size(model: nn.Module, img_size: ImageSize | None) -> nn.Module:
