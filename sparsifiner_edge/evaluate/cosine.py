@@ -10,7 +10,7 @@ import msgspec
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_subject, open_teacher, with_roles
+from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_both, with_roles
 from sparsifiner_edge.images import centre_text, load_image
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.profiles import stats
@@ -54,11 +54,7 @@ class CosineResult(Declared, frozen=True):
 def evaluate_cosine(compared: TeacherComparison, images: list[Path], progress: Progress | None) -> CosineResult:
     """Features and patches of a student or bundle beside its teacher's; see `evaluate_student`."""
     with contextlib.ExitStack() as stack:
-        subject = open_subject(compared, stack)
-        teacher = open_teacher(compared, subject.size, stack)
-        if teacher.size != subject.size:
-            sizes = f"{size_text(subject.size)} px, the teacher {size_text(teacher.size)} px"
-            raise ConfigError(f"The subject takes {sizes}.", "Use one size.")
+        subject, teacher = open_both(compared, stack)
         samples = _compare(subject, teacher, images, progress)
     method = CosineMethod(
         metric="cosine similarity per image, student or bundle against dense teacher",

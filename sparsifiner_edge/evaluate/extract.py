@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
-from sparsifiner_edge.bounds import ImageSize
+from sparsifiner_edge.bounds import ImageSize, size_text
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.config import Keep
 from sparsifiner_edge.errors import ConfigError
@@ -56,6 +56,20 @@ class TeacherComparison(NamedTuple):
     backend: str
     kernels: str
     trust: Sequence[str] = ()
+
+
+def open_both(compared: TeacherComparison, stack: contextlib.ExitStack) -> tuple[Extractor, Extractor]:
+    """The subject and its teacher, of images of one size.
+
+    Raises:
+        ConfigError: see `open_subject` and `open_teacher`; or a bundle as the teacher takes another size.
+    """
+    subject = open_subject(compared, stack)
+    teacher = open_teacher(compared, subject.size, stack)
+    if teacher.size != subject.size:
+        sizes = f"{size_text(subject.size)} px, the teacher {size_text(teacher.size)} px"
+        raise ConfigError(f"The subject takes {sizes}.", "Use one size.")
+    return subject, teacher
 
 
 def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:

@@ -14,7 +14,7 @@ import numpy as np
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_subject, open_teacher, with_roles
+from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_both, with_roles
 from sparsifiner_edge.images import SUFFIXES, centre_text, load_image, load_mask
 from sparsifiner_edge.metrics import TaskMetric, auroc, intersection_over_union, mean_absolute_error
 from sparsifiner_edge.profiles import stats
@@ -86,11 +86,7 @@ def evaluate_task(
     if own and (masks or task.output):
         raise ConfigError("Masks and the name of a map are for the task maps.", "Leave them out.")
     with contextlib.ExitStack() as stack:
-        subject = open_subject(compared, stack)
-        teacher = open_teacher(compared, subject.size, stack)
-        if teacher.size != subject.size:
-            sizes = f"{size_text(subject.size)} px, the teacher {size_text(teacher.size)} px"
-            raise ConfigError(f"The subject takes {sizes}.", "Use one size.")
+        subject, teacher = open_both(compared, stack)
         judge: _Judge = _Maps(task, masks, subject) if own is None else _Own(own(), own())
         for number, path in enumerate(images):
             image = load_image(path, subject.size)[None]
