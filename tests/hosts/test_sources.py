@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 
 import sparsifiner_edge as se
+from sparsifiner_edge.artifacts import ARCHITECTURE_FILE
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError, WeightsError
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
+from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.source import load_source
 from sparsifiner_edge.sparse.student import dense_twin, load_dense, load_student
 from tests.commands import Outcome, assert_refused, call, manifest_of, process, snapshot
@@ -294,9 +295,9 @@ def test_a_students_configuration_is_held_against_its_weights(tmp_path: Path, di
     student = se.sparsify(str(dinov2), tmp_path / "student")
     copied = tmp_path / "copy"
     shutil.copytree(student, copied)
-    _config(num_hidden_layers=400, hidden_size=4096)(copied / hugging_face.ARCHITECTURE)
+    _config(num_hidden_layers=400, hidden_size=4096)((copied / ARCHITECTURE_FILE).parent)
     with pytest.raises(WeightsError, match="does not fit"):
         load_student(copied)
-    (copied / hugging_face.ARCHITECTURE / "config.json").unlink()
+    (copied / ARCHITECTURE_FILE).unlink()
     with pytest.raises(WeightsError, match="could not be loaded"):
         load_student(copied)
