@@ -34,15 +34,8 @@ def collect(folder: Path) -> Path:
         return folder
     made = folder.with_suffix(".part")
     shutil.rmtree(made, ignore_errors=True)  # of a run that was stopped
-    scratch, held_out = made / "train", made / "held-out"
-    for part in (scratch, held_out):
-        part.mkdir(parents=True)
-    for number, path in enumerate(split.training()):
-        decides = number % HELD_OUT == 0
-        for name, picture in _crops(path, number):
-            if not decides or name in ("whole", "crop1", "crop2", "crop3"):
-                file = f"photograph{number:03d}-{name}.jpg"
-                picture.save((held_out if decides else scratch) / file, quality=95)
+    scratch = made / "train"
+    write_photographs(made, SIZE)
     for path in split.calibration():
         (scratch / path.name).symlink_to(path)
     fashion = fashion_mnist("train").first(FASHION_IMAGES)
@@ -50,6 +43,19 @@ def collect(folder: Path) -> Path:
         Image.fromarray(fashion.load(number, 28)).save(scratch / f"fashion{number:04d}.png")
     made.rename(folder)
     return folder
+
+
+def write_photographs(folder: Path, size: int, deciding: int = 3) -> None:
+    """For a training at `size`: crops of each photograph in `train`; of those that decide, `deciding` in `held-out`."""
+    names = ("whole", *(f"crop{number}" for number in range(1, deciding + 1)))
+    for part in ("train", "held-out"):
+        (folder / part).mkdir(parents=True)
+    for number, path in enumerate(split.training()):
+        decides = number % HELD_OUT == 0
+        for name, picture in _crops(path, number, size):
+            if not decides or name in names:
+                file = f"photograph{number:03d}-{name}.jpg"
+                picture.save(folder / ("held-out" if decides else "train") / file, quality=95)
 
 
 def collect_fashion(folder: Path, others: Path) -> Path:
@@ -72,7 +78,7 @@ def collect_fashion(folder: Path, others: Path) -> Path:
     return folder
 
 
-def _crops(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
+def _crops(path: Path, seed: int, size: int) -> Iterator[tuple[str, Any]]:
     """The centre square, and random squares, at twice the size that is trained on, or less."""
     rng = np.random.default_rng(seed)
     picture = open_image(path)
@@ -80,7 +86,7 @@ def _crops(path: Path, seed: int) -> Iterator[tuple[str, Any]]:
     for number in range(CROPS + 1):
         side = short if number == 0 else int(short * rng.uniform(0.2, 0.7))
         left, top = (int((length - side) * (0.5 if number == 0 else rng.random())) for length in picture.size)
-        crop = picture.crop((left, top, left + side, top + side)).resize((min(side, 2 * SIZE),) * 2)
+        crop = picture.crop((left, top, left + side, top + side)).resize((min(side, 2 * size),) * 2)
         grey = np.asarray(crop.resize((SIZE, SIZE)).convert("L"), dtype=float)
         if np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean() >= 2 * DETAIL:
             yield ("whole" if number == 0 else f"crop{number}"), crop

@@ -45,7 +45,9 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all points of one run share. model, weights: ViT-S/14 with its own, or a larger one with random ones."""
+    """What all points of one run share. model, weights: ViT-S/14 with its own, or a larger one with random ones.
+    only: names of the points that are made; None: all.
+    """
 
     size: int
     threads: int
@@ -53,6 +55,10 @@ class Setting:
     batch: int
     model: str
     weights: Path
+    only: frozenset[str] | None = None
+
+    def takes(self, family: str, budget: str) -> bool:
+        return self.only is None or name_of(family, budget) in self.only
 
     @property
     def hints(self) -> tuple[str, ...]:
@@ -64,15 +70,21 @@ class Setting:
         return smooth_images(self.size, self.batch)
 
 
-def setting(size: int, threads: int, int8: bool, batch: int, base: bool, folder: Path) -> Setting:
+def name_of(family: str, budget: str) -> str:
+    return f"{family} | {budget}"
+
+
+def setting(
+    size: int, threads: int, int8: bool, batch: int, base: bool, folder: Path, only: frozenset[str] | None
+) -> Setting:
     if not base:
-        return Setting(size, threads, int8, batch, material.DINOV2, weights_file())
+        return Setting(size, threads, int8, batch, material.DINOV2, weights_file(), only)
     torch.manual_seed(0)
     # Of random weights time alone is asked: no gate, and no layer that is left in float32.
     int8_gates.GOAL_COSINE = int8_gates.LEAST_MEAN_COSINE = int8_gates.LEAST_OWN_COSINE = -1.0
     weights = folder / "random.safetensors"
     save_file({name: value.contiguous() for name, value in create(LARGER, size).state_dict().items()}, weights)
-    return Setting(size, threads, int8, batch, LARGER, weights)
+    return Setting(size, threads, int8, batch, LARGER, weights, only)
 
 
 @dataclasses.dataclass
@@ -88,7 +100,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"{self.family} | {self.budget}"
+        return name_of(self.family, self.budget)
 
 
 def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
@@ -106,23 +118,35 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     depth = len(load_student(student).model.blocks)
     for rate, keep in case.budgets:
         merge, named = tome.schedule(rate, depth)
+        budget = f"merge {named}, keep {keep_text(keep)}"
         for precision in ("fp32", "int8") if of.int8 else ("fp32",):
-            budget = f"merge {named}, keep {keep_text(keep)}"
+            engines = [row for row in _our_engines(of, precision) if of.takes(row[0], budget)]
+            if not engines:
+                continue
             tell(f"export ours, {budget}, {precision}")
             more = {"precision": "int8", "calibrate": images} if precision == "int8" else {}
             bundle = export_bundle(
                 student, folder / f"ours-{len(points)}", merge=merge, keep=keep, batch=of.batch, **more
             )
             macs = sum_of_layers(load_student(student, merge=merge, keep=keep))
-            session = ort_session(str(bundle / "model.onnx"), of.threads)
-            points.append(_ort_point(session, f"ours, ONNX Runtime {precision}", budget, macs, precision, of))
-            for hint in of.hints if precision == "fp32" else of.hints[-1:]:
-                points.append(_our_openvino_point(bundle, budget, macs, hint, of, precision))
-            if precision == "int8" and "bf16" in of.hints:
-                points.append(
-                    _our_point(bundle, "ONNX Runtime int8, attention bf16", budget, macs, "onnxruntime-bf16", of)
-                )
+            for family, backend, ran in engines:
+                if backend == "onnxruntime":
+                    session = ort_session(str(bundle / "model.onnx"), of.threads)
+                    points.append(_ort_point(session, family, budget, macs, ran, of))
+                else:
+                    points.append(_our_point(bundle, family, budget, macs, backend, of, ran))
     return points
+
+
+def _our_engines(of: Setting, precision: str) -> list[tuple[str, str, str]]:
+    """Families, their backends and precisions, of our files in one precision."""
+    found = [(f"ours, ONNX Runtime {precision}", "onnxruntime", precision)]
+    if precision == "fp32":
+        found.append(("ours, OpenVINO f32", "openvino", "fp32"))
+        return found + [("ours, OpenVINO bf16", "openvino-bf16", "bf16")] * ("bf16" in of.hints)
+    rest = of.hints[-1]
+    found.append((f"ours, OpenVINO int8, rest {rest}", "openvino" if rest == "f32" else "openvino-bf16", "int8"))
+    return found + [("ours, ONNX Runtime int8, attention bf16", "onnxruntime-bf16", "int8")] * ("bf16" in of.hints)
 
 
 def sum_of_layers(student: Any) -> float:
@@ -142,25 +166,41 @@ def rivals(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     torch.set_num_threads(of.threads)
     points = []
     for kind, budget, rates in settings:
+        plain = {f"{kind}, ONNX Runtime fp32": "", **{f"{kind}, OpenVINO {hint}": hint for hint in of.hints}}
+        in_torch, rest = f"{kind}, torch fp32", of.hints[-1]
+        quantised = {f"{kind}, ONNX Runtime int8": "", f"{kind}, OpenVINO int8, rest {rest}": rest} if of.int8 else {}
+        if not any(of.takes(family, budget) for family in (*plain, in_torch, *quantised)):
+            continue
         tell(f"export {kind}, {budget}")
         path = tome.export(model, rates, of.size, folder / f"{kind}-{budget}.onnx", of.batch)
         macs = float(tome.macs(rates, tokens, width, 4 * width))
-        session = ort_session(str(path), of.threads, False)
-        points.append(_ort_point(session, f"{kind}, ONNX Runtime fp32", budget, macs, "fp32", of))
-        points += [_openvino_point(path, f"{kind}, OpenVINO {hint}", budget, macs, hint, of) for hint in of.hints]
-        if of.batch == 1 and of.model != LARGER:
-            points.append(_torch_point(tome.ToMe(model, rates).eval(), f"{kind}, torch fp32", budget, macs, of))
-        if of.int8:
+        points += _in_engines(path, plain, budget, macs, of)
+        if of.takes(in_torch, budget):
+            points.append(_torch_point(tome.ToMe(model, rates).eval(), in_torch, budget, macs, of))
+        if any(of.takes(family, budget) for family in quantised):
             tell(f"quantise {kind}, {budget}")
-            plain = onnx.load(path)
-            del plain.graph.value_info[:]  # torch's exporter leaves some that shape inference contradicts
-            quantised, _ = quantise(plain, calibration, goal=int8_gates.LEAST_MEAN_COSINE)
+            loaded = onnx.load(path)
+            del loaded.graph.value_info[:]  # torch's exporter leaves some that shape inference contradicts
+            made, _ = quantise(loaded, calibration, goal=int8_gates.LEAST_MEAN_COSINE)
             path8 = folder / f"{kind}-{budget}-int8.onnx"
-            onnx.save(quantised, path8)
-            session = ort_session(str(path8), of.threads, False)
-            points.append(_ort_point(session, f"{kind}, ONNX Runtime int8", budget, macs, "int8", of))
-            family = f"{kind}, OpenVINO int8, rest {of.hints[-1]}"
-            points.append(_openvino_point(path8, family, budget, macs, of.hints[-1], of, "int8"))
+            onnx.save(made, path8)
+            points += _in_engines(path8, quantised, budget, macs, of, "int8")
+    return points
+
+
+def _in_engines(
+    path: Path, families: dict[str, str], budget: str, macs: float, of: Setting, precision: str = ""
+) -> list[Point]:
+    """One file by family: OpenVINO's hint, or "" for ONNX Runtime."""
+    points = []
+    for family, hint in families.items():
+        if not of.takes(family, budget):
+            continue
+        if hint:
+            points.append(_openvino_point(path, family, budget, macs, hint, of, precision))
+        else:
+            session = ort_session(str(path), of.threads, False)
+            points.append(_ort_point(session, family, budget, macs, precision or "fp32", of))
     return points
 
 
@@ -173,19 +213,10 @@ def _ort_point(session: Any, family: str, budget: str, macs: float, precision: s
     return Point(family, budget, lambda: session.run(None, {"image": images}), tokens, macs, precision)
 
 
-def _our_openvino_point(bundle: Path, budget: str, macs: float, hint: str, of: Setting, precision: str) -> Point:
-    int8 = precision == "int8"
-    how, backend = f"int8, rest {hint}" if int8 else hint, "openvino" if hint == "f32" else "openvino-bf16"
-    kind = precision if int8 or hint == "f32" else "bf16"
-    return _our_point(bundle, f"OpenVINO {how}", budget, macs, backend, of, kind)
-
-
-def _our_point(
-    bundle: Path, how: str, budget: str, macs: float, backend: str, of: Setting, precision: str = "int8"
-) -> Point:
+def _our_point(bundle: Path, family: str, budget: str, macs: float, backend: str, of: Setting, precision: str) -> Point:
     session, images = open_session(bundle, backend, of.threads, "native"), of.images
     return Point(
-        f"ours, {how}", budget, lambda: session.infer({"image": images}),
+        family, budget, lambda: session.infer({"image": images}),
         lambda x: np.asarray(session.infer({"image": x})["tokens"]), macs, precision,
     )  # fmt: skip
 
