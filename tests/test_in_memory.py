@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import safetensors.torch
@@ -171,6 +171,27 @@ class Unused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+@torch.no_grad()
+def test_tokens_that_a_hook_changes_between_layers_are_what_the_next_layer_sees() -> None:
+    model = se.sparsify_model(vit(), keep=0.3)
+    x = images(model)
+
+    def answer(hook: Any) -> Tensor:
+        handle = model.blocks[1].register_forward_hook(hook)
+        try:
+            return cast(Tensor, model(x))
+        finally:
+            handle.remove()
+
+    anew = answer(lambda _, __, tokens: tokens * 0.5)
+    assert not torch.equal(anew, model(x))
+    assert torch.equal(answer(lambda _, __, tokens: tokens.mul_(0.5)), anew)
+    se.restore_model(model)
+    se.sparsify_model(model, keep=1.0, merge=4)
+    with pytest.raises(ConfigError, match="or that were changed since"):
+        answer(lambda _, __, tokens: tokens.mul_(0.5))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Every block of the README runs, in the order in which a reader meets them."""
+"""Every block of the README and of the example runs, in the order in which a reader meets them."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -91,3 +92,18 @@ def test_shell_then_python(place: Path) -> None:
     assert read_result(place / "result.json")["kind"] == "comparison"
     assert len((place / "features.jsonl").read_text().splitlines()) == 4
     assert f"native, {native.target()}" in run([sys.executable, "-c", BLOCKS[4][1]], place)
+
+
+@pytest.mark.long
+def test_the_example_with_a_decoder(place: Path) -> None:
+    folder = place / "saliency"
+    folder.mkdir()
+    (folder / "images").symlink_to(place / "images")
+    text = (ROOT / "examples" / "saliency" / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    run(["bash", "-euc", block], folder)
+    assert read_result(folder / "task.json")["statistics"]["iou"]["mean"]["value"] > 0.8
+    lines = [json.loads(line) for line in (folder / "maps.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    assert {"output", "area", "centroid"} <= lines[0]["maps"][0].keys()
+    assert "intersection over union" in (folder / "report.html").read_text(encoding="utf-8").lower()

@@ -116,13 +116,14 @@ class SparseLayer(nn.Module):
         return ops.token_score(qkv, num_heads=geometry.heads, scale=geometry.scale)
 
     def _arrived(self, x: Tensor) -> CarriedTokens:
-        known: CarriedTokens | None = getattr(x, _RIDER, None)
-        if known is not None:
-            return known
+        known, version = getattr(x, _RIDER, (None, None))
+        if known is not None and version == _version(x):
+            return cast(CarriedTokens, known)
         order, prefix = self.curve.order, self.curve.prefix
         if self.entering != len(order) and not self.unmerged:
             raise ConfigError(
-                "A layer behind merged or pruned tokens was called with tokens that no layer of the model returned.",
+                "A layer behind merged or pruned tokens was called with tokens that no layer of the model returned, or "
+                "that were changed since.",
                 "Call the model as a whole, and change nothing between its layers.",
             )
         if x.shape[1] != prefix + len(order):
@@ -155,13 +156,18 @@ class SparseLayer(nn.Module):
             patches = ops.rows_at(patches, tokens.positions.argsort(1))
         # A token that pruned ones were fused into is of use to later layers alone.
         whole = torch.cat([values[:, : self.curve.prefix], patches], 1)
-        setattr(whole, _RIDER, tokens)
+        setattr(whole, _RIDER, (tokens, _version(whole)))
         return whole
 
 
 def riding(x: Tensor) -> CarriedTokens:
     """What rides along on the output of a `SparseLayer`."""
-    return cast(CarriedTokens, getattr(x, _RIDER))
+    return cast(CarriedTokens, getattr(x, _RIDER)[0])
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was changed in place; nobody counts that of inference tensors."""
+    return None if x.is_inference() else x._version
 
 
 def make_layer(layer: Any, host: type[SparseLayer], curve: TokenOrder) -> None:
