@@ -13,6 +13,9 @@ equal fidelity": the best rival's time for a fidelity, interpolated between its 
 With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured, at a patch cosine of
 .98 and where it counts: the run of batch 1, which FOLDER holds, gives fidelities, and of ours and of each rival the
 engines within a tenth of its fastest, and the budgets on both sides.
+
+`--int8 --near` is the short form for large images: what is lower than fp32 alone, at the three budgets that the run in
+fp32, which FOLDER holds, has next to .98; fidelities are measured.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ import tome
 import torch
 from cpu_engines import time_in_turn
 from fidelity_subject import weights_file
-from frontier_points import LARGER, Case, Point, Setting, ours, rivals, setting
+from frontier_points import LARGER, Case, Point, Setting, name_of, ours, rivals, setting
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.demo import material, split
@@ -106,12 +109,29 @@ def fidelity(points: list[Point], size: int, tell: Any) -> dict[str, dict[str, A
     return found
 
 
-def run_before(output: Path | None, size: int, int8: bool) -> Path:
-    """Where the run of batch 1 and ViT-S/14 is."""
-    path = output / f"frontier_{size}{'_int8' * int8}.json" if output else None
+def run_before(output: Path | None, name: str, these: str) -> Path:
+    """Where an earlier run is."""
+    path = output / f"{name}.json" if output else None
     if path is None or not path.is_file():
-        raise click.UsageError(f"{path or '-o FOLDER'} is missing: measure the same without --batch and --base first")
+        raise click.UsageError(f"{path or '-o FOLDER'} is missing: measure the same without {these} first")
     return path
+
+
+def next_to(rows: dict[str, dict[str, Any]], wanted: float) -> Callable[[str, str], bool]:
+    """Of the points of an earlier run in fp32, the budgets next to one fidelity: one below, two above; not in fp32."""
+    near: set[tuple[str, str]] = set()
+    kinds: dict[str, dict[str, float]] = {}
+    for row in rows.values():
+        kinds.setdefault(row["family"].partition(",")[0].removesuffix(" fp32"), {})[row["budget"]] = row[
+            "patches_cosine"
+        ]["value"]
+    for kind, budgets in kinds.items():
+        ordered = sorted(budgets, key=budgets.__getitem__)
+        place = next((i for i, budget in enumerate(ordered) if budgets[budget] >= wanted), len(ordered) - 1)
+        near.update((kind, budget) for budget in ordered[max(0, place - 1) : place + 2])
+    return lambda family, budget: (
+        (family.partition(",")[0], budget) in near and not family.endswith(("fp32", "OpenVINO f32"))
+    )
 
 
 def near_the_front(rows: dict[str, dict[str, Any]], wanted: float) -> frozenset[str]:
@@ -196,11 +216,16 @@ def compare(
 
 
 def measure(
-    size: int, rounds: int, tell: Any, known: Path | None, **shared: Any
+    size: int, rounds: int, tell: Any, known: Path | None, near: Path | None, **shared: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Samples and statistics. known: where fidelities are read from; None measures them. shared: see `setting`."""
+    """Samples and statistics. known: where fidelities are read from; None measures them. near: the run in fp32 that
+    says which budgets are measured; None: all. shared: see `setting`.
+    """
     case, before = CASES[size], read_result(known) if known else None
-    only = near_the_front(before.statistics["points"], COMPARED_BEFORE) if before else None
+    only = next_to(read_result(near).statistics["points"], COMPARED_BEFORE) if near else None
+    if before:
+        names = near_the_front(before.statistics["points"], COMPARED_BEFORE)
+        only = lambda family, budget: name_of(family, budget) in names  # noqa: E731
     with tempfile.TemporaryDirectory() as scratch:
         of = setting(size, folder=Path(scratch), only=only, **shared)
         points = ours(case, of, Path(scratch), tell)
@@ -218,8 +243,9 @@ def measure(
         for point in points
     }  # fmt: skip
     compared = {}
-    for wanted in (COMPARED_BEFORE,) if before else case.compared:
-        compared[f"{wanted}, fp32"] = compare(points, found, times, wanted, ("fp32",))
+    for wanted in (COMPARED_BEFORE,) if only else case.compared:
+        if any(point.precision == "fp32" for point in points):
+            compared[f"{wanted}, fp32"] = compare(points, found, times, wanted, ("fp32",))
         if any(point.family == "ours, ONNX Runtime fp32" for point in points):
             in_ort = compare(points, found, times, wanted, ("fp32",), "ONNX Runtime")
             compared[f"{wanted}, fp32, in ONNX Runtime"] = in_ort
@@ -291,19 +317,25 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
 @click.option("--int8", is_flag=True, help="Quantised files too, ours and theirs.")
 @click.option("--batch", default=1, show_default=True, help="Images at a time; more than 1: times alone.")
 @click.option("--base", is_flag=True, help="ViT-B/14 with random weights: times alone.")
+@click.option("--near", is_flag=True, help="With --int8: no fp32, and few budgets.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for frontier_<size>.json and .png.")
 def main(
-    sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, batch: int, base: bool, output: Path | None
-) -> None:
+    sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, batch: int, base: bool, near: bool,
+    output: Path | None,
+) -> None:  # fmt: skip
     """See the module's documentation."""
+    if near and (not int8 or base or batch > 1):
+        raise click.UsageError("--near is for --int8 alone")
     warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter, about its own calls
     times_alone = batch > 1 or base
     shared = {"threads": threads or available_cores(), "int8": int8, "batch": batch, "base": base}
     more = ("_int8" if int8 else "") + (f"_batch{batch}" if batch > 1 else "") + ("_base" if base else "")
     for size in map(int, sizes):
-        known = run_before(output, size, int8) if times_alone else None
+        before = f"frontier_{size}{'_int8' * int8}"
+        known = run_before(output, before, "--batch and --base") if times_alone else None
+        fp32 = run_before(output, f"frontier_{size}", "--int8 and --near") if near else None
         with err_console.status("") as status:
-            samples, statistics = measure(size, rounds, status.update, known, **shared)
+            samples, statistics = measure(size, rounds, status.update, known, fp32, **shared)
         if output:
             output.mkdir(parents=True, exist_ok=True)
             method = {

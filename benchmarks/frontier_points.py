@@ -46,7 +46,7 @@ class Case:
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What all points of one run share. model, weights: ViT-S/14 with its own, or a larger one with random ones.
-    only: names of the points that are made; None: all.
+    only: of a family and a budget, whether that point is made; None: all.
     """
 
     size: int
@@ -55,10 +55,10 @@ class Setting:
     batch: int
     model: str
     weights: Path
-    only: frozenset[str] | None = None
+    only: Callable[[str, str], bool] | None = None
 
     def takes(self, family: str, budget: str) -> bool:
-        return self.only is None or name_of(family, budget) in self.only
+        return self.only is None or self.only(family, budget)
 
     @property
     def hints(self) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def name_of(family: str, budget: str) -> str:
 
 
 def setting(
-    size: int, threads: int, int8: bool, batch: int, base: bool, folder: Path, only: frozenset[str] | None
+    size: int, threads: int, int8: bool, batch: int, base: bool, folder: Path, only: Callable[[str, str], bool] | None
 ) -> Setting:
     if not base:
         return Setting(size, threads, int8, batch, material.DINOV2, weights_file(), only)
