@@ -5,10 +5,10 @@
 
 The model is `sparsifiner_edge.demo.saliency`. Per budget: mean absolute error, IoU at .5 and AUROC of the map against
 the dense model's over the publication photographs; with --stamps (see `stamps.py`), at 24 G multiply-accumulates at
-most, IoU and AUROC of both against the true masks, and what is lost, image by image. --train: distils a student on the training photographs; the decoder's
-own maps are the teacher's. --student: that one; without, untrained.
---time: the whole model with its decoder in fp32, ours in ONNX Runtime and OpenVINO against the dense one in ONNX
-Runtime, OpenVINO and torch, interleaved in one run; the ratio is that of the fastest.
+most, IoU and AUROC of both against the true masks, and what is lost, image by image. --train: distils a student on the
+training photographs; the decoder's own maps are the teacher's. --student: that one; without, untrained. --time: the
+whole model with its decoder in fp32, ours in ONNX Runtime and OpenVINO against the dense one in ONNX Runtime, OpenVINO
+and torch, interleaved in one run; the ratio is that of the fastest.
 """
 
 from __future__ import annotations
