@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -83,30 +83,47 @@ def train(work: Path) -> Path:
     return work / "student"
 
 
-def fidelity(student: Path, stamps: Path | None, tell: Any) -> dict[str, dict[str, Any]]:
+class Exported(NamedTuple):
+    """One budget's file. macs: of the backbone's layers."""
+
+    bundle: Path
+    macs: float
+
+
+def exported(student: Path, folder: Path, tell: Any) -> tuple[Path, dict[str, Exported]]:
+    """The dense bundle, and one per budget."""
+    tell("export dense")
+    dense, found = se.export_bundle(f"{MODULE}:saliency", folder / "dense"), {}
+    for merge, keep in BUDGETS:
+        name = name_of(merge, keep)
+        tell(f"export {name}")
+        bundle = se.export_bundle(student, folder / name, merge=merge, keep=keep, trust=[MODULE])
+        macs = sum_of_layers(se.load_student(student, merge=merge, keep=keep, trust=[MODULE]))
+        found[name] = Exported(bundle, macs)
+    return dense, found
+
+
+def fidelity(dense: Path, files: dict[str, Exported], stamps: Path | None, tell: Any) -> dict[str, dict[str, Any]]:
     """Per budget: multiply-accumulates, and the figures of the task."""
     rows: dict[str, dict[str, Any]] = {}
-    for merge, keep in BUDGETS:
-        name, shared = name_of(merge, keep), {"merge": merge, "keep": keep, "trust": [MODULE], "metric": "task"}
+    for name, file in files.items():
         tell(f"maps, {name}")
-        against: Any = {"against": f"{MODULE}:saliency"}
-        found = se.evaluate_student(student, split.publication(), **shared, **against)
-        row = {"macs": sum_of_layers(se.load_student(student, merge=merge, keep=keep, trust=[MODULE]))}
-        row["photographs"], samples = write_record(found.statistics), {"photographs": found.samples}
-        if stamps and row["macs"] <= REQUIRED[1][0]:
+        found = se.evaluate_student(file.bundle, split.publication(), against=dense, metric="task")
+        row: dict[str, Any] = {"macs": file.macs, "photographs": write_record(found.statistics)}
+        samples = {"photographs": found.samples}
+        if stamps and file.macs <= REQUIRED[1][0]:
             tell(f"stamps, {name}")
-            found = se.evaluate_student(student, stamps / "images", masks=stamps / "masks", **shared, **against)
+            images, masks = stamps / "images", stamps / "masks"
+            found = se.evaluate_student(file.bundle, images, masks=masks, against=dense, metric="task")
             row["stamps"], samples["stamps"] = write_record(found.statistics), found.samples
         rows[name] = row | {"samples": samples}
     return rows
 
 
-def times(student: Path, folder: Path, tell: Any) -> dict[str, Any]:
+def times(dense: Path, files: dict[str, Exported], tell: Any) -> dict[str, Any]:
     """Milliseconds [rounds, 1] of every engine, and the ratio of the fastest dense to the fastest of ours."""
     threads = available_cores()
     image = smooth_images(SIZE)
-    tell("export dense")
-    dense = se.export_bundle(f"{MODULE}:saliency", folder / "dense")
     loaded = from_factory(f"{MODULE}:saliency", None)
     pixels = normalise(torch.from_numpy(image), loaded.pixels)
     torch.set_num_threads(threads)
@@ -121,20 +138,16 @@ def times(student: Path, folder: Path, tell: Any) -> dict[str, Any]:
         "dense, OpenVINO": openvino_run(str(dense / "model.onnx"), {"image": image}, threads, "f32"),
         "dense, torch": in_torch,
     }
-    for merge, keep in BUDGETS[1:]:
-        name = name_of(merge, keep)
-        tell(f"export {name}")
-        bundle = se.export_bundle(student, folder / name, merge=merge, keep=keep, trust=[MODULE])
+    for name, file in files.items():
         for engine, backend in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
-            session = open_session(bundle, backend, threads, "native")
+            session = open_session(file.bundle, backend, threads, "native")
             runs[f"{name}, {engine}"] = lambda session=session: session.infer({"image": image})
     taken = time_in_turn(runs, ROUNDS, 1, tell)
     medians = {key: float(np.median(value)) for key, value in taken.items()}
     best = min((key for key in medians if key.startswith("dense")), key=medians.__getitem__)
     ratios = {}
-    for merge, keep in BUDGETS[1:]:
-        name = name_of(merge, keep)
-        ours = min((key for key in medians if key.startswith(name)), key=medians.__getitem__)
+    for name in files:
+        ours = min((key for key in medians if key.startswith(f"{name}, ")), key=medians.__getitem__)
         ratios[name] = {"dense": best, "ours": ours, **ratio(taken[best], taken[ours])}
     return {"ms": {key: value.tolist() for key, value in taken.items()}, "median_ms": medians, "ratios": ratios}
 
@@ -170,8 +183,9 @@ def main(work: Path | None, student: Path | None, stamps: Path | None, timed: bo
         return
     with tempfile.TemporaryDirectory() as scratch, err_console.status("") as status:
         made = student or untrained(Path(scratch))
-        rows = fidelity(made, stamps, status.update)
-        found = times(made, Path(scratch), status.update) if timed else None
+        dense, files = exported(made, Path(scratch), status.update)
+        rows = fidelity(dense, files, stamps, status.update)
+        found = times(dense, files, status.update) if timed else None
     samples = {name: row.pop("samples") for name, row in rows.items()}
     if output:
         output.mkdir(parents=True, exist_ok=True)
