@@ -14,8 +14,8 @@ With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times al
 .98 and where it counts: the run of batch 1, which FOLDER holds, gives fidelities, and of ours and of each rival the
 engines within a tenth of its fastest, and the budgets on both sides.
 
-`--int8 --near` is the short form for large images: what is lower than fp32 alone, at the three budgets that the run in
-fp32, which FOLDER holds, has next to .98; fidelities are measured.
+`--int8 --near` is the short form for large images: what is lower than fp32 alone, at the budgets on both sides of .98 in the run in
+fp32, which FOLDER holds; fidelities are measured.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def run_before(output: Path | None, name: str, these: str) -> Path:
 
 
 def next_to(rows: dict[str, dict[str, Any]], wanted: float) -> Callable[[str, str], bool]:
-    """Of the points of an earlier run in fp32, the budgets next to one fidelity: one below, two above; not in fp32."""
+    """Of the points of an earlier run in fp32, the budgets on both sides of one fidelity; not in fp32."""
     near: set[tuple[str, str]] = set()
     kinds: dict[str, dict[str, float]] = {}
     for row in rows.values():
@@ -128,7 +128,7 @@ def next_to(rows: dict[str, dict[str, Any]], wanted: float) -> Callable[[str, st
     for kind, budgets in kinds.items():
         ordered = sorted(budgets, key=budgets.__getitem__)
         place = next((i for i, budget in enumerate(ordered) if budgets[budget] >= wanted), len(ordered) - 1)
-        near.update((kind, budget) for budget in ordered[max(0, place - 1) : place + 2])
+        near.update((kind, budget) for budget in ordered[max(0, place - 1) : place + 1])
     return lambda family, budget: (
         (family.partition(",")[0], budget) in near and not family.endswith(("fp32", "OpenVINO f32"))
     )
