@@ -354,6 +354,7 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     method = {
         "metric": "cosine to the dense teacher, patches and class token, untrained",
         "photographs": [p.name for p in split.development()],
+        "publication": [p.name for p in split.publication()],
         "calibration": [p.name for p in split.calibration()],
         "intervals": "Student's t over photographs",
     }

@@ -14,8 +14,8 @@ With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times al
 .98 and where it counts: the run of batch 1, which FOLDER holds, gives fidelities, and of ours and of each rival the
 engines within a tenth of its fastest, and the budgets on both sides.
 
-`--int8 --near` is the short form for large images: what is lower than fp32 alone, at the budgets on both sides of .98 in the run in
-fp32, which FOLDER holds; fidelities are measured.
+`--int8 --near` is the short form for large images: what is lower than fp32 alone, at the budgets on both sides of .98
+in the run in fp32, which FOLDER holds; fidelities are measured.
 """
 
 from __future__ import annotations
