@@ -46,8 +46,8 @@ MODELS = (
 )
 SMALL = {"hidden_size": 384, "num_attention_heads": 6}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "Dinov2Model": SMALL | {"image_size": 518},
-    "Dinov2WithRegistersModel": SMALL | {"image_size": 518},
+    "Dinov2Model": SMALL | {"image_size": 518, "patch_size": 14},
+    "Dinov2WithRegistersModel": SMALL | {"image_size": 518, "patch_size": 14},
     "DINOv3ViTModel": SMALL | {"intermediate_size": 1536, "num_register_tokens": 4},
     "CLIPVisionModel": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
                         "num_attention_heads": 16, "patch_size": 14},
