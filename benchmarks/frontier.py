@@ -66,8 +66,8 @@ CASES = {
 }  # fmt: skip
 REQUIRED = {(518, 0.98, "fp32"): (1.15, 1.4), (1036, 0.98, "fp32"): (1.6, 2.2)}
 """Times the best rival: required, aimed at."""
-COMPARED_BEFORE, CLOSE = 0.98, 1.1
-"""Where times alone are measured: at which fidelity, and how many times the fastest's time an engine may take."""
+AT, CLOSE = 0.98, 1.1
+"""Where few points are measured: at which fidelity, and how many times the fastest's time an engine may take."""
 MOST_MERGING = (0.04, 0.02)
 """Share of a layer's time that matching and merging may take at 518 px, and should."""
 
@@ -109,12 +109,12 @@ def fidelity(points: list[Point], size: int, tell: Any) -> dict[str, dict[str, A
     return found
 
 
-def run_before(output: Path | None, name: str, these: str) -> Path:
-    """Where an earlier run is."""
+def run_before(output: Path | None, name: str, these: str) -> Result:
+    """An earlier run's."""
     path = output / f"{name}.json" if output else None
     if path is None or not path.is_file():
         raise click.UsageError(f"{path or '-o FOLDER'} is missing: measure the same without {these} first")
-    return path
+    return read_result(path)
 
 
 def next_to(rows: dict[str, dict[str, Any]], wanted: float) -> Callable[[str, str], bool]:
@@ -122,9 +122,8 @@ def next_to(rows: dict[str, dict[str, Any]], wanted: float) -> Callable[[str, st
     near: set[tuple[str, str]] = set()
     kinds: dict[str, dict[str, float]] = {}
     for row in rows.values():
-        kinds.setdefault(row["family"].partition(",")[0].removesuffix(" fp32"), {})[row["budget"]] = row[
-            "patches_cosine"
-        ]["value"]
+        kind = row["family"].partition(",")[0].removesuffix(" fp32")  # older files name no engine of ours
+        kinds.setdefault(kind, {})[row["budget"]] = row["patches_cosine"]["value"]
     for kind, budgets in kinds.items():
         ordered = sorted(budgets, key=budgets.__getitem__)
         place = next((i for i, budget in enumerate(ordered) if budgets[budget] >= wanted), len(ordered) - 1)
@@ -134,7 +133,7 @@ def next_to(rows: dict[str, dict[str, Any]], wanted: float) -> Callable[[str, st
     )
 
 
-def near_the_front(rows: dict[str, dict[str, Any]], wanted: float) -> frozenset[str]:
+def near_the_front(rows: dict[str, dict[str, Any]], wanted: float) -> Callable[[str, str], bool]:
     """Of the points of an earlier run, those that decide a comparison at one fidelity; see the module."""
     families: dict[str, dict[str, tuple[float, float]]] = {}
     for name, row in rows.items():
@@ -155,7 +154,7 @@ def near_the_front(rows: dict[str, dict[str, Any]], wanted: float) -> frozenset[
                     ordered = sorted(families[family], key=lambda name, family=family: families[family][name])
                     place = next((i for i, name in enumerate(ordered) if families[family][name][0] >= wanted), 0)
                     needed.update(ordered[max(0, place - 1) : place + 1])
-    return frozenset(needed)
+    return lambda family, budget: name_of(family, budget) in needed
 
 
 def time_at(points: list[tuple[float, float]], wanted: float) -> float:
@@ -216,19 +215,17 @@ def compare(
 
 
 def measure(
-    size: int, rounds: int, tell: Any, known: Path | None, near: Path | None, **shared: Any
+    size: int, rounds: int, tell: Any, before: Result | None, only: Callable[[str, str], bool] | None, **shared: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Samples and statistics. known: where fidelities are read from; None measures them. near: the run in fp32 that
-    says which budgets are measured; None: all. shared: see `setting`.
+    """Samples and statistics. before: where fidelities are taken from; None measures them. only: of a family and a
+    budget, whether it is measured. shared: see `setting`.
     """
-    case, before = CASES[size], read_result(known) if known else None
-    only = next_to(read_result(near).statistics["points"], COMPARED_BEFORE) if near else None
-    if before:
-        names = near_the_front(before.statistics["points"], COMPARED_BEFORE)
-        only = lambda family, budget: name_of(family, budget) in names  # noqa: E731
+    case = CASES[size]
     with tempfile.TemporaryDirectory() as scratch:
         of = setting(size, folder=Path(scratch), only=only, **shared)
         points = ours(case, of, Path(scratch), tell)
+        if not points:
+            raise click.UsageError("the run in -o FOLDER names our points otherwise: measure it again first")
         first = merging_in_first_layer(Path(scratch) / "ours-0", of)
         points += rivals(case, of, Path(scratch), tell)
         found = before.samples if before else fidelity(points, size, tell)
@@ -243,7 +240,7 @@ def measure(
         for point in points
     }  # fmt: skip
     compared = {}
-    for wanted in (COMPARED_BEFORE,) if only else case.compared:
+    for wanted in (AT,) if only else case.compared:
         if any(point.precision == "fp32" for point in points):
             compared[f"{wanted}, fp32"] = compare(points, found, times, wanted, ("fp32",))
         if any(point.family == "ours, ONNX Runtime fp32" for point in points):
@@ -331,16 +328,19 @@ def main(
     shared = {"threads": threads or available_cores(), "int8": int8, "batch": batch, "base": base}
     more = ("_int8" if int8 else "") + (f"_batch{batch}" if batch > 1 else "") + ("_base" if base else "")
     for size in map(int, sizes):
-        before = f"frontier_{size}{'_int8' * int8}"
-        known = run_before(output, before, "--batch and --base") if times_alone else None
-        fp32 = run_before(output, f"frontier_{size}", "--int8 and --near") if near else None
+        name, before, only = f"frontier_{size}{'_int8' * int8}", None, None
+        if times_alone:
+            before = run_before(output, name, "--batch and --base")
+            only = near_the_front(before.statistics["points"], AT)
+        elif near:
+            only = next_to(run_before(output, f"frontier_{size}", "--int8 and --near").statistics["points"], AT)
         with err_console.status("") as status:
-            samples, statistics = measure(size, rounds, status.update, known, fp32, **shared)
+            samples, statistics = measure(size, rounds, status.update, before, only, **shared)
         if output:
             output.mkdir(parents=True, exist_ok=True)
             method = {
                 "photographs": [path.name for path in photographs(size)], "size": size, "rounds": rounds,
-                "fidelities from": known.name if known else "this run",
+                "fidelities from": f"{name}.json" if before else "this run",
                 "interpolation": "linear in log(1 - patch cosine) between points of one family", **shared,
             }  # fmt: skip
             subject = Subject(path=LARGER if base else material.DINOV2, sha256="")
