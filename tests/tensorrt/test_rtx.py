@@ -109,12 +109,13 @@ def test_every_kind_of_file_builds(
         assert part in Path(engine["file"]).name
 
 
-def test_a_model_with_a_decoder_builds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_model_with_a_decoder_builds(tmp_path: Path, precision: str) -> None:
     made = se.sparsify_model(Segmenter(), keep=0.4, cells=4, channels=8, merge=4)
     unit = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    bundle = se.export_model(made, torch.zeros(1, 3, 160, 160), tmp_path / "b", precision="fp16", **unit)
+    bundle = se.export_model(made, torch.zeros(1, 3, 160, 160), tmp_path / "b", precision=precision, **unit)
     (engine,) = rtx(bundle, "8.6")
-    assert engine["precision"] == "fp16"
+    assert engine["precision"] == precision
     assert (bundle / engine["file"]).stat().st_size > 100_000
 
 
