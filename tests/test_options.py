@@ -18,6 +18,7 @@ TAKES: dict[str, Callable[..., Any]] = {
     "distill": sparsifiner_edge.distill_student,
     "evaluate": sparsifiner_edge.evaluate_student,
     "run": RunOptions,
+    "search": sparsifiner_edge.search_model,
 }
 
 

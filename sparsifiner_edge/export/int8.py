@@ -108,6 +108,15 @@ def quantise(
     return _restored(full, source, kept), report
 
 
+def quantised_alike(model: onnx.ModelProto, inputs: Sequence[Array]) -> onnx.ModelProto:
+    """A file with all of its linear layers in int8, for the processor, behind no gate: it takes as long as a good one.
+
+    inputs: of the name `image`.
+    """
+    source, layers = _prepared(model)
+    return _quantise_all(source, layers, inputs, symmetric=False)
+
+
 def _require(cosines: dict[str, float], least: float, how: str) -> None:
     for name, found in cosines.items():
         if found < least:

@@ -1,0 +1,170 @@
+"""Which plans are measured whole, and which of them is the answer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from sparsifiner_edge.config import keep_text, merge_text
+from sparsifiner_edge.files import replaced
+from sparsifiner_edge.profiles.stats import small_sample_mean
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.results import Estimate
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Bound, Search
+from sparsifiner_edge.search.fidelity_model import FidelityModel
+from sparsifiner_edge.search.finalists import Exports, Runnable, times
+from sparsifiner_edge.search.front import Checked, Finalist
+from sparsifiner_edge.search.latency import Engine, Latency
+from sparsifiner_edge.search.plan import Plan
+from sparsifiner_edge.search.trial import Trial
+from sparsifiner_edge.sparse.student import load_student, save_student
+
+TRIES = 3
+"""Plans of one engine that are exported until one meets the bound."""
+
+
+class Entrant(NamedTuple):
+    """A plan that is measured whole. distance: of its bundle; predicted: before it was measured."""
+
+    plan: Plan
+    engine: Engine
+    bundle: Path
+    distance: float
+    predicted_distance: float
+    predicted_ms: float
+    measured: Estimate | None = None
+
+    @property
+    def ms(self) -> Estimate:
+        """What was measured of it."""
+        assert self.measured is not None
+        return self.measured
+
+
+class Choice:
+    """Which of the plans that were measured is the best in an engine.
+
+    Args:
+        search: what was measured. latencies: of the engines. model: that plans were found by. bound: what is asked for.
+    """
+
+    def __init__(self, search: Search, latencies: dict[Engine, Latency], model: FidelityModel, bound: Bound) -> None:
+        self.search, self.latencies, self.model, self.bound = search, latencies, model, bound
+        self.plans = [seen.plan for seen in search.state.seen if not seen.plan.is_dense]
+
+    def ms(self, engine: Engine, plan: Plan) -> float:
+        """As predicted."""
+        return self.latencies[engine].of(plan, self.search.trial.patches)
+
+    def best(self, engine: Engine, distance: float | None = None) -> Plan:
+        """What meets the bound, or (where nothing does) is nearest to it; distance: another limit than the bound's."""
+        if self.bound.at_most_ms is not None:
+            within = [plan for plan in self.plans if self.ms(engine, plan) <= self.bound.at_most_ms]
+            if within:
+                return min(within, key=self.search.distance)
+            return min(self.plans, key=lambda plan: self.ms(engine, plan))
+        limit = self.limit if distance is None else distance
+        within = [plan for plan in self.plans if self.search.distance(plan) <= limit]
+        if within:
+            return min(within, key=lambda plan: self.ms(engine, plan))
+        return min(self.plans, key=self.search.distance)
+
+    @property
+    def limit(self) -> float:
+        """The most distance that is asked for."""
+        return 1.0 if self.bound.at_least is None else 1 - self.bound.at_least
+
+    def engines(self) -> list[Engine]:
+        """Those worth measuring, the most promising first."""
+        if self.bound.at_least is None:
+            return sorted(self.latencies, key=lambda engine: self.search.distance(self.best(engine)))[:MOST_ENGINES]
+        order = {engine: self.ms(engine, self.best(engine)) for engine in self.latencies}
+        close = [engine for engine in order if order[engine] <= CLOSE * min(order.values())]
+        return sorted(close, key=order.__getitem__)[:MOST_ENGINES]
+
+
+def entrants(exports: Exports, choice: Choice) -> list[Entrant]:
+    """Of the engines worth it, the plan that meets the bound as a bundle: what int8 and bfloat16 lose on top makes the
+    limit of the plan itself tighter, twice at most.
+    """
+    found: list[Entrant] = []
+    for engine in choice.engines():
+        limit = choice.limit
+        for _ in range(TRIES):
+            plan = choice.best(engine, limit)
+            bundle = exports.of(plan, engine.precision)
+            with open_session(bundle, engine.backend) as session:
+                distance = fmean(choice.search.trial.distances_of(session.infer))
+            entrant = Entrant(plan, engine, bundle, distance, choice.model.of(plan), choice.ms(engine, plan))
+            if distance <= choice.limit:
+                break
+            limit = max(0.0, choice.limit - (distance - choice.search.distance(plan)))
+        found.append(entrant)
+    return found
+
+
+def measured_whole(
+    exports: Exports, subjects: Sequence[Entrant], engines: Sequence[Engine], progress: Progress | None
+) -> tuple[list[Entrant], dict[str, Estimate]]:
+    """The entrants with their time as whole models, and that of the dense model by backend, all in one run."""
+    backends = list(dict.fromkeys(engine.backend for engine in engines))
+    rivals = [Runnable(exports.dense(), backend) for backend in backends]
+    found = times([*(Runnable(x.bundle, x.engine.backend) for x in subjects), *rivals], progress)
+    ours = [entrant._replace(measured=ms) for entrant, ms in zip(subjects, found, strict=False)]
+    return ours, dict(zip(backends, found[len(subjects) :], strict=True))
+
+
+def judged(subjects: Sequence[Entrant], bound: Bound) -> list[Entrant]:
+    """The best first: of those that meet the bound the fastest or most faithful; else the nearest to it."""
+
+    def rank(entrant: Entrant) -> tuple[bool, float]:
+        met = meets(entrant, bound)
+        by_time = (bound.at_least is not None) == met
+        return not met, entrant.ms.value if by_time else entrant.distance
+
+    return sorted(subjects, key=rank)
+
+
+def finalist(entrant: Entrant, start: Path) -> Finalist:
+    """As it stands in the result; start: the student that it is exported from."""
+    merge, keep = merge_text(entrant.plan.merge), keep_text(entrant.plan.short_keep)
+    backend, precision = entrant.engine
+    int8 = " --precision int8 --calibrate IMAGES/" if precision == "int8" else ""
+    return Finalist(
+        merge=merge, keep=keep, backend=backend, precision=precision, fidelity=1 - entrant.distance,
+        predicted_fidelity=1 - entrant.predicted_distance, predicted_ms=entrant.predicted_ms, measured_ms=entrant.ms,
+        command=f"sparsifiner-edge export {start} --merge {merge} --keep {keep}{int8} -o BUNDLE/",
+    )  # fmt: skip
+
+
+def meets(entrant: Entrant, bound: Bound) -> bool:
+    """Whether it is what was asked for, by what was measured."""
+    if bound.at_least is not None:
+        return 1 - entrant.distance >= bound.at_least
+    return bound.at_most_ms is not None and entrant.ms.value <= bound.at_most_ms
+
+
+def why_not(nearest: Entrant, bound: Bound) -> str:
+    """For people, where nothing meets the bound."""
+    asked = f"fidelity {bound.at_least}" if bound.at_least is not None else f"{bound.at_most_ms} ms"
+    return f"no plan meets {asked}; the nearest has {1 - nearest.distance:.4f} at {nearest.ms.value:.1f} ms"
+
+
+def checked(winner: Entrant, trial: Trial) -> tuple[Checked, list[float]]:
+    """The answer on images that nothing was chosen by."""
+    with open_session(winner.bundle, winner.engine.backend) as session:
+        found = [1 - distance for distance in trial.distances_of(session.infer)]
+    return Checked(fidelity=small_sample_mean(found), images=len(found)), found
+
+
+def keep_answer(winner: Entrant, start: Path, folder: Path, trust: Sequence[str]) -> None:
+    """The answer as student and bundle."""
+    save_student(
+        load_student(start, merge=winner.plan.merge, keep=winner.plan.short_keep, trust=trust), folder / "student"
+    )
+    with replaced(folder / "bundle") as target:
+        shutil.copytree(winner.bundle, target, dirs_exist_ok=True)

@@ -1,0 +1,152 @@
+"""The search itself: plans where the front is expected are measured, until the answer stays as it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from sparsifiner_edge.files import write_text
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.records import write_record
+from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
+from sparsifiner_edge.search.latency import Engine, Latency
+from sparsifiner_edge.search.plan import Plan, dense
+from sparsifiner_edge.search.solve import Solver
+from sparsifiner_edge.search.trial import Trial
+from sparsifiner_edge.text import dump_json
+
+STATE_SCHEMA = 1
+SPREAD = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.6, 2.5)
+NEAR = (0.9, 0.97, 1.03)
+"""Distances that are tried, as multiples of the bound: once, and then in every round."""
+ROUNDS = 4
+SETTLED = 0.03
+"""A round that changes what is expected of the answer by less is the last."""
+CLOSE, MOST_ENGINES = 1.15, 3
+"""Engines are followed that are within so much of the best, so many at most."""
+LEAST_AIM = 1e-3
+"""A distance below which nothing is to be gained: what the latency allows is the dense model, or nearly."""
+
+
+class Bound(NamedTuple):
+    """What is asked for: one of the two."""
+
+    at_least: float | None
+    at_most_ms: float | None
+
+
+class Seen(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan and its distances, image by image; predicted: their mean, before."""
+
+    merge: tuple[int, ...]
+    keep: tuple[float, ...]
+    distances: list[float]
+    predicted: float | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+        return Plan(self.merge, self.keep)
+
+
+class State(msgspec.Struct, kw_only=True):
+    """What a search goes on from: about tells searches apart."""
+
+    schema_version: int = STATE_SCHEMA
+    about: Any
+    seen: list[Seen] = []
+
+
+class Search:
+    """Plans of one student, measured on images as they come up; each is kept in `folder`."""
+
+    def __init__(self, trial: Trial, state: State, file: Path, progress: Progress | None) -> None:
+        self.trial, self.state, self.file, self.progress = trial, state, file, progress
+        self._known = {seen.plan: seen for seen in state.seen}
+
+    def measure(self, plans: Sequence[Plan], stage: str, model: FidelityModel | None = None) -> list[float]:
+        """Mean distances; those that are known already are not measured again."""
+        for number, plan in enumerate(plans):
+            if plan not in self._known:
+                predicted = None if model is None else model.of(plan)
+                seen = Seen(merge=plan.merge, keep=plan.keep, distances=self.trial.distances(plan), predicted=predicted)
+                self._known[plan] = seen
+                self.state.seen.append(seen)
+                write_text(self.file, dump_json(write_record(self.state)))
+            if self.progress:
+                self.progress(stage, number + 1, len(plans))
+        return [self.distance(plan) for plan in plans]
+
+    def distance(self, plan: Plan) -> float:
+        """Mean of a plan that was measured."""
+        return fmean(self._known[plan].distances)
+
+    def model(self) -> FidelityModel:
+        """Fitted to all that is known, from each layer alone on."""
+        selects, patches = self.trial.selects, self.trial.patches
+        depth, alone = len(selects), dense(len(selects))
+        merged = [_with(alone, layer, merge=patches // 4) for layer in range(depth)]
+        merge = self.measure(merged, "each layer alone, merging")
+        reading = [[_with(alone, layer, keep=share) for share in PROBED] for layer in range(depth) if selects[layer]]
+        found = iter(self.measure([plan for plans in reading for plan in plans], "each layer alone, reading"))
+        keep = [[next(found) for _ in PROBED] if own else [1.0, 0.5] for own in selects]
+        model = FidelityModel(Sensitivities(np.array(merge), np.array(keep)), patches)
+        known = [seen for seen in self.state.seen if not seen.plan.is_dense]
+        return model.fitted([seen.plan for seen in known], [fmean(seen.distances) for seen in known])
+
+
+def _with(plan: Plan, layer: int, merge: int | None = None, keep: float | None = None) -> Plan:
+    """A plan with one layer changed."""
+    merges, shares = list(plan.merge), list(plan.keep)
+    merges[layer] = merges[layer] if merge is None else merge
+    shares[layer] = shares[layer] if keep is None else keep
+    return Plan(tuple(merges), tuple(shares))
+
+
+def explore(
+    search: Search, latencies: dict[Engine, Latency], bound: Bound, tile: int, until: float
+) -> FidelityModel:  # fmt: skip
+    """Measure plans where the front is expected, until the answer stays as it is; returns the model that it ends with.
+
+    until: `time.monotonic()` at which no round is begun any more.
+    """
+    model, before = search.model(), math.inf
+    for number in range(ROUNDS):
+        solvers = [Solver(latency, model, search.trial.selects, tile) for latency in latencies.values()]
+        aims = [_aim(solver, bound) for solver in solvers]
+        costs = [_cost(solver, aim, bound) for solver, aim in zip(solvers, aims, strict=True)]
+        best = min(costs)
+        plans = dict.fromkeys(
+            solver.at_distance(aim * factor)
+            for solver, aim, cost in sorted(zip(solvers, aims, costs, strict=True), key=lambda row: row[2])[
+                :MOST_ENGINES
+            ]
+            if cost <= CLOSE * best
+            for factor in (NEAR if number else SPREAD)
+        )
+        search.measure([plan for plan in plans if not plan.is_dense], f"round {number + 1}", model)
+        model = search.model()
+        if abs(math.log(best / before)) < SETTLED or time.monotonic() > until:
+            break
+        before = best
+    return model
+
+
+def _aim(solver: Solver, bound: Bound) -> float:
+    """The distance that an engine's best plan is expected at."""
+    if bound.at_least is not None:
+        return 1 - bound.at_least
+    assert bound.at_most_ms is not None
+    return max(LEAST_AIM, solver.model.of(solver.at_latency(bound.at_most_ms)))
+
+
+def _cost(solver: Solver, aim: float, bound: Bound) -> float:
+    """What tells engines apart: milliseconds at a fidelity, distance within a latency."""
+    return solver.latency.of(solver.at_distance(aim), solver.model.patches) if bound.at_least is not None else aim

@@ -1,0 +1,123 @@
+"""A model of how what single layers lose adds up, fitted to what was measured.
+
+A layer that merges a share f of its tokens loses a_l f^s t^b: the pairs most alike merge first, so that more merge ever
+worse (s); t is the mean size of the tokens, since those that merged before are less alike than single ones (b). One
+that reads few keys loses k_l(share) times the share of tokens that is left to the power q. Distances (1 - cosine) of
+perturbations that do not know of each other add; what they lack or exceed together is one factor and one exponent for
+all. Everything starts from one measurement of each layer alone, and is fitted anew to all plans that were measured, in
+the logarithm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.search.plan import Plan
+
+PROBED = (0.1, 0.35)
+"""Shares of keys that each layer is measured with alone; others lie on the power law through the two."""
+STEEP, SIZE, LEFT = 1.6, 0.5, 0.0
+"""s, b and q before anything is fitted."""
+QUARTER = 0.25
+"""Share that merges where a layer is measured alone."""
+SPREADS = {"merge": 0.7, "keep": 0.7, "steep": 0.5, "size": 1.0, "left": 0.7, "factor": 0.7, "exponent": 0.15}
+"""How far each parameter is expected to move, against a distance's logarithm."""
+NOISE = 0.1
+"""Of a measured distance's logarithm that no model explains."""
+STEPS, RATE = 400, 0.05
+LEAST = 1e-7
+"""A distance counts as no smaller: rounding is as large."""
+
+
+class Sensitivities(NamedTuple):
+    """Distances of the model with one layer changed: where an even quarter of the patches merges [L], and at each of
+    `PROBED` [L,2].
+    """
+
+    merge: Array
+    keep: Array
+
+
+class FidelityModel:
+    """Distances of plans.
+
+    Args:
+        alone: each layer's. patches: of the image.
+    """
+
+    def __init__(self, alone: Sensitivities, patches: int) -> None:
+        self.patches = patches
+        merge, keep = (torch.from_numpy(np.maximum(x, LEAST)).double() for x in alone)
+        self._quarter, self._at_first = merge, keep[:, 0]
+        steps = math.log(PROBED[1] / PROBED[0])
+        self._fall = (torch.log(keep[:, 0] / keep[:, 1]) / steps).clamp(0.2, 4.0)
+        self.parameters = {name: torch.zeros(1).double() for name in SPREADS}
+        self.parameters |= {name: torch.zeros(len(merge)).double() for name in ("merge", "keep")}
+
+    def merging(self, layer: int, before: Array, after: Array) -> Array:
+        """What merging so many patches down to so many loses in this layer."""
+        left, merged = (torch.from_numpy(np.asarray(x, float)) for x in (before, before - after))
+        return np.asarray(float(self._merge_weights()[layer]) * self._merging(left, merged).numpy())
+
+    def reading(self, layer: int, share: float, counts: Array) -> Array:
+        """What a share of keys loses in this layer, at numbers of patches."""
+        if share == 1:
+            return np.zeros(np.shape(counts))
+        left = np.asarray(counts, float) / self.patches
+        weight = float(self._keep_weights()[layer]) * (share / PROBED[0]) ** -float(self._fall[layer])
+        return np.asarray(weight * left ** float(self.parameters["left"]))
+
+    def joined(self, total: float) -> float:
+        """The distance of a plan whose layers lose so much together."""
+        factor, exponent = (float(self.parameters[name]) for name in ("factor", "exponent"))
+        return math.exp(factor + (1 + exponent) * math.log(max(total, LEAST)))
+
+    def of(self, plan: Plan) -> float:
+        """The distance of a plan."""
+        with torch.no_grad():
+            return float(self._logs([plan]).exp())
+
+    def fitted(self, plans: Sequence[Plan], distances: Sequence[float]) -> FidelityModel:
+        """Fit to what was measured, in place."""
+        wanted = torch.log(torch.tensor(distances).double().clamp_min(LEAST))
+        for value in self.parameters.values():
+            value.requires_grad_(True)
+        optimiser = torch.optim.Adam(list(self.parameters.values()), lr=RATE)
+        for _ in range(STEPS):
+            optimiser.zero_grad()
+            loss = ((self._logs(plans) - wanted) / NOISE).square().sum()
+            for name, spread in SPREADS.items():
+                loss = loss + (self.parameters[name] / spread).square().sum()
+            loss.backward()
+            optimiser.step()
+        for value in self.parameters.values():
+            value.requires_grad_(False)
+        return self
+
+    def _merging(self, before: Tensor, merged: Tensor) -> Tensor:
+        """Relative to a quarter of single tokens."""
+        share = (merged / before / QUARTER).clamp_min(1e-9)
+        steep, size = STEEP + self.parameters["steep"], SIZE + self.parameters["size"]
+        return share ** steep.clamp(1.0, 4.0) * (self.patches / before) ** size.clamp(-1.0, 3.0)
+
+    def _merge_weights(self) -> Tensor:
+        return self._quarter * self.parameters["merge"].exp()
+
+    def _keep_weights(self) -> Tensor:
+        return self._at_first * self.parameters["keep"].exp()
+
+    def _logs(self, plans: Sequence[Plan]) -> Tensor:
+        counts = torch.tensor([plan.counts(self.patches) for plan in plans]).double()
+        left, shares = counts / self.patches, torch.tensor([plan.keep for plan in plans]).double()
+        merging = (self._merge_weights() * self._merging(counts[:, :-1], counts[:, :-1] - counts[:, 1:])).sum(1)
+        reading = self._keep_weights() * (shares / PROBED[0]) ** -self._fall * left[:, :-1] ** self.parameters["left"]
+        total = merging + (reading * (shares < 1)).sum(1)
+        exponent = 1 + self.parameters["exponent"]
+        return self.parameters["factor"] + exponent * torch.log(total.clamp_min(LEAST))

@@ -1,0 +1,126 @@
+"""What a search found: every plan with what was predicted and measured, as a result file and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sparsifiner_edge.config import keep_text, merge_text
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.results import Declared, Estimate
+from sparsifiner_edge.search.plan import Plan
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan that was looked at.
+
+    Attributes:
+        merge, keep: as `export --merge --keep` take them.
+        fidelity: mean over the images that were searched with, in float32. predicted_fidelity: by the model as it was
+            before that; None of those that it was first fitted to.
+        predicted_ms: by engine. on_front: whether no other plan is as faithful and predicted faster in every engine.
+    """
+
+    merge: str
+    keep: str
+    fidelity: float
+    predicted_fidelity: float | None = None
+    predicted_ms: dict[str, float]
+    on_front: bool
+
+
+class Finalist(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan as it was exported, in one engine.
+
+    Attributes:
+        fidelity: of the bundle, mean over the images searched with. measured_ms: median of the whole model.
+        command: that exports it again.
+    """
+
+    merge: str
+    keep: str
+    backend: str
+    precision: str
+    fidelity: float
+    predicted_fidelity: float
+    predicted_ms: float
+    measured_ms: Estimate
+    command: str
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer on images that nothing was searched or calibrated with."""
+
+    fidelity: Estimate
+    images: int
+
+
+class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was searched; images: names by use; tables: by engine, what its latencies were measured with."""
+
+    metric: str
+    at_least: float | None
+    at_most_ms: float | None
+    seed: int
+    images: dict[str, list[str]]
+    solver: str = "dynamic program over layers; price of fidelity bisected"
+    tables: dict[str, Any]
+
+
+class Front(msgspec.Struct, frozen=True, kw_only=True):
+    """points: in the order of fidelity. finalists: the answer first, if there is one. dense_ms: by engine."""
+
+    points: list[Point]
+    finalists: list[Finalist]
+    answer: Finalist | Unavailable
+    check: Checked | Unavailable
+    dense_ms: dict[str, Estimate]
+
+
+class SearchResult(Declared, frozen=True):
+    """Of kind "search"; samples: per plan, "merge | keep", the fidelity of each image it was judged by; and "check"."""
+
+    method: SearchMethod
+    samples: dict[str, list[float]]
+    statistics: Front
+
+
+def named(plan: Plan) -> str:
+    """A plan for people and as a key."""
+    return f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}"
+
+
+def not_dominated(rows: Sequence[tuple[float, ...]]) -> list[bool]:
+    """Whether no other row is smaller or equal in everything and smaller in something."""
+    return [
+        not any(all(a <= b for a, b in zip(other, row, strict=True)) and other != row for other in rows) for row in rows
+    ]
+
+
+def draw(result: SearchResult, path: Path) -> None:
+    """front.png: milliseconds against fidelity; lines are predictions, marks with whiskers were measured."""
+    from matplotlib.figure import Figure
+
+    found = result.statistics
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axis = figure.subplots()
+    for engine in sorted({name for point in found.points for name in point.predicted_ms}):
+        line = sorted((p.predicted_ms[engine], p.fidelity) for p in found.points if p.on_front)
+        axis.plot(*zip(*line, strict=True), ".-", lw=0.8, ms=4, label=f"predicted, {engine}")
+    for finalist in found.finalists:
+        ms = finalist.measured_ms
+        low, high = (bound if isinstance(bound, float) else ms.value for bound in (ms.low, ms.high))
+        reach = [[ms.value - low], [high - ms.value]]
+        label = f"measured, {finalist.backend}, {finalist.precision}"
+        axis.errorbar([ms.value], [finalist.fidelity], xerr=reach, fmt="o", capsize=3, label=label)
+    if result.method.at_least is not None:
+        axis.axhline(result.method.at_least, color="black", lw=0.8)
+    if result.method.at_most_ms is not None:
+        axis.axvline(result.method.at_most_ms, color="black", lw=0.8)
+    axis.set(xlabel="ms", ylabel=f"fidelity: {result.method.metric}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,151 @@
+"""Parts of a layer as files of their own, for any number of tokens: what the latency of a plan is summed from.
+
+Linear layers come from the student's own first layer as it is exported, with a free number of tokens that is then
+fixed; attention is put together from the operators, since nothing else of it depends on the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.export.graph import IR_VERSION, add_bodies, to_onnx
+from sparsifiner_edge.export.int8 import quantised_alike
+from sparsifiner_edge.ops.bodies import OPSET
+from sparsifiner_edge.ops.schema import DOMAIN
+from sparsifiner_edge.sparse.attention import HeadGeometry
+from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
+from sparsifiner_edge.sparse.merge import Merging
+
+INPUT, TOKENS = "image", "tokens"
+"""Of the linear parts: their input bears the name that the quantiser feeds."""
+
+
+class Piece(NamedTuple):
+    """A file and what it is run on."""
+
+    model: onnx.ModelProto
+    feed: dict[str, Array]
+
+
+class _Projections(nn.Module):
+    """A layer up to its MLP, with attention left out: norm, qkv, output projection."""
+
+    def __init__(self, layer: SparseLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = self.layer.own_attention
+        qkv = attention.packed(self.layer.entry_norm(x))
+        return x + self.layer.after_attention(attention.joined(x, qkv[..., : qkv.shape[-1] // 3]))
+
+
+class _Mlp(nn.Module):
+    """The rest of a layer."""
+
+    def __init__(self, layer: SparseLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer.after_mlp(x)
+
+
+class _Merge(nn.Module):
+    """What merging adds to a layer."""
+
+    def __init__(self, merging: Merging, heads: int) -> None:
+        super().__init__()
+        self.merging, self.heads = merging, heads
+
+    def forward(self, values: Tensor, qkv: Tensor, sizes: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+        positions = torch.arange(values.shape[1] - self.merging.prefix)[None]
+        found = self.merging(CarriedTokens(values, sizes, places, positions), qkv, self.heads)
+        assert found.sizes is not None
+        assert found.places is not None
+        return found.values, found.sizes, found.places
+
+
+class LinearPieces:
+    """The two linear parts of a layer, in float32 or int8, for any number of tokens."""
+
+    def __init__(self, layer: SparseLayer, width: int, int8: bool) -> None:
+        self.width = width
+        example, free = torch.randn(1, 64, width, generator=torch.Generator().manual_seed(0)), torch.export.Dim(TOKENS)
+        self.models: dict[str, onnx.ModelProto] = {}
+        for name, module in (("projections", _Projections(layer)), ("mlp", _Mlp(layer))):
+            model = to_onnx(module.eval(), {INPUT: example}, ["output"], {"x": {1: free}})
+            del model.graph.value_info[:]  # of another number of tokens, and of biases that the quantiser reshapes
+            self.models[name] = quantised_alike(model, [example.numpy()]) if int8 else model
+
+    def piece(self, name: str, tokens: int) -> Piece:
+        """ "projections" or "mlp" of so many tokens, prefix included."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.models[name])
+        for value in (*model.graph.input, *model.graph.output):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param:
+                    dim.dim_value = tokens
+        return Piece(model, {INPUT: _random(1, tokens, self.width)})
+
+
+def merging_piece(geometry: HeadGeometry, prefix: int, window: int, patches: int, width: int, whole: int) -> Piece:
+    """What merging an eighth of the patches costs; whole: patches of the image."""
+    tokens, channels = prefix + patches, 3 * geometry.heads * geometry.dim
+    feed: dict[str, Array] = {
+        "values": _random(1, tokens, width),
+        "qkv": _random(1, tokens, channels),
+        "sizes": np.ones((1, tokens), np.float32),
+        "places": np.arange(whole)[None] * patches // whole,
+    }
+    given = {name: torch.from_numpy(value) for name, value in feed.items()}
+    module = _Merge(Merging(max(1, patches // 8), prefix, window), geometry.heads)
+    return Piece(to_onnx(module.eval(), given, ["values_out", "sizes_out", "places_out"]), feed)
+
+
+def attention_piece(geometry: HeadGeometry, prefix: int, patches: int, config: SparsityConfig, merged: bool) -> Piece:
+    """Selection and attention of a layer alone; config: with one share of keys for all layers; 1 is dense. merged:
+    whether tokens have sizes.
+    """
+    tokens, channels = prefix + patches, geometry.heads * geometry.dim
+    feed: dict[str, Array] = {"qkv": _random(1, tokens, 3 * channels)}
+    kind, sizes = ("Merged", ["sizes"]) if merged else ("", [])
+    if merged:
+        feed["sizes"] = np.ones((1, tokens), np.float32)
+    heads = {"num_heads": geometry.heads, "scale": float(geometry.scale)}
+    weights: list[TensorProto] = []
+    if config.keep == 1:
+        nodes = [_node(f"{kind}DenseAttention", ["qkv", *sizes], "output", heads)]
+    else:
+        layout = config.layout(patches, prefix)
+        lists = {**heads, "num_prefix": prefix, "tile": config.tile, "cell": layout.cell}
+        choice = {"probe": config.probe, "keys": layout.keys, "value_power": config.value_power}
+        for name in ("proj_q", "proj_k"):
+            projection = _random(geometry.heads, geometry.dim, config.channels)
+            weights.append(numpy_helper.from_array(projection, name))
+        nodes = [
+            _node(f"{kind}KeySelect", ["qkv", *sizes, "proj_q", "proj_k"], "indices", lists | choice),
+            _node(f"{kind}SparseAttention", ["qkv", *sizes, "indices"], "output", {**lists, "prefix_keys": 1}),
+        ]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape) for name, x in feed.items()]
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, tokens, channels])
+    graph = helper.make_graph(nodes, "attention", inputs, [output], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    add_bodies(model)
+    return Piece(model, feed)
+
+
+def _node(operator: str, inputs: list[str], output: str, attributes: dict[str, Any]) -> onnx.NodeProto:
+    return helper.make_node(operator, inputs, [output], name=operator, domain=DOMAIN, **attributes)
+
+
+def _random(*shape: int) -> Array:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -1,0 +1,92 @@
+"""The best plan for a price of fidelity: an exact dynamic program over layers.
+
+Both latency and loss are sums over layers of what depends on the tokens before and behind alone, so with a price that
+turns one into the other each layer's best choice follows from the next ones': no sampler is needed where 12 layers x 96
+numbers of tokens x 6 shares of keys can be looked at in milliseconds. The price that just meets a bound is bisected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.config import LARGEST_MERGE
+from sparsifiner_edge.search.fidelity_model import FidelityModel
+from sparsifiner_edge.search.latency import Latency, name_of
+from sparsifiner_edge.search.plan import SHARES, Plan, dense, possible_counts
+
+BISECTIONS = 40
+PRICES = (1e-3, 1e9)
+"""Milliseconds that one of distance is worth: the least and the most."""
+
+
+class Solver:
+    """Plans for one engine.
+
+    Args:
+        latency, model: of its plans. selects: by layer whether it can read less than all keys. tile: the student's.
+    """
+
+    def __init__(self, latency: Latency, model: FidelityModel, selects: Sequence[bool], tile: int) -> None:
+        self.latency, self.model, self.selects = latency, model, selects
+        self.counts = np.array(possible_counts(model.patches, tile))
+        before, after = np.broadcast_arrays(
+            self.counts[:, None], np.minimum(self.counts[:, None], self.counts[None, :])
+        )
+        self._before, self._after = before, after
+        before, after = self.counts[:, None], self.counts[None, :]
+        self._allowed = (before >= after) & (before - after <= before // LARGEST_MERGE)
+        part = latency.of_part
+        merging = np.where(before != after, part("merging", self.counts)[:, None], 0.0)
+        self._fixed = part("projections", self.counts)[:, None] + merging + part("mlp", self.counts)[None, :]
+        self._attention = np.stack([part(name_of(share), self.counts) for share in SHARES])
+
+    def at_price(self, price: float) -> Plan:
+        """What is best where one of distance is worth `price` milliseconds."""
+        ahead = np.zeros(len(self.counts))
+        choices: list[tuple[Array, Array]] = []
+        for layer, selects in reversed(list(enumerate(self.selects))):
+            losses = np.stack([self.model.reading(layer, share, self.counts) for share in SHARES])
+            reading = self._attention + price * losses
+            if not selects:
+                reading[:-1] = np.inf  # the last share is 1
+            losses = self.model.merging(layer, self._before, self._after)
+            costs = self._fixed + price * losses + ahead[None, :]
+            costs = np.where(self._allowed, costs, np.inf)
+            choices.append((costs.argmin(1), reading.argmin(0)))
+            ahead = costs.min(1) + reading.min(0)
+        merge, keep, state = [], [], 0
+        for following, share in reversed(choices):
+            keep.append(SHARES[int(share[state])])
+            merge.append(int(self.counts[state] - self.counts[following[state]]))
+            state = int(following[state])
+        return Plan(tuple(merge), tuple(keep))
+
+    def at_latency(self, ms: float) -> Plan:
+        """The nearest to the dense model that is predicted to take at most so long; the fastest where none does."""
+        low, high = (math.log(price) for price in PRICES)
+        best = self.at_price(PRICES[0])
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            plan = self.at_price(math.exp(middle))
+            if self.latency.of(plan, self.model.patches) <= ms:
+                best, low = plan, middle
+            else:
+                high = middle
+        return best
+
+    def at_distance(self, distance: float) -> Plan:
+        """The fastest whose distance is predicted to be at most so much; the dense model where none's is."""
+        low, high = (math.log(price) for price in PRICES)
+        best = dense(len(self.selects))
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            plan = self.at_price(math.exp(middle))
+            if plan.is_dense or self.model.of(plan) <= distance:
+                best, high = plan, middle
+            else:
+                low = middle
+        return best

@@ -1,0 +1,101 @@
+"""What a plan costs in fidelity: the student with its settings beside the dense model, on the user's own images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.images import load_image
+from sparsifiner_edge.metrics import intersection_over_union
+from sparsifiner_edge.search.plan import Plan
+from sparsifiner_edge.sparse.attention import SparseAttention
+from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
+from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.student import Student
+from sparsifiner_edge.sparse.weights import normalise
+
+METRICS = ("patches", "class", "task")
+"""Mean cosine of the final patch tokens; cosine of the class token; IoU of a decoder's map at .5. Each to the dense
+model's, 1 at best."""
+_UNUSED = 0.9
+
+
+class Trial:
+    """A student whose layers all have predictors, and what its dense model makes of some images.
+
+    Attributes:
+        patches: of the backbone. selects: by layer whether it has a predictor; one without stays dense.
+    """
+
+    def __init__(self, student: Student, teacher: Any, paths: Sequence[Path], metric: str) -> None:
+        self._student, self._attentions = student, student.backbone.attentions
+        self.selects = [isinstance(attention, SparseAttention) for attention in self._attentions]
+        self._distance = _DISTANCES[metric]
+        backbone = student.backbone
+        self.patches, self._prefix = backbone.patches, backbone.prefix
+        if metric == "class" and not backbone.class_token:
+            raise ConfigError("This model has no class token.", "Judge by --metric patches.")
+        if metric == "task" and backbone.module is student.model:
+            raise ConfigError("This model has no decoder whose map could be judged.", "Judge by --metric patches.")
+        self._raw = [load_image(path, student.img_size)[None] for path in paths]
+        self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
+        with torch.inference_mode():
+            self._wanted = [seen_by(teacher, image, student.outputs) for image in self._pixels]
+
+    @torch.inference_mode()
+    def distances(self, plan: Plan, images: int | None = None) -> list[float]:
+        """1 - the metric, of every image or the first few."""
+        if plan.is_dense:
+            return [0.0] * len(self._pixels[:images])
+        config = plan.config(self._student.sparsity)
+        # A dense layer keeps its predictor meanwhile: the share of keys that stands in its place is not used.
+        listed = [min(share, _UNUSED) if own else 1.0 for share, own in zip(plan.keep, self.selects, strict=True)]
+        set_budget(self._student.model, dataclasses.replace(config, keep=tuple(listed)))
+        for attention, share in zip(self._attentions, plan.keep, strict=True):
+            attention.densely = share == 1
+        found = []
+        for pixels, wanted in zip(self._pixels[:images], self._wanted, strict=False):
+            found.append(
+                self._distance(seen_by(self._student.model, pixels, self._student.outputs), wanted, self._prefix)
+            )
+        return found
+
+    def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]]) -> list[float]:
+        """1 - the metric, image by image, of what a session makes of them; a vision transformer alone gives tokens."""
+        found = []
+        for image, wanted in zip(self._raw, self._wanted, strict=True):
+            got = {name: torch.from_numpy(np.asarray(value)) for name, value in infer({"image": image}).items()}
+            tokens = got.get("tokens", torch.empty(0))
+            found.append(self._distance(ModelAnswer(tokens, None, got), wanted, self._prefix))
+        return found
+
+
+def _of_patches(seen: ModelAnswer, wanted: ModelAnswer, prefix: int) -> float:
+    return 1 - float(torch.cosine_similarity(seen.tokens[:, prefix:], wanted.tokens[:, prefix:], dim=-1).mean())
+
+
+def _of_class(seen: ModelAnswer, wanted: ModelAnswer, _: int) -> float:
+    return 1 - float(torch.cosine_similarity(seen.tokens[:, 0], wanted.tokens[:, 0], dim=-1).mean())
+
+
+def _of_map(seen: ModelAnswer, wanted: ModelAnswer, _: int) -> float:
+    ((name, dense),) = wanted.outputs.items()
+    found = intersection_over_union(_mask(seen.outputs[name]), _mask(dense))
+    return 0.0 if found is None else 1 - found
+
+
+def _mask(x: Tensor) -> Any:
+    return (x > 0.5).numpy()
+
+
+_DISTANCES: dict[str, Callable[[ModelAnswer, ModelAnswer, int], float]] = dict(
+    zip(METRICS, (_of_patches, _of_class, _of_map), strict=True)
+)

@@ -1,0 +1,102 @@
+"""What plans lose, as it is measured, and the parts that latencies are summed from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.export.sessions import file_session
+from sparsifiner_edge.images import list_images, load_image
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
+from sparsifiner_edge.search.plan import Plan, dense
+from sparsifiner_edge.search.trial import Trial
+from sparsifiner_edge.sparse.patch import final_tokens
+from sparsifiner_edge.sparse.student import Student, dense_twin, load_student
+from sparsifiner_edge.sparse.weights import normalise
+
+
+@pytest.fixture
+def student(tiny_student: Path) -> Student:
+    return load_student(tiny_student)
+
+
+def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictures: Path, tiny_student: Path) -> None:
+    paths = list_images(pictures)
+    trial = Trial(student, dense_twin(student).model, paths, "patches")
+    plan = Plan((20, 0, 10, 0, 0, 0), (0.2, 1.0, 0.5, 1.0, 1.0, 1.0))
+    found = trial.distances(plan)
+    assert trial.distances(dense(6)) == [0.0] * 3
+    again = load_student(tiny_student, merge=plan.merge, keep=plan.short_keep)
+    teacher = dense_twin(load_student(tiny_student)).model
+    for path, distance in zip(paths, found, strict=True):
+        pixels = normalise(torch.from_numpy(load_image(path, 160))[None], again.normalisation)
+        with torch.no_grad():
+            got, wanted = final_tokens(again.model, pixels)[0], final_tokens(teacher, pixels)[0]
+        cosine = torch.cosine_similarity(got[:, 1:], wanted[:, 1:], dim=-1).mean()
+        assert distance == pytest.approx(1 - float(cosine), abs=1e-5)
+    assert trial.distances(plan) == found, "a plan in between changes nothing"
+
+
+def test_metrics_that_a_model_cannot_have(student: Student, pictures: Path) -> None:
+    with pytest.raises(ConfigError, match="no decoder"):
+        Trial(student, dense_twin(student).model, list_images(pictures), "task")
+
+
+@pytest.mark.parametrize("patches", [100, 61, 17])
+def test_linear_parts_compute_what_the_layer_does(student: Student, patches: int) -> None:
+    layer = student.backbone.layers[0]
+    pieces = LinearPieces(layer, 64, int8=False)
+    piece = pieces.piece("mlp", patches + 1)
+    (got,) = file_session(piece.model).run(None, piece.feed)
+    x = torch.from_numpy(piece.feed["image"])
+    with torch.no_grad():
+        np.testing.assert_allclose(got, (x + layer.after_mlp(x)).numpy(), atol=1e-4)
+    piece = pieces.piece("projections", patches + 1)
+    (got,) = file_session(piece.model).run(None, piece.feed)
+    with torch.no_grad():
+        qkv = layer.own_attention.packed(layer.entry_norm(x))
+        wanted = x + layer.after_attention(layer.own_attention.joined(x, qkv[..., :64]))
+    np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4)
+
+
+def test_int8_parts_hold_int8_products(student: Student) -> None:
+    pieces = LinearPieces(student.backbone.layers[0], 64, int8=True)
+    for name, products in (("projections", 2), ("mlp", 2)):
+        kinds = [node.op_type for node in pieces.piece(name, 33).model.graph.node]
+        assert kinds.count("MatMul") == products
+        assert kinds.count("DequantizeLinear") >= 2 * products
+        piece = pieces.piece(name, 33)
+        assert file_session(piece.model).run(None, piece.feed)[0].shape == (1, 33, 64)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_attention_parts_are_the_operators(student: Student, share: float, merged: bool) -> None:
+    config = SparsityConfig(keep=share, cells=4, channels=8, merge=(1,))
+    geometry = student.backbone.geometry
+    piece = attention_piece(geometry, 1, 40, config, merged)
+    (got,) = file_session(piece.model).run(None, piece.feed)
+    assert got.shape == (1, 41, 64)
+    sizes = torch.from_numpy(piece.feed["sizes"]) if merged else None
+    qkv = torch.from_numpy(piece.feed["qkv"])
+    if share == 1:
+        wanted = ops.dense_attention(qkv, num_heads=geometry.heads, scale=geometry.scale, sizes=sizes)
+        np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4)
+    operators = [node.op_type for node in piece.model.graph.node]
+    kind = "Merged" if merged else ""
+    wanted_nodes = [f"{kind}DenseAttention"] if share == 1 else [f"{kind}KeySelect", f"{kind}SparseAttention"]
+    assert operators == wanted_nodes
+
+
+def test_the_merging_part_merges_an_eighth(student: Student) -> None:
+    piece = merging_piece(student.backbone.geometry, 1, 16, 40, 64, 100)
+    values, sizes, places = file_session(piece.model).run(None, piece.feed)
+    assert values.shape == (1, 36, 64)
+    assert sizes.sum() == 41
+    assert places.shape == (1, 100)
