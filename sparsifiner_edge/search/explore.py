@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,7 +116,7 @@ def explore(
 
     until: `time.monotonic()` at which no round is begun any more.
     """
-    model, before = search.model(), math.inf
+    model, before = search.model(), 0.0
     for number in range(ROUNDS):
         solvers = [Solver(latency, model, search.trial.selects, tile) for latency in latencies.values()]
         aims = [_aim(solver, bound) for solver in solvers]
@@ -133,7 +132,7 @@ def explore(
         )
         search.measure([plan for plan in plans if not plan.is_dense], f"round {number + 1}", model)
         model = search.model()
-        if abs(math.log(best / before)) < SETTLED or time.monotonic() > until:
+        if abs(best - before) < SETTLED * best or time.monotonic() > until:
             break
         before = best
     return model
