@@ -18,6 +18,7 @@ from sparsifiner_edge.errors import ConfigError, SparsifinerError, UnsupportedMo
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
+from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.weights import normalise
 from tests.models import TINY, images, vit
 
@@ -192,6 +193,14 @@ def test_tokens_that_a_hook_changes_between_layers_are_what_the_next_layer_sees(
     se.sparsify_model(model, keep=1.0, merge=4)
     with pytest.raises(ConfigError, match="or that were changed since"):
         answer(lambda _, __, tokens: tokens.mul_(0.5))
+
+
+@torch.no_grad()
+def test_places_of_pruned_tokens_are_not_guessed_where_a_hook_returns_others() -> None:
+    model = se.sparsify_model(vit(), keep=0.3, token_keep=((1, 0.5),))
+    model.blocks[-1].register_forward_hook(lambda _, __, tokens: tokens * 1.0)
+    with pytest.raises(ConfigError, match="prunes tokens returned other tokens"):
+        final_tokens(model, images(model))
 
 
 @pytest.mark.parametrize(

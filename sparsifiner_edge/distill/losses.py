@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, cast
 
 import torch
@@ -58,7 +59,8 @@ class Distiller(nn.Module):
             with torch.enable_grad(), torch.autocast(qkv.device.type, enabled=False):
                 selection.append(selection_loss(attention, qkv.float(), generator, sizes))
 
-        with observed(self.student, watch, densely=reconstruct):
+        counts = reconstruct or bool(self.weights.selection)
+        with observed(self.student, watch, densely=reconstruct) if counts else contextlib.nullcontext():
             if reconstruct:
                 with torch.no_grad():
                     self.student(images)

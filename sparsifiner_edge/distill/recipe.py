@@ -50,7 +50,8 @@ class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tokens: mean squared error of all final tokens (Sparsifiner, equation 8).
         logits: Kullback-Leibler divergence of the classes from the teacher's. labels: cross-entropy, with --labels.
         outputs: squared error of what is around the backbone, a decoder's maps, relative to the teacher's variance.
-        selection: of the predictor, which has parameters of its own: the weight matters for clipping alone.
+        selection: of the predictor, which has parameters of its own: the weight matters for clipping alone; 0 spares
+            the time.
         relative: whether `patches`, `classes` and `outputs` count, image by image, by the share of themselves that goes
             away (their logarithm). Few keys, and some images, make errors ten times those of others, which would else
             be learnt at the cost of all others.

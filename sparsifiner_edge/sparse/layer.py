@@ -161,8 +161,17 @@ class SparseLayer(nn.Module):
 
 
 def riding(x: Tensor) -> CarriedTokens:
-    """What rides along on the output of a `SparseLayer`."""
-    return cast(CarriedTokens, getattr(x, _RIDER)[0])
+    """What rides along on the output of a `SparseLayer`.
+
+    Raises:
+        ConfigError: it is another tensor, as a hook on the layer may return one.
+    """
+    known, _ = getattr(x, _RIDER, (None, None))
+    if known is None:
+        raise ConfigError(
+            "A layer of a model that prunes tokens returned other tokens than its own.", "Let no hook change them."
+        )
+    return cast(CarriedTokens, known)
 
 
 def _version(x: Tensor) -> int | None:

@@ -107,6 +107,19 @@ def test_training_brings_the_outputs_nearer(student: Path, frozen: bool) -> None
     assert bool(moved - inside) is not frozen
 
 
+def test_a_predictor_whose_loss_has_no_weight_is_left_alone(student: Path) -> None:
+    found = load_student(student, trust=[FACTORY])
+    weights = Losses(classes=0, selection=0)
+    distiller = Distiller(found.model, dense_twin(found).model, weights, ("mask", "heat"))
+    losses = distiller(images((160, 160)), None, torch.Generator(), False)
+    assert "selection" not in losses
+    distiller.total(losses).backward()
+    grown = {name for name, p in found.model.named_parameters() if p.grad is not None}
+    assert grown
+    assert not any(map(is_predictor, grown))
+    assert "selection" in distiller(images((160, 160)), None, torch.Generator(), True)
+
+
 def test_a_training_of_ones_own_model_is_written_as_a_student(tmp_path: Path, student: Path, pictures: Path) -> None:
     settings = ["distil.steps=2", "batch=2", "images.held_out=1", "check_every=1"]
     summary = se.distill_student(student, pictures, tmp_path / "better", overrides=settings, trust=[FACTORY])
