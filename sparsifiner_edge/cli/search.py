@@ -59,8 +59,7 @@ if TYPE_CHECKING:
 @common.trust_option
 @common.json_option
 @common.output_option("Folder for front.json, front.png, student/ and bundle/.")
-@click.pass_context
-def command(ctx: click.Context, /, *, source: str, data: Path, output: Path, as_json: bool, **options: Any) -> None:
+def command(*, source: str, data: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Find the fastest sparse model at a fidelity, or the most faithful within a latency, on this machine."""
     import sparsifiner_edge
 
@@ -68,7 +67,7 @@ def command(ctx: click.Context, /, *, source: str, data: Path, output: Path, as_
         result = sparsifiner_edge.search_model(source, data, output, progress=progress, **options)
     common.print_result(result, as_json, lambda found: _print(found, output))
     if isinstance(result.statistics.answer, Unavailable):
-        ctx.exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _print(result: SearchResult, output: Path) -> None:

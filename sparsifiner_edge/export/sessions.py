@@ -48,8 +48,12 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
 
 
 @contextlib.contextmanager
-def processor_run(model: onnx.ModelProto, backend: str) -> Iterator[tuple[Callable[[Mapping[str, Array]], Any], str]]:
-    """What runs a float32 graph in a backend of the processor, on all cores, and the kernels that it does so on.
+def processor_run(
+    model: onnx.ModelProto, backend: str, stored: str | None = None
+) -> Iterator[tuple[Callable[[Mapping[str, Array]], Any], str]]:
+    """What runs a graph in a backend of the processor, on all cores, and the kernels that it does so on.
+
+    stored: precision of its linear layers, where it is not the backend's own: "int8".
 
     Raises:
         ConfigError: the backend is none of the processor's.
@@ -58,7 +62,7 @@ def processor_run(model: onnx.ModelProto, backend: str) -> Iterator[tuple[Callab
     found = find_backend(backend)
     if not isinstance(found, ProcessorBackend):
         raise ConfigError(f"{backend} does not run on the processor.", "Measure in onnxruntime or openvino.")
-    with found.session(Path("layer"), model.SerializeToString(), available_cores(), "auto") as opened:
+    with found.session(Path("layer"), model.SerializeToString(), available_cores(), "auto", stored) as opened:
         yield opened.infer, str(opened.description.kernels)
 
 

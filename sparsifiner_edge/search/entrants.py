@@ -16,10 +16,10 @@ from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Bound, Search
 from sparsifiner_edge.search.fidelity_model import FidelityModel
-from sparsifiner_edge.search.finalists import Exports, Runnable, times
+from sparsifiner_edge.search.finalists import Contender, Exports, times
 from sparsifiner_edge.search.front import Checked, Finalist
-from sparsifiner_edge.search.latency import Engine, Latency
-from sparsifiner_edge.search.plan import Plan
+from sparsifiner_edge.search.latency import Deployment, PlanLatency
+from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student, save_student
 
@@ -30,8 +30,8 @@ TRIES = 3
 class Entrant(NamedTuple):
     """A plan that is measured whole. distance: of its bundle; predicted: before it was measured."""
 
-    plan: Plan
-    engine: Engine
+    plan: LayerPlan
+    engine: Deployment
     bundle: Path
     distance: float
     predicted_distance: float
@@ -45,22 +45,24 @@ class Entrant(NamedTuple):
         return self.measured
 
 
-class Choice:
+class Shortlist:
     """Which of the plans that were measured is the best in an engine.
 
     Args:
         search: what was measured. latencies: of the engines. model: that plans were found by. bound: what is asked for.
     """
 
-    def __init__(self, search: Search, latencies: dict[Engine, Latency], model: FidelityModel, bound: Bound) -> None:
+    def __init__(
+        self, search: Search, latencies: dict[Deployment, PlanLatency], model: FidelityModel, bound: Bound
+    ) -> None:
         self.search, self.latencies, self.model, self.bound = search, latencies, model, bound
         self.plans = [seen.plan for seen in search.state.seen if not seen.plan.is_dense]
 
-    def ms(self, engine: Engine, plan: Plan) -> float:
+    def ms(self, engine: Deployment, plan: LayerPlan) -> float:
         """As predicted."""
         return self.latencies[engine].of(plan, self.search.trial.patches)
 
-    def best(self, engine: Engine, distance: float | None = None) -> Plan:
+    def best(self, engine: Deployment, distance: float | None = None) -> LayerPlan:
         """What meets the bound, or (where nothing does) is nearest to it; distance: another limit than the bound's."""
         if self.bound.at_most_ms is not None:
             within = [plan for plan in self.plans if self.ms(engine, plan) <= self.bound.at_most_ms]
@@ -78,7 +80,7 @@ class Choice:
         """The most distance that is asked for."""
         return 1.0 if self.bound.at_least is None else 1 - self.bound.at_least
 
-    def engines(self) -> list[Engine]:
+    def engines(self) -> list[Deployment]:
         """Those worth measuring, the most promising first."""
         if self.bound.at_least is None:
             return sorted(self.latencies, key=lambda engine: self.search.distance(self.best(engine)))[:MOST_ENGINES]
@@ -87,7 +89,7 @@ class Choice:
         return sorted(close, key=order.__getitem__)[:MOST_ENGINES]
 
 
-def entrants(exports: Exports, choice: Choice) -> list[Entrant]:
+def entrants(exports: Exports, choice: Shortlist) -> list[Entrant]:
     """Of the engines worth it, the plan that meets the bound as a bundle: what int8 and bfloat16 lose on top makes the
     limit of the plan itself tighter, twice at most.
     """
@@ -108,12 +110,12 @@ def entrants(exports: Exports, choice: Choice) -> list[Entrant]:
 
 
 def measured_whole(
-    exports: Exports, subjects: Sequence[Entrant], engines: Sequence[Engine], progress: Progress | None
+    exports: Exports, subjects: Sequence[Entrant], engines: Sequence[Deployment], progress: Progress | None
 ) -> tuple[list[Entrant], dict[str, Estimate]]:
     """The entrants with their time as whole models, and that of the dense model by backend, all in one run."""
     backends = list(dict.fromkeys(engine.backend for engine in engines))
-    rivals = [Runnable(exports.dense(), backend) for backend in backends]
-    found = times([*(Runnable(x.bundle, x.engine.backend) for x in subjects), *rivals], progress)
+    rivals = [Contender(exports.dense(), backend) for backend in backends]
+    found = times([*(Contender(x.bundle, x.engine.backend) for x in subjects), *rivals], progress)
     ours = [entrant._replace(measured=ms) for entrant, ms in zip(subjects, found, strict=False)]
     return ours, dict(zip(backends, found[len(subjects) :], strict=True))
 
@@ -148,7 +150,7 @@ def meets(entrant: Entrant, bound: Bound) -> bool:
     return bound.at_most_ms is not None and entrant.ms.value <= bound.at_most_ms
 
 
-def why_not(nearest: Entrant, bound: Bound) -> str:
+def why_unmet(nearest: Entrant, bound: Bound) -> str:
     """For people, where nothing meets the bound."""
     asked = f"fidelity {bound.at_least}" if bound.at_least is not None else f"{bound.at_most_ms} ms"
     return f"no plan meets {asked}; the nearest has {1 - nearest.distance:.4f} at {nearest.ms.value:.1f} ms"

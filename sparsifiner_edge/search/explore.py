@@ -15,8 +15,8 @@ from sparsifiner_edge.files import write_text
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
-from sparsifiner_edge.search.latency import Engine, Latency
-from sparsifiner_edge.search.plan import Plan, dense
+from sparsifiner_edge.search.latency import Deployment, PlanLatency
+from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.search.solve import Solver
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.text import dump_json
@@ -41,7 +41,7 @@ class Bound(NamedTuple):
     at_most_ms: float | None
 
 
-class Seen(msgspec.Struct, frozen=True, kw_only=True):
+class Tried(msgspec.Struct, frozen=True, kw_only=True):
     """A plan and its distances, image by image; predicted: their mean, before."""
 
     merge: tuple[int, ...]
@@ -50,9 +50,9 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     predicted: float | None = None
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> LayerPlan:
         """The plan."""
-        return Plan(self.merge, self.keep)
+        return LayerPlan(self.merge, self.keep)
 
 
 class State(msgspec.Struct, kw_only=True):
@@ -60,7 +60,7 @@ class State(msgspec.Struct, kw_only=True):
 
     schema_version: int = STATE_SCHEMA
     about: Any
-    seen: list[Seen] = []
+    seen: list[Tried] = []
 
 
 class Search:
@@ -70,12 +70,14 @@ class Search:
         self.trial, self.state, self.file, self.progress = trial, state, file, progress
         self._known = {seen.plan: seen for seen in state.seen}
 
-    def measure(self, plans: Sequence[Plan], stage: str, model: FidelityModel | None = None) -> list[float]:
+    def measure(self, plans: Sequence[LayerPlan], stage: str, model: FidelityModel | None = None) -> list[float]:
         """Mean distances; those that are known already are not measured again."""
         for number, plan in enumerate(plans):
             if plan not in self._known:
                 predicted = None if model is None else model.of(plan)
-                seen = Seen(merge=plan.merge, keep=plan.keep, distances=self.trial.distances(plan), predicted=predicted)
+                seen = Tried(
+                    merge=plan.merge, keep=plan.keep, distances=self.trial.distances(plan), predicted=predicted
+                )
                 self._known[plan] = seen
                 self.state.seen.append(seen)
                 write_text(self.file, dump_json(write_record(self.state)))
@@ -83,7 +85,7 @@ class Search:
                 self.progress(stage, number + 1, len(plans))
         return [self.distance(plan) for plan in plans]
 
-    def distance(self, plan: Plan) -> float:
+    def distance(self, plan: LayerPlan) -> float:
         """Mean of a plan that was measured."""
         return fmean(self._known[plan].distances)
 
@@ -101,16 +103,16 @@ class Search:
         return model.fitted([seen.plan for seen in known], [fmean(seen.distances) for seen in known])
 
 
-def _with(plan: Plan, layer: int, merge: int | None = None, keep: float | None = None) -> Plan:
+def _with(plan: LayerPlan, layer: int, merge: int | None = None, keep: float | None = None) -> LayerPlan:
     """A plan with one layer changed."""
     merges, shares = list(plan.merge), list(plan.keep)
     merges[layer] = merges[layer] if merge is None else merge
     shares[layer] = shares[layer] if keep is None else keep
-    return Plan(tuple(merges), tuple(shares))
+    return LayerPlan(tuple(merges), tuple(shares))
 
 
 def explore(
-    search: Search, latencies: dict[Engine, Latency], bound: Bound, tile: int, until: float
+    search: Search, latencies: dict[Deployment, PlanLatency], bound: Bound, tile: int, until: float
 ) -> FidelityModel:  # fmt: skip
     """Measure plans where the front is expected, until the answer stays as it is; returns the model that it ends with.
 

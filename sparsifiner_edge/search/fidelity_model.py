@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.search.plan import Plan
+from sparsifiner_edge.search.plan import LayerPlan
 
 PROBED = (0.1, 0.35)
 """Shares of keys that each layer is measured with alone; others lie on the power law through the two."""
@@ -31,7 +31,7 @@ SPREADS = {"merge": 0.7, "keep": 0.7, "steep": 0.5, "size": 1.0, "left": 0.7, "f
 """How far each parameter is expected to move, against a distance's logarithm."""
 NOISE = 0.1
 """Of a measured distance's logarithm that no model explains."""
-STEPS, RATE = 400, 0.05
+FIT_STEPS, FIT_RATE = 400, 0.05
 LEAST = 1e-7
 """A distance counts as no smaller: rounding is as large."""
 
@@ -79,18 +79,18 @@ class FidelityModel:
         factor, exponent = (float(self.parameters[name]) for name in ("factor", "exponent"))
         return math.exp(factor + (1 + exponent) * math.log(max(total, LEAST)))
 
-    def of(self, plan: Plan) -> float:
+    def of(self, plan: LayerPlan) -> float:
         """The distance of a plan."""
         with torch.no_grad():
             return float(self._logs([plan]).exp())
 
-    def fitted(self, plans: Sequence[Plan], distances: Sequence[float]) -> FidelityModel:
+    def fitted(self, plans: Sequence[LayerPlan], distances: Sequence[float]) -> FidelityModel:
         """Fit to what was measured, in place."""
         wanted = torch.log(torch.tensor(distances).double().clamp_min(LEAST))
         for value in self.parameters.values():
             value.requires_grad_(True)
-        optimiser = torch.optim.Adam(list(self.parameters.values()), lr=RATE)
-        for _ in range(STEPS):
+        optimiser = torch.optim.Adam(list(self.parameters.values()), lr=FIT_RATE)
+        for _ in range(FIT_STEPS):
             optimiser.zero_grad()
             loss = ((self._logs(plans) - wanted) / NOISE).square().sum()
             for name, spread in SPREADS.items():
@@ -113,7 +113,7 @@ class FidelityModel:
     def _keep_weights(self) -> Tensor:
         return self._at_first * self.parameters["keep"].exp()
 
-    def _logs(self, plans: Sequence[Plan]) -> Tensor:
+    def _logs(self, plans: Sequence[LayerPlan]) -> Tensor:
         counts = torch.tensor([plan.counts(self.patches) for plan in plans]).double()
         left, shares = counts / self.patches, torch.tensor([plan.keep for plan in plans]).double()
         merging = (self._merge_weights() * self._merging(counts[:, :-1], counts[:, :-1] - counts[:, 1:])).sum(1)

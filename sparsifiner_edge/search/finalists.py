@@ -22,7 +22,7 @@ from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.stats import estimate, percentile, quantile_interval
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Estimate
-from sparsifiner_edge.search.plan import Plan
+from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.sparse.student import Student, save_student
 
 CALIBRATED = 16
@@ -31,7 +31,7 @@ SECONDS = 4.0
 """Least time measured of each."""
 
 
-class Runnable(NamedTuple):
+class Contender(NamedTuple):
     """A bundle and the backend that runs it."""
 
     bundle: Path
@@ -53,7 +53,7 @@ class Exports:
         self.folder, self.start, self._trust, self._progress = folder, start, trust, progress
         self._dense_model, self.depth = dense_model, len(dense_model.backbone.layers)
         self._calibration = linked(folder / "calibration", evenly(images, CALIBRATED))
-        self._made: dict[tuple[Plan, str], Path] = {}
+        self._made: dict[tuple[LayerPlan, str], Path] = {}
 
     def dense(self) -> Path:
         """The dense model in float32."""
@@ -64,7 +64,7 @@ class Exports:
             export_bundle(self.folder / "dense-student", path, tokens=True, trust=self._trust)
         return path
 
-    def of(self, plan: Plan, precision: str) -> Path:
+    def of(self, plan: LayerPlan, precision: str) -> Path:
         """A plan in a precision.
 
         Raises:
@@ -93,7 +93,7 @@ def linked(folder: Path, images: Sequence[Path]) -> Path:
     return folder
 
 
-def times(subjects: Sequence[Runnable], progress: Progress | None = None) -> list[Estimate]:
+def times(subjects: Sequence[Contender], progress: Progress | None = None) -> list[Estimate]:
     """Median milliseconds of bundles, measured in turn, each in a process of its own.
 
     Raises:

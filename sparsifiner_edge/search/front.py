@@ -11,7 +11,7 @@ import msgspec
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Declared, Estimate
-from sparsifiner_edge.search.plan import Plan
+from sparsifiner_edge.search.plan import LayerPlan
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +88,7 @@ class SearchResult(Declared, frozen=True):
     statistics: Front
 
 
-def named(plan: Plan) -> str:
+def named(plan: LayerPlan) -> str:
     """A plan for people and as a key."""
     return f"{merge_text(plan.merge)} | {keep_text(plan.short_keep)}"
 
@@ -100,7 +100,7 @@ def not_dominated(rows: Sequence[tuple[float, ...]]) -> list[bool]:
     ]
 
 
-def draw(result: SearchResult, path: Path) -> None:
+def draw_front(result: SearchResult, path: Path) -> None:
     """front.png: milliseconds against fidelity; lines are predictions, marks with whiskers were measured."""
     from matplotlib.figure import Figure
 

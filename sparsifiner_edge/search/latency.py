@@ -1,7 +1,7 @@
 """Latency of a plan on this machine: times of a layer's parts at some numbers of tokens, measured once, and summed.
 
 What a sum leaves out (embedding, head, what a runtime does between parts) is the difference to the dense model measured
-whole; `Latency.rest`.
+whole; `PlanLatency.rest`.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from sparsifiner_edge.machine import available_cores, environment, machine, pack
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime.backend import cache_folder
-from sparsifiner_edge.search.pieces import LinearPieces, Piece, attention_piece, merging_piece
-from sparsifiner_edge.search.plan import SHARES, Plan
+from sparsifiner_edge.search.pieces import INPUT, LinearPieces, Piece, attention_piece, merging_piece
+from sparsifiner_edge.search.plan import SHARES, LayerPlan
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.text import dump_json
 
 TABLE_SCHEMA = 1
-SIZES = 7
+MEASURED_SIZES = 7
 """Numbers of tokens that are measured, from the image's down to a tenth."""
 ROUNDS, LEAST_RUNS, LEAST_S = 3, 3, 0.03
 """Passes over all parts; of each pass and part the least runs, and the least time."""
 
 
-class Engine(NamedTuple):
+class Deployment(NamedTuple):
     """What runs a model: a backend of the processor, and the precision of the file."""
 
     backend: str
     precision: str
 
     @property
-    def plain(self) -> Engine:
+    def plain(self) -> Deployment:
         """The same backend on a file in float32."""
-        return Engine(self.backend, "fp32")
+        return Deployment(self.backend, "fp32")
 
     def __str__(self) -> str:
         return f"{self.backend}, {self.precision}"
 
 
-class Table(msgspec.Struct, frozen=True, kw_only=True):
+class PartTable(msgspec.Struct, frozen=True, kw_only=True):
     """Median milliseconds of a layer's parts; one per entry of patches.
 
     Attributes:
@@ -72,14 +72,14 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     attention: dict[str, list[float]]
 
 
-class Latency:
+class PlanLatency:
     """Milliseconds of plans, from a table.
 
     Attributes:
         rest: what the layers' sum leaves out; see `calibrated`.
     """
 
-    def __init__(self, table: Table, rest: float = 0.0) -> None:
+    def __init__(self, table: PartTable, rest: float = 0.0) -> None:
         self.table, self.rest = table, rest
 
     def of_part(self, name: str, counts: Any) -> Any:
@@ -99,15 +99,15 @@ class Latency:
         parts = (("projections", before), (name_of(share), before), ("mlp", after))
         return merging + sum(float(self.of_part(name, count)) for name, count in parts)
 
-    def of(self, plan: Plan, patches: int) -> float:
+    def of(self, plan: LayerPlan, patches: int) -> float:
         """Of a whole model."""
         counts = plan.counts(patches)
         layers = zip(counts[:-1], counts[1:], plan.keep, strict=True)
         return self.rest + sum(self.layer(before, after, share) for before, after, share in layers)
 
-    def calibrated(self, plan: Plan, patches: int, measured_ms: float) -> Latency:
+    def calibrated(self, plan: LayerPlan, patches: int, measured_ms: float) -> PlanLatency:
         """The same, so that this plan takes as long as was measured of its whole model."""
-        return Latency(self.table, self.rest + measured_ms - self.of(plan, patches))
+        return PlanLatency(self.table, self.rest + measured_ms - self.of(plan, patches))
 
 
 def name_of(share: float) -> str:
@@ -115,7 +115,7 @@ def name_of(share: float) -> str:
     return f"{share:g}"
 
 
-def measured(student: Student, engine: Engine, progress: Progress | None = None) -> Table:
+def measured(student: Student, engine: Deployment, progress: Progress | None = None) -> PartTable:
     """The table of this machine, from the cache where it was measured before.
 
     Raises:
@@ -124,7 +124,7 @@ def measured(student: Student, engine: Engine, progress: Progress | None = None)
     about = _about(student, engine)
     path = cache_folder() / "latency" / f"{hashlib.sha256(dump_json(about).encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(ArtifactError):
-        found = read_record(read_json(path, TABLE_SCHEMA), Table, path, "Delete it.")
+        found = read_record(read_json(path, TABLE_SCHEMA), PartTable, path, "Delete it.")
         if found.about == about:
             return found
     table = _measure(student, engine, about, progress)
@@ -134,7 +134,7 @@ def measured(student: Student, engine: Engine, progress: Progress | None = None)
     return table
 
 
-def _about(student: Student, engine: Engine) -> dict[str, Any]:
+def _about(student: Student, engine: Deployment) -> dict[str, Any]:
     """All that times depend on."""
     backbone, sparsity = student.backbone, student.sparsity
     here = write_record(machine())
@@ -152,12 +152,14 @@ def _about(student: Student, engine: Engine) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _measure(student: Student, engine: Engine, about: dict[str, Any], progress: Progress | None) -> Table:
+def _measure(student: Student, engine: Deployment, about: dict[str, Any], progress: Progress | None) -> PartTable:
     backbone = backbone_of(deploy(student).model)
     sparsity, geometry, whole = student.sparsity, backbone.geometry, backbone.patches
     linear = LinearPieces(backbone.layers[0], backbone.width, engine.precision == "int8")
     least = max(sparsity.tile, whole // 10)
-    patches = sorted({round(whole * (least / whole) ** (n / (SIZES - 1))) for n in range(SIZES)}, reverse=True)
+    patches = sorted(
+        {round(whole * (least / whole) ** (n / (MEASURED_SIZES - 1))) for n in range(MEASURED_SIZES)}, reverse=True
+    )
     pieces: dict[tuple[str, int], Piece] = {}
     for count in patches:
         tokens = backbone.prefix + count
@@ -169,10 +171,10 @@ def _measure(student: Student, engine: Engine, about: dict[str, Any], progress: 
         for share in SHARES:
             config = SparsityConfig(**{**_plain(sparsity), "keep": share, "merge": (1,)})
             pieces[name_of(share), count] = attention_piece(geometry, backbone.prefix, count, config, count != whole)
-    times = _times(pieces, engine.backend, progress)
+    times = _times(pieces, engine, progress)
     rows = {name: [times[name, count] for count in patches] for name in dict.fromkeys(key[0] for key in pieces)}
     projections, mlp, merging = (rows.pop(name) for name in ("projections", "mlp", "merging"))
-    return Table(
+    return PartTable(
         about=about, patches=patches, projections=projections, mlp=mlp, merging=merging, attention=rows
     )  # fmt: skip
 
@@ -183,16 +185,17 @@ def _plain(sparsity: SparsityConfig) -> dict[str, Any]:
 
 
 def _times(
-    pieces: dict[tuple[str, int], Piece], backend: str, progress: Progress | None
+    pieces: dict[tuple[str, int], Piece], engine: Deployment, progress: Progress | None
 ) -> dict[tuple[str, int], float]:
     """Median milliseconds of every part, alone on all cores."""
     found: dict[tuple[str, int], float] = {}
     for number, (key, piece) in enumerate(pieces.items()):
-        with processor_run(piece.model, backend) as (run, _):
+        stored = "int8" if engine.precision == "int8" and INPUT in piece.feed else None
+        with processor_run(piece.model, engine.backend, stored) as (run, _):
             run(piece.feed)
             found[key] = _median(run, piece)
         if progress:
-            progress(f"timing parts in {backend}", number + 1, len(pieces))
+            progress(f"timing parts in {engine}", number + 1, len(pieces))
     return found
 
 

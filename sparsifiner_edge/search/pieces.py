@@ -6,6 +6,7 @@ fixed; attention is put together from the operators, since nothing else of it de
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,8 +98,9 @@ class LinearPieces:
         return Piece(model, {INPUT: _random(1, tokens, self.width)})
 
 
+@functools.lru_cache(maxsize=32)
 def merging_piece(geometry: HeadGeometry, prefix: int, window: int, patches: int, width: int, whole: int) -> Piece:
-    """What merging an eighth of the patches costs; whole: patches of the image."""
+    """What merging an eighth of the patches costs; whole: patches of the image. The same for all engines."""
     tokens, channels = prefix + patches, 3 * geometry.heads * geometry.dim
     feed: dict[str, Array] = {
         "values": _random(1, tokens, width),

@@ -8,12 +8,12 @@ from sparsifiner_edge.config import LARGEST_MERGE, LEAST_PATCHES, SparsityConfig
 
 SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)
 """Of the keys; 1 is dense."""
-STEPS = 96
+TOKEN_STEPS = 96
 """Numbers of tokens that a plan can have, spaced evenly up to those of the image."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LayerPlan:
     """Settings by layer.
 
     Attributes:
@@ -48,21 +48,21 @@ class Plan:
         return left
 
 
-def dense(depth: int) -> Plan:
+def dense(depth: int) -> LayerPlan:
     """The model as it is."""
-    return Plan((0,) * depth, (1.0,) * depth)
+    return LayerPlan((0,) * depth, (1.0,) * depth)
 
 
-def uniform(rate: int, share: float, depth: int, patches: int) -> Plan:
+def uniform(rate: int, share: float, depth: int, patches: int) -> LayerPlan:
     """One rate and one share for all layers: what someone sets by hand."""
     merge, left = [], patches
     for _ in range(depth):
         merge.append(min(rate, left // LARGEST_MERGE))
         left -= merge[-1]
-    return Plan(tuple(merge), (share,) * depth)
+    return LayerPlan(tuple(merge), (share,) * depth)
 
 
 def possible_counts(patches: int, tile: int) -> list[int]:
     """Numbers of patch tokens that a plan may come by, most first: the image's, and every so many fewer."""
-    step = max(1, round(patches / STEPS))
+    step = max(1, round(patches / TOKEN_STEPS))
     return list(range(patches, max(LEAST_PATCHES, tile) - 1, -step))

@@ -22,7 +22,7 @@ from sparsifiner_edge.results import Subject, write_result
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.search.entrants import (
-    Choice,
+    Shortlist,
     checked,
     entrants,
     finalist,
@@ -30,19 +30,28 @@ from sparsifiner_edge.search.entrants import (
     keep_answer,
     measured_whole,
     meets,
-    why_not,
+    why_unmet,
 )
 from sparsifiner_edge.search.explore import STATE_SCHEMA, Bound, Search, State, explore
-from sparsifiner_edge.search.finalists import CALIBRATED, Exports, Runnable, linked, times
-from sparsifiner_edge.search.front import Checked, Front, Point, SearchMethod, SearchResult, draw, named, not_dominated
-from sparsifiner_edge.search.latency import Engine, Latency, measured
+from sparsifiner_edge.search.finalists import CALIBRATED, Contender, Exports, linked, times
+from sparsifiner_edge.search.front import (
+    Checked,
+    Front,
+    Point,
+    SearchMethod,
+    SearchResult,
+    draw_front,
+    named,
+    not_dominated,
+)
+from sparsifiner_edge.search.latency import Deployment, PlanLatency, measured
 from sparsifiner_edge.search.plan import dense
-from sparsifiner_edge.search.trial import METRICS, Trial
+from sparsifiner_edge.search.trial import FIDELITIES, Trial
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, sparsify
 
 START_SHARE = 0.25
 """Of keys, of the student that plans are made from: each gives its own."""
-PRECISIONS = ("fp32", "int8")
+FILE_PRECISIONS = ("fp32", "int8")
 LEAST_IMAGES, CHECKED, MOST_TRIED = 5, 5, 12
 """Images that a search takes at least; one of so many is kept for the check; those that plans are judged by."""
 
@@ -54,12 +63,12 @@ def search_model(
     *,
     at_least: float | None = None,
     at_most_ms: float | None = None,
-    metric: str = METRICS[0],
+    metric: str = FIDELITIES[0],
     weights: str | Path | None = None,
     img_size: ImageSize | None = None,
     teacher: str | None = None,
     backends: Sequence[str] = (),
-    precisions: Sequence[str] = PRECISIONS,
+    precisions: Sequence[str] = FILE_PRECISIONS,
     minutes: float = 20.0,
     seed: int = 0,
     trust: Sequence[str] = (),
@@ -73,10 +82,10 @@ def search_model(
         output: folder for `front.json`, `front.png`, `student/`, `bundle/`; what an interrupted search of the same left
             there is gone on from.
         at_least: fidelity in (0, 1). at_most_ms: latency. One of them.
-        metric: one of `METRICS`.
+        metric: one of `FIDELITIES`.
         weights, img_size: for a model; weights: or of the teacher.
         teacher: of a student that was trained: its dense model.
-        backends: of the processor; none: all that run here. precisions: of `PRECISIONS`.
+        backends: of the processor; none: all that run here. precisions: of `FILE_PRECISIONS`.
         minutes: how long to look, about, export and last measurement included.
         seed: of which images are kept for the check.
         trust: see `load_student`.
@@ -107,7 +116,7 @@ def search_model(
         latencies = _latencies(exports, student, engines, progress)
         model = explore(search, latencies, bound, student.sparsity.tile, end - 24 * minutes)
         found, dense_ms = measured_whole(
-            exports, entrants(exports, Choice(search, latencies, model, bound)), engines, progress
+            exports, entrants(exports, Shortlist(search, latencies, model, bound)), engines, progress
         )
         ranked = judged(found, bound)
         samples = _samples(search)
@@ -121,12 +130,12 @@ def search_model(
         images={use: [path.name for path in paths] for use, paths in images._asdict().items()},
         tables={str(engine): latency.table.about for engine, latency in latencies.items()},
     )  # fmt: skip
-    answer = finalists[0] if meets(ranked[0], bound) else Unavailable(why_not(ranked[0], bound))
+    answer = finalists[0] if meets(ranked[0], bound) else Unavailable(why_unmet(ranked[0], bound))
     front = Front(points=_points(search, latencies), finalists=finalists, answer=answer, check=check, dense_ms=dense_ms)
     subject = Subject(path=str(source), name=student.name, sha256=sha256(start / STUDENT_FILE))
     result = SearchResult("search", [subject], method, samples, front)
     write_result(folder / "front.json", result)
-    draw(result, folder / "front.png")
+    draw_front(result, folder / "front.png")
     return result
 
 
@@ -141,8 +150,8 @@ class ImageSplit(NamedTuple):
 
 
 def _bound(at_least: float | None, at_most_ms: float | None, metric: str) -> Bound:
-    if metric not in METRICS:
-        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
+    if metric not in FIDELITIES:
+        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(FIDELITIES)}.")
     if (at_least is None) == (at_most_ms is None):
         raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY or --at-most-ms MS.")
     if at_least is not None and not 0 < at_least < 1:
@@ -152,11 +161,11 @@ def _bound(at_least: float | None, at_most_ms: float | None, metric: str) -> Bou
     return Bound(at_least, at_most_ms)
 
 
-def _engines(backends: Sequence[str], precisions: Sequence[str]) -> list[Engine]:
+def _engines(backends: Sequence[str], precisions: Sequence[str]) -> list[Deployment]:
     """Those asked for; of those that were not, those that run here."""
     for precision in precisions:
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision is {precision!r}.", f"Choose of: {', '.join(PRECISIONS)}.")
+        if precision not in FILE_PRECISIONS:
+            raise ConfigError(f"precision is {precision!r}.", f"Choose of: {', '.join(FILE_PRECISIONS)}.")
     found = []
     for name in backends or ON_PROCESSOR:
         backend = find_backend(name)
@@ -169,7 +178,7 @@ def _engines(backends: Sequence[str], precisions: Sequence[str]) -> list[Engine]
                 raise
             continue
         found.append(name)
-    return [Engine(name, precision) for name in found for precision in precisions]
+    return [Deployment(name, precision) for name in found for precision in precisions]
 
 
 def _split(data: Path, seed: int) -> ImageSplit:
@@ -239,17 +248,17 @@ def _dense_model(student: Student, teacher: str | None, weights: str | Path | No
 
 
 def _latencies(
-    exports: Exports, student: Student, engines: Sequence[Engine], progress: Progress | None
-) -> dict[Engine, Latency]:
+    exports: Exports, student: Student, engines: Sequence[Deployment], progress: Progress | None
+) -> dict[Deployment, PlanLatency]:
     """Of each engine; the rest is what the dense model takes more, as a whole, than its layers, which int8 leaves."""
     tables = {e: measured(student, e, progress) for e in dict.fromkeys([*engines, *(e.plain for e in engines)])}
     backends = list(dict.fromkeys(engine.backend for engine in engines))
-    whole = dict(zip(backends, times([Runnable(exports.dense(), name) for name in backends], progress), strict=True))
+    whole = dict(zip(backends, times([Contender(exports.dense(), name) for name in backends], progress), strict=True))
     nothing, patches = dense(exports.depth), student.backbone.patches
     found = {}
     for engine in engines:
-        plain = Latency(tables[engine.plain]).calibrated(nothing, patches, whole[engine.backend].value)
-        found[engine] = Latency(tables[engine], plain.rest)
+        plain = PlanLatency(tables[engine.plain]).calibrated(nothing, patches, whole[engine.backend].value)
+        found[engine] = PlanLatency(tables[engine], plain.rest)
     return found
 
 
@@ -257,7 +266,7 @@ def _samples(search: Search) -> dict[str, list[float]]:
     return {named(seen.plan): [1 - distance for distance in seen.distances] for seen in search.state.seen}
 
 
-def _points(search: Search, latencies: dict[Engine, Latency]) -> list[Point]:
+def _points(search: Search, latencies: dict[Deployment, PlanLatency]) -> list[Point]:
     patches, seen = search.trial.patches, sorted(search.state.seen, key=lambda x: fmean(x.distances))
     rows = [(fmean(x.distances), *(latency.of(x.plan, patches) for latency in latencies.values())) for x in seen]
     return [

@@ -15,8 +15,8 @@ import numpy as np
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import LARGEST_MERGE
 from sparsifiner_edge.search.fidelity_model import FidelityModel
-from sparsifiner_edge.search.latency import Latency, name_of
-from sparsifiner_edge.search.plan import SHARES, Plan, dense, possible_counts
+from sparsifiner_edge.search.latency import PlanLatency, name_of
+from sparsifiner_edge.search.plan import SHARES, LayerPlan, dense, possible_counts
 
 BISECTIONS = 40
 PRICES = (1e-3, 1e9)
@@ -30,7 +30,7 @@ class Solver:
         latency, model: of its plans. selects: by layer whether it can read less than all keys. tile: the student's.
     """
 
-    def __init__(self, latency: Latency, model: FidelityModel, selects: Sequence[bool], tile: int) -> None:
+    def __init__(self, latency: PlanLatency, model: FidelityModel, selects: Sequence[bool], tile: int) -> None:
         self.latency, self.model, self.selects = latency, model, selects
         self.counts = np.array(possible_counts(model.patches, tile))
         before, after = np.broadcast_arrays(
@@ -44,7 +44,7 @@ class Solver:
         self._fixed = part("projections", self.counts)[:, None] + merging + part("mlp", self.counts)[None, :]
         self._attention = np.stack([part(name_of(share), self.counts) for share in SHARES])
 
-    def at_price(self, price: float) -> Plan:
+    def at_price(self, price: float) -> LayerPlan:
         """What is best where one of distance is worth `price` milliseconds."""
         ahead = np.zeros(len(self.counts))
         choices: list[tuple[Array, Array]] = []
@@ -63,9 +63,9 @@ class Solver:
             keep.append(SHARES[int(share[state])])
             merge.append(int(self.counts[state] - self.counts[following[state]]))
             state = int(following[state])
-        return Plan(tuple(merge), tuple(keep))
+        return LayerPlan(tuple(merge), tuple(keep))
 
-    def at_latency(self, ms: float) -> Plan:
+    def at_latency(self, ms: float) -> LayerPlan:
         """The nearest to the dense model that is predicted to take at most so long; the fastest where none does."""
         low, high = (math.log(price) for price in PRICES)
         best = self.at_price(PRICES[0])
@@ -78,7 +78,7 @@ class Solver:
                 high = middle
         return best
 
-    def at_distance(self, distance: float) -> Plan:
+    def at_distance(self, distance: float) -> LayerPlan:
         """The fastest whose distance is predicted to be at most so much; the dense model where none's is."""
         low, high = (math.log(price) for price in PRICES)
         best = dense(len(self.selects))

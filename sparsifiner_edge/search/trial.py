@@ -15,14 +15,14 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.metrics import intersection_over_union
-from sparsifiner_edge.search.plan import Plan
+from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
-METRICS = ("patches", "class", "task")
+FIDELITIES = ("patches", "class", "task")
 """Mean cosine of the final patch tokens; cosine of the class token; IoU of a decoder's map at .5. Each to the dense
 model's, 1 at best."""
 _UNUSED = 0.9
@@ -51,7 +51,7 @@ class Trial:
             self._wanted = [seen_by(teacher, image, student.outputs) for image in self._pixels]
 
     @torch.inference_mode()
-    def distances(self, plan: Plan, images: int | None = None) -> list[float]:
+    def distances(self, plan: LayerPlan, images: int | None = None) -> list[float]:
         """1 - the metric, of every image or the first few."""
         if plan.is_dense:
             return [0.0] * len(self._pixels[:images])
@@ -97,5 +97,5 @@ def _mask(x: Tensor) -> Any:
 
 
 _DISTANCES: dict[str, Callable[[ModelAnswer, ModelAnswer, int], float]] = dict(
-    zip(METRICS, (_of_patches, _of_class, _of_map), strict=True)
+    zip(FIDELITIES, (_of_patches, _of_class, _of_map), strict=True)
 )

@@ -15,7 +15,7 @@ import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import kind_of
 from sparsifiner_edge.config import parse_merge
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.search.plan import Plan
+from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student
 from tests.commands import process
@@ -77,11 +77,11 @@ def test_a_search_goes_on_and_another_is_refused(
     folder = tmp_path / "again"
     shutil.copytree(found, folder)
     seen = json.loads((folder / "search.json").read_text())["seen"]
-    measured_now: list[Plan] = []
+    measured_now: list[LayerPlan] = []
     distances = Trial.distances
     monkeypatch.setattr(Trial, "distances", lambda self, plan: measured_now.append(plan) or distances(self, plan))
     result = se.search_model(TINY, photographs, folder, at_most_ms=1e5, weights=tiny_weights, **ENGINE)
-    known = {Plan(tuple(row["merge"]), tuple(row["keep"])) for row in seen}
+    known = {LayerPlan(tuple(row["merge"]), tuple(row["keep"])) for row in seen}
     assert not known & set(measured_now)
     assert result.statistics.answer.fidelity > 0.97
     with pytest.raises(ConfigError, match="holds another search"):

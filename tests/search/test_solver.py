@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 
 from sparsifiner_edge.config import LARGEST_MERGE, SparsityConfig
 from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
-from sparsifiner_edge.search.latency import Latency, Table, name_of
-from sparsifiner_edge.search.plan import SHARES, Plan, dense, possible_counts, uniform
+from sparsifiner_edge.search.latency import PartTable, PlanLatency, name_of
+from sparsifiner_edge.search.plan import SHARES, LayerPlan, dense, possible_counts, uniform
 from sparsifiner_edge.search.solve import Solver
 
 PATCHES, TILE = 24, 16
 
 
-def table(patches: int = PATCHES, sparse: float = 0.5) -> Table:
+def table(patches: int = PATCHES, sparse: float = 0.5) -> PartTable:
     """Linear parts grow with the tokens, dense attention with their square, sparse attention in between."""
     counts = list(range(patches, 7, -1))
     attention = {
         name_of(share): [0.02 * n * n * (share if share < 1 else 1) ** sparse for n in counts] for share in SHARES
     }
-    return Table(
+    return PartTable(
         about={}, patches=counts, projections=[0.3 * n for n in counts], mlp=[0.6 * n for n in counts],
         merging=[0.05 * n for n in counts], attention=attention,
     )  # fmt: skip
@@ -37,7 +37,7 @@ def model(depth: int = 3, patches: int = PATCHES, seed: int = 0) -> FidelityMode
     return FidelityModel(Sensitivities(merge, keep), patches)
 
 
-def everything(depth: int) -> list[Plan]:
+def everything(depth: int) -> list[LayerPlan]:
     """All plans there are."""
     counts = possible_counts(PATCHES, TILE)
     found = []
@@ -45,15 +45,15 @@ def everything(depth: int) -> list[Plan]:
         before = (PATCHES, *path[:-1])
         rates = tuple(a - b for a, b in zip(before, path, strict=True))
         if all(0 <= rate <= a // LARGEST_MERGE for rate, a in zip(rates, before, strict=True)):
-            found += [Plan(rates, keep) for keep in itertools.product(SHARES, repeat=depth)]
+            found += [LayerPlan(rates, keep) for keep in itertools.product(SHARES, repeat=depth)]
     return found
 
 
 @pytest.mark.parametrize("price", [0.01, 100.0, 3000.0, 1e6])
 def test_no_plan_is_better_at_a_price(price: float) -> None:
-    latency, fidelity = Latency(table(), 2.0), model(2)
+    latency, fidelity = PlanLatency(table(), 2.0), model(2)
 
-    def cost(plan: Plan) -> float:
+    def cost(plan: LayerPlan) -> float:
         counts = np.array(plan.counts(PATCHES))
         lost = sum(
             float(fidelity.merging(layer, counts[layer : layer + 1], counts[layer + 1 : layer + 2])[0])
@@ -70,8 +70,8 @@ def test_what_is_lost_without_a_change_is_nothing() -> None:
     fidelity, nothing = model(), dense(3)
     assert fidelity.of(nothing) < 1e-6
     assert float(fidelity.reading(0, 1.0, np.array([PATCHES]))[0]) == 0
-    assert fidelity.of(Plan((4, 0, 0), (1.0,) * 3)) < fidelity.of(Plan((6, 0, 0), (1.0,) * 3))
-    assert fidelity.of(Plan((0, 0, 0), (0.2, 1, 1))) < fidelity.of(Plan((0, 0, 0), (0.1, 1, 1)))
+    assert fidelity.of(LayerPlan((4, 0, 0), (1.0,) * 3)) < fidelity.of(LayerPlan((6, 0, 0), (1.0,) * 3))
+    assert fidelity.of(LayerPlan((0, 0, 0), (0.2, 1, 1))) < fidelity.of(LayerPlan((0, 0, 0), (0.1, 1, 1)))
 
 
 def test_one_layer_alone_loses_what_was_measured() -> None:
@@ -80,10 +80,10 @@ def test_one_layer_alone_loses_what_was_measured() -> None:
     for layer in range(2):
         rates, keep = [0, 0], [1.0, 1.0]
         rates[layer] = PATCHES // 4
-        assert fidelity.of(Plan(tuple(rates), (1.0, 1.0))) == pytest.approx(alone.merge[layer], rel=1e-6)
+        assert fidelity.of(LayerPlan(tuple(rates), (1.0, 1.0))) == pytest.approx(alone.merge[layer], rel=1e-6)
         for number, share in enumerate(PROBED):
             keep[layer] = share
-            assert fidelity.of(Plan((0, 0), tuple(keep))) == pytest.approx(alone.keep[layer][number], rel=1e-6)
+            assert fidelity.of(LayerPlan((0, 0), tuple(keep))) == pytest.approx(alone.keep[layer][number], rel=1e-6)
 
 
 def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
@@ -98,7 +98,7 @@ def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
         for _ in range(6):
             rates.append(int(random.integers(0, left // LARGEST_MERGE)))
             left -= rates[-1]
-        plans.append(Plan(tuple(rates), tuple(float(random.choice(SHARES)) for _ in range(6))))
+        plans.append(LayerPlan(tuple(rates), tuple(float(random.choice(SHARES)) for _ in range(6))))
     wanted = [truth.of(plan) for plan in plans]
     before = np.abs(np.log([fidelity.of(plan) for plan in plans]) - np.log(wanted)).mean()
     fidelity.fitted(plans[:40], wanted[:40])
@@ -110,7 +110,7 @@ def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.floats(1e-4, 0.2))
 def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distance: float) -> None:
-    solver = Solver(Latency(table()), model(3, seed=seed), [True, False, True], TILE)
+    solver = Solver(PlanLatency(table()), model(3, seed=seed), [True, False, True], TILE)
     plan = solver.at_distance(distance)
     assert plan.is_dense or solver.model.of(plan) <= distance
     assert plan.keep[1] == 1
@@ -125,14 +125,14 @@ def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distan
 
 def test_between_entries_latency_grows_with_the_square_where_work_does() -> None:
     few = table()
-    coarse = Table(
+    coarse = PartTable(
         about={}, patches=few.patches[::8], projections=few.projections[::8], mlp=few.mlp[::8],
         merging=few.merging[::8], attention={name: values[::8] for name, values in few.attention.items()},
     )  # fmt: skip
     for count in few.patches[: 8 * (len(few.patches) // 8)]:
         for name in ("projections", "mlp", "merging", "1", "0.1"):
-            exact = float(Latency(few).of_part(name, count))
-            assert float(Latency(coarse).of_part(name, count)) == pytest.approx(exact)
+            exact = float(PlanLatency(few).of_part(name, count))
+            assert float(PlanLatency(coarse).of_part(name, count)) == pytest.approx(exact)
 
 
 def test_uniform_plans_stop_where_no_quarter_is_left() -> None:

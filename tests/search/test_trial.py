@@ -14,7 +14,7 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
-from sparsifiner_edge.search.plan import Plan, dense
+from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student
@@ -29,7 +29,7 @@ def student(tiny_student: Path) -> Student:
 def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictures: Path, tiny_student: Path) -> None:
     paths = list_images(pictures)
     trial = Trial(student, dense_twin(student).model, paths, "patches")
-    plan = Plan((20, 0, 10, 0, 0, 0), (0.2, 1.0, 0.5, 1.0, 1.0, 1.0))
+    plan = LayerPlan((20, 0, 10, 0, 0, 0), (0.2, 1.0, 0.5, 1.0, 1.0, 1.0))
     found = trial.distances(plan)
     assert trial.distances(dense(6)) == [0.0] * 3
     again = load_student(tiny_student, merge=plan.merge, keep=plan.short_keep)
