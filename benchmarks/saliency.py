@@ -42,8 +42,7 @@ MODULE, SIZE = "sparsifiner_edge.demo.saliency", 518
 READ: Keep = (0.2, 0.2, 0.5, 1.0)
 """Chosen on the development photographs, one for all budgets."""
 BUDGETS: tuple[tuple[tuple[int, ...], Keep], ...] = (
-    ((14, 14, 14, 28, 42, 56, 84, 70, 84, 84, 70, 14), 1.0), ((80, 0), READ), ((122, 0), READ), ((167, 0), READ),
-    ((182, 0), READ),
+    ((54, 0), 1.0), ((80, 0), READ), ((122, 0), READ), ((167, 0), READ), ((182, 0), READ),
 )  # fmt: skip
 REQUIRED = ((37e9, "untrained", 0.003, 0.985), (24e9, "trained", 0.010, 0.93), (18e9, "trained", 0.014, 0.90))
 """Multiply-accumulates of the layers at most, error at most, IoU at least."""
