@@ -49,8 +49,7 @@ REQUIRED = ((37e9, "untrained", 0.003, 0.985), (24e9, "trained", 0.010, 0.93), (
 ROUNDS = 11
 TRAINING = (
     "batch=2", "distil.steps=420", "distil.learning_rate=3e-6", "clip=0.25", "budgets.keep=[]",
-    'budgets.merge=["122..0","167..0"]', "losses.classes=0", "losses.outputs=0.05", "images.cut_mix=0",
-    "check_every=40",
+    'budgets.merge=["122..0","167..0"]', "losses.classes=0", "images.cut_mix=0", "check_every=40",
 )  # fmt: skip
 """What differs from the recipe: images are larger, batches small (clip), shares of keys the student's own."""
 
@@ -74,7 +73,7 @@ def train(work: Path) -> None:
     if not pictures.exists():
         made = pictures.with_suffix(".part")
         shutil.rmtree(made, ignore_errors=True)
-        write_photographs(made, SIZE, 12)
+        write_photographs(made, SIZE)
         made.rename(pictures)
     start = time.monotonic()
     with progress_bar("saliency") as progress:
