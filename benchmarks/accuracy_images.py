@@ -45,9 +45,9 @@ def collect(folder: Path) -> Path:
     return folder
 
 
-def write_photographs(folder: Path, size: int, deciding: int = 3) -> None:
-    """For a training at `size`: crops of each photograph in `train`; of those that decide, `deciding` in `held-out`."""
-    names = ("whole", *(f"crop{number}" for number in range(1, deciding + 1)))
+def write_photographs(folder: Path, size: int) -> None:
+    """For a training at `size`: crops of each photograph in `train`; of those that decide, some in `held-out`."""
+    names = ("whole", "crop1", "crop2", "crop3")
     for part in ("train", "held-out"):
         (folder / part).mkdir(parents=True)
     for number, path in enumerate(split.training()):

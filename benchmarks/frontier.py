@@ -110,7 +110,7 @@ def fidelity(points: list[Point], size: int, tell: Any) -> dict[str, dict[str, A
 
 
 def run_before(output: Path | None, name: str, these: str) -> Result:
-    """An earlier run's."""
+    """The result of an earlier run."""
     path = output / f"{name}.json" if output else None
     if path is None or not path.is_file():
         raise click.UsageError(f"{path or '-o FOLDER'} is missing: measure the same without {these} first")
