@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 
+from sparsifiner_edge.bundle.entries import Measured
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export import student_changes
+from sparsifiner_edge.export import piece_times, student_changes
 from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.export.piece_times import Piece, PieceTimes
 from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import manifest_of
 from tests.models import student, vit
@@ -36,10 +39,15 @@ def test_dense_layers_are_kept_where_sparse_ones_are_slower(folder: Path, tmp_pa
     assert (manifest["sparsity"] is None) == choice["kept_dense"]
 
 
+def slower_when_sparse(pieces: dict[tuple[int, bool], Piece], backend: str) -> PieceTimes:
+    """In the place of times: sparse attention takes twice as long."""
+    return PieceTimes({key: 1.0 if key[1] else 2.0 for key in pieces}, backend, {})
+
+
 def test_layers_that_turn_dense_compute_dense_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, options in (("test_vit", {}), ("vit_small_patch16_dinov3", {"img_size": 96})):
         made = student(name, SparsityConfig(keep=0.2, cells=4, channels=8), **options).model
-        monkeypatch.setattr(student_changes, "_measure", lambda layer, merged, backend: (2.0, 1.0, "kernels"))
+        monkeypatch.setattr(student_changes, "piece_times", slower_when_sparse)
         found = student_changes.keep_dense_where_slower(made)
         assert found.sparse_layers_left == 0
         assert all(choice.kept_dense for choice in found.choices)
@@ -47,6 +55,33 @@ def test_layers_that_turn_dense_compute_dense_attention(monkeypatch: pytest.Monk
         x = torch.randn(1, 3, *plain.patch_embed.img_size)
         with torch.no_grad():
             torch.testing.assert_close(made(x), plain(x), atol=1e-4, rtol=1e-3)
+
+
+def test_what_this_machine_has_measured_is_read_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done: list[str] = []
+    measure = piece_times.measured_piece
+    monkeypatch.setattr(
+        piece_times, "measured_piece", lambda piece, backend: done.append(backend) or measure(piece, backend)
+    )
+
+    def measured() -> Measured:
+        return student_changes.keep_dense_where_slower(load_student(folder).model)
+
+    first, again = measured(), measured()
+    assert first == again
+    assert first.kernels
+    assert done == 2 * ["onnxruntime"]
+    # Other attention of the same sizes is another entry; a table that cannot be read is made anew.
+    student_changes.keep_dense_where_slower(load_student(folder, keep=0.9).model)
+    assert len(done) == 3
+    (table,) = (tmp_path / "cache").rglob("latency/*.json")
+    table.write_text("{")
+    assert measured().choices[0].layers == first.choices[0].layers
+    assert len(done) == 5
+    assert len(json.loads(table.read_text())["ms"]) == 2
 
 
 def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 @click.option(
     "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a recipe value, such as distil.steps=500."
 )
+@click.option(
+    "--budgets", type=common.PATH, metavar="FRONT.json", help="Train for the points that a search found; see search."
+)
 @click.option("--resume", is_flag=True, help="Go on where the last checkpoint of this output stands.")
 @click.option("--tensorboard", is_flag=True, help="Also write a history for TensorBoard.")
 @common.trust_option

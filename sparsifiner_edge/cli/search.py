@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,18 @@ if TYPE_CHECKING:
     from sparsifiner_edge.results import Estimate
     from sparsifiner_edge.search.front import Finalist, SearchResult
 
+TOLD_DRIFT = 0.1
+"""Of the logarithm of the dense model's time."""
+
 
 @click.command(cls=common.SizedCommand)
 @click.argument("source", metavar="MODEL|STUDENT")
 @click.option("--data", type=common.PATH, required=True, help="Folder of images like those that the model will see.")
 @click.option("--at-least", type=float, metavar="FIDELITY", help="The fastest that is as near to the dense model.")
 @click.option("--at-most-ms", type=float, metavar="MS", help="The nearest to the dense model that takes no longer.")
+@click.option(
+    "--at-most-mj", type=float, metavar="MJ", help="The nearest to the dense model that takes no more energy."
+)
 @click.option("--metric", type=click.Choice(("patches", "class", "task")), default="patches", show_default=True,
               help="Fidelity: cosine of patch tokens, of the class token, or IoU of a decoder's map.")  # fmt: skip
 @common.weights_option
@@ -37,11 +44,13 @@ if TYPE_CHECKING:
     "--precision",
     "precisions",
     multiple=True,
-    type=click.Choice(("fp32", "int8")),
-    default=("fp32", "int8"),
-    show_default=True,
-    help="Repeatable.",
+    type=click.Choice(("fp32", "int8", "fp16")),
+    help="Repeatable; by default int8 and fp32, or on a board's GPU fp16.",
 )
+@click.option("--board", metavar="NAME|FILE.toml",
+              help="A board that is not here: latency is estimated, as `estimate` does.")  # fmt: skip
+@click.option("--against", multiple=True, type=common.PATH, metavar="BUNDLE/",
+              help="A bundle to stand beside what is found; repeatable.")  # fmt: skip
 @click.option(
     "--minutes",
     type=common.FiniteRange(min=1, max=10_000),
@@ -71,11 +80,28 @@ def command(*, source: str, data: Path, output: Path, as_json: bool, **options: 
 
 
 def _print(result: SearchResult, output: Path) -> None:
-    found = result.statistics
+    found, board = result.statistics, result.method.board
     rows = [_row(finalist) for finalist in found.finalists]
-    rows += [["the dense model", backend, "fp32", "1", "", _ms(ms), ""] for backend, ms in found.dense_ms.items()]
-    columns = ["merge", "backend", "precision", "fidelity", "predicted", "ms", "predicted"]
-    common.print_table("Finalists, measured", columns, rows)
+    rows += [
+        [Path(x.path).name, f"{x.backend}, {x.precision}", f"{x.fidelity:.4f}", "", _ms(x.ms), ""] for x in found.rivals
+    ]
+    rows += [["the dense model", engine, "1", "", _ms(ms), ""] for engine, ms in found.dense_ms.items()]
+    title = "Finalists, whole models measured" if board is None else f"Finalists, estimated for {board}, not measured"
+    common.print_table(title, ["merge", "in", "fidelity", "predicted", "ms", "predicted"], rows)
+    for engine, why in found.left_out.items():
+        click.echo(f"Left out: {engine}: {why}", err=True)
+    for engine, factor in found.drift.items():
+        if abs(math.log(factor)) > TOLD_DRIFT:
+            click.echo(
+                f"This machine changed its speed meanwhile: the dense model takes {factor:.2f} times as long in "
+                f"{engine} as at the start. Fix its clocks, or close what else runs, and search again.",
+                err=True,
+            )
+    if result.method.watts is not None:
+        watts, ms = result.method.watts, result.method.at_most_ms
+        click.echo(
+            f"The dense model takes {watts:.1f} W while it computes: {result.method.at_most_mj:g} mJ are {ms:.1f} ms."
+        )
     if isinstance(found.answer, Unavailable):
         click.echo(f"No answer: {found.answer.why}.", err=True)
         return
@@ -84,13 +110,17 @@ def _print(result: SearchResult, output: Path) -> None:
         low = found.check.fidelity.low
         bound = f"at least {low:.4f}" if isinstance(low, float) else "too few to bound it"
         click.echo(f"On {found.check.images} images kept for this: {found.check.fidelity.value:.4f}, {bound} (95 %).")
-    click.echo(f"Next: sparsifiner-edge run {output / 'bundle'} --backend {found.answer.backend} IMAGES/")
+    if board is None:
+        click.echo(f"Next: sparsifiner-edge run {output / 'bundle'} --backend {found.answer.backend} IMAGES/")
+    else:
+        click.echo(f"Next: sparsifiner-edge estimate {output / 'bundle'} --board {board}")
 
 
 def _row(finalist: Finalist) -> list[str]:
     return [
-        f"{finalist.merge}; keep {finalist.keep}", finalist.backend, finalist.precision, f"{finalist.fidelity:.4f}",
-        f"{finalist.predicted_fidelity:.4f}", _ms(finalist.measured_ms), f"{finalist.predicted_ms:.1f}",
+        f"{finalist.merge}; keep {finalist.keep}", f"{finalist.backend}, {finalist.precision}",
+        f"{finalist.fidelity:.4f}", f"{finalist.predicted_fidelity:.4f}", _ms(finalist.ms),
+        f"{finalist.predicted_ms:.1f}",
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from sparsifiner_edge.config import Keep
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.checkpoint import TrainingState
 from sparsifiner_edge.distill.data import ImageSource, folder_source
-from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, read_recipe
+from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, front_points, read_recipe
 from sparsifiner_edge.distill.tensorboard import RecordLosses, recorder
 from sparsifiner_edge.distill.train import Training, make_accelerator
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -103,6 +103,7 @@ def distill_student(
     held_out: str | Path | None = None,
     recipe: str = DEFAULT,
     overrides: Sequence[str] = (),
+    budgets: str | Path | None = None,
     resume: bool = False,
     tensorboard: bool = False,
     trust: Sequence[str] = (),
@@ -123,7 +124,9 @@ def distill_student(
         weights: of the teacher: .safetensors or .pth file; None lets timm download them.
         labels: also learn from labels; for a classifier.
         held_out: folder of validation images, which choose the checkpoint; None takes some out of `data`.
-        recipe, overrides: see `read_recipe`. resume: continue from the last checkpoint of this output.
+        recipe, overrides: see `read_recipe`. budgets: the `front.json` of a search of this student, whose points it
+            learns to work with in place of the recipe's.
+        resume: continue from the last checkpoint of this output.
         tensorboard: also write the history to `<output>.training/tensorboard`.
         trust: see `load_student`.
         progress: see `Progress`; counts steps, and the stage says the loss.
@@ -137,7 +140,8 @@ def distill_student(
     """
     target = Path(output)
     require_replaceable(target, "student")
-    plan, found = read_recipe(recipe, overrides), load_student(student, trust=trust)
+    points = [] if budgets is None else front_points(Path(budgets))
+    plan, found = read_recipe(recipe, [*points, *overrides]), load_student(student, trust=trust)
     _require_learnable(found, plan)
     source = _source(Path(data), plan, found, labels, Path(held_out) if held_out else None)
     dense = _teacher(found, teacher, Path(weights) if weights else None)

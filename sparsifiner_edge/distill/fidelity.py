@@ -32,7 +32,7 @@ def fidelities(
     backbone = backbone_of(model)
     before, prefix, found = cast(SparsityConfig, backbone.sparsity), backbone.prefix, []
     for sparsity in budgets:
-        set_budget(model, sparsity)
+        set_budget(model, sparsity, keep_predictors=True)
         values = []
         for image, wanted in held_out:
             seen = seen_by(model, image, names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +13,11 @@ from msgspec import Meta
 
 from sparsifiner_edge.artifacts import parse_toml, read_toml
 from sparsifiner_edge.bounds import MOST_COUNT
-from sparsifiner_edge.config import parse_merge, parse_token_keep
+from sparsifiner_edge.config import Keep, parse_keep, parse_merge, parse_token_keep
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.images import evenly
 from sparsifiner_edge.records import read_record
+from sparsifiner_edge.results import read_result
 
 DEFAULT = "cpu"
 _DOCUMENT = "See docs/distillation.md for the form."
@@ -67,6 +70,10 @@ class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     relative: bool = False
 
 
+MOST_POINTS, NEAR = 6, 3.0
+"""Budgets of one training at most; how many times what the answer loses they may lose, or how little of it."""
+
+
 class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shares of keys and tokens that the student learns to work with.
 
@@ -75,12 +82,14 @@ class Budgets(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         token_keep: places and shares of token pruning, as "3:.7,6:.7,9:.7"; "": the student's own alone.
         pruned: share of the steps that prune tokens, where there is a token_keep; 1 where the student itself prunes.
         merge: what merges, each as "8", "20..0" or "0"; each step takes one. Empty: the student's own alone.
+        points: merge and keep together, each as "20..0 | .1,.2,1", in place of both; see `front_points`.
     """
 
     keep: tuple[Annotated[float, Meta(gt=0, lt=1)], ...] = ()
     token_keep: str = ""
     pruned: Share = 0.5
     merge: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
 
 
 class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,7 +174,55 @@ def read_recipe(source: str = DEFAULT, overrides: Sequence[str] = ()) -> Recipe:
     parse_token_keep(recipe.budgets.token_keep)
     for text in recipe.budgets.merge:
         parse_merge(text)
+    for text in recipe.budgets.points:
+        parse_point(text)
+    if recipe.budgets.points and (recipe.budgets.keep or recipe.budgets.merge):
+        raise ConfigError("The recipe has budgets.points beside keep or merge.", "Set budgets.keep and merge to [].")
     return recipe
+
+
+def parse_point(text: str) -> tuple[tuple[int, ...], Keep]:
+    """ "20..0 | .1,.2,1" -> what merges, and shares of keys.
+
+    Raises:
+        ConfigError: neither of these.
+    """
+    merge, _, keep = text.partition("|")
+    return parse_merge(merge.strip()), parse_keep(keep.strip())
+
+
+def front_points(path: Path) -> list[str]:
+    """Overrides that train a student for the points of a search's front: those near its answer, some of them.
+
+    Raises:
+        ArtifactError: not the result of a search.
+        ConfigError: the search found nothing to train for.
+    """
+    found = read_record(read_result(path).statistics, _Front, path, "Give the front.json of a search.")
+    points = sorted((point for point in found.points if point.on_front), key=lambda point: point.fidelity)
+    if found.finalists:
+        lost = 1 - found.finalists[0].fidelity
+        points = [point for point in points if lost / NEAR <= 1 - point.fidelity <= lost * NEAR]
+    if not points:
+        raise ConfigError(f"{path} has no point to train for.", "Search again, with another bound.")
+    chosen = json.dumps([f"{point.merge} | {point.keep}" for point in evenly(points, MOST_POINTS)])
+    return ["budgets.keep=[]", "budgets.merge=[]", f"budgets.points={chosen}"]
+
+
+class _Point(msgspec.Struct, frozen=True):
+    merge: str
+    keep: str
+    fidelity: float
+    on_front: bool
+
+
+class _Judged(msgspec.Struct, frozen=True):
+    fidelity: float
+
+
+class _Front(msgspec.Struct, frozen=True):
+    points: list[_Point]
+    finalists: list[_Judged] = []
 
 
 def _current(name: str) -> str:

@@ -27,7 +27,7 @@ from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimis
 from sparsifiner_edge.distill.data import Batch, ImageSource, augmentation, batches
 from sparsifiner_edge.distill.fidelity import fidelities, joint_fidelity
 from sparsifiner_edge.distill.losses import Distiller
-from sparsifiner_edge.distill.recipe import Phase, Recipe
+from sparsifiner_edge.distill.recipe import Phase, Recipe, parse_point
 from sparsifiner_edge.distill.tensorboard import RecordLosses
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
@@ -163,6 +163,9 @@ class Training:
             kept = [own]
         merges = tuple(map(parse_merge, given.merge)) or (own.merge,)
         configs = [dataclasses.replace(config, merge=merge) for merge in merges for config in kept]
+        if given.points:
+            points = map(parse_point, given.points)
+            configs = [dataclasses.replace(own, merge=merge, keep=keep, dense_layers=()) for merge, keep in points]
         pruned = parse_token_keep(given.token_keep)
         if pruned and self.sparsity.token_keep not in ((), pruned):
             raise ConfigError(
@@ -227,7 +230,7 @@ class Training:
         if step == done:  # another phase has losses of its own
             self.recent = []
         self._set_rates(phase[0], (step - done + 1) / phase[1])
-        set_budget(self.distiller.student, self.budget(step))
+        set_budget(self.distiller.student, self.budget(step), keep_predictors=True)
         torch.manual_seed(self.recipe.seed + step)
         sums: dict[str, float] = {}
         files: list[str] = []

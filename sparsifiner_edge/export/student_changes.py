@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from sparsifiner_edge.bundle.entries import LayerChoice, Measured, Retiled, Tiling
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.graph import to_onnx
-from sparsifiner_edge.export.sessions import processor_run
+from sparsifiner_edge.export.piece_times import Piece, piece_times
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, restore_attention
 from sparsifiner_edge.sparse.calibrate import sparse_layers
@@ -32,8 +31,6 @@ from sparsifiner_edge.sparse.weights import normalise
 
 LEAST_TOKENS_COSINE = 0.97
 """Gate: mean cosine of the final tokens to those of the student with its own tile, over the images."""
-ROUNDS, RUNS = 7, 5
-"""Of each kind of attention, in turn; runs of a round."""
 
 
 def changed(
@@ -107,7 +104,8 @@ def keep_dense_where_slower(model: Any, backend: str = "onnxruntime") -> Measure
     """Turn sparse layers of a model, in place, into dense ones where sparse attention is slower on this machine.
 
     Both run on the kernels that a session of the backend would use here, with the layer's own sizes, selection and
-    cells included, one image at a time, in turn; medians decide. Layers of equal sizes are measured once.
+    cells included, one image at a time, in turn; medians decide. Layers of equal sizes are measured once, and what this
+    machine has measured before is not measured again (see `piece_times`).
     """
     groups: dict[tuple[Any, ...], list[tuple[int, SparseAttention]]] = {}
     merged, backbone = False, backbone_of(model)
@@ -116,15 +114,20 @@ def keep_dense_where_slower(model: Any, backend: str = "onnxruntime") -> Measure
             key = (merged, attention.geometry, attention.num_prefix, attention.layout, attention.sparsity)
             groups.setdefault(key, []).append((number, attention))
         merged = merged or layer.merging is not None  # The first of them attends to single tokens yet.
-    choices, kernels = [], None
-    for key, members in groups.items():
-        sparse, dense, kernels = _measure(members[0][1], key[0], backend)
+    pieces = {
+        (number, densely): _piece(members[0][1], key[0], densely)
+        for number, (key, members) in enumerate(groups.items())
+        for densely in (False, True)
+    }
+    found, choices = piece_times(pieces, backend), []
+    for number, members in enumerate(groups.values()):
+        sparse, dense = found.ms[number, False], found.ms[number, True]
         slower = sparse > dense
         for _, attention in members if slower else ():
             restore_attention(attention)
             make_dense(attention, backbone.host.attention_kind)
-        choices.append(LayerChoice(tuple(number for number, _ in members), sparse, dense, slower))
-    return Measured(kernels, tuple(choices), len(sparse_layers(model)), backend)
+        choices.append(LayerChoice(tuple(layer for layer, _ in members), sparse, dense, slower))
+    return Measured(found.kernels, tuple(choices), len(sparse_layers(model)), backend)
 
 
 class _Attend(nn.Module):
@@ -138,26 +141,15 @@ class _Attend(nn.Module):
         return self.layer.attend(qkv, sizes)
 
 
-def _measure(layer: SparseAttention, merged: bool, backend: str) -> tuple[float, float, str]:
-    """Median milliseconds of selection and sparse attention, and of dense attention, over merged tokens or not; and the
-    kernels.
-    """
+def _piece(layer: SparseAttention, merged: bool, densely: bool) -> Piece:
+    """Selection and sparse attention, or dense attention, over merged tokens or not."""
     tokens = layer.layout.patches + layer.num_prefix
     channels = layer.geometry.heads * layer.geometry.dim
     qkv = np.random.default_rng(0).normal(size=(1, tokens, 3 * channels)).astype(np.float32)
     feed = {"qkv": qkv} | ({"sizes": np.ones((1, tokens), np.float32)} if merged else {})
-    given = {name: torch.from_numpy(value) for name, value in feed.items()}
-    graphs = []
-    for densely in (True, False):
-        layer.densely = densely
-        graphs.append(to_onnx(_Attend(layer).eval(), given, ["output"]))
-    times: list[list[float]] = [[], []]
-    with processor_run(graphs[0], backend) as (dense, _), processor_run(graphs[1], backend) as (sparse, kernels):
-        for _ in range(ROUNDS):
-            for run, taken in zip((dense, sparse), times, strict=True):
-                run(feed)  # the other's threads may still spin
-                for _ in range(RUNS):
-                    start = time.perf_counter_ns()
-                    run(feed)
-                    taken.append((time.perf_counter_ns() - start) / 1e6)
-    return statistics.median(times[1]), statistics.median(times[0]), kernels
+    layer.densely = densely
+    try:
+        graph = to_onnx(_Attend(layer).eval(), {name: torch.from_numpy(x) for name, x in feed.items()}, ["output"])
+    finally:
+        del layer.densely
+    return Piece(graph, feed)

@@ -61,6 +61,11 @@ class ReportData(NamedTuple):
         """Evaluations of models by their own task."""
         return [file for file in self.files if file.result.kind == "evaluation" and "task" in file.result.method]
 
+    @property
+    def search_files(self) -> list[ResultFile]:
+        """What searches found."""
+        return [file for file in self.files if file.result.kind == "search"]
+
     def title(self, key: str, group: SideGroup) -> str:
         """A chart's title, with what sets its group apart."""
         return self.texts(key) + (f" — {group.name}" if group.name else "")

@@ -220,7 +220,8 @@ def method_section(data: ReportData) -> Section:
     for file in data.files:
         sides = [side for side in data.sides if side.file is file]
         blocks.append(Table([file.name, file.result.kind], _method_rows(file, sides, texts), words=True))
-        if not sides and not any(found.file is file for found in data.accuracies):
+        elsewhere = [*data.task_files, *data.search_files, *(found.file for found in data.accuracies)]
+        if not sides and not any(found is file for found in elsewhere):
             blocks.append(Note(f"{file.name}: {texts('method.not_shown')}", True))
     return Section("method", blocks, data.files)
 

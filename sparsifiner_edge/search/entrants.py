@@ -8,17 +8,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import keep_text, merge_text
+from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.files import replaced
 from sparsifiner_edge.profiles.stats import small_sample_mean
-from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Bound, Search
+from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Bound, Engines, Search
 from sparsifiner_edge.search.fidelity_model import FidelityModel
-from sparsifiner_edge.search.finalists import Contender, Exports, times
-from sparsifiner_edge.search.front import Checked, Finalist
-from sparsifiner_edge.search.latency import Deployment, PlanLatency
+from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch
+from sparsifiner_edge.search.front import Checked, Finalist, Rival
+from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student, save_student
@@ -49,18 +50,17 @@ class Shortlist:
     """Which of the plans that were measured is the best in an engine.
 
     Args:
-        search: what was measured. latencies: of the engines. model: that plans were found by. bound: what is asked for.
+        search: what was measured. engines: with their latencies. model: that plans were found by. bound: what is asked
+            for.
     """
 
-    def __init__(
-        self, search: Search, latencies: dict[Deployment, PlanLatency], model: FidelityModel, bound: Bound
-    ) -> None:
-        self.search, self.latencies, self.model, self.bound = search, latencies, model, bound
+    def __init__(self, search: Search, engines: Engines, model: FidelityModel, bound: Bound) -> None:
+        self.search, self.engines, self.model, self.bound = search, engines, model, bound
         self.plans = [seen.plan for seen in search.state.seen if not seen.plan.is_dense]
 
     def ms(self, engine: Deployment, plan: LayerPlan) -> float:
         """As predicted."""
-        return self.latencies[engine].of(plan, self.search.trial.patches)
+        return self.engines.latencies[engine].of(plan)
 
     def best(self, engine: Deployment, distance: float | None = None) -> LayerPlan:
         """What meets the bound, or (where nothing does) is nearest to it; distance: another limit than the bound's."""
@@ -80,44 +80,84 @@ class Shortlist:
         """The most distance that is asked for."""
         return 1.0 if self.bound.at_least is None else 1 - self.bound.at_least
 
-    def engines(self) -> list[Deployment]:
-        """Those worth measuring, the most promising first."""
+    def worth_it(self) -> list[Deployment]:
+        """The engines worth measuring, the most promising first."""
+        latencies = self.engines.latencies
         if self.bound.at_least is None:
-            return sorted(self.latencies, key=lambda engine: self.search.distance(self.best(engine)))[:MOST_ENGINES]
-        order = {engine: self.ms(engine, self.best(engine)) for engine in self.latencies}
-        close = [engine for engine in order if order[engine] <= CLOSE * min(order.values())]
+            return sorted(latencies, key=lambda engine: self.search.distance(self.best(engine)))[:MOST_ENGINES]
+        order = {engine: self.ms(engine, self.best(engine)) for engine in latencies}
+        fastest = min(order.values())
+        close = [engine for engine in order if order[engine] <= max(fastest, CLOSE * fastest)]
         return sorted(close, key=order.__getitem__)[:MOST_ENGINES]
 
 
 def entrants(exports: Exports, choice: Shortlist) -> list[Entrant]:
-    """Of the engines worth it, the plan that meets the bound as a bundle: what int8 and bfloat16 lose on top makes the
+    """Of the engines worth it, the plan that meets the bound as a bundle: what int8 and float16 lose on top makes the
     limit of the plan itself tighter, twice at most.
+
+    Raises:
+        GateError: every engine's precision loses too much.
     """
     found: list[Entrant] = []
-    for engine in choice.engines():
-        limit = choice.limit
-        for _ in range(TRIES):
-            plan = choice.best(engine, limit)
-            bundle = exports.of(plan, engine.precision)
-            with open_session(bundle, engine.backend) as session:
-                distance = fmean(choice.search.trial.distances_of(session.infer))
-            entrant = Entrant(plan, engine, bundle, distance, choice.model.of(plan), choice.ms(engine, plan))
-            if distance <= choice.limit:
-                break
-            limit = max(0.0, choice.limit - (distance - choice.search.distance(plan)))
-        found.append(entrant)
-    return found
+    for engine in choice.worth_it():
+        try:
+            found.append(_entrant(exports, choice, engine))
+        except GateError as error:
+            choice.engines.leave_out(engine, error)
+    return found if found else entrants(exports, choice)  # with the engines that are left
 
 
-def measured_whole(
-    exports: Exports, subjects: Sequence[Entrant], engines: Sequence[Deployment], progress: Progress | None
-) -> tuple[list[Entrant], dict[str, Estimate]]:
-    """The entrants with their time as whole models, and that of the dense model by backend, all in one run."""
-    backends = list(dict.fromkeys(engine.backend for engine in engines))
-    rivals = [Contender(exports.dense(), backend) for backend in backends]
-    found = times([*(Contender(x.bundle, x.engine.backend) for x in subjects), *rivals], progress)
+def _entrant(exports: Exports, choice: Shortlist, engine: Deployment) -> Entrant:
+    limit = choice.limit
+    for tried in range(1, TRIES + 1):
+        plan = choice.best(engine, limit)
+        bundle = exports.of(plan, engine.precision)
+        with open_session(bundle, engine.judged_in) as session:
+            distance = fmean(choice.search.trial.distances_of(session.infer))
+        if distance <= choice.limit or tried == TRIES:
+            break
+        limit = max(0.0, choice.limit - (distance - choice.search.distance(plan)))
+    return Entrant(plan, engine, bundle, distance, choice.model.of(plan), choice.ms(engine, plan))
+
+
+class Whole(NamedTuple):
+    """What was timed as whole models in one run: entrants with their times, the dense model, and rivals."""
+
+    entrants: list[Entrant]
+    dense_ms: dict[Deployment, Estimate]
+    rivals: list[Rival]
+
+
+def timed(
+    subjects: Sequence[Entrant], exports: Exports, hosts: Sequence[Deployment], rivals: Sequence[Path], trial: Trial,
+    stopwatch: Stopwatch,
+) -> Whole:  # fmt: skip
+    """The entrants beside the dense model in the engines that ran it before, and the user's own bundles in each
+    backend of these.
+    """
+    denses = [Contender(exports.dense(host.precision if host.is_here else "fp32"), host) for host in hosts]
+    backends = list(dict.fromkeys(host.backend for host in hosts))
+    others = [Contender(path, Deployment(name, _precision(path))) for path in rivals for name in backends]
+    judged = [_fidelity(other, trial) for other in others]
+    found = stopwatch.times([*(Contender(x.bundle, x.engine) for x in subjects), *denses, *others])
     ours = [entrant._replace(measured=ms) for entrant, ms in zip(subjects, found, strict=False)]
-    return ours, dict(zip(backends, found[len(subjects) :], strict=True))
+    found = found[len(subjects) :]
+    rows = [
+        Rival(path=str(other.bundle), backend=other.engine.backend, precision=other.engine.precision, fidelity=value,
+              ms=ms)
+        for other, value, ms in zip(others, judged, found[len(denses) :], strict=True)
+    ]  # fmt: skip
+    return Whole(ours, dict(zip(hosts, found, strict=False)), rows)
+
+
+def _precision(bundle: Path) -> str:
+    return open_bundle(bundle).manifest.precision or "fp32"
+
+
+def _fidelity(rival: Contender, trial: Trial) -> float:
+    with open_session(rival.bundle, rival.engine.judged_in) as session:
+        trial.require_comparable(session, rival.bundle)
+        return 1 - fmean(trial.distances_of(session.infer))
 
 
 def judged(subjects: Sequence[Entrant], bound: Bound) -> list[Entrant]:
@@ -135,11 +175,12 @@ def finalist(entrant: Entrant, start: Path) -> Finalist:
     """As it stands in the result; start: the student that it is exported from."""
     merge, keep = merge_text(entrant.plan.merge), keep_text(entrant.plan.short_keep)
     backend, precision = entrant.engine
-    int8 = " --precision int8 --calibrate IMAGES/" if precision == "int8" else ""
+    chosen = "" if precision == "fp32" else f" --precision {precision}"
+    chosen += " --calibrate IMAGES/" if precision == "int8" else ""
     return Finalist(
         merge=merge, keep=keep, backend=backend, precision=precision, fidelity=1 - entrant.distance,
-        predicted_fidelity=1 - entrant.predicted_distance, predicted_ms=entrant.predicted_ms, measured_ms=entrant.ms,
-        command=f"sparsifiner-edge export {start} --merge {merge} --keep {keep}{int8} -o BUNDLE/",
+        predicted_fidelity=1 - entrant.predicted_distance, predicted_ms=entrant.predicted_ms, ms=entrant.ms,
+        command=f"sparsifiner-edge export {start} --merge {merge} --keep {keep}{chosen} -o BUNDLE/",
     )  # fmt: skip
 
 
@@ -158,7 +199,7 @@ def why_unmet(nearest: Entrant, bound: Bound) -> str:
 
 def checked(winner: Entrant, trial: Trial) -> tuple[Checked, list[float]]:
     """The answer on images that nothing was chosen by."""
-    with open_session(winner.bundle, winner.engine.backend) as session:
+    with open_session(winner.bundle, winner.engine.judged_in) as session:
         found = [1 - distance for distance in trial.distances_of(session.infer)]
     return Checked(fidelity=small_sample_mean(found), images=len(found)), found
 

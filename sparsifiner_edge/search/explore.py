@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.files import write_text
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
-from sparsifiner_edge.search.latency import Deployment, PlanLatency
+from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.search.solve import Solver
 from sparsifiner_edge.search.trial import Trial
@@ -111,29 +112,74 @@ def _with(plan: LayerPlan, layer: int, merge: int | None = None, keep: float | N
     return LayerPlan(tuple(merges), tuple(shares))
 
 
-def explore(
-    search: Search, latencies: dict[Deployment, PlanLatency], bound: Bound, tile: int, until: float
-) -> FidelityModel:  # fmt: skip
+Whole = Callable[[Deployment, LayerPlan], float]
+"""Milliseconds of a plan's whole model, on the machine as it was when the dense model was first timed."""
+
+
+class Engines:
+    """Latencies of the engines that are searched, each calibrated with a model measured whole as soon as it matters.
+
+    Args:
+        latencies: by engine. whole: measures a plan's whole model; see `Whole`.
+
+    Attributes:
+        anchors: what was measured. left_out: engines that are not searched any more, and why.
+    """
+
+    def __init__(self, latencies: dict[Deployment, PlanLatency], whole: Whole) -> None:
+        self.latencies, self.left_out, self._whole = latencies, dict[Deployment, str](), whole
+        self.anchors = dict[Deployment, Anchor]()
+
+    def calibrate(self, engine: Deployment, plan: LayerPlan) -> None:
+        """Once, by a plan where the answer is expected.
+
+        Raises:
+            GateError: no engine is left, since each one's precision loses too much.
+        """
+        if engine in self.anchors or plan.is_dense or not engine.is_here:
+            return
+        try:
+            measured_ms = self._whole(engine, plan)
+        except GateError as error:
+            self.leave_out(engine, error)
+            return
+        self.anchors[engine] = Anchor(plan, measured_ms)
+        self.latencies[engine] = self.latencies[engine].calibrated(self.anchors[engine])
+
+    def leave_out(self, engine: Deployment, error: GateError) -> None:
+        """An engine whose precision loses too much.
+
+        Raises:
+            GateError: it is the last.
+        """
+        if len(self.latencies) == 1:
+            raise error
+        self.left_out[engine] = error.what
+        del self.latencies[engine]
+
+
+def explore(search: Search, engines: Engines, bound: Bound, tile: int, until: float) -> FidelityModel:
     """Measure plans where the front is expected, until the answer stays as it is; returns the model that it ends with.
 
     until: `time.monotonic()` at which no round is begun any more.
     """
-    model, before = search.model(), 0.0
+    model, before, selects = search.model(), 0.0, search.trial.selects
     for number in range(ROUNDS):
-        solvers = [Solver(latency, model, search.trial.selects, tile) for latency in latencies.values()]
-        aims = [_aim(solver, bound) for solver in solvers]
-        costs = [_cost(solver, aim, bound) for solver, aim in zip(solvers, aims, strict=True)]
-        best = min(costs)
+        solvers = {e: Solver(latency, model, selects, tile) for e, latency in engines.latencies.items()}
+        aims = {engine: _aim(solver, bound) for engine, solver in solvers.items()}
+        costs = {engine: _cost(solver, aims[engine], bound) for engine, solver in solvers.items()}
+        best = min(costs.values())
+        followed = [e for e in sorted(costs, key=costs.__getitem__)[:MOST_ENGINES] if costs[e] <= CLOSE * best]
         plans = dict.fromkeys(
-            solver.at_distance(aim * factor)
-            for solver, aim, cost in sorted(zip(solvers, aims, costs, strict=True), key=lambda row: row[2])[
-                :MOST_ENGINES
-            ]
-            if cost <= CLOSE * best
+            solvers[engine].at_distance(aims[engine] * factor)
+            for engine in followed
             for factor in (NEAR if number else SPREAD)
         )
         search.measure([plan for plan in plans if not plan.is_dense], f"round {number + 1}", model)
         model = search.model()
+        for engine in followed:
+            solver = Solver(engines.latencies[engine], model, selects, tile)
+            engines.calibrate(engine, solver.at_distance(aims[engine]))
         if abs(best - before) < SETTLED * best or time.monotonic() > until:
             break
         before = best
@@ -150,4 +196,4 @@ def _aim(solver: Solver, bound: Bound) -> float:
 
 def _cost(solver: Solver, aim: float, bound: Bound) -> float:
     """What tells engines apart: milliseconds at a fidelity, distance within a latency."""
-    return solver.latency.of(solver.at_distance(aim), solver.model.patches) if bound.at_least is not None else aim
+    return solver.latency.of(solver.at_distance(aim)) if bound.at_least is not None else aim

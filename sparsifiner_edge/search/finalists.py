@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.images import evenly
+from sparsifiner_edge.profiles.boards.board import Board
+from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.profiles.measure.side import (
     MeasuredSide,
     load_side,
@@ -18,10 +23,13 @@ from sparsifiner_edge.profiles.measure.side import (
     warm_up,
 )
 from sparsifiner_edge.profiles.measure.worker import Load
-from sparsifiner_edge.profiles.rules import make_rules
+from sparsifiner_edge.profiles.profile import profile_bundle
+from sparsifiner_edge.profiles.rules import MIN_BLOCKS, make_rules
 from sparsifiner_edge.profiles.stats import estimate, percentile, quantile_interval
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Estimate
+from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.sparse.student import Student, save_student
 
@@ -29,13 +37,15 @@ CALIBRATED = 16
 """Images at most that int8 is calibrated with."""
 SECONDS = 4.0
 """Least time measured of each."""
+ESTIMATED = 0.9
+"""Confidence of an estimate's bounds: what its fit was widened to."""
 
 
 class Contender(NamedTuple):
-    """A bundle and the backend that runs it."""
+    """A bundle and what runs it."""
 
     bundle: Path
-    backend: str
+    engine: Deployment
 
 
 class Exports:
@@ -55,13 +65,22 @@ class Exports:
         self._calibration = linked(folder / "calibration", evenly(images, CALIBRATED))
         self._made: dict[tuple[LayerPlan, str], Path] = {}
 
-    def dense(self) -> Path:
-        """The dense model in float32."""
-        path = self.folder / "dense"
+    def dense(self, precision: str = "fp32") -> Path:
+        """The dense model in a precision.
+
+        Raises:
+            GateError: int8 loses too much.
+        """
+        path = self.folder / f"dense-{precision}"
         if not path.exists():
-            self._tell("exporting the dense model")
-            save_student(self._dense_model, self.folder / "dense-student")
-            export_bundle(self.folder / "dense-student", path, tokens=True, trust=self._trust)
+            self._tell(f"exporting the dense model in {precision}")
+            source = self.folder / "dense-student"
+            if not source.exists():
+                save_student(self._dense_model, source)
+            export_bundle(
+                source, path, precision=precision, calibrate=self._calibration if precision == "int8" else None,
+                tokens=True, trust=self._trust,
+            )  # fmt: skip
         return path
 
     def of(self, plan: LayerPlan, precision: str) -> Path:
@@ -93,26 +112,71 @@ def linked(folder: Path, images: Sequence[Path]) -> Path:
     return folder
 
 
-def times(subjects: Sequence[Contender], progress: Progress | None = None) -> list[Estimate]:
-    """Median milliseconds of bundles, measured in turn, each in a process of its own.
+class Stopwatch:
+    """Times of whole models: measured on this machine, or estimated for a board that is not here.
 
-    Raises:
-        BackendError: a backend rejects a bundle, or a process died or hung.
+    Args:
+        board: None: this machine.
     """
-    rules = make_rules("quick", SECONDS)
-    on_stage = stage_progress(progress, len(subjects) * (SECONDS + 2.0))
-    with contextlib.ExitStack() as stack:
-        sides: list[MeasuredSide] = []
-        for number, subject in enumerate(subjects):
-            on_stage(f"loading {subject.bundle.name}")
-            request = Load(bundle=str(subject.bundle.resolve()), backend=subject.backend, threads=None, kernels="auto")
-            sides.append(load_side(str(number), stack.enter_context(start_worker()), request))
-            warm_up(sides[-1], on_stage)
-        measure_blocks(sides, rules, on_stage, "measuring finalists")
-        return [_timed(side) for side in sides]
+
+    def __init__(self, board: Board | None, progress: Progress | None) -> None:
+        self.board, self._progress = board, progress
+
+    def times(self, subjects: Sequence[Contender]) -> list[Estimate]:
+        """Median milliseconds, measured in turn, each in a process of its own; or an estimate with its bounds.
+
+        Raises:
+            BackendError: a backend rejects a bundle, or a process died or hung.
+        """
+        if self.board is None:
+            return self._measured(subjects)
+        found = []
+        for subject in subjects:
+            of_bundle = estimate_bundle(subject.bundle, self.board, precision=subject.engine.precision).statistics
+            ms = of_bundle.latency_ms
+            found.append(Estimate(ms.value, ms.low, ms.high, ESTIMATED, f"estimated, not measured: {ms.method}"))
+        return found
+
+    def watts(self, subject: Contender) -> float:
+        """Mean power while a model computes, as its sensor reads it, or as it is estimated for a board.
+
+        Raises:
+            ConfigError: nothing reads it here.
+        """
+        if self.board is not None:
+            of_bundle = estimate_bundle(subject.bundle, self.board, precision=subject.engine.precision).statistics
+            return of_bundle.energy_j.power_w
+        profile = profile_bundle(subject.bundle, backend=subject.engine.backend, seconds=SECONDS, layers=False)
+        found = profile.statistics.subject.energy
+        power = found if isinstance(found, Unavailable) else found.mean_w
+        if isinstance(power, Unavailable):
+            raise ConfigError(
+                f"Energy cannot be read here: {power.why}.", "Bound the time, --at-most-ms, or name a board, --board."
+            )
+        return power
+
+    def _measured(self, subjects: Sequence[Contender]) -> list[Estimate]:
+        rules = make_rules("quick", SECONDS, MIN_BLOCKS)
+        on_stage = stage_progress(self._progress, len(subjects) * (SECONDS + 2.0))
+        with contextlib.ExitStack() as stack:
+            sides: list[MeasuredSide] = []
+            for number, subject in enumerate(subjects):
+                on_stage(f"loading {subject.bundle.name}")
+                bundle, backend = str(subject.bundle.resolve()), subject.engine.backend
+                request = Load(bundle=bundle, backend=backend, threads=None, kernels="auto")
+                sides.append(load_side(str(number), stack.enter_context(start_worker()), request))
+                warm_up(sides[-1], on_stage)
+            measure_blocks(sides, rules, on_stage, "measuring whole models")
+            return _timed([side.blocks for side in sides])
 
 
-def _timed(side: MeasuredSide) -> Estimate:
-    latency = side.latency_ms
-    low, high = quantile_interval(latency, 0.5)
-    return estimate(percentile(latency, 0.5), low, high, "order statistics, effective sample size")
+def _timed(blocks: Sequence[Sequence[Sequence[float]]]) -> list[Estimate]:
+    """Medians of sides that were measured in turn, block by block; what slowed all of a round's blocks is taken out."""
+    rounds = min(map(len, blocks))
+    medians = np.array([[percentile(block, 0.5) for block in of_side[:rounds]] for of_side in blocks])
+    common = np.exp(np.log(medians).mean(0)) if len(blocks) > 1 else np.ones(rounds)
+    found = []
+    for row in medians / common * np.median(common):
+        low, high = quantile_interval(row.tolist(), 0.5)
+        found.append(estimate(float(np.median(row)), low, high, "order statistics of rounds, measured in turn"))
+    return found

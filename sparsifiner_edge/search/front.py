@@ -36,7 +36,8 @@ class Finalist(msgspec.Struct, frozen=True, kw_only=True):
     """A plan as it was exported, in one engine.
 
     Attributes:
-        fidelity: of the bundle, mean over the images searched with. measured_ms: median of the whole model.
+        fidelity: of the bundle, mean over the images searched with. ms: median of the whole model, or for a board that
+            is not here an estimate of it, as `ms.interval` says.
         command: that exports it again.
     """
 
@@ -47,8 +48,18 @@ class Finalist(msgspec.Struct, frozen=True, kw_only=True):
     fidelity: float
     predicted_fidelity: float
     predicted_ms: float
-    measured_ms: Estimate
+    ms: Estimate
     command: str
+
+
+class Rival(msgspec.Struct, frozen=True, kw_only=True):
+    """A bundle of the user's to compare with, in one engine; fidelity and ms as of a `Finalist`."""
+
+    path: str
+    backend: str
+    precision: str
+    fidelity: float
+    ms: Estimate
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,25 +70,43 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was searched; images: names by use; tables: by engine, what its latencies were measured with."""
+    """How it was searched; images: names by use; tables: by engine, what its latencies were measured with; board: None:
+    this machine. watts: mean
+    power of the dense model, by which a bound of energy became one of time.
+    """
 
     metric: str
     at_least: float | None
     at_most_ms: float | None
+    at_most_mj: float | None
+    watts: float | None
     seed: int
+    board: str | None
     images: dict[str, list[str]]
     solver: str = "dynamic program over layers; price of fidelity bisected"
     tables: dict[str, Any]
 
 
 class Front(msgspec.Struct, frozen=True, kw_only=True):
-    """points: in the order of fidelity. finalists: the answer first, if there is one. dense_ms: by engine."""
+    """What was found.
+
+    Attributes:
+        points: in the order of fidelity. finalists: the answer first, if there is one. rivals: as given.
+        dense_ms: the dense model by what runs it: the fastest, and what runs finalists. drift: its time at the end over
+            that at the start; more than a tenth off 1, the machine changed its speed, and predictions are of another.
+        anchors: by engine, the plan whose whole model corrected predictions, and its ms.
+        left_out: engines whose precision lost too much, and why.
+    """
 
     points: list[Point]
     finalists: list[Finalist]
     answer: Finalist | Unavailable
     check: Checked | Unavailable
+    rivals: list[Rival]
     dense_ms: dict[str, Estimate]
+    drift: dict[str, float]
+    anchors: dict[str, dict[str, float]]
+    left_out: dict[str, str]
 
 
 class SearchResult(Declared, frozen=True):
@@ -101,7 +130,7 @@ def not_dominated(rows: Sequence[tuple[float, ...]]) -> list[bool]:
 
 
 def draw_front(result: SearchResult, path: Path) -> None:
-    """front.png: milliseconds against fidelity; lines are predictions, marks with whiskers were measured."""
+    """front.png: milliseconds against fidelity; lines are predictions, marks with whiskers whole models."""
     from matplotlib.figure import Figure
 
     found = result.statistics
@@ -110,12 +139,13 @@ def draw_front(result: SearchResult, path: Path) -> None:
     for engine in sorted({name for point in found.points for name in point.predicted_ms}):
         line = sorted((p.predicted_ms[engine], p.fidelity) for p in found.points if p.on_front)
         axis.plot(*zip(*line, strict=True), ".-", lw=0.8, ms=4, label=f"predicted, {engine}")
-    for finalist in found.finalists:
-        ms = finalist.measured_ms
-        low, high = (bound if isinstance(bound, float) else ms.value for bound in (ms.low, ms.high))
-        reach = [[ms.value - low], [high - ms.value]]
-        label = f"measured, {finalist.backend}, {finalist.precision}"
-        axis.errorbar([ms.value], [finalist.fidelity], xerr=reach, fmt="o", capsize=3, label=label)
+    marked: list[tuple[Finalist | Rival, str, str]] = [(x, f"{x.backend}, {x.precision}", "o") for x in found.finalists]
+    marked += [(x, f"{Path(x.path).name}, {x.backend}, {x.precision}", "s") for x in found.rivals]
+    for one, name, mark in marked:
+        low, high = (bound if isinstance(bound, float) else one.ms.value for bound in (one.ms.low, one.ms.high))
+        reach = [[one.ms.value - low], [high - one.ms.value]]
+        label = f"{'measured' if result.method.board is None else 'estimated'}, {name}"
+        axis.errorbar([one.ms.value], [one.fidelity], xerr=reach, fmt=mark, capsize=3, label=label)
     if result.method.at_least is not None:
         axis.axhline(result.method.at_least, color="black", lw=0.8)
     if result.method.at_most_ms is not None:

@@ -1,53 +1,55 @@
 """Latency of a plan on this machine: times of a layer's parts at some numbers of tokens, measured once, and summed.
 
-What a sum leaves out (embedding, head, what a runtime does between parts) is the difference to the dense model measured
-whole; `PlanLatency.rest`.
+Two models measured whole correct a sum: the dense one scales it, and a sparse one tells what having operators of ours
+costs among a runtime's own (OpenVINO makes another plan of the whole file then).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import statistics
-import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from sparsifiner_edge.artifacts import read_json
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.bundle.entries import ON_PROCESSOR
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.export.deployed_model import deploy
-from sparsifiner_edge.export.sessions import processor_run
-from sparsifiner_edge.files import write_text
-from sparsifiner_edge.machine import available_cores, environment, machine, package_version
+from sparsifiner_edge.export.piece_times import Piece, piece_times
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.records import read_record, write_record
-from sparsifiner_edge.runtime.backend import cache_folder
-from sparsifiner_edge.search.pieces import INPUT, LinearPieces, Piece, attention_piece, merging_piece
+from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
 from sparsifiner_edge.search.plan import SHARES, LayerPlan
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.student import Student
-from sparsifiner_edge.text import dump_json
 
-TABLE_SCHEMA = 1
 MEASURED_SIZES = 7
 """Numbers of tokens that are measured, from the image's down to a tenth."""
-ROUNDS, LEAST_RUNS, LEAST_S = 3, 3, 0.03
-"""Passes over all parts; of each pass and part the least runs, and the least time."""
+LEAST_MS = 1e-4
+EACH = 3
+"""Merging is measured at every so many of them: its time is nearly linear, its graph slow to make."""
 
 
 class Deployment(NamedTuple):
-    """What runs a model: a backend of the processor, and the precision of the file."""
+    """What runs a model: a backend of the processor, or a board by name, and the precision of the file."""
 
     backend: str
     precision: str
 
     @property
-    def plain(self) -> Deployment:
-        """The same backend on a file in float32."""
-        return Deployment(self.backend, "fp32")
+    def is_here(self) -> bool:
+        """Whether it is a backend of this machine; else a board, whose latency is estimated."""
+        return self.backend in ON_PROCESSOR
+
+    @property
+    def judged_in(self) -> str:
+        """The backend that its bundles' fidelity is measured in."""
+        return self.backend if self.is_here else "onnxruntime"
+
+    @property
+    def dense_host(self) -> Deployment:
+        """What runs the dense model: `onnxruntime-bf16` is for operators of ours alone."""
+        return self._replace(backend="onnxruntime") if self.backend == "onnxruntime-bf16" else self
 
     def __str__(self) -> str:
         return f"{self.backend}, {self.precision}"
@@ -57,13 +59,12 @@ class PartTable(msgspec.Struct, frozen=True, kw_only=True):
     """Median milliseconds of a layer's parts; one per entry of patches.
 
     Attributes:
-        about: what it was measured on and with; a table of anything else is measured anew.
+        about: what it was measured on and with.
         patches: that the parts were measured with, most first.
         projections, mlp, merging: see `pieces`. attention: by share of keys as text, "1" is dense; selection and cells
             included; over tokens with sizes but for the first entry, where none has merged yet.
     """
 
-    schema_version: int = TABLE_SCHEMA
     about: Any
     patches: list[int]
     projections: list[float]
@@ -72,42 +73,66 @@ class PartTable(msgspec.Struct, frozen=True, kw_only=True):
     attention: dict[str, list[float]]
 
 
-class PlanLatency:
-    """Milliseconds of plans, from a table.
+class Anchor(NamedTuple):
+    """A plan that was measured as a whole model."""
 
-    Attributes:
-        rest: what the layers' sum leaves out; see `calibrated`.
+    plan: LayerPlan
+    ms: float
+
+
+class PlanLatency:
+    """Milliseconds of plans, from a table and what was measured of whole models.
+
+    A part's time is a constant, so much a token and so much a pair of tokens, none of them negative, fitted to the
+    table: what a single entry has by chance would otherwise be what plans are chosen for.
+
+    Args:
+        patches: of the image. scale: of the sum of parts: a machine's speed changes, and in a model parts follow one
+            another. ours: what a model takes that has operators of ours, beyond these. See `calibrated`.
     """
 
-    def __init__(self, table: PartTable, rest: float = 0.0) -> None:
-        self.table, self.rest = table, rest
+    def __init__(self, table: PartTable, patches: int, scale: float = 1.0, ours: float = 0.0) -> None:
+        self.table, self.patches, self.scale, self.ours = table, patches, scale, ours
+        parts = {"projections": table.projections, "mlp": table.mlp, "merging": table.merging, **table.attention}
+        self._fits = {name: _fitted(table.patches, values) for name, values in parts.items()}
 
     def of_part(self, name: str, counts: Any) -> Any:
-        """Of "projections", "mlp", "merging", or of attention at a share of keys, at numbers of patches [n].
+        """Of "projections", "mlp", "merging", or of attention at a share of keys, at numbers of patches [n]."""
+        return self.scale * (_powers(counts) @ self._fits[name])
 
-        Between entries time per token is taken to be linear, as it is where work grows with the square of the tokens.
-        """
-        table = self.table
-        values = table.attention[name] if name in table.attention else getattr(table, name)
-        known, per_token = np.array(table.patches[::-1], float), np.array(values[::-1]) / table.patches[::-1]
-        counts = np.asarray(counts, float)
-        return np.interp(counts, known, per_token) * counts
-
-    def layer(self, before: int, after: int, share: float) -> float:
-        """Of a layer that sees `before` patches and leaves `after`."""
-        merging = float(self.of_part("merging", before)) if after != before else 0.0
-        parts = (("projections", before), (name_of(share), before), ("mlp", after))
-        return merging + sum(float(self.of_part(name, count)) for name, count in parts)
-
-    def of(self, plan: LayerPlan, patches: int) -> float:
+    def of(self, plan: LayerPlan) -> float:
         """Of a whole model."""
-        counts = plan.counts(patches)
-        layers = zip(counts[:-1], counts[1:], plan.keep, strict=True)
-        return self.rest + sum(self.layer(before, after, share) for before, after, share in layers)
+        counts = plan.counts(self.patches)
+        total = float(sum(self.of_part("projections", counts[:-1]) + self.of_part("mlp", counts[1:])))
+        for before, rate, share in zip(counts[:-1], plan.merge, plan.keep, strict=True):
+            total += float(self.of_part(name_of(share), before))
+            total += float(self.of_part("merging", before)) if rate else 0.0
+        return total + (0.0 if plan.is_dense else self.ours)
 
-    def calibrated(self, plan: LayerPlan, patches: int, measured_ms: float) -> PlanLatency:
-        """The same, so that this plan takes as long as was measured of its whole model."""
-        return PlanLatency(self.table, self.rest + measured_ms - self.of(plan, patches))
+    def calibrated(self, anchor: Anchor) -> PlanLatency:
+        """The same, so that this plan takes as long as was measured: the dense one scales, others tell `ours`."""
+        if anchor.plan.is_dense:
+            return PlanLatency(self.table, self.patches, self.scale * anchor.ms / self.of(anchor.plan), self.ours)
+        return PlanLatency(self.table, self.patches, self.scale, self.ours + anchor.ms - self.of(anchor.plan))
+
+
+def _powers(counts: Any) -> Array:
+    counts = np.asarray(counts, float)
+    return np.stack([np.ones_like(counts), counts, counts**2], -1)
+
+
+def _fitted(patches: Sequence[int], values: Sequence[float]) -> Array:
+    """Coefficients of 1, n and n^2, none negative, that miss the values least, each by its own share."""
+    weight = 1 / np.maximum(np.asarray(values, float), LEAST_MS)
+    columns, wanted = _powers(patches) * weight[:, None], np.asarray(values, float) * weight
+    found: list[tuple[float, Array]] = []
+    for chosen in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)):
+        some = np.linalg.lstsq(columns[:, chosen], wanted, rcond=None)[0]
+        if (some >= 0).all():
+            fit = np.zeros(3)
+            fit[list(chosen)] = some
+            found.append((float(np.square(columns @ fit - wanted).sum()), fit))
+    return min(found, key=lambda row: row[0])[1]
 
 
 def name_of(share: float) -> str:
@@ -116,43 +141,11 @@ def name_of(share: float) -> str:
 
 
 def measured(student: Student, engine: Deployment, progress: Progress | None = None) -> PartTable:
-    """The table of this machine, from the cache where it was measured before.
+    """The table of this machine; what was measured before comes from a cache (see `piece_times`).
 
     Raises:
         MissingExtraError, BackendError: the engine cannot run here.
     """
-    about = _about(student, engine)
-    path = cache_folder() / "latency" / f"{hashlib.sha256(dump_json(about).encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(ArtifactError):
-        found = read_record(read_json(path, TABLE_SCHEMA), PartTable, path, "Delete it.")
-        if found.about == about:
-            return found
-    table = _measure(student, engine, about, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(ArtifactError):  # A full disk costs the next search a minute.
-        write_text(path, dump_json(write_record(table)))
-    return table
-
-
-def _about(student: Student, engine: Deployment) -> dict[str, Any]:
-    """All that times depend on."""
-    backbone, sparsity = student.backbone, student.sparsity
-    here = write_record(machine())
-    packages = {name: package_version(name) for name in ("sparsifiner-edge", "onnxruntime", "openvino", "torch")}
-    model = {
-        "grid": list(backbone.grid), "prefix": backbone.prefix, "width": backbone.width,
-        "geometry": [backbone.geometry.heads, backbone.geometry.dim], "name": student.name,
-        "tile": sparsity.tile, "probe": sparsity.probe, "channels": sparsity.channels, "cells": sparsity.cells,
-        "window": sparsity.merge_window,
-    }  # fmt: skip
-    return {
-        "engine": list(engine), "threads": available_cores(), "model": model, "shares": list(SHARES),
-        "machine": {name: here[name] for name in ("cpu_model", "logical_cores", "kernel", "board")},
-        "packages": write_record(packages), "variables": environment().variables,
-    }  # fmt: skip
-
-
-def _measure(student: Student, engine: Deployment, about: dict[str, Any], progress: Progress | None) -> PartTable:
     backbone = backbone_of(deploy(student).model)
     sparsity, geometry, whole = student.sparsity, backbone.geometry, backbone.patches
     linear = LinearPieces(backbone.layers[0], backbone.width, engine.precision == "int8")
@@ -165,15 +158,24 @@ def _measure(student: Student, engine: Deployment, about: dict[str, Any], progre
         tokens = backbone.prefix + count
         for name in linear.models:
             pieces[name, count] = linear.piece(name, tokens)
-        pieces["merging", count] = merging_piece(
-            geometry, backbone.prefix, sparsity.merge_window, count, backbone.width, whole
-        )
+        if count in patches[::EACH]:
+            pieces["merging", count] = merging_piece(
+                geometry, backbone.prefix, sparsity.merge_window, count, backbone.width, whole
+            )
         for share in SHARES:
             config = SparsityConfig(**{**_plain(sparsity), "keep": share, "merge": (1,)})
             pieces[name_of(share), count] = attention_piece(geometry, backbone.prefix, count, config, count != whole)
-    times = _times(pieces, engine, progress)
-    rows = {name: [times[name, count] for count in patches] for name in dict.fromkeys(key[0] for key in pieces)}
-    projections, mlp, merging = (rows.pop(name) for name in ("projections", "mlp", "merging"))
+    ours = {key: piece for key, piece in pieces.items() if key[0] in map(name_of, SHARES)}
+    found = piece_times(ours, engine.backend, progress)
+    found.ms.update(
+        piece_times({k: v for k, v in pieces.items() if k not in ours}, engine.dense_host.backend, progress).ms
+    )
+    names = [name for name in dict.fromkeys(key[0] for key in pieces) if name != "merging"]
+    rows = {name: [found.ms[name, count] for count in patches] for name in names}
+    few = patches[::EACH][::-1]
+    merging = np.interp(patches, few, [found.ms["merging", count] for count in few]).tolist()
+    projections, mlp = rows.pop("projections"), rows.pop("mlp")
+    about = {**found.about, "kernels": found.kernels, "precision": engine.precision}
     return PartTable(
         about=about, patches=patches, projections=projections, mlp=mlp, merging=merging, attention=rows
     )  # fmt: skip
@@ -182,30 +184,3 @@ def _measure(student: Student, engine: Deployment, about: dict[str, Any], progre
 def _plain(sparsity: SparsityConfig) -> dict[str, Any]:
     """What a layer's layout depends on."""
     return {name: getattr(sparsity, name) for name in ("tile", "probe", "channels", "cells", "value_power")}
-
-
-def _times(
-    pieces: dict[tuple[str, int], Piece], engine: Deployment, progress: Progress | None
-) -> dict[tuple[str, int], float]:
-    """Median milliseconds of every part, alone on all cores."""
-    found: dict[tuple[str, int], float] = {}
-    for number, (key, piece) in enumerate(pieces.items()):
-        stored = "int8" if engine.precision == "int8" and INPUT in piece.feed else None
-        with processor_run(piece.model, engine.backend, stored) as (run, _):
-            run(piece.feed)
-            found[key] = _median(run, piece)
-        if progress:
-            progress(f"timing parts in {engine}", number + 1, len(pieces))
-    return found
-
-
-def _median(run: Any, piece: Piece) -> float:
-    samples: list[float] = []
-    for _ in range(ROUNDS):
-        start, runs = time.perf_counter(), 0
-        while runs < LEAST_RUNS or time.perf_counter() - start < LEAST_S:
-            before = time.perf_counter_ns()
-            run(piece.feed)
-            samples.append((time.perf_counter_ns() - before) / 1e6)
-            runs += 1
-    return statistics.median(samples)

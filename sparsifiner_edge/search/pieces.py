@@ -7,7 +7,7 @@ fixed; attention is put together from the operators, since nothing else of it de
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.export.graph import IR_VERSION, add_bodies, to_onnx
 from sparsifiner_edge.export.int8 import quantised_alike
+from sparsifiner_edge.export.piece_times import Piece
 from sparsifiner_edge.ops.bodies import OPSET
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.sparse.attention import HeadGeometry
@@ -27,13 +28,6 @@ from sparsifiner_edge.sparse.merge import Merging
 
 INPUT, TOKENS = "image", "tokens"
 """Of the linear parts: their input bears the name that the quantiser feeds."""
-
-
-class Piece(NamedTuple):
-    """A file and what it is run on."""
-
-    model: onnx.ModelProto
-    feed: dict[str, Array]
 
 
 class _Projections(nn.Module):
@@ -79,7 +73,7 @@ class LinearPieces:
     """The two linear parts of a layer, in float32 or int8, for any number of tokens."""
 
     def __init__(self, layer: SparseLayer, width: int, int8: bool) -> None:
-        self.width = width
+        self.width, self.stored = width, "int8" if int8 else None
         example, free = torch.randn(1, 64, width, generator=torch.Generator().manual_seed(0)), torch.export.Dim(TOKENS)
         self.models: dict[str, onnx.ModelProto] = {}
         for name, module in (("projections", _Projections(layer)), ("mlp", _Mlp(layer))):
@@ -95,7 +89,7 @@ class LinearPieces:
             for dim in value.type.tensor_type.shape.dim:
                 if dim.dim_param:
                     dim.dim_value = tokens
-        return Piece(model, {INPUT: _random(1, tokens, self.width)})
+        return Piece(model, {INPUT: _random(1, tokens, self.width)}, self.stored)
 
 
 @functools.lru_cache(maxsize=32)

@@ -7,20 +7,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, read_json, sha256
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.bundle.entries import ON_PROCESSOR
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import keep_text, merge_text
-from sparsifiner_edge.errors import ConfigError, SparsifinerError
+from sparsifiner_edge.errors import ConfigError, GateError, SparsifinerError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.images import evenly, list_images
+from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable, read_record, write_record
-from sparsifiner_edge.results import Subject, write_result
+from sparsifiner_edge.results import Estimate, Subject, write_result
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.processor import ProcessorBackend
+from sparsifiner_edge.search.board import estimated
 from sparsifiner_edge.search.entrants import (
     Shortlist,
     checked,
@@ -28,14 +31,15 @@ from sparsifiner_edge.search.entrants import (
     finalist,
     judged,
     keep_answer,
-    measured_whole,
     meets,
+    timed,
     why_unmet,
 )
-from sparsifiner_edge.search.explore import STATE_SCHEMA, Bound, Search, State, explore
-from sparsifiner_edge.search.finalists import CALIBRATED, Contender, Exports, linked, times
+from sparsifiner_edge.search.explore import STATE_SCHEMA, Bound, Engines, Search, State, explore
+from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch, linked
 from sparsifiner_edge.search.front import (
     Checked,
+    Finalist,
     Front,
     Point,
     SearchMethod,
@@ -44,14 +48,19 @@ from sparsifiner_edge.search.front import (
     named,
     not_dominated,
 )
-from sparsifiner_edge.search.latency import Deployment, PlanLatency, measured
-from sparsifiner_edge.search.plan import dense
+from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency, measured
+from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.search.trial import FIDELITIES, Trial
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, sparsify
 
 START_SHARE = 0.25
 """Of keys, of the student that plans are made from: each gives its own."""
-FILE_PRECISIONS = ("fp32", "int8")
+MOST = 1e6
+PREDICTED = 8
+"""Images at most that predictors are calibrated with: a minute or two at 518 px."""
+Value = TypeVar("Value")
+FILE_PRECISIONS = ("fp32", "int8", "fp16")
+"""Of files; the last for boards with a GPU, which do not compute in the first."""
 LEAST_IMAGES, CHECKED, MOST_TRIED = 5, 5, 12
 """Images that a search takes at least; one of so many is kept for the check; those that plans are judged by."""
 
@@ -63,12 +72,15 @@ def search_model(
     *,
     at_least: float | None = None,
     at_most_ms: float | None = None,
+    at_most_mj: float | None = None,
     metric: str = FIDELITIES[0],
     weights: str | Path | None = None,
     img_size: ImageSize | None = None,
     teacher: str | None = None,
     backends: Sequence[str] = (),
-    precisions: Sequence[str] = FILE_PRECISIONS,
+    precisions: Sequence[str] = (),
+    board: str | Path | None = None,
+    against: Sequence[str | Path] = (),
     minutes: float = 20.0,
     seed: int = 0,
     trust: Sequence[str] = (),
@@ -81,11 +93,16 @@ def search_model(
         data: folder of images like those that the model will see; a fifth of them is kept for the last check.
         output: folder for `front.json`, `front.png`, `student/`, `bundle/`; what an interrupted search of the same left
             there is gone on from.
-        at_least: fidelity in (0, 1). at_most_ms: latency. One of them.
+        at_least: fidelity in (0, 1). at_most_ms: latency. at_most_mj: energy of an image, which the power of the dense
+            model turns into a latency. One of them.
         metric: one of `FIDELITIES`.
         weights, img_size: for a model; weights: or of the teacher.
         teacher: of a student that was trained: its dense model.
-        backends: of the processor; none: all that run here. precisions: of `FILE_PRECISIONS`.
+        backends: of the processor; none: all that run here. precisions: of `FILE_PRECISIONS`; none: int8 and fp32, or
+            on a board's GPU fp16.
+        board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
+            fidelity.
+        against: bundles of the same images to stand beside what is found, such as the dense model in int8.
         minutes: how long to look, about, export and last measurement included.
         seed: of which images are kept for the check.
         trust: see `load_student`.
@@ -99,8 +116,10 @@ def search_model(
         ConfigError: not one bound, or one out of range; too few images; another search's folder.
         SparsifinerError: model, student or images are unusable.
     """
-    bound, end = _bound(at_least, at_most_ms, metric), time.monotonic() + 60 * minutes
-    engines, images, folder = _engines(backends, precisions), _split(Path(data), seed), Path(output)
+    bound, end = _bound(at_least, at_most_ms, at_most_mj, metric), time.monotonic() + 60 * minutes
+    device = None if board is None else load_board(board)
+    engines, images, folder = _engines(backends, precisions, device), _split(Path(data), seed), Path(output)
+    rivals = [open_bundle(Path(path)).folder for path in against]
     about = {
         "source": str(source), "weights": None if weights is None else str(weights), "teacher": teacher,
         "img_size": img_size, "metric": metric, "images": [str(path) for path in images.tried],
@@ -113,30 +132,83 @@ def search_model(
     search = Search(Trial(student, dense_model.model, images.tried, metric), state, file, progress)
     with scratch_folder() as scratch:
         exports = Exports(scratch, start, dense_model, images.searched, trust, progress)
-        latencies = _latencies(exports, student, engines, progress)
-        model = explore(search, latencies, bound, student.sparsity.tile, end - 24 * minutes)
-        found, dense_ms = measured_whole(
-            exports, entrants(exports, Shortlist(search, latencies, model, bound)), engines, progress
+        stopwatch = Stopwatch(device, progress)
+        begun, left_out = _dense_ms(exports, engines, stopwatch)
+        watts = None if at_most_mj is None else stopwatch.watts(Contender(exports.dense(), next(iter(begun))))
+        bound = bound if at_most_mj is None or watts is None else Bound(None, at_most_mj / watts)
+        found = Engines(
+            _latencies(student, engines, begun, device, progress),
+            lambda engine, plan: _now(exports, engine, plan, begun, stopwatch),
         )
-        ranked = judged(found, bound)
-        samples = _samples(search)
+        found.left_out.update(left_out)
+        method = SearchMethod(
+            metric=metric, at_least=at_least, at_most_ms=bound.at_most_ms, at_most_mj=at_most_mj,
+            watts=watts, seed=seed,
+            board=None if device is None else device.name,
+            images={use: [path.name for path in paths] for use, paths in images._asdict().items()},
+            tables={str(engine): latency.table.about for engine, latency in found.latencies.items()},
+        )  # fmt: skip
+        subject = Subject(path=str(source), name=student.name, sha256=sha256(start / STUDENT_FILE))
+
+        def told(**known: Any) -> SearchResult:
+            front = Front(
+                points=_points(search, found.latencies),
+                anchors=_anchors(found),
+                left_out=_named(found.left_out),
+                **known,
+            )
+            return SearchResult("search", [subject], method, _samples(search), front)
+
+        try:
+            model = explore(search, found, bound, student.sparsity.tile, end - 24 * minutes)
+        except BaseException:  # Ctrl-C too: what was found so far stays.
+            none = Unavailable("stopped before anything was exported; the same command goes on")
+            _write(folder, told(finalists=[], rivals=[], answer=none, check=none, dense_ms=_named(begun), drift={}))
+            raise
+        choice = Shortlist(search, found, model, bound)
+        subjects = entrants(exports, choice)
+        fastest = min(begun, key=lambda host: begun[host].value)
+        hosts = list(dict.fromkeys([fastest, *(subject.engine.dense_host for subject in subjects)]))
+        whole = timed(subjects, exports, hosts, rivals, search.trial, stopwatch)
+        ranked = judged(whole.entrants, bound)
         check: Checked | Unavailable = Unavailable("nothing meets the bound")
-        finalists = [finalist(entrant, start) for entrant in ranked]
+        finalists, values = [finalist(entrant, start) for entrant in ranked], list[float]()
+        answer: Finalist | Unavailable = Unavailable(why_unmet(ranked[0], bound))
         if meets(ranked[0], bound):
-            check, samples["check"] = checked(ranked[0], Trial(student, dense_model.model, images.checked, metric))
+            answer = finalists[0]
+            check, values = checked(ranked[0], Trial(student, dense_model.model, images.checked, metric))
             keep_answer(ranked[0], start, folder, trust)
-    method = SearchMethod(
-        metric=metric, at_least=at_least, at_most_ms=at_most_ms, seed=seed,
-        images={use: [path.name for path in paths] for use, paths in images._asdict().items()},
-        tables={str(engine): latency.table.about for engine, latency in latencies.items()},
+    drift = {host: ms.value / begun[host].value for host, ms in whole.dense_ms.items()}
+    result = told(
+        finalists=finalists, rivals=whole.rivals, answer=answer, check=check,
+        dense_ms=_named(whole.dense_ms), drift=_named(drift),
     )  # fmt: skip
-    answer = finalists[0] if meets(ranked[0], bound) else Unavailable(why_unmet(ranked[0], bound))
-    front = Front(points=_points(search, latencies), finalists=finalists, answer=answer, check=check, dense_ms=dense_ms)
-    subject = Subject(path=str(source), name=student.name, sha256=sha256(start / STUDENT_FILE))
-    result = SearchResult("search", [subject], method, samples, front)
+    result.samples["check"] = values
+    _write(folder, result)
+    return result
+
+
+def _now(
+    exports: Exports, engine: Deployment, plan: LayerPlan, begun: dict[Deployment, Estimate], stopwatch: Stopwatch
+) -> float:
+    """See `explore.Whole`: the dense model beside it tells what became of the machine's speed."""
+    host = engine.dense_host
+    contenders = [Contender(exports.of(plan, engine.precision), engine), Contender(exports.dense(host.precision), host)]
+    ours, again = stopwatch.times(contenders)
+    return ours.value * begun[host].value / again.value
+
+
+def _anchors(found: Engines) -> dict[str, dict[str, float]]:
+    return {str(engine): {named(anchor.plan): anchor.ms} for engine, anchor in found.anchors.items()}
+
+
+def _named(found: dict[Deployment, Value]) -> dict[str, Value]:
+    return {str(engine): value for engine, value in found.items()}
+
+
+def _write(folder: Path, result: SearchResult) -> None:
     write_result(folder / "front.json", result)
     draw_front(result, folder / "front.png")
-    return result
 
 
 class ImageSplit(NamedTuple):
@@ -149,23 +221,31 @@ class ImageSplit(NamedTuple):
     checked: list[Path]
 
 
-def _bound(at_least: float | None, at_most_ms: float | None, metric: str) -> Bound:
+def _bound(at_least: float | None, at_most_ms: float | None, at_most_mj: float | None, metric: str) -> Bound:
     if metric not in FIDELITIES:
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(FIDELITIES)}.")
-    if (at_least is None) == (at_most_ms is None):
-        raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY or --at-most-ms MS.")
+    if sum(bound is not None for bound in (at_least, at_most_ms, at_most_mj)) != 1:
+        raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY, --at-most-ms MS or --at-most-mj MJ.")
     if at_least is not None and not 0 < at_least < 1:
         raise ConfigError(f"at least is {at_least}.", "Give a fidelity between 0 and 1, such as 0.98.")
-    if at_most_ms is not None and not 0 < at_most_ms < 1e6:
-        raise ConfigError(f"at most is {at_most_ms} ms.", "Give milliseconds, more than 0.")
+    for most, unit in ((at_most_ms, "ms"), (at_most_mj, "mJ")):
+        if most is not None and not 0 < most < MOST:
+            raise ConfigError(f"at most is {most} {unit}.", "Give more than 0, and less than a million.")
     return Bound(at_least, at_most_ms)
 
 
-def _engines(backends: Sequence[str], precisions: Sequence[str]) -> list[Deployment]:
-    """Those asked for; of those that were not, those that run here."""
+def _engines(backends: Sequence[str], precisions: Sequence[str], board: Board | None) -> list[Deployment]:
+    """Those asked for; of those that were not, those that run here, or the board."""
+    gpu = board is not None and board.kind == "gpu"
     for precision in precisions:
-        if precision not in FILE_PRECISIONS:
-            raise ConfigError(f"precision is {precision!r}.", f"Choose of: {', '.join(FILE_PRECISIONS)}.")
+        if precision not in FILE_PRECISIONS or (precision == "fp16" and not gpu):
+            known = FILE_PRECISIONS if gpu else FILE_PRECISIONS[:2]
+            raise ConfigError(f"precision is {precision!r}.", f"Choose of: {', '.join(known)}.")
+    if board is not None:
+        if backends:
+            raise ConfigError("A board's latency is estimated for no backend.", "Leave one of the two out.")
+        chosen = precisions or tuple(x for x in (("fp16", "int8") if gpu else ("fp32", "int8")) if board.has_peak(x))
+        return [Deployment(board.name, precision) for precision in chosen]
     found = []
     for name in backends or ON_PROCESSOR:
         backend = find_backend(name)
@@ -178,7 +258,7 @@ def _engines(backends: Sequence[str], precisions: Sequence[str]) -> list[Deploym
                 raise
             continue
         found.append(name)
-    return [Deployment(name, precision) for name in found for precision in precisions]
+    return [Deployment(name, precision) for name in found for precision in precisions or FILE_PRECISIONS[:2]]
 
 
 def _split(data: Path, seed: int) -> ImageSplit:
@@ -220,7 +300,7 @@ def _start(
     start = folder / "start"
     if not start.exists():
         with scratch_folder() as scratch:
-            pictures = linked(scratch / "images", evenly(images, CALIBRATED))
+            pictures = linked(scratch / "images", evenly(images, PREDICTED))
             sparsify(
                 str(source), start, weights=weights, img_size=img_size, keep=START_SHARE, calibrate=pictures,
                 progress=progress,
@@ -247,19 +327,41 @@ def _dense_model(student: Student, teacher: str | None, weights: str | Path | No
     return dense_twin(student)
 
 
+def _dense_ms(
+    exports: Exports, engines: Sequence[Deployment], stopwatch: Stopwatch
+) -> tuple[dict[Deployment, Estimate], dict[Deployment, str]]:
+    """The dense model as a whole, by what runs it; and engines whose precision loses too much already of that.
+
+    Raises:
+        GateError: all do.
+    """
+    contenders, left_out = list[Contender](), dict[Deployment, str]()
+    for host in dict.fromkeys(engine.dense_host for engine in engines):
+        try:
+            contenders.append(Contender(exports.dense(host.precision if host.is_here else "fp32"), host))
+        except GateError as error:
+            left_out[host] = error.what
+            if len(left_out) == len({engine.dense_host for engine in engines}):
+                raise
+    found = stopwatch.times(contenders)
+    return {x.engine: ms for x, ms in zip(contenders, found, strict=True)}, left_out
+
+
 def _latencies(
-    exports: Exports, student: Student, engines: Sequence[Deployment], progress: Progress | None
-) -> dict[Deployment, PlanLatency]:
-    """Of each engine; the rest is what the dense model takes more, as a whole, than its layers, which int8 leaves."""
-    tables = {e: measured(student, e, progress) for e in dict.fromkeys([*engines, *(e.plain for e in engines)])}
-    backends = list(dict.fromkeys(engine.backend for engine in engines))
-    whole = dict(zip(backends, times([Contender(exports.dense(), name) for name in backends], progress), strict=True))
-    nothing, patches = dense(exports.depth), student.backbone.patches
-    found = {}
-    for engine in engines:
-        plain = PlanLatency(tables[engine.plain]).calibrated(nothing, patches, whole[engine.backend].value)
-        found[engine] = PlanLatency(tables[engine], plain.rest)
-    return found
+    student: Student, engines: Sequence[Deployment], begun: dict[Deployment, Estimate], board: Board | None,
+    progress: Progress | None,
+) -> dict[Deployment, PlanLatency]:  # fmt: skip
+    """Of each engine that runs the dense model, which tells what the sum of a model's layers leaves out."""
+    nothing, patches = dense(len(student.backbone.layers)), student.backbone.patches
+    return {
+        engine: estimated(student, board, engine.precision)
+        if board is not None
+        else PlanLatency(measured(student, engine, progress), patches).calibrated(
+            Anchor(nothing, begun[engine.dense_host].value)
+        )
+        for engine in engines
+        if engine.dense_host in begun
+    }
 
 
 def _samples(search: Search) -> dict[str, list[float]]:
@@ -267,8 +369,8 @@ def _samples(search: Search) -> dict[str, list[float]]:
 
 
 def _points(search: Search, latencies: dict[Deployment, PlanLatency]) -> list[Point]:
-    patches, seen = search.trial.patches, sorted(search.state.seen, key=lambda x: fmean(x.distances))
-    rows = [(fmean(x.distances), *(latency.of(x.plan, patches) for latency in latencies.values())) for x in seen]
+    seen = sorted(search.state.seen, key=lambda x: fmean(x.distances))
+    rows = [(fmean(x.distances), *(latency.of(x.plan) for latency in latencies.values())) for x in seen]
     return [
         Point(
             merge=merge_text(x.merge), keep=keep_text(x.plan.short_keep), fidelity=1 - row[0],

@@ -72,7 +72,7 @@ class Solver:
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             plan = self.at_price(math.exp(middle))
-            if self.latency.of(plan, self.model.patches) <= ms:
+            if self.latency.of(plan) <= ms:
                 best, low = plan, middle
             else:
                 high = middle

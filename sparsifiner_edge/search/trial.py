@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.metrics import intersection_over_union
+from sparsifiner_edge.runtime.session import Session
 from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
@@ -25,7 +25,6 @@ from sparsifiner_edge.sparse.weights import normalise
 FIDELITIES = ("patches", "class", "task")
 """Mean cosine of the final patch tokens; cosine of the class token; IoU of a decoder's map at .5. Each to the dense
 model's, 1 at best."""
-_UNUSED = 0.9
 
 
 class Trial:
@@ -36,9 +35,9 @@ class Trial:
     """
 
     def __init__(self, student: Student, teacher: Any, paths: Sequence[Path], metric: str) -> None:
-        self._student, self._attentions = student, student.backbone.attentions
-        self.selects = [isinstance(attention, SparseAttention) for attention in self._attentions]
-        self._distance = _DISTANCES[metric]
+        self._student = student
+        self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
+        self._metric, self._distance = metric, _DISTANCES[metric]
         backbone = student.backbone
         self.patches, self._prefix = backbone.patches, backbone.prefix
         if metric == "class" and not backbone.class_token:
@@ -51,22 +50,33 @@ class Trial:
             self._wanted = [seen_by(teacher, image, student.outputs) for image in self._pixels]
 
     @torch.inference_mode()
-    def distances(self, plan: LayerPlan, images: int | None = None) -> list[float]:
-        """1 - the metric, of every image or the first few."""
+    def distances(self, plan: LayerPlan) -> list[float]:
+        """1 - the metric, of every image."""
         if plan.is_dense:
-            return [0.0] * len(self._pixels[:images])
-        config = plan.config(self._student.sparsity)
-        # A dense layer keeps its predictor meanwhile: the share of keys that stands in its place is not used.
-        listed = [min(share, _UNUSED) if own else 1.0 for share, own in zip(plan.keep, self.selects, strict=True)]
-        set_budget(self._student.model, dataclasses.replace(config, keep=tuple(listed)))
-        for attention, share in zip(self._attentions, plan.keep, strict=True):
-            attention.densely = share == 1
+            return [0.0] * len(self._pixels)
+        set_budget(self._student.model, plan.config(self._student.sparsity), keep_predictors=True)
         found = []
-        for pixels, wanted in zip(self._pixels[:images], self._wanted, strict=False):
+        for pixels, wanted in zip(self._pixels, self._wanted, strict=True):
             found.append(
                 self._distance(seen_by(self._student.model, pixels, self._student.outputs), wanted, self._prefix)
             )
         return found
+
+    def require_comparable(self, session: Session, bundle: Path) -> None:
+        """Refuse a bundle of other images, or without the outputs that this metric reads.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        (given,) = session.inputs
+        wanted = {"tokens"} if self._metric != "task" else set(self._wanted[0].outputs)
+        lacking = wanted - {output.name for output in session.outputs}
+        size = list(self._raw[0].shape[1:3])
+        if list(given.shape[1:3]) != size:
+            raise ConfigError(f"{bundle} takes images of {list(given.shape[1:3])}.", f"Export one that takes {size}.")
+        if lacking:
+            fix = "Export it with --tokens." if self._metric != "task" else "Give one of the same model."
+            raise ConfigError(f"{bundle} has no output {', '.join(sorted(lacking))}.", fix)
 
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]]) -> list[float]:
         """1 - the metric, image by image, of what a session makes of them; a vision transformer alone gives tokens."""

@@ -166,9 +166,10 @@ class SparseAttention(PackedAttention):
 
     def attend(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """See `PackedAttention`."""
-        if self.observer is not None:
+        dense = self.sparsity.keep == 1  # in the budget of now
+        if self.observer is not None and not dense:
             self.observer(self, qkv, sizes)
-        if self.densely:
+        if self.densely or dense:
             return ops.dense_attention(qkv, num_heads=self.geometry.heads, scale=self.geometry.scale, sizes=sizes)
         return ops.sparse_attention(
             qkv,

@@ -116,12 +116,13 @@ def _no_maps(*_: Any, **__: Any) -> Any:
     raise ConfigError("A model that prunes tokens has no maps of its layers.", "Leave --token-keep out: token_keep=().")
 
 
-def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
+def set_budget(model: nn.Module, sparsity: SparsityConfig, keep_predictors: bool = False) -> None:
     """Give a sparse model, in place, another share of keys or tokens to keep; its parameters stay.
 
     Args:
         model: made by `make_model_sparse`.
         sparsity: as the model's own but for `keep`, `token_keep`, `fuse_tokens`, `merge` and `merge_window`.
+        keep_predictors: whether a layer that is dense now keeps its predictor for budgets to come.
 
     Raises:
         ConfigError: the model cannot do that, or tile or cells exceed the patches that are left.
@@ -150,6 +151,8 @@ def set_budget(model: nn.Module, sparsity: SparsityConfig) -> None:
         (patches, prefix), (kept, _) = counts[number], counts[number + 1]
         if number in sparse:
             attention.sparsity, attention.layout, attention.num_prefix = sparse[number], layouts[number], prefix
+        elif isinstance(attention, SparseAttention) and keep_predictors:
+            attention.sparsity = sparsity.of_layer(number, depth)
         elif isinstance(attention, SparseAttention):
             restore_attention(attention)
             make_dense(attention, host.attention_kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,22 @@ from PIL import Image
 
 import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import kind_of
-from sparsifiner_edge.config import parse_merge
+from sparsifiner_edge.config import keep_text, merge_text, parse_merge
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.report import write_report
+from sparsifiner_edge.search import finalists
+from sparsifiner_edge.search.finalists import Contender, Stopwatch
+from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student
-from tests.commands import process
+from tests.commands import call, process
 from tests.models import TINY
 
 ENGINE: dict[str, Any] = {"backends": ["onnxruntime"], "precisions": ["fp32"]}
+PLAIN = ("--backend", "onnxruntime", "--precision", "fp32")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about its own calls
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +46,22 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, photographs: Path) -> Path:
     """The folder of a search by fidelity."""
     output = tmp_path_factory.mktemp("search") / "found"
-    se.search_model(TINY, photographs, output, at_least=0.97, weights=tiny_weights, **ENGINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finalists, "SECONDS", 0.2)
+        se.search_model(TINY, photographs, output, at_least=0.97, weights=tiny_weights, **ENGINE)
     return output
+
+
+@pytest.fixture
+def again(found: Path, tmp_path: Path) -> Path:
+    """A copy of it, to go on from."""
+    return shutil.copytree(found, tmp_path / "again")
+
+
+@pytest.fixture(autouse=True)
+def shortly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole models are timed for a moment."""
+    monkeypatch.setattr(finalists, "SECONDS", 0.2)
 
 
 @pytest.mark.slow
@@ -56,7 +78,7 @@ def test_the_answer_is_what_was_asked_for(found: Path, photographs: Path, tiny_w
     images = front["method"]["images"]
     assert not set(images["searched"]) & set(images["checked"])
     assert len(images["searched"]) == 8
-    # What its own command says of it, on the images that it was judged by.
+    # What `evaluate` says of it, on the images that it was judged by.
     judged = [photographs / name for name in images["tried"]]
     again = se.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
     assert again.statistics.patches_cosine.mean.value == pytest.approx(answer["fidelity"], abs=1e-4)
@@ -71,34 +93,127 @@ def test_the_answer_is_what_was_asked_for(found: Path, photographs: Path, tiny_w
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_search_goes_on_and_another_is_refused(
-    found: Path, tmp_path: Path, photographs: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_search_goes_on_beside_rivals_and_another_is_refused(
+    again: Path, photographs: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "again"
-    shutil.copytree(found, folder)
-    seen = json.loads((folder / "search.json").read_text())["seen"]
+    seen = json.loads((again / "search.json").read_text())["seen"]
     measured_now: list[LayerPlan] = []
     distances = Trial.distances
     monkeypatch.setattr(Trial, "distances", lambda self, plan: measured_now.append(plan) or distances(self, plan))
-    result = se.search_model(TINY, photographs, folder, at_most_ms=1e5, weights=tiny_weights, **ENGINE)
+    rival = shutil.copytree(again / "bundle", tmp_path / "rival")
+    result = se.search_model(
+        TINY, photographs, again, at_most_ms=1e5, weights=tiny_weights, against=[rival], **ENGINE
+    )  # fmt: skip
     known = {LayerPlan(tuple(row["merge"]), tuple(row["keep"])) for row in seen}
     assert not known & set(measured_now)
     assert result.statistics.answer.fidelity > 0.97
+    (row,) = result.statistics.rivals
+    before = json.loads((again / "front.json").read_text())["statistics"]["rivals"][0]
+    assert row.fidelity == before["fidelity"] >= 0.97
+    assert row.ms.value > 0
+    assert all(0.2 < drift < 5 for drift in result.statistics.drift.values())
     with pytest.raises(ConfigError, match="holds another search"):
-        se.search_model(TINY, photographs, folder, at_least=0.9, metric="class", weights=tiny_weights, **ENGINE)
+        se.search_model(TINY, photographs, again, at_least=0.9, metric="class", weights=tiny_weights, **ENGINE)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_bound_that_nothing_meets_names_the_nearest(tmp_path: Path, photographs: Path, tiny_weights: Path) -> None:
-    done = process(
-        "search", TINY, "--weights", tiny_weights, "--data", photographs, "--at-most-ms", "0.0001", "--backend",
-        "onnxruntime", "--precision", "fp32", "-o", tmp_path / "out",
-    )  # fmt: skip
+def test_the_command_says_what_it_found_and_what_is_nearest_to_a_bound_that_nothing_meets(
+    again: Path, photographs: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("search", TINY, "--weights", tiny_weights, "--data", photographs, *PLAIN, "-o", again)
+    done = process(*asked, "--at-least", "0.97")
+    assert done.code == 0, done.err
+    assert "Finalists, whole models measured" in done.out
+    assert "On 2 images kept for this" in done.out
+    shutil.rmtree(again / "bundle")
+    done = call(capsys, *asked, "--at-most-ms", "0.0001")
     assert done.code == 1
     assert "no plan meets 0.0001 ms; the nearest has" in done.err
-    assert not (tmp_path / "out" / "bundle").exists()
-    assert "unavailable" in json.loads((tmp_path / "out" / "front.json").read_text())["statistics"]["answer"]
+    assert not (again / "bundle").exists()
+    assert "unavailable" in json.loads((again / "front.json").read_text())["statistics"]["answer"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_board_is_estimated_and_its_page_says_so(again: Path, photographs: Path, tiny_weights: Path) -> None:
+    board = {"board": "jetson-orin-nano-8gb", "precisions": ["fp16"]}
+    result = se.search_model(TINY, photographs, again, at_least=0.9, weights=tiny_weights, **board)
+    answer = result.statistics.answer
+    assert (answer.backend, answer.precision) == ("jetson-orin-nano-8gb", "fp16")
+    assert "not measured" in answer.ms.interval
+    # What `estimate` says of the bundle, which counts every layer by itself.
+    assert answer.predicted_ms == pytest.approx(answer.ms.value, rel=0.1)
+    energy = 7.0 * answer.ms.value
+    within = se.search_model(TINY, photographs, again, at_most_mj=energy, weights=tiny_weights, **board)
+    assert within.method.watts is not None
+    assert within.method.at_most_ms == pytest.approx(energy / within.method.watts)
+    for language, words in (("en", "None of them was measured."), ("ja", "実測値は含まれません")):
+        write_report([again / "front.json"], again / "page.html", language=language)
+        page = (again / "page.html").read_text()
+        assert words in page
+        assert within.statistics.answer.merge in page
+        assert "<svg" in page
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_ctrl_c_keeps_the_front_so_far(
+    again: Path, photographs: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = json.loads((again / "search.json").read_text())
+    state["seen"] = state["seen"][:20]
+    (again / "search.json").write_text(json.dumps(state))
+    distances, left = Trial.distances, iter(range(3))
+
+    def interrupted(self: Trial, plan: LayerPlan) -> list[float]:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return distances(self, plan)
+
+    monkeypatch.setattr(Trial, "distances", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        se.search_model(TINY, photographs, again, at_least=0.97, weights=tiny_weights, **ENGINE)
+    front = json.loads((again / "front.json").read_text())["statistics"]
+    assert len(front["points"]) == 23
+    assert "the same command goes on" in front["answer"]["unavailable"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_student_is_trained_for_the_points_of_a_front(again: Path, photographs: Path, tmp_path: Path) -> None:
+    settings = ["distil.steps=2", "batch=2", "images.held_out=2", "check_every=2", "losses.logits=0"]
+    done = process(
+        "distill", again / "start", "--data", photographs, "--budgets", again / "front.json",
+        *(word for setting in settings for word in ("--set", setting)), "--json", "-o", tmp_path / "better",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    judged = json.loads(done.out)["fidelity"]["budgets"]
+    points = {(p["merge"], p["keep"]) for p in json.loads((again / "front.json").read_text())["statistics"]["points"]}
+    assert 2 <= len(judged) <= 6
+    for row in judged:
+        keep = row["keep"] if isinstance(row["keep"], list) else [row["keep"]]
+        assert (merge_text(tuple(row["merge"])), keep_text(tuple(keep))) in points
+    trained = load_student(tmp_path / "better")
+    assert trained.sparsity == load_student(again / "start").sparsity, "every layer still has its predictor"
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    done = process("distill", again / "start", "--data", photographs, "--budgets", bad, "-o", tmp_path / "no")
+    assert done.code == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_energy_is_bounded_by_the_power_that_a_sensor_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contender, stopwatch = Contender(tmp_path, Deployment("onnxruntime", "fp32")), Stopwatch(None, None)
+
+    def profiled(power: Any) -> Any:
+        return lambda *_, **__: SimpleNamespace(statistics=SimpleNamespace(subject=SimpleNamespace(energy=power)))
+
+    monkeypatch.setattr(finalists, "profile_bundle", profiled(SimpleNamespace(mean_w=12.5)))
+    assert stopwatch.watts(contender) == 12.5
+    monkeypatch.setattr(finalists, "profile_bundle", profiled(Unavailable("no sensor")))
+    with pytest.raises(ConfigError, match="cannot be read here: no sensor"):
+        stopwatch.watts(contender)
 
 
 def test_what_is_refused(tmp_path: Path, photographs: Path, tiny_weights: Path, pictures: Path) -> None:
@@ -109,8 +224,12 @@ def test_what_is_refused(tmp_path: Path, photographs: Path, tiny_weights: Path, 
         ("one bound", {"at_least": 0.9, "at_most_ms": 3.0}),
         ("between 0 and 1", {"at_least": 98.0}),
         ("more than 0", {"at_most_ms": 0.0}),
+        ("one bound", {"at_most_mj": 5.0, "at_least": 0.9}),
+        ("more than 0", {"at_most_mj": float("nan")}),
         ("metric is", {"at_least": 0.9, "metric": "top1"}),
         ("precision is", {"at_least": 0.9, "precisions": ["fp16"]}),
+        ("no backend", {"at_least": 0.9, "board": "t4"}),
+        ("no board", {"at_least": 0.9, "board": "orin", "backends": []}),
         ("does not run on the processor", {"at_least": 0.9, "backends": ["tensorrt-rtx"]}),
     ):
         with pytest.raises(ConfigError, match=words):

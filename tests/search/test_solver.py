@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparsifiner_edge.config import LARGEST_MERGE, SparsityConfig
 from sparsifiner_edge.search.fidelity_model import PROBED, FidelityModel, Sensitivities
-from sparsifiner_edge.search.latency import PartTable, PlanLatency, name_of
+from sparsifiner_edge.search.latency import Anchor, PartTable, PlanLatency, name_of
 from sparsifiner_edge.search.plan import SHARES, LayerPlan, dense, possible_counts, uniform
 from sparsifiner_edge.search.solve import Solver
 
@@ -51,7 +52,7 @@ def everything(depth: int) -> list[LayerPlan]:
 
 @pytest.mark.parametrize("price", [0.01, 100.0, 3000.0, 1e6])
 def test_no_plan_is_better_at_a_price(price: float) -> None:
-    latency, fidelity = PlanLatency(table(), 2.0), model(2)
+    latency, fidelity = PlanLatency(table(), PATCHES, 1.1, 2.0), model(2)
 
     def cost(plan: LayerPlan) -> float:
         counts = np.array(plan.counts(PATCHES))
@@ -60,7 +61,7 @@ def test_no_plan_is_better_at_a_price(price: float) -> None:
             + float(fidelity.reading(layer, share, counts[layer : layer + 1])[0])
             for layer, share in enumerate(plan.keep)
         )
-        return latency.of(plan, PATCHES) + price * lost
+        return latency.of(plan) + price * lost
 
     found = Solver(latency, fidelity, [True, True], TILE).at_price(price)
     assert cost(found) == pytest.approx(min(map(cost, everything(2))))
@@ -110,29 +111,42 @@ def test_fitting_finds_layers_that_lose_more_than_alone() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.floats(1e-4, 0.2))
 def test_what_is_found_keeps_its_bound_and_the_config_takes_it(seed: int, distance: float) -> None:
-    solver = Solver(PlanLatency(table()), model(3, seed=seed), [True, False, True], TILE)
+    solver = Solver(PlanLatency(table(), PATCHES), model(3, seed=seed), [True, False, True], TILE)
     plan = solver.at_distance(distance)
     assert plan.is_dense or solver.model.of(plan) <= distance
     assert plan.keep[1] == 1
-    assert solver.latency.of(plan, PATCHES) <= solver.latency.of(dense(3), PATCHES) + 1e-9
+    assert solver.latency.of(plan) <= solver.latency.of(dense(3)) + 1e-9
     if not plan.is_dense:
         config = plan.config(SparsityConfig(keep=0.25, cells=4))
         assert config.layer_merges(3, PATCHES) == list(plan.merge)
         assert config.layer_keep(3) == list(plan.keep)
-    ms = solver.latency.of(plan, PATCHES)
-    assert solver.latency.of(solver.at_latency(ms * 1.001), PATCHES) <= ms * 1.001
+    ms = solver.latency.of(plan)
+    assert solver.latency.of(solver.at_latency(ms * 1.001)) <= ms * 1.001
 
 
-def test_between_entries_latency_grows_with_the_square_where_work_does() -> None:
+def test_parts_are_fitted_whatever_the_entries() -> None:
     few = table()
     coarse = PartTable(
-        about={}, patches=few.patches[::8], projections=few.projections[::8], mlp=few.mlp[::8],
-        merging=few.merging[::8], attention={name: values[::8] for name, values in few.attention.items()},
+        about={}, patches=few.patches[::4], projections=few.projections[::4], mlp=few.mlp[::4],
+        merging=few.merging[::4], attention={name: values[::4] for name, values in few.attention.items()},
     )  # fmt: skip
-    for count in few.patches[: 8 * (len(few.patches) // 8)]:
-        for name in ("projections", "mlp", "merging", "1", "0.1"):
-            exact = float(PlanLatency(few).of_part(name, count))
-            assert float(PlanLatency(coarse).of_part(name, count)) == pytest.approx(exact)
+    latency = PlanLatency(coarse, PATCHES)
+    for number, count in enumerate(few.patches):
+        for name, values in (("mlp", few.mlp), ("merging", few.merging), ("1", few.attention["1"])):
+            assert float(latency.of_part(name, count)) == pytest.approx(values[number])
+    odd = msgspec.structs.replace(few, mlp=[value * (3 if number == 5 else 1) for number, value in enumerate(few.mlp)])
+    steps = np.diff(PlanLatency(odd, PATCHES).of_part("mlp", np.arange(8, PATCHES + 1)))
+    assert (steps > 0).all(), "more tokens never take less"
+
+
+def test_whole_models_correct_the_sum() -> None:
+    plain = PlanLatency(table(), PATCHES)
+    nothing, sparse, other = dense(3), LayerPlan((4, 2, 0), (0.2, 0.5, 1.0)), LayerPlan((2, 2, 0), (1.0,) * 3)
+    scaled = plain.calibrated(Anchor(nothing, 1.5 * plain.of(nothing)))
+    assert scaled.of(sparse) == pytest.approx(1.5 * plain.of(sparse))
+    both = scaled.calibrated(Anchor(sparse, scaled.of(sparse) + 3))
+    assert both.of(nothing) == pytest.approx(1.5 * plain.of(nothing))
+    assert both.of(other) == pytest.approx(1.5 * plain.of(other) + 3)
 
 
 def test_uniform_plans_stop_where_no_quarter_is_left() -> None:

@@ -116,12 +116,19 @@ class Board(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         Raises:
             ConfigError: no such precision, or the board has no arithmetic for it.
         """
-        stated = {"fp32": self.fp32_tflops, "tf32": self.tf32_tflops, "fp16": self.fp16_tflops, "int8": self.int8_tops}
-        peaks = {name: peak for name, peak in stated.items() if peak}
+        peaks = self._peaks()
         if precision not in peaks:
             what = f"{self.name} states no peak for {shown(precision)}."
             raise ConfigError(what, f"Choose one of: {', '.join(peaks)}.")
         return peaks[precision] * 1e12
+
+    def has_peak(self, precision: str) -> bool:
+        """Whether the board has arithmetic for a precision."""
+        return precision in self._peaks()
+
+    def _peaks(self) -> dict[str, float]:
+        stated = {"fp32": self.fp32_tflops, "tf32": self.tf32_tflops, "fp16": self.fp16_tflops, "int8": self.int8_tops}
+        return {name: peak for name, peak in stated.items() if peak}
 
     def in_mode(self, mode: str) -> Board:
         """The same board with clocks, peaks, bandwidth and power of a power mode, given by name or number.

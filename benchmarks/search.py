@@ -1,0 +1,237 @@
+"""Search against the best uniform setting, its predictions against what was measured, and its check against the truth.
+
+    python benchmarks/search.py [--size 224] [--size 518] [--size 1036] [-o FOLDER]
+    python benchmarks/search.py --seeds 10 [-o FOLDER]
+
+DINOv2 ViT-S/14, real weights, untrained. Searches see the development photographs and the calibration images; all that
+is compared is measured over the publication photographs (`demo/split.py`). Uniform: one rate and one share of keys in
+all layers, a grid of twenty, of which those around the answer's fidelity are exported and timed in the answer's engine,
+beside it; "at equal fidelity" interpolates between them as `frontier.py` does. Predictions are those of finalists at
+several bounds, made before they were measured.
+
+With --seeds searches at 224 px keep other images for their check, forty photographs of the training set being the
+user's: how often the printed lower bound holds on the publication photographs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import click
+import numpy as np
+from fidelity_subject import weights_file
+from frontier import time_at
+
+import sparsifiner_edge as se
+from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
+from sparsifiner_edge.demo import material, split
+from sparsifiner_edge.files import scratch_folder
+from sparsifiner_edge.images import evenly
+from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.records import Unavailable, write_record
+from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch, linked
+from sparsifiner_edge.search.front import SearchResult
+from sparsifiner_edge.search.latency import Deployment, PlanLatency, measured
+from sparsifiner_edge.search.plan import LayerPlan, uniform
+from sparsifiner_edge.search.trial import Trial
+from sparsifiner_edge.sparse.student import dense_twin, load_student
+
+SEARCHES = {
+    224: (("fp32", 0.95), ("fp32", 0.98), ("int8", 0.98)),
+    518: (("fp32", 0.98), ("int8", 0.98)),
+    1036: (("fp32", 0.98),),
+}
+"""Each goes on from the one before; the last one's answer is compared."""
+BACKENDS = ("onnxruntime", "openvino")
+REQUIRED = {224: (1.05, 1.15), 518: (1.12, 1.25), 1036: (1.12, 1.3)}
+"""Times the best uniform setting: required, aimed at."""
+GONE, SHARES = (0.25, 0.4, 0.55, 0.7, 0.85), (0.1, 0.2, 0.5, 1.0)
+"""The grid: of the patches, what merges in all layers together; of the keys, what is read."""
+JUDGES = {224: 33, 518: 33, 1036: 8}
+"""Publication photographs, evenly taken."""
+EACH_SIDE = 2
+"""Uniform settings around the answer's fidelity that are timed."""
+USERS = 40
+
+
+def searched(
+    size: int, searches: Sequence[tuple[str, float]], data: Path, work: Path, backends: Sequence[str] = BACKENDS,
+    seed: int = 0,
+) -> list[SearchResult]:  # fmt: skip
+    """A search by fidelity, and others that go on from it; the last one's answer stays in `work`/found."""
+    found = []
+    for precision, bound in searches:
+        with progress_bar(f"{size} px, {precision}, at least {bound}") as progress:
+            found.append(
+                se.search_model(
+                    material.DINOV2, data, work / "found", at_least=bound, weights=weights_file(), img_size=size,
+                    backends=backends, precisions=[precision], seed=seed, progress=progress,
+                )
+            )  # fmt: skip
+    return found
+
+
+def predictions(results: list[SearchResult]) -> list[dict[str, Any]]:
+    """Of every finalist, what was predicted over what was measured; a prediction is of the machine as it was when the
+    dense model was first timed, and counts times what that took longer beside the finalist.
+    """
+    rows = []
+    for result in results:
+        for one in result.statistics.finalists:
+            drift = result.statistics.drift[str(Deployment(one.backend, one.precision).dense_host)]
+            rows.append({
+                "at_least": result.method.at_least, "drift": drift, "engine": f"{one.backend}, {one.precision}",
+                "merge": one.merge, "keep": one.keep, "ms": one.ms.value,
+                "ms_off": one.predicted_ms * drift / one.ms.value - 1,
+                "distance_off": (1 - one.predicted_fidelity) / (1 - one.fidelity) - 1,
+            })  # fmt: skip
+    return rows
+
+
+def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path, tell: Any) -> dict[str, Any]:
+    """The last search's answer beside uniform settings at its fidelity, over publication photographs."""
+    answer = result.statistics.answer
+    assert not isinstance(answer, Unavailable)
+    engine = Deployment(answer.backend, answer.precision)
+    student = load_student(folder / "start")
+    trial = Trial(student, dense_twin(student).model, evenly(split.publication(), JUDGES[size]), "patches")
+
+    def lost(bundle: Path) -> float:
+        with open_session(bundle, engine.backend) as session:
+            return fmean(trial.distances_of(session.infer))
+
+    tell("the answer over publication photographs")
+    own, depth = lost(folder / "bundle"), len(student.backbone.layers)
+    plans = [
+        uniform(round(trial.patches * gone / depth), share, depth, trial.patches) for gone in GONE for share in SHARES
+    ]
+    latency, judged = PlanLatency(measured(student, engine), trial.patches), {}
+    for number, plan in enumerate(plans, 1):
+        tell(f"uniform setting {number} of {len(plans)} over publication photographs")
+        judged[plan] = fmean(trial.distances(plan))
+    chosen = around(judged, own, latency.of)
+    images = linked_images(folder, result)
+    exports = Exports(scratch, folder / "start", dense_twin(load_student(folder / "start")), images, (), None)
+    bundles = {plan: exports.of(plan, engine.precision) for plan in chosen}
+    tell("timing")
+    contenders = [Contender(path, engine) for path in (folder / "bundle", *bundles.values())]
+    ours, *others = Stopwatch(None, None).times(contenders)
+    points = [(1 - lost(path), ms.value) for path, ms in zip(bundles.values(), others, strict=True)]
+    at_equal = time_at(points, 1 - own)
+    low, high = (bound if isinstance(bound, float) else ours.value for bound in (ours.low, ours.high))
+    return {
+        "engine": str(engine), "merge": answer.merge, "keep": answer.keep, "publication_fidelity": 1 - own,
+        "ms": ours.value, "uniform_ms": at_equal,
+        "ratio": write_record(stats.estimate(at_equal / ours.value, at_equal / high, at_equal / low, ours.interval)),
+        "grid": [{"rate": plan.merge[0], "keep": plan.keep[0], "fidelity": 1 - judged[plan]} for plan in plans],
+        "timed": [
+            {"rate": plan.merge[0], "keep": plan.keep[0], "fidelity": point[0], "ms": point[1]}
+            for plan, point in zip(bundles, points, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def around(judged: dict[LayerPlan, float], wanted: float, ms: Any) -> list[LayerPlan]:
+    """Of the uniform settings that no other betters, as predicted, some on either side of a distance."""
+    front: list[LayerPlan] = []
+    for plan in sorted(judged, key=lambda plan: (judged[plan], ms(plan))):
+        if not front or ms(plan) < ms(front[-1]):
+            front.append(plan)
+    place = next((i for i, plan in enumerate(front) if judged[plan] > wanted), len(front))
+    return front[max(0, place - EACH_SIDE) : place + EACH_SIDE]
+
+
+def linked_images(folder: Path, result: SearchResult) -> list[Path]:
+    """The images that the search calibrated with."""
+    names = set(result.method.images["searched"])
+    return sorted(path for path in (folder.parent / "images").iterdir() if path.name in names)
+
+
+def checks(count: int, work: Path, tell: Any) -> list[dict[str, Any]]:
+    """By seed: the lower bound that a search printed, and what its answer has over the publication photographs."""
+    images = images_in(work / "seeds", evenly(split.training(), USERS))
+    rows = []
+    for seed in range(count):
+        folder = work / "seeds" / f"found-{seed}"
+        (result,) = searched(224, [("fp32", 0.98)], images, folder, BACKENDS[:1], seed)
+        student = load_student(folder / "found" / "start")
+        trial = Trial(student, dense_twin(student).model, split.publication(), "patches")
+        with open_session(folder / "found" / "bundle", "onnxruntime") as session:
+            truth = 1 - fmean(trial.distances_of(session.infer))
+        check = result.statistics.check
+        assert not isinstance(check, Unavailable)
+        rows.append({"seed": seed, "low": check.fidelity.low, "checked": check.fidelity.value, "publication": truth})
+        tell(f"seed {seed}: at least {check.fidelity.low}, publication {truth:.4f}")
+    return rows
+
+
+@click.command()
+@click.option("--size", "sizes", type=click.Choice([str(size) for size in SEARCHES]), multiple=True)
+@click.option("--seeds", default=0, help="Searches whose check is held against the truth.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False),
+              help="Folder for search_<size>.json and search_seeds.json; work/ is gone on from.")  # fmt: skip
+def main(sizes: tuple[str, ...], seeds: int, output: Path) -> None:
+    """See the module's documentation."""
+    subject = Subject(path=Unavailable("computed here"), name=material.DINOV2, sha256=Unavailable("computed here"))
+    for size in map(int, sizes):
+        work = output / "work" / str(size)
+        start = time.monotonic()
+        results = searched(size, SEARCHES[size], images_in(work, [*split.development(), *split.calibration()]), work)
+        minutes = (time.monotonic() - start) / 60
+        rows = predictions(results)
+        show_predictions(size, rows, minutes)
+        with scratch_folder() as scratch:
+            found = against_uniform(size, work / "found", results[-1], scratch, err_console.print)
+        show_ratio(size, found)
+        statistics = {**found, "predictions": rows, "minutes": minutes}
+        result = Result("search", [subject], {"script": "benchmarks/search.py", "size": size}, {}, statistics)
+        write_result(output / f"search_{size}.json", result)
+    if seeds:
+        rows = checks(seeds, output / "work", err_console.print)
+        held = sum(row["low"] <= row["publication"] for row in rows)
+        click.echo(f"The bound held in {held} of {seeds}, required 9 of 10.")
+        found = {"seeds": rows, "held": held}
+        write_result(
+            output / "search_seeds.json",
+            Result("search", [subject], {"script": "benchmarks/search.py --seeds"}, {}, found),
+        )
+
+
+def images_in(work: Path, paths: list[Path]) -> Path:
+    """A folder of links to them, made once."""
+    folder = work / "images"
+    if not folder.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        linked(folder, paths)
+    return folder
+
+
+def show_predictions(size: int, rows: list[dict[str, Any]], minutes: float) -> None:
+    cells = [
+        [str(r["at_least"]), r["engine"], f"{r['ms']:.1f}", f"{r['drift']:.2f}", f"{r['ms_off']:+.1%}",
+         f"{r['distance_off']:+.1%}"]
+        for r in rows
+    ]  # fmt: skip
+    columns = ["at least", "in", "ms", "drift", "ms off", "1 - cosine off"]
+    print_table(f"{size} px: predicted over measured, {minutes:.1f} minutes", columns, cells)
+    worst = {name: float(np.max(np.abs([row[name] for row in rows]))) for name in ("ms_off", "distance_off")}
+    click.echo(f"worst: {worst['ms_off']:.1%} (required 5 %) and {worst['distance_off']:.1%} (required 15 %)")
+
+
+def show_ratio(size: int, found: dict[str, Any]) -> None:
+    ratio, aim = found["ratio"], REQUIRED[size]
+    click.echo(
+        f"{found['engine']}, merge {found['merge']}, keep {found['keep']}: {found['ms']:.1f} ms at "
+        f"{found['publication_fidelity']:.4f} over publication photographs; uniform {found['uniform_ms']:.1f}: "
+        f"{ratio['value']:.2f} times ({ratio['low']:.2f} to {ratio['high']:.2f}), required {aim[0]}, aim {aim[1]}"
+    )
+
+
+if __name__ == "__main__":
+    main()
