@@ -55,6 +55,8 @@ GONE, SHARES = (0.25, 0.4, 0.55, 0.7, 0.85), (0.1, 0.2, 0.5, 1.0)
 """The grid: of the patches, what merges in all layers together; of the keys, what is read."""
 JUDGES = {224: 33, 518: 33, 1036: 8}
 """Publication photographs, evenly taken."""
+FEW = 8
+"""Of these, what decides which uniform settings are timed."""
 EACH_SIDE = 2
 """Uniform settings around the answer's fidelity that are timed."""
 USERS = 40
@@ -100,7 +102,10 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
     assert not isinstance(answer, Unavailable)
     engine = Deployment(answer.backend, answer.precision)
     student = load_student(folder / "start")
-    trial = Trial(student, dense_twin(student).model, evenly(split.publication(), JUDGES[size]), "patches")
+    photographs = evenly(split.publication(), JUDGES[size])
+    few, trial = (
+        Trial(student, dense_twin(student).model, paths, "patches") for paths in (evenly(photographs, FEW), photographs)
+    )
 
     def lost(bundle: Path) -> float:
         with open_session(bundle, engine.backend) as session:
@@ -108,14 +113,16 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
 
     tell("the answer over publication photographs")
     own, depth = lost(folder / "bundle"), len(student.backbone.layers)
+    with open_session(folder / "bundle", engine.backend) as session:
+        by_few = fmean(few.distances_of(session.infer))
     plans = [
         uniform(round(trial.patches * gone / depth), share, depth, trial.patches) for gone in GONE for share in SHARES
     ]
     latency, judged = PlanLatency(measured(student, engine), trial.patches), {}
     for number, plan in enumerate(plans, 1):
         tell(f"uniform setting {number} of {len(plans)} over publication photographs")
-        judged[plan] = fmean(trial.distances(plan))
-    chosen = around(judged, own, latency.of)
+        judged[plan] = fmean(few.distances(plan))
+    chosen = around(judged, by_few, latency.of)
     images = linked_images(folder, result)
     exports = Exports(scratch, folder / "start", dense_twin(load_student(folder / "start")), images, (), None)
     bundles = {plan: exports.of(plan, engine.precision) for plan in chosen}

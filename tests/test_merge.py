@@ -295,8 +295,8 @@ def test_layers_are_measured_with_the_sizes_of_their_tokens(tmp_path: Path, monk
     monkeypatch.setattr(student_changes, "to_onnx", watched)
     folder = save_student(student(sparsity=dataclasses.replace(MERGED, merge=(0, 0, 0, 0, 12, 0))), tmp_path / "s")
     bundle = export_bundle(folder, tmp_path / "b", measure=True)
-    assert seen[:2] == [{"DenseAttention"}, {"KeySelect", "SparseAttention"}]
-    assert seen[2:] == [{"MergedDenseAttention"}, {"MergedKeySelect", "MergedSparseAttention"}]
+    assert seen[:2] == [{"KeySelect", "SparseAttention"}, {"DenseAttention"}]
+    assert seen[2:] == [{"MergedKeySelect", "MergedSparseAttention"}, {"MergedDenseAttention"}]
     assert [c["layers"] for c in manifest_of(bundle)["measured"]["choices"]] == [[0, 1, 2, 3, 4], [5]]
 
 

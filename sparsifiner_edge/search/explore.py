@@ -112,7 +112,7 @@ def _with(plan: LayerPlan, layer: int, merge: int | None = None, keep: float | N
     return LayerPlan(tuple(merges), tuple(shares))
 
 
-Whole = Callable[[Deployment, LayerPlan], float]
+MeasureWhole = Callable[[Deployment, LayerPlan], float]
 """Milliseconds of a plan's whole model, on the machine as it was when the dense model was first timed."""
 
 
@@ -120,13 +120,13 @@ class Engines:
     """Latencies of the engines that are searched, each calibrated with a model measured whole as soon as it matters.
 
     Args:
-        latencies: by engine. whole: measures a plan's whole model; see `Whole`.
+        latencies: by engine. whole: measures a plan's whole model; see `MeasureWhole`.
 
     Attributes:
         anchors: what was measured. left_out: engines that are not searched any more, and why.
     """
 
-    def __init__(self, latencies: dict[Deployment, PlanLatency], whole: Whole) -> None:
+    def __init__(self, latencies: dict[Deployment, PlanLatency], whole: MeasureWhole) -> None:
         self.latencies, self.left_out, self._whole = latencies, dict[Deployment, str](), whole
         self.anchors = dict[Deployment, Anchor]()
 

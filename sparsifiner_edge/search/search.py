@@ -55,7 +55,7 @@ from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, loa
 
 START_SHARE = 0.25
 """Of keys, of the student that plans are made from: each gives its own."""
-MOST = 1e6
+MOST_ASKED = 1e6
 PREDICTED = 8
 """Images at most that predictors are calibrated with: a minute or two at 518 px."""
 Value = TypeVar("Value")
@@ -191,7 +191,7 @@ def search_model(
 def _now(
     exports: Exports, engine: Deployment, plan: LayerPlan, begun: dict[Deployment, Estimate], stopwatch: Stopwatch
 ) -> float:
-    """See `explore.Whole`: the dense model beside it tells what became of the machine's speed."""
+    """See `explore.MeasureWhole`: the dense model beside it tells what became of the machine's speed."""
     host = engine.dense_host
     contenders = [Contender(exports.of(plan, engine.precision), engine), Contender(exports.dense(host.precision), host)]
     ours, again = stopwatch.times(contenders)
@@ -229,7 +229,7 @@ def _bound(at_least: float | None, at_most_ms: float | None, at_most_mj: float |
     if at_least is not None and not 0 < at_least < 1:
         raise ConfigError(f"at least is {at_least}.", "Give a fidelity between 0 and 1, such as 0.98.")
     for most, unit in ((at_most_ms, "ms"), (at_most_mj, "mJ")):
-        if most is not None and not 0 < most < MOST:
+        if most is not None and not 0 < most < MOST_ASKED:
             raise ConfigError(f"at most is {most} {unit}.", "Give more than 0, and less than a million.")
     return Bound(at_least, at_most_ms)
 

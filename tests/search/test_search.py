@@ -26,6 +26,7 @@ from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student
 from tests.commands import call, process
 from tests.models import TINY
+from tests.once import Once
 
 ENGINE: dict[str, Any] = {"backends": ["onnxruntime"], "precisions": ["fp32"]}
 PLAIN = ("--backend", "onnxruntime", "--precision", "fp32")
@@ -33,23 +34,27 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's e
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photographs(once: Once) -> Path:
     """Ten smooth images."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for number in range(10):
-        coarse = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((160, 160), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-    return folder
+
+    def draw(folder: Path) -> None:
+        for number in range(10):
+            coarse = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((160, 160), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+
+    return once("photographs", draw)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, photographs: Path) -> Path:
+def found(once: Once, tiny_weights: Path, photographs: Path) -> Path:
     """The folder of a search by fidelity."""
-    output = tmp_path_factory.mktemp("search") / "found"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finalists, "SECONDS", 0.2)
-        se.search_model(TINY, photographs, output, at_least=0.97, weights=tiny_weights, **ENGINE)
-    return output
+
+    def search(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(finalists, "SECONDS", 0.2)
+            se.search_model(TINY, photographs, folder / "found", at_least=0.97, weights=tiny_weights, **ENGINE)
+
+    return once("search", search) / "found"
 
 
 @pytest.fixture
@@ -122,7 +127,7 @@ def test_the_command_says_what_it_found_and_what_is_nearest_to_a_bound_that_noth
     again: Path, photographs: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ("search", TINY, "--weights", tiny_weights, "--data", photographs, *PLAIN, "-o", again)
-    done = process(*asked, "--at-least", "0.97")
+    done = call(capsys, *asked, "--at-least", "0.97")
     assert done.code == 0, done.err
     assert "Finalists, whole models measured" in done.out
     assert "On 2 images kept for this" in done.out
@@ -162,7 +167,7 @@ def test_ctrl_c_keeps_the_front_so_far(
     again: Path, photographs: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = json.loads((again / "search.json").read_text())
-    state["seen"] = state["seen"][:20]
+    state["seen"] = state["seen"][:10]
     (again / "search.json").write_text(json.dumps(state))
     distances, left = Trial.distances, iter(range(3))
 
@@ -175,7 +180,7 @@ def test_ctrl_c_keeps_the_front_so_far(
     with pytest.raises(KeyboardInterrupt):
         se.search_model(TINY, photographs, again, at_least=0.97, weights=tiny_weights, **ENGINE)
     front = json.loads((again / "front.json").read_text())["statistics"]
-    assert len(front["points"]) == 23
+    assert len(front["points"]) == 13
     assert "the same command goes on" in front["answer"]["unavailable"]
 
 

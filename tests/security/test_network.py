@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -60,7 +61,10 @@ def test_a_packet_is_seen() -> None:
 def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_weights: Path, pictures: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", size=8, preprocessing={"size": 8})
     video = encode(tmp_path / "video.mp4", [np.zeros((64, 64, 3), np.uint8)] * 3)
-    result = tmp_path / "result.json"
+    result, many = tmp_path / "result.json", tmp_path / "many"
+    many.mkdir()
+    for number, picture in enumerate(2 * sorted(pictures.iterdir())):
+        shutil.copyfile(picture, many / f"{number}{picture.suffix}")
     program = [sys.executable, "-m", "sparsifiner_edge"]
     made = subprocess.run(
         [*program, "profile", bundle, "--seconds", ".1", "-o", result], check=False, capture_output=True
@@ -78,6 +82,18 @@ def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_we
         "export": ["export", tiny_student, "-o", tmp_path / "exported"],
         "build": ["build", bundle],
         "build openvino": ["build", bundle, "--backend", "openvino"],
+        "search": [
+            "search",
+            tiny_student,
+            "--data",
+            many,
+            "--at-least",
+            ".9",
+            "--board",
+            "t4",
+            "-o",
+            tmp_path / "found",
+        ],
         "estimate": ["estimate", bundle, "--board", "jetson-orin-nano-8gb"],
         "report": ["report", result, "-o", tmp_path / "page.html"],
         "package": ["package", bundle, "--for", "triton", "-o", tmp_path / "package"],
