@@ -98,7 +98,8 @@ def search_sentence(file: ResultFile, texts: Texts) -> str | None:
     if ms is None or fidelity is None or not denses:
         return None
     least = min(denses, key=lambda found: found.value)
+    key = "verdict.search_board" if isinstance(file.result.method.get("board"), str) else "verdict.search"
     return texts(
-        "verdict.search", ms=texts.figure(ms, "ms"), engine=_engine(answer), dense=texts.figure(least, "ms"),
+        key, ms=texts.figure(ms, "ms"), engine=_engine(answer), dense=texts.figure(least, "ms"),
         fidelity=texts.figure(fidelity, digits=4),
     )  # fmt: skip

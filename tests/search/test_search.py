@@ -157,6 +157,7 @@ def test_a_board_is_estimated_and_its_page_says_so(again: Path, photographs: Pat
         write_report([again / "front.json"], again / "page.html", language=language)
         page = (again / "page.html").read_text()
         assert words in page
+        assert {"en": "estimated and not measured", "ja": "推定値、未測定"}[language] in page
         assert within.statistics.answer.merge in page
         assert "<svg" in page
 
