@@ -1,7 +1,7 @@
 """Search against the best uniform setting, its predictions against what was measured, and its check against the truth.
 
-    python benchmarks/search.py [--size 224] [--size 518] [--size 1036] [-o FOLDER]
-    python benchmarks/search.py --seeds 10 [-o FOLDER]
+    python benchmarks/search.py [--size 224] [--size 518] [--size 1036] -o FOLDER
+    python benchmarks/search.py --seeds 10 -o FOLDER
 
 DINOv2 ViT-S/14, real weights, untrained. Searches see the development photographs and the calibration images; all that
 is compared is measured over the publication photographs (`demo/split.py`). Uniform: one rate and one share of keys in

@@ -24,7 +24,7 @@ from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, save_student
+from sparsifiner_edge.sparse.student import Student, load_student, save_student, teacher_of
 from sparsifiner_edge.sparse.student_file import Weights
 
 
@@ -144,7 +144,7 @@ def distill_student(
     plan, found = read_recipe(recipe, [*points, *overrides]), load_student(student, trust=trust)
     _require_learnable(found, plan)
     source = _source(Path(data), plan, found, labels, Path(held_out) if held_out else None)
-    dense = _teacher(found, teacher, Path(weights) if weights else None)
+    dense = teacher_of(found, teacher, Path(weights) if weights else None)
     accelerator = make_accelerator(plan)
     training = Training(accelerator, found, dense, source, plan, target.with_name(f"{target.name}.training"))
     with _begun(training, resume), _recorder(training, tensorboard) as record:
@@ -222,38 +222,6 @@ def _source(data: Path, plan: Recipe, student: Student, labels: bool, held_out: 
             f"{data} holds {len(source.classes)} classes, the student knows {classes}.", "Give one folder per class."
         )
     return source
-
-
-def _teacher(student: Student, name: str | None, weights: Path | None) -> Student:
-    if name is None:
-        if weights is not None:
-            raise ConfigError("--weights are the teacher's, and none is named.", "Name it: --teacher MODEL.")
-        if student.provenance.training is not None:
-            raise ConfigError(
-                "This student was trained: its weights are no longer its teacher's.",
-                "Name the teacher: --teacher MODEL --weights FILE.",
-            )
-        return dense_twin(student)
-    teacher = load_dense(name, weights, student.img_size)
-    for (what, value), (_, own) in zip(_outputs(teacher), _outputs(student), strict=True):
-        if value != own and not (what == "classes" and 0 in (value, own)):
-            raise ConfigError(
-                f"The teacher {name} has {value} {what}, the student {own}.",
-                "Give a teacher of the student's architecture.",
-            )
-    return teacher
-
-
-def _outputs(student: Student) -> list[tuple[str, object]]:
-    """What must agree for tokens to be compared; both see the same normalised images."""
-    backbone = student.backbone
-    return [
-        ("mean and standard deviation of pixels", student.normalisation),
-        ("channels", backbone.width),
-        ("patches", backbone.patches),
-        ("tokens before them", backbone.prefix),
-        ("classes", backbone.classes),
-    ]
 
 
 _OWN_FILES = {checkpoint.CHECKPOINT, f"{checkpoint.CHECKPOINT}.part", checkpoint.HISTORY, "history.part", "tensorboard"}

@@ -70,8 +70,8 @@ def piece_times(pieces: Mapping[Key, Piece], backend: str, progress: Progress | 
         if progress:
             progress(f"timing parts of layers in {backend}", number, len(lacking))
     if lacking:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(ArtifactError):  # A full disk costs the next search a minute.
+        with contextlib.suppress(ArtifactError, OSError):  # A full or sealed disk costs the next search a minute.
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, dump_json(write_record(table)))
     return PieceTimes({key: table.ms[name] for key, name in named.items()}, table.kernels, table.about)
 

@@ -24,6 +24,8 @@ from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student, save_student
 
+ROOM = 0.98
+"""Of a bound of time: two measurements of the same differ."""
 TRIES = 3
 """Plans of one engine that are exported until one meets the bound."""
 
@@ -62,61 +64,66 @@ class Shortlist:
         """As predicted."""
         return self.engines.latencies[engine].of(plan)
 
-    def best(self, engine: Deployment, distance: float | None = None) -> LayerPlan:
-        """What meets the bound, or (where nothing does) is nearest to it; distance: another limit than the bound's."""
-        if self.bound.at_most_ms is not None:
-            within = [plan for plan in self.plans if self.ms(engine, plan) <= self.bound.at_most_ms]
-            if within:
-                return min(within, key=self.search.distance)
-            return min(self.plans, key=lambda plan: self.ms(engine, plan))
-        limit = self.limit if distance is None else distance
-        within = [plan for plan in self.plans if self.search.distance(plan) <= limit]
-        if within:
-            return min(within, key=lambda plan: self.ms(engine, plan))
-        return min(self.plans, key=self.search.distance)
-
     @property
-    def limit(self) -> float:
-        """The most distance that is asked for."""
-        return 1.0 if self.bound.at_least is None else 1 - self.bound.at_least
+    def most(self) -> float:
+        """Of what is bounded: distance, or milliseconds with room for another measurement."""
+        if self.bound.at_least is not None:
+            return 1 - self.bound.at_least
+        assert self.bound.at_most_ms is not None
+        return ROOM * self.bound.at_most_ms
+
+    def bounded(self, engine: Deployment, plan: LayerPlan) -> float:
+        """What of a plan is bounded: its distance as measured, or its milliseconds as predicted."""
+        return self.search.distance(plan) if self.bound.at_least is not None else self.ms(engine, plan)
+
+    def wanted(self, engine: Deployment, plan: LayerPlan) -> float:
+        """The other of the two, which shall be small."""
+        return self.ms(engine, plan) if self.bound.at_least is not None else self.search.distance(plan)
+
+    def best(self, engine: Deployment, most: float) -> LayerPlan:
+        """Of what stays within a bound the best; where nothing does the nearest to it."""
+        within = [plan for plan in self.plans if self.bounded(engine, plan) <= most]
+        if within:
+            return min(within, key=lambda plan: self.wanted(engine, plan))
+        return min(self.plans, key=lambda plan: self.bounded(engine, plan))
 
     def worth_it(self) -> list[Deployment]:
         """The engines worth measuring, the most promising first."""
-        latencies = self.engines.latencies
-        if self.bound.at_least is None:
-            return sorted(latencies, key=lambda engine: self.search.distance(self.best(engine)))[:MOST_ENGINES]
-        order = {engine: self.ms(engine, self.best(engine)) for engine in latencies}
-        fastest = min(order.values())
-        close = [engine for engine in order if order[engine] <= max(fastest, CLOSE * fastest)]
+        order = {engine: self.wanted(engine, self.best(engine, self.most)) for engine in self.engines.latencies}
+        best = min(order.values())
+        close = [engine for engine in order if order[engine] <= max(best, CLOSE * best)]
         return sorted(close, key=order.__getitem__)[:MOST_ENGINES]
 
 
-def entrants(exports: Exports, choice: Shortlist) -> list[Entrant]:
-    """Of the engines worth it, the plan that meets the bound as a bundle: what int8 and float16 lose on top makes the
-    limit of the plan itself tighter, twice at most.
+def entrants(exports: Exports, choice: Shortlist, stopwatch: Stopwatch) -> list[Entrant]:
+    """Of the engines worth it, the plan that meets the bound as a bundle: what int8 and float16 lose on top, or what a
+    whole model takes longer than predicted, makes the plan's own bound tighter, twice at most.
 
     Raises:
         GateError: every engine's precision loses too much.
     """
     found: list[Entrant] = []
-    for engine in choice.worth_it():
-        try:
-            found.append(_entrant(exports, choice, engine))
-        except GateError as error:
-            choice.engines.leave_out(engine, error)
-    return found if found else entrants(exports, choice)  # with the engines that are left
+    while not found:  # with the engines that are left
+        for engine in choice.worth_it():
+            try:
+                found.append(_entrant(exports, choice, engine, stopwatch))
+            except GateError as error:
+                choice.engines.leave_out(engine, error)
+    return found
 
 
-def _entrant(exports: Exports, choice: Shortlist, engine: Deployment) -> Entrant:
-    limit = choice.limit
+def _entrant(exports: Exports, choice: Shortlist, engine: Deployment, stopwatch: Stopwatch) -> Entrant:
+    most = choice.most
     for tried in range(1, TRIES + 1):
-        plan = choice.best(engine, limit)
+        plan = choice.best(engine, most)
         bundle = exports.of(plan, engine.precision)
         with open_session(bundle, engine.judged_in) as session:
             distance = fmean(choice.search.trial.distances_of(session.infer))
-        if distance <= choice.limit or tried == TRIES:
+        in_time = choice.bound.at_least is None
+        found = stopwatch.times([Contender(bundle, engine)])[0].value if in_time else distance
+        if found <= choice.most or tried == TRIES:
             break
-        limit = max(0.0, choice.limit - (distance - choice.search.distance(plan)))
+        most = max(0.0, choice.most - (found - choice.bounded(engine, plan)))
     return Entrant(plan, engine, bundle, distance, choice.model.of(plan), choice.ms(engine, plan))
 
 
@@ -128,36 +135,51 @@ class Whole(NamedTuple):
     rivals: list[Rival]
 
 
+class Judged(NamedTuple):
+    """A bundle of the user's in an engine, and its fidelity."""
+
+    contender: Contender
+    fidelity: float
+
+
+def rivals_in(
+    bundles: Sequence[Path], hosts: Sequence[Deployment], trial: Trial, stopwatch: Stopwatch
+) -> list[Judged]:  # fmt: skip
+    """The user's bundles in each backend, or on the board, judged before anything is searched.
+
+    Raises:
+        ConfigError: a bundle cannot be compared, or the board has no arithmetic for its precision.
+        SparsifinerError: a backend refuses it.
+    """
+    found = []
+    for bundle in bundles:
+        precision = open_bundle(bundle).manifest.precision or "fp32"
+        for engine in dict.fromkeys(host._replace(precision=precision) for host in hosts):
+            contender = Contender(bundle, engine)
+            with open_session(bundle, engine.judged_in) as session:
+                trial.require_comparable(session, bundle)
+                found.append(Judged(contender, 1 - fmean(trial.distances_of(session.infer))))
+            if not engine.is_here:
+                stopwatch.times([contender])
+    return found
+
+
 def timed(
-    subjects: Sequence[Entrant], exports: Exports, hosts: Sequence[Deployment], rivals: Sequence[Path], trial: Trial,
+    subjects: Sequence[Entrant], exports: Exports, hosts: Sequence[Deployment], rivals: Sequence[Judged],
     stopwatch: Stopwatch,
 ) -> Whole:  # fmt: skip
-    """The entrants beside the dense model in the engines that ran it before, and the user's own bundles in each
-    backend of these.
-    """
-    denses = [Contender(exports.dense(host.precision if host.is_here else "fp32"), host) for host in hosts]
-    backends = list(dict.fromkeys(host.backend for host in hosts))
-    others = [Contender(path, Deployment(name, _precision(path))) for path in rivals for name in backends]
-    judged = [_fidelity(other, trial) for other in others]
+    """The entrants, the dense model in the engines given, and the user's own bundles."""
+    denses = [Contender(exports.dense_for(host), host) for host in hosts]
+    others = [rival.contender for rival in rivals]
     found = stopwatch.times([*(Contender(x.bundle, x.engine) for x in subjects), *denses, *others])
     ours = [entrant._replace(measured=ms) for entrant, ms in zip(subjects, found, strict=False)]
     found = found[len(subjects) :]
     rows = [
-        Rival(path=str(other.bundle), backend=other.engine.backend, precision=other.engine.precision, fidelity=value,
-              ms=ms)
-        for other, value, ms in zip(others, judged, found[len(denses) :], strict=True)
+        Rival(path=str(other.bundle), backend=other.engine.backend, precision=other.engine.precision,
+              fidelity=rival.fidelity, ms=ms)
+        for rival, other, ms in zip(rivals, others, found[len(denses) :], strict=True)
     ]  # fmt: skip
     return Whole(ours, dict(zip(hosts, found, strict=False)), rows)
-
-
-def _precision(bundle: Path) -> str:
-    return open_bundle(bundle).manifest.precision or "fp32"
-
-
-def _fidelity(rival: Contender, trial: Trial) -> float:
-    with open_session(rival.bundle, rival.engine.judged_in) as session:
-        trial.require_comparable(session, rival.bundle)
-        return 1 - fmean(trial.distances_of(session.infer))
 
 
 def judged(subjects: Sequence[Entrant], bound: Bound) -> list[Entrant]:
@@ -171,12 +193,13 @@ def judged(subjects: Sequence[Entrant], bound: Bound) -> list[Entrant]:
     return sorted(subjects, key=rank)
 
 
-def finalist(entrant: Entrant, start: Path) -> Finalist:
+def finalist(entrant: Entrant, start: Path, trust: Sequence[str]) -> Finalist:
     """As it stands in the result; start: the student that it is exported from."""
     merge, keep = merge_text(entrant.plan.merge), keep_text(entrant.plan.short_keep)
     backend, precision = entrant.engine
     chosen = "" if precision == "fp32" else f" --precision {precision}"
     chosen += " --calibrate IMAGES/" if precision == "int8" else ""
+    chosen += "".join(f" --trust {name}" for name in trust)
     return Finalist(
         merge=merge, keep=keep, backend=backend, precision=precision, fidelity=1 - entrant.distance,
         predicted_fidelity=1 - entrant.predicted_distance, predicted_ms=entrant.predicted_ms, ms=entrant.ms,
@@ -193,8 +216,7 @@ def meets(entrant: Entrant, bound: Bound) -> bool:
 
 def why_unmet(nearest: Entrant, bound: Bound) -> str:
     """For people, where nothing meets the bound."""
-    asked = f"fidelity {bound.at_least}" if bound.at_least is not None else f"{bound.at_most_ms} ms"
-    return f"no plan meets {asked}; the nearest has {1 - nearest.distance:.4f} at {nearest.ms.value:.1f} ms"
+    return f"no plan meets {bound.text}; the nearest has {1 - nearest.distance:.4f} at {nearest.ms.value:.1f} ms"
 
 
 def checked(winner: Entrant, trial: Trial) -> tuple[Checked, list[float]]:

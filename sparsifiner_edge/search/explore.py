@@ -36,10 +36,15 @@ LEAST_AIM = 1e-3
 
 
 class Bound(NamedTuple):
-    """What is asked for: one of the two."""
+    """What is asked for: one of the two; a bound of energy becomes one of time."""
 
     at_least: float | None
     at_most_ms: float | None
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"fidelity {self.at_least}" if self.at_least is not None else f"{self.at_most_ms:.4g} ms"
 
 
 class Tried(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,9 +68,17 @@ class State(msgspec.Struct, kw_only=True):
     about: Any
     seen: list[Tried] = []
 
+    def save(self, file: Path) -> None:
+        """Keep it.
+
+        Raises:
+            ArtifactError: the disk refuses.
+        """
+        write_text(file, dump_json(write_record(self)))
+
 
 class Search:
-    """Plans of one student, measured on images as they come up; each is kept in `folder`."""
+    """Plans of one student, measured on images as they come up; each is kept in `file`."""
 
     def __init__(self, trial: Trial, state: State, file: Path, progress: Progress | None) -> None:
         self.trial, self.state, self.file, self.progress = trial, state, file, progress
@@ -81,7 +94,7 @@ class Search:
                 )
                 self._known[plan] = seen
                 self.state.seen.append(seen)
-                write_text(self.file, dump_json(write_record(self.state)))
+                self.state.save(self.file)
             if self.progress:
                 self.progress(stage, number + 1, len(plans))
         return [self.distance(plan) for plan in plans]

@@ -60,17 +60,18 @@ class Exports:
         self, folder: Path, start: Path, dense_model: Student, images: Sequence[Path], trust: Sequence[str],
         progress: Progress | None,
     ) -> None:  # fmt: skip
-        self.folder, self.start, self._trust, self._progress = folder, start, trust, progress
-        self._dense_model, self.depth = dense_model, len(dense_model.backbone.layers)
+        self.folder, self.start, self.trust, self._progress = folder, start, trust, progress
+        self._dense_model = dense_model
         self._calibration = linked(folder / "calibration", evenly(images, CALIBRATED))
         self._made: dict[tuple[LayerPlan, str], Path] = {}
 
-    def dense(self, precision: str = "fp32") -> Path:
-        """The dense model in a precision.
+    def dense_for(self, host: Deployment) -> Path:
+        """The dense model as an engine of this machine takes it; a board's precision is only reckoned with.
 
         Raises:
             GateError: int8 loses too much.
         """
+        precision = host.precision if host.is_here else "fp32"
         path = self.folder / f"dense-{precision}"
         if not path.exists():
             self._tell(f"exporting the dense model in {precision}")
@@ -79,7 +80,7 @@ class Exports:
                 save_student(self._dense_model, source)
             export_bundle(
                 source, path, precision=precision, calibrate=self._calibration if precision == "int8" else None,
-                tokens=True, trust=self._trust,
+                tokens=True, trust=self.trust,
             )  # fmt: skip
         return path
 
@@ -95,7 +96,7 @@ class Exports:
             calibrate = self._calibration if precision == "int8" else None
             self._made[key] = export_bundle(
                 self.start, self.folder / f"bundle-{len(self._made)}", merge=plan.merge, keep=plan.short_keep,
-                precision=precision, calibrate=calibrate, tokens=True, trust=self._trust,
+                precision=precision, calibrate=calibrate, tokens=True, trust=self.trust,
             )  # fmt: skip
         return self._made[key]
 

@@ -70,9 +70,11 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was searched; images: names by use; tables: by engine, what its latencies were measured with; board: None:
-    this machine. watts: mean
-    power of the dense model, by which a bound of energy became one of time.
+    """How it was searched.
+
+    Attributes:
+        watts: mean power of the dense model, by which a bound of energy became one of time.
+        board: None: this machine. images: names by use. tables: by engine, what its latencies were measured with.
     """
 
     metric: str
@@ -95,7 +97,7 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
         dense_ms: the dense model by what runs it: the fastest, and what runs finalists. drift: its time at the end over
             that at the start; more than a tenth off 1, the machine changed its speed, and predictions are of another.
         anchors: by engine, the plan whose whole model corrected predictions, and its ms.
-        left_out: engines whose precision lost too much, and why.
+        left_out: backends that do not run here, engines whose precision lost too much, and why.
     """
 
     points: list[Point]

@@ -1,7 +1,7 @@
 """Latency of a plan on this machine: times of a layer's parts at some numbers of tokens, measured once, and summed.
 
-Two models measured whole correct a sum: the dense one scales it, and a sparse one tells what having operators of ours
-costs among a runtime's own (OpenVINO makes another plan of the whole file then).
+Two models measured whole correct a sum: the dense one scales it, and a sparse one tells what it costs to have operators
+of ours among a runtime's own.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sparsifiner_edge.sparse.student import Student
 MEASURED_SIZES = 7
 """Numbers of tokens that are measured, from the image's down to a tenth."""
 LEAST_MS = 1e-4
+"""What no part takes less than, where shares of its time are reckoned with."""
 EACH = 3
 """Merging is measured at every so many of them: its time is nearly linear, its graph slow to make."""
 
@@ -56,7 +57,7 @@ class Deployment(NamedTuple):
 
 
 class PartTable(msgspec.Struct, frozen=True, kw_only=True):
-    """Median milliseconds of a layer's parts; one per entry of patches.
+    """Milliseconds of a layer's parts; one per entry of patches.
 
     Attributes:
         about: what it was measured on and with.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from sparsifiner_edge.bundle.entries import ON_PROCESSOR
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import ConfigError, GateError, SparsifinerError
-from sparsifiner_edge.files import scratch_folder
+from sparsifiner_edge.files import io_errors, scratch_folder
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
@@ -25,13 +26,17 @@ from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.search.board import estimated
 from sparsifiner_edge.search.entrants import (
+    Entrant,
+    Judged,
     Shortlist,
+    Whole,
     checked,
     entrants,
     finalist,
     judged,
     keep_answer,
     meets,
+    rivals_in,
     timed,
     why_unmet,
 )
@@ -51,16 +56,20 @@ from sparsifiner_edge.search.front import (
 from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency, measured
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.search.trial import FIDELITIES, Trial
-from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student, sparsify
+from sparsifiner_edge.sparse.student import Student, load_student, sparsify, teacher_of
 
+RESERVED = 0.4
+"""Of the time asked for, what exports and the last measurement may take."""
 START_SHARE = 0.25
 """Of keys, of the student that plans are made from: each gives its own."""
 MOST_ASKED = 1e6
+"""Milliseconds or millijoules."""
 PREDICTED = 8
 """Images at most that predictors are calibrated with: a minute or two at 518 px."""
 Value = TypeVar("Value")
-FILE_PRECISIONS = ("fp32", "int8", "fp16")
-"""Of files; the last for boards with a GPU, which do not compute in the first."""
+PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
+"""That are searched: here and for a CPU, and for a board's GPU."""
+STATE_FILE, FRONT, STUDENT, BUNDLE = "search.json", "front.json", "student", "bundle"
 LEAST_IMAGES, CHECKED, MOST_TRIED = 5, 5, 12
 """Images that a search takes at least; one of so many is kept for the check; those that plans are judged by."""
 
@@ -96,10 +105,10 @@ def search_model(
         at_least: fidelity in (0, 1). at_most_ms: latency. at_most_mj: energy of an image, which the power of the dense
             model turns into a latency. One of them.
         metric: one of `FIDELITIES`.
-        weights, img_size: for a model; weights: or of the teacher.
+        weights, img_size: for a model; weights: or the teacher's.
         teacher: of a student that was trained: its dense model.
-        backends: of the processor; none: all that run here. precisions: of `FILE_PRECISIONS`; none: int8 and fp32, or
-            on a board's GPU fp16.
+        backends: of the processor; none: all that run here. precisions: none: `PRECISIONS`, or for a
+            board's GPU `BOARD_PRECISIONS`.
         board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
             fidelity.
         against: bundles of the same images to stand beside what is found, such as the dense model in int8.
@@ -116,76 +125,137 @@ def search_model(
         ConfigError: not one bound, or one out of range; too few images; another search's folder.
         SparsifinerError: model, student or images are unusable.
     """
-    bound, end = _bound(at_least, at_most_ms, at_most_mj, metric), time.monotonic() + 60 * minutes
-    device = None if board is None else load_board(board)
-    engines, images, folder = _engines(backends, precisions, device), _split(Path(data), seed), Path(output)
-    rivals = [open_bundle(Path(path)).folder for path in against]
+    end = time.monotonic() + 60 * minutes * (1 - RESERVED)
+    bound, device = _bound(at_least, at_most_ms, at_most_mj, metric), None if board is None else load_board(board)
+    asked = Asked(bound, at_most_mj, metric, seed, device, *_engines(backends, precisions, device), _split(data, seed))
+    images, folder = asked.images, Path(output)
+    bundles = [open_bundle(Path(path)).folder for path in against]
     about = {
         "source": str(source), "weights": None if weights is None else str(weights), "teacher": teacher,
         "img_size": img_size, "metric": metric, "images": [str(path) for path in images.tried],
     }  # fmt: skip
-    state, file = _state(folder, about), folder / "search.json"
-    start = _start(source, folder, weights, img_size, images.searched, progress)
+    state = _state(folder, about)
+    start = _start(source, folder, state, weights, img_size, teacher, images.searched, progress)
     student = load_student(start, trust=trust)
     _require_searchable(student, start)
-    dense_model = _dense_model(student, teacher, weights)
-    search = Search(Trial(student, dense_model.model, images.tried, metric), state, file, progress)
+    # A model's weights are those that its student was made of.
+    dense_model = teacher_of(student, teacher, Path(weights) if weights and start == Path(source) else None)
+    search = Search(Trial(student, dense_model.model, images.tried, metric), state, folder / STATE_FILE, progress)
+    with io_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    state.save(search.file)
     with scratch_folder() as scratch:
         exports = Exports(scratch, start, dense_model, images.searched, trust, progress)
-        stopwatch = Stopwatch(device, progress)
-        begun, left_out = _dense_ms(exports, engines, stopwatch)
-        watts = None if at_most_mj is None else stopwatch.watts(Contender(exports.dense(), next(iter(begun))))
-        bound = bound if at_most_mj is None or watts is None else Bound(None, at_most_mj / watts)
-        found = Engines(
-            _latencies(student, engines, begun, device, progress),
-            lambda engine, plan: _now(exports, engine, plan, begun, stopwatch),
-        )
-        found.left_out.update(left_out)
-        method = SearchMethod(
-            metric=metric, at_least=at_least, at_most_ms=bound.at_most_ms, at_most_mj=at_most_mj,
-            watts=watts, seed=seed,
-            board=None if device is None else device.name,
-            images={use: [path.name for path in paths] for use, paths in images._asdict().items()},
-            tables={str(engine): latency.table.about for engine, latency in found.latencies.items()},
-        )  # fmt: skip
         subject = Subject(path=str(source), name=student.name, sha256=sha256(start / STUDENT_FILE))
-
-        def told(**known: Any) -> SearchResult:
-            front = Front(
-                points=_points(search, found.latencies),
-                anchors=_anchors(found),
-                left_out=_named(found.left_out),
-                **known,
-            )
-            return SearchResult("search", [subject], method, _samples(search), front)
-
+        stopwatch = Stopwatch(device, progress)
+        found, told = _begin(asked, student, exports, stopwatch, subject, progress)
+        rivals = rivals_in(bundles, list(told.begun), search.trial, stopwatch)
         try:
-            model = explore(search, found, bound, student.sparsity.tile, end - 24 * minutes)
-        except BaseException:  # Ctrl-C too: what was found so far stays.
-            none = Unavailable("stopped before anything was exported; the same command goes on")
-            _write(folder, told(finalists=[], rivals=[], answer=none, check=none, dense_ms=_named(begun), drift={}))
+            model = explore(search, found, told.bound, student.sparsity.tile, end)
+            ending = _ended(exports, Shortlist(search, found, model, told.bound), told.begun, rivals, stopwatch)
+            if meets(ending.best, told.bound):
+                check = checked(ending.best, Trial(student, dense_model.model, images.checked, metric))
+                ending = ending._replace(check=check)
+                keep_answer(ending.best, start, folder, trust)
+        except BaseException:  # Ctrl-C too: what was found so far stays, and an earlier answer with its own front.
+            if not (folder / BUNDLE).exists():
+                _write(folder, _result(told, search, found))
             raise
-        choice = Shortlist(search, found, model, bound)
-        subjects = entrants(exports, choice)
-        fastest = min(begun, key=lambda host: begun[host].value)
-        hosts = list(dict.fromkeys([fastest, *(subject.engine.dense_host for subject in subjects)]))
-        whole = timed(subjects, exports, hosts, rivals, search.trial, stopwatch)
-        ranked = judged(whole.entrants, bound)
-        check: Checked | Unavailable = Unavailable("nothing meets the bound")
-        finalists, values = [finalist(entrant, start) for entrant in ranked], list[float]()
-        answer: Finalist | Unavailable = Unavailable(why_unmet(ranked[0], bound))
-        if meets(ranked[0], bound):
-            answer = finalists[0]
-            check, values = checked(ranked[0], Trial(student, dense_model.model, images.checked, metric))
-            keep_answer(ranked[0], start, folder, trust)
-    drift = {host: ms.value / begun[host].value for host, ms in whole.dense_ms.items()}
-    result = told(
-        finalists=finalists, rivals=whole.rivals, answer=answer, check=check,
-        dense_ms=_named(whole.dense_ms), drift=_named(drift),
-    )  # fmt: skip
-    result.samples["check"] = values
+    result = _result(told, search, found, ending)
+    if ending.check is None:  # Nothing that lies there is an answer to this.
+        for name in (STUDENT, BUNDLE):
+            shutil.rmtree(folder / name, ignore_errors=True)
     _write(folder, result)
     return result
+
+
+class Asked(NamedTuple):
+    """What is searched for, in which engines, on which images; left_out: backends that do not run here, and why."""
+
+    bound: Bound
+    at_most_mj: float | None
+    metric: str
+    seed: int
+    board: Board | None
+    engines: list[Deployment]
+    left_out: dict[str, str]
+    images: ImageSplit
+
+
+class Told(NamedTuple):
+    """What is known before anything is looked for; bound: of fidelity or time; begun: the dense model's times."""
+
+    bound: Bound
+    subject: Subject
+    method: SearchMethod
+    left_out: dict[str, str]
+    begun: dict[Deployment, Estimate]
+
+
+def _begin(
+    asked: Asked, student: Student, exports: Exports, stopwatch: Stopwatch, subject: Subject, progress: Progress | None
+) -> tuple[Engines, Told]:
+    """The dense model timed, and every engine's parts."""
+    begun, refused = _dense_ms(exports, asked.engines, stopwatch)
+    bound, watts = _in_time(asked.bound, asked.at_most_mj, begun, exports, stopwatch)
+    found = Engines(
+        _latencies(student, asked.engines, begun, asked.board, progress),
+        lambda engine, plan: _now(exports, engine, plan, begun, stopwatch),
+    )
+    found.left_out.update(refused)
+    method = SearchMethod(
+        metric=asked.metric, at_least=bound.at_least, at_most_ms=bound.at_most_ms, at_most_mj=asked.at_most_mj,
+        watts=watts, seed=asked.seed, board=None if asked.board is None else asked.board.name,
+        images={use: [path.name for path in paths] for use, paths in asked.images._asdict().items()},
+        tables={str(engine): latency.table.about for engine, latency in found.latencies.items()},
+    )  # fmt: skip
+    return found, Told(bound, subject, method, asked.left_out, begun)
+
+
+class Ending(NamedTuple):
+    """What was measured whole, the best first; check: of the answer; None: nothing meets the bound, as unmet says."""
+
+    ranked: list[Entrant]
+    finalists: list[Finalist]
+    whole: Whole
+    unmet: str
+    check: tuple[Checked, list[float]] | None = None
+
+    @property
+    def best(self) -> Entrant:
+        """The answer, if it meets the bound."""
+        return self.ranked[0]
+
+
+def _ended(
+    exports: Exports, choice: Shortlist, begun: dict[Deployment, Estimate], rivals: Sequence[Judged],
+    stopwatch: Stopwatch,
+) -> Ending:  # fmt: skip
+    subjects = entrants(exports, choice, stopwatch)
+    fastest = min(begun, key=lambda host: begun[host].value)
+    hosts = list(dict.fromkeys([fastest, *(subject.engine.dense_host for subject in subjects)]))
+    whole = timed(subjects, exports, hosts, rivals, stopwatch)
+    ranked = judged(whole.entrants, choice.bound)
+    finalists = [finalist(entrant, exports.start, exports.trust) for entrant in ranked]
+    return Ending(ranked, finalists, whole, why_unmet(ranked[0], choice.bound))
+
+
+def _result(told: Told, search: Search, found: Engines, ending: Ending | None = None) -> SearchResult:
+    """ending: None: it was stopped before."""
+    whole, check = Whole([], told.begun, []), None
+    answer: Finalist | Unavailable = Unavailable("stopped before it ended; the same command goes on")
+    if ending is not None:
+        whole, check = ending.whole, ending.check
+        answer = ending.finalists[0] if check else Unavailable(ending.unmet)
+    front = Front(
+        points=_points(search, found.latencies), finalists=[] if ending is None else ending.finalists, answer=answer,
+        check=check[0] if check else Unavailable("there is no answer to check"), rivals=whole.rivals,
+        dense_ms=_named(whole.dense_ms), anchors=_anchors(found),
+        drift={str(host): ms.value / told.begun[host].value for host, ms in whole.dense_ms.items()},
+        left_out=told.left_out | _named(found.left_out),
+    )  # fmt: skip
+    samples = {named(seen.plan): [1 - distance for distance in seen.distances] for seen in search.state.seen}
+    return SearchResult("search", [told.subject], told.method, samples | ({"check": check[1]} if check else {}), front)
 
 
 def _now(
@@ -193,7 +263,7 @@ def _now(
 ) -> float:
     """See `explore.MeasureWhole`: the dense model beside it tells what became of the machine's speed."""
     host = engine.dense_host
-    contenders = [Contender(exports.of(plan, engine.precision), engine), Contender(exports.dense(host.precision), host)]
+    contenders = [Contender(exports.of(plan, engine.precision), engine), Contender(exports.dense_for(host), host)]
     ours, again = stopwatch.times(contenders)
     return ours.value * begun[host].value / again.value
 
@@ -207,7 +277,7 @@ def _named(found: dict[Deployment, Value]) -> dict[str, Value]:
 
 
 def _write(folder: Path, result: SearchResult) -> None:
-    write_result(folder / "front.json", result)
+    write_result(folder / FRONT, result)
     draw_front(result, folder / "front.png")
 
 
@@ -234,35 +304,39 @@ def _bound(at_least: float | None, at_most_ms: float | None, at_most_mj: float |
     return Bound(at_least, at_most_ms)
 
 
-def _engines(backends: Sequence[str], precisions: Sequence[str], board: Board | None) -> list[Deployment]:
-    """Those asked for; of those that were not, those that run here, or the board."""
+def _engines(
+    backends: Sequence[str], precisions: Sequence[str], board: Board | None
+) -> tuple[list[Deployment], dict[str, str]]:
+    """Those asked for, or all that run here, or the board; and backends that do not run here, and why."""
     gpu = board is not None and board.kind == "gpu"
+    known = BOARD_PRECISIONS if gpu else PRECISIONS
     for precision in precisions:
-        if precision not in FILE_PRECISIONS or (precision == "fp16" and not gpu):
-            known = FILE_PRECISIONS if gpu else FILE_PRECISIONS[:2]
-            raise ConfigError(f"precision is {precision!r}.", f"Choose of: {', '.join(known)}.")
+        if precision not in (*known, "fp32"):
+            raise ConfigError(
+                f"precision is {precision!r}.", f"Choose of: {', '.join(dict.fromkeys((*known, 'fp32')))}."
+            )
     if board is not None:
         if backends:
             raise ConfigError("A board's latency is estimated for no backend.", "Leave one of the two out.")
-        chosen = precisions or tuple(x for x in (("fp16", "int8") if gpu else ("fp32", "int8")) if board.has_peak(x))
-        return [Deployment(board.name, precision) for precision in chosen]
-    found = []
+        chosen = precisions or [precision for precision in known if board.has_peak(precision)]
+        return [Deployment(board.name, precision) for precision in chosen], {}
+    found, left_out = list[str](), dict[str, str]()
     for name in backends or ON_PROCESSOR:
         backend = find_backend(name)
         if not isinstance(backend, ProcessorBackend):
             raise ConfigError(f"{name} does not run on the processor.", f"Choose of: {', '.join(ON_PROCESSOR)}.")
         try:
             backend.load()
-        except SparsifinerError:
+            found.append(name)
+        except SparsifinerError as error:
             if backends:
                 raise
-            continue
-        found.append(name)
-    return [Deployment(name, precision) for name in found for precision in precisions or FILE_PRECISIONS[:2]]
+            left_out[name] = error.what
+    return [Deployment(name, precision) for name in found for precision in precisions or PRECISIONS], left_out
 
 
-def _split(data: Path, seed: int) -> ImageSplit:
-    paths = list_images(data)
+def _split(data: str | Path, seed: int) -> ImageSplit:
+    paths = list_images(Path(data))
     if len(paths) < LEAST_IMAGES:
         raise ConfigError(
             f"{data} has {len(paths)} images.", f"Give at least {LEAST_IMAGES}: one is kept for the last check."
@@ -275,9 +349,10 @@ def _split(data: Path, seed: int) -> ImageSplit:
 
 def _state(folder: Path, about: Any) -> State:
     """What an interrupted search left in its folder."""
-    file = folder / "search.json"
+    file = folder / STATE_FILE
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file.", "Give a new folder.")
     if not folder.exists() or not any(folder.iterdir()):
-        folder.mkdir(parents=True, exist_ok=True)
         return State(about=about)
     if not file.is_file():
         raise ConfigError(f"{folder} holds something else.", "Give a new folder.")
@@ -288,15 +363,17 @@ def _state(folder: Path, about: Any) -> State:
 
 
 def _start(
-    source: str | Path, folder: Path, weights: str | Path | None, img_size: ImageSize | None, images: Sequence[Path],
-    progress: Progress | None,
+    source: str | Path, folder: Path, state: State, weights: str | Path | None, img_size: ImageSize | None,
+    teacher: str | None, images: Sequence[Path], progress: Progress | None,
 ) -> Path:  # fmt: skip
-    """The student that is searched: the user's, or one with a predictor in every layer."""
+    """The student that is searched: the user's, or one with a predictor in every layer, which is made once."""
     given = Path(source)
     if given.is_dir() and kind_of(given) == "student":
         if img_size is not None:
             raise ConfigError("A student has a size of its own.", "Leave --img-size out.")
         return given
+    if teacher is not None:
+        raise ConfigError("--teacher is for a student.", "Leave it out: a model is its own teacher.")
     start = folder / "start"
     if not start.exists():
         with scratch_folder() as scratch:
@@ -305,6 +382,7 @@ def _start(
                 str(source), start, weights=weights, img_size=img_size, keep=START_SHARE, calibrate=pictures,
                 progress=progress,
             )  # fmt: skip
+        state.save(folder / STATE_FILE)
     return start
 
 
@@ -317,16 +395,6 @@ def _require_searchable(student: Student, start: Path) -> None:
         )
 
 
-def _dense_model(student: Student, teacher: str | None, weights: str | Path | None) -> Student:
-    if teacher is not None:
-        return load_dense(teacher, None if weights is None else Path(weights), student.img_size)
-    if student.provenance.training is not None:
-        raise ConfigError(
-            "This student was trained: its weights are no longer its teacher's.", "Name the teacher: --teacher MODEL."
-        )
-    return dense_twin(student)
-
-
 def _dense_ms(
     exports: Exports, engines: Sequence[Deployment], stopwatch: Stopwatch
 ) -> tuple[dict[Deployment, Estimate], dict[Deployment, str]]:
@@ -335,16 +403,28 @@ def _dense_ms(
     Raises:
         GateError: all do.
     """
-    contenders, left_out = list[Contender](), dict[Deployment, str]()
-    for host in dict.fromkeys(engine.dense_host for engine in engines):
+    contenders, refused = list[Contender](), dict[Deployment, GateError]()
+    hosts = list(dict.fromkeys(engine.dense_host for engine in engines))
+    for host in hosts:
         try:
-            contenders.append(Contender(exports.dense(host.precision if host.is_here else "fp32"), host))
+            contenders.append(Contender(exports.dense_for(host), host))
         except GateError as error:
-            left_out[host] = error.what
-            if len(left_out) == len({engine.dense_host for engine in engines}):
-                raise
-    found = stopwatch.times(contenders)
-    return {x.engine: ms for x, ms in zip(contenders, found, strict=True)}, left_out
+            refused[host] = error
+    if not contenders:
+        raise refused[hosts[0]]
+    begun = dict(zip((x.engine for x in contenders), stopwatch.times(contenders), strict=True))
+    return begun, {x: refused[x.dense_host].what for x in engines if x.dense_host in refused}
+
+
+def _in_time(
+    bound: Bound, at_most_mj: float | None, begun: dict[Deployment, Estimate], exports: Exports, stopwatch: Stopwatch
+) -> tuple[Bound, float | None]:
+    """A bound of energy as one of time, and the power that makes it one."""
+    if at_most_mj is None:
+        return bound, None
+    host = next(iter(begun))
+    watts = stopwatch.watts(Contender(exports.dense_for(host), host))
+    return Bound(None, at_most_mj / watts), watts
 
 
 def _latencies(
@@ -362,10 +442,6 @@ def _latencies(
         for engine in engines
         if engine.dense_host in begun
     }
-
-
-def _samples(search: Search) -> dict[str, list[float]]:
-    return {named(seen.plan): [1 - distance for distance in seen.distances] for seen in search.state.seen}
 
 
 def _points(search: Search, latencies: dict[Deployment, PlanLatency]) -> list[Point]:

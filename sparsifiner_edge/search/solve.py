@@ -2,7 +2,7 @@
 
 Both latency and loss are sums over layers of what depends on the tokens before and behind alone, so with a price that
 turns one into the other each layer's best choice follows from the next ones': no sampler is needed where 12 layers x 96
-numbers of tokens x 6 shares of keys can be looked at in milliseconds. The price that just meets a bound is bisected.
+numbers of tokens x 6 shares of keys can all be looked at. The price that just meets a bound is bisected.
 """
 
 from __future__ import annotations

@@ -48,6 +48,11 @@ class Trial:
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():
             self._wanted = [seen_by(teacher, image, student.outputs) for image in self._pixels]
+        if metric == "task" and len(self._wanted[0].outputs) != 1:
+            named = ", ".join(self._wanted[0].outputs) or "none"
+            raise ConfigError(
+                f"One map is judged, and this model's outputs are: {named}.", "Judge by --metric patches."
+            )
 
     @torch.inference_mode()
     def distances(self, plan: LayerPlan) -> list[float]:
