@@ -14,11 +14,13 @@ from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
-from sparsifiner_edge.search.plan import LayerPlan, dense
+from sparsifiner_edge.search.plan import LayerPlan, dense, uniform
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.patch import final_tokens
-from sparsifiner_edge.sparse.student import Student, dense_twin, load_student
+from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, sparsify
 from sparsifiner_edge.sparse.weights import normalise
+
+FACTORIES = "tests.hosts.factories"
 
 
 @pytest.fixture
@@ -46,6 +48,20 @@ def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictu
 def test_metrics_that_a_model_cannot_have(student: Student, pictures: Path) -> None:
     with pytest.raises(ConfigError, match="no decoder"):
         Trial(student, dense_twin(student).model, list_images(pictures), "task")
+
+
+def test_a_decoders_map_is_judged_by_its_overlap(tmp_path: Path, pictures: Path) -> None:
+    def trial(factory: str) -> Trial:
+        made = load_student(sparsify(f"{FACTORIES}:{factory}", tmp_path / factory, keep=0.5), trust=[FACTORIES])
+        return Trial(made, dense_twin(made).model, list_images(pictures), "task")
+
+    judged = trial("depth")
+    depth = len(judged.selects)
+    assert judged.distances(dense(depth)) == [0.0] * 3
+    mild, harsh = (np.mean(judged.distances(uniform(rate, 1.0, depth, judged.patches))) for rate in (1, 8))
+    assert 0 < mild < harsh <= 1
+    with pytest.raises(ConfigError, match="outputs are: mask, heat"):
+        trial("masked")
 
 
 @pytest.mark.parametrize("patches", [100, 61, 17])
