@@ -82,6 +82,11 @@ def test_what_this_machine_has_measured_is_read_again(
     assert measured().choices[0].layers == first.choices[0].layers
     assert len(done) == 5
     assert len(json.loads(table.read_text())["ms"]) == 2
+    # Another instruction set is another table.
+    monkeypatch.setattr(piece_times.native, "target", lambda: "another")
+    measured()
+    assert len(done) == 7
+    assert len(list((tmp_path / "cache").rglob("latency/*.json"))) == 2
 
 
 def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:

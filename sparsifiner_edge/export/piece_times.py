@@ -14,14 +14,16 @@ import msgspec
 import onnx
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.artifacts import read_json
+from sparsifiner_edge.artifacts import read_json, sha256
 from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.export.sessions import processor_run
 from sparsifiner_edge.files import write_text
 from sparsifiner_edge.machine import available_cores, environment, machine, package_version
+from sparsifiner_edge.ops import native
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime.backend import cache_folder
+from sparsifiner_edge.runtime.processor import native_library
 from sparsifiner_edge.text import dump_json
 
 TABLE_SCHEMA = 1
@@ -78,12 +80,13 @@ def piece_times(pieces: Mapping[Key, Piece], backend: str, progress: Progress | 
 
 def _table(backend: str) -> tuple[_Table, Path]:
     """What is known of this machine in a backend, and its file."""
-    here = write_record(machine())
+    here, library = write_record(machine()), native_library("auto")
     packages = {name: package_version(name) for name in ("sparsifiner-edge", "onnxruntime", "openvino")}
     about = {
         "backend": backend, "threads": available_cores(),
         "machine": {name: here[name] for name in ("cpu_model", "logical_cores", "kernel", "board")},
         "packages": write_record(packages), "variables": environment().variables,
+        "kernels": None if library is None else [native.target(), sha256(library)],
     }  # fmt: skip
     file = cache_folder() / "latency" / f"{_digest(dump_json(about).encode())}.json"
     with contextlib.suppress(ArtifactError):

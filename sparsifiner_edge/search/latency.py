@@ -176,7 +176,7 @@ def measured(student: Student, engine: Deployment, progress: Progress | None = N
     few = patches[::EACH][::-1]
     merging = np.interp(patches, few, [found.ms["merging", count] for count in few]).tolist()
     projections, mlp = rows.pop("projections"), rows.pop("mlp")
-    about = {**found.about, "kernels": found.kernels, "precision": engine.precision}
+    about = {**found.about, "ran_on": found.kernels, "precision": engine.precision}
     return PartTable(
         about=about, patches=patches, projections=projections, mlp=mlp, merging=merging, attention=rows
     )  # fmt: skip
