@@ -64,6 +64,10 @@ class Shortlist:
         """As predicted."""
         return self.engines.latencies[engine].of(plan)
 
+    def distance(self, engine: Deployment, plan: LayerPlan) -> float:
+        """As measured in float32, and what the engine's precision loses."""
+        return self.search.distance(plan) + self.engines.losses[engine]
+
     @property
     def most(self) -> float:
         """Of what is bounded: distance, or milliseconds with room for another measurement."""
@@ -73,12 +77,12 @@ class Shortlist:
         return ROOM * self.bound.at_most_ms
 
     def bounded(self, engine: Deployment, plan: LayerPlan) -> float:
-        """What of a plan is bounded: its distance as measured, or its milliseconds as predicted."""
-        return self.search.distance(plan) if self.bound.at_least is not None else self.ms(engine, plan)
+        """What of a plan is bounded: its distance, or its milliseconds as predicted."""
+        return self.distance(engine, plan) if self.bound.at_least is not None else self.ms(engine, plan)
 
     def wanted(self, engine: Deployment, plan: LayerPlan) -> float:
         """The other of the two, which shall be small."""
-        return self.ms(engine, plan) if self.bound.at_least is not None else self.search.distance(plan)
+        return self.ms(engine, plan) if self.bound.at_least is not None else self.distance(engine, plan)
 
     def best(self, engine: Deployment, most: float) -> LayerPlan:
         """Of what stays within a bound the best; where nothing does the nearest to it."""
@@ -124,7 +128,8 @@ def _entrant(exports: Exports, choice: Shortlist, engine: Deployment, stopwatch:
         if found <= choice.most or tried == TRIES:
             break
         most = max(0.0, choice.most - (found - choice.bounded(engine, plan)))
-    return Entrant(plan, engine, bundle, distance, choice.model.of(plan), choice.ms(engine, plan))
+    predicted = choice.search.predicted(plan) or choice.model.of(plan)
+    return Entrant(plan, engine, bundle, distance, predicted + choice.engines.losses[engine], choice.ms(engine, plan))
 
 
 class Whole(NamedTuple):

@@ -103,6 +103,10 @@ class Search:
         """Mean of a plan that was measured."""
         return fmean(self._known[plan].distances)
 
+    def predicted(self, plan: LayerPlan) -> float | None:
+        """Its distance as it was predicted before it was measured; None where no model was there yet."""
+        return self._known[plan].predicted
+
     def model(self) -> FidelityModel:
         """Fitted to all that is known, from each layer alone on."""
         selects, patches = self.trial.selects, self.trial.patches
@@ -134,13 +138,16 @@ class Engines:
 
     Args:
         latencies: by engine. whole: measures a plan's whole model; see `MeasureWhole`.
+        losses: by engine, the distance of the dense model in it: what its precision loses adds to what plans do.
 
     Attributes:
         anchors: what was measured. left_out: engines that are not searched any more, and why.
     """
 
-    def __init__(self, latencies: dict[Deployment, PlanLatency], whole: MeasureWhole) -> None:
-        self.latencies, self.left_out, self._whole = latencies, dict[Deployment, str](), whole
+    def __init__(
+        self, latencies: dict[Deployment, PlanLatency], losses: dict[Deployment, float], whole: MeasureWhole
+    ) -> None:
+        self.latencies, self.losses, self.left_out, self._whole = latencies, losses, dict[Deployment, str](), whole
         self.anchors = dict[Deployment, Anchor]()
 
     def calibrate(self, engine: Deployment, plan: LayerPlan) -> None:
@@ -179,8 +186,8 @@ def explore(search: Search, engines: Engines, bound: Bound, tile: int, until: fl
     model, before, selects = search.model(), 0.0, search.trial.selects
     for number in range(ROUNDS):
         solvers = {e: Solver(latency, model, selects, tile) for e, latency in engines.latencies.items()}
-        aims = {engine: _aim(solver, bound) for engine, solver in solvers.items()}
-        costs = {engine: _cost(solver, aims[engine], bound) for engine, solver in solvers.items()}
+        aims = {engine: _aim(solver, bound, engines.losses[engine]) for engine, solver in solvers.items()}
+        costs = {e: _cost(solver, aims[e], bound, engines.losses[e]) for e, solver in solvers.items()}
         best = min(costs.values())
         followed = [e for e in sorted(costs, key=costs.__getitem__)[:MOST_ENGINES] if costs[e] <= CLOSE * best]
         plans = dict.fromkeys(
@@ -199,14 +206,15 @@ def explore(search: Search, engines: Engines, bound: Bound, tile: int, until: fl
     return model
 
 
-def _aim(solver: Solver, bound: Bound) -> float:
-    """The distance that an engine's best plan is expected at."""
+def _aim(solver: Solver, bound: Bound, loss: float) -> float:
+    """The distance that an engine's best plan is expected at, but for what its precision loses."""
     if bound.at_least is not None:
-        return 1 - bound.at_least
+        most = 1 - bound.at_least
+        return max(min(LEAST_AIM, most), most - loss)
     assert bound.at_most_ms is not None
     return max(LEAST_AIM, solver.model.of(solver.at_latency(bound.at_most_ms)))
 
 
-def _cost(solver: Solver, aim: float, bound: Bound) -> float:
+def _cost(solver: Solver, aim: float, bound: Bound, loss: float) -> float:
     """What tells engines apart: milliseconds at a fidelity, distance within a latency."""
-    return solver.latency.of(solver.at_distance(aim)) if bound.at_least is not None else aim
+    return solver.latency.of(solver.at_distance(aim)) if bound.at_least is not None else aim + loss

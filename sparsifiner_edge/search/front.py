@@ -96,6 +96,7 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
         points: in the order of fidelity. finalists: the answer first, if there is one. rivals: as given.
         dense_ms: the dense model by what runs it: the fastest, and what runs finalists. drift: its time at the end over
             that at the start; more than a tenth off 1, the machine changed its speed, and predictions are of another.
+        losses: by engine, 1 - fidelity of the dense model in its precision, which predictions for it count too.
         anchors: by engine, the plan whose whole model corrected predictions, and its ms.
         left_out: backends that do not run here, engines whose precision lost too much, and why.
     """
@@ -107,6 +108,7 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
     rivals: list[Rival]
     dense_ms: dict[str, Estimate]
     drift: dict[str, float]
+    losses: dict[str, float]
     anchors: dict[str, dict[str, float]]
     left_out: dict[str, str]
 

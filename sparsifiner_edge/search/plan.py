@@ -40,6 +40,12 @@ class LayerPlan:
         """Nothing merges, and all keys are read."""
         return not any(self.merge) and all(share == 1 for share in self.keep)
 
+    @property
+    def first_change(self) -> int:
+        """The first layer that merges or reads less than all keys; their number where none does."""
+        changes = (bool(rate) or share < 1 for rate, share in zip(self.merge, self.keep, strict=True))
+        return next((layer for layer, changed in enumerate(changes) if changed), len(self.merge))
+
     def counts(self, patches: int) -> list[int]:
         """Patch tokens that each layer's attention sees, and as the last entry those after the last layer."""
         left = [patches]

@@ -22,6 +22,7 @@ from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.results import Estimate, Subject, write_result
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.search.board import estimated
@@ -148,7 +149,7 @@ def search_model(
         exports = Exports(scratch, start, dense_model, images.searched, trust, progress)
         subject = Subject(path=str(source), name=student.name, sha256=sha256(start / STUDENT_FILE))
         stopwatch = Stopwatch(device, progress)
-        found, told = _begin(asked, student, exports, stopwatch, subject, progress)
+        found, told = _begin(asked, student, exports, search.trial, stopwatch, subject, progress)
         rivals = rivals_in(bundles, list(told.begun), search.trial, stopwatch)
         try:
             model = explore(search, found, told.bound, student.sparsity.tile, end)
@@ -193,13 +194,16 @@ class Told(NamedTuple):
 
 
 def _begin(
-    asked: Asked, student: Student, exports: Exports, stopwatch: Stopwatch, subject: Subject, progress: Progress | None
-) -> tuple[Engines, Told]:
+    asked: Asked, student: Student, exports: Exports, trial: Trial, stopwatch: Stopwatch, subject: Subject,
+    progress: Progress | None,
+) -> tuple[Engines, Told]:  # fmt: skip
     """The dense model timed, and every engine's parts."""
     begun, refused = _dense_ms(exports, asked.engines, stopwatch)
+    losses = {host: _lost(exports, host, trial) for host in begun}
     bound, watts = _in_time(asked.bound, asked.at_most_mj, begun, exports, stopwatch)
     found = Engines(
         _latencies(student, asked.engines, begun, asked.board, progress),
+        {engine: losses[engine.dense_host] for engine in asked.engines if engine.dense_host in losses},
         lambda engine, plan: _now(exports, engine, plan, begun, stopwatch),
     )
     found.left_out.update(refused)
@@ -250,7 +254,7 @@ def _result(told: Told, search: Search, found: Engines, ending: Ending | None = 
     front = Front(
         points=_points(search, found.latencies), finalists=[] if ending is None else ending.finalists, answer=answer,
         check=check[0] if check else Unavailable("there is no answer to check"), rivals=whole.rivals,
-        dense_ms=_named(whole.dense_ms), anchors=_anchors(found),
+        dense_ms=_named(whole.dense_ms), losses=_named(found.losses), anchors=_anchors(found),
         drift={str(host): ms.value / told.begun[host].value for host, ms in whole.dense_ms.items()},
         left_out=told.left_out | _named(found.left_out),
     )  # fmt: skip
@@ -414,6 +418,14 @@ def _dense_ms(
         raise refused[hosts[0]]
     begun = dict(zip((x.engine for x in contenders), stopwatch.times(contenders), strict=True))
     return begun, {x: refused[x.dense_host].what for x in engines if x.dense_host in refused}
+
+
+def _lost(exports: Exports, host: Deployment, trial: Trial) -> float:
+    """The distance of the dense model that a precision loses."""
+    if host.precision == "fp32" or not host.is_here:
+        return 0.0
+    with open_session(exports.dense_for(host), host.judged_in) as session:
+        return fmean(trial.distances_of(session.infer))
 
 
 def _in_time(

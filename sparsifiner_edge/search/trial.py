@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.metrics import intersection_over_union
 from sparsifiner_edge.runtime.session import Session
-from sparsifiner_edge.search.plan import LayerPlan
+from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.sparse.attention import SparseAttention
 from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
 from sparsifiner_edge.sparse.patch import set_budget
@@ -25,6 +26,8 @@ from sparsifiner_edge.sparse.weights import normalise
 FIDELITIES = ("patches", "class", "task")
 """Mean cosine of the final patch tokens; cosine of the class token; IoU of a decoder's map at .5. Each to the dense
 model's, 1 at best."""
+MOST_REMEMBERED = 1 << 30
+"""Bytes of what layers make of the images when nothing is sparse."""
 
 
 class Trial:
@@ -48,6 +51,7 @@ class Trial:
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():
             self._wanted = [seen_by(teacher, image, student.outputs) for image in self._pixels]
+        self._made: list[list[Tensor]] = []
         if metric == "task" and len(self._wanted[0].outputs) != 1:
             named = ", ".join(self._wanted[0].outputs) or "none"
             raise ConfigError(
@@ -59,13 +63,37 @@ class Trial:
         """1 - the metric, of every image."""
         if plan.is_dense:
             return [0.0] * len(self._pixels)
+        made = self._by_dense_layers(plan.first_change)
         set_budget(self._student.model, plan.config(self._student.sparsity), keep_predictors=True)
-        found = []
-        for pixels, wanted in zip(self._pixels, self._wanted, strict=True):
-            found.append(
-                self._distance(seen_by(self._student.model, pixels, self._student.outputs), wanted, self._prefix)
-            )
+        layers, found = self._student.backbone.layers, []
+        for pixels, outputs, wanted in zip(self._pixels, made, self._wanted, strict=True):
+            with _giving(layers, outputs):
+                seen = seen_by(self._student.model, pixels, self._student.outputs)
+            found.append(self._distance(seen, wanted, self._prefix))
         return found
+
+    def _by_dense_layers(self, count: int) -> list[list[Tensor]]:
+        """By image, what the first layers make of it while they are dense: a plan need not run them again. None where
+        that takes more memory than `MOST_REMEMBERED`.
+        """
+        student, depth = self._student, len(self.selects)
+        size = student.backbone.width * (self._prefix + self.patches) * self._pixels[0].element_size()
+        if count == 0 or size * depth * len(self._pixels) > MOST_REMEMBERED:
+            return [[] for _ in self._pixels]
+        if not self._made:
+            set_budget(student.model, dense(depth).config(student.sparsity), keep_predictors=True)
+            for pixels in self._pixels:
+                outputs: list[Tensor] = []
+                # As another tensor, without what rides on it: half the memory.
+                hooks = [
+                    layer.register_forward_hook(lambda _, __, out, to=outputs: to.append(out.view_as(out)))
+                    for layer in student.backbone.layers
+                ]
+                seen_by(student.model, pixels, student.outputs)
+                for hook in hooks:
+                    hook.remove()
+                self._made.append(outputs)
+        return [outputs[:count] for outputs in self._made]
 
     def require_comparable(self, session: Session, bundle: Path) -> None:
         """Refuse a bundle of other images, or without the outputs that this metric reads.
@@ -91,6 +119,18 @@ class Trial:
             tokens = got.get("tokens", torch.empty(0))
             found.append(self._distance(ModelAnswer(tokens, None, got), wanted, self._prefix))
         return found
+
+
+@contextlib.contextmanager
+def _giving(layers: Sequence[Any], outputs: Sequence[Tensor]) -> Iterator[None]:
+    """Meanwhile the first layers return these, whatever comes in."""
+    for layer, output in zip(layers, outputs, strict=False):
+        layer.forward = lambda *_, given=output, **__: given
+    try:
+        yield
+    finally:
+        for layer, _ in zip(layers, outputs, strict=False):
+            del layer.forward
 
 
 def _of_patches(seen: ModelAnswer, wanted: ModelAnswer, prefix: int) -> float:

@@ -45,6 +45,30 @@ def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictu
     assert trial.distances(plan) == found, "a plan in between changes nothing"
 
 
+def test_layers_before_the_first_change_are_not_run_again(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder that reads layers in the middle sees what they made."""
+    made = load_student(sparsify(f"{FACTORIES}:depth", tmp_path / "student", keep=0.5), trust=[FACTORIES])
+    trial, layers = Trial(made, dense_twin(made).model, list_images(pictures), "task"), made.backbone.layers
+    ran: list[int] = []
+    for number, layer in enumerate(layers):
+        layer.own_attention.register_forward_hook(lambda *_, at=number: ran.append(at))
+    depth = len(layers)
+    for first in range(depth):
+        plan = LayerPlan(
+            *((tuple(value if n == first else none for n in range(depth))) for value, none in ((9, 0), (0.4, 1.0)))
+        )
+        found = trial.distances(plan)
+        ran.clear()
+        assert trial.distances(plan) == found
+        assert ran == [*range(first, depth)] * 3
+        with monkeypatch.context() as patch:
+            patch.setattr("sparsifiner_edge.search.trial.MOST_REMEMBERED", 0)
+            assert trial.distances(plan) == found
+        assert "forward" not in vars(layers[0])
+
+
 def test_metrics_that_a_model_cannot_have(student: Student, pictures: Path) -> None:
     with pytest.raises(ConfigError, match="no decoder"):
         Trial(student, dense_twin(student).model, list_images(pictures), "task")
