@@ -7,7 +7,7 @@ DINOv2 ViT-S/14, real weights, untrained. Searches see the development photograp
 is compared is measured over the publication photographs (`demo/split.py`). Uniform: one rate and one share of keys in
 all layers, a grid of twenty, of which those around the answer's fidelity are exported and timed in the answer's engine,
 beside it; "at equal fidelity" interpolates between them as `frontier.py` does. Predictions are those of finalists at
-several bounds, made before they were measured.
+several bounds: of fidelity by all other plans that were measured, of latency by parts.
 
 With --seeds searches at 224 px keep other images for their check, forty photographs of the training set being the
 user's: how often the printed lower bound holds on the publication photographs.

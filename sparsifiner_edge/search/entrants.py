@@ -31,7 +31,9 @@ TRIES = 3
 
 
 class Entrant(NamedTuple):
-    """A plan that is measured whole. distance: of its bundle; predicted: before it was measured."""
+    """A plan that is measured whole. distance: of its bundle; predicted: of its distance by all other plans, of its
+    time by parts.
+    """
 
     plan: LayerPlan
     engine: Deployment
@@ -128,8 +130,8 @@ def _entrant(exports: Exports, choice: Shortlist, engine: Deployment, stopwatch:
         if found <= choice.most or tried == TRIES:
             break
         most = max(0.0, choice.most - (found - choice.bounded(engine, plan)))
-    predicted = choice.search.predicted(plan) or choice.model.of(plan)
-    return Entrant(plan, engine, bundle, distance, predicted + choice.engines.losses[engine], choice.ms(engine, plan))
+    predicted = choice.search.predicted(plan) + choice.engines.losses[engine]
+    return Entrant(plan, engine, bundle, distance, predicted, choice.ms(engine, plan))
 
 
 class Whole(NamedTuple):

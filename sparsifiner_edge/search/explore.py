@@ -103,12 +103,12 @@ class Search:
         """Mean of a plan that was measured."""
         return fmean(self._known[plan].distances)
 
-    def predicted(self, plan: LayerPlan) -> float | None:
-        """Its distance as it was predicted before it was measured; None where no model was there yet."""
-        return self._known[plan].predicted
+    def predicted(self, plan: LayerPlan) -> float:
+        """Its distance by a model that is fitted to all others that are known."""
+        return self.model(but=plan).of(plan)
 
-    def model(self) -> FidelityModel:
-        """Fitted to all that is known, from each layer alone on."""
+    def model(self, but: LayerPlan | None = None) -> FidelityModel:
+        """Fitted to all that is known but one plan, from each layer alone on."""
         selects, patches = self.trial.selects, self.trial.patches
         depth, alone = len(selects), dense(len(selects))
         merged = [_with(alone, layer, merge=patches // 4) for layer in range(depth)]
@@ -117,7 +117,7 @@ class Search:
         found = iter(self.measure([plan for plans in reading for plan in plans], "each layer alone, reading"))
         keep = [[next(found) for _ in PROBED] if own else [1.0, 0.5] for own in selects]
         model = FidelityModel(Sensitivities(np.array(merge), np.array(keep)), patches)
-        known = [seen for seen in self.state.seen if not seen.plan.is_dense]
+        known = [seen for seen in self.state.seen if not seen.plan.is_dense and seen.plan != but]
         return model.fitted([seen.plan for seen in known], [fmean(seen.distances) for seen in known])
 
 

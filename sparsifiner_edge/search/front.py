@@ -36,7 +36,8 @@ class Finalist(msgspec.Struct, frozen=True, kw_only=True):
     """A plan as it was exported, in one engine.
 
     Attributes:
-        fidelity: of the bundle, mean over the images searched with. ms: median of the whole model, or for a board that
+        fidelity: of the bundle, mean over the images searched with. predicted_fidelity: by a model that was fitted to
+            all plans but this one. ms: median of the whole model, or for a board that
             is not here an estimate of it, as `ms.interval` says.
         command: that exports it again.
     """
