@@ -1,6 +1,7 @@
 """The front of fidelity and time: ours against what a user would pick instead, on images that nothing was tuned on.
 
     python benchmarks/frontier.py [--size 518] [--rounds 11] [--int8] [-o FOLDER]
+    python benchmarks/frontier.py --size 518 --front FOUND/front.json -o FOLDER
     python benchmarks/frontier.py --batch 4 | --base ... -o FOLDER    # times alone
 
 DINOv2 ViT-S/14, real weights, untrained, batch 1. Rivals: the dense model, and token merging by its published rule at
@@ -9,6 +10,8 @@ five constant and five falling rates (`tome.py`), each as one plain file in ONNX
 attention, in ONNX Runtime and OpenVINO. Fidelity is that of what ran, over the publication photographs
 (`demo/split.py`): cosine of patches and class token to the dense model's. All are timed in turn in one process. "At
 equal fidelity": the best rival's time for a fidelity, interpolated between its neighbouring points, over ours.
+
+With `--front` our budgets are those that a search found: of its front, the nearest to fidelities from .95 to .995.
 
 With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured, at a patch cosine of
 .98 and where it counts: the run of batch 1, which FOLDER holds, gives fidelities, and of ours and of each rival the
@@ -20,6 +23,7 @@ in the run in fp32, which FOLDER holds; fidelities are measured.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import tempfile
@@ -37,6 +41,7 @@ from fidelity_subject import weights_file
 from frontier_points import LARGER, Case, Point, Setting, name_of, ours, rivals, setting
 
 from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.config import Keep
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.images import evenly, load_image
 from sparsifiner_edge.machine import available_cores
@@ -70,6 +75,30 @@ AT, CLOSE = 0.98, 1.1
 """Where few points are measured: at which fidelity, and how many times the fastest's time an engine may take."""
 MOST_MERGING = (0.04, 0.02)
 """Share of a layer's time that matching and merging may take at 518 px, and should."""
+
+
+FRONT = (0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
+"""What is compared at along a front."""
+LOWER = {518: (200, 215), 1036: (850, 890)}
+"""What merges in the first layer of rivals for the lowest of these."""
+
+
+def of_front(path: Path, size: int) -> Case:
+    """The case with the plans of a search's front next to these fidelities."""
+    case = CASES[size]
+    points = [point for point in read_result(path).statistics["points"] if point["on_front"]]
+    nearest = [min(points, key=lambda p, at=at: abs(math.log((1 - p["fidelity"] + 1e-6) / (1 - at)))) for at in FRONT]
+    chosen = dict.fromkeys((point["merge"], keep_of(point["keep"])) for point in nearest)
+    return dataclasses.replace(
+        case, budgets=tuple(chosen), falling=(*case.falling, *LOWER.get(size, ())), compared=FRONT,
+        start=path.parent / "start",
+    )  # fmt: skip
+
+
+def keep_of(text: str) -> Keep:
+    """Shares as a front names them."""
+    shares = tuple(map(float, text.split(",")))
+    return shares if len(shares) > 1 else shares[0]
 
 
 def merging_in_first_layer(bundle: Path, of: Setting) -> dict[str, float]:
@@ -215,12 +244,12 @@ def compare(
 
 
 def measure(
-    size: int, rounds: int, tell: Any, before: Result | None, only: Callable[[str, str], bool] | None, **shared: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    case: Case, size: int, rounds: int, tell: Any, before: Result | None, only: Callable[[str, str], bool] | None,
+    **shared: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Samples and statistics. before: where fidelities are taken from; None measures them. only: of a family and a
     budget, whether it is measured. shared: see `setting`.
     """
-    case = CASES[size]
     with tempfile.TemporaryDirectory() as scratch:
         of = setting(size, folder=Path(scratch), only=only, **shared)
         points = ours(case, of, Path(scratch), tell)
@@ -315,27 +344,32 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
 @click.option("--batch", default=1, show_default=True, help="Images at a time; more than 1: times alone.")
 @click.option("--base", is_flag=True, help="ViT-B/14 with random weights: times alone.")
 @click.option("--near", is_flag=True, help="With --int8: no fp32, and few budgets.")
+@click.option("--front", type=click.Path(exists=True, path_type=Path), help="Our budgets from a search's front.json.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for frontier_<size>.json and .png.")
 def main(
     sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, batch: int, base: bool, near: bool,
-    output: Path | None,
+    front: Path | None, output: Path | None,
 ) -> None:  # fmt: skip
     """See the module's documentation."""
     if near and (not int8 or base or batch > 1):
         raise click.UsageError("--near is for --int8 alone")
+    if front and (len(sizes) > 1 or near or base or batch > 1):
+        raise click.UsageError("--front is of one size, and for a whole run")
     warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter, about its own calls
     times_alone = batch > 1 or base
     shared = {"threads": threads or available_cores(), "int8": int8, "batch": batch, "base": base}
-    more = ("_int8" if int8 else "") + (f"_batch{batch}" if batch > 1 else "") + ("_base" if base else "")
+    told = {"_searched": front, "_int8": int8, f"_batch{batch}": batch > 1, "_base": base}
+    more = "".join(name for name, holds in told.items() if holds)
     for size in map(int, sizes):
         name, before, only = f"frontier_{size}{'_int8' * int8}", None, None
+        case = of_front(front, size) if front else CASES[size]
         if times_alone:
             before = run_before(output, name, "--batch and --base")
             only = near_the_front(before.statistics["points"], AT)
         elif near:
             only = next_to(run_before(output, f"frontier_{size}", "--int8 and --near").statistics["points"], AT)
         with err_console.status("") as status:
-            samples, statistics = measure(size, rounds, status.update, before, only, **shared)
+            samples, statistics = measure(case, size, rounds, status.update, before, only, **shared)
         if output:
             output.mkdir(parents=True, exist_ok=True)
             method = {

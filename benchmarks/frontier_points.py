@@ -33,14 +33,15 @@ LARGER = "vit_base_patch14_dinov2.lvd142m"
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One image size: our budgets as (what merges: see `tome.schedule`; keep), cells, the rivals' rates, and
-    fidelities to compare at.
+    fidelities to compare at. start: a student that a search made its front of; None: one of these cells.
     """
 
-    budgets: tuple[tuple[int | tuple[int, float], Keep], ...]
+    budgets: tuple[tuple[int | tuple[int, float] | str, Keep], ...]
     cells: int
     constant: tuple[int, ...]
     falling: tuple[int, ...]
     compared: tuple[float, ...]
+    start: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     images.mkdir()
     for path in split.calibration():
         (images / path.name).symlink_to(path)
-    student = sparsify(
+    student = case.start or sparsify(
         of.model, folder / "student", weights=of.weights, img_size=of.size, keep=0.25, cells=case.cells,
         merge=(case.constant[0],), calibrate=images,
     )  # fmt: skip

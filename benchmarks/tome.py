@@ -30,10 +30,12 @@ def falling(first: int, depth: int) -> list[int]:
     return [round(first * (1 - layer / (depth - 1))) for layer in range(depth)]
 
 
-def schedule(rate: int | tuple[int, float], depth: int) -> tuple[tuple[int, ...], str]:
+def schedule(rate: int | tuple[int, float] | str, depth: int) -> tuple[tuple[int, ...], str]:
     """Rates as `--merge` takes them, and their name: a constant rate, or the first layer's and the power by which it
-    falls to 0 in the last.
+    falls to 0 in the last, or as a front names them.
     """
+    if isinstance(rate, str):
+        return tuple(map(int, rate.split(","))), rate
     if isinstance(rate, int):
         return (rate,), str(rate)
     first, power = rate

@@ -85,7 +85,9 @@ def _print(result: SearchResult, output: Path) -> None:
     rows += [
         [Path(x.path).name, f"{x.backend}, {x.precision}", f"{x.fidelity:.4f}", "", _ms(x.ms), ""] for x in found.rivals
     ]
-    rows += [["the dense model", engine, "1", "", _ms(ms), ""] for engine, ms in found.dense_ms.items()]
+    for engine, ms in found.dense_ms.items():
+        fidelity = f"{1 - found.losses[engine]:.4f}" if engine in found.losses else ""
+        rows.append(["the dense model", engine, fidelity, "", _ms(ms), ""])
     title = "Finalists, whole models measured" if board is None else f"Finalists, estimated for {board}, not measured"
     common.print_table(title, ["merge", "in", "fidelity", "predicted", "ms", "predicted"], rows)
     for engine, why in found.left_out.items():

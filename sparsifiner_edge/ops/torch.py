@@ -313,9 +313,7 @@ def _tile_attention(
     Merged tokens count by their sizes [B,N] in m, s and n, and in the sums.
     """
     tiles = _runs(q, tile)
-    listed = indices.long()[..., None]
-    keys = torch.take_along_dim(k[:, :, None, first:], listed, 3)
-    values = torch.take_along_dim(v[:, :, None, first:], listed, 3)
+    keys, values = (_listed_rows(x[:, :, first:], indices) for x in (k, v))
     shared_keys, shared_values = k[:, :, None, :first], v[:, :, None, :first]
     bare = _logits(tiles, keys, scale)
     logits = [_logits(tiles, shared_keys, scale), bare]
@@ -326,7 +324,8 @@ def _tile_attention(
         logits = [logits[0] + sizes[:, None, None, None, :first].log(), bare + weight.log()]
     if cell:
         total = run_sizes(k.shape[2] - first, cell, q.device)
-        member = F.one_hot(indices.long() // cell, len(total)).float()
+        member = torch.zeros(*indices.shape, len(total), device=q.device)
+        member.scatter_(-1, (indices.long() // cell)[..., None], 1.0)
         is_left = total > member.sum(3)[:, :, :, None]
         if counts is not None:
             total = _runs(counts[..., None], cell).sum((2, 3))[:, None, None, None]
@@ -345,6 +344,12 @@ def _tile_attention(
         out = out + ((share * total) @ cell_values).to(v.dtype)
     out = out + own.to(v.dtype) @ values
     return out.flatten(2, 3)[:, :, : q.shape[2]]
+
+
+def _listed_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """x [B,H,P,d] at indices [B,H,T,K] -> [B,H,T,K,d]."""
+    lists = indices.long().flatten(0, 1).flatten(1)
+    return rows_at(x.flatten(0, 1), lists).unflatten(1, indices.shape[2:]).unflatten(0, indices.shape[:2])
 
 
 def _bias(sizes: Tensor | None, q: Tensor) -> Tensor | None:

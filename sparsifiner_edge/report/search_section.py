@@ -58,7 +58,8 @@ def _models(statistics: Any, texts: Texts) -> Iterator[_Found]:
         label = clean(str(row.get("path", "?")).rstrip("/").rpartition("/")[2], 60)
         yield from _whole(row, label, _engine(row), 2)
     for engine, ms in mapping(statistics, "dense_ms").items():
-        yield from _whole({"fidelity": 1.0, "ms": ms}, texts("search.dense"), clean(engine, 60), 3)
+        lost = number(get(statistics, "losses", engine)) or 0.0
+        yield from _whole({"fidelity": 1 - lost, "ms": ms}, texts("search.dense"), clean(engine, 60), 3)
 
 
 def _whole(
