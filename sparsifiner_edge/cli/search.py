@@ -85,9 +85,8 @@ def _print(result: SearchResult, output: Path) -> None:
     rows += [
         [Path(x.path).name, f"{x.backend}, {x.precision}", f"{x.fidelity:.4f}", "", _ms(x.ms), ""] for x in found.rivals
     ]
-    for engine, ms in found.dense_ms.items():
-        fidelity = f"{1 - found.losses[engine]:.4f}" if engine in found.losses else ""
-        rows.append(["the dense model", engine, fidelity, "", _ms(ms), ""])
+    for engine, dense in found.dense_ms.items():
+        rows.append(["the dense model", engine, f"{found.dense_fidelity[engine]:.4f}", "", _ms(dense), ""])
     title = "Finalists, whole models measured" if board is None else f"Finalists, estimated for {board}, not measured"
     common.print_table(title, ["merge", "in", "fidelity", "predicted", "ms", "predicted"], rows)
     for engine, why in found.left_out.items():

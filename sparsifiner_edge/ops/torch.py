@@ -349,7 +349,7 @@ def _tile_attention(
 def _listed_rows(x: Tensor, indices: Tensor) -> Tensor:
     """x [B,H,P,d] at indices [B,H,T,K] -> [B,H,T,K,d]."""
     lists = indices.long().flatten(0, 1).flatten(1)
-    return rows_at(x.flatten(0, 1), lists).unflatten(1, indices.shape[2:]).unflatten(0, indices.shape[:2])
+    return rows_at(x.flatten(0, 1), lists).view(*indices.shape, x.shape[-1])
 
 
 def _bias(sizes: Tensor | None, q: Tensor) -> Tensor | None:

@@ -58,8 +58,9 @@ def _models(statistics: Any, texts: Texts) -> Iterator[_Found]:
         label = clean(str(row.get("path", "?")).rstrip("/").rpartition("/")[2], 60)
         yield from _whole(row, label, _engine(row), 2)
     for engine, ms in mapping(statistics, "dense_ms").items():
-        lost = number(get(statistics, "losses", engine)) or 0.0
-        yield from _whole({"fidelity": 1 - lost, "ms": ms}, texts("search.dense"), clean(engine, 60), 3)
+        fidelity = number(get(statistics, "dense_fidelity", engine))
+        row = {"fidelity": 1.0 if fidelity is None else fidelity, "ms": ms}
+        yield from _whole(row, texts("search.dense"), clean(engine, 60), 3)
 
 
 def _whole(

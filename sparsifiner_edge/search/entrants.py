@@ -26,7 +26,7 @@ from sparsifiner_edge.sparse.student import load_student, save_student
 
 ROOM = 0.98
 """Of a bound of time: two measurements of the same differ."""
-TRIES = 3
+TRIES = 4
 """Plans of one engine that are exported until one meets the bound."""
 
 
@@ -103,7 +103,7 @@ class Shortlist:
 
 def entrants(exports: Exports, choice: Shortlist, stopwatch: Stopwatch) -> list[Entrant]:
     """Of the engines worth it, the plan that meets the bound as a bundle: what int8 and float16 lose on top, or what a
-    whole model takes longer than predicted, makes the plan's own bound tighter, twice at most.
+    whole model takes longer than predicted, makes the plan's own bound tighter, a few times at most.
 
     Raises:
         GateError: every engine's precision loses too much.
@@ -119,7 +119,7 @@ def entrants(exports: Exports, choice: Shortlist, stopwatch: Stopwatch) -> list[
 
 
 def _entrant(exports: Exports, choice: Shortlist, engine: Deployment, stopwatch: Stopwatch) -> Entrant:
-    most = choice.most
+    most, excess = choice.most, 0.0
     for tried in range(1, TRIES + 1):
         plan = choice.best(engine, most)
         bundle = exports.of(plan, engine.precision)
@@ -129,7 +129,8 @@ def _entrant(exports: Exports, choice: Shortlist, engine: Deployment, stopwatch:
         found = stopwatch.times([Contender(bundle, engine)])[0].value if in_time else distance
         if found <= choice.most or tried == TRIES:
             break
-        most = max(0.0, choice.most - (found - choice.bounded(engine, plan)))
+        excess = max(excess, found - choice.bounded(engine, plan))
+        most = max(0.0, choice.most - excess)
     predicted = choice.search.predicted(plan) + choice.engines.losses[engine]
     return Entrant(plan, engine, bundle, distance, predicted, choice.ms(engine, plan))
 

@@ -129,8 +129,8 @@ def _with(plan: LayerPlan, layer: int, merge: int | None = None, keep: float | N
     return LayerPlan(tuple(merges), tuple(shares))
 
 
-MeasureWhole = Callable[[Deployment, LayerPlan], float]
-"""Milliseconds of a plan's whole model, on the machine as it was when the dense model was first timed."""
+MeasureWhole = Callable[[Deployment, LayerPlan], tuple[float, float]]
+"""Of a plan's whole model: its distance, and milliseconds on the machine as it was when the dense model was timed first."""
 
 
 class Engines:
@@ -141,6 +141,7 @@ class Engines:
         losses: by engine, the distance of the dense model in it: what its precision loses adds to what plans do.
 
     Attributes:
+        losses: as given, until a plan near the answer is measured in the engine: then what that loses.
         anchors: what was measured. left_out: engines that are not searched any more, and why.
     """
 
@@ -150,8 +151,8 @@ class Engines:
         self.latencies, self.losses, self.left_out, self._whole = latencies, losses, dict[Deployment, str](), whole
         self.anchors = dict[Deployment, Anchor]()
 
-    def calibrate(self, engine: Deployment, plan: LayerPlan) -> None:
-        """Once, by a plan where the answer is expected.
+    def calibrate(self, engine: Deployment, plan: LayerPlan, distance: float) -> None:
+        """Once, by a plan where the answer is expected. distance: of it in float32.
 
         Raises:
             GateError: no engine is left, since each one's precision loses too much.
@@ -159,12 +160,13 @@ class Engines:
         if engine in self.anchors or plan.is_dense or not engine.is_here:
             return
         try:
-            measured_ms = self._whole(engine, plan)
+            found, measured_ms = self._whole(engine, plan)
         except GateError as error:
             self.leave_out(engine, error)
             return
         self.anchors[engine] = Anchor(plan, measured_ms)
         self.latencies[engine] = self.latencies[engine].calibrated(self.anchors[engine])
+        self.losses[engine] = max(0.0, found - distance)
 
     def leave_out(self, engine: Deployment, error: GateError) -> None:
         """An engine whose precision loses too much.
@@ -198,8 +200,9 @@ def explore(search: Search, engines: Engines, bound: Bound, tile: int, until: fl
         search.measure([plan for plan in plans if not plan.is_dense], f"round {number + 1}", model)
         model = search.model()
         for engine in followed:
-            solver = Solver(engines.latencies[engine], model, selects, tile)
-            engines.calibrate(engine, solver.at_distance(aims[engine]))
+            plan = Solver(engines.latencies[engine], model, selects, tile).at_distance(aims[engine])
+            if engine not in engines.anchors and not plan.is_dense:
+                engines.calibrate(engine, plan, *search.measure([plan], "near the answer", model))
         if abs(best - before) < SETTLED * best or time.monotonic() > until:
             break
         before = best

@@ -97,7 +97,8 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
         points: in the order of fidelity. finalists: the answer first, if there is one. rivals: as given.
         dense_ms: the dense model by what runs it: the fastest, and what runs finalists. drift: its time at the end over
             that at the start; more than a tenth off 1, the machine changed its speed, and predictions are of another.
-        losses: by engine, 1 - fidelity of the dense model in its precision, which predictions for it count too.
+        losses: by engine, the fidelity that its precision loses: of the plan near the answer that was measured whole,
+            of the dense model where none was. Predictions count it. dense_fidelity: the dense model's own.
         anchors: by engine, the plan whose whole model corrected predictions, and its ms.
         left_out: backends that do not run here, engines whose precision lost too much, and why.
     """
@@ -110,6 +111,7 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
     dense_ms: dict[str, Estimate]
     drift: dict[str, float]
     losses: dict[str, float]
+    dense_fidelity: dict[str, float]
     anchors: dict[str, dict[str, float]]
     left_out: dict[str, str]
 

@@ -184,13 +184,16 @@ class Asked(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What is known before anything is looked for; bound: of fidelity or time; begun: the dense model's times."""
+    """What is known before anything is looked for; bound: of fidelity or time; begun, losses: the dense model's times,
+    and what precisions lose of it.
+    """
 
     bound: Bound
     subject: Subject
     method: SearchMethod
     left_out: dict[str, str]
     begun: dict[Deployment, Estimate]
+    losses: dict[Deployment, float]
 
 
 def _begin(
@@ -199,12 +202,16 @@ def _begin(
 ) -> tuple[Engines, Told]:  # fmt: skip
     """The dense model timed, and every engine's parts."""
     begun, refused = _dense_ms(exports, asked.engines, stopwatch)
-    losses = {host: _lost(exports, host, trial) for host in begun}
+    # Of the dense model float32 and a board that is not here lose nothing.
+    losses = {
+        host: _lost(exports.dense_for(host), host, trial) if host.precision != "fp32" and host.is_here else 0.0
+        for host in begun
+    }
     bound, watts = _in_time(asked.bound, asked.at_most_mj, begun, exports, stopwatch)
     found = Engines(
         _latencies(student, asked.engines, begun, asked.board, progress),
         {engine: losses[engine.dense_host] for engine in asked.engines if engine.dense_host in losses},
-        lambda engine, plan: _now(exports, engine, plan, begun, stopwatch),
+        lambda engine, plan: _now(exports, engine, plan, trial, begun, stopwatch),
     )
     found.left_out.update(refused)
     method = SearchMethod(
@@ -213,7 +220,7 @@ def _begin(
         images={use: [path.name for path in paths] for use, paths in asked.images._asdict().items()},
         tables={str(engine): latency.table.about for engine, latency in found.latencies.items()},
     )  # fmt: skip
-    return found, Told(bound, subject, method, asked.left_out, begun)
+    return found, Told(bound, subject, method, asked.left_out, begun, losses)
 
 
 class Ending(NamedTuple):
@@ -254,7 +261,9 @@ def _result(told: Told, search: Search, found: Engines, ending: Ending | None = 
     front = Front(
         points=_points(search, found.latencies), finalists=[] if ending is None else ending.finalists, answer=answer,
         check=check[0] if check else Unavailable("there is no answer to check"), rivals=whole.rivals,
-        dense_ms=_named(whole.dense_ms), losses=_named(found.losses), anchors=_anchors(found),
+        dense_ms=_named(whole.dense_ms),
+        dense_fidelity={str(host): 1 - told.losses[host] for host in whole.dense_ms}, losses=_named(found.losses),
+        anchors=_anchors(found),
         drift={str(host): ms.value / told.begun[host].value for host, ms in whole.dense_ms.items()},
         left_out=told.left_out | _named(found.left_out),
     )  # fmt: skip
@@ -263,13 +272,14 @@ def _result(told: Told, search: Search, found: Engines, ending: Ending | None = 
 
 
 def _now(
-    exports: Exports, engine: Deployment, plan: LayerPlan, begun: dict[Deployment, Estimate], stopwatch: Stopwatch
-) -> float:
+    exports: Exports, engine: Deployment, plan: LayerPlan, trial: Trial, begun: dict[Deployment, Estimate],
+    stopwatch: Stopwatch,
+) -> tuple[float, float]:  # fmt: skip
     """See `explore.MeasureWhole`: the dense model beside it tells what became of the machine's speed."""
     host = engine.dense_host
     contenders = [Contender(exports.of(plan, engine.precision), engine), Contender(exports.dense_for(host), host)]
     ours, again = stopwatch.times(contenders)
-    return ours.value * begun[host].value / again.value
+    return _lost(exports.of(plan, engine.precision), engine, trial), ours.value * begun[host].value / again.value
 
 
 def _anchors(found: Engines) -> dict[str, dict[str, float]]:
@@ -420,11 +430,9 @@ def _dense_ms(
     return begun, {x: refused[x.dense_host].what for x in engines if x.dense_host in refused}
 
 
-def _lost(exports: Exports, host: Deployment, trial: Trial) -> float:
-    """The distance of the dense model that a precision loses."""
-    if host.precision == "fp32" or not host.is_here:
-        return 0.0
-    with open_session(exports.dense_for(host), host.judged_in) as session:
+def _lost(bundle: Path, engine: Deployment, trial: Trial) -> float:
+    """The distance of a bundle in an engine."""
+    with open_session(bundle, engine.judged_in) as session:
         return fmean(trial.distances_of(session.infer))
 
 
