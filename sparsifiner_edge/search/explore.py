@@ -130,7 +130,7 @@ def _with(plan: LayerPlan, layer: int, merge: int | None = None, keep: float | N
 
 
 MeasureWhole = Callable[[Deployment, LayerPlan], tuple[float, float]]
-"""Of a plan's whole model: its distance, and milliseconds on the machine as it was when the dense model was timed first."""
+"""Of a plan's whole model: its distance, and milliseconds on the machine as it was when the search began."""
 
 
 class Engines:

@@ -71,8 +71,10 @@ Value = TypeVar("Value")
 PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
 """That are searched: here and for a CPU, and for a board's GPU."""
 STATE_FILE, FRONT, STUDENT, BUNDLE = "search.json", "front.json", "student", "bundle"
-LEAST_IMAGES, CHECKED, MOST_TRIED = 5, 5, 12
-"""Images that a search takes at least; one of so many is kept for the check; those that plans are judged by."""
+LEAST_IMAGES, CHECKED = 5, 5
+"""Images that a search takes at least; one of so many is kept for the check."""
+LEAST_TRIED, MOST_TRIED, PATCHES = 6, 12, 16_000
+"""Images that plans are judged by: of large ones fewer, so that they have about so many patches together."""
 
 
 def search_model(
@@ -133,12 +135,14 @@ def search_model(
     bundles = [open_bundle(Path(path)).folder for path in against]
     about = {
         "source": str(source), "weights": None if weights is None else str(weights), "teacher": teacher,
-        "img_size": img_size, "metric": metric, "images": [str(path) for path in images.tried],
+        "img_size": img_size, "metric": metric, "images": [str(path) for path in images.searched],
     }  # fmt: skip
     state = _state(folder, about)
     start = _start(source, folder, state, weights, img_size, teacher, images.searched, progress)
     student = load_student(start, trust=trust)
     _require_searchable(student, start)
+    images = images._replace(tried=evenly(images.searched, _judging(student.backbone.patches)))
+    asked = asked._replace(images=images)
     # A model's weights are those that its student was made of.
     dense_model = teacher_of(student, teacher, Path(weights) if weights and start == Path(source) else None)
     search = Search(Trial(student, dense_model.model, images.tried, metric), state, folder / STATE_FILE, progress)
@@ -357,8 +361,12 @@ def _split(data: str | Path, seed: int) -> ImageSplit:
         )
     shuffled = random.Random(seed).sample(paths, len(paths))  # noqa: S311
     count = max(1, len(paths) // CHECKED)
-    searched = sorted(shuffled[count:])
-    return ImageSplit(searched, evenly(searched, MOST_TRIED), sorted(shuffled[:count]))
+    return ImageSplit(sorted(shuffled[count:]), [], sorted(shuffled[:count]))
+
+
+def _judging(patches: int) -> int:
+    """How many images judge plans."""
+    return min(MOST_TRIED, max(LEAST_TRIED, PATCHES // patches))
 
 
 def _state(folder: Path, about: Any) -> State:
