@@ -98,7 +98,7 @@ class DemoResult(Declared, frozen=True):
 
 
 SIZE = 518
-ASKED = (Asked("sparse_close", 0.98), Asked("sparse_fast", 0.93))
+ASKED = (Asked("sparse_close", 0.99), Asked("sparse_fast", 0.98))
 LOOKED_AT = 8
 """Photographs that are searched with, one of them kept for the check."""
 MINUTES = 3.0

@@ -7,18 +7,59 @@ kernels where those can (`ops.triton.kernels_for` says which runs, and why).
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, FIRST_VERSION, Attributes
 from sparsifiner_edge.ops.triton import kernels_for
 
 LARGEST_MASK = 1 << 28
 """Bytes of a mask over all keys, above which lists per query are gathered."""
+
+
+_NATIVE: ContextVar[Operators | None] = ContextVar("native", default=None)
+
+
+@contextlib.contextmanager
+def native_kernels(threads: int) -> Iterator[None]:
+    """Meanwhile selection and sparse attention of float32 tensors on the processor run in the native kernels, some ten
+    times faster, if those are built and no gradient is asked for.
+    """
+    if native.why_unusable() is not None:
+        yield
+        return
+    operators = Operators(threads)
+    token = _NATIVE.set(operators)
+    try:
+        yield
+    finally:
+        _NATIVE.reset(token)
+        operators.close()
+
+
+def _native_runs(
+    name: str, attributes: Attributes, sizes: Tensor | None, qkv: Tensor, *others: Tensor, shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor | None:  # fmt: skip
+    """What the native kernels make of an operator's inputs, None where they are not asked to."""
+    operators = _NATIVE.get()
+    if operators is None or qkv.dtype != torch.float32 or qkv.device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() and (qkv.requires_grad or any(other.requires_grad for other in others)):
+        return None
+    name, inputs = _merged(name, sizes, qkv, *others)
+    output = torch.empty(tuple(shape), dtype=dtype)
+    operators.run(name, attributes, [x.detach().contiguous().numpy() for x in inputs], output.numpy())
+    return output
 
 
 def bare_node(
@@ -148,11 +189,14 @@ def key_select(
         "scale": scale,
         "value_power": value_power,
     }
+    shape = [qkv.shape[0], num_heads, math.ceil((qkv.shape[1] - num_prefix) / tile), keys]
     if torch.onnx.is_in_onnx_export():
-        tiles = math.ceil((qkv.shape[1] - num_prefix) / tile)
-        shape = [qkv.shape[0], num_heads, tiles, keys]
         name, inputs = _merged("KeySelect", sizes, qkv, proj_q, proj_k)
         return bare_node(name, inputs, {**settings, "keys": keys}, torch.int32, shape)
+    attributes = {**settings, "keys": keys}
+    found = _native_runs("KeySelect", attributes, sizes, qkv, proj_q, proj_k, shape=shape, dtype=torch.int32)
+    if found is not None:
+        return found
     if sizes is None and _triton_runs("KeySelect", {**settings, "keys": keys}, qkv, proj_q, proj_k):
         from sparsifiner_edge.ops.triton import run
 
@@ -269,10 +313,13 @@ def sparse_attention(
         "scale": scale,
         "prefix_keys": prefix_keys,
     }
+    shape = [batch, tokens, packed // 3]
     if torch.onnx.is_in_onnx_export():
-        shape = [batch, tokens, packed // 3]
         name, inputs = _merged("SparseAttention", sizes, qkv, indices)
         return bare_node(name, inputs, attributes, qkv.dtype, shape)
+    found = _native_runs("SparseAttention", attributes, sizes, qkv, indices, shape=shape, dtype=qkv.dtype)
+    if found is not None:
+        return found
     if sizes is None and _triton_runs("SparseAttention", attributes, qkv, indices):
         from sparsifiner_edge.ops.triton import run
 

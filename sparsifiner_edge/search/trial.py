@@ -14,7 +14,9 @@ from torch import Tensor
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
+from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import intersection_over_union
+from sparsifiner_edge.ops.torch import native_kernels
 from sparsifiner_edge.runtime.session import Session
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.sparse.attention import SparseAttention
@@ -66,10 +68,11 @@ class Trial:
         made = self._by_dense_layers(plan.first_change)
         set_budget(self._student.model, plan.config(self._student.sparsity), keep_predictors=True)
         layers, found = self._student.backbone.layers, []
-        for pixels, outputs, wanted in zip(self._pixels, made, self._wanted, strict=True):
-            with _giving(layers, outputs):
-                seen = seen_by(self._student.model, pixels, self._student.outputs)
-            found.append(self._distance(seen, wanted, self._prefix))
+        with native_kernels(available_cores()):
+            for pixels, outputs, wanted in zip(self._pixels, made, self._wanted, strict=True):
+                with _giving(layers, outputs):
+                    seen = seen_by(self._student.model, pixels, self._student.outputs)
+                found.append(self._distance(seen, wanted, self._prefix))
         return found
 
     def _by_dense_layers(self, count: int) -> list[list[Tensor]]:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
 from tests.native.test_replay import SOURCES, sanitised_objects
@@ -119,3 +121,31 @@ def test_a_program_in_c_calls_every_operator_under_sanitizers(once: Once, saniti
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert done.stdout == "well\n"
+
+
+@pytest.mark.parametrize("name", ["KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention"])
+def test_torch_runs_them_where_it_is_told_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    plain = Operators.run
+
+    def counted(self: Operators, op: str, *rest: object) -> None:
+        ran.append(op)
+        plain(self, op, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Operators, "run", counted)
+    for seed, case in enumerate(cases(name)):
+        inputs = case.inputs(seed)
+        first, *rest = (torch.from_numpy(x) for x in inputs)
+        sizes, rest = (rest[0], rest[1:]) if name.startswith("Merged") else (None, rest)
+        call = ops.key_select if name.endswith("KeySelect") else ops.sparse_attention
+        with ops.native_kernels(2):
+            got = call(first, *rest, sizes=sizes, **case.attributes)
+            assert ran == [name]
+            if name.endswith("Attention"):
+                again = call(first.clone().requires_grad_(), *rest, sizes=sizes, **case.attributes)
+                assert again.requires_grad
+                torch.testing.assert_close(again.detach(), got, rtol=1e-4, atol=1e-5)
+        ran.clear()
+        check(case, inputs, got.numpy())
+        call(first, *rest, sizes=sizes, **case.attributes)
+        assert not ran
