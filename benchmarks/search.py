@@ -189,7 +189,7 @@ def saliency(work: Path) -> dict[str, Any]:
     images = images_in(work, [*split.development(), *split.calibration()])
     with progress_bar("saliency") as progress:
         result = se.search_model(
-            demo.SOURCE, images, work / "found", at_least=OVERLAP, metric="task", img_size=demo.SIZE,
+            f"{demo.MODULE}:saliency", images, work / "found", at_least=OVERLAP, metric="task", img_size=demo.SIZE,
             trust=[demo.MODULE], progress=progress,
         )  # fmt: skip
     answer = result.statistics.answer

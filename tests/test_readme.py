@@ -65,7 +65,7 @@ def test_make_demo(tmp_path: Path) -> None:
         f"BIN={Path(sys.executable).parent}",
     ]
     out = run(command, ROOT)
-    assert "patches at least 0.99: merge " in out
+    assert "merge 160..0, keep 0.1,0.1,0.2,1" in out
     assert f"Kernels: native, {native.target()}." in out
     result = read_result(tmp_path / "demo" / "result.json")
     found = list(result["statistics"].values())

@@ -55,7 +55,7 @@ def _print(result: DemoResult, output: Path) -> None:
         rows,
     )
     click.echo(f"Kernels: {result.method.kernels}.")
-    for sentence in (*(f"{name}: {plan}." for name, plan in result.method.plans.items()), *result.method.verdicts):
+    for sentence in result.method.verdicts:
         click.echo(sentence)
     click.echo(f"{output}/report.html shows it, {output}/maps.png the maps side by side; bundles and result.json too.")
 

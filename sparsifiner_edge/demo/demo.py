@@ -13,15 +13,15 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.config import Keep, keep_text, merge_text
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.demo.maps import Drawn, draw_maps
 from sparsifiner_edge.demo.saliency import OUTPUT
-from sparsifiner_edge.errors import ArtifactError, GateError
+from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.explain import draw
 from sparsifiner_edge.evaluate.task import TaskMethod, TaskResult
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.images import evenly
 from sparsifiner_edge.profiles.figures import Method, ProfileResult, Samples, Statistics
 from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS
@@ -29,34 +29,33 @@ from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import Declared, Estimate, read_result, write_result
-from sparsifiner_edge.search.search import FRONT, search_model
-from sparsifiner_edge.sparse.student import load_student
+from sparsifiner_edge.sparse.student import load_student, sparsify
 
 
-class Asked(NamedTuple):
-    """One row of the demonstration: its bundle's folder, and the cosine of patches that is searched for."""
+class Setting(NamedTuple):
+    """One row of the demonstration: its bundle's folder, how much is merged, and which keys are read."""
 
     folder: str
-    at_least: float
+    merge: tuple[int, ...]
+    keep: Keep
 
     @property
     def name(self) -> str:
         """As tables show it."""
-        return f"patches at least {self.at_least}"
+        return f"merge {merge_text(self.merge)}, keep {keep_text(self.keep)}"
 
 
 class _Row(NamedTuple):
-    """What was found and measured at one fidelity; plan: what merges and is read."""
+    """What was measured of one setting."""
 
     bundle: Path
-    plan: str
     task: TaskResult
     profile: ProfileResult
     figures: RowFigures
 
 
 class RowFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """At one fidelity; error and overlap (IoU) are of the map to the dense model's, shares of the dense backbone's
+    """Of one setting; error and overlap (IoU) are of the map to the dense model's, shares of the dense backbone's
     multiply-accumulates, tokens those that leave the last layer.
     """
 
@@ -79,40 +78,34 @@ class RowSamples(msgspec.Struct, frozen=True):
 
 
 class DemoMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was measured; plans, task and profile by what was asked for."""
+    """How it was measured; task and profile by setting."""
 
     kernels: str | Unavailable
     verdicts: list[str]
-    plans: dict[str, str]
     task: dict[str, TaskMethod]
     profile: dict[str, Method]
     training: str
 
 
 class DemoResult(Declared, frozen=True):
-    """Of kind "demo", by what was asked for."""
+    """Of kind "demo", by setting."""
 
     method: DemoMethod
     samples: dict[str, RowSamples]
     statistics: dict[str, RowFigures]
 
 
-SIZE = 518
-ASKED = (Asked("sparse_close", 0.99), Asked("sparse_fast", 0.98))
-LOOKED_AT = 8
-"""Photographs that are searched with, one of them kept for the check."""
-MINUTES = 3.0
-"""Of the first search; the next one goes on from it."""
+SIZE, CELLS = 518, 49
+SETTINGS = (Setting("sparse_close", (40,), 1.0), Setting("sparse_fast", (160, 0), (0.1, 0.1, 0.2, 1.0)))
 MODULE = "sparsifiner_edge.demo.saliency"
-SOURCE = f"{MODULE}:saliency"
 DRAWN_KEEP = 0.1
 """Share of keys in the drawn layer, where nothing is merged."""
 LAYER = 8
 """The layer whose selection is drawn: late enough to be semantic, early enough to differ between queries."""
 DRAWN = (2, 0, 1)
 """Of the development photographs."""
-RESULT, PAGE, CALIBRATION, SEARCH = "result.json", "report.html", "calibration", "search"
-STEPS = 4 + 3 * len(ASKED)
+RESULT, PAGE, CALIBRATION, STUDENT = "result.json", "report.html", "calibration", "student"
+STEPS = 4 + 3 * len(SETTINGS)
 
 
 def run_demo(output: Path, progress: Progress) -> DemoResult:
@@ -129,25 +122,28 @@ def run_demo(output: Path, progress: Progress) -> DemoResult:
         MissingExtraError: a package of the extra `demo` is not installed.
     """
     _require_demonstration(output)
-    calibration = output / CALIBRATION
+    calibration, student = output / CALIBRATION, output / STUDENT
     calibration.mkdir(parents=True, exist_ok=True)
-    for path in evenly(split.calibration(), LOOKED_AT):
+    for path in split.calibration():
         shutil.copyfile(path, calibration / path.name)
-    shutil.rmtree(output / SEARCH, ignore_errors=True)
     done = itertools.count()
 
     def stage(name: str) -> None:
         progress(name, next(done), STEPS)
 
+    stage("sparsify")
+    source = f"{MODULE}:saliency"
+    sparsify(source, student, img_size=SIZE, keep=DRAWN_KEEP, cells=CELLS, merge=SETTINGS[-1].merge,
+             calibrate=calibration)  # fmt: skip
     stage("export dense")
-    dense = export_bundle(SOURCE, output / "dense", img_size=SIZE, tokens=True)
-    rows = {asked.name: _one(asked, output, dense, stage, progress) for asked in ASKED}
+    dense = export_bundle(source, output / "dense", img_size=SIZE)
+    rows = {setting.name: _one(setting, output, dense, stage) for setting in SETTINGS}
     stage("draw")
     photographs = [split.development()[number] for number in DRAWN]
     sides = [Drawn(row.bundle, name, row.figures.sparse_p50_ms) for name, row in rows.items()]
     slow = next(iter(rows.values())).figures.dense_p50_ms
     draw_maps(Drawn(dense, "dense", slow), sides, photographs, OUTPUT, output / "maps.png")
-    unmerged = load_student(output / SEARCH / "start", merge=(), keep=DRAWN_KEEP, trust=[MODULE])
+    unmerged = load_student(student, merge=(), trust=[MODULE])
     draw(unmerged, photographs[0], LAYER, output / "attention.png")
     stage("write the page")
     result = _result(rows)
@@ -163,7 +159,6 @@ def _write_page(output: Path, rows: dict[str, _Row]) -> None:
         for kind, result in (("task", row.task), ("speed", row.profile)):
             results.append(output / f"{row.bundle.name}_{kind}.json")
             write_result(results[-1], result)
-    results.append(output / SEARCH / FRONT)
     write_report(results, output / PAGE, images=False, pictures=[output / "maps.png", output / "attention.png"])
 
 
@@ -180,25 +175,18 @@ def _require_demonstration(output: Path) -> None:
         (output / RESULT).unlink()
 
 
-def _one(asked: Asked, output: Path, dense: Path, stage: Callable[[str], None], progress: Progress) -> _Row:
-    stage(f"{asked.name}: search")
-    found = search_model(
-        SOURCE, output / CALIBRATION, output / SEARCH, at_least=asked.at_least, img_size=SIZE, minutes=MINUTES,
-        backends=["onnxruntime"], precisions=["fp32"], trust=[MODULE], progress=progress,
-    ).statistics.answer  # fmt: skip
-    if isinstance(found, Unavailable):
-        raise GateError(f"The search found nothing: {found.why}.", "Report this as a bug.")
-    bundle = output / asked.folder
-    shutil.rmtree(bundle, ignore_errors=True)
-    (output / SEARCH / "bundle").rename(bundle)
-    stage(f"{asked.name}: evaluate")
+def _one(setting: Setting, output: Path, dense: Path, stage: Callable[[str], None]) -> _Row:
+    stage(f"{setting.name}: export")
+    bundle = export_bundle(
+        output / STUDENT, output / setting.folder, keep=setting.keep, merge=setting.merge, trust=[MODULE]
+    )
+    stage(f"{setting.name}: evaluate")
     task = evaluate_student(bundle, split.development(), against=dense, metric="task")
-    stage(f"{asked.name}: profile")
+    stage(f"{setting.name}: profile")
     # What the table shows, and no more: neither time per layer nor power.
     profile = profile_bundle(bundle, against=dense, seconds=8.0, min_queries=MIN_BLOCKS, layers=False, power=False)
     assert isinstance(task, TaskResult)
-    plan = f"merge {found.merge}, keep {found.keep}"
-    return _Row(bundle, plan, task, profile, _figures(task, profile.statistics, open_bundle(bundle).manifest))
+    return _Row(bundle, task, profile, _figures(task, profile.statistics, open_bundle(bundle).manifest))
 
 
 def _result(rows: dict[str, _Row]) -> DemoResult:
@@ -207,7 +195,6 @@ def _result(rows: dict[str, _Row]) -> DemoResult:
     method = DemoMethod(
         kernels=first.profile.method.runtime["subject"].kernels,
         verdicts=[f"{name}: {found.sentence}" for name, found in verdicts if found is not None],
-        plans={name: row.plan for name, row in rows.items()},
         task={name: row.task.method for name, row in rows.items()},
         profile={name: row.profile.method for name, row in rows.items()},
         training="none; the predictor is calibrated on images that are not among the eight",

@@ -45,6 +45,10 @@ class Trial:
         self._metric, self._distance = metric, _DISTANCES[metric]
         backbone = student.backbone
         self.patches, self._prefix = backbone.patches, backbone.prefix
+        if metric != "task" and backbone.module is not student.model:
+            raise ConfigError(
+                "The bundle of a model with a decoder gives no tokens to judge.", "Judge by --metric task."
+            )
         if metric == "class" and not backbone.class_token:
             raise ConfigError("This model has no class token.", "Judge by --metric patches.")
         if metric == "task" and backbone.module is student.model:

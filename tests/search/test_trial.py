@@ -80,6 +80,9 @@ def test_a_decoders_map_is_judged_by_its_overlap(tmp_path: Path, pictures: Path)
         return Trial(made, dense_twin(made).model, list_images(pictures), "task")
 
     judged = trial("depth")
+    made = load_student(tmp_path / "depth", trust=[FACTORIES])
+    with pytest.raises(ConfigError, match="gives no tokens"):
+        Trial(made, dense_twin(made).model, list_images(pictures), "patches")
     depth = len(judged.selects)
     assert judged.distances(dense(depth)) == [0.0] * 3
     mild, harsh = (np.mean(judged.distances(uniform(rate, 1.0, depth, judged.patches))) for rate in (1, 8))
