@@ -40,7 +40,7 @@ from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch, linked
-from sparsifiner_edge.search.front import SearchResult
+from sparsifiner_edge.search.front import Finalist, SearchResult
 from sparsifiner_edge.search.latency import Deployment, PlanLatency, measured
 from sparsifiner_edge.search.plan import LayerPlan, uniform
 from sparsifiner_edge.search.trial import Trial
@@ -102,10 +102,17 @@ def predictions(results: list[SearchResult]) -> list[dict[str, Any]]:
     return rows
 
 
+def answer_of(result: SearchResult) -> Finalist:
+    """What was found, or an error that says why nothing was."""
+    answer = result.statistics.answer
+    if isinstance(answer, Unavailable):
+        raise click.ClickException(answer.why)
+    return answer
+
+
 def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path, tell: Any) -> dict[str, Any]:
     """The last search's answer beside uniform settings at its fidelity, over publication photographs."""
-    answer = result.statistics.answer
-    assert not isinstance(answer, Unavailable)
+    answer = answer_of(result)
     engine = Deployment(answer.backend, answer.precision)
     student = load_student(folder / "start")
     photographs = evenly(split.publication(), JUDGES[size])
@@ -192,8 +199,7 @@ def saliency(work: Path) -> dict[str, Any]:
             f"{demo.MODULE}:saliency", images, work / "found", at_least=OVERLAP, metric="task", img_size=demo.SIZE,
             trust=[demo.MODULE], progress=progress,
         )  # fmt: skip
-    answer = result.statistics.answer
-    assert not isinstance(answer, Unavailable)
+    answer = answer_of(result)
     student = load_student(work / "found" / "start", trust=[demo.MODULE])
     trial = Trial(student, dense_twin(student).model, split.publication(), "task")
     with open_session(work / "found" / "bundle", answer.backend) as session:

@@ -24,15 +24,16 @@ from sparsifiner_edge.ops.triton import kernels_for
 
 LARGEST_MASK = 1 << 28
 """Bytes of a mask over all keys, above which lists per query are gathered."""
-
-
 _NATIVE: ContextVar[Operators | None] = ContextVar("native", default=None)
 
 
 @contextlib.contextmanager
 def native_kernels(threads: int) -> Iterator[None]:
-    """Meanwhile selection and sparse attention of float32 tensors on the processor run in the native kernels, some ten
-    times faster, if those are built and no gradient is asked for.
+    """Meanwhile selection and sparse attention of float32 tensors on the processor run in the native kernels; in PyTorch
+    where those are not built (`native.why_unusable`) or a gradient is asked for.
+
+    Raises:
+        BackendError: so many threads cannot be started.
     """
     if native.why_unusable() is not None:
         yield
@@ -182,7 +183,7 @@ def key_select(
     sizes: Tensor | None = None,
 ) -> Tensor:
     """KeySelect, or with `sizes` [B,N] MergedKeySelect: indices int32 [B,H,T,K]. Its choice has no gradient."""
-    settings = {
+    settings: dict[str, Any] = {
         "num_heads": num_heads,
         "num_prefix": num_prefix,
         "probe": probe,
@@ -191,21 +192,21 @@ def key_select(
         "scale": scale,
         "value_power": value_power,
     }
+    attributes = {**settings, "keys": keys}
     shape = [qkv.shape[0], num_heads, math.ceil((qkv.shape[1] - num_prefix) / tile), keys]
     if torch.onnx.is_in_onnx_export():
         name, inputs = _merged("KeySelect", sizes, qkv, proj_q, proj_k)
-        return bare_node(name, inputs, {**settings, "keys": keys}, torch.int32, shape)
-    attributes = {**settings, "keys": keys}
+        return bare_node(name, inputs, attributes, torch.int32, shape)
     found = _native_runs("KeySelect", attributes, sizes, qkv, proj_q, proj_k, shape=shape, dtype=torch.int32)
     if found is not None:
         return found
-    if sizes is None and _triton_runs("KeySelect", {**settings, "keys": keys}, qkv, proj_q, proj_k):
+    if sizes is None and _triton_runs("KeySelect", attributes, qkv, proj_q, proj_k):
         from sparsifiner_edge.ops.triton import run
 
         with torch.no_grad():
-            indices: Tensor = run.key_select(qkv, proj_q, proj_k, keys=keys, **settings)
+            indices: Tensor = run.key_select(qkv, proj_q, proj_k, **attributes)
         return indices
-    return top_keys(key_scores(qkv, proj_q, proj_k, sizes=sizes, **settings), keys)  # type: ignore[arg-type]
+    return top_keys(key_scores(qkv, proj_q, proj_k, sizes=sizes, **settings), keys)
 
 
 def _merged(name: str, sizes: Tensor | None, qkv: Tensor, *others: Tensor) -> tuple[str, tuple[Tensor, ...]]:

@@ -89,18 +89,22 @@ class Trial:
             return [[] for _ in self._pixels]
         if not self._made:
             set_budget(student.model, dense(depth).config(student.sparsity), keep_predictors=True)
-            for pixels in self._pixels:
-                outputs: list[Tensor] = []
-                # As another tensor, without what rides on it: half the memory.
-                hooks = [
-                    layer.register_forward_hook(lambda _, __, out, to=outputs: to.append(out.view_as(out)))
-                    for layer in student.backbone.layers
-                ]
-                seen_by(student.model, pixels, student.outputs)
-                for hook in hooks:
-                    hook.remove()
-                self._made.append(outputs)
+            self._made = [self._outputs_of_layers(pixels) for pixels in self._pixels]
         return [outputs[:count] for outputs in self._made]
+
+    def _outputs_of_layers(self, pixels: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        # As another tensor, without what rides on it: half the memory.
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out: outputs.append(out.view_as(out)))
+            for layer in self._student.backbone.layers
+        ]
+        try:
+            seen_by(self._student.model, pixels, self._student.outputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
 
     def require_comparable(self, session: Session, bundle: Path) -> None:
         """Refuse a bundle of other images, or without the outputs that this metric reads.
