@@ -2,67 +2,25 @@
 
 Shapes and symbols are those of `schema.py`. Under `torch.onnx.export` each operator becomes one bare node; `ops.bodies`
 gives the exported file the function body that runs it. On a CUDA GPU `key_select` and `sparse_attention` run as Triton
-kernels where those can (`ops.triton.kernels_for` says which runs, and why).
+kernels where those can (`ops.triton.kernels_for` says which runs, and why), on the processor as native ones within
+`ops.torch_native.native_kernels`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsifiner_edge.ops import native
-from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, FIRST_VERSION, Attributes
+from sparsifiner_edge.ops.torch_native import native_result
 from sparsifiner_edge.ops.triton import kernels_for
 
 LARGEST_MASK = 1 << 28
 """Bytes of a mask over all keys, above which lists per query are gathered."""
-_NATIVE: ContextVar[Operators | None] = ContextVar("native", default=None)
-
-
-@contextlib.contextmanager
-def native_kernels(threads: int) -> Iterator[None]:
-    """Meanwhile selection and sparse attention of float32 tensors on the processor run in the native kernels; in PyTorch
-    where those are not built (`native.why_unusable`) or a gradient is asked for.
-
-    Raises:
-        BackendError: so many threads cannot be started.
-    """
-    if native.why_unusable() is not None:
-        yield
-        return
-    operators = Operators(threads)
-    token = _NATIVE.set(operators)
-    try:
-        yield
-    finally:
-        _NATIVE.reset(token)
-        operators.close()
-
-
-def _native_runs(
-    name: str, attributes: Attributes, sizes: Tensor | None, qkv: Tensor, *others: Tensor, shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor | None:  # fmt: skip
-    """What the native kernels make of an operator's inputs, None where they are not asked to."""
-    if torch.compiler.is_compiling():
-        return None
-    operators = _NATIVE.get()
-    if operators is None or qkv.dtype != torch.float32 or qkv.device.type != "cpu":
-        return None
-    if torch.is_grad_enabled() and (qkv.requires_grad or any(other.requires_grad for other in others)):
-        return None
-    name, inputs = _merged(name, sizes, qkv, *others)
-    output = torch.empty(tuple(shape), dtype=dtype)
-    operators.run(name, attributes, [x.detach().contiguous().numpy() for x in inputs], output.numpy())
-    return output
 
 
 def bare_node(
@@ -194,10 +152,10 @@ def key_select(
     }
     attributes = {**settings, "keys": keys}
     shape = [qkv.shape[0], num_heads, math.ceil((qkv.shape[1] - num_prefix) / tile), keys]
+    name, inputs = _merged("KeySelect", sizes, qkv, proj_q, proj_k)
     if torch.onnx.is_in_onnx_export():
-        name, inputs = _merged("KeySelect", sizes, qkv, proj_q, proj_k)
         return bare_node(name, inputs, attributes, torch.int32, shape)
-    found = _native_runs("KeySelect", attributes, sizes, qkv, proj_q, proj_k, shape=shape, dtype=torch.int32)
+    found = native_result(name, attributes, inputs, shape, torch.int32)
     if found is not None:
         return found
     if sizes is None and _triton_runs("KeySelect", attributes, qkv, proj_q, proj_k):
@@ -317,10 +275,10 @@ def sparse_attention(
         "prefix_keys": prefix_keys,
     }
     shape = [batch, tokens, packed // 3]
+    name, inputs = _merged("SparseAttention", sizes, qkv, indices)
     if torch.onnx.is_in_onnx_export():
-        name, inputs = _merged("SparseAttention", sizes, qkv, indices)
         return bare_node(name, inputs, attributes, qkv.dtype, shape)
-    found = _native_runs("SparseAttention", attributes, sizes, qkv, indices, shape=shape, dtype=qkv.dtype)
+    found = native_result(name, attributes, inputs, shape, qkv.dtype)
     if found is not None:
         return found
     if sizes is None and _triton_runs("SparseAttention", attributes, qkv, indices):

@@ -16,7 +16,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import intersection_over_union
-from sparsifiner_edge.ops.torch import native_kernels
+from sparsifiner_edge.ops.torch_native import native_kernels
 from sparsifiner_edge.runtime.session import Session
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.sparse.attention import SparseAttention

@@ -15,6 +15,7 @@ from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.native.interface import Operators
+from sparsifiner_edge.ops.torch_native import native_kernels
 from tests.native.test_replay import SOURCES, sanitised_objects
 from tests.once import Once
 from tests.ops.matrix import Case, cases, check, run_reference
@@ -138,7 +139,7 @@ def test_torch_runs_them_where_it_is_told_to(name: str, monkeypatch: pytest.Monk
         first, *rest = (torch.from_numpy(x) for x in inputs)
         sizes, rest = (rest[0], rest[1:]) if name.startswith("Merged") else (None, rest)
         call = ops.key_select if name.endswith("KeySelect") else ops.sparse_attention
-        with ops.native_kernels(2):
+        with native_kernels(2):
             got = call(first, *rest, sizes=sizes, **case.attributes)
             assert ran == [name]
             if name.endswith("Attention"):

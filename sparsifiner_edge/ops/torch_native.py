@@ -1,0 +1,52 @@
+"""The native kernels from PyTorch, where someone asks for them: to judge many plans, and never where gradients flow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.native.interface import Operators
+from sparsifiner_edge.ops.schema import Attributes
+
+_OPERATORS: ContextVar[Operators | None] = ContextVar("operators", default=None)
+
+
+@contextlib.contextmanager
+def native_kernels(threads: int) -> Iterator[None]:
+    """Meanwhile `key_select` and `sparse_attention` of float32 tensors on the processor run in the native kernels; in
+    PyTorch as ever where those are not built (`native.why_unusable`) or a gradient is asked for.
+
+    Raises:
+        BackendError: so many threads cannot be started.
+    """
+    if native.why_unusable() is not None:
+        yield
+        return
+    operators = Operators(threads)
+    token = _OPERATORS.set(operators)
+    try:
+        yield
+    finally:
+        _OPERATORS.reset(token)
+        operators.close()
+
+
+def native_result(
+    name: str, attributes: Attributes, inputs: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """What the native kernels make of an operator's inputs, the first of them qkv; None where they are not asked to."""
+    if torch.compiler.is_compiling():
+        return None
+    operators, qkv = _OPERATORS.get(), inputs[0]
+    if operators is None or qkv.dtype != torch.float32 or qkv.device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return None
+    output = torch.empty(tuple(shape), dtype=dtype)
+    operators.run(name, attributes, [x.detach().contiguous().numpy() for x in inputs], output.numpy())
+    return output
