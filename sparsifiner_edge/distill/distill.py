@@ -24,8 +24,9 @@ from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
-from sparsifiner_edge.sparse.student import Student, load_student, save_student, teacher_of
+from sparsifiner_edge.sparse.student import Student, load_student, save_student
 from sparsifiner_edge.sparse.student_file import Weights
+from sparsifiner_edge.sparse.teacher import teacher_of
 
 
 class NamedRecipe(Recipe, frozen=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,19 +11,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, read_json, sha256
 from sparsifiner_edge.bounds import ImageSize
-from sparsifiner_edge.bundle.entries import ON_PROCESSOR
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import keep_text, merge_text
-from sparsifiner_edge.errors import ConfigError, GateError, SparsifinerError
+from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.files import io_errors, scratch_folder
-from sparsifiner_edge.images import evenly, list_images
-from sparsifiner_edge.profiles.boards.board import Board, load_board
+from sparsifiner_edge.images import evenly
+from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.results import Estimate, Subject, write_result
 from sparsifiner_edge.runtime import open_session
-from sparsifiner_edge.runtime.open import find_backend
-from sparsifiner_edge.runtime.processor import ProcessorBackend
+from sparsifiner_edge.search.asked import Asked, what_is_asked
 from sparsifiner_edge.search.board import estimated
 from sparsifiner_edge.search.entrants import (
     Entrant,
@@ -57,24 +54,17 @@ from sparsifiner_edge.search.front import (
 from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency, measured
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.search.trial import FIDELITIES, Trial
-from sparsifiner_edge.sparse.student import Student, load_student, sparsify, teacher_of
+from sparsifiner_edge.sparse.student import Student, load_student, sparsify
+from sparsifiner_edge.sparse.teacher import teacher_of
 
 RESERVED = 0.4
 """Of the time asked for, what exports and the last measurement may take."""
 START_SHARE = 0.25
 """Of keys, of the student that plans are made from: each gives its own."""
-MOST_ASKED = 1e6
-"""Milliseconds or millijoules."""
 PREDICTED = 8
 """Images at most that predictors are calibrated with: a minute or two at 518 px."""
 Value = TypeVar("Value")
-PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
-"""That are searched: here and for a CPU, and for a board's GPU."""
 STATE_FILE, FRONT, STUDENT, BUNDLE = "search.json", "front.json", "student", "bundle"
-LEAST_IMAGES, CHECKED = 5, 5
-"""Images that a search takes at least; one of so many is kept for the check."""
-LEAST_TRIED, MOST_TRIED, PATCHES = 6, 12, 16_000
-"""Images that plans are judged by: of large ones fewer, so that they have about so many patches together."""
 
 
 def search_model(
@@ -110,8 +100,8 @@ def search_model(
         metric: one of `FIDELITIES`.
         weights, img_size: for a model; weights: or the teacher's.
         teacher: of a student that was trained: its dense model.
-        backends: of the processor; none: all that run here. precisions: none: `PRECISIONS`, or for a
-            board's GPU `BOARD_PRECISIONS`.
+        backends: of the processor; none: all that run here. precisions: none: fp32 and int8, or for a
+            board's GPU fp16 and int8.
         board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
             fidelity.
         against: bundles of the same images to stand beside what is found, such as the dense model in int8.
@@ -129,8 +119,8 @@ def search_model(
         SparsifinerError: model, student or images are unusable.
     """
     end = time.monotonic() + 60 * minutes * (1 - RESERVED)
-    bound, device = _bound(at_least, at_most_ms, at_most_mj, metric), None if board is None else load_board(board)
-    asked = Asked(bound, at_most_mj, metric, seed, device, *_engines(backends, precisions, device), _split(data, seed))
+    bounds = at_least, at_most_ms, at_most_mj
+    asked = what_is_asked(bounds, metric, backends, precisions, board, data, seed)
     images, folder = asked.images, Path(output)
     bundles = [open_bundle(Path(path)).folder for path in against]
     about = {
@@ -141,8 +131,8 @@ def search_model(
     start = _start(source, folder, state, weights, img_size, teacher, images.searched, progress)
     student = load_student(start, trust=trust)
     _require_searchable(student, start)
-    images = images._replace(tried=evenly(images.searched, _judging(student.backbone.patches)))
-    asked = asked._replace(images=images)
+    asked = asked.judged_by(student.backbone.patches)
+    images = asked.images
     # A model's weights are those that its student was made of.
     dense_model = teacher_of(student, teacher, Path(weights) if weights and start == Path(source) else None)
     search = Search(Trial(student, dense_model.model, images.tried, metric), state, folder / STATE_FILE, progress)
@@ -152,7 +142,7 @@ def search_model(
     with scratch_folder() as scratch:
         exports = Exports(scratch, start, dense_model, images.searched, trust, progress)
         subject = Subject(path=str(source), name=student.name, sha256=sha256(start / STUDENT_FILE))
-        stopwatch = Stopwatch(device, progress)
+        stopwatch = Stopwatch(asked.board, progress)
         found, told = _begin(asked, student, exports, search.trial, stopwatch, subject, progress)
         rivals = rivals_in(bundles, list(told.begun), search.trial, stopwatch)
         try:
@@ -172,19 +162,6 @@ def search_model(
             shutil.rmtree(folder / name, ignore_errors=True)
     _write(folder, result)
     return result
-
-
-class Asked(NamedTuple):
-    """What is searched for, in which engines, on which images; left_out: backends that do not run here, and why."""
-
-    bound: Bound
-    at_most_mj: float | None
-    metric: str
-    seed: int
-    board: Board | None
-    engines: list[Deployment]
-    left_out: dict[str, str]
-    images: ImageSplit
 
 
 class Told(NamedTuple):
@@ -297,76 +274,6 @@ def _named(found: dict[Deployment, Value]) -> dict[str, Value]:
 def _write(folder: Path, result: SearchResult) -> None:
     write_result(folder / FRONT, result)
     draw_front(result, folder / "front.png")
-
-
-class ImageSplit(NamedTuple):
-    """searched: what predictors and int8 are calibrated with; tried: of those, what plans are judged by; checked: of
-    no use before the last check.
-    """
-
-    searched: list[Path]
-    tried: list[Path]
-    checked: list[Path]
-
-
-def _bound(at_least: float | None, at_most_ms: float | None, at_most_mj: float | None, metric: str) -> Bound:
-    if metric not in FIDELITIES:
-        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(FIDELITIES)}.")
-    if sum(bound is not None for bound in (at_least, at_most_ms, at_most_mj)) != 1:
-        raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY, --at-most-ms MS or --at-most-mj MJ.")
-    if at_least is not None and not 0 < at_least < 1:
-        raise ConfigError(f"at least is {at_least}.", "Give a fidelity between 0 and 1, such as 0.98.")
-    for most, unit in ((at_most_ms, "ms"), (at_most_mj, "mJ")):
-        if most is not None and not 0 < most < MOST_ASKED:
-            raise ConfigError(f"at most is {most} {unit}.", "Give more than 0, and less than a million.")
-    return Bound(at_least, at_most_ms)
-
-
-def _engines(
-    backends: Sequence[str], precisions: Sequence[str], board: Board | None
-) -> tuple[list[Deployment], dict[str, str]]:
-    """Those asked for, or all that run here, or the board; and backends that do not run here, and why."""
-    gpu = board is not None and board.kind == "gpu"
-    known = BOARD_PRECISIONS if gpu else PRECISIONS
-    for precision in precisions:
-        if precision not in (*known, "fp32"):
-            raise ConfigError(
-                f"precision is {precision!r}.", f"Choose of: {', '.join(dict.fromkeys((*known, 'fp32')))}."
-            )
-    if board is not None:
-        if backends:
-            raise ConfigError("A board's latency is estimated for no backend.", "Leave one of the two out.")
-        chosen = precisions or [precision for precision in known if board.has_peak(precision)]
-        return [Deployment(board.name, precision) for precision in chosen], {}
-    found, left_out = list[str](), dict[str, str]()
-    for name in backends or ON_PROCESSOR:
-        backend = find_backend(name)
-        if not isinstance(backend, ProcessorBackend):
-            raise ConfigError(f"{name} does not run on the processor.", f"Choose of: {', '.join(ON_PROCESSOR)}.")
-        try:
-            backend.load()
-            found.append(name)
-        except SparsifinerError as error:
-            if backends:
-                raise
-            left_out[name] = error.what
-    return [Deployment(name, precision) for name in found for precision in precisions or PRECISIONS], left_out
-
-
-def _split(data: str | Path, seed: int) -> ImageSplit:
-    paths = list_images(Path(data))
-    if len(paths) < LEAST_IMAGES:
-        raise ConfigError(
-            f"{data} has {len(paths)} images.", f"Give at least {LEAST_IMAGES}: one is kept for the last check."
-        )
-    shuffled = random.Random(seed).sample(paths, len(paths))  # noqa: S311
-    count = max(1, len(paths) // CHECKED)
-    return ImageSplit(sorted(shuffled[count:]), [], sorted(shuffled[:count]))
-
-
-def _judging(patches: int) -> int:
-    """How many images judge plans."""
-    return min(MOST_TRIED, max(LEAST_TRIED, PATCHES // patches))
 
 
 def _state(folder: Path, about: Any) -> State:

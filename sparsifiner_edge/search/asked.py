@@ -1,0 +1,124 @@
+"""What is asked of a search: the bound, engines that may meet it, and which of the user's images are for what."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sparsifiner_edge.bundle.entries import ON_PROCESSOR
+from sparsifiner_edge.errors import ConfigError, SparsifinerError
+from sparsifiner_edge.images import evenly, list_images
+from sparsifiner_edge.profiles.boards.board import Board, load_board
+from sparsifiner_edge.runtime.open import find_backend
+from sparsifiner_edge.runtime.processor import ProcessorBackend
+from sparsifiner_edge.search.explore import Bound
+from sparsifiner_edge.search.latency import Deployment
+from sparsifiner_edge.search.trial import FIDELITIES
+
+MOST_ASKED = 1e6
+"""Milliseconds or millijoules."""
+PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
+"""That are searched: here and for a CPU, and for a board's GPU."""
+LEAST_IMAGES, CHECKED = 5, 5
+"""Images that a search takes at least; one of so many is kept for the check."""
+LEAST_TRIED, MOST_TRIED, PATCHES = 6, 12, 16_000
+"""Images that plans are judged by: of large ones fewer, so that they have about so many patches together."""
+
+
+class ImageSplit(NamedTuple):
+    """searched: what predictors and int8 are calibrated with; tried: of those, what plans are judged by; checked: of
+    no use before the last check.
+    """
+
+    searched: list[Path]
+    tried: list[Path]
+    checked: list[Path]
+
+
+class Asked(NamedTuple):
+    """What is searched for, in which engines, on which images; left_out: backends that do not run here, and why."""
+
+    bound: Bound
+    at_most_mj: float | None
+    metric: str
+    seed: int
+    board: Board | None
+    engines: list[Deployment]
+    left_out: dict[str, str]
+    images: ImageSplit
+
+    def judged_by(self, patches: int) -> Asked:
+        """The same, with the images that judge plans of a model that makes so many patches of one."""
+        count = min(MOST_TRIED, max(LEAST_TRIED, PATCHES // patches))
+        return self._replace(images=self.images._replace(tried=evenly(self.images.searched, count)))
+
+
+def what_is_asked(
+    bounds: tuple[float | None, float | None, float | None], metric: str, backends: Sequence[str],
+    precisions: Sequence[str], board: str | Path | None, data: str | Path, seed: int,
+) -> Asked:  # fmt: skip
+    """See `search_model`; bounds: at least, at most ms, at most mJ.
+
+    Raises:
+        ConfigError: not one bound, or a value is out of range; too few images.
+        SparsifinerError: a backend that was named does not run here; no such board.
+    """
+    bound, device = _bound(*bounds, metric), None if board is None else load_board(board)
+    return Asked(bound, bounds[2], metric, seed, device, *_engines(backends, precisions, device), _split(data, seed))
+
+
+def _bound(at_least: float | None, at_most_ms: float | None, at_most_mj: float | None, metric: str) -> Bound:
+    if metric not in FIDELITIES:
+        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: {', '.join(FIDELITIES)}.")
+    if sum(bound is not None for bound in (at_least, at_most_ms, at_most_mj)) != 1:
+        raise ConfigError("A search needs one bound.", "Give --at-least FIDELITY, --at-most-ms MS or --at-most-mj MJ.")
+    if at_least is not None and not 0 < at_least < 1:
+        raise ConfigError(f"at least is {at_least}.", "Give a fidelity between 0 and 1, such as 0.98.")
+    for most, unit in ((at_most_ms, "ms"), (at_most_mj, "mJ")):
+        if most is not None and not 0 < most < MOST_ASKED:
+            raise ConfigError(f"at most is {most} {unit}.", "Give more than 0, and less than a million.")
+    return Bound(at_least, at_most_ms)
+
+
+def _engines(
+    backends: Sequence[str], precisions: Sequence[str], board: Board | None
+) -> tuple[list[Deployment], dict[str, str]]:
+    """Those asked for, or all that run here, or the board; and backends that do not run here, and why."""
+    gpu = board is not None and board.kind == "gpu"
+    known = BOARD_PRECISIONS if gpu else PRECISIONS
+    for precision in precisions:
+        if precision not in (*known, "fp32"):
+            raise ConfigError(
+                f"precision is {precision!r}.", f"Choose of: {', '.join(dict.fromkeys((*known, 'fp32')))}."
+            )
+    if board is not None:
+        if backends:
+            raise ConfigError("A board's latency is estimated for no backend.", "Leave one of the two out.")
+        chosen = precisions or [precision for precision in known if board.has_peak(precision)]
+        return [Deployment(board.name, precision) for precision in chosen], {}
+    found, left_out = list[str](), dict[str, str]()
+    for name in backends or ON_PROCESSOR:
+        backend = find_backend(name)
+        if not isinstance(backend, ProcessorBackend):
+            raise ConfigError(f"{name} does not run on the processor.", f"Choose of: {', '.join(ON_PROCESSOR)}.")
+        try:
+            backend.load()
+            found.append(name)
+        except SparsifinerError as error:
+            if backends:
+                raise
+            left_out[name] = error.what
+    return [Deployment(name, precision) for name in found for precision in precisions or PRECISIONS], left_out
+
+
+def _split(data: str | Path, seed: int) -> ImageSplit:
+    paths = list_images(Path(data))
+    if len(paths) < LEAST_IMAGES:
+        raise ConfigError(
+            f"{data} has {len(paths)} images.", f"Give at least {LEAST_IMAGES}: one is kept for the last check."
+        )
+    shuffled = random.Random(seed).sample(paths, len(paths))  # noqa: S311
+    count = max(1, len(paths) // CHECKED)
+    return ImageSplit(sorted(shuffled[count:]), [], sorted(shuffled[:count]))
