@@ -34,25 +34,20 @@ def command(*, output: Path, as_json: bool) -> None:
 
 
 def _print(result: DemoResult, output: Path) -> None:
-    rows = []
-    for name, found in result.statistics.items():
-        ratio = found.speed_ratio
-        rows.append(
-            [
-                name,
-                f"{found.error:.4f}",
-                f"{found.iou:.3f}",
-                f"{found.tokens_left_share:.0%}",
-                f"{found.macs_share:.0%}",
-                f"{found.dense_p50_ms:.1f}",
-                f"{found.sparse_p50_ms:.1f}",
-                f"{ratio.value:.2f} ({_number(ratio.low)} to {_number(ratio.high)})",
-            ]
-        )
+    # A row for each figure: beside each other they are cut off at 80 columns.
+    columns = [
+        [
+            f"{found.error:.4f}", f"{found.iou:.3f}", f"{found.tokens_left_share:.0%}", f"{found.macs_share:.0%}",
+            f"{found.dense_p50_ms:.1f}", f"{found.sparse_p50_ms:.1f}", f"{found.speed_ratio.value:.2f}",
+            f"{_number(found.speed_ratio.low)} to {_number(found.speed_ratio.high)}",
+        ]
+        for found in result.statistics.values()
+    ]  # fmt: skip
+    names = ("map's error", "IoU", "tokens left", "MACs", "dense ms", "sparse ms", "speed ratio", "95 % interval")
     common.print_table(
         "Saliency with DINOv2 ViT-S/14, 518 px, untrained, eight photographs; ONNX Runtime on this CPU",
-        ["", "map's error", "IoU", "tokens left", "MACs", "dense ms", "sparse ms", "speed ratio"],
-        rows,
+        ["", *result.statistics],
+        [list(row) for row in zip(names, *columns, strict=True)],
     )
     click.echo(f"Kernels: {result.method.kernels}.")
     for sentence in result.method.verdicts:

@@ -82,13 +82,15 @@ def command(*, source: str, data: Path, output: Path, as_json: bool, **options: 
 def _print(result: SearchResult, output: Path) -> None:
     found, board = result.statistics, result.method.board
     rows = [_row(finalist) for finalist in found.finalists]
-    rows += [
-        [Path(x.path).name, f"{x.backend}, {x.precision}", f"{x.fidelity:.4f}", "", _ms(x.ms), ""] for x in found.rivals
-    ]
+    for rival in found.rivals:
+        name = f"{Path(rival.path).name}: {rival.backend}, {rival.precision}"
+        rows.append([name, f"{rival.fidelity:.4f}", "", _ms(rival.ms), ""])
     for engine, dense in found.dense_ms.items():
-        rows.append(["the dense model", engine, f"{found.dense_fidelity[engine]:.4f}", "", _ms(dense), ""])
+        rows.append([f"dense: {engine}", f"{found.dense_fidelity[engine]:.4f}", "", _ms(dense), ""])
     title = "Finalists, whole models measured" if board is None else f"Finalists, estimated for {board}, not measured"
-    common.print_table(title, ["merge", "in", "fidelity", "predicted", "ms", "predicted"], rows)
+    common.print_table(title, ["", "fidelity", "predicted", "ms", "predicted"], rows)
+    for finalist in found.finalists:  # Not in the table: at 80 columns a plan would cut the figures off.
+        click.echo(f"{finalist.backend}, {finalist.precision}: --merge {finalist.merge} --keep {finalist.keep}")
     for engine, why in found.left_out.items():
         click.echo(f"Left out: {engine}: {why}", err=True)
     for engine, factor in found.drift.items():
@@ -106,22 +108,21 @@ def _print(result: SearchResult, output: Path) -> None:
     if isinstance(found.answer, Unavailable):
         click.echo(f"No answer: {found.answer.why}.", err=True)
         return
-    click.echo(f"{output / 'bundle'}: merge {found.answer.merge}, keep {found.answer.keep}")
+    click.echo(f"Answer: {output / 'bundle'}, the first of them.")
     if not isinstance(found.check, Unavailable):
         low = found.check.fidelity.low
         bound = f"at least {low:.4f}" if isinstance(low, float) else "too few to bound it"
         click.echo(f"On {found.check.images} images kept for this: {found.check.fidelity.value:.4f}, {bound} (95 %).")
     if board is None:
-        click.echo(f"Next: sparsifiner-edge run {output / 'bundle'} --backend {found.answer.backend} IMAGES/")
+        click.echo(f"Next: sparsifiner-edge run {output / 'bundle'} --backend {found.answer.backend} --source IMAGES/")
     else:
         click.echo(f"Next: sparsifiner-edge estimate {output / 'bundle'} --board {board}")
 
 
 def _row(finalist: Finalist) -> list[str]:
     return [
-        f"{finalist.merge}; keep {finalist.keep}", f"{finalist.backend}, {finalist.precision}",
-        f"{finalist.fidelity:.4f}", f"{finalist.predicted_fidelity:.4f}", _ms(finalist.ms),
-        f"{finalist.predicted_ms:.1f}",
+        f"{finalist.backend}, {finalist.precision}", f"{finalist.fidelity:.4f}", f"{finalist.predicted_fidelity:.4f}",
+        _ms(finalist.ms), f"{finalist.predicted_ms:.1f}",
     ]  # fmt: skip
 
 

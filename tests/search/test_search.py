@@ -132,6 +132,10 @@ def test_the_command_says_what_it_found_and_what_is_nearest_to_a_bound_that_noth
     assert done.code == 0, done.err
     assert "Finalists, whole models measured" in done.out
     assert "On 2 images kept for this" in done.out
+    program, *following = done.out.splitlines()[-1].removeprefix("Next: ").split()
+    assert (program, following.pop()) == ("sparsifiner-edge", "IMAGES/")
+    ran = call(capsys, *following, photographs)
+    assert (ran.code, len(ran.out.splitlines())) == (0, 10), ran.err
     done = call(capsys, *asked, "--at-most-ms", "0.0001")
     assert done.code == 1
     assert "no plan meets 0.0001 ms; the nearest has" in done.err
