@@ -3,6 +3,7 @@
     python benchmarks/search.py [--size 224] [--size 518] [--size 1036] -o FOLDER
     python benchmarks/search.py --seeds 10 -o FOLDER
     python benchmarks/search.py --saliency -o FOLDER
+    python benchmarks/search.py --layouts --size 518 -o FOLDER
 
 DINOv2 ViT-S/14, real weights, untrained. Searches see the development photographs and the calibration images; all that
 is compared is measured over the publication photographs (`demo/split.py`). Uniform: one rate and one share of keys in
@@ -15,10 +16,15 @@ user's: how often the printed lower bound holds on the publication photographs.
 
 With --saliency the demonstration's model, decoder and all, is searched at 518 px for the fastest whose map overlaps
 the dense model's (IoU at .5), in every backend and precision that runs here, beside the dense model in the fastest.
+
+With --layouts what was found at a size before is exported anew with other tiles, probes and cells, which a search
+leaves as they are: each one's time beside the answer's, and over what the search's own plans take at its fidelity.
+Judged by the images that the search was judged by: what decides on a default is not published.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,14 +43,14 @@ from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject, read_result, write_result
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch, linked
 from sparsifiner_edge.search.front import Finalist, SearchResult
 from sparsifiner_edge.search.latency import Deployment, PlanLatency, measured
 from sparsifiner_edge.search.plan import LayerPlan, uniform
 from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.sparse.student import dense_twin, load_student
+from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 
 SEARCHES = {
     224: (("fp32", 0.95), ("fp32", 0.98), ("int8", 0.98)),
@@ -64,6 +70,11 @@ FEW = 8
 EACH_SIDE = 2
 """Uniform settings around the answer's fidelity that are timed."""
 USERS = 40
+LAYOUTS: tuple[dict[str, int], ...] = (
+    {}, {"cells": 8}, {"cells": 32}, {"cells": 64}, {"tile": 8}, {"probe": 4}, {"probe": 16}, {"tile": 32},
+    {"tile": 32, "probe": 16},
+)  # fmt: skip
+"""What is changed of the student's tile 16, probe 8 and 16 cells."""
 OVERLAP, FASTER = 0.95, (1.7, 2.2)
 """Of the demonstration's maps, at least; times the best dense engine: required, aimed at."""
 
@@ -213,17 +224,67 @@ def saliency(work: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def layouts(work: Path, tell: Any) -> list[dict[str, Any]]:
+    """What other tiles, probes and cells give at the plan that was found."""
+    folder = work / "found"
+    result = read_result(folder / "front.json", SearchResult)
+    answer = answer_of(result)
+    engine = Deployment(answer.backend, answer.precision)
+    own = load_student(folder / "student")
+    calibration = linked_images(folder, result)
+    tried = [work / "images" / name for name in result.method.images["tried"]]
+    trial = Trial(load_student(folder / "start"), dense_twin(own).model, tried, "patches")
+    found: list[tuple[dict[str, int], Contender, float]] = []
+    with scratch_folder() as scratch:
+        images = linked(scratch / "images", calibration)
+        for number, change in enumerate(LAYOUTS):
+            tell(f"{number + 1} of {len(LAYOUTS)}: {change}")
+            made = dataclasses.replace(own, sparsity=dataclasses.replace(own.sparsity, **change))
+            student, bundle = scratch / f"student-{number}", scratch / f"bundle-{number}"
+            save_student(made, student)
+            se.export_bundle(
+                student, bundle, precision=engine.precision, calibrate=images if engine.precision == "int8" else None
+            )
+            with open_session(bundle, engine.backend) as session:
+                found.append((change, Contender(bundle, engine), fmean(trial.distances_of(session.infer))))
+        tell("timing")
+        times = Stopwatch(None, None).times([contender for _, contender, _ in found])
+    points = result.statistics.points
+    front = [(x.fidelity, x.predicted_ms[str(engine)]) for x in points if x.on_front and x.fidelity < 1]
+    # What the engine's precision loses is not in the front's fidelities.
+    lost = found[0][2] - next(1 - x.fidelity for x in points if (x.merge, x.keep) == (answer.merge, answer.keep))
+    at_own = time_at(front, 1 - found[0][2] + lost)
+    return [
+        {
+            **{name: change.get(name, getattr(own.sparsity, name)) for name in ("tile", "probe", "cells")},
+            "fidelity": 1 - distance, "ms": ms.value, "times_the_answer": ms.value / times[0].value,
+            "times_the_front": ms.value / times[0].value / (time_at(front, 1 - distance + lost) / at_own),
+        }
+        for (change, _, distance), ms in zip(found, times, strict=True)
+    ]  # fmt: skip
+
+
 @click.command()
 @click.option("--size", "sizes", type=click.Choice([str(size) for size in SEARCHES]), multiple=True)
 @click.option("--seeds", default=0, help="Searches whose check is held against the truth.")
 @click.option("--saliency", "on_saliency", is_flag=True, help="The demonstration's model, by its map.")
+@click.option(
+    "--layouts", "other_layouts", is_flag=True, help="Other tiles, probes and cells, of what was found before."
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder for results; its work/ is gone on from.")  # fmt: skip
-def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, output: Path) -> None:
+def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, other_layouts: bool, output: Path) -> None:
     """See the module's documentation."""
     subject = Subject(path=Unavailable("computed here"), name=material.DINOV2, sha256=Unavailable("computed here"))
     for size in map(int, sizes):
         work = output / "work" / str(size)
+        if other_layouts:
+            rows = layouts(work, err_console.print)
+            columns = list(rows[0])
+            print_table(f"{size} px", columns, [[f"{row[name]:.4g}" for name in columns] for row in rows])
+            method = {"script": "benchmarks/search.py --layouts", "size": size}
+            write_result(output / f"layouts_{size}.json", Result("search", [subject], method, {}, {"rows": rows}))
+            continue
         start = time.monotonic()
         results = searched(size, SEARCHES[size], images_in(work, [*split.development(), *split.calibration()]), work)
         minutes = (time.monotonic() - start) / 60

@@ -39,7 +39,7 @@ from sparsifiner_edge.cli import common
 @click.option("--inline", is_flag=True,
               help="Standard operators alone, for runtimes that know no local functions; no kernels.")  # fmt: skip
 @click.option("--batch", default="1", show_default=True, help='A fixed batch size, or "dynamic".')
-@click.option("--tokens", is_flag=True, help="Also give a classifier's tokens (others always give them).")
+@click.option("--tokens", is_flag=True, help="Also give the tokens of a classifier, or of a model with a decoder.")
 @common.json_option
 @common.output_option("Bundle folder to write.")
 def command(*, source: str, output: Path, as_json: bool, measure: bool, measure_in: str | None, **options: Any) -> None:

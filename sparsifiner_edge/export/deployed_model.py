@@ -26,7 +26,7 @@ class DeployedModel(nn.Module):
     Attributes:
         output_names: of a vision transformer alone "logits" and "features" if it is a classifier, "tokens" too where
             asked; else "features" and "tokens"; where tokens are pruned, "token_positions" follows "tokens". Of other
-            modules as named, or their own (see `outputs_of`).
+            modules as named, or their own (see `outputs_of`), and tokens behind them where asked.
         folded: whether normalisation is. prunes: whether the model removes tokens.
     """
 
@@ -38,7 +38,7 @@ class DeployedModel(nn.Module):
         backbone = backbone_of(self.model)
         backbone.host.settle(backbone)
         backbone.host.fold_layer_scale(backbone)
-        self.names, self.pre = names, pre
+        self.names, self.tokens, self.pre = names, tokens, pre
         self.mean, self.std = (nn.Buffer(torch.tensor(x)[:, None, None], persistent=False) for x in (pre.mean, pre.std))
         self.eval()
         alone = backbone.module is self.model
@@ -51,10 +51,13 @@ class DeployedModel(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """uint8 [B,H,W,3] -> the outputs, in the order of `output_names`."""
         pixels = image.float().permute(0, 3, 1, 2)
-        outputs = outputs_of(self.model, pixels if self.folded else self._normalised(pixels), self.names)
+        outputs = self._outputs(pixels if self.folded else self._normalised(pixels))
         if POSITIONS in outputs:
             outputs[POSITIONS] = outputs[POSITIONS].int()
         return tuple(outputs[name] for name in self.output_names)
+
+    def _outputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        return outputs_of(self.model, pixels, self.names, tokens=self.tokens)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         return (pixels / 255 - self.mean) / self.std
@@ -63,7 +66,7 @@ class DeployedModel(nn.Module):
     def _own_names(self, backbone: Backbone) -> list[str]:
         some = torch.zeros(1, 3, *backbone.image_size)
         try:
-            return list(outputs_of(self.model, some, self.names))
+            return list(self._outputs(some))
         except SparsifinerError:
             raise
         # A module is a user's own: whatever it raises is about it.
@@ -82,10 +85,10 @@ class DeployedModel(nn.Module):
         projection = backbone.embedding
         weight, bias = projection.weight.detach().clone(), projection.bias
         with observed(self.model, lambda *_: None, densely=True):
-            expected = outputs_of(self.model, self._normalised(some), self.names)
+            expected = self._outputs(self._normalised(some))
             fold_normalisation(backbone, self.pre)
             try:
-                got = outputs_of(self.model, some, self.names)
+                got = self._outputs(some)
             finally:
                 projection.weight.copy_(weight)
                 projection.bias = bias

@@ -97,7 +97,8 @@ def export_bundle(
         precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
             attention stays in float32, or for the target "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
-        tokens: also output a classifier's tokens; a model without classifier always does.
+        tokens: also output the tokens of a classifier, or of what is in a model with a decoder; a vision transformer
+            without classifier always does.
         calibrate: for int8 and for another tile: a folder of images like those that the model will see; at most 32
             are used.
         int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.

@@ -40,6 +40,7 @@ class Rules(msgspec.Struct, frozen=True):
         max_seconds: most wall time, whatever is reached by then; None: no such bound.
         enough_queries: so many end it before `seconds`; None: nothing does.
         valid: whether `name`'s own numbers stand.
+        blocks: least number of them.
     """
 
     name: str
@@ -49,13 +50,14 @@ class Rules(msgspec.Struct, frozen=True):
     max_seconds: float | None = None
     enough_queries: int | None = None
     valid: bool = True
+    blocks: int = MIN_BLOCKS
 
     def enough(self, seconds: float, queries: int, blocks: int, wall_s: float = 0.0) -> bool:
         """Whether a side with so much measured, in so much wall time, is done."""
         done = seconds >= self.seconds and queries >= self.min_queries
         many = self.enough_queries is not None and queries >= self.enough_queries
         late = self.max_seconds is not None and wall_s >= self.max_seconds
-        return ((done or many) and blocks >= MIN_BLOCKS) or late
+        return ((done or many) and blocks >= self.blocks) or late
 
 
 def make_rules(name: str, seconds: float | None = None, min_queries: int | None = None, seed: int = 0) -> Rules:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
@@ -24,7 +25,7 @@ from sparsifiner_edge.profiles.measure.side import (
 )
 from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.profiles.profile import profile_bundle
-from sparsifiner_edge.profiles.rules import MIN_BLOCKS, make_rules
+from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.stats import estimate, percentile, quantile_interval
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
@@ -37,6 +38,8 @@ CALIBRATED = 16
 """Images at most that int8 is calibrated with."""
 SECONDS = 4.0
 """Least time measured of each."""
+LEAST_ROUNDS = 10
+"""Of slow models; of ten, the second least and second greatest bound a median at 95 %."""
 ESTIMATED = 0.9
 """Confidence of an estimate's bounds: what its fit was widened to."""
 
@@ -157,7 +160,7 @@ class Stopwatch:
         return power
 
     def _measured(self, subjects: Sequence[Contender]) -> list[Estimate]:
-        rules = make_rules("quick", SECONDS, MIN_BLOCKS)
+        rules = replace(make_rules("quick", SECONDS, LEAST_ROUNDS), blocks=LEAST_ROUNDS)
         on_stage = stage_progress(self._progress, len(subjects) * (SECONDS + 2.0))
         with contextlib.ExitStack() as stack:
             sides: list[MeasuredSide] = []

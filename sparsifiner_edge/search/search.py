@@ -64,7 +64,7 @@ START_SHARE = 0.25
 PREDICTED = 8
 """Images at most that predictors are calibrated with: a minute or two at 518 px."""
 Value = TypeVar("Value")
-STATE_FILE, FRONT, STUDENT, BUNDLE = "search.json", "front.json", "student", "bundle"
+STATE_FILE, FRONT, START, STUDENT, BUNDLE = "search.json", "front.json", "start", "student", "bundle"
 
 
 def search_model(
@@ -303,7 +303,7 @@ def _start(
         return given
     if teacher is not None:
         raise ConfigError("--teacher is for a student.", "Leave it out: a model is its own teacher.")
-    start = folder / "start"
+    start = folder / START
     if not start.exists():
         with scratch_folder() as scratch:
             pictures = linked(scratch / "images", evenly(images, PREDICTED))

@@ -45,10 +45,6 @@ class Trial:
         self._metric, self._distance = metric, _DISTANCES[metric]
         backbone = student.backbone
         self.patches, self._prefix = backbone.patches, backbone.prefix
-        if metric != "task" and backbone.module is not student.model:
-            raise ConfigError(
-                "The bundle of a model with a decoder gives no tokens to judge.", "Judge by --metric task."
-            )
         if metric == "class" and not backbone.class_token:
             raise ConfigError("This model has no class token.", "Judge by --metric patches.")
         if metric == "task" and backbone.module is student.model:
@@ -123,7 +119,7 @@ class Trial:
             raise ConfigError(f"{bundle} has no output {', '.join(sorted(lacking))}.", fix)
 
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]]) -> list[float]:
-        """1 - the metric, image by image, of what a session makes of them; a vision transformer alone gives tokens."""
+        """1 - the metric, image by image, of what a session makes of them."""
         found = []
         for image, wanted in zip(self._raw, self._wanted, strict=True):
             got = {name: torch.from_numpy(np.asarray(value)) for name, value in infer({"image": image}).items()}

@@ -15,26 +15,37 @@ from sparsifiner_edge.sparse.layer import riding
 from sparsifiner_edge.sparse.patch import final_tokens
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-ALONE = ("logits", "features", "tokens")
+TOKENS = "tokens"
+ALONE = ("logits", "features", TOKENS)
 """What a vision transformer alone gives, in this order."""
 
 
-def outputs_of(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+def outputs_of(
+    module: nn.Module, images: Tensor, names: Sequence[str] | None = None, *, tokens: bool = False
+) -> dict[str, Tensor]:
     """Call a module with images [B,3,H,W], as it wants them.
 
     Args:
         names: of its outputs; None takes the module's own: for a vision transformer alone "logits" (where it has
             classes), "features" and "tokens", for a dictionary its keys, else "output" or "output_0", ...
+        tokens: of a module around a vision transformer also "tokens" of that; a vision transformer alone always gives
+            them.
 
     Raises:
         ConfigError: the module gives something else than tensors, or what was named.
     """
     backbone = backbone_of(module)
     if backbone.module is not module:
-        return _named(module(images), names)
-    tokens, positions = final_tokens(module, images)
-    found = backbone.heads(tokens) | {"tokens": tokens}
-    return found if positions is None else found | {POSITIONS: positions}
+        if not tokens:
+            return _named(module(images), names)
+        seen = seen_by(module, images, names)
+        return seen.outputs | _with_positions(seen.tokens, seen.positions)
+    final, positions = final_tokens(module, images)
+    return backbone.heads(final) | _with_positions(final, positions)
+
+
+def _with_positions(tokens: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+    return {TOKENS: tokens} if positions is None else {TOKENS: tokens, POSITIONS: positions}
 
 
 class ModelAnswer(NamedTuple):

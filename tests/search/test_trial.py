@@ -10,9 +10,11 @@ import torch
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
 from sparsifiner_edge.search.plan import LayerPlan, dense, uniform
 from sparsifiner_edge.search.trial import Trial
@@ -80,15 +82,31 @@ def test_a_decoders_map_is_judged_by_its_overlap(tmp_path: Path, pictures: Path)
         return Trial(made, dense_twin(made).model, list_images(pictures), "task")
 
     judged = trial("depth")
-    made = load_student(tmp_path / "depth", trust=[FACTORIES])
-    with pytest.raises(ConfigError, match="gives no tokens"):
-        Trial(made, dense_twin(made).model, list_images(pictures), "patches")
     depth = len(judged.selects)
     assert judged.distances(dense(depth)) == [0.0] * 3
     mild, harsh = (np.mean(judged.distances(uniform(rate, 1.0, depth, judged.patches))) for rate in (1, 8))
     assert 0 < mild < harsh <= 1
     with pytest.raises(ConfigError, match="outputs are: mask, heat"):
         trial("masked")
+
+
+def test_the_tokens_of_a_model_with_a_decoder_are_judged_too(tmp_path: Path, pictures: Path) -> None:
+    start = sparsify(f"{FACTORIES}:depth", tmp_path / "start", keep=0.5)
+    made = load_student(start, trust=[FACTORIES])
+    judged = Trial(made, dense_twin(made).model, list_images(pictures), "patches")
+    plan = uniform(8, 1.0, len(judged.selects), judged.patches)
+    whole, lacking = (
+        export_bundle(
+            start, tmp_path / str(tokens), merge=plan.merge, keep=plan.short_keep, tokens=tokens, trust=[FACTORIES]
+        )
+        for tokens in (True, False)
+    )
+    with open_session(whole) as session:
+        assert [output.name for output in session.outputs] == ["depth", "tokens"]
+        judged.require_comparable(session, whole)
+        np.testing.assert_allclose(judged.distances_of(session.infer), judged.distances(plan), rtol=0.02)
+    with open_session(lacking) as session, pytest.raises(ConfigError, match="no output tokens"):
+        judged.require_comparable(session, lacking)
 
 
 @pytest.mark.parametrize("patches", [100, 61, 17])
