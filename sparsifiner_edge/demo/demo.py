@@ -97,7 +97,7 @@ LAYER = 8
 """The layer whose selection is drawn: late enough to be semantic, early enough to differ between queries."""
 DRAWN = (2, 0, 1)
 """Of the development photographs."""
-RESULT, PAGE, IMAGES, FOUND = "result.json", "report.html", "images", "found"
+RESULT, PAGE, IMAGES, FOUND, SPARSE = "result.json", "report.html", "images", "found", "sparse"
 STEPS = 5
 
 
@@ -135,7 +135,9 @@ def run_demo(output: Path, progress: Progress) -> DemoResult:
     stage("export dense")
     dense = export_bundle(source, output / "dense", img_size=SIZE)
     stage("evaluate")
-    bundle = output / FOUND / BUNDLE
+    bundle = output / SPARSE
+    bundle.unlink(missing_ok=True)
+    bundle.symlink_to(Path(FOUND) / BUNDLE)
     task = evaluate_student(bundle, split.development(), against=dense, metric="task")
     stage("profile")
     # What the table shows, and no more: neither time per layer nor power.
