@@ -113,9 +113,9 @@ class Search:
         depth, alone = len(selects), dense(len(selects))
         merged = [_with(alone, layer, merge=patches // 4) for layer in range(depth)]
         merge = self.measure(merged, "each layer alone, merging")
-        reading = [[_with(alone, layer, keep=share) for share in PROBED] for layer in range(depth) if selects[layer]]
-        found = iter(self.measure([plan for plans in reading for plan in plans], "each layer alone, reading"))
-        keep = [[next(found) for _ in PROBED] if own else [1.0, 0.5] for own in selects]
+        reading = [_with(alone, layer, keep=PROBED) for layer in range(depth) if selects[layer]]
+        found = iter(self.measure(reading, "each layer alone, reading"))
+        keep = [next(found) if own else 1.0 for own in selects]
         model = FidelityModel(Sensitivities(np.array(merge), np.array(keep)), patches)
         known = [seen for seen in self.state.seen if not seen.plan.is_dense and seen.plan != but]
         return model.fitted([seen.plan for seen in known], [fmean(seen.distances) for seen in known])

@@ -2,10 +2,10 @@
 
 A layer that merges a share f of its tokens loses a_l f^s t^b: the pairs most alike merge first, so that more merge ever
 worse (s); t is the mean size of the tokens, since those that merged before are less alike than single ones (b). One
-that reads few keys loses k_l(share) times the share of tokens that is left to the power q. Distances (1 - cosine) of
-perturbations that do not know of each other add; what they lack or exceed together is one factor and one exponent for
-all. Everything starts from one measurement of each layer alone, and is fitted anew to all plans that were measured, in
-the logarithm.
+that reads a share of its keys loses k_l share^-p times the share of tokens that is left to the power q. Distances (1 -
+cosine) of perturbations that do not know of each other add; what they lack or exceed together is one factor and one
+exponent for all. Everything starts from two measurements of each layer alone, and is fitted anew to all plans that were
+measured, in the logarithm.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from torch import Tensor
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.search.plan import LayerPlan
 
-PROBED = (0.1, 0.35)
-"""Shares of keys that each layer is measured with alone; others lie on the power law through the two."""
-STEEP, SIZE, LEFT = 1.6, 0.5, 0.0
-"""s, b and q before anything is fitted."""
+PROBED = 0.2
+"""Share of keys that each layer is measured with alone."""
+STEEP, SIZE, LEFT, FALL = 1.6, 0.5, 0.0, 1.6
+"""s, b, q and each layer's p before anything is fitted."""
 QUARTER = 0.25
 """Share that merges where a layer is measured alone."""
-SPREADS = {"merge": 0.7, "keep": 0.7, "steep": 0.5, "size": 1.0, "left": 0.7, "factor": 0.7, "exponent": 0.15}
+SPREADS = {
+    "merge": 0.7, "keep": 0.7, "fall": 0.4, "steep": 0.5, "size": 1.0, "left": 0.7, "factor": 0.7, "exponent": 0.15,
+}  # fmt: skip
 """How far each parameter is expected to move, against a distance's logarithm."""
 NOISE = 0.1
 """Of a measured distance's logarithm that no model explains."""
@@ -37,8 +39,8 @@ LEAST = 1e-7
 
 
 class Sensitivities(NamedTuple):
-    """Distances of the model with one layer changed: where an even quarter of the patches merges [L], and at each of
-    `PROBED` [L,2].
+    """Distances of the model with one layer changed: where an even quarter of the patches merges [L], and where it
+    reads `PROBED` of its keys [L].
     """
 
     merge: Array
@@ -55,11 +57,9 @@ class FidelityModel:
     def __init__(self, alone: Sensitivities, patches: int) -> None:
         self.patches = patches
         merge, keep = (torch.from_numpy(np.maximum(x, LEAST)).double() for x in alone)
-        self._quarter, self._at_first = merge, keep[:, 0]
-        steps = math.log(PROBED[1] / PROBED[0])
-        self._fall = (torch.log(keep[:, 0] / keep[:, 1]) / steps).clamp(0.2, 4.0)
+        self._quarter, self._at_probed = merge, keep
         self.parameters = {name: torch.zeros(1).double() for name in SPREADS}
-        self.parameters |= {name: torch.zeros(len(merge)).double() for name in ("merge", "keep")}
+        self.parameters |= {name: torch.zeros(len(merge)).double() for name in ("merge", "keep", "fall")}
 
     def merging(self, layer: int, before: Array, after: Array) -> Array:
         """What merging so many patches down to so many loses in this layer."""
@@ -71,7 +71,7 @@ class FidelityModel:
         if share == 1:
             return np.zeros(np.shape(counts))
         left = np.asarray(counts, float) / self.patches
-        weight = float(self._keep_weights()[layer]) * (share / PROBED[0]) ** -float(self._fall[layer])
+        weight = float(self._keep_weights()[layer]) * (share / PROBED) ** -float(self._falls()[layer])
         return np.asarray(weight * left ** float(self.parameters["left"]))
 
     def joined(self, total: float) -> float:
@@ -111,13 +111,16 @@ class FidelityModel:
         return self._quarter * self.parameters["merge"].exp()
 
     def _keep_weights(self) -> Tensor:
-        return self._at_first * self.parameters["keep"].exp()
+        return self._at_probed * self.parameters["keep"].exp()
+
+    def _falls(self) -> Tensor:
+        return (FALL + self.parameters["fall"]).clamp(0.2, 4.0)
 
     def _logs(self, plans: Sequence[LayerPlan]) -> Tensor:
         counts = torch.tensor([plan.counts(self.patches) for plan in plans]).double()
         left, shares = counts / self.patches, torch.tensor([plan.keep for plan in plans]).double()
         merging = (self._merge_weights() * self._merging(counts[:, :-1], counts[:, :-1] - counts[:, 1:])).sum(1)
-        reading = self._keep_weights() * (shares / PROBED[0]) ** -self._fall * left[:, :-1] ** self.parameters["left"]
+        reading = self._keep_weights() * (shares / PROBED) ** -self._falls() * left[:, :-1] ** self.parameters["left"]
         total = merging + (reading * (shares < 1)).sum(1)
         exponent = 1 + self.parameters["exponent"]
         return self.parameters["factor"] + exponent * torch.log(total.clamp_min(LEAST))
