@@ -11,8 +11,9 @@ all layers, a grid of twenty, of which those around the answer's fidelity are ex
 beside it; "at equal fidelity" interpolates between them as `frontier.py` does. Predictions are those of finalists at
 several bounds: of fidelity by all other plans that were measured, of latency by parts.
 
-With --seeds searches at 224 px keep other images for their check, forty photographs of the training set being the
-user's: how often the printed lower bound holds on the publication photographs.
+With --seeds searches at 224 px keep other images for their check: how often the printed lower bound holds on the
+publication photographs. The user's images are forty, of both kinds that those are of: the development and calibration
+images, as the photographs of one publication package, and photographs of the training set, as those of the other.
 
 With --saliency the demonstration's model, decoder and all, is searched at 518 px for the fastest whose map overlaps
 the dense model's (IoU at .5), in every backend and precision that runs here, beside the dense model in the fastest.
@@ -186,7 +187,8 @@ def linked_images(folder: Path, result: SearchResult) -> list[Path]:
 
 def checks(count: int, work: Path, tell: Any) -> list[dict[str, Any]]:
     """By seed: the lower bound that a search printed, and what its answer has over the publication photographs."""
-    images = images_in(work / "seeds", evenly(split.training(), USERS))
+    own = [*split.development(), *split.calibration()]
+    images = images_in(work / "seeds", [*own, *evenly(split.training(), USERS - len(own))])
     rows = []
     for seed in range(count):
         folder = work / "seeds" / f"found-{seed}"

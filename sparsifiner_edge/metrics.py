@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.errors import ConfigError
 
 
 def cosine(a: Array, b: Array) -> Array:
@@ -98,9 +100,13 @@ def auroc(scores: Array, truth: Array) -> float | None:
     return float((ranks[wanted].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
 
+MAPS = "maps"
+"""The task that needs no code: dense maps."""
+
+
 class TaskMetric(Protocol):
     """How well a model does a user's task; `evaluate --metric task --task package.module:class` makes one for the model
-    and one for its teacher.
+    and one for its teacher, `search` one for both, of which it asks `update` alone.
 
     Attributes:
         higher_is_better: of `result`, and of what `update` returns.
@@ -117,6 +123,52 @@ class TaskMetric(Protocol):
 
     def result(self) -> float:
         """How well it did on all."""
+
+
+def metric_maker(name: str) -> Callable[[], TaskMetric]:
+    """What makes a user's metric.
+
+    Args:
+        name: package.module:class.
+
+    Raises:
+        ConfigError: it cannot be imported; and where it is called: it fails, or makes no `TaskMetric`.
+    """
+    module, _, own = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), own)
+    except Exception as error:
+        raise ConfigError(
+            f"The task {name!r} cannot be imported: {type(error).__name__}: {error}.",
+            f"Give {MAPS}, or your own as package.module:class, with its package in PYTHONPATH.",
+        ) from error
+
+    def make() -> TaskMetric:
+        try:
+            metric = found()
+        except Exception as error:
+            raise ConfigError(f"{name} failed: {type(error).__name__}: {error}.", "Mend it.") from error
+        lacking = [part for part in ("update", "result", "higher_is_better") if not hasattr(metric, part)]
+        if lacking:
+            raise ConfigError(f"{name} has no {lacking[0]}.", "See metrics.TaskMetric for what one has.")
+        return metric  # type: ignore[no-any-return]
+
+    return make
+
+
+def answered(metric: TaskMetric, method: Callable[..., Any], *arguments: Any) -> float | None:
+    """What a user's metric answers, which may fail in any way.
+
+    Raises:
+        ConfigError: it does.
+    """
+    try:
+        answer = method(*arguments)
+        return None if answer is None else float(answer)
+    except Exception as error:
+        raise ConfigError(
+            f"{type(metric).__name__}.{method.__name__} failed: {type(error).__name__}: {error}.", "Mend the metric."
+        ) from error
 
 
 POSITIONS = "token_positions"

@@ -29,7 +29,9 @@ TOLD_DRIFT = 0.1
     "--at-most-mj", type=float, metavar="MJ", help="The nearest to the dense model that takes no more energy."
 )
 @click.option("--metric", type=click.Choice(("patches", "class", "task")), default="patches", show_default=True,
-              help="Fidelity: cosine of patch tokens, of the class token, or IoU of a decoder's map.")  # fmt: skip
+              help="Fidelity: cosine of patch tokens, of the class token, or a task's (see --task).")  # fmt: skip
+@click.option("--task", metavar="maps|package.module:class",
+              help="For task: a decoder's map, by IoU, or a metric of your own.  [default: maps]")  # fmt: skip
 @common.weights_option
 @common.img_size_option("model")
 @click.option("--teacher", metavar="MODEL", help="The dense model of a student that was trained.")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +15,20 @@ from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.extract import Extractor, TeacherComparison, open_both, with_roles
 from sparsifiner_edge.images import SUFFIXES, centre_text, load_image, load_mask
-from sparsifiner_edge.metrics import TaskMetric, auroc, intersection_over_union, mean_absolute_error
+from sparsifiner_edge.metrics import (
+    MAPS,
+    TaskMetric,
+    answered,
+    auroc,
+    intersection_over_union,
+    mean_absolute_error,
+    metric_maker,
+)
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.runtime.session import Runtime
 
-MAPS = "maps"
-"""The task that needs no code: dense maps."""
 THRESHOLD = 0.5
 
 
@@ -82,7 +87,7 @@ def evaluate_task(
     if not 0 < task.threshold < 1:
         raise ConfigError(f"threshold is {task.threshold}.", "Give a number between 0 and 1.")
     masks = None if task.masks is None else _masks(task.masks, images)
-    own = None if task.name == MAPS else _imported(task.name)
+    own = None if task.name == MAPS else metric_maker(task.name)
     if own and (masks or task.output):
         raise ConfigError("Masks and the name of a map are for the task maps.", "Leave them out.")
     with contextlib.ExitStack() as stack:
@@ -193,28 +198,17 @@ class _Own(_Judge):
         self.subject, self.teacher = subject, teacher
 
     def see(self, path: Path, got: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
-        scores = [self._asked(metric.update, outputs, path) for metric, outputs in
+        scores = [answered(metric, metric.update, outputs, path) for metric, outputs in
                   ((self.subject, got), (self.teacher, expected))]  # fmt: skip
         self.add_both("score", scores[0], scores[1], bool(self.subject.higher_is_better))
 
     def said(self) -> dict[str, Any]:
-        results = {role: self._asked(metric.result) for role, metric in
+        results = {role: answered(metric, metric.result) for role, metric in
                    (("subject", self.subject), ("teacher", self.teacher))}  # fmt: skip
         missing = [role for role, value in results.items() if value is None]
         if missing:
             raise ConfigError(f"The metric's result for the {missing[0]} is None.", "Let result return a number.")
         return {"higher_is_better": bool(self.subject.higher_is_better), "results": results}
-
-    def _asked(self, method: Callable[..., Any], *arguments: Any) -> float | None:
-        """What a user's own code answers, which may fail in any way."""
-        try:
-            answer = method(*arguments)
-            return None if answer is None else float(answer)
-        except Exception as error:
-            raise ConfigError(
-                f"{type(self.subject).__name__}.{method.__name__} failed: {type(error).__name__}: {error}.",
-                "Mend the metric.",
-            ) from error
 
 
 def _nearest(there: int, here: int) -> Array:
@@ -231,27 +225,3 @@ def _masks(folder: Path, images: Sequence[Path]) -> dict[Path, Path]:
     if missing:
         raise ImageError(f"{folder} holds no mask for {missing[0]}.", "Name masks as the images, such as 7.jpg, 7.png.")
     return {path: found[path.stem] for path in images}
-
-
-def _imported(name: str) -> Callable[[], TaskMetric]:
-    """What makes a user's metric."""
-    module, _, own = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), own)
-    except Exception as error:
-        raise ConfigError(
-            f"The task {name!r} cannot be imported: {type(error).__name__}: {error}.",
-            f"Give {MAPS}, or your own as package.module:class, with its package in PYTHONPATH.",
-        ) from error
-
-    def make() -> TaskMetric:
-        try:
-            metric = found()
-        except Exception as error:
-            raise ConfigError(f"{name} failed: {type(error).__name__}: {error}.", "Mend it.") from error
-        lacking = [part for part in ("update", "result", "higher_is_better") if not hasattr(metric, part)]
-        if lacking:
-            raise ConfigError(f"{name} has no {lacking[0]}.", "See metrics.TaskMetric for what one has.")
-        return metric  # type: ignore[no-any-return]
-
-    return make

@@ -10,12 +10,13 @@ from typing import NamedTuple
 from sparsifiner_edge.bundle.entries import ON_PROCESSOR
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.images import evenly, list_images
+from sparsifiner_edge.metrics import MAPS
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.search.explore import Bound
+from sparsifiner_edge.search.judge import FIDELITIES
 from sparsifiner_edge.search.latency import Deployment
-from sparsifiner_edge.search.trial import FIDELITIES
 
 MOST_ASKED = 1e6
 """Milliseconds or millijoules."""
@@ -23,7 +24,7 @@ PRECISIONS, BOARD_PRECISIONS = ("fp32", "int8"), ("fp16", "int8")
 """That are searched: here and for a CPU, and for a board's GPU."""
 LEAST_IMAGES, CHECKED = 5, 5
 """Images that a search takes at least; one of so many is kept for the check."""
-LEAST_TRIED, MOST_TRIED, PATCHES = 6, 12, 16_000
+LEAST_TRIED, MOST_TRIED, PATCHES = 6, 24, 16_000
 """Images that plans are judged by: of large ones fewer, so that they have about so many patches together."""
 
 
@@ -43,6 +44,7 @@ class Asked(NamedTuple):
     bound: Bound
     at_most_mj: float | None
     metric: str
+    task: str | None
     seed: int
     board: Board | None
     engines: list[Deployment]
@@ -56,7 +58,7 @@ class Asked(NamedTuple):
 
 
 def what_is_asked(
-    bounds: tuple[float | None, float | None, float | None], metric: str, backends: Sequence[str],
+    bounds: tuple[float | None, float | None, float | None], metric: str, task: str | None, backends: Sequence[str],
     precisions: Sequence[str], board: str | Path | None, data: str | Path, seed: int,
 ) -> Asked:  # fmt: skip
     """See `search_model`; bounds: at least, at most ms, at most mJ.
@@ -66,7 +68,11 @@ def what_is_asked(
         SparsifinerError: a backend that was named does not run here; no such board.
     """
     bound, device = _bound(*bounds, metric), None if board is None else load_board(board)
-    return Asked(bound, bounds[2], metric, seed, device, *_engines(backends, precisions, device), _split(data, seed))
+    if task is not None and metric != "task":
+        raise ConfigError(f"--task goes with --metric task, not {metric}.", "Leave one of the two out.")
+    engines, left_out = _engines(backends, precisions, device)
+    own = None if task == MAPS else task
+    return Asked(bound, bounds[2], metric, own, seed, device, engines, left_out, _split(data, seed))
 
 
 def _bound(at_least: float | None, at_most_ms: float | None, at_most_mj: float | None, metric: str) -> Bound:

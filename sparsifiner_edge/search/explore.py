@@ -116,7 +116,7 @@ class Search:
         reading = [_with(alone, layer, keep=PROBED) for layer in range(depth) if selects[layer]]
         found = iter(self.measure(reading, "each layer alone, reading"))
         keep = [next(found) if own else 1.0 for own in selects]
-        model = FidelityModel(Sensitivities(np.array(merge), np.array(keep)), patches)
+        model = FidelityModel(Sensitivities(np.array(merge), np.array(keep)), patches, self.trial.judge.least)
         known = [seen for seen in self.state.seen if not seen.plan.is_dense and seen.plan != but]
         return model.fitted([seen.plan for seen in known], [fmean(seen.distances) for seen in known])
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.search.judge import ROUNDING
 from sparsifiner_edge.search.plan import LayerPlan
 
 PROBED = 0.2
@@ -34,8 +35,6 @@ SPREADS = {
 NOISE = 0.1
 """Of a measured distance's logarithm that no model explains."""
 FIT_STEPS, FIT_RATE = 400, 0.05
-LEAST = 1e-7
-"""A distance counts as no smaller: rounding is as large."""
 
 
 class Sensitivities(NamedTuple):
@@ -51,12 +50,12 @@ class FidelityModel:
     """Distances of plans.
 
     Args:
-        alone: each layer's. patches: of the image.
+        alone: each layer's. patches: of the image. least: a distance counts as no smaller.
     """
 
-    def __init__(self, alone: Sensitivities, patches: int) -> None:
-        self.patches = patches
-        merge, keep = (torch.from_numpy(np.maximum(x, LEAST)).double() for x in alone)
+    def __init__(self, alone: Sensitivities, patches: int, least: float = ROUNDING) -> None:
+        self.patches, self._least = patches, least
+        merge, keep = (torch.from_numpy(np.maximum(x, least)).double() for x in alone)
         self._quarter, self._at_probed = merge, keep
         self.parameters = {name: torch.zeros(1).double() for name in SPREADS}
         self.parameters |= {name: torch.zeros(len(merge)).double() for name in ("merge", "keep", "fall")}
@@ -77,7 +76,7 @@ class FidelityModel:
     def joined(self, total: float) -> float:
         """The distance of a plan whose layers lose so much together."""
         factor, exponent = (float(self.parameters[name]) for name in ("factor", "exponent"))
-        return math.exp(factor + (1 + exponent) * math.log(max(total, LEAST)))
+        return math.exp(factor + (1 + exponent) * math.log(max(total, self._least)))
 
     def of(self, plan: LayerPlan) -> float:
         """The distance of a plan."""
@@ -86,7 +85,7 @@ class FidelityModel:
 
     def fitted(self, plans: Sequence[LayerPlan], distances: Sequence[float]) -> FidelityModel:
         """Fit to what was measured, in place."""
-        wanted = torch.log(torch.tensor(distances).double().clamp_min(LEAST))
+        wanted = torch.log(torch.tensor(distances).double().clamp_min(self._least))
         for value in self.parameters.values():
             value.requires_grad_(True)
         optimiser = torch.optim.Adam(list(self.parameters.values()), lr=FIT_RATE)
@@ -123,4 +122,4 @@ class FidelityModel:
         reading = self._keep_weights() * (shares / PROBED) ** -self._falls() * left[:, :-1] ** self.parameters["left"]
         total = merging + (reading * (shares < 1)).sum(1)
         exponent = 1 + self.parameters["exponent"]
-        return self.parameters["factor"] + exponent * torch.log(total.clamp_min(LEAST))
+        return self.parameters["factor"] + exponent * torch.log(total.clamp_min(self._least))

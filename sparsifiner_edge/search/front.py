@@ -79,6 +79,7 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     metric: str
+    task: str | None = None
     at_least: float | None
     at_most_ms: float | None
     at_most_mj: float | None

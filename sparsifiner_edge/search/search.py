@@ -51,9 +51,10 @@ from sparsifiner_edge.search.front import (
     named,
     not_dominated,
 )
+from sparsifiner_edge.search.judge import FIDELITIES
 from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency, measured
 from sparsifiner_edge.search.plan import LayerPlan, dense
-from sparsifiner_edge.search.trial import FIDELITIES, Trial
+from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import Student, load_student, sparsify
 from sparsifiner_edge.sparse.teacher import teacher_of
 
@@ -76,6 +77,7 @@ def search_model(
     at_most_ms: float | None = None,
     at_most_mj: float | None = None,
     metric: str = FIDELITIES[0],
+    task: str | None = None,
     weights: str | Path | None = None,
     img_size: ImageSize | None = None,
     teacher: str | None = None,
@@ -97,7 +99,8 @@ def search_model(
             there is gone on from.
         at_least: fidelity in (0, 1). at_most_ms: latency. at_most_mj: energy of an image, which the power of the dense
             model turns into a latency. One of them.
-        metric: one of `FIDELITIES`.
+        metric: one of `FIDELITIES`. task: of "task" a `metrics.TaskMetric` of yours with scores from 0 to 1, as
+            package.module:class; None or "maps": IoU of a decoder's map.
         weights, img_size: for a model; weights: or the teacher's.
         teacher: of a student that was trained: its dense model.
         backends: of the processor; none: all that run here. precisions: none: fp32 and int8, or for a
@@ -120,13 +123,13 @@ def search_model(
     """
     end = time.monotonic() + 60 * minutes * (1 - RESERVED)
     bounds = at_least, at_most_ms, at_most_mj
-    asked = what_is_asked(bounds, metric, backends, precisions, board, data, seed)
+    asked = what_is_asked(bounds, metric, task, backends, precisions, board, data, seed)
     images, folder = asked.images, Path(output)
     bundles = [open_bundle(Path(path)).folder for path in against]
     about = {
         "source": str(source), "weights": None if weights is None else str(weights), "teacher": teacher,
         "img_size": img_size, "metric": metric, "images": [str(path) for path in images.searched],
-    }  # fmt: skip
+    } | ({} if asked.task is None else {"task": asked.task})  # fmt: skip
     state = _state(folder, about)
     start = _start(source, folder, state, weights, img_size, teacher, images.searched, progress)
     student = load_student(start, trust=trust)
@@ -135,7 +138,8 @@ def search_model(
     images = asked.images
     # A model's weights are those that its student was made of.
     dense_model = teacher_of(student, teacher, Path(weights) if weights and start == Path(source) else None)
-    search = Search(Trial(student, dense_model.model, images.tried, metric), state, folder / STATE_FILE, progress)
+    tried = Trial(student, dense_model.model, images.tried, metric, asked.task)
+    search = Search(tried, state, folder / STATE_FILE, progress)
     with io_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     state.save(search.file)
@@ -149,7 +153,7 @@ def search_model(
             model = explore(search, found, told.bound, student.sparsity.tile, end)
             ending = _ended(exports, Shortlist(search, found, model, told.bound), told.begun, rivals, stopwatch)
             if meets(ending.best, told.bound):
-                check = checked(ending.best, Trial(student, dense_model.model, images.checked, metric))
+                check = checked(ending.best, Trial(student, dense_model.model, images.checked, metric, asked.task))
                 ending = ending._replace(check=check)
                 keep_answer(ending.best, start, folder, trust)
         except BaseException:  # Ctrl-C too: what was found so far stays, and an earlier answer with its own front.
@@ -196,8 +200,9 @@ def _begin(
     )
     found.left_out.update(refused)
     method = SearchMethod(
-        metric=asked.metric, at_least=bound.at_least, at_most_ms=bound.at_most_ms, at_most_mj=asked.at_most_mj,
-        watts=watts, seed=asked.seed, board=None if asked.board is None else asked.board.name,
+        metric=asked.metric, task=asked.task, at_least=bound.at_least, at_most_ms=bound.at_most_ms,
+        at_most_mj=asked.at_most_mj, watts=watts, seed=asked.seed,
+        board=None if asked.board is None else asked.board.name,
         images={use: [path.name for path in paths] for use, paths in asked.images._asdict().items()},
         tables={str(engine): latency.table.about for engine, latency in found.latencies.items()},
     )  # fmt: skip

@@ -15,19 +15,16 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.metrics import intersection_over_union
 from sparsifiner_edge.ops.torch_native import native_kernels
 from sparsifiner_edge.runtime.session import Session
+from sparsifiner_edge.search.judge import judge_of
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.sparse.attention import SparseAttention
-from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
+from sparsifiner_edge.sparse.outputs import TOKENS, ModelAnswer, seen_by
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
-FIDELITIES = ("patches", "class", "task")
-"""Mean cosine of the final patch tokens; cosine of the class token; IoU of a decoder's map at .5. Each to the dense
-model's, 1 at best."""
 MOST_REMEMBERED = 1 << 30
 """Bytes of what layers make of the images when nothing is sparse."""
 
@@ -35,30 +32,26 @@ MOST_REMEMBERED = 1 << 30
 class Trial:
     """A student whose layers all have predictors, and what its dense model makes of some images.
 
+    Args:
+        metric: one of `judge.FIDELITIES`. task: of "task" a user's metric; None: a decoder's map.
+
     Attributes:
         patches: of the backbone. selects: by layer whether it has a predictor; one without stays dense.
+        judge: of what a model makes of the images.
     """
 
-    def __init__(self, student: Student, teacher: Any, paths: Sequence[Path], metric: str) -> None:
+    def __init__(
+        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, task: str | None = None
+    ) -> None:
         self._student = student
         self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
-        self._metric, self._distance = metric, _DISTANCES[metric]
-        backbone = student.backbone
-        self.patches, self._prefix = backbone.patches, backbone.prefix
-        if metric == "class" and not backbone.class_token:
-            raise ConfigError("This model has no class token.", "Judge by --metric patches.")
-        if metric == "task" and backbone.module is student.model:
-            raise ConfigError("This model has no decoder whose map could be judged.", "Judge by --metric patches.")
+        self.patches = student.backbone.patches
         self._raw = [load_image(path, student.img_size)[None] for path in paths]
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():
-            self._wanted = [seen_by(teacher, image, student.outputs) for image in self._pixels]
+            wanted = [seen_by(teacher, image, student.outputs) for image in self._pixels]
+        self.judge = judge_of(metric, task, student, teacher, wanted, paths)
         self._made: list[list[Tensor]] = []
-        if metric == "task" and len(self._wanted[0].outputs) != 1:
-            named = ", ".join(self._wanted[0].outputs) or "none"
-            raise ConfigError(
-                f"One map is judged, and this model's outputs are: {named}.", "Judge by --metric patches."
-            )
 
     @torch.inference_mode()
     def distances(self, plan: LayerPlan) -> list[float]:
@@ -69,10 +62,10 @@ class Trial:
         set_budget(self._student.model, plan.config(self._student.sparsity), keep_predictors=True)
         layers, found = self._student.backbone.layers, []
         with native_kernels(available_cores()):
-            for pixels, outputs, wanted in zip(self._pixels, made, self._wanted, strict=True):
+            for number, (pixels, outputs) in enumerate(zip(self._pixels, made, strict=True)):
                 with _giving(layers, outputs):
                     seen = seen_by(self._student.model, pixels, self._student.outputs)
-                found.append(self._distance(seen, wanted, self._prefix))
+                found.append(self.judge.distance(number, seen))
         return found
 
     def _by_dense_layers(self, count: int) -> list[list[Tensor]]:
@@ -80,7 +73,7 @@ class Trial:
         that takes more memory than `MOST_REMEMBERED`.
         """
         student, depth = self._student, len(self.selects)
-        size = student.backbone.width * (self._prefix + self.patches) * self._pixels[0].element_size()
+        size = student.backbone.width * (student.backbone.prefix + self.patches) * self._pixels[0].element_size()
         if count == 0 or size * depth * len(self._pixels) > MOST_REMEMBERED:
             return [[] for _ in self._pixels]
         if not self._made:
@@ -109,22 +102,20 @@ class Trial:
             ConfigError: it is one.
         """
         (given,) = session.inputs
-        wanted = {"tokens"} if self._metric != "task" else set(self._wanted[0].outputs)
-        lacking = wanted - {output.name for output in session.outputs}
+        lacking = self.judge.reads - {output.name for output in session.outputs}
         size = list(self._raw[0].shape[1:3])
         if list(given.shape[1:3]) != size:
             raise ConfigError(f"{bundle} takes images of {list(given.shape[1:3])}.", f"Export one that takes {size}.")
         if lacking:
-            fix = "Export it with --tokens." if self._metric != "task" else "Give one of the same model."
+            fix = "Export it with --tokens." if TOKENS in lacking else "Give one of the same model."
             raise ConfigError(f"{bundle} has no output {', '.join(sorted(lacking))}.", fix)
 
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]]) -> list[float]:
         """1 - the metric, image by image, of what a session makes of them."""
         found = []
-        for image, wanted in zip(self._raw, self._wanted, strict=True):
+        for number, image in enumerate(self._raw):
             got = {name: torch.from_numpy(np.asarray(value)) for name, value in infer({"image": image}).items()}
-            tokens = got.get("tokens", torch.empty(0))
-            found.append(self._distance(ModelAnswer(tokens, None, got), wanted, self._prefix))
+            found.append(self.judge.distance(number, ModelAnswer(got.pop(TOKENS, torch.empty(0)), None, got)))
         return found
 
 
@@ -138,26 +129,3 @@ def _giving(layers: Sequence[Any], outputs: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for layer, _ in zip(layers, outputs, strict=False):
             del layer.forward
-
-
-def _of_patches(seen: ModelAnswer, wanted: ModelAnswer, prefix: int) -> float:
-    return 1 - float(torch.cosine_similarity(seen.tokens[:, prefix:], wanted.tokens[:, prefix:], dim=-1).mean())
-
-
-def _of_class(seen: ModelAnswer, wanted: ModelAnswer, _: int) -> float:
-    return 1 - float(torch.cosine_similarity(seen.tokens[:, 0], wanted.tokens[:, 0], dim=-1).mean())
-
-
-def _of_map(seen: ModelAnswer, wanted: ModelAnswer, _: int) -> float:
-    ((name, dense),) = wanted.outputs.items()
-    found = intersection_over_union(_mask(seen.outputs[name]), _mask(dense))
-    return 0.0 if found is None else 1 - found
-
-
-def _mask(x: Tensor) -> Any:
-    return (x > 0.5).numpy()
-
-
-_DISTANCES: dict[str, Callable[[ModelAnswer, ModelAnswer, int], float]] = dict(
-    zip(FIDELITIES, (_of_patches, _of_class, _of_map), strict=True)
-)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 class Brightness:
     """The mean of a map, as a score for each image and for all."""
@@ -41,3 +43,31 @@ class Mute(Brightness):
 class Partial:
     def update(self) -> None:
         pass
+
+
+class Covered:
+    """How much of the picture a mask covers: a score from 0 to 1."""
+
+    higher_is_better = True
+
+    def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
+        return float((outputs["mask"] > 0.5).mean())
+
+    def result(self) -> float:
+        return 1.0
+
+
+class Sure(Covered):
+    """Of a classifier: the probability of its class; smaller is better."""
+
+    higher_is_better = False
+
+    def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
+        assert set(outputs) == {"logits", "features", "tokens"}
+        shares = np.exp(outputs["logits"] - outputs["logits"].max())
+        return float(shares.max() / shares.sum())
+
+
+class Silent(Covered):
+    def update(self, outputs: Mapping[str, Any], path: Path) -> float | None:
+        return None

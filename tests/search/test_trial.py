@@ -109,6 +109,35 @@ def test_the_tokens_of_a_model_with_a_decoder_are_judged_too(tmp_path: Path, pic
         judged.require_comparable(session, lacking)
 
 
+@pytest.mark.parametrize(("factory", "metric"), [("masked", "Covered"), (None, "Sure")])
+def test_a_metric_of_the_users_own(
+    tmp_path: Path, pictures: Path, tiny_student: Path, factory: str | None, metric: str
+) -> None:
+    start = sparsify(f"{FACTORIES}:{factory}", tmp_path / "start", keep=0.5) if factory else tiny_student
+    trust = [FACTORIES] if factory else []
+    made = load_student(start, trust=trust)
+    teacher, paths = dense_twin(made).model, list_images(pictures)
+    judged = Trial(made, teacher, paths, "task", f"tests.hosts.metrics:{metric}")
+    mild, harsh = (uniform(rate, 1.0, len(judged.selects), judged.patches) for rate in (4, 20))
+    assert judged.distances(dense(len(judged.selects))) == [0.0] * len(paths)
+    found = [judged.distances(plan) for plan in (mild, harsh)]
+    assert all(0 <= lost <= 1 for row in found for lost in row)
+    assert sum(found[1]) > 0
+    tokens = factory is None
+    bundle = export_bundle(
+        start, tmp_path / "bundle", merge=harsh.merge, keep=harsh.short_keep, tokens=tokens, trust=trust
+    )
+    with open_session(bundle) as session:
+        judged.require_comparable(session, bundle)
+        np.testing.assert_allclose(judged.distances_of(session.infer), found[1], atol=0.02)
+    for name, words in (
+        ("Silent", "A search needs a score"), ("Broken", "Broken.update failed"), ("Unmade", "no labels here"),
+        ("Missing", "cannot be imported"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            Trial(load_student(start, trust=trust), teacher, paths, "task", f"tests.hosts.metrics:{name}")
+
+
 @pytest.mark.parametrize("patches", [100, 61, 17])
 def test_linear_parts_compute_what_the_layer_does(student: Student, patches: int) -> None:
     layer = student.backbone.layers[0]
