@@ -11,9 +11,9 @@ all layers, a grid of twenty, of which those around the answer's fidelity are ex
 beside it; "at equal fidelity" interpolates between them as `frontier.py` does. Predictions are those of finalists at
 several bounds: of fidelity by all other plans that were measured, of latency by parts.
 
-With --seeds searches at 224 px keep other images for their check: how often the printed lower bound holds on the
-publication photographs. The user's images are forty, of both kinds that those are of: the development and calibration
-images, as the photographs of one publication package, and photographs of the training set, as those of the other.
+With --seeds the publication photographs are split anew for each search at 224 px: one half are the user's images, of
+which a fifth is kept for the check, and the other half tells how often the printed lower bound holds on images like
+them. No search sees what it is held against.
 
 With --saliency the demonstration's model, decoder and all, is searched at 518 px for the fastest whose map overlaps
 the dense model's (IoU at .5), in every backend and precision that runs here, beside the dense model in the fastest.
@@ -26,6 +26,7 @@ Judged by the images that the search was judged by: what decides on a default is
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,6 @@ FEW = 8
 """Of these, what decides which uniform settings are timed."""
 EACH_SIDE = 2
 """Uniform settings around the answer's fidelity that are timed."""
-USERS = 40
 LAYOUTS: tuple[dict[str, int], ...] = (
     {}, {"cells": 8}, {"cells": 32}, {"cells": 64}, {"tile": 8}, {"probe": 4}, {"probe": 16}, {"tile": 32},
     {"tile": 32, "probe": 16},
@@ -186,15 +186,16 @@ def linked_images(folder: Path, result: SearchResult) -> list[Path]:
 
 
 def checks(count: int, work: Path, tell: Any) -> list[dict[str, Any]]:
-    """By seed: the lower bound that a search printed, and what its answer has over the publication photographs."""
-    own = [*split.development(), *split.calibration()]
-    images = images_in(work / "seeds", [*own, *evenly(split.training(), USERS - len(own))])
+    """By seed: the lower bound that a search printed, and what its answer has over the photographs it did not see."""
     rows = []
     for seed in range(count):
+        shuffled = random.Random(seed).sample(split.publication(), len(split.publication()))
+        users, others = shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]
+        images = images_in(work / "seeds" / str(seed), users)
         folder = work / "seeds" / f"found-{seed}"
         (result,) = searched(224, [("fp32", 0.98)], images, folder, BACKENDS[:1], seed)
         student = load_student(folder / "found" / "start")
-        trial = Trial(student, dense_twin(student).model, split.publication(), "patches")
+        trial = Trial(student, dense_twin(student).model, others, "patches")
         with open_session(folder / "found" / "bundle", "onnxruntime") as session:
             truth = 1 - fmean(trial.distances_of(session.infer))
         check = result.statistics.check

@@ -147,3 +147,22 @@ def test_a_verdict_needs_the_whole_interval_beyond_one_percent(interval, verdict
 
 def test_few_rounds_bear_no_interval():
     assert stats.quantile_interval([1.5, 1.6, 1.4, 1.5, 1.55], 0.5) == (None, None)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8, 20])
+@pytest.mark.parametrize("shape", [0.6, 1.0])
+def test_means_of_few_skewed_samples_cover_the_truth_on_the_far_side(count, shape):
+    random = np.random.default_rng(5)
+
+    def interval(samples):
+        found = stats.skewed_mean(samples, shape)
+        assert found.low < found.value < found.high
+        return None, found.high
+
+    assert coverage(interval, shape, lambda: random.gamma(shape, size=count)) >= 0.95
+
+
+@pytest.mark.parametrize(("freedom", "low", "high"), [(6, 1.237, 14.449), (16, 6.908, 28.845), (64, 43.776, 88.004)])
+def test_quantiles_of_chi_squared(freedom, low, high):
+    assert stats.chi_squared(freedom, -1) == pytest.approx(low, rel=0.03)
+    assert stats.chi_squared(freedom, 1) == pytest.approx(high, rel=0.005)

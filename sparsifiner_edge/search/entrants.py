@@ -12,7 +12,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.files import replaced
-from sparsifiner_edge.profiles.stats import small_sample_mean
+from sparsifiner_edge.profiles.stats import skewed_mean
 from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Bound, Engines, Search
@@ -227,11 +227,14 @@ def why_unmet(nearest: Entrant, bound: Bound) -> str:
     return f"no plan meets {bound.text}; the nearest has {1 - nearest.distance:.4f} at {nearest.ms.value:.1f} ms"
 
 
-def checked(winner: Entrant, trial: Trial) -> tuple[Checked, list[float]]:
-    """The answer on images that nothing was chosen by."""
+def checked(winner: Entrant, trial: Trial, search: Search) -> tuple[Checked, list[float]]:
+    """The answer on images that nothing was chosen by; those that it was judged by tell how images differ."""
     with open_session(winner.bundle, winner.engine.judged_in) as session:
-        found = [1 - distance for distance in trial.distances_of(session.infer)]
-    return Checked(fidelity=small_sample_mean(found), images=len(found)), found
+        found = trial.distances_of(session.infer)
+    lost = skewed_mean(found, search.shape(winner.plan))
+    low, high = (1 - x if isinstance(x, float) else x for x in (lost.high, lost.low))
+    fidelity = Estimate(1 - lost.value, low, high, lost.confidence, f"1 - distance, {lost.interval}")
+    return Checked(fidelity=fidelity, images=len(found)), [1 - distance for distance in found]
 
 
 def keep_answer(winner: Entrant, start: Path, folder: Path, trust: Sequence[str]) -> None:

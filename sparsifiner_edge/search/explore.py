@@ -103,6 +103,11 @@ class Search:
         """Mean of a plan that was measured."""
         return fmean(self._known[plan].distances)
 
+    def shape(self, plan: LayerPlan) -> float:
+        """Of the gamma distribution that the distances of single images have; an exponential one's at most."""
+        distances = self._known[plan].distances
+        return min(1.0, (fmean(distances) / max(float(np.std(distances, ddof=1)), self.trial.judge.least)) ** 2)
+
     def predicted(self, plan: LayerPlan) -> float:
         """Its distance by a model that is fitted to all others that are known."""
         return self.model(but=plan).of(plan)

@@ -153,8 +153,8 @@ def search_model(
             model = explore(search, found, told.bound, student.sparsity.tile, end)
             ending = _ended(exports, Shortlist(search, found, model, told.bound), told.begun, rivals, stopwatch)
             if meets(ending.best, told.bound):
-                check = checked(ending.best, Trial(student, dense_model.model, images.checked, metric, asked.task))
-                ending = ending._replace(check=check)
+                kept = Trial(student, dense_model.model, images.checked, metric, asked.task)
+                ending = ending._replace(check=checked(ending.best, kept, search))
                 keep_answer(ending.best, start, folder, trust)
         except BaseException:  # Ctrl-C too: what was found so far stays, and an earlier answer with its own front.
             if not (folder / BUNDLE).exists():
