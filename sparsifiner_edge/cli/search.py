@@ -115,6 +115,10 @@ def _print(result: SearchResult, output: Path) -> None:
         low = found.check.fidelity.low
         bound = f"at least {low:.4f}" if isinstance(low, float) else "too few to bound it"
         click.echo(f"On {found.check.images} images kept for this: {found.check.fidelity.value:.4f}, {bound} (95 %).")
+        if result.method.at_least is not None and found.check.fidelity.value < result.method.at_least:
+            click.echo(
+                "That is less than was asked for: images differ that much. Ask for more, or give more images.", err=True
+            )
     if board is None:
         click.echo(f"Next: sparsifiner-edge run {output / 'bundle'} --backend {found.answer.backend} --source IMAGES/")
     else:

@@ -79,7 +79,7 @@ def _engine(row: Mapping[str, Any]) -> str:
 def _chart(found: list[_Found], file: ResultFile, name: str, texts: Texts) -> Figure:
     points = [charts.ScatterPoint(f"{one.label}, {one.engine}", one.ms, one.fidelity, one.colour) for one in found]
     places = [f"{p.label}: {with_interval(p.x)} ms, {with_interval(p.y)}" for p in points]
-    draw = partial(charts.scatter, points, texts("axis.p50"), texts("axis.fidelity"), most=1.0)
+    draw = partial(charts.scatter, points, texts("axis.latency"), texts("axis.fidelity"), most=1.0)
     title = f"{texts('search.chart')} — {file.name}"
     return Figure(name, title, texts("search.alt", points=texts.listed(places)), draw)
 
