@@ -89,7 +89,9 @@ def test_the_answer_is_what_was_asked_for(found: Path, photographs: Path, tiny_w
     assert again.statistics.patches_cosine.mean.value == pytest.approx(answer["fidelity"], abs=1e-4)
     again = se.evaluate_student(found / "student", judged, against=TINY, weights=tiny_weights)
     assert again.statistics.patches_cosine.mean.value == pytest.approx(answer["fidelity"], abs=1e-3)
-    assert load_student(found / "student").sparsity.merge == parse_merge(answer["merge"])
+    # One that merges nowhere says so by no rates; on a busy machine such a plan may be the fastest of so small a model.
+    rates = parse_merge(answer["merge"])
+    assert load_student(found / "student").sparsity.merge == (rates if any(rates) else ())
     points = front["statistics"]["points"]
     assert any(point["on_front"] for point in points)
     assert all(0 < point["fidelity"] <= 1 for point in points)
@@ -173,7 +175,7 @@ def test_ctrl_c_keeps_the_front_so_far(
     again: Path, photographs: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = json.loads((again / "search.json").read_text())
-    state["seen"] = state["seen"][:10]
+    state["seen"] = state["seen"][:5]  # of twelve layers alone, which are always measured
     (again / "search.json").write_text(json.dumps(state))
     distances, left = Trial.distances, iter(range(3))
 
@@ -191,7 +193,7 @@ def test_ctrl_c_keeps_the_front_so_far(
     with pytest.raises(KeyboardInterrupt):
         se.search_model(TINY, photographs, again, at_least=0.97, weights=tiny_weights, **ENGINE)
     front = json.loads((again / "front.json").read_text())["statistics"]
-    assert len(front["points"]) == 13
+    assert len(front["points"]) == 8
     assert "the same command goes on" in front["answer"]["unavailable"]
 
 
@@ -209,7 +211,8 @@ def test_a_student_is_trained_for_the_points_of_a_front(again: Path, photographs
     assert 2 <= len(judged) <= 6
     for row in judged:
         keep = row["keep"] if isinstance(row["keep"], list) else [row["keep"]]
-        assert (merge_text(tuple(row["merge"])), keep_text(tuple(keep))) in points
+        rates = tuple(row["merge"]) or (0,) * 6
+        assert (merge_text(rates), keep_text(tuple(keep))) in points
     trained = load_student(tmp_path / "better")
     assert trained.sparsity == load_student(again / "start").sparsity, "every layer still has its predictor"
     bad = tmp_path / "bad.json"
