@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ _WINDOW_MS = 100.0
 _WINDOWS = 3
 _BLOCK_MS = 200.0
 _REWARM_MS = 20.0
-"""Run and not recorded after the other process: its threads spin for a while, and the caches hold its data."""
+"""At least so long is run and not recorded after another process: its threads spin for a while, the caches hold its
+data, and allocators give memory back meanwhile. A query of a large model is a sixth slower then."""
 
 _Reply = TypeVar("_Reply")
 OnStage = Callable[[str], None]
@@ -176,16 +178,18 @@ def measure_blocks(sides: list[MeasuredSide], rules: Rules, on_stage: OnStage, s
     """Fill every side's blocks; returns who was first in each round, such as ["subject", "against"]."""
     block_ms = min(_BLOCK_MS, rules.seconds * 1000 / MIN_BLOCKS)
     sizes = {side.role: max(1, round(block_ms / side.query_ms)) for side in sides}
-    rewarm = {side.role: int(_REWARM_MS / side.query_ms) if len(sides) > 1 else 0 for side in sides}
+    rewarm = {side.role: math.ceil(_REWARM_MS / side.query_ms) for side in sides}
     random = np.random.default_rng(rules.seed)
     order: list[str] = []
+    before: MeasuredSide | None = sides[0] if len(sides) == 1 else None
     wall = dict.fromkeys(sizes, 0.0)
     while not all(rules.enough(s.seconds, s.queries, len(s.blocks), wall[s.role]) for s in sides):
         first = sides[::-1] if random.integers(2) else sides
         for turn in (first, first[::-1]):  # ABBA or BAAB: each side is first as often as second.
             for side in turn:
                 start = time.monotonic()
-                side.record(sizes[side.role], rewarm[side.role])
+                side.record(sizes[side.role], 0 if side is before else rewarm[side.role])
+                before = side
                 wall[side.role] += time.monotonic() - start
                 on_stage(stage)
             order.append(turn[0].role)
