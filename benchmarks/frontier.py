@@ -48,7 +48,7 @@ from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.measure.layers import measure_layers
-from sparsifiner_edge.records import write_record
+from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject, read_result, write_result
 from sparsifiner_edge.sparse.defaults import default_keep
 from sparsifiner_edge.sparse.hosts.timm import load_model
@@ -212,8 +212,8 @@ def compare(
     for point in points:
         if point.precision in precisions:
             families.setdefault(point.family, []).append(point)
-    for family in [name for name in families if name.startswith("ToMe")]:
-        # Merging nothing is the end of its front.
+    for family in [name for name in families if name.startswith(("ToMe", "ours"))]:
+        # The dense model is the end of its front.
         families[family] += families.get(f"dense,{family.split(',', 1)[1]}", [])
 
     def at(family: str, of_round: Callable[[np.ndarray], float]) -> float:
@@ -238,9 +238,14 @@ def compare(
     )
     return {
         "patches_cosine": wanted, "rival": rival, "ours": ours_family,
-        "rival_ms": at(rival, lambda x: float(np.median(x))), "ours_ms": at(ours_family, lambda x: float(np.median(x))),
+        "rival_ms": _finite(at(rival, lambda x: float(np.median(x)))),
+        "ours_ms": _finite(at(ours_family, lambda x: float(np.median(x)))),
         "ratio": write_record(estimate),
     }  # fmt: skip
+
+
+def _finite(ms: float) -> Any:
+    return ms if math.isfinite(ms) else write_record(Unavailable("no point is as faithful"))
 
 
 def measure(
@@ -281,6 +286,10 @@ def measure(
     return samples, {"points": rows, "at_equal_fidelity": compared, "merging_in_first_layer": first}
 
 
+def _said(ms: Any) -> str:
+    return f"{ms:.1f}" if isinstance(ms, float) else "?"
+
+
 def show(size: int, found: dict[str, Any]) -> None:
     rows = [
         [name, f"{row['macs'] / 1e9:.1f}", f"{row['median_ms']:.1f}", f"{row['patches_cosine']['value']:.4f}",
@@ -293,7 +302,8 @@ def show(size: int, found: dict[str, Any]) -> None:
         estimate = row["ratio"]
         bounds = " to ".join(f"{estimate[k]:.2f}" if isinstance(estimate[k], float) else "?" for k in ("low", "high"))
         click.echo(
-            f"at {label}: {row['ours_ms']:.1f} ms ({row['ours']}) against {row['rival_ms']:.1f} ({row['rival']}): "
+            f"at {label}: {_said(row['ours_ms'])} ms ({row['ours']}) "
+            f"against {_said(row['rival_ms'])} ({row['rival']}): "
             f"{estimate['value']:.2f} times ({bounds})" + (f", required {aim[0]}, aim {aim[1]}" if aim else "")
         )
 

@@ -30,7 +30,7 @@ _WINDOWS = 3
 _BLOCK_MS = 200.0
 _REWARM_MS = 20.0
 """At least so long is run and not recorded after another process: its threads spin for a while, the caches hold its
-data, and allocators give memory back meanwhile. A query of a large model is a sixth slower then."""
+data, and allocators give memory back meanwhile."""
 
 _Reply = TypeVar("_Reply")
 OnStage = Callable[[str], None]
