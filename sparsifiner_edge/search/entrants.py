@@ -12,7 +12,7 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.files import replaced
-from sparsifiner_edge.profiles.stats import skewed_mean
+from sparsifiner_edge.profiles.stats import estimate, skewed_mean
 from sparsifiner_edge.results import Estimate
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.explore import CLOSE, MOST_ENGINES, Bound, Engines, Search
@@ -232,8 +232,8 @@ def checked(winner: Entrant, trial: Trial, search: Search) -> tuple[Checked, lis
     with open_session(winner.bundle, winner.engine.judged_in) as session:
         found = trial.distances_of(session.infer)
     lost = skewed_mean(found, search.shape(winner.plan))
-    low, high = (1 - x if isinstance(x, float) else x for x in (lost.high, lost.low))
-    fidelity = Estimate(1 - lost.value, low, high, lost.confidence, f"1 - distance, {lost.interval}")
+    low, high = (1 - x if isinstance(x, float) and x < 1 else None for x in (lost.high, lost.low))
+    fidelity = estimate(1 - lost.value, low, high, f"1 - distance, {lost.interval}")
     return Checked(fidelity=fidelity, images=len(found)), [1 - distance for distance in found]
 
 

@@ -22,7 +22,7 @@ from sparsifiner_edge.search.solve import Solver
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.text import dump_json
 
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
 SPREAD = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2, 1.6, 2.5)
 NEAR = (0.9, 0.97, 1.03)
 """Distances that are tried, as multiples of the bound: once, and then in every round."""
@@ -105,8 +105,8 @@ class Search:
 
     def shape(self, plan: LayerPlan) -> float:
         """Of the gamma distribution that the distances of single images have; an exponential one's at most."""
-        distances = self._known[plan].distances
-        return min(1.0, (fmean(distances) / max(float(np.std(distances, ddof=1)), self.trial.judge.least)) ** 2)
+        distances, least = self._known[plan].distances, self.trial.judge.least
+        return min(1.0, (max(fmean(distances), least) / max(float(np.std(distances, ddof=1)), least)) ** 2)
 
     def predicted(self, plan: LayerPlan) -> float:
         """Its distance by a model that is fitted to all others that are known."""

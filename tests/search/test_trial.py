@@ -14,7 +14,9 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.sessions import file_session
 from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.profiles.stats import skewed_mean
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.search.explore import Search, State, Tried
 from sparsifiner_edge.search.pieces import LinearPieces, attention_piece, merging_piece
 from sparsifiner_edge.search.plan import LayerPlan, dense, uniform
 from sparsifiner_edge.search.trial import Trial
@@ -136,6 +138,21 @@ def test_a_metric_of_the_users_own(
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             Trial(load_student(start, trust=trust), teacher, paths, "task", f"tests.hosts.metrics:{name}")
+
+
+@pytest.mark.parametrize(
+    ("distances", "shape"), [([0.0] * 6, 1.0), ([0.02] * 6, 1.0), ([0.0] * 5 + [0.3], 1 / 6)]
+)  # fmt: skip
+def test_how_images_differ_is_told_of_any_distances(
+    student: Student, pictures: Path, tmp_path: Path, distances: list[float], shape: float
+) -> None:
+    trial = Trial(student, dense_twin(student).model, list_images(pictures), "patches")
+    plan = uniform(4, 1.0, len(trial.selects), trial.patches)
+    seen = Tried(merge=plan.merge, keep=plan.keep, distances=distances)
+    search = Search(trial, State(about={}, seen=[seen]), tmp_path / "state.json", None)
+    assert search.shape(plan) == pytest.approx(shape, rel=1e-6)
+    bound = skewed_mean(distances, search.shape(plan))
+    assert bound.value <= bound.high
 
 
 @pytest.mark.parametrize("patches", [100, 61, 17])

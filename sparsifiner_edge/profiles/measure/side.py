@@ -29,8 +29,8 @@ _WINDOW_MS = 100.0
 _WINDOWS = 3
 _BLOCK_MS = 200.0
 _REWARM_MS = 20.0
-"""At least so long is run and not recorded after another process: its threads spin for a while, the caches hold its
-data, and allocators give memory back meanwhile."""
+"""At least so long is run and not recorded after another process: its threads spin for a while, and the caches hold its
+data."""
 
 _Reply = TypeVar("_Reply")
 OnStage = Callable[[str], None]
