@@ -97,10 +97,14 @@ GONE = {
 """What results no longer hold."""
 
 
+ADDED = {"rules": {"blocks": 20}}
+"""What results have come to say since, where they say this: what held then without being written."""
+
+
 def still_there(content: Any, parent: str = "") -> Any:
     if isinstance(content, dict):
         kept = {name: value for name, value in content.items() if not GONE & {name, f"{parent}.{name}"}}
-        return {name: still_there(value, name) for name, value in kept.items()}
+        return {name: still_there(value, name) for name, value in kept.items()} | ADDED.get(parent, {})
     return content
 
 
