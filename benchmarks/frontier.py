@@ -11,7 +11,9 @@ attention, in ONNX Runtime and OpenVINO. Fidelity is that of what ran, over the 
 (`demo/split.py`): cosine of patches and class token to the dense model's. All are timed in turn in one process. "At
 equal fidelity": the best rival's time for a fidelity, interpolated between its neighbouring points, over ours.
 
-With `--front` our budgets are those that a search found: of its front, the nearest to fidelities from .95 to .995.
+With `--front` our budgets are those that a search found: of its front, the nearest to fidelities from .95 to .995. With
+`--int8` as well, what is compared is whatever precision is fastest, and engines that take a quarter longer than the
+fastest, over a side's files together, are left out before fidelities are measured.
 
 With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured, at a patch cosine of
 .98 and where it counts: the run of batch 1, which FOLDER holds, gives fidelities, and of ours and of each rival the
@@ -27,6 +29,7 @@ import dataclasses
 import itertools
 import math
 import tempfile
+import timeit
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +74,8 @@ CASES = {
 }  # fmt: skip
 REQUIRED = {(518, 0.98, "fp32"): (1.15, 1.4), (1036, 0.98, "fp32"): (1.6, 2.2)}
 """Times the best rival: required, aimed at."""
+SLOW = 1.25
+"""Times the fastest engine's time, from which on one is left out along a front."""
 AT, CLOSE = 0.98, 1.1
 """Where few points are measured: at which fidelity, and how many times the fastest's time an engine may take."""
 MOST_MERGING = (0.04, 0.02)
@@ -110,14 +115,33 @@ def merging_in_first_layer(bundle: Path, of: Setting) -> dict[str, float]:
     return {"layer_ms": whole, "merging_ms": merging, "share": merging / whole}
 
 
-def photographs(size: int) -> list[Path]:
-    """Of the publication set; at 1036 px, where a photograph takes a minute, 24 of them."""
-    return evenly(split.publication(), 24) if size > 1000 else split.publication()
+def photographs(size: int, count: int | None) -> list[Path]:
+    """Of the publication set; at 1036 px, where a photograph takes a minute, 24 of them if not said otherwise."""
+    paths = split.publication()
+    return evenly(paths, count or (24 if size > 1000 else len(paths)))
 
 
-def fidelity(points: list[Point], size: int, tell: Any) -> dict[str, dict[str, Any]]:
+def quick(points: list[Point], tell: Any) -> list[Point]:
+    """Those in an engine and precision that comes near the fastest: of ours, and of all rivals."""
+    sides: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for point in points:
+        tell(f"a first look: {point.name}")
+        point.run()
+        engines = sides[point.is_ours]
+        engines[point.engine] = engines.get(point.engine, 0.0) + min(timeit.repeat(point.run, number=1, repeat=2))
+    out = {
+        (side, engine) for side, engines in sides.items() for engine, seconds in engines.items()
+        if seconds > SLOW * min(engines.values())
+    }  # fmt: skip
+    for side, engine in sorted(out):
+        took, least = sides[side][engine], min(sides[side].values())
+        err_console.print(f"left out: {'ours' if side else 'rivals'} in {engine}, {took / least:.2f} times the fastest")
+    return [point for point in points if (point.is_ours, point.engine) not in out]
+
+
+def fidelity(points: list[Point], size: int, photographs: list[Path], tell: Any) -> dict[str, dict[str, Any]]:
     """Cosine of patches and class token to the dense model's, per publication photograph."""
-    images = [load_image(path, size)[None] for path in photographs(size)]
+    images = [load_image(path, size)[None] for path in photographs]
     model = load_model(material.DINOV2, weights_file(), size)
     dense = tome.ToMe(model, [0] * len(model.blocks)).eval()
     with torch.inference_mode():
@@ -249,12 +273,13 @@ def _finite(ms: float) -> Any:
 
 
 def measure(
-    case: Case, size: int, rounds: int, tell: Any, before: Result | None, only: Callable[[str, str], bool] | None,
-    **shared: Any,
+    case: Case, size: int, photographs: list[Path], rounds: int, tell: Any, before: Result | None,
+    only: Callable[[str, str], bool] | None, **shared: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Samples and statistics. before: where fidelities are taken from; None measures them. only: of a family and a
     budget, whether it is measured. shared: see `setting`.
     """
+    along_a_front = case.start is not None and shared["int8"]
     with tempfile.TemporaryDirectory() as scratch:
         of = setting(size, folder=Path(scratch), only=only, **shared)
         points = ours(case, of, Path(scratch), tell)
@@ -262,7 +287,9 @@ def measure(
             raise click.UsageError("the run in -o FOLDER names our points otherwise: measure it again first")
         first = merging_in_first_layer(Path(scratch) / "ours-0", of)
         points += rivals(case, of, Path(scratch), tell)
-        found = before.samples if before else fidelity(points, size, tell)
+        if along_a_front:
+            points = quick(points, tell)
+        found = before.samples if before else fidelity(points, size, photographs, tell)
         times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if size < 1000 else 1, tell)
     rows = {
         point.name: {
@@ -275,9 +302,9 @@ def measure(
     }  # fmt: skip
     compared = {}
     for wanted in (AT,) if only else case.compared:
-        if any(point.precision == "fp32" for point in points):
+        if any(point.precision == "fp32" for point in points) and not along_a_front:
             compared[f"{wanted}, fp32"] = compare(points, found, times, wanted, ("fp32",))
-        if any(point.family == "ours, ONNX Runtime fp32" for point in points):
+        if any(point.family == "ours, ONNX Runtime fp32" for point in points) and not along_a_front:
             in_ort = compare(points, found, times, wanted, ("fp32",), "ONNX Runtime")
             compared[f"{wanted}, fp32, in ONNX Runtime"] = in_ort
         if of.int8:
@@ -290,13 +317,13 @@ def _said(ms: Any) -> str:
     return f"{ms:.1f}" if isinstance(ms, float) else "?"
 
 
-def show(size: int, found: dict[str, Any]) -> None:
+def show(size: int, count: int, found: dict[str, Any]) -> None:
     rows = [
         [name, f"{row['macs'] / 1e9:.1f}", f"{row['median_ms']:.1f}", f"{row['patches_cosine']['value']:.4f}",
          f"{row['class_cosine']:.4f}"]
         for name, row in found["points"].items()
     ]  # fmt: skip
-    print_table(f"{size} px, {len(photographs(size))} photographs", ["", "G MACs", "ms", "patches", "class"], rows)
+    print_table(f"{size} px, {count} photographs", ["", "G MACs", "ms", "patches", "class"], rows)
     for label, row in found["at_equal_fidelity"].items():
         aim = REQUIRED.get((size, row["patches_cosine"], label.partition(", ")[2]))
         estimate = row["ratio"]
@@ -355,10 +382,11 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
 @click.option("--base", is_flag=True, help="ViT-B/14 with random weights: times alone.")
 @click.option("--near", is_flag=True, help="With --int8: no fp32, and few budgets.")
 @click.option("--front", type=click.Path(exists=True, path_type=Path), help="Our budgets from a search's front.json.")
+@click.option("--photographs", "count", type=int, help="Of the publication set, evenly; default all, at 1036 px 24.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for frontier_<size>.json and .png.")
 def main(
     sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, batch: int, base: bool, near: bool,
-    front: Path | None, output: Path | None,
+    front: Path | None, count: int | None, output: Path | None,
 ) -> None:  # fmt: skip
     """See the module's documentation."""
     if near and (not int8 or base or batch > 1):
@@ -371,6 +399,7 @@ def main(
     told = {"_searched": front, "_int8": int8, f"_batch{batch}": batch > 1, "_base": base}
     more = "".join(name for name, holds in told.items() if holds)
     for size in map(int, sizes):
+        paths = photographs(size, count)
         name, before, only = f"frontier_{size}{'_int8' * int8}", None, None
         case = of_front(front, size) if front else CASES[size]
         if times_alone:
@@ -379,11 +408,11 @@ def main(
         elif near:
             only = next_to(run_before(output, f"frontier_{size}", "--int8 and --near").statistics["points"], AT)
         with err_console.status("") as status:
-            samples, statistics = measure(case, size, rounds, status.update, before, only, **shared)
+            samples, statistics = measure(case, size, paths, rounds, status.update, before, only, **shared)
         if output:
             output.mkdir(parents=True, exist_ok=True)
             method = {
-                "photographs": [path.name for path in photographs(size)], "size": size, "rounds": rounds,
+                "photographs": [path.name for path in paths], "size": size, "rounds": rounds,
                 "fidelities from": f"{name}.json" if before else "this run",
                 "interpolation": "linear in log(1 - patch cosine) between points of one family", **shared,
             }  # fmt: skip
@@ -392,7 +421,7 @@ def main(
             write_result(output / f"frontier_{size}{more}.json", result)
             if not times_alone:
                 draw(size, statistics, output / f"frontier_{size}{more}.png")
-        show(size, statistics)
+        show(size, len(paths), statistics)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,14 @@ class Point:
     def name(self) -> str:
         return name_of(self.family, self.budget)
 
+    @property
+    def engine(self) -> str:
+        return self.family.partition(", ")[2]
+
+    @property
+    def is_ours(self) -> bool:
+        return self.family.startswith("ours")
+
 
 def ours(case: Case, of: Setting, folder: Path, tell: Any) -> list[Point]:
     """Our budgets."""

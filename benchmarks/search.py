@@ -56,7 +56,7 @@ from sparsifiner_edge.sparse.student import dense_twin, load_student, save_stude
 
 SEARCHES = {
     224: (("fp32", 0.95), ("fp32", 0.98), ("int8", 0.98)),
-    518: (("fp32", 0.98), ("int8", 0.98)),
+    518: (("fp32", 0.98), ("int8", 0.995), ("int8", 0.95), ("int8", 0.98)),
     1036: (("fp32", 0.98),),
 }
 """Each goes on from the one before; the last one's answer is compared."""

@@ -11,13 +11,19 @@ _BROKEN, _NOBODY = -1e30, -3e30
 """How alike tokens are at least, and what is less than that."""
 
 
-@torch.no_grad()
 def match_tokens(qkv: Tensor, sizes: Tensor, *, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
     """MatchTokens: pairs int32 [B,N-merged,2]. No gradient flows through the choice."""
     batch, tokens, _ = qkv.shape
     if torch.onnx.is_in_onnx_export():
+        # Not within `no_grad`: for every change of that torch.export makes a module, which takes a fifth of its time.
         attributes = {"num_heads": num_heads, "num_prefix": num_prefix, "window": window, "merged": merged}
         return bare_node("MatchTokens", (qkv, sizes), attributes, torch.int32, [batch, tokens - merged, 2])
+    return _matched(qkv, sizes, num_heads, num_prefix, window, merged)
+
+
+@torch.no_grad()
+def _matched(qkv: Tensor, sizes: Tensor, num_heads: int, num_prefix: int, window: int, merged: int) -> Tensor:
+    batch, tokens, _ = qkv.shape
     metric = split_heads(qkv, num_heads)[1][:, :, num_prefix:].float().mean(1)
     metric = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
     best, partner = _best_partners(metric, sizes[:, num_prefix:], window)

@@ -91,15 +91,17 @@ def test_bad_use(capsys, real, tmp_path, arguments, message):
 def test_figures_of_another_shape_are_left_out(real, changed, tmp_path, value):
     """Only what the schema of results checks can be relied on; null it refuses itself."""
     given = {"unavailable": "x"} if value is None else value
-    paths = (("latency_ms",), ("energy",), ("memory",), ("layers",), ("flags",), ("latency_ms", "p50"), ("mlperf",))
-    for number, path in enumerate(paths):
 
-        def change(result, path=path):
-            place = result["statistics"]["subject"]
-            for name in path[:-1]:
-                place = place[name]
-            place[path[-1]] = given
+    def one_of_latency(result):
+        result["statistics"]["subject"]["latency_ms"]["p50"] = given
 
+    def latency(result):
+        result["statistics"]["subject"]["latency_ms"] = given
+
+    def all_others(result):
+        result["statistics"]["subject"] |= dict.fromkeys(("energy", "memory", "layers", "flags", "mlperf"), given)
+
+    for number, change in enumerate((one_of_latency, latency, all_others)):
         target = tmp_path / f"{number}.html"
         _, page = written([changed("comparison", change)], target, images=False, prices=Prices(1, 1))
         assert page.open == []
