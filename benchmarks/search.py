@@ -67,7 +67,7 @@ GONE, SHARES = (0.25, 0.4, 0.55, 0.7, 0.85), (0.1, 0.2, 0.5, 1.0)
 """The grid: of the patches, what merges in all layers together; of the keys, what is read."""
 JUDGES = {224: 33, 518: 33, 1036: 8}
 """Publication photographs, evenly taken."""
-FEW = 8
+FEW = {224: 8, 518: 8, 1036: 4}
 """Of these, what decides which uniform settings are timed."""
 EACH_SIDE = 2
 """Uniform settings around the answer's fidelity that are timed."""
@@ -129,7 +129,8 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
     student = load_student(folder / "start")
     photographs = evenly(split.publication(), JUDGES[size])
     few, trial = (
-        Trial(student, dense_twin(student).model, paths, "patches") for paths in (evenly(photographs, FEW), photographs)
+        Trial(student, dense_twin(student).model, paths, "patches")
+        for paths in (evenly(photographs, FEW[size]), photographs)
     )
 
     def lost(bundle: Path) -> float:

@@ -39,6 +39,11 @@ def outputs_of(
         if not tokens:
             return _named(module(images), names)
         seen = seen_by(module, images, names)
+        if TOKENS in seen.outputs:
+            raise ConfigError(
+                f"The module's own output {TOKENS!r} bears the name of its backbone's.",
+                "Name it otherwise, or leave --tokens out.",
+            )
         return seen.outputs | _with_positions(seen.tokens, seen.positions)
     final, positions = final_tokens(module, images)
     return backbone.heads(final) | _with_positions(final, positions)

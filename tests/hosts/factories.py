@@ -63,6 +63,17 @@ def depth() -> nn.Module:
     return Depth(says=True)
 
 
+class TokensToo(Depth):
+    """An output with the name of what the backbone gives."""
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return {"tokens": super().forward(pixels)["depth"]}
+
+
+def tokens_too() -> nn.Module:
+    return TokensToo(says=True)
+
+
 def silent() -> nn.Module:
     return Depth(says=False)
 

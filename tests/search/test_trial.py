@@ -111,6 +111,12 @@ def test_the_tokens_of_a_model_with_a_decoder_are_judged_too(tmp_path: Path, pic
         judged.require_comparable(session, lacking)
 
 
+def test_an_output_of_its_own_with_the_name_of_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'tokens' bears the name of its backbone's"):
+        export_bundle(f"{FACTORIES}:tokens_too", tmp_path / "bundle", tokens=True, trust=[FACTORIES])
+    assert not (tmp_path / "bundle").exists()
+
+
 @pytest.mark.parametrize(("factory", "metric"), [("masked", "Covered"), (None, "Sure")])
 def test_a_metric_of_the_users_own(
     tmp_path: Path, pictures: Path, tiny_student: Path, factory: str | None, metric: str
