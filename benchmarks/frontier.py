@@ -12,9 +12,9 @@ attention, in ONNX Runtime and OpenVINO. Fidelity is that of what ran, over the 
 equal fidelity": the best rival's time for a fidelity, interpolated between its neighbouring points, over ours.
 
 With `--front` our budgets are those that a search found: of its front, the nearest to fidelities from .95 to .995. Of
-token merging falling rates alone: in every run above they are faster than constant ones at equal fidelity. With `--int8`
-as well, what is compared is whatever precision is fastest, and engines that take a quarter longer than the fastest, over
-a side's files together, are left out before fidelities are measured.
+token merging falling rates alone: in every run above they are faster than constant ones at equal fidelity. With
+`--int8` as well, what is compared is whatever precision is fastest, and engines that take a quarter longer than the
+fastest, over a side's files together, are left out before fidelities are measured.
 
 With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured, at a patch cosine of
 .98 and where it counts: the run of batch 1, which FOLDER holds, gives fidelities, and of ours and of each rival the
