@@ -8,8 +8,8 @@
 DINOv2 ViT-S/14, real weights, untrained. Searches see the development photographs and the calibration images; all that
 is compared is measured over the publication photographs (`demo/split.py`). Uniform: one rate and one share of keys in
 all layers, a grid of twenty, of which those around the answer's fidelity are exported and timed in the answer's engine,
-beside it; "at equal fidelity" interpolates between them as `frontier.py` does. Predictions are those of finalists at
-several bounds: of fidelity by all other plans that were measured, of latency by parts.
+beside it; "at equal fidelity" is on the way between the fastest of them (`fastest_at`). Predictions are those of
+finalists at several bounds: of fidelity by all other plans that were measured, of latency by parts.
 
 With --seeds the publication photographs are split anew for each search at 224 px: one half are the user's images, of
 which a fifth is kept for the check, and the other half tells how often the printed lower bound holds on images like
@@ -26,6 +26,7 @@ Judged by the images that the search was judged by: what decides on a default is
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -156,7 +157,7 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
     contenders = [Contender(path, engine) for path in (folder / "bundle", *bundles.values())]
     ours, *others = Stopwatch(None, None).times(contenders)
     points = [(1 - lost(path), ms.value) for path, ms in zip(bundles.values(), others, strict=True)]
-    at_equal = time_at(points, 1 - own)
+    at_equal = fastest_at(points, 1 - own)
     low, high = (bound if isinstance(bound, float) else ours.value for bound in (ours.low, ours.high))
     return {
         "engine": str(engine), "merge": answer.merge, "keep": answer.keep, "publication_fidelity": 1 - own,
@@ -168,6 +169,27 @@ def against_uniform(size: int, folder: Path, result: SearchResult, scratch: Path
             for plan, point in zip(bundles, points, strict=True)
         ],
     }  # fmt: skip
+
+
+def fastest_at(points: list[tuple[float, float]], wanted: float) -> float:
+    """Milliseconds that settings (fidelity, ms) take at a fidelity, in their user's favour.
+
+    Rates are whole numbers and close: of two settings the way between them, linear in log(1 - fidelity), can be had. So
+    what counts is the lower convex hull, cut where it ends to fall; infinite beyond the best.
+    """
+    hull: list[tuple[float, float]] = []
+    for x, y in sorted((math.log(1 - fidelity), ms) for fidelity, ms in points):
+        if hull and y >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    errors, times = zip(*hull, strict=True)
+    return float(np.interp(math.log(1 - wanted), errors, times, left=math.inf))
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def around(judged: dict[LayerPlan, float], wanted: float, ms: Any) -> list[LayerPlan]:
