@@ -56,6 +56,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str((base.parent if WORKER else base) / "cache")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warm_briefly() -> Iterator[None]:
+    """Beside other tests no latency settles, and waiting the longest for it would show nothing."""
+    from sparsifiner_edge.profiles.measure import side
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side, "_WARM_UP_S", 0.5)
+        yield
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     """Makes a folder once per run; what is in it is only read."""

@@ -210,17 +210,17 @@ def test_the_published_method_merges_nothing() -> None:
         SparsityConfig.for_preset("paper", merge=(8,))
 
 
-@pytest.mark.parametrize("batch", [1, "dynamic"])
 @pytest.mark.parametrize(
-    ("name", "size", "sparsity"),
+    ("name", "size", "sparsity", "batch"),
     [
-        (TINY, 160, MERGED),
-        (TINY, (96, 160), MERGED),
-        (TINY, 160, ALONE),
-        ("eva02_tiny_patch14_224", 112, EVA_MERGED),
-        ("eva02_tiny_patch14_224", (84, 140), EVA_MERGED),
+        (TINY, 160, MERGED, 1),
+        (TINY, 160, MERGED, "dynamic"),
+        (TINY, (96, 160), MERGED, "dynamic"),
+        (TINY, 160, ALONE, 1),
+        ("eva02_tiny_patch14_224", 112, EVA_MERGED, 1),
+        ("eva02_tiny_patch14_224", (84, 140), EVA_MERGED, "dynamic"),
     ],
-    ids=["both", "rectangle", "alone", "eva", "eva rectangle"],
+    ids=["both", "both, dynamic", "rectangle, dynamic", "alone", "eva", "eva rectangle, dynamic"],
 )
 def test_exported_files_merge_as_torch_does(
     name: str, size: ImageSize, sparsity: SparsityConfig, batch: Any, tmp_path: Path
