@@ -47,7 +47,7 @@ TOLD_DRIFT = 0.1
     "precisions",
     multiple=True,
     type=click.Choice(("fp32", "int8", "fp16")),
-    help="Repeatable; by default int8 and fp32, or on a board's GPU fp16.",
+    help="Repeatable; by default int8 and fp32, on a board's GPU int8 and fp16.",
 )
 @click.option("--board", metavar="NAME|FILE.toml",
               help="A board that is not here: latency is estimated, as `estimate` does.")  # fmt: skip
@@ -88,7 +88,8 @@ def _print(result: SearchResult, output: Path) -> None:
         name = f"{Path(rival.path).name}: {rival.backend}, {rival.precision}"
         rows.append([name, f"{rival.fidelity:.4f}", "", _ms(rival.ms), ""])
     for engine, dense in found.dense_ms.items():
-        rows.append([f"dense: {engine}", f"{found.dense_fidelity[engine]:.4f}", "", _ms(dense), ""])
+        own = found.dense_fidelity.get(engine)
+        rows.append([f"dense: {engine}", "" if own is None else f"{own:.4f}", "", _ms(dense), ""])
     title = "Finalists, whole models measured" if board is None else f"Finalists, estimated for {board}, not measured"
     common.print_table(title, ["", "fidelity", "predicted", "ms", "predicted"], rows)
     for finalist in found.finalists:  # Not in the table: at 80 columns a plan would cut the figures off.

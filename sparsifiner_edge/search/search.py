@@ -248,7 +248,10 @@ def _result(told: Told, search: Search, found: Engines, ending: Ending | None = 
         points=_points(search, found.latencies), finalists=[] if ending is None else ending.finalists, answer=answer,
         check=check[0] if check else Unavailable("there is no answer to check"), rivals=whole.rivals,
         dense_ms=_named(whole.dense_ms),
-        dense_fidelity={str(host): 1 - told.losses[host] for host in whole.dense_ms}, losses=_named(found.losses),
+        dense_fidelity={
+            str(host): 1 - told.losses[host] for host in whole.dense_ms if host.is_here or host.precision == "fp32"
+        },
+        losses=_named(found.losses),
         anchors=_anchors(found),
         drift={str(host): ms.value / told.begun[host].value for host, ms in whole.dense_ms.items()},
         left_out=told.left_out | _named(found.left_out),
