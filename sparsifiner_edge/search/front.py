@@ -99,8 +99,8 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
         dense_ms: the dense model by what runs it: the fastest, and what runs finalists. drift: its time at the end over
             that at the start; more than a tenth off 1, the machine changed its speed, and predictions are of another.
         losses: by engine, the fidelity that its precision loses: of the plan near the answer that was measured whole,
-            of the dense model where none was. Predictions count it. dense_fidelity: the dense model's own; of a board that
-            is not here only in float32.
+            of the dense model where none was. Predictions count it. dense_fidelity: the dense model's own; of a
+            board that is not here only in float32.
         anchors: by engine, the plan whose whole model corrected predictions, and its ms.
         left_out: backends that do not run here, engines whose precision lost too much, and why.
     """
