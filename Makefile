@@ -9,7 +9,7 @@ DEMO := demo
 .PHONY: demo test quick check bench aarch64 clean
 
 demo: $(VENV)/.demo
-	$(BIN)/sparsifiner-edge demo -o $(DEMO) $(DEMO_OPTIONS)
+	$(BIN)/sparsifiner-edge demo -o $(DEMO)
 
 PARALLEL := --numprocesses=logical --maxprocesses=8 --dist=worksteal
 test: $(VENV)/.dev

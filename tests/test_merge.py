@@ -217,10 +217,11 @@ def test_the_published_method_merges_nothing() -> None:
         (TINY, 160, MERGED, "dynamic"),
         (TINY, (96, 160), MERGED, "dynamic"),
         (TINY, 160, ALONE, 1),
+        (TINY, 160, ALONE, "dynamic"),
         ("eva02_tiny_patch14_224", 112, EVA_MERGED, 1),
         ("eva02_tiny_patch14_224", (84, 140), EVA_MERGED, "dynamic"),
     ],
-    ids=["both", "both, dynamic", "rectangle, dynamic", "alone", "eva", "eva rectangle, dynamic"],
+    ids=["both", "both, dynamic", "rectangle, dynamic", "alone", "alone, dynamic", "eva", "eva rectangle, dynamic"],
 )
 def test_exported_files_merge_as_torch_does(
     name: str, size: ImageSize, sparsity: SparsityConfig, batch: Any, tmp_path: Path

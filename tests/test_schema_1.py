@@ -104,7 +104,7 @@ ADDED = {"rules": {"blocks": 20}}
 def still_there(content: Any, parent: str = "") -> Any:
     if isinstance(content, dict):
         kept = {name: value for name, value in content.items() if not GONE & {name, f"{parent}.{name}"}}
-        return {name: still_there(value, name) for name, value in kept.items()} | ADDED.get(parent, {})
+        return ADDED.get(parent, {}) | {name: still_there(value, name) for name, value in kept.items()}
     return content
 
 

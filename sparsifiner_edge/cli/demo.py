@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("-o", "--output", type=common.PATH, default=Path("demo"), show_default=True,
               help="Folder for students, bundles, result and images.")  # fmt: skip
-@click.option("--img-size", type=click.IntRange(112, 1120), default=518, show_default=True, metavar="SIDE",
-              help="Pixels, a multiple of 14; fewer take fewer minutes.")  # fmt: skip
 @common.json_option
-def command(*, output: Path, img_size: int, as_json: bool) -> None:
-    """A saliency model on DINOv2 ViT-S/14, untrained: the fastest at .98, searched for, beside dense."""
-    if img_size % 14:
-        raise click.BadParameter(f"{img_size} is no multiple of the patches' 14 pixels", param_hint="--img-size")
+def command(*, output: Path, as_json: bool) -> None:
+    """A saliency model on DINOv2 ViT-S/14 at 518 px, untrained: the fastest at .98, searched for, beside dense."""
     try:
         from sparsifiner_edge.demo.demo import run_demo
     except ModuleNotFoundError as error:
@@ -33,11 +29,11 @@ def command(*, output: Path, img_size: int, as_json: bool) -> None:
 
         raise MissingExtraError(str(error.name), "demo") from error
     with common.progress_bar("starting") as progress:
-        result = run_demo(output, progress, img_size)
-    common.print_result(result, as_json, lambda found: _print(found, output, img_size))
+        result = run_demo(output, progress)
+    common.print_result(result, as_json, lambda found: _print(found, output))
 
 
-def _print(result: DemoResult, output: Path, size: int) -> None:
+def _print(result: DemoResult, output: Path) -> None:
     # A row for each figure: beside each other they are cut off at 80 columns.
     columns = [
         [
@@ -53,7 +49,7 @@ def _print(result: DemoResult, output: Path, size: int) -> None:
         "IoU, eight photographs", "tokens left", "MACs", "dense ms", "sparse ms", "speed ratio", "95 % interval",
     )  # fmt: skip
     common.print_table(
-        f"Saliency with DINOv2 ViT-S/14, {size} px, untrained; ONNX Runtime on this CPU",
+        "Saliency with DINOv2 ViT-S/14, 518 px, untrained; ONNX Runtime on this CPU",
         ["", *result.statistics],
         [list(row) for row in zip(names, *columns, strict=True)],
     )

@@ -101,12 +101,11 @@ RESULT, PAGE, IMAGES, FOUND, SPARSE = "result.json", "report.html", "images", "f
 STEPS = 5
 
 
-def run_demo(output: Path, progress: Progress, size: int = SIZE) -> DemoResult:
+def run_demo(output: Path, progress: Progress) -> DemoResult:
     """Run the demonstration into `output`; one that ended there is replaced, one that was stopped gone on from.
 
     Args:
         progress: see `Progress`; counts steps, and tells of those of the search.
-        size: of the square images, in pixels.
 
     Returns:
         A result of kind "demo", also written to `output`/result.json; pictures and a page lie beside it.
@@ -127,14 +126,14 @@ def run_demo(output: Path, progress: Progress, size: int = SIZE) -> DemoResult:
         progress(name, next(done), STEPS)
 
     searched = search_model(
-        source, images, output / FOUND, at_least=AT_LEAST, img_size=size, backends=[BACKEND], precisions=[PRECISION],
+        source, images, output / FOUND, at_least=AT_LEAST, img_size=SIZE, backends=[BACKEND], precisions=[PRECISION],
         trust=[MODULE], progress=prefixed(progress, "search: "),
     )  # fmt: skip
     answer = searched.statistics.answer
     if isinstance(answer, Unavailable):
         raise GateError(f"Searched for {AT_LEAST}: {answer.why}.", "Try it on an idle machine.")
     stage("export dense")
-    dense = export_bundle(source, output / "dense", img_size=size)
+    dense = export_bundle(source, output / "dense", img_size=SIZE)
     stage("evaluate")
     bundle = output / SPARSE
     if not bundle.is_symlink():

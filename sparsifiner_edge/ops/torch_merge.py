@@ -15,7 +15,7 @@ def match_tokens(qkv: Tensor, sizes: Tensor, *, num_heads: int, num_prefix: int,
     """MatchTokens: pairs int32 [B,N-merged,2]. No gradient flows through the choice."""
     batch, tokens, _ = qkv.shape
     if torch.onnx.is_in_onnx_export():
-        # Not within `no_grad`: for every change of that torch.export makes a module, which takes a fifth of its time.
+        # Not within `no_grad`: torch.export makes a module for every change of that, which takes long.
         attributes = {"num_heads": num_heads, "num_prefix": num_prefix, "window": window, "merged": merged}
         return bare_node("MatchTokens", (qkv, sizes), attributes, torch.int32, [batch, tokens - merged, 2])
     return _matched(qkv, sizes, num_heads, num_prefix, window, merged)
