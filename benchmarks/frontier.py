@@ -12,9 +12,10 @@ attention, in ONNX Runtime and OpenVINO. Fidelity is that of what ran, over the 
 equal fidelity": the best rival's time for a fidelity, interpolated between its neighbouring points, over ours.
 
 With `--front` our budgets are those that a search found: of its front, the nearest to fidelities from .95 to .995. Of
-token merging falling rates alone: in every run above they are faster than constant ones at equal fidelity. With
-`--int8` as well, what is compared is whatever precision is fastest, and engines that take a quarter longer than the
-fastest, over a side's files together, are left out before fidelities are measured.
+token merging, above 224 px, falling rates alone: in the runs above constant ones take up to a fifth longer there, and
+at their most faithful up to 2 % less. With `--int8` as well, what is compared is whatever precision is fastest, and
+engines that take a quarter longer than the fastest, over a side's files together, are left out before fidelities are
+measured.
 
 With `--batch` (throughput) and `--base` (ViT-B/14 with random weights) times alone are measured, at a patch cosine of
 .98 and where it counts: the run of batch 1, which FOLDER holds, gives fidelities, and of ours and of each rival the
@@ -30,7 +31,6 @@ import dataclasses
 import itertools
 import math
 import tempfile
-import timeit
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -42,16 +42,26 @@ import tome
 import torch
 from cpu_engines import time_in_turn
 from fidelity_subject import weights_file
-from frontier_points import LARGER, Case, Point, Setting, name_of, ours, rivals, setting
+from frontier_points import (
+    LARGER,
+    Case,
+    Point,
+    merging_in_first_layer,
+    name_of,
+    ours,
+    photographs,
+    quick_engines,
+    rivals,
+    setting,
+)
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import Keep
-from sparsifiner_edge.demo import material, split
-from sparsifiner_edge.images import evenly, load_image
+from sparsifiner_edge.demo import material
+from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.profiles.measure.layers import measure_layers
 from sparsifiner_edge.records import Unavailable, write_record
 from sparsifiner_edge.results import Result, Subject, read_result, write_result
 from sparsifiner_edge.sparse.defaults import default_keep
@@ -75,8 +85,6 @@ CASES = {
 }  # fmt: skip
 REQUIRED = {(518, 0.98, "fp32"): (1.15, 1.4), (1036, 0.98, "fp32"): (1.6, 2.2)}
 """Times the best rival: required, aimed at."""
-SLOW = 1.25
-"""Times the fastest engine's time, from which on one is left out along a front."""
 AT, CLOSE = 0.98, 1.1
 """Where few points are measured: at which fidelity, and how many times the fastest's time an engine may take."""
 MOST_MERGING = (0.04, 0.02)
@@ -95,8 +103,9 @@ def of_front(path: Path, size: int) -> Case:
     points = [point for point in read_result(path).statistics["points"] if point["on_front"]]
     nearest = [min(points, key=lambda p, at=at: abs(math.log((1 - p["fidelity"] + 1e-6) / (1 - at)))) for at in FRONT]
     chosen = dict.fromkeys((point["merge"], keep_of(point["keep"])) for point in nearest)
+    constant = case.constant if size == min(CASES) else ()
     return dataclasses.replace(
-        case, budgets=tuple(chosen), constant=(), falling=(*case.falling, *LOWER.get(size, ())), compared=FRONT,
+        case, budgets=tuple(chosen), constant=constant, falling=(*case.falling, *LOWER.get(size, ())), compared=FRONT,
         start=path.parent / "start",
     )  # fmt: skip
 
@@ -105,39 +114,6 @@ def keep_of(text: str) -> Keep:
     """Shares as a front names them."""
     shares = tuple(map(float, text.split(",")))
     return shares if len(shares) > 1 else shares[0]
-
-
-def merging_in_first_layer(bundle: Path, of: Setting) -> dict[str, float]:
-    """Milliseconds of all that matches and merges in the first layer, and of the whole layer."""
-    images = of.images
-    times = measure_layers(str(bundle), "onnxruntime", of.threads, "native", lambda _: {"image": images}, 200)
-    rows = [row for row in times.layers if row.layer == 0]
-    whole, merging = (sum(row.ms for row in rows if part in row.name) for part in ("", ".merging."))
-    return {"layer_ms": whole, "merging_ms": merging, "share": merging / whole}
-
-
-def photographs(size: int, count: int | None) -> list[Path]:
-    """Of the publication set; at 1036 px, where a photograph takes a minute, 24 of them if not said otherwise."""
-    paths = split.publication()
-    return evenly(paths, count or (24 if size > 1000 else len(paths)))
-
-
-def quick(points: list[Point], tell: Any) -> list[Point]:
-    """Those in an engine and precision that comes near the fastest: of ours, and of all rivals."""
-    sides: dict[bool, dict[str, float]] = {True: {}, False: {}}
-    for point in points:
-        tell(f"a first look: {point.name}")
-        point.run()
-        engines = sides[point.is_ours]
-        engines[point.engine] = engines.get(point.engine, 0.0) + min(timeit.repeat(point.run, number=1, repeat=2))
-    out = {
-        (side, engine) for side, engines in sides.items() for engine, seconds in engines.items()
-        if seconds > SLOW * min(engines.values())
-    }  # fmt: skip
-    for side, engine in sorted(out):
-        took, least = sides[side][engine], min(sides[side].values())
-        err_console.print(f"left out: {'ours' if side else 'rivals'} in {engine}, {took / least:.2f} times the fastest")
-    return [point for point in points if (point.is_ours, point.engine) not in out]
 
 
 def fidelity(points: list[Point], size: int, photographs: list[Path], tell: Any) -> dict[str, dict[str, Any]]:
@@ -288,8 +264,9 @@ def measure(
             raise click.UsageError("the run in -o FOLDER names our points otherwise: measure it again first")
         first = merging_in_first_layer(Path(scratch) / "ours-0", of)
         points += rivals(case, of, Path(scratch), tell)
+        left_out: dict[str, float] = {}
         if along_a_front:
-            points = quick(points, tell)
+            points, left_out = quick_engines(points, tell)
         found = before.samples if before else fidelity(points, size, photographs, tell)
         times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if size < 1000 else 1, tell)
     rows = {
@@ -311,7 +288,12 @@ def measure(
         if of.int8:
             compared[f"{wanted}, any"] = compare(points, found, times, wanted, ("fp32", "bf16", "int8"))
     samples = {name: {**found[name], "ms": times[name].tolist()} for name in rows}
-    return samples, {"points": rows, "at_equal_fidelity": compared, "merging_in_first_layer": first}
+    return samples, {
+        "points": rows,
+        "at_equal_fidelity": compared,
+        "merging_in_first_layer": first,
+        "left_out": left_out,
+    }
 
 
 def _said(ms: Any) -> str:
@@ -335,6 +317,8 @@ def show(size: int, count: int, found: dict[str, Any]) -> None:
             f"{estimate['value']:.2f} times ({bounds})" + (f", required {aim[0]}, aim {aim[1]}" if aim else "")
         )
 
+    for engine, ratio in found["left_out"].items():
+        click.echo(f"left out: {engine}, {ratio:.2f} times the fastest")
     first = found["merging_in_first_layer"]
     click.echo(
         f"matching and merging take {first['merging_ms']:.2f} of {first['layer_ms']:.2f} ms of the first layer: "
@@ -383,7 +367,9 @@ def draw(size: int, found: dict[str, Any], path: Path) -> None:
 @click.option("--base", is_flag=True, help="ViT-B/14 with random weights: times alone.")
 @click.option("--near", is_flag=True, help="With --int8: no fp32, and few budgets.")
 @click.option("--front", type=click.Path(exists=True, path_type=Path), help="Our budgets from a search's front.json.")
-@click.option("--photographs", "count", type=int, help="Of the publication set, evenly; default all, at 1036 px 24.")
+@click.option(
+    "--photographs", "count", type=click.IntRange(1), help="Of the publication set, evenly; default all, at 1036 px 24."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for frontier_<size>.json and .png.")
 def main(
     sizes: tuple[str, ...], rounds: int, threads: int | None, int8: bool, batch: int, base: bool, near: bool,
@@ -392,6 +378,8 @@ def main(
     """See the module's documentation."""
     if near and (not int8 or base or batch > 1):
         raise click.UsageError("--near is for --int8 alone")
+    if count and (base or batch > 1):
+        raise click.UsageError("--photographs is for runs that measure fidelity")
     if front and (len(sizes) > 1 or near or base or batch > 1):
         raise click.UsageError("--front is of one size, and for a whole run")
     warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter, about its own calls
