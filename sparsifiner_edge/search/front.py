@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from sparsifiner_edge.config import keep_text, merge_text
-from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.records import Known
 from sparsifiner_edge.results import Declared, Estimate
 from sparsifiner_edge.search.plan import LayerPlan
 
@@ -80,12 +80,12 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
 
     metric: str
     task: str | None = None
-    at_least: float | None
-    at_most_ms: float | None
-    at_most_mj: float | None
-    watts: float | None
+    at_least: float | None = None
+    at_most_ms: float | None = None
+    at_most_mj: float | None = None
+    watts: float | None = None
     seed: int
-    board: str | None
+    board: str | None = None
     images: dict[str, list[str]]
     solver: str = "dynamic program over layers; price of fidelity bisected"
     tables: dict[str, Any]
@@ -107,8 +107,8 @@ class Front(msgspec.Struct, frozen=True, kw_only=True):
 
     points: list[Point]
     finalists: list[Finalist]
-    answer: Finalist | Unavailable
-    check: Checked | Unavailable
+    answer: Known[Finalist]
+    check: Known[Checked]
     rivals: list[Rival]
     dense_ms: dict[str, Estimate]
     drift: dict[str, float]

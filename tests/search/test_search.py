@@ -18,8 +18,10 @@ from sparsifiner_edge.config import keep_text, merge_text, parse_merge
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import write_report
+from sparsifiner_edge.results import read_result
 from sparsifiner_edge.search import finalists
 from sparsifiner_edge.search.finalists import Contender, Stopwatch
+from sparsifiner_edge.search.front import Finalist, SearchResult
 from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.trial import Trial
@@ -96,6 +98,9 @@ def test_the_answer_is_what_was_asked_for(found: Path, photographs: Path, tiny_w
     assert any(point["on_front"] for point in points)
     assert all(0 < point["fidelity"] <= 1 for point in points)
     assert len(front["samples"]["check"]) == 2
+    typed = read_result(found / "front.json", SearchResult).statistics
+    assert isinstance(typed.answer, Finalist)
+    assert typed.answer.merge == answer["merge"]
 
 
 @pytest.mark.slow
