@@ -8,6 +8,8 @@ _KIB = 1024
 _REGISTERS = 65536
 _REGISTER_GRANULARITY = 256
 """Registers are given out to warps in units of so many."""
+_RESERVED, _SHARED_GRANULARITY = 1 * _KIB, 128
+"""Bytes of shared memory: what the driver keeps of each block's, and the unit that it is given out in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,23 +18,20 @@ class Limits:
 
     Attributes:
         blocks, warps: resident at most.
-        shared: bytes of shared memory. reserved: those that the driver keeps per block. unit: a block gets multiples.
+        shared: bytes of shared memory.
     """
 
     blocks: int
     warps: int
     shared: int
-    reserved: int = 1 * _KIB
-    unit: int = 128
 
     @property
     def block_shared(self) -> int:
         """Most bytes that one block may ask for."""
-        return self.shared - self.reserved
+        return self.shared - _RESERVED
 
 
 LIMITS = {
-    75: Limits(16, 32, 64 * _KIB, reserved=0, unit=256),
     80: Limits(32, 64, 164 * _KIB),
     86: Limits(16, 48, 100 * _KIB),
     87: Limits(16, 48, 164 * _KIB),
@@ -67,7 +66,7 @@ def occupancy(capability: int, warps: int, registers: int, shared: int) -> Occup
     # Registers belong to one of a multiprocessor's four parts, and a warp cannot straddle two.
     fit = {
         "registers": _REGISTERS // 4 // a_warp * 4 // warps,
-        "shared memory": limits.shared // max(_up(shared + limits.reserved, limits.unit), 1),
+        "shared memory": limits.shared // _up(shared + _RESERVED, _SHARED_GRANULARITY),
         "warps": limits.warps // warps,
         "blocks": limits.blocks,
     }

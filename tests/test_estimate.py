@@ -185,17 +185,17 @@ def test_which_kernels_are_assumed(tmp_path: Path) -> None:
         return str(method["assumed"])
 
     sparse = counted(tmp_path / "sparse", sparsity=EDGE)
-    assert kernels(sparse, "t4") == "portable"
-    assert kernels(sparse, "t4", kernels="native") == "native"
+    assert kernels(sparse, "rtx-3060") == "portable"
+    assert kernels(sparse, "rtx-3060", kernels="native") == "native"
     assert kernels(sparse, "cpu-generic") == "native"
-    assert kernels(counted(tmp_path / "dense"), "t4") == "none"
+    assert kernels(counted(tmp_path / "dense"), "rtx-3060") == "none"
     carried = counted(tmp_path / "carried", sparsity=EDGE)
     (carried / "kernels").mkdir()
-    (carried / table_file(75)).write_text("{}")
+    (carried / table_file(86)).write_text("{}")
     changed(carried, {})
-    assert kernels(carried, "t4") == "native"
+    assert kernels(carried, "rtx-3060") == "native"
     assert kernels(carried, "rtx-4090") == "portable"
-    native, portable = (estimate_bundle(f, "t4")["statistics"]["latency_ms"] for f in (carried, sparse))
+    native, portable = (estimate_bundle(f, "rtx-3060")["statistics"]["latency_ms"] for f in (carried, sparse))
     assert portable["value"] > 1.5 * native["value"]
     assert portable["high"] / portable["low"] > native["high"] / native["low"]
 

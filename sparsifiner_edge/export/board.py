@@ -34,7 +34,7 @@ from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_plan
-from sparsifiner_edge.ops.triton.plan import OPERATORS_PLANNED, Buffer, Plan, plan_select, refusals
+from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED, Buffer, Plan, plan_select, refusals
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.records import write_record
@@ -70,7 +70,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         BackendError: a kernel does not compile.
     """
     nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATORS_PLANNED]
-    if board.sm < 75:
+    if board.sm < LEAST_CAPABILITY:
         raise ConfigError(
             f"{board.name} has no GPU that the kernels are for.", "Leave --board out: the bundle runs there without."
         )
@@ -140,7 +140,7 @@ class Assembler:
         with scratch_folder() as scratch:
             source, made = scratch / "kernel.ptx", scratch / "kernel.cubin"
             source.write_text(ptx, encoding="utf-8")
-            arch = f"-arch={target[1] if target else 'sm_75'}"
+            arch = f"-arch={target[1] if target else f'sm_{LEAST_CAPABILITY}'}"
             command = [str(self.path), arch, str(source), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:

@@ -28,8 +28,8 @@ from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Buffer, Constant, Launch, Plan
 from sparsifiner_edge.records import write_record
 
-CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
-"""What is compiled for in tests: Turing, A100, RTX 30, Orin, RTX 40, H100, B200, Thor, RTX 50."""
+CAPABILITIES = (80, 86, 87, 89, 90, 100, 110, 120)
+"""What is compiled for in tests: A100, RTX 30, Orin, RTX 40, H100, B200, Thor, RTX 50."""
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8"}
 _HIDDEN = 2
 OPTIONS = {"enable_fp_fusion": True}

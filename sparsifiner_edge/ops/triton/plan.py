@@ -1,7 +1,8 @@
 """Which kernels an operator launches, in which order, on which buffers: for torch and for compilation ahead of time.
 
 A plan follows from the operator's attributes and shapes, the element type and the GPU's compute capability alone;
-neither torch nor Triton is imported. Every size is a constant of the kernel: a kernel takes pointers and nothing else.
+neither torch nor Triton is imported. Today's launches are the same for every capability. Every size is a constant
+of the kernel: a kernel takes pointers and nothing else.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, OPERATORS, AttributeValue
 
 OPERATORS_PLANNED = TRITON.operators
-LEAST_CAPABILITY, LEAST_BFLOAT16 = 75, 80
+LEAST_CAPABILITY = 80
+"""Compute capability times ten: below, Triton multiplies without tensor cores."""
 MOST = {"width": 128, "channels": 64, "tile": 128, "patches": 16384}
 """Greatest head dimension, predictor channels, tile, and patches (a row of scores is held in registers)."""
+PRECISION = "tf32x3"
+"""How float32 matrix products are made: by three TF32 products."""
 _LOG2_E = math.log2(math.e)
 _GRID_LIMIT = 65535
 """CUDA's limit of a grid's second and third dimension."""
@@ -98,8 +102,6 @@ def refusals(
         reasons.append(f"qkv must be {', '.join(op.inputs[0].dtypes)}, got {dtype}")
     if capability < LEAST_CAPABILITY:
         reasons.append(f"compute capability {capability / 10} is below {LEAST_CAPABILITY / 10}")
-    elif dtype == "bfloat16" and capability < LEAST_BFLOAT16:
-        reasons.append(f"bfloat16 needs compute capability {LEAST_BFLOAT16 / 10}, this GPU has {capability / 10}")
     return reasons or _size_refusals(attributes, shapes)
 
 
@@ -134,13 +136,11 @@ def power_of_two(size: int, least: int = 16, most: int = 1 << 30) -> int:
     return min(max(least, 1 << max(size - 1, 0).bit_length()), most)
 
 
-def _precision(capability: int) -> str:
-    """How float32 matrix products are made: three TF32 products, or plain arithmetic where there is no TF32."""
-    return "tf32x3" if capability >= 80 else "ieee"
-
-
 def plan_select(
-    shapes: Sequence[Sequence[int]], attributes: Mapping[str, AttributeValue], dtype: str, capability: int
+    shapes: Sequence[Sequence[int]],
+    attributes: Mapping[str, AttributeValue],
+    dtype: str,
+    capability: int,  # noqa: ARG001
 ) -> Plan:
     """KeySelect: qkv, proj_q, proj_k (float32) -> indices."""
     a, (batch, tokens, packed) = attributes, shapes[0]
@@ -155,9 +155,7 @@ def plan_select(
     weighed = {"value_power": float(a["value_power"])}
     deviation = "deviation" if a["value_power"] else None
     parts = {n: n for n in ("projected_q", "projected_q_powers", "projected_k", "projected_k_powers")}
-    most = 64 if capability >= 80 else 32  # Turing keeps both operands of a product in registers
-    block_m, block_n = power_of_two(probes, most=most), power_of_two(patches, most=most)
-    rows = power_of_two(tiles, most=most)
+    block_m, block_n, rows = (power_of_two(size, most=64) for size in (probes, patches, tiles))
     prepare = Launch(
         "prepare",
         (math.ceil(patches / block_p) + math.ceil(probes / block_p) + cells, heads, batch),
@@ -165,7 +163,7 @@ def plan_select(
         {
             "tokens": tokens, "width": width, "prefix": prefix, "channels": channels, "probe": int(a["probe"]),
             "cell": int(a["cell"]), "floor": DEVIATION_FLOOR, "block_m": block_p, "block_d": block_d,
-            "precision": _precision(capability), **weighed, **both,
+            "precision": PRECISION, **weighed, **both,
         },
     )  # fmt: skip
     lse = Launch(

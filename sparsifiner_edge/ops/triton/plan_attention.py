@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sparsifiner_edge.ops.schema import AttributeValue
-from sparsifiner_edge.ops.triton.plan import _LOG2_E, Buffer, Constant, Launch, Plan, _precision, power_of_two
+from sparsifiner_edge.ops.triton.plan import _LOG2_E, PRECISION, Buffer, Constant, Launch, Plan, power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,6 @@ class _Sizes:
     cells: int
     scale: float
     dtype: str
-    capability: int
 
     @property
     def columns(self) -> int:
@@ -58,13 +57,11 @@ class _Sizes:
         """Constants of a kernel by name, and those that all have."""
         shared = {"heads": self.heads, "width": self.width, "block_d": power_of_two(self.width)}
         # Operands of three TF32 products, of float32 rows this wide, would spill.
-        precision = "ieee" if self.width > 64 else _precision(self.capability)
+        precision = "ieee" if self.width > 64 else PRECISION
         return shared | {name: getattr(self, name) for name in names} | {"precision": precision}
 
 
-def _sizes(
-    shapes: Sequence[Sequence[int]], attributes: Mapping[str, AttributeValue], dtype: str, capability: int
-) -> _Sizes:
+def _sizes(shapes: Sequence[Sequence[int]], attributes: Mapping[str, AttributeValue], dtype: str) -> _Sizes:
     batch, tokens, packed = shapes[0]
     a = {name: int(value) for name, value in attributes.items() if name != "scale"}
     first = a["num_prefix"] * a["prefix_keys"]
@@ -72,15 +69,18 @@ def _sizes(
         batch=batch, tokens=tokens, heads=a["num_heads"], width=packed // (3 * a["num_heads"]), prefix=a["num_prefix"],
         first=first, tile=a["tile"], tiles=shapes[1][2], keys=shapes[1][3], cell=a["cell"],
         cells=math.ceil((tokens - first) / a["cell"]) if a["cell"] else 0, scale=float(attributes["scale"]),
-        dtype=dtype, capability=capability,
+        dtype=dtype,
     )  # fmt: skip
 
 
 def plan_attend(
-    shapes: Sequence[Sequence[int]], attributes: Mapping[str, AttributeValue], dtype: str, capability: int
+    shapes: Sequence[Sequence[int]],
+    attributes: Mapping[str, AttributeValue],
+    dtype: str,
+    capability: int,  # noqa: ARG001
 ) -> Plan:
     """SparseAttention: qkv, indices -> output, lse (for the backward; an inference program ignores them)."""
-    s = _sizes(shapes, attributes, dtype, capability)
+    s = _sizes(shapes, attributes, dtype)
     launches = [*((_membership(s), _rest(s)) if s.cells else ()), _attend(s)]
     return Plan(_forward_buffers(s), tuple(launches))
 
@@ -119,7 +119,7 @@ def _rest_arguments(s: _Sizes) -> dict[str, str | None]:
 
 
 def _rest(s: _Sizes) -> Launch:
-    small = s.width > 64 or s.dtype == "float32" or s.capability < 80
+    small = s.width > 64 or s.dtype == "float32"
     block_m = power_of_two(s.tiles, most=32 if small else 64)
     constants = s.constants("tokens", "prefix", "tiles", "cell", "cells", "pitch")
     return Launch(
@@ -129,7 +129,7 @@ def _rest(s: _Sizes) -> Launch:
         {
             **constants,
             "block_m": block_m,
-            "block_n": power_of_two(s.cell, most=16 if s.capability < 80 else _entries(s)),
+            "block_n": power_of_two(s.cell, most=_entries(s)),
         },
     )
 
@@ -137,8 +137,6 @@ def _rest(s: _Sizes) -> Launch:
 def _entries(s: _Sizes) -> int:
     """Entries of a block: as many as leave accumulators and operands in registers."""
     large = s.width > 64 or s.dtype == "float32"
-    if s.capability < 80:  # Turing keeps both operands of a product in registers
-        return 16 if large else 32
     if s.dtype == "float32":
         return 16 if s.width > 64 else 32
     return 32 if large else 64
@@ -158,17 +156,20 @@ def _attend(s: _Sizes) -> Launch:
         constants
         | {"factor": s.scale * _LOG2_E, "block_m": s.rows, "block_n": block_n}
         | {"block_r": power_of_two(s.cells, most=block_n)},
-        warps=8 if s.rows > (32 if s.capability < 80 else 64) or s.wide else 4,
-        # Three stages: a block's list is fetched one block ahead of its keys and values. Turing has no such copies.
-        stages=1 if s.capability < 80 else 2 if s.dtype == "float32" else 3,
+        warps=8 if s.rows > 64 or s.wide else 4,
+        # Three stages: a block's list is fetched one block ahead of its keys and values.
+        stages=2 if s.dtype == "float32" else 3,
     )
 
 
 def plan_backward(
-    shapes: Sequence[Sequence[int]], attributes: Mapping[str, AttributeValue], dtype: str, capability: int
+    shapes: Sequence[Sequence[int]],
+    attributes: Mapping[str, AttributeValue],
+    dtype: str,
+    capability: int,  # noqa: ARG001
 ) -> Plan:
     """Gradient of SparseAttention: qkv, indices, output, lse, grad [B,N,C] -> grad_qkv [B,N,3C]."""
-    s = _sizes(shapes, attributes, dtype, capability)
+    s = _sizes(shapes, attributes, dtype)
     buffers = _forward_buffers(s) | _backward_buffers(s)
     buffers |= {name: dataclasses.replace(buffers[name], role="input") for name in ("output", "lse")}
     cells = (_rest(s), _queries(s), _cells(s)) if s.cells else (_queries(s),)
