@@ -25,7 +25,7 @@ from sparsifiner_edge.runtime.onnxruntime.backends import (
     OnnxRuntimeCuda,
     OnnxRuntimeTensorRt,
 )
-from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
+from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK, import_onnxruntime
 from sparsifiner_edge.runtime.openvino.backend import OpenVino, OpenVinoBf16, OpenVinoFp16
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
@@ -147,9 +147,8 @@ def _provider(backend: GpuProvider, device: Known[CudaDevice]) -> BackendState:
         return BackendState(False, f"{error.what} {error.fix}", package_version("onnxruntime"))
     if isinstance(device, Unavailable):
         return BackendState(False, f"{backend.provider} is built in, and {device.why}", version)
-    return BackendState(
-        True, f"{backend.provider} is built in; whether it starts is seen when a bundle is opened", version
-    )
+    does = f"a fallback: {FALLBACK}; whether it starts is seen when a bundle is opened"
+    return BackendState(True, f"{backend.provider} is built in; {does}", version)
 
 
 def _engines(backend: EngineBackend, device: Known[CudaDevice], skill: str) -> BackendState:

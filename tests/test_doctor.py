@@ -75,7 +75,9 @@ def test_a_build_for_the_gpu_without_a_gpu_is_not_available(monkeypatch):
         assert not found["backends"][name]["available"]
         assert "is built in, and No NVIDIA driver" in found["backends"][name]["reason"]
     install_cuda(monkeypatch, Gpu())
-    assert examine()["backends"]["onnxruntime-cuda"]["available"]
+    ready = examine()["backends"]["onnxruntime-cuda"]
+    assert ready["available"]
+    assert "a fallback: function bodies, not the CUDA kernels, with pageable copies" in ready["reason"]
 
 
 def test_tensorrt_needs_a_device_to_be_available(monkeypatch):

@@ -14,6 +14,8 @@ from sparsifiner_edge.profiles.measure.layers import LAYER_KINDS
 from sparsifiner_edge.profiles.measure.resource_usage import Usage, busy_s, other_cores, process_usage
 from sparsifiner_edge.profiles.measure.side import WarmUp
 from sparsifiner_edge.profiles.sensors.conditions import conditions, summarise_conditions
+from sparsifiner_edge.records import Unavailable
+from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK
 
 CALM_MACHINE = Usage(cpu_s=0.0, major_faults=0, other_cores=0.0, allowed_cores=2)
 CALM = np.random.default_rng(0).normal(10.0, 0.1, 2000)
@@ -119,6 +121,22 @@ def test_a_gpus_clock_counts_where_it_computes(tmp_path, on, expected):
     nothing = conditions(tmp_path)
     looks = [replace(nothing, gpu_mhz=mhz) for mhz in (1000.0, 900.0)]
     assert names(flags.condition_flags(summarise_conditions(nothing, looks, nothing), on)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kernels", "do"),
+    [
+        ("function bodies (the native library is not built)", "Repair the native library"),
+        (FALLBACK, "--backend tensorrt"),
+        ("function bodies", None),
+        ("none (standard operators), with pageable copies", None),
+        (Unavailable("the session does not say"), None),
+    ],
+)
+def test_function_bodies_in_the_place_of_kernels(kernels, do):
+    found = flags.kernel_flags(kernels)
+    assert names(found) == (["portable-kernels"] if do else [])
+    assert all(do in flag.do and kernels in flag.what for flag in found)
 
 
 BUSY = "import time; print('on', flush=True)\nstart = time.time()\nwhile time.time() - start < 60: pass"

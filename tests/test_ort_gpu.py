@@ -6,17 +6,19 @@ import json
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
+import numpy as np
 import onnxruntime
 import pytest
 
 from sparsifiner_edge.bundle.manifest import Manifest
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.errors import BackendError, ConfigError, GateError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.onnxruntime.backends import OnnxRuntimeCuda, OnnxRuntimeTensorRt
-from sparsifiner_edge.runtime.onnxruntime.session import Execution, OrtSession
+from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK, Execution, OrtSession
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
 from tests.tiny import make_bundle
@@ -35,6 +37,34 @@ def gpu_build(monkeypatch):
     """The CPU's build of ONNX Runtime that says it has the providers of a GPU, as onnxruntime-gpu does anywhere."""
     offered = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+
+
+@pytest.fixture
+def provider(gpu_build, monkeypatch, tmp_path):
+    """The providers start: the real session on the CPU, under the name that was asked for.
+
+    `asked` holds the providers, `error` is added to every output.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    install_cuda(monkeypatch, Gpu())
+    real, said = onnxruntime.InferenceSession, SimpleNamespace(asked=None, error=0.0)
+
+    class Session:
+        def __init__(self, model, options, providers):
+            said.asked = providers
+            self._session = real(model, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return [said.asked[0][0], "CPUExecutionProvider"]
+
+        def run(self, *arguments):
+            return [output + np.float32(said.error) for output in self._session.run(*arguments)]
+
+        def __getattr__(self, name):
+            return getattr(self._session, name)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    return said
 
 
 @pytest.mark.skipif(not CPU_BUILD, reason="onnxruntime-gpu is installed")
@@ -66,49 +96,48 @@ def test_a_silent_fallback_is_an_error(bundle, gpu_build, monkeypatch, backend):
 
 
 @pytest.mark.parametrize("backend", BOTH)
-def test_what_the_provider_is_given(bundle, gpu_build, monkeypatch, backend, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    install_cuda(monkeypatch, Gpu())
-    asked = {}
-    real = onnxruntime.InferenceSession
-
-    class Session:
-        """The real session on the CPU, under the name of the provider that was asked for."""
-
-        def __init__(self, model, options, providers):
-            asked["providers"] = providers
-            self._session = real(model, options, providers=["CPUExecutionProvider"])
-
-        def get_providers(self):
-            return [asked["providers"][0][0], "CPUExecutionProvider"]
-
-        def __getattr__(self, name):
-            return getattr(self._session, name)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+def test_what_the_provider_is_given(bundle, provider, backend, tmp_path):
     with backend.open(open_bundle(bundle), 1, "auto") as session:
         described = session.description
         assert session.backend == backend.name
     assert described.provider == backend.provider
     assert described.device == "Orin (compute capability 8.7)"
-    (name, options), last = asked["providers"]
+    (name, options), last = provider.asked
     assert (name, last) == (backend.provider, "CPUExecutionProvider")
     if isinstance(backend, OnnxRuntimeTensorRt):
         assert options["trt_engine_cache_path"].startswith(str(tmp_path / "cache"))
-        assert (options["trt_fp16_enable"], options["trt_int8_enable"]) == (False, False)
     else:
         assert options["use_tf32"] == 0
 
 
-def test_types_of_the_file_are_allowed(tmp_path):
-    def options(digest="ab", precision="fp32"):
-        return OnnxRuntimeTensorRt().options(
-            Manifest(schema_version=2, files={"model.onnx": digest * 32}, precision=precision)
-        )
+@pytest.mark.parametrize("backend", BOTH)
+def test_what_runs_is_said(tmp_path, provider, backend):
+    for function, said in ((True, FALLBACK), (False, "none (standard operators), with pageable copies")):
+        made = make_bundle(tmp_path / str(function), function=function)
+        with backend.open(open_bundle(made), 1, "auto") as session:
+            assert session.description.kernels == said
+    assert FALLBACK == "function bodies, not the CUDA kernels, with pageable copies"
 
-    assert options(precision="fp16")["trt_fp16_enable"]
-    assert options(precision="int8")["trt_int8_enable"]
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_types_are_those_of_the_file(precision):
+    """With `trt_fp16_enable` or `trt_int8_enable` ONNX Runtime drops strong typing."""
+
+    def options(digest="ab"):
+        manifest = Manifest(schema_version=2, files={"model.onnx": digest * 32}, precision=precision)
+        return OnnxRuntimeTensorRt().options(manifest)
+
+    assert not [name for name in options() if name.endswith(("16_enable", "int8_enable"))]
     assert options("cd")["trt_engine_cache_path"] != options()["trt_engine_cache_path"]
+
+
+def test_an_engine_that_differs_from_golden_is_refused(bundle, provider, monkeypatch):
+    closed = []
+    monkeypatch.setattr(OrtSession, "close", lambda self: closed.append(self.backend))
+    provider.error = 0.01
+    with pytest.raises(GateError, match=r"(?s)'features' differs from golden by .* instead of .*onnxruntime-tensorrt"):
+        OnnxRuntimeTensorRt().open(open_bundle(bundle), 1, "auto")
+    assert closed == ["onnxruntime-tensorrt"]
 
 
 @pytest.mark.parametrize("backend", BOTH)

@@ -95,15 +95,17 @@ def warm_up_flags(warm_up: WarmUp) -> list[Flag]:
 
 
 def kernel_flags(kernels: str | Unavailable) -> list[Flag]:
-    """ "portable-kernels" where function bodies stand in for a native library that could not be used.
+    """ "portable-kernels" where function bodies stand in for kernels that could not be used.
 
     Args:
         kernels: as a session's description says.
     """
-    if isinstance(kernels, Unavailable) or "(the native library" not in kernels:
-        return []
-    what = f"sparse attention ran as {kernels}"
-    return [Flag("portable-kernels", what, "Repair the native library: sparsifiner-edge doctor says what it lacks.")]
+    fixes = {
+        "(the native library": "Repair the native library: sparsifiner-edge doctor says what it lacks.",
+        "not the CUDA kernels": "This is a fallback: build an engine with --backend tensorrt and profile that.",
+    }
+    fix = None if isinstance(kernels, Unavailable) else next((fixes[part] for part in fixes if part in kernels), None)
+    return [Flag("portable-kernels", f"sparse attention ran as {kernels}", fix)] if fix else []
 
 
 def part_flags(parts_ms: Mapping[str, Sequence[float]]) -> list[Flag]:

@@ -1,4 +1,8 @@
-"""ONNX Runtime as a backend: on the processor, and on an NVIDIA GPU by its CUDA or its TensorRT provider."""
+"""ONNX Runtime as a backend: on the processor, and on an NVIDIA GPU by its CUDA or its TensorRT provider.
+
+On a GPU it is a fallback: sparse attention runs by the function bodies, and every array is copied from and to pageable
+memory.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError
@@ -125,7 +130,9 @@ class OnnxRuntimeTensorRt(GpuProvider):
     name, provider = "onnxruntime-tensorrt", "TensorrtExecutionProvider"
 
     def options(self, manifest: Manifest) -> dict[str, Option]:
-        """Engines and times are kept per model, and types are those of the file."""
+        """Engines and times are kept per model. Types are those of the file: ONNX Runtime types a network strongly
+        where neither `trt_fp16_enable` nor `trt_int8_enable` is set, and has no option that asks for it.
+        """
         cache = cache_folder() / self.name / manifest.files[MODEL_FILE][:16]
         return {
             "device_id": 0,
@@ -133,7 +140,19 @@ class OnnxRuntimeTensorRt(GpuProvider):
             "trt_engine_cache_path": str(cache),
             "trt_timing_cache_enable": True,
             "trt_timing_cache_path": str(cache),
-            # These allow the types that the file has; a file in float32 stays in float32.
-            "trt_fp16_enable": manifest.precision == "fp16",
-            "trt_int8_enable": manifest.precision == "int8",
         }
+
+    def open(self, bundle: Bundle, threads: int, kernels: str) -> OrtSession:
+        """A session whose engine has given the golden output: TensorRT builds it here, by kernels of its own choice.
+
+        Raises:
+            BackendError: see `GpuProvider.open`.
+            ArtifactError, GateError: see `check_golden`.
+        """
+        session = super().open(bundle, threads, kernels)
+        try:
+            check_golden(session, bundle)
+        except BaseException:
+            session.close()
+            raise
+        return session

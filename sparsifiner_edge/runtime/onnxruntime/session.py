@@ -42,6 +42,8 @@ class Execution(NamedTuple):
 
 
 ON_CPU = Execution()
+FALLBACK = "function bodies, not the CUDA kernels, with pageable copies"
+"""What a GPU's provider runs of sparse attention, for people."""
 
 
 def import_onnxruntime() -> Any:
@@ -125,15 +127,13 @@ class OrtSession(Session):
         if not self.inputs or not self.outputs:
             raise BackendError(f"{model} has no {'output' if self.inputs else 'input'}.", "Export the bundle again.")
         self._session: Any = session
-        # What was not chosen is said: function bodies are several times slower.
-        why_bodies = why_portable(kernels) if kernels == "auto" else None
         self._description = Description(
             backend=self.backend,
             version=str(ort.__version__),
             provider=execution.provider,
             device=execution.device,
             precision=precision or Unavailable("the bundle does not say"),
-            kernels=described(operators, library is not None, why_bodies, "bfloat16" if execution.bfloat16 else None),
+            kernels=_kernels(operators, kernels, library is not None, execution),
             threads=threads,
         )
 
@@ -164,6 +164,14 @@ class OrtSession(Session):
 def attend_in_bfloat16(options: Any) -> None:
     """Have the native library, once it is registered with these options of a session, multiply bfloat16."""
     options.add_session_config_entry("sparsifiner.attention", "bfloat16")
+
+
+def _kernels(operators: set[str], kernels: str, native: bool, execution: Execution) -> str:
+    """What runs the operators, and what was not chosen: function bodies are several times slower."""
+    if execution.provider != ON_CPU.provider:
+        return FALLBACK if operators else f"{described(operators, native)}, with pageable copies"
+    reason = why_portable(kernels) if kernels == "auto" else None
+    return described(operators, native, reason, "bfloat16" if execution.bfloat16 else None)
 
 
 def _require_attention(operators: set[str], model: Path) -> None:
