@@ -18,6 +18,8 @@ from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.backend import EngineBackend
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
+from sparsifiner_edge.runtime.cuda.driver import too_new
+from sparsifiner_edge.runtime.cuda.support import CudaSupport, cuda_support
 from sparsifiner_edge.runtime.onnxruntime.backends import (
     GpuProvider,
     OnnxRuntime,
@@ -65,6 +67,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     native_library_reason: str
     backends: dict[str, BackendState]
     cuda: Known[CudaDevice]
+    cuda_support: CudaSupport
     triton: BackendState
     telemetry: dict[str, str]
     decoding: Confinement
@@ -76,7 +79,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
 
 def examine() -> Findings:
     """Look at this installation."""
-    device = _cuda()
+    device, support = _cuda(), cuda_support()
     library, reason = _native_library()
     return Findings(
         native_library=library,
@@ -89,11 +92,12 @@ def examine() -> Findings:
             "tensorrt-rtx": _engines(TensorRtRtx(), device, "builds engines ahead of time for RTX cards"),
         },
         cuda=device,
+        cuda_support=support,
         triton=_triton(),
         telemetry=_telemetry(),
         decoding=confinement(),
         extras=_extras(),
-        warnings=_warnings(),
+        warnings=[*_two_onnxruntimes(), *_cuda_python_too_new(support)],
         machine=machine(),
         environment=environment(),
     )
@@ -156,12 +160,18 @@ def _engines(backend: EngineBackend, device: Known[CudaDevice], skill: str) -> B
     try:
         version = str(backend.load().__version__)
     except SparsifinerError as error:
-        return BackendState(False, f"{error.what} {error.fix}", package_version(backend.name))
+        return BackendState(False, f"{error.what} {error.fix}", _tensorrt_version(backend.name))
     if not isinstance(device, Unavailable):
         return BackendState(True, f"imports; {skill}, and runs them on {device.name}", version)
     ahead = isinstance(backend, TensorRtRtx)
     does = f"{skill}, and cannot run them here" if ahead else "cannot be used here"
     return BackendState(ahead, f"imports; {does}: {device.why}", version)
+
+
+def _tensorrt_version(name: str) -> str | Unavailable:
+    """Version of the package, which CUDA's major version may be part of the name of."""
+    found = [package_version(f"{name}{suffix}") for suffix in ("", "-cu12", "-cu13")]
+    return next((version for version in found if isinstance(version, str)), found[0])
 
 
 def _triton() -> BackendState:
@@ -216,7 +226,7 @@ def _extra(extra: str, names: list[str]) -> Extra:
     return Extra(packages, complete, f'pip install "{DISTRIBUTION}[{extra}]"')
 
 
-def _warnings() -> list[str]:
+def _two_onnxruntimes() -> list[str]:
     both = ("onnxruntime", "onnxruntime-gpu")
     if any(isinstance(package_version(name), Unavailable) for name in both):
         return []
@@ -224,3 +234,11 @@ def _warnings() -> list[str]:
         "onnxruntime and onnxruntime-gpu are both installed and overwrite one another. "
         "Remove both and install one: pip uninstall -y onnxruntime onnxruntime-gpu"
     ]
+
+
+def _cuda_python_too_new(support: CudaSupport) -> list[str]:
+    version = package_version("cuda-python")
+    if isinstance(version, Unavailable) or isinstance(support.driver, Unavailable):
+        return []
+    unfit = too_new(version, support.driver)
+    return [" ".join(unfit)] if unfit else []

@@ -88,6 +88,20 @@ def machine(root: Path = Path("/")) -> Machine:
     )
 
 
+def jetson_release(root: Path = Path("/")) -> str | None:
+    """Release of Jetson Linux, such as "36.4.3" (36 is JetPack 6, 38 and 39 are JetPack 7); None on other machines.
+
+    Args:
+        root: where `etc` and `var` are; tests give another tree.
+    """
+    told = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release") or "")
+    if told:
+        return f"{told[1]}.{told[2]}"
+    packages = _read(root / "var/lib/dpkg/status") or ""
+    core = re.search(r"^Package: nvidia-l4t-core\n(?:.+\n)*?Version: ([\d.]+)", packages, re.MULTILINE)
+    return core[1] if core else None
+
+
 def package_version(name: str) -> str | Unavailable:
     """Version of an installed distribution, or why there is none."""
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 import threading
@@ -210,8 +212,10 @@ def test_memory_that_is_not_there(monkeypatch, package):
 
 def test_no_package_gives_the_pip_command(monkeypatch):
     monkeypatch.setattr(driver, "installed", lambda _: False)
-    with pytest.raises(MissingExtraError, match=r"(?s)cuda-python or pycuda.*sparsifiner-edge\[gpu\]"):
-        probe()
+    for release, extra in ((None, "gpu"), ("36.4.3", "jetson")):
+        monkeypatch.setattr(driver, "jetson_release", lambda release=release: release)
+        with pytest.raises(MissingExtraError, match=rf"(?s)cuda-python or pycuda.*sparsifiner-edge\[{extra}\]"):
+            probe()
 
 
 @pytest.mark.parametrize(
@@ -220,13 +224,42 @@ def test_no_package_gives_the_pip_command(monkeypatch):
         (Gpu(driver=0), "No NVIDIA driver"),
         (Gpu(count=0), "CUDA finds no device"),
         (Gpu(fail={"cudaGetDeviceCount": "cudaErrorNoDevice"}), "CUDA_VISIBLE_DEVICES"),
-        (Gpu(fail={"cudaGetDeviceCount": "cudaErrorInsufficientDriver"}), "Install or update NVIDIA's driver"),
+        (Gpu(fail={"cudaGetDeviceCount": "cudaErrorInsufficientDriver"}), r'"cuda-python>=12\.6,<13"'),
     ],
 )
 def test_no_device_says_why(monkeypatch, gpu, message):
     install_cuda(monkeypatch, gpu)
     with pytest.raises(BackendError, match=message):
         probe()
+
+
+@pytest.mark.parametrize(
+    ("release", "number", "what", "fix"),
+    [
+        ("13.4.4", 12060, "13.4.4 needs a driver for CUDA 13, and this one takes CUDA 12.6", '"cuda-python>=12.6,<13"'),
+        ("14.0", 13020, "14.0 needs a driver for CUDA 14, and this one takes CUDA 13.2", '"cuda-python>=12.6,<14"'),
+        ("12.9.10", 11040, "12.9.10 needs a driver for CUDA 12, and this one takes CUDA 11.4", "JetPack"),
+    ],
+)
+def test_a_package_newer_than_the_driver_says_what_to_install(monkeypatch, release, number, what, fix):
+    """CUDA's own error would be cudaErrorInsufficientDriver, from the first call that needs a device."""
+    install_cuda(
+        monkeypatch,
+        Gpu(driver=number, fail={"cudaGetDeviceCount": "cudaErrorInsufficientDriver"}),
+        "cuda-python",
+        release,
+    )
+    with pytest.raises(BackendError) as caught:
+        probe()
+    assert what in caught.value.what
+    assert fix in caught.value.fix
+    assert ("pip install" in caught.value.fix) == (number >= 12000)
+
+
+@pytest.mark.parametrize(("release", "number"), [("12.9.10", 12020), ("12.6.2", 13020), ("13.4.4", 13000), ("", 12060)])
+def test_a_package_runs_with_drivers_of_its_own_cuda_and_newer(monkeypatch, release, number):
+    install_cuda(monkeypatch, Gpu(driver=number), "cuda-python", release)
+    assert probe().name == "Orin"
 
 
 def test_a_package_that_cannot_load_the_driver(monkeypatch):
@@ -287,6 +320,52 @@ def test_parameters_of_the_real_package():
         text = (getattr(real, body.__name__).__doc__ or "").split("\n")[0]
         parameters = [p for p in text.partition("(")[2].rpartition(")")[0].split(",") if p.strip()]
         assert len(parameters) == len(inspect.signature(body).parameters), text
+
+
+STUB = """
+#include <string.h>
+int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
+int cuInit(unsigned flags) { return 100; }
+int cuGetProcAddress(const char *name, void **found, int version, unsigned long long flags) {
+  *found = !strcmp(name, "cuDriverGetVersion") ? (void *)cuDriverGetVersion
+         : !strcmp(name, "cuInit") ? (void *)cuInit
+         : !strcmp(name, "cuGetProcAddress") ? (void *)cuGetProcAddress : 0;
+  return *found ? 0 : 500;
+}
+int cuGetProcAddress_v2(const char *name, void **found, int version, unsigned long long flags, int *status) {
+  return cuGetProcAddress(name, found, version, flags);
+}
+int cuGetExportTable(const void **table, const void *id) { *table = 0; return 500; }
+"""
+"""A driver that has no device, and says which CUDA it takes."""
+
+
+@pytest.mark.skipif(not REAL, reason="cuda-python is not installed")
+@pytest.mark.parametrize("older", [True, False])
+def test_the_real_package_with_a_driver_of_an_older_cuda(tmp_path, older):
+    """Its own error would be cudaErrorInsufficientDriver."""
+    release = importlib.metadata.version("cuda-bindings")
+    cuda = int(release.partition(".")[0]) - older
+    source = tmp_path / "cuda.c"
+    source.write_text(STUB)
+    library = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(tmp_path / "libcuda.so.1")]
+    subprocess.run(["gcc", f"-DVERSION={1000 * cuda + 60}", *library, str(source)], check=True)
+    code = (
+        "from sparsifiner_edge.errors import SparsifinerError\n"
+        "from sparsifiner_edge.runtime.cuda import probe, support\n"
+        "print(support.driver_version())\n"
+        "try: probe()\n"
+        "except SparsifinerError as error: print(error)"
+    )
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    version, what, fix = (line.strip() for line in done.stdout.splitlines())
+    assert version == f"{cuda}.6"
+    if older:
+        assert f"{release} needs a driver for CUDA {cuda + 1}, and this one takes CUDA {cuda}.6 at most" in what
+        assert fix == f'pip install "cuda-python>=12.6,<{cuda + 1}"' or cuda < 12
+    else:
+        assert "cudaErrorNoDevice" in what
 
 
 @pytest.mark.skipif(not REAL, reason="cuda-python is not installed")

@@ -9,8 +9,10 @@ import pytest
 
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import BACKENDS
+from sparsifiner_edge.runtime.cuda import support
+from sparsifiner_edge.runtime.tensorrt import full
 from tests.fakes.gpu import Gpu
-from tests.fakes.install import install_cuda, install_tensorrt
+from tests.fakes.install import install_cuda, install_driver, install_tensorrt
 from tests.plain import examine
 
 
@@ -80,6 +82,57 @@ def test_a_build_for_the_gpu_without_a_gpu_is_not_available(monkeypatch):
     assert "a fallback: function bodies, not the CUDA kernels, with pageable copies" in ready["reason"]
 
 
+@pytest.mark.parametrize(
+    ("number", "jetson", "version", "install"),
+    [
+        (12060, "36.4.3", "12.6", 'pip install "sparsifiner-edge[jetson]"; TensorRT comes with JetPack'),
+        (13020, "39.2.0", "13.2", 'pip install "sparsifiner-edge[jetson]"; TensorRT comes with JetPack'),
+        (11040, "35.4.1", "11.4", "Jetson Linux 35.4.1 is older than JetPack 6"),
+        (12040, None, "12.4", 'pip install "sparsifiner-edge[gpu,tensorrt]"'),
+        (13000, None, "13.0", 'pip install "sparsifiner-edge[gpu,tensorrt]"; or gpu-cu13, tensorrt-cu13'),
+        (11080, None, "11.8", "update the driver first"),
+    ],
+)
+def test_the_driver_says_which_extra_fits(monkeypatch, number, jetson, version, install):
+    install_driver(monkeypatch, number)
+    monkeypatch.setattr(support, "jetson_release", lambda: jetson)
+    found = examine()["cuda_support"]
+    assert (found["driver"], found["jetson"]) == (version, jetson)
+    assert found["install"].startswith(install)
+    assert ("cu13" in found["install"]) == (number == 13000)
+
+
+def test_without_a_driver_that_comes_first(monkeypatch):
+    install_driver(monkeypatch, 0, status=999)
+    found = examine()["cuda_support"]
+    assert found["driver"] == {"unavailable": "NVIDIA's driver does not say its version: CUDA error 999"}
+    assert found["install"] == "install NVIDIA's driver first"
+
+
+def test_a_cuda_python_newer_than_the_driver_is_a_warning(tmp_path, monkeypatch):
+    distribution(tmp_path, "cuda-python", "13.4.4")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install_driver(monkeypatch, 13000)
+    assert examine()["warnings"] == []
+    install_driver(monkeypatch, 12060)
+    install_cuda(monkeypatch, Gpu(), release="13.4.4")
+    found = examine()
+    assert found["warnings"] == [
+        "cuda-python 13.4.4 needs a driver for CUDA 13, and this one takes CUDA 12.6 at most. "
+        'pip install "cuda-python>=12.6,<13"'
+    ]
+    assert found["cuda"] == {"unavailable": found["warnings"][0]}
+
+
+def test_tensorrt_on_a_jetson_is_jetpacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for release, said in ((None, 'pip install "sparsifiner-edge[tensorrt]"'), ("36.4.3", "--system-site-packages")):
+        monkeypatch.setattr(full, "jetson_release", lambda release=release: release)
+        reason = examine()["backends"]["tensorrt"]["reason"]
+        assert said in reason
+        assert ("pip install" in reason) == (release is None)
+
+
 def test_tensorrt_needs_a_device_to_be_available(monkeypatch):
     gpu = Gpu("NVIDIA L4", (8, 9), 24 << 30, False)
     install_cuda(monkeypatch, gpu)
@@ -118,7 +171,17 @@ def test_a_triton_that_does_not_import_is_said(monkeypatch):
 def test_tables_are_for_people():
     run = command()
     assert (run.returncode, run.stderr) == (0, "")
-    for text in ("Backends", "Extras", "Machine", "native library", "onnxruntime", "python", "CUDA device", "triton"):
+    for text in (
+        "Backends",
+        "Extras",
+        "Machine",
+        "native library",
+        "onnxruntime",
+        "python",
+        "CUDA device",
+        "CUDA driver",
+        "triton",
+    ):
         assert text in run.stdout
 
 
@@ -199,7 +262,7 @@ def test_extras_come_from_the_metadata(tmp_path, monkeypatch):
 
 
 def test_a_tensorrt_that_does_not_import_keeps_its_version(tmp_path, monkeypatch):
-    distribution(tmp_path, "tensorrt", "10.9")
+    distribution(tmp_path, "tensorrt-cu12", "10.9")
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
     entry = examine()["backends"]["tensorrt"]

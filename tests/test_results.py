@@ -6,6 +6,7 @@ import pytest
 
 from sparsifiner_edge import results
 from sparsifiner_edge.errors import ArtifactError
+from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.records import write_record
 from tests.plain import environment, machine
 
@@ -103,6 +104,29 @@ def test_a_board_is_recognised_from_its_tree(tmp_path):
     assert found["board"] == "NVIDIA Jetson Orin Nano"
     assert found["governor"] == "schedutil"
     assert found["os"] == "Ubuntu 22.04.4 LTS"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "release"),
+    [
+        (
+            "etc/nv_tegra_release",
+            "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+            "36.4.3",
+        ),
+        (
+            "var/lib/dpkg/status",
+            "Package: nvidia-l4t-cuda\nVersion: 1\n\nPackage: nvidia-l4t-core\nStatus: install ok installed\n"
+            "Version: 39.2.0-20260601\n\nPackage: zlib1g\nVersion: 9\n",
+            "39.2.0",
+        ),
+        ("var/lib/dpkg/status", "Package: nvidia-l4t-core\nStatus: deinstall\n\nPackage: zlib1g\nVersion: 9\n", None),
+        ("etc/nv_tegra_release", "unknown\n", None),
+    ],
+)
+def test_a_jetsons_release(tmp_path, name, text, release):
+    made_up(tmp_path, {name: text})
+    assert jetson_release(tmp_path) == release
 
 
 def test_what_a_machine_does_not_say_has_a_reason(tmp_path):

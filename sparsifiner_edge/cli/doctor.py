@@ -8,6 +8,7 @@ import msgspec
 from sparsifiner_edge import doctor
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.records import Known, Unavailable
+from sparsifiner_edge.runtime.cuda.support import CudaSupport
 
 
 @click.command()
@@ -35,6 +36,11 @@ def _backend_rows(findings: doctor.Findings) -> list[list[str]]:
         for name, entry in (*findings.backends.items(), ("triton", findings.triton))
     ]
     device, missing, library = findings.cuda, findings.decoding.missing, findings.native_library
+    support = findings.cuda_support
+    known = not isinstance(support.driver, Unavailable)
+    rows.append(
+        ["CUDA driver", "yes" if known else "no", _text(support.driver) if known else "", _cuda_remark(support)]
+    )
     if isinstance(device, Unavailable):
         rows.append(["CUDA device", "no", "", device.why])
     else:
@@ -43,6 +49,12 @@ def _backend_rows(findings: doctor.Findings) -> list[list[str]]:
     rows.append(["decoding confined", "no" if missing else "yes", "", "; ".join(missing)])
     rows.append(["telemetry", "", "", findings.telemetry["onnxruntime"]])
     return [*rows, ["native library", "yes" if library else "no", "", findings.native_library_reason]]
+
+
+def _cuda_remark(support: CudaSupport) -> str:
+    jetson = f"Jetson Linux {support.jetson}" if support.jetson else ""
+    reason = support.driver.why if isinstance(support.driver, Unavailable) else ""
+    return "; ".join(part for part in (jetson, reason, support.install) if part)
 
 
 def _extra_rows(extras: Known[dict[str, doctor.Extra]]) -> list[list[str]]:

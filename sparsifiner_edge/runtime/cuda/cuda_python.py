@@ -20,6 +20,7 @@ from sparsifiner_edge.runtime.cuda.driver import (
     check_device,
     fail,
     no_driver,
+    too_new,
     version_text,
 )
 
@@ -32,24 +33,25 @@ def open_device() -> Driver:
         bindings, runtime = (importlib.import_module(f"cuda.bindings{name}") for name in ("", ".runtime"))
     except Exception as error:  # Its loader has errors of its own.
         raise BackendError(f"cuda-python cannot be imported: {error}.", "Reinstall cuda-python.") from error
-    package = f"cuda-python {getattr(bindings, '__version__', '')}".strip()
-    return _CudaPython(runtime, package)
+    return _CudaPython(runtime, str(getattr(bindings, "__version__", "")))
 
 
 class _CudaPython(Driver):
-    """On the module `runtime`; `package`: name and version for messages."""
+    """On the module `runtime`; `release`: of cuda-python."""
 
     graphs = True
 
-    def __init__(self, runtime: Any, package: str) -> None:
+    def __init__(self, runtime: Any, release: str) -> None:
         self._r = runtime
-        self.package = package
+        self.package = package = f"cuda-python {release}".strip()
         try:
             version = int(self._do("to read the driver's version", "cudaDriverGetVersion"))
         except RuntimeError as error:  # Up to 12.8 and from its path finder on: libcuda.so cannot be loaded.
             no_driver(package, str(error))
         if version == 0:  # How the runtime says that there is no driver.
             no_driver(package, "CUDA gives 0 as its version")
+        if unfit := too_new(release, version_text(version)):
+            raise BackendError(*unfit)
         check_device(int(self._do("to count devices", "cudaGetDeviceCount")))
         self.use()
         found = self._do("to describe the device", "cudaGetDeviceProperties", 0)

@@ -18,12 +18,17 @@ import msgspec
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.machine import jetson_release
 
 ADAPTERS = {
     "cuda-python": "sparsifiner_edge.runtime.cuda.cuda_python",
     "pycuda": "sparsifiner_edge.runtime.cuda.pycuda",
 }
 """Package -> module that has `MODULE` and `open_device()`; the first one that is installed is used."""
+
+
+OLDEST_CUDA = "12.6"
+"""The oldest release of cuda-python, and of CUDA on a Jetson, that is supported."""
 
 
 class CudaDevice(msgspec.Struct, frozen=True):
@@ -131,7 +136,7 @@ def open_driver() -> Driver:
         if installed(adapter.MODULE):
             driver: Driver = adapter.open_device()
             return driver
-    raise MissingExtraError(" or ".join(ADAPTERS), "gpu")
+    raise MissingExtraError(" or ".join(ADAPTERS), "gpu" if jetson_release() is None else "jetson")
 
 
 def installed(module: str) -> bool:
@@ -157,9 +162,34 @@ def version_text(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+def major(version: str) -> int:
+    """The first number of a version, such as 12 of "12.9.10"; 0 where there is none."""
+    found = re.match(r"\d+", version)
+    return int(found[0]) if found else 0
+
+
+def too_new(version: str, driver: str) -> tuple[str, str] | None:
+    """What is wrong with a release of cuda-python for a driver, and what to do; None where it fits.
+
+    A package works with drivers of its own major version of CUDA and newer ones; with an older one CUDA says no more
+    than cudaErrorInsufficientDriver.
+
+    Args:
+        version: of cuda-python. driver: the newest CUDA that the driver supports.
+    """
+    if major(version) <= major(driver):
+        return None
+    what = f"cuda-python {version} needs a driver for CUDA {major(version)}, and this one takes CUDA {driver} at most."
+    if major(driver) < major(OLDEST_CUDA):
+        return what, f"Update the driver (on a Jetson: JetPack): CUDA {OLDEST_CUDA} is the oldest that is supported."
+    return what, f'pip install "cuda-python>={OLDEST_CUDA},<{major(driver) + 1}"'
+
+
 _FIXES = {
-    r"INSUFFICIENTDRIVER|SYSTEMDRIVERMISMATCH|STUBLIBRARY":
-        "Install or update NVIDIA's driver; `nvidia-smi` must work first.",
+    "INSUFFICIENTDRIVER":
+        "The driver is older than cuda-python: `sparsifiner-edge doctor` says what fits. "
+        f'Or install or update NVIDIA\'s driver; for CUDA 12: pip install "cuda-python>={OLDEST_CUDA},<13".',
+    r"SYSTEMDRIVERMISMATCH|STUBLIBRARY": "Install or update NVIDIA's driver (a Jetson's comes with JetPack).",
     r"NODEVICE": "Check that the machine has an NVIDIA GPU and that CUDA_VISIBLE_DEVICES does not hide it.",
     r"MEMORYALLOCATION|OUTOFMEMORY":
         "The device is out of memory: end other programs on it, or take a smaller batch or image.",

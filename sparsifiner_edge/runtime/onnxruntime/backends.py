@@ -87,7 +87,7 @@ class GpuProvider(Backend):
             raise BackendError(
                 f"{installed} has no {self.provider}; it offers {', '.join(offered)}.",
                 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "sparsifiner-edge[gpu]" '
-                "(the two packages overwrite one another; on a Jetson take NVIDIA's own wheel).",
+                "(the two packages overwrite one another; on a Jetson see docs/jetson.md).",
             )
         return ort
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE, BatchRange, Details, Engine, system
 from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
+from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.runtime.backend import Job, OptionValues, import_package
@@ -30,7 +31,16 @@ class TensorRt(TensorRtBackend):
 
     def load(self) -> Any:
         """The module `tensorrt`, 10.3 or later; see `Backend.load`."""
-        trt = import_package("tensorrt", "tensorrt", "tensorrt", "Reinstall it; on a Jetson it comes with JetPack.")
+        try:
+            trt = import_package("tensorrt", "tensorrt", "tensorrt", "Reinstall it; on a Jetson it comes with JetPack.")
+        except MissingExtraError as error:
+            if jetson_release() is None:
+                raise
+            raise BackendError(
+                "JetPack's TensorRT is not visible to this Python.",
+                "apt install python3-libnvinfer, and make the environment with: python3 -m venv --system-site-packages "
+                "(docs/jetson.md). pip would bring a TensorRT that JetPack's CUDA does not run.",
+            ) from error
         version = str(getattr(trt, "__version__", "0"))
         if tuple(map(int, re.findall(r"\d+", version))) < OLDEST:
             raise BackendError(
