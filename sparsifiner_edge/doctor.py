@@ -16,7 +16,6 @@ from sparsifiner_edge.machine import Environment, Machine, environment, machine,
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.quiet import NO_TELEMETRY
 from sparsifiner_edge.records import Known, Unavailable
-from sparsifiner_edge.runtime.backend import EngineBackend
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.cuda.driver import too_new
 from sparsifiner_edge.runtime.cuda.support import CudaSupport, cuda_support
@@ -29,6 +28,7 @@ from sparsifiner_edge.runtime.onnxruntime.backends import (
 )
 from sparsifiner_edge.runtime.onnxruntime.session import FALLBACK, import_onnxruntime
 from sparsifiner_edge.runtime.openvino.backend import OpenVino, OpenVinoBf16, OpenVinoFp16
+from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
 
@@ -155,17 +155,28 @@ def _provider(backend: GpuProvider, device: Known[CudaDevice]) -> BackendState:
     return BackendState(True, f"{backend.provider} is built in; {does}", version)
 
 
-def _engines(backend: EngineBackend, device: Known[CudaDevice], skill: str) -> BackendState:
+def _engines(backend: TensorRtBackend, device: Known[CudaDevice], skill: str) -> BackendState:
     """A backend that runs engines: they run where there is a device; TensorRT-RTX also builds where there is none."""
     try:
         version = str(backend.load().__version__)
     except SparsifinerError as error:
         return BackendState(False, f"{error.what} {error.fix}", _tensorrt_version(backend.name))
+    device = _taken(backend, device)
     if not isinstance(device, Unavailable):
         return BackendState(True, f"imports; {skill}, and runs them on {device.name}", version)
     ahead = isinstance(backend, TensorRtRtx)
     does = f"{skill}, and cannot run them here" if ahead else "cannot be used here"
     return BackendState(ahead, f"imports; {does}: {device.why}", version)
+
+
+def _taken(backend: TensorRtBackend, device: Known[CudaDevice]) -> Known[CudaDevice]:
+    """The device, unless its driver is older than what the backend's package is built for."""
+    try:
+        if not isinstance(device, Unavailable):
+            backend.require_driver(device)
+    except SparsifinerError as error:
+        return Unavailable(f"{error.what} {error.fix}")
+    return device
 
 
 def _tensorrt_version(name: str) -> str | Unavailable:

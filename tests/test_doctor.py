@@ -7,6 +7,7 @@ import sys
 import onnxruntime
 import pytest
 
+from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.runtime import BACKENDS
 from sparsifiner_edge.runtime.cuda import support
@@ -151,6 +152,26 @@ def test_tensorrt_needs_a_device_to_be_available(monkeypatch):
     assert "cannot be used here: CUDA finds no device" in entry["reason"]
     install_tensorrt(monkeypatch, gpu, "10.3").__version__ = "8.5.2"
     assert "older than 10.3" in examine()["backends"]["tensorrt"]["reason"]
+
+
+def test_a_tensorrt_for_a_newer_cuda_than_the_driver_is_refused(tmp_path, monkeypatch):
+    """It would make its objects all the same, and end the process on use."""
+    gpu = Gpu(driver=12060)
+    install_cuda(monkeypatch, gpu)
+    install_tensorrt(monkeypatch, gpu, "10.9")
+    distribution(tmp_path, "tensorrt-cu12")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert examine()["backends"]["tensorrt"]["available"]
+    assert full.TensorRt().device().compute_capability == "8.7"
+    distribution(tmp_path / "newer", "tensorrt-cu13")
+    monkeypatch.syspath_prepend(str(tmp_path / "newer"))
+    said = "tensorrt-cu13 needs a driver for CUDA 13, and this one takes CUDA 12.6 at most."
+    entry = examine()["backends"]["tensorrt"]
+    assert (entry["available"], said in entry["reason"]) == (False, True)
+    with pytest.raises(BackendError, match=said):
+        full.TensorRt().device()
+    gpu.driver = 13000
+    assert examine()["backends"]["tensorrt"]["available"]
 
 
 def test_tensorrt_rtx_builds_without_a_device(monkeypatch):

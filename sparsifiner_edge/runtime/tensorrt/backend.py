@@ -10,13 +10,42 @@ from sparsifiner_edge.bundle.engines import Engine, EngineDevice, fitting_engine
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, SparsifinerError
 from sparsifiner_edge.files import read_bytes
+from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.runtime.backend import EngineBackend
-from sparsifiner_edge.runtime.cuda import probe
+from sparsifiner_edge.runtime.cuda import CudaDevice, probe
+from sparsifiner_edge.runtime.cuda.driver import major
 from sparsifiner_edge.runtime.tensorrt.session import BODIES, EngineSession
 
 
 class TensorRtBackend(EngineBackend):
     """Either of them; `load` gives its module, and `plan` and `build` are its own."""
+
+    def device(self) -> CudaDevice:
+        """The device, after CUDA has answered, where its driver takes this TensorRT.
+
+        Raises:
+            MissingExtraError, BackendError: see `probe` and `require_driver`.
+        """
+        found = probe()
+        self.require_driver(found)
+        return found
+
+    def require_driver(self, device: CudaDevice) -> None:
+        """Refuse a TensorRT for a newer CUDA than the driver takes: it makes its objects all the same, and ends the
+        process on use.
+
+        Raises:
+            BackendError: says which package it is, and what to do.
+        """
+        takes = major(device.driver_version)
+        for cuda in (12, 13):
+            name = f"{self.name}-cu{cuda}"
+            if cuda > takes and isinstance(package_version(name), str):
+                raise BackendError(
+                    f"{name} needs a driver for CUDA {cuda}, and this one takes CUDA {device.driver_version} at most.",
+                    f"Update the driver, or install a {self.name} for CUDA {takes} in its place; "
+                    "sparsifiner-edge doctor says which extra fits.",
+                )
 
     def why_not_here(self, engine: Engine) -> str | None:
         """See `EngineBackend.why_not_here`."""
@@ -28,7 +57,7 @@ class TensorRtBackend(EngineBackend):
 
     def _this_machine(self, trt: Any) -> EngineDevice:
         """What an engine must fit to run here, after CUDA has answered."""
-        found = probe()
+        found = self.device()
         return EngineDevice(self.name, str(trt.__version__), found.compute_capability, found.name)
 
     def open_engine(self, path: Path, engine: Engine, bundle: Bundle) -> EngineSession:

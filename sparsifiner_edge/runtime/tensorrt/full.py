@@ -15,7 +15,7 @@ from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record
 from sparsifiner_edge.runtime.backend import Job, OptionValues, import_package
-from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver, probe
+from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions
 from sparsifiner_edge.runtime.tensorrt.candidates import MEASURED_VARIANT, Work, build_fastest, possible_candidates
@@ -55,7 +55,7 @@ class TensorRt(TensorRtBackend):
         """See `EngineBackend.plan`."""
         trt = self.load()
         wanted = _read_options(options)
-        device = probe()
+        device = self.device()
         others = [c for c in capabilities if c != device.compute_capability]
         if others:
             raise ConfigError(
