@@ -29,6 +29,7 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
 from sparsifiner_edge.metrics import Agreement
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.bodies import INPUT_PREFIX
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.student import save_student, sparsify
@@ -96,6 +97,7 @@ def test_nodes_bodies_and_versions(bundle: Path, dense: Path) -> None:
     kinds = [n.op_type for n in model.graph.node if n.domain == "sparsifiner"]
     assert kinds.count("KeySelect") == kinds.count("SparseAttention") == 6
     assert {f.name for f in model.functions} == {"KeySelect", "SparseAttention"}
+    assert all(name.startswith(INPUT_PREFIX) for function in model.functions for name in function.input)
     assert model.graph.node[0].op_type == "Cast"
     assert model.ir_version <= 10
     assert {(e.domain, e.version) for e in model.opset_import} == {("", 20), ("sparsifiner", 1)}
@@ -250,6 +252,16 @@ def test_a_wrong_body_fails(folder: Path, operator: str, output: str, wrong: str
         check_export(model, deployed, 160, (1,))
 
 
+def rename(model: onnx.ModelProto, name: str) -> None:
+    """Give a tensor of the graph the name of a body's first input."""
+    alias = model.functions[0].input[0]
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [alias if other == name else other for other in names]
+    for tensor in model.graph.initializer:
+        tensor.name = alias if tensor.name == name else tensor.name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -258,6 +270,11 @@ def test_a_wrong_body_fails(folder: Path, operator: str, output: str, wrong: str
         (lambda m: m.opset_import.add(domain="com.microsoft", version=1), "com.microsoft"),
         (lambda m: m.functions[0].node.add(op_type="ScatterND", output=["x"]), "ScatterND"),
         (lambda m: m.graph.node.insert(0, onnx.helper.make_node("Identity", ["image"], ["y"])), "first node Identity"),
+        (
+            lambda m: rename(m, m.graph.node[3].output[0]),
+            "a tensor 'body_input_qkv', and an input of KeySelect of that",
+        ),
+        (lambda m: rename(m, m.graph.initializer[0].name), "a tensor 'body_input_qkv', and an input of KeySelect"),
     ],
 )
 def test_structure_that_runtimes_refuse(bundle: Path, change: Any, message: str) -> None:

@@ -17,6 +17,10 @@ from sparsifiner_edge.ops.bodies.common import CONSTANTS, Structure
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 OPSET = 20
+INPUT_PREFIX = "body_input_"
+"""Of a body's inputs, and of no tensor outside: TensorRT 10.1 to 10.7 binds an input wrongly whose name the graph has
+for another tensor.
+"""
 _BODIES: dict[str, Callable[[Structure], str]] = {
     "KeySelect": select.key_select,
     "LandmarkKeySelect": select.landmark_key_select,
@@ -48,6 +52,7 @@ def function_body(name: str, structure: Structure | None = None) -> onnx.Functio
     function = onnx.parser.parse_function(text)
     function.doc_string = f"{DOMAIN}::{name} version {op.since}. {op.doc}"
     _drop_unused(function)
+    _prefix_inputs(function)
     # ONNX Runtime 1.21 names fused nodes after the first of them and refuses a file in which two bear one name.
     for node in function.node:
         node.name = f"{name}/{node.output[0]}"
@@ -65,4 +70,12 @@ def _drop_unused(function: onnx.FunctionProto) -> None:
             function.node.remove(node)
 
 
-__all__ = ["OPSET", "Structure", "function_body"]
+def _prefix_inputs(function: onnx.FunctionProto) -> None:
+    """Put `INPUT_PREFIX` before the inputs' names, which the text has as the schema does."""
+    renamed = {name: f"{INPUT_PREFIX}{name}" for name in function.input}
+    function.input[:] = renamed.values()
+    for node in function.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+
+
+__all__ = ["INPUT_PREFIX", "OPSET", "Structure", "function_body"]
