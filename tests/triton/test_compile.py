@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 from benchmarks.occupancy import LIMITS, occupancy
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch, compile_plan
+from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch, compile_plan, hidden_parameters
 from sparsifiner_edge.ops.triton.plan import Plan, plan_select, refusals
 from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
 
@@ -97,6 +97,20 @@ def test_what_a_launcher_is_told() -> None:
     assert told["arguments"][0] == {
         "name": "qkv", "dtype": "float16", "shape": [1, 1025, 3 * HEADS * 64], "role": "input",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("hidden", [0, 1, 2])
+def test_hidden_parameters_are_those_beyond_the_arguments(hidden: int) -> None:
+    """Triton 3.4 writes one, 3.9 two."""
+    parameters = ",\n".join(f"\t.param .u64 .ptr .global .align 1 k_param_{n}" for n in range(3 + hidden))
+    ptx = (
+        f".visible .entry other(\n\t.param .u64 other_param_0\n)\n{{\n}}\n.visible .entry k(\n{parameters}\n)\n{{\n}}\n"
+    )
+    assert hidden_parameters(ptx, "k", 3) == hidden
+    with pytest.raises(BackendError, match=f"'k' takes {3 + hidden} parameters in its PTX, not the 9"):
+        hidden_parameters(ptx, "k", 9)
+    with pytest.raises(BackendError, match="'none' takes 0 parameters"):
+        hidden_parameters(ptx, "none", 3)
 
 
 def test_an_older_assembly_version() -> None:

@@ -31,7 +31,6 @@ from sparsifiner_edge.records import write_record
 CAPABILITIES = (80, 86, 87, 89, 90, 100, 110, 120)
 """What is compiled for in tests: A100, RTX 30, Orin, RTX 40, H100, B200, Thor, RTX 50."""
 _TYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int32": "*i32", "int8": "*i8"}
-_HIDDEN = 2
 OPTIONS = {"enable_fp_fusion": True}
 """Asked for by name, since Triton's default changes from 3.9 to 3.10."""
 
@@ -115,9 +114,27 @@ def compile_launch(plan: Plan, launch: Launch, capability: int, ptx_version: int
     return Compiled(
         kernel=launch.kernel, symbol=made.metadata.name, capability=capability, cubin=made.asm["cubin"],
         ptx=made.asm["ptx"], grid=launch.grid, threads=32 * launch.warps, shared=made.metadata.shared,
-        arguments=tuple(given[n] for n in names if n in given), hidden=_HIDDEN, registers=registers, spilled=spilled,
+        arguments=tuple(given[n] for n in names if n in given), registers=registers, spilled=spilled,
+        hidden=hidden_parameters(made.asm["ptx"], made.metadata.name, len(given)),
         constants=dict(launch.constants), warps=launch.warps, stages=launch.stages,
     )  # fmt: skip
+
+
+def hidden_parameters(ptx: str, symbol: str, arguments: int) -> int:
+    """Parameters that a kernel takes after its `arguments`: pointers to Triton's own scratch, whose number is another
+    from version to version (one in 3.4, two in 3.9).
+
+    Raises:
+        BackendError: the PTX has no such kernel, or one of fewer parameters.
+    """
+    head = re.search(rf"\.entry\s+{re.escape(symbol)}\s*\(([^)]*)\)", ptx)
+    found = head[1].count(".param") if head else 0
+    if found < arguments:
+        raise BackendError(
+            f"The kernel {symbol!r} takes {found} parameters in its PTX, not the {arguments} that it was given.",
+            "Install another version of Triton.",
+        )
+    return found - arguments
 
 
 def _function(name: str, capability: int) -> Any:
