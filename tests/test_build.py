@@ -260,7 +260,7 @@ def test_two_builds_into_one_bundle(tiny: Path) -> None:
 @pytest.mark.parametrize("change", ["exported anew", "gone"])
 def test_a_bundle_that_changes_under_the_build(tiny: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     other = make_bundle(tiny.parent / "other", depth=3)
-    from sparsifiner_edge.runtime import build as module
+    from sparsifiner_edge.runtime import candidates as module
 
     real: Callable[..., Details] = module.run_job
 

@@ -23,6 +23,10 @@ VERSION_COMPATIBLE = "version"
 """In `Engine.compatible`: runs on later versions of the same major version (TensorRT's VERSION_COMPATIBLE flag)."""
 AMPERE_PLUS = "ampere+"
 """In `Engine.compatible`: runs on every GPU of compute capability 8.0 and later (HardwareCompatibilityLevel)."""
+BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
+"""What carries out sparse attention: the operators' bodies, the project's CUDA kernels, or ordinary attention."""
+MEASURED = "measured"
+"""In `Engine.variant`."""
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)", re.ASCII)
 _Word: TypeAlias = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.+_-]{0,64}\Z")]
 """Fit for names of files, configurations and terminals."""
@@ -42,18 +46,20 @@ class BatchRange(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One way of carrying out sparse attention, tried on the device; see `runtime.tensorrt.candidates`.
+    """One way of carrying out sparse attention (`BODIES`, ..); see `runtime.candidates`.
 
     Attributes:
         golden: what the golden check returned, or its message where it failed.
         compute_ms: median of `runs` runs.
         failed: why there is no such engine, or why it does not run.
+        warning: what its time does not say.
     """
 
     golden: Golden | str | None = None
     compute_ms: float | None = None
     runs: int | None = None
     failed: str | None = None
+    warning: str | None = None
 
 
 class Details(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +69,7 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
         layers: of the network as parsed. warnings: the first ten.
         cpu_seconds: of the building process; build_seconds: by the clock, its start included.
         timing_cache: "new", "reused" or "not used". device, driver: what it was built on.
-        kernels: the candidate that won; candidates: all of them, where there was a choice.
+        kernels: the candidate that was kept; candidates: all of them, where there was a choice or none to be made.
         bytes: size of the file. golden: what the golden check returned before the engine was put into the bundle.
     """
 
@@ -94,8 +100,8 @@ class Engine(msgspec.Struct, frozen=True):
         os, cpu: as `system` gives them.
         precision: the bundle's.
         batch: sizes that it takes.
-        variant: what carries out the operators of the domain `sparsifiner`: "" for the bodies in the file, or a
-            backend's own word such as "plugin" or "dense".
+        variant: what carries out the operators of the domain `sparsifiner`: "" for the bodies in the file, `PLUGIN`,
+            or `MEASURED` where the details say which was the fastest.
         compatible: `VERSION_COMPATIBLE`, `AMPERE_PLUS`, both or neither.
         details: what the builder says about it.
         file: its path in the bundle; "" before it is built.
@@ -126,6 +132,11 @@ class Engine(msgspec.Struct, frozen=True):
         )
         compatible = [part.replace("+", "plus") for part in self.compatible]
         return "-".join([*parts, f"b{self.batch}", *filter(None, [self.variant]), *compatible])
+
+    @property
+    def runs_elsewhere(self) -> tuple[str, ...]:
+        """`compatible`, but none of it where code of one GPU and one version is inside."""
+        return () if PLUGIN in (self.variant, self.details.kernels) else self.compatible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,14 +191,14 @@ def mismatches(engine: Engine, device: EngineDevice) -> list[str]:
 
 
 def _same_version(engine: Engine, device: EngineDevice) -> bool:
-    if VERSION_COMPATIBLE not in engine.compatible:
+    if VERSION_COMPATIBLE not in engine.runs_elsewhere:
         return engine.version == device.version
     built, here = (tuple(int(x) for x in re.findall(r"\d+", v)) for v in (engine.version, device.version))
     return built[:1] == here[:1] and here >= built
 
 
 def _same_architecture(engine: Engine, device: EngineDevice) -> bool:
-    if AMPERE_PLUS in engine.compatible and device.compute_capability:
+    if AMPERE_PLUS in engine.runs_elsewhere and device.compute_capability:
         return int(device.compute_capability.partition(".")[0]) >= 8
     return device.compute_capability in ("", engine.compute_capability)
 

@@ -20,6 +20,8 @@ _MOST_TOLERANCE = 1.0
 """Of an output's range: more would pass anything."""
 _LEAST_MEAN = 0.99
 """Mean cosine of the rows of an output where some tokens that merge are others."""
+LEAST_DENSE_COSINE = 0.97
+"""Mean cosine of the rows of an output that dense attention gives in the place of sparse."""
 _MOST_BYTES = 1 << 31
 """Of the golden pair, packed or not."""
 Pair = tuple[dict[str, Array], dict[str, Array]]
@@ -40,7 +42,9 @@ def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float
     """Run the bundle's golden input and compare every golden output.
 
     Where a session takes only larger batches (its `least_batch`), the input is repeated, and each answer must agree.
-    Where it computes in less than what the file holds, its `least_tolerance` counts if it is the larger one.
+    Where it computes in less than what the file holds, its `least_tolerance` counts if it is the larger one. Where it
+    computes dense attention in the place of sparse (`in_place_of_sparse`), that is another computation: the mean cosine
+    of rows counts, as for another tile at export.
 
     Args:
         session: open on the bundle, or on an engine made of it.
@@ -48,7 +52,8 @@ def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float
     Returns:
         Per output: `max_abs_difference`, `range_relative_error` (that difference over the output's range: its
         maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed);
-        where a bundle merges tokens and some of them are others, `share_beyond`, of the elements beyond tolerance.
+        where a bundle merges tokens and some of them are others, `share_beyond`, of the elements beyond tolerance;
+        of dense attention `mean_cosine`.
 
     Raises:
         ArtifactError: `golden.npz` or a tolerance is missing or corrupt.
@@ -140,17 +145,29 @@ def _compare(
     if got.shape != wanted.shape:
         raise GateError(f"Output {name!r} has shape {got.shape}; golden is {wanted.shape}.", AGAIN)
     found = agreement(name, got, wanted, tolerance)
+    figures = {"max_abs_difference": found.difference, "range_relative_error": found.error, "tolerance": tolerance}
+    if getattr(session, "in_place_of_sparse", False):
+        if not found.mean >= LEAST_DENSE_COSINE:  # Written so that NaN fails.
+            raise GateError(
+                f"Output {name!r} of dense attention has mean cosine {found.mean:.4f} to golden, which is of sparse "
+                f"attention; allowed {LEAST_DENSE_COSINE}.",
+                "For dense attention export with --keep 1.",
+            )
+        return figures | {"mean_cosine": found.mean}
     if found.error > tolerance and not (found.beyond <= beyond and found.mean >= _LEAST_MEAN):
         raise GateError(
             f"Output {name!r} differs from golden by {found.error:.3g} of its range (tolerance {tolerance:.3g}); "
             f"worst at {list(found.worst)}: {found.got:.9g} instead of {found.expected:.9g}.",
             f"Do not trust {session.backend} with this bundle on this machine; export it again or report it.",
         )
-    figures = {"max_abs_difference": found.difference, "range_relative_error": found.error, "tolerance": tolerance}
     return figures | ({"share_beyond": found.beyond} if found.error > tolerance else {})
 
 
 def beyond_text(found: dict[str, float]) -> str:
-    """What of an output lies beyond its tolerance, which only a bundle that merges may have: " (.3 % ...)" or ""."""
+    """What of an output lies beyond its tolerance, which a bundle that merges may have: " (.3 % ...)" or ""; of dense
+    attention its cosine.
+    """
+    if "mean_cosine" in found:
+        return f" (dense attention: cosine {found['mean_cosine']:.4f})"
     share = found.get("share_beyond", 0.0)
     return f" ({share:.2%} of it beyond: other tokens merged)" if share else ""

@@ -32,8 +32,8 @@ _MOST_OPTION = (1 << 59) - 1
 @click.option("--min-batch", type=_BATCH, help="For a dynamic batch: the least size; by default 1.")
 @click.option("--opt-batch", type=_BATCH, help="The size that it is tuned for; by default the least.")
 @click.option("--max-batch", type=_BATCH, help="The greatest size; by default 8.")
-@click.option("--timeout", "timeout_s", type=common.FiniteRange(0, MOST_SECONDS, min_open=True), default=600.0,
-              show_default=True, help="Seconds that one engine may take.")  # fmt: skip
+@click.option("--timeout", "timeout_s", type=common.FiniteRange(0, MOST_SECONDS, min_open=True),
+              help="Seconds that one candidate of an engine may take.  [600; 1800 on a Jetson]")  # fmt: skip
 @click.option("--option", "options", metavar="NAME=VALUE", multiple=True,
               help="A setting of one backend, such as optimisation_level=5; may be repeated.")  # fmt: skip
 @common.kernels_option
@@ -91,6 +91,7 @@ def _option(text: str) -> tuple[str, Option]:
 
 def _print(result: BuildResult) -> None:
     from sparsifiner_edge.bundle.golden import beyond_text
+    from sparsifiner_edge.runtime.candidates import verdict
 
     if result.description is not None:
         described = result.description
@@ -107,6 +108,8 @@ def _print(result: BuildResult) -> None:
     common.print_table(f"{result.backend} {result.version}", heads, [_row(engine) for engine in result.engines])
     for engine in result.engines:
         click.echo(shown(f"{result.bundle}/{engine.file}", 5000))
+        for line in verdict(engine.details):
+            click.echo(f"  {shown(line, 2000)}")
         if isinstance(engine.details.golden, Unavailable):
             click.echo(f"  not run here: {shown(engine.details.golden.why, 2000)}")
 

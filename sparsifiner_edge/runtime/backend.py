@@ -7,11 +7,11 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import msgspec
 
-from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine
+from sparsifiner_edge.bundle.engines import BODIES, BatchRange, Details, Engine
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.errors import ArtifactError, BackendError, MissingExtraError
@@ -82,6 +82,18 @@ class Backend(abc.ABC):
         return kernels
 
 
+class Candidates(NamedTuple):
+    """What may carry out sparse attention in an engine (`bundle.engines.BODIES`, ..).
+
+    Attributes:
+        names: what is built, the one that always works first; where there are several they are timed.
+        left_out: why others are not built.
+    """
+
+    names: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One engine to build, as it goes to the process that builds it.
 
@@ -90,6 +102,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         output: path of the engine to write.
         engine: as planned: no file, no details.
         options: as `plan` had them.
+        candidate: what shall carry out sparse attention: one of `Candidates.names`.
+        timed: also run it, where there are others to compare it with.
     """
 
     bundle: str
@@ -97,6 +111,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     output: str
     engine: Engine
     options: dict[str, Option] = {}
+    candidate: str = BODIES
+    timed: bool = False
 
     def checked_bundle(self) -> Bundle:
         """The bundle, opened in this process.
@@ -129,8 +145,23 @@ class EngineBackend(Backend):
         """
 
     @abc.abstractmethod
+    def candidates(self, bundle: Bundle, engine: Engine, options: OptionValues) -> Candidates:
+        """What a planned engine is built with.
+
+        Raises:
+            SparsifinerError: what the options ask for is not possible; says why.
+        """
+
+    def default_timeout_s(self) -> float:
+        """Seconds that building one candidate may take."""
+        return 600.0
+
+    @abc.abstractmethod
     def build(self, job: Job, tell: Progress) -> Details:
-        """Build one engine; called in a worker process that may die.
+        """Build one candidate of an engine; called in a worker process that may die.
+
+        Returns:
+            What is known of it; under `candidates` what its runs gave, where they are asked for.
 
         Raises:
             SparsifinerError: reaches the caller of `build_engine`.

@@ -17,7 +17,7 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.progress import Progress, prefixed
 from sparsifiner_edge.records import Known, Unavailable
 from sparsifiner_edge.runtime.backend import Backend, EngineBackend, Job, OptionValues
-from sparsifiner_edge.runtime.build_worker import run_job
+from sparsifiner_edge.runtime.candidates import build_fastest
 from sparsifiner_edge.runtime.open import find_backend, open_checked
 from sparsifiner_edge.runtime.processor import ProcessorBackend
 from sparsifiner_edge.runtime.session import Description
@@ -51,15 +51,16 @@ def build_engine(
     *,
     compute_capabilities: Sequence[str] = (),
     batch: tuple[int, int, int] | None = None,
-    timeout_s: float = 600,
+    timeout_s: float | None = None,
     options: OptionValues | None = None,
     kernels: str = "auto",
     progress: Progress | None = None,
 ) -> BuildResult:
     """Build engines for a bundle and put them into it.
 
-    Each engine is built in a process of its own. Where this machine has the GPU that it is for, the golden pair is
-    run through it first, and an engine that fails is not kept.
+    Where this machine has the GPU that an engine is for, sparse attention is built in every way that is possible, dense
+    attention is built beside it, and the fastest is kept (see `candidates`); the golden pair is run through it first,
+    and an engine that fails is not kept.
 
     Args:
         bundle: a folder made by `sparsifiner-edge export`.
@@ -67,7 +68,7 @@ def build_engine(
             pair run.
         compute_capabilities: such as ("8.6", "8.9"), one engine each; none: this machine's GPU.
         batch: least, best and greatest batch size, for a bundle of dynamic batch; None: `DEFAULT_BATCH`.
-        timeout_s: seconds that one engine may take.
+        timeout_s: seconds that one candidate of an engine may take; None: 600, on a board that shares memory 1800.
         options: see the backend's module.
         kernels: what runs the golden pair on the processor; see `open_session`. TensorRT's are an option of its own.
         progress: called with (stage, done, total).
@@ -86,7 +87,8 @@ def build_engine(
         if kernels != "auto":
             raise ConfigError(f"kernels {kernels} are ONNX Runtime's.", f"For {backend}: --option kernels=portable.")
         planned = found.plan(checked, capabilities, batch_range(checked, batch), options or {})
-        engines = _build_all(found, checked, planned, options or {}, timeout_s, progress)
+        limit = found.default_timeout_s() if timeout_s is None else timeout_s
+        engines = _build_all(found, checked, planned, options or {}, limit, progress)
     else:
         _require_plain(found, bool(capabilities or batch or options))
         with open_checked(checked, backend, kernels=kernels) as session:
@@ -164,13 +166,14 @@ def _build_all(
                 options=dict(options),
             )
             prefix = f"{number + 1} of {len(planned)}, compute capability {engine.compute_capability}: "
-            built = run_job(job, timeout_s, progress and prefixed(progress, prefix))
+            candidates = backend.candidates(bundle, engine, options)
+            built = build_fastest(job, candidates, timeout_s, progress and prefixed(progress, prefix))
             if not path.is_file():
                 raise ArtifactError(
                     f"{path} vanished while it was built.", "Leave the bundle in place and build again."
                 )
             seconds, size = time.monotonic() - start, path.stat().st_size
-            golden = _check_engine(backend, engine, path, bundle)
+            golden = _check_engine(backend, msgspec.structs.replace(engine, details=built), path, bundle)
             details = msgspec.structs.replace(built, build_seconds=seconds, bytes=size, golden=golden)
             # The hash in the name keeps an earlier engine of this kind whole until the manifest is replaced.
             place = f"{ENGINE_FOLDER}/{engine.name}-{sha256(path)[:8]}.engine"

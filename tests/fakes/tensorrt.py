@@ -29,6 +29,7 @@ class Behaviour:
         context: error messages when no context can be made.
         enqueue: error messages of a run that fails.
         original: evaluated in the place of a model that holds launches of kernels.
+        fuses: dense attention becomes one layer.
         milliseconds: of a run, by the operators in the model: the first that is in it counts.
         seen: what was set on the way, by name.
     """
@@ -39,6 +40,7 @@ class Behaviour:
     context: tuple[str, ...] | None = None
     enqueue: tuple[str, ...] | None = None
     original: bytes = b""
+    fuses: bool = True
     milliseconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
 

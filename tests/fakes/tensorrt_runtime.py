@@ -93,10 +93,23 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             assert name in self._inputs
             return self._header["profile"].get(name, [shape(self._values[name])] * 3)
 
+        def create_engine_inspector(self) -> Any:
+            return EngineInspector(self)
+
         def create_execution_context(self) -> Any:
             for message in b.context or ():
                 trt._logger.log(trt.ILogger.ERROR, message)
             return None if b.context is not None else IExecutionContext(self)
+
+    class EngineInspector:
+        def __init__(self, engine: ICudaEngine) -> None:
+            self._engine = engine
+
+        def get_engine_information(self, format: Any) -> str:
+            assert format == trt.LayerInformationFormat.ONELINE
+            nodes = enumerate(self._engine._model.graph.node)
+            named = (("_gemm_mha_v2" if b.fuses and "Dense" in x.op_type else x.name, n) for n, x in nodes)
+            return "\n".join(f"{name}_myl0_{n}" for name, n in named)
 
     class IExecutionContext:
         def __init__(self, engine: ICudaEngine) -> None:
@@ -188,4 +201,4 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
                 return None
             return engine
 
-    return [ICudaEngine, IExecutionContext, Runtime]
+    return [ICudaEngine, EngineInspector, IExecutionContext, Runtime]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sparsifiner_edge.records import read_record, write_record
-from sparsifiner_edge.runtime import build as build_module
+from sparsifiner_edge.runtime import candidates
 from sparsifiner_edge.runtime.backend import Job
 from sparsifiner_edge.runtime.build_worker import BuilderReport
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
@@ -40,7 +40,7 @@ def machine(monkeypatch):
                 BuilderReport(details=TensorRt().build(job, progress or (lambda *_: None))), BuilderReport
             ).details
 
-        monkeypatch.setattr(build_module, "run_job", run)
+        monkeypatch.setattr(candidates, "run_job", run)
         return gpu, trt
 
     return make

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime
 import pytest
 
-from sparsifiner_edge.bundle.golden import check_golden
+from sparsifiner_edge.bundle import golden
+from sparsifiner_edge.bundle.golden import beyond_text, check_golden
 from sparsifiner_edge.bundle.kernels import NAMESPACE, code_file, table_file
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime import candidates, open_session
 from sparsifiner_edge.runtime.build import build_engine
+from sparsifiner_edge.runtime.candidates import verdict
 from sparsifiner_edge.runtime.tensorrt.candidates import dense_model
 from tests.fakes.tensorrt import Behaviour
+from tests.package.reseal import reseal
 from tests.seal import seal_bundle
 from tests.sparse_graph import sparse_model
 from tests.test_runtime import spoil_golden
@@ -32,11 +37,11 @@ TENSORS = {
 }  # fmt: skip
 
 
-def write_kernels(folder):
+def write_kernels(folder, shared=64):
     """A table with one launch for each node; the code is not run here."""
     launches = {
         name: launch
-        | {"symbol": f"{launch['kernel']}_kernel", "grid": [4, 2], "threads": 128, "shared": 64}
+        | {"symbol": f"{launch['kernel']}_kernel", "grid": [4, 2], "threads": 128, "shared": shared}
         | {"tensors": {t: dict(zip(("dtype", "shape"), TENSORS[t], strict=True)) for t in TENSORS}}
         for name, launch in LAUNCHES.items()
     }
@@ -67,7 +72,7 @@ def make_sparse_bundle(folder, kernels=False, tolerance=1e-4):
     golden = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": image})[0]
     np.savez(folder / "golden.npz", **{"input.image": image, "output.features": golden})
     if kernels:
-        write_kernels(folder)
+        write_kernels(folder, **(kernels if isinstance(kernels, dict) else {}))
     seal_bundle(folder, {
         "precision": "fp32", "ops": {f"{DOMAIN}::{name}": 1 for name in ("KeySelect", "SparseAttention")},
         "inputs": [{"name": "image", "dtype": "uint8", "shape": ["batch", 8, 8, 3]}],
@@ -81,28 +86,33 @@ def make_sparse_bundle(folder, kernels=False, tolerance=1e-4):
 def machine(machine):
     """A machine where runs take so long as the operators in the model say."""
 
-    def make(version, **milliseconds):
-        behaviour = Behaviour(original=sparse_model().SerializeToString(), milliseconds=milliseconds)
-        gpu, _ = machine(version, behaviour)
+    def make(version, **values):
+        device = {key: values.pop(key) for key in ("name", "sm", "integrated") if key in values}
+        behaviour = Behaviour(original=sparse_model().SerializeToString(), milliseconds=values)
+        gpu, _ = machine(version, behaviour, **device)
         return gpu, behaviour
 
     return make
 
 
-def details(folder, **options):
-    (engine,) = build_engine(folder, "tensorrt", options=options).engines
+ONE = (1, 1, 1)
+
+
+def details(folder, batch=ONE, **options):
+    (engine,) = build_engine(folder, "tensorrt", batch=batch, options=options).engines
     return engine, engine.details
 
 
 def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, machine):
-    gpu, behaviour = machine("10.9", attend_1=1.5, DenseAttention=1.0, SparseAttention=3.0)
+    gpu, behaviour = machine("10.9", attend_1=1.0, DenseAttention=1.5, SparseAttention=3.0)
     folder = make_sparse_bundle(tmp_path / "b", kernels=True)
     engine, found = details(folder)
     assert (engine.variant, found.kernels) == ("measured", "plugin")
     times = {name: entry.compute_ms for name, entry in found.candidates.items()}
-    assert times == {"bodies": 3.0, "plugin": 1.5, "dense": 1.0}
-    assert isinstance(found.candidates["plugin"].golden, dict)
-    assert "differs from golden" in found.candidates["dense"].golden  # so it is no candidate, fast as it is
+    assert times == {"bodies": 3.0, "plugin": 1.0, "dense": 1.5}
+    assert verdict(found) == [
+        "bodies: 3.000 ms", "plugin: 1.000 ms", "dense: 1.500 ms", "kept: plugin, the fastest"
+    ]  # fmt: skip
     assert set(behaviour.seen["register"]) == set(behaviour.seen["aot_impl"]) == {f"{NAMESPACE}::{n}" for n in LAUNCHES}
     with open_session(folder, "tensorrt") as session:
         assert session.description.kernels == "CUDA kernels, as a plugin"
@@ -114,7 +124,7 @@ def test_the_fastest_that_gives_the_golden_output_wins(tmp_path, machine):
 
 
 def test_slower_kernels_lose(tmp_path, machine):
-    machine("10.16", attend_1=5.0, SparseAttention=3.0)
+    machine("10.16", attend_1=5.0, SparseAttention=1.5)
     folder = make_sparse_bundle(tmp_path / "b", kernels=True)
     _, found = details(folder)
     assert found.kernels == "bodies"
@@ -122,22 +132,76 @@ def test_slower_kernels_lose(tmp_path, machine):
         assert session.description.kernels == "function bodies"
 
 
-def test_dense_wins_where_it_makes_no_difference(tmp_path, machine):
-    machine("11.4", DenseAttention=1.0, SparseAttention=3.0)
-    folder = make_sparse_bundle(tmp_path / "b", tolerance=1.0)
+@pytest.mark.parametrize("version", ["10.3", "11.4"])
+def test_dense_is_kept_where_sparse_is_slower(tmp_path, machine, version):
+    machine(version, DenseAttention=1.0, SparseAttention=3.0)
+    folder = make_sparse_bundle(tmp_path / "b")
     _, found = details(folder)
     assert found.kernels == "dense"
-    assert set(found.candidates) == {"bodies", "dense"}
+    assert verdict(found)[-1] == "kept: dense, the fastest"
+    cosine = found.golden["features"]["mean_cosine"]
+    assert 0.97 <= cosine < 0.99  # its answer is another, and not within the bundle's tolerance
+    assert found.golden["features"]["range_relative_error"] > found.golden["features"]["tolerance"]
+    assert beyond_text(found.golden["features"]) == f" (dense attention: cosine {cosine:.4f})"
     with open_session(folder, "tensorrt") as session:
         assert session.description.kernels == "dense attention"
+        assert check_golden(session, open_bundle(folder))
+
+
+def test_dense_that_answers_too_differently_is_not_kept(tmp_path, machine, monkeypatch):
+    machine("11.4", DenseAttention=1.0, SparseAttention=3.0)
+    monkeypatch.setattr(golden, "LEAST_DENSE_COSINE", 0.99)
+    _, found = details(make_sparse_bundle(tmp_path / "b"))
+    assert found.kernels == "bodies"
+    assert "of dense attention has mean cosine 0.98" in found.candidates["dense"].golden
+    assert verdict(found)[-1] == (
+        "kept: bodies, although dense took less: see there; for dense attention export the student with --keep 1"
+    )
+
+
+def test_dense_attention_that_is_not_fused_is_told(tmp_path, machine):
+    _, behaviour = machine("10.3", DenseAttention=4.0, SparseAttention=3.0)
+    _, found = details(make_sparse_bundle(tmp_path / "b"))
+    assert found.candidates["dense"].warning is None
+    behaviour.fuses = False
+    _, found = details(make_sparse_bundle(tmp_path / "c"))
+    assert verdict(found)[1:] == [
+        "dense: 4.000 ms (TensorRT did not fuse it, no layer is _gemm_mha_v2: export with --precision fp16)",
+        "plugin: not built: TensorRT 10.3.0 has no ahead-of-time plugins (10.9 and later have)",
+        "kept: bodies, the fastest",
+    ]
 
 
 def test_a_candidate_that_cannot_be_built_is_recorded(tmp_path, machine):
-    _, behaviour = machine("10.9", SparseAttention=3.0)
+    _, behaviour = machine("10.9", SparseAttention=1.5)
     behaviour.refuse = ("attend_1",)
     _, found = details(make_sparse_bundle(tmp_path / "b", kernels=True))
     assert found.kernels == "bodies"
     assert "cannot read the model" in found.candidates["plugin"].failed
+
+
+def test_each_candidate_has_the_time_limit_for_itself(tmp_path, machine, monkeypatch):
+    machine("10.9", SparseAttention=1.5)
+    run, limits = candidates.run_job, {}
+
+    def hangs(job, timeout, progress=None):
+        limits[job.candidate] = timeout
+        if job.candidate == "dense":
+            raise BackendError("The builder of tensorrt took more than 7 s and was ended.")
+        return run(job, timeout, progress)
+
+    monkeypatch.setattr(candidates, "run_job", hangs)
+    folder = make_sparse_bundle(tmp_path / "b", kernels=True)
+    (engine,) = build_engine(folder, "tensorrt", batch=ONE, timeout_s=7).engines
+    assert limits == {"bodies": 7, "plugin": 7, "dense": 7}
+    assert engine.details.kernels == "bodies"
+    assert "took more than 7 s" in engine.details.candidates["dense"].failed
+    details(folder)
+    assert set(limits.values()) == {1800}  # on a board that shares memory
+    machine("10.9", name="NVIDIA L4", sm=(8, 9), integrated=False, SparseAttention=1.5)
+    monkeypatch.setattr(candidates, "run_job", hangs)
+    details(make_sparse_bundle(tmp_path / "c"))
+    assert (limits["bodies"], limits["dense"]) == (600, 600)
 
 
 def test_no_candidate_left_is_an_error_and_changes_nothing(tmp_path, machine):
@@ -148,37 +212,61 @@ def test_no_candidate_left_is_an_error_and_changes_nothing(tmp_path, machine):
         build_engine(folder, "tensorrt")
     behaviour.build = None
     corrupted = make_sparse_bundle(tmp_path / "c")
-    spoil_golden(corrupted, lambda features: features * 1.5)
+    spoil_golden(corrupted, lambda features: features * np.linspace(-1, 1, 64, dtype=np.float32))
     with pytest.raises(GateError, match="differs from golden"):
         build_engine(corrupted, "tensorrt")
     assert not (corrupted / "engines").exists()
 
 
 def test_the_choice_can_be_made_by_hand(tmp_path, machine):
-    machine("10.9")
+    machine("10.9", DenseAttention=1.0)
     folder = make_sparse_bundle(tmp_path / "b", kernels=True)
     engine, found = details(folder, kernels="portable")
     assert (engine.variant, found.kernels) == ("", "bodies")
     engine, found = details(folder, kernels="plugin")
     assert (engine.variant, found.kernels) == ("plugin", "plugin")
     assert found.candidates is None
+    assert verdict(found) == []
+
+
+CARD = {"name": "NVIDIA A2", "sm": (8, 7), "integrated": False}
+ANOTHER = "its code is for one GPU and one version"
 
 
 @pytest.mark.parametrize(
-    ("version", "kernels", "message"),
+    ("version", "kernels", "batch", "options", "message"),
     [
-        ("10.3", True, "TensorRT 10.3.0 has no ahead-of-time plugins"),
-        ("10.7", True, "TensorRT 10.7.0 has no ahead-of-time plugins"),
-        ("10.9", False, "the bundle has no kernels for Orin; export it with --board"),
+        ("10.3", True, ONE, {}, "TensorRT 10.3.0 has no ahead-of-time plugins"),
+        ("10.7", True, ONE, {}, "TensorRT 10.7.0 has no ahead-of-time plugins"),
+        ("10.9", False, ONE, {}, "the bundle has no kernels for NVIDIA A2; export it with --board"),
+        ("10.9", {"shared": (48 << 10) + 16}, ONE, {}, "a kernel takes 48 KiB of shared memory, and more than 48"),
+        ("10.9", True, None, {}, r"it takes one batch size, not 1 to 8: .*issue 4849\); give equal --min-batch"),
+        ("10.9", True, ONE, {"version_compatible": True}, ANOTHER),
+        ("10.9", True, ONE, {"hardware_compatible": True}, ANOTHER),
     ],
 )
-def test_a_plugin_that_is_not_possible_says_why(tmp_path, machine, version, kernels, message):
-    machine(version)
+def test_a_plugin_that_is_not_possible_says_why(tmp_path, machine, version, kernels, batch, options, message):
+    machine(version, **CARD)
     folder = make_sparse_bundle(tmp_path / "b", kernels=kernels)
     with pytest.raises(BackendError, match=f"The plugin cannot be used: {message}"):
-        build_engine(folder, "tensorrt", options={"kernels": "plugin"})
+        build_engine(folder, "tensorrt", batch=batch, options=options | {"kernels": "plugin"})
+    _, found = details(folder, batch, **options)
+    assert re.match(f"not built: {message}", found.candidates["plugin"].failed)
+    assert found.candidates["bodies"].compute_ms == found.candidates["dense"].compute_ms == 2.0
+
+
+def test_a_file_without_nodes_of_ours_has_no_dense_counterpart(tmp_path, machine):
+    machine("11.4")
+    folder = make_sparse_bundle(tmp_path / "b")
+    model = onnx.inliner.inline_local_functions(onnx.load(folder / "model.onnx"))
+    onnx.save(model, folder / "model.onnx")
+    reseal(folder, ops={}, sparsity={"keep": 0.2})
     _, found = details(folder)
-    assert set(found.candidates) == {"bodies", "dense"}
+    assert found.kernels == "bodies"
+    assert verdict(found) == [
+        "dense: not built: no dense file can be made of one that was exported with --inline; export it without",
+        "kept: bodies; nothing was measured",
+    ]
 
 
 def test_the_dense_model_is_dense_attention():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,8 +18,9 @@ import pytest
 import torch
 
 import sparsifiner_edge as se
+from sparsifiner_edge.bundle.engines import Candidate, Details
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.errors import ArtifactError, BackendError
+from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.fp16 import convert
@@ -25,6 +28,12 @@ from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.runtime.backend import Job
+from sparsifiner_edge.runtime.build import build_engine
+from sparsifiner_edge.runtime.candidates import verdict
+from sparsifiner_edge.runtime.tensorrt.candidates import dense_model
+from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
+from sparsifiner_edge.sparse.patch import set_budget
 from tests.commands import manifest_of, snapshot
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
@@ -61,7 +70,9 @@ def vit_bundle(folder: Path, sparsity: SparsityConfig, precision: str, batch: in
     shape = [batch or "batch", 160, 160, 3]
     inputs = [{"name": "image", "dtype": "uint8", "shape": shape}]
     tolerances = dict.fromkeys(deployed.output_names, 5e-2)
-    seal_bundle(folder, {"precision": precision, "inputs": inputs, "outputs": [], "tolerances": tolerances})
+    ops = {f"sparsifiner::{function.name}": 2 for function in model.functions}
+    entries = {"precision": precision, "ops": ops, "inputs": inputs, "outputs": [], "tolerances": tolerances}
+    seal_bundle(folder, entries)
     return folder
 
 
@@ -103,10 +114,71 @@ def test_every_kind_of_file_builds(
     assert "no CUDA" in engine["details"]["golden"]["unavailable"] or "No NVIDIA" in str(engine["details"]["golden"])
     assert any("parsing the model" in stage for stage in stages)
     assert any("Building engine" in stage for stage in stages)
+    assert engine["details"]["kernels"] == "bodies"
+    if kind in ("edge", "paper", "pruned", "merged"):
+        assert "nothing can be timed here" in engine["details"]["candidates"]["dense"]["failed"]
+    else:
+        assert engine["details"].get("candidates") is None
     manifest = manifest_of(bundle)
     assert manifest["engines"] == [engine]
     for part in ("sm" + capability.replace(".", ""), precision, engine["version"], "linux", "x86_64"):
         assert part in Path(engine["file"]).name
+
+
+@pytest.mark.parametrize("sparsity", [TINY_CONFIG, SparsityConfig(keep=0.2, cells=4, channels=8, merge=(12, 2))])
+@pytest.mark.parametrize(("faster", "options"), [("dense", {}), ("bodies", {}), (None, {"kernels": "portable"})])
+def test_both_are_built_where_their_gpu_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparsity: SparsityConfig, faster: str | None, options: Any
+) -> None:
+    """By the real builder; the GPU, and so the times, are made up."""
+    install_cuda(monkeypatch, Gpu("NVIDIA RTX A2000", (8, 6), 12 << 30, False, 13000), "cuda-python")
+    layers: dict[str, int] = {}
+
+    def build(job: Job, *_: Any) -> Details:
+        details = TensorRtRtx().build(job, lambda *_: None)
+        layers[job.candidate] = details.layers or 0
+        return details
+
+    def timed(_trt: Any, path: Path, _engine: Any, kernels: str, _bundle: Any) -> Candidate:
+        assert path.stat().st_size > 100_000
+        return Candidate(golden={}, compute_ms=1.0 if kernels == faster else 2.0, runs=1)
+
+    monkeypatch.setattr("sparsifiner_edge.runtime.candidates.run_job", build)
+    monkeypatch.setattr("sparsifiner_edge.runtime.tensorrt.backend.time_engine", timed)
+    monkeypatch.setattr("sparsifiner_edge.runtime.build._check_engine", lambda *_: {})
+    bundle = vit_bundle(tmp_path / "b", sparsity, "fp16", 1)
+    engine = build_engine(bundle, RTX, options=options).engines[0]
+    if faster is None:
+        assert (engine.variant, engine.details.kernels, set(layers)) == ("", "bodies", {"bodies"})
+        return
+    assert (engine.variant, engine.details.kernels) == ("measured", faster)
+    assert verdict(engine.details)[-1] == f"kept: {faster}, the fastest"
+    assert layers["dense"] < layers["bodies"] / 2
+
+
+def test_an_option_that_it_does_not_have(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)unknown key optimisation_level.*has the option kernels"):
+        rtx(tiny, "8.6", options={"optimisation_level": 5})
+    with pytest.raises(ConfigError, match='kernels is "plugin"'):
+        rtx(tiny, "8.6", options={"kernels": "plugin"})
+
+
+def test_the_dense_file_of_merged_tokens_is_what_dense_layers_compute() -> None:
+    sparsity = SparsityConfig(keep=0.2, cells=4, channels=8, merge=(12, 2))
+    made = student(sparsity=sparsity, depth=2)
+    image, files = smooth_images(160), []
+    for keep in (0.2, 1.0):
+        set_budget(made.model, dataclasses.replace(sparsity, keep=keep))
+        deployed = deploy(made)
+        files.append(export_graph(deployed, 160, 1, deployed.output_names))
+    dense = onnx.load_from_string(dense_model(files[0].SerializeToString()))
+    assert {f.name for f in files[0].functions} > {"MergedKeySelect", "MergedSparseAttention"}
+    assert {f.name for f in dense.functions} == {
+        "DenseAttention", "MergedDenseAttention", "MatchTokens", "MergeTokens"
+    }  # fmt: skip
+    got, wanted = file_runner(dense)(image), file_runner(files[1])(image)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -181,7 +253,7 @@ def test_operators_that_it_cannot_take_are_named_before_its_parser_sees_them(
     text, said = REFUSED[name]
     onnx.save(a_model(text), tiny / "model.onnx")
     reseal(tiny)
-    monkeypatch.setattr("sparsifiner_edge.runtime.build.run_job", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr("sparsifiner_edge.runtime.candidates.run_job", lambda *_: pytest.fail("a worker was started"))
     before = snapshot(tiny)
     with pytest.raises(BackendError) as caught:
         rtx(tiny, "8.6")

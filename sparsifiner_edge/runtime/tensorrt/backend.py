@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sparsifiner_edge.artifacts import MAX_FILE
-from sparsifiner_edge.bundle.engines import Engine, EngineDevice, fitting_engine, mismatches
+from sparsifiner_edge.bundle.engines import BODIES, Details, Engine, EngineDevice, fitting_engine, mismatches
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, SparsifinerError
-from sparsifiner_edge.files import read_bytes
+from sparsifiner_edge.files import io_errors, read_bytes
 from sparsifiner_edge.machine import package_version
-from sparsifiner_edge.runtime.backend import EngineBackend
+from sparsifiner_edge.runtime.backend import EngineBackend, Job
 from sparsifiner_edge.runtime.cuda import CudaDevice, probe
 from sparsifiner_edge.runtime.cuda.driver import major
-from sparsifiner_edge.runtime.tensorrt.session import BODIES, EngineSession
+from sparsifiner_edge.runtime.tensorrt.candidates import time_engine
+from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
 
 class TensorRtBackend(EngineBackend):
@@ -59,6 +62,14 @@ class TensorRtBackend(EngineBackend):
         """What an engine must fit to run here, after CUDA has answered."""
         found = self.device()
         return EngineDevice(self.name, str(trt.__version__), found.compute_capability, found.name)
+
+    def finished(self, trt: Any, job: Job, bundle: Bundle, content: bytes, details: Details) -> Details:
+        """Write an engine, and time it where that is asked for; what `build` returns."""
+        path = Path(job.output)
+        with io_errors(path):
+            path.write_bytes(content)
+        timed = {job.candidate: time_engine(trt, path, job.engine, job.candidate, bundle)} if job.timed else None
+        return msgspec.structs.replace(details, kernels=job.candidate, candidates=timed)
 
     def open_engine(self, path: Path, engine: Engine, bundle: Bundle) -> EngineSession:
         """See `EngineBackend.open_engine`."""

@@ -5,21 +5,34 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from sparsifiner_edge.bundle.engines import AMPERE_PLUS, VERSION_COMPATIBLE, BatchRange, Details, Engine, system
+import msgspec
+
+from sparsifiner_edge.bundle.engines import (
+    AMPERE_PLUS,
+    BODIES,
+    DENSE,
+    MEASURED,
+    PLUGIN,
+    VERSION_COMPATIBLE,
+    BatchRange,
+    Details,
+    Engine,
+    system,
+)
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.machine import jetson_release
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record
-from sparsifiner_edge.runtime.backend import Job, OptionValues, import_package
-from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver
+from sparsifiner_edge.runtime.backend import Candidates, Job, OptionValues, import_package
+from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver, probe
+from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
-from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions
-from sparsifiner_edge.runtime.tensorrt.candidates import MEASURED_VARIANT, Work, build_fastest, possible_candidates
-from sparsifiner_edge.runtime.tensorrt.session import BODIES
+from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
+from sparsifiner_edge.runtime.tensorrt.candidates import dense_model, has_sparse_attention, why_no_dense
 
 OLDEST = (10, 3)
 
@@ -53,9 +66,7 @@ class TensorRt(TensorRtBackend):
         self, bundle: Bundle, capabilities: Sequence[str], batch: BatchRange, options: OptionValues
     ) -> list[Engine]:
         """See `EngineBackend.plan`."""
-        trt = self.load()
-        wanted = _read_options(options)
-        device = self.device()
+        trt, wanted, device = self.load(), _read_options(options), self.device()
         others = [c for c in capabilities if c != device.compute_capability]
         if others:
             raise ConfigError(
@@ -63,21 +74,44 @@ class TensorRt(TensorRtBackend):
                 f"not for {', '.join(others)}.",
                 "Build on a machine that has that GPU, or use --backend tensorrt-rtx, which builds ahead of time.",
             )
-        compatible = _compatible(wanted, device)
-        candidates = possible_candidates(trt, bundle, device, wanted.kernels)
-        variant = candidates[0] if len(candidates) == 1 else MEASURED_VARIANT
         engine = Engine(
             self.name, str(trt.__version__), device.compute_capability, *system(), bundle.precision,
-            batch, "" if variant == BODIES else variant, compatible,
+            batch, compatible=_compatible(wanted, device),
         )  # fmt: skip
-        return [engine]
+        names = self.candidates(bundle, engine, options).names
+        variant = MEASURED if len(names) > 1 else {BODIES: ""}.get(names[0], names[0])
+        return [msgspec.structs.replace(engine, variant=variant)]
+
+    def candidates(self, bundle: Bundle, engine: Engine, options: OptionValues) -> Candidates:
+        """See `EngineBackend.candidates`."""
+        kernels, sparse = _read_options(options).kernels, has_sparse_attention(bundle)
+        reason = plugin.why_not(self.load(), bundle, probe(), engine) if sparse else "the model has no sparse attention"
+        if kernels == PLUGIN:
+            if reason:
+                raise BackendError(
+                    f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable."
+                )
+            return Candidates((PLUGIN,), {})
+        if kernels == "portable" or not sparse:
+            return Candidates((BODIES,), {} if sparse else why_no_dense(bundle))
+        return Candidates((BODIES, DENSE), {PLUGIN: reason}) if reason else Candidates((BODIES, PLUGIN, DENSE), {})
+
+    def default_timeout_s(self) -> float:
+        """See `EngineBackend.default_timeout_s`; a Jetson's processor is a third as fast or less."""
+        return super().default_timeout_s() * (3 if probe().integrated else 1)
 
     def build(self, job: Job, tell: Progress) -> Details:
         """See `EngineBackend.build`."""
         trt, options = self.load(), _read_options(job.options)
+        bundle = job.checked_bundle()
         with contextlib.closing(open_driver()) as driver:  # Stays open while TensorRT has objects.
-            work = Work(trt, job.checked_bundle(), job.engine, options, driver)
-            return build_fastest(work, Path(job.output), tell)
+            model, free = bundle.read(MODEL_FILE), driver.free_bytes()
+            if job.candidate == DENSE:
+                model = dense_model(model)
+            if job.candidate == PLUGIN:
+                model = plugin.prepare(trt, model, bundle, driver.device)
+            content, details = build_engine_file(trt, model, driver.device, free, job.engine, options, tell)
+            return self.finished(trt, job, bundle, content, details)
 
 
 def _read_options(options: OptionValues) -> BuilderOptions:

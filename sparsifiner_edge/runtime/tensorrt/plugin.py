@@ -12,6 +12,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+from sparsifiner_edge.bundle.engines import Engine
 from sparsifiner_edge.bundle.kernels import NAMESPACE, CompiledLaunch, KernelTable, code_file, kernel_model, read_table
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.runtime.cuda import CudaDevice
@@ -22,12 +23,34 @@ _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
 
 
-def why_not(trt: Any, bundle: Bundle, device: CudaDevice) -> str | None:
+MOST_SHARED_BYTES = 48 << 10
+"""Of a block: what a kernel may have without asking the driver for more, which TensorRT is not known to do."""
+
+
+def why_not(trt: Any, bundle: Bundle, device: CudaDevice, engine: Engine | None = None) -> str | None:
     """Why the kernels of a bundle cannot go into an engine for a device; None where they can."""
     if not hasattr(trt, "QuickPluginCreationRequest"):
         return f"TensorRT {trt.__version__} has no ahead-of-time plugins (10.9 and later have)"
-    if read_table(bundle, _capability(device)) is None:
+    table = read_table(bundle, _capability(device))
+    if table is None:
         return f"the bundle has no kernels for {device.name}; export it with --board"
+    most = max((launch.shared_bytes for launch in table.launches.values()), default=0)
+    if most > MOST_SHARED_BYTES:
+        return (
+            f"a kernel takes {most >> 10} KiB of shared memory, and more than {MOST_SHARED_BYTES >> 10} are not known "
+            "to work in TensorRT's plugins; float16 with head dimensions up to 64 needs less"
+        )
+    return _why_not_engine(engine) if engine else None
+
+
+def _why_not_engine(engine: Engine) -> str | None:
+    if engine.compatible:
+        return "its code is for one GPU and one version; leave version_compatible and hardware_compatible out"
+    if engine.batch.least != engine.batch.most:
+        return (
+            f"it takes one batch size, not {engine.batch.least} to {engine.batch.most}: TensorRT loads its kernels "
+            "anew at each change, and leaks them (issue 4849); give equal --min-batch, --opt-batch and --max-batch"
+        )
     return None
 
 

@@ -1,25 +1,28 @@
 """TensorRT for RTX: engines for GeForce and RTX cards, built ahead of time on any x86-64 machine, even without a GPU.
 
-The bodies in the file are what runs: a registered plugin would end the process. It knows no option of a build.
+The bodies in the file are what runs: a registered plugin would end the process. Dense attention is built beside them,
+and the faster one kept, where the GPU of the engine is here.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from sparsifiner_edge.bundle.engines import BatchRange, Details, Engine, system
+import msgspec
+
+from sparsifiner_edge.bundle.engines import BODIES, DENSE, MEASURED, BatchRange, Details, Engine, system
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import BackendError, ConfigError
-from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.onnx_file import all_nodes
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.runtime.backend import Job, OptionValues, import_package
+from sparsifiner_edge.records import read_record
+from sparsifiner_edge.runtime.backend import Candidates, Job, OptionValues, import_package
 from sparsifiner_edge.runtime.cuda import probe
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.build import make_monitor, prepare_build
+from sparsifiner_edge.runtime.tensorrt.candidates import dense_model, has_sparse_attention, why_no_dense
 
 if TYPE_CHECKING:
     import onnx
@@ -39,6 +42,12 @@ _REFUSED = {
 """Operator -> why; found with TensorRT-RTX 1.7."""
 
 
+class RtxOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Options of a build. kernels: "portable" (sparse attention by its bodies), or what is faster."""
+
+    kernels: Literal["auto", "portable"] = "auto"
+
+
 class TensorRtRtx(TensorRtBackend):
     """Builds one engine per compute capability, for this operating system and processor."""
 
@@ -55,8 +64,6 @@ class TensorRtRtx(TensorRtBackend):
         import onnx
 
         version = str(self.load().__version__)
-        if options:
-            raise ConfigError(f"tensorrt-rtx has no option {min(options)!r}.", "Leave it out.")
         capabilities = capabilities or (probe().compute_capability,)
         for capability in capabilities:
             if capability not in ARCHITECTURES:
@@ -74,17 +81,37 @@ class TensorRtRtx(TensorRtBackend):
                 "TensorRT-RTX compiles no product of float32 matrices for it.",
                 "Export with --precision fp16, or with --precision int8 --int8-target tensorrt, or leave 7.5 out.",
             )
-        return [
+        engines = [
             Engine(self.name, version, capability, *system(), bundle.precision, batch) for capability in capabilities
         ]
+        variants = [MEASURED if len(self.candidates(bundle, e, options).names) > 1 else "" for e in engines]
+        return [msgspec.structs.replace(e, variant=v) for e, v in zip(engines, variants, strict=True)]
+
+    def candidates(self, bundle: Bundle, engine: Engine, options: OptionValues) -> Candidates:
+        """See `EngineBackend.candidates`. Where the GPU is not here nothing can be compared, and sparse is built."""
+        wanted = read_record(options, RtxOptions, "--option", "tensorrt-rtx has the option kernels.", ConfigError)
+        if not has_sparse_attention(bundle):
+            return Candidates((BODIES,), why_no_dense(bundle))
+        if wanted.kernels == "portable":
+            return Candidates((BODIES,), {})
+        why = self.why_not_here(engine)
+        if why is None:
+            return Candidates((BODIES, DENSE), {})
+        reason = f"nothing can be timed here ({why.rstrip('.')}); on a machine with that GPU build compares the two"
+        return Candidates((BODIES,), {DENSE: reason})
 
     def build(self, job: Job, tell: Progress) -> Details:
         """See `EngineBackend.build`."""
+        import onnx
+
         trt = self.load()
         capability = job.engine.compute_capability
         start = time.monotonic()
         tell("reading the model", 0, 1)
-        model = job.checked_bundle().model()
+        bundle = job.checked_bundle()
+        model = bundle.model()
+        if job.candidate == DENSE:
+            model = onnx.load_from_string(dense_model(model.SerializeToString()))
         if capability == _TURING:
             model = without_single_products(model)
         tell("parsing the model", 0, 1)
@@ -103,14 +130,13 @@ class TensorRtRtx(TensorRtBackend):
                 "Export the model in another precision, or upgrade tensorrt-rtx.",
             )
         tell("writing the engine", 0, 1)
-        with io_errors(Path(job.output)):
-            Path(job.output).write_bytes(serialised)
-        return Details(
+        details = Details(
             layers=int(network.num_layers),
             parse_seconds=parsed - start,
             compile_seconds=time.monotonic() - parsed,
             cpu_seconds=time.process_time(),
         )
+        return self.finished(trt, job, bundle, bytes(serialised), details)
 
 
 def check_operators(model: onnx.ModelProto) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle import engines
-from sparsifiner_edge.bundle.engines import Engine
+from sparsifiner_edge.bundle.engines import DENSE, PLUGIN, Engine
 from sparsifiner_edge.bundle.manifest import Manifest, TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.runtime.cuda import StreamBuffers, Times, open_driver
@@ -21,8 +21,6 @@ from sparsifiner_edge.runtime.session import Description, Session, validate_outp
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger, run_error
 
 Shape = tuple[int, ...]
-BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
-"""What carries out sparse attention: `kernels` in an engine's details; see `candidates`."""
 _KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
 
 
@@ -163,6 +161,17 @@ class EngineSession(Session):
         finally:
             self._graphs = True
         return [{"name": name, "ms": total / queries} for name, total in profiler.totals.items()]
+
+    def layer_names(self) -> str:
+        """Names of the engine's layers, as TensorRT's inspector writes them, fused ones by what they became."""
+        self._require_open()
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.ONELINE))
+
+    @property
+    def in_place_of_sparse(self) -> bool:
+        """Dense attention is computed where the bundle's file has sparse."""
+        return self._engine_info.details.kernels == DENSE
 
     @property
     def least_batch(self) -> int:
