@@ -275,11 +275,23 @@ def test_export_for_a_board(tiny_student, tmp_path, capsys):
     out = call(capsys, "export", tiny_student, "--precision", "fp16", "--board", "jetson-orin-nano-8gb", "-o", bundle)
     assert out.code == 0, out.err
     assert "jetson-orin-nano-8gb: " in out.out
+    assert re.search(r"^tile 16 is kept, although GPUs want 64: .*--calibrate DIR", out.out, re.MULTILINE)
     [entry] = manifest_of(bundle)["boards"]
     assert {entry["table"], entry["model"]} <= manifest_of(bundle)["files"].keys()
     assert entry["nodes"] > 0
     with open_session(bundle) as session:
         check_golden(session, open_bundle(bundle))
+
+
+def test_a_board_has_its_gpu_s_tile(tiny_student, pictures, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    out = call(
+        capsys, "export", tiny_student, "--keep", ".9", "--calibrate", pictures, "--precision", "fp16",
+        "--board", "jetson-orin-nano-8gb", "-o", bundle,
+    )  # fmt: skip
+    assert out.code == 0, out.err
+    assert re.search(r"^tile 16 -> 64, probe 8 -> 8: cosine to before 0\.9[789]\d+, 3 images$", out.out, re.MULTILINE)
+    assert manifest_of(bundle)["sparsity"]["tile"] == 64
 
 
 def test_export_refuses_a_board_it_does_not_know(tiny_student, tmp_path, capsys):

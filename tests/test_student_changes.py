@@ -101,6 +101,30 @@ def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_p
     assert manifest["retiled"]["pictures"] == 3
 
 
+def test_a_gpu_takes_tile_64_where_that_passes(folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, images = load_student(folder, keep=0.9), sorted(pictures.iterdir())
+    assert (own.sparsity.tile, own.sparsity.probe) == (16, 8)
+    taken, changes = student_changes.changed(own, None, None, False, images, gpu=True)
+    found = changes["retiled"]
+    assert (taken.sparsity.tile, taken.sparsity.probe) == (found.after.tile, found.after.probe) == (64, 8)
+    assert (found.images, found.refused) == (3, None)
+    assert 0.97 <= found.cosine < 1
+    # Its own where the user says so, or where it has it.
+    asked, _ = student_changes.changed(own, 32, None, False, images, gpu=True)
+    assert asked.sparsity.tile == 32
+    assert student_changes.changed(taken, None, None, False, (), gpu=True) == (taken, {"retiled": None})
+    assert student_changes.changed(own, None, None, False, images, gpu=False) == (own, {})
+    # What cannot be judged, or fails, is kept, and says why.
+    kept, changes = student_changes.changed(own, None, None, False, (), gpu=True)
+    assert kept is own
+    assert "requires images to judge it by. Give some: --calibrate DIR" in changes["retiled"].refused
+    monkeypatch.setattr(student_changes, "LEAST_TOKENS_COSINE", 0.999999)
+    kept, changes = student_changes.changed(own, None, None, False, images, gpu=True)
+    assert kept is own
+    assert changes["retiled"].after.tile == 16
+    assert "allowed 0.999999" in changes["retiled"].refused
+
+
 def test_a_tile_is_refused_where_it_cannot_be_judged(
     folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,12 +50,15 @@ class Tiling(Struct, frozen=True):
 
 
 class Retiled(Struct, frozen=True):
-    """Another tile than the student's own. cosine: mean of the final tokens to those before, over `images`."""
+    """Another tile than the student's own. cosine: mean of the final tokens to those before, over `images`.
+    refused: why a board's GPU did not get the tile that suits it, where "to" is as "from".
+    """
 
     before: Tiling = field(name="from", default=Tiling())
     after: Tiling = field(name="to", default=Tiling())
     cosine: float | None = None
     images: int = field(default=0, name="pictures")
+    refused: str | None = None
 
 
 ON_PROCESSOR = ("onnxruntime", "onnxruntime-bf16", "openvino", "openvino-bf16", "openvino-fp16")

@@ -23,12 +23,12 @@ from sparsifiner_edge.cli import common
 @common.token_keep_option
 @common.merge_option
 @common.trust_option
-@click.option("--tile", type=click.IntRange(1, MOST_COUNT), help="Queries that share one list of keys; GPUs want 64.")
+@click.option("--tile", type=click.IntRange(1, MOST_COUNT), help="Queries that share one list; with --board 64.")
 @click.option("--probe", type=click.IntRange(1, MOST_COUNT), help="Queries that ask as one; divides the tile.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True,
               help="fp16: softmax, norms and selection stay in fp32. int8: the linear layers alone.")  # fmt: skip
 @click.option("--calibrate", type=common.PATH,
-              help="A folder of images: int8 is calibrated with them, --tile is judged by them.")  # fmt: skip
+              help="A folder of images: int8 is calibrated with them, another tile is judged by them.")  # fmt: skip
 @click.option("--int8-target", "--recipe", "int8_target", type=click.Choice(["cpu", "tensorrt"]), default="cpu",
               show_default=True, help="For int8: what will run it.")  # fmt: skip
 @click.option("--measure", is_flag=True, help="Keep layers dense where sparse attention is slower on this machine.")
@@ -101,7 +101,10 @@ def _check(manifest: Manifest) -> Iterator[str]:
 
 def _changes(manifest: Manifest) -> Iterator[str]:
     """What another tile, int8 and float16 cost."""
-    if found := manifest.retiled:
+    found = manifest.retiled
+    if found and found.refused:
+        yield f"tile {found.before.tile} is kept, although GPUs want 64: {found.refused}"
+    elif found:
         sizes = f"tile {found.before.tile} -> {found.after.tile}, probe {found.before.probe} -> {found.after.probe}"
         yield f"{sizes}: cosine to before {found.cosine:.4f}, {found.images} images"
     if quantised := manifest.quantisation:

@@ -93,18 +93,19 @@ def export_bundle(
         weights: for a timm model: .safetensors or .pth file; None lets timm download them.
         img_size: pixels: a square's side, or height and width; None takes the student's or model's own.
         keep, token_keep, merge: for a student: other budgets than its own (see `SparsityConfig`).
-        tile, probe: for a sparse student: other ones than its own, behind a gate (see `student_changes`); GPUs want 64.
+        tile, probe: for a sparse student: other ones than its own, behind a gate (see `student_changes`).
         precision: "fp32"; "fp16" with islands of float32 (see `fp16`); or "int8" for the linear layers, where
             attention stays in float32, or for the target "tensorrt" becomes float16.
         batch: a fixed batch size, or "dynamic".
         tokens: also output the tokens of a classifier, or of what is in a model with a decoder; a vision transformer
             without classifier always does.
-        calibrate: for int8 and for another tile: a folder of images like those that the model will see; at most 32
-            are used.
+        calibrate: for int8, another tile and boards: a folder of images like those that the model will see; at most
+            32 are used.
         int8_target: for int8, what will run it: one of `int8.INT8_TARGETS`.
         measure: keep dense the layers where sparse attention is slower on this machine, in the backend named, or in
             ONNX Runtime; the manifest says which.
-        boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle.
+        boards: names or files of boards (see `profiles.board`) whose GPU kernels and model variant go into the bundle;
+            where neither tile nor probe is given, the tile is `student_changes.GPU_TILE` if that passes the gate.
         inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
             no kernels of ours can take them there.
         trust: see `load_student`.
@@ -121,9 +122,9 @@ def export_bundle(
     require_replaceable(target, "bundle")
     size_of_batch = parse_batch(batch)
     wanted = _boards(boards, inline)
-    numbers = _numbers(precision, int8_target, calibrate, tile is not None or probe is not None, inline)
+    numbers = _numbers(precision, int8_target, calibrate, bool(tile or probe or boards), inline)
     student = _load(source, weights, img_size, keep, token_keep, merge, trust)
-    student, changes = changed(student, tile, probe, "onnxruntime" if measure is True else measure, numbers.images)
+    student, changes = changed(student, tile, probe, measure, numbers.images, bool(wanted))
     file = _file(student, deploy(student, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
         _write(folder, file, msgspec.structs.replace(file.manifest, **changes), wanted)
@@ -189,7 +190,7 @@ def export_model(
 
 
 class _Numbers(NamedTuple):
-    """What the file computes in; `images` calibrate int8, and judge another tile. inline: standard operators alone."""
+    """What the file computes in; `images` calibrate int8 and judge another tile. inline: standard operators alone."""
 
     precision: str
     int8_target: str
@@ -256,9 +257,8 @@ def _numbers(precision: str, int8_target: str, calibrate: str | Path | None, ret
     if precision == "int8" and calibrate is None:
         raise ConfigError("int8 requires images to calibrate with.", "Give a folder of them with --calibrate.")
     if precision != "int8" and calibrate is not None and not retiles:
-        raise ConfigError(
-            "Images to calibrate with require int8, or another tile.", "Leave them out, or choose --precision int8."
-        )
+        fix = "Leave them out, or choose --precision int8."
+        raise ConfigError("Images to calibrate with require int8, another tile or a board.", fix)
     if precision != "int8" and int8_target != INT8_TARGETS[0]:
         raise ConfigError(f"int8 target {int8_target!r} requires int8.", "Leave it out, or choose --precision int8.")
     listed = [] if calibrate is None else evenly(list_images(Path(calibrate)), MAX_CALIBRATION_IMAGES)

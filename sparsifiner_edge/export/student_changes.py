@@ -29,19 +29,24 @@ from sparsifiner_edge.sparse.patch import final_tokens, set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
+GPU_TILE = 64
+"""A quarter of the keys that tile 16 gathers, and whole tiles of the matrix units."""
 LEAST_TOKENS_COSINE = 0.97
 """Gate: mean cosine of the final tokens to those of the student with its own tile, over the images."""
 
 
 def changed(
-    student: Student, tile: int | None, probe: int | None, backend: str | bool, images: Sequence[Path]
+    student: Student, tile: int | None, probe: int | None, backend: str | bool, images: Sequence[Path], gpu: bool
 ) -> tuple[Student, dict[str, Any]]:
-    """The student with another tile, and layers kept dense where that is faster here, in a backend (False: none); what
-    of it the manifest says.
+    """The student with another tile, for a GPU with what suits it; layers kept dense where that is faster here, in a
+    backend (True: ONNX Runtime, False: none); what of it the manifest says.
     """
     changes: dict[str, Any] = {}
+    backend = "onnxruntime" if backend is True else backend
     if tile is not None or probe is not None:
         student, changes["retiled"] = with_tile(student, tile, probe, images)
+    elif gpu and not student.sparsity.is_dense and student.sparsity.preset == "edge":
+        student, changes["retiled"] = with_gpu_tile(student, images)
     if isinstance(backend, str) and student.sparsity.sparse_layers(len(student.backbone.layers)):
         measured = changes["measured"] = keep_dense_where_slower(student.model, backend)
         kept = {number for choice in measured.choices if choice.kept_dense for number in choice.layers}
@@ -49,6 +54,20 @@ def changed(
         sparsity = dataclasses.replace(student.sparsity, dense_layers=dense)
         student = dataclasses.replace(student, sparsity=sparsity)
     return student, changes
+
+
+def with_gpu_tile(student: Student, images: Sequence[Path]) -> tuple[Student, Retiled | None]:
+    """The student with `GPU_TILE`, or as it is where that fails the gate or cannot be judged, and the manifest's entry,
+    which says why; None where its tile is as large.
+    """
+    own = student.sparsity
+    if own.tile >= GPU_TILE:
+        return student, None
+    try:
+        return with_tile(student, GPU_TILE, None, images)
+    except (ConfigError, GateError) as error:
+        kept = Tiling(own.tile, own.probe)
+        return student, Retiled(kept, kept, images=len(images), refused=f"{error.what} {error.fix}")
 
 
 def with_tile(student: Student, tile: int | None, probe: int | None, images: Sequence[Path]) -> tuple[Student, Retiled]:
