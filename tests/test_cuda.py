@@ -14,7 +14,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from sparsifiner_edge.errors import BackendError, MissingExtraError
+from sparsifiner_edge.errors import BackendError, MissingExtraError, SparsifinerError
 from sparsifiner_edge.runtime.cuda import Driver, StreamBuffers, Times, driver, open_driver, probe, pycuda
 from sparsifiner_edge.runtime.cuda.driver import fail
 from tests.fakes.cuda_modules import cuda_bindings
@@ -51,7 +51,7 @@ def test_probe_describes_the_device(monkeypatch, package):
 def test_every_method_of_the_protocol_is_there(monkeypatch, package):
     install_cuda(monkeypatch, Gpu(), package)
     own = {name for kind in type(open_driver()).__mro__ if kind is not Driver for name in vars(kind)}
-    shared = {"close", "graphs", "capture"}
+    shared = {"close", "graphs", "capture", "allocate_managed"}
     assert {name for name in vars(Driver) if not name.startswith("_")} <= own | shared
 
 
@@ -81,6 +81,36 @@ def test_pinned_and_mapped_without_copies_on_shared_memory(monkeypatch):
         buffers.run({"x": np.float32([1, 2, 3, 4])}, FLOATS, doubling(gpu, buffers))
     assert gpu.calls["cudaMemcpyAsync"] == gpu.calls["cudaMalloc"] == 0
     assert gpu.calls["cudaHostGetDevicePointer"] == 2
+
+
+def test_managed_memory_in_the_place_of_mapped(monkeypatch):
+    gpu = Gpu(integrated=True)
+    install_cuda(monkeypatch, gpu)
+    monkeypatch.setenv("SPARSIFINER_MEMORY", "managed")
+    with StreamBuffers(open_driver(), TWO) as buffers:
+        assert gpu.live() == {"stream": 1, "event": 4, "managed": 2}
+        result = buffers.run({"x": np.float32([1, 2, 3, 4])}, FLOATS, doubling(gpu, buffers))["y"]
+        assert (buffers.memory, buffers.zero_copy) == ("managed", True)
+    np.testing.assert_array_equal(result, [2, 4, 6, 8])
+    assert gpu.calls["cudaMemcpyAsync"] == gpu.calls["cudaHostAlloc"] == 0
+    assert gpu.live() == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "integrated", "package", "message"),
+    [
+        ("fast", True, "cuda-python", r"(?s)SPARSIFINER_MEMORY is 'fast'.*mapped or managed"),
+        ("mapped", False, "cuda-python", "for boards that share memory; Orin has its own"),
+        ("managed", True, "pycuda", "(?s)pycuda .*is not used for managed memory.*Install cuda-python"),
+    ],
+)
+def test_memory_that_cannot_be_had_is_refused(monkeypatch, value, integrated, package, message):
+    gpu = Gpu(integrated=integrated)
+    install_cuda(monkeypatch, gpu, package)
+    monkeypatch.setenv("SPARSIFINER_MEMORY", value)
+    with pytest.raises(SparsifinerError, match=message):
+        StreamBuffers(open_driver(), TWO)
+    assert gpu.live() == {}
 
 
 def test_a_repeated_run_is_recorded_once_and_launched(monkeypatch):
@@ -302,7 +332,7 @@ def test_the_fake_has_the_surface_of_the_real_package():
         if name.startswith("cuda") and inspect.isfunction(value):
             text = (getattr(real, name).__doc__ or "").split("\n")[0]
             assert text.startswith(f"{name}("), name
-    for name in ("cudaHostAllocMapped", "cudaStreamNonBlocking"):
+    for name in ("cudaHostAllocMapped", "cudaStreamNonBlocking", "cudaMemAttachGlobal"):
         assert int(getattr(real, name)) == getattr(fake, name)
     for kind in ("cudaMemcpyKind", "cudaStreamCaptureMode", "cudaError_t"):
         for member in getattr(fake, kind):

@@ -52,6 +52,22 @@ def forge(folder: Path, *engines: Engine, content: bytes = b"no engine at all") 
     return folder
 
 
+@pytest.mark.parametrize(
+    "plugin", [{"variant": "plugin"}, {"variant": "measured", "details": Details(kernels="plugin")}]
+)
+def test_an_engine_with_plugins_runs_on_its_own_gpu_and_version_alone(plugin: dict[str, Any]) -> None:
+    portable = {"compatible": (VERSION_COMPATIBLE, AMPERE_PLUS), "variant": "measured"}
+    later = dataclasses.replace(DEVICE, version="1.8.0")
+    other = dataclasses.replace(DEVICE, compute_capability="8.9")
+    for kernels in ("bodies", "dense"):
+        engine = changed(**portable, details=Details(kernels=kernels))
+        assert mismatches(engine, later) == mismatches(engine, other) == []
+    engine = changed(**portable | plugin)
+    assert mismatches(engine, DEVICE) == []
+    assert mismatches(engine, later) == ["built by tensorrt-rtx 1.7.1, installed is 1.8.0"]
+    assert mismatches(engine, other) == ["built for compute capability 8.6, NVIDIA RTX A2000 has 8.9"]
+
+
 def test_names_carry_everything() -> None:
     assert ENGINE.name == "tensorrt-rtx-1.7.1-sm86-linux-x86_64-fp16-b1-1-8"
     fixed = changed(backend="tensorrt", compute_capability="12.0", batch=BatchRange(4, 4, 4), variant="plugin",

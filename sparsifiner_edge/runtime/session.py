@@ -27,6 +27,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
         kernels: "native, <instruction set>", "function bodies", "none (standard operators)",
             or an engine's.
         cuda, graph, zero_copy: of an engine: package and driver, whether runs are recorded, whether memory is shared.
+        memory: of an engine: "copied", or what of it is shared, "mapped" or "managed".
     """
 
     backend: str | Unavailable
@@ -39,6 +40,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     cuda: str | None = None
     graph: bool | None = None
     zero_copy: bool | None = None
+    memory: str | None = None
 
 
 class Description(Runtime, frozen=True, kw_only=True):

@@ -45,7 +45,7 @@ def cuda_bindings(gpu: Gpu) -> types.ModuleType:
         return call
 
     module.cudaError_t = error
-    module.cudaHostAllocMapped, module.cudaStreamNonBlocking = 2, 1
+    module.cudaHostAllocMapped, module.cudaStreamNonBlocking, module.cudaMemAttachGlobal = 2, 1, 1
     module.cudaMemcpyKind = enum.IntEnum("cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})
     module.cudaStreamCaptureMode = enum.IntEnum("cudaStreamCaptureMode", {"cudaStreamCaptureModeThreadLocal": 1})
     module.cudaGetErrorString = lambda status: (error.cudaSuccess, f"text of {status.name}".encode())
@@ -57,7 +57,7 @@ def cuda_bindings(gpu: Gpu) -> types.ModuleType:
 _WITH_RESULT = {
     "cudaDriverGetVersion", "cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaMemGetInfo", "cudaMalloc",
     "cudaHostAlloc", "cudaHostGetDevicePointer", "cudaStreamCreateWithFlags", "cudaEventCreate", "cudaEventElapsedTime",
-    "cudaStreamEndCapture", "cudaGraphInstantiate",
+    "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaMallocManaged",
 }  # fmt: skip
 
 
@@ -83,8 +83,12 @@ def _functions(gpu: Gpu) -> list[Any]:
     def cudaMalloc(size: int) -> int:
         return gpu.allocate(size, "device")
 
+    def cudaMallocManaged(size: int, flags: int) -> int:
+        assert flags == 1
+        return gpu.allocate(size, "managed")
+
     def cudaFree(devPtr: int) -> None:
-        gpu.free(devPtr, "device")
+        gpu.free(devPtr, "managed" if gpu.kind(devPtr) == "managed" else "device")
 
     def cudaHostAlloc(size: int, flags: int) -> int:
         assert flags == 2

@@ -65,7 +65,7 @@ class Gpu:
             raise CudaError("cudaErrorIllegalAddress")
 
     def allocate(self, size: int, kind: str) -> int:
-        """Memory, "device" or "host"."""
+        """Memory: "device", "host" or "managed"."""
         if self.used + size > self.memory:
             raise CudaError("cudaErrorMemoryAllocation")
         block = (ctypes.c_uint8 * max(size, 1))()
@@ -78,6 +78,10 @@ class Gpu:
         if pointer not in self._blocks or self._blocks[pointer][2] != kind:
             raise CudaError("cudaErrorInvalidValue")
         self.used -= self._blocks.pop(pointer)[1]
+
+    def kind(self, pointer: int) -> str | None:
+        """Of memory that was given out."""
+        return self._blocks[pointer][2] if pointer in self._blocks else None
 
     def block(self, pointer: int) -> Any:
         """The bytes at an address that was given out."""

@@ -61,7 +61,7 @@ def test_build_and_run(tmp_path, machine, version, package):
         assert check_golden(session, open_bundle(folder))
     assert described.device == "Orin (compute capability 8.7)"
     assert described.graph is (package == "cuda-python")
-    assert described.zero_copy is True
+    assert (described.zero_copy, described.memory) == (True, "mapped")
     assert described.kernels == "function bodies"
     assert gpu.live() == {}
 

@@ -84,8 +84,13 @@ class _CudaPython(Driver):
         pointer = int(self._do(f"to pin {size} bytes", "cudaHostAlloc", size, self._r.cudaHostAllocMapped))
         stack.callback(self._do, "to free pinned memory", "cudaFreeHost", pointer)
         mapped = int(self._do("to map pinned memory", "cudaHostGetDevicePointer", pointer, 0))
-        view: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
-        return PinnedBuffer(view, mapped)
+        return PinnedBuffer(_bytes_at(pointer, size), mapped)
+
+    def allocate_managed(self, size: int, stack: ExitStack) -> PinnedBuffer:
+        flags = self._r.cudaMemAttachGlobal
+        pointer = int(self._do(f"to allocate {size} managed bytes", "cudaMallocManaged", size, flags))
+        stack.callback(self._do, "to free managed memory", "cudaFree", pointer)
+        return PinnedBuffer(_bytes_at(pointer, size), pointer)
 
     def stream(self, stack: ExitStack) -> Any:
         stream = self._do("to make a stream", "cudaStreamCreateWithFlags", self._r.cudaStreamNonBlocking)
@@ -134,3 +139,8 @@ class _CudaPython(Driver):
             self._r.cudaGraphDestroy(graph)
         stack.callback(self._do, "to free a graph", "cudaGraphExecDestroy", executable)
         return lambda: self._do("to launch a graph", "cudaGraphLaunch", executable, stream)
+
+
+def _bytes_at(pointer: int, size: int) -> Array:
+    view: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
+    return view

@@ -91,6 +91,10 @@ class Driver(Protocol):
     def allocate_host(self, size: int, stack: ExitStack) -> PinnedBuffer:
         """Page-locked memory of `size` bytes, mapped into the device's address space."""
 
+    def allocate_managed(self, size: int, stack: ExitStack) -> PinnedBuffer:  # noqa: ARG002
+        """`size` bytes for processor and device, which the driver keeps coherent; for one of both at a time."""
+        raise BackendError(f"{self.package} is not used for managed memory.", "Install cuda-python for it.")
+
     def stream(self, stack: ExitStack) -> Any:
         """A new stream that does not wait for the default one."""
 

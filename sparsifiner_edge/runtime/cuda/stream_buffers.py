@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import BackendError
-from sparsifiner_edge.runtime.cuda.driver import Driver, PinnedBuffer
+from sparsifiner_edge.errors import BackendError, ConfigError
+from sparsifiner_edge.runtime.cuda.driver import CudaDevice, Driver, PinnedBuffer
 
 
 class Times(NamedTuple):
@@ -22,23 +23,50 @@ class Times(NamedTuple):
     d2h_ms: float
 
 
+MEMORY_VARIABLE = "SPARSIFINER_MEMORY"
+"""Of a device that shares the processor's memory: "mapped" (page-locked, seen by both; the default) or "managed". Which
+is faster there depends on whether the device caches mapped memory, and only a run tells.
+"""
+
+
+def shared_memory(device: CudaDevice) -> str:
+    """What inputs and outputs lie in: "copied" to a device with memory of its own, else as `MEMORY_VARIABLE` says.
+
+    Raises:
+        ConfigError: it says something else, or the device has memory of its own.
+    """
+    wanted = os.environ.get(MEMORY_VARIABLE, "")
+    if wanted not in ("", "mapped", "managed"):
+        raise ConfigError(f"{MEMORY_VARIABLE} is {wanted!r:.40}.", "Set it to mapped or managed, or unset it.")
+    if wanted and not device.integrated:
+        raise ConfigError(
+            f"{MEMORY_VARIABLE} is for boards that share memory; {device.name} has its own.", "Unset it here."
+        )
+    return (wanted or "mapped") if device.integrated else "copied"
+
+
 class StreamBuffers(AbstractContextManager["StreamBuffers"]):
     """Buffers for some inputs and outputs, and a stream that copies in, computes and copies out.
 
     A context manager; whatever happens, `close` releases all that was taken. On a device that shares the processor's
-    memory nothing is copied: the engine works in the page-locked memory itself.
+    memory nothing is copied: the engine works in memory of both, mapped or managed (`shared_memory`).
 
     Args:
         driver: stays open until after `close`; it is not closed here.
         sizes: bytes of each input and output at its largest.
 
+    Attributes:
+        memory: "mapped", "managed" or "copied".
+
     Raises:
         BackendError: CUDA fails; nothing stays taken.
+        ConfigError: see `shared_memory`.
     """
 
     def __init__(self, driver: Driver, sizes: Mapping[str, int]) -> None:
         self._driver = driver
-        self.zero_copy = driver.device.integrated
+        self.memory = shared_memory(driver.device)
+        self.zero_copy = self.memory != "copied"
         self.last_times: Times | None = None
         self._launch: Callable[[], None] | None = None
         self._recorded: Hashable | None = None
@@ -51,6 +79,8 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
             self._stack = stack.pop_all()
 
     def _buffer(self, size: int, stack: ExitStack) -> PinnedBuffer:
+        if self.memory == "managed":
+            return self._driver.allocate_managed(size, stack)
         mapped = self._driver.allocate_host(size, stack)
         return mapped if self.zero_copy else PinnedBuffer(mapped.host, self._driver.allocate(size, stack))
 
@@ -88,10 +118,11 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
         results = {name: self._view(name, *kind) for name, kind in outputs.items()}
         driver.use()
         launch = self._recording(key, compute)
-        driver.record(self._events[0], stream)
-        for name, value in inputs.items():
+        for name, value in inputs.items():  # Before anything is in the stream: managed memory is the processor's then.
             np.copyto(self._view(name, value.dtype, value.shape), value)
-            if not self.zero_copy:
+        driver.record(self._events[0], stream)
+        if not self.zero_copy:
+            for name, value in inputs.items():
                 driver.copy_in(self._buffers[name], value.nbytes, stream)
         driver.record(self._events[1], stream)
         launch()

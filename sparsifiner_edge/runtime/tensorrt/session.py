@@ -129,6 +129,7 @@ class EngineSession(Session):
             cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",
             graph=self._driver.graphs,
             zero_copy=self._buffers.zero_copy,
+            memory=self._buffers.memory,
         )
 
     @property
