@@ -301,3 +301,5 @@ def test_the_commands_of_the_documentation(tiny_student: Path, tmp_path: Path) -
         ("8.6", "fp16", 1), ("12.0", "fp16", 1)
     ]  # fmt: skip
     assert '"golden"' in done.stdout
+    assert done.stdout.count("dense: not built: nothing can be timed here (") == 2
+    assert done.stdout.count("kept: bodies; nothing was measured") == 2

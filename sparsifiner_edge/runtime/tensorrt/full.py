@@ -97,7 +97,7 @@ class TensorRt(TensorRtBackend):
         return Candidates((BODIES, DENSE), {PLUGIN: reason}) if reason else Candidates((BODIES, PLUGIN, DENSE), {})
 
     def default_timeout_s(self) -> float:
-        """See `EngineBackend.default_timeout_s`; a Jetson's processor is a third as fast or less."""
+        """See `EngineBackend.default_timeout_s`; three times that on a Jetson, whose processor is a small one."""
         return super().default_timeout_s() * (3 if probe().integrated else 1)
 
     def build(self, job: Job, tell: Progress) -> Details:
