@@ -13,8 +13,8 @@ from typing import Any
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, layer_costs
-from sparsifiner_edge.ops.triton.plan import Launch, Plan, plan_select
-from sparsifiner_edge.ops.triton.plan_attention import plan_attend
+from sparsifiner_edge.ops.triton.plan import Launch, Plan
+from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 
 H100 = {"fp16_flops": 989.4e12, "exponentials": 132 * 16 * 1.83e9, "bytes": 3.35e12}
 """Per second. H100 SXM data sheet (dense fp16, HBM3); 132 multiprocessors x 16 exponentials a cycle at the 1.83 GHz of
@@ -38,38 +38,27 @@ def launch_seconds(plan: Plan, launch: Launch) -> float:
     return seconds(lanes * macs, lanes * exponentials, moved)
 
 
-def _pairs(c: dict[str, Any]) -> tuple[int, int]:
-    return math.ceil(c["patches"] / c["probe"]), c["patches"]
-
-
-def _prepare(c: dict[str, Any]) -> tuple[int, int]:
+def _summarise(c: dict[str, Any]) -> tuple[int, int]:
     patches = c["tokens"] - c["prefix"]
-    # Three TF32 products, each at half the rate of float16.
-    return 3 * 2 * (patches + math.ceil(patches / c["probe"])) * c["block_d"] * c["block_c"], 0
+    blocks = -(-patches // c["run"])
+    keys = 2 * patches * c["block_d"] * c["block_c"]  # high and low parts of the projection
+    probes = blocks * c["block_g"] * c["block_d"] * (2 * c["block_p"] + 3 * c["block_c"])
+    return keys + probes + 2 * c["block_f"] * patches * c["block_d"], c["prefix"] * patches
 
 
-def _lse(c: dict[str, Any]) -> tuple[int, int]:
-    probes, patches = _pairs(c)
-    return 3 * probes * patches * c["block_c"], probes * patches
-
-
-def _scores(c: dict[str, Any]) -> tuple[int, int]:
-    probes, patches = _pairs(c)
-    return 3 * probes * patches * c["block_c"], 0
-
-
-def _rest(c: dict[str, Any]) -> tuple[int, int]:
-    return 2 * c["tiles"] * (c["tokens"] - c["prefix"]) * c["block_d"], 0
+def _select(c: dict[str, Any]) -> tuple[int, int]:
+    pairs = c["tiles"] * c["sub"] * c["numbers"] * (c["tokens"] - c["prefix"])
+    return 3 * pairs * c["block_c"], pairs
 
 
 def _attend(c: dict[str, Any]) -> tuple[int, int]:
-    listed = -(-(c["first"] + c["keys"]) // c["block_n"]) * c["block_n"]
-    rest = -(-c["cells"] // c["block_r"]) * c["block_r"]
-    pairs = c["tiles"] * c["block_m"] * (listed + rest) + c["block_m"] * c["tokens"]
-    return 2 * pairs * c["block_d"], pairs
+    full = c["keys"] // c["block_n"] * c["block_n"]
+    listed = full - (full - c["keys"]) // c["block_t"] * c["block_t"]
+    pairs = c["tiles"] * c["block_m"] * (listed + c["block_r"])
+    return 2 * (pairs + c["tiles"] * c["block_r"] * listed) * c["block_d"], pairs
 
 
-_WORK = {"prepare": _prepare, "lse": _lse, "scores": _scores, "rest": _rest, "attend": _attend}
+_WORK = {"summarise": _summarise, "select": _select, "attend": _attend}
 """Multiply-accumulates and exponentials of a kernel for one head of one image."""
 
 
@@ -79,15 +68,12 @@ def bound(tokens: int, keep: float, tile: int = 64) -> dict[str, Any]:
     sparsity = SparsityConfig(keep=keep, tile=tile, probe=probe, cells=25, channels=CHANNELS)
     layout, scale = sparsity.layout(patches), WIDTH**-0.5
     qkv = (BATCH, tokens, 3 * HEADS * WIDTH)
-    shared = {"num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": layout.cell, "scale": scale}
-    select = {**shared, "probe": probe, "keys": layout.keys, "value_power": sparsity.value_power}
-    plans = (
-        plan_select([qkv, *[(HEADS, WIDTH, CHANNELS)] * 2], select, "float16", 90),
-        plan_attend(
-            [qkv, (BATCH, HEADS, layout.tiles, layout.keys)], {**shared, "prefix_keys": 1}, "float16", 90
-        ),
-    )  # fmt: skip
-    written = {step.kernel: launch_seconds(plan, step) for plan in plans for step in plan.launches}
+    selection = {
+        "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": layout.cell, "scale": scale, "probe": probe,
+        "keys": layout.keys, "value_power": sparsity.value_power,
+    }  # fmt: skip
+    plan = plan_layer([qkv, *[(HEADS, WIDTH, CHANNELS)] * 2], selection, "float16")
+    written = {step.kernel: launch_seconds(plan, step) for step in plan.launches}
     dense, method = _method(patches, SparsityConfig(keep=1.0)), _method(patches, sparsity)
     total = sum(written.values())
     return {

@@ -15,13 +15,15 @@ from typing import Any
 import click
 from gpu_bound import H100, bound
 from occupancy import occupancy
+from sass import counts, instructions, main_loop
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch
-from sparsifiner_edge.ops.triton.plan import Plan, plan_select
-from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
+from sparsifiner_edge.ops.triton.plan import Plan
+from sparsifiner_edge.ops.triton.plan_backward import plan_backward
+from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.results import Result, Subject, write_result
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +39,7 @@ BACKWARD = (87, 90)
 BOUNDS = [(tokens, keep) for tokens in (1025, 2305, 4097, 9217) for keep in (0.25, 0.10)]
 
 
-def plans(capability: int, dtype: str, width: int, tile: int) -> dict[str, Plan]:
+def plans(dtype: str, width: int, tile: int) -> dict[str, Plan]:
     """Plans at 1025 tokens and keep .10, one image."""
     qkv = (1, PATCHES + 1, 3 * HEADS * width)
     shared: dict[str, Any] = {
@@ -46,9 +48,8 @@ def plans(capability: int, dtype: str, width: int, tile: int) -> dict[str, Plan]
     select = {**shared, "probe": 8, "keys": KEYS, "value_power": 2.0}
     attend, lists = {**shared, "prefix_keys": 1}, (1, HEADS, PATCHES // tile, KEYS)
     return {
-        "KeySelect": plan_select([qkv, *[(HEADS, width, CHANNELS)] * 2], select, dtype, capability),
-        "SparseAttention": plan_attend([qkv, lists], attend, dtype, capability),
-        "gradient": plan_backward([qkv, lists], attend, dtype, capability),
+        "layer": plan_layer([qkv, *[(HEADS, width, CHANNELS)] * 2], select, dtype),
+        "gradient": plan_backward([qkv, lists], attend, dtype),
     }
 
 
@@ -56,23 +57,25 @@ def wanted(capability: int) -> list[tuple[str, int, int, str, Plan, Any]]:
     """Element type, head dimension, tile, operator, plan and launch of everything to compile."""
     found = []
     for dtype, width, tile in EVERYWHERE:
-        made = plans(capability, dtype, width, tile)
+        made = plans(dtype, width, tile)
         if capability not in BACKWARD:
             del made["gradient"]
         found += [(dtype, width, tile, op, plan, step) for op, plan in made.items() for step in plan.launches]
     for dtype, width, tile in ELSEWHERE.get(capability, ()):
-        plan = plans(capability, dtype, width, tile)["SparseAttention"]
-        found.append((dtype, width, tile, "SparseAttention", plan, plan.launches[-1]))
-    return [x for x in found if x[3] != "gradient" or x[5].kernel not in ("membership", "rest")]
+        plan = plans(dtype, width, tile)["layer"]
+        found.append((dtype, width, tile, "layer", plan, plan.launches[-1]))
+    return found
 
 
 def describe(dtype: str, width: int, tile: int, op: str, made: Compiled) -> dict[str, Any]:
+    body = main_loop(instructions(made.cubin))
     resident = occupancy(made.capability, made.warps, made.registers, made.shared)
     return {
         "capability": made.capability, "operator": op, "kernel": made.kernel, "dtype": dtype, "head_dimension": width,
         "tile": tile, "warps": made.warps, "stages": made.stages, "registers": made.registers,
         "spilled_bytes": made.spilled, "shared_bytes": made.shared, "resident_blocks": resident.blocks,
         "occupancy": resident.share, "limited_by": resident.limit, "cubin_bytes": len(made.cubin),
+        "main_loop": len(body), "main_loop_by_kind": dict(counts(body)),
     }  # fmt: skip
 
 

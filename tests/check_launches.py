@@ -51,12 +51,12 @@ def main(folder: Path) -> None:
     model, table = onnx.load(folder / "model.onnx"), table_of(folder, 87)
     assert table is not None
     types, operators = board._tensor_types(model), {}
-    for node in model.graph.node:
-        if node.name in table.nodes:
-            plan: Any = board._plan(node, types, 87)
-            for entry, launch in zip(table.nodes[node.name], plan.launches, strict=True):
-                name = entry.launch
-                operators[name] = operator(name, plan, launch, table.launches[name])
+    for together in board._layers([node for node in model.graph.node if node.name in table.nodes]):
+        plan: Any = board._plan(together, types, 87)
+        entries = [entry for node in together for entry in table.nodes[node.name]]
+        for entry, launch in zip(entries, plan.launches, strict=True):
+            name = entry.launch
+            operators[name] = operator(name, plan, launch, table.launches[name])
     side = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
     image = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
     wanted = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": image})[0]

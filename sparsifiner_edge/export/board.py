@@ -34,8 +34,8 @@ from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_plan
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED, Buffer, Plan, plan_select, refusals
-from sparsifiner_edge.ops.triton.plan_attention import plan_attend
+from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED, Buffer, Plan, refusals
+from sparsifiner_edge.ops.triton.plan_forward import make_a_layer, plan_attend, plan_layer, plan_select
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
@@ -202,21 +202,46 @@ def _compile(model: onnx.ModelProto, nodes: Sequence[Any], target: _Target, tabl
     """Fill the table, with its code written; why nodes are left out. Layers of equal sizes share their launches."""
     types = _tensor_types(model)
     refused: dict[str, str] = {}
-    done: dict[tuple[Any, ...], list[tuple[str, Compiled]]] = {}
+    done: dict[str, list[tuple[str, Compiled]]] = {}
     (target.folder / FOLDER / f"sm{target.sm}").mkdir(parents=True, exist_ok=True)
-    for node in nodes:
-        plan = _plan(node, types, target.sm)
-        if isinstance(plan, str):
-            refused[node.name] = plan
+    layers = _layers(nodes)
+    while layers:
+        together = layers.pop(0)
+        plan = _plan(together, types, target.sm)
+        if isinstance(plan, str) and len(together) > 1:
+            layers = [(node,) for node in together] + layers
             continue
-        key = (node.op_type, tuple(plan.buffers.items()), tuple(str(launch) for launch in plan.launches))
+        if isinstance(plan, str):
+            refused[together[0].name] = plan
+            continue
+        key = str(plan)
         if key not in done:
             compiled = compile_plan(plan, target.sm, target.ptx_version)
             done[key] = [(_write(made, plan, target, table), made) for made in compiled]
-        table.nodes[node.name] = _chain(node, types, done[key], table)
+        _enter(together, types, done[key], table)
     if not table.nodes:
         raise ConfigError(f"No layer can be compiled: {next(iter(refused.values()))}.", "Leave --board out.")
     return refused
+
+
+def _layers(nodes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Nodes that are launched together: a selection and the one attention that reads its lists; others alone."""
+    readers: dict[str, list[Any]] = {}
+    for node in nodes:
+        if node.op_type.endswith("SparseAttention"):
+            readers.setdefault(node.input[-1], []).append(node)
+    layers: list[tuple[Any, ...]] = []
+    for node in nodes:
+        reading = readers.get(node.output[0], []) if node.op_type.endswith("KeySelect") else []
+        same = reading and list(node.input[:-2]) == list(reading[0].input[:-1])
+        if same and len(reading) == 1 and make_a_layer(_attributes(node), _attributes(reading[0])):
+            layers.append((node, reading[0]))
+    paired = {part.name for layer in layers for part in layer}
+    return layers + [(node,) for node in nodes if node.name not in paired]
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _tensor_types(model: onnx.ModelProto) -> Types:
@@ -235,19 +260,21 @@ def _element(number: int) -> str:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number)).name if number else "unknown"
 
 
-def _plan(node: Any, types: Types, sm: int) -> Plan | str:
-    """How the node is launched, or why not."""
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    unknown = [name for name in node.input if name not in types]
+def _plan(together: Sequence[Any], types: Types, sm: int) -> Plan | str:
+    """How nodes are launched together, or why not."""
+    first, *others = together
+    unknown = [name for name in first.input if name not in types]
     if unknown:
         return f"the shape of {unknown[0]!r} is not known"
-    shapes = [types[name][1] for name in node.input]
-    dtype = types[node.input[0]][0]
-    reasons = refusals(node.op_type, attributes, shapes, dtype, sm)
+    shapes, dtype, attributes = [types[x][1] for x in first.input], types[first.input[0]][0], _attributes(first)
+    reasons = refusals(first.op_type, attributes, shapes, dtype, sm)
     if reasons:
         return "; ".join(reasons)
-    make = plan_select if node.op_type == "KeySelect" else plan_attend
-    return make(shapes, attributes, dtype, sm)
+    if not others:
+        return (plan_select if first.op_type.endswith("KeySelect") else plan_attend)(shapes, attributes, dtype)
+    plan = plan_layer(shapes, attributes, dtype)
+    attended = [*shapes[:-2], plan.buffers["indices"].shape]
+    return "; ".join(refusals(others[0].op_type, _attributes(others[0]), attended, dtype, sm)) or plan
 
 
 def _write(made: Compiled, plan: Plan, target: _Target, table: KernelTable) -> str:
@@ -289,21 +316,27 @@ def _tensor(buffer: Buffer) -> LaunchTensor:
     return LaunchTensor(cast(DType, buffer.dtype), shape)
 
 
-def _chain(
-    node: Any, types: Types, launches: Sequence[tuple[str, Compiled]], table: KernelTable
-) -> tuple[NodeLaunch, ...]:
-    """The launches of a node, with the model's names for its inputs and output, and new names between them."""
-    op = OPERATORS[node.op_type]
-    names = {tensor.name: name for tensor, name in zip(op.inputs, node.input, strict=True)}
-    names[op.output.name] = node.output[0]
+def _enter(together: Sequence[Any], types: Types, launches: Sequence[tuple[str, Compiled]], table: KernelTable) -> None:
+    """The launches of nodes, with the model's names for inputs and outputs, and new names between them.
+
+    Of a layer, what follows `select` stands in the attention's place.
+    """
+    names: dict[str, str] = {}
+    for node in reversed(together):
+        op = OPERATORS[node.op_type]
+        names |= {tensor.name: name for tensor, name in zip(op.inputs, node.input, strict=True)}
+        names[op.output.name] = node.output[0]
     for made in ("proj_q", "proj_k"):
         if made in names and types[names[made]][0] != "float32":
             table.float32[f"{names[made]}.float32"] = names[made]
             names[made] = f"{names[made]}.float32"
-    chain = []
-    for name, compiled in launches:
-        launch = table.launches[name]
-        tensors = {b.name: names.get(b.name, f"{node.name}/{b.name}") for b in compiled.arguments}
-        inputs, outputs = (tuple(tensors[n] for n in side) for side in (launch.inputs, launch.outputs))
-        chain.append(NodeLaunch(f"{node.name}/{compiled.kernel}", name, inputs, outputs))
-    return tuple(chain)
+    kernels = [compiled.kernel for _, compiled in launches]
+    split = kernels.index("select") + 1 if len(together) > 1 else len(kernels)
+    for node, own in zip(together, (launches[:split], launches[split:]), strict=False):
+        chain = []
+        for name, compiled in own:
+            launch = table.launches[name]
+            tensors = {b.name: names.get(b.name, f"{together[0].name}/{b.name}") for b in compiled.arguments}
+            inputs, outputs = (tuple(tensors[n] for n in side) for side in (launch.inputs, launch.outputs))
+            chain.append(NodeLaunch(f"{node.name}/{compiled.kernel}", name, inputs, outputs))
+        table.nodes[node.name] = tuple(chain)

@@ -43,7 +43,12 @@ NATIVE = Kernels(
     ("float32",),
     native.why_unusable,
 )  # fmt: skip
-TRITON = Kernels(("KeySelect", "SparseAttention"), "cuda", ("float32", "float16", "bfloat16"), _triton_missing)
+TRITON = Kernels(
+    ("KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention"),
+    "cuda",
+    ("float32", "float16", "bfloat16"),
+    _triton_missing,
+)
 
 
 def described(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, FIRST_VERSION, Attributes
 from sparsifiner_edge.ops.torch_native import native_result
-from sparsifiner_edge.ops.triton import kernels_for
+from sparsifiner_edge.ops.torch_triton import triton_result
 
 LARGEST_MASK = 1 << 28
 """Bytes of a mask over all keys, above which lists per query are gathered."""
@@ -158,22 +158,15 @@ def key_select(
     found = native_result(name, attributes, inputs, shape, torch.int32)
     if found is not None:
         return found
-    if sizes is None and _triton_runs("KeySelect", attributes, qkv, proj_q, proj_k):
-        from sparsifiner_edge.ops.triton import run
-
-        with torch.no_grad():
-            indices: Tensor = run.key_select(qkv, proj_q, proj_k, **attributes)
-        return indices
+    found = triton_result(name, attributes, inputs)
+    if found is not None:
+        return found
     return top_keys(key_scores(qkv, proj_q, proj_k, sizes=sizes, **settings), keys)
 
 
 def _merged(name: str, sizes: Tensor | None, qkv: Tensor, *others: Tensor) -> tuple[str, tuple[Tensor, ...]]:
     """Name and inputs of an operator, or of its form over merged tokens."""
     return (name, (qkv, *others)) if sizes is None else (f"Merged{name}", (qkv, sizes, *others))
-
-
-def _triton_runs(name: str, attributes: Attributes, *inputs: Tensor) -> bool:
-    return kernels_for(name, attributes, [x.shape for x in inputs], inputs[0]).name == "triton"
 
 
 def landmark_coefficients(
@@ -281,10 +274,9 @@ def sparse_attention(
     found = native_result(name, attributes, inputs, shape, qkv.dtype)
     if found is not None:
         return found
-    if sizes is None and _triton_runs("SparseAttention", attributes, qkv, indices):
-        from sparsifiner_edge.ops.triton import run
-
-        return run.sparse_attention(qkv, indices, **attributes)
+    found = triton_result(name, attributes, inputs)
+    if found is not None:
+        return found
     q, k, v = split_heads(qkv, num_heads)
     prefix_rows = F.scaled_dot_product_attention(q[:, :, :num_prefix], k, v, _bias(sizes, q), scale=scale)
     # What autocast gave stays; what is computed in float32 here, differences above all, must not become less again.

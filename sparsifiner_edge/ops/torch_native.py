@@ -36,6 +36,11 @@ def native_kernels(threads: int) -> Iterator[None]:
         operators.close()
 
 
+def within_native_kernels() -> bool:
+    """Whether `native_kernels` are asked for, and there."""
+    return not torch.compiler.is_compiling() and _OPERATORS.get() is not None
+
+
 def native_result(
     name: str, attributes: Attributes, inputs: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor | None:

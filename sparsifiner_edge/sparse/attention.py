@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsifiner_edge.config import Layout, SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.ops.torch_triton import triton_layer
 
 
 class KeySelector(nn.Module):
@@ -171,6 +172,9 @@ class SparseAttention(PackedAttention):
             self.observer(self, qkv, sizes)
         if self.densely or dense:
             return ops.dense_attention(qkv, num_heads=self.geometry.heads, scale=self.geometry.scale, sizes=sizes)
+        found = self.together(qkv, sizes)
+        if found is not None:
+            return found
         return ops.sparse_attention(
             qkv,
             self.indices(qkv, sizes),
@@ -183,6 +187,28 @@ class SparseAttention(PackedAttention):
             sizes=sizes,
         )
 
+    def together(self, qkv: Tensor, sizes: Tensor | None) -> Tensor | None:
+        """Selection and attention at once where kernels do that and `indices` are these, else None."""
+        if getattr(self.indices, "__func__", None) is not SparseAttention.indices:
+            return None
+        select = cast(KeySelector, self.select)
+        merged = () if sizes is None else (sizes,)
+        return triton_layer(self.selection, (qkv, *merged, select.proj_q, select.proj_k))
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """Attributes of KeySelect."""
+        return {
+            "num_heads": self.geometry.heads,
+            "num_prefix": self.num_prefix,
+            "probe": self.sparsity.probe,
+            "tile": self.sparsity.tile,
+            "cell": self.layout.cell,
+            "keys": self.layout.keys,
+            "scale": self.geometry.scale,
+            "value_power": self.sparsity.value_power,
+        }
+
     def indices(self, qkv: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Patch keys that each head and tile reads: int32 [B,H,T,K]."""
         select = cast(KeySelector, self.select)
@@ -190,14 +216,7 @@ class SparseAttention(PackedAttention):
             qkv,
             select.proj_q,
             select.proj_k,
-            num_heads=self.geometry.heads,
-            num_prefix=self.num_prefix,
-            probe=self.sparsity.probe,
-            tile=self.sparsity.tile,
-            cell=self.layout.cell,
-            keys=self.layout.keys,
-            scale=self.geometry.scale,
-            value_power=self.sparsity.value_power,
+            **self.selection,
             sizes=sizes,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsifiner_edge.ops.torch_triton import triton_layer
 from sparsifiner_edge.ops.triton import VARIABLE
 from tests.ops.matrix import Case, cases
 from tests.triton.inputs import DTYPES, NAMES, PAPER, case_of, close, gradients, hold, run, tensors
@@ -45,6 +46,25 @@ def test_agrees_at_every_head_dimension(tile: int, width: int, dtype: str) -> No
 def test_agrees_at_large_sizes(case: Case, width: int) -> None:
     given = tensors(case, width=width, dtype="float16", device="cuda")
     hold(case, given, run(case, given), "float16")
+
+
+@pytest.mark.parametrize("merged", ["", "Merged"])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("patches", [300, 1369])
+def test_a_layer_is_its_two_operators(patches: int, dtype: str, merged: str) -> None:
+    from sparsifiner_edge.ops.triton import run as kernels
+
+    case = case_of(f"{merged}KeySelect", patches, num_heads=3, tile=64, probe=8, keys=patches // 10)
+    qkv, *others = tensors(case, width=64, dtype=dtype, device="cuda")
+    given = (qkv, *(x.float() for x in others))
+    got = triton_layer(case.attributes, given)
+    assert got is not None
+    sizes, (proj_q, proj_k) = given[1] if merged else None, given[-2:]
+    out, lists, _ = kernels._layer(qkv, sizes, proj_q, proj_k, **case.attributes, gradient=False)
+    assert torch.equal(out, got)
+    hold(case, list(given), lists, dtype)
+    shared = {name: case.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
+    hold(case_of(f"{merged}SparseAttention", patches, **shared), [*given[:-2], lists], got, dtype)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))

@@ -15,9 +15,11 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from sparsifiner_edge.ops.torch_triton import triton_layer
 from sparsifiner_edge.ops.triton import VARIABLE, kernels_for
-from sparsifiner_edge.ops.triton.plan import Plan, plan_select
-from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
+from sparsifiner_edge.ops.triton.plan import Plan
+from sparsifiner_edge.ops.triton.plan_backward import plan_backward
+from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer, plan_select
 from sparsifiner_edge.ops.triton.run import launch
 from tests.ops.matrix import Case, cases, run_reference
 from tests.triton.inputs import DTYPES, NAMES, PAPER, case_of, close, gradients, hold, run, tensors
@@ -61,7 +63,7 @@ def test_agrees_over_the_matrix(case: Case) -> None:
     hold(case, given, run(case, given), "float32")
 
 
-@pytest.mark.parametrize("name", list(NAMES))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("dtype", "width"),
     [("float16", 32), ("bfloat16", 64), ("float16", 96), ("bfloat16", 128), ("float32", 96), ("float16", 64)],
@@ -70,6 +72,88 @@ def test_agrees_at_every_element_type_and_head_dimension(name: str, dtype: str, 
     case = case_of(name, 70, cell=17, scale=width**-0.5)
     given = tensors(case, width=width, dtype=dtype)
     hold(case, given, run(case, given), dtype)
+
+
+@pytest.mark.parametrize("merged", ["", "Merged"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_prefix": 5, "tile": 8}, {"num_prefix": 0, "cell": 0}, {"cell": 2}], ids=str
+)
+def test_a_layer_is_its_two_operators(changes: dict[str, Any], dtype: str, merged: str) -> None:
+    """Lists of a layer are KeySelect's own; its output is SparseAttention's over them."""
+    select = case_of(f"{merged}KeySelect", 70, **{"cell": 17, **changes})
+    given = tensors(select, width=32, dtype=dtype)
+    names = ["qkv", *(["sizes"] if merged else []), "proj_q", "proj_k"]
+    given = [x.float() if name.startswith("proj") else x for name, x in zip(names, given, strict=True)]
+    plan = plan_layer([x.shape for x in given], select.attributes, dtype)
+    inside, guards = guarded(plan, dict(zip(names, given, strict=True)))
+    done = launch(plan, inside)
+    assert untouched(guards)
+    hold(select, given, done["indices"], dtype)
+    shared = {name: select.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
+    attend = case_of(f"{merged}SparseAttention", 70, **shared)
+    hold(attend, [*given[:-2], done["indices"]], done["output"], dtype)
+
+
+def test_a_layer_has_the_gradient_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    select = case_of("KeySelect", 37, num_heads=2, tile=8, probe=4, cell=10, keys=9)
+    qkv, *projections = tensors(select, width=32)
+    weights = torch.randn(1, 38, 64)
+
+    def gradient(x: torch.Tensor, layer: Any) -> torch.Tensor:
+        leaf = x.detach().clone().requires_grad_()
+        (layer(leaf) * weights.to(x.dtype)).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def layer(x: torch.Tensor) -> Any:
+        return triton_layer(select.attributes, (x, *projections))
+
+    compiled: Any = torch.compile(layer, backend="eager", fullgraph=True)
+    got = gradient(qkv, compiled)
+    assert torch.equal(got, gradient(qkv, layer))
+    with torch.no_grad():
+        assert torch.equal(layer(qkv), layer(qkv.clone().requires_grad_()))
+    lists = run(select, [qkv, *projections])
+    monkeypatch.setenv(VARIABLE, "torch")
+    shared = {name: select.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
+    attend = case_of("SparseAttention", 37, **shared)
+    close(got, gradient(qkv.double(), lambda x: run(attend, [x, lists])), 1e-5)
+
+
+def test_a_query_that_is_no_number_spoils_its_own_tile() -> None:
+    case = case_of("KeySelect", 70, num_heads=1, probe=4, tile=16, cell=17, keys=5)
+    qkv, proj_q, proj_k = tensors(case)
+    qkv[:, 1 + 20, 0] = torch.nan  # of the second tile
+    got = run(case, [qkv, proj_q, proj_k]).numpy()
+    np.testing.assert_array_equal(got, run_reference(case, [x.numpy() for x in (qkv, proj_q, proj_k)]))
+    np.testing.assert_array_equal(got[0, 0, 1], np.arange(5))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_programs_may_run_in_any_order(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, whichever programs of a launch come first."""
+    select = case_of("KeySelect", 150, num_heads=2, tile=16, probe=8, cell=17, keys=20)
+    given = dict(zip(("qkv", "proj_q", "proj_k"), tensors(select, width=32, dtype=dtype), strict=True))
+    given |= {name: given[name].float() for name in ("proj_q", "proj_k")}
+    plan = plan_layer([x.shape for x in given.values()], select.attributes, dtype)
+    expected = {name: x.clone() for name, x in launch(plan, given).items()}
+    place = interpreter.InterpreterBuilder.set_grid_idx
+    orders: dict[tuple[int, ...], np.ndarray] = {}
+
+    def elsewhere(self: Any, x: int, y: int, z: int) -> None:
+        """The program that is to run is another one of its launch."""
+        grid = tuple(self.grid_dim)
+        if (x, y, z) == (0, 0, 0):
+            orders[grid] = np.random.default_rng(len(orders)).permutation(int(np.prod(grid)))
+        number = orders[grid][np.ravel_multi_index((x, y, z), grid)]
+        place(self, *map(int, np.unravel_index(number, grid)))
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", elsewhere)
+    found = launch(plan, given)
+    assert len(orders) > 1
+    for name in ("indices", "output"):
+        assert torch.equal(found[name], expected[name])
 
 
 def test_ragged_tile_probe_and_cell_with_registers() -> None:
@@ -119,9 +203,9 @@ def test_few_distinct_scores(few: int) -> None:
 def test_winners_are_written_in_parts() -> None:
     case = case_of("KeySelect", 300, num_heads=1, keys=70)
     given = dict(zip(("qkv", "proj_q", "proj_k"), tensors(case), strict=True))
-    plan = plan_select([x.shape for x in given.values()], case.attributes, "float32", 80)
+    plan = plan_select([x.shape for x in given.values()], case.attributes, "float32")
     last = plan.launches[-1]
-    parts = dataclasses.replace(last, constants={**last.constants, "block_s": 128})
+    parts = dataclasses.replace(last, constants={**last.constants, "block_v": 64})
     split = dataclasses.replace(plan, launches=(*plan.launches[:-1], parts))
     assert torch.equal(launch(split, given)["indices"], launch(plan, given)["indices"])
 
@@ -169,7 +253,7 @@ def untouched(guards: Iterator[torch.Tensor]) -> bool:
 def test_selection_stays_within_its_tensors(patches: int) -> None:
     case = case_of("KeySelect", patches, cell=7)
     given = dict(zip(("qkv", "proj_q", "proj_k"), tensors(case, width=24), strict=True))
-    plan = plan_select([x.shape for x in given.values()], case.attributes, "float32", 80)
+    plan = plan_select([x.shape for x in given.values()], case.attributes, "float32")
     inside, guards = guarded(plan, given)
     assert torch.equal(launch(plan, inside)["indices"], run(case, list(given.values())))
     assert untouched(guards)
@@ -180,13 +264,13 @@ def test_attention_and_gradient_stay_within_their_tensors(case: Case) -> None:
     """What was never written is NaN here: reading it would show in the result."""
     qkv, lists = tensors(case, width=24)
     shapes = [qkv.shape, lists.shape]
-    plan = plan_attend(shapes, case.attributes, "float32", 80)
+    plan = plan_attend(shapes, case.attributes, "float32", gradient=True)
     inside, guards = guarded(plan, {"qkv": qkv, "indices": lists})
     done = launch(plan, inside)
     assert torch.equal(done["output"], run(case, [qkv, lists]))
     assert untouched(guards)
     weights = torch.randn_like(done["output"])
-    plan = plan_backward(shapes, case.attributes, "float32", 80)
+    plan = plan_backward(shapes, case.attributes, "float32")
     given = {"qkv": qkv, "indices": lists, "output": done["output"], "lse": done["lse"], "grad": weights}
     inside, guards = guarded(plan, given)
     assert torch.equal(launch(plan, inside)["grad_qkv"], gradients(case, qkv, lists, weights))
@@ -198,7 +282,7 @@ def test_wild_indices_touch_nothing_outside(case: Case) -> None:
     qkv, lists = tensors(case)
     wild = torch.randint(-(2**31), 2**31 - 1, lists.shape, dtype=torch.int32)
     wild[..., 0] = 2**31 - 1
-    plan = plan_attend([qkv.shape, lists.shape], case.attributes, "float32", 80)
+    plan = plan_attend([qkv.shape, lists.shape], case.attributes, "float32")
     inside, guards = guarded(plan, {"qkv": qkv, "indices": wild})
     assert torch.isfinite(launch(plan, inside)["output"]).all()
     assert untouched(guards)

@@ -14,7 +14,8 @@ import torch
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.ops.triton import VARIABLE, Choice, kernels_for
 from sparsifiner_edge.ops.triton.plan import refusals
-from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
+from sparsifiner_edge.ops.triton.plan_backward import plan_backward
+from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer
 from tests.triton.inputs import NAMES, case_of, hold, run, tensors
 
 SELECT = case_of("KeySelect", 40)
@@ -107,13 +108,24 @@ def test_plans_name_only_buffers_they_have() -> None:
         case = case_of("SparseAttention", 40, cell=cell)
         shapes = [x.shape for x in tensors(case)]
         for plan in (
-            plan_attend(shapes, case.attributes, "float16", 80),
-            plan_backward(shapes, case.attributes, "float16", 80),
+            plan_attend(shapes, case.attributes, "float16"),
+            plan_attend(shapes, case.attributes, "float32"),
+            plan_backward(shapes, case.attributes, "float16"),
         ):
             used = {buffer for launch in plan.launches for buffer in launch.arguments.values()}
             assert used - {None} <= set(plan.buffers)
             scratch = {name for name, buffer in plan.buffers.items() if buffer.role == "scratch"}
             assert scratch <= used
+
+
+def test_a_layer_is_three_launches() -> None:
+    case = case_of("KeySelect", 1024, num_heads=6, tile=64, probe=8, cell=41, keys=103)
+    shapes = [x.shape for x in tensors(case, width=64)]
+    for dtype in ("float16", "bfloat16"):
+        plan = plan_layer(shapes, case.attributes, dtype)
+        assert [launch.kernel for launch in plan.launches] == ["summarise", "select", "attend"]
+        used = {buffer for launch in plan.launches for buffer in launch.arguments.values()}
+        assert used - {None} == set(plan.buffers)
 
 
 def test_torch_still_runs_here() -> None:

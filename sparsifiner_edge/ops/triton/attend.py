@@ -1,13 +1,14 @@
-"""SparseAttention on a GPU, forward: membership -> rest -> attend.
+"""SparseAttention on a GPU, forward: `attend`, a tile of queries over its list, the rest of each cell and the prefix.
 
-    indices [T,K] ─► membership: bytes [T,P], 1 where a tile selected a key
-                  ─► rest: of every tile and cell the mean key, mean value and log2 of the count of what the tile did
-                     not select: one product (1 - membership) x keys for all tiles
-                  ─► attend: each tile over prefix, listed keys and its cells
+    listed keys and values, in blocks ─┬► online softmax ─────────────────────────────────┐
+                                       └► one-hot by cell x keys, values: what the tile    ├─► output
+                                          selected of each cell                            │
+    cells' sums (summarise) ─────────────► less what it selected, over what is left; prefix┘
+    partial softmaxes of the prefix queries (summarise) ──────────────────────────────────► output
 
-A cell's rest could be found inside `attend` from the selected keys; as a matrix product over all tiles it reads every
-key once instead of once for each tile, and costs 1/tile of dense attention.
-Without cells `attend` runs alone. Nothing is accumulated by atomics: two runs give the same bits.
+A cell's rest is its sum less what the tile selected of it, so neither masks nor means pass through memory. Where there
+are more cells than registers have room for, `rest` makes the means before. Nothing is accumulated by atomics: two runs
+give the same bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -16,111 +17,234 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsifiner_edge.ops.triton.common import listed_tokens, load_rows, softmax_step, store_rows
+from sparsifiner_edge.ops.triton.common import load_rows, store_rows
+
+LOWEST = tl.constexpr(-1.0e30)
+"""Where a running maximum starts: finite, so that the difference of two is no NaN."""
+LEAST = tl.constexpr(8)
+"""Columns that a product of the matrix units has at least."""
 
 
 @triton.jit
-def membership_kernel(
-    indices, member, heads: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, columns: tl.constexpr,
-    pitch: tl.constexpr, block_n: tl.constexpr,
-):  # fmt: skip
-    """Grid (T, H, B): int8 [B,H,T,pitch], 1 where a listed key is. Numbers out of range are brought into it."""
-    lane = (tl.program_id(2).to(tl.int64) * heads + tl.program_id(1)) * tiles + tl.program_id(0)
-    for start in range(0, pitch, block_n):
-        place = start + tl.arange(0, block_n)
-        tl.store(member + lane * pitch + place, tl.zeros([block_n], tl.int8), mask=place < pitch)
-    tl.debug_barrier()  # the zeros of all threads first
-    for start in range(0, keys, block_n):
-        entry = start + tl.arange(0, block_n)
-        listed = tl.load(indices + lane * keys + entry, mask=entry < keys, other=0)
-        listed = tl.minimum(tl.maximum(listed, 0), columns - 1)
-        tl.store(member + lane * pitch + listed, tl.full([block_n], 1, tl.int8), mask=entry < keys)
+def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.constexpr, precision: tl.constexpr):
+    """Logits factor q k (base 2), raised by `offset` if so said, enter the running peak, sum and weighted sum.
+
+    The sum of weights is a product with ones: the matrix units have time for it, additions have not.
+    """
+    peak, total, out = state
+    logits = tl.dot(q, tl.trans(k), input_precision=precision)
+    if raised:
+        logits = logits * factor + offset[None, :]
+        higher = tl.maximum(peak, tl.max(logits, 1))
+        weights = tl.exp2(logits - higher[:, None])
+    else:
+        higher = tl.maximum(peak, tl.max(logits, 1) * factor)
+        weights = tl.exp2(logits * factor - higher[:, None])
+    decay = tl.exp2(peak - higher)
+    if v.dtype == tl.float32:
+        total = total * decay[:, None] + tl.sum(weights, 1)[:, None]
+    else:
+        total = tl.dot(weights.to(v.dtype), tl.full([k.shape[0], LEAST], 1.0, v.dtype), total * decay[:, None])
+    out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision=precision)
+    return higher, total, out
 
 
 @triton.jit
-def rest_kernel(
-    qkv, member, rest_keys, rest_values, rest_sizes,
-    tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, tiles: tl.constexpr,
-    cell: tl.constexpr, cells: tl.constexpr, pitch: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr,
+def _add_selected(
+    start, listed, real, size, k, v, sums, cell: tl.constexpr, block_r: tl.constexpr, masked: tl.constexpr,
+    sized: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R x tile blocks, H, B): of every tile (rows) the mean key and value of a cell without what it selected."""
+    """A block's keys, values and sizes enter the sums of their cells [block_r, ..]: products with a one-hot matrix."""
+    keys, values, counts = sums
+    same = (listed // cell).to(tl.int32)[None, :] == tl.arange(0, block_r)[:, None]
+    if masked:
+        same = same & real[None, :]
+    weights = same.to(tl.float32)  # the interpreter knows no other way to bfloat16
+    if sized:
+        weights = weights * size[None, :]
+    hot = weights.to(k.dtype)
+    ones = tl.full([k.shape[0], LEAST], 1.0, k.dtype)
+    # Always so, but not known to the compiler: in a region of its own it spreads these products over the warps by the
+    # last one's shape; in one with the softmax it spreads them by its rows, and makes them twice.
+    if start >= 0:
+        counts = tl.dot(hot, ones, counts, input_precision=precision)
+        if sized and k.dtype == tl.bfloat16:  # what sizes above 256 lose in so few bits (float16: above 2048)
+            low = (weights - hot.to(tl.float32)).to(k.dtype)
+            counts = tl.dot(low, ones, counts)
+            keys, values = tl.dot(low, k, keys), tl.dot(low, v, values)
+        keys = tl.dot(hot, k, keys, input_precision=precision)
+        values = tl.dot(hot, v, values, input_precision=precision)
+    return keys, values, counts
+
+
+@triton.jit
+def _add_listed(
+    q, base, sizes, lists, start, state, heads: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
+    behind: tl.constexpr, columns: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, factor: tl.constexpr,
+    block_n: tl.constexpr, block_r: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """A block of a tile's list, with `behind` prefix tokens behind it, enters the softmax, and the sums of its cells
+    where `cell` is not 0.
+
+    Not masked: all its entries are listed. A list may hold anything: it is brought into range, nothing outside is read.
+    """
     stride: tl.constexpr = 3 * heads * width
-    number = tl.program_id(0) % cells
-    lane = tl.program_id(2).to(tl.int64) * heads + tl.program_id(1)
-    k = qkv + (tl.program_id(2).to(tl.int64) * tokens + prefix) * stride + (heads + tl.program_id(1)) * width
-    rows = tl.program_id(0) // cells * block_m + tl.arange(0, block_m)
-    stop = tl.minimum((number + 1) * cell, tokens - prefix)
-    count = tl.zeros([block_m], tl.float32)
-    key_sum = tl.zeros([block_m, block_d], tl.float32)
-    value_sum = tl.zeros([block_m, block_d], tl.float32)
-    for start in range(number * cell, stop, block_n):
-        columns = start + tl.arange(0, block_n)
-        real = columns < stop
-        place = member + lane * tiles * pitch + rows[:, None] * pitch + columns[None, :]
-        left = tl.load(place, mask=(rows < tiles)[:, None] & real[None, :], other=1) == 0
-        keys = load_rows(k, columns, stride, real, width, block_d)
-        share = left.to(tl.float32).to(keys.dtype)  # by way of float32: the interpreter knows no other way to bfloat16
-        key_sum = tl.dot(share, keys, key_sum, input_precision=precision)
-        values = load_rows(k + heads * width, columns, stride, real, width, block_d)
-        value_sum = tl.dot(share, values, value_sum, input_precision=precision)
-        count += tl.sum(left.to(tl.float32), 1)
-    size = tl.maximum(count, 1.0)
-    out = (lane * tiles * cells + number) * width
-    store_rows(rest_keys + out, rows, cells * width, rows < tiles, width, block_d, key_sum / size[:, None])
-    store_rows(rest_values + out, rows, cells * width, rows < tiles, width, block_d, value_sum / size[:, None])
-    logs = tl.where(count > 0, tl.log2(size), float("-inf"))
-    tl.store(rest_sizes + (lane * tiles + rows) * cells + number, logs, mask=rows < tiles)
+    entries = start + tl.arange(0, block_n)
+    real = entries < keys + behind
+    listed = tl.load(lists + entries, mask=entries < keys, other=0) if masked else tl.load(lists + entries)
+    listed = tl.minimum(listed.to(tl.uint32), columns - 1)  # what is negative becomes large first
+    token = first + listed.to(tl.int32)
+    if masked and behind > 0:
+        token = tl.where(entries < keys, token, entries - keys)
+    if masked or block_d != width:
+        k = load_rows(base + heads * width, token, stride, real, width, block_d)
+        v = load_rows(base + 2 * heads * width, token, stride, real, width, block_d)
+    else:
+        place = base + token[:, None] * stride + tl.arange(0, block_d)[None, :]
+        k, v = tl.load(place + heads * width), tl.load(place + 2 * heads * width)
+    sized: tl.constexpr = sizes is not None
+    size = tl.load(sizes + token, mask=real, other=1.0) if sized else 1.0
+    offset = tl.log2(size) if sized else tl.zeros([block_n], tl.float32)
+    if masked:
+        offset = tl.where(real, offset, float("-inf"))
+    softmax, sums = state
+    softmax = _softmax_block(q, k, v, offset, softmax, factor, masked or sized, precision)
+    if cell:
+        sums = _add_selected(start, listed, real, size, k, v, sums, cell, block_r, masked, sized, precision)
+    return softmax, sums
+
+
+@triton.jit
+def _add_means(
+    q, rest_keys, rest_values, rest_sizes, state, width: tl.constexpr, cells: tl.constexpr, factor: tl.constexpr,
+    block_r: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The rest of each cell, made before, enters the softmax."""
+    for start in range(0, cells, block_r):
+        number = start + tl.arange(0, block_r)
+        k = load_rows(rest_keys, number, width, number < cells, width, block_d)
+        v = load_rows(rest_values, number, width, number < cells, width, block_d)
+        offset = tl.load(rest_sizes + number, mask=number < cells, other=float("-inf"))
+        state = _softmax_block(q, k, v, offset, state, factor, True, precision)
+    return state
+
+
+@triton.jit
+def _add_rest(
+    q, cell_sums, cell_sizes, state, width: tl.constexpr, entries: tl.constexpr, factor: tl.constexpr,
+    block_r: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The rest of each cell enters the softmax, and the prefix keys, which are cells of which nothing is selected."""
+    softmax, sums = state
+    keys, values, counts = sums
+    number = tl.arange(0, block_r)
+    inside = number < entries
+    left = tl.load(cell_sizes + number, mask=inside, other=0.0) - tl.max(counts, 1)  # whose columns are all alike
+    share = tl.where(left > 0.5, 1.0 / tl.maximum(left, 1.0), 0.0)[:, None]
+    offset = tl.where(left > 0.5, tl.log2(tl.maximum(left, 1.0)), float("-inf"))
+    k = (load_rows(cell_sums, number, 2 * width, inside, width, block_d) - keys) * share
+    v = (load_rows(cell_sums + width, number, 2 * width, inside, width, block_d) - values) * share
+    return _softmax_block(q, k.to(q.dtype), v.to(q.dtype), offset, softmax, factor, True, precision)
+
+
+@triton.jit
+def _prefix_row(
+    base, partial_out, partial_stats, row, prefix: tl.constexpr, heads: tl.constexpr, width: tl.constexpr,
+    blocks: tl.constexpr, factor: tl.constexpr, block_f: tl.constexpr, block_b: tl.constexpr, block_d: tl.constexpr,
+):  # fmt: skip
+    """A prefix query over the prefix, joined with its partial softmaxes over blocks of patches: [d], and its lse."""
+    stride: tl.constexpr = 3 * heads * width
+    columns, number = tl.arange(0, block_d), tl.arange(0, block_f)
+    q = tl.load(base + row * stride + columns, mask=columns < width, other=0.0).to(tl.float32)
+    k = load_rows(base + heads * width, number, stride, number < prefix, width, block_d).to(tl.float32)
+    v = load_rows(base + 2 * heads * width, number, stride, number < prefix, width, block_d).to(tl.float32)
+    logits = tl.where(number < prefix, tl.sum(q[None, :] * k, 1) * factor, float("-inf"))
+    peak = tl.max(logits, 0)
+    own = tl.exp2(logits - peak)
+    total, out = tl.sum(own, 0), tl.sum(own[:, None] * v, 0)
+    for start in range(0, blocks, block_b):
+        block = start + tl.arange(0, block_b)
+        place, there = block * prefix + row, block < blocks
+        peaks = tl.load(partial_stats + 2 * place, mask=there, other=float("-inf"))
+        higher = tl.maximum(peak, tl.max(peaks, 0))
+        shares, decay = tl.exp2(peaks - higher), tl.exp2(peak - higher)
+        total = total * decay + tl.sum(shares * tl.load(partial_stats + 2 * place + 1, mask=there, other=0.0), 0)
+        out = out * decay + tl.sum(shares[:, None] * load_rows(partial_out, place, width, there, width, block_d), 0)
+        peak = higher
+    return out / total, peak + tl.log2(total)
 
 
 @triton.jit
 def attend_kernel(
-    qkv, indices, rest_keys, rest_values, rest_sizes, output, lse,
+    qkv, sizes, indices, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, partial_out, partial_stats,
+    output, lse,
     tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, first: tl.constexpr,
-    tile: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, cells: tl.constexpr, factor: tl.constexpr,
-    chunks: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+    tile: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, cells: tl.constexpr,
+    blocks: tl.constexpr, factor: tl.constexpr, chunks: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    block_t: tl.constexpr, block_r: tl.constexpr, block_b: tl.constexpr, block_f: tl.constexpr,
     block_d: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Grid (prefix blocks + T x chunks of a tile, H, B): output [B,N,C], and for the backward log2 of every row's
-    softmax sum [B,H,N].
+    """Grid (prefix + T x chunks of a tile, H, B): output [B,N,C], and log2 of every row's softmax sum [B,H,N].
 
-    Prefix rows come first: they read every token, and the many short programs of the tiles fill in behind them.
+    None: sizes where all are 1, cell_* where there are no cells or rest_* are given (`cell` is 0 then), partial_*
+    without prefix, lse where no gradient follows.
     """
-    stride: tl.constexpr = 3 * heads * width
-    prefix_blocks: tl.constexpr = (prefix + block_m - 1) // block_m
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    everything = tl.program_id(0) < prefix_blocks
-    chunk = tl.maximum(tl.program_id(0) - prefix_blocks, 0)
-    number = chunk // chunks
-    start = tl.where(everything, tl.program_id(0) * block_m, prefix + number * tile + chunk % chunks * block_m)
-    rows = start + tl.arange(0, block_m)
-    real_rows = rows < tl.where(everything, prefix, tl.minimum(prefix + (number + 1) * tile, tokens))
     lane = image * heads + head
-    lists = indices + (lane * tiles + number) * keys
-    base = qkv + image * tokens * stride + head * width
-    q = load_rows(base, rows, stride, real_rows, width, block_d)
-    peak = tl.full([block_m], float("-inf"), tl.float32)
-    total = tl.zeros([block_m], tl.float32)
-    out = tl.zeros([block_m, block_d], tl.float32)
-    count = tl.where(everything, tokens, first + keys)
-    for begin in range(0, count, block_n):
-        entries = begin + tl.arange(0, block_n)
-        real = entries < count
-        token = listed_tokens(lists, entries, real, everything, first, tokens - first)
-        k = load_rows(base + heads * width, token, stride, real, width, block_d)
-        v = load_rows(base + 2 * heads * width, token, stride, real, width, block_d)
-        offset = tl.where(real, 0.0, float("-inf"))[None, :]
-        peak, total, out = softmax_step(q, k, v, offset, peak, total, out, factor, precision)
-    if cells:
-        rest = (lane * tiles + number) * cells
-        for begin in range(0, tl.where(everything, 0, cells), block_r):
-            entries = begin + tl.arange(0, block_r)
-            k = load_rows(rest_keys + rest * width, entries, width, entries < cells, width, block_d)
-            v = load_rows(rest_values + rest * width, entries, width, entries < cells, width, block_d)
-            offset = tl.load(rest_sizes + rest + entries, mask=entries < cells, other=float("-inf"))[None, :]
-            peak, total, out = softmax_step(q, k, v, offset, peak, total, out, factor, precision)
-    store_rows(
-        output + image * tokens * heads * width + head * width,
-        rows, heads * width, real_rows, width, block_d, out / total[:, None],
-    )  # fmt: skip
-    tl.store(lse + lane * tokens + rows, peak + tl.log2(total), mask=real_rows)
+    base = qkv + image * tokens * 3 * heads * width + head * width
+    if prefix > 0 and tl.program_id(0) < prefix:  # the first part at compile time
+        row = tl.program_id(0)
+        found, found_lse = _prefix_row(
+            base, partial_out + lane * blocks * prefix * width, partial_stats + lane * blocks * prefix * 2, row,
+            prefix, heads, width, blocks, factor, block_f, block_b, block_d,
+        )  # fmt: skip
+        place = output + ((image * tokens + row) * heads + head) * width + tl.arange(0, block_d)
+        tl.store(place, found.to(output.dtype.element_ty), mask=tl.arange(0, block_d) < width)
+        if lse is not None:
+            tl.store(lse + lane * tokens + row, found_lse)
+    else:
+        chunk = tl.program_id(0) - prefix
+        number = chunk // chunks
+        rows = prefix + number * tile + chunk % chunks * block_m + tl.arange(0, block_m)
+        real_rows = rows < tl.minimum(prefix + (number + 1) * tile, tokens)
+        lists = indices + (lane * tiles + number) * keys
+        weights = None if sizes is None else sizes + image * tokens
+        q = load_rows(base, rows, 3 * heads * width, real_rows, width, block_d)
+        softmax = (
+            tl.full([block_m], LOWEST, tl.float32), tl.zeros([block_m, LEAST], tl.float32),
+            tl.zeros([block_m, block_d], tl.float32),
+        )  # fmt: skip
+        sums = (
+            tl.zeros([block_r, block_d], tl.float32), tl.zeros([block_r, block_d], tl.float32),
+            tl.zeros([block_r, LEAST], tl.float32),
+        )  # fmt: skip
+        state = softmax, sums
+        full: tl.constexpr = keys // block_n * block_n
+        behind: tl.constexpr = 0 if cell else first  # with cells that are summed here the prefix is among those
+        for start in range(0, full, block_n):
+            state = _add_listed(
+                q, base, weights, lists, start, state, heads, width, first, behind, tokens - first, keys, cell, factor,
+                block_n, block_r, block_d, precision, False,
+            )  # fmt: skip
+        for start in range(full, keys + behind, block_t):
+            state = _add_listed(
+                q, base, weights, lists, start, state, heads, width, first, behind, tokens - first, keys, cell, factor,
+                block_t, block_r, block_d, precision, True,
+            )  # fmt: skip
+        softmax = state[0]
+        if cell:
+            softmax = _add_rest(
+                q, cell_sums + lane * (cells + first) * 2 * width, cell_sizes + lane * (cells + first), state, width,
+                cells + first, factor, block_r, block_d, precision,
+            )  # fmt: skip
+        elif rest_keys is not None:
+            rest = (lane * tiles + number) * cells
+            softmax = _add_means(
+                q, rest_keys + rest * width, rest_values + rest * width, rest_sizes + rest, softmax, width, cells,
+                factor, block_r, block_d, precision,
+            )  # fmt: skip
+        target = output + image * tokens * heads * width + head * width
+        total = tl.max(softmax[1], 1)  # its columns are all alike
+        store_rows(target, rows, heads * width, real_rows, width, block_d, softmax[2] / total[:, None])
+        if lse is not None:
+            tl.store(lse + lane * tokens + rows, softmax[0] + tl.log2(total), mask=real_rows)

@@ -1,4 +1,4 @@
-"""What the kernels share: reading rows of heads, and one step of an online softmax.
+"""What the kernels share: reading and writing rows of heads, and values in parts.
 
 Names follow `schema.py`; every size is a compile-time constant, so a kernel takes pointers alone. `block_*` are powers
 of two of at least 16, as the matrix units want; rows and columns beyond the real sizes are read as zeros and not
@@ -33,14 +33,10 @@ def store_rows(base, rows, stride: tl.constexpr, real, width: tl.constexpr, bloc
 
 
 @triton.jit
-def softmax_step(q, k, v, offset, peak, total, out, factor: tl.constexpr, precision: tl.constexpr):
-    """One block of entries: logits factor q k + offset (base 2) enter the running peak, total and weighted sum."""
-    logits = tl.dot(q, tl.trans(k), input_precision=precision) * factor + offset
-    higher = tl.maximum(peak, tl.max(logits, 1))
-    weights = tl.exp2(logits - higher[:, None])
-    decay = tl.exp2(peak - higher)
-    out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision=precision)
-    return higher, total * decay + tl.sum(weights, 1), out
+def in_parts(values, dtype: tl.constexpr):
+    """float32 values = high + low, both of `dtype`: twice its significant bits."""
+    high = values.to(dtype)
+    return high, (values - high.to(tl.float32)).to(dtype)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Compile a plan's kernels for a GPU that need not be there: cubin, PTX and what a launch needs to know.
 
-    plan = plan_attend(shapes, attributes, "float16", 87)
+    plan = plan_attend(shapes, attributes, "float16")
     for made in compile_plan(plan, 87):
         made.cubin, made.symbol, made.grid, made.threads, made.shared, made.arguments
 
@@ -75,7 +75,7 @@ def compile_plan(plan: Plan, capability: int, ptx_version: int | None = None) ->
     """Compile every launch of a plan, in order. Takes .3 to 3 s each, unless in Triton's cache.
 
     Args:
-        capability: compute capability times ten; that which the plan was made for.
+        capability: compute capability times ten.
         ptx_version: PTX version times ten, such as 85 for CUDA 12.6; by default the newest that Triton's assembler
             knows. `TRITON_PTXAS_PATH` names another assembler, such as an older toolkit's for a board's older driver.
 
@@ -153,14 +153,15 @@ def _function(name: str, capability: int) -> Any:
 
 
 @functools.cache
-def _tool(name: str) -> Path:
+def tool(name: str) -> Path:
+    """A program of CUDA's that Triton brings, such as "cuobjdump"."""
     import triton.backends.nvidia
 
     return Path(triton.backends.nvidia.__file__).parent / "bin" / name
 
 
 def _dump(option: str, path: str) -> str:
-    done = subprocess.run([str(_tool("cuobjdump")), option, path], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(tool("cuobjdump")), option, path], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 

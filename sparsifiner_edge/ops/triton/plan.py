@@ -1,8 +1,8 @@
 """Which kernels an operator launches, in which order, on which buffers: for torch and for compilation ahead of time.
 
-A plan follows from the operator's attributes and shapes, the element type and the GPU's compute capability alone;
-neither torch nor Triton is imported. Today's launches are the same for every capability. Every size is a constant
-of the kernel: a kernel takes pointers and nothing else.
+A plan (`plan_forward`, `plan_backward`) follows from the operator's attributes, shapes and element type alone; neither
+torch nor Triton is imported, and launches are the same for every compute capability. Every size is a constant of the
+kernel: a kernel takes pointers and nothing else.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from sparsifiner_edge.ops.kernels import TRITON
-from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, OPERATORS, AttributeValue
+from sparsifiner_edge.ops.schema import OPERATORS, AttributeValue
 
 OPERATORS_PLANNED = TRITON.operators
 LEAST_CAPABILITY = 80
 """Compute capability times ten: below, Triton multiplies without tensor cores."""
-MOST = {"width": 128, "channels": 64, "tile": 128, "patches": 16384}
-"""Greatest head dimension, predictor channels, tile, and patches (a row of scores is held in registers)."""
-PRECISION = "tf32x3"
-"""How float32 matrix products are made: by three TF32 products."""
-_LOG2_E = math.log2(math.e)
+MOST = {"width": 128, "channels": 64, "tile": 128, "probe": 64, "patches": 16384}
+"""Greatest head dimension, predictor channels, tile, probe (a program's patches hold whole ones), and patches (more
+were never tried)."""
 _GRID_LIMIT = 65535
 """CUDA's limit of a grid's second and third dimension."""
 _OFFSET_LIMIT = 2**31
@@ -73,8 +71,7 @@ class Plan:
 
 
 KERNEL_MODULES = {
-    "prepare": "select", "lse": "select", "scores": "select", "select": "select",
-    "membership": "attend", "rest": "attend", "attend": "attend",
+    "summarise": "select", "select": "select", "attend": "attend", "membership": "rest", "rest": "rest",
     "queries": "backward", "cells": "backward", "keys": "backward",
 }  # fmt: skip
 """Module of each kernel."""
@@ -102,7 +99,7 @@ def refusals(
         reasons.append(f"qkv must be {', '.join(op.inputs[0].dtypes)}, got {dtype}")
     if capability < LEAST_CAPABILITY:
         reasons.append(f"compute capability {capability / 10} is below {LEAST_CAPABILITY / 10}")
-    return reasons or _size_refusals(attributes, shapes)
+    return reasons or _size_refusals(attributes, shapes if op.inputs[1].name != "sizes" else [shapes[0], *shapes[2:]])
 
 
 def _size_refusals(attributes: Mapping[str, AttributeValue], shapes: Sequence[Sequence[int]]) -> list[str]:
@@ -112,7 +109,7 @@ def _size_refusals(attributes: Mapping[str, AttributeValue], shapes: Sequence[Se
     columns = tokens - int(attributes["num_prefix"])
     largest = {"qkv": tokens * packed}
     if "probe" in attributes:
-        sizes |= {"channels": shapes[1][2], "patches": columns}
+        sizes |= {"channels": shapes[1][2], "probe": int(attributes["probe"]), "patches": columns}
     else:
         tiles, cell = shapes[1][2], int(attributes["cell"])
         largest |= {"membership": tiles * (tokens + 16)}
@@ -122,6 +119,7 @@ def _size_refusals(attributes: Mapping[str, AttributeValue], shapes: Sequence[Se
         "width": "head dimension",
         "channels": "predictor channels",
         "tile": "tile",
+        "probe": "probe",
         "patches": "number of patches",
     }
     reasons = [f"{names[k]} {v} exceeds {MOST[k]}" for k, v in sizes.items() if v > MOST[k]]
@@ -134,84 +132,3 @@ def _size_refusals(attributes: Mapping[str, AttributeValue], shapes: Sequence[Se
 def power_of_two(size: int, least: int = 16, most: int = 1 << 30) -> int:
     """The smallest power of two that is at least `size`, between `least` and `most`."""
     return min(max(least, 1 << max(size - 1, 0).bit_length()), most)
-
-
-def plan_select(
-    shapes: Sequence[Sequence[int]],
-    attributes: Mapping[str, AttributeValue],
-    dtype: str,
-    capability: int,  # noqa: ARG001
-) -> Plan:
-    """KeySelect: qkv, proj_q, proj_k (float32) -> indices."""
-    a, (batch, tokens, packed) = attributes, shapes[0]
-    heads, prefix, channels = int(a["num_heads"]), int(a["num_prefix"]), shapes[1][2]
-    patches, width = tokens - prefix, packed // (3 * heads)
-    probes, tiles = math.ceil(patches / a["probe"]), math.ceil(patches / a["tile"])
-    block_c, block_d = power_of_two(channels), power_of_two(width)
-    block_p = 32 if width <= 64 else 16
-    cells = math.ceil(patches / (a["cell"] or block_p)) if a["value_power"] else 0
-    both = {"block_c": block_c, "heads": heads}
-    asked = {"patches": patches, "probe": int(a["probe"]), "factor": float(a["scale"]) * _LOG2_E, **both}
-    weighed = {"value_power": float(a["value_power"])}
-    deviation = "deviation" if a["value_power"] else None
-    parts = {n: n for n in ("projected_q", "projected_q_powers", "projected_k", "projected_k_powers")}
-    block_m, block_n, rows = (power_of_two(size, most=64) for size in (probes, patches, tiles))
-    prepare = Launch(
-        "prepare",
-        (math.ceil(patches / block_p) + math.ceil(probes / block_p) + cells, heads, batch),
-        {"qkv": "qkv", "proj_q": "proj_q", "proj_k": "proj_k", **parts, "deviation": deviation},
-        {
-            "tokens": tokens, "width": width, "prefix": prefix, "channels": channels, "probe": int(a["probe"]),
-            "cell": int(a["cell"]), "floor": DEVIATION_FLOOR, "block_m": block_p, "block_d": block_d,
-            "precision": PRECISION, **weighed, **both,
-        },
-    )  # fmt: skip
-    lse = Launch(
-        "lse",
-        (math.ceil(probes / block_m), heads, batch),
-        {**parts, "lse": "lse"},
-        {**asked, "block_m": block_m, "block_n": block_n},
-    )
-    scores = Launch(
-        "scores",
-        (math.ceil(tiles / rows) * math.ceil(patches / block_n), heads, batch),
-        {**parts, "lse": "lse", "deviation": deviation, "scores": "scores"},
-        {**asked, **weighed, "tile": int(a["tile"]), "block_m": rows, "block_n": block_n},
-    )
-    row = power_of_two(patches, least=128)
-    select = Launch(
-        "select",
-        (tiles, heads, batch),
-        {"scores": "scores", "indices": "indices"},
-        {"patches": patches, "heads": heads, "tiles": tiles, "keys": int(a["keys"]), "block_n": row}
-        | {"block_s": min(row, 4096)},
-        warps=power_of_two(row // 1024, least=4, most=8),
-    )
-    buffers = _select_buffers(shapes, (tiles, int(a["keys"])), probes, patches, block_c, dtype)
-    if deviation is None:
-        del buffers["deviation"]
-    return _plan(buffers, prepare, lse, scores, select)
-
-
-def _select_buffers(
-    shapes: Sequence[Sequence[int]], lists: tuple[int, int], probes: int, patches: int, block_c: int, dtype: str
-) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Every tensor of KeySelect by its name: type, shape and role; `lists` are the tiles and their keys."""
-    lead = (shapes[0][0], shapes[1][0])
-    return {
-        "qkv": (dtype, tuple(shapes[0]), "input"),
-        "proj_q": ("float32", tuple(shapes[1]), "input"),
-        "proj_k": ("float32", tuple(shapes[2]), "input"),
-        "indices": ("int32", (*lead, *lists), "output"),
-        "projected_q": ("float16", (*lead, probes, 2, block_c), "scratch"),
-        "projected_q_powers": ("float32", (*lead, probes), "scratch"),
-        "projected_k": ("float16", (*lead, patches, 2, block_c), "scratch"),
-        "projected_k_powers": ("float32", (*lead, patches), "scratch"),
-        "lse": ("float32", (*lead, probes), "scratch"),
-        "scores": ("float32", (*lead, lists[0], patches), "scratch"),
-        "deviation": ("float32", (*lead, patches), "scratch"),
-    }
-
-
-def _plan(shapes_of: Mapping[str, tuple[str, tuple[int, ...], str]], *launches: Launch) -> Plan:
-    return Plan({name: Buffer(name, *rest) for name, rest in shapes_of.items()}, launches)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.ops.schema import AttributeValue
+from sparsifiner_edge.ops.schema import Attributes, AttributeValue
 from sparsifiner_edge.ops.triton.compile import OPTIONS
 from sparsifiner_edge.ops.triton.kernels import kernel
-from sparsifiner_edge.ops.triton.plan import Plan, plan_select
-from sparsifiner_edge.ops.triton.plan_attention import plan_attend, plan_backward
+from sparsifiner_edge.ops.triton.plan import Plan
+from sparsifiner_edge.ops.triton.plan_backward import plan_backward
+from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer, plan_select
 
 INTERPRETED = 80
 """Compute capability that Triton's interpreter, on CPU tensors, plays."""
@@ -61,52 +62,87 @@ def _made(
     shapes: tuple[torch.Size, ...],
     attributes: tuple[tuple[str, AttributeValue], ...],
     dtype: str,
-    sm: int,
+    gradient: tuple[bool, ...],
 ) -> Plan:
-    return make(shapes, dict(attributes), dtype, sm)
+    return make(shapes, dict(attributes), dtype, *gradient)
 
 
-def _plan(make: Callable[..., Plan], inputs: Sequence[Tensor], attributes: dict[str, AttributeValue]) -> Plan:
+def _plan(make: Callable[..., Plan], inputs: Sequence[Tensor], attributes: Attributes, *gradient: bool) -> Plan:
     """The plan for inputs of which the first is qkv; the same sizes come again at every layer and step."""
-    qkv, shapes = inputs[0], tuple(x.shape for x in inputs)
-    element = str(qkv.dtype).removeprefix("torch.")
-    return _made(make, shapes, tuple(attributes.items()), element, capability(qkv.device))
+    element = str(inputs[0].dtype).removeprefix("torch.")
+    return _made(make, tuple(x.shape for x in inputs), tuple(attributes.items()), element, gradient)
 
 
-@torch.library.custom_op("sparsifiner_triton::key_select", mutates_args=())
-def key_select(
-    qkv: Tensor,
-    proj_q: Tensor,
-    proj_k: Tensor,
-    num_heads: int,
-    num_prefix: int,
-    probe: int,
-    tile: int,
-    cell: int,
-    keys: int,
-    scale: float,
-    value_power: float,
-) -> Tensor:
-    """KeySelect: indices int32 [B,H,T,K]."""
-    a: dict[str, AttributeValue] = {
+def _given(qkv: Tensor, sizes: Tensor | None, **others: Tensor) -> dict[str, Tensor]:
+    """Inputs by name, in the schema's order, as launches take them."""
+    merged = {} if sizes is None else {"sizes": sizes.float()}
+    return {name: x.contiguous() for name, x in {"qkv": qkv, **merged, **others}.items()}
+
+
+def _selection(
+    num_heads: int, num_prefix: int, probe: int, tile: int, cell: int, keys: int, scale: float, value_power: float
+) -> Attributes:
+    return {
         "num_heads": num_heads, "num_prefix": num_prefix, "probe": probe, "tile": tile, "cell": cell, "keys": keys,
         "scale": scale, "value_power": value_power,
     }  # fmt: skip
-    plan = _plan(plan_select, (qkv, proj_q, proj_k), a)
-    given = {"qkv": qkv.contiguous(), "proj_q": proj_q.float().contiguous(), "proj_k": proj_k.float().contiguous()}
-    return launch(plan, given)["indices"]
 
 
-@key_select.register_fake
-def _(qkv: Tensor, *rest: Any) -> Tensor:
-    num_heads, num_prefix, _, tile, _, keys = rest[2:8]
+def _lists(qkv: Tensor, num_heads: int, num_prefix: int, tile: int, keys: int) -> Tensor:
+    """Indices of KeySelect, for shapes alone."""
     tiles = -(-(qkv.shape[1] - num_prefix) // tile)
     return qkv.new_empty((qkv.shape[0], num_heads, tiles, keys), dtype=torch.int32)
 
 
-def _attention_attributes(
-    num_heads: int, num_prefix: int, tile: int, cell: int, scale: float, prefix_keys: int
-) -> dict[str, AttributeValue]:
+@torch.library.custom_op("sparsifiner_triton::key_select", mutates_args=())
+def key_select(
+    qkv: Tensor, sizes: Tensor | None, proj_q: Tensor, proj_k: Tensor, num_heads: int, num_prefix: int, probe: int,
+    tile: int, cell: int, keys: int, scale: float, value_power: float,
+) -> Tensor:  # fmt: skip
+    """KeySelect, or with `sizes` MergedKeySelect: indices int32 [B,H,T,K]."""
+    given = _given(qkv, sizes, proj_q=proj_q.float(), proj_k=proj_k.float())
+    a = _selection(num_heads, num_prefix, probe, tile, cell, keys, scale, value_power)
+    return launch(_plan(plan_select, list(given.values()), a), given)["indices"]
+
+
+@key_select.register_fake
+def _(
+    qkv: Tensor, _sizes: Any, _proj_q: Any, _proj_k: Any, num_heads: int, num_prefix: int, _probe: int, tile: int,
+    _cell: int, keys: int, *_: Any,
+) -> Tensor:  # fmt: skip
+    return _lists(qkv, num_heads, num_prefix, tile, keys)
+
+
+@torch.library.custom_op("sparsifiner_triton::layer", mutates_args=())
+def _layer(
+    qkv: Tensor, sizes: Tensor | None, proj_q: Tensor, proj_k: Tensor, num_heads: int, num_prefix: int, probe: int,
+    tile: int, cell: int, keys: int, scale: float, value_power: float, gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """KeySelect and SparseAttention: output, its lists, and the softmax lse [B,H,N] that the gradient needs, or [0]."""
+    given = _given(qkv, sizes, proj_q=proj_q.float(), proj_k=proj_k.float())
+    a = _selection(num_heads, num_prefix, probe, tile, cell, keys, scale, value_power)
+    assert sizes is None or not gradient, "the gradient over merged tokens is PyTorch's"
+    done = launch(_plan(plan_layer, list(given.values()), a, gradient), given)
+    return done["output"], done["indices"], done["lse"] if gradient else qkv.new_empty(0, dtype=torch.float32)
+
+
+@_layer.register_fake
+def _(
+    qkv: Tensor, _sizes: Any, _proj_q: Any, _proj_k: Any, num_heads: int, num_prefix: int, _probe: int, tile: int,
+    _cell: int, keys: int, _scale: float, _value_power: float, gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _output(qkv), _lists(qkv, num_heads, num_prefix, tile, keys), _lse(qkv, num_heads, gradient)
+
+
+def _output(qkv: Tensor) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
+
+
+def _lse(qkv: Tensor, num_heads: int, gradient: bool) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], num_heads, qkv.shape[1]) if gradient else (0,), dtype=torch.float32)
+
+
+def _attention(num_heads: int, num_prefix: int, tile: int, cell: int, scale: float, prefix_keys: int) -> Attributes:
     return {
         "num_heads": num_heads, "num_prefix": num_prefix, "tile": tile, "cell": cell, "scale": scale,
         "prefix_keys": prefix_keys,
@@ -115,46 +151,32 @@ def _attention_attributes(
 
 @torch.library.custom_op("sparsifiner_triton::sparse_attention", mutates_args=())
 def _sparse_attention(
-    qkv: Tensor,
-    indices: Tensor,
-    num_heads: int,
-    num_prefix: int,
-    tile: int,
-    cell: int,
-    scale: float,
-    prefix_keys: int,
-) -> tuple[Tensor, Tensor]:
-    """SparseAttention: output [B,N,C] and the softmax lse [B,H,N] that its gradient needs."""
-    a = _attention_attributes(num_heads, num_prefix, tile, cell, scale, prefix_keys)
-    plan = _plan(plan_attend, (qkv, indices), a)
-    done = launch(plan, {"qkv": qkv.contiguous(), "indices": indices.contiguous()})
-    return done["output"], done["lse"]
+    qkv: Tensor, sizes: Tensor | None, indices: Tensor, num_heads: int, num_prefix: int, tile: int, cell: int,
+    scale: float, prefix_keys: int, gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """SparseAttention, or with `sizes` MergedSparseAttention: output, and lse as of `_layer`."""
+    given = _given(qkv, sizes, indices=indices)
+    a = _attention(num_heads, num_prefix, tile, cell, scale, prefix_keys)
+    assert sizes is None or not gradient, "the gradient over merged tokens is PyTorch's"
+    done = launch(_plan(plan_attend, list(given.values()), a, gradient), given)
+    return done["output"], done["lse"] if gradient else qkv.new_empty(0, dtype=torch.float32)
 
 
 @_sparse_attention.register_fake
-def _(qkv: Tensor, _: Tensor, num_heads: int, *__: Any) -> tuple[Tensor, Tensor]:
-    batch, tokens, packed = qkv.shape
-    lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
-    return qkv.new_empty((batch, tokens, packed // 3)), lse
+def _(
+    qkv: Tensor, _sizes: Any, _indices: Any, num_heads: int, _prefix: int, _tile: int, _cell: int, _scale: float,
+    _prefix_keys: int, gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _output(qkv), _lse(qkv, num_heads, gradient)
 
 
 @torch.library.custom_op("sparsifiner_triton::sparse_attention_backward", mutates_args=())
 def _sparse_attention_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    indices: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    num_heads: int,
-    num_prefix: int,
-    tile: int,
-    cell: int,
-    scale: float,
-    prefix_keys: int,
-) -> Tensor:
+    grad: Tensor, qkv: Tensor, indices: Tensor, output: Tensor, lse: Tensor, num_heads: int, num_prefix: int,
+    tile: int, cell: int, scale: float, prefix_keys: int,
+) -> Tensor:  # fmt: skip
     """Gradient of SparseAttention in qkv: [B,N,3C]."""
-    a = _attention_attributes(num_heads, num_prefix, tile, cell, scale, prefix_keys)
-    plan = _plan(plan_backward, (qkv, indices), a)
+    plan = _plan(plan_backward, (qkv, indices), _attention(num_heads, num_prefix, tile, cell, scale, prefix_keys))
     given = {"qkv": qkv, "indices": indices, "output": output, "lse": lse, "grad": grad}
     return launch(plan, {name: x.contiguous() for name, x in given.items()})["grad_qkv"]
 
@@ -164,20 +186,46 @@ def _(_: Tensor, qkv: Tensor, *__: Any) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], *output)
-    ctx.settings = inputs[2:]
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, _, indices, *settings, _ = inputs
+    ctx.save_for_backward(qkv, indices, *output)
+    ctx.settings = settings
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    return _sparse_attention_backward(grad, *ctx.saved_tensors, *ctx.settings), None, *(None for _ in ctx.settings)
+def _attention_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    return _sparse_attention_backward(grad, *ctx.saved_tensors, *ctx.settings), *(None for _ in range(9))
 
 
-_sparse_attention.register_autograd(_backward, setup_context=_setup)
+def _keep_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    out, indices, lse = output
+    num_heads, num_prefix, _, tile, cell, _, scale = inputs[4:11]
+    ctx.save_for_backward(inputs[0], indices, out, lse)
+    ctx.settings = (num_heads, num_prefix, tile, cell, scale, 1)
+    ctx.mark_non_differentiable(indices, lse)
 
 
-def sparse_attention(qkv: Tensor, indices: Tensor, **attributes: Any) -> Tensor:
-    """SparseAttention, with every attribute of its schema: [B,N,C], differentiable in qkv."""
-    out: Tensor = _sparse_attention(qkv, indices, **attributes)[0]
+def _layer_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    return _sparse_attention_backward(grad, *ctx.saved_tensors, *ctx.settings), *(None for _ in range(12))
+
+
+_sparse_attention.register_autograd(_attention_gradient, setup_context=_keep_attention)
+_layer.register_autograd(_layer_gradient, setup_context=_keep_layer)
+
+
+def sparse_attention(qkv: Tensor, sizes: Tensor | None, indices: Tensor, **attributes: Any) -> Tensor:
+    """SparseAttention, with every attribute of its schema: [B,N,C], differentiable in qkv where sizes is None."""
+    out: Tensor = _sparse_attention(qkv, sizes, indices, **attributes, gradient=needs_gradient(qkv))[0]
     return out
+
+
+def layer(qkv: Tensor, sizes: Tensor | None, proj_q: Tensor, proj_k: Tensor, **attributes: Any) -> Tensor:
+    """KeySelect, with every attribute of its schema, and SparseAttention over its lists: see `sparse_attention`."""
+    chosen = proj_q.detach(), proj_k.detach()
+    out: Tensor = _layer(qkv, sizes, *chosen, **attributes, gradient=needs_gradient(qkv))[0]
+    return out
+
+
+def needs_gradient(qkv: Tensor) -> bool:
+    """Whether a gradient may follow."""
+    return torch.is_grad_enabled() and qkv.requires_grad

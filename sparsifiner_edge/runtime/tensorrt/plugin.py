@@ -38,7 +38,7 @@ def why_not(trt: Any, bundle: Bundle, device: CudaDevice, engine: Engine | None 
     if most > MOST_SHARED_BYTES:
         return (
             f"a kernel takes {most >> 10} KiB of shared memory, and more than {MOST_SHARED_BYTES >> 10} are not known "
-            "to work in TensorRT's plugins; float16 with head dimensions up to 64 needs less"
+            "to work in TensorRT's plugins; float16 with head dimensions up to 64 needs less but on Thor"
         )
     return _why_not_engine(engine) if engine else None
 

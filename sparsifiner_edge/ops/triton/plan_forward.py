@@ -1,0 +1,213 @@
+"""Plans of KeySelect, of SparseAttention, and of a layer of both in three launches; see `plan.py`."""
+
+from __future__ import annotations
+
+import math
+
+from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, Attributes, Shapes
+from sparsifiner_edge.ops.triton.plan import Buffer, Launch, Plan, power_of_two
+from sparsifiner_edge.ops.triton.plan_sizes import (
+    LOG2_E,
+    LaunchSizes,
+    buffers_of,
+    sizes_of_attention,
+    sizes_of_selection,
+)
+
+ROWS = 16
+"""Of a program of `select`: the least that the matrix units take."""
+MOST_NUMBERS = 8
+"""Probes that each of its rows asks by: their running sums are held in registers."""
+FEW_PROGRAMS = 64
+"""Fewer would leave most multiprocessors idle: then a program has fewer tiles."""
+
+SCORES = 1024
+"""That a program of `select` looks at together: eight of a thread."""
+BLOCK_T = 16
+"""Entries of a block at the end of a list, where they are masked: more would not fit into registers."""
+
+
+def plan_select(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
+    """KeySelect or MergedKeySelect: qkv, sizes where merged, proj_q, proj_k (float32) -> indices. Two launches."""
+    s = sizes_of_selection(shapes, attributes, dtype)
+    launches = _summarise(s, selecting=True, attending=False), _select(s)
+    return Plan(_qkv(s) | _selection_buffers(s, shapes), launches)
+
+
+def plan_attend(shapes: Shapes, attributes: Attributes, dtype: str, gradient: bool = False) -> Plan:
+    """SparseAttention or MergedSparseAttention: qkv, sizes where merged, indices -> output.
+
+    gradient: lse [B,H,N] too, which `plan_backward` needs.
+    """
+    s = sizes_of_attention(shapes, attributes, dtype)
+    indices = buffers_of(Buffer("indices", "int32", (s.batch, s.heads, s.tiles, s.keys), "input"))
+    first = [_summarise(s, selecting=False, attending=True)] if s.prefix or s.marks else []
+    return Plan(_qkv(s) | indices | _attention_buffers(s, gradient), (*first, *_attending(s, gradient)))
+
+
+def make_a_layer(selection: Attributes, attention: Attributes) -> bool:
+    """Whether an attention that reads a selection's lists can be launched with it."""
+    same = ("num_heads", "num_prefix", "tile", "cell", "scale")
+    return attention["prefix_keys"] == 1 and all(selection[name] == attention[name] for name in same)
+
+
+def plan_layer(shapes: Shapes, attributes: Attributes, dtype: str, gradient: bool = False) -> Plan:
+    """KeySelect and the SparseAttention that reads its lists, where they `make_a_layer`.
+
+    Three launches where `attend` has room for the cells (`LaunchSizes.marks`), else five.
+
+    Args:
+        shapes, attributes: of KeySelect, or MergedKeySelect. gradient: see `plan_attend`.
+    """
+    s = sizes_of_selection(shapes, attributes, dtype)
+    return Plan(
+        _qkv(s) | _selection_buffers(s, shapes) | _attention_buffers(s, gradient),
+        (_summarise(s, selecting=True, attending=True), _select(s), *_attending(s, gradient)),
+    )
+
+
+def _attending(s: LaunchSizes, gradient: bool) -> list[Launch]:
+    """What follows lists and summaries: one launch, or three with more cells than `attend` has room for."""
+    return [*([membership(s), rest(s)] if s.cells and not s.marks else []), _attend(s, gradient)]
+
+
+def _qkv(s: LaunchSizes) -> dict[str, Buffer]:
+    made = buffers_of(Buffer("qkv", s.dtype, (s.batch, s.tokens, 3 * s.heads * s.width), "input"))
+    return made | buffers_of(Buffer("sizes", "float32", (s.batch, s.tokens), "input")) if s.merged else made
+
+
+def _selection_buffers(s: LaunchSizes, shapes: Shapes) -> dict[str, Buffer]:
+    lead, block_c, dtype = (s.batch, s.heads), power_of_two(s.channels), "float16" if s.half else "float32"
+    buffers = [
+        Buffer("proj_q", "float32", tuple(shapes[-2]), "input"),
+        Buffer("proj_k", "float32", tuple(shapes[-1]), "input"),
+        Buffer("indices", "int32", (*lead, s.tiles, s.keys), "output"),
+        Buffer("probes", dtype, (*lead, s.asking, block_c), "scratch"),
+        Buffer("projected", dtype, (*lead, s.patches, block_c), "scratch"),
+        Buffer("scores", "float32", (*lead, s.tiles, s.patches), "scratch"),
+    ]
+    if s.value_power:
+        buffers.append(Buffer("deviation", "float32", (*lead, s.patches), "scratch"))
+    return buffers_of(*buffers)
+
+
+def _attention_buffers(s: LaunchSizes, gradient: bool) -> dict[str, Buffer]:
+    lead = (s.batch, s.heads)
+    buffers = [Buffer("output", s.dtype, (s.batch, s.tokens, s.heads * s.width), "output")]
+    if gradient:
+        buffers.append(Buffer("lse", "float32", (*lead, s.tokens), "output"))
+    if s.prefix:
+        parts = (*lead, s.blocks, s.prefix)
+        buffers.append(Buffer("partial_out", "float32", (*parts, s.width), "scratch"))
+        buffers.append(Buffer("partial_stats", "float32", (*parts, 2), "scratch"))
+    if s.marks:
+        summed = (*lead, s.cells + s.prefix)
+        buffers.append(Buffer("cell_sums", "float32", (*summed, 2, s.width), "scratch"))
+        buffers.append(Buffer("cell_sizes", "float32", summed, "scratch"))
+    means = rest_buffers(s) | membership_buffers(s) if s.cells and not s.marks else {}
+    return buffers_of(*buffers) | means
+
+
+def rest_buffers(s: LaunchSizes) -> dict[str, Buffer]:
+    """What each tile left of each cell."""
+    shape = (s.batch, s.heads, s.tiles, s.cells)
+    return buffers_of(
+        Buffer("rest_keys", s.dtype, (*shape, s.width), "scratch"),
+        Buffer("rest_values", s.dtype, (*shape, s.width), "scratch"),
+        Buffer("rest_sizes", "float32", shape, "scratch"),
+    )
+
+
+def membership_buffers(s: LaunchSizes) -> dict[str, Buffer]:
+    """Which patches each tile selected."""
+    return buffers_of(Buffer("member", "int8", (s.batch, s.heads, s.tiles, s.pitch), "scratch"))
+
+
+def given(made: bool, *names: str) -> dict[str, str | None]:
+    """Arguments that are buffers of the same name, where they are made."""
+    return {name: name if made else None for name in names}
+
+
+def rest_arguments(s: LaunchSizes) -> dict[str, str | None]:
+    """The buffers of `rest_buffers`, where there are cells."""
+    return given(s.cells > 0, "rest_keys", "rest_values", "rest_sizes")
+
+
+def _summarise(s: LaunchSizes, selecting: bool, attending: bool) -> Launch:
+    deviating, marking = selecting and s.value_power > 0, attending and s.marks > 0
+    cells = s.cells + s.prefix if marking else math.ceil(s.patches / (s.cell or s.block_p)) if deviating else 0
+    probe = s.probe or 1
+    return Launch(
+        "summarise",
+        (s.blocks + cells, s.heads, s.batch),
+        given(True, "qkv") | given(s.merged, "sizes") | given(selecting, "proj_q", "proj_k", "probes", "projected")
+        | given(deviating, "deviation") | given(marking, "cell_sums", "cell_sizes")
+        | given(attending and s.prefix > 0, "partial_out", "partial_stats"),
+        s.constants("tokens", "prefix", "channels", "run", "cell", "value_power", "block_p")
+        | {"probe": probe, "floor": DEVIATION_FLOOR, "factor": s.scale * LOG2_E}
+        | {"block_g": power_of_two(s.run // probe), "block_f": power_of_two(s.prefix)}
+        | {"block_c": power_of_two(s.channels), "precision": "tf32x3"},
+        stages=1,
+    )  # fmt: skip
+
+
+def _select(s: LaunchSizes) -> Launch:
+    per_tile = s.tile // s.probe
+    sub = power_of_two(math.ceil(per_tile / MOST_NUMBERS), least=1)
+    while sub < min(per_tile, ROWS) and s.batch * s.heads * math.ceil(s.tiles * sub / ROWS) < FEW_PROGRAMS:
+        sub *= 2
+    constants = s.constants("tokens", "prefix", "probe", "tiles", "keys")
+    del constants["width"], constants["block_d"]
+    return Launch(
+        "select",
+        (math.ceil(s.tiles * sub / ROWS), s.heads, s.batch),
+        given(s.merged, "sizes") | given(True, "probes", "projected") | given(s.value_power > 0, "deviation")
+        | given(True, "scores", "indices"),
+        constants
+        | {"per_tile": per_tile, "numbers": math.ceil(per_tile / sub), "sub": sub, "block_m": ROWS}
+        | {"block_n": s.entries, "block_v": SCORES * sub // ROWS, "block_c": power_of_two(s.channels)},
+        stages=3,
+    )  # fmt: skip
+
+
+def membership(s: LaunchSizes) -> Launch:
+    """Which patches each tile selected."""
+    constants = {name: getattr(s, name) for name in ("heads", "tiles", "keys", "columns", "pitch")}
+    return Launch(
+        "membership",
+        (s.tiles, s.heads, s.batch),
+        {"indices": "indices", "member": "member"},
+        {**constants, "block_n": power_of_two(s.pitch, most=1024)},
+    )
+
+
+def rest(s: LaunchSizes) -> Launch:
+    """What each tile left of each cell."""
+    block_m = power_of_two(s.tiles, most=64 if s.half and s.width <= 64 else 32)
+    return Launch(
+        "rest",
+        (s.cells * math.ceil(s.tiles / block_m), s.heads, s.batch),
+        given(True, "qkv") | given(s.merged, "sizes") | given(True, "member") | rest_arguments(s),
+        s.constants("tokens", "prefix", "tiles", "cell", "cells", "pitch")
+        | {"block_m": block_m, "block_n": power_of_two(s.cell, most=s.entries)},
+    )
+
+
+def _attend(s: LaunchSizes, gradient: bool) -> Launch:
+    marking = s.marks > 0
+    means = given(s.cells > 0 and not marking, "rest_keys", "rest_values", "rest_sizes")
+    return Launch(
+        "attend",
+        (s.prefix + s.tiles * s.chunks, s.heads, s.batch),
+        given(True, "qkv") | given(s.merged, "sizes") | given(True, "indices")
+        | given(marking, "cell_sums", "cell_sizes") | means
+        | given(s.prefix > 0, "partial_out", "partial_stats") | given(True, "output") | given(gradient, "lse"),
+        s.constants("tokens", "prefix", "first", "tile", "tiles", "keys", "cells", "chunks", "blocks")
+        | {"cell": s.cell if marking else 0, "factor": s.scale * LOG2_E, "block_m": s.rows, "block_n": s.entries}
+        | {"block_t": power_of_two(s.keys % s.entries, most=BLOCK_T), "block_b": ROWS}
+        | {"block_f": power_of_two(s.prefix, least=1)}
+        | {"block_r": s.marks or power_of_two(s.cells, most=s.entries)},
+        warps=8 if s.rows > 64 or s.width > 64 else 4,
+        # Three stages: a block's list is fetched one block ahead of its keys and values.
+        stages=3 if s.half else 2 if s.wide else 1,
+    )  # fmt: skip
