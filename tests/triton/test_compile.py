@@ -18,10 +18,9 @@ from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_
 from sparsifiner_edge.ops.triton.plan import Plan, refusals
 from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer
+from sparsifiner_edge.runtime.tensorrt.plugin import MOST_SHARED_BYTES
 
 pytestmark = pytest.mark.slow
-MOST_SHARED_BYTES = 48 * 1024
-"""That TensorRT's plugins give a block."""
 PATCHES, HEADS, KEYS = 1024, 6, 103
 SOME: list[tuple[int, str, int, int, str, str]] = [
     (87, "float16", 64, 64, "layer", "summarise select attend"),

@@ -14,7 +14,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsifiner_edge.ops.triton.common import listed_tokens, load_rows, store_rows
+from sparsifiner_edge.ops.triton.common import load_rows, store_rows
+
+
+@triton.jit
+def _listed_tokens(lists, entries, real, everything, first: tl.constexpr, columns: tl.constexpr):
+    """Token of each entry of a tile: the prefix, then its list; or, for prefix rows, simply every token.
+
+    A list that is not one of KeySelect's may hold anything: it is brought into range, nothing outside is ever read.
+    """
+    listed = tl.load(lists + entries - first, mask=real & (entries >= first) & (not everything), other=0)
+    listed = first + tl.minimum(tl.maximum(listed, 0), columns - 1)
+    return tl.where(everything | (entries < first), entries, listed)
 
 
 @triton.jit
@@ -64,7 +75,7 @@ def queries_kernel(
     for begin in range(0, count, block_n):
         entries = begin + tl.arange(0, block_n)
         real = entries < count
-        token = listed_tokens(lists, entries, real, everything, first, tokens - first)
+        token = _listed_tokens(lists, entries, real, everything, first, tokens - first)
         k = load_rows(base + heads * width, token, stride, real, width, block_d)
         v = load_rows(base + 2 * heads * width, token, stride, real, width, block_d)
         offset = tl.where(real, 0.0, float("-inf"))[None, :]

@@ -40,11 +40,6 @@ def in_parts(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def listed_tokens(lists, entries, real, everything, first: tl.constexpr, columns: tl.constexpr):
-    """Token of each entry of a tile: the prefix, then its list; or, for prefix rows, simply every token.
-
-    A list that is not one of KeySelect's may hold anything: it is brought into range, nothing outside is ever read.
-    """
-    listed = tl.load(lists + entries - first, mask=real & (entries >= first) & (not everything), other=0)
-    listed = first + tl.minimum(tl.maximum(listed, 0), columns - 1)
-    return tl.where(everything | (entries < first), entries, listed)
+def is_nan(values):
+    """Where NaN is: comparisons with it are false, and maxima may lose it."""
+    return values != values  # noqa: PLR0124

@@ -71,7 +71,7 @@ class Plan:
 
 
 KERNEL_MODULES = {
-    "summarise": "select", "select": "select", "attend": "attend", "membership": "rest", "rest": "rest",
+    "summarise": "summarise", "select": "select", "attend": "attend", "membership": "rest", "rest": "rest",
     "queries": "backward", "cells": "backward", "keys": "backward",
 }  # fmt: skip
 """Module of each kernel."""
