@@ -26,6 +26,7 @@ from tests.triton.inputs import DTYPES, NAMES, PAPER, case_of, close, gradients,
 
 BOTH = [dataclasses.replace(case, patches=min(case.patches, 70)) for name in NAMES for case in cases(name)]
 GUARD = 512
+LAYERS: list[dict[str, Any]] = [{"num_prefix": 5, "tile": 8}, {"num_prefix": 0, "cell": 0}, {"cell": 2}]
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +75,14 @@ def test_agrees_at_every_element_type_and_head_dimension(name: str, dtype: str, 
     hold(case, given, run(case, given), dtype)
 
 
-@pytest.mark.parametrize("merged", ["", "Merged"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_prefix": 5, "tile": 8}, {"num_prefix": 0, "cell": 0}, {"cell": 2}], ids=str
+    ("changes", "dtype", "merged"),
+    [
+        *(({}, dtype, merged) for dtype in DTYPES for merged in ("", "Merged")),
+        *((x, "float16", "Merged") for x in LAYERS),
+        *((x, "float32", "") for x in LAYERS),
+    ],
+    ids=str,
 )
 def test_a_layer_is_its_two_operators(changes: dict[str, Any], dtype: str, merged: str) -> None:
     """Lists of a layer are KeySelect's own; its output is SparseAttention's over them."""
