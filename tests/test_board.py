@@ -14,11 +14,21 @@ import onnx
 import pytest
 
 from sparsifiner_edge.bundle.golden import check_golden
-from sparsifiner_edge.bundle.kernels import NAMESPACE, LaunchTensor, code_file, kernel_model, ordered_ptx, plain_ptx
+from sparsifiner_edge.bundle.kernels import (
+    MOST_SHARED_BYTES,
+    NAMESPACE,
+    LaunchTensor,
+    code_file,
+    kernel_model,
+    ordered_ptx,
+    plain_ptx,
+)
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export import board as boards
 from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
+from sparsifiner_edge.ops.triton.compile import compile_launch
+from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.runtime import open_session
 from tests.commands import assert_refused, call, manifest_of
@@ -184,6 +194,19 @@ def test_half_precision_and_weights_in_another_type(tmp_path):
     assert attend.tensors["qkv"].dtype == "float16"
     kinds = [node.op_type.rpartition("_")[0] for node in onnx.load(tmp_path / entry.model).graph.node if node.domain]
     assert kinds == ["summarise", "select", "attend"], "a layer of half precision is three launches"
+
+
+def test_a_launch_takes_smaller_blocks_where_plugins_would_refuse_its_shared_memory(tmp_path):
+    """As attention of float16 on a Thor with a list of four blocks."""
+    select = {"num_heads": 1, "num_prefix": 1, "tile": 64, "cell": 93, "scale": 0.125, "probe": 16, "keys": 231}
+    shapes = [(1, 2305, 192), (1, 64, 24), (1, 64, 24)]
+    plan = plan_layer(shapes, {**select, "value_power": 2.0}, "float16")
+    target = boards._Target(110, 90, find_assembler(None, 110), tmp_path)
+    assert compile_launch(plan, plan.launches[-1], 110).shared > MOST_SHARED_BYTES
+    made = boards._compile_launch(plan, plan.launches[-1], target)
+    assert made.shared <= MOST_SHARED_BYTES
+    assert made.constants["block_n"] == 32
+    assert boards._compile_launch(plan, plan.launches[0], target).constants == plan.launches[0].constants
 
 
 def weights_of(model):

@@ -26,6 +26,8 @@ KERNELS_SCHEMA = 1
 FOLDER = "kernels"
 NAMESPACE = "sparsifiner_kernels"
 """Domain of nodes that are launches; TensorRT reads it as the namespace of plugins."""
+MOST_SHARED_BYTES = 48 << 10
+"""Of a block: what a kernel may have without asking the driver for more, which TensorRT is not known to do."""
 DType = Literal["float32", "float16", "bfloat16", "int32"]
 """Types of tensors that launches take."""
 _Size = Annotated[int, Meta(ge=1, le=MOST_COUNT)]

@@ -19,6 +19,7 @@ import onnx
 from sparsifiner_edge.bundle.entries import BoardKernels
 from sparsifiner_edge.bundle.kernels import (
     FOLDER,
+    MOST_SHARED_BYTES,
     CompiledLaunch,
     DType,
     KernelTable,
@@ -33,8 +34,8 @@ from sparsifiner_edge.bundle.kernels import (
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
-from sparsifiner_edge.ops.triton.compile import Compiled, compile_plan
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED, Buffer, Plan, refusals
+from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
+from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED, Buffer, Launch, Plan, refusals
 from sparsifiner_edge.ops.triton.plan_forward import make_a_layer, plan_attend, plan_layer, plan_select
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.records import write_record
@@ -45,6 +46,8 @@ PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
 LEAST_PTX = {100: 86, 110: 90, 120: 87}
 """Compute capability -> first PTX version that knows it, where the oldest that we write, 8.5, does not."""
 OLDEST_TENSORRT = (10, 3)
+LEAST_BLOCK = 16
+"""Entries that a product of the matrix units has at least."""
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name of a tensor -> element type and shape, 1 where the batch is dynamic."""
 
@@ -216,12 +219,22 @@ def _compile(model: onnx.ModelProto, nodes: Sequence[Any], target: _Target, tabl
             continue
         key = str(plan)
         if key not in done:
-            compiled = compile_plan(plan, target.sm, target.ptx_version)
+            compiled = [_compile_launch(plan, launch, target) for launch in plan.launches]
             done[key] = [(_write(made, plan, target, table), made) for made in compiled]
         _enter(together, types, done[key], table)
     if not table.nodes:
         raise ConfigError(f"No layer can be compiled: {next(iter(refused.values()))}.", "Leave --board out.")
     return refused
+
+
+def _compile_launch(plan: Plan, launch: Launch, target: _Target) -> Compiled:
+    """A launch, in smaller blocks where TensorRT's plugins would refuse the shared memory that it takes."""
+    made = compile_launch(plan, launch, target.sm, target.ptx_version)
+    block = int(launch.constants.get("block_n", 0))
+    if made.shared <= MOST_SHARED_BYTES or block <= LEAST_BLOCK:
+        return made
+    smaller = dataclasses.replace(launch, constants={**launch.constants, "block_n": block // 2})
+    return _compile_launch(plan, smaller, target)
 
 
 def _layers(nodes: Sequence[Any]) -> list[tuple[Any, ...]]:

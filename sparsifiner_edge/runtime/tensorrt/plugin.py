@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsifiner_edge.bundle.engines import Engine
-from sparsifiner_edge.bundle.kernels import NAMESPACE, CompiledLaunch, KernelTable, code_file, kernel_model, read_table
+from sparsifiner_edge.bundle.kernels import (
+    MOST_SHARED_BYTES,
+    NAMESPACE,
+    CompiledLaunch,
+    KernelTable,
+    code_file,
+    kernel_model,
+    read_table,
+)
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.runtime.cuda import CudaDevice
 
@@ -21,10 +29,6 @@ _TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "I
 """Types of launches' tensors, and TensorRT's names of them."""
 _registered: set[str] = set()
 """Plugins of this process: TensorRT takes each name once, and a name holds a digest of its code."""
-
-
-MOST_SHARED_BYTES = 48 << 10
-"""Of a block: what a kernel may have without asking the driver for more, which TensorRT is not known to do."""
 
 
 def why_not(trt: Any, bundle: Bundle, device: CudaDevice, engine: Engine | None = None) -> str | None:
@@ -38,7 +42,7 @@ def why_not(trt: Any, bundle: Bundle, device: CudaDevice, engine: Engine | None 
     if most > MOST_SHARED_BYTES:
         return (
             f"a kernel takes {most >> 10} KiB of shared memory, and more than {MOST_SHARED_BYTES >> 10} are not known "
-            "to work in TensorRT's plugins; float16 with head dimensions up to 64 needs less but on Thor"
+            "to work in TensorRT's plugins; float16 with head dimensions up to 64 needs less"
         )
     return _why_not_engine(engine) if engine else None
 
