@@ -15,7 +15,7 @@ from typing import Any
 import click
 from gpu_bound import H100, bound
 from occupancy import occupancy
-from sass import counts, instructions, main_loop
+from sass import counts, main_loop, read
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
@@ -68,7 +68,7 @@ def wanted(capability: int) -> list[tuple[str, int, int, str, Plan, Any]]:
 
 
 def describe(dtype: str, width: int, tile: int, op: str, made: Compiled) -> dict[str, Any]:
-    body = main_loop(instructions(made.cubin))
+    body = main_loop(read(made.cubin))
     resident = occupancy(made.capability, made.warps, made.registers, made.shared)
     return {
         "capability": made.capability, "operator": op, "kernel": made.kernel, "dtype": dtype, "head_dimension": width,
