@@ -16,13 +16,16 @@ from sparsifiner_edge.ops.triton.plan_sizes import (
 
 ROWS = 16
 """Of a program of `select`: the least that the matrix units take."""
-MOST_NUMBERS = 8
+MOST_NUMBERS = 4
 """Probes that each of its rows asks by: their running sums are held in registers."""
-FEW_PROGRAMS = 64
-"""Fewer would leave most multiprocessors idle: then a program has fewer tiles."""
-
-SCORES = 1024
-"""That a program of `select` looks at together: eight of a thread."""
+FEW_PROGRAMS, MANY_PROGRAMS = 64, 256
+"""Fewer would leave multiprocessors idle: then a program has fewer tiles. Six for each head of each image, within these:
+where there are many, the GPU is taken to be large.
+"""
+SCORES, MOST_SCORES = 1024, 8192
+"""Of a block that a program of `select` looks at, eight of a thread; of all that it holds in registers, unless one tile
+has more.
+"""
 BLOCK_T = 16
 """Entries of a block at the end of a list, where they are masked: more would not fit into registers."""
 
@@ -84,7 +87,7 @@ def _selection_buffers(s: LaunchSizes, shapes: Shapes) -> dict[str, Buffer]:
         Buffer("indices", "int32", (*lead, s.tiles, s.keys), "output"),
         Buffer("probes", dtype, (*lead, s.asking, block_c), "scratch"),
         Buffer("projected", dtype, (*lead, s.patches, block_c), "scratch"),
-        Buffer("scores", "float32", (*lead, s.tiles, s.patches), "scratch"),
+        Buffer("scores", "float32", (*lead, s.tiles, _score_blocks(s)[-1]), "scratch"),
     ]
     if s.value_power:
         buffers.append(Buffer("deviation", "float32", (*lead, s.patches), "scratch"))
@@ -151,11 +154,30 @@ def _summarise(s: LaunchSizes, selecting: bool, attending: bool) -> Launch:
     )  # fmt: skip
 
 
-def _select(s: LaunchSizes) -> Launch:
+def _rows_a_tile(s: LaunchSizes) -> int:
+    """Rows of a program of `select` that ask for one tile."""
     per_tile = s.tile // s.probe
     sub = power_of_two(math.ceil(per_tile / MOST_NUMBERS), least=1)
-    while sub < min(per_tile, ROWS) and s.batch * s.heads * math.ceil(s.tiles * sub / ROWS) < FEW_PROGRAMS:
+    lanes = s.batch * s.heads
+    wanted = min(max(FEW_PROGRAMS, 6 * lanes), MANY_PROGRAMS)
+    while sub < min(per_tile, ROWS) and lanes * math.ceil(s.tiles * sub / ROWS) < wanted:
         sub *= 2
+    return sub
+
+
+def _score_blocks(s: LaunchSizes) -> tuple[int, int, int]:
+    """Tiles whose scores are looked at together, scores of each in a block, and from one tile to the next."""
+    group = ROWS // _rows_a_tile(s)
+    while group > 1 and group * s.patches > MOST_SCORES:
+        group //= 2
+    block = SCORES // group
+    whole = max(block, s.entries)
+    return group, block, math.ceil(s.patches / whole) * whole
+
+
+def _select(s: LaunchSizes) -> Launch:
+    per_tile, sub = s.tile // s.probe, _rows_a_tile(s)
+    group, block, pitch = _score_blocks(s)
     constants = s.constants("tokens", "prefix", "probe", "tiles", "keys")
     del constants["width"], constants["block_d"]
     return Launch(
@@ -164,8 +186,8 @@ def _select(s: LaunchSizes) -> Launch:
         given(s.merged, "sizes") | given(True, "probes", "projected") | given(s.value_power > 0, "deviation")
         | given(True, "scores", "indices"),
         constants
-        | {"per_tile": per_tile, "numbers": math.ceil(per_tile / sub), "sub": sub, "block_m": ROWS}
-        | {"block_n": s.entries, "block_v": SCORES * sub // ROWS, "block_c": power_of_two(s.channels)},
+        | {"per_tile": per_tile, "numbers": math.ceil(per_tile / sub), "sub": sub, "pitch": pitch, "block_m": ROWS}
+        | {"group": group, "block_n": s.entries, "block_v": block, "block_c": power_of_two(s.channels)},
         stages=3,
     )  # fmt: skip
 

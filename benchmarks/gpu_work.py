@@ -1,0 +1,160 @@
+"""What a plan's launches do on a GPU, counted in their machine code: for `gpu_roofline.py`.
+
+Every instruction counts as often as its loops go round; loops are told apart by the functions of the source that they
+come from, and how many blocks one round holds by what it loads, stores or multiplies (the compiler unrolls).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gpu_roofline import LaunchWork, Work
+from occupancy import occupancy
+from sass import Code, Instruction, counts, read
+
+from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
+from sparsifiner_edge.ops.triton.plan import Plan
+
+ROUNDS = 16
+"""In which `select` halves its bracket until exactly K scores lie above: about log2 of the patches, and four."""
+_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
+
+Times = Sequence[tuple[float, Sequence[Instruction]]]
+"""Instructions, each sequence with how often it runs."""
+
+
+def launches_of(plan: Plan, capability: int) -> dict[str, LaunchWork]:
+    """Of every launch of a layer's plan by its kernel's name, compiled."""
+    made = [compile_launch(plan, step, capability) for step in plan.launches]
+    return {launch.kernel: work_of(launch, plan) for launch in made}
+
+
+def work_of(made: Compiled, plan: Plan) -> LaunchWork:
+    """Of one compiled launch."""
+    constants: dict[str, Any] = made.constants
+    kinds, l2 = _KERNELS[made.kernel]
+    lanes = made.grid[1] * made.grid[2]
+    resident = occupancy(made.capability, made.warps, made.registers, made.shared).blocks
+    works = [
+        _work(programs * lanes, made.warps, times)
+        for programs, times in kinds(_read(made.cubin), constants, made.grid[0])
+        if programs
+    ]
+    unique = sum(
+        math.prod(x.shape) * _SIZES[x.dtype]
+        for name, x in plan.buffers.items()
+        if name in {a.name for a in made.arguments} and x.role != "scratch"
+    )
+    return LaunchWork(tuple(works), resident, lanes * l2(constants), unique)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(cubin: bytes) -> Code:
+    return read(cubin)
+
+
+def _work(programs: int, warps: int, times: Times) -> Work:
+    def total(value: Any) -> float:
+        return sum(often * sum(map(value, part)) for often, part in times)
+
+    return Work(
+        programs, warps, total(lambda _: 1), total(lambda x: x.kind == "special"), total(lambda x: x.shared_bytes),
+        total(lambda x: x.products * (x.name == "HGMMA")), total(lambda x: x.products * (x.name != "HGMMA")),
+    )  # fmt: skip
+
+
+def _from(part: Sequence[Instruction], function: str) -> bool:
+    return any(function in x.functions for x in part)
+
+
+def _split(code: Code, function: str) -> tuple[list[Instruction], list[Instruction]]:
+    """Straight code that does not come from a function, and that which does."""
+    return [x for x in code.straight if function not in x.functions], [
+        x for x in code.straight if function in x.functions
+    ]
+
+
+def _products(part: Sequence[Instruction]) -> int:
+    return sum(x.products for x in part)
+
+
+def _elements(part: Sequence[Instruction], name: str) -> int:
+    """32-bit elements that a thread loads (LDG) or stores (STG)."""
+    width = {".64": 2, ".128": 4}
+    return sum(next((n for w, n in width.items() if w in x.modifiers), 1) for x in part if x.name == name)
+
+
+def _summarise(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
+    patches = c["tokens"] - c["prefix"]
+    blocks, cells = math.ceil(patches / c["run"]), math.ceil(patches / c["cell"])
+    main, cell = _split(code, "_cell")
+    rounds = math.ceil(c["cell"] / c["block_p"])
+    loops = [(float(rounds), loop.own) for loop in code.loops if _from(loop.own, "_cell")]
+    return [(blocks, [(1, main)]), (cells + c["prefix"], [(1, cell), *loops])]
+
+
+def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Times]]:
+    patches, groups = c["tokens"] - c["prefix"], c["block_m"] // c["sub"] // c["group"]
+    block = c["numbers"] * c["block_m"] * c["block_n"] * c["block_c"] // 4
+    passes = [loop for loop in code.loops if _products(loop.own)]
+    usual = [next((x for x in passes if _from(x.own, name)), None) for name in ("_add_weights", "_store_scores")]
+    lists = [loop for loop in code.loops if _from(loop.own, "_list_winners") and loop not in passes]
+    times: list[tuple[float, Sequence[Instruction]]] = [(1, code.straight)]
+    for loop in code.loops:
+        if loop in passes:  # The others are for logits far apart.
+            often = patches // c["block_n"] * block / _products(loop.own) if loop in usual else 0
+        elif any(len(x.whole) < len(loop.whole) and x.own[0] in loop.whole for x in lists):
+            often = groups
+        elif loop in lists:  # The second is for ties.
+            each = c["group"] * c["block_v"] // 128
+            often = groups * c["pitch"] // c["block_v"] * each / _elements(loop.own, "STG") if loop is lists[0] else 0
+        else:
+            often = groups * ROUNDS
+        times.append((often, loop.own))
+    return [(grid, times)]
+
+
+def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
+    main, prefix = _split(code, "_prefix_row")
+    full, behind = c["keys"] // c["block_n"], 0 if c["cell"] else c["first"]
+    rest = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"])
+    tile: list[tuple[float, Sequence[Instruction]]] = [(1, main)]
+    row: list[tuple[float, Sequence[Instruction]]] = [(1, prefix)]
+    loops = sorted(code.loops, key=lambda loop: -len(loop.own))
+    multiplying = [loop for loop in loops if counts(loop.own)["matrix"]]
+    for loop in loops:
+        if loop in multiplying:
+            tile.append((full if loop is multiplying[0] and full > 1 else rest, loop.own))
+        elif _from(loop.own, "_prefix_row"):
+            row.append((math.ceil(c["blocks"] / c["block_b"]), loop.own))
+    return [(c["tiles"] * c["chunks"], tile), (c["prefix"], row)]
+
+
+def _summarise_l2(c: Mapping[str, Any]) -> float:
+    """Keys and queries once, values twice, keys again for the cells' sums; what is projected, and deviations."""
+    patches = c["tokens"] - c["prefix"]
+    return patches * (5 * 2 * c["width"] + 2 * c["block_c"] * (1 + 1 / c["probe"]) + 4)
+
+
+def _select_l2(c: Mapping[str, Any]) -> float:
+    """Projected keys in two passes of a program; scores written, and read twice."""
+    patches, share = c["tokens"] - c["prefix"], c["block_m"] // c["sub"]
+    programs = math.ceil(c["tiles"] / share)
+    return programs * (2 * patches * 2 * c["block_c"] + 3 * 4 * share * c["pitch"]) + c["tiles"] * c["keys"] * 4
+
+
+def _attend_l2(c: Mapping[str, Any]) -> float:
+    """Listed keys and values of each tile, sums of cells, lists, queries and output."""
+    cells = (c["cells"] + c["prefix"]) * 2 * 4 * c["width"]
+    return c["tiles"] * (c["keys"] * (4 * c["width"] + 4) + cells) + c["tokens"] * 4 * c["width"]
+
+
+_KERNELS = {
+    "summarise": (_summarise, _summarise_l2),
+    "select": (_select, _select_l2),
+    "attend": (_attend, _attend_l2),
+}
+"""Kinds of programs of a launch with what each runs, and bytes that pass L2 for one head of one image."""
