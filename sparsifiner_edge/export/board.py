@@ -35,7 +35,7 @@ from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED, Buffer, Launch, Plan, refusals
+from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_OF_A_LAYER, Buffer, Launch, Plan, refusals
 from sparsifiner_edge.ops.triton.plan_forward import make_a_layer, plan_attend, plan_layer, plan_select
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.records import write_record
@@ -72,7 +72,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         MissingExtraError: Triton is not installed.
         BackendError: a kernel does not compile.
     """
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATORS_PLANNED]
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATORS_OF_A_LAYER]
     if board.sm < LEAST_CAPABILITY:
         raise ConfigError(
             f"{board.name} has no GPU that the kernels are for.", "Leave --board out: the bundle runs there without."

@@ -44,7 +44,7 @@ NATIVE = Kernels(
     native.why_unusable,
 )  # fmt: skip
 TRITON = Kernels(
-    ("KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention"),
+    ("KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention", "MatchTokens", "MergeTokens"),
     "cuda",
     ("float32", "float16", "bfloat16"),
     _triton_missing,

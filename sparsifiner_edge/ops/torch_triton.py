@@ -17,13 +17,19 @@ from sparsifiner_edge.ops.triton import kernels_for
 def triton_result(name: str, attributes: Attributes, inputs: tuple[Tensor, ...]) -> Tensor | None:
     """An operator's output, in order of its schema's inputs, or None: PyTorch runs it.
 
-    The gradient over merged tokens is PyTorch's.
+    The gradient over merged tokens, and of merging them, is PyTorch's.
     """
     merged = name.startswith("Merged")
     if not _runs(name, attributes, inputs[0], [x.shape for x in inputs]):
         return None
     from sparsifiner_edge.ops.triton import run
 
+    if name == "MergeTokens":
+        return None if run.needs_gradient(inputs[0]) else run.merged_tokens(*inputs)
+    if name == "MatchTokens":
+        with torch.no_grad():
+            pairs: Tensor = run.matched_tokens(*inputs, **attributes)
+        return pairs
     qkv, *others = inputs
     sizes = others.pop(0) if merged else None
     if name.endswith("KeySelect"):

@@ -1,5 +1,5 @@
-"""CUDA kernels in Triton: KeySelect and SparseAttention, with its gradient. Importing this package needs neither Triton
-nor a GPU; `kernels_for` says what runs an operator, and why.
+"""CUDA kernels in Triton: KeySelect, SparseAttention with its gradient, MatchTokens and MergeTokens. Importing this
+package needs neither Triton nor a GPU; `kernels_for` says what runs an operator, and why.
 """
 
 from __future__ import annotations

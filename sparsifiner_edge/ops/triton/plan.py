@@ -1,8 +1,8 @@
 """Which kernels an operator launches, in which order, on which buffers: for torch and for compilation ahead of time.
 
-A plan (`plan_forward`, `plan_backward`) follows from the operator's attributes, shapes and element type alone; neither
-torch nor Triton is imported, and launches are the same for every compute capability. Every size is a constant of the
-kernel: a kernel takes pointers and nothing else.
+A plan (`plan_forward`, `plan_backward`, `plan_merge`) follows from the operator's attributes, shapes and element type
+alone; neither torch nor Triton is imported, and launches are the same for every compute capability. Every size is a
+constant of the kernel: a kernel takes pointers and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import OPERATORS, AttributeValue
 
 OPERATORS_PLANNED = TRITON.operators
+OPERATORS_OF_A_LAYER = tuple(x for x in OPERATORS_PLANNED if x.endswith(("KeySelect", "SparseAttention")))
+"""What attention launches; the others merge tokens."""
 LEAST_CAPABILITY = 80
 """Compute capability times ten: below, Triton multiplies without tensor cores."""
 MOST = {"width": 128, "channels": 64, "tile": 128, "probe": 64, "patches": 16384}
@@ -73,6 +75,7 @@ class Plan:
 KERNEL_MODULES = {
     "summarise": "summarise", "select": "select", "attend": "attend", "membership": "rest", "rest": "rest",
     "queries": "backward", "cells": "backward", "keys": "backward",
+    "metric": "merge", "partners": "merge", "suitors": "merge", "pairs": "merge", "merge": "merge",
 }  # fmt: skip
 """Module of each kernel."""
 
@@ -88,7 +91,7 @@ def refusals(
 
     Args:
         name: the operator. attributes, shapes: as in its schema, shapes in the order of its inputs.
-        dtype: element type of qkv, such as "float16".
+        dtype: element type of the first input, such as "float16".
         capability: compute capability of the GPU times ten, such as 87.
     """
     if name not in OPERATORS_PLANNED:
@@ -96,7 +99,7 @@ def refusals(
     op = OPERATORS[name]
     reasons = op.refusals(attributes, shapes)
     if dtype not in op.inputs[0].dtypes:
-        reasons.append(f"qkv must be {', '.join(op.inputs[0].dtypes)}, got {dtype}")
+        reasons.append(f"{op.inputs[0].name} must be {', '.join(op.inputs[0].dtypes)}, got {dtype}")
     if capability < LEAST_CAPABILITY:
         reasons.append(f"compute capability {capability / 10} is below {LEAST_CAPABILITY / 10}")
     return reasons or _size_refusals(attributes, shapes if op.inputs[1].name != "sizes" else [shapes[0], *shapes[2:]])
@@ -104,13 +107,17 @@ def refusals(
 
 def _size_refusals(attributes: Mapping[str, AttributeValue], shapes: Sequence[Sequence[int]]) -> list[str]:
     batch, tokens, packed = shapes[0]
-    heads = int(attributes["num_heads"])
-    sizes = {"width": packed // (3 * heads), "tile": int(attributes["tile"])}
-    columns = tokens - int(attributes["num_prefix"])
-    largest = {"qkv": tokens * packed}
+    heads = int(attributes.get("num_heads", 1))
+    sizes = {name: int(attributes[name]) for name in ("tile", "probe") if name in attributes}
+    columns = tokens - int(attributes.get("num_prefix", 0))
+    largest = {"qkv" if attributes else "x": tokens * packed}  # MergeTokens has none
+    if attributes:
+        sizes |= {"width": packed // (3 * heads)}
+    if "merged" in attributes or "probe" in attributes:
+        sizes |= {"patches": columns}
     if "probe" in attributes:
-        sizes |= {"channels": shapes[1][2], "probe": int(attributes["probe"]), "patches": columns}
-    else:
+        sizes |= {"channels": shapes[1][2]}
+    elif "cell" in attributes:
         tiles, cell = shapes[1][2], int(attributes["cell"])
         largest |= {"membership": tiles * (tokens + 16)}
         chunks = math.ceil(sizes["tile"] / 16)  # of a tile, at most

@@ -19,6 +19,7 @@ from sparsifiner_edge.ops.triton.kernels import kernel
 from sparsifiner_edge.ops.triton.plan import Plan
 from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer, plan_select
+from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 
 INTERPRETED = 80
 """Compute capability that Triton's interpreter, on CPU tensors, plays."""
@@ -68,7 +69,7 @@ def _made(
 
 
 def _plan(make: Callable[..., Plan], inputs: Sequence[Tensor], attributes: Attributes, *gradient: bool) -> Plan:
-    """The plan for inputs of which the first is qkv; the same sizes come again at every layer and step."""
+    """The plan for inputs; the first has the element type. The same sizes come again at every layer and step."""
     element = str(inputs[0].dtype).removeprefix("torch.")
     return _made(make, tuple(x.shape for x in inputs), tuple(attributes.items()), element, gradient)
 
@@ -226,6 +227,33 @@ def layer(qkv: Tensor, sizes: Tensor | None, proj_q: Tensor, proj_k: Tensor, **a
     return out
 
 
-def needs_gradient(qkv: Tensor) -> bool:
+@torch.library.custom_op("sparsifiner_triton::match_tokens", mutates_args=())
+def matched_tokens(
+    qkv: Tensor, sizes: Tensor, num_heads: int, num_prefix: int, window: int, merged: int
+) -> Tensor:  # fmt: skip
+    """MatchTokens: pairs int32 [B,N-merged,2]."""
+    given = _given(qkv, sizes)
+    a = {"num_heads": num_heads, "num_prefix": num_prefix, "window": window, "merged": merged}
+    return launch(_plan(plan_match, list(given.values()), a), given)["pairs"]
+
+
+@matched_tokens.register_fake
+def _(qkv: Tensor, _sizes: Any, _num_heads: int, _num_prefix: int, _window: int, merged: int) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - merged, 2), dtype=torch.int32)
+
+
+@torch.library.custom_op("sparsifiner_triton::merge_tokens", mutates_args=())
+def merged_tokens(x: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
+    """MergeTokens: [B,M,C], without a gradient."""
+    given = {"x": x.contiguous(), "sizes": sizes.float().contiguous(), "pairs": pairs.int().contiguous()}
+    return launch(_plan(plan_merge, list(given.values()), {}), given)["output"]
+
+
+@merged_tokens.register_fake
+def _(x: Tensor, _sizes: Any, pairs: Tensor) -> Tensor:
+    return x.new_empty((*pairs.shape[:2], x.shape[2]))
+
+
+def needs_gradient(x: Tensor) -> bool:
     """Whether a gradient may follow."""
-    return torch.is_grad_enabled() and qkv.requires_grad
+    return torch.is_grad_enabled() and x.requires_grad

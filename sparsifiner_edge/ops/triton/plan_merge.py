@@ -1,0 +1,82 @@
+"""Plans of MatchTokens and MergeTokens; see `plan.py`."""
+
+from __future__ import annotations
+
+import math
+
+from sparsifiner_edge.ops.schema import Attributes, Shapes
+from sparsifiner_edge.ops.triton.plan import Buffer, Launch, Plan, power_of_two
+from sparsifiner_edge.ops.triton.plan_sizes import buffers_of
+
+OFFSETS = 16
+"""Of a window, that are looked at together."""
+PRODUCTS = 8192
+"""That a program of `partners` holds at a time: 64 of a thread."""
+BLOCK_P, BLOCK_J, BLOCK_M = 16, 32, 8
+"""Patches of a program of `metric`, sought of `suitors`, pairs of `merge`."""
+CHANNELS = 256
+"""Of a row that a program of `merge` has, at most."""
+SEEKERS_OF_WARP, MOST_WARPS = 256, 16
+"""Of `pairs`: eight or sixteen of a thread, which has 128 registers at most."""
+
+
+def plan_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
+    """MatchTokens: qkv, sizes -> pairs. Four launches."""
+    batch, tokens, packed = shapes[0]
+    a = {name: int(value) for name, value in attributes.items()}
+    prefix, merged, width = a["num_prefix"], a["merged"], packed // (3 * a["num_heads"])
+    patches = tokens - prefix
+    seekers, sought = (batch, math.ceil(patches / 2)), (batch, patches // 2)
+    buffers = buffers_of(
+        Buffer("qkv", dtype, (batch, tokens, packed), "input"),
+        Buffer("sizes", "float32", (batch, tokens), "input"),
+        Buffer("metric", "float32", (batch, patches, width), "scratch"),
+        Buffer("best", "float32", seekers, "scratch"),
+        Buffer("partner", "int32", seekers, "scratch"),
+        Buffer("score", "int32", sought, "scratch"),
+        Buffer("suitor", "int32", sought, "scratch"),
+        Buffer("chosen", "int32", sought, "scratch"),
+        Buffer("free", "int32", seekers, "scratch"),
+        Buffer("pairs", "int32", (batch, tokens - merged, 2), "output"),
+    )
+    half, block_d = min(a["window"] // 2, seekers[1]), power_of_two(width)
+    window = {"half": half, "block_o": power_of_two(2 * half, least=2, most=OFFSETS)}
+    block_e, block = PRODUCTS // (OFFSETS * block_d), power_of_two(seekers[1])
+    sizes = {"tokens": tokens, "width": width, "prefix": prefix, "block_d": block_d}
+
+    def launch(kernel: str, programs: int, names: str, **constants: int) -> Launch:
+        warps = power_of_two(block // SEEKERS_OF_WARP, least=4, most=MOST_WARPS) if kernel == "pairs" else 4
+        return Launch(kernel, (programs, 1, batch), {name: name for name in names.split()}, constants, warps)
+
+    metric = {**sizes, "heads": a["num_heads"], "block_p": BLOCK_P}
+    launches = (
+        launch("metric", math.ceil(patches / BLOCK_P), "qkv metric", **metric),
+        launch(
+            "partners", math.ceil(seekers[1] / block_e), "metric sizes best partner", **sizes, **window, block_e=block_e
+        ),
+        launch(
+            "suitors", math.ceil(sought[1] / BLOCK_J), "best partner score suitor", **window, patches=patches,
+            block_j=BLOCK_J,
+        ),
+        launch(
+            "pairs", 1, "partner score suitor chosen free pairs", tokens=tokens, prefix=prefix, merged=merged,
+            block=block,
+        ),
+    )  # fmt: skip
+    return Plan(buffers, launches)
+
+
+def plan_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Plan:
+    """MergeTokens: x, sizes, pairs -> output. One launch."""
+    batch, tokens, channels = shapes[0]
+    rows = shapes[2][1]
+    buffers = buffers_of(
+        Buffer("x", dtype, (batch, tokens, channels), "input"),
+        Buffer("sizes", "float32", (batch, tokens), "input"),
+        Buffer("pairs", "int32", (batch, rows, 2), "input"),
+        Buffer("output", dtype, (batch, rows, channels), "output"),
+    )
+    block_c = power_of_two(channels, most=CHANNELS)
+    programs = math.ceil(rows / BLOCK_M) * math.ceil(channels / block_c)
+    constants = {"tokens": tokens, "channels": channels, "rows": rows, "block_m": BLOCK_M, "block_c": block_c}
+    return Plan(buffers, (Launch("merge", (programs, 1, batch), {name: name for name in buffers}, constants),))
