@@ -8,7 +8,7 @@ import torch
 from sparsifiner_edge.ops.torch_triton import triton_layer
 from sparsifiner_edge.ops.triton import VARIABLE
 from tests.ops.matrix import Case, cases
-from tests.triton.inputs import DTYPES, NAMES, PAPER, case_of, close, gradients, hold, run, tensors
+from tests.triton.inputs import ATTENTION, DTYPES, NAMES, PAPER, case_of, close, gradients, hold, run, tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 BOTH = [case for name in NAMES for case in cases(name)]
@@ -16,6 +16,9 @@ LARGE = [
     (case_of("KeySelect", 4096, batch=2, num_heads=3, tile=64, probe=16, cell=164, keys=410), 64),
     (case_of("SparseAttention", 1024, batch=2, num_heads=3, tile=64, cell=41), 64),
     (case_of("KeySelect", 9216, num_heads=1, tile=64, probe=16, cell=369, keys=922), 64),
+    (case_of("MatchTokens", 4097, batch=2, num_heads=3, window=16, merged=500), 64),
+    (case_of("MatchTokens", 1369, num_heads=6, window=64, merged=684), 128),
+    (case_of("MergeTokens", 5476, batch=2), 64),
 ]
 
 
@@ -36,7 +39,7 @@ def test_agrees_over_the_matrix(case: Case, dtype: str) -> None:
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
 @pytest.mark.parametrize("tile", [8, 16, 64])
 def test_agrees_at_every_head_dimension(tile: int, width: int, dtype: str) -> None:
-    for name in NAMES:
+    for name in ATTENTION:
         case = case_of(name, 300, tile=tile, scale=width**-0.5)
         given = tensors(case, width=width, dtype=dtype, device="cuda")
         hold(case, given, run(case, given), dtype)
@@ -46,6 +49,21 @@ def test_agrees_at_every_head_dimension(tile: int, width: int, dtype: str) -> No
 def test_agrees_at_large_sizes(case: Case, width: int) -> None:
     given = tensors(case, width=width, dtype="float16", device="cuda")
     hold(case, given, run(case, given), "float16")
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
+def test_merging_agrees_at_every_head_dimension(width: int, dtype: str) -> None:
+    for case in (case_of("MatchTokens", 301, num_heads=5, merged=40), case_of("MergeTokens", 301, batch=2)):
+        given = tensors(case, width=width, dtype=dtype, device="cuda")
+        hold(case, given, run(case, given), dtype)
+
+
+def test_as_many_patches_as_there_may_be() -> None:
+    """Every seeker the same: each is most like the lowest of its window, and the first merge."""
+    case = case_of("MatchTokens", 16384, num_heads=1, num_prefix=0, merged=8192)
+    qkv, sizes = torch.ones(1, 16384, 96, device="cuda"), torch.ones(1, 16384, device="cuda")
+    hold(case, [qkv, sizes], run(case, [qkv, sizes]), "float32")
 
 
 @pytest.mark.parametrize("merged", ["", "Merged"])
@@ -69,7 +87,8 @@ def test_a_layer_is_its_two_operators(patches: int, dtype: str, merged: str) -> 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_twice_the_same_bits(dtype: str) -> None:
-    for case in (case_of("KeySelect", 1000, num_heads=3), case_of("SparseAttention", 1000, num_heads=3)):
+    merging = case_of("MatchTokens", 1000, num_heads=3, merged=300), case_of("MergeTokens", 1000)
+    for case in (case_of("KeySelect", 1000, num_heads=3), *merging, case_of("SparseAttention", 1000, num_heads=3)):
         given = tensors(case, width=64, dtype=dtype, device="cuda")
         assert torch.equal(run(case, given), run(case, given))
     weights = torch.ones(1, 1001, 192, dtype=DTYPES[dtype], device="cuda")
@@ -93,8 +112,8 @@ def test_wild_indices_are_harmless() -> None:
     torch.cuda.synchronize()
 
 
-def test_captured_as_a_graph() -> None:
-    case = case_of("SparseAttention", 300, num_heads=3)
+@pytest.mark.parametrize("case", [case_of(x, 300) for x in ("SparseAttention", "MatchTokens", "MergeTokens")], ids=str)
+def test_captured_as_a_graph(case: Case) -> None:
     given = tensors(case, width=64, dtype="float16", device="cuda")
     expected = run(case, given)
     captured = torch.cuda.CUDAGraph()

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.ops import reference
+from sparsifiner_edge.ops import reference, torch_merge
 from sparsifiner_edge.ops import torch as torch_ops
 from sparsifiner_edge.ops.schema import OPERATORS
 from tests.ops import matrix
 from tests.ops.matrix import Case
 
-NAMES = ("KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention")
+ATTENTION = ("KeySelect", "SparseAttention", "MergedKeySelect", "MergedSparseAttention")
+NAMES = (*ATTENTION, "MatchTokens", "MergeTokens")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PAPER = Case(
     OPERATORS["SparseAttention"],
@@ -46,6 +47,10 @@ def tensors(
 def run(case: Case, given: list[Tensor]) -> Tensor:
     """The public operator: which kernels run it is `kernels_for`'s choice."""
     settings = dict(case.attributes)
+    if case.op.name == "MergeTokens":
+        return torch_merge.merge_tokens(*given)
+    if case.op.name == "MatchTokens":
+        return torch_merge.match_tokens(*given, **settings)
     if case.op.name.startswith("Merged"):
         settings["sizes"], given = given[1], [given[0], *given[2:]]
     function: Any = torch_ops.key_select if case.op.name.endswith("KeySelect") else torch_ops.sparse_attention

@@ -19,6 +19,7 @@ from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_
 from sparsifiner_edge.ops.triton.plan import Plan, refusals
 from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer
+from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 
 pytestmark = pytest.mark.slow
 PATCHES, HEADS, KEYS = 1024, 6, 103
@@ -123,6 +124,29 @@ def test_every_variant_of_a_layer_compiles(changes: dict[str, Any], capability: 
     plan = plan_layer([*shapes, *[(HEADS, 64, 24)] * 2], a, "float16")
     assert [launch.kernel for launch in plan.launches] == ["summarise", "select", "attend"]
     for made in compile_plan(plan, capability):
+        fits(made)
+        assert made.shared <= MOST_SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "patches", "kernels"),
+    [
+        (87, "float16", 64, 1369, "metric partners suitors pairs merge"),
+        (90, "float32", 128, 16384, "partners pairs merge"),
+        (120, "bfloat16", 96, 16384, "metric partners pairs"),
+    ],
+)
+def test_merging_compiles(capability: int, dtype: str, width: int, patches: int, kernels: str) -> None:
+    tokens, merged = patches + 1, patches // 8
+    a = {"num_heads": HEADS, "num_prefix": 1, "window": 16, "merged": merged}
+    shapes = [(1, tokens, 3 * HEADS * width), (1, tokens)]
+    assert refusals("MatchTokens", a, shapes, dtype, capability) == []
+    match = plan_match(shapes, a, dtype)
+    merge = plan_merge([(1, tokens, HEADS * width), (1, tokens), (1, tokens - merged, 2)], {}, dtype)
+    chosen = [(plan, x) for plan in (match, merge) for x in plan.launches if x.kernel in kernels.split()]
+    assert [x.kernel for _, x in chosen] == kernels.split()
+    for plan, launch in chosen:
+        made = compile_launch(plan, launch, capability)
         fits(made)
         assert made.shared <= MOST_SHARED_BYTES
 

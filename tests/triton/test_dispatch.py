@@ -16,6 +16,7 @@ from sparsifiner_edge.ops.triton import VARIABLE, Choice, kernels_for
 from sparsifiner_edge.ops.triton.plan import refusals
 from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer
+from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from tests.triton.inputs import NAMES, case_of, hold, run, tensors
 
 SELECT = case_of("KeySelect", 40)
@@ -79,6 +80,15 @@ def test_the_variable_forces(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SparseAttention", [(70000, 41, 24), (70000, 1, 3, 5)], {}, 80, "float32", "batch 70000"),
         ("KeySelect", [(1, 16386, 24), (1, 8, 4), (1, 8, 4)], {}, 80, "float32", "number of patches 16385 exceeds"),
         ("KeySelect", [(1, 41, 3 * 72), (1, 72, 65), (1, 72, 65)], {}, 80, "float32", "channels 65 exceeds 64"),
+        ("MatchTokens", [(1, 16386, 24), (1, 16386)], {}, 80, "float32", "number of patches 16385 exceeds"),
+        ("MatchTokens", [(1, 41, 3 * 136), (1, 41)], {}, 80, "float32", "head dimension 136 exceeds 128"),
+        ("MatchTokens", [(1, 41, 24), (1, 41)], {"window": 3}, 80, "float32", "window 3 is odd"),
+        ("MatchTokens", [(1, 41, 24), (1, 41)], {"num_heads": 70000}, 80, "float32", "not a multiple"),
+        ("MatchTokens", [(70000, 41, 24), (70000, 41)], {}, 80, "float32", "batch 70000"),
+        ("MergeTokens", [(1, 41, 24), (1, 41), (1, 30, 2)], {}, 80, "float64", "x must be float32, float16, bfloat16"),
+        ("MergeTokens", [(1, 2**20, 2**11), (1, 2**20), (1, 9, 2)], {}, 80, "float32", "x has 2147483648 elements"),
+        ("MergeTokens", [(70000, 4, 8), (70000, 4), (70000, 2, 2)], {}, 80, "float32", "batch 70000"),
+        ("MergeTokens", [(1, 41, 24), (1, 41), (1, 42, 2)], {}, 80, "float32", "pairs must have shape"),
     ],
 )
 def test_refusals(name: str, shapes: Any, changes: Any, capability: int, dtype: str, reason: str) -> None:
@@ -88,7 +98,7 @@ def test_refusals(name: str, shapes: Any, changes: Any, capability: int, dtype: 
 
 def test_nothing_is_refused_in_vain() -> None:
     for capability in (80, 87, 120):
-        for case in (SELECT, ATTEND):
+        for case in (case_of(name, 40) for name in NAMES):
             shapes = [x.shape for x in tensors(case)]
             assert refusals(case.op.name, case.attributes, shapes, "float16", capability) == []
 
@@ -116,6 +126,19 @@ def test_plans_name_only_buffers_they_have() -> None:
             assert used - {None} <= set(plan.buffers)
             scratch = {name for name, buffer in plan.buffers.items() if buffer.role == "scratch"}
             assert scratch <= used
+
+
+def test_merging_is_four_launches_and_one() -> None:
+    for name, make, kernels in (
+        ("MatchTokens", plan_match, ["metric", "partners", "suitors", "pairs"]),
+        ("MergeTokens", plan_merge, ["merge"]),
+    ):
+        case = case_of(name, 40)
+        plan = make([x.shape for x in tensors(case)], case.attributes, "float16")
+        assert [launch.kernel for launch in plan.launches] == kernels
+        assert {buffer for launch in plan.launches for buffer in launch.arguments.values()} == set(plan.buffers)
+        inputs = [buffer.name for buffer in plan.buffers.values() if buffer.role == "input"]
+        assert sorted(inputs) == sorted(x.name for x in case.op.inputs)
 
 
 def test_a_layer_is_three_launches() -> None:

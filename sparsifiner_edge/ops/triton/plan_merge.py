@@ -23,13 +23,44 @@ SEEKERS_OF_WARP, MOST_WARPS = 256, 16
 def plan_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
     """MatchTokens: qkv, sizes -> pairs. Four launches."""
     batch, tokens, packed = shapes[0]
-    a = {name: int(value) for name, value in attributes.items()}
-    prefix, merged, width = a["num_prefix"], a["merged"], packed // (3 * a["num_heads"])
-    patches = tokens - prefix
-    seekers, sought = (batch, math.ceil(patches / 2)), (batch, patches // 2)
-    buffers = buffers_of(
+    heads, prefix, merged = (int(attributes[name]) for name in ("num_heads", "num_prefix", "merged"))
+    patches, width = tokens - prefix, packed // (3 * heads)
+    seekers, sought = math.ceil(patches / 2), patches // 2
+    half, block_d = min(int(attributes["window"]) // 2, seekers), power_of_two(width)
+    window = {"half": half, "block_o": power_of_two(2 * half, least=2, most=OFFSETS)}
+    block_e, block = PRODUCTS // (OFFSETS * block_d), power_of_two(seekers)
+    sizes = {"tokens": tokens, "width": width, "prefix": prefix, "block_d": block_d}
+
+    def launch(kernel: str, programs: int, names: str, constants: dict[str, int], warps: int = 4) -> Launch:
+        return Launch(kernel, (programs, 1, batch), {name: name for name in names.split()}, constants, warps)
+
+    launches = (
+        launch("metric", math.ceil(patches / BLOCK_P), "qkv metric", {**sizes, "heads": heads, "block_p": BLOCK_P}),
+        launch(
+            "partners", math.ceil(seekers / block_e), "metric sizes best partner",
+            {**sizes, **window, "block_e": block_e},
+        ),
+        launch(
+            "suitors", math.ceil(sought / BLOCK_J), "best partner score suitor",
+            {**window, "patches": patches, "block_j": BLOCK_J},
+        ),
+        launch(
+            "pairs", 1, "partner score suitor chosen free pairs",
+            {"tokens": tokens, "prefix": prefix, "merged": merged, "block": block},
+            power_of_two(block // SEEKERS_OF_WARP, least=4, most=MOST_WARPS),
+        ),
+    )  # fmt: skip
+    buffers = _match_buffers(batch, patches, width) | buffers_of(
         Buffer("qkv", dtype, (batch, tokens, packed), "input"),
         Buffer("sizes", "float32", (batch, tokens), "input"),
+        Buffer("pairs", "int32", (batch, tokens - merged, 2), "output"),
+    )
+    return Plan(buffers, launches)
+
+
+def _match_buffers(batch: int, patches: int, width: int) -> dict[str, Buffer]:
+    seekers, sought = (batch, math.ceil(patches / 2)), (batch, patches // 2)
+    return buffers_of(
         Buffer("metric", "float32", (batch, patches, width), "scratch"),
         Buffer("best", "float32", seekers, "scratch"),
         Buffer("partner", "int32", seekers, "scratch"),
@@ -37,33 +68,7 @@ def plan_match(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
         Buffer("suitor", "int32", sought, "scratch"),
         Buffer("chosen", "int32", sought, "scratch"),
         Buffer("free", "int32", seekers, "scratch"),
-        Buffer("pairs", "int32", (batch, tokens - merged, 2), "output"),
     )
-    half, block_d = min(a["window"] // 2, seekers[1]), power_of_two(width)
-    window = {"half": half, "block_o": power_of_two(2 * half, least=2, most=OFFSETS)}
-    block_e, block = PRODUCTS // (OFFSETS * block_d), power_of_two(seekers[1])
-    sizes = {"tokens": tokens, "width": width, "prefix": prefix, "block_d": block_d}
-
-    def launch(kernel: str, programs: int, names: str, **constants: int) -> Launch:
-        warps = power_of_two(block // SEEKERS_OF_WARP, least=4, most=MOST_WARPS) if kernel == "pairs" else 4
-        return Launch(kernel, (programs, 1, batch), {name: name for name in names.split()}, constants, warps)
-
-    metric = {**sizes, "heads": a["num_heads"], "block_p": BLOCK_P}
-    launches = (
-        launch("metric", math.ceil(patches / BLOCK_P), "qkv metric", **metric),
-        launch(
-            "partners", math.ceil(seekers[1] / block_e), "metric sizes best partner", **sizes, **window, block_e=block_e
-        ),
-        launch(
-            "suitors", math.ceil(sought[1] / BLOCK_J), "best partner score suitor", **window, patches=patches,
-            block_j=BLOCK_J,
-        ),
-        launch(
-            "pairs", 1, "partner score suitor chosen free pairs", tokens=tokens, prefix=prefix, merged=merged,
-            block=block,
-        ),
-    )  # fmt: skip
-    return Plan(buffers, launches)
 
 
 def plan_merge(shapes: Shapes, _attributes: Attributes, dtype: str) -> Plan:
