@@ -27,12 +27,14 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export import board as boards
 from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
+from sparsifiner_edge.ops.bodies import Structure, function_body
+from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.ops.triton.compile import compile_launch
 from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.profiles.boards.board import load_board
 from sparsifiner_edge.runtime import open_session
 from tests.commands import assert_refused, call, manifest_of
-from tests.sparse_graph import sparse_model
+from tests.sparse_graph import HEADS, sparse_model
 from tests.tables import table_of
 
 pytestmark = pytest.mark.slow
@@ -148,6 +150,26 @@ def test_a_layer_that_cannot_be_compiled_keeps_its_body(model, tmp_path, monkeyp
     variant = onnx.load(tmp_path / entry.model)
     assert [f.name for f in variant.functions] == ["SparseAttention"]
     assert [node.op_type for node in variant.graph.node if node.domain == "sparsifiner"] == ["SparseAttention"]
+
+
+def test_merging_keeps_its_bodies(model, tmp_path):
+    merging = onnx.ModelProto()
+    merging.CopyFrom(model)
+    sizes = onnx.numpy_helper.from_array(np.ones((1, 64), np.float32), "sizes")
+    merging.graph.initializer.append(sizes)
+    settings = {"num_heads": HEADS, "num_prefix": 1, "window": 8, "merged": 6}
+    pairs = onnx.helper.make_node("MatchTokens", ["qkv", "sizes"], ["pairs"], "match", domain=DOMAIN, **settings)
+    fewer = onnx.helper.make_node("MergeTokens", ["attended", "sizes", "pairs"], ["fewer"], "merge", domain=DOMAIN)
+    next(x for x in merging.graph.node if x.op_type == "ReduceMean").input[0] = "fewer"
+    merging.graph.node.insert(len(merging.graph.node) - 1, pairs)
+    merging.graph.node.insert(len(merging.graph.node) - 1, fewer)
+    structure = Structure(prefix=True, cells=True, prefix_keys=True)
+    merging.functions.extend(function_body(name, structure) for name in ("MatchTokens", "MergeTokens"))
+    entry = board_files(merging, {}, load_board("jetson-orin-nano-8gb"), tmp_path)
+    assert (entry.nodes, entry.launches, entry.refused) == (2, 5, {})
+    variant = onnx.load(tmp_path / entry.model)
+    assert [node.op_type for node in variant.graph.node if node.domain == DOMAIN] == ["MatchTokens", "MergeTokens"]
+    assert {function.name for function in variant.functions} == {"MatchTokens", "MergeTokens"}
 
 
 def test_the_board_decides_version_and_assembler(tmp_path, monkeypatch):
