@@ -1,20 +1,24 @@
 """TensorRT-RTX engines of DINOv2 ViT-S/14, built ahead of time without a GPU: does every one build, and how fast.
 
-    python benchmarks/engines_rtx.py [--bundles DIR] [-o benchmarks/results]
+    python benchmarks/engines_rtx.py [--bundles DIR] [--kind KIND ...] [-o benchmarks/results]
 
-Dense, and sparse with keep .25 at 224 px and .10 at 518 px, float16 and int8 (QDQ, recipe tensorrt), for compute
-capabilities 8.6, 8.9 and 12.0. Bundles that DIR does not hold yet are exported into it first; that is not timed.
+Dense; sparse with keep .25 at 224 px and .10 at 518 px; merged, with dense attention; and merged and sparse in some
+layers; float16 and int8 (QDQ, target tensorrt), for compute capabilities 8.6, 8.9 and 12.0. Bundles that DIR does not
+hold yet are exported into it first; that is not timed. Rows of kinds that are not asked for stay as they were recorded.
 Seconds on a busy machine say little: seconds of processor time stand beside them.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
+from engine_kernels import compiled_kernels
 from fidelity_subject import weights_file
 
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
@@ -28,8 +32,22 @@ from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.sparse.student import sparsify
 
-SETTINGS = {224: (0.25, 16), 518: (0.10, 25)}
-"""Pixels -> share of keys, background cells."""
+SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
+    224: {
+        "dense": {},
+        "sparse": {"keep": 0.25, "cells": 16},
+        "merged": {"keep": 1.0, "cells": 16, "merge": (20, 0)},
+        "mixed": {"keep": (0.25, 0.25, 0.5, 1.0), "cells": 16, "merge": (20, 0)},
+    },
+    518: {
+        "dense": {},
+        "sparse": {"keep": 0.10, "cells": 25},
+        "merged": {"keep": 1.0, "cells": 49, "merge": (160, 0)},
+        "mixed": {"keep": (0.1, 0.1, 0.2, 1.0), "cells": 49, "merge": (160, 0)},
+    },
+}
+"""Pixels -> kind -> settings of the student; none: no student. Those that merge are budgets of `merging.py`."""
+KINDS = tuple(SETTINGS[224])
 CAPABILITIES = ("8.6", "8.9", "12.0")
 LIMIT_S = 60.0
 IMAGES = 3
@@ -52,13 +70,13 @@ def bundle(root: Path, kind: str, size: int, precision: str) -> Path:
         return target
     options: dict[str, Any] = {"precision": precision}
     if precision == "int8":
-        options |= {"calibrate": calibration_folder(root), "recipe": "tensorrt"}
-    if kind == "dense":
+        options |= {"calibrate": calibration_folder(root), "int8_target": "tensorrt"}
+    settings = SETTINGS[size][kind]
+    if not settings:
         return export_bundle(material.DINOV2, target, weights=weights_file(), img_size=size, **options)
-    student = root / f"s{size}"
+    student = root / f"student_{kind}{size}"
     if not student.exists():
-        keep, cells = SETTINGS[size]
-        sparsify(material.DINOV2, student, weights=weights_file(), img_size=size, keep=keep, cells=cells)
+        sparsify(material.DINOV2, student, weights=weights_file(), img_size=size, **settings)
     return export_bundle(student, target, **options)
 
 
@@ -74,7 +92,8 @@ def measure(source: Path) -> list[dict[str, Any]]:
             except SparsifinerError as error:
                 rows.append(row | {"built": False, "error": error.what})
             else:
-                rows.append(row | {"built": True} | {name: getattr(engine.details, name) for name in KEPT})
+                row |= {"built": True} | {name: getattr(engine.details, name) for name in KEPT}
+                rows.append(row | compiled_kernels((copy / engine.file).read_bytes()))
             click.echo(rows[-1], err=True)
     return rows
 
@@ -103,35 +122,52 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def kind_of(name: str) -> str:
+    """Of a bundle by its name, such as "dense224_fp16"."""
+    return next(kind for kind in KINDS if name.startswith(kind))
+
+
+def recorded(path: Path, kinds: Collection[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]:
+    """Subjects and rows of other kinds in an earlier result, and when each of those was recorded."""
+    if not path.exists() or set(kinds) == set(KINDS):
+        return [], [], {}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    subjects = [s for s in before["subjects"] if kind_of(s["path"]) not in kinds]
+    rows = [r for r in before["samples"]["engines"] if kind_of(r["bundle"]) not in kinds]
+    known = before["method"].get("recorded", {})
+    return subjects, rows, {k: known.get(k, before["created"]) for k in map(kind_of, (r["bundle"] for r in rows))}
+
+
 @click.command(help=__doc__)
 @click.option(
     "--bundles", type=click.Path(path_type=Path), help="Where bundles are, or are put; by default a new place."
 )
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
-def main(*, bundles: Path | None, output: Path) -> None:
+def main(*, bundles: Path | None, kinds: tuple[str, ...], output: Path) -> None:
+    subjects, rows, earlier = recorded(output / "engines_rtx.json", kinds)
     with tempfile.TemporaryDirectory() as fresh:
         root = bundles or Path(fresh)
         root.mkdir(parents=True, exist_ok=True)
-        rows: list[dict[str, Any]] = []
-        subjects = []
         for size in SETTINGS:
             for precision in ("fp16", "int8"):
-                for kind in ("dense", "sparse"):
+                for kind in kinds:
                     folder = bundle(root, kind, size, precision)
                     subjects.append(subject(folder))
                     rows += measure(folder)
-        save(output, subjects, rows)
-    cells = [[row["bundle"], row["compute_capability"], *(f"{row[name]:.1f}" for name in KEPT[:3])]
-             for row in rows if row["built"]]  # fmt: skip
-    print_table("Built ahead of time", ["bundle", "compute capability", *KEPT[:3]], cells)
+        save(output, subjects, rows, earlier)
+    cells = [[row["bundle"], row["compute_capability"], *(f"{row[name]:.1f}" for name in KEPT[:3]),
+              f"{row['bytes'] / 1e6:.1f}", str(row.get("kernels", ""))] for row in rows if row["built"]]  # fmt: skip
+    print_table("Built ahead of time", ["bundle", "compute capability", *KEPT[:3], "MB", "kernels"], cells)
 
 
-def save(output: Path, subjects: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+def save(output: Path, subjects: list[dict[str, Any]], rows: list[dict[str, Any]], earlier: dict[str, str]) -> None:
     method = {
         "backend": "tensorrt-rtx",
         "version": str(find_backend("tensorrt-rtx").load().__version__),
         "what": "built ahead of time, in a process each, without a GPU; none of the engines was run",
-        "settings": {str(size): {"keep": keep, "cells": cells} for size, (keep, cells) in SETTINGS.items()},
+        "settings": {str(size): kinds for size, kinds in SETTINGS.items()},
+        "recorded": earlier,
     }
     write_result(output / "engines_rtx.json", Result("evaluation", subjects, method, {"engines": rows}, summary(rows)))
 

@@ -23,7 +23,7 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.fp16 import convert, to_fp16
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.sessions import file_runner
-from sparsifiner_edge.metrics import aligned, cosine
+from sparsifiner_edge.metrics import aligned, cosine, row_cosines
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of
@@ -101,6 +101,26 @@ def test_it_is_close_to_float32_on_another_image(kind: str) -> None:
         assert cosine(value, wanted[name]).min() > 0.999
         assert found.least_row_cosines[name] >= module.LEAST_ROW_COSINE
     assert any(not np.array_equal(value, wanted[name]) for name, value in outputs.items())
+
+
+def test_other_merges_are_no_error_of_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding decides which of tokens that are alike merge: then rows are others, which is judged on average."""
+    deployed = deploy(student(sparsity=SparsityConfig(keep=1, merge=(24, 24)), depth=4), tokens=True)
+    single = export_graph(deployed, 160, 1, deployed.output_names)
+    images = [smooth_images(160, seed=seed) for seed in range(6)]
+    half, found = to_fp16(single, images)
+    runs = file_runner(single, "portable"), file_runner(half, "portable")
+    rows = [row_cosines("tokens", runs[1](image)["tokens"], runs[0](image)["tokens"]) for image in images]
+    assert min(x.min() for x in rows) < 0.9  # Some of their tokens are others.
+    assert min(found.least_row_cosines.values()) >= module.LEAST_ROW_COSINE
+    assert found.own_matches_cosines["tokens"] == pytest.approx(float(np.mean(rows)))
+    one = to_fp16(single, images, own_images=images[:1])[1]
+    assert one.own_matches_cosines["tokens"] == pytest.approx(float(rows[0].mean()))
+    assert one.least_row_cosines == found.least_row_cosines
+    assert to_fp16(small_file("edge"), images[:1])[1].own_matches_cosines == {}
+    monkeypatch.setattr(module, "LEAST_OWN_COSINE", 0.9999)
+    with pytest.raises(GateError, match=r"'tokens'.*on average, where its own matches merge, allowed 0\.9999"):
+        to_fp16(single, images)
 
 
 def test_token_scores_are_ranked_in_float32() -> None:

@@ -112,10 +112,12 @@ class Float16(Struct, frozen=True):
     """A file whose products and activations are float16.
 
     Attributes:
-        least_row_cosines: per output, least cosine of a row to the float32 file.
+        least_row_cosines: per output, least cosine of a row to the float32 file; where tokens merge, with that file's
+            matches.
         largest_activation, largest_activation_in: magnitude of what is float16 now, and that tensor's name.
         nodes_float16, nodes_float32: nodes that compute in each, of those that compute in floats.
         kernels: what ran the operators in the comparison.
+        own_matches_cosines: per output, mean cosine of its rows with the file's own matches; empty where none merge.
     """
 
     least_row_cosines: dict[str, float] = {}
@@ -124,6 +126,7 @@ class Float16(Struct, frozen=True):
     nodes_float16: int = 0
     nodes_float32: int = 0
     kernels: str | None = None
+    own_matches_cosines: dict[str, float] = {}
 
 
 class BoardKernels(Struct, frozen=True, kw_only=True):

@@ -10,11 +10,14 @@
 One walk over the graph decides each node's type and puts a Cast where two meet. `onnxruntime.transformers.float16`
 does this for standard operators, but takes the result of every operator for float16: the token scores of a pruned
 model, float32 by their schema, would come to be ranked in float16, where small probabilities tie.
+
+Where tokens merge, the file is held to the float32 file with that file's matches, row by row, and with its own on
+average: of tokens that are alike, rounding decides which merge (as for `int8`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +27,14 @@ from onnx import TensorProto, numpy_helper
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Float16
 from sparsifiner_edge.errors import GateError
-from sparsifiner_edge.export.sessions import file_runner, with_outputs
+from sparsifiner_edge.export.int8 import LEAST_OWN_COSINE
+from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
 from sparsifiner_edge.metrics import aligned, row_cosines
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 SINGLE, HALF = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
 LEAST_ROW_COSINE = 0.999
-"""Gate: least cosine of any row of any output to the float32 file."""
+"""Gate: least cosine of any row of any output to the float32 file, where tokens merge with that file's matches."""
 LEAST_ROW_COSINE_INT8 = 0.99
 """The same for a file with int8 products: a value near the middle between two steps falls on either side."""
 HALF_TOLERANCE, HALF_TOLERANCE_FREE = 2e-2, 5e-2
@@ -47,7 +51,10 @@ _IN_HALF = frozenset({
 
 
 def to_fp16(
-    model: onnx.ModelProto, images: Sequence[Array], least: float | None = None
+    model: onnx.ModelProto,
+    images: Sequence[Array],
+    least: float | None = None,
+    own_images: Sequence[Array] | None = None,
 ) -> tuple[onnx.ModelProto, Float16]:
     """Make a float16 file of an exported float32 file, or of one with int8 products, which stay.
 
@@ -55,6 +62,7 @@ def to_fp16(
         model: left as it is.
         images: uint8 [B,H,W,3]; both files are run on them and compared.
         least: cosine that every row of every output must reach; None: `LEAST_ROW_COSINE`.
+        own_images: where tokens merge, what the file's own matches are judged on; None: `images`.
 
     Returns:
         The file, and how close it is.
@@ -63,22 +71,27 @@ def to_fp16(
         GateError: a weight or an activation is beyond float16, or an output is too far from float32.
     """
     converted = convert(model)
-    cosines, largest = _compare(model, converted, images)
-    if not largest[0] <= LARGEST:  # Written so that NaN fails.
+    found = _compare(model, converted, images, images if own_images is None else own_images)
+    if not found.largest[0] <= LARGEST:  # Written so that NaN fails.
         raise GateError(
-            f"Activations of {largest[1]!r} reach {largest[0]:.3g}, beyond float16 ({LARGEST:.0f}).",
+            f"Activations of {found.largest[1]!r} reach {found.largest[0]:.3g}, beyond float16 ({LARGEST:.0f}).",
             "Nothing was written. Export fp32, or int8.",
         )
-    allowed = LEAST_ROW_COSINE if least is None else least
+    _require(found.least, LEAST_ROW_COSINE if least is None else least, "")
+    _require(found.own, LEAST_OWN_COSINE, " on average, where its own matches merge")
+    counts, sparse = converted.counts, any(node.domain == DOMAIN for node in model.graph.node)
+    kernels = "function bodies" if sparse else "none (standard operators)"
+    report = Float16(found.least, *found.largest, counts[HALF], counts[SINGLE], kernels, found.own)
+    return converted.model, report
+
+
+def _require(cosines: Mapping[str, float], allowed: float, how: str) -> None:
     for name, found in cosines.items():
         if found < allowed:
             raise GateError(
-                f"Output {name!r} of the float16 file has cosine {found:.5f} to float32, allowed {allowed}.",
+                f"Output {name!r} of the float16 file has cosine {found:.5f} to float32{how}, allowed {allowed}.",
                 "Nothing was written. Export fp32, or int8.",
             )
-    counts, sparse = converted.counts, any(node.domain == DOMAIN for node in model.graph.node)
-    kernels = "function bodies" if sparse else "none (standard operators)"
-    return converted.model, Float16(cosines, *largest, counts[HALF], counts[SINGLE], kernels)
 
 
 class Converted(NamedTuple):
@@ -216,28 +229,50 @@ def _float_tensors(model: onnx.ModelProto) -> set[str]:
     return {name for name, kind in known.items() if kind == SINGLE}
 
 
-def _compare(
-    single: onnx.ModelProto, converted: Converted, images: Sequence[Array]
-) -> tuple[dict[str, float], tuple[float, str]]:
-    """Least row cosine per output over the images, both files run by their bodies, and the greatest activation.
-
-    That is found in the float32 file: ONNX Runtime's CPU computes float16 products in float32, and passes what
-    overflows on to the next node unharmed.
+class _Compared(NamedTuple):
+    """Least row cosine per output, with the float32 file's matches where tokens merge; the mean with the file's own
+    (empty where none merge); the greatest magnitude that becomes float16, and its tensor's name.
     """
-    run_single = file_runner(_with_magnitudes(single, converted.halves), "portable")
-    run_half = file_runner(converted.model, "portable")
-    least: dict[str, float] = {}
+
+    least: dict[str, float]
+    own: dict[str, float]
+    largest: tuple[float, str]
+
+
+def _compare(
+    single: onnx.ModelProto, converted: Converted, images: Sequence[Array], own_images: Sequence[Array]
+) -> _Compared:
+    """Both files on the images, by their bodies.
+
+    The greatest activation is found in the float32 file: ONNX Runtime's CPU computes float16 products in float32, and
+    passes what overflows on to the next node unharmed.
+    """
+    matches = match_names(single)
+    run_single = file_runner(with_outputs(_with_magnitudes(single, converted.halves), matches), "portable")
+    run_half = file_runner(with_matches(converted.model, matches), "portable")
+    rows: dict[str, list[Array]] = {}
+    own: dict[str, list[Array]] = {}
     largest = (0.0, "none")
     for image in images:
         wanted = run_single(image)
         magnitudes = [(float(wanted.pop(_MAGNITUDE.format(name))), name) for name in converted.halves]
         largest = max(largest, *magnitudes)
-        outputs, _ = aligned(run_half(image), wanted)
-        for name, x in outputs.items():
-            with np.errstate(all="ignore"):  # What overflowed is found by the gate.
-                found = np.nan_to_num(row_cosines(name, x, wanted[name]), nan=-1.0).min()
-            least[name] = min(least.get(name, 1.0), float(found))
-    return least, largest
+        matched = {name: wanted.pop(name) for name in matches}
+        _add_cosines(rows, run_half(image, matched), wanted)
+    if matches:
+        runs = file_runner(converted.model, "portable"), file_runner(single, "portable")
+        for image in own_images:
+            _add_cosines(own, *(run(image) for run in runs))
+    least = {name: min(float(x.min()) for x in found) for name, found in rows.items()}
+    return _Compared(least, {name: float(np.mean([x.mean() for x in found])) for name, found in own.items()}, largest)
+
+
+def _add_cosines(rows: dict[str, list[Array]], got: dict[str, Array], wanted: dict[str, Array]) -> None:
+    """Append the row cosines of each output; -1 where something is NaN."""
+    outputs, _ = aligned(got, wanted)
+    for name, x in outputs.items():
+        with np.errstate(all="ignore"):  # What overflowed is found by the gate.
+            rows.setdefault(name, []).append(np.nan_to_num(row_cosines(name, x, wanted[name]), nan=-1.0))
 
 
 _MAGNITUDE = "{}_largest"

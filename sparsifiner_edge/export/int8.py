@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.entries import Quantisation
 from sparsifiner_edge.errors import ConfigError, GateError
-from sparsifiner_edge.export.sessions import file_runner, with_outputs
+from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.metrics import POSITIONS, aligned, row_cosines
 from sparsifiner_edge.ops.graph import drop_unused
@@ -77,7 +77,7 @@ def quantise(
     held_out = list(images[2::3]) or list(images)
     calibrated = [x for number, x in enumerate(images) if number % 3 != 2] if len(images) > 2 else list(images)
     source, layers = _prepared(model)
-    matches = [name for node in source.graph.node if node.op_type == "MatchTokens" for name in node.output]
+    matches = match_names(source)
     run = file_runner(with_outputs(source, matches))
     wanted = [run(image) for image in held_out]
     matched = [{name: outputs.pop(name) for name in matches} for outputs in wanted]
@@ -86,7 +86,7 @@ def quantise(
 
     def measure(kept: Sequence[str], count: int = len(held_out), own: bool = False) -> tuple[dict[str, float], float]:
         made = _restored(full, source, kept)
-        run = file_runner(made if own else _matched(made, matches))
+        run = file_runner(made if own else with_matches(made, matches))
         given = [{}] * count if own else matched
         return _compared([run(*each) for each in zip(held_out[:count], given, strict=False)], wanted[:count])
 
@@ -259,15 +259,6 @@ def _quantise_all(
         if node.name in products:
             node.op_type = "MatMul"
             del node.attribute[:]
-    return model
-
-
-def _matched(model: onnx.ModelProto, matches: Sequence[str]) -> onnx.ModelProto:
-    """The file with these outputs of MatchTokens as inputs, in place."""
-    nodes = [node for node in model.graph.node if node.op_type != "MatchTokens"]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    model.graph.input.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, None) for name in matches)
     return model
 
 

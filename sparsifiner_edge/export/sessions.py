@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +83,18 @@ def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProt
     watched.CopyFrom(model)
     watched.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
     return watched
+
+
+def match_names(model: onnx.ModelProto) -> list[str]:
+    """The outputs of a file's MatchTokens: which tokens merge, layer by layer."""
+    return [name for node in model.graph.node if node.op_type == "MatchTokens" for name in node.output]
+
+
+def with_matches(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy of a file that is given these outputs of its MatchTokens as inputs."""
+    given = onnx.ModelProto()
+    given.CopyFrom(model)
+    del given.graph.node[:]
+    given.graph.node.extend(node for node in model.graph.node if node.op_type != "MatchTokens")
+    given.graph.input.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, None) for name in names)
+    return given

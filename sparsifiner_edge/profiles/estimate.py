@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,19 @@ from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
+from sparsifiner_edge.ops.kernels import NATIVE, TRITON
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board, load_board
-from sparsifiner_edge.profiles.roofline import CPU_FIT, GPU_FIT, IDEAL, SIZES, Cost, RooflineFit, Workload
+from sparsifiner_edge.profiles.roofline import (
+    CPU_FIT,
+    GPU_FIT,
+    IDEAL,
+    SIZES,
+    Cost,
+    OperatorWork,
+    RooflineFit,
+    Workload,
+)
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Declared
 from sparsifiner_edge.runtime.open import check_choices
@@ -28,7 +39,8 @@ FITTED = ("fp16", "int8")
 SPARSE_KINDS = ("predictor", "cells", "attention")
 """Kinds of operator whose cost in a sparse layer depends on the kernels."""
 SPARSE_BOUNDS = {"native": (0.5, 2.5), "portable": (0.3, 4.0)}
-"""Least and most that sparse layers' own operators may take on a GPU, as factors: judged, for no one published it."""
+"""Least and most that sparse layers' own operators, and merging, may take on a GPU, as factors: judged, for no one
+published it."""
 IDLE_SHARE = (0.1, 0.25, 0.4)
 """Power at rest as a share of the most, where a board does not state it: least, taken, most."""
 RUNTIME_BYTES = {"gpu": (150e6, 400e6, 1200e6), "cpu": (60e6, 90e6, 130e6)}
@@ -143,16 +155,40 @@ def estimate_bundle(
     device = board if isinstance(board, Board) else load_board(board)
     device = device if power_mode is None else device.in_mode(power_mode)
     plan = _plan(checked, device, precision, kernels)
-    spent = roofline.costs(plan.work, device, plan.precision, plan.fit)
-    latency, memory, room = _latency(plan, spent), _memory(plan), device.memory_gb * 1e9
-    statistics = EstimateStatistics(
+    return EstimateResult("estimate", [checked.subject()], _method(plan, power_mode), {}, _statistics(plan))
+
+
+def estimate_model(
+    shape: ModelShape, sparsity: SparsityConfig, board: Board, precision: str, *, batch: int = 1, kernels: str
+) -> EstimateStatistics:
+    """Estimate a model that was not exported: its file is taken to hold its weights alone, at the precision.
+
+    Args:
+        kernels: "native" or "portable", as of `estimate_bundle`; of no effect where nothing is sparse or merges.
+
+    Raises:
+        BackendError, ConfigError: see `estimate_bundle`.
+    """
+    check_choices("onnxruntime", kernels)
+    board.peak(precision)
+    assumed = Assumed("none", "the model is dense") if sparsity.is_dense else Assumed(kernels, "asked for")
+    work = _workload(shape, sparsity, batch, board, assumed)
+    fit = CPU_FIT if board.kind == "cpu" else GPU_FIT
+    linear = shape.depth * (4 * shape.width + 2 * shape.hidden) * shape.width
+    rest = (3 * shape.patch**2 + shape.patches + shape.prefix) * shape.width
+    return _statistics(_Plan(board, work, precision, assumed, fit, SIZES[precision] * float(linear + rest)))
+
+
+def _statistics(plan: _Plan) -> EstimateStatistics:
+    spent = roofline.costs(plan.work, plan.board, plan.precision, plan.fit)
+    latency, memory, room = _latency(plan, spent), _memory(plan), plan.board.memory_gb * 1e9
+    return EstimateStatistics(
         latency_ms=latency,
         memory_bytes=memory,
         energy_j=_energy(plan, spent, latency),
         fits_memory="yes" if memory.high <= room else "no" if memory.low > room else "perhaps",
         operators=_by_kind(spent),
     )
-    return EstimateResult("estimate", [checked.subject()], _method(plan, power_mode), {}, statistics)
 
 
 def _plan(bundle: Bundle, board: Board, precision: str | None, kernels: str) -> _Plan:
@@ -169,10 +205,17 @@ def _plan(bundle: Bundle, board: Board, precision: str | None, kernels: str) -> 
     batch = 1 if manifest.batch is None else manifest.batch
     if not 0 < batch <= MOST_BATCH:
         raise ArtifactError(f"{bundle.folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)
-    portable, plain = assumed.assumed == "portable", not manifest.ops
-    work = Workload(shape, sparsity, batch, portable, board.kind == "cpu" and (portable or plain))
+    work = _workload(shape, sparsity, batch, board, assumed)
     size = (bundle.folder / MODEL_FILE).stat().st_size * SIZES[chosen] / SIZES.get(own, 4)
     return _Plan(board, work, chosen, assumed, CPU_FIT if board.kind == "cpu" else GPU_FIT, size)
+
+
+def _workload(shape: ModelShape, sparsity: SparsityConfig, batch: int, board: Board, assumed: Assumed) -> Workload:
+    """Whatever is assumed of sparse operators, merging runs by bodies where no kernels for it exist, as on a GPU."""
+    own = NATIVE if board.kind == "cpu" else TRITON
+    bodies = assumed.assumed != "native" or not {"MatchTokens", "MergeTokens"} <= set(own.operators)
+    materialised = board.kind == "cpu" and assumed.assumed != "native"
+    return Workload(shape, sparsity, batch, assumed.assumed == "portable", materialised, bodies)
 
 
 def _kernels(asked: str, manifest: Manifest, board: Board) -> Assumed:
@@ -215,7 +258,7 @@ def _latency(plan: _Plan, found: Sequence[Cost]) -> Bounded:
     least = most = 0.0
     for cost in found:
         sparse = cost.operator.layer in judged and cost.operator.kind in SPARSE_KINDS
-        few, many = SPARSE_BOUNDS[plan.kernels.assumed] if sparse else (1.0, 1.0)
+        few, many = SPARSE_BOUNDS[plan.kernels.assumed] if sparse else _merge_bounds(plan, cost.operator)
         least += cost.seconds * few / spread
         most += cost.seconds * many * spread
     value = roofline.seconds(found)
@@ -225,6 +268,13 @@ def _latency(plan: _Plan, found: Sequence[Cost]) -> Bounded:
         high=most * 1e3,
         method=f"roofline; factor {spread:.3g} either way, and at least the time at every peak",
     )
+
+
+def _merge_bounds(plan: _Plan, operator: OperatorWork) -> tuple[float, float]:
+    """Least and most, as factors, that what merges may take on a GPU; of other operators, and on a CPU, none."""
+    if plan.board.kind == "cpu" or not plan.work.sparsity.merge or operator.kind != "pruning":
+        return 1.0, 1.0
+    return SPARSE_BOUNDS["portable" if plan.work.merge_bodies else "native"]
 
 
 def _memory(plan: _Plan) -> Bounded:
@@ -246,17 +296,26 @@ def peak_activations(work: Workload, size: int) -> tuple[float, float]:
     shape, sparsity = work.shape, work.sparsity
     tokens = shape.patches + shape.prefix + sparsity.fuse_tokens * len(sparsity.token_keep)
     layer = size * tokens * (2 * shape.width + max(4 * shape.width, shape.hidden))
-    scores, sparse = 0.0, sparsity.sparse_layers(shape.depth)
-    if work.portable and sparse:
-        widest = max(sparse, key=sparsity.layer_keep(shape.depth).__getitem__)
-        layout = sparsity.of_layer(widest, shape.depth).layout(shape.patches, shape.prefix)
-        read = layout.keys + shape.prefix
-        scores = 2.0 * size * layout.tiles * read * shape.width + 4.0 * shape.heads * shape.patches * (
-            read + layout.cells
-        )
-    if work.materialised and len(sparse) < shape.depth:
-        scores = max(scores, 4.0 * shape.heads * tokens * tokens)
+    sparse = set(sparsity.sparse_layers(shape.depth))
+    counts = sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
+    scores = 0.0
+    for number in range(shape.depth):
+        here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
+        if number not in sparse and work.materialised:
+            scores = max(scores, 4.0 * shape.heads * sum(counts[number]) ** 2)
+        elif number in sparse and work.portable:
+            scores = max(scores, _body_bytes(here, sparsity.of_layer(number, shape.depth), size))
+        if sparsity.merge and work.merge_bodies:
+            scores = max(scores, 4.0 * roofline.partner_elements(here, sparsity))
     return work.batch * float(layer), work.batch * scores
+
+
+def _body_bytes(shape: ModelShape, sparsity: SparsityConfig, size: int) -> float:
+    """Gathered keys and values, and scores, of a sparse layer's bodies."""
+    layout = sparsity.layout(shape.patches, shape.prefix)
+    read = layout.keys + shape.prefix
+    gathered = 2.0 * size * layout.tiles * read * shape.width
+    return gathered + 4.0 * shape.heads * shape.patches * (read + layout.cells)
 
 
 def _energy(plan: _Plan, found: Sequence[Cost], latency: Bounded) -> EnergyJ:

@@ -17,6 +17,9 @@ SIZES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}
 """Bytes of an element in memory."""
 SCORE_PASSES = 6
 """Times that plain attention writes or reads its scores: product, scale, softmax, product."""
+MERGE_LAUNCHES = {"kernels": 8, "bodies": 25}
+"""Kernels of a layer that merges, sizes and places of its tokens included: as bodies so many are in an engine of
+TensorRT-RTX (`benchmarks/engines_rtx.py`); 6 are left where MatchTokens and MergeTokens are kernels themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Workload:
         batch: images at once.
         portable: sparse layers run as function bodies, which keep scores and gathered keys in memory.
         materialised: dense attention does so too, as in ONNX Runtime on a CPU.
+        merge_bodies: MatchTokens and MergeTokens run as function bodies.
     """
 
     shape: ModelShape
@@ -109,6 +113,7 @@ class Workload:
     batch: int = 1
     portable: bool = False
     materialised: bool = False
+    merge_bodies: bool = False
 
 
 def operators(work: Workload) -> list[OperatorWork]:
@@ -119,7 +124,26 @@ def operators(work: Workload) -> list[OperatorWork]:
     for number, costs in enumerate(layer_costs(shape, work.sparsity)):
         here = dataclasses.replace(shape, patches=counts[number][0], prefix=counts[number][1])
         found += _layer(number, costs, here, work, number in sparse)
+        found += _merging(number, here, counts[number][0] - counts[number + 1][0], work)
     return found
+
+
+def _merging(number: int, shape: ModelShape, merged: int, work: Workload) -> list[OperatorWork]:
+    """What `merged` pairs cost beside the arithmetic and keys that `_layer` counts as "pruning": old tokens read, new
+    ones written, launches; as bodies the keys of all partners in a seeker's window, float32, written and read.
+    """
+    if not merged or not work.sparsity.merge:
+        return []
+    old = shape.prefix + shape.patches
+    moved = work.batch * shape.width * (2 * old - merged)
+    launches = MERGE_LAUNCHES["bodies" if work.merge_bodies else "kernels"]
+    partners = 2 * work.batch * partner_elements(shape, work.sparsity) if work.merge_bodies else 0
+    return [OperatorWork(number, "pruning", "attention", 0, 0, moved, launches, scores=partners)]
+
+
+def partner_elements(shape: ModelShape, sparsity: SparsityConfig) -> int:
+    """Elements of the keys that all seekers of a layer of `shape` look at, gathered: seekers x window x head."""
+    return shape.patches // 2 * sparsity.merge_window * (shape.width // shape.heads)
 
 
 def _embedding(work: Workload) -> OperatorWork:

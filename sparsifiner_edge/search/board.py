@@ -33,7 +33,8 @@ def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
 
     def costs(patches: int, sparsity: SparsityConfig) -> list[Cost]:
         one = dataclasses.replace(shape, depth=1, patches=patches)
-        return roofline.costs(Workload(one, sparsity, portable=board.kind == "gpu"), board, precision, fit)
+        work = Workload(one, sparsity, portable=board.kind == "gpu", merge_bodies=board.kind == "gpu")
+        return roofline.costs(work, board, precision, fit)
 
     least = max(base.tile, shape.patches // 10)
     patches = sorted({round(n) for n in np.geomspace(least, shape.patches, ESTIMATED_SIZES)}, reverse=True)

@@ -18,15 +18,18 @@ import pytest
 import torch
 
 import sparsifiner_edge as se
+from benchmarks.engine_kernels import compiled_kernels
 from sparsifiner_edge.bundle.engines import Candidate, Details
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.deployed_model import deploy
+from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.fp16 import convert
 from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.export.int8 import quantise
 from sparsifiner_edge.export.sessions import file_runner
+from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.backend import Job
 from sparsifiner_edge.runtime.build import build_engine
@@ -34,6 +37,7 @@ from sparsifiner_edge.runtime.candidates import verdict
 from sparsifiner_edge.runtime.tensorrt.candidates import dense_model
 from sparsifiner_edge.runtime.tensorrt.rtx import TensorRtRtx
 from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of, snapshot
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda
@@ -92,6 +96,10 @@ def vit_bundle(folder: Path, sparsity: SparsityConfig, precision: str, batch: in
         ("pruned", "fp16", DYNAMIC, "8.6"),
         ("merged", "fp32", 1, "8.9"),
         ("merged", "fp16", DYNAMIC, "8.6"),
+        ("merged", "int8", 1, "12.0"),
+        ("merged alone", "fp32", DYNAMIC, "8.6"),
+        ("merged alone", "fp16", 1, "7.5"),
+        ("merged alone", "int8", 2, "8.9"),
     ],
 )
 def test_every_kind_of_file_builds(
@@ -103,6 +111,7 @@ def test_every_kind_of_file_builds(
         "paper": SparsityConfig.for_preset("paper", keep=0.25),
         "pruned": SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((0, 0.7),)),
         "merged": SparsityConfig(keep=0.2, cells=4, channels=8, merge=(12, 2)),
+        "merged alone": SparsityConfig(keep=1, merge=(12, 2)),
     }[kind]
     bundle = vit_bundle(tmp_path / "b", sparsity, precision, batch)
     stages: list[str] = []
@@ -115,7 +124,7 @@ def test_every_kind_of_file_builds(
     assert any("parsing the model" in stage for stage in stages)
     assert any("Building engine" in stage for stage in stages)
     assert engine["details"]["kernels"] == "bodies"
-    if kind in ("edge", "paper", "pruned", "merged"):
+    if kind in ("edge", "paper", "pruned", "merged"):  # "merged alone" has no sparse attention.
         assert "nothing can be timed here" in engine["details"]["candidates"]["dense"]["failed"]
     else:
         assert engine["details"].get("candidates") is None
@@ -123,6 +132,33 @@ def test_every_kind_of_file_builds(
     assert manifest["engines"] == [engine]
     for part in ("sm" + capability.replace(".", ""), precision, engine["version"], "linux", "x86_64"):
         assert part in Path(engine["file"]).name
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_merged_attention_is_fused_and_merging_takes_the_kernels_that_the_estimate_counts(
+    tmp_path: Path, precision: str
+) -> None:
+    """Sizes of tokens are a bias of the scores, which must not cost an engine its fused attention."""
+    kernels = {}
+    for name, merge in (("plain", ()), ("merged", (12, 2))):
+        bundle = vit_bundle(tmp_path / name, SparsityConfig(keep=1, merge=merge), precision, 1)
+        (engine,) = rtx(bundle, "8.6")
+        found = compiled_kernels((bundle / engine["file"]).read_bytes())
+        assert found["fused_attention"] == 2, name
+        kernels[name] = found["kernels"]
+    by_layer = (kernels["merged"] - kernels["plain"]) / 2
+    assert by_layer == pytest.approx(MERGE_LAUNCHES["bodies"], abs=3)
+
+
+def test_portable_files_of_merging_models_build(tmp_path: Path) -> None:
+    """Without nodes of ours: what `--inline` writes."""
+    student_folder = save_student(
+        student(sparsity=SparsityConfig(keep=0.2, cells=4, channels=8, merge=(6, 2))), tmp_path / "s"
+    )
+    bundle = export_bundle(student_folder, tmp_path / "b", precision="fp16", inline=True)
+    assert manifest_of(bundle)["ops"] == {}
+    (engine,) = rtx(bundle, "8.6")
+    assert (bundle / engine["file"]).stat().st_size > 100_000
 
 
 @pytest.mark.parametrize("sparsity", [TINY_CONFIG, SparsityConfig(keep=0.2, cells=4, channels=8, merge=(12, 2))])
@@ -274,9 +310,10 @@ def test_what_the_parser_refuses_comes_back_with_its_node(tiny: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("polygraphy") is None, reason="polygraphy is in the extra dev")
-@pytest.mark.parametrize("kind", ["edge", "dense"])
+@pytest.mark.parametrize("kind", ["edge", "dense", "merged", "merged alone"])
 def test_polygraphy_finds_every_node_supported(tmp_path: Path, kind: str) -> None:
-    sparsity = TINY_CONFIG if kind == "edge" else SparsityConfig(keep=1)
+    keep = 1.0 if kind in ("dense", "merged alone") else 0.2
+    sparsity = SparsityConfig(keep=keep, cells=4, channels=8, merge=(12, 2) if "merged" in kind else ())
     bundle = vit_bundle(tmp_path / "b", sparsity, "fp16", 1)
     done = subprocess.run(
         [Path(sys.executable).with_name("polygraphy"), "inspect", "capability", str(bundle / "model.onnx")],
