@@ -155,7 +155,7 @@ def main(*, bundles: Path | None, kinds: tuple[str, ...], output: Path) -> None:
                     folder = bundle(root, kind, size, precision)
                     subjects.append(subject(folder))
                     rows += measure(folder)
-        save(output, subjects, rows, earlier)
+                    save(output, subjects, rows, earlier)
     cells = [[row["bundle"], row["compute_capability"], *(f"{row[name]:.1f}" for name in KEPT[:3]),
               f"{row['bytes'] / 1e6:.1f}", str(row.get("kernels", ""))] for row in rows if row["built"]]  # fmt: skip
     print_table("Built ahead of time", ["bundle", "compute capability", *KEPT[:3], "MB", "kernels"], cells)

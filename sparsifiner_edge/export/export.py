@@ -55,7 +55,7 @@ from sparsifiner_edge.text import shown
 _TOOLS = ("sparsifiner-edge", "torch", "onnx", "onnxscript", "numpy")
 EXPORT_PRECISIONS = ("fp32", "fp16", "int8")
 INT8_TOLERANCE = 5e-2
-"""Greatest difference of a session's outputs from the golden ones, of their range: processors round int8 differently."""
+"""Greatest difference of a session's outputs from the golden ones, of their range: processors round int8 otherwise."""
 INT8_HALF_TOLERANCE = 2e-1
 """The same where the rest is float16: two versions of ONNX Runtime differ by .11 on a sparse DINOv2."""
 FREE_TOLERANCE = 2e-2
