@@ -32,6 +32,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/profile_checks.py
 	$(BIN)/python benchmarks/sampling.py --sensor files
 	$(BIN)/python benchmarks/estimate.py
+	$(BIN)/python benchmarks/boards_expected.py
 	$(BIN)/python benchmarks/engines_rtx.py
 	$(BIN)/python benchmarks/kernels_static.py
 	$(BIN)/python -m benchmarks.slow_clients

@@ -9,11 +9,17 @@ import types
 
 import pytest
 
+from benchmarks.engine_kernels import compiled_kernels
 from sparsifiner_edge.bundle.engines import BatchRange, Engine
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, UnsupportedModelError
+from sparsifiner_edge.export.deployed_model import deploy
+from sparsifiner_edge.export.fp16 import convert
+from sparsifiner_edge.export.graph import export_graph
 from sparsifiner_edge.runtime.cuda import CudaDevice
 from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
+from tests.models import student
 from tests.tiny import make_bundle
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -56,6 +62,17 @@ def test_an_engine_is_built_and_progress_reported(trt, model):
     assert details.workspace_bytes == (1 << 30) * 3 // 4
     assert steps
     assert all(done <= total for _, done, total in steps)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.2])
+def test_a_model_that_merges_is_parsed_and_built(trt, keep):
+    """For a range of batches; dense attention over merged tokens is one fused kernel a layer."""
+    deployed = deploy(student(sparsity=SparsityConfig(keep=keep, cells=4, channels=8, merge=(12, 2)), depth=2))
+    model = convert(export_graph(deployed, 160, None, deployed.output_names)).model.SerializeToString()
+    content, details = build_engine_file(trt, model, CARD, 1 << 30, ENGINE, OPTIONS, lambda *_: None)
+    assert details.layers > 500
+    if keep == 1:
+        assert compiled_kernels(content)["fused_attention"] == 2
 
 
 def test_nobody_listening_stops_it(trt, model):
