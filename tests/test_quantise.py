@@ -18,7 +18,7 @@ from sparsifiner_edge.export import int8 as module
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import INT8_TARGETS, _compared, quantise
-from sparsifiner_edge.export.sessions import file_runner, with_outputs
+from sparsifiner_edge.export.sessions import file_runner, with_matches, with_outputs
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
@@ -132,7 +132,7 @@ def test_what_merges_is_no_error_of_the_layers(place: Path, monkeypatch: pytest.
     image = smooth_images(160, seed=99)
     outputs = file_runner(with_outputs(model, matches))(image)
     given = {name: outputs.pop(name) for name in matches}
-    for name, values in file_runner(module._matched(model, matches))(image, given).items():
+    for name, values in file_runner(with_matches(model, matches))(image, given).items():
         np.testing.assert_array_equal(values, outputs[name])
     # Noise, whose patches are all as alike: rounding decides, unless the layers that matter most stay in float32.
     images = list(np.random.default_rng(0).integers(0, 256, (3, 1, 160, 160, 3), dtype=np.uint8))
