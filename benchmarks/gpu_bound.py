@@ -1,97 +1,178 @@
-"""Lower bounds of the time that attention takes on an H100, from counts alone: for `kernels_static.py`.
+"""Where sparse attention in our CUDA kernels beats dense attention, by a roofline: for GPUs that are not at hand.
 
-Three resources, each at its peak: products on the matrix units, exponentials, bytes of HBM. "method" is what the method
-needs at least (`costs.py`), with perfect overlap of everything. "written" is what our kernels do: padded and split
-products, scratch written and read once, each launch bounded by its slowest resource, launches one after the other.
-L2 and launch overhead are left out of both, so a bound is never a forecast: real kernels, dense ones too, are slower.
+    python benchmarks/gpu_bound.py [--board NAME ...] [--docs] [-o FOLDER] [--table]
+
+Kernels are compiled for each GPU and counted (`gpu_work.py`); the model (`gpu_roofline.py`) is the one that gives
+FlashAttention's published speed within 10 % (`gpu_published.py`). Dense attention is taken at the share of peak that
+its fastest kernel reaches. Nothing here ran on a GPU. `--docs` renews docs/gpu.md, `--table` what `estimate` and
+`export --board` go by.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from pathlib import Path
 from typing import Any
 
+import click
+from gpu_roofline import DENSE_SHARE, EFFICIENCY, STALL, Gpu, dense_seconds, gpu, resources, seconds
+from gpu_work import ROUNDS, work_of
+from kernels_static import renew_docs
+
+from sparsifiner_edge.artifacts import sha256
+from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.costs import ModelShape, layer_costs
+from sparsifiner_edge.machine import package_version
+from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
 from sparsifiner_edge.ops.triton.plan import Launch, Plan
 from sparsifiner_edge.ops.triton.plan_forward import plan_layer
+from sparsifiner_edge.profiles.boards.board import board_names, load_board
+from sparsifiner_edge.profiles.gpu_attention import TABLE
+from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.text import dump_json
 
-H100 = {"fp16_flops": 989.4e12, "exponentials": 132 * 16 * 1.83e9, "bytes": 3.35e12}
-"""Per second. H100 SXM data sheet (dense fp16, HBM3); 132 multiprocessors x 16 exponentials a cycle at the 1.83 GHz of
-the data sheet's peak (CUDA C++ Programming Guide, arithmetic throughput, compute capability 9.0)."""
-BATCH, HEADS, WIDTH, CHANNELS = 8, 6, 64, 24
-_SIZES = {"float32": 4, "float16": 2, "int32": 4, "int8": 1}
-
-
-def seconds(macs: float, exponentials: float, moved: float) -> float:
-    """Time of the slowest of the three resources."""
-    return max(2 * macs / H100["fp16_flops"], exponentials / H100["exponentials"], moved / H100["bytes"])
-
-
-def launch_seconds(plan: Plan, launch: Launch) -> float:
-    """Bound of one launch as it is written."""
-    c = launch.constants
-    lanes = launch.grid[1] * launch.grid[2]
-    macs, exponentials = _WORK[launch.kernel](c) if launch.kernel in _WORK else (0, 0)
-    names = {name for name in launch.arguments.values() if name is not None}
-    moved = sum(math.prod(plan.buffers[n].shape) * _SIZES[plan.buffers[n].dtype] for n in names)
-    return seconds(lanes * macs, lanes * exponentials, moved)
-
-
-def _summarise(c: dict[str, Any]) -> tuple[int, int]:
-    patches = c["tokens"] - c["prefix"]
-    blocks = -(-patches // c["run"])
-    keys = 2 * patches * c["block_d"] * c["block_c"]  # high and low parts of the projection
-    probes = blocks * c["block_g"] * c["block_d"] * (2 * c["block_p"] + 3 * c["block_c"])
-    return keys + probes + 2 * c["block_f"] * patches * c["block_d"], c["prefix"] * patches
+ROOT = Path(__file__).parent.parent
+HEADS, WIDTH, CHANNELS, CELLS, PROBE = 6, 64, 24, 25, 16
+SHOWN = {
+    "h100": (8, (1025, 2305, 4097, 9217)), "jetson-orin-nano-8gb-super": (1, (1025, 1370, 2305, 5477)),
+    "jetson-agx-orin-64gb": (1, (1025, 1370, 2305, 5477)), "jetson-agx-thor": (1, (1025, 1370, 2305, 5477)),
+    "rtx-4070": (1, (1025, 1370, 2305, 5477)),
+}  # fmt: skip
+"""Boards with the batch and tokens that are shown, at tiles of 64 and 128."""
+UNSAID = (100, 110)
+"""Where machine code does not say how large a product is."""
+KEEPS = (0.25, 0.10)
+REQUIRED = {("h100", 2305): (1.7, 2.1), ("h100", 4097): (2.4, 3.0), ("h100", 9217): (3.4, 4.9),
+            ("jetson-orin-nano-8gb-super", 1370): (1.8, 2.2),
+            ("jetson-orin-nano-8gb-super", 5477): (3.5, 4.5)}  # fmt: skip
+"""Times faster than dense at keep .10: required, aimed at."""
+GRID = {"tokens": (257, 577, 1025, 1370, 2305, 4097, 5477, 9217), "keep": (0.05, 0.10, 0.25, 0.50), "batch": (1, 8)}
+"""Of the table that the package carries."""
 
 
-def _select(c: dict[str, Any]) -> tuple[int, int]:
-    pairs = c["tiles"] * c["sub"] * c["numbers"] * (c["tokens"] - c["prefix"])
-    return 3 * pairs * c["block_c"], pairs
-
-
-def _attend(c: dict[str, Any]) -> tuple[int, int]:
-    full = c["keys"] // c["block_n"] * c["block_n"]
-    listed = full - (full - c["keys"]) // c["block_t"] * c["block_t"]
-    pairs = c["tiles"] * c["block_m"] * (listed + c["block_r"])
-    return 2 * (pairs + c["tiles"] * c["block_r"] * listed) * c["block_d"], pairs
-
-
-_WORK = {"summarise": _summarise, "select": _select, "attend": _attend}
-"""Multiply-accumulates and exponentials of a kernel for one head of one image."""
-
-
-def bound(tokens: int, keep: float, tile: int = 64) -> dict[str, Any]:
-    """Bounds in milliseconds at batch x heads 48, selection included, and how often dense attention's bound fits."""
-    patches, probe = tokens - 1, min(16, tile)
-    sparsity = SparsityConfig(keep=keep, tile=tile, probe=probe, cells=25, channels=CHANNELS)
-    layout, scale = sparsity.layout(patches), WIDTH**-0.5
-    qkv = (BATCH, tokens, 3 * HEADS * WIDTH)
-    selection = {
-        "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": layout.cell, "scale": scale, "probe": probe,
-        "keys": layout.keys, "value_power": sparsity.value_power,
+def layer(tokens: int, keep: float, batch: int, tile: int) -> Plan:
+    """Selection and attention of six heads of 64, one class token, 25 cells."""
+    patches = tokens - 1
+    sparsity = SparsityConfig(keep=keep, tile=tile, probe=min(PROBE, tile), cells=CELLS, channels=CHANNELS)
+    layout = sparsity.layout(patches)
+    attributes = {
+        "num_heads": HEADS, "num_prefix": 1, "tile": tile, "cell": layout.cell, "scale": WIDTH**-0.5,
+        "probe": sparsity.probe, "keys": layout.keys, "value_power": sparsity.value_power,
     }  # fmt: skip
-    plan = plan_layer([qkv, *[(HEADS, WIDTH, CHANNELS)] * 2], selection, "float16")
-    written = {step.kernel: launch_seconds(plan, step) for step in plan.launches}
-    dense, method = _method(patches, SparsityConfig(keep=1.0)), _method(patches, sparsity)
-    total = sum(written.values())
+    return plan_layer([(batch, tokens, 3 * HEADS * WIDTH), *[(HEADS, WIDTH, CHANNELS)] * 2], attributes, "float16")
+
+
+@functools.cache
+def compiled(tokens: int, batch: int, tile: int, capability: int) -> tuple[Compiled, ...]:
+    """Kernels of a layer at keep .10: what they do per block is the same at other rates."""
+    plan = layer(tokens, 0.10, batch, tile)
+    return tuple(compile_launch(plan, step, capability) for step in plan.launches)
+
+
+def _at(made: Compiled, step: Launch) -> Compiled:
+    """What was compiled at another rate, with the constants of a step."""
+    return dataclasses.replace(made, constants={**made.constants, **step.constants})
+
+
+def bound(on: Gpu, tokens: int, keep: float, batch: int, tile: int) -> dict[str, Any]:
+    """Milliseconds of a layer's launches, and how often they fit into dense attention's."""
+    plan = layer(tokens, keep, batch, tile)
+    launches, busy = {}, {}
+    own = compiled(tokens, batch, tile, on.board.sm)
+    twins = compiled(tokens, batch, tile, 90) if on.board.sm in UNSAID else [None] * len(own)
+    for made, twin, step in zip(own, twins, plan.launches, strict=True):
+        work = work_of(_at(made, step), plan, twin and _at(twin, step))
+        launches[made.kernel] = 1e3 * seconds(work, on)
+        busy[made.kernel] = {name: 1e3 * value for name, value in resources(work, on).items()}
+    dense = 1e3 * dense_seconds(batch, HEADS, tokens, WIDTH, on)
     return {
-        "tokens": tokens, "keep": keep, "tile": tile, "probe": probe, "cells": layout.cells,
-        "dense_bound_ms": 1e3 * dense, "method_bound_ms": 1e3 * method, "written_bound_ms": 1e3 * total,
-        "written_by_kernel_ms": {name: 1e3 * value for name, value in written.items()},
-        "dense_over_method": dense / method, "dense_over_written": dense / total,
+        "board": on.board.name, "tokens": tokens, "keep": keep, "batch": batch, "tile": tile, "dense_ms": dense,
+        "launches_ms": launches, "times_faster": dense / sum(launches.values()), "resources_ms": busy,
     }  # fmt: skip
 
 
-def _method(patches: int, sparsity: SparsityConfig) -> float:
-    """Bound of what the method itself needs, reading qkv and writing the output once."""
-    shape = ModelShape(depth=1, heads=HEADS, width=HEADS * WIDTH, hidden=1, prefix=1, patches=patches, patch=14)
-    costs = layer_costs(shape, sparsity)[0]
-    tokens = patches + 1
-    pairs = tokens * tokens
-    if sparsity.keep < 1:
-        layout = sparsity.layout(patches)
-        pairs = patches * (layout.keys + 1 + layout.cells) + tokens + math.ceil(patches / sparsity.probe) * patches
-    moved = BATCH * 2 * 4 * tokens * HEADS * WIDTH
-    return seconds(BATCH * (costs.predictor + costs.attention + costs.cells), BATCH * HEADS * pairs, moved)
+def shown(names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of the page."""
+    rows = []
+    for name in names:
+        batch, sizes = SHOWN[name]
+        for tokens in sizes:
+            for tile in (64, 128):
+                err_console.print(f"{name}: {tokens} tokens, tile {tile}")
+                rows += [bound(gpu(name), tokens, keep, batch, tile) for keep in KEEPS]
+    return rows
+
+
+def table() -> dict[str, Any]:
+    """Times faster than dense of every board that has kernels, at tile 64, by batch, rate and tokens."""
+    found: dict[str, Any] = {"grid": {name: list(values) for name, values in GRID.items()}, "times_faster": {}}
+    for name in board_names():
+        if load_board(name).sm not in DENSE_SHARE:
+            continue
+        err_console.print(name)
+        found["times_faster"][name] = [
+            [[round(bound(gpu(name), n, keep, batch, 64)["times_faster"], 2) for n in GRID["tokens"]]
+             for keep in GRID["keep"]] for batch in GRID["batch"]
+        ]  # fmt: skip
+    return found
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| board, batch | tokens | tile | dense, ms | keep .25: ms, times | keep .10: ms, times | summarise + select +"
+        " attend at .10 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for quarter, tenth in zip(rows[::2], rows[1::2], strict=True):
+        times = [f"{sum(r['launches_ms'].values()):.3f}, {r['times_faster']:.2f}" for r in (quarter, tenth)]
+        parts = " + ".join(f"{ms:.3f}" for ms in tenth["launches_ms"].values())
+        lines.append(
+            f"| {tenth['board']}, {tenth['batch']} | {tenth['tokens']} | {tenth['tile']} | {tenth['dense_ms']:.3f} | "
+            f"{times[0]} | {times[1]} | {parts} |"
+        )
+    return "\n".join(lines)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    cells = []
+    for r in rows:
+        wanted = REQUIRED.get((r["board"], r["tokens"])) if math.isclose(r["keep"], 0.10) else None
+        parts = " + ".join(f"{ms:.3f}" for ms in r["launches_ms"].values())
+        need = f"{wanted[0]:g}, aim {wanted[1]:g}" if wanted else ""
+        cells.append([r["board"], str(r["tokens"]), f"{r['keep']:g}", str(r["tile"]), f"{r['dense_ms']:.3f}", parts,
+                      f"{r['times_faster']:.2f}", need])  # fmt: skip
+    names = ["board", "tokens", "keep", "tile", "dense, ms", "launches, ms", "times faster", "required"]
+    print_table("A roofline, not run", names, cells)
+
+
+@click.command()
+@click.option("--board", "boards", type=click.Choice(list(SHOWN)), multiple=True, default=tuple(SHOWN))
+@click.option("--docs", is_flag=True, help="Renew the table of docs/gpu.md.")
+@click.option("--table", "renew", is_flag=True, help="Renew the package's table: some twenty minutes.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for gpu_bound.json.")
+def main(boards: tuple[str, ...], docs: bool, renew: bool, output: Path | None) -> None:
+    rows = shown(boards)
+    show(rows)
+    if docs:
+        renew_docs({"roofline": markdown(rows)})
+    if renew:
+        TABLE.write_text(dump_json(table()), encoding="utf-8")
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        sources = [
+            *(ROOT / "sparsifiner_edge" / "ops" / "triton").glob("*.py"),
+            *Path(__file__).parent.glob("gpu_*.py"),
+        ]
+        subjects = [Subject(path=str(p.relative_to(ROOT)), sha256=sha256(p)) for p in sorted(sources)]
+        method = {
+            "what": "a roofline over machine code; nothing ran", "triton": package_version("triton"),
+            "efficiency": EFFICIENCY, "stall_clocks": STALL, "rounds": ROUNDS, "dense_share": DENSE_SHARE,
+            "heads": HEADS, "width": WIDTH, "channels": CHANNELS, "cells": CELLS, "probe": PROBE,
+        }  # fmt: skip
+        write_result(output / "gpu_bound.json", Result("evaluation", subjects, method, {"rows": rows}, {}))
+
+
+if __name__ == "__main__":
+    main()

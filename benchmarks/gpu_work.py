@@ -6,6 +6,7 @@ come from, and how many blocks one round holds by what it loads, stores or multi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from gpu_roofline import LaunchWork, Work
 from occupancy import occupancy
 from sass import Code, Instruction, counts, read
 
-from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
+from sparsifiner_edge.ops.triton.compile import Compiled
 from sparsifiner_edge.ops.triton.plan import Plan
 
 ROUNDS = 16
@@ -26,14 +27,8 @@ Times = Sequence[tuple[float, Sequence[Instruction]]]
 """Instructions, each sequence with how often it runs."""
 
 
-def launches_of(plan: Plan, capability: int) -> dict[str, LaunchWork]:
-    """Of every launch of a layer's plan by its kernel's name, compiled."""
-    made = [compile_launch(plan, step, capability) for step in plan.launches]
-    return {launch.kernel: work_of(launch, plan) for launch in made}
-
-
-def work_of(made: Compiled, plan: Plan) -> LaunchWork:
-    """Of one compiled launch."""
+def work_of(made: Compiled, plan: Plan, twin: Compiled | None = None) -> LaunchWork:
+    """Of one compiled launch; twin: the same for an older GPU, where its code does not say what it multiplies."""
     constants: dict[str, Any] = made.constants
     kinds, l2 = _KERNELS[made.kernel]
     lanes = made.grid[1] * made.grid[2]
@@ -43,6 +38,11 @@ def work_of(made: Compiled, plan: Plan) -> LaunchWork:
         for programs, times in kinds(_read(made.cubin), constants, made.grid[0])
         if programs
     ]
+    if twin is not None:
+        works = [
+            dataclasses.replace(own, products=max(0.0, other.products + other.warp_products - own.warp_products))
+            for own, other in zip(works, work_of(twin, plan).kinds, strict=True)
+        ]
     unique = sum(
         math.prod(x.shape) * _SIZES[x.dtype]
         for name, x in plan.buffers.items()
@@ -127,7 +127,11 @@ def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]
     multiplying = [loop for loop in loops if counts(loop.own)["matrix"]]
     for loop in loops:
         if loop in multiplying:
-            tile.append((full if loop is multiplying[0] and full > 1 else rest, loop.own))
+            often = full if loop is multiplying[0] and full > 1 else rest
+            # The sums of cells stand there twice, for either half of the cells: one block has entries of both.
+            summing = [x for x in loop.own if "_add_selected" in x.functions]
+            tile.append((often, [x for x in loop.own if "_add_selected" not in x.functions]))
+            tile.append(((often + 1) / 2, summing))
         elif _from(loop.own, "_prefix_row"):
             row.append((math.ceil(c["blocks"] / c["block_b"]), loop.own))
     return [(c["tiles"] * c["chunks"], tile), (c["prefix"], row)]

@@ -1,9 +1,9 @@
-"""What can be said of the CUDA kernels without a GPU: registers, spills, shared memory, occupancy, and time bounds.
+"""What can be said of the CUDA kernels without a GPU: registers, spills, shared memory, occupancy, instructions.
 
     python benchmarks/kernels_static.py [--capability 87 ...] [--docs] [-o FOLDER]
 
-Kernels are compiled ahead of time by Triton. Nothing here is a measurement of time. `--docs` renews the tables of
-docs/gpu.md from the result.
+Kernels are compiled ahead of time by Triton. `--docs` renews the table of docs/gpu.md from the result. What time they
+may take is `gpu_bound.py`'s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from gpu_bound import H100, bound
 from occupancy import occupancy
 from sass import counts, main_loop, read
 
@@ -36,7 +35,6 @@ ELSEWHERE = {
 }
 """More of SparseAttention's main kernel."""
 BACKWARD = (87, 90)
-BOUNDS = [(tokens, keep) for tokens in (1025, 2305, 4097, 9217) for keep in (0.25, 0.10)]
 
 
 def plans(dtype: str, width: int, tile: int) -> dict[str, Plan]:
@@ -105,18 +103,6 @@ def resources_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def bounds_markdown(bounds: list[dict[str, Any]]) -> str:
-    lines = [
-        "| tokens | keep | dense, ms | method, ms | kernels, ms | dense / method | dense / kernels |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for b in bounds:
-        times = " | ".join(f"{b[k]:.3f}" for k in ("dense_bound_ms", "method_bound_ms", "written_bound_ms"))
-        ratios = f"{b['dense_over_method']:.1f} | {b['dense_over_written']:.1f}"
-        lines.append(f"| {b['tokens']} | {b['keep']:g} | {times} | {ratios} |")
-    return "\n".join(lines)
-
-
 def renew_docs(tables: dict[str, str]) -> None:
     """Put tables between `<!-- NAME -->` and `<!-- end -->` of docs/gpu.md."""
     path = ROOT / "docs" / "gpu.md"
@@ -136,23 +122,21 @@ def renew_docs(tables: dict[str, str]) -> None:
 @click.option("--docs", is_flag=True, help="Renew the tables of docs/gpu.md.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for kernels_static.json.")
 def main(capabilities: tuple[int, ...], docs: bool, output: Path | None) -> None:
-    rows, bounds = measure(capabilities), [bound(*entry) for entry in BOUNDS]
+    rows = measure(capabilities)
     names = ("capability", "kernel", "dtype", "head_dimension", "tile", "registers", "spilled_bytes", "shared_bytes")
     cells = [[*(str(r[n]) for n in names), f"{r['occupancy']:.0%}", r["limited_by"]] for r in rows]
     print_table("Compiled, not run", [*names, "occupancy", "limit"], cells)
-    click.echo(bounds_markdown(bounds))
     if docs:
-        renew_docs({"resources": resources_markdown(rows), "bounds": bounds_markdown(bounds)})
+        renew_docs({"resources": resources_markdown(rows)})
     if output:
         output.mkdir(parents=True, exist_ok=True)
         sources = sorted((ROOT / "sparsifiner_edge" / "ops" / "triton").glob("*.py"))
         subjects = [Subject(path=str(p.relative_to(ROOT)), sha256=sha256(p)) for p in sources]
         method = {
-            "what": "static: compiled ahead of time, never run; times are lower bounds, not measurements",
-            "triton": package_version("triton"), "h100_per_second": H100, "patches": PATCHES, "keys": KEYS,
+            "what": "static: compiled ahead of time, never run", "triton": package_version("triton"),
+            "patches": PATCHES, "keys": KEYS,
         }  # fmt: skip
-        statistics = {"bounds_not_measured": {f"{b['tokens']} tokens, keep {b['keep']:g}": b for b in bounds}}
-        result = Result("evaluation", subjects, method, {"kernels": rows}, statistics)
+        result = Result("evaluation", subjects, method, {"kernels": rows}, {})
         write_result(output / "kernels_static.json", result)
 
 

@@ -30,6 +30,8 @@ from tests.triton.inputs import ATTENTION, DTYPES, NAMES, PAPER, case_of, close,
 
 BOTH = [dataclasses.replace(case, patches=min(case.patches, 70)) for name in NAMES for case in cases(name)]
 GUARD = 512
+# Logits far apart leave float32's range by intention, and are taken again.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 LAYERS: list[dict[str, Any]] = [{"num_prefix": 5, "tile": 8}, {"num_prefix": 0, "cell": 0}, {"cell": 2}]
 
 

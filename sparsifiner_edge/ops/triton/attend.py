@@ -23,6 +23,10 @@ LOWEST = tl.constexpr(-1.0e30)
 """Where a running maximum starts: finite, so that the difference of two is no NaN."""
 LEAST = tl.constexpr(8)
 """Columns that a product of the matrix units has at least."""
+HALF = tl.constexpr(16)
+"""Cells whose sums are made together, rows that a product has at least. As a list ascends, all blocks but one read of
+the first half of the cells or of the second.
+"""
 
 
 @triton.jit
@@ -50,23 +54,41 @@ def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.cons
 
 
 @triton.jit
+def _no_sums(block_d: tl.constexpr):
+    """Keys, values and sizes of half the cells."""
+    zeros = tl.zeros([HALF, block_d], tl.float32)
+    return zeros, zeros, tl.zeros([HALF, LEAST], tl.float32)
+
+
+@triton.jit
+def _in_first_half(lists, columns: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, block: tl.constexpr):
+    """How many entries of an ascending list are of the first half of the cells."""
+    before = tl.zeros([block], tl.int32)
+    for start in range(0, keys, block):
+        entries = start + tl.arange(0, block)
+        listed = tl.load(lists + entries, mask=entries < keys, other=columns).to(tl.uint32)
+        before += (listed < HALF * cell).to(tl.int32)
+    return tl.sum(before, 0)
+
+
+@triton.jit
 def _add_selected(
-    start, listed, real, size, k, v, sums, cell: tl.constexpr, block_r: tl.constexpr, masked: tl.constexpr,
-    sized: tl.constexpr, precision: tl.constexpr,
-):  # fmt: skip
-    """A block's keys, values and sizes enter the sums of their cells [block_r, ..]: products with a one-hot matrix."""
+    within, numbers, real, size, k, v, sums, masked: tl.constexpr, sized: tl.constexpr, precision: tl.constexpr
+):
+    """Where `within`, a block's keys, values and sizes enter the sums of their cells, of which `numbers` says which
+    row: products with a one-hot matrix. (In a region of their own the compiler spreads them over the warps by their
+    own shape, not by the softmax's.)
+    """
     keys, values, counts = sums
-    same = (listed // cell).to(tl.int32)[None, :] == tl.arange(0, block_r)[:, None]
-    if masked:
-        same = same & real[None, :]
-    weights = same.to(tl.float32)  # the interpreter knows no other way to bfloat16
-    if sized:
-        weights = weights * size[None, :]
-    hot = weights.to(k.dtype)
-    ones = tl.full([k.shape[0], LEAST], 1.0, k.dtype)
-    # Always so, but not known to the compiler: in a region of its own it spreads these products over the warps by the
-    # last one's shape; in one with the softmax it spreads them by its rows, and makes them twice.
-    if start >= 0:
+    if within:
+        same = numbers[None, :] == tl.arange(0, HALF)[:, None]
+        if masked:
+            same = same & real[None, :]
+        weights = same.to(tl.float32)  # the interpreter knows no other way to bfloat16
+        if sized:
+            weights = weights * size[None, :]
+        hot = weights.to(k.dtype)
+        ones = tl.full([k.shape[0], LEAST], 1.0, k.dtype)
         counts = tl.dot(hot, ones, counts, input_precision=precision)
         if sized and k.dtype == tl.bfloat16:  # what sizes above 256 lose in so few bits (float16: above 2048)
             low = (weights - hot.to(tl.float32)).to(k.dtype)
@@ -79,12 +101,12 @@ def _add_selected(
 
 @triton.jit
 def _add_listed(
-    q, base, sizes, lists, start, state, heads: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
+    q, base, sizes, lists, start, split, state, heads: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
     behind: tl.constexpr, columns: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, factor: tl.constexpr,
-    block_n: tl.constexpr, block_r: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
+    block_n: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     """A block of a tile's list, with `behind` prefix tokens behind it, enters the softmax, and the sums of its cells
-    where `cell` is not 0.
+    where `cell` is not 0: from entry `split` on of their second half.
 
     Not masked: all its entries are listed. A list may hold anything: it is brought into range, nothing outside is read.
     """
@@ -107,11 +129,15 @@ def _add_listed(
     offset = tl.log2(size) if sized else tl.zeros([block_n], tl.float32)
     if masked:
         offset = tl.where(real, offset, float("-inf"))
-    softmax, sums = state
+    softmax, low, high = state
     softmax = _softmax_block(q, k, v, offset, softmax, factor, masked or sized, precision)
     if cell:
-        sums = _add_selected(start, listed, real, size, k, v, sums, cell, block_r, masked, sized, precision)
-    return softmax, sums
+        number = (listed // cell).to(tl.int32)
+        low = _add_selected(start < split, number, real, size, k, v, low, masked, sized, precision)
+        high = _add_selected(
+            start + block_n > split, number - HALF, real, size, k, v, high, masked, sized, precision
+        )  # fmt: skip
+    return softmax, low, high
 
 
 @triton.jit
@@ -131,13 +157,12 @@ def _add_means(
 
 @triton.jit
 def _add_rest(
-    q, cell_sums, cell_sizes, state, width: tl.constexpr, entries: tl.constexpr, factor: tl.constexpr,
-    block_r: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr,
+    q, cell_sums, cell_sizes, softmax, sums, before: tl.constexpr, width: tl.constexpr, entries: tl.constexpr,
+    factor: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """The rest of each cell enters the softmax, and the prefix keys, which are cells of which nothing is selected."""
-    softmax, sums = state
+    """The rest of each cell of a half enters the softmax, and prefix keys, cells of which nothing is selected."""
     keys, values, counts = sums
-    number = tl.arange(0, block_r)
+    number = before + tl.arange(0, HALF)
     inside = number < entries
     left = tl.load(cell_sizes + number, mask=inside, other=0.0) - tl.max(counts, 1)  # whose columns are all alike
     share = tl.where(left > 0.5, 1.0 / tl.maximum(left, 1.0), 0.0)[:, None]
@@ -214,29 +239,31 @@ def attend_kernel(
             tl.full([block_m], LOWEST, tl.float32), tl.zeros([block_m, LEAST], tl.float32),
             tl.zeros([block_m, block_d], tl.float32),
         )  # fmt: skip
-        sums = (
-            tl.zeros([block_r, block_d], tl.float32), tl.zeros([block_r, block_d], tl.float32),
-            tl.zeros([block_r, LEAST], tl.float32),
-        )  # fmt: skip
-        state = softmax, sums
+        state = softmax, _no_sums(block_d), _no_sums(block_d)
+        split = _in_first_half(lists, tokens - first, keys, cell, 4 * block_n) if cell else 0
         full: tl.constexpr = keys // block_n * block_n
         behind: tl.constexpr = 0 if cell else first  # with cells that are summed here the prefix is among those
         for start in range(0, full, block_n):
             state = _add_listed(
-                q, base, weights, lists, start, state, heads, width, first, behind, tokens - first, keys, cell, factor,
-                block_n, block_r, block_d, precision, False,
+                q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
+                factor, block_n, block_d, precision, False,
             )  # fmt: skip
         for start in range(full, keys + behind, block_t):
             state = _add_listed(
-                q, base, weights, lists, start, state, heads, width, first, behind, tokens - first, keys, cell, factor,
-                block_t, block_r, block_d, precision, True,
+                q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
+                factor, block_t, block_d, precision, True,
             )  # fmt: skip
         softmax = state[0]
         if cell:
+            sums_of = cell_sums + lane * (cells + first) * 2 * width
+            sizes_of = cell_sizes + lane * (cells + first)
             softmax = _add_rest(
-                q, cell_sums + lane * (cells + first) * 2 * width, cell_sizes + lane * (cells + first), state, width,
-                cells + first, factor, block_r, block_d, precision,
-            )  # fmt: skip
+                q, sums_of, sizes_of, softmax, state[1], 0, width, cells + first, factor, block_d, precision
+            )
+            if cells + first > HALF:
+                softmax = _add_rest(
+                    q, sums_of, sizes_of, softmax, state[2], HALF, width, cells + first, factor, block_d, precision
+                )
         elif rest_keys is not None:
             rest = (lane * tiles + number) * cells
             softmax = _add_means(

@@ -19,8 +19,8 @@ ROWS = 16
 MOST_NUMBERS = 4
 """Probes that each of its rows asks by: their running sums are held in registers."""
 FEW_PROGRAMS, MANY_PROGRAMS = 64, 256
-"""Fewer would leave multiprocessors idle: then a program has fewer tiles. Six for each head of each image, within these:
-where there are many, the GPU is taken to be large.
+"""Fewer would leave multiprocessors idle: then a program has fewer tiles. Six for each head of each image, between
+these: where there are many, the GPU is taken to be large.
 """
 SCORES, MOST_SCORES = 1024, 8192
 """Of a block that a program of `select` looks at, eight of a thread; of all that it holds in registers, unless one tile
@@ -216,7 +216,8 @@ def rest(s: LaunchSizes) -> Launch:
 
 
 def _attend(s: LaunchSizes, gradient: bool) -> Launch:
-    marking = s.marks > 0
+    marking, tall = s.marks > 0, s.rows > 64 and s.width <= 64
+    block_n = s.entries // 2 if tall else s.entries  # four warps of 32 rows each, whose products must fit
     means = given(s.cells > 0 and not marking, "rest_keys", "rest_values", "rest_sizes")
     return Launch(
         "attend",
@@ -225,11 +226,11 @@ def _attend(s: LaunchSizes, gradient: bool) -> Launch:
         | given(marking, "cell_sums", "cell_sizes") | means
         | given(s.prefix > 0, "partial_out", "partial_stats") | given(True, "output") | given(gradient, "lse"),
         s.constants("tokens", "prefix", "first", "tile", "tiles", "keys", "cells", "chunks", "blocks")
-        | {"cell": s.cell if marking else 0, "factor": s.scale * LOG2_E, "block_m": s.rows, "block_n": s.entries}
-        | {"block_t": power_of_two(s.keys % s.entries, most=BLOCK_T), "block_b": ROWS}
+        | {"cell": s.cell if marking else 0, "factor": s.scale * LOG2_E, "block_m": s.rows, "block_n": block_n}
+        | {"block_t": power_of_two(s.keys % block_n, most=BLOCK_T), "block_b": ROWS}
         | {"block_f": power_of_two(s.prefix, least=1)}
-        | {"block_r": s.marks or power_of_two(s.cells, most=s.entries)},
-        warps=8 if s.rows > 64 or s.width > 64 else 4,
+        | {"block_r": power_of_two(s.cells, most=s.entries)},
+        warps=8 if s.width > 64 else 4,
         # Three stages: a block's list is fetched one block ahead of its keys and values.
         stages=3 if s.half else 2 if s.wide else 1,
     )  # fmt: skip
