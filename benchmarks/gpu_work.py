@@ -100,12 +100,12 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
     patches, groups = c["tokens"] - c["prefix"], c["block_m"] // c["sub"] // c["group"]
     block = c["numbers"] * c["block_m"] * c["block_n"] * c["block_c"] // 4
     passes = [loop for loop in code.loops if _products(loop.own)]
-    usual = [next((x for x in passes if _from(x.own, name)), None) for name in ("_add_weights", "_store_scores")]
     lists = [loop for loop in code.loops if _from(loop.own, "_list_winners") and loop not in passes]
-    times: list[tuple[float, Sequence[Instruction]]] = [(1, code.straight)]
+    # What is done again for logits far apart is not counted.
+    times: list[tuple[float, Sequence[Instruction]]] = [(1, _split(code, "_again")[0])]
     for loop in code.loops:
-        if loop in passes:  # The others are for logits far apart.
-            often = patches // c["block_n"] * block / _products(loop.own) if loop in usual else 0
+        if loop in passes:
+            often = 0 if _from(loop.own, "_again") else patches // c["block_n"] * block / _products(loop.own)
         elif any(len(x.whole) < len(loop.whole) and x.own[0] in loop.whole for x in lists):
             often = groups
         elif loop in lists:  # The second is for ties.

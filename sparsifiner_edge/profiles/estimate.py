@@ -24,6 +24,7 @@ from sparsifiner_edge.profiles.roofline import (
     GPU_FIT,
     IDEAL,
     SIZES,
+    SPARSE_KINDS,
     Cost,
     OperatorWork,
     RooflineFit,
@@ -36,8 +37,6 @@ from sparsifiner_edge.runtime.open import check_choices
 UNFITTED = 1.5
 """Widens the bounds for a GPU precision that no measurement was fitted for."""
 FITTED = ("fp16", "int8")
-SPARSE_KINDS = ("predictor", "cells", "attention")
-"""Kinds of operator whose cost in a sparse layer depends on the kernels."""
 SPARSE_BOUNDS = {"native": (0.5, 2.5), "portable": (0.3, 4.0)}
 """Least and most that sparse layers' own operators, and merging, may take on a GPU, as factors: judged, for no one
 published it."""

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs
 from sparsifiner_edge.profiles.boards.board import Board
+from sparsifiner_edge.profiles.gpu_attention import times_faster
 
 SIZES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}
 """Bytes of an element in memory."""
+SPARSE_KINDS = ("predictor", "cells", "attention")
+"""Kinds of operator whose cost in a sparse layer depends on the kernels."""
 SCORE_PASSES = 6
 """Times that plain attention writes or reads its scores: product, scale, softmax, product."""
 MERGE_LAUNCHES = {"kernels": 8, "bodies": 25}
@@ -222,12 +225,39 @@ IDEAL = RooflineFit(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0)
 
 
 def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> list[Cost]:
-    """Times of all operators of an inference.
+    """Times of all operators of an inference; where kernels run sparse layers on a GPU, theirs by `times_faster`.
 
     Raises:
         ConfigError: see `cost`.
     """
-    return [cost(operator, board, precision, fit) for operator in operators(work)]
+    found = [cost(operator, board, precision, fit) for operator in operators(work)]
+    if work.portable or fit is IDEAL or work.sparsity.preset == "paper":
+        return found
+    shares = _kernel_shares(work, board, precision, fit, found)
+    return [
+        dataclasses.replace(c, seconds=c.seconds * shares[c.operator.layer])
+        if c.operator.layer in shares and c.operator.kind in SPARSE_KINDS else c
+        for c in found
+    ]  # fmt: skip
+
+
+def _kernel_shares(
+    work: Workload, board: Board, precision: str, fit: RooflineFit, found: Sequence[Cost]
+) -> dict[int, float]:
+    """By layer what kernels take, of the time that arithmetic, memory and launches of its sparse operators would."""
+    shape, shares = work.shape, {}
+    counts = work.sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
+    for number in work.sparsity.sparse_layers(shape.depth):
+        here = dataclasses.replace(shape, depth=1, patches=counts[number][0], prefix=counts[number][1])
+        keep = work.sparsity.layer_keep(shape.depth)[number]
+        faster = times_faster(board, here.prefix + here.patches, keep, work.batch * shape.heads)
+        if faster is None:
+            continue
+        dense = operators(dataclasses.replace(work, shape=here, sparsity=SparsityConfig(keep=1)))
+        seconds_dense = sum(cost(o, board, precision, fit).seconds for o in dense if o.kind == "attention")
+        own = sum(c.seconds for c in found if c.operator.layer == number and c.operator.kind in SPARSE_KINDS)
+        shares[number] = seconds_dense / faster / own
+    return shares
 
 
 def seconds(found: Sequence[Cost]) -> float:

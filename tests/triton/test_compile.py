@@ -65,20 +65,19 @@ def fits(made: Compiled) -> None:
     assert made.spilled == 0, f"{made.kernel} spills {made.spilled} bytes on sm_{made.capability}"
 
 
-@pytest.mark.parametrize("tile", [64, 16])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_attention_compiles_for_every_generation(capability: int, tile: int) -> None:
-    plan = plan_of("attend", capability, "float16", 64, tile)
+def test_attention_compiles_for_every_generation(capability: int) -> None:
+    plan = plan_of("attend", capability, "float16", 64, 16)
     fits(compile_launch(plan, plan.launches[-1], capability))
 
 
-BUDGET = {87: 500, 90: 380}
+BUDGET = {87: 450, 90: 350}
 """Instructions of a warp for a block of 64 queries and 64 listed keys, sums of cells in."""
 SPILLS = {120: 2}
 """Loads of a spilled register in it, at some sizes."""
 
 
-@pytest.mark.parametrize(("capability", "tokens"), [*((x, 1370) for x in CAPABILITIES), (87, 5477), (90, 2305)])
+@pytest.mark.parametrize(("capability", "tokens"), [*((x, 2305) for x in CAPABILITIES), (87, 1370), (87, 5477)])
 def test_the_main_loop_of_attention(capability: int, tokens: int) -> None:
     """What can be said of speed without a GPU: matrix units, copies that run ahead, no spills, few instructions."""
     patches = tokens - 1
@@ -87,16 +86,16 @@ def test_the_main_loop_of_attention(capability: int, tokens: int) -> None:
     plan = plan_attend([(1, tokens, 3 * HEADS * 64), lists], a, "float16")
     made = compile_launch(plan, plan.launches[-1], capability)
     assert made.shared <= MOST_SHARED_BYTES or capability in (100, 110), "there export takes smaller blocks"
-    code = read(made.cubin)
-    # From 10.0 on waits jump to code behind the kernel and back: its loops are not told apart.
-    body = main_loop(code)
+    body = main_loop(read(made.cubin))
     found = counts(body)
+    # The sums of cells stand there twice, for either half of the cells: a block but one runs one of them.
+    executed = len(body) - sum("_add_selected" in x.functions for x in body) / 2
     assert plan.launches[-1].constants["block_n"] == 64
     assert found["matrix"] > 0
     assert found["local"] <= SPILLS.get(capability, 0)
     assert found["copy"] > 0
-    if capability not in (100, 110):
-        assert len(body) <= BUDGET.get(capability, 500), dict(found)
+    # From 10.0 on the matrix units have memory of their own, to and from which their operands are moved.
+    assert executed <= (600 if capability in (100, 110) else BUDGET.get(capability, 450)), dict(found)
 
 
 @pytest.mark.parametrize("sample", SOME, ids=lambda x: "-".join(str(y).replace(" ", "+") for y in x))

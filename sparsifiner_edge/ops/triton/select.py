@@ -115,6 +115,16 @@ def _totals(
 
 
 @triton.jit
+def _again(
+    asked, projected, sizes, patches: tl.constexpr, numbers: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    block_c: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Tops and totals where logits lie so far apart that one block's greatest does not stand for all."""
+    tops = _tops(asked, projected, sizes, patches, patches, numbers, block_m, block_n, block_c, precision)
+    return tops, _totals(asked, projected, sizes, tops, patches, numbers, block_m, block_n, block_c, precision)
+
+
+@triton.jit
 def _store_scores(
     asked, projected, sizes, deviation, rows, start, lse, spoilt, real_tiles, patches: tl.constexpr,
     numbers: tl.constexpr, sub: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr,
@@ -259,8 +269,7 @@ def select_kernel(
     for n in tl.static_range(numbers):
         beyond = beyond | (totals[n] == float("inf")).to(tl.int32)
     if tl.max(beyond, 0) > 0:
-        tops = _tops(asked, keys_of, weights, patches, patches, numbers, block_m, block_n, block_c, precision)
-        totals = _totals(asked, keys_of, weights, tops, patches, numbers, block_m, block_n, block_c, precision)
+        tops, totals = _again(asked, keys_of, weights, patches, numbers, block_m, block_n, block_c, precision)
     lse = ()
     spoilt = tl.zeros([block_m], tl.int32)
     for n in tl.static_range(numbers):
