@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import sys
@@ -63,6 +64,30 @@ def warm_briefly() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(side, "_WARM_UP_S", 0.5)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exporter_ready() -> Iterator[None]:
+    """torch's exporter lists all operators that it knows anew for every export: longer than a small model takes it."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    known: dict[int, ONNXRegistry] = {}
+    listed = ONNXRegistry.from_torchlib
+
+    def again(opset_version: int = TORCHLIB_OPSET) -> ONNXRegistry:
+        if opset_version not in known:
+            known[opset_version] = listed(opset_version)
+        registry = copy.copy(known[opset_version])
+        registry.functions = {name: list(found) for name, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(again))
         yield
 
 
