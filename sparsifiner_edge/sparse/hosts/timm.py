@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,8 +272,10 @@ def _check_size(height: int, width: int, patch: tuple[int, int], name: str) -> N
         )
 
 
+@functools.lru_cache(maxsize=16)
 def on_paper(name: str, num_classes: int | None = None) -> TimmModel:
-    """A model of timm for which nothing is allocated: it tells what it is, and what its weights are.
+    """A model of timm for which nothing is allocated: it tells what it is, and what its weights are. The next caller
+    gets the same.
 
     Raises:
         UnsupportedModelError, ConfigError: as of `create`.
