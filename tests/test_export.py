@@ -25,17 +25,18 @@ from sparsifiner_edge.errors import ArtifactError, ConfigError, GateError
 from sparsifiner_edge.export import check
 from sparsifiner_edge.export.check import check_export, count_differing, smooth_images
 from sparsifiner_edge.export.deployed_model import deploy
-from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.export.export import export_bundle, export_model
 from sparsifiner_edge.export.graph import add_bodies, check_structure, export_graph
 from sparsifiner_edge.metrics import Agreement
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import INPUT_PREFIX
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts.timm import preprocessing
-from sparsifiner_edge.sparse.student import save_student, sparsify
+from sparsifiner_edge.sparse.student import Student, load_dense, load_student, save_student, sparsify
 from sparsifiner_edge.sparse.weights import normalise
 from tests.commands import manifest_of
 from tests.models import TINY_CONFIG, student, vit
+from tests.once import Once
 
 pytestmark = pytest.mark.slow
 
@@ -44,20 +45,30 @@ OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_student(student(), tmp_path_factory.mktemp("student") / "student")
+def folder(once: Once) -> Path:
+    return once("exported-student", lambda made: save_student(student(), made / "student")) / "student"
 
 
 @pytest.fixture(scope="module")
-def bundle(folder: Path) -> Path:
-    return export_bundle(folder, folder.parent / "bundle", tokens=True)
+def bundle(once: Once, folder: Path) -> Path:
+    return once("exported", lambda made: export_bundle(folder, made / "bundle", tokens=True)) / "bundle"
 
 
 @pytest.fixture(scope="module")
-def dense(folder: Path) -> Path:
-    weights = folder.parent / "dense.safetensors"
-    save_file(vit().state_dict(), weights)
-    return export_bundle("test_vit", folder.parent / "dense", weights=weights, tokens=True)
+def dense(once: Once) -> Path:
+    def make(made: Path) -> None:
+        save_file(vit().state_dict(), made / "dense.safetensors")
+        export_bundle("test_vit", made / "dense", weights=made / "dense.safetensors", tokens=True)
+
+    return once("exported-dense", make) / "dense"
+
+
+def export_shallow(made: Student, output: Path, depth: int = 2, **options: Any) -> Path:
+    """Of a student its first layers alone: what is particular to an architecture is in each of them."""
+    made.model.blocks = made.model.blocks[:depth]
+    pixels = preprocessing(made.model)
+    example = torch.zeros(1, 3, *made.model.patch_embed.img_size)
+    return export_model(made.model, example, output, mean=pixels.mean, std=pixels.std, **options)
 
 
 def model_of(bundle: Path) -> onnx.ModelProto:
@@ -144,14 +155,12 @@ def test_the_check_runs_both_kernels_on_the_folded_model(bundle: Path, dense: Pa
 
 def test_layer_scale_is_folded(tmp_path: Path) -> None:
     for name, size in (("deit3_small_patch16_224", 96), ("vit_small_patch16_dinov3", 96)):
-        made = student(name, SparsityConfig(keep=0.3, cells=4), img_size=size)
+        made = student(name, SparsityConfig(keep=0.3, cells=4), img_size=size, depth=2)
         with torch.no_grad():
             for key, value in made.model.named_parameters():
                 if "gamma" in key:
                     value.copy_(torch.rand_like(value) + 0.5)
-        bundle = export_bundle(
-            save_student(made, tmp_path / name), tmp_path / f"{name}.b"
-        )  # held to the unfolded model
+        bundle = export_shallow(made, tmp_path / name)
         model = model_of(bundle)
         assert not [t.name for t in model.graph.initializer if "gamma" in t.name]
         image = smooth_images(size, seed=3)
@@ -197,8 +206,8 @@ def test_fixed_batch_of_two(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_architectures(name: str, sparsity: SparsityConfig, options: dict[str, Any], tmp_path: Path) -> None:
-    made = save_student(student(name, sparsity, **options), tmp_path / "s")
-    manifest = manifest_of(export_bundle(made, tmp_path / "b"))
+    made = load_student(save_student(student(name, sparsity, **options), tmp_path / "s"))
+    manifest = manifest_of(export_shallow(made, tmp_path / "b", depth=3))
     expected = {"sparsifiner::KeySelect", "sparsifiner::SparseAttention"}
     assert set(manifest["ops"]) == expected | ({"sparsifiner::DenseAttention"} if sparsity.dense_layers else set())
     assert all(o["least_row_cosine"] >= 0.9999 for o in manifest["check"]["outputs"].values())
@@ -207,9 +216,9 @@ def test_architectures(name: str, sparsity: SparsityConfig, options: dict[str, A
 def test_a_model_with_rotary_embeddings_at_another_size_and_batch(tmp_path: Path) -> None:
     name, weights = "vit_small_patch16_dinov3", tmp_path / "w.safetensors"
     save_file(vit(name, img_size=64).state_dict(), weights)
-    made = sparsify(name, tmp_path / "s", weights=weights, img_size=96, keep=0.3)
-    sparse = manifest_of(export_bundle(made, tmp_path / "b", batch="dynamic"))
-    dense = manifest_of(export_bundle(name, tmp_path / "d", weights=weights, img_size=96))
+    made = load_student(sparsify(name, tmp_path / "s", weights=weights, img_size=96, keep=0.3))
+    sparse = manifest_of(export_shallow(made, tmp_path / "b", batch="dynamic"))
+    dense = manifest_of(export_shallow(load_dense(name, weights, 96), tmp_path / "d"))
     assert sparse["tokens"] == dense["tokens"] == {"prefix": 5, "grid": [6, 6]}
     assert sparse["check"]["batches_run"] == [1, 3]
     assert dense["ops"] == {}
@@ -330,8 +339,7 @@ def test_onnx_runtime_1_21_runs_every_structure(bundle: Path, dense: Path, tmp_p
         ("test_vit", SparsityConfig(keep=0.3, cells=5, channels=8, dense_layers=(1,)), {}),
         ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, cells=4, merge=(6, 0)), {"img_size": 112}),
     ):
-        folder = save_student(student(name, sparsity, **options), tmp_path / f"s_{name}")
-        made[name] = export_bundle(folder, tmp_path / name, batch="dynamic")
+        made[name] = export_shallow(student(name, sparsity, **options), tmp_path / name, batch="dynamic")
     script = (
         "import sys, numpy as np, onnxruntime as ort\n"
         "assert ort.__version__.startswith('1.21'), ort.__version__\n"
