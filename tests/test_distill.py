@@ -92,7 +92,7 @@ def test_never_worse_than_the_start(folder: Path, start: Path, tmp_path: Path) -
 def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start: Path, tmp_path: Path) -> None:
     steps = (*SHORT, "distil.steps=12", "ema=0.9")
     arguments = ["distill", start, "--data", folder, *(x for s in steps for x in ("--set", s))]
-    assert process(*arguments, "-o", tmp_path / "whole").code == 0
+    distill_student(start, folder, tmp_path / "whole", overrides=steps)
     broken = tmp_path / "broken"
     for again, after in (([], 3), (["--resume"], 8)):  # not steps at which it saves
         command = [*PROGRAM, *map(str, arguments), "-o", str(broken), *again]
@@ -183,14 +183,15 @@ def test_weights_are_kept_only_once_their_loss_is_known(
     assert all(bool(torch.isfinite(v).all()) for v in content.student.values())
 
 
-def test_unreadable_images_are_skipped_counted_and_listed(folder: Path, start: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_counted_and_listed(
+    folder: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = shutil.copytree(folder, tmp_path / "data")
     (data / "cats" / "01.png").write_bytes(b"no image")  # held out
     (data / "cats" / "03.png").write_bytes(b"no image")
     (data / "dogs" / "04.png").write_bytes((data / "dogs" / "06.png").read_bytes()[:300])
-    outcome = process(
-        "distill", start, "--data", data, *(x for s in SHORT for x in ("--set", s)), "-o", tmp_path / "out", "--json"
-    )
+    settings = (x for s in SHORT for x in ("--set", s))
+    outcome = call(capsys, "distill", start, "--data", data, *settings, "-o", tmp_path / "out", "--json")
     assert outcome.code == 0, outcome.err
     pictures = json.loads(outcome.out)["pictures"]
     assert "01.png" in pictures["held out"]

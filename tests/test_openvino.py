@@ -22,9 +22,10 @@ from sparsifiner_edge.runtime.openvino.operators import output_shape
 from sparsifiner_edge.runtime.openvino.session import import_openvino
 from sparsifiner_edge.runtime.verify import verify_bundle
 from sparsifiner_edge.sparse.student import save_student
-from tests.commands import process
+from tests.commands import call, process
 from tests.models import TINY, student, vit
 from tests.native.test_replay import BF16_SETS
+from tests.once import Once
 from tests.ops.matrix import cases, run_reference
 from tests.seal import seal_bundle
 from tests.tiny import make_bundle
@@ -44,15 +45,31 @@ STUDENTS: dict[str, tuple[SparsityConfig, dict[str, Any]]] = {
 }
 
 
+class Bundles(dict[str, Path]):
+    """Of each of `STUDENTS`, exported when it is first asked for; its student lies beside it."""
+
+    def __init__(self, once: Once, pictures: Path) -> None:
+        super().__init__()
+        self.once, self.pictures = once, pictures
+
+    def __missing__(self, name: str) -> Path:
+        sparsity, given = STUDENTS[name]
+        size = {key: value for key, value in given.items() if key == "img_size"}
+        options = {key: value for key, value in given.items() if key not in size}
+        if options.get("precision") == "int8":
+            options["calibrate"] = self.pictures
+
+        def make(folder: Path) -> None:
+            saved = save_student(student(TINY, sparsity, **size), folder / "student")
+            export_bundle(saved, folder / name, tokens=True, **options)
+
+        self[name] = self.once(f"openvino {name}", make) / name
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Path]:
-    folder, made = tmp_path_factory.mktemp("openvino"), {}
-    for name, (sparsity, options) in STUDENTS.items():
-        given = dict(options) | ({"calibrate": pictures} if options.get("precision") == "int8" else {})
-        size = {"img_size": given.pop("img_size")} if "img_size" in given else {}
-        saved = save_student(student(TINY, sparsity, **size), folder / f"student {name}")
-        made[name] = export_bundle(saved, folder / name, tokens=True, **given)
-    return made
+def bundles(once: Once, pictures: Path) -> dict[str, Path]:
+    return Bundles(once, pictures)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -106,9 +123,11 @@ def test_bf16_is_what_really_runs(bundles: dict[str, Path], name: str) -> None:
 
 
 @pytest.mark.skipif("FP16" in KNOWN, reason="the processor has fp16 arithmetic")
-def test_an_inlined_file_runs_without_us(bundles: dict[str, Path], tmp_path: Path) -> None:
-    made = process(
-        "export", bundles["merged"].parent / "student merged", "--inline", "--tokens", "-o", tmp_path / "plain"
+def test_an_inlined_file_runs_without_us(
+    bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = call(
+        capsys, "export", bundles["merged"].parent / "student", "--inline", "--tokens", "-o", tmp_path / "plain"
     )
     assert made.code == 0, made.err
     assert "none: inlined" in made.out
@@ -120,11 +139,11 @@ def test_an_inlined_file_runs_without_us(bundles: dict[str, Path], tmp_path: Pat
     with open_session(bundles["merged"]) as session:
         wanted = session.infer({"image": image})
     assert all(cosine(plain({"image": image})[name], value) > 0.9999 for name, value in wanted.items())
-    verified = process("bundle", "verify", tmp_path / "plain")
+    verified = call(capsys, "bundle", "verify", tmp_path / "plain")
     assert verified.code == 0, verified.err
     with open_session(tmp_path / "plain") as session:
         assert session.description.kernels == "none (standard operators)"
-    refused = process("export", TINY, "--inline", "--board", "jetson-orin-nano-8gb", "-o", tmp_path / "none")
+    refused = call(capsys, "export", TINY, "--inline", "--board", "jetson-orin-nano-8gb", "-o", tmp_path / "none")
     assert (refused.code, refused.out) == (2, "")
     assert "--inline leaves no node" in refused.err
 
@@ -208,23 +227,25 @@ def test_what_is_missing_or_wrong_is_said(
         open_session(bundles["edge"], "openvino")
 
 
-def test_every_command_takes_it(bundles: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+def test_every_command_takes_it(
+    bundles: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     image = sorted(pictures.iterdir())[0]
     ran = process("run", bundles["merged"], "--source", image, "--backend", "openvino")
     assert ran.code == 0, ran.err
     verify_bundle(bundles["merged"], backend="openvino", kernels="portable")
-    built = process("build", bundles["merged"], "--backend", "openvino", "--json")
+    built = call(capsys, "build", bundles["merged"], "--backend", "openvino", "--json")
     assert built.code == 0, built.err
     assert json.loads(built.out)["description"]["kernels"] == f"native, {native.target()}"
     if "BF16" in KNOWN:
         for name in ("edge", "dense", "int8"):
-            checked = process("build", bundles[name], "--backend", "openvino-bf16")
+            checked = call(capsys, "build", bundles[name], "--backend", "openvino-bf16")
             assert checked.code == 0, checked.err
             assert checked.out.startswith("openvino-bf16 20"), checked.out
-    refused = process("build", bundles["edge"], "--backend", "openvino", "--compute-capability", "8.6")
+    refused = call(capsys, "build", bundles["edge"], "--backend", "openvino", "--compute-capability", "8.6")
     assert (refused.code, "openvino builds no engine" in refused.err) == (2, True)
-    profiled = process(
-        "profile", bundles["merged"], "--backend", "openvino", "--seconds", "0.3", "--json",
+    profiled = call(
+        capsys, "profile", bundles["merged"], "--backend", "openvino", "--seconds", "0.3", "--json",
     )  # fmt: skip
     assert profiled.code == 0, profiled.err
     assert f"native, {native.target()}" in profiled.out
@@ -233,8 +254,8 @@ def test_every_command_takes_it(bundles: dict[str, Path], pictures: Path, tmp_pa
     from safetensors.torch import save_file
 
     save_file(vit().state_dict(), weights)
-    found = process(
-        "evaluate", bundles["edge"], "--data", pictures, "--against", TINY, "--weights", weights,
+    found = call(
+        capsys, "evaluate", bundles["edge"], "--data", pictures, "--against", TINY, "--weights", weights,
         "--backend", "openvino", "--json",
     )  # fmt: skip
     assert found.code == 0, found.err
@@ -242,7 +263,7 @@ def test_every_command_takes_it(bundles: dict[str, Path], pictures: Path, tmp_pa
 
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 def test_export_measures_in_the_backend_that_will_run_the_file(bundles: dict[str, Path], tmp_path: Path) -> None:
-    source = bundles["merged"].parent / "student merged"
+    source = bundles["merged"].parent / "student"
     made = process("export", source, "--measure-in", "openvino-bf16", "--json", "-o", tmp_path / "b")
     assert made.code == 0, made.err
     measured = json.loads(made.out)["measured"]
