@@ -56,6 +56,18 @@ def made(once: Once) -> dict[str, Path]:
     return names | {"weights": folder / "weights.safetensors"}
 
 
+@pytest.fixture(scope="module")
+def probed(once: Once, made: dict[str, Path]) -> Path:
+    """A classifier made of the student and a linear probe, and what the probe found."""
+
+    def probe(folder: Path) -> None:
+        given = {"metric": "linear", "gallery": made["gallery"], "head": folder / "head"}
+        found = evaluate_student(made["student"], made["queries"], **given)
+        (folder / "probe.json").write_text(json.dumps(found))
+
+    return once("probed", probe)
+
+
 @pytest.mark.parametrize("metric", ["knn", "linear"])
 def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: dict[str, Path]) -> None:
     seen: list[tuple[int, int]] = []
@@ -74,9 +86,10 @@ def test_what_is_easy_is_found_by_student_bundle_and_teacher(metric: str, made: 
     assert seen[-1] == (2 * (12 + 45), 2 * (12 + 45))
 
 
-def test_a_head_makes_a_classifier_that_exports_with_its_labels(made: dict[str, Path], tmp_path: Path) -> None:
-    head = tmp_path / "classifier"
-    probe = evaluate_student(made["student"], made["queries"], metric="linear", gallery=made["gallery"], head=head)
+def test_a_head_makes_a_classifier_that_exports_with_its_labels(
+    made: dict[str, Path], probed: Path, tmp_path: Path
+) -> None:
+    head, probe = probed / "head", json.loads((probed / "probe.json").read_text())
     found = load_student(head)
     assert found.labels == tuple(COLOURS)
     assert found.model.num_classes == 3
@@ -99,11 +112,10 @@ def test_accuracies_of_a_rectangle(made: dict[str, Path], tmp_path: Path) -> Non
     assert result["statistics"]["subject_percent"] == result["statistics"]["teacher_percent"] == 100
 
 
-def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], tmp_path: Path) -> None:
+def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], probed: Path, tmp_path: Path) -> None:
     """A classifier's own order, which is not the alphabet's."""
-    evaluate_student(made["student"], made["queries"], metric="linear", gallery=made["gallery"], head=tmp_path / "head")
-    wanted = evaluate_student(tmp_path / "head", made["queries"], metric="top1")["statistics"]["subject_percent"]
-    found = load_student(tmp_path / "head")
+    wanted = evaluate_student(probed / "head", made["queries"], metric="top1")["statistics"]["subject_percent"]
+    found = load_student(probed / "head")
     turned = [2, 0, 1]
     with torch.no_grad():
         found.model.head.weight[:] = found.model.head.weight[turned].clone()
@@ -127,12 +139,14 @@ def test_labels_decide_which_class_a_folder_is(made: dict[str, Path], tmp_path: 
         evaluate_student(other, tmp_path / "four", metric="top1")
 
 
-@pytest.mark.parametrize("name", ["test_vit", "deit_tiny_distilled_patch16_224"])
-def test_a_head_of_two_classes_answers_as_its_probe(name: str, made: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 160), ("deit_tiny_distilled_patch16_224", 96)])
+def test_a_head_of_two_classes_answers_as_its_probe(
+    name: str, size: int, made: dict[str, Path], tmp_path: Path
+) -> None:
     for split in ("gallery", "queries"):
         for colour in ("green", "red"):
             shutil.copytree(made[split] / colour, tmp_path / split / colour)
-    subject = save_student(student(name, num_classes=0), tmp_path / "student")
+    subject = save_student(student(name, num_classes=0, img_size=size), tmp_path / "student")
     given = {"metric": "linear", "gallery": tmp_path / "gallery", "head": tmp_path / "head"}
     probe = evaluate_student(subject, tmp_path / "queries", **given, keep=0.5)
     own = evaluate_student(tmp_path / "head", tmp_path / "queries", metric="top1")
