@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 CHECKS = Path(__file__).parent / "check_interpreted.py"
 
 
+@pytest.mark.long
 def test_kernels_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "SPARSIFINER_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
     for name in [x for x in environment if x.startswith("PYTEST_")]:  # those of an outer xdist
