@@ -188,7 +188,6 @@ def _select(s: LaunchSizes) -> Launch:
         constants
         | {"per_tile": per_tile, "numbers": math.ceil(per_tile / sub), "sub": sub, "pitch": pitch, "block_m": ROWS}
         | {"group": group, "block_n": s.entries, "block_v": block, "block_c": power_of_two(s.channels)},
-        stages=3,
     )  # fmt: skip
 
 
@@ -216,8 +215,10 @@ def rest(s: LaunchSizes) -> Launch:
 
 
 def _attend(s: LaunchSizes, gradient: bool) -> Launch:
-    marking, tall = s.marks > 0, s.rows > 64 and s.width <= 64
-    block_n = s.entries // 2 if tall else s.entries  # four warps of 32 rows each, whose products must fit
+    marking = s.marks > 0
+    # Four warps of 32 rows each, if lists are long: they read keys for twice the rows, but their products must fit.
+    tall = s.rows > 64 and s.width <= 64 and s.keys >= 128
+    block_n = s.entries // 2 if tall else s.entries
     means = given(s.cells > 0 and not marking, "rest_keys", "rest_values", "rest_sizes")
     return Launch(
         "attend",
@@ -230,7 +231,7 @@ def _attend(s: LaunchSizes, gradient: bool) -> Launch:
         | {"block_t": power_of_two(s.keys % block_n, most=BLOCK_T), "block_b": ROWS}
         | {"block_f": power_of_two(s.prefix, least=1)}
         | {"block_r": power_of_two(s.cells, most=s.entries)},
-        warps=8 if s.width > 64 else 4,
+        warps=8 if s.width > 64 or (s.rows > 64 and not tall) else 4,
         # Three stages: a block's list is fetched one block ahead of its keys and values.
         stages=3 if s.half else 2 if s.wide else 1,
     )  # fmt: skip
