@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test quick check bench aarch64 clean
+.PHONY: demo test quick check bench gpu aarch64 clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsifiner-edge demo -o $(DEMO)
@@ -37,6 +37,18 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels_static.py
 	$(BIN)/python -m benchmarks.slow_clients
 	$(BIN)/python benchmarks/fuzz.py --full --kills 500 -o benchmarks/results/fuzz
+
+# On a machine with an NVIDIA GPU, a torch for CUDA and Triton in this environment: parity, memory errors, speed.
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/gpu -n0
+	@if command -v compute-sanitizer >/dev/null; then \
+	  for tool in memcheck racecheck initcheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/gpu -n0 -k sanitised || exit 1; \
+	  done; \
+	else echo "compute-sanitizer is not installed (CUDA toolkit): memory errors are not looked for"; fi
+	$(BIN)/python benchmarks/attention_gpu.py -o benchmarks/results
+	$(BIN)/python benchmarks/attention_gpu.py --tile 128
+	$(BIN)/python benchmarks/model_gpu.py -o benchmarks/results
 
 # For the kernels' tests on AArch64: cross compiler, emulator, and Highway unpacked here. Root on Debian or Ubuntu.
 ARM := $(CURDIR)/$(VENV)/aarch64

@@ -1,4 +1,4 @@
-"""Attention operators on a CUDA GPU: ours against the fastest backend of torch's scaled_dot_product_attention.
+"""Attention operators on a CUDA GPU: ours against the fastest dense attention there, and FlexAttention with our lists.
 
     python benchmarks/attention_gpu.py [--tokens 1025 ...] [--dtype float16] [--tile 64] [-o FOLDER]
 
@@ -6,7 +6,10 @@ Eight images of 6 heads of 64 (batch x heads 48), one class token, tiles of 64, 
 Every engine is compiled where torch compiles it and replayed as a CUDA graph; rounds go through all engines in an order
 drawn anew. The rival gets q, k and v apart and contiguous, which costs it nothing here; ours reads the packed
 projection and writes heads side by side. "attend" is given its key lists, "select" makes them, "both" is what a layer
-does: three launches. Without a CUDA device this ends with exit code 2.
+does: three launches. Dense rivals: every backend of torch's scaled_dot_product_attention, and flash-attn where it is
+installed. "flex" is FlexAttention, compiled, masked to the same lists (it reads whole blocks of keys, and no cells).
+Beside each time stands what the roofline of `gpu_bound.py` says of an H100. Without a CUDA device this ends with exit
+code 2.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_engines import by_backend, energy_joules, fastest, graph, ratio, require_gpu, time_in_turn
+from gpu_bound import bound
+from gpu_engines import Run, by_backend, energy_joules, fastest, flash_attn, graph, ratio, require_gpu, time_in_turn
+from gpu_roofline import gpu
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
@@ -44,10 +50,17 @@ def settings(tokens: int, keep: float, tile: int) -> tuple[dict[str, Any], dict[
     return {**shared, **select}, {**shared, "prefix_keys": 1}
 
 
+def projections() -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a predictor, random: the same at every call."""
+    torch.manual_seed(1)
+    proj_q, proj_k = (torch.randn(HEADS, WIDTH, CHANNELS, device="cuda") / WIDTH**0.5 for _ in range(2))
+    return proj_q, proj_k
+
+
 def ours(qkv: torch.Tensor, keep: float, tile: int) -> dict[str, Any]:
     """Graphs of our operators at one keep rate."""
     select, attend = settings(qkv.shape[1], keep, tile)
-    proj_q, proj_k = (torch.randn(HEADS, WIDTH, CHANNELS, device="cuda") / WIDTH**0.5 for _ in range(2))
+    proj_q, proj_k = projections()
     indices = ops.key_select(qkv, proj_q, proj_k, **select)
     for name, attributes, inputs in (
         ("KeySelect", select, (qkv, proj_q, proj_k)), ("SparseAttention", attend, (qkv, indices)),
@@ -62,15 +75,33 @@ def ours(qkv: torch.Tensor, keep: float, tile: int) -> dict[str, Any]:
     }
 
 
+def flex(qkv: torch.Tensor, parts: tuple[torch.Tensor, ...], keep: float, tile: int) -> Run:
+    """FlexAttention over the lists that KeySelect makes, and the class token."""
+    batch, tokens, _ = qkv.shape
+    select, _ = settings(tokens, keep, tile)
+    lists = ops.key_select(qkv, *projections(), **select)
+    member = torch.zeros(*lists.shape[:3], tokens, dtype=torch.bool, device="cuda")
+    member.scatter_(-1, lists.long() + 1, True)
+    member[..., 0] = True
+
+    def read(image: Any, head: Any, query: Any, key: Any) -> Any:
+        return (query == 0) | member[image, head, (query - 1).clamp_min(0) // tile, key]
+
+    mask = create_block_mask(read, batch, HEADS, tokens, tokens, device="cuda")
+    run = torch.compile(flex_attention)
+    return graph(lambda: run(*parts, block_mask=mask, scale=SCALE))
+
+
 def measure(tokens: int, dtype: torch.dtype, tile: int, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
     torch.manual_seed(0)
     qkv = torch.randn(BATCH, tokens, 3 * HEADS * WIDTH, device="cuda", dtype=dtype)
     q, k, v = (x.contiguous() for x in qkv.unflatten(-1, (3, HEADS, WIDTH)).permute(2, 0, 3, 1, 4))
     rivals, refused = by_backend(lambda: F.scaled_dot_product_attention(q, k, v, scale=SCALE))
+    rivals |= flash_attn(q, k, v, SCALE)
     rival = fastest(rivals)
     runs = {f"dense {rival}": rivals[rival]}
     for keep in KEEPS:
-        runs |= ours(qkv, keep, tile)
+        runs |= ours(qkv, keep, tile) | {f"flex {keep:g}": flex(qkv, (q, k, v), keep, tile)}
     times = time_in_turn(runs, rounds, 20)
     dense = times[f"dense {rival}"]
     statistics = {
@@ -78,6 +109,7 @@ def measure(tokens: int, dtype: torch.dtype, tile: int, rounds: int) -> tuple[di
         "refused_backends": refused,
         "median_ms": {name: float(np.median(x)) for name, x in times.items()},
         "times_faster_than_dense": {name: ratio(dense, x) for name, x in times.items() if x is not dense},
+        "roofline_h100": {f"both {keep:g}": bound(gpu("h100"), tokens, keep, BATCH, tile) for keep in KEEPS},
         "joules_a_call": {name: energy_joules(runs[name]) for name in (f"dense {rival}", f"both {KEEPS[-1]:g}")},
     }
     return {name: x.tolist() for name, x in times.items()}, statistics

@@ -105,6 +105,16 @@ def by_backend(run: Run) -> tuple[dict[str, Run], dict[str, str]]:
     return runs, refused
 
 
+def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> dict[str, Run]:
+    """FlashAttention's own package, where it is installed; q, k, v [B,H,N,d]."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return {}
+    rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    return {"FLASH_ATTN": graph(lambda: flash_attn_func(*rows, softmax_scale=scale))}
+
+
 def fastest(runs: Mapping[str, Run]) -> str:
     """The engine of the least median over a short burst."""
     return min(runs, key=lambda name: float(np.median(_milliseconds(runs[name], 10))))

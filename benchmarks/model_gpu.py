@@ -24,7 +24,11 @@ from sparsifiner_edge.sparse.hosts.timm import create
 from sparsifiner_edge.sparse.student import make_student
 
 SIZES = (448, 672, 896, 1344)
-KEEPS = (0.25, 0.10)
+STUDENTS = {
+    "keep .25": {"keep": 0.25}, "keep .10": {"keep": 0.10}, "merged": {"keep": 1.0, "merge": (0.12, 0.0)},
+    "merged, keep .10": {"keep": 0.10, "merge": (0.12, 0.0)},
+}  # fmt: skip
+"""Settings of students; a merge is the share of the patches in the first layer, falling to the second."""
 
 
 def dense_runs(name: str, image: torch.Tensor) -> tuple[dict[str, Run], dict[str, str]]:
@@ -34,9 +38,11 @@ def dense_runs(name: str, image: torch.Tensor) -> tuple[dict[str, Run], dict[str
     return by_backend(lambda: model.forward_features(image))
 
 
-def sparse_run(name: str, image: torch.Tensor, keep: float, tile: int) -> Run:
+def sparse_run(name: str, image: torch.Tensor, settings: dict[str, Any], tile: int) -> Run:
     torch.manual_seed(0)
-    sparsity = SparsityConfig(keep=keep, tile=tile, probe=min(16, tile))
+    patches = (image.shape[-1] // 14) ** 2
+    merge = tuple(round(share * patches) for share in settings.get("merge", ()))
+    sparsity = SparsityConfig(keep=settings["keep"], tile=tile, probe=min(16, tile), merge=merge)
     model = make_student(name, create(name, image.shape[-1], 0), sparsity).model.half().cuda()
     return graph(torch.compile(lambda: model.forward_features(image)))
 
@@ -45,7 +51,9 @@ def measure(name: str, size: int, batch: int, tile: int, rounds: int) -> tuple[d
     image = torch.rand(batch, 3, size, size, device="cuda", dtype=torch.float16)
     rivals, refused = dense_runs(name, image)
     rival = fastest(rivals)
-    runs = {f"dense {rival}": rivals[rival]} | {f"keep {k:g}": sparse_run(name, image, k, tile) for k in KEEPS}
+    runs = {f"dense {rival}": rivals[rival]} | {
+        label: sparse_run(name, image, settings, tile) for label, settings in STUDENTS.items()
+    }
     times = time_in_turn(runs, rounds, 5)
     dense = times[f"dense {rival}"]
     statistics = {

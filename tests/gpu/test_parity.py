@@ -104,6 +104,22 @@ def test_gradient_is_that_of_torch(case: Case, monkeypatch: pytest.MonkeyPatch) 
     close(got, gradients(case, qkv.double(), lists, weights.double()), 1e-4)
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_small_and_odd_sizes_sanitised(dtype: str) -> None:
+    """Every kernel once, for `compute-sanitizer` (make gpu), which takes a hundred times as long."""
+    from sparsifiner_edge.ops.triton import run as kernels
+
+    for name in NAMES:
+        case = case_of(name, 77)
+        run(case, tensors(case, width=64, dtype=dtype, device="cuda"))
+    case = case_of("KeySelect", 77, tile=16, probe=8, keys=9)
+    qkv, proj_q, proj_k = tensors(case, width=64, dtype=dtype, device="cuda")
+    out, lists, _ = kernels._layer(qkv, None, proj_q.float(), proj_k.float(), **case.attributes, gradient=False)
+    attention = case_of("SparseAttention", 77, tile=16, cell=case.attributes["cell"])
+    gradients(attention, qkv, torch.randint_like(lists, -(2**31), 2**31 - 1), torch.ones_like(out))
+    torch.cuda.synchronize()
+
+
 def test_wild_indices_are_harmless() -> None:
     case = case_of("SparseAttention", 300, num_heads=3)
     qkv, lists = tensors(case, width=64, device="cuda")
