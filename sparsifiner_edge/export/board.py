@@ -35,8 +35,9 @@ from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_OF_A_LAYER, Buffer, Launch, Plan, refusals
+from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED, Buffer, Launch, Plan, refusals
 from sparsifiner_edge.ops.triton.plan_forward import make_a_layer, plan_attend, plan_layer, plan_select
+from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
@@ -46,6 +47,12 @@ PTX_OF_CUDA = {"12.6": 85, "13.0": 90, "13.2": 92}
 LEAST_PTX = {100: 86, 110: 90, 120: 87}
 """Compute capability -> first PTX version that knows it, where the oldest that we write, 8.5, does not."""
 OLDEST_TENSORRT = (10, 3)
+PLANS = {"MatchTokens": plan_match, "MergeTokens": plan_merge} | {
+    f"{kind}{name}": plan
+    for kind in ("", "Merged")
+    for name, plan in (("KeySelect", plan_select), ("SparseAttention", plan_attend))
+}
+"""Of operators that are launched alone."""
 LEAST_BLOCK = 16
 """Entries that a product of the matrix units has at least."""
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -72,13 +79,13 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         MissingExtraError: Triton is not installed.
         BackendError: a kernel does not compile.
     """
-    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATORS_OF_A_LAYER]
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OPERATORS_PLANNED]
     if board.sm < LEAST_CAPABILITY:
         raise ConfigError(
             f"{board.name} has no GPU that the kernels are for.", "Leave --board out: the bundle runs there without."
         )
     if not nodes:
-        raise ConfigError(f"{name} has no sparse attention to compile.", "Leave --board out.")
+        raise ConfigError(f"{name} has nothing to compile: no sparse attention, and no tokens merge.", "Leave --board out.")
     cuda, ptx_version = _toolkit(board)
     assembler = find_assembler(cuda, board.sm)
     table = KernelTable(
@@ -284,7 +291,7 @@ def _plan(together: Sequence[Any], types: Types, sm: int) -> Plan | str:
     if reasons:
         return "; ".join(reasons)
     if not others:
-        return (plan_select if first.op_type.endswith("KeySelect") else plan_attend)(shapes, attributes, dtype)
+        return PLANS[first.op_type](shapes, attributes, dtype)
     plan = plan_layer(shapes, attributes, dtype)
     attended = [*shapes[:-2], plan.buffers["indices"].shape]
     return "; ".join(refusals(others[0].op_type, _attributes(others[0]), attended, dtype, sm)) or plan

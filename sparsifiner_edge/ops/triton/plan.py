@@ -16,8 +16,6 @@ from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import OPERATORS, AttributeValue
 
 OPERATORS_PLANNED = TRITON.operators
-OPERATORS_OF_A_LAYER = tuple(x for x in OPERATORS_PLANNED if x.endswith(("KeySelect", "SparseAttention")))
-"""What attention launches; the others merge tokens."""
 LEAST_CAPABILITY = 80
 """Compute capability times ten: below, Triton multiplies without tensor cores."""
 MOST = {"width": 128, "channels": 64, "tile": 128, "probe": 64, "patches": 16384}
