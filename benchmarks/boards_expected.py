@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "boards.md"
 BOARDS = ("jetson-orin-nano-8gb-super", "jetson-agx-orin-64gb", "jetson-agx-thor")
+ORINS = BOARDS[:2]
+"""That JetPack 6 is for."""
 PRECISIONS = ("fp16", "int8")
 DEPTH = 12
 SPARSE = {224: "0.25,0.25,0.5,1", 518: "0.1,0.1,0.2,1", 1036: "0.05,0.05,0.1,0.35,0.35,0.35,1"}
@@ -44,7 +46,7 @@ SCHEDULES = {224: ("8", "20..0"), 518: ("160..0", "240..0 ^ 2"), 1036: ("700..0"
 
 
 class Budget(NamedTuple):
-    """A model: its name, what it does, how its sparse layers run, and its recorded patch cosine, and on what."""
+    """A model: its name, what it does, how merging and sparse layers run, its recorded patch cosine, and on what."""
 
     name: str
     sparsity: SparsityConfig
@@ -97,7 +99,7 @@ def budgets(size: int) -> Iterator[Budget]:
             if costs["total_macs"] - costs["embedding_macs"] != macs:
                 raise ValueError(f"{size} px, merge {schedule}, keep {keep}: {costs['total_macs']} is not {macs}")
             name = f"merge {schedule}" if keep == "1" else f"merge {schedule}, sparse"
-            for kernels in ("native",) if keep == "1" else ("native", "portable"):
+            for kernels in ("native", "portable"):
                 tiled = dataclasses.replace(sparsity, tile=TILE[kernels])
                 yield Budget(name, tiled, kernels, cosine, judged_on)
 
@@ -148,16 +150,13 @@ def _energy(row: dict[str, Any]) -> str:
 
 
 def _described(row: dict[str, Any]) -> str:
-    if row["model"] == "dense":
-        return "dense"
-    sparse = row["keep"] != 1
-    how = {"native": ", kernels", "portable": ", bodies"}[row["kernels"]] if sparse else ""
-    return f"{row['model']}{how}, {row['patch_cosine']:.3f}"
+    return "dense" if row["model"] == "dense" else f"{row['model']}, {row['patch_cosine']:.3f}"
 
 
-def table(rows: list[dict[str, Any]], cell: Any) -> str:
-    """Markdown: a line for a model at a size, a column for a board at a precision."""
-    columns = [(board, precision) for board in BOARDS for precision in PRECISIONS]
+def table(rows: list[dict[str, Any]], cell: Any, kernels: str, boards: Sequence[str] = BOARDS) -> str:
+    """Markdown: a line for a dense model, or one that runs by `kernels`, a column for a board at a precision."""
+    rows = [r for r in rows if r["board"] in boards and (r["model"] == "dense" or r["kernels"] == kernels)]
+    columns = [(board, precision) for board in boards for precision in PRECISIONS]
     lines = ["| pixels, model | " + " | ".join(f"{b.removeprefix('jetson-')}, {p}" for b, p in columns) + " |"]
     lines.append("| --- |" + " --- |" * len(columns))
     found = {((r["pixels"], _described(r)), (r["board"], r["precision"])): cell(r) for r in rows}
@@ -168,10 +167,14 @@ def table(rows: list[dict[str, Any]], cell: Any) -> str:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     return (
-        "Latency in ms with its bounds, and times the dense model at its faster precision on that board:\n\n"
-        + table(rows, _latency)
-        + "\nEnergy of an image with its bounds, and memory of the process (bounds: in the result):\n\n"
-        + table(rows, _energy)
+        "Latency in ms with its bounds, and times the dense model at its faster precision on that board.\n\n"
+        "**JetPack 7, with this project's CUDA kernels** (TensorRT 10.9 or newer; sparse layers with tile 64):\n\n"
+        + table(rows, _latency, "native")
+        + "\n**JetPack 6, function bodies** (TensorRT 10.3; sparse layers with tile 16):\n\n"
+        + table(rows, _latency, "portable", ORINS)
+        + "\nEnergy of an image with its bounds, and memory of the process (bounds, and as bodies: in the result), "
+        "JetPack 7:\n\n"
+        + table(rows, _energy, "native")
     )
 
 
@@ -196,7 +199,7 @@ def renew_page(text: str, page: Path = PAGE) -> None:
 def main(*, docs: bool, output: Path | None) -> None:
     rows = all_rows()
     for board in BOARDS:
-        cells = [[f"{r['pixels']}, {_described(r)}, {r['precision']}", _latency(r), _energy(r)]
+        cells = [[f"{r['pixels']}, {_described(r)}, {r['kernels']}, {r['precision']}", _latency(r), _energy(r)]
                  for r in rows if r["board"] == board]  # fmt: skip
         print_table(f"ESTIMATES, {board}", ["", "ms (bounds), times dense", "mJ (bounds), memory"], cells)
     if docs:

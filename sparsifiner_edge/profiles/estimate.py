@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from sparsifiner_edge.bounds import MOST_BATCH
-from sparsifiner_edge.bundle.kernels import table_file
+from sparsifiner_edge.bundle.kernels import read_table, table_file
 from sparsifiner_edge.bundle.manifest import MODEL_FILE, Manifest
 from sparsifiner_edge.bundle.store import Bundle, open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, summary
 from sparsifiner_edge.errors import ArtifactError, SparsifinerError
-from sparsifiner_edge.ops.kernels import NATIVE, TRITON
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.roofline import (
@@ -40,6 +39,8 @@ FITTED = ("fp16", "int8")
 SPARSE_BOUNDS = {"native": (0.5, 2.5), "portable": (0.3, 4.0)}
 """Least and most that sparse layers' own operators, and merging, may take on a GPU, as factors: judged, for no one
 published it."""
+MERGE_KERNELS = {"pairs", "merge"}
+"""In a bundle's table where MatchTokens and MergeTokens were compiled; older exports left them out."""
 IDLE_SHARE = (0.1, 0.25, 0.4)
 """Power at rest as a share of the most, where a board does not state it: least, taken, most."""
 RUNTIME_BYTES = {"gpu": (150e6, 400e6, 1200e6), "cpu": (60e6, 90e6, 130e6)}
@@ -205,16 +206,18 @@ def _plan(bundle: Bundle, board: Board, precision: str | None, kernels: str) -> 
     if not 0 < batch <= MOST_BATCH:
         raise ArtifactError(f"{bundle.folder}: an input's shape is {list(manifest.inputs[0].shape)!r}.", _AGAIN)
     work = _workload(shape, sparsity, batch, board, assumed)
+    if kernels == "auto" and _lacks_merging(bundle, board):
+        assumed = Assumed(assumed.assumed, f"{assumed.because}, but none that merge tokens")
+        work = dataclasses.replace(work, merging="bodies")
     size = (bundle.folder / MODEL_FILE).stat().st_size * SIZES[chosen] / SIZES.get(own, 4)
     return _Plan(board, work, chosen, assumed, CPU_FIT if board.kind == "cpu" else GPU_FIT, size)
 
 
 def _workload(shape: ModelShape, sparsity: SparsityConfig, batch: int, board: Board, assumed: Assumed) -> Workload:
-    """Whatever is assumed of sparse operators, merging runs by bodies where no kernels for it exist, as on a GPU."""
-    own = NATIVE if board.kind == "cpu" else TRITON
-    bodies = assumed.assumed != "native" or not {"MatchTokens", "MergeTokens"} <= set(own.operators)
+    kernels = "native" if board.kind == "cpu" else "kernels"
+    merging = kernels if assumed.assumed == "native" else "bodies"
     materialised = board.kind == "cpu" and assumed.assumed != "native"
-    return Workload(shape, sparsity, batch, assumed.assumed == "portable", materialised, bodies)
+    return Workload(shape, sparsity, batch, assumed.assumed == "portable", materialised, merging)
 
 
 def _kernels(asked: str, manifest: Manifest, board: Board) -> Assumed:
@@ -228,6 +231,12 @@ def _kernels(asked: str, manifest: Manifest, board: Board) -> Assumed:
     if table_file(board.sm) in manifest.files:
         return Assumed("native", f"the bundle carries kernels compiled for SM {board.sm}")
     return Assumed("portable", f"the bundle carries no kernels compiled for SM {board.sm}")
+
+
+def _lacks_merging(bundle: Bundle, board: Board) -> bool:
+    """Whether tokens merge, and the bundle carries kernels for the board's GPU, but none for that."""
+    table = read_table(bundle, board.sm) if bundle.manifest.sparsity and bundle.manifest.sparsity.merge else None
+    return table is not None and not MERGE_KERNELS <= {launch.kernel for launch in table.launches.values()}
 
 
 def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:
@@ -273,7 +282,7 @@ def _merge_bounds(plan: _Plan, operator: OperatorWork) -> tuple[float, float]:
     """Least and most, as factors, that what merges may take on a GPU; of other operators, and on a CPU, none."""
     if plan.board.kind == "cpu" or not plan.work.sparsity.merge or operator.kind != "pruning":
         return 1.0, 1.0
-    return SPARSE_BOUNDS["portable" if plan.work.merge_bodies else "native"]
+    return SPARSE_BOUNDS["portable" if plan.work.merging == "bodies" else "native"]
 
 
 def _memory(plan: _Plan) -> Bounded:
@@ -304,7 +313,7 @@ def peak_activations(work: Workload, size: int) -> tuple[float, float]:
             scores = max(scores, 4.0 * shape.heads * sum(counts[number]) ** 2)
         elif number in sparse and work.portable:
             scores = max(scores, _body_bytes(here, sparsity.of_layer(number, shape.depth), size))
-        if sparsity.merge and work.merge_bodies:
+        if sparsity.merge and work.merging == "bodies":
             scores = max(scores, 4.0 * roofline.partner_elements(here, sparsity))
     return work.batch * float(layer), work.batch * scores
 

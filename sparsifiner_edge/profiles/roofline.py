@@ -20,9 +20,10 @@ SPARSE_KINDS = ("predictor", "cells", "attention")
 """Kinds of operator whose cost in a sparse layer depends on the kernels."""
 SCORE_PASSES = 6
 """Times that plain attention writes or reads its scores: product, scale, softmax, product."""
-MERGE_LAUNCHES = {"kernels": 8, "bodies": 25}
+MERGE_LAUNCHES = {"native": 8, "kernels": 10, "bodies": 25}
 """Kernels of a layer that merges, sizes and places of its tokens included: as bodies so many are in an engine of
-TensorRT-RTX (`benchmarks/engines_rtx.py`); 6 are left where MatchTokens and MergeTokens are kernels themselves."""
+TensorRT-RTX (`benchmarks/engines_rtx.py`). 5 are left there without MatchTokens and MergeTokens
+(`tests/tensorrt/test_real.py`), and CUDA kernels are four and one. native: a CPU's library."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Workload:
         batch: images at once.
         portable: sparse layers run as function bodies, which keep scores and gathered keys in memory.
         materialised: dense attention does so too, as in ONNX Runtime on a CPU.
-        merge_bodies: MatchTokens and MergeTokens run as function bodies.
+        merging: what runs MatchTokens and MergeTokens, a key of `MERGE_LAUNCHES`.
     """
 
     shape: ModelShape
@@ -116,7 +117,7 @@ class Workload:
     batch: int = 1
     portable: bool = False
     materialised: bool = False
-    merge_bodies: bool = False
+    merging: str = "native"
 
 
 def operators(work: Workload) -> list[OperatorWork]:
@@ -139,8 +140,8 @@ def _merging(number: int, shape: ModelShape, merged: int, work: Workload) -> lis
         return []
     old = shape.prefix + shape.patches
     moved = work.batch * shape.width * (2 * old - merged)
-    launches = MERGE_LAUNCHES["bodies" if work.merge_bodies else "kernels"]
-    partners = 2 * work.batch * partner_elements(shape, work.sparsity) if work.merge_bodies else 0
+    partners = 2 * work.batch * partner_elements(shape, work.sparsity) if work.merging == "bodies" else 0
+    launches = MERGE_LAUNCHES[work.merging]
     return [OperatorWork(number, "pruning", "attention", 0, 0, moved, launches, scores=partners)]
 
 

@@ -33,7 +33,8 @@ def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
 
     def costs(patches: int, sparsity: SparsityConfig) -> list[Cost]:
         one = dataclasses.replace(shape, depth=1, patches=patches)
-        work = Workload(one, sparsity, portable=board.kind == "gpu", merge_bodies=board.kind == "gpu")
+        gpu = board.kind == "gpu"
+        work = Workload(one, sparsity, portable=gpu, merging="bodies" if gpu else "native")
         return roofline.costs(work, board, precision, fit)
 
     least = max(base.tile, shape.patches // 10)

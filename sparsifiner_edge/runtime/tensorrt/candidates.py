@@ -1,4 +1,5 @@
-"""Sparse attention in the ways that TensorRT can have it: which are possible, the model of each, and how fast it runs.
+"""Sparse attention and merging in the ways that TensorRT can have them: which are possible, the model of each, and how
+fast it runs.
 
 `bodies` are the standard operators in the file, `plugin` the project's CUDA kernels, `dense` ordinary attention, which
 computes something else: it is kept where it is faster and its outputs are close to the bundle's
@@ -20,6 +21,7 @@ from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.ops.bodies import function_body
 from sparsifiner_edge.ops.graph import drop_unused
+from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.runtime.tensorrt.session import EngineSession
 
@@ -35,11 +37,16 @@ def has_sparse_attention(bundle: Bundle) -> bool:
     return any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in _DENSE_OPERATORS)
 
 
+def has_kernel_operators(bundle: Bundle) -> bool:
+    """Whether a bundle's file has nodes that there are CUDA kernels for: sparse attention, or tokens that merge."""
+    return any(f"{DOMAIN}::{name}" in bundle.manifest.ops for name in TRITON.operators)
+
+
 def why_no_dense(bundle: Bundle) -> dict[str, str]:
     """Why there is no dense file to compare with, of a bundle without nodes of sparse attention; empty where it is
     dense itself.
     """
-    if bundle.manifest.sparsity is None:
+    if bundle.manifest.sparsity is None or bundle.manifest.ops:
         return {}
     return {DENSE: "no dense file can be made of one that was exported with --inline; export it without"}
 

@@ -32,7 +32,12 @@ from sparsifiner_edge.runtime.cuda import CudaDevice, open_driver, probe
 from sparsifiner_edge.runtime.tensorrt import plugin
 from sparsifiner_edge.runtime.tensorrt.backend import TensorRtBackend
 from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
-from sparsifiner_edge.runtime.tensorrt.candidates import dense_model, has_sparse_attention, why_no_dense
+from sparsifiner_edge.runtime.tensorrt.candidates import (
+    dense_model,
+    has_kernel_operators,
+    has_sparse_attention,
+    why_no_dense,
+)
 
 OLDEST = (10, 3)
 
@@ -84,17 +89,19 @@ class TensorRt(TensorRtBackend):
 
     def candidates(self, bundle: Bundle, engine: Engine, options: OptionValues) -> Candidates:
         """See `EngineBackend.candidates`."""
-        kernels, sparse = _read_options(options).kernels, has_sparse_attention(bundle)
-        reason = plugin.why_not(self.load(), bundle, probe(), engine) if sparse else "the model has no sparse attention"
+        kernels, ours = _read_options(options).kernels, has_kernel_operators(bundle)
+        reason: str | None = "the model has no sparse attention, and no tokens merge"
+        reason = plugin.why_not(self.load(), bundle, probe(), engine) if ours else reason
         if kernels == PLUGIN:
             if reason:
                 raise BackendError(
                     f"The plugin cannot be used: {reason}.", "Leave the option kernels out, or say portable."
                 )
             return Candidates((PLUGIN,), {})
-        if kernels == "portable" or not sparse:
-            return Candidates((BODIES,), {} if sparse else why_no_dense(bundle))
-        return Candidates((BODIES, DENSE), {PLUGIN: reason}) if reason else Candidates((BODIES, PLUGIN, DENSE), {})
+        if kernels == "portable" or not ours:
+            return Candidates((BODIES,), {} if ours else why_no_dense(bundle))
+        dense = (DENSE,) if has_sparse_attention(bundle) else ()
+        return Candidates((BODIES, *dense), {PLUGIN: reason}) if reason else Candidates((BODIES, PLUGIN, *dense), {})
 
     def default_timeout_s(self) -> float:
         """See `EngineBackend.default_timeout_s`; three times that on a Jetson, whose processor is a small one."""
