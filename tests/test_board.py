@@ -27,14 +27,15 @@ from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.export import board as boards
 from sparsifiner_edge.export.board import Assembler, board_files, find_assembler
-from sparsifiner_edge.ops.bodies import Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.ops.triton.compile import compile_launch
 from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.profiles.boards.board import load_board
+from sparsifiner_edge.profiles.roofline import MERGE_LAUNCHES
 from sparsifiner_edge.runtime import open_session
 from tests.commands import assert_refused, call, manifest_of
-from tests.sparse_graph import HEADS, sparse_model
+from tests.merging_models import LEFT_OF_MERGING, merging_graph, merging_model
+from tests.sparse_graph import sparse_model
 from tests.tables import table_of
 
 pytestmark = pytest.mark.slow
@@ -136,7 +137,7 @@ def test_a_dense_model_has_nothing_to_compile(tmp_path):
     from tests.tiny import make_bundle
 
     dense = onnx.load(make_bundle(tmp_path / "b") / "model.onnx")
-    with pytest.raises(ConfigError, match="no sparse attention to compile"):
+    with pytest.raises(ConfigError, match="nothing to compile: no sparse attention, and no tokens merge"):
         board_files(dense, {"name": "dense"}, load_board("jetson-orin-nano-8gb"), tmp_path)
 
 
@@ -152,24 +153,49 @@ def test_a_layer_that_cannot_be_compiled_keeps_its_body(model, tmp_path, monkeyp
     assert [node.op_type for node in variant.graph.node if node.domain == "sparsifiner"] == ["SparseAttention"]
 
 
-def test_merging_keeps_its_bodies(model, tmp_path):
-    merging = onnx.ModelProto()
-    merging.CopyFrom(model)
-    sizes = onnx.numpy_helper.from_array(np.ones((1, 64), np.float32), "sizes")
-    merging.graph.initializer.append(sizes)
-    settings = {"num_heads": HEADS, "num_prefix": 1, "window": 8, "merged": 6}
-    pairs = onnx.helper.make_node("MatchTokens", ["qkv", "sizes"], ["pairs"], "match", domain=DOMAIN, **settings)
-    fewer = onnx.helper.make_node("MergeTokens", ["attended", "sizes", "pairs"], ["fewer"], "merge", domain=DOMAIN)
-    next(x for x in merging.graph.node if x.op_type == "ReduceMean").input[0] = "fewer"
-    merging.graph.node.insert(len(merging.graph.node) - 1, pairs)
-    merging.graph.node.insert(len(merging.graph.node) - 1, fewer)
-    structure = Structure(prefix=True, cells=True, prefix_keys=True)
-    merging.functions.extend(function_body(name, structure) for name in ("MatchTokens", "MergeTokens"))
-    entry = board_files(merging, {}, load_board("jetson-orin-nano-8gb"), tmp_path)
-    assert (entry.nodes, entry.launches, entry.refused) == (2, 5, {})
-    variant = onnx.load(tmp_path / entry.model)
-    assert [node.op_type for node in variant.graph.node if node.domain == DOMAIN] == ["MatchTokens", "MergeTokens"]
-    assert {function.name for function in variant.functions} == {"MatchTokens", "MergeTokens"}
+@pytest.fixture(scope="module", params=[0.2, 1.0], ids=["sparse", "dense"])
+def merging(request, tmp_path_factory):
+    """A model of two layers, the first of which merges; its file, and what a board's bundle says."""
+    folder = tmp_path_factory.mktemp("merging")
+    onnx.save(merging_model(request.param), folder / "model.onnx")
+    entry = board_files(onnx.load(folder / "model.onnx"), "tiny", load_board("jetson-orin-nano-8gb"), folder)
+    return request.param, folder, entry
+
+
+def test_merging_is_launches_in_the_bundle_and_dense_attention_keeps_its_bodies(merging):
+    keep, folder, entry = merging
+    table = table_of(folder, 87)
+    own = [
+        launch.launch.rpartition("_")[0]
+        for node, launches in table.nodes.items()
+        if "merging" in node
+        for launch in launches
+    ]
+    assert own == ["metric", "partners", "suitors", "pairs", "merge"]
+    assert len(own) + LEFT_OF_MERGING == MERGE_LAUNCHES["kernels"]
+    assert (entry.nodes, entry.launches, entry.refused) == ((6, 15, {}) if keep < 1 else (2, 5, {}))
+    variant = onnx.load(folder / entry.model)
+    bodies = [node.op_type for node in variant.graph.node if node.domain == DOMAIN]
+    assert bodies == ([] if keep < 1 else ["DenseAttention", "MergedDenseAttention"])
+    assert {function.name for function in variant.functions} == set(bodies)
+    for launch in table.launches.values():
+        assert launch.shared_bytes <= MOST_SHARED_BYTES
+        assert launch.spilled_bytes == 0
+
+
+def test_the_launches_of_merging_compute_what_the_bodies_compute(merging):
+    assert interpreted(merging[1]) < 1e-3
+
+
+@pytest.mark.parametrize("residual", ["float16", "float32"])
+def test_merged_tokens_have_the_type_that_they_have_in_the_file(tmp_path, residual):
+    """In a float16 file the residual stream may be an island of float32; sizes are float32, pairs int32."""
+    board_files(merging_graph(np.float16, residual), "half", load_board("jetson-orin-nano-8gb"), tmp_path)
+    launches = {x.kernel: x for x in table_of(tmp_path, 87).launches.values()}
+    kinds = {name: x.dtype for kernel in ("metric", "partners", "pairs") for name, x in launches[kernel].tensors.items()}
+    assert (kinds["qkv"], kinds["sizes"], kinds["pairs"]) == ("float16", "float32", "int32")
+    kinds = {name: x.dtype for name, x in launches["merge"].tensors.items()}
+    assert kinds == {"x": residual, "sizes": "float32", "pairs": "int32", "output": residual}
 
 
 def test_the_board_decides_version_and_assembler(tmp_path, monkeypatch):
@@ -290,19 +316,24 @@ def test_a_malformed_table_is_a_message(bundle, tmp_path, spoil, message):
     assert table_of(tmp_path, 89) is None
 
 
+def interpreted(folder):
+    """Greatest difference of a bundle's launches, run by Triton's interpreter, to its model."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.check_launches", str(folder)], capture_output=True, text=True, check=False,
+        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
 def test_the_launches_compute_what_the_bodies_compute(bundle, model):
     """The model that TensorRT would get, its launches run by Triton's interpreter: every name and shape is right."""
     folder, _ = bundle
     onnx.save(model, folder / "model.onnx")
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.check_launches", str(folder)], capture_output=True, text=True, check=False,
-            env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT,
-        )  # fmt: skip
+        assert interpreted(folder) < 1e-3
     finally:
         (folder / "model.onnx").unlink()
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < 1e-3
 
 
 def test_numbers_of_the_table_are_those_of_the_model(bundle):

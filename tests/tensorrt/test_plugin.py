@@ -14,6 +14,7 @@ import pytest
 from sparsifiner_edge.export.board import board_files
 from sparsifiner_edge.profiles.boards.board import load_board
 from tests.fakes import record_tensorrt
+from tests.merging_models import merging_graph
 from tests.sparse_graph import sparse_model
 from tests.tables import table_of
 
@@ -24,10 +25,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=[sparse_model, merging_graph], ids=["sparse", "merging"])
+def folder(request, tmp_path_factory):
     made = tmp_path_factory.mktemp("plugin")
-    board_files(sparse_model(), {"name": "tiny"}, load_board("jetson-orin-nano-8gb"), made)
+    board_files(request.param(), {"name": "tiny"}, load_board("jetson-orin-nano-8gb"), made)
     return made
 
 
