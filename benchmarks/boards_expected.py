@@ -173,8 +173,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         + "\n**JetPack 6, function bodies** (TensorRT 10.3; sparse layers with tile 16):\n\n"
         + table(rows, _latency, "portable", ORINS)
         + "\nEnergy of an image with its bounds, and memory of the process (bounds, and as bodies: in the result), "
-        "JetPack 7:\n\n"
-        + table(rows, _energy, "native")
+        "JetPack 7:\n\n" + table(rows, _energy, "native")
     )
 
 

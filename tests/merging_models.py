@@ -27,7 +27,7 @@ def merging_model(keep: float = 1.0, merge: Any = (12, 0), depth: int = 2, batch
 
 
 def merging_graph(dtype: type = np.float32, residual: str = "float32") -> onnx.ModelProto:
-    """`image` uint8 [1,8,8,3] -> qkv of `dtype`, tokens of type `residual` -> MatchTokens, MergeTokens -> `features`."""
+    """`image` uint8 [1,8,8,3] -> qkv of `dtype`, tokens of `residual` -> MatchTokens, MergeTokens -> `features`."""
     kind, stream = (helper.np_dtype_to_tensor_dtype(np.dtype(x)) for x in (dtype, residual))
     random = np.random.default_rng(0)
     weights = {

@@ -192,7 +192,9 @@ def test_merged_tokens_have_the_type_that_they_have_in_the_file(tmp_path, residu
     """In a float16 file the residual stream may be an island of float32; sizes are float32, pairs int32."""
     board_files(merging_graph(np.float16, residual), "half", load_board("jetson-orin-nano-8gb"), tmp_path)
     launches = {x.kernel: x for x in table_of(tmp_path, 87).launches.values()}
-    kinds = {name: x.dtype for kernel in ("metric", "partners", "pairs") for name, x in launches[kernel].tensors.items()}
+    kinds = {
+        name: x.dtype for kernel in ("metric", "partners", "pairs") for name, x in launches[kernel].tensors.items()
+    }
     assert (kinds["qkv"], kinds["sizes"], kinds["pairs"]) == ("float16", "float32", "int32")
     kinds = {name: x.dtype for name, x in launches["merge"].tensors.items()}
     assert kinds == {"x": residual, "sizes": "float32", "pairs": "int32", "output": residual}

@@ -366,8 +366,20 @@ def test_merging_runs_by_bodies_where_there_are_no_kernels_for_it(tmp_path: Path
 
     def carried(names: str) -> Any:
         """By a table for SM 86 of the launches that `names` names, each of the same code."""
-        launch = {"symbol": "k", "grid": [1, 1], "threads": 128, "shared": 0, "inputs": [], "outputs": [], "tensors": {}}
-        table = {"schema_version": 1, "launches": {f"{n}_1": launch | {"kernel": n} for n in names.split()}, "nodes": {}}
+        launch = {
+            "symbol": "k",
+            "grid": [1, 1],
+            "threads": 128,
+            "shared": 0,
+            "inputs": [],
+            "outputs": [],
+            "tensors": {},
+        }
+        table = {
+            "schema_version": 1,
+            "launches": {f"{n}_1": launch | {"kernel": n} for n in names.split()},
+            "nodes": {},
+        }
         (folder / "kernels").mkdir(exist_ok=True)
         (folder / table_file(86)).write_text(json.dumps(table))
         changed(folder, {})

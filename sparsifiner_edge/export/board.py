@@ -85,7 +85,9 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
             f"{board.name} has no GPU that the kernels are for.", "Leave --board out: the bundle runs there without."
         )
     if not nodes:
-        raise ConfigError(f"{name} has nothing to compile: no sparse attention, and no tokens merge.", "Leave --board out.")
+        raise ConfigError(
+            f"{name} has nothing to compile: no sparse attention, and no tokens merge.", "Leave --board out."
+        )
     cuda, ptx_version = _toolkit(board)
     assembler = find_assembler(cuda, board.sm)
     table = KernelTable(

@@ -236,7 +236,7 @@ def _kernels(asked: str, manifest: Manifest, board: Board) -> Assumed:
 def _lacks_merging(bundle: Bundle, board: Board) -> bool:
     """Whether tokens merge, and the bundle carries kernels for the board's GPU, but none for that."""
     table = read_table(bundle, board.sm) if bundle.manifest.sparsity and bundle.manifest.sparsity.merge else None
-    return table is not None and not MERGE_KERNELS <= {launch.kernel for launch in table.launches.values()}
+    return table is not None and not {x.kernel for x in table.launches.values()} >= MERGE_KERNELS
 
 
 def model_of(bundle: Bundle) -> tuple[ModelShape, SparsityConfig]:

@@ -22,6 +22,7 @@ from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.candidates import verdict
 from sparsifiner_edge.runtime.tensorrt.candidates import dense_model
 from tests.fakes.tensorrt import Behaviour
+from tests.merging_models import merging_graph
 from tests.package.reseal import reseal
 from tests.seal import seal_bundle
 from tests.sparse_graph import sparse_model
@@ -37,17 +38,34 @@ TENSORS = {
 }  # fmt: skip
 
 
-def write_kernels(folder, shared=64):
+NODES = {
+    "layer/select": [("select_1", ["qkv", "proj_q", "proj_k"], ["indices"])],
+    "layer/attend": [("attend_1", ["qkv", "indices"], ["attended"])],
+}
+MERGING = (
+    {
+        "pairs_1": {"kernel": "pairs", "inputs": ["qkv", "sizes"], "outputs": ["pairs"]},
+        "merge_1": {"kernel": "merge", "inputs": ["x", "sizes", "pairs"], "outputs": ["output"]},
+    },
+    TENSORS | {
+        "sizes": ("float32", [64]), "pairs": ("int32", [58, 2]), "x": ("float32", [64, 64]),
+        "output": ("float32", [58, 64]),
+    },
+    {
+        "merging/match": [("pairs_1", ["qkv", "sizes"], ["pairs"])],
+        "merging/merge": [("merge_1", ["x", "sizes", "pairs"], ["fewer"])],
+    },
+)  # fmt: skip
+
+
+def write_kernels(folder, shared=64, tables=(LAUNCHES, TENSORS, NODES)):
     """A table with one launch for each node; the code is not run here."""
+    own, tensors, nodes = tables
     launches = {
         name: launch
         | {"symbol": f"{launch['kernel']}_kernel", "grid": [4, 2], "threads": 128, "shared": shared}
-        | {"tensors": {t: dict(zip(("dtype", "shape"), TENSORS[t], strict=True)) for t in TENSORS}}
-        for name, launch in LAUNCHES.items()
-    }
-    nodes = {
-        "layer/select": [("select_1", ["qkv", "proj_q", "proj_k"], ["indices"])],
-        "layer/attend": [("attend_1", ["qkv", "indices"], ["attended"])],
+        | {"tensors": {t: dict(zip(("dtype", "shape"), tensors[t], strict=True)) for t in tensors}}
+        for name, launch in own.items()
     }
     table = {
         "schema_version": 1,
@@ -65,8 +83,11 @@ def write_kernels(folder, shared=64):
 
 
 def make_sparse_bundle(folder, kernels=False, tolerance=1e-4):
+    return make_bundle(folder, sparse_model(), ("KeySelect", "SparseAttention"), kernels, tolerance)
+
+
+def make_bundle(folder, model, operators, kernels=False, tolerance=1e-4):
     folder.mkdir()
-    model = sparse_model()
     onnx.save(model, folder / "model.onnx")
     image = np.random.default_rng(1).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
     golden = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"image": image})[0]
@@ -74,7 +95,7 @@ def make_sparse_bundle(folder, kernels=False, tolerance=1e-4):
     if kernels:
         write_kernels(folder, **(kernels if isinstance(kernels, dict) else {}))
     seal_bundle(folder, {
-        "precision": "fp32", "ops": {f"{DOMAIN}::{name}": 1 for name in ("KeySelect", "SparseAttention")},
+        "precision": "fp32", "ops": {f"{DOMAIN}::{name}": 1 for name in operators},
         "inputs": [{"name": "image", "dtype": "uint8", "shape": ["batch", 8, 8, 3]}],
         "outputs": [{"name": "features", "dtype": "float32", "shape": ["batch", 64]}],
         "tolerances": {"features": tolerance},
@@ -267,6 +288,25 @@ def test_a_file_without_nodes_of_ours_has_no_dense_counterpart(tmp_path, machine
         "dense: not built: no dense file can be made of one that was exported with --inline; export it without",
         "kept: bodies; nothing was measured",
     ]
+
+
+def test_a_dense_model_that_merges_takes_the_plugin_too(tmp_path, machine):
+    """There is no dense attention to compare with: it has that."""
+    model = merging_graph()
+    _, behaviour = machine("10.9", merge_1=1.0, MergeTokens=3.0)
+    behaviour.original = model.SerializeToString()
+    plain = make_bundle(tmp_path / "plain", model, ("MatchTokens", "MergeTokens"))
+    _, found = details(plain)
+    assert verdict(found) == [
+        "plugin: not built: the bundle has no kernels for Orin; export it with --board",
+        "kept: bodies; nothing was measured",
+    ]
+    folder = make_bundle(tmp_path / "b", model, ("MatchTokens", "MergeTokens"), {"tables": MERGING})
+    engine, found = details(folder)
+    assert (engine.variant, found.kernels) == ("measured", "plugin")
+    assert {name: entry.compute_ms for name, entry in found.candidates.items()} == {"bodies": 3.0, "plugin": 1.0}
+    with pytest.raises(BackendError, match="no sparse attention, and no tokens merge"):
+        build_engine(reseal(folder, ops={"sparsifiner::DenseAttention": 1}), "tensorrt", options={"kernels": "plugin"})
 
 
 def test_the_dense_model_is_dense_attention():

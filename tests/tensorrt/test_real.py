@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import types
 
+import msgspec
+import numpy as np
+import onnx
 import pytest
 
 from benchmarks.engine_kernels import compiled_kernels
 from sparsifiner_edge.bundle.engines import BatchRange, Engine
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, UnsupportedModelError
+from sparsifiner_edge.export.board import _tensor_types
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.export.fp16 import convert
 from sparsifiner_edge.export.graph import export_graph
+from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.runtime.cuda import CudaDevice
 from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
+from tests.merging_models import LEFT_OF_MERGING, merging_model
 from tests.models import student
 from tests.tiny import make_bundle
 
@@ -75,6 +81,40 @@ def test_a_model_that_merges_is_parsed_and_built(trt, keep):
         assert compiled_kernels(content)["fused_attention"] == 2
 
 
+def without_merging(model):
+    """The file with pairs given as inputs, and the first tokens in the place of merged ones."""
+    given = onnx.ModelProto()
+    given.CopyFrom(model)
+    types, nodes = _tensor_types(model), []
+    for node in model.graph.node:
+        made = node.output[0]
+        if node.op_type == "MatchTokens":
+            given.graph.input.append(onnx.helper.make_tensor_value_info(made, onnx.TensorProto.INT32, types[made][1]))
+        elif node.op_type == "MergeTokens":
+            cut = {f"{made}.start": 0, f"{made}.end": types[made][1][1], f"{made}.axis": 1}
+            given.graph.initializer.extend(onnx.numpy_helper.from_array(np.array([v]), k) for k, v in cut.items())
+            nodes.append(onnx.helper.make_node("Slice", [node.input[0], *cut], [made], node.name))
+        else:
+            nodes.append(node)
+    del given.graph.node[:]
+    given.graph.node.extend(nodes)
+    drop_unused(given)
+    return given
+
+
+def test_kernels_beside_matching_and_merging_are_those_that_the_estimate_counts(trt):
+    """Sizes and places: what an engine launches for a layer that merges beside launches of ours."""
+    engine = msgspec.structs.replace(ENGINE, batch=BatchRange(1, 1, 1))
+    models = [convert(merging_model(merge=merge, depth=4, batch=1)).model for merge in ((), (12, 0))]
+    plain, left = (
+        compiled_kernels(
+            build_engine_file(trt, model.SerializeToString(), CARD, 1 << 30, engine, OPTIONS, lambda *_: None)[0]
+        )["kernels"]
+        for model in (models[0], without_merging(models[1]))
+    )
+    assert (left - plain) / 3 == LEFT_OF_MERGING
+
+
 def test_nobody_listening_stops_it(trt, model):
     def gone(*_step):
         raise BrokenPipeError
@@ -84,8 +124,6 @@ def test_nobody_listening_stops_it(trt, model):
 
 
 def test_the_parser_names_the_node(trt, model):
-    import onnx
-
     bad = onnx.load_from_string(model)
     bad.graph.node[2].op_type, bad.graph.node[2].name = "NoSuchOperator", "the culprit"
     with pytest.raises(UnsupportedModelError, match=r"the culprit \(NoSuchOperator\)"):
