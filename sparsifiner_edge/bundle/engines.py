@@ -24,7 +24,7 @@ VERSION_COMPATIBLE = "version"
 AMPERE_PLUS = "ampere+"
 """In `Engine.compatible`: runs on every GPU of compute capability 8.0 and later (HardwareCompatibilityLevel)."""
 BODIES, PLUGIN, DENSE = "bodies", "plugin", "dense"
-"""What carries out sparse attention and merging: the operators' bodies, the project's CUDA kernels, or ordinary attention."""
+"""What carries out sparse attention and merging: bodies, the project's CUDA kernels, or dense attention."""
 MEASURED = "measured"
 """In `Engine.variant`."""
 _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)", re.ASCII)
