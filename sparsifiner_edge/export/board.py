@@ -39,6 +39,7 @@ from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED
 from sparsifiner_edge.ops.triton.plan_forward import make_a_layer, plan_attend, plan_layer, plan_select
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from sparsifiner_edge.profiles.boards.board import Board
+from sparsifiner_edge.profiles.gpu_attention import times_faster
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
 
@@ -102,8 +103,26 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
         board=board.name, compute_capability=table.compute_capability, table=table_file(board.sm), model=variant,
         launches=len(table.launches), nodes=len(table.nodes), refused=refused, triton=table.triton,
         assembler=table.assembler, ptx_version=table.ptx_version, cuda=cuda or "any that takes this PTX version",
-        warnings=assembler.warnings(cuda),
+        warnings=(*assembler.warnings(cuda), *_slower_than_dense(nodes, _tensor_types(model), board)),
     )  # fmt: skip
+
+
+def _slower_than_dense(nodes: Sequence[Any], types: Types, board: Board) -> tuple[str, ...]:
+    """What a roofline says of attention that would be faster dense; see `profiles.gpu_attention`."""
+    slow: list[tuple[float, int]] = []
+    chosen = [node for node in nodes if node.op_type.endswith("KeySelect")]
+    for node in chosen:
+        (batch, tokens, _), a = types[node.input[0]][1], _attributes(node)
+        faster = times_faster(board, tokens, a["keys"] / (tokens - a["num_prefix"]), batch * a["num_heads"])
+        if faster is not None and faster < 1:
+            slow.append((faster, tokens))
+    if not slow:
+        return ()
+    least, tokens = min(slow)
+    return (
+        f"By a roofline, not measured, dense attention is faster on {board.name} in {len(slow)} of {len(chosen)} "
+        f"layers: these kernels are {least:.2f} times as fast at {tokens} tokens. `build` there measures both.",
+    )
 
 
 def _toolkit(board: Board) -> tuple[str | None, int]:

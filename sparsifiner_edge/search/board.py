@@ -37,7 +37,7 @@ def estimated(student: Student, board: Board, precision: str) -> PlanLatency:
         work = Workload(one, sparsity, portable=gpu, merging="bodies" if gpu else "native")
         return roofline.costs(work, board, precision, fit)
 
-    least = max(base.tile, shape.patches // 10)
+    least = max(base.tile, shape.patches // 10, LEAST_PATCHES + 1)  # of which one can merge
     patches = sorted({round(n) for n in np.geomspace(least, shape.patches, ESTIMATED_SIZES)}, reverse=True)
     plain = [costs(count, base) for count in patches]
     rates = [max(0, min(count // MERGED, count - LEAST_PATCHES)) for count in patches]
