@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,8 @@ def main(boards: tuple[str, ...], docs: bool, renew: bool, output: Path | None) 
     if docs:
         renew_docs({"roofline": markdown(rows)})
     if renew:
-        TABLE.write_text(dump_json(table()), encoding="utf-8")
+        rows_on_lines = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", dump_json(table()))
+        TABLE.write_text(rows_on_lines, encoding="utf-8")
     if output:
         output.mkdir(parents=True, exist_ok=True)
         sources = [

@@ -123,11 +123,10 @@ def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]
     rest = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"])
     tile: list[tuple[float, Sequence[Instruction]]] = [(1, main)]
     row: list[tuple[float, Sequence[Instruction]]] = [(1, prefix)]
-    loops = sorted(code.loops, key=lambda loop: -len(loop.own))
-    multiplying = [loop for loop in loops if counts(loop.own)["matrix"]]
-    for loop in loops:
-        if loop in multiplying:
-            often = full if loop is multiplying[0] and full > 1 else rest
+    weights = c["block_m"] * c["block_n"] / 32 / 4  # exponentials of a warp of four, for a block of the main loop
+    for loop in code.loops:
+        if counts(loop.own)["matrix"]:
+            often = full if counts(loop.own)["special"] >= 0.75 * weights else rest
             # The sums of cells stand there twice, for either half of the cells: one block has entries of both.
             summing = [x for x in loop.own if "_add_selected" in x.functions]
             tile.append((often, [x for x in loop.own if "_add_selected" not in x.functions]))
