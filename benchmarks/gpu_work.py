@@ -29,15 +29,11 @@ Times = Sequence[tuple[float, Sequence[Instruction]]]
 
 def work_of(made: Compiled, plan: Plan, twin: Compiled | None = None) -> LaunchWork:
     """Of one compiled launch; twin: the same for an older GPU, where its code does not say what it multiplies."""
-    constants: dict[str, Any] = made.constants
-    kinds, l2 = _KERNELS[made.kernel]
+    constants: dict[str, Any] = {**made.constants, "warps": made.warps}
+    l2 = _KERNELS[made.kernel][1]
     lanes = made.grid[1] * made.grid[2]
     resident = occupancy(made.capability, made.warps, made.registers, made.shared).blocks
-    works = [
-        _work(programs * lanes, made.warps, times)
-        for programs, times in kinds(_read(made.cubin), constants, made.grid[0])
-        if programs
-    ]
+    works = _works(made.kernel, made.cubin, tuple(sorted(constants.items())), made.grid[0], lanes)
     if twin is not None:
         works = [
             dataclasses.replace(own, products=max(0.0, other.products + other.warp_products - own.warp_products))
@@ -54,6 +50,13 @@ def work_of(made: Compiled, plan: Plan, twin: Compiled | None = None) -> LaunchW
 @functools.lru_cache(maxsize=64)
 def _read(cubin: bytes) -> Code:
     return read(cubin)
+
+
+@functools.cache
+def _works(kernel: str, cubin: bytes, constants: tuple[tuple[str, Any], ...], grid: int, lanes: int) -> list[Work]:
+    c = dict(constants)
+    kinds = _KERNELS[kernel][0](_read(cubin), c, grid)
+    return [_work(programs * lanes, c["warps"], times) for programs, times in kinds if programs]
 
 
 def _work(programs: int, warps: int, times: Times) -> Work:
@@ -123,7 +126,7 @@ def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]
     rest = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"])
     tile: list[tuple[float, Sequence[Instruction]]] = [(1, main)]
     row: list[tuple[float, Sequence[Instruction]]] = [(1, prefix)]
-    weights = c["block_m"] * c["block_n"] / 32 / 4  # exponentials of a warp of four, for a block of the main loop
+    weights = c["block_m"] * c["block_n"] / 32 / c["warps"]  # exponentials of a warp for a block of the main loop
     for loop in code.loops:
         if counts(loop.own)["matrix"]:
             often = full if counts(loop.own)["special"] >= 0.75 * weights else rest

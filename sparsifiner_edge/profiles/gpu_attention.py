@@ -27,18 +27,19 @@ def _table() -> dict[str, Any]:
     return found
 
 
-def times_faster(board: Board, tokens: int, keep: float, lanes: int) -> float | None:
+def times_faster(board: Board, tokens: int, keep: float, lanes: int, *, launches: bool = True) -> float | None:
     """How often a layer's sparse attention, its choice of keys included, fits into the time of dense attention.
 
     Between the table's sizes, rates and batches it is interpolated, beyond them it is the nearest's.
 
     Args:
         lanes: batch x heads.
+        launches: what launches cost by themselves, of three against one, counts too.
 
     Returns:
         None for a board that the table has no row of.
     """
-    rows = _table()["times_faster"].get(board.name)
+    rows = _table()["whole" if launches else "busy"].get(board.name)
     if rows is None:
         return None
     grid = _table()["grid"]
@@ -50,16 +51,16 @@ def times_faster(board: Board, tokens: int, keep: float, lanes: int) -> float | 
 
 def crossing(board: Board, keep: float, lanes: int) -> int | None:
     """The least number of tokens, of the table's, from which on sparse attention is faster; None if there is none."""
-    sizes = [n for n in _table()["grid"]["tokens"] if (times_faster(board, n, keep, lanes) or 0) < 1]
-    larger = [n for n in _table()["grid"]["tokens"] if n > max(sizes, default=0)]
-    return min(larger, default=None) if times_faster(board, 1, keep, lanes) is not None else None
+    sizes = _table()["grid"]["tokens"]
+    slower = [n for n in sizes if (times_faster(board, n, keep, lanes) or 0) < 1]
+    return min((n for n in sizes if n > max(slower, default=0)), default=None)
 
 
 def _between(axis: Sequence[float], at: float, values: Sequence[float]) -> float:
-    """By the logarithm of the axis."""
+    """By powers of the axis."""
     place = bisect_right(axis, at)
     if place in (0, len(axis)):
         return values[min(place, len(axis) - 1)]
     low, high = axis[place - 1], axis[place]
     share = math.log(at / low) / math.log(high / low)
-    return values[place - 1] * (1 - share) + values[place] * share
+    return float(values[place - 1] ** (1 - share) * values[place] ** share)

@@ -236,28 +236,33 @@ def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> lis
         return found
     shares = _kernel_shares(work, board, precision, fit, found)
     return [
-        dataclasses.replace(c, seconds=c.seconds * shares[c.operator.layer])
+        dataclasses.replace(c, seconds=c.seconds + (shares[c.operator.layer] - 1) * _busy(c, fit))
         if c.operator.layer in shares and c.operator.kind in SPARSE_KINDS else c
         for c in found
     ]  # fmt: skip
 
 
+def _busy(found: Cost, fit: RooflineFit) -> float:
+    """Without launches."""
+    return found.seconds - found.operator.launches * fit.launch_us * 1e-6
+
+
 def _kernel_shares(
     work: Workload, board: Board, precision: str, fit: RooflineFit, found: Sequence[Cost]
 ) -> dict[int, float]:
-    """By layer what kernels take, of the time that arithmetic, memory and launches of its sparse operators would."""
+    """By layer what kernels take, of the time that arithmetic and memory of its sparse operators would."""
     shape, shares = work.shape, {}
     counts = work.sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
     for number in work.sparsity.sparse_layers(shape.depth):
         here = dataclasses.replace(shape, depth=1, patches=counts[number][0], prefix=counts[number][1])
         keep = work.sparsity.layer_keep(shape.depth)[number]
-        faster = times_faster(board, here.prefix + here.patches, keep, work.batch * shape.heads)
+        faster = times_faster(board, here.prefix + here.patches, keep, work.batch * shape.heads, launches=False)
         if faster is None:
             continue
         dense = operators(dataclasses.replace(work, shape=here, sparsity=SparsityConfig(keep=1)))
-        seconds_dense = sum(cost(o, board, precision, fit).seconds for o in dense if o.kind == "attention")
-        own = sum(c.seconds for c in found if c.operator.layer == number and c.operator.kind in SPARSE_KINDS)
-        shares[number] = seconds_dense / faster / own
+        whole = sum(_busy(cost(o, board, precision, fit), fit) for o in dense if o.kind == "attention")
+        own = sum(_busy(c, fit) for c in found if c.operator.layer == number and c.operator.kind in SPARSE_KINDS)
+        shares[number] = whole / faster / own
     return shares
 
 
