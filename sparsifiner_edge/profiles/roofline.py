@@ -234,36 +234,31 @@ def costs(work: Workload, board: Board, precision: str, fit: RooflineFit) -> lis
     found = [cost(operator, board, precision, fit) for operator in operators(work)]
     if work.portable or fit is IDEAL or work.sparsity.preset == "paper":
         return found
-    shares = _kernel_shares(work, board, precision, fit, found)
-    return [
-        dataclasses.replace(c, seconds=c.seconds + (shares[c.operator.layer] - 1) * _busy(c, fit))
-        if c.operator.layer in shares and c.operator.kind in SPARSE_KINDS else c
-        for c in found
-    ]  # fmt: skip
+    return _by_kernels(work, board, precision, fit, found)
 
 
-def _busy(found: Cost, fit: RooflineFit) -> float:
-    """Without launches."""
-    return found.seconds - found.operator.launches * fit.launch_us * 1e-6
-
-
-def _kernel_shares(
-    work: Workload, board: Board, precision: str, fit: RooflineFit, found: Sequence[Cost]
-) -> dict[int, float]:
-    """By layer what kernels take, of the time that arithmetic and memory of its sparse operators would."""
-    shape, shares = work.shape, {}
+def _by_kernels(work: Workload, board: Board, precision: str, fit: RooflineFit, found: Sequence[Cost]) -> list[Cost]:
+    """Sparse operators as long as kernels take, shared out by arithmetic; the rest as it is."""
+    shape, taken = work.shape, dict[int, float]()
     counts = work.sparsity.layer_tokens(shape.depth, shape.patches, shape.prefix)
     for number in work.sparsity.sparse_layers(shape.depth):
         here = dataclasses.replace(shape, depth=1, patches=counts[number][0], prefix=counts[number][1])
         keep = work.sparsity.layer_keep(shape.depth)[number]
         faster = times_faster(board, here.prefix + here.patches, keep, work.batch * shape.heads, launches=False)
-        if faster is None:
-            continue
-        dense = operators(dataclasses.replace(work, shape=here, sparsity=SparsityConfig(keep=1)))
-        whole = sum(_busy(cost(o, board, precision, fit), fit) for o in dense if o.kind == "attention")
-        own = sum(_busy(c, fit) for c in found if c.operator.layer == number and c.operator.kind in SPARSE_KINDS)
-        shares[number] = whole / faster / own
-    return shares
+        if faster is not None:
+            dense = operators(dataclasses.replace(work, shape=here, sparsity=SparsityConfig(keep=1)))
+            whole = [cost(o, board, precision, fit) for o in dense if o.kind == "attention"]
+            macs = sum(c.operator.macs for c in found if c.operator.layer == number and c.operator.kind in SPARSE_KINDS)
+            taken[number] = sum(c.seconds - _launch_seconds(c.operator, fit) for c in whole) / faster / macs
+    return [
+        dataclasses.replace(c, seconds=c.operator.macs * taken[c.operator.layer] + _launch_seconds(c.operator, fit))
+        if c.operator.layer in taken and c.operator.kind in SPARSE_KINDS else c
+        for c in found
+    ]  # fmt: skip
+
+
+def _launch_seconds(operator: OperatorWork, fit: RooflineFit) -> float:
+    return operator.launches * fit.launch_us * 1e-6
 
 
 def seconds(found: Sequence[Cost]) -> float:
