@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.profiles.boards.board import board_names, load_board
 from sparsifiner_edge.profiles.gpu_attention import TABLE
 from sparsifiner_edge.results import Result, Subject, write_result
-from sparsifiner_edge.text import dump_json
 
 ROOT = Path(__file__).parent.parent
 HEADS, WIDTH, CHANNELS, CELLS, PROBE = 6, 64, 24, 25, 16
@@ -130,6 +129,15 @@ def table() -> dict[str, Any]:
     return found
 
 
+def _a_line_each(found: dict[str, Any]) -> str:
+    """JSON with a line for every entry of the second level."""
+    parts = [
+        f'"{name}": {{\n' + ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in entries.items()) + "\n}"
+        for name, entries in found.items()
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def _dense(row: dict[str, Any]) -> float:
     return float(row["dense_ms"])
 
@@ -177,8 +185,7 @@ def main(boards: tuple[str, ...], docs: bool, renew: bool, output: Path | None) 
     if docs:
         renew_docs({"roofline": markdown(rows)})
     if renew:
-        rows_on_lines = re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", dump_json(table()))
-        TABLE.write_text(rows_on_lines, encoding="utf-8")
+        TABLE.write_text(_a_line_each(table()), encoding="utf-8")
     if output:
         output.mkdir(parents=True, exist_ok=True)
         sources = [
