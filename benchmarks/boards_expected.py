@@ -61,7 +61,9 @@ def shape_at(size: int) -> ModelShape:
 
 def rates(schedule: str) -> tuple[int, ...]:
     """Pairs that each layer merges, from a name such as "8", "160..0" or "240..0 ^ 2"."""
-    first, falls, power = re.fullmatch(r"(\d+)(\.\.0)?(?: \^ ([\d.]+))?", schedule).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(\d+)(\.\.0)?(?: \^ ([\d.]+))?", schedule)
+    assert found is not None, schedule
+    first, falls, power = found.groups()
     shares = [(1 - layer / (DEPTH - 1)) ** float(power or 1) if falls else 1.0 for layer in range(DEPTH)]
     return tuple(round(int(first) * share) for share in shares)
 

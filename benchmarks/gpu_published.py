@@ -60,7 +60,6 @@ class Published(NamedTuple):
 
 PUBLISHED = (
     Published("flash2 sm_90", gpu("h100"), (282, 306, 318, 321, 322, 324), "arXiv 2407.08608, figure 5"),
-    Published("flash2 sm_90", gpu("h100"), (252, 295, 308, 312, 310), "github.com/Dao-AILab/flash-attention/pull/2688"),
     Published("flash3 sm_90", gpu("h100"), (333, 392, 460, 476, 496, 497), "arXiv 2407.08608, figure 5"),
     Published("flash2 sm_80", Gpu(A5000), (84, 81, 81, 82, 82), "github.com/gpu-mode/ring-attention/issues/10"),
 )
@@ -68,8 +67,10 @@ PUBLISHED = (
 
 @dataclasses.dataclass(frozen=True)
 class DenseCode:
-    """Of a warp: what it does once, and for each further block of keys. rows, keys: of a block; computing: warps that
-    compute, of all that a program has.
+    """Of a warp: what it does once, and for each further block of keys.
+
+    Attributes:
+        rows, keys: of a block. resident: programs that a multiprocessor holds.
     """
 
     once: Work

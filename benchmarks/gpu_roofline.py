@@ -29,14 +29,12 @@ WARP_PRODUCTS_ON_HOPPER = 0.62
 MEMORY = 0.9
 """Share of the data sheet's memory bandwidth."""
 L2_BYTES_PER_CLOCK = {80: 32, 86: 16, 87: 32, 89: 16, 90: 24, 110: 32, 120: 16}
-"""From L2, of a multiprocessor and clock, by compute capability: measured on an H100 (5.5 TB/s), RTX 30 and 40
-(chipsandcheese.com); of Jetsons, A100 and RTX 50 judged."""
+"""From L2, of a multiprocessor and clock, by compute capability: 5.5 TB/s on an H100; of all others judged."""
 LAUNCH_S = {True: 7e-6, False: 3.5e-6}
 """Seconds of a launch on a Jetson (unified memory), and on other GPUs: the gap before it, and filling the chip."""
 DENSE_SHARE = {80: 0.56, 86: 0.56, 87: 0.56, 89: 0.56, 90: 0.48, 110: 0.40, 120: 0.56}
-"""Of peak arithmetic, what the fastest dense attention reaches at head dimension 64: an H100's 475 TFLOPS (arXiv
-2407.08608), an A100's 176 (arXiv 2307.08691); of others taken to be alike, of 11.0, whose exponentials take as long as
-half its products, judged."""
+"""Of peak arithmetic, what the fastest dense attention reaches at head dimension 64: on an H100 some 475 TFLOPS (arXiv
+2407.08608); of all others judged, of 11.0 less, whose exponentials take as long as half its products."""
 
 
 @dataclasses.dataclass(frozen=True)

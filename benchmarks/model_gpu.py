@@ -40,11 +40,11 @@ def dense_runs(name: str, image: torch.Tensor) -> tuple[dict[str, Run], dict[str
 
 def sparse_run(name: str, image: torch.Tensor, settings: dict[str, Any], tile: int) -> Run:
     torch.manual_seed(0)
-    patches = (image.shape[-1] // 14) ** 2
-    merge = tuple(round(share * patches) for share in settings.get("merge", ()))
+    model = create(name, image.shape[-1], 0)
+    merge = tuple(round(share * model.patch_embed.num_patches) for share in settings.get("merge", ()))
     sparsity = SparsityConfig(keep=settings["keep"], tile=tile, probe=min(16, tile), merge=merge)
-    model = make_student(name, create(name, image.shape[-1], 0), sparsity).model.half().cuda()
-    return graph(torch.compile(lambda: model.forward_features(image)))
+    sparse = make_student(name, model, sparsity).model.half().cuda()
+    return graph(torch.compile(lambda: sparse.forward_features(image)))
 
 
 def measure(name: str, size: int, batch: int, tile: int, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -73,9 +73,12 @@ def exporter_ready() -> Iterator[None]:
     if "torch" not in sys.modules:
         yield
         return
-    from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
+    try:
+        from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # They are torch's own: another version may have others, and only takes longer.
+        yield
+        return
     known: dict[int, ONNXRegistry] = {}
     listed = ONNXRegistry.from_torchlib
 

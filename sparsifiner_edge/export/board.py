@@ -39,7 +39,7 @@ from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED
 from sparsifiner_edge.ops.triton.plan_forward import make_a_layer, plan_attend, plan_layer, plan_select
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from sparsifiner_edge.profiles.boards.board import Board
-from sparsifiner_edge.profiles.gpu_attention import times_faster
+from sparsifiner_edge.profiles.gpu_attention import crossing, times_faster
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
 
@@ -109,19 +109,22 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
 
 def _slower_than_dense(nodes: Sequence[Any], types: Types, board: Board) -> tuple[str, ...]:
     """What a roofline says of attention that would be faster dense; see `profiles.gpu_attention`."""
-    slow: list[tuple[float, int]] = []
+    slow: list[tuple[float, int, float, int]] = []
     chosen = [node for node in nodes if node.op_type.endswith("KeySelect")]
     for node in chosen:
         (batch, tokens, _), a = types[node.input[0]][1], _attributes(node)
-        faster = times_faster(board, tokens, a["keys"] / (tokens - a["num_prefix"]), batch * a["num_heads"])
+        keep, lanes = a["keys"] / (tokens - a["num_prefix"]), batch * a["num_heads"]
+        faster = times_faster(board, tokens, keep, lanes)
         if faster is not None and faster < 1:
-            slow.append((faster, tokens))
+            slow.append((faster, tokens, keep, lanes))
     if not slow:
         return ()
-    least, tokens = min(slow)
+    least, tokens, keep, lanes = min(slow)
+    pays = crossing(board, keep, lanes)
     return (
         f"By a roofline, not measured, dense attention is faster on {board.name} in {len(slow)} of {len(chosen)} "
-        f"layers: these kernels are {least:.2f} times as fast at {tokens} tokens. `build` there measures both.",
+        f"layers: these kernels are {least:.2f} times as fast at {tokens} tokens, and faster "
+        f"{f'from some {pays} on' if pays else 'at no size that was looked at'}. `build` there measures both.",
     )
 
 

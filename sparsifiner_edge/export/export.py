@@ -34,7 +34,7 @@ from sparsifiner_edge.export.check import MAPS_OTHERS, OTHERS, SAME, check_expor
 from sparsifiner_edge.export.deployed_model import DeployedModel, deploy
 from sparsifiner_edge.export.fp16 import HALF_TOLERANCE, HALF_TOLERANCE_FREE, LEAST_ROW_COSINE_INT8, to_fp16
 from sparsifiner_edge.export.graph import DYNAMIC, BatchSize, export_graph, set_metadata
-from sparsifiner_edge.export.int8 import INT8_TARGETS, quantise
+from sparsifiner_edge.export.int8 import INT8_TARGETS, held_out, quantise
 from sparsifiner_edge.export.sessions import file_runner
 from sparsifiner_edge.export.student_changes import changed
 from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
@@ -217,7 +217,7 @@ def _file(
     if numbers.precision == "int8":
         images = [np.repeat(load_image(path, size)[None], batches[0], 0) for path in numbers.images]
         model, quantisation = quantise(model, images, numbers.int8_target, progress)
-        seen = images[2::3][:3] or images[:3]  # of those that `quantise` holds out
+        seen = held_out(images)[:3]
     if numbers.precision == "fp16" or numbers.int8_target == "tensorrt":
         images = [smooth_images(size, batch, seed) for seed, batch in enumerate((*batches, batches[0]))]
         model, float16 = to_fp16(model, images, LEAST_ROW_COSINE_INT8 if quantisation else None, seen)

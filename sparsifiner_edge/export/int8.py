@@ -47,6 +47,11 @@ MAX_FLOAT_SHARE = 0.25
 """Share of the linear layers that may be put back."""
 
 
+def held_out(images: Sequence[Array]) -> list[Array]:
+    """Of the images that a file is quantised with, every third: those it is judged on; all where there are few."""
+    return list(images[2::3]) or list(images)
+
+
 def quantise(
     model: onnx.ModelProto,
     images: Sequence[Array],
@@ -74,21 +79,21 @@ def quantise(
     if not images:
         raise ConfigError("There are no images to calibrate with.", "Give a folder of images with --calibrate.")
     goal = GOAL_COSINE if goal is None else goal
-    held_out = list(images[2::3]) or list(images)
+    judged_on = held_out(images)
     calibrated = [x for number, x in enumerate(images) if number % 3 != 2] if len(images) > 2 else list(images)
     source, layers = _prepared(model)
     matches = match_names(source)
     run = file_runner(with_outputs(source, matches))
-    wanted = [run(image) for image in held_out]
+    wanted = [run(image) for image in judged_on]
     matched = [{name: outputs.pop(name) for name in matches} for outputs in wanted]
     _equalise(source, layers, calibrated)
     full = _quantise_all(source, layers, calibrated, symmetric=int8_target == "tensorrt")
 
-    def measure(kept: Sequence[str], count: int = len(held_out), own: bool = False) -> tuple[dict[str, float], float]:
+    def measure(kept: Sequence[str], count: int = len(judged_on), own: bool = False) -> tuple[dict[str, float], float]:
         made = _restored(full, source, kept)
         run = file_runner(made if own else with_matches(made, matches))
         given = [{}] * count if own else matched
-        return _compared([run(*each) for each in zip(held_out[:count], given, strict=False)], wanted[:count])
+        return _compared([run(*each) for each in zip(judged_on[:count], given, strict=False)], wanted[:count])
 
     kept = _layers_that_hurt(measure, layers, goal, progress)
     own: dict[str, float] = measure(kept, own=True)[0] if matches else {}
@@ -102,7 +107,7 @@ def quantise(
     _require(own, LEAST_OWN_COSINE, f"where its own matches merge, {how}")
     report = Quantisation(
         recipe=int8_target, cosines=cosines, own_matches_cosines=own, other_patches=others,
-        quantised=len(layers) - len(kept), kept=tuple(kept), calibrated=len(calibrated), held_out=len(held_out),
+        quantised=len(layers) - len(kept), kept=tuple(kept), calibrated=len(calibrated), held_out=len(judged_on),
         method=METHOD,
     )  # fmt: skip
     return _restored(full, source, kept), report

@@ -1,7 +1,7 @@
 """How sparse attention in our CUDA kernels compares with dense attention on GPUs that are not at hand.
 
 The table is made by `benchmarks/gpu_bound.py --table`: a roofline over the kernels' machine code, six heads of 64 at
-tile 64. Where a profile of a GPU is there, that holds instead.
+tile 64. Nothing of it was measured; `build` on the GPU measures instead.
 """
 
 from __future__ import annotations
