@@ -1,4 +1,4 @@
-"""Runs `check_interpreted.py` in a process whose Triton interprets: the choice is made when Triton is imported."""
+"""Runs `check_interpreted.py` and `check_merging.py` where Triton interprets, which it decides when it is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 ROOT = Path(__file__).parent.parent.parent
-CHECKS = Path(__file__).parent / "check_interpreted.py"
+CHECKS = [str(Path(__file__).with_name(f"check_{name}.py")) for name in ("interpreted", "merging")]
 
 
 @pytest.mark.long
@@ -23,10 +23,10 @@ def test_kernels_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "SPARSIFINER_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
     for name in [x for x in environment if x.startswith("PYTEST_")]:  # those of an outer xdist
         del environment[name]
-    command = [sys.executable, "-m", "pytest", str(CHECKS), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *CHECKS, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) > 40
+    assert int(passed[1]) > 150
     assert "skipped" not in done.stdout

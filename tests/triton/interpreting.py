@@ -1,0 +1,51 @@
+"""What checks in Triton's interpreter share: programs in random order, tensors with guards around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from sparsifiner_edge.ops.triton.plan import Plan
+
+GUARD = 512
+
+
+def shuffled(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, ...], np.ndarray]:
+    """From now on programs of a launch run in a random order; the orders by grid."""
+    place = interpreter.InterpreterBuilder.set_grid_idx
+    orders: dict[tuple[int, ...], np.ndarray] = {}
+
+    def elsewhere(self: Any, x: int, y: int, z: int) -> None:
+        """The program that is to run is another one of its launch."""
+        grid = tuple(self.grid_dim)
+        if (x, y, z) == (0, 0, 0):
+            orders[grid] = np.random.default_rng(len(orders)).permutation(int(np.prod(grid)))
+        number = orders[grid][np.ravel_multi_index((x, y, z), grid)]
+        place(self, *map(int, np.unravel_index(number, grid)))
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", elsewhere)
+    return orders
+
+
+def guarded(plan: Plan, given: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Iterator[torch.Tensor]]:
+    """Every buffer of a plan inside a larger one of NaN (or a large number), inputs copied in; and the guards."""
+    inside, guards = {}, []
+    for name, buffer in plan.buffers.items():
+        dtype = getattr(torch, buffer.dtype)
+        poison = torch.nan if dtype.is_floating_point else 0x55
+        size = int(np.prod(buffer.shape))
+        whole = torch.full((size + 2 * GUARD,), poison, dtype=dtype)
+        inside[name] = whole[GUARD:-GUARD].view(buffer.shape)
+        if name in given:
+            inside[name].copy_(given[name])
+        guards += [whole[:GUARD], whole[-GUARD:]]
+    return inside, iter(guards)
+
+
+def untouched(guards: Iterator[torch.Tensor]) -> bool:
+    return all(bool((g.isnan() if g.is_floating_point() else g == 0x55).all()) for g in guards)
