@@ -44,10 +44,14 @@ def handlers_restored() -> Iterator[None]:
     hook = sys.unraisablehook
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     yield
     sys.unraisablehook = hook
     for number, handler in before.items():
         signal.signal(number, handler)
+    # What later tests start would inherit it, and never end when it is told to.
+    left = signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    assert left == blocked, f"signals are left blocked: {left}, {blocked} before"
 
 
 @pytest.fixture(scope="session", autouse=True)
