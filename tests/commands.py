@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +44,24 @@ def process(*arguments: Any, **options: Any) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """The command line, called in this process, takes signals and lost exceptions over, and ignores them at its end."""
+    hook = sys.unraisablehook
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Outcome:
     """Run the command line in this process."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
+    with handlers_kept(), pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert isinstance(caught.value.code, int)

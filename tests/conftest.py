@@ -41,17 +41,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def handlers_restored() -> Iterator[None]:
     """The command line, called in this process, takes signals and lost exceptions over."""
-    hook = sys.unraisablehook
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    yield
-    sys.unraisablehook = hook
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    # What later tests start would inherit it, and never end when it is told to.
-    left = signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    assert left == blocked, f"signals are left blocked: {left}, {blocked} before"
+    from tests.commands import handlers_kept  # after the number of threads is set
+
+    # What a test starts inherits what is ignored, and never ends when it is told to.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a fixture left Ctrl-C to something else"
+    with handlers_kept():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,12 +10,13 @@ import re
 import shutil
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.errors import SparsifinerError
+from tests.commands import handlers_kept
 
 LIMIT_S = 30
 _RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -67,7 +68,7 @@ def command(*arguments: Any, codes: tuple[int, ...] = (0, 1, 2)) -> tuple[int, s
         FailureError: another exit code, a traceback, characters that a terminal obeys, or JSON that is none.
     """
     out, err = io.StringIO(), io.StringIO()
-    with _handlers_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with handlers_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as left:
@@ -115,17 +116,6 @@ def copied(one: Try, name: str, to: str = "subject") -> Path:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(one.good / name, place)
     return place
-
-
-@contextlib.contextmanager
-def _handlers_kept() -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def attempt(target: Target, one: Try) -> str | None:

@@ -30,7 +30,7 @@ from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student
-from tests.commands import call
+from tests.commands import call, handlers_kept
 from tests.models import TINY
 from tests.once import Once
 
@@ -59,7 +59,7 @@ def found(once: Once, tiny_weights: Path, photographs: Path) -> Path:
     def search(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
             patch.setattr(finalists, "SECONDS", 0.2)
-            with pytest.raises(SystemExit) as caught:
+            with handlers_kept(), pytest.raises(SystemExit) as caught:
                 main([*map(str, asked), "-o", str(folder / "found")])
         assert caught.value.code == 0
         (folder / "said").write_text(said.getvalue())
