@@ -19,8 +19,10 @@ from sass import Code, Instruction, counts, read
 from sparsifiner_edge.ops.triton.compile import Compiled
 from sparsifiner_edge.ops.triton.plan import Plan
 
-ROUNDS = 16
+ROUNDS = 8
 """In which `select` halves its bracket until exactly K scores lie above: about log2 of the patches, and four."""
+_UNUSUAL = {"_again", "_list_with_ties"}
+"""Functions of `select` that logits far apart and ties need."""
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
 
 Times = Sequence[tuple[float, Sequence[Instruction]]]
@@ -100,23 +102,20 @@ def _summarise(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Time
 
 
 def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Times]]:
-    patches, groups = c["tokens"] - c["prefix"], c["block_m"] // c["sub"] // c["group"]
-    block = c["numbers"] * c["block_m"] * c["block_n"] * c["block_c"] // 4
+    patches, groups = c["tokens"] - c["prefix"], c["share"] // c["group"]
+    block = c["numbers"] * c["block_g"] * c["block_n"] * c["block_c"] // 4
     passes = [loop for loop in code.loops if _products(loop.own)]
-    lists = [loop for loop in code.loops if _from(loop.own, "_list_winners") and loop not in passes]
-    # What is done again for logits far apart is not counted.
-    times: list[tuple[float, Sequence[Instruction]]] = [(1, _split(code, "_again")[0])]
+    times: list[tuple[float, Sequence[Instruction]]] = [
+        (1, [x for x in code.straight if not _UNUSUAL & set(x.functions)])
+    ]
     for loop in code.loops:
         if loop in passes:
             often = 0 if _from(loop.own, "_again") else patches // c["block_n"] * block / _products(loop.own)
-        elif any(len(x.whole) < len(loop.whole) and x.own[0] in loop.whole for x in lists):
+        elif _from(loop.own, "_list_reached"):
             often = groups
-        elif loop in lists:  # The second is for ties.
-            each = c["group"] * c["block_v"] // 128
-            often = groups * c["pitch"] // c["block_v"] * each / _elements(loop.own, "STG") if loop is lists[0] else 0
         else:
             often = groups * ROUNDS
-        times.append((often, loop.own))
+        times.append((often, [x for x in loop.own if not _UNUSUAL & set(x.functions)]))
     return [(grid, times)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, Attributes, Shapes
 from sparsifiner_edge.ops.triton.plan import Buffer, Launch, Plan, power_of_two
@@ -14,18 +15,17 @@ from sparsifiner_edge.ops.triton.plan_sizes import (
     sizes_of_selection,
 )
 
-ROWS = 16
-"""Of a program of `select`: the least that the matrix units take."""
+MOST_COLUMNS, LEAST_COLUMNS = 32, 8
+"""Probes that a program of `select` asks by in one product."""
 MOST_NUMBERS = 4
-"""Probes that each of its rows asks by: their running sums are held in registers."""
-FEW_PROGRAMS, MANY_PROGRAMS = 64, 256
-"""Fewer would leave multiprocessors idle: then a program has fewer tiles. Six for each head of each image, between
+"""Products that it asks by for each tile, where it can: their running sums are held in registers."""
+FEW_PROGRAMS, MANY_PROGRAMS = 64, 192
+"""Fewer would leave multiprocessors idle: then a program asks by fewer probes. Six for each head of each image, between
 these: where there are many, the GPU is taken to be large.
 """
-SCORES, MOST_SCORES = 1024, 8192
-"""Of a block that a program of `select` looks at, eight of a thread; of all that it holds in registers, unless one tile
-has more.
-"""
+THREADS = 128
+MOST_GROUP, MOST_SCORES = 4, 8192
+"""Tiles that a program of `select` looks at together; scores that it holds in registers, unless one tile has more."""
 BLOCK_T = 16
 """Entries of a block at the end of a list, where they are masked: more would not fit into registers."""
 
@@ -154,40 +154,51 @@ def _summarise(s: LaunchSizes, selecting: bool, attending: bool) -> Launch:
     )  # fmt: skip
 
 
-def _rows_a_tile(s: LaunchSizes) -> int:
-    """Rows of a program of `select` that ask for one tile."""
-    per_tile = s.tile // s.probe
-    sub = power_of_two(math.ceil(per_tile / MOST_NUMBERS), least=1)
+def _probes_at_once(s: LaunchSizes) -> int:
+    """Of a program of `select`."""
     lanes = s.batch * s.heads
     wanted = min(max(FEW_PROGRAMS, 6 * lanes), MANY_PROGRAMS)
-    while sub < min(per_tile, ROWS) and lanes * math.ceil(s.tiles * sub / ROWS) < wanted:
-        sub *= 2
-    return sub
+    columns = MOST_COLUMNS
+    while columns > max(LEAST_COLUMNS, s.tile // s.probe / MOST_NUMBERS) and lanes * s.asking / columns < wanted:
+        columns //= 2
+    return columns
+
+
+def _tiles_at_once(s: LaunchSizes) -> tuple[int, int]:
+    """Of a program of `select`, and products that it asks by for each."""
+    per_tile, columns = s.tile // s.probe, _probes_at_once(s)
+    numbers = math.ceil(per_tile / columns)
+    return columns // power_of_two(math.ceil(per_tile / numbers), least=1), numbers
 
 
 def _score_blocks(s: LaunchSizes) -> tuple[int, int, int]:
-    """Tiles whose scores are looked at together, scores of each in a block, and from one tile to the next."""
-    group = ROWS // _rows_a_tile(s)
+    """Tiles whose scores are looked at together, threads for each, and scores from one tile to the next."""
+    group = min(_tiles_at_once(s)[0], MOST_GROUP)
     while group > 1 and group * s.patches > MOST_SCORES:
         group //= 2
-    block = SCORES // group
-    whole = max(block, s.entries)
-    return group, block, math.ceil(s.patches / whole) * whole
+    lanes = THREADS // group
+    whole = max(4 * lanes, 2 * s.entries)
+    return group, lanes, math.ceil(s.patches / whole) * whole
 
 
 def _select(s: LaunchSizes) -> Launch:
-    per_tile, sub = s.tile // s.probe, _rows_a_tile(s)
-    group, block, pitch = _score_blocks(s)
+    group, lanes, pitch = _score_blocks(s)
+    share, numbers = _tiles_at_once(s)
     constants = s.constants("tokens", "prefix", "probe", "tiles", "keys")
     del constants["width"], constants["block_d"]
+    normal, quantile = NormalDist(), 1 - (s.keys - 0.5) / s.patches
+    rarity = 1 / (s.patches * normal.pdf(normal.inv_cdf(quantile)))
     return Launch(
         "select",
-        (math.ceil(s.tiles * sub / ROWS), s.heads, s.batch),
+        (math.ceil(s.tiles / share), s.heads, s.batch),
         given(s.merged, "sizes") | given(True, "probes", "projected") | given(s.value_power > 0, "deviation")
         | given(True, "scores", "indices"),
         constants
-        | {"per_tile": per_tile, "numbers": math.ceil(per_tile / sub), "sub": sub, "pitch": pitch, "block_m": ROWS}
-        | {"group": group, "block_n": s.entries, "block_v": block, "block_c": power_of_two(s.channels)},
+        | {"per_tile": s.tile // s.probe, "numbers": numbers, "share": share, "pitch": pitch, "group": group}
+        | {"normal": normal.inv_cdf(quantile), "rarity": rarity, "lanes": lanes}
+        # So that columns of a thread, two of each eight, are of one tile as far as there are such.
+        | {"beside": max(1, min(8 // share, _probes_at_once(s) // share)), "block_g": _probes_at_once(s)}
+        | {"block_n": 2 * s.entries, "block_c": power_of_two(s.channels)},
     )  # fmt: skip
 
 
@@ -228,7 +239,7 @@ def _attend(s: LaunchSizes, gradient: bool) -> Launch:
         | given(s.prefix > 0, "partial_out", "partial_stats") | given(True, "output") | given(gradient, "lse"),
         s.constants("tokens", "prefix", "first", "tile", "tiles", "keys", "cells", "chunks", "blocks")
         | {"cell": s.cell if marking else 0, "factor": s.scale * LOG2_E, "block_m": s.rows, "block_n": block_n}
-        | {"block_t": power_of_two(s.keys % block_n, most=BLOCK_T), "block_b": ROWS}
+        | {"block_t": power_of_two(s.keys % block_n, most=BLOCK_T), "block_b": 16}
         | {"block_f": power_of_two(s.prefix, least=1)}
         | {"block_r": power_of_two(s.cells, most=s.entries)},
         warps=8 if s.width > 64 or (s.rows > 64 and not tall) else 4,
