@@ -111,7 +111,9 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
     for loop in code.loops:
         if loop in passes:
             often = 0 if _from(loop.own, "_again") else patches // c["block_n"] * block / _products(loop.own)
-        elif _from(loop.own, "_list_reached"):
+        elif stored := _elements([x for x in loop.own if not _UNUSUAL & set(x.functions)], "STG"):
+            often = groups * c["pitch"] // c["lanes"] / stored
+        elif any(len(x.whole) < len(loop.whole) and x.own[0] in loop.whole for x in code.loops):
             often = groups
         else:
             often = groups * ROUNDS
@@ -145,10 +147,11 @@ def _summarise_l2(c: Mapping[str, Any]) -> float:
 
 
 def _select_l2(c: Mapping[str, Any]) -> float:
-    """Projected keys in two passes of a program; scores written, and read twice."""
-    patches, share = c["tokens"] - c["prefix"], c["block_m"] // c["sub"]
+    """Projected keys in two passes of a program, and deviations; scores written, and read twice."""
+    patches, share = c["tokens"] - c["prefix"], c["share"]
     programs = math.ceil(c["tiles"] / share)
-    return programs * (2 * patches * 2 * c["block_c"] + 3 * 4 * share * c["pitch"]) + c["tiles"] * c["keys"] * 4
+    each = patches * (2 * 2 * c["block_c"] + 4) + 3 * 4 * share * c["pitch"]
+    return programs * each + c["tiles"] * c["keys"] * 4
 
 
 def _attend_l2(c: Mapping[str, Any]) -> float:

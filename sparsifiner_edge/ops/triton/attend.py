@@ -272,6 +272,6 @@ def attend_kernel(
             )  # fmt: skip
         target = output + image * tokens * heads * width + head * width
         total = tl.max(softmax[1], 1)  # its columns are all alike
-        store_rows(target, rows, heads * width, real_rows, width, block_d, softmax[2] / total[:, None])
+        store_rows(target, rows, heads * width, real_rows, width, block_d, softmax[2] * (1.0 / total)[:, None])
         if lse is not None:
             tl.store(lse + lane * tokens + rows, softmax[0] + tl.log2(total), mask=real_rows)

@@ -15,12 +15,12 @@ from sparsifiner_edge.ops.triton.plan_sizes import (
     sizes_of_selection,
 )
 
-MOST_COLUMNS, LEAST_COLUMNS = 32, 8
+MOST_COLUMNS, LEAST_COLUMNS = 64, 8
 """Probes that a program of `select` asks by in one product."""
 MOST_NUMBERS = 4
 """Products that it asks by for each tile, where it can: their running sums are held in registers."""
-FEW_PROGRAMS, MANY_PROGRAMS = 64, 192
-"""Fewer would leave multiprocessors idle: then a program asks by fewer probes. Six for each head of each image, between
+FEW_PROGRAMS, MANY_PROGRAMS = 24, 192
+"""Fewer would leave multiprocessors idle: then a program asks by fewer probes. Four for each head of each image, between
 these: where there are many, the GPU is taken to be large.
 """
 THREADS = 128
@@ -157,7 +157,7 @@ def _summarise(s: LaunchSizes, selecting: bool, attending: bool) -> Launch:
 def _probes_at_once(s: LaunchSizes) -> int:
     """Of a program of `select`."""
     lanes = s.batch * s.heads
-    wanted = min(max(FEW_PROGRAMS, 6 * lanes), MANY_PROGRAMS)
+    wanted = min(max(FEW_PROGRAMS, 4 * lanes), MANY_PROGRAMS)
     columns = MOST_COLUMNS
     while columns > max(LEAST_COLUMNS, s.tile // s.probe / MOST_NUMBERS) and lanes * s.asking / columns < wanted:
         columns //= 2

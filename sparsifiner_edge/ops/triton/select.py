@@ -169,7 +169,7 @@ def _store_scores(
 
 
 @triton.jit
-def _block_of_scores(rows, number: tl.constexpr, blocks: tl.constexpr, lanes: tl.constexpr):
+def _block_of_scores(rows, number, blocks: tl.constexpr, lanes: tl.constexpr):
     """Scores [tiles, lanes, 4] of tiles whose scores begin at `rows`; a lane has 4 x blocks next to each other."""
     place = rows[:, None] + (tl.arange(0, lanes) * (TOGETHER * blocks) + number * TOGETHER)[None, :]
     together = tl.arange(0, TOGETHER)[None, :]
@@ -259,38 +259,39 @@ def _apart(values):
 
 
 @triton.jit
-def _list_reached(values, lists, score, mine, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
+def _list_reached(rows, lists, score, mine, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
     """Write each tile's indices of what reaches its score, ascending."""
     column = tl.broadcast_to((tl.arange(0, lanes) * (TOGETHER * blocks))[None, :], [share, lanes])
     place = lists[:, None] + (tl.cumsum(mine, 1) - mine)
-    for n in tl.static_range(blocks):
-        four = _apart(values[n])
+    for n in range(blocks):
+        four = _apart(_block_of_scores(rows, n, blocks, lanes))
         for i in tl.static_range(TOGETHER):
             wins = four[i] >= score[:, None]
-            tl.store(place, column + (n * TOGETHER + i), mask=wins)
+            tl.store(place, column, mask=wins)
             place += tl.where(wins, 1, 0)
+            column += 1
 
 
 @triton.jit
-def _list_with_ties(values, lists, score, wanted, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
+def _list_with_ties(rows, lists, score, wanted, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
     """Write each tile's indices of what lies above its score and of the first `wanted` at it, ascending."""
     column = tl.broadcast_to((tl.arange(0, lanes) * (TOGETHER * blocks))[None, :], [share, lanes])
     # One prefix sum counts both: above in the high half, equal in the low one.
-    kinds = tl.zeros([share, lanes, TOGETHER], tl.int32)
-    for n in tl.static_range(blocks):
-        higher, same = values[n] > score[:, None][:, :, None], values[n] == score[:, None][:, :, None]
-        kinds += tl.where(higher, 65536, same.to(tl.int32))
-    mine = tl.sum(kinds, 2)
+    mine = tl.zeros([share, lanes], tl.int32)
+    for n in range(blocks):
+        four = _apart(_block_of_scores(rows, n, blocks, lanes))
+        for i in tl.static_range(TOGETHER):
+            mine += tl.where(four[i] > score[:, None], 65536, (four[i] == score[:, None]).to(tl.int32))
     before = tl.cumsum(mine, 1) - mine
-    for n in tl.static_range(blocks):
-        four = _apart(values[n])
+    for n in range(blocks):
+        four = _apart(_block_of_scores(rows, n, blocks, lanes))
         for i in tl.static_range(TOGETHER):
             higher, same = four[i] > score[:, None], four[i] == score[:, None]
             equal = before & 0xFFFF
             place = (before >> 16) + tl.minimum(equal, wanted[:, None])
-            chosen = higher | (same & (equal < wanted[:, None]))
-            tl.store(lists[:, None] + place, column + (n * TOGETHER + i), mask=chosen)
+            tl.store(lists[:, None] + place, column, mask=higher | (same & (equal < wanted[:, None])))
             before += tl.where(higher, 65536, same.to(tl.int32))
+            column += 1
 
 
 @triton.jit
@@ -380,6 +381,6 @@ def select_kernel(
         # A lane's scores lie next to each other: how many win before them says where its own go.
         lists = indices + lane * tiles * keys + chosen * keys
         if tl.min(wanted, 0) > keys:
-            _list_reached(values, lists, thresholds, mine, blocks, group, lanes)
+            _list_reached(looked_at, lists, thresholds, mine, blocks, group, lanes)
         else:
-            _list_with_ties(values, lists, thresholds, wanted, blocks, group, lanes)
+            _list_with_ties(looked_at, lists, thresholds, wanted, blocks, group, lanes)
