@@ -92,13 +92,20 @@ def _elements(part: Sequence[Instruction], name: str) -> int:
     return sum(next((n for w, n in width.items() if w in x.modifiers), 1) for x in part if x.name == name)
 
 
-def _summarise(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
-    patches = c["tokens"] - c["prefix"]
-    blocks, cells = math.ceil(patches / c["run"]), math.ceil(patches / c["cell"])
-    main, cell = _split(code, "_cell")
-    rounds = math.ceil(c["cell"] / c["block_p"])
-    loops = [(float(rounds), loop.own) for loop in code.loops if _from(loop.own, "_cell")]
-    return [(blocks, [(1, main)]), (cells + c["prefix"], [(1, cell), *loops])]
+def _summarise(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Times]]:
+    """Programs of a cell, of which the first has the prefix tokens too, and of probes."""
+    main, probes = _split(code, "_store_probes")
+    prefix = [x for x in main if "_store_prefix_cells" in x.functions]
+    cell: list[tuple[float, Sequence[Instruction]]] = [
+        (1, [x for x in main if "_store_prefix_cells" not in x.functions]), (1 / c["blocks"], prefix)
+    ]  # fmt: skip
+    asked: list[tuple[float, Sequence[Instruction]]] = [(1, probes)]
+    for loop in code.loops:
+        if _from(loop.own, "_store_probes"):
+            asked.append((math.ceil(c["probe"] / c["at_once"]), loop.own))
+        else:
+            cell.append((math.ceil(c["run"] / c["block_p"]), loop.own))
+    return [(c["blocks"], cell), (grid - c["blocks"], asked)]
 
 
 def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Times]]:
@@ -141,9 +148,12 @@ def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]
 
 
 def _summarise_l2(c: Mapping[str, Any]) -> float:
-    """Keys and queries once, values twice, keys again for the cells' sums; what is projected, and deviations."""
-    patches = c["tokens"] - c["prefix"]
-    return patches * (5 * 2 * c["width"] + 2 * c["block_c"] * (1 + 1 / c["probe"]) + 4)
+    """Queries and keys once, values again where they are not held; what is projected, deviations, and projections."""
+    patches, element = c["tokens"] - c["prefix"], 2 * c["width"]
+    reads = patches * element * (3 if c["last"] else 4)
+    projections = (c["blocks"] + 2 * math.ceil(patches / c["probe"] / c["block_g"])) * c["width"] * c["channels"] * 4
+    sums = (c["blocks"] + c["prefix"]) * c["width"] * 4 * 2 + c["blocks"] * c["prefix"] * c["width"] * 4
+    return reads + projections + sums + patches * (2 * c["block_c"] * (1 + 1 / c["probe"]) + 4)
 
 
 def _select_l2(c: Mapping[str, Any]) -> float:

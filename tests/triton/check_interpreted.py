@@ -75,6 +75,21 @@ def test_agrees_at_every_element_type_and_head_dimension(name: str, dtype: str, 
     hold(case, given, run(case, given), dtype)
 
 
+def hold_a_layer(select: Case, dtype: str, merged: str) -> None:
+    """Lists of a layer are KeySelect's own; its output is SparseAttention's over them."""
+    given = tensors(select, width=32, dtype=dtype)
+    names = ["qkv", *(["sizes"] if merged else []), "proj_q", "proj_k"]
+    given = [x.float() if name.startswith("proj") else x for name, x in zip(names, given, strict=True)]
+    plan = plan_layer([x.shape for x in given], select.attributes, dtype)
+    inside, guards = guarded(plan, dict(zip(names, given, strict=True)))
+    done = launch(plan, inside)
+    assert untouched(guards)
+    hold(select, given, done["indices"], dtype)
+    shared = {name: select.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
+    attend = case_of(f"{merged}SparseAttention", select.patches, **shared)
+    hold(attend, [*given[:-2], done["indices"]], done["output"], dtype)
+
+
 @pytest.mark.parametrize(
     ("changes", "dtype", "merged"),
     [
@@ -85,19 +100,15 @@ def test_agrees_at_every_element_type_and_head_dimension(name: str, dtype: str, 
     ids=str,
 )
 def test_a_layer_is_its_two_operators(changes: dict[str, Any], dtype: str, merged: str) -> None:
-    """Lists of a layer are KeySelect's own; its output is SparseAttention's over them."""
-    select = case_of(f"{merged}KeySelect", 70, **{"cell": 17, **changes})
-    given = tensors(select, width=32, dtype=dtype)
-    names = ["qkv", *(["sizes"] if merged else []), "proj_q", "proj_k"]
-    given = [x.float() if name.startswith("proj") else x for name, x in zip(names, given, strict=True)]
-    plan = plan_layer([x.shape for x in given], select.attributes, dtype)
-    inside, guards = guarded(plan, dict(zip(names, given, strict=True)))
-    done = launch(plan, inside)
-    assert untouched(guards)
-    hold(select, given, done["indices"], dtype)
-    shared = {name: select.attributes[name] for name in ("num_heads", "num_prefix", "tile", "cell", "scale")}
-    attend = case_of(f"{merged}SparseAttention", 70, **shared)
-    hold(attend, [*given[:-2], done["indices"]], done["output"], dtype)
+    hold_a_layer(case_of(f"{merged}KeySelect", 70, **{"cell": 17, **changes}), dtype, merged)
+
+
+@pytest.mark.parametrize("merged", ["", "Merged"])
+@pytest.mark.parametrize(("cell", "dtype"), [(100, "float16"), (220, "float16"), (70, "bfloat16")])
+def test_cells_of_several_blocks_and_long_probes(cell: int, dtype: str, merged: str) -> None:
+    """Values are held in registers until their mean is known, or read again; probes of 12 are read in two parts."""
+    select = case_of(f"{merged}KeySelect", 230, cell=cell, probe=12, tile=24, num_heads=2)
+    hold_a_layer(select, dtype, merged)
 
 
 def test_a_layer_has_the_gradient_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,12 @@ MOST_GROUP, MOST_SCORES = 4, 8192
 """Tiles that a program of `select` looks at together; scores that it holds in registers, unless one tile has more."""
 BLOCK_T = 16
 """Entries of a block at the end of a list, where they are masked: more would not fit into registers."""
+HELD = 48
+"""Patches whose values a warp of `summarise` holds in registers until their mean is known: as many registers."""
+PROBES = 32
+"""Of a program of `summarise`: each reads both projections."""
+AT_ONCE = 8
+"""Queries of a probe whose loads are under way together."""
 
 
 def plan_select(shapes: Shapes, attributes: Attributes, dtype: str) -> Plan:
@@ -138,20 +144,35 @@ def rest_arguments(s: LaunchSizes) -> dict[str, str | None]:
 
 def _summarise(s: LaunchSizes, selecting: bool, attending: bool) -> Launch:
     deviating, marking = selecting and s.value_power > 0, attending and s.marks > 0
-    cells = s.cells + s.prefix if marking else math.ceil(s.patches / (s.cell or s.block_p)) if deviating else 0
-    probe = s.probe or 1
+    block_g = power_of_two(s.asking if s.probe else 1, most=PROBES if s.half and s.width <= 64 else PROBES // 2)
+    rounds, last, warps = _blocks_of_a_cell(s)
     return Launch(
         "summarise",
-        (s.blocks + cells, s.heads, s.batch),
+        (s.blocks + (math.ceil(s.asking / block_g) if selecting else 0), s.heads, s.batch),
         given(True, "qkv") | given(s.merged, "sizes") | given(selecting, "proj_q", "proj_k", "probes", "projected")
         | given(deviating, "deviation") | given(marking, "cell_sums", "cell_sizes")
         | given(attending and s.prefix > 0, "partial_out", "partial_stats"),
-        s.constants("tokens", "prefix", "channels", "run", "cell", "value_power", "block_p")
-        | {"probe": probe, "floor": DEVIATION_FLOOR, "factor": s.scale * LOG2_E}
-        | {"block_g": power_of_two(s.run // probe), "block_f": power_of_two(s.prefix)}
-        | {"block_c": power_of_two(s.channels), "precision": "tf32x3"},
+        s.constants("tokens", "prefix", "channels", "run", "blocks", "cells", "value_power", "block_p")
+        | {"probe": s.probe or 1, "at_once": min(s.probe or 1, AT_ONCE), "floor": DEVIATION_FLOOR}
+        | {"factor": s.scale * LOG2_E, "rounds": rounds, "last": last, "block_g": block_g}
+        | {"block_f": power_of_two(s.prefix, least=8), "block_c": power_of_two(s.channels)},
+        warps=warps,
         stages=1,
     )  # fmt: skip
+
+
+def _blocks_of_a_cell(s: LaunchSizes) -> tuple[int, int, int]:
+    """Whole blocks of a program of `summarise`, patches of the block behind them, and warps: as few as hold a cell's
+    values, since each reads the whole projection. 0, 0 where they are read again: other types and widths need the
+    registers for their products.
+    """
+    if not s.half or s.width > 64:
+        return 0, 0, 8
+    rounds = (s.run - 1) // s.block_p
+    last = power_of_two(s.run - rounds * s.block_p)
+    held, plain = rounds * s.block_p + last, s.dtype == "float16" and s.channels <= 32
+    warps = 2 if plain and held <= (64 if s.merged else 2 * HELD) else 4
+    return (rounds, last, warps) if held <= warps * (HELD if plain else HELD // 2) else (0, 0, warps)
 
 
 def _probes_at_once(s: LaunchSizes) -> int:

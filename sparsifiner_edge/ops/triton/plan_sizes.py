@@ -99,17 +99,17 @@ class LaunchSizes:
 
     @property
     def block_p(self) -> int:
-        """Patches of a block of `summarise`, rounded up."""
-        return max(power_of_two(self.probe), 64 if self.half and self.width <= 64 else 32)
+        """Patches of a block of `summarise`."""
+        return self.entries
 
     @property
     def run(self) -> int:
-        """Patches of a block of `summarise`: whole probes."""
-        return self.block_p // self.probe * self.probe if self.probe else self.block_p
+        """Patches of a program of `summarise`: a cell's."""
+        return self.cell or self.block_p
 
     @property
     def blocks(self) -> int:
-        """Blocks of `summarise`."""
+        """Programs of `summarise` that have patches."""
         return math.ceil(self.patches / self.run)
 
     def constants(self, *names: str) -> dict[str, Constant]:
