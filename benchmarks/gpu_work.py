@@ -21,7 +21,7 @@ from sparsifiner_edge.ops.triton.plan import Plan
 
 ROUNDS = 8
 """In which `select` halves its bracket until exactly K scores lie above: about log2 of the patches, and four."""
-_UNUSUAL = {"_again", "_list_with_ties"}
+_UNUSUAL = {"_log_sums_again", "_list_with_ties"}
 """Functions of `select` that logits far apart and ties need."""
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
 
@@ -117,7 +117,7 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
     ]
     for loop in code.loops:
         if loop in passes:
-            often = 0 if _from(loop.own, "_again") else patches // c["block_n"] * block / _products(loop.own)
+            often = 0 if _from(loop.own, "_log_sums_again") else patches // c["block_n"] * block / _products(loop.own)
         elif stored := _elements([x for x in loop.own if not _UNUSUAL & set(x.functions)], "STG"):
             often = groups * c["pitch"] // c["lanes"] / stored
         elif any(len(x.whole) < len(loop.whole) and x.own[0] in loop.whole for x in code.loops):
@@ -131,7 +131,7 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
 def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
     main, prefix = _split(code, "_prefix_row")
     full, behind = c["keys"] // c["block_n"], 0 if c["cell"] else c["first"]
-    rest = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"])
+    rest = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"]) - 1  # the first stands before the loop
     tile: list[tuple[float, Sequence[Instruction]]] = [(1, main)]
     row: list[tuple[float, Sequence[Instruction]]] = [(1, prefix)]
     weights = c["block_m"] * c["block_n"] / 32 / c["warps"]  # exponentials of a warp for a block of the main loop
@@ -153,14 +153,14 @@ def _summarise_l2(c: Mapping[str, Any]) -> float:
     reads = patches * element * (3 if c["last"] else 4)
     projections = (c["blocks"] + 2 * math.ceil(patches / c["probe"] / c["block_g"])) * c["width"] * c["channels"] * 4
     sums = (c["blocks"] + c["prefix"]) * c["width"] * 4 * 2 + c["blocks"] * c["prefix"] * c["width"] * 4
-    return reads + projections + sums + patches * (2 * c["block_c"] * (1 + 1 / c["probe"]) + 4)
+    return reads + projections + sums + patches * (2 * c["depth"] * (1 + 1 / c["probe"]) + 4)
 
 
 def _select_l2(c: Mapping[str, Any]) -> float:
     """Projected keys in two passes of a program, and deviations; scores written, and read twice."""
     patches, share = c["tokens"] - c["prefix"], c["share"]
     programs = math.ceil(c["tiles"] / share)
-    each = patches * (2 * 2 * c["block_c"] + 4) + 3 * 4 * share * c["pitch"]
+    each = patches * (2 * 2 * c["depth"] + 4) + 3 * 4 * share * c["pitch"]
     return programs * each + c["tiles"] * c["keys"] * 4
 
 

@@ -31,11 +31,15 @@ the first half of the cells or of the second.
 
 @triton.jit
 def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.constexpr, precision: tl.constexpr):
-    """Logits factor q k (base 2), raised by `offset` if so said, enter the running peak, sum and weighted sum.
+    """Logits factor q k (base 2), raised by `offset` if so said, enter the running peak, sum and weighted sum; or, where
+    `state` is None, begin them.
 
     The sum of weights is a product with ones: the matrix units have time for it, additions have not.
     """
-    peak, total, out = state
+    if state is None:
+        peak, total, out = LOWEST, None, None
+    else:
+        peak, total, out = state
     logits = tl.dot(q, tl.trans(k), input_precision=precision)
     if raised:
         logits = logits * factor + offset[None, :]
@@ -44,13 +48,26 @@ def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.cons
     else:
         higher = tl.maximum(peak, tl.max(logits, 1) * factor)
         weights = tl.exp2(logits * factor - higher[:, None])
-    decay = tl.exp2(peak - higher)
+    ones = tl.full([k.shape[0], LEAST], 1.0, v.dtype)
+    if state is not None:
+        decay = tl.exp2(peak - higher)[:, None]
+        total, out = total * decay, out * decay
     if v.dtype == tl.float32:
-        total = total * decay[:, None] + tl.sum(weights, 1)[:, None]
+        added = tl.broadcast_to(tl.sum(weights, 1)[:, None], [q.shape[0], LEAST])
+        total = added if state is None else total + added
     else:
-        total = tl.dot(weights.to(v.dtype), tl.full([k.shape[0], LEAST], 1.0, v.dtype), total * decay[:, None])
-    out = tl.dot(weights.to(v.dtype), v, out * decay[:, None], input_precision=precision)
+        total = tl.dot(weights.to(v.dtype), ones, total)
+    out = tl.dot(weights.to(v.dtype), v, out, input_precision=precision)
     return higher, total, out
+
+
+@triton.jit
+def _no_softmax(block_m: tl.constexpr, block_d: tl.constexpr):
+    """Of a list that is yet to come."""
+    return (
+        tl.full([block_m], LOWEST, tl.float32), tl.zeros([block_m, LEAST], tl.float32),
+        tl.zeros([block_m, block_d], tl.float32),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -156,11 +173,13 @@ def _add_means(
 
 
 @triton.jit
-def _add_rest(
-    q, cell_sums, cell_sizes, softmax, sums, before: tl.constexpr, width: tl.constexpr, entries: tl.constexpr,
-    factor: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr,
+def _rest(
+    cell_sums, cell_sizes, sums, before: tl.constexpr, width: tl.constexpr, entries: tl.constexpr,
+    block_d: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The rest of each cell of a half enters the softmax, and prefix keys, cells of which nothing is selected."""
+    """Means of the keys and values that are left of each cell of a half, and log2 of how many; prefix keys are cells of
+    which nothing is selected.
+    """
     keys, values, counts = sums
     number = before + tl.arange(0, HALF)
     inside = number < entries
@@ -169,7 +188,30 @@ def _add_rest(
     offset = tl.where(left > 0.5, tl.log2(tl.maximum(left, 1.0)), float("-inf"))
     k = (load_rows(cell_sums, number, 2 * width, inside, width, block_d) - keys) * share
     v = (load_rows(cell_sums + width, number, 2 * width, inside, width, block_d) - values) * share
-    return _softmax_block(q, k.to(q.dtype), v.to(q.dtype), offset, softmax, factor, True, precision)
+    return k.to(dtype), v.to(dtype), offset
+
+
+@triton.jit
+def _add_rest(
+    q, cell_sums, cell_sizes, state, width: tl.constexpr, entries: tl.constexpr, factor: tl.constexpr,
+    block_d: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """The rest of each cell enters the softmax, both halves at once: its sums are brought to a new peak but once."""
+    softmax, low, high = state
+    k, v, offset = _rest(cell_sums, cell_sizes, low, 0, width, entries, block_d, q.dtype)
+    if entries <= HALF:
+        softmax = _softmax_block(q, k, v, offset, softmax, factor, True, precision)
+    else:
+        peak, total, out = softmax
+        other_k, other_v, other = _rest(cell_sums, cell_sizes, high, HALF, width, entries, block_d, q.dtype)
+        logits = tl.dot(q, tl.trans(k), input_precision=precision) * factor + offset[None, :]
+        others = tl.dot(q, tl.trans(other_k), input_precision=precision) * factor + other[None, :]
+        higher = tl.maximum(peak, tl.max(tl.maximum(logits, others), 1))
+        weights, more = tl.exp2(logits - higher[:, None]).to(q.dtype), tl.exp2(others - higher[:, None]).to(q.dtype)
+        decay, ones = tl.exp2(peak - higher)[:, None], tl.full([HALF, LEAST], 1.0, q.dtype)
+        total = tl.dot(more, ones, tl.dot(weights, ones, total * decay))
+        softmax = higher, total, tl.dot(more, other_v, tl.dot(weights, v, out * decay))
+    return softmax
 
 
 @triton.jit
@@ -235,35 +277,33 @@ def attend_kernel(
         lists = indices + (lane * tiles + number) * keys
         weights = None if sizes is None else sizes + image * tokens
         q = load_rows(base, rows, 3 * heads * width, real_rows, width, block_d)
-        softmax = (
-            tl.full([block_m], LOWEST, tl.float32), tl.zeros([block_m, LEAST], tl.float32),
-            tl.zeros([block_m, block_d], tl.float32),
-        )  # fmt: skip
-        state = softmax, _no_sums(block_d), _no_sums(block_d)
         split = _in_first_half(lists, tokens - first, keys, cell, 4 * block_n) if cell else 0
         full: tl.constexpr = keys // block_n * block_n
         behind: tl.constexpr = 0 if cell else first  # with cells that are summed here the prefix is among those
+        state = None, _no_sums(block_d), _no_sums(block_d)
+        # What does not fill a block comes first: sums that begin with it need not be brought to a new peak.
+        if full < keys + behind:
+            state = _add_listed(
+                q, base, weights, lists, full, split, state, heads, width, first, behind, tokens - first, keys, cell,
+                factor, block_t, block_d, precision, True,
+            )  # fmt: skip
+        else:
+            state = _no_softmax(block_m, block_d), state[1], state[2]
+        for start in range(full + block_t, keys + behind, block_t):
+            state = _add_listed(
+                q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
+                factor, block_t, block_d, precision, True,
+            )  # fmt: skip
         for start in range(0, full, block_n):
             state = _add_listed(
                 q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
                 factor, block_n, block_d, precision, False,
             )  # fmt: skip
-        for start in range(full, keys + behind, block_t):
-            state = _add_listed(
-                q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
-                factor, block_t, block_d, precision, True,
-            )  # fmt: skip
         softmax = state[0]
         if cell:
             sums_of = cell_sums + lane * (cells + first) * 2 * width
             sizes_of = cell_sizes + lane * (cells + first)
-            softmax = _add_rest(
-                q, sums_of, sizes_of, softmax, state[1], 0, width, cells + first, factor, block_d, precision
-            )
-            if cells + first > HALF:
-                softmax = _add_rest(
-                    q, sums_of, sizes_of, softmax, state[2], HALF, width, cells + first, factor, block_d, precision
-                )
+            softmax = _add_rest(q, sums_of, sizes_of, state, width, cells + first, factor, block_d, precision)
         elif rest_keys is not None:
             rest = (lane * tiles + number) * cells
             softmax = _add_means(

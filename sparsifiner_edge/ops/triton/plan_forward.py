@@ -24,7 +24,7 @@ FEW_PROGRAMS, MANY_PROGRAMS = 24, 192
 these: where there are many, the GPU is taken to be large.
 """
 THREADS = 128
-MOST_GROUP, MOST_SCORES = 4, 8192
+MOST_GROUP, MOST_SCORES = 4, 12288
 """Tiles that a program of `select` looks at together; scores that it holds in registers, unless one tile has more."""
 BLOCK_T = 16
 """Entries of a block at the end of a list, where they are masked: more would not fit into registers."""
@@ -86,13 +86,13 @@ def _qkv(s: LaunchSizes) -> dict[str, Buffer]:
 
 
 def _selection_buffers(s: LaunchSizes, shapes: Shapes) -> dict[str, Buffer]:
-    lead, block_c, dtype = (s.batch, s.heads), power_of_two(s.channels), "float16" if s.half else "float32"
+    lead, depth, dtype = (s.batch, s.heads), s.depth, "float16" if s.half else "float32"
     buffers = [
         Buffer("proj_q", "float32", tuple(shapes[-2]), "input"),
         Buffer("proj_k", "float32", tuple(shapes[-1]), "input"),
         Buffer("indices", "int32", (*lead, s.tiles, s.keys), "output"),
-        Buffer("probes", dtype, (*lead, s.asking, block_c), "scratch"),
-        Buffer("projected", dtype, (*lead, s.patches, block_c), "scratch"),
+        Buffer("probes", dtype, (*lead, s.asking, depth), "scratch"),
+        Buffer("projected", dtype, (*lead, s.patches, depth), "scratch"),
         Buffer("scores", "float32", (*lead, s.tiles, _score_blocks(s)[-1]), "scratch"),
     ]
     if s.value_power:
@@ -155,7 +155,7 @@ def _summarise(s: LaunchSizes, selecting: bool, attending: bool) -> Launch:
         s.constants("tokens", "prefix", "channels", "run", "blocks", "cells", "value_power", "block_p")
         | {"probe": s.probe or 1, "at_once": min(s.probe or 1, AT_ONCE), "floor": DEVIATION_FLOOR}
         | {"factor": s.scale * LOG2_E, "rounds": rounds, "last": last, "block_g": block_g}
-        | {"block_f": power_of_two(s.prefix, least=8), "block_c": power_of_two(s.channels)},
+        | {"block_f": power_of_two(s.prefix, least=8), "block_c": power_of_two(s.channels), "depth": s.depth},
         warps=warps,
         stages=1,
     )  # fmt: skip
@@ -198,7 +198,7 @@ def _score_blocks(s: LaunchSizes) -> tuple[int, int, int]:
     while group > 1 and group * s.patches > MOST_SCORES:
         group //= 2
     lanes = THREADS // group
-    whole = max(4 * lanes, 2 * s.entries)
+    whole = max(8 * lanes, 2 * s.entries)
     return group, lanes, math.ceil(s.patches / whole) * whole
 
 
@@ -219,7 +219,7 @@ def _select(s: LaunchSizes) -> Launch:
         | {"normal": normal.inv_cdf(quantile), "rarity": rarity, "lanes": lanes}
         # So that columns of a thread, two of each eight, are of one tile as far as there are such.
         | {"beside": max(1, min(8 // share, _probes_at_once(s) // share)), "block_g": _probes_at_once(s)}
-        | {"block_n": 2 * s.entries, "block_c": power_of_two(s.channels)},
+        | {"block_n": 2 * s.entries, "block_c": power_of_two(s.channels), "depth": s.depth},
     )  # fmt: skip
 
 

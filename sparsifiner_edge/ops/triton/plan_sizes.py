@@ -66,6 +66,11 @@ class LaunchSizes:
         return math.ceil(self.patches / self.probe)
 
     @property
+    def depth(self) -> int:
+        """From one row of what is projected to the next: its channels, in pieces of 16 bytes."""
+        return math.ceil(self.channels / 8) * 8
+
+    @property
     def pitch(self) -> int:
         """Bytes of a row of membership, so that rows start aligned."""
         return math.ceil(self.columns / 16) * 16

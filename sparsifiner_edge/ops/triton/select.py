@@ -4,8 +4,8 @@
     probes [G,c] ────┤                     ─► scores [T,P] (stay in cache)
     deviation [P] ───┘                     ─► a tile's threshold ─► indices [T,K]
 
-Logits are one product of the matrix units, at float32 of three TF32 products; keys are its rows, so that a tile's probes
-are columns of one thread. `select` never sorts: it looks for a score that exactly K reach, by secants of the number that
+Logits are one product of the matrix units, at float32 of three TF32 products; keys are its rows, so that a tile's
+probes are columns of one thread. `select` never sorts: it looks for a score that exactly K reach, by secants of the number that
 do and by halving, and writes the winners where prefix sums of each thread's own keys say.
 """
 
@@ -21,21 +21,24 @@ from sparsifiner_edge.ops.triton.common import is_nan, load_rows
 
 GREATEST = tl.constexpr(3.0e38)
 """Of scores, either way."""
+LEAST = tl.constexpr(1.0e-30)
+"""Of a sum of weights: below it some may have vanished."""
 NOTHING = tl.constexpr(-3.2e38)
 """Score where there is no key, or no number: below all others, and finite."""
 OUTSIDE = tl.constexpr(3.3e38)
 """Beyond all scores."""
 TOGETHER = tl.constexpr(4)
-"""Scores of 16 bytes, which a thread reads at once."""
+"""Scores that a thread reads at once."""
+SECTOR = tl.constexpr(8)
+"""Scores of a sector of L2, which are of one lane."""
 SECANTS = tl.constexpr(8)
 """Of as many rounds the last halves the bracket."""
 
 
 @triton.jit
-def _logits(keys, logs, asked, less, real, masked: tl.constexpr, sized: tl.constexpr, precision: tl.constexpr):
-    """Logits in base 2 of a block of keys against probes [N,c], `less` of each probe; -inf where there is no key."""
-    start = tl.broadcast_to(-less[None, :], [keys.shape[0], asked.shape[0]])
-    logits = tl.dot(keys, tl.trans(asked), start, input_precision=precision)
+def _logits(keys, logs, asked, real, masked: tl.constexpr, sized: tl.constexpr, precision: tl.constexpr):
+    """Logits in base 2 of a block of keys against probes [N,c]; -inf where there is no key."""
+    logits = tl.dot(keys, tl.trans(asked), input_precision=precision)
     if sized:
         logits += logs[:, None]
     return tl.where(real[:, None], logits, float("-inf")) if masked else logits
@@ -43,27 +46,40 @@ def _logits(keys, logs, asked, less, real, masked: tl.constexpr, sized: tl.const
 
 @triton.jit
 def _load_keys(
-    projected, sizes, start, patches: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr, masked: tl.constexpr
+    projected,
+    sizes,
+    start,
+    patches: tl.constexpr,
+    block_n: tl.constexpr,
+    block_c: tl.constexpr,
+    depth: tl.constexpr,
+    masked: tl.constexpr,
 ):
     """A block of projected keys, log2 of their sizes, and which there are."""
     rows = start + tl.arange(0, block_n)
     real = rows < patches
-    place = projected + rows[:, None] * block_c + tl.arange(0, block_c)[None, :]
-    keys = tl.load(place, mask=real[:, None], other=0.0) if masked else tl.load(place)
+    columns = tl.arange(0, block_c)
+    place = projected + rows[:, None] * depth + columns[None, :]
+    if masked:
+        keys = tl.load(place, mask=real[:, None] & (columns < depth)[None, :], other=0.0)
+    elif depth < block_c:
+        keys = tl.load(place, mask=(columns < depth)[None, :], other=0.0)
+    else:
+        keys = tl.load(place)
     logs = tl.zeros([block_n], tl.float32) if sizes is None else tl.log2(tl.load(sizes + rows, mask=real, other=1.0))
     return keys, logs, real
 
 
 @triton.jit
 def _raise_peaks(
-    asked, projected, sizes, start, peaks, none, patches: tl.constexpr, numbers: tl.constexpr, block_n: tl.constexpr,
-    block_c: tl.constexpr, masked: tl.constexpr, precision: tl.constexpr,
+    asked, projected, sizes, start, peaks, patches: tl.constexpr, numbers: tl.constexpr, block_n: tl.constexpr,
+    block_c: tl.constexpr, depth: tl.constexpr, masked: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Of each probe and each of a block's rows the greatest logit so far."""
-    keys, logs, real = _load_keys(projected, sizes, start, patches, block_n, block_c, masked)
+    keys, logs, real = _load_keys(projected, sizes, start, patches, block_n, block_c, depth, masked)
     higher = ()
     for n in tl.static_range(numbers):
-        logits = _logits(keys, logs, asked[n], none, real, masked, sizes is not None, precision)
+        logits = _logits(keys, logs, asked[n], real, masked, sizes is not None, precision)
         higher = higher + (tl.maximum(peaks[n], logits),)
     return higher
 
@@ -71,30 +87,31 @@ def _raise_peaks(
 @triton.jit
 def _add_weights(
     asked, projected, sizes, start, peaks, totals, patches: tl.constexpr, numbers: tl.constexpr,
-    block_n: tl.constexpr, block_c: tl.constexpr, masked: tl.constexpr, precision: tl.constexpr,
+    block_n: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr, masked: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """First pass: the sums, by row of a block, of exp2(logit - a great one of the probe)."""
-    keys, logs, real = _load_keys(projected, sizes, start, patches, block_n, block_c, masked)
+    """First pass: the sums, by row of a block, of exp2(logit), or exp2(logit - the probe's greatest)."""
+    keys, logs, real = _load_keys(projected, sizes, start, patches, block_n, block_c, depth, masked)
     more = ()
     for n in tl.static_range(numbers):
-        logits = _logits(keys, logs, asked[n], peaks[n], real, masked, sizes is not None, precision)
+        logits = _logits(keys, logs, asked[n], real, masked, sizes is not None, precision)
+        if peaks is not None:
+            logits -= peaks[n][None, :]
         more = more + (totals[n] + tl.exp2(logits),)
     return more
 
 
 @triton.jit
 def _tops(
-    asked, projected, sizes, length: tl.constexpr, patches: tl.constexpr, numbers: tl.constexpr, block_g: tl.constexpr,
-    block_n: tl.constexpr, block_c: tl.constexpr, precision: tl.constexpr,
+    asked, projected, sizes, patches: tl.constexpr, numbers: tl.constexpr, block_g: tl.constexpr,
+    block_n: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Of each probe the greatest logit among its first `length` keys; finite, where all are NaN."""
-    none = tl.zeros([block_g], tl.float32)
+    """Of each probe the greatest logit; finite, where all are NaN."""
     peaks = ()
     for _ in tl.static_range(numbers):
         peaks = peaks + (tl.full([block_n, block_g], float("-inf"), tl.float32),)
-    for start in range(0, length, block_n):
+    for start in range(0, patches, block_n):
         peaks = _raise_peaks(
-            asked, projected, sizes, start, peaks, none, patches, numbers, block_n, block_c, True, precision
+            asked, projected, sizes, start, peaks, patches, numbers, block_n, block_c, depth, True, precision
         )
     tops = ()
     for n in tl.static_range(numbers):
@@ -105,20 +122,20 @@ def _tops(
 @triton.jit
 def _totals(
     asked, projected, sizes, tops, patches: tl.constexpr, numbers: tl.constexpr, block_g: tl.constexpr,
-    block_n: tl.constexpr, block_c: tl.constexpr, precision: tl.constexpr,
+    block_n: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Of each probe the sum of exp2(logit - top)."""
+    """Of each probe the sum of exp2(logit - top); top is 0 where None."""
     totals = ()
     for _ in tl.static_range(numbers):
         totals = totals + (tl.zeros([block_n, block_g], tl.float32),)
     full: tl.constexpr = patches // block_n * block_n
     for start in range(0, full, block_n):
         totals = _add_weights(
-            asked, projected, sizes, start, tops, totals, patches, numbers, block_n, block_c, False, precision
+            asked, projected, sizes, start, tops, totals, patches, numbers, block_n, block_c, depth, False, precision
         )
     if full < patches:
         totals = _add_weights(
-            asked, projected, sizes, full, tops, totals, patches, numbers, block_n, block_c, True, precision
+            asked, projected, sizes, full, tops, totals, patches, numbers, block_n, block_c, depth, True, precision
         )
     sums = ()
     for n in tl.static_range(numbers):
@@ -127,13 +144,34 @@ def _totals(
 
 
 @triton.jit
-def _again(
+def _log_sums_again(
     asked, projected, sizes, patches: tl.constexpr, numbers: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr,
-    block_c: tl.constexpr, precision: tl.constexpr,
+    block_c: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Tops and totals where logits lie so far apart that one block's greatest does not stand for all."""
-    tops = _tops(asked, projected, sizes, patches, patches, numbers, block_g, block_n, block_c, precision)
-    return tops, _totals(asked, projected, sizes, tops, patches, numbers, block_g, block_n, block_c, precision)
+    """Log-sum-exps where a sum left float32's range: from each probe's greatest logit on."""
+    tops = _tops(asked, projected, sizes, patches, numbers, block_g, block_n, block_c, depth, precision)
+    totals = _totals(asked, projected, sizes, tops, patches, numbers, block_g, block_n, block_c, depth, precision)
+    sums = ()
+    for n in tl.static_range(numbers):
+        sums = sums + (tops[n] + tl.log2(totals[n]),)
+    return sums
+
+
+@triton.jit
+def _log_sums(
+    asked, projected, sizes, patches: tl.constexpr, numbers: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr,
+    block_c: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """Of each probe log2 of the sum of exp2(logit): no peak is needed while sums stay far within float32's range."""
+    totals = _totals(asked, projected, sizes, None, patches, numbers, block_g, block_n, block_c, depth, precision)
+    beyond = tl.zeros([block_g], tl.int32)
+    sums = ()
+    for n in tl.static_range(numbers):
+        beyond = beyond | ((totals[n] > GREATEST) | (totals[n] < LEAST)).to(tl.int32)
+        sums = sums + (tl.log2(totals[n]),)
+    if tl.max(beyond, 0) > 0:
+        sums = _log_sums_again(asked, projected, sizes, patches, numbers, block_g, block_n, block_c, depth, precision)
+    return sums
 
 
 @triton.jit
@@ -145,16 +183,35 @@ def _of_tiles(values, share: tl.constexpr, beside: tl.constexpr):
 
 
 @triton.jit
+def _put_scores(rows, start, scores, real_tiles, blocks: tl.constexpr, lanes: tl.constexpr):
+    """Store a block of scores [keys, tiles]: keys of one lane, which reads them, follow each other, sector by sector of
+    all lanes.
+    """
+    runs: tl.constexpr = scores.shape[0] // TOGETHER
+    first = start + tl.arange(0, runs) * TOGETHER
+    within = first % (TOGETHER * blocks)
+    lane = first // (TOGETHER * blocks)
+    place = within // SECTOR * (SECTOR * lanes) + lane * SECTOR + within % SECTOR
+    place = place[:, None] + tl.arange(0, TOGETHER)[None, :]
+    tl.store(
+        rows[None, :][None, :, :] + place[:, :, None],
+        tl.reshape(scores, [runs, TOGETHER, scores.shape[1]]),
+        mask=real_tiles[None, :][None, :, :],
+    )
+
+
+@triton.jit
 def _store_scores(
     asked, projected, sizes, deviation, rows, start, lse, spoilt, real_tiles, patches: tl.constexpr,
-    numbers: tl.constexpr, share: tl.constexpr, beside: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr,
-    block_c: tl.constexpr, masked: tl.constexpr, precision: tl.constexpr,
+    numbers: tl.constexpr, share: tl.constexpr, beside: tl.constexpr, blocks: tl.constexpr, lanes: tl.constexpr,
+    block_g: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr, masked: tl.constexpr,
+    precision: tl.constexpr,
 ):  # fmt: skip
     """Second pass: a tile's score for each key of a block."""
-    keys, logs, real = _load_keys(projected, sizes, start, patches, block_n, block_c, masked)
-    best = _logits(keys, logs, asked[0], lse[0], real, False, False, precision)
+    keys, logs, real = _load_keys(projected, sizes, start, patches, block_n, block_c, depth, masked)
+    best = _logits(keys, logs, asked[0], real, False, False, precision) - lse[0][None, :]
     for n in tl.static_range(1, numbers):
-        best = tl.maximum(best, _logits(keys, logs, asked[n], lse[n], real, False, False, precision))
+        best = tl.maximum(best, _logits(keys, logs, asked[n], real, False, False, precision) - lse[n][None, :])
     best = _of_tiles(best, share, beside)
     if sizes is not None:
         best += logs[:, None]
@@ -165,13 +222,14 @@ def _store_scores(
     if masked:
         is_number = is_number & real[:, None]
     best = tl.where(is_number, tl.minimum(tl.maximum(best, -GREATEST), GREATEST), NOTHING)
-    tl.store(rows[None, :] + columns[:, None], best, mask=real_tiles[None, :])
+    _put_scores(rows, start, best, real_tiles, blocks, lanes)
 
 
 @triton.jit
-def _block_of_scores(rows, number, blocks: tl.constexpr, lanes: tl.constexpr):
-    """Scores [tiles, lanes, 4] of tiles whose scores begin at `rows`; a lane has 4 x blocks next to each other."""
-    place = rows[:, None] + (tl.arange(0, lanes) * (TOGETHER * blocks) + number * TOGETHER)[None, :]
+def _block_of_scores(rows, number, lanes: tl.constexpr):
+    """Scores [tiles, lanes, TOGETHER] of tiles whose scores begin at `rows`."""
+    start = number * TOGETHER // SECTOR * (SECTOR * lanes) + number * TOGETHER % SECTOR
+    place = rows[:, None] + (start + tl.arange(0, lanes) * SECTOR)[None, :]
     together = tl.arange(0, TOGETHER)[None, :]
     return tl.load(place[:, :, None] + together[None, :, :])
 
@@ -264,7 +322,7 @@ def _list_reached(rows, lists, score, mine, blocks: tl.constexpr, share: tl.cons
     column = tl.broadcast_to((tl.arange(0, lanes) * (TOGETHER * blocks))[None, :], [share, lanes])
     place = lists[:, None] + (tl.cumsum(mine, 1) - mine)
     for n in range(blocks):
-        four = _apart(_block_of_scores(rows, n, blocks, lanes))
+        four = _apart(_block_of_scores(rows, n, lanes))
         for i in tl.static_range(TOGETHER):
             wins = four[i] >= score[:, None]
             tl.store(place, column, mask=wins)
@@ -279,12 +337,12 @@ def _list_with_ties(rows, lists, score, wanted, blocks: tl.constexpr, share: tl.
     # One prefix sum counts both: above in the high half, equal in the low one.
     mine = tl.zeros([share, lanes], tl.int32)
     for n in range(blocks):
-        four = _apart(_block_of_scores(rows, n, blocks, lanes))
+        four = _apart(_block_of_scores(rows, n, lanes))
         for i in tl.static_range(TOGETHER):
             mine += tl.where(four[i] > score[:, None], 65536, (four[i] == score[:, None]).to(tl.int32))
     before = tl.cumsum(mine, 1) - mine
     for n in range(blocks):
-        four = _apart(_block_of_scores(rows, n, blocks, lanes))
+        four = _apart(_block_of_scores(rows, n, lanes))
         for i in tl.static_range(TOGETHER):
             higher, same = four[i] > score[:, None], four[i] == score[:, None]
             equal = before & 0xFFFF
@@ -298,6 +356,7 @@ def _list_with_ties(rows, lists, score, wanted, blocks: tl.constexpr, share: tl.
 def _load_probes(
     probes, before, tiles: tl.constexpr, asking: tl.constexpr, per_tile: tl.constexpr, numbers: tl.constexpr,
     share: tl.constexpr, beside: tl.constexpr, block_g: tl.constexpr, block_c: tl.constexpr,
+    depth: tl.constexpr,
 ):  # fmt: skip
     """Probes [N,c] of `share` tiles, `numbers` times, and which there are."""
     column = tl.arange(0, block_g)
@@ -307,7 +366,7 @@ def _load_probes(
     for n in tl.static_range(numbers):
         asks = tile * per_tile + first + n
         there = (first + n < per_tile) & (asks < asking) & (tile < tiles)
-        asked = asked + (load_rows(probes, asks, block_c, there, block_c, block_c),)
+        asked = asked + (load_rows(probes, asks, depth, there, depth, block_c),)
         real = real + (there,)
     return asked, real
 
@@ -318,7 +377,7 @@ def select_kernel(
     tokens: tl.constexpr, heads: tl.constexpr, prefix: tl.constexpr, probe: tl.constexpr, per_tile: tl.constexpr,
     tiles: tl.constexpr, keys: tl.constexpr, normal: tl.constexpr, rarity: tl.constexpr, numbers: tl.constexpr,
     share: tl.constexpr, beside: tl.constexpr, pitch: tl.constexpr, group: tl.constexpr, lanes: tl.constexpr,
-    block_g: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr, precision: tl.constexpr,
+    block_g: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Grid (T / share, H, B): the K highest scores of each tile, ties to the lower index, ascending.
 
@@ -327,29 +386,22 @@ def select_kernel(
     """
     patches: tl.constexpr = tokens - prefix
     asking: tl.constexpr = (patches + probe - 1) // probe
+    blocks: tl.constexpr = pitch // (TOGETHER * lanes)
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = image * heads + head
     weights = None if sizes is None else sizes + image * tokens + prefix
     before = tl.program_id(0) * share
-    keys_of = projected + lane * patches * block_c
+    keys_of = projected + lane * patches * depth
     bonus = None if deviation is None else deviation + lane * patches
     asked, real = _load_probes(
-        probes + lane * asking * block_c, before, tiles, asking, per_tile, numbers, share, beside, block_g, block_c
+        probes + lane * asking * depth, before, tiles, asking, per_tile, numbers, share, beside, block_g, block_c, depth
     )
-    # The greatest of a block stands for the greatest of all, unless a sum of weights leaves float32's range.
-    tops = _tops(asked, keys_of, weights, block_n, patches, numbers, block_g, block_n, block_c, precision)
-    totals = _totals(asked, keys_of, weights, tops, patches, numbers, block_g, block_n, block_c, precision)
-    beyond = tl.zeros([block_g], tl.int32)
-    for n in tl.static_range(numbers):
-        beyond = beyond | (totals[n] == float("inf")).to(tl.int32)
-    if tl.max(beyond, 0) > 0:
-        tops, totals = _again(asked, keys_of, weights, patches, numbers, block_g, block_n, block_c, precision)
+    sums = _log_sums(asked, keys_of, weights, patches, numbers, block_g, block_n, block_c, depth, precision)
     lse = ()
     spoilt = tl.zeros([block_g], tl.int32)
     for n in tl.static_range(numbers):
-        sums = tops[n] + tl.log2(totals[n])
-        spoilt = spoilt | (is_nan(sums) & real[n]).to(tl.int32)
-        lse = lse + (tl.where(real[n], sums, float("inf")),)
+        spoilt = spoilt | (is_nan(sums[n]) & real[n]).to(tl.int32)
+        lse = lse + (tl.where(real[n], sums[n], float("inf")),)
     spoilt = _of_tiles(spoilt[None, :], share, beside)
     real_tiles = before + tl.arange(0, share) < tiles
     tile = tl.minimum(before + tl.arange(0, share), tiles - 1)
@@ -358,25 +410,24 @@ def select_kernel(
     for start in range(0, full, block_n):
         _store_scores(
             asked, keys_of, weights, bonus, rows, start, lse, spoilt, real_tiles, patches, numbers, share, beside,
-            block_g, block_n, block_c, False, precision,
+            blocks, lanes, block_g, block_n, block_c, depth, False, precision,
         )  # fmt: skip
     if full < patches:
         _store_scores(
             asked, keys_of, weights, bonus, rows, full, lse, spoilt, real_tiles, patches, numbers, share, beside,
-            block_g, block_n, block_c, True, precision,
+            blocks, lanes, block_g, block_n, block_c, depth, True, precision,
         )  # fmt: skip
     for start in tl.static_range((patches + block_n - 1) // block_n * block_n, pitch, block_n):
         none = tl.full([block_n, share], NOTHING, tl.float32)
-        tl.store(rows[None, :] + (start + tl.arange(0, block_n))[:, None], none, mask=real_tiles[None, :])
+        _put_scores(rows, start, none, real_tiles, blocks, lanes)
     tl.debug_barrier()  # what all threads wrote is read below
-    blocks: tl.constexpr = pitch // (TOGETHER * lanes)
     for number in range(0, share, group):
         # What there is no tile for does as the last one does, and writes the same.
         chosen = tl.minimum(before + number + tl.arange(0, group), tiles - 1)
         looked_at = scores + lane * tiles * pitch + chosen * pitch
         values = ()
         for n in tl.static_range(blocks):
-            values = values + (_block_of_scores(looked_at, n, blocks, lanes),)
+            values = values + (_block_of_scores(looked_at, n, lanes),)
         thresholds, wanted, mine = _thresholds(values, keys, normal, rarity, blocks, group, lanes)
         # A lane's scores lie next to each other: how many win before them says where its own go.
         lists = indices + lane * tiles * keys + chosen * keys

@@ -45,14 +45,14 @@ def _weights_of(
 
 
 @triton.jit
-def _store_projected(place, values, real, block_c: tl.constexpr):
-    """Rows of float32 as the buffer's type, within its range; NaN stays."""
+def _store_projected(place, values, real, depth: tl.constexpr):
+    """Rows of float32, `depth` of each, as the buffer's type, within its range; NaN stays."""
     if place.dtype.element_ty == tl.float16:
         values = values.to(tl.float16)
         most = tl.full(values.shape, LARGEST_HALF, tl.float16)
         values = tl.minimum(values, most, propagate_nan=tl.PropagateNan.ALL)
         values = tl.maximum(values, -most, propagate_nan=tl.PropagateNan.ALL)
-    store_rows(place, tl.arange(0, values.shape[0]), block_c, real, block_c, block_c, values)
+    store_rows(place, tl.arange(0, values.shape[0]), depth, real, depth, values.shape[1], values)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _mean_queries(
 def _store_probes(
     q, sizes, proj_q, proj_k, place, head, first, stride: tl.constexpr, width: tl.constexpr, channels: tl.constexpr,
     patches: tl.constexpr, probe: tl.constexpr, at_once: tl.constexpr, factor: tl.constexpr, block_g: tl.constexpr,
-    block_d: tl.constexpr, block_c: tl.constexpr,
+    block_d: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr,
 ):  # fmt: skip
     """Mean queries of block_g probes, projected, times all that `projected` leaves to them."""
     means = _mean_queries(q, sizes, first, stride, width, patches, probe, at_once, block_g, block_d)
@@ -102,12 +102,12 @@ def _store_probes(
         asked = tl.dot(great, high, tl.dot(great, low, tl.dot(small, high)))
     number = first + tl.arange(0, block_g)
     _store_projected(
-        place + first * block_c, asked * (power * power_k * factor), number < (patches + probe - 1) // probe, block_c
+        place + first * depth, asked * (power * power_k * factor), number < (patches + probe - 1) // probe, depth
     )
 
 
 @triton.jit
-def _project_keys(k, parts, place, real, block_c: tl.constexpr, precision: tl.constexpr):
+def _project_keys(k, parts, place, real, depth: tl.constexpr, precision: tl.constexpr):
     """A block of keys times the projection over its power of two."""
     if k.dtype == tl.float32:
         projected = tl.dot(k, parts[0], input_precision=precision)
@@ -116,7 +116,7 @@ def _project_keys(k, parts, place, real, block_c: tl.constexpr, precision: tl.co
         projected = tl.dot(k, parts[0])
     else:
         projected = tl.dot(k, parts[0], tl.dot(k, parts[1]))
-    _store_projected(place, projected, real, block_c)
+    _store_projected(place, projected, real, depth)
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _load_patches(
 def _add_patches(
     base, sizes, before, count, asked, parts, place, state, heads: tl.constexpr, width: tl.constexpr,
     factor: tl.constexpr, asking: tl.constexpr, projecting: tl.constexpr, keyed: tl.constexpr, valued: tl.constexpr,
-    block_p: tl.constexpr, block_d: tl.constexpr, block_c: tl.constexpr, precision: tl.constexpr,
+    block_p: tl.constexpr, block_d: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Patches of a cell from its `before`-th on: projected, in the softmaxes, and in its sums; and their values."""
     stride: tl.constexpr = 3 * heads * width
@@ -179,7 +179,7 @@ def _add_patches(
     keys = _load_patches(base, before, real, stride, width, block_p, block_d)
     values = _load_patches(base + heads * width, before, real, stride, width, block_p, block_d)
     if projecting:
-        _project_keys(keys, parts, place + before * block_c, real, block_c, precision)
+        _project_keys(keys, parts, place + before * depth, real, depth, precision)
     if asking:
         softmax = _add_softmax(asked, keys, values, size, real, softmax, factor, sizes is not None, precision)
     if keyed:
@@ -261,7 +261,7 @@ def _store_softmax(
 def _add_cell(
     k, sizes, count, asked, parts, place, heads: tl.constexpr, width: tl.constexpr, rounds: tl.constexpr,
     last: tl.constexpr, factor: tl.constexpr, asking: tl.constexpr, keyed: tl.constexpr, valued: tl.constexpr,
-    block_p: tl.constexpr, block_f: tl.constexpr, block_d: tl.constexpr, block_c: tl.constexpr,
+    block_p: tl.constexpr, block_f: tl.constexpr, block_d: tl.constexpr, depth: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
     """A cell's patches in blocks: softmaxes, sums of keys and values, size where there are sizes; and held values."""
@@ -276,20 +276,20 @@ def _add_cell(
     for n in tl.static_range(rounds):
         state, values = _add_patches(
             k, sizes, n * block_p, count, asked, parts, place, state, heads, width, factor, asking, projecting, keyed,
-            valued, block_p, block_d, block_c, precision,
+            valued, block_p, block_d, depth, precision,
         )  # fmt: skip
         held = held + (values,)
     if last:
         state, values = _add_patches(
             k, sizes, rounds * block_p, count, asked, parts, place, state, heads, width, factor, asking, projecting,
-            keyed, valued, last, block_d, block_c, precision,
+            keyed, valued, last, block_d, depth, precision,
         )  # fmt: skip
         held = held + (values,)
     else:
         for before in range(0, count, block_p):
             state, values = _add_patches(
                 k, sizes, before, count, asked, parts, place, state, heads, width, factor, asking, projecting, keyed,
-                valued, block_p, block_d, block_c, precision,
+                valued, block_p, block_d, depth, precision,
             )  # fmt: skip
     return state, held
 
@@ -317,7 +317,7 @@ def _cell(
     heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, patches: tl.constexpr, run: tl.constexpr,
     cells: tl.constexpr, rounds: tl.constexpr, last: tl.constexpr, value_power: tl.constexpr,
     floor: tl.constexpr, factor: tl.constexpr, block_p: tl.constexpr, block_f: tl.constexpr, block_d: tl.constexpr,
-    block_c: tl.constexpr, precision: tl.constexpr,
+    depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """All of one run of patches; pointers are those of a head of an image."""
     stride: tl.constexpr = 3 * heads * width
@@ -329,8 +329,8 @@ def _cell(
     k = base + (prefix * 3 + 1) * heads * width + start * stride
     state, held = _add_cell(
         k, None if sizes is None else sizes + start, count, asked, parts,
-        None if projected is None else projected + start * block_c, heads, width, rounds, last, factor, asking, keyed,
-        valued, block_p, block_f, block_d, block_c, precision,
+        None if projected is None else projected + start * depth, heads, width, rounds, last, factor, asking, keyed,
+        valued, block_p, block_f, block_d, depth, precision,
     )  # fmt: skip
     softmax, key_sum, value_sum, size = state
     if asking:
@@ -362,11 +362,11 @@ def summarise_kernel(
     probe: tl.constexpr, at_once: tl.constexpr, run: tl.constexpr, blocks: tl.constexpr, cells: tl.constexpr,
     rounds: tl.constexpr, last: tl.constexpr, value_power: tl.constexpr, floor: tl.constexpr, factor: tl.constexpr,
     block_p: tl.constexpr, block_g: tl.constexpr, block_f: tl.constexpr, block_d: tl.constexpr,
-    block_c: tl.constexpr, precision: tl.constexpr,
+    block_c: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Grid (cells, or blocks of `run` patches, + probes by block_g, H, B). None is not made: sizes where all are 1,
     what KeySelect alone needs (proj_q to deviation), what the rest of cells needs (cell_*), or prefix queries
-    (partial_*). rounds, last: blocks of block_p patches and size of the one after, if a cell's values are held in
+    (partial_*). Rows of probes and projected are `depth` apart. rounds, last: blocks of block_p patches and size of the one after, if a cell's values are held in
     registers; else 0.
     """
     patches: tl.constexpr = tokens - prefix
@@ -382,18 +382,18 @@ def summarise_kernel(
         )  # fmt: skip
         _cell(
             base, weights, asked, parts,
-            None if projected is None else projected + lane * patches * block_c,
+            None if projected is None else projected + lane * patches * depth,
             None if deviation is None else deviation + lane * patches,
             None if cell_sums is None else cell_sums + lane * (cells + prefix) * 2 * width,
             None if cell_sizes is None else cell_sizes + lane * (cells + prefix),
             None if partial_out is None else partial_out + lane * blocks * prefix * width,
             None if partial_stats is None else partial_stats + lane * blocks * prefix * 2,
             block, heads, width, prefix, patches, run, cells, rounds, last, value_power, floor, factor, block_p,
-            block_f, block_d, block_c, precision,
+            block_f, block_d, depth, precision,
         )  # fmt: skip
     elif probes is not None:
         _store_probes(
-            base + prefix * stride, weights, proj_q, proj_k, probes + lane * asking * block_c, head,
+            base + prefix * stride, weights, proj_q, proj_k, probes + lane * asking * depth, head,
             (block - blocks) * block_g, stride, width, channels, patches, probe, at_once, factor, block_g, block_d,
-            block_c,
+            block_c, depth,
         )  # fmt: skip
