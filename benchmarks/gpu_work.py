@@ -157,10 +157,10 @@ def _summarise_l2(c: Mapping[str, Any]) -> float:
 
 
 def _select_l2(c: Mapping[str, Any]) -> float:
-    """Projected keys in two passes of a program, and deviations; scores written, and read twice."""
+    """Projected keys in two passes of a program, and deviations; scores written and read, and read again from L1."""
     patches, share = c["tokens"] - c["prefix"], c["share"]
     programs = math.ceil(c["tiles"] / share)
-    each = patches * (2 * 2 * c["depth"] + 4) + 3 * 4 * share * c["pitch"]
+    each = patches * (2 * 2 * c["depth"] + 4) + 2 * 4 * share * c["pitch"]
     return programs * each + c["tiles"] * c["keys"] * 4
 
 

@@ -31,8 +31,8 @@ the first half of the cells or of the second.
 
 @triton.jit
 def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.constexpr, precision: tl.constexpr):
-    """Logits factor q k (base 2), raised by `offset` if so said, enter the running peak, sum and weighted sum; or, where
-    `state` is None, begin them.
+    """Logits factor q k (base 2), raised by `offset` if so said, enter the running peak, sum and weighted sum, or begin
+    them where `state` is None.
 
     The sum of weights is a product with ones: the matrix units have time for it, additions have not.
     """
@@ -280,15 +280,15 @@ def attend_kernel(
         split = _in_first_half(lists, tokens - first, keys, cell, 4 * block_n) if cell else 0
         full: tl.constexpr = keys // block_n * block_n
         behind: tl.constexpr = 0 if cell else first  # with cells that are summed here the prefix is among those
-        state = None, _no_sums(block_d), _no_sums(block_d)
+        none = _no_sums(block_d)
         # What does not fill a block comes first: sums that begin with it need not be brought to a new peak.
         if full < keys + behind:
             state = _add_listed(
-                q, base, weights, lists, full, split, state, heads, width, first, behind, tokens - first, keys, cell,
-                factor, block_t, block_d, precision, True,
+                q, base, weights, lists, full, split, (None, none, none), heads, width, first, behind, tokens - first,
+                keys, cell, factor, block_t, block_d, precision, True,
             )  # fmt: skip
         else:
-            state = _no_softmax(block_m, block_d), state[1], state[2]
+            state = _no_softmax(block_m, block_d), none, none
         for start in range(full + block_t, keys + behind, block_t):
             state = _add_listed(
                 q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,

@@ -19,9 +19,9 @@ MOST_COLUMNS, LEAST_COLUMNS = 64, 8
 """Probes that a program of `select` asks by in one product."""
 MOST_NUMBERS = 4
 """Products that it asks by for each tile, where it can: their running sums are held in registers."""
-FEW_PROGRAMS, MANY_PROGRAMS = 24, 192
-"""Fewer would leave multiprocessors idle: then a program asks by fewer probes. Four for each head of each image, between
-these: where there are many, the GPU is taken to be large.
+FEW_PROGRAMS, MANY_PROGRAMS = 32, 192
+"""Fewer would leave multiprocessors idle: then a program asks by fewer probes. Four for each head of each image, but
+between these: where there are many, the GPU is taken to be large.
 """
 THREADS = 128
 MOST_GROUP, MOST_SCORES = 4, 12288

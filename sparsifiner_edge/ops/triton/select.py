@@ -5,8 +5,8 @@
     deviation [P] ───┘                     ─► a tile's threshold ─► indices [T,K]
 
 Logits are one product of the matrix units, at float32 of three TF32 products; keys are its rows, so that a tile's
-probes are columns of one thread. `select` never sorts: it looks for a score that exactly K reach, by secants of the number that
-do and by halving, and writes the winners where prefix sums of each thread's own keys say.
+probes are columns of one thread. `select` never sorts: it looks for a score that exactly K reach, by secants of the
+number that do and by halving, and writes the winners where prefix sums of each thread's own keys say.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -176,7 +176,7 @@ def _log_sums(
 
 @triton.jit
 def _of_tiles(values, share: tl.constexpr, beside: tl.constexpr):
-    """The greatest over a tile's columns [rows, N] -> [rows, share]: N = (columns of a tile / beside, share, beside)."""
+    """The greatest over a tile's columns: [rows, N = (columns of a tile / beside, share, beside)] -> [rows, share]."""
     rows: tl.constexpr = values.shape[0]
     apart: tl.constexpr = values.shape[1] // share // beside
     return tl.max(tl.max(tl.reshape(values, [rows, apart, share, beside]), 3), 1)
@@ -204,7 +204,7 @@ def _put_scores(rows, start, scores, real_tiles, blocks: tl.constexpr, lanes: tl
 def _store_scores(
     asked, projected, sizes, deviation, rows, start, lse, spoilt, real_tiles, patches: tl.constexpr,
     numbers: tl.constexpr, share: tl.constexpr, beside: tl.constexpr, blocks: tl.constexpr, lanes: tl.constexpr,
-    block_g: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr, masked: tl.constexpr,
+    block_n: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr, masked: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
     """Second pass: a tile's score for each key of a block."""
@@ -244,7 +244,7 @@ def _reached(values, score, blocks: tl.constexpr, share: tl.constexpr, lanes: tl
 
 
 @triton.jit
-def _first_guess(sample, keys: tl.constexpr, normal: tl.constexpr, lanes: tl.constexpr):
+def _first_guess(sample, normal: tl.constexpr):
     """Where the K-th score of a normal distribution with a sample's mean and deviation lies, and that deviation."""
     some = sample > NOTHING
     count = tl.maximum(tl.sum(tl.sum(some.to(tl.float32), 2), 1), 1.0)
@@ -269,14 +269,14 @@ def _thresholds(
     values, keys: tl.constexpr, normal: tl.constexpr, rarity: tl.constexpr, blocks: tl.constexpr, share: tl.constexpr,
     lanes: tl.constexpr,
 ):  # fmt: skip
-    """Of each tile a score that at least K reach, how many at it are wanted beside those above, K + 1 means all, and then
-    how many of each lane's reach it.
+    """Of each tile a score that at least K reach, how many at it are wanted beside those above, K + 1 means all, and
+    then how many of each lane's reach it.
 
-    At least K reach `low`, fewer `high`, until exactly K reach what is tried or nothing lies between. What is tried next
-    is where the line through the last two numbers that reached says K do; first as if scores were normal, of which
-    `rarity` is what one more or less is of the deviation. Tiles go together: the reductions of one wait for no other's.
+    At least K reach `low`, fewer `high`, until exactly K reach what is tried or nothing lies between. Tried next is
+    where the line through the last two numbers that reached says K do; first as if scores were normal, of which `rarity`
+    is what one more or less is of the deviation. Tiles go together: the reductions of one wait for no other's.
     """
-    tried, spread = _first_guess(values[0], keys, normal, lanes)
+    tried, spread = _first_guess(values[0], normal)
     low, high = tl.full([share], -OUTSIDE, tl.float32), tl.full([share], OUTSIDE, tl.float32)
     reached_high = tl.zeros([share], tl.float32)
     wanted = tl.full([share], keys, tl.float32)
@@ -410,12 +410,12 @@ def select_kernel(
     for start in range(0, full, block_n):
         _store_scores(
             asked, keys_of, weights, bonus, rows, start, lse, spoilt, real_tiles, patches, numbers, share, beside,
-            blocks, lanes, block_g, block_n, block_c, depth, False, precision,
+            blocks, lanes, block_n, block_c, depth, False, precision,
         )  # fmt: skip
     if full < patches:
         _store_scores(
             asked, keys_of, weights, bonus, rows, full, lse, spoilt, real_tiles, patches, numbers, share, beside,
-            blocks, lanes, block_g, block_n, block_c, depth, True, precision,
+            blocks, lanes, block_n, block_c, depth, True, precision,
         )  # fmt: skip
     for start in tl.static_range((patches + block_n - 1) // block_n * block_n, pitch, block_n):
         none = tl.full([block_n, share], NOTHING, tl.float32)

@@ -366,8 +366,8 @@ def summarise_kernel(
 ):  # fmt: skip
     """Grid (cells, or blocks of `run` patches, + probes by block_g, H, B). None is not made: sizes where all are 1,
     what KeySelect alone needs (proj_q to deviation), what the rest of cells needs (cell_*), or prefix queries
-    (partial_*). Rows of probes and projected are `depth` apart. rounds, last: blocks of block_p patches and size of the one after, if a cell's values are held in
-    registers; else 0.
+    (partial_*). Rows of probes and projected are `depth` apart. rounds, last: blocks of block_p patches and size of the
+    one after, if a cell's values are held in registers; else 0.
     """
     patches: tl.constexpr = tokens - prefix
     asking: tl.constexpr = (patches + probe - 1) // probe
