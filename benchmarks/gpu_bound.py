@@ -195,7 +195,8 @@ def main(boards: tuple[str, ...], docs: bool, renew: bool, output: Path | None) 
         subjects = [Subject(path=str(p.relative_to(ROOT)), sha256=sha256(p)) for p in sorted(sources)]
         method = {
             "what": "a roofline over machine code; nothing ran", "triton": package_version("triton"),
-            "efficiency": EFFICIENCY, "stall_clocks": STALL, "rounds": ROUNDS, "dense_share": DENSE_SHARE,
+            "efficiency": EFFICIENCY, "stall_clocks": STALL, "dense_share": DENSE_SHARE,
+            "rounds": {str(together): mean for together, mean in ROUNDS.items()},
             "heads": HEADS, "width": WIDTH, "channels": CHANNELS, "cells": CELLS, "probe": PROBE,
         }  # fmt: skip
         write_result(output / "gpu_bound.json", Result("evaluation", subjects, method, {"rows": rows}, {}))

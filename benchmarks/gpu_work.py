@@ -19,8 +19,8 @@ from sass import Code, Instruction, counts, read
 from sparsifiner_edge.ops.triton.compile import Compiled
 from sparsifiner_edge.ops.triton.plan import Plan
 
-ROUNDS = 8
-"""In which `select` halves its bracket until exactly K scores lie above: about log2 of the patches, and four."""
+ROUNDS = {1: 5.4, 2: 6.5, 4: 7.7}
+"""In which `select` finds its thresholds, by how many tiles it looks for together (`gpu_rounds.py`)."""
 _UNUSUAL = {"_log_sums_again", "_list_with_ties"}
 """Functions of `select` that logits far apart and ties need."""
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
@@ -123,7 +123,7 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
         elif any(len(x.whole) < len(loop.whole) and x.own[0] in loop.whole for x in code.loops):
             often = groups
         else:
-            often = groups * ROUNDS
+            often = groups * ROUNDS[c["group"]]
         times.append((often, [x for x in loop.own if not _UNUSUAL & set(x.functions)]))
     return [(grid, times)]
 

@@ -162,7 +162,10 @@ def _log_sums(
     asked, projected, sizes, patches: tl.constexpr, numbers: tl.constexpr, block_g: tl.constexpr, block_n: tl.constexpr,
     block_c: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Of each probe log2 of the sum of exp2(logit): no peak is needed while sums stay far within float32's range."""
+    """Of each probe log2 of the sum of exp2(logit): no peak is needed while sums stay far within float32's range.
+
+    (Of 24 heads of DINOv2 that were looked at one has greater logits, and takes two passes more.)
+    """
     totals = _totals(asked, projected, sizes, None, patches, numbers, block_g, block_n, block_c, depth, precision)
     beyond = tl.zeros([block_g], tl.int32)
     sums = ()
@@ -273,8 +276,8 @@ def _thresholds(
     then how many of each lane's reach it.
 
     At least K reach `low`, fewer `high`, until exactly K reach what is tried or nothing lies between. Tried next is
-    where the line through the last two numbers that reached says K do; first as if scores were normal, of which `rarity`
-    is what one more or less is of the deviation. Tiles go together: the reductions of one wait for no other's.
+    where the line through the last two numbers that reached says K do; first as if scores were normal, where one more
+    or less is `rarity` of their deviation. Tiles go together: the reductions of one wait for no other's.
     """
     tried, spread = _first_guess(values[0], normal)
     low, high = tl.full([share], -OUTSIDE, tl.float32), tl.full([share], OUTSIDE, tl.float32)
