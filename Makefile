@@ -36,6 +36,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/engines_rtx.py
 	$(BIN)/python benchmarks/kernels_static.py
 	$(BIN)/python benchmarks/gpu_published.py
+	$(BIN)/python benchmarks/gpu_rounds.py
 	$(BIN)/python benchmarks/gpu_bound.py
 	$(BIN)/python -m benchmarks.slow_clients
 	$(BIN)/python benchmarks/fuzz.py --full --kills 500 -o benchmarks/results/fuzz

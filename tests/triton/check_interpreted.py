@@ -205,6 +205,21 @@ def test_few_distinct_scores(few: int) -> None:
     np.testing.assert_array_equal(np.sort(got % few, -1), np.sort(expected % few, -1))
 
 
+@pytest.mark.parametrize(
+    "factors",
+    [2.0 ** (np.arange(150) % 16), np.where(np.arange(150) % 2, 1.0, 300.0), np.where(np.arange(150) == 77, 1e4, 1.0)],
+    ids=["geometric", "two clusters", "an outlier"],
+)
+def test_scores_that_are_nothing_like_normal(factors: np.ndarray) -> None:
+    """Secants lead astray: halvings see to the end."""
+    case = case_of("KeySelect", 150, num_heads=1, num_prefix=0, value_power=0.0, cell=0, keys=40)
+    qkv, proj_q, proj_k = tensors(case)
+    width = qkv.shape[-1] // 3
+    qkv[..., width : 2 * width] *= torch.from_numpy(factors.astype(np.float32))[None, :, None]
+    expected = run_reference(case, [x.numpy() for x in (qkv, proj_q, proj_k)])
+    np.testing.assert_array_equal(run(case, [qkv, proj_q, proj_k]).numpy(), expected)
+
+
 def test_winners_are_written_in_parts() -> None:
     case = case_of("KeySelect", 300, num_heads=1, keys=70)
     given = dict(zip(("qkv", "proj_q", "proj_k"), tensors(case), strict=True))
