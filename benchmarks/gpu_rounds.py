@@ -26,7 +26,7 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.ops import torch as operators
-from sparsifiner_edge.ops.triton import plan_forward, select
+from sparsifiner_edge.ops.triton import best, plan_forward
 from sparsifiner_edge.ops.triton.run import launch
 from sparsifiner_edge.results import Result, write_result
 
@@ -66,18 +66,18 @@ def rounds(inputs: list[torch.Tensor], settings: dict[str, Any], group: int) -> 
 
         return call
 
-    kept = {name: getattr(select, name) for name in ("_first_guess", "_middle")}
+    kept = {name: getattr(best, name) for name in ("_first_guess", "_middle")}
     most = plan_forward.MOST_GROUP
     plan_forward.MOST_GROUP = group
     try:
         for name, function in kept.items():
-            setattr(select, name, counted(name, function))
+            setattr(best, name, counted(name, function))
         plan = plan_forward.plan_select([x.shape for x in inputs], settings, "float32")
         launch(plan, dict(zip(("qkv", "proj_q", "proj_k"), inputs, strict=True)))
     finally:
         plan_forward.MOST_GROUP = most
         for name, function in kept.items():
-            setattr(select, name, function)
+            setattr(best, name, function)
     return calls["_middle"] / calls["_first_guess"]
 
 
