@@ -16,7 +16,7 @@ from sparsifiner_edge.ops.triton.plan_sizes import (
 )
 
 MOST_COLUMNS, LEAST_COLUMNS = 64, 8
-"""Probes that a program of `select` asks by in one product."""
+"""Probes that a program of `select` asks by in one product; the most only where that leaves many programs."""
 MOST_NUMBERS = 4
 """Products that it asks by for each tile, where it can: their running sums are held in registers."""
 FEW_PROGRAMS, MANY_PROGRAMS = 32, 192
@@ -178,8 +178,10 @@ def _blocks_of_a_cell(s: LaunchSizes) -> tuple[int, int, int]:
 def _probes_at_once(s: LaunchSizes) -> int:
     """Of a program of `select`."""
     lanes = s.batch * s.heads
+    if lanes * s.asking / MOST_COLUMNS >= MANY_PROGRAMS:
+        return MOST_COLUMNS
     wanted = min(max(FEW_PROGRAMS, 4 * lanes), MANY_PROGRAMS)
-    columns = MOST_COLUMNS
+    columns = MOST_COLUMNS // 2
     while columns > max(LEAST_COLUMNS, s.tile // s.probe / MOST_NUMBERS) and lanes * s.asking / columns < wanted:
         columns //= 2
     return columns
