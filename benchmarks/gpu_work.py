@@ -112,12 +112,14 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
     patches, groups = c["tokens"] - c["prefix"], c["share"] // c["group"]
     block = c["numbers"] * c["block_g"] * c["block_n"] * c["block_c"] // 4
     passes = [loop for loop in code.loops if _products(loop.own)]
+    # What several loops need is moved before the first, and some of it into another: most of a loop says whose it is.
+    again = [x for x in passes if 2 * sum("_log_sums_again" in i.functions for i in x.own) > len(x.own)]
     times: list[tuple[float, Sequence[Instruction]]] = [
         (1, [x for x in code.straight if not _UNUSUAL & set(x.functions)])
     ]
     for loop in code.loops:
         if loop in passes:
-            often = 0 if _from(loop.own, "_log_sums_again") else patches // c["block_n"] * block / _products(loop.own)
+            often = 0 if loop in again else patches // c["block_n"] * block / _products(loop.own)
         elif stored := _elements([x for x in loop.own if not _UNUSUAL & set(x.functions)], "STG"):
             often = groups * c["pitch"] // c["lanes"] / stored
         elif any(len(x.whole) < len(loop.whole) and x.own[0] in loop.whole for x in code.loops):
