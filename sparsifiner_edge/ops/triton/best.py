@@ -16,7 +16,7 @@ NOTHING = tl.constexpr(-3.2e38)
 """Score where there is no key, or no number: below all others, and finite."""
 OUTSIDE = tl.constexpr(3.3e38)
 """Beyond all scores."""
-TOGETHER = tl.constexpr(4)
+AT_A_TIME = tl.constexpr(4)
 """Scores that a thread reads at once."""
 SECTOR = tl.constexpr(8)
 """Scores of a sector of L2, which are of one lane."""
@@ -29,32 +29,32 @@ def put_scores(rows, start, scores, real_tiles, blocks: tl.constexpr, lanes: tl.
     """Store a block of scores [keys, tiles]: keys of one lane, which reads them, follow each other, sector by sector of
     all lanes.
     """
-    runs: tl.constexpr = scores.shape[0] // TOGETHER
-    first = start + tl.arange(0, runs) * TOGETHER
-    within = first % (TOGETHER * blocks)
-    lane = first // (TOGETHER * blocks)
+    runs: tl.constexpr = scores.shape[0] // AT_A_TIME
+    first = start + tl.arange(0, runs) * AT_A_TIME
+    within = first % (AT_A_TIME * blocks)
+    lane = first // (AT_A_TIME * blocks)
     place = within // SECTOR * (SECTOR * lanes) + lane * SECTOR + within % SECTOR
-    place = place[:, None] + tl.arange(0, TOGETHER)[None, :]
+    place = place[:, None] + tl.arange(0, AT_A_TIME)[None, :]
     tl.store(
         rows[None, :][None, :, :] + place[:, :, None],
-        tl.reshape(scores, [runs, TOGETHER, scores.shape[1]]),
+        tl.reshape(scores, [runs, AT_A_TIME, scores.shape[1]]),
         mask=real_tiles[None, :][None, :, :],
     )
 
 
 @triton.jit
 def _block_of_scores(rows, number, lanes: tl.constexpr):
-    """Scores [tiles, lanes, TOGETHER] of tiles whose scores begin at `rows`."""
-    start = number * TOGETHER // SECTOR * (SECTOR * lanes) + number * TOGETHER % SECTOR
+    """Scores [tiles, lanes, AT_A_TIME] of tiles whose scores begin at `rows`."""
+    start = number * AT_A_TIME // SECTOR * (SECTOR * lanes) + number * AT_A_TIME % SECTOR
     place = rows[:, None] + (start + tl.arange(0, lanes) * SECTOR)[None, :]
-    together = tl.arange(0, TOGETHER)[None, :]
+    together = tl.arange(0, AT_A_TIME)[None, :]
     return tl.load(place[:, :, None] + together[None, :, :])
 
 
 @triton.jit
 def _reached(values, score, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
     """How many of each lane's scores reach `score`."""
-    counts = tl.zeros([share, lanes, TOGETHER], tl.float32)
+    counts = tl.zeros([share, lanes, AT_A_TIME], tl.float32)
     for n in tl.static_range(blocks):
         counts += tl.where(values[n] >= score[:, None][:, :, None], 1.0, 0.0)
     return tl.sum(counts, 2)
@@ -136,11 +136,11 @@ def _apart(values):
 @triton.jit
 def _list_reached(rows, lists, score, mine, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
     """Write each tile's indices of what reaches its score, ascending."""
-    column = tl.broadcast_to((tl.arange(0, lanes) * (TOGETHER * blocks))[None, :], [share, lanes])
+    column = tl.broadcast_to((tl.arange(0, lanes) * (AT_A_TIME * blocks))[None, :], [share, lanes])
     place = lists[:, None] + (tl.cumsum(mine, 1) - mine)
     for n in range(blocks):
         four = _apart(_block_of_scores(rows, n, lanes))
-        for i in tl.static_range(TOGETHER):
+        for i in tl.static_range(AT_A_TIME):
             wins = four[i] >= score[:, None]
             tl.store(place, column, mask=wins)
             place += tl.where(wins, 1, 0)
@@ -150,17 +150,17 @@ def _list_reached(rows, lists, score, mine, blocks: tl.constexpr, share: tl.cons
 @triton.jit
 def _list_with_ties(rows, lists, score, wanted, blocks: tl.constexpr, share: tl.constexpr, lanes: tl.constexpr):
     """Write each tile's indices of what lies above its score and of the first `wanted` at it, ascending."""
-    column = tl.broadcast_to((tl.arange(0, lanes) * (TOGETHER * blocks))[None, :], [share, lanes])
+    column = tl.broadcast_to((tl.arange(0, lanes) * (AT_A_TIME * blocks))[None, :], [share, lanes])
     # One prefix sum counts both: above in the high half, equal in the low one.
     mine = tl.zeros([share, lanes], tl.int32)
     for n in range(blocks):
         four = _apart(_block_of_scores(rows, n, lanes))
-        for i in tl.static_range(TOGETHER):
+        for i in tl.static_range(AT_A_TIME):
             mine += tl.where(four[i] > score[:, None], 65536, (four[i] == score[:, None]).to(tl.int32))
     before = tl.cumsum(mine, 1) - mine
     for n in range(blocks):
         four = _apart(_block_of_scores(rows, n, lanes))
-        for i in tl.static_range(TOGETHER):
+        for i in tl.static_range(AT_A_TIME):
             higher, same = four[i] > score[:, None], four[i] == score[:, None]
             equal = before & 0xFFFF
             place = (before >> 16) + tl.minimum(equal, wanted[:, None])

@@ -30,7 +30,7 @@ BLOCK_T = 16
 """Entries of a block at the end of a list, where they are masked: more would not fit into registers."""
 HELD = 48
 """Patches whose values a warp of `summarise` holds in registers until their mean is known: as many registers."""
-PROBES = 32
+PROBES_EACH = 32
 """Of a program of `summarise`: each reads both projections."""
 AT_ONCE = 8
 """Queries of a probe whose loads are under way together."""
@@ -144,7 +144,9 @@ def rest_arguments(s: LaunchSizes) -> dict[str, str | None]:
 
 def _summarise(s: LaunchSizes, selecting: bool, attending: bool) -> Launch:
     deviating, marking = selecting and s.value_power > 0, attending and s.marks > 0
-    block_g = power_of_two(s.asking if s.probe else 1, most=PROBES if s.half and s.width <= 64 else PROBES // 2)
+    block_g = power_of_two(
+        s.asking if s.probe else 1, most=PROBES_EACH if s.half and s.width <= 64 else PROBES_EACH // 2
+    )
     rounds, last, warps = _blocks_of_a_cell(s)
     return Launch(
         "summarise",

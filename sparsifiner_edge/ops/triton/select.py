@@ -16,12 +16,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsifiner_edge.ops.triton.best import NOTHING, TOGETHER, list_best, put_scores
+from sparsifiner_edge.ops.triton.best import AT_A_TIME, NOTHING, list_best, put_scores
 from sparsifiner_edge.ops.triton.common import is_nan, load_rows
 
 GREATEST = tl.constexpr(3.0e38)
 """Of scores, either way."""
-LEAST = tl.constexpr(1.0e-30)
+FAINTEST = tl.constexpr(1.0e-30)
 """Of a sum of weights: below it some may have vanished."""
 
 
@@ -160,7 +160,7 @@ def _log_sums(
     beyond = tl.zeros([block_g], tl.int32)
     sums = ()
     for n in tl.static_range(numbers):
-        beyond = beyond | ((totals[n] > GREATEST) | (totals[n] < LEAST)).to(tl.int32)
+        beyond = beyond | ((totals[n] > GREATEST) | (totals[n] < FAINTEST)).to(tl.int32)
         sums = sums + (tl.log2(totals[n]),)
     if tl.max(beyond, 0) > 0:
         sums = _log_sums_again(asked, projected, sizes, patches, numbers, block_g, block_n, block_c, depth, precision)
@@ -234,7 +234,7 @@ def select_kernel(
     """
     patches: tl.constexpr = tokens - prefix
     asking: tl.constexpr = (patches + probe - 1) // probe
-    blocks: tl.constexpr = pitch // (TOGETHER * lanes)
+    blocks: tl.constexpr = pitch // (AT_A_TIME * lanes)
     head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     lane = image * heads + head
     weights = None if sizes is None else sizes + image * tokens + prefix
