@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+import fidelity_subject
 import torch
-from fidelity_subject import Subject
 
+from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.ops import torch as operators
 from sparsifiner_edge.ops.triton import best, plan_forward
 from sparsifiner_edge.ops.triton.run import launch
-from sparsifiner_edge.results import Result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 
 GROUPS = (1, 2, 4)
 KEEPS = (0.10,)
@@ -36,7 +37,7 @@ KEEPS = (0.10,)
 
 def layers(size: int, photographs: int, keep: float) -> list[tuple[list[torch.Tensor], dict[str, Any]]]:
     """What KeySelect gets in every sixth layer of each photograph."""
-    subject = Subject(size, photographs=split.development()[:photographs])
+    subject = fidelity_subject.Subject(size, photographs=split.development()[:photographs])
     subject.configure(SparsityConfig(keep=keep, tile=64, cells=25), "weights")
     found: list[tuple[list[torch.Tensor], dict[str, Any]]] = []
     plain = operators.key_select
@@ -99,7 +100,8 @@ def main(size: int, photographs: int, output: Path | None) -> None:
     if output:
         output.mkdir(parents=True, exist_ok=True)
         method = {"size": size, "photographs": photographs, "tile": 64, "what": "Triton's interpreter, float32"}
-        write_result(output / "gpu_rounds.json", Result("evaluation", [], method, {"rows": rows}, {}))
+        subjects = [Subject(path="sparsifiner_edge/ops/triton/best.py", sha256=sha256(Path(best.__file__)))]
+        write_result(output / "gpu_rounds.json", Result("evaluation", subjects, method, {"rows": rows}, {}))
 
 
 if __name__ == "__main__":
