@@ -133,7 +133,8 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
 def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
     main, prefix = _split(code, "_prefix_row")
     full, behind = c["keys"] // c["block_n"], 0 if c["cell"] else c["first"]
-    rest = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"]) - 1  # the first stands before the loop
+    blocks = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"])
+    rest = max(0, blocks - 1)  # the first stands before the loop
     tile: list[tuple[float, Sequence[Instruction]]] = [(1, main)]
     row: list[tuple[float, Sequence[Instruction]]] = [(1, prefix)]
     weights = c["block_m"] * c["block_n"] / 32 / c["warps"]  # exponentials of a warp for a block of the main loop

@@ -24,6 +24,9 @@ FEW_PROGRAMS, MANY_PROGRAMS = 32, 192
 between these: where there are many, the GPU is taken to be large.
 """
 THREADS = 128
+"""Of a program of `select`."""
+PARTIALS = 16
+"""Partial softmaxes that a prefix query reads at once."""
 MOST_GROUP, MOST_SCORES = 4, 12288
 """Tiles that a program of `select` looks at together; scores that it holds in registers, unless one tile has more."""
 BLOCK_T = 16
@@ -202,7 +205,7 @@ def _score_blocks(s: LaunchSizes) -> tuple[int, int, int]:
     while group > 1 and group * s.patches > MOST_SCORES:
         group //= 2
     lanes = THREADS // group
-    whole = max(8 * lanes, 2 * s.entries)
+    whole = max(8 * lanes, 2 * s.entries)  # a sector of L2 for each thread, and blocks of keys
     return group, lanes, math.ceil(s.patches / whole) * whole
 
 
@@ -264,7 +267,7 @@ def _attend(s: LaunchSizes, gradient: bool) -> Launch:
         | given(s.prefix > 0, "partial_out", "partial_stats") | given(True, "output") | given(gradient, "lse"),
         s.constants("tokens", "prefix", "first", "tile", "tiles", "keys", "cells", "chunks", "blocks")
         | {"cell": s.cell if marking else 0, "factor": s.scale * LOG2_E, "block_m": s.rows, "block_n": block_n}
-        | {"block_t": power_of_two(s.keys % block_n, most=BLOCK_T), "block_b": 16}
+        | {"block_t": power_of_two(s.keys % block_n, most=BLOCK_T), "block_b": PARTIALS}
         | {"block_f": power_of_two(s.prefix, least=1)}
         | {"block_r": power_of_two(s.cells, most=s.entries)},
         warps=8 if s.width > 64 or (s.rows > 64 and not tall) else 4,

@@ -36,15 +36,9 @@ def _logits(keys, logs, asked, real, masked: tl.constexpr, sized: tl.constexpr, 
 
 @triton.jit
 def _load_keys(
-    projected,
-    sizes,
-    start,
-    patches: tl.constexpr,
-    block_n: tl.constexpr,
-    block_c: tl.constexpr,
-    depth: tl.constexpr,
+    projected, sizes, start, patches: tl.constexpr, block_n: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr,
     masked: tl.constexpr,
-):
+):  # fmt: skip
     """A block of projected keys, log2 of their sizes, and which there are."""
     rows = start + tl.arange(0, block_n)
     real = rows < patches
@@ -154,7 +148,7 @@ def _log_sums(
 ):  # fmt: skip
     """Of each probe log2 of the sum of exp2(logit): no peak is needed while sums stay far within float32's range.
 
-    (Of 24 heads of DINOv2 that were looked at one has greater logits, and takes two passes more.)
+    Real models have heads whose logits leave it (`benchmarks/gpu_rounds.py` counts them): they take two passes more.
     """
     totals = _totals(asked, projected, sizes, None, patches, numbers, block_g, block_n, block_c, depth, precision)
     beyond = tl.zeros([block_g], tl.int32)
@@ -203,8 +197,7 @@ def _store_scores(
 @triton.jit
 def _load_probes(
     probes, before, tiles: tl.constexpr, asking: tl.constexpr, per_tile: tl.constexpr, numbers: tl.constexpr,
-    share: tl.constexpr, beside: tl.constexpr, block_g: tl.constexpr, block_c: tl.constexpr,
-    depth: tl.constexpr,
+    share: tl.constexpr, beside: tl.constexpr, block_g: tl.constexpr, block_c: tl.constexpr, depth: tl.constexpr,
 ):  # fmt: skip
     """Probes [N,c] of `share` tiles, `numbers` times, and which there are."""
     column = tl.arange(0, block_g)
