@@ -68,7 +68,7 @@ def far_apart(inputs: list[torch.Tensor], settings: dict[str, Any]) -> list[bool
     q, k, _ = (x[:, :, settings["num_prefix"] :] for x in reference.split_heads(qkv, settings["num_heads"]))
     probes = reference.run_means(q, settings["probe"]) @ proj_q
     greatest = (settings["scale"] * probes @ (k @ proj_k).swapaxes(-1, -2)).max(-1) / np.log(2)
-    return list((np.abs(greatest) > RANGE).any(-1).ravel())
+    return [bool(x) for x in (np.abs(greatest) > RANGE).any(-1).ravel()]
 
 
 def rounds(inputs: list[torch.Tensor], settings: dict[str, Any], group: int) -> float:

@@ -20,7 +20,7 @@ from sparsifiner_edge.ops.triton.compile import Compiled
 from sparsifiner_edge.ops.triton.plan import Plan
 
 ROUNDS = {1: 5.4, 2: 6.5, 4: 7.7}
-"""In which `select` finds its thresholds, by how many tiles it looks for together: no fewer than `gpu_rounds.py` gives."""
+"""Of `select`'s search for thresholds, by how many tiles go together: no fewer than `gpu_rounds.py` gives."""
 _UNUSUAL = {"_log_sums_again", "_list_with_ties"}
 """Functions of `select` that logits far apart and ties need."""
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
