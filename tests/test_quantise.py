@@ -84,6 +84,31 @@ def test_it_is_smaller_and_close_on_a_new_image(place: Path) -> None:
     assert sizes[1] < 0.6 * sizes[0]  # the head and the patch embedding stay
 
 
+def test_int8_products_do_not_saturate() -> None:
+    """Pairs of the largest uint8 x int8, whose sum exceeds 16 bits: processors without VNNI would cut them off."""
+    helper, types = onnx.helper, onnx.TensorProto
+    weight = np.full((64, 32), 127, np.int8)
+    weight[:, ::2] = -127
+    tensors = {
+        "weight": weight, "scales": np.full(32, 1 / 127, np.float32), "zeros": np.zeros(32, np.int8),
+        "scale": np.float32(1 / 255), "zero": np.uint8(0),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["image", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["x"]),
+        helper.make_node("DequantizeLinear", ["weight", "scales", "zeros"], ["w"], axis=1),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "int8", [helper.make_tensor_value_info("image", types.FLOAT, [1, 40, 64])],
+        [helper.make_tensor_value_info("y", types.FLOAT, [1, 40, 32])],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    got = file_runner(model)(np.ones((1, 40, 64), np.float32))["y"]
+    np.testing.assert_allclose(got, np.broadcast_to(np.where(np.arange(32) % 2, 64.0, -64.0), got.shape), rtol=1e-5)
+
+
 def test_channels_that_exceed_all_others_cost_nothing(place: Path) -> None:
     """The same function in float32, with one channel of each normalisation's output 100 times as large."""
     plain, loud = (onnx.load(place / "fp32" / "model.onnx") for _ in range(2))

@@ -122,6 +122,7 @@ class Model:
             return None
         if self._reference is None or self._reference.shape != features.shape:
             self._reference = features
+            return 0.0
         found = float(1 - cosine(features, self._reference))
         self._reference = self._reference + _FOLLOW * (features - self._reference)
         return max(0.0, found)

@@ -95,7 +95,7 @@ def _require(cosines: Mapping[str, float], allowed: float, how: str) -> None:
 
 
 class Converted(NamedTuple):
-    """A float16 file, unchecked; how many nodes compute in each type; names of what nodes make in float16."""
+    """A float16 file, unchecked; how many nodes compute in each type; names of what nodes make in float16 of an image."""
 
     model: onnx.ModelProto
     counts: dict[int, int]
@@ -117,7 +117,7 @@ def convert(model: onnx.ModelProto) -> Converted:
         walk.give_back(output)
     half.graph.initializer.extend(walk.initialisers)
     half.graph.node.extend(walk.nodes)
-    return Converted(half, walk.counts, [name for name, kind in walk.types.items() if kind == HALF])
+    return Converted(half, walk.counts, walk.halves())
 
 
 class _Walk:
@@ -151,6 +151,16 @@ class _Walk:
         self.nodes.append(made)
         fixed = node.domain == DOMAIN and OPERATORS[node.op_type].output.dtypes == ("float32",)
         self.types |= {name: SINGLE if fixed else kind for name in node.output if name in self.floats}
+
+    def halves(self) -> list[str]:
+        """Names of what is float16 and not the same for every image.
+
+        Weights of int8 stay out: read twice, ONNX Runtime 1.32 cannot make them uint8 ("attempt to replace the existing
+        tensor"), which `session_options` asks for.
+        """
+        stored = {tensor.name for tensor in self.initialisers}
+        fixed = {n.output[0] for n in self.nodes if n.op_type == "DequantizeLinear" and n.input[0] in stored}
+        return [name for name, kind in self.types.items() if kind == HALF and name not in fixed]
 
     def _kind(self, node: onnx.NodeProto, floats: Sequence[str]) -> int:
         if node.domain == DOMAIN or node.op_type in _IN_HALF:

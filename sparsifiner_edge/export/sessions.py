@@ -12,11 +12,9 @@ import onnx
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime
+from sparsifiner_edge.runtime.onnxruntime.session import import_onnxruntime, session_options
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.processor import ProcessorBackend, native_library
-
-_ERRORS_ONLY = 3
 
 
 def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
@@ -30,8 +28,7 @@ def file_session(model: onnx.ModelProto, kernels: str = "auto") -> Any:
         BackendError: the native library is missing or cannot be used, or ONNX Runtime refuses the file.
     """
     ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options = session_options()
     # The native kernels do not compute in float16.
     half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
     library = None if kernels == "auto" and half else native_library(kernels)

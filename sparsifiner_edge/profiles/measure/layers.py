@@ -20,7 +20,7 @@ from sparsifiner_edge.bundle.manifest import MODEL_FILE, TensorSpec
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.files import scratch_folder
-from sparsifiner_edge.runtime.onnxruntime.session import attend_in_bfloat16, import_onnxruntime
+from sparsifiner_edge.runtime.onnxruntime.session import attend_in_bfloat16, import_onnxruntime, session_options
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.processor import native_library
 
@@ -95,7 +95,7 @@ def measure_layers(
             raise BackendError(f"{session.backend} on {ran.device} gives no times per layer.", "Profile it on the CPU.")
     assert isinstance(ran.threads, int)
     native = str(ran.kernels).startswith("native")
-    options = import_onnxruntime().SessionOptions()
+    options = session_options()
     options.intra_op_num_threads = ran.threads
     if session.backend == "onnxruntime-bf16":
         attend_in_bfloat16(options)
@@ -126,7 +126,6 @@ def _run_profiled(
     """Run `queries` times with ONNX Runtime's profiler on; its trace, and the optimised graph in `folder`."""
     ort = import_onnxruntime()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "trace")
     options.optimized_model_filepath = str(folder / "optimised.onnx")
