@@ -95,7 +95,7 @@ def _require(cosines: Mapping[str, float], allowed: float, how: str) -> None:
 
 
 class Converted(NamedTuple):
-    """A float16 file, unchecked; how many nodes compute in each type; names of what nodes make in float16 of an image."""
+    """A float16 file, unchecked; how many nodes compute in each type; what nodes make in float16 of an image."""
 
     model: onnx.ModelProto
     counts: dict[int, int]

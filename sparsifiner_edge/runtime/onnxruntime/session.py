@@ -163,8 +163,8 @@ class OrtSession(Session):
 def session_options() -> Any:
     """ONNX Runtime's, for any session of ours: errors alone are logged, and int8 products are exact.
 
-    AVX2 and AVX-512 without VNNI add pairs of uint8 x int8 in 16 bits, which saturate; there weights become uint8, which
-    takes longer, and elsewhere this changes nothing (onnxruntime_session_options_config_keys.h, x64quantprecision).
+    AVX2, and AVX-512 without VNNI, add pairs of uint8 x int8 in 16 bits, which saturate. There weights become uint8,
+    which takes longer; elsewhere nothing changes (onnxruntime_session_options_config_keys.h, x64quantprecision).
     """
     options = import_onnxruntime().SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
