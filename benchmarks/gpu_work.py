@@ -131,14 +131,18 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
 
 
 def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
-    main, prefix = _split(code, "_prefix_row")
+    straight, prefix = _split(code, "_prefix_row")
+    main = [x for x in straight if "_tile_again" not in x.functions]
     full, behind = c["keys"] // c["block_n"], 0 if c["cell"] else c["first"]
     blocks = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"])
-    rest = max(0, blocks - 1)  # the first stands before the loop
+    # The first stands before the loops.
+    rest, full = (blocks - 1, full) if blocks else (0, full - 1)
     tile: list[tuple[float, Sequence[Instruction]]] = [(1, main)]
     row: list[tuple[float, Sequence[Instruction]]] = [(1, prefix)]
     weights = c["block_m"] * c["block_n"] / 32 / c["warps"]  # exponentials of a warp for a block of the main loop
     for loop in code.loops:
+        if _from(loop.own, "_tile_again"):
+            continue  # where logits are so far apart that the first block's peak is too low
         if counts(loop.own)["matrix"]:
             often = full if counts(loop.own)["special"] >= 0.75 * weights else rest
             # The sums of cells stand there twice, for either half of the cells: one block has entries of both.
@@ -150,12 +154,17 @@ def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]
     return [(c["tiles"] * c["chunks"], tile), (c["prefix"], row)]
 
 
+def _summed(c: Mapping[str, Any]) -> int:
+    """Bytes of a cell's sum."""
+    return 2 if c["unit"] > 1 else 4
+
+
 def _summarise_l2(c: Mapping[str, Any]) -> float:
     """Queries and keys once, values again where they are not held; what is projected, deviations, and projections."""
     patches, element = c["tokens"] - c["prefix"], 2 * c["width"]
     reads = patches * element * (3 if c["last"] else 4)
     projections = (c["blocks"] + 2 * math.ceil(patches / c["probe"] / c["block_g"])) * c["width"] * c["channels"] * 4
-    sums = (c["blocks"] + c["prefix"]) * c["width"] * 4 * 2 + c["blocks"] * c["prefix"] * c["width"] * 4
+    sums = (c["blocks"] + c["prefix"]) * c["width"] * _summed(c) * 2 + c["blocks"] * c["prefix"] * c["width"] * 4
     return reads + projections + sums + patches * (2 * c["depth"] * (1 + 1 / c["probe"]) + 4)
 
 
@@ -169,7 +178,7 @@ def _select_l2(c: Mapping[str, Any]) -> float:
 
 def _attend_l2(c: Mapping[str, Any]) -> float:
     """Listed keys and values of each tile, sums of cells, lists, queries and output."""
-    cells = (c["cells"] + c["prefix"]) * 2 * 4 * c["width"]
+    cells = (c["cells"] + c["prefix"]) * 2 * _summed(c) * c["width"]
     return c["tiles"] * (c["keys"] * (4 * c["width"] + 4) + cells) + c["tokens"] * 4 * c["width"]
 
 

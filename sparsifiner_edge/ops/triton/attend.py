@@ -21,6 +21,11 @@ from sparsifiner_edge.ops.triton.common import load_rows, store_rows
 
 LOWEST = tl.constexpr(-1.0e30)
 """Where a running maximum starts: finite, so that the difference of two is no NaN."""
+HEADROOM = tl.constexpr(8.0)
+"""How far above the first block's greatest logit (base 2) sums stand. Weights of 2^-8 lose nothing in float16, and
+later logits may be 2^24 times as great before it overflows."""
+MOST = tl.constexpr(2.0**60)
+"""Of a sum of weights that did not overflow: what is weighted did not either."""
 LEAST = tl.constexpr(8)
 """Columns that a product of the matrix units has at least."""
 HALF = tl.constexpr(16)
@@ -30,33 +35,34 @@ the first half of the cells or of the second.
 
 
 @triton.jit
-def _softmax_block(q, k, v, offset, state, factor: tl.constexpr, raised: tl.constexpr, precision: tl.constexpr):
-    """Logits factor q k (base 2), raised by `offset` if so said, enter the running peak, sum and weighted sum, or begin
-    them where `state` is None.
+def _softmax_block(
+    q, k, v, offset, state, factor: tl.constexpr, raised: tl.constexpr, follow: tl.constexpr, precision: tl.constexpr
+):
+    """Logits factor q k (base 2), raised by `offset` if so said, enter the peak, sum and weighted sum, or begin them
+    where `state` is None.
 
-    The sum of weights is a product with ones: the matrix units have time for it, additions have not.
+    follow: the peak goes with the greatest logit. Else it stays: sums need not be brought to a new one, but what comes
+    may overflow. The sum of weights is a product with ones: the matrix units have time for it, additions have not.
     """
-    if state is None:
-        peak, total, out = LOWEST, None, None
-    else:
-        peak, total, out = state
     logits = tl.dot(q, tl.trans(k), input_precision=precision)
     if raised:
         logits = logits * factor + offset[None, :]
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        weights = tl.exp2(logits - higher[:, None])
+    scaled: tl.constexpr = 1.0 if raised else factor
+    if state is None:
+        higher, total, out = tl.maximum(LOWEST, tl.max(logits, 1) * scaled) + HEADROOM, None, None
     else:
-        higher = tl.maximum(peak, tl.max(logits, 1) * factor)
-        weights = tl.exp2(logits * factor - higher[:, None])
-    ones = tl.full([k.shape[0], LEAST], 1.0, v.dtype)
-    if state is not None:
-        decay = tl.exp2(peak - higher)[:, None]
-        total, out = total * decay, out * decay
+        peak, total, out = state
+        higher = peak
+        if follow:
+            higher = tl.maximum(peak, tl.max(logits, 1) * scaled)
+            decay = tl.exp2(peak - higher)[:, None]
+            total, out = total * decay, out * decay
+    weights = tl.exp2((logits if raised else logits * factor) - higher[:, None])
     if v.dtype == tl.float32:
         added = tl.broadcast_to(tl.sum(weights, 1)[:, None], [q.shape[0], LEAST])
         total = added if state is None else total + added
     else:
-        total = tl.dot(weights.to(v.dtype), ones, total)
+        total = tl.dot(weights.to(v.dtype), tl.full([k.shape[0], LEAST], 1.0, v.dtype), total)
     out = tl.dot(weights.to(v.dtype), v, out, input_precision=precision)
     return higher, total, out
 
@@ -121,6 +127,7 @@ def _add_listed(
     q, base, sizes, lists, start, split, state, heads: tl.constexpr, width: tl.constexpr, first: tl.constexpr,
     behind: tl.constexpr, columns: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, factor: tl.constexpr,
     block_n: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr, masked: tl.constexpr,
+    follow: tl.constexpr,
 ):  # fmt: skip
     """A block of a tile's list, with `behind` prefix tokens behind it, enters the softmax, and the sums of its cells
     where `cell` is not 0: from entry `split` on of their second half.
@@ -147,7 +154,7 @@ def _add_listed(
     if masked:
         offset = tl.where(real, offset, float("-inf"))
     softmax, low, high = state
-    softmax = _softmax_block(q, k, v, offset, softmax, factor, masked or sized, precision)
+    softmax = _softmax_block(q, k, v, offset, softmax, factor, masked or sized, follow, precision)
     if cell:
         number = (listed // cell).to(tl.int32)
         low = _add_selected(start < split, number, real, size, k, v, low, masked, sized, precision)
@@ -160,7 +167,7 @@ def _add_listed(
 @triton.jit
 def _add_means(
     q, rest_keys, rest_values, rest_sizes, state, width: tl.constexpr, cells: tl.constexpr, factor: tl.constexpr,
-    block_r: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr,
+    block_r: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr, follow: tl.constexpr,
 ):  # fmt: skip
     """The rest of each cell, made before, enters the softmax."""
     for start in range(0, cells, block_r):
@@ -168,50 +175,99 @@ def _add_means(
         k = load_rows(rest_keys, number, width, number < cells, width, block_d)
         v = load_rows(rest_values, number, width, number < cells, width, block_d)
         offset = tl.load(rest_sizes + number, mask=number < cells, other=float("-inf"))
-        state = _softmax_block(q, k, v, offset, state, factor, True, precision)
+        state = _softmax_block(q, k, v, offset, state, factor, True, follow, precision)
     return state
 
 
 @triton.jit
-def _rest(
-    cell_sums, cell_sizes, sums, before: tl.constexpr, width: tl.constexpr, entries: tl.constexpr,
-    block_d: tl.constexpr, dtype: tl.constexpr,
+def _add_rest(
+    q, cell_sums, cell_sizes, sums, state, before: tl.constexpr, width: tl.constexpr, entries: tl.constexpr,
+    factor: tl.constexpr, unit: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr, follow: tl.constexpr,
 ):  # fmt: skip
-    """Means of the keys and values that are left of each cell of a half, and log2 of how many; prefix keys are cells of
-    which nothing is selected.
+    """Means of the keys and values that are left of each cell of a half enter the softmax, as often as are left;
+    prefix keys are cells of which nothing is selected.
     """
     keys, values, counts = sums
     number = before + tl.arange(0, HALF)
     inside = number < entries
     left = tl.load(cell_sizes + number, mask=inside, other=0.0) - tl.max(counts, 1)  # whose columns are all alike
     share = tl.where(left > 0.5, 1.0 / tl.maximum(left, 1.0), 0.0)[:, None]
-    offset = tl.where(left > 0.5, tl.log2(tl.maximum(left, 1.0)), float("-inf"))
-    k = (load_rows(cell_sums, number, 2 * width, inside, width, block_d) - keys) * share
-    v = (load_rows(cell_sums + width, number, 2 * width, inside, width, block_d) - values) * share
-    return k.to(dtype), v.to(dtype), offset
+    k = load_rows(cell_sums, number, 2 * width, inside, width, block_d).to(tl.float32) * unit
+    v = load_rows(cell_sums + width, number, 2 * width, inside, width, block_d).to(tl.float32) * unit
+    k, v = ((k - keys) * share).to(q.dtype), ((v - values) * share).to(q.dtype)
+    peak, total, out = state
+    logits = tl.dot(q, tl.trans(k), input_precision=precision)
+    higher = peak
+    if follow:
+        most = tl.max(tl.where((left > 0.5)[None, :], logits, float("-inf")), 1) * factor
+        higher = tl.maximum(peak, most + HEADROOM)  # what is left may be many
+        decay = tl.exp2(peak - higher)[:, None]
+        total, out = total * decay, out * decay
+    weights = tl.exp2(logits * factor - higher[:, None]) * left[None, :]
+    weights = tl.where((left > 0.5)[None, :], weights, 0.0).to(q.dtype)
+    total = tl.dot(weights, tl.full([HALF, LEAST], 1.0, q.dtype), total)
+    return higher, total, tl.dot(weights, v, out, input_precision=precision)
 
 
 @triton.jit
-def _add_rest(
-    q, cell_sums, cell_sizes, state, width: tl.constexpr, entries: tl.constexpr, factor: tl.constexpr,
-    block_d: tl.constexpr, precision: tl.constexpr,
+def _add_cells(
+    q, sums, sizes, rest_keys, rest_values, rest_sizes, state, lane, number, width: tl.constexpr, tiles: tl.constexpr,
+    cell: tl.constexpr, cells: tl.constexpr, first: tl.constexpr, factor: tl.constexpr, unit: tl.constexpr,
+    block_r: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr, follow: tl.constexpr,
 ):  # fmt: skip
-    """The rest of each cell enters the softmax, both halves at once: its sums are brought to a new peak but once."""
+    """What a tile has not listed enters its softmax, by the sums of its cells or by means; see `attend_kernel`."""
     softmax, low, high = state
-    k, v, offset = _rest(cell_sums, cell_sizes, low, 0, width, entries, block_d, q.dtype)
-    if entries <= HALF:
-        softmax = _softmax_block(q, k, v, offset, softmax, factor, True, precision)
-    else:
-        peak, total, out = softmax
-        other_k, other_v, other = _rest(cell_sums, cell_sizes, high, HALF, width, entries, block_d, q.dtype)
-        logits = tl.dot(q, tl.trans(k), input_precision=precision) * factor + offset[None, :]
-        others = tl.dot(q, tl.trans(other_k), input_precision=precision) * factor + other[None, :]
-        higher = tl.maximum(peak, tl.max(tl.maximum(logits, others), 1))
-        weights, more = tl.exp2(logits - higher[:, None]).to(q.dtype), tl.exp2(others - higher[:, None]).to(q.dtype)
-        decay, ones = tl.exp2(peak - higher)[:, None], tl.full([HALF, LEAST], 1.0, q.dtype)
-        total = tl.dot(more, ones, tl.dot(weights, ones, total * decay))
-        softmax = higher, total, tl.dot(more, other_v, tl.dot(weights, v, out * decay))
+    if cell:
+        entries: tl.constexpr = cells + first
+        sums += lane * entries * 2 * width
+        sizes += lane * entries
+        softmax = _add_rest(
+            q, sums, sizes, low, softmax, 0, width, entries, factor, unit, block_d, precision, follow
+        )  # fmt: skip
+        if entries > HALF:
+            softmax = _add_rest(
+                q, sums, sizes, high, softmax, HALF, width, entries, factor, unit, block_d, precision, follow
+            )  # fmt: skip
+    elif rest_keys is not None:
+        place = (lane * tiles + number) * cells
+        softmax = _add_means(
+            q, rest_keys + place * width, rest_values + place * width, rest_sizes + place, softmax, width, cells,
+            factor, block_r, block_d, precision, follow,
+        )  # fmt: skip
     return softmax
+
+
+@triton.jit
+def _store_tile(
+    output, lse, peak, total, out, rows, real_rows, heads: tl.constexpr, width: tl.constexpr, block_d: tl.constexpr
+):
+    """A tile's output, from its first token's and head's place on, and log2 of its rows' sums."""
+    store_rows(output, rows, heads * width, real_rows, width, block_d, out * (1.0 / total)[:, None])
+    if lse is not None:
+        tl.store(lse + rows, peak + tl.log2(total), mask=real_rows)
+
+
+@triton.jit
+def _tile_again(
+    q, base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, output, lse, split, lane,
+    number, rows, real_rows, heads: tl.constexpr, width: tl.constexpr, first: tl.constexpr, behind: tl.constexpr,
+    columns: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, cells: tl.constexpr,
+    factor: tl.constexpr, unit: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr, block_d: tl.constexpr,
+    precision: tl.constexpr,
+):  # fmt: skip
+    """A tile whose logits are so far above its first block's that sums overflowed, by a peak that follows."""
+    none = _no_sums(block_d)
+    state = _no_softmax(q.shape[0], block_d), none, none
+    for start in range(0, keys + behind, block_n):
+        state = _add_listed(
+            q, base, weights, lists, start, split, state, heads, width, first, behind, columns, keys, cell, factor,
+            block_n, block_d, precision, True, True,
+        )  # fmt: skip
+    peak, total, out = _add_cells(
+        q, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, state, lane, number, width, tiles, cell, cells,
+        first, factor, unit, block_r, block_d, precision, True,
+    )  # fmt: skip
+    _store_tile(output, lse, peak, tl.max(total, 1), out, rows, real_rows, heads, width, block_d)
 
 
 @triton.jit
@@ -247,8 +303,8 @@ def attend_kernel(
     output, lse,
     tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, first: tl.constexpr,
     tile: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, cells: tl.constexpr,
-    blocks: tl.constexpr, factor: tl.constexpr, chunks: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    block_t: tl.constexpr, block_r: tl.constexpr, block_b: tl.constexpr, block_f: tl.constexpr,
+    blocks: tl.constexpr, factor: tl.constexpr, unit: tl.constexpr, chunks: tl.constexpr, block_m: tl.constexpr,
+    block_n: tl.constexpr, block_t: tl.constexpr, block_r: tl.constexpr, block_b: tl.constexpr, block_f: tl.constexpr,
     block_d: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Grid (prefix + T x chunks of a tile, H, B): output [B,N,C], and log2 of every row's softmax sum [B,H,N].
@@ -281,37 +337,36 @@ def attend_kernel(
         full: tl.constexpr = keys // block_n * block_n
         behind: tl.constexpr = 0 if cell else first  # with cells that are summed here the prefix is among those
         none = _no_sums(block_d)
-        # What does not fill a block comes first: sums that begin with it need not be brought to a new peak.
-        if full < keys + behind:
-            state = _add_listed(
-                q, base, weights, lists, full, split, (None, none, none), heads, width, first, behind, tokens - first,
-                keys, cell, factor, block_t, block_d, precision, True,
-            )  # fmt: skip
-        else:
-            state = _no_softmax(block_m, block_d), none, none
+        # What does not fill a block comes first, or else the first block: it sets the peak.
+        begun: tl.constexpr = block_n if full == keys + behind else 0
+        masked: tl.constexpr = begun == 0
+        size: tl.constexpr = block_t if masked else block_n
+        state = _add_listed(
+            q, base, weights, lists, full if masked else 0, split, (None, none, none), heads, width, first, behind,
+            tokens - first, keys, cell, factor, size, block_d, precision, masked, False,
+        )  # fmt: skip
         for start in range(full + block_t, keys + behind, block_t):
             state = _add_listed(
                 q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
-                factor, block_t, block_d, precision, True,
+                factor, block_t, block_d, precision, True, False,
             )  # fmt: skip
-        for start in range(0, full, block_n):
+        for start in range(begun, full, block_n):
             state = _add_listed(
                 q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
-                factor, block_n, block_d, precision, False,
+                factor, block_n, block_d, precision, False, False,
             )  # fmt: skip
-        softmax = state[0]
-        if cell:
-            sums_of = cell_sums + lane * (cells + first) * 2 * width
-            sizes_of = cell_sizes + lane * (cells + first)
-            softmax = _add_rest(q, sums_of, sizes_of, state, width, cells + first, factor, block_d, precision)
-        elif rest_keys is not None:
-            rest = (lane * tiles + number) * cells
-            softmax = _add_means(
-                q, rest_keys + rest * width, rest_values + rest * width, rest_sizes + rest, softmax, width, cells,
-                factor, block_r, block_d, precision,
-            )  # fmt: skip
+        peak, total, out = _add_cells(
+            q, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, state, lane, number, width, tiles, cell,
+            cells, first, factor, unit, block_r, block_d, precision, False,
+        )  # fmt: skip
         target = output + image * tokens * heads * width + head * width
-        total = tl.max(softmax[1], 1)  # its columns are all alike
-        store_rows(target, rows, heads * width, real_rows, width, block_d, softmax[2] * (1.0 / total)[:, None])
-        if lse is not None:
-            tl.store(lse + lane * tokens + rows, softmax[0] + tl.log2(total), mask=real_rows)
+        sums_of_rows = None if lse is None else lse + lane * tokens
+        total = tl.max(total, 1)  # its columns are all alike
+        if tl.min((total < MOST).to(tl.int32)) > 0:  # NaN is not
+            _store_tile(target, sums_of_rows, peak, total, out, rows, real_rows, heads, width, block_d)
+        else:
+            _tile_again(
+                q, base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, target,
+                sums_of_rows, split, lane, number, rows, real_rows, heads, width, first, behind, tokens - first, tiles,
+                keys, cell, cells, factor, unit, block_n, block_r, block_d, precision,
+            )  # fmt: skip

@@ -114,7 +114,7 @@ def _attention_buffers(s: LaunchSizes, gradient: bool) -> dict[str, Buffer]:
         buffers.append(Buffer("partial_stats", "float32", (*parts, 2), "scratch"))
     if s.marks:
         summed = (*lead, s.cells + s.prefix)
-        buffers.append(Buffer("cell_sums", "float32", (*summed, 2, s.width), "scratch"))
+        buffers.append(Buffer("cell_sums", s.summed, (*summed, 2, s.width), "scratch"))
         buffers.append(Buffer("cell_sizes", "float32", summed, "scratch"))
     means = rest_buffers(s) | membership_buffers(s) if s.cells and not s.marks else {}
     return buffers_of(*buffers) | means
@@ -159,7 +159,7 @@ def _summarise(s: LaunchSizes, selecting: bool, attending: bool) -> Launch:
         | given(attending and s.prefix > 0, "partial_out", "partial_stats"),
         s.constants("tokens", "prefix", "channels", "run", "blocks", "cells", "value_power", "block_p")
         | {"probe": s.probe or 1, "at_once": min(s.probe or 1, AT_ONCE), "floor": DEVIATION_FLOOR}
-        | {"factor": s.scale * LOG2_E, "rounds": rounds, "last": last, "block_g": block_g}
+        | {"factor": s.scale * LOG2_E, "rounds": rounds, "last": last, "block_g": block_g, "unit": s.unit}
         | {"block_f": power_of_two(s.prefix, least=8), "block_c": power_of_two(s.channels), "depth": s.depth},
         warps=warps,
         stages=1,
@@ -266,7 +266,8 @@ def _attend(s: LaunchSizes, gradient: bool) -> Launch:
         | given(marking, "cell_sums", "cell_sizes") | means
         | given(s.prefix > 0, "partial_out", "partial_stats") | given(True, "output") | given(gradient, "lse"),
         s.constants("tokens", "prefix", "first", "tile", "tiles", "keys", "cells", "chunks", "blocks")
-        | {"cell": s.cell if marking else 0, "factor": s.scale * LOG2_E, "block_m": s.rows, "block_n": block_n}
+        | {"cell": s.cell if marking else 0, "factor": s.scale * LOG2_E, "unit": s.unit}
+        | {"block_m": s.rows, "block_n": block_n}
         | {"block_t": power_of_two(s.keys % block_n, most=BLOCK_T), "block_b": PARTIALS}
         | {"block_f": power_of_two(s.prefix, least=1)}
         | {"block_r": power_of_two(s.cells, most=s.entries)},

@@ -61,6 +61,16 @@ class LaunchSizes:
         return MARKS if self.cells and self.half and self.width <= 64 and self.cells + self.first <= MARKS else 0
 
     @property
+    def summed(self) -> str:
+        """Type of the sums of cells. Without sizes a cell's float16 mean is as exact as its keys and values are."""
+        return self.dtype if self.dtype == "float16" and not self.merged else "float32"
+
+    @property
+    def unit(self) -> float:
+        """Of the sums of cells: in float16 they are no greater in it than what is summed."""
+        return float(power_of_two(self.run, least=1)) if self.summed == "float16" else 1.0
+
+    @property
     def asking(self) -> int:
         """Probes."""
         return math.ceil(self.patches / self.probe)

@@ -207,23 +207,34 @@ def _store_deviation(
 
 
 @triton.jit
-def _store_cell(key_sum, value_sum, size, sums, counts, place, width: tl.constexpr, block_d: tl.constexpr):
+def _store_cell(
+    key_sum, value_sum, size, sums, counts, place, width: tl.constexpr, unit: tl.constexpr, block_d: tl.constexpr
+):
+    """Sums in a `unit` that they fit into their type by."""
     columns = tl.arange(0, block_d)
-    tl.store(sums + place * 2 * width + columns, key_sum, mask=columns < width)
-    tl.store(sums + (place * 2 + 1) * width + columns, value_sum, mask=columns < width)
+    tl.store(
+        sums + place * 2 * width + columns, (key_sum * (1.0 / unit)).to(sums.dtype.element_ty), mask=columns < width
+    )
+    tl.store(
+        sums + (place * 2 + 1) * width + columns,
+        (value_sum * (1.0 / unit)).to(sums.dtype.element_ty),
+        mask=columns < width,
+    )
     tl.store(counts + place, size)
 
 
 @triton.jit
 def _store_prefix_cells(
-    k, v, sums, counts, stride: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, block_f: tl.constexpr,
-    block_d: tl.constexpr,
+    k, v, sums, counts, stride: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, unit: tl.constexpr,
+    block_f: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
     """Each prefix token is a cell of its own, behind the others."""
     rows = tl.arange(0, block_f)
     real = rows < prefix
-    store_rows(sums, rows, 2 * width, real, width, block_d, load_rows(k, rows, stride, real, width, block_d))
-    store_rows(sums + width, rows, 2 * width, real, width, block_d, load_rows(v, rows, stride, real, width, block_d))
+    keys = load_rows(k, rows, stride, real, width, block_d).to(tl.float32) * (1.0 / unit)
+    values = load_rows(v, rows, stride, real, width, block_d).to(tl.float32) * (1.0 / unit)
+    store_rows(sums, rows, 2 * width, real, width, block_d, keys)
+    store_rows(sums + width, rows, 2 * width, real, width, block_d, values)
     tl.store(counts + rows, tl.full([block_f], 1.0, tl.float32), mask=real)
 
 
@@ -316,8 +327,8 @@ def _cell(
     base, sizes, asked, parts, projected, deviation, sums, counts, partial_out, partial_stats, number,
     heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, patches: tl.constexpr, run: tl.constexpr,
     cells: tl.constexpr, rounds: tl.constexpr, last: tl.constexpr, value_power: tl.constexpr,
-    floor: tl.constexpr, factor: tl.constexpr, block_p: tl.constexpr, block_f: tl.constexpr, block_d: tl.constexpr,
-    depth: tl.constexpr, precision: tl.constexpr,
+    floor: tl.constexpr, factor: tl.constexpr, unit: tl.constexpr, block_p: tl.constexpr, block_f: tl.constexpr,
+    block_d: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """All of one run of patches; pointers are those of a head of an image."""
     stride: tl.constexpr = 3 * heads * width
@@ -342,11 +353,11 @@ def _cell(
         summed = _first_column(value_sum)
         mean = summed / size
         if keyed:
-            _store_cell(_first_column(key_sum), summed, size, sums, counts, number, width, block_d)
+            _store_cell(_first_column(key_sum), summed, size, sums, counts, number, width, unit, block_d)
             if prefix > 0 and number == 0:
                 _store_prefix_cells(
                     base + heads * width, base + 2 * heads * width, sums + cells * 2 * width, counts + cells, stride,
-                    width, prefix, block_f, block_d,
+                    width, prefix, unit, block_f, block_d,
                 )  # fmt: skip
     if deviation is not None:
         _store_deviations(
@@ -361,7 +372,7 @@ def summarise_kernel(
     tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr, prefix: tl.constexpr, channels: tl.constexpr,
     probe: tl.constexpr, at_once: tl.constexpr, run: tl.constexpr, blocks: tl.constexpr, cells: tl.constexpr,
     rounds: tl.constexpr, last: tl.constexpr, value_power: tl.constexpr, floor: tl.constexpr, factor: tl.constexpr,
-    block_p: tl.constexpr, block_g: tl.constexpr, block_f: tl.constexpr, block_d: tl.constexpr,
+    unit: tl.constexpr, block_p: tl.constexpr, block_g: tl.constexpr, block_f: tl.constexpr, block_d: tl.constexpr,
     block_c: tl.constexpr, depth: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Grid (cells, or blocks of `run` patches, + probes by block_g, H, B). None is not made: sizes where all are 1,
@@ -388,8 +399,8 @@ def summarise_kernel(
             None if cell_sizes is None else cell_sizes + lane * (cells + prefix),
             None if partial_out is None else partial_out + lane * blocks * prefix * width,
             None if partial_stats is None else partial_stats + lane * blocks * prefix * 2,
-            block, heads, width, prefix, patches, run, cells, rounds, last, value_power, floor, factor, block_p,
-            block_f, block_d, depth, precision,
+            block, heads, width, prefix, patches, run, cells, rounds, last, value_power, floor, factor, unit,
+            block_p, block_f, block_d, depth, precision,
         )  # fmt: skip
     elif probes is not None:
         _store_probes(
