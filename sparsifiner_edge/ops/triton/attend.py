@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsifiner_edge.ops.triton.common import load_rows, store_rows
+from sparsifiner_edge.ops.triton.common import load_rows, reciprocal, store_rows
 
 LOWEST = tl.constexpr(-1.0e30)
 """Where a running maximum starts: finite, so that the difference of two is no NaN."""
@@ -191,7 +191,8 @@ def _add_rest(
     number = before + tl.arange(0, HALF)
     inside = number < entries
     left = tl.load(cell_sizes + number, mask=inside, other=0.0) - tl.max(counts, 1)  # whose columns are all alike
-    share = tl.where(left > 0.5, 1.0 / tl.maximum(left, 1.0), 0.0)[:, None]
+    left = tl.where(left > 0.5, left, 0.0)
+    share = tl.where(left > 0.5, reciprocal(left), 0.0)[:, None]
     k = load_rows(cell_sums, number, 2 * width, inside, width, block_d).to(tl.float32) * unit
     v = load_rows(cell_sums + width, number, 2 * width, inside, width, block_d).to(tl.float32) * unit
     k, v = ((k - keys) * share).to(q.dtype), ((v - values) * share).to(q.dtype)
@@ -204,7 +205,9 @@ def _add_rest(
         decay = tl.exp2(peak - higher)[:, None]
         total, out = total * decay, out * decay
     weights = tl.exp2(logits * factor - higher[:, None]) * left[None, :]
-    weights = tl.where((left > 0.5)[None, :], weights, 0.0).to(q.dtype)
+    if follow:  # else a cell of which nothing is left adds 0, or NaN where logits are taken again
+        weights = tl.where((left > 0.5)[None, :], weights, 0.0)
+    weights = weights.to(q.dtype)
     total = tl.dot(weights, tl.full([HALF, LEAST], 1.0, q.dtype), total)
     return higher, total, tl.dot(weights, v, out, input_precision=precision)
 
@@ -242,7 +245,7 @@ def _store_tile(
     output, lse, peak, total, out, rows, real_rows, heads: tl.constexpr, width: tl.constexpr, block_d: tl.constexpr
 ):
     """A tile's output, from its first token's and head's place on, and log2 of its rows' sums."""
-    store_rows(output, rows, heads * width, real_rows, width, block_d, out * (1.0 / total)[:, None])
+    store_rows(output, rows, heads * width, real_rows, width, block_d, out * reciprocal(total)[:, None])
     if lse is not None:
         tl.store(lse + rows, peak + tl.log2(total), mask=real_rows)
 
@@ -333,7 +336,7 @@ def attend_kernel(
         lists = indices + (lane * tiles + number) * keys
         weights = None if sizes is None else sizes + image * tokens
         q = load_rows(base, rows, 3 * heads * width, real_rows, width, block_d)
-        split = _in_first_half(lists, tokens - first, keys, cell, 4 * block_n) if cell else 0
+        split = _in_first_half(lists, tokens - first, keys, cell, 8 * block_n) if cell else 0
         full: tl.constexpr = keys // block_n * block_n
         behind: tl.constexpr = 0 if cell else first  # with cells that are summed here the prefix is among those
         none = _no_sums(block_d)
