@@ -21,6 +21,10 @@ from sparsifiner_edge.ops.triton.plan import Plan
 
 ROUNDS = {1: 5.4, 2: 6.5, 4: 7.7}
 """Of `select`'s search for thresholds, by how many tiles go together: no fewer than `gpu_rounds.py` gives."""
+AGAIN = 0.01
+"""Share of tiles whose logits `attend` takes again: no less than `gpu_rounds.py` gives."""
+SAMPLE = 16
+"""Keys that it looks at before."""
 _UNUSUAL = {"_log_sums_again", "_list_with_ties"}
 """Functions of `select` that logits far apart and ties need."""
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
@@ -132,23 +136,24 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
 
 def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
     straight, prefix = _split(code, "_prefix_row")
-    main = [x for x in straight if "_tile_again" not in x.functions]
     full, behind = c["keys"] // c["block_n"], 0 if c["cell"] else c["first"]
     blocks = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"])
-    # The first stands before the loops.
-    rest, full = (blocks - 1, full) if blocks else (0, full - 1)
-    tile: list[tuple[float, Sequence[Instruction]]] = [(1, main)]
+    rest = max(0, blocks - 1)  # the first stands before the loop
+    tile: list[tuple[float, Sequence[Instruction]]] = [
+        (1, [x for x in straight if "_tile_again" not in x.functions]),
+        (AGAIN, [x for x in straight if "_tile_again" in x.functions]),
+    ]
     row: list[tuple[float, Sequence[Instruction]]] = [(1, prefix)]
     weights = c["block_m"] * c["block_n"] / 32 / c["warps"]  # exponentials of a warp for a block of the main loop
     for loop in code.loops:
-        if _from(loop.own, "_tile_again"):
-            continue  # where logits are so far apart that the first block's peak is too low
         if counts(loop.own)["matrix"]:
-            often = full if counts(loop.own)["special"] >= 0.75 * weights else rest
+            share, often = 1.0, full if counts(loop.own)["special"] >= 0.75 * weights else rest
+            if _from(loop.own, "_tile_again"):
+                share, often = AGAIN, math.ceil((c["keys"] + behind) / c["block_n"])
             # The sums of cells stand there twice, for either half of the cells: one block has entries of both.
             summing = [x for x in loop.own if "_add_selected" in x.functions]
-            tile.append((often, [x for x in loop.own if "_add_selected" not in x.functions]))
-            tile.append(((often + 1) / 2, summing))
+            tile.append((share * often, [x for x in loop.own if "_add_selected" not in x.functions]))
+            tile.append((share * (often + 1) / 2, summing))
         elif _from(loop.own, "_prefix_row"):
             row.append((math.ceil(c["blocks"] / c["block_b"]), loop.own))
     return [(c["tiles"] * c["chunks"], tile), (c["prefix"], row)]
@@ -177,9 +182,10 @@ def _select_l2(c: Mapping[str, Any]) -> float:
 
 
 def _attend_l2(c: Mapping[str, Any]) -> float:
-    """Listed keys and values of each tile, sums of cells, lists, queries and output."""
+    """Listed keys and values of each tile, a sample of them before, sums of cells, lists, queries and output."""
     cells = (c["cells"] + c["prefix"]) * 2 * _summed(c) * c["width"]
-    return c["tiles"] * (c["keys"] * (4 * c["width"] + 4) + cells) + c["tokens"] * 4 * c["width"]
+    listed = (1 + AGAIN) * c["keys"] * (4 * c["width"] + 4) + min(SAMPLE, c["keys"]) * 2 * c["width"]
+    return c["tiles"] * (listed + cells) + c["tokens"] * 4 * c["width"]
 
 
 _KERNELS = {

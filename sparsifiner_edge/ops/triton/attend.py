@@ -22,8 +22,10 @@ from sparsifiner_edge.ops.triton.common import load_rows, reciprocal, store_rows
 LOWEST = tl.constexpr(-1.0e30)
 """Where a running maximum starts: finite, so that the difference of two is no NaN."""
 HEADROOM = tl.constexpr(8.0)
-"""How far above the first block's greatest logit (base 2) sums stand. Weights of 2^-8 lose nothing in float16, and
-later logits may be 2^24 times as great before it overflows."""
+"""How far above the greatest logit (base 2) of a sample sums stand. Weights of 2^-8 lose nothing in float16, and others
+may be 2^24 times as great before they overflow."""
+SAMPLE = tl.constexpr(16)
+"""Keys of it."""
 MOST = tl.constexpr(2.0**60)
 """Of a sum of weights that did not overflow: what is weighted did not either."""
 LEAST = tl.constexpr(8)
@@ -38,33 +40,28 @@ the first half of the cells or of the second.
 def _softmax_block(
     q, k, v, offset, state, factor: tl.constexpr, raised: tl.constexpr, follow: tl.constexpr, precision: tl.constexpr
 ):
-    """Logits factor q k (base 2), raised by `offset` if so said, enter the peak, sum and weighted sum, or begin them
-    where `state` is None.
+    """Logits factor q k (base 2), raised by `offset` if so said, enter the sums of weights and of what they weigh, or
+    begin them where they are None.
 
     follow: the peak goes with the greatest logit. Else it stays: sums need not be brought to a new one, but what comes
     may overflow. The sum of weights is a product with ones: the matrix units have time for it, additions have not.
     """
+    peak, total, out = state
     logits = tl.dot(q, tl.trans(k), input_precision=precision)
     if raised:
         logits = logits * factor + offset[None, :]
-    scaled: tl.constexpr = 1.0 if raised else factor
-    if state is None:
-        higher, total, out = tl.maximum(LOWEST, tl.max(logits, 1) * scaled) + HEADROOM, None, None
-    else:
-        peak, total, out = state
-        higher = peak
-        if follow:
-            higher = tl.maximum(peak, tl.max(logits, 1) * scaled)
-            decay = tl.exp2(peak - higher)[:, None]
-            total, out = total * decay, out * decay
-    weights = tl.exp2((logits if raised else logits * factor) - higher[:, None])
+    if follow:
+        higher = tl.maximum(peak, tl.max(logits, 1) * (1.0 if raised else factor))
+        decay = tl.exp2(peak - higher)[:, None]
+        peak, total, out = higher, total * decay, out * decay
+    weights = tl.exp2((logits if raised else logits * factor) - peak[:, None])
     if v.dtype == tl.float32:
         added = tl.broadcast_to(tl.sum(weights, 1)[:, None], [q.shape[0], LEAST])
-        total = added if state is None else total + added
+        total = added if total is None else total + added
     else:
         total = tl.dot(weights.to(v.dtype), tl.full([k.shape[0], LEAST], 1.0, v.dtype), total)
     out = tl.dot(weights.to(v.dtype), v, out, input_precision=precision)
-    return higher, total, out
+    return peak, total, out
 
 
 @triton.jit
@@ -81,17 +78,6 @@ def _no_sums(block_d: tl.constexpr):
     """Keys, values and sizes of half the cells."""
     zeros = tl.zeros([HALF, block_d], tl.float32)
     return zeros, zeros, tl.zeros([HALF, LEAST], tl.float32)
-
-
-@triton.jit
-def _in_first_half(lists, columns: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, block: tl.constexpr):
-    """How many entries of an ascending list are of the first half of the cells."""
-    before = tl.zeros([block], tl.int32)
-    for start in range(0, keys, block):
-        entries = start + tl.arange(0, block)
-        listed = tl.load(lists + entries, mask=entries < keys, other=columns).to(tl.uint32)
-        before += (listed < HALF * cell).to(tl.int32)
-    return tl.sum(before, 0)
 
 
 @triton.jit
@@ -130,26 +116,25 @@ def _add_listed(
     follow: tl.constexpr,
 ):  # fmt: skip
     """A block of a tile's list, with `behind` prefix tokens behind it, enters the softmax, and the sums of its cells
-    where `cell` is not 0: from entry `split` on of their second half.
+    where `cell` is not 0: before entry split[0] some are of their first half, from split[1] on of their second.
 
     Not masked: all its entries are listed. A list may hold anything: it is brought into range, nothing outside is read.
     """
     stride: tl.constexpr = 3 * heads * width
     entries = start + tl.arange(0, block_n)
     real = entries < keys + behind
-    listed = tl.load(lists + entries, mask=entries < keys, other=0) if masked else tl.load(lists + entries)
+    if masked:  # What is behind the last is the last once more, and weighs nothing.
+        entries = tl.minimum(entries, keys + behind - 1)
+    listed = tl.load(lists + (tl.minimum(entries, keys - 1) if masked and behind > 0 else entries))
     listed = tl.minimum(listed.to(tl.uint32), columns - 1)  # what is negative becomes large first
     token = first + listed.to(tl.int32)
     if masked and behind > 0:
         token = tl.where(entries < keys, token, entries - keys)
-    if masked or block_d != width:
-        k = load_rows(base + heads * width, token, stride, real, width, block_d)
-        v = load_rows(base + 2 * heads * width, token, stride, real, width, block_d)
-    else:
-        place = base + token[:, None] * stride + tl.arange(0, block_d)[None, :]
-        k, v = tl.load(place + heads * width), tl.load(place + 2 * heads * width)
+    every = tl.full([block_n], True, tl.int1)
+    k = load_rows(base + heads * width, token, stride, every, width, block_d)
+    v = load_rows(base + 2 * heads * width, token, stride, every, width, block_d)
     sized: tl.constexpr = sizes is not None
-    size = tl.load(sizes + token, mask=real, other=1.0) if sized else 1.0
+    size = tl.load(sizes + token) if sized else 1.0
     offset = tl.log2(size) if sized else tl.zeros([block_n], tl.float32)
     if masked:
         offset = tl.where(real, offset, float("-inf"))
@@ -157,11 +142,36 @@ def _add_listed(
     softmax = _softmax_block(q, k, v, offset, softmax, factor, masked or sized, follow, precision)
     if cell:
         number = (listed // cell).to(tl.int32)
-        low = _add_selected(start < split, number, real, size, k, v, low, masked, sized, precision)
+        low = _add_selected(start < split[0], number, real, size, k, v, low, masked, sized, precision)
         high = _add_selected(
-            start + block_n > split, number - HALF, real, size, k, v, high, masked, sized, precision
+            start + block_n > split[1], number - HALF, real, size, k, v, high, masked, sized, precision
         )  # fmt: skip
     return softmax, low, high
+
+
+@triton.jit
+def _sample(
+    q, base, sizes, lists, heads: tl.constexpr, width: tl.constexpr, first: tl.constexpr, columns: tl.constexpr,
+    keys: tl.constexpr, cell: tl.constexpr, factor: tl.constexpr, block_d: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """By keys from all over a tile's list: where rows' sums stand, above the greatest logit, and the entries before
+    and from which there may be some of the first half of the cells, and of the second.
+    """
+    number, apart = tl.arange(0, SAMPLE), max(keys // SAMPLE, 1)
+    real = number < keys
+    listed = tl.load(lists + number * apart, mask=real, other=-1).to(tl.uint32)
+    token = first + tl.minimum(listed, columns - 1).to(tl.int32)
+    k = load_rows(base + heads * width, token, 3 * heads * width, real, width, block_d)
+    logits = tl.dot(q, tl.trans(k), input_precision=precision)
+    if sizes is not None:
+        logits += tl.log2(tl.load(sizes + token, mask=real, other=1.0))[None, :] * (1.0 / factor)
+    if keys < SAMPLE:
+        logits = tl.where(real[None, :], logits, float("-inf"))
+    split = 0, 0
+    if cell:
+        low = tl.sum((listed < HALF * cell).to(tl.int32), 0)
+        split = tl.where(low == SAMPLE, keys, low * apart), tl.maximum(low - 1, 0) * apart
+    return tl.maximum(tl.max(logits, 1) * factor, LOWEST) + HEADROOM, split
 
 
 @triton.jit
@@ -192,7 +202,7 @@ def _add_rest(
     inside = number < entries
     left = tl.load(cell_sizes + number, mask=inside, other=0.0) - tl.max(counts, 1)  # whose columns are all alike
     left = tl.where(left > 0.5, left, 0.0)
-    share = tl.where(left > 0.5, reciprocal(left), 0.0)[:, None]
+    share = tl.where(left > 0.5, reciprocal(tl.maximum(left, 0.5)), 0.0)[:, None]
     k = load_rows(cell_sums, number, 2 * width, inside, width, block_d).to(tl.float32) * unit
     v = load_rows(cell_sums + width, number, 2 * width, inside, width, block_d).to(tl.float32) * unit
     k, v = ((k - keys) * share).to(q.dtype), ((v - values) * share).to(q.dtype)
@@ -335,25 +345,29 @@ def attend_kernel(
         real_rows = rows < tl.minimum(prefix + (number + 1) * tile, tokens)
         lists = indices + (lane * tiles + number) * keys
         weights = None if sizes is None else sizes + image * tokens
-        q = load_rows(base, rows, 3 * heads * width, real_rows, width, block_d)
-        split = _in_first_half(lists, tokens - first, keys, cell, 8 * block_n) if cell else 0
+        every = tl.full([block_m], True, tl.int1)
+        q = load_rows(base, tl.minimum(rows, tokens - 1), 3 * heads * width, every, width, block_d)
         full: tl.constexpr = keys // block_n * block_n
         behind: tl.constexpr = 0 if cell else first  # with cells that are summed here the prefix is among those
         none = _no_sums(block_d)
-        # What does not fill a block comes first, or else the first block: it sets the peak.
-        begun: tl.constexpr = block_n if full == keys + behind else 0
-        masked: tl.constexpr = begun == 0
-        size: tl.constexpr = block_t if masked else block_n
-        state = _add_listed(
-            q, base, weights, lists, full if masked else 0, split, (None, none, none), heads, width, first, behind,
-            tokens - first, keys, cell, factor, size, block_d, precision, masked, False,
+        peak, split = _sample(
+            q, base, weights, lists, heads, width, first, tokens - first, keys, cell, factor, block_d, precision
         )  # fmt: skip
+        # What does not fill a block comes first: sums begin with it.
+        if full < keys + behind:
+            state = _add_listed(
+                q, base, weights, lists, full, split, ((peak, None, None), none, none), heads, width, first, behind,
+                tokens - first, keys, cell, factor, block_t, block_d, precision, True, False,
+            )  # fmt: skip
+        else:
+            _, total, out = _no_softmax(block_m, block_d)
+            state = (peak, total, out), none, none
         for start in range(full + block_t, keys + behind, block_t):
             state = _add_listed(
                 q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
                 factor, block_t, block_d, precision, True, False,
             )  # fmt: skip
-        for start in range(begun, full, block_n):
+        for start in range(0, full, block_n):
             state = _add_listed(
                 q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
                 factor, block_n, block_d, precision, False, False,
