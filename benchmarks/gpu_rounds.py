@@ -1,10 +1,13 @@
-"""In how many rounds `select` finds its thresholds, on real photographs: what `gpu_work.py` counts of them.
+"""What the kernels do as often as photographs make them: in how many rounds `select` finds its thresholds, and how many
+tiles `attend` takes again. `gpu_work.py` counts with it.
 
-    python benchmarks/gpu_rounds.py [--size 518] [-o FOLDER]
+    python benchmarks/gpu_rounds.py [--size 518 --size 672] [-o FOLDER]
 
-The kernel runs in Triton's interpreter over every sixth layer of DINOv2 ViT-S/14 with an untrained predictor, on
-development photographs, at each number of tiles that a program may look at together. They go on until the last of them
-is found. Of all layers it says in how many heads logits are so great that their sums leave float32's range.
+At the first size `select` runs in Triton's interpreter over every sixth layer of DINOv2 ViT-S/14 with an untrained
+predictor, on development photographs, at each number of tiles that a program may look at together. They go on until the
+last of them is found. Of all layers it says in how many heads logits are so great that their sums leave float32's
+range; and of all layers at all sizes in what share of tiles a logit is so far above those of the sample that float16
+overflows.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.ops import reference
 from sparsifiner_edge.ops import torch as operators
-from sparsifiner_edge.ops.triton import best, plan_forward
+from sparsifiner_edge.ops.triton import attend, best, plan_forward
 from sparsifiner_edge.ops.triton.run import launch
 from sparsifiner_edge.results import Result, Subject, write_result
 
@@ -37,8 +40,10 @@ GROUPS = (1, 2, 4)
 KEEP = 0.10
 EACH = 6
 """Every so many layers are interpreted."""
-RANGE = 126
-"""Exponents of float32, either way."""
+TILE = 128
+"""Of what `attend` takes again."""
+RANGE, HALF_RANGE = 126, 16
+"""Exponents of float32, either way, and of float16, upward."""
 
 
 def layers(size: int, photographs: int) -> list[tuple[list[torch.Tensor], dict[str, Any]]]:
@@ -71,6 +76,22 @@ def far_apart(inputs: list[torch.Tensor], settings: dict[str, Any]) -> list[bool
     return [bool(x) for x in (np.abs(greatest) > RANGE).any(-1).ravel()]
 
 
+def taken_again(inputs: list[torch.Tensor], settings: dict[str, Any]) -> list[bool]:
+    """Of each tile of each head of a layer, whether a logit is too far above the greatest of the sample's."""
+    lists = operators.key_select(*inputs, **settings | {"tile": TILE})[0].numpy()
+    qkv, prefix = inputs[0].numpy(), settings["num_prefix"]
+    q, k, _ = (x[0, :, prefix:] for x in reference.split_heads(qkv, settings["num_heads"]))
+    apart, most = max(lists.shape[2] // attend.SAMPLE.value, 1), attend.HEADROOM.value + HALF_RANGE
+    found = []
+    for head, tiles in enumerate(lists):
+        for number, listed in enumerate(tiles):
+            rows = q[head, number * TILE : (number + 1) * TILE]
+            logits = settings["scale"] / np.log(2) * rows @ k[head, listed].T
+            sampled = logits[:, : attend.SAMPLE.value * apart : apart]
+            found.append(bool((logits.max(1) - sampled.max(1)).max() > most))
+    return found
+
+
 def rounds(inputs: list[torch.Tensor], settings: dict[str, Any], group: int) -> float:
     """Mean over the groups of tiles of a layer."""
     calls: Counter[str] = Counter()
@@ -98,28 +119,41 @@ def rounds(inputs: list[torch.Tensor], settings: dict[str, Any], group: int) -> 
 
 
 @click.command()
-@click.option("--size", default=518, show_default=True)
+@click.option("--size", "sizes", default=(518, 672), multiple=True, show_default=True)
 @click.option("--photographs", default=1, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for gpu_rounds.json.")
-def main(size: int, photographs: int, output: Path | None) -> None:
-    given = layers(size, photographs)
-    beyond = [head for inputs, settings in given for head in far_apart(inputs, settings)]
+def main(sizes: tuple[int, ...], photographs: int, output: Path | None) -> None:
+    given = {size: layers(size, photographs) for size in sizes}
+    first = given[sizes[0]]
+    beyond = [head for inputs, settings in first for head in far_apart(inputs, settings)]
+    again = []
+    for size, found in given.items():
+        tiles = [tile for inputs, settings in found for tile in taken_again(inputs, settings)]
+        again.append({"size": size, "tiles": len(tiles), "again": sum(tiles), "share": sum(tiles) / len(tiles)})
     rows = []
     for group in GROUPS:
         err_console.print(f"{group} tiles together")
-        found = [rounds(inputs, settings, group) for inputs, settings in given[::EACH]]
-        rows.append({"group": group, "rounds": sum(found) / len(found), "least": min(found), "most": max(found)})
+        counted = [rounds(inputs, settings, group) for inputs, settings in first[::EACH]]
+        rows.append(
+            {"group": group, "rounds": sum(counted) / len(counted), "least": min(counted), "most": max(counted)}
+        )
     names = ["tiles together", "rounds", "of a layer: least", "most"]
     print_table("Rounds of select", names, [[f"{x:.3g}" for x in row.values()] for row in rows])
+    print_table("Tiles that attend takes again", list(again[0]), [[f"{x:.4g}" for x in row.values()] for row in again])
     print(f"{sum(beyond)} of {len(beyond)} heads have logits beyond 2^{RANGE}.")
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        method = {"size": size, "photographs": photographs, "tile": 64, "keep": KEEP, "what": "interpreted, float32"}
-        subjects = [Subject(path="sparsifiner_edge/ops/triton/best.py", sha256=sha256(Path(best.__file__)))]
-        write_result(
-            output / "gpu_rounds.json",
-            Result("evaluation", subjects, method, {"rows": rows, "heads": len(beyond), "beyond": sum(beyond)}, {}),
-        )
+        method = {
+            "sizes": sizes, "photographs": photographs, "tile": {"select": 64, "attend": TILE}, "keep": KEEP,
+            "what": "interpreted, float32",
+        }  # fmt: skip
+        sources = (best, attend)
+        subjects = [
+            Subject(path=f"sparsifiner_edge/ops/triton/{Path(x.__file__).name}", sha256=sha256(Path(x.__file__)))
+            for x in sources
+        ]
+        samples = {"rows": rows, "heads": len(beyond), "beyond": sum(beyond), "again": again}
+        write_result(output / "gpu_rounds.json", Result("evaluation", subjects, method, samples, {}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.explain import draw
 from sparsifiner_edge.evaluate.task import TaskMethod, TaskResult
 from sparsifiner_edge.export.export import export_bundle
+from sparsifiner_edge.images import evenly
 from sparsifiner_edge.profiles.figures import Method, ProfileResult, Samples, Statistics
 from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS
@@ -90,6 +91,8 @@ SIZE, AT_LEAST = 518, 0.98
 """Of images, and of the fidelity asked for: cosine of the final patch tokens."""
 BACKEND, PRECISION = "onnxruntime", "fp32"
 """What runs it: more of both would be searched for longer than a demonstration may take."""
+SEARCHED, MINUTES = 8, 8.0
+"""Images and time of the search, for the same reason."""
 MODULE = "sparsifiner_edge.demo.saliency"
 DRAWN_KEEP = 0.1
 """Share of keys in the drawn layer, where nothing is merged."""
@@ -118,7 +121,7 @@ def run_demo(output: Path, progress: Progress) -> DemoResult:
     _require_demonstration(output)
     images = output / IMAGES
     images.mkdir(parents=True, exist_ok=True)
-    for path in split.calibration():
+    for path in evenly(split.calibration(), SEARCHED):
         shutil.copyfile(path, images / path.name)
     source, done = f"{MODULE}:saliency", itertools.count()
 
@@ -127,7 +130,7 @@ def run_demo(output: Path, progress: Progress) -> DemoResult:
 
     searched = search_model(
         source, images, output / FOUND, at_least=AT_LEAST, img_size=SIZE, backends=[BACKEND], precisions=[PRECISION],
-        trust=[MODULE], progress=prefixed(progress, "search: "),
+        minutes=MINUTES, trust=[MODULE], progress=prefixed(progress, "search: "),
     )  # fmt: skip
     answer = searched.statistics.answer
     if isinstance(answer, Unavailable):

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from sparsifiner_edge.ops.torch_triton import triton_layer
-from sparsifiner_edge.ops.triton import VARIABLE, kernels_for
+from sparsifiner_edge.ops.triton import VARIABLE, attend, kernels_for
 from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer, plan_select
 from sparsifiner_edge.ops.triton.run import launch
@@ -231,6 +231,25 @@ def test_winners_are_written_in_parts() -> None:
     parts = dataclasses.replace(last, constants={**last.constants, "block_v": 64})
     split = dataclasses.replace(plan, launches=(*plan.launches[:-1], parts))
     assert torch.equal(launch(split, given)["indices"], launch(plan, given)["indices"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_logit_far_above_the_sample_is_taken_again(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One listed key, of none that is looked at before, has logits that float16 cannot hold beside the others'."""
+    case = case_of("SparseAttention", 150, num_heads=1)
+    qkv, indices = tensors(case, dtype=dtype)
+    width = qkv.shape[-1] // 3
+    lists = torch.arange(0, 140, 2, dtype=indices.dtype).expand(*indices.shape[:3], -1).contiguous()
+    given = [qkv.clone(), lists]
+    listed = int(lists[0, 0, 0, 1]) + case.attributes["num_prefix"]
+    rows = slice(case.attributes["num_prefix"], case.attributes["num_prefix"] + case.attributes["tile"])
+    # So that this key's logit is some 60 in base 2, and that of others as it was.
+    given[0][0, rows, 0], given[0][0, :, width], given[0][0, listed, width] = 8, 0, 60 / case.attributes["scale"] / 11.5
+    calls: list[int] = []
+    again = attend._tile_again
+    monkeypatch.setattr(attend, "_tile_again", lambda *args: (calls.append(1), again(*args))[1])
+    hold(case, given, run(case, given), dtype)
+    assert len(calls) == (dtype == "float16")
 
 
 def test_everything_selected_is_dense_attention() -> None:

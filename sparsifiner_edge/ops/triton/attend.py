@@ -164,7 +164,7 @@ def _sample(
     k = load_rows(base + heads * width, token, 3 * heads * width, real, width, block_d)
     logits = tl.dot(q, tl.trans(k), input_precision=precision)
     if sizes is not None:
-        logits += tl.log2(tl.load(sizes + token, mask=real, other=1.0))[None, :] * (1.0 / factor)
+        logits += tl.log2(tl.load(sizes + token, mask=real, other=1.0))[None, :] * (1.0 / factor if factor else 1.0)
     if keys < SAMPLE:
         logits = tl.where(real[None, :], logits, float("-inf"))
     split = 0, 0
