@@ -21,8 +21,8 @@ from sparsifiner_edge.ops.triton.plan import Plan
 
 ROUNDS = {1: 5.4, 2: 6.5, 4: 7.7}
 """Of `select`'s search for thresholds, by how many tiles go together: no fewer than `gpu_rounds.py` gives."""
-AGAIN = 0.01
-"""Share of tiles whose logits `attend` takes again: no less than `gpu_rounds.py` gives."""
+AGAIN = {1370: 0.0065, 2305: 0.0101}
+"""Share of tiles whose logits `attend` takes again, by tokens: no less than `gpu_rounds.py` gives."""
 SAMPLE = 16
 """Keys that it looks at before."""
 _UNUSUAL = {"_log_sums_again", "_list_with_ties"}
@@ -134,14 +134,19 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
     return [(grid, times)]
 
 
+def _again(c: Mapping[str, Any]) -> float:
+    return next((share for tokens, share in AGAIN.items() if c["tokens"] <= tokens), AGAIN[2305])
+
+
 def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
     straight, prefix = _split(code, "_prefix_row")
     full, behind = c["keys"] // c["block_n"], 0 if c["cell"] else c["first"]
     blocks = math.ceil((c["keys"] - full * c["block_n"] + behind) / c["block_t"])
     rest = max(0, blocks - 1)  # the first stands before the loop
+    again = _again(c)
     tile: list[tuple[float, Sequence[Instruction]]] = [
         (1, [x for x in straight if "_tile_again" not in x.functions]),
-        (AGAIN, [x for x in straight if "_tile_again" in x.functions]),
+        (again, [x for x in straight if "_tile_again" in x.functions]),
     ]
     row: list[tuple[float, Sequence[Instruction]]] = [(1, prefix)]
     weights = c["block_m"] * c["block_n"] / 32 / c["warps"]  # exponentials of a warp for a block of the main loop
@@ -149,7 +154,7 @@ def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]
         if counts(loop.own)["matrix"]:
             share, often = 1.0, full if counts(loop.own)["special"] >= 0.75 * weights else rest
             if _from(loop.own, "_tile_again"):
-                share, often = AGAIN, math.ceil((c["keys"] + behind) / c["block_n"])
+                share, often = again, math.ceil((c["keys"] + behind) / c["block_n"])
             # The sums of cells stand there twice, for either half of the cells: one block has entries of both.
             summing = [x for x in loop.own if "_add_selected" in x.functions]
             tile.append((share * often, [x for x in loop.own if "_add_selected" not in x.functions]))
@@ -184,7 +189,7 @@ def _select_l2(c: Mapping[str, Any]) -> float:
 def _attend_l2(c: Mapping[str, Any]) -> float:
     """Listed keys and values of each tile, a sample of them before, sums of cells, lists, queries and output."""
     cells = (c["cells"] + c["prefix"]) * 2 * _summed(c) * c["width"]
-    listed = (1 + AGAIN) * c["keys"] * (4 * c["width"] + 4) + min(SAMPLE, c["keys"]) * 2 * c["width"]
+    listed = (1 + _again(c)) * c["keys"] * (4 * c["width"] + 4) + min(SAMPLE, c["keys"]) * 2 * c["width"]
     return c["tiles"] * (listed + cells) + c["tokens"] * 4 * c["width"]
 
 

@@ -52,8 +52,10 @@ def _softmax_block(
         logits = logits * factor + offset[None, :]
     if follow:
         higher = tl.maximum(peak, tl.max(logits, 1) * (1.0 if raised else factor))
-        decay = tl.exp2(peak - higher)[:, None]
-        peak, total, out = higher, total * decay, out * decay
+        if total is not None:
+            decay = tl.exp2(peak - higher)[:, None]
+            total, out = total * decay, out * decay
+        peak = higher
     weights = tl.exp2((logits if raised else logits * factor) - peak[:, None])
     if v.dtype == tl.float32:
         added = tl.broadcast_to(tl.sum(weights, 1)[:, None], [q.shape[0], LEAST])
@@ -164,7 +166,8 @@ def _sample(
     k = load_rows(base + heads * width, token, 3 * heads * width, real, width, block_d)
     logits = tl.dot(q, tl.trans(k), input_precision=precision)
     if sizes is not None:
-        logits += tl.log2(tl.load(sizes + token, mask=real, other=1.0))[None, :] * (1.0 / factor if factor else 1.0)
+        unscaled: tl.constexpr = 1.0 / factor if factor != 0 else 1.0
+        logits += (tl.log2(tl.load(sizes + token, mask=real, other=1.0)) * unscaled)[None, :]
     if keys < SAMPLE:
         logits = tl.where(real[None, :], logits, float("-inf"))
     split = 0, 0
@@ -262,16 +265,20 @@ def _store_tile(
 
 @triton.jit
 def _tile_again(
-    q, base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, output, lse, split, lane,
-    number, rows, real_rows, heads: tl.constexpr, width: tl.constexpr, first: tl.constexpr, behind: tl.constexpr,
+    base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, output, lse, lane, number, rows,
+    real_rows, heads: tl.constexpr, width: tl.constexpr, first: tl.constexpr, behind: tl.constexpr,
     columns: tl.constexpr, tiles: tl.constexpr, keys: tl.constexpr, cell: tl.constexpr, cells: tl.constexpr,
     factor: tl.constexpr, unit: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr, block_d: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """A tile whose logits are so far above its first block's that sums overflowed, by a peak that follows."""
+    """A tile whose logits are so far above the sample's that sums overflowed, by a peak that follows. What the first
+    try had is made again: to keep it takes registers.
+    """
+    q = load_rows(base, rows, 3 * heads * width, real_rows, width, block_d)
+    _, split = _sample(q, base, weights, lists, heads, width, first, columns, keys, cell, factor, block_d, precision)
     none = _no_sums(block_d)
     state = _no_softmax(q.shape[0], block_d), none, none
-    for start in range(0, keys + behind, block_n):
+    for start in tl.range(0, keys + behind, block_n, num_stages=1):
         state = _add_listed(
             q, base, weights, lists, start, split, state, heads, width, first, behind, columns, keys, cell, factor,
             block_n, block_d, precision, True, True,
@@ -350,14 +357,18 @@ def attend_kernel(
         full: tl.constexpr = keys // block_n * block_n
         behind: tl.constexpr = 0 if cell else first  # with cells that are summed here the prefix is among those
         none = _no_sums(block_d)
-        peak, split = _sample(
-            q, base, weights, lists, heads, width, first, tokens - first, keys, cell, factor, block_d, precision
-        )  # fmt: skip
+        # At float32 a peak that follows costs little beside three products, and nothing is taken again.
+        follow: tl.constexpr = qkv.dtype.element_ty == tl.float32
+        peak, split = tl.full([block_m], LOWEST, tl.float32), (0, 0)
+        if not follow:
+            peak, split = _sample(
+                q, base, weights, lists, heads, width, first, tokens - first, keys, cell, factor, block_d, precision
+            )  # fmt: skip
         # What does not fill a block comes first: sums begin with it.
         if full < keys + behind:
             state = _add_listed(
                 q, base, weights, lists, full, split, ((peak, None, None), none, none), heads, width, first, behind,
-                tokens - first, keys, cell, factor, block_t, block_d, precision, True, False,
+                tokens - first, keys, cell, factor, block_t, block_d, precision, True, follow,
             )  # fmt: skip
         else:
             _, total, out = _no_softmax(block_m, block_d)
@@ -365,25 +376,25 @@ def attend_kernel(
         for start in range(full + block_t, keys + behind, block_t):
             state = _add_listed(
                 q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
-                factor, block_t, block_d, precision, True, False,
+                factor, block_t, block_d, precision, True, follow,
             )  # fmt: skip
         for start in range(0, full, block_n):
             state = _add_listed(
                 q, base, weights, lists, start, split, state, heads, width, first, behind, tokens - first, keys, cell,
-                factor, block_n, block_d, precision, False, False,
+                factor, block_n, block_d, precision, False, follow,
             )  # fmt: skip
         peak, total, out = _add_cells(
             q, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, state, lane, number, width, tiles, cell,
-            cells, first, factor, unit, block_r, block_d, precision, False,
+            cells, first, factor, unit, block_r, block_d, precision, follow,
         )  # fmt: skip
         target = output + image * tokens * heads * width + head * width
         sums_of_rows = None if lse is None else lse + lane * tokens
         total = tl.max(total, 1)  # its columns are all alike
-        if tl.min((total < MOST).to(tl.int32)) > 0:  # NaN is not
+        if follow or tl.min((total < MOST).to(tl.int32)) > 0:  # NaN is not
             _store_tile(target, sums_of_rows, peak, total, out, rows, real_rows, heads, width, block_d)
         else:
             _tile_again(
-                q, base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, target,
-                sums_of_rows, split, lane, number, rows, real_rows, heads, width, first, behind, tokens - first, tiles,
+                base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, target,
+                sums_of_rows, lane, number, rows, real_rows, heads, width, first, behind, tokens - first, tiles,
                 keys, cell, cells, factor, unit, block_n, block_r, block_d, precision,
             )  # fmt: skip
