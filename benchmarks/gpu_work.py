@@ -154,7 +154,10 @@ def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]
         if counts(loop.own)["matrix"]:
             share, often = 1.0, full if counts(loop.own)["special"] >= 0.75 * weights else rest
             if _from(loop.own, "_tile_again"):
-                share, often = again, math.ceil((c["keys"] + behind) / c["block_n"])
+                share, often = (
+                    again,
+                    math.ceil((c["keys"] + behind) / (c["block_n"] if c["block_n"] <= 32 else c["block_t"])),
+                )
             # The sums of cells stand there twice, for either half of the cells: one block has entries of both.
             summing = [x for x in loop.own if "_add_selected" in x.functions]
             tile.append((share * often, [x for x in loop.own if "_add_selected" not in x.functions]))

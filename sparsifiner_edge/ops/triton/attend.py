@@ -26,6 +26,8 @@ HEADROOM = tl.constexpr(8.0)
 may be 2^24 times as great before they overflow."""
 SAMPLE = tl.constexpr(16)
 """Keys of it."""
+AGAIN_N = tl.constexpr(32)
+"""Entries of a block, at most, where a peak follows: more take registers."""
 MOST = tl.constexpr(2.0**60)
 """Of a sum of weights that did not overflow: what is weighted did not either."""
 LEAST = tl.constexpr(8)
@@ -396,5 +398,5 @@ def attend_kernel(
             _tile_again(
                 base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, target,
                 sums_of_rows, lane, number, rows, real_rows, heads, width, first, behind, tokens - first, tiles,
-                keys, cell, cells, factor, unit, block_n, block_r, block_d, precision,
+                keys, cell, cells, factor, unit, block_n if block_n <= AGAIN_N else block_t, block_r, block_d, precision,
             )  # fmt: skip
