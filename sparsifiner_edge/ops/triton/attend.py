@@ -397,6 +397,6 @@ def attend_kernel(
         else:
             _tile_again(
                 base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, target,
-                sums_of_rows, lane, number, rows, real_rows, heads, width, first, behind, tokens - first, tiles,
-                keys, cell, cells, factor, unit, block_n if block_n <= AGAIN_N else block_t, block_r, block_d, precision,
+                sums_of_rows, lane, number, rows, real_rows, heads, width, first, behind, tokens - first, tiles, keys,
+                cell, cells, factor, unit, block_n if block_n <= AGAIN_N else block_t, block_r, block_d, precision,
             )  # fmt: skip
