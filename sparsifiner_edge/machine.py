@@ -51,11 +51,25 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _cpu_model(root: Path) -> str | Unavailable:
+def _cpu_fields(root: Path) -> dict[str, str]:
+    """Of /proc/cpuinfo, of the first processor."""
     fields: dict[str, str] = {}
     for line in (_read(root / "proc/cpuinfo") or "").splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip().lower(), value.strip())
+    return fields
+
+
+def has_int8_products(root: Path = Path("/")) -> bool:
+    """Whether the processor adds products of int8 in 32 bits. x86 without VNNI or AMX adds pairs of them in 16 bits,
+    which saturate (oneDNN, "Nuances of int8 computations").
+    """
+    flags = _cpu_fields(root).get("flags")
+    return flags is None or not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags.split())
+
+
+def _cpu_model(root: Path) -> str | Unavailable:
+    fields = _cpu_fields(root)
     if fields.get("model name"):
         return fields["model name"]
     if "cpu implementer" in fields:  # Arm kernels give numbers where x86 gives a name.

@@ -18,7 +18,7 @@ from sparsifiner_edge.export import int8 as module
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.int8 import INT8_TARGETS, _compared, quantise
-from sparsifiner_edge.export.sessions import file_runner, with_matches, with_outputs
+from sparsifiner_edge.export.sessions import file_runner, processor_run, with_matches, with_outputs
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
@@ -84,7 +84,8 @@ def test_it_is_smaller_and_close_on_a_new_image(place: Path) -> None:
     assert sizes[1] < 0.6 * sizes[0]  # the head and the patch embedding stay
 
 
-def test_int8_products_do_not_saturate() -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_int8_products_do_not_saturate(backend: str) -> None:
     """Pairs of the largest uint8 x int8, whose sum exceeds 16 bits: processors without VNNI would cut them off."""
     helper, types = onnx.helper, onnx.TensorProto
     weight = np.full((64, 32), 127, np.int8)
@@ -105,7 +106,8 @@ def test_int8_products_do_not_saturate() -> None:
         [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    got = file_runner(model)(np.ones((1, 40, 64), np.float32))["y"]
+    with processor_run(model, backend, "int8") as (run, _):
+        got = run({"image": np.ones((1, 40, 64), np.float32)})["y"]
     np.testing.assert_allclose(got, np.broadcast_to(np.where(np.arange(32) % 2, 64.0, -64.0), got.shape), rtol=1e-5)
 
 

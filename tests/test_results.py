@@ -6,7 +6,7 @@ import pytest
 
 from sparsifiner_edge import results
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.machine import jetson_release
+from sparsifiner_edge.machine import has_int8_products, jetson_release
 from sparsifiner_edge.records import write_record
 from tests.plain import environment, machine
 
@@ -133,6 +133,19 @@ def test_what_a_machine_does_not_say_has_a_reason(tmp_path):
     found = made_up(tmp_path, {})
     for name in ("cpu_model", "memory_bytes", "governor", "board"):
         assert found[name]["unavailable"]
+
+
+@pytest.mark.parametrize(
+    ("text", "exact"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512bw", False), ("flags\t\t: fpu avx2 avx_vnni", True),
+        ("flags\t\t: fpu avx512_vnni", True), ("Features\t: fp asimd asimddp", True), ("", True),
+    ],
+)  # fmt: skip
+def test_where_products_of_int8_saturate(tmp_path, text, exact):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(f"processor\t: 0\n{text}\n")
+    assert has_int8_products(tmp_path) == exact
 
 
 def test_thread_variables_are_recorded_and_others_are_not(monkeypatch):
