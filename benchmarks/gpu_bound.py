@@ -28,7 +28,7 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.machine import package_version
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
-from sparsifiner_edge.ops.triton.plan import Launch, Plan
+from sparsifiner_edge.ops.triton.plan import Launch, Plan, fitted
 from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.profiles.boards.board import board_names, load_board
 from sparsifiner_edge.profiles.gpu_attention import TABLE
@@ -74,7 +74,7 @@ def compiled(tokens: int, batch: int, tile: int, capability: int) -> tuple[Compi
 
 def _at(made: Compiled, step: Launch) -> Compiled:
     """What was compiled at another rate, with the constants of a step."""
-    return dataclasses.replace(made, constants={**made.constants, **step.constants})
+    return dataclasses.replace(made, constants={**made.constants, **fitted(step, made.capability).constants})
 
 
 def bound(on: Gpu, tokens: int, keep: float, batch: int, tile: int) -> dict[str, Any]:

@@ -35,7 +35,15 @@ from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, OPERATORS_PLANNED, Buffer, Launch, Plan, refusals
+from sparsifiner_edge.ops.triton.plan import (
+    LEAST_BLOCK,
+    LEAST_CAPABILITY,
+    OPERATORS_PLANNED,
+    Buffer,
+    Launch,
+    Plan,
+    refusals,
+)
 from sparsifiner_edge.ops.triton.plan_forward import make_a_layer, plan_attend, plan_layer, plan_select
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from sparsifiner_edge.profiles.boards.board import Board
@@ -54,8 +62,6 @@ PLANS = {"MatchTokens": plan_match, "MergeTokens": plan_merge} | {
     for name, plan in (("KeySelect", plan_select), ("SparseAttention", plan_attend))
 }
 """Of operators that are launched alone."""
-LEAST_BLOCK = 16
-"""Entries that a product of the matrix units has at least."""
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name of a tensor -> element type and shape, 1 where the batch is dynamic."""
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.errors import BackendError, MissingExtraError
-from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Buffer, Constant, Launch, Plan
+from sparsifiner_edge.ops.triton.plan import LEAST_CAPABILITY, Buffer, Constant, Launch, Plan, fitted
 from sparsifiner_edge.records import write_record
 
 CAPABILITIES = (80, 86, 87, 89, 90, 100, 110, 120)
@@ -88,6 +88,7 @@ def compile_plan(plan: Plan, capability: int, ptx_version: int | None = None) ->
 
 def compile_launch(plan: Plan, launch: Launch, capability: int, ptx_version: int | None = None) -> Compiled:
     """Compile one launch of a plan; see `compile_plan`."""
+    launch = fitted(launch, capability)
     function = _function(launch.kernel, capability)
     import triton
     from triton.backends.compiler import GPUTarget

@@ -1,8 +1,8 @@
 """Which kernels an operator launches, in which order, on which buffers: for torch and for compilation ahead of time.
 
 A plan (`plan_forward`, `plan_backward`, `plan_merge`) follows from the operator's attributes, shapes and element type
-alone; neither torch nor Triton is imported, and launches are the same for every compute capability. Every size is a
-constant of the kernel: a kernel takes pointers and nothing else.
+alone; neither torch nor Triton is imported, and launches are the same for every compute capability, but for `fitted`.
+Every size is a constant of the kernel: a kernel takes pointers and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import OPERATORS, AttributeValue
 
 OPERATORS_PLANNED = TRITON.operators
+SHORT_BLOCKS, LEAST_BLOCK = 120, 16
+"""See `fitted`; entries that a block has at least."""
 LEAST_CAPABILITY = 80
 """Compute capability times ten: below, Triton multiplies without tensor cores."""
 MOST = {"width": 128, "channels": 64, "tile": 128, "probe": 64, "patches": 16384}
@@ -60,6 +62,16 @@ class Launch:
     constants: Mapping[str, Constant]
     warps: int = 4
     stages: int = 2
+
+
+def fitted(launch: Launch, capability: int) -> Launch:
+    """A launch as it is for a compute capability (times ten): on 12.0 blocks of `attend` are half as long, since the
+    assembler's code for whole ones takes more registers than there are.
+    """
+    block = int(launch.constants.get("block_n", 0))
+    if launch.kernel != "attend" or capability < SHORT_BLOCKS or block <= LEAST_BLOCK:
+        return launch
+    return dataclasses.replace(launch, constants={**launch.constants, "block_n": block // 2})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsifiner_edge.ops.schema import Attributes, AttributeValue
 from sparsifiner_edge.ops.triton.compile import OPTIONS
 from sparsifiner_edge.ops.triton.kernels import kernel
-from sparsifiner_edge.ops.triton.plan import Plan
+from sparsifiner_edge.ops.triton.plan import Plan, fitted
 from sparsifiner_edge.ops.triton.plan_backward import plan_backward
 from sparsifiner_edge.ops.triton.plan_forward import plan_attend, plan_layer, plan_select
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
@@ -49,7 +49,7 @@ def launch(plan: Plan, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = torch.empty(buffer.shape, dtype=getattr(torch, buffer.dtype), device=like.device)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(like):
-        for step in plan.launches:
+        for step in (fitted(planned, capability(like.device)) for planned in plan.launches):
             given = {name: None if buffer is None else tensors[buffer] for name, buffer in step.arguments.items()}
             kernel(step.kernel)[step.grid](
                 **given, **step.constants, num_warps=step.warps, num_stages=step.stages, **OPTIONS
