@@ -16,6 +16,7 @@ from gpu_roofline import LaunchWork, Work
 from occupancy import occupancy
 from sass import Code, Instruction, counts, read
 
+from sparsifiner_edge.ops.triton import attend
 from sparsifiner_edge.ops.triton.compile import Compiled
 from sparsifiner_edge.ops.triton.plan import Plan
 
@@ -23,8 +24,6 @@ ROUNDS = {1: 5.4, 2: 6.5, 4: 7.7}
 """Of `select`'s search for thresholds, by how many tiles go together: no fewer than `gpu_rounds.py` gives."""
 AGAIN = {1370: 0.0065, 2305: 0.0101}
 """Share of tiles whose logits `attend` takes again, by tokens: no less than `gpu_rounds.py` gives."""
-SAMPLE = 16
-"""Keys that it looks at before."""
 _UNUSUAL = {"_log_sums_again", "_list_with_ties"}
 """Functions of `select` that logits far apart and ties need."""
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
@@ -135,7 +134,8 @@ def _select(code: Code, c: Mapping[str, Any], grid: int) -> list[tuple[int, Time
 
 
 def _again(c: Mapping[str, Any]) -> float:
-    return next((share for tokens, share in AGAIN.items() if c["tokens"] <= tokens), AGAIN[2305])
+    """At more tokens than were looked at as at the most."""
+    return next((share for tokens, share in AGAIN.items() if c["tokens"] <= tokens), max(AGAIN.values()))
 
 
 def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]:
@@ -154,10 +154,8 @@ def _attend(code: Code, c: Mapping[str, Any], _: int) -> list[tuple[int, Times]]
         if counts(loop.own)["matrix"]:
             share, often = 1.0, full if counts(loop.own)["special"] >= 0.75 * weights else rest
             if _from(loop.own, "_tile_again"):
-                share, often = (
-                    again,
-                    math.ceil((c["keys"] + behind) / (c["block_n"] if c["block_n"] <= 32 else c["block_t"])),
-                )
+                block = c["block_n"] if c["block_n"] <= attend.FOLLOWED.value else c["block_t"]
+                share, often = again, math.ceil((c["keys"] + behind) / block)
             # The sums of cells stand there twice, for either half of the cells: one block has entries of both.
             summing = [x for x in loop.own if "_add_selected" in x.functions]
             tile.append((share * often, [x for x in loop.own if "_add_selected" not in x.functions]))
@@ -192,7 +190,7 @@ def _select_l2(c: Mapping[str, Any]) -> float:
 def _attend_l2(c: Mapping[str, Any]) -> float:
     """Listed keys and values of each tile, a sample of them before, sums of cells, lists, queries and output."""
     cells = (c["cells"] + c["prefix"]) * 2 * _summed(c) * c["width"]
-    listed = (1 + _again(c)) * c["keys"] * (4 * c["width"] + 4) + min(SAMPLE, c["keys"]) * 2 * c["width"]
+    listed = (1 + _again(c)) * c["keys"] * (4 * c["width"] + 4) + min(attend.SAMPLE.value, c["keys"]) * 2 * c["width"]
     return c["tiles"] * (listed + cells) + c["tokens"] * 4 * c["width"]
 
 

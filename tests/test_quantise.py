@@ -111,6 +111,19 @@ def test_int8_products_do_not_saturate(backend: str) -> None:
     np.testing.assert_allclose(got, np.broadcast_to(np.where(np.arange(32) % 2, 64.0, -64.0), got.shape), rtol=1e-5)
 
 
+def test_layers_with_equal_weights(place: Path) -> None:
+    """Exports share equal tensors; where products saturate ONNX Runtime takes no int8 weight that two layers read."""
+    model = onnx.load(place / "fp32" / "model.onnx")
+    weights = {tensor.name for tensor in model.graph.initializer}
+    layers = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+    first, second = (n for n in layers[:8] if n.name.endswith("proj.MatMul"))  # even channels give others their own
+    second.input[1] = first.input[1]
+    made, found = quantise(model, [smooth_images(160, seed=20 + n) for n in range(3)])
+    assert found.quantised + len(found.kept) == 24
+    read = [node.input[0] for node in made.graph.node if node.op_type == "DequantizeLinear"]
+    assert len(read) == len(set(read))
+
+
 def test_channels_that_exceed_all_others_cost_nothing(place: Path) -> None:
     """The same function in float32, with one channel of each normalisation's output 100 times as large."""
     plain, loud = (onnx.load(place / "fp32" / "model.onnx") for _ in range(2))

@@ -265,16 +265,13 @@ def _compile(model: onnx.ModelProto, nodes: Sequence[Any], target: _Target, tabl
 
 
 def _compile_launch(plan: Plan, launch: Launch, target: _Target) -> Compiled:
-    """A launch, in smaller blocks where TensorRT's plugins would refuse the shared memory that it takes, or where
-    registers do not suffice.
-    """
+    """A launch, in smaller blocks where TensorRT's plugins would refuse the shared memory that it takes."""
     made = compile_launch(plan, launch, target.sm, target.ptx_version)
-    block, fits = int(launch.constants.get("block_n", 0)), made.shared <= MOST_SHARED_BYTES
-    if (fits and not made.spilled) or block <= LEAST_BLOCK:
+    block = int(launch.constants.get("block_n", 0))
+    if made.shared <= MOST_SHARED_BYTES or block <= LEAST_BLOCK:
         return made
     smaller = dataclasses.replace(launch, constants={**launch.constants, "block_n": block // 2})
-    found = _compile_launch(plan, smaller, target)
-    return made if fits and found.spilled >= made.spilled else found
+    return _compile_launch(plan, smaller, target)
 
 
 def _layers(nodes: Sequence[Any]) -> list[tuple[Any, ...]]:

@@ -155,8 +155,7 @@ class _Walk:
     def halves(self) -> list[str]:
         """Names of what is float16 and not the same for every image.
 
-        Weights of int8 stay out: read twice, ONNX Runtime 1.32 cannot make them uint8 ("attempt to replace the existing
-        tensor"), which `session_options` asks for.
+        Weights of int8 stay out, which must not be read twice (see `export.int8`).
         """
         stored = {tensor.name for tensor in self.initialisers}
         fixed = {n.output[0] for n in self.nodes if n.op_type == "DequantizeLinear" and n.input[0] in stored}

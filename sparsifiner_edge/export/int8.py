@@ -160,14 +160,24 @@ def _layers_that_hurt(
 
 
 def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
-    """A copy whose biases have shape [1,1,N], and the names of its linear layers.
+    """A copy whose biases have shape [1,1,N] and whose linear layers have weights of their own, and the layers' names.
 
-    ONNX Runtime turns MatMul and a bias of shape [N] into Gemm, with which its int8 product does not fuse.
+    ONNX Runtime turns MatMul and a bias of shape [N] into Gemm, with which its int8 product does not fuse; and of a
+    weight that two layers read it cannot make uint8 (1.32: "attempt to replace the existing tensor"), as
+    `session_options` has it do where products saturate.
     """
     source = onnx.ModelProto()
     source.CopyFrom(model)
     weights = {tensor.name: tensor for tensor in source.graph.initializer}
     linear = {n.output[0]: n.name for n in source.graph.node if n.op_type == "MatMul" and n.input[1] in weights}
+    seen: set[str] = set()
+    for node in source.graph.node:
+        if node.output[0] in linear:
+            if node.input[1] in seen:
+                copied = source.graph.initializer.add()
+                copied.CopyFrom(weights[node.input[1]])
+                node.input[1] = copied.name = f"{node.name}_own"
+            seen.add(node.input[1])
     for node in source.graph.node:
         if node.op_type == "Add" and any(name in linear for name in node.input):
             for name in node.input:

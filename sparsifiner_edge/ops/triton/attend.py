@@ -1,6 +1,6 @@
 """SparseAttention on a GPU, forward: `attend`, a tile of queries over its list, the rest of each cell and the prefix.
 
-    listed keys and values, in blocks ─┬► online softmax ─────────────────────────────────┐
+    listed keys and values, in blocks ─┬► softmax ────────────────────────────────────────┐
                                        └► one-hot by cell x keys, values: what the tile    ├─► output
                                           selected of each cell                            │
     cells' sums (summarise) ─────────────► less what it selected, over what is left; prefix┘
@@ -26,7 +26,7 @@ HEADROOM = tl.constexpr(8.0)
 may be 2^24 times as great before they overflow."""
 SAMPLE = tl.constexpr(16)
 """Keys of it."""
-AGAIN_N = tl.constexpr(32)
+FOLLOWED = tl.constexpr(32)
 """Entries of a block, at most, where a peak follows: more take registers."""
 MOST = tl.constexpr(2.0**60)
 """Of a sum of weights that did not overflow: what is weighted did not either."""
@@ -239,9 +239,7 @@ def _add_cells(
         entries: tl.constexpr = cells + first
         sums += lane * entries * 2 * width
         sizes += lane * entries
-        softmax = _add_rest(
-            q, sums, sizes, low, softmax, 0, width, entries, factor, unit, block_d, precision, follow
-        )  # fmt: skip
+        softmax = _add_rest(q, sums, sizes, low, softmax, 0, width, entries, factor, unit, block_d, precision, follow)
         if entries > HALF:
             softmax = _add_rest(
                 q, sums, sizes, high, softmax, HALF, width, entries, factor, unit, block_d, precision, follow
@@ -398,5 +396,5 @@ def attend_kernel(
             _tile_again(
                 base, weights, lists, cell_sums, cell_sizes, rest_keys, rest_values, rest_sizes, target,
                 sums_of_rows, lane, number, rows, real_rows, heads, width, first, behind, tokens - first, tiles, keys,
-                cell, cells, factor, unit, block_n if block_n <= AGAIN_N else block_t, block_r, block_d, precision,
+                cell, cells, factor, unit, block_n if block_n <= FOLLOWED else block_t, block_r, block_d, precision,
             )  # fmt: skip

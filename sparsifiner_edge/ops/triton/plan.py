@@ -16,8 +16,10 @@ from sparsifiner_edge.ops.kernels import TRITON
 from sparsifiner_edge.ops.schema import OPERATORS, AttributeValue
 
 OPERATORS_PLANNED = TRITON.operators
-SHORT_BLOCKS, LEAST_BLOCK = 120, 16
-"""See `fitted`; entries that a block has at least."""
+SHORT_BLOCKS = {("select", 10), ("attend", 12)}
+"""Kernels, and major compute capabilities, whose whole blocks take more registers than there are."""
+LEAST_BLOCK = 16
+"""Entries that a block has at least: a product of the matrix units has."""
 LEAST_CAPABILITY = 80
 """Compute capability times ten: below, Triton multiplies without tensor cores."""
 MOST = {"width": 128, "channels": 64, "tile": 128, "probe": 64, "patches": 16384}
@@ -65,11 +67,9 @@ class Launch:
 
 
 def fitted(launch: Launch, capability: int) -> Launch:
-    """A launch as it is for a compute capability (times ten): on 12.0 blocks of `attend` are half as long, since the
-    assembler's code for whole ones takes more registers than there are.
-    """
+    """A launch as it is for a compute capability (times ten): in blocks half as long where `SHORT_BLOCKS` says so."""
     block = int(launch.constants.get("block_n", 0))
-    if launch.kernel != "attend" or capability < SHORT_BLOCKS or block <= LEAST_BLOCK:
+    if (launch.kernel, capability // 10) not in SHORT_BLOCKS or block <= LEAST_BLOCK:
         return launch
     return dataclasses.replace(launch, constants={**launch.constants, "block_n": block // 2})
 

@@ -212,14 +212,8 @@ def _store_cell(
 ):
     """Sums in a `unit` that they fit into their type by."""
     columns = tl.arange(0, block_d)
-    tl.store(
-        sums + place * 2 * width + columns, (key_sum * (1.0 / unit)).to(sums.dtype.element_ty), mask=columns < width
-    )
-    tl.store(
-        sums + (place * 2 + 1) * width + columns,
-        (value_sum * (1.0 / unit)).to(sums.dtype.element_ty),
-        mask=columns < width,
-    )
+    tl.store(sums + place * 2 * width + columns, key_sum * (1.0 / unit), mask=columns < width)
+    tl.store(sums + (place * 2 + 1) * width + columns, value_sum * (1.0 / unit), mask=columns < width)
     tl.store(counts + place, size)
 
 
