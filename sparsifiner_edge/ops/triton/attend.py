@@ -28,7 +28,7 @@ SAMPLE = tl.constexpr(16)
 """Keys of it."""
 FOLLOWED = tl.constexpr(32)
 """Entries of a block, at most, where a peak follows: more take registers."""
-MOST = tl.constexpr(2.0**60)
+GREATEST_SUM = tl.constexpr(2.0**60)
 """Of a sum of weights that did not overflow: what is weighted did not either."""
 LEAST = tl.constexpr(8)
 """Columns that a product of the matrix units has at least."""
@@ -390,7 +390,7 @@ def attend_kernel(
         target = output + image * tokens * heads * width + head * width
         sums_of_rows = None if lse is None else lse + lane * tokens
         total = tl.max(total, 1)  # its columns are all alike
-        if follow or tl.min((total < MOST).to(tl.int32)) > 0:  # NaN is not
+        if follow or tl.min((total < GREATEST_SUM).to(tl.int32)) > 0:  # NaN is not
             _store_tile(target, sums_of_rows, peak, total, out, rows, real_rows, heads, width, block_d)
         else:
             _tile_again(
