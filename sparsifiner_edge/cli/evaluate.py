@@ -14,7 +14,9 @@ from sparsifiner_edge.text import shown
 if TYPE_CHECKING:
     from sparsifiner_edge.evaluate.classes import ClassResult
     from sparsifiner_edge.evaluate.cosine import CosineResult
+    from sparsifiner_edge.evaluate.robustness import RobustnessResult
     from sparsifiner_edge.evaluate.task import TaskResult
+    from sparsifiner_edge.results import Estimate
 
 
 @click.command()
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 @click.option("--map", "map_name", metavar="NAME", help="For maps: the output that is one, where there are several.")
 @click.option("--masks", type=common.PATH, help="For maps: a folder of true masks, named as the images.")
 @click.option("--threshold", type=float, help="For maps from 0 to 1: what belongs to the mask.  [default: 0.5]")
+@click.option("--corruptions", metavar="all|common|camera|NAME,..",
+              help="Judge by that metric under corruptions too: dense beside sparse, and what each loses.")  # fmt: skip
+@click.option("--severity", metavar="1..5|3|1,3,5", help="How severe they are.  [default: 1..5]")
 @click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
 @common.keep_option
 @common.token_keep_option
@@ -53,13 +58,16 @@ def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **o
     common.print_result(result, as_json, _print, output)
 
 
-def _print(result: CosineResult | ClassResult | TaskResult) -> None:
+def _print(result: CosineResult | ClassResult | TaskResult | RobustnessResult) -> None:
     """The figures; then who was compared with whom, and what ran each."""
     from sparsifiner_edge.evaluate.cosine import CosineResult
+    from sparsifiner_edge.evaluate.robustness import RobustnessResult
     from sparsifiner_edge.evaluate.task import TaskResult
 
     if isinstance(result, CosineResult):
         _print_cosines(result)
+    elif isinstance(result, RobustnessResult):
+        _print_robustness(result)
     elif isinstance(result, TaskResult):
         _print_task(result)
     else:
@@ -71,6 +79,12 @@ def _print(result: CosineResult | ClassResult | TaskResult) -> None:
         click.echo(f"{subject.role}: {shown(subject.path)} on {shown(ran)}")
 
 
+def _between(found: Estimate, form: str = ".4f") -> str:
+    """An interval in words."""
+    known = isinstance(found.low, float) and isinstance(found.high, float)
+    return f"{found.low:{form}} to {found.high:{form}}" if known else "too few images"
+
+
 def _print_cosines(result: CosineResult) -> None:
     """One row per kind of feature."""
     rows = []
@@ -79,10 +93,7 @@ def _print_cosines(result: CosineResult) -> None:
         ("patches", result.statistics.patches_cosine),
     ):
         if found is not None:
-            low, high = found.mean.low, found.mean.high
-            known = isinstance(low, float) and isinstance(high, float)
-            interval = f"{low:.4f} to {high:.4f}" if known else "too few images"
-            rows.append([name, f"{found.mean.value:.4f}", interval, f"{found.least:.4f}"])
+            rows.append([name, f"{found.mean.value:.4f}", _between(found.mean), f"{found.least:.4f}"])
     count = len(result.method.images)
     common.print_table(f"Cosine to the dense teacher, {count} images", ["", "mean", "95 % interval", "least"], rows)
 
@@ -91,15 +102,33 @@ def _print_task(result: TaskResult) -> None:
     """One row per figure."""
     rows = []
     for name, found in result.statistics.items():
-        low, high = found.mean.low, found.mean.high
-        known = isinstance(low, float) and isinstance(high, float)
-        interval = f"{low:.4f} to {high:.4f}" if known else "too few images"
-        rows.append([name.replace("_", " "), f"{found.mean.value:.4f}", interval, str(found.images)])
+        rows.append([name.replace("_", " "), f"{found.mean.value:.4f}", _between(found.mean), str(found.images)])
     method = result.method
     title = f"{method.output or method.task}, {len(method.images)} images"
     common.print_table(title, ["", "mean", "95 % interval", "images"], rows)
     for role, value in (method.results or {}).items():
         click.echo(f"{role}: {value:.6g} ({'higher' if method.higher_is_better else 'lower'} is better)")
+
+
+def _print_robustness(result: RobustnessResult) -> None:
+    """By score one row per corruption, and one for all: what each model loses, of 100."""
+    method = result.method
+    for score, found in result.statistics.stability.items():
+        clean = result.statistics.clean[score]
+        rows = []
+        for name in (*method.corruptions, "all"):
+            row = found[name]
+            extra = row.extra_lost.times(100)
+            rows.append([
+                name, f"{100 * row.teacher:.2f}", f"{100 * row.subject:.2f}", f"{100 * row.teacher_lost.value:.2f}",
+                f"{100 * row.subject_lost.value:.2f}", f"{extra.value:+.2f}", _between(extra, "+.2f"),
+            ])  # fmt: skip
+        title = f"{score} of 100, {found['all'].images} images, severity {', '.join(map(str, method.severities))}; "
+        common.print_table(
+            title + f"clean: dense {100 * clean['teacher']:.2f}, sparse {100 * clean['subject']:.2f}",
+            ["", "dense", "sparse", "dense loses", "sparse loses", "extra loss", "95 % interval"], rows,
+        )  # fmt: skip
+    click.echo(f"Held against: {method.truth}.")
 
 
 def _print_accuracy(result: ClassResult) -> None:

@@ -11,12 +11,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.corruptions import COMMON, SEVERITIES, corrupt
 from sparsifiner_edge.distill.recipe import Images
 from sparsifiner_edge.errors import ConfigError, ImageError, SparsifinerError
 from sparsifiner_edge.images import centred, class_order, evenly, list_images, open_image
@@ -110,7 +113,17 @@ def augmentation(size: ImageSize, images: Images) -> v2.Transform:
         crop = v2.RandomResizedCrop(
             (height, width), (images.smallest_crop, 1.0), shapes, v2.InterpolationMode.BICUBIC, antialias=True
         )
-    return v2.Compose([crop, *([v2.RandomHorizontalFlip()] if images.flip else []), v2.PILToTensor()])
+    flip = [v2.RandomHorizontalFlip()] if images.flip else []
+    worse = [functools.partial(sometimes_corrupted, share=images.corrupted)] if images.corrupted else []
+    return v2.Compose([crop, *flip, *worse, v2.PILToTensor()])
+
+
+def sometimes_corrupted(image: Any, share: float) -> Any:
+    """A Pillow image, or with a probability of `share` one of `COMMON` of it, at any severity."""
+    if torch.rand(()) >= share:
+        return image
+    kind, level, seed = (int(torch.randint(most, ())) for most in (len(COMMON), len(SEVERITIES), 1 << 31))
+    return Image.fromarray(corrupt(np.asarray(image), COMMON[kind], SEVERITIES[level], seed))
 
 
 Sample = tuple[Tensor, int, str, tuple[str, ...]]

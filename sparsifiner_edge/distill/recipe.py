@@ -100,6 +100,8 @@ class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         flip: whether half of them are mirrored.
         cut_mix: share of the batches whose images get a rectangle of their neighbour's (CutMix, Yun et al. 2019), so
             that a few images make many scenes; such a batch teaches no label.
+        corrupted: share of the images that get one of `corruptions.COMMON`, at a severity of 1 to 5. The teacher sees
+            the same.
         held_out: images taken out of the folder, that are never trained on and decide which checkpoint is best.
         workers: processes that read images; 0: the training's own.
     """
@@ -107,6 +109,7 @@ class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     smallest_crop: Annotated[float, Meta(ge=0.01, le=1)] = 0.35
     flip: bool = True
     cut_mix: Share = 0.0
+    corrupted: Share = 0.0
     held_out: Annotated[int, Meta(ge=1, le=4096)] = 32
     workers: Annotated[int, Meta(ge=0, le=256)] = 0
 

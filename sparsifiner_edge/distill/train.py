@@ -369,7 +369,8 @@ class Training:
     def fingerprint(self) -> Fingerprint:
         """What must be the same for a training to be resumed; learning rates, losses and limits may change."""
         recipe = self.recipe
-        crops = (recipe.images.smallest_crop, recipe.images.flip, recipe.images.cut_mix)
+        images = recipe.images
+        crops = (images.smallest_crop, images.flip, images.cut_mix, *([images.corrupted] if images.corrupted else ()))
         return {
             "images": self.source.fingerprint,
             "crops": str(crops),

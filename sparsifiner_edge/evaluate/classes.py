@@ -11,7 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -82,8 +82,6 @@ def evaluate_classes(
     progress: Progress | None,
 ) -> ClassResult:
     """Accuracy of a student or bundle beside its teacher's; see `evaluate_student`."""
-    if metric == "top1" and gallery is not None:
-        raise ConfigError("--metric top1 uses the classifier itself.", "Leave --gallery out, or use knn or linear.")
     if head is not None:
         if metric != "linear" or kind_of(compared.subject) != "student":
             raise ConfigError("A head is written for a student's linear probe.", "Use --metric linear, and a student.")
@@ -95,11 +93,14 @@ def evaluate_classes(
         query_set = labelled(data, classifier=subject.labels if metric == "top1" else ()).first(queries)
         if head is not None:
             checked_labels(query_set.classes, data)  # Before minutes of work that could not be written.
-        gallery_set = None if metric == "top1" else _gallery(gallery, query_set)
+        gallery_set = gallery_for(metric, gallery, query_set)
         teacher = open_teacher(compared, subject.size, stack)
-        count = _counter(progress, 2 * (len(query_set) + (len(gallery_set) if gallery_set else 0)))
-        predicted, fitted = _predictions(subject, metric, query_set, gallery_set, count)
-        expected, _ = _predictions(teacher, metric, query_set, gallery_set, count)
+        count = image_counter(progress, 2 * (len(query_set) + (len(gallery_set) if gallery_set else 0)))
+        predictors = [predictor_of(x, metric, query_set, gallery_set, count) for x in (subject, teacher)]
+        predicted, expected = (
+            predictor.predict(predictor.rows(extractor, query_set, count))
+            for predictor, extractor in zip(predictors, (subject, teacher), strict=True)
+        )
     if head is not None:
         student = load_student(
             compared.subject,
@@ -108,7 +109,7 @@ def evaluate_classes(
             merge=compared.merge,
             trust=compared.trust,
         )
-        write_head(student, fitted, query_set.classes, Path(head))
+        write_head(student, predictors[0].fitted, query_set.classes, Path(head))
     method = ClassMethod(
         metric={"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}[metric],
         queries=f"{len(query_set)} of {query_set.name}",
@@ -124,7 +125,8 @@ def evaluate_classes(
     return ClassResult("evaluation", with_roles(subject, teacher), method, answered, accuracies)
 
 
-def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+def image_counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    """What is called after each of `total` images."""
     done = itertools.count(1)
 
     def count() -> None:
@@ -134,7 +136,16 @@ def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
     return count
 
 
-def _gallery(folder: str | Path | None, query_set: Labelled) -> Labelled:
+def gallery_for(metric: str, folder: str | Path | None, query_set: Labelled) -> Labelled | None:
+    """Images to learn from, with the queries' classes; None for a classifier.
+
+    Raises:
+        ConfigError: there are none, or of some classes none.
+    """
+    if metric == "top1":
+        if folder is not None:
+            raise ConfigError("--metric top1 uses the classifier itself.", "Leave --gallery out, or use knn or linear.")
+        return None
     if folder is None:
         raise ConfigError("Neighbours and probes require labelled images.", "Give some: --gallery DIR.")
     if len(query_set.classes) < 2:
@@ -151,23 +162,40 @@ def _gallery(folder: str | Path | None, query_set: Labelled) -> Labelled:
     return every.at(sorted([*taken, *passed_over.tolist()]))
 
 
-def _predictions(
+class Predictor(NamedTuple):
+    """What predicts classes from a model's outputs.
+
+    Attributes:
+        output: the name of that which it takes. predict: rows of it [n,C] -> classes [n]. fitted: by scikit-learn.
+    """
+
+    output: str
+    predict: Callable[[Array], Array]
+    fitted: Any = None
+
+    def rows(self, extractor: Extractor, images: Labelled, count: Callable[[], None]) -> Array:
+        """The output that it takes, of every image."""
+        return _outputs(extractor, images, self.output, count)
+
+
+def predictor_of(
     extractor: Extractor, metric: str, query_set: Labelled, gallery_set: Labelled | None, count: Callable[[], None]
-) -> tuple[Array, Any]:
-    """Classes that subject or teacher predicts, and what was fitted to predict them."""
+) -> Predictor:
+    """The classifier itself, or what learns from the features of a gallery."""
     if gallery_set is None:
-        logits = _outputs(extractor, query_set, "logits", count)
-        if logits.shape[1] != len(query_set.classes):
-            raise ConfigError(
-                f"The classifier knows {logits.shape[1]} classes, the images have {len(query_set.classes)}.",
-                "Give one folder per class, in the order of the classifier's labels.",
-            )
-        return np.asarray(logits.argmax(1)), None
-    features, queries = (_outputs(extractor, images, "features", count) for images in (gallery_set, query_set))
-    fitted = (
-        fit_neighbours(features, gallery_set.labels) if metric == "knn" else fit_probe(features, gallery_set.labels)
-    )
-    return np.asarray(fitted.predict(queries)), fitted
+
+        def top(logits: Array) -> Array:
+            if logits.shape[1] != len(query_set.classes):
+                raise ConfigError(
+                    f"The classifier knows {logits.shape[1]} classes, the images have {len(query_set.classes)}.",
+                    "Give one folder per class, in the order of the classifier's labels.",
+                )
+            return np.asarray(logits.argmax(1))
+
+        return Predictor("logits", top)
+    features = _outputs(extractor, gallery_set, "features", count)
+    fitted = (fit_neighbours if metric == "knn" else fit_probe)(features, gallery_set.labels)
+    return Predictor("features", fitted.predict, fitted)
 
 
 def _outputs(extractor: Extractor, images: Labelled, name: str, count: Callable[[], None]) -> Array:

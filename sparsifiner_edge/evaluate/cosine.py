@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -75,13 +76,10 @@ def _compare(
     for number, path in enumerate(images):
         image = load_image(path, subject.size)[None]
         got, expected = subject.extract(image), teacher.extract(image)
-        _require_comparable(got, expected)
+        require_comparable(got, expected)
         values = {"features_cosine": cosine(got["features"], expected["features"])}
         if "tokens" in got and "tokens" in expected:
-            patches = expected["tokens"][:, teacher.prefix :]
-            if POSITIONS in got:
-                patches = patches[:, got[POSITIONS][0]]
-            values["patches_cosine"] = cosine(got["tokens"][:, subject.prefix :], patches)
+            values["patches_cosine"] = cosine(*patches_of(got, expected, (subject.prefix, teacher.prefix)))
         for name, value in values.items():
             samples.setdefault(name, []).append(float(value.mean()))
         if progress:
@@ -89,7 +87,17 @@ def _compare(
     return samples
 
 
-def _require_comparable(got: dict[str, Array], expected: dict[str, Array]) -> None:
+def patches_of(
+    got: Mapping[str, Array], expected: Mapping[str, Array], prefixes: tuple[int, int]
+) -> tuple[Array, Array]:
+    """Patch tokens of a subject and its teacher, side by side: of those that the subject kept."""
+    patches = expected["tokens"][:, prefixes[1] :]
+    if POSITIONS in got:
+        patches = patches[:, got[POSITIONS][0]]
+    return got["tokens"][:, prefixes[0] :], patches
+
+
+def require_comparable(got: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
     """Refuse a teacher that is no teacher of the subject."""
     for name, outputs in (("subject", got), ("teacher", expected)):
         if "features" not in outputs:

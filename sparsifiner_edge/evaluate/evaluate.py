@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsifiner_edge.config import Keep
+from sparsifiner_edge.corruptions import parse_corruptions, parse_severities
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
 from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
 from sparsifiner_edge.evaluate.extract import TeacherComparison
+from sparsifiner_edge.evaluate.robustness import RobustnessQuestion, RobustnessResult, evaluate_robustness
 from sparsifiner_edge.evaluate.task import THRESHOLD, Task, TaskResult, evaluate_task
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.metrics import MAPS
@@ -36,8 +38,10 @@ def evaluate_student(
     map_name: str | None = None,
     masks: str | Path | None = None,
     threshold: float | None = None,
+    corruptions: str | None = None,
+    severity: str | None = None,
     progress: Progress | None = None,
-) -> CosineResult | ClassResult | TaskResult:
+) -> CosineResult | ClassResult | TaskResult | RobustnessResult:
     """Compare a student or bundle with its dense teacher over images.
 
     Args:
@@ -55,10 +59,12 @@ def evaluate_student(
         keep, token_keep, merge: for a student: other budgets than its own.
         backend, kernels: what runs bundles; see `open_session`. trust: see `load_student`.
         task, map_name, masks, threshold: for the metric "task"; see `Task`. None takes what that has.
+        corruptions: judge by the same metric while images are corrupted: "all", "common", "camera" or names; see
+            `corruptions`. severity: as "3", "1,3,5" or "1..5"; None takes all.
         progress: see `Progress`; counts images.
 
     Returns:
-        A result of kind "evaluation".
+        A result of kind "evaluation", with corruptions of kind "robustness".
 
     Raises:
         ConfigError: no teacher for a bundle, sizes differ, or nothing to compare; for accuracies: no gallery, a class
@@ -66,20 +72,35 @@ def evaluate_student(
         SparsifinerError: subject, teacher or images are unusable.
     """
     compared = TeacherComparison(Path(subject), against, weights, keep, token_keep, merge, backend, kernels, trust)
-    if metric in METRICS:
-        if isinstance(data, list):
-            raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
-        return evaluate_classes(compared, Path(data), metric, gallery, queries, head, progress)
     chosen = Task(task or MAPS, map_name, Path(masks) if masks else None, THRESHOLD if threshold is None else threshold)
+    _require_sense(metric, chosen, head, corruptions, severity)
+    if metric in METRICS and isinstance(data, list):
+        raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
+    if corruptions is not None:
+        asked = RobustnessQuestion(metric, gallery, queries, chosen)
+        names, severities = parse_corruptions(corruptions), parse_severities(severity or "1..5")
+        return evaluate_robustness(
+            compared, data if isinstance(data, list) else Path(data), asked, names, severities, progress
+        )
+    if metric in METRICS:
+        return evaluate_classes(compared, Path(str(data)), metric, gallery, queries, head, progress)
+    files = data if isinstance(data, list) else list_images(Path(data))
+    if metric == "task":
+        return evaluate_task(compared, files if queries is None else evenly(files, queries), chosen, progress)
+    if any(given is not None for given in (gallery, queries)):
+        raise ConfigError("A gallery and a number of queries require another metric.", f"Choose: {', '.join(METRICS)}.")
+    return evaluate_cosine(compared, files, progress)
+
+
+def _require_sense(
+    metric: str, chosen: Task, head: str | Path | None, corruptions: str | None, severity: str | None
+) -> None:
+    """Refuse arguments that have no meaning beside each other."""
+    if metric not in ("cosine", "task", *METRICS):
+        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, task, {', '.join(METRICS)}.")
     if chosen != Task() and metric != "task":
         raise ConfigError("A task, masks and a threshold require --metric task.", "Leave them out.")
-    if metric == "task":
-        files = data if isinstance(data, list) else list_images(Path(data))
-        return evaluate_task(compared, files if queries is None else evenly(files, queries), chosen, progress)
-    if metric != "cosine":
-        raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, task, {', '.join(METRICS)}.")
-    if any(given is not None for given in (gallery, queries, head)):
-        raise ConfigError(
-            "A gallery, a number of queries and a head require another metric.", f"Choose: {', '.join(METRICS)}."
-        )
-    return evaluate_cosine(compared, data if isinstance(data, list) else list_images(Path(data)), progress)
+    if head is not None and (metric not in METRICS or corruptions is not None):
+        raise ConfigError("A head is written by the metric linear, on clean images.", "Use that, or leave --head out.")
+    if severity is not None and corruptions is None:
+        raise ConfigError("A severity is that of corruptions.", "Name them: --corruptions all.")

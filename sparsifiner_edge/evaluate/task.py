@@ -86,7 +86,7 @@ def evaluate_task(
     """See `evaluate_student`."""
     if not 0 < task.threshold < 1:
         raise ConfigError(f"threshold is {task.threshold}.", "Give a number between 0 and 1.")
-    masks = None if task.masks is None else _masks(task.masks, images)
+    masks = None if task.masks is None else masks_of(task.masks, images)
     own = None if task.name == MAPS else metric_maker(task.name)
     if own and (masks or task.output):
         raise ConfigError("Masks and the name of a map are for the task maps.", "Leave them out.")
@@ -141,7 +141,8 @@ class _Maps(_Judge):
         self.output: str | None = task.output
 
     def see(self, path: Path, got: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
-        own, dense = self._map(got, "subject"), self._map(expected, "teacher")
+        self.output, own = map_in(got, self.output, "subject")
+        _, dense = map_in(expected, self.output, "teacher")
         if own.shape != dense.shape:
             raise ConfigError(
                 f"The subject's map has shape {list(own.shape)}, the teacher's {list(dense.shape)}.",
@@ -154,7 +155,7 @@ class _Maps(_Judge):
             self.add("auroc", auroc(own, mask))
         if self.masks is not None:
             true = load_mask(self.masks[path], self.size)
-            true = true[_nearest(true.shape[0], own.shape[0])][:, _nearest(true.shape[1], own.shape[1])]
+            true = matching(true, (own.shape[0], own.shape[1]))
             each = [self._against(true, x) for x in (own, dense)]
             for name, higher in (("error", False), ("iou", True), ("auroc", True)):
                 self.add_both(name, each[0][name], each[1][name], higher)
@@ -165,25 +166,6 @@ class _Maps(_Judge):
             "iou": intersection_over_union(found > self.task.threshold, true),
             "auroc": auroc(found, true),
         }
-
-    def _map(self, outputs: Mapping[str, Array], role: str) -> Array:
-        """The map [h,w] among a model's outputs."""
-        maps = {name: value for name, value in outputs.items() if value.ndim > 2 and name != "tokens"}
-        name = self.output
-        if name is None and len(maps) == 1:
-            name = self.output = next(iter(maps))
-        if name is None or name not in maps:
-            raise ConfigError(
-                f"The {role} gives {len(maps)} dense maps ({', '.join(outputs)}); which is judged?",
-                "Name one: --map NAME.",
-            )
-        found = np.squeeze(maps[name])
-        if found.ndim != 2:
-            raise ConfigError(
-                f"{name} has shape {list(maps[name].shape)}: no map of one channel.",
-                "Write a metric of your own: --task package.module:object.",
-            )
-        return found
 
     def said(self) -> dict[str, Any]:
         masks = None if self.task.masks is None else str(self.task.masks)
@@ -211,12 +193,39 @@ class _Own(_Judge):
         return {"higher_is_better": bool(self.subject.higher_is_better), "results": results}
 
 
-def _nearest(there: int, here: int) -> Array:
-    """Rows of a mask for those of a map."""
-    return np.minimum(((np.arange(here) + 0.5) * there / here).astype(np.int64), there - 1)
+def matching(mask: Array, shape: tuple[int, int]) -> Array:
+    """A mask [H,W] at a map's size [h,w], by the nearest pixel."""
+    rows, columns = (
+        np.minimum(((np.arange(here) + 0.5) * there / here).astype(np.int64), there - 1)
+        for there, here in zip(mask.shape, shape, strict=True)
+    )
+    return np.asarray(mask[rows][:, columns])
 
 
-def _masks(folder: Path, images: Sequence[Path]) -> dict[Path, Path]:
+def map_in(outputs: Mapping[str, Array], name: str | None, role: str) -> tuple[str, Array]:
+    """The one dense map among a model's outputs, or that of a name: its name, and [h,w].
+
+    Raises:
+        ConfigError: there is none, there are several and no name, or it has several channels.
+    """
+    maps = {key: value for key, value in outputs.items() if value.ndim > 2 and key != "tokens"}
+    if name is None and len(maps) == 1:
+        name = next(iter(maps))
+    if name is None or name not in maps:
+        raise ConfigError(
+            f"The {role} gives {len(maps)} dense maps ({', '.join(outputs)}); which is judged?",
+            "Name one: --map NAME.",
+        )
+    found = np.squeeze(maps[name])
+    if found.ndim != 2:
+        raise ConfigError(
+            f"{name} has shape {list(maps[name].shape)}: no map of one channel.",
+            "Write a metric of your own: --task package.module:object.",
+        )
+    return name, found
+
+
+def masks_of(folder: Path, images: Sequence[Path]) -> dict[Path, Path]:
     """Each image's mask: the image file of its name, whatever the ending."""
     if not folder.is_dir():
         raise ImageError(f"{folder} does not exist.", "Give a folder of masks.")

@@ -66,6 +66,11 @@ class ReportData(NamedTuple):
         """What searches found."""
         return [file for file in self.files if file.result.kind == "search"]
 
+    @property
+    def robustness_files(self) -> list[ResultFile]:
+        """What evaluations under corruptions found."""
+        return [file for file in self.files if file.result.kind == "robustness"]
+
     def title(self, key: str, group: SideGroup) -> str:
         """A chart's title, with what sets its group apart."""
         return self.texts(key) + (f" — {group.name}" if group.name else "")

@@ -20,6 +20,7 @@ from sparsifiner_edge.report.other_sections import Prices
 from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render
 from sparsifiner_edge.report.result_files import LabelledManifest, manifests_of, read_result_files
 from sparsifiner_edge.report.search_section import search_section
+from sparsifiner_edge.report.stability_section import stability_section
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean
 from sparsifiner_edge.report.verdict import field_names, flags_of, verdict_sentences
@@ -120,6 +121,7 @@ def _sections(
         other_sections.task_section(data, pictures),
         search_section(data),
         measured_sections.accuracy_section(data),
+        stability_section(data),
         measured_sections.latency_section(data),
         measured_sections.energy_section(data),
         measured_sections.memory_section(data),

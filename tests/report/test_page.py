@@ -17,7 +17,7 @@ from tests.report.outline import file_name, written
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("comparison", "evaluation", "estimate", "sweep")
+KINDS = ("comparison", "evaluation", "robustness", "estimate", "sweep")
 
 
 def test_the_whole_page_from_real_results(real, tmp_path):
@@ -31,6 +31,7 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     assert f"{mean:.4f}" in page.text
     for name in (
         "accuracy",
+        "stability",
         "latency",
         "energy",
         "memory",
@@ -51,7 +52,7 @@ def test_the_whole_page_from_real_results(real, tmp_path):
     assert "Nothing in this section was measured" in page.text
     assert "No prices were given" in page.text
     figures = [file_name(path) for path in summary["pictures"]]
-    for name in ("accuracy-1", "latency", "memory", "layers-1", "sweep-1", "estimate"):
+    for name in ("accuracy-1", "stability-1-features", "latency", "memory", "layers-1", "sweep-1", "estimate"):
         assert f"report-{name}.png" in figures
 
 
@@ -179,6 +180,24 @@ def test_accuracies_in_percent(changed, tmp_path):
     )
     # Wilson's interval of 364 of 400.
     assert "91.00 % (87.79–93.43)" in page.text
+
+
+def test_what_corruptions_cost(real, changed, tmp_path):
+    recorded = json.loads(real["robustness"].read_text())["statistics"]["stability"]["features"]
+    for language, named in (("en", "rain"), ("ja", "雨")):
+        summary, page = written([real["robustness"]], tmp_path / f"{language}.html", language=language, images=False)
+        assert summary["sections"] == ["stability", "method"]
+        assert f"{100 * recorded['fog']['teacher']:.2f}" in page.text
+        assert f"{100 * recorded['all']['extra_lost']['value']:.2f}" in " ".join(summary["verdict"])
+        assert named in page.text
+
+    def worse(result):
+        result["method"]["corruptions"] = ["<b>mist</b>", 7]
+        result["statistics"]["stability"]["features"]["fog"] = "much"
+
+    _, page = written([changed("robustness", worse)], tmp_path / "worse.html", images=False)
+    assert page.open == []
+    assert "fog" not in page.text.replace("fog,rain", "")
 
 
 def test_energy_and_its_cost(changed, tmp_path):

@@ -1,0 +1,175 @@
+"""Corruptions of images: those published against the package that others use, a camera's own by what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsifiner_edge.corruptions import (
+    CAMERA,
+    COMMON,
+    SEVERITIES,
+    corrupt,
+    moved,
+    parse_corruptions,
+    parse_severities,
+)
+from sparsifiner_edge.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = json.loads((ROOT / "tests" / "data" / "corruptions.json").read_text())
+DRAWN, OTHER = "frost", "elastic_transform"
+"""The one that is drawn here; the one to which that package gives parameters of its own."""
+
+
+def _measure() -> Any:
+    spec = importlib.util.spec_from_file_location("measure", ROOT / "benchmarks" / "corruptions_published.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MEASURE = _measure()
+CLEAN = MEASURE.picture()
+
+
+@pytest.mark.parametrize("name", [name for name in COMMON if name != OTHER])
+def test_images_change_as_published(name: str) -> None:
+    """In the mean over seeds: difference to the clean image, mean, deviation, difference of neighbours."""
+    for severity in SEVERITIES:
+        found = np.mean([MEASURE.figures(corrupt(CLEAN, name, severity, seed), CLEAN) for seed in range(6)], 0)
+        tolerance = 0.2 if name == DRAWN else 0.12
+        np.testing.assert_allclose(found, PUBLISHED[f"{name} {severity}"], rtol=tolerance, atol=1.2)
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_elastic_displacements_are_as_large_as_published(severity: int) -> None:
+    """Read from two ramps: their deviation is that of a filtered uniform field, and of the affine map's corners."""
+    stretch, sigma, shear = (
+        (488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88),
+    )[severity - 1]  # fmt: skip
+    ramp = np.arange(224, dtype=np.uint8)
+    image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(0)), -1)
+    inner, smooth, rough = slice(90, 134), [], []
+    for seed in range(12):
+        found = corrupt(image, "elastic_transform", severity, seed).astype(float) - image
+        for channel in (0, 1):
+            field = found[inner, inner, channel]
+            rows, columns = np.meshgrid(np.arange(44), np.arange(44), indexing="ij")
+            plane = np.stack([rows.ravel(), columns.ravel(), np.ones(rows.size)], 1)
+            left = field.ravel() - plane @ np.linalg.lstsq(plane, field.ravel(), rcond=None)[0]
+            smooth.append(field.mean())
+            rough.append(left.std())
+    if severity > 2:  # Filtered widely the field is nearly a plane here.
+        filtered = stretch * np.sqrt(1 / 3) / (2 * np.sqrt(np.pi) * sigma)
+        assert np.mean(rough) == pytest.approx(filtered, rel=0.2)
+    # The centre moves by a mean of the corners' moves: each uniform, and weights of 0, 1/2 and 1/2.
+    assert np.std(smooth) == pytest.approx(shear * np.sqrt(1 / 3) * np.sqrt(1 / 2), rel=0.45)
+
+
+@pytest.mark.parametrize("name", [*COMMON, *CAMERA])
+def test_what_is_drawn_follows_from_the_seed(name: str) -> None:
+    first, again = (corrupt(CLEAN, name, 3, 7) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert first.dtype == np.uint8
+    assert not np.array_equal(first, CLEAN)
+    fixed = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}
+    others = [corrupt(CLEAN, name, 3, seed) for seed in (8, 9, 10)]
+    assert all(np.array_equal(first, other) for other in others) == (name in fixed)
+
+
+@pytest.mark.parametrize("name", [*COMMON, *CAMERA])
+def test_more_severe_is_further_from_clean(name: str) -> None:
+    def distance(severity: int) -> float:
+        found = [corrupt(CLEAN, name, severity, seed).astype(float) for seed in range(4)]
+        if name in ("frost", "fog"):  # They hide the scene; how far its pixels move saturates.
+            return float(np.mean([1 - np.corrcoef(x.ravel(), CLEAN.ravel())[0, 1] for x in found]))
+        return float(np.mean([np.abs(x - CLEAN).mean() for x in found]))
+
+    if name == "elastic_transform":  # By its published parameters mild ones move more, severe ones tear more.
+        assert distance(5) > distance(3)
+    else:
+        assert distance(1) < distance(3) < distance(5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from([*COMMON, *CAMERA]), st.sampled_from(SEVERITIES), st.integers(8, 70), st.integers(8, 70),
+    st.integers(0, 2**31), st.sampled_from([0, 128, 255]),
+)  # fmt: skip
+def test_any_size_and_any_image(name: str, severity: int, height: int, width: int, seed: int, value: int) -> None:
+    image = np.full((height, width, 3), value, np.uint8)
+    found = corrupt(image, name, severity, seed)
+    assert found.shape == image.shape
+    assert found.dtype == np.uint8
+    assert (image == value).all()
+    mask = image[..., 0] > 100
+    assert moved(mask, name, severity, seed).shape == mask.shape
+
+
+@pytest.mark.parametrize("name", ["rotation", "elastic_transform", "fog"])
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_a_mask_moves_as_its_image(name: str, severity: int) -> None:
+    mask = np.zeros((120, 160), bool)
+    mask[40:90, 70:110] = True
+    if name == "fog":
+        assert moved(mask, name, severity, 5) is mask
+        return
+    image = np.repeat(255 * mask[..., None].astype(np.uint8), 3, -1)
+    found = corrupt(image, name, severity, 5)[..., 0] > 127
+    wanted = moved(mask, name, severity, 5)
+    assert (found & wanted).sum() / (found | wanted).sum() > 0.98
+    assert not np.array_equal(wanted, mask)
+
+
+def test_a_quarter_turn_is_one() -> None:
+    square = CLEAN[:200, :200]
+    turned = corrupt(square, "rotation", 5, 0).astype(int)
+    assert min(np.abs(turned - np.rot90(square, k)).mean() for k in (1, 3)) < 0.5
+
+
+def test_a_camera_in_the_dark() -> None:
+    grey = np.full((200, 200, 3), 128, np.uint8)
+    light = (128 / 255 + 0.055) / 1.055
+    for severity, exposure in zip(SEVERITIES, (0.2, 0.1, 0.05, 0.02, 0.008), strict=True):
+        found = corrupt(grey, "low_light", severity, 0) / 255
+        # In light: gain times exposure of the scene's, with the noise of so many electrons and of reading them.
+        values, gain = ((found + 0.055) / 1.055) ** 2.4, min(1 / exposure, 8)
+        electrons = light**2.4 * exposure * 4000
+        if severity < 5:  # Below, half of the values are cut at black.
+            assert values.mean() == pytest.approx(light**2.4 * exposure * gain, rel=0.05)
+            assert values.std() == pytest.approx(np.sqrt(electrons + 16) * gain / 4000, rel=0.1)
+
+
+def test_blocks_are_lost_whole() -> None:
+    for severity, share in zip(SEVERITIES, (0.03, 0.06, 0.12, 0.2, 0.35), strict=True):
+        changed = (corrupt(CLEAN, "dropped_blocks", severity, 1) != CLEAN).any(-1)
+        blocks = changed.reshape(14, 16, 14, 16).mean((1, 3))
+        assert ((blocks > 0.5) | (blocks == 0)).mean() > 0.98
+        assert 0.4 * share < (blocks > 0).mean() < share + 14 / 196
+
+
+def test_names_and_severities() -> None:
+    assert parse_corruptions("all") == (*COMMON, *CAMERA)
+    assert parse_corruptions("camera, fog,camera") == ("fog", *CAMERA)
+    assert len(COMMON) == 15
+    assert parse_severities("1..5") == SEVERITIES
+    assert parse_severities("5, 1") == (1, 5)
+    assert parse_severities("2..2") == (2,)
+    for text in ("", "0", "6", "3..1", "1..6", "1,", "a", "1.5"):
+        with pytest.raises(ConfigError, match="severity is"):
+            parse_severities(text)
+    for text in ("", "mist", "fog,", "fog;snow"):
+        with pytest.raises(ConfigError, match="is unknown"):
+            parse_corruptions(text)
+    with pytest.raises(ConfigError, match="severity is 6"):
+        corrupt(CLEAN, "fog", 6, 0)
