@@ -18,7 +18,7 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.bounds import height_width, size_text
-from sparsifiner_edge.corruptions import corrupt, moved
+from sparsifiner_edge.corruptions import CAMERA, corrupt, moved
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, gallery_for, image_counter, predictor_of
 from sparsifiner_edge.evaluate.cosine import patches_of, require_comparable
@@ -84,8 +84,8 @@ class RobustnessMethod(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RobustnessStatistics(msgspec.Struct, frozen=True):
-    """By score, then "fog 3", "fog" (all its severities), "severity 3" (all corruptions) and "all"; of clean images the
-    means, by role.
+    """By score, then "fog 3", "fog" (all its severities), "severity 3" (all corruptions), "common", "camera" (see
+    `corruptions`) and "all"; of clean images the means, by role.
     """
 
     clean: dict[str, dict[str, float]]
@@ -171,7 +171,8 @@ def robustness_statistics(
     """Of samples as in `RobustnessResult`."""
     groups: dict[str, list[str]] = {}
     for condition in conditions:
-        for name in (condition.label, condition.corruption, f"severity {condition.severity}", "all"):
+        kind = "camera" if condition.corruption in CAMERA else "common"
+        for name in (condition.label, condition.corruption, f"severity {condition.severity}", kind, "all"):
             groups.setdefault(name, []).append(condition.label)
     clean, stability = {}, {}
     for score, found in samples.items():
