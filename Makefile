@@ -5,11 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
+MINUTES := 8
 
 .PHONY: demo test quick check bench gpu aarch64 clean
 
 demo: $(VENV)/.demo
-	$(BIN)/sparsifiner-edge demo -o $(DEMO)
+	$(BIN)/sparsifiner-edge demo -o $(DEMO) --minutes $(MINUTES)
 
 PARALLEL := --numprocesses=logical --maxprocesses=8 --dist=worksteal
 test: $(VENV)/.dev

@@ -63,6 +63,7 @@ def test_make_demo(tmp_path: Path) -> None:
         "demo",
         f"DEMO={tmp_path / 'demo'}",
         f"BIN={Path(sys.executable).parent}",
+        "MINUTES=4",
     ]
     out = run(command, ROOT)
     assert "the fastest at 0.98" in out

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("-o", "--output", type=common.PATH, default=Path("demo"), show_default=True,
               help="Folder for students, bundles, result and images.")  # fmt: skip
+@click.option("--minutes", type=click.FloatRange(1, 600), default=8, show_default=True,
+              help="Of the search. In more of them it looks at more images, and finds what is faster.")  # fmt: skip
 @common.json_option
-def command(*, output: Path, as_json: bool) -> None:
+def command(*, output: Path, minutes: float, as_json: bool) -> None:
     """A saliency model on DINOv2 ViT-S/14 at 518 px, untrained: the fastest at .98, searched for, beside dense."""
     try:
         from sparsifiner_edge.demo.demo import run_demo
@@ -29,7 +31,7 @@ def command(*, output: Path, as_json: bool) -> None:
 
         raise MissingExtraError(str(error.name), "demo") from error
     with common.progress_bar("starting") as progress:
-        result = run_demo(output, progress)
+        result = run_demo(output, progress, minutes)
     common.print_result(result, as_json, lambda found: _print(found, output))
 
 

@@ -91,8 +91,8 @@ SIZE, AT_LEAST = 518, 0.98
 """Of images, and of the fidelity asked for: cosine of the final patch tokens."""
 BACKEND, PRECISION = "onnxruntime", "fp32"
 """What runs it: more of both would be searched for longer than a demonstration may take."""
-SEARCHED, MINUTES = 8, 8.0
-"""Images and time of the search, for the same reason."""
+MINUTES, IMAGES_A_MINUTE, FEWEST = 8.0, 1.0, 4
+"""Of the search, and how many images it may look at in that time; at least so many."""
 MODULE = "sparsifiner_edge.demo.saliency"
 DRAWN_KEEP = 0.1
 """Share of keys in the drawn layer, where nothing is merged."""
@@ -104,11 +104,12 @@ RESULT, PAGE, IMAGES, FOUND, SPARSE = "result.json", "report.html", "images", "f
 STEPS = 5
 
 
-def run_demo(output: Path, progress: Progress) -> DemoResult:
+def run_demo(output: Path, progress: Progress, minutes: float = MINUTES) -> DemoResult:
     """Run the demonstration into `output`; one that ended there is replaced, one that was stopped gone on from.
 
     Args:
         progress: see `Progress`; counts steps, and tells of those of the search.
+        minutes: of the search; see `search_model`. Fewer of them look at fewer images.
 
     Returns:
         A result of kind "demo", also written to `output`/result.json; pictures and a page lie beside it.
@@ -121,18 +122,21 @@ def run_demo(output: Path, progress: Progress) -> DemoResult:
     _require_demonstration(output)
     images = output / IMAGES
     images.mkdir(parents=True, exist_ok=True)
-    for path in evenly(split.calibration(), SEARCHED):
+    searched = evenly(split.calibration(), max(FEWEST, round(minutes * IMAGES_A_MINUTE)))
+    for path in images.iterdir():
+        path.unlink()  # Of a demonstration that was stopped, which may have had more time.
+    for path in searched:
         shutil.copyfile(path, images / path.name)
     source, done = f"{MODULE}:saliency", itertools.count()
 
     def stage(name: str) -> None:
         progress(name, next(done), STEPS)
 
-    searched = search_model(
+    found = search_model(
         source, images, output / FOUND, at_least=AT_LEAST, img_size=SIZE, backends=[BACKEND], precisions=[PRECISION],
-        minutes=MINUTES, trust=[MODULE], progress=prefixed(progress, "search: "),
+        minutes=minutes, trust=[MODULE], progress=prefixed(progress, "search: "),
     )  # fmt: skip
-    answer = searched.statistics.answer
+    answer = found.statistics.answer
     if isinstance(answer, Unavailable):
         raise GateError(f"Searched for {AT_LEAST}: {answer.why}.", "Try it on an idle machine.")
     stage("export dense")
