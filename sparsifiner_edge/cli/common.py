@@ -148,6 +148,10 @@ token_keep_option = click.option("--token-keep", callback=parse_pruning, metavar
     help='Where tokens are pruned, such as 3:.7,6:.7,9:.7, or ""; by default as the student does.')  # fmt: skip
 
 
+corruptions_option = click.option(
+    "--corruptions", metavar="all|common|camera|NAME,..", help="Judge while images get worse, by these (docs/trust.md)."
+)
+severity_option = click.option("--severity", metavar="1..5|3|1,3,5", help="Of corruptions.  [default: 1..5]")
 trust_option = click.option("--trust", multiple=True, metavar="MODULE",
     help="A student of a factory of your own: the module whose code may run; repeatable.")  # fmt: skip
 

@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 @click.option("--map", "map_name", metavar="NAME", help="For maps: the output that is one, where there are several.")
 @click.option("--masks", type=common.PATH, help="For maps: a folder of true masks, named as the images.")
 @click.option("--threshold", type=float, help="For maps from 0 to 1: what belongs to the mask.  [default: 0.5]")
-@click.option("--corruptions", metavar="all|common|camera|NAME,..",
-              help="Judge by that metric under corruptions too: dense beside sparse, and what each loses.")  # fmt: skip
-@click.option("--severity", metavar="1..5|3|1,3,5", help="How severe they are.  [default: 1..5]")
+@common.corruptions_option
+@common.severity_option
 @click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
 @common.keep_option
 @common.token_keep_option

@@ -67,6 +67,8 @@ TOLD_DRIFT = 0.1
     show_default=True,
     help="Of which images are kept for the check.",
 )
+@common.corruptions_option
+@common.severity_option
 @common.trust_option
 @common.json_option
 @common.output_option("Folder for front.json, front.png, student/ and bundle/.")

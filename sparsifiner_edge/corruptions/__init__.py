@@ -8,6 +8,7 @@ photographs. `CAMERA` is what those leave out of a camera's life.
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -91,6 +92,12 @@ def parse_severities(text: str) -> tuple[int, ...]:
     if found[1]:
         return tuple(range(int(found[1]), int(found[2]) + 1))
     return tuple(sorted({int(digit) for digit in found[0].split(",")}))
+
+
+def conditions_of(corruptions: str, severity: str | None) -> list[tuple[str, int]]:
+    """Every corruption that is named at every severity (None: all of them); see `parse_corruptions`."""
+    severities = SEVERITIES if severity is None else parse_severities(severity)
+    return list(itertools.product(parse_corruptions(corruptions), severities))
 
 
 def _drawn(name: str, severity: int, seed: int) -> Generator:

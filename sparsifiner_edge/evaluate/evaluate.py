@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsifiner_edge.config import Keep
-from sparsifiner_edge.corruptions import parse_corruptions, parse_severities
+from sparsifiner_edge.corruptions import conditions_of
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
 from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
@@ -78,10 +78,8 @@ def evaluate_student(
         raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
     if corruptions is not None:
         asked = RobustnessQuestion(metric, gallery, queries, chosen)
-        names, severities = parse_corruptions(corruptions), parse_severities(severity or "1..5")
-        return evaluate_robustness(
-            compared, data if isinstance(data, list) else Path(data), asked, names, severities, progress
-        )
+        found = data if isinstance(data, list) else Path(data)
+        return evaluate_robustness(compared, found, asked, conditions_of(corruptions, severity), progress)
     if metric in METRICS:
         return evaluate_classes(compared, Path(str(data)), metric, gallery, queries, head, progress)
     files = data if isinstance(data, list) else list_images(Path(data))

@@ -132,11 +132,11 @@ class _Judge(Protocol):
 
 
 def evaluate_robustness(
-    compared: TeacherComparison, data: Path | list[Path], asked: RobustnessQuestion, corruptions: Sequence[str],
-    severities: Sequence[int], progress: Progress | None,
+    compared: TeacherComparison, data: Path | list[Path], asked: RobustnessQuestion,
+    pairs: Sequence[tuple[str, int]], progress: Progress | None,
 ) -> RobustnessResult:  # fmt: skip
-    """See `evaluate_student`: image by image, clean and then under every corruption at every severity."""
-    conditions = [Condition(*pair) for pair in itertools.product(corruptions, severities)]
+    """See `evaluate_student`; pairs: corruptions and their severities. Image by image, clean and then under each."""
+    conditions = [Condition(*pair) for pair in pairs]
     samples: dict[str, dict[str, dict[str, list[float | None]]]] = {}
     with contextlib.ExitStack() as stack:
         subject, teacher = open_both(compared, stack)
@@ -156,7 +156,8 @@ def evaluate_robustness(
                     progress("images under corruptions", next(steps), total)
     method = RobustnessMethod(
         metric=asked.task.name if asked.metric == "task" else asked.metric, truth=judge.truth,
-        corruptions=list(corruptions), severities=list(severities), images=list(judge.images),
+        corruptions=list(dict.fromkeys(one.corruption for one in conditions)),
+        severities=sorted({one.severity for one in conditions}), images=list(judge.images),
         preprocessing=f"{centre_text(subject.size)}, bicubic to {size_text(subject.size)} px, then corrupted",
         runtime={"subject": subject.runtime, "teacher": teacher.runtime},
     )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsifiner_edge.bundle.entries import ON_PROCESSOR
+from sparsifiner_edge.corruptions import conditions_of
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.metrics import MAPS
@@ -39,7 +40,9 @@ class ImageSplit(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is searched for, in which engines, on which images; left_out: backends that do not run here, and why."""
+    """What is searched for, in which engines, on which images; left_out: backends that do not run here, and why;
+    conditions: corruptions and severities that images suffer.
+    """
 
     bound: Bound
     at_most_mj: float | None
@@ -50,6 +53,12 @@ class Asked(NamedTuple):
     engines: list[Deployment]
     left_out: dict[str, str]
     images: ImageSplit
+    conditions: list[tuple[str, int]]
+
+    @property
+    def corruptions(self) -> list[str] | None:
+        """As files name them: "fog 3"; None where images stay clean."""
+        return [f"{name} {severity}" for name, severity in self.conditions] or None
 
     def judged_by(self, patches: int) -> Asked:
         """The same, with the images that judge plans of a model that makes so many patches of one."""
@@ -59,7 +68,8 @@ class Asked(NamedTuple):
 
 def what_is_asked(
     bounds: tuple[float | None, float | None, float | None], metric: str, task: str | None, backends: Sequence[str],
-    precisions: Sequence[str], board: str | Path | None, data: str | Path, seed: int,
+    precisions: Sequence[str], board: str | Path | None, data: str | Path, seed: int, corruptions: str | None,
+    severity: str | None,
 ) -> Asked:  # fmt: skip
     """See `search_model`; bounds: at least, at most ms, at most mJ.
 
@@ -70,9 +80,12 @@ def what_is_asked(
     bound, device = _bound(*bounds, metric), None if board is None else load_board(board)
     if task is not None and metric != "task":
         raise ConfigError(f"--task goes with --metric task, not {metric}.", "Leave one of the two out.")
+    if severity is not None and corruptions is None:
+        raise ConfigError("A severity is that of corruptions.", "Name them: --corruptions all.")
+    conditions = [] if corruptions is None else conditions_of(corruptions, severity)
     engines, left_out = _engines(backends, precisions, device)
     own = None if task == MAPS else task
-    return Asked(bound, bounds[2], metric, own, seed, device, engines, left_out, _split(data, seed))
+    return Asked(bound, bounds[2], metric, own, seed, device, engines, left_out, _split(data, seed), conditions)
 
 
 def _bound(at_least: float | None, at_most_ms: float | None, at_most_mj: float | None, metric: str) -> Bound:

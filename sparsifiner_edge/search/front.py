@@ -75,6 +75,7 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         watts: mean power of the dense model, by which a bound of energy became one of time.
+        corruptions: with severities, of which every image suffered one.
         board: None: this machine. images: names by use. tables: by engine, what its latencies were measured with.
     """
 
@@ -86,6 +87,7 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
     watts: float | None = None
     seed: int
     board: str | None = None
+    corruptions: list[str] | None = None
     images: dict[str, list[str]]
     solver: str = "dynamic program over layers; price of fidelity bisected"
     tables: dict[str, Any]

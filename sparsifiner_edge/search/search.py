@@ -85,6 +85,8 @@ def search_model(
     precisions: Sequence[str] = (),
     board: str | Path | None = None,
     against: Sequence[str | Path] = (),
+    corruptions: str | None = None,
+    severity: str | None = None,
     minutes: float = 20.0,
     seed: int = 0,
     trust: Sequence[str] = (),
@@ -108,6 +110,8 @@ def search_model(
         board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
             fidelity.
         against: bundles of the same images to stand beside what is found, such as the dense model in int8.
+        corruptions: judge plans by images that got worse, each under one of these: "all", "common", "camera" or names;
+            severity: as "3", "1,3,5" or "1..5"; None takes all. What is found then reads more, or merges less.
         minutes: how long to look, about, export and last measurement included.
         seed: of which images are kept for the check.
         trust: see `load_student`.
@@ -123,13 +127,14 @@ def search_model(
     """
     end = time.monotonic() + 60 * minutes * (1 - RESERVED)
     bounds = at_least, at_most_ms, at_most_mj
-    asked = what_is_asked(bounds, metric, task, backends, precisions, board, data, seed)
+    asked = what_is_asked(bounds, metric, task, backends, precisions, board, data, seed, corruptions, severity)
     images, folder = asked.images, Path(output)
     bundles = [open_bundle(Path(path)).folder for path in against]
     about = {
         "source": str(source), "weights": None if weights is None else str(weights), "teacher": teacher,
         "img_size": img_size, "metric": metric, "images": [str(path) for path in images.searched],
     } | ({} if asked.task is None else {"task": asked.task})  # fmt: skip
+    about |= {} if asked.corruptions is None else {"corruptions": asked.corruptions}
     state = _state(folder, about)
     start = _start(source, folder, state, weights, img_size, teacher, images.searched, progress)
     student = load_student(start, trust=trust)
@@ -138,7 +143,7 @@ def search_model(
     images = asked.images
     # A model's weights are those that its student was made of.
     dense_model = teacher_of(student, teacher, Path(weights) if weights and start == Path(source) else None)
-    tried = Trial(student, dense_model.model, images.tried, metric, asked.task)
+    tried = Trial(student, dense_model.model, images.tried, metric, asked.task, asked.conditions)
     search = Search(tried, state, folder / STATE_FILE, progress)
     with io_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +158,7 @@ def search_model(
             model = explore(search, found, told.bound, student.sparsity.tile, end)
             ending = _ended(exports, Shortlist(search, found, model, told.bound), told.begun, rivals, stopwatch)
             if meets(ending.best, told.bound):
-                kept = Trial(student, dense_model.model, images.checked, metric, asked.task)
+                kept = Trial(student, dense_model.model, images.checked, metric, asked.task, asked.conditions)
                 ending = ending._replace(check=checked(ending.best, kept, search))
                 keep_answer(ending.best, start, folder, trust)
         except BaseException:  # Ctrl-C too: what was found so far stays, and an earlier answer with its own front.
@@ -203,6 +208,7 @@ def _begin(
         metric=asked.metric, task=asked.task, at_least=bound.at_least, at_most_ms=bound.at_most_ms,
         at_most_mj=asked.at_most_mj, watts=watts, seed=asked.seed,
         board=None if asked.board is None else asked.board.name,
+        corruptions=asked.corruptions,
         images={use: [path.name for path in paths] for use, paths in asked.images._asdict().items()},
         tables={str(engine): latency.table.about for engine, latency in found.latencies.items()},
     )  # fmt: skip

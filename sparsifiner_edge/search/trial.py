@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.bounds import ImageSize
+from sparsifiner_edge.corruptions import corrupt
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
@@ -34,6 +38,7 @@ class Trial:
 
     Args:
         metric: one of `judge.FIDELITIES`. task: of "task" a user's metric; None: a decoder's map.
+        conditions: names and severities of corruptions, of which every image suffers one; none: all are clean.
 
     Attributes:
         patches: of the backbone. selects: by layer whether it has a predictor; one without stays dense.
@@ -41,12 +46,13 @@ class Trial:
     """
 
     def __init__(
-        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, task: str | None = None
-    ) -> None:
+        self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, task: str | None = None,
+        conditions: Sequence[tuple[str, int]] = (),
+    ) -> None:  # fmt: skip
         self._student = student
         self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
         self.patches = student.backbone.patches
-        self._raw = [load_image(path, student.img_size)[None] for path in paths]
+        self._raw = [image[None] for image in _seen(paths, student.img_size, conditions)]
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():
             wanted = [seen_by(teacher, image, student.outputs) for image in self._pixels]
@@ -129,3 +135,13 @@ def _giving(layers: Sequence[Any], outputs: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for layer, _ in zip(layers, outputs, strict=False):
             del layer.forward
+
+
+def _seen(paths: Sequence[Path], size: ImageSize, conditions: Sequence[tuple[str, int]]) -> list[Pixels]:
+    """Images, each under a corruption of its own: as many different ones as there are images, in no order."""
+    images = [load_image(path, size) for path in paths]
+    if not conditions:
+        return images
+    drawn = random.Random(0).sample(conditions, len(conditions))  # noqa: S311
+    turns = zip(images, itertools.cycle(drawn), strict=False)
+    return [corrupt(image, *condition, seed=number) for number, (image, condition) in enumerate(turns)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.corruptions import corrupt
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.sessions import file_session
@@ -47,6 +48,23 @@ def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictu
         cosine = torch.cosine_similarity(got[:, 1:], wanted[:, 1:], dim=-1).mean()
         assert distance == pytest.approx(1 - float(cosine), abs=1e-5)
     assert trial.distances(plan) == found, "a plan in between changes nothing"
+
+
+def test_images_each_suffer_a_corruption_of_their_own(student: Student, pictures: Path) -> None:
+    paths, teacher = list_images(pictures), dense_twin(student).model
+    conditions = [("fog", 3), ("contrast", 5), ("rotation", 2)]
+    trial = Trial(student, teacher, paths, "patches", None, conditions)
+    plan = LayerPlan((20, 0, 10, 0, 0, 0), (0.2, 1.0, 0.5, 1.0, 1.0, 1.0))
+    assert trial.distances(plan) == Trial(student, teacher, paths, "patches", None, conditions).distances(plan)
+    known = [[corrupt(load_image(path, 160), *each, seed=n) for each in conditions] for n, path in enumerate(paths)]
+    seen = [
+        int(np.argmin([np.abs(raw[0].astype(int) - x).sum() for x in of]))
+        for raw, of in zip(trial._raw, known, strict=True)
+    ]
+    assert sorted(seen) == [0, 1, 2]
+    assert all(np.array_equal(raw[0], of[at]) for raw, of, at in zip(trial._raw, known, seen, strict=True))
+    clean = Trial(student, teacher, paths, "patches").distances(plan)
+    assert trial.distances(plan) != clean
 
 
 def test_layers_before_the_first_change_are_not_run_again(
