@@ -91,7 +91,7 @@ SIZE, AT_LEAST = 518, 0.98
 """Of images, and of the fidelity asked for: cosine of the final patch tokens."""
 BACKEND, PRECISION = "onnxruntime", "fp32"
 """What runs it: more of both would be searched for longer than a demonstration may take."""
-MINUTES, IMAGES_A_MINUTE, FEWEST = 8.0, 1.0, 4
+MINUTES, IMAGES_A_MINUTE, FEWEST = 8.0, 1.0, 5
 """Of the search, and how many images it may look at in that time; at least so many."""
 MODULE = "sparsifiner_edge.demo.saliency"
 DRAWN_KEEP = 0.1
