@@ -94,7 +94,7 @@ def parse_severities(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(digit) for digit in found[0].split(",")}))
 
 
-def conditions_of(corruptions: str, severity: str | None) -> list[tuple[str, int]]:
+def every_condition(corruptions: str, severity: str | None) -> list[tuple[str, int]]:
     """Every corruption that is named at every severity (None: all of them); see `parse_corruptions`."""
     severities = SEVERITIES if severity is None else parse_severities(severity)
     return list(itertools.product(parse_corruptions(corruptions), severities))

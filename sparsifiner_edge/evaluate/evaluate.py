@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsifiner_edge.config import Keep
-from sparsifiner_edge.corruptions import conditions_of
+from sparsifiner_edge.corruptions import every_condition
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
 from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
@@ -79,7 +79,7 @@ def evaluate_student(
     if corruptions is not None:
         asked = RobustnessQuestion(metric, gallery, queries, chosen)
         found = data if isinstance(data, list) else Path(data)
-        return evaluate_robustness(compared, found, asked, conditions_of(corruptions, severity), progress)
+        return evaluate_robustness(compared, found, asked, every_condition(corruptions, severity), progress)
     if metric in METRICS:
         return evaluate_classes(compared, Path(str(data)), metric, gallery, queries, head, progress)
     files = data if isinstance(data, list) else list_images(Path(data))

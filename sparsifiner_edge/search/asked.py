@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsifiner_edge.bundle.entries import ON_PROCESSOR
-from sparsifiner_edge.corruptions import conditions_of
+from sparsifiner_edge.corruptions import every_condition
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.metrics import MAPS
@@ -82,7 +82,7 @@ def what_is_asked(
         raise ConfigError(f"--task goes with --metric task, not {metric}.", "Leave one of the two out.")
     if severity is not None and corruptions is None:
         raise ConfigError("A severity is that of corruptions.", "Name them: --corruptions all.")
-    conditions = [] if corruptions is None else conditions_of(corruptions, severity)
+    conditions = [] if corruptions is None else every_condition(corruptions, severity)
     engines, left_out = _engines(backends, precisions, device)
     own = None if task == MAPS else task
     return Asked(bound, bounds[2], metric, own, seed, device, engines, left_out, _split(data, seed), conditions)
