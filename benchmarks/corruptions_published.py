@@ -1,5 +1,5 @@
 """How the published corruptions change an image, which a test holds ours against: figures of the package
-`imagecorruptions-imaug`, averaged over seeds. It replaces OpenCV by one that needs a screen, so it stays out of here:
+`imagecorruptions-imaug`, averaged over seeds. It replaces OpenCV by one that needs libGL, so it stays out of here:
 
     pip install --target FOLDER imagecorruptions-imaug
     python benchmarks/corruptions_published.py --library FOLDER -o tests/data/corruptions.json

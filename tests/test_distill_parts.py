@@ -333,3 +333,16 @@ def test_recipes_of_before_say_pictures(tmp_path: Path) -> None:
     path.write_text("[pictures]\nheld_out = 3\n[images]\nheld_out = 4\n")
     with pytest.raises(ConfigError, match="both pictures and images"):
         read_recipe(str(path))
+
+
+def test_images_get_worse_as_often_as_asked(pictures: Path) -> None:
+    """Each by one of ImageNet-C's corruptions; what is drawn follows from the seed."""
+    image = open_image(sorted(pictures.iterdir())[0])
+    plain = augmentation(64, Images(smallest_crop=1, flip=False))
+    clean = plain(image)
+    for share, least, most in ((0.0, 0, 0), (0.5, 10, 30), (1.0, 40, 40)):
+        transform = augmentation(64, Images(smallest_crop=1, flip=False, corrupted=share))
+        found = [seeded(transform, image, seed) for seed in range(40)]
+        assert all(torch.equal(x, seeded(transform, image, seed)) for seed, x in enumerate(found[:3]))
+        assert all(x.shape == clean.shape and x.dtype == torch.uint8 for x in found)
+        assert least <= sum(not torch.equal(x, clean) for x in found) <= most

@@ -184,3 +184,19 @@ def test_a_result_is_json(plain: Path, pictures: Path, capsys: pytest.CaptureFix
     assert done.code == 0, done
     result = json.loads(done.out)
     assert result["statistics"]["stability"]["features"]["all"]["images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--map", "heat"], "masks are cut from maps from 0 to 1"),
+        (["--map", "mask", "--threshold", "nan"], "threshold is nan"),
+        (["--task", f"{METRICS}:Brightness", "--map", "mask"], "are for the task maps"),
+        (["--map", "mask", "--gallery", "nowhere"], "require"),
+    ],
+)
+def test_what_a_task_is_refused_for(
+    mapped: Path, pictures: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    asked = ["evaluate", mapped, "--trust", FACTORY, "--data", pictures, "--metric", "task", "--corruptions", "fog"]
+    assert_refused(call(capsys, *asked, *arguments), said)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=common.PATH, default=Path("demo"), show_default=True,
               help="Folder for students, bundles, result and images.")  # fmt: skip
 @click.option("--minutes", type=click.FloatRange(1, 600), default=8, show_default=True,
-              help="Of the search. In more of them it looks at more images, and finds what is faster.")  # fmt: skip
+              help="Of the search; in more of them it looks at more images.")  # fmt: skip
 @common.json_option
 def command(*, output: Path, minutes: float, as_json: bool) -> None:
     """A saliency model on DINOv2 ViT-S/14 at 518 px, untrained: the fastest at .98, searched for, beside dense."""

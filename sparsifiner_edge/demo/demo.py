@@ -91,8 +91,8 @@ SIZE, AT_LEAST = 518, 0.98
 """Of images, and of the fidelity asked for: cosine of the final patch tokens."""
 BACKEND, PRECISION = "onnxruntime", "fp32"
 """What runs it: more of both would be searched for longer than a demonstration may take."""
-MINUTES, IMAGES_A_MINUTE, FEWEST = 8.0, 1.0, 5
-"""Of the search, and how many images it may look at in that time; at least so many."""
+MINUTES, FEWEST = 8.0, 5
+"""Of the search, which may look at one image for each of them; at least at so many."""
 MODULE = "sparsifiner_edge.demo.saliency"
 DRAWN_KEEP = 0.1
 """Share of keys in the drawn layer, where nothing is merged."""
@@ -122,11 +122,12 @@ def run_demo(output: Path, progress: Progress, minutes: float = MINUTES) -> Demo
     _require_demonstration(output)
     images = output / IMAGES
     images.mkdir(parents=True, exist_ok=True)
-    searched = evenly(split.calibration(), max(FEWEST, round(minutes * IMAGES_A_MINUTE)))
-    for path in images.iterdir():
-        path.unlink()  # Of a demonstration that was stopped, which may have had more time.
-    for path in searched:
-        shutil.copyfile(path, images / path.name)
+    searched = evenly(split.calibration(), max(FEWEST, round(minutes)))
+    for path in split.calibration():
+        if path in searched:
+            shutil.copyfile(path, images / path.name)
+        else:  # One that was stopped may have had more time.
+            (images / path.name).unlink(missing_ok=True)
     source, done = f"{MODULE}:saliency", itertools.count()
 
     def stage(name: str) -> None:
@@ -180,14 +181,18 @@ def _require_demonstration(output: Path) -> None:
     """Refuse a folder that holds something else; drop what an earlier demonstration that ended left."""
     if not output.exists() and not output.is_symlink():
         return
-    if not output.is_dir() or (
-        any(output.iterdir()) and not any((output / name).exists() for name in (RESULT, IMAGES))
-    ):
+    if not output.is_dir() or (any(output.iterdir()) and not (output / RESULT).exists() and not _was_stopped(output)):
         raise ArtifactError(f"{output} exists and holds no demonstration; it is left untouched.", "Choose another -o.")
     if (output / RESULT).exists():
         read_result(output / RESULT)
         (output / RESULT).unlink()
         shutil.rmtree(output / FOUND, ignore_errors=True)
+
+
+def _was_stopped(output: Path) -> bool:
+    """Whether its images are those of a demonstration, and nobody's own."""
+    known, images = {path.name for path in split.calibration()}, output / IMAGES
+    return images.is_dir() and all(path.name in known for path in images.iterdir())
 
 
 def _result(row: _Row) -> DemoResult:

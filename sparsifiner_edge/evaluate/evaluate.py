@@ -76,6 +76,8 @@ def evaluate_student(
     _require_sense(metric, chosen, head, corruptions, severity)
     if metric in METRICS and isinstance(data, list):
         raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
+    if gallery is not None and metric not in METRICS:
+        raise ConfigError("A gallery requires another metric.", f"Choose: {', '.join(METRICS)}.")
     if corruptions is not None:
         asked = RobustnessQuestion(metric, gallery, queries, chosen)
         found = data if isinstance(data, list) else Path(data)
@@ -83,10 +85,9 @@ def evaluate_student(
     if metric in METRICS:
         return evaluate_classes(compared, Path(str(data)), metric, gallery, queries, head, progress)
     files = data if isinstance(data, list) else list_images(Path(data))
+    files = files if queries is None else evenly(files, queries)
     if metric == "task":
-        return evaluate_task(compared, files if queries is None else evenly(files, queries), chosen, progress)
-    if any(given is not None for given in (gallery, queries)):
-        raise ConfigError("A gallery and a number of queries require another metric.", f"Choose: {', '.join(METRICS)}.")
+        return evaluate_task(compared, files, chosen, progress)
     return evaluate_cosine(compared, files, progress)
 
 
@@ -100,5 +101,9 @@ def _require_sense(
         raise ConfigError("A task, masks and a threshold require --metric task.", "Leave them out.")
     if head is not None and (metric not in METRICS or corruptions is not None):
         raise ConfigError("A head is written by the metric linear, on clean images.", "Use that, or leave --head out.")
+    if not 0 < chosen.threshold < 1:
+        raise ConfigError(f"threshold is {chosen.threshold}.", "Give a number between 0 and 1.")
+    if chosen.name != MAPS and (chosen.masks or chosen.output):
+        raise ConfigError("Masks and the name of a map are for the task maps.", "Leave them out.")
     if severity is not None and corruptions is None:
         raise ConfigError("A severity is that of corruptions.", "Name them: --corruptions all.")

@@ -244,7 +244,8 @@ class _Features(_OfFiles):
         super().__init__(subject, files)
         self.prefixes = subject.prefix, teacher.prefix
 
-    def begin(self, number: int, clean: Mapping[str, Array]) -> None:  # noqa: ARG002
+    def begin(self, number: int, clean: Mapping[str, Array]) -> None:
+        del number
         self.clean = clean
 
     def judge(
@@ -269,9 +270,14 @@ class _Maps(_OfFiles):
         self.truth = "true masks" if self.masks else "the dense model's map of the clean image"
 
     def begin(self, number: int, clean: Mapping[str, Array]) -> None:
+        name, own = map_in(clean, self.task.output, "teacher")
+        if own.min() < 0 or own.max() > 1:
+            raise ConfigError(
+                f"{name} has values from {own.min():.3g} to {own.max():.3g}; masks are cut from maps from 0 to 1.",
+                "Write a metric of your own: --task package.module:object.",
+            )
         if self.masks is None:
-            own = map_in(clean, self.task.output, "teacher")[1] > self.task.threshold
-            self.true = matching(own, height_width(self.size))
+            self.true = matching(own > self.task.threshold, height_width(self.size))
         else:
             self.true = load_mask(self.masks[self.files[number]], self.size)
 
@@ -291,8 +297,6 @@ class _Own(_OfFiles):
 
     def __init__(self, subject: Extractor, files: Sequence[Path], task: Task) -> None:
         super().__init__(subject, files)
-        if task.masks or task.output:
-            raise ConfigError("Masks and the name of a map are for the task maps.", "Leave them out.")
         self.make, self.truth = metric_maker(task.name), task.name
         self.metrics: dict[tuple[str, Condition | None], TaskMetric] = {}
 

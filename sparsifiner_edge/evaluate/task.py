@@ -84,12 +84,8 @@ def evaluate_task(
     compared: TeacherComparison, images: Sequence[Path], task: Task, progress: Progress | None
 ) -> TaskResult:
     """See `evaluate_student`."""
-    if not 0 < task.threshold < 1:
-        raise ConfigError(f"threshold is {task.threshold}.", "Give a number between 0 and 1.")
     masks = None if task.masks is None else masks_of(task.masks, images)
     own = None if task.name == MAPS else metric_maker(task.name)
-    if own and (masks or task.output):
-        raise ConfigError("Masks and the name of a map are for the task maps.", "Leave them out.")
     with contextlib.ExitStack() as stack:
         subject, teacher = open_both(compared, stack)
         judge: _Judge = _Maps(task, masks, subject) if own is None else _Own(own(), own())

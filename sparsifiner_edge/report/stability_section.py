@@ -83,7 +83,8 @@ def stability_sentences(file: ResultFile, texts: Texts) -> list[str]:
     found = []
     for score, rows in _scores(file):
         extra, dense = (_points(mapping(rows, EVERY), name) for name in ("extra_lost", "teacher_lost"))
-        if extra is not None and dense is not None:
+        # Where the dense model is what is held against it loses nothing, which says nothing.
+        if extra is not None and dense is not None and dense.reach != (0, 0):
             named = texts.known(f"task.{score}", score)
             found.append(
                 texts(

@@ -111,7 +111,7 @@ def search_model(
             fidelity.
         against: bundles of the same images to stand beside what is found, such as the dense model in int8.
         corruptions: judge plans by images that got worse, each under one of these: "all", "common", "camera" or names;
-            severity: as "3", "1,3,5" or "1..5"; None takes all. What is found then reads more, or merges less.
+            severity: as "3", "1,3,5" or "1..5"; None takes all.
         minutes: how long to look, about, export and last measurement included.
         seed: of which images are kept for the check.
         trust: see `load_student`.
