@@ -77,7 +77,7 @@ def evaluate_student(
     if metric in METRICS and isinstance(data, list):
         raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
     if gallery is not None and metric not in METRICS:
-        raise ConfigError("A gallery requires another metric.", f"Choose: {', '.join(METRICS)}.")
+        raise ConfigError("Images to learn from require another metric.", f"Choose: {', '.join(METRICS)}.")
     if corruptions is not None:
         asked = RobustnessQuestion(metric, gallery, queries, chosen)
         found = data if isinstance(data, list) else Path(data)
