@@ -14,13 +14,16 @@ that `accuracy.py` and `stamps.py` name.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import click
+import numpy as np
 import stamps
 import tome
 import torch
@@ -31,9 +34,12 @@ from frontier_points import sum_of_layers
 from PIL import Image
 
 import sparsifiner_edge as se
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.demo import material, split
+from sparsifiner_edge.evaluate import robustness
+from sparsifiner_edge.evaluate.extract import Extractor, open_both
 from sparsifiner_edge.evaluate.robustness import RobustnessResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.records import write_record
@@ -42,7 +48,7 @@ from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 
 MODULE, SALIENCY_SIZE = "sparsifiner_edge.demo.saliency", 518
-GALLERY, QUERIES, STAMPS, SEVERITY = 1500, 300, 50, "3"
+GALLERY, QUERIES, STAMPS, SEVERITY = 1000, 200, 30, "3"
 """Images of each task. Severity 3 is what is required; the middle of five."""
 STAGES = ("untrained", "trained")
 REQUIRED = 1.0
@@ -79,7 +85,7 @@ TASKS: dict[str, dict[str, Contender]] = {
 }
 RECIPES = {
     "classes": (
-        "distil.steps=300", "images.smallest_crop=0.8", "images.cut_mix=0", "losses.classes=0.06",
+        "distil.steps=200", "images.smallest_crop=0.8", "images.cut_mix=0", "losses.classes=0.06",
         "losses.patches=0.02", "budgets.keep=[]", "distil.learning_rate=4e-6",
     ),
     "saliency": (
@@ -90,15 +96,40 @@ RECIPES = {
 
 
 @contextlib.contextmanager
+def remembered(*folders: Path) -> Iterator[None]:
+    """Whether what the subject and its teacher give for an image is kept in a folder each, and looked up there."""
+
+    def opened(*arguments: Any) -> tuple[Extractor, Extractor]:
+        subject, teacher = (_kept_in(*pair) for pair in zip(folders, open_both(*arguments), strict=True))
+        return subject, teacher
+
+    with mock.patch.object(robustness, "open_both", opened):
+        yield
+
+
+def _kept_in(folder: Path, extractor: Extractor) -> Extractor:
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def extract(images: Array) -> dict[str, Array]:
+        files = [folder / f"{hashlib.sha256(image.tobytes()).hexdigest()[:32]}.npz" for image in images]
+        missing = [number for number, file in enumerate(files) if not file.exists()]
+        if missing:
+            found = {name: x for name, x in extractor.extract(images[missing]).items() if name != "tokens"}
+            for place, number in enumerate(missing):
+                made = files[number].with_suffix(".part.npz")
+                np.savez(made, **{name: x[place] for name, x in found.items()})
+                made.replace(files[number])
+        rows = [np.load(file) for file in files]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0].files}
+
+    return extractor._replace(extract=extract)
+
+
+@contextlib.contextmanager
 def merging_by(tome_rule: bool) -> Iterator[None]:
     """Whether students merge as ToMe does: any partner, several tokens into one."""
-    own = Merging.forward
-    if tome_rule:
-        Merging.forward = _tome  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(Merging, "forward", _tome) if tome_rule else contextlib.nullcontext():
         yield
-    finally:
-        Merging.forward = own  # type: ignore[method-assign]
 
 
 def _tome(self: Merging, tokens: CarriedTokens, qkv: torch.Tensor, num_heads: int) -> CarriedTokens:
@@ -184,7 +215,7 @@ def train(tasks: tuple[str, ...], only: tuple[str, ...], work: Path) -> None:
 
 
 def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> RobustnessResult:
-    """A student under every corruption, beside the dense model; kept on disk, as it takes long."""
+    """A student under every corruption, beside the dense model; kept on disk, as are outputs, for it takes long."""
     contender = TASKS[task][name]
     student = untrained(work, task, name) if stage == "untrained" else work / f"{task}-{name}"
     kept = work / f"{student.name}.json"
@@ -193,18 +224,15 @@ def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> Robus
     options: dict[str, Any] = {"corruptions": "all", "severity": SEVERITY, "trust": [MODULE], "progress": progress}
     if task == "classes":
         options |= {"metric": "linear", "gallery": class_folders(work, "train", GALLERY), "queries": QUERIES}
-        data, dense = class_folders(work, "test", QUERIES), work / "dense-224"
-        if not dense.exists():
-            se.export_bundle(material.DINOV2, dense, weights=weights_file(), img_size=SIZE)
+        data = class_folders(work, "test", QUERIES)
+        options |= {"against": material.DINOV2, "weights": weights_file()}
     else:
-        data, dense = work / "stamps" / "images", work / "dense-518"
+        data = work / "stamps" / "images"
         if not data.exists():
             stamps.write(work / "stamps", STAMPS, SALIENCY_SIZE)
-        options |= {"metric": "task", "masks": work / "stamps" / "masks"}
-        if not dense.exists():
-            se.export_bundle(f"{MODULE}:saliency", dense)
-    with merging_by(contender.by_tome):
-        found = se.evaluate_student(student, data, against=dense, **options)
+        options |= {"metric": "task", "masks": work / "stamps" / "masks", "against": f"{MODULE}:saliency"}
+    with merging_by(contender.by_tome), remembered(work / "outputs" / student.name, work / "outputs" / f"{task}-dense"):
+        found = se.evaluate_student(student, data, **options)
     assert isinstance(found, RobustnessResult)
     write_result(kept, found)
     return found

@@ -200,8 +200,7 @@ def predictor_of(
 
 def _outputs(extractor: Extractor, images: Labelled, name: str, count: Callable[[], None]) -> Array:
     rows = []
-    for index in range(len(images)):
-        outputs = extractor.extract(images.load(index, extractor.size)[None])
+    for outputs in extractor.each(images.load(index, extractor.size) for index in range(len(images))):
         if name not in outputs:
             raise ConfigError(f"{extractor.about.path} has no {name}.", "Choose another metric, or a classifier.")
         rows.append(outputs[name][0])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from msgspec.structs import replace
 
-from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, sha256
 from sparsifiner_edge.bounds import ImageSize, size_text
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
@@ -25,15 +27,19 @@ from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise
 
 
+TOKENS_TOGETHER = 2048
+"""Of so many tokens images are computed together in torch: more of them gain nothing on a CPU, and take memory."""
+
+
 class Extractor(NamedTuple):
-    """Something that turns images uint8 [1,H,W,3] into features.
+    """Something that turns images uint8 [B,H,W,3] into features.
 
     Attributes:
-        extract: -> outputs by name: of a vision transformer alone {"features": [1,C], and where it has them "logits":
-            [1,classes], "tokens": [1,N,C], patches in raster order, and with pruned tokens "token_positions": [1,P],
+        extract: -> outputs by name: of a vision transformer alone {"features": [B,C], and where it has them "logits":
+            [B,classes], "tokens": [B,N,C], patches in raster order, and with pruned tokens "token_positions": [B,P],
             the raster places of those that are left}; of other models their own.
         size: of the images. prefix: tokens that are no patches. about: how a result names it. runtime: what ran it.
-        labels: of a classifier that has them, in its order.
+        labels: of a classifier that has them, in its order. together: images that `extract` takes at most.
     """
 
     extract: Callable[[Array], dict[str, Array]]
@@ -42,6 +48,15 @@ class Extractor(NamedTuple):
     about: Subject
     runtime: Runtime
     labels: tuple[str, ...] = ()
+    together: int = 1
+
+    def each(self, images: Iterable[Pixels]) -> Iterator[dict[str, Array]]:
+        """The outputs of each image, as of a batch of one."""
+        waiting = iter(images)
+        while batch := list(itertools.islice(waiting, self.together)):
+            outputs = self.extract(np.stack(batch))
+            for place in range(len(batch)):
+                yield {name: value[place : place + 1] for name, value in outputs.items()}
 
 
 class TeacherComparison(NamedTuple):
@@ -127,7 +142,9 @@ def _torch(student: Student, path: str, digest: str) -> Extractor:
 
     runtime = Runtime(backend=f"torch {torch.__version__}", precision="fp32", threads=torch.get_num_threads())
     about = Subject(name=student.name, path=path, sha256=digest)
-    return Extractor(extract, student.img_size, student.backbone.prefix, about, runtime, student.labels)
+    backbone = student.backbone
+    together = max(1, TOKENS_TOGETHER // (backbone.prefix + backbone.patches))
+    return Extractor(extract, student.img_size, backbone.prefix, about, runtime, student.labels, together)
 
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:

@@ -144,12 +144,13 @@ def evaluate_robustness(
         steps, total = itertools.count(1), len(judge.images) * (len(conditions) + 1)
         for number in range(len(judge.images)):
             image = judge.load(number)
-            judge.begin(number, teacher.extract(image[None]))
-            for condition in (None, *conditions):
-                seen = image if condition is None else corrupt(image, *condition, seed=number)
-                outputs = (subject.extract(seen[None]), teacher.extract(seen[None]))
+            seen = [image, *(corrupt(image, *condition, seed=number) for condition in conditions)]
+            outputs = zip(subject.each(seen), teacher.each(seen), strict=True)
+            for condition, (own, dense) in zip((None, *conditions), outputs, strict=True):
+                if condition is None:
+                    judge.begin(number, dense)
                 label = CLEAN if condition is None else condition.label
-                for role, scores in zip(JUDGED, judge.judge(number, condition, *outputs), strict=True):
+                for role, scores in zip(JUDGED, judge.judge(number, condition, own, dense), strict=True):
                     for name, value in scores.items():
                         samples.setdefault(name, {}).setdefault(label, {}).setdefault(role, []).append(value)
                 if progress:
