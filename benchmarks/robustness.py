@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ from sparsifiner_edge.evaluate.robustness import RobustnessResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result, read_result, write_result
+from sparsifiner_edge.sparse import patch
 from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 
@@ -89,8 +91,8 @@ RECIPES = {
         "losses.patches=0.02", "budgets.keep=[]", "distil.learning_rate=4e-6",
     ),
     "saliency": (
-        "batch=2", "distil.steps=200", "distil.learning_rate=3e-6", "clip=0.25", "budgets.keep=[]", "losses.classes=0",
-        "images.cut_mix=0", "check_every=50",
+        "batch=2", "distil.steps=100", "distil.learning_rate=3e-6", "clip=0.25", "budgets.keep=[]", "losses.classes=0",
+        "images.cut_mix=0", "check_every=25",
     ),
 }  # fmt: skip
 
@@ -127,8 +129,11 @@ def _kept_in(folder: Path, extractor: Extractor) -> Extractor:
 
 @contextlib.contextmanager
 def merging_by(tome_rule: bool) -> Iterator[None]:
-    """Whether students merge as ToMe does: any partner, several tokens into one."""
-    with mock.patch.object(Merging, "forward", _tome) if tome_rule else contextlib.nullcontext():
+    """Whether students merge as ToMe does: tokens in raster order, any partner, several into one."""
+    with contextlib.ExitStack() as stack:
+        if tome_rule:
+            stack.enter_context(mock.patch.object(Merging, "forward", _tome))
+            stack.enter_context(mock.patch.object(patch, "hilbert_order", lambda *grid: np.arange(math.prod(grid))))
         yield
 
 
