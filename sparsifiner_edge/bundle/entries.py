@@ -61,6 +61,18 @@ class Retiled(Struct, frozen=True):
     refused: str | None = None
 
 
+class NoveltyFit(Struct, frozen=True):
+    """What the output `novelty` was fitted to: how many images, and the share of such that may score above 1.
+
+    Attributes:
+        origin: "calibration" of the student, or "site": a source of frames since.
+    """
+
+    images: int = 0
+    false_alarms: float | None = None
+    origin: str = field(name="from", default="calibration")
+
+
 ON_PROCESSOR = ("onnxruntime", "onnxruntime-bf16", "openvino", "openvino-bf16", "openvino-fp16")
 """Backends (`runtime.open.BACKENDS`) that run the file itself on the processor."""
 

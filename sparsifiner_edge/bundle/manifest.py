@@ -11,7 +11,16 @@ from msgspec import Meta
 from sparsifiner_edge.artifacts import ENGINE_FOLDER, parse_json
 from sparsifiner_edge.bounds import MOST_SIDE, flaw
 from sparsifiner_edge.bundle.engines import Engine
-from sparsifiner_edge.bundle.entries import BoardKernels, Check, Float16, Folded, Measured, Quantisation, Retiled
+from sparsifiner_edge.bundle.entries import (
+    BoardKernels,
+    Check,
+    Float16,
+    Folded,
+    Measured,
+    NoveltyFit,
+    Quantisation,
+    Retiled,
+)
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.errors import ArtifactError, ConfigError
@@ -89,6 +98,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         costs, dense_costs: see `costs.summary`.
         tolerances: output -> greatest difference from golden, relative to its range.
         engines: in the order in which they were built.
+        novelty: what the output of that name was fitted to; None: there is none.
         check, retiled, measured, quantisation, float16, boards: what export found, for people.
         provenance: where the weights came from, as the student's own file says. tools: package -> version.
     """
@@ -115,6 +125,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     quantisation: Quantisation | None = None
     float16: Float16 | None = None
     boards: tuple[BoardKernels, ...] = ()
+    novelty: NoveltyFit | None = None
     provenance: Any = {}
     tools: dict[str, str] = {}
 

@@ -39,6 +39,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         maps: of a model that gives dense maps; empty where a value is NaN or infinite.
         not_finite: how many were, where any was.
         change: of a video's features; see `Model.change`.
+        novelty: where the bundle gives it: above 1 the image is unlike those of the calibration.
     """
 
     top: list[Class] | None = None
@@ -46,6 +47,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     maps: list[MapSummary] | None = None
     not_finite: int | None = None
     change: float | None = None
+    novelty: float | None = None
 
 
 class FrameRecord(Answer, frozen=True):

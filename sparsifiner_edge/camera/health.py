@@ -193,6 +193,9 @@ class HealthServer:
         healthy = state == "streaming" and silent is not None and silent < self._stale_s
         silent = None if silent is None else round(silent, 3)
         content = {"healthy": healthy, "state": state, "reason": self._status.reason, "silent_s": silent}
+        recent = self._status.novelty
+        if recent.unlike:
+            content |= {"novelty": recent.text, "unlike": recent.alarm, "repeated": recent.repeated}
         return 200 if healthy else 503, "application/json", dump_json(content, indent=None).encode()
 
 
@@ -233,6 +236,7 @@ class _Collector:
         for name, what, value in (
             ("silent_seconds", "Since the last answer.", self._status.silent_s()),
             ("last_outage_seconds", "How long the source was lost the last time.", self._status.recovered_s),
+            ("novelty", "Of the last frame; above 1 it is unlike the calibration's.", self._status.novelty.last),
         ):
             if value is not None:
                 yield GaugeMetricFamily(f"sparsifiner_{name}", what, value=value)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import height_width, size_text
@@ -16,6 +18,7 @@ from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.metrics import POSITIONS, cosine
+from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.runtime import Session
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.text import finite
@@ -79,11 +82,14 @@ class Model:
         return self.session.infer({"image": image[None]})
 
     def answer(self, outputs: dict[str, Array]) -> Answer:
-        """`top` of a classifier, else `features`, else `maps`.
+        """`top` of a classifier, else `features`, else `maps`; and `novelty`.
 
         Raises:
             ArtifactError: the bundle gives none of them.
         """
+        return replace(self._answer(outputs), novelty=novelty_of(outputs))
+
+    def _answer(self, outputs: dict[str, Array]) -> Answer:
         if "logits" in outputs:
             logits = outputs["logits"][0].astype(np.float64)
             bad = int(np.count_nonzero(~np.isfinite(logits)))
@@ -148,6 +154,12 @@ class Model:
         best = np.argsort(-probabilities, kind="stable")[: self._top]
         names = self.labels if len(self.labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
         return [Class(int(i), names[i], float(probabilities[i])) for i in best if probabilities[i] >= self._threshold]
+
+
+def novelty_of(outputs: dict[str, Array]) -> float | None:
+    """The score of one image; None where there is none, or it is NaN or infinite."""
+    score = float(outputs[NOVELTY][0, 0]) if NOVELTY in outputs else math.nan
+    return round(score, 6) if math.isfinite(score) else None
 
 
 def dense_maps(outputs: dict[str, Array]) -> dict[str, Array]:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from sparsifiner_edge.camera.answers import FrameRecord
 
@@ -24,8 +25,41 @@ COUNTERS = {
     "output_errors": "Records that could not be written.",
     "overlay_errors": "Times that the overlay could not be written and was given up.",
     "not_finite": "Numbers of answers that were NaN or infinite, and were written as null.",
+    "unlike": "Frames unlike those that the model was calibrated on: novelty above 1.",
+    "repeated": "Frames of exactly the same novelty as the one before: the image stands still.",
 }
 """And what each counts."""
+WINDOW = 100
+"""Frames that are looked back on."""
+STILL = 25
+"""Frames in a row that are the same when it is told."""
+
+
+class Recent(NamedTuple):
+    """The scores `novelty` of the last frames, replaced as a whole: other threads read it.
+
+    Attributes:
+        unlike: of each of the last `WINDOW` frames whether it was above 1. last: the newest score. repeated: frames
+            before it, without a gap, that had the same. alarm: half of ten or more frames are unlike, and not yet again
+            less than a quarter.
+    """
+
+    unlike: tuple[bool, ...] = ()
+    last: float | None = None
+    repeated: int = 0
+    alarm: bool = False
+
+    def after(self, score: float) -> Recent:
+        """With one more."""
+        unlike = (*self.unlike, score > 1)[-WINDOW:]
+        share = sum(unlike) / len(unlike)
+        alarm = share >= (0.25 if self.alarm else 0.5) and len(unlike) >= 10
+        return Recent(unlike, score, self.repeated + 1 if score == self.last else 0, alarm)
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"{sum(self.unlike)} of the last {len(self.unlike)} frames unlike what this model was calibrated on"
 
 
 class Status:
@@ -47,6 +81,7 @@ class Status:
         self._lock = threading.Lock()
         self._lost_at: float | None = None
         self._processed_at: float | None = None
+        self.novelty = Recent()
         self.watchers: list[Callable[[FrameRecord], None]] = []
         """Called with each record."""
 
@@ -90,8 +125,20 @@ class Status:
         """A frame's answer is ready."""
         self.count("processed")
         self._processed_at = time.monotonic()
+        if record.novelty is not None:
+            self._look(record.novelty)
         for watcher in self.watchers:
             watcher(record)
+
+    def _look(self, score: float) -> None:
+        before, self.novelty = self.novelty, self.novelty.after(score)
+        now = self.novelty
+        self.count("unlike", score > 1)
+        self.count("repeated", now.repeated > 0)
+        if now.alarm != before.alarm:
+            self.event("unlike" if now.alarm else "like", reason=now.text)
+        if now.repeated == STILL:
+            self.event("still", reason=f"{STILL} frames in a row are the same")
 
     def silent_s(self) -> float | None:
         """Seconds since the last answer; None before the first."""

@@ -24,6 +24,7 @@ from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.sparse.calibrate import sparse_layers
+from sparsifiner_edge.sparse.novelty import with_novelty
 from sparsifiner_edge.sparse.student import Student, load_student, save_student
 from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.teacher import teacher_of
@@ -155,7 +156,9 @@ def distill_student(
         if accelerator.is_main_process:
             found.model.cpu().load_state_dict(state.best)
             provenance = replace(found.provenance, training=write_record(summary))
-            save_student(dataclasses.replace(found, provenance=provenance), target)
+            # Other weights make other tokens: what was fitted before says nothing of them.
+            seen = [path for path in source.train if str(path) not in state.unreadable]
+            save_student(with_novelty(dataclasses.replace(found, provenance=provenance), seen, progress), target)
             (training.folder / checkpoint.CHECKPOINT).unlink()
         accelerator.end_training()
     return summary

@@ -26,7 +26,6 @@ from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, loa
 from sparsifiner_edge.sparse.student_file import Weights
 from sparsifiner_edge.sparse.weights import normalise
 
-
 TOKENS_TOGETHER = 2048
 """Of so many tokens images are computed together in torch: more of them gain nothing on a CPU, and take memory."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.artifacts import kind_of, new_folder, require_replaceable
 from sparsifiner_edge.bounds import MOST_BATCH, ImageSize, size_text, whole_number
-from sparsifiner_edge.bundle.entries import Check, Folded
+from sparsifiner_edge.bundle.entries import Check, Folded, NoveltyFit
 from sparsifiner_edge.bundle.manifest import (
     BUNDLE_SCHEMA,
     MODEL_FILE,
@@ -81,6 +82,7 @@ def export_bundle(
     measure: bool | str = False,
     boards: Sequence[str | Path] = (),
     inline: bool = False,
+    novelty: bool = True,
     trust: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
@@ -107,6 +109,8 @@ def export_bundle(
             where neither tile nor probe is given, the tile is `student_changes.GPU_TILE` if that passes the gate.
         inline: standard operators alone, for runtimes that know no local functions (OpenVINO without this package):
             no kernels of ours can take them there.
+        novelty: also give the score `novelty` [B,1] (see `sparsifiner_edge.novelty`), if the student was calibrated on
+            images of this size.
         trust: see `load_student`.
         progress: for int8; see `Progress`.
 
@@ -123,6 +127,7 @@ def export_bundle(
     wanted = _boards(boards, inline)
     numbers = _numbers(precision, int8_target, calibrate, bool(tile or probe or boards), inline)
     student = _load(source, weights, img_size, keep, token_keep, merge, trust)
+    student = student if novelty else dataclasses.replace(student, novelty=None)
     student, changes = changed(student, tile, probe, measure, numbers.images, bool(wanted))
     file = _file(student, deploy(student, tokens), size_of_batch, numbers, progress)
     with new_folder(target, "bundle") as folder:
@@ -344,7 +349,7 @@ def _manifest(
 ) -> Manifest:
     pre, size = student.normalisation, student.img_size
     # Keys, tokens that stay, or pairs that merge.
-    backbone = student.backbone
+    backbone, fit = student.backbone, student.novelty
     sparse = student.sparsity.sparse_layers(len(backbone.layers))
     selects = bool(sparse or deployed.prunes or student.sparsity.merge)
     shape = model_shape(student.model)
@@ -370,6 +375,7 @@ def _manifest(
         },
         check=check,
         provenance=write_record(student.provenance),
+        novelty=None if fit is None else NoveltyFit(fit.images, fit.false_alarms),
         tools={name: version(name) for name in (*_TOOLS, backbone.host.name)},
     )
 

@@ -5,7 +5,7 @@
     MatMul, Gemm, Gelu, residual additions, the operators' qkv        float16
     what goes into int8 products and comes out of them                float16
     selection scores, token scores, softmax inside the bodies         float32 (the bodies cast by themselves)
-    outputs                                                           float32
+    outputs, and all that makes the score novelty                     float32
 
 One walk over the graph decides each node's type and puts a Cast where two meet. `onnxruntime.transformers.float16`
 does this for standard operators, but takes the result of every operator for float16: the token scores of a pruned
@@ -30,6 +30,7 @@ from sparsifiner_edge.errors import GateError
 from sparsifiner_edge.export.int8 import LEAST_OWN_COSINE
 from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
 from sparsifiner_edge.metrics import aligned, row_cosines
+from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 SINGLE, HALF = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
@@ -162,6 +163,8 @@ class _Walk:
         return [name for name, kind in self.types.items() if kind == HALF and name not in fixed]
 
     def _kind(self, node: onnx.NodeProto, floats: Sequence[str]) -> int:
+        if node.name.startswith(f"{NOVELTY}."):
+            return SINGLE  # Small differences of large numbers, squared.
         if node.domain == DOMAIN or node.op_type in _IN_HALF:
             return HALF
         present = {self.types[name] for name in floats if name in self.types}

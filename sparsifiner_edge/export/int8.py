@@ -25,6 +25,7 @@ from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.export.sessions import file_runner, match_names, with_matches, with_outputs
 from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.metrics import POSITIONS, aligned, row_cosines
+from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.progress import Progress
 
@@ -169,7 +170,8 @@ def _prepared(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     source = onnx.ModelProto()
     source.CopyFrom(model)
     weights = {tensor.name: tensor for tensor in source.graph.initializer}
-    linear = {n.output[0]: n.name for n in source.graph.node if n.op_type == "MatMul" and n.input[1] in weights}
+    products = [n for n in source.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+    linear = {node.output[0]: node.name for node in products if not node.name.startswith(f"{NOVELTY}.")}
     seen: set[str] = set()
     for node in source.graph.node:
         if node.output[0] in linear:

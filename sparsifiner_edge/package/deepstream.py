@@ -21,6 +21,7 @@ from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
 from sparsifiner_edge.bundle.store import LABELS_FILE
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import centre_text
+from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.package.common import ImageBundle, template
 from sparsifiner_edge.package.float_model import PROBABILITIES, write_float_model
 
@@ -68,6 +69,11 @@ def _remarks(bundle: ImageBundle) -> list[str]:
         found.append(
             "This bundle has no logits: Gst-nvinfer's classifiers need them. The configurations attach the raw outputs "
             "instead (network-type=100, output-tensor-meta=1); your application reads them."
+        )
+    elif any(output.name == NOVELTY for output in bundle.manifest.outputs):
+        found.append(
+            "The score novelty is left out: Gst-nvinfer reads every output of a classifier as the answer of one. A "
+            "bundle without logits gives it as a tensor, and so do Triton and GStreamer."
         )
     if bundle.precision == "fp16":
         found.append(

@@ -26,6 +26,7 @@ from sparsifiner_edge.sparse.defaults import fit_to_model
 from sparsifiner_edge.sparse.hosts import Backbone, backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import create, load_state, on_paper, preprocessing
 from sparsifiner_edge.sparse.in_memory import arriving, calibration_size, learn
+from sparsifiner_edge.sparse.novelty import Novelty, read_novelty, with_novelty, write_novelty
 from sparsifiner_edge.sparse.patch import make_model_sparse, require_supported, restore_backbone, set_budget
 from sparsifiner_edge.sparse.source import LoadedModel, from_factory, load_source
 from sparsifiner_edge.sparse.student_file import (
@@ -64,6 +65,7 @@ class Student:
         labels: names of a classifier's classes, where its own are known.
         pixels: what it expects of them; None: as timm records for the model.
         outputs: names for what it gives (see `outputs_of`); None: its own.
+        novelty: what images it was calibrated on, for the score of that name.
     """
 
     model: Any
@@ -74,6 +76,7 @@ class Student:
     pixels: Normalisation | None = None
     outputs: tuple[str, ...] | None = None
     kind: HostKind = "timm"
+    novelty: Novelty | None = None
 
     @property
     def normalisation(self) -> Normalisation:
@@ -149,7 +152,8 @@ def sparsify(
         preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens, merge, merge_window: see
             `SparsityConfig`. None takes the preset's own, or what suits the model (`sparse.defaults`): cells, shares of
             keys where tokens merge, and for the paper's channels half the head dimension.
-        calibrate: folder of images to learn the predictor from; None takes the weights alone.
+        calibrate: folder of images to learn the predictor from; None takes the weights alone. Eight or more also make
+            the score `novelty` (see `sparsifiner_edge.novelty`).
         progress: see `Progress`; counts images.
 
     Returns:
@@ -174,7 +178,9 @@ def sparsify(
     provenance = Provenance(origin, Calibration("weights"), {name: version(name) for name in tools})
     student = _of_source(loaded, make_student(loaded.name, loaded.model, sparsity, provenance))
     if calibrate is not None and sparse_layers(student.model):
-        student = calibrate_student(student, Path(calibrate), progress)
+        student = with_novelty(
+            calibrate_student(student, Path(calibrate), progress), list_images(Path(calibrate)), progress
+        )
     return save_student(student, target)
 
 
@@ -202,6 +208,7 @@ def save_student(student: Student, output: Path) -> Path:
             sparsity=student.sparsity.to_dict(),
             provenance=student.provenance,
             weights_sha256=sha256(folder / WEIGHTS_FILE),
+            novelty=None if student.novelty is None else write_novelty(student.novelty, folder),
         )
         (folder / STUDENT_FILE).write_text(dump_json(write_record(config)), encoding="utf-8")
     return output
@@ -253,6 +260,10 @@ def load_student(
     student = Student(
         model, config.model, sparsity, config.provenance, labels, pixels, config.outputs, config.host
     )  # fmt: skip
+    # Statistics are of images of this size.
+    if config.novelty is not None and student.img_size == config.img_size:
+        novelty = read_novelty(config.novelty, folder, student.backbone)
+        student = dataclasses.replace(student, novelty=novelty)
     return with_budget(student, keep, token_keep)
 
 
@@ -369,4 +380,4 @@ def _origin(loaded: LoadedModel, weights: Path | None) -> Weights:
 def dense_twin(student: Student) -> Student:
     """The student's own weights in its library's untouched model: its teacher, as long as nothing was trained."""
     dense = restore_backbone(copy.deepcopy(student.model))
-    return dataclasses.replace(student, model=dense, sparsity=SparsityConfig(keep=1), labels=())
+    return dataclasses.replace(student, model=dense, sparsity=SparsityConfig(keep=1), labels=(), novelty=None)

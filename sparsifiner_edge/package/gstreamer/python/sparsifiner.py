@@ -189,6 +189,8 @@ class Sparsifiner(GstBase.BaseTransform):  # type: ignore[misc]
             features = answer.features or []
             structure.set_value("features", Gst.ValueArray([math.nan if x is None else x for x in features]))
             structure.set_value("change", math.nan if change is None else change)
+        if answer.novelty is not None:
+            structure.set_value("novelty", answer.novelty)
         self.post_message(Gst.Message.new_element(self, structure))
 
     def _warn(self, text: str) -> None:
