@@ -66,17 +66,16 @@ def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS) -> Density:
     if len(rows) < LEAST_IMAGES:
         raise ConfigError(f"{len(rows)} images are too few to say what is like them.", f"Give {LEAST_IMAGES} or more.")
     if not 0 < false_alarms < 0.5:
-        raise ConfigError(
-            f"A share of {false_alarms:g} false alarms is none.", "Give one between 0 and .5, such as .01."
-        )
+        raise ConfigError(f"{false_alarms:g} is no share of false alarms.", "Give one between 0 and .5, such as .01.")
     rows = rows.astype(np.float64)
     if not np.isfinite(rows).all() or np.ptp(rows, 0).max() == 0:
         raise ConfigError("These images are all the same, or make NaN.", "Give frames that differ as the scene does.")
     held = np.empty(len(rows))
     for fold in np.array_split(np.arange(len(rows)), min(_FOLDS, len(rows))):
         held[fold] = np.log(squared_distance(_gaussian(np.delete(rows, fold, 0)), rows[fold]))
-    middle, reach = _upper_tail(held, false_alarms)
-    emptiness, below = _upper_tail(-_contrast(rows), false_alarms)
+    # Either may raise the alarm: each gets half of the share.
+    middle, reach = _upper_tail(held, false_alarms / 2)
+    emptiness, below = _upper_tail(-_contrast(rows), false_alarms / 2)
     limits = {"limit": math.exp(-middle - reach), "usual": -emptiness, "below": 1 / below}
     return _gaussian(rows)._replace(**{name: np.array([value], np.float32) for name, value in limits.items()})
 
@@ -105,7 +104,7 @@ def _gaussian(rows: Array) -> Density:
     scale = 1 / np.maximum(deviation, 0.01 * np.median(deviation) + 1e-12)
     z = (rows - mean) * scale
     _, singular, axes = np.linalg.svd(z, full_matrices=False)
-    kept = min(COMPONENTS, len(rows) // 4)
+    kept = min(COMPONENTS, len(rows) // 4, rows.shape[1] - 1)
     along = singular**2 / len(rows)
     rest = along[kept:].sum() / (rows.shape[1] - kept)
     along, rest = ((1 - _SHRINK) * x + _SHRINK for x in (along[:kept], rest))

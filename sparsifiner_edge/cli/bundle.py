@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.cli import common
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def command() -> None:
-    """Verify a bundle; sign it, so that `run` can refuse what nobody signed."""
+    """Verify a bundle; sign it, so that `run` can refuse what nobody signed; fit its novelty to a site."""
 
 
 @command.command("verify")
@@ -41,6 +42,36 @@ def _print(result: Verification) -> None:
     failed = [check for check in result.checks if not check.passed]
     if failed:
         click.echo(f"error: {len(failed)} of {len(rows)} checks failed.\n  Do not use this bundle.", err=True)
+
+
+@command.command()
+@common.bundle_argument
+@click.option("--source", metavar="URI", required=True, help="Frames as they usually are; see `run`.")
+@click.option("--frames", type=click.IntRange(1, MOST_COUNT), default=1000, show_default=True, help="Most to look at.")
+@click.option("--false-alarms", type=common.FiniteRange(0, 0.5, min_open=True, max_open=True), default=0.01,
+              show_default=True, help="Share of such frames that may score above 1.")  # fmt: skip
+@common.json_option
+@common.output_option("Bundle folder to write; may be BUNDLE itself.")
+def recalibrate(
+    *, bundle: Path, source: str, output: Path, frames: int, false_alarms: float, as_json: bool
+) -> None:  # fmt: skip
+    """Fit the score novelty of BUNDLE to a site's own frames: images, a video or a camera.
+
+    Ctrl-C ends a live source early. Engines and a signature are left out: build and sign anew.
+    """
+    from sparsifiner_edge.camera.recalibrate import recalibrate_bundle
+    from sparsifiner_edge.camera.sources import parse_source
+    from sparsifiner_edge.records import write_record
+
+    with common.progress_bar("frames") as progress:
+        made = recalibrate_bundle(
+            bundle, parse_source(source), output, frames=frames, false_alarms=false_alarms, progress=progress
+        )
+    fit = made.manifest.novelty
+    assert fit is not None
+    said = f"novelty fitted to {fit.images} frames, {fit.false_alarms:.1%} of such expected above 1"
+    content = write_record(fit) | {"bundle": str(output)}
+    common.print_result(content, as_json, lambda _: click.echo(f"{output}: {said}"))
 
 
 @command.command()

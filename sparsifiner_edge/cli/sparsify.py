@@ -55,7 +55,7 @@ def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> N
     config = read_config(folder)
     made = SparsityConfig.from_dict(config.sparsity)
     if options["calibrate"] is not None:
-        few = f"none: of less than {LEAST_IMAGES} images that can be read, or of images that are all the same, none is made"
+        few = f"none, for want of {LEAST_IMAGES} images that can be read and differ"
         click.echo(f"novelty: {f'fitted to {config.novelty.images} images' if config.novelty else few}")
     merging = f", merge {merge_text(made.merge)}" if any(made.merge) else ""
     click.echo(

@@ -1,0 +1,146 @@
+"""A bundle whose score `novelty` is of other images: frames of the place where it runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.artifacts import new_folder
+from sparsifiner_edge.bundle.entries import NoveltyFit
+from sparsifiner_edge.bundle.golden import read_golden
+from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle, open_bundle, seal_bundle
+from sparsifiner_edge.camera.capture import Capture
+from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera.service import STALL_S, stopping
+from sparsifiner_edge.camera.sources import Source, require_decoder
+from sparsifiner_edge.camera.status import Status
+from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.images import evenly, list_images, load_image
+from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.novelty import FALSE_ALARMS, NOVELTY, Density, fit_density
+from sparsifiner_edge.ops.graph import drop_unused
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.runtime.onnxruntime.session import OrtSession
+
+FRAMES = 1000
+"""Frames at most that are looked at, where nothing else is said."""
+_SILENT_S = 30.0
+
+
+def recalibrate_bundle(
+    folder: Path,
+    source: Source,
+    output: Path,
+    *,
+    frames: int = FRAMES,
+    false_alarms: float = FALSE_ALARMS,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Fit the score `novelty` of a bundle anew, and write the bundle elsewhere, or in its own place.
+
+    Engines are left out, for they hold the numbers of before, and so is a signature.
+
+    Args:
+        folder: the bundle. source: frames as it shall find usual; SIGINT ends a live one early.
+        output: folder to write. frames: most that are looked at. false_alarms: share of such that may score above 1.
+        progress: see `Progress`; counts frames.
+
+    Raises:
+        ConfigError: the bundle gives no such score, or the frames are too few, or all the same.
+        SparsifinerError: an unusable bundle or source; nothing is written.
+    """
+    bundle = open_bundle(folder)
+    model = bundle.model()
+    if all(value.name != NOVELTY for value in model.graph.output):
+        raise ConfigError(f"{folder} gives no score {NOVELTY!r}.", "Export a student that was made with --calibrate.")
+    session = OrtSession(folder / MODEL_FILE, _statistics_alone(model), available_cores(), "auto", bundle.precision)
+    batch, rows = bundle.manifest.batch or 1, []
+    with session:
+        for number, image in enumerate(_frames(bundle, source, frames), 1):
+            (found,) = session.infer({"image": np.repeat(image[None], batch, 0)}).values()
+            rows.append(found[0])
+            if progress:
+                progress("frames", number, frames)
+    density = fit_density(np.stack(rows) if rows else np.zeros((0, 2)), false_alarms)
+    fit = NoveltyFit(len(rows), false_alarms, "site")
+    with new_folder(output, "bundle") as made:
+        _write(bundle, density, fit, made)
+    return open_bundle(output)
+
+
+def _frames(bundle: Bundle, source: Source, most: int) -> Iterator[Pixels]:
+    """Of a folder evenly taken images, of a video or camera the first frames."""
+    size = bundle.image_size
+    if source.kind == "images":
+        yield from (load_image(path, size) for path in evenly(list_images(Path(source.location)), most))
+        return
+    require_decoder(source)
+    status = Status(source.shown, lambda _: None)
+    with stopping() as stop, Capture(source, Fit(size), 25.0, STALL_S, status) as capture:
+        for _ in range(most):
+            frame = _next(capture, stop, source, status)
+            if frame is None:
+                break
+            yield frame
+
+
+def _next(capture: Capture, stop: Any, source: Source, status: Status) -> Pixels | None:
+    for _ in itertools.repeat(None, int(_SILENT_S * 10)):
+        frame = capture.mailbox.take(0.1)
+        if frame is not None:
+            return frame.image
+        if capture.failure is not None:
+            raise ImageError(f"{source.shown} cannot be read as a video: {capture.failure}.", "Replace or repair it.")
+        if capture.mailbox.closed or stop.is_set():
+            return None
+    reason = f": {status.last_reason}" if status.last_reason else ""
+    raise ImageError(f"{source.shown} gave no frame for {_SILENT_S:.0f} s{reason}.", "Check that it is there.")
+
+
+def _statistics_alone(model: Any) -> bytes:
+    """The file with the statistics of an image as its only output."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    subtracted = next(node for node in made.graph.node if f"{NOVELTY}.mean" in node.input)
+    name = next(name for name in subtracted.input if name != f"{NOVELTY}.mean")
+    del made.graph.output[:]
+    made.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    drop_unused(made)
+    return bytes(made.SerializeToString())
+
+
+def _write(bundle: Bundle, density: Density, fit: NoveltyFit, folder: Path) -> None:
+    engines = {engine.file for engine in bundle.manifest.engines}
+    for name in set(bundle.manifest.files) - engines:
+        content = bundle.read(name)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_with(content, density) if path.suffix == ".onnx" else content)
+    model = (folder / MODEL_FILE).read_bytes()
+    inputs, outputs = read_golden(bundle)
+    with OrtSession(folder / MODEL_FILE, model, available_cores(), "portable", bundle.precision) as session:
+        outputs[NOVELTY] = session.infer(inputs)[NOVELTY]
+    arrays: dict[str, Any] = {f"input.{name}": x for name, x in inputs.items()} | {
+        f"output.{name}": x for name, x in outputs.items()
+    }
+    np.savez_compressed(folder / GOLDEN_FILE, **arrays)
+    seal_bundle(folder, msgspec.structs.replace(bundle.manifest, engines=(), novelty=fit))
+
+
+def _with(content: bytes, density: Density) -> bytes:
+    """A file's content with other numbers under the same names."""
+    model = onnx.load_from_string(content)
+    values: dict[str, Array] = {f"{NOVELTY}.{name}": value for name, value in density._asdict().items()}
+    for tensor in model.graph.initializer:
+        if tensor.name in values:
+            tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
+    return bytes(model.SerializeToString())

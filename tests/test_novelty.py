@@ -1,0 +1,331 @@
+"""The score novelty: what it is of, that every file agrees with NumPy, how it is fitted anew, what a run says of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sparsifiner_edge as se
+from sparsifiner_edge.artifacts import NOVELTY_FILE, SIGNATURE_FILE
+from sparsifiner_edge.bundle.store import open_bundle
+from sparsifiner_edge.camera.answers import FrameRecord
+from sparsifiner_edge.camera.overlay import text_lines
+from sparsifiner_edge.camera.status import STILL, WINDOW, Recent, Status
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.errors import ArtifactError, ConfigError
+from sparsifiner_edge.images import load_image
+from sparsifiner_edge.novelty import COMPONENTS, LEAST_IMAGES, NOVELTY, fit_density, novelty, squared_distance
+from sparsifiner_edge.runtime import open_session
+from sparsifiner_edge.sparse.layer import riding
+from sparsifiner_edge.sparse.novelty import layer_of, statistics, statistics_of, tokens_after
+from sparsifiner_edge.sparse.student import load_student
+from tests.commands import assert_refused, call, process
+from tests.models import TINY, images, student
+from tests.once import Once
+
+MERGING = SparsityConfig(keep=0.2, cells=4, channels=8, merge=(12,))
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter, about its own calls
+
+
+def draw(path: Path, number: int, cells: int = 6, low: int = 40, high: int = 200) -> None:
+    """A smooth image of its own."""
+    coarse = np.random.default_rng(number).integers(low, high, (cells, cells, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((160, 160), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture(scope="module")
+def smooth(once: Once) -> Path:
+    """Forty smooth images."""
+    return once("smooth", lambda folder: [draw(folder / f"{n:02}.png", n) for n in range(40)])
+
+
+@pytest.fixture(scope="module")
+def calibrated(once: Once, smooth: Path, tiny_weights: Path) -> Path:
+    """A student that merges, made by the command, and what that said."""
+
+    def make(folder: Path) -> None:
+        arguments = ("--weights", tiny_weights, "--keep", ".3", "--merge", "10", "--calibrate", smooth)
+        done = process("sparsify", TINY, *arguments, "-o", folder / "student")
+        assert done.code == 0, done.err
+        (folder / "said").write_text(done.out)
+
+    return once("calibrated", make) / "student"
+
+
+@pytest.fixture(scope="module")
+def bundle(once: Once, calibrated: Path) -> Path:
+    return once("novel", lambda folder: se.export_bundle(calibrated, folder / "bundle", batch="dynamic")) / "bundle"
+
+
+def scores(folder: Path, paths: list[Path]) -> np.ndarray[Any, Any]:
+    with open_session(folder) as session:
+        return np.array([session.infer({"image": load_image(path, 160)[None]})[NOVELTY][0, 0] for path in paths])
+
+
+def test_a_density_of_its_own_kind_of_data() -> None:
+    """Of what it was fitted to hardly more than the stated share lies above 1; of what is elsewhere all."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(12, 60)) * 2
+    usual = rng.normal(size=(900, 12)) @ mixing + rng.normal(size=(900, 60)) + 5
+    density = fit_density(usual[:300], 0.05)
+    above = float((novelty(density, usual[300:]) > 1).mean())
+    assert 0.005 < above < 0.08
+    assert (novelty(density, usual[300:] + 25 * rng.normal(size=60)) > 1).all()
+    assert density.components.shape == (60, COMPONENTS)
+    # Few images tell fewer directions; the others are zeros, so that files keep their shapes.
+    few = fit_density(usual[:20])
+    assert np.abs(few.components).sum(0).astype(bool).sum() == 5
+    assert (few.variances[5:] == 0).all()
+
+
+def test_the_distance_is_that_of_the_covariance() -> None:
+    """Against numpy.linalg: each component has its variance, and what is left one for all."""
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(400, 5))
+    density = fit_density(rows)
+    z = (rows - density.mean) * density.scale
+    axes = density.components[:, :4]
+    assert np.allclose(axes.T @ axes, np.eye(4), atol=1e-6)
+    assert not density.components[:, 4:].any()
+    left = np.eye(5) - axes @ axes.T
+    covariance = axes @ np.diag(1 / (density.variances[:4] + density.rest)) @ axes.T + left / density.rest
+    wanted = np.einsum("ni,ij,nj->n", z, np.linalg.inv(covariance), z)
+    assert squared_distance(density, rows) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_what_is_emptier_than_everything_is_novel() -> None:
+    """A covered lens lies near the middle of all statistics but the contrast."""
+    rng = np.random.default_rng(2)
+    means, logs = rng.normal(size=(200, 30)), rng.normal(size=(200, 1)) + rng.normal(size=(200, 30)) / 4
+    density = fit_density(np.concatenate([means, logs], 1))
+    empty = np.concatenate([np.zeros(30), np.full(30, -9.0)])[None]
+    assert novelty(density, empty)[0] > 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "said"),
+    [
+        (np.random.default_rng(0).normal(size=(LEAST_IMAGES - 1, 4)), 0.01, "too few"),
+        (np.ones((20, 4)), 0.01, "all the same"),
+        (np.full((20, 4), np.nan), 0.01, "make NaN"),
+        (np.random.default_rng(0).normal(size=(20, 4)), 0.0, "no share"),
+        (np.random.default_rng(0).normal(size=(20, 4)), 0.5, "no share"),
+    ],
+)
+def test_what_no_density_is_of(rows: Any, share: float, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        fit_density(rows, share)
+
+
+@pytest.mark.parametrize("sparsity", [MERGING, SparsityConfig(keep=0.2, cells=4, channels=8), SparsityConfig(keep=1)])
+@torch.no_grad()
+def test_statistics_are_those_of_the_whole_tokens(sparsity: SparsityConfig) -> None:
+    """Merged tokens count as often as they stand for patches."""
+    made = student(sparsity=sparsity)
+    backbone, whole = made.backbone, []
+    hook = backbone.layers[2].register_forward_hook(lambda _, __, out: whole.append(out))
+    with tokens_after(backbone, 2) as seen:
+        made.model(images(made.model))
+    hook.remove()
+    patches = whole[0][:, backbone.prefix :].double()
+    wanted = torch.cat([patches.mean(1), patches.var(1, correction=0).log() / 2], 1)
+    assert torch.allclose(statistics_of(seen[0]).double(), wanted, atol=1e-5)
+    assert (seen[0].sizes is not None) == bool(sparsity.merge)
+    if sparsity.merge:
+        assert riding(whole[0]).values.shape[1] < whole[0].shape[1]
+
+
+def test_the_layer() -> None:
+    assert [layer_of(depth) for depth in (1, 3, 6, 12, 24)] == [0, 0, 0, 2, 5]
+
+
+def test_a_student_keeps_it(calibrated: Path, smooth: Path, tmp_path: Path) -> None:
+    assert "novelty: fitted to 40 images" in (calibrated.parent / "said").read_text()
+    found = load_student(calibrated)
+    assert found.novelty is not None
+    assert (found.novelty.images, found.novelty.layer) == (40, 0)
+    rows = statistics(found, sorted(smooth.iterdir()), found.novelty.layer)
+    assert novelty(found.novelty.density, rows).max() < 2
+    assert load_student(calibrated, img_size=128, merge=(2,)).novelty is None, "fitted to images of another size"
+    copy = shutil.copytree(calibrated, tmp_path / "copy")
+    (copy / NOVELTY_FILE).write_bytes(b"\0" * 100)
+    with pytest.raises(ArtifactError, match="does not match its SHA-256"):
+        load_student(copy)
+    (copy / NOVELTY_FILE).unlink()
+    with pytest.raises(ArtifactError, match=NOVELTY_FILE):
+        load_student(copy)
+
+
+def test_few_images_make_none(smooth: Path, tiny_weights: Path, tmp_path: Path, capsys: Any) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(smooth.iterdir())[: LEAST_IMAGES - 1]:
+        shutil.copy(path, few)
+    done = call(capsys, "sparsify", TINY, "--weights", tiny_weights, "--calibrate", few, "-o", tmp_path / "student")
+    assert done.code == 0, done.err
+    assert f"novelty: none, for want of {LEAST_IMAGES} images" in done.out
+    assert not (tmp_path / "student" / NOVELTY_FILE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "near"), [("fp32", 1e-4), ("fp16", 3e-2), ("int8", 0.15)]
+)  # what a rounded layer before it changes
+def test_every_file_gives_it(precision: str, near: float, calibrated: Path, smooth: Path, tmp_path: Path) -> None:
+    options = {"calibrate": smooth} if precision == "int8" else {}
+    made = se.export_bundle(calibrated, tmp_path / "bundle", precision=precision, **options)
+    found, paths = load_student(calibrated), sorted(smooth.iterdir())[:6]
+    assert found.novelty is not None
+    wanted = novelty(found.novelty.density, statistics(found, paths, found.novelty.layer))
+    assert scores(made, paths) == pytest.approx(wanted, rel=near)
+    manifest = open_bundle(made).manifest
+    assert manifest.outputs[-1].name == NOVELTY
+    assert (manifest.outputs[-1].shape, manifest.outputs[-1].dtype) == ((1, 1), "float32")
+    assert manifest.novelty is not None
+    assert (manifest.novelty.images, manifest.novelty.origin) == (40, "calibration")
+
+
+@pytest.mark.slow
+def test_it_can_be_left_out(calibrated: Path, tmp_path: Path, capsys: Any) -> None:
+    done = call(capsys, "export", calibrated, "--no-novelty", "-o", tmp_path / "bundle")
+    assert done.code == 0, done.err
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert [output.name for output in manifest.outputs] == ["logits", "features"]
+    assert manifest.novelty is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["portable", "native"])
+def test_every_image_of_a_batch_has_its_own(kernels: str, bundle: Path, smooth: Path) -> None:
+    stack = np.stack([load_image(path, 160) for path in sorted(smooth.iterdir())[:3]])
+    with open_session(bundle, kernels=kernels) as session:
+        together = session.infer({"image": stack})[NOVELTY]
+        alone = [session.infer({"image": image[None]})[NOVELTY] for image in stack]
+    assert together.shape == (3, 1)
+    assert together == pytest.approx(np.concatenate(alone), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_site_of_its_own(bundle: Path, smooth: Path, tmp_path: Path, capsys: Any) -> None:
+    """Frames of a kind that the student was not calibrated on are usual afterwards, and what was usual is not."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for number in range(30):
+        draw(site / f"{number:02}.png", 100 + number, cells=40, low=0, high=255)
+    frames, before = sorted(site.iterdir()), sorted(smooth.iterdir())
+    assert scores(bundle, frames).min() > 1
+    (bundle / SIGNATURE_FILE).write_text("{}")
+    done = call(
+        capsys, "bundle", "recalibrate", bundle, "--source", site, "--false-alarms", ".05", "-o", tmp_path / "made"
+    )
+    (bundle / SIGNATURE_FILE).unlink()
+    assert done.code == 0, done.err
+    assert "novelty fitted to 30 frames, 5.0% of such expected above 1" in done.out
+    made = tmp_path / "made"
+    assert np.median(scores(made, frames)) < 1
+    assert np.median(scores(made, before)) > 1
+    assert not (made / SIGNATURE_FILE).exists()
+    fit = open_bundle(made).manifest.novelty
+    assert fit is not None
+    assert (fit.images, fit.false_alarms, fit.origin) == (30, 0.05, "site")
+    verified = call(capsys, "bundle", "verify", made)
+    assert verified.code == 0, verified.out
+    # In its own place, from a folder of the same images: the same numbers.
+    again = call(capsys, "bundle", "recalibrate", made, "--source", site, "--false-alarms", ".05", "--json", "-o", made)
+    assert json.loads(again.out)["pictures" if "pictures" in again.out else "images"] == 30
+    assert scores(made, frames[:3]) == pytest.approx(scores(made, frames[:3]))
+
+
+@pytest.mark.slow
+def test_a_site_that_is_none(bundle: Path, smooth: Path, calibrated: Path, tmp_path: Path, capsys: Any) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    shutil.copy(next(smooth.iterdir()), few)
+    output = tmp_path / "made"
+    done = call(capsys, "bundle", "recalibrate", bundle, "--source", few, "-o", output)
+    assert_refused(done, "1 images are too few")
+    done = call(capsys, "bundle", "recalibrate", bundle, "--source", tmp_path / "nothing.mp4", "-o", output)
+    assert done.code == 2
+    done = call(capsys, "bundle", "recalibrate", calibrated, "--source", smooth, "-o", output)
+    assert done.code == 2
+    call(capsys, "export", calibrated, "--no-novelty", "-o", tmp_path / "without")
+    done = call(capsys, "bundle", "recalibrate", tmp_path / "without", "--source", smooth, "-o", output)
+    assert_refused(done, "gives no score 'novelty'")
+    assert not output.exists()
+
+
+TIMES = ("capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms", "monotonic_s")
+
+
+def record(score: float | None) -> FrameRecord:
+    times: dict[str, Any] = dict.fromkeys(TIMES, 1.0)
+    return FrameRecord(source="test", frame=0, skipped=0, pts_s=None, frame_age_ms=None, novelty=score, **times)
+
+
+def test_a_run_tells_when_most_frames_are_unlike() -> None:
+    events: list[Any] = []
+    status = Status("test", events.append)
+    for number in range(40):
+        status.processed(record(0.5 + number / 1000))
+    assert not events
+    for number in range(60):
+        status.processed(record(1.5 + number / 1000))
+    (said,) = events
+    assert (said["event"], said["reason"]) == (
+        "unlike",
+        "40 of the last 80 frames unlike what this model was calibrated on",
+    )
+    for number in range(WINDOW):
+        status.processed(record(0.4 + number / 1000))
+    assert [event["event"] for event in events] == ["unlike", "like"]
+    assert status.counts["unlike"] == 60
+    assert status.counts["repeated"] == 0
+    assert len(status.novelty.unlike) == WINDOW
+
+
+def test_an_image_that_stands_still_is_told_once() -> None:
+    events: list[Any] = []
+    status = Status("test", events.append)
+    status.processed(record(None))
+    for _ in range(2 * STILL):
+        status.processed(record(0.25))
+    assert [event["event"] for event in events] == ["still"]
+    assert status.counts["repeated"] == 2 * STILL - 1
+    assert status.novelty.after(0.26).repeated == 0
+    assert Recent().text == "0 of the last 0 frames unlike what this model was calibrated on"
+
+
+def test_an_overlay_shows_it() -> None:
+    assert "novelty 0.25" in text_lines(record(0.25), 10)
+    assert "novelty 1.25   UNLIKE THE CALIBRATION" in text_lines(record(1.25), 10)
+    assert not any("novelty" in line for line in text_lines(record(None), 10))
+
+
+@pytest.mark.slow
+def test_every_frame_has_its_line(bundle: Path, smooth: Path) -> None:
+    done = process("run", bundle, "--source", smooth)
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    assert done.code == 0, done.err
+    assert len(lines) == 40
+    assert [line["novelty"] for line in lines[:4]] == pytest.approx(
+        scores(bundle, sorted(smooth.iterdir())[:4]).tolist(), abs=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_servers_get_it_as_an_output(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+    done = call(capsys, "package", bundle, "--for", "triton", "-o", tmp_path / "triton")
+    assert done.code == 0, done.err
+    (config,) = (tmp_path / "triton" / "models").glob("*/config.pbtxt")
+    text = " ".join(config.read_text().split())
+    assert 'output { name: "novelty" data_type: TYPE_FP32 dims: 1 }' in text
+    done = call(capsys, "package", bundle, "--for", "deepstream", "-o", tmp_path / "deepstream")
+    assert done.code == 0, done.err
+    assert "novelty is left out" in (tmp_path / "deepstream" / "README.md").read_text()
