@@ -30,7 +30,10 @@ FALSE_ALARMS = 0.01
 """Share of images like the calibration's that may score above 1."""
 LEAST_IMAGES = 8
 COMPONENTS = 32
-_FOLDS = 10
+_RUNS = 3
+"""Of neighbours: what comes next in a video differs from all before it as its last third does from the first two."""
+_FEWEST = 4.0
+"""Independent images that any calibration counts for."""
 _SHRINK = 0.1
 """How far variances are drawn towards 1: few images say little of them."""
 
@@ -56,9 +59,9 @@ class Density(NamedTuple):
 
 
 def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS) -> Density:
-    """Fit to statistics [images,S] of images in their order: neighbours are judged together, for they may be frames.
+    """Fit to statistics [images,S] of images in their order, which may be a video's.
 
-    Limits come of images that the Gaussian they are judged by has not seen, one of ten runs of neighbours at a time.
+    Limits come of images that the Gaussian they are judged by has not seen: each third by the two others.
 
     Raises:
         ConfigError: fewer than `LEAST_IMAGES`; a share of false alarms that is none; images that are all the same.
@@ -70,13 +73,17 @@ def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS) -> Density:
     rows = rows.astype(np.float64)
     if not np.isfinite(rows).all() or np.ptp(rows, 0).max() == 0:
         raise ConfigError("These images are all the same, or make NaN.", "Give frames that differ as the scene does.")
-    held = np.empty(len(rows))
-    for fold in np.array_split(np.arange(len(rows)), min(_FOLDS, len(rows))):
-        held[fold] = np.log(squared_distance(_gaussian(np.delete(rows, fold, 0)), rows[fold]))
+    distances, emptiness, contrast = np.empty(len(rows)), np.empty(len(rows)), _contrast(rows)
+    for run in np.array_split(np.arange(len(rows)), _RUNS):
+        distances[run] = np.log(squared_distance(_gaussian(np.delete(rows, run, 0)), rows[run]))
+        emptiness[run] = np.median(np.delete(contrast, run)) - contrast[run]
     # Either may raise the alarm: each gets half of the share.
-    middle, reach = _upper_tail(held, false_alarms / 2)
-    emptiness, below = _upper_tail(-_contrast(rows), false_alarms / 2)
-    limits = {"limit": math.exp(-middle - reach), "usual": -emptiness, "below": 1 / below}
+    middle = float(np.median(distances))
+    limits = {
+        "limit": math.exp(-middle - _reach(distances - middle, false_alarms / 2)),
+        "usual": float(np.median(contrast)),
+        "below": 1 / _reach(emptiness, false_alarms / 2),
+    }
     return _gaussian(rows)._replace(**{name: np.array([value], np.float32) for name, value in limits.items()})
 
 
@@ -114,12 +121,17 @@ def _gaussian(rows: Array) -> Density:
     return Density(*(np.ascontiguousarray(part, np.float32) for part in parts))
 
 
-def _upper_tail(values: Array, share: float) -> tuple[float, float]:
-    """The median, and how far above it a share of such values lies: by a normal's half, with room for how little few
-    values say (Student's t, the first term of its expansion), or as far as the values themselves go.
+def _reach(values: Array, share: float) -> float:
+    """How far above 0 a share of such values lies: by a normal's upper half, with room for how little few values say
+    (Student's t, the first term of its expansion), or as far as the values themselves go.
+
+    Neighbouring frames are alike: so many count as would be independent with the correlation that neighbours have.
     """
-    middle, count = float(np.median(values)), len(values)
+    squares = float((values**2).sum())
+    correlation = float(np.clip((values[1:] * values[:-1]).sum() / max(squares, 1e-12), 0, 0.999))
+    count = max(_FEWEST, len(values) * (1 - correlation) / (1 + correlation))
     z = NormalDist().inv_cdf(1 - share)
-    deviation = math.sqrt(float(np.mean((values[values >= middle] - middle) ** 2)))
+    above = values[values >= 0]
+    deviation = math.sqrt(float((above**2).mean())) if above.size else 0.0
     predicted = (z + (z**3 + z) / (4 * (count - 1))) * math.sqrt(1 + 1 / count) * deviation
-    return middle, max(predicted, float(np.quantile(values, 1 - share)) - middle, 1e-6)
+    return max(predicted, float(np.quantile(values, 1 - share)), 1e-6)
