@@ -319,6 +319,43 @@ def test_every_frame_has_its_line(bundle: Path, smooth: Path) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def dense(once: Once, tiny_weights: Path) -> Path:
+    options = {"weights": tiny_weights, "batch": "dynamic"}
+    return once("dense guard", lambda folder: se.export_bundle(TINY, folder / "bundle", **options)) / "bundle"
+
+
+@pytest.mark.slow
+def test_a_guard_answers_what_is_unlike(bundle: Path, dense: Path, smooth: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    shutil.copy(next(iter(sorted(smooth.iterdir()))), mixed / "0.png")
+    noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(mixed / "1.png")
+    done = process("run", bundle, "--source", mixed, "--guard", dense)
+    assert done.code == 0, done.err
+    usual, unlike = (json.loads(line) for line in done.out.splitlines())
+    alone, plainly = (
+        [json.loads(line)["top"] for line in process("run", x, "--source", mixed).out.splitlines()]
+        for x in (bundle, dense)
+    )
+    assert (usual["guarded"], unlike["guarded"]) == (False, True)
+    assert unlike["novelty"] > 1 > usual["novelty"]
+    assert (usual["top"], unlike["top"]) == (alone[0], plainly[1])
+    assert alone[1] != plainly[1]
+
+
+@pytest.mark.slow
+def test_guards_that_are_none(
+    bundle: Path, dense: Path, smooth: Path, tiny_weights: Path, tmp_path: Path, capsys: Any
+) -> None:
+    done = call(capsys, "run", dense, "--source", smooth, "--guard", bundle)
+    assert_refused(done, "gives no score 'novelty' that could call a guard")
+    other = se.export_bundle(TINY, tmp_path / "other", weights=tiny_weights, img_size=96)
+    assert_refused(call(capsys, "run", bundle, "--source", smooth, "--guard", other), "takes other images")
+    assert call(capsys, "run", bundle, "--source", smooth, "--guard", tmp_path / "nothing").code == 2
+
+
 @pytest.mark.slow
 def test_servers_get_it_as_an_output(bundle: Path, tmp_path: Path, capsys: Any) -> None:
     done = call(capsys, "package", bundle, "--for", "triton", "-o", tmp_path / "triton")

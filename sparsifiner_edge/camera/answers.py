@@ -40,6 +40,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         not_finite: how many were, where any was.
         change: of a video's features; see `Model.change`.
         novelty: where the bundle gives it: above 1 the image is unlike those of the calibration.
+        guarded: the guard's answer, for that reason; see `Model`.
     """
 
     top: list[Class] | None = None
@@ -48,6 +49,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     not_finite: int | None = None
     change: float | None = None
     novelty: float | None = None
+    guarded: bool | None = None
 
 
 class FrameRecord(Answer, frozen=True):

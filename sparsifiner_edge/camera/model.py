@@ -24,6 +24,7 @@ from sparsifiner_edge.runtime.open import checked_bundle, open_checked
 from sparsifiner_edge.text import finite
 
 TOP = 5
+NO_SCORE = "Export a student that was made with --calibrate."
 FULL_CHANGE = 0.3
 """Change of a patch that an overlay shows as its most."""
 _FOLLOW = 0.05
@@ -39,9 +40,11 @@ class Model:
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
+        guard: another bundle of the same model, as a rule the dense one, which answers where `novelty` is above 1.
 
     Raises:
-        ConfigError: the bundle takes a fixed batch above 1.
+        ConfigError: the bundle takes a fixed batch above 1; a guard of other images or outputs, or for a bundle without
+            `novelty`.
         SparsifinerError: the bundle or backend is unusable.
     """
 
@@ -54,9 +57,12 @@ class Model:
         threshold: float = 0.0,
         public_key: Path | None = None,
         kernels: str = "auto",
+        guard: Path | None = None,
     ) -> None:
         bundle = checked_bundle(folder, public_key)
         _require_centre(bundle)
+        if guard is not None:
+            _require_alike(bundle, checked_bundle(guard, public_key))
         self.fit = Fit(bundle.image_size)
         self.labels = bundle.labels()
         tokens = bundle.manifest.tokens
@@ -67,6 +73,8 @@ class Model:
         self.session: Session = open_checked(bundle, backend, threads, kernels)
         try:
             _require_image(self.session, bundle)
+            others = backend, threads, top, threshold, public_key, kernels
+            self.guard = None if guard is None else Model(guard, *others)
         except SparsifinerError:
             self.session.close()
             raise
@@ -75,11 +83,17 @@ class Model:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.guard is not None:
+            self.guard.session.close()
         self.session.close()
 
     def infer(self, image: Array) -> dict[str, Array]:
-        """Outputs for one image, uint8 [H,W,3]."""
-        return self.session.infer({"image": image[None]})
+        """Outputs for one image, uint8 [H,W,3]: the guard's, with the model's own `novelty`, where that is above 1."""
+        outputs = self.session.infer({"image": image[None]})
+        if self.guard is None or (novelty_of(outputs) or 0) <= 1:
+            return outputs
+        guarded = self.guard.session.infer({"image": image[None]})
+        return guarded | {NOVELTY: outputs[NOVELTY]}
 
     def answer(self, outputs: dict[str, Array]) -> Answer:
         """`top` of a classifier, else `features`, else `maps`; and `novelty`.
@@ -87,7 +101,9 @@ class Model:
         Raises:
             ArtifactError: the bundle gives none of them.
         """
-        return replace(self._answer(outputs), novelty=novelty_of(outputs))
+        score = novelty_of(outputs)
+        guarded = None if self.guard is None else (score or 0) > 1
+        return replace(self._answer(outputs), novelty=score, guarded=guarded)
 
     def _answer(self, outputs: dict[str, Array]) -> Answer:
         if "logits" in outputs:
@@ -180,6 +196,22 @@ def _summary(name: str, values: Array) -> MapSummary:
             centroid = round(float(place[0]), 6), round(float(place[1]), 6)
     mean, low, high = (round(value, 6) for value in (float(found.mean()), low, high))
     return MapSummary(output=name, mean=mean, least=low, greatest=high, area=area, centroid=centroid)
+
+
+def _require_alike(bundle: Bundle, guard: Bundle) -> None:
+    """Refuse a guard that answers something else.
+
+    Raises:
+        ConfigError: it does, or the bundle gives no score that could call it.
+    """
+    own, other = ({x.name: x.shape[1:] for x in one.manifest.outputs if x.name != NOVELTY} for one in (bundle, guard))
+    if all(output.name != NOVELTY for output in bundle.manifest.outputs):
+        raise ConfigError(f"{bundle.folder} gives no score {NOVELTY!r} that could call a guard.", NO_SCORE)
+    if (own, bundle.image_size, bundle.labels()) != (other, guard.image_size, guard.labels()):
+        raise ConfigError(
+            f"{guard.folder} takes other images than {bundle.folder}, or answers otherwise.",
+            "Export the guard from the model that the student was made of, in the same size.",
+        )
 
 
 def _require_image(session: Session, bundle: Bundle) -> None:

@@ -19,6 +19,7 @@ from sparsifiner_edge.bundle.golden import read_golden
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle, open_bundle, seal_bundle
 from sparsifiner_edge.camera.capture import Capture
+from sparsifiner_edge.camera.model import NO_SCORE
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.service import STALL_S, stopping
 from sparsifiner_edge.camera.sources import Source, require_decoder
@@ -61,7 +62,7 @@ def recalibrate_bundle(
     bundle = open_bundle(folder)
     model = bundle.model()
     if all(value.name != NOVELTY for value in model.graph.output):
-        raise ConfigError(f"{folder} gives no score {NOVELTY!r}.", "Export a student that was made with --calibrate.")
+        raise ConfigError(f"{folder} gives no score {NOVELTY!r}.", NO_SCORE)
     session = OrtSession(folder / MODEL_FILE, _statistics_alone(model), available_cores(), "auto", bundle.precision)
     batch, rows = bundle.manifest.batch or 1, []
     with session:

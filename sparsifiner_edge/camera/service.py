@@ -46,6 +46,7 @@ class RunOptions(NamedTuple):
         duration_s, frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
         stall_s: a source that gives nothing for so long is taken for dead.
+        guard: see `Model`.
         allow_redirect: of an RTSP server to another host; see `Relay`.
     """
 
@@ -63,10 +64,11 @@ class RunOptions(NamedTuple):
     public_key: Path | None = None
     kernels: str = "auto"
     allow_redirect: bool = False
+    guard: Path | None = None
 
-    def model(self) -> tuple[str, int | None, int, float, Path | None, str]:
+    def model(self) -> tuple[str, int | None, int, float, Path | None, str, Path | None]:
         """Those of `Model`, in its order."""
-        return self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels
+        return self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels, self.guard
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
@@ -92,6 +94,8 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
             status.event("metrics", address=server.url)
         # What really runs, once: a library that could not be loaded means kernels several times slower.
         status.event("model", **write_record(model.session.description))
+        if model.guard is not None:
+            status.event("guard", **write_record(model.guard.session.description))
         status.event("decoding", **(_PIPELINE if source.kind == "gst" else write_record(confinement())))
         stop = stack.enter_context(stopping())
         with _Run(model, source, options, status, stop) as run:
@@ -226,6 +230,7 @@ class _Run:
         inferred = time.monotonic_ns()
         answer = model.answer(outputs)
         self._status.count("not_finite", answer.not_finite or 0)
+        self._status.count("guarded", answer.guarded or 0)
         change = model.change(outputs) if answer.features is not None else None
         if change is not None:
             answer = replace(answer, change=round(change, 6))
