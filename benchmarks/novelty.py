@@ -33,7 +33,6 @@ from PIL import Image
 
 import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.camera.recalibrate import recalibrate_bundle
 from sparsifiner_edge.camera.service import RunOptions, run_service
 from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.cli.common import print_table, progress_bar
@@ -219,7 +218,7 @@ def videos(work: Path, output: Path | None, library: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             count = _count(path)
             made = Path(folder) / "bundle"
-            recalibrate_bundle(bundle(work), parse_source(str(path)), made, frames=count // 3)
+            se.recalibrate_bundle(bundle(work), str(path), made, frames=count // 3)
             scores = np.array(_scores(made, path))
         rest = scores[count // 3 :]
         low, high = _blocks(rest > 1)

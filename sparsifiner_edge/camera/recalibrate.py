@@ -22,7 +22,7 @@ from sparsifiner_edge.camera.capture import Capture
 from sparsifiner_edge.camera.model import NO_SCORE
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.service import STALL_S, stopping
-from sparsifiner_edge.camera.sources import Source, require_decoder
+from sparsifiner_edge.camera.sources import Source, parse_source, require_decoder
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.images import evenly, list_images, load_image
@@ -38,44 +38,46 @@ _SILENT_S = 30.0
 
 
 def recalibrate_bundle(
-    folder: Path,
-    source: Source,
-    output: Path,
+    bundle: str | Path,
+    source: str,
+    output: str | Path,
     *,
     frames: int = FRAMES,
     false_alarms: float = FALSE_ALARMS,
     progress: Progress | None = None,
-) -> Bundle:
+) -> Path:
     """Fit the score `novelty` of a bundle anew, and write the bundle elsewhere, or in its own place.
 
     Engines are left out, for they hold the numbers of before, and so is a signature.
 
     Args:
-        folder: the bundle. source: frames as it shall find usual; SIGINT ends a live one early.
+        bundle: a folder. source: frames as it shall find usual, as `run --source` takes them; SIGINT ends a live one.
         output: folder to write. frames: most that are looked at. false_alarms: share of such that may score above 1.
         progress: see `Progress`; counts frames.
+
+    Returns:
+        The new folder.
 
     Raises:
         ConfigError: the bundle gives no such score, or the frames are too few, or all the same.
         SparsifinerError: an unusable bundle or source; nothing is written.
     """
-    bundle = open_bundle(folder)
-    model = bundle.model()
+    opened, frames_of = open_bundle(Path(bundle)), parse_source(source)
+    model = opened.model()
     if all(value.name != NOVELTY for value in model.graph.output):
-        raise ConfigError(f"{folder} gives no score {NOVELTY!r}.", NO_SCORE)
-    session = OrtSession(folder / MODEL_FILE, _statistics_alone(model), available_cores(), "auto", bundle.precision)
-    batch, rows = bundle.manifest.batch or 1, []
-    with session:
-        for number, image in enumerate(_frames(bundle, source, frames), 1):
+        raise ConfigError(f"{bundle} gives no score {NOVELTY!r}.", NO_SCORE)
+    path, batch, rows = opened.folder / MODEL_FILE, opened.manifest.batch or 1, []
+    with OrtSession(path, _statistics_alone(model), available_cores(), "auto", opened.precision) as session:
+        for number, image in enumerate(_frames(opened, frames_of, frames), 1):
             (found,) = session.infer({"image": np.repeat(image[None], batch, 0)}).values()
             rows.append(found[0])
             if progress:
                 progress("frames", number, frames)
     density = fit_density(np.stack(rows) if rows else np.zeros((0, 2)), false_alarms)
     fit = NoveltyFit(len(rows), false_alarms, "site")
-    with new_folder(output, "bundle") as made:
-        _write(bundle, density, fit, made)
-    return open_bundle(output)
+    with new_folder(Path(output), "bundle") as made:
+        _write(opened, density, fit, made)
+    return Path(output)
 
 
 def _frames(bundle: Bundle, source: Source, most: int) -> Iterator[Pixels]:

@@ -59,15 +59,15 @@ def recalibrate(
 
     Ctrl-C ends a live source early. Engines and a signature are left out: build and sign anew.
     """
-    from sparsifiner_edge.camera.recalibrate import recalibrate_bundle
-    from sparsifiner_edge.camera.sources import parse_source
+    import sparsifiner_edge
+    from sparsifiner_edge.bundle.store import open_bundle
     from sparsifiner_edge.records import write_record
 
     with common.progress_bar("frames") as progress:
-        made = recalibrate_bundle(
-            bundle, parse_source(source), output, frames=frames, false_alarms=false_alarms, progress=progress
+        made = sparsifiner_edge.recalibrate_bundle(
+            bundle, source, output, frames=frames, false_alarms=false_alarms, progress=progress
         )
-    fit = made.manifest.novelty
+    fit = open_bundle(made).manifest.novelty
     assert fit is not None
     said = f"novelty fitted to {fit.images} frames, {fit.false_alarms:.1%} of such expected above 1"
     content = write_record(fit) | {"bundle": str(output)}
