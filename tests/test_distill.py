@@ -68,11 +68,14 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     )  # fmt: skip
     assert summary.fidelity.best is not None
     assert summary.fidelity.start is not None
-    assert steps == [(n, 30) for n in range(1, 31)]
+    # And then the images that novelty is fitted to.
+    assert steps == [(n, 30) for n in range(1, 31)] + [(n, 10) for n in range(1, 11)]
     assert summary.fidelity.best > summary.fidelity.start
     trained = load_student(tmp_path / "out")
     assert trained.provenance.training == json.loads(json.dumps(write_record(summary)))
     assert summary.images.trained_on == 10
+    assert trained.novelty is not None
+    assert trained.novelty.images == 10
     assert not (tmp_path / "out.training" / checkpoint.CHECKPOINT).exists()
     assert list((tmp_path / "out.training" / "tensorboard").iterdir())
     before = load_student(start).model.state_dict()
