@@ -24,7 +24,9 @@ from sparsifiner_edge.records import Unavailable, read_record, write_record
 from sparsifiner_edge.text import dump_json
 
 RESULT_SCHEMA = 1
-Kind = Literal["profile", "evaluation", "comparison", "sweep", "demo", "estimate", "search", "robustness"]
+Kind = Literal[
+    "profile", "evaluation", "comparison", "sweep", "demo", "estimate", "search", "robustness", "explanation"
+]
 _FIX = "Measure again, or restore the file."
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from safetensors.torch import save_file
 
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.still_images import run_images
-from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.evaluate.cosine import CosineResult
-from sparsifiner_edge.evaluate.explain import draw, explain
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.results import check_result
@@ -107,46 +104,6 @@ def test_rectangles(made: dict[str, Path], tmp_path: Path) -> None:
     assert record.top is not None
     assert record.top[0].number == logits.argmax()
     assert record.top[0].probability == pytest.approx(np.exp(logits.max()) / np.exp(logits).sum(), abs=1e-4)
-
-
-def test_an_explained_rectangle(made: dict[str, Path], tmp_path: Path) -> None:
-    one = student(img_size=(96, 160))
-    (found,) = explain(one, smooth_images((96, 160))[0], [(5, 7)], layer=3)
-    assert found.tile.shape == found.attention.shape == found.selected.shape == (6, 10)
-    assert found.tile[5, 7] == 1
-    with pytest.raises(ConfigError, match="outside the 6 x 10 grid"):
-        explain(one, smooth_images((96, 160))[0], [(7, 5)], layer=3)
-    draw(one, made["pictures"] / "0.png", 3, tmp_path / "wide.png")
-    draw(student(img_size=(160, 96)), made["pictures"] / "0.png", 3, tmp_path / "tall.png")
-    for name, size in (("wide.png", (800, 528)), ("tall.png", (480, 848))):
-        with Image.open(tmp_path / name) as drawn:
-            assert drawn.size == size
-            assert np.asarray(drawn).std() > 10
-
-
-def test_explanation_maps(made: dict[str, Path], tmp_path: Path) -> None:
-    one = student()
-    image = smooth_images(160)[0]
-    found = explain(one, image, [(0, 0), (5, 7)], layer=3)
-    layout = one.sparsity.layout(100)
-    for explanation in found:
-        assert explanation.tile[explanation.query] == 1
-        assert explanation.tile.sum() in (16, 4)
-        assert explanation.selected.sum() == pytest.approx(layout.keys)
-        assert 0 < explanation.attention.sum() < 1
-    draw(one, made["pictures"] / "0.png", 3, tmp_path / "picture.png")
-    assert np.asarray(Image.open(tmp_path / "picture.png")).std() > 10
-    with pytest.raises(ConfigError, match="Layer 9 is not sparse"):
-        explain(one, image, [(0, 0)], layer=9)
-    with pytest.raises(ConfigError, match="outside the 10 x 10 grid"):
-        explain(one, image, [(0, 10)], layer=3)
-    pruned = dataclasses.replace(one.sparsity, token_keep=((1, 0.7),))
-    assert explain(student(sparsity=pruned), image, [(0, 0)], layer=1)
-    with pytest.raises(ConfigError, match="Layer 3 sees pruned or merged tokens"):
-        explain(student(sparsity=pruned), image, [(0, 0)], layer=3)
-    paper = SparsityConfig.for_preset("paper", keep=0.25, channels=8)
-    with pytest.raises(ConfigError, match="belong to no tile"):
-        explain(student(sparsity=paper), image, [(0, 0)], layer=3)
 
 
 def test_stills(made: dict[str, Path], tmp_path: Path) -> None:

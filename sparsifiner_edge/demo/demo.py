@@ -17,7 +17,7 @@ from sparsifiner_edge.demo.maps import Drawn, draw_maps
 from sparsifiner_edge.demo.saliency import OUTPUT
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
-from sparsifiner_edge.evaluate.explain import draw
+from sparsifiner_edge.evaluate.explain import explain_image
 from sparsifiner_edge.evaluate.task import TaskMethod, TaskResult
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.images import evenly
@@ -27,9 +27,10 @@ from sparsifiner_edge.profiles.rules import MIN_BLOCKS
 from sparsifiner_edge.progress import Progress, prefixed
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import write_report
+from sparsifiner_edge.report.explain_page import write_overview
 from sparsifiner_edge.results import Declared, Estimate, read_result, write_result
 from sparsifiner_edge.search.front import Finalist
-from sparsifiner_edge.search.search import BUNDLE, FRONT, START, search_model
+from sparsifiner_edge.search.search import BUNDLE, FRONT, STUDENT, search_model
 from sparsifiner_edge.sparse.student import load_student
 
 
@@ -94,10 +95,6 @@ BACKEND, PRECISION = "onnxruntime", "fp32"
 MINUTES, FEWEST = 8.0, 5
 """Of the search, which may look at one image for each of them; at least at so many."""
 MODULE = "sparsifiner_edge.demo.saliency"
-DRAWN_KEEP = 0.1
-"""Share of keys in the drawn layer, where nothing is merged."""
-LAYER = 8
-"""The layer whose selection is drawn: late enough to be semantic, early enough to differ between queries."""
 DRAWN = (2, 0, 1)
 """Of the development photographs."""
 RESULT, PAGE, IMAGES, FOUND, SPARSE = "result.json", "report.html", "images", "found", "sparse"
@@ -159,8 +156,8 @@ def run_demo(output: Path, progress: Progress, minutes: float = MINUTES) -> Demo
         Drawn(dense, "dense", row.figures.dense_p50_ms), [Drawn(row.bundle, row.name, row.figures.sparse_p50_ms)],
         photographs, OUTPUT, output / "maps.png",
     )  # fmt: skip
-    unmerged = load_student(output / FOUND / START, merge=(), keep=DRAWN_KEEP, trust=[MODULE])
-    draw(unmerged, photographs[0], LAYER, output / "attention.png")
+    student = load_student(output / FOUND / STUDENT, trust=[MODULE])
+    write_overview(explain_image(student, photographs[0], judge=False), output / "attention.png")
     stage("write the page")
     result = _result(row)
     write_result(output / RESULT, result)

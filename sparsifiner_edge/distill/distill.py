@@ -131,7 +131,7 @@ def distill_student(
         resume: continue from the last checkpoint of this output.
         tensorboard: also write the history to `<output>.training/tensorboard`.
         trust: see `load_student`.
-        progress: see `Progress`; counts steps, and the stage says the loss; at the end images that `novelty` is fitted to.
+        progress: see `Progress`; counts steps, and the stage says the loss; then images that `novelty` is fitted to.
 
     Returns:
         What was trained and how it went; the student's provenance holds the same.

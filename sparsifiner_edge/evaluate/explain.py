@@ -1,117 +1,167 @@
-"""What a query attends to: the keys that a sparse layer selects, beside the dense attention it replaces."""
+"""`explain_student`: for images, which patches each layer read, merged and averaged, what of it reached the output, and
+whether that is true.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.bounds import height_width
-from sparsifiner_edge.errors import ConfigError, MissingExtraError
-from sparsifiner_edge.images import load_image
-from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.attention import SparseAttention
-from sparsifiner_edge.sparse.student import Student
-from sparsifiner_edge.sparse.weights import normalise
+from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
+from sparsifiner_edge.bounds import size_text
+from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.evaluate.connections import SeenLayer, look, rollout, scores_of, weights_of
+from sparsifiner_edge.evaluate.faithfulness import GROUPS, answer_of, judged
+from sparsifiner_edge.explained import (
+    DENSE,
+    OURS,
+    RANDOM,
+    Explained,
+    ExplainMethod,
+    ExplainResult,
+    ExplainStatistics,
+    ImageSummary,
+    Key,
+    LayerMaps,
+    LayerSummary,
+)
+from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.results import Subject
+from sparsifiner_edge.sparse.order import inverse
+from sparsifiner_edge.sparse.student import Student, load_student
+
+MOST_IMAGES = 4
+LISTED = 24
+"""Keys of a place that the result holds, of each layer: those that the most heads read."""
 
 
-class Explanation(NamedTuple):
-    """One query in one layer, as maps over the patch grid [h,w].
+def explain_student(
+    student: str | Path, data: str | Path, *, at: tuple[int, int] | None = None, most: int = MOST_IMAGES,
+    trust: Sequence[str] = (), progress: Progress | None = None,
+) -> tuple[ExplainResult, list[Explained]]:  # fmt: skip
+    """Explain a student's features, or its token of one patch, on images.
 
-    Attributes:
-        query: row and column of the query's patch. tile: 1 for the patches that share its key list.
-        attention: dense attention of the query, mean of the heads. selected: share of the heads that read a patch.
-    """
+    Args:
+        student: student folder. data: an image or a folder. at: x and y in pixels of the image that the model sees;
+            None: the features. most: images at most, evenly taken. trust: see `load_student`. progress: see `Progress`.
 
-    query: tuple[int, int]
-    tile: Array
-    attention: Array
-    selected: Array
-
-
-@torch.no_grad()
-def explain(student: Student, image: Array, queries: list[tuple[int, int]], layer: int) -> list[Explanation]:
-    """What `queries` attend to in layer `layer` for one image uint8 [H,W,3].
-
-    Raises:
-        ConfigError: the layer is not sparse, sees pruned or merged tokens, or is of the preset "paper", whose lists
-            belong to queries and not to tiles.
-    """
-    backbone = student.backbone
-    attention = backbone.attentions[layer] if layer < len(backbone.layers) else None
-    if not isinstance(attention, SparseAttention):
-        raise ConfigError(f"Layer {layer} is not sparse.", "Choose another layer.")
-    if student.sparsity.preset == "paper":
-        raise ConfigError("Lists of the preset paper belong to no tile.", "Choose a student of another preset.")
-    height, width = backbone.grid
-    if attention.layout.patches != height * width:
-        raise ConfigError(f"Layer {layer} sees pruned or merged tokens.", "Choose an earlier layer.")
-    qkv, raster = _qkv(student, attention, image), backbone.layers[0].curve.raster
-    q, k, _ = ops.split_heads(qkv, attention.geometry.heads)
-    dense = (attention.geometry.scale * q[0] @ k[0].mT).softmax(-1).mean(0)[:, attention.num_prefix :]
-    lists = attention.indices(qkv)[0].long()
-    tiles = torch.arange(height * width) // attention.sparsity.tile
-
-    def grid(values: Tensor) -> Array:
-        return np.asarray(values[raster].reshape(height, width).numpy())
-
-    found = []
-    for row, column in queries:
-        if not (0 <= row < height and 0 <= column < width):
-            raise ConfigError(
-                f"Query {(row, column)} lies outside the {height} x {width} grid.", "Choose another patch."
-            )
-        place = int(raster[row * width + column])
-        read = lists[:, tiles[place]].flatten()
-        selected = torch.bincount(read, minlength=height * width) / len(lists)
-        attended = dense[attention.num_prefix + place]
-        found.append(Explanation((row, column), grid((tiles == tiles[place]).float()), grid(attended), grid(selected)))
-    return found
-
-
-def _qkv(student: Student, attention: SparseAttention, image: Array) -> Tensor:
-    """What a layer attends with, [1,N,3C]."""
-    seen: list[Tensor] = []
-    attention.observer = lambda _, qkv, __: seen.append(qkv)
-    try:
-        student.model(normalise(torch.from_numpy(image)[None], student.normalisation))
-    finally:
-        del attention.observer
-    return seen[0]
-
-
-def draw(student: Student, path: Path, layer: int, output: Path) -> None:
-    """An image of what three queries attend to: photograph, dense attention, selected keys.
+    Returns:
+        The result, and what a page shows.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        ConfigError: the student is dense or prunes tokens, or the place lies outside.
+        SparsifinerError: an unusable student or image.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "demo") from error
-    image = load_image(path, student.img_size)
-    rows, columns = student.backbone.grid
-    height, width = height_width(student.img_size)
-    down, across = height // rows, width // columns
-    queries = [(rows // 4, columns // 3), (rows // 2, columns // 2), (3 * rows // 4, 2 * columns // 3)]
-    longer = max(height, width)
-    figure = Figure(figsize=(10 * width / longer, 10 * height / longer + 0.6), layout="constrained")
-    axes = figure.subplots(3, 3)
-    titles = ("query (cross) and its tile", "dense attention, mean of heads", "keys read, share of heads")
-    for title, axis in zip(titles, axes[0], strict=True):
-        axis.set_title(title, fontsize=10)
-    for row, found in zip(axes, explain(student, image, queries, layer), strict=True):
-        maps = ((found.tile, "Blues"), (found.attention**0.5, "magma"), (found.selected, "magma"))
-        for axis, (values, colours) in zip(row, maps, strict=True):
-            axis.imshow(image)
-            axis.imshow(values, cmap=colours, alpha=0.65, extent=(0, width, height, 0))
-            axis.plot((found.query[1] + 0.5) * across, (found.query[0] + 0.5) * down, "c+", markersize=12, mew=2)
-            axis.set_axis_off()
-    keys = student.sparsity.of_layer(layer, len(student.backbone.layers)).layout(rows * columns).keys
-    figure.suptitle(f"{path.stem}, layer {layer}: each tile reads {keys} of {rows * columns} patch keys per head")
-    figure.savefig(output, dpi=80)
+    folder, made, explained = Path(student), load_student(student, trust=trust), []
+    place, paths = _patch(made, at), evenly(list_images(Path(data)), most)
+    for number, path in enumerate(paths):
+        explained.append(explain_image(made, path, place, seed=number))
+        if progress:
+            progress("images", number + 1, len(paths))
+    method = ExplainMethod(
+        explained="the features" if place is None else f"the token of the patch in row {place[0]}, column {place[1]}",
+        heads=made.backbone.geometry.heads, place=at, groups=GROUPS, filled="the image's mean colour",
+        preprocessing=f"{centre_text(made.img_size)}, bicubic to {size_text(made.img_size)} px",
+        images=[path.name for path in paths],
+    )  # fmt: skip
+    samples = {
+        found.path.name: {name: judged.curve for name, judged in found.summary.faithful.items()} for found in explained
+    }
+    subject = Subject(
+        role="subject", kind="student", path=str(folder), name=made.name, sha256=sha256(folder / STUDENT_FILE)
+    )
+    statistics = ExplainStatistics([found.summary for found in explained])
+    return ExplainResult("explanation", [subject], method, samples, statistics), explained
+
+
+def explain_image(
+    student: Student, path: Path, place: tuple[int, int] | None = None, seed: int = 0, judge: bool = True
+) -> Explained:
+    """One image; place: row and column of a patch; seed: of the random order beside it; judge: whether it is true."""
+    backbone, image = student.backbone, load_image(path, student.img_size)
+    curve = inverse(backbone.layers[0].curve.order.numpy())
+    layers, dense = look(student, image), look(student, image, densely=True)
+    reached = {name: _reached(seen, backbone.grid, curve, place) for name, seen in ((OURS, layers), (DENSE, dense))}
+    chance = np.random.default_rng(seed).random(backbone.grid)
+    against = reached | {RANDOM: chance / chance.sum()}
+    faithful = judged(answer_of(student, place), image, against) if judge else {}
+    maps = [_maps(seen, curve) for seen in layers]
+    both = zip(layers, maps, strict=True)
+    summaries = [_summary(number, seen, found, backbone.grid, place) for number, (seen, found) in enumerate(both)]
+    return Explained(path, image, maps, reached, ImageSummary(image=path.name, layers=summaries, faithful=faithful))
+
+
+def _patch(student: Student, at: tuple[int, int] | None) -> tuple[int, int] | None:
+    if at is None:
+        return None
+    (height, width), (rows, columns) = student.backbone.image_size, student.backbone.grid
+    if not (0 <= at[0] < width and 0 <= at[1] < height):
+        raise ConfigError(
+            f"The place {at[0]},{at[1]} lies outside of the image that the model sees.",
+            f"Give x from 0 to {width - 1} and y from 0 to {height - 1}.",
+        )
+    return at[1] * rows // height, at[0] * columns // width
+
+
+def _reached(seen: list[SeenLayer], grid: tuple[int, int], curve: Array, place: tuple[int, int] | None) -> Array:
+    """Of each patch, what reached the class token (of models without: all tokens), or a patch's: [rows,columns]."""
+    prefix, last, found = seen[0].prefix, seen[-1].left, rollout(seen)
+    if place is not None:
+        along = int(curve[place[0] * grid[1] + place[1]])
+        token = along if last.places is None else int(last.places[0, along])
+        row = found[prefix + token]
+    elif prefix:
+        row = found[0]
+    else:
+        sizes = torch.ones(len(found)) if last.sizes is None else last.sizes[0]
+        row = (sizes[:, None] * found).sum(0)
+    patches = row[prefix:][torch.from_numpy(curve)]
+    return np.asarray((patches / patches.sum()).reshape(grid).numpy())
+
+
+def _maps(seen: SeenLayer, curve: Array) -> LayerMaps:
+    places = torch.arange(len(curve)) if seen.tokens.places is None else seen.tokens.places[0]
+    weights, scores, count = weights_of(seen), scores_of(seen), seen.tokens.positions.shape[1]
+    whole = torch.full((1, count), seen.attention.geometry.heads)
+    heads = whole if weights.read is None else weights.read.sum(0)
+    nothing = (torch.zeros(1, count), torch.zeros(count))
+    probe, deviation = nothing if scores is None else (scores.probe.mean(0), scores.deviation.mean(0))
+    sparse = seen.sparse
+    tile = count if sparse is None else 1 if scores is None else sparse.sparsity.tile
+    cells = weights.cells[:, seen.prefix :].mean(0)
+    arrays = places[torch.from_numpy(curve)], heads, probe, deviation, cells
+    token, *others = (np.asarray(x.numpy()) for x in arrays)
+    return LayerMaps(token, tile, *others)
+
+
+def _summary(
+    number: int, seen: SeenLayer, maps: LayerMaps, grid: tuple[int, int], place: tuple[int, int] | None
+) -> LayerSummary:
+    sparse, count = seen.sparse, seen.tokens.positions.shape[1]
+    return LayerSummary(
+        layer=number, tokens=count, merged=count - seen.left.positions.shape[1],
+        keys=None if sparse is None else sparse.layout.keys, cells=round(float(maps.cells.mean()), 6),
+        place=None if place is None else _place(seen, maps, grid, place),
+    )  # fmt: skip
+
+
+def _place(seen: SeenLayer, maps: LayerMaps, grid: tuple[int, int], place: tuple[int, int]) -> list[Key]:
+    token = int(maps.token[place[0] * grid[1] + place[1]])
+    tile = token // maps.tile
+    attention = weights_of(seen).attention[:, seen.prefix + token, seen.prefix :].mean(0)
+    first: dict[int, int] = {}
+    for raster, owner in enumerate(maps.token.tolist()):
+        first.setdefault(owner, raster)
+    order = sorted(range(len(attention)), key=lambda n: (-int(maps.heads[tile, n]), -float(attention[n])))
+    return [
+        Key(
+            patch=divmod(first[n], grid[1]), heads=int(maps.heads[tile, n]), probe=round(float(maps.probe[tile, n]), 6),
+            deviation=round(float(maps.deviation[n]), 6), attention=round(float(attention[n]), 6),
+        )
+        for n in order[:LISTED]
+    ]  # fmt: skip

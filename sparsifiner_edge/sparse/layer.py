@@ -99,7 +99,7 @@ class SparseLayer(nn.Module):
 
     def forward(self, x: Tensor, *given: Any, **options: Any) -> Tensor:
         """x [B,N,C] as the host has it -> the same."""
-        tokens, attention = self._arrived(x), self.own_attention
+        tokens, attention = self.arrived(x), self.own_attention
         table = self.rotary_table(*given, **options)
         turns = None if table is None else self._at(table, tokens.positions)
         attended, qkv = attention(self.entry_norm(tokens.values), turns, tokens.sizes)
@@ -115,7 +115,8 @@ class SparseLayer(nn.Module):
         geometry = self.own_attention.geometry
         return ops.token_score(qkv, num_heads=geometry.heads, scale=geometry.scale)
 
-    def _arrived(self, x: Tensor) -> CarriedTokens:
+    def arrived(self, x: Tensor) -> CarriedTokens:
+        """What rides along on what the layer gets, or the tokens laid along the curve."""
         known, version = getattr(x, _RIDER, (None, None))
         if known is not None and version == _version(x):
             return cast(CarriedTokens, known)

@@ -1,0 +1,89 @@
+"""Is an explanation true? What a model answers while patches are taken from the image in its order, or given back.
+
+- *deletion*: the mean answer while the most important patches go first; the lower the better.
+- *insertion*: the mean answer while they come first into an image without any; the higher the better.
+- *SaCo* (Wu et al., CVPR 2024): of groups of patches, whether those that are said to matter more do: 1 always, 0 as by
+  chance, -1 never; pairs count by how much more is claimed.
+
+The answer is the cosine of what is explained (the features, or one patch's token) to that of the whole image. What is
+taken away is filled with the image's mean colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.explained import Faithful
+from sparsifiner_edge.machine import available_cores
+from sparsifiner_edge.metrics import cosine
+from sparsifiner_edge.ops.torch_native import native_kernels
+from sparsifiner_edge.sparse.outputs import seen_by
+from sparsifiner_edge.sparse.student import Student
+from sparsifiner_edge.sparse.weights import normalise
+
+GROUPS = 10
+"""Of patches, most important first; as in SaCo's own experiments."""
+Answer = Callable[[Sequence[Pixels]], Array]
+"""Images uint8 [H,W,3] -> what is explained of each [n,C]."""
+
+
+def answer_of(student: Student, place: tuple[int, int] | None = None) -> Answer:
+    """What a student gives: its features, or its token of the patch at a row and column."""
+    backbone = student.backbone
+
+    @torch.no_grad()
+    def answer(images: Sequence[Pixels]) -> Array:
+        rows = []
+        with native_kernels(available_cores()):
+            for image in images:
+                pixels = normalise(torch.from_numpy(image)[None], student.normalisation)
+                tokens = seen_by(student.model, pixels, student.outputs).tokens
+                index = 0 if place is None else backbone.prefix + place[0] * backbone.grid[1] + place[1]
+                rows.append(backbone.heads(tokens)["features"][0] if place is None else tokens[0, index])
+        return np.asarray(torch.stack(rows).numpy())
+
+    return answer
+
+
+def judged(answer: Answer, image: Pixels, maps: Mapping[str, Array], groups: int = GROUPS) -> dict[str, Faithful]:
+    """Explanations [rows,columns] of one image, by name, beside each other."""
+    filler = np.broadcast_to(image.reshape(-1, 3).mean(0).round().astype(np.uint8), image.shape)
+    whole = answer([image])[0]
+    found = {}
+    for name, values in maps.items():
+        order = np.argsort(-values.ravel(), kind="stable")
+        parts = [_mask(part, values.shape, image.shape) for part in np.array_split(order, groups)]
+        shown = np.cumsum(parts, 0).astype(bool)
+        images = [
+            *(np.where(part[..., None], filler, image) for part in parts),
+            *(np.where(part[..., None], filler, image) for part in shown[:-1]),
+            *(np.where(part[..., None], image, filler) for part in shown[:-1]),
+        ]
+        answers = np.asarray(cosine(answer(images), whole[None]))
+        alone, without, given = np.split(answers, [groups, 2 * groups - 1])
+        importance = np.array([values.ravel()[part].sum() for part in np.array_split(order, groups)])
+        found[name] = Faithful(
+            saco(importance, 1 - alone), float(without.mean()), float(given.mean()), without.tolist(), given.tolist()
+        )
+    return found
+
+
+def saco(importance: Array, drop: Array) -> float:
+    """Salience-guided faithfulness coefficient of groups: what is claimed of each, and what its absence cost."""
+    first, second = np.triu_indices(len(importance), 1)
+    claimed = importance[first] - importance[second]
+    right = np.where(np.sign(claimed) * (drop[first] - drop[second]) >= 0, 1, -1)
+    total = np.abs(claimed).sum()
+    return float((np.abs(claimed) * right).sum() / total) if total else 0.0
+
+
+def _mask(places: Array, grid: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+    """Patches by number as a mask of pixels."""
+    mask = np.zeros(grid[0] * grid[1], bool)
+    mask[places] = True
+    down, across = shape[0] // grid[0], shape[1] // grid[1]
+    return mask.reshape(grid).repeat(down, 0).repeat(across, 1)
