@@ -32,10 +32,12 @@ import stamps
 from accuracy_images import write_photographs
 from fashion import fashion_mnist
 from fidelity_subject import weights_file
+from msgspec.structs import replace
 from PIL import Image
 
 import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.camera.service import RunOptions, run_service
 from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.cli.common import print_table, progress_bar
@@ -180,7 +182,7 @@ def score(work: Path, output: Path | None, development: bool) -> None:
         pooled = area(usual, np.concatenate([scores[name] for name in names]))
         statistics[kind] = {"auroc": pooled}
         click.echo(f"{kind} sets together: {pooled:.3f}, required {REQUIRED[kind]}")
-    _write(output, "novelty", {"size": SIZE, "far": list(FAR), "near": list(NEAR)}, scores, statistics)
+    _write(work, output, "novelty", {"size": SIZE, "far": list(FAR), "near": list(NEAR)}, scores, statistics)
 
 
 def layers(work: Path) -> None:
@@ -236,7 +238,7 @@ def videos(work: Path, output: Path | None, library: Path) -> None:
         table.append([name, str(count // 3), str(len(rest)), f"{share:.1%}", f"{low:.1%} to {high:.1%}"])
     head = ["", "frames calibrated on", "measured", "above 1", "95 %"]
     print_table(f"stated 1 %, required {REQUIRED['false alarms']:.0%}", head, table)
-    _write(output, "novelty_videos", {"block": BLOCK}, samples, statistics)
+    _write(work, output, "novelty_videos", {"block": BLOCK}, samples, statistics)
 
 
 def _count(path: Path) -> int:
@@ -276,10 +278,11 @@ def cost(work: Path, output: Path | None, seconds: float) -> None:
         write_result(output / "novelty_cost.json", result)
 
 
-def _write(output: Path | None, name: str, method: Any, samples: Any, statistics: Any) -> None:
+def _write(work: Path, output: Path | None, name: str, method: Any, samples: Any, statistics: Any) -> None:
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        write_result(output / f"{name}.json", Result("comparison", [], method, samples, statistics))
+        subjects = [replace(open_bundle(bundle(work)).subject(), path="bundle")]
+        write_result(output / f"{name}.json", Result("comparison", subjects, method, samples, statistics))
 
 
 if __name__ == "__main__":

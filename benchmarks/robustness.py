@@ -50,7 +50,7 @@ from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 
 MODULE, SALIENCY_SIZE = "sparsifiner_edge.demo.saliency", 518
-GALLERY, QUERIES, STAMPS, SEVERITY = 1000, 200, 30, "3"
+GALLERY, QUERIES, STAMPS, SEVERITY = 600, 120, 15, "3"
 """Images of each task. Severity 3 is what is required; the middle of five."""
 STAGES = ("untrained", "trained")
 REQUIRED = 1.0
@@ -91,7 +91,7 @@ RECIPES = {
         "losses.patches=0.02", "budgets.keep=[]", "distil.learning_rate=4e-6",
     ),
     "saliency": (
-        "batch=2", "distil.steps=100", "distil.learning_rate=3e-6", "clip=0.25", "budgets.keep=[]", "losses.classes=0",
+        "batch=2", "distil.steps=50", "distil.learning_rate=3e-6", "clip=0.25", "budgets.keep=[]", "losses.classes=0",
         "images.cut_mix=0", "check_every=25",
     ),
 }  # fmt: skip
