@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsifiner_edge.distill.distill import distill_student as distill_student
     from sparsifiner_edge.errors import SparsifinerError as SparsifinerError
     from sparsifiner_edge.evaluate.evaluate import evaluate_student as evaluate_student
+    from sparsifiner_edge.evaluate.explain import explain_student as explain_student
     from sparsifiner_edge.export.export import export_bundle as export_bundle
     from sparsifiner_edge.export.export import export_model as export_model
     from sparsifiner_edge.package import package_bundle as package_bundle
@@ -40,6 +41,7 @@ _HOMES = {
     "build_engine": ("runtime.build", ""),
     "distill_student": ("distill.distill", "train"),
     "evaluate_student": ("evaluate.evaluate", "train,cpu"),
+    "explain_student": ("evaluate.explain", "train"),
     "export_bundle": ("export.export", "train,cpu"),
     "export_model": ("export.export", "train,cpu"),
     "load_student": ("sparse.student", "train"),

@@ -27,7 +27,7 @@ class Faithful(NamedTuple):
     gained: list[float]
 
 
-class Key(msgspec.Struct, frozen=True, kw_only=True):
+class ReadKey(msgspec.Struct, frozen=True, kw_only=True):
     """A patch that a place reads, row and column of its first patch; score = probe + deviation, means of the heads."""
 
     patch: tuple[int, int]
@@ -51,7 +51,7 @@ class LayerSummary(msgspec.Struct, frozen=True, kw_only=True):
     merged: int
     keys: int | None
     cells: float
-    place: list[Key] | None = None
+    place: list[ReadKey] | None = None
 
 
 class ImageSummary(msgspec.Struct, frozen=True, kw_only=True):

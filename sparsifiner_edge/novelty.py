@@ -29,7 +29,7 @@ NOVELTY = "novelty"
 FALSE_ALARMS = 0.01
 """Share of images like the calibration's that may score above 1."""
 LEAST_IMAGES = 8
-COMPONENTS = 32
+COMPONENTS = 64
 _RUNS = 3
 """Of neighbours: what comes next in a video differs from all before it as its last third does from the first two."""
 _FEWEST = 4.0
@@ -42,8 +42,8 @@ class Density(NamedTuple):
     """The Gaussian, float32.
 
     Attributes:
-        mean: of the statistics [S]. scale: one over their deviations [S]. components: [S,32], beyond what the images
-            tell zeros. variances: 1 over the variance along each, less `rest` [32]. rest: 1 over the variance of all
+        mean: of the statistics [S]. scale: one over their deviations [S]. components: [S,64], beyond what the images
+            tell zeros. variances: 1 over the variance along each, less `rest` [64]. rest: 1 over the variance of all
             that is left [1].
         limit: 1 over the greatest squared distance [1]. usual: contrast [1]. below: 1 over how far below that [1].
     """

@@ -17,7 +17,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.connections import look, rollout, scores_of, weights_of
 from sparsifiner_edge.evaluate.explain import explain_image
-from sparsifiner_edge.evaluate.faithfulness import judged, saco
+from sparsifiner_edge.evaluate.faithfulness import faithfulness, saco
 from sparsifiner_edge.explained import ExplainResult
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.ops import torch as ops
@@ -135,7 +135,7 @@ def test_an_explanation_that_is_true_and_one_that_is_false() -> None:
         return np.stack([x[:, :80].reshape(10, 16, 5, 16, 3).mean((1, 3)).ravel() - 128 for x in images])
 
     left = np.concatenate([np.linspace(1, 2, 50).reshape(10, 5), np.zeros((10, 5))], 1)
-    found = judged(answer, image, {"true": left, "false": left[:, ::-1]})
+    found = faithfulness(answer, image, {"true": left, "false": left[:, ::-1]})
     assert found["true"].saco > 0.5 > 0 > found["false"].saco
     assert found["true"].deletion < found["false"].deletion
     assert found["true"].insertion > found["false"].insertion

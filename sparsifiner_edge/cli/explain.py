@@ -34,14 +34,16 @@ def command(
     output: Path,
 ) -> None:  # fmt: skip
     """Show what STUDENT read, merged and averaged on images, what of that reached the output, and whether it is so."""
-    from sparsifiner_edge.evaluate.explain import explain_student
+    import sparsifiner_edge
     from sparsifiner_edge.report.explain_page import write_explanation, write_overview
 
     place = None if at is None else _place(at)
     with io_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     with common.progress_bar("images") as progress:
-        result, explained = explain_student(student, data, at=place, most=most, trust=trust, progress=progress)
+        result, explained = sparsifiner_edge.explain_student(
+            student, data, at=place, most=most, trust=trust, progress=progress
+        )
     write_explanation(explained, result.method, output / "index.html", language)
     for image in explained:
         write_overview(image, output / f"{image.path.stem}.png")

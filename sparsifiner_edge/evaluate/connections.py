@@ -64,7 +64,7 @@ class SeenLayer(NamedTuple):
         return own if reads and isinstance(own, SparseAttention) else None
 
 
-class Weights(NamedTuple):
+class LayerWeights(NamedTuple):
     """What a layer weighed values by: attention [H,N,N], rows sum to 1; of that on cells [H,N]; what each tile reads
     [H,T,P], bool, None where all is read.
     """
@@ -114,15 +114,15 @@ def _watched(layer: SparseLayer, seen: list[SeenLayer]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def weights_of(seen: SeenLayer) -> Weights:
-    """See `Weights`."""
+def weights_of(seen: SeenLayer) -> LayerWeights:
+    """See `LayerWeights`."""
     geometry, sparse = seen.attention.geometry, seen.sparse
     q, k, _ = (x[0].float() for x in ops.split_heads(seen.qkv, geometry.heads))
     bare = geometry.scale * q @ k.mT
     sizes, prefix = seen.sizes, seen.prefix
     if sparse is None:
         whole = (bare + sizes.log()).softmax(-1)
-        return Weights(whole, torch.zeros(whole.shape[:2]), None)
+        return LayerWeights(whole, torch.zeros(whole.shape[:2]), None)
     lists = sparse.indices(seen.qkv, seen.tokens.sizes)[0].long()
     if isinstance(sparse, LandmarkAttention):
         return _of_queries(bare, lists, prefix)
@@ -130,15 +130,15 @@ def weights_of(seen: SeenLayer) -> Weights:
     return _of_tiles(bare, sizes, prefix, read, sparse.sparsity.tile, sparse.layout.cell)
 
 
-def _of_queries(bare: Tensor, lists: Tensor, prefix: int) -> Weights:
+def _of_queries(bare: Tensor, lists: Tensor, prefix: int) -> LayerWeights:
     """Of the published method: one list per query over all tokens."""
     listed = torch.zeros(bare.shape[0], lists.shape[1], bare.shape[2], dtype=torch.bool).scatter_(2, lists, True)
     rows = bare[:, prefix:].masked_fill(~listed, -torch.inf).softmax(-1)
     whole = torch.cat([bare[:, :prefix].softmax(-1), rows], 1)
-    return Weights(whole, torch.zeros(whole.shape[:2]), listed[:, :, prefix:])
+    return LayerWeights(whole, torch.zeros(whole.shape[:2]), listed[:, :, prefix:])
 
 
-def _of_tiles(bare: Tensor, sizes: Tensor, prefix: int, read: Tensor, tile: int, cell: int) -> Weights:
+def _of_tiles(bare: Tensor, sizes: Tensor, prefix: int, read: Tensor, tile: int, cell: int) -> LayerWeights:
     """Of lists that tiles share, and cells: bare logits [H,N,N], sizes [N], read [H,T,P]."""
     patches = bare.shape[2] - prefix
     weighed, counts = bare + sizes.log(), sizes[prefix:]
@@ -161,10 +161,10 @@ def _of_tiles(bare: Tensor, sizes: Tensor, prefix: int, read: Tensor, tile: int,
         own = own + torch.nn.functional.pad(spread, (prefix, 0))
     first = weighed[:, :prefix].softmax(-1)
     none = torch.zeros(bare.shape[0], prefix)
-    return Weights(torch.cat([first, own], 1), torch.cat([none, on_cells], 1), read)
+    return LayerWeights(torch.cat([first, own], 1), torch.cat([none, on_cells], 1), read)
 
 
-class Scores(NamedTuple):
+class ScoreParts(NamedTuple):
     """Why keys were chosen: they are ranked by the sum of both.
 
     Attributes:
@@ -177,7 +177,7 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def scores_of(seen: SeenLayer) -> Scores | None:
+def scores_of(seen: SeenLayer) -> ScoreParts | None:
     """Of a layer whose lists belong to tiles, else None."""
     sparse = seen.sparse
     if sparse is None or isinstance(sparse, LandmarkAttention):
@@ -188,7 +188,7 @@ def scores_of(seen: SeenLayer) -> Scores | None:
     probe = ops.key_scores(seen.qkv, select.proj_q, select.proj_k, **settings, value_power=0.0, sizes=sizes)
     v = ops.split_heads(seen.qkv, sparse.geometry.heads)[2][:, :, seen.prefix :]
     deviation = ops.value_deviation(v, sparse.layout.cell, None if sizes is None else sizes[:, seen.prefix :])
-    return Scores(probe[0], power * deviation[0].log())
+    return ScoreParts(probe[0], power * deviation[0].log())
 
 
 @torch.no_grad()

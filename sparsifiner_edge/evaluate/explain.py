@@ -15,7 +15,7 @@ from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
 from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.connections import SeenLayer, look, rollout, scores_of, weights_of
-from sparsifiner_edge.evaluate.faithfulness import GROUPS, answer_of, judged
+from sparsifiner_edge.evaluate.faithfulness import GROUPS, answer_of, faithfulness
 from sparsifiner_edge.explained import (
     DENSE,
     OURS,
@@ -25,9 +25,9 @@ from sparsifiner_edge.explained import (
     ExplainResult,
     ExplainStatistics,
     ImageSummary,
-    Key,
     LayerMaps,
     LayerSummary,
+    ReadKey,
 )
 from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
 from sparsifiner_edge.progress import Progress
@@ -35,13 +35,13 @@ from sparsifiner_edge.results import Subject
 from sparsifiner_edge.sparse.order import inverse
 from sparsifiner_edge.sparse.student import Student, load_student
 
-MOST_IMAGES = 4
+EXPLAINED = 4
 LISTED = 24
 """Keys of a place that the result holds, of each layer: those that the most heads read."""
 
 
 def explain_student(
-    student: str | Path, data: str | Path, *, at: tuple[int, int] | None = None, most: int = MOST_IMAGES,
+    student: str | Path, data: str | Path, *, at: tuple[int, int] | None = None, most: int = EXPLAINED,
     trust: Sequence[str] = (), progress: Progress | None = None,
 ) -> tuple[ExplainResult, list[Explained]]:  # fmt: skip
     """Explain a student's features, or its token of one patch, on images.
@@ -70,7 +70,7 @@ def explain_student(
         images=[path.name for path in paths],
     )  # fmt: skip
     samples = {
-        found.path.name: {name: judged.curve for name, judged in found.summary.faithful.items()} for found in explained
+        found.path.name: {name: known.curve for name, known in found.summary.faithful.items()} for found in explained
     }
     subject = Subject(
         role="subject", kind="student", path=str(folder), name=made.name, sha256=sha256(folder / STUDENT_FILE)
@@ -89,7 +89,7 @@ def explain_image(
     reached = {name: _reached(seen, backbone.grid, curve, place) for name, seen in ((OURS, layers), (DENSE, dense))}
     chance = np.random.default_rng(seed).random(backbone.grid)
     against = reached | {RANDOM: chance / chance.sum()}
-    faithful = judged(answer_of(student, place), image, against) if judge else {}
+    faithful = faithfulness(answer_of(student, place), image, against) if judge else {}
     maps = [_maps(seen, curve) for seen in layers]
     both = zip(layers, maps, strict=True)
     summaries = [_summary(number, seen, found, backbone.grid, place) for number, (seen, found) in enumerate(both)]
@@ -150,7 +150,7 @@ def _summary(
     )  # fmt: skip
 
 
-def _place(seen: SeenLayer, maps: LayerMaps, grid: tuple[int, int], place: tuple[int, int]) -> list[Key]:
+def _place(seen: SeenLayer, maps: LayerMaps, grid: tuple[int, int], place: tuple[int, int]) -> list[ReadKey]:
     token = int(maps.token[place[0] * grid[1] + place[1]])
     tile = token // maps.tile
     attention = weights_of(seen).attention[:, seen.prefix + token, seen.prefix :].mean(0)
@@ -159,7 +159,7 @@ def _place(seen: SeenLayer, maps: LayerMaps, grid: tuple[int, int], place: tuple
         first.setdefault(owner, raster)
     order = sorted(range(len(attention)), key=lambda n: (-int(maps.heads[tile, n]), -float(attention[n])))
     return [
-        Key(
+        ReadKey(
             patch=divmod(first[n], grid[1]), heads=int(maps.heads[tile, n]), probe=round(float(maps.probe[tile, n]), 6),
             deviation=round(float(maps.deviation[n]), 6), attention=round(float(attention[n]), 6),
         )

@@ -27,11 +27,11 @@ from sparsifiner_edge.sparse.weights import normalise
 
 GROUPS = 10
 """Of patches, most important first; as in SaCo's own experiments."""
-Answer = Callable[[Sequence[Pixels]], Array]
+AnswerOf = Callable[[Sequence[Pixels]], Array]
 """Images uint8 [H,W,3] -> what is explained of each [n,C]."""
 
 
-def answer_of(student: Student, place: tuple[int, int] | None = None) -> Answer:
+def answer_of(student: Student, place: tuple[int, int] | None = None) -> AnswerOf:
     """What a student gives: its features, or its token of the patch at a row and column."""
     backbone = student.backbone
 
@@ -49,7 +49,9 @@ def answer_of(student: Student, place: tuple[int, int] | None = None) -> Answer:
     return answer
 
 
-def judged(answer: Answer, image: Pixels, maps: Mapping[str, Array], groups: int = GROUPS) -> dict[str, Faithful]:
+def faithfulness(
+    answer: AnswerOf, image: Pixels, maps: Mapping[str, Array], groups: int = GROUPS
+) -> dict[str, Faithful]:
     """Explanations [rows,columns] of one image, by name, beside each other."""
     filler = np.broadcast_to(image.reshape(-1, 3).mean(0).round().astype(np.uint8), image.shape)
     whole = answer([image])[0]

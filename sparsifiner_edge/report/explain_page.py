@@ -35,7 +35,7 @@ WORDS = {
 """What the script says, and the fields that it fills in."""
 
 
-class Range(NamedTuple):
+class ByteRange(NamedTuple):
     """Bytes 0 to 255 stand for these."""
 
     low: float
@@ -102,11 +102,11 @@ def _layer(layer: LayerMaps) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bytes(values: Array) -> tuple[Array, Range]:
+def _bytes(values: Array) -> tuple[Array, ByteRange]:
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     scaled = (np.nan_to_num(values, nan=low, neginf=low, posinf=high) - low) / (high - low or 1)
-    return np.round(scaled * 255).astype(np.uint8), Range(round(low, 4), round(high, 4))
+    return np.round(scaled * 255).astype(np.uint8), ByteRange(round(low, 4), round(high, 4))
 
 
 def _packed(*arrays: Array) -> str:

@@ -29,7 +29,7 @@ from sparsifiner_edge.sparse.weights import normalise
 if TYPE_CHECKING:
     from sparsifiner_edge.sparse.student import Student
 
-MOST_IMAGES = 500
+FITTED_IMAGES = 500
 _MOST_BYTES = 1 << 26
 
 
@@ -142,11 +142,11 @@ def statistics(student: Student, paths: Sequence[Path], layer: int, progress: Pr
 
 
 def with_novelty(student: Student, paths: Sequence[Path], progress: Progress | None = None) -> Student:
-    """The student with a density fitted to at most `MOST_IMAGES` of these, evenly taken; without one where those that
+    """The student with a density fitted to at most `FITTED_IMAGES` of these, evenly taken; without one where those that
     can be read are too few, or all the same.
     """
     layer = layer_of(len(student.backbone.layers))
-    rows = statistics(student, evenly(sorted(paths), MOST_IMAGES), layer, progress)
+    rows = statistics(student, evenly(sorted(paths), FITTED_IMAGES), layer, progress)
     try:
         found = Novelty(fit_density(rows), layer, len(rows))
     except ConfigError:
