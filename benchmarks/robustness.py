@@ -32,6 +32,7 @@ from accuracy_images import SIZE, collect, collect_fashion, linked, write_photog
 from fashion import fashion_mnist
 from fidelity_subject import weights_file
 from frontier_points import sum_of_layers
+from matplotlib.figure import Figure
 from PIL import Image
 
 import sparsifiner_edge as se
@@ -261,7 +262,7 @@ def class_folders(work: Path, part: str, count: int) -> Path:
 @_only
 @_work
 @click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, default=STAGES)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for robustness.json.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for robustness.json, .png.")
 def measure(
     tasks: tuple[str, ...], only: tuple[str, ...], work: Path, stages: tuple[str, ...], output: Path | None
 ) -> None:  # fmt: skip
@@ -285,6 +286,7 @@ def measure(
     if output:
         output.mkdir(parents=True, exist_ok=True)
         write_result(output / "robustness.json", _as_result(rows))
+        draw(rows, output / "robustness.png")
 
 
 def _as_result(rows: dict[str, dict[str, Any]]) -> Result:
@@ -314,6 +316,25 @@ def show(task: str, rows: dict[str, Any]) -> None:
             ])  # fmt: skip
     head = ["", "G MACs", "dense, clean", "clean", "dense loses", "extra loss, ImageNet-C", "extra loss, camera"]
     print_table(f"{task}, severity {SEVERITY}, points of 100; required <= {REQUIRED}", head, table)
+
+
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """The extra loss under each corruption, a panel per task and a row of points per student, with intervals."""
+    figure = Figure(figsize=(10, 4 * len(rows)), layout="constrained")
+    for axes, (task, found) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows.items(), strict=True):
+        for number, (name, row) in enumerate(found.items()):
+            (groups,) = row["found"].statistics.stability.values()
+            names = [*row["found"].method.corruptions, "common", "camera"]
+            points = [groups[one].extra_lost.times(100) for one in names]
+            spread = [[x.value - x.low for x in points], [x.high - x.value for x in points]]
+            places = np.arange(len(names)) + 0.15 * (number - (len(found) - 1) / 2)
+            axes.errorbar(places, [x.value for x in points], spread, fmt="o", markersize=3, linewidth=1, label=name)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.axhline(REQUIRED, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(names)), [one.replace("_", " ") for one in names], rotation=60, ha="right")
+        axes.set_title(f"{task}: points lost beyond the dense model at severity {SEVERITY}", fontsize=10)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":
