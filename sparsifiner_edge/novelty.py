@@ -30,8 +30,7 @@ FALSE_ALARMS = 0.01
 """Share of images like the calibration's that may score above 1."""
 LEAST_IMAGES = 8
 COMPONENTS = 64
-_RUNS = 3
-"""Of neighbours: what comes next in a video differs from all before it as its last third does from the first two."""
+_THIRDS, _TENTHS = 3, 10
 _FEWEST = 4.0
 """Independent images that any calibration counts for."""
 _SHRINK = 0.1
@@ -58,10 +57,13 @@ class Density(NamedTuple):
     below: Array
 
 
-def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS) -> Density:
-    """Fit to statistics [images,S] of images in their order, which may be a video's.
+def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS, video: bool = False) -> Density:
+    """Fit to statistics [images,S] of images in their order.
 
-    Limits come of images that the Gaussian they are judged by has not seen: each third by the two others.
+    Limits come of images that the Gaussian they are judged by has not seen. How far they scatter is told by thirds,
+    each judged by the two others, for neighbours may show the same. Their middle is that of a video's thirds too, whose
+    next part differs from all before as its last third does from the first two; of other images it is that of tenths,
+    since two thirds of few images know less than all of them.
 
     Raises:
         ConfigError: fewer than `LEAST_IMAGES`; a share of false alarms that is none; images that are all the same.
@@ -73,18 +75,26 @@ def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS) -> Density:
     rows = rows.astype(np.float64)
     if not np.isfinite(rows).all() or np.ptp(rows, 0).max() == 0:
         raise ConfigError("These images are all the same, or make NaN.", "Give frames that differ as the scene does.")
-    distances, emptiness, contrast = np.empty(len(rows)), np.empty(len(rows)), _contrast(rows)
-    for run in np.array_split(np.arange(len(rows)), _RUNS):
-        distances[run] = np.log(squared_distance(_gaussian(np.delete(rows, run, 0)), rows[run]))
-        emptiness[run] = np.median(np.delete(contrast, run)) - contrast[run]
-    # Either may raise the alarm: each gets half of the share.
-    middle = float(np.median(distances))
+    contrast = _contrast(rows)
+    distances, emptiness = _held_out(rows, contrast, _THIRDS)
+    middle = float(np.median(distances if video else _held_out(rows, contrast, _TENTHS)[0]))
+    scattered = distances - np.median(distances)
     limits = {
-        "limit": math.exp(-middle - _reach(distances - middle, false_alarms / 2)),
+        # Either may raise the alarm: each gets half of the share.
+        "limit": math.exp(-middle - _reach(scattered, false_alarms / 2)),
         "usual": float(np.median(contrast)),
         "below": 1 / _reach(emptiness, false_alarms / 2),
     }
     return _gaussian(rows)._replace(**{name: np.array([value], np.float32) for name, value in limits.items()})
+
+
+def _held_out(rows: Array, contrast: Array, runs: int) -> tuple[Array, Array]:
+    """Of each image, by all outside of its run of neighbours: log distance, and how far below their contrast it is."""
+    distances, emptiness = np.empty(len(rows)), np.empty(len(rows))
+    for run in np.array_split(np.arange(len(rows)), min(runs, len(rows))):
+        distances[run] = np.log(squared_distance(_gaussian(np.delete(rows, run, 0)), rows[run]))
+        emptiness[run] = np.median(np.delete(contrast, run)) - contrast[run]
+    return distances, emptiness
 
 
 def novelty(density: Density, rows: Array) -> Array:

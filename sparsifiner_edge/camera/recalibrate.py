@@ -73,7 +73,7 @@ def recalibrate_bundle(
             rows.append(found[0])
             if progress:
                 progress("frames", number, frames)
-    density = fit_density(np.stack(rows) if rows else np.zeros((0, 2)), false_alarms)
+    density = fit_density(np.stack(rows) if rows else np.zeros((0, 2)), false_alarms, video=True)
     fit = NoveltyFit(len(rows), false_alarms, "site")
     with new_folder(Path(output), "bundle") as made:
         _write(opened, density, fit, made)
