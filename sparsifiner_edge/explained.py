@@ -13,7 +13,7 @@ from sparsifiner_edge.results import Declared
 OURS, DENSE, RANDOM = "ours", "dense", "random"
 
 
-class Faithful(NamedTuple):
+class Faithful(msgspec.Struct, frozen=True, kw_only=True):
     """See `evaluate.faithfulness`.
 
     Attributes:

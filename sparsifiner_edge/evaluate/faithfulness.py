@@ -69,8 +69,9 @@ def faithfulness(
         alone, without, given = np.split(answers, [groups, 2 * groups - 1])
         importance = np.array([values.ravel()[part].sum() for part in np.array_split(order, groups)])
         found[name] = Faithful(
-            saco(importance, 1 - alone), float(without.mean()), float(given.mean()), without.tolist(), given.tolist()
-        )
+            saco=saco(importance, 1 - alone), deletion=float(without.mean()), insertion=float(given.mean()),
+            curve=without.tolist(), gained=given.tolist(),
+        )  # fmt: skip
     return found
 
 

@@ -71,6 +71,11 @@ class ReportData(NamedTuple):
         """What evaluations under corruptions found."""
         return [file for file in self.files if file.result.kind == "robustness"]
 
+    @property
+    def explanation_files(self) -> list[ResultFile]:
+        """What students read on images."""
+        return [file for file in self.files if file.result.kind == "explanation"]
+
     def title(self, key: str, group: SideGroup) -> str:
         """A chart's title, with what sets its group apart."""
         return self.texts(key) + (f" — {group.name}" if group.name else "")

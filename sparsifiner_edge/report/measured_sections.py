@@ -31,7 +31,7 @@ def accuracy_section(data: ReportData) -> Section:
         blocks += [*drawn, _accuracy_table(asked, metric, texts)]
         if data.groups and not drawn:
             blocks.append(Note(texts("accuracy.unmatched")))
-    if not (data.accuracies or data.task_files or data.search_files or data.robustness_files):
+    if not (data.accuracies or data.task_files or data.search_files or data.robustness_files or data.explanation_files):
         blocks.append(Note(texts.missing(None, EVALUATE), True))
         return Section("accuracy", blocks)
     return Section("accuracy", blocks, [*(a.file for a in data.accuracies), *(s.file for s in data.measured)])

@@ -16,6 +16,7 @@ from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import measured_sections, other_sections
 from sparsifiner_edge.report.blocks import Figure, Picture, Section
 from sparsifiner_edge.report.conditions import ReportData, report_data
+from sparsifiner_edge.report.explain_section import explain_section
 from sparsifiner_edge.report.other_sections import Prices
 from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render
 from sparsifiner_edge.report.result_files import LabelledManifest, manifests_of, read_result_files
@@ -122,6 +123,7 @@ def _sections(
         search_section(data),
         measured_sections.accuracy_section(data),
         stability_section(data),
+        explain_section(data),
         measured_sections.latency_section(data),
         measured_sections.energy_section(data),
         measured_sections.memory_section(data),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sparsifiner_edge.report.conditions import ComparedSides, ReportData, board_of
+from sparsifiner_edge.report.explain_section import explain_sentences
 from sparsifiner_edge.report.result_files import Accuracy, ResultFile, ResultSide
 from sparsifiner_edge.report.search_section import search_sentence
 from sparsifiner_edge.report.stability_section import stability_sentences
@@ -29,6 +30,7 @@ def verdict_sentences(data: ReportData) -> list[str]:
     sentences += [told for file in data.search_files if (told := search_sentence(file, texts))]
     sentences += [text for file in data.task_files if (text := _task_sentence(file, data))]
     sentences += [told for file in data.robustness_files for told in stability_sentences(file, texts)]
+    sentences += [told for file in data.explanation_files for told in explain_sentences(file, texts)]
     tried = {str(s.sha256) for file in data.task_files for s in file.result.subjects}
     judged = {side.sha for side in data.measured if side.role != "against"}
     if judged and judged.isdisjoint(tried.union(found.sha for found in data.accuracies)):

@@ -17,9 +17,10 @@ Result = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> dict[str, Path]:
+def real(once: Once, tiny_student: Path, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> dict[str, Path]:
     """Files by kind: a sparse bundle beside its dense one; `dense` is that bundle, `sparse` the other."""
     from sparsifiner_edge.evaluate.evaluate import evaluate_student
+    from sparsifiner_edge.evaluate.explain import explain_student
     from sparsifiner_edge.export.export import export_bundle
     from sparsifiner_edge.profiles import profile_bundle, sweep_bundle
     from sparsifiner_edge.profiles.estimate import estimate_bundle
@@ -33,6 +34,7 @@ def real(once: Once, tiny_bundle: Path, tiny_weights: Path, pictures: Path) -> d
             "evaluation": evaluate_student(tiny_bundle, pictures, against=dense),
             "estimate": estimate_bundle(tiny_bundle, "jetson-orin-nano-8gb"),
             "robustness": evaluate_student(tiny_bundle, pictures, against=dense, corruptions="fog,rain", severity="3"),
+            "explanation": explain_student(tiny_student, pictures, most=2)[0],
             "sweep": sweep_bundle(dense, {"threads": [1, 2]}, seconds=0.2),
         }
         for name, result in results.items():

@@ -17,7 +17,7 @@ from tests.report.outline import file_name, written
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("comparison", "evaluation", "robustness", "estimate", "sweep")
+KINDS = ("comparison", "evaluation", "robustness", "explanation", "estimate", "sweep")
 
 
 def test_the_whole_page_from_real_results(real, tmp_path):
@@ -180,6 +180,23 @@ def test_accuracies_in_percent(changed, tmp_path):
     )
     # Wilson's interval of 364 of 400.
     assert "91.00 % (87.79–93.43)" in page.text
+
+
+def test_what_was_read(real, changed, tmp_path):
+    images = json.loads(real["explanation"].read_text())["statistics"]["images"]
+    for language, named in (("en", "read as averages"), ("ja", "平均として読んだ割合")):
+        summary, page = written([real["explanation"]], tmp_path / f"{language}.html", language=language, images=False)
+        assert summary["sections"] == ["explained", "method"]
+        assert named in page.text
+        for image in images:
+            assert f"{image['faithful']['ours']['saco']:.3f}" in page.text
+        assert " 2 " in summary["verdict"][0] if language == "en" else "2 枚中" in summary["verdict"][0]
+
+    def worse(result):
+        result["statistics"]["images"][0] = {"image": "<b>", "faithful": {"ours": 3}, "layers": "all"}
+
+    _, page = written([changed("explanation", worse)], tmp_path / "worse.html", images=False)
+    assert page.open == []
 
 
 def test_what_corruptions_cost(real, changed, tmp_path):
