@@ -178,7 +178,7 @@ def test_a_file_is_rotated_by_being_copied_and_emptied(cells: Path, service: Any
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_a_service_goes_on_without_the_overlay_of_a_full_disk(suffix: str, cells: Path, tmp_path: Path) -> None:
     outcome, _ = in_mount(
-        tmp_path, 64, "true", "run", cells, "--source", "test", "--fps", "50", "--duration", "6", "--overlay",
+        tmp_path, 64, "true", "run", cells, "--source", "test", "--fps", "50", "--frames", "300", "--overlay",
         f"disk/o{suffix}",
     )  # fmt: skip
     records, events = records_of(outcome), lines(outcome.err)
