@@ -27,6 +27,15 @@ class Faithful(msgspec.Struct, frozen=True, kw_only=True):
     gained: list[float]
 
 
+class Changed(msgspec.Struct, frozen=True, kw_only=True):
+    """What changes with a small change of the image; see `evaluate.steadiness`."""
+
+    lists: float
+    merges: float
+    attention: float
+    dense: float
+
+
 class ReadKey(msgspec.Struct, frozen=True, kw_only=True):
     """A patch that a place reads, row and column of its first patch; score = probe + deviation, means of the heads."""
 
@@ -55,11 +64,16 @@ class LayerSummary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """An image in figures; faithful: by "ours", "dense" and "random"."""
+    """An image in figures.
+
+    Attributes:
+        faithful: by "ours", "dense" and "random". steady: by "noise", "shift" and "flip", where asked for.
+    """
 
     image: str
     layers: list[LayerSummary]
     faithful: dict[str, Faithful]
+    steady: dict[str, Changed] = {}
 
     @property
     def better(self) -> bool:

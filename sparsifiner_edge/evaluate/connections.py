@@ -31,7 +31,7 @@ class SeenLayer(NamedTuple):
 
     Attributes:
         layer: the module. tokens: as they enter it. normed: what attention gets [1,N,D]. qkv: [1,N,3C].
-        left: tokens as they leave it.
+        left: tokens as they leave it. dense: whether it attended to all.
     """
 
     layer: SparseLayer
@@ -39,6 +39,7 @@ class SeenLayer(NamedTuple):
     normed: Tensor
     qkv: Tensor
     left: CarriedTokens
+    dense: bool
 
     @property
     def attention(self) -> PackedAttention:
@@ -59,9 +60,7 @@ class SeenLayer(NamedTuple):
     @property
     def sparse(self) -> SparseAttention | None:
         """Its attention, where it reads lists."""
-        own = self.attention
-        reads = isinstance(own, SparseAttention) and not own.densely and own.sparsity.keep != 1
-        return own if reads and isinstance(own, SparseAttention) else None
+        return cast(SparseAttention, self.attention) if not self.dense else None
 
 
 class LayerWeights(NamedTuple):
@@ -99,11 +98,15 @@ def look(student: Student, image: Pixels, densely: bool = False) -> list[SeenLay
 @contextlib.contextmanager
 def _watched(layer: SparseLayer, seen: list[SeenLayer]) -> Iterator[None]:
     found: dict[str, Any] = {}
+
+    def attended(own: PackedAttention, inputs: Any, outputs: Any) -> None:
+        # Asked for now: `densely` is over once the model has run.
+        reads = isinstance(own, SparseAttention) and not own.densely and own.sparsity.keep != 1
+        found.update(normed=inputs[0], qkv=outputs[1], dense=not reads)
+
     hooks = [
         layer.register_forward_pre_hook(lambda own, inputs: found.update(tokens=own.arrived(inputs[0]))),
-        layer.own_attention.register_forward_hook(
-            lambda _, inputs, outputs: found.update(normed=inputs[0], qkv=outputs[1])
-        ),
+        layer.own_attention.register_forward_hook(attended),
         layer.register_forward_hook(lambda own, _, out: seen.append(SeenLayer(own, left=own.arrived(out), **found))),
     ]
     try:

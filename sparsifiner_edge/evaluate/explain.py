@@ -16,6 +16,7 @@ from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.connections import SeenLayer, look, rollout, scores_of, weights_of
 from sparsifiner_edge.evaluate.faithfulness import GROUPS, answer_of, faithfulness
+from sparsifiner_edge.evaluate.steadiness import steadiness
 from sparsifiner_edge.explained import (
     DENSE,
     OURS,
@@ -42,13 +43,14 @@ LISTED = 24
 
 def explain_student(
     student: str | Path, data: str | Path, *, at: tuple[int, int] | None = None, most: int = EXPLAINED,
-    trust: Sequence[str] = (), progress: Progress | None = None,
+    steady: bool = False, trust: Sequence[str] = (), progress: Progress | None = None,
 ) -> tuple[ExplainResult, list[Explained]]:  # fmt: skip
     """Explain a student's features, or its token of one patch, on images.
 
     Args:
         student: student folder. data: an image or a folder. at: x and y in pixels of the image that the model sees;
-            None: the features. most: images at most, evenly taken. trust: see `load_student`. progress: see `Progress`.
+            None: the features. most: images at most, evenly taken. steady: also how much changes with a small change of
+            the image. trust: see `load_student`. progress: see `Progress`.
 
     Returns:
         The result, and what a page shows.
@@ -60,7 +62,7 @@ def explain_student(
     folder, made, explained = Path(student), load_student(student, trust=trust), []
     place, paths = _patch(made, at), evenly(list_images(Path(data)), most)
     for number, path in enumerate(paths):
-        explained.append(explain_image(made, path, place, seed=number))
+        explained.append(explain_image(made, path, place, seed=number, steady=steady))
         if progress:
             progress("images", number + 1, len(paths))
     method = ExplainMethod(
@@ -80,9 +82,12 @@ def explain_student(
 
 
 def explain_image(
-    student: Student, path: Path, place: tuple[int, int] | None = None, seed: int = 0, judge: bool = True
-) -> Explained:
-    """One image; place: row and column of a patch; seed: of the random order beside it; judge: whether it is true."""
+    student: Student, path: Path, place: tuple[int, int] | None = None, seed: int = 0, judge: bool = True,
+    steady: bool = False,
+) -> Explained:  # fmt: skip
+    """One image; place: row and column of a patch; seed: of the random order beside it; judge: whether it is true;
+    steady: see `explain_student`.
+    """
     backbone, image = student.backbone, load_image(path, student.img_size)
     curve = inverse(backbone.layers[0].curve.order.numpy())
     layers, dense = look(student, image), look(student, image, densely=True)
@@ -93,7 +98,9 @@ def explain_image(
     maps = [_maps(seen, curve) for seen in layers]
     both = zip(layers, maps, strict=True)
     summaries = [_summary(number, seen, found, backbone.grid, place) for number, (seen, found) in enumerate(both)]
-    return Explained(path, image, maps, reached, ImageSummary(image=path.name, layers=summaries, faithful=faithful))
+    changes = steadiness(student, image) if steady else {}
+    summary = ImageSummary(image=path.name, layers=summaries, faithful=faithful, steady=changes)
+    return Explained(path, image, maps, reached, summary)
 
 
 def _patch(student: Student, at: tuple[int, int] | None) -> tuple[int, int] | None:
