@@ -157,7 +157,7 @@ def run_demo(output: Path, progress: Progress, minutes: float = MINUTES) -> Demo
         photographs, OUTPUT, output / "maps.png",
     )  # fmt: skip
     student = load_student(output / FOUND / STUDENT, trust=[MODULE])
-    write_overview(explain_image(student, photographs[0], judge=False), output / "read-merged-reached.png")
+    write_overview(explain_image(student, photographs[0], judge=False), output / "what-was-read.png")
     stage("write the page")
     result = _result(row)
     write_result(output / RESULT, result)
@@ -171,7 +171,7 @@ def _write_page(output: Path, row: _Row) -> None:
     for kind, result in (("task", row.task), ("speed", row.profile)):
         results.append(output / f"{kind}.json")
         write_result(results[-1], result)
-    write_report(results, output / PAGE, images=False, pictures=[output / "maps.png", output / "read-merged-reached.png"])
+    write_report(results, output / PAGE, images=False, pictures=[output / "maps.png", output / "what-was-read.png"])
 
 
 def _require_demonstration(output: Path) -> None:
