@@ -213,6 +213,16 @@ def test_every_image_of_a_batch_has_its_own(kernels: str, bundle: Path, smooth: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["portable", "native"])
+def test_openvino_gives_it(kernels: str, bundle: Path, smooth: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    image = load_image(next(iter(sorted(smooth.iterdir()))), 160)[None]
+    with open_session(bundle) as ours, open_session(bundle, "openvino", kernels=kernels) as theirs:
+        wanted, got = (session.infer({"image": image})[NOVELTY] for session in (ours, theirs))
+    assert got == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_a_site_of_its_own(bundle: Path, smooth: Path, tmp_path: Path, capsys: Any) -> None:
     """Frames of a kind that the student was not calibrated on are usual afterwards, and what was usual is not."""
     site = tmp_path / "site"

@@ -25,7 +25,7 @@ from sparsifiner_edge.runtime.cuda import CudaDevice
 from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine_file
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
 from tests.merging_models import LEFT_OF_MERGING, merging_model
-from tests.models import student
+from tests.models import student, with_density
 from tests.tiny import make_bundle
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
@@ -72,8 +72,10 @@ def test_an_engine_is_built_and_progress_reported(trt, model):
 
 @pytest.mark.parametrize("keep", [1.0, 0.2])
 def test_a_model_that_merges_is_parsed_and_built(trt, keep):
-    """For a range of batches; dense attention over merged tokens is one fused kernel a layer."""
-    deployed = deploy(student(sparsity=SparsityConfig(keep=keep, cells=4, channels=8, merge=(12, 2)), depth=2))
+    """With novelty, for a range of batches; dense attention over merged tokens is one fused kernel a layer."""
+    sparsity = SparsityConfig(keep=keep, cells=4, channels=8, merge=(12, 2))
+    deployed = deploy(with_density(student(sparsity=sparsity, depth=2)))
+    assert deployed.output_names[-1] == "novelty"
     model = convert(export_graph(deployed, 160, None, deployed.output_names)).model.SerializeToString()
     content, details = build_engine_file(trt, model, CARD, 1 << 30, ENGINE, OPTIONS, lambda *_: None)
     assert details.layers > 500
