@@ -16,7 +16,7 @@ from PIL import Image
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate import steadiness as module
-from sparsifiner_edge.evaluate.connections import look, rollout, scores_of, weights_of
+from sparsifiner_edge.evaluate.connections import look, reaching, scores_of, weights_of
 from sparsifiner_edge.evaluate.explain import explain_image
 from sparsifiner_edge.evaluate.faithfulness import faithfulness, saco
 from sparsifiner_edge.explained import Changed, ExplainResult
@@ -96,13 +96,22 @@ def test_the_parts_of_a_score_add_up_and_explain_the_list(kind: str) -> None:
 @pytest.mark.parametrize("by_length", [True, False])
 @pytest.mark.parametrize("kind", ["edge", "merging", "paper"])
 def test_what_reached_an_output_adds_up(kind: str, by_length: bool) -> None:
+    """Backwards from one token at a time, as from all of them together; plain rollout is the product of matrices."""
     made = student(sparsity=KINDS[kind])
     image = smooth_images(made.img_size)[0]
     for densely in (False, True):
-        found = rollout(look(made, image, densely), by_length)
-        assert found.shape[1] == 101
+        layers = look(made, image, densely)
+        rows = torch.eye(layers[-1].left.values.shape[1])
+        found = torch.stack([reaching(layers, row, by_length) for row in rows[:5]])
+        assert found.shape == (5, 101)
         assert torch.allclose(found.sum(1), torch.ones(()), atol=1e-5)
         assert (found >= 0).all()
+        assert torch.allclose(reaching(layers, rows[:5].sum(0), by_length), found.sum(0), atol=1e-5)
+    if not by_length:
+        product = torch.eye(101)
+        for seen in layers:
+            product = (weights_of(seen).attention.mean(0) + torch.eye(101)) / 2 @ product
+        assert torch.allclose(found, product[:5], atol=1e-5)
     # Looking leaves the model as it was.
     assert not any(layer.unmerged for layer in made.backbone.layers)
 

@@ -2,7 +2,7 @@
 
 A layer's attention is a matrix over its tokens whose rows sum to 1, exactly what the operator weighed values by: a
 cell's share is spread over the tokens that it is the mean of, by their sizes, and a merged token counts as the patches
-that it is made of. `rollout` multiplies these matrices (Abnar and Zuidema 2020), each entry weighed by how long the
+that it is made of. `reaching` multiplies these matrices (Abnar and Zuidema 2020), each entry weighed by how long the
 vector
 is that it adds to the token, beside the token itself (as Kobayashi et al. 2021 weigh a single layer).
 """
@@ -10,7 +10,7 @@ is that it adds to the token, beside the token itself (as Kobayashi et al. 2021 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -195,25 +195,32 @@ def scores_of(seen: SeenLayer) -> ScoreParts | None:
 
 
 @torch.no_grad()
-def rollout(layers: Sequence[SeenLayer], by_length: bool = True) -> Tensor:
-    """What of each patch reached each token of the end: [N,prefix+P], rows sum to 1; P patches along the curve.
+def reaching(
+    layers: Sequence[SeenLayer],
+    row: Tensor,
+    by_length: bool = True,
+    tell: Callable[[SeenLayer, LayerWeights], None] | None = None,
+) -> Tensor:
+    """What of each patch reached some tokens of the end: [prefix+P], P original patches along the curve.
 
     Args:
+        row: how much of each token that leaves the last layer [N]; the result sums to its sum.
         by_length: weigh by the length of what is added; else attention's mean over the heads and the token itself, by
             halves.
+        tell: called with each layer and its weights, the last first.
     """
-    prefix = layers[0].prefix
-    reached = torch.eye(layers[0].tokens.values.shape[1])
-    for seen in layers:
-        attention = weights_of(seen).attention
+    for seen in reversed(layers):
+        weights = weights_of(seen)
         if by_length:
-            added = torch.einsum("hij,hj->ij", attention, _lengths(seen))
+            added = torch.einsum("hij,hj->ij", weights.attention, _lengths(seen))
             added = added + torch.diag(seen.tokens.values[0].norm(dim=-1))
             mixed = added / added.sum(-1, keepdim=True)
         else:
-            mixed = (attention.mean(0) + torch.eye(attention.shape[1])) / 2
-        reached = _merged(mixed @ reached, seen, prefix)
-    return reached
+            mixed = (weights.attention.mean(0) + torch.eye(len(seen.sizes))) / 2
+        row = _unmerged(row, seen) @ mixed
+        if tell:
+            tell(seen, weights)
+    return row
 
 
 def _lengths(seen: SeenLayer) -> Tensor:
@@ -231,17 +238,15 @@ def _lengths(seen: SeenLayer) -> Tensor:
     return torch.stack(found)
 
 
-def _merged(reached: Tensor, seen: SeenLayer, prefix: int) -> Tensor:
-    """Rows of the tokens that leave: of merged ones the mean, by size."""
-    before, after = seen.tokens, seen.left
+def _unmerged(row: Tensor, seen: SeenLayer) -> Tensor:
+    """Of the tokens that leave, to those before they merged: each gets its part by size."""
+    before, after, prefix = seen.tokens, seen.left, seen.prefix
     if after.values.shape[1] == before.values.shape[1]:
-        return reached
+        return row
     assert after.places is not None
     first = torch.arange(after.places.shape[1]) if before.places is None else before.places[0]
     target = torch.zeros(before.positions.shape[1], dtype=torch.long)
     target[first] = after.places[0]
     index = torch.cat([torch.arange(prefix), prefix + target])
-    sums = torch.zeros(after.values.shape[1], reached.shape[1])
-    sums.index_add_(0, index, reached * seen.sizes[:, None])
-    total = torch.zeros(len(sums)).index_add_(0, index, seen.sizes)
-    return sums / total[:, None]
+    total = torch.zeros(len(row)).index_add_(0, index, seen.sizes)
+    return (row / total)[index] * seen.sizes

@@ -4,7 +4,7 @@ whether that is true.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
 from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.evaluate.connections import SeenLayer, look, rollout, scores_of, weights_of
+from sparsifiner_edge.evaluate.connections import LayerWeights, SeenLayer, look, reaching, scores_of
 from sparsifiner_edge.evaluate.faithfulness import GROUPS, answer_of, faithfulness
 from sparsifiner_edge.evaluate.steadiness import steadiness
 from sparsifiner_edge.explained import (
@@ -91,13 +91,19 @@ def explain_image(
     backbone, image = student.backbone, load_image(path, student.img_size)
     curve = inverse(backbone.layers[0].curve.order.numpy())
     layers, dense = look(student, image), look(student, image, densely=True)
-    reached = {name: _reached(seen, backbone.grid, curve, place) for name, seen in ((OURS, layers), (DENSE, dense))}
+    maps: list[LayerMaps] = []
+    summaries: list[LayerSummary] = []
+
+    def tell(seen: SeenLayer, weights: LayerWeights) -> None:
+        maps.insert(0, _maps(seen, weights, curve))
+        summaries.insert(0, _summary(len(layers) - len(maps), seen, weights, maps[0], backbone.grid, place))
+
+    reached = {
+        OURS: _reached(layers, backbone.grid, curve, place, tell), DENSE: _reached(dense, backbone.grid, curve, place)
+    }  # fmt: skip
     chance = np.random.default_rng(seed).random(backbone.grid)
     against = reached | {RANDOM: chance / chance.sum()}
     faithful = faithfulness(answer_of(student, place), image, against) if judge else {}
-    maps = [_maps(seen, curve) for seen in layers]
-    both = zip(layers, maps, strict=True)
-    summaries = [_summary(number, seen, found, backbone.grid, place) for number, (seen, found) in enumerate(both)]
     changes = steadiness(student, image) if steady else {}
     summary = ImageSummary(image=path.name, layers=summaries, faithful=faithful, steady=changes)
     return Explained(path, image, maps, reached, summary)
@@ -115,25 +121,27 @@ def _patch(student: Student, at: tuple[int, int] | None) -> tuple[int, int] | No
     return at[1] * rows // height, at[0] * columns // width
 
 
-def _reached(seen: list[SeenLayer], grid: tuple[int, int], curve: Array, place: tuple[int, int] | None) -> Array:
+def _reached(
+    seen: list[SeenLayer], grid: tuple[int, int], curve: Array, place: tuple[int, int] | None,
+    tell: Callable[[SeenLayer, LayerWeights], None] | None = None,
+) -> Array:  # fmt: skip
     """Of each patch, what reached the class token (of models without: all tokens), or a patch's: [rows,columns]."""
-    prefix, last, found = seen[0].prefix, seen[-1].left, rollout(seen)
+    prefix, last = seen[0].prefix, seen[-1].left
+    row = torch.zeros(last.values.shape[1])
     if place is not None:
         along = int(curve[place[0] * grid[1] + place[1]])
-        token = along if last.places is None else int(last.places[0, along])
-        row = found[prefix + token]
+        row[prefix + (along if last.places is None else int(last.places[0, along]))] = 1
     elif prefix:
-        row = found[0]
+        row[0] = 1
     else:
-        sizes = torch.ones(len(found)) if last.sizes is None else last.sizes[0]
-        row = (sizes[:, None] * found).sum(0)
-    patches = row[prefix:][torch.from_numpy(curve)]
+        row = torch.ones(len(row)) if last.sizes is None else last.sizes[0].float()
+    patches = reaching(seen, row, tell=tell)[prefix:][torch.from_numpy(curve)]
     return np.asarray((patches / patches.sum()).reshape(grid).numpy())
 
 
-def _maps(seen: SeenLayer, curve: Array) -> LayerMaps:
+def _maps(seen: SeenLayer, weights: LayerWeights, curve: Array) -> LayerMaps:
     places = torch.arange(len(curve)) if seen.tokens.places is None else seen.tokens.places[0]
-    weights, scores, count = weights_of(seen), scores_of(seen), seen.tokens.positions.shape[1]
+    scores, count = scores_of(seen), seen.tokens.positions.shape[1]
     whole = torch.full((1, count), seen.attention.geometry.heads)
     heads = whole if weights.read is None else weights.read.sum(0)
     nothing = (torch.zeros(1, count), torch.zeros(count))
@@ -147,20 +155,23 @@ def _maps(seen: SeenLayer, curve: Array) -> LayerMaps:
 
 
 def _summary(
-    number: int, seen: SeenLayer, maps: LayerMaps, grid: tuple[int, int], place: tuple[int, int] | None
-) -> LayerSummary:
+    number: int, seen: SeenLayer, weights: LayerWeights, maps: LayerMaps, grid: tuple[int, int],
+    place: tuple[int, int] | None,
+) -> LayerSummary:  # fmt: skip
     sparse, count = seen.sparse, seen.tokens.positions.shape[1]
     return LayerSummary(
         layer=number, tokens=count, merged=count - seen.left.positions.shape[1],
         keys=None if sparse is None else sparse.layout.keys, cells=round(float(maps.cells.mean()), 6),
-        place=None if place is None else _place(seen, maps, grid, place),
+        place=None if place is None else _place(seen, weights, maps, grid, place),
     )  # fmt: skip
 
 
-def _place(seen: SeenLayer, maps: LayerMaps, grid: tuple[int, int], place: tuple[int, int]) -> list[ReadKey]:
+def _place(
+    seen: SeenLayer, weights: LayerWeights, maps: LayerMaps, grid: tuple[int, int], place: tuple[int, int]
+) -> list[ReadKey]:
     token = int(maps.token[place[0] * grid[1] + place[1]])
     tile = token // maps.tile
-    attention = weights_of(seen).attention[:, seen.prefix + token, seen.prefix :].mean(0)
+    attention = weights.attention[:, seen.prefix + token, seen.prefix :].mean(0)
     first: dict[int, int] = {}
     for raster, owner in enumerate(maps.token.tolist()):
         first.setdefault(owner, raster)

@@ -60,13 +60,15 @@ def faithfulness(
         order = np.argsort(-values.ravel(), kind="stable")
         parts = [_mask(part, values.shape, image.shape) for part in np.array_split(order, groups)]
         shown = np.cumsum(parts, 0).astype(bool)
+        # Without the first group, and with all but the last, stand among those that lack one.
         images = [
             *(np.where(part[..., None], filler, image) for part in parts),
-            *(np.where(part[..., None], filler, image) for part in shown[:-1]),
-            *(np.where(part[..., None], image, filler) for part in shown[:-1]),
+            *(np.where(part[..., None], filler, image) for part in shown[1:-1]),
+            *(np.where(part[..., None], image, filler) for part in shown[:-2]),
         ]
         answers = np.asarray(cosine(answer(images), whole[None]))
-        alone, without, given = np.split(answers, [groups, 2 * groups - 1])
+        alone, without, given = np.split(answers, [groups, 2 * groups - 2])
+        without, given = np.append(alone[0], without), np.append(given, alone[-1])
         importance = np.array([values.ravel()[part].sum() for part in np.array_split(order, groups)])
         found[name] = Faithful(
             saco=saco(importance, 1 - alone), deletion=float(without.mean()), insertion=float(given.mean()),
