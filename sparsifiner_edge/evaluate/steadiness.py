@@ -24,13 +24,13 @@ from sparsifiner_edge.sparse.attention import LandmarkAttention
 from sparsifiner_edge.sparse.order import inverse
 from sparsifiner_edge.sparse.student import Student
 
-NOISE = 2.0
+LITTLE_NOISE = 2.0
 """Standard deviation, of 255."""
 
 
 def noisy(image: Pixels, seed: int = 0) -> Pixels:
     """With a little Gaussian noise."""
-    added = np.random.default_rng(seed).normal(0, NOISE, image.shape)
+    added = np.random.default_rng(seed).normal(0, LITTLE_NOISE, image.shape)
     return np.asarray((image + added).round().clip(0, 255), np.uint8)
 
 

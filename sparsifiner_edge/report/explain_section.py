@@ -11,7 +11,7 @@ from sparsifiner_edge.report.result_files import ResultFile
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean, get, number, rows
 
-MAX_ROWS = 40
+MAX_EXPLAINED = 40
 _NAMES = ("ours", "dense", "random")
 _HEADS = ("image", "tokens", "averages", "saco", "saco_dense", "saco_random", "deletion", "deletion_random")
 
@@ -21,7 +21,7 @@ def explain_section(data: ReportData) -> Section:
     texts, blocks = data.texts, list[Block]()
     for file in data.explanation_files:
         blocks += [Note(said) for said in explain_sentences(file, texts)]
-        table = [_row(image) for image in rows(file.result.statistics, "images")[:MAX_ROWS]]
+        table = [_row(image) for image in rows(file.result.statistics, "images")[:MAX_EXPLAINED]]
         blocks.append(Table(texts.heads("explained", _HEADS), table))
     return Section("explained", blocks, data.explanation_files)
 
