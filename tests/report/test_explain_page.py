@@ -100,7 +100,7 @@ def test_it_answers_a_hand(page: Browser, pages: Path) -> None:
     move(page, "click", 0.05, 0.08)
     pictures.append(page.value(DRAWN))
     assert len(set(pictures)) == len(pictures), "every view, layer and place has a picture of its own"
-    assert page.value(SAID).startswith("row 0, column 0 · one token for ")
+    assert page.value(SAID).startswith("row 0, column 0 · patches in its token: ")
     move(page, "pointermove", 0.95, 0.95)
     said = page.value(SAID)
     assert said.startswith("row 5, column 9 · ")
