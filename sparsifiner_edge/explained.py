@@ -68,18 +68,14 @@ class ImageSummary(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         faithful: by "ours", "dense" and "random". steady: by "noise", "shift" and "flip", where asked for.
+        better: whether ours explains more than a random order, by SaCo and by deletion.
     """
 
     image: str
     layers: list[LayerSummary]
     faithful: dict[str, Faithful]
     steady: dict[str, Changed] = {}
-
-    @property
-    def better(self) -> bool:
-        """Whether ours explains more than a random order: by SaCo and by deletion."""
-        ours, random = self.faithful[OURS], self.faithful[RANDOM]
-        return ours.saco > max(0.0, random.saco) and ours.deletion < random.deletion
+    better: bool = False
 
 
 class ExplainMethod(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ That misses what is emptier than any image, such as a covered lens: it lies near
 of the logarithms, an image's *contrast*, counts as well; its fourth power, which hardly moves the score of others.
 
 Final features say next to nothing of all this: their training made them alike under what changes early ones. Layer and
-statistics were chosen on development images (benchmarks/novelty.py --development).
+statistics were chosen on development images (`benchmarks/novelty.py score --development`).
 """
 
 from __future__ import annotations

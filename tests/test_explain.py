@@ -117,7 +117,7 @@ def test_what_reached_an_output_adds_up(kind: str, by_length: bool) -> None:
 
 
 def test_a_merged_token_is_its_patches() -> None:
-    """Without attention to others, what reaches a merged token comes from its own patches, by halves."""
+    """Its size is how many patches have it for their token."""
     made = student(sparsity=KINDS["merging"])
     seen = look(made, smooth_images(made.img_size)[0])
     last = seen[-1].left
@@ -199,7 +199,7 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
         assert chance != found.better
     page = (tmp_path / "out" / "index.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
-    for name in ("0.png", "1.png"):
+    for name in ("0-0.png", "1-1.png"):
         with Image.open(tmp_path / "out" / name) as drawn:
             assert drawn.size == (4 * 160 + 3 * 6, 160)
 
@@ -236,6 +236,10 @@ def test_what_the_command_refuses(made: Path, tmp_path: Path, capsys: Any) -> No
     asked = ("explain", made / "student", "--data", made / "images", "-o", tmp_path / "out")
     assert_refused(call(capsys, *asked, "--at", "160,0"), "lies outside of the image")
     assert_refused(call(capsys, *asked, "--at", "1;2"), "--at is '1;2'")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "index.html").write_text("mine")
+    assert_refused(call(capsys, *asked[:4], "-o", tmp_path / "own"), "holds something else")
+    assert (tmp_path / "own" / "index.html").read_text() == "mine"
     (tmp_path / "file").write_text("")
     assert call(capsys, *asked[:4], "-o", tmp_path / "file").code == 2
     assert call(capsys, "explain", made, "--data", made / "images", "-o", tmp_path / "out").code == 2

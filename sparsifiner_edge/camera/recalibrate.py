@@ -16,7 +16,7 @@ from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.artifacts import new_folder
 from sparsifiner_edge.bundle.entries import NoveltyFit
 from sparsifiner_edge.bundle.golden import read_golden
-from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle, open_bundle, seal_bundle
 from sparsifiner_edge.camera.capture import Capture
 from sparsifiner_edge.camera.model import NO_SCORE
@@ -24,7 +24,7 @@ from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.service import STALL_S, stopping
 from sparsifiner_edge.camera.sources import Source, parse_source, require_decoder
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError
 from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.novelty import FALSE_ALARMS, NOVELTY, Density, fit_density
@@ -113,10 +113,12 @@ def _statistics_alone(model: Any) -> bytes:
     """The file with the statistics of an image as its only output."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    subtracted = next(node for node in made.graph.node if f"{NOVELTY}.mean" in node.input)
-    name = next(name for name in subtracted.input if name != f"{NOVELTY}.mean")
+    mean = f"{NOVELTY}.mean"
+    read = [name for node in made.graph.node if mean in node.input for name in node.input if name != mean]
+    if not read:
+        raise ArtifactError(f"The output {NOVELTY!r} is not the score that exports write.", AGAIN)
     del made.graph.output[:]
-    made.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    made.graph.output.append(onnx.helper.make_empty_tensor_value_info(read[0]))
     drop_unused(made)
     return bytes(made.SerializeToString())
 

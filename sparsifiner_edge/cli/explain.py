@@ -9,12 +9,14 @@ import click
 
 from sparsifiner_edge.bounds import MOST_COUNT
 from sparsifiner_edge.cli import common
-from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors
 from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
     from sparsifiner_edge.explained import ExplainResult
+
+RESULT = "explain.json"
 
 
 @click.command()
@@ -37,18 +39,22 @@ def command(
     """Show what STUDENT read, merged and averaged on images, what of that reached the output, and whether it is so."""
     import sparsifiner_edge
     from sparsifiner_edge.report.explain_page import write_explanation, write_overview
+    from sparsifiner_edge.report.rendering import templates
 
     place = None if at is None else _place(at)
+    templates()  # Before minutes of work that no page could show.
     with io_errors(output):
         output.mkdir(parents=True, exist_ok=True)
+        if any(output.iterdir()) and not (output / RESULT).is_file():
+            raise ArtifactError(f"{output} holds something else than an explanation.", "Choose another output.")
     with common.progress_bar("images") as progress:
         result, explained = sparsifiner_edge.explain_student(
             student, data, at=place, most=most, steady=steady, trust=trust, progress=progress
         )
     write_explanation(explained, result.method, output / "index.html", language)
-    for image in explained:
-        write_overview(image, output / f"{image.path.stem}.png")
-    common.print_result(result, as_json, lambda found: _print(found, output), output / "explain.json")
+    for number, image in enumerate(explained):
+        write_overview(image, output / f"{number}-{image.path.stem}.png")
+    common.print_result(result, as_json, lambda found: _print(found, output), output / RESULT)
 
 
 def _place(text: str) -> tuple[int, int]:

@@ -2,9 +2,8 @@
 
 A layer's attention is a matrix over its tokens whose rows sum to 1, exactly what the operator weighed values by: a
 cell's share is spread over the tokens that it is the mean of, by their sizes, and a merged token counts as the patches
-that it is made of. `reaching` multiplies these matrices (Abnar and Zuidema 2020), each entry weighed by how long the
-vector
-is that it adds to the token, beside the token itself (as Kobayashi et al. 2021 weigh a single layer).
+that it is made of. `reaching` multiplies these matrices (Abnar and Zuidema 2020), each entry weighed by how long a
+vector it adds to the token, beside the token itself (as Kobayashi et al. 2021 weigh a single layer).
 """
 
 from __future__ import annotations

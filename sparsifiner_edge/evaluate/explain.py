@@ -25,6 +25,7 @@ from sparsifiner_edge.explained import (
     ExplainMethod,
     ExplainResult,
     ExplainStatistics,
+    Faithful,
     ImageSummary,
     LayerMaps,
     LayerSummary,
@@ -72,7 +73,8 @@ def explain_student(
         images=[path.name for path in paths],
     )  # fmt: skip
     samples = {
-        found.path.name: {name: known.curve for name, known in found.summary.faithful.items()} for found in explained
+        f"{number} {found.path.name}": {name: known.curve for name, known in found.summary.faithful.items()}
+        for number, found in enumerate(explained)
     }
     subject = Subject(
         role="subject", kind="student", path=str(folder), name=made.name, sha256=sha256(folder / STUDENT_FILE)
@@ -105,8 +107,17 @@ def explain_image(
     against = reached | {RANDOM: chance / chance.sum()}
     faithful = faithfulness(answer_of(student, place), image, against) if judge else {}
     changes = steadiness(student, image) if steady else {}
-    summary = ImageSummary(image=path.name, layers=summaries, faithful=faithful, steady=changes)
+    summary = ImageSummary(
+        image=path.name, layers=summaries, faithful=faithful, steady=changes, better=_better(faithful)
+    )
     return Explained(path, image, maps, reached, summary)
+
+
+def _better(faithful: dict[str, Faithful]) -> bool:
+    if not faithful:
+        return False
+    ours, random = faithful[OURS], faithful[RANDOM]
+    return ours.saco > max(0.0, random.saco) and ours.deletion < random.deletion
 
 
 def _patch(student: Student, at: tuple[int, int] | None) -> tuple[int, int] | None:

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsifiner_edge.arrays import Array, Pixels
-from sparsifiner_edge.errors import MissingExtraError
-from sparsifiner_edge.explained import Explained, ExplainMethod, LayerMaps
+from sparsifiner_edge.explained import OURS, Explained, ExplainMethod, LayerMaps
 from sparsifiner_edge.files import write_bytes, write_text
-from sparsifiner_edge.report.rendering import PALETTE
+from sparsifiner_edge.report.rendering import PALETTE, templates
 from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean
 from sparsifiner_edge.text import dump_json
@@ -51,16 +50,8 @@ def write_explanation(images: Sequence[Explained], method: ExplainMethod, output
     Raises:
         ConfigError: no such language. MissingExtraError: jinja2 is not installed. ArtifactError: the disk refuses.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError("jinja2", "report") from error
     texts = Texts(language)
     script = (importlib.resources.files("sparsifiner_edge.report") / "template" / "explain.js").read_text("utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sparsifiner_edge.report", "template"), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     data = {
         "heads": method.heads,
         "words": {
@@ -69,7 +60,7 @@ def write_explanation(images: Sequence[Explained], method: ExplainMethod, output
         },
         "images": [_image(image) for image in images],
     }
-    text = environment.get_template("explain.html").render(
+    text = templates().get_template("explain.html").render(
         t=texts, palette=PALETTE, what=method.explained, script=script, views=VIEWS,
         version=version("sparsifiner-edge"),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -82,7 +73,7 @@ def write_explanation(images: Sequence[Explained], method: ExplainMethod, output
 
 
 def _image(image: Explained) -> dict[str, Any]:
-    rows, columns = image.reached["ours"].shape
+    rows, columns = image.reached[OURS].shape
     return {
         "photo": f"data:image/jpeg;base64,{base64.b64encode(_jpeg(image.image)).decode()}",
         "rows": rows, "columns": columns, "width": image.image.shape[1], "height": image.image.shape[0],
@@ -129,10 +120,10 @@ def write_overview(image: Explained, output: Path) -> Path:
     from PIL import Image
 
     pixels = image.image
-    rows, columns = image.reached["ours"].shape
+    rows, columns = image.reached[OURS].shape
     read = np.mean([_read_share(layer) for layer in image.layers], 0).reshape(rows, columns)
     panels = [pixels, _heat(pixels, read), _mosaic(pixels, image.layers[-1].token.reshape(rows, columns))]
-    panels.append(_heat(pixels, image.reached["ours"]))
+    panels.append(_heat(pixels, image.reached[OURS]))
     gap = np.full((pixels.shape[0], 6, 3), 255, np.uint8)
     strip = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], 1)
     buffer = io.BytesIO()

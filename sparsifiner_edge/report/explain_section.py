@@ -30,16 +30,9 @@ def explain_sentences(file: ResultFile, texts: Texts) -> Iterator[str]:
     """How many explanations are better than a random order of patches."""
     images = rows(file.result.statistics, "images")
     if images:
-        better = sum(_better(image) for image in images)
+        better = sum(get(image, "better") is True for image in images)
         what = clean(get(file.result.method, "explained") or "?", 80)
         yield texts("explained.better", what=what, better=str(better), images=str(len(images)))
-
-
-def _better(image: Mapping[str, Any]) -> bool:
-    saco, deletion = ([_of(image, name, kind) for name in _NAMES] for kind in ("saco", "deletion"))
-    if None in (saco[0], saco[2], deletion[0], deletion[2]):
-        return False
-    return bool(saco[0] > max(0.0, saco[2]) and deletion[0] < deletion[2])  # type: ignore[operator,type-var]
 
 
 def _of(image: Mapping[str, Any], name: str, kind: str) -> float | None:

@@ -18,7 +18,7 @@ from sparsifiner_edge.report.blocks import Figure, Picture, Section
 from sparsifiner_edge.report.conditions import ReportData, report_data
 from sparsifiner_edge.report.explain_section import explain_section
 from sparsifiner_edge.report.other_sections import Prices
-from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render
+from sparsifiner_edge.report.rendering import PALETTE, RenderedChart, fonts, render, templates
 from sparsifiner_edge.report.result_files import LabelledManifest, manifests_of, read_result_files
 from sparsifiner_edge.report.search_section import search_section
 from sparsifiner_edge.report.stability_section import stability_section
@@ -159,18 +159,11 @@ def _write_images(target: Path, charts: dict[str, RenderedChart]) -> list[str]:
 
 
 def _html(data: ReportData, sections: Sequence[Section], charts: dict[str, RenderedChart]) -> str:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError("jinja2", "report") from error
-    loader = jinja2.PackageLoader("sparsifiner_edge.report", "template")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     texts, sentences = data.texts, verdict_sentences(data)
     names = list(dict.fromkeys(side.bundle_name for side in data.sides))
     verdict = next((compared.verdict for group in data.groups for compared in group.compared()), "")
-    return environment.get_template("page.html").render(
+    page = templates().get_template("page.html")
+    text: str = page.render(
         t=texts,
         palette=PALETTE,
         names=texts("names.separator").join(names[:4]) or data.files[0].name,
@@ -186,3 +179,4 @@ def _html(data: ReportData, sections: Sequence[Section], charts: dict[str, Rende
         undrawn=not charts and any(isinstance(block, Figure) for section in sections for block in section.blocks),
         version=version("sparsifiner-edge"),
     )
+    return text

@@ -54,6 +54,22 @@ class RenderedChart(NamedTuple):
     png: bytes
 
 
+def templates() -> Any:
+    """The pages' templates, a `jinja2.Environment`.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError("jinja2", "report") from error
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("sparsifiner_edge.report", "template"), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+
+
 def fonts(language: str) -> list[str] | None:
     """Font families for a language, or None where no installed font has its characters.
 
