@@ -79,7 +79,7 @@ def test_make_demo(tmp_path: Path) -> None:
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2
     assert "mean absolute error" in page
-    for name in ("maps", "attention"):
+    for name in ("maps", "what-was-read"):
         assert (tmp_path / "demo" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -214,10 +214,10 @@ def test_ctrl_c_keeps_the_front_so_far(
 def test_a_student_is_trained_for_the_points_of_a_front(
     again: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # On a busy machine the front of so small a model may have a point alone.
+    # On a busy machine the front of so small a model may have a point alone, or one alone that is near its answer.
     front = json.loads((again / "front.json").read_text())
     for point in front["statistics"]["points"][-3:]:
-        point["on_front"] = True
+        point |= {"on_front": True, "fidelity": front["statistics"]["finalists"][0]["fidelity"]}
     (again / "front.json").write_text(json.dumps(front))
     settings = ["distil.steps=2", "batch=2", "images.held_out=2", "check_every=2", "losses.logits=0"]
     done = call(
