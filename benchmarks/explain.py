@@ -1,6 +1,6 @@
 """Are explanations true? SaCo, deletion and insertion on the publication photographs, and pointing at stamps.
 
-    python benchmarks/explain.py faithful STUDENT/ [-o FOLDER]      # beside dense rollout, and a random order
+    python benchmarks/explain.py faithful STUDENT/ [-o FOLDER]      # beside dense rollout, and chance
     python benchmarks/explain.py pointing STUDENT/ [-o FOLDER] [--count 40]
     python benchmarks/explain.py time STUDENT/ [-o FOLDER]          # seconds and page size of one image
 
@@ -24,14 +24,15 @@ from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.cli.common import print_table, progress_bar
 from sparsifiner_edge.demo import split
 from sparsifiner_edge.evaluate.explain import explain_image, explain_student
-from sparsifiner_edge.explained import DENSE, OURS, RANDOM
+from sparsifiner_edge.evaluate.faithfulness import elsewhere
+from sparsifiner_edge.explained import DENSE, MOVED, OURS, RANDOM
 from sparsifiner_edge.images import list_images, load_mask
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.report.explain_page import write_explanation
 from sparsifiner_edge.results import Result, Subject, write_result
 
-ORDERS = (OURS, DENSE, RANDOM)
+ORDERS = (OURS, DENSE, RANDOM, MOVED)
 MEASURES = ("saco", "deletion", "insertion")
 _student = click.argument("student", type=click.Path(exists=True, path_type=Path))
 _output = click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the JSON.")
@@ -79,6 +80,8 @@ def pointing(student: Path, output: Path | None, count: int) -> None:
             for order in (OURS, DENSE):
                 samples["pointing"][order].append(float(share.ravel()[int(reached[order].argmax())] > 0.5))
             samples["pointing"][RANDOM].append(float((share > 0.5).mean()))
+            moved = elsewhere(reached[OURS], np.random.default_rng(number))
+            samples["pointing"][MOVED].append(float(share.ravel()[int(moved.argmax())] > 0.5))
             progress("stamps", number + 1, count)
     _show(student, output, "explain_pointing", samples)
 
@@ -106,7 +109,7 @@ def _show(student: Path, output: Path | None, name: str, samples: dict[str, dict
     table, statistics = [], {}
     for measure, found in samples.items():
         values = {order: np.array(x) for order, x in found.items()}
-        less = {other: stats.small_sample_mean(values[OURS] - values[other]) for other in (RANDOM, DENSE)}
+        less = {other: stats.small_sample_mean(values[OURS] - values[other]) for other in ORDERS[1:]}
         statistics[measure] = {order: float(x.mean()) for order, x in values.items()} | {
             f"ours less {other}": x for other, x in less.items()
         }
@@ -115,7 +118,7 @@ def _show(student: Path, output: Path | None, name: str, samples: dict[str, dict
             *(f"{x.value:+.3f} ({x.low:+.3f} to {x.high:+.3f})" for x in less.values()),
         ])  # fmt: skip
     count = len(next(iter(samples.values()))[OURS])
-    print_table(f"{count} images", ["", *ORDERS, "ours less random", "ours less dense"], table)
+    print_table(f"{count} images", ["", *ORDERS, *(f"ours less {other}" for other in ORDERS[1:])], table)
     if output:
         output.mkdir(parents=True, exist_ok=True)
         result = Result("comparison", [_subject(student)], {"images": count}, samples, write_record(statistics))

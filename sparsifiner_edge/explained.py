@@ -10,7 +10,8 @@ import msgspec
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.results import Declared
 
-OURS, DENSE, RANDOM = "ours", "dense", "random"
+OURS, DENSE, RANDOM, MOVED = "ours", "dense", "random", "moved"
+CONTROLS = RANDOM, MOVED
 
 
 class Faithful(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,8 +68,9 @@ class ImageSummary(msgspec.Struct, frozen=True, kw_only=True):
     """An image in figures.
 
     Attributes:
-        faithful: by "ours", "dense" and "random". steady: by "noise", "shift" and "flip", where asked for.
-        better: whether ours explains more than a random order, by SaCo and by deletion.
+        faithful: by "ours", "dense", and what knows nothing of the image: "random", patches in any order, and "moved",
+            ours at another place. steady: by "noise", "shift" and "flip", where asked for.
+        better: whether ours explains more than either of these, by SaCo and by deletion.
     """
 
     image: str

@@ -18,7 +18,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate import steadiness as module
 from sparsifiner_edge.evaluate.connections import look, reaching, scores_of, weights_of
 from sparsifiner_edge.evaluate.explain import explain_image
-from sparsifiner_edge.evaluate.faithfulness import faithfulness, saco
+from sparsifiner_edge.evaluate.faithfulness import elsewhere, faithfulness, groups_of, saco
 from sparsifiner_edge.explained import Changed, ExplainResult
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.ops import torch as ops
@@ -164,6 +164,30 @@ def test_an_explanation_that_is_true_and_one_that_is_false() -> None:
     assert len(found["true"].curve) == 9
 
 
+def test_many_patches_are_judged_by_fewer_groups() -> None:
+    """An answer takes long there."""
+    image = smooth_images(37 * 4)[0]
+    found = faithfulness(lambda images: np.stack([x.ravel() - 128.0 for x in images]), image, {"any": np.eye(37)})
+    assert groups_of((32, 32)) == 10
+    assert groups_of((37, 37)) == 5
+    assert len(found["any"].curve) == len(found["any"].gained) == 4
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_an_explanation_at_another_place(rows: int, columns: int, seed: int) -> None:
+    """The same values, neighbours as before but at the seams, and its greatest no longer where it was."""
+    values = np.random.default_rng(seed).permutation(rows * columns).reshape(rows, columns)
+    found = elsewhere(values, np.random.default_rng(seed))
+    assert sorted(found.ravel()) == sorted(values.ravel())
+    for column in range(columns):  # Each goes round as a whole.
+        (where,) = np.nonzero(found[0] == found[0, column])
+        assert set(found[:, where[0]]) in [set(values[:, x]) for x in range(columns)]
+    if rows >= 4:
+        before, after = (int(np.nonzero(x == values.max())[0][0]) for x in (values, found))
+        assert rows // 4 <= (after - before) % rows <= rows - rows // 4
+
+
 @pytest.fixture(scope="module")
 def made(once: Once) -> Path:
     """A student that merges, and two images."""
@@ -187,7 +211,7 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
     assert result.method.explained == "the token of the patch in row 2, column 6"
     assert result.method.images == ["0.png", "1.png"]
     for found in result.statistics.images:
-        assert set(found.faithful) == {"ours", "dense", "random"}
+        assert set(found.faithful) == {"ours", "dense", "random", "moved"}
         assert set(found.steady) == {"noise", "shift", "flip"}
         assert [layer.tokens for layer in found.layers] == [100, 88, 80, 80, 80, 80]
         assert [layer.merged for layer in found.layers] == [12, 8, 0, 0, 0, 0]
@@ -195,7 +219,7 @@ def test_the_command(made: Path, tmp_path: Path) -> None:
             assert layer.place
             assert [key.heads for key in layer.place] == sorted((key.heads for key in layer.place), reverse=True)
             assert 0 < sum(key.attention for key in layer.place) <= 1
-        chance = f"{found.image}: this explanation is no better than a random order" in done.out
+        chance = f"{found.image}: this explanation is no better than chance" in done.out
         assert chance != found.better
     page = (tmp_path / "out" / "index.html").read_text()
     assert "http" not in page.replace("http-equiv", "")

@@ -81,5 +81,5 @@ def _print(result: ExplainResult, output: Path) -> None:
         common.print_table("changed", ["image", "by", "lists", "merges", "attention", "dense attention"], changed)
     for found in result.statistics.images:
         if not found.better:
-            click.echo(f"{shown(found.image)}: this explanation is no better than a random order.")
+            click.echo(f"{shown(found.image)}: this explanation is no better than chance.")
     click.echo(f"{output / 'index.html'}: what was read, merged and averaged, layer by layer.")

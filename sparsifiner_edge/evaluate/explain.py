@@ -15,10 +15,12 @@ from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
 from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.connections import LayerWeights, SeenLayer, look, reaching, scores_of
-from sparsifiner_edge.evaluate.faithfulness import GROUPS, answer_of, faithfulness
+from sparsifiner_edge.evaluate.faithfulness import answer_of, elsewhere, faithfulness, groups_of
 from sparsifiner_edge.evaluate.steadiness import steadiness
 from sparsifiner_edge.explained import (
+    CONTROLS,
     DENSE,
+    MOVED,
     OURS,
     RANDOM,
     Explained,
@@ -68,7 +70,8 @@ def explain_student(
             progress("images", number + 1, len(paths))
     method = ExplainMethod(
         explained="the features" if place is None else f"the token of the patch in row {place[0]}, column {place[1]}",
-        heads=made.backbone.geometry.heads, place=at, groups=GROUPS, filled="the image's mean colour",
+        heads=made.backbone.geometry.heads, place=at, groups=groups_of(made.backbone.grid),
+        filled="the image's mean colour",
         preprocessing=f"{centre_text(made.img_size)}, bicubic to {size_text(made.img_size)} px",
         images=[path.name for path in paths],
     )  # fmt: skip
@@ -87,7 +90,7 @@ def explain_image(
     student: Student, path: Path, place: tuple[int, int] | None = None, seed: int = 0, judge: bool = True,
     steady: bool = False,
 ) -> Explained:  # fmt: skip
-    """One image; place: row and column of a patch; seed: of the random order beside it; judge: whether it is true;
+    """One image; place: row and column of a patch; seed: of what chance gives beside it; judge: whether it is true;
     steady: see `explain_student`.
     """
     backbone, image = student.backbone, load_image(path, student.img_size)
@@ -103,8 +106,9 @@ def explain_image(
     reached = {
         OURS: _reached(layers, backbone.grid, curve, place, tell), DENSE: _reached(dense, backbone.grid, curve, place)
     }  # fmt: skip
-    chance = np.random.default_rng(seed).random(backbone.grid)
-    against = reached | {RANDOM: chance / chance.sum()}
+    random = np.random.default_rng(seed)
+    chance = random.random(backbone.grid)
+    against = reached | {RANDOM: chance / chance.sum(), MOVED: elsewhere(reached[OURS], random)}
     faithful = faithfulness(answer_of(student, place), image, against) if judge else {}
     changes = steadiness(student, image) if steady else {}
     summary = ImageSummary(
@@ -116,8 +120,8 @@ def explain_image(
 def _better(faithful: dict[str, Faithful]) -> bool:
     if not faithful:
         return False
-    ours, random = faithful[OURS], faithful[RANDOM]
-    return ours.saco > max(0.0, random.saco) and ours.deletion < random.deletion
+    ours, chance = faithful[OURS], [faithful[name] for name in CONTROLS]
+    return all(ours.saco > max(0.0, one.saco) and ours.deletion < one.deletion for one in chance)
 
 
 def _patch(student: Student, at: tuple[int, int] | None) -> tuple[int, int] | None:

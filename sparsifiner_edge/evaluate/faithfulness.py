@@ -5,6 +5,10 @@
 - *SaCo* (Wu et al., CVPR 2024): of groups of patches, whether those that are said to matter more do: 1 always, 0 as by
   chance, -1 never; pairs count by how much more is claimed.
 
+Two explanations that know nothing of the image stand beside: patches in any order, and the explanation itself at
+another place (`elsewhere`). Patches from everywhere hurt a model more than a hole of the same size, so an order that
+begins with one region has to be compared with one that does too.
+
 The answer is the cosine of what is explained (the features, or one patch's token) to that of the whole image. What is
 taken away is filled with the image's mean colour.
 """
@@ -27,6 +31,8 @@ from sparsifiner_edge.sparse.weights import normalise
 
 GROUPS = 10
 """Of patches, most important first; as in SaCo's own experiments."""
+_MANY = 1024
+"""Patches beyond which half of the groups have to do: an answer takes long there."""
 AnswerOf = Callable[[Sequence[Pixels]], Array]
 """Images uint8 [H,W,3] -> what is explained of each [n,C]."""
 
@@ -49,14 +55,26 @@ def answer_of(student: Student, place: tuple[int, int] | None = None) -> AnswerO
     return answer
 
 
-def faithfulness(
-    answer: AnswerOf, image: Pixels, maps: Mapping[str, Array], groups: int = GROUPS
-) -> dict[str, Faithful]:
+def groups_of(grid: tuple[int, int]) -> int:
+    """How many groups the patches of a grid are taken away in."""
+    return GROUPS if grid[0] * grid[1] <= _MANY else GROUPS // 2
+
+
+def elsewhere(values: Array, random: np.random.Generator) -> Array:
+    """A map [rows,columns] moved round by a quarter of each side or more, mirrored or not: as clustered as it was."""
+    by = [int(random.integers(side // 4, side - side // 4 + 1)) for side in values.shape]
+    rolled = np.roll(values, by, (0, 1))
+    return np.asarray(rolled[:, ::-1] if random.random() < 0.5 else rolled)
+
+
+def faithfulness(answer: AnswerOf, image: Pixels, maps: Mapping[str, Array]) -> dict[str, Faithful]:
     """Explanations [rows,columns] of one image, by name, beside each other."""
     filler = np.broadcast_to(image.reshape(-1, 3).mean(0).round().astype(np.uint8), image.shape)
     whole = answer([image])[0]
     found = {}
     for name, values in maps.items():
+        rows, columns = values.shape
+        groups = groups_of((rows, columns))
         order = np.argsort(-values.ravel(), kind="stable")
         parts = [_mask(part, values.shape, image.shape) for part in np.array_split(order, groups)]
         shown = np.cumsum(parts, 0).astype(bool)

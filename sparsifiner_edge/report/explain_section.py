@@ -12,8 +12,8 @@ from sparsifiner_edge.report.texts import Texts
 from sparsifiner_edge.report.values import clean, get, number, rows
 
 MAX_EXPLAINED = 40
-_NAMES = ("ours", "dense", "random")
-_HEADS = ("image", "tokens", "averages", "saco", "saco_dense", "saco_random", "deletion", "deletion_random")
+_CONTROLS = ("random", "moved")
+_HEADS = ("image", "tokens", "averages", "saco", "saco_dense", "saco_chance", "deletion", "deletion_chance")
 
 
 def explain_section(data: ReportData) -> Section:
@@ -27,7 +27,7 @@ def explain_section(data: ReportData) -> Section:
 
 
 def explain_sentences(file: ResultFile, texts: Texts) -> Iterator[str]:
-    """How many explanations are better than a random order of patches."""
+    """How many explanations are better than chance."""
     images = rows(file.result.statistics, "images")
     if images:
         better = sum(get(image, "better") is True for image in images)
@@ -43,8 +43,13 @@ def _row(image: Mapping[str, Any]) -> list[str]:
     layers = rows(image, "layers")
     counts = [number(get(layer, "tokens")) for layer in (layers[:1] + layers[-1:])]
     averages = [x for layer in layers if (x := number(get(layer, "cells"))) is not None]
-    wanted = [(name, "saco") for name in _NAMES] + [("ours", "deletion"), ("random", "deletion")]
-    figures = [_of(image, *one) for one in wanted]
+    saco, deletion = (
+        [x for name in _CONTROLS if (x := _of(image, name, kind)) is not None] for kind in ("saco", "deletion")
+    )
+    figures = [
+        _of(image, "ours", "saco"), _of(image, "dense", "saco"), max(saco, default=None),
+        _of(image, "ours", "deletion"), min(deletion, default=None),
+    ]  # fmt: skip
     return [
         clean(get(image, "image") or "?", 60), " → ".join("–" if x is None else f"{x:.0f}" for x in counts),
         f"{sum(averages) / len(averages):.0%}" if averages else "–",
