@@ -19,10 +19,10 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.sparse import calibrate
 from sparsifiner_edge.sparse.attention import KeySelector, SparseAttention
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
-from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.student import dense_twin, make_student
 from sparsifiner_edge.sparse.weights import normalise
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsifiner_edge.sparse.order import hilbert_order, inverse
+from sparsifiner_edge.order import hilbert_order, inverse
 
 sides = st.integers(1, 40)
 

@@ -14,8 +14,8 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.ops import reference
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, sparse_layers
-from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of
 from tests.models import images, student, vit

@@ -15,12 +15,14 @@ from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
 from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.camera.reads import Reads
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.novelty import NOVELTY
 from sparsifiner_edge.runtime import Session
 from sparsifiner_edge.runtime.open import checked_bundle, open_checked
+from sparsifiner_edge.runtime.watched import open_watched
 from sparsifiner_edge.text import finite
 
 TOP = 5
@@ -41,10 +43,11 @@ class Model:
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
         guard: another bundle of the same model, as a rule the dense one, which answers where `novelty` is above 1.
+        reads: whether outputs also say what layers read, for `reads`; see `camera.reads`.
 
     Raises:
         ConfigError: the bundle takes a fixed batch above 1; a guard of other images or outputs, or for a bundle without
-            `novelty`.
+            `novelty`; reads of one that reads everything.
         SparsifinerError: the bundle or backend is unusable.
     """
 
@@ -58,9 +61,11 @@ class Model:
         public_key: Path | None = None,
         kernels: str = "auto",
         guard: Path | None = None,
+        reads: bool = False,
     ) -> None:
         bundle = checked_bundle(folder, public_key)
         _require_centre(bundle)
+        self.reads = Reads(bundle) if reads else None
         if guard is not None:
             _require_alike(bundle, checked_bundle(guard, public_key))
         self.fit = Fit(bundle.image_size)
@@ -70,7 +75,8 @@ class Model:
         self._top, self._threshold = top, threshold
         self._reference: Array | None = None
         self._tokens_before: Array | None = None
-        self.session: Session = open_checked(bundle, backend, threads, kernels)
+        opened = open_watched if reads else open_checked
+        self.session: Session = opened(bundle, backend, threads, kernels)
         try:
             _require_image(self.session, bundle)
             others = backend, threads, top, threshold, public_key, kernels

@@ -46,7 +46,7 @@ class RunOptions(NamedTuple):
         duration_s, frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
         stall_s: a source that gives nothing for so long is taken for dead.
-        guard: see `Model`.
+        guard, overlay_reads: see `Model`; the overlay shows what was read in the place of its map.
         allow_redirect: of an RTSP server to another host; see `Relay`.
     """
 
@@ -65,10 +65,12 @@ class RunOptions(NamedTuple):
     kernels: str = "auto"
     allow_redirect: bool = False
     guard: Path | None = None
+    overlay_reads: bool = False
 
-    def model(self) -> tuple[str, int | None, int, float, Path | None, str, Path | None]:
+    def model(self) -> tuple[str, int | None, int, float, Path | None, str, Path | None, bool]:
         """Those of `Model`, in its order."""
-        return self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels, self.guard
+        plain = self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels
+        return *plain, self.guard, self.overlay_reads
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
@@ -265,10 +267,12 @@ class _Run:
         rate = (len(self._done_at) - 1) / span_s if span_s else 0.0
         if self._overlay is None or frame.shown is None:
             return
-        heat = self._model.heat(outputs)
+        lines, heat = text_lines(record, rate), self._model.heat(outputs)
+        if self._model.reads is not None and (read := self._model.reads.seen(outputs)) is not None:
+            lines, heat = [*lines, read.line], read.shares / max(float(read.shares.max()), 1e-9)
         at_s = frame.times.captured_ns / 1e9 if self._source.live else record.pts_s
         try:
-            self._overlay.write(frame.shown, text_lines(record, rate), heat, at_s or 0.0)
+            self._overlay.write(frame.shown, lines, heat, at_s or 0.0)
         except OSError as error:
             self._overlay_failed(error)
 

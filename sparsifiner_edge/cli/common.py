@@ -181,6 +181,16 @@ def print_json(content: Any) -> None:
     click.echo(dump_json(finite(content)[0]), nl=False)
 
 
+def print_novelty(student: Path) -> None:
+    """Say what a student's score of unlike images was fitted to."""
+    from sparsifiner_edge.novelty import LEAST_IMAGES
+    from sparsifiner_edge.sparse.student_file import read_config
+
+    found = read_config(student).novelty
+    few = f"none, for want of {LEAST_IMAGES} images that can be read and differ"
+    click.echo(f"novelty: {f'fitted to {found.images} images' if found else few}")
+
+
 Shown = TypeVar("Shown")
 
 

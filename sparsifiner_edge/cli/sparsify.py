@@ -49,14 +49,11 @@ def command(*, model: str, output: Path, dense_layers: str, **options: Any) -> N
     layers = common.parse_layers(dense_layers)
     with common.progress_bar("sparsify") as progress:
         folder = sparsifiner_edge.sparsify(model, output, dense_layers=layers, progress=progress, **options)
-    from sparsifiner_edge.novelty import LEAST_IMAGES
     from sparsifiner_edge.sparse.student_file import read_config  # once the extra `train` is known to be there
 
-    config = read_config(folder)
-    made = SparsityConfig.from_dict(config.sparsity)
+    made = SparsityConfig.from_dict(read_config(folder).sparsity)
     if options["calibrate"] is not None:
-        few = f"none, for want of {LEAST_IMAGES} images that can be read and differ"
-        click.echo(f"novelty: {f'fitted to {config.novelty.images} images' if config.novelty else few}")
+        common.print_novelty(folder)
     merging = f", merge {merge_text(made.merge)}" if any(made.merge) else ""
     click.echo(
         f"{folder}: student written, keep {keep_text(made.keep)}, {made.cells} cells{merging}. "

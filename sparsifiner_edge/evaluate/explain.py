@@ -34,9 +34,9 @@ from sparsifiner_edge.explained import (
     ReadKey,
 )
 from sparsifiner_edge.images import centre_text, evenly, list_images, load_image
+from sparsifiner_edge.order import inverse
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Subject
-from sparsifiner_edge.sparse.order import inverse
 from sparsifiner_edge.sparse.student import Student, load_student
 
 EXPLAINED = 4

@@ -20,8 +20,8 @@ from torch import Tensor
 from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.evaluate.connections import SeenLayer, look, weights_of
 from sparsifiner_edge.explained import Changed
+from sparsifiner_edge.order import inverse
 from sparsifiner_edge.sparse.attention import LandmarkAttention
-from sparsifiner_edge.sparse.order import inverse
 from sparsifiner_edge.sparse.student import Student
 
 LITTLE_NOISE = 2.0

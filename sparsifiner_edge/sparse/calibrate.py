@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, Observer, SparseAttention
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.layer import SparseLayer
-from sparsifiner_edge.sparse.order import hilbert_order, inverse
 
 PASSES = 2
 STEPS_PER_IMAGE = 8

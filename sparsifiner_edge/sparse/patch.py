@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError, UnsupportedModelError
+from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.attention import SparseAttention, make_dense, make_sparse, restore_attention
 from sparsifiner_edge.sparse.hosts import SUPPORTED, Backbone, backbone_of, backbones
 from sparsifiner_edge.sparse.layer import TokenOrder, make_layer, restore_layer, riding
 from sparsifiner_edge.sparse.merge import Merging
-from sparsifiner_edge.sparse.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.prune import Pruning
 
 _MAPS = ("forward_intermediates", "get_intermediate_layers")
