@@ -106,7 +106,9 @@ def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start:
             time.sleep(0.005)
         running.send_signal(signal.SIGKILL)
         assert running.wait() == -signal.SIGKILL
-    assert process(*arguments, "-o", broken, "--resume").code == 0
+    done = process(*arguments, "-o", broken, "--resume")
+    assert done.code == 0, done.err
+    assert "novelty: fitted to " in done.out
     assert losses(broken) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
     assert [e["step"] for e in history(broken)] == [e["step"] for e in history(tmp_path / "whole")]
     resumed, unbroken = (load_student(x).model.state_dict() for x in (broken, tmp_path / "whole"))

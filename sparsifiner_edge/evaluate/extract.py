@@ -21,6 +21,7 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.results import Subject
 from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.session import Runtime
+from sparsifiner_edge.sparse.hosts import Backbone
 from sparsifiner_edge.sparse.outputs import outputs_of
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_dense, load_student
 from sparsifiner_edge.sparse.student_file import Weights
@@ -142,8 +143,14 @@ def _torch(student: Student, path: str, digest: str) -> Extractor:
     runtime = Runtime(backend=f"torch {torch.__version__}", precision="fp32", threads=torch.get_num_threads())
     about = Subject(name=student.name, path=path, sha256=digest)
     backbone = student.backbone
-    together = max(1, TOKENS_TOGETHER // (backbone.prefix + backbone.patches))
-    return Extractor(extract, student.img_size, backbone.prefix, about, runtime, student.labels, together)
+    return Extractor(
+        extract, student.img_size, backbone.prefix, about, runtime, student.labels, images_together(backbone)
+    )
+
+
+def images_together(backbone: Backbone) -> int:
+    """How many images a model in torch takes at once."""
+    return max(1, TOKENS_TOGETHER // (backbone.prefix + backbone.patches))
 
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:

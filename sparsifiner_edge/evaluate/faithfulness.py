@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.evaluate.extract import images_together
 from sparsifiner_edge.explained import Faithful
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
@@ -40,17 +41,19 @@ AnswerOf = Callable[[Sequence[Pixels]], Array]
 def answer_of(student: Student, place: tuple[int, int] | None = None) -> AnswerOf:
     """What a student gives: its features, or its token of the patch at a row and column."""
     backbone = student.backbone
+    together = images_together(backbone)
 
     @torch.no_grad()
     def answer(images: Sequence[Pixels]) -> Array:
         rows = []
         with native_kernels(available_cores()):
-            for image in images:
-                pixels = normalise(torch.from_numpy(image)[None], student.normalisation)
+            for start in range(0, len(images), together):
+                some = np.stack(images[start : start + together])
+                pixels = normalise(torch.from_numpy(some), student.normalisation)
                 tokens = seen_by(student.model, pixels, student.outputs).tokens
                 index = 0 if place is None else backbone.prefix + place[0] * backbone.grid[1] + place[1]
-                rows.append(backbone.heads(tokens)["features"][0] if place is None else tokens[0, index])
-        return np.asarray(torch.stack(rows).numpy())
+                rows.append(backbone.heads(tokens)["features"] if place is None else tokens[:, index])
+        return np.asarray(torch.cat(rows).numpy())
 
     return answer
 
