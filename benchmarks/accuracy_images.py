@@ -97,5 +97,5 @@ def linked(folder: Path, paths: Sequence[Path]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
         if not (folder / path.name).exists():
-            (folder / path.name).symlink_to(path)
+            (folder / path.name).symlink_to(path.resolve())
     return folder

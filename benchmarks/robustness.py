@@ -180,8 +180,9 @@ def training_images(work: Path, task: str) -> Path:
         made = folder.with_suffix(".part")
         shutil.rmtree(made, ignore_errors=True)
         write_photographs(made, SALIENCY_SIZE)
-        linked(made / "few", evenly(sorted((made / "held-out").iterdir()), 8))
         made.rename(folder)
+    if not (folder / "few").exists():
+        linked(folder / "few", evenly(sorted((folder / "held-out").iterdir()), 8))
     return folder
 
 

@@ -15,7 +15,7 @@ from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
 from sparsifiner_edge.camera.prepare import Fit
-from sparsifiner_edge.camera.reads import Reads
+from sparsifiner_edge.camera.reads import Read, Reads
 from sparsifiner_edge.errors import ArtifactError, ConfigError, SparsifinerError
 from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.metrics import POSITIONS, cosine
@@ -43,7 +43,10 @@ class Model:
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
         guard: another bundle of the same model, as a rule the dense one, which answers where `novelty` is above 1.
-        reads: whether outputs also say what layers read, for `reads`; see `camera.reads`.
+        reads: whether to look at what layers read, too.
+
+    Attributes:
+        read: what they read of the last image; None where nobody asked.
 
     Raises:
         ConfigError: the bundle takes a fixed batch above 1; a guard of other images or outputs, or for a bundle without
@@ -65,7 +68,8 @@ class Model:
     ) -> None:
         bundle = checked_bundle(folder, public_key)
         _require_centre(bundle)
-        self.reads = Reads(bundle) if reads else None
+        self._reads = Reads(bundle) if reads else None
+        self.read: Read | None = None
         if guard is not None:
             _require_alike(bundle, checked_bundle(guard, public_key))
         self.fit = Fit(bundle.image_size)
@@ -73,6 +77,8 @@ class Model:
         tokens = bundle.manifest.tokens
         self.tokens = None if tokens is None or tokens.grid is None else (tokens.prefix, *tokens.grid)
         self._top, self._threshold = top, threshold
+        # A module's own output of that name says something else.
+        self._scored = bundle.manifest.novelty is not None
         self._reference: Array | None = None
         self._tokens_before: Array | None = None
         opened = open_watched if reads else open_checked
@@ -96,7 +102,9 @@ class Model:
     def infer(self, image: Array) -> dict[str, Array]:
         """Outputs for one image, uint8 [H,W,3]: the guard's, with the model's own `novelty`, where that is above 1."""
         outputs = self.session.infer({"image": image[None]})
-        if self.guard is None or (novelty_of(outputs) or 0) <= 1:
+        if self._reads is not None:
+            self.read, outputs = self._reads.taken_from(outputs)
+        if self.guard is None or (self._novelty(outputs) or 0) <= 1:
             return outputs
         guarded = self.guard.session.infer({"image": image[None]})
         return guarded | {NOVELTY: outputs[NOVELTY]}
@@ -107,7 +115,7 @@ class Model:
         Raises:
             ArtifactError: the bundle gives none of them.
         """
-        score = novelty_of(outputs)
+        score = self._novelty(outputs)
         guarded = None if self.guard is None else (score or 0) > 1
         return replace(self._answer(outputs), novelty=score, guarded=guarded)
 
@@ -170,18 +178,17 @@ class Model:
         changes: Array = np.nan_to_num(1 - cosine(patches, before)).reshape(rows, columns)
         return changes
 
+    def _novelty(self, outputs: dict[str, Array]) -> float | None:
+        """The score of one image; None where there is none, or it is NaN or infinite."""
+        score = float(outputs[NOVELTY][0, 0]) if self._scored else math.nan
+        return round(score, 6) if math.isfinite(score) else None
+
     def _classes(self, logits: Array) -> list[Class]:
         weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
         best = np.argsort(-probabilities, kind="stable")[: self._top]
         names = self.labels if len(self.labels) == len(logits) else [f"class_{i}" for i in range(len(logits))]
         return [Class(int(i), names[i], float(probabilities[i])) for i in best if probabilities[i] >= self._threshold]
-
-
-def novelty_of(outputs: dict[str, Array]) -> float | None:
-    """The score of one image; None where there is none, or it is NaN or infinite."""
-    score = float(outputs[NOVELTY][0, 0]) if NOVELTY in outputs else math.nan
-    return round(score, 6) if math.isfinite(score) else None
 
 
 def dense_maps(outputs: dict[str, Array]) -> dict[str, Array]:
@@ -211,7 +218,7 @@ def _require_alike(bundle: Bundle, guard: Bundle) -> None:
         ConfigError: it does, or the bundle gives no score that could call it.
     """
     own, other = ({x.name: x.shape[1:] for x in one.manifest.outputs if x.name != NOVELTY} for one in (bundle, guard))
-    if all(output.name != NOVELTY for output in bundle.manifest.outputs):
+    if bundle.manifest.novelty is None:
         raise ConfigError(f"{bundle.folder} gives no score {NOVELTY!r} that could call a guard.", NO_SCORE)
     if (own, bundle.image_size, bundle.labels()) != (other, guard.image_size, guard.labels()):
         raise ConfigError(

@@ -52,8 +52,8 @@ class Reads:
         patches = math.prod(tokens.grid)
         self._places = np.arange(patches) if made.preset == "paper" else inverse(hilbert_order(*tokens.grid))
 
-    def seen(self, outputs: dict[str, Array]) -> Read | None:
-        """Of a session's outputs; None where they hold none: another model answered."""
+    def taken_from(self, outputs: dict[str, Array]) -> tuple[Read, dict[str, Array]]:
+        """What outputs of one image say of it, and those that are the model's own."""
         places, shares, keys, counts = self._places, np.zeros(len(self._places)), list[float](), list[int]()
         for name, values in outputs.items():
             kind = name.split(".")[1] if name.startswith(f"{WATCHED}.") else ""
@@ -66,9 +66,8 @@ class Reads:
                 shares = shares + (np.bincount(named, minlength=count) / len(lists))[places]
                 keys.append(len(named) / len(lists) / count)
                 counts.append(count)
-        if not counts:
-            return None
-        return Read((shares / len(counts)).reshape(self.grid), sum(keys) / len(keys), (counts[0], counts[-1]))
+        found = Read((shares / len(counts)).reshape(self.grid), sum(keys) / len(keys), (counts[0], counts[-1]))
+        return found, {name: values for name, values in outputs.items() if not name.startswith(f"{WATCHED}.")}
 
 
 def _after(pairs: Array, places: Array, count: int) -> Array:

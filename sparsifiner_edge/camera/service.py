@@ -268,7 +268,7 @@ class _Run:
         if self._overlay is None or frame.shown is None:
             return
         lines, heat = text_lines(record, rate), self._model.heat(outputs)
-        if self._model.reads is not None and (read := self._model.reads.seen(outputs)) is not None:
+        if (read := self._model.read) is not None:
             lines, heat = [*lines, read.line], read.shares / max(float(read.shares.max()), 1e-9)
         at_s = frame.times.captured_ns / 1e9 if self._source.live else record.pts_s
         try:
