@@ -3,6 +3,7 @@
     python benchmarks/explain.py faithful STUDENT/ [-o FOLDER]      # beside dense rollout, and chance
     python benchmarks/explain.py pointing STUDENT/ [-o FOLDER] [--count 40]
     python benchmarks/explain.py time STUDENT/ [-o FOLDER]          # seconds and page size of one image
+    python benchmarks/explain.py cases STUDENT/ -o FOLDER           # docs/explain.md's three, and their picture
 
 Pointing: the share of stamps (`stamps.py`) on whose true mask the patch lies of which most reached the features. Needs
 the packages that `stamps.py` names.
@@ -17,6 +18,7 @@ from pathlib import Path
 import click
 import numpy as np
 import stamps
+from PIL import Image
 
 import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
@@ -29,7 +31,7 @@ from sparsifiner_edge.explained import DENSE, MOVED, OURS, RANDOM
 from sparsifiner_edge.images import list_images, load_mask
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.report.explain_page import write_explanation
+from sparsifiner_edge.report.explain_page import write_explanation, write_overview
 from sparsifiner_edge.results import Result, Subject, write_result
 
 ORDERS = (OURS, DENSE, RANDOM, MOVED)
@@ -118,6 +120,28 @@ def seconds(student: Path, trust: tuple[str, ...], output: Path | None) -> None:
                 {"seconds": took, "without_faithfulness_s": without, "page_bytes": size},
             ),
         )
+
+
+@main.command()
+@_student
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+def cases(student: Path, output: Path) -> None:
+    """Of three development photographs, of which one has no good explanation, and of one place: a row each."""
+    made, rows, pictures = se.load_student(student), [], []
+    paths = {path.stem: path for path in split.development()}
+    with tempfile.TemporaryDirectory() as name:
+        for stem, place in (("coffee", None), ("astronaut", None), ("chelsea", None), ("coffee", (7, 8))):
+            found = explain_image(made, paths[stem], place)
+            for order, x in found.summary.faithful.items():
+                figures = (f"{figure:.3f}" for figure in (x.saco, x.deletion, x.insertion))
+                rows.append([stem if place is None else f"{stem}, {place}", order, *figures])
+            if place is None:
+                pictures.append(np.asarray(Image.open(write_overview(found, Path(name) / f"{stem}.png"))))
+    print_table("cases", ["image", "order of", *MEASURES], rows)
+    output.mkdir(parents=True, exist_ok=True)
+    gap = np.full((6, pictures[0].shape[1], 3), 255, np.uint8)
+    strips = np.concatenate([part for strip in pictures for part in (strip, gap)][:-1])
+    Image.fromarray(strips).save(output / "explained.jpg", quality=85)
 
 
 def _show(student: Path, output: Path | None, name: str, samples: dict[str, dict[str, list[float]]]) -> None:

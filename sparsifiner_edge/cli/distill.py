@@ -63,6 +63,8 @@ def _print(summary: TrainingSummary, output: Path) -> None:
         rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in found.budgets or []]
         common.print_table("Cosine to the teacher, held-out images", ["budget", "untrained", "kept"], rows)
     common.print_novelty(output)
+    for warning in summary.warnings:
+        click.echo(f"warning: {warning}. Its predictor got worse: train it slower, or less.", err=True)
     unreadable = summary.images.unreadable
     if unreadable:
         listed = "\n  ".join(map(shown, unreadable[:10]))

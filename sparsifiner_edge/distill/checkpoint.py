@@ -14,6 +14,7 @@ from msgspec.structs import asdict
 from torch import Tensor
 
 from sparsifiner_edge.bounds import is_number
+from sparsifiner_edge.distill.captured import Captured
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors, lock, open_regular, read_bytes, replaced_file, write_bytes
 from sparsifiner_edge.sparse.weights import brief
@@ -35,6 +36,7 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
         step: steps done. fidelity: of each judgement, by step. best_step: of the best of them.
         cosines: of each judgement, by step: of every budget, in the order of `Training.budgets`.
         best: weights of the student then. unreadable: files, with no order.
+        captured: of some judgements, by step; see `captured`.
     """
 
     step: int
@@ -43,6 +45,7 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
     best_step: int
     best: Tensors
     unreadable: set[str]
+    captured: dict[int, Captured] = {}
 
 
 class Optimiser(msgspec.Struct, forbid_unknown_fields=True):
@@ -170,16 +173,19 @@ def require_course(state: TrainingState, total: int, budgets: int) -> None:
         ArtifactError: a step lies elsewhere, or a judgement is missing, NaN or infinite.
     """
     figures = [*state.fidelity.values(), *(x for cosines in state.cosines.values() for x in cosines)]
+    captured = [{keep: len(shares) for keep, shares in found.items()} for found in state.captured.values()]
+    figures += [x for found in state.captured.values() for shares in found.values() for x in shares]
     if not (
         all(0 <= step <= state.step <= total for step in [state.step, state.best_step, *state.fidelity])
         and {0, state.best_step} <= state.fidelity.keys() == state.cosines.keys()
         and all(len(cosines) == budgets for cosines in state.cosines.values())
         and all(map(is_number, figures))
+        and all(lengths == captured[0] for lengths in captured)
     ):
         raise ArtifactError("The checkpoint's steps do not belong to this training.", ANEW)
 
 
-def append_history(folder: Path, step: int, **figures: float | list[float]) -> None:
+def append_history(folder: Path, step: int, **figures: float | list[float] | Captured) -> None:
     """One line of JSON more: the step, and figures of it.
 
     Raises:

@@ -14,6 +14,7 @@ from msgspec.structs import asdict, replace
 from sparsifiner_edge.artifacts import STUDENT_FILE, require_replaceable, sha256
 from sparsifiner_edge.config import Keep
 from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.captured import lost
 from sparsifiner_edge.distill.checkpoint import TrainingState
 from sparsifiner_edge.distill.data import ImageSource, folder_source
 from sparsifiner_edge.distill.recipe import DEFAULT, Recipe, front_points, read_recipe
@@ -82,6 +83,7 @@ class TrainingSummary(msgspec.Struct, frozen=True):
     Attributes:
         steps: of the optimiser. kept: "the untrained start", or the step whose weights were kept.
         processes: that trained together. start: what was trained.
+        warnings: for people, of predictors that hold less attention than they did at the start.
     """
 
     recipe: NamedRecipe
@@ -92,6 +94,7 @@ class TrainingSummary(msgspec.Struct, frozen=True):
     images: TrainingImages = msgspec.field(name="pictures")
     processes: int
     start: Start = msgspec.field(name="from")
+    warnings: list[str] = []
 
 
 def distill_student(
@@ -213,7 +216,20 @@ def _summary(training: Training, state: TrainingState, teacher: Student, recipe:
         ),
         training.accelerator.num_processes,
         start,
+        _warnings(training, state),
     )
+
+
+def _warnings(training: Training, state: TrainingState) -> list[str]:
+    """Of predictors that hold less than they did, after the phase in which they learn alone, and in what was kept."""
+    begun, phase = state.captured.get(0, {}), training.phases[0][1]
+    when = {
+        f"after step {phase}, the first phase": phase,
+        f"in what was kept, of step {state.best_step}": state.best_step,
+    }
+    return [
+        f"{where}: {what}" for where, step in when.items() if step for what in lost(begun, state.captured.get(step, {}))
+    ]
 
 
 def _source(data: Path, plan: Recipe, student: Student, labels: bool, held_out: Path | None) -> ImageSource:

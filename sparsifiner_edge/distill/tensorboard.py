@@ -14,7 +14,7 @@ from sparsifiner_edge.errors import MissingExtraError
 from sparsifiner_edge.files import io_errors
 
 RecordLosses = Callable[[int, dict[str, float]], None]
-"""Called with (step, losses)."""
+"""Called with (step, losses); other figures bear a name with a slash."""
 
 
 @contextlib.contextmanager
@@ -51,7 +51,10 @@ def recorder(folder: Path) -> Iterator[RecordLosses]:
                 write(file_version="brain.Event:2")
                 # What was written after the checkpoint that a training resumes from is written anew.
                 write(step=step, session_log=SessionLog(status=SessionLog.START))
-            values = [Summary.Value(tag=f"loss/{name}", simple_value=value) for name, value in losses.items()]
+            values = [
+                Summary.Value(tag=name if "/" in name else f"loss/{name}", simple_value=value)
+                for name, value in losses.items()
+            ]
             write(step=step, summary=Summary(value=values))
 
     try:

@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 
 from sparsifiner_edge.config import SparsityConfig, parse_merge, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.captured import attention_captured
 from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
 from sparsifiner_edge.distill.data import Batch, ImageSource, augmentation, batches
 from sparsifiner_edge.distill.fidelity import fidelities, joint_fidelity
@@ -201,8 +202,11 @@ class Training:
                 checkpoint.append_history(self.folder, step + 1, **losses)
             if record:
                 record(step + 1, losses)
-            if (step + 1) % self.recipe.check_every == 0 or step + 1 == self.total:
+            # The end of the first phase too: there it is seen whether predictors learn or lose.
+            if (step + 1) % self.recipe.check_every == 0 or step + 1 in (self.phases[0][1], self.total):
                 self._judge(step + 1)
+                if record:
+                    record(step + 1, self._captured(step + 1))
             if progress:
                 progress(f"loss {losses['loss']:.4f}", step + 1, self.total)
         self._save()
@@ -316,8 +320,15 @@ class Training:
             if self.state.fidelity[step] >= max(self.state.fidelity.values()):
                 self.state.best_step = step
                 self.state.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            checkpoint.append_history(self.folder, step, fidelity=found, cosines=cosines)
+            captured = attention_captured(model, [image for image, _ in self.held_out], self.budgets())
+            self.state.captured[step] = captured
+            checkpoint.append_history(self.folder, step, fidelity=found, cosines=cosines, captured=captured)
         self.accelerator.wait_for_everyone()
+
+    def _captured(self, step: int) -> dict[str, float]:
+        """For TensorBoard."""
+        found = self.state.captured.get(step, {})
+        return {f"captured {keep}/{n}": share for keep, each in found.items() for n, share in enumerate(each)}
 
     def _save(self) -> None:
         self._saved = self.state.step

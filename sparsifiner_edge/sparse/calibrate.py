@@ -34,6 +34,11 @@ STEPS_PER_IMAGE = 8
 QUERIES_PER_STEP = 128
 LEARNING_RATE = 0.06
 """Relative to the mean absolute entry of a projection."""
+UP_START, UP_CLASS = 0.16, 0.05
+"""Entries of the published predictor's up-projection where it starts: of the patches in a landmark, and of the class
+token in each. Lists of patches are the same at any scale, but what is learnt is the size of the predicted attention as
+well, and from entries of 1 the published schedule does not come back.
+"""
 
 
 class _Moments(NamedTuple):
@@ -188,8 +193,8 @@ def _set_landmarks(select: LandmarkSelector, patches: int, grid: tuple[int, int]
     place = torch.from_numpy(inverse(hilbert_order(*(grid if math.prod(grid) == patches else (1, patches)))))
     member = F.one_hot(place * landmarks // patches, landmarks).float()
     select.down.copy_(F.pad(member / member.sum(0), (0, 0, 1, 0)))
-    # The class token belongs to every landmark: every query reads it, as trained predictors do.
-    select.up.copy_(F.pad(member, (0, 0, 1, 0), value=1.0))
+    # The class token belongs a little to every landmark.
+    select.up.copy_(F.pad(UP_START * member, (0, 0, 1, 0), value=UP_CLASS))
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:

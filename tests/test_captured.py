@@ -1,0 +1,116 @@
+"""How much attention lists hold: counted, watched while a predictor learns, and a warning where it is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.captured import attention_captured, lost
+from sparsifiner_edge.distill.distill import distill_student
+from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.sparse.calibrate import observed
+from sparsifiner_edge.sparse.patch import set_budget
+from sparsifiner_edge.sparse.student import save_student
+from tests.commands import call
+from tests.models import images, student
+
+PAPER = SparsityConfig.for_preset("paper", keep=0.25, channels=16)
+KINDS = {
+    "paper": PAPER,
+    "edge": SparsityConfig(keep=0.2, cells=4, channels=8),
+    "merging": SparsityConfig(keep=0.2, cells=4, channels=8, merge=(6,)),
+    "some dense": SparsityConfig(keep=(0.2, 1.0, 0.2, 0.2, 1.0, 0.3), cells=0, channels=8),
+}
+PHASES = ("batch=4", "reconstruct.steps=12", "distil.steps=2", "check_every=4", "images.held_out=2", "save_every=50")
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@torch.no_grad()
+def test_what_is_counted(kind: str) -> None:
+    """Query by query, key by key."""
+    made = student(sparsity=KINDS[kind])
+    image, wanted = images(made.model, batch=1), []
+
+    def count(layer, qkv, _):  # type: ignore[no-untyped-def]
+        q, k, _ = ops.split_heads(qkv, layer.geometry.heads)
+        lists, prefix, shares = layer.indices(qkv), layer.num_prefix, []
+        for head in range(q.shape[1]):
+            for query in range(prefix, q.shape[2]):
+                row = (layer.geometry.scale * k[0, head] @ q[0, head, query]).softmax(0)
+                if layer.prefix_keys:
+                    listed = lists[0, head, (query - prefix) // layer.sparsity.tile] + prefix
+                    shares.append(row[:prefix].sum() + row[listed].sum())
+                else:
+                    shares.append(row[lists[0, head, query - prefix]].sum())
+        wanted.append(float(torch.stack(shares).mean()))
+
+    (found,) = attention_captured(made.model, [image], [made.sparsity]).values()
+    assert made.backbone.sparsity == made.sparsity, "the budget is as it was"
+    set_budget(made.model, dataclasses.replace(made.sparsity, merge=()))
+    with observed(made.model, count, densely=True):
+        made.model(image)
+    assert found == pytest.approx(wanted, abs=1e-5)
+    assert len(found) == (4 if kind == "some dense" else 6)
+
+
+def test_a_layer_that_is_dense_in_a_budget_holds_all() -> None:
+    made = student(sparsity=KINDS["edge"])
+    budget = dataclasses.replace(made.sparsity, keep=(0.2, 1.0, 0.2, 0.2, 0.2, 0.2))
+    (found,) = attention_captured(made.model, [images(made.model, batch=1)], [budget]).values()
+    assert [share == 1 for share in found] == [False, True, False, False, False, False]
+
+
+def test_more_keys_hold_more() -> None:
+    made = student(sparsity=PAPER)
+    budgets = [dataclasses.replace(PAPER, keep=keep) for keep in (0.1, 0.25, 0.25, 0.9)]
+    few, some, most = attention_captured(made.model, [images(made.model, batch=1)], budgets).values()
+    for a, b, c in zip(few, some, most, strict=True):
+        assert 0 < a < b < c <= 1 + 1e-6
+
+
+def test_what_is_lost() -> None:
+    before = {"0.1": [0.5, 0.6], "0.25": [0.7, 0.8]}
+    assert lost(before, {"0.1": [0.496, 0.7], "0.25": [0.6, 0.79]}) == [
+        "keep 0.25: lists of sparse layer 0 held 0.700 of its attention, now 0.600"
+    ]
+    assert lost({}, before) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["paper", "edge"])
+def test_a_dry_run_of_both_phases(preset: str, folder: Path, tmp_path: Path) -> None:
+    """With labels, from the documented start: the predictor's loss falls, and its lists hold what they held."""
+    config = PAPER if preset == "paper" else KINDS["edge"]
+    start = save_student(student(sparsity=config, num_classes=2), tmp_path / "start")
+    rates = ("reconstruct.predictor_learning_rate=3e-4", "reconstruct.learning_rate=0.0")
+    summary = distill_student(
+        start, folder, tmp_path / "out", labels=True, recipe="imagenet-deit-s",
+        overrides=(*PHASES, *rates, "reconstruct.epochs=0", "distil.epochs=0", "precision=no", "images.workers=0"),
+    )  # fmt: skip
+    assert summary.warnings == []
+    lines = [json.loads(x) for x in (tmp_path / "out.training" / checkpoint.HISTORY).read_text().splitlines()]
+    held = {line["step"]: line["captured"] for line in lines if "captured" in line}
+    assert list(held) == [0, 4, 8, 12, 14], "at the end of the first phase too"
+    assert lost(held[0], held[12]) == []
+    selection = [line["selection"] for line in lines if "selection" in line]
+    assert sum(selection[8:12]) < sum(selection[:4])
+
+
+@pytest.mark.slow
+def test_a_predictor_that_gets_worse_is_warned_of(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = save_student(student(sparsity=PAPER, num_classes=0), tmp_path / "start")
+    wild = (*PHASES, "reconstruct.predictor_learning_rate=0.5", "explosion=1e9", "losses.logits=0")
+    settings = [word for setting in wild for word in ("--set", setting)]
+    done = call(capsys, "distill", start, "--data", folder, *settings, "--tensorboard", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "warning: after step 12, the first phase: keep 0.25: lists of sparse layer" in done.err
+    (events,) = (tmp_path / "out.training" / "tensorboard").iterdir()
+    assert b"captured 0.25/5" in events.read_bytes()
