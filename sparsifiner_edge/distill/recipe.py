@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,13 @@ class Phase(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     predictor_learning_rate: Share = 1e-3
     final: Share = 0.01
     warmup: Share = 0.05
+
+    def factor(self, share: float) -> float:
+        """Of the highest learning rates, what they are after a share of the steps."""
+        if share <= self.warmup:
+            return share / self.warmup
+        left = 0.5 + 0.5 * math.cos(math.pi * (share - self.warmup) / (1 - self.warmup + 1e-9))
+        return self.final + (1 - self.final) * left
 
 
 class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -296,11 +296,7 @@ class Training:
             self._stop(step, "a gradient is NaN or infinite", files)
 
     def _set_rates(self, phase: Phase, share: float) -> None:
-        if share <= phase.warmup:
-            factor = share / phase.warmup
-        else:
-            left = 0.5 + 0.5 * math.cos(math.pi * (share - phase.warmup) / (1 - phase.warmup + 1e-9))
-            factor = phase.final + (1 - phase.final) * left
+        factor = phase.factor(share)
         for group in self.optimiser.param_groups:
             group["lr"] = factor * (phase.predictor_learning_rate if group["predictor"] else phase.learning_rate)
 
