@@ -180,7 +180,8 @@ class Model:
 
     def _novelty(self, outputs: dict[str, Array]) -> float | None:
         """The score of one image; None where there is none, or it is NaN or infinite."""
-        score = float(outputs[NOVELTY][0, 0]) if self._scored else math.nan
+        values = outputs.get(NOVELTY) if self._scored else None
+        score = float(values.item()) if values is not None and values.size == 1 else math.nan
         return round(score, 6) if math.isfinite(score) else None
 
     def _classes(self, logits: Array) -> list[Class]:
