@@ -15,13 +15,12 @@ import torch
 from PIL import Image
 
 from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.distill.augment import augmentation, seeded
 from sparsifiner_edge.distill.data import (
     Batch,
     ShuffledBatches,
-    augmentation,
     batches,
     folder_source,
-    seeded,
 )
 from sparsifiner_edge.distill.fidelity import joint_fidelity
 from sparsifiner_edge.distill.losses import Distiller, at_positions

@@ -56,12 +56,13 @@ def _print(summary: TrainingSummary, output: Path) -> None:
     """What was kept, and what could not be read."""
     found = summary.fidelity
     if found.best is not None:
+        what = "top-1" if found.metric.startswith("top-1") else "cosine to the teacher"
         click.echo(
-            f"{output}: {summary.kept} of {summary.steps} steps kept; cosine to the teacher on held-out images "
+            f"{output}: {summary.kept} of {summary.steps} steps kept; {what} on held-out images "
             f"{found.best:.4f}, untrained {found.start:.4f}, all budgets together."
         )
         rows = [[_budget(row), f"{row.start:.4f}", f"{row.best:.4f}"] for row in found.budgets or []]
-        common.print_table("Cosine to the teacher, held-out images", ["budget", "untrained", "kept"], rows)
+        common.print_table(f"{what[0].upper()}{what[1:]}, held-out images", ["budget", "untrained", "kept"], rows)
     common.print_novelty(output)
     for warning in summary.warnings:
         click.echo(f"warning: {warning}. Its predictor got worse: train it slower, or less.", err=True)

@@ -36,7 +36,7 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
         step: steps done. fidelity: of each judgement, by step. best_step: of the best of them.
         cosines: of each judgement, by step: of every budget, in the order of `Training.budgets`.
         best: weights of the student then. unreadable: files, with no order.
-        captured: of some judgements, by step; see `captured`.
+        top1: of some judgements, by step: of every budget. captured: of some judgements, by step; see `captured`.
     """
 
     step: int
@@ -46,6 +46,7 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
     best: Tensors
     unreadable: set[str]
     captured: dict[int, Captured] = {}
+    top1: dict[int, list[float]] = {}
 
 
 class Optimiser(msgspec.Struct, forbid_unknown_fields=True):
@@ -174,11 +175,12 @@ def require_course(state: TrainingState, total: int, budgets: int) -> None:
     """
     figures = [*state.fidelity.values(), *(x for cosines in state.cosines.values() for x in cosines)]
     captured = [{keep: len(shares) for keep, shares in found.items()} for found in state.captured.values()]
+    figures += [x for accuracies in state.top1.values() for x in accuracies]
     figures += [x for found in state.captured.values() for shares in found.values() for x in shares]
     if not (
         all(0 <= step <= state.step <= total for step in [state.step, state.best_step, *state.fidelity])
         and {0, state.best_step} <= state.fidelity.keys() == state.cosines.keys()
-        and all(len(cosines) == budgets for cosines in state.cosines.values())
+        and all(len(each) == budgets for each in (*state.cosines.values(), *state.top1.values()))
         and all(map(is_number, figures))
         and all(lengths == captured[0] for lengths in captured)
     ):

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
-from sparsifiner_edge.bounds import ImageSize, height_width
-from sparsifiner_edge.corruptions import COMMON, SEVERITIES, corrupt
-from sparsifiner_edge.distill.recipe import Images
+from sparsifiner_edge.distill.augment import seeded
 from sparsifiner_edge.errors import ConfigError, ImageError, SparsifinerError
-from sparsifiner_edge.images import centred, class_order, evenly, list_images, open_image
+from sparsifiner_edge.images import class_order, evenly, list_images, open_image
 
 
 class Batch(NamedTuple):
@@ -42,6 +36,7 @@ class ImageSource:
         train: files. held_out: files that are not trained on.
         root, held_out_root: the folders that they lie in.
         labels: the class of each file, where labels count; else empty. classes: their names.
+        held_out_labels: of each file held out, where all of them lie in folders of classes; else empty.
     """
 
     train: list[Path]
@@ -50,6 +45,7 @@ class ImageSource:
     held_out_root: Path
     labels: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()
+    held_out_labels: tuple[int, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -101,29 +97,8 @@ def folder_source(
     classes = class_order((part[0] for part in parts.values()), classifier)  # those held out are of classes too
     numbers = {name: number for number, name in enumerate(classes)}
     labels = tuple(numbers[parts[path][0]] for path in train)
-    return ImageSource(train, tuple(kept), *roots, labels, classes)
-
-
-def augmentation(size: ImageSize, images: Images) -> v2.Transform:
-    """PIL image -> uint8 [3,H,W]; shapes of random crops vary by a third about that of `size`."""
-    height, width = height_width(size)
-    crop: Any = functools.partial(centred, size=size)
-    if images.smallest_crop < 1:
-        shapes = (3 / 4 * (width / height), 4 / 3 * (width / height))
-        crop = v2.RandomResizedCrop(
-            (height, width), (images.smallest_crop, 1.0), shapes, v2.InterpolationMode.BICUBIC, antialias=True
-        )
-    flip = [v2.RandomHorizontalFlip()] if images.flip else []
-    worse = [functools.partial(sometimes_corrupted, share=images.corrupted)] if images.corrupted else []
-    return v2.Compose([crop, *flip, *worse, v2.PILToTensor()])
-
-
-def sometimes_corrupted(image: Any, share: float) -> Any:
-    """A Pillow image, or with a probability of `share` one of `COMMON` of it, at any severity."""
-    if torch.rand(()) >= share:
-        return image
-    kind, level, seed = (int(torch.randint(most, ())) for most in (len(COMMON), len(SEVERITIES), 1 << 31))
-    return Image.fromarray(corrupt(np.asarray(image), COMMON[kind], SEVERITIES[level], seed))
+    found = [numbers.get(path.relative_to(roots[1]).parts[0], -1) for path in kept]
+    return ImageSource(train, tuple(kept), *roots, labels, classes, () if -1 in found else tuple(found))
 
 
 Sample = tuple[Tensor, int, str, tuple[str, ...]]
@@ -168,13 +143,6 @@ class ShuffledBatches(Dataset[Batch | SparsifinerError]):
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * (epoch + 1))
             self._order = (epoch, torch.randperm(len(self.source.train), generator=generator).tolist())
         return self._order[1][place]
-
-
-def seeded(transform: Any, image: Any, seed: int) -> Tensor:
-    """A transform whose draws follow from `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return cast(Tensor, transform(image))
 
 
 def _batch(samples: Iterable[Sample]) -> Batch | SparsifinerError:

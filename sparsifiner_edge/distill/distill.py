@@ -38,7 +38,9 @@ class NamedRecipe(Recipe, frozen=True):
 
 
 class BudgetFidelity(msgspec.Struct, frozen=True):
-    """Mean cosine over held-out images with one budget: of the untrained start, and of what was kept."""
+    """Mean cosine over held-out images with one budget: of the untrained start, and of what was kept; top-1 where that
+    decided.
+    """
 
     keep: Keep
     token_keep: tuple[tuple[int, float], ...]
@@ -47,10 +49,14 @@ class BudgetFidelity(msgspec.Struct, frozen=True):
     merge: tuple[int, ...] = ()
 
 
+BY_COSINE = "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out images and budgets"
+BY_TOP1 = "top-1 of held-out images, mean of the budgets"
+
+
 class Fidelity(msgspec.Struct, frozen=True):
     """All budgets together, then each; of the first process alone."""
 
-    metric: str = "cosine of patches and class token: 1 - geometric mean of 1 - cosine, held-out images and budgets"
+    metric: str = BY_COSINE
     start: float | None = None
     best: float | None = None
     budgets: list[BudgetFidelity] | None = None
@@ -197,11 +203,15 @@ def _summary(training: Training, state: TrainingState, teacher: Student, recipe:
     """What was trained and how it went; figures are the first process's."""
     fidelity = Fidelity()
     if state.fidelity:
-        cosines = zip(training.budgets(), state.cosines[0], state.cosines[state.best_step], strict=True)
+        judged = state.top1 if training.by_top1 else state.cosines
+        cosines = zip(training.budgets(), judged[0], judged[state.best_step], strict=True)
         each = [
             BudgetFidelity(budget.keep, budget.token_keep, start, best, budget.merge) for budget, start, best in cosines
         ]
-        fidelity = Fidelity(start=state.fidelity[0], best=state.fidelity[state.best_step], budgets=each)
+        fidelity = Fidelity(
+            metric=BY_TOP1 if training.by_top1 else BY_COSINE, start=state.fidelity[0],
+            best=state.fidelity[state.best_step], budgets=each,
+        )  # fmt: skip
     source, origin = training.source, teacher.provenance.weights or Weights()
     return TrainingSummary(
         NamedRecipe(recipe, **asdict(training.recipe)),

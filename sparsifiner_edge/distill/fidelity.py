@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +20,40 @@ LEAST_ERROR = 1e-6
 """Cosine distance at which a budget counts as perfect: rounding is as large."""
 
 
+class Judged(NamedTuple):
+    """Per budget and image: cosines, see `fidelities`; whether the first class is right, empty where nobody knows."""
+
+    cosines: list[list[float]]
+    right: list[list[bool]]
+
+
 @torch.no_grad()
 def fidelities(
     model: nn.Module,
     held_out: list[tuple[Tensor, ModelAnswer]],
     budgets: list[SparsityConfig],
     names: tuple[str, ...] | None = None,
-) -> list[list[float]]:
+    labels: Sequence[int] = (),
+) -> Judged:
     """Per budget and image, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's, and of the
-    correlation with each output of what is around the backbone.
+    correlation with each output of what is around the backbone; with labels also whether they are given.
     """
     backbone = backbone_of(model)
-    before, prefix, found = cast(SparsityConfig, backbone.sparsity), backbone.prefix, []
+    before, prefix, found = cast(SparsityConfig, backbone.sparsity), backbone.prefix, Judged([], [])
     for sparsity in budgets:
         set_budget(model, sparsity, keep_predictors=True)
-        values = []
-        for image, wanted in held_out:
+        values, right = [], []
+        for number, (image, wanted) in enumerate(held_out):
             seen = seen_by(model, image, names)
             expected = at_positions(wanted.tokens, seen.positions, prefix)
             cosine = torch.cosine_similarity(seen.tokens, expected, dim=-1)[0]
             parts = [cosine[:prefix], cosine[prefix:]] if prefix else [cosine]
             parts += [_correlation(seen.outputs[name], output) for name, output in wanted.outputs.items()]
             values.append(statistics.fmean(float(part.mean()) for part in parts))
-        found.append(values)
+            if labels:
+                right.append(int(backbone.heads(seen.tokens)["logits"].argmax()) == labels[number])
+        found.cosines.append(values)
+        found.right.append(right)
     set_budget(model, before)
     return found
 

@@ -49,7 +49,7 @@ class Distiller(nn.Module):
         """Losses by name, unweighted; see `total`.
 
         Args:
-            images: normalised, [B,3,H,W]. labels: int64 [B], or None.
+            images: normalised, [B,3,H,W]. labels: int64 [B], or shares of classes [B,C], or None.
             generator: draws the rows that the predictors are judged by.
             reconstruct: the predictors alone learn, while all layers attend to everything.
         """
@@ -115,7 +115,7 @@ def token_losses(
         wanted = at_positions(expected.tokens, seen.positions, prefix).float()
     got = tokens.float()
     apart = 1 - F.cosine_similarity(got, wanted, dim=-1)
-    losses = {"patches": apart[:, prefix:].mean(1), "tokens": F.mse_loss(got, wanted)}
+    losses = {"patches": apart[:, prefix:].mean(1), "tokens": F.mse_loss(got[:, prefix:], wanted[:, prefix:])}
     if prefix:
         losses["classes"] = apart[:, :prefix].mean(1)
     if classifies and (classes is not None or labels is not None):

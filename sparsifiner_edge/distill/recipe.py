@@ -58,7 +58,7 @@ class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         patches, classes: 1 - cosine of final patch tokens, and of the tokens before them, to the teacher's.
-        tokens: mean squared error of all final tokens (Sparsifiner, equation 8).
+        tokens: mean squared error of the final patch tokens (Sparsifiner, equation 8, and its code).
         logits: Kullback-Leibler divergence of the classes from the teacher's. labels: cross-entropy, with --labels.
         outputs: squared error of what is around the backbone, a decoder's maps, relative to the teacher's variance.
         selection: of the predictor, which has parameters of its own: the weight matters for clipping alone; 0 spares
@@ -108,6 +108,11 @@ class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         flip: whether half of them are mirrored.
         cut_mix: share of the batches whose images get a rectangle of their neighbour's (CutMix, Yun et al. 2019), so
             that a few images make many scenes; such a batch teaches no label.
+        auto_augment: timm's policy, such as "rand-m9-mstd0.5-inc1" (RandAugment, Cubuk et al. 2020); "": none.
+        erasing: share of the images a rectangle of which becomes noise (Zhong et al. 2020).
+        mixup, mixup_cut: parameters of the Beta distributions that batches are mixed by, with their labels: of mixup
+            (Zhang et al. 2018) and of CutMix, by turns where both are; 0: never.
+        smoothing: share of a label that all classes have in common.
         corrupted: share of the images that get one of `corruptions.COMMON`, at a severity of 1 to 5. The teacher sees
             the same.
         held_out: images taken out of the folder, that are never trained on and decide which checkpoint is best.
@@ -117,6 +122,11 @@ class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     smallest_crop: Annotated[float, Meta(ge=0.01, le=1)] = 0.35
     flip: bool = True
     cut_mix: Share = 0.0
+    auto_augment: Annotated[str, Meta(max_length=100)] = ""
+    erasing: Share = 0.0
+    mixup: Weight = 0.0
+    mixup_cut: Weight = 0.0
+    smoothing: Share = 0.0
     corrupted: Share = 0.0
     held_out: Annotated[int, Meta(ge=1, le=4096)] = 32
     workers: Annotated[int, Meta(ge=0, le=256)] = 0
@@ -130,10 +140,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         batch: images per process and pass. accumulate: passes per step.
         epsilon: of Adam, for the backbone: what is added to the root of its mean squared gradients. Large against
             gradients that are mostly noise, it keeps them from moving their weights as far as all others.
-        weight_decay: of matrices. clip: norm that gradients are cut to, backbone and predictor apart; 0: never.
+        weight_decay, predictor_weight_decay: of matrices.
+        clip: norm that gradients are cut to, backbone and predictor apart; 0: never.
         ema: decay of the averaged weights, which are those that are judged and kept; 0: the weights themselves.
         freeze_decoder: whether what is around the backbone stays as it is.
         precision: "no" (float32), or "bf16" autocast.
+        best: what decides which weights are kept: "cosine" to the teacher's tokens, or "top1" of the held-out images,
+            averaged weights and those themselves beside each other; without labels that is the cosine, too.
         check_every: steps between judgements on the held-out images. save_every: steps between checkpoints.
         explosion: times the recent losses' median at which the training stops.
         reconstruct: first, the predictor alone, while all attention is dense. distil: then everything.
@@ -144,10 +157,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     accumulate: Annotated[int, Meta(ge=1, le=65536)] = 1
     epsilon: Annotated[float, Meta(ge=1e-12, le=1)] = 1e-8
     weight_decay: Weight = 0.0
+    predictor_weight_decay: Weight = 0.0
     clip: Weight = 1.0
     ema: Annotated[float, Meta(ge=0, le=0.999999)] = 0.0
     freeze_decoder: bool = False
     precision: Annotated[str, Meta(pattern="^(no|bf16)$")] = "no"
+    best: Annotated[str, Meta(pattern="^(cosine|top1)$")] = "cosine"
     check_every: Every = 100
     save_every: Every = 50
     explosion: Annotated[float, Meta(ge=1, le=1e300)] = 20.0

@@ -19,13 +19,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.transforms import v2
 
 from sparsifiner_edge.config import SparsityConfig, parse_merge, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
+from sparsifiner_edge.distill.augment import BatchAugmentation, augmentation, drawn_from
 from sparsifiner_edge.distill.captured import attention_captured
 from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
-from sparsifiner_edge.distill.data import Batch, ImageSource, augmentation, batches
+from sparsifiner_edge.distill.data import Batch, ImageSource, batches
 from sparsifiner_edge.distill.fidelity import fidelities, joint_fidelity
 from sparsifiner_edge.distill.losses import Distiller
 from sparsifiner_edge.distill.recipe import Phase, Recipe, parse_point
@@ -72,7 +72,7 @@ def digest(model: nn.Module) -> str:
 
 
 def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Of backbone and predictor in turn: matrices, which decay, then the rest; the predictor and tokens never decay.
+    """Of backbone and predictor in turn: matrices, which decay, then the rest; tokens never decay.
 
     A decoder that is frozen is left out, and gets no gradient.
     """
@@ -90,7 +90,7 @@ def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": recipe.weight_decay, **backbone},
-            {"params": predictor, "weight_decay": 0.0, "predictor": True},
+            {"params": predictor, "weight_decay": recipe.predictor_weight_decay, "predictor": True},
             {"params": rest, "weight_decay": 0.0, **backbone},
         ]
     )
@@ -113,6 +113,7 @@ class Training:
         self.size, self.pre = student.img_size, student.normalisation
         teacher.model.to(self.accelerator.device)
         distiller = Distiller(student.model, teacher.model, recipe.losses, student.outputs)
+        self.augmented = BatchAugmentation(recipe.images, len(source.classes), recipe.batch, self.accelerator.device)
         self.optimiser = make_optimiser(student.model, recipe)
         self.wrapped, self.optimiser = self.accelerator.prepare(distiller, self.optimiser)
         self.distiller = cast(Distiller, self.accelerator.unwrap_model(self.wrapped))
@@ -125,7 +126,14 @@ class Training:
         self.depth = len(student.backbone.layers)
         for budget in self.budgets():  # refuses those that contradict the student
             budget.layer_tokens(self.depth, student.backbone.patches, 1)
+        self.held_out_labels: list[int] = []
         self.held_out = self._held_out(teacher.model)
+        self.by_top1 = recipe.best == "top1" and bool(source.labels)
+        if self.by_top1 and not source.held_out_labels:
+            raise ConfigError(
+                f"Images of {source.held_out_root} that are held out lie outside of the folders of classes.",
+                "Sort them, or let the cosine decide: --set best=cosine.",
+            )
 
     def _steps(self, phase: Phase) -> int:
         if not phase.epochs:
@@ -139,7 +147,8 @@ class Training:
         if not self.accelerator.is_main_process:
             return []
         found = []
-        for path in self.source.held_out:
+        labels = self.source.held_out_labels or [-1] * len(self.source.held_out)
+        for path, label in zip(self.source.held_out, labels, strict=True):
             try:
                 pixels = load_image(path, self.size)
             except ImageError:
@@ -147,6 +156,7 @@ class Training:
                 continue
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
             found.append((image, seen_by(teacher, image, self.distiller.names)))
+            self.held_out_labels.append(label)
         if not found:
             raise ImageError("None of the held-out images can be read.", f"Look at {self.source.held_out[0]}.")
         return found
@@ -215,7 +225,7 @@ class Training:
     def _stream(self) -> Iterator[Batch]:
         return batches(
             self.source,
-            augmentation(self.size, self.recipe.images),
+            augmentation(self.size, self.recipe.images, self.pre.triples[0]),
             seed=self.recipe.seed,
             batch=self.recipe.batch,
             first=self.state.step * self.recipe.accumulate,
@@ -244,7 +254,9 @@ class Training:
             files += batch.files
             generator = torch.Generator().manual_seed(self.recipe.seed + self.recipe.accumulate * step + number)
             with self.accelerator.accumulate(self.wrapped):
-                losses = self.wrapped(*self._inputs(batch), generator, phase[0] is self.recipe.reconstruct)
+                with drawn_from(self._drawn(step, number)):
+                    images, labels = self._inputs(batch)
+                losses = self.wrapped(images, labels, generator, phase[0] is self.recipe.reconstruct)
                 total = self.distiller.total(losses)
                 self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), files)
                 if number == 0 and step and step % self.recipe.save_every == 0:
@@ -262,13 +274,15 @@ class Training:
         self.recent = [*self.recent[1 - RECENT :], sums["loss"]]
         return sums
 
+    def _drawn(self, step: int, number: int) -> int:
+        """The seed of what a process does to a batch."""
+        passes = self.recipe.accumulate * step + number
+        processes: int = self.accelerator.num_processes
+        return self.recipe.seed + processes * passes + int(self.accelerator.process_index)
+
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         images = normalise(batch.images.permute(0, 2, 3, 1), self.pre).to(self.accelerator.device)
-        share = self.recipe.images.cut_mix
-        if share and float(torch.rand(())) < share:
-            images, _ = v2.CutMix(num_classes=1)(images, torch.zeros(len(images), dtype=torch.long))
-            return images, None
-        return images, batch.labels.to(self.accelerator.device) if self.source.labels else None
+        return self.augmented(images, batch.labels.to(self.accelerator.device))
 
     def _check(self, step: int, loss: float, files: list[str]) -> None:
         exploded = len(self.recent) == RECENT and loss > self.recipe.explosion * statistics.median(self.recent)
@@ -301,25 +315,45 @@ class Training:
             group["lr"] = factor * (phase.predictor_learning_rate if group["predictor"] else phase.learning_rate)
 
     def _judge(self, step: int) -> None:
-        """Cosines to the teacher's tokens of held-out images; the weights of the best are kept."""
+        """Held-out images: cosines to the teacher's tokens, the first class where that decides; the weights of the best
+        are kept.
+        """
         if self.accelerator.is_main_process:
-            model = self.average.module if self.average is not None else self.distiller.student
-            each = fidelities(model, self.held_out, self.budgets(), self.distiller.names)
-            found, cosines = joint_fidelity(each), [statistics.fmean(cosines) for cosines in each]
-            if not math.isfinite(found):
-                if step == 0:
-                    raise GateError(
-                        "The student's tokens of held-out images are NaN or infinite.", "Look at its weights."
-                    )
-                found, cosines = -1.0, [x if math.isfinite(x) else -1.0 for x in cosines]
-            self.state.fidelity[step], self.state.cosines[step] = found, cosines
-            if self.state.fidelity[step] >= max(self.state.fidelity.values()):
-                self.state.best_step = step
-                self.state.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            captured = attention_captured(model, [image for image, _ in self.held_out], self.budgets())
-            self.state.captured[step] = captured
-            checkpoint.append_history(self.folder, step, fidelity=found, cosines=cosines, captured=captured)
+            raw = self.distiller.student
+            average = None if self.average is None else self.average.module
+            models = [raw if average is None else average]
+            if self.by_top1 and average is not None and step:
+                models.append(raw)
+            for model in models:
+                self._judge_one(step, model, "raw " if model is raw and average is not None else "")
         self.accelerator.wait_for_everyone()
+
+    def _judge_one(self, step: int, model: nn.Module, prefix: str) -> None:
+        labels = self.held_out_labels if self.by_top1 else ()
+        judged = fidelities(model, self.held_out, self.budgets(), self.distiller.names, labels)
+        found, cosines = joint_fidelity(judged.cosines), [statistics.fmean(each) for each in judged.cosines]
+        if not math.isfinite(found):
+            if step == 0:
+                raise GateError("The student's tokens of held-out images are NaN or infinite.", "Look at its weights.")
+            found, cosines = -1.0, [x if math.isfinite(x) else -1.0 for x in cosines]
+        figures: dict[str, Any] = {"fidelity": found, "cosines": cosines}
+        top1 = [statistics.fmean(each) for each in judged.right] if labels else []
+        if labels:
+            found = statistics.fmean(top1) if found >= 0 else -1.0
+            figures["top1"] = top1
+        captured = attention_captured(model, [image for image, _ in self.held_out], self.budgets())
+        checkpoint.append_history(
+            self.folder, step, **{f"{prefix}{name}": x for name, x in (figures | {"captured": captured}).items()}
+        )
+        state = self.state
+        if found < state.fidelity.get(step, -math.inf):
+            return  # The other weights of this step do better.
+        state.fidelity[step], state.cosines[step], state.captured[step] = found, cosines, captured
+        if labels:
+            state.top1[step] = top1
+        if found >= max(state.fidelity.values()):
+            state.best_step = step
+            state.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
     def _captured(self, step: int) -> dict[str, float]:
         """For TensorBoard."""
@@ -378,6 +412,9 @@ class Training:
         recipe = self.recipe
         images = recipe.images
         crops = (images.smallest_crop, images.flip, images.cut_mix, *([images.corrupted] if images.corrupted else ()))
+        # What older versions did not know stands there only where it is used, so that theirs can be resumed.
+        mixed = images.auto_augment, images.erasing, images.mixup, images.mixup_cut, images.smoothing
+        crops += mixed if any(mixed) else ()
         return {
             "images": self.source.fingerprint,
             "crops": str(crops),
@@ -392,4 +429,5 @@ class Training:
             # Of the optimiser's state, which comes from the checkpoint:
             "epsilon": recipe.epsilon,
             "weight_decay": recipe.weight_decay,
+            **({"predictor_weight_decay": decay} if (decay := recipe.predictor_weight_decay) else {}),
         }

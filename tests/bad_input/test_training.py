@@ -92,9 +92,9 @@ def put(record: object, **fields: Any) -> None:
 
 
 def test_what_a_checkpoint_holds(written: Content) -> None:
-    """As files of every version do."""
+    """As files of every version do, but for the last two."""
     parts = {"fingerprint", "student", "optimiser", "average", "scaler", "recent", "state"}
-    state = {"step", "fidelity", "cosines", "best_step", "best", "unreadable"}
+    state = {"step", "fidelity", "cosines", "best_step", "best", "unreadable", "captured", "top1"}
     assert (set(written), set(written["state"])) == (parts, state)
     assert set(written["optimiser"]) == {"state", "param_groups"}
     assert type(written["state"]["unreadable"]) is list
@@ -107,6 +107,17 @@ def test_a_training_goes_on_wherever_its_folders_lie(
     monkeypatch.chdir(tmp_path)
     summary = distill_student(moved / "start", "elsewhere/data", moved / "out", overrides=SHORT, resume=True)
     assert summary.steps == 4
+
+
+def test_a_training_of_before_attention_was_watched_goes_on(begun: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(begun, tmp_path / "place"))
+    path = place / "out.training" / checkpoint.CHECKPOINT
+    content = torch.load(path, weights_only=True)
+    del content["state"]["captured"], content["state"]["top1"]
+    torch.save(content, path)
+    summary = distill_student(place / "start", place / "data", place / "out", overrides=SHORT, resume=True)
+    assert summary.steps == 4
+    assert summary.warnings == []
 
 
 def test_images_are_the_same_by_name_and_size(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
