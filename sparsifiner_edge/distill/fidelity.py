@@ -20,7 +20,7 @@ LEAST_ERROR = 1e-6
 """Cosine distance at which a budget counts as perfect: rounding is as large."""
 
 
-class Judged(NamedTuple):
+class HeldOutScores(NamedTuple):
     """Per budget and image: cosines, see `fidelities`; whether the first class is right, empty where nobody knows."""
 
     cosines: list[list[float]]
@@ -34,12 +34,12 @@ def fidelities(
     budgets: list[SparsityConfig],
     names: tuple[str, ...] | None = None,
     labels: Sequence[int] = (),
-) -> Judged:
+) -> HeldOutScores:
     """Per budget and image, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's, and of the
     correlation with each output of what is around the backbone; with labels also whether they are given.
     """
     backbone = backbone_of(model)
-    before, prefix, found = cast(SparsityConfig, backbone.sparsity), backbone.prefix, Judged([], [])
+    before, prefix, found = cast(SparsityConfig, backbone.sparsity), backbone.prefix, HeldOutScores([], [])
     for sparsity in budgets:
         set_budget(model, sparsity, keep_predictors=True)
         values, right = [], []
