@@ -68,6 +68,11 @@ def test_a_layer_that_is_dense_in_a_budget_holds_all() -> None:
     assert [share == 1 for share in found] == [False, True, False, False, False, False]
 
 
+def test_a_model_without_lists_has_none_to_watch() -> None:
+    made = student(sparsity=SparsityConfig(keep=1, token_keep=((2, 0.5),)))
+    assert attention_captured(made.model, [images(made.model, batch=1)], [made.sparsity]) == {}
+
+
 def test_more_keys_hold_more() -> None:
     made = student(sparsity=PAPER)
     budgets = [dataclasses.replace(PAPER, keep=keep) for keep in (0.1, 0.25, 0.25, 0.9)]

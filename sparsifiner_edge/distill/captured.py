@@ -32,9 +32,12 @@ def attention_captured(model: nn.Module, images: Sequence[Tensor], budgets: Sequ
 
     Args:
         images: [1,3,H,W] as the model expects. budgets: of each share of keys the first.
+
+    Returns:
+        Nothing of a model none of whose layers reads lists.
     """
     before, found = cast(SparsityConfig, backbone_of(model).sparsity), Captured()
-    for budget in budgets:
+    for budget in budgets if sparse_layers(model) else ():
         if keep_text(budget.keep) not in found:
             set_budget(model, dataclasses.replace(budget, merge=()), keep_predictors=True)
             found[keep_text(budget.keep)] = _means(model, images[:MOST_IMAGES])
