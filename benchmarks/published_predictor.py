@@ -24,13 +24,14 @@ from accuracy_images import collect
 from fidelity_subject import weights_file
 from torch import Tensor
 
+from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table, progress_bar
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.distill.captured import LOSS, Captured, attention_captured
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.images import evenly, list_images, load_image
-from sparsifiner_edge.results import Result, write_result
+from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse import calibrate
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
 from sparsifiner_edge.sparse.student import Student, make_student
@@ -118,8 +119,9 @@ def main(work: Path, starts: tuple[str, ...], output: Path | None) -> None:
     print_table("attention that lists hold, by the first phase", head, table)
     if output:
         output.mkdir(parents=True, exist_ok=True)
+        subject = Subject(path=material.DINOV2, sha256=sha256(weights_file()))
         method = {"size": SIZE, "images": len(images), "together": TOGETHER, "judged": len(judged)}
-        write_result(output / "published_predictor.json", Result("comparison", [], method, {}, statistics))
+        write_result(output / "published_predictor.json", Result("comparison", [subject], method, {}, statistics))
 
 
 if __name__ == "__main__":
