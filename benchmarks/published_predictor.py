@@ -61,7 +61,7 @@ def pixels(paths: Sequence[Path]) -> list[Tensor]:
 
 
 def train(student: Student, images: Sequence[Tensor], progress: Any) -> None:
-    """The phase, as `distill.train` runs it: AdamW without decay, the recipe's rates, weight and clipping."""
+    """The phase, as `distill.train` runs it: AdamW at the recipe's rates and decay, its weight and clipping."""
     recipe = read_recipe("imagenet-deit-s")
     phase, layers = recipe.reconstruct, calibrate.sparse_layers(student.model)
     steps = math.ceil(phase.epochs * IMAGENET / (recipe.batch * 8))
@@ -70,7 +70,7 @@ def train(student: Student, images: Sequence[Tensor], progress: Any) -> None:
         for image in images:
             student.model(image)
     parameters = [parameter for layer in layers for parameter in layer.select.parameters()]
-    optimiser = torch.optim.AdamW(parameters, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(parameters, weight_decay=recipe.predictor_weight_decay)
     generator, draw = torch.Generator().manual_seed(0), np.random.default_rng(0)
     for step in range(steps):
         rate = phase.factor((step + 1) / steps) * phase.predictor_learning_rate
@@ -112,9 +112,9 @@ def main(work: Path, starts: tuple[str, ...], output: Path | None) -> None:
         after = held(student, judged)
         statistics[name] = {"before": before, "after": after}
         for keep in before:
-            change = [b - a for a, b in zip(before[keep], after[keep], strict=True)]
-            figures = before[keep][WATCHED], after[keep][WATCHED], min(change)
-            table.append([name, keep, *(f"{x:+.3f}" if x is figures[2] else f"{x:.3f}" for x in figures)])
+            change = np.subtract(after[keep], before[keep])
+            figures = f"{before[keep][WATCHED]:.3f}", f"{after[keep][WATCHED]:.3f}"
+            table.append([name, keep, *figures, f"{change.min():+.3f} (layer {int(change.argmin())})"])
     head = ["start", "keep", f"layer {WATCHED}: before", "after", f"worst layer's change (required >= -{LOSS})"]
     print_table("attention that lists hold, by the first phase", head, table)
     if output:

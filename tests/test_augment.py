@@ -29,12 +29,12 @@ TINY_RUN = (
 
 def test_what_is_drawn_follows_from_the_seed_and_leaves_others_alone() -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()  # type: ignore[index]
+    before = random.getstate(), str(np.random.get_state(legacy=False)), torch.random.get_rng_state()
     drawn = []
     for seed in (3, 3, 4):
         with drawn_from(seed):
             drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()  # type: ignore[index]
+    after = random.getstate(), str(np.random.get_state(legacy=False)), torch.random.get_rng_state()
     assert drawn[0] == drawn[1]
     assert all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
     assert before[:2] == after[:2]
@@ -56,11 +56,12 @@ def test_randaugment(size: tuple[int, int]) -> None:
     assert changed >= 6  # Two operations, each for half of the images; some leave an image as it is.
 
 
-def test_the_greatest_magnitude() -> None:
-    """timm asks Pillow for an image of no bits there."""
+@pytest.mark.parametrize("policy", ["rand-m10-n9-inc1", "rand-m0-n9", "augmix-m10-w3", "v0", "original"])
+def test_every_magnitude(policy: str) -> None:
+    """At its end timm asks Pillow for an image of no bits."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    auto = augmentation(32, Images(auto_augment="rand-m10-n9-inc1"))
-    for seed in range(20):
+    auto = augmentation(32, Images(auto_augment=policy))
+    for seed in range(40):
         assert seeded(auto, image, seed).shape == (3, 32, 32)
 
 
@@ -94,8 +95,9 @@ def test_labels_are_mixed_as_images_are(mixup: float, cut: float) -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="mix the same images"):
         BatchAugmentation(Images(cut_mix=0.5, mixup=0.8), 0, 4, "cpu")
-    with pytest.raises(ConfigError, match="batch is 3"):
-        BatchAugmentation(Images(mixup_cut=0.8), 0, 3, "cpu")
+    for images in (Images(mixup_cut=0.8), Images(smoothing=0.1)):
+        with pytest.raises(ConfigError, match="batch is 3"):
+            BatchAugmentation(images, 2, 3, "cpu")
     for policy in ("nonsense", "rand-z3"):
         with pytest.raises(ConfigError, match="timm does not know"):
             augmentation(32, Images(auto_augment=policy))

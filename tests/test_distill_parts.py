@@ -24,8 +24,9 @@ from sparsifiner_edge.distill.data import (
 )
 from sparsifiner_edge.distill.fidelity import joint_fidelity
 from sparsifiner_edge.distill.losses import Distiller, at_positions
+from sparsifiner_edge.distill.optimiser import make_optimiser
 from sparsifiner_edge.distill.recipe import Images, Losses, Phase, Recipe, names, read_recipe
-from sparsifiner_edge.distill.train import Training, digest, make_accelerator, make_optimiser
+from sparsifiner_edge.distill.train import Training, digest, make_accelerator
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.images import load_image, open_image
 from sparsifiner_edge.records import write_record

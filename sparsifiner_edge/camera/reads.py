@@ -11,7 +11,7 @@ from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.order import hilbert_order, inverse
-from sparsifiner_edge.runtime.watched import LISTS, MATCHES, WATCHED
+from sparsifiner_edge.runtime.watched import MATCHES, WATCHED
 
 
 class Read(NamedTuple):
@@ -38,14 +38,13 @@ class Reads:
     """Reads the outputs of `runtime.watched`.
 
     Raises:
-        ConfigError: every layer of the bundle's model reads all tokens, or it prunes: what is gone is read by none.
+        ConfigError: the bundle's model is dense, or prunes tokens: what is gone is read by none.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         made, tokens = bundle.manifest.sparsity, bundle.manifest.tokens
-        listed = any(name.rpartition("::")[2] in LISTS for name in bundle.manifest.ops)
-        if not listed or made is None or tokens is None or tokens.grid is None:
-            raise ConfigError(f"No layer of {bundle.folder} reads lists of keys.", "Leave --overlay-reads out.")
+        if made is None or tokens is None or tokens.grid is None:
+            raise ConfigError(f"{bundle.folder} does not say which tokens it reads.", "Leave --overlay-reads out.")
         if made.token_keep:
             raise ConfigError(f"{bundle.folder} prunes tokens.", "Leave --overlay-reads out.")
         self.grid = tokens.grid

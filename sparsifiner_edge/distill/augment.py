@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any, cast
@@ -83,7 +84,7 @@ def _policy(name: str, side: int, mean: tuple[float, float, float]) -> Any:
         raise ConfigError(
             f"images.auto_augment is {name!r:.60}, which timm does not know.", 'Such as "rand-m9-mstd0.5-inc1", or "".'
         ) from error
-    for operation in getattr(found, "ops", ()):
+    for operation in (*getattr(found, "ops", ()), *itertools.chain(*getattr(found, "policy", ()))):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
     return found
@@ -109,7 +110,7 @@ class BatchAugmentation:
         classes: of the labels; 0: there are none.
 
     Raises:
-        ConfigError: batches are mixed in two ways, or smoothed or mixed by pairs where their size is odd.
+        ConfigError: batches are mixed in two ways; or are odd, for timm mixes and smooths by pairs.
     """
 
     def __init__(self, images: Images, classes: int, batch: int, device: Any) -> None:
@@ -118,8 +119,10 @@ class BatchAugmentation:
             raise ConfigError(
                 "images.cut_mix and images.mixup, images.mixup_cut mix the same images.", "Set one of them to 0."
             )
-        if mixes and batch % 2:
-            raise ConfigError(f"images.mixup and images.mixup_cut mix pairs, and batch is {batch}.", "Make it even.")
+        if (mixes or images.smoothing) and batch % 2:
+            raise ConfigError(
+                f"images.mixup, mixup_cut and smoothing go by pairs, and batch is {batch}.", "Make it even."
+            )
         self._cut_mix, self._classes = images.cut_mix, classes
         self._erase = RandomErasing(images.erasing, mode="pixel", device=device) if images.erasing else None
         self._mix = Mixup(

@@ -41,7 +41,7 @@ def attention_captured(model: nn.Module, images: Sequence[Tensor], budgets: Sequ
         if keep_text(budget.keep) not in found:
             set_budget(model, dataclasses.replace(budget, merge=()), keep_predictors=True)
             found[keep_text(budget.keep)] = _means(model, images[:MOST_IMAGES])
-    set_budget(model, before)
+    set_budget(model, before, keep_predictors=True)
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig
+from sparsifiner_edge.distill.captured import Captured, attention_captured
 from sparsifiner_edge.distill.losses import at_positions
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
@@ -20,42 +21,70 @@ LEAST_ERROR = 1e-6
 """Cosine distance at which a budget counts as perfect: rounding is as large."""
 
 
-class HeldOutScores(NamedTuple):
-    """Per budget and image: cosines, see `fidelities`; whether the first class is right, empty where nobody knows."""
+class HeldOut(NamedTuple):
+    """An image [1,3,H,W], what the teacher makes of it, and its class, where that decides."""
 
-    cosines: list[list[float]]
-    right: list[list[bool]]
+    image: Tensor
+    wanted: ModelAnswer
+    label: int | None = None
+
+
+class Judgement(NamedTuple):
+    """Of weights, on held-out images.
+
+    Attributes:
+        fidelity: see `joint_fidelity`; -1 where it is NaN. cosines: of each budget. top1: of each budget, where images
+            have classes. captured: see `attention_captured`. sound: whether all cosines are numbers.
+    """
+
+    fidelity: float
+    cosines: list[float]
+    top1: list[float]
+    captured: Captured
+    sound: bool
+
+    @property
+    def score(self) -> float:
+        """What decides: the greater, the better."""
+        return statistics.fmean(self.top1) if self.top1 and self.sound else self.fidelity
 
 
 @torch.no_grad()
-def fidelities(
-    model: nn.Module,
-    held_out: list[tuple[Tensor, ModelAnswer]],
-    budgets: list[SparsityConfig],
-    names: tuple[str, ...] | None = None,
-    labels: Sequence[int] = (),
-) -> HeldOutScores:
-    """Per budget and image, the mean of the patch tokens' and the prefix tokens' cosines to the teacher's, and of the
-    correlation with each output of what is around the backbone; with labels also whether they are given.
+def judge_weights(
+    model: nn.Module, held_out: Sequence[HeldOut], budgets: list[SparsityConfig], names: tuple[str, ...] | None = None
+) -> Judgement:
+    """Cosines of tokens to the teacher's, first classes where images have one, and the attention that lists hold.
+
+    A budget's cosine of an image is the mean of the patch tokens', the prefix tokens', and of the correlation with each
+    output of what is around the backbone.
     """
     backbone = backbone_of(model)
-    before, prefix, found = cast(SparsityConfig, backbone.sparsity), backbone.prefix, HeldOutScores([], [])
+    before, each, top1 = cast(SparsityConfig, backbone.sparsity), list[list[float]](), list[float]()
     for sparsity in budgets:
         set_budget(model, sparsity, keep_predictors=True)
-        values, right = [], []
-        for number, (image, wanted) in enumerate(held_out):
-            seen = seen_by(model, image, names)
-            expected = at_positions(wanted.tokens, seen.positions, prefix)
-            cosine = torch.cosine_similarity(seen.tokens, expected, dim=-1)[0]
-            parts = [cosine[:prefix], cosine[prefix:]] if prefix else [cosine]
-            parts += [_correlation(seen.outputs[name], output) for name, output in wanted.outputs.items()]
-            values.append(statistics.fmean(float(part.mean()) for part in parts))
-            if labels:
-                right.append(int(backbone.heads(seen.tokens)["logits"].argmax()) == labels[number])
-        found.cosines.append(values)
-        found.right.append(right)
-    set_budget(model, before)
-    return found
+        values, right = list[float](), list[bool]()
+        for one in held_out:
+            seen = seen_by(model, one.image, names)
+            values.append(_cosine(seen, one.wanted, backbone.prefix))
+            if one.label is not None:
+                right.append(int(backbone.heads(seen.tokens)["logits"].argmax()) == one.label)
+        each.append(values)
+        top1 += [statistics.fmean(right)] if right else []
+    set_budget(model, before, keep_predictors=True)
+    joint, cosines = joint_fidelity(each), [statistics.fmean(values) for values in each]
+    captured = attention_captured(model, [one.image for one in held_out], budgets)
+    sound = math.isfinite(joint)
+    return Judgement(
+        joint if sound else -1.0, [x if math.isfinite(x) else -1.0 for x in cosines], top1, captured, sound
+    )
+
+
+def _cosine(seen: ModelAnswer, wanted: ModelAnswer, prefix: int) -> float:
+    expected = at_positions(wanted.tokens, seen.positions, prefix)
+    cosine = torch.cosine_similarity(seen.tokens, expected, dim=-1)[0]
+    parts = [cosine[:prefix], cosine[prefix:]] if prefix else [cosine]
+    parts += [_correlation(seen.outputs[name], output) for name, output in wanted.outputs.items()]
+    return statistics.fmean(float(part.mean()) for part in parts)
 
 
 def _correlation(got: Tensor, wanted: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -23,20 +24,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sparsifiner_edge.config import SparsityConfig, parse_merge, parse_token_keep
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.augment import BatchAugmentation, augmentation, drawn_from
-from sparsifiner_edge.distill.captured import attention_captured
 from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
 from sparsifiner_edge.distill.data import Batch, ImageSource, batches
-from sparsifiner_edge.distill.fidelity import fidelities, joint_fidelity
+from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights
 from sparsifiner_edge.distill.losses import Distiller
+from sparsifiner_edge.distill.optimiser import make_optimiser
 from sparsifiner_edge.distill.recipe import Phase, Recipe, parse_point
 from sparsifiner_edge.distill.tensorboard import RecordLosses
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
+from sparsifiner_edge.sparse.outputs import seen_by
 from sparsifiner_edge.sparse.patch import set_budget
-from sparsifiner_edge.sparse.student import Student, is_predictor
+from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
 RECENT = 50
@@ -71,31 +71,6 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """Of backbone and predictor in turn: matrices, which decay, then the rest; tokens never decay.
-
-    A decoder that is frozen is left out, and gets no gradient.
-    """
-    matrices, predictor, rest = list[nn.Parameter](), list[nn.Parameter](), list[nn.Parameter]()
-    inside = set(map(id, backbone_of(model).module.parameters()))
-    for name, parameter in model.named_parameters():
-        if recipe.freeze_decoder and id(parameter) not in inside:
-            parameter.requires_grad_(False)
-        elif is_predictor(name):
-            predictor.append(parameter)
-        else:
-            decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
-            (matrices if decays else rest).append(parameter)
-    backbone = {"eps": recipe.epsilon, "predictor": False}
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": recipe.weight_decay, **backbone},
-            {"params": predictor, "weight_decay": recipe.predictor_weight_decay, "predictor": True},
-            {"params": rest, "weight_decay": 0.0, **backbone},
-        ]
-    )
-
-
 class Training:
     """A student, its teacher and their images, on the processes that accelerate was launched with."""
 
@@ -126,14 +101,13 @@ class Training:
         self.depth = len(student.backbone.layers)
         for budget in self.budgets():  # refuses those that contradict the student
             budget.layer_tokens(self.depth, student.backbone.patches, 1)
-        self.held_out_labels: list[int] = []
-        self.held_out = self._held_out(teacher.model)
         self.by_top1 = recipe.best == "top1" and bool(source.labels)
         if self.by_top1 and not source.held_out_labels:
             raise ConfigError(
                 f"Images of {source.held_out_root} that are held out lie outside of the folders of classes.",
                 "Sort them, or let the cosine decide: --set best=cosine.",
             )
+        self.held_out = self._held_out(teacher.model)
 
     def _steps(self, phase: Phase) -> int:
         if not phase.epochs:
@@ -142,21 +116,20 @@ class Training:
         return max(1, math.ceil(phase.epochs * len(self.source.train) / per_step))
 
     @torch.no_grad()
-    def _held_out(self, teacher: nn.Module) -> list[tuple[Tensor, ModelAnswer]]:
+    def _held_out(self, teacher: nn.Module) -> list[HeldOut]:
         """Validation images, and what the teacher makes of them; judged by the first process alone."""
         if not self.accelerator.is_main_process:
             return []
         found = []
-        labels = self.source.held_out_labels or [-1] * len(self.source.held_out)
-        for path, label in zip(self.source.held_out, labels, strict=True):
+        labels = self.source.held_out_labels if self.by_top1 else itertools.repeat(None)
+        for path, label in zip(self.source.held_out, labels):  # noqa: B905
             try:
                 pixels = load_image(path, self.size)
             except ImageError:
                 self.state.unreadable.add(str(path))
                 continue
             image = normalise(torch.from_numpy(pixels)[None], self.pre).to(self.accelerator.device)
-            found.append((image, seen_by(teacher, image, self.distiller.names)))
-            self.held_out_labels.append(label)
+            found.append(HeldOut(image, seen_by(teacher, image, self.distiller.names), label))
         if not found:
             raise ImageError("None of the held-out images can be read.", f"Look at {self.source.held_out[0]}.")
         return found
@@ -315,43 +288,29 @@ class Training:
             group["lr"] = factor * (phase.predictor_learning_rate if group["predictor"] else phase.learning_rate)
 
     def _judge(self, step: int) -> None:
-        """Held-out images: cosines to the teacher's tokens, the first class where that decides; the weights of the best
-        are kept.
-        """
+        """Look at held-out images, and keep the weights of the best."""
         if self.accelerator.is_main_process:
-            raw = self.distiller.student
-            average = None if self.average is None else self.average.module
-            models = [raw if average is None else average]
-            if self.by_top1 and average is not None and step:
-                models.append(raw)
-            for model in models:
-                self._judge_one(step, model, "raw " if model is raw and average is not None else "")
+            raw, models = self.distiller.student, dict[str, nn.Module]()
+            models[""] = raw if self.average is None else self.average.module
+            if self.by_top1 and self.average is not None and step:
+                models["raw "] = raw
+            for prefix, model in models.items():
+                self._judge_one(step, model, prefix)
         self.accelerator.wait_for_everyone()
 
     def _judge_one(self, step: int, model: nn.Module, prefix: str) -> None:
-        labels = self.held_out_labels if self.by_top1 else ()
-        judged = fidelities(model, self.held_out, self.budgets(), self.distiller.names, labels)
-        found, cosines = joint_fidelity(judged.cosines), [statistics.fmean(each) for each in judged.cosines]
-        if not math.isfinite(found):
-            if step == 0:
-                raise GateError("The student's tokens of held-out images are NaN or infinite.", "Look at its weights.")
-            found, cosines = -1.0, [x if math.isfinite(x) else -1.0 for x in cosines]
-        figures: dict[str, Any] = {"fidelity": found, "cosines": cosines}
-        top1 = [statistics.fmean(each) for each in judged.right] if labels else []
-        if labels:
-            found = statistics.fmean(top1) if found >= 0 else -1.0
-            figures["top1"] = top1
-        captured = attention_captured(model, [image for image, _ in self.held_out], self.budgets())
-        checkpoint.append_history(
-            self.folder, step, **{f"{prefix}{name}": x for name, x in (figures | {"captured": captured}).items()}
-        )
-        state = self.state
-        if found < state.fidelity.get(step, -math.inf):
-            return  # The other weights of this step do better.
-        state.fidelity[step], state.cosines[step], state.captured[step] = found, cosines, captured
-        if labels:
-            state.top1[step] = top1
-        if found >= max(state.fidelity.values()):
+        state, found = self.state, judge_weights(model, self.held_out, self.budgets(), self.distiller.names)
+        if step == 0 and not found.sound:
+            raise GateError("The student's tokens of held-out images are NaN or infinite.", "Look at its weights.")
+        figures: dict[str, Any] = {"fidelity": found.fidelity, "cosines": found.cosines, "captured": found.captured}
+        figures |= {"top1": found.top1} if self.by_top1 else {}
+        checkpoint.append_history(self.folder, step, **{f"{prefix}{name}": x for name, x in figures.items()})
+        if found.score <= state.fidelity.get(step, -math.inf):
+            return  # The averaged weights of this step do as well.
+        state.fidelity[step], state.cosines[step], state.captured[step] = found.score, found.cosines, found.captured
+        if self.by_top1:
+            state.top1[step] = found.top1
+        if found.score >= max(state.fidelity.values()):
             state.best_step = step
             state.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 

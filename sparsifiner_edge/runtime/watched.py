@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
 from sparsifiner_edge.bundle.store import Bundle
-from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.errors import BackendError, ConfigError
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.onnx_file import read_model
 from sparsifiner_edge.ops.schema import DOMAIN
@@ -22,6 +22,7 @@ def open_watched(bundle: Bundle, backend: str, threads: int | None, kernels: str
     Numbers follow the layers. Arguments: see `open_checked`.
 
     Raises:
+        ConfigError: none of its layers reads lists.
         BackendError: another backend than onnxruntime: engines have the outputs that they were built with.
     """
     if backend != OnnxRuntime.name:
@@ -33,6 +34,8 @@ def open_watched(bundle: Bundle, backend: str, threads: int | None, kernels: str
     path = bundle.folder / MODEL_FILE
     model = read_model(bundle.read(MODEL_FILE), path)
     wanted = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in (*LISTS, MATCHES)]
+    if all(node.op_type == MATCHES for node in wanted):
+        raise ConfigError(f"No layer of {bundle.folder} reads lists of keys.", "Choose a sparser bundle.")
     for number, node in enumerate(wanted):
         name = f"{WATCHED}.{node.op_type}.{number}"
         model.graph.node.append(onnx.helper.make_node("Identity", [node.output[0]], [name]))

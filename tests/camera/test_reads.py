@@ -93,7 +93,7 @@ def test_what_is_refused(
     bundle, shown = exported(once, "merging"), ("--source", video, "--overlay-reads")
     assert_refused(call(capsys, "run", bundle, *shown), "Give --overlay FILE.mp4")
     overlay = tmp_path / "o.mp4"
-    assert_refused(call(capsys, "run", cells, *shown, "--overlay", overlay), "reads lists of keys")
+    assert_refused(call(capsys, "run", cells, *shown, "--overlay", overlay), "does not say which tokens it reads")
     with pytest.raises(BackendError, match="openvino cannot show what layers read"):
         Model(bundle, "openvino", 1, reads=True)
     assert not overlay.exists()

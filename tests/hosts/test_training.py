@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import sparsifiner_edge as se
 from sparsifiner_edge.distill.fidelity import fidelities
 from sparsifiner_edge.distill.losses import Distiller, output_loss
+from sparsifiner_edge.distill.optimiser import make_optimiser
 from sparsifiner_edge.distill.recipe import Losses, Recipe
-from sparsifiner_edge.distill.train import make_optimiser
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.sparse.outputs import seen_by
 from sparsifiner_edge.sparse.patch import final_tokens
