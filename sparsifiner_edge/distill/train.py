@@ -121,8 +121,8 @@ class Training:
         if not self.accelerator.is_main_process:
             return []
         found = []
-        labels = self.source.held_out_labels if self.by_top1 else itertools.repeat(None)
-        for path, label in zip(self.source.held_out, labels):  # noqa: B905
+        labels = self.source.held_out_labels if self.by_top1 else ()
+        for path, label in itertools.zip_longest(self.source.held_out, labels):
             try:
                 pixels = load_image(path, self.size)
             except ImageError:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsifiner_edge as se
-from sparsifiner_edge.distill.fidelity import fidelities
+from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights
 from sparsifiner_edge.distill.losses import Distiller, output_loss
 from sparsifiner_edge.distill.optimiser import make_optimiser
 from sparsifiner_edge.distill.recipe import Losses, Recipe
@@ -81,9 +81,9 @@ def test_the_teacher_itself_loses_nothing(student: Path) -> None:
     losses = Distiller(found.model, dense_twin(found).model, Losses(), names)(x, None, torch.Generator(), False)
     assert losses["outputs"].shape == (2,)
     assert float(losses["outputs"].detach().min()) > 1e-4
-    held_out = [(x[:1], seen_by(dense_twin(found).model, x[:1], names))]
-    own, same = (fidelities(side, held_out, [found.sparsity], names)[0][0] for side in (found.model, found.model))
-    assert own == same < 1
+    held_out = [HeldOut(x[:1], seen_by(dense_twin(found).model, x[:1], names))]
+    own, again = (judge_weights(found.model, held_out, [found.sparsity], names).fidelity for _ in range(2))
+    assert own == again < 1
 
 
 @pytest.mark.parametrize("frozen", [True, False])
