@@ -14,11 +14,13 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.captured import attention_captured, lost
 from sparsifiner_edge.distill.distill import distill_student
+from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.calibrate import observed, selection_loss
+from sparsifiner_edge.sparse.outputs import seen_by
 from sparsifiner_edge.sparse.patch import set_budget
-from sparsifiner_edge.sparse.student import Student, load_student, save_student
+from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, save_student
 from sparsifiner_edge.sparse.weights import normalise
 from tests.commands import call
 from tests.models import images, student
@@ -67,6 +69,18 @@ def test_a_layer_that_is_dense_in_a_budget_holds_all() -> None:
     budget = dataclasses.replace(made.sparsity, keep=(0.2, 1.0, 0.2, 0.2, 0.2, 0.2))
     (found,) = attention_captured(made.model, [images(made.model, batch=1)], [budget]).values()
     assert [share == 1 for share in found] == [False, True, False, False, False, False]
+
+
+def test_predictors_outlive_a_judgement_within_a_budget_that_does_without_them() -> None:
+    made = student(sparsity=KINDS["edge"])
+    few = dataclasses.replace(made.sparsity, keep=(0.2, 1.0, 0.2, 0.2, 0.2, 0.2))
+    image = images(made.model, batch=1)
+    held_out = [HeldOut(image, seen_by(dense_twin(made).model, image))]
+    set_budget(made.model, few, keep_predictors=True)
+    found = judge_weights(made.model, held_out, [made.sparsity])
+    assert made.backbone.sparsity == few
+    set_budget(made.model, made.sparsity, keep_predictors=True)  # refused where a layer has lost its own
+    assert judge_weights(made.model, held_out, [made.sparsity]) == found
 
 
 def test_a_model_without_lists_has_none_to_watch() -> None:
