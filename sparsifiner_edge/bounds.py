@@ -20,6 +20,8 @@ MOST_COUNT = 2**31 - 1
 """Whatever is counted: steps, frames, classes."""
 MOST_BATCH = 99_999
 """Images at once."""
+MOST_WORKERS = 256
+"""Processes that read images."""
 MOST_CLASSES = 1 << 17
 """Classes of a classifier: six times those of the largest image data sets."""
 MOST_DEPTH = 64

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparsifiner_edge.bounds import MOST_COUNT
+from sparsifiner_edge.bounds import MOST_BATCH, MOST_COUNT, MOST_WORKERS
 from sparsifiner_edge.cli import common
 from sparsifiner_edge.text import shown
 
@@ -39,6 +40,13 @@ if TYPE_CHECKING:
 @click.option("--threshold", type=float, help="For maps from 0 to 1: what belongs to the mask.  [default: 0.5]")
 @common.corruptions_option
 @common.severity_option
+@click.option("--crop-pct", type=float, metavar="SHARE",
+              help="For top1: the share of an image's sides that is seen; by default as timm validates the model.",
+              )  # fmt: skip
+@click.option("--batch", type=click.IntRange(1, MOST_BATCH),
+              help="For top1: images at once; by default as suits the models.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0, MOST_WORKERS),
+              help="For top1: processes that read images; by default as many as cores.")  # fmt: skip
 @click.option("--head", type=common.PATH, help="For linear: write the student with this classifier.")
 @common.keep_option
 @common.token_keep_option
@@ -52,9 +60,11 @@ def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **o
     """Compare SUBJECT with its dense teacher, image by image."""
     import sparsifiner_edge
 
-    with common.progress_bar("images") as progress:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that accelerate or torchrun launched
+    with common.progress_bar("images", visible=first) as progress:
         result = sparsifiner_edge.evaluate_student(subject, data, progress=progress, **options)
-    common.print_result(result, as_json, _print, output)
+    if first:
+        common.print_result(result, as_json, _print, output)
 
 
 def _print(result: CosineResult | ClassResult | TaskResult | RobustnessResult) -> None:
@@ -140,3 +150,11 @@ def _print_accuracy(result: ClassResult) -> None:
         ["difference", f"{paired.value:+.2f} points ({paired.low:+.2f} to {paired.high:+.2f})"],
     ]
     common.print_table(f"{method.metric}: {method.queries}, gallery {method.gallery}", ["", "accuracy"], rows)
+    click.echo(f"images: {shown(method.preprocessing)}")
+    if found.images_per_second is not None:
+        devices = ", ".join(dict.fromkeys(str(runtime.device) for runtime in method.runtime.values()))
+        batches = "+".join(map(str, dict.fromkeys((method.batch or {}).values())))
+        click.echo(
+            f"{found.images_per_second:.1f} images a second through both on {shown(devices)}; batch {batches}, "
+            f"workers {method.workers}, processes {method.processes}"
+        )

@@ -1,5 +1,5 @@
-"""Classification: nearest neighbours and linear probes on frozen features, and top-1 of a classifier; subject and
-teacher predict the same queries, and the difference comes with a paired interval.
+"""Classification: nearest neighbours and linear probes on frozen features; subject and teacher predict the same
+queries, and the difference comes with a paired interval. A classifier's own answer is judged in `top1.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,15 +34,21 @@ from sparsifiner_edge.sparse.student_file import checked_labels, read_config
 NEIGHBOURS = 20
 GALLERY = 5000
 METRICS = ("knn", "linear", "top1")
+BY_LABELS, BY_FOLDERS = "the classifier's labels", "folders, sorted"
 
 
 class Accuracies(msgspec.Struct, frozen=True, kw_only=True):
-    """In percent, and their difference with a paired 95 % bootstrap interval."""
+    """In percent, and their difference with a paired 95 % bootstrap interval.
+
+    Attributes:
+        images_per_second: through both models, from files on; of top 1.
+    """
 
     subject_percent: float
     teacher_percent: float
     difference_points: Estimate
     queries: int
+    images_per_second: float | None = None
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +59,12 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClassMethod(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was compared; runtime by role."""
+    """How it was compared; runtime by role.
+
+    Attributes:
+        preprocessing: of the subject's images; of top 1 the teacher's are said apart. batch: images at once, by role.
+        workers: processes that read images, of each process that ran the models.
+    """
 
     metric: str
     queries: str
@@ -62,6 +73,10 @@ class ClassMethod(msgspec.Struct, frozen=True, kw_only=True):
     classes_from: str
     preprocessing: str
     runtime: dict[str, Runtime]
+    teacher_preprocessing: str | None = None
+    batch: dict[str, int] | None = None
+    workers: int | None = None
+    processes: int | None = None
 
 
 class ClassResult(Declared, frozen=True):
@@ -81,7 +96,7 @@ def evaluate_classes(
     head: str | Path | None,
     progress: Progress | None,
 ) -> ClassResult:
-    """Accuracy of a student or bundle beside its teacher's; see `evaluate_student`."""
+    """Accuracy by neighbours or probes of a student or bundle beside its teacher's; see `evaluate_student`."""
     if head is not None:
         if metric != "linear" or kind_of(compared.subject) != "student":
             raise ConfigError("A head is written for a student's linear probe.", "Use --metric linear, and a student.")
@@ -90,7 +105,7 @@ def evaluate_classes(
         require_replaceable(Path(head), "student")
     with contextlib.ExitStack() as stack:
         subject = open_subject(compared, stack)
-        query_set = labelled(data, classifier=subject.labels if metric == "top1" else ()).first(queries)
+        query_set = labelled(data).first(queries)
         if head is not None:
             checked_labels(query_set.classes, data)  # Before minutes of work that could not be written.
         gallery_set = gallery_for(metric, gallery, query_set)
@@ -111,11 +126,11 @@ def evaluate_classes(
         )
         write_head(student, predictors[0].fitted, query_set.classes, Path(head))
     method = ClassMethod(
-        metric={"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression", "top1": "top 1"}[metric],
+        metric={"knn": f"{NEIGHBOURS} nearest by cosine", "linear": "logistic regression"}[metric],
         queries=f"{len(query_set)} of {query_set.name}",
         gallery=f"{len(gallery_set)} of {gallery_set.name}" if gallery_set else "none",
         classes=list(query_set.classes),
-        classes_from="the classifier's labels" if query_set.classes == subject.labels else "folders, sorted",
+        classes_from=BY_LABELS if query_set.classes == subject.labels else BY_FOLDERS,
         preprocessing=f"{centre_text(subject.size)}, bicubic to {size_text(subject.size)} px",
         runtime={"subject": subject.runtime, "teacher": teacher.runtime},
     )
@@ -183,29 +198,43 @@ def predictor_of(
 ) -> Predictor:
     """The classifier itself, or what learns from the features of a gallery."""
     if gallery_set is None:
-
-        def top(logits: Array) -> Array:
-            if logits.shape[1] != len(query_set.classes):
-                raise ConfigError(
-                    f"The classifier knows {logits.shape[1]} classes, the images have {len(query_set.classes)}.",
-                    "Give one folder per class, in the order of the classifier's labels.",
-                )
-            return np.asarray(logits.argmax(1))
-
-        return Predictor("logits", top)
+        return Predictor("logits", lambda logits: top_class(logits, query_set.classes))
     features = _outputs(extractor, gallery_set, "features", count)
     fitted = (fit_neighbours if metric == "knn" else fit_probe)(features, gallery_set.labels)
     return Predictor("features", fitted.predict, fitted)
 
 
+def top_class(logits: Array, classes: tuple[str, ...]) -> Array:
+    """Of logits [n,C] the greatest: [n].
+
+    Raises:
+        ConfigError: the classifier has other classes than so many.
+    """
+    if logits.shape[1] != len(classes):
+        raise ConfigError(
+            f"The classifier knows {logits.shape[1]} classes, the images have {len(classes)}.",
+            "Give one folder per class, in the order of the classifier's labels.",
+        )
+    return np.asarray(logits.argmax(1))
+
+
 def _outputs(extractor: Extractor, images: Labelled, name: str, count: Callable[[], None]) -> Array:
     rows = []
     for outputs in extractor.each(images.load(index, extractor.size) for index in range(len(images))):
-        if name not in outputs:
-            raise ConfigError(f"{extractor.about.path} has no {name}.", "Choose another metric, or a classifier.")
-        rows.append(outputs[name][0])
+        rows.append(required_output(extractor, outputs, name)[0])
         count()
     return np.stack(rows)
+
+
+def required_output(extractor: Extractor, outputs: Mapping[str, Array], name: str) -> Array:
+    """One of a model's outputs.
+
+    Raises:
+        ConfigError: it has none of that name.
+    """
+    if name not in outputs:
+        raise ConfigError(f"{extractor.about.path} has no {name}.", "Choose another metric, or a classifier.")
+    return outputs[name]
 
 
 def _sklearn(module: str) -> Any:
@@ -231,7 +260,7 @@ def fit_probe(features: Array, labels: Array) -> Any:
         return probe.fit(features, labels)
 
 
-def accuracy_statistics(subject: Array, teacher: Array) -> Accuracies:
+def accuracy_statistics(subject: Array, teacher: Array, images_per_second: float | None = None) -> Accuracies:
     """Of predictions for the same queries, each right or not."""
     difference = subject.astype(int) - teacher.astype(int)
     # Differences take three values: to draw queries again is to draw how often each comes.
@@ -244,6 +273,7 @@ def accuracy_statistics(subject: Array, teacher: Array) -> Accuracies:
         teacher_percent=100.0 * float(teacher.mean()),
         difference_points=stats.estimate(100 * float(difference.mean()), low, high, "paired bootstrap over queries"),
         queries=len(subject),
+        images_per_second=images_per_second,
     )
 
 

@@ -13,6 +13,7 @@ from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
 from sparsifiner_edge.evaluate.extract import TeacherComparison
 from sparsifiner_edge.evaluate.robustness import RobustnessQuestion, RobustnessResult, evaluate_robustness
 from sparsifiner_edge.evaluate.task import THRESHOLD, Task, TaskResult, evaluate_task
+from sparsifiner_edge.evaluate.top1 import Feeding, evaluate_top1
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.metrics import MAPS
 from sparsifiner_edge.progress import Progress
@@ -40,6 +41,9 @@ def evaluate_student(
     threshold: float | None = None,
     corruptions: str | None = None,
     severity: str | None = None,
+    crop_pct: float | None = None,
+    batch: int | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> CosineResult | ClassResult | TaskResult | RobustnessResult:
     """Compare a student or bundle with its dense teacher over images.
@@ -51,7 +55,8 @@ def evaluate_student(
         against: the teacher: a model (see `load_source`), or a bundle. None, for a student only: its own weights
             with dense attention everywhere.
         metric: "cosine". "knn": accuracy of the class of most of the 20 nearest gallery features by cosine. "linear":
-            of logistic regression on the gallery's features. "top1": of the classifier's own answer. "task": see task.
+            of logistic regression on the gallery's features. "top1": of the classifier's own answer, on images that are
+            prepared as timm validates the model; see `evaluate_top1`. "task": see task.
         gallery: for knn and linear: labelled images. Of a larger gallery 5000 are taken, evenly, and an image of each
             class that has none among them.
         queries: for accuracies: use at most so many images of `data`, evenly taken; None takes all.
@@ -61,6 +66,7 @@ def evaluate_student(
         task, map_name, masks, threshold: for the metric "task"; see `Task`. None takes what that has.
         corruptions: judge by the same metric while images are corrupted: "all", "common", "camera" or names; see
             `corruptions`. severity: as "3", "1,3,5" or "1..5"; None takes all.
+        crop_pct, batch, workers: for top1 on clean images: see `Feeding`.
         progress: see `Progress`; counts images.
 
     Returns:
@@ -73,7 +79,10 @@ def evaluate_student(
     """
     compared = TeacherComparison(Path(subject), against, weights, keep, token_keep, merge, backend, kernels, trust)
     chosen = Task(task or MAPS, map_name, Path(masks) if masks else None, THRESHOLD if threshold is None else threshold)
+    feeding = Feeding(crop_pct, batch, workers)
     _require_sense(metric, chosen, head, corruptions, severity)
+    if metric != "top1" or corruptions is not None:
+        _require_unset(feeding, metric)
     if metric in METRICS and isinstance(data, list):
         raise ConfigError(f"{metric} needs a folder of labelled images.", "Give the folder.")
     if gallery is not None and metric not in METRICS:
@@ -82,6 +91,8 @@ def evaluate_student(
         asked = RobustnessQuestion(metric, gallery, queries, chosen)
         found = data if isinstance(data, list) else Path(data)
         return evaluate_robustness(compared, found, asked, every_condition(corruptions, severity), progress)
+    if metric == "top1":
+        return evaluate_top1(compared, Path(str(data)), gallery, queries, feeding, progress)
     if metric in METRICS:
         return evaluate_classes(compared, Path(str(data)), metric, gallery, queries, head, progress)
     files = data if isinstance(data, list) else list_images(Path(data))
@@ -99,7 +110,7 @@ def _require_sense(
         raise ConfigError(f"metric is {metric!r}.", f"Choose one of: cosine, task, {', '.join(METRICS)}.")
     if chosen != Task() and metric != "task":
         raise ConfigError("A task, masks and a threshold require --metric task.", "Leave them out.")
-    if head is not None and (metric not in METRICS or corruptions is not None):
+    if head is not None and (metric not in ("knn", "linear") or corruptions is not None):
         raise ConfigError("A head is written by the metric linear, on clean images.", "Use that, or leave --head out.")
     if not 0 < chosen.threshold < 1:
         raise ConfigError(f"threshold is {chosen.threshold}.", "Give a number between 0 and 1.")
@@ -107,3 +118,14 @@ def _require_sense(
         raise ConfigError("Masks and the name of a map are for the task maps.", "Leave them out.")
     if severity is not None and corruptions is None:
         raise ConfigError("A severity is that of corruptions.", "Name them: --corruptions all.")
+
+
+def _require_unset(feeding: Feeding, metric: str) -> None:
+    """Refuse what other metrics, and corrupted images, have no use for: they take the centre of an image."""
+    for name, value in feeding._asdict().items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} {value:g} is for --metric top1 on clean images; this is {metric}.",
+                f"Leave {option} out, or use --metric top1 without --corruptions.",
+            )

@@ -29,6 +29,7 @@ from sparsifiner_edge.sparse.weights import normalise
 
 TOKENS_TOGETHER = 2048
 """Of so many tokens images are computed together in torch: more of them gain nothing on a CPU, and take memory."""
+GPU_TOKENS_TOGETHER = 32 * TOKENS_TOGETHER
 
 
 class Extractor(NamedTuple):
@@ -40,6 +41,7 @@ class Extractor(NamedTuple):
             the raster places of those that are left}; of other models their own.
         size: of the images. prefix: tokens that are no patches. about: how a result names it. runtime: what ran it.
         labels: of a classifier that has them, in its order. together: images that `extract` takes at most.
+        timm_name: timm's name of the model, if it is one of timm's.
     """
 
     extract: Callable[[Array], dict[str, Array]]
@@ -49,6 +51,7 @@ class Extractor(NamedTuple):
     runtime: Runtime
     labels: tuple[str, ...] = ()
     together: int = 1
+    timm_name: str | None = None
 
     def each(self, images: Iterable[Pixels]) -> Iterator[dict[str, Array]]:
         """The outputs of each image, as of a batch of one."""
@@ -60,7 +63,12 @@ class Extractor(NamedTuple):
 
 
 class TeacherComparison(NamedTuple):
-    """What is compared with which teacher, and what runs bundles: arguments of `evaluate_student`."""
+    """What is compared with which teacher, and what runs bundles: arguments of `evaluate_student`.
+
+    Attributes:
+        device: torch's name of what models in torch run on. batch: images at once, where a model takes any number;
+            None: as suits it. output: the only one that is wanted; None: all.
+    """
 
     subject: Path
     against: str | Path | None
@@ -71,6 +79,9 @@ class TeacherComparison(NamedTuple):
     backend: str
     kernels: str
     trust: Sequence[str] = ()
+    device: str = "cpu"
+    batch: int | None = None
+    output: str | None = None
 
 
 def open_both(compared: TeacherComparison, stack: contextlib.ExitStack) -> tuple[Extractor, Extractor]:
@@ -97,7 +108,7 @@ def open_subject(compared: TeacherComparison, stack: contextlib.ExitStack) -> Ex
     kind = kind_of(folder)
     if kind == "student":
         student = load_student(folder, None, *budget, compared.trust)
-        return _torch(student, str(folder), sha256(folder / STUDENT_FILE))
+        return _torch(student, str(folder), sha256(folder / STUDENT_FILE), compared)
     if kind != "bundle":
         raise ConfigError(f"{folder} is neither a student nor a bundle.", "Give a folder made by sparsify or export.")
     if budget != (None, None, None):
@@ -120,7 +131,7 @@ def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib
             return _bundle(Path(against), compared, stack)
         dense = load_dense(str(against), Path(weights) if weights else None, size)
         origin = dense.provenance.weights or Weights()
-        return _torch(dense, str(against), origin.sha256 or origin.origin or "its own code")
+        return _torch(dense, str(against), origin.sha256 or origin.origin or "its own code", compared)
     if kind_of(compared.subject) != "student":
         raise ConfigError("A bundle does not hold its teacher.", "Name it: --against MODEL --weights FILE.")
     student = load_student(compared.subject, trust=compared.trust)
@@ -129,41 +140,54 @@ def open_teacher(compared: TeacherComparison, size: ImageSize, stack: contextlib
             "This student was trained: its weights are no longer its teacher's.",
             "Name the teacher: --against MODEL --weights FILE.",
         )
-    return _torch(dense_twin(student), f"{student.name} (the student's weights, dense attention)", "as the subject")
+    path = f"{student.name} (the student's weights, dense attention)"
+    return _torch(dense_twin(student), path, "as the subject", compared)
 
 
-def _torch(student: Student, path: str, digest: str) -> Extractor:
-    model, pre = student.model.eval(), student.normalisation
+def _torch(student: Student, path: str, digest: str, compared: TeacherComparison) -> Extractor:
+    device, output = torch.device(compared.device), compared.output
+    model, pre = student.model.eval().to(device), student.normalisation
 
     @torch.no_grad()
     def extract(image: Array) -> dict[str, Array]:
-        outputs = outputs_of(model, normalise(torch.from_numpy(image), pre), student.outputs)
-        return {name: value.numpy() for name, value in outputs.items()}
+        outputs = outputs_of(model, normalise(torch.from_numpy(image).to(device), pre), student.outputs)
+        return {name: value.cpu().numpy() for name, value in outputs.items() if output in (None, name)}
 
-    runtime = Runtime(backend=f"torch {torch.__version__}", precision="fp32", threads=torch.get_num_threads())
+    runtime = Runtime(
+        backend=f"torch {torch.__version__}",
+        precision="fp32",
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    )
     about = Subject(name=student.name, path=path, sha256=digest)
     backbone = student.backbone
-    return Extractor(
-        extract, student.img_size, backbone.prefix, about, runtime, student.labels, images_together(backbone)
-    )
+    together = compared.batch or images_together(backbone, GPU_TOKENS_TOGETHER if device.type == "cuda" else None)
+    named = student.name if student.kind == "timm" else None
+    return Extractor(extract, student.img_size, backbone.prefix, about, runtime, student.labels, together, named)
 
 
-def images_together(backbone: Backbone) -> int:
-    """How many images a model in torch takes at once."""
-    return max(1, TOKENS_TOGETHER // (backbone.prefix + backbone.patches))
+def images_together(backbone: Backbone, tokens: int | None = None) -> int:
+    """How many images a model in torch takes at once: of so many tokens; None takes what suits a CPU."""
+    return max(1, (tokens or TOKENS_TOGETHER) // (backbone.prefix + backbone.patches))
 
 
 def _bundle(folder: Path, compared: TeacherComparison, stack: contextlib.ExitStack) -> Extractor:
     bundle = open_bundle(folder)
     session = stack.enter_context(open_checked(bundle, compared.backend, kernels=compared.kernels))
+    fixed = bundle.manifest.batch
 
     def extract(image: Array) -> dict[str, Array]:
-        return session.infer({"image": image})
+        missing = 0 if fixed is None else max(0, fixed - len(image))
+        if not missing:
+            return session.infer({"image": image})
+        outputs = session.infer({"image": np.concatenate([image, np.repeat(image[-1:], missing, 0)])})
+        return {name: value[: len(image)] for name, value in outputs.items()}
 
     name = bundle.required(bundle.manifest.name, "name")
     about = Subject(name=name, path=str(folder), sha256=bundle_hash(folder))
     tokens = bundle.required(bundle.manifest.tokens, "tokens")
-    return Extractor(extract, bundle.image_size, tokens.prefix, about, session.description, tuple(bundle.labels()))
+    labels, together = tuple(bundle.labels()), fixed or compared.batch or 1
+    return Extractor(extract, bundle.image_size, tokens.prefix, about, session.description, labels, together, name)
 
 
 def with_roles(subject: Extractor, teacher: Extractor) -> list[Subject]:

@@ -21,12 +21,14 @@ class Labelled:
 
     Attributes:
         load: (index, size) -> uint8 [H,W,3]. labels: int64 [n]. classes: names. name: for results.
+        files: of each image, where they are files.
     """
 
     load: Callable[[int, ImageSize], Pixels]
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     name: str
+    files: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,7 +40,12 @@ class Labelled:
     def at(self, taken: Sequence[int]) -> Labelled:
         """Those at the places `taken`."""
         load = self.load
-        return dataclasses.replace(self, load=lambda i, size: load(taken[i], size), labels=self.labels[list(taken)])
+        return dataclasses.replace(
+            self,
+            load=lambda i, size: load(taken[i], size),
+            labels=self.labels[list(taken)],
+            files=tuple(self.files[i] for i in taken) if self.files else (),
+        )
 
 
 def labelled(folder: Path, classes: tuple[str, ...] | None = None, classifier: tuple[str, ...] = ()) -> Labelled:
@@ -61,4 +68,4 @@ def labelled(folder: Path, classes: tuple[str, ...] | None = None, classifier: t
     if unknown:
         raise ConfigError(f"{folder} holds the unknown class {unknown[0]!r}.", f"Known: {', '.join(names)}.")
     labels = np.array([numbers[part[0]] for part in parts], dtype=np.int64)
-    return Labelled(lambda i, size: load_image(files[i], size), labels, names, str(folder))
+    return Labelled(lambda i, size: load_image(files[i], size), labels, names, str(folder), tuple(files))

@@ -49,7 +49,7 @@ class Normalisation:
 
 def normalise(images: Tensor, pre: Normalisation) -> Tensor:
     """uint8 [B,H,W,3] -> float32 [B,3,H,W]."""
-    mean, std = torch.tensor(pre.mean), torch.tensor(pre.std)
+    mean, std = (torch.tensor(x, device=images.device) for x in (pre.mean, pre.std))
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 

@@ -189,7 +189,10 @@ USAGES = (
         "--keep --tile --probe --channels --cells --dense-layers --token-keep --img-size",
     ),
     ("export {good}/student -o {work}/made", "--keep --tile --probe --batch --token-keep --precision --board"),
-    ("evaluate {good}/student --data {good}/images", "--keep --token-keep --metric --gallery"),
+    (
+        "evaluate {good}/student --data {good}/images",
+        "--keep --token-keep --metric --gallery --crop-pct --batch --workers",
+    ),
     ("distill {good}/student --data {good}/images -o {work}/made", "--set --recipe --keep"),
     ("bundle verify {good}/plain", "--public-key --backend"),
     ("bundle sign {good}/plain", "--key"),
