@@ -29,7 +29,7 @@ from sparsifiner_edge.sparse.weights import normalise
 
 TOKENS_TOGETHER = 2048
 """Of so many tokens images are computed together in torch: more of them gain nothing on a CPU, and take memory."""
-GPU_TOKENS_TOGETHER = 32 * TOKENS_TOGETHER
+GPU_TOKENS_TOGETHER = 16 * TOKENS_TOGETHER
 
 
 class Extractor(NamedTuple):

@@ -6,6 +6,7 @@ launched.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,9 @@ from sparsifiner_edge.evaluate.preparation import Preparation, preparation_of
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.progress import Progress
 
+PIECE = 16
+"""Images that a worker reads at once: several workers share the first batch, and models begin early."""
+
 
 class Feeding(NamedTuple):
     """How images reach the models.
@@ -47,7 +51,7 @@ class Feeding(NamedTuple):
         crop_pct: the share of a resized image's sides that is taken, above 0 and at most 1; see `preparation_of`.
         batch: images at once, of models that take any number; None: as suits them, and of bundles one.
         workers: processes that read images, for each process that runs the models; None: its share of the cores, as far
-            as there are batches; 0: itself.
+            as there are images for them; 0: itself.
     """
 
     crop_pct: float | None = None
@@ -101,7 +105,7 @@ def evaluate_top1(
         prepared = [preparation_of(model.timm_name, model.size, feeding.crop_pct) for model in models]
         share = range(processes.process_index, len(query_set), processes.num_processes)
         batch = max(model.together for model in models)
-        workers = _workers(len(share), batch) if feeding.workers is None else feeding.workers
+        workers = _workers(len(share)) if feeding.workers is None else feeding.workers
         begun = time.perf_counter()
         batches = read_batches(query_set.files, share, list(dict.fromkeys(prepared)), batch, workers)
         found = _predicted(models, prepared, batches, query_set)
@@ -126,11 +130,10 @@ def evaluate_top1(
     return ClassResult("evaluation", with_roles(*models), method, answered, statistics)
 
 
-def _workers(images: int, batch: int) -> int:
-    """This process's share of the cores, and no more than there are batches; one batch needs none."""
-    batches = -(-images // batch)
+def _workers(images: int) -> int:
+    """This process's share of the cores, and no more than there are pieces; one piece needs none."""
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if batches < 2 else min(max(1, available_cores() // beside), batches, MOST_WORKERS)
+    return 0 if images <= PIECE else min(max(1, available_cores() // beside), -(-images // PIECE), MOST_WORKERS)
 
 
 class _Files(Dataset[tuple[int, list[Tensor]] | SparsifinerError]):
@@ -165,18 +168,30 @@ def read_batches(
         ImageError: by the iterator: one cannot be read.
         ConfigError: by the iterator: a worker ended, as where shared memory is short.
     """
-    loader = DataLoader(
-        _Files(files, preparations), batch_size=batch, sampler=places, num_workers=workers, collate_fn=_collated
-    )
+    batches = [places[first : first + batch] for first in range(0, len(places), batch)]
+    pieces = [list(some[first : first + PIECE]) for some in batches for first in range(0, len(some), PIECE)]
+    loader = DataLoader(_Files(files, preparations), batch_sampler=pieces, num_workers=workers, collate_fn=_collated)
     try:
-        for found in loader:
-            if isinstance(found, SparsifinerError):
-                raise found
-            yield found
+        read = iter(loader)
+        for some in batches:
+            yield _joined([_sound(next(read)) for _ in range(0, len(some), PIECE)])
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise ConfigError(f"A process that reads images ended: {error}.", "Use fewer, or none: --workers 0.") from error
+
+
+def _sound(found: _Images | SparsifinerError) -> _Images:
+    if isinstance(found, SparsifinerError):
+        raise found
+    return found
+
+
+def _joined(pieces: Sequence[_Images]) -> _Images:
+    if len(pieces) == 1:
+        return pieces[0]
+    places, pixels = zip(*pieces, strict=True)
+    return _Images(list(itertools.chain(*places)), tuple(torch.cat(same) for same in zip(*pixels, strict=True)))
 
 
 def _predicted(
