@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -95,7 +96,7 @@ def evaluate_top1(
         ImageError: an image cannot be read.
     """
     feeding.require_sound()  # before weights are read
-    processes = Accelerator()
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     compared = compared._replace(device=str(processes.device), batch=feeding.batch, output="logits")
     with contextlib.ExitStack() as stack:
         subject = open_subject(compared, stack)
@@ -110,7 +111,7 @@ def evaluate_top1(
         batches = read_batches(query_set.files, share, list(dict.fromkeys(prepared)), batch, workers)
         found = _predicted(models, prepared, batches, query_set)
         counted = _counted(found, progress, len(query_set), processes.num_processes)
-        right = _together(gather_object(counted), len(query_set))
+        right = _together(_gathered(counted), len(query_set))
         seconds = time.perf_counter() - begun
     method = ClassMethod(
         metric="top 1",
@@ -159,6 +160,11 @@ def _collated(samples: list[tuple[int, list[Tensor]] | SparsifinerError]) -> _Im
     return _Images(list(places), tuple(torch.stack(same) for same in zip(*pixels, strict=True)))
 
 
+def _deaf(_: int) -> None:
+    """Ctrl-C reaches the whole group of processes: the one that has workers ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def read_batches(
     files: Sequence[Path], places: Sequence[int], preparations: Sequence[Preparation], batch: int, workers: int
 ) -> Iterator[_Images]:
@@ -170,7 +176,13 @@ def read_batches(
     """
     batches = [places[first : first + batch] for first in range(0, len(places), batch)]
     pieces = [list(some[first : first + PIECE]) for some in batches for first in range(0, len(some), PIECE)]
-    loader = DataLoader(_Files(files, preparations), batch_sampler=pieces, num_workers=workers, collate_fn=_collated)
+    loader = DataLoader(
+        _Files(files, preparations),
+        batch_sampler=pieces,
+        num_workers=workers,
+        collate_fn=_collated,
+        worker_init_fn=_deaf,
+    )
     try:
         read = iter(loader)
         for some in batches:
@@ -218,6 +230,14 @@ def _counted(
         if progress:
             progress("images", min(total, processes * len(done)), total)
     return done
+
+
+def _gathered(answers: list[tuple[int, bool, bool]]) -> list[tuple[int, bool, bool]]:
+    """Those of all processes."""
+    try:
+        return list(gather_object(answers))
+    except RuntimeError as error:  # The others lose the connection to one that has ended.
+        raise ConfigError("Another of the processes has ended.", "See what it says.") from error
 
 
 def _together(answers: Sequence[tuple[int, bool, bool]], count: int) -> Array:
