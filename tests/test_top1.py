@@ -28,6 +28,7 @@ from sparsifiner_edge.evaluate.top1 import read_batches
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.images import list_images, load_image, open_image
 from sparsifiner_edge.results import check_result
+from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.student import load_student, make_student, save_student
 from tests.commands import assert_refused, call
 from tests.models import TINY, TINY_CONFIG, vit
@@ -92,7 +93,8 @@ def made(once: Once) -> dict[str, Path]:
 @torch.no_grad()
 def validated(model: Any, folder: Path, crop_pct: float | None = None) -> list[int]:
     """Whether timm's validation finds a model right, in the order of the files' paths."""
-    config = resolve_data_config({"crop_pct": crop_pct}, model=model)
+    asked = {"crop_pct": crop_pct, "input_size": (3, *model.patch_embed.img_size)}
+    config = resolve_data_config(asked, model=model)
     dataset = create_dataset("", root=str(folder))
     loader = create_loader(dataset, batch_size=7, is_training=False, use_prefetcher=False, num_workers=0, **config)
     right = torch.cat([model(images).argmax(1) == labels for images, labels in loader])
@@ -148,6 +150,17 @@ def test_bundles_of_any_batch_answer_as_timm_validates(bundle: str, made: dict[s
     assert method["batch"] == {"subject": 4 if bundle == "bundle" else 3, "teacher": 3}
     assert method["preprocessing"] == method["teacher_preprocessing"]
     assert evaluate_student(made[bundle], made["data"], against=made[bundle], queries=2)["method"]["pictures"]
+
+
+@UNCLOSED
+def test_a_teacher_of_another_size_is_prepared_for_on_its_own(made: dict[str, Path], tmp_path: Path) -> None:
+    small = export_bundle(TINY, tmp_path / "small", weights=made["weights"], img_size=96)
+    result = evaluate_student(made["student"], made["data"], metric="top1", against=small, batch=8, workers=0)
+    model = load_model(TINY, made["weights"], 96)
+    assert result["samples"]["teacher_right"] == validated(model, made["data"])
+    assert result["samples"]["subject_right"] == validated(load_student(made["student"]).model, made["data"])
+    method = result["method"]
+    assert method["preprocessing"].replace("160 px", "96 px") == method["teacher_preprocessing"]
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])

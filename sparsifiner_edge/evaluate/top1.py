@@ -105,15 +105,29 @@ def evaluate_top1(
         models = (subject, open_teacher(compared, subject.size, stack))
         prepared = [preparation_of(model.timm_name, model.size, feeding.crop_pct) for model in models]
         share = range(processes.process_index, len(query_set), processes.num_processes)
-        batch = max(model.together for model in models)
         workers = _workers(len(share)) if feeding.workers is None else feeding.workers
         begun = time.perf_counter()
+        batch = max(model.together for model in models)
         batches = read_batches(query_set.files, share, list(dict.fromkeys(prepared)), batch, workers)
         found = _predicted(models, prepared, batches, query_set)
         counted = _counted(found, progress, len(query_set), processes.num_processes)
         right = _together(_gathered(counted), len(query_set))
         seconds = time.perf_counter() - begun
-    method = ClassMethod(
+    method = _method(models, prepared, query_set, workers, processes.num_processes)
+    answered = Answered(subject_right=right[:, 0].astype(int).tolist(), teacher_right=right[:, 1].astype(int).tolist())
+    statistics = accuracy_statistics(right[:, 0], right[:, 1], len(query_set) / seconds)
+    return ClassResult("evaluation", with_roles(*models), method, answered, statistics)
+
+
+def _method(
+    models: tuple[Extractor, Extractor],
+    prepared: Sequence[Preparation],
+    query_set: Labelled,
+    workers: int,
+    processes: int,
+) -> ClassMethod:
+    subject, teacher = models
+    return ClassMethod(
         metric="top 1",
         queries=f"{len(query_set)} of {query_set.name}",
         gallery="none",
@@ -121,14 +135,11 @@ def evaluate_top1(
         classes_from=BY_LABELS if query_set.classes == subject.labels else BY_FOLDERS,
         preprocessing=prepared[0].text,
         teacher_preprocessing=prepared[1].text,
-        runtime={"subject": subject.runtime, "teacher": models[1].runtime},
-        batch={"subject": subject.together, "teacher": models[1].together},
+        runtime={"subject": subject.runtime, "teacher": teacher.runtime},
+        batch={"subject": subject.together, "teacher": teacher.together},
         workers=workers,
-        processes=processes.num_processes,
+        processes=processes,
     )
-    answered = Answered(subject_right=right[:, 0].astype(int).tolist(), teacher_right=right[:, 1].astype(int).tolist())
-    statistics = accuracy_statistics(right[:, 0], right[:, 1], len(query_set) / seconds)
-    return ClassResult("evaluation", with_roles(*models), method, answered, statistics)
 
 
 def _workers(images: int) -> int:
@@ -172,7 +183,7 @@ def read_batches(
 
     Raises:
         ImageError: by the iterator: one cannot be read.
-        ConfigError: by the iterator: a worker ended, as where shared memory is short.
+        ConfigError: by the iterator: a worker failed, as where shared memory is short.
     """
     batches = [places[first : first + batch] for first in range(0, len(places), batch)]
     pieces = [list(some[first : first + PIECE]) for some in batches for first in range(0, len(some), PIECE)]
@@ -190,7 +201,8 @@ def read_batches(
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise ConfigError(f"A process that reads images ended: {error}.", "Use fewer, or none: --workers 0.") from error
+        why = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"A process that reads images failed: {why}", "Use fewer, or none: --workers 0.") from error
 
 
 def _sound(found: _Images | SparsifinerError) -> _Images:
@@ -206,6 +218,12 @@ def _joined(pieces: Sequence[_Images]) -> _Images:
     return _Images(list(itertools.chain(*places)), tuple(torch.cat(same) for same in zip(*pixels, strict=True)))
 
 
+def _logits(model: Extractor, images: Array) -> Array:
+    """Of images [B,H,W,3], as many at once as the model takes: [B,classes]."""
+    parts = [images[first : first + model.together] for first in range(0, len(images), model.together)]
+    return np.concatenate([required_output(model, model.extract(part), "logits") for part in parts])
+
+
 def _predicted(
     models: Sequence[Extractor], prepared: Sequence[Preparation], batches: Iterable[_Images], queries: Labelled
 ) -> Iterator[list[tuple[int, bool, bool]]]:
@@ -215,8 +233,7 @@ def _predicted(
         right = []
         for model, preparation in zip(models, prepared, strict=True):
             images: Array = pixels[kinds.index(preparation)].numpy()
-            logits = [required_output(model, outputs, "logits") for outputs in model.each(images)]
-            right.append(top_class(np.concatenate(logits), queries.classes) == queries.labels[places])
+            right.append(top_class(_logits(model, images), queries.classes) == queries.labels[places])
         yield list(zip(places, *(x.tolist() for x in right), strict=True))
 
 
