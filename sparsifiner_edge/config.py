@@ -17,7 +17,9 @@ PRESETS: dict[str, dict[str, float]] = {
     "paper": {"tile": 1, "probe": 1, "cells": 0, "value_power": 0.0},
 }
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
-_COUNTS = {"tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1}
+_COUNTS = {
+    "tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1, "image_tokens": 0,
+}  # fmt: skip
 """Whole numbers, and the least value of each."""
 Keep = float | tuple[float, ...]
 """One share of keys for all layers, or one of each; the last goes on to the layers that are left."""
@@ -84,6 +86,9 @@ class SparsityConfig:
         fuse_tokens: merge pruned tokens into one more prefix token, their mean weighted by the same attention.
         landmark_factor: preset "paper": tokens per landmark, n // factor landmarks.
         top_coefficients, basis_threshold: preset "paper": coefficients kept per query, entries of the basis that count.
+        image_tokens: preset "paper": tokens of the whole image, of which keys and landmarks are counted in every layer,
+            and by whose places landmarks are made, as published; keys are at most the patches left. 0: all of that of
+            the tokens that a layer sees.
 
     Raises:
         ConfigError: a value is out of range.
@@ -104,6 +109,7 @@ class SparsityConfig:
     landmark_factor: int = 6
     top_coefficients: int = 8
     basis_threshold: float = 0.02
+    image_tokens: int = 0
 
     def __post_init__(self) -> None:
         _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
@@ -128,6 +134,11 @@ class SparsityConfig:
             self.tile % self.probe == 0,
             f"tile {self.tile} is not a multiple of probe {self.probe}.",
             "Choose a probe that divides the tile, such as 4 and 16.",
+        )
+        _require(
+            not self.image_tokens or self.preset == "paper",
+            f"image_tokens is {self.image_tokens}, but the preset {self.preset!r} counts the tokens that are left.",
+            "Leave it out, or choose the preset paper.",
         )
         fix = "Give distinct layer indices from 0, such as 0,1."
         _require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
@@ -295,13 +306,18 @@ class SparsityConfig:
         choices = patches + prefix if self.preset == "paper" else patches
         if isinstance(self.keep, tuple):
             raise TypeError("the layout of which layer? See of_layer.")
+        left = choices == (self.image_tokens or choices)
         return Layout(
             patches=patches,
-            keys=share_of(self.keep, choices),
+            keys=share_of(self.keep, choices) if left else min(share_of(self.keep, self.image_tokens), patches),
             tiles=math.ceil(patches / self.tile),
             cell=cell,
             cells=math.ceil(patches / cell) if cell else 0,
         )
+
+    def landmarks(self, tokens: int) -> int:
+        """Preset "paper": landmarks of a layer that sees so many tokens."""
+        return (self.image_tokens or tokens) // self.landmark_factor
 
     def to_dict(self) -> Any:
         """JSON-ready fields."""

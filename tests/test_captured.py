@@ -42,7 +42,7 @@ def test_what_is_counted(kind: str) -> None:
     made = student(sparsity=KINDS[kind])
     image, wanted = images(made.model, batch=1), []
 
-    def count(layer: Any, qkv: torch.Tensor, _: Any) -> None:
+    def count(layer: Any, qkv: torch.Tensor, *_: Any) -> None:
         q, k, _ = ops.split_heads(qkv, layer.geometry.heads)
         lists, prefix, shares = layer.indices(qkv), layer.num_prefix, []
         for head in range(q.shape[1]):
@@ -108,7 +108,7 @@ def test_what_is_lost() -> None:
 def learnt(made: Student, folder: Path) -> float:
     """What predictors lose on whole images."""
     losses, generator = [], torch.Generator().manual_seed(0)
-    with observed(made.model, lambda x, qkv, _: losses.append(float(selection_loss(x, qkv, generator))), densely=True):
+    with observed(made.model, lambda x, qkv, *_: losses.append(float(selection_loss(x, qkv, generator))), densely=True):
         for path in sorted(folder.rglob("*.png")):
             made.model(normalise(torch.from_numpy(load_image(path, made.img_size))[None], made.normalisation))
     return sum(losses)

@@ -189,8 +189,13 @@ def _run_torch(
         return found
 
     def choose(layer: SparseAttention) -> Callable[..., torch.Tensor]:
-        def indices(qkv: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
-            own = type(layer).indices(layer, qkv, sizes) if lists is None else torch.from_numpy(lists[len(read)])
+        def indices(
+            qkv: torch.Tensor, sizes: torch.Tensor | None = None, positions: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            if lists is None:
+                own = type(layer).indices(layer, qkv, sizes, positions)
+            else:
+                own = torch.from_numpy(lists[len(read)])
             read.append(own.numpy())
             return own
 

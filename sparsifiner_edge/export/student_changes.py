@@ -150,14 +150,16 @@ def keep_dense_where_slower(model: Any, backend: str = "onnxruntime") -> Measure
 
 
 class _Attend(nn.Module):
-    """A layer's attention alone: qkv [1,N,3C], and sizes [1,N] where tokens are merged -> [1,N,C]."""
+    """A layer's attention alone: qkv [1,N,3C], and sizes [1,N] where tokens are merged -> [1,N,C]; of pruned tokens the
+    first are left.
+    """
 
     def __init__(self, layer: SparseAttention) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, qkv: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
-        return self.layer.attend(qkv, sizes)
+        return self.layer.attend(qkv, sizes, torch.arange(self.layer.layout.patches)[None])
 
 
 def _piece(layer: SparseAttention, merged: bool, densely: bool) -> Piece:

@@ -101,21 +101,27 @@ def landmark_scores(
     scale: float,
     top_coefficients: int,
     basis_threshold: float,
+    places: Array | None = None,
 ) -> Array:
-    """Selection scores [B,H,N-1,N] of LandmarkKeySelect."""
+    """Selection scores [B,H,N-1,N] of LandmarkKeySelect, or with `places` [B,N-1] of PlacedLandmarkKeySelect."""
+    if places is not None:
+        rows = np.pad(1 + places.clip(0, down.shape[0] - 2), ((0, 0), (1, 0)))
+        down, up = down[rows][:, None], up[rows][:, None]
     q, k, _ = split_heads(qkv, num_heads)
     projected_q = q[:, :, 1:] @ proj_q.astype(np.float64).T + bias_q
     landmarks = (k @ proj_k.astype(np.float64).T + bias_k).swapaxes(-1, -2) @ down.astype(np.float64)
     coefficients = _softmax(scale * projected_q @ landmarks)
-    least = np.sort(coefficients, -1)[..., -top_coefficients, None]
-    coefficients = np.where(coefficients >= least, coefficients, 0)
+    dropped = np.argsort(-coefficients, axis=-1, kind="stable")[..., top_coefficients:]
+    np.put_along_axis(coefficients, dropped, 0, -1)
     basis = np.abs(up.astype(np.float64))
-    scores = coefficients @ np.where(basis > basis_threshold, basis, 0).T
+    scores = coefficients @ np.where(basis > basis_threshold, basis, 0).swapaxes(-1, -2)
     return np.where(np.isnan(scores), -np.inf, scores)
 
 
 def landmark_key_select(qkv: Array, *weights: Array, keys: int, **settings: Any) -> Array:
-    """LandmarkKeySelect: indices int32 [B,H,N-1,K]; inputs and settings as in `landmark_scores`."""
+    """LandmarkKeySelect, or with `places` PlacedLandmarkKeySelect: indices int32 [B,H,N-1,K]; inputs and settings as in
+    `landmark_scores`.
+    """
     return top_keys(landmark_scores(qkv, *weights, **settings), keys)
 
 

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 DOMAIN = "sparsifiner"
 VERSION = 2
-"""Of the domain. Version 2 added what merged tokens need; what files of version 1 use means the same in both."""
+"""Of the domain. Version 2 added what merged tokens and landmarks of pruned images need; what files of version 1 use
+means the same in both.
+"""
 FIRST_VERSION = 1
 TOPK_LIMIT = 3840
 """TensorRT's TopK layer accepts no larger K (TensorRT operator documentation, TopK)."""
@@ -125,13 +127,14 @@ def _select_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
     return reasons
 
 
-def _landmark_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
+def _landmark_refusals(a: Attributes, shapes: Shapes, sizes: Sizes, of: int | None = None) -> list[str]:
+    """`of`: tokens of the whole image, where some of them are gone."""
     tokens, channels, landmarks = sizes.tokens, shapes[1][0], shapes[5][1]
-    reduction, basis = (channels, sizes.width), (tokens, landmarks)
+    reduction, basis = (channels, sizes.width), (of or tokens, landmarks)
     expected = (reduction, (channels,), reduction, (channels,), basis, basis)
     reasons = [
         f"{tensor.name} must have shape {list(wanted)}, got {list(shape)}"
-        for tensor, wanted, shape in zip(LANDMARK_KEY_SELECT.inputs[1:], expected, shapes[1:], strict=True)
+        for tensor, wanted, shape in zip(LANDMARK_KEY_SELECT.inputs[1:], expected, shapes[1:7], strict=True)
         if tuple(shape) != wanted
     ]
     if a["keys"] > tokens:
@@ -140,6 +143,16 @@ def _landmark_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]
         reasons.append(f"top_coefficients {a['top_coefficients']} exceed the {landmarks} landmarks")
     if tokens < 2:
         reasons.append("a class token alone leaves no query")
+    return reasons
+
+
+def _placed_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
+    wanted, of = [shapes[0][0], sizes.tokens - 1], shapes[5][0]
+    reasons = _landmark_refusals(a, shapes, sizes, of)
+    if list(shapes[7]) != wanted:
+        reasons.append(f"places must have shape {wanted}, got {list(shapes[7])}")
+    if of < sizes.tokens:
+        reasons.append(f"down has {of} rows for an image of which {sizes.tokens} tokens are left")
     return reasons
 
 
@@ -221,10 +234,28 @@ LANDMARK_KEY_SELECT = Operator(
     doc=(
         "The published predictor (Sparsifiner, CVPR 2023, section 3.2, with the steps of its code at inference). One\n"
         "class token. a = q proj_q^T + bias_q, b = k proj_k^T + bias_k, z = softmax over landmarks of\n"
-        "(scale a . (b^T down)) for every query but the class token's. Coefficients below the top_coefficients-th\n"
-        "largest are dropped. score = z basis^T, basis = |up| where it exceeds basis_threshold, else 0. The K highest\n"
-        "scores win, ties go to the lower index, NaN is -inf. Neither class token nor query itself is forced in."
+        "(scale a . (b^T down)) for every query but the class token's. The top_coefficients largest count, ties go to\n"
+        "the lower index; the others are 0. score = z basis^T, basis = |up| where it exceeds basis_threshold, else 0.\n"
+        "The K highest scores win, ties go to the lower index, NaN is -inf. Neither class token nor query itself is\n"
+        "forced in."
     ),
+)
+
+PLACED_LANDMARK_KEY_SELECT = dataclasses.replace(
+    LANDMARK_KEY_SELECT,
+    name="PlacedLandmarkKeySelect",
+    check=_placed_refusals,
+    inputs=(
+        *LANDMARK_KEY_SELECT.inputs[:5],
+        *(dataclasses.replace(tensor, axes=("M", "L")) for tensor in LANDMARK_KEY_SELECT.inputs[5:]),
+        Tensor("places", ("int32",), ("B", "N-1"), "of each patch among the image's, from 0; one outside is clamped"),
+    ),
+    doc=(
+        "LandmarkKeySelect where some of an image's M - 1 patches are gone, as the published code prunes: what\n"
+        "is left keeps its place. In place of down and up stand, in each image, their rows of the class token and of\n"
+        "the places; what is gone takes part in no landmark and is not chosen."
+    ),
+    since=2,
 )
 
 SPARSE_ATTENTION = Operator(
@@ -388,5 +419,6 @@ OPERATORS = {
     for op in (
         KEY_SELECT, LANDMARK_KEY_SELECT, SPARSE_ATTENTION, DENSE_ATTENTION, TOKEN_SCORE,
         MERGED_KEY_SELECT, MERGED_SPARSE_ATTENTION, MERGED_DENSE_ATTENTION, MATCH_TOKENS, MERGE_TOKENS,
+        PLACED_LANDMARK_KEY_SELECT,
     )
 }  # fmt: skip

@@ -122,7 +122,7 @@ def calibrate_from_images(
 def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttention, Tensor]]:
     """Run a model with dense attention and yield each sparse layer with its qkv [1,N,3C]."""
     seen: list[tuple[SparseAttention, Tensor]] = []
-    with observed(model, lambda attention, qkv, _: seen.append((attention, qkv)), densely=True), torch.no_grad():
+    with observed(model, lambda attention, qkv, *_: seen.append((attention, qkv)), densely=True), torch.no_grad():
         model(image)
     return seen
 
@@ -171,7 +171,7 @@ def _set_from_moments(attention: SparseAttention, moments: _Moments, grid: tuple
         proj_q, proj_k = _factors(shared, channels, (attention.geometry.scale * attention.geometry.heads**0.5) ** 0.5)
         select.proj_q.copy_(proj_q[0].mT)
         select.proj_k.copy_(proj_k[0].mT)
-        _set_landmarks(select, attention.layout.patches, grid)
+        _set_landmarks(select, select.down.shape[0] - 1, grid)
     elif isinstance(select, KeySelector):
         proj_q, proj_k = _factors(moments, channels)
         select.proj_q.copy_(proj_q)
@@ -227,17 +227,21 @@ def _learn(
 
 
 def selection_loss(
-    attention: SparseAttention, qkv: Tensor, generator: torch.Generator, sizes: Tensor | None = None
+    attention: SparseAttention,
+    qkv: Tensor,
+    generator: torch.Generator,
+    sizes: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """How far a predictor is from what its layer's queries want; qkv [B,N,3C] counts as given, and so do the sizes
-    [B,N] of merged tokens; gradient flows to the predictor alone.
+    [B,N] of merged tokens and the raster places [B,P] of patches; gradient flows to the predictor alone.
 
     Preset "edge": Kullback-Leibler divergence of the scores of some probes from the maximum of their queries'
     attention, summed over the heads. Preset "paper": squared error of some rows of the predicted attention, summed over
     keys and heads (Sparsifiner, section 3.3). Both are means over batch and rows, and hold no n x n matrix.
     """
     if isinstance(attention.select, LandmarkSelector):
-        return _landmark_loss(attention, qkv.detach(), generator)
+        return _landmark_loss(attention, qkv.detach(), generator, positions)
     return _probe_loss(attention, qkv.detach(), generator, sizes)
 
 
@@ -264,7 +268,9 @@ def _probe_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Genera
     return mean
 
 
-def _landmark_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Generator) -> Tensor:
+def _landmark_loss(
+    attention: SparseAttention, qkv: Tensor, generator: torch.Generator, positions: Tensor | None
+) -> Tensor:
     select = cast(LandmarkSelector, attention.select)
     with torch.no_grad():
         q, k, _ = (x.float() for x in ops.split_heads(qkv, attention.geometry.heads))
@@ -273,6 +279,8 @@ def _landmark_loss(attention: SparseAttention, qkv: Tensor, generator: torch.Gen
         true = (attention.geometry.scale * rows @ k.mT).softmax(-1)
     # The first row stands for the class token, whose attention is not predicted.
     queries = torch.cat([q[:, :, :1], rows], 2)
-    guess = ops.landmark_attention(queries, k, *select.inputs(), scale=attention.geometry.heads**-0.5)
+    places = select.places(positions)
+    weights = select.inputs() if places is None else select.inputs_of(places)
+    guess = ops.landmark_attention(queries, k, *weights, scale=attention.geometry.heads**-0.5)
     loss: Tensor = (guess - true).square().sum() / (true.shape[0] * true.shape[2])
     return loss

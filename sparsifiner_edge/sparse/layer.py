@@ -62,6 +62,7 @@ class SparseLayer(nn.Module):
         curve: see there. entering: patches that this layer sees.
         merging, pruning: what happens to tokens between attention and MLP; at most one of them.
         unmerged: while a predictor learns: merge nothing.
+        keeps_all_to_learn: prune nothing then either, as published: see `SparsityConfig.keep_of`.
     """
 
     curve: TokenOrder
@@ -69,6 +70,7 @@ class SparseLayer(nn.Module):
     merging: nn.Module | None
     pruning: nn.Module | None
     unmerged: bool = False
+    keeps_all_to_learn: bool = False
 
     @property
     def own_attention(self) -> PackedAttention:
@@ -102,9 +104,9 @@ class SparseLayer(nn.Module):
         tokens, attention = self.arrived(x), self.own_attention
         table = self.rotary_table(*given, **options)
         turns = None if table is None else self._at(table, tokens.positions)
-        attended, qkv = attention(self.entry_norm(tokens.values), turns, tokens.sizes)
+        attended, qkv = attention(self.entry_norm(tokens.values), turns, tokens.sizes, tokens.positions)
         tokens = tokens._replace(values=tokens.values + self.after_attention(attended))
-        if self.pruning is not None:
+        if self.pruning is not None and not (self.unmerged and self.keeps_all_to_learn):
             tokens = self.pruning(tokens, self.scores(qkv))
         elif self.merging is not None and not self.unmerged:
             tokens = self.merging(tokens, qkv, attention.geometry.heads)
@@ -198,7 +200,7 @@ def restore_layer(layer: Any) -> None:
     """Undo `make_layer`."""
     if not isinstance(layer, SparseLayer):
         return
-    for name in ("curve", "entering", "merging", "pruning"):
+    for name in ("curve", "entering", "merging", "pruning", "keeps_all_to_learn"):
         if hasattr(layer, name):
             delattr(layer, name)
     unmixed(layer)

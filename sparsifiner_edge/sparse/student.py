@@ -139,6 +139,7 @@ def sparsify(
     fuse_tokens: bool = False,
     merge: tuple[int, ...] = (),
     merge_window: int | None = None,
+    keep_of: str | None = None,
     calibrate: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -152,6 +153,7 @@ def sparsify(
         preset, keep, tile, probe, channels, cells, dense_layers, token_keep, fuse_tokens, merge, merge_window: see
             `SparsityConfig`. None takes the preset's own, or what suits the model (`sparse.defaults`): cells, shares of
             keys where tokens merge, and for the paper's channels half the head dimension.
+        keep_of: preset paper: keys and landmarks are counted of the "image", as published (None), or of tokens "left".
         calibrate: folder of images to learn the predictor from; None takes the weights alone. Eight or more also make
             the score `novelty` (see `sparsifiner_edge.novelty`).
         progress: see `Progress`; counts images.
@@ -172,7 +174,7 @@ def sparsify(
     if calibrate is not None:
         list_images(Path(calibrate))
     loaded = load_source(model, Path(weights) if weights else None, img_size)
-    sparsity = fit_to_model(sparsity, backbone_of(loaded.model), keep, channels, cells)
+    sparsity = fit_to_model(sparsity, backbone_of(loaded.model), keep, channels, cells, keep_of)
     tools = ("sparsifiner-edge", backbone_of(loaded.model).host.name, "torch")
     origin = _origin(loaded, Path(weights) if weights else None)
     provenance = Provenance(origin, Calibration("weights"), {name: version(name) for name in tools})

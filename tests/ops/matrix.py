@@ -51,16 +51,18 @@ class Case:
         # Those of version 2 draw after the others: what version 1 is tested with stays as it was.
         sized = self.op.name == "MatchTokens" or self.op.name.startswith("Merged")
         first = [packed, self._sizes(rng, tokens)] if sized else [packed]
-        if self.op.name.endswith("KeySelect") and self.op.name != "LandmarkKeySelect":
+        if self.op.name in ("KeySelect", "MergedKeySelect"):
             return [*first, *(rng.normal(size=(heads, HEAD_DIM, CHANNELS)).astype(self.dtype) for _ in range(2))]
         if self.op.name.endswith("SparseAttention"):
             return [*first, self._lists(rng, heads, tokens)]
-        if self.op.name == "LandmarkKeySelect":
-            shapes = [(CHANNELS, HEAD_DIM), (CHANNELS,)] * 2 + [(tokens, LANDMARKS)] * 2
+        if self.landmarks:
+            gone = 7 if self.op.name.startswith("Placed") else 0
+            shapes = [(CHANNELS, HEAD_DIM), (CHANNELS,)] * 2 + [(tokens + gone, LANDMARKS)] * 2
             # The published basis is drawn with deviation .02, so that its threshold of .02 drops two thirds.
             scales = [1, 1, 1, 1, 0.3, 0.02]
             weights = [s * rng.normal(size=shape) for s, shape in zip(scales, shapes, strict=True)]
-            return [packed, *(w.astype(self.dtype) for w in weights)]
+            left = [np.sort(rng.permutation(self.patches + gone)[: self.patches]) for _ in range(self.batch)]
+            return [packed, *(w.astype(self.dtype) for w in weights), *([np.int32(left)] if gone else [])]
         return first
 
     def _sizes(self, rng: np.random.Generator, tokens: int) -> np.ndarray:
@@ -79,7 +81,12 @@ class Case:
     @property
     def prefix(self) -> int:
         """Leading tokens that are no patches; the published predictor has one."""
-        return 1 if self.op.name == "LandmarkKeySelect" else int(self.attributes.get("num_prefix", 0))
+        return 1 if self.landmarks else int(self.attributes.get("num_prefix", 0))
+
+    @property
+    def landmarks(self) -> bool:
+        """Whether this is the published predictor."""
+        return self.op.name.endswith("LandmarkKeySelect")
 
     def _lists(self, rng: np.random.Generator, heads: int, tokens: int) -> np.ndarray:
         tiles = math.ceil(self.patches / self.attributes["tile"])
@@ -135,6 +142,8 @@ def _apply(modules: list[Any], case: Case, inputs: list[Any]) -> Any:
     if name.startswith("Merged"):
         name, settings = name.removeprefix("Merged"), {**settings, "sizes": inputs[1]}
         inputs = [inputs[0], *inputs[2:]]
+    if name.startswith("Placed"):
+        name, settings, inputs = name.removeprefix("Placed"), {**settings, "places": inputs[-1]}, inputs[:-1]
     function = next(getattr(module, _snake(name)) for module in modules if hasattr(module, _snake(name)))
     return function(*inputs, **settings)
 
@@ -199,8 +208,9 @@ def check_selection(case: Case, inputs: list[np.ndarray], got: np.ndarray, toler
     settings = {k: v for k, v in case.attributes.items() if k != "keys"}
     if case.op.name == "MergedKeySelect":
         settings["sizes"], inputs = inputs[1], [inputs[0], *inputs[2:]]
-    landmarks = case.op.name == "LandmarkKeySelect"
-    scores = (reference.landmark_scores if landmarks else reference.key_scores)(*inputs, **settings)
+    if case.op.name.startswith("Placed"):
+        settings["places"], inputs = inputs[-1], inputs[:-1]
+    scores = (reference.landmark_scores if case.landmarks else reference.key_scores)(*inputs, **settings)
     keys = case.attributes["keys"]
     assert got.dtype == np.int32
     assert got.shape == (*scores.shape[:-1], keys)

@@ -24,6 +24,7 @@ for another tensor.
 _BODIES: dict[str, Callable[[Structure], str]] = {
     "KeySelect": select.key_select,
     "LandmarkKeySelect": select.landmark_key_select,
+    "PlacedLandmarkKeySelect": select.placed_landmark_key_select,
     "SparseAttention": attention.sparse_attention,
     "DenseAttention": attention.dense_attention,
     "TokenScore": attention.token_score,
