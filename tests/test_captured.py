@@ -7,17 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
-from sparsifiner_edge.distill.captured import attention_captured, lost
+from sparsifiner_edge.distill.captured import BestPredictors, attention_captured, lost, weights_of_predictors
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights
+from sparsifiner_edge.errors import ArtifactError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.sparse.calibrate import observed, selection_loss
+from sparsifiner_edge.sparse.calibrate import observed, selection_loss, sparse_layers
 from sparsifiner_edge.sparse.outputs import seen_by
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student, dense_twin, load_student, save_student
@@ -135,14 +137,46 @@ def test_a_dry_run_of_both_phases(preset: str, folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_predictor_that_gets_worse_is_warned_of(
+def test_predictors_that_get_worse_are_put_back_and_told_of(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = save_student(student(sparsity=PAPER, num_classes=0), tmp_path / "start")
-    wild = (*PHASES, "reconstruct.predictor_learning_rate=0.5", "explosion=1e9", "losses.logits=0")
+    wild = (*PHASES, "reconstruct.predictor_learning_rate=0.5", "explosion=1e9", "losses.logits=0", "ema=0")
     settings = [word for setting in wild for word in ("--set", setting)]
     done = call(capsys, "distill", start, "--data", folder, *settings, "--tensorboard", "-o", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "warning: after step 12, the first phase: keep 0.25: lists of sparse layer" in done.err
+    lines = [json.loads(x) for x in (tmp_path / "out.training" / checkpoint.HISTORY).read_text().splitlines()]
+    held = {line["step"]: line["captured"] for line in lines if "captured" in line}
+    assert lost(held[0], held[8])
+    assert lost(held[0], held[12]) == [], "at the end of the phase"
+    assert "after step 12, the first phase: lists of sparse layers 0" in done.err
     (events,) = (tmp_path / "out.training" / "tensorboard").iterdir()
     assert b"captured 0.25/5" in events.read_bytes()
+
+
+def test_of_each_layer_the_best_predictor_counts() -> None:
+    made, other, third = (student(sparsity=PAPER) for _ in range(3))
+    best = BestPredictors.of(made.model)
+    start, now = {"0.1": [0.5] * 6, "0.25": [0.7] * 6}, {"0.1": [0.6] * 6, "0.25": [0.8] * 6}
+    now["0.1"][2] = now["0.25"][4] = 0.5  # Of layer 2 no more than at the start, of layer 4 less.
+    for model, number in ((other.model, 1.0), (third.model, 2.0)):
+        for layer in sparse_layers(model):
+            layer.select.up.data.fill_(number)
+    best.take(other.model, start, now)
+    assert best.gains == pytest.approx([0.1, 0.1, 0, 0.1, 0, 0.1])
+    best.take(third.model, start, {"0.1": [0.59] * 5 + [0.65], "0.25": [0.9] * 6})
+    assert best.gains == pytest.approx([0.1, 0.1, 0.09, 0.1, 0.09, 0.15])
+    best.give(made.model)
+    assert [float(layer.select.up.detach()[0, 0]) for layer in sparse_layers(made.model)] == [1, 1, 2, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "change", [{"gains": [0.0]}, {"gains": [-1.0] * 6}, {"gains": [float("nan")] * 6}, {"weights": {}}]
+)
+def test_predictors_of_another_training_are_refused(change: dict[str, Any]) -> None:
+    made = student(sparsity=PAPER)
+    like = weights_of_predictors(made.model)
+    best = BestPredictors.of(made.model)
+    checkpoint.require_predictors(best, like)
+    with pytest.raises(ArtifactError, match="predictors do"):
+        checkpoint.require_predictors(msgspec.structs.replace(best, **change), like)

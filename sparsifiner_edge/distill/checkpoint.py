@@ -14,7 +14,7 @@ from msgspec.structs import asdict
 from torch import Tensor
 
 from sparsifiner_edge.bounds import is_number
-from sparsifiner_edge.distill.captured import Captured
+from sparsifiner_edge.distill.captured import BestPredictors, Captured
 from sparsifiner_edge.errors import ArtifactError, ConfigError
 from sparsifiner_edge.files import io_errors, lock, open_regular, read_bytes, replaced_file, write_bytes
 from sparsifiner_edge.sparse.weights import brief
@@ -37,6 +37,7 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
         cosines: of each judgement, by step: of every budget, in the order of `Training.budgets`.
         best: weights of the student then. unreadable: files, with no order.
         top1: of some judgements, by step: of every budget. captured: of some judgements, by step; see `captured`.
+        predictors: the best of the phase in which they alone learn; None before, and where there is no such phase.
     """
 
     step: int
@@ -47,6 +48,7 @@ class TrainingState(msgspec.Struct, forbid_unknown_fields=True):
     unreadable: set[str]
     captured: dict[int, Captured] = {}
     top1: dict[int, list[float]] = {}
+    predictors: BestPredictors | None = None
 
 
 class Optimiser(msgspec.Struct, forbid_unknown_fields=True):
@@ -81,7 +83,9 @@ def save(folder: Path, content: Checkpoint) -> None:
         ArtifactError: the disk refuses; the checkpoint is the one before.
     """
     path = folder / CHECKPOINT
+    best = content.state.predictors
     state = asdict(content.state) | {"unreadable": sorted(content.state.unreadable)}
+    state["predictors"] = None if best is None else asdict(best)
     plain = asdict(content) | {"optimiser": asdict(content.optimiser), "state": state}
     try:
         with replaced_file(path) as scratch, scratch.open("wb") as file:
@@ -185,6 +189,19 @@ def require_course(state: TrainingState, total: int, budgets: int) -> None:
         and all(lengths == captured[0] for lengths in captured)
     ):
         raise ArtifactError("The checkpoint's steps do not belong to this training.", ANEW)
+
+
+def require_predictors(found: BestPredictors | None, like: Tensors) -> None:
+    """Refuse predictors that are not those of a model; like: its own.
+
+    Raises:
+        ArtifactError: see `require_like`; or there are not as many gains as layers, or one is below that of the start.
+    """
+    if found is not None:
+        require_like(found.weights, like, "predictors")
+        layers = {name.split(".")[0] for name in like}
+        if len(found.gains) != len(layers) or not all(is_number(gain) and gain >= 0 for gain in found.gains):
+            raise ArtifactError("The checkpoint's predictors do not belong to this training.", ANEW)
 
 
 def append_history(folder: Path, step: int, **figures: float | list[float] | Captured) -> None:

@@ -231,15 +231,24 @@ def _summary(training: Training, state: TrainingState, teacher: Student, recipe:
 
 
 def _warnings(training: Training, state: TrainingState) -> list[str]:
-    """Of predictors that hold less than they did, after the phase in which they learn alone, and in what was kept."""
+    """Of predictors that hold less than they did, after the phase in which they learn alone, and in what was kept; and
+    of those that had to be put back.
+    """
     begun, phase = state.captured.get(0, {}), training.phases[0][1]
     when = {
         f"after step {phase}, the first phase": phase,
         f"in what was kept, of step {state.best_step}": state.best_step,
     }
-    return [
+    found = [
         f"{where}: {what}" for where, step in when.items() if step for what in lost(begun, state.captured.get(step, {}))
     ]
+    if state.predictors is not None and phase:
+        names = [str(layer) for layer, gain in enumerate(state.predictors.gains) if gain <= 0]
+        found += [
+            f"after step {phase}, the first phase: lists of sparse layers {', '.join(names)} held less of their "
+            "attention than before; these layers keep the predictors that they began with"
+        ] * bool(names)
+    return found
 
 
 def _source(data: Path, plan: Recipe, student: Student, labels: bool, held_out: Path | None) -> ImageSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -17,23 +16,26 @@ import msgspec
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparsifiner_edge.config import SparsityConfig, parse_merge, parse_token_keep
+from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill import checkpoint
 from sparsifiner_edge.distill.augment import BatchAugmentation, augmentation, drawn_from
+from sparsifiner_edge.distill.budgets import judged_budgets
+from sparsifiner_edge.distill.captured import BestPredictors, attention_captured, weights_of_predictors
 from sparsifiner_edge.distill.checkpoint import Checkpoint, Fingerprint, Optimiser, TrainingState
 from sparsifiner_edge.distill.data import Batch, ImageSource, batches
 from sparsifiner_edge.distill.fidelity import HeldOut, judge_weights
 from sparsifiner_edge.distill.losses import Distiller
 from sparsifiner_edge.distill.optimiser import make_optimiser
-from sparsifiner_edge.distill.recipe import Phase, Recipe, parse_point
+from sparsifiner_edge.distill.recipe import Phase, Recipe
 from sparsifiner_edge.distill.tensorboard import RecordLosses
 from sparsifiner_edge.errors import ConfigError, GateError, ImageError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.sparse.calibrate import sparse_layers
 from sparsifiner_edge.sparse.outputs import seen_by
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
@@ -135,30 +137,8 @@ class Training:
         return found
 
     def budgets(self) -> list[SparsityConfig]:
-        """What the student is judged at: every keep with every merge, and where pruning is learnt, with and without.
-
-        Layers that are dense in the student have no predictor, and stay dense.
-        """
-        given, own = self.recipe.budgets, self.sparsity
-        if given.keep and own.keep != 1:
-            dense = tuple(layer for layer, share in enumerate(own.layer_keep(self.depth)) if share == 1)
-            kept = [dataclasses.replace(own, keep=keep, dense_layers=dense) for keep in given.keep]
-        else:
-            kept = [own]
-        merges = tuple(map(parse_merge, given.merge)) or (own.merge,)
-        configs = [dataclasses.replace(config, merge=merge) for merge in merges for config in kept]
-        if given.points:
-            points = map(parse_point, given.points)
-            configs = [dataclasses.replace(own, merge=merge, keep=keep, dense_layers=()) for merge, keep in points]
-        pruned = parse_token_keep(given.token_keep)
-        if pruned and self.sparsity.token_keep not in ((), pruned):
-            raise ConfigError(
-                f"budgets.token_keep is {given.token_keep}, but this student prunes tokens by itself.",
-                "Leave it out, or begin with a student that keeps all tokens.",
-            )
-        if pruned and not self.sparsity.token_keep:
-            configs += [dataclasses.replace(config, token_keep=pruned) for config in configs]
-        return configs
+        """What the student is judged at; see `judged_budgets`."""
+        return judged_budgets(self.recipe.budgets, self.sparsity, self.depth)
 
     def budget(self, step: int) -> SparsityConfig:
         """The budget of one step, drawn from the seed and the step alone."""
@@ -185,6 +165,8 @@ class Training:
                 checkpoint.append_history(self.folder, step + 1, **losses)
             if record:
                 record(step + 1, losses)
+            if step + 1 == self.phases[0][1]:
+                self._settle_predictors()
             # The end of the first phase too: there it is seen whether predictors learn or lose.
             if (step + 1) % self.recipe.check_every == 0 or step + 1 in (self.phases[0][1], self.total):
                 self._judge(step + 1)
@@ -304,6 +286,10 @@ class Training:
             raise GateError("The student's tokens of held-out images are NaN or infinite.", "Look at its weights.")
         figures: dict[str, Any] = {"fidelity": found.fidelity, "cosines": found.cosines, "captured": found.captured}
         figures |= {"top1": found.top1} if self.by_top1 else {}
+        if step == 0 and self.phases[0][1]:
+            state.predictors = BestPredictors.of(model)
+        elif state.predictors is not None and step < self.phases[0][1]:
+            state.predictors.take(model, state.captured[0], found.captured)
         checkpoint.append_history(self.folder, step, **{f"{prefix}{name}": x for name, x in figures.items()})
         if found.score <= state.fidelity.get(step, -math.inf):
             return  # The averaged weights of this step do as well.
@@ -313,6 +299,19 @@ class Training:
         if found.score >= max(state.fidelity.values()):
             state.best_step = step
             state.best = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+    def _settle_predictors(self) -> None:
+        """End the first phase with the best predictor of each layer, in all processes and in the average."""
+        best, models = self.state.predictors, [self.distiller.student, *([self.average.module] if self.average else [])]
+        if best is not None:  # In the first process, which alone judges.
+            images, budgets = [one.image for one in self.held_out], self.budgets()
+            for model in models:
+                best.take(model, self.state.captured[0], attention_captured(model, images, budgets))
+            for model in models:
+                best.give(model)
+        for model in models:
+            for layer in sparse_layers(model):
+                broadcast([parameter.data for parameter in layer.select.parameters()])
 
     def _captured(self, step: int) -> dict[str, float]:
         """For TensorBoard."""
@@ -365,6 +364,7 @@ class Training:
         parts = {"student": content.student, "best": content.state.best, "average": content.average, "optimiser": found}
         checkpoint.require_like(parts, like, "content")
         checkpoint.require_course(content.state, self.total, len(self.budgets()))
+        checkpoint.require_predictors(content.state.predictors, weights_of_predictors(self.distiller.student))
 
     def fingerprint(self) -> Fingerprint:
         """What must be the same for a training to be resumed; learning rates, losses and limits may change."""

@@ -69,8 +69,8 @@ class SparseLayer(nn.Module):
     entering: int
     merging: nn.Module | None
     pruning: nn.Module | None
+    keeps_all_to_learn: bool
     unmerged: bool = False
-    keeps_all_to_learn: bool = False
 
     @property
     def own_attention(self) -> PackedAttention:
@@ -193,7 +193,7 @@ def _version(x: Tensor) -> int | None:
 def make_layer(layer: Any, host: type[SparseLayer], curve: TokenOrder) -> None:
     """Turn a layer of a host, in place, into a `SparseLayer`; host: where it keeps the layer's parts."""
     layer.__class__ = mixed(f"Sparse{type(layer).__name__}", host, type(layer))
-    layer.curve, layer.merging, layer.pruning = curve, None, None
+    layer.curve, layer.merging, layer.pruning, layer.keeps_all_to_learn = curve, None, None, False
 
 
 def restore_layer(layer: Any) -> None:
