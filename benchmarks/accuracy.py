@@ -246,6 +246,7 @@ def _row(work: Path, subject: Path, **options: Any) -> dict[str, Any]:
 
 PAIRS = {
     "edge less paper, keep 0.25": ("edge, trained, keep 0.25", "paper, trained, keep 0.25"),
+    "paper: trained less untrained": ("paper, trained, keep 0.25", "paper, untrained, keep 0.25"),
     "merge, 518 px: trained less untrained": ("merge, trained, 518 px", "merge, untrained, 518 px"),
     "merge, 518 px: trained less untrained, each as suits it": (
         "merge, trained, 518 px",
@@ -269,25 +270,32 @@ def differences(rows: dict[str, Any]) -> dict[str, Any]:
 @click.option("--fashion/--no-fashion", "with_fashion", default=True, help="Leave out Fashion-MNIST.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for accuracy.json.")
 def measure(work: Path, with_fashion: bool, output: Path | None) -> None:
-    """Measure what was trained."""
+    """Measure what was trained; what the folder's result says of other trainings stays there."""
     if not any((work / name).exists() for name in RUNS):
         raise click.UsageError(f"nothing is trained in {work}: python benchmarks/accuracy.py train")
     with err_console.status("") as status:
         cosines = fidelity(work, status.update)
         accuracies = fashion(work, status.update) if with_fashion else {}
+    trained = {name: json.loads((work / name / "config.json").read_text()) for name in RUNS if (work / name).exists()}
+    trainings = {name: config["provenance"]["training"] for name, config in trained.items()}
+    weights = {name: config["weights_sha256"] for name, config in trained.items()}
+    if output and (output / "accuracy.json").exists():
+        earlier = json.loads((output / "accuracy.json").read_text())
+        others, statistics = set(RUNS) - set(trained), earlier["statistics"]
+        kept = {label: row for label, row in statistics["fidelity"].items() if label.split(",")[0] in others}
+        cosines |= {label: {"samples": earlier["samples"][label], **row} for label, row in kept.items()}
+        accuracies = accuracies or statistics["fashion"]
+        trainings |= {name: earlier["method"]["trainings"][name] for name in others}
+        weights |= {one["path"]: one["sha256"] for one in earlier["subjects"] if one["path"] in others}
     apart = differences(cosines)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        trained = {
-            name: json.loads((work / name / "config.json").read_text()) for name in RUNS if (work / name).exists()
-        }
-        subjects = [Subject(path=name, sha256=config["weights_sha256"]) for name, config in trained.items()]
-        method: dict[str, Any] = {name: config["provenance"]["training"] for name, config in trained.items()}
-        method = {"trainings": method, "required": REQUIRED, "largest drop": LARGEST_DROP}
+        subjects = [Subject(path=name, sha256=digest) for name, digest in weights.items()]
+        method = {"trainings": trainings, "required": REQUIRED, "largest drop": LARGEST_DROP}
         samples = {label: row["samples"] for label, row in cosines.items()}
         rows = {label: {k: v for k, v in row.items() if k != "samples"} for label, row in cosines.items()}
-        statistics = {"fidelity": rows, "differences": apart, "fashion": accuracies}
-        write_result(output / "accuracy.json", Result("evaluation", subjects, method, samples, statistics))
+        found = {"fidelity": rows, "differences": apart, "fashion": accuracies}
+        write_result(output / "accuracy.json", Result("evaluation", subjects, method, samples, found))
     show(cosines, apart, accuracies)
 
 

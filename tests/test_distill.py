@@ -93,11 +93,12 @@ def test_never_worse_than_the_start(folder: Path, start: Path, tmp_path: Path) -
 
 
 def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start: Path, tmp_path: Path) -> None:
-    steps = (*SHORT, "distil.steps=12", "ema=0.9")
+    # Two judgements before the first phase ends, whose best predictors go on; killed within both phases.
+    steps = (*SHORT, "reconstruct.steps=7", "distil.steps=6", "ema=0.9")
     arguments = ["distill", start, "--data", folder, *(x for s in steps for x in ("--set", s))]
     distill_student(start, folder, tmp_path / "whole", overrides=steps)
     broken = tmp_path / "broken"
-    for again, after in (([], 3), (["--resume"], 8)):  # not steps at which it saves
+    for again, after in (([], 4), (["--resume"], 9)):  # not steps at which it saves
         command = [*PROGRAM, *map(str, arguments), "-o", str(broken), *again]
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
         path = Path(f"{broken}.training") / checkpoint.HISTORY
@@ -121,8 +122,8 @@ def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Pat
     for name in ("dogs/04.png", "dogs/06.png", "dogs/08.png"):  # of which each process meets some
         (folder / name).write_bytes(b"no image")
     steps = (
-        "distil.steps=3", "check_every=3", "pictures.held_out=2", "save_every=3", "budgets.keep=[0.2]",
-        "pictures.cut_mix=0.0",
+        "reconstruct.steps=2", "distil.steps=3", "check_every=3", "pictures.held_out=2", "save_every=3",
+        "budgets.keep=[0.2]", "pictures.cut_mix=0.0",
     )  # fmt: skip
     script = (
         "import sys\n"
