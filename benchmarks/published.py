@@ -64,7 +64,7 @@ TRAIN = (
     "accelerate launch --num_processes 8 --multi_gpu -m sparsifiner_edge distill STUDENT/ --data IMAGENET/train "
     "--held-out IMAGENET/val --labels --recipe imagenet-deit-s -o TRAINED/"
 )
-MEASURE = "sparsifiner-edge evaluate TRAINED/ --data IMAGENET/val --metric top1"
+MEASURE = "sparsifiner-edge evaluate TRAINED/ --against deit_small_patch16_224 --data IMAGENET/val --metric top1"
 
 
 def sparsity_of(row: Row) -> SparsityConfig:
