@@ -33,7 +33,7 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.distill.captured import LOSS, BestPredictors, Captured, attention_captured
 from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.images import evenly, list_images, load_image
-from sparsifiner_edge.ops import reference
+from sparsifiner_edge.ops import reference, torch_landmarks
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.results import Result, Subject, write_result
 from sparsifiner_edge.sparse import calibrate
@@ -121,12 +121,16 @@ def lists_compared(student: Student, images: Sequence[Tensor]) -> dict[str, dict
         scores = reference.landmark_scores(qkv.numpy(), *(x.numpy() for x in weights), **settings)
         ordered = -np.sort(-scores, -1)
         q, k, _ = ops.split_heads(qkv, heads)
-        coefficients = ops.landmark_coefficients(q, k, *weights[:5], settings["scale"]).sort(-1, descending=True).values
+        coefficients = (
+            torch_landmarks.landmark_coefficients(q, k, *weights[:5], settings["scale"])
+            .sort(-1, descending=True)
+            .values
+        )
         count = settings["top_coefficients"]
         clear = (coefficients[..., count - 1] - coefficients[..., count] > MARGIN).numpy()
         for choice in choices:
             keys = choice.layout(qkv.shape[1] - 1).keys
-            lists = ops.landmark_key_select(qkv, *weights, keys=keys, **settings).numpy()
+            lists = torch_landmarks.landmark_key_select(qkv, *weights, keys=keys, **settings).numpy()
             decided = clear & (ordered[..., keys - 1] - ordered[..., keys] > MARGIN)
             row = found[f"{choice.keep:g}"]
             row["rows"] += decided.size

@@ -17,9 +17,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "paper": {"tile": 1, "probe": 1, "cells": 0, "value_power": 0.0},
 }
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
-_COUNTS = {
-    "tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1, "image_tokens": 0,
-}  # fmt: skip
+_COUNTS = {"tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1}
 """Whole numbers, and the least value of each."""
 Keep = float | tuple[float, ...]
 """One share of keys for all layers, or one of each; the last goes on to the layers that are left."""
@@ -86,9 +84,8 @@ class SparsityConfig:
         fuse_tokens: merge pruned tokens into one more prefix token, their mean weighted by the same attention.
         landmark_factor: preset "paper": tokens per landmark, n // factor landmarks.
         top_coefficients, basis_threshold: preset "paper": coefficients kept per query, entries of the basis that count.
-        image_tokens: preset "paper": tokens of the whole image, of which keys and landmarks are counted in every layer,
-            and by whose places landmarks are made, as published; keys are at most the patches left. 0: all of that of
-            the tokens that a layer sees.
+        image_tokens: preset "paper": of the whole image, of which layers count keys (at most the patches left) and
+            landmarks, which go by places in the image, as published; 0: of the tokens that a layer sees.
 
     Raises:
         ConfigError: a value is out of range.
@@ -114,7 +111,7 @@ class SparsityConfig:
     def __post_init__(self) -> None:
         _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
         self._check_keep()
-        for name, least in _COUNTS.items():
+        for name, least in (_COUNTS | {"image_tokens": 0}).items():
             value = getattr(self, name)
             fits = isinstance(value, int) and least <= value <= MOST_COUNT
             _require(fits, f"{name} is {value!r}.", f"Give a whole number of at least {least}.")
@@ -135,11 +132,8 @@ class SparsityConfig:
             f"tile {self.tile} is not a multiple of probe {self.probe}.",
             "Choose a probe that divides the tile, such as 4 and 16.",
         )
-        _require(
-            not self.image_tokens or self.preset == "paper",
-            f"image_tokens is {self.image_tokens}, but the preset {self.preset!r} counts the tokens that are left.",
-            "Leave it out, or choose the preset paper.",
-        )
+        what = f"image_tokens is {self.image_tokens}, but the preset {self.preset!r} counts the tokens that are left."
+        _require(not self.image_tokens or self.preset == "paper", what, "Leave it out, or choose the preset paper.")
         fix = "Give distinct layer indices from 0, such as 0,1."
         _require(_are_layers(self.dense_layers), f"dense layers are {self.dense_layers!r}.", fix)
         if self.merge and not any(self.merge):
@@ -306,10 +300,10 @@ class SparsityConfig:
         choices = patches + prefix if self.preset == "paper" else patches
         if isinstance(self.keep, tuple):
             raise TypeError("the layout of which layer? See of_layer.")
-        left = choices == (self.image_tokens or choices)
+        most = choices if self.image_tokens in (0, choices) else patches
         return Layout(
             patches=patches,
-            keys=share_of(self.keep, choices) if left else min(share_of(self.keep, self.image_tokens), patches),
+            keys=min(share_of(self.keep, self.image_tokens or choices), most),
             tiles=math.ceil(patches / self.tile),
             cell=cell,
             cells=math.ceil(patches / cell) if cell else 0,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.ops import reference
+from sparsifiner_edge.ops import reference, torch_landmarks
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.sparse.calibrate import calibrate_from_images, observed, selection_loss, sparse_layers
@@ -69,7 +69,7 @@ def test_lists_are_the_published_ones_where_scores_decide(keep: float) -> None:
     assert decided.float().mean() > (0.05 if keep > 0.4 else 0.9)
     arrays = [x.numpy() for x in inputs]
     for lists in (
-        ops.landmark_key_select(*inputs, keys=keys, **settings),
+        torch_landmarks.landmark_key_select(*inputs, keys=keys, **settings),
         torch.from_numpy(reference.landmark_key_select(*arrays, keys=keys, **settings)),
     ):
         ours = torch.zeros_like(scores).scatter(-1, lists.long(), 1.0)
@@ -87,7 +87,7 @@ def test_what_is_left_of_an_image_is_chosen_from_as_published(keys: int) -> None
     scores, mask = published_mask((qkv, *weights), keys, left)
     places = torch.stack([image.nonzero()[:, 0] for image in left])
     tokens = F.pad(1 + places, (1, 0))
-    lists = ops.landmark_key_select(
+    lists = torch_landmarks.landmark_key_select(
         qkv[torch.arange(2)[:, None], tokens], *weights, keys=keys, places=places, num_heads=HEADS,
         scale=HEADS**-0.5, top_coefficients=8, basis_threshold=0.02,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def test_as_many_coefficients_count_as_were_asked_for_where_some_tie() -> None:
     inputs = case.inputs()
     inputs[5] = inputs[5].repeat(2, 1)[:, : inputs[5].shape[1]]
     settings = {name: value for name, value in case.attributes.items() if name != "keys"}
-    coefficients = ops.landmark_coefficients(
+    coefficients = torch_landmarks.landmark_coefficients(
         *ops.split_heads(torch.from_numpy(inputs[0]), settings["num_heads"])[:2],
         *map(torch.from_numpy, inputs[1:6]), settings["scale"],
     )  # fmt: skip
@@ -129,10 +129,10 @@ def test_as_many_coefficients_count_as_were_asked_for_where_some_tie() -> None:
 def test_training_form_is_signed_unthresholded_and_differentiable() -> None:
     qkv, *weights, up = (x.requires_grad_() for x in random_inputs(0))
     q, k, _ = ops.split_heads(qkv, HEADS)
-    rows = ops.landmark_attention(q, k, *weights, up, scale=HEADS**-0.5)
+    rows = torch_landmarks.landmark_attention(q, k, *weights, up, scale=HEADS**-0.5)
     assert rows.shape == (1, HEADS, TOKENS - 1, TOKENS)
     assert (rows < 0).any()
-    coefficients = ops.landmark_coefficients(q, k, *weights, scale=HEADS**-0.5)
+    coefficients = torch_landmarks.landmark_coefficients(q, k, *weights, scale=HEADS**-0.5)
     torch.testing.assert_close(coefficients.sum(-1), torch.ones(1, HEADS, TOKENS - 1))
     torch.testing.assert_close(rows, coefficients @ up.T)
     rows.square().sum().backward()

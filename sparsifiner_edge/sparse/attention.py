@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsifiner_edge.config import Layout, SparsityConfig
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.ops import torch_landmarks
 from sparsifiner_edge.ops.torch_triton import triton_layer
 
 
@@ -51,7 +52,7 @@ class LandmarkSelector(nn.Module):
 
     def inputs_of(self, places: Tensor) -> tuple[Tensor, ...]:
         """As `inputs`, of the tokens that are left at `places` [B,P] of the image: down and up [B,1,N,L]."""
-        return *self.inputs()[:4], *(ops.rows_of_places(basis, places) for basis in (self.down, self.up))
+        return *self.inputs()[:4], *(torch_landmarks.rows_of_places(basis, places) for basis in (self.down, self.up))
 
     def places(self, positions: Tensor | None) -> Tensor | None:
         """Positions [B,P] of the patches that a layer sees, where these are fewer than it has rows for."""
@@ -242,7 +243,7 @@ class LandmarkAttention(SparseAttention):
     def indices(self, qkv: Tensor, _: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Tokens that each head and patch query reads: int32 [B,H,N-1,K]. They are never merged here."""
         select = cast(LandmarkSelector, self.select)
-        return ops.landmark_key_select(
+        return torch_landmarks.landmark_key_select(
             qkv,
             *select.inputs(),
             places=select.places(positions),

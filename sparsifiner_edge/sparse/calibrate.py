@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sparsifiner_edge.ops import torch as ops
+from sparsifiner_edge.ops import torch_landmarks
 from sparsifiner_edge.order import hilbert_order, inverse
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.sparse.attention import KeySelector, LandmarkSelector, Observer, SparseAttention
@@ -281,6 +282,6 @@ def _landmark_loss(
     queries = torch.cat([q[:, :, :1], rows], 2)
     places = select.places(positions)
     weights = select.inputs() if places is None else select.inputs_of(places)
-    guess = ops.landmark_attention(queries, k, *weights, scale=attention.geometry.heads**-0.5)
+    guess = torch_landmarks.landmark_attention(queries, k, *weights, scale=attention.geometry.heads**-0.5)
     loss: Tensor = (guess - true).square().sum() / (true.shape[0] * true.shape[2])
     return loss

@@ -14,7 +14,7 @@ import onnxruntime
 import torch
 from onnx import helper
 
-from sparsifiner_edge.ops import reference, torch_merge
+from sparsifiner_edge.ops import reference, torch_landmarks, torch_merge
 from sparsifiner_edge.ops import torch as torch_ops
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, Operator
@@ -133,7 +133,7 @@ def run_reference(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
 
 def run_torch(case: Case, inputs: list[np.ndarray]) -> np.ndarray:
     """The PyTorch implementation."""
-    return _apply([torch_ops, torch_merge], case, [torch.from_numpy(x) for x in inputs]).numpy()
+    return _apply([torch_ops, torch_merge, torch_landmarks], case, [torch.from_numpy(x) for x in inputs]).numpy()
 
 
 def _apply(modules: list[Any], case: Case, inputs: list[Any]) -> Any:
