@@ -29,7 +29,7 @@ ONCE = {
 }
 
 # One meaning, several modules: an operator in each of its implementations, what every command or package target has.
-MIRRORED = {"reference", "torch", "torch_merge", "select", "attention", "merge", "run"}
+MIRRORED = {"reference", "torch", "torch_merge", "torch_landmarks", "select", "attention", "merge", "run"}
 INTERFACES = {"command", "main", "write", "open_device", "MODULE"}
 
 

@@ -155,7 +155,7 @@ def test_a_precision_that_the_processor_lacks_is_refused(bundles: dict[str, Path
         open_session(bundles["edge"], "openvino-fp16")
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "LandmarkKeySelect"])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if not name.endswith("LandmarkKeySelect")])
 def test_shapes_are_the_operators(name: str) -> None:
     for case in cases(name):
         inputs = case.inputs()
