@@ -63,6 +63,7 @@ SPARSITY = {
     "edge": TINY_CONFIG,
     "dense": SparsityConfig(keep=1),
     "paper": SparsityConfig.for_preset("paper", keep=0.25),
+    "paper, pruned": SparsityConfig.for_preset("paper", keep=0.25, token_keep=((0, 0.7),), image_tokens=101),
     "pruned": SparsityConfig(keep=0.2, cells=4, channels=8, token_keep=((0, 0.7),)),
     "merged": SparsityConfig(keep=0.2, cells=4, channels=8, merge=(12, 2)),
     "merged alone": SparsityConfig(keep=1, merge=(12, 2)),
@@ -113,6 +114,7 @@ def make_vit_bundle(folder: Path, kind: str, precision: str, batch: int | None) 
         ("dense", "fp32", DYNAMIC, "12.0"),
         ("dense", "int8", 1, "8.6"),
         ("paper", "fp16", 1, "8.9"),
+        ("paper, pruned", "fp16", DYNAMIC, "8.6"),
         ("pruned", "fp16", DYNAMIC, "8.6"),
         ("merged", "fp32", 1, "8.9"),
         ("merged", "fp16", DYNAMIC, "8.6"),
@@ -136,7 +138,7 @@ def test_every_kind_of_file_builds(
     assert any("parsing the model" in stage for stage in stages)
     assert any("Building engine" in stage for stage in stages)
     assert engine["details"]["kernels"] == "bodies"
-    if kind in ("edge", "paper", "pruned", "merged"):  # "merged alone" has no sparse attention.
+    if kind in ("edge", "paper", "paper, pruned", "pruned", "merged"):  # "merged alone" has no sparse attention.
         assert "nothing can be timed here" in engine["details"]["candidates"]["dense"]["failed"]
     else:
         assert engine["details"].get("candidates") is None
