@@ -123,7 +123,7 @@ def weights_of(seen: SeenLayer) -> LayerWeights:
     bare = geometry.scale * q @ k.mT
     sizes, prefix = seen.sizes, seen.prefix
     if sparse is None:
-        whole = (bare + sizes.log()).softmax(-1)
+        whole = bare.add_(sizes.log()).softmax(-1)
         return LayerWeights(whole, torch.zeros(whole.shape[:2]), None)
     lists = sparse.indices(seen.qkv, seen.tokens.sizes)[0].long()
     if isinstance(sparse, LandmarkAttention):
@@ -209,14 +209,13 @@ def reaching(
         tell: called with each layer and its weights, the last first.
     """
     for seen in reversed(layers):
-        weights = weights_of(seen)
-        if by_length:
-            added = torch.einsum("hij,hj->ij", weights.attention, _lengths(seen))
-            added = added + torch.diag(seen.tokens.values[0].norm(dim=-1))
-            mixed = added / added.sum(-1, keepdim=True)
+        weights, row = weights_of(seen), _unmerged(row, seen)
+        if by_length:  # No [N,N] mean over the heads is made: it would take longer than all else.
+            lengths, own = _lengths(seen)[:, :, None], seen.tokens.values[0].norm(dim=-1)
+            row = row / ((weights.attention @ lengths)[..., 0].sum(0) + own)
+            row = ((row @ weights.attention) * lengths[..., 0]).sum(0) + row * own
         else:
-            mixed = (weights.attention.mean(0) + torch.eye(len(seen.sizes))) / 2
-        row = _unmerged(row, seen) @ mixed
+            row = ((row @ weights.attention).mean(0) + row) / 2
         if tell:
             tell(seen, weights)
     return row
