@@ -152,7 +152,7 @@ def test_the_predictor_learns_from_the_students_own_queries(preset: str) -> None
     sparsity = SparsityConfig.for_preset(preset, keep=0.2, channels=8, **({} if preset == "paper" else {"cells": 4}))
     found = student(sparsity=sparsity)
     qkv: list[tuple[Any, torch.Tensor]] = []
-    with observed(found.model, lambda layer, x, _: qkv.append((layer, x))):
+    with observed(found.model, lambda layer, x, *_: qkv.append((layer, x))):
         found.model(images(found.model))
     assert len(qkv) == 6
     layer, values = qkv[2]
