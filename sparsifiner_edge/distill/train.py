@@ -303,7 +303,7 @@ class Training:
     def _settle_predictors(self) -> None:
         """End the first phase with the best predictor of each layer, in all processes and in the average."""
         best, models = self.state.predictors, [self.distiller.student, *([self.average.module] if self.average else [])]
-        if best is not None:  # In the first process, which alone judges.
+        if best is not None and self.accelerator.is_main_process:  # That alone judges.
             images, budgets = [one.image for one in self.held_out], self.budgets()
             for model in models:
                 best.take(model, self.state.captured[0], attention_captured(model, images, budgets))
