@@ -29,7 +29,7 @@ from typing import Any
 import click
 import numpy as np
 import tome
-from accuracy_fashion import LARGEST_DROP, fashion, fashion_bundle, features
+from accuracy_fashion import LARGEST_DROP, fashion, fashion_bundle, features, student_of
 from accuracy_images import GALLERY, SIZE, collect, collect_fashion, linked
 from fashion import fashion_mnist
 from fidelity_subject import weights_file
@@ -281,10 +281,11 @@ def measure(work: Path, with_fashion: bool, output: Path | None) -> None:
     weights = {name: config["weights_sha256"] for name, config in trained.items()}
     if output and (output / "accuracy.json").exists():
         earlier = json.loads((output / "accuracy.json").read_text())
-        others, statistics = set(RUNS) - set(trained), earlier["statistics"]
-        kept = {label: row for label, row in statistics["fidelity"].items() if label.split(",")[0] in others}
+        others = [name for name in earlier["method"]["trainings"] if name not in trained]
+        kept = {label: row for label, row in earlier["statistics"]["fidelity"].items() if label.split(",")[0] in others}
         cosines |= {label: {"samples": earlier["samples"][label], **row} for label, row in kept.items()}
-        accuracies = accuracies or statistics["fashion"]
+        for metric, rows in earlier["statistics"]["fashion"].items():
+            accuracies[metric] = {x: y for x, y in rows.items() if student_of(x) in others} | accuracies.get(metric, {})
         trainings |= {name: earlier["method"]["trainings"][name] for name in others}
         weights |= {one["path"]: one["sha256"] for one in earlier["subjects"] if one["path"] in others}
     apart = differences(cosines)

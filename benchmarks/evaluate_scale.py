@@ -57,6 +57,11 @@ def main(
     images: int, rounds: int, model: str, keep: float, merge: str, batch: int | None, workers: int | None,
     output: Path | None,
 ) -> None:  # fmt: skip
+    """See the module's documentation."""
+    if images < rounds * CLASSES:
+        raise click.UsageError(
+            f"--images {images}: give {rounds * CLASSES} or more, one of each class for every round."
+        )
     with tempfile.TemporaryDirectory() as name, progress_bar("images") as tell:
         folder = Path(name)
         save_file(create(model, None, CLASSES).state_dict(), folder / "weights.safetensors")

@@ -131,9 +131,9 @@ class Subject:
         """Run the photographs; `choose` and `attend` stand in for the layers' own selection and attention."""
         for layer in self.layers:
             if choose:
-                layer.indices = lambda qkv, sizes=None, layer=layer: choose(layer, qkv)  # noqa: ARG005
+                layer.indices = lambda qkv, *_, layer=layer: choose(layer, qkv)
             if attend:
-                layer.attend = lambda qkv, sizes=None, layer=layer: attend(layer, qkv)  # noqa: ARG005
+                layer.attend = lambda qkv, *_, layer=layer: attend(layer, qkv)
         try:
             cosines = [
                 F.cosine_similarity(self.model.forward_features(x), t, dim=-1)[0]

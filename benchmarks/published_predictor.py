@@ -5,9 +5,10 @@
 DINOv2 ViT-S/14 at 196 px, preset "paper", as many steps at the recipe's learning rates as five epochs of ImageNet make
 with eight processes. The backbone does not learn in that phase and attends to everything, so what its layers see of an
 image is computed once; a step sees few images instead of 1,344. Trained on photographs (`accuracy_images.py`), and as
-in `distill` each layer goes on with the predictor that held the most of some that were held out. Measured on others:
-the share of attention that lists of a quarter and a tenth of the keys hold, layer by layer, as learnt and as goes on;
-and how many lists are those of the NumPy reference, of the rows whose choice is no matter of rounding.
+in `distill` each layer goes on with the predictor that held the most of some that were held out. Measured on such as
+nothing was chosen by (`split.publication`): the share of attention that lists of a quarter and a tenth of keys hold,
+layer by layer, as learnt and as it goes on; and how many lists are those of the NumPy reference, of the rows whose
+choice is no matter of rounding.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from sparsifiner_edge.sparse.student import Student, make_student
 from sparsifiner_edge.sparse.weights import normalise
 
 SIZE, KEEPS = 196, (0.25, 0.1)
-IMAGES, TOGETHER, JUDGED, WATCHING, COMPARED = 96, 4, 8, 4, 2
+IMAGES, TOGETHER, JUDGED, COMPARED = 96, 4, 8, 2
 IMAGENET, WATCHED = 1_281_167, 5
 """Images of an epoch; the layer that the table shows beside the worst."""
 LISTED, MARGIN = (0.25, 0.5, 0.75, 0.9), 1e-6
@@ -74,7 +75,7 @@ def train(student: Student, images: Sequence[Tensor], watched: Sequence[Tensor],
     phase, layers = recipe.reconstruct, calibrate.sparse_layers(student.model)
     steps = math.ceil(phase.epochs * IMAGENET / (recipe.batch * 8))
     seen: dict[Any, list[Tensor]] = {layer: [] for layer in layers}
-    with torch.no_grad(), calibrate.observed(student.model, lambda x, qkv, _: seen[x].append(qkv), densely=True):
+    with torch.no_grad(), calibrate.observed(student.model, lambda x, qkv, *_: seen[x].append(qkv), densely=True):
         for image in images:
             student.model(image)
     parameters = [parameter for layer in layers for parameter in layer.select.parameters()]
@@ -152,8 +153,7 @@ def main(work: Path, starts: tuple[str, ...], output: Path | None) -> None:
     work.parent.mkdir(parents=True, exist_ok=True)
     folder = collect(work)
     calibration, images = pixels(split.calibration()), pixels(evenly(list_images(folder / "train"), IMAGES))
-    others = pixels(evenly(list_images(folder / "held-out"), JUDGED + WATCHING))
-    judged, watched = others[WATCHING:], others[:WATCHING]
+    watched, judged = pixels(list_images(folder / "held-out")), pixels(evenly(split.publication(), JUDGED))
     table, statistics, compared = [], {}, []
     for name in starts:
         student = made(STARTS[name], calibration)

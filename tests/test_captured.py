@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +171,28 @@ def test_of_each_layer_the_best_predictor_counts() -> None:
     assert [float(layer.select.up.detach()[0, 0]) for layer in sparse_layers(made.model)] == [1, 1, 2, 1, 2, 2]
 
 
-@pytest.mark.parametrize(
-    "change", [{"gains": [0.0]}, {"gains": [-1.0] * 6}, {"gains": [float("nan")] * 6}, {"weights": {}}]
-)
+def test_a_budget_that_does_without_a_layer_s_lists_does_not_judge_them() -> None:
+    best = BestPredictors.of(student(sparsity=PAPER).model)
+    start = {"0.1,1": [0.5, *[1.0] * 5], "0.25,0.5": [0.7] * 6}
+    best.take(student(sparsity=PAPER).model, start, {"0.1,1": [0.6, *[1.0] * 5], "0.25,0.5": [0.9] * 6})
+    assert best.gains == pytest.approx([0.1, *[0.2] * 5])
+    assert BestPredictors.of(student(sparsity=PAPER).model).gains == [0.0] * 6
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"predictors": {"gains": [0.0]}}, {"predictors": {"gains": [-1.0] * 6}}, {"predictors": {"gains": [math.nan] * 6}},
+    {"predictors": {"weights": {}}}, {"captured": {}}, {"captured": {0: {"0.25": [0.5] * 5}}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_predictors_of_another_training_are_refused(change: dict[str, Any]) -> None:
     made = student(sparsity=PAPER)
-    like = weights_of_predictors(made.model)
-    best = BestPredictors.of(made.model)
-    checkpoint.require_predictors(best, like)
+    like, best = weights_of_predictors(made.model), BestPredictors.of(made.model)
+    captured = change.get("captured", {0: {"0.25": [0.5] * 6}})
+    state = checkpoint.TrainingState(0, {}, {}, 0, {}, set(), captured=captured, predictors=best)
+    changed = msgspec.structs.replace(best, **change.get("predictors", {}))
     with pytest.raises(ArtifactError, match="predictors do"):
-        checkpoint.require_predictors(msgspec.structs.replace(best, **change), like)
+        checkpoint.require_predictors(msgspec.structs.replace(state, predictors=changed), like)
+    sound = msgspec.structs.replace(state, captured={0: {"0.25": [0.5] * 6}})
+    checkpoint.require_predictors(sound, like)

@@ -204,6 +204,7 @@ def test_pruned_layers_count_the_image_s_tokens(tmp_path: Path) -> None:
     manifest = manifest_of(export_bundle(folder, tmp_path / "b", batch="dynamic"))
     assert manifest["ops"]["sparsifiner::PlacedLandmarkKeySelect"] == 2
     assert manifest["sparsity"]["image_tokens"] == 101
+    export_bundle(folder, tmp_path / "half", precision="fp16")  # held to the float32 file
     # Predictors of places serve any pruning.
     set_budget(made.model, dataclasses.replace(published, token_keep=((2, 0.5),)))
     made.model(images(made.model, 1))

@@ -60,8 +60,7 @@ class Reads:
             if kind == MATCHES:
                 places = _after(values[0], places, count)
             elif kind:
-                from_class_token = kind.endswith("LandmarkKeySelect")
-                lists = values[0].reshape(-1, values.shape[-1]) - from_class_token
+                lists = values[0].reshape(-1, values.shape[-1]) - (kind == "LandmarkKeySelect")  # From 0: class token.
                 named = lists[lists >= 0]
                 shares = shares + (np.bincount(named, minlength=count) / len(lists))[places]
                 keys.append(len(named) / len(lists) / count)

@@ -35,7 +35,8 @@ class BestPredictors(msgspec.Struct, forbid_unknown_fields=True):
     """Of each sparse layer in turn, the predictor whose lists held most of its attention so far.
 
     Attributes:
-        gains: over the start, at the share of keys where it is least. weights: parameters, as `weights_of_predictors`.
+        gains: over the start, of the shares of keys at which the layer reads lists the least. weights: parameters, as
+            `weights_of_predictors` names them.
     """
 
     gains: list[float]
@@ -50,7 +51,7 @@ class BestPredictors(msgspec.Struct, forbid_unknown_fields=True):
         """Those of a model that do better, by what is captured at the start and now, at the same shares of keys."""
         found = weights_of_predictors(model)
         for layer, gained in enumerate(self.gains):
-            gain = min((now[keep][layer] - start[keep][layer] for keep in start), default=0.0)
+            gain = min((now[keep][layer] - start[keep][layer] for keep in start if start[keep][layer] < 1), default=0.0)
             if gain > gained:
                 self.gains[layer] = gain
                 self.weights |= {name: x for name, x in found.items() if name.startswith(f"{layer}.")}

@@ -191,16 +191,18 @@ def require_course(state: TrainingState, total: int, budgets: int) -> None:
         raise ArtifactError("The checkpoint's steps do not belong to this training.", ANEW)
 
 
-def require_predictors(found: BestPredictors | None, like: Tensors) -> None:
+def require_predictors(state: TrainingState, like: Tensors) -> None:
     """Refuse predictors that are not those of a model; like: its own.
 
     Raises:
-        ArtifactError: see `require_like`; or there are not as many gains as layers, or one is below that of the start.
+        ArtifactError: see `require_like`; or there are not as many gains as layers, or one is below 0, or what lists
+            held at the start is not of these layers.
     """
-    if found is not None:
-        require_like(found.weights, like, "predictors")
-        layers = {name.split(".")[0] for name in like}
-        if len(found.gains) != len(layers) or not all(is_number(gain) and gain >= 0 for gain in found.gains):
+    if state.predictors is not None:
+        require_like(state.predictors.weights, like, "predictors")
+        gains, layers = state.predictors.gains, len({name.split(".")[0] for name in like})
+        sound = len(gains) == layers and all(is_number(gain) and gain >= 0 for gain in gains)
+        if not sound or any(len(shares) != layers for shares in state.captured.get(0, {"": []}).values()):
             raise ArtifactError("The checkpoint's predictors do not belong to this training.", ANEW)
 
 

@@ -182,7 +182,10 @@ def _require_learnable(student: Student, plan: Recipe) -> None:
     if student.sparsity.is_dense:
         raise ConfigError(f"{student.name} is dense: there is nothing to learn.", "Make it sparse with `sparsify`.")
     if (plan.reconstruct.steps or plan.reconstruct.epochs) and not sparse_layers(student.model):
-        raise ConfigError("No layer of this student has a predictor to reconstruct.", "Set reconstruct.steps to 0.")
+        raise ConfigError(
+            "No layer of this student has a predictor to reconstruct.",
+            "Give --set reconstruct.steps=0 --set reconstruct.epochs=0.",
+        )
 
 
 @contextlib.contextmanager
@@ -243,7 +246,8 @@ def _warnings(training: Training, state: TrainingState) -> list[str]:
         f"{where}: {what}" for where, step in when.items() if step for what in lost(begun, state.captured.get(step, {}))
     ]
     if state.predictors is not None and phase:
-        names = [str(layer) for layer, gain in enumerate(state.predictors.gains) if gain <= 0]
+        gains = enumerate(state.predictors.gains)
+        names = [str(n) for n, gain in gains if gain <= 0 and any(shares[n] < 1 for shares in begun.values())]
         found += [
             f"after step {phase}, the first phase: lists of sparse layers {', '.join(names)} held less of their "
             "attention than before; these layers keep the predictors that they began with"

@@ -364,7 +364,7 @@ class Training:
         parts = {"student": content.student, "best": content.state.best, "average": content.average, "optimiser": found}
         checkpoint.require_like(parts, like, "content")
         checkpoint.require_course(content.state, self.total, len(self.budgets()))
-        checkpoint.require_predictors(content.state.predictors, weights_of_predictors(self.distiller.student))
+        checkpoint.require_predictors(content.state, weights_of_predictors(self.distiller.student))
 
     def fingerprint(self) -> Fingerprint:
         """What must be the same for a training to be resumed; learning rates, losses and limits may change."""
@@ -379,7 +379,7 @@ class Training:
             "crops": str(crops),
             **self.origin,
             "budgets": str(recipe.budgets),
-            "sparsity": str(self.sparsity),
+            "sparsity": str(self.sparsity).replace(", image_tokens=0", ""),
             "seed": recipe.seed,
             "images per step": recipe.batch * recipe.accumulate * self.accelerator.num_processes,
             "steps": self.total,

@@ -157,7 +157,7 @@ def _torch(student: Student, path: str, digest: str, compared: TeacherComparison
         backend=f"torch {torch.__version__}",
         precision="fp32",
         threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )
     about = Subject(name=student.name, path=path, sha256=digest)
     backbone = student.backbone

@@ -50,15 +50,15 @@ class Preparation:
         """uint8 RGB [height, width, 3]; decoded in full, as timm does it, unless the centre is taken.
 
         Raises:
-            ImageError: as of `load_image`; or it is so long and thin that timm's resizing would not end.
+            ImageError: as of `load_image`; or it is too long and thin for timm's resizing.
         """
         if self.crop_pct is None:
             return load_image(path, self.size)
         image = open_image(path)
-        across = max(height_width(self.size)) / self.crop_pct
-        if self.crop_mode == "center" and across**2 * max(image.size) / min(image.size) > Image.MAX_IMAGE_PIXELS:
+        across, ratio = max(height_width(self.size)) / self.crop_pct, max(image.size) / min(image.size)
+        if {"center": across**2 * ratio > Image.MAX_IMAGE_PIXELS, "border": across < ratio}.get(self.crop_mode):
             shape = size_text((image.size[1], image.size[0]))
-            raise ImageError(f"{path} has {shape} pixels: resized it would be absurdly long.", "Remove it.")
+            raise ImageError(f"{path} has {shape} pixels: too long and thin to be resized.", "Remove it.")
         return np.ascontiguousarray(np.asarray(_transform(self)(image)).transpose(1, 2, 0))
 
 

@@ -9,7 +9,8 @@ from sparsifiner_edge.ops.schema import DOMAIN, FIRST_VERSION, OPERATORS, TOPK_L
 _HEAD = f"""# Operators
 
 ONNX domain `{DOMAIN}`, version {VERSION}: version 1 is frozen, and what it has means the same in version 2, which adds
-operators for merged tokens. A file imports version 2 only where it uses those.
+operators for merged tokens, and for landmarks of pruned images. A file imports version 2 only where it uses those.
+One thing was mended: where coefficients of LandmarkKeySelect tie for the last place that counts, older files count all.
 
 A file that uses these operators carries a function body of standard operators (operator set 20) for each, so any
 ONNX runtime can run it; a runtime in which a native library is registered runs that instead. Each operator has one

@@ -14,7 +14,7 @@ from typing import NamedTuple
 DOMAIN = "sparsifiner"
 VERSION = 2
 """Of the domain. Version 2 added what merged tokens and landmarks of pruned images need; what files of version 1 use
-means the same in both.
+means the same in both, but for coefficients of LandmarkKeySelect that tie (docs/operators.md).
 """
 FIRST_VERSION = 1
 TOPK_LIMIT = 3840

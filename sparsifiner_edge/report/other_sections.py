@@ -83,7 +83,8 @@ def sparsity_section(data: ReportData, manifests: Sequence[LabelledManifest]) ->
 
 
 _SETTINGS = (
-    "preset", "keep", "tile", "probe", "channels", "cells", "dense_layers", "token_keep", "fuse_tokens", "merged",
+    "preset", "keep", "tile", "probe", "channels", "cells", "dense_layers", "token_keep", "image_tokens", "fuse_tokens",
+    "merged",
 )  # fmt: skip
 
 
@@ -101,6 +102,8 @@ def _settings_table(manifests: Sequence[LabelledManifest], texts: Texts) -> Tabl
 
 def _setting(manifest: Manifest, name: str, texts: Texts) -> str:
     value: Any = manifest.sparsity.to_dict().get(name) if manifest.sparsity else None
+    if name == "image_tokens":
+        value = value or None
     if name == "merged":
         value = None if manifest.merged is None else list(manifest.merged)
     if name == "keep" and value is not None:

@@ -131,7 +131,7 @@ def _dense_pass(model: nn.Module, image: Tensor) -> Iterable[tuple[SparseAttenti
 @contextlib.contextmanager
 def observed(model: nn.Module, observer: Observer, densely: bool = False) -> Iterator[None]:
     """Let `observer` see every sparse layer and its qkv [B,N,3C]; meanwhile, if `densely`, they attend to all keys and
-    no tokens are merged.
+    no tokens are merged, nor pruned where predictors go by places in the image.
     """
     attentions = sparse_layers(model)
     layers = [part for part in model.modules() if isinstance(part, SparseLayer)]

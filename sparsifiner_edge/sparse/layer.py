@@ -62,7 +62,7 @@ class SparseLayer(nn.Module):
         curve: see there. entering: patches that this layer sees.
         merging, pruning: what happens to tokens between attention and MLP; at most one of them.
         unmerged: while a predictor learns: merge nothing.
-        keeps_all_to_learn: prune nothing then either, as published: see `SparsityConfig.keep_of`.
+        keeps_all_to_learn: prune nothing then either, as published: see `SparsityConfig.image_tokens`.
     """
 
     curve: TokenOrder

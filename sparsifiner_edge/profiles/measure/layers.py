@@ -25,8 +25,8 @@ from sparsifiner_edge.runtime.open import open_checked
 from sparsifiner_edge.runtime.processor import native_library
 
 LAYER_KINDS = ("selection", "attention", "projections", "mlp", "norms", "decoder", "other")
-"""Parts of a layer. selection: KeySelect, LandmarkKeySelect, TokenScore and the pruning that follows it. other: adds,
-layer scale, embedding and head."""
+"""Parts of a layer. selection: KeySelect, LandmarkKeySelect (placed too), TokenScore and the pruning that follows it.
+other: adds, layer scale, embedding and head."""
 MIN_QUERIES, MAX_QUERIES = 3, 100
 _PROFILED_S = 1.0
 """About as long the profiled queries run, within `MIN_QUERIES` and `MAX_QUERIES`."""
