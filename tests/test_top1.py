@@ -176,6 +176,15 @@ def test_pixels_are_timms(
         torch.testing.assert_close(got - torch.tensor(given["mean"])[:, None, None], transform(open_image(path)))
 
 
+@pytest.mark.parametrize("mode", ["center", "border"])
+def test_what_is_too_thin_to_be_resized_is_refused(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "thin.png"
+    Image.new("RGB", (1, 60_000)).save(path)
+    with pytest.raises(ImageError, match="60000x1 pixels: too long and thin"):
+        Preparation(224, 0.9, mode).load(path)
+    assert Preparation(224, 0.9, "squash").load(path).shape == (224, 224, 3)
+
+
 def test_without_a_configuration_the_centre_is_taken(made: dict[str, Path]) -> None:
     path = made["data"] / "a" / "1.jpg"
     for model in (None, "Dinov2Model", "mymodels:factory"):
