@@ -27,7 +27,8 @@ from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.bodies import OPSET
 from sparsifiner_edge.ops.native.interface import Operators
-from sparsifiner_edge.ops.schema import DOMAIN, FIRST_VERSION
+from sparsifiner_edge.ops.operator import FIRST_VERSION
+from sparsifiner_edge.ops.schema import DOMAIN
 from sparsifiner_edge.results import Result, Subject, write_result
 
 HEADS, WIDTH, TILE, PROBE, CHANNELS, SCALE = 6, 64, 16, 8, 24, 0.125

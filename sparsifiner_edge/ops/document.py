@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 
-from sparsifiner_edge.ops.schema import DOMAIN, FIRST_VERSION, OPERATORS, TOPK_LIMIT, VERSION, Operator
+from sparsifiner_edge.ops.operator import FIRST_VERSION, Operator
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, TOPK_LIMIT, VERSION
 
 _HEAD = f"""# Operators
 

@@ -8,111 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+
+from sparsifiner_edge.ops.operator import FLOATS, QKV, Attribute, Attributes, Operator, Shapes, Sizes, Tensor
 
 DOMAIN = "sparsifiner"
 VERSION = 2
 """Of the domain. Version 2 added what merged tokens and landmarks of pruned images need; what files of version 1 use
 means the same in both, but for coefficients of LandmarkKeySelect that tie (docs/operators.md).
 """
-FIRST_VERSION = 1
 TOPK_LIMIT = 3840
 """TensorRT's TopK layer accepts no larger K (TensorRT operator documentation, TopK)."""
 DEVIATION_FLOOR = 1e-6
 """Least value deviation that enters the logarithm in KeySelect: keeps cells of equal values finite."""
-
-AttributeValue = int | float
-Attributes = Mapping[str, AttributeValue]
-Shapes = Sequence[Sequence[int]]
-
-
-class Sizes(NamedTuple):
-    """What follows from the shape of `qkv`: N, P, and d."""
-
-    tokens: int
-    patches: int
-    width: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """An input or output: its name, allowed element types, axes by symbol, and meaning."""
-
-    name: str
-    dtypes: tuple[str, ...]
-    axes: tuple[str, ...]
-    doc: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Attribute:
-    """An attribute: its type, least value, the values that tests visit, and meaning."""
-
-    name: str
-    type: type[int] | type[float]
-    minimum: float
-    tested: tuple[AttributeValue, ...]
-    doc: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Operator:
-    """One operator of the domain.
-
-    Attributes:
-        tolerances: greatest difference from the reference per element type, relative to the range of the output
-            (for KeySelect: absolute, of selection scores).
-        doc: the computation, in mathematical notation.
-        check: reasons of its own why attributes and shapes do not go together; see `refusals`.
-        since: version of the domain that it came with.
-    """
-
-    name: str
-    inputs: tuple[Tensor, ...]
-    attributes: tuple[Attribute, ...]
-    output: Tensor
-    tolerances: Mapping[str, float]
-    doc: str
-    check: Callable[[Attributes, Shapes, Sizes], list[str]] = lambda *_: []
-    since: int = FIRST_VERSION
-
-    def refusals(self, attributes: Attributes, shapes: Shapes) -> list[str]:
-        """Reasons why these attributes and input shapes are not allowed; empty when they are."""
-        reasons = _attribute_refusals(self, attributes)
-        if reasons:
-            return reasons
-        if len(shapes) != len(self.inputs):
-            return [f"{self.name} takes {len(self.inputs)} inputs, got {len(shapes)}"]
-        for tensor, shape in zip(self.inputs, shapes, strict=True):
-            if len(shape) != len(tensor.axes):
-                reasons.append(f"{tensor.name} must have axes {list(tensor.axes)}, got shape {list(shape)}")
-        return reasons or self._size_refusals(attributes, shapes)
-
-    def _size_refusals(self, attributes: Attributes, shapes: Shapes) -> list[str]:
-        if self.inputs[0] is not _QKV:
-            return self.check(attributes, shapes, Sizes(shapes[0][1], shapes[0][1], shapes[0][2]))
-        _, tokens, packed = shapes[0]
-        heads, prefix = int(attributes["num_heads"]), int(attributes.get("num_prefix", 0))
-        if packed % (3 * heads):
-            return [f"qkv's last axis {packed} is not a multiple of 3 x num_heads = {3 * heads}"]
-        if tokens <= prefix:
-            return [f"{tokens} tokens leave no patch after {prefix} prefix tokens"]
-        return self.check(attributes, shapes, Sizes(tokens, tokens - prefix, packed // (3 * heads)))
-
-
-def _attribute_refusals(op: Operator, attributes: Attributes) -> list[str]:
-    known = {a.name: a for a in op.attributes}
-    reasons = [f"{op.name} has no attribute {name!r}" for name in attributes if name not in known]
-    for name, attribute in known.items():
-        value = attributes.get(name)
-        if value is None:
-            reasons.append(f"{op.name} needs the attribute {name!r}")
-        elif attribute.type is int and not isinstance(value, int):
-            reasons.append(f"{name} must be a whole number, got {value!r}")
-        elif not value >= attribute.minimum or not math.isfinite(value):
-            reasons.append(f"{name} must be finite and at least {attribute.minimum:g}, got {value!r}")
-    return reasons
 
 
 def _select_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str]:
@@ -170,8 +78,6 @@ def _attention_refusals(a: Attributes, shapes: Shapes, sizes: Sizes) -> list[str
     return reasons
 
 
-_FLOATS = ("float32", "float16", "bfloat16")
-_QKV = Tensor("qkv", _FLOATS, ("B", "N", "3C"), "queries, keys and values of every head, q|k|v along the last axis")
 _HEADS = Attribute("num_heads", int, 1, (1, 3), "H, number of heads")
 _PREFIX = Attribute("num_prefix", int, 0, (1, 0, 5), "leading tokens: class, distillation, registers")
 _TILE = Attribute("tile", int, 1, (16, 8, 64), "consecutive patch queries that share one key list")
@@ -185,9 +91,9 @@ KEY_SELECT = Operator(
     name="KeySelect",
     check=_select_refusals,
     inputs=(
-        _QKV,
-        Tensor("proj_q", _FLOATS, ("H", "d", "c"), "low-rank projection of mean probe queries"),
-        Tensor("proj_k", _FLOATS, ("H", "d", "c"), "low-rank projection of keys"),
+        QKV,
+        Tensor("proj_q", FLOATS, ("H", "d", "c"), "low-rank projection of mean probe queries"),
+        Tensor("proj_k", FLOATS, ("H", "d", "c"), "low-rank projection of keys"),
     ),
     attributes=(
         _HEADS,
@@ -214,13 +120,13 @@ LANDMARK_KEY_SELECT = Operator(
     name="LandmarkKeySelect",
     check=_landmark_refusals,
     inputs=(
-        _QKV,
-        Tensor("proj_q", _FLOATS, ("c", "d"), "channel reduction of queries, shared by the heads"),
-        Tensor("bias_q", _FLOATS, ("c",), "its bias"),
-        Tensor("proj_k", _FLOATS, ("c", "d"), "channel reduction of keys, shared by the heads"),
-        Tensor("bias_k", _FLOATS, ("c",), "its bias"),
-        Tensor("down", _FLOATS, ("N", "L"), "tokens to L landmarks"),
-        Tensor("up", _FLOATS, ("N", "L"), "landmarks back to tokens: the basis of connectivity"),
+        QKV,
+        Tensor("proj_q", FLOATS, ("c", "d"), "channel reduction of queries, shared by the heads"),
+        Tensor("bias_q", FLOATS, ("c",), "its bias"),
+        Tensor("proj_k", FLOATS, ("c", "d"), "channel reduction of keys, shared by the heads"),
+        Tensor("bias_k", FLOATS, ("c",), "its bias"),
+        Tensor("down", FLOATS, ("N", "L"), "tokens to L landmarks"),
+        Tensor("up", FLOATS, ("N", "L"), "landmarks back to tokens: the basis of connectivity"),
     ),
     attributes=(
         _HEADS,
@@ -261,7 +167,7 @@ PLACED_LANDMARK_KEY_SELECT = dataclasses.replace(
 SPARSE_ATTENTION = Operator(
     name="SparseAttention",
     check=_attention_refusals,
-    inputs=(_QKV, _INDICES),
+    inputs=(QKV, _INDICES),
     attributes=(
         _HEADS,
         _PREFIX,
@@ -277,7 +183,7 @@ SPARSE_ATTENTION = Operator(
             "0: only where listed, indices count all tokens, tile is 1 and cell 0",
         ),
     ),
-    output=Tensor("output", _FLOATS, ("B", "N", "C"), "attention output, heads concatenated"),
+    output=Tensor("output", FLOATS, ("B", "N", "C"), "attention output, heads concatenated"),
     tolerances={"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2},
     doc=(
         "Prefix queries attend to all N tokens. A patch query of tile t attends to the prefix, to the K patches in\n"
@@ -288,7 +194,7 @@ SPARSE_ATTENTION = Operator(
 
 DENSE_ATTENTION = Operator(
     name="DenseAttention",
-    inputs=(_QKV,),
+    inputs=(QKV,),
     attributes=(_HEADS, _SCALE),
     output=SPARSE_ATTENTION.output,
     tolerances=SPARSE_ATTENTION.tolerances,
@@ -297,7 +203,7 @@ DENSE_ATTENTION = Operator(
 
 TOKEN_SCORE = Operator(
     name="TokenScore",
-    inputs=(_QKV,),
+    inputs=(QKV,),
     attributes=(_HEADS, _SCALE),
     output=Tensor("scores", ("float32",), ("B", "N"), "what the class token attends to; each row sums to 1"),
     tolerances={"float32": 1e-5, "float16": 1e-5, "bfloat16": 1e-5},
@@ -376,7 +282,7 @@ _PAIRS = Tensor(
 MATCH_TOKENS = Operator(
     name="MatchTokens",
     check=_match_refusals,
-    inputs=(_QKV, _SIZES),
+    inputs=(QKV, _SIZES),
     attributes=(
         _HEADS,
         _PREFIX,
@@ -403,9 +309,9 @@ MATCH_TOKENS = Operator(
 MERGE_TOKENS = Operator(
     name="MergeTokens",
     check=_merge_refusals,
-    inputs=(Tensor("x", _FLOATS, ("B", "N", "C"), "tokens"), _SIZES, _PAIRS),
+    inputs=(Tensor("x", FLOATS, ("B", "N", "C"), "tokens"), _SIZES, _PAIRS),
     attributes=(),
-    output=Tensor("output", _FLOATS, ("B", "M", "C"), "new tokens"),
+    output=Tensor("output", FLOATS, ("B", "M", "C"), "new tokens"),
     tolerances={"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2},
     doc=(
         "x[a] where a pair is (a, a), else (s_a x[a] + s_b x[b]) / (s_a + s_b). Computed in float32. Sizes and places\n"

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN, FIRST_VERSION, Attributes
+from sparsifiner_edge.ops.operator import FIRST_VERSION, Attributes
+from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, DOMAIN
 from sparsifiner_edge.ops.torch_native import native_result
 from sparsifiner_edge.ops.torch_triton import triton_result
 

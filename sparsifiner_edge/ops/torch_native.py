@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.native.interface import Operators
-from sparsifiner_edge.ops.schema import Attributes
+from sparsifiner_edge.ops.operator import Attributes
 
 _OPERATORS: ContextVar[Operators | None] = ContextVar("operators", default=None)
 

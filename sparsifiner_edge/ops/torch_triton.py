@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.ops.schema import Attributes
+from sparsifiner_edge.ops.operator import Attributes
 from sparsifiner_edge.ops.torch_native import within_native_kernels
 from sparsifiner_edge.ops.triton import kernels_for
 

@@ -17,7 +17,8 @@ from onnx import helper
 from sparsifiner_edge.ops import reference, torch_landmarks, torch_merge
 from sparsifiner_edge.ops import torch as torch_ops
 from sparsifiner_edge.ops.bodies import OPSET, Structure, function_body
-from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS, Operator
+from sparsifiner_edge.ops.operator import Operator
+from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
 PATCHES = (130, 37, 64, 1)
 BATCHES = (1, 2)

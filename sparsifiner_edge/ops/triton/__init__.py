@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsifiner_edge.errors import BackendError, ConfigError, MissingExtraError
 from sparsifiner_edge.ops.kernels import TRITON
-from sparsifiner_edge.ops.schema import AttributeValue
+from sparsifiner_edge.ops.operator import AttributeValue
 from sparsifiner_edge.ops.triton.plan import refusals
 
 VARIABLE = "SPARSIFINER_KERNELS"

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from sparsifiner_edge.ops.kernels import TRITON
-from sparsifiner_edge.ops.schema import OPERATORS, AttributeValue
+from sparsifiner_edge.ops.operator import AttributeValue
+from sparsifiner_edge.ops.schema import OPERATORS
 
 OPERATORS_PLANNED = TRITON.operators
 SHORT_BLOCKS = {("select", 10), ("attend", 12)}

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from sparsifiner_edge.ops.schema import AttributeValue
+from sparsifiner_edge.ops.operator import AttributeValue
 from sparsifiner_edge.ops.triton.plan import Buffer, Launch, Plan, power_of_two
 from sparsifiner_edge.ops.triton.plan_forward import (
     membership,

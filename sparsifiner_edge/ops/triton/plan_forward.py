@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-from sparsifiner_edge.ops.schema import DEVIATION_FLOOR, Attributes, Shapes
+from sparsifiner_edge.ops.operator import Attributes, Shapes
+from sparsifiner_edge.ops.schema import DEVIATION_FLOOR
 from sparsifiner_edge.ops.triton.plan import Buffer, Launch, Plan, power_of_two
 from sparsifiner_edge.ops.triton.plan_sizes import (
     LOG2_E,

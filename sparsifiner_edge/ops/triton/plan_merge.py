@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sparsifiner_edge.ops.schema import Attributes, Shapes
+from sparsifiner_edge.ops.operator import Attributes, Shapes
 from sparsifiner_edge.ops.triton.plan import Buffer, Launch, Plan, power_of_two
 from sparsifiner_edge.ops.triton.plan_sizes import buffers_of
 

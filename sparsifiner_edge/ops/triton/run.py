@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsifiner_edge.ops.schema import Attributes, AttributeValue
+from sparsifiner_edge.ops.operator import Attributes, AttributeValue
 from sparsifiner_edge.ops.triton.compile import OPTIONS
 from sparsifiner_edge.ops.triton.kernels import kernel
 from sparsifiner_edge.ops.triton.plan import Plan, fitted
