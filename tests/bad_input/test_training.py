@@ -92,9 +92,9 @@ def put(record: object, **fields: Any) -> None:
 
 
 def test_what_a_checkpoint_holds(written: Content) -> None:
-    """As files of every version do, but for the last two."""
+    """As files of every version do, but for the last three."""
     parts = {"fingerprint", "student", "optimiser", "average", "scaler", "recent", "state"}
-    state = {"step", "fidelity", "cosines", "best_step", "best", "unreadable", "captured", "top1"}
+    state = {"step", "fidelity", "cosines", "best_step", "best", "unreadable", "captured", "top1", "predictors"}
     assert (set(written), set(written["state"])) == (parts, state)
     assert set(written["optimiser"]) == {"state", "param_groups"}
     assert type(written["state"]["unreadable"]) is list
@@ -113,7 +113,7 @@ def test_a_training_of_before_attention_was_watched_goes_on(begun: Path, tmp_pat
     place = Path(shutil.copytree(begun, tmp_path / "place"))
     path = place / "out.training" / checkpoint.CHECKPOINT
     content = torch.load(path, weights_only=True)
-    del content["state"]["captured"], content["state"]["top1"]
+    del content["state"]["captured"], content["state"]["top1"], content["state"]["predictors"]
     torch.save(content, path)
     summary = distill_student(place / "start", place / "data", place / "out", overrides=SHORT, resume=True)
     assert summary.steps == 4
