@@ -24,9 +24,11 @@ from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.report.explain_page import write_explanation, write_overview
 from sparsifiner_edge.results import read_result
+from sparsifiner_edge.sparse.in_memory import sparsify_model
+from sparsifiner_edge.sparse.outputs import seen_by, tokens_of
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import assert_refused, call, process
-from tests.models import student
+from tests.models import images, student, vit
 from tests.once import Once
 
 KINDS = {
@@ -291,3 +293,36 @@ def test_an_overview_without_faithfulness(made: Path, tmp_path: Path) -> None:
     assert found.summary.faithful == {}
     with Image.open(write_overview(found, tmp_path / "picture.png")) as drawn:
         assert np.asarray(drawn).std() > 10
+
+
+class Around(torch.nn.Module):
+    """A module around a backbone, which counts how often what is behind it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.ran = vit(), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.backbone.forward_features(x)
+        self.ran += 1
+        return tokens.mean(1)
+
+
+class Idle(Around):
+    """One that asks its backbone nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@torch.no_grad()
+def test_tokens_are_had_without_what_is_behind_them() -> None:
+    around = sparsify_model(Around(), keep=0.25, merge=4).eval()
+    image = images(around.backbone, 2)
+    wanted = seen_by(around, image).tokens
+    assert around.ran == 1
+    assert torch.equal(tokens_of(around, image), wanted)
+    assert around.ran == 1
+    assert torch.equal(tokens_of(around.backbone, image), wanted)
+    with pytest.raises(ConfigError, match="does not run its vision transformer"):
+        tokens_of(sparsify_model(Idle(), keep=0.25), image)

@@ -21,6 +21,7 @@ from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.sparse.attention import KeySelector, LandmarkAttention, PackedAttention, SparseAttention
 from sparsifiner_edge.sparse.calibrate import observed
 from sparsifiner_edge.sparse.layer import CarriedTokens, SparseLayer
+from sparsifiner_edge.sparse.outputs import tokens_of
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
@@ -90,7 +91,7 @@ def look(student: Student, image: Pixels, densely: bool = False) -> list[SeenLay
             stack.enter_context(observed(student.model, lambda *_: None, densely=True))
         for layer in layers:
             stack.enter_context(_watched(layer, seen))
-        student.model.eval()(normalise(torch.from_numpy(image)[None], student.normalisation))
+        tokens_of(student.model.eval(), normalise(torch.from_numpy(image)[None], student.normalisation))
     return seen
 
 

@@ -26,7 +26,7 @@ from sparsifiner_edge.explained import Faithful
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.ops.torch_native import native_kernels
-from sparsifiner_edge.sparse.outputs import seen_by
+from sparsifiner_edge.sparse.outputs import tokens_of
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
 
@@ -50,7 +50,7 @@ def answer_of(student: Student, place: tuple[int, int] | None = None) -> AnswerO
             for start in range(0, len(images), together):
                 some = np.stack(images[start : start + together])
                 pixels = normalise(torch.from_numpy(some), student.normalisation)
-                tokens = seen_by(student.model, pixels, student.outputs).tokens
+                tokens = tokens_of(student.model, pixels)  # A decoder may take as long as all else.
                 index = 0 if place is None else backbone.prefix + place[0] * backbone.grid[1] + place[1]
                 rows.append(backbone.heads(tokens)["features"] if place is None else tokens[:, index])
         return np.asarray(torch.cat(rows).numpy())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -87,6 +87,33 @@ def seen_by(module: nn.Module, images: Tensor, names: Sequence[str] | None = Non
     pruned = backbone.sparsity is not None and backbone.sparsity.token_keep
     positions = riding(last[0]).positions.sort(1).values if pruned else None
     return ModelAnswer(backbone.host.final_norm(backbone)(last[0]), positions, outputs)
+
+
+class _ReachedError(Exception):
+    """The last layer has run; holds what it gave."""
+
+
+def tokens_of(module: nn.Module, images: Tensor) -> Tensor:
+    """The `tokens` of `seen_by`, of a module that prunes none: [B,N,C]. Nothing behind the last layer runs.
+
+    Raises:
+        ConfigError: it does not run its backbone to the last layer.
+    """
+    backbone = backbone_of(module)
+    if backbone.module is module:
+        return final_tokens(module, images)[0]
+
+    def stop(_: nn.Module, __: Any, out: Tensor) -> None:
+        raise _ReachedError(out)
+
+    hook = backbone.layers[-1].register_forward_hook(stop)
+    try:
+        module(images)
+    except _ReachedError as reached:
+        return cast(Tensor, backbone.host.final_norm(backbone)(reached.args[0]))
+    finally:
+        hook.remove()
+    raise ConfigError("This module does not run its vision transformer to the last layer.", "Let it read that too.")
 
 
 def _named(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:
