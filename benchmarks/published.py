@@ -1,4 +1,4 @@
-"""Every row of the paper's tables 1 to 3 (and LV-ViT's): what this tool makes of it, and the commands for it.
+"""Every published row that gives multiply-adds: what this tool makes of it, and the commands for it.
 
     python benchmarks/published.py [-o FOLDER]    # Sparsifiner, CVPR 2023
 

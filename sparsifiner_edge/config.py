@@ -17,7 +17,9 @@ PRESETS: dict[str, dict[str, float]] = {
     "paper": {"tile": 1, "probe": 1, "cells": 0, "value_power": 0.0},
 }
 """Presets, and the values in which each differs from the defaults of `SparsityConfig`."""
-_COUNTS = {"tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1}
+_COUNTS = {
+    "tile": 1, "probe": 1, "channels": 1, "cells": 0, "landmark_factor": 1, "top_coefficients": 1, "image_tokens": 0,
+}  # fmt: skip
 """Whole numbers, and the least value of each."""
 Keep = float | tuple[float, ...]
 """One share of keys for all layers, or one of each; the last goes on to the layers that are left."""
@@ -111,7 +113,7 @@ class SparsityConfig:
     def __post_init__(self) -> None:
         _require(self.preset in tuple(PRESETS), f"preset is {self.preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
         self._check_keep()
-        for name, least in (_COUNTS | {"image_tokens": 0}).items():
+        for name, least in _COUNTS.items():
             value = getattr(self, name)
             fits = isinstance(value, int) and least <= value <= MOST_COUNT
             _require(fits, f"{name} is {value!r}.", f"Give a whole number of at least {least}.")
@@ -314,8 +316,8 @@ class SparsityConfig:
         return (self.image_tokens or tokens) // self.landmark_factor
 
     def to_dict(self) -> Any:
-        """JSON-ready fields."""
-        return write_record(self)
+        """JSON-ready fields; without `image_tokens` where it is 0, which older versions do not know."""
+        return {name: value for name, value in write_record(self).items() if name != "image_tokens" or value}
 
     @classmethod
     def for_preset(cls, preset: str, **settings: Any) -> SparsityConfig:

@@ -44,7 +44,12 @@ class Distiller(nn.Module):
         object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
 
     def forward(
-        self, images: Tensor, labels: Tensor | None, generator: torch.Generator, reconstruct: bool
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        generator: torch.Generator,
+        reconstruct: bool,
+        predictors: bool = True,
     ) -> dict[str, Tensor]:
         """Losses by name, unweighted; see `total`.
 
@@ -52,6 +57,7 @@ class Distiller(nn.Module):
             images: normalised, [B,3,H,W]. labels: int64 [B], or shares of classes [B,C], or None.
             generator: draws the rows that the predictors are judged by.
             reconstruct: the predictors alone learn, while all layers attend to everything.
+            predictors: whether they learn beside the backbone too.
         """
         selection: list[Tensor] = []
 
@@ -59,7 +65,7 @@ class Distiller(nn.Module):
             with torch.enable_grad(), torch.autocast(qkv.device.type, enabled=False):
                 selection.append(selection_loss(attention, qkv.float(), generator, sizes, positions))
 
-        counts = reconstruct or bool(self.weights.selection)
+        counts = reconstruct or (predictors and bool(self.weights.selection))
         with observed(self.student, watch, densely=reconstruct) if counts else contextlib.nullcontext():
             if reconstruct:
                 with torch.no_grad():

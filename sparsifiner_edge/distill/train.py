@@ -211,7 +211,8 @@ class Training:
             with self.accelerator.accumulate(self.wrapped):
                 with drawn_from(self._drawn(step, number)):
                     images, labels = self._inputs(batch)
-                losses = self.wrapped(images, labels, generator, phase[0] is self.recipe.reconstruct)
+                kind = phase[0] is self.recipe.reconstruct, phase[0].predictor_learning_rate > 0
+                losses = self.wrapped(images, labels, generator, *kind)
                 total = self.distiller.total(losses)
                 self._check(step, float(self.accelerator.reduce(total.detach(), "mean")), files)
                 if number == 0 and step and step % self.recipe.save_every == 0:

@@ -102,8 +102,6 @@ def _settings_table(manifests: Sequence[LabelledManifest], texts: Texts) -> Tabl
 
 def _setting(manifest: Manifest, name: str, texts: Texts) -> str:
     value: Any = manifest.sparsity.to_dict().get(name) if manifest.sparsity else None
-    if name == "image_tokens":
-        value = value or None
     if name == "merged":
         value = None if manifest.merged is None else list(manifest.merged)
     if name == "keep" and value is not None:

@@ -15,6 +15,7 @@ from sparsifiner_edge.sparse.layer import riding
 from sparsifiner_edge.sparse.patch import final_tokens
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_UNREAD = "This module does not run its vision transformer to the last layer.", "Let it read that too."
 TOKENS = "tokens"
 ALONE = ("logits", "features", TOKENS)
 """What a vision transformer alone gives, in this order."""
@@ -83,14 +84,14 @@ def seen_by(module: nn.Module, images: Tensor, names: Sequence[str] | None = Non
     finally:
         hook.remove()
     if not last:
-        raise ConfigError("This module does not run its vision transformer to the last layer.", "Let it read that too.")
+        raise ConfigError(*_UNREAD)
     pruned = backbone.sparsity is not None and backbone.sparsity.token_keep
     positions = riding(last[0]).positions.sort(1).values if pruned else None
     return ModelAnswer(backbone.host.final_norm(backbone)(last[0]), positions, outputs)
 
 
-class _ReachedError(Exception):
-    """The last layer has run; holds what it gave."""
+class _ReachedError(BaseException):
+    """The last layer has run; holds what it gave. No module takes it for an error of its own."""
 
 
 def tokens_of(module: nn.Module, images: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def tokens_of(module: nn.Module, images: Tensor) -> Tensor:
         return cast(Tensor, backbone.host.final_norm(backbone)(reached.args[0]))
     finally:
         hook.remove()
-    raise ConfigError("This module does not run its vision transformer to the last layer.", "Let it read that too.")
+    raise ConfigError(*_UNREAD)
 
 
 def _named(result: Any, names: Sequence[str] | None) -> dict[str, Tensor]:
