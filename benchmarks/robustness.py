@@ -2,13 +2,16 @@
 pruning (EViT), at about half of the dense multiply-accumulates, all trained by one recipe for as many steps.
 
     python benchmarks/robustness.py train [--task classes|saliency] [--only NAME] [--work FOLDER]
+    python benchmarks/robustness.py find [--work FOLDER]           # plans by `search`, clean and under corruption
     python benchmarks/robustness.py measure [--task ..] [--work FOLDER] [-o FOLDER]    # hours; goes on where stopped
 
 `classes`: DINOv2 ViT-S/14 at 224 px, a linear probe of Fashion-MNIST on frozen features, learnt from clean images.
 `saliency`: `sparsifiner_edge.demo.saliency` at 518 px, IoU with true masks (stamps on publication photographs). A dense
-map needs every token, so nothing is pruned there. Trainings see photographs and Fashion-MNIST's training images, none
-that is measured on; "corrupted" trainings see the fifteen of ImageNet-C, and none of a camera's own. Needs the packages
-that `accuracy.py` and `stamps.py` name.
+map needs every token, so nothing is pruned there. `features`: cosines of the classifier's students, at several budgets,
+and of plans that were found, on the publication photographs. Trainings and searches see photographs and Fashion-MNIST's
+training images, none that is measured on; "corrupted" trainings see the fifteen of ImageNet-C, and none of a camera's
+own. `measure` leaves rows of the folder's result that it did not measure. Needs the packages that `accuracy.py` and
+`stamps.py` name.
 """
 
 from __future__ import annotations
@@ -32,12 +35,12 @@ from accuracy_images import SIZE, collect, collect_fashion, linked, write_photog
 from fashion import fashion_mnist
 from fidelity_subject import weights_file
 from frontier_points import sum_of_layers
-from matplotlib.figure import Figure
 from PIL import Image
+from robustness_rows import Row, as_result, draw, row_of, rows_of, show
 
 import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
+from sparsifiner_edge.cli.common import err_console, progress_bar
 from sparsifiner_edge.config import parse_token_keep
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.evaluate import robustness
@@ -45,25 +48,32 @@ from sparsifiner_edge.evaluate.extract import Extractor, open_both
 from sparsifiner_edge.evaluate.robustness import RobustnessResult
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, read_result, write_result
+from sparsifiner_edge.results import read_result, write_result
 from sparsifiner_edge.sparse import patch
 from sparsifiner_edge.sparse.layer import CarriedTokens
 from sparsifiner_edge.sparse.merge import Merging
 
 MODULE, SALIENCY_SIZE = "sparsifiner_edge.demo.saliency", 518
-GALLERY, QUERIES, STAMPS, SEVERITY = 600, 120, 15, "3"
+GALLERY, QUERIES, STAMPS, SEVERITY = 600, 120, 30, "3"
 """Images of each task. Severity 3 is what is required; the middle of five."""
-STAGES = ("untrained", "trained")
+STAGES, RESULT = ("untrained", "trained"), "robustness.json"
 REQUIRED = 1.0
 """Points that ours may lose beyond the dense model, mean of ImageNet-C's fifteen; and aimed at .3."""
 
 
 class Contender(NamedTuple):
-    """One student. sparsify: how it is made. overrides: of the recipe. by_tome: whether tokens merge by ToMe's rule."""
+    """One student.
+
+    Attributes:
+        sparsify: how it is made. overrides: of the recipe. by_tome: whether tokens merge by ToMe's rule.
+        of: the student of the classifier's that it is, at another budget. found: the corruptions it was searched under.
+    """
 
     sparsify: dict[str, Any]
     overrides: tuple[str, ...] = ()
     by_tome: bool = False
+    of: str | None = None
+    found: dict[str, Any] | None = None
 
 
 def falling(first: int) -> tuple[int, ...]:
@@ -72,6 +82,17 @@ def falling(first: int) -> tuple[int, ...]:
 
 
 CORRUPTED = ("images.corrupted=0.5",)
+BUDGETS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, more": {"keep": 0.5, "merge": falling(18)},
+    "ours, less": {"keep": 0.1, "merge": falling(38)},
+    "ours, corrupted": {},
+    "ToMe": {},
+    "EViT": {},
+}
+"""Of the students of the classifier, where their features are judged."""
+AT_LEAST, MINUTES, SEARCHED, BOARD = 0.98, 10.0, 40, "jetson-orin-nano-8gb"
+"""Fidelity, minutes and images of a search, a fifth of which is its own check; latency is estimated for the board."""
 READ = (0.2, 0.2, 0.5, 1.0)
 TASKS: dict[str, dict[str, Contender]] = {
     "classes": {
@@ -85,7 +106,16 @@ TASKS: dict[str, dict[str, Contender]] = {
         "ours, corrupted": Contender({"keep": READ, "cells": 49, "merge": falling(122)}, CORRUPTED),
         "ToMe": Contender({"keep": 1.0, "merge": falling(140)}, by_tome=True),
     },
+    "features": {
+        **{
+            name: Contender(budget, of=name.replace(", more", "").replace(", less", ""), by_tome=name == "ToMe")
+            for name, budget in BUDGETS.items()
+        },
+        "found, clean": Contender({}, found={}),
+        "found, corrupted": Contender({}, found={"corruptions": "common", "severity": SEVERITY}),
+    },
 }
+TRAINED = ("classes", "saliency")
 RECIPES = {
     "classes": (
         "distil.steps=200", "images.smallest_crop=0.8", "images.cut_mix=0", "losses.classes=0.06",
@@ -192,12 +222,13 @@ def main() -> None:
 
 
 _task = click.option("--task", "tasks", type=click.Choice(list(TASKS)), multiple=True, default=list(TASKS))
+_trained = click.option("--task", "tasks", type=click.Choice(TRAINED), multiple=True, default=TRAINED)
 _only = click.option("--only", multiple=True, help="Names of students.")
 _work = click.option("--work", type=click.Path(path_type=Path), default=Path("build/robustness"), show_default=True)
 
 
 @main.command()
-@_task
+@_trained
 @_only
 @_work
 def train(tasks: tuple[str, ...], only: tuple[str, ...], work: Path) -> None:
@@ -221,15 +252,46 @@ def train(tasks: tuple[str, ...], only: tuple[str, ...], work: Path) -> None:
             click.echo(f"{output.name}: {told}")
 
 
+@main.command()
+@_work
+def find(work: Path) -> None:
+    """Search the fastest plan that is as faithful, on clean images, and on those that suffered ImageNet-C's fifteen."""
+    work.mkdir(parents=True, exist_ok=True)
+    photographs = sorted((collect(work / "pictures") / "train").glob("photograph*-whole.jpg"))
+    data = linked(work / "searched", evenly(photographs, SEARCHED))
+    for name, contender in TASKS["features"].items():
+        if contender.found is None or student_of(work, "features", name, "untrained").exists():
+            continue
+        with progress_bar(name) as progress:
+            found = se.search_model(
+                material.DINOV2, data, work / f"features-{name}", weights=weights_file(), img_size=SIZE,
+                at_least=AT_LEAST, board=BOARD, precisions=["fp16"], minutes=MINUTES, progress=progress, **contender.found,
+            )  # fmt: skip
+        click.echo(f"{name}: {write_record(found.statistics.finalists[0])}")
+
+
+def student_of(work: Path, task: str, name: str, stage: str) -> Path:
+    """The student's folder."""
+    contender = TASKS[task][name]
+    if contender.found is not None:
+        return work / f"features-{name}" / "student"
+    if contender.of:
+        return student_of(work, "classes", contender.of, stage)
+    return work / f"{task}-{name}" if stage == "trained" else untrained(work, task, name)
+
+
 def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> RobustnessResult:
     """A student under every corruption, beside the dense model; kept on disk, as are outputs, for it takes long."""
-    contender = TASKS[task][name]
-    student = untrained(work, task, name) if stage == "untrained" else work / f"{task}-{name}"
-    kept = work / f"{student.name}.json"
+    contender, student = TASKS[task][name], student_of(work, task, name, stage)
+    label = f"{task}-{name}" + ("-untrained" if stage == "untrained" else "")
+    kept = work / f"{label}.json"
     if kept.exists():
         return read_result(kept, RobustnessResult)
     options: dict[str, Any] = {"corruptions": "all", "severity": SEVERITY, "trust": [MODULE], "progress": progress}
-    if task == "classes":
+    if task == "features":
+        data = linked(work / "publication", split.publication())
+        options |= {"against": material.DINOV2, "weights": weights_file(), **contender.sparsify}
+    elif task == "classes":
         options |= {"metric": "linear", "gallery": class_folders(work, "train", GALLERY), "queries": QUERIES}
         data = class_folders(work, "test", QUERIES)
         options |= {"against": material.DINOV2, "weights": weights_file()}
@@ -238,7 +300,7 @@ def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> Robus
         if not data.exists():
             stamps.write(work / "stamps", STAMPS, SALIENCY_SIZE)
         options |= {"metric": "task", "masks": work / "stamps" / "masks", "against": f"{MODULE}:saliency"}
-    with merging_by(contender.by_tome), remembered(work / "outputs" / student.name, work / "outputs" / f"{task}-dense"):
+    with merging_by(contender.by_tome), remembered(work / "outputs" / label, work / "outputs" / f"{task}-dense"):
         found = se.evaluate_student(student, data, **options)
     assert isinstance(found, RobustnessResult)
     write_result(kept, found)
@@ -258,84 +320,47 @@ def class_folders(work: Path, part: str, count: int) -> Path:
     return folder
 
 
+def _stages(contender: Contender) -> tuple[str, ...]:
+    """Those in which it differs from others."""
+    if contender.found is not None:
+        return ("untrained",)
+    return ("trained",) if contender.overrides or contender.of else STAGES
+
+
 @main.command()
 @_task
 @_only
 @_work
 @click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, default=STAGES)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for robustness.json, .png.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the result and robustness.png.")
 def measure(
     tasks: tuple[str, ...], only: tuple[str, ...], work: Path, stages: tuple[str, ...], output: Path | None
 ) -> None:  # fmt: skip
     """Measure students untrained, and those that were trained."""
     work.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, dict[str, Any]] = {}
-    for task in tasks:
-        rows[task] = {}
-        for name in [x for x in TASKS[task] if not only or x in only]:
-            for stage in stages:
-                if stage == "trained" and not (work / f"{task}-{name}").exists():
-                    err_console.print(f"{task}, {name}: not trained")
-                    continue
-                if stage == "untrained" and TASKS[task][name].overrides:
-                    continue  # The same as without them.
-                with progress_bar(f"{task}, {name}, {stage}") as progress:
-                    found = judged(work, task, name, stage, progress)
-                student = se.load_student(untrained(work, task, name), trust=[MODULE])
-                rows[task][f"{name}, {stage}"] = {"macs": sum_of_layers(student), "found": found}
-        show(task, rows[task])
+    rows: dict[str, Row] = {}
+    for task, contenders in TASKS.items():
+        for name, stage in [(name, stage) for name, one in contenders.items() for stage in _stages(one)]:
+            if task not in tasks or (only and name not in only) or stage not in stages:
+                continue
+            folder = student_of(work, task, name, stage)
+            if not folder.exists():
+                err_console.print(f"{task}, {name}: neither trained nor found in {work}")
+                continue
+            with progress_bar(f"{task}, {name}, {stage}") as progress:
+                found = judged(work, task, name, stage, progress)
+            budget = contenders[name].sparsify if contenders[name].of else {}
+            student = se.load_student(folder, trust=[MODULE], **budget)
+            rows[f"{task}: {name}, {stage}"] = row_of(found, sum_of_layers(student))
+    if output and (output / RESULT).exists():
+        rows = rows_of(read_result(output / RESULT)) | rows
+    order = [f"{task}: {name}, {stage}" for task in TASKS for name in TASKS[task] for stage in STAGES]
+    rows = {label: rows[label] for label in order if label in rows}
+    show(rows, f"Severity {SEVERITY}, points of 100; required <= {REQUIRED}")
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        write_result(output / "robustness.json", _as_result(rows))
-        draw(rows, output / "robustness.png")
-
-
-def _as_result(rows: dict[str, dict[str, Any]]) -> Result:
-    """All of them as one result."""
-    each = [(f"{task}: {name}", row) for task, found in rows.items() for name, row in found.items()]
-    subjects = [subject for _, row in each for subject in row["found"].subjects]
-    samples = {label: row["found"].samples for label, row in each}
-    statistics = {label: {"macs": row["macs"], **write_record(row["found"].statistics)} for label, row in each}
-    method = {
-        label: write_record(row["found"].method) | {"images": len(row["found"].method.images)} for label, row in each
-    }
-    return Result("comparison", subjects, method, samples, statistics)
-
-
-def show(task: str, rows: dict[str, Any]) -> None:
-    """Clean, and what is lost to the fifteen and to a camera's own."""
-    table = []
-    for name, row in rows.items():
-        found: RobustnessResult = row["found"]
-        for score, groups in found.statistics.stability.items():
-            clean = found.statistics.clean[score]
-            extra = [groups[group].extra_lost.times(100) for group in ("common", "camera")]
-            table.append([
-                name, f"{row['macs'] / 1e9:.1f}", f"{100 * clean['teacher']:.1f}", f"{100 * clean['subject']:.1f}",
-                f"{100 * groups['common'].teacher_lost.value:.1f}",
-                *(f"{x.value:+.2f} ({x.low:+.2f} to {x.high:+.2f})" for x in extra),
-            ])  # fmt: skip
-    head = ["", "G MACs", "dense, clean", "clean", "dense loses", "extra loss, ImageNet-C", "extra loss, camera"]
-    print_table(f"{task}, severity {SEVERITY}, points of 100; required <= {REQUIRED}", head, table)
-
-
-def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """The extra loss under each corruption, a panel per task and a row of points per student, with intervals."""
-    figure = Figure(figsize=(10, 4 * len(rows)), layout="constrained")
-    for axes, (task, found) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows.items(), strict=True):
-        for number, (name, row) in enumerate(found.items()):
-            (groups,) = row["found"].statistics.stability.values()
-            names = [*row["found"].method.corruptions, "common", "camera"]
-            points = [groups[one].extra_lost.times(100) for one in names]
-            spread = [[x.value - x.low for x in points], [x.high - x.value for x in points]]
-            places = np.arange(len(names)) + 0.15 * (number - (len(found) - 1) / 2)
-            axes.errorbar(places, [x.value for x in points], spread, fmt="o", markersize=3, linewidth=1, label=name)
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.axhline(REQUIRED, color="grey", linewidth=0.8, linestyle=":")
-        axes.set_xticks(range(len(names)), [one.replace("_", " ") for one in names], rotation=60, ha="right")
-        axes.set_title(f"{task}: points lost beyond the dense model at severity {SEVERITY}", fontsize=10)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+        write_result(output / RESULT, as_result(rows))
+        draw(rows, TRAINED, REQUIRED, output / "robustness.png")
 
 
 if __name__ == "__main__":

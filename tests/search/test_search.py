@@ -183,6 +183,29 @@ def test_a_board_is_estimated_and_its_page_says_so(again: Path, photographs: Pat
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_fidelity_may_be_asked_for_under_a_corruption(
+    photographs: Path, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("search", TINY, "--weights", tiny_weights, "--data", photographs, "--board", "jetson-orin-nano-8gb")
+    bound = ("--precision", "fp16", "--at-least", "0.95", "--minutes", "1")
+    done = call(capsys, *asked, *bound, "--corruptions", "fog", "--severity", "3", "-o", tmp_path / "found")
+    assert done.code == 0, done.err
+    assert "fidelity under 1 corruptions" in done.out
+    found = read_result(tmp_path / "found/front.json", SearchResult)
+    assert found.method.corruptions == ["fog 3"]
+    # What `evaluate` says of the student on the same images, in the same fog.
+    judged = [photographs / name for name in found.method.images["tried"]]
+    again = se.evaluate_student(
+        tmp_path / "found/student", judged, against=TINY, weights=tiny_weights, corruptions="fog", severity="3"
+    )
+    fidelity = again.statistics.stability["patches"]["fog 3"].subject
+    assert fidelity == pytest.approx(found.statistics.answer.fidelity, abs=1e-3)
+    assert fidelity != pytest.approx(again.statistics.clean["patches"]["subject"], abs=1e-6)
+    assert fidelity >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_keeps_the_front_so_far(
     again: Path, photographs: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
