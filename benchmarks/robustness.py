@@ -265,7 +265,8 @@ def find(work: Path) -> None:
         with progress_bar(name) as progress:
             found = se.search_model(
                 material.DINOV2, data, work / f"features-{name}", weights=weights_file(), img_size=SIZE,
-                at_least=AT_LEAST, board=BOARD, precisions=["fp16"], minutes=MINUTES, progress=progress, **contender.found,
+                at_least=AT_LEAST, board=BOARD, precisions=["fp16"], minutes=MINUTES, progress=progress,
+                **contender.found,
             )  # fmt: skip
         click.echo(f"{name}: {write_record(found.statistics.finalists[0])}")
 
