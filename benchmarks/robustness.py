@@ -301,7 +301,10 @@ def judged(work: Path, task: str, name: str, stage: str, progress: Any) -> Robus
         if not data.exists():
             stamps.write(work / "stamps", STAMPS, SALIENCY_SIZE)
         options |= {"metric": "task", "masks": work / "stamps" / "masks", "against": f"{MODULE}:saliency"}
-    with merging_by(contender.by_tome), remembered(work / "outputs" / label, work / "outputs" / f"{task}-dense"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(merging_by(contender.by_tome))
+        if task != "features":  # Its patches are too large to keep, and soon made again.
+            stack.enter_context(remembered(work / "outputs" / label, work / "outputs" / f"{task}-dense"))
         found = se.evaluate_student(student, data, **options)
     assert isinstance(found, RobustnessResult)
     write_result(kept, found)
