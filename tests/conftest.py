@@ -23,9 +23,30 @@ if WORKER:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+BRIEF = 12
+"""Tests that a process begins with while another runs those that run alone."""
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long ones first; those that run alone last, when nobody waits long for what the others are at."""
-    items.sort(key=lambda item: (item.get_closest_marker("long") is None, item.get_closest_marker("alone") is not None))
+    """Each process gets a part of the list and runs it in its order: long ones lead every part, so that none is left
+    for the end. Those that run alone lead the first, and the other parts begin with brief ones: else either waits for
+    what long ones are at.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    alone = [item for item in items if item.get_closest_marker("alone")]
+    long = [item for item in items if item.get_closest_marker("long")]
+    brief = [item for item in items if not any(map(item.get_closest_marker, ("alone", "long", "slow")))]
+    brief = brief[: BRIEF * (processes - 1)]
+    leading = {id(item) for item in (*alone, *long, *brief)}
+    left, order = [item for item in items if id(item) not in leading], []
+    for process in range(processes):
+        lead = [*(brief[(process - 1) * BRIEF : process * BRIEF] if process else alone), *long[process::processes]]
+        fill = max(0, (len(items) - len(order)) // (processes - process) - len(lead))
+        order += lead + left[:fill]
+        left = left[fill:]
+    assert sorted(map(id, order + left)) == sorted(map(id, items)), "tests were lost or doubled"
+    items[:] = order + left
 
 
 @pytest.hookimpl(wrapper=True)
