@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import sparsifiner_edge as se
-from sparsifiner_edge.corruptions import corrupt, moved
-from sparsifiner_edge.evaluate.robustness import Condition, RobustnessResult, robustness_statistics
+from sparsifiner_edge.corruptions import Condition, corrupt, moved
+from sparsifiner_edge.evaluate.robustness import RobustnessResult, robustness_statistics
 from sparsifiner_edge.images import load_image, load_mask
 from sparsifiner_edge.metrics import cosine, intersection_over_union
 from sparsifiner_edge.results import read_result

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,18 @@ SEVERITIES = (1, 2, 3, 4, 5)
 COMMON, CAMERA = tuple(IMAGENET_C), tuple(OF_CAMERAS)
 _EVERY = IMAGENET_C | OF_CAMERAS
 _MOVING = {name: _EVERY[name] for name in ("elastic_transform", "rotation")}
+
+
+class Condition(NamedTuple):
+    """A corruption and how severe it is."""
+
+    corruption: str
+    severity: int
+
+    @property
+    def label(self) -> str:
+        """As in results: "fog 3"."""
+        return f"{self.corruption} {self.severity}"
 
 
 def corrupt(image: Pixels, name: str, severity: int, seed: int) -> Pixels:
@@ -94,10 +107,10 @@ def parse_severities(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(digit) for digit in found[0].split(",")}))
 
 
-def every_condition(corruptions: str, severity: str | None) -> list[tuple[str, int]]:
+def every_condition(corruptions: str, severity: str | None) -> list[Condition]:
     """Every corruption that is named at every severity (None: all of them); see `parse_corruptions`."""
     severities = SEVERITIES if severity is None else parse_severities(severity)
-    return list(itertools.product(parse_corruptions(corruptions), severities))
+    return [Condition(*pair) for pair in itertools.product(parse_corruptions(corruptions), severities)]
 
 
 def _drawn(name: str, severity: int, seed: int) -> Generator:

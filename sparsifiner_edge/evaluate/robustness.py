@@ -18,7 +18,7 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.bounds import height_width, size_text
-from sparsifiner_edge.corruptions import CAMERA, corrupt, moved
+from sparsifiner_edge.corruptions import CAMERA, Condition, corrupt, moved
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, gallery_for, image_counter, predictor_of
 from sparsifiner_edge.evaluate.cosine import patches_of, require_comparable
@@ -42,18 +42,6 @@ from sparsifiner_edge.runtime.session import Runtime
 CLEAN = "clean"
 JUDGED = ("subject", "teacher")
 Scores = dict[str, float | None]
-
-
-class Condition(NamedTuple):
-    """A corruption and how severe it is."""
-
-    corruption: str
-    severity: int
-
-    @property
-    def label(self) -> str:
-        """As in results: "fog 3"."""
-        return f"{self.corruption} {self.severity}"
 
 
 class Stability(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,10 +121,9 @@ class _Judge(Protocol):
 
 def evaluate_robustness(
     compared: TeacherComparison, data: Path | list[Path], asked: RobustnessQuestion,
-    pairs: Sequence[tuple[str, int]], progress: Progress | None,
+    conditions: Sequence[Condition], progress: Progress | None,
 ) -> RobustnessResult:  # fmt: skip
-    """See `evaluate_student`; pairs: corruptions and their severities. Image by image, clean and then under each."""
-    conditions = [Condition(*pair) for pair in pairs]
+    """See `evaluate_student`. Image by image, clean and then under each."""
     samples: dict[str, dict[str, dict[str, list[float | None]]]] = {}
     with contextlib.ExitStack() as stack:
         subject, teacher = open_both(compared, stack)

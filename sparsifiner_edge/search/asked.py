@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sparsifiner_edge.bundle.entries import ON_PROCESSOR
-from sparsifiner_edge.corruptions import every_condition
+from sparsifiner_edge.corruptions import Condition, every_condition
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.metrics import MAPS
@@ -53,12 +53,12 @@ class Asked(NamedTuple):
     engines: list[Deployment]
     left_out: dict[str, str]
     images: ImageSplit
-    conditions: list[tuple[str, int]]
+    conditions: list[Condition]
 
     @property
     def corruptions(self) -> list[str] | None:
         """As files name them: "fog 3"; None where images stay clean."""
-        return [f"{name} {severity}" for name, severity in self.conditions] or None
+        return [one.label for one in self.conditions] or None
 
     def judged_by(self, patches: int) -> Asked:
         """The same, with the images that judge plans of a model that makes so many patches of one."""

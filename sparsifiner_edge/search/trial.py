@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.bounds import ImageSize
-from sparsifiner_edge.corruptions import corrupt
+from sparsifiner_edge.corruptions import Condition, corrupt
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.machine import available_cores
@@ -38,7 +38,7 @@ class Trial:
 
     Args:
         metric: one of `judge.FIDELITIES`. task: of "task" a user's metric; None: a decoder's map.
-        conditions: names and severities of corruptions, of which every image suffers one; none: all are clean.
+        conditions: corruptions, of which every image suffers one; none: all are clean.
 
     Attributes:
         patches: of the backbone. selects: by layer whether it has a predictor; one without stays dense.
@@ -47,7 +47,7 @@ class Trial:
 
     def __init__(
         self, student: Student, teacher: Any, paths: Sequence[Path], metric: str, task: str | None = None,
-        conditions: Sequence[tuple[str, int]] = (),
+        conditions: Sequence[Condition] = (),
     ) -> None:  # fmt: skip
         self._student = student
         self.selects = [isinstance(attention, SparseAttention) for attention in student.backbone.attentions]
@@ -137,7 +137,7 @@ def _giving(layers: Sequence[Any], outputs: Sequence[Tensor]) -> Iterator[None]:
             del layer.forward
 
 
-def _seen(paths: Sequence[Path], size: ImageSize, conditions: Sequence[tuple[str, int]]) -> list[Pixels]:
+def _seen(paths: Sequence[Path], size: ImageSize, conditions: Sequence[Condition]) -> list[Pixels]:
     """Images, each under a corruption of its own: as many different ones as there are images, in no order."""
     images = [load_image(path, size) for path in paths]
     if not conditions:

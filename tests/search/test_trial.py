@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.corruptions import corrupt
+from sparsifiner_edge.corruptions import Condition, corrupt
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.export.sessions import file_session
@@ -52,7 +52,7 @@ def test_a_plan_is_judged_as_the_student_with_its_budget(student: Student, pictu
 
 def test_images_each_suffer_a_corruption_of_their_own(student: Student, pictures: Path) -> None:
     paths, teacher = list_images(pictures), dense_twin(student).model
-    conditions = [("fog", 3), ("contrast", 5), ("rotation", 2)]
+    conditions = [Condition("fog", 3), Condition("contrast", 5), Condition("rotation", 2)]
     trial = Trial(student, teacher, paths, "patches", None, conditions)
     plan = LayerPlan((20, 0, 10, 0, 0, 0), (0.2, 1.0, 0.5, 1.0, 1.0, 1.0))
     assert trial.distances(plan) == Trial(student, teacher, paths, "patches", None, conditions).distances(plan)
