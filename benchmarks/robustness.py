@@ -10,8 +10,8 @@ pruning (EViT), at about half of the dense multiply-accumulates, all trained by 
 map needs every token, so nothing is pruned there. `features`: cosines of the classifier's students, at several budgets,
 and of plans that were found, on the publication photographs. Trainings and searches see photographs and Fashion-MNIST's
 training images, none that is measured on; "corrupted" trainings see the fifteen of ImageNet-C, and none of a camera's
-own. `measure` leaves rows of the folder's result that it did not measure. Needs the packages that `accuracy.py` and
-`stamps.py` name.
+own. `measure` leaves rows of the folder's result that it did not measure, if they are of as many images. Needs the
+packages that `accuracy.py` and `stamps.py` name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fashion import fashion_mnist
 from fidelity_subject import weights_file
 from frontier_points import sum_of_layers
 from PIL import Image
-from robustness_rows import Row, as_result, draw, row_of, rows_of, show
+from robustness_rows import Row, as_result, differences, draw, kept_rows, row_of, rows_of, show
 
 import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array
@@ -57,6 +57,8 @@ MODULE, SALIENCY_SIZE = "sparsifiner_edge.demo.saliency", 518
 GALLERY, QUERIES, STAMPS, SEVERITY = 600, 120, 30, "3"
 """Images of each task. Severity 3 is what is required; the middle of five."""
 STAGES, RESULT = ("untrained", "trained"), "robustness.json"
+RIVALS = ("ToMe", "EViT")
+"""Ours are compared with these, image by image."""
 REQUIRED = 1.0
 """Points that ours may lose beyond the dense model, mean of ImageNet-C's fifteen; and aimed at .3."""
 
@@ -357,13 +359,14 @@ def measure(
             student = se.load_student(folder, trust=[MODULE], **budget)
             rows[f"{task}: {name}, {stage}"] = row_of(found, sum_of_layers(student))
     if output and (output / RESULT).exists():
-        rows = rows_of(read_result(output / RESULT)) | rows
+        rows = kept_rows(rows_of(read_result(output / RESULT)), rows) | rows
     order = [f"{task}: {name}, {stage}" for task in TASKS for name in TASKS[task] for stage in STAGES]
     rows = {label: rows[label] for label in order if label in rows}
-    show(rows, f"Severity {SEVERITY}, points of 100; required <= {REQUIRED}")
+    apart = differences(rows, RIVALS)
+    show(rows, apart, f"Severity {SEVERITY}, points of 100; required <= {REQUIRED}")
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        write_result(output / RESULT, as_result(rows))
+        write_result(output / RESULT, as_result(rows, apart))
         draw(rows, TRAINED, REQUIRED, output / "robustness.png")
 
 

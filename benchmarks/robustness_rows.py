@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from sparsifiner_edge.cli.common import print_table
-from sparsifiner_edge.evaluate.robustness import RobustnessResult
+from sparsifiner_edge.arrays import Array
+from sparsifiner_edge.cli.common import err_console, print_table
+from sparsifiner_edge.corruptions import CAMERA
+from sparsifiner_edge.evaluate.robustness import CLEAN, RobustnessResult
+from sparsifiner_edge.profiles.stats import small_sample_mean
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.results import Result
 
@@ -38,16 +41,62 @@ def rows_of(result: Result) -> dict[str, Row]:
     }
 
 
-def as_result(rows: dict[str, Row]) -> Result:
+def kept_rows(earlier: dict[str, Row], rows: dict[str, Row]) -> dict[str, Row]:
+    """Those of an earlier result that stand beside the new ones of their task; others are left out, and it is said."""
+    images = {label.partition(":")[0]: row.method["images"] for label, row in rows.items()}
+    kept = {}
+    for label, row in earlier.items():
+        if images.get(label.partition(":")[0], row.method["images"]) == row.method["images"]:
+            kept[label] = row
+        elif label not in rows:
+            err_console.print(f"{label}: of {row.method['images']} images, left out")
+    return kept
+
+
+def differences(rows: dict[str, Row], rivals: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Extra loss of ours less that of each rival, image by image, over ImageNet-C's corruptions and over a camera's."""
+    found: dict[str, dict[str, Any]] = {}
+    for label, row in rows.items():
+        task, name, stage = parts_of(label)
+        for rival in rivals:
+            other = rows.get(f"{task}: {rival}, {stage}")
+            if not name.startswith("ours") or other is None:
+                continue
+            for score in row.samples:
+                lost = [extra_lost(one.samples[score]) for one in (row, other)]
+                pairs = {kind: small_sample_mean(lost[0][kind] - lost[1][kind]) for kind in lost[0]}
+                found[f"{task}: {name} less {rival}, {stage}: {score}"] = write_record(pairs)
+    return found
+
+
+def parts_of(label: str) -> tuple[str, str, str]:
+    """Task, student and stage."""
+    task, _, rest = label.partition(": ")
+    name, _, stage = rest.rpartition(", ")
+    return task, name, stage
+
+
+def extra_lost(samples: dict[str, dict[str, list[float]]]) -> dict[str, Array]:
+    """By kind of corruption one value per image: what was lost beyond the dense model."""
+    values = {label: np.array(roles["subject"]) - np.array(roles["teacher"]) for label, roles in samples.items()}
+    kinds: dict[str, list[Array]] = {}
+    for label, x in values.items():
+        if label != CLEAN:
+            kinds.setdefault("camera" if label.rpartition(" ")[0] in CAMERA else "common", []).append(x)
+    return {kind: values[CLEAN] - np.mean(found, 0) for kind, found in kinds.items()}
+
+
+def as_result(rows: dict[str, Row], apart: dict[str, dict[str, Any]]) -> Result:
     """All of them as one result."""
     subjects = [subject for row in rows.values() for subject in row.subjects]
     method = {label: row.method for label, row in rows.items()}
     samples = {label: row.samples for label, row in rows.items()}
-    statistics = {label: row.statistics for label, row in rows.items()}
+    statistics: dict[str, Any] = {label: row.statistics for label, row in rows.items()}
+    statistics["differences"] = apart
     return Result("comparison", subjects, method, samples, statistics)
 
 
-def show(rows: dict[str, Row], title: str) -> None:
+def show(rows: dict[str, Row], apart: dict[str, dict[str, Any]], title: str) -> None:
     """Clean, and what is lost to the fifteen and to a camera's own."""
     table = []
     for label, row in rows.items():
@@ -58,10 +107,16 @@ def show(rows: dict[str, Row], title: str) -> None:
                 f"{label}: {score}", row.method["images"], f"{row.statistics['macs'] / 1e9:.1f}",
                 f"{100 * clean['teacher']:.1f}", f"{100 * clean['subject']:.1f}",
                 f"{100 * groups['common']['teacher_lost']['value']:.1f}",
-                *(f"{100 * x['value']:+.2f} ({100 * x['low']:+.2f} to {100 * x['high']:+.2f})" for x in extra),
+                *map(points, extra),
             ])  # fmt: skip
     head = ["", "images", "G MACs", "dense, clean", "clean", "dense loses", "extra loss, ImageNet-C", "and a camera's"]
     print_table(title, head, table)
+    table = [[label, *(points(x[kind]) for kind in ("common", "camera"))] for label, x in apart.items()]
+    print_table("Extra loss of ours less a rival's, image by image", ["", "ImageNet-C", "a camera's"], table)
+
+
+def points(x: dict[str, float]) -> str:
+    return f"{100 * x['value']:+.2f} ({100 * x['low']:+.2f} to {100 * x['high']:+.2f})"
 
 
 def draw(rows: dict[str, Row], tasks: Sequence[str], required: float, path: Path) -> None:

@@ -31,6 +31,10 @@ FALSE_ALARMS = 0.01
 LEAST_IMAGES = 8
 COMPONENTS = 64
 _THIRDS, _TENTHS = 3, 10
+_FARTHEST = 3.0
+"""How many times as far as the farthest image from its own kind the limit may lie: what varies by itself needs 2.1."""
+_NEAREST = 1e-6
+"""Squared distance: images that are all the same have none."""
 _FEWEST = 4.0
 """Independent images that any calibration counts for."""
 _SHRINK = 0.1
@@ -65,6 +69,9 @@ def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS, video: bool = F
     next part differs from all before as its last third does from the first two; of other images it is that of tenths,
     since two thirds of few images know less than all of them.
 
+    Where a third is of another kind than the rest, such as a night at the end, it lies so far from them that no limit
+    would be left. So each image is judged as well by images before and after it, of thirds that are two sixths each.
+
     Raises:
         ConfigError: fewer than `LEAST_IMAGES`; a share of false alarms that is none; images that are all the same.
     """
@@ -79,20 +86,26 @@ def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS, video: bool = F
     distances, emptiness = _held_out(rows, contrast, _THIRDS)
     middle = float(np.median(distances if video else _held_out(rows, contrast, _TENTHS)[0]))
     scattered = distances - np.median(distances)
+    farthest = float(_held_out(rows, contrast, _THIRDS, 2)[0].max()) + 2 * math.log(_FARTHEST)
     limits = {
         # Either may raise the alarm: each gets half of the share.
-        "limit": math.exp(-middle - _reach(scattered, false_alarms / 2)),
+        "limit": math.exp(-min(middle + _reach(scattered, false_alarms / 2), farthest)),
         "usual": float(np.median(contrast)),
         "below": 1 / _reach(emptiness, false_alarms / 2),
     }
     return _gaussian(rows)._replace(**{name: np.array([value], np.float32) for name, value in limits.items()})
 
 
-def _held_out(rows: Array, contrast: Array, runs: int) -> tuple[Array, Array]:
-    """Of each image, by all outside of its run of neighbours: log distance, and how far below their contrast it is."""
+def _held_out(rows: Array, contrast: Array, shares: int, runs: int = 1) -> tuple[Array, Array]:
+    """Of each image, by all outside of its share, which is so many runs of neighbours: log distance, and how far below
+    their contrast it is.
+    """
     distances, emptiness = np.empty(len(rows)), np.empty(len(rows))
-    for run in np.array_split(np.arange(len(rows)), min(runs, len(rows))):
-        distances[run] = np.log(squared_distance(_gaussian(np.delete(rows, run, 0)), rows[run]))
+    parts = np.array_split(np.arange(len(rows)), min(shares * runs, len(rows)))
+    for first in range(min(shares, len(parts))):
+        run = np.concatenate(parts[first::shares])
+        squares = squared_distance(_gaussian(np.delete(rows, run, 0)), rows[run])
+        distances[run] = np.log(np.maximum(squares, _NEAREST))
         emptiness[run] = np.median(np.delete(contrast, run)) - contrast[run]
     return distances, emptiness
 

@@ -109,6 +109,28 @@ def test_what_is_emptier_than_everything_is_novel() -> None:
     assert novelty(density, empty)[0] > 1
 
 
+@pytest.mark.parametrize("video", [True, False])
+@pytest.mark.parametrize("order", ["day, day, night", "night, day, day", "in turns"])
+def test_days_and_nights_may_come_in_any_order(order: str, video: bool) -> None:
+    """A third of another kind does not widen the limit until nothing is unlike them."""
+    rng = np.random.default_rng(3)
+    day, night = np.zeros((60, 80)), np.full((30, 80), 12.0)
+    rows = np.concatenate([day, night]) + rng.normal(size=(90, 80))
+    others = rng.normal(size=(20, 80)) * 40
+    ordered = {"day, day, night": rows, "night, day, day": rows[::-1], "in turns": rng.permutation(rows)}[order]
+    density = fit_density(ordered, video=video)
+    assert novelty(density, rows).max() < 1
+    assert novelty(density, others).min() > 1
+
+
+def test_frames_that_stood_still_make_no_limit_without_end() -> None:
+    rng = np.random.default_rng(4)
+    moving = rng.normal(size=(100, 80))
+    density = fit_density(np.concatenate([np.repeat(moving[:1], 200, 0), moving]), video=True)
+    assert novelty(density, rng.normal(size=(20, 80)) * 40).min() > 1
+    assert np.isfinite(density.limit).all()
+
+
 @pytest.mark.parametrize(
     ("rows", "share", "said"),
     [
@@ -172,6 +194,14 @@ def test_few_images_make_none(smooth: Path, tiny_weights: Path, tmp_path: Path, 
     assert done.code == 0, done.err
     assert f"novelty: none, for want of {LEAST_IMAGES} images" in done.out
     assert not (tmp_path / "student" / NOVELTY_FILE).exists()
+
+
+def test_students_without_predictors_have_it_too(smooth: Path, tiny_weights: Path, tmp_path: Path, capsys: Any) -> None:
+    asked = ("sparsify", TINY, "--weights", tiny_weights, "--keep", 1, "--merge", 10, "--calibrate", smooth)
+    done = call(capsys, *asked, "-o", tmp_path / "student")
+    assert done.code == 0, done.err
+    assert "novelty: fitted to 40 images" in done.out
+    assert load_student(tmp_path / "student").novelty is not None
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def _print(result: SearchResult, output: Path) -> None:
         rows.append([f"dense: {engine}", "" if own is None else f"{own:.4f}", "", _ms(dense), ""])
     title = "Finalists, whole models measured" if board is None else f"Finalists, estimated for {board}, not measured"
     under = result.method.corruptions or []
-    title += f"; fidelity under {len(under)} corruptions, each with its severity" if under else ""
+    title += f"; every image under one of {len(under)} corruptions" if under else ""
     common.print_table(title, ["", "fidelity", "predicted", "ms", "predicted"], rows)
     for finalist in found.finalists:  # Not in the table: at 80 columns a plan would cut the figures off.
         click.echo(f"{finalist.backend}, {finalist.precision}: --merge {finalist.merge} --keep {finalist.keep}")

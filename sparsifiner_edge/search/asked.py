@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ class ImageSplit(NamedTuple):
 
 class Asked(NamedTuple):
     """What is searched for, in which engines, on which images; left_out: backends that do not run here, and why;
-    conditions: corruptions and severities that images suffer.
+    conditions: corruptions that images suffer, in the order in which they are dealt out.
     """
 
     bound: Bound
@@ -55,10 +56,9 @@ class Asked(NamedTuple):
     images: ImageSplit
     conditions: list[Condition]
 
-    @property
-    def corruptions(self) -> list[str] | None:
-        """As files name them: "fog 3"; None where images stay clean."""
-        return [one.label for one in self.conditions] or None
+    def suffered(self, images: Sequence[Path], before: int = 0) -> list[Condition]:
+        """One for each of the images, after those that so many others had; none where images stay clean."""
+        return list(itertools.islice(itertools.cycle(self.conditions), before, before + len(images)))
 
     def judged_by(self, patches: int) -> Asked:
         """The same, with the images that judge plans of a model that makes so many patches of one."""
@@ -83,6 +83,7 @@ def what_is_asked(
     if severity is not None and corruptions is None:
         raise ConfigError("A severity is that of corruptions.", "Name them: --corruptions all.")
     conditions = [] if corruptions is None else every_condition(corruptions, severity)
+    conditions = random.Random(seed).sample(conditions, len(conditions))  # noqa: S311
     engines, left_out = _engines(backends, precisions, device)
     own = None if task == MAPS else task
     return Asked(bound, bounds[2], metric, own, seed, device, engines, left_out, _split(data, seed), conditions)

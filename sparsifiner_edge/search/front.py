@@ -75,7 +75,7 @@ class SearchMethod(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         watts: mean power of the dense model, by which a bound of energy became one of time.
-        corruptions: with severities, of which every image suffered one.
+        corruptions: with severities, those that the images suffered which plans were judged by, one each.
         board: None: this machine. images: names by use. tables: by engine, what its latencies were measured with.
     """
 

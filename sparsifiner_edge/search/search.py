@@ -9,13 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
-from sparsifiner_edge.artifacts import STUDENT_FILE, kind_of, read_json, sha256
+from sparsifiner_edge.artifacts import STUDENT_FILE, read_json, sha256
 from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import keep_text, merge_text
 from sparsifiner_edge.errors import ConfigError, GateError
 from sparsifiner_edge.files import io_errors, scratch_folder
-from sparsifiner_edge.images import evenly
 from sparsifiner_edge.profiles.boards.board import Board
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable, read_record, write_record
@@ -39,7 +38,7 @@ from sparsifiner_edge.search.entrants import (
     why_unmet,
 )
 from sparsifiner_edge.search.explore import STATE_SCHEMA, Bound, Engines, Search, State, explore
-from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch, linked
+from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch
 from sparsifiner_edge.search.front import (
     Checked,
     Finalist,
@@ -54,18 +53,15 @@ from sparsifiner_edge.search.front import (
 from sparsifiner_edge.search.judge import FIDELITIES
 from sparsifiner_edge.search.latency import Anchor, Deployment, PlanLatency, measured
 from sparsifiner_edge.search.plan import LayerPlan, dense
+from sparsifiner_edge.search.start import require_searchable, start_of
 from sparsifiner_edge.search.trial import Trial
-from sparsifiner_edge.sparse.student import Student, load_student, sparsify
+from sparsifiner_edge.sparse.student import Student, load_student
 from sparsifiner_edge.sparse.teacher import teacher_of
 
 RESERVED = 0.4
 """Of the time asked for, what exports and the last measurement may take."""
-START_SHARE = 0.25
-"""Of keys, of the student that plans are made from: each gives its own."""
-PREDICTED = 8
-"""Images at most that predictors are calibrated with: a minute or two at 518 px."""
 Value = TypeVar("Value")
-STATE_FILE, FRONT, START, STUDENT, BUNDLE = "search.json", "front.json", "start", "student", "bundle"
+STATE_FILE, FRONT, STUDENT, BUNDLE = "search.json", "front.json", "student", "bundle"
 
 
 def search_model(
@@ -110,10 +106,11 @@ def search_model(
         board: a board that is not here: its latency is estimated (see `estimate_bundle`), and nothing is measured but
             fidelity.
         against: bundles of the same images to stand beside what is found, such as the dense model in int8.
-        corruptions: judge plans by images that got worse, each under one of these: "all", "common", "camera" or names;
-            severity: as "3", "1,3,5" or "1..5"; None takes all.
+        corruptions: judge plans by images that got worse, each under one of these, dealt out by the seed: "all",
+            "common", "camera" or names; severity: as "3", "1,3,5" or "1..5"; None takes all. The last check's images
+            suffer those that come next.
         minutes: how long to look, about, export and last measurement included.
-        seed: of which images are kept for the check.
+        seed: of which images are kept for the check, and which corruption each suffers.
         trust: see `load_student`.
         progress: see `Progress`.
 
@@ -134,16 +131,18 @@ def search_model(
         "source": str(source), "weights": None if weights is None else str(weights), "teacher": teacher,
         "img_size": img_size, "metric": metric, "images": [str(path) for path in images.searched],
     } | ({} if asked.task is None else {"task": asked.task})  # fmt: skip
-    about |= {} if asked.corruptions is None else {"corruptions": asked.corruptions}
+    about |= {"corruptions": [one.label for one in asked.conditions]} if asked.conditions else {}
     state = _state(folder, about)
-    start = _start(source, folder, state, weights, img_size, teacher, images.searched, progress)
+    start = start_of(source, folder, weights, img_size, teacher, images.searched, trust, progress)
+    if start.parent == folder:
+        state.save(folder / STATE_FILE)
     student = load_student(start, trust=trust)
-    _require_searchable(student, start)
+    require_searchable(student, start)
     asked = asked.judged_by(student.backbone.patches)
     images = asked.images
     # A model's weights are those that its student was made of.
     dense_model = teacher_of(student, teacher, Path(weights) if weights and start == Path(source) else None)
-    tried = Trial(student, dense_model.model, images.tried, metric, asked.task, asked.conditions)
+    tried = Trial(student, dense_model.model, images.tried, metric, asked.task, asked.suffered(images.tried))
     search = Search(tried, state, folder / STATE_FILE, progress)
     with io_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +157,8 @@ def search_model(
             model = explore(search, found, told.bound, student.sparsity.tile, end)
             ending = _ended(exports, Shortlist(search, found, model, told.bound), told.begun, rivals, stopwatch)
             if meets(ending.best, told.bound):
-                kept = Trial(student, dense_model.model, images.checked, metric, asked.task, asked.conditions)
+                others = asked.suffered(images.checked, len(images.tried))
+                kept = Trial(student, dense_model.model, images.checked, metric, asked.task, others)
                 ending = ending._replace(check=checked(ending.best, kept, search))
                 keep_answer(ending.best, start, folder, trust)
         except BaseException:  # Ctrl-C too: what was found so far stays, and an earlier answer with its own front.
@@ -208,7 +208,7 @@ def _begin(
         metric=asked.metric, task=asked.task, at_least=bound.at_least, at_most_ms=bound.at_most_ms,
         at_most_mj=asked.at_most_mj, watts=watts, seed=asked.seed,
         board=None if asked.board is None else asked.board.name,
-        corruptions=asked.corruptions,
+        corruptions=list(dict.fromkeys(one.label for one in asked.suffered(asked.images.tried))) or None,
         images={use: [path.name for path in paths] for use, paths in asked.images._asdict().items()},
         tables={str(engine): latency.table.about for engine, latency in found.latencies.items()},
     )  # fmt: skip
@@ -303,39 +303,6 @@ def _state(folder: Path, about: Any) -> State:
     if state.about != write_record(about):
         raise ConfigError(f"{folder} holds another search.", "Give a new folder, or the same model, images and metric.")
     return state
-
-
-def _start(
-    source: str | Path, folder: Path, state: State, weights: str | Path | None, img_size: ImageSize | None,
-    teacher: str | None, images: Sequence[Path], progress: Progress | None,
-) -> Path:  # fmt: skip
-    """The student that is searched: the user's, or one with a predictor in every layer, which is made once."""
-    given = Path(source)
-    if given.is_dir() and kind_of(given) == "student":
-        if img_size is not None:
-            raise ConfigError("A student has a size of its own.", "Leave --img-size out.")
-        return given
-    if teacher is not None:
-        raise ConfigError("--teacher is for a student.", "Leave it out: a model is its own teacher.")
-    start = folder / START
-    if not start.exists():
-        with scratch_folder() as scratch:
-            pictures = linked(scratch / "images", evenly(images, PREDICTED))
-            sparsify(
-                str(source), start, weights=weights, img_size=img_size, keep=START_SHARE, calibrate=pictures,
-                progress=progress,
-            )  # fmt: skip
-        state.save(folder / STATE_FILE)
-    return start
-
-
-def _require_searchable(student: Student, start: Path) -> None:
-    sparsity = student.sparsity
-    if sparsity.is_dense or sparsity.token_keep or sparsity.preset != "edge":
-        raise ConfigError(
-            f"{start} is dense, prunes tokens, or is of another preset than edge.",
-            "Give the model itself, or a student made by `sparsify MODEL --keep 0.25`.",
-        )
 
 
 def _dense_ms(

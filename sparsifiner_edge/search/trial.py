@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ class Trial:
 
     Args:
         metric: one of `judge.FIDELITIES`. task: of "task" a user's metric; None: a decoder's map.
-        conditions: corruptions, of which every image suffers one; none: all are clean.
+        conditions: by image the corruption that it suffers; none: all are clean.
 
     Attributes:
         patches: of the backbone. selects: by layer whether it has a predictor; one without stays dense.
@@ -138,10 +136,9 @@ def _giving(layers: Sequence[Any], outputs: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _seen(paths: Sequence[Path], size: ImageSize, conditions: Sequence[Condition]) -> list[Pixels]:
-    """Images, each under a corruption of its own: as many different ones as there are images, in no order."""
+    """Images, each under its corruption."""
     images = [load_image(path, size) for path in paths]
     if not conditions:
         return images
-    drawn = random.Random(0).sample(conditions, len(conditions))  # noqa: S311
-    turns = zip(images, itertools.cycle(drawn), strict=False)
-    return [corrupt(image, *condition, seed=number) for number, (image, condition) in enumerate(turns)]
+    pairs = zip(images, conditions, strict=True)
+    return [corrupt(image, *condition, seed=number) for number, (image, condition) in enumerate(pairs)]

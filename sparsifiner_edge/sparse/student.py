@@ -179,10 +179,10 @@ def sparsify(
     origin = _origin(loaded, Path(weights) if weights else None)
     provenance = Provenance(origin, Calibration("weights"), {name: version(name) for name in tools})
     student = _of_source(loaded, make_student(loaded.name, loaded.model, sparsity, provenance))
-    if calibrate is not None and sparse_layers(student.model):
-        student = with_novelty(
-            calibrate_student(student, Path(calibrate), progress), list_images(Path(calibrate)), progress
-        )
+    if calibrate is not None:
+        if sparse_layers(student.model):
+            student = calibrate_student(student, Path(calibrate), progress)
+        student = with_novelty(student, list_images(Path(calibrate)), progress)
     return save_student(student, target)
 
 

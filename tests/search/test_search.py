@@ -19,15 +19,18 @@ from sparsifiner_edge.artifacts import kind_of
 from sparsifiner_edge.cli.main import main
 from sparsifiner_edge.config import keep_text, merge_text, parse_merge
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.images import list_images
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.report import write_report
 from sparsifiner_edge.results import read_result
 from sparsifiner_edge.search import finalists
+from sparsifiner_edge.search.asked import Asked, what_is_asked
 from sparsifiner_edge.search.finalists import Contender, Stopwatch
 from sparsifiner_edge.search.front import Finalist, SearchResult
 from sparsifiner_edge.search.latency import Deployment
 from sparsifiner_edge.search.plan import LayerPlan
+from sparsifiner_edge.search.start import start_of
 from sparsifiner_edge.search.trial import Trial
 from sparsifiner_edge.sparse.student import load_student
 from tests.commands import call, handlers_kept
@@ -181,6 +184,31 @@ def test_a_board_is_estimated_and_its_page_says_so(again: Path, photographs: Pat
         assert "<svg" in page
 
 
+def test_the_last_check_suffers_other_corruptions(photographs: Path) -> None:
+    def asked(seed: int, corruptions: str | None) -> Asked:
+        engine = ("patches", None, ["onnxruntime"], ["fp32"], None)
+        found = what_is_asked((0.9, None, None), *engine, photographs, seed, corruptions, "3" if corruptions else None)
+        return found.judged_by(100)
+
+    common = asked(0, "common")
+    tried = common.suffered(common.images.tried)
+    checked = common.suffered(common.images.checked, len(tried))
+    assert (len(tried), len(checked), len({*tried, *checked})) == (8, 2, 10)
+    assert asked(1, "common").suffered(common.images.tried) != tried
+    assert common.suffered([Path("x.png")] * 32)[15:30] == common.suffered([Path("x.png")] * 15)
+    clean = asked(0, None)
+    assert clean.suffered(clean.images.tried) == []
+
+
+def test_the_score_novelty_is_fitted_to_more_images_than_predictors(
+    photographs: Path, tiny_weights: Path, tmp_path: Path
+) -> None:
+    made = start_of(TINY, tmp_path, tiny_weights, None, None, list_images(photographs), (), None)
+    found = load_student(made)
+    assert found.novelty is not None
+    assert (found.novelty.images, found.provenance.calibration.images) == (10, 8)
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_fidelity_may_be_asked_for_under_a_corruption(
@@ -190,7 +218,7 @@ def test_fidelity_may_be_asked_for_under_a_corruption(
     bound = ("--precision", "fp16", "--at-least", "0.95", "--minutes", "1")
     done = call(capsys, *asked, *bound, "--corruptions", "fog", "--severity", "3", "-o", tmp_path / "found")
     assert done.code == 0, done.err
-    assert "fidelity under 1 corruptions" in done.out
+    assert "every image under one of 1 corruptions" in " ".join(done.out.split())
     found = read_result(tmp_path / "found/front.json", SearchResult)
     assert found.method.corruptions == ["fog 3"]
     # What `evaluate` says of the student on the same images, in the same fog.
