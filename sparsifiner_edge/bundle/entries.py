@@ -66,11 +66,13 @@ class NoveltyFit(Struct, frozen=True):
 
     Attributes:
         origin: "calibration" of the student, or "site": a source of frames since.
+        ended: why that source gave fewer than it could have; None: by itself, or by its user.
     """
 
     images: int = 0
     false_alarms: float | None = None
     origin: str = field(name="from", default="calibration")
+    ended: str | None = None
 
 
 ON_PROCESSOR = ("onnxruntime", "onnxruntime-bf16", "openvino", "openvino-bf16", "openvino-fp16")

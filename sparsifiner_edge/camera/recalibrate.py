@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +16,32 @@ from onnx import numpy_helper
 
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.artifacts import new_folder
+from sparsifiner_edge.bounds import finite_number
 from sparsifiner_edge.bundle.entries import NoveltyFit
 from sparsifiner_edge.bundle.golden import read_golden
 from sparsifiner_edge.bundle.manifest import AGAIN, MODEL_FILE
 from sparsifiner_edge.bundle.store import GOLDEN_FILE, Bundle, open_bundle, seal_bundle
-from sparsifiner_edge.camera.capture import Capture
+from sparsifiner_edge.camera.capture import Capture, Frame
 from sparsifiner_edge.camera.model import NO_SCORE
 from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.service import STALL_S, stopping
 from sparsifiner_edge.camera.sources import Source, parse_source, require_decoder
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ArtifactError, ConfigError, ImageError
-from sparsifiner_edge.images import evenly, list_images, load_image
+from sparsifiner_edge.images import Item, evenly, list_images, load_image
 from sparsifiner_edge.machine import available_cores
-from sparsifiner_edge.novelty import FALSE_ALARMS, NOVELTY, Density, fit_density
+from sparsifiner_edge.novelty import FALSE_ALARMS, LEAST_IMAGES, NOVELTY, Density, fit_density
 from sparsifiner_edge.ops.graph import drop_unused
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.runtime.onnxruntime.session import OrtSession
 
 FRAMES = 1000
-"""Frames at most that are looked at, where nothing else is said."""
+"""Frames at most that the score is fitted to, where nothing else is said."""
 _SILENT_S = 30.0
+
+
+class _SilentError(ImageError):
+    """A camera gives no frame any more."""
 
 
 def recalibrate_bundle(
@@ -43,6 +50,7 @@ def recalibrate_bundle(
     output: str | Path,
     *,
     frames: int = FRAMES,
+    every_s: float = 0.0,
     false_alarms: float = FALSE_ALARMS,
     progress: Progress | None = None,
 ) -> Path:
@@ -51,62 +59,99 @@ def recalibrate_bundle(
     Engines are left out, for they hold the numbers of before, and so is a signature.
 
     Args:
-        bundle: a folder. source: frames as it shall find usual, as `run --source` takes them; SIGINT ends a live one.
-        output: folder to write. frames: most that are looked at. false_alarms: share of such that may score above 1.
+        bundle: a folder. source: frames as it shall find usual, as `run --source` takes them: of images and videos
+            evenly taken over the whole, of a live source the next; SIGINT or SIGTERM ends that, and so does a silence
+            of half a minute: what it gave until then counts.
+        output: folder to write. frames: most that it is fitted to. every_s: of a live source, seconds at least from one
+            of them to the next. false_alarms: share of such that may score above 1.
         progress: see `Progress`; counts frames.
 
     Returns:
         The new folder.
 
     Raises:
-        ConfigError: the bundle gives no such score, or the frames are too few, or all the same.
+        ConfigError: the bundle gives no such score, the frames are too few, or all the same; `every_s` of a source that
+            is not live.
         SparsifinerError: an unusable bundle or source; nothing is written.
     """
     opened, frames_of = open_bundle(Path(bundle)), parse_source(source)
+    every_s = finite_number(every_s, "every_s")
+    if every_s and not frames_of.live:
+        raise ConfigError(f"{frames_of.shown} is not live: its frames are evenly taken.", "Leave --every out.")
     model = opened.model()
     if all(value.name != NOVELTY for value in model.graph.output):
         raise ConfigError(f"{bundle} gives no score {NOVELTY!r}.", NO_SCORE)
-    path, batch, rows = opened.folder / MODEL_FILE, opened.manifest.batch or 1, []
+    path, batch = opened.folder / MODEL_FILE, opened.manifest.batch or 1
     with OrtSession(path, _statistics_alone(model), available_cores(), "auto", opened.precision) as session:
-        for number, image in enumerate(_frames(opened, frames_of, frames), 1):
+
+        def row_of(image: Pixels) -> Array:
             (found,) = session.infer({"image": np.repeat(image[None], batch, 0)}).values()
-            rows.append(found[0])
-            if progress:
-                progress("frames", number, frames)
+            return np.asarray(found[0])
+
+        rows, ended = _rows(_frames(opened, frames_of, frames, every_s), frames, row_of, progress)
     density = fit_density(np.stack(rows) if rows else np.zeros((0, 2)), false_alarms, video=True)
-    fit = NoveltyFit(len(rows), false_alarms, "site")
+    fit = NoveltyFit(len(rows), false_alarms, "site", ended)
     with new_folder(Path(output), "bundle") as made:
         _write(opened, density, fit, made)
     return Path(output)
 
 
-def _frames(bundle: Bundle, source: Source, most: int) -> Iterator[Pixels]:
-    """Of a folder evenly taken images, of a video or camera the first frames."""
+def _rows(
+    images: Iterable[Item], most: int, row_of: Callable[[Item], Array], progress: Progress | None = None
+) -> tuple[list[Array], str | None]:
+    """Of at most `most` images, evenly taken however many come; and why none came any more, if not by itself.
+
+    Every second is dropped whenever there are twice as many, and of those that follow so many fewer are looked at.
+    """
+    rows, step, ended = list[Array](), 1, None
+    try:
+        for number, image in enumerate(images):
+            if number % step == 0:
+                rows.append(row_of(image))
+            if len(rows) == 2 * most:
+                rows, step = rows[::2], 2 * step
+            if progress:
+                progress("frames", number + 1, max(number + 1, most))
+    except _SilentError:
+        if len(rows) < LEAST_IMAGES:
+            raise
+        ended = f"no frame came for {_SILENT_S:.0f} s"
+    return evenly(rows, most), ended
+
+
+def _frames(bundle: Bundle, source: Source, most: int, every_s: float) -> Iterator[Pixels]:
+    """Of a folder evenly taken images, of a video all, of a live source at most so many."""
     size = bundle.image_size
     if source.kind == "images":
         yield from (load_image(path, size) for path in evenly(list_images(Path(source.location)), most))
         return
     require_decoder(source)
     status = Status(source.shown, lambda _: None)
-    with stopping() as stop, Capture(source, Fit(size), 25.0, STALL_S, status) as capture:
-        for _ in range(most):
-            frame = _next(capture, stop, source, status)
-            if frame is None:
-                break
-            yield frame
+    # Part of a video says nothing of the rest: a signal ends the command, not the video.
+    asked = stopping() if source.live else contextlib.nullcontext(threading.Event())
+    with asked as stop, Capture(source, Fit(size), 25.0, STALL_S, status) as capture:
+        count, due_ns = 0, 0
+        while (count < most or not source.live) and (frame := _next(capture, stop, source, status)) is not None:
+            if source.live and frame.times.captured_ns < due_ns:
+                continue
+            count, due_ns = count + 1, frame.times.captured_ns + round(every_s * 1e9)
+            yield frame.image
 
 
-def _next(capture: Capture, stop: Any, source: Source, status: Status) -> Pixels | None:
+def _next(capture: Capture, stop: threading.Event, source: Source, status: Status) -> Frame | None:
+    """None at the end, or once `stop` is set."""
     for _ in itertools.repeat(None, int(_SILENT_S * 10)):
+        if stop.is_set():
+            return None
         frame = capture.mailbox.take(0.1)
         if frame is not None:
-            return frame.image
+            return frame
         if capture.failure is not None:
             raise ImageError(f"{source.shown} cannot be read as a video: {capture.failure}.", "Replace or repair it.")
-        if capture.mailbox.closed or stop.is_set():
+        if capture.mailbox.closed:
             return None
     reason = f": {status.last_reason}" if status.last_reason else ""
-    raise ImageError(f"{source.shown} gave no frame for {_SILENT_S:.0f} s{reason}.", "Check that it is there.")
+    raise _SilentError(f"{source.shown} gave no frame for {_SILENT_S:.0f} s{reason}.", "Check that it is there.")
 
 
 def _statistics_alone(model: Any) -> bytes:
