@@ -37,9 +37,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         top: of a classifier, the best first; empty where a logit is NaN or infinite.
         features: of another model; None for those that are NaN or infinite.
         maps: of a model that gives dense maps; empty where a value is NaN or infinite.
-        not_finite: how many were, where any was.
+        not_finite: how many numbers of all these were, where any was.
         change: of a video's features; see `Model.change`.
-        novelty: where the bundle gives it: above 1 the image is unlike those of the calibration.
+        novelty: where the bundle gives it: above 1 the image is unlike those of the calibration. Infinite, and null in
+            a line, where it is NaN or infinite: such an image counts as unlike them.
         guarded: the guard's answer, for that reason; see `Model`.
     """
 

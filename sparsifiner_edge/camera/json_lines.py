@@ -25,11 +25,12 @@ _STUCK_S = 1.0
 def line_of(content: object) -> tuple[bytes, int]:
     """A record, or what is ready for JSON, as a JSON line with its line break; how many numbers were not finite.
 
-    Those are null, and counted in the line as `not_finite`. Hidden characters are escaped.
+    Those are null, and counted in the line as `not_finite`, which a record may have done itself. Hidden characters are
+    escaped.
     """
     known, count = finite(write_record(content))
     if count:
-        known["not_finite"] = count
+        known.setdefault("not_finite", count)
     return dump_json(known, indent=None).encode(), count
 
 

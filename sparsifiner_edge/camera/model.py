@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import height_width, size_text
-from sparsifiner_edge.bundle.manifest import AGAIN
+from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec, shape_text
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
@@ -27,6 +27,7 @@ from sparsifiner_edge.text import finite
 
 TOP = 5
 NO_SCORE = "Export a student that was made with --calibrate."
+_SAME = "Export the guard from the model that the student was made of."
 FULL_CHANGE = 0.3
 """Change of a patch that an overlay shows as its most."""
 _FOLLOW = 0.05
@@ -42,15 +43,16 @@ class Model:
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
-        guard: another bundle of the same model, as a rule the dense one, which answers where `novelty` is above 1.
+        guard: another bundle of the same model, as a rule the dense one, which answers where `novelty` is above 1, or
+            not finite; see `guarded`.
         reads: whether to look at what layers read, too.
 
     Attributes:
         read: what they read of the last image; None where nobody asked.
 
     Raises:
-        ConfigError: the bundle takes a fixed batch above 1; a guard of other images or outputs, or for a bundle without
-            `novelty`; reads of one that reads everything.
+        ConfigError: the bundle takes a fixed batch above 1; a guard of another model, of other images, without what
+            answers, or for a bundle without `novelty`; reads of one that reads everything.
         SparsifinerError: the bundle or backend is unusable.
     """
 
@@ -70,8 +72,7 @@ class Model:
         _require_centre(bundle)
         self._reads = Reads(bundle) if reads else None
         self.read: Read | None = None
-        if guard is not None:
-            _require_alike(bundle, checked_bundle(guard, public_key))
+        self._answering = [] if guard is None else _require_alike(bundle, checked_bundle(guard, public_key))
         self.fit = Fit(bundle.image_size)
         self.labels = bundle.labels()
         tokens = bundle.manifest.tokens
@@ -100,14 +101,20 @@ class Model:
         self.session.close()
 
     def infer(self, image: Array) -> dict[str, Array]:
-        """Outputs for one image, uint8 [H,W,3]: the guard's, with the model's own `novelty`, where that is above 1."""
+        """The model's own outputs for one image, uint8 [H,W,3]."""
         outputs = self.session.infer({"image": image[None]})
         if self._reads is not None:
             self.read, outputs = self._reads.taken_from(outputs)
-        if self.guard is None or (self._novelty(outputs) or 0) <= 1:
+        return outputs
+
+    def guarded(self, outputs: dict[str, Array], image: Array) -> dict[str, Array]:
+        """The same outputs of that image, and where `novelty` is above 1 the guard's in the place of those that lines
+        and overlays show. What is compared with frames before, `change` and tokens, stays the model's own.
+        """
+        if self.guard is None or not self._unlike(outputs):
             return outputs
-        guarded = self.guard.session.infer({"image": image[None]})
-        return guarded | {NOVELTY: outputs[NOVELTY]}
+        others = self.guard.infer(image)
+        return outputs | {name: others[name] for name in self._answering}
 
     def answer(self, outputs: dict[str, Array]) -> Answer:
         """`top` of a classifier, else `features`, else `maps`; and `novelty`.
@@ -115,9 +122,10 @@ class Model:
         Raises:
             ArtifactError: the bundle gives none of them.
         """
-        score = self._novelty(outputs)
-        guarded = None if self.guard is None else (score or 0) > 1
-        return replace(self._answer(outputs), novelty=score, guarded=guarded)
+        found, score = self._answer(outputs), self._novelty(outputs)
+        bad = (found.not_finite or 0) + (score == math.inf)
+        guarded = None if self.guard is None else self._unlike(outputs)
+        return replace(found, novelty=score, guarded=guarded, not_finite=bad or None)
 
     def _answer(self, outputs: dict[str, Array]) -> Answer:
         if "logits" in outputs:
@@ -179,10 +187,15 @@ class Model:
         return changes
 
     def _novelty(self, outputs: dict[str, Array]) -> float | None:
-        """The score of one image; None where there is none, or it is NaN or infinite."""
-        values = outputs.get(NOVELTY) if self._scored else None
+        """The score of one image, infinite where it is no number; None where the bundle has none."""
+        if not self._scored:
+            return None
+        values = outputs.get(NOVELTY)
         score = float(values.item()) if values is not None and values.size == 1 else math.nan
-        return round(score, 6) if math.isfinite(score) else None
+        return round(score, 6) if math.isfinite(score) else math.inf
+
+    def _unlike(self, outputs: dict[str, Array]) -> bool:
+        return (self._novelty(outputs) or 0) > 1
 
     def _classes(self, logits: Array) -> list[Class]:
         weights = np.exp(logits - logits.max())
@@ -212,20 +225,40 @@ def _summary(name: str, values: Array) -> MapSummary:
     return MapSummary(output=name, mean=mean, least=low, greatest=high, area=area, centroid=centroid)
 
 
-def _require_alike(bundle: Bundle, guard: Bundle) -> None:
-    """Refuse a guard that answers something else.
+def _require_alike(bundle: Bundle, guard: Bundle) -> list[str]:
+    """Names of the outputs by which a guard answers: those that lines and overlays show.
 
     Raises:
-        ConfigError: it does, or the bundle gives no score that could call it.
+        ConfigError: it does not give them as the bundle does, takes other images or is of another model; or the bundle
+            gives no score that could call it.
     """
-    own, other = ({x.name: x.shape[1:] for x in one.manifest.outputs if x.name != NOVELTY} for one in (bundle, guard))
     if bundle.manifest.novelty is None:
         raise ConfigError(f"{bundle.folder} gives no score {NOVELTY!r} that could call a guard.", NO_SCORE)
-    if (own, bundle.image_size, bundle.labels()) != (other, guard.image_size, guard.labels()):
-        raise ConfigError(
-            f"{guard.folder} takes other images than {bundle.folder}, or answers otherwise.",
-            "Export the guard from the model that the student was made of, in the same size.",
-        )
+    size, other_size = size_text(bundle.image_size), size_text(guard.image_size)
+    if size != other_size:
+        what = f"{guard.folder} takes other images than {bundle.folder}: {other_size} px, not {size}."
+        raise ConfigError(what, "Export the guard with the --img-size of the bundle that it guards.")
+    own, other = bundle.manifest, guard.manifest
+    if None not in (own.name, other.name) and own.name != other.name:
+        raise ConfigError(f"{guard.folder} is of another model: {other.name}, not {own.name}.", _SAME)
+    given, shown = {spec.name: spec.shape[1:] for spec in other.outputs}, _shown(bundle)
+    for spec in shown:
+        if spec.name not in given:
+            raise ConfigError(f"{guard.folder} gives no {spec.name!r}, by which {bundle.folder} answers.", _SAME)
+        if given[spec.name] != spec.shape[1:]:
+            what = f"{guard.folder} gives another {spec.name!r} than {bundle.folder}: "
+            raise ConfigError(f"{what}{shape_text(given[spec.name])}, not {shape_text(spec.shape[1:])}.", _SAME)
+        if spec.name == "logits" and bundle.labels() != guard.labels():
+            raise ConfigError(f"{guard.folder} has other labels than {bundle.folder}.", _SAME)
+    return [spec.name for spec in shown]
+
+
+def _shown(bundle: Bundle) -> list[TensorSpec]:
+    """Outputs of which lines and overlays are made: logits, else features; and dense maps."""
+    outputs = {spec.name: spec for spec in bundle.required(bundle.manifest.outputs or None, "outputs")}
+    answers = [outputs[name] for name in ("logits", "features") if name in outputs][:1]
+    maps = [spec for name, spec in outputs.items() if len(spec.shape) > 2 and name != "tokens"]
+    return answers + [spec for spec in maps if sum(size != 1 for size in spec.shape[1:]) == 2]
 
 
 def _require_image(session: Session, bundle: Bundle) -> None:

@@ -228,12 +228,13 @@ class _Run:
 
     def _one(self, frame: Frame) -> None:
         model, began = self._model, time.monotonic_ns()
-        outputs = model.infer(frame.image)
+        own = model.infer(frame.image)
+        outputs = model.guarded(own, frame.image)
         inferred = time.monotonic_ns()
         answer = model.answer(outputs)
         self._status.count("not_finite", answer.not_finite or 0)
         self._status.count("guarded", answer.guarded or 0)
-        change = model.change(outputs) if answer.features is not None else None
+        change = model.change(own) if answer.features is not None else None
         if change is not None:
             answer = replace(answer, change=round(change, 6))
         record = self._record(frame, began, inferred, answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import threading
@@ -25,7 +26,7 @@ COUNTERS = {
     "output_errors": "Records that could not be written.",
     "overlay_errors": "Times that the overlay could not be written and was given up.",
     "not_finite": "Numbers of answers that were NaN or infinite, and were written as null.",
-    "unlike": "Frames unlike those that the model was calibrated on: novelty above 1.",
+    "unlike": "Frames unlike those that the model was calibrated on: novelty above 1, or not finite.",
     "guarded": "Of those, frames that the guard answered.",
     "repeated": "Frames of exactly the same novelty as the one before: the image stands still.",
 }
@@ -53,9 +54,10 @@ class Recent(NamedTuple):
     def after(self, score: float) -> Recent:
         """With one more."""
         unlike = (*self.unlike, score > 1)[-WINDOW:]
+        repeated = score == self.last and math.isfinite(score)
         share = sum(unlike) / len(unlike)
         alarm = share >= (0.25 if self.alarm else 0.5) and len(unlike) >= 10
-        return Recent(unlike, score, self.repeated + 1 if score == self.last else 0, alarm)
+        return Recent(unlike, score, self.repeated + 1 if repeated else 0, alarm)
 
     @property
     def text(self) -> str:
