@@ -17,6 +17,7 @@ Needs the packages that `accuracy.py` and `stamps.py` name.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -236,7 +237,8 @@ def videos(work: Path, output: Path | None, library: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             count = _count(path)
             made = Path(folder) / "bundle"
-            se.recalibrate_bundle(bundle(work), str(path), made, frames=count // 3)
+            first = _first(path, count // 3, Path(folder) / "first.mkv")
+            se.recalibrate_bundle(bundle(work), str(first), made, frames=count // 3)
             scores = np.array(_scores(made, path))
         rest = scores[count // 3 :]
         low, high = _blocks(rest > 1)
@@ -251,6 +253,20 @@ def videos(work: Path, output: Path | None, library: Path) -> None:
 def _count(path: Path) -> int:
     with av.open(str(path)) as container:
         return sum(1 for _ in container.decode(video=0))
+
+
+def _first(path: Path, count: int, made: Path) -> Path:
+    """Its first frames as a video of their own, without loss."""
+    with av.open(str(path)) as source, av.open(str(made), "w") as file:
+        own = source.streams.video[0]
+        # By the codec of both videos: others leave open where colours lie between pixels.
+        stream = file.add_stream("libx264", rate=own.average_rate, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = own.width, own.height, own.pix_fmt
+        for frame in itertools.islice(source.decode(own), count):
+            frame.pts = None
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return made
 
 
 def _scores(made: Path, path: Path) -> list[float]:
