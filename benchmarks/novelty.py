@@ -12,7 +12,8 @@ what the score does not see: upside-down, fog, snow, blur. Of textures there is 
 crops of it too.
 
 A video's first third is what `bundle recalibrate` gets; the rest is measured, its frames in blocks of ten bootstrapped.
-So is what that limit still tells: frames of the rest at night, out of focus, in fog, the other video, noise, a covered lens.
+So is what that limit still tells: frames of the rest at night, out of focus and in fog, the other video, noise, a
+covered lens.
 Needs the packages that `accuracy.py` and `stamps.py` name.
 """
 
