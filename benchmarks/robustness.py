@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -151,7 +152,7 @@ def _kept_in(folder: Path, extractor: Extractor) -> Extractor:
         if missing:
             found = {name: x for name, x in extractor.extract(images[missing]).items() if name != "tokens"}
             for place, number in enumerate(missing):
-                made = files[number].with_suffix(".part.npz")
+                made = files[number].with_suffix(f".{os.getpid()}.npz")
                 np.savez(made, **{name: x[place] for name, x in found.items()})
                 made.replace(files[number])
         rows = [np.load(file) for file in files]

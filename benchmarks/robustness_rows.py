@@ -54,18 +54,20 @@ def kept_rows(earlier: dict[str, Row], rows: dict[str, Row]) -> dict[str, Row]:
 
 
 def differences(rows: dict[str, Row], rivals: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Extra loss of ours less that of each rival, image by image, over ImageNet-C's corruptions and over a camera's."""
+    """Extra loss of ours less that of each rival, image by image, over ImageNet-C's corruptions and over a camera's; of
+    a rival that was not trained, untrained.
+    """
     found: dict[str, dict[str, Any]] = {}
     for label, row in rows.items():
-        task, name, stage = parts_of(label)
+        task, name, _ = parts_of(label)
         for rival in rivals:
-            other = rows.get(f"{task}: {rival}, {stage}")
-            if not name.startswith("ours") or other is None:
+            names = [one for one in (f"{rival}, trained", f"{rival}, untrained") if f"{task}: {one}" in rows]
+            if not name.startswith("ours") or not names:
                 continue
             for score in row.samples:
-                lost = [extra_lost(one.samples[score]) for one in (row, other)]
+                lost = [extra_lost(rows[one].samples[score]) for one in (label, f"{task}: {names[0]}")]
                 pairs = {kind: small_sample_mean(lost[0][kind] - lost[1][kind]) for kind in lost[0]}
-                found[f"{task}: {name} less {rival}, {stage}: {score}"] = write_record(pairs)
+                found[f"{label} less {names[0]}: {score}"] = write_record(pairs)
     return found
 
 
@@ -120,12 +122,10 @@ def points(x: dict[str, float]) -> str:
 
 
 def draw(rows: dict[str, Row], tasks: Sequence[str], required: float, path: Path) -> None:
-    """The extra loss under each corruption, a panel per task, points per trained student, with intervals."""
+    """The extra loss under each corruption, a panel per task, points per student, with intervals."""
     figure = Figure(figsize=(10, 4 * len(tasks)), layout="constrained")
     for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
-        own = {
-            label: row for label, row in rows.items() if label.startswith(f"{task}: ") and label.endswith(", trained")
-        }
+        own = {label: row for label, row in rows.items() if parts_of(label)[0] == task}
         for number, (label, row) in enumerate(own.items()):
             (groups,) = row.statistics["stability"].values()
             names = [*row.method["corruptions"], "common", "camera"]
