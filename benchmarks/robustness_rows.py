@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.cli.common import err_console, print_table
@@ -15,13 +16,13 @@ from sparsifiner_edge.corruptions import CAMERA
 from sparsifiner_edge.evaluate.robustness import CLEAN, RobustnessResult
 from sparsifiner_edge.profiles.stats import small_sample_mean
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result
+from sparsifiner_edge.results import Result, Subject
 
 
 class Row(NamedTuple):
     """One student's part of the result, as it is written."""
 
-    subjects: list[Any]
+    subjects: list[Subject]
     method: dict[str, Any]
     samples: dict[str, Any]
     statistics: dict[str, Any]
@@ -30,13 +31,19 @@ class Row(NamedTuple):
 def row_of(found: RobustnessResult, macs: float) -> Row:
     method = write_record(found.method) | {"images": len(found.method.images)}
     statistics = {"macs": macs, **write_record(found.statistics)}
-    return Row(found.subjects, method, found.samples, statistics)
+    return Row(_named(found.subjects), method, found.samples, statistics)
+
+
+def _named(subjects: Sequence[Subject]) -> list[Subject]:
+    """Without the folders that they lay in."""
+    return [replace(subject, path=Path(str(subject.path)).name) for subject in subjects]
 
 
 def rows_of(result: Result) -> dict[str, Row]:
     """The rows of an earlier result."""
+    subjects = _named(result.subjects)
     return {
-        label: Row(result.subjects[2 * place : 2 * place + 2], result.method[label], samples, result.statistics[label])
+        label: Row(subjects[2 * place : 2 * place + 2], result.method[label], samples, result.statistics[label])
         for place, (label, samples) in enumerate(result.samples.items())
     }
 
