@@ -15,6 +15,7 @@ from typing import Any
 import click
 import numpy as np
 from accuracy_images import SIZE
+from msgspec.structs import replace
 from PIL import Image
 from robustness import MODULE, QUERIES, SALIENCY_SIZE, SEVERITY, class_folders
 
@@ -97,7 +98,7 @@ def main(work: Path, output: Path | None) -> None:
         images, student = images_of(work, name.partition("-")[0]), se.load_student(work / name, trust=[MODULE])
         with progress_bar(name) as progress:
             scores = scores_of(student, images, progress)
-        subjects += kept.subjects
+        subjects += [replace(subject, path=Path(str(subject.path)).name) for subject in kept.subjects]
         ((_, own),) = kept.samples.items()
         rows[name], samples[name] = guarded(own, scores), {label: x.tolist() for label, x in scores.items()}
     table = [
