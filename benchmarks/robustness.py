@@ -69,7 +69,8 @@ class Contender(NamedTuple):
 
     Attributes:
         sparsify: how it is made. overrides: of the recipe. by_tome: whether tokens merge by ToMe's rule.
-        of: the student of the classifier's that it is, at another budget. found: the corruptions it was searched under.
+        of: the student of the classifier's that it is, `sparsify` its budget. found: `search`'s corruptions, where that
+            made it.
     """
 
     sparsify: dict[str, Any]
@@ -85,15 +86,6 @@ def falling(first: int) -> tuple[int, ...]:
 
 
 CORRUPTED = ("images.corrupted=0.5",)
-BUDGETS: dict[str, dict[str, Any]] = {
-    "ours": {},
-    "ours, more": {"keep": 0.5, "merge": falling(18)},
-    "ours, less": {"keep": 0.1, "merge": falling(38)},
-    "ours, corrupted": {},
-    "ToMe": {},
-    "EViT": {},
-}
-"""Of the students of the classifier, where their features are judged."""
 AT_LEAST, MINUTES, SEARCHED, BOARD = 0.98, 10.0, 40, "jetson-orin-nano-8gb"
 """Fidelity, minutes and images of a search, a fifth of which is its own check; latency is estimated for the board."""
 READ = (0.2, 0.2, 0.5, 1.0)
@@ -110,10 +102,12 @@ TASKS: dict[str, dict[str, Contender]] = {
         "ToMe": Contender({"keep": 1.0, "merge": falling(140)}, by_tome=True),
     },
     "features": {
-        **{
-            name: Contender(budget, of=name.replace(", more", "").replace(", less", ""), by_tome=name == "ToMe")
-            for name, budget in BUDGETS.items()
-        },
+        "ours": Contender({}, of="ours"),
+        "ours, more": Contender({"keep": 0.5, "merge": falling(18)}, of="ours"),
+        "ours, less": Contender({"keep": 0.1, "merge": falling(38)}, of="ours"),
+        "ours, corrupted": Contender({}, of="ours, corrupted"),
+        "ToMe": Contender({}, by_tome=True, of="ToMe"),
+        "EViT": Contender({}, of="EViT"),
         "found, clean": Contender({}, found={}),
         "found, corrupted": Contender({}, found={"corruptions": "common", "severity": SEVERITY}),
     },

@@ -18,6 +18,7 @@ from accuracy_images import SIZE
 from msgspec.structs import replace
 from PIL import Image
 from robustness import MODULE, QUERIES, SALIENCY_SIZE, SEVERITY, class_folders
+from robustness_rows import in_points
 
 import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array, Pixels
@@ -76,8 +77,8 @@ def guarded(samples: dict[str, dict[str, list[Any]]], scores: dict[str, Array]) 
         lost = values[CLEAN][1] - dense
         found[kind] = {
             "taken": float(np.mean([taken[label].mean() for label in own])),
-            "extra_lost": small_sample_mean(values[CLEAN][0] - sparse - lost),
-            "extra_lost_guarded": small_sample_mean(with_guard[CLEAN] - helped - lost),
+            "extra_lost": write_record(small_sample_mean(values[CLEAN][0] - sparse - lost)),
+            "extra_lost_guarded": write_record(small_sample_mean(with_guard[CLEAN] - helped - lost)),
         }
     return found | {CLEAN: {"taken": float(taken[CLEAN].mean())}}
 
@@ -102,7 +103,7 @@ def main(work: Path, output: Path | None) -> None:
         ((_, own),) = kept.samples.items()
         rows[name], samples[name] = guarded(own, scores), {label: x.tolist() for label, x in scores.items()}
     table = [
-        [name, kind, f"{row['taken']:.0%}", *(_points(row.get(of)) for of in ("extra_lost", "extra_lost_guarded"))]
+        [name, kind, f"{row['taken']:.0%}", *(in_points(x) for of, x in row.items() if of != "taken")]
         for name, found in rows.items()
         for kind, row in found.items()
     ]
@@ -113,12 +114,8 @@ def main(work: Path, output: Path | None) -> None:
         method = {"severity": int(SEVERITY), "guard": "the dense model answers where novelty is above 1"}
         write_result(
             output / "robustness_guard.json",
-            Result("comparison", subjects, method, samples, write_record({"guard": rows})),
+            Result("comparison", subjects, method, samples, {"guard": rows}),
         )
-
-
-def _points(lost: Any) -> str:
-    return "" if lost is None else "{0.value:+.2f} ({0.low:+.2f} to {0.high:+.2f})".format(lost.times(100))
 
 
 if __name__ == "__main__":

@@ -116,15 +116,16 @@ def show(rows: dict[str, Row], apart: dict[str, dict[str, Any]], title: str) -> 
                 f"{label}: {score}", row.method["images"], f"{row.statistics['macs'] / 1e9:.1f}",
                 f"{100 * clean['teacher']:.1f}", f"{100 * clean['subject']:.1f}",
                 f"{100 * groups['common']['teacher_lost']['value']:.1f}",
-                *map(points, extra),
+                *map(in_points, extra),
             ])  # fmt: skip
     head = ["", "images", "G MACs", "dense, clean", "clean", "dense loses", "extra loss, ImageNet-C", "and a camera's"]
     print_table(title, head, table)
-    table = [[label, *(points(x[kind]) for kind in ("common", "camera"))] for label, x in apart.items()]
+    table = [[label, *(in_points(x[kind]) for kind in ("common", "camera"))] for label, x in apart.items()]
     print_table("Extra loss of ours less a rival's, image by image", ["", "ImageNet-C", "a camera's"], table)
 
 
-def points(x: dict[str, float]) -> str:
+def in_points(x: dict[str, float]) -> str:
+    """An estimate, of 100."""
     return f"{100 * x['value']:+.2f} ({100 * x['low']:+.2f} to {100 * x['high']:+.2f})"
 
 

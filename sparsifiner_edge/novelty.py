@@ -32,7 +32,7 @@ LEAST_IMAGES = 8
 COMPONENTS = 64
 _THIRDS, _TENTHS = 3, 10
 _FARTHEST = 3.0
-"""How many times as far as the farthest image from its own kind the limit may lie: what varies by itself needs 2.1."""
+"""How many times as far from the middle as the farthest image, judged by its own kind, the limit may lie at most."""
 _NEAREST = 1e-6
 """Squared distance: images that are all the same have none."""
 _FEWEST = 4.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -207,8 +208,12 @@ class Model:
 
 def dense_maps(outputs: dict[str, Array]) -> dict[str, Array]:
     """Outputs for one image that are maps of one channel, [rows, columns]."""
-    squeezed = {name: np.squeeze(values) for name, values in outputs.items() if values.ndim > 2 and name != "tokens"}
-    return {name: values for name, values in squeezed.items() if values.ndim == 2}
+    return {name: np.squeeze(values) for name, values in outputs.items() if _is_map(name, values.shape)}
+
+
+def _is_map(name: str, shape: Sequence[int | str | None]) -> bool:
+    """Of an output for one image, batch in front."""
+    return name != "tokens" and len(shape) > 2 and sum(size != 1 for size in shape[1:]) == 2
 
 
 def _summary(name: str, values: Array) -> MapSummary:
@@ -257,8 +262,7 @@ def _shown(bundle: Bundle) -> list[TensorSpec]:
     """Outputs of which lines and overlays are made: logits, else features; and dense maps."""
     outputs = {spec.name: spec for spec in bundle.required(bundle.manifest.outputs or None, "outputs")}
     answers = [outputs[name] for name in ("logits", "features") if name in outputs][:1]
-    maps = [spec for name, spec in outputs.items() if len(spec.shape) > 2 and name != "tokens"]
-    return answers + [spec for spec in maps if sum(size != 1 for size in spec.shape[1:]) == 2]
+    return answers + [spec for name, spec in outputs.items() if _is_map(name, spec.shape)]
 
 
 def _require_image(session: Session, bundle: Bundle) -> None:
