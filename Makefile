@@ -1,5 +1,5 @@
 # Everything happens in .venv, made here; needs only Python >= 3.10 and a network for pip.
-# `make demo` shows the whole on real input, `make test` proves it.
+# `make demo` shows the whole on real input, `make test` proves it in ten minutes on two cores, `make everything` at length.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,18 +7,21 @@ BIN := $(VENV)/bin
 DEMO := demo
 MINUTES := 8
 
-.PHONY: demo test quick check bench gpu aarch64 clean
+.PHONY: demo test everything check bench gpu aarch64 clean
 
 demo: $(VENV)/.demo
 	$(BIN)/sparsifiner-edge demo -o $(DEMO) --minutes $(MINUTES)
 
-PARALLEL := --numprocesses=logical --maxprocesses=8 --dist=worksteal
+PARALLEL := --numprocesses=logical --maxprocesses=8 --dist=worksteal --durations=15
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not everything" $(PYTEST)
 
-# What takes a minute, for every change; `make test` for every commit.
-quick: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" -q $(PYTEST)
+# Sanitizers, AArch64, Triton's interpreter, long streams, kills, searches, browsers, README's blocks, hostile input.
+everything: $(VENV)/.everything
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) aarch64; \
+	else echo "Only root installs what tests the kernels on AArch64 (make aarch64): they are left out unless that is there"; fi
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
+	$(BIN)/python benchmarks/fuzz.py --seconds 60
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -92,31 +95,31 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
-# What tests use beside Python: a browser, fonts, a GStreamer with an RTSP server, network namespaces. Tests that miss them
-# skip and say so. (The loader of Python plugins opens libpython3.x.so, which only libpython3-dev has.)
-TESTING := chromium fonts-noto-cjk iproute2 python3-gi python3-venv gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
-  gir1.2-gst-plugins-bad-1.0 gstreamer1.0-python3-plugin-loader libpython3-dev \
-  gstreamer1.0-tools gstreamer1.0-rtsp gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad \
-  gstreamer1.0-plugins-ugly
-$(VENV)/.testing: | $(VENV)/bin/python
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -o DPkg::Lock::Timeout=300 -y -qq --no-install-recommends $(TESTING); \
-	else \
-	  echo "For the tests of pages and streams (Debian, Ubuntu): sudo apt-get install $(TESTING)"; \
-	fi
-	@touch $@
-
-$(VENV)/.dev: pyproject.toml $(VENV)/.native $(VENV)/.testing | $(VENV)/bin/python
+$(VENV)/.dev: pyproject.toml $(VENV)/.native | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# The oldest runtime that exported files must load in, beside the current one; a test runs them in it.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/onnxruntime-1.21 'onnxruntime==1.21.*'
 	# Triton server's own definition of a model's configuration, which a test reads ours with.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tritonclient 'tritonclient>=2.40'
+	# The base install alone, without kernels: tests import everything in it that must not need more.
+	$(PYTHON) -m venv $(VENV)/bare
+	$(VENV)/bare/bin/python -m pip install --quiet --editable . --config-settings=wheel.cmake=false
+	@touch $@ $(VENV)/.demo
+
+# What the long tests add: a browser, fonts, a GStreamer with an RTSP server, network namespaces. Tests that miss them
+# skip and say so. (The loader of Python plugins opens libpython3.x.so, which only libpython3-dev has.)
+ADDED := chromium fonts-noto-cjk iproute2 python3-gi python3-venv gir1.2-gst-rtsp-server-1.0 gir1.2-gst-plugins-base-1.0 \
+  gir1.2-gst-plugins-bad-1.0 gstreamer1.0-python3-plugin-loader libpython3-dev \
+  gstreamer1.0-tools gstreamer1.0-rtsp gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad \
+  gstreamer1.0-plugins-ugly
+$(VENV)/.everything: $(VENV)/.dev
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -o DPkg::Lock::Timeout=300 -y -qq --no-install-recommends $(ADDED); \
+	else \
+	  echo "For the tests of pages and streams (Debian, Ubuntu): sudo apt-get install $(ADDED)"; \
+	fi
 	# GStreamer's Python loader embeds the system's Python: tests of our element need it with what a bundle needs to run.
 	{ /usr/bin/python3 -m venv --system-site-packages $(VENV)/gstreamer && \
 	  $(VENV)/gstreamer/bin/python -m pip install --quiet click cryptography msgspec numpy onnx onnxruntime pillow rich; } \
 	  || echo "The system has no Python with venv: tests of the GStreamer element are left out."
-	# The base install alone: tests import everything in it that must not need more.
-	$(PYTHON) -m venv $(VENV)/bare
-	$(VENV)/bare/bin/python -m pip install --quiet --editable .
-	@touch $@ $(VENV)/.demo
+	@touch $@

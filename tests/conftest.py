@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     alone = [item for item in items if item.get_closest_marker("alone")]
     long = [item for item in items if item.get_closest_marker("long")]
-    brief = [item for item in items if not any(map(item.get_closest_marker, ("alone", "long", "slow")))]
+    brief = [item for item in items if not any(map(item.get_closest_marker, ("alone", "long", "everything")))]
     brief = brief[: BRIEF * (processes - 1)]
     leading = {id(item) for item in (*alone, *long, *brief)}
     left, order = [item for item in items if id(item) not in leading], []

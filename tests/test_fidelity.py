@@ -11,7 +11,7 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.sparse.student import sparsify
 from tests.plain import evaluate_student
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,6 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.ops import native
 from tests.plain import read_result
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
@@ -47,11 +45,13 @@ def test_the_blocks_are_those_that_are_run_here() -> None:
     assert [kind for kind, _ in BLOCKS] == ["python", "sh", "sh", "sh", "python"]
 
 
+@pytest.mark.everything
 def test_in_memory(place: Path) -> None:
     said = run([sys.executable, "-c", BLOCKS[0][1] + "print(type(model).__name__, list(features.shape))"], place)
     assert said.split("\n")[-2] == "VisionTransformer [1, 384]"
 
 
+@pytest.mark.everything
 @pytest.mark.long
 def test_make_demo(tmp_path: Path) -> None:
     assert BLOCKS[1][1].strip() == "make demo"
@@ -101,6 +101,7 @@ def test_make_test() -> None:
     assert "-m pytest" in run(["make", "--dry-run", "test"], ROOT)
 
 
+@pytest.mark.everything
 @pytest.mark.long
 def test_shell_then_python(place: Path) -> None:
     run(["bash", "-euc", BLOCKS[3][1]], place)
@@ -109,6 +110,7 @@ def test_shell_then_python(place: Path) -> None:
     assert f"native, {native.target()}" in run([sys.executable, "-c", BLOCKS[4][1]], place)
 
 
+@pytest.mark.everything
 @pytest.mark.long
 def test_the_example_with_a_decoder(place: Path) -> None:
     folder = place / "saliency"

@@ -16,7 +16,7 @@ from tests.once import WORKER
 
 PYTHON = python_with_rtsp()
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.everything,
     pytest.mark.skipif(
         PYTHON is None, reason="no Python with gi and GstRtspServer (python3-gi, gir1.2-gst-rtsp-server-1.0)"
     ),

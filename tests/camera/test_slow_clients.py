@@ -16,7 +16,7 @@ from sparsifiner_edge.camera.health import HealthServer, parse_host_port
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ConfigError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: h\r\n\r\n"
 

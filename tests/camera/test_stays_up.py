@@ -22,7 +22,7 @@ from tests.camera.test_service import get, numbers_of, records_of
 from tests.commands import PROGRAM, process
 from tests.mounts import mounts_allowed
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 
 def test_a_decoder_that_hangs_is_ended(cells: Path, service: Any) -> None:

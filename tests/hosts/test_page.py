@@ -23,7 +23,7 @@ def run(arguments: list[str], place: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.long
 def test_every_block_runs(tmp_path: Path, pictures: Path) -> None:
     (tmp_path / "images").symlink_to(pictures)

@@ -20,8 +20,6 @@ from tests.native.test_replay import SOURCES, sanitised_objects
 from tests.once import Once
 from tests.ops.matrix import Case, cases, check, run_reference
 
-pytestmark = pytest.mark.slow
-
 HERE = Path(__file__).parent
 
 
@@ -105,6 +103,7 @@ def test_a_program_in_c_links_the_library_that_was_built(tmp_path: Path) -> None
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stdout + done.stderr
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_a_program_in_c_calls_every_operator_under_sanitizers(once: Once, sanitizers: str) -> None:
     made, options = sanitised_objects(once, sanitizers)

@@ -18,7 +18,7 @@ from tests.native import allocation, hostile
 from tests.native.allocation import Subject
 from tests.native.test_replay import SOURCES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 LIBRARY = native.library_path()
 SIZES = Path(__file__).with_name("sizes.cc")

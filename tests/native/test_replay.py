@@ -22,7 +22,7 @@ from tests.once import Once
 from tests.ops import matrix
 from tests.ops.matrix import Case, cases, check
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "sparsifiner_edge" / "ops" / "native"

@@ -9,7 +9,7 @@ from tests.plain import write_report
 from tests.report.browser import CHROMIUM, browser
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.everything,
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
 ]
 WIDER = (

@@ -82,7 +82,6 @@ def shortly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finalists, "SECONDS", 0.2)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_the_answer_is_what_was_asked_for(found: Path, photographs: Path, tiny_weights: Path) -> None:
     front = json.loads((found / "front.json").read_text())
@@ -114,7 +113,7 @@ def test_the_answer_is_what_was_asked_for(found: Path, photographs: Path, tiny_w
     assert typed.answer.merge == answer["merge"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.long
 def test_a_search_goes_on_beside_rivals_and_another_is_refused(
     again: Path, photographs: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -141,7 +140,7 @@ def test_a_search_goes_on_beside_rivals_and_another_is_refused(
         se.search_model(TINY, photographs, again, at_least=0.9, metric="class", weights=tiny_weights, **ENGINE)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.long
 def test_the_command_says_what_it_found_and_what_is_nearest_to_a_bound_that_nothing_meets(
     found: Path, again: Path, photographs: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
@@ -162,7 +161,7 @@ def test_the_command_says_what_it_found_and_what_is_nearest_to_a_bound_that_noth
     assert "unavailable" in json.loads((again / "front.json").read_text())["statistics"]["answer"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.long
 def test_a_board_is_estimated_and_its_page_says_so(again: Path, photographs: Path, tiny_weights: Path) -> None:
     board = {"board": "jetson-orin-nano-8gb", "precisions": ["fp16"]}
@@ -209,7 +208,7 @@ def test_the_score_novelty_is_fitted_to_more_images_than_predictors(
     assert (found.novelty.images, found.provenance.calibration.images) == (10, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.long
 def test_fidelity_may_be_asked_for_under_a_corruption(
     photographs: Path, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -232,7 +231,7 @@ def test_fidelity_may_be_asked_for_under_a_corruption(
     assert fidelity >= 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.long
 def test_ctrl_c_keeps_the_front_so_far(
     again: Path, photographs: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
@@ -260,7 +259,7 @@ def test_ctrl_c_keeps_the_front_so_far(
     assert "the same command goes on" in front["answer"]["unavailable"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.long
 def test_a_student_is_trained_for_the_points_of_a_front(
     again: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -21,8 +21,6 @@ from tests.models import TINY
 from tests.plain import examine
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 SECONDS = 30
 """ONNX Runtime reports its use some 20 s after it was imported."""
@@ -57,6 +55,7 @@ def test_a_packet_is_seen() -> None:
     assert any("c0000207" in packet for packet in found["packets"]), found
 
 
+@pytest.mark.everything
 @needs_namespaces
 def test_no_command_uses_the_network(tmp_path: Path, tiny_student: Path, tiny_weights: Path, pictures: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", size=8, preprocessing={"size": 8})

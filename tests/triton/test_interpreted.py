@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
