@@ -1,8 +1,8 @@
 """ONNX function bodies: the operators in standard operators, so that any runtime can run an exported file.
 
-A body takes every size from `Shape`, gathers rows of a flattened [B H P, d] and holds no mask and no scatter that adds.
-A file holds one body per operator, so structure that attributes decide (prefix or none, cells or none) is fixed per
-file by `Structure`; every number stays an attribute of the node.
+A body takes every size from `Shape`, gathers rows of a flattened [B H P, d] and holds no mask, no scatter that adds and
+no cumulative sum. A file holds one body per operator, so structure that attributes decide (prefix or none, cells or
+none) is fixed per file by `Structure`; every number stays an attribute of the node.
 """
 
 from __future__ import annotations
