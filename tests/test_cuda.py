@@ -178,10 +178,7 @@ def test_a_failure_while_opening_leaves_nothing(monkeypatch, function):
     assert gpu.live() == {}
 
 
-@pytest.mark.parametrize(
-    "function",
-    ["cudaMemcpyAsync", "cudaEventRecord", "cudaStreamSynchronize", "cudaGraphInstantiate", "cudaGraphLaunch"],
-)
+@pytest.mark.parametrize("function", ["cudaMemcpyAsync", "cudaEventRecord", "cudaStreamSynchronize"])
 def test_a_failure_while_running_leaves_nothing(monkeypatch, function):
     gpu = Gpu(integrated=False)
     install_cuda(monkeypatch, gpu)
@@ -194,19 +191,31 @@ def test_a_failure_while_running_leaves_nothing(monkeypatch, function):
     assert gpu.live() == {}
 
 
-def test_a_recording_that_fails_is_ended(monkeypatch):
-    gpu = Gpu()
+@pytest.mark.parametrize(
+    "refuses",
+    ["cudaStreamBeginCapture", "engine", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch"],
+)
+def test_runs_go_on_where_a_recording_is_refused(monkeypatch, refuses):
+    gpu = Gpu(integrated=False, fail={refuses: "cudaErrorInvalidValue"})
     install_cuda(monkeypatch, gpu)
     with StreamBuffers(open_driver(), TWO) as buffers:
-        compute = doubling(gpu, buffers)
-        buffers.run({"x": np.zeros(4, np.float32)}, FLOATS, compute, "a")
+        doubles = doubling(gpu, buffers)
 
-        def refuses():
-            raise BackendError("The engine refuses.")
+        def compute():
+            if refuses == "engine" and gpu.captures(buffers.stream_number):
+                raise BackendError("The engine refuses.")
+            doubles()
 
-        with pytest.raises(BackendError, match="The engine refuses"):
-            buffers.run({"x": np.zeros(4, np.float32)}, FLOATS, refuses, "a")
-        np.testing.assert_array_equal(buffers.run({"x": np.ones(4, np.float32)}, FLOATS, compute, "a")["y"], 2)
+        why = []
+        for n, key in enumerate(["a", "a", "a", "b", "b"]):
+            result = buffers.run({"x": np.full(4, n, np.float32)}, FLOATS, compute, key)["y"]
+            np.testing.assert_array_equal(result, 2 * n)
+            why.append(buffers.why_no_graph)
+        assert gpu.live().keys() == {"stream", "event", "host", "device"}  # nothing of a graph is left
+    assert why[0] is None
+    assert len(set(why[1:])) == 1
+    assert ("The engine refuses" if refuses == "engine" else "cudaErrorInvalidValue") in why[1]
+    assert gpu.calls["cudaStreamBeginCapture"] == 1  # not tried again, of another shape either
     assert gpu.live() == {}
 
 

@@ -41,17 +41,18 @@ class Runnable(Protocol):
 def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float]]:
     """Run the bundle's golden input and compare every golden output.
 
-    Where a session takes only larger batches (its `least_batch`), the input is repeated, and each answer must agree.
-    Where it computes in less than what the file holds, its `least_tolerance` counts if it is the larger one. Where it
-    computes dense attention in the place of sparse (`in_place_of_sparse`), that is another computation: the mean cosine
-    of rows counts, as for another tile at export.
+    Where a session's later runs are done otherwise than its first, its `golden_runs` says how many must agree. Where it
+    takes only larger batches (its `least_batch`), the input is repeated, and each answer must agree. Where it computes
+    in less than what the file holds, its `least_tolerance` counts if it is the larger one. Where it computes dense
+    attention in the place of sparse (`in_place_of_sparse`), that is another computation: the mean cosine of rows
+    counts, as for another tile at export.
 
     Args:
         session: open on the bundle, or on an engine made of it.
 
     Returns:
-        Per output: `max_abs_difference`, `range_relative_error` (that difference over the output's range: its
-        maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed);
+        Per output, of the last run: `max_abs_difference`, `range_relative_error` (that difference over the output's
+        range: its maximum minus its minimum) and `tolerance` (the largest `range_relative_error` allowed);
         where a bundle merges tokens and some of them are others, `share_beyond`, of the elements beyond tolerance;
         of dense attention `mean_cosine`.
 
@@ -60,7 +61,16 @@ def check_golden(session: Runnable, bundle: Bundle) -> dict[str, dict[str, float
         GateError: an output is missing, has another shape, or differs beyond its tolerance; the worst element is named.
     """
     inputs, expected = _repeated(read_golden(bundle), getattr(session, "least_batch", 1))
-    outputs = session.infer(inputs)
+    report: dict[str, dict[str, float]] = {}
+    for _ in range(getattr(session, "golden_runs", 1)):
+        report = _check_outputs(session.infer(inputs), dict(expected), session, bundle)
+    return report
+
+
+def _check_outputs(
+    outputs: dict[str, Array], expected: dict[str, Array], session: Runnable, bundle: Bundle
+) -> dict[str, dict[str, float]]:
+    """See `check_golden`, of one run."""
     if POSITIONS in expected:
         if POSITIONS not in outputs or outputs[POSITIONS].shape != expected[POSITIONS].shape:
             raise GateError(f"Output {POSITIONS!r} is missing or has another shape.", "Export it again.")

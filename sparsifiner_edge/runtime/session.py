@@ -27,6 +27,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
         kernels: "native, <instruction set>", "function bodies", "none (standard operators)",
             or an engine's.
         cuda, graph, zero_copy: of an engine: package and driver, whether runs are recorded, whether memory is shared.
+        why_no_graph: why runs are not recorded; it may be known from the second one on.
         memory: of an engine: "copied", or what of it is shared, "mapped" or "managed".
     """
 
@@ -39,6 +40,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str | Unavailable | None = None
     cuda: str | None = None
     graph: bool | None = None
+    why_no_graph: str | None = None
     zero_copy: bool | None = None
     memory: str | None = None
 

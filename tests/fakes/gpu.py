@@ -58,6 +58,8 @@ class Gpu:
         """Count a call, and fail it where it shall fail."""
         self.calls[function] += 1
         if function in self.fail:
+            if function == "cudaStreamEndCapture":
+                self._recording.clear()  # A capture that fails is over all the same.
             if self.fail[function] == "cudaErrorIllegalAddress":
                 self.lost = True
             raise CudaError(self.fail[function])
@@ -127,6 +129,10 @@ class Gpu:
         if start not in self._stamps or end not in self._stamps:
             raise CudaError("cudaErrorInvalidResourceHandle")
         return self._stamps[end] - self._stamps[start]
+
+    def captures(self, stream: int) -> bool:
+        """Whether what is put into a stream is recorded."""
+        return stream in self._recording
 
     def begin(self, stream: int) -> None:
         """Begin to record."""

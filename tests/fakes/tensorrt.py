@@ -27,7 +27,7 @@ class Behaviour:
         warnings: what a build warns of.
         refuse: operators that the parser refuses.
         context: error messages when no context can be made.
-        enqueue: error messages of a run that fails.
+        enqueue: error messages of a run that fails. recordable: a run may be captured.
         original: evaluated in the place of a model that holds launches of kernels.
         fuses: dense attention becomes one layer.
         milliseconds: of a run, by the operators in the model: the first that is in it counts.
@@ -39,6 +39,7 @@ class Behaviour:
     refuse: tuple[str, ...] = ()
     context: tuple[str, ...] | None = None
     enqueue: tuple[str, ...] | None = None
+    recordable: bool = True
     original: bytes = b""
     fuses: bool = True
     milliseconds: Mapping[str, float] = dataclasses.field(default_factory=dict)

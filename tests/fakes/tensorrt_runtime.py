@@ -149,9 +149,10 @@ def runtime_classes(trt: Any, gpu: Gpu, b: Behaviour) -> list[type]:
             except CudaError as error:
                 trt._logger.log(trt.ILogger.ERROR, f"Cuda Runtime ({error}, an illegal memory access was encountered)")
                 return False
-            for message in b.enqueue or ():
+            refused = None if b.recordable or not gpu.captures(stream_handle) else ("not permitted while captured",)
+            for message in b.enqueue or refused or ():
                 trt._logger.log(trt.ILogger.ERROR, message)
-            if b.enqueue is not None:
+            if (b.enqueue or refused) is not None:
                 return False
             operators = {node.op_type for node in self._engine._model.graph.node}
             taken = next((ms for name, ms in b.milliseconds.items() if name in operators), 2.0)

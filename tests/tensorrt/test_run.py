@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.bundle.engines import BatchRange, Engine
 from sparsifiner_edge.bundle.golden import check_golden
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.errors import BackendError
+from sparsifiner_edge.errors import BackendError, GateError
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
@@ -117,6 +119,38 @@ def test_the_second_run_of_a_shape_is_a_graph(tmp_path, machine):
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
     assert gpu.live() == {}
+
+
+def test_an_engine_that_cannot_be_recorded_runs_and_says_so(tmp_path, machine):
+    behaviour = Behaviour(recordable=False)
+    gpu, _ = machine(behaviour=behaviour)
+    folder = make_bundle(tmp_path / "b")
+    build_engine(folder, "tensorrt")
+    with open_session(folder, "tensorrt") as session:
+        assert session.description.graph is True
+        results = [session.infer({"image": image()})["features"] for _ in range(4)]
+        assert session.description.graph is False
+        assert "not permitted while captured" in session.description.why_no_graph
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+    assert gpu.calls["cudaGraphLaunch"] == 0
+    assert gpu.live() == {}
+
+
+def test_an_engine_whose_recorded_runs_give_something_else_is_not_kept(tmp_path, machine, monkeypatch):
+    gpu, _ = machine()
+    folder = make_bundle(tmp_path / "b")
+    launch = gpu.launch
+
+    def wrong(executable, stream):
+        launch(executable, stream)
+        for block, size, _ in gpu._blocks.values():
+            ctypes.memset(block, 63, size)
+
+    monkeypatch.setattr(gpu, "launch", wrong)
+    with pytest.raises(GateError, match="differs from golden"):
+        build_engine(folder, "tensorrt")
+    assert open_bundle(folder).manifest.engines == ()
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping
@@ -57,6 +58,8 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
 
     Attributes:
         memory: "mapped", "managed" or "copied".
+        why_no_graph: why every run puts its work into the stream anew; None where repeated ones are recorded. CUDA or
+            the engine may refuse that when it is tried, from the second run on.
 
     Raises:
         BackendError: CUDA fails; nothing stays taken.
@@ -68,6 +71,7 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
         self.memory = shared_memory(driver.device)
         self.zero_copy = self.memory != "copied"
         self.last_times: Times | None = None
+        self.why_no_graph = None if driver.graphs else f"{driver.package} has no CUDA graphs"
         self._launch: Callable[[], None] | None = None
         self._recorded: Hashable | None = None
         self._last: Hashable | None = None
@@ -106,7 +110,8 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
             inputs: arrays no larger than their buffers.
             outputs: type and shape of each output of this run.
             compute: puts the work into the stream.
-            key: names what `compute` does; from the second run of one key in a row on, a recording of it is launched.
+            key: names what `compute` does; from the second run of one key in a row on, a recording of it is launched,
+                where none was refused.
 
         Returns:
             Arrays of their own, not views of the buffers.
@@ -117,7 +122,7 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
         driver, stream = self._driver, self._stream
         results = {name: self._view(name, *kind) for name, kind in outputs.items()}
         driver.use()
-        launch = self._recording(key, compute)
+        recording = self._recording(key, compute)
         for name, value in inputs.items():  # Before anything is in the stream: managed memory is the processor's then.
             np.copyto(self._view(name, value.dtype, value.shape), value)
         driver.record(self._events[0], stream)
@@ -125,7 +130,7 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
             for name, value in inputs.items():
                 driver.copy_in(self._buffers[name], value.nbytes, stream)
         driver.record(self._events[1], stream)
-        launch()
+        self._start(recording, compute)
         driver.record(self._events[2], stream)
         if not self.zero_copy:
             for name, result in results.items():
@@ -146,21 +151,40 @@ class StreamBuffers(AbstractContextManager["StreamBuffers"]):
             )
         return host[:size].view(dtype).reshape(shape)
 
-    def _recording(self, key: Hashable | None, compute: Callable[[], None]) -> Callable[[], None]:
-        """What launches the recording of that key; `compute` itself where there is none.
+    def _recording(self, key: Hashable | None, compute: Callable[[], None]) -> Callable[[], None] | None:
+        """What launches the recording of that key; None where there is none.
 
         A run that differs from the one before is never recorded: the engine may allocate in it, which a recording
         forbids. One recording is kept: after a change of shapes an engine's earlier ones are no longer valid.
         """
-        if key is None or not self._driver.graphs:
-            return compute
+        if key is None or self.why_no_graph is not None:
+            return None
         if self._recorded != key:
             self._launch = self._recorded = None
             self._graph.close()
         if self._launch is None and self._last == key:
-            self._launch, self._recorded = self._driver.capture(self._stream, compute, self._graph), key
+            try:
+                self._launch, self._recorded = self._driver.capture(self._stream, compute, self._graph), key
+            except BackendError as error:
+                self._refuse_graphs(error)
         self._last = key
-        return self._launch or compute
+        return self._launch
+
+    def _start(self, recording: Callable[[], None] | None, compute: Callable[[], None]) -> None:
+        """Put a run's work into the stream: by its recording, or by `compute` where there is none or it is refused."""
+        if recording is not None:
+            try:
+                return recording()
+            except BackendError as error:
+                self._refuse_graphs(error)
+        return compute()
+
+    def _refuse_graphs(self, error: BackendError) -> None:
+        """Record nothing from now on. A device that is lost says so in the plain run that follows."""
+        self.why_no_graph = error.what
+        self._launch = self._recorded = None
+        with contextlib.suppress(BackendError):
+            self._graph.close()
 
     def close(self) -> None:
         """Release everything; closing twice is harmless.

@@ -73,8 +73,11 @@ def time_engine(trt: Any, path: Path, engine: Engine, kernels: str, bundle: Bund
             if number >= WARM_UP and session.last_times is not None:
                 times.append(session.last_times.compute_ms)
         fused = engine.backend != "tensorrt" or kernels != DENSE or FUSED in session.layer_names()
+        why_no_graph = session.description.why_no_graph
     advice = ": export with --precision fp16" if bundle.precision == "fp32" else ""
-    warning = None if fused else f"TensorRT did not fuse it, no layer is {FUSED}{advice}"
+    warnings = [] if fused else [f"TensorRT did not fuse it, no layer is {FUSED}{advice}"]
+    warnings += [f"runs are not recorded: {why_no_graph}"] if why_no_graph else []
+    warning = "; ".join(warnings) or None
     return Candidate(golden=golden, compute_ms=statistics.median(times), runs=len(times), warning=warning)
 
 

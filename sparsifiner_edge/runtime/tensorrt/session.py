@@ -27,6 +27,10 @@ _KERNELS = {PLUGIN: "CUDA kernels, as a plugin", DENSE: "dense attention"}
 class EngineSession(Session):
     """A `Session` on an engine. Whoever makes one has seen that the engine fits this machine's CUDA device.
 
+    Attributes:
+        golden_runs: see `bundle.golden.check_golden`: the first is plain, the second is recorded, the third launches
+            that recording, as every later one does.
+
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
         path: the engine's file, for messages. content: of it.
@@ -36,6 +40,8 @@ class EngineSession(Session):
     Raises:
         BackendError: no CUDA device, or TensorRT rejects the engine.
     """
+
+    golden_runs = 3
 
     def __init__(self, trt: Any, path: Path, content: bytes, engine: Engine, manifest: Manifest) -> None:
         start = time.perf_counter_ns()
@@ -127,7 +133,8 @@ class EngineSession(Session):
             kernels=_KERNELS.get(str(self._engine_info.details.kernels), "function bodies"),
             threads=1,
             cuda=f"{self._driver.package}, driver for CUDA {device.driver_version}",
-            graph=self._driver.graphs,
+            graph=self._buffers.why_no_graph is None,
+            why_no_graph=self._buffers.why_no_graph,
             zero_copy=self._buffers.zero_copy,
             memory=self._buffers.memory,
         )
