@@ -20,8 +20,8 @@ test: $(VENV)/.dev
 everything: $(VENV)/.everything
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then $(MAKE) aarch64; \
 	else echo "Only root installs what tests the kernels on AArch64 (make aarch64): they are left out unless that is there"; fi
-	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
-	$(BIN)/python benchmarks/fuzz.py --seconds 60
+	$(BIN)/python -m pytest tests benchmarks $(PARALLEL) $(PYTEST)
+	$(BIN)/python -m tests.fuzz --seconds 60
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -42,8 +42,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_published.py
 	$(BIN)/python benchmarks/gpu_rounds.py
 	$(BIN)/python benchmarks/gpu_bound.py
-	$(BIN)/python -m benchmarks.slow_clients
-	$(BIN)/python benchmarks/fuzz.py --full --kills 500 -o benchmarks/results/fuzz
+	$(BIN)/python -m tests.camera.slow_clients
+	$(BIN)/python -m tests.fuzz --full --kills 500 -o benchmarks/results/fuzz
 
 # On a machine with an NVIDIA GPU, a torch for CUDA and Triton in this environment: parity, memory errors, speed.
 gpu: $(VENV)/.dev

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ from sparsifiner_edge.corruptions import (
     parse_severities,
 )
 from sparsifiner_edge.errors import ConfigError
+from tests.published_corruptions import figures, picture
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = json.loads((ROOT / "tests" / "data" / "corruptions.json").read_text())
@@ -29,24 +28,14 @@ DRAWN, OTHER = "frost", "elastic_transform"
 """The one that is drawn here; the one to which that package gives parameters of its own."""
 
 
-def _measure() -> Any:
-    spec = importlib.util.spec_from_file_location("measure", ROOT / "benchmarks" / "corruptions_published.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MEASURE = _measure()
-CLEAN = MEASURE.picture()
+CLEAN = picture()
 
 
 @pytest.mark.parametrize("name", [name for name in COMMON if name != OTHER])
 def test_images_change_as_published(name: str) -> None:
     """In the mean over seeds: difference to the clean image, mean, deviation, difference of neighbours."""
     for severity in SEVERITIES:
-        found = np.mean([MEASURE.figures(corrupt(CLEAN, name, severity, seed), CLEAN) for seed in range(6)], 0)
+        found = np.mean([figures(corrupt(CLEAN, name, severity, seed), CLEAN) for seed in range(6)], 0)
         tolerance = 0.2 if name == DRAWN else 0.12
         np.testing.assert_allclose(found, PUBLISHED[f"{name} {severity}"], rtol=tolerance, atol=1.2)
 

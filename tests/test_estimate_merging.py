@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import boards_expected
 from sparsifiner_edge.bundle.kernels import table_file
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
@@ -169,15 +167,3 @@ def test_a_model_without_a_bundle_is_estimated_alike(tmp_path: Path, sparsity: S
     assert own == pytest.approx(1.1 * weights, rel=0.01)  # The bundle's file holds next to nothing.
     with pytest.raises(BackendError, match="kernels is 'fast'"):
         estimate_model(VIT_S, sparsity, board, "fp16", kernels="fast")
-
-
-def test_the_page_is_what_the_estimate_says(tmp_path: Path) -> None:
-    """The tables of docs/boards.md, and budgets that are those of recorded results (or the script raises)."""
-    page = tmp_path / "boards.md"
-    shutil.copy(boards_expected.PAGE, page)
-    boards_expected.renew_page(boards_expected.markdown(boards_expected.all_rows()), page)
-    assert page.read_text(encoding="utf-8") == boards_expected.PAGE.read_text(encoding="utf-8")
-    assert "othing was measured" in page.read_text(encoding="utf-8")
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="marks 0 times"):
-        boards_expected.renew_page("", page)

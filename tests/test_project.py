@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import pkgutil
 import re
 import subprocess
@@ -17,6 +16,7 @@ import sparsifiner_edge
 from sparsifiner_edge.artifacts import read_toml
 from sparsifiner_edge.cli.main import COMMANDS
 from sparsifiner_edge.ops.document import operators_markdown
+from tests.house import names_in_two_senses
 
 ROOT = Path(__file__).parent.parent
 BARE = ROOT / ".venv" / "bare" / "bin" / "python"
@@ -169,7 +169,14 @@ def test_the_drawing_of_rooms_is_the_contract() -> None:
 
 
 def test_no_public_name_means_two_things() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "house.py", "--files"], capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout)["names_files"] == {}
+    package = ROOT / "sparsifiner_edge"
+    assert names_in_two_senses({path: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}) == {}
+
+
+def test_tests_import_no_benchmark() -> None:
+    """Not by name, not from a file: what both need is the package's, or each has its own."""
+    scripts = "|".join(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+    used = rf'^\s*(from|import) (benchmarks|{scripts})\b|/ ["]benchmarks" /'
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.search(used, path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert found is None, (path, found)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.camera_cells import make_cells_bundle
 from sparsifiner_edge.camera.pattern import draw_pattern
+from tests.camera.cells import make_cells_bundle
 from tests.commands import PROGRAM
 from tests.once import Once
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.camera_cells import number_of
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.camera.backoff import FIRST_S, MOST_S, Backoff
 from sparsifiner_edge.camera.capture import Mailbox
@@ -31,6 +30,7 @@ from sparsifiner_edge.camera.prepare import Fit, cropped, fit_pillow, scaled_siz
 from sparsifiner_edge.camera.sources import parse_source, require_decoder
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.images import centre_box, load_image
+from tests.camera.cells import number_of
 
 
 @pytest.mark.parametrize(

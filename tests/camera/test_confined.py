@@ -21,11 +21,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from benchmarks.camera_soak import Server, free_port, python_with_rtsp
 from sparsifiner_edge.camera import confine, syscalls
 from sparsifiner_edge.camera.pattern import draw_pattern
 from sparsifiner_edge.camera.relay import Relay
 from sparsifiner_edge.records import write_record
+from tests.camera.soak import Server, free_port, python_with_rtsp
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import sparsifiner_edge as se
-from benchmarks.camera_cells import number_of
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.camera import recalibrate
 from sparsifiner_edge.camera.recalibrate import _frames, _rows
@@ -23,6 +22,7 @@ from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.errors import ConfigError, ImageError
 from sparsifiner_edge.novelty import LEAST_IMAGES, NOVELTY
 from sparsifiner_edge.runtime import open_session
+from tests.camera.cells import number_of
 from tests.camera.conftest import encode
 from tests.commands import PROGRAM, assert_refused, call, handlers_kept
 from tests.novel import drawn, novel_bundle

@@ -11,7 +11,6 @@ from pathlib import Path
 import av
 import pytest
 
-from benchmarks.camera_soak import Server, free_port, python_with_rtsp
 from sparsifiner_edge.camera.rtsp import Message, Splitter, parse_address
 from tests.camera.scripted import (
     BASIC,
@@ -25,6 +24,7 @@ from tests.camera.scripted import (
     reply,
     until,
 )
+from tests.camera.soak import Server, free_port, python_with_rtsp
 from tests.commands import process
 
 PYTHON = python_with_rtsp()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.camera_cells import number_of
-from benchmarks.camera_soak import Server, free_port, python_with_rtsp, soak, verdict
+from tests.camera.cells import number_of
+from tests.camera.soak import Server, free_port, python_with_rtsp, soak, verdict
 from tests.once import WORKER
 
 PYTHON = python_with_rtsp()

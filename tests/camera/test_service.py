@@ -20,7 +20,7 @@ import av
 import numpy as np
 import pytest
 
-from benchmarks.camera_cells import make_cells_bundle, number_of
+from tests.camera.cells import make_cells_bundle, number_of
 from tests.camera.conftest import encode
 from tests.commands import assert_refused, process
 from tests.tiny import make_bundle

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import slow_clients
 from sparsifiner_edge.camera import health
 from sparsifiner_edge.camera.health import HealthServer, parse_host_port
 from sparsifiner_edge.camera.status import Status
 from sparsifiner_edge.errors import ConfigError
+from tests.camera import slow_clients
 
 pytestmark = pytest.mark.everything
 
@@ -61,7 +61,7 @@ def descriptors() -> int:
 
 @pytest.mark.parametrize("kind", ["kept", "reopened"])
 def test_clients_without_end(kind: str) -> None:
-    """As `benchmarks/slow_clients.py` measures it, with limits for a busy machine."""
+    """As `slow_clients.py` measures it, with limits for a busy machine."""
     found = slow_clients.summary(slow_clients.measure(kind, 1500, 2))
     assert found["unanswered"] == 0
     assert found["longest_wait_s"] < 5

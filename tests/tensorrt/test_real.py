@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks.engine_kernels import compiled_kernels
 from sparsifiner_edge.bundle.engines import BatchRange, Engine
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import BackendError, UnsupportedModelError
@@ -26,6 +25,7 @@ from sparsifiner_edge.runtime.tensorrt.build import BuilderOptions, build_engine
 from sparsifiner_edge.runtime.tensorrt.errors import Messages, make_logger
 from tests.merging_models import LEFT_OF_MERGING, merging_model
 from tests.models import student, with_density
+from tests.tensorrt.engine_kernels import compiled_kernels
 from tests.tiny import make_bundle
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")

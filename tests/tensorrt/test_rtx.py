@@ -19,7 +19,6 @@ import pytest
 import torch
 
 import sparsifiner_edge as se
-from benchmarks.engine_kernels import compiled_kernels
 from sparsifiner_edge.bundle.engines import Candidate, Details
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError, BackendError, ConfigError
@@ -47,6 +46,7 @@ from tests.models import TINY_CONFIG, student
 from tests.once import Once
 from tests.package.reseal import reseal
 from tests.seal import seal_bundle
+from tests.tensorrt.engine_kernels import compiled_kernels
 from tests.tensorrt.rtx import RTX, needs_rtx, rtx
 from tests.tiny import make_bundle
 

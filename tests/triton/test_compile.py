@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
-from benchmarks.occupancy import LIMITS, occupancy
-from benchmarks.sass import counts, main_loop, read
 from sparsifiner_edge.bundle.kernels import MOST_SHARED_BYTES
 from sparsifiner_edge.errors import BackendError, MissingExtraError
 from sparsifiner_edge.ops.triton.compile import CAPABILITIES, Compiled, compile_launch, compile_plan, hidden_parameters
@@ -35,6 +33,8 @@ SOME: list[tuple[int, str, int, int, str, str]] = [
     (120, "float32", 128, 64, "layer", "summarise attend"),
     (87, "float16", 64, 128, "layer", "attend"),
 ]
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99}
+"""Most shared memory of a block, by compute capability times ten: CUDA C++ Programming Guide."""
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +60,7 @@ def fits(made: Compiled) -> None:
     assert made.cubin[:4] == b"\x7fELF"
     assert re.search(rf"^\.target sm_{made.capability}a?\b", made.ptx, re.MULTILINE)
     assert 0 < made.registers <= 255
-    assert made.shared <= LIMITS[made.capability].block_shared
-    assert occupancy(made.capability, made.warps, made.registers, made.shared).blocks >= 1
+    assert made.shared <= SHARED_KIB[made.capability] << 10
     assert made.spilled == 0, f"{made.kernel} spills {made.spilled} bytes on sm_{made.capability}"
 
 
@@ -69,33 +68,6 @@ def fits(made: Compiled) -> None:
 def test_attention_compiles_for_every_generation(capability: int) -> None:
     plan = plan_of("attend", capability, "float16", 64, 16)
     fits(compile_launch(plan, plan.launches[-1], capability))
-
-
-BUDGET = {87: 450, 90: 350}
-"""Instructions of a warp for a block of 64 queries and 64 listed keys, sums of cells in."""
-
-
-@pytest.mark.parametrize(
-    ("capability", "tokens"), [*((x, 2305) for x in CAPABILITIES), (87, 1370), (87, 5477), (120, 1370)]
-)
-def test_the_main_loop_of_attention(capability: int, tokens: int) -> None:
-    """What can be said of speed without a GPU: matrix units, copies that run ahead, no spills, few instructions."""
-    patches = tokens - 1
-    a = {"num_heads": HEADS, "num_prefix": 1, "tile": 64, "cell": -(-patches // 25), "scale": 0.125, "prefix_keys": 1}
-    lists = (1, HEADS, -(-patches // 64), -(-patches // 10))
-    plan = plan_attend([(1, tokens, 3 * HEADS * 64), lists], a, "float16")
-    made = compile_launch(plan, plan.launches[-1], capability)
-    assert made.shared <= MOST_SHARED_BYTES or capability in (100, 110), "there export takes smaller blocks"
-    body = main_loop(read(made.cubin))
-    found = counts(body)
-    # The sums of cells stand there twice, for either half of the cells: a block but one runs one of them.
-    executed = len(body) - sum("_add_selected" in x.functions for x in body) / 2
-    assert plan.launches[-1].constants["block_n"] == 64
-    assert found["matrix"] > 0
-    assert found["local"] == made.spilled == 0
-    assert found["copy"] > 0
-    # From 10.0 on the matrix units have memory of their own, to and from which their operands are moved.
-    assert executed <= (600 if capability in (100, 110) else BUDGET.get(capability, 450)), dict(found)
 
 
 @pytest.mark.parametrize("sample", SOME, ids=lambda x: "-".join(str(y).replace(" ", "+") for y in x))
@@ -201,19 +173,3 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(MissingExtraError, match=r"sparsifiner-edge\[triton\]"):
         compile_launch(plan, plan.launches[0], 87)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "blocks", "limit"),
-    [
-        ((90, 4, 168, 56 * 1024), 3, "registers"),  # 65536 registers / 128 threads x 168, a warp's whole
-        ((86, 4, 96, 48 * 1024), 2, "shared memory"),  # 100 KiB / 49
-        ((86, 8, 32, 1024), 6, "warps"),
-        ((86, 1, 32, 9 * 1024), 10, "shared memory"),  # 100 KiB / 10
-        ((80, 1, 32, 0), 32, "blocks"),
-    ],
-)
-def test_occupancy(sizes: tuple[int, int, int, int], blocks: int, limit: str) -> None:
-    found = occupancy(*sizes)
-    assert (found.blocks, found.limit) == (blocks, limit)
-    assert found.share == blocks * sizes[1] / LIMITS[sizes[0]].warps

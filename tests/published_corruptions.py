@@ -2,7 +2,7 @@
 `imagecorruptions-imaug`, averaged over seeds. It replaces OpenCV by one that needs libGL, so it stays out of here:
 
     pip install --target FOLDER imagecorruptions-imaug
-    python benchmarks/corruptions_published.py --library FOLDER -o tests/data/corruptions.json
+    python -m tests.published_corruptions --library FOLDER -o tests/data/corruptions.json
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The roofline of GPUs: held against published speeds, its counts against what plans say must be multiplied."""
+"""The roofline of GPUs against published speeds and plans, occupancy, and what is told of the kernels' main loop."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import pytest
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # its scripts import each other by name
+sys.path.insert(0, str(Path(__file__).parent))  # scripts here import each other by name
 
 import gpu_bound
 import gpu_published
 from gpu_roofline import LaunchWork, Work, gpu, resources, seconds
 from gpu_work import work_of
+from occupancy import LIMITS, occupancy
+from sass import counts, main_loop, read
 
-from sparsifiner_edge.ops.triton.compile import compile_launch
+from sparsifiner_edge.bundle.kernels import MOST_SHARED_BYTES
+from sparsifiner_edge.ops.triton.compile import CAPABILITIES, compile_launch
+from sparsifiner_edge.ops.triton.plan_forward import plan_attend
 
-pytestmark = pytest.mark.slow
+HEADS = 6
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +78,46 @@ def test_more_work_takes_longer_and_squares_add_up() -> None:
     assert seconds(moved, on) - gap == pytest.approx(math.sqrt(2) * (seconds(alone, on) - gap))
     # Few warps cannot hide what one waits for.
     assert resources(LaunchWork((busy,), 1, 0, 0), on)["latency"] > 2 * issue > resources(alone, on)["latency"]
+
+
+BUDGET = {87: 450, 90: 350}
+"""Instructions of a warp for a block of 64 queries and 64 listed keys, sums of cells in."""
+
+
+@pytest.mark.parametrize(
+    ("capability", "tokens"), [*((x, 2305) for x in CAPABILITIES), (87, 1370), (87, 5477), (120, 1370)]
+)
+def test_the_main_loop_of_attention(capability: int, tokens: int) -> None:
+    """What can be said of speed without a GPU: matrix units, copies that run ahead, no spills, few instructions."""
+    patches = tokens - 1
+    a = {"num_heads": HEADS, "num_prefix": 1, "tile": 64, "cell": -(-patches // 25), "scale": 0.125, "prefix_keys": 1}
+    lists = (1, HEADS, -(-patches // 64), -(-patches // 10))
+    plan = plan_attend([(1, tokens, 3 * HEADS * 64), lists], a, "float16")
+    made = compile_launch(plan, plan.launches[-1], capability)
+    assert made.shared <= MOST_SHARED_BYTES or capability in (100, 110), "there export takes smaller blocks"
+    body = main_loop(read(made.cubin))
+    found = counts(body)
+    # The sums of cells stand there twice, for either half of the cells: a block but one runs one of them.
+    executed = len(body) - sum("_add_selected" in x.functions for x in body) / 2
+    assert plan.launches[-1].constants["block_n"] == 64
+    assert found["matrix"] > 0
+    assert found["local"] == made.spilled == 0
+    assert found["copy"] > 0
+    # From 10.0 on the matrix units have memory of their own, to and from which their operands are moved.
+    assert executed <= (600 if capability in (100, 110) else BUDGET.get(capability, 450)), dict(found)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "blocks", "limit"),
+    [
+        ((90, 4, 168, 56 * 1024), 3, "registers"),  # 65536 registers / 128 threads x 168, a warp's whole
+        ((86, 4, 96, 48 * 1024), 2, "shared memory"),  # 100 KiB / 49
+        ((86, 8, 32, 1024), 6, "warps"),
+        ((86, 1, 32, 9 * 1024), 10, "shared memory"),  # 100 KiB / 10
+        ((80, 1, 32, 0), 32, "blocks"),
+    ],
+)
+def test_occupancy(sizes: tuple[int, int, int, int], blocks: int, limit: str) -> None:
+    found = occupancy(*sizes)
+    assert (found.blocks, found.limit) == (blocks, limit)
+    assert found.share == blocks * sizes[1] / LIMITS[sizes[0]].warps

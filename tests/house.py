@@ -1,6 +1,6 @@
 """How untyped the package is, and how often it does one thing: counts, as JSON.
 
-    python benchmarks/house.py [--files]
+    python -m tests.house [--files]
 
 `untyped`: `dict[str, Any]`, `dict[str, object]`, `Mapping[str, Any]`, `Mapping[str, object]`, and uses of names that
 stand for one of them. `unavailable`: files with that word. Then the files that lock, replace a file by renaming (a

@@ -1,8 +1,8 @@
 """Hostile input to every command, and commands ended at random moments.
 
-    python benchmarks/fuzz.py --seconds 60                    all classes in turn, as CI does
-    python benchmarks/fuzz.py --full --kills 500 -o benchmarks/results
-    python benchmarks/fuzz.py --only manifest --seed 17 --tries 1      one try again, by its seed
+    python -m tests.fuzz --seconds 20                    all classes in turn, as CI does
+    python -m tests.fuzz --full --kills 500 -o benchmarks/results
+    python -m tests.fuzz --only manifest --seed 17 --tries 1      one try again, by its seed
 
 Every try is drawn from its class and its number alone (`--seed` is the first number). What fails is printed with them.
 """
@@ -19,8 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparsifiner_edge.machine import environment, machine
 from sparsifiner_edge.records import write_record

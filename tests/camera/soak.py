@@ -9,7 +9,7 @@ Judged: seconds from the server's being back to the first answer; age of every f
 resident memory of the service and its decoder against the most that they took in the first minute (in a shorter run:
 its first third).
 
-    python -m benchmarks.camera_soak [--minutes 10] [-o RESULT.json]
+    python -m tests.camera.soak [--minutes 10] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.camera_cells import make_cells_bundle, number_of
 from sparsifiner_edge.bundle.store import bundle_hash
 from sparsifiner_edge.camera.pattern import BITS
 from sparsifiner_edge.results import Result, Subject, write_result
+from tests.camera.cells import make_cells_bundle, number_of
 
 SERVER = Path(__file__).resolve().parent / "rtsp_server.py"
 PYTHONS = ("/usr/bin/python3", sys.executable)
@@ -230,7 +230,7 @@ def main() -> None:
         raise SystemExit("no Python with gi and GstRtspServer: apt-get install python3-gi gir1.2-gst-rtsp-server-1.0")
     with tempfile.TemporaryDirectory() as scratch:
         bundle = make_cells_bundle(Path(scratch) / "cells")
-        subject = Subject(path="benchmarks/camera_cells.py", sha256=bundle_hash(bundle))
+        subject = Subject(path="tests/camera/cells.py", sha256=bundle_hash(bundle))
         found = soak(python, bundle, given.minutes * 60, given.every)
     missed = verdict(found)
     print(json.dumps(found | {"missed": missed}, indent=2))

@@ -6,7 +6,7 @@ In turn the clients are none, keep what they opened (`kept`), and come again as 
 
 Judged: every fresh client is answered within 1 s, the server takes less than .1 of a core, its descriptors are few.
 
-    python -m benchmarks.slow_clients [--connections 2000] [--seconds 10] [-o RESULT.json]
+    python -m tests.camera.slow_clients [--connections 2000] [--seconds 10] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LATENCY_S, CORES, DESCRIPTORS = 1.0, 0.1, 200
 SERVED = "sparsifiner_edge/camera/health.py"
 KINDS = ("none", "kept", "reopened")
 _REQUEST = b"GET /healthz HTTP/1.1\r\nHost: h\r\n"
-_MODULE = "benchmarks.slow_clients"
+_MODULE = "tests.camera.slow_clients"
 _PATIENCE_S = 10.0
 UNANSWERED_S = 100.0
 
