@@ -33,6 +33,7 @@ from accuracy_fashion import LARGEST_DROP, fashion, fashion_bundle, features, st
 from accuracy_images import GALLERY, SIZE, collect, collect_fashion, linked
 from fashion import fashion_mnist
 from fidelity_subject import weights_file
+from summary import brief, read_raw, write_summary
 
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
 from sparsifiner_edge.config import parse_token_keep
@@ -46,7 +47,7 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import locked
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify
 
 TOKENS = "3:.7,6:.7,9:.7"
@@ -277,7 +278,7 @@ def differences(rows: dict[str, Any]) -> dict[str, Any]:
 @click.option("--fashion/--no-fashion", "with_fashion", default=True, help="Leave out Fashion-MNIST.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for accuracy.json.")
 def measure(work: Path, with_fashion: bool, output: Path | None) -> None:
-    """Measure what was trained; what the folder's result says of other trainings stays there."""
+    """Measure what was trained; what `raw` of the folder says of other trainings stays there."""
     if not any((work / name).exists() for name in RUNS):
         raise click.UsageError(f"nothing is trained in {work}: python benchmarks/accuracy.py train")
     with err_console.status("") as status:
@@ -286,24 +287,24 @@ def measure(work: Path, with_fashion: bool, output: Path | None) -> None:
     trained = {name: json.loads((work / name / "config.json").read_text()) for name in RUNS if (work / name).exists()}
     trainings = {name: config["provenance"]["training"] for name, config in trained.items()}
     weights = {name: config["weights_sha256"] for name, config in trained.items()}
-    if output and (output / "accuracy.json").exists():
-        earlier = json.loads((output / "accuracy.json").read_text())
-        others = [name for name in earlier["method"]["trainings"] if name not in trained]
-        kept = {label: row for label, row in earlier["statistics"]["fidelity"].items() if label.split(",")[0] in others}
-        cosines |= {label: {"samples": earlier["samples"][label], **row} for label, row in kept.items()}
-        for metric, rows in earlier["statistics"]["fashion"].items():
+    if output and (earlier := read_raw(output / "accuracy.json")):
+        others = [name for name in earlier.method["trainings"] if name not in trained]
+        kept = {label: row for label, row in earlier.statistics["fidelity"].items() if label.split(",")[0] in others}
+        cosines |= {label: {"samples": earlier.samples[label], **row} for label, row in kept.items()}
+        for metric, rows in earlier.statistics["fashion"].items():
             accuracies[metric] = {x: y for x, y in rows.items() if student_of(x) in others} | accuracies.get(metric, {})
-        trainings |= {name: earlier["method"]["trainings"][name] for name in others}
-        weights |= {one["path"]: one["sha256"] for one in earlier["subjects"] if one["path"] in others}
+        trainings |= {name: earlier.method["trainings"][name] for name in others}
+        weights |= {str(one.path): str(one.sha256) for one in earlier.subjects if one.path in others}
     apart = differences(cosines)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         subjects = [Subject(path=name, sha256=digest) for name, digest in weights.items()]
         method = {"trainings": trainings, "required": REQUIRED, "largest drop": LARGEST_DROP}
         samples = {label: row["samples"] for label, row in cosines.items()}
         rows = {label: {k: v for k, v in row.items() if k != "samples"} for label, row in cosines.items()}
         found = {"fidelity": rows, "differences": apart, "fashion": accuracies}
-        write_result(output / "accuracy.json", Result("evaluation", subjects, method, samples, found))
+        short = method | {"trainings": {name: brief(training) for name, training in trainings.items()}}
+        result = Result("evaluation", subjects, method, samples, found)
+        write_summary(output / "accuracy.json", result, method=short)
     show(cosines, apart, accuracies)
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import click
 import torch
 import transformers
+from summary import write_summary
 
 import sparsifiner_edge as se
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts import backbone_of, hugging_face
 from sparsifiner_edge.sparse.hosts.timm import create
 
@@ -143,17 +144,18 @@ def main(models: tuple[str, ...], output: Path | None) -> None:
         click.echo(f"{name} done", err=True)
     table(rows)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         method = {
             "weights": "random, seed 0; q, k scaled to logits of deviation 3",
             "check": "export gate, one random image",
         }
         statistics = {
-            row["name"]: {k: row["costs"][k] for k in COSTS} | {"dense_total_macs": row["dense_costs"]["total_macs"]}
+            row["name"]: {k: row["costs"][k] for k in COSTS}
+            | {"dense_total_macs": row["dense_costs"]["total_macs"]}
+            | {"least_row_cosine": min(x["least_row_cosine"] for x in row["check"]["outputs"].values())}
             for row in rows
         }
         subjects = [Subject(path=row["name"], sha256="random weights") for row in rows]
-        write_result(output / "architectures.json", Result("evaluation", subjects, method, {"rows": rows}, statistics))
+        write_summary(output / "architectures.json", Result("evaluation", subjects, method, {"rows": rows}, statistics))
 
 
 if __name__ == "__main__":

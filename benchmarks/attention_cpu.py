@@ -21,6 +21,7 @@ import click
 import numpy as np
 from cpu_engines import Run, gemm_peak, has_bf16, openvino_run, ort_session, ratio, time_in_turn
 from onnx import TensorProto, helper
+from summary import raw_of, write_summary
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import available_cores
@@ -29,7 +30,7 @@ from sparsifiner_edge.ops.bodies import OPSET
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.operator import FIRST_VERSION
 from sparsifiner_edge.ops.schema import DOMAIN
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 
 HEADS, WIDTH, TILE, PROBE, CHANNELS, SCALE = 6, 64, 16, 8, 24, 0.125
 KEEPS = (0.25, 0.10, 0.05)
@@ -257,11 +258,10 @@ def main(sizes: tuple[str, ...], threads: int, rounds: int, output: Path | None)
             samples[str(tokens)], statistics[str(tokens)] = found
     show(statistics)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         method = {"threads": threads, "rounds": rounds, "kernels": native.target(), "heads": HEADS, "width": WIDTH}
         result = Result("comparison", [Subject(path="operators", sha256="random inputs")], method, samples, statistics)
-        write_result(output / "attention_cpu.json", result)
-        picture(statistics, output / "attention_cpu.png")
+        write_summary(output / "attention_cpu.json", result)
+        picture(statistics, raw_of(output / "attention_cpu.png"))
 
 
 if __name__ == "__main__":

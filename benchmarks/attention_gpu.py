@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from gpu_bound import bound
 from gpu_engines import Run, by_backend, energy_joules, fastest, flash_attn, graph, ratio, require_gpu, time_in_turn
 from gpu_roofline import gpu
+from summary import write_summary
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sparsifiner_edge.artifacts import sha256
@@ -32,7 +33,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.ops import torch as ops
 from sparsifiner_edge.ops.torch_triton import triton_layer
 from sparsifiner_edge.ops.triton import kernels_for
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 
 BATCH, HEADS, WIDTH, CHANNELS, CELLS, SCALE = 8, 6, 64, 24, 25, 0.125
 KEEPS = (0.25, 0.10)
@@ -140,10 +141,9 @@ def main(tokens: tuple[int, ...], dtype: str, tile: int, rounds: int, output: Pa
         samples[str(count)], statistics[str(count)] = measure(count, getattr(torch, dtype), tile, rounds)
         show(count, statistics[str(count)])
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         subjects = [Subject(path="sparsifiner_edge/ops/triton/attend.py", sha256=sha256(_attend_source()))]
         result = Result("comparison", subjects, method, samples, statistics)
-        write_result(output / "attention_gpu.json", result)
+        write_summary(output / "attention_gpu.json", result)
 
 
 def _attend_source() -> Path:

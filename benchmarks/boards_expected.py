@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from summary import RESULTS, write_summary
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
@@ -26,10 +27,9 @@ from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.estimate import EstimateStatistics, estimate_model
 from sparsifiner_edge.profiles.roofline import GPU_FIT
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "boards.md"
 BOARDS = ("jetson-orin-nano-8gb-super", "jetson-agx-orin-64gb", "jetson-agx-thor")
 ORINS = BOARDS[:2]
@@ -73,12 +73,11 @@ def recorded(size: int, schedule: str, keep: str) -> tuple[float, float, str] | 
     points = json.loads((RESULTS / f"frontier/frontier_{size}.json").read_text("utf-8"))
     point = points["statistics"]["points"].get(f"ours fp32 | merge {schedule}, keep {keep}")
     if point:
-        return point["macs"], point["patches_cosine"]["value"], f"{len(points['method']['photographs'])} photographs"
-    rows = json.loads((RESULTS / f"merging/merging_{size}.json").read_text("utf-8"))["statistics"]["rows"]
-    for row in rows:
+        return point["macs"], point["patches_cosine"]["value"], f"{points['method']['photographs']} photographs"
+    found = json.loads((RESULTS / f"merging/merging_{size}.json").read_text("utf-8"))
+    for row in found["statistics"]["rows"]:
         if (row["merge"], row["keep"], row["cells"]) == (schedule, keep, CELLS[size]) and "default" in row["name"]:
-            photographs = row["development"]
-            return row["macs"], sum(photographs) / len(photographs), f"{len(photographs)} photographs"
+            return row["macs"], row["development"], f"{found['method']['development']} photographs"
     return None
 
 
@@ -133,6 +132,16 @@ def all_rows() -> list[dict[str, Any]]:
             fastest = min(found.latency_ms.value for found in plain)
             rows += [row_of(size, b, board, p, fastest) for b in (dense, *others) for p in PRECISIONS]
     return rows
+
+
+def short(row: dict[str, Any]) -> dict[str, Any]:
+    """What docs/boards.md says of a row, and what its budget is."""
+    names = ("pixels", "model", "patch_cosine", "board", "precision", "kernels", "speed_up")
+    bounds = {
+        name: {at: row[name][at] for at in ("value", "low", "high")}
+        for name in ("latency_ms", "energy_j", "memory_bytes")
+    }
+    return {name: row[name] for name in names if name in row} | bounds
 
 
 def _number(value: float) -> str:
@@ -213,7 +222,8 @@ def main(*, docs: bool, output: Path | None) -> None:
             "model": dataclasses.asdict(shape_at(224)) | {"patches": "of each row's pixels"},
             "fit": dataclasses.asdict(GPU_FIT),
         }
-        write_result(output / "boards_expected.json", Result("evaluation", subjects, method, {"rows": rows}, {}))
+        result = Result("evaluation", subjects, method, {"rows": rows}, {"rows": [short(row) for row in rows]})
+        write_summary(output / "boards_expected.json", result)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Seconds on a busy machine say little: seconds of processor time stand beside the
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -20,14 +19,15 @@ from typing import Any
 
 import click
 from fidelity_subject import weights_file
+from msgspec.structs import replace
+from summary import write_summary
 
-from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
+from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.errors import SparsifinerError
 from sparsifiner_edge.export.export import export_bundle
-from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, write_result
+from sparsifiner_edge.results import Result, Subject, read_result
 from sparsifiner_edge.runtime.build import build_engine
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.sparse.student import sparsify
@@ -104,15 +104,8 @@ def measure(source: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def subject(folder: Path) -> dict[str, Any]:
-    manifest = open_bundle(folder).manifest
-    return {
-        "kind": "bundle",
-        "path": folder.name,
-        "name": manifest.name,
-        "sha256": bundle_hash(folder),
-        "export": write_record(manifest.float16 or manifest.quantisation),
-    }
+def subject(folder: Path) -> Subject:
+    return replace(open_bundle(folder).subject(), path=folder.name)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,15 +126,15 @@ def kind_of(name: str) -> str:
     return next(kind for kind in KINDS if name.startswith(kind))
 
 
-def recorded(path: Path, kinds: Collection[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, str]]:
+def recorded(path: Path, kinds: Collection[str]) -> tuple[list[Subject], list[dict[str, Any]], dict[str, str]]:
     """Subjects and rows of other kinds in an earlier result, and when each of those was recorded."""
     if not path.exists() or set(kinds) == set(KINDS):
         return [], [], {}
-    before = json.loads(path.read_text(encoding="utf-8"))
-    subjects = [s for s in before["subjects"] if kind_of(s["path"]) not in kinds]
-    rows = [r for r in before["samples"]["engines"] if kind_of(r["bundle"]) not in kinds]
-    known = before["method"].get("recorded", {})
-    return subjects, rows, {k: known.get(k, before["created"]) for k in map(kind_of, (r["bundle"] for r in rows))}
+    before = read_result(path)
+    subjects = [s for s in before.subjects if kind_of(str(s.path)) not in kinds]
+    rows = [r for r in before.statistics["rows"] if kind_of(r["bundle"]) not in kinds]
+    known = before.method.get("recorded", {})
+    return subjects, rows, {k: known.get(k, before.created) for k in map(kind_of, (r["bundle"] for r in rows))}
 
 
 @click.command(help=__doc__)
@@ -167,7 +160,7 @@ def main(*, bundles: Path | None, kinds: tuple[str, ...], output: Path) -> None:
     print_table("Built ahead of time", ["bundle", "compute capability", *KEPT[:3], "MB", "kernels"], cells)
 
 
-def save(output: Path, subjects: list[dict[str, Any]], rows: list[dict[str, Any]], earlier: dict[str, str]) -> None:
+def save(output: Path, subjects: list[Subject], rows: list[dict[str, Any]], earlier: dict[str, str]) -> None:
     method = {
         "backend": "tensorrt-rtx",
         "version": str(find_backend("tensorrt-rtx").load().__version__),
@@ -175,7 +168,9 @@ def save(output: Path, subjects: list[dict[str, Any]], rows: list[dict[str, Any]
         "settings": {str(size): kinds for size, kinds in SETTINGS.items()},
         "recorded": earlier,
     }
-    write_result(output / "engines_rtx.json", Result("evaluation", subjects, method, {"engines": rows}, summary(rows)))
+    write_summary(
+        output / "engines_rtx.json", Result("evaluation", subjects, method, {}, summary(rows) | {"rows": rows})
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 from estimate_fit import HERE, PUBLISHED, Point, Values
 from msgspec.structs import asdict
+from summary import RESULTS, write_summary
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
@@ -33,7 +34,7 @@ from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
 from sparsifiner_edge.profiles.roofline import CPU_FIT
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 
 MODEL = "vit_small_patch14_dinov2.lvd142m"
 ROUNDS, BURST, PAUSE_S = 5, 3, 0.05
@@ -207,14 +208,15 @@ def _against(rows: Sequence[Mapping[str, Any]]) -> Values:
 
 
 def _write(path: Path, samples: Mapping[str, Any], statistics: Mapping[str, Any], threads: int | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     files = [
         PUBLISHED,
-        *(HERE / "results" / f"{name}.json" for name in ("attention_cpu/attention_cpu", "model_cpu/model_cpu")),
+        *(RESULTS / f"{name}.json" for name in ("attention_cpu/attention_cpu", "model_cpu/model_cpu")),
     ]
     subjects = [Subject(path=str(f.relative_to(HERE.parent)), sha256=sha256(f)) for f in files]
     method = {"threads": threads or available_cores(), "rounds": ROUNDS, "fit": "least mean squared log ratio"}
-    write_result(path, Result("evaluation", subjects, method, samples, statistics))
+    rows = {of: [{k: x for k, x in row.items() if k != "samples_ms"} for row in found] for of, found in samples.items()}
+    result = Result("evaluation", subjects, method, samples, statistics)
+    write_summary(path, result, statistics={**statistics, "rows": rows})
 
 
 if __name__ == "__main__":

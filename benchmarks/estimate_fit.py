@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from summary import RESULTS
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
@@ -92,7 +93,7 @@ def recorded() -> list[Point]:
 
 
 def _statistics(path: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((HERE / "results" / path).read_text("utf-8"))["statistics"]
+    content: dict[str, Any] = json.loads((RESULTS / path).read_text("utf-8"))["statistics"]
     return content
 
 

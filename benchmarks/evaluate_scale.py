@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from summary import write_summary
 
 from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
 from sparsifiner_edge.bounds import height_width
@@ -35,7 +36,7 @@ from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.images import open_image
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts.timm import create
 from sparsifiner_edge.sparse.student import dense_twin, load_student, sparsify
 
@@ -82,7 +83,7 @@ def main(
     print_table(f"{images} JPEGs through {model}, sparse and dense: images a second", ["round", *samples], rows)
     click.echo(f"ratio {found.value:.3f} ({ratios.min():.3f} to {ratios.max():.3f} of rounds), required {REQUIRED}")
     if output:
-        write_result(output, Result("evaluation", [subject], method | {"images": images}, samples, statistics))
+        write_summary(output, Result("evaluation", [subject], method | {"images": images}, samples, statistics))
     raise SystemExit(0 if found.value >= REQUIRED else 1)
 
 

@@ -19,6 +19,7 @@ import click
 import numpy as np
 import stamps
 from PIL import Image
+from summary import write_summary
 
 import sparsifiner_edge as se
 from sparsifiner_edge.artifacts import STUDENT_FILE, sha256
@@ -32,7 +33,7 @@ from sparsifiner_edge.images import list_images, load_mask
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.report.explain_page import write_explanation, write_overview
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 
 ORDERS = (OURS, DENSE, RANDOM, MOVED)
 MEASURES = ("saco", "deletion", "insertion")
@@ -109,8 +110,7 @@ def seconds(student: Path, trust: tuple[str, ...], output: Path | None) -> None:
         took, size = time.perf_counter() - began, page.stat().st_size
     click.echo(f"{took:.1f} s, required 10; without faithfulness {without:.1f} s; page {size / 1e6:.2f} MB, required 3")
     if output:
-        output.mkdir(parents=True, exist_ok=True)
-        write_result(
+        write_summary(
             output / "explain_time.json",
             Result(
                 "comparison",
@@ -159,9 +159,8 @@ def _show(student: Path, output: Path | None, name: str, samples: dict[str, dict
     count = len(next(iter(samples.values()))[OURS])
     print_table(f"{count} images", ["", *ORDERS, *(f"ours less {other}" for other in ORDERS[1:])], table)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         result = Result("comparison", [_subject(student)], {"images": count}, samples, write_record(statistics))
-        write_result(output / f"{name}.json", result)
+        write_summary(output / f"{name}.json", result)
 
 
 def _subject(student: Path) -> Subject:

@@ -37,6 +37,7 @@ from fidelity_subject import (
     true_attention,
     weights_file,
 )
+from summary import raw_of, write_summary
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
@@ -46,7 +47,7 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.export import model_shape
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.results import Result, write_result
+from sparsifiner_edge.results import Result
 from sparsifiner_edge.results import Subject as Measured
 from sparsifiner_edge.sparse.student import dense_twin
 
@@ -270,6 +271,7 @@ def everything(sizes: tuple[int, ...], kept: Path | None) -> list[dict[str, Any]
         rows.append(row)
         show([row])
         if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
             with kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -353,9 +355,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     method = {
         "metric": "cosine to the dense teacher, patches and class token, untrained",
-        "photographs": [p.name for p in split.development()],
-        "publication": [p.name for p in split.publication()],
-        "calibration": [p.name for p in split.calibration()],
+        "photographs": len(split.development()),
+        "publication": len(split.publication()),
+        "calibration": len(split.calibration()),
         "intervals": "Student's t over photographs",
     }
     statistics = {}
@@ -375,15 +377,13 @@ def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
 @click.option("--size", "sizes", type=int, multiple=True, help="Image sizes, with --all; by default all three.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for fidelity.json and fidelity.png.")
 def main(every: bool, sizes: tuple[int, ...], output: Path | None) -> None:
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
-    kept = output / "fidelity.rows.jsonl" if output else None
+    kept = raw_of(output / "fidelity.rows.jsonl") if output else None
     rows = everything(sizes or ALL_SIZES, kept) if every else defaults()
     table(rows)
     if output:
         rows = json.loads(json.dumps(rows, default=float))  # some figures are NumPy's
-        write_result(output / "fidelity.json", result(rows))
-        picture(rows, output / "fidelity.png")
+        write_summary(output / "fidelity.json", result(rows))
+        picture(rows, raw_of(output / "fidelity.png"))
 
 
 if __name__ == "__main__":

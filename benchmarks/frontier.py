@@ -54,6 +54,7 @@ from frontier_points import (
     rivals,
     setting,
 )
+from summary import write_summary
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import Keep
@@ -63,7 +64,7 @@ from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import cosine
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
-from sparsifiner_edge.results import Result, Subject, read_result, write_result
+from sparsifiner_edge.results import Result, Subject, read_result
 from sparsifiner_edge.sparse.defaults import default_keep
 from sparsifiner_edge.sparse.hosts.timm import load_model
 
@@ -267,13 +268,15 @@ def measure(
         left_out: dict[str, float] = {}
         if along_a_front:
             points, left_out = quick_engines(points, tell)
-        found = before.samples if before else fidelity(points, size, photographs, tell)
+        known = before.statistics["points"] if before else {}
+        found = {name: _means(row) for name, row in known.items()} or fidelity(points, size, photographs, tell)
         times = time_in_turn({p.name: p.run for p in points}, rounds, 2 if size < 1000 else 1, tell)
     rows = {
         point.name: {
             "family": point.family, "budget": point.budget, "precision": point.precision, "macs": point.macs,
             "median_ms": float(np.median(times[point.name])),
-            "patches_cosine": write_record(stats.small_sample_mean(found[point.name]["patches_cosine"])),
+            "patches_cosine": known[point.name]["patches_cosine"] if before
+            else write_record(stats.small_sample_mean(found[point.name]["patches_cosine"])),
             "class_cosine": float(np.mean(found[point.name]["class_cosine"])),
         }
         for point in points
@@ -294,6 +297,11 @@ def measure(
         "merging_in_first_layer": first,
         "left_out": left_out,
     }
+
+
+def _means(row: dict[str, Any]) -> dict[str, list[float]]:
+    """Fidelity of a recorded point, in the form of one that is measured: a value per photograph, here their mean."""
+    return {"patches_cosine": [row["patches_cosine"]["value"]], "class_cosine": [row["class_cosine"]]}
 
 
 def _said(ms: Any) -> str:
@@ -399,15 +407,14 @@ def main(
         with err_console.status("") as status:
             samples, statistics = measure(case, size, paths, rounds, status.update, before, only, **shared)
         if output:
-            output.mkdir(parents=True, exist_ok=True)
             method = {
-                "photographs": [path.name for path in paths], "size": size, "rounds": rounds,
+                "photographs": len(paths), "size": size, "rounds": rounds,
                 "fidelities from": f"{name}.json" if before else "this run",
                 "interpolation": "linear in log(1 - patch cosine) between points of one family", **shared,
             }  # fmt: skip
             subject = Subject(path=LARGER if base else material.DINOV2, sha256="")
             result = Result("comparison", [subject], method, samples, statistics)
-            write_result(output / f"frontier_{size}{more}.json", result)
+            write_summary(output / f"frontier_{size}{more}.json", result)
             if not times_alone:
                 draw(size, statistics, output / f"frontier_{size}{more}.png")
         show(size, len(paths), statistics)

@@ -22,6 +22,7 @@ import numpy as np
 from gpu_roofline import DENSE_SHARE, EFFICIENCY, STALL, Gpu, dense_seconds, gpu, resources, seconds
 from gpu_work import ROUNDS, work_of
 from kernels_static import renew_docs
+from summary import write_summary
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
@@ -32,7 +33,7 @@ from sparsifiner_edge.ops.triton.plan import Launch, Plan, fitted
 from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.profiles.boards.board import board_names, load_board
 from sparsifiner_edge.profiles.gpu_attention import TABLE
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 
 ROOT = Path(__file__).parent.parent
 HEADS, WIDTH, CHANNELS, CELLS, PROBE = 6, 64, 24, 25, 16
@@ -187,7 +188,6 @@ def main(boards: tuple[str, ...], docs: bool, renew: bool, output: Path | None) 
     if renew:
         TABLE.write_text(_a_line_each(table()), encoding="utf-8")
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         sources = [
             *(ROOT / "sparsifiner_edge" / "ops" / "triton").glob("*.py"),
             *Path(__file__).parent.glob("gpu_*.py"),
@@ -199,7 +199,10 @@ def main(boards: tuple[str, ...], docs: bool, renew: bool, output: Path | None) 
             "rounds": {str(together): mean for together, mean in ROUNDS.items()},
             "heads": HEADS, "width": WIDTH, "channels": CHANNELS, "cells": CELLS, "probe": PROBE,
         }  # fmt: skip
-        write_result(output / "gpu_bound.json", Result("evaluation", subjects, method, {"rows": rows}, {}))
+        short = [{k: x for k, x in row.items() if not isinstance(x, dict)} | row["launches_ms"] for row in rows]
+        write_summary(
+            output / "gpu_bound.json", Result("evaluation", subjects, method, {"rows": rows}, {"rows": short})
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/gpu_published.py [--flash2 FILE.whl] [--flash3 FILE.whl] [-o FOLDER]
 
 The wheels (vllm-flash-attn 2.6.2, xformers 0.0.29.post3) carry FlashAttention-2 and -3 as compiled for sm_80 and
-sm_90; without the options the counts of `results/gpu_published.json` are taken. Exit code 1 where the model is
+sm_90; without the options the counts of the recorded result are taken. Exit code 1 where the model is
 more than 20 % from a published speed.
 """
 
@@ -24,12 +24,13 @@ import click
 import msgspec
 from gpu_roofline import Gpu, LaunchWork, Work, gpu, seconds
 from sass import Instruction, counts, read
+from summary import RESULTS, write_summary
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 
-RESULT = Path(__file__).parent / "results" / "gpu_published.json"
+RESULT = RESULTS / "gpu_published.json"
 WITHIN = 0.2
 FLASH2 = (
     "_Z16flash_fwd_kernelI23Flash_fwd_kernel_traitsILi64ELi128ELi128ELi4ELb0ELb0EN7cutlass6half_tE19Flash_kernel_traits"
@@ -159,7 +160,7 @@ def compare(codes: dict[str, DenseCode]) -> list[dict[str, Any]]:
 
 def recorded() -> dict[str, DenseCode]:
     """Counts of the committed result."""
-    found = json.loads(RESULT.read_text(encoding="utf-8"))["samples"]["codes"]
+    found = json.loads(RESULT.read_text(encoding="utf-8"))["statistics"]["codes"]
     return {name: msgspec.convert(code, DenseCode) for name, code in found.items()}
 
 
@@ -177,11 +178,10 @@ def main(wheel2: Path | None, wheel3: Path | None, output: Path | None) -> None:
     names = ("code", "on", "tokens", "published", "modelled", "ratio")
     print_table("TFLOPS, head dimension 64, float16", names, [[str(r[n]) for n in names] for r in rows])
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         subjects = [Subject(path=x.name, sha256=sha256(x)) for x in (wheel2, wheel3) if x]
         method = {"what": "a roofline fed with FlashAttention's machine code, beside published measurements"}
-        samples = {"codes": {name: dataclasses.asdict(code) for name, code in codes.items()}}
-        write_result(output / RESULT.name, Result("evaluation", subjects, method, samples, {"rows": rows}))
+        statistics = {"rows": rows, "codes": {name: dataclasses.asdict(code) for name, code in codes.items()}}
+        write_summary(output / RESULT.name, Result("evaluation", subjects, method, {}, statistics))
     sys.exit(any(abs(r["ratio"] - 1) > WITHIN for r in rows))
 
 

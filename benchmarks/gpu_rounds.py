@@ -25,6 +25,7 @@ import click
 import fidelity_subject
 import numpy as np
 import torch
+from summary import write_summary
 
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import err_console, print_table
@@ -34,7 +35,7 @@ from sparsifiner_edge.ops import reference
 from sparsifiner_edge.ops import torch as operators
 from sparsifiner_edge.ops.triton import attend, best, plan_forward
 from sparsifiner_edge.ops.triton.run import launch
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 
 GROUPS = (1, 2, 4)
 KEEP = 0.10
@@ -142,7 +143,6 @@ def main(sizes: tuple[int, ...], photographs: int, output: Path | None) -> None:
     print_table("Tiles that attend takes again", list(again[0]), [[f"{x:.4g}" for x in row.values()] for row in again])
     print(f"{sum(beyond)} of {len(beyond)} heads have logits beyond 2^{RANGE}.")
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         method = {
             "sizes": sizes, "photographs": photographs, "tile": {"select": 64, "attend": TILE}, "keep": KEEP,
             "what": "interpreted, float32",
@@ -152,8 +152,8 @@ def main(sizes: tuple[int, ...], photographs: int, output: Path | None) -> None:
             Subject(path=f"sparsifiner_edge/ops/triton/{Path(x.__file__).name}", sha256=sha256(Path(x.__file__)))
             for x in sources
         ]
-        samples = {"rows": rows, "heads": len(beyond), "beyond": sum(beyond), "again": again}
-        write_result(output / "gpu_rounds.json", Result("evaluation", subjects, method, samples, {}))
+        statistics = {"rows": rows, "heads": len(beyond), "beyond": sum(beyond), "again": again}
+        write_summary(output / "gpu_rounds.json", Result("evaluation", subjects, method, {}, statistics))
 
 
 if __name__ == "__main__":

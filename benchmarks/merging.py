@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from fidelity_subject import weights_file
 from frontier_points import sum_of_layers
+from summary import raw_of, write_summary
 from torch import Tensor
 
 from sparsifiner_edge.cli.common import print_table, progress_bar
@@ -32,7 +33,7 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.export.deployed_model import deploy
 from sparsifiner_edge.images import load_image
 from sparsifiner_edge.ops import torch_merge as ops
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.student import load_student, sparsify
@@ -229,11 +230,12 @@ def main(sizes: tuple[str, ...], output: Path | None) -> None:
     for size in map(int, sizes):
         rows = measure(size)
         if output:
-            output.mkdir(parents=True, exist_ok=True)
-            method = {"development": [p.name for p in split.development()], "size": size}
-            result = Result("comparison", [Subject(path=material.DINOV2, sha256="")], method, {}, {"rows": rows})
-            write_result(output / f"merging_{size}.json", result)
-            draw(size, rows, output / f"merging_{size}.png")
+            method = {"development": len(split.development()), "training": len(rows[0]["training"]), "size": size}
+            means = [row | {of: float(np.mean(row[of])) for of in ("development", "training")} for row in rows]
+            subjects = [Subject(path=material.DINOV2, sha256="")]
+            result = Result("comparison", subjects, method, {"rows": rows}, {"rows": means})
+            write_summary(output / f"merging_{size}.json", result)
+            draw(size, rows, raw_of(output / f"merging_{size}.png"))
         show(size, rows)
 
 

@@ -30,6 +30,7 @@ import torch
 from cpu_engines import Run, has_bf16, openvino_run, ort_session, ratio, time_in_turn
 from fidelity_subject import weights_file
 from safetensors.torch import save_file
+from summary import raw_of, write_summary
 
 from sparsifiner_edge.bundle.manifest import manifest_content
 from sparsifiner_edge.bundle.store import open_bundle
@@ -44,7 +45,7 @@ from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts.timm import create, load_model
 from sparsifiner_edge.sparse.student import sparsify
@@ -309,12 +310,11 @@ def main(cases: tuple[str, ...], threads: int, rounds: int, output: Path | None)
             )
         show(case, statistics[case])
         if output:  # after every case: they take minutes
-            output.mkdir(parents=True, exist_ok=True)
             method = {"threads": threads, "rounds": rounds, "kernels": native.target()}
             subjects = [Subject(path=c, sha256="exported in this run") for c in statistics]
             result = Result("comparison", subjects, method, samples, statistics)
-            write_result(output / "model_cpu.json", result)
-            picture(statistics, output / "model_cpu.png")
+            write_summary(output / "model_cpu.json", result)
+            picture(statistics, raw_of(output / "model_cpu.png"))
 
 
 if __name__ == "__main__":

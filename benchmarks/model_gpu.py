@@ -16,10 +16,11 @@ import click
 import numpy as np
 import torch
 from gpu_engines import Run, by_backend, energy_joules, fastest, graph, ratio, require_gpu, time_in_turn
+from summary import write_summary
 
 from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.config import SparsityConfig
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse.hosts.timm import create
 from sparsifiner_edge.sparse.student import make_student
 
@@ -90,10 +91,9 @@ def main(name: str, sizes: tuple[int, ...], batch: int, tile: int, rounds: int, 
         samples[str(size)], statistics[str(size)] = measure(name, size, batch, tile, rounds)
         show(size, statistics[str(size)])
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         subjects = [Subject(path=name, sha256="random weights")]
         result = Result("comparison", subjects, method, samples, statistics)
-        write_result(output / "model_gpu.json", result)
+        write_summary(output / "model_gpu.json", result)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from fashion import fashion_mnist
 from fidelity_subject import weights_file
 from msgspec.structs import replace
 from PIL import Image
+from summary import brief, write_summary
 
 import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array, Pixels
@@ -56,7 +57,7 @@ from sparsifiner_edge.metrics import auroc
 from sparsifiner_edge.novelty import NOVELTY, fit_density, novelty
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, write_result
+from sparsifiner_edge.results import Result
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.novelty import statistics
 
@@ -342,9 +343,8 @@ def cost(work: Path, output: Path | None, seconds: float) -> None:
     if output:
         statistics = write_record(result.statistics) | {"nodes_share": share}
         subjects = [replace(subject, path=Path(str(subject.path)).name) for subject in result.subjects]
-        write_result(
-            output / "novelty_cost.json", Result("comparison", subjects, result.method, result.samples, statistics)
-        )
+        found = Result("comparison", subjects, result.method, result.samples, statistics)
+        write_summary(output / "novelty_cost.json", found, method=brief(write_record(result.method)))
 
 
 def nodes_share(folder: Path) -> float:
@@ -365,9 +365,8 @@ def nodes_share(folder: Path) -> float:
 
 def _write(work: Path, output: Path | None, name: str, method: Any, samples: Any, statistics: Any) -> None:
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         subjects = [replace(open_bundle(bundle(work)).subject(), path="bundle")]
-        write_result(output / f"{name}.json", Result("comparison", subjects, method, samples, statistics))
+        write_summary(output / f"{name}.json", Result("comparison", subjects, method, samples, statistics))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime
 import safetensors.numpy
 from msgspec.structs import replace
+from summary import brief, write_summary
 
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.demo import material
@@ -27,7 +28,7 @@ from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import profile_bundle
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, write_result
+from sparsifiner_edge.results import Result
 from sparsifiner_edge.sparse.student import sparsify
 
 RUNS = 10
@@ -59,7 +60,8 @@ def main(img_size: int, keep: float, cells: int, seconds: float, output: Path | 
         rows = [[kind, f"{ms:.1f}", f"{ms / total:.1%}"] for kind, ms in list(times.items())[:10]]
         print_table(f"{bundle}: ms per inference by operator (profiler on)", ["", "ms", "share"], rows)
     if output:
-        write_result(output, Result("comparison", subjects, result.method, result.samples, statistics))
+        found = Result("comparison", subjects, result.method, result.samples, statistics)
+        write_summary(output, found, method=brief(write_record(result.method)))
 
 
 def operator_times(bundle: Path, img_size: int) -> dict[str, float]:

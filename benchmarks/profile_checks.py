@@ -24,13 +24,14 @@ from typing import Any
 import click
 import numpy as np
 from msgspec.structs import replace
+from summary import write_summary
 
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import profile_bundle, stats
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, write_result
+from sparsifiner_edge.results import Result
 from sparsifiner_edge.runtime.processor import native_library
 
 REQUIRED = {"no_verdict_share": 0.95, "agreement": 0.03}
@@ -173,11 +174,10 @@ def main(bundle: Path | None, runs: int, rounds: int, seconds: float, threads: i
     }
     met = show(statistics)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         method = {"threads": threads, "seconds": seconds, "rounds": rounds, "required": REQUIRED}
         samples = {"same": same, "agreement": plain}
         result = Result("comparison", [subject], method, samples, statistics)
-        write_result(output / "profile_checks.json", result)
+        write_summary(output / "profile_checks.json", result)
     sys.exit(not met)
 
 

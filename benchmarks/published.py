@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from summary import write_summary
 
 from sparsifiner_edge import costs as costs_module
 from sparsifiner_edge.artifacts import sha256
 from sparsifiner_edge.cli.common import print_table
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape, layer_costs
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 
 DEIT_S = ModelShape(depth=12, heads=6, width=384, hidden=1536, prefix=1, patches=196, patch=16)
 LV_S = ModelShape(depth=16, heads=6, width=384, hidden=1152, prefix=1, patches=196, patch=16)
@@ -131,11 +132,10 @@ def main(output: Path | None) -> None:
         f"Each is trained by\n  {TRAIN}\n(with --keep 1: --set reconstruct.epochs=0) and measured by\n  {MEASURE}"
     )
     if output:
-        output.mkdir(parents=True, exist_ok=True)
-        statistics = {r["name"]: {"difference": r["difference"]} for r in rows}
+        statistics = {r["name"]: {k: v for k, v in r.items() if k not in ("name", "commands")} for r in rows}
         subject = Subject(path="sparsifiner_edge/costs.py", sha256=sha256(Path(costs_module.__file__)))
         result = Result("evaluation", [subject], {"unit": "million MACs"}, {"rows": rows}, statistics)
-        write_result(output / "published.json", result)
+        write_summary(output / "published.json", result)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from accuracy_images import collect
 from fidelity_subject import weights_file
+from summary import write_summary
 from torch import Tensor
 
 from sparsifiner_edge.artifacts import sha256
@@ -36,7 +37,7 @@ from sparsifiner_edge.distill.recipe import read_recipe
 from sparsifiner_edge.images import evenly, list_images, load_image
 from sparsifiner_edge.ops import reference, torch_landmarks
 from sparsifiner_edge.ops import torch as ops
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.sparse import calibrate
 from sparsifiner_edge.sparse.hosts.timm import load_model, preprocessing
 from sparsifiner_edge.sparse.student import Student, make_student
@@ -173,11 +174,10 @@ def main(work: Path, starts: tuple[str, ...], output: Path | None) -> None:
     print_table("attention that lists hold, by the first phase", [*head, f"goes on (required >= -{LOSS})"], table)
     print_table("lists of trained predictors", ["start", "keep", "rows", "decided", "equal"], compared)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         subject = Subject(path=material.DINOV2, sha256=sha256(weights_file()))
         method = {"size": SIZE, "images": len(images), "together": TOGETHER, "judged": len(judged)}
         method |= {"watched": len(watched), "compared": COMPARED}
-        write_result(output / "published_predictor.json", Result("comparison", [subject], method, {}, statistics))
+        write_summary(output / "published_predictor.json", Result("comparison", [subject], method, {}, statistics))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ pruning (EViT), at about half of the dense multiply-accumulates, all trained by 
 map needs every token, so nothing is pruned there. `features`: cosines of the classifier's students, at several budgets,
 and of plans that were found, on the publication photographs. Trainings and searches see photographs and Fashion-MNIST's
 training images, none that is measured on; "corrupted" trainings see the fifteen of ImageNet-C, and none of a camera's
-own. `measure` leaves rows of the folder's result that it did not measure, if they are of as many images. Needs the
+own. `measure` leaves rows in the folder's `raw` that it did not measure, if they are of as many images. Needs the
 packages that `accuracy.py` and `stamps.py` name.
 """
 
@@ -37,7 +37,8 @@ from fashion import fashion_mnist
 from fidelity_subject import weights_file
 from frontier_points import sum_of_layers
 from PIL import Image
-from robustness_rows import Row, as_result, differences, draw, kept_rows, row_of, rows_of, show
+from robustness_rows import Row, as_result, differences, draw, kept_rows, row_of, rows_of, short, show
+from summary import read_raw, write_summary
 
 import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array
@@ -353,15 +354,15 @@ def measure(
             budget = contenders[name].sparsify if contenders[name].of else {}
             student = se.load_student(folder, trust=[MODULE], **budget)
             rows[f"{task}: {name}, {stage}"] = row_of(found, sum_of_layers(student))
-    if output and (output / RESULT).exists():
-        rows = kept_rows(rows_of(read_result(output / RESULT)), rows) | rows
+    if output and (earlier := read_raw(output / RESULT)):
+        rows = kept_rows(rows_of(earlier), rows) | rows
     order = [f"{task}: {name}, {stage}" for task in TASKS for name in TASKS[task] for stage in STAGES]
     rows = {label: rows[label] for label in order if label in rows}
     apart = differences(rows, RIVALS)
     show(rows, apart, f"Severity {SEVERITY}, points of 100; required <= {REQUIRED}")
     if output:
-        output.mkdir(parents=True, exist_ok=True)
-        write_result(output / RESULT, as_result(rows, apart))
+        method, statistics = short(rows)
+        write_summary(output / RESULT, as_result(rows, apart), statistics=statistics | apart, method=method)
         draw(rows, TRAINED, REQUIRED, output / "robustness.png")
 
 

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from PIL import Image
 from robustness import MODULE, QUERIES, SALIENCY_SIZE, SEVERITY, class_folders
 from robustness_rows import in_points
+from summary import write_summary
 
 import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array, Pixels
@@ -30,7 +31,7 @@ from sparsifiner_edge.images import list_images, load_image
 from sparsifiner_edge.novelty import novelty
 from sparsifiner_edge.profiles.stats import small_sample_mean
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, Subject, read_result, write_result
+from sparsifiner_edge.results import Result, Subject, read_result
 from sparsifiner_edge.sparse.novelty import statistics
 from sparsifiner_edge.sparse.student import Student
 
@@ -110,9 +111,8 @@ def main(work: Path, output: Path | None) -> None:
     head = ["", "", "frames by the dense model", "extra loss", "with the guard"]
     print_table(f"severity {SEVERITY}, points of 100", head, table)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
         method = {"severity": int(SEVERITY), "guard": "the dense model answers where novelty is above 1"}
-        write_result(
+        write_summary(
             output / "robustness_guard.json",
             Result("comparison", subjects, method, samples, {"guard": rows}),
         )

@@ -105,6 +105,21 @@ def as_result(rows: dict[str, Row], apart: dict[str, dict[str, Any]]) -> Result:
     return Result("comparison", subjects, method, samples, statistics)
 
 
+def short(rows: dict[str, Row]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Method and statistics for the summary: a line for each kind of corruption, and one for each alone, by its extra
+    loss.
+    """
+    method = {label: {"images": row.method["images"], "metric": row.method["metric"]} for label, row in rows.items()}
+    statistics = {}
+    for label, row in rows.items():
+        for score, groups in row.statistics["stability"].items():
+            kinds = {kind: groups[kind] for kind in ("common", "camera")}
+            each = {name: groups[name]["extra_lost"] for name in row.method["corruptions"]}
+            clean = row.statistics["clean"][score]
+            statistics[f"{label}: {score}"] = {"macs": row.statistics["macs"], "clean": clean, **kinds, "each": each}
+    return method, statistics
+
+
 def show(rows: dict[str, Row], apart: dict[str, dict[str, Any]], title: str) -> None:
     """Clean, and what is lost to the fifteen and to a camera's own."""
     table = []

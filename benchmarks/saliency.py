@@ -25,6 +25,7 @@ import torch
 from accuracy_images import linked, write_photographs
 from cpu_engines import openvino_run, ort_session, ratio, time_in_turn
 from frontier_points import sum_of_layers
+from summary import write_summary
 
 import sparsifiner_edge as se
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
@@ -33,7 +34,7 @@ from sparsifiner_edge.demo import split
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.records import write_record
-from sparsifiner_edge.results import Result, Subject, write_result
+from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.source import from_factory
 from sparsifiner_edge.sparse.weights import normalise
@@ -121,8 +122,8 @@ def fidelity(dense: Path, files: dict[str, Exported], stamps: Path | None, tell:
     return rows
 
 
-def times(dense: Path, files: dict[str, Exported], tell: Any) -> dict[str, Any]:
-    """Milliseconds [rounds, 1] of every engine, and the ratio of the fastest dense to the fastest of ours."""
+def times(dense: Path, files: dict[str, Exported], tell: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Milliseconds [rounds, 1] of every engine; medians, and the ratio of the fastest dense to the fastest of ours."""
     threads = available_cores()
     image = smooth_images(SIZE)
     loaded = from_factory(f"{MODULE}:saliency", None)
@@ -150,10 +151,10 @@ def times(dense: Path, files: dict[str, Exported], tell: Any) -> dict[str, Any]:
     for name in files:
         ours = min((key for key in medians if key.startswith(f"{name}, ")), key=medians.__getitem__)
         ratios[name] = {"dense": best, "ours": ours, **ratio(taken[best], taken[ours])}
-    return {"ms": {key: value.tolist() for key, value in taken.items()}, "median_ms": medians, "ratios": ratios}
+    return taken, {"median_ms": medians, "ratios": ratios}
 
 
-def show(rows: dict[str, dict[str, Any]], timed: dict[str, Any] | None) -> None:
+def show(rows: dict[str, dict[str, Any]], timed: dict[str, Any]) -> None:
     table = []
     for name, row in rows.items():
         maps, stamps = row["photographs"], row.get("stamps", {})
@@ -187,15 +188,15 @@ def main(work: Path | None, student: Path | None, stamps: Path | None, timed: bo
         made = student or untrained(Path(scratch))
         dense, files = exported(made, Path(scratch), status.update)
         rows = fidelity(dense, files, stamps, status.update)
-        found = times(dense, files, status.update) if timed else None
+        taken, found = times(dense, files, status.update) if timed else ({}, {})
     samples = {name: row.pop("samples") for name, row in rows.items()}
+    samples["ms"] = {name: x.tolist() for name, x in taken.items()}
     if output:
-        output.mkdir(parents=True, exist_ok=True)
-        method = {"photographs": [path.name for path in split.publication()], "size": SIZE,
+        method = {"photographs": len(split.publication()), "size": SIZE,
                   "student": "trained" if student else "untrained", "rounds": ROUNDS if timed else 0}  # fmt: skip
         subject = Subject(path=MODULE, sha256="")
-        result = Result("comparison", [subject], method, samples, {"budgets": rows, "times": found or {}})
-        write_result(output / f"saliency{'_trained' if student else ''}.json", result)
+        result = Result("comparison", [subject], method, samples, {"budgets": rows, "times": found})
+        write_summary(output / f"saliency{'_trained' if student else ''}.json", result)
     show(rows, found)
 
 

@@ -21,6 +21,7 @@ import click
 import numpy as np
 import safetensors.numpy
 from msgspec.structs import asdict, replace
+from summary import write_summary
 
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.cli.common import err_console, output_option, print_table
@@ -30,7 +31,7 @@ from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.profiles.measure.side import Worker, start_worker
 from sparsifiner_edge.profiles.measure.worker import Load, Loaded, QueryBlock
 from sparsifiner_edge.profiles.sensors import PowerSensor, Recorder, find_sensor
-from sparsifiner_edge.results import Result, write_result
+from sparsifiner_edge.results import Result
 
 _LIMIT = 1.01
 _TIMEOUT_S = 900.0
@@ -68,7 +69,7 @@ def main(
     if output:
         method = {"sensor": found.describe(), "rounds": rounds, "block_seconds": block_seconds, "look_s": _LOOK_S}
         samples = {name: {"latency_ms": [b.tolist() for b in rows]} for name, rows in blocks.items()}
-        write_result(output, Result("comparison", [described], method, samples, figures))
+        write_summary(output, Result("comparison", [described], method, samples, figures))
 
 
 def _made_up(root: Path) -> Path:

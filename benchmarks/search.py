@@ -38,6 +38,7 @@ import click
 import numpy as np
 from fidelity_subject import weights_file
 from frontier import time_at
+from summary import write_summary
 
 import sparsifiner_edge as se
 from sparsifiner_edge.cli.common import err_console, print_table, progress_bar
@@ -46,7 +47,7 @@ from sparsifiner_edge.files import scratch_folder
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.records import Unavailable, write_record
-from sparsifiner_edge.results import Result, Subject, read_result, write_result
+from sparsifiner_edge.results import Result, Subject, read_result
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.search.finalists import Contender, Exports, Stopwatch, linked
 from sparsifiner_edge.search.front import Finalist, SearchResult
@@ -311,7 +312,7 @@ def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, other_layouts: b
             columns = list(rows[0])
             print_table(f"{size} px", columns, [[f"{row[name]:.4g}" for name in columns] for row in rows])
             method = {"script": "benchmarks/search.py --layouts", "size": size}
-            write_result(output / f"layouts_{size}.json", Result("search", [subject], method, {}, {"rows": rows}))
+            write_summary(output / f"layouts_{size}.json", Result("search", [subject], method, {}, {"rows": rows}))
             continue
         start = time.monotonic()
         results = searched(size, SEARCHES[size], images_in(work, [*split.development(), *split.calibration()]), work)
@@ -323,13 +324,13 @@ def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, other_layouts: b
         show_ratio(size, found)
         statistics = {**found, "predictions": rows, "minutes": minutes}
         result = Result("search", [subject], {"script": "benchmarks/search.py", "size": size}, {}, statistics)
-        write_result(output / f"search_{size}.json", result)
+        write_summary(output / f"search_{size}.json", result)
     if seeds:
         rows = checks(seeds, output / "work", err_console.print)
         held = sum(row["low"] <= row["publication"] for row in rows)
         click.echo(f"The bound held in {held} of {seeds}, required 9 of 10.")
         found = {"seeds": rows, "held": held}
-        write_result(
+        write_summary(
             output / "search_seeds.json",
             Result("search", [subject], {"script": "benchmarks/search.py --seeds"}, {}, found),
         )
@@ -344,7 +345,7 @@ def main(sizes: tuple[str, ...], seeds: int, on_saliency: bool, other_layouts: b
             f"photographs {overlap['value']:.4f} (at least {overlap['low']:.4f}), required {OVERLAP}"
         )
         method = {"script": "benchmarks/search.py --saliency"}
-        write_result(output / "search_saliency.json", Result("search", [subject], method, {}, found))
+        write_summary(output / "search_saliency.json", Result("search", [subject], method, {}, found))
 
 
 def images_in(work: Path, paths: list[Path]) -> Path:

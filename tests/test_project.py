@@ -180,3 +180,13 @@ def test_tests_import_no_benchmark() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         found = re.search(used, path.read_text(encoding="utf-8"), re.MULTILINE)
         assert found is None, (path, found)
+
+
+def test_committed_results_are_summaries() -> None:
+    """Figures, not samples, which stay where they were measured (`benchmarks/summary.py`)."""
+    results = [x for x in (ROOT / "benchmarks" / "results").rglob("*.json") if "raw" not in x.parts]
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in results}
+    assert results
+    assert {path: count for path, count in lines.items() if count > 250} == {}
+    assert sum(lines.values()) < 6_000
+    assert all(path.stat().st_size < 80_000 for path in results)
