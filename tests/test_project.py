@@ -184,7 +184,7 @@ def test_tests_import_no_benchmark() -> None:
 
 def test_committed_results_are_summaries() -> None:
     """Figures, not samples, which stay where they were measured (`benchmarks/summary.py`)."""
-    results = [x for x in (ROOT / "benchmarks" / "results").rglob("*.json") if "raw" not in x.parts]
+    results = [x for x in (ROOT / "benchmarks/results").rglob("*.json") if "raw" not in x.parts]
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in results}
     assert results
     assert {path: count for path, count in lines.items() if count > 250} == {}
