@@ -105,6 +105,19 @@ def measure(name: str, size: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def short(row: dict[str, Any]) -> dict[str, Any]:
+    """Its parity and costs, for the summary."""
+    check, dense = row["check"], row["dense_costs"]
+    return {
+        "size": row["size"], "tokens": row["prefix"] + row["patches"], "keep": row["sparsity"]["keep"],
+        "error": max(x["error_with_equal_selection"] for x in check["outputs"].values()),
+        "least_row_cosine": min(x["least_row_cosine"] for x in check["outputs"].values()),
+        "differing_share": check["differing_indices"] / check["selected_indices"],
+        **{name: row["costs"][name] for name in COSTS},
+        "dense_attention_macs": dense["attention_macs"], "dense_total_macs": dense["total_macs"],
+    }  # fmt: skip
+
+
 def table(rows: list[dict[str, Any]]) -> None:
     cells = []
     for row in rows:
@@ -148,12 +161,7 @@ def main(models: tuple[str, ...], output: Path | None) -> None:
             "weights": "random, seed 0; q, k scaled to logits of deviation 3",
             "check": "export gate, one random image",
         }
-        statistics = {
-            row["name"]: {k: row["costs"][k] for k in COSTS}
-            | {"dense_total_macs": row["dense_costs"]["total_macs"]}
-            | {"least_row_cosine": min(x["least_row_cosine"] for x in row["check"]["outputs"].values())}
-            for row in rows
-        }
+        statistics = {row["name"]: short(row) for row in rows}
         subjects = [Subject(path=row["name"], sha256="random weights") for row in rows]
         write_summary(output / "architectures.json", Result("evaluation", subjects, method, {"rows": rows}, statistics))
 
