@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
-from sparsifiner_edge.artifacts import ENGINE_FOLDER, parse_json
+from sparsifiner_edge.artifacts import BUNDLE_FILE, ENGINE_FOLDER, SIGNATURE_FILE, parse_json
 from sparsifiner_edge.bounds import MOST_SIDE, flaw
 from sparsifiner_edge.bundle.engines import Engine
 from sparsifiner_edge.bundle.entries import (
@@ -140,24 +141,48 @@ def parse_manifest(text: bytes, path: Path) -> Manifest:
     """The manifest in bytes that were read from `path`.
 
     Raises:
-        ArtifactError: it is not a bundle's manifest, of a newer schema, or a field is mistyped, NaN or infinite.
+        ArtifactError: it is not a bundle's manifest, of a newer schema, a field is mistyped, NaN or infinite, or a
+            name could lead out of the bundle.
     """
     content = parse_json(text, path, BUNDLE_SCHEMA)
     files = content.get("files")
     if content.get("kind") != "bundle" or not isinstance(files, dict) or MODEL_FILE not in files:
         raise ArtifactError(f"{path} is not a bundle's manifest.", AGAIN)
+    _check_names(files, path.parent)
     found = flaw(content)
     if found is not None:
         raise ArtifactError(f"{path}: {found}.", AGAIN)
     sparsity = _sparsity(content.pop("sparsity", None), path.parent)
     manifest = read_record(content, Manifest, path.parent, AGAIN)
+    for name in (name for board in manifest.boards for name in (board.table, board.model)):
+        if name is not None and name not in files:
+            raise ArtifactError(f"{path.parent} lists {name!r:.80} of a board without a hash.", AGAIN)
     for engine in manifest.engines:
-        if engine.file not in files or PurePosixPath(engine.file).parent.name != ENGINE_FOLDER:
+        if engine.file not in files or PurePosixPath(engine.file).parent != PurePosixPath(ENGINE_FOLDER):
             raise ArtifactError(
                 f"{path.parent} lists the engine {engine.file!r} without a hash, or outside {ENGINE_FOLDER}/.",
                 "Export the bundle again and build it anew.",
             )
     return msgspec.structs.replace(manifest, sparsity=sparsity)
+
+
+def _check_names(files: Mapping[str, object], folder: Path) -> None:
+    """Names become paths wherever a bundle is read, copied or added to; none may lead out of it.
+
+    Raises:
+        ArtifactError: one is absolute, has an empty part, `.` or `..`, a backslash or a character that cannot be shown,
+            or is that of the manifest or its signature.
+    """
+    for name in files:
+        parts = name.split("/")
+        if (
+            not {"", ".", ".."}.isdisjoint(parts)
+            or not name.isprintable()
+            or "\\" in name
+            or parts[0] in (BUNDLE_FILE, SIGNATURE_FILE)
+        ):
+            fix = "Do not use this bundle: it could lead elsewhere. Export it again."
+            raise ArtifactError(f"{folder} names the file {name!r:.200}.", fix)
 
 
 def _sparsity(settings: object, folder: Path) -> SparsityConfig | None:

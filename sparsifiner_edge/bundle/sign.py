@@ -15,7 +15,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE, files_in, read_json
-from sparsifiner_edge.bundle.store import Bundle, open_bundle
+from sparsifiner_edge.bundle.store import Bundle, open_bundle, place_in
 from sparsifiner_edge.errors import ArtifactError, MissingExtraError
 from sparsifiner_edge.files import io_errors, read_bytes, write_text
 from sparsifiner_edge.records import read_record, write_record
@@ -116,17 +116,26 @@ def sign_bundle(folder: Path, key: Path) -> Signature:
     bundle.model()  # One that names other files would run with whatever lies there.
     encoded = base64.b64encode(private.sign(_CONTEXT + bundle.text)).decode()
     made = Signature(algorithm="ed25519", key=fingerprint(private.public_key()), signature=encoded)
-    write_text(folder / SIGNATURE_FILE, dump_json(write_record(made)))
+    write_signature(folder, made)
     return made
+
+
+def write_signature(folder: Path, signature: Signature) -> None:
+    """Write `manifest.sig`, in the place of an earlier one.
+
+    Raises:
+        ArtifactError: it is a link out of the bundle, or the disk refuses.
+    """
+    write_text(place_in(folder, SIGNATURE_FILE), dump_json(write_record(signature)))
 
 
 def read_signature(folder: Path) -> Signature | None:
     """What a bundle's signature says, unchecked; None for an unsigned bundle.
 
     Raises:
-        ArtifactError: it is malformed, or of a newer schema.
+        ArtifactError: it is malformed, of a newer schema, or a link out of the bundle.
     """
-    path = folder / SIGNATURE_FILE
+    path = place_in(folder, SIGNATURE_FILE)
     if not path.exists():
         return None
     return read_record(read_json(path, SIGNATURE_SCHEMA), Signature, path, "Sign the bundle again.")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,17 +112,23 @@ class Bundle:
         """
         if name not in self.manifest.files:
             raise ArtifactError(f"{self.folder} has no {name}.", AGAIN)
-        path = self.folder / name
-        try:
-            inside = "\0" not in name and path.resolve().is_relative_to(self.folder.resolve())
-            there = inside and path.is_file()
-        except (OSError, RuntimeError, ValueError) as error:  # Names too long, links in a circle, invalid names.
-            raise ArtifactError(f"{self.folder} cannot be read: {error}.", "Do not use this bundle.") from error
-        if not inside:
-            raise ArtifactError(f"{self.folder} names the file {name!r} outside itself.", "Do not use this bundle.")
-        if not there:
+        path = place_in(self.folder, name)
+        if not path.is_file():
             raise ArtifactError(f"{path} is missing.", AGAIN)
         return path
+
+    def copy(self, names: Iterable[str], folder: Path) -> None:
+        """Write some of its files, under their own names, into another folder.
+
+        Raises:
+            ArtifactError: see `read`; or a name leads out of `folder`.
+            OSError: the disk refuses.
+        """
+        for name in names:
+            path = place_in(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                self.require_hash(name, sha256(self.path(name), file))
 
     def require_hash(self, name: str, digest: str) -> None:
         """Refuse content whose SHA-256 is not the manifest's.
@@ -182,6 +188,23 @@ class Bundle:
         return Subject(role=role, kind="bundle", path=str(self.folder), name=name, sha256=bundle_hash(self.folder))
 
 
+def place_in(folder: Path, name: str) -> Path:
+    """Where a file of a bundle is, or shall be; every name passes through here before anything is read or written.
+
+    Raises:
+        ArtifactError: links in the folder lead elsewhere, or in a circle; the name is too long.
+    """
+    path = folder / name
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ArtifactError(f"{folder} cannot be read: {error}.", "Do not use this bundle.") from error
+    if not inside:
+        raise ArtifactError(f"{folder} names the file {name!r} outside itself.", "Do not use this bundle.")
+    return path
+
+
 def open_bundle(folder: Path) -> Bundle:
     """A bundle whose files all match their hashes.
 
@@ -205,7 +228,7 @@ def read_manifest(folder: Path) -> bytes:
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder.", "Give a bundle made by `sparsifiner-edge export`.")
-    return read_bytes(folder / BUNDLE_FILE, MAX_JSON)
+    return read_bytes(place_in(folder, BUNDLE_FILE), MAX_JSON)
 
 
 def bundle_hash(folder: Path) -> str:
@@ -249,8 +272,6 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
     Raises:
         ArtifactError: the bundle is not one any more, or the disk refuses; the bundle is as it was.
     """
-    if (folder / ENGINE_FOLDER).is_symlink():
-        raise ArtifactError(f"{folder / ENGINE_FOLDER} is a link.", "Do not use this bundle.")
     with io_errors(folder), locked(folder):
         text = read_manifest(folder)
         before = parse_manifest(text, folder / BUNDLE_FILE)
@@ -263,7 +284,7 @@ def extend_bundle(folder: Path, files: Mapping[str, Path], change: Callable[[Man
         with signals_held():
             _move_in(folder, files, dump_json(content))
             for name in set(before.files) - set(kept):
-                (folder / name).unlink(missing_ok=True)
+                place_in(folder, name).unlink(missing_ok=True)
 
 
 def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:
@@ -271,8 +292,9 @@ def _move_in(folder: Path, files: Mapping[str, Path], manifest: str) -> None:
     made: list[Path] = []
     try:
         for name, path in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            made.append(path.rename(folder / name))
+            place = place_in(folder, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            made.append(path.rename(place))
         write_text(folder / BUNDLE_FILE, manifest)
     except BaseException:
         for path in made:

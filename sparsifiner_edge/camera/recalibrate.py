@@ -170,11 +170,9 @@ def _statistics_alone(model: Any) -> bytes:
 
 def _write(bundle: Bundle, density: Density, fit: NoveltyFit, folder: Path) -> None:
     engines = {engine.file for engine in bundle.manifest.engines}
-    for name in set(bundle.manifest.files) - engines:
-        content = bundle.read(name)
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_with(content, density) if path.suffix == ".onnx" else content)
+    bundle.copy(set(bundle.manifest.files) - engines, folder)
+    for path in folder.rglob("*.onnx"):
+        path.write_bytes(_with(path.read_bytes(), density))
     model = (folder / MODEL_FILE).read_bytes()
     inputs, outputs = read_golden(bundle)
     with OrtSession(folder / MODEL_FILE, model, available_cores(), "portable", bundle.precision) as session:

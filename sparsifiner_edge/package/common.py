@@ -7,7 +7,7 @@ import dataclasses
 import importlib.resources
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -48,21 +48,18 @@ def read_bundle(folder: Path) -> ImageBundle:
     """Read a bundle that takes images.
 
     Raises:
-        ArtifactError: not a bundle, altered, names of files or tensors that could lead elsewhere, or its manifest does
+        ArtifactError: not a bundle, altered, names of tensors that could lead elsewhere, or its manifest does
             not say what it takes and gives.
         ConfigError: it takes something else than one uint8 image `image` [B,H,W,3].
     """
     bundle = open_bundle(folder)
     manifest, (height, width) = bundle.manifest, height_width(bundle.image_size)
-    for name in manifest.files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ArtifactError(f"{folder} names the file {name!r}.", "Do not use this bundle.")
     bundle.model()  # A model that needs other files is not passed on.
     _check_tensors(folder, "inputs", manifest.inputs)
     _check_tensors(folder, "outputs", manifest.outputs)
     if [(t.name, t.dtype, t.shape[1:]) for t in manifest.inputs] != [("image", "uint8", (height, width, 3))]:
         raise ConfigError(f"{folder} does not take one image `image` uint8 [B,{height},{width},3].", "Export it again.")
-    return ImageBundle(folder, manifest, safe_name(manifest.name or ""), tuple(bundle.labels()))
+    return ImageBundle(folder, manifest, safe_name(manifest.name or ""), tuple(bundle.labels()), text=bundle.text)
 
 
 def safe_name(text: str) -> str:

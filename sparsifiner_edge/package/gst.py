@@ -14,9 +14,10 @@ import math
 import shutil
 from pathlib import Path
 
-from sparsifiner_edge.artifacts import BUNDLE_FILE, SIGNATURE_FILE
+from sparsifiner_edge.artifacts import BUNDLE_FILE
 from sparsifiner_edge.bounds import ImageSize, height_width
 from sparsifiner_edge.bundle.manifest import MODEL_FILE
+from sparsifiner_edge.bundle.sign import read_signature, write_signature
 from sparsifiner_edge.package.common import ImageBundle, template
 
 ELEMENT = "sparsifiner.py"
@@ -29,10 +30,11 @@ def element_file() -> Path:
 
 def write(bundle: ImageBundle, folder: Path, _batch: int | None, _kernels: str) -> list[str]:
     """Fill `folder`; see `package_bundle`."""
-    for name in (BUNDLE_FILE, SIGNATURE_FILE, *bundle.manifest.files):
-        if name != SIGNATURE_FILE or (bundle.folder / name).is_file():
-            (folder / "bundle" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.folder / name, folder / "bundle" / name)
+    copy, signature = folder / "bundle", read_signature(bundle.folder)
+    bundle.copy(bundle.manifest.files, copy)
+    (copy / BUNDLE_FILE).write_bytes(bundle.text)
+    if signature is not None:
+        write_signature(copy, signature)
     plugins = folder / "plugins" / "python"
     plugins.mkdir(parents=True)
     shutil.copyfile(element_file(), plugins / ELEMENT)
