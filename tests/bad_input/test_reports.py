@@ -137,6 +137,7 @@ def test_files_that_have_no_end(tmp_path: Path, capsys: Capsys) -> None:
     assert_refused(call(capsys, "report", written(tmp_path, lambda _: None), "-o", loop), "loop.json")
 
 
+@pytest.mark.everything
 def test_any_result_makes_a_page_or_is_refused(counted: Path, tmp_path: Path) -> None:
     """A hundred results that were changed at random: no traceback, and no element that a page of ours has not."""
     path, page = tmp_path / "any.json", tmp_path / "any.html"

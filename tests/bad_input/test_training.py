@@ -32,8 +32,6 @@ from tests.commands import assert_refused, call
 from tests.fuzz.mutate import json_text, mutated_json, mutated_object, mutated_zip
 from tests.models import student as make_student
 
-pytestmark = pytest.mark.slow
-
 SHORT = ("distil.steps=4", "batch=2", "check_every=2", "save_every=2", "pictures.held_out=2", "ema=0.9")
 Content = dict[str, Any]
 FOREIGN_NORM = "student.norm.weight does not belong to this training"
@@ -269,6 +267,7 @@ def test_a_checkpoint_of_something_else(
     assert text in caught.value.what
 
 
+@pytest.mark.everything
 def test_any_checkpoint_is_resumed_or_refused(
     begun: Path, training: Training, written: Content, tmp_path: Path
 ) -> None:

@@ -145,7 +145,6 @@ def test_a_score_that_is_no_number_calls_it(source: str, own: Path, dense: Path,
         assert (done["unlike"], done["guarded"], done["not_finite"], done["repeated"]) == (1, 1, 1, 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("usual", [50, 250])
 def test_metrics_and_health_tell(usual: float, dense: Path, tmp_path: Path, service: Any) -> None:
     own = made(tmp_path / "bundle", usual=usual)
@@ -200,7 +199,7 @@ def test_labels_count_where_a_class_is_the_answer(tmp_path: Path) -> None:
     assert process("run", own, "--source", "test", "--frames", 1, "--guard", same).code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_a_guard_is_signed_too(own: Path, dense: Path, keys: Path, tmp_path: Path) -> None:
     pytest.importorskip("cryptography", reason="the extra sign is not installed")
     video = encode(tmp_path / "v.mp4", [grey(UNLIKE, 64)] * 2)
@@ -213,7 +212,7 @@ def test_a_guard_is_signed_too(own: Path, dense: Path, keys: Path, tmp_path: Pat
     assert [record["guarded"] for record in records_of(process(*line))] == [True, True]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_a_dense_model_as_it_is_exported_guards_a_student_that_prunes(
     once: Once, tiny_weights: Path, tmp_path: Path
 ) -> None:

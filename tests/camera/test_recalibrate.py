@@ -28,7 +28,7 @@ from tests.commands import PROGRAM, assert_refused, call, handlers_kept
 from tests.novel import drawn, novel_bundle
 from tests.once import Once
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everything
 
 
 @pytest.fixture(scope="module")

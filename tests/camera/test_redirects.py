@@ -266,6 +266,7 @@ def test_what_is_no_rtsp_in_mid_stream_passes_as_it_is() -> None:
 # Real servers.
 
 
+@pytest.mark.everything
 @pytest.mark.skipif(PYTHON is None, reason="no Python with gi and GstRtspServer")
 @pytest.mark.parametrize("way", ["basic", "digest"])
 def test_a_real_server_that_asks_for_a_password(way: str, cells: Path) -> None:

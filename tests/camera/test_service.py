@@ -25,8 +25,6 @@ from tests.camera.conftest import encode
 from tests.commands import assert_refused, process
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 needs_gst = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="gst-launch-1.0 is not installed")
 TIMES = ("capture_ms", "preprocess_ms", "wait_ms", "infer_ms", "postprocess_ms", "end_to_end_ms")
 
@@ -73,6 +71,7 @@ def test_a_live_source_gives_numbers_and_ages(cells: Path) -> None:
     assert records[5]["change"] >= 0
 
 
+@pytest.mark.everything
 def test_a_model_slower_than_its_source(tmp_path: Path) -> None:
     """Age of a frame: at most a period until it is taken, and the inference; besides what preparing it takes."""
     bundle = make_cells_bundle(tmp_path / "b", size=64, work=4)

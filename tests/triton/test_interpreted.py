@@ -10,23 +10,26 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.everything
-
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 ROOT = Path(__file__).parent.parent.parent
 CHECKS = [str(Path(__file__).with_name(f"check_{name}.py")) for name in ("interpreted", "merging")]
+EACH = "kernels_that_run or (agrees_at_every and bfloat16-64) or ties_go or wild_pairs or (merging_at_every and 24)"
+"""A case of each operator, and of what is special in it."""
 
 
 @pytest.mark.long
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("chosen", "count"), [(["-k", EACH], 9), pytest.param([], 150, marks=pytest.mark.everything)], ids=["each", "all"]
+)
+def test_kernels_in_the_interpreter(chosen: list[str], count: int) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "SPARSIFINER_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
     for name in [x for x in environment if x.startswith("PYTEST_")]:  # those of an outer xdist
         del environment[name]
-    command = [sys.executable, "-m", "pytest", *CHECKS, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *CHECKS, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) > 150
+    assert int(passed[1]) > count
     assert "skipped" not in done.stdout
