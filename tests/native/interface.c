@@ -38,20 +38,28 @@ static void fill(float* values, size_t count, unsigned seed) {
   }
 }
 
+#define COUNT(tensor) ((int64_t)(sizeof(tensor) / sizeof((tensor)[0])))
+#define TENSOR(tensor) {tensor, COUNT(tensor)}
+#define INPUTS(...) {TENSOR(qkv), {__VA_ARGS__}, kBatch, kTokens, kHeads, kWidth, 0.2f}
+
 static void run(const float* token_sizes, sparsifiner_parallel_for loop, struct Results* to) {
   sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, loop, pool, ""};
-  const sparsifiner_qkv in = {qkv, token_sizes, kBatch, kTokens, kHeads, kWidth, 0.2f};
-  const sparsifiner_qkv sized = {qkv, sizes, kBatch, kTokens, kHeads, kWidth, 0.2f};
-  const sparsifiner_select select = {1, 8, kTile, 20, kKeys, 2.0f};
-  const sparsifiner_attend attend = {1, kTile, 20, 1};
+  const sparsifiner_qkv in = INPUTS(token_sizes, token_sizes ? COUNT(sizes) : 0), sized = INPUTS(sizes, COUNT(sizes));
+  const sparsifiner_select select = {1, 8, kTile, 20, kKeys, kChannels, 2.0f};
+  const sparsifiner_attend attend = {1, kTile, 20, kKeys, 1};
   const sparsifiner_match match = {1, 16, kMerged};
-  REQUIRE(sparsifiner_key_select(&call, &in, proj_q, proj_k, kChannels, &select, to->lists) == SPARSIFINER_OK);
-  REQUIRE(sparsifiner_sparse_attention(&call, &in, to->lists, kKeys, &attend, to->sparse) == SPARSIFINER_OK);
-  REQUIRE(sparsifiner_dense_attention(&call, &in, to->dense) == SPARSIFINER_OK);
-  REQUIRE(sparsifiner_token_score(&call, &in, to->scores) == SPARSIFINER_OK);
-  REQUIRE(sparsifiner_match_tokens(&call, &sized, &match, to->pairs) == SPARSIFINER_OK);
-  REQUIRE(sparsifiner_merge_tokens(&call, to->dense, sizes, to->pairs, kBatch, kTokens, kHeads * kWidth,
-                                   kTokens - kMerged, to->merged) == SPARSIFINER_OK);
+  const sparsifiner_floats q = TENSOR(proj_q), k = TENSOR(proj_k);
+  const sparsifiner_ints lists = TENSOR(to->lists);
+  const sparsifiner_pairs merge = {TENSOR(to->dense),  TENSOR(sizes),   TENSOR(to->pairs),  kBatch,
+                                   kTokens,            kHeads * kWidth, kTokens - kMerged};
+  const sparsifiner_output to_lists = TENSOR(to->lists), to_sparse = TENSOR(to->sparse), to_dense = TENSOR(to->dense);
+  const sparsifiner_output to_scores = TENSOR(to->scores), to_pairs = TENSOR(to->pairs), to_merged = TENSOR(to->merged);
+  REQUIRE(sparsifiner_key_select(&call, &in, &select, q, k, to_lists) == SPARSIFINER_OK);
+  REQUIRE(sparsifiner_sparse_attention(&call, &in, &attend, lists, to_sparse) == SPARSIFINER_OK);
+  REQUIRE(sparsifiner_dense_attention(&call, &in, to_dense) == SPARSIFINER_OK);
+  REQUIRE(sparsifiner_token_score(&call, &in, to_scores) == SPARSIFINER_OK);
+  REQUIRE(sparsifiner_match_tokens(&call, &sized, &match, to_pairs) == SPARSIFINER_OK);
+  REQUIRE(sparsifiner_merge_tokens(&call, &merge, to_merged) == SPARSIFINER_OK);
 }
 
 static void* caller(void* data) {
@@ -67,48 +75,56 @@ static void* caller(void* data) {
 /* The same bits on any threads, close to float32; refused where the instruction set has no bfloat16. */
 static void run_bfloat16(void) {
   static float alone[kBatch * kTokens * kHeads * kWidth], pooled[kBatch * kTokens * kHeads * kWidth];
-  const sparsifiner_qkv in = {qkv, sizes, kBatch, kTokens, kHeads, kWidth, 0.2f};
-  const sparsifiner_attend attend = {1, kTile, 20, 1};
+  const sparsifiner_qkv in = INPUTS(sizes, COUNT(sizes));
+  const sparsifiner_attend attend = {1, kTile, 20, kKeys, 1};
+  const sparsifiner_ints lists = TENSOR(expected.lists);
+  const sparsifiner_output to_alone = TENSOR(alone), to_pooled = TENSOR(pooled);
   sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_BFLOAT16, NULL, NULL, ""}, many = call, exact = call;
   many.parallel_for = sparsifiner_pool_for;
   many.threads = pool;
   exact.precision = SPARSIFINER_FLOAT32;
   if (!sparsifiner_has_bfloat16()) {
-    REQUIRE(sparsifiner_dense_attention(&call, &in, alone) == SPARSIFINER_INVALID_ARGUMENT);
+    REQUIRE(sparsifiner_dense_attention(&call, &in, to_alone) == SPARSIFINER_INVALID_ARGUMENT);
     REQUIRE(strstr(call.message, "has no bfloat16") != NULL);
     return;
   }
   for (int sparse = 0; sparse < 2; ++sparse) {
     sparsifiner_call* const calls[] = {&many, &call, &exact};
     for (int i = 0; i < 3; ++i) {
-      float* to = i == 0 ? pooled : alone;
+      const sparsifiner_output to = i == 0 ? to_pooled : to_alone;
       if (i == 2) REQUIRE(memcmp(alone, pooled, sizeof(alone)) == 0);
-      REQUIRE((sparse ? sparsifiner_sparse_attention(calls[i], &in, expected.lists, kKeys, &attend, to)
+      REQUIRE((sparse ? sparsifiner_sparse_attention(calls[i], &in, &attend, lists, to)
                       : sparsifiner_dense_attention(calls[i], &in, to)) == SPARSIFINER_OK);
     }
     REQUIRE(memcmp(alone, pooled, sizeof(alone)) != 0);
     for (size_t i = 0; i < sizeof(alone) / sizeof(float); ++i) REQUIRE(fabsf(alone[i] - pooled[i]) < 0.03f);
   }
   call.precision = 7;
-  REQUIRE(sparsifiner_dense_attention(&call, &in, alone) == SPARSIFINER_INVALID_ARGUMENT);
+  REQUIRE(sparsifiner_dense_attention(&call, &in, to_alone) == SPARSIFINER_INVALID_ARGUMENT);
 }
 
 static void refused(void) {
   sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, NULL, NULL, ""};
-  sparsifiner_qkv in = {qkv, NULL, kBatch, kTokens, kHeads, kWidth, 0.2f};
+  sparsifiner_qkv in = INPUTS(NULL, 0);
   sparsifiner_match match = {1, 16, kMerged};
-  REQUIRE(sparsifiner_match_tokens(&call, &in, &match, expected.pairs) == SPARSIFINER_INVALID_ARGUMENT);
-  REQUIRE(strcmp(call.message, "sizes is null") == 0);
-  in.qkv = NULL;
-  REQUIRE(sparsifiner_dense_attention(&call, &in, NULL) == SPARSIFINER_OK); /* asks alone */
-  REQUIRE(sparsifiner_dense_attention(&call, &in, expected.dense) == SPARSIFINER_INVALID_ARGUMENT);
+  const sparsifiner_output asks = {NULL, 0}, pairs = TENSOR(expected.pairs);
+  sparsifiner_output dense = TENSOR(expected.dense);
+  REQUIRE(sparsifiner_match_tokens(&call, &in, &match, pairs) == SPARSIFINER_INVALID_ARGUMENT);
+  REQUIRE(strcmp(call.message, "sizes has 0 elements, not 262") == 0);
+  in.qkv.data = NULL;
+  REQUIRE(sparsifiner_dense_attention(&call, &in, asks) == SPARSIFINER_OK);
+  REQUIRE(sparsifiner_dense_attention(&call, &in, dense) == SPARSIFINER_INVALID_ARGUMENT);
+  REQUIRE(strcmp(call.message, "qkv is null") == 0);
   in.width = INT64_MIN;
-  REQUIRE(sparsifiner_token_score(&call, &in, NULL) == SPARSIFINER_INVALID_ARGUMENT);
+  REQUIRE(sparsifiner_token_score(&call, &in, asks) == SPARSIFINER_INVALID_ARGUMENT);
   in.width = kWidth;
-  in.batch = 0;
-  REQUIRE(sparsifiner_dense_attention(&call, &in, expected.dense) == SPARSIFINER_OK);
+  in.batch = in.qkv.count = 0;
+  REQUIRE(sparsifiner_dense_attention(&call, &in, dense) == SPARSIFINER_INVALID_ARGUMENT);
+  REQUIRE(strstr(call.message, "output has ") != NULL);
+  dense.count = 0;
+  REQUIRE(sparsifiner_dense_attention(&call, &in, dense) == SPARSIFINER_OK);
   call.version = SPARSIFINER_VERSION + 1;
-  REQUIRE(sparsifiner_dense_attention(&call, &in, expected.dense) == SPARSIFINER_WRONG_VERSION);
+  REQUIRE(sparsifiner_dense_attention(&call, &in, dense) == SPARSIFINER_WRONG_VERSION);
   REQUIRE(sparsifiner_version() == SPARSIFINER_VERSION);
   REQUIRE(!sparsifiner_limit_target("no such set"));
   REQUIRE(strlen(sparsifiner_target()) > 0);

@@ -69,14 +69,15 @@ def test_callers_at_a_time_share_one_pool() -> None:
 @pytest.mark.parametrize(
     ("op", "change", "message"),
     [
-        ("DenseAttention", {"num_heads": -1}, "num_heads is -1"),
-        ("DenseAttention", {"scale": float("nan")}, "scale is nan"),
-        ("KeySelect", {"keys": 5000}, "keys exceed the patches"),
-        ("KeySelect", {"probe": 3}, "tile is not a multiple of probe"),
+        ("DenseAttention", {"num_heads": -1}, "num_heads must be finite and at least 1, got -1"),
+        ("DenseAttention", {"scale": float("nan")}, "scale must be finite and at least 0, got nan"),
+        ("KeySelect", {"keys": 5000}, "keys 5000 exceed the 130 patches"),
+        ("KeySelect", {"probe": 3}, "tile 16 is not a multiple of probe 3"),
         ("MergedSparseAttention", {"num_prefix": 500}, "131 tokens leave no patch after 500"),
         ("SparseAttention", {"prefix_keys": 0}, "prefix_keys 0 goes with tile 1"),
+        ("SparseAttention", {"cell": 2**31}, "cell is 2147483648"),
         ("MatchTokens", {"window": 3}, "window 3 is odd"),
-        ("MatchTokens", {"merged": 2**31}, "merged is 2147483648"),
+        ("MatchTokens", {"merged": 2**31}, "merged 2147483648 exceeds half of the 130 patches"),
     ],
 )
 def test_what_the_schema_refuses_is_refused(op: str, change: dict[str, float], message: str) -> None:

@@ -56,9 +56,12 @@ class Answer {
     return (std::isfinite(value) && value >= 0) || Refuse("%s is %f", name, static_cast<double>(value));
   }
 
-  // Whether a tensor of so many elements is there.
-  bool Given(const char* name, const void* tensor, size_t elements) {
-    return tensor != nullptr || elements == 0 || Refuse("%s is null", name);
+  // Whether a tensor has so many elements, and is there, but in a call that only asks.
+  bool Given(const char* name, const void* data, int64_t count, size_t wanted, bool asks) {
+    if (count < 0 || static_cast<size_t>(count) != wanted) {
+      return Refuse("%s has %" PRId64 " elements, not %zu", name, count, wanted);
+    }
+    return asks || data != nullptr || wanted == 0 || Refuse("%s is null", name);
   }
 
  private:
@@ -81,7 +84,7 @@ class Answer {
 
 size_t Groups(size_t count, size_t each) { return (count + each - 1) / each; }
 
-bool Check(const sparsifiner_qkv& in, size_t prefix, Answer* answer, Packed* packed) {
+bool Check(const sparsifiner_qkv& in, size_t prefix, bool asks, Answer* answer, Packed* packed) {
   if (!answer->Whole("batch", in.batch, 0, &packed->batch) || !answer->Whole("tokens", in.tokens, 0, &packed->tokens) ||
       !answer->Whole("num_heads", in.num_heads, 1, &packed->heads) ||
       !answer->Whole("width", in.width, 1, &packed->width) || !answer->Number("scale", in.scale)) {
@@ -94,39 +97,38 @@ bool Check(const sparsifiner_qkv& in, size_t prefix, Answer* answer, Packed* pac
     return answer->Refuse("%zu tokens of %zu heads and %zu channels are too large for 32-bit places", packed->tokens,
                           packed->heads, packed->width);
   }
-  packed->qkv = in.qkv;
-  packed->sizes = in.sizes;
+  packed->qkv = in.qkv.data;
+  packed->sizes = in.sizes.data;
   packed->scale = in.scale;
-  return true;
+  const size_t tokens = packed->batch * packed->tokens, sized = in.sizes.count == 0 ? 0 : tokens;
+  return answer->Given("qkv", in.qkv.data, in.qkv.count, tokens * packed->Row(), asks) &&
+         answer->Given("sizes", in.sizes.data, in.sizes.count, sized, asks);
 }
 
-// Whether the tensor is there that `Check` knows the sizes of.
-bool Given(const Packed& in, Answer* answer) { return answer->Given("qkv", in.qkv, in.batch * in.tokens * in.Row()); }
-
-bool Check(const sparsifiner_select& given, const sparsifiner_qkv& qkv, int64_t channels, Answer* answer, Packed* in,
+bool Check(const sparsifiner_select& given, const sparsifiner_qkv& qkv, bool asks, Answer* answer, Packed* in,
            SelectSettings* settings) {
   if (!answer->Whole("num_prefix", given.num_prefix, 0, &settings->prefix) ||
       !answer->Whole("probe", given.probe, 1, &settings->probe) ||
       !answer->Whole("tile", given.tile, 1, &settings->tile) ||
       !answer->Whole("cell", given.cell, 0, &settings->cell) ||
       !answer->Whole("keys", given.keys, 1, &settings->keys) ||
-      !answer->Whole("channels", channels, 1, &settings->channels) ||
+      !answer->Whole("channels", given.channels, 1, &settings->channels) ||
       !answer->Number("value_power", given.value_power)) {
     return false;
   }
   settings->value_power = given.value_power;
   if (settings->tile % settings->probe != 0) return answer->Refuse("tile is not a multiple of probe");
-  if (!Check(qkv, settings->prefix, answer, in)) return false;
+  if (!Check(qkv, settings->prefix, asks, answer, in)) return false;
   return settings->keys <= in->tokens - settings->prefix || answer->Refuse("keys exceed the patches");
 }
 
-bool Check(const sparsifiner_attend& given, const sparsifiner_qkv& qkv, int64_t keys, Answer* answer, Packed* in,
+bool Check(const sparsifiner_attend& given, const sparsifiner_qkv& qkv, bool asks, Answer* answer, Packed* in,
            SparseSettings* settings) {
   if (!answer->Whole("num_prefix", given.num_prefix, 0, &settings->prefix) ||
       !answer->Whole("tile", given.tile, 1, &settings->tile) ||
       !answer->Whole("cell", given.cell, 0, &settings->cell) ||
       !answer->Whole("prefix_keys", given.prefix_keys, 0, &settings->prefix_keys) ||
-      !answer->Whole("keys", keys, 1, &settings->keys)) {
+      !answer->Whole("keys", given.keys, 1, &settings->keys)) {
     return false;
   }
   if (settings->prefix_keys > 1) return answer->Refuse("prefix_keys must be 0 or 1");
@@ -134,7 +136,7 @@ bool Check(const sparsifiner_attend& given, const sparsifiner_qkv& qkv, int64_t 
     return answer->Refuse("prefix_keys 0 goes with tile 1 and cell 0");
   }
   if (settings->prefix_keys == 1) settings->prefix_keys = settings->prefix;
-  if (!Check(qkv, settings->prefix, answer, in)) return false;
+  if (!Check(qkv, settings->prefix, asks, answer, in)) return false;
   if (settings->keys > in->tokens - settings->prefix_keys) return answer->Refuse("keys exceed the patches");
   if (settings->cell != 0 && Groups(in->tokens - settings->prefix, settings->cell) > 65535) {
     return answer->Refuse("more than 65535 cells");
@@ -144,7 +146,7 @@ bool Check(const sparsifiner_attend& given, const sparsifiner_qkv& qkv, int64_t 
          answer->Refuse("%zu tokens are too many for 32-bit places", in->tokens);
 }
 
-bool Check(const sparsifiner_match& given, const sparsifiner_qkv& qkv, Answer* answer, Packed* in,
+bool Check(const sparsifiner_match& given, const sparsifiner_qkv& qkv, bool asks, Answer* answer, Packed* in,
            MatchSettings* settings) {
   if (!answer->Whole("num_prefix", given.num_prefix, 0, &settings->prefix) ||
       !answer->Whole("window", given.window, 2, &settings->window) ||
@@ -152,18 +154,32 @@ bool Check(const sparsifiner_match& given, const sparsifiner_qkv& qkv, Answer* a
     return false;
   }
   if (settings->window % 2 != 0) return answer->Refuse("window %zu is odd", settings->window);
-  if (!Check(qkv, settings->prefix, answer, in)) return false;
+  if (!Check(qkv, settings->prefix, asks, answer, in)) return false;
   const size_t patches = in->tokens - settings->prefix;
   return settings->merged <= patches / 2 ||
          answer->Refuse("merged %zu exceeds half of the %zu patches", settings->merged, patches);
+}
+
+// Elements of the lists that tiles have.
+template <class Settings>
+size_t Lists(const Packed& in, const Settings& settings) {
+  const size_t tiles = Groups(in.tokens - settings.prefix, settings.tile);
+  return Times(Times(in.batch * in.heads, tiles), settings.keys);
+}
+
+// Whether the output of attention has room for every row.
+bool GivenRows(const Packed& in, const sparsifiner_output& output, Answer* answer) {
+  return answer->Given("output", output.data, output.count, in.batch * in.tokens * in.heads * in.width, false);
 }
 
 }  // namespace
 }  // namespace sparsifiner
 
 using sparsifiner::Answer;
+using sparsifiner::Lists;
 using sparsifiner::Call;
 using sparsifiner::Packed;
+using sparsifiner::Times;
 
 extern "C" {
 
@@ -177,83 +193,108 @@ int sparsifiner_limit_target(const char* name) { return sparsifiner::LimitTarget
 
 void sparsifiner_hold_memory(int holds) { sparsifiner::IdleMemory::Hold(holds); }
 
-sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifiner_qkv* qkv, const float* proj_q,
-                                          const float* proj_k, int64_t channels, const sparsifiner_select* given,
-                                          int32_t* indices) {
+sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifiner_qkv* qkv,
+                                          const sparsifiner_select* given, sparsifiner_floats proj_q,
+                                          sparsifiner_floats proj_k, sparsifiner_output indices) {
   Answer answer(call);
   Packed in{};
   sparsifiner::SelectSettings settings{};
-  if (!answer.well() || !Check(*given, *qkv, channels, &answer, &in, &settings) || indices == nullptr ||
-      !Given(in, &answer) || !answer.Given("proj_q", proj_q, 1) || !answer.Given("proj_k", proj_k, 1)) {
+  const bool asks = indices.data == nullptr;
+  if (!answer.well() || !Check(*given, *qkv, asks, &answer, &in, &settings)) return answer.status();
+  const size_t projected = Times(Times(in.heads, in.width), settings.channels);
+  if (!answer.Given("proj_q", proj_q.data, proj_q.count, projected, asks) ||
+      !answer.Given("proj_k", proj_k.data, proj_k.count, projected, asks) || asks ||
+      !answer.Given("indices", indices.data, indices.count, Lists(in, settings), asks)) {
     return answer.status();
   }
-  if (!KeySelect(in, proj_q, proj_k, settings, indices, Call(*call))) answer.OutOfMemory();
+  auto* to = static_cast<int32_t*>(indices.data);
+  if (!KeySelect(in, proj_q.data, proj_k.data, settings, to, Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 
 sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv,
-                                                const int32_t* indices, int64_t keys, const sparsifiner_attend* given,
-                                                float* output) {
+                                                const sparsifiner_attend* given, sparsifiner_ints indices,
+                                                sparsifiner_output output) {
   Answer answer(call);
   Packed in{};
   sparsifiner::SparseSettings settings{};
-  if (!answer.well() || !Check(*given, *qkv, keys, &answer, &in, &settings) || output == nullptr ||
-      !Given(in, &answer) || !answer.Given("indices", indices, in.batch)) {
+  const bool asks = output.data == nullptr;
+  if (!answer.well() || !Check(*given, *qkv, asks, &answer, &in, &settings) ||
+      !answer.Given("indices", indices.data, indices.count, Lists(in, settings), asks) || asks ||
+      !GivenRows(in, output, &answer)) {
     return answer.status();
   }
   const bool halves = call->precision == SPARSIFINER_BFLOAT16 && (settings.tile != 1 || settings.cell != 0);
   const auto attend = halves ? sparsifiner::SparseAttentionBf16 : sparsifiner::SparseAttention;
-  if (!attend(in, indices, settings, output, Call(*call))) answer.OutOfMemory();
+  if (!attend(in, indices.data, settings, static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 
-sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv, float* output) {
+sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const sparsifiner_qkv* qkv,
+                                               sparsifiner_output output) {
   Answer answer(call);
   Packed in{};
-  if (!answer.well() || !Check(*qkv, 0, &answer, &in) || output == nullptr || !Given(in, &answer)) {
+  const bool asks = output.data == nullptr;
+  if (!answer.well() || !Check(*qkv, 0, asks, &answer, &in) || asks || !GivenRows(in, output, &answer)) {
     return answer.status();
   }
   const bool halves = call->precision == SPARSIFINER_BFLOAT16;
   const auto attend = halves ? sparsifiner::DenseAttentionBf16 : sparsifiner::DenseAttention;
-  if (!attend(in, output, Call(*call))) answer.OutOfMemory();
+  if (!attend(in, static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 
-sparsifiner_status sparsifiner_token_score(sparsifiner_call* call, const sparsifiner_qkv* qkv, float* scores) {
+sparsifiner_status sparsifiner_token_score(sparsifiner_call* call, const sparsifiner_qkv* qkv,
+                                           sparsifiner_output scores) {
   Answer answer(call);
   Packed in{};
-  if (!answer.well() || !Check(*qkv, 0, &answer, &in) || scores == nullptr || !Given(in, &answer)) {
+  const bool asks = scores.data == nullptr;
+  if (!answer.well() || !Check(*qkv, 0, asks, &answer, &in) || asks ||
+      !answer.Given("scores", scores.data, scores.count, in.batch * in.tokens, asks)) {
     return answer.status();
   }
-  if (!TokenScore(in, scores, Call(*call))) answer.OutOfMemory();
+  if (!TokenScore(in, static_cast<float*>(scores.data), Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 
 sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* qkv,
-                                            const sparsifiner_match* given, int32_t* pairs) {
+                                            const sparsifiner_match* given, sparsifiner_output pairs) {
   Answer answer(call);
   Packed in{};
   sparsifiner::MatchSettings settings{};
-  if (!answer.well() || !Check(*given, *qkv, &answer, &in, &settings) || pairs == nullptr || !Given(in, &answer) ||
-      !answer.Given("sizes", in.sizes, in.batch)) {
+  const bool asks = pairs.data == nullptr;
+  if (!answer.well() || !Check(*given, *qkv, asks, &answer, &in, &settings) ||
+      !answer.Given("sizes", in.sizes, qkv->sizes.count, in.batch * in.tokens, asks) || asks ||
+      !answer.Given("pairs", pairs.data, pairs.count, in.batch * (in.tokens - settings.merged) * 2, asks)) {
     return answer.status();
   }
-  if (!MatchTokens(in, settings, pairs, Call(*call))) answer.OutOfMemory();
+  if (!MatchTokens(in, settings, static_cast<int32_t*>(pairs.data), Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 
-sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const float* x, const float* sizes,
-                                            const int32_t* pairs, int64_t batch, int64_t tokens, int64_t channels,
-                                            int64_t count, float* output) {
+sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const sparsifiner_pairs* given,
+                                            sparsifiner_output output) {
   Answer answer(call);
-  sparsifiner::Merging in{x, sizes, pairs, 0, 0, 0, 0};
-  if (!answer.well() || !answer.Whole("batch", batch, 0, &in.batch) || !answer.Whole("tokens", tokens, 1, &in.tokens) ||
-      !answer.Whole("channels", channels, 0, &in.channels) || !answer.Whole("count", count, 0, &in.count) ||
-      output == nullptr || !answer.Given("x", x, in.batch * in.channels) || !answer.Given("sizes", sizes, in.batch) ||
-      !answer.Given("pairs", pairs, in.batch * in.count)) {
+  sparsifiner::Merging in{given->x.data, given->sizes.data, given->pairs.data, 0, 0, 0, 0};
+  const bool asks = output.data == nullptr;
+  if (!answer.well() || !answer.Whole("batch", given->batch, 0, &in.batch) ||
+      !answer.Whole("tokens", given->tokens, 1, &in.tokens) ||
+      !answer.Whole("channels", given->channels, 0, &in.channels) ||
+      !answer.Whole("merged_tokens", given->merged_tokens, 1, &in.count)) {
     return answer.status();
   }
-  if (!MergeTokens(in, output, Call(*call))) answer.OutOfMemory();
+  if (in.count > in.tokens) {
+    answer.Refuse("%zu pairs of %zu tokens", in.count, in.tokens);
+    return answer.status();
+  }
+  const size_t tokens = in.batch * in.tokens, left = in.batch * in.count;
+  if (!answer.Given("x", in.x, given->x.count, Times(tokens, in.channels), asks) ||
+      !answer.Given("sizes", in.sizes, given->sizes.count, tokens, asks) ||
+      !answer.Given("pairs", in.pairs, given->pairs.count, Times(left, 2), asks) || asks ||
+      !answer.Given("output", output.data, output.count, Times(left, in.channels), asks)) {
+    return answer.status();
+  }
+  if (!MergeTokens(in, static_cast<float*>(output.data), Call(*call))) answer.OutOfMemory();
   return answer.status();
 }
 

@@ -6,17 +6,17 @@ ONNX Runtime needs none of this, it loads the library itself; OpenVINO's Python 
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_char, c_float, c_int32, c_int64, c_size_t, c_void_p
 from typing import Any, cast
 
-import numpy as np
-
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.ops.schema import OPERATORS
 
-_VERSION = 2
+_VERSION = 3
 """SPARSIFINER_VERSION of the header that this follows."""
 
 _PRECISIONS = {"float32": 0, "bfloat16": 1}
@@ -29,9 +29,13 @@ class _Call(Structure):
     )  # fmt: skip
 
 
+class _Tensor(Structure):
+    _fields_ = (("data", c_void_p), ("count", c_int64))
+
+
 class _Qkv(Structure):
     _fields_ = (
-        ("qkv", c_void_p), ("sizes", c_void_p), ("batch", c_int64), ("tokens", c_int64), ("num_heads", c_int64),
+        ("qkv", _Tensor), ("sizes", _Tensor), ("batch", c_int64), ("tokens", c_int64), ("num_heads", c_int64),
         ("width", c_int64), ("scale", c_float),
     )  # fmt: skip
 
@@ -39,25 +43,34 @@ class _Qkv(Structure):
 class _Select(Structure):
     _fields_ = (
         ("num_prefix", c_int64), ("probe", c_int64), ("tile", c_int64), ("cell", c_int64), ("keys", c_int64),
-        ("value_power", c_float),
+        ("channels", c_int64), ("value_power", c_float),
     )  # fmt: skip
 
 
 class _Attend(Structure):
-    _fields_ = (("num_prefix", c_int64), ("tile", c_int64), ("cell", c_int64), ("prefix_keys", c_int64))
+    _fields_ = (
+        ("num_prefix", c_int64), ("tile", c_int64), ("cell", c_int64), ("keys", c_int64), ("prefix_keys", c_int64),
+    )  # fmt: skip
 
 
 class _Match(Structure):
     _fields_ = (("num_prefix", c_int64), ("window", c_int64), ("merged", c_int64))
 
 
+class _Pairs(Structure):
+    _fields_ = (
+        ("x", _Tensor), ("sizes", _Tensor), ("pairs", _Tensor), ("batch", c_int64), ("tokens", c_int64),
+        ("channels", c_int64), ("merged_tokens", c_int64),
+    )  # fmt: skip
+
+
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "key_select": (POINTER(_Qkv), c_void_p, c_void_p, c_int64, POINTER(_Select), c_void_p),
-    "sparse_attention": (POINTER(_Qkv), c_void_p, c_int64, POINTER(_Attend), c_void_p),
-    "dense_attention": (POINTER(_Qkv), c_void_p),
-    "token_score": (POINTER(_Qkv), c_void_p),
-    "match_tokens": (POINTER(_Qkv), POINTER(_Match), c_void_p),
-    "merge_tokens": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p),
+    "key_select": (POINTER(_Qkv), POINTER(_Select), _Tensor, _Tensor),
+    "sparse_attention": (POINTER(_Qkv), POINTER(_Attend), _Tensor),
+    "dense_attention": (POINTER(_Qkv),),
+    "token_score": (POINTER(_Qkv),),
+    "match_tokens": (POINTER(_Qkv), POINTER(_Match)),
+    "merge_tokens": (POINTER(_Pairs),),
 }
 _NAMES = {
     "KeySelect": "key_select", "SparseAttention": "sparse_attention", "DenseAttention": "dense_attention",
@@ -89,7 +102,7 @@ class Operators:
                 f"The native library is of version {found}, not {_VERSION}.", "Install this package again."
             )
         for name, arguments in _FUNCTIONS.items():
-            getattr(self._library, f"sparsifiner_{name}").argtypes = (POINTER(_Call), *arguments)
+            getattr(self._library, f"sparsifiner_{name}").argtypes = (POINTER(_Call), *arguments, _Tensor)
         self.precision = "bfloat16" if bfloat16 and self._library.sparsifiner_has_bfloat16() else "float32"
         self._library.sparsifiner_pool_create.argtypes = [c_size_t]
         self._library.sparsifiner_pool_create.restype = c_void_p
@@ -105,20 +118,23 @@ class Operators:
 
         Args:
             op, attributes, inputs: see docs/operators.md; float32, indices and pairs int32, C-contiguous.
-            output: is filled.
+            output: of the operator's shape; is filled.
 
         Raises:
-            BackendError: the operator refuses, or lacks memory.
+            BackendError: attributes, types and shapes are not those of the operator's schema, or it lacks memory.
         """
+        reasons = _refusals(op, tuple(attributes.items()), *(x.shape for x in inputs))
+        if reasons:
+            raise _refused(op, "; ".join(reasons))
         merged = op.startswith("Merged")
         name = _NAMES[op.removeprefix("Merged")]
+        kinds = [tensor.dtypes for tensor in (*OPERATORS[op].inputs, OPERATORS[op].output)]
+        tensors = [_tensor(op, x, kind) for x, kind in zip((*inputs, output), kinds, strict=True)]
         call = _Call(_VERSION, _PRECISIONS[self.precision], self._loop, self._pool)
-        arguments = _arguments(name, attributes, inputs, merged)
-        status = getattr(self._library, f"sparsifiner_{name}")(byref(call), *arguments, _at(output))
+        arguments = _arguments(name, attributes, [x.shape for x in inputs], tensors, merged)
+        status = getattr(self._library, f"sparsifiner_{name}")(byref(call), *arguments)
         if status:
-            raise BackendError(
-                f"sparsifiner::{op}: {call.message.decode(errors='replace')}.", "Export the bundle again."
-            )
+            raise _refused(op, call.message.decode(errors="replace"))
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""
@@ -128,31 +144,44 @@ class Operators:
             self._library.sparsifiner_pool_destroy(pool)
 
 
-def _at(array: Array) -> int:
-    if not array.flags.c_contiguous or array.dtype not in (np.float32, np.int32):
-        raise BackendError(f"An operator got {array.dtype}, strides {array.strides}.", "Give contiguous float32.")
-    return array.ctypes.data
+def _refused(op: str, reason: str) -> BackendError:
+    return BackendError(f"sparsifiner::{op}: {reason}.", "Export the bundle again.")
 
 
-def _arguments(name: str, a: Mapping[str, float], inputs: Sequence[Array], merged: bool) -> list[Any]:
-    """What a function takes between the call and its output."""
+@functools.lru_cache(maxsize=1024)
+def _refusals(op: str, attributes: tuple[tuple[str, float], ...], *shapes: tuple[int, ...]) -> list[str]:
+    """What the schema refuses; kept, for a model asks the same at every image."""
+    return OPERATORS[op].refusals(dict(attributes), shapes)
+
+
+def _tensor(op: str, array: Array, allowed: Sequence[str]) -> _Tensor:
+    """An array as the library takes it; allowed: element types by the schema, of which it has those of four bytes."""
+    if array.dtype.name not in allowed or array.dtype.itemsize != 4 or not array.flags.c_contiguous:
+        wanted = "int32" if allowed == ("int32",) else "float32"
+        raise _refused(op, f"got {array.dtype}, strides {array.strides}, for contiguous {wanted}")
+    return _Tensor(array.ctypes.data, array.size)
+
+
+def _arguments(
+    name: str, a: Mapping[str, float], shapes: Sequence[tuple[int, ...]], tensors: Sequence[_Tensor], merged: bool
+) -> list[Any]:
+    """What a function takes after the call: of shapes that the schema allows, and tensors, the output's last."""
+    *inputs, output = tensors
     if name == "merge_tokens":
-        x, sizes, pairs = inputs
-        return [_at(x), _at(sizes), _at(pairs), *x.shape, pairs.shape[1]]
+        return [byref(_Pairs(*inputs, *shapes[0], shapes[2][1])), output]
     sized = merged or name == "match_tokens"
-    batch, tokens, packed = inputs[0].shape
+    batch, tokens, packed = shapes[0]
     heads = int(a["num_heads"])
-    qkv = _Qkv(
-        _at(inputs[0]), _at(inputs[1]) if sized else None, batch, tokens, heads, packed // (3 * heads),
-        a.get("scale", 1.0),
-    )  # fmt: skip
-    rest = inputs[2 if sized else 1 :]
+    rest: list[Any] = inputs[2 if sized else 1 :]
+    sizes = inputs[1] if sized else _Tensor(None, 0)
+    qkv = _Qkv(inputs[0], sizes, batch, tokens, heads, packed // (3 * heads), a.get("scale", 1.0))
     if name == "key_select":
-        proj_q, proj_k = rest
-        return [byref(qkv), _at(proj_q), _at(proj_k), proj_q.shape[2], byref(_settings(_Select, a))]
-    if name == "sparse_attention":
-        return [byref(qkv), _at(rest[0]), rest[0].shape[3], byref(_settings(_Attend, a))]
-    return [byref(qkv), byref(_settings(_Match, a))] if name == "match_tokens" else [byref(qkv)]
+        rest.insert(0, byref(_settings(_Select, {**a, "channels": shapes[-1][2]})))
+    elif name == "sparse_attention":
+        rest.insert(0, byref(_settings(_Attend, {**a, "keys": shapes[-1][3]})))
+    elif name == "match_tokens":
+        rest.insert(0, byref(_settings(_Match, a)))
+    return [byref(qkv), *rest, output]
 
 
 def _settings(kind: type[Structure], a: Mapping[str, float]) -> Structure:

@@ -64,9 +64,9 @@ struct DenseKernel {
 
   bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
-    float* output = nullptr;
+    sparsifiner_output output{};
     return tensors.Pack(&in) && (!kMerged || tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) &&
-           session->Check(sparsifiner_dense_attention(session->call(), &in, nullptr)) &&
+           session->Check(sparsifiner_dense_attention(session->call(), &in, output)) &&
            tensors.Output({in.batch, in.tokens, in.num_heads * in.width}, &output) &&
            session->Check(sparsifiner_dense_attention(session->call(), &in, output));
   }
@@ -81,8 +81,8 @@ struct ScoreKernel {
 
   bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
-    float* output = nullptr;
-    return tensors.Pack(&in) && session->Check(sparsifiner_token_score(session->call(), &in, nullptr)) &&
+    sparsifiner_output output{};
+    return tensors.Pack(&in) && session->Check(sparsifiner_token_score(session->call(), &in, output)) &&
            tensors.Output({in.batch, in.tokens}, &output) &&
            session->Check(sparsifiner_token_score(session->call(), &in, output));
   }
@@ -100,24 +100,25 @@ struct SparseKernel {
 
   bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
+    sparsifiner_attend attend = settings;
     Shape shape;
-    const int32_t* indices = nullptr;
+    sparsifiner_ints indices{};
     if (!tensors.Pack(&in) || (kMerged && !tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) ||
         !tensors.Input(kMerged ? 2 : 1, &shape, &indices)) {
       return false;
     }
-    const auto asked = [&](int64_t keys, float* output) {
-      return session->Check(sparsifiner_sparse_attention(session->call(), &in, indices, keys, &settings, output));
-    };
-    if (!asked(1, nullptr)) return false;
     const Shape expected{3, {in.batch, in.num_heads, Tiles(in, settings.num_prefix, settings.tile)}};
-    const int64_t keys = shape.rank == 4 ? shape.axes[3] : 0;
-    if (keys < 1 || keys > in.tokens - settings.prefix_keys * settings.num_prefix ||
-        !std::equal(expected.axes, expected.axes + 3, shape.axes)) {
+    attend.keys = shape.rank == 4 ? shape.axes[3] : 0;
+    // Where no patch is left there is no shape to expect, and the interface says so.
+    if (in.tokens > settings.num_prefix &&
+        (attend.keys < 1 || !std::equal(expected.axes, expected.axes + 3, shape.axes))) {
       return problem->Refuse("indices must have shape %s and K, got %s", Text(expected).text, Text(shape).text);
     }
-    float* output = nullptr;
-    return tensors.Output({in.batch, in.tokens, in.num_heads * in.width}, &output) && asked(keys, output);
+    sparsifiner_output output{};
+    const auto asked = [&] {
+      return session->Check(sparsifiner_sparse_attention(session->call(), &in, &attend, indices, output));
+    };
+    return asked() && tensors.Output({in.batch, in.tokens, in.num_heads * in.width}, &output) && asked();
   }
 
   sparsifiner_qkv qkv{};
@@ -135,8 +136,9 @@ struct SelectKernel {
 
   bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
+    sparsifiner_select select = settings;
     Shape shape, other;
-    const float *proj_q = nullptr, *proj_k = nullptr;
+    sparsifiner_floats proj_q{}, proj_k{};
     constexpr size_t kFirst = kMerged ? 2 : 1;
     if (!tensors.Pack(&in) || (kMerged && !tensors.Sizes(1, in.batch, in.tokens, &in.sizes)) ||
         !tensors.Input(kFirst, &shape, &proj_q) || !tensors.Input(kFirst + 1, &other, &proj_k)) {
@@ -147,15 +149,15 @@ struct SelectKernel {
       return problem->Refuse("proj_q and proj_k must have shape [num_heads, d, c], got %s and %s", Text(shape).text,
                              Text(other).text);
     }
-    const auto asked = [&](int32_t* indices) {
-      return session->Check(
-          sparsifiner_key_select(session->call(), &in, proj_q, proj_k, shape.axes[2], &settings, indices));
+    select.channels = shape.axes[2];
+    sparsifiner_output indices{};
+    const auto asked = [&] {
+      return session->Check(sparsifiner_key_select(session->call(), &in, &select, proj_q, proj_k, indices));
     };
-    int32_t* indices = nullptr;
-    return asked(nullptr) &&
+    return asked() &&
            tensors.Output({in.batch, in.num_heads, Tiles(in, settings.num_prefix, settings.tile), settings.keys},
                           &indices) &&
-           asked(indices);
+           asked();
   }
 
   sparsifiner_qkv qkv{};
@@ -171,9 +173,9 @@ struct MatchKernel {
 
   bool Compute(const Tensors& tensors, Problem*, SessionCall* session) const {
     sparsifiner_qkv in = qkv;
-    int32_t* pairs = nullptr;
+    sparsifiner_output pairs{};
     return tensors.Pack(&in) && tensors.Sizes(1, in.batch, in.tokens, &in.sizes) &&
-           session->Check(sparsifiner_match_tokens(session->call(), &in, &settings, nullptr)) &&
+           session->Check(sparsifiner_match_tokens(session->call(), &in, &settings, pairs)) &&
            tensors.Output({in.batch, in.tokens - settings.merged, 2}, &pairs) &&
            session->Check(sparsifiner_match_tokens(session->call(), &in, &settings, pairs));
   }
@@ -186,23 +188,19 @@ struct MergeKernel {
   bool Read(const Attributes&) { return true; }
 
   bool Compute(const Tensors& tensors, Problem* problem, SessionCall* session) const {
+    sparsifiner_pairs in{};
     Shape tokens, shape;
-    const float *x = nullptr, *sizes = nullptr;
-    const int32_t* pairs = nullptr;
-    if (!tensors.Input(0, &tokens, &x)) return false;
-    const int64_t *axes = tokens.axes, batch = axes[0];
-    if (tokens.rank != 3 || axes[1] < 1) return problem->Refuse("x must have shape [B, N, C], got %s", Text(tokens).text);
-    if (!tensors.Sizes(1, batch, axes[1], &sizes) || !tensors.Input(2, &shape, &pairs)) return false;
-    if (shape.rank != 3 || shape.axes[0] != batch || shape.axes[2] != 2) {
-      return problem->Refuse("pairs must have shape [%" PRId64 ", M, 2], got %s", batch, Text(shape).text);
+    if (!tensors.Input(0, &tokens, &in.x)) return false;
+    if (tokens.rank != 3) return problem->Refuse("x must have shape [B, N, C], got %s", Text(tokens).text);
+    in.batch = tokens.axes[0], in.tokens = tokens.axes[1], in.channels = tokens.axes[2];
+    if (!tensors.Sizes(1, in.batch, in.tokens, &in.sizes) || !tensors.Input(2, &shape, &in.pairs)) return false;
+    if (shape.rank != 3 || shape.axes[0] != in.batch || shape.axes[2] != 2) {
+      return problem->Refuse("pairs must have shape [%" PRId64 ", M, 2], got %s", in.batch, Text(shape).text);
     }
-    const int64_t count = shape.axes[1];
-    const auto asked = [&](float* output) {
-      return session->Check(
-          sparsifiner_merge_tokens(session->call(), x, sizes, pairs, batch, axes[1], axes[2], count, output));
-    };
-    float* output = nullptr;
-    return asked(nullptr) && tensors.Output({batch, count, axes[2]}, &output) && asked(output);
+    in.merged_tokens = shape.axes[1];
+    sparsifiner_output output{};
+    const auto asked = [&] { return session->Check(sparsifiner_merge_tokens(session->call(), &in, output)); };
+    return asked() && tensors.Output({in.batch, in.merged_tokens, in.channels}, &output) && asked();
   }
 };
 

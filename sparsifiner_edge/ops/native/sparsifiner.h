@@ -1,13 +1,15 @@
 /* The operators of the domain `sparsifiner` on plain pointers, for C and C++, and for whatever can call C.
  *
  * Shapes, symbols and attributes are those of docs/operators.md: tensors are dense, row-major float32 (indices and pairs:
- * int32), B images of N tokens, of which the first `num_prefix` are no patches, H heads of d channels. Indices outside of
- * a tensor are clamped into it: whatever they say, no memory is touched that is not the call's own.
+ * int32), B images of N tokens, of which the first `num_prefix` are no patches, H heads of d channels. Each comes with the
+ * number of its elements, and a call is refused where that is not what its sizes say. Indices outside of a tensor are
+ * clamped into it: whatever they say, no memory is touched that is not the call's own.
  *
  *     sparsifiner_pool* pool = sparsifiner_pool_create(4);
  *     sparsifiner_call call = {SPARSIFINER_VERSION, SPARSIFINER_FLOAT32, sparsifiner_pool_for, pool, ""};
- *     sparsifiner_qkv in = {qkv, NULL, 1, 1370, 6, 64, 0.125f};
- *     if (sparsifiner_dense_attention(&call, &in, output) != SPARSIFINER_OK) puts(call.message);
+ *     sparsifiner_qkv in = {{qkv, 1370 * 1152}, {NULL, 0}, 1, 1370, 6, 64, 0.125f};
+ *     sparsifiner_output to = {output, 1370 * 384};
+ *     if (sparsifiner_dense_attention(&call, &in, to) != SPARSIFINER_OK) puts(call.message);
  *
  * Any number of threads may call at a time, each with a `sparsifiner_call` of its own. Nothing throws or prints. A given
  * operator, input and target give the same bits on any number of threads.
@@ -26,7 +28,7 @@ extern "C" {
 #endif
 
 /* Of this header. A library of another version refuses every call: SPARSIFINER_WRONG_VERSION. */
-#define SPARSIFINER_VERSION 2
+#define SPARSIFINER_VERSION 3
 
 enum {
   SPARSIFINER_OK = 0,
@@ -88,57 +90,79 @@ typedef struct sparsifiner_call {
   char message[512];                     /* written where a call is not SPARSIFINER_OK */
 } sparsifiner_call;
 
+/* A tensor, and how many elements it has. */
+typedef struct sparsifiner_floats {
+  const float* data;
+  int64_t count;
+} sparsifiner_floats;
+
+typedef struct sparsifiner_ints {
+  const int32_t* data;
+  int64_t count;
+} sparsifiner_ints;
+
+/* Where a result goes: as many elements as it has, float32, or int32 of indices and pairs. Null data asks whether the
+ * call would be refused for its settings, sizes and inputs' counts, and reads no tensor. */
+typedef struct sparsifiner_output {
+  void* data;
+  int64_t count;
+} sparsifiner_output;
+
 /* Queries, keys and values of every head: qkv [B, N, 3 * H * d], q|k|v along the last axis. */
 typedef struct sparsifiner_qkv {
-  const float* qkv;
-  const float* sizes; /* [B, N]: patches that each token stands for; null: one each */
+  sparsifiner_floats qkv;
+  sparsifiner_floats sizes; /* [B, N]: patches that each token stands for; null, of 0 elements: one each */
   int64_t batch, tokens, num_heads, width;
   float scale; /* of the logits */
 } sparsifiner_qkv;
 
 typedef struct sparsifiner_select {
-  int64_t num_prefix, probe, tile, cell, keys;
+  int64_t num_prefix, probe, tile, cell, keys, channels;
   float value_power;
 } sparsifiner_select;
 
 typedef struct sparsifiner_attend {
-  int64_t num_prefix, tile, cell, prefix_keys;
+  int64_t num_prefix, tile, cell, keys, prefix_keys;
 } sparsifiner_attend;
 
 typedef struct sparsifiner_match {
   int64_t num_prefix, window, merged;
 } sparsifiner_match;
 
-/* In all of these an output of null asks whether the call would be refused, and reads no tensor. */
+/* Tokens x [B, N, channels], their sizes [B, N], and pairs [B, M, 2] of them. */
+typedef struct sparsifiner_pairs {
+  sparsifiner_floats x, sizes;
+  sparsifiner_ints pairs;
+  int64_t batch, tokens, channels, merged_tokens;
+} sparsifiner_pairs;
 
 /* KeySelect, MergedKeySelect: proj_q, proj_k [H, d, channels] -> indices [B, H, T, keys], T = ceil(P / tile). */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_key_select(sparsifiner_call* call, const sparsifiner_qkv* in,
-                                                             const float* proj_q, const float* proj_k,
-                                                             int64_t channels, const sparsifiner_select* settings,
-                                                             int32_t* indices);
+                                                             const sparsifiner_select* settings,
+                                                             sparsifiner_floats proj_q, sparsifiner_floats proj_k,
+                                                             sparsifiner_output indices);
 
 /* SparseAttention, MergedSparseAttention: indices [B, H, T, keys] -> output [B, N, H * d]. */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_sparse_attention(sparsifiner_call* call, const sparsifiner_qkv* in,
-                                                                   const int32_t* indices, int64_t keys,
-                                                                   const sparsifiner_attend* settings, float* output);
+                                                                   const sparsifiner_attend* settings,
+                                                                   sparsifiner_ints indices, sparsifiner_output output);
 
 /* DenseAttention, MergedDenseAttention: output [B, N, H * d]. */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_dense_attention(sparsifiner_call* call, const sparsifiner_qkv* in,
-                                                                  float* output);
+                                                                  sparsifiner_output output);
 
 /* TokenScore: scores [B, N]. */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_token_score(sparsifiner_call* call, const sparsifiner_qkv* in,
-                                                              float* scores);
+                                                              sparsifiner_output scores);
 
 /* MatchTokens: pairs [B, N - merged, 2]; needs sizes. */
 SPARSIFINER_EXPORT sparsifiner_status sparsifiner_match_tokens(sparsifiner_call* call, const sparsifiner_qkv* in,
-                                                               const sparsifiner_match* settings, int32_t* pairs);
+                                                               const sparsifiner_match* settings,
+                                                               sparsifiner_output pairs);
 
-/* MergeTokens: x [B, N, channels], sizes [B, N], pairs [B, count, 2] -> output [B, count, channels]. */
-SPARSIFINER_EXPORT sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const float* x,
-                                                               const float* sizes, const int32_t* pairs, int64_t batch,
-                                                               int64_t tokens, int64_t channels, int64_t count,
-                                                               float* output);
+/* MergeTokens: output [B, M, channels]. */
+SPARSIFINER_EXPORT sparsifiner_status sparsifiner_merge_tokens(sparsifiner_call* call, const sparsifiner_pairs* in,
+                                                               sparsifiner_output output);
 
 #ifdef __cplusplus
 }

@@ -64,28 +64,33 @@ class Tensors {
  public:
   Tensors(OrtKernelContext* context, Problem* problem) : context_(context), problem_(problem) {}
 
-  template <typename T>
-  bool Input(size_t index, Shape* shape, const T** elements) const {
+  // Tensor: sparsifiner_floats or sparsifiner_ints, whatever the input is.
+  template <typename Tensor>
+  bool Input(size_t index, Shape* shape, Tensor* tensor) const {
     const OrtApi& api = Ort::GetApi();
     const OrtValue* value = nullptr;
     void* data = nullptr;
     if (!problem_->Check(api.KernelContext_GetInput(context_, index, &value))) return false;
     if (value == nullptr) return problem_->Refuse("input %zu is missing", index);
     if (!problem_->Check(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data))) return false;
-    *elements = static_cast<const T*>(data);
+    tensor->data = static_cast<decltype(tensor->data)>(data);
     OrtTensorTypeAndShapeInfo* info = nullptr;
     if (!problem_->Check(api.GetTensorTypeAndShape(value, &info))) return false;
     if (info == nullptr) return problem_->OutOfMemory();
     const bool known = problem_->Check(api.GetDimensionsCount(info, &shape->rank)) &&
                        problem_->Check(api.GetDimensions(info, shape->axes, std::min(shape->rank, Shape::kAxes)));
+    size_t all = 0;
+    const bool counted = known && problem_->Check(api.GetTensorShapeElementCount(info, &all));
+    tensor->count = static_cast<int64_t>(all);
     api.ReleaseTensorTypeAndShapeInfo(info);
-    return known;
+    return counted;
   }
 
-  template <typename T, size_t kRank>
-  bool Output(const int64_t (&axes)[kRank], T** elements) const {
+  // Of elements of four bytes.
+  template <size_t kRank>
+  bool Output(const int64_t (&axes)[kRank], sparsifiner_output* output) const {
     const OrtApi& api = Ort::GetApi();
-    size_t bytes = sizeof(T);
+    size_t bytes = 4;
     for (int64_t axis : axes) {
       if (__builtin_mul_overflow(bytes, static_cast<size_t>(axis), &bytes)) return problem_->OutOfMemory();
     }
@@ -97,8 +102,9 @@ class Tensors {
     if (!problem_->Check(api.GetTensorMutableData(value, &data))) return false;
     if (data == nullptr && bytes != 0) return problem_->OutOfMemory();
     // Nothing to write, but to the interface null asks whether it would.
-    static T nothing;
-    *elements = data == nullptr ? &nothing : static_cast<T*>(data);
+    static float nothing;
+    output->data = data == nullptr ? &nothing : data;
+    output->count = static_cast<int64_t>(bytes / 4);
     return true;
   }
 
@@ -121,7 +127,7 @@ class Tensors {
   }
 
   // The input `sizes` of merged tokens.
-  bool Sizes(size_t index, int64_t batch, int64_t tokens, const float** sizes) const {
+  bool Sizes(size_t index, int64_t batch, int64_t tokens, sparsifiner_floats* sizes) const {
     Shape shape;
     if (!Input(index, &shape, sizes)) return false;
     if (shape.rank == 2 && shape.axes[0] == batch && shape.axes[1] == tokens) return true;

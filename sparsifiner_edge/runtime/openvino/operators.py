@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.ops.native.interface import Operators
 from sparsifiner_edge.ops.schema import DOMAIN, OPERATORS
 
@@ -84,7 +85,17 @@ def _op_class(openvino: Any, operators: Operators) -> Any:
 
 
 def output_shape(name: str, attributes: dict[str, float], shapes: Sequence[Sequence[Any]]) -> list[Any]:
-    """Axes of an operator's output (docs/operators.md); the batch, and no other, may be None: open."""
+    """Axes of an operator's output (docs/operators.md); the batch, and no other, may be None: open.
+
+    Raises:
+        BackendError: an input has too few or too many axes.
+    """
+    for tensor, shape in zip(OPERATORS[name].inputs, shapes, strict=True):
+        if len(shape) != len(tensor.axes):
+            raise BackendError(
+                f"sparsifiner::{name}: {tensor.name} must have axes {list(tensor.axes)}, got {list(shape)}.",
+                "Export the bundle again.",
+            )
     batch, tokens, last = shapes[0]
     kind = name.removeprefix("Merged")
     if kind == "KeySelect":
