@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping
 
 import numpy as np
 
 from sparsifiner_edge.arrays import Array
-from sparsifiner_edge.errors import ConfigError
 
 
 def cosine(a: Array, b: Array) -> Array:
     """Cosine similarity along the last axis, in float64: [..., C] x [..., C] -> [...]; of nothing with nothing 1."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     of_a, of_b = np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1)
-    found = (a * b).sum(-1) / np.maximum(of_a * of_b, 1e-30)
+    with np.errstate(invalid="ignore"):
+        found = (a * b).sum(-1) / np.maximum(of_a * of_b, 1e-30)
     return np.asarray(np.where((of_a == 0) & (of_b == 0), 1.0, found))
 
 
@@ -61,8 +58,7 @@ def agreement(name: str, got: Array, expected: Array, tolerance: float) -> Agree
     difference = np.abs(a - b)
     relative = np.where(np.isfinite(difference / scale), difference / scale, np.inf)
     worst = tuple(int(i) for i in np.unravel_index(int(relative.argmax()), relative.shape))
-    with np.errstate(invalid="ignore"):
-        cosines = np.nan_to_num(row_cosines(name, a, b), nan=-1.0)
+    cosines = np.nan_to_num(row_cosines(name, a, b), nan=-1.0)
     return Agreement(
         difference=float(difference[worst]),
         error=float(relative[worst]),
@@ -98,77 +94,6 @@ def auroc(scores: Array, truth: Array) -> float | None:
     _, inverse, counts = np.unique(flat, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     return float((ranks[wanted].sum() - positive * (positive + 1) / 2) / (positive * negative))
-
-
-MAPS = "maps"
-"""The task that needs no code: dense maps."""
-
-
-class TaskMetric(Protocol):
-    """How well a model does a user's task; `evaluate --metric task --task package.module:class` makes one for the model
-    and one for its teacher, `search` one for both, of which it asks `update` alone.
-
-    Attributes:
-        higher_is_better: of `result`, and of what `update` returns.
-    """
-
-    higher_is_better: bool
-
-    def update(self, outputs: Mapping[str, Array], path: Path) -> float | None:
-        """Take a model's outputs, batch 1, for one image.
-
-        Returns:
-            How well it did on that image, if that can be said; paired intervals come of these.
-        """
-
-    def result(self) -> float:
-        """How well it did on all."""
-
-
-def metric_maker(name: str) -> Callable[[], TaskMetric]:
-    """What makes a user's metric.
-
-    Args:
-        name: package.module:class.
-
-    Raises:
-        ConfigError: it cannot be imported; and where it is called: it fails, or makes no `TaskMetric`.
-    """
-    module, _, own = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), own)
-    except Exception as error:
-        raise ConfigError(
-            f"The task {name!r} cannot be imported: {type(error).__name__}: {error}.",
-            f"Give {MAPS}, or your own as package.module:class, with its package in PYTHONPATH.",
-        ) from error
-
-    def make() -> TaskMetric:
-        try:
-            metric = found()
-        except Exception as error:
-            raise ConfigError(f"{name} failed: {type(error).__name__}: {error}.", "Mend it.") from error
-        lacking = [part for part in ("update", "result", "higher_is_better") if not hasattr(metric, part)]
-        if lacking:
-            raise ConfigError(f"{name} has no {lacking[0]}.", "See metrics.TaskMetric for what one has.")
-        return metric  # type: ignore[no-any-return]
-
-    return make
-
-
-def answered(metric: TaskMetric, method: Callable[..., Any], *arguments: Any) -> float | None:
-    """What a user's metric answers, which may fail in any way.
-
-    Raises:
-        ConfigError: it does.
-    """
-    try:
-        answer = method(*arguments)
-        return None if answer is None else float(answer)
-    except Exception as error:
-        raise ConfigError(
-            f"{type(metric).__name__}.{method.__name__} failed: {type(error).__name__}: {error}.", "Mend the metric."
-        ) from error
 
 
 POSITIONS = "token_positions"

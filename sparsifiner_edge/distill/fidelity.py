@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.distill.captured import Captured, attention_captured
-from sparsifiner_edge.distill.losses import at_positions
+from sparsifiner_edge.judge import Answer, alike, correlation
+from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.outputs import ModelAnswer, seen_by
+from sparsifiner_edge.sparse.outputs import TOKENS, ModelAnswer, seen_by
 from sparsifiner_edge.sparse.patch import set_budget
 
 LEAST_ERROR = 1e-6
@@ -65,7 +66,7 @@ def judge_weights(
         values, right = list[float](), list[bool]()
         for one in held_out:
             seen = seen_by(model, one.image, names)
-            values.append(_cosine(seen, one.wanted, backbone.prefix))
+            values.append(_cosine(seen.answer(backbone.prefix), one.wanted.answer(backbone.prefix)))
             if one.label is not None:
                 right.append(int(backbone.heads(seen.tokens)["logits"].argmax()) == one.label)
         each.append(values)
@@ -79,19 +80,10 @@ def judge_weights(
     )
 
 
-def _cosine(seen: ModelAnswer, wanted: ModelAnswer, prefix: int) -> float:
-    expected = at_positions(wanted.tokens, seen.positions, prefix)
-    cosine = torch.cosine_similarity(seen.tokens, expected, dim=-1)[0]
-    parts = [cosine[:prefix], cosine[prefix:]] if prefix else [cosine]
-    parts += [_correlation(seen.outputs[name], output) for name, output in wanted.outputs.items()]
-    return statistics.fmean(float(part.mean()) for part in parts)
-
-
-def _correlation(got: Tensor, wanted: Tensor) -> Tensor:
-    """Of all elements; 1 where both are constant."""
-    a, b = (x.flatten() - x.mean() for x in (got, wanted))
-    norms = a.norm() * b.norm()
-    return a @ b / norms if float(norms) > 0 else torch.ones(())
+def _cosine(got: Answer, wanted: Answer) -> float:
+    parts = [alike(part, got, wanted) for part in (("prefix", "patches") if got.prefix else ("patches",))]
+    others = wanted.outputs.keys() - {TOKENS, POSITIONS}
+    return statistics.fmean(parts + [correlation(got.outputs[name], wanted.outputs[name]) for name in others])
 
 
 def joint_fidelity(cosines: list[list[float]]) -> float:

@@ -11,11 +11,12 @@ from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
 from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
 from sparsifiner_edge.evaluate.extract import TeacherComparison
+from sparsifiner_edge.evaluate.judges import Task
 from sparsifiner_edge.evaluate.robustness import RobustnessQuestion, RobustnessResult, evaluate_robustness
-from sparsifiner_edge.evaluate.task import THRESHOLD, Task, TaskResult, evaluate_task
+from sparsifiner_edge.evaluate.task import TaskResult, evaluate_task
 from sparsifiner_edge.evaluate.top1 import Feeding, evaluate_top1
 from sparsifiner_edge.images import evenly, list_images
-from sparsifiner_edge.metrics import MAPS
+from sparsifiner_edge.judge import MAPS, THRESHOLD
 from sparsifiner_edge.progress import Progress
 
 

@@ -12,7 +12,7 @@ from sparsifiner_edge.bundle.entries import ON_PROCESSOR
 from sparsifiner_edge.corruptions import Condition, every_condition
 from sparsifiner_edge.errors import ConfigError, SparsifinerError
 from sparsifiner_edge.images import evenly, list_images
-from sparsifiner_edge.metrics import MAPS
+from sparsifiner_edge.judge import MAPS
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.processor import ProcessorBackend

@@ -1,19 +1,14 @@
-"""What is judged of a model's answer: how far it is from the dense model's, image by image."""
+"""What a search judges a model's answer by: how far it is from the dense model's, image by image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
-from sparsifiner_edge.metrics import answered, intersection_over_union, metric_maker
-from sparsifiner_edge.sparse.hosts import backbone_of
-from sparsifiner_edge.sparse.outputs import TOKENS, ModelAnswer
+from sparsifiner_edge.judge import THRESHOLD, Answer, Outputs, OwnMetric, alike, map_scores
+from sparsifiner_edge.sparse.outputs import TOKENS
 from sparsifiner_edge.sparse.student import Student
 
 FIDELITIES = ("patches", "class", "task")
@@ -23,93 +18,26 @@ ROUNDING, COARSE = 1e-7, 1e-3
 """Distances that count as no smaller: of cosines, and of a task's figures, which may be nothing for many images."""
 
 
-class Judge:
-    """Compares with what the dense model makes of some images.
+class Fidelity(NamedTuple):
+    """How answers are judged.
 
     Attributes:
-        reads: names of the outputs that it needs of a bundle. least: a distance counts as no smaller.
+        distance: 1 - fidelity of what a model makes of an image, by its number. reads: names of the outputs that this
+            needs of a bundle. least: a distance counts as no smaller.
     """
 
+    distance: Callable[[int, Answer], float]
     reads: frozenset[str] = frozenset({TOKENS})
-    least = ROUNDING
-
-    def distance(self, number: int, seen: ModelAnswer) -> float:
-        """1 - fidelity of what a model makes of an image."""
-        raise NotImplementedError
+    least: float = ROUNDING
 
 
-class _Cosine(Judge):
-    def __init__(self, wanted: Sequence[ModelAnswer], rows: slice) -> None:
-        self._wanted, self._rows = wanted, rows
-
-    def distance(self, number: int, seen: ModelAnswer) -> float:
-        got, wanted = (x.tokens[:, self._rows] for x in (seen, self._wanted[number]))
-        return 1 - float(torch.cosine_similarity(got, wanted, dim=-1).mean())
-
-
-class _Overlap(Judge):
-    least = COARSE
-
-    def __init__(self, wanted: Sequence[ModelAnswer]) -> None:
-        if len(wanted[0].outputs) != 1:
-            named = ", ".join(wanted[0].outputs) or "none"
-            raise ConfigError(
-                f"One map is judged, and this model's outputs are: {named}.",
-                "Judge by --metric patches, or a metric of your own: --task package.module:class.",
-            )
-        (self._name,) = wanted[0].outputs
-        self._masks = [self._mask(x) for x in wanted]
-        self.reads = frozenset({self._name})
-
-    def distance(self, number: int, seen: ModelAnswer) -> float:
-        found = intersection_over_union(self._mask(seen), self._masks[number])
-        return 0.0 if found is None else 1 - found
-
-    def _mask(self, seen: ModelAnswer) -> Array:
-        return (seen.outputs[self._name] > 0.5).numpy()
-
-
-class _OwnScore(Judge):
-    """A user's `TaskMetric`, whose scores lie from 0 to 1; an image on which a model does better loses nothing."""
-
-    least = COARSE
-
-    def __init__(
-        self, task: str, model: nn.Module, teacher: nn.Module, wanted: Sequence[ModelAnswer], paths: Sequence[Path]
-    ) -> None:
-        self._task, self._metric, self._paths = task, metric_maker(task)(), paths
-        self._model = model
-        self.reads = frozenset(_named(teacher, wanted[0])) - {TOKENS}
-        self._wanted = [self._score(number, _named(teacher, x)) for number, x in enumerate(wanted)]
-
-    def distance(self, number: int, seen: ModelAnswer) -> float:
-        lost = self._wanted[number] - self._score(number, _named(self._model, seen))
-        return max(0.0, lost if self._metric.higher_is_better else -lost)
-
-    def _score(self, number: int, outputs: dict[str, Tensor]) -> float:
-        arrays = {name: x.numpy() for name, x in outputs.items()}
-        found = answered(self._metric, self._metric.update, arrays, self._paths[number])
-        if found is None or not 0 <= found <= 1:
-            raise ConfigError(
-                f"{self._task} says {found} of {self._paths[number].name}.",
-                "A search needs a score from 0 to 1 of each image: return one, or judge by another --metric.",
-            )
-        return found
-
-
-@torch.no_grad()
-def _named(model: nn.Module, seen: ModelAnswer) -> dict[str, Tensor]:
-    """All that a bundle of the model would give."""
-    return {TOKENS: seen.tokens} | (seen.outputs or backbone_of(model).heads(seen.tokens))
-
-
-def judge_of(
-    metric: str, task: str | None, student: Student, teacher: Any, wanted: Sequence[ModelAnswer], paths: Sequence[Path]
-) -> Judge:
+def fidelity_of(
+    metric: str, task: str | None, student: Student, wanted: Sequence[Answer], paths: Sequence[Path]
+) -> Fidelity:
     """What judges by one of `FIDELITIES`.
 
     Args:
-        task: a user's metric, package.module:class. teacher: the dense model; wanted: what it makes of the images.
+        task: a user's metric, package.module:class. wanted: what the dense model makes of the images.
 
     Raises:
         ConfigError: this model has not what is judged; the user's metric fails, or says nothing of an image.
@@ -117,13 +45,50 @@ def judge_of(
     backbone = student.backbone
     if metric == "task":
         if task is not None:
-            return _OwnScore(task, student.model, teacher, wanted, paths)
+            return _own(task, wanted, paths)
         if backbone.module is student.model:
             raise ConfigError(
                 "This model has no decoder whose map could be judged.",
                 "Judge by --metric patches, or by a metric of your own: --task package.module:class.",
             )
-        return _Overlap(wanted)
+        return _overlap(wanted)
     if metric == "class" and not backbone.class_token:
         raise ConfigError("This model has no class token.", "Judge by --metric patches.")
-    return _Cosine(wanted, slice(0, 1) if metric == "class" else slice(backbone.prefix, None))
+    return Fidelity(lambda number, got: 1 - alike(metric, got, wanted[number]))
+
+
+def _overlap(wanted: Sequence[Answer]) -> Fidelity:
+    names = list(wanted[0].outputs.keys() - {TOKENS})
+    if len(names) != 1:
+        raise ConfigError(
+            f"One map is judged, and this model's outputs are: {', '.join(names) or 'none'}.",
+            "Judge by --metric patches, or a metric of your own: --task package.module:class.",
+        )
+    masks = [answer.outputs[names[0]] > THRESHOLD for answer in wanted]
+
+    def distance(number: int, got: Answer) -> float:
+        return 1 - (map_scores(got.outputs[names[0]], masks[number], THRESHOLD, ("iou",))["iou"] or 0.0)
+
+    return Fidelity(distance, frozenset(names), COARSE)
+
+
+def _own(task: str, wanted: Sequence[Answer], paths: Sequence[Path]) -> Fidelity:
+    """A user's `TaskMetric`, whose scores lie from 0 to 1; an image on which a model does better loses nothing."""
+    metric = OwnMetric(task)
+
+    def score(number: int, outputs: Outputs) -> float:
+        found = metric.score(outputs, paths[number])
+        if found is None or not 0 <= found <= 1:
+            raise ConfigError(
+                f"{task} says {found} of {paths[number].name}.",
+                "A search needs a score from 0 to 1 of each image: return one, or judge by another --metric.",
+            )
+        return found
+
+    dense = [score(number, answer.outputs) for number, answer in enumerate(wanted)]
+
+    def distance(number: int, got: Answer) -> float:
+        lost = dense[number] - score(number, got.outputs)
+        return max(0.0, lost if metric.higher_is_better else -lost)
+
+    return Fidelity(distance, frozenset(wanted[0].outputs) - {TOKENS}, COARSE)

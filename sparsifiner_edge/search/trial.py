@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +15,14 @@ from sparsifiner_edge.bounds import ImageSize
 from sparsifiner_edge.corruptions import Condition, corrupt
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.images import load_image
+from sparsifiner_edge.judge import Answer
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.ops.torch_native import native_kernels
 from sparsifiner_edge.runtime.session import Session
-from sparsifiner_edge.search.judge import judge_of
+from sparsifiner_edge.search.judge import fidelity_of
 from sparsifiner_edge.search.plan import LayerPlan, dense
 from sparsifiner_edge.sparse.attention import SparseAttention
-from sparsifiner_edge.sparse.outputs import TOKENS, ModelAnswer, seen_by
+from sparsifiner_edge.sparse.outputs import TOKENS, answer_of, outputs_of
 from sparsifiner_edge.sparse.patch import set_budget
 from sparsifiner_edge.sparse.student import Student
 from sparsifiner_edge.sparse.weights import normalise
@@ -53,8 +53,8 @@ class Trial:
         self._raw = [image[None] for image in _seen(paths, student.img_size, conditions)]
         self._pixels = [normalise(torch.from_numpy(image), student.normalisation) for image in self._raw]
         with torch.inference_mode():
-            wanted = [seen_by(teacher, image, student.outputs) for image in self._pixels]
-        self.judge = judge_of(metric, task, student, teacher, wanted, paths)
+            wanted = [answer_of(teacher, image, student.outputs) for image in self._pixels]
+        self.judge = fidelity_of(metric, task, student, wanted, paths)
         self._made: list[list[Tensor]] = []
 
     @torch.inference_mode()
@@ -68,8 +68,8 @@ class Trial:
         with native_kernels(available_cores()):
             for number, (pixels, outputs) in enumerate(zip(self._pixels, made, strict=True)):
                 with _giving(layers, outputs):
-                    seen = seen_by(self._student.model, pixels, self._student.outputs)
-                found.append(self.judge.distance(number, seen))
+                    answer = answer_of(self._student.model, pixels, self._student.outputs)
+                found.append(self.judge.distance(number, answer))
         return found
 
     def _by_dense_layers(self, count: int) -> list[list[Tensor]]:
@@ -93,7 +93,7 @@ class Trial:
             for layer in self._student.backbone.layers
         ]
         try:
-            seen_by(self._student.model, pixels, self._student.outputs)
+            outputs_of(self._student.model, pixels, self._student.outputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -116,11 +116,9 @@ class Trial:
 
     def distances_of(self, infer: Callable[[dict[str, Array]], dict[str, Array]]) -> list[float]:
         """1 - the metric, image by image, of what a session makes of them."""
-        found = []
-        for number, image in enumerate(self._raw):
-            got = {name: torch.from_numpy(np.asarray(value)) for name, value in infer({"image": image}).items()}
-            found.append(self.judge.distance(number, ModelAnswer(got.pop(TOKENS, torch.empty(0)), None, got)))
-        return found
+        prefix = self._student.backbone.prefix
+        got = (Answer(infer({"image": image}), prefix) for image in self._raw)
+        return [self.judge.distance(number, answer) for number, answer in enumerate(got)]
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.errors import ConfigError
+from sparsifiner_edge.judge import Answer
 from sparsifiner_edge.metrics import POSITIONS
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.layer import riding
@@ -66,6 +68,19 @@ class ModelAnswer(NamedTuple):
     tokens: Tensor
     positions: Tensor | None
     outputs: dict[str, Tensor]
+
+    def answer(self, prefix: int) -> Answer:
+        """For a judge; prefix: tokens before the patches."""
+        return Answer(_arrays(self.outputs | _with_positions(self.tokens, self.positions)), prefix)
+
+
+def answer_of(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> Answer:
+    """All that a bundle of the module would give for one image [1,3,H,W], tokens too, for a judge."""
+    return Answer(_arrays(outputs_of(module, images, names, tokens=True)), backbone_of(module).prefix)
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {name: (x.float() if x.is_floating_point() else x).cpu().numpy() for name, x in tensors.items()}
 
 
 def seen_by(module: nn.Module, images: Tensor, names: Sequence[str] | None = None) -> ModelAnswer:

@@ -1,0 +1,279 @@
+"""What `evaluate` judges by: images, and how both models' answers to each are scored, clean or corrupted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsifiner_edge.arrays import Array, Pixels
+from sparsifiner_edge.bounds import ImageSize, height_width
+from sparsifiner_edge.corruptions import Condition, corrupt, moved
+from sparsifiner_edge.errors import ConfigError, ImageError
+from sparsifiner_edge.evaluate.classes import Predictor
+from sparsifiner_edge.evaluate.extract import Extractor
+from sparsifiner_edge.evaluate.labelled import Labelled
+from sparsifiner_edge.images import SUFFIXES, load_image, load_mask
+from sparsifiner_edge.judge import (
+    MAPS,
+    THRESHOLD,
+    Answer,
+    Outputs,
+    OwnMetric,
+    Scores,
+    alike,
+    map_in,
+    map_scores,
+    matching,
+)
+from sparsifiner_edge.metrics import POSITIONS
+from sparsifiner_edge.progress import Progress
+
+JUDGED = ("subject", "teacher")
+
+
+class Task(NamedTuple):
+    """What is judged.
+
+    Attributes:
+        name: `MAPS`, or "package.module:object", a user's `TaskMetric` or what makes one.
+        output: of a map, its name; None: the only one there is. masks: folder of true masks, named as the images.
+        threshold: of maps from 0 to 1, above which a pixel belongs to the mask.
+    """
+
+    name: str = MAPS
+    output: str | None = None
+    masks: Path | None = None
+    threshold: float = THRESHOLD
+
+
+class Seen(NamedTuple):
+    """An image as both models saw it.
+
+    Attributes:
+        number: of the image. condition: how it was corrupted; None: not at all. subject, teacher: what they answered.
+        clean: what the teacher answered to the clean image.
+    """
+
+    number: int
+    condition: Condition | None
+    subject: Answer
+    teacher: Answer
+    clean: Answer
+
+
+class Judge:
+    """Scores both models' answers to images, which are files.
+
+    Attributes:
+        truth: what scores are held against, for people. images: their names. lower: names of scores that are the better
+            the lower they are.
+    """
+
+    truth: str
+    lower: frozenset[str] = frozenset()
+
+    def __init__(self, files: Sequence[Path], size: ImageSize) -> None:
+        self._files, self._size = files, size
+        self.images = [path.name for path in files]
+
+    def load(self, number: int) -> Pixels:
+        """One of the images, clean."""
+        return load_image(self._files[number], self._size)
+
+    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+        """The subject's and the teacher's."""
+        raise NotImplementedError
+
+
+def answers(
+    judge: Judge, subject: Extractor, teacher: Extractor, conditions: Sequence[Condition], progress: Progress | None,
+    stage: str = "images",
+) -> Iterator[Seen]:  # fmt: skip
+    """Image by image, clean and then under each condition."""
+    steps, total = itertools.count(1), len(judge.images) * (len(conditions) + 1)
+    for number in range(len(judge.images)):
+        image = judge.load(number)
+        shown = [image, *(corrupt(image, *condition, seed=number) for condition in conditions)]
+        clean: Answer | None = None
+        pairs = zip((None, *conditions), subject.each(shown), teacher.each(shown), strict=True)
+        for condition, own, dense in pairs:
+            answer = Answer(dense, teacher.prefix)
+            clean = clean or answer
+            yield Seen(number, condition, Answer(own, subject.prefix), answer, clean)
+            if progress:
+                progress(stage, next(steps), total)
+
+
+class FeatureJudge(Judge):
+    """ "features": cosine to the dense model's of the clean image; "patches": to the dense model's of the same image,
+    since some corruptions move patches.
+    """
+
+    truth = "features: the dense model's of the clean image; patches: the dense model's of the same, corrupted image"
+
+    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+        """See `Judge`.
+
+        Raises:
+            ConfigError: the teacher is none of the subject.
+        """
+        require_comparable(seen.subject.outputs, seen.teacher.outputs)
+        own, dense = (Scores(features=alike("features", x, seen.clean)) for x in (seen.subject, seen.teacher))
+        if "tokens" in seen.subject.outputs and "tokens" in seen.teacher.outputs:
+            own["patches"], dense["patches"] = alike("patches", seen.subject, seen.teacher), 1.0
+        return own, dense
+
+
+def require_comparable(got: Outputs, expected: Outputs) -> None:
+    """Refuse a teacher that is no teacher of the subject."""
+    for name, outputs in zip(JUDGED, (got, expected), strict=True):
+        if "features" not in outputs:
+            raise ConfigError(f"The {name} gives {', '.join(outputs)}.", "Cosines need features: take another metric.")
+    if POSITIONS in expected:
+        raise ConfigError("The teacher prunes tokens.", "Compare with a model that keeps all of them.")
+    for name in ("features", "tokens") if POSITIONS not in got else ("features",):
+        if name in got and name in expected and got[name].shape != expected[name].shape:
+            raise ConfigError(
+                f"The subject's {name} have shape {list(got[name].shape)}, the teacher's {list(expected[name].shape)}.",
+                "Give the model that the subject was made from.",
+            )
+
+
+class TaskJudge(Judge):
+    """Of a task: its scores against what is true, and what a result's method says of it."""
+
+    has_truth = True
+
+    def apart(self, seen: Seen) -> Scores:
+        """The subject's answer against the teacher's."""
+        del seen
+        return {}
+
+    def said(self) -> dict[str, Any]:
+        """For the method of a result, at the end."""
+        raise NotImplementedError
+
+
+class MapJudge(TaskJudge):
+    """Dense maps, of one channel, against true masks; where there are none against the mask of the dense model's map of
+    the clean image, moved as the image.
+    """
+
+    lower = frozenset({"error"})
+
+    def __init__(self, task: Task, files: Sequence[Path], size: ImageSize, measures: Sequence[str]) -> None:
+        super().__init__(files, size)
+        self._task, self._output, self._measures = task, task.output, measures
+        self._masks = [] if task.masks is None else masks_of(task.masks, files)
+        self.has_truth = bool(self._masks)
+        self.truth = "true masks" if self._masks else "the dense model's map of the clean image"
+
+    def apart(self, seen: Seen) -> Scores:
+        """See `TaskJudge`."""
+        own, dense = self._maps(seen)
+        if own.shape != dense.shape:
+            raise ConfigError(
+                f"The subject's map has shape {list(own.shape)}, the teacher's {list(dense.shape)}.",
+                "Give the model that the subject was made from.",
+            )
+        return map_scores(own, dense, self._task.threshold, self._measures)
+
+    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+        """See `Judge`."""
+        mask = load_mask(self._masks[seen.number], self._size) if self._masks else self._mask_of(seen.clean)
+        true = mask if seen.condition is None else moved(mask, *seen.condition, seed=seen.number)
+        own, dense = (map_scores(x, true, self._task.threshold, self._measures) for x in self._maps(seen))
+        return own, dense
+
+    def said(self) -> dict[str, Any]:
+        """See `TaskJudge`."""
+        masks = None if self._task.masks is None else str(self._task.masks)
+        return {"output": self._output, "threshold": self._task.threshold, "masks": masks}
+
+    def _maps(self, seen: Seen) -> tuple[Array, Array]:
+        self._output, own = map_in(seen.subject.outputs, self._output, "subject")
+        return own, map_in(seen.teacher.outputs, self._output, "teacher")[1]
+
+    def _mask_of(self, clean: Answer) -> Array:
+        name, dense = map_in(clean.outputs, self._output, "teacher")
+        if dense.min() < 0 or dense.max() > 1:
+            raise ConfigError(
+                f"{name} has values from {dense.min():.3g} to {dense.max():.3g}; masks are cut from maps from 0 to 1.",
+                "Write a metric of your own: --task package.module:object.",
+            )
+        return matching(dense > self._task.threshold, height_width(self._size))
+
+
+def masks_of(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """Each image's mask: the image file of its name, whatever the ending."""
+    if not folder.is_dir():
+        raise ImageError(f"{folder} does not exist.", "Give a folder of masks.")
+    found = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES}
+    missing = [path.name for path in images if path.stem not in found]
+    if missing:
+        raise ImageError(f"{folder} holds no mask for {missing[0]}.", "Name masks as the images, such as 7.jpg, 7.png.")
+    return [found[path.stem] for path in images]
+
+
+class OwnJudge(TaskJudge):
+    """ "score" of a user's metric: one for each model and condition, so that each sees all images once."""
+
+    def __init__(self, task: str, files: Sequence[Path], size: ImageSize) -> None:
+        super().__init__(files, size)
+        self.truth = task
+        self._metrics: dict[tuple[str, Condition | None], OwnMetric] = {
+            (role, None): OwnMetric(task) for role in JUDGED
+        }
+        self._higher = self._metrics[JUDGED[0], None].higher_is_better
+        self.lower = frozenset() if self._higher else frozenset({"score"})
+
+    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+        """See `Judge`."""
+        own, dense = (
+            Scores(score=self._metric(role, seen.condition).score(answer.outputs, self._files[seen.number]))
+            for role, answer in zip(JUDGED, (seen.subject, seen.teacher), strict=True)
+        )
+        return own, dense
+
+    def said(self) -> dict[str, Any]:
+        """See `TaskJudge`."""
+        results = {role: self._metrics[role, None].result() for role in JUDGED}
+        missing = [role for role, value in results.items() if value is None]
+        if missing:
+            raise ConfigError(f"The metric's result for the {missing[0]} is None.", "Let result return a number.")
+        return {"higher_is_better": self._higher, "results": results}
+
+    def _metric(self, role: str, condition: Condition | None) -> OwnMetric:
+        if (role, condition) not in self._metrics:
+            self._metrics[role, condition] = OwnMetric(self.truth)
+        return self._metrics[role, condition]
+
+
+def task_judge(task: Task, files: Sequence[Path], size: ImageSize, measures: Sequence[str]) -> TaskJudge:
+    """What judges a task; measures: of maps, some of `MAP_MEASURES`."""
+    return MapJudge(task, files, size, measures) if task.name == MAPS else OwnJudge(task.name, files, size)
+
+
+class ClassJudge(Judge):
+    """ "accuracy": of classifiers, or of neighbours or linear probes that learnt from clean images; one by model."""
+
+    def __init__(self, queries: Labelled, metric: str, size: ImageSize, predictors: Sequence[Predictor]) -> None:
+        super().__init__((), size)
+        self._queries, self._predictors, self.truth = queries, predictors, f"classes, by {metric}"
+        self.images = [f"{queries.name} {number}" for number in range(len(queries))]
+
+    def load(self, number: int) -> Pixels:
+        """See `Judge`."""
+        return self._queries.load(number, self._size)
+
+    def scores(self, seen: Seen) -> tuple[Scores, Scores]:
+        """See `Judge`."""
+        right = []
+        for predictor, answer in zip(self._predictors, (seen.subject, seen.teacher), strict=True):
+            if predictor.output not in answer.outputs:
+                raise ConfigError(f"A model gives no {predictor.output}.", "Choose another metric, or a classifier.")
+            found = predictor.predict(answer.outputs[predictor.output])[0]
+            right.append(Scores(accuracy=float(found == self._queries.labels[seen.number])))
+        return right[0], right[1]
