@@ -28,10 +28,11 @@ from sparsifiner_edge.cli.common import err_console, output_option, print_table
 from sparsifiner_edge.demo import material
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.profiles import stats
-from sparsifiner_edge.profiles.measure.side import Worker, start_worker
+from sparsifiner_edge.profiles.measure.side import start_worker
 from sparsifiner_edge.profiles.measure.worker import Load, Loaded, QueryBlock
 from sparsifiner_edge.profiles.sensors import PowerSensor, Recorder, find_sensor
 from sparsifiner_edge.results import Result
+from sparsifiner_edge.runtime.child import Child
 
 _LIMIT = 1.01
 _TIMEOUT_S = 900.0
@@ -91,7 +92,7 @@ def _dense(folder: Path) -> Path:
     return export_bundle(material.DINOV2, folder / "dense", weights=weights, img_size=224)
 
 
-def _ready(worker: Worker, bundle: Path, threads: int | None, seconds: float) -> Callable[[], np.ndarray[Any, Any]]:
+def _ready(worker: Child, bundle: Path, threads: int | None, seconds: float) -> Callable[[], np.ndarray[Any, Any]]:
     """Load and warm up; what it returns measures a block of about so many seconds."""
     request = Load(bundle=str(bundle.resolve()), backend="onnxruntime", threads=threads)
     worker.ask("load", _TIMEOUT_S, Loaded, **asdict(request))

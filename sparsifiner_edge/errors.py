@@ -30,10 +30,11 @@ class SparsifinerError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Processes hand errors on, whatever their own arguments were."""
-        return _rebuilt, (type(self), self.what, self.fix)
+        return rebuilt, (type(self), self.what, self.fix)
 
 
-def _rebuilt(kind: type[SparsifinerError], what: str, fix: str) -> SparsifinerError:
+def rebuilt(kind: type[SparsifinerError], what: str, fix: str) -> SparsifinerError:
+    """An error that another process raised."""
     error = kind.__new__(kind)
     SparsifinerError.__init__(error, what, fix)
     return error

@@ -12,10 +12,13 @@ import errno
 import os
 import resource
 import runpy
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from sparsifiner_edge.quiet import NO_TELEMETRY
 
 _SOURCE = str(Path(__file__).resolve().parents[1])
 _MOST_FILES = 4096
+_LENGTH = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1
 # Before anything is imported but what is built in: `-c` puts the working directory first, and an empty entry of
 # PYTHONPATH means it too. Where this package runs from its source folder that comes last.
@@ -106,3 +110,54 @@ def limit_resource(kind: int, most: int) -> None:
     hard = resource.getrlimit(kind)[1]
     value = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(kind, (value, value))
+
+
+class StalledError(Exception):
+    """Nothing came within the time allowed."""
+
+
+def write_message(handle: int, content: bytes, *more: memoryview) -> None:
+    """Write one message, and bytes that it announces, to a pipe or socket; waits while the reader is busy.
+
+    Raises:
+        OSError: the other side is gone.
+    """
+    for data in (memoryview(_LENGTH.pack(len(content)) + content), *more):
+        while data:
+            data = data[os.write(handle, data) :]  # noqa: PLW2901
+
+
+def read_message(handle: int, deadline: float | None, most: int) -> bytearray | None:
+    """Read one message; None at the end of the stream.
+
+    Args:
+        deadline: by `time.monotonic`; None: as long as it takes. most: bytes that it may have.
+
+    Raises:
+        StalledError: it did not come whole in time.
+        ValueError: it is longer.
+        OSError: the other side is gone.
+    """
+    prefix = read_bytes(handle, _LENGTH.size, deadline)
+    if prefix is None:
+        return None
+    (length,) = _LENGTH.unpack(prefix)
+    if length > most:
+        raise ValueError(f"a message of {length} bytes")
+    return read_bytes(handle, length, deadline)
+
+
+def read_bytes(handle: int, count: int, deadline: float | None) -> bytearray | None:
+    """So many bytes; None at the end of the stream. See `read_message`."""
+    data = bytearray(count)
+    view, poll = memoryview(data), select.poll()
+    poll.register(handle, select.POLLIN)
+    while view:
+        left = None if deadline is None else 1000 * (deadline - time.monotonic())
+        if (left is not None and left <= 0) or not poll.poll(left):
+            raise StalledError
+        got = os.readv(handle, [view])
+        if got == 0:
+            return None
+        view = view[got:]
+    return data

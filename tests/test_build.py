@@ -163,13 +163,13 @@ def misbehaving(folder: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> Non
     [
         (
             "sys.stderr.write('corrupted list'); sys.stderr.flush(); os.abort()",
-            r"ended by SIGABRT. It wrote:.*corrupted",
+            r"ended by SIGABRT during 'build'. It wrote:.*corrupted",
         ),
         ("os.kill(os.getpid(), 9)", r"(?s)ended by SIGKILL.*out of memory"),
         ("os.kill(os.getpid(), 11)", r"ended by SIGSEGV"),
-        ("os._exit(3)", r"left with exit status 3. It wrote: nothing"),
+        ("os._exit(3)", r"left with exit status 3 during 'build'. It wrote: nothing"),
         ("1 / 0", r"tensorrt_rtx cannot be imported: division by zero"),
-        ("time.sleep(60)", r"(?s)took more than 4 s and was ended.*--timeout"),
+        ("time.sleep(60)", r"(?s)gave no reply to 'build' within 4 s and was ended.*--timeout"),
     ],
 )
 def test_a_builder_that_dies_is_a_message_and_the_bundle_as_it_was(

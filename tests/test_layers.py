@@ -111,7 +111,7 @@ def test_a_profile_has_layers_and_how_they_compare(exported):
 
 def test_a_profiler_that_fails_costs_the_layers_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("sparsifiner_edge.profiles.profile.LOAD_TIMEOUT_S", 1e-3)
-    monkeypatch.setattr("sparsifiner_edge.profiles.measure.side.Worker.ask", _ask_with_time(30))
+    monkeypatch.setattr("sparsifiner_edge.runtime.child.Child.ask", _ask_with_time(30))
     bundle = make_bundle(tmp_path / "b")
     figures = profile_bundle(bundle, seconds=0.05, min_queries=1, threads=1, power=False)["statistics"]["subject"]
     assert figures["queries"] > 0
@@ -120,9 +120,9 @@ def test_a_profiler_that_fails_costs_the_layers_alone(tmp_path, monkeypatch):
 
 
 def _ask_with_time(seconds):
-    from sparsifiner_edge.profiles.measure.side import Worker
+    from sparsifiner_edge.runtime.child import Child
 
-    ask = Worker.ask
+    ask = Child.ask
     return lambda self, op, wait_s, form, **more: ask(self, op, wait_s if op == "layers" else seconds, form, **more)
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.measure import observe as observation
-from sparsifiner_edge.profiles.measure.side import Worker
 from sparsifiner_edge.profiles.measure.worker import _Worker
 from sparsifiner_edge.profiles.rules import make_rules
 from sparsifiner_edge.profiles.sensors import PowerSensor, Reading
 from sparsifiner_edge.results import check_result
+from sparsifiner_edge.runtime.child import Child
 from sparsifiner_edge.runtime.cuda import Times
 from tests.plain import profile_bundle
 from tests.tiny import make_bundle
@@ -133,17 +133,17 @@ def test_garbage_from_a_sensor_leaves_the_latency(monkeypatch, bundles, read):
 
 
 def test_a_worker_that_dies_after_the_measurement_costs_its_description_alone(monkeypatch, bundles):
-    ask = Worker.ask
+    ask = Child.ask
 
     def dying(self, op, *settings, **arguments):
         if op == "describe":
             os.kill(self.pid, signal.SIGKILL)
         return ask(self, op, *settings, **arguments)
 
-    monkeypatch.setattr(Worker, "ask", dying)
+    monkeypatch.setattr(Child, "ask", dying)
     result = profile_bundle(bundles["fast"], seconds=0.05, min_queries=1, threads=1, layers=False, power=False)
     assert result["statistics"]["subject"]["latency_ms"]["p50"]["value"] > 0
-    assert "died" in result["method"]["runtime"]["subject"]["kernels"]["unavailable"]
+    assert "SIGKILL" in result["method"]["runtime"]["subject"]["kernels"]["unavailable"]
 
 
 def test_without_a_sensor_there_is_a_reason(bundles):

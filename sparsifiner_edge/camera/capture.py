@@ -20,7 +20,6 @@ from sparsifiner_edge.camera.decoder_protocol import (
     FrameHeader,
     ProtocolError,
     Request,
-    StalledError,
     StateHeader,
     receive,
 )
@@ -28,7 +27,7 @@ from sparsifiner_edge.camera.prepare import Fit
 from sparsifiner_edge.camera.relay import Relay
 from sparsifiner_edge.camera.sources import Source
 from sparsifiner_edge.camera.status import Status
-from sparsifiner_edge.process import start_python
+from sparsifiner_edge.process import StalledError, start_python
 
 _START_S = 20.0
 """Before its first message the process imports its decoder, which takes seconds on a small board."""

@@ -7,9 +7,6 @@ Whoever reads trusts nothing: what decodes hostile input may have been taken ove
 from __future__ import annotations
 
 import json
-import os
-import select
-import struct
 import time
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
@@ -18,9 +15,9 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Pixels
 from sparsifiner_edge.camera.prepare import Fit
+from sparsifiner_edge.process import read_bytes, read_message, write_message
 from sparsifiner_edge.text import shown
 
-_LENGTH = struct.Struct("<I")
 _MAX_HEADER = 1 << 16
 MAX_SIDE = 4096
 """Pixels along a side of anything that is sent."""
@@ -110,22 +107,11 @@ class ProtocolError(Exception):
     """The other side sent what is no message."""
 
 
-class StalledError(Exception):
-    """Nothing came within the time allowed."""
-
-
 def send(handle: int, header: Header, images: tuple[Pixels, ...] = ()) -> None:
     """Write one message; waits while the reader is busy."""
     shapes = [image.shape for image in images]
     content = json.dumps(msgspec.to_builtins(header) | {"shapes": shapes}).encode()
-    _write(handle, memoryview(_LENGTH.pack(len(content)) + content))
-    for image in images:
-        _write(handle, np.ascontiguousarray(image).data.cast("B"))
-
-
-def _write(handle: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(handle, data) :]
+    write_message(handle, content, *(np.ascontiguousarray(image).data.cast("B") for image in images))
 
 
 def receive(handle: int, seconds: float) -> DecoderMessage | None:
@@ -136,19 +122,16 @@ def receive(handle: int, seconds: float) -> DecoderMessage | None:
         ProtocolError: it is no message.
     """
     deadline = time.monotonic() + seconds
-    prefix = _read(handle, _LENGTH.size, deadline)
-    if prefix is None:
-        return None
-    (length,) = _LENGTH.unpack(prefix)
-    if length > _MAX_HEADER:
-        raise ProtocolError(f"a header of {length} bytes")
-    content = _read(handle, length, deadline)
+    try:
+        content = read_message(handle, deadline, _MAX_HEADER)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from error
     if content is None:
         return None
     header, shapes = _parsed(content)
     images = []
     for shape in shapes:
-        pixels = _read(handle, shape[0] * shape[1] * 3, deadline)
+        pixels = read_bytes(handle, shape[0] * shape[1] * 3, deadline)
         if pixels is None:
             return None
         images.append(np.frombuffer(pixels, np.uint8).reshape(shape))
@@ -163,18 +146,3 @@ def _parsed(content: bytearray) -> tuple[Header, list[tuple[int, int, Literal[3]
     if isinstance(header, FrameHeader) and not shapes:
         raise ProtocolError("a frame without image")
     return header, shapes
-
-
-def _read(handle: int, count: int, deadline: float) -> bytearray | None:
-    data = bytearray(count)
-    view, poll = memoryview(data), select.poll()
-    poll.register(handle, select.POLLIN)
-    while view:
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
-            raise StalledError
-        got = os.readv(handle, [view])
-        if got == 0:
-            return None
-        view = view[got:]
-    return data

@@ -1,7 +1,8 @@
-"""Processes of ours that work for this one, since native code may abort or hang: started, heard, and always ended.
+"""Processes of ours that work for this one, since native code may abort or hang: asked, heard, and always ended.
 
 Both sides speak JSON, one message at a time, on a pipe of their own: what a library prints in the child, on either
-output, is kept for messages and mixes with nothing.
+output, is kept for messages and mixes with nothing. A request is one of the child's operations with its arguments;
+steps of progress may come back, then its result, or the error of this package that it raised.
 """
 
 from __future__ import annotations
@@ -9,103 +10,145 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any, TypeVar
 
-from sparsifiner_edge.process import start_python
+import msgspec
+
+from sparsifiner_edge.errors import BackendError, SparsifinerError, rebuilt
+from sparsifiner_edge.process import StalledError, read_message, start_python, write_message
+from sparsifiner_edge.progress import Progress
+from sparsifiner_edge.records import read_record, write_record
 
 _TAIL_BYTES = 2000
+_MOST_BYTES = 1 << 30
 _PIPE = "SPARSIFINER_PIPE"
 """Variable of the child's environment: the number of its end of the pipe."""
+_EVERY_S = 0.05
+_REPORT = "Report this as a bug."
+_KINDS = {kind.__name__: kind for kind in SparsifinerError.__subclasses__()}
+_Result = TypeVar("_Result")
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """How far an operation is (stage, done, total), its error (class, what, fix), or else its result, JSON-ready."""
+
+    step: tuple[str, float, float] | None = None
+    error: tuple[str, str, str] | None = None
+    result: Any = None
 
 
 class Child:
     """The parent's side; see `start_child`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], pipe: Connection, log: IO[bytes]) -> None:
+    def __init__(self, name: str, fix: str, process: subprocess.Popen[bytes], pipe: int, log: IO[bytes]) -> None:
         self.pid = process.pid
-        self._process, self._pipe, self._log = process, pipe, log
+        self._name, self._fix, self._process, self._pipe, self._log = name, fix, process, pipe, log
 
-    def send(self, message: object) -> None:
-        """Send one message, JSON-ready.
-
-        Raises:
-            OSError: it is gone.
-        """
-        self._pipe.send_bytes(json.dumps(message).encode())
-
-    def receive(self, deadline: float) -> Any:
-        """The next message, or None where it has ended.
+    def ask(
+        self, operation: str, timeout_s: float, form: type[_Result], progress: Progress | None = None,
+        **arguments: object,
+    ) -> _Result:  # fmt: skip
+        """Have an operation carried out.
 
         Args:
-            deadline: by `time.monotonic`.
+            form: class of its result, or what a type hint can say. arguments: JSON-ready.
 
         Raises:
-            TimeoutError: there is none by then.
+            SparsifinerError: as the operation raised it.
+            BackendError: the child died (with the end of what it wrote), or took longer than `timeout_s`.
         """
-        if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError
-        try:
-            return json.loads(self._pipe.recv_bytes())
-        except (EOFError, OSError):  # Between two messages, or within one.
-            return None
-
-    def wait(self) -> int:
-        """Its exit status, once it has ended; negative where a signal ended it."""
-        return self._process.wait()
-
-    def written(self) -> str:
-        """The end of what it wrote to standard output and error, in one line."""
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, self._log.tell() - _TAIL_BYTES))
-        return " ".join(self._log.read().decode("utf-8", "replace").split()) or "nothing"
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(OSError):  # That it is gone is seen when it is read from.
+            write_message(self._pipe, json.dumps({"operation": operation, **arguments}).encode())
+        while True:
+            try:
+                message = read_message(self._pipe, deadline, _MOST_BYTES)
+            except StalledError as error:
+                raise self._lost(f"gave no reply to {operation!r} within {timeout_s:g} s and was ended") from error
+            except OSError:
+                message = None
+            if message is None:
+                raise self._lost(f"{_how(self._process.wait())} during {operation!r}")
+            reply = read_record(json.loads(message), Reply, self._name, _REPORT, BackendError)
+            if reply.error is not None:
+                kind, what, fix = reply.error
+                raise rebuilt(_KINDS.get(kind, BackendError), what, fix)
+            if reply.step is None:
+                return read_record(reply.result, form, self._name, _REPORT, BackendError)
+            if progress:
+                progress(*reply.step)
 
     def end(self) -> None:
         """Kill it and reap it: nothing in it is worth saving, and what hangs hears nothing gentler."""
         self._process.kill()
         self._process.wait()
 
+    def _lost(self, what: str) -> BackendError:
+        self.end()
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - _TAIL_BYTES))
+        written = " ".join(self._log.read().decode("utf-8", "replace").split()) or "nothing"
+        return BackendError(f"{self._name} {what}. It wrote: {written}", self._fix)
+
+
+def _how(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with exit status {status}"
+
 
 @contextlib.contextmanager
-def start_child(module: str) -> Iterator[Child]:
-    """`python -m module`, killed when the block ends, by whatever way."""
-    near, far = Pipe()
+def start_child(module: str, name: str, fix: str) -> Iterator[Child]:
+    """`python -m module`, which calls `serve`; killed when the block ends, by whatever way.
+
+    Args:
+        name: how messages begin. fix: what to do where it died or hung.
+    """
+    near, far = socket.socketpair()
     with tempfile.TemporaryFile() as log, near:
         with far:
             process = start_python(
                 module, {_PIPE: str(far.fileno())}, pass_fds=[far.fileno()],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        child = Child(process, near, log)
+        child = Child(name, fix, process, near.fileno(), log)
         try:
             yield child
         finally:
             child.end()
 
 
-class Parent:
-    """The child's side."""
+def serve(operations: Mapping[str, Callable[..., Any]]) -> None:
+    """The child's side: carry out what the parent asks for, until it closes the pipe.
 
-    def __init__(self) -> None:
-        handle = int(os.environ.pop(_PIPE))
-        os.set_inheritable(handle, False)  # Programs that a library starts must not hold the pipe open.
-        self._pipe = Connection(handle)
+    Args:
+        operations: by name; each is called with a `Progress` and a request's arguments, and returns a record.
+    """
+    pipe = int(os.environ.pop(_PIPE))
+    os.set_inheritable(pipe, False)  # Programs that a library starts must not hold the pipe open.
+    with contextlib.suppress(ConnectionError):
+        while (message := read_message(pipe, None, _MOST_BYTES)) is not None:
+            request = json.loads(message)
+            operation = operations[request.pop("operation")]
+            try:
+                reply = Reply(result=write_record(operation(_telling(pipe), **request)))
+            except SparsifinerError as error:
+                reply = Reply(error=(type(error).__name__, error.what, error.fix))
+            write_message(pipe, json.dumps(write_record(reply)).encode())
 
-    def messages(self) -> Iterator[Any]:
-        """What it sends, until it closes the pipe."""
-        with contextlib.suppress(EOFError, ConnectionError):
-            while True:
-                yield json.loads(self._pipe.recv_bytes())
 
-    def send(self, message: object) -> None:
-        """Send one message, JSON-ready.
+def _telling(pipe: int) -> Progress:
+    """Tells the parent of progress, not too often: some phases have thousands of steps."""
+    last = ("", 0.0)
 
-        Raises:
-            OSError: it is gone.
-        """
-        self._pipe.send_bytes(json.dumps(message).encode())
+    def tell(stage: str, done: float, total: float) -> None:
+        nonlocal last
+        if stage != last[0] or time.monotonic() - last[1] > _EVERY_S:
+            last = (stage, time.monotonic())
+            write_message(pipe, json.dumps(write_record(Reply(step=(stage, done, total)))).encode())
+
+    return tell

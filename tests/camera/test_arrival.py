@@ -19,7 +19,6 @@ from sparsifiner_edge.camera.decoder_protocol import (
     DecoderMessage,
     FrameHeader,
     ProtocolError,
-    StalledError,
     StateHeader,
     receive,
     send,
@@ -30,6 +29,7 @@ from sparsifiner_edge.camera.prepare import Fit, cropped, fit_pillow, scaled_siz
 from sparsifiner_edge.camera.sources import parse_source, require_decoder
 from sparsifiner_edge.errors import ConfigError, MissingExtraError
 from sparsifiner_edge.images import centre_box, load_image
+from sparsifiner_edge.process import StalledError
 from tests.camera.cells import number_of
 
 

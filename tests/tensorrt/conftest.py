@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from sparsifiner_edge.bundle.engines import Details
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime import candidates
 from sparsifiner_edge.runtime.backend import Job
-from sparsifiner_edge.runtime.build_worker import BuilderReport
 from sparsifiner_edge.runtime.tensorrt.full import TensorRt
 from tests.fakes.gpu import Gpu
 from tests.fakes.install import install_cuda, install_tensorrt
@@ -36,9 +36,7 @@ def machine(monkeypatch):
 
         def run(job, timeout, progress=None):
             job = sent(job, Job)
-            return sent(
-                BuilderReport(details=TensorRt().build(job, progress or (lambda *_: None))), BuilderReport
-            ).details
+            return sent(TensorRt().build(job, progress or (lambda *_: None)), Details)
 
         monkeypatch.setattr(candidates, "run_job", run)
         return gpu, trt

@@ -7,19 +7,16 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
 from msgspec.structs import asdict
 
-from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.profiles.measure.memory import MemoryPhases
 from sparsifiner_edge.profiles.measure.worker import Load, Loaded, QueryBlock
 from sparsifiner_edge.profiles.rules import MIN_BLOCKS, Rules
 from sparsifiner_edge.progress import Progress
-from sparsifiner_edge.records import read_record
 from sparsifiner_edge.runtime.child import Child, start_child
 
 LOAD_TIMEOUT_S = 900.0
@@ -32,51 +29,14 @@ _REWARM_MS = 20.0
 """At least so long is run and not recorded after another process: its threads spin for a while, and the caches hold its
 data."""
 
-_Reply = TypeVar("_Reply")
 OnStage = Callable[[str], None]
 """Called with what is going on."""
 
 
-class Worker:
-    """A running worker process; see `start_worker`."""
-
-    def __init__(self, child: Child) -> None:
-        self.pid = child.pid
-        self._child = child
-
-    def ask(self, op: str, timeout_s: float, form: type[_Reply], **arguments: object) -> _Reply:
-        """Send one request, of `worker.OPERATIONS`, and wait for its reply, a record of the class `form`.
-
-        Raises:
-            BackendError: the worker failed, died (with the end of its standard error), or was silent for `timeout_s`.
-        """
-        try:
-            self._child.send({"op": op, **arguments})
-        except OSError as error:
-            raise self._lost(f"died before {op!r}") from error
-        try:
-            reply = self._child.receive(time.monotonic() + timeout_s)
-        except TimeoutError as error:
-            raise self._lost(f"gave no reply to {op!r} within {timeout_s:.0f} s") from error
-        if reply is None:
-            raise self._lost(f"died during {op!r}")
-        if "error" in reply:
-            raise BackendError(reply["error"]["what"], reply["error"]["fix"])
-        return read_record(reply["ok"], form, "The measuring process", "Report this as a bug.", BackendError)
-
-    def _lost(self, what: str) -> BackendError:
-        self._child.end()
-        return BackendError(
-            f"The measuring process {what} (exit status {self._child.wait()}). It wrote: {self._child.written()}",
-            "If it ran out of memory, close other programs or take a smaller model.",
-        )
-
-
-@contextlib.contextmanager
-def start_worker() -> Iterator[Worker]:
-    """A fresh worker, killed when the block ends, however it ends."""
-    with start_child("sparsifiner_edge.profiles.measure.worker") as child:
-        yield Worker(child)
+def start_worker() -> contextlib.AbstractContextManager[Child]:
+    """A fresh worker (see `worker.operations`), killed when the block ends, however it ends."""
+    fix = "If it ran out of memory, close other programs or take a smaller model."
+    return start_child("sparsifiner_edge.profiles.measure.worker", "The measuring process", fix)
 
 
 class WarmUp(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +62,7 @@ class MeasuredSide:
     """
 
     role: str
-    worker: Worker
+    worker: Child
     request: Load
     loaded: Loaded
     first_ms: float
@@ -148,7 +108,7 @@ def stage_progress(progress: Progress | None, planned_s: float) -> OnStage:
     return on_stage
 
 
-def load_side(role: str, worker: Worker, request: Load) -> MeasuredSide:
+def load_side(role: str, worker: Child, request: Load) -> MeasuredSide:
     """Load a bundle into a fresh worker and run it once, following its memory."""
     memory = MemoryPhases(worker.pid)
     loaded = worker.ask("load", LOAD_TIMEOUT_S, Loaded, **asdict(request))

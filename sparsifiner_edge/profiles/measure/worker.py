@@ -1,14 +1,10 @@
-"""The measured process, `python -m sparsifiner_edge.profiles.measure.worker`: a JSON request and a JSON reply per line.
-
-A request is {"op": ..., and its arguments}, of `OPERATIONS`, which are methods of `_Worker`; a reply is {"ok": ...} or
-{"error": {"what": ..., "fix": ...}}.
-"""
+"""The measured process: `python -m sparsifiner_edge.profiles.measure.worker`, which carries out `operations`."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +13,11 @@ import numpy as np
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bundle.manifest import TensorSpec
-from sparsifiner_edge.errors import BackendError, SparsifinerError
+from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.profiles.measure.memory import Bytes, read_memory
 from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage, process_usage
-from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime import Session, open_session
-from sparsifiner_edge.runtime.child import Parent
+from sparsifiner_edge.runtime.child import serve
 from sparsifiner_edge.runtime.open import find_backend
 from sparsifiner_edge.runtime.session import Description
 
@@ -161,24 +156,16 @@ def _last_parts(session: Session) -> dict[str, float]:
     return {} if times is None else {name.removesuffix("_ms"): float(ms) for name, ms in times._asdict().items()}
 
 
-OPERATIONS = ("load", "first", "block", "usage", "describe", "layers")
+def operations() -> dict[str, Callable[..., Any]]:
+    """Those of a fresh worker; see `runtime.child.serve`."""
+    worker = _Worker()
 
+    def of(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda _tell, **arguments: method(**arguments)
 
-def _answer(worker: _Worker, op: str, arguments: Mapping[str, object]) -> dict[str, object]:
-    if op not in OPERATIONS:
-        raise ValueError(f"no operation {op!r}")
-    try:
-        return {"ok": write_record(getattr(worker, op)(**arguments))}
-    except SparsifinerError as error:
-        return {"error": {"what": error.what, "fix": error.fix}}
-
-
-def main() -> None:
-    """Serve requests until the end of standard input."""
-    parent, worker = Parent(), _Worker()
-    for request in parent.messages():
-        parent.send(_answer(worker, request.pop("op"), request))
+    methods = worker.load, worker.first, worker.block, worker.usage, worker.describe, worker.layers
+    return {method.__name__: of(method) for method in methods}
 
 
 if __name__ == "__main__":
-    main()
+    serve(operations())
