@@ -32,7 +32,7 @@ from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
 from sparsifiner_edge.ops.triton.plan import Launch, Plan, fitted
 from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.profiles.boards.board import board_names, load_board
-from sparsifiner_edge.profiles.gpu_attention import TABLE
+from sparsifiner_edge.profiles.roofline import TABLE
 from sparsifiner_edge.results import Result, Subject
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,7 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import board_names, load_board
-from sparsifiner_edge.profiles.gpu_attention import TABLE, crossing, times_faster
-from sparsifiner_edge.profiles.roofline import GPU_FIT, SPARSE_KINDS, Workload
+from sparsifiner_edge.profiles.roofline import GPU_FIT, SPARSE_KINDS, TABLE, Workload, crossing, times_faster
 
 FOUND = json.loads(TABLE.read_text(encoding="utf-8"))
 ORIN = load_board("jetson-orin-nano-8gb-super")

@@ -47,7 +47,7 @@ from sparsifiner_edge.ops.triton.plan import (
 from sparsifiner_edge.ops.triton.plan_forward import make_a_layer, plan_attend, plan_layer, plan_select
 from sparsifiner_edge.ops.triton.plan_merge import plan_match, plan_merge
 from sparsifiner_edge.profiles.boards.board import Board
-from sparsifiner_edge.profiles.gpu_attention import crossing, times_faster
+from sparsifiner_edge.profiles.roofline import crossing, times_faster
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.text import dump_json
 
@@ -114,7 +114,7 @@ def board_files(model: onnx.ModelProto, name: str, board: Board, folder: Path) -
 
 
 def _slower_than_dense(nodes: Sequence[Any], types: Types, board: Board) -> tuple[str, ...]:
-    """What a roofline says of attention that would be faster dense; see `profiles.gpu_attention`."""
+    """What a roofline says of attention that would be faster dense; see `profiles.roofline`."""
     slow: list[tuple[float, int, float, int]] = []
     chosen = [node for node in nodes if node.op_type.endswith("KeySelect")]
     for node in chosen:

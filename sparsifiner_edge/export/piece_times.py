@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import statistics
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +19,7 @@ from sparsifiner_edge.export.sessions import processor_run
 from sparsifiner_edge.files import write_text
 from sparsifiner_edge.machine import available_cores, environment, machine, package_version
 from sparsifiner_edge.ops import native
+from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import read_record, write_record
 from sparsifiner_edge.runtime.backend import cache_folder
@@ -116,12 +116,6 @@ def measured_piece(piece: Piece, backend: str) -> tuple[float, str]:
     """Milliseconds of a graph, as the faster quarter of runs has them, and the kernels that ran it: what else a machine
     does makes some slower.
     """
-    taken: list[float] = []
     with processor_run(piece.model, backend, piece.stored) as (run, kernels):
-        run(piece.feed)
-        start = time.perf_counter()
-        while len(taken) < LEAST_RUNS or time.perf_counter() - start < LEAST_S:
-            before = time.perf_counter_ns()
-            run(piece.feed)
-            taken.append((time.perf_counter_ns() - before) / 1e6)
+        taken = call_ms(lambda: run(piece.feed), LEAST_RUNS, least_s=LEAST_S, warm_up=1)
     return statistics.quantiles(taken)[0], kernels

@@ -174,6 +174,22 @@ def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.nda
     return np.array([np.median(b) / np.median(a) for a, b in zip(subject, against, strict=True)])
 
 
+def medians_in_turn(blocks: Sequence[Sequence[Series]]) -> list[Estimate]:
+    """Medians of sides that were measured in turn, block by block; what slowed all of a round's blocks is taken out.
+
+    Args:
+        blocks: of each side, round by round.
+    """
+    rounds = min(map(len, blocks))
+    medians = np.array([[percentile(block, 0.5) for block in of_side[:rounds]] for of_side in blocks])
+    common = np.exp(np.log(medians).mean(0)) if len(blocks) > 1 else np.ones(rounds)
+    found = []
+    for row in medians / common * np.median(common):
+        low, high = quantile_interval(row.tolist(), 0.5)
+        found.append(estimate(float(np.median(row)), low, high, "order statistics of rounds, measured in turn"))
+    return found
+
+
 def judge(low: float | None, high: float | None) -> str:
     """ "faster" or "slower" when the whole interval of the ratio lies outside 1 +- `MARGIN`; else no difference."""
     if low is not None and low > 1 + MARGIN:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from msgspec.structs import replace
 
 from sparsifiner_edge.errors import ConfigError
@@ -26,7 +25,7 @@ from sparsifiner_edge.profiles.measure.side import (
 from sparsifiner_edge.profiles.measure.worker import Load
 from sparsifiner_edge.profiles.profile import profile_bundle
 from sparsifiner_edge.profiles.rules import make_rules
-from sparsifiner_edge.profiles.stats import estimate, percentile, quantile_interval
+from sparsifiner_edge.profiles.stats import medians_in_turn
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.records import Unavailable
 from sparsifiner_edge.results import Estimate
@@ -171,16 +170,4 @@ class Stopwatch:
                 sides.append(load_side(str(number), stack.enter_context(start_worker()), request))
                 warm_up(sides[-1], on_stage)
             measure_blocks(sides, rules, on_stage, "measuring whole models")
-            return _timed([side.blocks for side in sides])
-
-
-def _timed(blocks: Sequence[Sequence[Sequence[float]]]) -> list[Estimate]:
-    """Medians of sides that were measured in turn, block by block; what slowed all of a round's blocks is taken out."""
-    rounds = min(map(len, blocks))
-    medians = np.array([[percentile(block, 0.5) for block in of_side[:rounds]] for of_side in blocks])
-    common = np.exp(np.log(medians).mean(0)) if len(blocks) > 1 else np.ones(rounds)
-    found = []
-    for row in medians / common * np.median(common):
-        low, high = quantile_interval(row.tolist(), 0.5)
-        found.append(estimate(float(np.median(row)), low, high, "order statistics of rounds, measured in turn"))
-    return found
+            return medians_in_turn([side.blocks for side in sides])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from sparsifiner_edge.bundle.manifest import TensorSpec
 from sparsifiner_edge.errors import BackendError
 from sparsifiner_edge.profiles.measure.memory import Bytes, read_memory
 from sparsifiner_edge.profiles.measure.resource_usage import ProcessUsage, process_usage
+from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.runtime import Session, open_session
 from sparsifiner_edge.runtime.child import serve
 from sparsifiner_edge.runtime.open import find_backend
@@ -107,29 +107,21 @@ class _Worker:
 
     def first(self) -> float:
         session = self._loaded()
-        start = time.perf_counter_ns()
-        session.infer(self.inputs)
-        return (time.perf_counter_ns() - start) / 1e6
+        return call_ms(lambda: session.infer(self.inputs), 1)[0]
 
     def block(self, queries: int, rewarm: int) -> QueryBlock:
-        session, inputs, clock = self._loaded(), self.inputs, time.perf_counter_ns
+        session, inputs = self._loaded(), self.inputs
+        parts: dict[str, list[float]] = {}
+
+        def keep_parts() -> None:
+            for name, ms in _last_parts(session).items():
+                parts.setdefault(name, []).append(ms)
+
         for _ in range(rewarm):
             session.infer(inputs)
-        times: list[int] = []
-        parts: dict[str, list[float]] = {}
-        gc.disable()  # A collection inside one query would be Python's, not the model's.
         begin = time.monotonic_ns()
-        try:
-            for _ in range(queries):
-                start = clock()
-                session.infer(inputs)
-                times.append(clock() - start)
-                for name, ms in _last_parts(session).items():
-                    parts.setdefault(name, []).append(ms)
-        finally:
-            window = (begin, time.monotonic_ns())
-            gc.enable()
-        return QueryBlock(latency_ms=[ns / 1e6 for ns in times], window_ns=window, parts_ms=parts)
+        times = call_ms(lambda: session.infer(inputs), queries, after=keep_parts)
+        return QueryBlock(latency_ms=times, window_ns=(begin, time.monotonic_ns()), parts_ms=parts)
 
     def usage(self) -> ProcessUsage:
         return process_usage()
