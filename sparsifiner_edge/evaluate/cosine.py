@@ -10,7 +10,7 @@ import msgspec
 
 from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.evaluate.extract import TeacherComparison, open_both, with_roles
-from sparsifiner_edge.evaluate.judges import FeatureJudge, answers
+from sparsifiner_edge.evaluate.judges import FeatureJudge, clean_samples
 from sparsifiner_edge.images import centre_text
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
@@ -54,11 +54,8 @@ def evaluate_cosine(compared: TeacherComparison, images: list[Path], progress: P
     """Features and patches of a student or bundle beside its teacher's; see `evaluate_student`."""
     with contextlib.ExitStack() as stack:
         subject, teacher = open_both(compared, stack)
-        samples: dict[str, list[float]] = {}
         judge = FeatureJudge(images, subject.size)
-        for seen in answers(judge, subject, teacher, (), progress):
-            for name, value in judge.scores(seen)[0].items():
-                samples.setdefault(f"{name}_cosine", []).append(cast(float, value))
+        samples = cast(dict[str, list[float]], clean_samples(judge, subject, teacher, progress))
     method = CosineMethod(
         metric="cosine similarity per image, student or bundle against dense teacher",
         images=judge.images,

@@ -86,10 +86,23 @@ class Judge:
         """The subject's and the teacher's."""
         raise NotImplementedError
 
+    def clean(self, seen: Seen) -> Scores:
+        """What a result holds of a clean image: a figure of each model, and what the subject lost."""
+        found, (own, dense) = Scores(), self.scores(seen)
+        for name, got in own.items():
+            expected, sign = dense[name], -1 if name in self.lower else 1
+            lost = None if got is None or expected is None else sign * (expected - got)
+            found |= {f"subject_{name}": got, f"teacher_{name}": expected, f"lost_{name}": lost}
+        return found
+
+    def said(self) -> dict[str, Any]:
+        """What the method of a result says of it, at the end."""
+        return {}
+
 
 def answers(
     judge: Judge, subject: Extractor, teacher: Extractor, conditions: Sequence[Condition], progress: Progress | None,
-    stage: str = "images",
+    stage: str,
 ) -> Iterator[Seen]:  # fmt: skip
     """Image by image, clean and then under each condition."""
     steps, total = itertools.count(1), len(judge.images) * (len(conditions) + 1)
@@ -104,6 +117,17 @@ def answers(
             yield Seen(number, condition, Answer(own, subject.prefix), answer, clean)
             if progress:
                 progress(stage, next(steps), total)
+
+
+def clean_samples(
+    judge: Judge, subject: Extractor, teacher: Extractor, progress: Progress | None
+) -> dict[str, list[float | None]]:
+    """By score one value for each clean image."""
+    samples: dict[str, list[float | None]] = {}
+    for seen in answers(judge, subject, teacher, (), progress, "images"):
+        for name, value in judge.clean(seen).items():
+            samples.setdefault(name, []).append(value)
+    return samples
 
 
 class FeatureJudge(Judge):
@@ -125,6 +149,10 @@ class FeatureJudge(Judge):
             own["patches"], dense["patches"] = alike("patches", seen.subject, seen.teacher), 1.0
         return own, dense
 
+    def clean(self, seen: Seen) -> Scores:
+        """See `Judge`: the subject's alone."""
+        return {f"{name}_cosine": value for name, value in self.scores(seen)[0].items()}
+
 
 def require_comparable(got: Outputs, expected: Outputs) -> None:
     """Refuse a teacher that is no teacher of the subject."""
@@ -141,22 +169,7 @@ def require_comparable(got: Outputs, expected: Outputs) -> None:
             )
 
 
-class TaskJudge(Judge):
-    """Of a task: its scores against what is true, and what a result's method says of it."""
-
-    has_truth = True
-
-    def apart(self, seen: Seen) -> Scores:
-        """The subject's answer against the teacher's."""
-        del seen
-        return {}
-
-    def said(self) -> dict[str, Any]:
-        """For the method of a result, at the end."""
-        raise NotImplementedError
-
-
-class MapJudge(TaskJudge):
+class MapJudge(Judge):
     """Dense maps, of one channel, against true masks; where there are none against the mask of the dense model's map of
     the clean image, moved as the image.
     """
@@ -167,18 +180,18 @@ class MapJudge(TaskJudge):
         super().__init__(files, size)
         self._task, self._output, self._measures = task, task.output, measures
         self._masks = [] if task.masks is None else masks_of(task.masks, files)
-        self.has_truth = bool(self._masks)
         self.truth = "true masks" if self._masks else "the dense model's map of the clean image"
 
-    def apart(self, seen: Seen) -> Scores:
-        """See `TaskJudge`."""
+    def clean(self, seen: Seen) -> Scores:
+        """See `Judge`; first the subject's map against the teacher's."""
         own, dense = self._maps(seen)
         if own.shape != dense.shape:
             raise ConfigError(
                 f"The subject's map has shape {list(own.shape)}, the teacher's {list(dense.shape)}.",
                 "Give the model that the subject was made from.",
             )
-        return map_scores(own, dense, self._task.threshold, self._measures)
+        apart = map_scores(own, dense, self._task.threshold, self._measures)
+        return apart | super().clean(seen) if self._masks else apart
 
     def scores(self, seen: Seen) -> tuple[Scores, Scores]:
         """See `Judge`."""
@@ -188,7 +201,7 @@ class MapJudge(TaskJudge):
         return own, dense
 
     def said(self) -> dict[str, Any]:
-        """See `TaskJudge`."""
+        """See `Judge`."""
         masks = None if self._task.masks is None else str(self._task.masks)
         return {"output": self._output, "threshold": self._task.threshold, "masks": masks}
 
@@ -217,7 +230,7 @@ def masks_of(folder: Path, images: Sequence[Path]) -> list[Path]:
     return [found[path.stem] for path in images]
 
 
-class OwnJudge(TaskJudge):
+class OwnJudge(Judge):
     """ "score" of a user's metric: one for each model and condition, so that each sees all images once."""
 
     def __init__(self, task: str, files: Sequence[Path], size: ImageSize) -> None:
@@ -238,7 +251,7 @@ class OwnJudge(TaskJudge):
         return own, dense
 
     def said(self) -> dict[str, Any]:
-        """See `TaskJudge`."""
+        """See `Judge`."""
         results = {role: self._metrics[role, None].result() for role in JUDGED}
         missing = [role for role, value in results.items() if value is None]
         if missing:
@@ -251,7 +264,7 @@ class OwnJudge(TaskJudge):
         return self._metrics[role, condition]
 
 
-def task_judge(task: Task, files: Sequence[Path], size: ImageSize, measures: Sequence[str]) -> TaskJudge:
+def task_judge(task: Task, files: Sequence[Path], size: ImageSize, measures: Sequence[str]) -> Judge:
     """What judges a task; measures: of maps, some of `MAP_MEASURES`."""
     return MapJudge(task, files, size, measures) if task.name == MAPS else OwnJudge(task.name, files, size)
 

@@ -10,9 +10,9 @@ import msgspec
 
 from sparsifiner_edge.bounds import size_text
 from sparsifiner_edge.evaluate.extract import TeacherComparison, open_both, with_roles
-from sparsifiner_edge.evaluate.judges import Seen, Task, TaskJudge, answers, task_judge
+from sparsifiner_edge.evaluate.judges import Task, clean_samples, task_judge
 from sparsifiner_edge.images import centre_text
-from sparsifiner_edge.judge import MAP_MEASURES, Scores
+from sparsifiner_edge.judge import MAP_MEASURES
 from sparsifiner_edge.profiles import stats
 from sparsifiner_edge.progress import Progress
 from sparsifiner_edge.results import Declared, Estimate
@@ -56,14 +56,10 @@ def evaluate_task(
     compared: TeacherComparison, images: Sequence[Path], task: Task, progress: Progress | None
 ) -> TaskResult:
     """See `evaluate_student`."""
-    samples: dict[str, list[float | None]] = {}
     with contextlib.ExitStack() as stack:
         subject, teacher = open_both(compared, stack)
         judge = task_judge(task, images, subject.size, tuple(MAP_MEASURES))
-        for seen in answers(judge, subject, teacher, (), progress):
-            scores = judge.apart(seen) | (_against_truth(judge, seen) if judge.has_truth else {})
-            for name, value in scores.items():
-                samples.setdefault(name, []).append(value)
+        samples = clean_samples(judge, subject, teacher, progress)
     method = TaskMethod(
         task=task.name, images=judge.images,
         preprocessing=f"{centre_text(subject.size)}, bicubic to {size_text(subject.size)} px",
@@ -72,13 +68,3 @@ def evaluate_task(
     known = {name: [x for x in values if x is not None] for name, values in samples.items()}
     statistics = {name: TaskFigure(stats.small_sample_mean(x), len(x)) for name, x in known.items() if x}
     return TaskResult("evaluation", with_roles(subject, teacher), method, samples, statistics)
-
-
-def _against_truth(judge: TaskJudge, seen: Seen) -> Scores:
-    """A figure of each against what is true, and what the subject lost."""
-    found, (own, dense) = Scores(), judge.scores(seen)
-    for name, got in own.items():
-        expected, sign = dense[name], -1 if name in judge.lower else 1
-        lost = None if got is None or expected is None else sign * (expected - got)
-        found |= {f"subject_{name}": got, f"teacher_{name}": expected, f"lost_{name}": lost}
-    return found
