@@ -97,7 +97,7 @@ def search_model(
             there is gone on from.
         at_least: fidelity in (0, 1). at_most_ms: latency. at_most_mj: energy of an image, which the power of the dense
             model turns into a latency. One of them.
-        metric: one of `FIDELITIES`. task: of "task" a `metrics.TaskMetric` of yours with scores from 0 to 1, as
+        metric: one of `FIDELITIES`. task: of "task" a `judge.TaskMetric` of yours with scores from 0 to 1, as
             package.module:class; None or "maps": IoU of a decoder's map.
         weights, img_size: for a model; weights: or the teacher's.
         teacher: of a student that was trained: its dense model.
