@@ -58,7 +58,7 @@ def fidelity_of(
 
 
 def _overlap(wanted: Sequence[Answer]) -> Fidelity:
-    names = list(wanted[0].outputs.keys() - {TOKENS})
+    names = [name for name in wanted[0].outputs if name != TOKENS]
     if len(names) != 1:
         raise ConfigError(
             f"One map is judged, and this model's outputs are: {', '.join(names) or 'none'}.",
