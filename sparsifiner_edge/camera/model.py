@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from sparsifiner_edge.arrays import Array
 from sparsifiner_edge.bounds import height_width, size_text
-from sparsifiner_edge.bundle.manifest import AGAIN, TensorSpec, shape_text
+from sparsifiner_edge.bundle.manifest import AGAIN
 from sparsifiner_edge.bundle.store import Bundle
 from sparsifiner_edge.camera.answers import Answer, Class, MapSummary
 from sparsifiner_edge.camera.decoder_protocol import MAX_SIDE
@@ -27,8 +27,6 @@ from sparsifiner_edge.runtime.watched import open_watched
 from sparsifiner_edge.text import finite
 
 TOP = 5
-NO_SCORE = "Export a student that was made with --calibrate."
-_SAME = "Export the guard from the model that the student was made of."
 FULL_CHANGE = 0.3
 """Change of a patch that an overlay shows as its most."""
 _FOLLOW = 0.05
@@ -44,16 +42,13 @@ class Model:
         top: at most so many classes of a classifier's answer.
         threshold: classes less probable are left out.
         public_key: see `runtime.open.checked_bundle`.
-        guard: another bundle of the same model, as a rule the dense one, which answers where `novelty` is above 1, or
-            not finite; see `guarded`.
         reads: whether to look at what layers read, too.
 
     Attributes:
         read: what they read of the last image; None where nobody asked.
 
     Raises:
-        ConfigError: the bundle takes a fixed batch above 1; a guard of another model, of other images, without what
-            answers, or for a bundle without `novelty`; reads of one that reads everything.
+        ConfigError: the bundle takes a fixed batch above 1; reads of one that reads everything.
         SparsifinerError: the bundle or backend is unusable.
     """
 
@@ -66,14 +61,12 @@ class Model:
         threshold: float = 0.0,
         public_key: Path | None = None,
         kernels: str = "auto",
-        guard: Path | None = None,
         reads: bool = False,
     ) -> None:
         bundle = checked_bundle(folder, public_key)
         _require_centre(bundle)
         self._reads = Reads(bundle) if reads else None
         self.read: Read | None = None
-        self._answering = [] if guard is None else _require_alike(bundle, checked_bundle(guard, public_key))
         self.fit = Fit(bundle.image_size)
         self.labels = bundle.labels()
         tokens = bundle.manifest.tokens
@@ -87,8 +80,6 @@ class Model:
         self.session: Session = opened(bundle, backend, threads, kernels)
         try:
             _require_image(self.session, bundle)
-            others = backend, threads, top, threshold, public_key, kernels
-            self.guard = None if guard is None else Model(guard, *others)
         except SparsifinerError:
             self.session.close()
             raise
@@ -97,8 +88,6 @@ class Model:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.guard is not None:
-            self.guard.session.close()
         self.session.close()
 
     def infer(self, image: Array) -> dict[str, Array]:
@@ -108,15 +97,6 @@ class Model:
             self.read, outputs = self._reads.taken_from(outputs)
         return outputs
 
-    def guarded(self, outputs: dict[str, Array], image: Array) -> dict[str, Array]:
-        """The same outputs of that image, and where `novelty` is above 1 the guard's in the place of those that lines
-        and overlays show. What is compared with frames before, `change` and tokens, stays the model's own.
-        """
-        if self.guard is None or not self._unlike(outputs):
-            return outputs
-        others = self.guard.infer(image)
-        return outputs | {name: others[name] for name in self._answering}
-
     def answer(self, outputs: dict[str, Array]) -> Answer:
         """`top` of a classifier, else `features`, else `maps`; and `novelty`.
 
@@ -125,8 +105,7 @@ class Model:
         """
         found, score = self._answer(outputs), self._novelty(outputs)
         bad = (found.not_finite or 0) + (score == math.inf)
-        guarded = None if self.guard is None else self._unlike(outputs)
-        return replace(found, novelty=score, guarded=guarded, not_finite=bad or None)
+        return replace(found, novelty=score, not_finite=bad or None)
 
     def _answer(self, outputs: dict[str, Array]) -> Answer:
         if "logits" in outputs:
@@ -195,9 +174,6 @@ class Model:
         score = float(values.item()) if values is not None and values.size == 1 else math.nan
         return round(score, 6) if math.isfinite(score) else math.inf
 
-    def _unlike(self, outputs: dict[str, Array]) -> bool:
-        return (self._novelty(outputs) or 0) > 1
-
     def _classes(self, logits: Array) -> list[Class]:
         weights = np.exp(logits - logits.max())
         probabilities = weights / weights.sum()
@@ -228,41 +204,6 @@ def _summary(name: str, values: Array) -> MapSummary:
             centroid = round(float(place[0]), 6), round(float(place[1]), 6)
     mean, low, high = (round(value, 6) for value in (float(found.mean()), low, high))
     return MapSummary(output=name, mean=mean, least=low, greatest=high, area=area, centroid=centroid)
-
-
-def _require_alike(bundle: Bundle, guard: Bundle) -> list[str]:
-    """Names of the outputs by which a guard answers: those that lines and overlays show.
-
-    Raises:
-        ConfigError: it does not give them as the bundle does, takes other images or is of another model; or the bundle
-            gives no score that could call it.
-    """
-    if bundle.manifest.novelty is None:
-        raise ConfigError(f"{bundle.folder} gives no score {NOVELTY!r} that could call a guard.", NO_SCORE)
-    size, other_size = size_text(bundle.image_size), size_text(guard.image_size)
-    if size != other_size:
-        what = f"{guard.folder} takes other images than {bundle.folder}: {other_size} px, not {size}."
-        raise ConfigError(what, "Export the guard with the --img-size of the bundle that it guards.")
-    own, other = bundle.manifest, guard.manifest
-    if None not in (own.name, other.name) and own.name != other.name:
-        raise ConfigError(f"{guard.folder} is of another model: {other.name}, not {own.name}.", _SAME)
-    given, shown = {spec.name: spec.shape[1:] for spec in other.outputs}, _shown(bundle)
-    for spec in shown:
-        if spec.name not in given:
-            raise ConfigError(f"{guard.folder} gives no {spec.name!r}, by which {bundle.folder} answers.", _SAME)
-        if given[spec.name] != spec.shape[1:]:
-            what = f"{guard.folder} gives another {spec.name!r} than {bundle.folder}: "
-            raise ConfigError(f"{what}{shape_text(given[spec.name])}, not {shape_text(spec.shape[1:])}.", _SAME)
-        if spec.name == "logits" and bundle.labels() != guard.labels():
-            raise ConfigError(f"{guard.folder} has other labels than {bundle.folder}.", _SAME)
-    return [spec.name for spec in shown]
-
-
-def _shown(bundle: Bundle) -> list[TensorSpec]:
-    """Outputs of which lines and overlays are made: logits, else features; and dense maps."""
-    outputs = {spec.name: spec for spec in bundle.required(bundle.manifest.outputs or None, "outputs")}
-    answers = [outputs[name] for name in ("logits", "features") if name in outputs][:1]
-    return answers + [spec for name, spec in outputs.items() if _is_map(name, spec.shape)]
 
 
 def _require_image(session: Session, bundle: Bundle) -> None:

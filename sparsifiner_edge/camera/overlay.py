@@ -169,8 +169,8 @@ def text_lines(record: FrameRecord, rate: float) -> list[str]:
         area = f"mean {found.mean:.3g}" if found.area is None else f"{found.area:.0%} of the image"
         lines.append(f"{_short(found.output)}  {area}")
     if record.novelty is not None:
-        unlike = "   UNLIKE THE CALIBRATION" + (", dense" if record.guarded else "")
-        lines.append(f"novelty {record.novelty:.2f}{unlike if record.novelty > 1 else ''}")
+        unlike = "   UNLIKE THE CALIBRATION" if record.novelty > 1 else ""
+        lines.append(f"novelty {record.novelty:.2f}{unlike}")
     age = record.frame_age_ms
     lines.append(f"{rate:.1f} fps   " + (f"model {record.infer_ms:.0f} ms" if age is None else f"age {age:.0f} ms"))
     return lines

@@ -46,7 +46,7 @@ class RunOptions(NamedTuple):
         duration_s, frames: where to stop.
         metrics: host and port of the metrics, see `HealthServer`.
         stall_s: a source that gives nothing for so long is taken for dead.
-        guard, overlay_reads: see `Model`; the overlay shows what was read in the place of its map.
+        overlay_reads: see `Model`; the overlay shows what was read in the place of its map.
         allow_redirect: of an RTSP server to another host; see `Relay`.
     """
 
@@ -64,13 +64,12 @@ class RunOptions(NamedTuple):
     public_key: Path | None = None
     kernels: str = "auto"
     allow_redirect: bool = False
-    guard: Path | None = None
     overlay_reads: bool = False
 
-    def model(self) -> tuple[str, int | None, int, float, Path | None, str, Path | None, bool]:
+    def model(self) -> tuple[str, int | None, int, float, Path | None, str, bool]:
         """Those of `Model`, in its order."""
         plain = self.backend, self.threads, self.top, self.threshold, self.public_key, self.kernels
-        return *plain, self.guard, self.overlay_reads
+        return *plain, self.overlay_reads
 
 
 def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
@@ -96,8 +95,6 @@ def run_service(bundle: Path, source: Source, options: RunOptions) -> None:
             status.event("metrics", address=server.url)
         # What really runs, once: a library that could not be loaded means kernels several times slower.
         status.event("model", **write_record(model.session.description))
-        if model.guard is not None:
-            status.event("guard", **write_record(model.guard.session.description))
         status.event("decoding", **(_PIPELINE if source.kind == "gst" else write_record(confinement())))
         stop = stack.enter_context(stopping())
         with _Run(model, source, options, status, stop) as run:
@@ -228,13 +225,11 @@ class _Run:
 
     def _one(self, frame: Frame) -> None:
         model, began = self._model, time.monotonic_ns()
-        own = model.infer(frame.image)
-        outputs = model.guarded(own, frame.image)
+        outputs = model.infer(frame.image)
         inferred = time.monotonic_ns()
         answer = model.answer(outputs)
         self._status.count("not_finite", answer.not_finite or 0)
-        self._status.count("guarded", answer.guarded or 0)
-        change = model.change(own) if answer.features is not None else None
+        change = model.change(outputs) if answer.features is not None else None
         if change is not None:
             answer = replace(answer, change=round(change, 6))
         record = self._record(frame, began, inferred, answer)

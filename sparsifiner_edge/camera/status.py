@@ -27,7 +27,6 @@ COUNTERS = {
     "overlay_errors": "Times that the overlay could not be written and was given up.",
     "not_finite": "Numbers of answers that were NaN or infinite, and were written as null.",
     "unlike": "Frames unlike those that the model was calibrated on: novelty above 1, or not finite.",
-    "guarded": "Of those, frames that the guard answered.",
     "repeated": "Frames of exactly the same novelty as the one before: the image stands still.",
 }
 """And what each counts."""

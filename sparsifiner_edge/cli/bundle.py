@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparsifiner_edge.bounds import MOST_COUNT, MOST_SECONDS
 from sparsifiner_edge.cli import common
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def command() -> None:
-    """Verify a bundle; sign it, so that `run` can refuse what nobody signed; fit its novelty to a site."""
+    """Verify a bundle; sign it, so that `run` can refuse what nobody signed."""
 
 
 @command.command("verify")
@@ -42,54 +41,6 @@ def _print(result: Verification) -> None:
     failed = [check for check in result.checks if not check.passed]
     if failed:
         click.echo(f"error: {len(failed)} of {len(rows)} checks failed.\n  Do not use this bundle.", err=True)
-
-
-@command.command()
-@common.bundle_argument
-@click.option("--source", metavar="URI", required=True, help="Frames as they usually are; see `run`.")
-@click.option(
-    "--frames",
-    type=click.IntRange(1, MOST_COUNT),
-    default=1000,
-    show_default=True,
-    help="Most to fit to; of images and videos evenly taken, of a live source the next.",
-)
-@click.option(
-    "--every",
-    "every_s",
-    metavar="SECONDS",
-    type=common.FiniteRange(0, MOST_SECONDS),
-    default=0.0,
-    show_default=True,
-    help="Of a live source: least time from one of them to the next; at 60, 1000 frames cover most of a day.",
-)
-@click.option("--false-alarms", type=common.FiniteRange(0, 0.5, min_open=True, max_open=True), default=0.01,
-              show_default=True, help="Share of such frames that may score above 1.")  # fmt: skip
-@common.json_option
-@common.output_option("Bundle folder to write; may be BUNDLE itself.")
-def recalibrate(
-    *, bundle: Path, source: str, output: Path, frames: int, every_s: float, false_alarms: float, as_json: bool
-) -> None:  # fmt: skip
-    """Fit the score novelty of BUNDLE to a site's own frames: images, a video or a camera.
-
-    Ctrl-C ends a live source early, and what it gave until then counts. Engines and a signature are left out: build and
-    sign anew.
-    """
-    import sparsifiner_edge
-    from sparsifiner_edge.bundle.store import open_bundle
-    from sparsifiner_edge.records import write_record
-
-    with common.progress_bar("frames") as progress:
-        made = sparsifiner_edge.recalibrate_bundle(
-            bundle, source, output, frames=frames, every_s=every_s, false_alarms=false_alarms, progress=progress
-        )
-    fit = open_bundle(made).manifest.novelty
-    assert fit is not None
-    said = f"novelty fitted to {fit.images} frames, {fit.false_alarms:.1%} of such expected above 1"
-    if fit.ended:
-        click.echo(f"The source ended early: {fit.ended}.", err=True)
-    content = write_record(fit) | {"bundle": str(output)}
-    common.print_result(content, as_json, lambda _: click.echo(f"{output}: {said}"))
 
 
 @command.command()

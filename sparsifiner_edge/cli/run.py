@@ -77,12 +77,6 @@ if TYPE_CHECKING:
     help="Refuse a bundle that the holder of this key did not sign, or that was altered since.",
 )
 @click.option(
-    "--guard",
-    metavar="DENSE",
-    type=common.PATH,
-    help="Where an image is unlike the calibration's (novelty above 1), answer with this bundle of the same model.",
-)
-@click.option(
     "--allow-redirect",
     is_flag=True,
     help="Follow an RTSP camera's redirect to another host, without user and password.",
