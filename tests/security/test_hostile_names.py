@@ -65,8 +65,6 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], list[object]]] = {
     "verify": lambda b, _o, _k: ["bundle", "verify", b],
     "verify a signature": lambda b, _o, k: ["bundle", "verify", b, "--public-key", k / "key.pub"],
     "sign": lambda b, _o, k: ["bundle", "sign", b, "--key", k / "key.pem"],
-    "recalibrate": lambda b, o, _k: ["bundle", "recalibrate", b, "--source", "test", "-o", o],
-    "recalibrate in its place": lambda b, _o, _k: ["bundle", "recalibrate", b, "--source", "test", "-o", b],
     "build": lambda b, _o, _k: ["build", b],
     "run": lambda b, _o, _k: ["run", b, "--source", "test", "--frames", "1"],
     "run what was signed": lambda b, _o, k: ["run", b, "--source", "test", "--require-signature", k / "key.pub"],
