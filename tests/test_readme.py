@@ -1,20 +1,25 @@
-"""Every block of the README and of the example runs, in the order in which a reader meets them."""
+"""Every block of the README and of the example runs (in `make everything`); their commands and options exist."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import safetensors.numpy
 
+from sparsifiner_edge.cli.main import cli
 from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.ops import native
+from tests.commands import assert_refused, call
 from tests.plain import read_result
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +48,30 @@ def run(command: list[str], cwd: Path) -> str:
 
 def test_the_blocks_are_those_that_are_run_here() -> None:
     assert [kind for kind, _ in BLOCKS] == ["python", "sh", "sh", "sh", "python"]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Arguments of each of our commands in a page's shell blocks."""
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            name, *arguments = shlex.split(line, comments=True) or [""]
+            if name == "sparsifiner-edge":
+                yield arguments
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
+def test_commands_of_every_page_are_there_with_their_options(page: Path) -> None:
+    for arguments in commands(page.read_text(encoding="utf-8")):
+        command: click.Command = cli
+        while isinstance(command, click.Group) and not arguments[0].startswith("-"):
+            command = command.get_command(click.Context(command), arguments.pop(0)) or pytest.fail(f"{arguments}")
+        command.make_parser(click.Context(command)).parse_args(arguments)
+
+
+def test_blocks_of_python_are_python() -> None:
+    for kind, text in BLOCKS:
+        if kind == "python":
+            compile(text, "README.md", "exec")
 
 
 @pytest.mark.everything
@@ -83,14 +112,11 @@ def test_make_demo(tmp_path: Path) -> None:
         assert (tmp_path / "demo" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_demonstration_leaves_other_images_alone(tmp_path: Path) -> None:
+def test_a_demonstration_leaves_other_images_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "images" / "mine.png"
     own.parent.mkdir()
     own.write_bytes(b"mine")
-    command = [sys.executable, "-m", "sparsifiner_edge", "demo", "-o", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "holds no demonstration" in done.stderr
+    assert_refused(call(capsys, "demo", "-o", tmp_path), "holds no demonstration")
     assert own.read_bytes() == b"mine"
     assert [path.name for path in tmp_path.rglob("*")] == ["images", "mine.png"]
 

@@ -20,12 +20,13 @@ from sparsifiner_edge.profiles.measure.attribution import find_places
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts import backbone_of
 from sparsifiner_edge.sparse.weights import Normalisation
+from tests.everything import first
 from tests.hosts.hugging_face import MODELS, depth_anything, images, model
 from tests.models import vit
 
-pytestmark = pytest.mark.slow
 SEEN = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 MERGED = {"keep": 0.4, "cells": 4, "channels": 8, "merge": 4}
+OTHERS = [name for name in MODELS if name != "DINOv2"]
 
 
 class Segmenter(nn.Module):
@@ -43,7 +44,10 @@ class Segmenter(nn.Module):
         return {"mask": maps[0], "heat": maps[1]} if self.answer == "dict" else maps
 
 
-@pytest.mark.parametrize(("name", "settings"), [("DINOv2", {}), ("SigLIP", {}), *((name, MERGED) for name in MODELS)])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    first([("DINOv2", MERGED), ("DINOv2", {}), ("SigLIP", {}), *((name, MERGED) for name in OTHERS)]),
+)
 def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
     made = model(name)
     size = backbone_of(made).image_size
@@ -63,6 +67,7 @@ def test_models_of_transformers(tmp_path: Path, name: str, settings: dict[str, A
         assert check_golden(session, bundle)
 
 
+@pytest.mark.everything
 def test_depth_anything(tmp_path: Path) -> None:
     made = depth_anything()
     size = (140, 140)
@@ -87,7 +92,7 @@ def test_depth_anything(tmp_path: Path) -> None:
     np.testing.assert_allclose(file_runner(bundle.model())(pixels)["predicted_depth"], wanted, atol=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", first(["fp32", "fp16", "int8"]))
 def test_a_users_decoder(tmp_path: Path, pictures: Path, precision: str) -> None:
     made = se.sparsify_model(Segmenter(), **MERGED)
     given = {"calibrate": pictures} if precision == "int8" else {}
@@ -106,7 +111,7 @@ def test_a_users_decoder(tmp_path: Path, pictures: Path, precision: str) -> None
         assert check_golden(session, bundle)
 
 
-@pytest.mark.parametrize("batch", [2, "dynamic"])
+@pytest.mark.parametrize("batch", first(["dynamic", 2]))
 def test_batches_and_names(tmp_path: Path, batch: int | str) -> None:
     made = Segmenter("tuple")
     where = tmp_path / "bundle"

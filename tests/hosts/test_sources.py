@@ -23,7 +23,6 @@ from tests.commands import Outcome, assert_refused, call, manifest_of, process, 
 from tests.hosts.factories import Segmenter
 from tests.hosts.hugging_face import MODELS, depth_anything, images, model
 
-pytestmark = pytest.mark.slow
 HERE = "tests.hosts.factories"
 PROCESSOR = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "do_rescale": True, "rescale_factor": 1 / 255}
 
@@ -56,6 +55,7 @@ def test_a_folder_of_hugging_face(tmp_path: Path, pictures: Path, name: str) -> 
         assert not torch.equal(found.model(x).last_hidden_state, made(x).last_hidden_state)
 
 
+@pytest.mark.everything
 def test_from_folder_to_bundle_on_the_command_line(
     tmp_path: Path, dinov2: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +102,7 @@ def test_position_embeddings_of_one_size_are_resampled(tmp_path: Path, name: str
     assert load_student(tmp_path / "s", img_size=160).img_size == 160
 
 
+@pytest.mark.everything
 def test_depth_anything_from_its_folder(tmp_path: Path) -> None:
     folder = saved(depth_anything(), tmp_path / "model")
     student = se.sparsify(str(folder), tmp_path / "student", keep=0.5, cells=4, channels=8, merge=(2,))
@@ -265,6 +266,7 @@ def test_sizes_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert_refused(refused_size(capsys, clip, "96", "160"), "CLIP takes squares alone")
 
 
+@pytest.mark.everything
 def test_a_name_on_the_hub_without_a_network(tmp_path: Path) -> None:
     assert_refused(process("sparsify", "facebook/dinov2-small", "-o", tmp_path / "out"), "could not be loaded")
 
