@@ -32,7 +32,7 @@ from tests.ops.matrix import Case, cases, check, run_reference
 from tests.ops.test_parity import PAPER
 
 LACKING = native.why_unusable() is None and native.target() not in BF16_SETS
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(LACKING, reason="the processor multiplies no bfloat16")]
+pytestmark = [pytest.mark.skipif(LACKING, reason="the processor multiplies no bfloat16")]
 ATTENTION = ("SparseAttention", "MergedSparseAttention", "DenseAttention", "MergedDenseAttention")
 
 
@@ -170,6 +170,7 @@ def test_a_session_of_onnx_runtime_says_so_and_leaves_others_alone(tmp_path: Pat
     assert built.code == 0, built.err
 
 
+@pytest.mark.everything
 def test_a_session_of_onnx_runtime_is_never_silently_float32(tmp_path: Path) -> None:
     bundle = export_bundle(save_student(student(TINY), tmp_path / "student"), tmp_path / "bundle")
     refused = process("profile", bundle, "--backend", "onnxruntime-bf16", env={native.TARGET_VARIABLE: "AVX2"})

@@ -22,12 +22,11 @@ from hypothesis import strategies as st
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.ops.kernels import NATIVE
 from sparsifiner_edge.ops.schema import OPERATORS
+from tests.everything import first
 from tests.ops import matrix
 from tests.ops.matrix import Case, body_model, cases, check, run_body, run_reference, run_torch
 from tests.ops.test_parity import PAPER
 from tests.plain import examine
-
-pytestmark = pytest.mark.slow
 
 SETS = ("AVX3", "AVX2", "SSE2") if os.uname().machine == "x86_64" else ("NEON",)
 
@@ -74,7 +73,7 @@ def test_agrees_over_all_combinations(name: str) -> None:
         check(case, inputs, run_native(case, inputs))
 
 
-@pytest.mark.parametrize("target", SETS)
+@pytest.mark.parametrize("target", first(SETS))
 def test_every_instruction_set_agrees(target: str) -> None:
     script = (
         "import sys\n"
@@ -237,6 +236,7 @@ def test_sessions_and_callers_in_parallel() -> None:
     assert failures == []
 
 
+@pytest.mark.everything
 def test_many_calls_do_not_grow() -> None:
     script = (
         "import json, resource, sys\n"

@@ -23,8 +23,6 @@ from tests.package.nvinfer_keys import check_app, check_nvinfer
 from tests.package.reseal import reseal
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 ROLES = ("primary", "secondary")
 
 
@@ -78,6 +76,7 @@ def test_features_of_dynamic_batch(features: Path, dynamic_bundle: Path) -> None
         assert np.abs(found[name].astype(np.float64) - value).max() < 1e-3, name
 
 
+@pytest.mark.everything
 def test_half_precision(tmp_path: Path, tiny_student: Path) -> None:
     from sparsifiner_edge.export.export import export_bundle
 

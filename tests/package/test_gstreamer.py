@@ -24,8 +24,6 @@ from sparsifiner_edge.package import package_bundle
 from sparsifiner_edge.package.gst import element_file, fitting
 from sparsifiner_edge.runtime import open_session
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(sys.prefix) / "gstreamer" / "bin" / "python"
 """The system's Python with the packages that the element needs; made by `make test` (target .dev)."""
@@ -83,6 +81,7 @@ def pull(pipeline: str, environment: dict[str, str], plugins: Path, folder: Path
     return [line for line in lines if "classes" not in line or "name" in line], [x for x in lines if "tensors" in x]
 
 
+@pytest.mark.everything
 @needs_element
 def test_the_readmes_command(package: Path, environment: dict[str, str]) -> None:
     """gst-launch-1.0 with the package's own plugin and bundle."""
@@ -135,6 +134,7 @@ def test_a_threshold_that_nothing_reaches(
     assert (messages[0]["labels"], frames[0]["classes"]) == ([], [])
 
 
+@pytest.mark.everything
 @needs_element
 def test_a_model_without_classes(
     package: Path, environment: dict[str, str], dynamic_bundle: Path, tmp_path: Path
@@ -147,6 +147,7 @@ def test_a_model_without_classes(
     assert [frame["classes"] for frame in frames] == [None, None]
 
 
+@pytest.mark.everything
 @needs_element
 def test_a_dense_map_is_a_mask_on_the_frame(
     package: Path, environment: dict[str, str], tmp_path: Path, pictures: Path
