@@ -38,8 +38,6 @@ from tests.merging_models import LEFT_OF_MERGING, merging_graph, merging_model
 from tests.sparse_graph import sparse_model
 from tests.tables import table_of
 
-pytestmark = pytest.mark.slow
-
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +114,7 @@ def test_no_file_names_the_machine_that_made_it(bundle):
             assert str(ROOT).encode() not in path.read_bytes(), path
 
 
+@pytest.mark.everything
 def test_the_same_export_gives_the_same_bytes(model, bundle, tmp_path):
     folder, _ = bundle
     board_files(model, {}, load_board("jetson-orin-nano-8gb"), tmp_path)
@@ -174,6 +173,7 @@ def merging(request, tmp_path_factory):
     return request.param, folder, entry
 
 
+@pytest.mark.everything
 def test_merging_is_launches_in_the_bundle_and_dense_attention_keeps_its_bodies(merging):
     keep, folder, entry = merging
     table = table_of(folder, 87)
@@ -195,10 +195,12 @@ def test_merging_is_launches_in_the_bundle_and_dense_attention_keeps_its_bodies(
         assert launch.spilled_bytes == 0
 
 
+@pytest.mark.everything
 def test_the_launches_of_merging_compute_what_the_bodies_compute(merging):
     assert interpreted(merging[1]) < 1e-3
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize("residual", ["float16", "float32"])
 def test_merged_tokens_have_the_type_that_they_have_in_the_file(tmp_path, residual):
     """In a float16 file the residual stream may be an island of float32; sizes are float32, pairs int32."""
@@ -212,6 +214,7 @@ def test_merged_tokens_have_the_type_that_they_have_in_the_file(tmp_path, residu
     assert kinds == {"x": residual, "sizes": "float32", "pairs": "int32", "output": residual}
 
 
+@pytest.mark.everything
 def test_the_board_decides_version_and_assembler(tmp_path, monkeypatch):
     assert boards._toolkit(load_board("jetson-orin-nano-8gb")) == ("12.6", 85)
     assert boards._toolkit(load_board("jetson-agx-thor")) == ("13.0", 90)
@@ -242,6 +245,7 @@ def test_parameters_move_and_unread_ones_go():
             ordered_ptx(PTX, symbol, order)
 
 
+@pytest.mark.everything
 def test_half_precision_and_weights_in_another_type(tmp_path):
     """Projections are read in float32: a copy is made where the model has them in float16."""
     entry = board_files(sparse_model(1, np.float16), {}, load_board("rtx-4060"), tmp_path)
@@ -258,6 +262,7 @@ def test_half_precision_and_weights_in_another_type(tmp_path):
     assert kinds == ["summarise", "select", "attend"], "a layer of half precision is three launches"
 
 
+@pytest.mark.everything
 def test_a_launch_takes_smaller_blocks_where_plugins_would_refuse_its_shared_memory(tmp_path):
     """As attention of float16 on a Thor with a list of four blocks."""
     select = {"num_heads": 1, "num_prefix": 1, "tile": 64, "cell": 93, "scale": 0.125, "probe": 16, "keys": 231}
@@ -362,6 +367,7 @@ def test_numbers_of_the_table_are_those_of_the_model(bundle):
     assert np.prod(attend.grid) > 0
 
 
+@pytest.mark.everything
 def test_export_for_a_board(tiny_student, tmp_path, capsys):
     bundle = tmp_path / "bundle"
     out = call(capsys, "export", tiny_student, "--precision", "fp16", "--board", "jetson-orin-nano-8gb", "-o", bundle)
@@ -375,6 +381,7 @@ def test_export_for_a_board(tiny_student, tmp_path, capsys):
         check_golden(session, open_bundle(bundle))
 
 
+@pytest.mark.everything
 def test_a_board_has_its_gpu_s_tile(tiny_student, pictures, tmp_path, capsys):
     bundle = tmp_path / "bundle"
     out = call(

@@ -29,8 +29,6 @@ from sparsifiner_edge.sparse.student import dense_twin, load_student, save_stude
 from tests.commands import PROGRAM, assert_refused, call, process
 from tests.models import student, vit
 
-pytestmark = pytest.mark.slow
-
 SHORT = ("distil.steps=6", "batch=2", "check_every=3", "save_every=2", "pictures.held_out=2", "budgets.keep=[0.1,0.2]")
 
 
@@ -84,6 +82,7 @@ def test_a_short_training_improves_and_says_so(folder: Path, tmp_path: Path) -> 
     assert any(not torch.equal(after[k], before[k]) for k in after if ".select." not in k)
 
 
+@pytest.mark.everything
 def test_never_worse_than_the_start(folder: Path, start: Path, tmp_path: Path) -> None:
     wild = (*SHORT, "distil.learning_rate=0.3", "distil.predictor_learning_rate=1.0", "explosion=1e9")
     summary = distill_student(start, folder, tmp_path / "out", overrides=wild)
@@ -92,6 +91,7 @@ def test_never_worse_than_the_start(folder: Path, start: Path, tmp_path: Path) -
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.everything
 def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start: Path, tmp_path: Path) -> None:
     # Two judgements before the first phase ends, whose best predictors go on; killed within both phases.
     steps = (*SHORT, "reconstruct.steps=7", "distil.steps=6", "ema=0.9")
@@ -119,6 +119,7 @@ def test_killed_anywhere_it_ends_where_an_unbroken_run_ends(folder: Path, start:
         torch.testing.assert_close(resumed[name], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.everything
 def test_two_processes_do_what_one_does(folder: Path, start: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(folder, tmp_path / "data")
     for name in ("dogs/04.png", "dogs/06.png", "dogs/08.png"):  # of which each process meets some
@@ -210,6 +211,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(
         distill_student(start, data, tmp_path / "none", overrides=SHORT)
 
 
+@pytest.mark.everything
 def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
     for mixed, wanted in (("0.0", 6), ("1.0", 0)):
         changes = (*SHORT, f"pictures.cut_mix={mixed}")
@@ -221,6 +223,7 @@ def test_labels_teach(folder: Path, start: Path, tmp_path: Path) -> None:
         distill_student(start, folder / "cats", tmp_path / "x", labels=True, overrides=SHORT)
 
 
+@pytest.mark.everything
 def test_students_of_rectangles_train(folder: Path, tmp_path: Path) -> None:
     start = save_student(student(num_classes=2, img_size=(96, 160)), tmp_path / "start")
     summary = distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "pictures.cut_mix=0.5"))
@@ -274,6 +277,7 @@ def test_resuming_something_else_is_refused(folder: Path, start: Path, tmp_path:
         distill_student(tmp_path / "out", folder, tmp_path / "again", overrides=SHORT)
 
 
+@pytest.mark.everything
 def test_passes_add_up_to_one_step(folder: Path, start: Path, tmp_path: Path) -> None:
     fixed = (*SHORT, "distil.steps=3", "distil.predictor_learning_rate=0.0", "pictures.cut_mix=0.0")
     distill_student(start, folder, tmp_path / "one", overrides=(*fixed, "batch=4"))
@@ -283,12 +287,14 @@ def test_passes_add_up_to_one_step(folder: Path, start: Path, tmp_path: Path) ->
         assert two == pytest.approx(one, rel=2e-3, abs=1e-6), name
 
 
+@pytest.mark.everything
 def test_bf16_trains(folder: Path, start: Path, tmp_path: Path) -> None:
     distill_student(start, folder, tmp_path / "out", overrides=(*SHORT, "precision=bf16"))
     assert all(np.isfinite(losses(tmp_path / "out")))
     assert {v.dtype for v in load_student(tmp_path / "out").model.state_dict().values()} == {torch.float32}
 
 
+@pytest.mark.everything
 def test_pruning_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path: Path) -> None:
     pruned = (*SHORT, "distil.steps=8", "budgets.token_keep=1:.7,3:.6")
     plan, found = read_recipe("cpu", pruned), load_student(start)
@@ -310,6 +316,7 @@ def test_pruning_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path:
     assert found.sparsity.keep == load_student(start).sparsity.keep
 
 
+@pytest.mark.everything
 def test_merging_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path: Path) -> None:
     merging = (*SHORT, "distil.steps=8", 'budgets.merge=["0","6","9..0"]')
     plan, found = read_recipe("cpu", merging), load_student(start)
@@ -328,6 +335,7 @@ def test_merging_is_learnt_beside_the_whole(folder: Path, start: Path, tmp_path:
         distill_student(start, folder, tmp_path / "x", overrides=(*SHORT, 'budgets.merge=["3,2,1"]'))
 
 
+@pytest.mark.everything
 def test_layers_that_are_dense_stay_dense(folder: Path, tmp_path: Path) -> None:
     sparsity = SparsityConfig(keep=(0.3, 0.2, 1), cells=0, channels=8)
     start = save_student(student(sparsity=sparsity, num_classes=0), tmp_path / "start")
@@ -338,6 +346,7 @@ def test_layers_that_are_dense_stay_dense(folder: Path, tmp_path: Path) -> None:
     assert [row.keep for row in summary.fidelity.budgets or []] == [(0.3, 0.2, 1)]
 
 
+@pytest.mark.everything
 def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparsifiner_edge.distill.train.RECENT", 3)
     # The first phase's losses are a hundredth of the second's: no explosion, another phase.
@@ -355,6 +364,7 @@ def test_two_phases(folder: Path, start: Path, tmp_path: Path, monkeypatch: pyte
     distill_student(alone, folder, tmp_path / "pruned", overrides=SHORT)  # there is something to learn without one
 
 
+@pytest.mark.everything
 def test_another_teacher(folder: Path, start: Path, tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     save_file(dense_twin(load_student(start)).model.state_dict(), weights)
@@ -376,6 +386,7 @@ def test_a_teacher_that_sees_other_pixels_is_refused(folder: Path, tmp_path: Pat
         distill_student(start, folder, tmp_path / "x", **named)
 
 
+@pytest.mark.everything
 def test_two_trainings_do_not_share_a_folder(folder: Path, start: Path, tmp_path: Path) -> None:
     refused = []
 

@@ -15,6 +15,7 @@ import pytest
 
 from sparsifiner_edge.bundle.store import open_bundle
 from tests.commands import PROGRAM, snapshot
+from tests.everything import first
 from tests.models import TINY
 
 pytestmark = pytest.mark.slow
@@ -40,9 +41,9 @@ def importing(pid: int) -> bool:
     return "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
 
 
-@pytest.mark.parametrize("moment", ["importing", "working", "writing"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", ["sparsify", "export"])
+@pytest.mark.parametrize("moment", first(["writing", "importing", "working"]))
+@pytest.mark.parametrize("number", first([signal.SIGINT, signal.SIGTERM]))
+@pytest.mark.parametrize("command", first(["sparsify", "export"]))
 def test_a_signal_at_any_moment(
     command: str,
     number: signal.Signals,

@@ -134,6 +134,7 @@ def test_a_machine_without_filters_still_refuses_these(user: int | None) -> None
     assert [name for name in (*FILES, *PROGRAMS, *PARENT, *NETWORK) if found[name] == "done"] == []
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_older_versions_of_landlock(version: int) -> None:
     found = tried(None, f"landlock {version}")
@@ -211,6 +212,7 @@ def test_a_video_with_sound(user: int | None, readable: Path) -> None:
     assert decode(user, kind="file", location=str(readable / "v.mkv")) == {"frames": 20, "threads": [1]}
 
 
+@pytest.mark.everything
 @pytest.mark.skipif(python_with_rtsp() is None, reason="no Python with gi and GstRtspServer")
 @pytest.mark.parametrize("user", USERS)
 def test_a_stream(user: int | None) -> None:
