@@ -115,7 +115,7 @@ def history(output: Path) -> list[dict[str, Any]]:
     return [json.loads(x) for x in Path(f"{output}.training", checkpoint.HISTORY).read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_the_first_class_decides(folder: Path, tmp_path: Path) -> None:
     """Averaged weights and those themselves are judged, and what is kept is the best of both."""
     start = save_student(student(num_classes=2), tmp_path / "start")
@@ -133,7 +133,7 @@ def test_the_first_class_decides(folder: Path, tmp_path: Path) -> None:
     assert summary.fidelity.start == averaged[0][0]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_a_mixed_training_that_was_stopped_ends_where_it_would_have(folder: Path, tmp_path: Path) -> None:
     start = save_student(student(num_classes=2), tmp_path / "start")
     options: dict[str, Any] = {"labels": True, "recipe": "imagenet-deit-s", "overrides": TINY_RUN}
@@ -150,7 +150,7 @@ def test_a_mixed_training_that_was_stopped_ends_where_it_would_have(folder: Path
     assert broken == pytest.approx(whole, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_held_out_images_need_classes_to_decide_by(folder: Path, pictures: Path, tmp_path: Path) -> None:
     start = save_student(student(num_classes=2), tmp_path / "start")
     options: dict[str, Any] = {"labels": True, "recipe": "imagenet-deit-s", "held_out": pictures}

@@ -117,7 +117,7 @@ def learnt(made: Student, folder: Path) -> float:
     return sum(losses)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("preset", ["paper", "edge"])
 def test_a_dry_run_of_both_phases(preset: str, folder: Path, tmp_path: Path) -> None:
     """With labels, from the documented start: the predictor's loss falls, and its lists hold what they held."""
@@ -139,7 +139,7 @@ def test_a_dry_run_of_both_phases(preset: str, folder: Path, tmp_path: Path) -> 
     assert after < before
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_predictors_that_get_worse_are_put_back_and_told_of(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

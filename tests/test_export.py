@@ -35,10 +35,9 @@ from sparsifiner_edge.sparse.hosts.timm import preprocessing
 from sparsifiner_edge.sparse.student import Student, load_dense, load_student, save_student, sparsify
 from sparsifiner_edge.sparse.weights import normalise
 from tests.commands import manifest_of
+from tests.everything import first
 from tests.models import TINY_CONFIG, student, vit, with_density
 from tests.once import Once
-
-pytestmark = pytest.mark.slow
 
 OLD_RUNTIME = Path(sys.prefix) / "onnxruntime-1.21"
 """Made by `make test` (target .dev)."""
@@ -171,7 +170,7 @@ def test_layer_scale_is_folded(tmp_path: Path) -> None:
         assert np.abs(got - expected).max() < 0.02 * np.ptp(expected)
 
 
-@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("sparse", first([True, False]))
 def test_dynamic_batch_runs_at_any_size(folder: Path, tmp_path: Path, sparse: bool) -> None:
     weights = tmp_path / "w.safetensors"
     save_file(vit().state_dict(), weights)
@@ -187,6 +186,7 @@ def test_dynamic_batch_runs_at_any_size(folder: Path, tmp_path: Path, sparse: bo
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
 
 
+@pytest.mark.everything
 def test_fixed_batch_of_two(folder: Path, tmp_path: Path) -> None:
     made = export_bundle(folder, tmp_path / "b", batch=2)
     assert manifest_of(made)["outputs"][0]["shape"] == [2, 1000]
@@ -194,16 +194,22 @@ def test_fixed_batch_of_two(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "sparsity", "options"),
-    [
-        ("test_vit2", TINY_CONFIG, {}),
-        ("test_vit3", SparsityConfig(keep=0.2, cells=0, channels=8), {}),
-        ("deit_tiny_distilled_patch16_224", SparsityConfig(keep=0.3, cells=3, dense_layers=(0, 1)), {"img_size": 96}),
-        ("vit_small_patch14_reg4_dinov2", SparsityConfig(keep=0.3, cells=5), {"img_size": 98}),
-        ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, cells=5), {"img_size": 96}),
-        ("vit_small_patch16_dinov3", SparsityConfig(keep=0.3, cells=5, dense_layers=(1,)), {"img_size": 96}),
-        ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, cells=5), {"img_size": 98}),
-        ("vit_small_patch16_rope_mixed_224", SparsityConfig(keep=0.3, cells=5), {"img_size": 96}),
-    ],
+    first(
+        [
+            ("test_vit2", TINY_CONFIG, {}),
+            ("test_vit3", SparsityConfig(keep=0.2, cells=0, channels=8), {}),
+            (
+                "deit_tiny_distilled_patch16_224",
+                SparsityConfig(keep=0.3, cells=3, dense_layers=(0, 1)),
+                {"img_size": 96},
+            ),
+            ("vit_small_patch14_reg4_dinov2", SparsityConfig(keep=0.3, cells=5), {"img_size": 98}),
+            ("vit_medium_patch16_gap_240", SparsityConfig(keep=0.3, cells=5), {"img_size": 96}),
+            ("vit_small_patch16_dinov3", SparsityConfig(keep=0.3, cells=5, dense_layers=(1,)), {"img_size": 96}),
+            ("eva02_tiny_patch14_224", SparsityConfig(keep=0.3, cells=5), {"img_size": 98}),
+            ("vit_small_patch16_rope_mixed_224", SparsityConfig(keep=0.3, cells=5), {"img_size": 96}),
+        ]
+    ),
 )
 def test_architectures(name: str, sparsity: SparsityConfig, options: dict[str, Any], tmp_path: Path) -> None:
     made = load_student(save_student(student(name, sparsity, **options), tmp_path / "s"))
@@ -213,6 +219,7 @@ def test_architectures(name: str, sparsity: SparsityConfig, options: dict[str, A
     assert all(o["least_row_cosine"] >= 0.9999 for o in manifest["check"]["outputs"].values())
 
 
+@pytest.mark.everything
 def test_a_model_with_rotary_embeddings_at_another_size_and_batch(tmp_path: Path) -> None:
     name, weights = "vit_small_patch16_dinov3", tmp_path / "w.safetensors"
     save_file(vit(name, img_size=64).state_dict(), weights)

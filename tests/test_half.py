@@ -30,8 +30,6 @@ from tests.commands import manifest_of
 from tests.models import TINY_CONFIG, student, vit
 from tests.once import Once
 
-pytestmark = pytest.mark.slow
-
 KINDS = {
     "edge": TINY_CONFIG,
     "no cells": SparsityConfig(keep=0.2, cells=0, channels=8),
@@ -162,6 +160,7 @@ def test_native_kernels_are_refused_not_ignored(place: Path) -> None:
         open_session(place / "fp16", kernels="native")
 
 
+@pytest.mark.everything
 def test_a_dense_bundle_of_fixed_batch(place: Path) -> None:
     made = export_bundle("test_vit", place / "dense", weights=place / "w.safetensors", precision="fp16", batch=2)
     manifest = manifest_of(made)

@@ -30,10 +30,9 @@ from sparsifiner_edge.sparse.merge import Merging
 from sparsifiner_edge.sparse.patch import make_model_sparse, restore_backbone
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
 from tests.commands import assert_refused, call, manifest_of
+from tests.everything import first
 from tests.models import TINY, images, student, vit
 from tests.plain import evaluate_student
-
-pytestmark = pytest.mark.slow
 
 MERGED = SparsityConfig(keep=0.4, cells=4, channels=8, merge=(12, 2))
 ALONE = SparsityConfig(keep=1, merge=(8,))
@@ -212,15 +211,17 @@ def test_the_published_method_merges_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "sparsity", "batch"),
-    [
-        (TINY, 160, MERGED, 1),
-        (TINY, 160, MERGED, "dynamic"),
-        (TINY, (96, 160), MERGED, "dynamic"),
-        (TINY, 160, ALONE, 1),
-        (TINY, 160, ALONE, "dynamic"),
-        ("eva02_tiny_patch14_224", 112, EVA_MERGED, 1),
-        ("eva02_tiny_patch14_224", (84, 140), EVA_MERGED, "dynamic"),
-    ],
+    first(
+        [
+            (TINY, 160, MERGED, 1),
+            (TINY, 160, MERGED, "dynamic"),
+            (TINY, (96, 160), MERGED, "dynamic"),
+            (TINY, 160, ALONE, 1),
+            (TINY, 160, ALONE, "dynamic"),
+            ("eva02_tiny_patch14_224", 112, EVA_MERGED, 1),
+            ("eva02_tiny_patch14_224", (84, 140), EVA_MERGED, "dynamic"),
+        ]
+    ),
     ids=["both", "both, dynamic", "rectangle, dynamic", "alone", "alone, dynamic", "eva", "eva rectangle, dynamic"],
 )
 def test_exported_files_merge_as_torch_does(
@@ -247,6 +248,7 @@ def test_exported_files_merge_as_torch_does(
             check_golden(session, bundle)
 
 
+@pytest.mark.everything
 def test_openvino_runs_the_bodies_once_they_are_inlined(tmp_path: Path) -> None:
     sparsity = dataclasses.replace(MERGED, keep=(0.4, 0.4, 0.4, 1))
     folder = save_student(student(sparsity=sparsity), tmp_path / "s")
@@ -270,6 +272,7 @@ def test_openvino_runs_the_bodies_once_they_are_inlined(tmp_path: Path) -> None:
         assert difference <= 1e-3 * np.ptp(golden[key]), key
 
 
+@pytest.mark.everything
 def test_a_file_that_merges_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = save_student(student(sparsity=MERGED), tmp_path / "s")
     right = check._run_torch
@@ -284,6 +287,7 @@ def test_a_file_that_merges_other_tokens_is_refused(monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.everything
 def test_layers_are_measured_with_the_sizes_of_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
     right = student_changes.to_onnx
@@ -301,6 +305,7 @@ def test_layers_are_measured_with_the_sizes_of_their_tokens(tmp_path: Path, monk
     assert [c["layers"] for c in manifest_of(bundle)["measured"]["choices"]] == [[0, 1, 2, 3, 4], [5]]
 
 
+@pytest.mark.everything
 def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=MERGED), tmp_path / "s")
     assert load_student(folder).sparsity.merge == (12, 2)
@@ -348,6 +353,7 @@ def test_shares_by_layer_only_where_tokens_merge_and_nothing_was_asked_for() -> 
     assert made(preset="paper").keep == 0.25
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_other_precisions(precision: str, tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=MERGED), tmp_path / "s")
@@ -358,6 +364,7 @@ def test_other_precisions(precision: str, tmp_path: Path, pictures: Path) -> Non
         check_golden(session, bundle)
 
 
+@pytest.mark.everything
 def test_the_command_line_merges(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = ["sparsify", TINY, "--weights", tiny_weights, "--cells", 4, "-o", tmp_path / "s"]
     assert_refused(call(capsys, *plain, "--merge", "many"), "merge is 'many'", "160..0")

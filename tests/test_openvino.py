@@ -23,6 +23,7 @@ from sparsifiner_edge.runtime.openvino.operators import output_shape
 from sparsifiner_edge.runtime.openvino.session import import_openvino
 from sparsifiner_edge.runtime.verify import verify_bundle
 from sparsifiner_edge.sparse.student import save_student
+from tests.everything import first
 from tests.commands import call, process
 from tests.models import TINY, student, vit
 from tests.native.test_replay import BF16_SETS
@@ -112,7 +113,7 @@ def test_gives_what_onnx_runtime_gives(bundles: dict[str, Path], name: str, kern
 
 
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
-@pytest.mark.parametrize("name", ["edge", "merged", "dense", "int8"])
+@pytest.mark.parametrize("name", first(["edge", "merged", "dense", "int8"]))
 def test_bf16_is_what_really_runs(bundles: dict[str, Path], name: str) -> None:
     with open_session(bundles[name], "openvino") as exact, open_session(bundles[name], "openvino-bf16") as session:
         image = np.random.default_rng(0).integers(0, 256, exact.inputs[0].shape, dtype=np.uint8)
@@ -229,6 +230,7 @@ def test_what_is_missing_or_wrong_is_said(
         open_session(bundles["edge"], "openvino")
 
 
+@pytest.mark.everything
 def test_every_command_takes_it(
     bundles: dict[str, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,6 +265,7 @@ def test_every_command_takes_it(
     assert found.code == 0, found.err
 
 
+@pytest.mark.everything
 @pytest.mark.skipif("BF16" not in KNOWN, reason="the processor has no bf16 arithmetic")
 def test_export_measures_in_the_backend_that_will_run_the_file(bundles: dict[str, Path], tmp_path: Path) -> None:
     source = bundles["merged"].parent / "student"

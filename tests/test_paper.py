@@ -175,6 +175,7 @@ def test_from_student_to_bundle(tmp_path: Path) -> None:
     assert manifest["costs"]["predictor_macs"] > 0
 
 
+@pytest.mark.everything
 def test_pruned_layers_count_the_image_s_tokens(tmp_path: Path) -> None:
     published = dataclasses.replace(PAPER, token_keep=((1, 0.6), (3, 0.3)), image_tokens=101)
     made = student(sparsity=published)

@@ -31,10 +31,9 @@ from sparsifiner_edge.sparse.patch import final_tokens, make_model_sparse
 from sparsifiner_edge.sparse.prune import Pruning
 from sparsifiner_edge.sparse.student import load_student, save_student, sparsify, with_budget
 from tests.commands import assert_refused, call, manifest_of
+from tests.everything import first
 from tests.models import TINY, images, student, vit
 from tests.plain import evaluate_student
-
-pytestmark = pytest.mark.slow
 
 STAGES = ((1, 0.7), (3, 0.5))
 PRUNED = SparsityConfig(keep=0.4, cells=4, channels=8, token_keep=STAGES)
@@ -101,7 +100,7 @@ def test_what_is_dropped_counts_however_little_it_weighs(dtype: torch.dtype) -> 
     torch.testing.assert_close(got[0, 1], (weights @ x[0, 5:].double()).to(dtype))
 
 
-@pytest.mark.parametrize("sparsity", [PRUNED, PAPER, ALONE, FUSED], ids=["edge", "paper", "alone", "fused"])
+@pytest.mark.parametrize("sparsity", first([PRUNED, PAPER, ALONE, FUSED]), ids=["edge", "paper", "alone", "fused"])
 @pytest.mark.parametrize("batch", [1, "dynamic"])
 def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:
     # The export itself holds both kinds of kernels to torch, token by token.
@@ -159,6 +158,7 @@ def test_a_dense_student_prunes_only_where_it_was_made_to(tmp_path: Path, tiny_w
         load_student(dense, token_keep=STAGES)
 
 
+@pytest.mark.everything
 def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=PRUNED), tmp_path / "student")
     whole = export_bundle(folder, tmp_path / "whole", keep=0.2, token_keep=(), tokens=True)
@@ -181,6 +181,7 @@ def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
         with_budget(student(sparsity=PAPER), token_keep=((2, 0.5),))
 
 
+@pytest.mark.everything
 def test_int8_of_a_pruned_model(tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=PRUNED, num_classes=0), tmp_path / "student")
     bundle = export_bundle(folder, tmp_path / "bundle", precision="int8", calibrate=pictures)
@@ -231,6 +232,7 @@ def test_sparsify_writes_what_is_pruned(tmp_path: Path, tiny_weights: Path) -> N
     assert found.sparsity.fuse_tokens
 
 
+@pytest.mark.everything
 def test_the_command_line_prunes(tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = ["sparsify", TINY, "--weights", tiny_weights, "--cells", 4, "-o", tmp_path / "s"]
     assert_refused(call(capsys, *plain, "--token-keep", "3"), "token_keep holds '3'", "3:.7,6:.7")

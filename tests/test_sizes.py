@@ -23,9 +23,8 @@ from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of
+from tests.everything import first
 from tests.models import TINY, images, student, vit
-
-pytestmark = pytest.mark.slow
 
 FULL = SparsityConfig(keep=0.999, cells=4, channels=8)
 """So little left out that the result is nearly dense, through the sparse path."""
@@ -80,7 +79,7 @@ def test_weights_of_a_rectangle_fit_that_rectangle_alone(tmp_path: Path) -> None
         load_model(TINY, weights, 160)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("precision", first(["fp16", "int8"]))
 def test_a_rectangle_in_other_precisions(precision: str, tiny_student: Path, tmp_path: Path, pictures: Path) -> None:
     more = {"calibrate": pictures} if precision == "int8" else {}
     made = export_bundle(tiny_student, tmp_path / "b", precision=precision, img_size=(96, 160), batch="dynamic", **more)
@@ -90,6 +89,7 @@ def test_a_rectangle_in_other_precisions(precision: str, tiny_student: Path, tmp
         check_golden(session, open_bundle(made))
 
 
+@pytest.mark.everything
 def test_another_tile_and_dense_layers_in_a_rectangle(tiny_student: Path, tmp_path: Path, pictures: Path) -> None:
     made = export_bundle(
         tiny_student, tmp_path / "b", img_size=(96, 160), keep=0.9, tile=8, probe=8, calibrate=pictures, measure=True

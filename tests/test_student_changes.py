@@ -19,8 +19,6 @@ from sparsifiner_edge.sparse.student import load_student, save_student
 from tests.commands import manifest_of
 from tests.models import student, vit
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -89,6 +87,7 @@ def test_what_this_machine_has_measured_is_read_again(
     assert len(list((tmp_path / "cache").rglob("latency/*.json"))) == 2
 
 
+@pytest.mark.everything
 def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_path: Path) -> None:
     own = load_student(folder).sparsity
     bundle = export_bundle(folder, tmp_path / "b", tile=4 * own.tile, probe=own.probe, keep=0.9, calibrate=pictures)
@@ -101,6 +100,7 @@ def test_tile_and_probe_are_chosen_at_export(folder: Path, pictures: Path, tmp_p
     assert manifest["retiled"]["pictures"] == 3
 
 
+@pytest.mark.everything
 def test_a_gpu_takes_tile_64_where_that_passes(folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, images = load_student(folder, keep=0.9), sorted(pictures.iterdir())
     assert (own.sparsity.tile, own.sparsity.probe) == (16, 8)

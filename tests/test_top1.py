@@ -35,8 +35,6 @@ from tests.models import TINY, TINY_CONFIG, vit
 from tests.once import Once
 from tests.plain import evaluate_student
 
-pytestmark = pytest.mark.slow
-
 CLASSES = "abcdef"
 UNCLOSED = pytest.mark.filterwarnings("ignore::ResourceWarning")
 """timm leaves image files to be closed by whoever collects them."""
@@ -211,6 +209,7 @@ def test_batches_and_workers_change_nothing(made: dict[str, Path]) -> None:
     assert {total for _, total in seen} == {31}
 
 
+@pytest.mark.everything
 def test_two_processes_answer_what_one_does(made: dict[str, Path], tmp_path: Path) -> None:
     given = ["evaluate", made["student"], "--data", made["data"], "--metric", "top1", "--batch", "5", "--json"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]

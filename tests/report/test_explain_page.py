@@ -19,7 +19,7 @@ from tests.models import student
 from tests.report.browser import CHROMIUM, Browser, browser
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.everything,
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
 ]
 READY = "[...document.querySelectorAll('section.image')].every(s => s.dataset.ready === 'yes')"
