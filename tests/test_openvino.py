@@ -23,8 +23,8 @@ from sparsifiner_edge.runtime.openvino.operators import output_shape
 from sparsifiner_edge.runtime.openvino.session import import_openvino
 from sparsifiner_edge.runtime.verify import verify_bundle
 from sparsifiner_edge.sparse.student import save_student
-from tests.everything import first
 from tests.commands import call, process
+from tests.everything import first
 from tests.models import TINY, student, vit
 from tests.native.test_replay import BF16_SETS
 from tests.once import Once
@@ -80,7 +80,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kernels", ["native", "portable"])
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", first(STUDENTS, 2))
 def test_gives_what_onnx_runtime_gives(bundles: dict[str, Path], name: str, kernels: str) -> None:
     if name == "fp16" and kernels == "native":
         with pytest.raises(BackendError, match="The native kernels take no float16"):
