@@ -26,7 +26,7 @@ from sparsifiner_edge.runtime import open_session
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(sys.prefix) / "gstreamer" / "bin" / "python"
-"""The system's Python with the packages that the element needs; made by `make test` (target .dev)."""
+"""The system's Python with the packages that the element needs; made by `make everything`."""
 
 
 def exists(element: str, **environment: str) -> bool:
@@ -37,7 +37,7 @@ def exists(element: str, **environment: str) -> bool:
 
 LOADER = PYTHON.exists() and exists("sparsifiner", GST_PLUGIN_PATH=str(element_file().parents[1]))
 needs_element = pytest.mark.skipif(
-    not LOADER, reason=f"{PYTHON}, GStreamer's Python loader or GstAnalytics is missing (`make test` brings them)"
+    not LOADER, reason=f"{PYTHON}, GStreamer's Python loader or GstAnalytics is missing (`make everything` brings them)"
 )
 needs_onnx = pytest.mark.skipif(
     not (PYTHON.exists() and exists("onnxinference")), reason="GStreamer's onnxinference is not installed"
