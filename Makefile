@@ -43,7 +43,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_rounds.py
 	$(BIN)/python benchmarks/gpu_bound.py
 	$(BIN)/python -m tests.camera.slow_clients
-	$(BIN)/python -m tests.fuzz --full --kills 500 -o benchmarks/results/fuzz
+	$(BIN)/python -m tests.fuzz --full --kills 500 -o profiles/results/fuzz
 
 # On a machine with an NVIDIA GPU, a torch for CUDA and Triton in this environment: parity, memory errors, speed.
 gpu: $(VENV)/.dev
@@ -53,9 +53,9 @@ gpu: $(VENV)/.dev
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/gpu -n0 -k sanitised || exit 1; \
 	  done; \
 	else echo "compute-sanitizer is not installed (CUDA toolkit): memory errors are not looked for"; fi
-	$(BIN)/python benchmarks/attention_gpu.py -o benchmarks/results
+	$(BIN)/python benchmarks/attention_gpu.py -o profiles/results
 	$(BIN)/python benchmarks/attention_gpu.py --tile 128
-	$(BIN)/python benchmarks/model_gpu.py -o benchmarks/results
+	$(BIN)/python benchmarks/model_gpu.py -o profiles/results
 
 # For the kernels' tests on AArch64: cross compiler, emulator, and Highway unpacked here. Root on Debian or Ubuntu.
 ARM := $(CURDIR)/$(VENV)/aarch64

@@ -1,6 +1,6 @@
 """What to expect of a board before buying it: DINOv2 ViT-S/14, dense, merged, merged and sparse, by `estimate`.
 
-    python benchmarks/boards_expected.py [--docs] [-o benchmarks/results]
+    python benchmarks/boards_expected.py [--docs] [-o profiles/results]
 
 Nothing is measured here or was measured on these boards. Latency, memory and energy are computed by
 `sparsifiner_edge.profiles.estimate`; what each budget costs in fidelity is read from recorded results, whose

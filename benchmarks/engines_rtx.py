@@ -1,6 +1,6 @@
 """TensorRT-RTX engines of DINOv2 ViT-S/14, built ahead of time without a GPU: does every one build, and how fast.
 
-    python benchmarks/engines_rtx.py [--bundles DIR] [--kind KIND ...] [-o benchmarks/results]
+    python benchmarks/engines_rtx.py [--bundles DIR] [--kind KIND ...] [-o profiles/results]
 
 Dense; sparse with keep .25 at 224 px and .10 at 518 px; merged, with dense attention; and merged and sparse in some
 layers; float16 and int8 (QDQ, target tensorrt), for compute capabilities 8.6, 8.9 and 12.0. Bundles that DIR does not
@@ -142,7 +142,7 @@ def recorded(path: Path, kinds: Collection[str]) -> tuple[list[Subject], list[di
     "--bundles", type=click.Path(path_type=Path), help="Where bundles are, or are put; by default a new place."
 )
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(KINDS), default=KINDS, show_default=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("benchmarks/results"), show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("profiles/results"), show_default=True)
 def main(*, bundles: Path | None, kinds: tuple[str, ...], output: Path) -> None:
     subjects, rows, earlier = recorded(output / "engines_rtx.json", kinds)
     with tempfile.TemporaryDirectory() as fresh:

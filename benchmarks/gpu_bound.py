@@ -186,7 +186,7 @@ def main(boards: tuple[str, ...], docs: bool, renew: bool, output: Path | None) 
     if docs:
         renew_docs({"roofline": markdown(rows)})
     if renew:
-        TABLE.write_text(_a_line_each(table()), encoding="utf-8")
+        Path(str(TABLE)).write_text(_a_line_each(table()), encoding="utf-8")
     if output:
         sources = [
             *(ROOT / "sparsifiner_edge" / "ops" / "triton").glob("*.py"),

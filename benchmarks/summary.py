@@ -18,7 +18,7 @@ from sparsifiner_edge.files import write_text
 from sparsifiner_edge.records import MISSING, write_record
 from sparsifiner_edge.results import Result, read_result, write_result
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "profiles" / "results"
 LINES, DIGITS, SHORT = 250, 5, 160
 """A summary's most lines; the digits of its figures; characters below which what is nested stands on one line too."""
 BOUNDS = {"value", "low", "high"}

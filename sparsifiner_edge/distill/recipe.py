@@ -21,6 +21,8 @@ from sparsifiner_edge.records import read_record
 from sparsifiner_edge.results import read_result
 
 DEFAULT = "cpu"
+_FOLDER = "sparsifiner_edge.recipes"
+"""Where `export/recipes` is installed."""
 _DOCUMENT = "See docs/distillation.md for the form."
 Steps = Annotated[int, Meta(ge=0, le=MOST_COUNT)]
 Every = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
@@ -175,7 +177,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 def names() -> list[str]:
     """Recipes that come with the package."""
-    folder = importlib.resources.files("sparsifiner_edge.distill").joinpath("recipes")
+    folder = importlib.resources.files(_FOLDER)
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
@@ -275,7 +277,7 @@ def _set(content: dict[str, Any], override: str) -> None:
 
 def _content(source: str) -> Any:
     if source in names():
-        file = importlib.resources.files("sparsifiner_edge.distill").joinpath(f"recipes/{source}.toml")
+        file = importlib.resources.files(_FOLDER).joinpath(f"{source}.toml")
         return parse_toml(file.read_text("utf-8"), source, _DOCUMENT)
     path = Path(source)
     if not path.is_file():

@@ -118,6 +118,7 @@ def new_package(output: Path, bundle: ImageBundle, target: str) -> Iterator[Path
 
 
 def template(file_name: str, /, **values: object) -> str:
-    """A file of `templates/` with its fields filled in."""
-    file = importlib.resources.files("sparsifiner_edge.package") / "templates" / file_name
+    """A file of `export/` with its fields filled in, such as "triton/guide.md"."""
+    target, _, name = file_name.partition("/")
+    file = importlib.resources.files(f"sparsifiner_edge.{target}").joinpath(name)
     return file.read_text(encoding="utf-8").format(**values)

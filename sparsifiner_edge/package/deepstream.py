@@ -110,7 +110,7 @@ def nvinfer_config(bundle: ImageBundle, role: str, batch: int) -> str:
     height, width = height_width(bundle.image_size)
     outputs = [PROBABILITIES] if bundle.classifier else [output.name for output in bundle.manifest.outputs]
     text = template(
-        "nvinfer.txt",
+        "deepstream/nvinfer.txt",
         number=1 + ROLES.index(role),
         batch=batch,
         model=MODEL_FILE,
@@ -122,7 +122,8 @@ def nvinfer_config(bundle: ImageBundle, role: str, batch: int) -> str:
     )
     # The type tells this classifier's answers from another's.
     kind = re.sub(r"[^A-Za-z0-9_-]", "_", bundle.name)
-    text += template("nvinfer_classifier.txt", kind=kind, labels=LABELS_FILE) if bundle.classifier else _TENSORS
+    classes = template("deepstream/nvinfer_classifier.txt", kind=kind, labels=LABELS_FILE)
+    text += classes if bundle.classifier else _TENSORS
     return text + (_FRAMES if role == "primary" else _OBJECTS)
 
 
@@ -130,10 +131,10 @@ def app_config(role: str, batch: int) -> str:
     """deepstream-app's key file: the samples' video through the model, drawn into a file."""
     detector = f"{_SAMPLES}/configs/deepstream-app/config_infer_primary.txt"
     first = ("config_infer_primary.txt", batch) if role == "primary" else (detector, 1)
-    text = template("deepstream_app.txt", samples=_SAMPLES, role=role, config=first[0], batch=first[1])
+    text = template("deepstream/app.txt", samples=_SAMPLES, role=role, config=first[0], batch=first[1])
     if role == "primary":
         return text
-    return text + template("deepstream_app_secondary.txt", samples=_SAMPLES, batch=batch)
+    return text + template("deepstream/app_secondary.txt", samples=_SAMPLES, batch=batch)
 
 
 def _readme(bundle: ImageBundle, differences: Mapping[str, float]) -> str:
@@ -144,7 +145,7 @@ def _readme(bundle: ImageBundle, differences: Mapping[str, float]) -> str:
     )
     height, width = height_width(bundle.image_size)
     return template(
-        "deepstream.md",
+        "deepstream/guide.md",
         name=bundle.name,
         height=height,
         width=width,

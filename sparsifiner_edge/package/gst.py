@@ -4,7 +4,7 @@
     plugins/python/sparsifiner.py the element
     README.md
 
-The element's Python file is data of this package: GStreamer's loader imports it, nothing here does.
+The element's Python file is data (`export/gstreamer`): GStreamer's loader imports it, nothing here does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ELEMENT = "sparsifiner.py"
 
 def element_file() -> Path:
     """The element's file in this package: the folder above its folder goes into GST_PLUGIN_PATH."""
-    return Path(str(importlib.resources.files("sparsifiner_edge.package") / "gstreamer" / "python" / ELEMENT))
+    return Path(str(importlib.resources.files("sparsifiner_edge.gstreamer").joinpath("python"))) / ELEMENT
 
 
 def write(bundle: ImageBundle, folder: Path, _batch: int | None, _kernels: str) -> list[str]:
@@ -54,4 +54,4 @@ def fitting(size: ImageSize) -> str:
 
 
 def _readme(bundle: ImageBundle) -> str:
-    return template("gstreamer.md", name=bundle.name, fitting=fitting(bundle.image_size), model=MODEL_FILE)
+    return template("gstreamer/guide.md", name=bundle.name, fitting=fitting(bundle.image_size), model=MODEL_FILE)

@@ -175,9 +175,9 @@ def _readme(bundle: ImageBundle, engines: Mapping[str, Engine], remarks: Sequenc
     built, (height, width) = "", height_width(bundle.image_size)
     if engines:
         version = next(iter(engines.values())).version
-        built = template("triton_plans.md", name=bundle.name, version=version, cards=", ".join(engines))
+        built = template("triton/plans.md", name=bundle.name, version=version, cards=", ".join(engines))
     return template(
-        "triton.md",
+        "triton/guide.md",
         name=bundle.name,
         size=f"{height} px square" if height == width else f"{height} px high and {width} px wide",
         shape=f"{bundle.manifest.batch or 1},{height},{width},3",

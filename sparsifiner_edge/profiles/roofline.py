@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.resources
 import json
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs
 from sparsifiner_edge.profiles.boards.board import Board
 
-TABLE = Path(__file__).parent / "boards" / "gpu_attention.json"
+TABLE = importlib.resources.files("sparsifiner_edge.boards").joinpath("gpu_attention.json")
 _HEADS = 6
 """Of the table's layers."""
 SIZES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}

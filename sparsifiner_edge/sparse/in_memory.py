@@ -91,7 +91,7 @@ def learn(backbone: Backbone, images: Sequence[Tensor], progress: Progress | Non
     """Set the predictor of a sparse transformer from images [1,3,H,W], normalised.
 
     It learns in a dense copy, in float32, of `calibration_size`: with the preset "edge" that is faster than at a larger
-    size, and no worse on held-out photographs (benchmarks/results/fidelity, row "at size").
+    size, and no worse on held-out photographs (profiles/results/fidelity, row "at size").
     """
     sparsity = cast(SparsityConfig, backbone.sparsity)
     size = calibration_size(backbone, sparsity.preset)

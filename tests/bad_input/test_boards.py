@@ -18,8 +18,8 @@ from sparsifiner_edge.profiles.boards.board import load_board, parse_board, read
 from tests.commands import assert_refused, process
 from tests.fuzz.mutate import mutated_toml
 
-BOARD = importlib.resources.files("sparsifiner_edge.profiles.boards").joinpath("jetson-orin-nano-8gb.toml").read_text()
-RECIPE = importlib.resources.files("sparsifiner_edge.distill.recipes").joinpath("cpu.toml").read_text()
+BOARD = importlib.resources.files("sparsifiner_edge.boards").joinpath("jetson-orin-nano-8gb.toml").read_text()
+RECIPE = importlib.resources.files("sparsifiner_edge.recipes").joinpath("cpu.toml").read_text()
 
 
 def test_files_that_have_no_end_or_no_beginning(tmp_path: Path, bundle: Path) -> None:

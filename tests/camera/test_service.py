@@ -269,7 +269,8 @@ def test_systemd_is_told(cells: Path, service: Any, tmp_path: Path) -> None:
 
 
 def test_the_unit_for_systemd_names_options_that_exist() -> None:
-    unit = (Path(__file__).parents[2] / "examples" / "sparsifiner-edge.service").read_text(encoding="utf-8")
+    file = Path(__file__).parents[2] / "runtime" / "systemd" / "sparsifiner-edge.service"
+    unit = file.read_text(encoding="utf-8")
     command = re.search(r"^ExecStart=((?:.*\\\n)*.*)", unit, re.MULTILINE)
     assert command is not None
     named = set(re.findall(r"--[a-z]+", command[1]))
@@ -277,7 +278,7 @@ def test_the_unit_for_systemd_names_options_that_exist() -> None:
     assert named <= set(re.findall(r"--[a-z]+", process("run", "--help").out))
     if shutil.which("systemd-analyze"):
         found = subprocess.run(
-            ["systemd-analyze", "verify", Path(__file__).parents[2] / "examples" / "sparsifiner-edge.service"],
+            ["systemd-analyze", "verify", file],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         remarks = [line for line in found.stderr.splitlines() if "sparsifiner" in line]

@@ -1,7 +1,7 @@
 """Hostile input to every command, and commands ended at random moments.
 
     python -m tests.fuzz --seconds 20                    all classes in turn, as CI does
-    python -m tests.fuzz --full --kills 500 -o benchmarks/results
+    python -m tests.fuzz --full --kills 500 -o profiles/results
     python -m tests.fuzz --only manifest --seed 17 --tries 1      one try again, by its seed
 
 Every try is drawn from its class and its number alone (`--seed` is the first number). What fails is printed with them.

@@ -1,1 +1,1 @@
-"""One TOML file per board; `sparsifiner_edge.profiles.boards.board` reads and checks them."""
+"""Reading and checking boards, one TOML file each: `profiles/boards` at the root."""

@@ -159,6 +159,8 @@ def _limited(board: Board, mode: PowerMode) -> Board:
     )
 
 
+_FOLDER = "sparsifiner_edge.boards"
+"""Where `profiles/boards` is installed."""
 _BARE = {"name", "title", "sources", "unverified"}
 """Keys that are names or speak of the others, and need no source."""
 _DOCUMENT = "See docs/boards.md for the form of a board file."
@@ -168,7 +170,7 @@ _MOST_TEXT = 2000
 
 def board_names() -> list[str]:
     """Boards that come with the package."""
-    folder = importlib.resources.files("sparsifiner_edge.profiles.boards")
+    folder = importlib.resources.files(_FOLDER)
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
@@ -180,7 +182,7 @@ def load_board(name_or_path: str | Path) -> Board:
     """
     name = str(name_or_path)
     if name in board_names():
-        folder = importlib.resources.files("sparsifiner_edge.profiles.boards")
+        folder = importlib.resources.files(_FOLDER)
         return parse_board(folder.joinpath(f"{name}.toml").read_text("utf-8"), name)
     if Path(name_or_path).suffix != ".toml":
         known = ", ".join(board_names())

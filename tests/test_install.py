@@ -1,0 +1,119 @@
+"""What lies at the root in `export/`, `runtime/` and `profiles/` is found in every kind of install, by a real build."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsifiner_edge
+
+ROOT = Path(__file__).parent.parent
+INSTALLED = {
+    "boards": "profiles/boards",
+    "recipes": "export/recipes",
+    "deepstream": "export/deepstream",
+    "triton": "export/triton",
+    "gstreamer": "export/gstreamer",
+}
+"""Folder of the installed package to where it comes from."""
+LOOK = """
+import importlib.resources, json, pathlib, sys
+import sparsifiner_edge
+from sparsifiner_edge.distill.recipe import names
+from sparsifiner_edge.ops.native import library_path
+from sparsifiner_edge.package.common import template
+from sparsifiner_edge.package.gst import element_file
+from sparsifiner_edge.profiles.boards.board import board_names, load_board
+from sparsifiner_edge.profiles.roofline import times_faster
+orin = load_board("jetson-orin-nano-8gb-super")
+print(json.dumps({
+    "from": str(pathlib.Path(sparsifiner_edge.__file__).parents[1]),
+    "library": library_path() is not None,
+    "boards": board_names(), "recipes": names(), "faster": times_faster(orin, 1370, 0.1, 6),
+    "plans": template("triton/plans.md", name="n", version="v", cards="c"),
+    "element": element_file().read_text("utf-8"),
+    **{name: sorted(x.name for x in importlib.resources.files(f"sparsifiner_edge.{name}").iterdir() if x.is_file())
+       for name in sys.argv[1:]},
+}))
+"""
+
+
+@pytest.mark.parametrize("name", ["export", "runtime", "profiles"])
+def test_the_folders_at_the_root_hold_no_python_package(name: str) -> None:
+    folder = ROOT / name
+    assert folder.is_dir()
+    assert not folder.is_symlink()
+    assert not list(folder.rglob("__init__.py"))
+    assert (folder / "README.md").is_file()
+
+
+def test_an_editable_install_reads_the_folders_themselves() -> None:
+    """The install that tests run in. The root is no part of the package: its folders would be modules."""
+    for name, source in INSTALLED.items():
+        assert Path(str(importlib.resources.files(f"sparsifiner_edge.{name}"))) == ROOT / source
+    assert str(ROOT) not in sparsifiner_edge.__path__
+
+
+def look(wheel: Path, folder: Path) -> dict[str, object]:
+    """What the package says that a wheel installs, without the install that tests run in."""
+    into = folder / "installed"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", into, wheel]
+    subprocess.run(command, check=True, cwd=folder)
+    # Without `site` no editable install is found; what the package needs is.
+    paths = {"PYTHONPATH": os.pathsep.join([str(into), *filter(None, sys.path)])}
+    told = subprocess.run(
+        [sys.executable, "-S", "-c", LOOK, *(name for name in INSTALLED if name not in ("boards", "recipes"))],
+        check=True, cwd=folder, capture_output=True, text=True, env=os.environ | paths,
+    )  # fmt: skip
+    found: dict[str, object] = json.loads(told.stdout)
+    assert found["from"] == str(into)
+    return found
+
+
+def build(source: Path, folder: Path, **environment: str) -> Path:
+    """The wheel of a source tree or archive."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", folder, source], check=True, env=os.environ | environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def agrees(found: dict[str, object], *, library: bool) -> None:
+    """That a package found all that the folders hold."""
+    files = {name: sorted(x.name for x in (ROOT / place).iterdir() if x.is_file()) for name, place in INSTALLED.items()}
+    for name in ("deepstream", "triton", "gstreamer"):
+        assert found[name] == files[name]
+    for name in ("boards", "recipes"):
+        assert found[name] == sorted(x.removesuffix(".toml") for x in files[name] if x.endswith(".toml"))
+    assert found["library"] is library
+    assert isinstance(found["faster"], float)
+    assert isinstance(found["plans"], str)
+    assert "{" not in found["plans"]
+    assert found["element"] == (ROOT / "export/gstreamer/python/sparsifiner.py").read_text("utf-8")
+
+
+@pytest.mark.everything
+def test_a_wheel_of_the_tree(tmp_path: Path) -> None:
+    agrees(look(build(ROOT, tmp_path), tmp_path), library=True)
+
+
+@pytest.mark.everything
+def test_a_wheel_of_an_archive(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", tmp_path, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    agrees(look(build(archive, tmp_path), tmp_path), library=True)
+
+
+@pytest.mark.everything
+def test_a_wheel_without_a_compiler(tmp_path: Path) -> None:
+    """CMake fails, and is left out: the package is pure Python, with all its data."""
+    wheel = build(ROOT, tmp_path, CXX="/bin/false")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    agrees(look(wheel, tmp_path), library=False)
