@@ -307,7 +307,6 @@ def test_layers_are_measured_with_the_sizes_of_their_tokens(tmp_path: Path, monk
     assert [c["layers"] for c in manifest_of(bundle)["measured"]["choices"]] == [[0, 1, 2, 3, 4], [5]]
 
 
-@pytest.mark.everything
 def test_one_student_many_budgets(tmp_path: Path, pictures: Path) -> None:
     folder = save_student(student(sparsity=MERGED), tmp_path / "s")
     assert load_student(folder).sparsity.merge == (12, 2)
