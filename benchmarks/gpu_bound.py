@@ -32,10 +32,10 @@ from sparsifiner_edge.ops.triton.compile import Compiled, compile_launch
 from sparsifiner_edge.ops.triton.plan import Launch, Plan, fitted
 from sparsifiner_edge.ops.triton.plan_forward import plan_layer
 from sparsifiner_edge.profiles.boards.board import board_names, load_board
-from sparsifiner_edge.profiles.roofline import TABLE
 from sparsifiner_edge.results import Result, Subject
 
 ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "profiles" / "boards" / "gpu_attention.json"
 HEADS, WIDTH, CHANNELS, CELLS, PROBE = 6, 64, 24, 25, 16
 SHOWN = {
     "h100": (8, (1025, 2305, 4097, 9217)), "jetson-orin-nano-8gb-super": (1, (1025, 1370, 2305, 5477)),
@@ -186,7 +186,7 @@ def main(boards: tuple[str, ...], docs: bool, renew: bool, output: Path | None) 
     if docs:
         renew_docs({"roofline": markdown(rows)})
     if renew:
-        Path(str(TABLE)).write_text(_a_line_each(table()), encoding="utf-8")
+        TABLE.write_text(_a_line_each(table()), encoding="utf-8")
     if output:
         sources = [
             *(ROOT / "sparsifiner_edge" / "ops" / "triton").glob("*.py"),

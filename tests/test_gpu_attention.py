@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +12,9 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import ModelShape
 from sparsifiner_edge.profiles import roofline
 from sparsifiner_edge.profiles.boards.board import board_names, load_board
-from sparsifiner_edge.profiles.roofline import GPU_FIT, SPARSE_KINDS, TABLE, Workload, crossing, times_faster
+from sparsifiner_edge.profiles.roofline import GPU_FIT, SPARSE_KINDS, Workload, crossing, times_faster
 
-FOUND = json.loads(TABLE.read_text(encoding="utf-8"))
+FOUND = json.loads((Path(__file__).parents[1] / "profiles/boards/gpu_attention.json").read_text(encoding="utf-8"))
 ORIN = load_board("jetson-orin-nano-8gb-super")
 
 

@@ -2,8 +2,9 @@
 
 After Williams, Waterman and Patterson, "Roofline" (CACM 2009), with a share of each peak that real kernels reach. The
 shares are fitted to published and recorded measurements by `benchmarks/estimate.py`. How sparse attention in our CUDA
-kernels compares with dense attention on a GPU is read from a table (`TABLE`), which `benchmarks/gpu_bound.py --table`
-makes from the kernels' machine code, six heads of 64 at tile 64: nothing of it was measured; `build` measures instead.
+kernels compares with dense attention on a GPU is read from a table (`profiles/boards/gpu_attention.json`), which
+`benchmarks/gpu_bound.py --table` makes from the kernels' machine code, six heads of 64 at tile 64: nothing of it was
+measured; `build` measures instead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.costs import FLOAT, LayerCosts, ModelShape, layer_costs
 from sparsifiner_edge.profiles.boards.board import Board
 
-TABLE = importlib.resources.files("sparsifiner_edge.boards").joinpath("gpu_attention.json")
 _HEADS = 6
 """Of the table's layers."""
 SIZES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}
@@ -278,7 +278,8 @@ def seconds(found: Sequence[Cost]) -> float:
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    file = importlib.resources.files("sparsifiner_edge.boards").joinpath("gpu_attention.json")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
