@@ -30,8 +30,6 @@ from tests.tensorrt.rtx import RTX, needs_rtx, rtx
 from tests.test_runtime import spoil_golden
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:

@@ -26,8 +26,6 @@ from tests.models import student, vit
 from tests.once import Once
 from tests.plain import evaluate_student
 
-pytestmark = pytest.mark.slow
-
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
 
 

@@ -16,8 +16,6 @@ from tests.models import TINY
 from tests.plain import read_result
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 HEAVY = {"torch", "timm", "numpy", "onnx", "onnxruntime", "PIL", "safetensors", "matplotlib"}
 
 

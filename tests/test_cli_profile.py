@@ -11,8 +11,6 @@ import pytest
 from tests.plain import read_result
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):

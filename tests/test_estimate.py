@@ -25,8 +25,6 @@ from tests.commands import assert_refused, process
 from tests.estimates import BOARDS, DENSE, EDGE, VIT_S, changed, counted, total
 from tests.plain import estimate_bundle, read_result
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize(
     "sparsity",

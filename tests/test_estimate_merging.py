@@ -23,8 +23,6 @@ from sparsifiner_edge.records import write_record
 from tests.estimates import BOARDS, DENSE, EDGE, VIT_S, changed, counted, merged, total
 from tests.plain import estimate_bundle
 
-pytestmark = pytest.mark.slow
-
 
 def test_what_merging_costs_by_hand() -> None:
     """Two layers that merge 4 and 2 of 40 patches: tokens, traffic and launches of each."""

@@ -23,8 +23,6 @@ from tests.models import student, vit
 from tests.once import Once
 from tests.plain import evaluate_student
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def made(once: Once) -> dict[str, Path]:

@@ -22,7 +22,6 @@ from sparsifiner_edge.sparse.patch import final_tokens
 from sparsifiner_edge.sparse.weights import normalise
 from tests.models import TINY, images, vit
 
-pytestmark = pytest.mark.slow
 MEAN = torch.tensor([0.4, 0.5, 0.6])[:, None, None]
 
 

@@ -17,8 +17,6 @@ from sparsifiner_edge.records import write_record
 from tests.plain import profile_bundle
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 DEPTH = 6
 """Of the tiny model."""
 

@@ -26,6 +26,7 @@ from sparsifiner_edge.sparse.layer import riding
 from sparsifiner_edge.sparse.novelty import layer_of, statistics, statistics_of, tokens_after
 from sparsifiner_edge.sparse.student import load_student
 from tests.commands import call, process
+from tests.everything import first
 from tests.models import TINY, images, student
 from tests.novel import calibrated_student, novel_bundle, smooth_images
 from tests.once import Once
@@ -188,9 +189,8 @@ def test_students_without_predictors_have_it_too(smooth: Path, tiny_weights: Pat
     assert load_student(tmp_path / "student").novelty is not None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "near"), [("fp32", 1e-4), ("fp16", 3e-2), ("int8", 0.15)]
+    ("precision", "near"), first([("fp32", 1e-4), ("fp16", 3e-2), ("int8", 0.15)])
 )  # what a rounded layer before it changes
 def test_every_file_gives_it(precision: str, near: float, calibrated: Path, smooth: Path, tmp_path: Path) -> None:
     options = {"calibrate": smooth} if precision == "int8" else {}
@@ -206,7 +206,7 @@ def test_every_file_gives_it(precision: str, near: float, calibrated: Path, smoo
     assert manifest.novelty.images == 40
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_it_can_be_left_out(calibrated: Path, tmp_path: Path, capsys: Any) -> None:
     done = call(capsys, "export", calibrated, "--no-novelty", "-o", tmp_path / "bundle")
     assert done.code == 0, done.err
@@ -215,8 +215,7 @@ def test_it_can_be_left_out(calibrated: Path, tmp_path: Path, capsys: Any) -> No
     assert manifest.novelty is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["portable", "native"])
+@pytest.mark.parametrize("kernels", first(["native", "portable"]))
 def test_every_image_of_a_batch_has_its_own(kernels: str, bundle: Path, smooth: Path) -> None:
     stack = np.stack([load_image(path, 160) for path in sorted(smooth.iterdir())[:3]])
     with open_session(bundle, kernels=kernels) as session:
@@ -226,8 +225,7 @@ def test_every_image_of_a_batch_has_its_own(kernels: str, bundle: Path, smooth: 
     assert together == pytest.approx(np.concatenate(alone), rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["portable", "native"])
+@pytest.mark.parametrize("kernels", first(["native", "portable"]))
 def test_openvino_gives_it(kernels: str, bundle: Path, smooth: Path) -> None:
     pytest.importorskip("openvino", reason="the extra openvino is not installed")
     image = load_image(next(iter(sorted(smooth.iterdir()))), 160)[None]
@@ -283,7 +281,6 @@ def test_an_overlay_shows_it() -> None:
     assert not any("novelty" in line for line in text_lines(record(None), 10))
 
 
-@pytest.mark.slow
 def test_every_frame_has_its_line(bundle: Path, smooth: Path) -> None:
     done = process("run", bundle, "--source", smooth)
     lines = [json.loads(line) for line in done.out.splitlines()]
@@ -294,7 +291,6 @@ def test_every_frame_has_its_line(bundle: Path, smooth: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_servers_get_it_as_an_output(bundle: Path, tmp_path: Path, capsys: Any) -> None:
     done = call(capsys, "package", bundle, "--for", "triton", "-o", tmp_path / "triton")
     assert done.code == 0, done.err

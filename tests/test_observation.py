@@ -20,8 +20,6 @@ from sparsifiner_edge.runtime.cuda import Times
 from tests.plain import profile_bundle
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 WATTS = 10.0
 
 

@@ -22,8 +22,6 @@ from sparsifiner_edge.results import check_result
 from tests.plain import profile_bundle, read_memory
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 MB = 1 << 20
 BARE = {"threads": 1, "layers": False, "power": False}
 """Latency and memory alone, on one thread."""

@@ -25,8 +25,6 @@ from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of
 from tests.models import student, vit
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,7 +23,6 @@ from tests.commands import assert_refused, call, process
 from tests.models import student as tiny_student
 
 FACTORY, METRICS = "tests.hosts.factories", "tests.hosts.metrics"
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

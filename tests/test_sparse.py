@@ -28,8 +28,6 @@ from sparsifiner_edge.sparse.patch import make_model_sparse
 from sparsifiner_edge.sparse.student import calibrate_student, dense_twin, load_student, save_student
 from tests.models import TINY_CONFIG, images, student, vit
 
-pytestmark = pytest.mark.slow
-
 FULL = SparsityConfig(keep=0.999, cells=4, channels=8)
 """So little left out that the result is nearly dense, through the sparse path."""
 SUPPORTED = {

@@ -5,8 +5,6 @@ import pytest
 
 from sparsifiner_edge.profiles import stats
 
-pytestmark = pytest.mark.slow
-
 
 def correlated(random, count, memory=0.9):
     """A stationary AR(1) series, standard normal at each moment."""

@@ -73,7 +73,6 @@ def masks(tmp_path: Path, pictures: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_maps_and_masks(
     tmp_path: Path, student: Path, pictures: Path, masks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,7 +109,6 @@ def test_maps_and_masks(
     assert "data:image/png;base64," in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_a_bundle_beside_a_bundle(tmp_path: Path, student: Path, pictures: Path) -> None:
     sparse = se.export_bundle(student, tmp_path / "sparse", trust=[FACTORY])
     dense = se.export_bundle(f"{FACTORY}:masked", tmp_path / "dense")
@@ -121,7 +119,6 @@ def test_a_bundle_beside_a_bundle(tmp_path: Path, student: Path, pictures: Path)
     assert same.statistics["iou"].mean.value == 1
 
 
-@pytest.mark.slow
 def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:
     result = se.evaluate_student(student, pictures, metric="task", task=f"{METRICS}:Brightness", trust=[FACTORY])
     samples = result.samples
@@ -133,7 +130,6 @@ def test_a_metric_of_ones_own(student: Path, pictures: Path) -> None:
     assert math.isfinite(result.method.results["subject"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -161,7 +157,6 @@ def test_what_is_refused(
     assert_refused(outcome, said)
 
 
-@pytest.mark.slow
 def test_the_saliency_model_is_the_packages_own() -> None:
     """Its file interpolates positions without antialiasing, at 224 px alone."""
     made: Any = saliency(224)

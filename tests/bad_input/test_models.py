@@ -19,8 +19,6 @@ from sparsifiner_edge.sparse.patch import make_model_sparse
 from tests.commands import Outcome, assert_refused, process
 from tests.models import TINY, vit
 
-pytestmark = pytest.mark.slow
-
 Capsys = pytest.CaptureFixture[str]
 
 

@@ -18,8 +18,6 @@ from tests.commands import PROGRAM, snapshot
 from tests.everything import first
 from tests.models import TINY
 
-pytestmark = pytest.mark.slow
-
 Capsys = pytest.CaptureFixture[str]
 
 

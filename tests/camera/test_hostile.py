@@ -26,8 +26,6 @@ from tests.camera.hostile import SECRET, make_hostile
 from tests.commands import process, snapshot
 from tests.seal import seal_bundle
 
-pytestmark = pytest.mark.slow
-
 PATIENCE_S = 10
 READ = """
 import io, json, os, re, socket, time

@@ -21,8 +21,6 @@ from sparsifiner_edge.camera.json_lines import LineWriter, line_of, new_lines, o
 from sparsifiner_edge.errors import ArtifactError
 from tests.commands import PROGRAM, assert_refused, call, process
 
-pytestmark = pytest.mark.slow
-
 Capsys = pytest.CaptureFixture[str]
 WRITE = """
 import sys, threading

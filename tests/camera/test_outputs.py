@@ -27,8 +27,6 @@ from tests.commands import Outcome, assert_refused, call, process, snapshot
 from tests.everything import first
 from tests.mounts import in_mount, needs_mounts
 
-pytestmark = pytest.mark.slow
-
 Capsys = pytest.CaptureFixture[str]
 
 

@@ -23,7 +23,6 @@ from tests.models import student
 from tests.once import Once
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of torch's exporter, about its own calls
 ]
 

@@ -17,8 +17,6 @@ from tests.commands import assert_refused, process
 from tests.everything import first
 from tests.package.reseal import reseal
 
-pytestmark = pytest.mark.slow
-
 pytest.importorskip("cryptography", reason="the extra sign is not installed")
 
 

@@ -70,7 +70,6 @@ def test_it_counts_as_unlike(tmp_path: Path) -> None:
     assert (counts["unlike"], counts["not_finite"], counts["repeated"]) == (3, 3, 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("usual", [50, 250])
 def test_metrics_and_health_tell(usual: float, tmp_path: Path, service: Any) -> None:
     run = service(made(tmp_path / "bundle", usual=usual), "--source", "test", "--metrics", "0")

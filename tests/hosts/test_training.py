@@ -22,7 +22,6 @@ from tests.hosts.factories import Segmenter
 from tests.hosts.hugging_face import images, model
 from tests.models import vit
 
-pytestmark = pytest.mark.slow
 FACTORY = "tests.hosts.factories"
 
 

@@ -26,8 +26,6 @@ from sparsifiner_edge.sparse.patch import final_tokens, make_model_sparse
 from sparsifiner_edge.sparse.weights import normalise
 from tests.hosts.hugging_face import MODELS, images, model, renamed
 
-pytestmark = pytest.mark.slow
-
 
 @torch.no_grad()
 def hidden_states(made: Any, x: Tensor) -> list[Tensor]:

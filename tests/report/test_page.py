@@ -15,8 +15,6 @@ from tests.commands import call
 from tests.plain import write_report
 from tests.report.outline import file_name, written
 
-pytestmark = pytest.mark.slow
-
 KINDS = ("comparison", "evaluation", "robustness", "explanation", "estimate", "sweep")
 
 

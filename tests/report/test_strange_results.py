@@ -11,9 +11,6 @@ from sparsifiner_edge.report import Prices
 from tests.commands import assert_refused, call, snapshot
 from tests.report.outline import written
 
-pytestmark = pytest.mark.slow
-
-
 HOSTILE = "<script>alert(1)</script>\"'&\u202e$x^2$"
 
 

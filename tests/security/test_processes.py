@@ -18,8 +18,6 @@ from sparsifiner_edge.bundle.sign import sign_bundle
 from tests.camera.conftest import encode
 from tests.tiny import make_bundle
 
-pytestmark = pytest.mark.slow
-
 SCRIPT = Path(sys.executable).with_name("sparsifiner-edge")
 PLANTED = ("numpy", "json", "av", "PIL", "onnxruntime", "runpy", "ctypes", "subprocess", "sparsifiner_edge", "timm")
 

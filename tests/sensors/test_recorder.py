@@ -20,7 +20,7 @@ from tests.plain import energy
 from tests.sensors import curves
 from tests.sensors.curves import RAIL, SECOND, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_nvml")]
+pytestmark = [pytest.mark.usefixtures("no_nvml")]
 
 
 def sensor_reading(read, **settings):

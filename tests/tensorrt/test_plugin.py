@@ -18,8 +18,6 @@ from tests.merging_models import merging_graph
 from tests.sparse_graph import sparse_model
 from tests.tables import table_of
 
-pytestmark = pytest.mark.slow
-
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]
