@@ -22,7 +22,7 @@ from tests.fuzz.mutate import (
     mutated_zip,
 )
 
-PACKAGE = Path(__file__).parents[2] / "sparsifiner_edge"
+ROOT = Path(__file__).parents[2]
 
 
 def report(one: Try) -> None:
@@ -136,7 +136,7 @@ def settings(one: Try) -> None:
     if one.number % 2:
         board = one.work / "board.toml"
         board.write_bytes(
-            mutated_toml(one.rng.choice(sorted((PACKAGE / "profiles" / "boards").glob("*.toml"))).read_text(), one.rng)
+            mutated_toml(one.rng.choice(sorted((ROOT / "profiles" / "boards").glob("*.toml"))).read_text(), one.rng)
         )
         more = one.rng.choice(([], ["--json"]))
         command("estimate", one.good / "bundle", "--board-file", board, "--precision", "fp32", *more)
@@ -146,7 +146,7 @@ def settings(one: Try) -> None:
 
     recipe = one.work / "recipe.toml"
     recipe.write_bytes(
-        mutated_toml(one.rng.choice(sorted((PACKAGE / "distill" / "recipes").glob("*.toml"))).read_text(), one.rng)
+        mutated_toml(one.rng.choice(sorted((ROOT / "export" / "recipes").glob("*.toml"))).read_text(), one.rng)
     )
     name = one.rng.choice(["batch", "distil.steps", "budgets.keep", "ema", "x", "", "distil"])
     overrides = [f"{name}={one.rng.choice(TOML_VALUES)}"] if one.number % 3 == 0 else []
@@ -230,7 +230,7 @@ def videos(one: Try) -> None:
 def allocations(one: Try) -> None:
     """A hundred allocations of the native library that fail, in a process of their own."""
     line = [sys.executable, "-m", "tests.native.allocation", "--trials", "100", "--seed", str(one.number), "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=28, cwd=PACKAGE.parent)
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=28, cwd=ROOT)
     found = json.loads(done.stdout) if done.returncode == 0 and done.stdout else {}
     if found.get("failures") != 0:
         raise FailureError(f"{found or done.returncode}: {done.stderr[-300:]}")
