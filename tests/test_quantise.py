@@ -23,6 +23,7 @@ from sparsifiner_edge.metrics import POSITIONS, cosine
 from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.student import save_student
 from tests.commands import manifest_of
+from tests.everything import first
 from tests.models import student, vit
 
 
@@ -44,7 +45,7 @@ def int8(place: Path, name: str, source: str | Path, **options: Any) -> Path:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("target", INT8_TARGETS)
+@pytest.mark.parametrize("target", first(INT8_TARGETS))
 @pytest.mark.parametrize("sparse", [True, False])
 def test_every_linear_layer_and_nothing_else_is_int8(place: Path, target: str, sparse: bool) -> None:
     source, options = (place / "student", {}) if sparse else ("test_vit", {"weights": place / "w.safetensors"})
@@ -162,6 +163,7 @@ def test_channels_that_nothing_reads_cost_nothing(place: Path) -> None:
     assert min(found.cosines.values()) > 0.999
 
 
+@pytest.mark.everything
 def test_what_merges_is_no_error_of_the_layers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merged = export_bundle(place / "student", place / "merged", merge=(12,), tokens=True)
     model = onnx.load(merged / "model.onnx")
@@ -218,6 +220,7 @@ def test_too_far_from_float32_is_a_failed_gate_and_writes_nothing(place: Path, m
     assert not (place / "refused").exists()
 
 
+@pytest.mark.everything
 def test_batches(place: Path) -> None:
     for batch in (2, "dynamic"):
         made = int8(place, f"batch-{batch}", place / "student", batch=batch)
