@@ -28,6 +28,8 @@ def test_a_small_demonstration(
     assert "the fastest at 0.8" in done.out
     (found,) = read_result(tmp_path / "demo" / "result.json")["statistics"].values()
     assert found["fidelity"] >= 0.8
+    front = read_result(tmp_path / "demo" / "found" / "front.json")
+    assert front["statistics"]["answer"]["merge"] == found["merge"]
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2
     for name in ("maps", "what-was-read"):

@@ -101,6 +101,7 @@ def test_it_is_close_to_float32_on_another_image(kind: str) -> None:
     assert any(not np.array_equal(value, wanted[name]) for name, value in outputs.items())
 
 
+@pytest.mark.everything
 def test_other_merges_are_no_error_of_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding decides which of tokens that are alike merge: then rows are others, which is judged on average."""
     deployed = deploy(student(sparsity=SparsityConfig(keep=1, merge=(24, 24)), depth=4), tokens=True)

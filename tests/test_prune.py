@@ -101,7 +101,7 @@ def test_what_is_dropped_counts_however_little_it_weighs(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("sparsity", first([PRUNED, PAPER, ALONE, FUSED]), ids=["edge", "paper", "alone", "fused"])
-@pytest.mark.parametrize("batch", [1, "dynamic"])
+@pytest.mark.parametrize("batch", first([1, "dynamic"]))
 def test_exported_files_prune_as_torch_does(sparsity: SparsityConfig, batch: Any, tmp_path: Path) -> None:
     # The export itself holds both kinds of kernels to torch, token by token.
     save_student(student(sparsity=sparsity), tmp_path / "student")

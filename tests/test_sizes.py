@@ -23,7 +23,6 @@ from sparsifiner_edge.runtime import open_session
 from sparsifiner_edge.sparse.hosts.timm import load_model
 from sparsifiner_edge.sparse.student import dense_twin, load_student, save_student
 from tests.commands import manifest_of
-from tests.everything import first
 from tests.models import TINY, images, student, vit
 
 FULL = SparsityConfig(keep=0.999, cells=4, channels=8)
@@ -79,7 +78,8 @@ def test_weights_of_a_rectangle_fit_that_rectangle_alone(tmp_path: Path) -> None
         load_model(TINY, weights, 160)
 
 
-@pytest.mark.parametrize("precision", first(["fp16", "int8"]))
+@pytest.mark.everything
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_rectangle_in_other_precisions(precision: str, tiny_student: Path, tmp_path: Path, pictures: Path) -> None:
     more = {"calibrate": pictures} if precision == "int8" else {}
     made = export_bundle(tiny_student, tmp_path / "b", precision=precision, img_size=(96, 160), batch="dynamic", **more)

@@ -55,6 +55,7 @@ def test_layers_that_turn_dense_compute_dense_attention(monkeypatch: pytest.Monk
             torch.testing.assert_close(made(x), plain(x), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.everything
 def test_what_this_machine_has_measured_is_read_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,8 @@ def test_a_users_decoder(tmp_path: Path, pictures: Path, precision: str) -> None
         assert check_golden(session, bundle)
 
 
-@pytest.mark.parametrize("batch", first(["dynamic", 2]))
+@pytest.mark.everything
+@pytest.mark.parametrize("batch", ["dynamic", 2])
 def test_batches_and_names(tmp_path: Path, batch: int | str) -> None:
     made = Segmenter("tuple")
     where = tmp_path / "bundle"

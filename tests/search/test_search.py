@@ -82,6 +82,7 @@ def shortly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finalists, "SECONDS", 0.2)
 
 
+@pytest.mark.everything
 @pytest.mark.long
 def test_the_answer_is_what_was_asked_for(found: Path, photographs: Path, tiny_weights: Path) -> None:
     front = json.loads((found / "front.json").read_text())
