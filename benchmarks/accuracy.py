@@ -41,8 +41,8 @@ from sparsifiner_edge.demo import material, split
 from sparsifiner_edge.distill.distill import distill_student
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import fit_probe, write_head
-from sparsifiner_edge.evaluate.cosine import CosineResult
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
+from sparsifiner_edge.evaluate.scores import ScoresResult
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.files import locked
 from sparsifiner_edge.profiles import stats
@@ -243,8 +243,8 @@ def _row(work: Path, subject: Path, **options: Any) -> dict[str, Any]:
     """Cosines on the publication set, and on the development set beside them."""
     found = evaluate_student(subject, linked(work / "publication", split.publication()), **options)
     chosen_by = evaluate_student(subject, linked(work / "development", split.development()), **options)
-    assert isinstance(found, CosineResult)
-    assert isinstance(chosen_by, CosineResult)
+    assert isinstance(found, ScoresResult)
+    assert isinstance(chosen_by, ScoresResult)
     of = write_record(found.statistics)
     return {
         "samples": found.samples, "patches": of["patches_cosine"]["mean"], "classes": of["features_cosine"]["mean"],

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sparsifiner_edge.camera.model import Model
 from sparsifiner_edge.camera.still_images import run_images
 from sparsifiner_edge.errors import ConfigError, ImageError
-from sparsifiner_edge.evaluate.cosine import CosineResult
+from sparsifiner_edge.evaluate.scores import ScoresResult
 from sparsifiner_edge.export.check import smooth_images
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.results import check_result
@@ -43,7 +43,7 @@ def made(once: Once) -> dict[str, Path]:
 
 
 def means(result: dict[str, Any]) -> dict[str, float]:
-    check_result(result, "test", CosineResult)
+    check_result(result, "test", ScoresResult)
     return {name: found["mean"]["value"] for name, found in result["statistics"].items()}
 
 

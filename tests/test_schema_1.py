@@ -16,7 +16,7 @@ from sparsifiner_edge.bundle.manifest import parse_manifest
 from sparsifiner_edge.bundle.store import open_bundle
 from sparsifiner_edge.config import SparsityConfig
 from sparsifiner_edge.errors import ArtifactError
-from sparsifiner_edge.evaluate.cosine import CosineResult
+from sparsifiner_edge.evaluate.scores import ScoresResult
 from sparsifiner_edge.profiles.estimate import EstimateResult
 from sparsifiner_edge.profiles.figures import ProfileResult
 from sparsifiner_edge.profiles.sweep import SweepResult
@@ -34,7 +34,7 @@ FORMS: dict[str, type[Result]] = {
     "comparison": ProfileResult,
     "sweep": SweepResult,
     "estimate": EstimateResult,
-    "evaluation": CosineResult,
+    "evaluation": ScoresResult,
 }
 RESULTS = sorted((OLD / "results").glob("*.json"))
 Capsys = pytest.CaptureFixture[str]

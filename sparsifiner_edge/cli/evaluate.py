@@ -14,9 +14,8 @@ from sparsifiner_edge.text import shown
 
 if TYPE_CHECKING:
     from sparsifiner_edge.evaluate.classes import ClassResult
-    from sparsifiner_edge.evaluate.cosine import CosineResult
     from sparsifiner_edge.evaluate.robustness import RobustnessResult
-    from sparsifiner_edge.evaluate.task import TaskResult
+    from sparsifiner_edge.evaluate.scores import ScoresResult
     from sparsifiner_edge.results import Estimate
 
 
@@ -67,18 +66,15 @@ def command(*, subject: str, data: Path, as_json: bool, output: Path | None, **o
         common.print_result(result, as_json, _print, output)
 
 
-def _print(result: CosineResult | ClassResult | TaskResult | RobustnessResult) -> None:
+def _print(result: ScoresResult | ClassResult | RobustnessResult) -> None:
     """The figures; then who was compared with whom, and what ran each."""
-    from sparsifiner_edge.evaluate.cosine import CosineResult
     from sparsifiner_edge.evaluate.robustness import RobustnessResult
-    from sparsifiner_edge.evaluate.task import TaskResult
+    from sparsifiner_edge.evaluate.scores import ScoresResult
 
-    if isinstance(result, CosineResult):
-        _print_cosines(result)
+    if isinstance(result, ScoresResult):
+        _print_scores(result)
     elif isinstance(result, RobustnessResult):
         _print_robustness(result)
-    elif isinstance(result, TaskResult):
-        _print_task(result)
     else:
         _print_accuracy(result)
     for subject in result.subjects:
@@ -94,27 +90,17 @@ def _between(found: Estimate, form: str = ".4f") -> str:
     return f"{found.low:{form}} to {found.high:{form}}" if known else "too few images"
 
 
-def _print_cosines(result: CosineResult) -> None:
-    """One row per kind of feature."""
-    rows = []
-    for name, found in (
-        ("features", result.statistics.features_cosine),
-        ("patches", result.statistics.patches_cosine),
-    ):
-        if found is not None:
-            rows.append([name, f"{found.mean.value:.4f}", _between(found.mean), f"{found.least:.4f}"])
-    count = len(result.method.images)
-    common.print_table(f"Cosine to the dense teacher, {count} images", ["", "mean", "95 % interval", "least"], rows)
-
-
-def _print_task(result: TaskResult) -> None:
+def _print_scores(result: ScoresResult) -> None:
     """One row per figure."""
-    rows = []
+    method, rows = result.method, []
+    cosines, count = method.task is None, len(method.images)
     for name, found in result.statistics.items():
-        rows.append([name.replace("_", " "), f"{found.mean.value:.4f}", _between(found.mean), str(found.images)])
-    method = result.method
-    title = f"{method.output or method.task}, {len(method.images)} images"
-    common.print_table(title, ["", "mean", "95 % interval", "images"], rows)
+        label = name.removesuffix("_cosine").replace("_", " ")
+        last = f"{found.least:.4f}" if cosines else str(found.images)
+        rows.append([label, f"{found.mean.value:.4f}", _between(found.mean), last])
+    title = "Cosine to the dense teacher" if cosines else method.output or method.task
+    heads = ["", "mean", "95 % interval", "least" if cosines else "images"]
+    common.print_table(f"{title}, {count} images", heads, rows)
     for role, value in (method.results or {}).items():
         click.echo(f"{role}: {value:.6g} ({'higher' if method.higher_is_better else 'lower'} is better)")
 

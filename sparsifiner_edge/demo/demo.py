@@ -18,7 +18,7 @@ from sparsifiner_edge.demo.saliency import OUTPUT
 from sparsifiner_edge.errors import ArtifactError, GateError
 from sparsifiner_edge.evaluate.evaluate import evaluate_student
 from sparsifiner_edge.evaluate.explain import explain_image
-from sparsifiner_edge.evaluate.task import TaskMethod, TaskResult
+from sparsifiner_edge.evaluate.scores import ScoresMethod, ScoresResult
 from sparsifiner_edge.export.export import export_bundle
 from sparsifiner_edge.images import evenly
 from sparsifiner_edge.profiles.figures import Method, ProfileResult, Samples, Statistics
@@ -39,7 +39,7 @@ class _Row(NamedTuple):
 
     name: str
     bundle: Path
-    task: TaskResult
+    task: ScoresResult
     profile: ProfileResult
     figures: RowFigures
 
@@ -75,7 +75,7 @@ class DemoMethod(msgspec.Struct, frozen=True, kw_only=True):
 
     kernels: str | Unavailable
     verdicts: list[str]
-    task: dict[str, TaskMethod]
+    task: dict[str, ScoresMethod]
     profile: dict[str, Method]
     training: str
 
@@ -147,7 +147,7 @@ def run_demo(output: Path, progress: Progress, minutes: float = MINUTES) -> Demo
     stage("profile")
     # What the table shows, and no more: neither time per layer nor power.
     profile = profile_bundle(bundle, against=dense, seconds=8.0, min_queries=MIN_BLOCKS, layers=False, power=False)
-    assert isinstance(task, TaskResult)
+    assert isinstance(task, ScoresResult)
     figures = _figures(answer, task, profile.statistics, open_bundle(bundle).manifest)
     row = _Row(f"the fastest at {AT_LEAST}", bundle, task, profile, figures)
     stage("draw")
@@ -206,7 +206,7 @@ def _result(row: _Row) -> DemoResult:
     return DemoResult("demo", subjects, method, samples, {name: row.figures})
 
 
-def _figures(answer: Finalist, task: TaskResult, profile: Statistics, manifest: Manifest) -> RowFigures:
+def _figures(answer: Finalist, task: ScoresResult, profile: Statistics, manifest: Manifest) -> RowFigures:
     costs, dense, shape = manifest.costs, manifest.dense_costs, manifest.shape
     assert profile.against is not None
     assert profile.comparison is not None

@@ -9,11 +9,10 @@ from sparsifiner_edge.config import Keep
 from sparsifiner_edge.corruptions import every_condition
 from sparsifiner_edge.errors import ConfigError
 from sparsifiner_edge.evaluate.classes import METRICS, ClassResult, evaluate_classes
-from sparsifiner_edge.evaluate.cosine import CosineResult, evaluate_cosine
 from sparsifiner_edge.evaluate.extract import TeacherComparison
 from sparsifiner_edge.evaluate.judges import Task
 from sparsifiner_edge.evaluate.robustness import RobustnessQuestion, RobustnessResult, evaluate_robustness
-from sparsifiner_edge.evaluate.task import TaskResult, evaluate_task
+from sparsifiner_edge.evaluate.scores import ScoresResult, evaluate_scores
 from sparsifiner_edge.evaluate.top1 import Feeding, evaluate_top1
 from sparsifiner_edge.images import evenly, list_images
 from sparsifiner_edge.judge import MAPS, THRESHOLD
@@ -46,7 +45,7 @@ def evaluate_student(
     batch: int | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> CosineResult | ClassResult | TaskResult | RobustnessResult:
+) -> ScoresResult | ClassResult | RobustnessResult:
     """Compare a student or bundle with its dense teacher over images.
 
     Args:
@@ -98,9 +97,7 @@ def evaluate_student(
         return evaluate_classes(compared, Path(str(data)), metric, gallery, queries, head, progress)
     files = data if isinstance(data, list) else list_images(Path(data))
     files = files if queries is None else evenly(files, queries)
-    if metric == "task":
-        return evaluate_task(compared, files, chosen, progress)
-    return evaluate_cosine(compared, files, progress)
+    return evaluate_scores(compared, files, chosen if metric == "task" else None, progress)
 
 
 def _require_sense(

@@ -119,17 +119,6 @@ def answers(
                 progress(stage, next(steps), total)
 
 
-def clean_samples(
-    judge: Judge, subject: Extractor, teacher: Extractor, progress: Progress | None
-) -> dict[str, list[float | None]]:
-    """By score one value for each clean image."""
-    samples: dict[str, list[float | None]] = {}
-    for seen in answers(judge, subject, teacher, (), progress, "images"):
-        for name, value in judge.clean(seen).items():
-            samples.setdefault(name, []).append(value)
-    return samples
-
-
 class FeatureJudge(Judge):
     """ "features": cosine to the dense model's of the clean image; "patches": to the dense model's of the same image,
     since some corruptions move patches.

@@ -99,9 +99,9 @@ def test_the_answer_is_what_was_asked_for(found: Path, photographs: Path, tiny_w
     # What `evaluate` says of it, on the images that it was judged by.
     judged = [photographs / name for name in images["tried"]]
     again = se.evaluate_student(found / "bundle", judged, against=TINY, weights=tiny_weights)
-    assert again.statistics.patches_cosine.mean.value == pytest.approx(answer["fidelity"], abs=1e-4)
+    assert again.statistics["patches_cosine"].mean.value == pytest.approx(answer["fidelity"], abs=1e-4)
     again = se.evaluate_student(found / "student", judged, against=TINY, weights=tiny_weights)
-    assert again.statistics.patches_cosine.mean.value == pytest.approx(answer["fidelity"], abs=1e-3)
+    assert again.statistics["patches_cosine"].mean.value == pytest.approx(answer["fidelity"], abs=1e-3)
     # One that merges nowhere says so by no rates; on a busy machine such a plan may be the fastest of so small a model.
     rates = parse_merge(answer["merge"])
     assert load_student(found / "student").sparsity.merge == (rates if any(rates) else ())
