@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from sparsifiner_edge.bounds import height_width
 from sparsifiner_edge.bundle.store import bundle_hash, open_bundle
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.results import Result, Subject
 from sparsifiner_edge.runtime import open_session
 
@@ -37,13 +37,8 @@ def bare_ms(bundle: Path, frames: int, threads: int | None) -> list[float]:
     """Milliseconds of each call of the bare model."""
     size = height_width(open_bundle(bundle).image_size)
     image = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
-    taken = []
     with open_session(bundle, "onnxruntime", threads) as session:
-        for _ in range(frames):
-            start = time.perf_counter_ns()
-            session.infer({"image": image})
-            taken.append((time.perf_counter_ns() - start) / 1e6)
-    return taken[5:]
+        return call_ms(lambda: session.infer({"image": image}), frames - 5, warm_up=5)
 
 
 def pipeline_ms(bundle: Path, video: Path, frames: int, threads: int | None) -> tuple[list[float], dict[str, float]]:

@@ -19,6 +19,7 @@ import onnxruntime
 
 from sparsifiner_edge.ops import native
 from sparsifiner_edge.profiles import stats
+from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.records import write_record
 from sparsifiner_edge.runtime.openvino.session import import_openvino
 
@@ -76,26 +77,13 @@ def time_in_turn(
         for name in order:
             tell(f"round {number + 1} of {rounds}: {name}")
             time.sleep(PAUSE_S)
-            runs[name]()
-            row = []
-            for _ in range(burst):
-                start = time.perf_counter_ns()
-                runs[name]()
-                row.append((time.perf_counter_ns() - start) / 1e6)
-            taken[name].append(row)
+            taken[name].append(call_ms(runs[name], burst, warm_up=1))
     return {name: np.array(rows) for name, rows in taken.items()}
 
 
 def ratio(slow: np.ndarray, fast: np.ndarray) -> dict[str, Any]:
     """How many times faster `fast` is: median over rounds of the ratio of their medians, with its interval."""
-    ratios = stats.round_ratios(list(fast), list(slow))
-    return dict(
-        write_record(
-            stats.estimate(
-                float(np.median(ratios)), *stats.quantile_interval(ratios, 0.5), "order statistics of rounds"
-            )
-        )
-    )
+    return dict(write_record(stats.median(stats.round_ratios(list(fast), list(slow)))))
 
 
 def gemm_peak(threads: int, size: int = 1024) -> tuple[Run, float]:

@@ -33,6 +33,7 @@ from sparsifiner_edge.cli.common import err_console, print_table
 from sparsifiner_edge.machine import available_cores
 from sparsifiner_edge.profiles.boards.board import Board, load_board
 from sparsifiner_edge.profiles.estimate import estimate_bundle
+from sparsifiner_edge.profiles.measure.timing import call_ms
 from sparsifiner_edge.profiles.roofline import CPU_FIT
 from sparsifiner_edge.results import Result, Subject
 
@@ -83,13 +84,7 @@ def _triad(arrays: Sequence[Sequence[Any]]) -> None:
 def _seconds(function: Callable[[], Any]) -> float:
     """Median of a burst, after a pause and one call: threads of the session before may still spin."""
     time.sleep(PAUSE_S)
-    function()
-    taken = []
-    for _ in range(BURST):
-        start = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - start)
-    return float(np.median(taken))
+    return float(np.median(call_ms(function, BURST, warm_up=1))) / 1e3
 
 
 def this_machine(threads: int) -> tuple[Board, list[dict[str, Any]]]:

@@ -113,8 +113,7 @@ def _by_loop(bundle: Path, seconds: float, threads: int, queries: int) -> float:
 def ratio(pairs: list[dict[str, float]]) -> dict[str, Any]:
     """Median over rounds of profile's time over the loop's, with its interval."""
     ratios = [pair["profile"] / pair["loop"] for pair in pairs]
-    interval = stats.quantile_interval(ratios, 0.5)
-    return dict(write_record(stats.estimate(float(np.median(ratios)), *interval, "order statistics of paired rounds")))
+    return dict(write_record(stats.median(ratios, "order statistics of paired rounds")))
 
 
 def show(statistics: dict[str, Any]) -> bool:

@@ -174,6 +174,11 @@ def round_ratios(subject: Sequence[Series], against: Sequence[Series]) -> np.nda
     return np.array([np.median(b) / np.median(a) for a, b in zip(subject, against, strict=True)])
 
 
+def median(values: Series, method: str = "order statistics of rounds") -> Estimate:
+    """Of values by round, with its interval."""
+    return estimate(float(np.median(values)), *quantile_interval(values, 0.5), method)
+
+
 def medians_in_turn(blocks: Sequence[Sequence[Series]]) -> list[Estimate]:
     """Medians of sides that were measured in turn, block by block; what slowed all of a round's blocks is taken out.
 
@@ -183,11 +188,8 @@ def medians_in_turn(blocks: Sequence[Sequence[Series]]) -> list[Estimate]:
     rounds = min(map(len, blocks))
     medians = np.array([[percentile(block, 0.5) for block in of_side[:rounds]] for of_side in blocks])
     common = np.exp(np.log(medians).mean(0)) if len(blocks) > 1 else np.ones(rounds)
-    found = []
-    for row in medians / common * np.median(common):
-        low, high = quantile_interval(row.tolist(), 0.5)
-        found.append(estimate(float(np.median(row)), low, high, "order statistics of rounds, measured in turn"))
-    return found
+    how = "order statistics of rounds, measured in turn"
+    return [median(row, how) for row in medians / common * np.median(common)]
 
 
 def judge(low: float | None, high: float | None) -> str:
